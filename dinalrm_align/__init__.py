@@ -1,0 +1,26 @@
+"""Align text-to-image diffusion models with rewards that read their latents.
+
+Public names are imported on first use, so that `import dinalrm_align` costs nothing (PEP 562).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinalrm_align.config.reward import RewardConfig
+    from dinalrm_align.reward import LatentReward
+
+__version__ = "0.1.0"
+__all__ = ["LatentReward", "RewardConfig", "__version__"]
+
+_HOME = {"LatentReward": "dinalrm_align.reward", "RewardConfig": "dinalrm_align.config.reward"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

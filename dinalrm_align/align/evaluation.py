@@ -1,0 +1,133 @@
+"""The held-out judgement of a run: the same prompts and noise before, during and after, by the reward and by a gold
+score.
+
+The gold score takes no part in training; where the reward rises and gold does not, the reward is being fooled. Because
+prompt and noise of a sample stay the same, gains are paired: their standard error is that of the mean difference, far
+below that of either mean.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from dinalrm_align.config.refl import EvaluationConfig
+from dinalrm_align.noise import seeded_generator
+from dinalrm_align.policy import Conditions
+from dinalrm_align.report import load_strip, save_before_after, save_grid, save_strip, to_bytes
+from dinalrm_align.resume import write_atomically
+from dinalrm_align.sampling import Velocity, rollout, seeded_noise
+
+Judge = Callable[[Tensor, Sequence[str]], Tensor]
+"""judge(images (B, 3, H, W) in [0, 1], prompts) -> (B,)"""
+
+
+def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Mean of after less before over the same samples (at least two), and the standard error of that mean."""
+    differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
+
+
+@dataclass
+class HeldOut:
+    """A hook for `loop.fit`: samples, judges, and leaves scores, pictures and grids in the run's folder.
+
+    velocity_for: (conditions, guidance_scale) -> a velocity under the present weights. conditions: one per sample, on
+        any
+    device. decode: latents -> images (B, 3, H, W) in [0, 1]. reward: as in `align.refl`. gold: judges pictures.
+    """
+
+    velocity_for: Callable[[Conditions, float], Velocity]
+    conditions: Conditions
+    sigmas: Sequence[float]
+    guidance_scale: float
+    latent_shape: tuple[int, int, int]
+    decode: Callable[[Tensor], Tensor]
+    reward: Callable[..., Tensor]
+    gold: Judge
+    config: EvaluationConfig
+    accelerator: Accelerator
+    output_dir: Path
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict[str, float]:
+        """Evaluate after update `step`. Every process takes its share; the main one writes
+
+        evaluations/<step>.json (the scores of every sample), evaluations/<step>.png (the shown pictures in a row) and
+        grid_<step>.png. Returns means and standard errors of proxy and gold, and the gain of gold over step 0.
+        """
+        size, rank = self.config.batch_size, self.accelerator.process_index
+        starts = range(0, len(self.conditions), size)[rank :: self.accelerator.num_processes]
+        judged = gather_object([sample for start in starts for sample in self._batch(start)])
+        judged.sort(key=lambda sample: sample[0])
+        scores = {"proxy": [sample[1] for sample in judged], "gold": [sample[2] for sample in judged]}
+        if self.accelerator.is_main_process:
+            write_atomically(self._folder / f"{step:06d}.json", json.dumps({"step": step, **scores}))
+            self._save_pictures(step, np.stack([sample[3] for sample in judged[: self.config.shown]]), scores)
+        self.accelerator.wait_for_everyone()
+        row = {}
+        for name, values in scores.items():
+            row[name] = float(np.mean(values))
+            row[f"{name}_standard_error"] = float(np.std(values, ddof=1) / math.sqrt(len(values)))
+        row["gold_gain"], row["gold_gain_standard_error"] = paired_gain(self.scores(0)["gold"], scores["gold"])
+        return row
+
+    def scores(self, step: int) -> dict[str, list[float]]:
+        """proxy and gold of every sample, as an evaluation left them."""
+        return json.loads((self._folder / f"{step:06d}.json").read_text())
+
+    def summarise(self, step: int) -> dict[str, dict[str, float]]:
+        """Step 0 against `step`, from what the two evaluations left: writes before_after.png.
+
+        Returns for gold and proxy {"before", "after", "gain", "standard_error" of the paired gain}.
+        """
+        summary = {}
+        before, after = self.scores(0), self.scores(step)
+        for name in ("gold", "proxy"):
+            gain, error = paired_gain(before[name], after[name])
+            ends = {"before": float(np.mean(before[name])), "after": float(np.mean(after[name]))}
+            summary[name] = {**ends, "gain": gain, "standard_error": error}
+        shown = self.config.shown
+        first, last = (load_strip(self._folder / f"{at:06d}.png", shown) for at in (0, step))
+        gold, path = summary["gold"], self.output_dir / "before_after.png"
+        title = f"base model | after {step} updates: gold {gold['gain']:+.3f} ± {gold['standard_error']:.3f}"
+        save_before_after(first, last, self.conditions.prompts[:shown], path, title=title)
+        return summary
+
+    @property
+    def _folder(self) -> Path:
+        return self.output_dir / "evaluations"
+
+    def _batch(self, start: int) -> list[tuple[int, float, float, np.ndarray | None]]:
+        """(index, proxy, gold, picture if it is to be shown) of the samples from `start` on."""
+        indices = range(start, min(start + self.config.batch_size, len(self.conditions)))
+        device = self.accelerator.device
+        conditions = self.conditions.take(indices, device)
+        generators = [seeded_generator(self.config.seed, index) for index in indices]
+        noise = seeded_noise(self.latent_shape, generators).to(device)
+        latents = rollout(self.velocity_for(conditions, self.guidance_scale), noise, self.sigmas)
+        reward_generator = seeded_generator(self.config.seed, start, 1)
+        proxy = self.reward(latents, prompts=conditions.prompts, generator=reward_generator).tolist()
+        images = self.decode(latents)
+        gold = self.gold(images, list(conditions.prompts)).tolist()
+        pictures = to_bytes(images)
+        shown = [
+            picture if index < self.config.shown else None for index, picture in zip(indices, pictures, strict=True)
+        ]
+        return list(zip(indices, proxy, gold, shown, strict=True))
+
+    def _save_pictures(self, step: int, pictures: np.ndarray, scores: dict[str, list[float]]) -> None:
+        save_strip(pictures, self._folder / f"{step:06d}.png")
+        captions = [
+            f"{gold:.2f}: {prompt}"
+            for gold, prompt in zip(scores["gold"], self.conditions.prompts[: self.config.shown], strict=False)
+        ]
+        title = f"update {step}: gold {np.mean(scores['gold']):.3f}, reward {np.mean(scores['proxy']):.3f}"
+        save_grid(pictures, captions, self.output_dir / f"grid_{step:06d}.png", title=title)

@@ -1,0 +1,202 @@
+"""ReFL (reward feedback learning, arXiv 2304.05977) on flow matching; with K gradient steps DRaFT-K (arXiv 2309.17400).
+
+An update, as DiNa-LRM's alignment runs make it (arXiv 2602.11146):
+
+1. roll out from noise without gradient, with guidance, to a late step m drawn at random;
+2. take K steps with gradient, on the prompt alone unless asked otherwise; the last gives x0_hat = x - sigma velocity;
+3. score x0_hat with a frozen reward and descend  mean(target - score) + kl_weight mean|velocity - velocity_reference|^2
+   (+ pretrain_weight times a flow-matching loss on pictures).
+
+With a latent reward nothing is decoded. The arithmetic is in plain functions; `Refl` holds what they need and offers
+the two callables of `loop.fit`. Everything random is drawn from generators keyed by (seed, micro-step, rank).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinalrm_align.config.refl import ReflConfig
+from dinalrm_align.cost import PhaseMeter
+from dinalrm_align.data.prompts import prompt_indices
+from dinalrm_align.noise import add_noise, denoised, sample_sigma, seeded_generator
+from dinalrm_align.policy import Conditions, Policy
+from dinalrm_align.sampling import Velocity, ode_step, rollout, seeded_noise
+
+Reward = Callable[..., Tensor]
+"""reward(latents, prompts=..., sigma=..., generator=...) -> (B,), differentiable: a LatentReward, a ClipReward."""
+
+
+def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torch.Generator) -> int:
+    """The first gradient step, uniform over round(earliest num_steps) ... num_steps - grad_steps; the last if none."""
+    last = num_steps - grad_steps
+    first = min(round(earliest * num_steps), last)
+    return int(torch.randint(first, last + 1, (), generator=generator))
+
+
+def gradient_steps(
+    velocity: Velocity, reference: Velocity | None, latents: Tensor, sigmas: Sequence[float], start: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """`count` steps with gradient from latents (B, C, H, W) at sigmas[start].
+
+    Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,): the mean
+    square of velocity less reference over C, H, W and the steps, both at the same input; zero without a reference. The
+    reference's input carries no gradient. Both returns are float32.
+    """
+    kl = torch.zeros(len(latents), device=latents.device)
+    for index in range(start, start + count):
+        v = velocity(latents, sigmas[index])
+        if reference is not None:
+            v_reference = reference(latents.detach(), sigmas[index])
+            kl = kl + (v - v_reference).square().mean(dim=(1, 2, 3)) / count
+        if index < start + count - 1:
+            latents = ode_step(latents, v, sigmas[index], sigmas[index + 1])
+    return denoised(latents, v, sigmas[start + count - 1]), kl
+
+
+def reward_loss(score: Tensor, form: str, target: float) -> Tensor:
+    """score (B,) -> a scalar to descend: mean(target - score), or with form "relu" mean(relu(target - score))."""
+    gap = target - score
+    match form:
+        case "linear":
+            return gap.mean()
+        case "relu":
+            return F.relu(gap).mean()
+    raise ValueError(f"unknown reward loss {form!r}; known: linear, relu")
+
+
+def flow_matching_loss(
+    velocity: Callable[[Tensor, Tensor], Tensor], latents: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The pretraining loss of the base model, a scalar: mean |velocity(x_sigma, sigma) - (noise - x0)|^2.
+
+    latents (B, C, H, W), clean and scaled; sigma (B,) logit-normal(0, 1) as SD3 was trained; generator: CPU.
+    """
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigma = sample_sigma("logit_normal", len(latents), generator=generator).to(latents.device)
+    return (velocity(add_noise(latents, noise, sigma), sigma) - (noise - latents)).square().mean()
+
+
+@dataclass(frozen=True)
+class ReflBatch:
+    """Where the gradient begins: latents (B, C, H, W) at sigmas[start], conditions, the micro-step's generator."""
+
+    latents: Tensor
+    start: int
+    conditions: Conditions
+    generator: torch.Generator
+
+
+@dataclass
+class Refl:
+    """`batch_at` and `step` for `loop.fit`.
+
+    policy, reward: on one device, the reward frozen. sigmas: of the training rollout (`schedule_sigmas`). conditions:
+        all
+    training prompts, anywhere. negative: one empty prompt. latent_shape: (C, H, W). pictures: latents (N, C, H, W) and
+    their N conditions, for the pretraining loss, if it is on.
+    """
+
+    policy: Policy
+    reward: Reward
+    sigmas: Sequence[float]
+    conditions: Conditions
+    negative: Conditions
+    latent_shape: tuple[int, int, int]
+    guidance_scale: float
+    config: ReflConfig
+    meter: PhaseMeter
+    seed: int
+    rank: int = 0
+    num_processes: int = 1
+    pictures: tuple[Tensor, Conditions] | None = None
+
+    def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
+        """The policy's velocity under these conditions, as the sampler wants it."""
+        negative = self.negative.take([0] * len(conditions), self.policy.device) if guidance_scale > 1 else None
+
+        def velocity(latents: Tensor, sigma: float | Tensor) -> Tensor:
+            return self.policy.velocity(latents, sigma, conditions, guidance_scale, negative)
+
+        return velocity
+
+    def batch_at(self, micro_step: int) -> ReflBatch:
+        """This micro-step's rollout, without gradient; a pure function of it, seed, rank and weights."""
+        size = self.config.batch_size
+        generator = seeded_generator(self.seed, micro_step, self.rank)
+        indices = prompt_indices(
+            len(self.conditions), size, micro_step, seed=self.seed, rank=self.rank, num_processes=self.num_processes
+        )
+        conditions = self.conditions.take(indices, self.policy.device)
+        noise = seeded_noise(self.latent_shape, [generator] * size).to(self.policy.device)
+        start = draw_start(len(self.sigmas) - 1, self.config.grad_steps, self.config.earliest, generator)
+        with self.meter.phase("rollout"), torch.no_grad():
+            velocity = self.velocity_for(conditions, self.guidance_scale)
+            latents = rollout(velocity, noise, self.sigmas[: start + 1])
+        return ReflBatch(latents, start, conditions, generator)
+
+    def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss, differentiable in the policy's LoRA, and what to record: reward, kl and the level m was at."""
+        config = self.config
+        velocity = self.velocity_for(batch.conditions, self.guidance_scale if config.guided_gradient else 1.0)
+
+        def reference(latents: Tensor, sigma: float) -> Tensor:
+            with self.policy.reference():
+                return velocity(latents, sigma)
+
+        with self.meter.phase("policy"):
+            latents, kl = gradient_steps(
+                velocity,
+                reference if config.kl_weight > 0 else None,
+                batch.latents,
+                self.sigmas,
+                batch.start,
+                config.grad_steps,
+            )
+        with self.meter.phase("reward"):
+            score = self.reward(
+                latents,
+                prompts=batch.conditions.prompts,
+                sigma=self._reward_sigma(len(latents), batch.generator),
+                generator=batch.generator,
+            )
+        loss = reward_loss(score, config.loss, config.target) + config.kl_weight * kl.mean()
+        metrics = {"reward": score.mean(), "kl": kl.mean(), "start_sigma": self.sigmas[batch.start]}
+        if config.pretrain_weight > 0:
+            metrics["pretrain"] = self._pretrain_loss(batch.generator)
+            loss = loss + config.pretrain_weight * metrics["pretrain"]
+        return loss, metrics
+
+    def reference_samples(self, count: int) -> tuple[Tensor, Conditions]:
+        """The base model's own samples for the first `count` training prompts (all, if fewer): latents and conditions.
+
+        What `pictures` can be when there are no others: the pretraining loss then holds the policy to its beginnings.
+        """
+        conditions = self.conditions.take(range(min(count, len(self.conditions))))
+        parts = []
+        with self.policy.reference():
+            for start in range(0, len(conditions), self.config.batch_size):
+                indices = range(start, min(start + self.config.batch_size, len(conditions)))
+                generators = [seeded_generator(self.seed, index, 0, 1) for index in indices]
+                noise = seeded_noise(self.latent_shape, generators).to(self.policy.device)
+                velocity = self.velocity_for(conditions.take(indices, self.policy.device), self.guidance_scale)
+                parts.append(rollout(velocity, noise, self.sigmas).cpu())
+        return torch.cat(parts), conditions
+
+    def _reward_sigma(self, count: int, generator: torch.Generator) -> Tensor | Sequence[float] | None:
+        """What the reward is told: a level per picture, the configured levels, or None for the reward's own."""
+        if self.config.reward_sigma_range is None:
+            return self.config.reward_sigma
+        low, high = self.config.reward_sigma_range
+        return (low + (high - low) * torch.rand(count, generator=generator)).to(self.policy.device)
+
+    def _pretrain_loss(self, generator: torch.Generator) -> Tensor:
+        if self.pictures is None:
+            raise ValueError(f"pretrain_weight is {self.config.pretrain_weight}, and Refl was given no pictures")
+        latents, conditions = self.pictures
+        chosen = torch.randint(len(latents), (self.config.batch_size,), generator=generator).tolist()
+        velocity = self.velocity_for(conditions.take(chosen, self.policy.device), 1.0)
+        with self.meter.phase("pretrain"):
+            return flow_matching_loss(velocity, latents[chosen].to(self.policy.device), generator)

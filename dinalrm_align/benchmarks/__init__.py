@@ -1,0 +1,1 @@
+"""Measurements of a reward: how often it agrees with the raters of preference pairs."""

@@ -1,0 +1,91 @@
+"""Settings of the preference loss (`losses`) and of the noise levels it is trained at (`noise`). Torch-free."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+THURSTONE_PRESETS: dict[str, dict[str, float]] = {
+    "paper": {"k": 2.0, "sigma_u": 0.1, "epsilon": 0.0},  # arXiv 2602.11146
+    "released": {"k": 2.0, "sigma_u": math.sqrt(0.05), "epsilon": 1e-6},  # the training code: variance 2 sigma^2 + 0.05
+}
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How a pair of raw scores becomes a loss.
+
+    Args:
+        likelihood: how a score gap becomes a probability. thurstone: variance grows with the noise level (the paper);
+            thurstone_fixed: one variance for all levels; bradley_terry: sigmoid of the gap; bradley_terry_margin:
+            sigmoid of the gap less a margin.
+        objective: fidelity, 1 - sqrt(p) for a hard label (the paper), or nll, -log p (the usual Bradley-Terry loss).
+        preset: where k, sigma_u and epsilon come from when they are not given: paper (k 2, sigma_u 0.1, epsilon 0) or
+            released (variance 2 sigma^2 + 0.05, epsilon 1e-6).
+        k: growth of the rater's variance with the noise level, k sigma^2 + sigma_u^2.
+        sigma_u: the rater's standard deviation on a clean picture.
+        epsilon: added inside both square roots, that of the variance and that of the fidelity.
+        variance: the rater's variance under thurstone_fixed (0.5 in the released code).
+        margin: the gap asked for under bradley_terry_margin.
+    """
+
+    likelihood: Literal["thurstone", "thurstone_fixed", "bradley_terry", "bradley_terry_margin"] = "thurstone"
+    objective: Literal["fidelity", "nll"] = "fidelity"
+    preset: Literal["paper", "released"] = "paper"
+    k: float | None = None
+    sigma_u: float | None = None
+    epsilon: float | None = None
+    variance: float = 0.5
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.preset not in THURSTONE_PRESETS:
+            raise ValueError(f"unknown loss preset {self.preset!r}; known: {', '.join(THURSTONE_PRESETS)}")
+        k, sigma_u, epsilon = self.constants()
+        if k < 0 or epsilon < 0 or sigma_u <= 0 or self.variance <= 0:
+            raise ValueError(
+                f"loss: got k={k}, epsilon={epsilon}, sigma_u={sigma_u}, variance={self.variance}; "
+                "k and epsilon must not be negative, sigma_u and variance must be positive"
+            )
+
+    def constants(self) -> tuple[float, float, float]:
+        """(k, sigma_u, epsilon), the preset's where none was given."""
+        preset = THURSTONE_PRESETS[self.preset]
+        return (
+            preset["k"] if self.k is None else self.k,
+            preset["sigma_u"] if self.sigma_u is None else self.sigma_u,
+            preset["epsilon"] if self.epsilon is None else self.epsilon,
+        )
+
+
+@dataclass(frozen=True)
+class SigmaConfig:
+    """The density the training noise level sigma is drawn from (`noise.sample_sigma`).
+
+    Args:
+        density: uniform on [0, 1] (the paper); logit_normal, sigmoid of a normal; mode, the SD3 paper's heavy-tailed
+            density; beta; constant.
+        mean: of logit_normal, before the sigmoid.
+        std: of logit_normal, before the sigmoid.
+        scale: of mode, in [-1, 1.75].
+        a: of beta.
+        b: of beta.
+        value: of constant.
+    """
+
+    density: Literal["uniform", "logit_normal", "mode", "beta", "constant"] = "uniform"
+    mean: float = 0.0
+    std: float = 1.0
+    scale: float = 1.29
+    a: float = 1.0
+    b: float = 1.0
+    value: float = 0.4
+
+    def parameters(self) -> dict[str, float]:
+        """Keyword arguments for `sample_sigma(self.density, n, generator=..., **self.parameters())`."""
+        return {
+            "uniform": {},
+            "logit_normal": {"mean": self.mean, "std": self.std},
+            "mode": {"scale": self.scale},
+            "beta": {"a": self.a, "b": self.b},
+            "constant": {"value": self.value},
+        }[self.density]

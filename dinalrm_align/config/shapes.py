@@ -1,0 +1,144 @@
+"""Settings of the embedded world: the sizes of its networks, and how its weights are trained from nothing. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dinalrm_align.config.loop import LoopConfig, OptimConfig
+
+
+@dataclass
+class StackConfig:
+    """Sizes of the stack; the defaults are those of the shipped weights: 64 x 64 pictures, 16 x 16 latents, 64 tokens.
+
+    Args:
+        image_size: side of the pictures; the oracle reads 64.
+        vae_channels: autoencoder widths per resolution; their number less one is log2 of the downsampling factor.
+        vae_layers: residual blocks per resolution.
+        vae_norm_groups: groups of the autoencoder's group norms.
+        latent_channels: channels of the latents.
+        depth: joint-attention blocks.
+        head_dim: width of an attention head.
+        num_heads: attention heads; the transformer's width is num_heads * head_dim.
+        dual_attention_layers: blocks with a second, image-only attention.
+        pos_embed_max_size: largest latent side, in patches of 2.
+        clip_width: width of each CLIP tower; two of them make t5_width.
+        clip_layers: layers of each CLIP tower.
+        t5_width: width of the T5 encoder.
+        t5_layers: layers of the T5 encoder.
+        text_length: tokens per prompt of each tokenizer (`max_sequence_length` of the pipeline).
+        scheduler_shift: shift of the flow-matching schedule.
+    """
+
+    image_size: int = 64
+    vae_channels: tuple[int, ...] = (16, 32, 64)
+    vae_layers: int = 1
+    vae_norm_groups: int = 8
+    latent_channels: int = 16
+    depth: int = 6
+    head_dim: int = 32
+    num_heads: int = 4
+    dual_attention_layers: tuple[int, ...] = (0, 1)
+    pos_embed_max_size: int = 24
+    clip_width: int = 64
+    clip_layers: int = 2
+    t5_width: int = 128
+    t5_layers: int = 2
+    text_length: int = 14
+    scheduler_shift: float = 2.0
+
+    def __post_init__(self) -> None:
+        if 2 * self.clip_width != self.t5_width:
+            raise ValueError(f"two CLIP towers make the T5 width: got clip_width {self.clip_width}, t5 {self.t5_width}")
+
+    @classmethod
+    def tiny(cls, **overrides) -> StackConfig:
+        """A few tens of thousands of parameters, for tests."""
+        sizes = dict(
+            vae_channels=(8, 8, 8), vae_norm_groups=4, depth=4, head_dim=8, num_heads=2, dual_attention_layers=(0, 1),
+            clip_width=16, clip_layers=2, t5_width=32, t5_layers=1,
+        )  # fmt: skip
+        return cls(**{**sizes, **overrides})
+
+    @property
+    def latent_size(self) -> int:
+        return self.image_size // 2 ** (len(self.vae_channels) - 1)
+
+
+@dataclass
+class PairsConfig:
+    """How many preference pairs of which kind.
+
+    Args:
+        groups: captions, each with a list of pictures.
+        pictures: pictures a caption; all their pairs are compared.
+        sampled_share: share of the groups whose pictures are the base model's own samples.
+        faithful_share: share of the rendered pictures in which no concept is spoiled.
+        rater_noise: standard deviation of a rater's error, in points of the oracle's score.
+        per_concept: held-out pairs of each concept, for measuring.
+        seed: of everything.
+    """
+
+    groups: int = 6000
+    pictures: int = 4
+    sampled_share: float = 0.2
+    faithful_share: float = 0.3
+    rater_noise: float = 0.1
+    per_concept: int = 100
+    seed: int = 0
+
+
+@dataclass
+class StageConfig:
+    """One stage of the build.
+
+    Args:
+        batch_size: pictures or captions per update.
+        loop: number of updates, averaging, checkpoints.
+        optim: learning rate and its schedule.
+    """
+
+    batch_size: int
+    loop: LoopConfig
+    optim: OptimConfig
+
+
+def _stage(batch: int, steps: int, lr: float, *, ema: float = 0.999, decay: float = 1.0, warmup: int = 100) -> StageConfig:
+    return StageConfig(
+        batch,
+        LoopConfig(steps=steps, ema_decay=ema, checkpoint_every=500, keep_last=1),
+        OptimConfig(lr=lr, weight_decay=0.01, beta2=0.98, schedule="cosine", decay_share=decay, warmup_steps=warmup),
+    )
+
+
+@dataclass
+class BuildConfig:
+    """Training of the embedded world from nothing: autoencoder, text encoders, base model, pixel reward.
+
+    Args:
+        output_dir: where the stages work; run again, each goes on where it stopped. The finished weights are in
+            output_dir/weights.
+        seed: of everything.
+        device: cpu, cuda, ...
+        stack: sizes of the networks.
+        pairs: preference pairs for the rewards.
+        vae: autoencoder, on random quarters of the pictures and at last on whole ones.
+        text: the three text encoders, to tell a caption's objects, relation and background.
+        base: the text-to-image transformer.
+        pixel: the CLIP-style reward on decoded pictures, trained on the same pairs as the latent one.
+        cached_pictures: pictures encoded once for the base model.
+        layout_weight: weight of the auxiliary loss that has the base model's third block tell where which shape is
+            (representation alignment, arXiv 2410.06940, with the renderer's own maps in place of an encoder's features).
+    """
+
+    output_dir: str = "runs/shapes_world"
+    seed: int = 0
+    device: str = "cpu"
+    stack: StackConfig = field(default_factory=StackConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    vae: StageConfig = field(default_factory=lambda: _stage(64, 2400, 2e-3, decay=0.5))
+    text: StageConfig = field(default_factory=lambda: _stage(128, 600, 2e-3, warmup=50))
+    base: StageConfig = field(default_factory=lambda: _stage(64, 5500, 2e-3, ema=0.9985, decay=0.6, warmup=200))
+    pixel: StageConfig = field(default_factory=lambda: _stage(48, 1500, 5e-4))
+    cached_pictures: int = 40_000
+    layout_weight: float = 5.0

@@ -1,0 +1,148 @@
+"""Preference pairs as a jsonl of pictures, encoded on the fly.
+
+Each line is {"prompt": text, "chosen": path, "rejected": path} with, if wanted, "label" (probability that a rater
+prefers `chosen`, 1 unless given) and "concept" (a name for evaluation). Paths are relative to the file. Every picture
+is scaled to cover height x width (LANCZOS) and cropped at the centre.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, held_out
+
+EncodeImages = Callable[[Tensor], Tensor]
+"""images (B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w)"""
+EncodePrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+"""B prompts -> prompt_embeds (B, L, D), pooled_prompt_embeds (B, P)"""
+
+
+class ImagePairs:
+    """A PairSource over a jsonl of picture paths.
+
+    Args:
+        path: the jsonl; read and checked whole at once, pictures are opened when their batch is asked for.
+        encode_images, encode_prompts: what turns pictures and prompts into what the reward reads.
+        manifest: of those two.
+        height, width: of every picture, in pixels.
+        batch_size: pairs a batch.
+        seed: of the shuffle.
+        held_out_prompts: distinct prompts kept from training for `validation`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        encode_images: EncodeImages,
+        encode_prompts: EncodePrompts,
+        manifest: PairManifest,
+        height: int,
+        width: int,
+        batch_size: int,
+        seed: int = 0,
+        held_out_prompts: int = 0,
+    ) -> None:
+        self.manifest = manifest
+        self.height, self.width = height, width
+        self._encode_images, self._encode_prompts = encode_images, encode_prompts
+        self._records = read_jsonl(Path(path))
+        self._batch_size = batch_size
+        keep_out = held_out([record["prompt"] for record in self._records], held_out_prompts)
+        is_out = np.array([record["prompt"] in keep_out for record in self._records])
+        self._held_out = np.flatnonzero(is_out)
+        self._batches = ShuffledBatches([np.flatnonzero(~is_out)], batch_size, seed)
+
+    def __len__(self) -> int:
+        """Batches in an epoch, all processes together."""
+        return self._batches.per_epoch
+
+    def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
+        """Batch `step` of process `rank` of `world`, on the device of the encoders."""
+        return self._read(self._batches.at(step * world + rank))
+
+    def validation(self) -> Sequence[PairBatch]:
+        """The pairs of the held-out prompts, in the order of the file, encoded each time they are asked for."""
+        return BatchesInOrder(self._read, [self._held_out], self._batch_size)
+
+    def in_order(self) -> Sequence[PairBatch]:
+        """All pairs, in the order of the file: a data set that is only evaluated on."""
+        return BatchesInOrder(self._read, [np.arange(len(self._records))], self._batch_size)
+
+    @torch.no_grad()
+    def _read(self, rows: np.ndarray) -> PairBatch:
+        records = [self._records[row] for row in rows]
+        paths = [record["chosen"] for record in records] + [record["rejected"] for record in records]
+        latents = self._encode_images(torch.stack([load_picture(path, self.height, self.width) for path in paths]))
+        prompt_embeds, pooled_prompt_embeds = self._encode_prompts([record["prompt"] for record in records])
+        pairs, device = len(records), latents.device
+        concepts = [record["concept"] for record in records]
+        return PairBatch(
+            latents=latents,
+            prompt_embeds=prompt_embeds.repeat(2, 1, 1),
+            pooled_prompt_embeds=pooled_prompt_embeds.repeat(2, 1),
+            chosen=torch.arange(pairs, device=device),
+            rejected=torch.arange(pairs, 2 * pairs, device=device),
+            label=torch.tensor([record["label"] for record in records], device=device),
+            group=torch.arange(pairs, device=device).repeat(2),
+            concepts=None if None in concepts else tuple(concepts),
+        )
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every record with keys prompt, chosen, rejected (absolute paths), label, concept; ValueError names the line."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{where}: got a {type(record).__name__}; expected an object with prompt, chosen, rejected"
+            )
+        for key in ("prompt", "chosen", "rejected"):
+            if not isinstance(record.get(key), str):
+                raise ValueError(f"{where}: {key!r} is {record.get(key)!r}; expected a string")
+        label = record.get("label", 1.0)
+        if isinstance(label, bool) or not isinstance(label, int | float) or not 0 <= label <= 1:
+            raise ValueError(f"{where}: label is {label!r}; expected a number in [0, 1]")
+        for key in ("chosen", "rejected"):
+            if not (path.parent / record[key]).is_file():
+                raise FileNotFoundError(f"{where}: {key} picture {path.parent / record[key]} does not exist")
+        records.append(
+            {
+                "prompt": record["prompt"],
+                "chosen": path.parent / record["chosen"],
+                "rejected": path.parent / record["rejected"],
+                "label": float(label),
+                "concept": record.get("concept"),
+            }
+        )
+    if not records:
+        raise ValueError(f"{path} holds no pairs")
+    return records
+
+
+def load_picture(path: Path, height: int, width: int) -> Tensor:
+    """The picture at `path`, upright, scaled to cover (height, width), centre-cropped: (3, H, W) in [0, 1]."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes)")
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture that PIL can read") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    fitted = ImageOps.fit(picture, (width, height), method=Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255

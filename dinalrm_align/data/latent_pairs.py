@@ -1,0 +1,262 @@
+"""Pre-encoded preference pairs on disk: memory-mapped safetensors shards of scaled latents and cached text embeddings.
+
+    index.json             format, manifest, concept names, the shards with counts and sizes; written last
+    prompts.json           the distinct prompts; row i of the text shards belongs to prompt i
+    groups.safetensors     per group: prompt, shard, first picture in it, pictures, first pair, pairs
+                           per pair: chosen, rejected (rows within the group), label, concept (-1: unknown)
+    text-00000.safetensors     prompt_embeds (n, L, D), pooled_prompt_embeds (n, P)
+    latents-00000.safetensors  latents (n, C, H, W), one size a shard; the pictures of a group lie side by side
+
+A plain pair is a group of two pictures. Batches hold groups of one picture size.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, held_out
+
+FORMAT = "dinalrm_align.pairs/1"
+GROUP_COLUMNS = ("prompt", "shard", "first", "pictures", "first_pair", "pairs")
+PAIR_COLUMNS = ("chosen", "rejected", "label", "concept")
+
+
+class LatentPairs:
+    """A PairSource over a directory that `LatentPairsWriter` wrote.
+
+    Args:
+        directory: where index.json lies.
+        batch_size: groups a batch (for plain data: pairs).
+        seed: of the shuffle.
+        held_out_prompts: distinct prompts kept from training for `validation`.
+    """
+
+    def __init__(self, directory: str | Path, *, batch_size: int, seed: int = 0, held_out_prompts: int = 0) -> None:
+        self.directory = Path(directory)
+        index = _read_index(self.directory)
+        self.manifest = PairManifest(**index["manifest"])
+        self.concepts: list[str] = index["concepts"]
+        self.prompts: list[str] = json.loads((self.directory / "prompts.json").read_text(encoding="utf-8"))
+        self._columns = load_file(self.directory / "groups.safetensors")
+        self._latents = [_open(self.directory / s["file"], "latents", s["count"]) for s in index["latents"]]
+        self._text = [_open(self.directory / s["file"], "prompt_embeds", s["count"]) for s in index["text"]]
+        self._text_starts = np.cumsum([0, *(s["count"] for s in index["text"])])
+        self._batch_size = batch_size
+
+        keep_out = held_out(self.prompts, held_out_prompts)
+        is_out = np.array([prompt in keep_out for prompt in self.prompts])[self._columns["prompt"].numpy()]
+        sizes = np.array([(s["height"], s["width"]) for s in index["latents"]])[self._columns["shard"].numpy()]
+        self._by_size = [np.flatnonzero((sizes == size).all(axis=1)) for size in np.unique(sizes, axis=0)]
+        self._held_out = [groups[is_out[groups]] for groups in self._by_size]
+        self._batches = ShuffledBatches([groups[~is_out[groups]] for groups in self._by_size], batch_size, seed)
+
+    def __len__(self) -> int:
+        """Batches in an epoch, all processes together."""
+        return self._batches.per_epoch
+
+    def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
+        """Batch `step` of process `rank` of `world`: groups of one picture size, on the CPU, in the stored dtype."""
+        return self._read(self._batches.at(step * world + rank))
+
+    def validation(self) -> Sequence[PairBatch]:
+        """The pairs of the held-out prompts, in the order of the data, read each time they are asked for."""
+        return BatchesInOrder(self._read, self._held_out, self._batch_size)
+
+    def in_order(self) -> Sequence[PairBatch]:
+        """All pairs, in the order of the data: a data set that is only evaluated on."""
+        return BatchesInOrder(self._read, self._by_size, self._batch_size)
+
+    def _read(self, groups: np.ndarray) -> PairBatch:
+        latents, embeds, pooled, group, pairs = [], [], [], [], []
+        offset = 0
+        for number, index in enumerate(groups):
+            row = {name: int(self._columns[name][index]) for name in GROUP_COLUMNS}
+            latents.append(
+                self._latents[row["shard"]].get_slice("latents")[row["first"] : row["first"] + row["pictures"]]
+            )
+            text, pooled_text = self._read_text(row["prompt"])
+            embeds.append(text.expand(row["pictures"], -1, -1))
+            pooled.append(pooled_text.expand(row["pictures"], -1))
+            group += [number] * row["pictures"]
+            columns = {k: self._columns[k][row["first_pair"] : row["first_pair"] + row["pairs"]] for k in PAIR_COLUMNS}
+            pairs.append(columns | {k: columns[k].long() + offset for k in ("chosen", "rejected")})
+            offset += row["pictures"]
+        columns = {name: torch.cat([pair[name] for pair in pairs]) for name in PAIR_COLUMNS}
+        concept = columns.pop("concept")
+        return PairBatch(
+            latents=torch.cat(latents),
+            prompt_embeds=torch.cat(embeds),
+            pooled_prompt_embeds=torch.cat(pooled),
+            group=torch.tensor(group),
+            concepts=tuple(self.concepts[i] for i in concept.tolist()) if bool((concept >= 0).all()) else None,
+            **columns,
+        )
+
+    def _read_text(self, prompt: int) -> tuple[Tensor, Tensor]:
+        shard = int(np.searchsorted(self._text_starts, prompt, side="right")) - 1
+        row = prompt - int(self._text_starts[shard])
+        file = self._text[shard]
+        return tuple(file.get_slice(key)[row : row + 1] for key in ("prompt_embeds", "pooled_prompt_embeds"))
+
+
+class LatentPairsWriter:
+    """Writes a directory for LatentPairs; a context manager, complete only when the block ends without an error.
+
+    Args:
+        directory: created; must not hold an index.json.
+        manifest: how latents and embeddings are made.
+        shard_size: pictures (and prompts) a shard.
+    """
+
+    def __init__(self, directory: str | Path, manifest: PairManifest, *, shard_size: int = 1024) -> None:
+        self.directory = Path(directory)
+        if (self.directory / "index.json").exists():
+            raise FileExistsError(f"{self.directory} already holds a data set; write to another directory")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.manifest = manifest
+        self.shard_size = shard_size
+        self._prompts: dict[str, int] = {}
+        self._concepts: dict[str, int] = {}
+        self._groups: list[dict[str, int]] = []
+        self._pairs: dict[str, list[float]] = {name: [] for name in PAIR_COLUMNS}
+        self._pending_text: list[tuple[Tensor, Tensor]] = []
+        self._pending_latents: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        self._shards: dict[str, list[dict[str, int | str]]] = {"text": [], "latents": []}
+
+    def __enter__(self) -> "LatentPairsWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def add(
+        self,
+        prompt: str,
+        latents: Tensor,
+        *,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor,
+        chosen: Sequence[int] = (0,),
+        rejected: Sequence[int] = (1,),
+        label: Sequence[float] | None = None,
+        concepts: Sequence[str] | None = None,
+    ) -> None:
+        """Add one group: latents (n, C, H, W) of one prompt, its prompt_embeds (L, D) and pooled_prompt_embeds (P,).
+
+        chosen, rejected: rows of `latents` of each pair, by default the plain pair (0, 1). label: 1 for each pair
+        unless given. The embeddings of a prompt seen before are not stored again. Raises ValueError as PairBatch does.
+        """
+        PairBatch(
+            latents,
+            prompt_embeds.expand(len(latents), *prompt_embeds.shape),
+            pooled_prompt_embeds.expand(len(latents), *pooled_prompt_embeds.shape),
+            torch.tensor(chosen),
+            torch.tensor(rejected),
+            torch.ones(len(chosen)) if label is None else torch.tensor(label, dtype=torch.float32),
+            torch.zeros(len(latents), dtype=torch.long),
+            None if concepts is None else tuple(concepts),
+        )
+        if prompt not in self._prompts:
+            self._prompts[prompt] = len(self._prompts)
+            self._pending_text.append((prompt_embeds, pooled_prompt_embeds))
+            if len(self._pending_text) >= self.shard_size:
+                self._flush_text()
+        self._groups.append(
+            {
+                "prompt": self._prompts[prompt],
+                "pictures": len(latents),
+                "first_pair": len(self._pairs["chosen"]),
+                "pairs": len(chosen),
+            }
+        )
+        self._pairs["chosen"] += chosen
+        self._pairs["rejected"] += rejected
+        self._pairs["label"] += [1.0] * len(chosen) if label is None else label
+        names = [None] * len(chosen) if concepts is None else concepts
+        self._pairs["concept"] += [
+            -1 if c is None else self._concepts.setdefault(c, len(self._concepts)) for c in names
+        ]
+        pending = self._pending_latents.setdefault(tuple(latents.shape[1:]), [])
+        pending.append((len(self._groups) - 1, latents))
+        if sum(len(stored) for _, stored in pending) >= self.shard_size:
+            self._flush_latents(tuple(latents.shape[1:]))
+
+    def close(self) -> None:
+        """Write what is pending and the index, which makes the directory complete."""
+        if not self._groups:
+            raise ValueError(f"no pairs were added to {self.directory}")
+        if self._pending_text:
+            self._flush_text()
+        for size in list(self._pending_latents):
+            self._flush_latents(size)
+        columns = {name: torch.tensor([group[name] for group in self._groups]) for name in GROUP_COLUMNS}
+        columns |= {name: torch.tensor(self._pairs[name]) for name in PAIR_COLUMNS}
+        _save(columns, self.directory / "groups.safetensors")
+        _write_json(list(self._prompts), self.directory / "prompts.json")
+        index = {
+            "format": FORMAT,
+            "manifest": dataclasses.asdict(self.manifest),
+            "concepts": list(self._concepts),
+            **self._shards,
+        }
+        _write_json(index, self.directory / "index.json")
+
+    def _flush_text(self) -> None:
+        embeds, pooled = (torch.stack(column) for column in zip(*self._pending_text, strict=True))
+        name = f"text-{len(self._shards['text']):05d}.safetensors"
+        _save({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, self.directory / name)
+        self._shards["text"].append({"file": name, "count": len(embeds)})
+        self._pending_text = []
+
+    def _flush_latents(self, size: tuple[int, ...]) -> None:
+        groups, latents = zip(*self._pending_latents.pop(size), strict=True)
+        first = 0
+        for group, stored in zip(groups, latents, strict=True):
+            self._groups[group] |= {"shard": len(self._shards["latents"]), "first": first}
+            first += len(stored)
+        name = f"latents-{len(self._shards['latents']):05d}.safetensors"
+        _save({"latents": torch.cat(latents)}, self.directory / name)
+        self._shards["latents"].append({"file": name, "count": first, "height": size[1], "width": size[2]})
+
+
+def _read_index(directory: Path) -> dict:
+    path = directory / "index.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{directory} holds no index.json: not a directory of latent pairs, or one whose writing was interrupted"
+        )
+    index = json.loads(path.read_text(encoding="utf-8"))
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {index.get('format')!r}; this version reads {FORMAT!r}")
+    return index
+
+
+def _open(path: Path, key: str, count: int) -> safe_open:
+    """A memory-mapped shard, its number of rows checked against the index."""
+    if not path.exists():
+        raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")
+    file = safe_open(path, framework="pt")
+    rows = file.get_slice(key).get_shape()[0]
+    if rows != count:
+        raise ValueError(f"{path} holds {rows} rows of {key}, index.json says {count}")
+    return file
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def _write_json(content: object, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    partial.replace(path)

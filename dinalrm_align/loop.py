@@ -1,0 +1,280 @@
+"""`fit`: the one training loop. Everything particular to a method is a `batch_at` and a `step`.
+
+Data is stateless: `batch_at(micro_step)` is a pure function of the seed, the micro-step and the weights. An on-policy
+method does its rollout inside it, so that the loop does not know that it is on-policy, and a resumed run sees exactly
+the batches that an uninterrupted one sees.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dinalrm_align.config.loop import LoopConfig, OptimConfig
+from dinalrm_align.cost import PhaseMeter
+from dinalrm_align.resume import MetricsLog, load_checkpoint, save_checkpoint
+
+INTERRUPTED = 130  # exit status of a program ended by Ctrl-C, by the shells' convention
+
+
+@dataclass(frozen=True)
+class Hook:
+    """`call(step)` on every process after the updates that `every` divides, after the last, and before the first.
+
+    The averaged weights are in place while it runs. What it returns goes into the metrics of that step.
+    """
+
+    every: int
+    call: Callable[[int], Mapping[str, float] | None]
+    at_start: bool = True
+
+    def is_due(self, step: int, last: int) -> bool:
+        return self.at_start if step == 0 else step == last or (self.every > 0 and step % self.every == 0)
+
+
+class Ema:
+    """Exponential moving average of named parameters: mean <- d mean + (1 - d) p, from mean = p at the start.
+
+    After k updates d = min(decay, (1 + k) / (10 + k)), so that a short run is not averaged with its own beginning.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.parameters = parameters
+        self.decay = decay
+        self.mean = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after update number `step`, from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in self.parameters.items():
+            self.mean[name].lerp_(p.detach(), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block the parameters hold the average; after it, bit for bit what they held before."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._write(self.mean)
+        try:
+            yield
+        finally:
+            self._write(trained)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(values[name])
+
+
+def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over groups {"params": [...], "lr": optional, config.lr by default}."""
+    return torch.optim.AdamW(
+        [{"lr": config.lr, **group, "initial_lr": group.get("lr", config.lr)} for group in groups],
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
+    """What update number `step` (1 ... steps) multiplies every group's learning rate by, in (0, 1].
+
+    Linear over the warm-up, then constant; `cosine` ends with (1 + cos(pi progress)) / 2 over the last `decay_share` of
+    the steps, or over all that follow the warm-up where those are fewer.
+    """
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    start = max(config.warmup_steps, round((1 - config.decay_share) * steps))
+    progress = max(0, step - 1 - start) / max(1, steps - start)
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def fit(
+    config: LoopConfig,
+    optim: OptimConfig,
+    *,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    batch_at: Callable[[int], Any],
+    step: Callable[[Any], tuple[Tensor, Mapping[str, float | Tensor]]],
+    accelerator: Accelerator,
+    output_dir: Path,
+    hooks: Sequence[Hook] = (),
+    meter: PhaseMeter | None = None,
+    profile_every: int = 0,
+    resume: Path | None = None,
+    resume_command: str = "",
+    shown: Sequence[str] = ("loss",),
+) -> None:
+    """Train `parameters` for `config.steps` updates; afterwards they hold the last weights, checkpointed.
+
+    Args:
+        parameters: all that is trained, by name; identical on every process once this starts.
+        optimizer: over exactly those (`adamw`).
+        batch_at: micro-step 0, 1, ... -> a batch; `config.accumulate` of them make an update.
+        step: batch -> (loss, metrics): a scalar tensor with a graph, and numbers to record. Both are averaged over the
+            micro-steps and processes of an update.
+        output_dir: gets metrics.jsonl and checkpoints/.
+        hooks: evaluation, pictures, export.
+        meter: measures this loop's backward; give it to `batch_at` and `step` for the other phases.
+        profile_every: updates between two that watch memory on the CPU; the first is one of them. 0: none.
+        resume: checkpoint folder to go on from.
+        resume_command: what to type to go on, printed when the run is stopped.
+        shown: metrics for the progress bar.
+
+    Gradients are averaged over processes here, in one reduction of the few trained tensors: rollouts and tapped
+        forwards
+    do not pass through the `forward` of one wrapped module, where DistributedDataParallel would do it.
+
+    Raises FloatingPointError, before the weights are touched, when the loss or the gradient is not finite. Ctrl-C or
+    SIGTERM end the run after the update in progress: a checkpoint is written and SystemExit(130) raised; a second
+    signal stops at once.
+    """
+    meter = meter or PhaseMeter(accelerator.device)
+    tensors = list(parameters.values())
+    ema = Ema(parameters, config.ema_decay) if config.ema_decay > 0 else None
+    average = ema.mean if ema else None
+    done, elapsed = 0, 0.0
+    if resume is not None:
+        state = load_checkpoint(
+            resume, parameters=parameters, average=average, optimizer=optimizer, accelerator=accelerator
+        )
+        done, elapsed = state["step"], state["elapsed"]
+        if done > config.steps:
+            raise ValueError(f"{resume} is at update {done}, beyond loop.steps {config.steps}; raise loop.steps")
+    elif accelerator.num_processes > 1:
+        for tensor in (*tensors, *(average or {}).values()):
+            torch.distributed.broadcast(tensor.detach(), src=0)
+    main = accelerator.is_main_process
+    log = MetricsLog(output_dir / "metrics.jsonl", last_step=done if resume else -1) if main else None
+    saved = done if resume else -1
+
+    def save(at: int) -> Path:
+        return save_checkpoint(
+            output_dir, step=at, elapsed=elapsed, parameters=parameters, average=average, optimizer=optimizer,
+            accelerator=accelerator, keep_last=config.keep_last,
+        )  # fmt: skip
+
+    def record(at: int, row: dict[str, float]) -> None:
+        due = [hook for hook in hooks if hook.is_due(at, config.steps)]
+        if due:
+            with ema.in_place() if ema else _nothing():
+                for hook in due:
+                    row.update(hook.call(at) or {})
+        if main and row:
+            log.append({"step": at, **row})
+            bar.set_postfix({name: f"{row[name]:.4g}" for name in shown if name in row}, refresh=False)
+        accelerator.log(row, step=at)
+
+    bar = tqdm(total=config.steps, initial=done, disable=not main, desc="update", dynamic_ncols=True)
+    with bar, _stop_requests(accelerator) as stop_requested:
+        if resume is None:
+            record(0, {})
+        while done < config.steps and not stop_requested():
+            began = time.perf_counter()
+            meter.start_step(profile=profile_every > 0 and done % profile_every == 0)
+            totals: dict[str, float] = {}
+            optimizer.zero_grad(set_to_none=True)
+            for micro_step in range(done * config.accumulate, (done + 1) * config.accumulate):
+                with accelerator.autocast():
+                    loss, metrics = step(batch_at(micro_step))
+                with meter.phase("backward"):
+                    accelerator.backward(loss / config.accumulate)
+                for name, value in {"loss": loss, **metrics}.items():
+                    number = float(value.detach() if isinstance(value, Tensor) else value)
+                    totals[name] = totals.get(name, 0.0) + number / config.accumulate
+            row = _averaged_over_processes(totals, tensors, accelerator)
+            factor = lr_factor(done + 1, config.steps, optim)
+            row["grad_norm"] = float(nn.utils.clip_grad_norm_(tensors, optim.clip or math.inf))
+            row["lr"] = optim.lr * factor
+            _check_finite(row, done + 1)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.step()
+            done += 1
+            if ema and done % config.ema_every == 0:
+                ema.update(done)
+            elapsed += time.perf_counter() - began
+            record(done, {**row, **meter.finish_step(), "elapsed": elapsed})
+            bar.update()
+            if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                save(done)
+                saved = done
+        if done < config.steps:
+            folder = save(done) if saved != done else output_dir
+            accelerator.print(
+                f"\nstopped after update {done} of {config.steps}; the state is saved in {folder}"
+                + (f"\ngo on with: {resume_command}" if resume_command else "")
+            )
+            raise SystemExit(INTERRUPTED)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM within the block into a request, told to every process; a second one kills."""
+    requested = False
+
+    def request(number: int, frame: Any) -> None:
+        nonlocal requested
+        requested = True
+        restore()
+        accelerator.print("\nstopping after the update in progress; once more to stop at once", flush=True)
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def anywhere() -> bool:
+        if accelerator.num_processes == 1:
+            return requested
+        flag = torch.tensor([float(requested)], device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum").item())
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield anywhere
+    finally:
+        restore()
+
+
+def _averaged_over_processes(
+    totals: dict[str, float], tensors: Sequence[nn.Parameter], accelerator: Accelerator
+) -> dict[str, float]:
+    """Average gradients (in place) and metrics over processes; a parameter without gradient counts as zero."""
+    if accelerator.num_processes == 1:
+        return totals
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in tensors]
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
+    for p, part in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
+        p.grad = part.view_as(p)
+    values = torch.tensor(list(totals.values()), device=accelerator.device)
+    return dict(zip(totals, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+
+
+def _check_finite(row: Mapping[str, float], step: int) -> None:
+    """Stop before a non-finite loss or gradient reaches the weights."""
+    if not all(math.isfinite(row[name]) for name in ("loss", "grad_norm")):
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+        raise FloatingPointError(
+            f"update {step} is not finite and was not made: {numbers}. The last checkpoint is unharmed; resume from it "
+            "with a smaller learning rate, a smaller clip, or float32 weights"
+        )

@@ -1,0 +1,196 @@
+"""The policy: an SD3 transformer with a trainable LoRA; its frozen self, the reference, is the same with the LoRA off.
+
+The adapter is peft's, on the eight attention projections of every block (attn2 included), in float32 whatever the
+dtype of the base: in bfloat16 AdamW's updates round away. The base weights stay frozen and may be shared with a reward.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dinalrm_align.config.reward import LoraConfig
+from dinalrm_align.encode import PromptEncoder
+from dinalrm_align.noise import timestep_of
+
+ADAPTER = "policy"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PREFIX = "transformer."
+PROJECTIONS = [
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a batch is conditioned on: B prompts and their embeddings.
+
+    prompts: B strings (a pixel reward and the gold score read these). prompt_embeds (B, L, D), pooled_prompt_embeds
+        (B, P).
+    """
+
+    prompts: Sequence[str]
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+
+    def __post_init__(self) -> None:
+        if not len(self.prompts) == len(self.prompt_embeds) == len(self.pooled_prompt_embeds):
+            raise ValueError(
+                f"one embedding per prompt: got {len(self.prompts)} prompts, {len(self.prompt_embeds)} prompt_embeds, "
+                f"{len(self.pooled_prompt_embeds)} pooled_prompt_embeds"
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @classmethod
+    def encode(cls, encoder: PromptEncoder, prompts: Sequence[str], batch_size: int = 64) -> Self:
+        """Encode any number of prompts; the embeddings end up on the CPU, in the text encoders' dtype."""
+        parts = [encoder(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+        embeds, pooled = (torch.cat([part.cpu() for part in column]) for column in zip(*parts, strict=True))
+        return cls(list(prompts), embeds, pooled)
+
+    def take(self, indices: Sequence[int], device: torch.device | str | None = None) -> Self:
+        """The rows of `indices`, on `device`."""
+        chosen = list(indices)
+        return type(self)(
+            [self.prompts[index] for index in chosen],
+            self.prompt_embeds[chosen].to(device),
+            self.pooled_prompt_embeds[chosen].to(device),
+        )
+
+
+class Policy:
+    """Wraps a transformer, in place: freezes it and adds the adapter "policy". One policy per transformer."""
+
+    def __init__(self, transformer: SD3Transformer2DModel, config: LoraConfig, *, seed: int) -> None:
+        """transformer: on its device and in its dtype. seed: of the initial A; B starts at zero, so that the new policy
+        is the reference exactly. Raises ValueError (peft's) when the transformer has such an adapter already.
+        """
+        self.transformer = transformer.requires_grad_(False)
+        self.config = config
+        lora = PeftLoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            init_lora_weights=True if config.init == "kaiming" else config.init,
+            target_modules=PROJECTIONS,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            transformer.add_adapter(lora, ADAPTER)
+        cast_training_params(transformer, torch.float32)
+        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: Tensor | float,
+        conditions: Conditions,
+        guidance_scale: float = 1.0,
+        negative: Conditions | None = None,
+    ) -> Tensor:
+        """d latents / d sigma at noise level sigma: (B, C, H, W), float32, differentiable in latents and the LoRA.
+
+        latents (B, C, H, W), any dtype; sigma a float or (B,) in [0, 1]. With a guidance_scale g above 1,
+        classifier-free guidance v_negative + g (v - v_negative), both from one forward of 2B with the B `negative`
+        conditions first. Raises ValueError when guidance is asked for without them, or the numbers differ.
+        """
+        guided = guidance_scale > 1
+        if len(latents) != len(conditions) or (guided and (negative is None or len(negative) != len(latents))):
+            raise ValueError(
+                f"got {len(latents)} latents, {len(conditions)} conditions and "
+                f"{'no' if negative is None else len(negative)} negative conditions at guidance_scale "
+                f"{guidance_scale}; expected as many conditions as latents, and as many negative ones when "
+                "guidance_scale is above 1"
+            )
+        prompt_embeds, pooled = conditions.prompt_embeds, conditions.pooled_prompt_embeds
+        timestep = timestep_of(sigma).to(latents.device).expand(len(latents))
+        if guided:
+            latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
+            prompt_embeds = torch.cat([negative.prompt_embeds, prompt_embeds])
+            pooled = torch.cat([negative.pooled_prompt_embeds, pooled])
+        dtype = self.transformer.dtype
+        (velocity,) = self.transformer(
+            hidden_states=latents.to(dtype),
+            timestep=timestep,
+            encoder_hidden_states=prompt_embeds.to(dtype),
+            pooled_projections=pooled.to(dtype),
+            return_dict=False,
+        )
+        velocity = velocity.float()
+        if not guided:
+            return velocity
+        unconditional, conditional = velocity.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within the block `velocity` is the frozen base model's, without gradient; afterwards all is as it was.
+
+        peft switches `requires_grad` along with an adapter; the flags are put back.
+        """
+        layers = [module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer)]
+        flags = [(p, p.requires_grad) for p in self.transformer.parameters()]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute every block in the backward pass (non-reentrant) instead of keeping its activations."""
+        self.transformer.enable_gradient_checkpointing()
+
+    def save_lora(self, folder: Path) -> None:
+        """Write folder/pytorch_lora_weights.safetensors, which `StableDiffusion3Pipeline.load_lora_weights` reads
+        back to
+        identical outputs: alpha travels in the file's metadata, without which it would be taken for the rank.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = f".writing_{LORA_FILE}"
+        StableDiffusion3Pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
+            transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
+            weight_name=temporary,
+        )
+        os.replace(folder / temporary, folder / LORA_FILE)
+
+    def load_lora(self, folder: Path) -> None:
+        """Take the weights that `save_lora` wrote. Raises ValueError for another rank or alpha, and for missing or
+        unexpected tensors."""
+        path = folder / LORA_FILE
+        with safe_open(path, framework="pt") as file:
+            saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        got = metadata.get(f"{PREFIX}r"), metadata.get(f"{PREFIX}lora_alpha")
+        if got != (self.config.rank, self.config.alpha):
+            raise ValueError(
+                f"{path}: got rank and alpha {got}; expected {(self.config.rank, self.config.alpha)}, this policy's"
+            )
+        expected = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
+        differing = sorted(expected.keys() ^ saved.keys())
+        if differing:
+            raise ValueError(f"{path} does not fit this transformer: {len(differing)} tensors differ: {differing[:4]}")
+        set_peft_model_state_dict(self.transformer, saved, adapter_name=ADAPTER)

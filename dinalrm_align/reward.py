@@ -1,0 +1,265 @@
+"""LatentReward: a frozen, differentiable score of latents against prompts. The public face of the package.
+
+    reward = LatentReward.from_pretrained("liuhuohuo/DiNa-LRM-SD35M-12layers", pipeline=pipeline)
+    score = reward(latents, prompts)            # (B,) float32, higher is better; gradients reach the latents
+
+score = raw * score_scale + score_bias, with the checkpoint's own scale and bias.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dinalrm_align import inputs
+from dinalrm_align.backbones.sd3 import SD3Trunk, load_transformer
+from dinalrm_align.checkpoint import base_location, fetch, load_tensors, read_checkpoint, relocated, save_checkpoint
+from dinalrm_align.config.reward import RewardConfig
+from dinalrm_align.encode import PromptEncoder, encode_images, load_vae
+from dinalrm_align.model import RewardModel, build_reward_model
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from PIL.Image import Image
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LatentReward(nn.Module):
+    """A frozen reward over scaled latents. Load one with `from_pretrained`.
+
+    Its parameters take no gradient and it stays in evaluation mode; gradients flow to the latents. Text encoders and
+    VAE are no part of the module: they are borrowed from a pipeline, or loaded when prompts or pictures need them.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        *,
+        encoder: PromptEncoder,
+        vae: "AutoencoderKL | None" = None,
+        folder: Path = Path(),
+        local_files_only: bool = False,
+    ) -> None:
+        """model: frozen (`RewardModel.freeze`). folder: of the checkpoint; a relative base_model_id starts there."""
+        super().__init__()
+        self.model = model
+        self.encoder = encoder
+        self._borrowed = {"vae": vae}  # in a dict, so that the module does not own it
+        self._folder = folder
+        self._local_files_only = local_files_only
+        self._warned = False
+        self.eval()
+
+    @property
+    def config(self) -> RewardConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.trunk.device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        transformer: "SD3Transformer2DModel | str | Path | None" = None,
+        pipeline: "StableDiffusion3Pipeline | None" = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        share_weights: bool = True,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> "LatentReward":
+        """Load a reward in our layout or in DiNa-LRM's released one.
+
+        Args:
+            source: a hub id (with `revision`) or a folder.
+            transformer: a frozen SD3Transformer2DModel to share weights with, or where to load one. Default: the
+                pipeline's, else the base model that the checkpoint names.
+            pipeline: to borrow text encoders, VAE and (by default) the transformer from.
+            device, dtype: of the backbone; a shared transformer keeps its own and must agree. Default: the
+                transformer's, or the CPU and the config's dtype when the transformer is loaded here.
+            share_weights: read with the given transformer's own weights; False: with a private copy, LoRA merged in.
+            local_files_only: never ask the hub.
+
+        Raises ValueError when tensors are missing, unexpected or of another shape, when the base model does not fit,
+        and when the weights to be shared are trained.
+        """
+        checkpoint = read_checkpoint(fetch(source, revision=revision, local_files_only=local_files_only))
+        config = checkpoint.config
+        base = base_location(config.base_model_id, checkpoint.folder)
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype: got {dtype!r}; known: {', '.join(DTYPES)}")
+            dtype = DTYPES[dtype]
+        if transformer is None and pipeline is not None:
+            transformer = pipeline.transformer
+        loaded_here = transformer is None or isinstance(transformer, str | Path)
+        if loaded_here:
+            transformer = load_transformer(
+                base if transformer is None else transformer,
+                dtype=dtype or DTYPES[config.dtype],
+                local_files_only=local_files_only,
+            ).to(device or "cpu")
+        share = config.tuning != "full" and (share_weights or loaded_here)
+        model = build_reward_model(config, transformer, share_weights=share)
+        load_tensors(model.tuned_tensors(), checkpoint.tensors, checkpoint.where)
+        if loaded_here:
+            model.trunk.shared = ()  # nobody else holds these weights
+        elif share:
+            _check_place(model.trunk, device, dtype)
+        if not share and device is not None:
+            model.to(device)
+        model.freeze(merge=not share_weights and config.tuning == "lora", dtype=dtype)
+        encoder = PromptEncoder(
+            base if pipeline is None else pipeline,
+            text_length=config.text_length,
+            device=model.trunk.device,
+            dtype=model.trunk.dtype,
+            local_files_only=local_files_only,
+        )
+        return cls(
+            model,
+            encoder=encoder,
+            vae=None if pipeline is None else pipeline.vae,
+            folder=checkpoint.folder,
+            local_files_only=local_files_only,
+        )
+
+    def forward(
+        self,
+        latents: Tensor,
+        prompts: Sequence[str] | str | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        sigma: float | Tensor | Sequence[float] | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The score of each sample, (B,) float32, higher is better, differentiable in the latents.
+
+        Args:
+            latents: (B, C, H, W), scaled and clean, on the reward's device; any floating dtype.
+            prompts: B strings (each encoded once, then cached); or instead of them
+            prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P); no text encoder is touched then.
+            sigma: noise level in [0, 1]; (B,), one per sample; or a list of levels, the multi-noise ensemble. Default:
+                the config's.
+            noise: (B, C, H, W) standard normal, or (K, B, C, H, W), one per level; or
+            generator: to draw it from, on the generator's device, so that a seed means the same score everywhere.
+                With neither, every call draws new noise.
+
+        Raises ValueError or TypeError for input that cannot be scored as meant (see `inputs`).
+        """
+        raw = self.raw(latents, prompts, prompt_embeds, pooled_prompt_embeds, sigma, noise, generator)
+        return raw * self.config.score_scale + self.config.score_bias
+
+    def raw(
+        self,
+        latents: Tensor,
+        prompts: Sequence[str] | str | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        sigma: float | Tensor | Sequence[float] | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The head's own number, before the checkpoint's scale and bias; arguments as `forward`."""
+        trunk = self.model.trunk
+        trunk.check_shared_frozen()
+        head_device = self.model.head.query_tokens.device
+        if head_device != self.device:
+            raise ValueError(
+                f"the backbone's weights are on {self.device}, the reward's head is on {head_device}: the transformer "
+                "was moved after the reward was built on it; move it first, build the reward after"
+            )
+        inputs.check_latents(latents, trunk, self.device)
+        inputs.check_finite("latents", latents)
+        inputs.check_text_choice(prompts, prompt_embeds, pooled_prompt_embeds)
+        batch = latents.shape[0]
+        sigma = inputs.check_sigma(self.config.sigma if sigma is None else sigma, batch)
+        noise = inputs.draw_noise(latents, noise, generator, len(sigma) if isinstance(sigma, tuple) else 1)
+        self._warn_once(latents)
+        if prompts is not None:
+            prompt_embeds, pooled_prompt_embeds = self.encoder(inputs.check_prompts(prompts, batch))
+        inputs.check_embeds(prompt_embeds, pooled_prompt_embeds, trunk, batch)
+        return self.model(
+            latents, prompt_embeds.to(self.device), pooled_prompt_embeds.to(self.device), sigma=sigma, noise=noise
+        )
+
+    @torch.no_grad()
+    def score_images(
+        self,
+        images: "Tensor | Sequence[Image] | Image",
+        prompts: Sequence[str] | str | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        sigma: float | Tensor | Sequence[float] | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Scores (B,) of PIL pictures of one size or of (B, 3, H, W) in [0, 1], encoded with the VAE; no gradient.
+
+        sigma defaults to the config's `image_sigma`, or its `sigma` where that is None; the rest as `forward`. Raises
+        ValueError when the VAE's scaling is not the one this reward was trained with.
+        """
+        latents = encode_images(self._vae(), images).to(self.device)
+        if sigma is None:
+            sigma = self.config.sigma if self.config.image_sigma is None else self.config.image_sigma
+        return self(latents, prompts, prompt_embeds, pooled_prompt_embeds, sigma, noise, generator)
+
+    def save_pretrained(self, directory: str | Path, format: str = "dinalrm") -> None:
+        """Write the reward, in our layout (`dinalrm`) or DiNa-LRM's (`released`). A relative base_model_id is rewritten
+        so that it names the same base model from the new folder.
+        """
+        base_model_id = relocated(self.config.base_model_id, self._folder, Path(directory))
+        config = dataclasses.replace(self.config, base_model_id=base_model_id)
+        save_checkpoint(directory, config, self.model.tuned_tensors(), format=format)
+
+    def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
+        """Recompute the backbone's blocks in the backward pass: less memory, about a third more time."""
+        self.model.enable_gradient_checkpointing(use_reentrant)
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.model.disable_gradient_checkpointing()
+
+    def train(self, mode: bool = True) -> "LatentReward":
+        """Stay in evaluation mode: a reward with dropout would not be the same twice."""
+        return super().train(False)
+
+    def _vae(self) -> "AutoencoderKL":
+        if self._borrowed["vae"] is None:
+            base = base_location(self.config.base_model_id, self._folder)
+            self._borrowed["vae"] = load_vae(base, device=self.device, local_files_only=self._local_files_only)
+        vae = self._borrowed["vae"]
+        got = (vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+        expected = (self.config.vae_scaling_factor, self.config.vae_shift_factor)
+        if max(abs(a - b) for a, b in zip(got, expected, strict=True)) > 1e-6:
+            raise ValueError(
+                f"the VAE scales latents by (scaling_factor, shift_factor) = {got}, this reward was trained with "
+                f"{expected}; use the VAE of its base model {self.config.base_model_id}"
+            )
+        return vae
+
+    def _warn_once(self, latents: Tensor) -> None:
+        if not self._warned:
+            message = inputs.statistics_warning(latents, self.config.vae_scaling_factor)
+            if message:
+                self._warned = True
+                warnings.warn(f"{message} (said once)", stacklevel=4)
+
+
+def _check_place(trunk: SD3Trunk, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    """ValueError when sharing is asked for at another device or dtype than the transformer's."""
+    here = (trunk.device, trunk.dtype)
+    wanted = (here[0] if device is None else torch.device(device), here[1] if dtype is None else dtype)
+    if wanted[0].type != here[0].type or wanted[0].index not in (None, here[0].index) or wanted[1] != here[1]:
+        raise ValueError(
+            f"the reward is to share the weights of a transformer on {here[0]} in {here[1]}, but {wanted[0]} in "
+            f"{wanted[1]} was asked for; convert the transformer first, leave device and dtype out, or use "
+            "share_weights=False"
+        )

@@ -1,0 +1,166 @@
+"""The embedded world's oracle: scores a picture against its caption from pixels alone.
+
+    score = 2 F + A (0.25 + 0.75 F),   F faithfulness and A aesthetics, both in [0, 1]
+
+so that a perfect picture scores 3 and beauty counts little where the caption is not met. F multiplies how well the asked
+objects are found (shape, colour, size) by factors for relation, background and number of objects; A is the mean of
+sharpness, contrast and centring. No model of the world is trained on these numbers except through preference labels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from dinalrm_align.shapes.render import AREA_PER_RADIUS2, SIZE, Mark, coverage
+from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Item, Scene, parse_caption
+
+PARTS = ("faithfulness", "aesthetics", "objects", "relation", "background", "count", "sharpness", "contrast", "centring")
+MIN_AREA = 30
+SIZE_BOUNDARY = 9.75
+"""Radius in pixels that separates small from large."""
+_COLOUR_NAMES = tuple(COLOURS)
+_COLOUR_VALUES = np.array(list(COLOURS.values()))
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object seen in a picture."""
+
+    colour: str
+    x: float
+    y: float
+    area: float
+    overlap: dict[str, float]
+    """Shape -> intersection over union with that shape at the same centroid and area."""
+    box: tuple[float, float, float, float]
+    strength: float
+    """Distance of its colour from the background's, as a share of the full one; 1 is full contrast."""
+    edge: float
+    """Width of its outline's ramp in pixels."""
+
+
+def oracle_score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """images (B, 3, 64, 64) in [0, 1], B captions -> (B,) float32 in [0, 3]; higher is better."""
+    parts = oracle_parts(images, prompts)
+    faithfulness, aesthetics = parts["faithfulness"], parts["aesthetics"]
+    return 2 * faithfulness + aesthetics * (0.25 + 0.75 * faithfulness)
+
+
+def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """What the score is made of: a dict of the PARTS, each (B,) float32 in [0, 1].
+
+    Raises ValueError for pictures of another size, another number of captions, or text outside the world's grammar.
+    """
+    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"pictures of the embedded world are (B, 3, {SIZE}, {SIZE}): got {tuple(images.shape)}")
+    if len(prompts) != len(images):
+        raise ValueError(f"one caption per picture: got {len(images)} pictures, {len(prompts)} captions")
+    pixels = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    rows = [_judge(picture, parse_caption(prompt)) for picture, prompt in zip(pixels, prompts)]
+    return {part: torch.tensor([row[part] for row in rows], dtype=torch.float32) for part in PARTS}
+
+
+def _judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
+    ground, background = _background(picture)
+    found = find_objects(picture, ground, background)
+    wanted, fit = list(scene.items), np.zeros(0)
+    places: list[Found] = []
+    if found:
+        table = np.array([[_match(item, seen) for seen in found] for item in wanted])
+        slots = range(max(len(found), len(wanted)))
+        table = np.pad(table, ((0, 0), (0, len(slots) - len(found))))
+        best = max(
+            itertools.permutations(slots, len(wanted)), key=lambda order: sum(table[i, j] for i, j in enumerate(order))
+        )
+        fit = np.array([table[i, j] for i, j in enumerate(best)])
+        places = [found[j] for j in best if j < len(found)]
+    objects = float(fit.sum() / len(wanted))
+    relation = 1.0
+    if scene.relation:
+        relation = _relation(places, scene.relation) if len(places) == 2 else 0.0
+    nominal = np.array(BACKGROUNDS[scene.background])
+    on_ground = float(np.clip(1.5 - np.abs(ground - nominal).max() / 0.15, 0, 1)) if background == scene.background else 0.0
+    count = max(0.0, 1 - abs(len(found) - len(wanted)) / len(wanted))
+    faithfulness = objects * (0.5 + 0.5 * relation) * (0.5 + 0.5 * on_ground) * (0.5 + 0.5 * count)
+    sharpness = contrast = centring = 0.0
+    if found:
+        sharpness = float(np.mean([np.clip((7.0 - seen.edge) / 5.5, 0, 1) for seen in found]))
+        contrast = float(np.mean([np.clip((seen.strength - 0.3) / 0.65, 0, 1) for seen in found]))
+        boxes = np.array([seen.box for seen in found])
+        middle = (boxes[:, :2].min(0) + boxes[:, 2:].max(0)) / 2
+        centring = float(np.clip(1 - (np.hypot(*(middle - SIZE / 2)) - 0.7) / 12, 0, 1))
+    aesthetics = (sharpness + contrast + centring) / 3
+    return dict(
+        faithfulness=faithfulness, aesthetics=aesthetics, objects=objects, relation=relation, background=on_ground,
+        count=count, sharpness=sharpness, contrast=contrast, centring=centring,
+    )  # fmt: skip
+
+
+def _background(picture: np.ndarray) -> tuple[np.ndarray, str]:
+    """The border's median colour, and the name of the nearest background."""
+    border = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)])  # fmt: skip
+    ground = np.median(border, axis=0)
+    return ground, min(BACKGROUNDS, key=lambda name: np.abs(ground - np.array(BACKGROUNDS[name])).sum())
+
+
+def find_objects(picture: np.ndarray, ground: np.ndarray, background: str) -> list[Found]:
+    """The coloured objects of a picture (64, 64, 3), at most the six largest.
+
+    A pixel belongs to the colour whose direction from the background it shares, so fading and soft edges do not change it.
+    """
+    difference = picture - ground
+    distance = np.linalg.norm(difference, axis=-1)
+    directions = _COLOUR_VALUES - np.array(BACKGROUNDS[background])
+    lengths = np.linalg.norm(directions, axis=-1)
+    nearest = (difference @ (directions / lengths[:, None]).T).argmax(-1)
+    visible = distance > max(0.07, 0.3 * distance.max())
+    found = []
+    for index in np.unique(nearest[visible]):
+        labels, number = ndimage.label(visible & (nearest == index))
+        for label in range(1, number + 1):
+            region = labels == label
+            if region.sum() < MIN_AREA:
+                continue
+            peak = np.quantile(distance[region], 0.8)
+            alpha = np.where(ndimage.binary_dilation(region, iterations=4), distance / peak, 0)
+            mask = region & (alpha > 0.5)
+            if mask.sum() < MIN_AREA:
+                continue
+            found.append(_measure(mask, alpha, _COLOUR_NAMES[index], peak / lengths[index]))
+    return sorted(found, key=lambda seen: -seen.area)[:6]
+
+
+def _measure(mask: np.ndarray, alpha: np.ndarray, colour: str, strength: float) -> Found:
+    rows, columns = np.nonzero(mask)
+    x, y, area = columns.mean() + 0.5, rows.mean() + 0.5, float(mask.sum())
+    overlap = {}
+    for shape in SHAPES:
+        template = coverage(Mark(shape, colour, x, y, float(np.sqrt(area / AREA_PER_RADIUS2[shape])))) > 0.5
+        overlap[shape] = float((template & mask).sum() / max(1, (template | mask).sum()))
+    outline = (mask & ~ndimage.binary_erosion(mask)).sum()
+    ramp = ((alpha > 0.15) & (alpha < 0.85)).sum()
+    box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    return Found(colour, x, y, area, overlap, box, float(strength), float(ramp / (0.7 * outline)))
+
+
+def _match(item: Item, seen: Found) -> float:
+    """How well one seen object is one asked item, in [0, 1]."""
+    other = max(overlap for shape, overlap in seen.overlap.items() if shape != item.shape)
+    own = seen.overlap[item.shape]
+    shape = float(np.clip(0.5 + (own - other) / 0.08, 0, 1) * np.clip((own - 0.5) / 0.3, 0, 1))
+    radius = np.sqrt(seen.area / AREA_PER_RADIUS2[item.shape])
+    above = np.clip(0.5 + (radius - SIZE_BOUNDARY) / 2.0, 0, 1)
+    size = float(above if item.size == "large" else 1 - above)
+    return 0.4 * shape + 0.4 * float(seen.colour == item.colour) + 0.2 * size
+
+
+def _relation(places: list[Found], relation: str) -> float:
+    offset = np.array([places[0].x - places[1].x, places[0].y - places[1].y])
+    along = offset @ np.array(RELATIONS[relation])
+    across = np.abs(offset @ np.array(RELATIONS[relation])[::-1])
+    return float(np.clip(0.5 + (along - across) / 6.0, 0, 1))

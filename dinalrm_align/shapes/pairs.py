@@ -1,0 +1,148 @@
+"""Preference pairs of the embedded world, written as any other data set of pre-encoded pairs.
+
+Training pairs are lists of pictures of one training caption: renders with and without a spoiled concept, and the base
+model's own samples. A rater compares two pictures by the oracle's score plus Gaussian noise (Thurstone), so labels err
+where pictures are close. Concept pairs are for measuring: held-out captions, two renders that differ in one concept,
+labels without noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dinalrm_align.config.shapes import PairsConfig
+from dinalrm_align.data.latent_pairs import LatentPairsWriter
+from dinalrm_align.data.pairs import PairManifest
+from dinalrm_align.encode import PromptEncoder, decode_latents, encode_images
+from dinalrm_align.shapes.oracle import oracle_score
+from dinalrm_align.shapes.render import (
+    AESTHETICS, CONCEPTS, Drawing, concepts_of, draw_nuisance, lay_out, render, spoil_nuisance, spoil_scene,
+)  # fmt: skip
+from dinalrm_align.shapes.scene import Scene, draw_scenes
+
+CHUNK = 32
+"""Groups encoded or sampled at once."""
+
+
+def write_training_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
+    """Write `config.groups` lists of training captions for `LatentPairs`. Raises FileExistsError if they are there."""
+    rng = np.random.default_rng((config.seed, 0))
+    encoder = _prompt_encoder(pipeline)
+    sampled = int(config.groups * config.sampled_share)
+    sizes = [min(CHUNK, config.groups - start) for start in range(0, config.groups, CHUNK)]
+    with LatentPairsWriter(directory, _manifest(pipeline, encoder)) as writer:
+        written = 0
+        for size in tqdm(sizes, desc="preference pairs", unit=f" {CHUNK} captions"):
+            scenes = draw_scenes(size, rng)
+            if written < sampled:
+                latents = _sample(pipeline, encoder, scenes, config.pictures, rng)
+                pictures = decode_latents(pipeline.vae, latents)
+            else:
+                drawings = [draw for scene in scenes for draw in _draw_list(scene, config, rng)]
+                pictures = render(drawings)
+                latents = encode_images(pipeline.vae, pictures)
+            captions = [scene.caption for scene in scenes for _ in range(config.pictures)]
+            scores = oracle_score(pictures, captions).view(size, config.pictures)
+            embeds, pooled = encoder([scene.caption for scene in scenes])
+            for row, scene in enumerate(scenes):
+                chosen, rejected = zip(*_compare(scores[row].numpy(), config.rater_noise, rng))
+                writer.add(
+                    scene.caption, latents.view(size, config.pictures, *latents.shape[1:])[row].half(),
+                    prompt_embeds=embeds[row], pooled_prompt_embeds=pooled[row], chosen=chosen, rejected=rejected,
+                )  # fmt: skip
+            written += size
+
+
+def write_concept_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, per_concept: int, seed: int) -> None:
+    """Write `per_concept` pairs for each of CONCEPTS: held-out captions, the better picture by the oracle is chosen."""
+    rng = np.random.default_rng((seed, 1))
+    encoder = _prompt_encoder(pipeline)
+    with LatentPairsWriter(directory, _manifest(pipeline, encoder)) as writer:
+        for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
+            pairs = list(itertools.islice(_concept_pairs(concept, rng), per_concept))
+            captions = [caption for caption, _ in pairs]
+            embeds, pooled = encoder(captions)
+            pictures = torch.cat([picture for _, picture in pairs])
+            latents = torch.cat([encode_images(pipeline.vae, chunk) for chunk in pictures.split(2 * CHUNK)]).half()
+            for row, caption in enumerate(captions):
+                writer.add(
+                    caption, latents[2 * row : 2 * row + 2], prompt_embeds=embeds[row],
+                    pooled_prompt_embeds=pooled[row], concepts=[concept],
+                )  # fmt: skip
+
+
+def _concept_pairs(concept: str, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
+    """Captions with pictures (2, 3, 64, 64), the better first by the oracle."""
+    while True:
+        scene = draw_scenes(1, rng, held_out=True)[0]
+        if concept not in concepts_of(scene):
+            continue
+        nuisance = draw_nuisance(rng)
+        good = lay_out(scene, nuisance, rng)
+        if concept in AESTHETICS:
+            bad = lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng)
+        else:
+            bad = lay_out(spoil_scene(scene, concept, rng), nuisance, rng)
+        pictures = render([good, bad])
+        scores = oracle_score(pictures, [scene.caption] * 2)
+        if scores[0] > scores[1]:  # a nuisance can leave no difference, at the picture's edge for instance
+            yield scene.caption, pictures
+
+
+def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> list[Drawing]:
+    """Renders of one scene under one nuisance: some faithful, the rest with one concept spoiled, all equally often."""
+    nuisance, drawings = draw_nuisance(rng), []
+    for _ in range(config.pictures):
+        concept = str(rng.choice(concepts_of(scene)))
+        if rng.random() < config.faithful_share:
+            drawings.append(lay_out(scene, draw_nuisance(rng), rng))
+        elif concept in AESTHETICS:
+            drawings.append(lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng))
+        else:
+            drawings.append(lay_out(spoil_scene(scene, concept, rng), nuisance, rng))
+    return drawings
+
+
+def _compare(scores: np.ndarray, noise: float, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """All pairs of a list as (chosen, rejected), each judged once by scores with fresh Gaussian errors."""
+    pairs = []
+    for i, j in itertools.combinations(range(len(scores)), 2):
+        first = scores[i] + noise * rng.standard_normal() > scores[j] + noise * rng.standard_normal()
+        pairs.append((i, j) if first else (j, i))
+    return pairs
+
+
+def _sample(
+    pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, scenes: list[Scene], pictures: int, rng
+) -> Tensor:
+    """The base model's own latents, (len(scenes) * pictures, C, H, W) scaled, at a random guidance and step count."""
+    embeds, pooled = encoder([scene.caption for scene in scenes])
+    empty, empty_pooled = encoder([""])
+    number = len(scenes) * pictures
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt_embeds=embeds.repeat_interleave(pictures, 0),
+        pooled_prompt_embeds=pooled.repeat_interleave(pictures, 0),
+        negative_prompt_embeds=empty.expand(number, -1, -1),
+        negative_pooled_prompt_embeds=empty_pooled.expand(number, -1),
+        height=pipeline.vae.config.sample_size, width=pipeline.vae.config.sample_size,
+        num_inference_steps=int(rng.integers(6, 16)), guidance_scale=float(rng.uniform(1.0, 5.0)),
+        generator=torch.Generator().manual_seed(int(rng.integers(2**31))), output_type="latent",
+    ).images  # fmt: skip
+
+
+def _prompt_encoder(pipeline: StableDiffusion3Pipeline) -> PromptEncoder:
+    return PromptEncoder(pipeline, text_length=pipeline.tokenizer_3.model_max_length)
+
+
+def _manifest(pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder) -> PairManifest:
+    vae = pipeline.vae.config
+    return PairManifest(vae.scaling_factor, vae.shift_factor, encoder.text_length)

@@ -1,0 +1,176 @@
+"""Train a DiNa-LRM (arXiv 2602.11146): a reward that reads noised latents with the first blocks of a diffusion model.
+
+    python recipes/train_reward.py                                        # the embedded world, on pairs it makes itself
+    python recipes/train_reward.py --model sd35 --pairs DIR               # the paper's recipe (train_reward_sd35.yaml)
+
+One update: pictures of a prompt share one noise and one noise level sigma; all of them, chosen and rejected, go through
+the backbone in ONE forward; the gap of two scores becomes a probability under a rater whose variance grows with sigma,
+and one minus the square root of the probability of what was preferred is the loss. LoRA and head are trained.
+
+Differences from the released code: the moving average of the weights really runs, and is what is evaluated and saved;
+runs resume; text is encoded once, beforehand; noise is a function of seed and step.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinalrm_align.config.command import parse, refuse
+from dinalrm_align.config.train_reward import TrainRewardRun
+from dinalrm_align.models import ModelSpec, resolve_model
+
+HERE = Path(__file__).parent
+
+
+def settings(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, str]:
+    """The run's settings, the same as YAML, the model, and why that one.
+
+    Beneath what is typed lie the settings of the run to resume; or, without a --config, those of the model's kind.
+    """
+    config, text = parse(TrainRewardRun, __doc__, argv)
+    try:
+        if config.resume:
+            from dinalrm_align.resume import checkpoint_to_resume, run_of
+
+            beneath = run_of(checkpoint_to_resume(Path(config.resume))) / "config.yaml"
+            config, text = parse(TrainRewardRun, __doc__, argv, beneath=[beneath])
+        elif not any(word.split("=")[0] == "--config" for word in argv):
+            beneath = HERE / f"train_reward_{resolve_model(config.model)[0].kind}.yaml"
+            config, text = parse(TrainRewardRun, __doc__, argv, beneath=[beneath])
+        spec, reason = resolve_model(config.model)
+    except ValueError as error:
+        refuse(str(error))
+    if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        refuse("--tracker wandb needs the package wandb: pip install 'dinalrm-align[wandb]'")
+    if config.pairs is None and spec.kind != "shapes":
+        refuse(f"{spec.name} has no pairs of its own: pass --pairs with a directory of latents or a jsonl of pictures")
+    return config, text, spec, reason
+
+
+def make_shapes_pairs(config: TrainRewardRun, spec: ModelSpec, directory: Path) -> None:
+    """Let the embedded world write pairs to train on and pairs to be judged by, unless they are there."""
+    from diffusers import StableDiffusion3Pipeline
+
+    from dinalrm_align.shapes.pairs import write_concept_pairs, write_training_pairs
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline, local_files_only=True)
+    if not (directory / "train" / "index.json").exists():
+        write_training_pairs(directory / "train", pipeline, config.shapes_pairs)
+    if not (directory / "concepts" / "index.json").exists():
+        made = config.shapes_pairs
+        write_concept_pairs(directory / "concepts", pipeline, made.per_concept, made.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, text, spec, reason = settings(sys.argv[1:] if argv is None else list(argv))
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import gather_object
+    from diffusers import AutoencoderKL
+
+    from dinalrm_align.backbones.sd3 import load_transformer
+    from dinalrm_align.benchmarks.pairwise import merge, metrics, pairwise_tallies, write_report
+    from dinalrm_align.checkpoint import save_checkpoint
+    from dinalrm_align.data.source import open_pairs
+    from dinalrm_align.loop import Hook, adamw, fit
+    from dinalrm_align.model import build_reward_model
+    from dinalrm_align.noise import seeded_generator
+    from dinalrm_align.preference import NoisedPairs, draw_levels, preference_step, score_batch
+    from dinalrm_align.resume import checkpoint_to_resume, run_of, write_atomically
+
+    # ------------------------------------------------------------------------------------- where: device and folder
+    on_gpu = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+    dtype = (spec.dtype if on_gpu else "float32") if config.dtype == "auto" else config.dtype
+    resume = checkpoint_to_resume(Path(config.resume)) if config.resume else None
+    run = run_of(resume) if resume else Path(config.output_dir or f"runs/train_reward_{spec.kind}_seed{config.seed}")
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision="bf16" if on_gpu and dtype != "float32" else "no",
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=run,
+    )
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    accelerator.print(f"{reason}\nrun {run} on {device}, base weights in {dtype}")
+    if accelerator.is_main_process:
+        write_atomically(run / "config.yaml", text)
+    if config.tracker != "none":
+        accelerator.init_trackers("train_reward", config={"settings": text})
+
+    # ---------------------------------------------------------------------- what: pairs, and a reward to train on them
+    vae = AutoencoderKL.load_config(spec.pipeline, subfolder="vae")
+    reward = dataclasses.replace(
+        config.reward,
+        base_model_id=spec.pipeline,
+        vae_scaling_factor=vae["scaling_factor"],
+        vae_shift_factor=vae["shift_factor"],
+    )
+    train_path, validation_path = config.pairs, config.validation_pairs
+    if train_path is None:
+        if accelerator.is_main_process:
+            make_shapes_pairs(config, spec, run / "pairs")
+        accelerator.wait_for_everyone()
+        train_path, validation_path = run / "pairs" / "train", validation_path or run / "pairs" / "concepts"
+    size = (config.height or spec.height, config.width or spec.width)
+    options = dict(size=size, device=device, batch_size=config.batch_size, seed=config.seed)
+    held_out = 0 if validation_path else config.held_out_prompts
+    pairs = open_pairs(train_path, reward, held_out_prompts=held_out, **options)
+    judged = open_pairs(validation_path, reward, **options).in_order() if validation_path else pairs.validation()
+
+    transformer = load_transformer(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
+    model = build_reward_model(reward, transformer, seed=config.seed)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    of_head = {name: p for name, p in parameters.items() if name.startswith("head.")}
+    of_lora = [p for name, p in parameters.items() if name not in of_head]
+    lora_lr = config.optim.lr if config.lora_lr is None else config.lora_lr
+    groups = [{"params": list(of_head.values())}] + ([{"params": of_lora, "lr": lora_lr}] if of_lora else [])
+
+    # ------------------------------------------------------------------------------------------------- how: one update
+    def batch_at(micro_step: int) -> NoisedPairs:
+        batch = pairs.batch_at(micro_step, rank, world).to(device)
+        return draw_levels(batch, config.train_sigma, seeded_generator(config.seed, micro_step, rank))
+
+    def step(drawn: NoisedPairs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return preference_step(model.train(), drawn, config.loss)
+
+    def evaluate(at: int) -> dict[str, float]:
+        """Accuracy on the held-out pairs: accuracy.json, per_concept.md, accuracy_vs_sigma.png."""
+        model.eval()
+        with accelerator.autocast():
+            part = pairwise_tallies(
+                lambda batch, level, noise: score_batch(model, batch, level, noise),
+                judged, config.accuracy.levels(), seed=config.accuracy.seed, rank=rank, world=world,
+            )  # fmt: skip
+        tallies = merge(gather_object([part]))
+        if accelerator.is_main_process:
+            write_report(tallies, run, title=f"update {at}")
+        return metrics(tallies)
+
+    def export(at: int) -> None:
+        if accelerator.is_main_process:
+            save_checkpoint(run / "reward", reward, model.tuned_tensors())
+
+    fit(
+        config.loop,
+        config.optim,
+        parameters=parameters,
+        optimizer=adamw(groups, config.optim),
+        batch_at=batch_at,
+        step=step,
+        accelerator=accelerator,
+        output_dir=run,
+        hooks=[Hook(config.accuracy.every, evaluate), Hook(0, export, at_start=False)],
+        resume=resume,
+        resume_command=f"python recipes/train_reward.py --resume {run}",
+        shown=("loss", "train_accuracy", "grad_norm"),
+    )
+    accelerator.end_training()
+    accelerator.print(f"the reward is in {run / 'reward'}, its accuracy in {run / 'per_concept.md'}")
+
+
+if __name__ == "__main__":
+    main()

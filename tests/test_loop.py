@@ -1,0 +1,259 @@
+"""The loop on a model of nine numbers: exact resume, accumulation, averaging, guards, interruption."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dinalrm_align.config.loop import LoopConfig, OptimConfig
+from dinalrm_align.loop import Ema, Hook, adamw, fit, lr_factor
+from dinalrm_align.resume import MetricsLog, checkpoint_to_resume, latest_checkpoint, read_metrics, save_checkpoint
+
+
+def toy() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(size, generator=generator)) for name, size in (("a", (2, 4)), ("b", (1,)))}
+
+
+def run(
+    folder: Path,
+    *,
+    steps: int = 6,
+    batch_size: int = 4,
+    stochastic: bool = True,
+    resume: Path | None = None,
+    hooks: tuple[Hook, ...] = (),
+    poison_at: int = -1,
+    optim: OptimConfig | None = None,
+    **loop: float,
+) -> dict[str, nn.Parameter]:
+    """Regression of 16 fixed rows, `batch_size` a micro-step; stochastic adds noise from every global generator."""
+    parameters = toy()
+    optim = optim or OptimConfig(lr=0.05)
+    data = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+
+    def batch_at(micro_step: int) -> Tensor:
+        return data[(micro_step * batch_size + torch.arange(batch_size)) % len(data)]
+
+    def step(batch: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
+        noise = (torch.randn(2) + np.random.randn()) * stochastic
+        loss = ((batch @ parameters["a"].T + parameters["b"] - 1 + noise) ** 2).mean()
+        steps_made.append(1)
+        return (loss * math.nan if len(steps_made) == poison_at else loss), {"norm": parameters["a"].norm()}
+
+    steps_made: list[int] = []
+    fit(
+        LoopConfig(**{"steps": steps, "ema_decay": 0.5, "checkpoint_every": 2, **loop}),
+        optim,
+        parameters=parameters,
+        optimizer=adamw([{"params": list(parameters.values())}], optim),
+        batch_at=batch_at,
+        step=step,
+        accelerator=Accelerator(cpu=True),
+        output_dir=folder,
+        hooks=hooks,
+        resume=resume,
+        resume_command="python train.py --resume here",
+    )
+    return parameters
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "elapsed"))} for row in rows]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    optim = OptimConfig(lr=0.05, schedule="cosine", warmup_steps=2)
+    whole = run(tmp_path / "whole", optim=optim)
+    first = latest_checkpoint(tmp_path / "whole").with_name("step_000004")
+    torch.manual_seed(99)  # whatever happened in between must not matter
+    np.random.seed(99)
+    again = run(tmp_path / "whole", optim=optim, resume=first)
+    for name in whole:
+        assert torch.equal(whole[name], again[name])
+    other = run(tmp_path / "other", optim=optim)
+    assert not torch.equal(whole["a"], other["a"])  # the noise did depend on the global generators
+
+
+def test_resume_rewrites_the_metrics_after_the_checkpoint(tmp_path):
+    run(tmp_path)
+    before = without_times(read_metrics(tmp_path / "metrics.jsonl"))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # a line cut short by a crash
+    run(tmp_path, resume=tmp_path / "checkpoints" / "step_000004")
+    assert without_times(read_metrics(tmp_path / "metrics.jsonl")) == before
+    assert [row["step"] for row in before] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        MetricsLog(tmp_path / "metrics.jsonl", last_step=3)
+
+
+def test_accumulating_four_times_one_is_one_times_four(tmp_path):
+    four = run(tmp_path / "four", batch_size=1, accumulate=4, stochastic=False)
+    one = run(tmp_path / "one", batch_size=4, accumulate=1, stochastic=False)
+    for name in four:
+        torch.testing.assert_close(four[name], one[name], rtol=1e-5, atol=1e-6)
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("four", "one")]
+    assert rows[0][-1]["loss"] == pytest.approx(rows[1][-1]["loss"], rel=1e-5)
+
+
+def test_the_average_is_the_closed_form():
+    """p = 1, 2, 3 after updates 1, 2, 3 from mean 0, decay 0.25; the early decays are 2/11, then 0.25 (3/12), 0.25.
+
+    mean = 9/11; then 0.25 * 9/11 + 0.75 * 2 = 1.704545; then 0.25 * 1.704545 + 0.75 * 3 = 2.676136.
+    """
+    p = nn.Parameter(torch.zeros(1))
+    ema = Ema({"p": p}, decay=0.25)
+    for step in (1, 2, 3):
+        p.data.fill_(float(step))
+        ema.update(step)
+    assert ema.mean["p"].item() == pytest.approx(2.676136, abs=1e-6)
+    with ema.in_place():
+        assert p.item() == pytest.approx(2.676136, abs=1e-6)
+    assert p.item() == 3.0
+
+
+def test_the_average_runs_is_what_hooks_see_and_is_saved(tmp_path):
+    seen: list[Tensor] = []
+    trained: list[Tensor] = []
+    parameters = toy()
+
+    def step(batch: None) -> tuple[Tensor, dict[str, float]]:
+        trained.append(parameters["b"].detach().clone())
+        return parameters["b"].square().sum() + parameters["a"].square().sum(), {}
+
+    optim = OptimConfig(lr=0.1)
+    fit(
+        LoopConfig(steps=3, ema_decay=0.25, ema_every=2),
+        optim,
+        parameters=parameters,
+        optimizer=adamw([{"params": list(parameters.values())}], optim),
+        batch_at=lambda micro_step: None,
+        step=step,
+        accelerator=Accelerator(cpu=True),
+        output_dir=tmp_path,
+        hooks=[Hook(1, lambda step: seen.append(parameters["b"].detach().clone()))],
+    )
+    torch.testing.assert_close(seen[0], trained[0])
+    torch.testing.assert_close(seen[1], trained[0])  # ema_every 2: nothing yet
+    torch.testing.assert_close(seen[2], 0.25 * trained[0] + 0.75 * trained[2])
+    torch.testing.assert_close(seen[3], seen[2])
+
+
+def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):
+    with pytest.raises(FloatingPointError, match="update 4 is not finite and was not made: loss nan"):
+        run(tmp_path, poison_at=4)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert latest_checkpoint(tmp_path).name == "step_000002"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_after_the_update_says_how_to_go_on_and_exits_130(tmp_path, capsys, number):
+    hook = Hook(3, lambda step: os.kill(os.getpid(), number), at_start=False)
+    whole = run(tmp_path / "whole")
+    torch.manual_seed(0)
+    np.random.seed(0)
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "cut", hooks=(hook,))
+    assert stopped.value.code == 130
+    assert signal.getsignal(number) is handler
+    assert "stopped after update 3 of 6" in (printed := capsys.readouterr().out)
+    assert "go on with: python train.py --resume here" in printed
+    checkpoint = latest_checkpoint(tmp_path / "cut")
+    assert checkpoint.name == "step_000003"
+    again = run(tmp_path / "cut", resume=checkpoint)
+    assert torch.equal(whole["a"], again["a"])
+
+
+def test_hooks_run_before_the_first_every_n_and_after_the_last_update(tmp_path):
+    called: list[int] = []
+    late: list[int] = []
+
+    def note(step: int) -> dict[str, float]:
+        called.append(step)
+        return {"gold": float(step)}
+
+    run(tmp_path, steps=5, hooks=(Hook(2, note), Hook(0, late.append, at_start=False)))
+    assert called == [0, 2, 4, 5]
+    assert late == [5]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[0] == {"step": 0, "gold": 0.0}
+    assert [row["step"] for row in rows if "gold" in row] == [0, 2, 4, 5]
+
+
+def test_only_the_newest_checkpoints_are_kept_and_leftovers_are_not_taken_for_one(tmp_path):
+    (tmp_path / "checkpoints" / ".tmp_step_000099").mkdir(parents=True)
+    run(tmp_path, steps=6, keep_last=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_000004", "step_000006"]
+    assert latest_checkpoint(tmp_path).name == "step_000006"
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path, steps=2)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("dinalrm_align.resume.save_file", fail)
+    parameters = toy()
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(
+            tmp_path,
+            step=2,
+            elapsed=0.0,
+            parameters=parameters,
+            average=None,
+            optimizer=adamw([{"params": list(parameters.values())}], OptimConfig()),
+            accelerator=Accelerator(cpu=True),
+            keep_last=1,
+        )
+    assert json.loads((latest_checkpoint(tmp_path) / "state.json").read_text())["step"] == 2
+
+
+def test_resume_refuses_what_it_cannot_use(tmp_path):
+    with pytest.raises(ValueError, match="nothing to resume: no folder"):
+        checkpoint_to_resume(tmp_path / "absent")
+    with pytest.raises(ValueError, match="holds no checkpoint yet"):
+        checkpoint_to_resume(tmp_path)
+    assert latest_checkpoint(tmp_path) is None
+    run(tmp_path, ema_decay=0.0)
+    newest = checkpoint_to_resume(tmp_path)
+    assert newest == checkpoint_to_resume(newest) == latest_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="holds no averaged weights"):
+        run(tmp_path, resume=newest)
+
+
+def test_learning_rate_by_hand():
+    """Warm-up 2 of 6 steps: 1/2, 1; then cosine over four: progress 0, 1/4, 2/4, 3/4 -> 1, 0.853553, 0.5, 0.146447."""
+    config = OptimConfig(schedule="cosine", warmup_steps=2)
+    factors = [lr_factor(step, 6, config) for step in range(1, 7)]
+    assert factors == pytest.approx([0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+    assert lr_factor(1, 6, OptimConfig()) == 1.0
+
+
+def test_the_recorded_learning_rate_and_clip_are_those_used(tmp_path):
+    """AdamW's first update is lr * sign(gradient), whatever the clip: with warm-up 2 it is half of 0.05."""
+    before, after = (
+        toy(),
+        run(tmp_path, steps=1, optim=OptimConfig(lr=0.05, warmup_steps=2, weight_decay=0.0, clip=1e-3)),
+    )
+    moved = (after["a"] - before["a"]).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.025), rtol=1e-3, atol=0)
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["lr"] == pytest.approx(0.025)

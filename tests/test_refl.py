@@ -1,0 +1,220 @@
+"""ReFL's arithmetic by hand, and the update on a tiny policy: what carries gradient, what is drawn from where."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinalrm_align.align import refl
+from dinalrm_align.align.evaluation import paired_gain
+from dinalrm_align.config.refl import ReflConfig
+from dinalrm_align.config.reward import LoraConfig
+from dinalrm_align.cost import PhaseMeter
+from dinalrm_align.noise import seeded_generator
+from dinalrm_align.policy import Conditions, Policy
+from dinalrm_align.sampling import schedule_sigmas
+from dinalrm_align.shapes.stack import StackConfig, build_pipeline
+
+SHAPE = (16, 8, 8)
+
+
+def brightness(latents: Tensor, *, prompts, sigma=None, generator=None) -> Tensor:
+    """A reward that any policy can learn: the mean of the latents."""
+    return latents.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def method() -> refl.Refl:
+    pipeline = build_pipeline(StackConfig.tiny(depth=2), seed=0)
+    generator = torch.Generator().manual_seed(1)
+
+    def conditions(count: int) -> Conditions:
+        embeds, pooled = torch.randn(count, 5, 32, generator=generator), torch.randn(count, 32, generator=generator)
+        return Conditions([f"prompt {index}" for index in range(count)], embeds, pooled)
+
+    return refl.Refl(
+        policy=Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0),
+        reward=brightness,
+        sigmas=schedule_sigmas(pipeline.scheduler, 4),
+        conditions=conditions(5),
+        negative=conditions(1),
+        latent_shape=SHAPE,
+        guidance_scale=2.0,
+        config=ReflConfig(batch_size=2, earliest=0.5),
+        meter=PhaseMeter("cpu"),
+        seed=3,
+    )
+
+
+def changed(method: refl.Refl, **values: object) -> refl.Refl:
+    return dataclasses.replace(method, config=dataclasses.replace(method.config, **values))
+
+
+def test_two_gradient_steps_by_hand():
+    """velocity = w x with w = 2; from x = 1 at 0.5, step to 0.3: x = 1 + (0.3 - 0.5) 2 = 0.6; x0_hat = 0.6 - 0.3 * 1.2 = 0.24.
+
+    x0_hat = (1 - 0.2 w)(1 - 0.3 w): d/dw = -0.2 (1 - 0.6) - 0.3 (1 - 0.4) = -0.26. The reference has w = 1, so the
+    velocities differ by x, and KL = (1 + 0.36) / 2 = 0.68, with d/dw = (2 (2 - 1) 1 + 2 (w - 1) 0.36 + (w - 1)^2 2 x dx/dw) / 2
+    where the reference sees x without gradient: its difference is w x - sg(x), so the second term is
+    2 (0.6) (x + w dx/dw) = 1.2 (0.6 - 0.4) = 0.24, and d KL/dw = (2 + 0.24) / 2 = 1.12.
+    """
+    w = torch.tensor(2.0, requires_grad=True)
+    x = torch.ones(1, 1, 1, 1)
+    x0, kl = refl.gradient_steps(lambda x, s: w * x, lambda x, s: 1.0 * x, x, [0.9, 0.5, 0.3, 0.0], 1, 2)
+    assert x0.item() == pytest.approx(0.24)
+    assert kl.item() == pytest.approx(0.68)
+    assert torch.autograd.grad(x0.sum(), w, retain_graph=True)[0].item() == pytest.approx(-0.26)
+    assert torch.autograd.grad(kl.sum(), w)[0].item() == pytest.approx(1.12)
+
+
+def test_the_last_step_of_one_is_the_one_step_estimate():
+    x = torch.full((2, 1, 1, 1), 3.0)
+    x0, kl = refl.gradient_steps(lambda x, s: torch.full_like(x, 2.0), None, x, [1.0, 0.25, 0.0], 1, 1)
+    assert x0.flatten().tolist() == [2.5, 2.5]
+    assert kl.tolist() == [0.0, 0.0]
+
+
+def test_reward_losses_by_hand():
+    """target 2, scores 1 and 5: linear (1 - 3) / 2 = -1; relu (1 + 0) / 2 = 0.5."""
+    score = torch.tensor([1.0, 5.0])
+    assert refl.reward_loss(score, "linear", 2.0).item() == -1.0
+    assert refl.reward_loss(score, "relu", 2.0).item() == 0.5
+    with pytest.raises(ValueError, match="unknown reward loss 'square'; known: linear, relu"):
+        refl.reward_loss(score, "square", 2.0)
+
+
+def test_the_start_is_drawn_from_the_last_quarter():
+    """40 steps, one with gradient, earliest 0.75: 30 ... 39, as in the paper's runs; four with gradient: 30 ... 36."""
+    generator = torch.Generator().manual_seed(0)
+    assert {refl.draw_start(40, 1, 0.75, generator) for _ in range(300)} == set(range(30, 40))
+    assert {refl.draw_start(40, 4, 0.75, generator) for _ in range(300)} == set(range(30, 37))
+    assert {refl.draw_start(40, 2, 1.0, generator) for _ in range(9)} == {38}
+    assert {refl.draw_start(4, 4, 0.75, generator) for _ in range(9)} == {0}
+
+
+def test_flow_matching_loss_vanishes_for_the_true_velocity():
+    latents = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def truth(x: Tensor, sigma: Tensor) -> Tensor:  # noise - x0, from x = (1 - sigma) x0 + sigma noise
+        return (x - latents) / sigma.view(-1, 1, 1, 1)
+
+    assert refl.flow_matching_loss(truth, latents, seeded_generator(1)).item() == pytest.approx(0, abs=1e-8)
+    expected = refl.flow_matching_loss(lambda x, s: torch.zeros_like(x), latents, seeded_generator(1))
+    assert expected.item() == pytest.approx(1 + latents.square().mean().item(), rel=0.5)
+
+
+def test_paired_gain_by_hand():
+    """Differences 1, 2, 3: mean 2, standard deviation 1, standard error 1 / sqrt(3)."""
+    gain, error = paired_gain([0.0, 5.0, 2.0], [1.0, 7.0, 5.0])
+    assert (gain, error) == (2.0, pytest.approx(3**-0.5))
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_micro_step(method):
+    first, again, other = method.batch_at(7), method.batch_at(7), method.batch_at(8)
+    assert torch.equal(first.latents, again.latents) and first.start == again.start
+    assert first.conditions.prompts == again.conditions.prompts
+    assert not first.latents.requires_grad and first.latents.shape == (2, *SHAPE)
+    assert not torch.equal(first.latents, other.latents)
+    second_rank = dataclasses.replace(method, rank=1, num_processes=2).batch_at(7)
+    assert not torch.equal(first.latents, second_rank.latents)
+
+
+def test_only_the_lora_gets_a_gradient_and_the_reward_rises(method):
+    optimizer = torch.optim.Adam(method.policy.parameters.values(), lr=0.02)
+    rewards = []
+    for micro_step in range(30):
+        loss, metrics = method.step(method.batch_at(micro_step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewards.append(metrics["reward"].item())
+    assert all(p.grad is None for n, p in method.policy.transformer.named_parameters() if ".lora_" not in n)
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
+
+
+def test_more_gradient_steps_give_another_gradient(method):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in method.policy.parameters.values():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    batch = dataclasses.replace(method.batch_at(0), start=1)
+    gradients = []
+    for count in (1, 2):
+        loss, _ = changed(method, grad_steps=count).step(batch)
+        gradients.append(torch.autograd.grad(loss, list(method.policy.parameters.values()))[0])
+    assert (gradients[0] - gradients[1]).norm() > 0.01 * gradients[0].norm() > 0
+
+
+def test_kl_is_zero_at_the_reference_and_pulls_back_from_elsewhere(method):
+    anchored = changed(method, kl_weight=10.0)
+    _, metrics = anchored.step(anchored.batch_at(0))
+    assert metrics["kl"].item() == 0.0
+    with torch.no_grad():
+        for p in method.policy.parameters.values():
+            p.add_(0.1)
+    loss, metrics = anchored.step(anchored.batch_at(0))
+    plain, _ = method.step(method.batch_at(0))
+    assert metrics["kl"].item() > 0
+    torch.testing.assert_close(loss - plain, 10 * metrics["kl"])
+
+
+def test_the_reward_is_told_its_level_and_a_seeded_generator(method):
+    seen: list[tuple[object, float]] = []
+
+    def reward(latents: Tensor, *, prompts, sigma, generator) -> Tensor:
+        seen.append((sigma, torch.rand(1, generator=generator).item()))
+        return latents.mean(dim=(1, 2, 3))
+
+    fixed = dataclasses.replace(changed(method, reward_sigma=[0.2, 0.5]), reward=reward)
+    ranged = dataclasses.replace(changed(method, reward_sigma_range=(0.1, 0.6)), reward=reward)
+    default = dataclasses.replace(method, reward=reward)
+    for variant in (fixed, ranged, ranged, default):
+        variant.step(variant.batch_at(0))
+    ranged.step(ranged.batch_at(1))
+    assert seen[0][0] == [0.2, 0.5] and seen[3][0] is None
+    level = seen[1][0]
+    assert level.shape == (2,) and 0.1 <= level.min() < level.max() <= 0.6
+    assert torch.equal(level, seen[2][0]) and seen[1][1] == seen[2][1]
+    assert not torch.equal(level, seen[4][0]) and seen[1][1] != seen[4][1]
+
+
+def test_guidance_in_the_gradient_step_is_a_choice(method):
+    batch = method.batch_at(0)
+    plain, _ = method.step(batch)
+    guided, _ = changed(method, guided_gradient=True).step(batch)
+    assert plain.item() != guided.item()
+
+
+def test_pretraining_loss_on_the_base_models_own_samples(method):
+    trained = changed(method, pretrain_weight=0.5)
+    with pytest.raises(ValueError, match="was given no pictures"):
+        trained.step(trained.batch_at(0))
+    latents, conditions = trained.reference_samples(3)
+    assert latents.shape == (3, *SHAPE) and conditions.prompts == method.conditions.prompts[:3]
+    assert torch.equal(latents, trained.reference_samples(3)[0])
+    trained = dataclasses.replace(trained, pictures=(latents, conditions))
+    loss, metrics = trained.step(trained.batch_at(0))
+    plain, _ = method.step(method.batch_at(0))
+    torch.testing.assert_close(loss - plain, 0.5 * metrics["pretrain"])
+
+
+def test_phases_of_an_update_are_measured(method):
+    method.meter.start_step(profile=True)
+    method.step(method.batch_at(0))
+    assert set(method.meter.finish_step()) == {f"memory_mib/{phase}" for phase in ("rollout", "policy", "reward")}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"grad_steps": 5, "num_steps": 4}, "grad_steps 5 of num_steps 4"),
+        ({"earliest": 1.5}, "earliest 1.5"),
+        ({"reward_sigma": [0.4], "reward_sigma_range": (0.1, 0.2)}, "give one of them"),
+        ({"reward_sigma_range": (0.6, 0.1)}, "0 <= low <= high <= 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ReflConfig(**values)

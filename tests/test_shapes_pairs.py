@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+
+from dinalrm_align.config.shapes import PairsConfig
+from dinalrm_align.data.latent_pairs import LatentPairs
+from dinalrm_align.shapes.pairs import _compare, write_concept_pairs, write_training_pairs
+from dinalrm_align.shapes.render import CONCEPTS
+from dinalrm_align.shapes.scene import is_held_out, parse_caption
+
+
+def test_training_pairs_are_all_pairs_of_lists_of_training_captions(tiny_pipeline, tmp_path):
+    config = PairsConfig(groups=6, pictures=3, sampled_share=0.5, seed=1)
+    write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
+    pairs = LatentPairs(tmp_path / "pairs", batch_size=6, seed=0)
+    batch = pairs.batch_at(0)
+    assert batch.latents.shape == (18, 16, 16, 16) and len(batch.chosen) == 6 * 3
+    assert not any(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
+    with pytest.raises(FileExistsError):
+        write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
+
+
+def test_concept_pairs_are_equally_many_held_out_pairs_of_each_concept(tiny_pipeline, tmp_path):
+    write_concept_pairs(tmp_path / "concepts", tiny_pipeline, 2, seed=0)
+    pairs = LatentPairs(tmp_path / "concepts", batch_size=4, seed=0)
+    names = [name for batch in pairs.in_order() for name in batch.concepts]
+    assert sorted(names) == sorted(2 * CONCEPTS)
+    assert all(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
+
+
+def test_a_rater_without_noise_follows_the_score_and_with_much_noise_does_not():
+    scores, rng = np.array([2.0, 1.0, 0.0]), np.random.default_rng(0)
+    assert _compare(scores, 0.0, rng) == [(0, 1), (0, 2), (1, 2)]
+    wrong = sum(pair not in [(0, 1), (0, 2), (1, 2)] for _ in range(200) for pair in _compare(scores, 3.0, rng))
+    assert 120 < wrong < 300  # P(error) = Phi(-gap / (3 sqrt 2)): 0.41, 0.32, 0.41 of 200 each
