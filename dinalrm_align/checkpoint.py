@@ -8,6 +8,7 @@ weights_only=True. Every file is written under a temporary name and renamed.
 
 import json
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,7 +286,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _read_pt(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: the checkpoint's config.json says that it must be there")
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path}: not a readable file of tensors ({reason}). Only tensors are read, a file that needs code to run "
+            "is refused: fetch it again, or have its owner save a plain state dict"
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path}: expected a state dict of tensors")
     return tensors

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dinalrm_align.config.loop import LoopConfig, OptimConfig
 from dinalrm_align.cost import PhaseMeter
-from dinalrm_align.resume import MetricsLog, load_checkpoint, save_checkpoint
+from dinalrm_align.resume import MetricsLog, drop_later_checkpoints, load_checkpoint, save_checkpoint, write_atomically
 
 INTERRUPTED = 130  # exit status of a program ended by Ctrl-C, by the shells' convention
 
@@ -31,12 +31,14 @@ INTERRUPTED = 130  # exit status of a program ended by Ctrl-C, by the shells' co
 class Hook:
     """`call(step)` on every process after the updates that `every` divides, after the last, and before the first.
 
-    The averaged weights are in place while it runs. What it returns goes into the metrics of that step.
+    The averaged weights are in place while it runs. What it returns goes into the metrics of that step. With `at_stop`
+    it is also called, once more and for its effect alone, when a run is stopped between its steps.
     """
 
     every: int
     call: Callable[[int], Mapping[str, float] | None]
     at_start: bool = True
+    at_stop: bool = False
 
     def is_due(self, step: int, last: int) -> bool:
         return self.at_start if step == 0 else step == last or (self.every > 0 and step % self.every == 0)
@@ -116,6 +118,7 @@ def fit(
     profile_every: int = 0,
     resume: Path | None = None,
     resume_command: str = "",
+    settings: str = "",
     shown: Sequence[str] = ("loss",),
 ) -> None:
     """Train `parameters` for `config.steps` updates; afterwards they hold the last weights, checkpointed.
@@ -132,11 +135,11 @@ def fit(
         profile_every: updates between two that watch memory on the CPU; the first is one of them. 0: none.
         resume: checkpoint folder to go on from.
         resume_command: what to type to go on, printed when the run is stopped.
+        settings: the run's settings, written to output_dir/config.yaml once a checkpoint to resume was found to fit.
         shown: metrics for the progress bar.
 
     Gradients are averaged over processes here, in one reduction of the few trained tensors: rollouts and tapped
-        forwards
-    do not pass through the `forward` of one wrapped module, where DistributedDataParallel would do it.
+    forwards do not pass through the `forward` of one wrapped module, where DistributedDataParallel would do it.
 
     Raises FloatingPointError, before the weights are touched, when the loss or the gradient is not finite. Ctrl-C or
     SIGTERM end the run after the update in progress: a checkpoint is written and SystemExit(130) raised; a second
@@ -154,10 +157,16 @@ def fit(
         done, elapsed = state["step"], state["elapsed"]
         if done > config.steps:
             raise ValueError(f"{resume} is at update {done}, beyond loop.steps {config.steps}; raise loop.steps")
+        if accelerator.is_main_process:
+            drop_later_checkpoints(output_dir, done)
     elif accelerator.num_processes > 1:
         for tensor in (*tensors, *(average or {}).values()):
             torch.distributed.broadcast(tensor.detach(), src=0)
+    if accelerator.scaler is not None:
+        raise ValueError("float16 autocast needs a loss scaler, which this loop has not: use bfloat16 or float32")
     main = accelerator.is_main_process
+    if main and settings:
+        write_atomically(output_dir / "config.yaml", settings)
     log = MetricsLog(output_dir / "metrics.jsonl", last_step=done if resume else -1) if main else None
     saved = done if resume else -1
 
@@ -167,12 +176,14 @@ def fit(
             accelerator=accelerator, keep_last=config.keep_last,
         )  # fmt: skip
 
-    def record(at: int, row: dict[str, float]) -> None:
-        due = [hook for hook in hooks if hook.is_due(at, config.steps)]
+    def call(due: Sequence[Hook], at: int, row: dict[str, float]) -> None:
         if due:
             with ema.in_place() if ema else _nothing():
                 for hook in due:
                     row.update(hook.call(at) or {})
+
+    def record(at: int, row: dict[str, float]) -> None:
+        call([hook for hook in hooks if hook.is_due(at, config.steps)], at, row)
         if main and row:
             log.append({"step": at, **row})
             bar.set_postfix({name: f"{row[name]:.4g}" for name in shown if name in row}, refresh=False)
@@ -184,14 +195,14 @@ def fit(
             record(0, {})
         while done < config.steps and not stop_requested():
             began = time.perf_counter()
-            meter.start_step(profile=profile_every > 0 and done % profile_every == 0)
             totals: dict[str, float] = {}
             optimizer.zero_grad(set_to_none=True)
+            meter.start_step(profile=profile_every > 0 and done % profile_every == 0)
             for micro_step in range(done * config.accumulate, (done + 1) * config.accumulate):
                 with accelerator.autocast():
                     loss, metrics = step(batch_at(micro_step))
                 with meter.phase("backward"):
-                    accelerator.backward(loss / config.accumulate)
+                    (loss / config.accumulate).backward()
                 for name, value in {"loss": loss, **metrics}.items():
                     number = float(value.detach() if isinstance(value, Tensor) else value)
                     totals[name] = totals.get(name, 0.0) + number / config.accumulate
@@ -214,6 +225,7 @@ def fit(
                 saved = done
         if done < config.steps:
             folder = save(done) if saved != done else output_dir
+            call([hook for hook in hooks if hook.at_stop], done, {})
             accelerator.print(
                 f"\nstopped after update {done} of {config.steps}; the state is saved in {folder}"
                 + (f"\ngo on with: {resume_command}" if resume_command else "")
@@ -260,10 +272,12 @@ def _averaged_over_processes(
     totals: dict[str, float], tensors: Sequence[nn.Parameter], accelerator: Accelerator
 ) -> dict[str, float]:
     """Average gradients (in place) and metrics over processes; a parameter without gradient counts as zero."""
+    for p in tensors:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
     if accelerator.num_processes == 1:
         return totals
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in tensors]
-    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in tensors]), reduction="mean")
     for p, part in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
         p.grad = part.view_as(p)
     values = torch.tensor(list(totals.values()), device=accelerator.device)
@@ -275,6 +289,6 @@ def _check_finite(row: Mapping[str, float], step: int) -> None:
     if not all(math.isfinite(row[name]) for name in ("loss", "grad_norm")):
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
         raise FloatingPointError(
-            f"update {step} is not finite and was not made: {numbers}. The last checkpoint is unharmed; resume from it "
-            "with a smaller learning rate, a smaller clip, or float32 weights"
+            f"update {step} is not finite and was not made: {numbers}. Resume from the last checkpoint, if there is "
+            "one, with a smaller learning rate, a smaller clip, or float32 weights"
         )

@@ -1,11 +1,10 @@
 """DiNa-LRM as a trainable module: noise the latents, read them with the trunk, score them with the head.
 
-`forward` is the only entry, so that DistributedDataParallel sees every step. All K noise levels of an ensemble go
-through the backbone as one batch of K B samples (arXiv 2602.11146).
+All K noise levels of an ensemble go through the backbone as one batch of K B samples (arXiv 2602.11146).
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -27,7 +26,8 @@ class RewardModel(nn.Module):
         self.config = config
         self.trunk = trunk
         self.head = head
-        self._backbone_as_trained: dict[str, Tensor] | None = None
+        self._as_trained: Mapping[str, Tensor] | None = None
+        self._snap_table = scheduler_sigmas()
 
     def forward(
         self, latents: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, sigma: Sigma, noise: Tensor
@@ -41,7 +41,8 @@ class RewardModel(nn.Module):
         batch = latents.shape[0]
         levels = noise_levels(sigma, batch, latents.device)
         if self.config.snap_sigma:
-            levels = snap_sigma(levels, scheduler_sigmas())
+            self._snap_table = self._snap_table.to(levels.device)
+            levels = snap_sigma(levels, self._snap_table)
         count, flat = levels.shape[0], levels.flatten()
         x_sigma = latents.float().repeat(count, 1, 1, 1)
         if self.config.add_noise:
@@ -72,25 +73,35 @@ class RewardModel(nn.Module):
     def tuned_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores, by name: `backbone.*` (the LoRA, or under full tuning the trunk) and `head.*`.
 
-        The live tensors, except for a frozen model's LoRA: that is kept as it was trained, before casts and merging.
+        The live tensors while they are trained; of a frozen model those that it was trained to, before casts and
+        merging, on the CPU.
         """
-        backbone = self._backbone_as_trained
-        if backbone is None:
-            full = self.config.tuning == "full"
-            backbone = self.trunk.state_dict(keep_vars=True) if full else self.trunk.lora_parameters()
+        if self._as_trained is not None:
+            return dict(self._as_trained)
+        full = self.config.tuning == "full"
+        backbone = self.trunk.state_dict(keep_vars=True) if full else self.trunk.lora_parameters()
         head = self.head.state_dict(keep_vars=True)
         return {f"backbone.{k}": v for k, v in backbone.items()} | {f"head.{k}": v for k, v in head.items()}
 
-    def freeze(self, *, merge: bool = False, dtype: torch.dtype | None = None) -> None:
+    def freeze(
+        self,
+        *,
+        merge: bool = False,
+        dtype: torch.dtype | None = None,
+        as_trained: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Turn into a scorer: no parameter takes gradients, no dropout, LoRA in the trunk's dtype or merged into it.
 
-        merge: needs private weights; the sum is computed in float32. dtype: of a trunk that shares nothing.
+        merge: needs private weights; the sum is computed in float32. dtype: of a trunk that shares nothing. as_trained:
+        `tuned_tensors` from here on, the ones that were loaded; by default a copy of the present ones.
         """
+        if as_trained is None:
+            as_trained = {name: tensor.detach().cpu().clone() for name, tensor in self.tuned_tensors().items()}
+        self._as_trained = as_trained
         self.eval().requires_grad_(False)
         dtype = self.trunk.dtype if dtype is None else dtype
-        lora = self.trunk.lora_parameters()
-        if lora and (merge or dtype != torch.float32):
-            self._backbone_as_trained = {name: weight.detach().cpu().clone() for name, weight in lora.items()}
+        if self.config.tuning == "full":
+            self.trunk.skip_unread_text()
         if merge:
             self.trunk.float().merge_lora()
         for weight in self.trunk.lora_parameters().values():

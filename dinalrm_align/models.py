@@ -20,6 +20,14 @@ SHAPES_WEIGHTS = PACKAGE / "shapes" / "weights"
 HUB_SECONDS = 3.0
 """How long the hub may take to say whether it grants access, all repositories together."""
 
+RELEASED_REWARD_FILES = (
+    "config.json",
+    "checkpoint/rm_head.pt",
+    "checkpoint/backbone_lora/adapter_config.json",
+    "checkpoint/backbone_lora/adapter_model.safetensors",
+)
+"""What a download of sd35's DiNa-LRM consists of."""
+
 Gold = str | Callable[..., Any]
 
 
@@ -90,8 +98,8 @@ MODELS: dict[str, ModelSpec] = {
         heldout_prompts=PACKAGE / "shapes" / "prompts" / "heldout.txt",
         height=64,
         width=64,
-        num_steps=20,
-        guidance_scale=2.5,
+        num_steps=12,
+        guidance_scale=1.2,
         text_length=14,
         dtype="float32",
     ),
@@ -216,7 +224,7 @@ def is_cached(repository: str) -> bool:
         return (folder / "preprocessor_config.json").exists() and (folder / "tokenizer.json").exists()
     if repository == sd35.pixel:
         return not _missing_weights(folder, "model") or (folder / "pytorch_model.bin").exists()
-    return (folder / "config.json").exists() and (folder / "checkpoint" / "rm_head.pt").exists()
+    return all((folder / file).exists() for file in RELEASED_REWARD_FILES)
 
 
 def hub_is_offline() -> bool:
@@ -262,9 +270,13 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
-    """A spec for a world folder (its own rewards, the oracle as gold) or a pipeline folder (the rewards of sd35)."""
+    """A spec for a world folder (its own rewards, the oracle as gold) or a pipeline folder (the rewards of sd35).
+
+    A world is known by its `pipeline/`; its rewards are looked for when they are used, since they may be yet to train.
+    """
     if (path / "pipeline").is_dir():
-        size = _native_size(path / "pipeline")
+        _check_pipeline(path / "pipeline")
+        size = json.loads((path / "pipeline" / "vae" / "config.json").read_text())["sample_size"]
         spec = dataclasses.replace(
             MODELS["shapes"],
             name=str(path),
@@ -273,16 +285,18 @@ def _from_folder(path: Path) -> tuple[ModelSpec, str]:
             pixel=str(path / "pixel"),
             height=size,
             width=size,
+            text_length=_text_length(path / "pipeline"),
         )
         return spec, f"model in {path}, taken as an embedded world with its own rewards; {HOW_TO_GET_SD35}"
+    _check_pipeline(path)
     base = MODELS["sd35"]
     size = min(base.height, _native_size(path))
     spec = dataclasses.replace(base, name=str(path), pipeline=str(path), height=size, width=size)
     return spec, f"pipeline in {path}, with the rewards of sd35; {HOW_TO_GET_SHAPES}"
 
 
-def _native_size(pipeline: Path) -> int:
-    """The picture size in pixels that a folder's transformer was made for; ValueError for no complete SD3 pipeline."""
+def _check_pipeline(pipeline: Path) -> None:
+    """ValueError unless the folder holds a complete SD3 pipeline."""
     missing = missing_files(pipeline)
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
@@ -293,6 +307,16 @@ def _native_size(pipeline: Path) -> int:
     kind = json.loads((pipeline / "model_index.json").read_text()).get("_class_name")
     if kind != "StableDiffusion3Pipeline":
         raise ValueError(f"{pipeline} holds a {kind}; expected a StableDiffusion3Pipeline (SD3 or SD3.5)")
+
+
+def _text_length(world: Path) -> int:
+    """The tokens per prompt that a world's T5 tokenizer was made for; the shipped world's where there is none."""
+    path = world / "tokenizer_3" / "tokenizer_config.json"
+    return json.loads(path.read_text())["model_max_length"] if path.exists() else MODELS["shapes"].text_length
+
+
+def _native_size(pipeline: Path) -> int:
+    """The picture size in pixels that a folder's transformer was made for."""
     latent_size = json.loads((pipeline / "transformer" / "config.json").read_text())["sample_size"]
     levels = len(json.loads((pipeline / "vae" / "config.json").read_text())["block_out_channels"])
     return latent_size * 2 ** (levels - 1)

@@ -182,7 +182,7 @@ class Policy:
         unexpected tensors."""
         path = folder / LORA_FILE
         with safe_open(path, framework="pt") as file:
-            saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}
             metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         got = metadata.get(f"{PREFIX}r"), metadata.get(f"{PREFIX}lora_alpha")
         if got != (self.config.rank, self.config.alpha):

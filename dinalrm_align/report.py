@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dinalrm_align.resume import read_metrics
 
-PHASES = ("rollout", "policy", "reward", "backward")
+PHASES = ("rollout", "policy", "reward", "pretrain", "backward")
 CELL_INCHES = 1.5
 
 
@@ -48,8 +48,7 @@ def save_grid(
 ) -> None:
     """A PNG of pictures with their captions below them, `columns` a row.
 
-    images: (N, 3, H, W) in [0, 1], or (N, H, W, 3) uint8; captions: N strings. Raises ValueError when the numbers
-        differ.
+    images: (N, 3, H, W) in [0, 1], or (N, H, W, 3) uint8; captions: N strings. ValueError when the numbers differ.
     """
     pictures = to_bytes(images) if isinstance(images, Tensor) else images
     if len(pictures) != len(captions):
@@ -119,15 +118,17 @@ def plot_run(run: Path) -> Path:
 
 
 def compare(runs: dict[str, Path], path: Path) -> None:
-    """Runs by label in one PNG: held-out proxy and gold, against updates and against seconds of training.
+    """Runs by label in one PNG: held-out proxy and gold, against updates and against seconds of training; below them
+    what an update costs, phase by phase: median seconds and peak memory.
 
     Rewards have scales of their own, so the proxy is drawn as its gain over the base model in standard deviations of
     the base model's samples; gold is drawn as it is, with the standard errors of its paired gain.
     """
-    figure = Figure(figsize=(11, 7))
-    panels = figure.subplots(2, 2)
-    for label, run in runs.items():
-        rows = [row for row in read_metrics(run / "metrics.jsonl") if "gold" in row]
+    figure = Figure(figsize=(11, 10))
+    panels = figure.subplots(3, 2)
+    for index, (label, run) in enumerate(runs.items()):
+        every_row = read_metrics(run / "metrics.jsonl")
+        rows = [row for row in every_row if "gold" in row]
         if not rows:
             raise ValueError(f"{run} holds no evaluation yet; a run's first row has one")
         start = json.loads((run / "evaluations" / "000000.json").read_text())
@@ -138,14 +139,30 @@ def compare(runs: dict[str, Path], path: Path) -> None:
         for column, xs in enumerate(([row["step"] for row in rows], [row.get("elapsed", 0.0) for row in rows])):
             panels[0, column].plot(xs, gains, marker="o", label=label)
             panels[1, column].errorbar(xs, golds, yerr=errors, marker="o", capsize=2, label=label)
+        for axis, cost in zip(panels[2], (phase_cost(every_row, "seconds"), phase_cost(every_row, "memory_mib"))):
+            places = np.arange(len(PHASES)) + index * 0.8 / len(runs)
+            values = [cost.get(phase, 0.0) for phase in PHASES]
+            bars = axis.bar(places, values, 0.8 / len(runs), label=f"{label}")
+            axis.bar_label(bars, [f"{value:.3g}" if value else "" for value in values], fontsize=7)
     for column, unit in enumerate(("update", "seconds of training")):
         panels[0, column].set_title("proxy: gain in standard deviations of the base model")
         panels[1, column].set_title("gold")
-        for axis in panels[:, column]:
+        for axis in panels[:2, column]:
             axis.set_xlabel(unit)
-            axis.grid(alpha=0.3)
-            axis.legend()
+    for axis, title in zip(panels[2], ("median seconds of an update, by phase", "peak MiB above weights, by phase")):
+        axis.set_xticks(np.arange(len(PHASES)) + 0.4 - 0.4 / len(runs), PHASES)
+        axis.set_title(title)
+    for axis in panels.flatten():
+        axis.grid(alpha=0.3)
+        axis.legend()
     _finish(figure, path, "")
+
+
+def phase_cost(rows: Sequence[dict[str, float]], kind: str) -> dict[str, float]:
+    """Of each phase that was measured: the median of its "seconds", or the largest of its "memory_mib"."""
+    summary = {"seconds": np.median, "memory_mib": np.max}[kind]
+    found = {phase: _series(rows, f"{kind}/{phase}")[1] for phase in PHASES}
+    return {phase: float(summary(values)) for phase, values in found.items() if values}
 
 
 def _series(rows: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
@@ -189,7 +206,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(plot_run(arguments.runs[0]))
     else:
         output = arguments.output or Path("compare.png")
-        compare({run.name: run for run in arguments.runs}, output)
+        names = [run.name for run in arguments.runs]
+        unique = len(set(names)) == len(names)
+        compare({run.name if unique else str(run): run for run in arguments.runs}, output)
         print(output)
 
 

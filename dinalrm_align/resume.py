@@ -146,6 +146,7 @@ def checkpoint_to_resume(path: Path) -> Path:
     """`path` itself when it is a checkpoint, else the newest one of the run in `path`; ValueError if there is none."""
     if not path.is_dir():
         raise ValueError(f"nothing to resume: no folder {path}; give that of a run or of one of its checkpoints")
+    path = path.resolve()
     if (path / "state.json").exists():
         return path
     newest = latest_checkpoint(path)
@@ -157,7 +158,7 @@ def checkpoint_to_resume(path: Path) -> Path:
 def new_run_folder(asked: str | None, name: str) -> Path:
     """A folder that holds no run yet: the one asked for, else runs/<name>, runs/<name>_2, ... ValueError if taken."""
     if asked is not None:
-        if (Path(asked) / "metrics.jsonl").exists():
+        if latest_checkpoint(Path(asked)) is not None:
             raise ValueError(f"{asked} holds a run: go on with --resume {asked}, or choose another --output_dir")
         return Path(asked)
     number = 1
@@ -169,6 +170,24 @@ def new_run_folder(asked: str | None, name: str) -> Path:
 def run_of(checkpoint: Path) -> Path:
     """The run folder that a checkpoint folder lies in."""
     return checkpoint.parent.parent
+
+
+def settings_of(checkpoint: Path) -> Path:
+    """The config.yaml of the run that a checkpoint lies in; ValueError when there is none."""
+    path = run_of(checkpoint) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{checkpoint} does not lie in the folder of a run ({path} is missing): its settings are unknown; resume "
+            "it where it was written"
+        )
+    return path
+
+
+def drop_later_checkpoints(run: Path, step: int) -> None:
+    """Delete the run's checkpoints after `step`: it goes on from there, and they belong to what it leaves behind."""
+    for folder in _checkpoints(run / FOLDER):
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
     from PIL.Image import Image
 
+STATISTICS_CALLS = 10
+"""How many first calls look at the statistics of their latents, which reads every value and waits for the device."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,7 +54,7 @@ class LatentReward(nn.Module):
         self._borrowed = {"vae": vae}  # in a dict, so that the module does not own it
         self._folder = folder
         self._local_files_only = local_files_only
-        self._warned = False
+        self._statistics_calls = STATISTICS_CALLS
         self.eval()
 
     @property
@@ -115,7 +117,8 @@ class LatentReward(nn.Module):
             _check_place(model.trunk, device, dtype)
         if not share and device is not None:
             model.to(device)
-        model.freeze(merge=not share_weights and config.tuning == "lora", dtype=dtype)
+        merge = not share_weights and config.tuning == "lora"
+        model.freeze(merge=merge, dtype=dtype, as_trained=checkpoint.tensors)
         encoder = PromptEncoder(
             base if pipeline is None else pipeline,
             text_length=config.text_length,
@@ -170,7 +173,7 @@ class LatentReward(nn.Module):
     ) -> Tensor:
         """The head's own number, before the checkpoint's scale and bias; arguments as `forward`."""
         trunk = self.model.trunk
-        trunk.check_shared_frozen()
+        trunk.check_shared()
         head_device = self.model.head.query_tokens.device
         if head_device != self.device:
             raise ValueError(
@@ -183,7 +186,7 @@ class LatentReward(nn.Module):
         batch = latents.shape[0]
         sigma = inputs.check_sigma(self.config.sigma if sigma is None else sigma, batch)
         noise = inputs.draw_noise(latents, noise, generator, len(sigma) if isinstance(sigma, tuple) else 1)
-        self._warn_once(latents)
+        self._warn_of_statistics(latents)
         if prompts is not None:
             prompt_embeds, pooled_prompt_embeds = self.encoder(inputs.check_prompts(prompts, batch))
         inputs.check_embeds(prompt_embeds, pooled_prompt_embeds, trunk, batch)
@@ -245,11 +248,12 @@ class LatentReward(nn.Module):
             )
         return vae
 
-    def _warn_once(self, latents: Tensor) -> None:
-        if not self._warned:
+    def _warn_of_statistics(self, latents: Tensor) -> None:
+        """Warn at most once, and look at the first calls alone."""
+        if self._statistics_calls > 0:
             message = inputs.statistics_warning(latents, self.config.vae_scaling_factor)
+            self._statistics_calls = 0 if message else self._statistics_calls - 1
             if message:
-                self._warned = True
                 warnings.warn(f"{message} (said once)", stacklevel=4)
 
 

@@ -3,35 +3,44 @@
     python recipes/build_shapes.py                                  # hours on two cores, minutes on a GPU
     python recipes/build_shapes.py --stack.depth 12 --stack.num_heads 8 --device cuda      # a larger world
 
-Stages run in order: vae, text, base, pairs, dinalrm (recipes/train_reward.py with train_reward_shapes.yaml), pixel. What
-is finished lies in output_dir/weights and is not trained again; an interrupted stage goes on where it stopped when the
-command is repeated. The result is a world folder: `python recipes/refl_sd35.py --model output_dir/weights`.
+Stages run in order: vae, text, base, pairs, dinalrm (recipes/train_reward.py with train_reward_shapes.yaml), pixel.
+What is finished lies in output_dir/weights and is not trained again; an interrupted stage goes on where it stopped when
+the command is repeated. The result is a world folder: `python recipes/refl_sd35.py --model output_dir/weights`.
 """
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
+from dinalrm_align.config.command import parse
 from dinalrm_align.config.shapes import BuildConfig
 
-HERE = Path(__file__).parent
+REWARD_RECIPE = Path(__file__).with_name("train_reward.py")
+REWARD_SETTINGS = Path(__file__).with_name("train_reward_shapes.yaml")
 
 
-def main(config: BuildConfig) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train what is not trained yet; every finished part is in output_dir/weights."""
+    config, text = parse(BuildConfig, __doc__, argv)
     from accelerate import Accelerator
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from diffusers import AutoencoderKL, ConfigMixin, SD3Transformer2DModel
     from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
 
+    from dinalrm_align.checkpoint import read_checkpoint, save_checkpoint
     from dinalrm_align.data.latent_pairs import LatentPairs
-    from dinalrm_align.shapes import build
+    from dinalrm_align.resume import latest_checkpoint, write_atomically
+    from dinalrm_align.shapes.build.autoencoder import train_vae, vae_gate
+    from dinalrm_align.shapes.build.base import train_base
+    from dinalrm_align.shapes.build.pixel import save_clip_reward, train_pixel
+    from dinalrm_align.shapes.build.text import train_text
     from dinalrm_align.shapes.pairs import write_concept_pairs, write_training_pairs
     from dinalrm_align.shapes.stack import build_pipeline
 
+    write_atomically(Path(config.output_dir) / "config.yaml", text)
     root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
     accelerator = Accelerator(cpu=config.device == "cpu")
     pipeline = build_pipeline(config.stack, config.seed)
@@ -47,13 +56,15 @@ def main(config: BuildConfig) -> None:
                 _save_whole(folder, pipeline.components[name].save_pretrained)
         for name, kind in parts.items():
             saved = kind.from_pretrained(folders[name]).requires_grad_(False).eval().to(accelerator.device)
+            if isinstance(saved, ConfigMixin):
+                saved.register_to_config(_name_or_path="")  # where it was read from is nobody's business
             pipeline.register_modules(**{name: saved})
 
-    finish(build.train_vae, {"vae": AutoencoderKL})
-    print("oracle before and after the autoencoder:", _rounded(build.vae_gate(pipeline.vae, config.seed)))
+    finish(train_vae, {"vae": AutoencoderKL})
+    print("oracle before and after the autoencoder:", _rounded(vae_gate(pipeline.vae, config.seed)))
     clip = CLIPTextModelWithProjection
-    finish(build.train_text, {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": T5EncoderModel})
-    finish(build.train_base, {"transformer": SD3Transformer2DModel})
+    finish(train_text, {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": T5EncoderModel})
+    finish(train_base, {"transformer": SD3Transformer2DModel})
     if not (weights / "pipeline" / "model_index.json").exists():
         pipeline.save_pretrained(weights / "pipeline")
 
@@ -64,20 +75,27 @@ def main(config: BuildConfig) -> None:
         write_concept_pairs(concept_pairs, pipeline, config.pairs.per_concept, config.pairs.seed)
 
     if not (weights / "dinalrm" / "config.json").exists():
-        train_reward = [
-            sys.executable, str(HERE / "train_reward.py"), "--config", str(HERE / "train_reward_shapes.yaml"),
-            "--model", str(weights / "pipeline"), "--pairs", str(train_pairs), "--validation_pairs", str(concept_pairs),
-            "--output_dir", str(root / "dinalrm"), "--seed", str(config.seed),
-        ]  # fmt: skip
-        if (root / "dinalrm" / "checkpoints").is_dir():
-            train_reward += ["--resume", str(root / "dinalrm")]
-        subprocess.run(train_reward, check=True)
-        _save_whole(weights / "dinalrm", lambda folder: _copy_tree(root / "dinalrm" / "reward", folder))
+        run = root / "dinalrm"
+        if latest_checkpoint(run) is None:
+            depth = round(config.stack.depth * 2 / 3)
+            arguments = [
+                "--config", REWARD_SETTINGS, "--model", weights / "pipeline", "--pairs", train_pairs,
+                "--validation_pairs", concept_pairs, "--output_dir", run, "--seed", config.seed,
+                "--reward.text_length", config.stack.text_length,
+                "--device", config.device, "--reward.num_layers", depth,
+                "--reward.visual_taps", [depth // 2, depth], "--reward.text_taps", [depth // 2, depth],
+            ]  # fmt: skip
+        else:
+            arguments = ["--resume", run]
+        _run([sys.executable, REWARD_RECIPE, *arguments])
+        reward = read_checkpoint(run / "reward")
+        moved = dataclasses.replace(reward.config, base_model_id="../pipeline")
+        save_checkpoint(weights / "dinalrm", moved, reward.tensors)
 
     if not (weights / "pixel" / "config.json").exists():
         pairs = LatentPairs(train_pairs, batch_size=config.pixel.batch_size // config.pairs.pictures, seed=config.seed)
-        model: CLIPModel = build.train_pixel(pipeline, pairs, config, accelerator)
-        _save_whole(weights / "pixel", lambda folder: build.save_clip_reward(model, pipeline.tokenizer, folder))
+        model: CLIPModel = train_pixel(pipeline, pairs, config, accelerator)
+        _save_whole(weights / "pixel", lambda folder: save_clip_reward(model, pipeline.tokenizer, folder))
     print(f"the world is whole: python recipes/refl_sd35.py --model {weights}")
 
 
@@ -85,18 +103,25 @@ def _text_encoders(pipeline) -> tuple:
     return pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3
 
 
+def _run(command: Sequence[object]) -> None:
+    """Run another recipe to its end; on Ctrl-C, which it receives too, wait until it has saved."""
+    process = subprocess.Popen([str(word) for word in command])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        status = process.wait()
+    if status:
+        raise SystemExit(status)
+
+
 def _save_whole(folder: Path, save: Callable[[Path], object]) -> None:
-    """Save under a temporary name and rename, so that a folder of this name is whole."""
+    """Save under a temporary name and rename, so that a folder of this name is whole; an earlier one is replaced."""
     temporary = folder.with_name(folder.name + ".unfinished")
-    temporary.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    import shutil
-
-    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def _rounded(numbers: dict[str, float]) -> str:
@@ -104,4 +129,4 @@ def _rounded(numbers: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main(auto_cli(BuildConfig))
+    main()

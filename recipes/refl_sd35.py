@@ -12,7 +12,9 @@ A run leaves config.yaml, metrics.jsonl, curves.png, grid_*.png of the same prom
 before_after.png, lora/ for StableDiffusion3Pipeline.load_lora_weights, checkpoints/ and summary.json.
 """
 
+import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,15 +29,21 @@ SD35_SETTINGS = Path(__file__).with_name("refl_sd35.yaml")
 def settle(argv: Sequence[str]) -> tuple[ReflRun, str, ModelSpec, Path | None]:
     """The settings, the same as YAML, the model, and the checkpoint to resume. ValueError for bad arguments."""
     run, _ = parse(ReflRun, __doc__, argv)  # --help ends here, before anything heavy is imported
-    from dinalrm_align.resume import checkpoint_to_resume, new_run_folder, run_of
+    from dinalrm_align.resume import checkpoint_to_resume, new_run_folder, run_of, settings_of
 
     checkpoint, beneath = None, []
     if run.resume is not None:
         checkpoint = checkpoint_to_resume(Path(run.resume))
-        beneath = [run_of(checkpoint) / "config.yaml"]
+        if run.output_dir and Path(run.output_dir).resolve() != run_of(checkpoint):
+            raise ValueError(f"--resume goes on in {run_of(checkpoint)}: leave out --output_dir {run.output_dir}")
+        beneath = [settings_of(checkpoint)]
         run, _ = parse(ReflRun, __doc__, argv, beneath)
     if run.reward not in ("dinalrm", "pixel") and not Path(run.reward).is_dir() and "/" not in run.reward:
         raise ValueError(f"unknown reward {run.reward!r}; known: dinalrm, pixel, or a latent one's folder or hub id")
+    if run.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--tracker wandb needs the package wandb: pip install 'dinalrm-align[wandb]'")
+    if run.model == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--model auto: each of several processes would choose for itself; name the model")
     spec, reason = resolve_model(run.model)
     print(reason, flush=True)
     if checkpoint is None and spec.kind == "sd35":
@@ -67,7 +75,9 @@ def align(run: ReflRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> 
 
     if run.device == "cuda" and not torch.cuda.is_available():
         refuse("device cuda: torch finds no CUDA GPU on this machine; leave --device auto, or choose cpu")
-    accelerator = Accelerator(cpu=run.device == "cpu", log_with=None if run.tracker == "none" else run.tracker)
+    accelerator = Accelerator(
+        cpu=run.device == "cpu", mixed_precision="no", log_with=None if run.tracker == "none" else run.tracker
+    )
     device, folder = accelerator.device, Path(run.output_dir)
     dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
     width, height = run.width or spec.width, run.height or spec.height
@@ -81,8 +91,6 @@ def align(run: ReflRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> 
     except ValueError as error:
         refuse(str(error))
     accelerator.print(f"run in {folder}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")
-    if accelerator.is_main_process:
-        write_atomically(folder / "config.yaml", text)
     accelerator.init_trackers("dinalrm_align")
 
     # The base model, frozen. The reward shares its weights, so it is made before the policy wraps them.
@@ -105,8 +113,10 @@ def align(run: ReflRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> 
     train, judged, negative = (Conditions.encode(encoder, part) for part in (prompts, samples, [""]))
     if pictures is not None:
         images = [image.resize((width, height)) for image in pictures[0]]
-        pictures = encode_images(pipeline.vae, images).cpu(), Conditions.encode(encoder, pictures[1])
+        latents = torch.cat([encode_images(pipeline.vae, [image]).cpu() for image in images])
+        pictures = latents, Conditions.encode(encoder, pictures[1])
     pipeline.text_encoder = pipeline.text_encoder_2 = pipeline.text_encoder_3 = None
+    torch.cuda.empty_cache()
 
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
     if run.refl.gradient_checkpointing:
@@ -127,7 +137,7 @@ def align(run: ReflRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> 
     held_out = HeldOut(
         velocity_for=refl.velocity_for, conditions=judged, latent_shape=shape, guidance_scale=spec.guidance_scale,
         sigmas=schedule_sigmas(pipeline.scheduler, spec.num_steps), reward=reward, gold=gold,
-        decode=lambda latents: decode_latents(pipeline.vae, latents),
+        decode=lambda latents: torch.cat([decode_latents(pipeline.vae, part) for part in latents.split(4)]),
         config=run.evaluation, accelerator=accelerator, output_dir=folder,
     )  # fmt: skip
 
@@ -135,11 +145,20 @@ def align(run: ReflRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> 
         if accelerator.is_main_process:
             policy.save_lora(folder / "lora")
 
+    def draw(step: int) -> None:
+        if accelerator.is_main_process:
+            plot_run(folder)
+
     fit(
         run.loop, run.optim, parameters=policy.parameters,
         optimizer=adamw([{"params": list(policy.parameters.values())}], run.optim),
         batch_at=refl.batch_at, step=refl.step, accelerator=accelerator, output_dir=folder, resume=checkpoint,
-        hooks=[Hook(run.evaluation.every, held_out), Hook(run.loop.checkpoint_every, export, at_start=False)],
+        hooks=[
+            Hook(run.evaluation.every, held_out),
+            Hook(run.loop.checkpoint_every, export, at_start=False, at_stop=True),
+            Hook(0, draw, at_start=False, at_stop=True),
+        ],
+        settings=text,
         meter=meter, profile_every=run.profile_every, shown=("reward", "gold", "kl", "grad_norm"),
         resume_command=f"python {sys.argv[0]} --resume {folder}",
     )  # fmt: skip

@@ -13,6 +13,7 @@ runs resume; text is encoded once, beforehand; noise is a function of seed and s
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,29 +25,40 @@ from dinalrm_align.models import ModelSpec, resolve_model
 HERE = Path(__file__).parent
 
 
-def settings(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, str]:
-    """The run's settings, the same as YAML, the model, and why that one.
+def settle(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, str, Path | None]:
+    """The run's settings, the same as YAML, the model, why that one, and the checkpoint to resume.
 
     Beneath what is typed lie the settings of the run to resume; or, without a --config, those of the model's kind.
+    output_dir is the folder of the run, whichever way it was chosen.
     """
-    config, text = parse(TrainRewardRun, __doc__, argv)
+    config, _ = parse(TrainRewardRun, __doc__, argv)  # --help ends here, before anything heavy is imported
+    from dinalrm_align.resume import checkpoint_to_resume, new_run_folder, run_of, settings_of
+
+    checkpoint, beneath = None, []
     try:
         if config.resume:
-            from dinalrm_align.resume import checkpoint_to_resume, run_of
-
-            beneath = run_of(checkpoint_to_resume(Path(config.resume))) / "config.yaml"
-            config, text = parse(TrainRewardRun, __doc__, argv, beneath=[beneath])
-        elif not any(word.split("=")[0] == "--config" for word in argv):
-            beneath = HERE / f"train_reward_{resolve_model(config.model)[0].kind}.yaml"
-            config, text = parse(TrainRewardRun, __doc__, argv, beneath=[beneath])
+            checkpoint = checkpoint_to_resume(Path(config.resume))
+            folder, beneath = run_of(checkpoint), [settings_of(checkpoint)]
+            if config.output_dir is not None and Path(config.output_dir).resolve() != folder.resolve():
+                raise ValueError(
+                    f"a run goes on in its own folder {folder}: leave --output_dir {config.output_dir} out"
+                )
+            config, _ = parse(TrainRewardRun, __doc__, argv, beneath)
         spec, reason = resolve_model(config.model)
+        if checkpoint is None:
+            folder = new_run_folder(config.output_dir, f"train_reward_{Path(spec.name).name}_seed{config.seed}")
+            if not any(word.split("=")[0] == "--config" for word in argv):
+                beneath = [HERE / f"train_reward_{spec.kind}.yaml"]
     except ValueError as error:
         refuse(str(error))
+    # What "auto" and the defaults came to is written down, so that a resumed run is the same run.
+    settled = [*argv, "--model", spec.name, "--output_dir", str(folder), "--resume", "null"]
+    config, text = parse(TrainRewardRun, __doc__, settled, beneath)
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         refuse("--tracker wandb needs the package wandb: pip install 'dinalrm-align[wandb]'")
     if config.pairs is None and spec.kind != "shapes":
         refuse(f"{spec.name} has no pairs of its own: pass --pairs with a directory of latents or a jsonl of pictures")
-    return config, text, spec, reason
+    return config, text, spec, reason, checkpoint
 
 
 def make_shapes_pairs(config: TrainRewardRun, spec: ModelSpec, directory: Path) -> None:
@@ -63,8 +75,13 @@ def make_shapes_pairs(config: TrainRewardRun, spec: ModelSpec, directory: Path) 
         write_concept_pairs(directory / "concepts", pipeline, made.per_concept, made.seed)
 
 
+def _base_model_id(pipeline: str, folder: Path) -> str:
+    """What the reward in `folder` calls its base model: a hub id, or a path from there, so that both can be moved."""
+    return os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    config, text, spec, reason = settings(sys.argv[1:] if argv is None else list(argv))
+    config, text, spec, reason, checkpoint = settle(sys.argv[1:] if argv is None else list(argv))
 
     import torch
     from accelerate import Accelerator
@@ -74,18 +91,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dinalrm_align.backbones.sd3 import load_transformer
     from dinalrm_align.benchmarks.pairwise import merge, metrics, pairwise_tallies, write_report
     from dinalrm_align.checkpoint import save_checkpoint
-    from dinalrm_align.data.source import open_pairs
+    from dinalrm_align.data.source import Encoders, open_pairs
     from dinalrm_align.loop import Hook, adamw, fit
     from dinalrm_align.model import build_reward_model
     from dinalrm_align.noise import seeded_generator
     from dinalrm_align.preference import NoisedPairs, draw_levels, preference_step, score_batch
-    from dinalrm_align.resume import checkpoint_to_resume, run_of, write_atomically
+    from dinalrm_align.resume import write_atomically
 
     # ------------------------------------------------------------------------------------- where: device and folder
+    if config.device == "cuda" and not torch.cuda.is_available():
+        refuse("device cuda: torch finds no CUDA GPU on this machine; leave --device auto, or choose cpu")
     on_gpu = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     dtype = (spec.dtype if on_gpu else "float32") if config.dtype == "auto" else config.dtype
-    resume = checkpoint_to_resume(Path(config.resume)) if config.resume else None
-    run = run_of(resume) if resume else Path(config.output_dir or f"runs/train_reward_{spec.kind}_seed{config.seed}")
+    run = Path(config.output_dir)
     accelerator = Accelerator(
         cpu=not on_gpu,
         mixed_precision="bf16" if on_gpu and dtype != "float32" else "no",
@@ -94,8 +112,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     accelerator.print(f"{reason}\nrun {run} on {device}, base weights in {dtype}")
-    if accelerator.is_main_process:
-        write_atomically(run / "config.yaml", text)
     if config.tracker != "none":
         accelerator.init_trackers("train_reward", config={"settings": text})
 
@@ -103,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     vae = AutoencoderKL.load_config(spec.pipeline, subfolder="vae")
     reward = dataclasses.replace(
         config.reward,
-        base_model_id=spec.pipeline,
+        base_model_id=_base_model_id(spec.pipeline, run / "reward"),
         vae_scaling_factor=vae["scaling_factor"],
-        vae_shift_factor=vae["shift_factor"],
+        vae_shift_factor=vae.get("shift_factor") or 0.0,
     )
     train_path, validation_path = config.pairs, config.validation_pairs
     if train_path is None:
@@ -114,13 +130,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         train_path, validation_path = run / "pairs" / "train", validation_path or run / "pairs" / "concepts"
     size = (config.height or spec.height, config.width or spec.width)
-    options = dict(size=size, device=device, batch_size=config.batch_size, seed=config.seed)
+    weights_dtype = getattr(torch, dtype)
+    encoders = Encoders(spec.pipeline, text_length=reward.text_length, device=device, dtype=weights_dtype)
+    options = dict(size=size, batch_size=config.batch_size, seed=config.seed)
     held_out = 0 if validation_path else config.held_out_prompts
-    pairs = open_pairs(train_path, reward, held_out_prompts=held_out, **options)
-    judged = open_pairs(validation_path, reward, **options).in_order() if validation_path else pairs.validation()
+    pairs = open_pairs(train_path, reward, encoders, held_out_prompts=held_out, **options)
+    if validation_path:
+        judged = open_pairs(validation_path, reward, encoders, **options).in_order()
+    else:
+        judged = pairs.validation()
+    accelerator.print(f"an epoch is {len(pairs) // world} batches of {config.batch_size} for each of {world} processes")
 
-    transformer = load_transformer(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
+    transformer = load_transformer(spec.pipeline, dtype=weights_dtype).to(device)
     model = build_reward_model(reward, transformer, seed=config.seed)
+    del transformer  # and with it the blocks that the reward does not use
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -154,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if accelerator.is_main_process:
             save_checkpoint(run / "reward", reward, model.tuned_tensors())
 
+    if accelerator.is_main_process and checkpoint is None:
+        write_atomically(run / "config.yaml", text)
     fit(
         config.loop,
         config.optim,
@@ -163,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         step=step,
         accelerator=accelerator,
         output_dir=run,
-        hooks=[Hook(config.accuracy.every, evaluate), Hook(0, export, at_start=False)],
-        resume=resume,
+        hooks=[Hook(config.accuracy.every, evaluate, at_start=False), Hook(0, export, at_start=False)],
+        resume=checkpoint,
         resume_command=f"python recipes/train_reward.py --resume {run}",
         shown=("loss", "train_accuracy", "grad_norm"),
     )

@@ -1,6 +1,9 @@
 """The trunk against hooks on the stock SD3 transformer, what it skips, and where its LoRA lies."""
 
 import copy
+import gc
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -95,7 +98,7 @@ def test_text_side_of_the_last_block_has_no_lora_when_its_text_is_not_tapped(tra
 
 
 def test_lora_that_no_tap_can_reach_does_not_train(transformer):
-    """Every trainable parameter gets a gradient, as DistributedDataParallel demands."""
+    """Every trainable parameter gets a gradient: none is decayed or averaged that no loss depends on."""
     config = tiny_reward_config(num_layers=3, visual_taps=(2,), text_taps=(1,))
     trunk = SD3Trunk(transformer, config, share_weights=True)
     taps = trunk(*trunk_inputs(transformer))
@@ -112,6 +115,25 @@ def test_hooks_of_the_policy_do_not_fire_in_the_trunk(transformer):
     handle.remove()
     trunk(*trunk_inputs(transformer))
     assert fired == []
+
+
+def test_blocks_that_are_not_used_are_not_kept_alive(transformer):
+    whole = copy.deepcopy(transformer)
+    last = weakref.ref(whole.transformer_blocks[-1])
+    trunk = SD3Trunk(whole, tiny_reward_config(), share_weights=True)
+    del whole
+    gc.collect()
+    assert last() is None
+    trunk.check_shared()
+
+
+def test_reentrant_checkpointing_asks_for_no_gradient_that_nobody_needs(transformer):
+    trunk = SD3Trunk(transformer, tiny_reward_config(), share_weights=True).requires_grad_(False)
+    trunk.enable_gradient_checkpointing(use_reentrant=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        taps = trunk(*trunk_inputs(transformer))
+    assert not any(tokens.requires_grad for tokens in (*taps.visual, *taps.text))
 
 
 def test_text_tap_on_a_block_without_text_is_refused(transformer):

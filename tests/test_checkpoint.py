@@ -1,6 +1,7 @@
 """Reading and writing checkpoints: strict both ways, atomic, in our layout and in the released one."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -88,6 +89,25 @@ def test_an_unknown_config_key_is_refused_with_the_nearest_name(folder):
 def test_an_unknown_key_of_a_section_is_refused(folder):
     rewrite(folder / "config.json", lora={"rank": 4, "alpha": 8, "r": 4})
     with pytest.raises(ValueError, match="section 'lora': unknown key 'r'"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("section", [None, "lora", "head"])
+def test_a_missing_config_key_is_named(folder, section):
+    values = json.loads((folder / "config.json").read_text())
+    within = values if section is None else values[section]
+    gone = next(key for key in within if key not in ("lora", "head"))
+    del within[gone]
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"{section or 'reward config'}.*: missing {gone}; every key must be there"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["vae_shift_factor", "vae_scaling_factor", "score_scale", "score_bias"])
+@pytest.mark.parametrize("value", [None, "1"])
+def test_a_number_that_is_none_is_refused(folder, name, value):
+    rewrite(folder / "config.json", **{name: value})
+    with pytest.raises(ValueError, match=f"{name}: got {value!r}; expected a finite number"):
         read_checkpoint(folder)
 
 
@@ -192,6 +212,7 @@ VARIANTS = {
     "projected and squashed head": dict(head=HeadConfig(use_proj_in=True, use_logistic=True)),
     "frozen backbone": dict(tuning="none", lora=LoraConfig()),
     "full backbone": dict(tuning="full", lora=LoraConfig()),
+    "full backbone, text not tapped last": dict(tuning="full", text_taps=(1, 2), lora=LoraConfig()),
     "no noise, kaiming": dict(add_noise=False, lora=LoraConfig(4, 8, "kaiming")),
     "ensemble by default": dict(sigma=(0.2, 0.5), ensemble="average", snap_sigma=True, image_sigma=0.1),
 }
@@ -212,6 +233,10 @@ def test_every_kind_of_reward_survives_both_layouts(tiny_pipeline, tmp_path, var
     assert torch.equal(again(**inputs, sigma=config.sigma), model(**inputs, sigma=config.sigma))
     scorer = LatentReward.from_pretrained(tmp_path, transformer=tiny_pipeline.transformer)
     torch.testing.assert_close(scorer.raw(**inputs), model(**inputs, sigma=config.sigma))
+    scorer.save_pretrained(tmp_path / "again", format=format)
+    again = read_checkpoint(tmp_path / "again").tensors
+    assert again.keys() == stored.tensors.keys()
+    assert all(torch.equal(again[name], stored.tensors[name]) for name in again)
 
 
 def test_released_configs_get_the_released_defaults(official):
@@ -239,12 +264,24 @@ def test_a_missing_file_of_the_released_layout_is_named(released, name):
 
 
 def test_released_head_is_never_unpickled(released):
+    ran = released / "ran"
+
     class Surprise:
         def __reduce__(self):
-            return (print, ("executed",))
+            return (os.mkdir, (str(ran),))
 
     torch.save({"query_tokens": Surprise()}, released / "checkpoint" / "rm_head.pt")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(ValueError, match="rm_head.pt: not a readable .*, a file that needs code to run is refused"):
+        read_checkpoint(released)
+    assert not ran.exists()
+    torch.load(released / "checkpoint" / "rm_head.pt", weights_only=False)
+    assert ran.exists(), "the file is harmless: this test shows nothing"
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"PK\x03\x04 cut short"])
+def test_a_broken_released_head_is_named(released, content):
+    (released / "checkpoint" / "rm_head.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="rm_head.pt: not a readable file of tensors"):
         read_checkpoint(released)
 
 

@@ -40,6 +40,28 @@ def test_each_prompt_is_encoded_once(tiny_pipeline, monkeypatch):
     assert torch.equal(first[0], first[2]) and torch.equal(first[1], second[0])
 
 
+def test_the_oldest_prompts_leave_a_full_cache(tiny_pipeline, monkeypatch):
+    encoder, seen = PromptEncoder(tiny_pipeline, text_length=14, max_cached=2), []
+    original = encoder._encode
+    monkeypatch.setattr(encoder, "_encode", lambda prompts: seen.extend(prompts) or original(prompts))
+    assert len(encoder(["a", "b", "c"])[0]) == 3
+    encoder(["b", "c"])
+    encoder(["a"])
+    encoder(["c"])
+    assert seen == ["a", "b", "c", "a"]
+    encoder(["b"])
+    assert seen[-1] == "b"
+
+
+def test_autocast_around_changes_neither_latents_nor_embeddings(tiny_pipeline):
+    latents = encode_images(tiny_pipeline.vae, pictures())
+    embeds = PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(encode_images(tiny_pipeline.vae, pictures()), latents)
+        again = PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, embeds, strict=True))
+
+
 def test_empty_prompt(tiny_pipeline):
     encoder = PromptEncoder(tiny_pipeline, text_length=14)
     embeds, pooled = encoder.empty(3)

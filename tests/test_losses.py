@@ -71,6 +71,18 @@ def test_nll_by_hand():
     assert preference_loss(chosen, rejected, sigma, config=margin).item() == pytest.approx(0.313262, abs=1e-6)
 
 
+@pytest.mark.parametrize("likelihood", ["thurstone", "thurstone_fixed", "bradley_terry", "bradley_terry_margin"])
+def test_the_objective_by_default_is_the_likelihoods_own(likelihood):
+    """-log sigmoid with Bradley-Terry, fidelity with Thurstone."""
+    objective = "nll" if likelihood.startswith("bradley_terry") else "fidelity"
+    chosen, rejected, sigma = torch.tensor([2.0]), torch.zeros(1), torch.zeros(1)
+    by_default, named = (
+        preference_loss(chosen, rejected, sigma, config=LossConfig(likelihood=likelihood, **given))
+        for given in ({}, {"objective": objective})
+    )
+    assert torch.equal(by_default, named)
+
+
 def test_a_noisier_level_is_a_less_sure_rater():
     p = preference_probability(torch.full((3,), 0.5), torch.tensor([0.0, 0.4, 0.9]), LossConfig())
     assert p[0] > p[1] > p[2] > 0.5

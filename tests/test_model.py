@@ -153,6 +153,16 @@ def test_merged_lora_equals_unmerged(build, tiny_inputs):
     assert kept.keys() == stored.keys() and all(torch.equal(kept[name], stored[name]) for name in stored)
 
 
+def test_a_frozen_full_trunk_skips_the_text_half_that_nobody_reads_and_is_saved_whole(build, tiny_inputs):
+    model = build(tuning="full", share_weights=False, text_taps=(0, 2))
+    expected, names = model(**tiny_inputs, sigma=0.4), model.tuned_tensors().keys()
+    assert "backbone.transformer_blocks.2.ff_context.net.2.weight" in names
+    model.freeze()
+    assert model.trunk.transformer_blocks[2].ff_context is None
+    torch.testing.assert_close(model(**tiny_inputs, sigma=0.4), expected)
+    assert model.tuned_tensors().keys() == names
+
+
 def test_shared_weights_are_not_merged_into(build):
     with pytest.raises(ValueError, match="would change the shared transformer"):
         build().trunk.merge_lora()

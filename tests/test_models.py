@@ -120,6 +120,15 @@ def test_a_snapshot_counts_only_when_its_weights_are_there(tmp_path, monkeypatch
     assert not models.is_cached(MODELS["sd35"].pipeline)
 
 
+def test_a_latent_reward_counts_only_when_head_and_adapter_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, local_files_only: str(tmp_path))
+    (tmp_path / "checkpoint" / "backbone_lora").mkdir(parents=True)
+    for file in models.RELEASED_REWARD_FILES:
+        assert not models.is_cached(MODELS["sd35"].reward)
+        (tmp_path / file).touch()
+    assert models.is_cached(MODELS["sd35"].reward)
+
+
 def test_every_shard_that_an_index_names_must_be_there(tmp_path):
     folder = write_pipeline(tmp_path)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
@@ -137,10 +146,14 @@ def test_a_pipeline_folder_takes_the_rewards_of_sd35_at_its_own_size(tmp_path):
 
 
 def test_a_world_folder_takes_its_own_rewards_and_the_oracle(tmp_path):
-    write_pipeline(tmp_path / "pipeline", sample_size=16)
+    """Whether the rewards are there yet or not. Size and text length are those that its parts were made for."""
+    folder = write_pipeline(tmp_path / "pipeline", sample_size=16)
+    (folder / "vae" / "config.json").write_text('{"sample_size": 192}')
+    (folder / "tokenizer_3").mkdir()
+    (folder / "tokenizer_3" / "tokenizer_config.json").write_text('{"model_max_length": 20}')
     spec, _ = resolve_model(str(tmp_path))
     assert spec.reward == str(tmp_path / "dinalrm") and spec.pixel == str(tmp_path / "pixel")
-    assert spec.gold == MODELS["shapes"].gold and spec.height == 128
+    assert spec.gold == MODELS["shapes"].gold and (spec.height, spec.width, spec.text_length) == (192, 192, 20)
 
 
 def test_a_hub_id_is_taken_as_one():

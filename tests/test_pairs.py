@@ -1,6 +1,8 @@
 """Preference pairs: the batch's checks, the two sources, and that a batch is a pure function of the step."""
 
+import dataclasses
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ def plain_batch(**changes):
         label=torch.ones(2),
         group=torch.tensor([0, 1, 0, 1]),
         concepts=("colour", "shape"),
+        prompts=("a red circle", "a blue square"),
     )
     return PairBatch(**{**fields, **changes})
 
@@ -36,6 +39,7 @@ def plain_batch(**changes):
         ({"prompt_embeds": torch.zeros(3, 3, 5)}, "prompt_embeds has length 3"),
         ({"label": torch.ones(3)}, "label has length 3"),
         ({"concepts": ("colour",)}, "concepts has length 1"),
+        ({"prompts": ("a", "b", "c", "d")}, "prompts has length 4, expected 2"),
         ({"rejected": torch.tensor([2, 4])}, "index pictures 0 to 3: got 0 to 4"),
         ({"group": torch.tensor([0, 1, 1, 0])}, "one group"),
         ({"label": torch.tensor([1.0, 1.5])}, r"in \[0, 1\]: got \[1, 1.5\]"),
@@ -55,9 +59,18 @@ def test_a_batch_without_pairs_is_refused():
 def test_moving_a_batch_keeps_every_field():
     batch = plain_batch(latents=torch.arange(128.0).view(4, 2, 4, 4))
     moved = batch.to("cpu")
-    assert moved.num_groups == 2 and moved.concepts == batch.concepts
-    for name, value in vars(batch).items():
-        assert name == "concepts" or torch.equal(vars(moved)[name], value)
+    assert moved.num_groups == 2
+    for field in dataclasses.fields(PairBatch):
+        value, expected = getattr(moved, field.name), getattr(batch, field.name)
+        assert torch.equal(value, expected) if isinstance(expected, torch.Tensor) else value == expected
+
+
+def test_moving_a_batch_moves_every_tensor_and_reads_none():
+    """A meta tensor has no values: checking the moved batch again, or counting its groups there, would fail."""
+    moved = plain_batch().to("meta")
+    assert moved.num_groups == 2
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 7 and all(tensor.is_meta for tensor in tensors)
 
 
 def test_manifest_is_checked_against_the_reward():
@@ -89,6 +102,14 @@ def test_a_batch_depends_on_seed_and_index_alone():
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="batch_size 8 is more than any bucket holds"):
         ShuffledBatches([np.arange(4), np.arange(7)], 8, seed=0)
+
+
+def test_buckets_smaller_than_a_batch_are_warned_about():
+    with pytest.warns(UserWarning, match="5 of 12 groups are never trained on: fewer than batch_size 4"):
+        assert ShuffledBatches([np.arange(3), np.arange(7), np.arange(2)], 4, seed=0).per_epoch == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ShuffledBatches([np.arange(0), np.arange(7)], 4, seed=0)
 
 
 def test_held_out_prompts_do_not_depend_on_order_or_repetition():
@@ -152,6 +173,17 @@ def test_a_data_set_to_evaluate_on_is_read_whole_and_in_order(tmp_path):
     source = LatentPairs(write_latents(tmp_path / "pairs"), batch_size=4)
     numbers = [batch.latents[::3, 0, 0, 0].tolist() for batch in source.in_order()]
     assert numbers == [[1, 3, 5, 7], [9, 11], [0, 2, 4, 6], [8, 10]], "height 4 first, then height 6"
+
+
+def test_a_data_set_to_evaluate_on_may_be_smaller_than_a_batch(tmp_path):
+    latents = LatentPairs(write_latents(tmp_path / "pairs", groups=2), batch_size=8)
+    assert [batch.num_groups for batch in latents.in_order()] == [1, 1]
+    name = picture(tmp_path, "a.png", 1)
+    pictures = image_pairs(write_jsonl(tmp_path, {"prompt": "a", "chosen": name, "rejected": name}), batch_size=8)
+    assert [batch.num_groups for batch in pictures.in_order()] == [1]
+    for source in (latents, pictures):
+        with pytest.raises(ValueError, match="batch_size 8 is more than any bucket holds"):
+            source.batch_at(0)
 
 
 def test_noise_is_shared_within_a_group():

@@ -71,8 +71,23 @@ def test_noise_is_the_same_at_every_level_and_for_every_division_of_the_work():
 
 
 def test_a_score_that_is_not_finite_is_an_error():
-    with pytest.raises(ValueError, match="batch 0 at sigma .* not finite"):
-        pairwise_tallies(lambda b, level, noise: torch.full((8,), math.nan), [batch()], [(0.4,)])
+    """In `merge`, so that the processes that met none raise it too: the first of these two parts is sound."""
+
+    def score(batch, level, noise):
+        scores = by_value(batch, level, noise)
+        return torch.where(scores == 12, math.nan, scores)
+
+    batches = [batch(), batch(value=10.0)]
+    parts = [pairwise_tallies(score, batches, [(0.4,)], rank=rank, world=2) for rank in range(2)]
+    merge(parts[:1])
+    with pytest.raises(ValueError, match="at sigma 0.4, 1 of 6 validation pairs have a score that is NaN or infinite"):
+        merge(parts)
+
+
+@pytest.mark.gpu
+def test_scores_may_come_from_another_device():
+    (tallies,) = pairwise_tallies(lambda *arguments: by_value(*arguments).cuda(), [batch()], [(0.4,)]).values()
+    assert tallies[OVERALL] == Tally(2, 3)
 
 
 def test_report_files(tmp_path):

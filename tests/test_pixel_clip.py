@@ -1,5 +1,7 @@
 """ClipReward against the stock transformers forward and the PIL processor, and its gradient to the latents."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,13 @@ def test_checkpointed_decode_gives_the_same_gradient(folder, vae, reward):
     torch.testing.assert_close(checkpointed, plain)
 
 
+def test_the_vae_is_borrowed(folder, vae):
+    reward = ClipReward.from_pretrained(str(folder), vae=vae).to(torch.float64)
+    assert vae.dtype == torch.float32
+    assert not any(module is vae for module in reward.modules())
+    assert all(name.startswith("clip.") for name in reward.state_dict())
+
+
 def test_each_prompt_is_encoded_once(folder, monkeypatch):
     reward = ClipReward.from_pretrained(str(folder))
     asked = []
@@ -176,6 +185,10 @@ def test_bad_inputs_are_named(reward, folder):
         reward(latents[:, :4], prompts=PROMPTS)
     with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\) in \[0, 1\]"):
         reward.score_images(torch.full((2, 3, 8, 8), 2.0), PROMPTS)
+    with pytest.raises(ValueError, match=r"got shape \(2, 3, 8, 8\) in \[nan, nan\]"):
+        reward.score_images(torch.full((2, 3, 8, 8), math.nan), PROMPTS)
+    with pytest.raises(ValueError, match="latents: 2048 of 2048 values are NaN or infinite"):
+        reward(latents / 0, prompts=PROMPTS)
     with pytest.raises(ValueError, match="no VAE"):
         ClipReward.from_pretrained(str(folder))(latents, prompts=PROMPTS)
 

@@ -1,4 +1,4 @@
-"""recipes/refl_sd35.py on the tiny stack: a whole run, its resume, what it leaves, and what it says to bad arguments."""
+"""recipes/refl_sd35.py on the tiny stack: a whole run, its resume, what it leaves, what it refuses."""
 
 import importlib.util
 import json
@@ -189,7 +189,9 @@ def quiet() -> dict[str, str]:
         (["--model=sd36"], "unknown model 'sd36'"),
         (["--resume=absent"], "nothing to resume: no folder absent"),
         (["--prompts=absent.txt"], "no prompt file absent.txt"),
-        (["--height=32"], "(B, 3, 64, 64): got (3, 3, 32, 64)"),
+        (["--height=32"], "got (3, 3, 32, 64)"),
+        (["--height=40"], "height: got 40 pixels; expected a positive multiple of 16"),
+        (["--seed=-1"], "got seed -1"),
         (["--refl.grad_steps=0"], "grad_steps 0"),
         (["--loop.step=3"], "--loop.step"),
         (["--refl.loss=square"], "square"),

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dinalrm_align.config.command import parse
-from dinalrm_align.config.train_reward import TrainRewardRun
+from dinalrm_align.config.train_reward import AccuracyConfig, TrainRewardRun
+from dinalrm_align.data import source
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.encode import PromptEncoder
@@ -114,11 +115,52 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, arguments, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     recipe.main([*arguments, f"--output_dir={whole}", "--loop.steps=4", "--loop.accumulate=2"])
     recipe.main([*arguments, f"--output_dir={parts}", "--loop.steps=2", "--loop.accumulate=2"])
+    settings = (parts / "config.yaml").read_text()
     recipe.main([f"--resume={parts}", "--loop.steps=4"])
+    assert (parts / "config.yaml").read_text() == settings and "resume:" not in settings
     one, other = load_file(whole / "reward" / "model.safetensors"), load_file(parts / "reward" / "model.safetensors")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert [row["step"] for row in rows(parts)] == [row["step"] for row in rows(whole)]
+
+
+def test_a_run_is_neither_overwritten_nor_moved(recipe, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    recipe.main([*arguments, f"--output_dir={run}", "--loop.steps=1"])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def refusal(*options):
+        with pytest.raises(SystemExit) as ended:
+            recipe.main(options)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert f"{run} holds a run: go on with --resume" in refusal(*arguments, f"--output_dir={run}", "--loop.steps=2")
+    elsewhere = tmp_path / "elsewhere"
+    said = refusal(f"--resume={run}", f"--output_dir={elsewhere}")
+    assert f"goes on in its own folder {run}: leave --output_dir {elsewhere} out" in said and not elsewhere.exists()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    (run / "config.yaml").unlink()
+    assert f"{run / 'config.yaml'} is missing" in refusal(f"--resume={run}")
+
+
+def test_settings_that_do_not_fit_leave_no_run(recipe, arguments, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="num_layers: got 9"):
+        recipe.main([*arguments, "--reward.num_layers=9", f"--output_dir={run}"])
+    assert not run.exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused(recipe, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        recipe.main([*arguments, "--device=cuda", f"--output_dir={tmp_path / 'run'}"])
+    assert ended.value.code == 2 and "torch finds no CUDA GPU" in capsys.readouterr().err
+
+
+def test_each_level_is_measured_once():
+    config = AccuracyConfig(sigmas=[0.2, 0.5, 0.2, 0], ensemble=[0.5])
+    assert config.levels() == [(0.2,), (0.5,), (0,)]
 
 
 def test_what_is_saved_is_the_average(recipe, arguments, tmp_path):
@@ -131,7 +173,7 @@ def test_what_is_saved_is_the_average(recipe, arguments, tmp_path):
     assert not torch.equal(exported["head.query_tokens"], last["head.query_tokens"])
 
 
-def test_pictures_are_encoded_on_the_fly(recipe, arguments, tmp_path):
+def test_pictures_are_encoded_on_the_fly(recipe, arguments, tmp_path, monkeypatch):
     lines = []
     for index, prompt in enumerate(PROMPTS):
         for name, value in (("light", 230), ("dark", 20)):
@@ -139,9 +181,16 @@ def test_pictures_are_encoded_on_the_fly(recipe, arguments, tmp_path):
         lines.append({"prompt": prompt, "chosen": f"light{index}.png", "rejected": f"dark{index}.png"})
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run = tmp_path / "run"
-    options = [f"--pairs={tmp_path / 'pairs.jsonl'}", "--batch_size=2", "--loop.steps=1", f"--output_dir={run}"]
-    recipe.main([*arguments, *options])
+    options = [f"--pairs={tmp_path / 'pairs.jsonl'}", f"--validation_pairs={tmp_path / 'pairs.jsonl'}"]
+    loaded = []
+    for name in ("load_vae", "PromptEncoder"):
+        original = getattr(source, name)
+        count = lambda *args, name=name, original=original, **kwargs: loaded.append(name) or original(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(source, name, count)
+    recipe.main([*arguments, *options, "--batch_size=2", "--loop.steps=1", f"--output_dir={run}"])
     assert rows(run)[-1]["step"] == 1 and (run / "reward" / "config.json").exists()
+    assert sorted(loaded) == ["PromptEncoder", "load_vae"], "training and validation share them"
+    assert json.loads((run / "accuracy.json").read_text())["levels"][0]["pairs"] == 3
 
 
 def test_validation_pairs_are_judged_and_all_pairs_trained_on(recipe, arguments, pairs, tmp_path):
@@ -191,14 +240,12 @@ def test_a_missing_tracker_names_the_extra(recipe, monkeypatch, capsys):
 
 
 def test_the_yaml_of_each_kind_is_read_when_its_model_is_named(recipe):
-    shapes, _, spec, _ = recipe.settings([])
+    shapes, _, spec, *_ = recipe.settle([])
     assert spec.kind == "shapes" and shapes.reward.num_layers == 4 and shapes.reward.text_length == 14
-    sd35, _, spec, _ = recipe.settings(["--model=sd35", "--pairs=somewhere", "--optim.lr=1e-4"])
+    sd35, _, spec, *_ = recipe.settle(["--model=sd35", "--pairs=somewhere", "--optim.lr=1e-4"])
     assert spec.kind == "sd35" and sd35.reward.visual_taps == (4, 8, 12) and sd35.reward.lora.rank == 64
     assert sd35.optim.lr == 1e-4 and sd35.loop.ema_decay == 0.995
-    plain, _, _, _ = recipe.settings(
-        ["--config", str(RECIPES / "train_reward_shapes.yaml"), "--model=sd35", "--pairs=x"]
-    )
+    plain, *_ = recipe.settle(["--config", str(RECIPES / "train_reward_shapes.yaml"), "--model=sd35", "--pairs=x"])
     assert plain.reward.num_layers == 4
 
 

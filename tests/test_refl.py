@@ -52,12 +52,12 @@ def changed(method: refl.Refl, **values: object) -> refl.Refl:
 
 
 def test_two_gradient_steps_by_hand():
-    """velocity = w x with w = 2; from x = 1 at 0.5, step to 0.3: x = 1 + (0.3 - 0.5) 2 = 0.6; x0_hat = 0.6 - 0.3 * 1.2 = 0.24.
+    """velocity = w x, w = 2. From x = 1 at 0.5 to 0.3: x = 1 - 0.2 * 2 = 0.6; x0_hat = 0.6 - 0.3 * 1.2 = 0.24.
 
-    x0_hat = (1 - 0.2 w)(1 - 0.3 w): d/dw = -0.2 (1 - 0.6) - 0.3 (1 - 0.4) = -0.26. The reference has w = 1, so the
-    velocities differ by x, and KL = (1 + 0.36) / 2 = 0.68, with d/dw = (2 (2 - 1) 1 + 2 (w - 1) 0.36 + (w - 1)^2 2 x dx/dw) / 2
-    where the reference sees x without gradient: its difference is w x - sg(x), so the second term is
-    2 (0.6) (x + w dx/dw) = 1.2 (0.6 - 0.4) = 0.24, and d KL/dw = (2 + 0.24) / 2 = 1.12.
+    x0_hat = (1 - 0.2 w)(1 - 0.3 w), so d x0_hat / dw = -0.2 (1 - 0.6) - 0.3 (1 - 0.4) = -0.26.
+    The reference has w = 1, so the velocities differ by x: KL = (1 + 0.36) / 2 = 0.68. It sees x detached, so that the
+    differences are w x - x with only the first x moving: 2 (1) (1) = 2 for the first step, and for the second
+    2 (0.6) (x + w dx/dw) = 1.2 (0.6 - 0.4) = 0.24: d KL / dw = (2 + 0.24) / 2 = 1.12.
     """
     w = torch.tensor(2.0, requires_grad=True)
     x = torch.ones(1, 1, 1, 1)
@@ -70,7 +70,9 @@ def test_two_gradient_steps_by_hand():
 
 def test_the_last_step_of_one_is_the_one_step_estimate():
     x = torch.full((2, 1, 1, 1), 3.0)
-    x0, kl = refl.gradient_steps(lambda x, s: torch.full_like(x, 2.0), None, x, [1.0, 0.25, 0.0], 1, 1)
+    x0, kl = refl.gradient_steps(
+        lambda x, s: torch.full_like(x, 2.0), lambda x, s: torch.full_like(x, 2.0), x, [1.0, 0.25, 0.0], 1, 1
+    )
     assert x0.flatten().tolist() == [2.5, 2.5]
     assert kl.tolist() == [0.0, 0.0]
 

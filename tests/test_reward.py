@@ -151,6 +151,17 @@ def test_a_bfloat16_reward_is_saved_as_it_was_trained(tiny_reward_dir, tiny_worl
     assert torch.equal(again(**tiny_inputs), LatentReward.from_pretrained(tiny_reward_dir)(**tiny_inputs))
 
 
+def test_a_reward_that_was_cast_is_saved_as_it_was_trained(tiny_reward_dir, tiny_world):
+    from safetensors.torch import load_file
+
+    cast = LatentReward.from_pretrained(tiny_reward_dir, share_weights=False).to(torch.bfloat16)
+    cast.save_pretrained(tiny_world / "copies" / "from_cast")
+    first, again = (
+        load_file(folder / "model.safetensors") for folder in (tiny_reward_dir, tiny_world / "copies" / "from_cast")
+    )
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_autocast_around_the_reward_keeps_float32_scores(reward, tiny_inputs):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         score = reward(**tiny_inputs)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import make_inputs
 
-from dinalrm_align import LatentReward
+from dinalrm_align import LatentReward, inputs
 from dinalrm_align.inputs import statistics_warning
+from dinalrm_align.reward import STATISTICS_CALLS
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +157,18 @@ def test_statistics_of_latents(scale, shift, factor, expected):
 
 def test_odd_statistics_warn_once_and_are_scored(tiny_reward_dir, tiny_pipeline):
     reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline)
-    inputs = make_inputs(tiny_pipeline.transformer)
-    inputs["latents"] = torch.full_like(inputs["latents"], 0.2)
+    flat = make_inputs(tiny_pipeline.transformer)
+    flat["latents"] = torch.full_like(flat["latents"], 0.2)
     with pytest.warns(UserWarning, match="latents look collapsed: .* scaled latents have about 1 .said once"):
-        assert reward(**inputs).shape == (2,)
+        assert reward(**flat).shape == (2,)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        reward(**inputs)
+        reward(**flat)
+
+
+def test_statistics_of_the_first_calls_alone_are_looked_at(tiny_reward_dir, tiny_pipeline, tiny_inputs, monkeypatch):
+    reward, looked = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline), []
+    monkeypatch.setattr(inputs, "statistics_warning", lambda *arguments: looked.append(1))
+    for _ in range(STATISTICS_CALLS + 2):
+        reward(**tiny_inputs)
+    assert len(looked) == STATISTICS_CALLS

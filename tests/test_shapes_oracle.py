@@ -4,7 +4,15 @@ import torch
 
 from dinalrm_align.shapes.oracle import PARTS, oracle_parts, oracle_score
 from dinalrm_align.shapes.render import (
-    AESTHETICS, CONCEPTS, Nuisance, concepts_of, draw_nuisance, lay_out, render, spoil_nuisance, spoil_scene,
+    AESTHETICS,
+    CONCEPTS,
+    Nuisance,
+    concepts_of,
+    draw_nuisance,
+    lay_out,
+    render,
+    spoil_nuisance,
+    spoil_scene,
 )  # fmt: skip
 from dinalrm_align.shapes.scene import draw_scenes
 

@@ -2,8 +2,21 @@ import numpy as np
 import pytest
 
 from dinalrm_align.shapes.render import (
-    AESTHETICS, AREA_PER_RADIUS2, CONCEPTS, FAITHFULNESS, HALF_EXTENT, SIZE, Mark, Nuisance, concepts_of, coverage,
-    draw_nuisance, lay_out, render, spoil_nuisance, spoil_scene,
+    AESTHETICS,
+    AREA_PER_RADIUS2,
+    CONCEPTS,
+    FAITHFULNESS,
+    HALF_EXTENT,
+    SIZE,
+    Mark,
+    Nuisance,
+    concepts_of,
+    coverage,
+    draw_nuisance,
+    lay_out,
+    render,
+    spoil_nuisance,
+    spoil_scene,
 )  # fmt: skip
 from dinalrm_align.shapes.scene import BACKGROUNDS, SHAPES, draw_scenes, parse_caption
 

@@ -74,12 +74,17 @@ def test_private_weights_are_no_ones_else(tiny_reward_dir, policy, tiny_inputs, 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 @pytest.mark.parametrize("sigma", [0.4, (0.2, 0.5)], ids=["single", "ensemble"])
 def test_checkpointing_changes_no_gradient(tiny_reward_dir, policy, tiny_inputs, share_weights, use_reentrant, sigma):
-    reward = load(tiny_reward_dir, policy, share_weights=share_weights)
+    reward, ran = load(tiny_reward_dir, policy, share_weights=share_weights), []
+    for index, block in enumerate(reward.model.trunk.transformer_blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
     plain = gradient(reward, {**tiny_inputs, "sigma": sigma})
+    assert ran == [0, 1, 2]
     reward.enable_gradient_checkpointing(use_reentrant=use_reentrant)
     assert_equal(gradient(reward, {**tiny_inputs, "sigma": sigma}), plain, tolerance=1e-8)
+    assert ran[3:] == [0, 1, 2, 2, 1, 0], "the backward pass runs every block again"
     reward.disable_gradient_checkpointing()
-    assert not reward.model.trunk.gradient_checkpointing
+    gradient(reward, {**tiny_inputs, "sigma": sigma})
+    assert ran[9:] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("state", ["active", "disabled", "training"])
@@ -181,6 +186,17 @@ def test_a_policy_with_merged_adapters_is_refused(tiny_reward_dir, policy):
     policy.fuse_lora()
     with pytest.raises(ValueError, match=r"adapters \['policy'\] merged into its base weights.*unfuse_lora"):
         load(tiny_reward_dir, policy)
+
+
+def test_adapters_that_are_merged_later_are_noticed_when_scoring(tiny_reward_dir, policy, tiny_inputs):
+    reward = load(tiny_reward_dir, policy)
+    before = reward(**tiny_inputs)
+    add_policy_lora(policy)
+    policy.fuse_lora()
+    with pytest.raises(ValueError, match=r"adapters \['policy'\] merged into its base weights.*unfuse_lora"):
+        reward(**tiny_inputs)
+    policy.unfuse_lora()
+    torch.testing.assert_close(reward(**tiny_inputs), before)
 
 
 def test_a_policy_with_fused_projections_is_refused(tiny_reward_dir, policy):

@@ -40,8 +40,7 @@ class HeldOut:
     """A hook for `loop.fit`: samples, judges, and leaves scores, pictures and grids in the run's folder.
 
     velocity_for: (conditions, guidance_scale) -> a velocity under the present weights. conditions: one per sample, on
-        any
-    device. decode: latents -> images (B, 3, H, W) in [0, 1]. reward: as in `align.refl`. gold: judges pictures.
+    any device. decode: latents -> images (B, 3, H, W) in [0, 1]. reward: as in `align.refl`. gold: judges pictures.
     """
 
     velocity_for: Callable[[Conditions, float], Velocity]
@@ -56,6 +55,29 @@ class HeldOut:
     accelerator: Accelerator
     output_dir: Path
 
+    def __post_init__(self) -> None:
+        first = self._folder / "000000.json"
+        if first.exists():
+            terms, now = json.loads(first.read_text())["terms"], self._terms()
+            changed = [f"{name}: got {now[name]}, expected {terms[name]}" for name in now if now[name] != terms[name]]
+            if changed:
+                raise ValueError(
+                    f"{self.output_dir} was judged on other terms before its first update, gains would not be paired "
+                    f"({'; '.join(changed)[:300]}); leave these settings as they were, or begin a new run"
+                )
+
+    def _terms(self) -> dict[str, object]:
+        """What must not change between two evaluations that are compared sample by sample."""
+        return {
+            "samples": len(self.conditions),
+            "prompts": list(self.conditions.prompts),
+            "seed": self.config.seed,
+            "shown": self.config.shown,
+            "guidance_scale": self.guidance_scale,
+            "sigmas": list(self.sigmas),
+            "latent_shape": list(self.latent_shape),
+        }
+
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
         """Evaluate after update `step`. Every process takes its share; the main one writes
@@ -69,7 +91,8 @@ class HeldOut:
         judged.sort(key=lambda sample: sample[0])
         scores = {"proxy": [sample[1] for sample in judged], "gold": [sample[2] for sample in judged]}
         if self.accelerator.is_main_process:
-            write_atomically(self._folder / f"{step:06d}.json", json.dumps({"step": step, **scores}))
+            judged_on = {"step": step, "terms": self._terms()}
+            write_atomically(self._folder / f"{step:06d}.json", json.dumps({**judged_on, **scores}))
             self._save_pictures(step, np.stack([sample[3] for sample in judged[: self.config.shown]]), scores)
         self.accelerator.wait_for_everyone()
         row = {}
@@ -113,8 +136,10 @@ class HeldOut:
         generators = [seeded_generator(self.config.seed, index) for index in indices]
         noise = seeded_noise(self.latent_shape, generators).to(device)
         latents = rollout(self.velocity_for(conditions, self.guidance_scale), noise, self.sigmas)
-        reward_generator = seeded_generator(self.config.seed, start, 1)
-        proxy = self.reward(latents, prompts=conditions.prompts, generator=reward_generator).tolist()
+        reward_noise = seeded_noise(
+            self.latent_shape, [seeded_generator(self.config.seed, index, 1) for index in indices]
+        )
+        proxy = self.reward(latents, prompts=conditions.prompts, noise=reward_noise.to(device)).tolist()
         images = self.decode(latents)
         gold = self.gold(images, list(conditions.prompts)).tolist()
         pictures = to_bytes(images)

@@ -37,20 +37,20 @@ def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torc
 
 
 def gradient_steps(
-    velocity: Velocity, reference: Velocity | None, latents: Tensor, sigmas: Sequence[float], start: int, count: int
+    velocity: Velocity, reference: Velocity, latents: Tensor, sigmas: Sequence[float], start: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """`count` steps with gradient from latents (B, C, H, W) at sigmas[start].
 
     Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,): the mean
-    square of velocity less reference over C, H, W and the steps, both at the same input; zero without a reference. The
-    reference's input carries no gradient. Both returns are float32.
+    square of velocity less reference over C, H, W and the steps, both at one input, which the reference gets detached.
+    Both are float32 and differentiable in the velocity's parameters. (Other projects divide this square by 2 sigma^2 or
+    by a step's variance: coefficients do not carry over.)
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(start, start + count):
         v = velocity(latents, sigmas[index])
-        if reference is not None:
-            v_reference = reference(latents.detach(), sigmas[index])
-            kl = kl + (v - v_reference).square().mean(dim=(1, 2, 3)) / count
+        v_reference = reference(latents.detach(), sigmas[index])
+        kl = kl + (v - v_reference).square().mean(dim=(1, 2, 3)) / count
         if index < start + count - 1:
             latents = ode_step(latents, v, sigmas[index], sigmas[index + 1])
     return denoised(latents, v, sigmas[start + count - 1]), kl
@@ -94,9 +94,8 @@ class Refl:
     """`batch_at` and `step` for `loop.fit`.
 
     policy, reward: on one device, the reward frozen. sigmas: of the training rollout (`schedule_sigmas`). conditions:
-        all
-    training prompts, anywhere. negative: one empty prompt. latent_shape: (C, H, W). pictures: latents (N, C, H, W) and
-    their N conditions, for the pretraining loss, if it is on.
+    those of all training prompts, on any device. negative: of one empty prompt. latent_shape: (C, H, W). pictures:
+    latents (N, C, H, W) and their N conditions, for the pretraining loss, if it is on.
     """
 
     policy: Policy
@@ -112,6 +111,10 @@ class Refl:
     rank: int = 0
     num_processes: int = 1
     pictures: tuple[Tensor, Conditions] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.sigmas) - 1 < self.config.grad_steps:
+            raise ValueError(f"got grad_steps {self.config.grad_steps} in a rollout of {len(self.sigmas) - 1} steps")
 
     def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
         """The policy's velocity under these conditions, as the sampler wants it."""
@@ -148,12 +151,7 @@ class Refl:
 
         with self.meter.phase("policy"):
             latents, kl = gradient_steps(
-                velocity,
-                reference if config.kl_weight > 0 else None,
-                batch.latents,
-                self.sigmas,
-                batch.start,
-                config.grad_steps,
+                velocity, reference, batch.latents, self.sigmas, batch.start, config.grad_steps
             )
         with self.meter.phase("reward"):
             score = self.reward(
@@ -162,7 +160,9 @@ class Refl:
                 sigma=self._reward_sigma(len(latents), batch.generator),
                 generator=batch.generator,
             )
-        loss = reward_loss(score, config.loss, config.target) + config.kl_weight * kl.mean()
+        loss = reward_loss(score, config.loss, config.target)
+        if config.kl_weight > 0:
+            loss = loss + config.kl_weight * kl.mean()
         metrics = {"reward": score.mean(), "kl": kl.mean(), "start_sigma": self.sigmas[batch.start]}
         if config.pretrain_weight > 0:
             metrics["pretrain"] = self._pretrain_loss(batch.generator)

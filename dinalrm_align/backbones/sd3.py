@@ -9,6 +9,7 @@ Blocks are diffusers' `JointTransformerBlock`s; their outputs equal those of the
 """
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,12 +42,7 @@ class SD3Trunk(nn.Module):
     def __init__(self, transformer: SD3Transformer2DModel, config: RewardConfig, *, share_weights: bool) -> None:
         super().__init__()
         _check_transformer(transformer, config)
-        parts = (
-            transformer.pos_embed,
-            transformer.time_text_embed,
-            transformer.context_embedder,
-            nn.ModuleList(list(transformer.transformer_blocks)[: config.num_layers]),
-        )
+        parts = _parts_read(transformer, config.num_layers)
         memo = {}
         if share_weights:
             memo = {id(tensor): tensor for part in parts for tensor in (*part.parameters(), *part.buffers())}
@@ -67,12 +63,13 @@ class SD3Trunk(nn.Module):
         self.use_reentrant = False
 
         self.shared: tuple[Tensor, ...] = (*self.parameters(), *self.buffers()) if share_weights else ()
+        self._owner = weakref.ref(transformer)  # of the shared weights; the trunk must not keep its other blocks alive
         if share_weights:
-            self.check_shared_frozen()
+            self.check_shared()
         else:
             self.requires_grad_(config.tuning == "full")
         if config.tuning != "full":
-            self._skip_unread_text()
+            self.skip_unread_text()
         if config.tuning == "lora":
             self._add_lora(config.lora, text_read=config.num_layers in config.text_taps)
 
@@ -91,8 +88,13 @@ class SD3Trunk(nn.Module):
     def disable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = False
 
-    def check_shared_frozen(self) -> None:
-        """Raise ValueError when a shared weight is being trained: the reward would change with the policy."""
+    def check_shared(self) -> None:
+        """Raise ValueError when shared weights are being trained, or have their owner's adapters merged into them: the
+        reward would change with the policy.
+        """
+        owner = self._owner() if self.shared else None
+        if owner is not None:
+            _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
         trained = sum(tensor.requires_grad for tensor in self.shared)
         if trained:
             raise ValueError(
@@ -110,9 +112,11 @@ class SD3Trunk(nn.Module):
         context = self.context_embedder(prompt_embeds.to(self.dtype))
         run = _call_block
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            run = self._checkpointed
-            if self.use_reentrant and not hidden.requires_grad:
+            trained = any(parameter.requires_grad for parameter in self.parameters())
+            if trained and self.use_reentrant and not hidden.requires_grad:
                 hidden.requires_grad_()  # else a reentrant checkpoint would give its LoRA no gradient
+            if trained or any(tensor.requires_grad for tensor in (hidden, context, temb)):
+                run = self._checkpointed
 
         visual, text = [hidden], [context]
         for block in self.transformer_blocks[: self.last_tap]:
@@ -130,8 +134,10 @@ class SD3Trunk(nn.Module):
             block, hidden, context, temb, use_reentrant=self.use_reentrant, preserve_rng_state=False
         )  # nothing in a block is random
 
-    def _skip_unread_text(self) -> None:
-        """Let the last block that runs compute its image half alone when nobody reads its text."""
+    def skip_unread_text(self) -> None:
+        """Let the last block that runs compute its image half alone when nobody reads its text. What the text half
+        alone needs is dropped, so that a trunk whose own weights are saved must be saved before.
+        """
         if self.last_tap == 0 or self.last_tap in self.text_taps:
             return
         block = self.transformer_blocks[self.last_tap - 1]
@@ -225,12 +231,24 @@ def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig)
         raise ValueError(f"text tap {last}: this transformer's block {last} returns no text; tap {last - 1} at most")
     if any(block.attn.fused_projections for block in transformer.transformer_blocks):
         raise ValueError("the transformer's query, key and value projections are fused; call unfuse_qkv_projections()")
-    for name, module in transformer.named_modules():
-        if isinstance(module, BaseTunerLayer) and module.merged:
-            raise ValueError(
-                f"{name} has adapters {module.merged_adapters} merged into its base weights, so "
-                "that the base model is not there to read with; call transformer.unfuse_lora() first"
-            )
+    _check_unmerged(_parts_read(transformer, config.num_layers))
+
+
+def _parts_read(transformer: SD3Transformer2DModel, num_layers: int) -> tuple[nn.Module, ...]:
+    """pos_embed, time_text_embed, context_embedder and the first blocks: what a trunk is made of."""
+    blocks = nn.ModuleList(list(transformer.transformer_blocks)[:num_layers])
+    return transformer.pos_embed, transformer.time_text_embed, transformer.context_embedder, blocks
+
+
+def _check_unmerged(parts: tuple[nn.Module, ...]) -> None:
+    """ValueError when peft adapters are merged into base weights."""
+    layers = [module for part in parts for module in part.modules() if isinstance(module, BaseTunerLayer)]
+    merged = {adapter for layer in layers for adapter in layer.merged_adapters}
+    if merged:
+        raise ValueError(
+            f"the transformer has adapters {sorted(merged)} merged into its base weights, so that the base model is "
+            "not there to read with; call transformer.unfuse_lora() first"
+        )
 
 
 def _remove_adapters(model: nn.Module) -> None:

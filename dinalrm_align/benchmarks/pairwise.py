@@ -26,13 +26,17 @@ OVERALL = "all"
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """Counts of judged pairs, which add up over batches and processes."""
+    """Counts of judged pairs, which add up over batches and processes.
+
+    not_finite: how many of the pairs have a score that is NaN or infinite; `merge` refuses them.
+    """
 
     correct: int = 0
     pairs: int = 0
+    not_finite: int = 0
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(self.correct + other.correct, self.pairs + other.pairs)
+        return Tally(self.correct + other.correct, self.pairs + other.pairs, self.not_finite + other.not_finite)
 
     @property
     def accuracy(self) -> float:
@@ -54,17 +58,14 @@ def pairwise_tallies(
 ) -> Tallies:
     """Count right answers on every world-th batch from `rank`; `merge` adds the parts of all processes.
 
-    The noise of a batch depends on (seed, its index) alone. Raises ValueError when a score is not finite.
+    The noise of a batch depends on (seed, its index) alone.
     """
     tallies: Tallies = {level: {OVERALL: Tally()} for level in levels}
     for index in range(rank, len(batches), world):
         batch = batches[index]
         noise = batch.draw_noise(seeded_generator(seed, index))
         for level in levels:
-            scores = score(batch, level, noise).float()
-            if not bool(scores.isfinite().all()):
-                raise ValueError(f"scores of validation batch {index} at sigma {level} are not finite")
-            _count(batch, scores, tallies[level])
+            _count(batch, score(batch, level, noise).float().to(batch.label.device), tallies[level])
     return tallies
 
 
@@ -72,23 +73,35 @@ def _count(batch: PairBatch, scores: Tensor, into: dict[str, Tally]) -> None:
     """Add one batch's pairs to the counts of one level."""
     preferred = torch.sign(batch.label - 0.5)
     judged = preferred != 0
-    right = (scores[batch.chosen] - scores[batch.rejected]) * preferred > 0
+    gap = scores[batch.chosen] - scores[batch.rejected]
+    right = gap * preferred > 0
     for concept in {OVERALL, *(batch.concepts or ())}:
         of_concept = judged
         if concept != OVERALL:
             of_concept = judged & torch.tensor([name == concept for name in batch.concepts], device=judged.device)
-        part = Tally(int((right & of_concept).sum()), int(of_concept.sum()))
+        part = Tally(*(int((which & of_concept).sum()) for which in (right, judged, ~gap.isfinite())))
         into[concept] = into.get(concept, Tally()) + part
 
 
 def merge(parts: Iterable[Tallies]) -> Tallies:
-    """The sum of the tallies of several processes."""
+    """The sum of the tallies of several processes. ValueError when a score was not finite.
+
+    That is raised here, and not by the process that met the score, so that every process raises it and none is left
+    waiting for the others.
+    """
     total: Tallies = {}
     for part in parts:
         for level, concepts in part.items():
             into = total.setdefault(level, {})
             for concept, tally in concepts.items():
                 into[concept] = into.get(concept, Tally()) + tally
+    for level, concepts in total.items():
+        overall = concepts[OVERALL]
+        if overall.not_finite:
+            raise ValueError(
+                f"at sigma {level_name(level)}, {overall.not_finite} of {overall.pairs} validation pairs have a score "
+                "that is NaN or infinite; look at the weights and at the latents of the pairs"
+            )
     return total
 
 

@@ -18,7 +18,8 @@ class LossConfig:
         likelihood: how a score gap becomes a probability. thurstone: variance grows with the noise level (the paper);
             thurstone_fixed: one variance for all levels; bradley_terry: sigmoid of the gap; bradley_terry_margin:
             sigmoid of the gap less a margin.
-        objective: fidelity, 1 - sqrt(p) for a hard label (the paper), or nll, -log p (the usual Bradley-Terry loss).
+        objective: fidelity, 1 - sqrt(p) for a hard label, or nll, -log p; none given, that of the likelihood's source:
+            fidelity with Thurstone's (the paper), nll with Bradley-Terry's (the usual -log sigmoid of the gap).
         preset: where k, sigma_u and epsilon come from when they are not given: paper (k 2, sigma_u 0.1, epsilon 0) or
             released (variance 2 sigma^2 + 0.05, epsilon 1e-6).
         k: growth of the rater's variance with the noise level, k sigma^2 + sigma_u^2.
@@ -29,7 +30,7 @@ class LossConfig:
     """
 
     likelihood: Literal["thurstone", "thurstone_fixed", "bradley_terry", "bradley_terry_margin"] = "thurstone"
-    objective: Literal["fidelity", "nll"] = "fidelity"
+    objective: Literal["fidelity", "nll"] | None = None
     preset: Literal["paper", "released"] = "paper"
     k: float | None = None
     sigma_u: float | None = None
@@ -46,6 +47,12 @@ class LossConfig:
                 f"loss: got k={k}, epsilon={epsilon}, sigma_u={sigma_u}, variance={self.variance}; "
                 "k and epsilon must not be negative, sigma_u and variance must be positive"
             )
+
+    def settled_objective(self) -> str:
+        """The objective, the likelihood's own where none was given."""
+        if self.objective is not None:
+            return self.objective
+        return "nll" if self.likelihood.startswith("bradley_terry") else "fidelity"
 
     def constants(self) -> tuple[float, float, float]:
         """(k, sigma_u, epsilon), the preset's where none was given."""

@@ -26,7 +26,7 @@ class ReflConfig:
         loss: linear, mean(target - score), or relu, which lets go of pictures whose score is above the target.
         target: see loss; under linear it shifts the loss and nothing else.
         kl_weight: of the velocity KL, the mean square of velocity less the reference's at the gradient steps. It holds
-            the policy near its frozen self; 0 turns it off and saves a forward.
+            the policy near its frozen self; with 0 it is measured and has no effect.
         pretrain_weight: of a flow-matching loss on pictures, as ReFL's pretraining loss; 0 turns it off.
         pretrain_pictures: folder of NAME.png (or .jpg, .webp) beside NAME.txt, its caption, for that loss; none
             given, the base model's own samples are used.
@@ -44,10 +44,10 @@ class ReflConfig:
     guidance_scale: float | None = None
     guided_gradient: bool = False
     grad_steps: int = 1
-    earliest: float = 0.75
+    earliest: float = 0.5
     loss: Literal["linear", "relu"] = "linear"
     target: float = 2.0
-    kl_weight: float = 0.0
+    kl_weight: float = 3.0
     pretrain_weight: float = 0.0
     pretrain_pictures: str | None = None
     pretrain_samples: int = 64
@@ -70,10 +70,8 @@ class ReflConfig:
             )
         if self.reward_sigma is not None and self.reward_sigma_range is not None:
             raise ValueError("refl: got both reward_sigma and reward_sigma_range; give one of them")
-        if (
-            self.reward_sigma_range is not None
-            and not 0 <= self.reward_sigma_range[0] <= self.reward_sigma_range[1] <= 1
-        ):
+        low, high = self.reward_sigma_range or (0, 1)
+        if not 0 <= low <= high <= 1:
             raise ValueError(f"refl: got reward_sigma_range {self.reward_sigma_range}; expected 0 <= low <= high <= 1")
 
 
@@ -89,8 +87,8 @@ class EvaluationConfig:
         seed: of the noise; fixed apart from the run's seed so that runs can be compared picture by picture.
     """
 
-    samples: int = 64
-    batch_size: int = 32
+    samples: int = 192
+    batch_size: int = 64
     every: int = 20
     shown: int = 16
     seed: int = 1234
@@ -140,11 +138,18 @@ class ReflRun:
     height: int | None = None
     width: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     profile_every: int = 25
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    tracker: Literal["none", "wandb"] = "none"
     policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16))
     refl: ReflConfig = field(default_factory=ReflConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=60))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=40))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0 or self.profile_every < 0:
+            raise ValueError(f"got seed {self.seed}, profile_every {self.profile_every}; neither may be negative")
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size is not None and (size < 16 or size % 16):
+                raise ValueError(f"{name}: got {size} pixels; expected a positive multiple of 16")

@@ -5,6 +5,7 @@ Defaults are the released DiNa-LRM for SD3.5-Medium (arXiv 2602.11146, section 4
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -125,6 +126,8 @@ class RewardConfig:
         _one_of("tuning", self.tuning, ("lora", "none", "full"))
         _one_of("ensemble", self.ensemble, ("tokens", "average"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        for name in ("score_scale", "score_bias", "vae_scaling_factor", "vae_shift_factor"):
+            _finite(name, vars(self)[name])
         if self.score_scale == 0 or self.vae_scaling_factor == 0 or self.text_length < 1:
             raise ValueError(
                 f"got score_scale {self.score_scale}, vae_scaling_factor {self.vae_scaling_factor}, text_length "
@@ -146,13 +149,12 @@ class RewardConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RewardConfig":
-        """The inverse of `to_dict`. Missing keys take their defaults; an unknown key raises ValueError."""
+        """The inverse of `to_dict`. A default may change a score, so ValueError for a missing key as for an unknown."""
         values = dict(values)
-        _known_keys("reward config", values, cls)
+        _check_keys("reward config", values, cls)
         for key, nested in (("lora", LoraConfig), ("head", HeadConfig)):
-            if key in values:
-                _known_keys(f"reward config, section {key!r}", values[key], nested)
-                values[key] = nested(**values[key])
+            _check_keys(f"reward config, section {key!r}", values[key], nested)
+            values[key] = nested(**values[key])
         return cls(**values)
 
 
@@ -178,10 +180,18 @@ def _levels(name: str, sigma: float | tuple[float, ...] | list[float]) -> float 
     return tuple(map(float, levels)) if isinstance(sigma, list | tuple) else float(sigma)
 
 
-def _known_keys(where: str, values: dict[str, Any], kind: type) -> None:
+def _finite(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}; expected a finite number")
+
+
+def _check_keys(where: str, values: dict[str, Any], kind: type) -> None:
     known = [item.name for item in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{where}: unknown key {key!r}{hint} (known: {', '.join(known)})")
+    missing = [key for key in known if key not in values]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}; every key must be there, since each changes a score")

@@ -1,4 +1,4 @@
-"""Settings of the embedded world: the sizes of its networks, and how its weights are trained from nothing. Torch-free."""
+"""Settings of the embedded world: sizes of its networks, and how they are trained from nothing. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dinalrm_align.config.loop import LoopConfig, OptimConfig
 
 @dataclass
 class StackConfig:
-    """Sizes of the stack; the defaults are those of the shipped weights: 64 x 64 pictures, 16 x 16 latents, 64 tokens.
+    """Sizes of the stack; by default the shipped weights': 64 x 64 pictures, 16 x 16 latents, 64 image tokens.
 
     Args:
-        image_size: side of the pictures; the oracle reads 64.
+        image_size: side of the pictures, a multiple of 64, at which the oracle judges.
         vae_channels: autoencoder widths per resolution; their number less one is log2 of the downsampling factor.
         vae_layers: residual blocks per resolution.
         vae_norm_groups: groups of the autoencoder's group norms.
@@ -50,6 +50,11 @@ class StackConfig:
     def __post_init__(self) -> None:
         if 2 * self.clip_width != self.t5_width:
             raise ValueError(f"two CLIP towers make the T5 width: got clip_width {self.clip_width}, t5 {self.t5_width}")
+        if self.image_size < 64 or self.image_size % 64 or self.depth < 2 or self.latent_size % 2:
+            raise ValueError(
+                f"stack: got image_size {self.image_size}, depth {self.depth}, latents of side {self.latent_size}; "
+                "expected a multiple of 64, at least 2, and an even side"
+            )
 
     @classmethod
     def tiny(cls, **overrides) -> StackConfig:
@@ -72,8 +77,9 @@ class PairsConfig:
     Args:
         groups: captions, each with a list of pictures.
         pictures: pictures a caption; all their pairs are compared.
+        emphasis: how often a concept is spoiled, relative to 1 for those not named: shape is the hardest to tell.
         sampled_share: share of the groups whose pictures are the base model's own samples.
-        faithful_share: share of the rendered pictures in which no concept is spoiled.
+        faithful_share: share of the rendered pictures, beside the first of each list, in which no concept is spoiled.
         rater_noise: standard deviation of a rater's error, in points of the oracle's score.
         per_concept: held-out pairs of each concept, for measuring.
         seed: of everything.
@@ -81,8 +87,9 @@ class PairsConfig:
 
     groups: int = 6000
     pictures: int = 4
-    sampled_share: float = 0.2
-    faithful_share: float = 0.3
+    emphasis: dict[str, float] = field(default_factory=lambda: {"shape": 3.0, "blur": 1.5})
+    sampled_share: float = 0.1
+    faithful_share: float = 0.2
     rater_noise: float = 0.1
     per_concept: int = 100
     seed: int = 0
@@ -103,7 +110,9 @@ class StageConfig:
     optim: OptimConfig
 
 
-def _stage(batch: int, steps: int, lr: float, *, ema: float = 0.999, decay: float = 1.0, warmup: int = 100) -> StageConfig:
+def _stage(
+    batch: int, steps: int, lr: float, *, ema: float = 0.999, decay: float = 1.0, warmup: int = 100
+) -> StageConfig:
     return StageConfig(
         batch,
         LoopConfig(steps=steps, ema_decay=ema, checkpoint_every=500, keep_last=1),
@@ -127,8 +136,8 @@ class BuildConfig:
         base: the text-to-image transformer.
         pixel: the CLIP-style reward on decoded pictures, trained on the same pairs as the latent one.
         cached_pictures: pictures encoded once for the base model.
-        layout_weight: weight of the auxiliary loss that has the base model's third block tell where which shape is
-            (representation alignment, arXiv 2410.06940, with the renderer's own maps in place of an encoder's features).
+        layout_weight: weight of the auxiliary loss that has the base model tell, half way, where each shape is
+            (representation alignment, arXiv 2410.06940, with the renderer's maps in place of an encoder's features).
     """
 
     output_dir: str = "runs/shapes_world"
@@ -138,7 +147,7 @@ class BuildConfig:
     pairs: PairsConfig = field(default_factory=PairsConfig)
     vae: StageConfig = field(default_factory=lambda: _stage(64, 2400, 2e-3, decay=0.5))
     text: StageConfig = field(default_factory=lambda: _stage(128, 600, 2e-3, warmup=50))
-    base: StageConfig = field(default_factory=lambda: _stage(64, 5500, 2e-3, ema=0.9985, decay=0.6, warmup=200))
-    pixel: StageConfig = field(default_factory=lambda: _stage(48, 1500, 5e-4))
+    base: StageConfig = field(default_factory=lambda: _stage(64, 2600, 2e-3, ema=0.9985, decay=0.6, warmup=200))
+    pixel: StageConfig = field(default_factory=lambda: _stage(48, 800, 5e-4))
     cached_pictures: int = 40_000
     layout_weight: float = 5.0

@@ -18,9 +18,9 @@ class AccuracyConfig:
     """How often the reward agrees with held-out pairs is measured at these levels, always with the same noise.
 
     Args:
-        sigmas: single noise levels.
+        sigmas: single noise levels; one that is given twice is measured once.
         ensemble: levels of the multi-noise ensemble; none: it is not measured.
-        every: updates between two evaluations; there is always one before the first update and one after the last.
+        every: updates between two evaluations; there is always one after the last update. 0: that one alone.
         seed: of the noise.
     """
 
@@ -39,8 +39,9 @@ class AccuracyConfig:
             raise ValueError(f"accuracy.every: got {self.every}; expected at least 0")
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Every level to measure: one sigma each, and the ensemble."""
-        return [(sigma,) for sigma in self.sigmas] + ([tuple(self.ensemble)] if self.ensemble else [])
+        """Every level to measure, each once: one sigma each, and the ensemble."""
+        ensemble = [tuple(self.ensemble)] if self.ensemble else []
+        return list(dict.fromkeys([*((sigma,) for sigma in self.sigmas), *ensemble]))
 
 
 @dataclass
@@ -54,10 +55,11 @@ class TrainRewardRun:
             `data.image_pairs`); without it the embedded world makes its own.
         validation_pairs: pairs of the same two forms that are only evaluated on; without it, see held_out_prompts.
         held_out_prompts: distinct prompts of `pairs` that are kept from training when there are no validation_pairs.
-        output_dir: where the run is kept; by default a new folder under runs/ named after model and seed. The finished
-            reward is in output_dir/reward.
+        output_dir: where the run is kept, a folder that holds no run yet; by default a new one under runs/ named after
+            model and seed. The finished reward is in output_dir/reward.
         seed: of initial weights, order of the data, noise and noise levels.
-        resume: folder of a run (its newest checkpoint is taken, and its settings unless overridden) or of a checkpoint.
+        resume: folder of a run (its newest checkpoint is taken) or of a checkpoint. The settings are the run's, in its
+            config.yaml; what is typed besides holds this time only.
         device: auto takes a CUDA GPU if there is one.
         dtype: of the frozen base weights; auto takes the model's on a GPU and float32 on a CPU. LoRA and head are
             always float32; on a GPU the arithmetic is bfloat16 by autocast unless this is float32.

@@ -5,6 +5,7 @@ prefers `chosen`, 1 unless given) and "concept" (a name for evaluation). Paths a
 is scaled to cover height x width (LANCZOS) and cropped at the centre.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,11 +54,16 @@ class ImagePairs:
         self.height, self.width = height, width
         self._encode_images, self._encode_prompts = encode_images, encode_prompts
         self._records = read_jsonl(Path(path))
-        self._batch_size = batch_size
+        self._batch_size, self._seed = batch_size, seed
         keep_out = held_out([record["prompt"] for record in self._records], held_out_prompts)
         is_out = np.array([record["prompt"] in keep_out for record in self._records])
         self._held_out = np.flatnonzero(is_out)
-        self._batches = ShuffledBatches([np.flatnonzero(~is_out)], batch_size, seed)
+        self._trained = [np.flatnonzero(~is_out)]
+
+    @functools.cached_property
+    def _batches(self) -> ShuffledBatches:
+        """Made when training asks: a data set that is only evaluated on may be smaller than a batch."""
+        return ShuffledBatches(self._trained, self._batch_size, self._seed)
 
     def __len__(self) -> int:
         """Batches in an epoch, all processes together."""
@@ -92,6 +98,7 @@ class ImagePairs:
             label=torch.tensor([record["label"] for record in records], device=device),
             group=torch.arange(pairs, device=device).repeat(2),
             concepts=None if None in concepts else tuple(concepts),
+            prompts=tuple(record["prompt"] for record in records),
         )
 
 

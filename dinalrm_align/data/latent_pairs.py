@@ -11,6 +11,7 @@ A plain pair is a group of two pictures. Batches hold groups of one picture size
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,14 +49,19 @@ class LatentPairs:
         self._latents = [_open(self.directory / s["file"], "latents", s["count"]) for s in index["latents"]]
         self._text = [_open(self.directory / s["file"], "prompt_embeds", s["count"]) for s in index["text"]]
         self._text_starts = np.cumsum([0, *(s["count"] for s in index["text"])])
-        self._batch_size = batch_size
+        self._batch_size, self._seed = batch_size, seed
 
         keep_out = held_out(self.prompts, held_out_prompts)
         is_out = np.array([prompt in keep_out for prompt in self.prompts])[self._columns["prompt"].numpy()]
         sizes = np.array([(s["height"], s["width"]) for s in index["latents"]])[self._columns["shard"].numpy()]
         self._by_size = [np.flatnonzero((sizes == size).all(axis=1)) for size in np.unique(sizes, axis=0)]
         self._held_out = [groups[is_out[groups]] for groups in self._by_size]
-        self._batches = ShuffledBatches([groups[~is_out[groups]] for groups in self._by_size], batch_size, seed)
+        self._trained = [groups[~is_out[groups]] for groups in self._by_size]
+
+    @functools.cached_property
+    def _batches(self) -> ShuffledBatches:
+        """Made when training asks: a data set that is only evaluated on may be smaller than a batch."""
+        return ShuffledBatches(self._trained, self._batch_size, self._seed)
 
     def __len__(self) -> int:
         """Batches in an epoch, all processes together."""
@@ -96,6 +102,7 @@ class LatentPairs:
             pooled_prompt_embeds=torch.cat(pooled),
             group=torch.tensor(group),
             concepts=tuple(self.concepts[i] for i in concept.tolist()) if bool((concept >= 0).all()) else None,
+            prompts=tuple(self.prompts[int(self._columns["prompt"][index])] for index in groups),
             **columns,
         )
 

@@ -5,8 +5,11 @@ and all their n (n - 1) / 2 pairs: 6 for 4 pictures, where plain pairs give 2). 
 prompt, and in training their noise and noise level. Latents are scaled, `(z - shift_factor) * scaling_factor`.
 """
 
+import copy
 import dataclasses
+import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -30,6 +33,7 @@ class PairBatch:
         label: (N,) float32 in [0, 1], the probability that a rater prefers `chosen`; 1 is a hard label.
         group: (M,) int64 in [0, G), which pictures share prompt, noise and sigma.
         concepts: N names of what the pairs differ in, for evaluation; None where nobody knows.
+        prompts: G prompts as text, for rewards that do not read the embeddings; None where they are not kept.
     """
 
     latents: Tensor
@@ -40,9 +44,12 @@ class PairBatch:
     label: Tensor
     group: Tensor
     concepts: tuple[str, ...] | None = None
+    prompts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         pictures, pairs = len(self.latents), len(self.chosen)
+        if pairs == 0:
+            raise ValueError("pair batch: got no pairs")
         lengths = {
             "prompt_embeds": (len(self.prompt_embeds), pictures),
             "pooled_prompt_embeds": (len(self.pooled_prompt_embeds), pictures),
@@ -50,12 +57,13 @@ class PairBatch:
             "rejected": (len(self.rejected), pairs),
             "label": (len(self.label), pairs),
             "concepts": (pairs if self.concepts is None else len(self.concepts), pairs),
+            "prompts": (self.num_groups if self.prompts is None else len(self.prompts), self.num_groups),
         }
         for name, (got, expected) in lengths.items():
             if got != expected:
-                raise ValueError(f"pair batch of {pictures} pictures and {pairs} pairs: {name} has length {got}")
-        if pairs == 0:
-            raise ValueError("pair batch: got no pairs")
+                raise ValueError(
+                    f"pair batch of {pictures} pictures and {pairs} pairs: {name} has length {got}, expected {expected}"
+                )
         rows = torch.cat([self.chosen, self.rejected])
         if rows.min() < 0 or rows.max() >= pictures:
             raise ValueError(f"pairs index pictures 0 to {pictures - 1}: got {int(rows.min())} to {int(rows.max())}")
@@ -68,7 +76,7 @@ class PairBatch:
                 f"labels are probabilities in [0, 1]: got [{self.label.min():.4g}, {self.label.max():.4g}]"
             )
 
-    @property
+    @functools.cached_property  # read from the device once, and not again on another device
     def num_groups(self) -> int:
         return int(self.group.max()) + 1
 
@@ -79,17 +87,11 @@ class PairBatch:
         return noise.to(self.latents.device)[self.group]
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        """The same batch with every tensor on `device`."""
-        return PairBatch(
-            latents=self.latents.to(device),
-            prompt_embeds=self.prompt_embeds.to(device),
-            pooled_prompt_embeds=self.pooled_prompt_embeds.to(device),
-            chosen=self.chosen.to(device),
-            rejected=self.rejected.to(device),
-            label=self.label.to(device),
-            group=self.group.to(device),
-            concepts=self.concepts,
-        )
+        """The same batch with every tensor on `device`; what was checked once is not checked again."""
+        moved = copy.copy(self)
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        vars(moved).update(tensors)
+        return moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +139,8 @@ class ShuffledBatches:
     """Batches of `batch_size` units out of buckets that must not be mixed, reshuffled every epoch.
 
     Batch `index` is a pure function of (seed, index): nothing is stepped, so a run resumes by its step alone and
-    processes share the work by taking every world-th index. What does not fill a batch waits for another epoch's order.
+    processes share the work by taking every world-th index. What does not fill a batch waits for another epoch's order;
+    a bucket smaller than one batch is never read, which a warning says. ValueError when no bucket fills a batch.
     """
 
     def __init__(self, buckets: Sequence[np.ndarray], batch_size: int, seed: int) -> None:
@@ -149,6 +152,13 @@ class ShuffledBatches:
             raise ValueError(
                 f"batch_size {batch_size} is more than any bucket holds (sizes {[len(b) for b in buckets][:8]}); use a "
                 "smaller batch or more pairs"
+            )
+        unread = sum(len(bucket) for bucket in buckets if len(bucket) < batch_size)
+        if unread:
+            warnings.warn(
+                f"{unread} of {sum(map(len, buckets))} groups are never trained on: fewer than batch_size {batch_size} "
+                "share their picture size; use a smaller batch or fewer sizes",
+                stacklevel=2,
             )
         self._epoch, self._order = -1, np.empty((0, batch_size), dtype=np.int64)
 

@@ -1,8 +1,11 @@
 """From a path to preference pairs: a directory of latents, or a jsonl of pictures that are encoded on the fly."""
 
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from dinalrm_align.config.reward import RewardConfig
 from dinalrm_align.data.image_pairs import ImagePairs
@@ -10,34 +13,67 @@ from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.encode import PromptEncoder, encode_images, load_vae
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+MAX_CACHED = 1000
+"""Prompts whose embeddings are kept: training on a large set meets each about once an epoch."""
+
+
+class Encoders:
+    """VAE and text encoders of a pipeline, each loaded when it is first needed, and once for all data sets.
+
+    source: folder or hub id of a StableDiffusion3Pipeline. text_length: T5 tokens per prompt. dtype: of the text
+    encoders; the VAE is float32.
+    """
+
+    def __init__(self, source: str | Path, *, text_length: int, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.source, self.device = source, device
+        self.encode_prompts = PromptEncoder(
+            source, text_length=text_length, device=device, dtype=dtype, max_cached=MAX_CACHED
+        )
+
+    @functools.cached_property
+    def vae(self) -> "AutoencoderKL":
+        return load_vae(self.source, device=self.device)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w)."""
+        return encode_images(self.vae, images)
+
+    def manifest(self) -> PairManifest:
+        """What the pairs that these encode are."""
+        scaling = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        return PairManifest(*scaling, self.encode_prompts.text_length)
+
 
 def open_pairs(
     path: str | Path,
     reward: RewardConfig,
+    encoders: Encoders,
     *,
     size: tuple[int, int],
-    device: torch.device | str,
     batch_size: int,
     seed: int = 0,
     held_out_prompts: int = 0,
 ) -> LatentPairs | ImagePairs:
     """The pairs at `path`, checked against the config of the reward that is to read them.
 
-    size: (height, width) in pixels of pictures that are encoded on the fly, on `device`, by the VAE and the text
-    encoders of `reward.base_model_id`. The rest, and what is raised: see the two classes.
+    encoders, size: what pictures are encoded with on the fly, and at which (height, width) in pixels. The rest, and
+    what is raised: see the two classes.
     """
     options = dict(batch_size=batch_size, seed=seed, held_out_prompts=held_out_prompts)
     if Path(path).suffix != ".jsonl":
         pairs = LatentPairs(path, **options)
-        pairs.manifest.check(reward)
-        return pairs
-    vae = load_vae(reward.base_model_id, device=device)
-    return ImagePairs(
-        path,
-        encode_images=lambda images: encode_images(vae, images),
-        encode_prompts=PromptEncoder(reward.base_model_id, text_length=reward.text_length, device=device),
-        manifest=PairManifest(vae.config.scaling_factor, vae.config.shift_factor, reward.text_length),
-        height=size[0],
-        width=size[1],
-        **options,
-    )
+    else:
+        pairs = ImagePairs(
+            path,
+            encode_images=encoders.encode_images,
+            encode_prompts=encoders.encode_prompts,
+            manifest=encoders.manifest(),
+            height=size[0],
+            width=size[1],
+            **options,
+        )
+    pairs.manifest.check(reward)
+    return pairs

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers.utils import cached_file
 
 from dinalrm_align.encode import decode_latents
+from dinalrm_align.inputs import check_finite
 
 BICUBIC = 3
 """PIL's number for bicubic, the only resampling that CLIP checkpoints of this layout use."""
@@ -77,7 +78,8 @@ class Preprocess:
 class ClipReward(nn.Module):
     """A frozen CLIP reward over latents or pictures; build one with `from_pretrained`.
 
-    Gradients reach the latents, never a parameter: CLIP is frozen, and so is the VAE it is given.
+    Gradients reach the latents, never a parameter: CLIP is frozen, and so is the VAE it is given (requires_grad False,
+    evaluation mode), which stays no part of this module: neither moved, cast nor saved with it.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class ClipReward(nn.Module):
     ) -> None:
         super().__init__()
         self.clip = clip.requires_grad_(False).eval()
-        self.vae = None if vae is None else vae.requires_grad_(False).eval()
+        self._borrowed = {"vae": None if vae is None else vae.requires_grad_(False).eval()}  # not owned, so in a dict
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self._text_features: dict[str, Tensor] = {}
@@ -162,6 +164,7 @@ class ClipReward(nn.Module):
                 f"latents: got shape {tuple(latents.shape)}; expected (B, {vae.config.latent_channels}, h, w), the "
                 "channels of this reward's VAE"
             )
+        check_finite("latents", latents)
         _check_prompts(prompts, len(latents))
         return self._score(self.preprocess(decode_latents(vae, latents)), prompts)
 
@@ -170,7 +173,7 @@ class ClipReward(nn.Module):
         """PIL pictures of any sizes, or a tensor (B, 3, H, W) in [0, 1], and B prompts -> scores (B,), float32."""
         _check_prompts(prompts, len(images))
         if isinstance(images, Tensor):
-            if images.ndim != 4 or images.shape[1] != 3 or images.min() < 0 or images.max() > 1:
+            if images.ndim != 4 or images.shape[1] != 3 or not (images.min() >= 0 and images.max() <= 1):
                 raise ValueError(
                     f"images: got shape {tuple(images.shape)} in [{images.min():.3g}, {images.max():.3g}]; expected "
                     "(B, 3, H, W) in [0, 1]"
@@ -183,7 +186,8 @@ class ClipReward(nn.Module):
 
     def _score(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """pixel_values (B, 3, H, W) -> (B,): exp(logit_scale) cos, the product in float32."""
-        features = _projected(self.clip.get_image_features(pixel_values=pixel_values.to(self.clip.dtype))).float()
+        pixel_values = pixel_values.to(self.device, self.clip.dtype)
+        features = _projected(self.clip.get_image_features(pixel_values=pixel_values)).float()
         cosine = (F.normalize(features, dim=-1) * self._encode_text(prompts)).sum(-1)
         return self.clip.logit_scale.exp().float() * cosine
 
@@ -203,9 +207,9 @@ class ClipReward(nn.Module):
         return torch.stack([self._text_features[prompt] for prompt in prompts]).to(self.device)
 
     def _require_vae(self) -> AutoencoderKL:
-        if self.vae is None:
+        if self._borrowed["vae"] is None:
             raise ValueError("this ClipReward has no VAE to decode latents with; pass vae=... to from_pretrained")
-        return self.vae
+        return self._borrowed["vae"]
 
 
 def _projected(output: Any) -> Tensor:

@@ -1,1 +1,1 @@
-"""The embedded world: a small, real SD3-architecture text-to-image stack over procedural pictures, with an exact oracle."""
+"""The embedded world: a small, real SD3-architecture stack over procedural pictures, with an oracle."""

@@ -2,9 +2,9 @@
 
     score = 2 F + A (0.25 + 0.75 F),   F faithfulness and A aesthetics, both in [0, 1]
 
-so that a perfect picture scores 3 and beauty counts little where the caption is not met. F multiplies how well the asked
-objects are found (shape, colour, size) by factors for relation, background and number of objects; A is the mean of
-sharpness, contrast and centring. No model of the world is trained on these numbers except through preference labels.
+so that a perfect picture scores 3 and beauty counts little where the caption is not met. F multiplies how well the
+asked objects are found (shape, colour, size) by factors for relation, background and number of objects; A is the mean
+of sharpness, contrast and centring. No model of the world is trained on these numbers except through preference labels.
 """
 
 from __future__ import annotations
@@ -14,12 +14,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
 from dinalrm_align.shapes.render import AREA_PER_RADIUS2, SIZE, Mark, coverage
 from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Item, Scene, parse_caption
 
-PARTS = ("faithfulness", "aesthetics", "objects", "relation", "background", "count", "sharpness", "contrast", "centring")
+PARTS = (
+    "faithfulness",
+    "aesthetics",
+    "objects",
+    "relation",
+    "background",
+    "count",
+    "sharpness",
+    "contrast",
+    "centring",
+)
 MIN_AREA = 30
 SIZE_BOUNDARY = 9.75
 """Radius in pixels that separates small from large."""
@@ -45,7 +56,7 @@ class Found:
 
 
 def oracle_score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """images (B, 3, 64, 64) in [0, 1], B captions -> (B,) float32 in [0, 3]; higher is better."""
+    """images (B, 3, S, S) in [0, 1], S a multiple of 64; B captions -> (B,) float32 in [0, 3]; higher is better."""
     parts = oracle_parts(images, prompts)
     faithfulness, aesthetics = parts["faithfulness"], parts["aesthetics"]
     return 2 * faithfulness + aesthetics * (0.25 + 0.75 * faithfulness)
@@ -56,11 +67,14 @@ def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Te
 
     Raises ValueError for pictures of another size, another number of captions, or text outside the world's grammar.
     """
-    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
-        raise ValueError(f"pictures of the embedded world are (B, 3, {SIZE}, {SIZE}): got {tuple(images.shape)}")
+    side = images.shape[-1]
+    if images.ndim != 4 or images.shape[1:] != (3, side, side) or side % SIZE:
+        raise ValueError(
+            f"pictures of the embedded world are (B, 3, S, S), S a multiple of {SIZE}: got {tuple(images.shape)}"
+        )
     if len(prompts) != len(images):
         raise ValueError(f"one caption per picture: got {len(images)} pictures, {len(prompts)} captions")
-    pixels = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = F.avg_pool2d(images.detach().float().clamp(0, 1), side // SIZE).permute(0, 2, 3, 1).cpu().numpy()
     rows = [_judge(picture, parse_caption(prompt)) for picture, prompt in zip(pixels, prompts)]
     return {part: torch.tensor([row[part] for row in rows], dtype=torch.float32) for part in PARTS}
 
@@ -84,7 +98,9 @@ def _judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
     if scene.relation:
         relation = _relation(places, scene.relation) if len(places) == 2 else 0.0
     nominal = np.array(BACKGROUNDS[scene.background])
-    on_ground = float(np.clip(1.5 - np.abs(ground - nominal).max() / 0.15, 0, 1)) if background == scene.background else 0.0
+    on_ground = (
+        float(np.clip(1.5 - np.abs(ground - nominal).max() / 0.15, 0, 1)) if background == scene.background else 0.0
+    )
     count = max(0.0, 1 - abs(len(found) - len(wanted)) / len(wanted))
     faithfulness = objects * (0.5 + 0.5 * relation) * (0.5 + 0.5 * on_ground) * (0.5 + 0.5 * count)
     sharpness = contrast = centring = 0.0
@@ -103,7 +119,9 @@ def _judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
 
 def _background(picture: np.ndarray) -> tuple[np.ndarray, str]:
     """The border's median colour, and the name of the nearest background."""
-    border = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)])  # fmt: skip
+    border = np.concatenate(
+        [edge.reshape(-1, 3) for edge in (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:])]
+    )
     ground = np.median(border, axis=0)
     return ground, min(BACKGROUNDS, key=lambda name: np.abs(ground - np.array(BACKGROUNDS[name])).sum())
 
@@ -111,7 +129,8 @@ def _background(picture: np.ndarray) -> tuple[np.ndarray, str]:
 def find_objects(picture: np.ndarray, ground: np.ndarray, background: str) -> list[Found]:
     """The coloured objects of a picture (64, 64, 3), at most the six largest.
 
-    A pixel belongs to the colour whose direction from the background it shares, so fading and soft edges do not change it.
+    A pixel belongs to the colour whose direction from the background it shares, so fading and soft edges do not
+    change it.
     """
     difference = picture - ground
     distance = np.linalg.norm(difference, axis=-1)

@@ -24,7 +24,15 @@ from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.encode import PromptEncoder, decode_latents, encode_images
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.render import (
-    AESTHETICS, CONCEPTS, Drawing, concepts_of, draw_nuisance, lay_out, render, spoil_nuisance, spoil_scene,
+    AESTHETICS,
+    CONCEPTS,
+    Drawing,
+    concepts_of,
+    draw_nuisance,
+    lay_out,
+    render,
+    spoil_nuisance,
+    spoil_scene,
 )  # fmt: skip
 from dinalrm_align.shapes.scene import Scene, draw_scenes
 
@@ -36,18 +44,17 @@ def write_training_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeli
     """Write `config.groups` lists of training captions for `LatentPairs`. Raises FileExistsError if they are there."""
     rng = np.random.default_rng((config.seed, 0))
     encoder = _prompt_encoder(pipeline)
-    sampled = int(config.groups * config.sampled_share)
-    sizes = [min(CHUNK, config.groups - start) for start in range(0, config.groups, CHUNK)]
+    sampled = round(config.groups * config.sampled_share)
+    chunks = [(size, True) for size in _chunks(sampled)] + [(size, False) for size in _chunks(config.groups - sampled)]
     with LatentPairsWriter(directory, _manifest(pipeline, encoder)) as writer:
-        written = 0
-        for size in tqdm(sizes, desc="preference pairs", unit=f" {CHUNK} captions"):
+        for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {CHUNK} captions"):
             scenes = draw_scenes(size, rng)
-            if written < sampled:
+            if by_base:
                 latents = _sample(pipeline, encoder, scenes, config.pictures, rng)
                 pictures = decode_latents(pipeline.vae, latents)
             else:
                 drawings = [draw for scene in scenes for draw in _draw_list(scene, config, rng)]
-                pictures = render(drawings)
+                pictures = render(drawings, pipeline.vae.config.sample_size)
                 latents = encode_images(pipeline.vae, pictures)
             captions = [scene.caption for scene in scenes for _ in range(config.pictures)]
             scores = oracle_score(pictures, captions).view(size, config.pictures)
@@ -58,7 +65,6 @@ def write_training_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeli
                     scene.caption, latents.view(size, config.pictures, *latents.shape[1:])[row].half(),
                     prompt_embeds=embeds[row], pooled_prompt_embeds=pooled[row], chosen=chosen, rejected=rejected,
                 )  # fmt: skip
-            written += size
 
 
 def write_concept_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, per_concept: int, seed: int) -> None:
@@ -67,7 +73,7 @@ def write_concept_pairs(directory: str | Path, pipeline: StableDiffusion3Pipelin
     encoder = _prompt_encoder(pipeline)
     with LatentPairsWriter(directory, _manifest(pipeline, encoder)) as writer:
         for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
-            pairs = list(itertools.islice(_concept_pairs(concept, rng), per_concept))
+            pairs = list(itertools.islice(_concept_pairs(concept, rng, pipeline.vae.config.sample_size), per_concept))
             captions = [caption for caption, _ in pairs]
             embeds, pooled = encoder(captions)
             pictures = torch.cat([picture for _, picture in pairs])
@@ -79,8 +85,12 @@ def write_concept_pairs(directory: str | Path, pipeline: StableDiffusion3Pipelin
                 )  # fmt: skip
 
 
-def _concept_pairs(concept: str, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
-    """Captions with pictures (2, 3, 64, 64), the better first by the oracle."""
+def _chunks(groups: int) -> list[int]:
+    return [min(CHUNK, groups - start) for start in range(0, groups, CHUNK)]
+
+
+def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
+    """Captions with pictures (2, 3, size, size), the better first by the oracle."""
     while True:
         scene = draw_scenes(1, rng, held_out=True)[0]
         if concept not in concepts_of(scene):
@@ -91,17 +101,20 @@ def _concept_pairs(concept: str, rng: np.random.Generator) -> Iterator[tuple[str
             bad = lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng)
         else:
             bad = lay_out(spoil_scene(scene, concept, rng), nuisance, rng)
-        pictures = render([good, bad])
+        pictures = render([good, bad], size)
         scores = oracle_score(pictures, [scene.caption] * 2)
         if scores[0] > scores[1]:  # a nuisance can leave no difference, at the picture's edge for instance
             yield scene.caption, pictures
 
 
 def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> list[Drawing]:
-    """Renders of one scene under one nuisance: some faithful, the rest with one concept spoiled, all equally often."""
-    nuisance, drawings = draw_nuisance(rng), []
-    for _ in range(config.pictures):
-        concept = str(rng.choice(concepts_of(scene)))
+    """Renders of one scene: the first faithful, the rest mostly as good but for one spoiled concept."""
+    nuisance = draw_nuisance(rng)
+    drawings = [lay_out(scene, nuisance, rng)]
+    concepts = concepts_of(scene)
+    weights = np.array([config.emphasis.get(concept, 1.0) for concept in concepts])
+    while len(drawings) < config.pictures:
+        concept = str(rng.choice(concepts, p=weights / weights.sum()))
         if rng.random() < config.faithful_share:
             drawings.append(lay_out(scene, draw_nuisance(rng), rng))
         elif concept in AESTHETICS:
@@ -145,4 +158,4 @@ def _prompt_encoder(pipeline: StableDiffusion3Pipeline) -> PromptEncoder:
 
 def _manifest(pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder) -> PairManifest:
     vae = pipeline.vae.config
-    return PairManifest(vae.scaling_factor, vae.shift_factor, encoder.text_length)
+    return PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, encoder.text_length)

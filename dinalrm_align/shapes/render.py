@@ -1,8 +1,8 @@
 """Pictures of the embedded world: from a scene to a layout with nuisances, from layouts to anti-aliased pixels.
 
-Lengths are in pixels of the 64 x 64 picture. Three nuisances are what a preference can be about besides faithfulness:
-`edge`, the width of every outline's ramp (1 is crisp); `contrast`, how far objects stand out from the background
-(1 is full colour); and the offset of the group of objects from the picture's centre.
+Lengths are in units of a 64 x 64 picture, whatever size is rendered. Three nuisances are what a preference can be about
+besides faithfulness: `edge`, the width of every outline's ramp (1 is crisp); `contrast`, how far objects stand out from
+the background (1 is full colour); and the offset of the group of objects from the picture's centre.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Nuisance:
-    """Departures from a perfect picture: edge width (1 .. 7), contrast (0.35 .. 1), offset of the group (0 .. 12 pixels)."""
+    """Departures from a perfect picture: edge width (1 to 7), contrast (0.3 to 1), offset of the group (0 to 14)."""
 
     edge: float = 1.0
     contrast: float = 1.0
@@ -106,24 +106,22 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     raise ValueError(f"unknown shape: got {shape!r}, expected one of {SHAPES}")
 
 
-_GRID = np.arange(SIZE, dtype=np.float32) + 0.5
-
-
-def coverage(mark: Mark, edge: float = 1.0) -> np.ndarray:
-    """How much of each pixel a mark covers, (64, 64) in [0, 1], with an outline ramp of `edge` pixels."""
-    distance = signed_distance(mark.shape, _GRID[None, :] - mark.x, _GRID[:, None] - mark.y, mark.radius)
+def coverage(mark: Mark, edge: float = 1.0, size: int = SIZE) -> np.ndarray:
+    """How much of each pixel a mark covers, (size, size) in [0, 1], with an outline ramp of width `edge`."""
+    grid = (np.arange(size, dtype=np.float32) + 0.5) * (SIZE / size)
+    distance = signed_distance(mark.shape, grid[None, :] - mark.x, grid[:, None] - mark.y, mark.radius)
     return np.clip(0.5 - distance / edge, 0.0, 1.0)
 
 
-def render(drawings: list[Drawing]) -> torch.Tensor:
-    """Pictures of the drawings, (B, 3, 64, 64) float32 in [0, 1]."""
-    pictures = np.empty((len(drawings), 3, SIZE, SIZE), np.float32)
+def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
+    """Pictures of the drawings, (B, 3, size, size) float32 in [0, 1]."""
+    pictures = np.empty((len(drawings), 3, size, size), np.float32)
     for picture, drawing in zip(pictures, drawings):
         ground = np.array(BACKGROUNDS[drawing.background], np.float32)
         picture[:] = ground[:, None, None]
         for mark in drawing.marks:
             colour = ground + drawing.contrast * (np.array(COLOURS[mark.colour], np.float32) - ground)
-            picture += coverage(mark, drawing.edge) * (colour[:, None, None] - picture)
+            picture += coverage(mark, drawing.edge, size) * (colour[:, None, None] - picture)
     return torch.from_numpy(pictures)
 
 
@@ -141,7 +139,10 @@ def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
     """The scene with one of its FAITHFULNESS concepts changed: what a picture that gets it wrong shows."""
     items = list(scene.items)
     which = int(rng.integers(len(items)))
-    other = lambda values, value: str(rng.choice([name for name in values if name != value]))  # noqa: E731
+
+    def other(values, value: str | None) -> str:
+        return str(rng.choice([name for name in values if name != value]))
+
     if concept in ("shape", "colour", "size"):
         values = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}[concept]
         current = {"shape": items[which].shape, "colour": items[which].colour, "size": items[which].size}[concept]
@@ -167,5 +168,3 @@ def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -
     if concept == "placement":
         return replace(nuisance, offset=min(14.0, nuisance.offset + rng.uniform(5.0, 12.0)))
     raise ValueError(f"not a nuisance: got {concept!r}, expected one of {AESTHETICS}")
-
-

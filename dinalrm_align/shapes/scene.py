@@ -121,7 +121,7 @@ KIND_SHARES = {"one": 0.25, "pair": 0.5, "count": 0.25}
 
 
 def draw_scenes(number: int, rng, *, held_out: bool = False) -> list[Scene]:
-    """`number` scenes drawn with `rng` (numpy.random.Generator), kinds in KIND_SHARES, training or held-out ones only."""
+    """`number` scenes drawn with a numpy Generator, kinds in KIND_SHARES, training or held-out ones only."""
     pools = _pools(held_out)
     kinds = rng.choice(list(KIND_SHARES), size=number, p=list(KIND_SHARES.values()))
     return [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]
@@ -134,7 +134,6 @@ def _pools(held_out: bool) -> dict[str, list[Scene]]:
     if not _POOLS:
         for flag in (False, True):
             _POOLS[flag] = {
-                kind: [scene for scene in scenes if is_held_out(scene) == flag]
-                for kind, scenes in all_scenes().items()
+                kind: [scene for scene in scenes if is_held_out(scene) == flag] for kind, scenes in all_scenes().items()
             }
     return _POOLS[held_out]

@@ -1,8 +1,8 @@
-"""The embedded world's networks: every part of an SD3 pipeline, in the Hugging Face classes, at a size for two CPU cores.
+"""The embedded world's networks: every part of an SD3 pipeline, in the Hugging Face classes, sized for two CPU cores.
 
-`build_pipeline` returns a `StableDiffusion3Pipeline` with freshly initialised weights: a joint-attention transformer with
-RMS query-key norm and dual-attention blocks, a KL autoencoder with 16 scaled latent channels, and SD3's three text-encoder
-roles (two CLIP towers whose features are concatenated on the channel axis, one T5 encoder appended on the token axis).
+`build_pipeline` returns a `StableDiffusion3Pipeline` with freshly initialised weights: a joint-attention transformer
+with RMS query-key norm and dual-attention blocks, a KL autoencoder with 16 scaled latent channels, and SD3's three
+text-encoder roles (two CLIP towers concatenated on the channel axis, one T5 encoder appended on the token axis).
 The tokenizers know the captions' words and fall back to single characters, so that any prompt can be tokenised.
 """
 
@@ -25,7 +25,7 @@ from dinalrm_align.shapes.scene import CAPTION_WORDS
 
 
 def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
-    """A byte-pair tokenizer in which every word of `words` is one token and any other text falls back to single bytes."""
+    """A byte-pair tokenizer in which every word of `words` is one token and other text falls back to single bytes."""
     characters = list(bytes_to_unicode().values())
     vocabulary = characters + [character + "</w>" for character in characters]
     merges: list[tuple[str, str]] = []
