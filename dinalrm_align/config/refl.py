@@ -47,7 +47,7 @@ class ReflConfig:
     earliest: float = 0.5
     loss: Literal["linear", "relu"] = "linear"
     target: float = 2.0
-    kl_weight: float = 3.0
+    kl_weight: float = 4.0
     pretrain_weight: float = 0.0
     pretrain_pictures: str | None = None
     pretrain_samples: int = 64
@@ -89,7 +89,7 @@ class EvaluationConfig:
 
     samples: int = 192
     batch_size: int = 64
-    every: int = 20
+    every: int = 10
     shown: int = 16
     seed: int = 1234
 
@@ -144,7 +144,7 @@ class ReflRun:
     policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16))
     refl: ReflConfig = field(default_factory=ReflConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=40))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
