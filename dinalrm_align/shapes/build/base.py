@@ -1,0 +1,203 @@
+"""The base model: rectified flow, v = noise - x0 (SD3, arXiv 2403.03206), from adaLN-zero, with Muon on the blocks' matrices
+and an auxiliary loss on the picture tokens half way.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dinalrm_align.config.shapes import BuildConfig
+from dinalrm_align.encode import PromptEncoder, decode_latents, encode_images
+from dinalrm_align.loop import Hook, adamw
+from dinalrm_align.models import MODELS
+from dinalrm_align.noise import add_noise, timestep_of
+from dinalrm_align.report import save_grid
+from dinalrm_align.shapes.build.stage import pictures, run_stage
+from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
+from dinalrm_align.shapes.render import SIZE, Drawing, coverage
+from dinalrm_align.shapes.scene import SHAPES, draw_scenes
+
+CELLS = 2
+"""Cells per side of a patch of 2 x 2 latents in the auxiliary loss."""
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimisers over separate parameters that step as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As if one optimiser held all parameters, those of the first part first."""
+        merged: dict[str, Any] = {"state": {}, "param_groups": []}
+        for part, offset in zip(self.parts, self._offsets()):
+            saved = part.state_dict()
+            merged["state"] |= {offset + index: state for index, state in saved["state"].items()}
+            merged["param_groups"] += [
+                {**group, "params": [offset + index for index in group["params"]]} for group in saved["param_groups"]
+            ]
+        return merged
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        offsets = self._offsets()
+        for part, start, end in zip(self.parts, offsets, offsets[1:]):
+            state = {index - start: state for index, state in state_dict["state"].items() if start <= index < end}
+            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def _offsets(self) -> list[int]:
+        """Number of parameters before each part, and in all."""
+        counts = [sum(len(group["params"]) for group in part.param_groups) for part in self.parts]
+        return [sum(counts[:index]) for index in range(len(counts) + 1)]
+
+
+def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
+    """Train `pipeline.transformer` in place on frozen text encoders and latents encoded once."""
+    stage, transformer, device = config.base, pipeline.transformer.to(accelerator.device), accelerator.device
+    latents, layouts, captions = _cached_pictures(pipeline, config)
+    encoder = PromptEncoder(pipeline, text_length=config.stack.text_length, device=device)
+    encoder(sorted({*captions, ""}), batch_size=256)
+    width = config.stack.num_heads * config.stack.head_dim
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        layout_head = nn.Linear(width, len(SHAPES) * CELLS**2).to(device)
+    _zero_modulation(transformer)
+    tapped: dict[str, Tensor] = {}
+    tap = transformer.transformer_blocks[config.stack.depth // 2 - 1].register_forward_hook(
+        lambda module, inputs, outputs: tapped.update(picture=outputs[1])
+    )
+
+    def batch_at(step: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(10**6 * (config.seed + 1) + step)
+        rows = torch.randint(len(latents), (stage.batch_size,), generator=generator)
+        dropped = torch.rand(stage.batch_size, generator=generator) < 0.1
+        embeds, pooled = encoder(["" if drop else captions[row] for row, drop in zip(rows.tolist(), dropped)])
+        u = torch.sigmoid(1.2 * torch.randn(stage.batch_size, generator=generator))
+        shift = config.stack.scheduler_shift
+        noise = torch.randn(stage.batch_size, *latents.shape[1:], generator=generator)
+        parts = (
+            latents[rows].float(),
+            layouts[rows].float() / 255,
+            embeds,
+            pooled,
+            shift * u / (1 + (shift - 1) * u),
+            noise,
+        )
+        return tuple(part.to(device) for part in parts)
+
+    def step(batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
+        x0, layout, embeds, pooled, sigma, noise = batch
+        velocity = transformer(
+            hidden_states=add_noise(x0, noise, sigma), timestep=timestep_of(sigma), encoder_hidden_states=embeds,
+            pooled_projections=pooled, return_dict=False,
+        )[0]  # fmt: skip
+        flow = F.mse_loss(velocity, noise - x0)
+        wanted = F.pixel_unshuffle(layout, CELLS).flatten(2).transpose(1, 2)
+        shape = F.mse_loss(layout_head(tapped["picture"]), wanted)
+        return flow + config.layout_weight * shape, {"flow": flow.item(), "layout": shape.item()}
+
+    def evaluate(step: int) -> dict[str, float]:
+        images, prompts = sample_held_out(pipeline, encoder, 64, config.seed)
+        save_grid(images, prompts, Path(config.output_dir) / "base" / f"grid_{step:06d}.png")
+        parts = oracle_parts(images, prompts)
+        numbers = {name: value.mean().item() for name, value in parts.items()}
+        tqdm.write(f"base, update {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+        return {**numbers, "oracle": oracle_score(images, prompts).mean().item()}
+
+    transformer.requires_grad_(True)
+    parameters = {
+        **dict(transformer.named_parameters()),
+        **{f"layout.{n}": p for n, p in layout_head.named_parameters()},
+    }
+    matrices = [
+        name
+        for name, p in parameters.items()
+        if p.ndim == 2 and name.startswith("transformer_blocks") and "norm" not in name
+    ]
+    optim = stage.optim
+    optimizer = Together(
+        torch.optim.Muon(
+            [parameters[name] for name in matrices], lr=optim.lr, weight_decay=optim.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        adamw([{"params": [p for name, p in parameters.items() if name not in set(matrices)]}], optim),
+    )  # fmt: skip
+    for group in optimizer.param_groups:
+        group["initial_lr"] = optim.lr
+    run_stage(
+        "base", stage, config, accelerator, parameters, batch_at, step, optimizer=optimizer,
+        hooks=(Hook(500, evaluate, at_start=False),), shown=("flow", "layout"),
+    )  # fmt: skip
+    transformer.requires_grad_(False)
+    tap.remove()
+
+
+def _zero_modulation(transformer: nn.Module) -> None:
+    """Start as DiT does: every block an identity, the output zero."""
+    for name, module in transformer.named_modules():
+        if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _cached_pictures(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> tuple[Tensor, Tensor, list[str]]:
+    """Scaled latents (N, C, h, w) float16, `_layout` of each (N, 4, h, w) uint8, captions."""
+    folder = Path(config.output_dir) / "cache"
+    if not (folder / "captions.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng((config.seed + 3, 0))
+        latents, layouts, captions = [], [], []
+        for _ in tqdm(range(0, config.cached_pictures, 64), desc="encode pictures", unit=" batches"):
+            images, scenes, drawings = pictures(64, rng, config.stack.image_size)
+            latents.append(encode_images(pipeline.vae, images).half().cpu())
+            layouts.append(torch.stack([_layout(drawing, config.stack.latent_size) for drawing in drawings]))
+            captions += [scene.caption for scene in scenes]
+        save_file(
+            {"latents": torch.cat(latents).contiguous(), "layouts": torch.cat(layouts)}, folder / "pictures.safetensors"
+        )
+        (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    stored = load_file(folder / "pictures.safetensors")
+    return stored["latents"], stored["layouts"], json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+
+
+def _layout(drawing: Drawing, cells: int) -> Tensor:
+    """How much of each of cells x cells cells each shape covers, (4, cells, cells) uint8, 255 is all."""
+    cover = torch.zeros(len(SHAPES), SIZE, SIZE)
+    for mark in drawing.marks:
+        cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))
+    return (F.adaptive_avg_pool2d(cover, cells).clamp(0, 1) * 255).round().byte()
+
+
+@torch.no_grad()
+def sample_held_out(
+    pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, number: int, seed: int
+) -> tuple[Tensor, list[str]]:  # fmt: skip
+    """Pictures (number, 3, H, W) of held-out captions at the world's default steps and guidance, and the captions."""
+    prompts = [scene.caption for scene in draw_scenes(number, np.random.default_rng((seed, 1234)), held_out=True)]
+    spec = MODELS["shapes"]
+    embeds, pooled = encoder(prompts)
+    empty, empty_pooled = encoder.empty(number)
+    size = pipeline.vae.config.sample_size
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(
+        prompt_embeds=embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
+        negative_pooled_prompt_embeds=empty_pooled, height=size, width=size, num_inference_steps=spec.num_steps,
+        guidance_scale=spec.guidance_scale, generator=torch.Generator().manual_seed(seed), output_type="latent",
+    ).images  # fmt: skip
+    return decode_latents(pipeline.vae, latents).cpu(), prompts

@@ -1,0 +1,51 @@
+"""What the stages share: random pictures of the world, and one run of `loop.fit` in the stage's own folder."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dinalrm_align.config.shapes import BuildConfig, StageConfig
+from dinalrm_align.loop import Hook, adamw, fit
+from dinalrm_align.resume import latest_checkpoint
+from dinalrm_align.shapes.render import Drawing, draw_nuisance, lay_out, render
+from dinalrm_align.shapes.scene import Scene, draw_scenes
+
+
+def pictures(number: int, rng: np.random.Generator, size: int) -> tuple[Tensor, list[Scene], list[Drawing]]:
+    """Random training captions rendered with ordinary nuisances: (number, 3, size, size), their scenes and drawings."""
+    scenes = draw_scenes(number, rng)
+    drawings = [lay_out(scene, draw_nuisance(rng), rng) for scene in scenes]
+    return render(drawings, size), scenes, drawings
+
+
+def run_stage(
+    name: str,
+    stage: StageConfig,
+    config: BuildConfig,
+    accelerator: Accelerator,
+    parameters: dict[str, nn.Parameter],
+    batch_at: Callable[[int], Any],
+    step: Callable[[Any], tuple[Tensor, Mapping[str, float]]],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    hooks: tuple[Hook, ...] = (),
+    shown: tuple[str, ...] = ("loss",),
+) -> None:
+    """`fit` in output_dir/name, from its last checkpoint if there is one; the parameters end at their average."""
+    output_dir = Path(config.output_dir) / name
+    fit(
+        stage.loop, stage.optim, parameters=parameters, batch_at=batch_at, step=step, accelerator=accelerator,
+        optimizer=optimizer or adamw([{"params": list(parameters.values())}], stage.optim), output_dir=output_dir,
+        hooks=hooks, resume_command="the same command again", resume=latest_checkpoint(output_dir), shown=shown,
+    )  # fmt: skip
+    kind = "ema" if stage.loop.ema_decay > 0 else "weights"
+    average = load_file(latest_checkpoint(output_dir) / f"{kind}.safetensors")
+    with torch.no_grad():
+        for key, p in parameters.items():
+            p.copy_(average[key])
