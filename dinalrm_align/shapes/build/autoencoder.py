@@ -1,5 +1,5 @@
-"""The autoencoder: L1 + L2 + a light KL, on random quarters of the pictures (convolutions do not mind), at last on whole
-ones. Then the latents' mean and spread become the pipeline's shift and scaling factors.
+"""The autoencoder: L1 + L2 + a light KL, on random quarters of the pictures (convolutions do not mind), at last on
+whole ones. Then the latents' mean and spread become the pipeline's shift and scaling factors.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""The base model: rectified flow, v = noise - x0 (SD3, arXiv 2403.03206), from adaLN-zero, with Muon on the blocks' matrices
-and an auxiliary loss on the picture tokens half way.
+"""The base model: rectified flow, v = noise - x0 (SD3, arXiv 2403.03206), from adaLN-zero, with Muon on the blocks'
+matrices and an auxiliary loss on the picture tokens half way.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""The text encoders: every token of T5, the last of each CLIP tower and the pooled embedding tell all that a caption asks
-for. It is the part that web-scale pretraining plays for SD3's text encoders; the base model then only learns to draw.
+"""The text encoders: every token of T5, the last of each CLIP tower and the pooled embedding tell all that a caption
+asks for. This plays the part that web-scale pretraining does for SD3's encoders; the base model only learns to draw.
 """
 
 import numpy as np
@@ -27,7 +27,6 @@ def _slots(scene: Scene | None) -> list[int]:
         slots += [names.index(vars(item)[kind]) + 1 if item else 0 for names, kind in values]
     slots.append(list(RELATIONS).index(scene.relation) + 1 if scene.relation else 0)
     return [*slots, list(BACKGROUNDS).index(scene.background) + 1]
-
 
 
 def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
