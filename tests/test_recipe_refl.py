@@ -208,7 +208,7 @@ def test_bad_arguments_end_with_status_2_and_a_sentence(
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(recipe, arguments, tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
     with pytest.raises(SystemExit) as stopped:
         run(recipe, arguments, tmp_path)
     assert stopped.value.code == 2
