@@ -1,10 +1,11 @@
-"""What the embedded world's base model draws: held-out captions at two guidance scales, judged by the oracle.
+"""What the embedded world's networks can do: renders, the autoencoder, and the base model's samples, by the oracle.
 
 python examples/sample_grid.py
 """
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 
@@ -12,12 +13,20 @@ from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.encode import decode_latents
 from dinalrm_align.models import MODELS
 from dinalrm_align.report import save_grid
+from dinalrm_align.shapes.build.autoencoder import vae_gate
+from dinalrm_align.shapes.build.stage import pictures as rendered
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 
 spec = MODELS["shapes"]
 pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline)
 pipeline.set_progress_bar_config(disable=True)
 captions = read_prompts(Path(spec.heldout_prompts))
+
+images, scenes, _ = rendered(256, np.random.default_rng(0), spec.height)
+faithfulness = oracle_parts(images, [scene.caption for scene in scenes])["faithfulness"].mean()
+print(f"rendered pictures: faithfulness {faithfulness:.3f}")
+gate = vae_gate(pipeline.vae.requires_grad_(False), seed=0)
+print("autoencoder, correlation of the oracle before and after:", {name: round(gate[name], 3) for name in gate})
 
 for guidance_scale in (spec.guidance_scale, 3.0):
     with torch.no_grad():

@@ -78,12 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = root / "dinalrm"
         if latest_checkpoint(run) is None:
             depth = round(config.stack.depth * 2 / 3)
+            taps = sorted({max(1, depth // 2), max(1, depth - 1), depth})
             arguments = [
                 "--config", REWARD_SETTINGS, "--model", weights / "pipeline", "--pairs", train_pairs,
                 "--validation_pairs", concept_pairs, "--output_dir", run, "--seed", config.seed,
                 "--reward.text_length", config.stack.text_length,
                 "--device", config.device, "--reward.num_layers", depth,
-                "--reward.visual_taps", [depth // 2, depth], "--reward.text_taps", [depth // 2, depth],
+                "--reward.visual_taps", taps, "--reward.text_taps", taps,
             ]  # fmt: skip
         else:
             arguments = ["--resume", run]

@@ -144,9 +144,6 @@ def align(run: ReflRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> 
     def export(step: int) -> None:
         if accelerator.is_main_process:
             policy.save_lora(folder / "lora")
-
-    def draw(step: int) -> None:
-        if accelerator.is_main_process:
             plot_run(folder)
 
     fit(
@@ -156,7 +153,6 @@ def align(run: ReflRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> 
         hooks=[
             Hook(run.evaluation.every, held_out),
             Hook(run.loop.checkpoint_every, export, at_start=False, at_stop=True),
-            Hook(0, draw, at_start=False, at_stop=True),
         ],
         settings=text,
         meter=meter, profile_every=run.profile_every, shown=("reward", "gold", "kl", "grad_norm"),
