@@ -1,29 +1,34 @@
 """Checkpoints of a latent reward: ours, and the layout DiNa-LRM was released in. Both are read and written, strictly.
 
 Ours: `config.json` (RewardConfig) and `model.safetensors` (`backbone.*`: the LoRA, or the whole trunk under full
-tuning; `head.*`). Released: `config.json`, `checkpoint/backbone_lora/` (a peft adapter) and `checkpoint/rm_head.pt`; no
-adapter with a frozen backbone; `checkpoint/full_model.pt` alone after full training. `.pt` files are read with
-weights_only=True. Every file is written under a temporary name and renamed.
+tuning; `head.*`), which carries a digest of its tensors that is checked on reading. Released: `config.json`,
+`checkpoint/backbone_lora/` (a peft adapter) and `checkpoint/rm_head.pt`; no adapter with a frozen backbone;
+`checkpoint/full_model.pt` alone after full training. `.pt` files are read with weights_only=True. Every file is written
+under a temporary name, flushed and renamed.
 """
 
+import io
 import json
 import os
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from dinalrm_align.backbones.sd3 import LORA_TARGETS, TEXT_SIDE
 from dinalrm_align.config.reward import HeadConfig, LoraConfig, RewardConfig
+from dinalrm_align.digest import digest
+from dinalrm_align.durable import write_atomically
+from dinalrm_align.files import HUB_ID, check_source, make_folder, read_json, reading
 
 WEIGHTS = "model.safetensors"
 PEFT_PREFIX = "base_model.model."
+BESIDE = "it beside config.json, which says that it must be there"
 FORMATS = ("dinalrm", "released")
 OWN_KEYS = (
     "sigma", "image_sigma", "ensemble", "snap_sigma", "score_scale", "score_bias", "text_length", "vae_scaling_factor",
@@ -48,28 +53,34 @@ class Checkpoint:
 
 def fetch(source: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
     """The folder of a checkpoint: `source` itself when it is a folder, else a snapshot of that hub repository."""
+    check_source("reward", source)
     if Path(source).is_dir():
         return Path(source)
-    if isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ValueError(f"no reward at {str(source)!r}: neither an existing folder nor a hub id, owner/name")
     from huggingface_hub import snapshot_download
 
     patterns = ["config.json", WEIGHTS, "checkpoint/*"]
-    return Path(
-        snapshot_download(source, revision=revision, local_files_only=local_files_only, allow_patterns=patterns)
-    )
+    with reading("reward", source):
+        return Path(
+            snapshot_download(source, revision=revision, local_files_only=local_files_only, allow_patterns=patterns)
+        )
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read either layout from a folder. Raises ValueError or FileNotFoundError: the file, and what is wrong in it."""
-    values = _read_json(folder / "config.json")
+    path = folder / "config.json"
+    values = read_json(path, "a latent reward in our layout or in DiNa-LRM's released one")
     try:
         if "model" in values:
-            return _read_released(folder, values)
-        config, path = RewardConfig.from_dict(values), folder / WEIGHTS
-        return Checkpoint(config, _read_tensors(path), folder, str(path))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: not a reward config ({type(error).__name__}: {error})") from error
+            checkpoint = _read_released(folder, values)
+        else:
+            config, weights = RewardConfig.from_dict(values), folder / WEIGHTS
+            checkpoint = Checkpoint(config, _read_tensors(weights), folder, str(weights))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise  # it names its file already
+        raise ValueError(f"{path}: not a reward config ({type(error).__name__}: {error})") from error
+    _check_tensors(checkpoint)
+    return checkpoint
 
 
 def load_tensors(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -102,19 +113,31 @@ def save_checkpoint(
     """Write `tensors` (`RewardModel.tuned_tensors()`) with `config`; format: dinalrm (ours) or released."""
     if format not in FORMATS:
         raise ValueError(f"checkpoint format: got {format!r}; known: {', '.join(FORMATS)}")
+    if format == "released":
+        _check_released(config)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     if format == "dinalrm":
-        _write(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        metadata = {"format": "pt", "sha256": digest(tensors)}
+        write_atomically(directory / WEIGHTS, save(tensors, metadata))
         _write_json(directory / "config.json", config.to_dict())
     else:
         _write_released(directory, config, tensors)
 
 
-def base_location(base_model_id: str, folder: Path) -> str:
-    """Where the base model of a checkpoint in `folder` is: ids that start with ./ or ../ are relative to it."""
+def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
+    """Where the base model of a checkpoint in `folder` is: ids that start with ./ or ../ are relative to it.
+
+    trusted: the folder is the user's own. ValueError when a checkpoint that was downloaded names a place on this
+    machine instead of a hub id.
+    """
     relative = base_model_id.startswith(("./", "../"))
+    if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):
+        raise ValueError(
+            f"{folder / 'config.json'}: base_model_id {base_model_id!r} is no hub id, owner/name, and a downloaded "
+            "checkpoint must not name places on this machine; copy it to a folder of yours and correct it there"
+        )
     return os.path.normpath(folder / base_model_id) if relative else base_model_id
 
 
@@ -132,6 +155,9 @@ def relocated(base_model_id: str, folder: Path, new_folder: Path) -> str:
 def _read_released(folder: Path, values: dict[str, Any]) -> Checkpoint:
     model = values["model"]
     head = dict(model["reward_head"])
+    for name in ("freeze_backbone", "use_lora"):
+        if not isinstance(model[name], bool):
+            raise TypeError(f"model.{name}: got {model[name]!r:.80}; expected true or false")
     if head.pop("out_dim", 1) != 1:
         raise ValueError(f"{folder / 'config.json'}: model.reward_head.out_dim must be 1, a scalar reward")
     own = dict(values.get("dinalrm_align", {}))
@@ -181,7 +207,7 @@ def _split_full_model(tensors: dict[str, Tensor], where: str) -> tuple[dict[str,
 
 
 def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    values = _read_json(folder / "adapter_config.json")
+    values = read_json(folder / "adapter_config.json", BESIDE)
     unsupported = [
         key
         for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -200,6 +226,16 @@ def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     )
 
 
+def _check_released(config: RewardConfig) -> None:
+    """ValueError for an architecture that the released code has not."""
+    parts = {"head.film": config.head.film, "head.value_gates": config.head.value_gates, "text_taps": config.text_taps}
+    lacking = [name for name, present in parts.items() if not present]
+    if lacking:
+        raise ValueError(
+            f"the released layout has no place for a reward without {', '.join(lacking)}; save it as 'dinalrm'"
+        )
+
+
 def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Tensor]) -> None:
     backbone = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
     head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
@@ -209,9 +245,9 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
     checkpoint.mkdir(exist_ok=True)
     if config.tuning == "full":
         whole = {f"backbone.{k}": v for k, v in backbone.items()} | {f"reward_head.{k}": v for k, v in head.items()}
-        _write(checkpoint / "full_model.pt", lambda path: torch.save(whole | squash, path))
+        _write_pt(checkpoint / "full_model.pt", whole | squash)
     else:
-        _write(checkpoint / "rm_head.pt", lambda path: torch.save(head, path))
+        _write_pt(checkpoint / "rm_head.pt", head)
     if config.tuning == "lora":
         last = f"transformer_blocks.{config.num_layers - 1}.attn."
         adapter = {
@@ -228,7 +264,7 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
         folder = checkpoint / "backbone_lora"
         folder.mkdir(exist_ok=True)
         prefixed = {PEFT_PREFIX + name: tensor for name, tensor in backbone.items()}
-        _write(folder / "adapter_model.safetensors", lambda path: save_file(prefixed, path, metadata={"format": "pt"}))
+        write_atomically(folder / "adapter_model.safetensors", save(prefixed, {"format": "pt"}))
         _write_json(folder / "adapter_config.json", adapter)
     own = {key: value for key, value in config.to_dict().items() if key in OWN_KEYS}
     values = {
@@ -262,33 +298,50 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: expected a latent reward in our layout or in DiNa-LRM's released one")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got a JSON {type(values).__name__}, expected an object")
-    return values
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """ValueError unless every tensor is floating and finite, and those whose size the config states have it: networks
+    of that size are about to be built.
+    """
+    config, tensors = checkpoint.config, checkpoint.tensors
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+            what = f"of {tensor.dtype}" if not tensor.is_floating_point() else "NaN or infinite in places"
+            raise ValueError(f"{checkpoint.where}: tensor {name} is {what}; expected finite floating numbers")
+    queries = tensors.get("head.query_tokens")
+    width = config.head.width if queries is None or config.head.width != -1 else queries.shape[-1]
+    sizes = {"head.query_tokens": (1, config.head.num_queries, width)}
+    sizes |= {name: (config.lora.rank, *tensors[name].shape[1:]) for name in tensors if name.endswith("lora_A.weight")}
+    for name, expected in sizes.items():
+        if name in tensors and tuple(tensors[name].shape) != expected:
+            raise ValueError(
+                f"{checkpoint.where}: tensor {name} has shape {tuple(tensors[name].shape)}; by config.json expected "
+                f"{expected}. Check that both are of one checkpoint"
+            )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: the checkpoint's config.json says that it must be there")
+        raise FileNotFoundError(f"no file {path}; expected {BESIDE}")
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, framework="pt") as file:
+            expected = (file.metadata() or {}).get("sha256")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # a file of unknown content fails in ways that nobody lists
         raise ValueError(f"{path}: not a readable safetensors file ({error}); fetch or write it again") from error
+    if expected is not None and digest(tensors) != expected:
+        raise ValueError(
+            f"{path} is damaged: the tensors are not those that were saved (their SHA-256 is not {expected:.16}...); "
+            "fetch or write it again"
+        )
+    return tensors
 
 
 def _read_pt(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: the checkpoint's config.json says that it must be there")
+        raise FileNotFoundError(f"no file {path}; expected {BESIDE}")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a file of unknown content fails in ways that nobody lists
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{path}: not a readable file of tensors ({reason}). Only tensors are read, a file that needs code to run "
@@ -299,11 +352,11 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def _write_pt(path: Path, tensors: dict[str, Tensor]) -> None:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    _write(path, lambda to: to.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
+    write_atomically(path, json.dumps(values, indent=2) + "\n")

@@ -1,23 +1,50 @@
-"""What a training step costs, phase by phase: seconds always, peak memory where it can be had.
+"""What a training step costs, phase by phase: seconds, peak memory, floating-point operations.
 
 Memory is what a phase holds at its worst above what was held when the step began (weights, optimiser state), in MiB:
 the activations. On CUDA it is the allocator's own count and free of charge, so that every step reports it. On the CPU
 it is the sum of live tensor storages, watched by a `TorchDispatchMode`; that slows a step about twofold, so that only
 profiled steps report it (and their seconds are left out). It sees every tensor that an operator returns, neither the
 workspace inside an operator nor the allocator's fragmentation.
+
+FLOPs are those of matrix products, convolutions and attention, as they are executed: two per multiply-accumulate, the
+recomputation of checkpointed blocks included, element-wise work left out. They are counted on profiled steps, by
+torch's `FlopCounterMode`, which has no formula for the CPU's attention kernels; here they are.
 """
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 MIB = 2**20
+GIGA = 1e9
+
+Shape = Sequence[int]
+
+
+def attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Attention of query (B, H, Q, D) to key (B, H, K, D), value (B, H, K, V): scores and their product with value."""
+    batch, heads, queries, depth = query
+    return 2 * batch * heads * queries * key[-2] * (depth + value[-1])
+
+
+def attention_backward_flops(_: Shape, query: Shape, key: Shape, value: Shape, *__: Any, **___: Any) -> int:
+    """Its backward: the scores again, then the gradients of scores, value, query and key."""
+    batch, heads, queries, depth = query
+    return 2 * batch * heads * queries * key[-2] * (3 * depth + 2 * value[-1])
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
 
 
 class LiveStorage(TorchDispatchMode):
@@ -61,13 +88,25 @@ class LiveStorage(TorchDispatchMode):
         self._seen.pop(key, None)
 
 
+class _OneScope(ModuleTracker):
+    """Knows no modules. The tracker that a flop counter comes with puts hooks on their inputs and outputs, which keep
+    alive what checkpointing recomputes in the backward pass: a profiled step would show twice its memory.
+    """
+
+    def __enter__(self) -> "_OneScope":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+
 class PhaseMeter:
-    """Seconds and peak memory of the named phases of a step; phases of one name add up within a step.
+    """Seconds, peak memory and FLOPs of the named phases of a step; phases of one name add up within a step.
 
         meter.start_step(profile=step % 25 == 1)
         with meter.phase("rollout"):
             ...
-        metrics |= meter.finish_step()      # {"seconds/rollout": 1.2, "memory_mib/rollout": 310.0}
+        metrics |= meter.finish_step()      # {"memory_mib/rollout": 310.0, "gflops/rollout": 54.2}
 
     Outside a step phases are not measured, so that an evaluation may run the same code. Phases do not nest.
     """
@@ -76,15 +115,17 @@ class PhaseMeter:
         self.device = torch.device(device)
         self._on_cuda = self.device.type == "cuda"
         self._in_step = False
+        self._profiled = False
         self._tracker: LiveStorage | None = None
         self._held = 0
         self._seconds: dict[str, float] = {}
         self._bytes: dict[str, int] = {}
+        self._flops: dict[str, int] = {}
 
     def start_step(self, *, profile: bool = False) -> None:
-        """Begin a step. profile: watch memory on the CPU in this step (on CUDA it is always watched)."""
-        self._in_step = True
-        self._seconds, self._bytes = {}, {}
+        """Begin a step. profile: count FLOPs in it, and on the CPU watch memory (on CUDA that is always watched)."""
+        self._in_step, self._profiled = True, profile
+        self._seconds, self._bytes, self._flops = {}, {}, {}
         if self._on_cuda:
             torch.cuda.synchronize(self.device)
             self._held = torch.cuda.memory_allocated(self.device)
@@ -100,12 +141,10 @@ class PhaseMeter:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         began = time.perf_counter()
-        if self._tracker is None:
-            yield
-        else:
+        if self._tracker is not None:
             self._tracker.restart()
-            with self._tracker:
-                yield
+        with self._tracker or nullcontext(), self._counting(name):
+            yield
         if self._on_cuda:
             torch.cuda.synchronize(self.device)
             self._note_peak(name, torch.cuda.max_memory_allocated(self.device) - self._held)
@@ -113,12 +152,26 @@ class PhaseMeter:
             self._note_peak(name, self._tracker.peak)
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
+    @contextmanager
+    def _counting(self, name: str) -> Iterator[None]:
+        """Add what is computed meanwhile to the phase's FLOPs, in a profiled step."""
+        if not self._profiled:
+            yield
+            return
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        counter.mod_tracker = _OneScope()
+        with counter:
+            yield
+        self._flops[name] = self._flops.get(name, 0) + counter.get_total_flops()
+
     def _note_peak(self, name: str, size: int) -> None:
         self._bytes[name] = max(self._bytes.get(name, 0), size)
 
     def finish_step(self) -> dict[str, float]:
-        """End the step: seconds per phase (not for a step slowed by profiling), and MiB per phase where known."""
-        self._in_step = False
-        profiled, self._tracker = self._tracker is not None, None
-        report = {} if profiled else {f"seconds/{name}": value for name, value in self._seconds.items()}
-        return report | {f"memory_mib/{name}": size / MIB for name, size in self._bytes.items()}
+        """End the step: per phase its seconds (not of a step slowed by profiling), MiB where known, and of a profiled
+        step GFLOPs.
+        """
+        self._in_step, self._tracker = False, None
+        report = {} if self._profiled else {f"seconds/{name}": value for name, value in self._seconds.items()}
+        report |= {f"memory_mib/{name}": size / MIB for name, size in self._bytes.items()}
+        return report | {f"gflops/{name}": count / GIGA for name, count in self._flops.items()}

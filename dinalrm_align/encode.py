@@ -10,11 +10,35 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from dinalrm_align.backbones.sd3 import load_transformer
+from dinalrm_align.device import available_device
+from dinalrm_align.files import check_source, load_model, reading
+from dinalrm_align.noise import check_latents
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-    from PIL.Image import Image
+
+MAX_CHARACTERS = 10_000
+"""Of a prompt. Text encoders read 77 to 512 tokens and cut off the rest; far longer text is a mistake in the data."""
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts as a list. TypeError unless they are a sequence of strings (and no string itself), ValueError when
+    there is none, or one is longer than MAX_CHARACTERS.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
+    if len(prompts) == 0:
+        raise ValueError("prompts: got none; expected at least one")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts: got {type(prompt).__name__} {prompt!r:.60}, expected strings (at {index})")
+        if len(prompt) > MAX_CHARACTERS:
+            raise ValueError(f"prompts: got {len(prompt)} characters at {index}; expected at most {MAX_CHARACTERS}")
+    return list(prompts)
 
 
 class PromptEncoder:
@@ -43,11 +67,12 @@ class PromptEncoder:
         self.dtype, self.local_files_only = dtype, local_files_only
         self._pipeline: StableDiffusion3Pipeline | None = None if isinstance(source, str | Path) else source
         home = "cpu" if self._pipeline is None else self._pipeline.device
-        self.device = torch.device(home if device is None else device)
+        self.device = available_device(home if device is None else device)
         self._cache: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> tuple[Tensor, Tensor]:
         """(B, L, D), (B, P) on `device`, in the text encoders' dtype. Unseen prompts go through in batches."""
+        prompts = check_prompts(prompts)
         unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         for start in range(0, len(unseen), batch_size):
             part = unseen[start : start + batch_size]
@@ -94,19 +119,22 @@ class PromptEncoder:
     def _load(self) -> "StableDiffusion3Pipeline":
         from diffusers import StableDiffusion3Pipeline
 
+        check_source("base model", self.source)
         folder = Path(self.source)
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             raise ValueError(
                 f"prompts need text encoders, and {folder} is no pipeline folder (it has no model_index.json): pass "
                 "pipeline=..., or prompt_embeds and pooled_prompt_embeds"
             )
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            str(self.source),
-            transformer=None,
-            vae=None,
-            dtype=self.dtype,
-            local_files_only=folder.is_dir() or self.local_files_only,
-        )
+        with reading("text encoders and tokenizers", self.source):
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                str(self.source),
+                transformer=None,
+                vae=None,
+                dtype=self.dtype,
+                local_files_only=folder.is_dir() or self.local_files_only,
+                use_safetensors=True,
+            )
         for encoder in _text_encoders(pipeline):
             encoder.requires_grad_(False)
         return pipeline.to(self.device)
@@ -124,16 +152,75 @@ def load_vae(source: str | Path, *, device: torch.device | str, local_files_only
     local = Path(source).is_dir()
     if local and not (Path(source) / "vae" / "config.json").is_file():
         raise ValueError(f"pictures need a VAE, and {source} has no vae folder: pass pipeline=..., or score latents")
-    vae = AutoencoderKL.from_pretrained(str(source), subfolder="vae", local_files_only=local or local_files_only)
+    check_source("VAE", source)
+    vae = load_model(AutoencoderKL, source, subfolder="vae", local_files_only=local or local_files_only)
     return vae.requires_grad_(False).eval().to(device)
 
 
-def image_tensor(images: "Tensor | Sequence[Image] | Image") -> Tensor:
-    """PIL pictures of one size, or (B, 3, H, W) in [0, 1] -> (B, 3, H, W) float32 in [0, 1]."""
+def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion3Pipeline":
+    """The whole pipeline of a folder or hub id, frozen, the VAE in float32 and the rest in `dtype`."""
+    from diffusers import StableDiffusion3Pipeline
+
+    transformer, vae = load_transformer(source, dtype=dtype), load_vae(source, device="cpu")
+    with reading("StableDiffusion3Pipeline", source):
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            str(source), transformer=transformer, vae=vae, dtype=dtype, use_safetensors=True
+        )
+    for encoder in _text_encoders(pipeline):
+        encoder.requires_grad_(False)
+    return pipeline
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in a file, upright, as RGB. FileNotFoundError when there is no such file, ValueError when it is no
+    picture, a broken one, or one that `as_rgb` refuses.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture {path}{' (it is a folder)' if path.is_dir() else ''}; expected a file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes)")
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture that PIL can read") from None
+    except Exception as error:  # decoders fail in many ways on a broken file
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    return as_rgb(picture, str(path))
+
+
+def as_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """A PIL picture as RGB. TypeError for anything else; ValueError when it has no pixels, is transparent in places
+    (what lies behind is not known), has more than 8 bits per channel (they would be cut off), or its file is broken.
+    """
+    if not isinstance(picture, Image.Image):
+        got = f"{type(picture).__name__} {picture!r:.60}"
+        raise TypeError(f"{name}: got {got}; expected a PIL picture, as PIL.Image.open gives it")
+    if not all(picture.size):
+        raise ValueError(f"{name}: got a picture of {picture.width} x {picture.height} pixels; expected at least 1 x 1")
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"{name}: got mode {picture.mode}; expected 8 bits per channel: scale it, and convert to RGB")
+    try:
+        opaque = not picture.has_transparency_data or picture.convert("RGBA").getextrema()[3][0] == 255
+        picture = picture.convert("RGB")
+    except Exception as error:  # a file is decoded here at the latest
+        raise ValueError(f"{name}: the picture cannot be read ({error})") from error
+    if not opaque:
+        raise ValueError(f"{name}: the picture is transparent in places; paste it on a background first")
+    return picture
+
+
+def image_tensor(images: Tensor | Sequence[Image.Image] | Image.Image) -> Tensor:
+    """PIL pictures of one size, or (B, 3, H, W) in [0, 1] -> (B, 3, H, W) float32 in [0, 1].
+
+    Raises TypeError for what is no picture; ValueError for values outside [0, 1], no pictures, or such as `as_rgb`
+    refuses.
+    """
     if isinstance(images, Tensor):
-        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            got = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"images: got {got}; expected floating (B, 3, H, W) in [0, 1]")
+        wrong = images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.is_meta
+        if wrong or images.numel() == 0:
+            got = f"{images.dtype} {tuple(images.shape)}{' on meta' * images.is_meta}"
+            raise ValueError(f"images: got {got}; expected floating (B, 3, H, W) in [0, 1], at least one")
         low, high = images.detach().aminmax()
         if not (low >= -1e-3 and high <= 1 + 1e-3):
             raise ValueError(
@@ -141,16 +228,20 @@ def image_tensor(images: "Tensor | Sequence[Image] | Image") -> Tensor:
                 "map [-1, 1] by x / 2 + 0.5"
             )
         return images.float()
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence | Image.Image):
+        got = f"{type(images).__name__} {images!r:.60}"
+        raise TypeError(f"images: got {got}; expected PIL pictures, or a tensor (B, 3, H, W) in [0, 1]")
     images = list(images) if isinstance(images, Sequence) else [images]
+    images = [as_rgb(image, f"images[{index}]") for index, image in enumerate(images)]
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         raise ValueError(f"images: got {len(images)} pictures of sizes {sizes[:4]}; expected one or more of one size")
-    pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
+    pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
 
 @torch.no_grad()
-def encode_images(vae: "AutoencoderKL", images: "Tensor | Sequence[Image] | Image") -> Tensor:
+def encode_images(vae: "AutoencoderKL", images: Tensor | Sequence[Image.Image] | Image.Image) -> Tensor:
     """PIL pictures or (B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w), float32, on the VAE's device.
 
     The posterior's mean in the VAE's own dtype, autocast or not, so that a picture always gets the same latents. Height
@@ -168,5 +259,8 @@ def encode_images(vae: "AutoencoderKL", images: "Tensor | Sequence[Image] | Imag
 
 def decode_latents(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1], differentiable (zero where clipped)."""
+    check_latents("latents", latents)
+    if latents.shape[1] != vae.config.latent_channels:
+        raise ValueError(f"latents: got {latents.shape[1]} channels, the VAE has {vae.config.latent_channels}")
     z = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     return (vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)

@@ -18,41 +18,49 @@ class LayerAdapter(nn.Module):
     """One tapped layer of one stream, modulated by the conditioning vector and reduced to a quarter of the width.
 
     tokens (B, N, width_in), temb (B, temb_dim) -> (B, N, W // 4): h = x (1 + gamma) + beta + layer_embed, then a linear
-    layer. gamma and beta start at zero.
+    layer. gamma and beta start at zero; without `film` they are not there and temb is not read.
     """
 
-    def __init__(self, width_in: int, temb_dim: int, width: int, *, use_proj_in: bool) -> None:
+    def __init__(self, width_in: int, temb_dim: int, width: int, *, use_proj_in: bool, film: bool) -> None:
         super().__init__()
+        self.film = film
         self.layer_embed = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.proj_in = nn.Linear(width_in, width) if use_proj_in or width_in != width else nn.Identity()
-        self.cond_mlp = nn.Sequential(nn.Linear(temb_dim, 2 * width), nn.SiLU(), _zero(nn.Linear(2 * width, 2 * width)))
+        if film:
+            last = _zero(nn.Linear(2 * width, 2 * width))
+            self.cond_mlp = nn.Sequential(nn.Linear(temb_dim, 2 * width), nn.SiLU(), last)
         self.proj = nn.Linear(width, width // 4)
 
     def forward(self, tokens: Tensor, temb: Tensor) -> Tensor:
-        gamma, beta = self.cond_mlp(temb)[:, None].chunk(2, dim=-1)
-        return self.proj(self.proj_in(tokens) * (1 + gamma) + beta + self.layer_embed)
+        hidden = self.proj_in(tokens)
+        if self.film:
+            gamma, beta = self.cond_mlp(temb)[:, None].chunk(2, dim=-1)
+            hidden = hidden * (1 + gamma) + beta
+        return self.proj(hidden + self.layer_embed)
 
 
 class QueryAttention(nn.Module):
-    """Queries read the image tokens and, when `gated`, the text tokens too, with a gate per token on the values.
+    """Queries read the image tokens and, with `text`, the text tokens too; `gated`: a gate per token on the values.
 
     queries (B, Q, W), visual (B, N, W), text (B, L, W) or None -> (B, Q, W), to be added to the queries. The two
     attentions have their own softmax each and are summed. Gates read the normalised tokens and start at one half.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float, *, gated: bool) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, *, text: bool, gated: bool) -> None:
         super().__init__()
-        self.heads, self.dropout, self.gated = heads, dropout, gated
+        self.heads, self.dropout, self.text, self.gated = heads, dropout, text, gated
         self.norm_q = nn.RMSNorm(width)
         self.norm_v = nn.RMSNorm(width)
         self.to_q = nn.Linear(width, width)
         self.to_k_vis = nn.Linear(width, width)
         self.to_v_vis = nn.Linear(width, width)
-        if gated:
+        if text:
             self.norm_t = nn.RMSNorm(width)
             self.to_k_text = nn.Linear(width, width)
             self.to_v_text = nn.Linear(width, width)
+        if gated:
             self.gate_vis = nn.Sequential(nn.Linear(width, width), nn.SiLU(), _zero(nn.Linear(width, 1)))
+        if gated and text:
             self.gate_text = nn.Sequential(nn.Linear(width, width), nn.SiLU(), _zero(nn.Linear(width, 1)))
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
 
@@ -60,13 +68,16 @@ class QueryAttention(nn.Module):
         query = self.to_q(_norm(self.norm_q, queries))
         visual = _norm(self.norm_v, visual)
         value = self.to_v_vis(visual)
-        if not self.gated:
-            return self.to_out(self._attend(query, self.to_k_vis(visual), value))
-        text = _norm(self.norm_t, text)
-        value = value * torch.sigmoid(self.gate_vis(visual))
-        value_text = self.to_v_text(text) * torch.sigmoid(self.gate_text(text))
+        if self.gated:
+            value = value * torch.sigmoid(self.gate_vis(visual))
         read = self._attend(query, self.to_k_vis(visual), value)
-        return self.to_out(read + self._attend(query, self.to_k_text(text), value_text))
+        if self.text:
+            text = _norm(self.norm_t, text)
+            value = self.to_v_text(text)
+            if self.gated:
+                value = value * torch.sigmoid(self.gate_text(text))
+            read = read + self._attend(query, self.to_k_text(text), value)
+        return self.to_out(read)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, Q, W), (B, N, W), (B, N, W) -> (B, Q, W)"""
@@ -80,7 +91,8 @@ class RewardHead(nn.Module):
     """Taps of a backbone to one raw score per sample.
 
     width_in: channels of both token streams; temb_dim: of the conditioning vector (default: the same);
-    num_visual_taps, num_text_taps: tapped layers per stream. Raises ValueError unless the heads divide the width.
+    num_visual_taps, num_text_taps: tapped layers per stream; without text taps only the image tokens are read.
+    Raises ValueError unless the heads divide the width.
     """
 
     def __init__(
@@ -99,16 +111,18 @@ class RewardHead(nn.Module):
 
         def adapters(count: int) -> nn.ModuleList:
             return nn.ModuleList(
-                LayerAdapter(width_in, temb_dim, width, use_proj_in=config.use_proj_in) for _ in range(count)
+                LayerAdapter(width_in, temb_dim, width, use_proj_in=config.use_proj_in, film=config.film)
+                for _ in range(count)
             )
 
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, config.num_queries, width))
         self.layer_adapters_visual = adapters(num_visual_taps)
         self.layer_adapters_text = adapters(num_text_taps)
         self.agg_visual = nn.Linear(num_visual_taps * (width // 4), width)
-        self.agg_text = nn.Linear(num_text_taps * (width // 4), width)
-        self.attn1 = QueryAttention(width, config.num_attn_heads, config.dropout, gated=True)
-        self.attn2 = QueryAttention(width, config.num_attn_heads, config.dropout, gated=False)
+        self.agg_text = nn.Linear(num_text_taps * (width // 4), width) if num_text_taps else None
+        heads, dropout = config.num_attn_heads, config.dropout
+        self.attn1 = QueryAttention(width, heads, dropout, text=num_text_taps > 0, gated=config.value_gates)
+        self.attn2 = QueryAttention(width, heads, dropout, text=False, gated=False)
         self.norm_ff = nn.RMSNorm(width)
         self.ff = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(config.dropout)
@@ -125,7 +139,9 @@ class RewardHead(nn.Module):
         """
         levels = [taps] if isinstance(taps, Taps) else taps
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])
-        text = self._aggregate(self.layer_adapters_text, self.agg_text, [(t.text, t.temb) for t in levels])
+        text = None
+        if self.agg_text is not None:
+            text = self._aggregate(self.layer_adapters_text, self.agg_text, [(t.text, t.temb) for t in levels])
         queries = self.query_tokens.expand(visual.shape[0], -1, -1)
         queries = queries + self.attn1(queries, visual, text)
         queries = queries + self.attn2(queries, visual)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.backbones import Backbone
+from dinalrm_align.encode import check_prompts as check_texts
 
 LATENTS = "scaled latents (B, C, H, W), as the transformer sees them"
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> None:
@@ -17,7 +19,7 @@ def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> 
         got = type(latents).__name__
         raise TypeError(f"latents: got {got}, expected a tensor of {LATENTS}; score_images takes pictures")
     shape = tuple(latents.shape)
-    if latents.dim() != 4 or not latents.is_floating_point() or shape[0] == 0:
+    if latents.dim() != 4 or latents.dtype not in FLOATING or shape[0] == 0 or latents.layout != torch.strided:
         raise ValueError(f"latents: got {latents.dtype} of shape {shape}; expected at least one, floating: {LATENTS}")
     if shape[1] != backbone.in_channels:
         raise ValueError(
@@ -38,8 +40,17 @@ def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> 
         raise ValueError(f"latents are on {latents.device}, the reward is on {device}: move one of them")
 
 
+def check_picture_size(images: Tensor, backbone: Backbone, factor: int) -> None:
+    """ValueError when pictures (B, 3, H, W) are larger than the backbone has positions for; factor: of the VAE."""
+    limit, (height, width) = backbone.max_size * factor, images.shape[2:]
+    if max(height, width) > limit:
+        raise ValueError(f"images: got height x width {height} x {width}; expected at most {limit}: resize them first")
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
-    """ValueError when a floating tensor holds NaN or infinity."""
+    """ValueError when a floating tensor holds NaN or infinity, or no values at all."""
+    if tensor.is_meta:
+        raise ValueError(f"{name}: got a tensor on meta, which holds no values; expected one on the CPU or a GPU")
     if not bool(torch.isfinite(tensor.detach()).all()):
         bad = int((~torch.isfinite(tensor.detach())).sum())
         raise ValueError(
@@ -64,10 +75,7 @@ def check_text_choice(
 
 def check_prompts(prompts: Sequence[str] | str, batch: int) -> list[str]:
     """A list of `batch` strings; a single string is a list of one."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompts: got {type(prompt).__name__} {prompt!r:.60}, expected strings")
+    prompts = check_texts([prompts] if isinstance(prompts, str) else prompts)
     if len(prompts) != batch:
         raise ValueError(
             f"one prompt per latent: got {batch} latents, {len(prompts)} prompts; to score one prompt against many "
@@ -83,9 +91,8 @@ def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: 
         ("pooled_prompt_embeds", pooled_prompt_embeds, 2, backbone.pooled_width),
     ):
         expected = f"({batch}, L, {width})" if dims == 3 else f"({batch}, {width})"
-        if not isinstance(tensor, Tensor) or tensor.dim() != dims or not tensor.is_floating_point():
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name}: got {got}; expected a floating tensor of shape {expected}")
+        if not isinstance(tensor, Tensor) or tensor.dim() != dims or tensor.dtype not in FLOATING:
+            raise ValueError(f"{name}: got {_got(tensor)}; expected a floating tensor of shape {expected}")
         if tensor.shape[0] != batch:
             got = f"{batch} latents, {tensor.shape[0]} {name}"
             raise ValueError(f"one prompt per latent: got {got}; expected {name} of shape {expected}")
@@ -94,6 +101,8 @@ def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: 
                 f"{name}: got width {tensor.shape[-1]}, the backbone takes {width}; encode the prompts with the text "
                 "encoders of this reward's base model"
             )
+        if tensor.numel() == 0:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, no tokens; expected {expected}, L at least 1")
         check_finite(name, tensor)
 
 
@@ -101,10 +110,10 @@ def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | 
     """A float, a (batch,) tensor or a tuple of floats, every value in [0, 1]."""
     expected = f"a float, a ({batch},) tensor, or a list of floats (an ensemble), each in [0, 1]"
     if isinstance(sigma, Tensor):
-        if sigma.dim() == 0:
+        if sigma.dim() == 0 and not sigma.is_meta:
             sigma = sigma.item()
-        elif sigma.shape != (batch,):
-            raise ValueError(f"sigma: got a tensor of shape {tuple(sigma.shape)}; expected {expected}")
+        elif sigma.shape != (batch,) or sigma.is_meta:
+            raise ValueError(f"sigma: got a tensor of shape {_got(sigma)}; expected {expected}")
     if isinstance(sigma, Tensor):
         values = sigma.detach().tolist()
     else:
@@ -124,15 +133,40 @@ def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator
     """
     if noise is not None and generator is not None:
         raise ValueError("got both noise and generator; pass one of them")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: got {type(generator).__name__} {generator!r:.40}; expected a torch.Generator: "
+            "torch.Generator().manual_seed(seed)"
+        )
     if noise is None:
         where = latents.device if generator is None else generator.device
         return torch.randn(latents.shape, generator=generator, device=where, dtype=torch.float32).to(latents.device)
     shapes = (tuple(latents.shape), (levels, *latents.shape))
-    if not isinstance(noise, Tensor) or tuple(noise.shape) not in shapes:
-        got = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
-        raise ValueError(f"noise: got {got}; expected the latents' {shapes[0]}, or {shapes[1]}, one draw per level")
+    if not isinstance(noise, Tensor) or tuple(noise.shape) not in shapes or noise.dtype not in FLOATING:
+        expected = f"the latents' {shapes[0]}, or {shapes[1]}, one draw per level"
+        raise ValueError(f"noise: got {_got(noise)}; expected {expected}")
     check_finite("noise", noise)
     return noise.to(latents.device)
+
+
+def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
+    """ValueError when raw scores (B,) of finite latents are NaN or infinite; dtype: of the backbone."""
+    bad = int((~torch.isfinite(raw.detach())).sum())
+    if bad:
+        largest = latents.detach().abs().max().item()
+        raise ValueError(
+            f"scores: {bad} of {len(raw)} are NaN or infinite, of latents of up to {largest:.3g} (scaled latents have "
+            f"about 1) with a backbone in {dtype}; scale the latents, use bfloat16 or float32 in float16's place, and "
+            "look for NaN in the reward's weights"
+        )
+
+
+def _got(value: object) -> str:
+    """A tensor's shape, and what is odd about it; of anything else the type."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    odd = f" of {value.dtype}" * (value.dtype not in FLOATING) + " on meta" * value.is_meta
+    return f"{tuple(value.shape)}{odd}"
 
 
 def statistics_warning(latents: Tensor, scaling_factor: float) -> str | None:

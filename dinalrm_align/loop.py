@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from dinalrm_align.config.loop import LoopConfig, OptimConfig
 from dinalrm_align.cost import PhaseMeter
-from dinalrm_align.resume import MetricsLog, drop_later_checkpoints, load_checkpoint, save_checkpoint, write_atomically
+from dinalrm_align.durable import write_atomically
+from dinalrm_align.metrics import METRICS, MetricsLog
+from dinalrm_align.resume import latest_checkpoint, load_checkpoint, run_of, save_checkpoint, tidy
 
 INTERRUPTED = 130  # exit status of a program ended by Ctrl-C, by the shells' convention
 
@@ -116,6 +118,7 @@ def fit(
     hooks: Sequence[Hook] = (),
     meter: PhaseMeter | None = None,
     profile_every: int = 0,
+    identity: Mapping[str, str] | None = None,
     resume: Path | None = None,
     resume_command: str = "",
     settings: str = "",
@@ -132,48 +135,53 @@ def fit(
         output_dir: gets metrics.jsonl and checkpoints/.
         hooks: evaluation, pictures, export.
         meter: measures this loop's backward; give it to `batch_at` and `step` for the other phases.
-        profile_every: updates between two that watch memory on the CPU; the first is one of them. 0: none.
-        resume: checkpoint folder to go on from.
-        resume_command: what to type to go on, printed when the run is stopped.
+        profile_every: updates between two that count FLOPs and, on the CPU, watch memory; the first is one. 0: none.
+        identity: what this run is, by name: seed, digests of frozen weights and data (`digest`). Stored with every
+            checkpoint; one of another identity is refused.
+        resume: checkpoint folder of this run to go on from.
+        resume_command: what to type to go on, told when the run is stopped.
         settings: the run's settings, written to output_dir/config.yaml once a checkpoint to resume was found to fit.
         shown: metrics for the progress bar.
 
     Gradients are averaged over processes here, in one reduction of the few trained tensors: rollouts and tapped
     forwards do not pass through the `forward` of one wrapped module, where DistributedDataParallel would do it.
 
-    Raises FloatingPointError, before the weights are touched, when the loss or the gradient is not finite. Ctrl-C or
-    SIGTERM end the run after the update in progress: a checkpoint is written and SystemExit(130) raised; a second
-    signal stops at once.
+    Raises ValueError, before a file or a weight is touched, when `resume` is damaged or does not fit (see
+    `resume.load_checkpoint`), and when nothing is to be resumed but output_dir holds a run; FloatingPointError, before
+    the weights are touched, when the loss or the gradient is not finite; OSError, with the way to go on, when a file
+    cannot be written. Ctrl-C or SIGTERM end the run after the update in progress: a checkpoint is written and
+    SystemExit(130) raised; a second signal stops at once.
     """
+    _check_start(accelerator, output_dir, resume)
     meter = meter or PhaseMeter(accelerator.device)
     tensors = list(parameters.values())
     ema = Ema(parameters, config.ema_decay) if config.ema_decay > 0 else None
     average = ema.mean if ema else None
-    done, elapsed = 0, 0.0
+    identity = identity or {}
+    main = accelerator.is_main_process
+    done, elapsed, saved, metrics_kept = 0, 0.0, -1, 0
     if resume is not None:
         state = load_checkpoint(
-            resume, parameters=parameters, average=average, optimizer=optimizer, accelerator=accelerator
-        )
-        done, elapsed = state["step"], state["elapsed"]
-        if done > config.steps:
-            raise ValueError(f"{resume} is at update {done}, beyond loop.steps {config.steps}; raise loop.steps")
-        if accelerator.is_main_process:
-            drop_later_checkpoints(output_dir, done)
+            resume, identity=identity, steps=config.steps, parameters=parameters, average=average, optimizer=optimizer,
+            accelerator=accelerator,
+        )  # fmt: skip
+        done = saved = state["step"]
+        elapsed, metrics_kept = state["elapsed"], state["metrics"]["bytes"]
+        accelerator.wait_for_everyone()  # nobody may still be checking what is now tidied
     elif accelerator.num_processes > 1:
         for tensor in (*tensors, *(average or {}).values()):
             torch.distributed.broadcast(tensor.detach(), src=0)
-    if accelerator.scaler is not None:
-        raise ValueError("float16 autocast needs a loss scaler, which this loop has not: use bfloat16 or float32")
-    main = accelerator.is_main_process
-    if main and settings:
-        write_atomically(output_dir / "config.yaml", settings)
-    log = MetricsLog(output_dir / "metrics.jsonl", last_step=done if resume else -1) if main else None
-    saved = done if resume else -1
+    with _way_on(output_dir, resume_command):
+        if main:
+            tidy(output_dir, step=done, keep_last=config.keep_last)
+            if settings:
+                write_atomically(output_dir / "config.yaml", settings)
+        log = MetricsLog(output_dir / METRICS, keep=metrics_kept) if main else None
 
     def save(at: int) -> Path:
         return save_checkpoint(
-            output_dir, step=at, elapsed=elapsed, parameters=parameters, average=average, optimizer=optimizer,
-            accelerator=accelerator, keep_last=config.keep_last,
+            output_dir, step=at, elapsed=elapsed, identity=identity, log=log, parameters=parameters, average=average,
+            optimizer=optimizer, accelerator=accelerator, keep_last=config.keep_last,
         )  # fmt: skip
 
     def call(due: Sequence[Hook], at: int, row: dict[str, float]) -> None:
@@ -190,7 +198,7 @@ def fit(
         accelerator.log(row, step=at)
 
     bar = tqdm(total=config.steps, initial=done, disable=not main, desc="update", dynamic_ncols=True)
-    with bar, _stop_requests(accelerator) as stop_requested:
+    with bar, _way_on(output_dir, resume_command), _stop_requests(accelerator) as stop_requested:
         if resume is None:
             record(0, {})
         while done < config.steps and not stop_requested():
@@ -231,6 +239,27 @@ def fit(
                 + (f"\ngo on with: {resume_command}" if resume_command else "")
             )
             raise SystemExit(INTERRUPTED)
+
+
+def _check_start(accelerator: Accelerator, output_dir: Path, resume: Path | None) -> None:
+    """ValueError for what this loop has not, and for a folder whose run would be overwritten or mixed with another."""
+    if accelerator.scaler is not None:
+        raise ValueError("float16 autocast needs a loss scaler, which this loop has not: use bfloat16 or float32")
+    if resume is None and (newest := latest_checkpoint(output_dir)) is not None:
+        raise ValueError(f"{output_dir} holds a run: resume from {newest}, or choose a new folder")
+    if resume is not None and run_of(resume.resolve()) != output_dir.resolve():
+        raise ValueError(f"{resume} is no checkpoint of {output_dir}: a run goes on in its own folder")
+
+
+@contextmanager
+def _way_on(output_dir: Path, resume_command: str) -> Iterator[None]:
+    """Within the block, an OSError also tells how the run goes on once it is mended."""
+    try:
+        yield
+    except OSError as error:
+        last = latest_checkpoint(output_dir)
+        way = f"{last} is whole, go on with: {resume_command}" if last else "no checkpoint yet, start the run again"
+        raise OSError(f"the run in {output_dir} cannot go on ({error}). Once that is mended: {way}") from error
 
 
 @contextmanager

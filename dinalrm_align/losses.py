@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinalrm_align.config.check import check_number
 from dinalrm_align.config.loss import LossConfig
+from dinalrm_align.noise import as_sigma
 
 
 class LogNormalCDF(torch.autograd.Function):
@@ -47,7 +49,7 @@ class LogNormalCDF(torch.autograd.Function):
 
 def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
     """The rater's variance at noise level sigma (N,): k sigma^2 + sigma_u^2, or `config.variance` if fixed; float32."""
-    sigma = sigma.float()
+    sigma = as_sigma(sigma)
     if config.likelihood == "thurstone_fixed":
         return torch.full_like(sigma, config.variance)
     k, sigma_u, _ = config.constants()
@@ -60,6 +62,9 @@ def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig)
     delta (N,): score of the first less that of the second. sigma (N,) in [0, 1]: the level both were scored at (read by
     thurstone only). P(second preferred) is the same function of -delta.
     """
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config: got {type(config).__name__}; expected a LossConfig")
+    _check_vectors(delta=delta, sigma=sigma)
     delta = delta.float()
     match config.likelihood:
         case "thurstone" | "thurstone_fixed":
@@ -94,12 +99,12 @@ def preference_loss(
     (N,) in [0, 1], the probability that a rater prefers `chosen`. Raises ValueError for differing shapes, labels
     outside [0, 1] and unknown names.
     """
-    if not score_chosen.shape == score_rejected.shape == sigma.shape or score_chosen.dim() != 1:
-        raise ValueError(
-            f"scores and sigma must share one shape (N,): got chosen {tuple(score_chosen.shape)}, "
-            f"rejected {tuple(score_rejected.shape)}, sigma {tuple(sigma.shape)}"
-        )
+    _check_vectors(score_chosen=score_chosen, score_rejected=score_rejected, sigma=sigma)
     delta = score_chosen.float() - score_rejected.float()
+    if isinstance(label, Tensor) and (label.is_complex() or label.shape not in ((), delta.shape)):
+        raise ValueError(f"label: got {label.dtype} of shape {tuple(label.shape)}; expected {tuple(delta.shape)}")
+    if not isinstance(label, Tensor):
+        check_number("label", label)
     label = torch.as_tensor(label, dtype=torch.float32, device=delta.device).expand_as(delta)
     if not bool(((label >= 0) & (label <= 1)).all()):
         raise ValueError(f"labels are probabilities in [0, 1]: got [{label.min():.4g}, {label.max():.4g}]")
@@ -115,3 +120,15 @@ def preference_loss(
                 agreement = torch.logaddexp(agreement, agreement.new_tensor(math.log(epsilon)))
             return -torch.expm1(agreement / 2)
     raise ValueError(f"unknown objective {config.objective!r}; known: fidelity, nll")
+
+
+def _check_vectors(**vectors: Tensor) -> None:
+    """TypeError unless all are floating tensors, ValueError unless they share one shape (N,) with N at least 1."""
+    for name, vector in vectors.items():
+        if not isinstance(vector, Tensor) or not vector.is_floating_point():
+            got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise TypeError(f"{name}: got {got}; expected a floating tensor (N,)")
+    shapes = {name: tuple(vector.shape) for name, vector in vectors.items()}
+    if len(set(shapes.values())) != 1 or any(len(shape) != 1 or shape[0] == 0 for shape in shapes.values()):
+        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"scores and sigma must share one shape (N,), N at least 1: got {got}")

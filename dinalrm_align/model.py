@@ -137,6 +137,8 @@ def build_reward_model(
     With share_weights (not under full tuning) the transformer must be frozen and stays the owner of its weights.
     Trainable are the LoRA and the head; under `tuning="none"` the head alone, under "full" the private trunk too.
     """
+    if not isinstance(config, RewardConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a RewardConfig")
     if share_weights and config.tuning == "full":
         raise ValueError("tuning 'full' trains the backbone's own weights; build it with share_weights=False")
     device = transformer.device

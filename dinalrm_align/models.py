@@ -5,15 +5,15 @@ ones stand in `MODELS`; a folder or a hub id of another such pipeline is accepte
 """
 
 import dataclasses
-import difflib
 import importlib
-import json
 import os
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+
+from dinalrm_align.config.check import check_integer, did_you_mean
+from dinalrm_align.files import HUB_ID, read_json
 
 PACKAGE = Path(__file__).parent
 SHAPES_WEIGHTS = PACKAGE / "shapes" / "weights"
@@ -126,13 +126,12 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
         how = HOW_TO_GET_SHAPES if name == "sd35" else HOW_TO_GET_SD35
         return MODELS[name], f"model {name}, as asked for; {how}"
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _from_folder(path)
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+    if HUB_ID.fullmatch(name):
         spec = dataclasses.replace(MODELS["sd35"], name=name, pipeline=name)
         return spec, f"model {name}, taken as a hub id (no folder of that name is here), with the rewards of sd35"
-    nearest = difflib.get_close_matches(name, ["auto", *MODELS], n=1)
-    guess = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    guess = did_you_mean(name, ["auto", *MODELS]) or "."
     raise ValueError(
         f"unknown model {name!r}{guess} Known: auto, {', '.join(MODELS)}; or the folder (none of that name exists) or "
         "hub id (owner/name) of a StableDiffusion3Pipeline"
@@ -160,7 +159,7 @@ def missing_files(folder: Path) -> list[str]:
     if not index.exists():
         return ["model_index.json"]
     components = {
-        part: entry for part, entry in json.loads(index.read_text()).items() if isinstance(entry, list) and entry[0]
+        part: entry for part, entry in read_json(index).items() if isinstance(entry, list) and entry[:1] != [None]
     }
     missing = []
     for part in components:
@@ -181,7 +180,10 @@ def _missing_weights(folder: Path, stem: str) -> list[str]:
     wanted = ["config.json"]
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
-        wanted += sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"{index}: weight_map: got {files!r:.80}; expected the file of every tensor by name")
+        wanted += sorted(set(files.values()))
     else:
         wanted.append(f"{stem}.safetensors")
     return [file for file in wanted if not (folder / file).exists()]
@@ -276,7 +278,7 @@ def _from_folder(path: Path) -> tuple[ModelSpec, str]:
     """
     if (path / "pipeline").is_dir():
         _check_pipeline(path / "pipeline")
-        size = json.loads((path / "pipeline" / "vae" / "config.json").read_text())["sample_size"]
+        size = _number(path / "pipeline" / "vae" / "config.json", "sample_size")
         spec = dataclasses.replace(
             MODELS["shapes"],
             name=str(path),
@@ -304,7 +306,7 @@ def _check_pipeline(pipeline: Path) -> None:
             f"{pipeline} is not a complete StableDiffusion3Pipeline folder: it lacks {', '.join(missing[:4])}{more}. "
             "Save one with pipeline.save_pretrained(folder)"
         )
-    kind = json.loads((pipeline / "model_index.json").read_text()).get("_class_name")
+    kind = read_json(pipeline / "model_index.json").get("_class_name")
     if kind != "StableDiffusion3Pipeline":
         raise ValueError(f"{pipeline} holds a {kind}; expected a StableDiffusion3Pipeline (SD3 or SD3.5)")
 
@@ -312,11 +314,24 @@ def _check_pipeline(pipeline: Path) -> None:
 def _text_length(world: Path) -> int:
     """The tokens per prompt that a world's T5 tokenizer was made for; the shipped world's where there is none."""
     path = world / "tokenizer_3" / "tokenizer_config.json"
-    return json.loads(path.read_text())["model_max_length"] if path.exists() else MODELS["shapes"].text_length
+    return _number(path, "model_max_length") if path.exists() else MODELS["shapes"].text_length
 
 
 def _native_size(pipeline: Path) -> int:
     """The picture size in pixels that a folder's transformer was made for."""
-    latent_size = json.loads((pipeline / "transformer" / "config.json").read_text())["sample_size"]
-    levels = len(json.loads((pipeline / "vae" / "config.json").read_text())["block_out_channels"])
-    return latent_size * 2 ** (levels - 1)
+    latent_size = _number(pipeline / "transformer" / "config.json", "sample_size")
+    path = pipeline / "vae" / "config.json"
+    widths = read_json(path).get("block_out_channels")
+    if not isinstance(widths, list) or not widths:
+        raise ValueError(f"{path}: block_out_channels: got {widths!r:.80}; expected a list of widths")
+    return latent_size * 2 ** (len(widths) - 1)
+
+
+def _number(path: Path, key: str) -> int:
+    """A positive integer in a JSON file; ValueError for anything else."""
+    value = read_json(path).get(key)
+    try:
+        check_integer(key, value, low=1)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return value

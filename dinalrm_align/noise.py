@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinalrm_align.config.check import check_integer, check_number
+
 NUM_TRAIN_TIMESTEPS = 1000
 
 SigmaDensity = Callable[..., Tensor]
@@ -29,8 +31,36 @@ def seeded_generator(*keys: int) -> torch.Generator:
     keys: non-negative integers. They are hashed together, so that (0, 1) and (1, 0) have nothing in common.
     """
     entropy = (len(keys), *keys)  # numpy pads with zeros: without the length (0, 1) and (0, 1, 0) would be one
+    for key in keys:
+        check_integer("key of a seeded generator", key)
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(seed)
+
+
+def as_sigma(sigma: Tensor | float) -> Tensor:
+    """A noise level, any shape, as float32 where it is. TypeError unless it is a number or a real tensor, ValueError
+    unless every value lies in [0, 1].
+    """
+    if not isinstance(sigma, Tensor):
+        check_number("sigma", sigma, low=0, high=1)
+        return torch.tensor(sigma, dtype=torch.float32)
+    if sigma.is_complex() or sigma.dtype == torch.bool or sigma.is_meta or sigma.numel() == 0:
+        where = f"{sigma.dtype} of shape {tuple(sigma.shape)} on {sigma.device}"
+        raise TypeError(f"sigma: got {where}; expected a float, or a floating tensor that holds values")
+    low, high = sigma.detach().aminmax()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"sigma: got values in [{low.item():.4g}, {high.item():.4g}]; expected [0, 1]")
+    return sigma.float()
+
+
+def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> None:
+    """TypeError unless `latents` is a floating tensor, ValueError unless it is (B, C, H, W), of the shape of `like`."""
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        got = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+        raise TypeError(f"{name}: got {got}; expected a floating tensor (B, C, H, W)")
+    if latents.dim() != 4 or (like is not None and latents.shape != like.shape):
+        expected = "(B, C, H, W)" if like is None else f"{tuple(like.shape)}, the shape of the latents"
+        raise ValueError(f"{name}: got shape {tuple(latents.shape)}; expected {expected}")
 
 
 def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
@@ -38,7 +68,7 @@ def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
 
     Raises ValueError when sigma has neither one value nor one per sample.
     """
-    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).reshape(-1)
+    sigma = as_sigma(sigma).to(latents.device).reshape(-1)
     if sigma.numel() not in (1, latents.shape[0]):
         raise ValueError(
             f"sigma: got {sigma.numel()} values for {latents.shape[0]} latents; expected one value, or one per sample"
@@ -48,26 +78,29 @@ def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
     """latents, noise (B, C, H, W); sigma a float or (B,) in [0, 1] -> x_sigma (B, C, H, W), float32, differentiable."""
-    if latents.shape != noise.shape:
-        raise ValueError(
-            f"noise must have the shape of the latents: got noise {tuple(noise.shape)}, latents {tuple(latents.shape)}"
-        )
+    check_latents("latents", latents)
+    check_latents("noise", noise, like=latents)
     sigma = expand_sigma(sigma, latents)
     return (1 - sigma) * latents.float() + sigma * noise.float()
 
 
 def denoised(x_sigma: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
     """The one-step estimate of the clean latents, x0 = x_sigma - sigma velocity: (B, C, H, W), float32."""
+    check_latents("x_sigma", x_sigma)
+    check_latents("velocity", velocity, like=x_sigma)
     return x_sigma.float() - expand_sigma(sigma, x_sigma) * velocity.float()
 
 
 def timestep_of(sigma: Tensor | float) -> Tensor:
     """sigma in [0, 1], any shape -> the transformer's timestep 1000 sigma, float32, same shape."""
-    return torch.as_tensor(sigma, dtype=torch.float32) * NUM_TRAIN_TIMESTEPS
+    return as_sigma(sigma) * NUM_TRAIN_TIMESTEPS
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """Resolution shift, shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206, equation 23); 0 and 1 stay."""
+    check_number("shift", shift)
+    if shift <= 0:
+        raise ValueError(f"shift: got {shift}; expected more than 0")
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -76,6 +109,7 @@ def scheduler_sigmas(num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, shift: floa
 
     Returns (num_train_timesteps,) float32, from 1 down to the smallest shifted level (0.002994 for the defaults).
     """
+    check_integer("num_train_timesteps", num_train_timesteps, low=1)
     sigmas = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32) / num_train_timesteps
     return shift_sigma(sigmas, shift)
 
@@ -85,7 +119,10 @@ def snap_sigma(sigma: Tensor | float, table: Tensor) -> Tensor:
 
     float32, on the device of sigma; of two entries equally near the first, that is the noisier, is taken.
     """
-    sigma = torch.as_tensor(sigma, dtype=torch.float32)
+    sigma = as_sigma(sigma)
+    if not isinstance(table, Tensor) or table.dim() != 1 or table.numel() == 0:
+        got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
+        raise ValueError(f"table: got {got}; expected levels (n,), as `scheduler_sigmas` gives them")
     table = table.to(sigma.device)
     return table[(sigma[..., None] - table).abs().argmin(dim=-1)]
 
@@ -116,7 +153,7 @@ def mode(n: int, *, generator: torch.Generator, scale: float = 1.29) -> Tensor:
 
 def beta(n: int, *, generator: torch.Generator, a: float = 1.0, b: float = 1.0) -> Tensor:
     """sigma ~ Beta(a, b), mean a / (a + b). Drawn by numpy from a seed that `generator` gives, as torch takes none."""
-    if a <= 0 or b <= 0:
+    if not (a > 0 and b > 0 and math.isfinite(a + b)):
         raise ValueError(f"beta density: got a={a}, b={b}; both must be positive")
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     sigma = np.random.default_rng(seed).beta(a, b, size=n)
@@ -146,7 +183,14 @@ def sample_sigma(density: str | SigmaDensity, n: int, *, generator: torch.Genera
     """
     if isinstance(density, str) and density not in DENSITIES:
         raise ValueError(f"unknown sigma density {density!r}; known: {', '.join(DENSITIES)}, or pass a callable")
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}; expected a torch.Generator, as `seeded_generator`")
+    check_integer("n", n, low=1)
+    for name, value in params.items():
+        check_number(f"sigma density {density!r}: {name}", value)
     draw = DENSITIES[density] if isinstance(density, str) else density
+    if not callable(draw):
+        raise TypeError(f"sigma density: got {type(draw).__name__}; known: {', '.join(DENSITIES)}, or pass a callable")
     sigma = draw(n, generator=generator, **params).float()
     if sigma.shape != (n,) or not bool(((sigma >= 0) & (sigma <= 1)).all()):
         raise ValueError(

@@ -18,12 +18,15 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dinalrm_align.config.check import check_integer, check_number
 from dinalrm_align.config.reward import LoraConfig
-from dinalrm_align.encode import PromptEncoder
-from dinalrm_align.noise import timestep_of
+from dinalrm_align.durable import flush
+from dinalrm_align.encode import PromptEncoder, check_prompts
+from dinalrm_align.files import make_folder, reading
+from dinalrm_align.noise import check_latents, timestep_of
 
 ADAPTER = "policy"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -46,7 +49,16 @@ class Conditions:
     pooled_prompt_embeds: Tensor
 
     def __post_init__(self) -> None:
-        if not len(self.prompts) == len(self.prompt_embeds) == len(self.pooled_prompt_embeds):
+        for name, tensor, dims in (
+            ("prompt_embeds", self.prompt_embeds, 3),
+            ("pooled_prompt_embeds", self.pooled_prompt_embeds, 2),
+        ):
+            if not isinstance(tensor, Tensor) or tensor.dim() != dims or not tensor.is_floating_point():
+                got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                expected = "(B, L, D)" if dims == 3 else "(B, P)"
+                raise TypeError(f"{name}: got {got}; expected a floating tensor {expected}")
+        sizes = {len(self.prompts), len(self.prompt_embeds), len(self.pooled_prompt_embeds)}
+        if isinstance(self.prompts, str) or len(sizes) > 1:
             raise ValueError(
                 f"one embedding per prompt: got {len(self.prompts)} prompts, {len(self.prompt_embeds)} prompt_embeds, "
                 f"{len(self.pooled_prompt_embeds)} pooled_prompt_embeds"
@@ -57,7 +69,8 @@ class Conditions:
 
     @classmethod
     def encode(cls, encoder: PromptEncoder, prompts: Sequence[str], batch_size: int = 64) -> Self:
-        """Encode any number of prompts; the embeddings end up on the CPU, in the text encoders' dtype."""
+        """Encode one prompt or more; the embeddings end up on the CPU, in the text encoders' dtype."""
+        prompts = check_prompts(prompts)
         parts = [encoder(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
         embeds, pooled = (torch.cat([part.cpu() for part in column]) for column in zip(*parts, strict=True))
         return cls(list(prompts), embeds, pooled)
@@ -77,8 +90,13 @@ class Policy:
 
     def __init__(self, transformer: SD3Transformer2DModel, config: LoraConfig, *, seed: int) -> None:
         """transformer: on its device and in its dtype. seed: of the initial A; B starts at zero, so that the new policy
-        is the reference exactly. Raises ValueError (peft's) when the transformer has such an adapter already.
+        is the reference exactly. Raises ValueError when the transformer has such an adapter already, TypeError for
+        another architecture.
         """
+        if not isinstance(transformer, SD3Transformer2DModel) or not isinstance(config, LoraConfig):
+            got = f"{type(transformer).__name__} and {type(config).__name__}"
+            raise TypeError(f"policy: got {got}, expected diffusers' SD3Transformer2DModel and a LoraConfig")
+        check_integer("seed", seed, high=2**63 - 1)
         self.transformer = transformer.requires_grad_(False)
         self.config = config
         lora = PeftLoraConfig(
@@ -89,7 +107,10 @@ class Policy:
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            transformer.add_adapter(lora, ADAPTER)
+            try:
+                transformer.add_adapter(lora, ADAPTER)
+            except ValueError as error:
+                raise ValueError(f"the transformer takes no policy's adapter ({error}): one policy each") from error
         cast_training_params(transformer, torch.float32)
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
 
@@ -111,6 +132,11 @@ class Policy:
         classifier-free guidance v_negative + g (v - v_negative), both from one forward of 2B with the B `negative`
         conditions first. Raises ValueError when guidance is asked for without them, or the numbers differ.
         """
+        check_latents("latents", latents)
+        if latents.shape[1] != self.transformer.config.in_channels:
+            expected = self.transformer.config.in_channels
+            raise ValueError(f"latents: got {latents.shape[1]} channels, the transformer takes {expected}")
+        check_number("guidance_scale", guidance_scale, low=0)
         guided = guidance_scale > 1
         if len(latents) != len(conditions) or (guided and (negative is None or len(negative) != len(latents))):
             raise ValueError(
@@ -167,23 +193,27 @@ class Policy:
         back to
         identical outputs: alpha travels in the file's metadata, without which it would be taken for the rank.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         temporary = f".writing_{LORA_FILE}"
-        StableDiffusion3Pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
-            transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
-            weight_name=temporary,
-        )
+        try:
+            StableDiffusion3Pipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
+                transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
+                weight_name=temporary,
+            )
+        except SafetensorError as error:
+            raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
+        flush(folder / temporary)
         os.replace(folder / temporary, folder / LORA_FILE)
 
     def load_lora(self, folder: Path) -> None:
         """Take the weights that `save_lora` wrote. Raises ValueError for another rank or alpha, and for missing or
         unexpected tensors."""
         path = folder / LORA_FILE
-        with safe_open(path, framework="pt") as file:
+        with reading("LoRA in safetensors", path), safe_open(path, framework="pt") as file:
             saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}
-            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            metadata = dict(json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")))
         got = metadata.get(f"{PREFIX}r"), metadata.get(f"{PREFIX}lora_alpha")
         if got != (self.config.rank, self.config.alpha):
             raise ValueError(
@@ -191,6 +221,8 @@ class Policy:
             )
         expected = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
         differing = sorted(expected.keys() ^ saved.keys())
+        differing += [name for name in expected if name in saved and saved[name].shape != expected[name].shape]
+        differing += [name for name in saved if not saved[name].isfinite().all()]
         if differing:
             raise ValueError(f"{path} does not fit this transformer: {len(differing)} tensors differ: {differing[:4]}")
         set_peft_model_state_dict(self.transformer, saved, adapter_name=ADAPTER)

@@ -1,16 +1,17 @@
 """Pictures of runs: grids of samples, before beside after, the curves of one run, several runs in one figure.
 
+    python -m dinalrm_align.report runs/refl_shapes_dinalrm_seed0
     python -m dinalrm_align.report runs/refl_shapes_dinalrm_seed0 runs/refl_shapes_pixel_seed0 --output compare.png
+    python -m dinalrm_align.report --group dinalrm runs/*dinalrm_seed* --group pixel runs/*pixel_seed*
 
 Everything is read from what a run leaves in its folder (metrics.jsonl, evaluations/), so that figures can be made
 again.
 """
 
 import argparse
-import json
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from dinalrm_align.resume import read_metrics
+from dinalrm_align.config.command import refusing
+from dinalrm_align.durable import write_atomically
+from dinalrm_align.figures import save_figure
+from dinalrm_align.files import make_folder
+from dinalrm_align.head_to_head import PHASES, Group, read_groups, series, table
+from dinalrm_align.intervals import Interval, seeds_by_captions
+from dinalrm_align.metrics import read_metrics
 
-PHASES = ("rollout", "policy", "reward", "pretrain", "backward")
 CELL_INCHES = 1.5
 
 
@@ -34,7 +40,9 @@ def to_bytes(images: Tensor) -> np.ndarray:
 def save_strip(pictures: np.ndarray, path: Path) -> None:
     """Pictures (N, H, W, 3) uint8 -> one lossless PNG of H x (N W), which `load_strip` takes apart again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda temporary: Image.fromarray(np.concatenate(list(pictures), axis=1)).save(temporary))
+    temporary = path.with_name(f".writing_{path.name}")
+    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(temporary)
+    os.replace(temporary, path)
 
 
 def load_strip(path: Path, count: int) -> np.ndarray:
@@ -89,20 +97,20 @@ def plot_run(run: Path) -> Path:
     rows = read_metrics(run / "metrics.jsonl")
     figure = Figure(figsize=(13, 6.5))
     gold, proxy, training, kl, seconds, memory = figure.subplots(2, 3).flatten()
-    gold.errorbar(*_series(rows, "gold"), yerr=_series(rows, "gold_gain_standard_error")[1], marker="o", capsize=2)
+    gold.errorbar(*series(rows, "gold"), yerr=series(rows, "gold_gain_standard_error")[1], marker="o", capsize=2)
     gold.set_title("gold score, held out (bars: of the paired gain)")
-    proxy.plot(*_series(rows, "proxy"), marker="o")
+    proxy.plot(*series(rows, "proxy"), marker="o")
     proxy.set_title("reward, held out")
-    training.plot(*_series(rows, "reward"))
+    training.plot(*series(rows, "reward"))
     training.set_title("reward in training")
-    kl.plot(*_series(rows, "kl"), label="velocity KL")
-    kl.plot(*_series(rows, "grad_norm"), label="gradient norm", alpha=0.6)
+    kl.plot(*series(rows, "kl"), label="velocity KL")
+    kl.plot(*series(rows, "grad_norm"), label="gradient norm", alpha=0.6)
     kl.set_yscale("symlog", linthresh=1e-4)
     kl.legend()
     kl.set_title("distance and gradient")
     for axis, kind, unit in ((seconds, "seconds", "seconds"), (memory, "memory_mib", "peak MiB above weights")):
         for phase in PHASES:
-            steps, values = _series(rows, f"{kind}/{phase}")
+            steps, values = series(rows, f"{kind}/{phase}")
             if values:
                 axis.plot(steps, values, marker="." if len(values) < 40 else None, label=phase)
         if axis.lines:
@@ -117,58 +125,59 @@ def plot_run(run: Path) -> Path:
     return path
 
 
-def compare(runs: dict[str, Path], path: Path) -> None:
-    """Runs by label in one PNG: held-out proxy and gold, against updates and against seconds of training; below them
-    what an update costs, phase by phase: median seconds and peak memory.
+def compare(groups: Sequence[Group], path: Path) -> None:
+    """Groups in one PNG. Above, gold gain against updates, seconds of training and FLOPs; below, the gain of the reward
+    that is climbed, and what an update costs, phase by phase.
 
-    Rewards have scales of their own, so the proxy is drawn as its gain over the base model in standard deviations of
-    the base model's samples; gold is drawn as it is, with the standard errors of its paired gain.
+    Curves are means over seeds with their 95 % interval over seeds and captions. FLOPs are those of all phases, the
+    mean of the profiled updates times the number of updates; a group without profiled updates has no such curve.
     """
-    figure = Figure(figsize=(11, 10))
-    panels = figure.subplots(3, 2)
-    for index, (label, run) in enumerate(runs.items()):
-        every_row = read_metrics(run / "metrics.jsonl")
-        rows = [row for row in every_row if "gold" in row]
-        if not rows:
-            raise ValueError(f"{run} holds no evaluation yet; a run's first row has one")
-        start = json.loads((run / "evaluations" / "000000.json").read_text())
-        spread = float(np.std(start["proxy"])) or 1.0
-        gains = [(row["proxy"] - rows[0]["proxy"]) / spread for row in rows]
-        golds = [row["gold"] for row in rows]
-        errors = [row["gold_gain_standard_error"] for row in rows]
-        for column, xs in enumerate(([row["step"] for row in rows], [row.get("elapsed", 0.0) for row in rows])):
-            panels[0, column].plot(xs, gains, marker="o", label=label)
-            panels[1, column].errorbar(xs, golds, yerr=errors, marker="o", capsize=2, label=label)
-        for axis, cost in zip(panels[2], (phase_cost(every_row, "seconds"), phase_cost(every_row, "memory_mib"))):
-            places = np.arange(len(PHASES)) + index * 0.8 / len(runs)
-            values = [cost.get(phase, 0.0) for phase in PHASES]
-            bars = axis.bar(places, values, 0.8 / len(runs), label=f"{label}")
-            axis.bar_label(bars, [f"{value:.3g}" if value else "" for value in values], fontsize=7)
-    for column, unit in enumerate(("update", "seconds of training")):
-        panels[0, column].set_title("proxy: gain in standard deviations of the base model")
-        panels[1, column].set_title("gold")
-        for axis in panels[:2, column]:
-            axis.set_xlabel(unit)
-    for axis, title in zip(panels[2], ("median seconds of an update, by phase", "peak MiB above weights, by phase")):
-        axis.set_xticks(np.arange(len(PHASES)) + 0.4 - 0.4 / len(runs), PHASES)
-        axis.set_title(title)
-    for axis in panels.flatten():
+    figure = Figure(figsize=(16, 8))
+    grid = figure.add_gridspec(2, 12)
+    gold = [figure.add_subplot(grid[0, start : start + 4]) for start in (0, 4, 8)]
+    proxy, *costs = (figure.add_subplot(grid[1, start : start + 3]) for start in (0, 3, 6, 9))
+    for group in groups:
+        steps = group.steps
+        gain = [seeds_by_captions(group.gains("gold", step)) for step in steps]
+        teraflops = sum(group.cost("gflops").values()) / 1000
+        for axis, xs in zip(gold, (steps, [group.seconds_at(step) for step in steps], [n * teraflops for n in steps])):
+            if xs[-1] > 0:
+                _curve(axis, xs, gain, group)
+        _curve(proxy, steps, [seeds_by_captions(group.gains("proxy", step)) for step in steps], group)
+    for axis, unit in zip(gold, ("update", "seconds of training", "TFLOPs of training, all phases")):
+        axis.set_title("gold: gain over the base model")
+        axis.set_xlabel(unit)
+    proxy.set_title("reward: gain in s.d. of the base model")
+    proxy.set_xlabel("update")
+    titles = {"seconds": "seconds", "gflops": "GFLOPs", "memory_mib": "peak MiB above weights"}
+    for axis, (kind, title) in zip(costs, titles.items()):
+        _bars(axis, {group.label: group.cost(kind) for group in groups})
+        axis.set_title(f"{title} of an update")
+    for axis in (*gold, proxy, *costs):
         axis.grid(alpha=0.3)
-        axis.legend()
-    _finish(figure, path, "")
+        if axis.has_data():
+            axis.legend(fontsize=8)
+        else:
+            axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+    _finish(figure, path, "means over seeds; bands: 95 % intervals over seeds and captions")
 
 
-def phase_cost(rows: Sequence[dict[str, float]], kind: str) -> dict[str, float]:
-    """Of each phase that was measured: the median of its "seconds", or the largest of its "memory_mib"."""
-    summary = {"seconds": np.median, "memory_mib": np.max}[kind]
-    found = {phase: _series(rows, f"{kind}/{phase}")[1] for phase in PHASES}
-    return {phase: float(summary(values)) for phase, values in found.items() if values}
+def _curve(axis: Axes, xs: Sequence[float], intervals: Sequence[Interval], group: Group) -> None:
+    seeds = f"{len(group.runs)} seeds" if len(group.runs) > 1 else "1 seed"
+    (line,) = axis.plot(xs, [one.mean for one in intervals], marker="o", label=f"{group.label}, {seeds}")
+    low, high = [one.low for one in intervals], [one.high for one in intervals]
+    axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15)
 
 
-def _series(rows: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric, where it was recorded."""
-    found = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in found], [value for _, value in found]
+def _bars(axis: Axes, costs: dict[str, dict[str, float]]) -> None:
+    """Label -> phase -> number, as groups of bars."""
+    phases = [phase for phase in PHASES if any(phase in cost for cost in costs.values())]
+    width = 0.8 / len(costs)
+    for index, (label, cost) in enumerate(costs.items()):
+        values = [cost.get(phase, 0.0) for phase in phases]
+        bars = axis.bar(np.arange(len(phases)) + index * width, values, width, label=label)
+        axis.bar_label(bars, [f"{value:.3g}" if value else "" for value in values], fontsize=6)
+    axis.set_xticks(np.arange(len(phases)) + 0.4 - width / 2, phases, fontsize=8)
 
 
 def _caption(axis: Axes, caption: str, *, width: int = 22) -> None:
@@ -179,37 +188,47 @@ def _caption(axis: Axes, caption: str, *, width: int = 22) -> None:
 
 
 def _finish(figure: Figure, path: Path, title: str) -> None:
-    """Lay out, write under a temporary name, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if title:
         figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    _replace(path, lambda temporary: figure.savefig(temporary, dpi=110))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".writing_{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the curves of one run, or compare several."""
+    """Draw the curves of one run, or compare several: a PNG, and its numbers in a markdown table beside it."""
     parser = argparse.ArgumentParser(prog="python -m dinalrm_align.report", description=main.__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--output", type=Path, help="PNG of the comparison (default: compare.png)")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders, each for itself")
+    parser.add_argument(
+        "--group", nargs="+", action="append", default=[], metavar=("LABEL", "RUN"),
+        help="instead: a label and the folders of its runs, one per seed; give it once per label",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG of the comparison")
+    parser.add_argument("--command", action="append", default=[], help="a line to append to the table; repeatable")
     arguments = parser.parse_args(argv)
-    absent = [str(run) for run in arguments.runs if not (run / "metrics.jsonl").exists()]
+    if bool(arguments.runs) == bool(arguments.group):
+        parser.error("give run folders, or --group LABEL RUN [RUN ...] for each label")
+    names = [run.name for run in arguments.runs]
+    unique = len(set(names)) == len(names)
+    folders = {run.name if unique else str(run): [run] for run in arguments.runs}
+    for label, *runs in arguments.group:
+        if label in folders or not runs:
+            parser.error(f"--group {label}: expected each label once, and after it at least one run folder")
+        folders[label] = [Path(run) for run in runs]
+    absent = [str(run) for runs in folders.values() for run in runs if not (run / "metrics.jsonl").exists()]
     if absent:
         parser.error(f"not a run folder (no metrics.jsonl): {', '.join(absent)}")
-    if len(arguments.runs) == 1:
-        print(plot_run(arguments.runs[0]))
-    else:
-        output = arguments.output or Path("compare.png")
-        names = [run.name for run in arguments.runs]
-        unique = len(set(names)) == len(names)
-        compare({run.name if unique else str(run): run for run in arguments.runs}, output)
-        print(output)
+    if arguments.output.suffix != ".png":
+        parser.error(f"argument --output: got {arguments.output}; expected the name of a .png")
+    with refusing():
+        if len(arguments.runs) == 1:
+            print(plot_run(arguments.runs[0]))
+            return
+        groups = read_groups(folders)
+        make_folder(arguments.output.parent)
+        compare(groups, arguments.output)
+        written = arguments.output.with_suffix(".md")
+        write_atomically(written, table(groups, arguments.command))
+        print(f"{arguments.output}\n{written}")
 
 
 if __name__ == "__main__":

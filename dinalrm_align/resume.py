@@ -1,68 +1,36 @@
-"""What a run needs to go on exactly: checkpoint folders and the metrics file.
+"""What a run needs to go on exactly: its checkpoint folders.
 
 A checkpoint is `checkpoints/step_000050/` with
 
     weights.safetensors  ema.safetensors  optimizer.pt  rng_0.pt (one per process)  state.json
 
-It is written under a temporary name, flushed to disk and renamed, so that a folder called step_* is whole, and what
-came before it stays until it is. Everything read back is plain tensors, numbers and text (`weights_only=True`).
+It is written under a temporary name, sealed (`seal`), flushed to disk and renamed, so that a folder called step_* is
+whole, and what came before it stays until it is. state.json also says what run it belongs to, and how far metrics.jsonl
+had come. All of it is checked before a run that goes on changes a file or a weight. Everything read back is plain
+tensors, numbers and text (`weights_only=True`).
 """
 
-import json
+import io
 import os
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from dinalrm_align.durable import DISCARDED, TEMPORARY, discard_folder, flush, write_file
+from dinalrm_align.metrics import METRICS, MetricsLog, check_start
+from dinalrm_align.seal import STATE, open_sealed, seal
+
 FOLDER = "checkpoints"
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object per line, each with its `step`. A line is complete or it is not there."""
-
-    def __init__(self, path: Path, *, last_step: int = -1) -> None:
-        """Keep the lines of steps up to `last_step`, since a resumed run writes the later ones again, and go on."""
-        self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= last_step] if path.exists() else []
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-    def append(self, row: dict[str, float]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out. ValueError for any other bad line."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):  # every complete line ends in a newline, so this one was meant to be whole
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-    return rows
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, flush it to disk, rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+STEP = re.compile(r"step_(\d{6,})")
 
 
 def save_checkpoint(
@@ -70,38 +38,45 @@ def save_checkpoint(
     *,
     step: int,
     elapsed: float,
+    identity: Mapping[str, str],
+    log: MetricsLog | None,
     parameters: dict[str, nn.Parameter],
     average: dict[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     keep_last: int,
 ) -> Path:
-    """Write `run`/checkpoints/step_<step>, replacing one of that name, and delete all but the `keep_last` newest.
+    """Write `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest.
 
-    Called by every process; each writes its own random state, the main one everything else.
+    Called by every process; each writes its own random state, the main one (the only one that needs `log`) everything
+    else. OSError when it cannot be written, or a checkpoint of that name is there; those that are there stay.
     """
     folder = run / FOLDER / f"step_{step:06d}"
-    temporary = folder.with_name(f".tmp_{folder.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    torch.save(_random_state(), temporary / f"rng_{accelerator.process_index}.pt")
-    if accelerator.is_main_process:
-        save_file(
-            {name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "weights.safetensors"
-        )
-        if average is not None:
-            save_file({name: mean.cpu().contiguous() for name, mean in average.items()}, temporary / "ema.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        state = {"step": step, "elapsed": elapsed, "num_processes": accelerator.num_processes}
-        (temporary / "state.json").write_text(json.dumps(state))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _move_into_place(temporary, folder)
-        for old in _checkpoints(folder.parent)[:-keep_last]:
-            if old != folder:
-                shutil.rmtree(old)
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    main = accelerator.is_main_process
+    try:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        write_file(temporary / f"rng_{accelerator.process_index}.pt", _packed(_random_state()))
+        if main:
+            write_file(temporary / "weights.safetensors", save(_on_cpu(parameters)))
+            if average is not None:
+                write_file(temporary / "ema.safetensors", save(_on_cpu(average)))
+            write_file(temporary / "optimizer.pt", _packed(optimizer.state_dict()))
+        accelerator.wait_for_everyone()
+        if main:
+            facts = {"step": step, "elapsed": elapsed, "num_processes": accelerator.num_processes}
+            seal(temporary, {**facts, "identity": dict(identity), "metrics": log.mark()})
+            flush(temporary)
+            os.rename(temporary, folder)
+            flush(folder.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk is no place for half a checkpoint
+        raise
+    if main:
+        _keep_newest(run, keep_last)
     accelerator.wait_for_everyone()
     return folder
 
@@ -109,55 +84,83 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path,
     *,
+    identity: Mapping[str, str],
+    steps: int,
     parameters: dict[str, nn.Parameter],
     average: dict[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Put a checkpoint back in place, random state included; returns its state.json (step, elapsed, num_processes).
+    """Put a checkpoint back in place, random state included; returns its facts (step, elapsed, metrics, ...).
 
-    The optimiser keeps the hyperparameters it was built with and takes the saved moments. Raises ValueError when names
-    or shapes differ, when an average is wanted and none was saved, and for another number of processes.
+    The optimiser keeps the hyperparameters it was built with and takes the saved moments. ValueError, before anything
+    is changed: when a file is missing or damaged, the checkpoint is of another run or beyond `steps`, names or shapes
+    differ, an average is wanted and none was saved, or the number of processes is another.
     """
-    state = json.loads((folder / "state.json").read_text())
+    state = check_checkpoint(folder)
+    _check_identity(state["identity"], identity, folder)
     if state["num_processes"] != accelerator.num_processes:
         raise ValueError(
             f"{folder} was written by {state['num_processes']} processes, this run has {accelerator.num_processes}; "
             "start as many, since each has its own share of the data"
         )
-    _copy(load_file(folder / "weights.safetensors"), parameters, folder)
-    if average is not None:
-        if not (folder / "ema.safetensors").exists():
-            raise ValueError(f"{folder} holds no averaged weights; resume with ema_decay 0, as the run was started")
-        _copy(load_file(folder / "ema.safetensors"), average, folder)
-    saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    if state["step"] > steps:
+        raise ValueError(f"{folder} is at update {state['step']}, beyond loop.steps {steps}; raise loop.steps")
+    if average is not None and not (folder / "ema.safetensors").exists():
+        raise ValueError(f"{folder} holds no averaged weights; resume with ema_decay 0, as the run was started")
+    weights = load_file(folder / "weights.safetensors")
+    means = {} if average is None else load_file(folder / "ema.safetensors")
+    moments = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")["state"]
+    for saved, into in ((weights, parameters), (means, average or {})):
+        _check_fit(saved, into, folder)
+    _check_moments(moments, optimizer, folder)
+
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    with torch.no_grad():
+        for saved, into in ((weights, parameters), (means, average or {})):
+            for name, tensor in into.items():
+                tensor.copy_(saved[name])
     _set_random_state(torch.load(folder / f"rng_{accelerator.process_index}.pt", weights_only=True))
     return state
 
 
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint, if it and the metrics up to it are, byte for byte, what was written.
+
+    ValueError otherwise: the first file that is not, and from where to resume instead.
+    """
+    try:
+        return _read(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_way_out(folder)}") from error
+
+
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of the run in this folder, or None."""
-    found = _checkpoints(run / FOLDER)
+    found = _checkpoints(run)
     return found[-1] if found else None
 
 
 def checkpoint_to_resume(path: Path) -> Path:
-    """`path` itself when it is a checkpoint, else the newest one of the run in `path`; ValueError if there is none."""
+    """`path` itself when it is a checkpoint, else the newest one of the run in `path`.
+
+    ValueError if there is none, and as `check_checkpoint`: a damaged one is never passed over in silence.
+    """
     if not path.is_dir():
         raise ValueError(f"nothing to resume: no folder {path}; give that of a run or of one of its checkpoints")
     path = path.resolve()
-    if (path / "state.json").exists():
-        return path
-    newest = latest_checkpoint(path)
-    if newest is None:
+    checkpoint = path if STEP.fullmatch(path.name) or (path / STATE).exists() else latest_checkpoint(path)
+    if checkpoint is None:
         raise ValueError(f"nothing to resume: {path} holds no checkpoint yet; start the run again without --resume")
-    return newest
+    check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def new_run_folder(asked: str | None, name: str) -> Path:
     """A folder that holds no run yet: the one asked for, else runs/<name>, runs/<name>_2, ... ValueError if taken."""
     if asked is not None:
+        if Path(asked).exists() and not Path(asked).is_dir():
+            raise ValueError(f"output_dir: {asked} is a file; choose a folder")
         if latest_checkpoint(Path(asked)) is not None:
             raise ValueError(f"{asked} holds a run: go on with --resume {asked}, or choose another --output_dir")
         return Path(asked)
@@ -183,44 +186,65 @@ def settings_of(checkpoint: Path) -> Path:
     return path
 
 
-def drop_later_checkpoints(run: Path, step: int) -> None:
-    """Delete the run's checkpoints after `step`: it goes on from there, and they belong to what it leaves behind."""
-    for folder in _checkpoints(run / FOLDER):
-        if int(folder.name.removeprefix("step_")) > step:
-            shutil.rmtree(folder)
+def tidy(run: Path, *, step: int, keep_last: int) -> None:
+    """Delete what a run that goes on from `step` leaves behind: later checkpoints, all but the `keep_last` newest of
+    the rest, and what a kill left half written or half deleted.
+    """
+    for folder in reversed(_checkpoints(run)):
+        if _step_of(folder) > step:
+            discard_folder(folder)
+    _keep_newest(run, keep_last)
+    for leftover in (run / FOLDER).glob(".*"):
+        if STEP.fullmatch(leftover.name.removeprefix(TEMPORARY).removeprefix(DISCARDED)):
+            shutil.rmtree(leftover)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints, oldest first; leftovers under temporary names are not among them."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry for entry in folder.iterdir() if re.fullmatch(r"step_\d{6,}", entry.name))
+    folder = run / FOLDER
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted((entry for entry in entries if STEP.fullmatch(entry.name) and entry.is_dir()), key=_step_of)
 
 
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    for entry in (*temporary.iterdir(), temporary):
-        _flush(entry)
-    if folder.exists():  # a step saved a second time, after a resume from before it
-        replaced = folder.with_name(f".old_{folder.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(folder, replaced)
-        os.rename(temporary, folder)
-        shutil.rmtree(replaced)
-    else:
-        os.rename(temporary, folder)
-    _flush(folder.parent)
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _keep_newest(run: Path, number: int) -> None:
+    for folder in _checkpoints(run)[:-number]:
+        discard_folder(folder)
 
 
-def _copy(saved: dict[str, Tensor], into: dict[str, Any], where: Path) -> None:
-    """Copy saved tensors into those of the same names, strictly."""
+def _read(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint; ValueError for the first file that is not what was written."""
+    state = open_sealed(folder)
+    check_start(run_of(folder) / METRICS, state["metrics"], folder.name)
+    return state
+
+
+def _way_out(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be resumed from: the newest earlier one that can, if there is one."""
+    siblings = _checkpoints(run_of(folder)) if STEP.fullmatch(folder.name) else []
+    for earlier in reversed([entry for entry in siblings if _step_of(entry) < _step_of(folder)]):
+        try:
+            _read(earlier)
+        except ValueError:
+            continue
+        return f"resume from an earlier checkpoint: --resume {earlier}"
+    return "no earlier checkpoint is whole: put the file back from a copy, or start the run again in another folder"
+
+
+def _check_identity(saved: Mapping[str, str], expected: Mapping[str, str], folder: Path) -> None:
+    if saved != dict(expected):
+        name = next(name for name in (*expected, *saved) if saved.get(name) != expected.get(name))
+        raise ValueError(
+            f"{folder} belongs to another run: its {name} is {saved.get(name)}, here it is {expected.get(name)}; go on "
+            "with the model, reward, data and seed that the run was started with, or start a new run in another folder"
+        )
+
+
+def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: Path) -> None:
+    """ValueError unless names and shapes agree exactly."""
     expected = {name: tuple(tensor.shape) for name, tensor in into.items()}
     got = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     if expected != got:
@@ -229,9 +253,29 @@ def _copy(saved: dict[str, Tensor], into: dict[str, Any], where: Path) -> None:
             f"{where} does not fit this model: {len(differing)} tensors differ, first {differing[0]!r}: saved "
             f"{got.get(differing[0])}, expected {expected.get(differing[0])}; resume with the settings of the run"
         )
-    with torch.no_grad():
-        for name, tensor in into.items():
-            tensor.copy_(saved[name])
+
+
+def _check_moments(saved: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer, where: Path) -> None:
+    """ValueError unless every saved moment has the shape of the parameter it is for; they are kept by number."""
+    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
+    for number, moments in saved.items():
+        for name, moment in moments.items():
+            if isinstance(moment, Tensor) and moment.ndim and [tuple(moment.shape)] != shapes[number : number + 1]:
+                raise ValueError(
+                    f"{where} does not fit this optimiser: {name} of parameter {number} is {tuple(moment.shape)}, "
+                    f"expected {shapes[number : number + 1]}; resume with the settings of the run"
+                )
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _packed(content: Any) -> bytes:
+    """What `torch.save` writes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def _random_state() -> dict[str, Any]:

@@ -19,7 +19,8 @@ from dinalrm_align import inputs
 from dinalrm_align.backbones.sd3 import SD3Trunk, load_transformer
 from dinalrm_align.checkpoint import base_location, fetch, load_tensors, read_checkpoint, relocated, save_checkpoint
 from dinalrm_align.config.reward import RewardConfig
-from dinalrm_align.encode import PromptEncoder, encode_images, load_vae
+from dinalrm_align.device import available_device
+from dinalrm_align.encode import PromptEncoder, encode_images, image_tensor, load_vae
 from dinalrm_align.model import RewardModel, build_reward_model
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ class LatentReward(nn.Module):
 
     Its parameters take no gradient and it stays in evaluation mode; gradients flow to the latents. Text encoders and
     VAE are no part of the module: they are borrowed from a pipeline, or loaded when prompts or pictures need them.
+
+    A score is a function of its own latent, prompt, sigma and noise. What it is batched with, longer prompts beside its
+    own and earlier calls change it by rounding alone: in float32 less than 2e-5 of the scores' standard deviation. The
+    same call repeated on one CPU gives the same bits. Noise drawn from a generator depends on the place in the batch;
+    pass `noise` where latents are to be scored in another order or in batches of another size.
     """
 
     def __init__(
@@ -92,13 +98,16 @@ class LatentReward(nn.Module):
         Raises ValueError when tensors are missing, unexpected or of another shape, when the base model does not fit,
         and when the weights to be shared are trained.
         """
+        if isinstance(dtype, str) and dtype in DTYPES:
+            dtype = DTYPES[dtype]
+        if dtype is not None and dtype not in DTYPES.values():
+            raise ValueError(f"dtype: got {dtype!r}; known: {', '.join(DTYPES)}")
+        device = None if device is None else available_device(device)
+        if pipeline is not None:
+            _check_pipeline(pipeline)
         checkpoint = read_checkpoint(fetch(source, revision=revision, local_files_only=local_files_only))
         config = checkpoint.config
-        base = base_location(config.base_model_id, checkpoint.folder)
-        if isinstance(dtype, str):
-            if dtype not in DTYPES:
-                raise ValueError(f"dtype: got {dtype!r}; known: {', '.join(DTYPES)}")
-            dtype = DTYPES[dtype]
+        base = base_location(config.base_model_id, checkpoint.folder, trusted=Path(source).is_dir())
         if transformer is None and pipeline is not None:
             transformer = pipeline.transformer
         loaded_here = transformer is None or isinstance(transformer, str | Path)
@@ -156,7 +165,8 @@ class LatentReward(nn.Module):
             generator: to draw it from, on the generator's device, so that a seed means the same score everywhere.
                 With neither, every call draws new noise.
 
-        Raises ValueError or TypeError for input that cannot be scored as meant (see `inputs`).
+        Raises ValueError or TypeError for input that cannot be scored as meant (see `inputs`), ValueError where the
+        backbone overflows (float16 does for huge latents): a score is always a finite number.
         """
         raw = self.raw(latents, prompts, prompt_embeds, pooled_prompt_embeds, sigma, noise, generator)
         return raw * self.config.score_scale + self.config.score_bias
@@ -185,14 +195,17 @@ class LatentReward(nn.Module):
         inputs.check_text_choice(prompts, prompt_embeds, pooled_prompt_embeds)
         batch = latents.shape[0]
         sigma = inputs.check_sigma(self.config.sigma if sigma is None else sigma, batch)
-        noise = inputs.draw_noise(latents, noise, generator, len(sigma) if isinstance(sigma, tuple) else 1)
         self._warn_of_statistics(latents)
         if prompts is not None:
             prompt_embeds, pooled_prompt_embeds = self.encoder(inputs.check_prompts(prompts, batch))
         inputs.check_embeds(prompt_embeds, pooled_prompt_embeds, trunk, batch)
-        return self.model(
+        # drawn last, so that a refused call leaves the generator as it was
+        noise = inputs.draw_noise(latents, noise, generator, len(sigma) if isinstance(sigma, tuple) else 1)
+        raw = self.model(
             latents, prompt_embeds.to(self.device), pooled_prompt_embeds.to(self.device), sigma=sigma, noise=noise
         )
+        inputs.check_scores(raw, latents, trunk.dtype)
+        return raw
 
     @torch.no_grad()
     def score_images(
@@ -210,7 +223,9 @@ class LatentReward(nn.Module):
         sigma defaults to the config's `image_sigma`, or its `sigma` where that is None; the rest as `forward`. Raises
         ValueError when the VAE's scaling is not the one this reward was trained with.
         """
-        latents = encode_images(self._vae(), images).to(self.device)
+        vae, pixels = self._vae(), image_tensor(images)
+        inputs.check_picture_size(pixels, self.model.trunk, 2 ** (len(vae.config.block_out_channels) - 1))
+        latents = encode_images(vae, pixels).to(self.device)
         if sigma is None:
             sigma = self.config.sigma if self.config.image_sigma is None else self.config.image_sigma
         return self(latents, prompts, prompt_embeds, pooled_prompt_embeds, sigma, noise, generator)
@@ -219,6 +234,8 @@ class LatentReward(nn.Module):
         """Write the reward, in our layout (`dinalrm`) or DiNa-LRM's (`released`). A relative base_model_id is rewritten
         so that it names the same base model from the new folder.
         """
+        if not isinstance(directory, str | Path) or not str(directory):
+            raise TypeError(f"directory: got {directory!r}; expected the path of a folder")
         base_model_id = relocated(self.config.base_model_id, self._folder, Path(directory))
         config = dataclasses.replace(self.config, base_model_id=base_model_id)
         save_checkpoint(directory, config, self.model.tuned_tensors(), format=format)
@@ -255,6 +272,14 @@ class LatentReward(nn.Module):
             self._statistics_calls = 0 if message else self._statistics_calls - 1
             if message:
                 warnings.warn(f"{message} (said once)", stacklevel=4)
+
+
+def _check_pipeline(pipeline: "StableDiffusion3Pipeline") -> None:
+    """TypeError unless it is a StableDiffusion3Pipeline: another architecture's parts mean something else."""
+    from diffusers import StableDiffusion3Pipeline
+
+    if not isinstance(pipeline, StableDiffusion3Pipeline):
+        raise TypeError(f"pipeline: got {type(pipeline).__name__}, expected diffusers' StableDiffusion3Pipeline")
 
 
 def _check_place(trunk: SD3Trunk, device: torch.device | str | None, dtype: torch.dtype | None) -> None:

@@ -16,30 +16,34 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dinalrm_align.config.command import parse
+from dinalrm_align.config.command import parse, refusing
 from dinalrm_align.config.shapes import BuildConfig
+from dinalrm_align.files import make_folder
 
 REWARD_RECIPE = Path(__file__).with_name("train_reward.py")
 REWARD_SETTINGS = Path(__file__).with_name("train_reward_shapes.yaml")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def build(config: BuildConfig, text: str) -> None:
     """Train what is not trained yet; every finished part is in output_dir/weights."""
-    config, text = parse(BuildConfig, __doc__, argv)
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, ConfigMixin, SD3Transformer2DModel
     from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
 
     from dinalrm_align.checkpoint import read_checkpoint, save_checkpoint
     from dinalrm_align.data.latent_pairs import LatentPairs
-    from dinalrm_align.resume import latest_checkpoint, write_atomically
+    from dinalrm_align.device import available_device
+    from dinalrm_align.durable import write_atomically
+    from dinalrm_align.resume import latest_checkpoint
     from dinalrm_align.shapes.build.autoencoder import train_vae, vae_gate
     from dinalrm_align.shapes.build.base import train_base
     from dinalrm_align.shapes.build.pixel import save_clip_reward, train_pixel
     from dinalrm_align.shapes.build.text import train_text
-    from dinalrm_align.shapes.pairs import write_concept_pairs, write_training_pairs
+    from dinalrm_align.shapes.pairs import ensure_pairs
     from dinalrm_align.shapes.stack import build_pipeline
 
+    available_device(config.device)
+    make_folder(Path(config.output_dir))
     write_atomically(Path(config.output_dir) / "config.yaml", text)
     root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
     accelerator = Accelerator(cpu=config.device == "cpu")
@@ -68,11 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (weights / "pipeline" / "model_index.json").exists():
         pipeline.save_pretrained(weights / "pipeline")
 
-    train_pairs, concept_pairs = root / "pairs" / "train", root / "pairs" / "concepts"
-    if not (train_pairs / "index.json").exists():
-        write_training_pairs(train_pairs, pipeline, config.pairs)
-    if not (concept_pairs / "index.json").exists():
-        write_concept_pairs(concept_pairs, pipeline, config.pairs.per_concept, config.pairs.seed)
+    train_pairs, concept_pairs = (
+        ensure_pairs(kind, root / "pairs" / kind, pipeline, config.pairs) for kind in ("train", "concepts")
+    )
 
     if not (weights / "dinalrm" / "config.json").exists():
         run = root / "dinalrm"
@@ -127,6 +129,11 @@ def _save_whole(folder: Path, save: Callable[[Path], object]) -> None:
 
 def _rounded(numbers: dict[str, float]) -> str:
     return json.dumps({name: round(value, 3) for name, value in numbers.items()})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with refusing():
+        build(*parse(BuildConfig, __doc__, argv))
 
 
 if __name__ == "__main__":

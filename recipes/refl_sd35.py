@@ -19,7 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.config.command import parse, refuse
+from dinalrm_align.config.check import did_you_mean
+from dinalrm_align.config.command import parse, refuse, refusing
 from dinalrm_align.config.refl import ReflRun
 from dinalrm_align.models import ModelSpec, load_gold, resolve_model
 
@@ -27,7 +28,7 @@ SD35_SETTINGS = Path(__file__).with_name("refl_sd35.yaml")
 
 
 def settle(argv: Sequence[str]) -> tuple[ReflRun, str, ModelSpec, Path | None]:
-    """The settings, the same as YAML, the model, and the checkpoint to resume. ValueError for bad arguments."""
+    """The settings, the same as YAML, the model, and the checkpoint to resume."""
     run, _ = parse(ReflRun, __doc__, argv)  # --help ends here, before anything heavy is imported
     from dinalrm_align.resume import checkpoint_to_resume, new_run_folder, run_of, settings_of
 
@@ -35,15 +36,16 @@ def settle(argv: Sequence[str]) -> tuple[ReflRun, str, ModelSpec, Path | None]:
     if run.resume is not None:
         checkpoint = checkpoint_to_resume(Path(run.resume))
         if run.output_dir and Path(run.output_dir).resolve() != run_of(checkpoint):
-            raise ValueError(f"--resume goes on in {run_of(checkpoint)}: leave out --output_dir {run.output_dir}")
+            refuse(f"--resume goes on in {run_of(checkpoint)}: leave out --output_dir {run.output_dir}")
         beneath = [settings_of(checkpoint)]
         run, _ = parse(ReflRun, __doc__, argv, beneath)
     if run.reward not in ("dinalrm", "pixel") and not Path(run.reward).is_dir() and "/" not in run.reward:
-        raise ValueError(f"unknown reward {run.reward!r}; known: dinalrm, pixel, or a latent one's folder or hub id")
+        near = did_you_mean(run.reward, ("dinalrm", "pixel")) or ";"
+        refuse(f"unknown reward {run.reward!r}{near} known: dinalrm, pixel, or a latent one's folder or hub id")
     if run.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--tracker wandb needs the package wandb: pip install 'dinalrm-align[wandb]'")
+        refuse("--tracker wandb needs the package wandb: pip install 'dinalrm-align[wandb]'")
     if run.model == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("--model auto: each of several processes would choose for itself; name the model")
+        refuse("--model auto: each of several processes would choose for itself; name the model")
     spec, reason = resolve_model(run.model)
     print(reason, flush=True)
     if checkpoint is None and spec.kind == "sd35":
@@ -58,51 +60,52 @@ def settle(argv: Sequence[str]) -> tuple[ReflRun, str, ModelSpec, Path | None]:
 def align(run: ReflRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> None:
     import torch
     from accelerate import Accelerator
-    from diffusers import StableDiffusion3Pipeline
+    from accelerate.utils import set_seed
 
     from dinalrm_align import LatentReward
     from dinalrm_align.align.evaluation import HeldOut
     from dinalrm_align.align.refl import Refl
     from dinalrm_align.cost import PhaseMeter
     from dinalrm_align.data.prompts import read_captioned_pictures, read_prompts
-    from dinalrm_align.encode import PromptEncoder, decode_latents, encode_images
+    from dinalrm_align.device import available_device
+    from dinalrm_align.digest import fingerprint, text_digest
+    from dinalrm_align.durable import write_atomically
+    from dinalrm_align.encode import PromptEncoder, decode_latents, encode_images, load_pipeline
     from dinalrm_align.loop import Hook, adamw, fit
     from dinalrm_align.pixel.clip import ClipReward
     from dinalrm_align.policy import Conditions, Policy
     from dinalrm_align.report import plot_run
-    from dinalrm_align.resume import write_atomically
     from dinalrm_align.sampling import schedule_sigmas
 
-    if run.device == "cuda" and not torch.cuda.is_available():
-        refuse("device cuda: torch finds no CUDA GPU on this machine; leave --device auto, or choose cpu")
+    if run.device != "auto":
+        available_device(run.device)
     accelerator = Accelerator(
         cpu=run.device == "cpu", mixed_precision="no", log_with=None if run.tracker == "none" else run.tracker
     )
+    set_seed(run.seed % 2**31, device_specific=True)  # of all that draws globally
     device, folder = accelerator.device, Path(run.output_dir)
     dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
     width, height = run.width or spec.width, run.height or spec.height
     gold = load_gold(spec, device=device)
-    try:
-        prompts = read_prompts(Path(run.prompts or spec.train_prompts))
-        heldout = read_prompts(Path(run.eval_prompts or spec.heldout_prompts))
-        samples = [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
-        pictures = read_captioned_pictures(Path(run.refl.pretrain_pictures)) if run.refl.pretrain_pictures else None
-        gold(torch.zeros(len(samples), 3, height, width), samples)  # it may know neither this size nor these prompts
-    except ValueError as error:
-        refuse(str(error))
+    prompts = read_prompts(Path(run.prompts or spec.train_prompts))
+    heldout = read_prompts(Path(run.eval_prompts or spec.heldout_prompts))
+    samples = [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
+    pictures = read_captioned_pictures(Path(run.refl.pretrain_pictures)) if run.refl.pretrain_pictures else None
+    gold(torch.zeros(len(samples), 3, height, width), samples)  # it may know neither this size nor these prompts
     accelerator.print(f"run in {folder}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")
     accelerator.init_trackers("dinalrm_align")
 
     # The base model, frozen. The reward shares its weights, so it is made before the policy wraps them.
-    pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False)
-    pipeline.vae.float()
+    pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
     if run.reward == "pixel":
         reward = ClipReward.from_pretrained(spec.pixel, processor=spec.pixel_processor, vae=pipeline.vae, device=device)
     else:
         reward = LatentReward.from_pretrained(spec.reward if run.reward == "dinalrm" else run.reward, pipeline=pipeline)
+
+    identity = {  # a checkpoint of another run is not resumed from
+        "recipe": "refl_sd35", "seed": str(run.seed), "base model": fingerprint(pipeline.transformer),
+        "reward": fingerprint(reward), "list of prompts": text_digest("\n".join(prompts)),
+    }  # fmt: skip
 
     # Every prompt is encoded once, for policy and reward; then the text encoders are let go.
     encoder = PromptEncoder(pipeline, text_length=spec.text_length, device=device)
@@ -154,7 +157,7 @@ def align(run: ReflRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> 
             Hook(run.evaluation.every, held_out),
             Hook(run.loop.checkpoint_every, export, at_start=False, at_stop=True),
         ],
-        settings=text,
+        identity=identity, settings=text,
         meter=meter, profile_every=run.profile_every, shown=("reward", "gold", "kl", "grad_norm"),
         resume_command=f"python {sys.argv[0]} --resume {folder}",
     )  # fmt: skip
@@ -172,11 +175,8 @@ def align(run: ReflRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
-        settings = settle(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
-        refuse(str(error))
-    align(*settings)
+    with refusing():
+        align(*settle(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

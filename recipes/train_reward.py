@@ -13,13 +13,15 @@ runs resume; text is encoded once, beforehand; noise is a function of seed and s
 
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.config.command import parse, refuse
+from dinalrm_align.config.command import parse, refuse, refusing
 from dinalrm_align.config.train_reward import TrainRewardRun
+from dinalrm_align.files import reading
 from dinalrm_align.models import ModelSpec, resolve_model
 
 HERE = Path(__file__).parent
@@ -35,22 +37,17 @@ def settle(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, str, Pa
     from dinalrm_align.resume import checkpoint_to_resume, new_run_folder, run_of, settings_of
 
     checkpoint, beneath = None, []
-    try:
-        if config.resume:
-            checkpoint = checkpoint_to_resume(Path(config.resume))
-            folder, beneath = run_of(checkpoint), [settings_of(checkpoint)]
-            if config.output_dir is not None and Path(config.output_dir).resolve() != folder.resolve():
-                raise ValueError(
-                    f"a run goes on in its own folder {folder}: leave --output_dir {config.output_dir} out"
-                )
-            config, _ = parse(TrainRewardRun, __doc__, argv, beneath)
-        spec, reason = resolve_model(config.model)
-        if checkpoint is None:
-            folder = new_run_folder(config.output_dir, f"train_reward_{Path(spec.name).name}_seed{config.seed}")
-            if not any(word.split("=")[0] == "--config" for word in argv):
-                beneath = [HERE / f"train_reward_{spec.kind}.yaml"]
-    except ValueError as error:
-        refuse(str(error))
+    if config.resume:
+        checkpoint = checkpoint_to_resume(Path(config.resume))
+        folder, beneath = run_of(checkpoint), [settings_of(checkpoint)]
+        if config.output_dir is not None and Path(config.output_dir).resolve() != folder.resolve():
+            refuse(f"a run goes on in its own folder {folder}: leave --output_dir {config.output_dir} out")
+        config, _ = parse(TrainRewardRun, __doc__, argv, beneath)
+    spec, reason = resolve_model(config.model)
+    if checkpoint is None:
+        folder = new_run_folder(config.output_dir, f"train_reward_{Path(spec.name).name}_seed{config.seed}")
+        if not any(word.split("=")[0] == "--config" for word in argv):
+            beneath = [HERE / f"train_reward_{spec.kind}.yaml"]
     # What "auto" and the defaults came to is written down, so that a resumed run is the same run.
     settled = [*argv, "--model", spec.name, "--output_dir", str(folder), "--resume", "null"]
     config, text = parse(TrainRewardRun, __doc__, settled, beneath)
@@ -63,16 +60,14 @@ def settle(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, str, Pa
 
 def make_shapes_pairs(config: TrainRewardRun, spec: ModelSpec, directory: Path) -> None:
     """Let the embedded world write pairs to train on and pairs to be judged by, unless they are there."""
-    from diffusers import StableDiffusion3Pipeline
+    import torch
 
-    from dinalrm_align.shapes.pairs import write_concept_pairs, write_training_pairs
+    from dinalrm_align.encode import load_pipeline
+    from dinalrm_align.shapes.pairs import ensure_pairs
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline, local_files_only=True)
-    if not (directory / "train" / "index.json").exists():
-        write_training_pairs(directory / "train", pipeline, config.shapes_pairs)
-    if not (directory / "concepts" / "index.json").exists():
-        made = config.shapes_pairs
-        write_concept_pairs(directory / "concepts", pipeline, made.per_concept, made.seed)
+    pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
+    for kind in ("train", "concepts"):
+        ensure_pairs(kind, directory / kind, pipeline, config.shapes_pairs)
 
 
 def _base_model_id(pipeline: str, folder: Path) -> str:
@@ -80,27 +75,27 @@ def _base_model_id(pipeline: str, folder: Path) -> str:
     return os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    config, text, spec, reason, checkpoint = settle(sys.argv[1:] if argv is None else list(argv))
-
+def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, checkpoint: Path | None) -> None:
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import gather_object
+    from accelerate.utils import gather_object, set_seed
     from diffusers import AutoencoderKL
 
     from dinalrm_align.backbones.sd3 import load_transformer
     from dinalrm_align.benchmarks.pairwise import merge, metrics, pairwise_tallies, write_report
     from dinalrm_align.checkpoint import save_checkpoint
     from dinalrm_align.data.source import Encoders, open_pairs
+    from dinalrm_align.device import available_device
+    from dinalrm_align.digest import fingerprint, text_digest
+    from dinalrm_align.durable import write_atomically
     from dinalrm_align.loop import Hook, adamw, fit
     from dinalrm_align.model import build_reward_model
     from dinalrm_align.noise import seeded_generator
     from dinalrm_align.preference import NoisedPairs, draw_levels, preference_step, score_batch
-    from dinalrm_align.resume import write_atomically
 
     # ------------------------------------------------------------------------------------- where: device and folder
-    if config.device == "cuda" and not torch.cuda.is_available():
-        refuse("device cuda: torch finds no CUDA GPU on this machine; leave --device auto, or choose cpu")
+    if config.device != "auto":
+        available_device(config.device)
     on_gpu = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     dtype = (spec.dtype if on_gpu else "float32") if config.dtype == "auto" else config.dtype
     run = Path(config.output_dir)
@@ -110,13 +105,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=run,
     )
+    set_seed(config.seed % 2**31, device_specific=True)  # of dropout and all else that draws globally
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     accelerator.print(f"{reason}\nrun {run} on {device}, base weights in {dtype}")
     if config.tracker != "none":
         accelerator.init_trackers("train_reward", config={"settings": text})
 
     # ---------------------------------------------------------------------- what: pairs, and a reward to train on them
-    vae = AutoencoderKL.load_config(spec.pipeline, subfolder="vae")
+    with reading("VAE", spec.pipeline):
+        vae = AutoencoderKL.load_config(spec.pipeline, subfolder="vae")
     reward = dataclasses.replace(
         config.reward,
         base_model_id=_base_model_id(spec.pipeline, run / "reward"),
@@ -142,6 +139,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.print(f"an epoch is {len(pairs) // world} batches of {config.batch_size} for each of {world} processes")
 
     transformer = load_transformer(spec.pipeline, dtype=weights_dtype).to(device)
+    settings = {name: value for name, value in reward.to_dict().items() if name != "base_model_id"}  # where it lies
+    identity = {  # a checkpoint of another run is not resumed from
+        "recipe": "train_reward",
+        "seed": str(config.seed),
+        "base model": fingerprint(transformer),
+        "reward": text_digest(json.dumps(settings, sort_keys=True)),
+        "list of pairs": pairs.digest(),
+    }
     model = build_reward_model(reward, transformer, seed=config.seed)
     del transformer  # and with it the blocks that the reward does not use
     if config.gradient_checkpointing:
@@ -189,12 +194,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator=accelerator,
         output_dir=run,
         hooks=[Hook(config.accuracy.every, evaluate, at_start=False), Hook(0, export, at_start=False)],
+        identity=identity,
         resume=checkpoint,
         resume_command=f"python recipes/train_reward.py --resume {run}",
         shown=("loss", "train_accuracy", "grad_norm"),
     )
     accelerator.end_training()
     accelerator.print(f"the reward is in {run / 'reward'}, its accuracy in {run / 'per_concept.md'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with refusing():
+        train(*settle(sys.argv[1:] if argv is None else list(argv)))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,17 @@ def test_a_last_block_without_tapped_text_skips_its_text_half(transformer):
     torch.testing.assert_close(taps.text[1], text[2], rtol=0, atol=1e-6)
 
 
+def test_without_text_taps_the_last_block_computes_its_image_half_alone(transformer):
+    inputs = trunk_inputs(transformer)
+    both = SD3Trunk(transformer, tiny_reward_config(tuning="none", text_taps=(3,)), share_weights=True)
+    image = SD3Trunk(transformer, tiny_reward_config(tuning="none", text_taps=()), share_weights=True)
+    assert image.transformer_blocks[2].ff_context is None and both.transformer_blocks[2].ff_context is not None
+    found, expected = image(*inputs), both(*inputs)
+    assert found.text == () and len(found.visual) == 2
+    torch.testing.assert_close(found.visual, expected.visual)
+    assert [part.text for part in found.split(2)] == [(), ()]
+
+
 def test_blocks_after_the_last_tap_do_not_run(transformer):
     config = tiny_reward_config(num_layers=4, visual_taps=(1,), text_taps=(1,), tuning="none")
     trunk = SD3Trunk(transformer, config, share_weights=True)

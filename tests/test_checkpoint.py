@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import shutil
+from itertools import product
 
 import pytest
 import torch
 from conftest import make_inputs, shake, tiny_reward_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dinalrm_align import LatentReward, RewardConfig
 from dinalrm_align.checkpoint import fetch, load_tensors, read_checkpoint, relocated, save_checkpoint
 from dinalrm_align.config.reward import HeadConfig, LoraConfig
+from dinalrm_align.digest import digest, fingerprint
 from dinalrm_align.model import build_reward_model
 
 
@@ -107,14 +111,31 @@ def test_a_missing_config_key_is_named(folder, section):
 @pytest.mark.parametrize("value", [None, "1"])
 def test_a_number_that_is_none_is_refused(folder, name, value):
     rewrite(folder / "config.json", **{name: value})
-    with pytest.raises(ValueError, match=f"{name}: got {value!r}; expected a finite number"):
+    with pytest.raises(ValueError, match=f"{name}: got .* {value!r}; expected a number"):
         read_checkpoint(folder)
 
 
 def test_a_newer_format_is_refused(folder):
     rewrite(folder / "config.json", format_version=99)
-    with pytest.raises(ValueError, match="format_version: got 99, this release reads 1; update"):
+    with pytest.raises(ValueError, match="format_version: got 99, this release reads 2; update"):
         read_checkpoint(folder)
+
+
+def test_version_1_is_read_as_what_it_meant(folder):
+    """It had neither of the two keys of the head; a version 2 without them is refused, and so is any other gap."""
+    values = json.loads((folder / "config.json").read_text())
+    del values["head"]["film"], values["head"]["value_gates"]
+    with pytest.raises(ValueError, match="section 'head': missing film, value_gates"):
+        RewardConfig.from_dict(values)
+    old = RewardConfig.from_dict({**values, "format_version": 1})
+    assert old == read_checkpoint(folder).config
+    assert (old.head.film, old.head.value_gates, old.format_version) == (True, True, 2)
+    with pytest.raises(ValueError, match="section 'head': missing dropout"):
+        del values["head"]["dropout"]
+        RewardConfig.from_dict({**values, "format_version": 1})
+    del values["head"]
+    with pytest.raises(ValueError, match="missing head"):
+        RewardConfig.from_dict({**values, "format_version": 1})
 
 
 def test_a_config_that_is_no_json_is_named(folder):
@@ -134,6 +155,68 @@ def test_broken_weights_are_named(folder):
     (folder / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="model.safetensors: not a readable safetensors file"):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_cut_short_anywhere_is_named(folder, name):
+    path = folder / name
+    content = path.read_bytes()
+    for size in (*range(0, len(content) - 1, len(content) // 60), len(content) - 2):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            read_checkpoint(folder)
+
+
+def test_a_flipped_bit_in_the_weights_is_refused_or_changes_no_tensor(folder):
+    """What is not refused are bits of the header that name neither a tensor nor its place: 'format', padding."""
+    path, before = folder / "model.safetensors", read_checkpoint(folder)
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    refused = 0
+    positions = [*range(0, header, header // 150), *range(header, len(content), (len(content) - header) // 50)]
+    for number, position in enumerate(positions):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << number % 8
+        path.write_bytes(flipped)
+        try:
+            after = read_checkpoint(folder).tensors
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert position < header
+            assert after.keys() == before.tensors.keys()
+            assert all(torch.equal(after[name], before.tensors[name]) for name in after)
+    assert refused > 0.9 * len(positions)
+
+
+def test_weights_without_a_digest_are_read_and_with_a_wrong_one_refused(folder):
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["sha256"] == digest(read_checkpoint(folder).tensors)
+    tensors = load_file(path)
+    save_file(tensors, path, {"format": "pt"})
+    read_checkpoint(folder)
+    save_file(tensors, path, {"format": "pt", "sha256": "0" * 64})
+    with pytest.raises(ValueError, match=r"safetensors is damaged: .*SHA-256 is not 0000.*fetch or write it again"):
+        read_checkpoint(folder)
+
+
+def test_the_digest_sees_names_types_shapes_and_bits():
+    tensors = {"a": torch.zeros(2, 3), "b": torch.tensor(1.0, dtype=torch.bfloat16), "c": torch.zeros(0)}
+    same = {name: tensors[name].clone() for name in reversed(tensors)}
+    assert digest(tensors) == digest(same) == digest({**tensors, "a": torch.zeros(3, 2).T})
+    for name, changed in [("a", torch.zeros(3, 2)), ("a", -torch.zeros(2, 3)), ("a", torch.zeros(2, 3).double()),
+                          ("b", torch.tensor(1.01, dtype=torch.bfloat16)), ("c", torch.zeros(1))]:  # fmt: skip
+        assert digest({**tensors, name: changed}) != digest(tensors)
+    assert digest({"x" if name == "a" else name: tensors[name] for name in tensors}) != digest(tensors)
+
+
+def test_fingerprints_tell_models_apart(tiny_pipeline):
+    from dinalrm_align.shapes.stack import StackConfig, build_pipeline
+
+    again, other = (build_pipeline(StackConfig.tiny(), seed=seed).transformer for seed in (0, 1))
+    assert fingerprint(again) == fingerprint(tiny_pipeline.transformer) != fingerprint(other)
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c"])
@@ -158,7 +241,8 @@ def test_config_survives_json():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"visual_taps": (1, 5)}, r"visual_taps: got \(1, 5\).*num_layers = 3"),
-    ({"text_taps": ()}, r"text_taps: got \(\)"),
+    ({"visual_taps": ()}, r"visual_taps: got \(\); expected at least one"),
+    ({"text_taps": (-1, 2)}, r"text_taps: got \(-1, 2\)"),
     ({"visual_taps": (3, 1)}, "rising"),
     ({"sigma": 1.5}, r"sigma: got 1.5; expected a noise level in \[0, 1\]"),
     ({"sigma": ()}, r"sigma: got \(\)"),
@@ -184,15 +268,14 @@ def test_relative_base_ids_follow_the_checkpoint(base, new, expected, tmp_path):
 
 
 def test_an_interrupted_write_leaves_the_old_file(folder, monkeypatch):
-    from dinalrm_align import checkpoint
+    from dinalrm_align import durable
 
     before = (folder / "model.safetensors").read_bytes()
 
-    def fail(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def fail(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(durable.os, "fsync", fail)
     stored = read_checkpoint(folder)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(folder, stored.config, stored.tensors)
@@ -218,10 +301,20 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("format", ["dinalrm", "released"])
-@pytest.mark.parametrize("variant", VARIANTS)
+OF_OUR_LAYOUT = {
+    "no conditioning of the adapters": dict(head=HeadConfig(film=False)),
+    "no value gates": dict(head=HeadConfig(value_gates=False)),
+    "image taps alone": dict(text_taps=()),
+    "none of these": dict(text_taps=(), head=HeadConfig(film=False, value_gates=False, num_queries=1)),
+    "full backbone, image taps alone": dict(tuning="full", text_taps=(), lora=LoraConfig()),
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "format"), [*product(VARIANTS, ["dinalrm", "released"]), *product(OF_OUR_LAYOUT, ["dinalrm"])]
+)
 def test_every_kind_of_reward_survives_both_layouts(tiny_pipeline, tmp_path, variant, format):
-    config = tiny_reward_config(**VARIANTS[variant])
+    config = tiny_reward_config(**(VARIANTS | OF_OUR_LAYOUT)[variant])
     model = build_reward_model(config, tiny_pipeline.transformer, share_weights=config.tuning != "full")
     shake(model, seed=5)
     save_checkpoint(tmp_path, config, model.tuned_tensors(), format=format)
@@ -237,6 +330,14 @@ def test_every_kind_of_reward_survives_both_layouts(tiny_pipeline, tmp_path, var
     again = read_checkpoint(tmp_path / "again").tensors
     assert again.keys() == stored.tensors.keys()
     assert all(torch.equal(again[name], stored.tensors[name]) for name in again)
+
+
+@pytest.mark.parametrize("variant", OF_OUR_LAYOUT)
+def test_an_architecture_that_the_released_code_has_not_is_not_written_in_its_layout(variant, tmp_path):
+    config = tiny_reward_config(**OF_OUR_LAYOUT[variant])
+    with pytest.raises(ValueError, match="released layout has no place for a reward without .*; save it as 'dinalrm'"):
+        save_checkpoint(tmp_path / "new", config, {}, format="released")
+    assert not (tmp_path / "new").exists()
 
 
 def test_released_configs_get_the_released_defaults(official):

@@ -8,19 +8,21 @@ from dinalrm_align.config.reward import HeadConfig
 from dinalrm_align.head import RewardHead
 
 
-def make_taps(batch=2, width=16, layers=2, seed=0, dtype=torch.float32):
+def make_taps(batch=2, width=16, layers=2, seed=0, dtype=torch.float32, text_layers=None):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
     visual = tuple(draw(batch, 6, width) for _ in range(layers))
-    return Taps(visual, tuple(draw(batch, 5, width) for _ in range(layers)), draw(batch, width))
+    text_layers = layers if text_layers is None else text_layers
+    return Taps(visual, tuple(draw(batch, 5, width) for _ in range(text_layers)), draw(batch, width))
 
 
-def make_head(width_in=16, layers=2, temb_dim=None, seed=0, **config):
+def make_head(width_in=16, layers=2, temb_dim=None, seed=0, text_layers=None, **config):
     torch.manual_seed(seed)
-    head = RewardHead(HeadConfig(**config), width_in, layers, layers, temb_dim).eval()
+    text_layers = layers if text_layers is None else text_layers
+    head = RewardHead(HeadConfig(**config), width_in, layers, text_layers, temb_dim).eval()
     for parameter in head.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return head
@@ -30,6 +32,58 @@ def make_head(width_in=16, layers=2, temb_dim=None, seed=0, **config):
 def test_one_float32_score_per_sample(config):
     score = make_head(**config)(make_taps())
     assert score.shape == (2,) and score.dtype == torch.float32 and bool(torch.isfinite(score).all())
+
+
+def names(head):
+    return set(head.state_dict())
+
+
+OPTIONS = [{}, {"film": False}, {"value_gates": False}, {"film": False, "value_gates": False}]
+
+
+@pytest.mark.parametrize("config", OPTIONS)
+@pytest.mark.parametrize("text_layers", [0, 2])
+@pytest.mark.parametrize("num_queries", [1, 4, 8])
+def test_every_parameter_of_every_architecture_takes_part(config, text_layers, num_queries):
+    """One level or two: a score per sample, a gradient for each parameter, another one for each sample's tokens."""
+    head = make_head(text_layers=text_layers, num_queries=num_queries, **config)
+    taps = make_taps(text_layers=text_layers)
+    score = head([taps, make_taps(text_layers=text_layers, seed=1)])
+    score.sum().backward()
+    assert score.shape == (2,) and score.dtype == torch.float32 and score[0] != score[1]
+    silent = {name for name, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert not silent
+    assert head.query_tokens.shape == (1, num_queries, 16)
+
+
+def test_without_film_the_adapters_have_no_conditioning_to_read():
+    head = make_head(film=False)
+    assert names(make_head()) - names(head) == {name for name in names(make_head()) if "cond_mlp" in name} != set()
+    taps = make_taps()
+    assert torch.equal(head(taps), head(Taps(taps.visual, taps.text, taps.temb + 1)))
+    assert not torch.equal(make_head()(taps), make_head()(Taps(taps.visual, taps.text, taps.temb + 1)))
+    adapter = head.layer_adapters_visual[0]
+    torch.testing.assert_close(adapter(taps.visual[0], taps.temb), adapter.proj(taps.visual[0] + adapter.layer_embed))
+
+
+def test_without_value_gates_the_values_are_twice_those_of_fresh_gates():
+    """Fresh gates are one half everywhere, so that the attention's sum (before its output layer) is half as large."""
+    gated, plain = (RewardHead(HeadConfig(value_gates=on), 16, 1, 1).attn1 for on in (True, False))
+    assert set(gated.state_dict()) - set(plain.state_dict()) == {k for k in gated.state_dict() if "gate_" in k} != set()
+    plain.load_state_dict({k: v for k, v in gated.state_dict().items() if "gate_" not in k})
+    gated.to_out[0].bias.data.zero_()
+    plain.to_out[0].bias.data.zero_()
+    taps = make_taps(layers=1)
+    inputs = (torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)), taps.visual[0], taps.text[0])
+    torch.testing.assert_close(plain(*inputs), 2 * gated(*inputs))
+
+
+def test_image_taps_alone_leave_no_text_parameters_and_keep_the_image_gate():
+    head = make_head(text_layers=0)
+    gone = names(make_head()) - names(head)
+    assert gone == {name for name in names(make_head()) if "text" in name or "norm_t" in name} != set()
+    assert "attn1.gate_vis.0.weight" in names(head)
+    assert "attn1.gate_vis.0.weight" not in names(make_head(text_layers=0, value_gates=False))
 
 
 @pytest.mark.parametrize(("config", "present"), [({}, False), ({"width": 32}, True), ({"use_proj_in": True}, True)])

@@ -7,9 +7,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinalrm_align"
 
 LAYERS: list[set[str]] = [
-    {"config"},
-    {"noise", "losses", "cost", "sampling", "resume"},
-    {"backbones", "head", "encode", "policy", "checkpoint", "loop", "report", "data"},
+    {"config", "files", "durable", "seal", "metrics"},
+    {"digest", "noise", "losses", "cost", "sampling", "resume", "device", "intervals", "figures"},
+    {"backbones", "head", "encode", "policy", "checkpoint", "loop", "report", "head_to_head", "data"},
     {"model", "pixel", "inputs"},
     {"reward", "preference", "models", "shapes", "benchmarks"},
     {"align"},

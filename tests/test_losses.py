@@ -139,11 +139,11 @@ def test_bad_input_is_refused_with_a_reason():
         preference_loss(one[None], one, one, config=LossConfig())
     with pytest.raises(ValueError, match=r"labels are probabilities in \[0, 1\]: got \[1.5"):
         preference_loss(one, one, one, 1.5, config=LossConfig())
-    with pytest.raises(ValueError, match="unknown likelihood 'probit'"):
+    with pytest.raises(ValueError, match="loss.likelihood: got 'probit'; known: thurstone, "):
         preference_loss(one, one, one, config=LossConfig(likelihood="probit"))
-    with pytest.raises(ValueError, match="unknown objective 'hinge'"):
+    with pytest.raises(ValueError, match="loss.objective: got 'hinge'; known: fidelity, nll"):
         preference_loss(one, one, one, config=LossConfig(objective="hinge"))
     with pytest.raises(ValueError, match="sigma_u=0"):
         LossConfig(sigma_u=0.0)
-    with pytest.raises(ValueError, match="unknown loss preset 'mine'; known: paper, released"):
+    with pytest.raises(ValueError, match="loss.preset: got 'mine'; known: paper, released"):
         LossConfig(preset="mine")

@@ -280,7 +280,7 @@ def test_image_pairs_hold_prompts_out(tmp_path):
 @pytest.mark.parametrize(
     ("line", "error", "message"),
     [
-        ("{not json", ValueError, "line 2: not JSON"),
+        ("{not json", ValueError, "line 2: not valid JSON"),
         ('["a"]', ValueError, "line 2: got a list"),
         ({"prompt": "a", "chosen": "a.png"}, ValueError, "line 2: 'rejected' is None"),
         (

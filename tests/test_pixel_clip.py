@@ -183,9 +183,9 @@ def test_bad_inputs_are_named(reward, folder):
         reward(latents, prompts="ab")
     with pytest.raises(ValueError, match=r"got shape \(2, 4, 8, 8\); expected \(B, 16, h, w\)"):
         reward(latents[:, :4], prompts=PROMPTS)
-    with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\) in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]: divide bytes"):
         reward.score_images(torch.full((2, 3, 8, 8), 2.0), PROMPTS)
-    with pytest.raises(ValueError, match=r"got shape \(2, 3, 8, 8\) in \[nan, nan\]"):
+    with pytest.raises(ValueError, match=r"got values in \[nan, nan\]"):
         reward.score_images(torch.full((2, 3, 8, 8), math.nan), PROMPTS)
     with pytest.raises(ValueError, match="latents: 2048 of 2048 values are NaN or infinite"):
         reward(latents / 0, prompts=PROMPTS)

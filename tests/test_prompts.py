@@ -13,9 +13,9 @@ def test_prompts_are_the_lines_that_say_something(tmp_path):
 
 
 def test_bad_prompt_files_are_refused_with_a_reason(tmp_path):
-    with pytest.raises(ValueError, match=r"no prompt file .*absent.txt"):
+    with pytest.raises(FileNotFoundError, match=r"no prompt file .*absent.txt"):
         read_prompts(tmp_path / "absent.txt")
-    with pytest.raises(ValueError, match="no prompt file"):
+    with pytest.raises(FileNotFoundError, match="no prompt file"):
         read_prompts(tmp_path)
     path = tmp_path / "prompts.txt"
     path.write_text("\n  \n")
@@ -36,7 +36,7 @@ def test_captioned_pictures_come_in_pairs(tmp_path):
     assert captions == ["picture a", "picture b"]
     assert [picture.mode for picture in pictures] == ["RGB", "RGB"]
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(ValueError, match=r"no prompt file .*a.txt"):
+    with pytest.raises(FileNotFoundError, match=r"no prompt file .*a.txt"):
         read_captioned_pictures(tmp_path)
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dinalrm_align.resume import checkpoint_to_resume, read_metrics
+from dinalrm_align.metrics import read_metrics
+from dinalrm_align.resume import checkpoint_to_resume
 from dinalrm_align.shapes.stack import clip_tokenizer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "refl_sd35.py"

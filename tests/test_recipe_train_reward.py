@@ -144,10 +144,11 @@ def test_a_run_is_neither_overwritten_nor_moved(recipe, arguments, tmp_path, cap
     assert f"{run / 'config.yaml'} is missing" in refusal(f"--resume={run}")
 
 
-def test_settings_that_do_not_fit_leave_no_run(recipe, arguments, tmp_path):
+def test_settings_that_do_not_fit_leave_no_run(recipe, arguments, tmp_path, capsys):
     run = tmp_path / "run"
-    with pytest.raises(ValueError, match="num_layers: got 9"):
+    with pytest.raises(SystemExit) as ended:
         recipe.main([*arguments, "--reward.num_layers=9", f"--output_dir={run}"])
+    assert ended.value.code == 2 and "num_layers: got 9" in capsys.readouterr().err
     assert not run.exists()
 
 
@@ -209,9 +210,11 @@ def test_the_embedded_world_makes_its_own_pairs(recipe, arguments, tmp_path):
     assert all(concept["pairs"] == 1 for concept in concepts.values())
 
 
-def test_pairs_that_do_not_fit_the_reward_are_refused(recipe, arguments, tmp_path):
-    with pytest.raises(ValueError, match="written with text_length 14, the reward's config says 20"):
+def test_pairs_that_do_not_fit_the_reward_are_refused(recipe, arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
         recipe.main([*arguments, "--reward.text_length=20", f"--output_dir={tmp_path / 'run'}"])
+    assert ended.value.code == 2
+    assert "written with text_length 14, the reward's config says 20" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,8 @@ def test_pretraining_loss_on_the_base_models_own_samples(method):
 def test_phases_of_an_update_are_measured(method):
     method.meter.start_step(profile=True)
     method.step(method.batch_at(0))
-    assert set(method.meter.finish_step()) == {f"memory_mib/{phase}" for phase in ("rollout", "policy", "reward")}
+    kinds, phases = ("memory_mib", "gflops"), ("rollout", "policy", "reward")
+    assert set(method.meter.finish_step()) == {f"{kind}/{phase}" for kind in kinds for phase in phases}
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from dinalrm_align import report
 def fake_run(folder: Path, scale: float) -> Path:
     """Four updates, evaluated at 0, 2 and 4."""
     (folder / "evaluations").mkdir(parents=True)
-    scores = {"proxy": [scale, 2 * scale, 3 * scale], "gold": [0.1, 0.2, 0.3]}
-    (folder / "evaluations" / "000000.json").write_text(json.dumps(scores))
+    (folder / "config.yaml").write_text("seed: 0\n")
     rows = []
     for step in range(5):
         row = {"step": step}
@@ -23,6 +22,9 @@ def fake_run(folder: Path, scale: float) -> Path:
             row |= {"reward": scale * step, "kl": 0.01 * step, "grad_norm": 1.0, "elapsed": 2.0 * step}
             row |= {"seconds/rollout": 1.0, "memory_mib/reward": 20.0}
         if step % 2 == 0:
+            scores = {"proxy": [scale, 2 * scale, 3 * scale], "gold": [0.1, 0.2 + step, 0.3]}
+            judged = {"terms": {"prompts": ["a", "b", "c"]}, **scores}
+            (folder / "evaluations" / f"{step:06d}.json").write_text(json.dumps(judged))
             row |= {"gold": 0.2 + 0.1 * step, "gold_gain_standard_error": 0.02, "proxy": scale * step}
         rows.append(json.dumps(row))
     (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
@@ -67,6 +69,7 @@ def test_curves_of_one_run_and_of_several(tmp_path, capsys):
     assert is_picture(runs[0] / "curves.png")
     report.main([*map(str, runs), "--output", str(tmp_path / "compare.png")])
     assert is_picture(tmp_path / "compare.png")
+    assert "# latent against pixel" in (tmp_path / "compare.md").read_text()
     assert "compare.png" in capsys.readouterr().out
 
 

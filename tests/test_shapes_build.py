@@ -11,8 +11,8 @@ from torch import nn
 
 from dinalrm_align.config.shapes import BuildConfig, PairsConfig, StackConfig
 from dinalrm_align.data.latent_pairs import LatentPairs
+from dinalrm_align.metrics import read_metrics
 from dinalrm_align.pixel.clip import ClipReward
-from dinalrm_align.resume import read_metrics
 from dinalrm_align.shapes.build.autoencoder import train_vae, vae_gate
 from dinalrm_align.shapes.build.base import Together, train_base
 from dinalrm_align.shapes.build.pixel import save_clip_reward, train_pixel

@@ -1,9 +1,18 @@
 import numpy as np
 import pytest
+import torch
 
 from dinalrm_align.config.shapes import PairsConfig
 from dinalrm_align.data.latent_pairs import LatentPairs
-from dinalrm_align.shapes.pairs import _compare, write_concept_pairs, write_training_pairs
+from dinalrm_align.shapes.pairs import (
+    GRAIN,
+    _compare,
+    _damage,
+    ensure_pairs,
+    write_concept_pairs,
+    write_shifted_pairs,
+    write_training_pairs,
+)
 from dinalrm_align.shapes.render import CONCEPTS
 from dinalrm_align.shapes.scene import is_held_out, parse_caption
 
@@ -20,10 +29,29 @@ def test_training_pairs_are_all_pairs_of_lists_of_training_captions(tiny_pipelin
 
 
 def test_concept_pairs_are_equally_many_held_out_pairs_of_each_concept(tiny_pipeline, tmp_path):
-    write_concept_pairs(tmp_path / "concepts", tiny_pipeline, 2, seed=0)
+    write_concept_pairs(tmp_path / "concepts", tiny_pipeline, PairsConfig(per_concept=2))
     pairs = LatentPairs(tmp_path / "concepts", batch_size=4, seed=0)
     names = [name for batch in pairs.in_order() for name in batch.concepts]
     assert sorted(names) == sorted(2 * CONCEPTS)
+    assert all(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
+
+
+def test_shifted_pairs_are_damaged_concept_pairs(tiny_pipeline, tmp_path):
+    write_shifted_pairs(tmp_path / "shifted", tiny_pipeline, PairsConfig(per_shifted=1))
+    pairs = LatentPairs(tmp_path / "shifted", batch_size=4, seed=0)
+    assert sum(len(batch.chosen) for batch in pairs.in_order()) == len(CONCEPTS)
+    flat = torch.full((2, 3, 64, 64), 0.5)
+    damaged = _damage(flat, np.random.default_rng(0))
+    assert damaged.shape == flat.shape and not torch.equal(damaged[0], damaged[1])
+    assert 0.01 < float((damaged - flat).std()) < GRAIN and float(damaged.mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_held_out_pairs_are_lists_of_held_out_captions_judged_as_in_training(tiny_pipeline, tmp_path):
+    config = PairsConfig(heldout_groups=4, pictures=3, sampled_share=0.5, seed=1)
+    for _ in range(2):  # the second finds them there
+        ensure_pairs("heldout", tmp_path / "pairs", tiny_pipeline, config)
+    pairs = LatentPairs(tmp_path / "pairs", batch_size=4, seed=0)
+    assert len(pairs.batch_at(0).chosen) == 4 * 3
     assert all(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
 
 

@@ -19,10 +19,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dinalrm_align.config.refl import EvaluationConfig
+from dinalrm_align.durable import write_atomically
 from dinalrm_align.noise import seeded_generator
 from dinalrm_align.policy import Conditions
 from dinalrm_align.report import load_strip, save_before_after, save_grid, save_strip, to_bytes
-from dinalrm_align.resume import write_atomically
 from dinalrm_align.sampling import Velocity, rollout, seeded_noise
 
 Judge = Callable[[Tensor, Sequence[str]], Tensor]

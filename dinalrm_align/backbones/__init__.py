@@ -13,8 +13,8 @@ from torch import Tensor
 class Taps:
     """Features of B samples. The streams need not have the same number of tokens.
 
-    visual: per tap (B, N, width), the image tokens; text: per tap (B, L, width), the text tokens; temb: (B, temb_dim),
-    the embedded timestep and pooled prompt.
+    visual: per tap (B, N, width), the image tokens; text: per tap (B, L, width), the text tokens, or no tap at all;
+    temb: (B, temb_dim), the embedded timestep and pooled prompt.
     """
 
     visual: tuple[Tensor, ...]
@@ -24,7 +24,7 @@ class Taps:
     def split(self, parts: int) -> tuple["Taps", ...]:
         """The features of a batch of parts * B samples as `parts` batches of B, in order."""
         visual = zip(*(tokens.chunk(parts) for tokens in self.visual), strict=True)
-        text = zip(*(tokens.chunk(parts) for tokens in self.text), strict=True)
+        text = zip(*(tokens.chunk(parts) for tokens in self.text), strict=True) if self.text else [()] * parts
         return tuple(Taps(*streams) for streams in zip(visual, text, self.temb.chunk(parts), strict=True))
 
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinalrm_align.backbones import Taps
 from dinalrm_align.config.reward import LoraConfig, RewardConfig
+from dinalrm_align.files import check_source, load_model, read_json
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Name endings; the image-only second attention `attn2` is included."""
@@ -226,7 +227,7 @@ def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig)
     depth = len(transformer.transformer_blocks)
     if config.num_layers > depth:
         raise ValueError(f"num_layers: got {config.num_layers}, but the transformer has {depth} blocks; lower it")
-    last = max(config.text_taps)
+    last = max(config.text_taps, default=0)
     if last > 0 and transformer.transformer_blocks[last - 1].context_pre_only:
         raise ValueError(f"text tap {last}: this transformer's block {last} returns no text; tap {last - 1} at most")
     if any(block.attn.fused_projections for block in transformer.transformer_blocks):
@@ -275,10 +276,17 @@ def load_transformer(
     source: str | Path, *, dtype: torch.dtype, revision: str | None = None, local_files_only: bool = False
 ) -> SD3Transformer2DModel:
     """The frozen transformer of a pipeline folder, a bare transformer folder, or a hub id."""
+    check_source("base model", source)
     local = Path(source).is_dir()
     bare = local and (Path(source) / "config.json").is_file()
-    transformer = SD3Transformer2DModel.from_pretrained(
-        str(source),
+    if local:
+        config = Path(source) / ("config.json" if bare else "transformer/config.json")
+        kind = read_json(config, "that of an SD3Transformer2DModel").get("_class_name")
+        if kind != SD3Transformer2DModel.__name__:
+            raise ValueError(f"{config}: got a {kind}; expected an SD3Transformer2DModel, of SD3 or SD3.5")
+    transformer = load_model(
+        SD3Transformer2DModel,
+        source,
         subfolder=None if bare else "transformer",
         torch_dtype=dtype,
         revision=revision,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dinalrm_align.config.check import check_fields
+
 
 @dataclass
 class OptimConfig:
@@ -31,9 +33,16 @@ class OptimConfig:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.clip < 0 or self.warmup_steps < 0:
+        check_fields(self, "optim")
+        if self.lr < 0 or self.clip < 0 or self.warmup_steps < 0 or self.weight_decay < 0:
             raise ValueError(
-                f"optim: got lr {self.lr}, clip {self.clip}, warmup_steps {self.warmup_steps}; none may be negative"
+                f"optim: got lr {self.lr}, clip {self.clip}, warmup_steps {self.warmup_steps}, weight_decay "
+                f"{self.weight_decay}; none may be negative"
+            )
+        if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1 or self.eps <= 0:
+            raise ValueError(
+                f"optim: got beta1 {self.beta1}, beta2 {self.beta2}, eps {self.eps}; expected [0, 1), [0, 1) and more "
+                "than 0"
             )
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"optim.decay_share is a share of the steps: got {self.decay_share}, expected (0, 1]")
@@ -63,6 +72,7 @@ class LoopConfig:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
+        check_fields(self, "loop")
         if self.steps < 1 or self.accumulate < 1 or self.ema_every < 1 or self.keep_last < 1:
             raise ValueError(
                 f"loop: got steps {self.steps}, accumulate {self.accumulate}, ema_every {self.ema_every}, keep_last "

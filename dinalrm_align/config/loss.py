@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dinalrm_align.config.check import check_fields
+
 THURSTONE_PRESETS: dict[str, dict[str, float]] = {
     "paper": {"k": 2.0, "sigma_u": 0.1, "epsilon": 0.0},  # arXiv 2602.11146
     "released": {"k": 2.0, "sigma_u": math.sqrt(0.05), "epsilon": 1e-6},  # the training code: variance 2 sigma^2 + 0.05
@@ -39,8 +41,7 @@ class LossConfig:
     margin: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.preset not in THURSTONE_PRESETS:
-            raise ValueError(f"unknown loss preset {self.preset!r}; known: {', '.join(THURSTONE_PRESETS)}")
+        check_fields(self, "loss")
         k, sigma_u, epsilon = self.constants()
         if k < 0 or epsilon < 0 or sigma_u <= 0 or self.variance <= 0:
             raise ValueError(
@@ -86,6 +87,14 @@ class SigmaConfig:
     a: float = 1.0
     b: float = 1.0
     value: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_fields(self, "sigma density")
+        if self.std < 0 or self.a <= 0 or self.b <= 0 or not 0 <= self.value <= 1 or not -1 <= self.scale <= 1.75:
+            raise ValueError(
+                f"sigma density: got std {self.std}, a {self.a}, b {self.b}, value {self.value}, scale {self.scale}; "
+                "expected at least 0, more than 0 twice, [0, 1], and [-1, 1.75]"
+            )
 
     def parameters(self) -> dict[str, float]:
         """Keyword arguments for `sample_sigma(self.density, n, generator=..., **self.parameters())`."""

@@ -7,6 +7,7 @@ does differently, and is read beneath the user's own settings whenever the model
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dinalrm_align.config.check import check_fields
 from dinalrm_align.config.loop import LoopConfig, OptimConfig
 from dinalrm_align.config.reward import LoraConfig
 
@@ -56,6 +57,7 @@ class ReflConfig:
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "refl")
         if self.batch_size < 1 or self.grad_steps < 1 or self.pretrain_samples < 1:
             raise ValueError(
                 f"refl: got batch_size {self.batch_size}, grad_steps {self.grad_steps}, pretrain_samples "
@@ -68,6 +70,10 @@ class ReflConfig:
                 f"refl: got earliest {self.earliest}, kl_weight {self.kl_weight}, pretrain_weight "
                 f"{self.pretrain_weight}; expected [0, 1], and weights of at least 0"
             )
+        if self.guidance_scale is not None and self.guidance_scale < 0:
+            raise ValueError(f"refl.guidance_scale: got {self.guidance_scale}; expected at least 0 (1 and less: none)")
+        if self.reward_sigma is not None and not (self.reward_sigma and all(0 <= s <= 1 for s in self.reward_sigma)):
+            raise ValueError(f"refl.reward_sigma: got {self.reward_sigma}; expected one level or more, all in [0, 1]")
         if self.reward_sigma is not None and self.reward_sigma_range is not None:
             raise ValueError("refl: got both reward_sigma and reward_sigma_range; give one of them")
         low, high = self.reward_sigma_range or (0, 1)
@@ -94,6 +100,9 @@ class EvaluationConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
+        check_fields(self, "evaluation")
+        if self.seed < 0:
+            raise ValueError(f"evaluation.seed: got {self.seed}; it must not be negative")
         if self.samples < 2 or self.batch_size < 1 or self.every < 0 or not 1 <= self.shown <= self.samples:
             raise ValueError(
                 f"evaluation: got samples {self.samples}, batch_size {self.batch_size}, every {self.every}, shown "
@@ -119,7 +128,8 @@ class ReflRun:
         width: of the pictures, in pixels; by default the model's.
         device: auto takes a CUDA GPU if there is one.
         dtype: of the frozen weights; auto takes the model's on a GPU and float32 on a CPU. The LoRA is always float32.
-        profile_every: on a CPU, updates between two whose memory is watched (they take about twice as long); 0: none.
+        profile_every: updates between two whose FLOPs are counted and, on a CPU, memory watched (they take about twice
+            as long); 0: none.
         tracker: where metrics go besides metrics.jsonl.
         policy: the LoRA that is trained.
         refl: one update.
@@ -141,13 +151,14 @@ class ReflRun:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     profile_every: int = 25
     tracker: Literal["none", "wandb"] = "none"
-    policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16))
+    policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16.0))
     refl: ReflConfig = field(default_factory=ReflConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.seed < 0 or self.profile_every < 0:
             raise ValueError(f"got seed {self.seed}, profile_every {self.profile_every}; neither may be negative")
         for name, size in (("height", self.height), ("width", self.width)):

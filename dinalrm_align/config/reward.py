@@ -4,12 +4,12 @@ Defaults are the released DiNa-LRM for SD3.5-Medium (arXiv 2602.11146, section 4
 """
 
 import dataclasses
-import difflib
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FORMAT_VERSION = 1
+from dinalrm_align.config.check import check_fields, check_integer, did_you_mean
+
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -23,14 +23,13 @@ class LoraConfig:
     """
 
     rank: int = 64
-    alpha: float = 128
+    alpha: float = 128.0
     init: Literal["gaussian", "kaiming"] = "gaussian"
 
     def __post_init__(self) -> None:
+        check_fields(self, "lora")
         if self.rank < 1 or self.alpha <= 0:
             raise ValueError(f"LoRA: got rank {self.rank}, alpha {self.alpha}; both must be positive")
-        if self.init not in ("gaussian", "kaiming"):
-            raise ValueError(f"LoRA: got init {self.init!r}; known: gaussian, kaiming")
 
 
 @dataclass
@@ -45,6 +44,9 @@ class HeadConfig:
         num_attn_heads: heads of both query attentions; must divide the width.
         dropout: in the attentions and the feed-forward, during training only.
         use_logistic: squash the score to (-2, 2) by a learnable logistic curve.
+        film: modulate the layer adapters by the embedded timestep and pooled prompt; off, an adapter is
+            h = x + layer_embed, projected.
+        value_gates: a gate per token on the values of the first query attention.
     """
 
     width: int = -1
@@ -53,8 +55,11 @@ class HeadConfig:
     num_attn_heads: int = 8
     dropout: float = 0.0
     use_logistic: bool = False
+    film: bool = True
+    value_gates: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "head")
         if self.num_queries < 1 or self.num_attn_heads < 1 or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"head: got num_queries {self.num_queries}, num_attn_heads {self.num_attn_heads}, dropout "
@@ -76,7 +81,7 @@ class RewardConfig:
             that starts with `./` or `../` is relative to the folder of the checkpoint.
         num_layers: transformer blocks that are used (and that carry LoRA).
         visual_taps: blocks whose image stream the head reads, counted from 1; 0 means the embedded tokens.
-        text_taps: the same for the text stream.
+        text_taps: the same for the text stream; none at all means that the head reads the image tokens alone.
         tuning: what the checkpoint holds of the backbone: lora; none (frozen, the head alone was trained); full (the
             backbone's own weights, nothing can be shared).
         lora: read when `tuning` is lora.
@@ -118,20 +123,21 @@ class RewardConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_integer("num_layers", self.num_layers)
+        if not self.base_model_id.strip():
+            raise ValueError(f"base_model_id: got {self.base_model_id!r}; expected a hub id or a folder")
         self.visual_taps = _taps("visual_taps", self.visual_taps, self.num_layers)
         self.text_taps = _taps("text_taps", self.text_taps, self.num_layers)
+        if not self.visual_taps:
+            raise ValueError("visual_taps: got (); expected at least one block number")
         self.sigma = _levels("sigma", self.sigma)
         if self.image_sigma is not None:
             self.image_sigma = _levels("image_sigma", self.image_sigma)
-        _one_of("tuning", self.tuning, ("lora", "none", "full"))
-        _one_of("ensemble", self.ensemble, ("tokens", "average"))
-        _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        for name in ("score_scale", "score_bias", "vae_scaling_factor", "vae_shift_factor"):
-            _finite(name, vars(self)[name])
-        if self.score_scale == 0 or self.vae_scaling_factor == 0 or self.text_length < 1:
+        check_integer("text_length", self.text_length, low=1, high=512)  # the pipeline's own limit
+        if self.score_scale == 0 or self.vae_scaling_factor == 0:
             raise ValueError(
-                f"got score_scale {self.score_scale}, vae_scaling_factor {self.vae_scaling_factor}, text_length "
-                f"{self.text_length}; the first two must not be 0, the last at least 1"
+                f"got score_scale {self.score_scale}, vae_scaling_factor {self.vae_scaling_factor}; expected neither 0"
             )
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
@@ -141,7 +147,7 @@ class RewardConfig:
     @property
     def last_tap(self) -> int:
         """Blocks that must run: nothing after the last tapped one is read."""
-        return max(*self.visual_taps, *self.text_taps)
+        return max((*self.visual_taps, *self.text_taps))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_dict` reads back to an equal config."""
@@ -149,8 +155,16 @@ class RewardConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RewardConfig":
-        """The inverse of `to_dict`. A default may change a score, so ValueError for a missing key as for an unknown."""
+        """The inverse of `to_dict`. A default may change a score, so ValueError for a missing key as for an unknown.
+
+        Version 1, which had neither `head.film` nor `head.value_gates`, is read as what it meant: both on.
+        """
+        if not isinstance(values, dict):
+            raise TypeError(f"reward config: got {type(values).__name__}; expected a dictionary")
         values = dict(values)
+        if values.get("format_version") == 1 and isinstance(values.get("head"), dict):
+            values["head"] = {"film": True, "value_gates": True, **values["head"]}
+            values["format_version"] = FORMAT_VERSION
         _check_keys("reward config", values, cls)
         for key, nested in (("lora", LoraConfig), ("head", HeadConfig)):
             _check_keys(f"reward config, section {key!r}", values[key], nested)
@@ -158,16 +172,11 @@ class RewardConfig:
         return cls(**values)
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: got {value!r}; known: {', '.join(known)}")
-
-
 def _taps(name: str, taps: tuple[int, ...] | list[int], num_layers: int) -> tuple[int, ...]:
     taps = tuple(taps)
-    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] > num_layers:
+    if list(taps) != sorted(set(taps)) or not all(0 <= tap <= num_layers for tap in taps):
         raise ValueError(
-            f"{name}: got {taps}; expected at least one block number, rising, each from 0 (the embedded tokens) to "
+            f"{name}: got {taps}; expected block numbers, rising, each from 0 (the embedded tokens) to "
             f"num_layers = {num_layers}"
         )
     return taps
@@ -180,18 +189,13 @@ def _levels(name: str, sigma: float | tuple[float, ...] | list[float]) -> float 
     return tuple(map(float, levels)) if isinstance(sigma, list | tuple) else float(sigma)
 
 
-def _finite(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: got {value!r}; expected a finite number")
-
-
 def _check_keys(where: str, values: dict[str, Any], kind: type) -> None:
+    if not isinstance(values, dict):
+        raise TypeError(f"{where}: got {type(values).__name__} {values!r:.80}; expected a dictionary")
     known = [item.name for item in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{where}: unknown key {key!r}{hint} (known: {', '.join(known)})")
+            raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, known)} (known: {', '.join(known)})")
     missing = [key for key in known if key not in values]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}; every key must be there, since each changes a score")

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
+from dinalrm_align.config.check import check_fields, check_integer, did_you_mean
 from dinalrm_align.config.loop import LoopConfig, OptimConfig
+
+FAITHFULNESS = ("shape", "colour", "size", "relation", "count", "background")
+AESTHETICS = ("blur", "contrast", "placement")
+CONCEPTS = FAITHFULNESS + AESTHETICS
+"""What a picture can get wrong: what its caption says, and how well it is made."""
 
 
 @dataclass
@@ -48,12 +55,36 @@ class StackConfig:
     scheduler_shift: float = 2.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "stack")
+        for name in ("vae_layers", "vae_norm_groups", "latent_channels", "depth", "head_dim", "num_heads", "clip_width",
+                     "clip_layers", "t5_width", "t5_layers", "pos_embed_max_size"):  # fmt: skip
+            check_integer(f"stack.{name}", vars(self)[name], low=1, high=65536)
+        check_integer("stack.text_length", self.text_length, low=3, high=512)
+        if not self.vae_channels or any(width < 1 or width % self.vae_norm_groups for width in self.vae_channels):
+            raise ValueError(
+                f"stack.vae_channels: got {self.vae_channels}; expected at least one width, each a multiple of "
+                f"vae_norm_groups, {self.vae_norm_groups}"
+            )
+        if any(not 0 <= block < self.depth for block in self.dual_attention_layers) or self.scheduler_shift <= 0:
+            raise ValueError(
+                f"stack: got dual_attention_layers {self.dual_attention_layers} of depth {self.depth}, scheduler_shift "
+                f"{self.scheduler_shift}; expected blocks from 0 to depth - 1, and a shift above 0"
+            )
+        if self.clip_width % 4 or self.head_dim % 2:
+            raise ValueError(
+                f"stack: got clip_width {self.clip_width}, head_dim {self.head_dim}; expected multiples of 4 and of 2"
+            )
         if 2 * self.clip_width != self.t5_width:
             raise ValueError(f"two CLIP towers make the T5 width: got clip_width {self.clip_width}, t5 {self.t5_width}")
         if self.image_size < 64 or self.image_size % 64 or self.depth < 2 or self.latent_size % 2:
             raise ValueError(
                 f"stack: got image_size {self.image_size}, depth {self.depth}, latents of side {self.latent_size}; "
                 "expected a multiple of 64, at least 2, and an even side"
+            )
+        if self.latent_size > 2 * self.pos_embed_max_size:
+            raise ValueError(
+                f"stack.pos_embed_max_size: got {self.pos_embed_max_size} patches of 2, latents have a side of "
+                f"{self.latent_size}; expected at least {self.latent_size // 2}"
             )
 
     @classmethod
@@ -82,6 +113,8 @@ class PairsConfig:
         faithful_share: share of the rendered pictures, beside the first of each list, in which no concept is spoiled.
         rater_noise: standard deviation of a rater's error, in points of the oracle's score.
         per_concept: held-out pairs of each concept, for measuring.
+        per_shifted: the same of damaged pictures, a test set unlike the training pairs.
+        heldout_groups: held-out captions with lists made and judged as in training, for measuring.
         seed: of everything.
     """
 
@@ -92,7 +125,27 @@ class PairsConfig:
     faithful_share: float = 0.2
     rater_noise: float = 0.1
     per_concept: int = 100
+    per_shifted: int = 40
+    heldout_groups: int = 400
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "pairs")
+        for name, low in dict(groups=1, pictures=2, per_concept=1, heldout_groups=0, seed=0).items():
+            check_integer(f"pairs.{name}", vars(self)[name], low=low)
+        for concept, weight in self.emphasis.items():
+            if concept not in CONCEPTS:
+                raise ValueError(
+                    f"pairs.emphasis: unknown concept {concept!r}{did_you_mean(concept, CONCEPTS) or ';'} known: "
+                    f"{', '.join(CONCEPTS)}"
+                )
+            if weight <= 0:
+                raise ValueError(f"pairs.emphasis.{concept}: got {weight}; expected more than 0")
+        if not 0 <= self.sampled_share <= 1 or not 0 <= self.faithful_share <= 1 or self.rater_noise < 0:
+            raise ValueError(
+                f"pairs: got sampled_share {self.sampled_share}, faithful_share {self.faithful_share}, rater_noise "
+                f"{self.rater_noise}; expected shares in [0, 1], and at least 0"
+            )
 
 
 @dataclass
@@ -108,6 +161,10 @@ class StageConfig:
     batch_size: int
     loop: LoopConfig
     optim: OptimConfig
+
+    def __post_init__(self) -> None:
+        check_fields(self, "stage")
+        check_integer("stage.batch_size", self.batch_size, low=1)
 
 
 def _stage(
@@ -128,7 +185,7 @@ class BuildConfig:
         output_dir: where the stages work; run again, each goes on where it stopped. The finished weights are in
             output_dir/weights.
         seed: of everything.
-        device: cpu, cuda, ...
+        device: cpu or cuda.
         stack: sizes of the networks.
         pairs: preference pairs for the rewards.
         vae: autoencoder, on random quarters of the pictures and at last on whole ones.
@@ -142,7 +199,7 @@ class BuildConfig:
 
     output_dir: str = "runs/shapes_world"
     seed: int = 0
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     stack: StackConfig = field(default_factory=StackConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     vae: StageConfig = field(default_factory=lambda: _stage(64, 2400, 2e-3, decay=0.5))
@@ -151,3 +208,15 @@ class BuildConfig:
     pixel: StageConfig = field(default_factory=lambda: _stage(48, 800, 5e-4))
     cached_pictures: int = 40_000
     layout_weight: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_integer("seed", self.seed)
+        check_integer("cached_pictures", self.cached_pictures, low=1)
+        if self.layout_weight < 0:
+            raise ValueError(f"layout_weight: got {self.layout_weight}; expected at least 0")
+        if self.pixel.batch_size < self.pairs.pictures:
+            raise ValueError(
+                f"pixel.batch_size: got {self.pixel.batch_size} pictures; expected at least pairs.pictures, "
+                f"{self.pairs.pictures}: a list is not split"
+            )

@@ -7,6 +7,7 @@ does differently; the one of the model's kind is read beneath the user's own set
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dinalrm_align.config.check import check_fields
 from dinalrm_align.config.loop import LoopConfig, OptimConfig
 from dinalrm_align.config.loss import LossConfig, SigmaConfig
 from dinalrm_align.config.reward import RewardConfig
@@ -30,13 +31,14 @@ class AccuracyConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
+        check_fields(self, "accuracy")
         if not self.sigmas or not all(0 <= sigma <= 1 for sigma in (*self.sigmas, *self.ensemble)):
             raise ValueError(
                 f"accuracy: got sigmas {self.sigmas}, ensemble {self.ensemble}; expected at least one level, all in "
                 "[0, 1]"
             )
-        if self.every < 0:
-            raise ValueError(f"accuracy.every: got {self.every}; expected at least 0")
+        if self.every < 0 or self.seed < 0:
+            raise ValueError(f"accuracy: got every {self.every}, seed {self.seed}; expected at least 0")
 
     def levels(self) -> list[tuple[float, ...]]:
         """Every level to measure, each once: one sigma each, and the ensemble."""
@@ -102,6 +104,12 @@ class TrainRewardRun:
     shapes_pairs: PairsConfig = field(default_factory=PairsConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if self.seed < 0:
+            raise ValueError(f"seed: got {self.seed}; it must not be negative")
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size is not None and (size < 16 or size % 16):
+                raise ValueError(f"{name}: got {size} pixels; expected a positive multiple of 16")
         if self.batch_size < 1 or self.held_out_prompts < 1:
             raise ValueError(
                 f"got batch_size {self.batch_size}, held_out_prompts {self.held_out_prompts}; each must be at least 1"

@@ -6,17 +6,19 @@ is scaled to cover height x width (LANCZOS) and cropped at the centre.
 """
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, held_out
+from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
+from dinalrm_align.durable import file_digest
+from dinalrm_align.encode import MAX_CHARACTERS, open_picture
+from dinalrm_align.files import parse_json, read_text
 
 EncodeImages = Callable[[Tensor], Tensor]
 """images (B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w)"""
@@ -50,10 +52,12 @@ class ImagePairs:
         seed: int = 0,
         held_out_prompts: int = 0,
     ) -> None:
+        check_draws(batch_size, seed, held_out_prompts)
         self.manifest = manifest
         self.height, self.width = height, width
         self._encode_images, self._encode_prompts = encode_images, encode_prompts
-        self._records = read_jsonl(Path(path))
+        self._path = Path(path)
+        self._records = read_jsonl(self._path)
         self._batch_size, self._seed = batch_size, seed
         keep_out = held_out([record["prompt"] for record in self._records], held_out_prompts)
         is_out = np.array([record["prompt"] in keep_out for record in self._records])
@@ -68,6 +72,10 @@ class ImagePairs:
     def __len__(self) -> int:
         """Batches in an epoch, all processes together."""
         return self._batches.per_epoch
+
+    def digest(self) -> str:
+        """Of the jsonl; not of the pictures."""
+        return file_digest(self._path)[:16]
 
     def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
         """Batch `step` of process `rank` of `world`, on the device of the encoders."""
@@ -105,24 +113,26 @@ class ImagePairs:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every record with keys prompt, chosen, rejected (absolute paths), label, concept; ValueError names the line."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "file of pairs").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        record = parse_json(line, where)
         if not isinstance(record, dict):
             raise ValueError(
                 f"{where}: got a {type(record).__name__}; expected an object with prompt, chosen, rejected"
             )
         for key in ("prompt", "chosen", "rejected"):
             if not isinstance(record.get(key), str):
-                raise ValueError(f"{where}: {key!r} is {record.get(key)!r}; expected a string")
+                raise ValueError(f"{where}: {key!r} is {record.get(key)!r:.80}; expected a string")
+        if len(record["prompt"]) > MAX_CHARACTERS:
+            got = len(record["prompt"])
+            raise ValueError(f"{where}: prompt: got {got} characters; expected at most {MAX_CHARACTERS}")
         label = record.get("label", 1.0)
         if isinstance(label, bool) or not isinstance(label, int | float) or not 0 <= label <= 1:
             raise ValueError(f"{where}: label is {label!r}; expected a number in [0, 1]")
+        if not isinstance(record.get("concept", ""), str | None):
+            raise ValueError(f"{where}: concept is {record['concept']!r:.80}; expected a name")
         for key in ("chosen", "rejected"):
             if not (path.parent / record[key]).is_file():
                 raise FileNotFoundError(f"{where}: {key} picture {path.parent / record[key]} does not exist")
@@ -142,14 +152,5 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def load_picture(path: Path, height: int, width: int) -> Tensor:
     """The picture at `path`, upright, scaled to cover (height, width), centre-cropped: (3, H, W) in [0, 1]."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes)")
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture that PIL can read") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    fitted = ImageOps.fit(picture, (width, height), method=Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(open_picture(path), (width, height), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255

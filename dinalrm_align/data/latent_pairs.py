@@ -18,15 +18,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, held_out
-
-FORMAT = "dinalrm_align.pairs/1"
-GROUP_COLUMNS = ("prompt", "shard", "first", "pictures", "first_pair", "pairs")
-PAIR_COLUMNS = ("chosen", "rejected", "label", "concept")
+from dinalrm_align.config.check import check_integer
+from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
+from dinalrm_align.data.shards import (
+    FORMAT,
+    GROUP_COLUMNS,
+    LATENTS,
+    PAIR_COLUMNS,
+    TEXT,
+    open_shard,
+    read_columns,
+    read_index,
+    read_prompt_list,
+)
+from dinalrm_align.digest import text_digest
+from dinalrm_align.durable import file_digest
+from dinalrm_align.encode import check_prompts
+from dinalrm_align.files import make_folder
 
 
 class LatentPairs:
@@ -40,20 +51,21 @@ class LatentPairs:
     """
 
     def __init__(self, directory: str | Path, *, batch_size: int, seed: int = 0, held_out_prompts: int = 0) -> None:
+        check_draws(batch_size, seed, held_out_prompts)
         self.directory = Path(directory)
-        index = _read_index(self.directory)
-        self.manifest = PairManifest(**index["manifest"])
-        self.concepts: list[str] = index["concepts"]
-        self.prompts: list[str] = json.loads((self.directory / "prompts.json").read_text(encoding="utf-8"))
-        self._columns = load_file(self.directory / "groups.safetensors")
-        self._latents = [_open(self.directory / s["file"], "latents", s["count"]) for s in index["latents"]]
-        self._text = [_open(self.directory / s["file"], "prompt_embeds", s["count"]) for s in index["text"]]
-        self._text_starts = np.cumsum([0, *(s["count"] for s in index["text"])])
+        index = read_index(self.directory)
+        self.manifest = index.manifest
+        self.concepts = index.concepts
+        self.prompts = read_prompt_list(self.directory, index)
+        self._latents = [open_shard(self.directory, shard, LATENTS) for shard in index.latents]
+        self._text = [open_shard(self.directory, shard, TEXT) for shard in index.text]
+        self._columns = read_columns(self.directory, index)
+        self._text_starts = np.cumsum([0, *(shard.count for shard in index.text)])
         self._batch_size, self._seed = batch_size, seed
 
         keep_out = held_out(self.prompts, held_out_prompts)
         is_out = np.array([prompt in keep_out for prompt in self.prompts])[self._columns["prompt"].numpy()]
-        sizes = np.array([(s["height"], s["width"]) for s in index["latents"]])[self._columns["shard"].numpy()]
+        sizes = np.array([(shard.height, shard.width) for shard in index.latents])[self._columns["shard"].numpy()]
         self._by_size = [np.flatnonzero((sizes == size).all(axis=1)) for size in np.unique(sizes, axis=0)]
         self._held_out = [groups[is_out[groups]] for groups in self._by_size]
         self._trained = [groups[~is_out[groups]] for groups in self._by_size]
@@ -66,6 +78,11 @@ class LatentPairs:
     def __len__(self) -> int:
         """Batches in an epoch, all processes together."""
         return self._batches.per_epoch
+
+    def digest(self) -> str:
+        """Of prompts, groups, pairs and labels; not of the latents themselves, which are large."""
+        files = ("index.json", "prompts.json", "groups.safetensors")
+        return text_digest("".join(file_digest(self.directory / name) for name in files))
 
     def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
         """Batch `step` of process `rank` of `world`: groups of one picture size, on the CPU, in the stored dtype."""
@@ -126,7 +143,8 @@ class LatentPairsWriter:
         self.directory = Path(directory)
         if (self.directory / "index.json").exists():
             raise FileExistsError(f"{self.directory} already holds a data set; write to another directory")
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
+        check_integer("shard_size", shard_size, low=1)
         self.manifest = manifest
         self.shard_size = shard_size
         self._prompts: dict[str, int] = {}
@@ -134,6 +152,7 @@ class LatentPairsWriter:
         self._groups: list[dict[str, int]] = []
         self._pairs: dict[str, list[float]] = {name: [] for name in PAIR_COLUMNS}
         self._pending_text: list[tuple[Tensor, Tensor]] = []
+        self._text_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._pending_latents: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         self._shards: dict[str, list[dict[str, int | str]]] = {"text": [], "latents": []}
 
@@ -159,8 +178,14 @@ class LatentPairsWriter:
         """Add one group: latents (n, C, H, W) of one prompt, its prompt_embeds (L, D) and pooled_prompt_embeds (P,).
 
         chosen, rejected: rows of `latents` of each pair, by default the plain pair (0, 1). label: 1 for each pair
-        unless given. The embeddings of a prompt seen before are not stored again. Raises ValueError as PairBatch does.
+        unless given. The embeddings of a prompt seen before are not stored again. Raises as PairBatch does, and
+        ValueError for embeddings of another size than those before.
         """
+        check_prompts([prompt])
+        sizes = tuple(prompt_embeds.shape), tuple(pooled_prompt_embeds.shape)
+        if self._text_sizes not in (None, sizes):
+            raise ValueError(f"embeddings of {prompt!r:.60} have shapes {sizes}; those before {self._text_sizes}")
+        self._text_sizes = sizes
         PairBatch(
             latents,
             prompt_embeds.expand(len(latents), *prompt_embeds.shape),
@@ -232,29 +257,6 @@ class LatentPairsWriter:
         name = f"latents-{len(self._shards['latents']):05d}.safetensors"
         _save({"latents": torch.cat(latents)}, self.directory / name)
         self._shards["latents"].append({"file": name, "count": first, "height": size[1], "width": size[2]})
-
-
-def _read_index(directory: Path) -> dict:
-    path = directory / "index.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{directory} holds no index.json: not a directory of latent pairs, or one whose writing was interrupted"
-        )
-    index = json.loads(path.read_text(encoding="utf-8"))
-    if index.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {index.get('format')!r}; this version reads {FORMAT!r}")
-    return index
-
-
-def _open(path: Path, key: str, count: int) -> safe_open:
-    """A memory-mapped shard, its number of rows checked against the index."""
-    if not path.exists():
-        raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")
-    file = safe_open(path, framework="pt")
-    rows = file.get_slice(key).get_shape()[0]
-    if rows != count:
-        raise ValueError(f"{path} holds {rows} rows of {key}, index.json says {count}")
-    return file
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinalrm_align.config.check import check_fields, check_integer
 from dinalrm_align.config.reward import RewardConfig
 
 
@@ -47,6 +48,7 @@ class PairBatch:
     prompts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        self._check_tensors()
         pictures, pairs = len(self.latents), len(self.chosen)
         if pairs == 0:
             raise ValueError("pair batch: got no pairs")
@@ -75,6 +77,22 @@ class PairBatch:
             raise ValueError(
                 f"labels are probabilities in [0, 1]: got [{self.label.min():.4g}, {self.label.max():.4g}]"
             )
+
+    def _check_tensors(self) -> None:
+        """TypeError unless every tensor is of its kind, ValueError unless of its dimensions, and finite."""
+        for name, dims in dict(latents=4, prompt_embeds=3, pooled_prompt_embeds=2, label=1).items():
+            tensor = vars(self)[name]
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
+                got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"pair batch: {name}: got {got}; expected a floating tensor")
+            if tensor.dim() != dims or tensor.shape[1:].numel() == 0 or not bool(torch.isfinite(tensor).all()):
+                what = f"shape {tuple(tensor.shape)}"
+                raise ValueError(f"pair batch: {name}: got {what}; expected {dims} dimensions, finite numbers in each")
+        for name in ("chosen", "rejected", "group"):
+            rows = vars(self)[name]
+            if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
+                got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+                raise TypeError(f"pair batch: {name}: got {got}; expected an int64 tensor, one number each")
 
     @functools.cached_property  # read from the device once, and not again on another device
     def num_groups(self) -> int:
@@ -106,6 +124,9 @@ class PairManifest:
     vae_scaling_factor: float
     vae_shift_factor: float
     text_length: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, "manifest")
 
     def check(self, config: RewardConfig) -> None:
         """Raises ValueError when a reward of this config would read the data wrongly."""
@@ -187,6 +208,13 @@ class BatchesInOrder(Sequence[PairBatch]):
 
     def __getitem__(self, index: int) -> PairBatch:
         return self._read(self._units[index])
+
+
+def check_draws(batch_size: int, seed: int, held_out_prompts: int) -> None:
+    """TypeError or ValueError unless the numbers that a source of pairs is drawn with can be meant."""
+    check_integer("batch_size", batch_size, low=1)
+    check_integer("seed", seed)
+    check_integer("held_out_prompts", held_out_prompts)
 
 
 def held_out(prompts: Sequence[str], number: int) -> set[str]:

@@ -6,20 +6,24 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from dinalrm_align.encode import MAX_CHARACTERS, open_picture
+from dinalrm_align.files import read_text
 from dinalrm_align.noise import seeded_generator
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line; blank lines are skipped. ValueError for anything else."""
-    if not path.is_file():
-        raise ValueError(f"no prompt file {path}; expected a text file of one prompt a line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"prompt file {path} is not UTF-8 (line {line}); save it as UTF-8") from error
+    """The prompts of a UTF-8 text file, one a line; blank lines are skipped. FileNotFoundError when it is not there,
+    ValueError for other text, no prompt at all, and a line of more than MAX_CHARACTERS.
+    """
+    text = read_text(path, "prompt file", "a text file of one prompt a line")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if len(line) > MAX_CHARACTERS:
+            raise ValueError(
+                f"prompt file {path}, line {number}: got {len(line)} characters; expected at most {MAX_CHARACTERS}, "
+                "one prompt a line"
+            )
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"prompt file {path} is empty; expected one prompt a line")
@@ -29,17 +33,16 @@ def read_prompts(path: Path) -> list[str]:
 def read_captioned_pictures(folder: Path) -> tuple[list[Image.Image], list[str]]:
     """The pictures NAME.png (.jpg, .jpeg, .webp) of a folder as RGB, and the captions in NAME.txt, in order of name.
 
-    Raises ValueError when there is no picture, or a picture has no caption or an empty one.
+    Raises ValueError when there is no picture, a picture cannot be read, or its caption is empty; FileNotFoundError
+    when it has none.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; expected one of pictures NAME.png beside NAME.txt")
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
     if not paths:
         raise ValueError(f"no pictures in {folder}; expected NAME.png (or {', '.join(PICTURES[1:])}) beside NAME.txt")
     captions = [" ".join(read_prompts(path.with_suffix(".txt"))) for path in paths]
-    pictures = []
-    for path in paths:
-        with Image.open(path) as picture:
-            pictures.append(picture.convert("RGB"))
-    return pictures, captions
+    return [open_picture(path) for path in paths], captions
 
 
 def prompt_indices(

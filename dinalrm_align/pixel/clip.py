@@ -6,11 +6,10 @@ CLIP's preprocessing, so that gradients reach the latents; pictures are RGB in [
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -19,8 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 from transformers.utils import cached_file
 
-from dinalrm_align.encode import decode_latents
+from dinalrm_align.config.check import check_fields
+from dinalrm_align.device import available_device
+from dinalrm_align.encode import check_prompts, decode_latents, image_tensor
+from dinalrm_align.files import check_source, read_json, reading
 from dinalrm_align.inputs import check_finite
+from dinalrm_align.noise import check_latents
 
 BICUBIC = 3
 """PIL's number for bicubic, the only resampling that CLIP checkpoints of this layout use."""
@@ -43,15 +46,31 @@ class Preprocess:
         off = [step for step in ("do_resize", "do_center_crop", "do_normalize") if not config.get(step, True)]
         if off:
             raise ValueError(f"{where}: {', '.join(off)} false; expected resize, centre crop and normalisation, all on")
+        missing = [key for key in ("size", "crop_size", "image_mean", "image_std") if key not in config]
+        if missing:
+            raise ValueError(f"{where}: missing {', '.join(missing)}; expected a CLIP preprocessor_config.json")
         size, crop = config["size"], config["crop_size"]
         if isinstance(size, dict) and "shortest_edge" not in size:
             raise ValueError(f"{where}: size {size}; expected a number or {{'shortest_edge': number}}")
-        return cls(
-            shortest_edge=size["shortest_edge"] if isinstance(size, dict) else size,
-            crop=(crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop),
-            mean=tuple(config["image_mean"]),
-            std=tuple(config["image_std"]),
-        )
+        if isinstance(crop, dict) and crop.keys() != {"height", "width"}:
+            raise ValueError(f"{where}: crop_size {crop}; expected a number or {{'height': number, 'width': number}}")
+        try:
+            return cls(
+                shortest_edge=size["shortest_edge"] if isinstance(size, dict) else size,
+                crop=(crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop),
+                mean=config["image_mean"],
+                std=config["image_std"],
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def __post_init__(self) -> None:
+        check_fields(self, "preprocessor")
+        if min(self.shortest_edge, *self.crop) < 1 or min(self.std) <= 0:
+            raise ValueError(
+                f"preprocessor: got shortest_edge {self.shortest_edge}, crop {self.crop}, std {self.std}; expected "
+                "sizes of at least 1, and more than 0"
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> pixel_values (B, 3, *crop), float32, differentiable.
@@ -110,13 +129,17 @@ class ClipReward(nn.Module):
         the latents to be scored; without one, pictures alone can be scored. `revision` is that of `source`. Raises
         ValueError when a weight of the model is missing or unexpected, OSError when a file is.
         """
-        clip, info = CLIPModel.from_pretrained(
-            source,
-            dtype=dtype or torch.float32,
-            revision=revision,
-            local_files_only=local_files_only,
-            output_loading_info=True,
-        )
+        device = None if device is None else available_device(device)
+        for name in (source, processor or source):
+            check_source("pixel reward", name)
+        with reading("CLIPModel", source):
+            clip, info = CLIPModel.from_pretrained(
+                source,
+                dtype=dtype or torch.float32,
+                revision=revision,
+                local_files_only=local_files_only,
+                output_loading_info=True,
+            )
         unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]  # in old checkpoints
         if info["missing_keys"] or unexpected:
             raise ValueError(
@@ -124,10 +147,11 @@ class ClipReward(nn.Module):
                 f"unexpected {sorted(unexpected)[:4]}"
             )
         where, at = (source, revision) if processor is None else (processor, None)
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=at, local_files_only=local_files_only)
-        path = cached_file(where, "preprocessor_config.json", revision=at, local_files_only=local_files_only)
-        with open(path, encoding="utf-8") as file:
-            preprocess = Preprocess.from_config(json.load(file), path)
+        with reading("tokenizer", where):
+            tokenizer = AutoTokenizer.from_pretrained(where, revision=at, local_files_only=local_files_only)
+        with reading("preprocessor_config.json", where):
+            path = cached_file(where, "preprocessor_config.json", revision=at, local_files_only=local_files_only)
+        preprocess = Preprocess.from_config(read_json(Path(path)), path)
         return cls(clip.to(device), tokenizer, preprocess, vae)
 
     @property
@@ -159,10 +183,11 @@ class ClipReward(nn.Module):
                 "prompt_embeds mean nothing to CLIP"
             )
         vae = self._require_vae()
-        if latents.ndim != 4 or latents.shape[1] != vae.config.latent_channels:
+        check_latents("latents", latents)
+        if latents.shape[1] != vae.config.latent_channels or latents.numel() == 0:
             raise ValueError(
                 f"latents: got shape {tuple(latents.shape)}; expected (B, {vae.config.latent_channels}, h, w), the "
-                "channels of this reward's VAE"
+                "channels of this reward's VAE, at least one sample"
             )
         check_finite("latents", latents)
         _check_prompts(prompts, len(latents))
@@ -171,17 +196,13 @@ class ClipReward(nn.Module):
     @torch.no_grad()
     def score_images(self, images: Tensor | Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """PIL pictures of any sizes, or a tensor (B, 3, H, W) in [0, 1], and B prompts -> scores (B,), float32."""
-        _check_prompts(prompts, len(images))
         if isinstance(images, Tensor):
-            if images.ndim != 4 or images.shape[1] != 3 or not (images.min() >= 0 and images.max() <= 1):
-                raise ValueError(
-                    f"images: got shape {tuple(images.shape)} in [{images.min():.3g}, {images.max():.3g}]; expected "
-                    "(B, 3, H, W) in [0, 1]"
-                )
-            pixel_values = self.preprocess(images.to(self.device))
+            pixel_values = self.preprocess(image_tensor(images).to(self.device))
         else:
-            pictures = (torch.from_numpy(np.array(image.convert("RGB"))).to(self.device) for image in images)
-            pixel_values = torch.cat([self.preprocess(picture.permute(2, 0, 1)[None] / 255) for picture in pictures])
+            if not isinstance(images, Sequence) or not images:
+                raise TypeError(f"images: got {images!r:.60}; expected a list of PIL pictures, or (B, 3, H, W)")
+            pixel_values = torch.cat([self.preprocess(image_tensor([image]).to(self.device)) for image in images])
+        _check_prompts(prompts, len(images))
         return self._score(pixel_values, prompts)
 
     def _score(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -218,7 +239,7 @@ def _projected(output: Any) -> Tensor:
 
 
 def _check_prompts(prompts: Sequence[str], number: int) -> None:
-    if isinstance(prompts, str) or len(prompts) != number:
+    if isinstance(prompts, str) or len(check_prompts(prompts)) != number:
         got = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise ValueError(
             f"one prompt per picture: got {got} for {number} pictures; expected a list of {number} strings"

@@ -2,19 +2,21 @@
 
 Training pairs are lists of pictures of one training caption: renders with and without a spoiled concept, and the base
 model's own samples. A rater compares two pictures by the oracle's score plus Gaussian noise (Thurstone), so labels err
-where pictures are close. Concept pairs are for measuring: held-out captions, two renders that differ in one concept,
-labels without noise.
+where pictures are close. The rest is for measuring, of held-out captions: held-out pairs are like training pairs;
+concept pairs are two renders that differ in one concept, labels without noise; shifted pairs are those, damaged.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,6 +24,7 @@ from dinalrm_align.config.shapes import PairsConfig
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.encode import PromptEncoder, decode_latents, encode_images
+from dinalrm_align.report import to_bytes
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.render import (
     AESTHETICS,
@@ -38,17 +41,36 @@ from dinalrm_align.shapes.scene import Scene, draw_scenes
 
 CHUNK = 32
 """Groups encoded or sampled at once."""
+GRAIN, JPEG = 0.06, 20
+"""How shifted pairs are damaged: standard deviation of the grain, picture range 1; JPEG quality."""
 
 
 def write_training_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
     """Write `config.groups` lists of training captions for `LatentPairs`. Raises FileExistsError if they are there."""
-    rng = np.random.default_rng((config.seed, 0))
+    _write_lists(directory, pipeline, config, config.groups, np.random.default_rng((config.seed, 0)), held_out=False)
+
+
+def write_heldout_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
+    """Write `config.heldout_groups` lists of held-out captions, made and judged as the training pairs are."""
+    rng = np.random.default_rng((config.seed, 2))
+    _write_lists(directory, pipeline, config, config.heldout_groups, rng, held_out=True)
+
+
+def _write_lists(
+    directory: str | Path,
+    pipeline: StableDiffusion3Pipeline,
+    config: PairsConfig,
+    groups: int,
+    rng: np.random.Generator,
+    *,
+    held_out: bool,
+) -> None:
     encoder = _prompt_encoder(pipeline)
-    sampled = round(config.groups * config.sampled_share)
-    chunks = [(size, True) for size in _chunks(sampled)] + [(size, False) for size in _chunks(config.groups - sampled)]
+    sampled = round(groups * config.sampled_share)
+    chunks = [(size, True) for size in _chunks(sampled)] + [(size, False) for size in _chunks(groups - sampled)]
     with LatentPairsWriter(directory, _manifest(pipeline, encoder)) as writer:
         for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {CHUNK} captions"):
-            scenes = draw_scenes(size, rng)
+            scenes = draw_scenes(size, rng, held_out=held_out)
             if by_base:
                 latents = _sample(pipeline, encoder, scenes, config.pictures, rng)
                 pictures = decode_latents(pipeline.vae, latents)
@@ -67,22 +89,69 @@ def write_training_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeli
                 )  # fmt: skip
 
 
-def write_concept_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, per_concept: int, seed: int) -> None:
-    """Write `per_concept` pairs for each of CONCEPTS: held-out captions, the better picture by the oracle is chosen."""
-    rng = np.random.default_rng((seed, 1))
+def write_concept_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
+    """Write `config.per_concept` pairs for each of CONCEPTS: held-out captions, the better by the oracle is chosen."""
+    rng = np.random.default_rng((config.seed, 1))
+    _write_concepts(directory, pipeline, config.per_concept, rng)
+
+
+def write_shifted_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
+    """Write `config.per_shifted` pairs for each of CONCEPTS, both pictures grainy and compressed as none in training.
+
+    The oracle judged them before they were damaged. The counterpart of a test set from other sources than training's.
+    """
+    rng = np.random.default_rng((config.seed, 3))
+    _write_concepts(directory, pipeline, config.per_shifted, rng, lambda pictures: _damage(pictures, rng))
+
+
+def _write_concepts(
+    directory: str | Path,
+    pipeline: StableDiffusion3Pipeline,
+    number: int,
+    rng: np.random.Generator,
+    change: Callable[[Tensor], Tensor] = lambda pictures: pictures,
+) -> None:
     encoder = _prompt_encoder(pipeline)
     with LatentPairsWriter(directory, _manifest(pipeline, encoder)) as writer:
         for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
-            pairs = list(itertools.islice(_concept_pairs(concept, rng, pipeline.vae.config.sample_size), per_concept))
+            pairs = list(itertools.islice(_concept_pairs(concept, rng, pipeline.vae.config.sample_size), number))
             captions = [caption for caption, _ in pairs]
             embeds, pooled = encoder(captions)
-            pictures = torch.cat([picture for _, picture in pairs])
+            pictures = change(torch.cat([picture for _, picture in pairs]))
             latents = torch.cat([encode_images(pipeline.vae, chunk) for chunk in pictures.split(2 * CHUNK)]).half()
             for row, caption in enumerate(captions):
                 writer.add(
                     caption, latents[2 * row : 2 * row + 2], prompt_embeds=embeds[row],
                     pooled_prompt_embeds=pooled[row], concepts=[concept],
                 )  # fmt: skip
+
+
+def _damage(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] with film grain of standard deviation GRAIN, then as JPEG of quality JPEG."""
+    grainy = to_bytes(pictures + torch.from_numpy(GRAIN * rng.standard_normal(pictures.shape)).float())
+    damaged = []
+    for picture in grainy:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=JPEG)
+        damaged.append(torch.from_numpy(np.array(Image.open(file))))
+    return torch.stack(damaged).permute(0, 3, 1, 2).float() / 255
+
+
+WRITERS = {
+    "train": write_training_pairs,
+    "heldout": write_heldout_pairs,
+    "shifted": write_shifted_pairs,
+    "concepts": write_concept_pairs,
+}
+JUDGED = ("heldout", "shifted", "concepts")
+"""Kinds that rewards are judged on."""
+
+
+def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> Path:
+    """Write the pairs of a kind of WRITERS unless they are there; their directory."""
+    if not (directory / "index.json").exists():
+        WRITERS[kind](directory, pipeline, config)
+    return directory
 
 
 def _chunks(groups: int) -> list[int]:

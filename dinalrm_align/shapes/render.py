@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from dinalrm_align.config.shapes import AESTHETICS, CONCEPTS, FAITHFULNESS
 from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, COUNTS, RELATIONS, SHAPES, SIZES, Scene
 
 SIZE = 64
@@ -123,11 +124,6 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
             colour = ground + drawing.contrast * (np.array(COLOURS[mark.colour], np.float32) - ground)
             picture += coverage(mark, drawing.edge, size) * (colour[:, None, None] - picture)
     return torch.from_numpy(pictures)
-
-
-FAITHFULNESS = ("shape", "colour", "size", "relation", "count", "background")
-AESTHETICS = ("blur", "contrast", "placement")
-CONCEPTS = FAITHFULNESS + AESTHETICS
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:

@@ -1,0 +1,214 @@
+"""Kill both recipes at random moments, resume them, and compare what they end with, bit for bit, with runs left alone.
+
+    python tests/kill_harness.py --kills 120 --seed 0 --report kill_report.json
+
+Half of the kills come by the clock. The others come at an operation on a file of the run, half of these within the
+saving of a checkpoint: just before it, or half way through a write, which leaves a torn file. A killed run is resumed
+if it had come to a checkpoint, else started anew, until it ends by itself; then its weights, averages, optimiser state,
+random states, metrics, evaluations and exports must be those of the run left alone.
+
+Every attempt is a fork of this process, which has imported everything and computed nothing, so that an attempt costs no
+start of Python. Plots are written as stand-ins, since drawing them would be most of the time.
+
+The exit status is 1 when a run was lost (it had a checkpoint, and cannot go on) or ended with a difference.
+"""
+
+import os
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import argparse
+import collections
+import importlib
+import itertools
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from kill_points import PHASES, Board, watch_files, watch_phases
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from same_run import differences
+from tiny_recipes import Recipe, make_world, recipes, stand_in, step_of
+from tqdm import tqdm
+
+from dinalrm_align.resume import latest_checkpoint
+
+READ_LATER = ("dinalrm_align.align.evaluation", "dinalrm_align.align.refl",
+              "dinalrm_align.benchmarks.pairwise", "dinalrm_align.data.source", "dinalrm_align.pixel.clip",
+              "dinalrm_align.preference", "dinalrm_align.reward", "dinalrm_align.shapes.oracle")  # fmt: skip
+"""What the recipes import when they run; here it is imported once, for all attempts."""
+KILLED = -signal.SIGKILL
+
+
+@dataclass
+class Case:
+    """A recipe, and a run of it left alone: where it is, its seconds, its operations on files (all, while saving)."""
+
+    recipe: Recipe
+    reference: Path
+    seconds: float
+    operations: tuple[int, int]
+
+
+@dataclass
+class Report:
+    """What happened, to be written as JSON."""
+
+    kills: int = 0
+    lost: int = 0
+    differing: int = 0
+    finished_runs: int = 0
+    by_recipe: collections.Counter = field(default_factory=collections.Counter)
+    by_cause: collections.Counter = field(default_factory=collections.Counter)
+    by_moment: collections.Counter = field(default_factory=collections.Counter)
+    by_file_operation: collections.Counter = field(default_factory=collections.Counter)
+    problems: list[str] = field(default_factory=list)
+
+    def count(self, recipe: str, board: Board, *, before_first: bool) -> None:
+        self.kills += 1
+        self.by_recipe[recipe] += 1
+        self.by_cause["at a file operation" if board.place else "by the clock"] += 1
+        self.by_moment[PHASES[board.phase]] += 1
+        self.by_moment["before a first checkpoint"] += before_first
+        if board.place:
+            self.by_file_operation[board.place] += 1
+
+    def line(self) -> str:
+        moments = ", ".join(f"{name} {count}" for name, count in sorted(self.by_moment.items()))
+        return (
+            f"kills: {self.kills}  lost: {self.lost}  differing: {self.differing}  "
+            f"(runs finished: {self.finished_runs}; {moments})"
+        )
+
+
+def fork(call: Callable[[], None], output: Path, *, kill_after: float | None = None) -> int:
+    """Run `call` in a fork, its output appended to a file; its exit status, or -9 when it was killed."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            with open(output, "a") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            call()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    began = time.monotonic()
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if kill_after is not None and time.monotonic() - began > kill_after:
+            os.kill(child, signal.SIGKILL)
+            kill_after = None
+        time.sleep(0.002)
+
+
+def attempt(recipe: Recipe, run: Path, board: Board, output: Path, kill: dict, kill_after: float | None) -> int:
+    """Start the recipe in `run`, or resume what is there; `kill` is for `watch_files`."""
+    resume = latest_checkpoint(run) is not None
+    arguments = [f"--resume={run}"] if resume else [*recipe.arguments, f"--output_dir={run}"]
+    board.clear()
+
+    def call() -> None:
+        Figure.savefig = FigureCanvasAgg.print_png = stand_in
+        Figure.tight_layout = lambda figure: None
+        watch_phases(board)
+        watch_files(board, run, **kill)
+        recipe.main(arguments)
+
+    return fork(call, output, kill_after=kill_after)
+
+
+def draw_kill(case: Case, rng: random.Random) -> tuple[dict, float | None]:
+    """By the clock or at a file operation, in equal parts: arguments of `watch_files`, seconds."""
+    if rng.random() < 0.5:
+        return {}, rng.uniform(0, case.seconds)
+    saving = rng.random() < 0.5
+    return {"at": rng.randrange(case.operations[saving]), "saving": saving, "torn": rng.random() < 0.5}, None
+
+
+def live(case: Case, run: Path, board: Board, output: Path, rng: random.Random, report: Report, bar: tqdm) -> str:
+    """One run, killed and resumed until it ends by itself or the kills are used up; why it was lost, if it was."""
+    reached, status = -1, KILLED
+    while status == KILLED:
+        kill, seconds = draw_kill(case, rng) if report.kills < bar.total else ({}, None)
+        status = attempt(case.recipe, run, board, output, kill, seconds)
+        step = step_of(latest_checkpoint(run))
+        if step < reached:
+            return f"had come to update {reached}, is left with {step}; killed {board.place or 'by the clock'}"
+        if status == KILLED:
+            bar.update()
+            report.count(case.recipe.name, board, before_first=step < 0)
+        reached = step
+    return f"ended with status {status}: {' | '.join(output.read_text().splitlines()[-3:])}" if status else ""
+
+
+def leave_alone(recipe: Recipe, run: Path, board: Board, output: Path) -> Case:
+    """Run it to its end without a kill."""
+    began = time.monotonic()
+    if attempt(recipe, run, board, output, {}, None):
+        sys.exit(output.read_text())
+    reference = run.with_name(f"{recipe.name}_left_alone")
+    run.rename(reference)
+    return Case(recipe, reference, time.monotonic() - began, board.operations)
+
+
+def kill_and_compare(work: Path, kills: int, seed: int) -> Report:
+    """Everything, in the folder `work`."""
+    board, report, rng = Board(), Report(), random.Random(seed)
+    world, output, run = work / "world", work / "output.txt", work / "run"
+    if fork(lambda: make_world(world), output):
+        sys.exit(output.read_text())
+    cases = [leave_alone(recipe, run, board, output) for recipe in recipes(world)]
+    with tqdm(total=kills, desc="kills", unit="") as bar:
+        for case in itertools.cycle(cases):
+            if report.kills >= kills:
+                return report
+            output.write_text("")
+            why = live(case, run, board, output, rng, report, bar)
+            found = [] if why else differences(case.reference, run)
+            report.finished_runs += not why
+            report.lost += bool(why)
+            report.differing += bool(found)
+            report.problems += [f"{case.recipe.name}: {problem}" for problem in ([why] if why else found)]
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="every run is then ended and compared")
+    parser.add_argument("--seed", type=int, default=0, help="of when and where")
+    parser.add_argument("--report", type=Path, help="JSON file to write")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    for name in READ_LATER:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as work:
+        report = kill_and_compare(Path(work).resolve(), options.kills, options.seed)
+    print(*report.problems, report.line(), sep="\n")
+    if options.report:
+        command = f"python tests/kill_harness.py --kills {options.kills} --seed {options.seed}"
+        options.report.write_text(json.dumps({"command": command, **vars(report)}, indent=1, sort_keys=True) + "\n")
+    return 1 if report.lost or report.differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
