@@ -31,7 +31,7 @@ class RewardEntry:
         licence: of the code / of the weights, as their owners state it.
         scale: what its scores are, and where they lie.
         differentiable: whether gradients reach the latents.
-        extra: of this package, with the optional packages that it needs.
+        extra: of this package, with the optional packages that it can use.
         options: arguments of `from_pretrained`.
         how: how to get its weights, where that takes more than the source.
     """
@@ -71,20 +71,21 @@ REWARDS: dict[str, RewardEntry] = {
         source="xswu/HPSv2",
         licence="Apache-2.0 / Apache-2.0",
         scale="cos, about 0.23 to 0.30",
-        options={"file": "HPS_v2_compressed.pt"},
+        options={"file": "HPS_v2_compressed.pt", "processor": CLIP_H},
     ),
     "hpsv2.1": RewardEntry(
         kind="dinalrm_align.pixel.hpsv2:HPSv2Reward",
         source="xswu/HPSv2",
         licence="Apache-2.0 / Apache-2.0",
         scale="cos, about 0.14 to 0.33; not comparable with hpsv2's",
-        options={"file": "HPS_v2.1_compressed.pt"},
+        options={"file": "HPS_v2.1_compressed.pt", "processor": CLIP_H},
     ),
     "hpsv3": RewardEntry(
         kind="dinalrm_align.pixel.hpsv3:HPSv3Reward",
         source="MizzenAI/HPSv3",
         licence="MIT / MIT",
         scale="mean of a Gaussian, about -2 to 12",
+        extra="quant",
     ),
     "imagereward": RewardEntry(
         kind="dinalrm_align.pixel.imagereward:ImageRewardReward",
@@ -97,6 +98,7 @@ REWARDS: dict[str, RewardEntry] = {
         source=None,
         licence="MIT / MIT",
         scale="100 cos, about 5 to 15",
+        options={"processor": CLIP_H},
         how="mps=/path/to/MPS_overall_checkpoint.pth, the file that https://github.com/Kwai-Kolors/MPS links to",
     ),
     "unifiedreward": RewardEntry(

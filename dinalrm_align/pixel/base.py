@@ -64,6 +64,11 @@ class PixelReward(nn.Module):
         return torch.device("cpu") if self._borrowed["vae"] is None else self._borrowed["vae"].device
 
     @property
+    def has_vae(self) -> bool:
+        """Whether latents can be scored, or pictures alone."""
+        return self._borrowed["vae"] is not None
+
+    @property
     def vae(self) -> AutoencoderKL:
         """The borrowed decoder; ValueError when there is none."""
         if self._borrowed["vae"] is None:
