@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dinalrm_align.config.rewards import REWARDS, Term, parse_reward
+from dinalrm_align.config.rewards import REWARDS, RewardEntry, Term, parse_reward
 from dinalrm_align.functions import LatentFunction, as_reward, import_callable
 from dinalrm_align.models import MODELS, ModelSpec
 from dinalrm_align.pixel.base import PixelReward
-from dinalrm_align.reward import LatentReward
+from dinalrm_align.reward import DTYPES, LatentReward
 from dinalrm_align.reward_sum import Part, RewardSum
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def load_reward(
     vae: "AutoencoderKL | None" = None,
     transformer: "SD3Transformer2DModel | str | Path | None" = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     local_files_only: bool = False,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Part | RewardSum:
@@ -51,7 +51,8 @@ def load_reward(
         pipeline: to borrow the VAE, text encoders and (by default) the transformer from.
         vae: the decoder for rewards over pictures; default: the pipeline's. Without one they can score pictures alone.
         transformer: for dinalrm to share weights with, as in `LatentReward.from_pretrained`.
-        device: default: the pipeline's, else the CPU. dtype: of the rewards' weights; default: each one's own.
+        device: default: the transformer's for dinalrm, the VAE's for rewards over pictures, else the CPU.
+        dtype: of the rewards' weights; default: each one's own.
         local_files_only: never ask the hub.
         options: further arguments of a part's `from_pretrained`, by its name: {"pickscore": {"processor": folder}}.
 
@@ -67,9 +68,9 @@ def load_reward(
     strangers = options.keys() - {term.name for term in terms}
     if strangers:
         raise ValueError(f"options: got some for {sorted(strangers)}; expected the names of parts of {reward!r}")
-    if device is None and pipeline is not None:
-        device = pipeline.device
-    place = dict(device=device, dtype=dtype, local_files_only=local_files_only)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}; known: {', '.join(DTYPES)}")
+    place = dict(device=device, dtype=DTYPES.get(dtype, dtype), local_files_only=local_files_only)
     parts: dict[str, Part] = {}
     for term in terms:
         own = options.get(term.name, {})
@@ -82,8 +83,7 @@ def load_reward(
         elif ":" in term.name:
             parts[term.label] = as_reward(import_callable(term.name), vae=vae, name=term.name)
         else:
-            kind, source, settings = _pixel(term, spec or MODELS["shapes"])
-            parts[term.label] = kind.from_pretrained(source, **{"vae": vae, **settings, **place, **own})
+            parts[term.label] = _load_pixel(term, spec or MODELS["shapes"], vae, {**place, **own})
     if len(terms) == 1 and terms[0].weight == 1:
         return parts[terms[0].label]
     return RewardSum(parts, {term.label: term.weight for term in terms})
@@ -150,26 +150,38 @@ def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> Part:
     return as_reward(gold, vae=vae, name="oracle", differentiable=False)
 
 
-def _pixel(term: Term, spec: ModelSpec) -> tuple[type[PixelReward], str | Path, dict[str, Any]]:
-    """Class, source and settings of a part that reads pictures."""
+def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settings: Mapping[str, Any]) -> PixelReward:
+    """A part that reads pictures, from its own class; settings: arguments of `from_pretrained`, over the table's."""
+    defaults: dict[str, Any] = {"vae": vae}
+    if settings["device"] is None and vae is not None:
+        defaults["device"] = vae.device
+    given = {name: value for name, value in settings.items() if value is not None or name != "device"}
     if term.name == "pixel":
         from dinalrm_align.pixel.clip import ClipReward
 
-        return ClipReward, term.source or spec.pixel, {} if term.source else {"processor": spec.pixel_processor}
+        if term.source is None:
+            defaults["processor"] = spec.pixel_processor
+        return ClipReward.from_pretrained(term.source or spec.pixel, **{**defaults, **given})
     entry = REWARDS[term.name]
     source = term.source or entry.source
     if source is None:
         raise ValueError(f"reward {term.name} has no weights on the hub; say where they are: {entry.how}")
-    module, _, name = entry.kind.partition(":")
+    defaults |= entry.options
+    if "processor" in defaults and (Path(source) / "preprocessor_config.json").is_file():
+        defaults["processor"] = str(source)  # what lies beside the weights goes with them
+    if entry.served:
+        given.pop("local_files_only")
+    return _class(term.name, entry).from_pretrained(source, **{**defaults, **given})
+
+
+def _class(name: str, entry: RewardEntry) -> type[PixelReward]:
+    """The class behind a name; ImportError naming what to install."""
+    module, _, kind = entry.kind.partition(":")
     try:
-        kind = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), kind)
     except ModuleNotFoundError as error:
         install = f"'dinalrm-align[{entry.extra}]'" if entry.extra else error.name
         raise ImportError(
-            f"reward {term.name} needs the package {error.name}, which is not installed: pip install {install}",
+            f"reward {name} needs the package {error.name}, which is not installed: pip install {install}",
             name=error.name,
         ) from error
-    settings = dict(entry.options)
-    if "processor" in settings and (Path(source) / "preprocessor_config.json").is_file():
-        settings["processor"] = str(source)  # what lies beside the weights goes with them
-    return kind, source, settings

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tiny_clip import LENGTH, SIZE, open_clip_tensors, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
+from transformers import CLIPConfig, CLIPModel
 
+from dinalrm_align.pixel import clip_h
+from dinalrm_align.pixel.clip_h import from_open_clip
 from dinalrm_align.pixel.hpsv2 import HPSv2Reward, LongSide
 from dinalrm_align.pixel.preprocess import CLIP_MEAN, CLIP_STD
 from dinalrm_align.pixel.tensor_files import read_state_dict
@@ -140,6 +143,22 @@ def test_dtype_is_the_towers_and_scores_stay_float32(world):
     assert reward.clip.dtype == torch.bfloat16
     score = reward.score_images(smooth_pictures(2, SIZE, SIZE), PROMPTS)
     assert score.dtype == torch.float32 and score.isfinite().all()
+
+
+def test_the_released_sizes_are_read_from_shapes():
+    """CLIP ViT-H/14 as published: 986 million weights; nothing is allocated."""
+    vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14)
+    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=1024))
+    tensors = from_open_clip(open_clip_tensors(clip), "here")
+    assert tensors.keys() == clip.state_dict().keys()
+    assert sum(tensor.numel() for tensor in tensors.values()) == pytest.approx(0.986e9, rel=1e-3)
+    config = clip_h._config(tensors, 49407, "here")
+    got = vars(config.vision_config) | {"length": config.text_config.max_position_embeddings}
+    assert {name: got[name] for name in vision} == vision and got["image_size"] == 224 and got["length"] == 77
+    assert {name: vars(config.text_config)[name] for name in text} == text
+    assert config.text_config.vocab_size == 49408 and config.projection_dim == 1024
 
 
 def test_the_file_itself_can_be_named_and_the_version_chosen(world, tmp_path):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tiny_clip import LENGTH, SIZE, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
 from torch import nn
 
-from dinalrm_align.pixel.mps import CONDITION, MPSReward, convert_mps, rotate
+from dinalrm_align.pixel.mps import CONDITION, CrossBlock, MPSReward, convert_mps, rotate
 from dinalrm_align.pixel.tensor_files import read_module_tensors
 
 PROMPTS = ["a red circle", "blue square"]
@@ -308,3 +308,10 @@ def test_files_of_another_kind_are_named(tmp_path):
     torch.save(nn.Linear(2, 2), path)
     with pytest.raises(ValueError, match="does not hold an MPS: it has no cross_model"):
         convert_mps(path, tmp_path / "out.safetensors")
+
+
+def test_the_released_sizes_come_to_the_published_number_of_weights():
+    """Four blocks of width 1024 with 16 heads of 64 beside CLIP ViT-H/14's 986 million: 1.10 billion."""
+    with torch.device("meta"):
+        block = CrossBlock(width=1024, heads=16, head_width=64, inner=4096)
+    assert 0.986e9 + 4 * sum(parameter.numel() for parameter in block.parameters()) == pytest.approx(1.10e9, rel=1e-2)

@@ -131,6 +131,9 @@ def test_options_go_to_the_part_they_name(load, weights, tmp_path):
     text = f"pickscore={weights}/clip + dinalrm"
     reward = load(text, options={"pickscore": {"processor": str(tmp_path / "other"), "dtype": torch.bfloat16}})
     assert reward.parts[0].clip.dtype == torch.bfloat16
+    assert load("pixel", dtype="bfloat16").clip.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype: got 'half'; known: float32, bfloat16, float16"):
+        load("pixel", dtype="half")
     with pytest.raises(ValueError, match=r"options: got some for \['hpsv3'\]"):
         load(text, options={"hpsv3": {}})
 
@@ -141,7 +144,7 @@ def test_adapters_of_other_modules_are_called_as_agreed(load, monkeypatch, tiny_
 
     class Stand(PixelReward):
         @classmethod
-        def from_pretrained(cls, source, *, vae, device, dtype, local_files_only):
+        def from_pretrained(cls, source, *, vae, device, dtype, local_files_only="not given"):
             calls[source] = (vae, device, dtype, local_files_only)
             return cls(vae)
 
@@ -150,11 +153,13 @@ def test_adapters_of_other_modules_are_called_as_agreed(load, monkeypatch, tiny_
         monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{kind: Stand}))
     assert isinstance(load("hpsv3", device="cpu", dtype=torch.float64), Stand)
     load("imagereward")
-    load("unifiedreward=http://localhost:8000/v1", local_files_only=True)
+    load("unifiedreward", local_files_only=True)
+    load("unifiedreward=http://localhost:8000/v1")
     assert calls == {
         "MizzenAI/HPSv3": (tiny_pipeline.vae, "cpu", torch.float64, False),
         "THUDM/ImageReward": (tiny_pipeline.vae, torch.device("cpu"), None, False),
-        "http://localhost:8000/v1": (tiny_pipeline.vae, torch.device("cpu"), None, True),
+        "http://127.0.0.1:8080/v1": (tiny_pipeline.vae, torch.device("cpu"), None, "not given"),
+        "http://localhost:8000/v1": (tiny_pipeline.vae, torch.device("cpu"), None, "not given"),
     }
 
 

@@ -31,6 +31,7 @@ class RewardEntry:
         licence: of the code / of the weights, as their owners state it.
         scale: what its scores are, and where they lie.
         differentiable: whether gradients reach the latents.
+        served: its source is the address of a server, not weights to load.
         extra: of this package, with the optional packages that it can use.
         options: arguments of `from_pretrained`.
         how: how to get its weights, where that takes more than the source.
@@ -41,6 +42,7 @@ class RewardEntry:
     licence: str
     scale: str
     differentiable: bool = True
+    served: bool = False
     extra: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     how: str = ""
@@ -103,11 +105,12 @@ REWARDS: dict[str, RewardEntry] = {
     ),
     "unifiedreward": RewardEntry(
         kind="dinalrm_align.pixel.unifiedreward:UnifiedReward",
-        source=None,
+        source="http://127.0.0.1:8080/v1",
         licence="as the model card of CodeGoat24/UnifiedReward-7b says",
         scale="1 to 5, read from generated text",
         differentiable=False,
-        how="unifiedreward=http://localhost:8000/v1, the endpoint of a vLLM or SGLang server that you start",
+        served=True,
+        how="start a vLLM or SGLang server that serves it; unifiedreward=http://host:port/v1 names another address",
     ),
     "pixel": RewardEntry(
         kind=None,
