@@ -421,6 +421,20 @@ def test_a_base_model_with_another_tokenizer_is_refused(base, load, tmp_path):
         load(base=tmp_path)
 
 
+def test_the_names_are_those_of_the_released_file(stock):
+    """Those of transformers 4.45, with which HPSv3 was trained and saved: 12 tensors a block, 7 + 3 + 6 beside them."""
+    linears = ["attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2", "norm1", "norm2"]
+    vision = [f"visual.blocks.{i}.{name}.{kind}" for i in range(2) for name in linears for kind in ("bias", "weight")]
+    around = [f"visual.merger.{name}.{kind}" for name in ("ln_q", "mlp.0", "mlp.2") for kind in ("bias", "weight")]
+    layer = [f"self_attn.{name}_proj.{kind}" for name in "qkv" for kind in ("bias", "weight")]
+    layer += ["self_attn.o_proj.weight", *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))]
+    layer += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    text = [f"model.layers.{i}.{name}" for i in range(2) for name in layer]
+    ends = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "visual.patch_embed.proj.weight"]
+    head = [f"rm_head.{place}.{kind}" for place in (0, 3, 5) for kind in ("bias", "weight")]
+    assert sorted(released(stock)) == sorted(vision + around + text + ends + head)
+
+
 def test_names_are_mapped_one_to_one(stock):
     names = [name for name in released(stock) if name != "lm_head.weight"]
     assert len({renamed(name) for name in names}) == len(names)

@@ -213,25 +213,27 @@ def _read_model(
     path: Path, config: Qwen2VLConfig, vocabulary: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Qwen2VLModel, nn.Sequential]:
     """Backbone in `dtype` and head, from the file alone; ValueError unless each tensor is there and fits."""
-    with reading("safetensors file", path), safe_open(path, framework="pt") as file:
+    with reading("safetensors file", path):
+        file = safe_open(path, framework="pt")
+    with file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    own = {new: old for old in shapes if (new := renamed(old)) is not None}
-    config.text_config.vocab_size = vocabulary
-    with init_empty_weights():
-        model, head = Qwen2VLModel(config), rank_head(config.text_config.hidden_size)
-    rows = shapes.get(own.get(EMBEDDING), (vocabulary,))[0]
-    if rows != vocabulary:
-        raise ValueError(
-            f"{path} has embeddings of {rows} tokens, the base model's tokenizer with {REWARD_TOKEN} {vocabulary}: the "
-            "base model is not the one that it was trained from"
-        )
-    check_fit(shapes_of(model) | shapes_of(head, "rm_head."), {new: shapes[old] for new, old in own.items()}, path)
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors = {}
-    with reading("safetensors file", path), safe_open(path, framework="pt") as file:
-        for new, old in own.items():
-            tensor = file.get_tensor(old)
-            tensors[new] = tensor.to(device, exact if new.startswith("rm_head.") else dtype)
+        own = {new: old for old in shapes if (new := renamed(old)) is not None}
+        config.text_config.vocab_size = vocabulary
+        with init_empty_weights():
+            model, head = Qwen2VLModel(config), rank_head(config.text_config.hidden_size)
+        rows = shapes.get(own.get(EMBEDDING), (vocabulary,))[0]
+        if rows != vocabulary:
+            raise ValueError(
+                f"{path} has embeddings of {rows} tokens, the base model's tokenizer with {REWARD_TOKEN} {vocabulary}: "
+                "the base model is not the one that it was trained from"
+            )
+        expected = shapes_of(model) | shapes_of(head, "rm_head.")
+        check_fit(expected, {new: shapes[old] for new, old in own.items()}, path)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        tensors = {
+            new: file.get_tensor(old).to(device, exact if new.startswith("rm_head.") else dtype)
+            for new, old in own.items()
+        }
     for module, prefix in ((model, ""), (head, "rm_head.")):
         names = module.state_dict()
         module.load_state_dict({name: tensors[prefix + name] for name in names}, strict=True, assign=True)
