@@ -218,6 +218,20 @@ def test_score_equals_the_stock_forward_on_the_stock_pixels(reward, stock):
     assert (want[0] - want[1]).abs() > 1e-3
 
 
+def test_a_resized_picture_scores_nearly_as_on_the_stock_pixels(reward, stock):
+    picture = pictures()[0]
+    want = stock_score(stock, reward.tokenizer, picture, PROMPTS[0])
+    got = reward.score_images([picture], PROMPTS[:1])[0]
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=0)
+    assert not torch.equal(got, want)
+
+
+def test_autocast_around_a_call_changes_nothing(reward):
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = reward.score_images(pictures()[:1], PROMPTS[:1])
+    assert torch.equal(scores, reward.score_images(pictures()[:1], PROMPTS[:1]))
+
+
 def test_position_ids_are_those_that_the_released_forward_leaves_to_the_text_model(reward, stock):
     """Given embeddings alone, as the released forward gives them, Qwen2-VL's text model counts positions up by one."""
     model, head = stock
@@ -408,6 +422,8 @@ def test_files_that_are_none_are_named(load, tmp_path):
         load(source=tmp_path)
     with pytest.raises(ValueError, match="neither an existing folder nor a hub id"):
         load(source="no such place")
+    with pytest.raises(FileNotFoundError, match="in the cache or that the hub grants"):
+        load(source="nobody/nothing-here", local_files_only=True)
     with pytest.raises(ValueError, match="neither an existing folder nor a hub id"):
         load(base="no such place")
 

@@ -176,6 +176,21 @@ def test_score_equals_blips_arithmetic_on_the_files_own_tensors(reward, folder):
     assert (want[0] - want[1]).abs() > 1e-2
 
 
+def test_autocast_around_a_call_changes_nothing(reward):
+    images = torch.rand(2, 3, 50, 40, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = reward.score_images(images, PROMPTS)
+    assert torch.equal(scores, reward.score_images(images, PROMPTS))
+
+
+def test_half_precision_scores_nearly_the_same(reward, folder, tokenizer):
+    half = ImageRewardReward.from_pretrained(folder, tokenizer=tokenizer, dtype=torch.bfloat16)
+    images = torch.rand(2, 3, 50, 40, generator=torch.Generator().manual_seed(2))
+    scores = half.score_images(images, PROMPTS)
+    assert scores.dtype == torch.float32 and {tensor.dtype for tensor in half.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(scores, reward.score_images(images, PROMPTS), atol=0.05, rtol=0.05)
+
+
 def test_prompts_are_cut_off_at_35_tokens(reward):
     images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))[:1].repeat(2, 1, 1, 1)
     scores = reward.score_images(images, ["red " * 33, "red " * 40])

@@ -3,10 +3,10 @@
 Weights: hub id MizzenAI/HPSv3, `HPSv3.safetensors`; tokenizer and sizes: Qwen/Qwen2-VL-7B-Instruct; code and weights
 under the MIT licence, Qwen2-VL's under Apache-2.0. Scores lie between about -2 and 12. 16 GB in bfloat16.
 
-Differences from the released code (package `hpsv3` 1.0.0), none of which changes its score of a picture file: pictures
-are resized in torch, antialiased bicubic as PIL's, so that gradients reach them; they go through one by one; the
-language model's unused output layer is not kept. As there, and unlike Qwen2-VL itself, positions count up by one over
-text and picture alike on all three rotary axes: the released forward leaves them out, and so it was trained.
+Differences from the released code (package `hpsv3` 1.0.0), which change a score by rounding alone: pictures are resized
+in torch, antialiased bicubic as PIL's but not rounded to bytes, so that gradients reach them; they go through one by
+one; the language model's unused output layer is not kept. As there, and unlike Qwen2-VL itself, positions count up by
+one over text and picture alike on all three rotary axes: the released forward leaves them out, and so it was trained.
 """
 
 from collections.abc import Sequence
