@@ -1,0 +1,87 @@
+"""Weight files of pixel rewards: where they are, their tensors alone (no pickled code), and a strict fit to a model."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dinalrm_align.files import check_source, reading
+
+
+def find_file(
+    source: str | Path, name: str, *, revision: str | None = None, local_files_only: bool = False, what: str = "weights"
+) -> Path:
+    """The file `name` of a folder or hub id; `source` itself where it is a file. FileNotFoundError when there is none,
+    ValueError when `source` is neither file, folder nor hub id.
+    """
+    if isinstance(source, str | Path) and str(source) and Path(source).is_file():
+        return Path(source)
+    check_source(what, source)
+    if Path(source).is_dir():
+        path = Path(source) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {name} in {source}; expected the {what}, or give the file's own path")
+        return path
+    with reading(name, source):
+        return Path(hf_hub_download(str(source), name, revision=revision, local_files_only=local_files_only))
+
+
+def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .pt file, read with weights_only=True. ValueError for a file that needs code to run, or that
+    holds anything but tensors by name.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of unknown content fails in ways that nobody lists
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path}: not a readable file of tensors ({reason:.200}). Only tensors are read, a file that needs code to "
+            "run is refused: fetch it again"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path}: expected a state dict, tensors by name")
+    return tensors
+
+
+def check_fit(expected: Mapping[str, Iterable[int]], got: Mapping[str, Iterable[int]], where: str | Path) -> None:
+    """ValueError unless both name the same tensors with the same shapes: how many do not, and the first names."""
+    wanted = {name: tuple(shape) for name, shape in expected.items()}
+    found = {name: tuple(shape) for name, shape in got.items()}
+    shapes = [
+        f"{name} {found[name]}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for kind, names in (
+            ("missing", [name for name in wanted if name not in found]),
+            ("unexpected", [name for name in found if name not in wanted]),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{where}: not the tensors of this reward: {'; '.join(problems)}")
+
+
+def shapes_of(module: nn.Module, prefix: str = "") -> dict[str, torch.Size]:
+    """The shape of each tensor in a module's state dict, its name behind `prefix`."""
+    return {prefix + name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def recompute_layers(model: nn.Module, recompute: bool) -> None:
+    """Recompute a transformers model's layers in the backward pass, or keep their activations.
+
+    transformers does so in training mode alone; here the layers are told that they train, and everything inside them
+    (dropout) stays in evaluation mode. `model.eval()` undoes it: call this again afterwards.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = layer.training = recompute
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
