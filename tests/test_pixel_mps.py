@@ -303,7 +303,7 @@ def test_files_of_another_kind_are_named(tmp_path):
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="does not hold a readable pickled module"):
         read_module_tensors(path)
-    with pytest.raises(FileNotFoundError, match="has no other.pth"):
+    with pytest.raises(FileNotFoundError, match="no file other.pth in"):
         MPSReward.from_pretrained(tmp_path, file="other.pth")
     torch.save(nn.Linear(2, 2), path)
     with pytest.raises(ValueError, match="does not hold an MPS: it has no cross_model"):

@@ -117,7 +117,7 @@ def test_versions_of_hpsv2_are_their_files(load, weights, tmp_path):
         other = "HPS_v2.1_compressed.pt" if version == "hpsv2" else "HPS_v2_compressed.pt"
         (tmp_path / version).mkdir()
         (tmp_path / version / other).symlink_to(weights / "hpsv2" / other)
-        with pytest.raises(FileNotFoundError, match=f"has no HPS_{version.removeprefix('hps')}_compressed.pt"):
+        with pytest.raises(FileNotFoundError, match=f"no file HPS_{version.removeprefix('hps')}_compressed.pt"):
             load(f"{version}={tmp_path / version}")
 
 

@@ -93,10 +93,11 @@ class ClipReward(PixelReward):
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W), B prompts -> (B,): exp(logit_scale) cos, or cos; the product in float32."""
-        pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
-        features = _projected(self.clip.get_image_features(pixel_values=pixel_values)).float()
-        cosine = (F.normalize(features, dim=-1) * self._encode_text(prompts)).sum(-1)
-        return self.clip.logit_scale.exp().float() * cosine if self.scaled else cosine
+        with torch.autocast(self.device.type, enabled=False):  # in CLIP's own dtype, whatever is on around it
+            pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
+            features = _projected(self.clip.get_image_features(pixel_values=pixel_values)).float()
+            cosine = (F.normalize(features, dim=-1) * self._encode_text(prompts)).sum(-1)
+            return self.clip.logit_scale.exp().float() * cosine if self.scaled else cosine
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:
         """(B, D) unit vectors, float32, no gradient; each distinct prompt is encoded once in this reward's life."""

@@ -16,7 +16,8 @@ from dinalrm_align.device import available_device
 from dinalrm_align.pixel.clip import ClipReward, load_tokenizer
 from dinalrm_align.pixel.clip_h import build_clip_h, from_open_clip
 from dinalrm_align.pixel.preprocess import normalise, pad_to_square, resize
-from dinalrm_align.pixel.tensor_files import find_file, read_state_dict
+from dinalrm_align.pixel.tensor_files import read_state_dict
+from dinalrm_align.pixel.weights import find_file
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from dinalrm_align.files import reading
 from dinalrm_align.pixel.base import PixelReward
 from dinalrm_align.pixel.clip import load_preprocess, load_tokenizer
 from dinalrm_align.pixel.clip_h import build_clip_h
-from dinalrm_align.pixel.tensor_files import find_file, read_module_tensors
+from dinalrm_align.pixel.tensor_files import read_module_tensors
+from dinalrm_align.pixel.weights import find_file
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
@@ -163,13 +164,14 @@ class MPSReward(PixelReward):
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W), B prompts -> (B,): exp(logit_scale) cos, the product in float32."""
-        pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
-        image = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).last_hidden_state)
-        tokens, pooled, read = (torch.stack(parts) for parts in zip(*self._encode_text(prompts), strict=True))
-        for block in self.blocks:
-            image = block(image, tokens, read)
-        cosine = (F.normalize(image[:, 0].float(), dim=-1) * F.normalize(pooled.float(), dim=-1)).sum(-1)
-        return self.clip.logit_scale.exp().float() * cosine
+        with torch.autocast(self.device.type, enabled=False):  # in the weights' own dtype, whatever is on around it
+            pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
+            image = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).last_hidden_state)
+            tokens, pooled, read = (torch.stack(parts) for parts in zip(*self._encode_text(prompts), strict=True))
+            for block in self.blocks:
+                image = block(image, tokens, read)
+            cosine = (F.normalize(image[:, 0].float(), dim=-1) * F.normalize(pooled.float(), dim=-1)).sum(-1)
+            return self.clip.logit_scale.exp().float() * cosine
 
     @torch.no_grad()
     def _encode_text(self, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -13,31 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import cached_file
 
-from dinalrm_align.files import HUB_ID, reading
-
-
-def find_file(
-    source: str | Path, name: str, *, what: str, revision: str | None = None, local_files_only: bool = False
-) -> Path:
-    """The file `name` in a folder or hub repository, or `source` itself where it is a file.
-
-    TypeError unless `source` is text or a path; FileNotFoundError when there is no such file.
-    """
-    if not isinstance(source, str | Path):
-        raise TypeError(f"{what}: got {type(source).__name__}; expected a file, a folder, or a hub id, owner/name")
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{what}: the folder {path} has no {name}; name the file itself, or its folder")
-        return path / name
-    if not isinstance(source, str) or not HUB_ID.fullmatch(source):
-        raise FileNotFoundError(f"no {what} at {str(source)!r:.200}: neither a file, a folder nor a hub id, owner/name")
-    with reading(f"{what} ({name})", source):
-        return Path(cached_file(source, name, revision=revision, local_files_only=local_files_only))
+from dinalrm_align.files import reading
 
 
 def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
