@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dinalrm_align.config.rewards import REWARDS, file_name, parse_reward
+from dinalrm_align.config.rewards import REWARDS, check_reward, file_name, parse_reward
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,12 @@ def test_gradients_are_known_beforehand():
     assert [term.differentiable for term in parse_reward("dinalrm + oracle + unifiedreward=x + a.b:c")] == [
         True, False, False, True,
     ]  # fmt: skip
+
+
+def test_a_method_that_needs_gradients_is_told_at_once():
+    assert len(check_reward("dinalrm + 0.1*oracle")) == len(check_reward("dinalrm + 2*a.b:c", gradient=True)) == 2
+    with pytest.raises(ValueError, match="oracle, unifiedreward has no gradient, and this method needs one"):
+        check_reward("dinalrm + 0.1*oracle + unifiedreward", gradient=True)
 
 
 @pytest.mark.parametrize(
