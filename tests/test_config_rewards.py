@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dinalrm_align.config.rewards import REWARDS, check_reward, file_name, parse_reward
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,15 @@ def test_every_entry_says_where_its_weights_are_and_under_what_licence():
         assert entry.licence and entry.scale, name
         if entry.kind is not None:
             assert entry.source or entry.how, name
+
+
+def test_the_readme_lists_every_name_with_its_source_and_licence():
+    rows = [line for line in README.read_text().splitlines() if line.startswith("| `")]
+    for name, entry in REWARDS.items():
+        (row,) = [row for row in rows if f"`{name}`" in row.split("|")[1]]
+        assert row.rstrip("| ").endswith("yes" if entry.differentiable else "no")
+        if entry.source and not entry.served:
+            assert entry.source in row and entry.licence in row, name
 
 
 def test_the_table_needs_no_torch():
