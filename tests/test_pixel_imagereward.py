@@ -282,10 +282,21 @@ def test_tensors_that_do_not_fit_are_named(folder, tokenizer, tmp_path, change, 
         ImageRewardReward.from_pretrained(tmp_path / WEIGHTS, tokenizer=tokenizer, med_config=folder / TEXT_CONFIG)
 
 
-def test_a_file_that_holds_code_is_refused(folder, tokenizer, tmp_path):
-    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / WEIGHTS)
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+def test_a_file_that_holds_code_is_refused_and_the_code_not_run(folder, tokenizer, tmp_path):
+    torch.save({"model": Trap(tmp_path / "ran")}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="it asks for more than tensors"):
         ImageRewardReward.from_pretrained(tmp_path / WEIGHTS, tokenizer=tokenizer, med_config=folder / TEXT_CONFIG)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def server(monkeypatch):
 
 
 def make(server, **options):
-    return UnifiedReward.from_pretrained(server.url, **({"timeout": 5.0, "pause": 0.0} | options))
+    return UnifiedReward.from_pretrained(server.url, **({"timeout": 60.0, "pause": 0.0} | options))
 
 
 def images(batch=2):
@@ -91,10 +91,12 @@ def test_a_good_answer_is_its_number(server):
 
 
 def test_each_picture_is_asked_about_with_its_own_prompt_and_scores_keep_their_order(server):
+    second_is_there = threading.Event()
+
     def answer(body):
-        text, picture = asked_of(body)
-        time.sleep(0.1 if PROMPTS[0] in text else 0)  # the first answers last
-        return 200, completion(f"Final Score: {2 if PROMPTS[0] in text else 4}")
+        first = PROMPTS[0] in asked_of(body)[0]
+        (second_is_there.wait if first else second_is_there.set)()  # the first is answered last
+        return 200, completion(f"Final Score: {2 if first else 4}")
 
     server.answer = answer
     assert make(server, concurrency=2).score_images(images(), PROMPTS).tolist() == [2.0, 4.0]
@@ -130,9 +132,12 @@ def test_a_question_of_ones_own(server, tmp_path):
     assert asked_of(server.asked[0])[0] == "How well does this show [a red circle]?"
 
 
-def test_no_more_questions_at_once_than_asked_for(server):
+def test_as_many_questions_at_once_as_asked_for_and_no_more(server):
+    pair = threading.Barrier(2)
+
     def answer(body):
-        time.sleep(0.05)
+        pair.wait(timeout=30)  # until a second question is there
+        time.sleep(0.1)  # long enough for a third, were it asked
         return 200, completion(GOOD)
 
     server.answer = answer
