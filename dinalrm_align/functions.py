@@ -53,7 +53,7 @@ def as_reward(
     name: str | None = None,
     differentiable: bool = True,
 ) -> "PictureFunction | LatentFunction":
-    """The callable behind `LatentReward`'s call.
+    """The callable behind `LatentReward`'s call. A module is known by its `forward`, and is frozen.
 
     vae: to decode latents for a callable over pictures. name: for messages. differentiable: False when it is known not
     to be; otherwise it is found out in the first call that wants a gradient. TypeError unless its first argument says

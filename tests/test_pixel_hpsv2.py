@@ -161,6 +161,11 @@ def test_the_released_sizes_are_read_from_shapes():
     assert config.text_config.vocab_size == 49408 and config.projection_dim == 1024
 
 
+def test_a_tokenizer_without_an_end_of_text_is_refused(world):
+    with pytest.raises(ValueError, match="whose end of text is None"):
+        clip_h.build_clip_h(world[1].state_dict(), eos_token_id=None, dtype=torch.float32, device=None, where="here")
+
+
 def test_the_file_itself_can_be_named_and_the_version_chosen(world, tmp_path):
     folder, clip, _ = world
     other = {name: 2 * tensor for name, tensor in open_clip_tensors(clip).items()}

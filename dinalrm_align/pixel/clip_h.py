@@ -65,7 +65,12 @@ def from_open_clip(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tenso
 
 
 def build_clip_h(
-    tensors: Mapping[str, Tensor], *, eos_token_id: int, dtype: torch.dtype, device: torch.device | None, where: str
+    tensors: Mapping[str, Tensor],
+    *,
+    eos_token_id: int | None,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    where: str,
 ) -> CLIPModel:
     """The model of these tensors (transformers' names), in `dtype` on `device` (the CPU by default).
 
@@ -90,7 +95,7 @@ def build_clip_h(
     return model.to(device or "cpu").requires_grad_(False).eval()  # moves the buffers
 
 
-def _config(tensors: Mapping[str, Tensor], eos_token_id: int, where: str) -> CLIPConfig:
+def _config(tensors: Mapping[str, Tensor], eos_token_id: int | None, where: str) -> CLIPConfig:
     """The sizes that the tensors have."""
     needed = {
         "patch": "vision_model.embeddings.patch_embedding.weight",
@@ -117,7 +122,7 @@ def _config(tensors: Mapping[str, Tensor], eos_token_id: int, where: str) -> CLI
             f"{where} is no CLIP of ViT-H/14's kind: got widths {vision_width} and {text_width}, {positions} picture "
             f"positions; expected multiples of {VISION_HEAD} and {TEXT_HEAD}, and one more than a square"
         )
-    if not 0 <= eos_token_id < vocabulary:
+    if eos_token_id is None or not 0 <= eos_token_id < vocabulary:
         raise ValueError(
             f"{where}: got a tokenizer whose end of text is {eos_token_id}, and embeddings of {vocabulary} tokens; "
             "expected the tokenizer that this CLIP was trained with"
