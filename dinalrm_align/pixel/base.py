@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dinalrm_align.encode import check_prompts, decode_latents, image_tensor
 from dinalrm_align.inputs import check_finite
 from dinalrm_align.noise import check_latents
+from dinalrm_align.pixel.weights import recompute_layers
 
 
 def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None = None) -> Tensor:
@@ -48,6 +49,7 @@ class PixelReward(nn.Module):
         super().__init__()
         self._borrowed = {"vae": None if vae is None else vae.requires_grad_(False).eval()}  # not owned, so in a dict
         self.slice_size: int | None = None
+        self._recompute = False
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W), float32 in [0, 1], on `device`; B prompts -> scores (B,), float32, differentiable in the
@@ -62,6 +64,11 @@ class PixelReward(nn.Module):
         if tensor is not None:
             return tensor.device
         return torch.device("cpu") if self._borrowed["vae"] is None else self._borrowed["vae"].device
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether latents can be scored, or pictures alone."""
+        return self._borrowed["vae"] is not None
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -107,8 +114,12 @@ class PixelReward(nn.Module):
             )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1], on the reward's device."""
-        return decode_in_slices(self.vae, latents.to(self.vae.device), self.slice_size).to(self.device)
+        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1], on the reward's device.
+
+        In the VAE's own dtype, autocast or not.
+        """
+        with torch.autocast(self.vae.device.type, enabled=False):
+            return decode_in_slices(self.vae, latents.to(self.vae.device), self.slice_size).to(self.device)
 
     @torch.no_grad()
     def score_images(self, images: Tensor | Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
@@ -131,22 +142,31 @@ class PixelReward(nn.Module):
         return torch.stack(scores)
 
     def enable_gradient_checkpointing(self, slice_size: int | None = None) -> None:
-        """Recompute the VAE decoder block by block in the backward pass: most of a pixel reward's memory is there.
+        """Recompute the VAE decoder block by block in the backward pass, where most of a pixel reward's memory is, and
+        the layers of the reward's own transformers.
 
         slice_size: decode as many pictures at a time (`decode_in_slices`), less memory still; None: all at once.
         """
         if slice_size is not None and slice_size < 1:
             raise ValueError(f"slice_size: got {slice_size}; expected at least 1, or None for the whole batch")
-        self.vae.enable_gradient_checkpointing()
-        self.slice_size = slice_size
+        self._set_recompute(True, slice_size)
 
     def disable_gradient_checkpointing(self) -> None:
-        self.vae.disable_gradient_checkpointing()
-        self.slice_size = None
+        self._set_recompute(False, None)
+
+    def _set_recompute(self, recompute: bool, slice_size: int | None) -> None:
+        self._recompute, self.slice_size = recompute, slice_size
+        recompute_layers(self, recompute)
+        if self.has_vae and recompute:
+            self.vae.enable_gradient_checkpointing()
+        elif self.has_vae:
+            self.vae.disable_gradient_checkpointing()
 
     def train(self, mode: bool = True) -> "PixelReward":
         """Stay in evaluation mode: a reward with dropout would not be the same twice."""
-        return super().train(False)
+        super().train(False)
+        recompute_layers(self, self._recompute)
+        return self
 
 
 def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:

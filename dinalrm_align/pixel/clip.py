@@ -1,11 +1,17 @@
-"""CLIP-style rewards in PickScore's layout (arXiv 2305.01569): score = exp(logit_scale) cos(text, image).
+"""CLIP-style rewards: score = exp(logit_scale) cos(text, image).
 
 The source is a transformers `CLIPModel` folder or hub id; tokenizer and preprocessor_config.json lie beside it or in a
-second place (PickScore takes those of CLIP ViT-H/14). Latents go through the VAE's decoder and a differentiable copy of
-CLIP's preprocessing, so that gradients reach the latents; pictures are RGB in [0, 1] everywhere.
+second place. Latents go through the VAE's decoder and a differentiable copy of CLIP's preprocessing, so that gradients
+reach the latents; pictures are RGB in [0, 1] everywhere. Both scores have exp(logit_scale) = 100:
+
+PickScore (arXiv 2305.01569): yuvalkirstain/PickScore_v1, with tokenizer and preprocessor of
+laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Code MIT, weights as their model card says.
+CLIPScore (arXiv 2104.08718): openai/clip-vit-large-patch14, the model that papers on alignment use. They report 100
+cos, as here, or divide that by 30 or 100; the original is 2.5 max(cos, 0) with ViT-B/32 and "A photo depicts" before
+the prompt. CLIP's code MIT, weights as their model card says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +32,16 @@ class ClipReward(PixelReward):
     """A frozen CLIP reward over latents or pictures; build one with `from_pretrained`."""
 
     def __init__(
-        self, clip: CLIPModel, tokenizer: Any, preprocess: Preprocess, vae: AutoencoderKL | None = None
+        self,
+        clip: CLIPModel,
+        tokenizer: Any,
+        preprocess: Callable[[Tensor], Tensor],
+        vae: AutoencoderKL | None = None,
+        scaled: bool = True,
     ) -> None:
+        """preprocess: images (B, 3, H, W) in [0, 1] -> pixel_values, differentiable. scaled: times exp(logit_scale)."""
         super().__init__(vae)
+        self.scaled = scaled
         self.clip = clip.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.preprocess = preprocess
@@ -70,11 +83,8 @@ class ClipReward(PixelReward):
                 f"unexpected {sorted(unexpected)[:4]}"
             )
         where, at = (source, revision) if processor is None else (processor, None)
-        with reading("tokenizer", where):
-            tokenizer = AutoTokenizer.from_pretrained(where, revision=at, local_files_only=local_files_only)
-        with reading("preprocessor_config.json", where):
-            path = cached_file(where, "preprocessor_config.json", revision=at, local_files_only=local_files_only)
-        preprocess = Preprocess.from_config(read_json(Path(path)), path)
+        tokenizer = load_tokenizer(where, revision=at, local_files_only=local_files_only)
+        preprocess = load_preprocess(where, revision=at, local_files_only=local_files_only)
         return cls(clip.to(device), tokenizer, preprocess, vae)
 
     @property
@@ -82,11 +92,12 @@ class ClipReward(PixelReward):
         return self.clip.device
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W), B prompts -> (B,): exp(logit_scale) cos, the product in float32."""
-        pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
-        features = _projected(self.clip.get_image_features(pixel_values=pixel_values)).float()
-        cosine = (F.normalize(features, dim=-1) * self._encode_text(prompts)).sum(-1)
-        return self.clip.logit_scale.exp().float() * cosine
+        """images (B, 3, H, W), B prompts -> (B,): exp(logit_scale) cos, or cos; the product in float32."""
+        with torch.autocast(self.device.type, enabled=False):  # in CLIP's own dtype, whatever is on around it
+            pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
+            features = _projected(self.clip.get_image_features(pixel_values=pixel_values)).float()
+            cosine = (F.normalize(features, dim=-1) * self._encode_text(prompts)).sum(-1)
+            return self.clip.logit_scale.exp().float() * cosine if self.scaled else cosine
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:
         """(B, D) unit vectors, float32, no gradient; each distinct prompt is encoded once in this reward's life."""
@@ -102,6 +113,21 @@ class ClipReward(PixelReward):
                 )
             self._text_features.update(zip(new, F.normalize(features.float(), dim=-1), strict=True))
         return torch.stack([self._text_features[prompt] for prompt in prompts]).to(self.device)
+
+
+def load_tokenizer(source: str, *, revision: str | None = None, local_files_only: bool = False) -> Any:
+    """The tokenizer of a folder or hub id."""
+    check_source("tokenizer", source)
+    with reading("tokenizer", source):
+        return AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local_files_only)
+
+
+def load_preprocess(source: str, *, revision: str | None = None, local_files_only: bool = False) -> Preprocess:
+    """What the preprocessor_config.json of a folder or hub id says."""
+    check_source("preprocessor", source)
+    with reading("preprocessor_config.json", source):
+        path = cached_file(source, "preprocessor_config.json", revision=revision, local_files_only=local_files_only)
+    return Preprocess.from_config(read_json(Path(path)), path)
 
 
 def _projected(output: Any) -> Tensor:

@@ -26,7 +26,7 @@ from dinalrm_align.pixel.base import PixelReward
 from dinalrm_align.pixel.hps_template import INSTRUCTION_SHA256, SUFFIX_SHA256, HPSTemplate, load_template
 from dinalrm_align.pixel.quantise import check_quantization, quantise_linears
 from dinalrm_align.pixel.qwen2vl import fitted_size, preprocess
-from dinalrm_align.pixel.weights import check_fit, find_file, recompute_layers, shapes_of
+from dinalrm_align.pixel.weights import check_fit, find_file, shapes_of
 
 SOURCE, WEIGHTS, BASE = "MizzenAI/HPSv3", "HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28
@@ -67,7 +67,6 @@ class HPSv3Reward(PixelReward):
         super().__init__(vae)
         self.model, self.head = model.requires_grad_(False), head.requires_grad_(False)
         self.tokenizer, self.template, self.pixels = tokenizer, template, pixels
-        self._recompute = False
         self.eval()
 
     @classmethod
@@ -182,24 +181,6 @@ class HPSv3Reward(PixelReward):
                 f"{ids.count(image_id)} {IMAGE_TOKEN}; expected 1 and {image_tokens}: take them out of the prompt"
             )
         return ids
-
-    def enable_gradient_checkpointing(self, slice_size: int | None = None) -> None:
-        """Recompute Qwen2-VL's layers and the VAE's blocks in the backward pass; slice_size as in `PixelReward`."""
-        self._recompute = True
-        recompute_layers(self.model, True)
-        if self._borrowed["vae"] is not None:
-            super().enable_gradient_checkpointing(slice_size)
-
-    def disable_gradient_checkpointing(self) -> None:
-        self._recompute = False
-        recompute_layers(self.model, False)
-        if self._borrowed["vae"] is not None:
-            super().disable_gradient_checkpointing()
-
-    def train(self, mode: bool = True) -> "HPSv3Reward":
-        super().train(False)
-        recompute_layers(self.model, self._recompute)
-        return self
 
 
 def renamed(name: str) -> str | None:

@@ -25,7 +25,8 @@ from dinalrm_align.device import available_device
 from dinalrm_align.files import check_source, read_json, reading
 from dinalrm_align.pixel.base import PixelReward
 from dinalrm_align.pixel.preprocess import normalise, resize
-from dinalrm_align.pixel.weights import check_fit, find_file, read_pickled_tensors, recompute_layers, shapes_of
+from dinalrm_align.pixel.tensor_files import read_state_dict
+from dinalrm_align.pixel.weights import check_fit, find_file, shapes_of
 
 SOURCE, WEIGHTS, TEXT_CONFIG = "THUDM/ImageReward", "ImageReward.pt", "med_config.json"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -112,7 +113,6 @@ class ImageRewardReward(PixelReward):
         super().__init__(vae)
         self.vision, self.text, self.head = (part.requires_grad_(False) for part in (vision, text, head))
         self.tokenizer = tokenizer
-        self._recompute = False
         self.eval()
 
     @classmethod
@@ -154,7 +154,7 @@ class ImageRewardReward(PixelReward):
                 f"tokenizer {tokenizer}: {len(words)} tokens with [DEC] and [ENC], by {TEXT_CONFIG} expected "
                 f"{sizes.vocab_size}; give bert-base-uncased's"
             )
-        vision, text, head = _build(read_pickled_tensors(path), sizes, path, dtype or torch.float32)
+        vision, text, head = _build(read_state_dict(path), sizes, path, dtype or torch.float32)
         return cls(vision.to(device), text.to(device), head.to(device), words, vae=vae)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -166,24 +166,6 @@ class ImageRewardReward(PixelReward):
             seen = self.vision(preprocess(images, self.vision.config.image_size)).last_hidden_state
             read = self.text(tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen)
             return (self.head(read.last_hidden_state[:, 0]).float().squeeze(-1) - MEAN) / STD
-
-    def enable_gradient_checkpointing(self, slice_size: int | None = None) -> None:
-        """Recompute both towers' layers and the VAE's blocks in the backward pass; slice_size as in `PixelReward`."""
-        self._recompute = True
-        recompute_layers(self, True)
-        if self._borrowed["vae"] is not None:
-            super().enable_gradient_checkpointing(slice_size)
-
-    def disable_gradient_checkpointing(self) -> None:
-        self._recompute = False
-        recompute_layers(self, False)
-        if self._borrowed["vae"] is not None:
-            super().disable_gradient_checkpointing()
-
-    def train(self, mode: bool = True) -> "ImageRewardReward":
-        super().train(False)
-        recompute_layers(self, self._recompute)
-        return self
 
 
 def preprocess(images: Tensor, side: int) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -29,23 +29,6 @@ def find_file(
         return path
     with reading(name, source):
         return Path(hf_hub_download(str(source), name, revision=revision, local_files_only=local_files_only))
-
-
-def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .pt file, read with weights_only=True. ValueError for a file that needs code to run, or that
-    holds anything but tensors by name.
-    """
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of unknown content fails in ways that nobody lists
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path}: not a readable file of tensors ({reason:.200}). Only tensors are read, a file that needs code to "
-            "run is refused: fetch it again"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path}: expected a state dict, tensors by name")
-    return tensors
 
 
 def check_fit(expected: Mapping[str, Iterable[int]], got: Mapping[str, Iterable[int]], where: str | Path) -> None:
