@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -18,6 +19,7 @@ from dinalrm_align.pixel import hps_template
 from dinalrm_align.pixel.hps_template import HPSTemplate, load_template
 from dinalrm_align.pixel.hpsv3 import PIXELS, WEIGHTS, HPSv3Reward, rank_head, renamed
 from dinalrm_align.pixel.qwen2vl import fitted_size, preprocess
+from dinalrm_align.rewards import load_reward
 
 PROMPTS = ["a red circle", "a blue {square}"]
 INSTRUCTION, SUFFIX = "\nRate it.\nPrompt - {text_prompt}\n\n", "\nRating: <|Reward|>\n\nEND\n"
@@ -265,6 +267,33 @@ def test_both_generations_of_names_are_read(load, stock, reward, tmp_path):
     save_file(tensors | {k: v.clone() for k, v in stock[0].state_dict().items()}, tmp_path / "newer.safetensors")
     newer = load(source=tmp_path / "newer.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(newer.state_dict().values(), reward.state_dict().values()))
+
+
+def test_what_lies_beside_the_weights_goes_with_them(folder, base, template, reward, tmp_path):
+    for path in (*base.iterdir(), folder / WEIGHTS, template):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for source in (tmp_path, tmp_path / WEIGHTS):
+        found = HPSv3Reward.from_pretrained(source, template_sha256=HASHES, dtype=torch.float32)
+        assert torch.equal(found.score_images(pictures(), PROMPTS), reward.score_images(pictures(), PROMPTS))
+
+
+def test_load_reward_knows_it_by_name(folder, base, template, reward, vae):
+    own = {"base": base, "template": template, "template_sha256": HASHES, "dtype": torch.float32}
+    found = load_reward(f"0.5*hpsv3={folder}", vae=vae, options={"hpsv3": own})
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(6))
+    torch.testing.assert_close(found(latents, prompts=PROMPTS[:1]), 0.5 * reward(latents, prompts=PROMPTS[:1]))
+
+
+def test_the_full_size_is_qwen2_vl_7bs():
+    """8,291,375,616 parameters with 152,064 embeddings and the output layer; here 151,658 and no output layer."""
+    text = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
+    text |= dict(
+        num_key_value_heads=4, vocab_size=151658, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}
+    )
+    with init_empty_weights():
+        model = Qwen2VLModel(Qwen2VLConfig(text_config=text))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == 8_291_375_616 - 152_064 * 3584 - (152_064 - 151_658) * 3584
 
 
 def test_the_default_is_bfloat16_with_a_float32_head(load, reward):
