@@ -10,14 +10,14 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
+from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from dinalrm_align.encode import decode_latents
 from dinalrm_align.pixel import hps_template
 from dinalrm_align.pixel.hps_template import HPSTemplate, load_template
-from dinalrm_align.pixel.hpsv3 import PIXELS, WEIGHTS, HPSv3Reward, rank_head, renamed
+from dinalrm_align.pixel.hpsv3 import BASE, PIXELS, WEIGHTS, HPSv3Reward, add_reward_token, rank_head, renamed
 from dinalrm_align.pixel.qwen2vl import fitted_size, preprocess
 from dinalrm_align.rewards import load_reward
 
@@ -414,6 +414,21 @@ def test_the_token_count_is_that_of_text_and_picture(reward):
     filled = len(INSTRUCTION.replace("{text_prompt}", "")) + len(SUFFIX.replace("<|Reward|>", "")) + 1
     assert len(reward.token_ids("", 256)) == chat + filled + 256
     assert len(reward.token_ids("abc", 256)) == chat + filled + 259
+
+
+def test_a_square_picture_and_no_prompt_are_786_tokens_under_the_released_template():
+    """Needs the package hpsv3 (--no-deps) and Qwen2-VL-7B-Instruct's tokenizer in the hub's cache."""
+    try:
+        template = load_template()
+        tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+    except (ImportError, OSError) as error:
+        pytest.skip(str(error).split("\n")[0])
+    add_reward_token(tokenizer)
+    with init_empty_weights():
+        model = Qwen2VLModel(Qwen2VLConfig(text_config=dict(num_hidden_layers=0), vision_config=dict(depth=0)))
+    reward = HPSv3Reward(model, rank_head(8), tokenizer, template)
+    assert len(tokenizer) == 151_658 and reward.reward_id == 151_657
+    assert len(reward.token_ids("", reward.image_tokens(1024, 1024))) == 786
 
 
 @pytest.mark.parametrize("token", ["<|Reward|>", "<|image_pad|>"])

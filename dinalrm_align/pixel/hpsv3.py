@@ -49,6 +49,11 @@ def rank_head(width: int) -> nn.Sequential:
     )
 
 
+def add_reward_token(tokenizer: Any) -> None:
+    """Give Qwen2-VL's tokenizer the token that the head reads, after all others: number 151657 in the released size."""
+    tokenizer.add_tokens([AddedToken(REWARD_TOKEN, special=True, normalized=False)], special_tokens=True)
+
+
 class HPSv3Reward(PixelReward):
     """A frozen HPSv3 over latents or pictures; build one with `from_pretrained`."""
 
@@ -110,7 +115,7 @@ class HPSv3Reward(PixelReward):
         with reading("Qwen2-VL config and tokenizer", base):
             config = Qwen2VLConfig.from_pretrained(base, local_files_only=local_files_only)
             tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=local_files_only)
-        tokenizer.add_tokens([AddedToken(REWARD_TOKEN, special=True, normalized=False)], special_tokens=True)
+        add_reward_token(tokenizer)
         if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id:
             raise ValueError(
                 f"{base}: {IMAGE_TOKEN} has id {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}, by its config.json "
