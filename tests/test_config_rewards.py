@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from dinalrm_align.config.rewards import REWARDS, file_name, parse_reward
+from dinalrm_align.config.rewards import REWARDS, check_reward, file_name, parse_reward
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,12 @@ def test_gradients_are_known_beforehand():
     ]  # fmt: skip
 
 
+def test_a_method_that_needs_gradients_is_told_at_once():
+    assert len(check_reward("dinalrm + 0.1*oracle")) == len(check_reward("dinalrm + 2*a.b:c", gradient=True)) == 2
+    with pytest.raises(ValueError, match="oracle, unifiedreward has no gradient, and this method needs one"):
+        check_reward("dinalrm + 0.1*oracle + unifiedreward", gradient=True)
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [
@@ -107,6 +116,15 @@ def test_every_entry_says_where_its_weights_are_and_under_what_licence():
         assert entry.licence and entry.scale, name
         if entry.kind is not None:
             assert entry.source or entry.how, name
+
+
+def test_the_readme_lists_every_name_with_its_source_and_licence():
+    rows = [line for line in README.read_text().splitlines() if line.startswith("| `")]
+    for name, entry in REWARDS.items():
+        (row,) = [row for row in rows if f"`{name}`" in row.split("|")[1]]
+        assert row.rstrip("| ").endswith("yes" if entry.differentiable else "no")
+        if entry.source and not entry.served:
+            assert entry.source in row and entry.licence in row, name
 
 
 def test_the_table_needs_no_torch():

@@ -1,6 +1,8 @@
 """load_reward: every name gives a module with LatentReward's call; sums decode once; judges; errors at the boundary."""
 
 import copy
+import importlib
+import inspect
 import sys
 import types
 from dataclasses import replace
@@ -161,6 +163,18 @@ def test_adapters_of_other_modules_are_called_as_agreed(load, monkeypatch, tiny_
         "http://127.0.0.1:8080/v1": (tiny_pipeline.vae, torch.device("cpu"), None, "not given"),
         "http://localhost:8000/v1": (tiny_pipeline.vae, torch.device("cpu"), None, "not given"),
     }
+
+
+@pytest.mark.parametrize("name", [name for name, entry in REWARDS.items() if entry.kind])
+def test_every_class_of_the_table_is_there_and_takes_what_is_agreed(name):
+    entry = REWARDS[name]
+    module, _, kind = entry.kind.partition(":")
+    found = getattr(importlib.import_module(module), kind)
+    takes = inspect.signature(found.from_pretrained).parameters
+    wanted = {"vae", "device", "dtype", *entry.options} | ({"local_files_only"} if not entry.served else set())
+    assert wanted <= takes.keys() and list(takes)[0] == "source"
+    assert issubclass(found, PixelReward) and found.differentiable == entry.differentiable
+    assert takes["source"].default in (inspect.Parameter.empty, entry.source)
 
 
 def test_a_missing_package_is_named_with_its_extra(load, monkeypatch):

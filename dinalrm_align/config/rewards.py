@@ -185,6 +185,18 @@ def parse_reward(text: str) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+def check_reward(text: str, *, gradient: bool = False) -> tuple[Term, ...]:
+    """`parse_reward`, and with `gradient` ValueError when a part is known to have none."""
+    terms = parse_reward(text)
+    without = [term.label for term in terms if gradient and not term.differentiable]
+    if without:
+        raise ValueError(
+            f"reward {text!r}: {', '.join(without)} has no gradient, and this method needs one; take it for a method "
+            "that ranks or compares scores (GRPO, DPO) or for judging"
+        )
+    return terms
+
+
 def file_name(text: str) -> str:
     """A reward as part of the name of a file or folder: "dinalrm+0.2pickscore"."""
     terms = parse_reward(text)
