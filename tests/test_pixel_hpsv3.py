@@ -6,18 +6,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from dinalrm_align.encode import decode_latents
 from dinalrm_align.pixel import hps_template
 from dinalrm_align.pixel.hps_template import HPSTemplate, load_template
-from dinalrm_align.pixel.hpsv3 import PIXELS, WEIGHTS, HPSv3Reward, rank_head, renamed
+from dinalrm_align.pixel.hpsv3 import BASE, PIXELS, WEIGHTS, HPSv3Reward, add_reward_token, rank_head, renamed
 from dinalrm_align.pixel.qwen2vl import fitted_size, preprocess
+from dinalrm_align.rewards import load_reward
 
 PROMPTS = ["a red circle", "a blue {square}"]
 INSTRUCTION, SUFFIX = "\nRate it.\nPrompt - {text_prompt}\n\n", "\nRating: <|Reward|>\n\nEND\n"
@@ -267,6 +269,33 @@ def test_both_generations_of_names_are_read(load, stock, reward, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(newer.state_dict().values(), reward.state_dict().values()))
 
 
+def test_what_lies_beside_the_weights_goes_with_them(folder, base, template, reward, tmp_path):
+    for path in (*base.iterdir(), folder / WEIGHTS, template):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for source in (tmp_path, tmp_path / WEIGHTS):
+        found = HPSv3Reward.from_pretrained(source, template_sha256=HASHES, dtype=torch.float32)
+        assert torch.equal(found.score_images(pictures(), PROMPTS), reward.score_images(pictures(), PROMPTS))
+
+
+def test_load_reward_knows_it_by_name(folder, base, template, reward, vae):
+    own = {"base": base, "template": template, "template_sha256": HASHES, "dtype": torch.float32}
+    found = load_reward(f"0.5*hpsv3={folder}", vae=vae, options={"hpsv3": own})
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(6))
+    torch.testing.assert_close(found(latents, prompts=PROMPTS[:1]), 0.5 * reward(latents, prompts=PROMPTS[:1]))
+
+
+def test_the_full_size_is_qwen2_vl_7bs():
+    """8,291,375,616 parameters with 152,064 embeddings and the output layer; here 151,658 and no output layer."""
+    text = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
+    text |= dict(
+        num_key_value_heads=4, vocab_size=151658, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}
+    )
+    with init_empty_weights():
+        model = Qwen2VLModel(Qwen2VLConfig(text_config=text))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == 8_291_375_616 - 152_064 * 3584 - (152_064 - 151_658) * 3584
+
+
 def test_the_default_is_bfloat16_with_a_float32_head(load, reward):
     half = load(dtype=None)
     assert half.model.dtype == torch.bfloat16 and half.head[0].weight.dtype == torch.float32
@@ -385,6 +414,21 @@ def test_the_token_count_is_that_of_text_and_picture(reward):
     filled = len(INSTRUCTION.replace("{text_prompt}", "")) + len(SUFFIX.replace("<|Reward|>", "")) + 1
     assert len(reward.token_ids("", 256)) == chat + filled + 256
     assert len(reward.token_ids("abc", 256)) == chat + filled + 259
+
+
+def test_a_square_picture_and_no_prompt_are_786_tokens_under_the_released_template():
+    """Needs the package hpsv3 (--no-deps) and Qwen2-VL-7B-Instruct's tokenizer in the hub's cache."""
+    try:
+        template = load_template()
+        tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+    except (ImportError, OSError) as error:
+        pytest.skip(str(error).split("\n")[0])
+    add_reward_token(tokenizer)
+    with init_empty_weights():
+        model = Qwen2VLModel(Qwen2VLConfig(text_config=dict(num_hidden_layers=0), vision_config=dict(depth=0)))
+    reward = HPSv3Reward(model, rank_head(8), tokenizer, template)
+    assert len(tokenizer) == 151_658 and reward.reward_id == 151_657
+    assert len(reward.token_ids("", reward.image_tokens(1024, 1024))) == 786
 
 
 @pytest.mark.parametrize("token", ["<|Reward|>", "<|image_pad|>"])

@@ -13,6 +13,7 @@ from transformers import BertTokenizer
 
 from dinalrm_align.encode import decode_latents
 from dinalrm_align.pixel.imagereward import TEXT_CONFIG, WEIGHTS, ImageRewardReward, preprocess, renamed
+from dinalrm_align.rewards import load_reward
 
 PROMPTS = ["a red circle", "two blue squares on gray"]
 WIDTH, TEXT_WIDTH, SIDE, PATCH = 128, 32, 32, 16
@@ -315,6 +316,21 @@ def test_text_configs_that_do_not_fit_are_named(folder, tokenizer, tmp_path, cha
     (tmp_path / TEXT_CONFIG).write_text(json.dumps(sizes))
     with pytest.raises(ValueError, match=message):
         ImageRewardReward.from_pretrained(folder, tokenizer=tokenizer, med_config=tmp_path / TEXT_CONFIG)
+
+
+def test_what_lies_beside_the_weights_goes_with_them(folder, tokenizer, reward, tmp_path):
+    for path in (*tokenizer.iterdir(), *folder.iterdir()):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    images = torch.rand(2, 3, 50, 40, generator=torch.Generator().manual_seed(2))
+    for source in (tmp_path, tmp_path / WEIGHTS):
+        found = ImageRewardReward.from_pretrained(source)
+        assert torch.equal(found.score_images(images, PROMPTS), reward.score_images(images, PROMPTS))
+
+
+def test_load_reward_knows_it_by_name(folder, tokenizer, reward, vae):
+    found = load_reward(f"imagereward={folder}", vae=vae, options={"imagereward": {"tokenizer": tokenizer}})
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(found(latents, prompts=PROMPTS), reward(latents, prompts=PROMPTS))
 
 
 def test_missing_files_are_named(folder, tokenizer, tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from dinalrm_align.encode import decode_latents
 from dinalrm_align.pixel.chat_endpoint import ChatEndpoint
 from dinalrm_align.pixel.unifiedreward import TEMPLATES, Template, UnifiedReward
+from dinalrm_align.rewards import load_reward
 
 PROMPTS = ["a red circle", "a {blue} square"]
 GOOD = "circle (object): 1\nred (attribute): 0\nFinal Score: 3.5"
@@ -88,6 +89,13 @@ def asked_of(body):
 def test_a_good_answer_is_its_number(server):
     scores = make(server).score_images(images(), PROMPTS)
     assert scores.tolist() == [3.5, 3.5] and scores.dtype == torch.float32
+
+
+def test_load_reward_knows_it_by_name(server):
+    found = load_reward(f"unifiedreward={server.url}", options={"unifiedreward": {"api_key": "secret"}})
+    assert not found.differentiable
+    assert found.score_images(images(1), PROMPTS[:1]).tolist() == [3.5]
+    assert server.headers == [("/v1/chat/completions", "Bearer secret")]
 
 
 def test_each_picture_is_asked_about_with_its_own_prompt_and_scores_keep_their_order(server):

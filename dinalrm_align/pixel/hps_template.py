@@ -17,6 +17,8 @@ INSTRUCTION_SHA256 = "0393599dad45a971903d1d62a3acf9bad3ccccdafa7f40f680523419e1
 """Of the instruction, 2523 characters with one field {text_prompt}."""
 SUFFIX_SHA256 = "2471faca094ae5bd6fe17b71dce20c3d7583625545e235889f7e74e7eeb69d0a"
 """Of what follows it, 67 characters with the reward token."""
+SCRIPT = "data_collator_qwen.py"
+"""The file of the package that holds both."""
 FIELD = "{text_prompt}"
 NAMES = ("INSTRUCTION", "prompt_with_special_token")
 """What the package calls the two texts."""
@@ -71,7 +73,7 @@ def _installed() -> Path:
     spec = importlib.util.find_spec("hpsv3")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"HPSv3 needs its instruction, and the package hpsv3 is not installed; {HOW_TO_GET}")
-    return Path(spec.submodule_search_locations[0]) / "dataset" / "data_collator_qwen.py"
+    return Path(spec.submodule_search_locations[0]) / "dataset" / SCRIPT
 
 
 def _assigned(source: str, path: Path) -> dict[str, str]:

@@ -23,10 +23,10 @@ from transformers import AddedToken, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 from dinalrm_align.device import available_device
 from dinalrm_align.files import check_source, reading
 from dinalrm_align.pixel.base import PixelReward
-from dinalrm_align.pixel.hps_template import INSTRUCTION_SHA256, SUFFIX_SHA256, HPSTemplate, load_template
+from dinalrm_align.pixel.hps_template import INSTRUCTION_SHA256, SCRIPT, SUFFIX_SHA256, HPSTemplate, load_template
 from dinalrm_align.pixel.quantise import check_quantization, quantise_linears
 from dinalrm_align.pixel.qwen2vl import fitted_size, preprocess
-from dinalrm_align.pixel.weights import check_fit, find_file, shapes_of
+from dinalrm_align.pixel.weights import beside, check_fit, find_file, shapes_of
 
 SOURCE, WEIGHTS, BASE = "MizzenAI/HPSv3", "HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28
@@ -47,6 +47,11 @@ def rank_head(width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
     )
+
+
+def add_reward_token(tokenizer: Any) -> None:
+    """Give Qwen2-VL's tokenizer the token that the head reads, after all others: number 151657 in the released size."""
+    tokenizer.add_tokens([AddedToken(REWARD_TOKEN, special=True, normalized=False)], special_tokens=True)
 
 
 class HPSv3Reward(PixelReward):
@@ -74,7 +79,7 @@ class HPSv3Reward(PixelReward):
         cls,
         source: str | Path = SOURCE,
         *,
-        base: str | Path = BASE,
+        base: str | Path | None = None,
         template: str | Path | None = None,
         template_sha256: tuple[str, str] = (INSTRUCTION_SHA256, SUFFIX_SHA256),
         vae: AutoencoderKL | None = None,
@@ -88,8 +93,10 @@ class HPSv3Reward(PixelReward):
 
         Args:
             source: a hub id (with `revision`), a folder that holds the file, or the file.
-            base: folder or hub id of Qwen2-VL-7B-Instruct: its config.json and tokenizer alone are read.
+            base: folder or hub id of Qwen2-VL-7B-Instruct: its config.json and tokenizer alone are read. Default:
+                what lies beside the weights in a folder, else the hub's.
             template, template_sha256: where the instruction is read, and what it must hash to (`load_template`).
+                Default: data_collator_qwen.py beside the weights, else the installed package `hpsv3`.
             vae: the decoder of the latents to be scored; without one, pictures alone can be scored.
             dtype: of the backbone, bfloat16 by default; the head stays in float32 (float64 beside a float64 backbone).
             quantization: "none", or "int8" or "nf4" for the linear layers of all blocks (bitsandbytes).
@@ -98,14 +105,17 @@ class HPSv3Reward(PixelReward):
         ImportError, OSError when a package or a file is missing. The template is checked before weights are read.
         """
         check_quantization(quantization)
+        if template is None and (folder := beside(source, SCRIPT)):
+            template = folder / SCRIPT
         text = load_template(template, sha256=template_sha256)
         device = torch.device("cpu") if device is None else available_device(device)
         dtype = dtype or torch.bfloat16
+        base = base or beside(source, "config.json") or BASE
         check_source("base model", base)
         with reading("Qwen2-VL config and tokenizer", base):
             config = Qwen2VLConfig.from_pretrained(base, local_files_only=local_files_only)
             tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=local_files_only)
-        tokenizer.add_tokens([AddedToken(REWARD_TOKEN, special=True, normalized=False)], special_tokens=True)
+        add_reward_token(tokenizer)
         if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id:
             raise ValueError(
                 f"{base}: {IMAGE_TOKEN} has id {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}, by its config.json "

@@ -26,7 +26,7 @@ from dinalrm_align.files import check_source, read_json, reading
 from dinalrm_align.pixel.base import PixelReward
 from dinalrm_align.pixel.preprocess import normalise, resize
 from dinalrm_align.pixel.tensor_files import read_state_dict
-from dinalrm_align.pixel.weights import check_fit, find_file, shapes_of
+from dinalrm_align.pixel.weights import beside, check_fit, find_file, shapes_of
 
 SOURCE, WEIGHTS, TEXT_CONFIG = "THUDM/ImageReward", "ImageReward.pt", "med_config.json"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -120,7 +120,7 @@ class ImageRewardReward(PixelReward):
         cls,
         source: str | Path = SOURCE,
         *,
-        tokenizer: str | Path = TOKENIZER,
+        tokenizer: str | Path | None = None,
         med_config: str | Path | None = None,
         vae: AutoencoderKL | None = None,
         device: torch.device | str | None = None,
@@ -132,7 +132,8 @@ class ImageRewardReward(PixelReward):
 
         Args:
             source: a hub id (with `revision`), a folder with ImageReward.pt and med_config.json, or the .pt file.
-            tokenizer: folder or hub id of bert-base-uncased's tokenizer.
+            tokenizer: folder or hub id of bert-base-uncased's tokenizer. Default: what lies beside the weights in a
+                folder, else the hub's.
             med_config: the file; default: beside the weights.
             vae: the decoder of the latents to be scored; without one, pictures alone can be scored.
             dtype: of towers and head, float32 by default.
@@ -143,8 +144,9 @@ class ImageRewardReward(PixelReward):
         device = torch.device("cpu") if device is None else available_device(device)
         options = dict(revision=revision, local_files_only=local_files_only)
         path = find_file(source, WEIGHTS, **options)
-        beside = path.parent if Path(source).is_file() else source
-        sizes = TextTower.from_file(find_file(med_config or beside, TEXT_CONFIG, what="text config", **options))
+        place = path.parent if Path(source).is_file() else source
+        sizes = TextTower.from_file(find_file(med_config or place, TEXT_CONFIG, what="text config", **options))
+        tokenizer = tokenizer or beside(source, "tokenizer.json", "vocab.txt") or TOKENIZER
         check_source("tokenizer", tokenizer)
         with reading("tokenizer", tokenizer):
             words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=local_files_only)

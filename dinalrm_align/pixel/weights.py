@@ -31,6 +31,14 @@ def find_file(
         return Path(hf_hub_download(str(source), name, revision=revision, local_files_only=local_files_only))
 
 
+def beside(source: str | Path, *names: str) -> Path | None:
+    """The folder of a local source, where it holds one of `names`: what lies beside the weights goes with them."""
+    if not isinstance(source, str | Path) or not str(source):
+        return None
+    folder = Path(source).parent if Path(source).is_file() else Path(source)
+    return folder if any((folder / name).is_file() for name in names) else None
+
+
 def check_fit(expected: Mapping[str, Iterable[int]], got: Mapping[str, Iterable[int]], where: str | Path) -> None:
     """ValueError unless both name the same tensors with the same shapes: how many do not, and the first names."""
     wanted = {name: tuple(shape) for name, shape in expected.items()}
