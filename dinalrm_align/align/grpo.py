@@ -31,7 +31,7 @@ from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.prompts import prompt_indices
 from dinalrm_align.noise import seeded_generator
 from dinalrm_align.policy import Conditions, Policy
-from dinalrm_align.sampling import Velocity, ode_step, seeded_noise
+from dinalrm_align.sampling import Velocity, rollout, seeded_noise
 from dinalrm_align.sde import Transition, transition
 
 NO_SPREAD = 1e-6
@@ -242,28 +242,42 @@ class Grpo:
         Returns the final latents (B, C, H, W), on the device; and on the CPU, as `Rollout` keeps them, the states
         (B, W + 1, C, H, W), their log-probabilities (B, W), and the means.
         """
-        config, size = self.config, self.config.group_size
+        config = self.config
         generators = [seeded_generator(PATHS, self.seed, number, self.rank, sample) for sample in samples]
-        starts = generators
-        if config.shared_start:
-            starts = [seeded_generator(STARTS, self.seed, number, self.rank, sample // size) for sample in samples]
-        latents = seeded_noise(self.latent_shape, starts).to(self.policy.device)
+        latents = self._before(number, samples, conditions, generators, window.start)
         velocity = self.velocity_for(conditions, self.guidance_scale)
-        states, log_probs, means = [], [], []
-        for index, (sigma, sigma_next) in enumerate(zip(self.sigmas[:-1], self.sigmas[1:], strict=True)):
-            v = velocity(latents, sigma)
-            if index not in window:
-                latents = ode_step(latents, v, sigma, sigma_next)
-                continue
-            states.append(latents)
+        states, log_probs, means = [latents], [], []
+        for index in window:
+            v = velocity(latents, self.sigmas[index])
             step = transition(config.sampler, latents, v, self.sigmas, index, config.noise_level)
             latents = step.draw(seeded_noise(self.latent_shape, generators).to(latents.device))
             log_probs.append(step.log_prob(latents))
             means.append(step.mean)
-            if index == window.stop - 1:
-                states.append(latents)
+            states.append(latents)
+        latents = rollout(velocity, latents, self.sigmas[window.stop :])
         kept_means = torch.stack(means, dim=1) if config.guard else torch.zeros(len(samples), 0)
         return latents, torch.stack(states, dim=1).cpu(), torch.stack(log_probs, dim=1).cpu(), kept_means.cpu()
+
+    def _before(
+        self,
+        number: int,
+        samples: Sequence[int],
+        conditions: Conditions,
+        generators: Sequence[torch.Generator],
+        steps: int,
+    ) -> Tensor:
+        """Latents (B, C, H, W) after the first `steps` steps of the flow; of a shared start once for every group."""
+        device = self.policy.device
+        if not self.config.shared_start:
+            noise = seeded_noise(self.latent_shape, generators).to(device)
+            return rollout(self.velocity_for(conditions, self.guidance_scale), noise, self.sigmas[: steps + 1])
+        groups = [sample // self.config.group_size for sample in samples]
+        firsts = {group: place for place, group in reversed(list(enumerate(groups)))}  # where each group begins
+        ordered = sorted(firsts)
+        starts = [seeded_generator(STARTS, self.seed, number, self.rank, group) for group in ordered]
+        noise = seeded_noise(self.latent_shape, starts).to(device)
+        velocity = self.velocity_for(conditions.take([firsts[group] for group in ordered]), self.guidance_scale)
+        return rollout(velocity, noise, self.sigmas[: steps + 1])[[ordered.index(group) for group in groups]]
 
     def scores(self, latents: Tensor, conditions: Conditions, keys: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
         """The reward of final latents (B, C, H, W), by draw: (draws, B) float64 on the CPU; by part, if asked for.
@@ -327,27 +341,27 @@ class Grpo:
         place = self.spending.place(micro_step)
         if place.begins:
             self.pending = self.roll_out(place.rollout)
-        rollout = self.pending
-        if rollout is None or rollout.number != place.rollout:
+        pending = self.pending
+        if pending is None or pending.number != place.rollout:
             raise RuntimeError(
                 f"micro-step {micro_step} spends rollout {place.rollout}, which is not there: begin at its first "
                 "micro-step, or put back the state that was saved with the weights (`load_state_tensors`)"
             )
         if self.spending.ends(place):
             self.pending = None
-        width = rollout.log_probs.shape[1]
-        rows, columns, total = self.spending.share(rollout.kept.nonzero().flatten(), width, place, self.seed, self.rank)
+        width = pending.log_probs.shape[1]
+        rows, columns, total = self.spending.share(pending.kept.nonzero().flatten(), width, place, self.seed, self.rank)
         device = self.policy.device
-        statistics = dict(zip(STATISTICS, rollout.statistics.tolist(), strict=True))
+        statistics = dict(zip(STATISTICS, pending.statistics.tolist(), strict=True))
         return GrpoBatch(
             place=place,
-            conditions=self.conditions.take(rollout.indices[rows].tolist(), device),
-            steps=rollout.start + columns,
-            latents=rollout.latents[rows, columns].to(device),
-            following=rollout.latents[rows, columns + 1].to(device),
-            old_log_prob=rollout.log_probs[rows, columns].to(device),
-            old_mean=(rollout.means[rows, columns] if self.config.guard else rollout.means[rows]).to(device),
-            advantage=rollout.advantages[rows].to(device),
+            conditions=self.conditions.take(pending.indices[rows].tolist(), device),
+            steps=pending.start + columns,
+            latents=pending.latents[rows, columns].to(device),
+            following=pending.latents[rows, columns + 1].to(device),
+            old_log_prob=pending.log_probs[rows, columns].to(device),
+            old_mean=(pending.means[rows, columns] if self.config.guard else pending.means[rows]).to(device),
+            advantage=pending.advantages[rows].to(device),
             weight=self.accumulate / max(total, 1),
             statistics={name: value for name, value in statistics.items() if value == value},
         )

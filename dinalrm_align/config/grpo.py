@@ -34,8 +34,8 @@ class GrpoConfig:
         window_rollouts: rollouts before a progressive window moves on.
         window_stride: steps that it then moves by.
         window_wraps: begin again once it has passed the last place; otherwise it stays there.
-        shared_start: let a group start from one initial noise, as DanceGRPO and MixGRPO do; its samples then differ by
-            the stochastic steps alone.
+        shared_start: let a group start from one initial noise, as DanceGRPO and MixGRPO do: its samples then differ by
+            the stochastic steps alone, which is what is trained, and what comes before them is sampled once.
         reward_draws: noise draws that a reward of noised latents is averaged over. A draw is shared by the whole group,
             so that it does not enter the advantages; from two on, the variance that a draw for every sample would have
             added is measured.
