@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_align import SHAPE, brightness, gradient_of, move, surroundings
 
 from dinalrm_align import LatentReward
-from dinalrm_align.align import grpo
+from dinalrm_align.align import grpo, surrogate
 from dinalrm_align.align.on_policy import Place, Spending
 from dinalrm_align.config.grpo import GrpoConfig
 from dinalrm_align.cost import PhaseMeter
@@ -41,7 +41,7 @@ def test_advantages_are_flow_grpos(std, name):
     golden = load_file(Path(__file__).parent / "fixtures" / "flow_grpo_step.safetensors")
     order = golden["advantage_prompt_ids"].argsort(stable=True)
     scores = golden["advantage_rewards"][order].view(3, 3)
-    advantages = grpo.group_advantages(scores, std, 1e-4)
+    advantages = surrogate.group_advantages(scores, std, 1e-4)
     torch.testing.assert_close(advantages.flatten(), golden[name][order], rtol=1e-5, atol=1e-9)
 
 
@@ -50,20 +50,20 @@ def test_advantages_by_hand():
     (0, 2, 10, 14: mean 6.5, squares 42.25 + 20.25 + 12.25 + 56.25 = 131) sqrt(131 / 4) = 5.7228.
     """
     scores = torch.tensor([[0.0, 2.0], [10.0, 14.0]])
-    assert grpo.group_advantages(scores, "group", 1.0).tolist() == [[-0.5, 0.5], [-2 / 3, 2 / 3]]
-    assert grpo.group_advantages(scores, "global", 0.0).flatten().tolist() == pytest.approx(
+    assert surrogate.group_advantages(scores, "group", 1.0).tolist() == [[-0.5, 0.5], [-2 / 3, 2 / 3]]
+    assert surrogate.group_advantages(scores, "global", 0.0).flatten().tolist() == pytest.approx(
         [-1 / 5.7228, 1 / 5.7228, -2 / 5.7228, 2 / 5.7228], rel=1e-4
     )
     everyone = torch.tensor([0.0, 20.0])
-    assert grpo.group_advantages(scores, "global", 0.0, everyone)[0, 1].item() == pytest.approx(0.1)
+    assert surrogate.group_advantages(scores, "global", 0.0, everyone)[0, 1].item() == pytest.approx(0.1)
     with pytest.raises(ValueError, match="unknown advantage_std 'batch'; known: group, global"):
-        grpo.group_advantages(scores, "batch", 0.0)
+        surrogate.group_advantages(scores, "batch", 0.0)
 
 
 def test_clipped_loss_by_hand():
     """c = 0.1. A = 1: rho 1.2 counts as 1.1, 0.8 as it is: -1.1, -0.8. A = -1: 1.2 as it is, 0.8 as 0.9: 1.2, 0.9."""
     ratio, advantage = torch.tensor([1.2, 0.8, 1.2, 0.8]), torch.tensor([1.0, 1.0, -1.0, -1.0])
-    assert grpo.clipped_loss(ratio, advantage, 0.1).tolist() == pytest.approx([-1.1, -0.8, 1.2, 0.9])
+    assert surrogate.clipped_loss(ratio, advantage, 0.1).tolist() == pytest.approx([-1.1, -0.8, 1.2, 0.9])
 
 
 def test_guarded_ratio_by_hand():
@@ -75,9 +75,9 @@ def test_guarded_ratio_by_hand():
     following = torch.full((1, 1, 1, 1), 0.625)
     old = transition("flow_sde", torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2.0), [1, 0.5, 0.25, 0], 1, 0.5)
     new = dataclasses.replace(old, mean=old.mean + 0.05)
-    ratio = grpo.guarded_ratio(new, old.mean, new.log_prob(following), old.log_prob(following))
+    ratio = surrogate.guarded_ratio(new, old.mean, new.log_prob(following), old.log_prob(following))
     assert ratio.item() == pytest.approx(math.exp(0.05), rel=1e-5)
-    assert (grpo.clipped_loss(ratio, torch.tensor([-2.0]), 0.1) / -new.delta).item() == pytest.approx(
+    assert (surrogate.clipped_loss(ratio, torch.tensor([-2.0]), 0.1) / -new.delta).item() == pytest.approx(
         8.410169, rel=1e-5
     )
 
@@ -88,9 +88,9 @@ def test_kl_by_hand():
     reference = dataclasses.replace(step, mean=step.mean - 0.1)
     difference = torch.full((1, 1, 1, 1), 3.0)
     for form, expected in (("scale", 0.02), ("std", 0.08), ("velocity", 9.0)):
-        assert grpo.step_kl(form, step, reference, difference).item() == pytest.approx(expected, rel=1e-5)
+        assert surrogate.step_kl(form, step, reference, difference).item() == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="unknown kl_form 'none'"):
-        grpo.step_kl("none", step, reference, difference)
+        surrogate.step_kl("none", step, reference, difference)
 
 
 def test_windows():
@@ -219,7 +219,7 @@ def test_the_score_inside_is_the_score_outside(method, tiny_world, tiny_pipeline
             )
             for draw in range(2)
         ]).mean(dim=0)  # fmt: skip
-    expected = grpo.group_advantages(outside.view(2, 3), "global", 1e-12).float().flatten()
+    expected = surrogate.group_advantages(outside.view(2, 3), "global", 1e-12).float().flatten()
     torch.testing.assert_close(rollout.advantages, expected, rtol=1e-3, atol=1e-4)
     assert dict(zip(grpo.STATISTICS, rollout.statistics.tolist(), strict=True))["reward"] == pytest.approx(
         outside.mean().item(), rel=1e-4
@@ -266,7 +266,9 @@ def test_parts_of_a_reward_are_normalised_one_by_one(method):
         window = range(rollout.start, rollout.start + 2)
         final, *_ = one.trajectories(0, range(6), one.conditions.take(rollout.indices.tolist()), window)
     scores = {name: values.view(2, 3) for name, values in parts(final).items()}
-    expected = sum(weights[name] * grpo.group_advantages(values, "global", 1e-4) for name, values in scores.items())
+    expected = sum(
+        weights[name] * surrogate.group_advantages(values, "global", 1e-4) for name, values in scores.items()
+    )
     torch.testing.assert_close(rollout.advantages.view(2, 3), expected.float(), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="advantage_of is 'parts', and the reward has none"):
         changed(method, advantage_of="parts")

@@ -58,7 +58,6 @@ class GrpoConfig:
             over from one to another.
         ratio_tolerance: how far the ratios of the first update after a rollout may be from 1 before the run is stopped:
             rollout and training then compute different things.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
     """
 
     groups: int = 8
@@ -90,7 +89,6 @@ class GrpoConfig:
     kl_beta: float = 0.0
     kl_form: Literal["scale", "std", "velocity"] = "scale"
     ratio_tolerance: float = 1e-5
-    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "grpo")

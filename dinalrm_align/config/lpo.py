@@ -33,7 +33,6 @@ class LpoConfig:
         clip_range: how far the ratio to the reference may leave 1, either way, before a candidate stops counting.
         minibatches: updates that the pairs of a rollout are divided between.
         epochs: times that they are gone through.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
     """
 
     batch_size: int = 16
@@ -52,7 +51,6 @@ class LpoConfig:
     clip_range: float = 0.1
     minibatches: int = 1
     epochs: int = 1
-    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "lpo")
