@@ -11,6 +11,7 @@ from tiny_align import SHAPE, brightness, gradient_of, move, surroundings
 
 from dinalrm_align import LatentReward
 from dinalrm_align.align import grpo, surrogate
+from dinalrm_align.align.groups import REWARDS
 from dinalrm_align.align.on_policy import Place, Spending
 from dinalrm_align.config.grpo import GrpoConfig
 from dinalrm_align.cost import PhaseMeter
@@ -215,13 +216,13 @@ def test_the_score_inside_is_the_score_outside(method, tiny_world, tiny_pipeline
             reward(
                 final,
                 chosen.prompts,
-                noise=seeded_noise(SHAPE, [seeded_generator(*real._reward_key(4, i // 3), draw) for i in range(6)]),
+                noise=seeded_noise(SHAPE, [seeded_generator(REWARDS, 3, 4, 0, i // 3, draw) for i in range(6)]),
             )
             for draw in range(2)
         ]).mean(dim=0)  # fmt: skip
     expected = surrogate.group_advantages(outside.view(2, 3), "global", 1e-12).float().flatten()
     torch.testing.assert_close(rollout.advantages, expected, rtol=1e-3, atol=1e-4)
-    assert dict(zip(grpo.STATISTICS, rollout.statistics.tolist(), strict=True))["reward"] == pytest.approx(
+    assert dict(zip(grpo.RECORDED, rollout.statistics.tolist(), strict=True))["reward"] == pytest.approx(
         outside.mean().item(), rel=1e-4
     )
 
@@ -244,11 +245,11 @@ def test_a_group_shares_the_rewards_noise_and_the_rest_is_measured(method):
     first, second = (draw.view(4, 4, *SHAPE) for draw in seen)
     assert torch.equal(first[:, :1].expand_as(first), first) and not torch.equal(first[0, 0], first[1, 0])
     assert not torch.equal(first, second)
-    logged = dict(zip(grpo.STATISTICS, rollout.statistics.tolist(), strict=True))
+    logged = dict(zip(grpo.RECORDED, rollout.statistics.tolist(), strict=True))
     drawn = torch.stack([first[:, 0].mean(dim=(1, 2, 3)), second[:, 0].mean(dim=(1, 2, 3))])
     assert logged["reward_noise_variance"] == pytest.approx(drawn.var(dim=0).mean().item() / 2, rel=1e-3)
     assert logged["group_variance"] == pytest.approx(
-        dict(zip(grpo.STATISTICS, plain.statistics.tolist(), strict=True))["group_variance"], rel=1e-3
+        dict(zip(grpo.RECORDED, plain.statistics.tolist(), strict=True))["group_variance"], rel=1e-3
     )
 
 

@@ -14,8 +14,7 @@ descends, over the samples and steps that are left,
 The window gives the variants: Flow-GRPO-Fast (a random one) and MixGRPO (arXiv 2507.21802; one that moves on as
 training goes). Unlike public code, steps that are not trained are never stochastic: their noise would only blur.
 
-A reward of noised latents is noisy itself. Here a group shares the reward's noise, so that what is compared are the
-samples; the variance that separate draws would have added is measured beside it.
+A group shares the reward's own noise (`groups`), so that what is compared are the samples.
 """
 
 import dataclasses
@@ -25,8 +24,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dinalrm_align.align.groups import STATISTICS, Parts, as_parts, group_scores, judge_groups
 from dinalrm_align.align.on_policy import Place, Spending, levels_at, velocity_under
-from dinalrm_align.align.surrogate import clipped_loss, group_advantages, guarded_ratio, step_kl
+from dinalrm_align.align.surrogate import clipped_loss, guarded_ratio, step_kl
 from dinalrm_align.config.grpo import GrpoConfig
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.prompts import prompt_indices
@@ -35,16 +35,9 @@ from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.sampling import Velocity, rollout, seeded_noise
 from dinalrm_align.sde import transition
 
-NO_SPREAD = 1e-6
-"""Standard deviation up to which the scores of a group are taken for equal: rounding alone makes as much."""
-PATHS, STARTS, REWARDS, WINDOWS = 10, 11, 12, 13
+PATHS, STARTS, WINDOWS = 10, 11, 13
 """Keys of the generators of a rollout."""
-STATISTICS = (
-    "reward", "group_variance", "reward_noise_variance", "dropped_groups", "advantage_size", "window_start",
-)  # fmt: skip
-
-Parts = Callable[..., Mapping[str, Tensor]]
-"""parts(latents, prompts=..., sigma=..., noise=...) -> name to (B,): the scores that a weighted sum adds up"""
+RECORDED = (*STATISTICS, "window_start")
 
 
 def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: torch.Generator) -> range:
@@ -80,7 +73,7 @@ class Rollout:
 
     latents (N, W + 1, C, H, W): before each of the W trained steps and after the last. log_probs (N, W). means
     (N, W, C, H, W) if a guard needs them, else (N, 0). advantages (N,), clipped; kept (N,) bool: of no dropped group.
-    statistics: of `STATISTICS`, NaN where not measured. All float32.
+    statistics: of `RECORDED`, NaN where not measured. All float32.
     """
 
     number: int
@@ -145,8 +138,11 @@ class Grpo:
         config = self.config
         self.spending = Spending(config.epochs, config.minibatches, self.accumulate)
         trained_steps(config, len(self.sigmas) - 1, 0, seeded_generator(0))
-        if config.advantage_of == "parts" and (self.parts is None or not self.weights):
-            raise ValueError("advantage_of is 'parts', and the reward has none: take a weighted sum, or 'sum'")
+        self._parts, self._weights = as_parts(self.reward), {"reward": 1.0}
+        if config.advantage_of == "parts":
+            if self.parts is None or not self.weights:
+                raise ValueError("advantage_of is 'parts', and the reward has none: take a weighted sum, or 'sum'")
+            self._parts, self._weights = self.parts, self.weights
 
     def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
         """The policy's velocity under these conditions, as the sampler wants it."""
@@ -175,13 +171,16 @@ class Grpo:
             conditions = self.conditions.take(indices[samples].tolist(), self.policy.device)
             with self.meter.phase("rollout"), torch.no_grad():
                 final, *kept = self.trajectories(number, samples.tolist(), conditions, window)
-            with self.meter.phase("reward"), torch.no_grad():
-                groups = (samples // config.group_size).tolist()
-                scores.append(self.scores(final, conditions, [self._reward_key(number, group) for group in groups]))
+            with self.meter.phase("reward"):
+                scores.append(self.scores(number, samples.tolist(), final, conditions))
             parts.append(tuple(kept))
         latents, log_probs, means = (torch.cat(column) for column in zip(*parts, strict=True))
         together = {name: torch.cat([part[name] for part in scores], dim=1) for name in scores[0]}
-        return Rollout(number, window.start, indices, latents, log_probs, means, *self._judge(together, window.start))
+        judged = judge_groups(together, self._weights, config, self.gather)
+        statistics = torch.tensor([{**judged.statistics, "window_start": window.start}[name] for name in RECORDED])
+        return Rollout(
+            number, window.start, indices, latents, log_probs, means, judged.advantages, judged.kept, statistics
+        )
 
     def trajectories(
         self, number: int, samples: Sequence[int], conditions: Conditions, window: range
@@ -228,57 +227,10 @@ class Grpo:
         velocity = self.velocity_for(conditions.take([firsts[group] for group in ordered]), self.guidance_scale)
         return rollout(velocity, noise, self.sigmas[: steps + 1])[[ordered.index(group) for group in groups]]
 
-    def scores(self, latents: Tensor, conditions: Conditions, keys: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
-        """The reward of final latents (B, C, H, W), by draw: (draws, B) float64 on the CPU; by part, if asked for.
-
-        keys: of each sample's group, so that its members share their draws.
-        """
-        draws: list[Mapping[str, Tensor]] = []
-        for draw in range(self.config.reward_draws):
-            noise = seeded_noise(self.latent_shape, [seeded_generator(*key, draw) for key in keys]).to(latents.device)
-            told = {"prompts": conditions.prompts, "sigma": self.config.reward_sigma, "noise": noise}
-            if self.config.advantage_of == "parts":
-                draws.append(self.parts(latents, **told))
-            else:
-                draws.append({"reward": self.reward(latents, **told)})
-        scores = {name: torch.stack([draw[name] for draw in draws]).double().cpu() for name in draws[0]}
-        for name, values in scores.items():
-            if values.shape != (len(draws), len(latents)) or not bool(values.isfinite().all()):
-                raise ValueError(
-                    f"{name}: got scores of shape {tuple(values.shape[1:])}, {int(values.isnan().sum())} of them NaN; "
-                    f"expected ({len(latents)},), finite"
-                )
-        return scores
-
-    def _reward_key(self, number: int, group: int) -> tuple[int, ...]:
-        return (REWARDS, self.seed, number, self.rank, group)
-
-    def _judge(self, scores: Mapping[str, Tensor], start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """advantages, kept and statistics of scores (draws, N) by part."""
-        config = self.config
-        weights = {"reward": 1.0} if config.advantage_of == "sum" else self.weights
-        if scores.keys() != weights.keys():
-            raise ValueError(f"the reward has the parts {sorted(scores)}, its weights are for {sorted(weights)}")
-        advantages, varied = 0.0, False
-        for name, draws in scores.items():
-            grouped = draws.mean(dim=0).view(config.groups, config.group_size)
-            everyone = self.gather(grouped) if config.advantage_std == "global" else None
-            own = group_advantages(grouped, config.advantage_std, config.advantage_floor, everyone)
-            advantages = advantages + weights[name] * own
-            varied = varied | (grouped.std(dim=1, correction=0) > NO_SPREAD)
-        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip).float().flatten()
-        kept = varied.repeat_interleave(config.group_size)
-        total = sum(weights[name] * draws for name, draws in scores.items())
-        grouped = total.mean(dim=0).view(config.groups, config.group_size)
-        statistics = {
-            "reward": grouped.mean(),
-            "group_variance": grouped.var(dim=1, correction=0).mean(),
-            "reward_noise_variance": total.var(dim=0).mean() / len(total) if len(total) > 1 else torch.nan,
-            "dropped_groups": 1 - varied.double().mean(),
-            "advantage_size": advantages.abs().mean(),
-            "window_start": start,
-        }
-        return advantages, kept, torch.tensor([float(statistics[name]) for name in STATISTICS])
+    def scores(self, number: int, samples: Sequence[int], latents: Tensor, conditions: Conditions) -> dict[str, Tensor]:
+        """Scores of final latents, by part and draw: (draws, B). samples: their places in the rollout."""
+        keys = [(self.seed, number, self.rank, sample // self.config.group_size) for sample in samples]
+        return group_scores(self._parts, latents, conditions.prompts, keys, self.config)
 
     # ------------------------------------------------------------------------- the update
 
@@ -301,7 +253,7 @@ class Grpo:
         width = pending.log_probs.shape[1]
         rows, columns, total = self.spending.share(pending.kept.nonzero().flatten(), width, place, self.seed, self.rank)
         device = self.policy.device
-        statistics = dict(zip(STATISTICS, pending.statistics.tolist(), strict=True))
+        statistics = dict(zip(RECORDED, pending.statistics.tolist(), strict=True))
         return GrpoBatch(
             place=place,
             conditions=self.conditions.take(pending.indices[rows].tolist(), device),
@@ -382,7 +334,7 @@ class Grpo:
         count, width = self.config.groups * self.config.group_size, tensors["log_probs"].shape[-1]
         expected = {
             "number": (), "start": (), "indices": (count,), "latents": (count, width + 1, *self.latent_shape),
-            "log_probs": (count, width), "advantages": (count,), "kept": (count,), "statistics": (len(STATISTICS),),
+            "log_probs": (count, width), "advantages": (count,), "kept": (count,), "statistics": (len(RECORDED),),
             "means": (count, width, *self.latent_shape) if self.config.guard else (count, 0),
         }  # fmt: skip
         for name, shape in expected.items():
