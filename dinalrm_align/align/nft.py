@@ -1,8 +1,8 @@
 """DiffusionNFT (arXiv 2509.16117): learn from the contrast of good and bad samples on the forward process.
 
 A rollout takes group_size samples of every prompt, by any sampler: here the flow itself. The advantage of a sample in
-its group says how good it is, r = clip(A / (2 c) + 1/2, 0, 1). Then each clean sample x0 is noised, and with the velocity v
-of the policy and v_old of the one that sampled, a good and a bad policy are made of both,
+its group says how good it is, r = clip(A / (2 c) + 1/2, 0, 1). Then each clean sample x0 is noised. With the policy's
+velocity v and the velocity v_old of the one that sampled, a good and a bad policy are made,
 
     v_good = beta v + (1 - beta) v_old,       v_bad = (1 + beta) v_old - beta v,
 
