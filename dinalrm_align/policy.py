@@ -171,7 +171,12 @@ class Policy:
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def velocity_for(
-        self, conditions: Conditions, guidance_scale: float = 1.0, negative: Conditions | None = None
+        self,
+        conditions: Conditions,
+        guidance_scale: float = 1.0,
+        negative: Conditions | None = None,
+        *,
+        negative_gradient: bool = True,
     ) -> Velocity:
         """The velocity under these conditions, as samplers take it. negative: of one empty prompt, for guidance."""
         against = None
@@ -179,7 +184,7 @@ class Policy:
             against = negative.take([0] * len(conditions), self.device)
 
         def velocity(latents: Tensor, sigma: float | Tensor) -> Tensor:
-            return self.velocity(latents, sigma, conditions, guidance_scale, against)
+            return self.velocity(latents, sigma, conditions, guidance_scale, against, negative_gradient)
 
         return velocity
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.align.groups import STATISTICS, Parts, as_parts, group_scores, judge_groups
-from dinalrm_align.align.on_policy import Place, Spending, levels_at, velocity_under
+from dinalrm_align.align.on_policy import Place, Spending, levels_at
 from dinalrm_align.align.surrogate import clipped_loss, guarded_ratio, step_kl
 from dinalrm_align.config.grpo import GrpoConfig
 from dinalrm_align.cost import PhaseMeter
@@ -145,13 +145,9 @@ class Grpo:
             self._parts, self._weights = self.parts, self.weights
 
     def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
-        """The policy's velocity under these conditions, as the sampler wants it."""
-        return velocity_under(
-            self.policy,
-            conditions,
-            guidance_scale,
-            self.negative,
-            negative_gradient=self.config.negative_gradient,
+        """The policy's velocity under these conditions."""
+        return self.policy.velocity_for(
+            conditions, guidance_scale, self.negative, negative_gradient=self.config.negative_gradient
         )
 
     # ------------------------------------------------------------------------- the rollout

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinalrm_align.align.on_policy import Place, Spending, levels_at, velocity_under
+from dinalrm_align.align.on_policy import Place, Spending, levels_at
 from dinalrm_align.config.lpo import LpoConfig
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.prompts import prompt_indices
@@ -147,13 +147,9 @@ class Lpo:
         self.thresholds = dict(zip(self.steps, dynamic_threshold(stds, *config.threshold).tolist(), strict=True))
 
     def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
-        """The policy's velocity under these conditions, as the sampler wants it."""
-        return velocity_under(
-            self.policy,
-            conditions,
-            guidance_scale,
-            self.negative,
-            negative_gradient=self.config.negative_gradient,
+        """The policy's velocity under these conditions."""
+        return self.policy.velocity_for(
+            conditions, guidance_scale, self.negative, negative_gradient=self.config.negative_gradient
         )
 
     # ------------------------------------------------------------------------- the rollout

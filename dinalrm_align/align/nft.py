@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.align.groups import STATISTICS, as_parts, group_scores, judge_groups
-from dinalrm_align.align.on_policy import Spending, levels_at, velocity_under
+from dinalrm_align.align.on_policy import Spending, levels_at
 from dinalrm_align.config.nft import NftConfig
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.prompts import prompt_indices
@@ -126,8 +126,8 @@ class Nft:
         self.old = Ema(self.policy.parameters, 0.0)
 
     def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
-        """The policy's velocity under these conditions, as the sampler wants it."""
-        return velocity_under(self.policy, conditions, guidance_scale, self.negative)
+        """The policy's velocity under these conditions."""
+        return self.policy.velocity_for(conditions, guidance_scale, self.negative)
 
     @torch.no_grad()
     def roll_out(self, number: int) -> Samples:

@@ -1,4 +1,4 @@
-"""What the on-policy methods share: how a rollout is spent on updates, and the policy's velocity under conditions.
+"""What the on-policy methods share: how a rollout is spent on updates.
 
 A rollout is made at the first micro-step that needs it and then spent: `epochs` times through its rows, in a new random
 order each time, divided into `minibatches` updates, each of them cut into `accumulate` micro-steps as `loop.fit` counts
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.noise import seeded_generator
-from dinalrm_align.policy import Conditions, Policy
-from dinalrm_align.sampling import Velocity
 
 ORDER = 1
 """Key of the random order's generator, apart from those of the rollout itself."""
@@ -82,25 +80,6 @@ class Spending:
 def _piece(count: int, pieces: int, number: int) -> slice:
     """Piece `number` of `count` things in a row, the pieces as equal as may be."""
     return slice(count * number // pieces, count * (number + 1) // pieces)
-
-
-def velocity_under(
-    policy: Policy,
-    conditions: Conditions,
-    guidance_scale: float,
-    negative: Conditions,
-    *,
-    negative_gradient: bool = True,
-) -> Velocity:
-    """The policy's velocity under B conditions, as samplers want it; negative: of one empty prompt, on any device."""
-    negatives = negative.take([0] * len(conditions), policy.device) if guidance_scale > 1 else None
-
-    def velocity(latents: Tensor, sigma: float | Tensor) -> Tensor:
-        return policy.velocity(
-            latents, sigma, conditions, guidance_scale, negatives, negative_gradient=negative_gradient
-        )
-
-    return velocity
 
 
 def levels_at(sigmas: Sequence[float], steps: Tensor, device: torch.device) -> Tensor:

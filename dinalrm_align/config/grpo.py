@@ -4,10 +4,12 @@ The defaults suit the embedded world on two CPU cores; `recipes/grpo_sd35.yaml` 
 differently.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from dinalrm_align.config.align import AlignRun
 from dinalrm_align.config.check import check_fields
+from dinalrm_align.config.loop import LoopConfig, OptimConfig
 
 
 @dataclass
@@ -130,3 +132,21 @@ class GrpoConfig:
                 "grpo.guard: it normalises ratios of normal densities, and flow_cps's log-probability leaves the "
                 "variance out; use flow_sde or dance_sde"
             )
+
+
+@dataclass
+class GrpoRun(AlignRun):
+    """Everything `python recipes/grpo_sd35.py` can be told.
+
+    Args:
+        gradient_checkpointing: recompute activations of policy and reward in the backward pass: less memory, about a
+            third more time.
+        optim: AdamW.
+        loop: how long, how often saved, averaging.
+        grpo: one rollout, and how it is spent.
+    """
+
+    gradient_checkpointing: bool = False
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=8e-4))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=24))
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)

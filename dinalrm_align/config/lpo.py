@@ -3,10 +3,12 @@
 The defaults suit the embedded world on two CPU cores; `recipes/lpo_sd35.yaml` holds the settings for SD3.5-Medium.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from dinalrm_align.config.align import AlignRun
 from dinalrm_align.config.check import check_fields
+from dinalrm_align.config.loop import LoopConfig, OptimConfig
 
 
 @dataclass
@@ -77,3 +79,21 @@ class LpoConfig:
                 f"lpo: got temperature {self.temperature}, beta {self.beta}, clip_range {self.clip_range}; expected "
                 "more than 0, and a clip_range below 1"
             )
+
+
+@dataclass
+class LpoRun(AlignRun):
+    """Everything `python recipes/lpo_sd35.py` can be told.
+
+    Args:
+        gradient_checkpointing: recompute activations of policy and reward in the backward pass: less memory, about a
+            third more time.
+        optim: AdamW.
+        loop: how long, how often saved, averaging.
+        lpo: one rollout, and how it is spent.
+    """
+
+    gradient_checkpointing: bool = False
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-4))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=36))
+    lpo: LpoConfig = field(default_factory=LpoConfig)

@@ -4,10 +4,12 @@ The defaults suit the embedded world on two CPU cores; `recipes/nft_sd35.yaml` h
 differently.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from dinalrm_align.config.align import AlignRun
 from dinalrm_align.config.check import check_fields
+from dinalrm_align.config.loop import LoopConfig, OptimConfig
 
 
 @dataclass
@@ -83,3 +85,21 @@ class NftConfig:
             )
         if not 0 <= self.old_limit < 1:
             raise ValueError(f"nft.old_limit: got {self.old_limit}; expected [0, 1)")
+
+
+@dataclass
+class NftRun(AlignRun):
+    """Everything `python recipes/nft_sd35.py` can be told.
+
+    Args:
+        gradient_checkpointing: recompute activations of policy and reward in the backward pass: less memory, about a
+            third more time.
+        optim: AdamW.
+        loop: how long, how often saved, averaging.
+        nft: one rollout, and how it is spent.
+    """
+
+    gradient_checkpointing: bool = False
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=8e-4))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=24))
+    nft: NftConfig = field(default_factory=NftConfig)
