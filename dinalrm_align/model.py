@@ -30,22 +30,23 @@ class RewardModel(nn.Module):
         self._snap_table = scheduler_sigmas()
 
     def forward(
-        self, latents: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, sigma: Sigma, noise: Tensor
+        self, latents: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, sigma: Sigma, noise: Tensor | None
     ) -> Tensor:
         """Raw scores (B,), float32, differentiable in the latents and in every trainable parameter.
 
         latents (B, C, H, W), scaled; prompt_embeds (B, L, text_width); pooled_prompt_embeds (B, pooled_width); sigma:
         see `noise_levels`; noise: of the latents' shape, the same at each level, or (K, B, C, H, W), one draw per
-        level. Noising and timesteps are float32 whatever the model's dtype.
+        level; None: the latents are x_sigma already, and sigma, one level, is taken as it is, never snapped. Noising
+        and timesteps are float32 whatever the model's dtype.
         """
         batch = latents.shape[0]
         levels = noise_levels(sigma, batch, latents.device)
-        if self.config.snap_sigma:
+        if self.config.snap_sigma and noise is not None:
             self._snap_table = self._snap_table.to(levels.device)
             levels = snap_sigma(levels, self._snap_table)
         count, flat = levels.shape[0], levels.flatten()
         x_sigma = latents.float().repeat(count, 1, 1, 1)
-        if self.config.add_noise:
+        if self.config.add_noise and noise is not None:
             noise = noise.flatten(0, 1) if noise.dim() == 5 else noise.repeat(count, 1, 1, 1)
             x_sigma = add_noise(x_sigma, noise, flat)
         taps = self.trunk(

@@ -126,12 +126,14 @@ class Policy:
         conditions: Conditions,
         guidance_scale: float = 1.0,
         negative: Conditions | None = None,
+        negative_gradient: bool = True,
     ) -> Tensor:
         """d latents / d sigma at noise level sigma: (B, C, H, W), float32, differentiable in latents and the LoRA.
 
         latents (B, C, H, W), any dtype; sigma a float or (B,) in [0, 1]. With a guidance_scale g above 1,
         classifier-free guidance v_negative + g (v - v_negative), both from one forward of 2B with the B `negative`
-        conditions first. Raises ValueError when guidance is asked for without them, or the numbers differ.
+        conditions first; without negative_gradient v_negative is a constant to the backward pass, as in Flow-GRPO's
+        training. Raises ValueError when guidance is asked for without them, or the numbers differ.
         """
         check_latents("latents", latents)
         if latents.shape[1] != self.transformer.config.in_channels:
@@ -164,10 +166,17 @@ class Policy:
         if not guided:
             return velocity
         unconditional, conditional = velocity.chunk(2)
+        if not negative_gradient:
+            unconditional = unconditional.detach()
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def velocity_for(
-        self, conditions: Conditions, guidance_scale: float = 1.0, negative: Conditions | None = None
+        self,
+        conditions: Conditions,
+        guidance_scale: float = 1.0,
+        negative: Conditions | None = None,
+        *,
+        negative_gradient: bool = True,
     ) -> Velocity:
         """The velocity under these conditions, as samplers take it. negative: of one empty prompt, for guidance."""
         against = None
@@ -175,7 +184,7 @@ class Policy:
             against = negative.take([0] * len(conditions), self.device)
 
         def velocity(latents: Tensor, sigma: float | Tensor) -> Tensor:
-            return self.velocity(latents, sigma, conditions, guidance_scale, against)
+            return self.velocity(latents, sigma, conditions, guidance_scale, against, negative_gradient)
 
         return velocity
 

@@ -184,30 +184,56 @@ class LatentReward(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The head's own number, before the checkpoint's scale and bias; arguments as `forward`."""
-        trunk = self.model.trunk
-        trunk.check_shared()
-        head_device = self.model.head.query_tokens.device
-        if head_device != self.device:
-            raise ValueError(
-                f"the backbone's weights are on {self.device}, the reward's head is on {head_device}: the transformer "
-                "was moved after the reward was built on it; move it first, build the reward after"
-            )
-        inputs.check_latents(latents, trunk, self.device)
-        inputs.check_finite("latents", latents)
+        self._check_latents(latents)
         inputs.check_text_choice(prompts, prompt_embeds, pooled_prompt_embeds)
-        batch = latents.shape[0]
-        sigma = inputs.check_sigma(self.config.sigma if sigma is None else sigma, batch)
+        sigma = inputs.check_sigma(self.config.sigma if sigma is None else sigma, len(latents))
         self._warn_of_statistics(latents)
-        if prompts is not None:
-            prompt_embeds, pooled_prompt_embeds = self.encoder(inputs.check_prompts(prompts, batch))
-        inputs.check_embeds(prompt_embeds, pooled_prompt_embeds, trunk, batch)
+        embeds = self._embeds(prompts, prompt_embeds, pooled_prompt_embeds, len(latents))
         # drawn last, so that a refused call leaves the generator as it was
         noise = inputs.draw_noise(latents, noise, generator, len(sigma) if isinstance(sigma, tuple) else 1)
-        raw = self.model(
-            latents, prompt_embeds.to(self.device), pooled_prompt_embeds.to(self.device), sigma=sigma, noise=noise
-        )
-        inputs.check_scores(raw, latents, trunk.dtype)
+        raw = self.model(latents, *embeds, sigma=sigma, noise=noise)
+        inputs.check_scores(raw, latents, self.model.trunk.dtype)
         return raw
+
+    def score_noisy(
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        prompts: Sequence[str] | str | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The score (B,) of latents that are noisy already, at their own level: the states of a sampling trajectory.
+
+        Nothing is drawn: `reward.score_noisy(add_noise(x0, noise, sigma), sigma, prompts)` is
+        `reward(x0, prompts, sigma=sigma, noise=noise)`. Differentiable in the latents, float32, higher is better.
+
+        Args:
+            latents: (B, C, H, W), x_sigma = (1 - sigma) x0 + sigma noise, on the reward's device.
+            sigma: the level they are at, in [0, 1], a float or (B,): taken as it is, never snapped to a table.
+            prompts, or prompt_embeds with pooled_prompt_embeds: as `forward`.
+
+        Raises as `forward`; ValueError for several levels (latents are at one), and for a reward that was trained on
+        clean latents alone (`add_noise` false).
+        """
+        self._check_latents(latents)
+        inputs.check_text_choice(prompts, prompt_embeds, pooled_prompt_embeds)
+        sigma = inputs.check_sigma(sigma, len(latents))
+        if isinstance(sigma, tuple):
+            raise ValueError(f"sigma: got levels {sigma}; noisy latents are at one level each: a float or (B,)")
+        if not self.config.add_noise:
+            raise ValueError(
+                "this reward reads clean latents alone (its config says add_noise: false); score the final latents, "
+                "reward(latents, prompts)"
+            )
+        raw = self.model(
+            latents,
+            *self._embeds(prompts, prompt_embeds, pooled_prompt_embeds, len(latents)),
+            sigma=sigma,
+            noise=None,
+        )
+        inputs.check_scores(raw, latents, self.model.trunk.dtype)
+        return raw * self.config.score_scale + self.config.score_bias
 
     @torch.no_grad()
     def score_images(
@@ -252,6 +278,31 @@ class LatentReward(nn.Module):
     def train(self, mode: bool = True) -> "LatentReward":
         """Stay in evaluation mode: a reward with dropout would not be the same twice."""
         return super().train(False)
+
+    def _check_latents(self, latents: Tensor) -> None:
+        """TypeError or ValueError unless the weights are where they were and `latents` can be scored by them."""
+        self.model.trunk.check_shared()
+        head_device = self.model.head.query_tokens.device
+        if head_device != self.device:
+            raise ValueError(
+                f"the backbone's weights are on {self.device}, the reward's head is on {head_device}: the transformer "
+                "was moved after the reward was built on it; move it first, build the reward after"
+            )
+        inputs.check_latents(latents, self.model.trunk, self.device)
+        inputs.check_finite("latents", latents)
+
+    def _embeds(
+        self,
+        prompts: Sequence[str] | str | None,
+        prompt_embeds: Tensor | None,
+        pooled_prompt_embeds: Tensor | None,
+        batch: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Both kinds of embeddings of a batch: encoded if prompts are given, checked, on the reward's device."""
+        if prompts is not None:
+            prompt_embeds, pooled_prompt_embeds = self.encoder(inputs.check_prompts(prompts, batch))
+        inputs.check_embeds(prompt_embeds, pooled_prompt_embeds, self.model.trunk, batch)
+        return prompt_embeds.to(self.device), pooled_prompt_embeds.to(self.device)
 
     def _vae(self) -> "AutoencoderKL":
         if self._borrowed["vae"] is None:

@@ -1,0 +1,55 @@
+"""Flow-GRPO: align Stable Diffusion 3.5 Medium, or the small embedded world, by policy gradients on a latent reward.
+
+    python recipes/grpo_sd35.py --reward dinalrm              SD3.5-M if its weights are at hand, else the small world
+    python recipes/grpo_sd35.py --grpo.window all --grpo.sampler flow_sde             Flow-GRPO as it was published
+    python recipes/grpo_sd35.py --resume runs/grpo_shapes_dinalrm_seed0
+
+Each rollout takes a group of samples for every prompt. Within a window of steps the flow is made stochastic, so that a
+sample's way has a probability; the reward scores the final latents; and what scores above its group is made more
+probable, what scores below less (arXiv 2505.05470). No gradient passes through the reward: any will do, and one that
+reads latents needs no decoder. A group shares the reward's noise, so that samples are compared, not draws.
+
+The variants are settings. Where the window lies: all steps, a random few (Flow-GRPO-Fast), or moving as training goes
+(MixGRPO, --grpo.window progressive). How a step is drawn: flow_sde, flow_cps, dance_sde. What keeps the policy near
+its beginnings: --grpo.clip_range, --grpo.guard true (GRPO-Guard), --grpo.kl_beta. With a weighted sum of rewards,
+--grpo.advantage_of parts normalises each by itself.
+
+A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curves.png, pictures, lora/, checkpoints/ and
+summary.json. In the metrics reward_noise_variance is what separate draws of the reward's noise would have added to
+group_variance, ratio_spread how far probabilities moved since the rollout. A run whose first ratio is not 1 stops.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinalrm_align.align.settle import Settled, settle
+from dinalrm_align.config.command import refusing
+from dinalrm_align.config.grpo import GrpoRun
+
+
+def align(settled: Settled[GrpoRun]) -> None:
+    from dinalrm_align.align.grpo import Grpo
+    from dinalrm_align.align.stage import Stage
+    from dinalrm_align.sde import named_sigmas
+
+    run, config = settled.run, settled.run.grpo
+    stage = Stage.build(settled)
+    grpo = Grpo(
+        policy=stage.policy, reward=stage.reward, config=config, meter=stage.meter, latent_shape=stage.latent_shape,
+        sigmas=named_sigmas(config.schedule, stage.pipeline.scheduler, config.num_steps or settled.spec.num_steps),
+        guidance_scale=stage.guidance_scale(config.guidance_scale),
+        conditions=stage.conditions, negative=stage.negative, accumulate=run.loop.accumulate,
+        seed=run.seed, rank=stage.accelerator.process_index, num_processes=stage.accelerator.num_processes,
+        gather=lambda scores: stage.accelerator.gather(scores.to(stage.accelerator.device)).cpu(),
+    )  # fmt: skip
+    stage.align(grpo, state=grpo)  # the rollout that is being spent goes into the checkpoints
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with refusing():
+        align(settle(GrpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""DiffusionNFT: align Stable Diffusion 3.5 Medium, or the small embedded world, by contrast of good and bad samples.
+
+    python recipes/nft_sd35.py --reward dinalrm               SD3.5-M if its weights are at hand, else the small world
+    python recipes/nft_sd35.py --nft.levels 4 --nft.latest 0.5            four noise levels a sample, the noisier half
+    python recipes/nft_sd35.py --resume runs/nft_shapes_dinalrm_seed0
+
+Each rollout takes a group of samples for every prompt, and the reward says which are good for their group. Then each
+sample is noised, as in pretraining: a policy moved towards the trained one is to denoise what is good, one moved the
+other way what is bad (arXiv 2509.16117). No gradient passes through the reward, and nothing is known of the sampler's
+steps: clean latents and their scores are all it takes, and a latent reward gives both without a decoder.
+
+A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curves.png, pictures, lora/, checkpoints/ and
+summary.json. In the metrics moved is how far the policy is from the one that sampled.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinalrm_align.align.settle import Settled, settle
+from dinalrm_align.config.command import refusing
+from dinalrm_align.config.nft import NftRun
+
+
+def align(settled: Settled[NftRun]) -> None:
+    from dinalrm_align.align.nft import Nft
+    from dinalrm_align.align.stage import Stage
+
+    run, config = settled.run, settled.run.nft
+    stage = Stage.build(settled)
+    nft = Nft(
+        policy=stage.policy, reward=stage.reward, config=config, meter=stage.meter, latent_shape=stage.latent_shape,
+        sigmas=stage.sigmas(config.num_steps), guidance_scale=stage.guidance_scale(config.guidance_scale),
+        conditions=stage.conditions, negative=stage.negative, accumulate=run.loop.accumulate,
+        seed=run.seed, rank=stage.accelerator.process_index, num_processes=stage.accelerator.num_processes,
+        gather=lambda scores: stage.accelerator.gather(scores.to(stage.accelerator.device)).cpu(),
+    )  # fmt: skip
+    stage.align(nft, state=nft)  # the policy that samples, and what it sampled, go into the checkpoints
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with refusing():
+        align(settle(NftRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    main()
