@@ -166,7 +166,7 @@ class Policy:
         unconditional, conditional = velocity.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    def guided(self, conditions: Conditions, negative: Conditions, guidance_scale: float) -> Velocity:
+    def velocity_for(self, conditions: Conditions, guidance_scale: float, negative: Conditions) -> Velocity:
         """`velocity` under these conditions, as the sampler wants it. negative: of one empty prompt, on any device."""
         opposite = negative.take([0] * len(conditions), self.device) if guidance_scale > 1 else None
 

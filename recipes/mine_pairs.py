@@ -84,7 +84,7 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
     scale = spec.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     factor = pipeline.vae_scale_factor
     miner = Miner(
-        velocity_for=lambda some: policy.guided(some, negative, scale), reward=reward, conditions=conditions,
+        velocity_for=lambda some: policy.velocity_for(some, scale, negative), reward=reward, conditions=conditions,
         negative=negative, sigmas=schedule_sigmas(pipeline.scheduler, settings.num_steps or spec.num_steps),
         latent_shape=(
             pipeline.transformer.config.in_channels, (run.height or spec.height) // factor,

@@ -40,7 +40,7 @@ def draw_conditions(count: int, seed: int = 1) -> Conditions:
 def online(**values: object) -> dpo.OnlineDpo:
     """A new policy on the tiny stack, and online DPO of it."""
     pipeline = build_pipeline(StackConfig.tiny(depth=2), seed=0)
-    settings = dict(batch_size=2, group_size=3, beta=50.0, gradient_checkpointing=False)
+    settings = dict(batch_size=2, group_size=3, beta=50.0)
     return dpo.OnlineDpo(
         policy=Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0),
         reward=brightness,

@@ -167,7 +167,7 @@ class OfflineDpo:
 
     def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
         """The policy's velocity under these conditions, as the sampler wants it."""
-        return self.policy.guided(conditions, self.negative, guidance_scale)
+        return self.policy.velocity_for(conditions, guidance_scale, self.negative)
 
     def batch_at(self, micro_step: int) -> DpoBatch:
         """This micro-step's pairs, noised; a pure function of it, seed and rank."""
@@ -218,7 +218,7 @@ class OnlineDpo:
 
     def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
         """The policy's velocity under these conditions, as the sampler wants it."""
-        return self.policy.guided(conditions, self.negative, guidance_scale)
+        return self.policy.velocity_for(conditions, guidance_scale, self.negative)
 
     def reference(self) -> AbstractContextManager[None]:
         """Within the block the policy is the reference, without gradient: the base model, or a copy of itself."""

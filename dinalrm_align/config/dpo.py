@@ -36,8 +36,6 @@ class DpoConfig:
         sample_batch: online, pictures sampled and scored at once; none given, all of a micro-batch.
         reward_sigma: noise level the reward reads at, several for its multi-noise ensemble; none given, the reward's
             own.
-        gradient_checkpointing: recompute the policy's activations in the backward pass: less memory, about a third more
-            time.
     """
 
     mode: Literal["online", "offline"] = "online"
@@ -53,7 +51,6 @@ class DpoConfig:
     refresh_every: int = 0
     sample_batch: int | None = None
     reward_sigma: list[float] | None = None
-    gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "dpo")
