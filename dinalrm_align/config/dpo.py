@@ -7,7 +7,9 @@ differently, and is read beneath the user's own settings whenever the model is o
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dinalrm_align.config.align import AlignRun
 from dinalrm_align.config.check import check_fields
+from dinalrm_align.config.loop import LoopConfig, OptimConfig
 from dinalrm_align.config.loss import SigmaConfig
 
 
@@ -73,3 +75,31 @@ class DpoConfig:
                 raise ValueError(f"dpo.{name}: got {value}; expected at least 1")
         if self.reward_sigma is not None and not (self.reward_sigma and all(0 <= s <= 1 for s in self.reward_sigma)):
             raise ValueError(f"dpo.reward_sigma: got {self.reward_sigma}; expected one level or more, all in [0, 1]")
+
+
+@dataclass
+class DpoRun(AlignRun):
+    """Everything `python recipes/dpo_sd35.py` can be told.
+
+    Args:
+        pairs: offline, where the pairs are: a folder that recipes/mine_pairs.py filled, a parquet file as verl-omni
+            writes it, a directory of latent pairs, or a jsonl of {"prompt", "chosen", "rejected"} with paths of
+            pictures.
+        optim: AdamW.
+        loop: how long, how often saved, averaging.
+        dpo: one update.
+    """
+
+    pairs: str | None = None
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dpo.mode == "offline" and self.pairs is None:
+            raise ValueError(
+                "--dpo.mode offline needs --pairs; `python recipes/mine_pairs.py` makes some of the model's own samples"
+            )
+        if self.dpo.mode == "online" and self.pairs is not None:
+            raise ValueError(f"--pairs {self.pairs} is read offline; add --dpo.mode offline, or leave the pairs out")
