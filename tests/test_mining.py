@@ -149,6 +149,15 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_reading_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    import sys
+
+    write_shard(tmp_path / "a.parquet", [made_pair()], dtype="float16")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="dinalrm-align\\[data\\]"):
+        MinedPairs(tmp_path / "a.parquet", batch_size=1, manifest=MANIFEST)
+
+
 def test_what_is_no_set_of_pairs_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no manifest.json"):
         MinedPairs(tmp_path, batch_size=1)

@@ -182,8 +182,9 @@ class MinedPairs:
 
     def _index(self, path: Path) -> None:
         """Note where each row of a file lies, its prompt and scores."""
+        parquet = _parquet()
         with reading("parquet file of pairs", path):
-            file = _parquet().ParquetFile(path)
+            file = parquet.ParquetFile(path)
             missing = sorted({*READ, "prompt", "win_score", "lose_score"} - set(file.schema_arrow.names))
             if missing:
                 raise ValueError(f"it lacks the columns {', '.join(missing)}")
@@ -213,8 +214,9 @@ class MinedPairs:
         )
 
     def _read_row(self, path: Path, group: int, offset: int) -> list[Tensor]:
+        parquet = _parquet()
         with reading("parquet file of pairs", path):
-            file = _parquet().ParquetFile(path)
+            file = parquet.ParquetFile(path)
             (row,) = file.read_row_group(group, columns=list(READ)).slice(offset, 1).to_pylist()
             return [_tensor(row[name], name) for name in READ]
 
