@@ -166,12 +166,16 @@ class Policy:
         unconditional, conditional = velocity.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    def velocity_for(self, conditions: Conditions, guidance_scale: float, negative: Conditions) -> Velocity:
-        """`velocity` under these conditions, as the sampler wants it. negative: of one empty prompt, on any device."""
-        opposite = negative.take([0] * len(conditions), self.device) if guidance_scale > 1 else None
+    def velocity_for(
+        self, conditions: Conditions, guidance_scale: float = 1.0, negative: Conditions | None = None
+    ) -> Velocity:
+        """The velocity under these conditions, as samplers take it. negative: of one empty prompt, for guidance."""
+        against = None
+        if guidance_scale > 1 and negative is not None:
+            against = negative.take([0] * len(conditions), self.device)
 
         def velocity(latents: Tensor, sigma: float | Tensor) -> Tensor:
-            return self.velocity(latents, sigma, conditions, guidance_scale, opposite)
+            return self.velocity(latents, sigma, conditions, guidance_scale, against)
 
         return velocity
 
