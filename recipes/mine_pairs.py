@@ -61,20 +61,16 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
     dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
     prompts = read_prompts(Path(run.prompts or spec.train_prompts))[: run.max_prompts]
 
-    # The model that is sampled and the reward that ranks share their base weights. No VAE is needed, nor moved.
-    pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype))
-    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-        part.to(device)
+    # The model that is sampled and the reward that ranks share their base weights. The VAE is never called.
+    pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
     vae = pipeline.vae.config
     reward = LatentReward.from_pretrained(spec.reward if run.reward == "dinalrm" else run.reward, pipeline=pipeline)
     facts = {"base model": fingerprint(pipeline.transformer), "reward": fingerprint(reward)}
-    encoder = PromptEncoder(pipeline, text_length=spec.text_length, device=device)
-    if reward.config.text_length == spec.text_length:
-        encoder = reward.encoder
-    else:
-        Conditions.encode(reward.encoder, prompts)  # to fill its cache
-    conditions, negative = Conditions.encode(encoder, prompts), Conditions.encode(encoder, [""])
-    pipeline.text_encoder = pipeline.text_encoder_2 = pipeline.text_encoder_3 = None
+    shared = reward.config.text_length == spec.text_length
+    encoder = reward.encoder if shared else PromptEncoder(pipeline, text_length=spec.text_length, device=device)
+    for each in (encoder, reward.encoder):
+        each.max_cached = run.mine.prompts_per_shard  # however long the list, only those of one file are kept
+    negative = Conditions.encode(encoder, [""])
 
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
     if run.lora is not None:
@@ -84,8 +80,9 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
     scale = spec.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     factor = pipeline.vae_scale_factor
     miner = Miner(
-        velocity_for=lambda some: policy.velocity_for(some, scale, negative), reward=reward, conditions=conditions,
-        negative=negative, sigmas=schedule_sigmas(pipeline.scheduler, settings.num_steps or spec.num_steps),
+        velocity_for=lambda some: policy.velocity_for(some, scale, negative), reward=reward, prompts=prompts,
+        encode=lambda some: Conditions.encode(encoder, some), negative=negative,
+        sigmas=schedule_sigmas(pipeline.scheduler, settings.num_steps or spec.num_steps),
         latent_shape=(
             pipeline.transformer.config.in_channels, (run.height or spec.height) // factor,
             (run.width or spec.width) // factor,
