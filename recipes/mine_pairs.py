@@ -118,8 +118,12 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with refusing():
-        mine(*settle(sys.argv[1:] if argv is None else argv))
+    try:
+        with refusing():
+            mine(*settle(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("\nstopped: whole files are kept, and the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
