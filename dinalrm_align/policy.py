@@ -6,7 +6,7 @@ dtype of the base: in bfloat16 AdamW's updates round away. The base weights stay
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,36 @@ class Policy:
                 layer.enable_adapters(True)
             for p, flag in flags:
                 p.requires_grad_(flag)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the LoRA as it is now, by name, on its device; what `with_weights` takes."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @contextmanager
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the block `velocity` is that of another LoRA, without gradient; afterwards all is as it was.
+
+        weights: as `weights()` gave them. No number is copied: the parameters look at other storage for a while, so
+        that graphs built before are still good. Raises ValueError when names, shapes, dtypes or devices differ.
+        """
+        self.check_weights(weights)
+        held = {name: p.data for name, p in self.parameters.items()}
+        try:
+            for name, p in self.parameters.items():
+                p.data = weights[name]
+            with torch.no_grad():
+                yield
+        finally:
+            for name, p in self.parameters.items():
+                p.data = held[name]
+
+    def check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """ValueError unless names, shapes, dtypes and devices are those of this policy's LoRA."""
+        kinds = [{n: (tuple(t.shape), t.dtype, t.device) for n, t in of.items()} for of in (weights, self.parameters)]
+        if kinds[0] != kinds[1]:
+            got, expected = kinds
+            name = min(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+            raise ValueError(f"weights of another LoRA: {name}: got {got.get(name)}, expected {expected.get(name)}")
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute every block in the backward pass (non-reentrant) instead of keeping its activations."""

@@ -13,7 +13,7 @@ from dinalrm_align.config.reward import LoraConfig
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.noise import seeded_generator
 from dinalrm_align.policy import Conditions, Policy
-from dinalrm_align.sampling import schedule_sigmas
+from dinalrm_align.sampling import rollout, schedule_sigmas, seeded_noise
 from dinalrm_align.shapes.stack import StackConfig, build_pipeline
 
 SHAPE = (16, 8, 8)
@@ -208,9 +208,136 @@ def test_phases_of_an_update_are_measured(method):
     assert set(method.meter.finish_step()) == {f"{kind}/{phase}" for kind in kinds for phase in phases}
 
 
+def linear(w: Tensor):
+    """A velocity with a known derivative: v = w x."""
+    return lambda x, sigma: w * x
+
+
+def test_drtune_by_hand():
+    """v = w x, w = 2, from x = 1 at sigma 1 over 0.6 to 0.2, where x0 is estimated; the first and the last are trained.
+
+    x_1 = 1 - 0.4 (2) = 0.2; x_2 = 0.2 - 0.4 (2) 0.2 = 0.04; x0_hat = 0.04 - 0.2 (2) 0.04 = 0.024. With inputs detached
+    d x0_hat / dw = -0.4 x - 0.2 x_2 = -0.4 - 0.008 = -0.408, where the whole chain would give
+    d (1 - 0.4 w)^2 (1 - 0.2 w) / dw = -0.8 (0.2) 0.6 - 0.2 (0.04) = -0.104. The reference has w = 1, so that the KL is
+    (1 + 0.04^2) / 2.
+    """
+    w = torch.tensor(2.0, requires_grad=True)
+    seen: list[Tensor] = []
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        seen.append(x)
+        return w * x
+
+    x = torch.ones(1, 1, 1, 1)
+    x0, kl = refl.drtune_steps(velocity, linear(w), linear(torch.tensor(1.0)), x, [1.0, 0.6, 0.2, 0.0], 0, 2, (0, 2))
+    assert x0.item() == pytest.approx(0.024)
+    assert kl.item() == pytest.approx((1 + 0.04**2) / 2)
+    assert torch.autograd.grad(x0.sum(), w)[0].item() == pytest.approx(-0.408)
+    assert [x.item() for x in seen] == pytest.approx([1.0, 0.04]) and not any(x.requires_grad for x in seen)
+
+
+def test_drtune_trains_evenly_spaced_steps():
+    """Three of the steps 0 ... 9: an interval of 3, the first at 0 ... 3."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = {refl.draw_trained(9, 3, generator) for _ in range(200)}
+    assert drawn == {(first, first + 3, first + 6) for first in range(4)}
+    assert refl.draw_trained(2, 3, generator) == (0, 1, 2)
+
+
+def test_renoised_steps_by_hand():
+    """x0 = 1, noise = 3 at sigma 0.25: x = 1.5; v = 2 x = 3, x0_hat = 1.5 - 0.25 (3) = 0.75, d / dw = -0.25 (1.5).
+
+    The samples carry no gradient, even where they were made with one. KL against w = 1: 1.5^2.
+    """
+    w = torch.tensor(2.0, requires_grad=True)
+    sample, noise = (w / 2).view(1, 1, 1, 1), torch.full((1, 1, 1, 1), 3.0)
+    x0, kl = refl.renoised_steps(linear(w), linear(torch.tensor(1.0)), sample, noise, 0.25)
+    assert (x0.item(), kl.item()) == (0.75, 2.25)
+    assert torch.autograd.grad(x0.sum(), w)[0].item() == -0.375
+
+
+def test_direct_align_by_hand():
+    """x0 = 1, noise = 3 at sigma 0.75: x = 2.5; v = 2 x = 5, a step to 0.5: 2.5 - 0.25 (5) = 1.25.
+
+    Less 0.5 (3), over 0.5: x0_hat = -0.5. d / dw = -(0.25 / 0.5) 2.5 = -1.25. With the true velocity, 2, it is 1.
+    """
+    w = torch.tensor(2.0, requires_grad=True)
+    sample, noise = (w / 2).view(1, 1, 1, 1), torch.full((1, 1, 1, 1), 3.0)
+    x0, kl = refl.direct_align_steps(linear(w), linear(torch.tensor(1.0)), sample, noise, 0.75, 0.5)
+    assert (x0.item(), kl.item()) == (-0.5, 6.25)
+    assert torch.autograd.grad(x0.sum(), w)[0].item() == -1.25
+    truth = refl.direct_align_steps(lambda x, s: noise - 1, linear(w), sample, noise, 1.0, 0.5)[0]
+    assert truth.item() == 1.0
+
+
+RELATIVES = [
+    dict(variant="draft_lv", renoisings=3),
+    dict(variant="drtune", grad_steps=2),
+    dict(variant="direct_align", earliest=0.0, stride=2),
+]
+
+
+@pytest.mark.parametrize("values", RELATIVES, ids=lambda values: values["variant"])
+def test_relatives_are_pure_and_raise_the_reward(method, values):
+    variant = changed(method, **values)
+    first, again = variant.step(variant.batch_at(3)), variant.step(variant.batch_at(3))
+    assert first[0].item() == again[0].item() and first[1]["kl"].item() == 0.0
+    optimizer = torch.optim.Adam(method.policy.parameters.values(), lr=0.02)
+    losses = []
+    for micro_step in range(30):
+        loss, _ = variant.step(variant.batch_at(micro_step % 10))  # the same ten at the end as at the beginning
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad is None for n, p in method.policy.transformer.named_parameters() if ".lora_" not in n)
+    assert sum(losses[-10:]) < sum(losses[:10]) - 0.5
+
+
+def test_relatives_score_every_noising_with_its_prompt(method):
+    seen: list[tuple[int, list[str]]] = []
+
+    def reward(latents: Tensor, *, prompts, sigma=None, generator=None) -> Tensor:
+        seen.append((len(latents), list(prompts)))
+        return latents.mean(dim=(1, 2, 3))
+
+    for values in RELATIVES:
+        variant = dataclasses.replace(changed(method, **values), reward=reward)
+        batch = variant.batch_at(0)
+        variant.step(batch)
+        prompts = list(batch.conditions.prompts)
+        copies = {"draft_lv": 3, "drtune": 1, "direct_align": 2}[values["variant"]]
+        assert seen[-1] == (2 * copies, prompts * copies)
+
+
+def test_finished_samples_are_noised_anew(method):
+    """draft_lv and direct_align begin with the whole rollout, drtune with the first step that it trains."""
+    noise = changed(method, variant="draft_lv").batch_at(0)
+    whole = method.velocity_for(noise.conditions, method.guidance_scale)
+    generator = seeded_generator(method.seed, 0, 0)
+    with torch.no_grad():
+        samples = rollout(whole, seeded_noise(SHAPE, [generator] * 2), method.sigmas)
+    assert torch.equal(noise.latents, samples)
+    assert torch.equal(changed(method, variant="direct_align").batch_at(0).latents, samples)
+    tuned = changed(method, variant="drtune", earliest=1.0, grad_steps=2).batch_at(0)
+    assert tuned.start == 3 and len(tuned.trained) == 2 and tuned.trained[1] - tuned.trained[0] == 2
+
+
+def test_nearly_clean_levels_count_less(method):
+    """The weight is sigma ** discount: at a level of 0.6 and discount 2 the loss is 0.36 of the undiscounted one."""
+    plain = changed(method, variant="direct_align", discount=0.0)
+    weighted = changed(method, variant="direct_align", discount=2.0)
+    loss, metrics = plain.step(plain.batch_at(0))
+    discounted, _ = weighted.step(weighted.batch_at(0))
+    assert discounted.item() == pytest.approx(loss.item() * metrics["start_sigma"] ** 2)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"variant": "draft"}, "did you mean 'draft_lv'"),
+        ({"renoisings": 0}, "renoisings 0"),
+        ({"stride": 0}, "stride 0"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"grad_steps": 5, "num_steps": 4}, "grad_steps 5 of num_steps 4"),
         ({"earliest": 1.5}, "earliest 1.5"),

@@ -1,4 +1,4 @@
-"""ReFL (reward feedback learning, arXiv 2304.05977) on flow matching; with K gradient steps DRaFT-K (arXiv 2309.17400).
+"""ReFL (reward feedback learning, arXiv 2304.05977) on flow matching, and its relatives: rewards followed by gradient.
 
 An update, as DiNa-LRM's alignment runs make it (arXiv 2602.11146):
 
@@ -6,6 +6,13 @@ An update, as DiNa-LRM's alignment runs make it (arXiv 2602.11146):
 2. take K steps with gradient, on the prompt alone unless asked otherwise; the last gives x0_hat = x - sigma velocity;
 3. score x0_hat with a frozen reward and descend  mean(target - score) + kl_weight mean|velocity - velocity_reference|^2
    (+ pretrain_weight times a flow-matching loss on pictures).
+
+The relatives (`ReflConfig.variant`) differ in the steps that carry the gradient:
+
+    refl           ReFL; with K gradient steps, all one after the other, DRaFT-K (arXiv 2309.17400)
+    draft_lv       DRaFT-LV: a finished sample, noised anew n times, and one step from each (`renoised_steps`)
+    drtune         DRTune (arXiv 2405.00760): K steps spread over the rollout, inputs detached (`drtune_steps`)
+    direct_align   SRPO's Direct-Align (arXiv 2509.06942): known noise in and out again (`direct_align_steps`)
 
 With a latent reward nothing is decoded. The arithmetic is in plain functions; `Refl` holds what they need and offers
 the two callables of `loop.fit`. Everything random is drawn from generators keyed by (seed, micro-step, rank).
@@ -56,6 +63,75 @@ def gradient_steps(
     return denoised(latents, v, sigmas[start + count - 1]), kl
 
 
+def draw_trained(stop: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
+    """DRTune's trained steps: `count` of the steps 0 ... stop, evenly spaced, the first drawn at random."""
+    interval = (stop + 1) // count
+    first = int(torch.randint(stop + 1 - (count - 1) * interval, (), generator=generator))
+    return tuple(first + place * interval for place in range(count))
+
+
+def drtune_steps(
+    velocity: Velocity,
+    free: Velocity,
+    reference: Velocity,
+    latents: Tensor,
+    sigmas: Sequence[float],
+    first: int,
+    stop: int,
+    trained: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """DRTune (arXiv 2405.00760): every step from sigmas[first] to sigmas[stop], where the clean latents are estimated.
+
+    The network's input is detached at every step, so that the gradient takes the linear road of the update alone: of
+    x0_hat = x_first + sum_i (sigma_i+1 - sigma_i) v_i - sigma_stop v_stop only the v_i with i in `trained` carry one,
+    and none passes through another. These come from `velocity`, the others from `free`, without gradient.
+
+    Returns x0_hat (B, C, H, W) and the velocity KL (B,) over the trained steps, as `gradient_steps` does.
+    """
+    kl = torch.zeros(len(latents), device=latents.device)
+    for index in range(first, stop + 1):
+        x = latents.detach()
+        if index in trained:
+            v = velocity(x, sigmas[index])
+            kl = kl + (v - reference(x, sigmas[index])).square().mean(dim=(1, 2, 3)) / len(trained)
+        else:
+            with torch.no_grad():
+                v = free(x, sigmas[index])
+        if index < stop:
+            latents = ode_step(latents, v, sigmas[index], sigmas[index + 1])
+    return denoised(latents, v, sigmas[stop]), kl
+
+
+def renoised_steps(
+    velocity: Velocity, reference: Velocity, latents: Tensor, noise: Tensor, sigma: float
+) -> tuple[Tensor, Tensor]:
+    """DRaFT-LV (arXiv 2309.17400): the last step again, from finished samples that are noised anew.
+
+    latents, noise (B, C, H, W): samples, and noise to take them back to `sigma` with; they carry no gradient. For n
+    noises of each sample repeat the samples n times: the mean over all is the average that lowers the variance.
+    Returns x0_hat (B, C, H, W) and the velocity KL (B,), as `gradient_steps` does.
+    """
+    x = add_noise(latents.detach(), noise, sigma)
+    return gradient_steps(velocity, reference, x, [sigma], 0, 1)
+
+
+def direct_align_steps(
+    velocity: Velocity, reference: Velocity, latents: Tensor, noise: Tensor, sigma: float, sigma_next: float
+) -> tuple[Tensor, Tensor]:
+    """Direct-Align (SRPO, arXiv 2509.06942): one step from known noise, then what is left of it is taken out.
+
+    A finished sample x0 is noised with known noise to sigma and takes one step to sigma_next < sigma, x'; what is left
+    of the noise is known, so that x0_hat = (x' - sigma_next noise) / (1 - sigma_next) is nearly clean at any sigma.
+    With the true velocity it is x0 itself; its derivative in the velocity is -(sigma - sigma_next) / (1 - sigma_next).
+
+    latents, noise (B, C, H, W) carry no gradient. Returns x0_hat and the velocity KL (B,), as `gradient_steps` does.
+    """
+    x = add_noise(latents.detach(), noise, sigma)
+    v = velocity(x, sigma)
+    kl = (v - reference(x, sigma)).square().mean(dim=(1, 2, 3))
+    return (ode_step(x, v, sigma, sigma_next) - sigma_next * noise) / (1 - sigma_next), kl
+
+
 def reward_loss(score: Tensor, form: str, target: float) -> Tensor:
     """score (B,) -> a scalar to descend: mean(target - score), or with form "relu" mean(relu(target - score))."""
     gap = target - score
@@ -81,12 +157,21 @@ def flow_matching_loss(
 
 @dataclass(frozen=True)
 class ReflBatch:
-    """Where the gradient begins: latents (B, C, H, W) at sigmas[start], conditions, the micro-step's generator."""
+    """Where the gradient begins, and all that was drawn for it.
+
+    latents: (B, C, H, W) at sigmas[start]; of draft_lv and direct_align the finished samples; of drtune those at
+        sigmas[trained[0]].
+    start: the step that the gradient is of; of drtune the last, where the clean latents are estimated.
+    conditions: of the B samples.
+    generator: the micro-step's, for what is drawn later.
+    trained: the steps that drtune trains.
+    """
 
     latents: Tensor
     start: int
     conditions: Conditions
     generator: torch.Generator
+    trained: tuple[int, ...] = ()
 
 
 @dataclass
@@ -129,33 +214,33 @@ class Refl:
         )
         conditions = self.conditions.take(indices, self.policy.device)
         noise = seeded_noise(self.latent_shape, [generator] * size).to(self.policy.device)
-        start = draw_start(len(self.sigmas) - 1, self.config.grad_steps, self.config.earliest, generator)
+        variant, grad_steps, trained = self.config.variant, self.config.grad_steps, ()
+        together = grad_steps if variant == "refl" else 1
+        start = draw_start(len(self.sigmas) - 1, together, self.config.earliest, generator)
+        rolled = start if variant == "refl" else len(self.sigmas) - 1
+        if variant == "drtune":
+            trained = draw_trained(start, min(grad_steps, start + 1), generator)
+            rolled = trained[0]
         with self.meter.phase("rollout"), torch.no_grad():
             velocity = self.velocity_for(conditions, self.guidance_scale)
-            latents = rollout(velocity, noise, self.sigmas[: start + 1])
-        return ReflBatch(latents, start, conditions, generator)
+            latents = rollout(velocity, noise, self.sigmas[: rolled + 1])
+        return ReflBatch(latents, start, conditions, generator, trained)
 
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss, differentiable in the policy's LoRA, and what to record: reward, kl and the level m was at."""
         config = self.config
-        velocity = self.velocity_for(batch.conditions, self.guidance_scale if config.guided_gradient else 1.0)
-
-        def reference(latents: Tensor, sigma: float) -> Tensor:
-            with self.policy.reference():
-                return velocity(latents, sigma)
-
         with self.meter.phase("policy"):
-            latents, kl = gradient_steps(
-                velocity, reference, batch.latents, self.sigmas, batch.start, config.grad_steps
-            )
+            latents, kl, conditions = self._clean_latents(batch)
         with self.meter.phase("reward"):
             score = self.reward(
                 latents,
-                prompts=batch.conditions.prompts,
+                prompts=conditions.prompts,
                 sigma=self._reward_sigma(len(latents), batch.generator),
                 generator=batch.generator,
             )
         loss = reward_loss(score, config.loss, config.target)
+        if config.variant == "direct_align":
+            loss = loss * self.sigmas[batch.start] ** config.discount
         if config.kl_weight > 0:
             loss = loss + config.kl_weight * kl.mean()
         metrics = {"reward": score.mean(), "kl": kl.mean(), "start_sigma": self.sigmas[batch.start]}
@@ -179,6 +264,33 @@ class Refl:
                 velocity = self.velocity_for(conditions.take(indices, self.policy.device), self.guidance_scale)
                 parts.append(rollout(velocity, noise, self.sigmas).cpu())
         return torch.cat(parts), conditions
+
+    def _clean_latents(self, batch: ReflBatch) -> tuple[Tensor, Tensor, Conditions]:
+        """What is scored, differentiable in the LoRA, its velocity KL, and its conditions."""
+        config, sigmas, start = self.config, self.sigmas, batch.start
+        copies = config.renoisings if config.variant in ("draft_lv", "direct_align") else 1
+        conditions = batch.conditions.take([*range(len(batch.conditions))] * copies)
+        velocity = self.velocity_for(conditions, self.guidance_scale if config.guided_gradient else 1.0)
+
+        def reference(latents: Tensor, sigma: float) -> Tensor:
+            with self.policy.reference():
+                return velocity(latents, sigma)
+
+        match config.variant:
+            case "refl":
+                clean = gradient_steps(velocity, reference, batch.latents, sigmas, start, config.grad_steps)
+            case "drtune":
+                free, first = self.velocity_for(conditions, self.guidance_scale), batch.trained[0]
+                clean = drtune_steps(velocity, free, reference, batch.latents, sigmas, first, start, batch.trained)
+            case "draft_lv" | "direct_align":
+                samples = torch.cat([batch.latents] * copies)
+                noise = seeded_noise(self.latent_shape, [batch.generator] * len(samples)).to(samples.device)
+                if config.variant == "draft_lv":
+                    clean = renoised_steps(velocity, reference, samples, noise, sigmas[start])
+                else:
+                    after = min(start + config.stride, len(sigmas) - 1)
+                    clean = direct_align_steps(velocity, reference, samples, noise, sigmas[start], sigmas[after])
+        return *clean, conditions
 
     def _reward_sigma(self, count: int, generator: torch.Generator) -> Tensor | Sequence[float] | None:
         """What the reward is told: a level per picture, the configured levels, or None for the reward's own."""

@@ -17,13 +17,22 @@ class ReflConfig:
     """One ReFL update: a rollout without gradient to a late step, gradient steps, the reward of the estimated picture.
 
     Args:
+        variant: refl, ReFL and DRaFT-K: the last steps carry the gradient; draft_lv: finished samples are noised anew,
+            several times, and the step from there carries it; drtune: steps spread over the rollout carry it, their
+            inputs detached; direct_align: finished samples are noised to any level, and the known noise is taken out
+            again after one step, SRPO's way without its relative reward. See dinalrm_align/align/refl.py.
         batch_size: pictures per micro-batch and process; an update takes batch_size x loop.accumulate x processes.
         num_steps: denoising steps of the training rollout; none given, as many as the model samples with.
         guidance_scale: of the rollout without gradient; none given, the model's own.
         guided_gradient: use guidance in the gradient steps too; otherwise they see the prompt alone.
-        grad_steps: how many steps carry the gradient: 1 is ReFL (and DRaFT-1), K is DRaFT-K.
+        grad_steps: of refl and drtune, how many steps carry the gradient: 1 is ReFL (and DRaFT-1), K is DRaFT-K.
+        renoisings: of draft_lv and direct_align, how many noises each sample is noised anew with.
+        stride: of direct_align, over how many of the rollout's levels its step goes.
+        discount: of direct_align, the reward's loss is weighted by sigma ** discount, sigma the level of the step, so
+            that nearly clean levels, where rewards are hacked, count less; 0: all count alike.
         earliest: the first gradient step is drawn, anew for every micro-batch, from the last part of the rollout: from
-            step round(earliest x num_steps) up to the last that leaves room for grad_steps. 1: always the last.
+            step round(earliest x num_steps) up to the last that leaves room for grad_steps. 1: always the last, as
+            DRaFT; direct_align is made for smaller ones. Of drtune this draws the step it stops at.
         loss: linear, mean(target - score), or relu, which lets go of pictures whose score is above the target.
         target: see loss; under linear it shifts the loss and nothing else.
         kl_weight: of the velocity KL, the mean square of velocity less the reference's at the gradient steps. It holds
@@ -38,11 +47,15 @@ class ReflConfig:
             not settle on what fools one level. A pixel reward reads clean pictures and ignores both.
     """
 
+    variant: Literal["refl", "draft_lv", "drtune", "direct_align"] = "refl"
     batch_size: int = 16
     num_steps: int | None = None
     guidance_scale: float | None = None
     guided_gradient: bool = False
     grad_steps: int = 1
+    renoisings: int = 2
+    stride: int = 1
+    discount: float = 1.0
     earliest: float = 0.5
     loss: Literal["linear", "relu"] = "linear"
     target: float = 2.0
@@ -59,6 +72,11 @@ class ReflConfig:
             raise ValueError(
                 f"refl: got batch_size {self.batch_size}, grad_steps {self.grad_steps}, pretrain_samples "
                 f"{self.pretrain_samples}; each must be at least 1"
+            )
+        if self.renoisings < 1 or self.stride < 1 or self.discount < 0:
+            raise ValueError(
+                f"refl: got renoisings {self.renoisings}, stride {self.stride}, discount {self.discount}; expected at "
+                "least 1, 1 and 0"
             )
         if self.num_steps is not None and self.num_steps < self.grad_steps:
             raise ValueError(f"refl: got grad_steps {self.grad_steps} of num_steps {self.num_steps}; take at most all")

@@ -128,8 +128,9 @@ class PairManifest:
     def __post_init__(self) -> None:
         check_fields(self, "manifest")
 
-    def check(self, config: RewardConfig) -> None:
-        """Raises ValueError when a reward of this config would read the data wrongly."""
+    def check(self, config: "RewardConfig | PairManifest") -> None:
+        """Raises ValueError when a reward of this config, or a model that makes such data, would read this wrongly."""
+        reader = "the reward's config" if isinstance(config, RewardConfig) else "the model"
         for name, written, expected in (
             ("vae_scaling_factor", self.vae_scaling_factor, config.vae_scaling_factor),
             ("vae_shift_factor", self.vae_shift_factor, config.vae_shift_factor),
@@ -137,8 +138,8 @@ class PairManifest:
         ):
             if abs(written - expected) > 1e-6:
                 raise ValueError(
-                    f"these pairs were written with {name} {written}, the reward's config says {expected}: encode them "
-                    "again with the reward's VAE and text length, or correct the config"
+                    f"these pairs were written with {name} {written}, {reader} says {expected}: encode them again with "
+                    "its VAE and text length, or correct the config"
                 )
 
 

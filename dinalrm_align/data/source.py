@@ -1,4 +1,6 @@
-"""From a path to preference pairs: a directory of latents, or a jsonl of pictures that are encoded on the fly."""
+"""From a path to preference pairs: a directory of latents, mined pairs in parquet, or a jsonl of pictures that are
+encoded on the fly.
+"""
 
 import functools
 from pathlib import Path
@@ -10,6 +12,7 @@ from torch import Tensor
 from dinalrm_align.config.reward import RewardConfig
 from dinalrm_align.data.image_pairs import ImagePairs
 from dinalrm_align.data.latent_pairs import LatentPairs
+from dinalrm_align.data.mined_pairs import MANIFEST, MinedPairs
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.encode import PromptEncoder, encode_images, load_vae
 
@@ -49,21 +52,26 @@ class Encoders:
 
 def open_pairs(
     path: str | Path,
-    reward: RewardConfig,
+    reader: RewardConfig | PairManifest,
     encoders: Encoders,
     *,
     size: tuple[int, int],
     batch_size: int,
     seed: int = 0,
     held_out_prompts: int = 0,
-) -> LatentPairs | ImagePairs:
-    """The pairs at `path`, checked against the config of the reward that is to read them.
+) -> LatentPairs | ImagePairs | MinedPairs:
+    """The pairs at `path`, checked against what is to read them: a reward's config, or a model's `Encoders.manifest()`.
 
-    encoders, size: what pictures are encoded with on the fly, and at which (height, width) in pixels. The rest, and
-    what is raised: see the two classes.
+    path: a jsonl of pictures; a directory of latents; a folder of mined pairs, or one parquet file of such columns,
+    whose latents and embeddings are taken to be as `encoders` would make them. encoders, size: what pictures are
+    encoded with on the fly, and at which (height, width) in pixels. The rest, and what is raised: see the classes.
     """
     options = dict(batch_size=batch_size, seed=seed, held_out_prompts=held_out_prompts)
-    if Path(path).suffix != ".jsonl":
+    if Path(path).suffix == ".parquet":
+        pairs = MinedPairs(path, manifest=encoders.manifest(), **options)
+    elif (Path(path) / MANIFEST).is_file():
+        pairs = MinedPairs(path, **options)
+    elif Path(path).suffix != ".jsonl":
         pairs = LatentPairs(path, **options)
     else:
         pairs = ImagePairs(
@@ -75,5 +83,5 @@ def open_pairs(
             width=size[1],
             **options,
         )
-    pairs.manifest.check(reward)
+    pairs.manifest.check(reader)
     return pairs

@@ -1,0 +1,72 @@
+"""Diffusion-DPO: align Stable Diffusion 3.5 Medium, or the small embedded world, on pairs of pictures.
+
+    python recipes/dpo_sd35.py --reward dinalrm               SD3.5-M if its weights are at hand, else the small world
+    python recipes/dpo_sd35.py --dpo.mode offline --pairs FOLDER        pairs that are there: mined ones, see below
+    python recipes/dpo_sd35.py --resume runs/dpo_shapes_dinalrm_seed0
+
+Direct preference optimisation (arXiv 2311.12908) for flow matching. Of two pictures of a prompt the better one is to be
+denoised better, and the worse one worse, than the reference denoises them, both noised with the same noise to the same
+level. No gradient passes through the reward: anything that can rank will do, and what ranks here reads latents.
+
+Online, each update samples several pictures of a prompt, and the reward's best and worst are its pair; now and then the
+reference becomes a copy of the policy (--dpo.refresh_every). Offline, pairs come from a data set: latents mined by
+`python recipes/mine_pairs.py`, a directory of latent pairs, a jsonl of pictures, or verl-omni's parquet.
+
+A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curves.png, pictures, lora/, checkpoints/ and
+summary.json. In the metrics implicit_accuracy is the share of pairs that the policy, as a reward, ranks as they are.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinalrm_align.align.settle import Settled, settle
+from dinalrm_align.config.command import refusing
+from dinalrm_align.config.dpo import DpoRun
+
+
+def align(settled: Settled[DpoRun]) -> None:
+    from dinalrm_align.align.dpo import OfflineDpo, OnlineDpo
+    from dinalrm_align.align.stage import Stage
+    from dinalrm_align.data.source import Encoders, open_pairs
+
+    run, dpo, spec = settled.run, settled.run.dpo, settled.spec
+    stage = Stage.build(settled)
+    accelerator = stage.accelerator
+    parts = dict(
+        policy=stage.policy, negative=stage.negative, config=dpo, meter=stage.meter,
+        seed=run.seed, rank=accelerator.process_index, num_processes=accelerator.num_processes,
+    )  # fmt: skip
+
+    if dpo.mode == "offline":
+        # Latents and embeddings are stored with the pairs; pictures in a jsonl are encoded when their batch comes.
+        encoders = Encoders(
+            spec.pipeline, text_length=spec.text_length, device=accelerator.device, dtype=stage.policy.transformer.dtype
+        )
+        pairs = open_pairs(
+            run.pairs, encoders.manifest(), encoders, size=stage.size, batch_size=dpo.batch_size, seed=run.seed
+        )
+        accelerator.print(f"pairs: {run.pairs}, {len(pairs)} batches of {dpo.batch_size}")
+        method = OfflineDpo(pairs=pairs, **parts)
+        stage.align(method, shown=("loss", "implicit_accuracy", "gold", "kl"), data={"pairs": pairs.digest()})
+        return
+
+    method = OnlineDpo(
+        reward=stage.reward, conditions=stage.conditions, latent_shape=stage.latent_shape,
+        sigmas=stage.sigmas(dpo.num_steps), guidance_scale=stage.guidance_scale(dpo.guidance_scale),
+        accumulate=run.loop.accumulate, **parts,
+    )  # fmt: skip
+    stage.align(
+        method,
+        shown=("reward", "implicit_accuracy", "gold", "kl"),
+        state=method if dpo.refresh_every else None,  # the copy of the policy that is the reference
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with refusing():
+        align(settle(DpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Mine preference pairs: samples of a model, ranked by a reward that reads latents. No picture is decoded.
+
+    python recipes/mine_pairs.py                                the small world, or SD3.5-M if its weights are at hand
+    python recipes/mine_pairs.py --model sd35 --prompts my_prompts.txt --mine.candidates 8
+    python recipes/mine_pairs.py --lora runs/refl_shapes_dinalrm_seed0/lora --output_dir runs/second_round
+
+Each prompt is sampled several times; the best candidate and the worst become a pair of latents, with the prompt's
+embeddings. Offline DPO reads them: `python recipes/dpo_sd35.py --dpo.mode offline --pairs FOLDER` here, and verl-omni
+with `data.train_files=FOLDER/pairs` (dinalrm_align/data/mined_pairs.py lists the columns). Needs pyarrow:
+pip install 'dinalrm-align[data]'.
+
+Files are whole or not there, and each depends on the seed and its number alone: stopped, the same command goes on where
+it was, to the same files.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from dinalrm_align.config.command import parse, refuse, refusing
+from dinalrm_align.config.mine import MineRun
+from dinalrm_align.models import ModelSpec, resolve_model
+
+
+def settle(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
+    """The settings, the model, and the folder of the pairs."""
+    run, _ = parse(MineRun, __doc__, argv)  # --help ends here, before anything heavy is imported
+    if importlib.util.find_spec("pyarrow") is None:
+        refuse("pairs are written as parquet, which needs the package pyarrow: pip install 'dinalrm-align[data]'")
+    if run.reward != "dinalrm" and not Path(run.reward).is_dir() and "/" not in run.reward:
+        refuse(f"unknown reward {run.reward!r}; known: dinalrm, or the folder or hub id of a latent reward")
+    spec, reason = resolve_model(run.model)
+    print(reason, flush=True)
+    name = f"pairs_{Path(spec.name).name}_{Path(run.reward).name}_seed{run.seed}"
+    return run, spec, Path(run.output_dir or Path("runs") / name)
+
+
+def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
+    import torch
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    from dinalrm_align import LatentReward
+    from dinalrm_align.align.mining import Miner
+    from dinalrm_align.data.mined_pairs import MinedPairs, write_manifest
+    from dinalrm_align.data.pairs import PairManifest
+    from dinalrm_align.data.prompts import read_prompts
+    from dinalrm_align.device import available_device
+    from dinalrm_align.digest import digest, fingerprint, text_digest
+    from dinalrm_align.encode import PromptEncoder, load_pipeline
+    from dinalrm_align.policy import Conditions, Policy
+    from dinalrm_align.sampling import schedule_sigmas
+
+    if run.device != "auto":
+        available_device(run.device)
+    accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no")
+    device = accelerator.device
+    dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
+    prompts = read_prompts(Path(run.prompts or spec.train_prompts))[: run.max_prompts]
+
+    # The model that is sampled and the reward that ranks share their base weights. The VAE is never called.
+    pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
+    vae = pipeline.vae.config
+    reward = LatentReward.from_pretrained(spec.reward if run.reward == "dinalrm" else run.reward, pipeline=pipeline)
+    facts = {"base model": fingerprint(pipeline.transformer), "reward": fingerprint(reward)}
+    shared = reward.config.text_length == spec.text_length
+    encoder = reward.encoder if shared else PromptEncoder(pipeline, text_length=spec.text_length, device=device)
+    for each in (encoder, reward.encoder):
+        each.max_cached = run.mine.prompts_per_shard  # however long the list, only those of one file are kept
+    negative = Conditions.encode(encoder, [""])
+
+    policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
+    if run.lora is not None:
+        policy.load_lora(Path(run.lora))
+        facts["lora"] = digest(policy.parameters)[:16]
+    settings = run.mine
+    scale = spec.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    factor = pipeline.vae_scale_factor
+    miner = Miner(
+        velocity_for=lambda some: policy.velocity_for(some, scale, negative), reward=reward, prompts=prompts,
+        encode=lambda some: Conditions.encode(encoder, some), negative=negative,
+        sigmas=schedule_sigmas(pipeline.scheduler, settings.num_steps or spec.num_steps),
+        latent_shape=(
+            pipeline.transformer.config.in_channels, (run.height or spec.height) // factor,
+            (run.width or spec.width) // factor,
+        ),
+        device=device, config=settings, seed=run.seed,
+    )  # fmt: skip
+    facts |= {
+        "prompts": text_digest("\n".join(prompts)), "seed": run.seed, "latent_shape": miner.latent_shape,
+        "sigmas": miner.sigmas, "guidance_scale": scale, "weights": dtype, **dataclasses.asdict(settings),
+    }  # fmt: skip
+
+    if accelerator.is_main_process:
+        manifest = PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, encoder.text_length)
+        write_manifest(folder, manifest, shards=miner.shards, mining=facts)
+    accelerator.wait_for_everyone()
+    missing = miner.missing(folder)
+    accelerator.print(f"pairs in {folder}: {len(prompts)} prompts, {miner.shards - len(missing)} files there already")
+    done = len(prompts) - sum(len(miner.prompts_of(number)) for number in missing)
+    bar = tqdm(total=len(prompts), initial=done, unit="prompt", disable=not accelerator.is_main_process)
+    accelerator.wait_for_everyone()  # everybody has looked before anybody writes
+    with bar, policy.reference() if run.lora is None else nullcontext():
+        for number in missing[accelerator.process_index :: accelerator.num_processes]:
+            miner.write(folder, number)
+            bar.update(len(miner.prompts_of(number)) * accelerator.num_processes)
+    accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process:
+        pairs = MinedPairs(folder, batch_size=1)
+        gaps = torch.tensor(pairs.scores)
+        means = ", ".join(f"{name} {value:.3f}" for name, value in zip(("chosen", "rejected"), gaps.mean(dim=0)))
+        print(f"{len(gaps)} pairs of {len(set(pairs.prompts))} prompts; mean score {means}")
+        print(f"train on them: python recipes/dpo_sd35.py --model {spec.name} --dpo.mode offline --pairs {folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        with refusing():
+            mine(*settle(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("\nstopped: whole files are kept, and the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
