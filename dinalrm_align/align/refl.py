@@ -18,15 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinalrm_align.align.anchor import Reward, Terms, terms
 from dinalrm_align.config.refl import ReflConfig
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.prompts import prompt_indices
 from dinalrm_align.noise import add_noise, denoised, sample_sigma, seeded_generator
 from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.sampling import Velocity, ode_step, rollout, seeded_noise
-
-Reward = Callable[..., Tensor]
-"""reward(latents, prompts=..., sigma=..., generator=...) -> (B,), differentiable: a LatentReward, a ClipReward."""
 
 
 def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torch.Generator) -> int:
@@ -81,12 +79,15 @@ def flow_matching_loss(
 
 @dataclass(frozen=True)
 class ReflBatch:
-    """Where the gradient begins: latents (B, C, H, W) at sigmas[start], conditions, the micro-step's generator."""
+    """Where the gradient begins: latents (B, C, H, W) at sigmas[start], conditions, the micro-step's generator, and
+    what is climbed in this micro-step.
+    """
 
     latents: Tensor
     start: int
     conditions: Conditions
     generator: torch.Generator
+    terms: Terms
 
 
 @dataclass
@@ -138,10 +139,12 @@ class Refl:
         with self.meter.phase("rollout"), torch.no_grad():
             velocity = self.velocity_for(conditions, self.guidance_scale)
             latents = rollout(velocity, noise, self.sigmas[: start + 1])
-        return ReflBatch(latents, start, conditions, generator)
+        return ReflBatch(latents, start, conditions, generator, terms(self.reward, micro_step))
 
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss, differentiable in the policy's LoRA, and what to record: reward, kl and the level m was at."""
+        """The loss, differentiable in the policy's LoRA, and what to record: reward (and anchor),
+        kl and the level m was at.
+        """
         config = self.config
         velocity = self.velocity_for(batch.conditions, self.guidance_scale if config.guided_gradient else 1.0)
 
@@ -153,17 +156,19 @@ class Refl:
             latents, kl = gradient_steps(
                 velocity, reference, batch.latents, self.sigmas, batch.start, config.grad_steps
             )
+        asked = dict(
+            prompts=batch.conditions.prompts,
+            sigma=self._reward_sigma(len(latents), batch.generator),
+            generator=batch.generator,
+        )
         with self.meter.phase("reward"):
-            score = self.reward(
-                latents,
-                prompts=batch.conditions.prompts,
-                sigma=self._reward_sigma(len(latents), batch.generator),
-                generator=batch.generator,
-            )
+            scores = {name: reward(latents, **asked) for name, (_, reward) in batch.terms.items()}
+        score = sum(weight * scores[name] for name, (weight, _) in batch.terms.items())
         loss = reward_loss(score, config.loss, config.target)
         if config.kl_weight > 0:
             loss = loss + config.kl_weight * kl.mean()
-        metrics = {"reward": score.mean(), "kl": kl.mean(), "start_sigma": self.sigmas[batch.start]}
+        metrics = {name: own.mean() for name, own in scores.items()}
+        metrics |= {"kl": kl.mean(), "start_sigma": self.sigmas[batch.start]}
         if config.pretrain_weight > 0:
             metrics["pretrain"] = self._pretrain_loss(batch.generator)
             loss = loss + config.pretrain_weight * metrics["pretrain"]
