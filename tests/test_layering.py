@@ -9,7 +9,7 @@ PACKAGE = ROOT / "dinalrm_align"
 LAYERS: list[set[str]] = [
     {"config", "files", "durable", "seal", "metrics"},
     {"digest", "noise", "losses", "cost", "sampling", "resume", "device", "intervals", "figures"},
-    {"backbones", "head", "encode", "policy", "checkpoint", "loop", "report", "head_to_head", "data"},
+    {"backbones", "head", "encode", "policy", "checkpoint", "loop", "report", "head_to_head", "compare", "data"},
     {"model", "pixel", "inputs"},
     {"reward", "preference", "models", "shapes", "benchmarks"},
     {"align"},

@@ -67,7 +67,8 @@ def test_curves_of_one_run_and_of_several(tmp_path, capsys):
     runs = [fake_run(tmp_path / name, scale) for name, scale in (("latent", 1.0), ("pixel", 30.0))]
     report.main([str(runs[0])])
     assert is_picture(runs[0] / "curves.png")
-    report.main([*map(str, runs), "--output", str(tmp_path / "compare.png")])
+    groups = ["--group", "latent", str(runs[0]), "--group", "pixel", str(runs[1])]
+    report.main([*groups, "--output", str(tmp_path / "compare.png")])
     assert is_picture(tmp_path / "compare.png")
     assert "# latent against pixel" in (tmp_path / "compare.md").read_text()
     assert "compare.png" in capsys.readouterr().out
