@@ -24,6 +24,7 @@ from dinalrm_align.noise import seeded_generator
 from dinalrm_align.policy import Conditions
 from dinalrm_align.report import load_strip, save_before_after, save_grid, save_strip, to_bytes
 from dinalrm_align.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.tracking import track_picture
 
 Judge = Callable[[Tensor, Sequence[str]], Tensor]
 """judge(images (B, 3, H, W) in [0, 1], prompts) -> (B,)"""
@@ -171,4 +172,6 @@ class HeldOut:
             for gold, prompt in zip(scores["gold"], self.conditions.prompts[: self.config.shown], strict=False)
         ]
         title = f"update {step}: gold {np.mean(scores['gold']):.3f}, reward {np.mean(scores['proxy']):.3f}"
-        save_grid(pictures, captions, self.output_dir / f"grid_{step:06d}.png", title=title)
+        grid = self.output_dir / f"grid_{step:06d}.png"
+        save_grid(pictures, captions, grid, title=title)
+        track_picture(self.accelerator, "held_out", grid, step)

@@ -130,7 +130,7 @@ class ReflRun:
         dtype: of the frozen weights; auto takes the model's on a GPU and float32 on a CPU. The LoRA is always float32.
         profile_every: updates between two whose FLOPs are counted and, on a CPU, memory watched (they take about twice
             as long); 0: none.
-        tracker: where metrics go besides metrics.jsonl.
+        tracker: where metrics and pictures go besides metrics.jsonl; wandb without a server: WANDB_MODE=offline.
         policy: the LoRA that is trained.
         refl: one update.
         optim: AdamW.
@@ -150,7 +150,7 @@ class ReflRun:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     profile_every: int = 25
-    tracker: Literal["none", "wandb"] = "none"
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
     policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16.0))
     refl: ReflConfig = field(default_factory=ReflConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
