@@ -16,6 +16,7 @@ from dinalrm_align.report import load_strip
 
 CLOCKS = {"updates": "update", "time": "seconds of training"}
 """What curves are drawn against, and what the axis is called."""
+GAINS = {"gold": "gold: gain over the base model", "proxy": "reward: gain in s.d. of the base model"}
 SIZE = (5.4, 3.9)
 """Inches of a figure: small, so that its letters are large on a narrow page."""
 
@@ -28,7 +29,9 @@ def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
     drawn = {}
     for clock in CLOCKS:
         for name in judged:
-            drawn.setdefault(name, {})[clock] = _draw_gain(paired, name, clock, folder)
+            figure = Figure(figsize=SIZE, layout="constrained")
+            draw_gain(figure.subplots(), paired, name, clock)
+            drawn.setdefault(name, {})[clock] = save_with_legend(figure, folder / f"{name}_{clock}.png")
         for name in others:
             found = [entry for entry in entries if len(series(entry.run.rows, name)[0]) > 1]
             if found:
@@ -82,10 +85,10 @@ def draw_pictures(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarra
     save_figure(figure, path)
 
 
-def _draw_gain(entries: Sequence[Entry], name: str, clock: str, folder: Path) -> Path:
-    """Of one run the interval over captions; of several seeds their mean, the interval over both, and thin the runs."""
-    titles = {"gold": "gold: gain over the base model", "proxy": "reward: gain in s.d. of the base model"}
-    figure, axis = _figure(titles[name], clock)
+def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> None:
+    """Gains of "gold" or "proxy" on an axis, the first alarm of a run marked. Of one run with the interval over
+    captions; of several seeds their mean, the interval over both, and thin the runs.
+    """
     for group in groups_of(entries):
         members = [entry for entry in entries if entry.group == group.label]
         first, several = members[0], len(members) > 1
@@ -101,7 +104,9 @@ def _draw_gain(entries: Sequence[Entry], name: str, clock: str, folder: Path) ->
                 at = entry.at(clock, [entry.alarm])[0], float(entry.run.gain(name, entry.alarm).mean())
                 axis.plot(*at, "X", color=first.colour, markersize=13, markeredgecolor="white")
                 axis.annotate(f"alarm, update {entry.alarm}", at, (8, 8), textcoords="offset points", fontsize=8)
-    return _save(figure, folder / f"{name}_{clock}.png")
+    axis.set_title(GAINS[name], fontsize=10)
+    axis.set_xlabel(CLOCKS[clock])
+    axis.grid(alpha=0.3)
 
 
 def _draw_metric(entries: Sequence[Entry], name: str, clock: str, folder: Path) -> Path:
@@ -109,12 +114,16 @@ def _draw_metric(entries: Sequence[Entry], name: str, clock: str, folder: Path) 
         "kl": "KL in training, as each recipe defines it", "drift": "held out: velocity KL to the reference",
         "level_spread": "held out: spread of noise levels", "divergence": "reward gain less gold gain, s.d.",
     }  # fmt: skip
-    figure, axis = _figure(titles[name], clock)
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axis = figure.subplots()
     _lines(axis, entries, name, clock)
+    axis.set_title(titles[name], fontsize=10)
+    axis.set_xlabel(CLOCKS[clock])
+    axis.grid(alpha=0.3)
     if name in ("kl", "drift"):
         axis.set_yscale("symlog", linthresh=1e-3)
         axis.set_ylim(bottom=0)
-    return _save(figure, folder / f"{name}_{clock}.png")
+    return save_with_legend(figure, folder / f"{name}_{clock}.png")
 
 
 def _draw_phases(entries: Sequence[Entry], kind: str, phases: Sequence[str], clock: str, folder: Path) -> Path:
@@ -131,7 +140,7 @@ def _draw_phases(entries: Sequence[Entry], kind: str, phases: Sequence[str], clo
         axis.grid(alpha=0.3)
     titles = {"seconds": "seconds of an update, by phase", "memory_mib": "peak MiB above the weights, by phase"}
     figure.suptitle(titles[kind], fontsize=10)
-    return _save(figure, folder / f"{kind}_{clock}.png")
+    return save_with_legend(figure, folder / f"{kind}_{clock}.png")
 
 
 def _lines(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> None:
@@ -143,15 +152,6 @@ def _lines(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> None:
             _line(axis, entry, entry.at(clock, steps), values, marker="." if len(steps) < 20 else None, seeds=seeds)
 
 
-def _figure(title: str, clock: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axis = figure.subplots()
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(CLOCKS[clock])
-    axis.grid(alpha=0.3)
-    return figure, axis
-
-
 def _line(
     axis: Axes, entry: Entry, xs: Sequence[float], ys: Sequence[float], *, marker: str | None, seeds: int
 ) -> None:
@@ -159,7 +159,7 @@ def _line(
     axis.plot(xs, ys, entry.dash, color=entry.colour, marker=marker, markersize=4, linewidth=1.4, label=label)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_with_legend(figure: Figure, path: Path) -> Path:
     """With one legend below for all axes."""
     lines = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
     columns = max(1, min(3, 66 // max(map(len, lines))))
