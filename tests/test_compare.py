@@ -28,7 +28,7 @@ VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "met
 
 def make_run(
     folder: Path, gain: float, *, recipe: str = "refl_sd35", reward: str = "dinalrm", seed: int = 0, lr: float = 1e-3,
-    alarm: int | None = None, extra: dict[str, float] | None = None, **terms: object,
+    alarm: int | None = None, extra: dict[str, float] | None = None, judges: tuple[str, ...] = (), **terms: object,
 ) -> Path:  # fmt: skip
     """Four updates of 2 seconds, judged at 0, 2 and 4: gold gains `gain` and half of it at 2, proxy ten times that."""
     (folder / "evaluations").mkdir(parents=True)
@@ -47,9 +47,8 @@ def make_run(
             scores = {"gold": list(BASE["gold"] + moved), "proxy": list(BASE["proxy"] + 10 * moved)}
             row |= {name: float(np.mean(values)) for name, values in scores.items()} | (extra or {})
             row |= {"hacking": float(alarm is not None and step >= alarm)} if alarm is not None else {}
-            (folder / "evaluations" / f"{step:06d}.json").write_text(
-                json.dumps({"step": step, "terms": terms, **scores})
-            )
+            judged = {"step": step, "terms": terms, **scores, **{f"gold/{name}": scores["proxy"] for name in judges}}
+            (folder / "evaluations" / f"{step:06d}.json").write_text(json.dumps(judged))
             strip = np.full((terms["shown"], 8, 8, 3), 40 * step + 10 * seed, dtype=np.uint8)
             save_strip(strip, folder / "evaluations" / f"{step:06d}.png")
         rows.append(json.dumps(row))
@@ -196,6 +195,16 @@ def test_curves_are_drawn_against_updates_and_time(folders, tmp_path):
             with Image.open(path) as picture:
                 assert len(set(picture.convert("RGB").getdata())) > 50
     assert entries[0].at("time", [0, 2, 4]) == [0.0, 4.0, 8.0]
+
+
+def test_another_judge_is_drawn_for_the_runs_that_it_judged(tmp_path):
+    """pixel <2> scored as the proxy does: gains of 4 at an s.d. of 10."""
+    runs = [make_run(tmp_path / "a", 0.4, judges=("pixel <2>",)), make_run(tmp_path / "b", 0.1, reward="mps")]
+    entries, _ = read_entries(runs)
+    assert entries[0].gain("gold/pixel <2>", 4).mean == pytest.approx(0.4)
+    page, _ = write(runs, tmp_path / "page", shown=1, title="Judges")
+    assert (tmp_path / "page" / "gold_pixel_2_time.png").is_file()
+    assert "Another judge: pixel <2>" in Page(page.read_text()).words
 
 
 def test_pictures_are_those_of_the_last_update_beside_the_base_models(folders):

@@ -231,6 +231,7 @@ def judged(tiny_world, tmp_path_factory):
         guidance_scale=1.0, latent_shape=(16, 8, 8), decode=lambda latents: latents[:, :3].sigmoid(), reward=reward,
         gold=lambda images, prompts: images.mean(dim=(1, 2, 3)), config=EvaluationConfig(samples=3, shown=2),
         accelerator=Accelerator(cpu=True), output_dir=folder,
+        judges={"red": lambda images, prompts: images[:, 0].mean(dim=(1, 2))},
         probes=[watch.level_probe(reward, [0.2, 0.7]), watch.drift_probe(velocity_for, policy.reference, [0.5])],
     )  # fmt: skip
     return held_out, policy
@@ -243,7 +244,8 @@ def test_what_an_evaluation_measures_on_the_tiny_stack(judged):
     )
     first = {**held_out(0), **watched(0)}
     scores = held_out.scores(0)
-    assert scores.keys() == {"proxy", "gold", "proxy@0.2", "proxy@0.7", "drift"}
+    assert scores.keys() == {"proxy", "gold", "gold/red", "proxy@0.2", "proxy@0.7", "drift"}
+    assert first["gold/red"] == pytest.approx(np.mean(scores["gold/red"]))
     assert scores["drift"] == [0.0, 0.0, 0.0]  # the new policy is the reference
     assert first["drift"] == 0.0 and first["proxy@0.2"] == pytest.approx(np.mean(scores["proxy@0.2"]))
     assert scores["proxy@0.2"] != scores["proxy@0.7"]

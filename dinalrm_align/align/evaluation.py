@@ -9,7 +9,7 @@ below that of either mean.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,8 @@ class HeldOut:
 
     velocity_for: (conditions, guidance_scale) -> a velocity under the present weights. conditions: one per sample, on
     any device. decode: latents -> images (B, 3, H, W) in [0, 1]. reward: as in `align.refl`. gold: judges pictures.
+    judges: others beside it, by name; their scores are called gold/NAME. probes: what else to measure of every sample
+    (`align.watch`).
     """
 
     velocity_for: Callable[[Conditions, float], Velocity]
@@ -57,6 +59,7 @@ class HeldOut:
     config: EvaluationConfig
     accelerator: Accelerator
     output_dir: Path
+    judges: Mapping[str, Judge] = field(default_factory=dict)
     probes: Sequence[Probe] = ()
 
     def __post_init__(self) -> None:
@@ -88,7 +91,7 @@ class HeldOut:
 
         evaluations/<step>.json (the scores of every sample), evaluations/<step>.png (the shown pictures in a row) and
         grid_<step>.png. Returns means and standard errors of proxy and gold, the gain of gold over step 0, and the mean
-        of what probes measured.
+        of what other judges and probes found.
         """
         size, rank = self.config.batch_size, self.accelerator.process_index
         starts = range(0, len(self.conditions), size)[rank :: self.accelerator.num_processes]
@@ -107,7 +110,7 @@ class HeldOut:
         return row
 
     def scores(self, step: int) -> dict[str, list[float]]:
-        """proxy, gold and what probes measured of every sample, as an evaluation left them."""
+        """proxy, gold and what other judges and probes found of every sample, as an evaluation left them."""
         found = json.loads((self._folder / f"{step:06d}.json").read_text())
         return {name: values for name, values in found.items() if name not in ("step", "terms")}
 
@@ -151,7 +154,11 @@ class HeldOut:
         ).to(device)
         found = {"proxy": self.reward(latents, prompts=conditions.prompts, noise=reward_noise)}
         images = self.decode(latents)
-        found["gold"] = self.gold(images, list(conditions.prompts))
+        for name, judge in {
+            "gold": self.gold,
+            **{f"gold/{name}": judge for name, judge in self.judges.items()},
+        }.items():
+            found[name] = judge(images, list(conditions.prompts))
         for probe in self.probes:
             found.update(probe(latents, conditions, reward_noise))
         pictures = to_bytes(images)

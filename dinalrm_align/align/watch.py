@@ -110,8 +110,8 @@ def divergence(before: Scores, after: Scores) -> float:
 
 
 def level_spread(before: Scores, after: Scores) -> float | None:
-    """How far the reward's noise levels part after, see the module; None when fewer than two levels were scored."""
-    names = sorted(name for name in before if name.startswith(LEVEL))
+    """How far the reward's noise levels part after, see the module; None when fewer than two were scored both times."""
+    names = sorted(name for name in before.keys() & after.keys() if name.startswith(LEVEL))
     if len(names) < 2:
         return None
     table = [(np.asarray(after[name]) - np.mean(before[name])) / _spread(before[name]) for name in names]

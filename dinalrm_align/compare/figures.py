@@ -1,5 +1,6 @@
 """Curves of runs side by side, against updates and against time, and their pictures on the same prompts and noise."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,14 +25,17 @@ SIZE = (5.4, 3.9)
 def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
     """Write the curves' PNGs: what is drawn -> clock -> its file. What no run measured is not drawn."""
     paired = [entry for entry in entries if not entry.apart]
-    judged = ("gold", "proxy") if any(len(entry.steps) > 1 for entry in paired) else ()
+    judged = list(dict.fromkeys(["gold", "proxy", *(name for entry in paired for name in entry.run.scores[0])]))
     others = ("kl", "drift", "level_spread", "divergence")
     drawn = {}
     for clock in CLOCKS:
         for name in judged:
-            figure = Figure(figsize=SIZE, layout="constrained")
-            draw_gain(figure.subplots(), paired, name, clock)
-            drawn.setdefault(name, {})[clock] = save_with_legend(figure, folder / f"{name}_{clock}.png")
+            found = [entry for entry in paired if all(name in scores for scores in entry.run.scores.values())]
+            if any(len(entry.steps) > 1 for entry in found):
+                figure = Figure(figsize=SIZE, layout="constrained")
+                draw_gain(figure.subplots(), found, name, clock)
+                path = folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_{clock}.png"
+                drawn.setdefault(name, {})[clock] = save_with_legend(figure, path)
         for name in others:
             found = [entry for entry in entries if len(series(entry.run.rows, name)[0]) > 1]
             if found:
@@ -86,8 +90,8 @@ def draw_pictures(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarra
 
 
 def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> None:
-    """Gains of "gold" or "proxy" on an axis, the first alarm of a run marked. Of one run with the interval over
-    captions; of several seeds their mean, the interval over both, and thin the runs.
+    """Gains of "gold", "proxy" or another judge on an axis, the first alarm of a run marked. Of one run with the
+    interval over captions; of several seeds their mean, the interval over both, and thin the runs.
     """
     for group in groups_of(entries):
         members = [entry for entry in entries if entry.group == group.label]
@@ -104,7 +108,8 @@ def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> No
                 at = entry.at(clock, [entry.alarm])[0], float(entry.run.gain(name, entry.alarm).mean())
                 axis.plot(*at, "X", color=first.colour, markersize=13, markeredgecolor="white")
                 axis.annotate(f"alarm, update {entry.alarm}", at, (8, 8), textcoords="offset points", fontsize=8)
-    axis.set_title(GAINS[name], fontsize=10)
+    judge = name.removeprefix("gold/")
+    axis.set_title(GAINS.get(name, f"{judge} as a judge: gain in s.d. of the base model"), fontsize=10)
     axis.set_xlabel(CLOCKS[clock])
     axis.grid(alpha=0.3)
 

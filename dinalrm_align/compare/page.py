@@ -85,7 +85,7 @@ def _markdown(title: str, notes: Sequence[str], tables: Sequence[Table], drawn: 
     parts = [f"# {title}", *notes, *(table.markdown() for table in tables), HOW_TO_READ]
     for name, files in drawn.items():
         parts += [
-            f"## {HEADINGS[name]}",
+            f"## {_heading(name)}",
             "\n".join(f"![against {clock}]({path.name})" for clock, path in files.items()),
         ]
     return "\n\n".join([*parts, "## Pictures", "![same prompts and noise](pictures.png)"]) + "\n"
@@ -105,12 +105,12 @@ def _html(
     )
     sections = []
     for name, files in drawn.items():
+        heading = escape(_heading(name))
         images = "".join(
-            f'<figure><img src="{_data(path.read_bytes())}" alt="{HEADINGS[name]} against {figures.CLOCKS[clock]}">'
-            "</figure>"
+            f'<figure><img src="{_data(path.read_bytes())}" alt="{heading} against {figures.CLOCKS[clock]}"></figure>'
             for clock, path in files.items()
         )
-        sections.append(f'<h2>{HEADINGS[name]}</h2>\n<div class="figures">{images}</div>')
+        sections.append(f'<h2>{heading}</h2>\n<div class="figures">{images}</div>')
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<ul class="key">{key}</ul>',
@@ -130,6 +130,10 @@ def _html(
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
+
+
+def _heading(name: str) -> str:
+    return HEADINGS.get(name) or f"Another judge: {name.removeprefix('gold/')}"
 
 
 def _table(table: Table) -> str:
