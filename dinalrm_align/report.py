@@ -92,7 +92,9 @@ def save_before_after(
 
 
 def plot_run(run: Path) -> Path:
-    """curves.png of one run: scores held out and in training, KL, gradient norm, seconds and memory by phase."""
+    """curves.png of one run: scores held out and in training, the first alarm of the hacking watch, KL, drift, gradient
+    norm, seconds and memory by phase.
+    """
     rows = read_metrics(run / "metrics.jsonl")
     figure = Figure(figsize=(13, 6.5))
     gold, proxy, training, kl, seconds, memory = figure.subplots(2, 3).flatten()
@@ -100,9 +102,14 @@ def plot_run(run: Path) -> Path:
     gold.set_title("gold score, held out (bars: of the paired gain)")
     proxy.plot(*series(rows, "proxy"), marker="o")
     proxy.set_title("reward, held out")
+    alarm = next((step for step, hacked in zip(*series(rows, "hacking")) if hacked), None)
+    for axis in (gold, proxy) if alarm is not None else ():
+        axis.axvline(alarm, color="tab:red", linestyle=":", label=f"hacking alarm, update {alarm}")
+        axis.legend()
     training.plot(*series(rows, "reward"))
     training.set_title("reward in training")
     kl.plot(*series(rows, "kl"), label="velocity KL")
+    kl.plot(*series(rows, "drift"), label="drift, held out", marker="o")
     kl.plot(*series(rows, "grad_norm"), label="gradient norm", alpha=0.6)
     kl.set_yscale("symlog", linthresh=1e-4)
     kl.legend()
