@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -44,6 +44,16 @@ class Hook:
 
     def is_due(self, step: int, last: int) -> bool:
         return self.at_start if step == 0 else step == last or (self.every > 0 and step % self.every == 0)
+
+
+class Stateful(Protocol):
+    """A method that keeps something between updates which cannot be drawn again: statistics, a pending rollout."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All of it by name, on any device; as it is after the last update."""
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state_tensors` gave. Raises ValueError, before it changes anything, when it does not fit."""
 
 
 class Ema:
@@ -119,6 +129,7 @@ def fit(
     meter: PhaseMeter | None = None,
     profile_every: int = 0,
     identity: Mapping[str, str] | None = None,
+    state: Stateful | None = None,
     resume: Path | None = None,
     resume_command: str = "",
     settings: str = "",
@@ -141,6 +152,7 @@ def fit(
         profile_every: updates between two that count FLOPs and, on the CPU, watch memory; the first is one. 0: none.
         identity: what this run is, by name: seed, digests of frozen weights and data (`digest`). Stored with every
             checkpoint; one of another identity is refused.
+        state: what of the method goes into every checkpoint, each process its own, and comes back on resume.
         resume: checkpoint folder of this run to go on from.
         resume_command: what to type to go on, told when the run is stopped.
         settings: the run's settings, written to output_dir/config.yaml once a checkpoint to resume was found to fit.
@@ -167,12 +179,12 @@ def fit(
     main = accelerator.is_main_process
     done, elapsed, saved, metrics_kept = 0, 0.0, -1, 0
     if resume is not None:
-        state = load_checkpoint(
+        facts = load_checkpoint(
             resume, identity=identity, steps=config.steps, parameters=parameters, average=average, optimizer=optimizer,
-            accelerator=accelerator,
+            state=state, accelerator=accelerator,
         )  # fmt: skip
-        done = saved = state["step"]
-        elapsed, metrics_kept = state["elapsed"], state["metrics"]["bytes"]
+        done = saved = facts["step"]
+        elapsed, metrics_kept = facts["elapsed"], facts["metrics"]["bytes"]
         accelerator.wait_for_everyone()  # nobody may still be checking what is now tidied
     elif accelerator.num_processes > 1:
         for tensor in (*tensors, *(average or {}).values()):
@@ -187,7 +199,7 @@ def fit(
     def save(at: int) -> Path:
         return save_checkpoint(
             output_dir, step=at, elapsed=elapsed, identity=identity, log=log, parameters=parameters, average=average,
-            optimizer=optimizer, accelerator=accelerator, keep_last=config.keep_last,
+            optimizer=optimizer, state=state, accelerator=accelerator, keep_last=config.keep_last,
         )  # fmt: skip
 
     def call(due: Sequence[Hook], at: int, row: dict[str, float]) -> None:

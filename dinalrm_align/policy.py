@@ -27,6 +27,7 @@ from dinalrm_align.durable import flush
 from dinalrm_align.encode import PromptEncoder, check_prompts
 from dinalrm_align.files import make_folder, reading
 from dinalrm_align.noise import check_latents, timestep_of
+from dinalrm_align.sampling import Velocity
 
 ADAPTER = "policy"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -164,6 +165,19 @@ class Policy:
             return velocity
         unconditional, conditional = velocity.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    def velocity_for(
+        self, conditions: Conditions, guidance_scale: float = 1.0, negative: Conditions | None = None
+    ) -> Velocity:
+        """The velocity under these conditions, as samplers take it. negative: of one empty prompt, for guidance."""
+        against = None
+        if guidance_scale > 1 and negative is not None:
+            against = negative.take([0] * len(conditions), self.device)
+
+        def velocity(latents: Tensor, sigma: float | Tensor) -> Tensor:
+            return self.velocity(latents, sigma, conditions, guidance_scale, against)
+
+        return velocity
 
     @contextmanager
     def reference(self) -> Iterator[None]:

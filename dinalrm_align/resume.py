@@ -2,7 +2,7 @@
 
 A checkpoint is `checkpoints/step_000050/` with
 
-    weights.safetensors  ema.safetensors  optimizer.pt  rng_0.pt (one per process)  state.json
+    weights.safetensors  ema.safetensors  optimizer.pt  rng_0.pt  method_0.safetensors (one per process)  state.json
 
 It is written under a temporary name, sealed (`seal`), flushed to disk and renamed, so that a folder called step_* is
 whole, and what came before it stays until it is. state.json also says what run it belongs to, and how far metrics.jsonl
@@ -43,13 +43,15 @@ def save_checkpoint(
     parameters: dict[str, nn.Parameter],
     average: dict[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
+    state: Any | None = None,
     accelerator: Accelerator,
     keep_last: int,
 ) -> Path:
     """Write `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest.
 
-    Called by every process; each writes its own random state, the main one (the only one that needs `log`) everything
-    else. OSError when it cannot be written, or a checkpoint of that name is there; those that are there stay.
+    Called by every process; each writes its own random state and that of the method (`loop.Stateful`), the main one
+    (the only one that needs `log`) everything else. OSError when it cannot be written, or a checkpoint of that name is
+    there; those that are there stay.
     """
     folder = run / FOLDER / f"step_{step:06d}"
     temporary = folder.with_name(TEMPORARY + folder.name)
@@ -60,6 +62,10 @@ def save_checkpoint(
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
         write_file(temporary / f"rng_{accelerator.process_index}.pt", _packed(_random_state()))
+        if state is not None:
+            write_file(
+                temporary / f"method_{accelerator.process_index}.safetensors", save(_on_cpu(state.state_tensors()))
+            )
         if main:
             write_file(temporary / "weights.safetensors", save(_on_cpu(parameters)))
             if average is not None:
@@ -89,6 +95,7 @@ def load_checkpoint(
     parameters: dict[str, nn.Parameter],
     average: dict[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
+    state: Any | None = None,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Put a checkpoint back in place, random state included; returns its facts (step, elapsed, metrics, ...).
@@ -97,23 +104,30 @@ def load_checkpoint(
     is changed: when a file is missing or damaged, the checkpoint is of another run or beyond `steps`, names or shapes
     differ, an average is wanted and none was saved, or the number of processes is another.
     """
-    state = check_checkpoint(folder)
-    _check_identity(state["identity"], identity, folder)
-    if state["num_processes"] != accelerator.num_processes:
+    facts = check_checkpoint(folder)
+    _check_identity(facts["identity"], identity, folder)
+    if facts["num_processes"] != accelerator.num_processes:
         raise ValueError(
-            f"{folder} was written by {state['num_processes']} processes, this run has {accelerator.num_processes}; "
+            f"{folder} was written by {facts['num_processes']} processes, this run has {accelerator.num_processes}; "
             "start as many, since each has its own share of the data"
         )
-    if state["step"] > steps:
-        raise ValueError(f"{folder} is at update {state['step']}, beyond loop.steps {steps}; raise loop.steps")
+    if facts["step"] > steps:
+        raise ValueError(f"{folder} is at update {facts['step']}, beyond loop.steps {steps}; raise loop.steps")
     if average is not None and not (folder / "ema.safetensors").exists():
         raise ValueError(f"{folder} holds no averaged weights; resume with ema_decay 0, as the run was started")
+    of_method = folder / f"method_{accelerator.process_index}.safetensors"
+    if (state is not None) != of_method.exists():
+        raise ValueError(
+            f"{folder} was written by a method with other settings ({of_method.name}); resume with its own"
+        )
     weights = load_file(folder / "weights.safetensors")
     means = {} if average is None else load_file(folder / "ema.safetensors")
     moments = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")["state"]
     for saved, into in ((weights, parameters), (means, average or {})):
         _check_fit(saved, into, folder)
     _check_moments(moments, optimizer, folder)
+    if state is not None:
+        state.load_state_tensors(load_file(of_method))
 
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     with torch.no_grad():
@@ -121,7 +135,7 @@ def load_checkpoint(
             for name, tensor in into.items():
                 tensor.copy_(saved[name])
     _set_random_state(torch.load(folder / f"rng_{accelerator.process_index}.pt", weights_only=True))
-    return state
+    return facts
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:

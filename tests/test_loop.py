@@ -21,6 +21,19 @@ from dinalrm_align.metrics import MetricsLog, read_metrics
 from dinalrm_align.resume import checkpoint_to_resume, latest_checkpoint
 
 
+class Memory:
+    """What a method may keep between updates: a running mean of a weight."""
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(())
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"mean": self.mean}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.mean = tensors["mean"]
+
+
 def toy() -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return {name: nn.Parameter(torch.randn(size, generator=generator)) for name, size in (("a", (2, 4)), ("b", (1,)))}
@@ -38,6 +51,7 @@ def run(
     optim: OptimConfig | None = None,
     identity: dict[str, str] | None = None,
     stop_when: Callable[[Mapping[str, float]], str | None] | None = None,
+    state: "Memory | None" = None,
     **loop: float,
 ) -> dict[str, nn.Parameter]:
     """Regression of 16 fixed rows, `batch_size` a micro-step; stochastic adds noise from every global generator."""
@@ -50,6 +64,9 @@ def run(
 
     def step(batch: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
         noise = (torch.randn(2) + np.random.randn()) * stochastic
+        if state is not None:
+            state.mean = 0.9 * state.mean + 0.1 * parameters["a"].detach().mean()
+            noise = noise + state.mean  # so that it decides what is learned
         loss = ((batch @ parameters["a"].T + parameters["b"] - 1 + noise) ** 2).mean()
         steps_made.append(1)
         return (loss * math.nan if len(steps_made) == poison_at else loss), {"norm": parameters["a"].norm()}
@@ -66,6 +83,7 @@ def run(
         output_dir=folder,
         hooks=hooks,
         identity=identity,
+        state=state,
         resume=resume,
         resume_command="python train.py --resume here",
         stop_when=stop_when,
@@ -94,6 +112,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
         assert torch.equal(whole[name], again[name])
     other = run(tmp_path / "other", optim=optim)
     assert not torch.equal(whole["a"], other["a"])  # the noise did depend on the global generators
+
+
+def test_what_a_method_keeps_comes_back_with_the_checkpoint(tmp_path):
+    whole, again = Memory(), Memory()
+    expected = run(tmp_path / "whole", state=whole, stochastic=False)
+    run(tmp_path / "cut", steps=4, state=Memory(), stochastic=False)
+    got = run(tmp_path / "cut", resume=latest_checkpoint(tmp_path / "cut"), state=again, stochastic=False)
+    assert torch.equal(whole.mean, again.mean) and float(whole.mean) != 0
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    with pytest.raises(ValueError, match="written by a method with other settings"):
+        run(tmp_path / "cut", steps=8, resume=latest_checkpoint(tmp_path / "cut"))
 
 
 def test_resume_rewrites_the_metrics_after_the_checkpoint(tmp_path):

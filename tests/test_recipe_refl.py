@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from dinalrm_align.align.settle import settle
+from dinalrm_align.config.refl import ReflRun
 from dinalrm_align.metrics import read_metrics
 from dinalrm_align.resume import checkpoint_to_resume
 from dinalrm_align.shapes.stack import clip_tokenizer
@@ -141,7 +143,7 @@ def test_the_pixel_reward_takes_the_same_road(recipe, arguments, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--refl.grad_steps=2", "--refl.guided_gradient=true", "--refl.gradient_checkpointing=false"],
+        ["--refl.grad_steps=2", "--refl.guided_gradient=true", "--gradient_checkpointing=false"],
         ["--refl.pretrain_weight=0.5", "--refl.pretrain_samples=2", "--refl.reward_sigma_range=[0.1,0.6]"],
         ["--refl.loss=relu", "--refl.reward_sigma=[0.2,0.5]", "--loop.ema_decay=0", "--loop.accumulate=2"],
     ],
@@ -216,21 +218,22 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(recipe, arguments, tmp_pat
     assert f"go on with --resume {tmp_path}" in capsys.readouterr().err
 
 
-def test_default_folders_are_numbered(recipe, arguments, world, tmp_path, monkeypatch):
+def test_default_folders_are_numbered(arguments, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = []
     for _ in range(2):
-        settings, _, _, _ = recipe.settle(arguments)
-        names.append(settings.output_dir)
-        Path(settings.output_dir).mkdir(parents=True)
+        settled = settle(ReflRun, "", RECIPE, arguments)
+        names.append(settled.run.output_dir)
+        Path(settled.run.output_dir).mkdir(parents=True)
     stem = f"runs/refl_{world.name}_dinalrm_seed0"
     assert names == [stem, f"{stem}_2"]
 
 
-def test_the_papers_settings_lie_beneath_the_users_for_sd35(recipe, tmp_path, monkeypatch):
+def test_the_papers_settings_lie_beneath_the_users_for_sd35(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings, _, spec, _ = recipe.settle(["--model=sd35", "--loop.steps=7"])
-    assert (spec.name, settings.loop.steps, settings.loop.accumulate) == ("sd35", 7, 16)
+    settled = settle(ReflRun, "", RECIPE, ["--model=sd35", "--loop.steps=7"])
+    settings = settled.run
+    assert (settled.spec.name, settings.loop.steps, settings.loop.accumulate) == ("sd35", 7, 16)
     assert (settings.policy.rank, settings.policy.alpha, settings.optim.lr) == (32, 64, 1e-4)
 
 

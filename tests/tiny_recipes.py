@@ -54,7 +54,7 @@ def recipes(world: Path) -> list[Recipe]:
     """Four updates with a checkpoint after each; with dropout, which draws from the global random state."""
     refl = (
         f"--model={world}", f"--prompts={world / 'prompts.txt'}", f"--eval_prompts={world / 'prompts.txt'}",
-        "--policy.rank=2", "--refl.batch_size=1", "--refl.num_steps=2", "--refl.gradient_checkpointing=false",
+        "--policy.rank=2", "--refl.batch_size=1", "--refl.num_steps=2", "--gradient_checkpointing=false",
         "--profile_every=0", "--evaluation.samples=2", "--evaluation.shown=1", "--evaluation.every=0", *TRAINING,
     )  # fmt: skip
     reward = (

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dinalrm_align.config.refl import EvaluationConfig
+from dinalrm_align.config.align import EvaluationConfig
 from dinalrm_align.durable import write_atomically
 from dinalrm_align.noise import seeded_generator
 from dinalrm_align.policy import Conditions

@@ -118,13 +118,8 @@ class Refl:
             raise ValueError(f"got grad_steps {self.config.grad_steps} in a rollout of {len(self.sigmas) - 1} steps")
 
     def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
-        """The policy's velocity under these conditions, as the sampler wants it."""
-        negative = self.negative.take([0] * len(conditions), self.policy.device) if guidance_scale > 1 else None
-
-        def velocity(latents: Tensor, sigma: float | Tensor) -> Tensor:
-            return self.policy.velocity(latents, sigma, conditions, guidance_scale, negative)
-
-        return velocity
+        """The policy's velocity under these conditions."""
+        return self.policy.velocity_for(conditions, guidance_scale, self.negative)
 
     def batch_at(self, micro_step: int) -> ReflBatch:
         """This micro-step's rollout, without gradient; a pure function of it, seed, rank and weights."""

@@ -1,0 +1,68 @@
+"""From a command line to the settings of an alignment run: what "auto" came to, where it is kept, what it resumes.
+
+Nothing heavy is imported here before the settings are known to be good.
+"""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from dinalrm_align.config.align import AlignRun
+from dinalrm_align.config.check import did_you_mean
+from dinalrm_align.config.command import parse, refuse
+from dinalrm_align.models import ModelSpec, resolve_model
+
+Run = TypeVar("Run", bound=AlignRun)
+
+
+@dataclass(frozen=True)
+class Settled(Generic[Run]):
+    """An alignment run, ready to begin or to go on.
+
+    recipe: its name, "refl_sd35". run: the settings, with a folder and a model in place of "auto" and None. text: the
+    same as YAML, for config.yaml. spec: the model. checkpoint: what to go on from, if anything.
+    """
+
+    recipe: str
+    run: Run
+    text: str
+    spec: ModelSpec
+    checkpoint: Path | None
+
+
+def settle(kind: type[Run], description: str, recipe: Path, argv: Sequence[str]) -> Settled[Run]:
+    """The settings that `argv` asks of the program `recipe` (its file); an SD3.5 model puts RECIPE.yaml beneath them.
+
+    What cannot be meant ends the program with status 2 and a sentence.
+    """
+    run, _ = parse(kind, description, argv)  # --help ends here, before anything heavy is imported
+    from dinalrm_align.resume import checkpoint_to_resume, new_run_folder, run_of, settings_of
+
+    checkpoint, beneath = None, []
+    if run.resume is not None:
+        checkpoint = checkpoint_to_resume(Path(run.resume))
+        if run.output_dir and Path(run.output_dir).resolve() != run_of(checkpoint):
+            refuse(f"--resume goes on in {run_of(checkpoint)}: leave out --output_dir {run.output_dir}")
+        beneath = [settings_of(checkpoint)]
+        run, _ = parse(kind, description, argv, beneath)
+    if run.reward not in ("dinalrm", "pixel") and not Path(run.reward).is_dir() and "/" not in run.reward:
+        near = did_you_mean(run.reward, ("dinalrm", "pixel")) or ";"
+        refuse(f"unknown reward {run.reward!r}{near} known: dinalrm, pixel, or a latent one's folder or hub id")
+    if run.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        refuse("--tracker wandb needs the package wandb: pip install 'dinalrm-align[wandb]'")
+    if run.model == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        refuse("--model auto: each of several processes would choose for itself; name the model")
+    spec, reason = resolve_model(run.model)
+    print(reason, flush=True)
+    if checkpoint is None and spec.kind == "sd35":
+        beneath = [recipe.with_suffix(".yaml")]
+    method = recipe.stem.removesuffix("_sd35")
+    name = f"{method}_{Path(spec.name).name}_{Path(run.reward).name}_seed{run.seed}"
+    folder = run_of(checkpoint) if checkpoint else new_run_folder(run.output_dir, name)
+    # What "auto" and the defaults came to is written down, so that a resumed run is the same run.
+    settled = [*argv, "--model", spec.name, "--output_dir", str(folder), "--resume", "null"]
+    run, text = parse(kind, description, settled, beneath)
+    return Settled(recipe.stem, run, f"# settings of recipes/{recipe.name}\n{text}", spec, checkpoint)
