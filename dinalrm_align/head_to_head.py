@@ -25,8 +25,8 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Run:
-    """One run. rows: of metrics.jsonl; scores: update -> "gold" and "proxy" -> (N,) of the held-out samples; terms:
-    what they were judged on.
+    """One run. rows: of metrics.jsonl; scores: update -> "gold", "proxy" and "gold/NAME" of other judges -> (N,) of the
+    held-out samples; terms: what they were judged on.
     """
 
     folder: Path
@@ -43,14 +43,14 @@ class Run:
         if not evaluated or evaluated[0] != 0:
             raise ValueError(f"{folder} holds no evaluation of the base model, which a run's first row has")
         found = {step: _read_evaluation(folder / "evaluations" / f"{step:06d}.json") for step in evaluated}
-        scores = {step: {name: np.array(one[name]) for name in ("gold", "proxy")} for step, one in found.items()}
+        scores = {step: {name: np.array(one[name]) for name in _judged(one)} for step, one in found.items()}
         seed = read_yaml(folder / "config.yaml", "config").get("seed")
         check_integer(f"{folder / 'config.yaml'}: seed", seed)
         return cls(folder, seed, rows, found[0]["terms"], scores)
 
     def gain(self, name: str, step: int) -> np.ndarray:
-        """(C,) over the base model, by caption. Gold in its own unit, proxy in standard deviations of the base model's
-        samples, since rewards have scales of their own.
+        """(C,) over the base model, by caption. Gold in its own unit, the others in standard deviations of the base
+        model's samples, since rewards have scales of their own.
         """
         before, after = self.scores[0][name], self.scores[step][name]
         unit = 1.0 if name == "gold" else float(before.std()) or 1.0
@@ -118,13 +118,18 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     prompts = found["terms"].get("prompts") if isinstance(found.get("terms"), dict) else None
     if not isinstance(prompts, list):
         raise ValueError(f"{path}: got no terms with prompts; expected what `align.evaluation` writes")
-    for name in ("gold", "proxy"):
+    for name in _judged(found):
         values = found.get(name)
         if not isinstance(values, list) or len(values) != len(prompts):
             raise ValueError(f"{path}: {name}: got {values!r:.60}; expected {len(prompts)} numbers, one per prompt")
         for value in values:
             check_number(f"{path}: {name}", value)
     return found
+
+
+def _judged(evaluation: dict[str, Any]) -> list[str]:
+    """Names of the scores of an evaluation that gains are taken of."""
+    return ["gold", "proxy", *(name for name in evaluation if name.startswith("gold/"))]
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:

@@ -134,8 +134,11 @@ def fit(
     resume_command: str = "",
     settings: str = "",
     shown: Sequence[str] = ("loss",),
-) -> None:
+    stop_when: Callable[[Mapping[str, float]], str | None] | None = None,
+) -> int:
     """Train `parameters` for `config.steps` updates; afterwards they hold the last weights, checkpointed.
+
+    Returns how many updates were made in all: config.steps, or fewer where `stop_when` ended the run.
 
     Args:
         parameters: all that is trained, by name; identical on every process once this starts.
@@ -154,6 +157,9 @@ def fit(
         resume_command: what to type to go on, told when the run is stopped.
         settings: the run's settings, written to output_dir/config.yaml once a checkpoint to resume was found to fit.
         shown: metrics for the progress bar.
+        stop_when: asked after every update with its row of metrics, those of hooks included: the reason to end the run
+            there, or None. It must come to the same answer on every process. A checkpoint is written and hooks with
+            `at_stop` are called, as when a run is stopped from outside; the run may go on from there.
 
     Gradients are averaged over processes here, in one reduction of the few trained tensors: rollouts and tapped
     forwards do not pass through the `forward` of one wrapped module, where DistributedDataParallel would do it.
@@ -202,18 +208,20 @@ def fit(
                 for hook in due:
                     row.update(hook.call(at) or {})
 
-    def record(at: int, row: dict[str, float]) -> None:
+    def record(at: int, row: dict[str, float]) -> dict[str, float]:
         call([hook for hook in hooks if hook.is_due(at, config.steps)], at, row)
         if main and row:
             log.append({"step": at, **row})
             bar.set_postfix({name: f"{row[name]:.4g}" for name in shown if name in row}, refresh=False)
         accelerator.log(row, step=at)
+        return row
 
     bar = tqdm(total=config.steps, initial=done, disable=not main, desc="update", dynamic_ncols=True)
     with bar, _way_on(output_dir, resume_command), _stop_requests(accelerator) as stop_requested:
         if resume is None:
             record(0, {})
-        while done < config.steps and not stop_requested():
+        reason = None
+        while done < config.steps and reason is None and not stop_requested():
             began = time.perf_counter()
             totals: dict[str, float] = {}
             optimizer.zero_grad(set_to_none=True)
@@ -238,19 +246,23 @@ def fit(
             if ema and done % config.ema_every == 0:
                 ema.update(done)
             elapsed += time.perf_counter() - began
-            record(done, {**row, **meter.finish_step(), "elapsed": elapsed})
+            row = record(done, {**row, **meter.finish_step(), "elapsed": elapsed})
             bar.update()
             if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 save(done)
                 saved = done
+            reason = stop_when(row) if stop_when else None
         if done < config.steps:
             folder = save(done) if saved != done else output_dir
             call([hook for hook in hooks if hook.at_stop], done, {})
+            because = f", because {reason}" if reason else ""
             accelerator.print(
-                f"\nstopped after update {done} of {config.steps}; the state is saved in {folder}"
+                f"\nstopped after update {done} of {config.steps}{because}; the state is saved in {folder}"
                 + (f"\ngo on with: {resume_command}" if resume_command else "")
             )
-            raise SystemExit(INTERRUPTED)
+            if reason is None:
+                raise SystemExit(INTERRUPTED)
+    return done
 
 
 def _check_start(accelerator: Accelerator, output_dir: Path, resume: Path | None) -> None:

@@ -1,11 +1,10 @@
-"""Pictures of runs: grids of samples, before beside after, the curves of one run, several runs in one figure.
+"""Pictures of runs: grids of samples, before beside after, the curves of one run, groups of seeds in one figure.
 
     python -m dinalrm_align.report runs/refl_shapes_dinalrm_seed0
-    python -m dinalrm_align.report runs/refl_shapes_dinalrm_seed0 runs/refl_shapes_pixel_seed0 --output compare.png
     python -m dinalrm_align.report --group dinalrm runs/*dinalrm_seed* --group pixel runs/*pixel_seed*
 
 Everything is read from what a run leaves in its folder (metrics.jsonl, evaluations/), so that figures can be made
-again.
+again. Runs of any recipes on one page: `recipes/compare_runs.py`.
 """
 
 import argparse
@@ -93,7 +92,9 @@ def save_before_after(
 
 
 def plot_run(run: Path) -> Path:
-    """curves.png of one run: scores held out and in training, KL, gradient norm, seconds and memory by phase."""
+    """curves.png of one run: scores held out and in training, the first alarm of the hacking watch, KL, drift, gradient
+    norm, seconds and memory by phase.
+    """
     rows = read_metrics(run / "metrics.jsonl")
     figure = Figure(figsize=(13, 6.5))
     gold, proxy, training, kl, seconds, memory = figure.subplots(2, 3).flatten()
@@ -101,9 +102,14 @@ def plot_run(run: Path) -> Path:
     gold.set_title("gold score, held out (bars: of the paired gain)")
     proxy.plot(*series(rows, "proxy"), marker="o")
     proxy.set_title("reward, held out")
+    alarm = next((step for step, hacked in zip(*series(rows, "hacking")) if hacked), None)
+    for axis in (gold, proxy) if alarm is not None else ():
+        axis.axvline(alarm, color="tab:red", linestyle=":", label=f"hacking alarm, update {alarm}")
+        axis.legend()
     training.plot(*series(rows, "reward"))
     training.set_title("reward in training")
     kl.plot(*series(rows, "kl"), label="velocity KL")
+    kl.plot(*series(rows, "drift"), label="drift, held out", marker="o")
     kl.plot(*series(rows, "grad_norm"), label="gradient norm", alpha=0.6)
     kl.set_yscale("symlog", linthresh=1e-4)
     kl.legend()
@@ -195,9 +201,9 @@ def _finish(figure: Figure, path: Path, title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the curves of one run, or compare several: a PNG, and its numbers in a markdown table beside it."""
+    """Draw the curves of one run, or compare groups of seeds: a PNG, and its numbers in a markdown table beside it."""
     parser = argparse.ArgumentParser(prog="python -m dinalrm_align.report", description=main.__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders, each for itself")
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a run, to draw its curves")
     parser.add_argument(
         "--group", nargs="+", action="append", default=[], metavar=("LABEL", "RUN"),
         help="instead: a label and the folders of its runs, one per seed; give it once per label",
@@ -205,23 +211,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG of the comparison")
     parser.add_argument("--command", action="append", default=[], help="a line to append to the table; repeatable")
     arguments = parser.parse_args(argv)
-    if bool(arguments.runs) == bool(arguments.group):
-        parser.error("give run folders, or --group LABEL RUN [RUN ...] for each label")
-    names = [run.name for run in arguments.runs]
-    unique = len(set(names)) == len(names)
-    folders = {run.name if unique else str(run): [run] for run in arguments.runs}
+    if bool(arguments.run) == bool(arguments.group):
+        parser.error("give the folder of one run, or --group LABEL RUN [RUN ...] for each label")
+    folders: dict[str, list[Path]] = {}
     for label, *runs in arguments.group:
         if label in folders or not runs:
             parser.error(f"--group {label}: expected each label once, and after it at least one run folder")
         folders[label] = [Path(run) for run in runs]
-    absent = [str(run) for runs in folders.values() for run in runs if not (run / "metrics.jsonl").exists()]
+    given = [arguments.run] if arguments.run else [run for runs in folders.values() for run in runs]
+    absent = [str(run) for run in given if not (run / "metrics.jsonl").exists()]
     if absent:
         parser.error(f"not a run folder (no metrics.jsonl): {', '.join(absent)}")
     if arguments.output.suffix != ".png":
         parser.error(f"argument --output: got {arguments.output}; expected the name of a .png")
     with refusing():
-        if len(arguments.runs) == 1:
-            print(plot_run(arguments.runs[0]))
+        if arguments.run:
+            print(plot_run(arguments.run))
             return
         groups = read_groups(folders)
         make_folder(arguments.output.parent)

@@ -12,7 +12,6 @@ runs resume; text is encoded once, beforehand; noise is a function of seed and s
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from dinalrm_align.config.command import parse, refuse, refusing
 from dinalrm_align.config.train_reward import TrainRewardRun
 from dinalrm_align.files import reading
 from dinalrm_align.models import ModelSpec, resolve_model
+from dinalrm_align.tracking import check_tracker, open_tracker, tracker_options
 
 HERE = Path(__file__).parent
 
@@ -51,8 +51,7 @@ def settle(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, str, Pa
     # What "auto" and the defaults came to is written down, so that a resumed run is the same run.
     settled = [*argv, "--model", spec.name, "--output_dir", str(folder), "--resume", "null"]
     config, text = parse(TrainRewardRun, __doc__, settled, beneath)
-    if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-        refuse("--tracker wandb needs the package wandb: pip install 'dinalrm-align[wandb]'")
+    check_tracker(config.tracker)
     if config.pairs is None and spec.kind != "shapes":
         refuse(f"{spec.name} has no pairs of its own: pass --pairs with a directory of latents or a jsonl of pictures")
     return config, text, spec, reason, checkpoint
@@ -102,14 +101,12 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     accelerator = Accelerator(
         cpu=not on_gpu,
         mixed_precision="bf16" if on_gpu and dtype != "float32" else "no",
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=run,
+        **tracker_options(config.tracker, run),
     )
     set_seed(config.seed % 2**31, device_specific=True)  # of dropout and all else that draws globally
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     accelerator.print(f"{reason}\nrun {run} on {device}, base weights in {dtype}")
-    if config.tracker != "none":
-        accelerator.init_trackers("train_reward", config={"settings": text})
+    open_tracker(accelerator, config.tracker, run, text, checkpoint)
 
     # ---------------------------------------------------------------------- what: pairs, and a reward to train on them
     with reading("VAE", spec.pipeline):

@@ -62,6 +62,37 @@ def tiny_inputs(tiny_pipeline) -> dict[str, torch.Tensor]:
     return make_inputs(tiny_pipeline.transformer)
 
 
+@pytest.fixture
+def refl_method():
+    """A Refl on a stack of two blocks: five random conditions, updates of two, no reward yet."""
+    from dinalrm_align.align.refl import Refl
+    from dinalrm_align.config.refl import ReflConfig
+    from dinalrm_align.cost import PhaseMeter
+    from dinalrm_align.policy import Conditions, Policy
+    from dinalrm_align.sampling import schedule_sigmas
+    from dinalrm_align.shapes.stack import StackConfig, build_pipeline
+
+    pipeline = build_pipeline(StackConfig.tiny(depth=2), seed=0)
+    generator = torch.Generator().manual_seed(1)
+
+    def conditions(count: int) -> Conditions:
+        embeds, pooled = torch.randn(count, 5, 32, generator=generator), torch.randn(count, 32, generator=generator)
+        return Conditions([f"prompt {index}" for index in range(count)], embeds, pooled)
+
+    return Refl(
+        policy=Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0),
+        reward=None,
+        sigmas=schedule_sigmas(pipeline.scheduler, 4),
+        conditions=conditions(5),
+        negative=conditions(1),
+        latent_shape=(16, 8, 8),
+        guidance_scale=2.0,
+        config=ReflConfig(batch_size=2, earliest=0.5, kl_weight=0.0),
+        meter=PhaseMeter("cpu"),
+        seed=3,
+    )
+
+
 def tiny_reward_config(**changes) -> RewardConfig:
     """The config of a reward on the tiny stack; keyword arguments replace fields."""
     values = dict(

@@ -7,6 +7,7 @@ from pathlib import Path
 from malformed import Command, World
 
 REFL, TRAIN, BUILD, REPORT = "refl_sd35", "train_reward", "build_shapes", "report"
+COMPARE = "compare_runs"
 ABLATE, EVALUATE = "ablate_reward", "evaluate_reward"
 
 
@@ -71,7 +72,7 @@ ROWS = '{"step": 0, "gold": 1.0, "proxy": 1.0}\n{"step": 1, "gold": 1.0, "proxy"
 
 
 def measured(metrics: bytes | str, *, evaluation: str | None = None, copies: int = 1):
-    """report on run folders with this metrics.jsonl."""
+    """A run's folder with this metrics.jsonl; of several copies each is a group of its own."""
 
     def make(world: World) -> Sequence[object]:
         folders = []
@@ -83,7 +84,11 @@ def measured(metrics: bytes | str, *, evaluation: str | None = None, copies: int
                 for step in (0, 1):
                     (folder / "evaluations" / f"{step:06d}.json").write_text(evaluation)
             folders.append(folder)
-        return folders
+        return (
+            folders
+            if copies == 1
+            else [word for folder in folders for word in ("--group", folder.parent.name + folder.name, folder)]
+        )
 
     return make
 
@@ -207,8 +212,9 @@ RUNS = [
 EVALUATION = json.dumps({"gold": [1.0], "proxy": [1.0], "terms": {"prompts": ["a"]}})
 
 REPORTS = [
-    Command("no folder", REPORT, words(), "give run folders"),
+    Command("no folder", REPORT, words(), "give the folder of one run"),
     Command("an unknown option", REPORT, words("--outpt=a.png"), "unrecognized arguments: --outpt"),
+    Command("two runs without labels", REPORT, words("a", "b"), "unrecognized arguments: b"),
     Command("a folder that is not there", REPORT, words("absent"), "not a run folder (no metrics.jsonl): absent"),
     Command("a label without runs", REPORT, words("--group", "latent"), "expected each label once"),
     Command("a line that is no JSON", REPORT, measured("step 0\n"), "line 1: not valid JSON"),
@@ -224,6 +230,17 @@ REPORTS = [
     Command("evaluations of too few", REPORT, measured(ROWS, evaluation=EVALUATION.replace("[1.0]", "[]"), copies=2), "one per prompt"),
     Command("a picture without .png", REPORT, lambda w: [*measured(ROWS)(w), "--output=compare.txt"], "expected the name of a .png"),
     Command("a picture below a file", REPORT, lambda w: [*measured(ROWS, evaluation=EVALUATION, copies=2)(w), "--output", w.file("f", "x") / "c.png"], "cannot be a folder"),
+]  # fmt: skip
+
+COMPARED = [
+    Command("no run", COMPARE, words(), "required"),
+    Command("an unknown option", COMPARE, words("absent", "--outpt=a"), "unknown option --outpt=a"),
+    Command("no pictures", COMPARE, words("absent", "--shown=0"), "shown: got 0; expected at least 1"),
+    Command("folders that are not there", COMPARE, words("absent", "gone"), "no run to compare. Left out, without metrics.jsonl and config.yaml and so no runs: absent, gone"),
+    Command("a line that is no JSON", COMPARE, measured("step 0\n"), "line 1: not valid JSON"),
+    Command("no evaluation", COMPARE, measured('{"step": 1, "loss": 1.0}\n'), "no evaluation of the base model"),
+    Command("evaluations without terms", COMPARE, measured(ROWS, evaluation="{}"), "no terms"),
+    Command("evaluations of too few", COMPARE, measured(ROWS, evaluation=EVALUATION.replace("[1.0]", "[]")), "one per prompt"),
 ]  # fmt: skip
 
 JUDGING = [
@@ -255,4 +272,5 @@ GROUPS = {
     "models, rewards and folders": PLACES,
     "what a run reads": RUNS,
     "dinalrm_align.report": REPORTS,
+    "compare_runs": COMPARED,
 }

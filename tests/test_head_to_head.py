@@ -136,8 +136,8 @@ def test_the_command_draws_groups_and_writes_their_table(folders, tmp_path, caps
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "give run folders, or --group"),
-    (["run", "--group", "a", "run"], "give run folders, or --group"),
+    ([], "give the folder of one run, or --group"),
+    (["run", "--group", "a", "run"], "give the folder of one run, or --group"),
     (["--group", "a"], "--group a: expected each label once"),
     (["--group", "a", "run", "--group", "a", "run"], "--group a: expected each label once"),
     (["--group", "a", "run", "run"], "got seeds [0, 0]"),

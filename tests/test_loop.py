@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def run(
     poison_at: int = -1,
     optim: OptimConfig | None = None,
     identity: dict[str, str] | None = None,
+    stop_when: Callable[[Mapping[str, float]], str | None] | None = None,
     state: "Memory | None" = None,
     **loop: float,
 ) -> dict[str, nn.Parameter]:
@@ -84,6 +86,7 @@ def run(
         state=state,
         resume=resume,
         resume_command="python train.py --resume here",
+        stop_when=stop_when,
     )
     return parameters
 
@@ -130,6 +133,28 @@ def test_resume_rewrites_the_metrics_after_the_checkpoint(tmp_path):
     run(tmp_path, resume=tmp_path / "checkpoints" / "step_000004")
     assert without_times(read_metrics(tmp_path / "metrics.jsonl")) == before
     assert [row["step"] for row in before] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_can_end_itself_and_go_on_from_there(tmp_path, capsys):
+    """A hook's number at update 3 is a reason to stop: a checkpoint, the hooks for a stop, no error."""
+    whole = run(tmp_path / "whole")
+    torch.manual_seed(0)
+    np.random.seed(0)
+    called = []
+    hooks = (Hook(3, lambda step: {"alarm": 1.0}, at_start=False), Hook(0, called.append, at_start=False, at_stop=True))
+    run(tmp_path / "cut", hooks=hooks, stop_when=lambda row: "it rang" if row.get("alarm") else None)
+    newest = latest_checkpoint(tmp_path / "cut")
+    assert (newest.name, called) == ("step_000003", [3])
+    assert "stopped after update 3 of 6, because it rang" in capsys.readouterr().out
+    assert [row.get("alarm") for row in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == [None, None, 1.0]
+    went_on = run(tmp_path / "cut", resume=newest)
+    assert all(torch.equal(went_on[name], whole[name]) for name in whole)
+
+
+def test_a_reason_to_stop_at_the_last_update_changes_nothing(tmp_path, capsys):
+    run(tmp_path, steps=1, stop_when=lambda row: "it is over")
+    assert "stopped" not in capsys.readouterr().out
+    assert latest_checkpoint(tmp_path).name == "step_000001"
 
 
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):

@@ -1,5 +1,6 @@
 """recipes/refl_sd35.py on the tiny stack: a whole run, its resume, what it leaves, what it refuses."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from dinalrm_align.align import watch
 from dinalrm_align.align.settle import settle
 from dinalrm_align.config.refl import ReflRun
 from dinalrm_align.metrics import read_metrics
@@ -82,13 +84,16 @@ def test_a_run_leaves_everything_and_its_lora_reloads(recipe, arguments, world, 
     left = {path.name for path in folder.iterdir()}
     assert left == {
         "config.yaml", "metrics.jsonl", "summary.json", "curves.png", "before_after.png", "grid_000000.png",
-        "grid_000002.png", "grid_000004.png", "evaluations", "lora", "checkpoints",
+        "grid_000002.png", "grid_000004.png", "evaluations", "lora", "lora_best", "checkpoints",
     }  # fmt: skip
     for name in ("curves.png", "before_after.png", "grid_000004.png"):
         Image.open(folder / name).verify()
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "gold" in row] == [0, 2, 4]
+    watched = {"hacking", "divergence", "drift", "level_spread", "gold/pixel", "proxy@0.1"}
+    assert all(watched <= row.keys() for row in (rows[0], rows[2], rows[4]))
+    assert (rows[0]["drift"], rows[0]["divergence"], rows[4]["drift"] > 0) == (0.0, 0.0, True)
     trained = {"loss", "reward", "kl", "grad_norm", "lr", "elapsed", "start_sigma"}
     phases = ("rollout", "policy", "reward", "backward")
     assert trained | {f"memory_mib/{phase}" for phase in phases} <= rows[1].keys()  # the profiled update
@@ -122,6 +127,43 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, arguments, tmp_path, mon
     ]
     assert golds[0] == golds[1]
     assert yaml.safe_load((cut / "config.yaml").read_text())["refl"]["kl_weight"] == 0.1
+
+
+def test_a_hacked_run_warns_or_stops_by_itself(recipe, arguments, tmp_path, monkeypatch, capsys):
+    """The alarm rings at update 2 of 4: a warning, or with --stop_on_hacking the end, in good order."""
+    judge = watch.judge
+
+    def alarmed(history, *rest):
+        return dataclasses.replace(judge(history, *rest), hacking=max(history) == 2)
+
+    monkeypatch.setattr(watch, "judge", alarmed)
+    warned = run(recipe, arguments, tmp_path / "warned")
+    stopped = run(recipe, arguments, tmp_path / "stopped", "--stop_on_hacking=true")
+    printed = capsys.readouterr().out
+    assert printed.count("warning: update 2: the reward is being fooled") == 2
+    assert "stopped after update 2 of 4, because the reward was being fooled" in printed
+    for folder, updates in ((warned, 4), (stopped, 2)):
+        summary = json.loads((folder / "summary.json").read_text())
+        assert (summary["updates"], summary["hacking_alarm"]) == (updates, 2)
+        assert checkpoint_to_resume(folder).name == f"step_{updates:06d}"
+        assert [row.get("hacking") for row in read_metrics(folder / "metrics.jsonl")][:3] == [0.0, None, 1.0]
+        assert json.loads((folder / "lora_best" / "best.json").read_text())["step"] in (0, 2, 4)
+
+
+def test_one_caption_cannot_be_watched(recipe, arguments, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("a small red circle on white\n")
+    folder = run(recipe, arguments, tmp_path / "run", f"--eval_prompts={tmp_path / 'one.txt'}", "--loop.steps=1")
+    assert "not watched for reward hacking" in capsys.readouterr().out
+    assert "hacking" not in read_metrics(folder / "metrics.jsonl")[-1]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_without_its_package_is_refused(recipe, arguments, name, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main([*arguments, f"--tracker={name}"])
+    assert stopped.value.code == 2
+    assert f"pip install 'dinalrm-align[{name}]'" in capsys.readouterr().err
 
 
 def test_seeds_differ_and_a_seed_repeats(recipe, arguments, tmp_path):

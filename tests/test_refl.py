@@ -9,12 +9,8 @@ from torch import Tensor
 from dinalrm_align.align import refl
 from dinalrm_align.align.evaluation import paired_gain
 from dinalrm_align.config.refl import ReflConfig
-from dinalrm_align.config.reward import LoraConfig
-from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.noise import seeded_generator
-from dinalrm_align.policy import Conditions, Policy
-from dinalrm_align.sampling import rollout, schedule_sigmas, seeded_noise
-from dinalrm_align.shapes.stack import StackConfig, build_pipeline
+from dinalrm_align.sampling import rollout, seeded_noise
 
 SHAPE = (16, 8, 8)
 
@@ -25,26 +21,8 @@ def brightness(latents: Tensor, *, prompts, sigma=None, generator=None) -> Tenso
 
 
 @pytest.fixture
-def method() -> refl.Refl:
-    pipeline = build_pipeline(StackConfig.tiny(depth=2), seed=0)
-    generator = torch.Generator().manual_seed(1)
-
-    def conditions(count: int) -> Conditions:
-        embeds, pooled = torch.randn(count, 5, 32, generator=generator), torch.randn(count, 32, generator=generator)
-        return Conditions([f"prompt {index}" for index in range(count)], embeds, pooled)
-
-    return refl.Refl(
-        policy=Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0),
-        reward=brightness,
-        sigmas=schedule_sigmas(pipeline.scheduler, 4),
-        conditions=conditions(5),
-        negative=conditions(1),
-        latent_shape=SHAPE,
-        guidance_scale=2.0,
-        config=ReflConfig(batch_size=2, earliest=0.5, kl_weight=0.0),
-        meter=PhaseMeter("cpu"),
-        seed=3,
-    )
+def method(refl_method) -> refl.Refl:
+    return dataclasses.replace(refl_method, reward=brightness)
 
 
 def changed(method: refl.Refl, **values: object) -> refl.Refl:

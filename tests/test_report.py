@@ -67,10 +67,25 @@ def test_curves_of_one_run_and_of_several(tmp_path, capsys):
     runs = [fake_run(tmp_path / name, scale) for name, scale in (("latent", 1.0), ("pixel", 30.0))]
     report.main([str(runs[0])])
     assert is_picture(runs[0] / "curves.png")
-    report.main([*map(str, runs), "--output", str(tmp_path / "compare.png")])
+    groups = ["--group", "latent", str(runs[0]), "--group", "pixel", str(runs[1])]
+    report.main([*groups, "--output", str(tmp_path / "compare.png")])
     assert is_picture(tmp_path / "compare.png")
     assert "# latent against pixel" in (tmp_path / "compare.md").read_text()
     assert "compare.png" in capsys.readouterr().out
+
+
+def test_the_first_alarm_is_marked(tmp_path, monkeypatch):
+    """Rung at updates 2 and 4: lines at 2, on gold and on the reward."""
+    run = fake_run(tmp_path / "run", 1.0)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | ({"hacking": float(row["step"] > 0), "drift": 0.1} if "gold" in row else {}) for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(figure))
+    report.plot_run(run)
+    marked = [(axis.get_title()[:6], line.get_xdata()[0]) for axis in drawn[0].axes for line in axis.lines
+              if line.get_label().startswith("hacking alarm")]  # fmt: skip
+    assert marked == [("gold s", 2), ("reward", 2)]
 
 
 def test_a_folder_without_metrics_is_named(tmp_path, capsys):

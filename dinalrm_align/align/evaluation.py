@@ -8,8 +8,8 @@ below that of either mean.
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,12 @@ from dinalrm_align.noise import seeded_generator
 from dinalrm_align.policy import Conditions
 from dinalrm_align.report import load_strip, save_before_after, save_grid, save_strip, to_bytes
 from dinalrm_align.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.tracking import track_picture
 
 Judge = Callable[[Tensor, Sequence[str]], Tensor]
 """judge(images (B, 3, H, W) in [0, 1], prompts) -> (B,)"""
+Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
+"""probe(latents (B, C, H, W), conditions, noise (B, C, H, W)) -> name -> (B,), measured with every evaluation."""
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
@@ -41,6 +44,8 @@ class HeldOut:
 
     velocity_for: (conditions, guidance_scale) -> a velocity under the present weights. conditions: one per sample, on
     any device. decode: latents -> images (B, 3, H, W) in [0, 1]. reward: as in `align.refl`. gold: judges pictures.
+    judges: others beside it, by name; their scores are called gold/NAME. probes: what else to measure of every sample
+    (`align.watch`).
     """
 
     velocity_for: Callable[[Conditions, float], Velocity]
@@ -54,6 +59,8 @@ class HeldOut:
     config: EvaluationConfig
     accelerator: Accelerator
     output_dir: Path
+    judges: Mapping[str, Judge] = field(default_factory=dict)
+    probes: Sequence[Probe] = ()
 
     def __post_init__(self) -> None:
         first = self._folder / "000000.json"
@@ -83,28 +90,34 @@ class HeldOut:
         """Evaluate after update `step`. Every process takes its share; the main one writes
 
         evaluations/<step>.json (the scores of every sample), evaluations/<step>.png (the shown pictures in a row) and
-        grid_<step>.png. Returns means and standard errors of proxy and gold, and the gain of gold over step 0.
+        grid_<step>.png. Returns means and standard errors of proxy and gold, the gain of gold over step 0, and the mean
+        of what other judges and probes found.
         """
         size, rank = self.config.batch_size, self.accelerator.process_index
         starts = range(0, len(self.conditions), size)[rank :: self.accelerator.num_processes]
         judged = gather_object([sample for start in starts for sample in self._batch(start)])
         judged.sort(key=lambda sample: sample[0])
-        scores = {"proxy": [sample[1] for sample in judged], "gold": [sample[2] for sample in judged]}
+        scores = {name: [values[name] for _, values, _ in judged] for name in judged[0][1]}
         if self.accelerator.is_main_process:
             judged_on = {"step": step, "terms": self._terms()}
             write_atomically(self._folder / f"{step:06d}.json", json.dumps({**judged_on, **scores}))
-            self._save_pictures(step, np.stack([sample[3] for sample in judged[: self.config.shown]]), scores)
+            self._save_pictures(step, np.stack([picture for _, _, picture in judged[: self.config.shown]]), scores)
         self.accelerator.wait_for_everyone()
-        row = {}
-        for name, values in scores.items():
-            row[name] = float(np.mean(values))
-            row[f"{name}_standard_error"] = float(np.std(values, ddof=1) / math.sqrt(len(values)))
+        row = {name: float(np.mean(values)) for name, values in scores.items()}
+        for name in ("proxy", "gold"):
+            row[f"{name}_standard_error"] = float(np.std(scores[name], ddof=1) / math.sqrt(len(judged)))
         row["gold_gain"], row["gold_gain_standard_error"] = paired_gain(self.scores(0)["gold"], scores["gold"])
         return row
 
     def scores(self, step: int) -> dict[str, list[float]]:
-        """proxy and gold of every sample, as an evaluation left them."""
-        return json.loads((self._folder / f"{step:06d}.json").read_text())
+        """proxy, gold and what other judges and probes found of every sample, as an evaluation left them."""
+        found = json.loads((self._folder / f"{step:06d}.json").read_text())
+        return {name: values for name, values in found.items() if name not in ("step", "terms")}
+
+    def history(self, step: int) -> dict[int, dict[str, list[float]]]:
+        """The scores of every evaluation up to `step`, by its update."""
+        steps = sorted(int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit())
+        return {at: self.scores(at) for at in steps if at <= step}
 
     def summarise(self, step: int) -> dict[str, dict[str, float]]:
         """Step 0 against `step`, from what the two evaluations left: writes before_after.png.
@@ -128,8 +141,8 @@ class HeldOut:
     def _folder(self) -> Path:
         return self.output_dir / "evaluations"
 
-    def _batch(self, start: int) -> list[tuple[int, float, float, np.ndarray | None]]:
-        """(index, proxy, gold, picture if it is to be shown) of the samples from `start` on."""
+    def _batch(self, start: int) -> list[tuple[int, dict[str, float], np.ndarray | None]]:
+        """(index, scores by name, picture if it is to be shown) of the samples from `start` on."""
         indices = range(start, min(start + self.config.batch_size, len(self.conditions)))
         device = self.accelerator.device
         conditions = self.conditions.take(indices, device)
@@ -138,15 +151,26 @@ class HeldOut:
         latents = rollout(self.velocity_for(conditions, self.guidance_scale), noise, self.sigmas)
         reward_noise = seeded_noise(
             self.latent_shape, [seeded_generator(self.config.seed, index, 1) for index in indices]
-        )
-        proxy = self.reward(latents, prompts=conditions.prompts, noise=reward_noise.to(device)).tolist()
+        ).to(device)
+        found = {"proxy": self.reward(latents, prompts=conditions.prompts, noise=reward_noise)}
         images = self.decode(latents)
-        gold = self.gold(images, list(conditions.prompts)).tolist()
+        for name, judge in {
+            "gold": self.gold,
+            **{f"gold/{name}": judge for name, judge in self.judges.items()},
+        }.items():
+            found[name] = judge(images, list(conditions.prompts))
+        for probe in self.probes:
+            found.update(probe(latents, conditions, reward_noise))
         pictures = to_bytes(images)
-        shown = [
-            picture if index < self.config.shown else None for index, picture in zip(indices, pictures, strict=True)
+        columns = {name: values.tolist() for name, values in found.items()}
+        return [
+            (
+                index,
+                {name: values[row] for name, values in columns.items()},
+                pictures[row] if index < self.config.shown else None,
+            )
+            for row, index in enumerate(indices)
         ]
-        return list(zip(indices, proxy, gold, shown, strict=True))
 
     def _save_pictures(self, step: int, pictures: np.ndarray, scores: dict[str, list[float]]) -> None:
         save_strip(pictures, self._folder / f"{step:06d}.png")
@@ -155,4 +179,6 @@ class HeldOut:
             for gold, prompt in zip(scores["gold"], self.conditions.prompts[: self.config.shown], strict=False)
         ]
         title = f"update {step}: gold {np.mean(scores['gold']):.3f}, reward {np.mean(scores['proxy']):.3f}"
-        save_grid(pictures, captions, self.output_dir / f"grid_{step:06d}.png", title=title)
+        grid = self.output_dir / f"grid_{step:06d}.png"
+        save_grid(pictures, captions, grid, title=title)
+        track_picture(self.accelerator, "held_out", grid, step)

@@ -25,15 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinalrm_align.align.anchor import Reward, Terms, terms
 from dinalrm_align.config.refl import ReflConfig
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.prompts import prompt_indices
 from dinalrm_align.noise import add_noise, denoised, sample_sigma, seeded_generator
 from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.sampling import Velocity, ode_step, rollout, seeded_noise
-
-Reward = Callable[..., Tensor]
-"""reward(latents, prompts=..., sigma=..., generator=...) -> (B,), differentiable: a LatentReward, a ClipReward."""
 
 
 def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torch.Generator) -> int:
@@ -164,6 +162,7 @@ class ReflBatch:
     start: the step that the gradient is of; of drtune the last, where the clean latents are estimated.
     conditions: of the B samples.
     generator: the micro-step's, for what is drawn later.
+    terms: what is climbed in this micro-step.
     trained: the steps that drtune trains.
     """
 
@@ -171,6 +170,7 @@ class ReflBatch:
     start: int
     conditions: Conditions
     generator: torch.Generator
+    terms: Terms
     trained: tuple[int, ...] = ()
 
 
@@ -224,26 +224,30 @@ class Refl:
         with self.meter.phase("rollout"), torch.no_grad():
             velocity = self.velocity_for(conditions, self.guidance_scale)
             latents = rollout(velocity, noise, self.sigmas[: rolled + 1])
-        return ReflBatch(latents, start, conditions, generator, trained)
+        return ReflBatch(latents, start, conditions, generator, terms(self.reward, micro_step), trained)
 
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss, differentiable in the policy's LoRA, and what to record: reward, kl and the level m was at."""
+        """The loss, differentiable in the policy's LoRA, and what to record: reward (and anchor),
+        kl and the level m was at.
+        """
         config = self.config
         with self.meter.phase("policy"):
             latents, kl, conditions = self._clean_latents(batch)
+        asked = dict(
+            prompts=conditions.prompts,
+            sigma=self._reward_sigma(len(latents), batch.generator),
+            generator=batch.generator,
+        )
         with self.meter.phase("reward"):
-            score = self.reward(
-                latents,
-                prompts=conditions.prompts,
-                sigma=self._reward_sigma(len(latents), batch.generator),
-                generator=batch.generator,
-            )
+            scores = {name: reward(latents, **asked) for name, (_, reward) in batch.terms.items()}
+        score = sum(weight * scores[name] for name, (weight, _) in batch.terms.items())
         loss = reward_loss(score, config.loss, config.target)
         if config.variant == "direct_align":
             loss = loss * self.sigmas[batch.start] ** config.discount
         if config.kl_weight > 0:
             loss = loss + config.kl_weight * kl.mean()
-        metrics = {"reward": score.mean(), "kl": kl.mean(), "start_sigma": self.sigmas[batch.start]}
+        metrics = {name: own.mean() for name, own in scores.items()}
+        metrics |= {"kl": kl.mean(), "start_sigma": self.sigmas[batch.start]}
         if config.pretrain_weight > 0:
             metrics["pretrain"] = self._pretrain_loss(batch.generator)
             loss = loss + config.pretrain_weight * metrics["pretrain"]

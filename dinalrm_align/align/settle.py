@@ -3,7 +3,6 @@
 Nothing heavy is imported here before the settings are known to be good.
 """
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from dinalrm_align.config.align import AlignRun
 from dinalrm_align.config.check import did_you_mean
 from dinalrm_align.config.command import parse, refuse
 from dinalrm_align.models import ModelSpec, resolve_model
+from dinalrm_align.tracking import check_tracker
 
 Run = TypeVar("Run", bound=AlignRun)
 
@@ -51,8 +51,7 @@ def settle(kind: type[Run], description: str, recipe: Path, argv: Sequence[str])
     if run.reward not in ("dinalrm", "pixel") and not Path(run.reward).is_dir() and "/" not in run.reward:
         near = did_you_mean(run.reward, ("dinalrm", "pixel")) or ";"
         refuse(f"unknown reward {run.reward!r}{near} known: dinalrm, pixel, or a latent one's folder or hub id")
-    if run.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-        refuse("--tracker wandb needs the package wandb: pip install 'dinalrm-align[wandb]'")
+    check_tracker(run.tracker)
     if run.model == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         refuse("--model auto: each of several processes would choose for itself; name the model")
     spec, reason = resolve_model(run.model)

@@ -17,8 +17,9 @@ from accelerate.utils import set_seed
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from dinalrm_align.align.evaluation import HeldOut, Judge
+from dinalrm_align.align.evaluation import HeldOut, Judge, Probe
 from dinalrm_align.align.settle import Settled
+from dinalrm_align.align.watch import Watch, drift_probe, level_probe
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.device import available_device
@@ -26,12 +27,14 @@ from dinalrm_align.digest import fingerprint, text_digest
 from dinalrm_align.durable import write_atomically
 from dinalrm_align.encode import PromptEncoder, decode_latents, load_pipeline
 from dinalrm_align.loop import Hook, Stateful, adamw, fit
+from dinalrm_align.metrics import METRICS, read_metrics
 from dinalrm_align.models import load_gold
 from dinalrm_align.pixel.clip import ClipReward
 from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.report import plot_run
 from dinalrm_align.reward import LatentReward
 from dinalrm_align.sampling import Velocity, schedule_sigmas
+from dinalrm_align.tracking import open_tracker, tracker_options
 
 
 class Method(Protocol):
@@ -76,8 +79,8 @@ class Stage:
         run, spec = settled.run, settled.spec
         if run.device != "auto":
             available_device(run.device)
-        tracker = None if run.tracker == "none" else run.tracker
-        accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", log_with=tracker)
+        tracking = tracker_options(run.tracker, Path(run.output_dir))
+        accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", **tracking)
         set_seed(run.seed % 2**31, device_specific=True)  # of all that draws globally
         device = accelerator.device
         dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
@@ -89,7 +92,7 @@ class Stage:
         gold(torch.zeros(len(samples), 3, *size), samples)  # it may know neither this size nor these prompts
         told = f"reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}"
         accelerator.print(f"run in {run.output_dir}: {told}")
-        accelerator.init_trackers("dinalrm_align")
+        open_tracker(accelerator, run.tracker, Path(run.output_dir), settled.text, settled.checkpoint)
 
         # The base model, frozen. The reward shares its weights, so it is made before the policy wraps them.
         pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
@@ -173,35 +176,70 @@ class Stage:
             guidance_scale=spec.guidance_scale, sigmas=self.sigmas(), reward=self.reward, gold=self.gold,
             decode=lambda latents: torch.cat([decode_latents(self.pipeline.vae, part) for part in latents.split(4)]),
             config=run.evaluation, accelerator=accelerator, output_dir=folder,
+            judges=self._judges(), probes=self._probes(),
         )  # fmt: skip
+        watch = self._watch(held_out)
 
         def export(step: int) -> None:
             if accelerator.is_main_process:
                 self.policy.save_lora(folder / "lora")
                 plot_run(folder)
 
-        fit(
+        done = fit(
             run.loop, run.optim, parameters=self.policy.parameters,
             optimizer=adamw([{"params": list(self.policy.parameters.values())}], run.optim),
             batch_at=method.batch_at, step=method.step, accelerator=accelerator, output_dir=folder,
             hooks=[
                 Hook(run.evaluation.every, held_out),
+                *([Hook(run.evaluation.every, watch)] if watch else []),
                 Hook(run.loop.checkpoint_every, export, at_start=False, at_stop=True),
             ],
             identity={**self.identity, **(data or {})}, state=state, settings=self.settled.text,
             resume=self.settled.checkpoint, resume_command=f"python {sys.argv[0]} --resume {folder}",
             meter=self.meter, profile_every=run.profile_every, shown=shown,
+            stop_when=watch.stop_when if watch else None,
         )  # fmt: skip
         accelerator.end_training()
         if accelerator.is_main_process:
             plot_run(folder)
-            self._summarise(held_out.summarise(run.loop.steps), folder)
+            self._summarise(held_out.summarise(done), done)
 
-    def _summarise(self, scores: Mapping[str, Mapping[str, float]], folder: Path) -> None:
-        """Write summary.json and tell what came of the run."""
+    def _watch(self, held_out: HeldOut) -> Watch | None:
+        """The hacking watch over these evaluations; None, with a sentence, where all samples are of one caption."""
+        run, accelerator = self.settled.run, self.accelerator
+        if len(set(self.judged.prompts)) < 2:
+            accelerator.print("not watched for reward hacking, which is told over captions: all samples are of one")
+            return None
+        return Watch(
+            history=held_out.history, captions=self.judged.prompts, config=run.watch, output_dir=held_out.output_dir,
+            evaluations=-(-run.loop.steps // (run.evaluation.every or run.loop.steps)),
+            save_lora=self.policy.save_lora, is_main_process=accelerator.is_main_process, say=accelerator.print,
+        )  # fmt: skip
+
+    def _judges(self) -> dict[str, Judge]:
+        """Besides gold: in an embedded world its pixel reward, unless that is what is climbed."""
         run, spec = self.settled.run, self.settled.spec
+        if spec.kind != "shapes" or run.reward == "pixel" or not Path(spec.pixel).is_dir():
+            return {}
+        pixel = ClipReward.from_pretrained(spec.pixel, processor=spec.pixel_processor, device=self.accelerator.device)
+        return {"pixel": pixel.score_images}
+
+    def _probes(self) -> list[Probe]:
+        """What is measured of every held-out sample besides its scores, as `watch` is configured."""
+        config, probes = self.settled.run.watch, []
+        if config.sigmas and isinstance(self.reward, LatentReward):
+            probes.append(level_probe(self.reward, config.sigmas))
+        if config.drift_sigmas:
+            probes.append(drift_probe(self.velocity_for, self.policy.reference, config.drift_sigmas))
+        return probes
+
+    def _summarise(self, scores: Mapping[str, Mapping[str, float]], updates: int) -> None:
+        """Write summary.json and tell what came of the run, of so many updates."""
+        run, spec, folder = self.settled.run, self.settled.spec, Path(self.settled.run.output_dir)
         what = {"recipe": self.settled.recipe, "model": spec.name, "reward": run.reward, "seed": run.seed}
-        summary = {**what, "updates": run.loop.steps, "samples": len(self.judged), **scores}
+        alarms = [int(row["step"]) for row in read_metrics(folder / METRICS) if row.get("hacking")]
+        summary = {**what, "updates": updates, "samples": len(self.judged), **scores}
+        summary["hacking_alarm"] = alarms[0] if alarms else None
         write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
         print(f"pictures: {folder / 'before_after.png'}; curves: {folder / 'curves.png'}; LoRA: {folder / 'lora'}")
         for name, score in scores.items():

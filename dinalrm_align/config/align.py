@@ -9,6 +9,7 @@ from typing import Literal
 from dinalrm_align.config.check import check_fields
 from dinalrm_align.config.loop import LoopConfig, OptimConfig
 from dinalrm_align.config.reward import LoraConfig
+from dinalrm_align.config.watch import WatchConfig
 
 
 @dataclass
@@ -62,11 +63,12 @@ class AlignRun:
             third more time.
         profile_every: updates between two whose FLOPs are counted and, on a CPU, memory watched (they take about twice
             as long); 0: none.
-        tracker: where metrics go besides metrics.jsonl.
+        tracker: where metrics and pictures go besides metrics.jsonl; wandb without a server: WANDB_MODE=offline.
         policy: the LoRA that is trained.
         optim: AdamW.
         loop: how long, how often saved, averaging.
         evaluation: the held-out judgement.
+        watch: whether the reward is being fooled, told from the held-out judgement.
     """
 
     model: str = "auto"
@@ -82,11 +84,12 @@ class AlignRun:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = True
     profile_every: int = 25
-    tracker: Literal["none", "wandb"] = "none"
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
     policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16.0))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     loop: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)

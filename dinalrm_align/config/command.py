@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
 
 from dinalrm_align.config.check import did_you_mean
@@ -24,12 +25,17 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def parse(
-    kind: type[Settings], description: str, argv: Sequence[str] | None = None, beneath: Sequence[Path] = ()
+    kind: type[Settings],
+    description: str,
+    argv: Sequence[str] | None = None,
+    beneath: Sequence[Path] = (),
+    positional: str | None = None,
 ) -> tuple[Settings, str]:
     """An instance of the dataclass `kind`, and the same as YAML text that `--config` reads back.
 
-    argv: by default the program's own. An unknown option, a value of the wrong type or out of range, and a file that
-    cannot be meant end the program with status 2 and a sentence.
+    argv: by default the program's own. positional: the setting, a list of text, that words without an option go to. An
+    unknown option, a value of the wrong type or out of range, and a file that cannot be meant end the program with
+    status 2 and a sentence.
     """
     names = _names(kind)
     words = [_in_full(word, _dotted(names)) for word in (sys.argv[1:] if argv is None else argv)]
@@ -38,7 +44,11 @@ def parse(
         epilog="An option may be typed by its end alone where no other has that end: --keep_last 3.",
     )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML file of settings; options typed after it override it")
-    parser.add_class_arguments(kind)
+    skip = set()
+    if positional is not None:
+        parser.add_argument(positional, nargs="+", type=str, help=_meaning(kind, positional))
+        skip.add(positional)
+    parser.add_class_arguments(kind, skip=skip)
     with refusing():
         for path in (*beneath, *_config_files(words)):
             _check_names(read_yaml(path, "settings file"), names, str(path))
@@ -95,6 +105,11 @@ def _names(kind: type) -> dict[str, Any]:
         field.name: _names(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else None
         for field in dataclasses.fields(kind)
     }
+
+
+def _meaning(kind: type, name: str) -> str:
+    """What the docstring of a dataclass says of a setting."""
+    return next(part.description for part in docstring_parser.parse(kind.__doc__).params if part.arg_name == name)
 
 
 def _dotted(names: dict[str, Any], prefix: str = "") -> list[str]:

@@ -65,7 +65,7 @@ class TrainRewardRun:
         device: auto takes a CUDA GPU if there is one.
         dtype: of the frozen base weights; auto takes the model's on a GPU and float32 on a CPU. LoRA and head are
             always float32; on a GPU the arithmetic is bfloat16 by autocast unless this is float32.
-        tracker: where metrics go besides metrics.jsonl.
+        tracker: where metrics and pictures go besides metrics.jsonl; wandb without a server: WANDB_MODE=offline.
         batch_size: groups of pictures per micro-batch and process; for plain pairs, pairs.
         height: of pictures that are encoded on the fly, in pixels; by default the model's.
         width: the same.
@@ -89,7 +89,7 @@ class TrainRewardRun:
     resume: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    tracker: Literal["none", "wandb"] = "none"
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
     batch_size: int = 4
     height: int | None = None
     width: int | None = None

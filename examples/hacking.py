@@ -1,0 +1,41 @@
+"""A run that fools its reward, the alarm that tells, and the same run held near the base model, in one picture.
+
+python examples/hacking.py
+
+Both climb the embedded world's latent reward at three times the default learning rate, one freely, one with a velocity
+KL. Run again, what is finished is kept and what was cut short goes on. Further words go to both runs.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from dinalrm_align.compare.entries import read_entries
+from dinalrm_align.compare.figures import draw_gain, save_with_legend
+from dinalrm_align.compare.tables import run_table
+from dinalrm_align.resume import latest_checkpoint
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "refl_sd35.py"
+COMMON = "--model shapes --reward dinalrm --optim.lr 1e-3 --loop.steps 30 --checkpoint_every 5 --profile_every 0"
+JUDGED = "--evaluation.samples 64 --evaluation.every 5"
+KL_WEIGHTS = {"free": 0, "held": 4}
+
+folders = []
+for name, kl_weight in KL_WEIGHTS.items():
+    folder = Path("runs") / "hacking" / name
+    folders.append(folder)
+    if (folder / "summary.json").exists():
+        print(f"{folder} is finished")
+        continue
+    new = [*f"{COMMON} {JUDGED} --refl.kl_weight {kl_weight} --output_dir {folder}".split(), *sys.argv[1:]]
+    options = new if latest_checkpoint(folder) is None else ["--resume", str(folder)]
+    subprocess.run([sys.executable, str(RECIPE), *options], check=True)
+
+entries, _ = read_entries(folders)
+figure = Figure(figsize=(11, 4.4), layout="constrained")
+for axis, quantity in zip(figure.subplots(1, 2), ("proxy", "gold")):
+    draw_gain(axis, entries, quantity, "updates")
+print(run_table(entries).markdown())
+print(save_with_legend(figure, Path("runs") / "hacking" / "hacking.png"))
