@@ -20,6 +20,7 @@ from torch import Tensor
 from dinalrm_align.align.evaluation import HeldOut, Judge, Probe
 from dinalrm_align.align.settle import Settled
 from dinalrm_align.align.watch import Watch, drift_probe, level_probe
+from dinalrm_align.config.rewards import parse_reward
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.device import available_device
@@ -28,11 +29,10 @@ from dinalrm_align.durable import write_atomically
 from dinalrm_align.encode import PromptEncoder, decode_latents, load_pipeline
 from dinalrm_align.loop import Hook, Stateful, adamw, fit
 from dinalrm_align.metrics import METRICS, read_metrics
-from dinalrm_align.models import load_gold
-from dinalrm_align.pixel.clip import ClipReward
 from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.report import plot_run
 from dinalrm_align.reward import LatentReward
+from dinalrm_align.rewards import latent_rewards, load_judge, load_reward
 from dinalrm_align.sampling import Velocity, schedule_sigmas
 from dinalrm_align.tracking import open_tracker, tracker_options
 
@@ -84,7 +84,7 @@ class Stage:
         set_seed(run.seed % 2**31, device_specific=True)  # of all that draws globally
         device = accelerator.device
         dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
-        gold = load_gold(spec, device=device)
+        gold = load_judge(run.gold or spec.gold, spec=spec, device=device)
         prompts = read_prompts(Path(run.prompts or spec.train_prompts))
         heldout = read_prompts(Path(run.eval_prompts or spec.heldout_prompts))
         samples = [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
@@ -96,12 +96,7 @@ class Stage:
 
         # The base model, frozen. The reward shares its weights, so it is made before the policy wraps them.
         pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
-        if run.reward == "pixel":
-            files = dict(processor=spec.pixel_processor, vae=pipeline.vae, device=device)
-            reward = ClipReward.from_pretrained(spec.pixel, **files)
-        else:
-            source = spec.reward if run.reward == "dinalrm" else run.reward
-            reward = LatentReward.from_pretrained(source, pipeline=pipeline)
+        reward = load_reward(run.reward, spec=spec, pipeline=pipeline, device=device)
 
         identity = {
             "recipe": settled.recipe,
@@ -113,10 +108,10 @@ class Stage:
 
         # Every prompt is encoded once, for policy and reward; then the text encoders are let go.
         encoder = PromptEncoder(pipeline, text_length=spec.text_length, device=device)
-        if isinstance(reward, LatentReward) and reward.config.text_length == spec.text_length:
-            encoder = reward.encoder
-        elif isinstance(reward, LatentReward):
-            Conditions.encode(reward.encoder, [*prompts, *samples, *also])  # to fill its cache
+        for part in latent_rewards(reward):
+            if part.config.text_length == spec.text_length:
+                encoder = part.encoder
+            Conditions.encode(part.encoder, [*prompts, *samples, *also])  # to fill its cache
         train, judged, negative = (Conditions.encode(encoder, part) for part in (prompts, samples, [""]))
         if also:
             Conditions.encode(encoder, also)
@@ -219,10 +214,10 @@ class Stage:
     def _judges(self) -> dict[str, Judge]:
         """Besides gold: in an embedded world its pixel reward, unless that is what is climbed."""
         run, spec = self.settled.run, self.settled.spec
-        if spec.kind != "shapes" or run.reward == "pixel" or not Path(spec.pixel).is_dir():
+        climbed = {term.name for term in parse_reward(run.reward)}
+        if spec.kind != "shapes" or "pixel" in climbed or not Path(spec.pixel).is_dir():
             return {}
-        pixel = ClipReward.from_pretrained(spec.pixel, processor=spec.pixel_processor, device=self.accelerator.device)
-        return {"pixel": pixel.score_images}
+        return {"pixel": load_judge("pixel", spec=spec, device=self.accelerator.device)}
 
     def _probes(self) -> list[Probe]:
         """What is measured of every held-out sample besides its scores, as `watch` is configured."""

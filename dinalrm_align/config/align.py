@@ -49,7 +49,11 @@ class AlignRun:
         model: what to align. auto: Stable Diffusion 3.5 Medium if its weights are at hand, else the small embedded
             world; sd35 or shapes: that one and no other; or the folder or hub id of a StableDiffusion3Pipeline.
         reward: what to align it to. dinalrm: the latent reward; pixel: the CLIP-style reward, through the VAE's
-            decoder; or the folder or hub id of another latent reward.
+            decoder; pickscore, hpsv3, imagereward and others by name (README, "Other rewards"), from elsewhere as
+            NAME=SOURCE; module:function; sums such as "dinalrm + 0.2*pickscore"; or the folder or hub id of another
+            latent reward.
+        gold: the judge of held-out pictures, which is never trained on, by the same names; by default the model's own:
+            PickScore, and the oracle in the embedded world.
         output_dir: where the run is kept; by default a new folder under runs/ named after model, reward and seed.
         seed: of everything that is random in training.
         resume: folder of a run (its newest checkpoint is taken, and its settings unless overridden) or of a checkpoint.
@@ -73,6 +77,7 @@ class AlignRun:
 
     model: str = "auto"
     reward: str = "dinalrm"
+    gold: str | None = None
     output_dir: str | None = None
     seed: int = 0
     resume: str | None = None
