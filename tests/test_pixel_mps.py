@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tiny_clip import LENGTH, SIZE, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
 from torch import nn
 
-from dinalrm_align.pixel.mps import CONDITION, CrossBlock, MPSReward, convert_mps, rotate
+from dinalrm_align.pixel.mps import CONDITION, CrossBlock, MPSReward, convert_mps, main, rotate
 from dinalrm_align.pixel.tensor_files import read_module_tensors
 
 PROMPTS = ["a red circle", "blue square"]
@@ -197,6 +197,15 @@ def test_converted_file_scores_the_same(world, reward, tmp_path):
     )
     images = smooth_pictures(2, SIZE, SIZE)
     assert torch.equal(converted.score_images(images, PROMPTS), reward.score_images(images, PROMPTS))
+
+
+def test_the_converter_is_a_command(world, tmp_path, capsys):
+    target = tmp_path / "mps.safetensors"
+    main([str(world[0] / "MPS_overall_checkpoint.pth"), str(target)])
+    assert target.is_file() and f"--reward mps={target}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "absent.pth"), str(target)])
+    assert stopped.value.code == 2 and "absent.pth" in capsys.readouterr().err
 
 
 def test_tensors_are_those_of_the_state_dict(world):

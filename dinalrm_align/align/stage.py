@@ -31,7 +31,6 @@ from dinalrm_align.loop import Hook, Stateful, adamw, fit
 from dinalrm_align.metrics import METRICS, read_metrics
 from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.report import plot_run
-from dinalrm_align.reward import LatentReward
 from dinalrm_align.rewards import latent_rewards, load_judge, load_reward
 from dinalrm_align.sampling import Velocity, schedule_sigmas
 from dinalrm_align.tracking import open_tracker, tracker_options
@@ -97,21 +96,23 @@ class Stage:
         # The base model, frozen. The reward shares its weights, so it is made before the policy wraps them.
         pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
         reward = load_reward(run.reward, spec=spec, pipeline=pipeline, device=device)
+        weightless = next(reward.parameters(), None) is None
 
         identity = {
             "recipe": settled.recipe,
             "seed": str(run.seed),
             "base model": fingerprint(pipeline.transformer),
-            "reward": fingerprint(reward),
+            "reward": text_digest(run.reward) if weightless else fingerprint(reward),
             "list of prompts": text_digest("\n".join(prompts)),
         }
 
         # Every prompt is encoded once, for policy and reward; then the text encoders are let go.
         encoder = PromptEncoder(pipeline, text_length=spec.text_length, device=device)
-        for part in latent_rewards(reward):
-            if part.config.text_length == spec.text_length:
-                encoder = part.encoder
-            Conditions.encode(part.encoder, [*prompts, *samples, *also])  # to fill its cache
+        latent = [part.encoder for part in latent_rewards(reward)]
+        encoder = next((own for own in latent if own.text_length == spec.text_length), encoder)
+        for own in latent:
+            if own is not encoder:
+                Conditions.encode(own, [*prompts, *samples, *also])  # to fill its cache
         train, judged, negative = (Conditions.encode(encoder, part) for part in (prompts, samples, [""]))
         if also:
             Conditions.encode(encoder, also)
@@ -222,8 +223,9 @@ class Stage:
     def _probes(self) -> list[Probe]:
         """What is measured of every held-out sample besides its scores, as `watch` is configured."""
         config, probes = self.settled.run.watch, []
-        if config.sigmas and isinstance(self.reward, LatentReward):
-            probes.append(level_probe(self.reward, config.sigmas))
+        latent = latent_rewards(self.reward)
+        if config.sigmas and latent:
+            probes.append(level_probe(latent[0], config.sigmas))
         if config.drift_sigmas:
             probes.append(drift_probe(self.velocity_for, self.policy.reference, config.drift_sigmas))
         return probes

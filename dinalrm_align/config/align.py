@@ -49,9 +49,9 @@ class AlignRun:
         model: what to align. auto: Stable Diffusion 3.5 Medium if its weights are at hand, else the small embedded
             world; sd35 or shapes: that one and no other; or the folder or hub id of a StableDiffusion3Pipeline.
         reward: what to align it to. dinalrm: the latent reward; pixel: the CLIP-style reward, through the VAE's
-            decoder; pickscore, hpsv3, imagereward and others by name (README, "Other rewards"), from elsewhere as
-            NAME=SOURCE; module:function; sums such as "dinalrm + 0.2*pickscore"; or the folder or hub id of another
-            latent reward.
+            decoder; pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward; oracle: the embedded
+            world's; NAME=SOURCE for its weights from elsewhere; the folder or hub id of another latent reward;
+            module:function, your own; or a weighted sum, "dinalrm + 0.2*pickscore".
         gold: the judge of held-out pictures, which is never trained on, by the same names; by default the model's own:
             PickScore, and the oracle in the embedded world.
         output_dir: where the run is kept; by default a new folder under runs/ named after model, reward and seed.

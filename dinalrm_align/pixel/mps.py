@@ -4,11 +4,16 @@
     of the condition's words is near to)
 
 Code and weights MIT, https://github.com/Kwai-Kolors/MPS, whose README links to MPS_overall_checkpoint.pth. That file is
-a pickled module; its tensors alone are read (`tensor_files`), and `convert_mps` writes them once and for all as
-safetensors. Tokenizer and preprocessor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's. Upstream computes in float16, this in
-`dtype`, float32 by default: a word at the edge of the threshold may be read by one and not by the other.
+a pickled module; its tensors alone are read (`tensor_files`), and
+
+    python -m dinalrm_align.pixel.mps MPS_overall_checkpoint.pth mps.safetensors
+
+writes them once and for all as safetensors. Tokenizer and preprocessor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's.
+Upstream computes in float16, this in `dtype`, float32 by default: a word at the edge of the threshold may be read by
+one and not by the other.
 """
 
+import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from dinalrm_align.config.command import refusing
 from dinalrm_align.config.rewards import CLIP_H
 from dinalrm_align.device import available_device
 from dinalrm_align.files import reading
@@ -244,3 +250,18 @@ def build_blocks(tensors: Mapping[str, Tensor], *, width: int, where: str) -> nn
             raise ValueError(f"{where}: cross_model.layers.{index} is not a block of MPS ({reason})") from error
         blocks.append(block)
     return blocks
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert the file named first into the one named second."""
+    parser = argparse.ArgumentParser(description="Write the tensors of MPS's pickled file as safetensors.")
+    parser.add_argument("source", help="MPS_overall_checkpoint.pth; nothing in it is run")
+    parser.add_argument("target", help="the .safetensors to write")
+    arguments = parser.parse_args(argv)
+    with refusing():
+        convert_mps(arguments.source, arguments.target)
+    print(f"{arguments.target}: --reward mps={arguments.target}")
+
+
+if __name__ == "__main__":
+    main()
