@@ -25,7 +25,16 @@ SMALL = {
     "nft": ["--nft.groups=2", "--nft.group_size=3", "--nft.num_steps=4"],
 }
 RECORDED = {
-    "grpo": {"reward", "kl", "ratio_spread", "clipped", "group_variance", "reward_noise_variance", "dropped_groups"},
+    "grpo": {
+        "reward",
+        "kl",
+        "step_kl",
+        "ratio_spread",
+        "clipped",
+        "group_variance",
+        "reward_noise_variance",
+        "dropped_groups",
+    },
     "lpo": {"reward", "kl", "accuracy", "clipped", "pairs", "pairs_kept", "preference"},
     "nft": {"reward", "kl", "moved", "group_variance", "reward_noise_variance", "dropped_groups"},
 }
