@@ -1,7 +1,7 @@
 """Flow-GRPO: align Stable Diffusion 3.5 Medium, or the small embedded world, by policy gradients on a latent reward.
 
     python recipes/grpo_sd35.py --reward dinalrm              SD3.5-M if its weights are at hand, else the small world
-    python recipes/grpo_sd35.py --grpo.window all --grpo.sampler flow_sde             Flow-GRPO as it was published
+    python recipes/grpo_sd35.py --grpo.window all --grpo.sampler flow_sde --grpo.shared_start false       every step
     python recipes/grpo_sd35.py --resume runs/grpo_shapes_dinalrm_seed0
 
 Each rollout takes a group of samples for every prompt. Within a window of steps the flow is made stochastic, so that a
