@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinalrm_align.config.reward import RewardConfig
     from dinalrm_align.reward import LatentReward
+    from dinalrm_align.rewards import load_reward
 
 __version__ = "0.1.0"
-__all__ = ["LatentReward", "RewardConfig", "__version__"]
+__all__ = ["LatentReward", "RewardConfig", "__version__", "load_reward"]
 
-_HOME = {"LatentReward": "dinalrm_align.reward", "RewardConfig": "dinalrm_align.config.reward"}
+_HOME = {
+    "LatentReward": "dinalrm_align.reward",
+    "RewardConfig": "dinalrm_align.config.reward",
+    "load_reward": "dinalrm_align.rewards",
+}
 
 
 def __getattr__(name: str) -> Any:

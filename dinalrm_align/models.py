@@ -5,7 +5,6 @@ ones stand in `MODELS`; a folder or a hub id of another such pipeline is accepte
 """
 
 import dataclasses
-import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -43,7 +42,7 @@ class ModelSpec:
         pixel: source of its pixel-space reward, for `ClipReward.from_pretrained`.
         pixel_processor: where tokenizer and preprocessor of `pixel` lie; None: in the same place.
         gold: the held-out judge of a run, a callable `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)` or its dotted
-            name "module:function"; "pixel": the pixel reward's `score_images`.
+            name "module:function", or a reward by name, as "pixel" (`rewards.load_judge`).
         train_prompts, heldout_prompts: text files of one prompt a line, for training and for evaluation.
         height, width: of the pictures, in pixels.
         num_steps, guidance_scale: of sampling.
@@ -140,14 +139,9 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
 
 def load_gold(spec: ModelSpec, *, device: Any = None) -> Callable[..., Any]:
     """The spec's judge, `(images (B, 3, H, W) in [0, 1], prompts) -> (B,) float32`, loaded on `device`."""
-    if spec.gold == "pixel":
-        from dinalrm_align.pixel.clip import ClipReward
+    from dinalrm_align.rewards import load_judge
 
-        return ClipReward.from_pretrained(spec.pixel, processor=spec.pixel_processor, device=device).score_images
-    if callable(spec.gold):
-        return spec.gold
-    module, _, function = spec.gold.partition(":")
-    return getattr(importlib.import_module(module), function)
+    return load_judge(spec.gold, spec=spec, device=device)
 
 
 def missing_files(folder: Path) -> list[str]:

@@ -44,6 +44,8 @@ class LatentReward(nn.Module):
     pass `noise` where latents are to be scored in another order or in batches of another size.
     """
 
+    differentiable = True
+
     def __init__(
         self,
         model: RewardModel,

@@ -53,7 +53,7 @@ def align(settled: Settled[ReflRun]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(settle(ReflRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+        align(settle(ReflRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv, gradient=True))
 
 
 if __name__ == "__main__":

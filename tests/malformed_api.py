@@ -200,7 +200,7 @@ PICTURES = [
 
 PIXEL_REWARD = [
     Case("no prompts", clip(prompts=...), ValueError, "reads prompts as text"),
-    Case("embeddings for prompts", clip(prompts=..., **TEXT), ValueError, "mean nothing to CLIP"),
+    Case("embeddings for prompts", clip(prompts=..., **TEXT), ValueError, "mean nothing to it"),
     Case("a string for two", clip(prompts="ab"), ValueError, "got one string for 2 pictures"),
     Case("one prompt for two", clip(prompts=["a"]), ValueError, "got 1 prompts for 2 pictures"),
     Case("a number as prompt", clip(prompts=["a", 1]), TypeError, "prompts: got int 1"),

@@ -174,7 +174,7 @@ PLACES = [
     Command("resume of another recipe's run", REFL, lambda w: ["--resume", run_of(TRAIN)(w)], "unknown key lora_lr"),
     Command("resume of another recipe's run, too", TRAIN, lambda w: ["--resume", run_of(REFL)(w)], "unknown key refl"),
     Command("resume into another folder", REFL, lambda w: ["--resume", run_of(REFL)(w), "--output_dir=other"], "leave out --output_dir other"),
-    Command("a near reward", REFL, words("--model=shapes", "--reward=dinarlm"), "did you mean 'dinalrm'? known: dinalrm, pixel"),
+    Command("a near reward", REFL, words("--model=shapes", "--reward=dinarlm"), "did you mean 'dinalrm'? Known: dinalrm, pickscore"),
     Command("no pairs for sd35", TRAIN, words("--model=sd35"), "pass --pairs"),
     Command("output_dir a file (build)", BUILD, lambda w: ["--output_dir", w.file("world", "x")], "cannot be a folder"),
 ]  # fmt: skip

@@ -26,7 +26,8 @@ def test_reward_config_needs_no_torch():
 
 
 def test_public_names_are_listed_and_reached():
-    assert dir(dinalrm_align) == ["LatentReward", "RewardConfig", "__version__"]
+    assert dir(dinalrm_align) == ["LatentReward", "RewardConfig", "__version__", "load_reward"]
+    assert dinalrm_align.load_reward.__module__ == "dinalrm_align.rewards"
     assert dinalrm_align.LatentReward.__module__ == "dinalrm_align.reward"
     with pytest.raises(AttributeError, match="no attribute 'Reward'; it offers LatentReward"):
         dinalrm_align.Reward  # noqa: B018

@@ -11,7 +11,7 @@ LAYERS: list[set[str]] = [
     {"digest", "noise", "losses", "cost", "sampling", "sde", "resume", "device", "intervals", "figures"},
     {"backbones", "head", "encode", "policy", "checkpoint", "loop", "report", "head_to_head", "data"},
     {"model", "pixel", "inputs"},
-    {"reward", "preference", "models", "shapes", "benchmarks"},
+    {"reward", "preference", "models", "shapes", "benchmarks", "functions", "reward_sum", "rewards"},
     {"align"},
 ]
 """A module may import its own layer and those above it in this list. `dinalrm_align` itself only names its exports."""

@@ -206,3 +206,29 @@ def test_preprocessing_that_cannot_be_reproduced_is_refused(reward, change, mess
     assert type(reward.preprocess).from_config(config, "here").crop == (8, 8)
     with pytest.raises(ValueError, match=message):
         type(reward.preprocess).from_config({**config, **change}, "here")
+
+
+def test_checkpointing_recomputes_the_vision_layers_and_stays_in_evaluation(folder, vae, monkeypatch):
+    reward = ClipReward.from_pretrained(str(folder), vae=vae)
+    layers = reward.clip.vision_model.encoder.layers
+    calls, latents = [], torch.randn(1, 16, 8, 8, requires_grad=True)
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.autograd.grad(reward(latents, prompts=PROMPTS[:1]).sum(), latents)
+    assert len(calls) == len(layers)
+    reward.enable_gradient_checkpointing()
+    reward.train()
+    try:
+        calls.clear()
+        torch.autograd.grad(reward(latents, prompts=PROMPTS[:1]).sum(), latents)
+    finally:
+        reward.disable_gradient_checkpointing()
+    assert len(calls) == 2 * len(layers)
+    assert not reward.clip.vision_model.encoder.training and not any(layer.training for layer in layers)
+
+
+def test_autocast_around_it_changes_nothing(reward):
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(5))
+    want = reward(latents, prompts=PROMPTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(reward(latents, prompts=PROMPTS), want)

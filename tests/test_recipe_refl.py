@@ -141,6 +141,25 @@ def test_the_pixel_reward_takes_the_same_road(recipe, arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "reward", ["dinalrm + 0.2*pixel", "my_reward:redness", "dinalrm={world}/dinalrm - 2*my_reward:energy"]
+)
+def test_sums_and_callables_take_the_same_road(recipe, arguments, world, tmp_path, monkeypatch, reward):
+    """Resumed too: what a checkpoint was trained with is told apart by the reward's name where it has no weights."""
+    (tmp_path / "my_reward.py").write_text(
+        "def redness(images, prompts): return images[:, 0].mean((1, 2))\n"
+        "def energy(latents): return latents.square().mean((1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = run(recipe, arguments, tmp_path / "run", f"--reward={reward.format(world=world)}", "--loop.steps=2")
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "reward" in row] == [1, 2]
+    recipe.main([f"--resume={folder}", "--loop.steps=3"])
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
+    with pytest.raises(SystemExit):
+        recipe.main([f"--resume={folder}", "--loop.steps=4", "--reward=my_reward:energy"])
+
+
+@pytest.mark.parametrize(
     "options",
     [
         ["--refl.grad_steps=2", "--refl.guided_gradient=true", "--gradient_checkpointing=false"],
@@ -188,7 +207,11 @@ def quiet() -> dict[str, str]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reward=beauty"], "unknown reward 'beauty'; known: dinalrm, pixel"),
+        (["--reward=beauty"], "unknown reward 'beauty'. Known: dinalrm, pickscore"),
+        (["--reward=dinalrm + oracle"], "oracle has no gradient, and this method needs one"),
+        (["--reward=dinalrm + 0*pixel"], "got the weight 0"),
+        (["--reward=mps"], "say where they are: mps=/path/to/MPS_overall_checkpoint.pth"),
+        (["--reward=no_such_module:score"], "there is no module 'no_such_module'"),
         (["--model=sd36"], "unknown model 'sd36'"),
         (["--resume=absent"], "nothing to resume: no folder absent"),
         (["--prompts=absent.txt"], "no prompt file absent.txt"),

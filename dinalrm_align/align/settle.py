@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from dinalrm_align.config.align import AlignRun
-from dinalrm_align.config.check import did_you_mean
 from dinalrm_align.config.command import parse, refuse
+from dinalrm_align.config.rewards import check_reward, file_name
 from dinalrm_align.models import ModelSpec, resolve_model
 
 Run = TypeVar("Run", bound=AlignRun)
@@ -33,10 +33,13 @@ class Settled(Generic[Run]):
     checkpoint: Path | None
 
 
-def settle(kind: type[Run], description: str, recipe: Path, argv: Sequence[str]) -> Settled[Run]:
+def settle(
+    kind: type[Run], description: str, recipe: Path, argv: Sequence[str], *, gradient: bool = False
+) -> Settled[Run]:
     """The settings that `argv` asks of the program `recipe` (its file); an SD3.5 model puts RECIPE.yaml beneath them.
 
-    What cannot be meant ends the program with status 2 and a sentence.
+    gradient: the method needs that of the reward. What cannot be meant ends the program with status 2 and a sentence,
+    or raises ValueError with one.
     """
     run, _ = parse(kind, description, argv)  # --help ends here, before anything heavy is imported
     from dinalrm_align.resume import checkpoint_to_resume, new_run_folder, run_of, settings_of
@@ -48,9 +51,7 @@ def settle(kind: type[Run], description: str, recipe: Path, argv: Sequence[str])
             refuse(f"--resume goes on in {run_of(checkpoint)}: leave out --output_dir {run.output_dir}")
         beneath = [settings_of(checkpoint)]
         run, _ = parse(kind, description, argv, beneath)
-    if run.reward not in ("dinalrm", "pixel") and not Path(run.reward).is_dir() and "/" not in run.reward:
-        near = did_you_mean(run.reward, ("dinalrm", "pixel")) or ";"
-        refuse(f"unknown reward {run.reward!r}{near} known: dinalrm, pixel, or a latent one's folder or hub id")
+    check_reward(run.reward, gradient=gradient)
     if run.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         refuse("--tracker wandb needs the package wandb: pip install 'dinalrm-align[wandb]'")
     if run.model == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -60,7 +61,7 @@ def settle(kind: type[Run], description: str, recipe: Path, argv: Sequence[str])
     if checkpoint is None and spec.kind == "sd35":
         beneath = [recipe.with_suffix(".yaml")]
     method = recipe.stem.removesuffix("_sd35")
-    name = f"{method}_{Path(spec.name).name}_{Path(run.reward).name}_seed{run.seed}"
+    name = f"{method}_{Path(spec.name).name}_{file_name(run.reward)}_seed{run.seed}"
     folder = run_of(checkpoint) if checkpoint else new_run_folder(run.output_dir, name)
     # What "auto" and the defaults came to is written down, so that a resumed run is the same run.
     settled = [*argv, "--model", spec.name, "--output_dir", str(folder), "--resume", "null"]

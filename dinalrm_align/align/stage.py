@@ -27,10 +27,9 @@ from dinalrm_align.durable import write_atomically
 from dinalrm_align.encode import PromptEncoder, decode_latents, load_pipeline
 from dinalrm_align.loop import Hook, Stateful, adamw, fit
 from dinalrm_align.models import load_gold
-from dinalrm_align.pixel.clip import ClipReward
 from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.report import plot_run
-from dinalrm_align.reward import LatentReward
+from dinalrm_align.rewards import latent_rewards, load_reward
 from dinalrm_align.sampling import Velocity, schedule_sigmas
 
 
@@ -93,27 +92,24 @@ class Stage:
 
         # The base model, frozen. The reward shares its weights, so it is made before the policy wraps them.
         pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
-        if run.reward == "pixel":
-            files = dict(processor=spec.pixel_processor, vae=pipeline.vae, device=device)
-            reward = ClipReward.from_pretrained(spec.pixel, **files)
-        else:
-            source = spec.reward if run.reward == "dinalrm" else run.reward
-            reward = LatentReward.from_pretrained(source, pipeline=pipeline)
+        reward = load_reward(run.reward, spec=spec, pipeline=pipeline, device=device)
+        weightless = next(reward.parameters(), None) is None
 
         identity = {
             "recipe": settled.recipe,
             "seed": str(run.seed),
             "base model": fingerprint(pipeline.transformer),
-            "reward": fingerprint(reward),
+            "reward": text_digest(run.reward) if weightless else fingerprint(reward),
             "list of prompts": text_digest("\n".join(prompts)),
         }
 
         # Every prompt is encoded once, for policy and reward; then the text encoders are let go.
         encoder = PromptEncoder(pipeline, text_length=spec.text_length, device=device)
-        if isinstance(reward, LatentReward) and reward.config.text_length == spec.text_length:
-            encoder = reward.encoder
-        elif isinstance(reward, LatentReward):
-            Conditions.encode(reward.encoder, [*prompts, *samples, *also])  # to fill its cache
+        latent = [part.encoder for part in latent_rewards(reward)]
+        encoder = next((own for own in latent if own.text_length == spec.text_length), encoder)
+        for own in latent:
+            if own is not encoder:
+                Conditions.encode(own, [*prompts, *samples, *also])  # to fill its cache
         train, judged, negative = (Conditions.encode(encoder, part) for part in (prompts, samples, [""]))
         if also:
             Conditions.encode(encoder, also)

@@ -48,7 +48,9 @@ class AlignRun:
         model: what to align. auto: Stable Diffusion 3.5 Medium if its weights are at hand, else the small embedded
             world; sd35 or shapes: that one and no other; or the folder or hub id of a StableDiffusion3Pipeline.
         reward: what to align it to. dinalrm: the latent reward; pixel: the CLIP-style reward, through the VAE's
-            decoder; or the folder or hub id of another latent reward.
+            decoder; pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward; oracle: the embedded
+            world's; NAME=SOURCE for its weights from elsewhere; the folder or hub id of another latent reward;
+            module:function, your own; or a weighted sum, "dinalrm + 0.2*pickscore".
         output_dir: where the run is kept; by default a new folder under runs/ named after model, reward and seed.
         seed: of everything that is random in training.
         resume: folder of a run (its newest checkpoint is taken, and its settings unless overridden) or of a checkpoint.

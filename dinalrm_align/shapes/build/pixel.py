@@ -16,10 +16,8 @@ from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.durable import write_atomically
 from dinalrm_align.encode import decode_latents
-from dinalrm_align.pixel.clip import Preprocess
+from dinalrm_align.pixel.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from dinalrm_align.shapes.build.stage import run_stage
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def train_pixel(

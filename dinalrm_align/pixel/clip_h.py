@@ -1,0 +1,147 @@
+"""A frozen transformers `CLIPModel` of ViT-H/14's kind out of bare tensors: sizes are read from their shapes.
+
+What shapes do not say is ViT-H/14's: attention heads of 80 channels in the vision tower and 64 in the text tower, exact
+GELU. Two layouts of names are known: transformers' own, and open_clip's, which `from_open_clip` turns into it.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+VISION_HEAD, TEXT_HEAD = 80, 64
+"""Channels per attention head of ViT-H/14."""
+
+_ENDS = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "logit_scale": "logit_scale",
+}
+_TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+"""open_clip multiplies features by these from the right, a Linear holds the transpose."""
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
+_IN_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+def from_open_clip(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """open_clip's names and tensors -> transformers' names; ValueError for a name that open_clip's CLIP has not."""
+    renamed, unknown = {}, []
+    for name, tensor in tensors.items():
+        block = _BLOCK.fullmatch(name)
+        part, _, kind = block[3].rpartition(".") if block else ("", "", "")
+        prefix = f"{'vision' if block and block[1] else 'text'}_model.encoder.layers.{block[2] if block else ''}."
+        if name in _ENDS:
+            renamed[_ENDS[name]] = tensor
+        elif name in _TRANSPOSED:
+            renamed[_TRANSPOSED[name]] = tensor.t()
+        elif block and part in _IN_BLOCK:
+            renamed[f"{prefix}{_IN_BLOCK[part]}.{kind}"] = tensor
+        elif block and block[3] in ("attn.in_proj_weight", "attn.in_proj_bias"):  # queries, keys and values in one
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{prefix}self_attn.{letter}_proj.{block[3].removeprefix('attn.in_proj_')}"] = third
+        elif name != "attn_mask":  # the causal mask, which old versions saved
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"{where} does not hold an open_clip CLIP: unexpected {sorted(unknown)[:4]}")
+    return renamed
+
+
+def build_clip_h(
+    tensors: Mapping[str, Tensor],
+    *,
+    eos_token_id: int | None,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    where: str,
+) -> CLIPModel:
+    """The model of these tensors (transformers' names), in `dtype` on `device` (the CPU by default).
+
+    eos_token_id: where the text is read. ValueError when a tensor is missing, unexpected or of another shape, or the
+    sizes are not those of a ViT-H/14's kind.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    config = _config(tensors, eos_token_id, where)
+    with init_empty_weights(include_buffers=False):
+        model = CLIPModel(config)
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(f"{where} does not hold a whole CLIP: missing {missing[:4]}, unexpected {unexpected[:4]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"{where}: {name}: got {tensor.dtype} {tuple(tensor.shape)}; expected {tuple(expected[name].shape)}"
+            )
+    placed = {name: tensor.to(device or "cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+    model.load_state_dict(placed, assign=True)
+    return model.to(device or "cpu").requires_grad_(False).eval()  # moves the buffers
+
+
+def _config(tensors: Mapping[str, Tensor], eos_token_id: int | None, where: str) -> CLIPConfig:
+    """The sizes that the tensors have."""
+    needed = {
+        "patch": "vision_model.embeddings.patch_embedding.weight",
+        "positions": "vision_model.embeddings.position_embedding.weight",
+        "vision_mlp": "vision_model.encoder.layers.0.mlp.fc1.weight",
+        "tokens": "text_model.embeddings.token_embedding.weight",
+        "length": "text_model.embeddings.position_embedding.weight",
+        "text_mlp": "text_model.encoder.layers.0.mlp.fc1.weight",
+        "projection": "visual_projection.weight",
+    }
+    missing = [name for name in needed.values() if name not in tensors]
+    if missing:
+        raise ValueError(f"{where} does not hold a whole CLIP: missing {missing[:4]}")
+    shapes = {short: tuple(tensors[name].shape) for short, name in needed.items()}
+    for short, shape in shapes.items():
+        if len(shape) != (4 if short == "patch" else 2):
+            raise ValueError(f"{where}: got {needed[short]} of shape {shape}; expected another number of dimensions")
+    vision_width, _, patch, _ = shapes["patch"]
+    vocabulary, text_width = shapes["tokens"]
+    positions = shapes["positions"][0]
+    side = round((positions - 1) ** 0.5)
+    if vision_width % VISION_HEAD or text_width % TEXT_HEAD or side * side + 1 != positions:
+        raise ValueError(
+            f"{where} is no CLIP of ViT-H/14's kind: got widths {vision_width} and {text_width}, {positions} picture "
+            f"positions; expected multiples of {VISION_HEAD} and {TEXT_HEAD}, and one more than a square"
+        )
+    if eos_token_id is None or not 0 <= eos_token_id < vocabulary:
+        raise ValueError(
+            f"{where}: got a tokenizer whose end of text is {eos_token_id}, and embeddings of {vocabulary} tokens; "
+            "expected the tokenizer that this CLIP was trained with"
+        )
+    layers = {
+        tower: len({name.split(".")[3] for name in tensors if name.startswith(f"{tower}_model.encoder.layers.")})
+        for tower in ("vision", "text")
+    }
+    return CLIPConfig(
+        projection_dim=shapes["projection"][0],
+        vision_config=dict(
+            hidden_size=vision_width, intermediate_size=shapes["vision_mlp"][0], num_hidden_layers=layers["vision"],
+            num_attention_heads=vision_width // VISION_HEAD, patch_size=patch, image_size=side * patch,
+            projection_dim=shapes["projection"][0], hidden_act="gelu",
+        ),
+        text_config=dict(
+            hidden_size=text_width, intermediate_size=shapes["text_mlp"][0], num_hidden_layers=layers["text"],
+            num_attention_heads=text_width // TEXT_HEAD, vocab_size=vocabulary,
+            max_position_embeddings=shapes["length"][0], projection_dim=shapes["projection"][0], hidden_act="gelu",
+            eos_token_id=eos_token_id, bos_token_id=0, pad_token_id=0,
+        ),
+    )  # fmt: skip
