@@ -1,7 +1,7 @@
 """Flow-GRPO: align Stable Diffusion 3.5 Medium, or the small embedded world, by policy gradients on a latent reward.
 
     python recipes/grpo_sd35.py --reward dinalrm              SD3.5-M if its weights are at hand, else the small world
-    python recipes/grpo_sd35.py --grpo.window all --grpo.sampler flow_sde             Flow-GRPO as it was published
+    python recipes/grpo_sd35.py --grpo.window all --grpo.sampler flow_sde --grpo.shared_start false       every step
     python recipes/grpo_sd35.py --resume runs/grpo_shapes_dinalrm_seed0
 
 Each rollout takes a group of samples for every prompt. Within a window of steps the flow is made stochastic, so that a
@@ -19,6 +19,7 @@ summary.json. In the metrics reward_noise_variance is what separate draws of the
 group_variance, ratio_spread how far probabilities moved since the rollout. A run whose first ratio is not 1 stops.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +32,13 @@ from dinalrm_align.config.grpo import GrpoRun
 def align(settled: Settled[GrpoRun]) -> None:
     from dinalrm_align.align.grpo import Grpo
     from dinalrm_align.align.stage import Stage
+    from dinalrm_align.reward import LatentReward
     from dinalrm_align.sde import named_sigmas
 
     run, config = settled.run, settled.run.grpo
     stage = Stage.build(settled)
+    if not isinstance(stage.reward, LatentReward):  # what reads pictures adds no noise, and decodes but once
+        config = dataclasses.replace(config, reward_draws=1)
     grpo = Grpo(
         policy=stage.policy, reward=stage.reward, config=config, meter=stage.meter, latent_shape=stage.latent_shape,
         sigmas=named_sigmas(config.schedule, stage.pipeline.scheduler, config.num_steps or settled.spec.num_steps),

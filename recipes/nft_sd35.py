@@ -13,6 +13,7 @@ A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curve
 summary.json. In the metrics moved is how far the policy is from the one that sampled.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +26,12 @@ from dinalrm_align.config.nft import NftRun
 def align(settled: Settled[NftRun]) -> None:
     from dinalrm_align.align.nft import Nft
     from dinalrm_align.align.stage import Stage
+    from dinalrm_align.reward import LatentReward
 
     run, config = settled.run, settled.run.nft
     stage = Stage.build(settled)
+    if not isinstance(stage.reward, LatentReward):  # what reads pictures adds no noise, and decodes but once
+        config = dataclasses.replace(config, reward_draws=1)
     nft = Nft(
         policy=stage.policy, reward=stage.reward, config=config, meter=stage.meter, latent_shape=stage.latent_shape,
         sigmas=stage.sigmas(config.num_steps), guidance_scale=stage.guidance_scale(config.guidance_scale),

@@ -23,7 +23,10 @@ from dinalrm_align.sde import transition
 
 @pytest.fixture
 def method() -> grpo.Grpo:
-    config = GrpoConfig(groups=2, group_size=3, window_size=2, reward_draws=1, kl_beta=0.1, noise_level=0.7)
+    config = GrpoConfig(
+        groups=2, group_size=3, window_size=2, window_range=None, shared_start=False, reward_draws=1,
+        advantage_std="global", kl_beta=0.1, noise_level=0.7,
+    )  # fmt: skip
     return grpo.Grpo(
         **surroundings(), reward=brightness, guidance_scale=1.0, config=config, meter=PhaseMeter("cpu"), seed=3
     )
@@ -98,12 +101,12 @@ def test_windows():
     """10 steps: all but the last; a window of 3 anywhere in 0 ... 8; MixGRPO's moves by 1 every 25 rollouts."""
     generator = torch.Generator().manual_seed(0)
     assert grpo.trained_steps(GrpoConfig(window="all"), 10, 0, generator) == range(9)
-    fast = GrpoConfig(window="random", window_size=3)
+    fast = GrpoConfig(window="random", window_size=3, window_range=None)
     starts = {grpo.trained_steps(fast, 10, 0, generator).start for _ in range(300)}
     assert starts == set(range(7))
     first_half = GrpoConfig(window="random", window_size=3, window_range=(0, 5))
     assert {grpo.trained_steps(first_half, 10, 0, generator).start for _ in range(100)} == {0, 1, 2}
-    sliding = GrpoConfig(window="progressive", window_size=4)
+    sliding = GrpoConfig(window="progressive", window_size=4, window_range=None)
     assert [grpo.trained_steps(sliding, 10, r, generator) for r in (0, 24, 25, 124, 125, 9999)] == [
         range(0, 4), range(0, 4), range(1, 5), range(4, 8), range(5, 9), range(5, 9),
     ]  # fmt: skip

@@ -25,7 +25,7 @@ def brightness(latents: torch.Tensor, *, sigma, prompts) -> torch.Tensor:
 
 @pytest.fixture
 def method() -> lpo.Lpo:
-    config = LpoConfig(batch_size=3, candidates=3, threshold=(0.0, 0.0))
+    config = LpoConfig(batch_size=3, candidates=3, steps=None, threshold=(0.0, 0.0), beta=500.0)
     return lpo.Lpo(
         **surroundings(), score_noisy=brightness, guidance_scale=1.0, config=config, meter=PhaseMeter("cpu"), seed=3
     )

@@ -20,6 +20,10 @@ NO_SPREAD = 1e-6
 REWARDS = 12
 """Key of the reward's noise."""
 STATISTICS = ("reward", "group_variance", "reward_noise_variance", "dropped_groups", "advantage_size")
+"""What is told of a rollout's scores, means over its samples or groups: the score; its variance within a group; the
+variance that a draw of the reward's noise for every sample, in place of every group, would have added to that, where
+there are two draws or more to tell; the share of groups left out; the advantage's absolute value.
+"""
 
 Parts = Callable[..., Mapping[str, Tensor]]
 """parts(latents, prompts=..., sigma=..., noise=...) -> name to (B,): the scores that a weighted sum adds up"""

@@ -266,12 +266,15 @@ class Grpo:
     def step(self, batch: GrpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss, differentiable in the policy's LoRA, and what to record.
 
-        Raises FloatingPointError when the first ratio after a rollout is not 1.
+        kl: mean square of velocity less the reference's, which compares with other methods'; step_kl: the one in the
+        loss (`kl_form`). ratio_spread: mean distance of the ratios from 1; clipped: share of them beyond the clip
+        range. The rest is of the rollout, see `groups.STATISTICS`. Raises FloatingPointError when the first ratio after
+        a rollout is not 1.
         """
         config = self.config
         if len(batch.steps) == 0:  # every group of this update was dropped, or there are fewer samples than micro-steps
             zero = torch.zeros((), device=self.policy.device, requires_grad=True)
-            return zero, {"kl": 0.0, "ratio_spread": 0.0, "clipped": 0.0, **batch.statistics}
+            return zero, {"kl": 0.0, "step_kl": 0.0, "ratio_spread": 0.0, "clipped": 0.0, **batch.statistics}
         with self.meter.phase("policy"):
             velocity = self.velocity_for(batch.conditions, self.guidance_scale)
             levels = levels_at(self.sigmas, batch.steps, batch.latents.device)
@@ -296,7 +299,12 @@ class Grpo:
             if config.kl_beta > 0:
                 loss = loss + config.kl_beta * kl
         moved = (ratio.detach() - 1).abs()
-        means = {"kl": kl, "ratio_spread": moved, "clipped": (moved > config.clip_range).float()}
+        means = {
+            "kl": step_kl("velocity", step, reference, v - v_reference),
+            "step_kl": kl,
+            "ratio_spread": moved,
+            "clipped": (moved > config.clip_range).float(),
+        }
         metrics = {name: batch.weight * values.detach().sum() for name, values in means.items()}
         return batch.weight * loss.sum(), {**metrics, **batch.statistics}
 

@@ -62,25 +62,25 @@ class GrpoConfig:
             rollout and training then compute different things.
     """
 
-    groups: int = 8
+    groups: int = 6
     group_size: int = 8
     sample_batch: int = 64
-    num_steps: int | None = None
+    num_steps: int | None = 8
     schedule: Literal["diffusers", "linear"] = "diffusers"
     sampler: Literal["flow_sde", "flow_cps", "dance_sde"] = "flow_cps"
     noise_level: float = 0.7
-    guidance_scale: float | None = None
+    guidance_scale: float | None = 1.0
     negative_gradient: bool = False
     window: Literal["all", "random", "progressive"] = "random"
-    window_size: int = 3
-    window_range: tuple[int, int] | None = None
+    window_size: int = 2
+    window_range: tuple[int, int] | None = (0, 4)
     window_rollouts: int = 25
     window_stride: int = 1
     window_wraps: bool = False
-    shared_start: bool = False
+    shared_start: bool = True
     reward_draws: int = 2
     reward_sigma: list[float] | None = None
-    advantage_std: Literal["group", "global"] = "global"
+    advantage_std: Literal["group", "global"] = "group"
     advantage_floor: float = 1e-4
     advantage_clip: float = 5.0
     advantage_of: Literal["sum", "parts"] = "sum"
@@ -88,7 +88,7 @@ class GrpoConfig:
     epochs: int = 1
     clip_range: float = 1e-4
     guard: bool = False
-    kl_beta: float = 0.0
+    kl_beta: float = 0.01
     kl_form: Literal["scale", "std", "velocity"] = "scale"
     ratio_tolerance: float = 1e-5
 
@@ -147,6 +147,6 @@ class GrpoRun(AlignRun):
     """
 
     gradient_checkpointing: bool = False
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=8e-4))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=24))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=20))
     grpo: GrpoConfig = field(default_factory=GrpoConfig)

@@ -37,19 +37,19 @@ class LpoConfig:
         epochs: times that they are gone through.
     """
 
-    batch_size: int = 16
+    batch_size: int = 12
     candidates: int = 4
     sample_batch: int = 64
-    num_steps: int | None = None
+    num_steps: int | None = 8
     schedule: Literal["diffusers", "linear"] = "diffusers"
     sampler: Literal["flow_sde", "flow_cps", "dance_sde"] = "flow_sde"
     noise_level: float = 0.7
-    guidance_scale: float | None = None
+    guidance_scale: float | None = 1.0
     negative_gradient: bool = True
-    steps: tuple[int, int] | None = None
-    threshold: tuple[float, float] = (0.35, 0.5)
+    steps: tuple[int, int] | None = (0, 6)
+    threshold: tuple[float, float] = (0.2, 0.3)
     temperature: float = 1.0
-    beta: float = 500.0
+    beta: float = 1000.0
     clip_range: float = 0.1
     minibatches: int = 1
     epochs: int = 1
@@ -95,5 +95,5 @@ class LpoRun(AlignRun):
 
     gradient_checkpointing: bool = False
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-4))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=36))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))
     lpo: LpoConfig = field(default_factory=LpoConfig)

@@ -41,17 +41,17 @@ class NftConfig:
         epochs: times that a rollout is gone through.
     """
 
-    groups: int = 8
+    groups: int = 6
     group_size: int = 8
     sample_batch: int = 64
-    num_steps: int | None = None
-    guidance_scale: float | None = None
+    num_steps: int | None = 8
+    guidance_scale: float | None = 1.0
     levels: int = 2
     earliest: float = 0.0
     latest: float = 1.0
     reward_draws: int = 2
     reward_sigma: list[float] | None = None
-    advantage_std: Literal["group", "global"] = "global"
+    advantage_std: Literal["group", "global"] = "group"
     advantage_floor: float = 1e-4
     advantage_clip: float = 5.0
     beta: float = 1.0
@@ -101,5 +101,5 @@ class NftRun(AlignRun):
 
     gradient_checkpointing: bool = False
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=8e-4))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=24))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=20))
     nft: NftConfig = field(default_factory=NftConfig)
