@@ -29,7 +29,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(reason, flush=True)
 
     import torch
-    from diffusers import StableDiffusion3Pipeline
 
     from dinalrm_align.backbones.sd3 import load_transformer
     from dinalrm_align.benchmarks import evaluation_report as report
@@ -38,16 +37,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dinalrm_align.checkpoint import fetch, read_checkpoint
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.device import available_device
+    from dinalrm_align.encode import decode_latents, load_pipeline, load_vae
+    from dinalrm_align.models import load_gold
     from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
 
     with refusing():
         found = "cuda" if torch.cuda.is_available() else "cpu"
         device = available_device(found if config.device == "auto" else config.device)
         source = config.reward or spec.reward
-        text_length = read_checkpoint(fetch(source)).config.text_length
+        about = read_checkpoint(fetch(source)).config
         out = Path(config.output_dir)
         if config.judged is None:
-            pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline, local_files_only=True)
+            pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
             config.judged = {
                 kind: str(ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs)) for kind in JUDGED
             }
@@ -55,14 +56,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         judge = Judge(
             config.judged,
             load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False),
-            Encoders(spec.pipeline, text_length=text_length, device=device, dtype=dtype),
+            Encoders(spec.pipeline, text_length=about.text_length, device=device, dtype=dtype),
             (spec.height, spec.width),
             config.batch_size,
             config.noise_seed,
         )
         readings = [*common_readings(config.sigmas, config.ensembles[0]), *ensemble_readings(config.ensembles)]
+        agreed = {}
+        if config.gold:
+            vae = load_vae(spec.pipeline, device=device)
+            agreed = judge.gold(
+                load_gold(spec, device=device),
+                lambda latents: torch.cat([decode_latents(vae, part) for part in latents.split(4)]),
+                about,
+            )
         scores = judge(source, {name: readings for name in config.judged}, out, title="reward")
-    report.write(scores, config, command=shlex.join(["python", "recipes/evaluate_reward.py", *words]), directory=out)
+    report.write(
+        scores, agreed, config, command=shlex.join(["python", "recipes/evaluate_reward.py", *words]), directory=out
+    )
     print((out / "evaluation.md").read_text(encoding="utf-8"))
 
 

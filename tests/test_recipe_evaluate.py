@@ -1,6 +1,7 @@
 """recipes/evaluate_reward.py on the tiny stack."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_it_reports_accuracy_concepts_and_calibration(recipe, arguments, tmp_pat
                  "## Calibration", "| reward | 0.4 | 36 |"):  # fmt: skip
         assert part in text
     assert text in capsys.readouterr().out
+    assert re.search(r"The gold score itself, .* on heldout, .* on shifted, .* on concepts\.", text)
     assert (tmp_path / "out" / "reliability.png").stat().st_size > 10_000
 
 

@@ -19,8 +19,12 @@ from dinalrm_align.intervals import seeds_by_captions
 REWARD = "reward"
 
 
-def write(judged: Mapping[str, Judged], config: EvaluateRun, *, command: str, directory: Path) -> None:
-    """Write the report of one reward's scores on every set; calibration is looked at on the first."""
+def write(
+    judged: Mapping[str, Judged], gold: Mapping[str, float], config: EvaluateRun, *, command: str, directory: Path
+) -> None:
+    """Write the report of one reward's scores on every set; calibration is looked at on the first. gold: set ->
+    accuracy of the gold score, where it was asked for.
+    """
     evidence, sets = {REWARD: {0: judged}}, list(judged)
     curves = reliabilities(evidence, {REWARD: config.loss}, sets[0], config.calibrated_at)
     sizes = [f"{name}: {one.size}" for name, one in judged.items()]
@@ -28,6 +32,7 @@ def write(judged: Mapping[str, Judged], config: EvaluateRun, *, command: str, di
         f"# Evaluation of a reward\n\n`{command}`\n\nReward {config.reward or f'of {config.model}'}. Judged on "
         f"{'; '.join(sizes)}. Pairwise accuracy in per cent, 95 % intervals over captions; one reward, so that the "
         "variance between seeds is unknown.\n",
+        *([gold_section(gold)] if gold else []),
         inference_section(evidence, REWARD, sets, sorted(config.sigmas), config.ensembles),
         "![Ways of reading](inference.png)\n",
         *(concept_section(name, one, config) for name, one in judged.items() if one.concept is not None),
@@ -37,8 +42,14 @@ def write(judged: Mapping[str, Judged], config: EvaluateRun, *, command: str, di
     plot_ways(evidence, REWARD, sets, sorted(config.sigmas), config.ensembles, directory / "inference.png")
     plot_reliability(curves, directory / "reliability.png")
     write_atomically(directory / "evaluation.md", "\n".join(sections))
-    numbers = _numbers(judged, curves[REWARD], command)
+    numbers = {**_numbers(judged, curves[REWARD], command), "gold": {name: round(p, 5) for name, p in gold.items()}}
     write_atomically(directory / "evaluation.json", json.dumps(numbers, indent=1) + "\n")
+
+
+def gold_section(gold: Mapping[str, float]) -> str:
+    """Markdown: what the judge of pictures itself gets on these pairs."""
+    found = ", ".join(f"{100 * accuracy:.1f} on {name}" for name, accuracy in gold.items())
+    return f"The gold score itself, read from the decoded latents: {found}. Raters err, and decoding loses a little.\n"
 
 
 def _numbers(judged: Mapping[str, Judged], levels: Mapping[float, Calibration], command: str) -> dict[str, object]:

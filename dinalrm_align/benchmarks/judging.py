@@ -1,12 +1,16 @@
 """Judge a finished reward on sets of pairs: its scores come from files where they are there, else from the reward."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from torch import Tensor
+
 from dinalrm_align.benchmarks.judged import Judged, Reading, judge, load_judged, save_judged
 from dinalrm_align.checkpoint import fetch, read_checkpoint
+from dinalrm_align.config.reward import RewardConfig
 from dinalrm_align.data.source import Encoders, open_pairs
 from dinalrm_align.digest import digest
 from dinalrm_align.preference import score_batch
@@ -14,6 +18,9 @@ from dinalrm_align.reward import LatentReward
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
+
+Gold = Callable[[Tensor, Sequence[str]], Tensor]
+"""gold(images (B, 3, H, W) in [0, 1], prompts) -> (B,)"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,24 @@ class Judge:
             )  # fmt: skip
             save_judged(scores, path, terms)
         return load_judged(path, terms)
+
+    def gold(self, gold: Gold, decode: Callable[[Tensor], Tensor], config: RewardConfig) -> dict[str, float]:
+        """Set -> accuracy of a judge of pictures, on pairs read as a reward of `config` reads them.
+
+        How far raters agree with the judge: about what a reward that knew it by heart would reach. gold(images
+        (B, 3, H, W), prompts) -> (B,); decode: latents -> images. Sets that keep no prompts are left out.
+        """
+        found = {}
+        for name, path in self.sets.items():
+            options = dict(size=self.size, batch_size=self.batch_size)
+            batches = open_pairs(path, config, self.encoders, **options).in_order()
+            if len(batches) and batches[0].prompts is not None:
+                one = judge(
+                    lambda batch, level, noise: gold(decode(batch.latents), [batch.prompts[g] for g in batch.group]),
+                    batches, [Reading.at(0.0)], seed=self.noise_seed, title=f"gold: {name}",
+                )  # fmt: skip
+                found[name] = float(np.nanmean(one.correct("0")))
+        return found
 
 
 def judged_file(directory: Path, name: str) -> Path:

@@ -27,6 +27,7 @@ class EvaluateRun:
         ensembles: noise levels joined as tokens, and averaged.
         calibrated_at: single levels at which calibration is looked at; each must be one of sigmas.
         loss: the likelihood that turns gaps of scores into probabilities: what the reward was trained with.
+        gold: also tell how often raters agree with the model's gold score, which reads the decoded pictures.
         noise_seed: of the noise that pictures are judged with.
         shapes_pairs: the pairs that the embedded world makes.
     """
@@ -41,6 +42,7 @@ class EvaluateRun:
     ensembles: list[list[float]] = field(default_factory=lambda: [[0.2, 0.5, 0.7]])
     calibrated_at: list[float] = field(default_factory=lambda: [0.1, 0.4, 0.7, 0.9])
     loss: LossConfig = field(default_factory=LossConfig)
+    gold: bool = True
     noise_seed: int = 1234
     shapes_pairs: PairsConfig = field(default_factory=PairsConfig)
 
