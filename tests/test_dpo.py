@@ -5,19 +5,16 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dinalrm_align.align import dpo
 from dinalrm_align.align.candidates import ranked_pairs
 from dinalrm_align.config.dpo import DpoConfig
-from dinalrm_align.config.loop import LoopConfig, OptimConfig
 from dinalrm_align.config.loss import SigmaConfig
 from dinalrm_align.config.reward import LoraConfig
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.pairs import PairBatch, PairManifest
-from dinalrm_align.loop import adamw, fit
 from dinalrm_align.noise import add_noise, seeded_generator
 from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.sampling import rollout, schedule_sigmas, seeded_noise
@@ -40,7 +37,7 @@ def draw_conditions(count: int, seed: int = 1) -> Conditions:
 def online(**values: object) -> dpo.OnlineDpo:
     """A new policy on the tiny stack, and online DPO of it."""
     pipeline = build_pipeline(StackConfig.tiny(depth=2), seed=0)
-    settings = dict(batch_size=2, group_size=3, beta=50.0)
+    settings = dict(batch_size=2, group_size=3, beta=50.0, refresh_every=0)
     return dpo.OnlineDpo(
         policy=Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0),
         reward=brightness,
@@ -317,15 +314,6 @@ def test_samples_can_be_the_references(method):
     by_reference = dataclasses.replace(method, config=dataclasses.replace(method.config, sampler="reference"))
     assert torch.equal(by_reference.batch_at(0).pairs.latents, before)
     assert not torch.equal(method.batch_at(0).pairs.latents, before)
-
-
-def run(method: dpo.OnlineDpo, folder, steps: int, resume=None) -> None:
-    optim = OptimConfig(lr=0.01)
-    fit(
-        LoopConfig(steps=steps, checkpoint_every=0), optim, parameters=method.policy.parameters,
-        optimizer=adamw([{"params": list(method.policy.parameters.values())}], optim), batch_at=method.batch_at,
-        step=method.step, accelerator=Accelerator(cpu=True), output_dir=folder, resume=resume,
-    )  # fmt: skip
 
 
 def test_state_holds_the_reference_and_nothing_without_one(method):

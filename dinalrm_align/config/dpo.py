@@ -41,16 +41,16 @@ class DpoConfig:
     """
 
     mode: Literal["online", "offline"] = "online"
-    batch_size: int = 8
+    batch_size: int = 16
     beta: float = 100.0
     sigma: SigmaConfig = field(default_factory=lambda: SigmaConfig(density="logit_normal"))
     draws: int = 2
     loss_guidance_scale: float = 1.0
-    group_size: int = 8
-    num_steps: int | None = None
-    guidance_scale: float | None = None
+    group_size: int = 6
+    num_steps: int | None = 8
+    guidance_scale: float | None = 1.0
     sampler: Literal["policy", "reference"] = "policy"
-    refresh_every: int = 0
+    refresh_every: int = 10
     sample_batch: int | None = None
     reward_sigma: list[float] | None = None
 
@@ -92,7 +92,7 @@ class DpoRun(AlignRun):
 
     pairs: str | None = None
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=20))
     dpo: DpoConfig = field(default_factory=DpoConfig)
 
     def __post_init__(self) -> None:
