@@ -122,6 +122,14 @@ def test_settings_tell_runs_of_one_recipe_reward_and_seed_apart(tmp_path):
     assert len(groups_of(read_entries(twins)[0])) == 2
 
 
+def test_of_a_rewards_folder_the_last_part_is_its_name(tmp_path):
+    rewards = {"runs/train/reward": "reward", "org/name": "name", "dinalrm + 0.2*pickscore": "dinalrm + 0.2*pickscore",
+               "dinalrm=/a/b": "dinalrm=b"}  # fmt: skip
+    for number, (reward, name) in enumerate(rewards.items()):
+        run = make_run(tmp_path / str(number), 0.1, reward=reward)
+        assert read_entries([run])[0][0].group == f"refl {name}"
+
+
 def test_the_recipe_of_a_run_that_goes_on_is_its_checkpoints(tmp_path):
     run = make_run(tmp_path / "a", 0.1)
     (run / "summary.json").unlink()

@@ -127,7 +127,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     checkpoint = latest_checkpoint(folder)
     identity = read_json(checkpoint / "state.json").get("identity", {}) if checkpoint else {}
     recipe = str(summary.get("recipe") or identity.get("recipe") or "run").removesuffix("_sd35")
-    reward = Path(str(config.get("reward", "no reward"))).name
+    reward = re.sub(r"[^\s=*+]*/", "", str(config.get("reward", "no reward")))  # of folders and hub ids the last part
     return {"recipe": recipe, "reward": reward, "model": config.get("model"), "settings": dict(_flat(config))}
 
 
