@@ -23,7 +23,7 @@ from torch import Tensor
 from dinalrm_align.config.command import refusing
 from dinalrm_align.durable import write_atomically
 from dinalrm_align.figures import save_figure
-from dinalrm_align.files import make_folder
+from dinalrm_align.files import make_folder, reading
 from dinalrm_align.head_to_head import PHASES, Group, read_groups, series, table
 from dinalrm_align.intervals import Interval, seeds_by_captions
 from dinalrm_align.metrics import read_metrics
@@ -45,8 +45,8 @@ def save_strip(pictures: np.ndarray, path: Path) -> None:
 
 
 def load_strip(path: Path, count: int) -> np.ndarray:
-    """The `count` pictures (N, H, W, 3) uint8 that `save_strip` put in a row."""
-    with Image.open(path) as strip:
+    """The `count` pictures (N, H, W, 3) uint8 that `save_strip` put in a row. Raises as `files.reading`."""
+    with reading(f"row of {count} pictures", path), Image.open(path) as strip:
         return np.stack(np.split(np.asarray(strip.convert("RGB")), count, axis=1))
 
 

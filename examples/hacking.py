@@ -18,8 +18,8 @@ from dinalrm_align.compare.tables import run_table
 from dinalrm_align.resume import latest_checkpoint
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "refl_sd35.py"
-COMMON = "--model shapes --reward dinalrm --optim.lr 1e-3 --loop.steps 30 --checkpoint_every 5 --profile_every 0"
-JUDGED = "--evaluation.samples 64 --evaluation.every 5"
+COMMON = "--model shapes --reward dinalrm --optim.lr 1e-3 --loop.steps 30 --checkpoint_every 6 --profile_every 0"
+JUDGED = "--evaluation.samples 64 --evaluation.every 6"
 KL_WEIGHTS = {"free": 0, "held": 4}
 
 folders = []

@@ -98,9 +98,10 @@ def watch_phases(board: Board) -> None:
         board.phase = PHASES.index("in an update")
         return result
 
-    def finished(*args: Any, **kwargs: Any) -> None:
-        fit(*args, **kwargs)
+    def finished(*args: Any, **kwargs: Any) -> int:
+        done = fit(*args, **kwargs)
         board.phase = PHASES.index("finishing")
+        return done
 
     @contextmanager
     def hooked(ema: loop.Ema) -> Any:

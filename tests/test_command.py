@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from dinalrm_align.config.command import parse
+from dinalrm_align.config.compare import CompareRun
 from dinalrm_align.config.refl import ReflRun
 from dinalrm_align.config.train_reward import TrainRewardRun
 
@@ -46,6 +47,23 @@ class Settings:
 def test_keep_last_needs_no_section(kind, words):
     settings, _ = parse(kind, "", words)
     assert settings.loop.keep_last == 3
+
+
+def test_a_flag_needs_no_value():
+    for words, stop in (
+        (["--stop_on_hacking"], True), (["--watch.stop_on_hacking", "--seed=1"], True), ([], False),
+        (["--stop_on_hacking", "false"], False), (["--stop_on_hacking=false"], False),
+    ):  # fmt: skip
+        assert parse(ReflRun, "", words)[0].watch.stop_on_hacking is stop
+
+
+def test_words_without_an_option_go_to_the_setting_that_takes_them(capsys):
+    for words in (["a", "b", "--shown=2"], ["--shown", "2", "a", "b"]):
+        settings, _ = parse(CompareRun, "", words, positional="runs")
+        assert (settings.runs, settings.shown) == (["a", "b"], 2)
+    with pytest.raises(SystemExit):
+        parse(CompareRun, "", ["--shown=2"], positional="runs")
+    assert "runs" in capsys.readouterr().err
 
 
 def test_a_name_in_full_is_meant_before_an_end():

@@ -109,9 +109,25 @@ def test_settings_tell_runs_of_one_recipe_reward_and_seed_apart(tmp_path):
     assert [entry.label for entry in read_entries(runs)[0]] == [
         "refl dinalrm, lr 0.001, seed 0", "refl dinalrm, lr 0.0003, seed 0",
     ]  # fmt: skip
+    for name, seed, much in (("many1", 1, True), ("many2", 2, True), ("few", 1, False)):
+        run = make_run(tmp_path / name, 0.1, reward="mps", seed=seed)
+        with open(run / "config.yaml", "a") as file:
+            file.write("policy: {rank: 8, alpha: 8, init: x, dropout: 0.1}\n" * much)
+        runs.append(run)
+    assert [entry.label for entry in read_entries(runs[2:])[0]] == [  # more than three: a folder's name, seeds together
+        "refl mps, many1, seed 1", "refl mps, many1, seed 2", "refl mps, few, seed 1",
+    ]  # fmt: skip
     twins = [runs[0], make_run(tmp_path / "z", 0.2, lr=1e-3)]
     assert [entry.label for entry in read_entries(twins)[0]] == [f"refl dinalrm, seed 0 ({run})" for run in twins]
     assert len(groups_of(read_entries(twins)[0])) == 2
+
+
+def test_of_a_rewards_folder_the_last_part_is_its_name(tmp_path):
+    rewards = {"runs/train/reward": "reward", "org/name": "name", "dinalrm + 0.2*pickscore": "dinalrm + 0.2*pickscore",
+               "dinalrm=/a/b": "dinalrm=b"}  # fmt: skip
+    for number, (reward, name) in enumerate(rewards.items()):
+        run = make_run(tmp_path / str(number), 0.1, reward=reward)
+        assert read_entries([run])[0][0].group == f"refl {name}"
 
 
 def test_the_recipe_of_a_run_that_goes_on_is_its_checkpoints(tmp_path):
@@ -129,7 +145,7 @@ def test_runs_judged_on_other_terms_are_not_compared(folders, tmp_path):
     entries, notes = read_entries([*folders, other, fewer])
     assert [bool(entry.apart) for entry in entries] == [False] * 4 + [True, False]
     (note,) = notes
-    assert "refl oracle, seed 7: it was judged on other terms" in note and "differ in guidance_scale)" in note
+    assert "refl oracle, seed 7: judged on other terms" in note and "differ in guidance_scale)" in note
     row = next(row for row in run_table(entries).rows if "oracle" in row[0])
     assert row[2:5] == ["not comparable"] * 3
     assert "refl oracle" not in [group.label for group in groups_of(entries)]

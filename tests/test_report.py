@@ -45,6 +45,17 @@ def test_a_strip_gives_its_pictures_back(tmp_path):
     np.testing.assert_array_equal(report.load_strip(tmp_path / "strip.png", 3), pictures)
 
 
+def test_a_strip_that_cannot_be_read_is_an_error_with_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="row of 2 pictures cannot be had from .*absent.png"):
+        report.load_strip(tmp_path / "absent.png", 2)
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    with pytest.raises(OSError, match="torn.png"):
+        report.load_strip(tmp_path / "torn.png", 2)
+    report.save_strip(np.zeros((3, 4, 4, 3), dtype=np.uint8), tmp_path / "three.png")
+    with pytest.raises(ValueError, match="three.png"):
+        report.load_strip(tmp_path / "three.png", 5)
+
+
 def test_grids_are_written(tmp_path):
     images = torch.rand(5, 3, 16, 16)
     captions = [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dinalrm_align import LatentReward
 from dinalrm_align.align import watch
 from dinalrm_align.align.evaluation import HeldOut
-from dinalrm_align.config.refl import EvaluationConfig
+from dinalrm_align.config.align import EvaluationConfig
 from dinalrm_align.config.reward import LoraConfig
 from dinalrm_align.config.watch import WatchConfig
 from dinalrm_align.policy import LORA_FILE, Conditions, Policy

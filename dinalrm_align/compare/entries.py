@@ -24,7 +24,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 """Told apart by colour-blind readers too (Okabe and Ito); the eighth replaces a yellow that white swallows."""
 DASHES = ("-", "--", ":", "-.")
 APART = re.compile(
-    r"(seed|output_dir|resume|device|tracker|profile_every|(watch|evaluation)\..*|.*\.(keep_last|checkpoint_every))"
+    r"(seed|output_dir|eval_prompts|resume|device|tracker|profile_every|(watch|evaluation)\..*|.*\.(keep_last|checkpoint_every))"
 )
 """Settings that make no other kind of run."""
 MARKS = ("metrics.jsonl", "config.yaml")
@@ -98,13 +98,15 @@ def read_entries(folders: Sequence[Path]) -> tuple[list[Entry], list[str]]:
         raise ValueError(f"no run to compare. {' '.join(notes)[:600]}")
     groups, labels = _names(runs)
     places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
-    entries = []
+    entries, reasons = [], {}
     for (run, facts), group, label in zip(runs, groups, labels):
         apart = _apart(run, facts, *runs[0])
         if apart:
-            notes.append(f"{label}: {apart}; its gains cannot be paired, so that only its cost and KL are shown.")
+            reasons.setdefault(apart, []).append(label)
         colour, dash = COLOURS[places[group] % len(COLOURS)], DASHES[places[group] // len(COLOURS) % len(DASHES)]
         entries.append(Entry(run, group, label, colour, dash, apart))
+    for apart, names in reasons.items():
+        notes.append(f"{'; '.join(names)}: {apart}. Gains cannot be paired then: only cost and KL are shown.")
     return entries, notes
 
 
@@ -125,7 +127,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     checkpoint = latest_checkpoint(folder)
     identity = read_json(checkpoint / "state.json").get("identity", {}) if checkpoint else {}
     recipe = str(summary.get("recipe") or identity.get("recipe") or "run").removesuffix("_sd35")
-    reward = Path(str(config.get("reward", "no reward"))).name
+    reward = re.sub(r"[^\s=*+]*/", "", str(config.get("reward", "no reward")))  # of folders and hub ids the last part
     return {"recipe": recipe, "reward": reward, "model": config.get("model"), "settings": dict(_flat(config))}
 
 
@@ -137,17 +139,19 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _names(runs: Sequence[tuple[Run, Mapping[str, Any]]]) -> tuple[list[str], list[str]]:
-    """Group and label of every run: recipe and reward, then the settings in which runs of those two differ (the
-    folder's name where they are more than three), then the seed; a number where even that is not enough.
+    """Group and label of every run. A group is of one recipe, reward and settings: named by the first two, and where
+    runs of those differ by the settings in which they do (more than three: by the folder of its first run). A label
+    adds the seed, and the folder where even that is not enough.
     """
     names = [f"{facts['recipe']} {facts['reward']}" for _, facts in runs]
-    groups = []
+    groups, folders = [], {}
     for name, (run, facts) in zip(names, runs):
         alike = [other["settings"] for other_name, (_, other) in zip(names, runs) if other_name == name]
         keys = dict.fromkeys(key for settings in alike for key in settings if not APART.fullmatch(key))
         differing = [key for key in keys if len({str(settings.get(key)) for settings in alike}) > 1]
         told = [f"{key.rsplit('.', 1)[-1]} {_value(facts['settings'].get(key))}" for key in differing]
-        groups.append(", ".join([name, *(told if len(told) <= 3 else [run.folder.name])]))
+        folder = folders.setdefault((name, *told), run.folder.name)
+        groups.append(", ".join([name, *(told if len(told) <= 3 else [folder])]))
     labels = [f"{group}, seed {run.seed}" for group, (run, _) in zip(groups, runs)]
     twice = {label for label, number in Counter(labels).items() if number > 1}
     for index, (label, (run, _)) in enumerate(zip(list(labels), runs)):
@@ -167,5 +171,5 @@ def _apart(run: Run, facts: Mapping[str, Any], first: Run, first_facts: Mapping[
         name for name in {**terms[0], **terms[1]} if name != "shown" and terms[0].get(name) != terms[1].get(name)
     ]
     if changed:
-        return f"it was judged on other terms than {first.folder} (they differ in {', '.join(changed)})"
-    return "it was judged on one caption" if len(set(run.terms["prompts"])) < 2 else ""
+        return f"judged on other terms than {first.folder} (they differ in {', '.join(changed)})"
+    return "judged on one caption" if len(set(run.terms["prompts"])) < 2 else ""

@@ -2,7 +2,7 @@
 
 Precedence, lowest first: the dataclass's defaults, the files in `beneath`, then `--config` and the options in the order
 in which they are typed. An option may be typed by its end alone where no other has that end: `--keep_last 3` for
-`--loop.keep_last 3`.
+`--loop.keep_last 3`; one that is true or false without its value where true is meant: `--stop_on_hacking`.
 """
 
 import dataclasses
@@ -39,6 +39,11 @@ def parse(
     """
     names = _names(kind)
     words = [_in_full(word, _dotted(names)) for word in (sys.argv[1:] if argv is None else argv)]
+    flags = {f"--{name}" for name in _flags(kind)}
+    words = [
+        f"{word}=true" if word in flags and after.lower() not in ("true", "false") else word
+        for word, after in zip(words, [*words[1:], ""])
+    ]
     parser = _Parser(
         names, description=description, default_config_files=[str(path) for path in beneath], allow_abbrev=False,
         epilog="An option may be typed by its end alone where no other has that end: --keep_last 3.",
@@ -110,6 +115,17 @@ def _names(kind: type) -> dict[str, Any]:
 def _meaning(kind: type, name: str) -> str:
     """What the docstring of a dataclass says of a setting."""
     return next(part.description for part in docstring_parser.parse(kind.__doc__).params if part.arg_name == name)
+
+
+def _flags(kind: type, prefix: str = "") -> set[str]:
+    """The settings of a dataclass that are true or false, as `section.name`."""
+    found = set()
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            found |= _flags(hint, f"{prefix}{name}.")
+        elif hint is bool:
+            found.add(prefix + name)
+    return found
 
 
 def _dotted(names: dict[str, Any], prefix: str = "") -> list[str]:
