@@ -11,8 +11,8 @@ reads latents needs no decoder. A group shares the reward's noise, so that sampl
 
 The variants are settings. Where the window lies: all steps, a random few (Flow-GRPO-Fast), or moving as training goes
 (MixGRPO, --grpo.window progressive). How a step is drawn: flow_sde, flow_cps, dance_sde. What keeps the policy near
-its beginnings: --grpo.clip_range, --grpo.guard true (GRPO-Guard), --grpo.kl_beta. With a weighted sum of rewards,
---grpo.advantage_of parts normalises each by itself.
+its beginnings: --grpo.clip_range, --grpo.guard true (GRPO-Guard), --grpo.kl_beta. With a weighted sum of rewards
+(--reward "dinalrm + 0.2*pickscore"), --grpo.advantage_of parts normalises each by itself.
 
 A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curves.png, pictures, lora/, checkpoints/ and
 summary.json. In the metrics reward_noise_variance is what separate draws of the reward's noise would have added to
@@ -22,6 +22,7 @@ group_variance, ratio_spread how far probabilities moved since the rollout. A ru
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dinalrm_align.align.settle import Settled, settle
@@ -32,15 +33,16 @@ from dinalrm_align.config.grpo import GrpoRun
 def align(settled: Settled[GrpoRun]) -> None:
     from dinalrm_align.align.grpo import Grpo
     from dinalrm_align.align.stage import Stage
-    from dinalrm_align.reward import LatentReward
+    from dinalrm_align.rewards import latent_rewards, part_weights, score_parts
     from dinalrm_align.sde import named_sigmas
 
     run, config = settled.run, settled.run.grpo
     stage = Stage.build(settled)
-    if not isinstance(stage.reward, LatentReward):  # what reads pictures adds no noise, and decodes but once
+    if not latent_rewards(stage.reward):  # what reads pictures adds no noise, and decodes but once
         config = dataclasses.replace(config, reward_draws=1)
     grpo = Grpo(
-        policy=stage.policy, reward=stage.reward, config=config, meter=stage.meter, latent_shape=stage.latent_shape,
+        policy=stage.policy, reward=stage.reward, parts=partial(score_parts, stage.reward),
+        weights=part_weights(stage.reward), config=config, meter=stage.meter, latent_shape=stage.latent_shape,
         sigmas=named_sigmas(config.schedule, stage.pipeline.scheduler, config.num_steps or settled.spec.num_steps),
         guidance_scale=stage.guidance_scale(config.guidance_scale),
         conditions=stage.conditions, negative=stage.negative, accumulate=run.loop.accumulate,

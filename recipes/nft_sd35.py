@@ -26,11 +26,11 @@ from dinalrm_align.config.nft import NftRun
 def align(settled: Settled[NftRun]) -> None:
     from dinalrm_align.align.nft import Nft
     from dinalrm_align.align.stage import Stage
-    from dinalrm_align.reward import LatentReward
+    from dinalrm_align.rewards import latent_rewards
 
     run, config = settled.run, settled.run.nft
     stage = Stage.build(settled)
-    if not isinstance(stage.reward, LatentReward):  # what reads pictures adds no noise, and decodes but once
+    if not latent_rewards(stage.reward):  # what reads pictures adds no noise, and decodes but once
         config = dataclasses.replace(config, reward_draws=1)
     nft = Nft(
         policy=stage.policy, reward=stage.reward, config=config, meter=stage.meter, latent_shape=stage.latent_shape,

@@ -117,6 +117,20 @@ def test_a_reward_of_pictures_ranks_samples_and_cannot_judge_steps(method, start
     assert "reward_noise_variance" not in rows[1]  # nothing is drawn, so nothing is drawn twice
 
 
+@pytest.mark.parametrize("method", ["grpo"], indirect=True)
+def test_parts_of_a_sum_of_rewards_are_normalised_one_by_one(start, world):
+    if not (world / "pixel").exists():
+        shutil.copytree(SHAPES_WEIGHTS / "pixel", world / "pixel")
+    by_parts, together = (
+        read_metrics(
+            start(how, "--reward=dinalrm + 0.2*pixel", f"--grpo.advantage_of={how}", "--loop.steps=1") / "metrics.jsonl"
+        )
+        for how in ("parts", "sum")
+    )
+    assert by_parts[1]["reward"] == pytest.approx(together[1]["reward"])
+    assert by_parts[1]["advantage_size"] != pytest.approx(together[1]["advantage_size"])
+
+
 def test_the_settings_for_sd35_are_read_and_fit(method, monkeypatch, tmp_path):
     """The settings file is beneath the user's own, and each of its values is one that the method takes."""
     monkeypatch.chdir(tmp_path)
