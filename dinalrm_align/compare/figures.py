@@ -107,7 +107,10 @@ def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> No
             if entry.alarm is not None and entry.alarm in entry.steps:
                 at = entry.at(clock, [entry.alarm])[0], float(entry.run.gain(name, entry.alarm).mean())
                 axis.plot(*at, "X", color=first.colour, markersize=13, markeredgecolor="white")
-                axis.annotate(f"alarm, update {entry.alarm}", at, (8, 8), textcoords="offset points", fontsize=8)
+                label = axis.annotate(
+                    f"alarm, update {entry.alarm}", at, (9, -3), textcoords="offset points", fontsize=8
+                )
+                label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
     judge = name.removeprefix("gold/")
     axis.set_title(GAINS.get(name, f"{judge} as a judge: gain in s.d. of the base model"), fontsize=10)
     axis.set_xlabel(CLOCKS[clock])
