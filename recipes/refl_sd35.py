@@ -32,7 +32,7 @@ def align(settled: Settled[ReflRun]) -> None:
 
     refl = settled.run.refl
     images, captions = read_captioned_pictures(Path(refl.pretrain_pictures)) if refl.pretrain_pictures else ([], [])
-    stage = Stage.build(settled, also=captions)
+    stage = Stage.build(settled, also=captions, anchor=settled.run.anchor)
     accelerator, vae = stage.accelerator, stage.pipeline.vae
 
     method = Refl(

@@ -166,6 +166,19 @@ def test_a_tracker_without_its_package_is_refused(recipe, arguments, name, monke
     assert f"pip install 'dinalrm-align[{name}]'" in capsys.readouterr().err
 
 
+def test_an_anchored_run_climbs_both_and_resumes_as_it_was(recipe, arguments, tmp_path):
+    anchor = ["--anchor.reward=pixel", "--anchor.every=2", "--anchor.weight=0.5"]
+    whole = run(recipe, arguments, tmp_path / "whole", *anchor)
+    rows = read_metrics(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows if "anchor" in row] == [2, 4]
+    cut = run(recipe, arguments, tmp_path / "cut", "--loop.steps=2", *anchor)
+    recipe.main(["--resume", str(cut), "--loop.steps=4"])
+    expected, got = weights(whole), weights(cut)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    with pytest.raises(SystemExit):  # another anchor would be another run
+        recipe.main(["--resume", str(cut), "--loop.steps=6", "--anchor.weight=1.0"])
+
+
 def test_seeds_differ_and_a_seed_repeats(recipe, arguments, tmp_path):
     first, again, other = (
         weights(run(recipe, arguments, tmp_path / name, "--loop.steps=1", f"--seed={seed}"))

@@ -17,10 +17,12 @@ from accelerate.utils import set_seed
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from dinalrm_align.align.anchor import AnchoredReward, matching_scale
 from dinalrm_align.align.evaluation import HeldOut, Judge, Probe
 from dinalrm_align.align.settle import Settled
 from dinalrm_align.align.watch import Watch, drift_probe, level_probe
-from dinalrm_align.config.rewards import parse_reward
+from dinalrm_align.config.anchor import AnchorConfig
+from dinalrm_align.config.rewards import check_reward, parse_reward
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.device import available_device
@@ -29,11 +31,15 @@ from dinalrm_align.durable import write_atomically
 from dinalrm_align.encode import PromptEncoder, decode_latents, load_pipeline
 from dinalrm_align.loop import Hook, Stateful, adamw, fit
 from dinalrm_align.metrics import METRICS, read_metrics
+from dinalrm_align.noise import seeded_generator
 from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.report import plot_run
 from dinalrm_align.rewards import latent_rewards, load_judge, load_reward
-from dinalrm_align.sampling import Velocity, schedule_sigmas
+from dinalrm_align.sampling import Velocity, rollout, schedule_sigmas, seeded_noise
 from dinalrm_align.tracking import open_tracker, tracker_options
+
+ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
+"""Samples of the base model that bring an anchor to the reward's unit."""
 
 
 class Method(Protocol):
@@ -70,8 +76,9 @@ class Stage:
     identity: Mapping[str, str]
 
     @classmethod
-    def build(cls, settled: Settled, also: Sequence[str] = ()) -> "Stage":
-        """Load everything. also: prompts that the method needs besides those of training and judging.
+    def build(cls, settled: Settled, also: Sequence[str] = (), anchor: AnchorConfig | None = None) -> "Stage":
+        """Load everything. also: prompts that the method needs besides those of training and judging. anchor: of a
+        method that asks `anchor.terms` what to climb; with one, `reward` is an AnchoredReward.
 
         Raises what the loaders raise: ValueError, TypeError or OSError that names the file or the setting.
         """
@@ -96,19 +103,23 @@ class Stage:
         # The base model, frozen. The reward shares its weights, so it is made before the policy wraps them.
         pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
         reward = load_reward(run.reward, spec=spec, pipeline=pipeline, device=device)
-        weightless = next(reward.parameters(), None) is None
+        second = None
+        if anchor is not None and anchor.reward is not None:
+            check_reward(anchor.reward, gradient=True)
+            second = load_reward(anchor.reward, spec=spec, pipeline=pipeline, device=device)
 
         identity = {
             "recipe": settled.recipe,
             "seed": str(run.seed),
             "base model": fingerprint(pipeline.transformer),
-            "reward": text_digest(run.reward) if weightless else fingerprint(reward),
+            "reward": _told_apart(run.reward, reward),
+            **({"anchor": f"{_told_apart(anchor.reward, second)} {anchor.every} {anchor.weight}"} if second else {}),
             "list of prompts": text_digest("\n".join(prompts)),
         }
 
         # Every prompt is encoded once, for policy and reward; then the text encoders are let go.
         encoder = PromptEncoder(pipeline, text_length=spec.text_length, device=device)
-        latent = [part.encoder for part in latent_rewards(reward)]
+        latent = [part.encoder for known in (reward, second) if known for part in latent_rewards(known)]
         encoder = next((own for own in latent if own.text_length == spec.text_length), encoder)
         for own in latent:
             if own is not encoder:
@@ -122,11 +133,16 @@ class Stage:
         policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
         if run.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
-            reward.enable_gradient_checkpointing()
-        return cls(
+            for known in (reward, second) if second else (reward,):
+                known.enable_gradient_checkpointing()
+        stage = cls(
             settled, accelerator, pipeline, policy, reward, gold, encoder, train, judged, negative, PhaseMeter(device),
             identity,
         )  # fmt: skip
+        if second:
+            scale = stage._anchor_scale(reward, second)
+            stage.reward = AnchoredReward(reward, second, anchor, run.loop.accumulate, scale)
+        return stage
 
     @property
     def size(self) -> tuple[int, int]:
@@ -200,6 +216,21 @@ class Stage:
             plot_run(folder)
             self._summarise(held_out.summarise(done), done)
 
+    @torch.no_grad()
+    def _anchor_scale(self, reward: Callable[..., Tensor], anchor: Callable[..., Tensor]) -> float:
+        """What brings the anchor's scores to the reward's unit, on samples of the base model."""
+        seed, device, scores = self.settled.run.seed, self.accelerator.device, []
+        for start in range(0, ANCHOR_SAMPLES, ANCHOR_BATCH):
+            numbers = range(start, start + ANCHOR_BATCH)
+            conditions = self.conditions.take([number % len(self.conditions) for number in numbers], device)
+            generators = [seeded_generator(seed, number, 0, 2) for number in numbers]
+            noise = seeded_noise(self.latent_shape, generators).to(device)
+            with self.policy.reference():
+                latents = rollout(self.velocity_for(conditions, self.guidance_scale()), noise, self.sigmas())
+            asked = dict(prompts=conditions.prompts, generator=generators[0])
+            scores.append(torch.stack([reward(latents, **asked), anchor(latents, **asked)]))
+        return matching_scale(*torch.cat(scores, dim=1))
+
     def _watch(self, held_out: HeldOut) -> Watch | None:
         """The hacking watch over these evaluations; None, with a sentence, where all samples are of one caption."""
         run, accelerator = self.settled.run, self.accelerator
@@ -223,7 +254,8 @@ class Stage:
     def _probes(self) -> list[Probe]:
         """What is measured of every held-out sample besides its scores, as `watch` is configured."""
         config, probes = self.settled.run.watch, []
-        latent = latent_rewards(self.reward)
+        climbed = self.reward.reward if isinstance(self.reward, AnchoredReward) else self.reward
+        latent = latent_rewards(climbed)
         if config.sigmas and latent:
             probes.append(level_probe(latent[0], config.sigmas))
         if config.drift_sigmas:
@@ -242,3 +274,8 @@ class Stage:
         for name, score in scores.items():
             gain = f"gain {score['gain']:+.4f}, standard error of the paired difference {score['standard_error']:.4f}"
             print(f"{name} {score['before']:.4f} -> {score['after']:.4f}: {gain}")
+
+
+def _told_apart(name: str, reward: torch.nn.Module) -> str:
+    """A digest of a reward's weights, of its name where it has none."""
+    return text_digest(name) if next(reward.parameters(), None) is None else fingerprint(reward)

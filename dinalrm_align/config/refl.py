@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dinalrm_align.config.align import AlignRun
+from dinalrm_align.config.anchor import AnchorConfig
 from dinalrm_align.config.check import check_fields
 from dinalrm_align.config.loop import LoopConfig
 
@@ -102,8 +103,10 @@ class ReflRun(AlignRun):
 
     Args:
         refl: one update.
+        anchor: a second reward, climbed beside the first at every n-th update.
         loop: how long, how often saved, averaging.
     """
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))
     refl: ReflConfig = field(default_factory=ReflConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
