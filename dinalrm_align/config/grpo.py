@@ -147,6 +147,6 @@ class GrpoRun(AlignRun):
     """
 
     gradient_checkpointing: bool = False
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=7e-4))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=20))
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
