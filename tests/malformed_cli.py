@@ -9,6 +9,7 @@ from malformed import Command, World
 REFL, TRAIN, BUILD, REPORT = "refl_sd35", "train_reward", "build_shapes", "report"
 COMPARE = "compare_runs"
 ABLATE, EVALUATE = "ablate_reward", "evaluate_reward"
+GRPO, LPO, NFT, DPO, MINE = "grpo_sd35", "lpo_sd35", "nft_sd35", "dpo_sd35", "mine_pairs"
 
 
 def words(*given: object) -> Callable[[World], Sequence[object]]:
@@ -265,7 +266,43 @@ JUDGING = [
     Command("judged is no mapping", EVALUATE, words("--judged=[a]"), "judged"),
 ]  # fmt: skip
 
+METHODS = [
+    Command("a group of one", GRPO, words("--grpo.group_size=1"), "grpo.group_size: got 1"),
+    Command("one step of GRPO", GRPO, words("--grpo.num_steps=1"), "grpo.num_steps: got 1"),
+    Command("no noise in GRPO", GRPO, words("--grpo.noise_level=0"), "grpo.noise_level: got 0"),
+    Command("an unknown sampler", GRPO, words("--grpo.sampler=ode"), "grpo.sampler"),
+    Command("an unknown window", GRPO, words("--grpo.window=some"), "grpo.window"),
+    Command("a negative clip range", GRPO, words("--grpo.clip_range=-1e-4"), "expected more than 0"),
+    Command("a negative KL (GRPO)", GRPO, words("--grpo.kl_beta=-1"), "grpo.kl_beta: got -1"),
+    Command("a level above 1 (GRPO)", GRPO, words("--grpo.reward_sigma=[1.2]"), "all in [0, 1]"),
+    Command("an unknown reward (GRPO)", GRPO, words("--model=shapes", "--reward=pickscor"), "did you mean 'pickscore'?"),
+    Command("half a sum", GRPO, words("--model=shapes", "--reward=dinalrm + "), "expected the name of a reward"),
+    Command("a weight without a reward", GRPO, words("--model=shapes", "--reward=0.2 pixel"), "expected *"),
+    Command("a weight of 0", GRPO, words("--model=shapes", "--reward=0*pixel"), "expected a finite one other than 0"),
+    Command("a part twice", GRPO, words("--model=shapes", "--reward=pixel + pixel"), "stands twice"),
+    Command("a source of nothing", GRPO, words("--model=shapes", "--reward=pixel="), "got nothing after pixel="),
+    Command("an unknown gold", GRPO, words("--model=shapes", "--gold=orcle"), "did you mean 'oracle'?"),
+    Command("a reward without gradient for ReFL", REFL, words("--model=shapes", "--reward=oracle"), "has no gradient"),
+    Command("an unknown variant", REFL, words("--refl.variant=drafts"), "refl.variant"),
+    Command("an anchor every 0 updates", REFL, words("--anchor.reward=pixel", "--anchor.every=0"), "anchor: got every 0"),
+    Command("an unknown tracker", REFL, words("--tracker=mlflow"), "tracker"),
+    Command("one candidate", LPO, words("--lpo.candidates=1"), "lpo.candidates: got 1"),
+    Command("a threshold of 1", LPO, words("--lpo.threshold=[0.5,1.0]"), "lpo.threshold"),
+    Command("no noise in LPO", LPO, words("--lpo.noise_level=0"), "lpo.noise_level: got 0"),
+    Command("levels upside down", NFT, words("--nft.earliest=0.8", "--nft.latest=0.2"), "expected 0 <= earliest < latest <= 1"),
+    Command("a group of one (NFT)", NFT, words("--nft.group_size=1"), "nft.group_size: got 1"),
+    Command("beta 0", DPO, words("--dpo.beta=0"), "dpo.beta: got 0"),
+    Command("an unknown mode", DPO, words("--dpo.mode=sideways"), "dpo.mode"),
+    Command("pairs online", DPO, words("--pairs=pairs"), "is read offline"),
+    Command("offline without pairs", DPO, words("--dpo.mode=offline"), "--pairs"),
+    Command("one candidate to mine from", MINE, words("--mine.candidates=1"), "mine: got candidates 1"),
+    Command("a negative gap", MINE, words("--mine.min_gap=-1"), "neither may be negative"),
+    Command("no prompts to mine", MINE, words("--max_prompts=0"), "max_prompts 0"),
+    Command("another recipe's section", MINE, words("--grpo.group_size=4"), "unknown option --grpo.group_size"),
+]  # fmt: skip
+
 GROUPS = {
+    "methods and rewards by name": METHODS,
     "judging rewards": JUDGING,
     "options": OPTIONS,
     "settings files": FILES,
