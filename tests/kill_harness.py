@@ -10,7 +10,8 @@ random states, metrics, evaluations and exports must be those of the run left al
 Every attempt is a fork of this process, which has imported everything and computed nothing, so that an attempt costs no
 start of Python. Plots are written as stand-ins, since drawing them would be most of the time.
 
-The exit status is 1 when a run was lost (it had a checkpoint, and cannot go on) or ended with a difference.
+The exit status is 1 when a run was lost (it had a checkpoint and cannot go on, or stood still for two minutes) or ended
+with a difference.
 """
 
 import os
@@ -27,6 +28,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -47,7 +49,9 @@ READ_LATER = ("dinalrm_align.align.evaluation", "dinalrm_align.align.refl",
               "dinalrm_align.benchmarks.pairwise", "dinalrm_align.data.source", "dinalrm_align.pixel.clip",
               "dinalrm_align.preference", "dinalrm_align.reward", "dinalrm_align.shapes.oracle")  # fmt: skip
 """What the recipes import when they run; here it is imported once, for all attempts."""
-KILLED = -signal.SIGKILL
+KILLED, STOOD_STILL = -signal.SIGKILL, -signal.SIGALRM
+PATIENCE = 120
+"""Seconds after which an attempt of a second or two stands still: on a lock, say."""
 
 
 @dataclass
@@ -92,11 +96,12 @@ class Report:
 
 
 def fork(call: Callable[[], None], output: Path, *, kill_after: float | None = None) -> int:
-    """Run `call` in a fork, its output appended to a file; its exit status, or -9 when it was killed."""
+    """Run `call` in a fork, its output appended to a file; its exit status, or the negative signal that ended it."""
     child = os.fork()
     if child == 0:
         status = 70
         try:
+            signal.alarm(PATIENCE)
             with open(output, "a") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
@@ -119,6 +124,15 @@ def fork(call: Callable[[], None], output: Path, *, kill_after: float | None = N
             os.kill(child, signal.SIGKILL)
             kill_after = None
         time.sleep(0.002)
+
+
+def own_bars() -> None:
+    """Give each process its own lock on progress bars.
+
+    tqdm's is a semaphore that forks share: one killed while it draws a bar would hold it for ever, against all others.
+    """
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # a thread of the parent might hold the lock while it forks
 
 
 def attempt(recipe: Recipe, run: Path, board: Board, output: Path, kill: dict, kill_after: float | None) -> int:
@@ -158,6 +172,8 @@ def live(case: Case, run: Path, board: Board, output: Path, rng: random.Random, 
             bar.update()
             report.count(case.recipe.name, board, before_first=step < 0)
         reached = step
+    if status == STOOD_STILL:
+        return f"stood still for {PATIENCE} s after update {reached}"
     return f"ended with status {status}: {' | '.join(output.read_text().splitlines()[-3:])}" if status else ""
 
 
@@ -199,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, help="JSON file to write")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    own_bars()
     for name in READ_LATER:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as work:

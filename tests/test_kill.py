@@ -69,12 +69,32 @@ def test_a_run_stopped_at_every_step_boundary_is_the_uninterrupted_one(
     assert differences(whole, run) == ["checkpoints/step_000004/weights.safetensors: differs"]
 
 
+def test_a_fork_killed_while_it_draws_a_bar_holds_up_no_other(tmp_path):
+    """tqdm's own lock is shared by forks; without `own_bars` this program stands still."""
+    program = (
+        "import os, signal\n"
+        "from kill_harness import fork, own_bars, tqdm\n"
+        "own_bars()\n"
+        "with tqdm(total=2) as bar:\n"
+        "    def die():\n"
+        "        tqdm.get_lock().acquire()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    print(fork(die, {str(tmp_path / 'out')!r}), flush=True)\n"
+        "    bar.refresh()\n"
+        f"    print(fork(bar.refresh, {str(tmp_path / 'out')!r}))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stdout.split() == ["-9", "0"], done.stderr
+
+
 def test_runs_killed_anywhere_go_on_to_the_same_end(tmp_path):
     """The short form of `python tests/kill_harness.py --kills 120`."""
     harness, report = Path(__file__).with_name("kill_harness.py"), tmp_path / "report.json"
     environment = {**os.environ, "PYTHONPATH": str(harness.parents[1])}
     command = [sys.executable, str(harness), "--kills=8", "--seed=4", f"--report={report}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
     assert found["kills"] >= 8 and found["lost"] == found["differing"] == 0
