@@ -6,7 +6,8 @@
 
 Each update samples without gradient to a random late step, takes one step with gradient, scores the clean latents that
 it points to, and climbs the score (arXiv 2304.05977; with --refl.grad_steps K it is DRaFT-K). As in DiNa-LRM's own runs
-(arXiv 2602.11146), and unlike the original, the reward reads latents: no VAE is in the graph.
+(arXiv 2602.11146), and unlike the original, the reward reads latents: no VAE is in the graph. Its relatives are
+--refl.variant draft_lv (arXiv 2309.17400), drtune (2405.00760) and direct_align (2509.06942, without a VAE).
 
 A run leaves config.yaml, metrics.jsonl, curves.png, grid_*.png of the same prompts and seeds before, during and after,
 before_after.png, lora/ for StableDiffusion3Pipeline.load_lora_weights, checkpoints/ and summary.json.

@@ -5,6 +5,8 @@ import json
 import runpy
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +15,6 @@ from dinalrm_align.config.mine import MineConfig
 from dinalrm_align.data.mined_pairs import MinedPair, MinedPairs, shard_path, write_manifest, write_shard
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.data.source import Encoders, open_pairs
-
-parquet = pytest.importorskip("pyarrow.parquet", reason="parquet is the extra `data`")
 
 MANIFEST = PairManifest(vae_scaling_factor=1.0, vae_shift_factor=0.0, text_length=14)
 RECIPE = Path(__file__).parents[1] / "recipes" / "mine_pairs.py"
@@ -113,7 +113,6 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
 
 def test_a_file_as_verl_omni_writes_it_is_read(tmp_path):
     """Its own writer's columns: one row group, a system message, no uid, tensors in the pipeline's dtype."""
-    import pyarrow
 
     def saved(*shape: int) -> bytes:
         buffer = io.BytesIO()
@@ -171,8 +170,6 @@ def test_what_is_no_set_of_pairs_is_refused(tmp_path):
     (tmp_path / "noise.parquet").write_bytes(b"PAR1 and nothing")
     with pytest.raises(ValueError, match="does not hold a readable parquet file"):
         MinedPairs(tmp_path / "noise.parquet", batch_size=1, manifest=MANIFEST)
-    import pyarrow
-
     parquet.write_table(pyarrow.table({"prompt": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="lacks the columns img_lose_latents"):
         MinedPairs(tmp_path / "other.parquet", batch_size=1, manifest=MANIFEST)
@@ -180,8 +177,6 @@ def test_what_is_no_set_of_pairs_is_refused(tmp_path):
 
 def test_pickled_objects_are_not_loaded(tmp_path):
     import pickle
-
-    import pyarrow
 
     write_shard(tmp_path / "a.parquet", [made_pair()], dtype="float16")
     table = parquet.read_table(tmp_path / "a.parquet")

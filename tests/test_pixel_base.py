@@ -145,6 +145,19 @@ def test_bad_calls_are_named(vae):
         PixelReward(vae)(some_latents(), prompts=PROMPTS)
 
 
+def test_a_score_that_is_not_finite_is_refused(vae):
+    reward = Redness(vae)
+    reward.weight.fill_(float("inf"))
+    calls = [
+        lambda: reward(some_latents(), prompts=PROMPTS),
+        lambda: reward.score_images(torch.rand(3, 3, 8, 8), PROMPTS),
+        lambda: reward.score_images([Image.new("RGB", (8, 8), "red")], ["a"]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="scores of Redness: . of . values are NaN or infinite"):
+            call()
+
+
 def test_the_reward_stays_in_evaluation_mode_and_the_vae_is_borrowed(vae):
     reward = Redness(vae)
     assert not reward.train().training and not vae.training

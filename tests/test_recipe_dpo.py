@@ -99,11 +99,10 @@ def test_every_kind_of_pairs_is_read(main, arguments, world, tmp_path):
         lines.append({"prompt": prompt, "chosen": f"light{index}.png", "rejected": f"dark{index}.png"})
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     kinds = [world / "pairs", tmp_path / "pairs.jsonl"]
-    if pytest.importorskip("pyarrow", reason="parquet is the extra `data`"):
-        mine = runpy.run_path(str(RECIPE.with_name("mine_pairs.py")))["main"]
-        mine([*arguments[:2], f"--output_dir={tmp_path / 'mined'}", "--device=cpu", "--mine.candidates=2",
-              "--mine.num_steps=2"])  # fmt: skip
-        kinds += [tmp_path / "mined", shard_path(tmp_path / "mined", 0)]
+    mine = runpy.run_path(str(RECIPE.with_name("mine_pairs.py")))["main"]
+    mine([*arguments[:2], f"--output_dir={tmp_path / 'mined'}", "--device=cpu", "--mine.candidates=2",
+          "--mine.num_steps=2"])  # fmt: skip
+    kinds += [tmp_path / "mined", shard_path(tmp_path / "mined", 0)]
     for number, path in enumerate(kinds):
         folder = run(main, arguments, tmp_path / f"run{number}", *offline(path), "--loop.steps=2")
         rows = read_metrics(folder / "metrics.jsonl")

@@ -91,8 +91,8 @@ def test_a_missing_package_is_an_import_error_that_names_the_extra(name, monkeyp
     check_tracker("none")
 
 
+@pytest.mark.extra
 def test_tensorboard_reads_curves_pictures_and_settings_and_a_resumed_run_once(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "run"
@@ -112,8 +112,8 @@ def test_tensorboard_reads_curves_pictures_and_settings_and_a_resumed_run_once(t
     assert any("seed: 3" in str(event.tensor_proto.string_val) for event in events.Tensors("settings/text_summary"))
 
 
+@pytest.mark.extra
 def test_wandb_offline_keeps_curves_pictures_and_settings_below_the_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = tmp_path / "run"

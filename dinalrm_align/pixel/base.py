@@ -93,7 +93,8 @@ class PixelReward(nn.Module):
 
         The signature is LatentReward's so that a recipe can take either. A pixel reward reads text and clean pictures:
         prompts are needed as strings, and prompt_embeds, pooled_prompt_embeds, sigma, noise and generator have no
-        effect. Raises ValueError when a gradient is wanted of a reward that has none (`differentiable`).
+        effect. Raises ValueError when a gradient is wanted of a reward that has none (`differentiable`), and when a
+        score is not finite.
         """
         if prompts is None:
             raise ValueError(
@@ -103,7 +104,7 @@ class PixelReward(nn.Module):
         self.check_gradient(latents)
         check_decodable(self.vae, latents)
         check_picture_prompts(prompts, len(latents))
-        return self.score_pixels(self.decode(latents), prompts)
+        return self._finite(self.score_pixels(self.decode(latents), prompts))
 
     def check_gradient(self, inputs: Tensor) -> None:
         """ValueError when the call is to be differentiated and this reward cannot be."""
@@ -127,7 +128,7 @@ class PixelReward(nn.Module):
         if isinstance(images, Tensor):
             pictures = image_tensor(images)
             check_picture_prompts(prompts, len(pictures))
-            return self.score_pixels(pictures.to(self.device), prompts)
+            return self._finite(self.score_pixels(pictures.to(self.device), prompts))
         if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
             raise TypeError(f"images: got {images!r:.60}; expected a list of PIL pictures, or (B, 3, H, W)")
         tensors = [image_tensor([image]) for image in images]
@@ -139,7 +140,12 @@ class PixelReward(nn.Module):
             part = self.score_pixels(batch, [prompts[index] for index in places])
             for index, score in zip(places, part, strict=True):
                 scores[index] = score
-        return torch.stack(scores)
+        return self._finite(torch.stack(scores))
+
+    def _finite(self, scores: Tensor) -> Tensor:
+        """The same; ValueError unless all are finite (half precision overflows for some pictures)."""
+        check_finite(f"scores of {type(self).__name__}", scores)
+        return scores
 
     def enable_gradient_checkpointing(self, slice_size: int | None = None) -> None:
         """Recompute the VAE decoder block by block in the backward pass, where most of a pixel reward's memory is, and
