@@ -157,7 +157,9 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     # ------------------------------------------------------------------------------------------------- how: one update
     def batch_at(micro_step: int) -> NoisedPairs:
         batch = pairs.batch_at(micro_step, rank, world).to(device)
-        return draw_levels(batch, config.train_sigma, seeded_generator(config.seed, micro_step, rank))
+        first = (micro_step * world + rank) * config.batch_size  # the number of a group decides what is drawn for it
+        generators = [seeded_generator(config.seed, first + group) for group in range(batch.num_groups)]
+        return draw_levels(batch, config.train_sigma, generators)
 
     def step(drawn: NoisedPairs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return preference_step(model.train(), drawn, config.loss)
@@ -188,10 +190,12 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
         optimizer=adamw(groups, config.optim),
         batch_at=batch_at,
         step=step,
+        count_of=lambda drawn: drawn.count,
         accelerator=accelerator,
         output_dir=run,
         hooks=[Hook(config.accuracy.every, evaluate, at_start=False), Hook(0, export, at_start=False)],
         identity=identity,
+        samples=config.batch_size * config.loop.accumulate * world,
         resume=checkpoint,
         resume_command=f"python recipes/train_reward.py --resume {run}",
         shown=("loss", "train_accuracy", "grad_norm"),

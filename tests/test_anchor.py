@@ -10,11 +10,11 @@ from dinalrm_align.align.anchor import AnchoredReward, matching_scale, terms
 from dinalrm_align.config.anchor import AnchorConfig
 
 
-def reward(latents: Tensor, *, prompts, sigma=None, generator=None) -> Tensor:
+def reward(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
     return latents.mean(dim=(1, 2, 3)) + (0 if generator is None else torch.rand(len(latents), generator=generator))
 
 
-def anchor(latents: Tensor, *, prompts, sigma=None, generator=None) -> Tensor:
+def anchor(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
     return latents.square().mean(dim=(1, 2, 3))
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -42,12 +42,20 @@ ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
 """Samples of the base model that bring an anchor to the reward's unit."""
 
 
+class Batch(Protocol):
+    """What a method trains on in a micro-step."""
+
+    @property
+    def count(self) -> int:
+        """Of how many items its loss is the mean."""
+
+
 class Method(Protocol):
     """An alignment method, as `loop.fit` takes it."""
 
-    def batch_at(self, micro_step: int) -> Any: ...
+    def batch_at(self, micro_step: int) -> Batch: ...
 
-    def step(self, batch: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]: ...
+    def step(self, batch: Batch) -> tuple[Tensor, Mapping[str, float | Tensor]]: ...
 
 
 @dataclass
@@ -168,16 +176,22 @@ class Stage:
         """The policy's velocity under these conditions, as samplers want it."""
         return self.policy.velocity_for(conditions, guidance_scale, self.negative)
 
+    def gather(self, values: Tensor) -> Tensor:
+        """values (N, ...) of this process -> those of all processes, one after another, on the CPU."""
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
     def align(
         self,
         method: Method,
         *,
+        samples: int,
         shown: Sequence[str] = ("reward", "gold", "kl", "grad_norm"),
         data: Mapping[str, str] | None = None,
         state: Stateful | None = None,
     ) -> None:
         """Train the policy by `method`, judge it before, meanwhile and after, and leave everything in the run's folder.
 
+        samples: prompts or pairs that this process takes for an update, of on-policy methods for a rollout.
         shown: metrics for the progress bar. data: digests of what else the run trains on, by name; a checkpoint of
         another is not resumed from. state: what of the method a resumed run needs back.
         """
@@ -200,7 +214,8 @@ class Stage:
         done = fit(
             run.loop, run.optim, parameters=self.policy.parameters,
             optimizer=adamw([{"params": list(self.policy.parameters.values())}], run.optim),
-            batch_at=method.batch_at, step=method.step, accelerator=accelerator, output_dir=folder,
+            batch_at=method.batch_at, step=method.step, count_of=lambda batch: batch.count, accelerator=accelerator,
+            samples=samples * accelerator.num_processes, output_dir=folder,
             hooks=[
                 Hook(run.evaluation.every, held_out),
                 *([Hook(run.evaluation.every, watch)] if watch else []),
