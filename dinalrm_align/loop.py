@@ -24,6 +24,7 @@ from dinalrm_align.config.loop import LoopConfig, OptimConfig
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.durable import write_atomically
 from dinalrm_align.metrics import METRICS, MetricsLog
+from dinalrm_align.processes import with_others
 from dinalrm_align.resume import latest_checkpoint, load_checkpoint, run_of, save_checkpoint, tidy
 
 INTERRUPTED = 130  # exit status of a program ended by Ctrl-C, by the shells' convention
@@ -176,8 +177,8 @@ def fit(
     Raises ValueError, before a file or a weight is touched, when `resume` is damaged or does not fit (see
     `resume.load_checkpoint`), and when nothing is to be resumed but output_dir holds a run; FloatingPointError, before
     the weights are touched, when the loss or the gradient is not finite; OSError, with the way to go on, when a file
-    cannot be written. Ctrl-C or SIGTERM end the run after the update in progress: a checkpoint is written and
-    SystemExit(130) raised; a second signal stops at once.
+    cannot be written or another process is lost. Ctrl-C or SIGTERM end the run after the update in progress: a
+    checkpoint is written and SystemExit(130) raised; a second signal stops at once.
     """
     _check_start(accelerator, output_dir, resume)
     meter = meter or PhaseMeter(accelerator.device)
@@ -324,7 +325,8 @@ def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
         if accelerator.num_processes == 1:
             return requested
         flag = torch.tensor([float(requested)], device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum").item())
+        with with_others():
+            return bool(accelerator.reduce(flag, reduction="sum").item())
 
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -353,8 +355,9 @@ def _averaged(
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     if accelerator.num_processes > 1:
-        values = accelerator.reduce(values.to(accelerator.device)).cpu()
-        flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in tensors]))
+        with with_others():
+            values = accelerator.reduce(values.to(accelerator.device)).cpu()
+            flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in tensors]))
         for p, part in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
             p.grad = part.view_as(p)
     number, total = values[0].tolist()

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from dinalrm_align.durable import DISCARDED, TEMPORARY, discard_folder, flush, write_file
 from dinalrm_align.metrics import METRICS, MetricsLog, check_start
+from dinalrm_align.processes import with_others
 from dinalrm_align.seal import STATE, open_sealed, seal
 
 FOLDER = "checkpoints"
@@ -65,7 +66,7 @@ def save_checkpoint(
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+        _meet(accelerator)
         write_file(temporary / f"rng_{accelerator.process_index}.pt", _packed(_random_state()))
         if state is not None:
             write_file(
@@ -76,7 +77,7 @@ def save_checkpoint(
             if average is not None:
                 write_file(temporary / "ema.safetensors", save(_on_cpu(average)))
             write_file(temporary / "optimizer.pt", _packed(optimizer.state_dict()))
-        accelerator.wait_for_everyone()
+        _meet(accelerator)
         if main:
             facts = {"step": step, "elapsed": elapsed, "num_processes": accelerator.num_processes, "samples": samples}
             facts["common_state"] = state is None or state.is_common()
@@ -89,7 +90,7 @@ def save_checkpoint(
         raise
     if main:
         _keep_newest(run, keep_last)
-    accelerator.wait_for_everyone()
+    _meet(accelerator)
     return folder
 
 
@@ -314,6 +315,11 @@ def _packed(content: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
+
+
+def _meet(accelerator: Accelerator) -> None:
+    with with_others():
+        accelerator.wait_for_everyone()
 
 
 def _random_state() -> dict[str, Any]:

@@ -91,6 +91,7 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     from dinalrm_align.model import build_reward_model
     from dinalrm_align.noise import seeded_generator
     from dinalrm_align.preference import NoisedPairs, draw_levels, preference_step, score_batch
+    from dinalrm_align.processes import waiting
 
     # ------------------------------------------------------------------------------------- where: device and folder
     if config.device != "auto":
@@ -101,6 +102,7 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     accelerator = Accelerator(
         cpu=not on_gpu,
         mixed_precision="bf16" if on_gpu and dtype != "float32" else "no",
+        kwargs_handlers=[waiting(config.loop.timeout)],
         **tracker_options(config.tracker, run),
     )
     set_seed(config.seed % 2**31, device_specific=True)  # of dropout and all else that draws globally

@@ -33,6 +33,7 @@ from dinalrm_align.loop import Hook, Stateful, adamw, fit
 from dinalrm_align.metrics import METRICS, read_metrics
 from dinalrm_align.noise import seeded_generator
 from dinalrm_align.policy import Conditions, Policy
+from dinalrm_align.processes import waiting
 from dinalrm_align.report import plot_run
 from dinalrm_align.rewards import latent_rewards, load_judge, load_reward
 from dinalrm_align.sampling import Velocity, rollout, schedule_sigmas, seeded_noise
@@ -94,7 +95,8 @@ class Stage:
         if run.device != "auto":
             available_device(run.device)
         tracking = tracker_options(run.tracker, Path(run.output_dir))
-        accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", **tracking)
+        waits = [waiting(run.loop.timeout)]
+        accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", kwargs_handlers=waits, **tracking)
         set_seed(run.seed % 2**31, device_specific=True)  # of all that draws globally
         device = accelerator.device
         dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
