@@ -15,7 +15,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -59,7 +58,8 @@ def shard_base(
     processes; without a policy (None) those of one trunk alone.
 
     Called by every process once all trees are built, in their place and dtype: no other reward can share the weights
-    afterwards. Raises ValueError for quantised weights, and for a trunk with weights of its own beside a policy.
+    afterwards. One process keeps all of it, as it is. Raises ValueError for quantised weights, and for a trunk with
+    weights of its own beside a policy.
     """
     private = [trunk for trunk in trunks if not trunk.shared]
     if transformer_blocks is not None and private:
@@ -70,6 +70,8 @@ def shard_base(
     trees = [list(trunk.transformer_blocks) for trunk in trunks]
     if transformer_blocks is not None:
         trees.insert(0, list(transformer_blocks))
+    if accelerator.num_processes == 1:
+        return
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     sharded: set[int] = set()
     for number in range(max(len(tree) for tree in trees)):
@@ -85,8 +87,3 @@ def shard_base(
             block.forward = functools.partial(shared, tree)
     for trunk in trunks:  # the whole weights are to be let go
         trunk.shared = tuple(tensor for tensor in trunk.shared if id(tensor) not in sharded)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether a parameter of the module is spread over processes."""
-    return any(isinstance(p, torch.distributed.tensor.DTensor) for p in module.parameters())

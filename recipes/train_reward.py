@@ -83,6 +83,7 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     from dinalrm_align.backbones.sd3 import load_transformer
     from dinalrm_align.benchmarks.pairwise import merge, metrics, pairwise_tallies, write_report
     from dinalrm_align.checkpoint import save_checkpoint
+    from dinalrm_align.data.pairs import PairBatch
     from dinalrm_align.data.source import Encoders, open_pairs
     from dinalrm_align.device import available_device
     from dinalrm_align.digest import fingerprint, text_digest
@@ -92,6 +93,7 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     from dinalrm_align.noise import seeded_generator
     from dinalrm_align.preference import NoisedPairs, draw_levels, preference_step, score_batch
     from dinalrm_align.processes import waiting
+    from dinalrm_align.sharding import shard_base, sharding_asked
 
     # ------------------------------------------------------------------------------------- where: device and folder
     if config.device != "auto":
@@ -150,6 +152,8 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     del transformer  # and with it the blocks that the reward does not use
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if sharded := sharding_asked():  # FSDP: the frozen backbone is spread over the processes
+        shard_base(accelerator, None, [model.trunk])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     of_head = {name: p for name, p in parameters.items() if name.startswith("head.")}
     of_lora = [p for name, p in parameters.items() if name not in of_head]
@@ -169,11 +173,15 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     def evaluate(at: int) -> dict[str, float]:
         """Accuracy on the held-out pairs: accuracy.json, per_concept.md, accuracy_vs_sigma.png."""
         model.eval()
+
+        def score(batch: PairBatch, level: tuple[float, ...], noise: torch.Tensor) -> torch.Tensor:
+            return score_batch(model, batch, level, noise)
+
+        levels, left_over = config.accuracy.levels(), len(judged) % world
         with accelerator.autocast():
-            part = pairwise_tallies(
-                lambda batch, level, noise: score_batch(model, batch, level, noise),
-                judged, config.accuracy.levels(), seed=config.accuracy.seed, rank=rank, world=world,
-            )  # fmt: skip
+            part = pairwise_tallies(score, judged, levels, seed=config.accuracy.seed, rank=rank, world=world)
+            if sharded and 0 < left_over <= rank:
+                pairwise_tallies(score, [judged[0]], levels)  # for nothing: all processes call the backbone as often
         tallies = merge(gather_object([part]))
         if accelerator.is_main_process:
             write_report(tallies, run, title=f"update {at}")

@@ -2,13 +2,12 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node=2 tests/ranks_worker.py RUNS.json
 
-RUNS.json: [[recipe, [argument, ...]], ...]
+RUNS.json: [[recipe, [argument, ...], whether under FSDP], ...]
 """
 
 import json
 import os
 import runpy
-import signal
 import sys
 from pathlib import Path
 
@@ -24,33 +23,20 @@ def patchy(latents, prompts):
 
 
 def uneven(latents, prompts):
-    """A reward that a policy can climb, and whose scale differs from prompt to prompt."""
+    """A reward whose scale differs from prompt to prompt."""
     return latents.mean(dim=(1, 2, 3)) * latents.new_tensor([float(len(prompt)) for prompt in prompts])
 
 
 def run(recipe: str, arguments: list[str]) -> None:
-    Figure.savefig = stand_in
     runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"](arguments)
 
 
-def killed_at(update: int) -> None:
-    """Let this process die, as by a broken machine, when the metrics of this update are recorded."""
-    log = Accelerator.log
-
-    def fatal(self, values, step=None, **options):
-        if step == update:
-            os.kill(os.getpid(), signal.SIGKILL)
-        log(self, values, step=step, **options)
-
-    Accelerator.log = fatal
-
-
 def main() -> None:
-    runs = json.loads(Path(sys.argv[1]).read_text())
-    if len(sys.argv) > 2 and os.environ["RANK"] == "1":
-        killed_at(int(sys.argv[2]))
+    Figure.savefig = stand_in
     Accelerator.end_training = lambda self: None  # it would end the process group, and there are more runs to come
-    for recipe, arguments in runs:
+    os.environ["FSDP_VERSION"] = "2"
+    for recipe, arguments, sharded in json.loads(Path(sys.argv[1]).read_text()):
+        os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
         run(recipe, arguments)
 
 

@@ -9,8 +9,20 @@ PACKAGE = ROOT / "dinalrm_align"
 LAYERS: list[set[str]] = [
     {"config", "files", "durable", "seal", "metrics", "processes"},
     {"digest", "noise", "losses", "cost", "sampling", "sde", "resume", "device", "intervals", "figures", "tracking"},
-    {"backbones", "head", "encode", "policy", "checkpoint", "loop", "report", "head_to_head", "compare", "data"},
-    {"model", "pixel", "inputs"},
+    {
+        "backbones",
+        "head",
+        "encode",
+        "policy",
+        "checkpoint",
+        "loop",
+        "report",
+        "head_to_head",
+        "compare",
+        "data",
+        "sharding",
+    },
+    {"model", "pixel", "inputs", "sharding"},
     {"reward", "preference", "models", "shapes", "benchmarks", "functions", "reward_sum", "rewards"},
     {"align"},
 ]

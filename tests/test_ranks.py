@@ -1,4 +1,5 @@
-"""Two processes with half the batch each make the update that one makes with all of it; and what if one is lost.
+"""Two processes with half the batch each make the update that one makes with all of it, sharded or not; and what if
+one is lost, and how a run goes on with another number of them.
 
 Every recipe runs as it is typed, once here and once under `torch.distributed.run` with two gloo processes. Both do the
 same sums in another order, so that weights agree to 1e-5 after updates of 1e-2, and metrics to 1e-3 of their size.
@@ -6,6 +7,7 @@ same sums in another order, so that weights agree to 1e-5 after updates of 1e-2,
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +70,7 @@ CASES: dict[str, tuple[str, list[str], list[str], list[str]]] = {
     "lpo": (
         "lpo_sd35",
         [*ALIGN, *ROLLOUT, "--lpo.candidates=3", "--lpo.num_steps=4", "--lpo.steps=[0,3]", "--lpo.minibatches=2",
-         "--lpo.threshold=[0.01,0.02]", "--lpo.beta=5"],
+         "--lpo.temperature=0.01", "--lpo.threshold=[0.3,0.4]", "--lpo.beta=5"],
         ["--lpo.batch_size=2"],
         ["--lpo.batch_size=1"],
     ),
@@ -81,17 +83,16 @@ CASES: dict[str, tuple[str, list[str], list[str], list[str]]] = {
     ),
 }  # fmt: skip
 """name -> recipe, its arguments, those of one process, those of each of two."""
+SHARDED = ["reward", "refl", "grpo"]
+"""Those that run under FSDP as well: a trunk alone, a policy and a trunk, and processes with unlike amounts to do."""
 
 
-def launch(folder: Path, runs: list, *options: str) -> subprocess.CompletedProcess:
-    """Two processes that make these runs; killed, with what they started, when they hang."""
-    path = folder / "runs.json"
-    path.write_text(json.dumps(runs))
+def launch(folder: Path, script: Path, *options: str) -> subprocess.CompletedProcess:
+    """Two processes of a script; killed, with what they started, when they hang."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(HERE / "ranks_worker.py"), str(path), *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     with subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *options], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             printed, _ = process.communicate(timeout=HANG)
@@ -109,53 +110,173 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def of_two(world):
-    """Every case, run by two processes: the folder that holds their runs."""
-    runs = [
-        [recipe, [f"--model={world}", f"--output_dir=two/{name}", *given, *each]]
-        for name, (recipe, given, _, each) in CASES.items()
-    ]
-    result = launch(world, runs)
-    assert result.returncode == 0, [line for line in result.stdout.splitlines() if "rror" in line]
-    return world / "two"
+@pytest.fixture
+def here(world, monkeypatch):
+    """here(recipe, *arguments): a run by this process alone, in the world's folder."""
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(ranks_worker.Figure, "savefig", ranks_worker.stand_in)
+    return lambda recipe, *arguments: ranks_worker.run(recipe, list(arguments))
 
 
 @pytest.fixture
-def by_one(world, monkeypatch):
-    """by_one(name, folder, *options): the same run, by this process alone."""
+def of_one(world, here):
+    """of_one(name): the folder of that case's run by one process, made when it is first asked for."""
 
-    def start(name: str, folder: str, *options: str) -> Path:
+    def folder(name: str) -> Path:
         recipe, given, alone, _ = CASES[name]
-        ranks_worker.run(recipe, [f"--model={world}", f"--output_dir={folder}", *given, *alone, *options])
-        return world / folder
+        if not (world / "one" / name).exists():
+            here(recipe, f"--model={world}", f"--output_dir=one/{name}", *given, *alone)
+        return world / "one" / name
 
-    monkeypatch.chdir(world)
-    monkeypatch.setattr(ranks_worker.Figure, "savefig", ranks_worker.stand_in)
-    return start
-
-
-def weights(run: Path, step: str | None = None) -> dict[str, torch.Tensor]:
-    newest = latest_checkpoint(run)
-    return load_file((newest if step is None else newest.with_name(step)) / "weights.safetensors")
+    return folder
 
 
-def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+@pytest.fixture
+def of_two(world, of_one):
+    """Every case, run by two processes that are started once; FSDP's as NAME_fsdp, and as refl_resumed what goes on
+    from the first update of one.
+    """
+    if not (world / "two").exists():
+        shutil.copytree(of_one("refl"), world / "two" / "refl_resumed")
+        runs = []
+        for name, (recipe, given, _, each) in CASES.items():
+            for sharded in (False, True)[: 1 + (name in SHARDED)]:
+                folder = f"--output_dir=two/{name}{'_fsdp' * sharded}"
+                runs.append([recipe, [f"--model={world}", folder, *given, *each], sharded])
+        first = "two/refl_resumed/checkpoints/step_000001"
+        runs.append(["refl_sd35", [f"--resume={first}", "--refl.batch_size=1"], False])
+        (world / "runs.json").write_text(json.dumps(runs))
+        result = launch(world, HERE / "ranks_worker.py", "runs.json")
+        assert result.returncode == 0, [line for line in result.stdout.splitlines() if "rror" in line]
+    return world / "two"
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Weights after every update, the reward or LoRA that is left, and metrics."""
+    for step in sorted(path.name for path in (one / "checkpoints").iterdir()):
+        first, second = (load_file(run / "checkpoints" / step / "weights.safetensors") for run in (one, two))
+        assert first.keys() == second.keys()
+        for name in first:
+            torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-5)
+    left = next(iter([*one.glob("lora/*.safetensors"), *one.glob("reward/*.safetensors")])).relative_to(one)
+    first, second = load_file(one / left), load_file(two / left)
     assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", list(CASES))
-def test_two_processes_with_half_the_batch_are_one_with_all(name, of_two, by_one):
-    one, two = by_one(name, f"one/{name}"), of_two / name
-    start, end = weights(one, "step_000001"), weights(one)
-    assert max((start[key] - end[key]).abs().max().item() for key in end) > 1e-3  # they did learn something
-    assert_same_weights(weights(two, "step_000001"), start)
-    assert_same_weights(weights(two), end)
+    assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-4) for name in first)
     rows, others = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
     assert [row.keys() for row in rows] == [row.keys() for row in others]
     for row, other in zip(rows, others, strict=True):
         for key in row:
             if not key.startswith(TIMED):
                 assert other[key] == pytest.approx(row[key], rel=1e-3, abs=1e-5), (key, row["step"])
+
+
+@pytest.mark.parametrize("name", [*CASES, *(f"{name}_fsdp" for name in SHARDED)])
+def test_two_processes_with_half_the_batch_are_one_with_all(name, of_two, of_one):
+    one = of_one(name.removesuffix("_fsdp"))
+    rows = read_metrics(one / "metrics.jsonl")
+    assert max(row.get("grad_norm", 0.0) for row in rows) > 1e-3  # there is something to agree on
+    if name.startswith("grpo"):
+        assert rows[1]["dropped_groups"] == 0.5  # one of the processes had nothing to train on
+    if name == "lpo":
+        assert 0 < min(row["pairs_kept"] for row in rows[1:]) < 1
+    assert_same_run(one, of_two / name)
+
+
+def test_a_run_goes_on_with_two_processes(of_two, of_one):
+    assert_same_run(of_one("refl"), of_two / "refl_resumed")
+
+
+def test_a_run_goes_on_with_one_process(of_two, of_one, here, tmp_path):
+    """Between two rollouts, which have two updates each."""
+    shutil.copytree(of_two / "grpo", tmp_path / "run")
+    here("grpo_sd35", f"--resume={tmp_path / 'run' / 'checkpoints' / 'step_000002'}", "--grpo.groups=2")
+    assert_same_run(of_one("grpo"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "grpo",
+            ["--grpo.groups=2"],
+            "while a rollout was being spent, of which each of 2 processes has its own share",
+        ),
+        ("nft", ["--nft.groups=2"], "while a rollout was being spent"),
+        ("refl", [], "by 2 processes, which took 2 samples for an update; this run has 1, which take 1"),
+    ],
+)
+def test_where_another_number_of_processes_makes_no_sense_it_says_so(name, options, message, of_two, here, capsys):
+    first = of_two / name / "checkpoints" / "step_000001"
+    before = (of_two / name / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as refused:
+        here(CASES[name][0], f"--resume={first}", *options)
+    assert refused.value.code == 2 and message in capsys.readouterr().err
+    assert (of_two / name / "metrics.jsonl").read_bytes() == before
+
+
+# ----------------------------------------------------------------------------- one is lost
+
+LOST = """
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dinalrm_align.config.loop import LoopConfig, OptimConfig
+from dinalrm_align.loop import Hook, adamw, fit
+from dinalrm_align.processes import waiting
+from dinalrm_align.resume import latest_checkpoint
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+accelerator = Accelerator(cpu=True, kwargs_handlers=[waiting(0.05)])
+rank, size = accelerator.process_index, accelerator.num_processes
+data = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+p = {"w": nn.Parameter(torch.ones(4))}
+optim = OptimConfig(lr=0.05)
+
+
+def lose(step):
+    if rank == 1 and step == 3 and how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and step == 3 and how == "hangs":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(600)
+
+
+fit(
+    LoopConfig(steps=5, accumulate=2 // size, checkpoint_every=2),
+    optim,
+    parameters=p,
+    optimizer=adamw([{"params": list(p.values())}], optim),
+    batch_at=lambda micro_step: data[(micro_step * size + rank) * 3 :][: 1 + 2 * ((micro_step * size + rank) % 2)],
+    step=lambda batch: (((batch @ p["w"] - 1) ** 2).mean(), {}),
+    count_of=len,
+    samples=6,
+    accelerator=accelerator,
+    output_dir=folder,
+    hooks=[Hook(1, lose)],
+    resume=latest_checkpoint(folder),
+    resume_command="the same again",
+)
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_a_lost_process_ends_the_run_and_leaves_what_it_can_go_on_from(how, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(LOST)
+    lost = launch(tmp_path, script, "run", how)
+    assert lost.returncode not in (0, None) and "another process was lost" in lost.stdout
+    assert "step_000002 is whole, go on with: the same again" in lost.stdout
+    assert latest_checkpoint(tmp_path / "run").name == "step_000002"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    for folder in ("run", "whole"):  # one process goes on where two were, and batches of 1 and 3 rows count as such
+        command = [sys.executable, str(script), folder, "well"]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=HANG)
+    ends = [load_file(latest_checkpoint(tmp_path / name) / "weights.safetensors")["w"] for name in ("run", "whole")]
+    torch.testing.assert_close(*ends)

@@ -37,6 +37,7 @@ from dinalrm_align.processes import waiting
 from dinalrm_align.report import plot_run
 from dinalrm_align.rewards import latent_rewards, load_judge, load_reward
 from dinalrm_align.sampling import Velocity, rollout, schedule_sigmas, seeded_noise
+from dinalrm_align.sharding import shard_base, sharding_asked
 from dinalrm_align.tracking import open_tracker, tracker_options
 
 ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
@@ -68,7 +69,8 @@ class Stage:
     sigma=..., noise=..., generator=...) -> (B,), and `gold` beside it, which judges pictures and is never trained on.
     conditions: of the training prompts. judged: one per held-out sample. negative: of the empty prompt. encoder: gives
     the embeddings of every prompt that was named when the stage was built, and of no other. identity: digests of what
-    a checkpoint must have been trained with to be resumed from.
+    a checkpoint must have been trained with to be resumed from. sharded: whether the base weights are spread over the
+    processes (`sharding`), which then have to call the policy equally often.
     """
 
     settled: Settled
@@ -83,6 +85,7 @@ class Stage:
     negative: Conditions
     meter: PhaseMeter
     identity: Mapping[str, str]
+    sharded: bool = False
 
     @classmethod
     def build(cls, settled: Settled, also: Sequence[str] = (), anchor: AnchorConfig | None = None) -> "Stage":
@@ -95,7 +98,7 @@ class Stage:
         if run.device != "auto":
             available_device(run.device)
         tracking = tracker_options(run.tracker, Path(run.output_dir))
-        waits = [waiting(run.loop.timeout)]
+        sharded, waits = sharding_asked(), [waiting(run.loop.timeout)]
         accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", kwargs_handlers=waits, **tracking)
         set_seed(run.seed % 2**31, device_specific=True)  # of all that draws globally
         device = accelerator.device
@@ -129,7 +132,8 @@ class Stage:
 
         # Every prompt is encoded once, for policy and reward; then the text encoders are let go.
         encoder = PromptEncoder(pipeline, text_length=spec.text_length, device=device)
-        latent = [part.encoder for known in (reward, second) if known for part in latent_rewards(known)]
+        readers = [part for known in (reward, second) if known for part in latent_rewards(known)]
+        latent = [part.encoder for part in readers]
         encoder = next((own for own in latent if own.text_length == spec.text_length), encoder)
         for own in latent:
             if own is not encoder:
@@ -145,9 +149,12 @@ class Stage:
             policy.enable_gradient_checkpointing()
             for known in (reward, second) if second else (reward,):
                 known.enable_gradient_checkpointing()
+        if sharded:
+            trunks = [part.model.trunk for part in readers]
+            shard_base(accelerator, pipeline.transformer.transformer_blocks, trunks)
         stage = cls(
             settled, accelerator, pipeline, policy, reward, gold, encoder, train, judged, negative, PhaseMeter(device),
-            identity,
+            identity, sharded,
         )  # fmt: skip
         if second:
             scale = stage._anchor_scale(reward, second)
@@ -204,7 +211,7 @@ class Stage:
             guidance_scale=spec.guidance_scale, sigmas=self.sigmas(), reward=self.reward, gold=self.gold,
             decode=lambda latents: torch.cat([decode_latents(self.pipeline.vae, part) for part in latents.split(4)]),
             config=run.evaluation, accelerator=accelerator, output_dir=folder,
-            judges=self._judges(), probes=self._probes(),
+            judges=self._judges(), probes=self._probes(), in_step=self.sharded,
         )  # fmt: skip
         watch = self._watch(held_out)
 
