@@ -70,9 +70,10 @@ def shard_base(
     trees = [list(trunk.transformer_blocks) for trunk in trunks]
     if transformer_blocks is not None:
         trees.insert(0, list(transformer_blocks))
-    if accelerator.num_processes == 1:
+    count = accelerator.num_processes
+    if count == 1:
         return
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mesh = init_device_mesh(accelerator.device.type, (count,))
     sharded: set[int] = set()
     for number in range(max(len(tree) for tree in trees)):
         blocks = [tree[number] for tree in trees if number < len(tree)]
@@ -85,5 +86,6 @@ def shard_base(
         fully_shard(shared, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         for tree, block in enumerate(blocks):
             block.forward = functools.partial(shared, tree)
+    accelerator.print(f"the frozen base weights are sharded over {count} processes")
     for trunk in trunks:  # the whole weights are to be let go
         trunk.shared = tuple(tensor for tensor in trunk.shared if id(tensor) not in sharded)
