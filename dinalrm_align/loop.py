@@ -24,6 +24,7 @@ from dinalrm_align.config.loop import LoopConfig, OptimConfig
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.durable import write_atomically
 from dinalrm_align.metrics import METRICS, MetricsLog
+from dinalrm_align.processes import with_others
 from dinalrm_align.resume import latest_checkpoint, load_checkpoint, run_of, save_checkpoint, tidy
 
 INTERRUPTED = 130  # exit status of a program ended by Ctrl-C, by the shells' convention
@@ -51,6 +52,9 @@ class Stateful(Protocol):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All of it by name, on any device; as it is after the last update."""
+
+    def is_common(self) -> bool:
+        """Whether that is now the same on every process, and good for another number of them."""
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_tensors` gave. Raises ValueError, before it changes anything, when it does not fit."""
@@ -123,12 +127,14 @@ def fit(
     optimizer: torch.optim.Optimizer,
     batch_at: Callable[[int], Any],
     step: Callable[[Any], tuple[Tensor, Mapping[str, float | Tensor]]],
+    count_of: Callable[[Any], float] = lambda batch: 1.0,
     accelerator: Accelerator,
     output_dir: Path,
     hooks: Sequence[Hook] = (),
     meter: PhaseMeter | None = None,
     profile_every: int = 0,
     identity: Mapping[str, str] | None = None,
+    samples: int = 0,
     state: Stateful | None = None,
     resume: Path | None = None,
     resume_command: str = "",
@@ -146,12 +152,16 @@ def fit(
         batch_at: micro-step 0, 1, ... -> a batch; `config.accumulate` of them make an update.
         step: batch -> (loss, metrics): a scalar tensor with a graph, and numbers to record. Both are averaged over the
             micro-steps and processes of an update.
+        count_of: batch -> how much it counts in those averages, 0 or more: of how many items its loss is the mean. So
+            the update's loss is the mean over the items of all processes, whoever had more of them.
         output_dir: gets metrics.jsonl and checkpoints/.
         hooks: evaluation, pictures, export.
         meter: measures this loop's backward; give it to `batch_at` and `step` for the other phases.
         profile_every: updates between two that count FLOPs and, on the CPU, watch memory; the first is one. 0: none.
         identity: what this run is, by name: seed, digests of frozen weights and data (`digest`). Stored with every
             checkpoint; one of another identity is refused.
+        samples: how many prompts or pairs all processes together take for an update, or a rollout. A run may go on with
+            another number of processes as long as this stays.
         state: what of the method goes into every checkpoint, each process its own, and comes back on resume.
         resume: checkpoint folder of this run to go on from.
         resume_command: what to type to go on, told when the run is stopped.
@@ -167,8 +177,8 @@ def fit(
     Raises ValueError, before a file or a weight is touched, when `resume` is damaged or does not fit (see
     `resume.load_checkpoint`), and when nothing is to be resumed but output_dir holds a run; FloatingPointError, before
     the weights are touched, when the loss or the gradient is not finite; OSError, with the way to go on, when a file
-    cannot be written. Ctrl-C or SIGTERM end the run after the update in progress: a checkpoint is written and
-    SystemExit(130) raised; a second signal stops at once.
+    cannot be written or another process is lost. Ctrl-C or SIGTERM end the run after the update in progress: a
+    checkpoint is written and SystemExit(130) raised; a second signal stops at once.
     """
     _check_start(accelerator, output_dir, resume)
     meter = meter or PhaseMeter(accelerator.device)
@@ -180,8 +190,8 @@ def fit(
     done, elapsed, saved, metrics_kept = 0, 0.0, -1, 0
     if resume is not None:
         facts = load_checkpoint(
-            resume, identity=identity, steps=config.steps, parameters=parameters, average=average, optimizer=optimizer,
-            state=state, accelerator=accelerator,
+            resume, identity=identity, samples=samples, steps=config.steps, parameters=parameters, average=average,
+            optimizer=optimizer, state=state, accelerator=accelerator,
         )  # fmt: skip
         done = saved = facts["step"]
         elapsed, metrics_kept = facts["elapsed"], facts["metrics"]["bytes"]
@@ -198,8 +208,8 @@ def fit(
 
     def save(at: int) -> Path:
         return save_checkpoint(
-            output_dir, step=at, elapsed=elapsed, identity=identity, log=log, parameters=parameters, average=average,
-            optimizer=optimizer, state=state, accelerator=accelerator, keep_last=config.keep_last,
+            output_dir, step=at, elapsed=elapsed, identity=identity, samples=samples, log=log, parameters=parameters,
+            average=average, optimizer=optimizer, state=state, accelerator=accelerator, keep_last=config.keep_last,
         )  # fmt: skip
 
     def call(due: Sequence[Hook], at: int, row: dict[str, float]) -> None:
@@ -223,18 +233,23 @@ def fit(
         reason = None
         while done < config.steps and reason is None and not stop_requested():
             began = time.perf_counter()
-            totals: dict[str, float] = {}
+            parts: list[tuple[float, dict[str, float]]] = []
             optimizer.zero_grad(set_to_none=True)
             meter.start_step(profile=profile_every > 0 and done % profile_every == 0)
             for micro_step in range(done * config.accumulate, (done + 1) * config.accumulate):
                 with accelerator.autocast():
-                    loss, metrics = step(batch_at(micro_step))
+                    batch = batch_at(micro_step)
+                    loss, metrics = step(batch)
+                count = count_of(batch)
                 with meter.phase("backward"):
-                    (loss / config.accumulate).backward()
-                for name, value in {"loss": loss, **metrics}.items():
-                    number = float(value.detach() if isinstance(value, Tensor) else value)
-                    totals[name] = totals.get(name, 0.0) + number / config.accumulate
-            row = _averaged_over_processes(totals, tensors, accelerator)
+                    (loss * count).backward()
+                del batch
+                numbers = {
+                    name: float(value.detach() if isinstance(value, Tensor) else value)
+                    for name, value in {"loss": loss, **metrics}.items()
+                }
+                parts.append((count, numbers))
+            row = _averaged(parts, tensors, accelerator)
             factor = lr_factor(done + 1, config.steps, optim)
             row["grad_norm"] = float(nn.utils.clip_grad_norm_(tensors, optim.clip or math.inf))
             row["lr"] = optim.lr * factor
@@ -310,7 +325,8 @@ def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
         if accelerator.num_processes == 1:
             return requested
         flag = torch.tensor([float(requested)], device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum").item())
+        with with_others():
+            return bool(accelerator.reduce(flag, reduction="sum").item())
 
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -321,20 +337,34 @@ def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
         restore()
 
 
-def _averaged_over_processes(
-    totals: dict[str, float], tensors: Sequence[nn.Parameter], accelerator: Accelerator
+def _averaged(
+    parts: Sequence[tuple[float, Mapping[str, float]]], tensors: Sequence[nn.Parameter], accelerator: Accelerator
 ) -> dict[str, float]:
-    """Average gradients (in place) and metrics over processes; a parameter without gradient counts as zero."""
+    """Metrics averaged over the micro-steps of all processes, each part with its count; and the gradients in place.
+
+    Gradients come in as sums of count times the gradient of a mean. Where nothing counts they are 0, and the metrics
+    are plain means. A parameter without gradient counts as zero.
+    """
+    names = list(parts[0][1])
+    sums = [
+        [len(parts), sum(count for count, _ in parts)],
+        *([sum(part[name] for _, part in parts), sum(count * part[name] for count, part in parts)] for name in names),
+    ]
+    values = torch.tensor(sums, dtype=torch.float64)
     for p in tensors:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    if accelerator.num_processes == 1:
-        return totals
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in tensors]), reduction="mean")
-    for p, part in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
-        p.grad = part.view_as(p)
-    values = torch.tensor(list(totals.values()), device=accelerator.device)
-    return dict(zip(totals, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+    if accelerator.num_processes > 1:
+        with with_others():
+            values = accelerator.reduce(values.to(accelerator.device)).cpu()
+            flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in tensors]))
+        for p, part in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True):
+            p.grad = part.view_as(p)
+    number, total = values[0].tolist()
+    for p in tensors:
+        p.grad.div_(total or 1.0)
+    means = values[1:, 1] / total if total else values[1:, 0] / number
+    return dict(zip(names, means.tolist(), strict=True))
 
 
 def _check_finite(row: Mapping[str, float], step: int) -> None:

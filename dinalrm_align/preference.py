@@ -3,6 +3,7 @@
 Pictures of a group share their noise and their sigma, so that a gap of scores is about the pictures and nothing else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.losses import preference_loss
 from dinalrm_align.model import RewardModel
 from dinalrm_align.noise import sample_sigma
+from dinalrm_align.sampling import seeded_noise
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,20 @@ class NoisedPairs:
     noise: Tensor
     sigma: Tensor
 
+    @property
+    def count(self) -> int:
+        """N pairs, what the loss is the mean over."""
+        return len(self.batch.chosen)
 
-def draw_levels(batch: PairBatch, density: SigmaConfig, generator: torch.Generator) -> NoisedPairs:
-    """Draw noise and sigma once per group, on the generator's device; the result is on that of the batch."""
-    noise = batch.draw_noise(generator)
-    sigma = sample_sigma(density.density, batch.num_groups, generator=generator, **density.parameters())
-    return NoisedPairs(batch, noise, sigma.to(noise.device)[batch.group])
+
+def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[torch.Generator]) -> NoisedPairs:
+    """Draw noise and sigma of each of the G groups from its own generator, so that they do not depend on what else is
+    in the batch; the result is on the batch's device.
+    """
+    device = batch.latents.device
+    noise = seeded_noise(tuple(batch.latents.shape[1:]), generators)
+    sigma = torch.cat([sample_sigma(density.density, 1, generator=g, **density.parameters()) for g in generators])
+    return NoisedPairs(batch, noise.to(device)[batch.group], sigma.to(device)[batch.group])
 
 
 def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:

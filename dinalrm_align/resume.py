@@ -8,6 +8,10 @@ It is written under a temporary name, sealed (`seal`), flushed to disk and renam
 whole, and what came before it stays until it is. state.json also says what run it belongs to, and how far metrics.jsonl
 had come. All of it is checked before a run that goes on changes a file or a weight. Everything read back is plain
 tensors, numbers and text (`weights_only=True`).
+
+A run may go on with another number of processes if all of them together still take as many samples for an update: what
+is drawn depends on a sample's number alone. Where each process keeps something of its own, as while a rollout is being
+spent, it cannot. The global random states, which dropout draws from, then begin anew.
 """
 
 import io
@@ -27,6 +31,7 @@ from torch import Tensor, nn
 
 from dinalrm_align.durable import DISCARDED, TEMPORARY, discard_folder, flush, write_file
 from dinalrm_align.metrics import METRICS, MetricsLog, check_start
+from dinalrm_align.processes import with_others
 from dinalrm_align.seal import STATE, open_sealed, seal
 
 FOLDER = "checkpoints"
@@ -39,6 +44,7 @@ def save_checkpoint(
     step: int,
     elapsed: float,
     identity: Mapping[str, str],
+    samples: int,
     log: MetricsLog | None,
     parameters: dict[str, nn.Parameter],
     average: dict[str, Tensor] | None,
@@ -60,7 +66,7 @@ def save_checkpoint(
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+        _meet(accelerator)
         write_file(temporary / f"rng_{accelerator.process_index}.pt", _packed(_random_state()))
         if state is not None:
             write_file(
@@ -71,9 +77,10 @@ def save_checkpoint(
             if average is not None:
                 write_file(temporary / "ema.safetensors", save(_on_cpu(average)))
             write_file(temporary / "optimizer.pt", _packed(optimizer.state_dict()))
-        accelerator.wait_for_everyone()
+        _meet(accelerator)
         if main:
-            facts = {"step": step, "elapsed": elapsed, "num_processes": accelerator.num_processes}
+            facts = {"step": step, "elapsed": elapsed, "num_processes": accelerator.num_processes, "samples": samples}
+            facts["common_state"] = state is None or state.is_common()
             seal(temporary, {**facts, "identity": dict(identity), "metrics": log.mark()})
             flush(temporary)
             os.rename(temporary, folder)
@@ -83,7 +90,7 @@ def save_checkpoint(
         raise
     if main:
         _keep_newest(run, keep_last)
-    accelerator.wait_for_everyone()
+    _meet(accelerator)
     return folder
 
 
@@ -91,6 +98,7 @@ def load_checkpoint(
     folder: Path,
     *,
     identity: Mapping[str, str],
+    samples: int,
     steps: int,
     parameters: dict[str, nn.Parameter],
     average: dict[str, Tensor] | None,
@@ -102,20 +110,20 @@ def load_checkpoint(
 
     The optimiser keeps the hyperparameters it was built with and takes the saved moments. ValueError, before anything
     is changed: when a file is missing or damaged, the checkpoint is of another run or beyond `steps`, names or shapes
-    differ, an average is wanted and none was saved, or the number of processes is another.
+    differ, an average is wanted and none was saved, or the number of processes is another and the run cannot go on with
+    it (see the module).
     """
     facts = check_checkpoint(folder)
     _check_identity(facts["identity"], identity, folder)
-    if facts["num_processes"] != accelerator.num_processes:
-        raise ValueError(
-            f"{folder} was written by {facts['num_processes']} processes, this run has {accelerator.num_processes}; "
-            "start as many, since each has its own share of the data"
-        )
+    same_processes = facts["num_processes"] == accelerator.num_processes
+    if not same_processes:
+        _check_processes(facts, samples, accelerator.num_processes, folder)
     if facts["step"] > steps:
         raise ValueError(f"{folder} is at update {facts['step']}, beyond loop.steps {steps}; raise loop.steps")
     if average is not None and not (folder / "ema.safetensors").exists():
         raise ValueError(f"{folder} holds no averaged weights; resume with ema_decay 0, as the run was started")
-    of_method = folder / f"method_{accelerator.process_index}.safetensors"
+    rank = accelerator.process_index if same_processes else 0
+    of_method = folder / f"method_{rank}.safetensors"
     if (state is not None) != of_method.exists():
         raise ValueError(
             f"{folder} was written by a method with other settings ({of_method.name}); resume with its own"
@@ -134,7 +142,8 @@ def load_checkpoint(
         for saved, into in ((weights, parameters), (means, average or {})):
             for name, tensor in into.items():
                 tensor.copy_(saved[name])
-    _set_random_state(torch.load(folder / f"rng_{accelerator.process_index}.pt", weights_only=True))
+    if same_processes:
+        _set_random_state(torch.load(folder / f"rng_{rank}.pt", weights_only=True))
     return facts
 
 
@@ -257,6 +266,22 @@ def _check_identity(saved: Mapping[str, str], expected: Mapping[str, str], folde
         )
 
 
+def _check_processes(facts: Mapping[str, Any], samples: int, num_processes: int, folder: Path) -> None:
+    """ValueError unless the run can go on with another number of processes."""
+    if not facts["common_state"]:
+        raise ValueError(
+            f"{folder} was written while a rollout was being spent, of which each of {facts['num_processes']} "
+            f"processes has its own share; this run has {num_processes}. Start as many, or resume from a checkpoint "
+            "between two rollouts (loop.checkpoint_every a multiple of epochs x minibatches)"
+        )
+    if not samples or facts["samples"] != samples:
+        raise ValueError(
+            f"{folder} was written by {facts['num_processes']} processes, which took {facts['samples']} samples for an "
+            f"update; this run has {num_processes}, which take {samples}. Start as many, or choose the samples of each "
+            "process (batch_size, groups) or loop.accumulate so that all take as many together"
+        )
+
+
 def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: Path) -> None:
     """ValueError unless names and shapes agree exactly."""
     expected = {name: tuple(tensor.shape) for name, tensor in into.items()}
@@ -290,6 +315,11 @@ def _packed(content: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
+
+
+def _meet(accelerator: Accelerator) -> None:
+    with with_others():
+        accelerator.wait_for_everyone()
 
 
 def _random_state() -> dict[str, Any]:

@@ -339,7 +339,10 @@ def _check_place(trunk: SD3Trunk, device: torch.device | str | None, dtype: torc
     """ValueError when sharing is asked for at another device or dtype than the transformer's."""
     here = (trunk.device, trunk.dtype)
     wanted = (here[0] if device is None else torch.device(device), here[1] if dtype is None else dtype)
-    if wanted[0].type != here[0].type or wanted[0].index not in (None, here[0].index) or wanted[1] != here[1]:
+    same_place = wanted[0].type == here[0].type and (
+        wanted[0].type == "cpu" or wanted[0].index in (None, here[0].index)  # processes call theirs cpu:0
+    )
+    if not same_place or wanted[1] != here[1]:
         raise ValueError(
             f"the reward is to share the weights of a transformer on {here[0]} in {here[1]}, but {wanted[0]} in "
             f"{wanted[1]} was asked for; convert the transformer first, leave device and dtype out, or use "

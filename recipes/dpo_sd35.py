@@ -37,6 +37,7 @@ def align(settled: Settled[DpoRun]) -> None:
         policy=stage.policy, negative=stage.negative, config=dpo, meter=stage.meter,
         seed=run.seed, rank=accelerator.process_index, num_processes=accelerator.num_processes,
     )  # fmt: skip
+    samples = dpo.batch_size * run.loop.accumulate
 
     if dpo.mode == "offline":
         # Latents and embeddings are stored with the pairs; pictures in a jsonl are encoded when their batch comes.
@@ -48,7 +49,8 @@ def align(settled: Settled[DpoRun]) -> None:
         )
         accelerator.print(f"pairs: {run.pairs}, {len(pairs)} batches of {dpo.batch_size}")
         method = OfflineDpo(pairs=pairs, **parts)
-        stage.align(method, shown=("loss", "implicit_accuracy", "gold", "kl"), data={"pairs": pairs.digest()})
+        shown = ("loss", "implicit_accuracy", "gold", "kl")
+        stage.align(method, samples=samples, shown=shown, data={"pairs": pairs.digest()})
         return
 
     method = OnlineDpo(
@@ -58,6 +60,7 @@ def align(settled: Settled[DpoRun]) -> None:
     )  # fmt: skip
     stage.align(
         method,
+        samples=samples,
         shown=("reward", "implicit_accuracy", "gold", "kl"),
         state=method if dpo.refresh_every else None,  # the copy of the policy that is the reference
     )

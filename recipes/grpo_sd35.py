@@ -47,9 +47,9 @@ def align(settled: Settled[GrpoRun]) -> None:
         guidance_scale=stage.guidance_scale(config.guidance_scale),
         conditions=stage.conditions, negative=stage.negative, accumulate=run.loop.accumulate,
         seed=run.seed, rank=stage.accelerator.process_index, num_processes=stage.accelerator.num_processes,
-        gather=lambda scores: stage.accelerator.gather(scores.to(stage.accelerator.device)).cpu(),
+        gather=stage.gather,
     )  # fmt: skip
-    stage.align(grpo, state=grpo)  # the rollout that is being spent goes into the checkpoints
+    stage.align(grpo, samples=config.groups, state=grpo)  # the rollout that is being spent goes into the checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> None:

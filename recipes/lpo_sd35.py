@@ -43,8 +43,10 @@ def align(settled: Settled[LpoRun]) -> None:
         guidance_scale=stage.guidance_scale(config.guidance_scale), latent_shape=stage.latent_shape,
         conditions=stage.conditions, negative=stage.negative, accumulate=run.loop.accumulate,
         seed=run.seed, rank=stage.accelerator.process_index, num_processes=stage.accelerator.num_processes,
+        gather=stage.gather,
     )  # fmt: skip
-    stage.align(lpo, state=lpo, shown=("accuracy", "pairs", "gold", "kl"))  # pairs that are being spent are kept
+    shown = ("accuracy", "pairs", "gold", "kl")
+    stage.align(lpo, samples=config.batch_size, state=lpo, shown=shown)  # pairs that are being spent are kept
 
 
 def main(argv: Sequence[str] | None = None) -> None:

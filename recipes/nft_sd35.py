@@ -37,9 +37,10 @@ def align(settled: Settled[NftRun]) -> None:
         sigmas=stage.sigmas(config.num_steps), guidance_scale=stage.guidance_scale(config.guidance_scale),
         conditions=stage.conditions, negative=stage.negative, accumulate=run.loop.accumulate,
         seed=run.seed, rank=stage.accelerator.process_index, num_processes=stage.accelerator.num_processes,
-        gather=lambda scores: stage.accelerator.gather(scores.to(stage.accelerator.device)).cpu(),
+        gather=stage.gather,
     )  # fmt: skip
-    stage.align(nft, state=nft)  # the policy that samples, and what it sampled, go into the checkpoints
+    # The policy that samples, and what it sampled, go into the checkpoints.
+    stage.align(nft, samples=config.groups, state=nft)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

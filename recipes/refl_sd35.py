@@ -49,7 +49,7 @@ def align(settled: Settled[ReflRun]) -> None:
     elif refl.pretrain_weight > 0:
         method.pictures = method.reference_samples(refl.pretrain_samples)
 
-    stage.align(method)
+    stage.align(method, samples=refl.batch_size * settled.run.loop.accumulate)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

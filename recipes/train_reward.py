@@ -83,6 +83,7 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     from dinalrm_align.backbones.sd3 import load_transformer
     from dinalrm_align.benchmarks.pairwise import merge, metrics, pairwise_tallies, write_report
     from dinalrm_align.checkpoint import save_checkpoint
+    from dinalrm_align.data.pairs import PairBatch
     from dinalrm_align.data.source import Encoders, open_pairs
     from dinalrm_align.device import available_device
     from dinalrm_align.digest import fingerprint, text_digest
@@ -91,6 +92,8 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     from dinalrm_align.model import build_reward_model
     from dinalrm_align.noise import seeded_generator
     from dinalrm_align.preference import NoisedPairs, draw_levels, preference_step, score_batch
+    from dinalrm_align.processes import waiting
+    from dinalrm_align.sharding import shard_base, sharding_asked
 
     # ------------------------------------------------------------------------------------- where: device and folder
     if config.device != "auto":
@@ -101,6 +104,7 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     accelerator = Accelerator(
         cpu=not on_gpu,
         mixed_precision="bf16" if on_gpu and dtype != "float32" else "no",
+        kwargs_handlers=[waiting(config.loop.timeout)],
         **tracker_options(config.tracker, run),
     )
     set_seed(config.seed % 2**31, device_specific=True)  # of dropout and all else that draws globally
@@ -148,6 +152,8 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     del transformer  # and with it the blocks that the reward does not use
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if sharded := sharding_asked():  # FSDP: the frozen backbone is spread over the processes
+        shard_base(accelerator, None, [model.trunk])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     of_head = {name: p for name, p in parameters.items() if name.startswith("head.")}
     of_lora = [p for name, p in parameters.items() if name not in of_head]
@@ -157,7 +163,9 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     # ------------------------------------------------------------------------------------------------- how: one update
     def batch_at(micro_step: int) -> NoisedPairs:
         batch = pairs.batch_at(micro_step, rank, world).to(device)
-        return draw_levels(batch, config.train_sigma, seeded_generator(config.seed, micro_step, rank))
+        first = (micro_step * world + rank) * config.batch_size  # the number of a group decides what is drawn for it
+        generators = [seeded_generator(config.seed, first + group) for group in range(batch.num_groups)]
+        return draw_levels(batch, config.train_sigma, generators)
 
     def step(drawn: NoisedPairs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return preference_step(model.train(), drawn, config.loss)
@@ -165,11 +173,15 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     def evaluate(at: int) -> dict[str, float]:
         """Accuracy on the held-out pairs: accuracy.json, per_concept.md, accuracy_vs_sigma.png."""
         model.eval()
+
+        def score(batch: PairBatch, level: tuple[float, ...], noise: torch.Tensor) -> torch.Tensor:
+            return score_batch(model, batch, level, noise)
+
+        levels, left_over = config.accuracy.levels(), len(judged) % world
         with accelerator.autocast():
-            part = pairwise_tallies(
-                lambda batch, level, noise: score_batch(model, batch, level, noise),
-                judged, config.accuracy.levels(), seed=config.accuracy.seed, rank=rank, world=world,
-            )  # fmt: skip
+            part = pairwise_tallies(score, judged, levels, seed=config.accuracy.seed, rank=rank, world=world)
+            if sharded and 0 < left_over <= rank:
+                pairwise_tallies(score, [judged[0]], levels)  # for nothing: all processes call the backbone as often
         tallies = merge(gather_object([part]))
         if accelerator.is_main_process:
             write_report(tallies, run, title=f"update {at}")
@@ -188,10 +200,12 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
         optimizer=adamw(groups, config.optim),
         batch_at=batch_at,
         step=step,
+        count_of=lambda drawn: drawn.count,
         accelerator=accelerator,
         output_dir=run,
         hooks=[Hook(config.accuracy.every, evaluate, at_start=False), Hook(0, export, at_start=False)],
         identity=identity,
+        samples=config.batch_size * config.loop.accumulate * world,
         resume=checkpoint,
         resume_command=f"python recipes/train_reward.py --resume {run}",
         shown=("loss", "train_accuracy", "grad_norm"),

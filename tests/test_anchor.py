@@ -10,11 +10,11 @@ from dinalrm_align.align.anchor import AnchoredReward, matching_scale, terms
 from dinalrm_align.config.anchor import AnchorConfig
 
 
-def reward(latents: Tensor, *, prompts, sigma=None, generator=None) -> Tensor:
-    return latents.mean(dim=(1, 2, 3)) + (0 if generator is None else torch.rand(len(latents), generator=generator))
+def reward(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
+    return latents.mean(dim=(1, 2, 3)) + (0 if noise is None else noise.mean(dim=(1, 2, 3)))
 
 
-def anchor(latents: Tensor, *, prompts, sigma=None, generator=None) -> Tensor:
+def anchor(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
     return latents.square().mean(dim=(1, 2, 3))
 
 
@@ -51,7 +51,7 @@ def test_refl_climbs_the_sum_and_records_both(refl_method):
 
 
 def test_the_rewards_noise_is_the_same_with_and_without_the_anchor(refl_method):
-    """Micro-step 4 is anchored, and draws from its generator what it draws without an anchor."""
+    """Micro-step 4 is anchored, and read with the noise that is drawn without an anchor."""
     alone, mixed = (dataclasses.replace(refl_method, reward=r) for r in (reward, anchored()))
     scores = [method.step(method.batch_at(4))[1]["reward"] for method in (alone, mixed)]
     assert torch.equal(*scores)

@@ -267,7 +267,9 @@ def train_reward(folder, transformer, seed):
         optim,
         parameters=parameters,
         optimizer=adamw([{"params": list(parameters.values())}], optim),
-        batch_at=lambda at: draw_levels(pair_batch(transformer, at), SigmaConfig(), seeded_generator(seed, at)),
+        batch_at=lambda at: draw_levels(
+            pair_batch(transformer, at), SigmaConfig(), [seeded_generator(seed, at, group) for group in range(2)]
+        ),
         step=lambda drawn: preference_step(model.train(), drawn, LossConfig()),
         accelerator=Accelerator(cpu=True),
         output_dir=folder,

@@ -58,8 +58,6 @@ def test_advantages_by_hand():
     assert surrogate.group_advantages(scores, "global", 0.0).flatten().tolist() == pytest.approx(
         [-1 / 5.7228, 1 / 5.7228, -2 / 5.7228, 2 / 5.7228], rel=1e-4
     )
-    everyone = torch.tensor([0.0, 20.0])
-    assert surrogate.group_advantages(scores, "global", 0.0, everyone)[0, 1].item() == pytest.approx(0.1)
     with pytest.raises(ValueError, match="unknown advantage_std 'batch'; known: group, global"):
         surrogate.group_advantages(scores, "batch", 0.0)
 
@@ -124,13 +122,24 @@ def test_a_rollout_is_spent_in_order():
     assert places[5] == Place(0, 1, 0, 1) and not places[5].begins
     assert [place.in_first_update for place in places] == [True, True] + 6 * [False] + [True]
     assert [spending.ends(place) for place in places] == 7 * [False] + [True, False]
-    rows = torch.tensor([2, 3, 5, 7, 11])
+    rows, groups = torch.tensor([2, 3, 5, 7, 11, 13, 17, 19]), torch.tensor([0, 0, 0, 0, 3, 3, 3, 3])
     for epoch in range(2):
-        shares = [spending.share(rows, 3, place, 1) for place in places[4 * epoch : 4 * epoch + 4]]
-        pairs = [pair for one, two, _ in shares for pair in zip(one.tolist(), two.tolist(), strict=True)]
+        shares = [spending.share(rows, groups, 3, place, 1) for place in places[4 * epoch : 4 * epoch + 4]]
+        pairs = [pair for one, two in shares for pair in zip(one.tolist(), two.tolist(), strict=True)]
         assert sorted(pairs) == [(row, column) for row in rows.tolist() for column in range(3)]
-        assert [total for *_, total in shares] == [6, 6, 9, 9]
-    assert spending.share(rows[:0], 3, places[0], 1)[2] == 0
+        assert [len(one) for one, _ in shares] == [6, 6, 6, 6]
+        updates = [{row for one, _ in shares[update : update + 2] for row in one.tolist()} for update in (0, 2)]
+        assert all(sum(row < 10 for row in update) == len(update) / 2 == 2 for update in updates)
+    assert len(spending.share(rows[:0], groups[:0], 3, places[0], 1)[0]) == 0
+
+
+def test_what_an_update_holds_of_a_group_does_not_depend_on_who_holds_the_others():
+    """Groups 0 to 3 of 3 samples in 2 updates: the odd one goes to the first update of two of them."""
+    spending, rows = Spending(epochs=1, minibatches=2, accumulate=1), torch.arange(12)
+    updates = [spending.share(rows, rows // 3, 1, spending.place(update), 1)[0] for update in range(2)]
+    for update, together in enumerate(updates):
+        apart = [spending.share(part, part // 3, 1, spending.place(update), 1)[0] for part in rows.split(6)]
+        assert torch.equal(torch.cat(apart), together) and len(together) == 6
 
 
 # ----------------------------------------------------------------------------- invariants
@@ -196,7 +205,8 @@ def test_groups_of_equal_scores_give_no_gradient(method):
         batch = one.batch_at(0)
         loss, metrics = one.step(batch)
         assert metrics["dropped_groups"] == dropped
-        assert set(batch.conditions.prompts) == ({first} if dropped < 1 else set())
+        assert (set(batch.conditions.prompts), batch.count) == ({first}, 6) if dropped < 1 else batch.count == 0
+        loss = loss * batch.count
         gradients = torch.autograd.grad(loss, list(method.policy.parameters.values()), allow_unused=True)
         size = sum(float(g.abs().sum()) for g in gradients if g is not None)
         assert (size > 0) == (dropped < 1)
@@ -219,7 +229,7 @@ def test_the_score_inside_is_the_score_outside(method, tiny_world, tiny_pipeline
             reward(
                 final,
                 chosen.prompts,
-                noise=seeded_noise(SHAPE, [seeded_generator(REWARDS, 3, 4, 0, i // 3, draw) for i in range(6)]),
+                noise=seeded_noise(SHAPE, [seeded_generator(REWARDS, 3, 4, i // 3, draw) for i in range(6)]),
             )
             for draw in range(2)
         ]).mean(dim=0)  # fmt: skip

@@ -7,10 +7,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinalrm_align"
 
 LAYERS: list[set[str]] = [
-    {"config", "files", "durable", "seal", "metrics"},
+    {"config", "files", "durable", "seal", "metrics", "processes"},
     {"digest", "noise", "losses", "cost", "sampling", "sde", "resume", "device", "intervals", "figures", "tracking"},
-    {"backbones", "head", "encode", "policy", "checkpoint", "loop", "report", "head_to_head", "compare", "data"},
-    {"model", "pixel", "inputs"},
+    {
+        "backbones",
+        "head",
+        "encode",
+        "policy",
+        "checkpoint",
+        "loop",
+        "report",
+        "head_to_head",
+        "compare",
+        "data",
+        "sharding",
+    },
+    {"model", "pixel", "inputs", "sharding"},
     {"reward", "preference", "models", "shapes", "benchmarks", "functions", "reward_sum", "rewards"},
     {"align"},
 ]

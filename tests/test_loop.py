@@ -30,6 +30,9 @@ class Memory:
     def state_tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean}
 
+    def is_common(self) -> bool:
+        return True
+
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.mean = tensors["mean"]
 

@@ -15,7 +15,7 @@ from dinalrm_align.sampling import rollout, seeded_noise
 SHAPE = (16, 8, 8)
 
 
-def brightness(latents: Tensor, *, prompts, sigma=None, generator=None) -> Tensor:
+def brightness(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
     """A reward that any policy can learn: the mean of the latents."""
     return latents.mean(dim=(1, 2, 3))
 
@@ -79,8 +79,8 @@ def test_flow_matching_loss_vanishes_for_the_true_velocity():
     def truth(x: Tensor, sigma: Tensor) -> Tensor:  # noise - x0, from x = (1 - sigma) x0 + sigma noise
         return (x - latents) / sigma.view(-1, 1, 1, 1)
 
-    assert refl.flow_matching_loss(truth, latents, seeded_generator(1)).item() == pytest.approx(0, abs=1e-8)
-    expected = refl.flow_matching_loss(lambda x, s: torch.zeros_like(x), latents, seeded_generator(1))
+    assert refl.flow_matching_loss(truth, latents, [seeded_generator(1)] * 4).item() == pytest.approx(0, abs=1e-8)
+    expected = refl.flow_matching_loss(lambda x, s: torch.zeros_like(x), latents, [seeded_generator(1)] * 4)
     assert expected.item() == pytest.approx(1 + latents.square().mean().item(), rel=0.5)
 
 
@@ -139,11 +139,12 @@ def test_kl_is_zero_at_the_reference_and_pulls_back_from_elsewhere(method):
     torch.testing.assert_close(loss - plain, 10 * metrics["kl"])
 
 
-def test_the_reward_is_told_its_level_and_a_seeded_generator(method):
+def test_the_reward_is_told_its_level_and_seeded_noise(method):
     seen: list[tuple[object, float]] = []
 
-    def reward(latents: Tensor, *, prompts, sigma, generator) -> Tensor:
-        seen.append((sigma, torch.rand(1, generator=generator).item()))
+    def reward(latents: Tensor, *, prompts, sigma, noise) -> Tensor:
+        assert noise.shape == latents.shape and not torch.equal(noise[0], noise[1])
+        seen.append((sigma, noise.mean().item()))
         return latents.mean(dim=(1, 2, 3))
 
     fixed = dataclasses.replace(changed(method, reward_sigma=[0.2, 0.5]), reward=reward)
@@ -275,7 +276,7 @@ def test_relatives_are_pure_and_raise_the_reward(method, values):
 def test_relatives_score_every_noising_with_its_prompt(method):
     seen: list[tuple[int, list[str]]] = []
 
-    def reward(latents: Tensor, *, prompts, sigma=None, generator=None) -> Tensor:
+    def reward(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
         seen.append((len(latents), list(prompts)))
         return latents.mean(dim=(1, 2, 3))
 
@@ -292,9 +293,9 @@ def test_finished_samples_are_noised_anew(method):
     """draft_lv and direct_align begin with the whole rollout, drtune with the first step that it trains."""
     noise = changed(method, variant="draft_lv").batch_at(0)
     whole = method.velocity_for(noise.conditions, method.guidance_scale)
-    generator = seeded_generator(method.seed, 0, 0)
+    generators = [seeded_generator(method.seed, number, refl.SAMPLES) for number in range(2)]
     with torch.no_grad():
-        samples = rollout(whole, seeded_noise(SHAPE, [generator] * 2), method.sigmas)
+        samples = rollout(whole, seeded_noise(SHAPE, generators), method.sigmas)
     assert torch.equal(noise.latents, samples)
     assert torch.equal(changed(method, variant="direct_align").batch_at(0).latents, samples)
     tuned = changed(method, variant="drtune", earliest=1.0, grad_steps=2).batch_at(0)

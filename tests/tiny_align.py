@@ -45,14 +45,16 @@ def move(policy: Policy, scale: float = 0.05, seed: int = 5) -> None:
 def gradient_of(method, first: int, count: int) -> Tensor:
     """The gradient that `count` micro-steps from `first` on sum up to, as `loop.fit` averages them."""
     parameters = list(method.policy.parameters.values())
-    total = torch.zeros(sum(p.numel() for p in parameters))
+    total, items = torch.zeros(sum(p.numel() for p in parameters)), 0
     for micro_step in range(first, first + count):
-        loss, _ = method.step(method.batch_at(micro_step))
-        parts = torch.autograd.grad(loss / count, parameters, allow_unused=True)
+        batch = method.batch_at(micro_step)
+        items += batch.count
+        loss, _ = method.step(batch)
+        parts = torch.autograd.grad(loss * batch.count, parameters, allow_unused=True)
         total += torch.cat(
             [
                 torch.zeros_like(p).flatten() if g is None else g.flatten()
                 for p, g in zip(parameters, parts, strict=True)
             ]
         )
-    return total
+    return total / max(items, 1)

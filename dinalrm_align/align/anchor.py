@@ -17,7 +17,7 @@ from torch import Tensor
 from dinalrm_align.config.anchor import AnchorConfig
 
 Reward = Callable[..., Tensor]
-"""reward(latents (B, C, H, W), prompts=..., sigma=..., generator=...) -> (B,), differentiable: a LatentReward, a
+"""reward(latents (B, C, H, W), prompts=..., sigma=..., noise=...) -> (B,), differentiable: a LatentReward, a
 ClipReward."""
 Terms = dict[str, tuple[float, Reward]]
 """name -> (weight, reward)"""

@@ -81,6 +81,11 @@ class DpoBatch:
     sigma: Tensor
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def count(self) -> int:
+        """N, what its mean is over."""
+        return len(self.pairs.chosen)
+
 
 def noised_pairs(
     pairs: PairBatch,
@@ -170,7 +175,7 @@ class OfflineDpo:
         return self.policy.velocity_for(conditions, guidance_scale, self.negative)
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """This micro-step's pairs, noised; a pure function of it, seed and rank."""
+        """This micro-step's pairs, noised: a pure function of it, seed and this process's place."""
         with self.meter.phase("data"):
             pairs = self.pairs.batch_at(micro_step, self.rank, self.num_processes).to(self.policy.device)
             first = (micro_step * self.num_processes + self.rank) * pairs.num_groups
@@ -225,8 +230,8 @@ class OnlineDpo:
         return self.policy.reference() if self._reference is None else self.policy.with_weights(self._reference)
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """This micro-step's samples, the best and the worst of each prompt noised; a pure function of it, seed, rank,
-        weights and reference, which is refreshed here when its time has come.
+        """This micro-step's samples, the best and the worst of each prompt noised: a pure function of it, seed,
+        weights, this process's place and the reference, which is refreshed here when its time has come.
         """
         config, device = self.config, self.policy.device
         self._refresh(micro_step)
@@ -271,6 +276,10 @@ class OnlineDpo:
     def state_tensors(self) -> dict[str, Tensor]:
         """The refreshed reference; nothing where the reference is the base model."""
         return {REFERENCE + name: tensor for name, tensor in (self._reference or {}).items()}
+
+    def is_common(self) -> bool:
+        """Always: the reference is one for all processes."""
+        return True
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state_tensors` gave. ValueError when it is not the reference of such a policy."""

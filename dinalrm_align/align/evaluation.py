@@ -45,7 +45,7 @@ class HeldOut:
     velocity_for: (conditions, guidance_scale) -> a velocity under the present weights. conditions: one per sample, on
     any device. decode: latents -> images (B, 3, H, W) in [0, 1]. reward: as in `align.refl`. gold: judges pictures.
     judges: others beside it, by name; their scores are called gold/NAME. probes: what else to measure of every sample
-    (`align.watch`).
+    (`align.watch`). in_step: let all processes sample equally often, a batch for nothing where one is missing.
     """
 
     velocity_for: Callable[[Conditions, float], Velocity]
@@ -61,6 +61,7 @@ class HeldOut:
     output_dir: Path
     judges: Mapping[str, Judge] = field(default_factory=dict)
     probes: Sequence[Probe] = ()
+    in_step: bool = False
 
     def __post_init__(self) -> None:
         first = self._folder / "000000.json"
@@ -93,9 +94,12 @@ class HeldOut:
         grid_<step>.png. Returns means and standard errors of proxy and gold, the gain of gold over step 0, and the mean
         of what other judges and probes found.
         """
-        size, rank = self.config.batch_size, self.accelerator.process_index
-        starts = range(0, len(self.conditions), size)[rank :: self.accelerator.num_processes]
-        judged = gather_object([sample for start in starts for sample in self._batch(start)])
+        size, rank, world = self.config.batch_size, self.accelerator.process_index, self.accelerator.num_processes
+        starts = range(0, len(self.conditions), size)
+        mine = [sample for start in starts[rank::world] for sample in self._batch(start)]
+        if self.in_step and len(starts) % world and rank >= len(starts) % world:
+            self._batch(0)
+        judged = gather_object(mine)
         judged.sort(key=lambda sample: sample[0])
         scores = {name: [values[name] for _, values, _ in judged] for name in judged[0][1]}
         if self.accelerator.is_main_process:

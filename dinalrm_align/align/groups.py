@@ -42,8 +42,8 @@ class GroupConfig(Protocol):
 
 @dataclass(frozen=True)
 class Judged:
-    """advantages (N,) float32, clipped; kept (N,) bool, false where all scores of the group are the same; statistics
-    by name, those of `STATISTICS`, NaN where not measured.
+    """Of the N samples of one process: advantages (N,) float32, clipped; kept (N,) bool, false where all scores of the
+    group are the same. Of all processes: statistics by name, those of `STATISTICS`, NaN where not measured.
     """
 
     advantages: Tensor
@@ -89,18 +89,21 @@ def judge_groups(
     weights: Mapping[str, float],
     config: GroupConfig,
     gather: Callable[[Tensor], Tensor],
+    rank: int = 0,
 ) -> Judged:
     """Advantages of N samples, the groups one after another: the weighted sum of those by each part.
 
-    scores: (draws, N) by part. gather: (groups, group_size) of this process -> the same of all processes.
+    scores: (draws, N) by part, of process `rank`. gather: (N, draws) of this process -> those of all, in their order.
+    What is worked out is worked out of all of them.
     """
     if scores.keys() != weights.keys():
         raise ValueError(f"the reward has the parts {sorted(scores)}, its weights are for {sorted(weights)}")
+    count = next(iter(scores.values())).shape[1]
+    scores = {name: gather(draws.T.contiguous()).T for name, draws in scores.items()}
     advantages, varied = 0.0, False
     for name, draws in scores.items():
         grouped = draws.mean(dim=0).view(-1, config.group_size)
-        everyone = gather(grouped) if config.advantage_std == "global" else None
-        own = group_advantages(grouped, config.advantage_std, config.advantage_floor, everyone)
+        own = group_advantages(grouped, config.advantage_std, config.advantage_floor)
         advantages = advantages + weights[name] * own
         varied = varied | (grouped.std(dim=1, correction=0) > NO_SPREAD)
     advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip).float().flatten()
@@ -115,4 +118,5 @@ def judge_groups(
         advantages.abs().mean().item(),
     )
     kept = varied.repeat_interleave(config.group_size)
-    return Judged(advantages, kept, dict(zip(STATISTICS, values, strict=True)))
+    own = slice(rank * count, (rank + 1) * count)
+    return Judged(advantages[own], kept[own], dict(zip(STATISTICS, values, strict=True)))

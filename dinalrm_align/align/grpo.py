@@ -91,7 +91,7 @@ class Rollout:
 class GrpoBatch:
     """n samples at n steps: `rows` of the rollout, `columns` of its window; and what is kept of them, on the device.
 
-    weight: what their losses are summed with, so that the micro-steps of an update average to its mean.
+    count: n; 0 where nothing was left to be trained on and one sample stands in, so that every process computes.
     """
 
     place: Place
@@ -102,7 +102,7 @@ class GrpoBatch:
     old_log_prob: Tensor
     old_mean: Tensor
     advantage: Tensor
-    weight: float
+    count: int
     statistics: dict[str, float]
 
 
@@ -113,7 +113,7 @@ class Grpo:
     policy, reward: on one device, the reward frozen. sigmas: of the rollout (`sde.named_sigmas`). conditions: those of
     all training prompts, on any device. negative: of one empty prompt. latent_shape: (C, H, W). accumulate: micro-steps
     per update, as the loop is told. parts and weights, for advantage_of "parts": the scores a weighted sum is made of.
-    gather: scores of this process -> those of all, for the global standard deviation.
+    gather: a tensor (N, ...) of this process -> those of all, one after another.
     """
 
     policy: Policy
@@ -137,6 +137,7 @@ class Grpo:
     def __post_init__(self) -> None:
         config = self.config
         self.spending = Spending(config.epochs, config.minibatches, self.accumulate)
+        self.first = self.rank * config.groups * config.group_size  # the number of this process's first sample
         trained_steps(config, len(self.sigmas) - 1, 0, seeded_generator(0))
         self._parts, self._weights = as_parts(self.reward), {"reward": 1.0}
         if config.advantage_of == "parts":
@@ -153,7 +154,10 @@ class Grpo:
     # ------------------------------------------------------------------------- the rollout
 
     def roll_out(self, number: int) -> Rollout:
-        """Rollout `number`, without gradient; a pure function of it, seed, rank and weights."""
+        """Rollout `number`, without gradient: a pure function of it, seed, weights and this process's place.
+
+        Sample n of all processes is the same however many they are.
+        """
         config = self.config
         chosen = prompt_indices(
             len(self.conditions), config.groups, number, seed=self.seed, rank=self.rank,
@@ -172,7 +176,7 @@ class Grpo:
             parts.append(tuple(kept))
         latents, log_probs, means = (torch.cat(column) for column in zip(*parts, strict=True))
         together = {name: torch.cat([part[name] for part in scores], dim=1) for name in scores[0]}
-        judged = judge_groups(together, self._weights, config, self.gather)
+        judged = judge_groups(together, self._weights, config, self.gather, self.rank)
         statistics = torch.tensor([{**judged.statistics, "window_start": window.start}[name] for name in RECORDED])
         return Rollout(
             number, window.start, indices, latents, log_probs, means, judged.advantages, judged.kept, statistics
@@ -187,7 +191,7 @@ class Grpo:
         (B, W + 1, C, H, W), their log-probabilities (B, W), and the means.
         """
         config = self.config
-        generators = [seeded_generator(PATHS, self.seed, number, self.rank, sample) for sample in samples]
+        generators = [seeded_generator(PATHS, self.seed, number, self.first + sample) for sample in samples]
         latents = self._before(number, samples, conditions, generators, window.start)
         velocity = self.velocity_for(conditions, self.guidance_scale)
         states, log_probs, means = [latents], [], []
@@ -215,17 +219,17 @@ class Grpo:
         if not self.config.shared_start:
             noise = seeded_noise(self.latent_shape, generators).to(device)
             return rollout(self.velocity_for(conditions, self.guidance_scale), noise, self.sigmas[: steps + 1])
-        groups = [sample // self.config.group_size for sample in samples]
+        groups = [(self.first + sample) // self.config.group_size for sample in samples]
         firsts = {group: place for place, group in reversed(list(enumerate(groups)))}  # where each group begins
         ordered = sorted(firsts)
-        starts = [seeded_generator(STARTS, self.seed, number, self.rank, group) for group in ordered]
+        starts = [seeded_generator(STARTS, self.seed, number, group) for group in ordered]
         noise = seeded_noise(self.latent_shape, starts).to(device)
         velocity = self.velocity_for(conditions.take([firsts[group] for group in ordered]), self.guidance_scale)
         return rollout(velocity, noise, self.sigmas[: steps + 1])[[ordered.index(group) for group in groups]]
 
     def scores(self, number: int, samples: Sequence[int], latents: Tensor, conditions: Conditions) -> dict[str, Tensor]:
         """Scores of final latents, by part and draw: (draws, B). samples: their places in the rollout."""
-        keys = [(self.seed, number, self.rank, sample // self.config.group_size) for sample in samples]
+        keys = [(self.seed, number, (self.first + sample) // self.config.group_size) for sample in samples]
         return group_scores(self._parts, latents, conditions.prompts, keys, self.config)
 
     # ------------------------------------------------------------------------- the update
@@ -247,8 +251,12 @@ class Grpo:
         if self.spending.ends(place):
             self.pending = None
         width = pending.log_probs.shape[1]
-        rows, columns, total = self.spending.share(pending.kept.nonzero().flatten(), width, place, self.seed, self.rank)
-        device = self.policy.device
+        kept = pending.kept.nonzero().flatten()
+        groups = (self.first + kept) // self.config.group_size
+        rows, columns = self.spending.share(kept, groups, width, place, self.seed)
+        count, device = len(rows), self.policy.device
+        if count == 0:
+            rows, columns = torch.zeros(2, 1, dtype=torch.long)
         statistics = dict(zip(RECORDED, pending.statistics.tolist(), strict=True))
         return GrpoBatch(
             place=place,
@@ -259,12 +267,12 @@ class Grpo:
             old_log_prob=pending.log_probs[rows, columns].to(device),
             old_mean=(pending.means[rows, columns] if self.config.guard else pending.means[rows]).to(device),
             advantage=pending.advantages[rows].to(device),
-            weight=self.accumulate / max(total, 1),
+            count=count,
             statistics={name: value for name, value in statistics.items() if value == value},
         )
 
     def step(self, batch: GrpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss, differentiable in the policy's LoRA, and what to record.
+        """The mean loss of the batch, differentiable in the policy's LoRA, and what to record.
 
         kl: mean square of velocity less the reference's, which compares with other methods'; step_kl: the one in the
         loss (`kl_form`). ratio_spread: mean distance of the ratios from 1; clipped: share of them beyond the clip
@@ -272,9 +280,6 @@ class Grpo:
         a rollout is not 1.
         """
         config = self.config
-        if len(batch.steps) == 0:  # every group of this update was dropped, or there are fewer samples than micro-steps
-            zero = torch.zeros((), device=self.policy.device, requires_grad=True)
-            return zero, {"kl": 0.0, "step_kl": 0.0, "ratio_spread": 0.0, "clipped": 0.0, **batch.statistics}
         with self.meter.phase("policy"):
             velocity = self.velocity_for(batch.conditions, self.guidance_scale)
             levels = levels_at(self.sigmas, batch.steps, batch.latents.device)
@@ -305,8 +310,7 @@ class Grpo:
             "ratio_spread": moved,
             "clipped": (moved > config.clip_range).float(),
         }
-        metrics = {name: batch.weight * values.detach().sum() for name, values in means.items()}
-        return batch.weight * loss.sum(), {**metrics, **batch.statistics}
+        return loss.mean(), {**{name: values.detach().mean() for name, values in means.items()}, **batch.statistics}
 
     def _check_ratio(self, ratio: Tensor, rollout: int) -> None:
         worst = (ratio.detach() - 1).abs().max().item()
@@ -326,6 +330,10 @@ class Grpo:
             return {}
         values = {name.name: vars(self.pending)[name.name] for name in dataclasses.fields(Rollout)}
         return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
+
+    def is_common(self) -> bool:
+        """Whether no rollout is being spent, of which each process has its share."""
+        return self.pending is None
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `state_tensors` gave. ValueError when it is not a rollout of these settings."""

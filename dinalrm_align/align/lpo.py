@@ -80,11 +80,13 @@ def step_preference_loss(
 class Pairs:
     """P pairs from a rollout's trajectories, on the CPU, until they are spent.
 
-    indices (P,): of the prompts. steps (P,): of the schedule. latents, chosen, rejected (P, C, H, W): the state and two
-    of its candidates, float32. statistics: of `STATISTICS`.
+    samples (P,): the trajectories, numbered over all processes. indices (P,): of the prompts. steps (P,): of the
+    schedule. latents, chosen, rejected (P, C, H, W): the state and two of its candidates, float32. statistics: of
+    `STATISTICS`, over all processes.
     """
 
     number: int
+    samples: Tensor
     indices: Tensor
     steps: Tensor
     latents: Tensor
@@ -95,7 +97,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class LpoBatch:
-    """n pairs on the device; weight: what their losses are summed with."""
+    """n pairs on the device; count: n, or 0 where one stands in for none."""
 
     place: Place
     conditions: Conditions
@@ -103,7 +105,7 @@ class LpoBatch:
     latents: Tensor
     chosen: Tensor
     rejected: Tensor
-    weight: float
+    count: int
     statistics: dict[str, float]
 
 
@@ -113,7 +115,8 @@ class Lpo:
 
     policy, and the reward behind score_noisy: on one device, the reward frozen. sigmas: of the rollout
     (`sde.named_sigmas`). conditions: those of all training prompts, on any device. negative: of one empty prompt.
-    latent_shape: (C, H, W). accumulate: micro-steps per update, as the loop is told.
+    latent_shape: (C, H, W). accumulate: micro-steps per update, as the loop is told. gather: a tensor (N, ...) of this
+    process -> those of all, one after another.
     """
 
     policy: Policy
@@ -129,11 +132,13 @@ class Lpo:
     accumulate: int = 1
     rank: int = 0
     num_processes: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda values: values
     pending: Pairs | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         config, last = self.config, len(self.sigmas) - 2
         self.spending = Spending(config.epochs, config.minibatches, self.accumulate)
+        self.first = self.rank * config.batch_size  # the number of this process's first trajectory
         self.steps = range(*(config.steps or (0, last)))
         if self.steps.stop > last:
             raise ValueError(
@@ -155,7 +160,9 @@ class Lpo:
     # ------------------------------------------------------------------------- the rollout
 
     def roll_out(self, number: int) -> Pairs:
-        """The pairs of rollout `number`, without gradient; a pure function of it, seed, rank and weights."""
+        """The pairs of rollout `number`, without gradient: a pure function of it, seed, weights and this process's
+        place. Trajectory n of all processes is the same however many they are.
+        """
         config = self.config
         indices = torch.tensor(prompt_indices(
             len(self.conditions), config.batch_size, number, seed=self.seed, rank=self.rank,
@@ -168,8 +175,9 @@ class Lpo:
             found += pairs
             seen += judged
         columns = [torch.cat(column) for column in zip(*found, strict=True)]
-        kept, scores, clearness = (torch.cat(column) for column in zip(*seen, strict=True))
-        statistics = [scores.mean(), kept.sum(), kept.double().mean(), clearness.mean()]
+        judged = torch.stack([torch.cat(column).double() for column in zip(*seen, strict=True)], dim=1)
+        kept, scores, clearness = self.gather(judged).unbind(dim=1)
+        statistics = [scores.mean(), kept.sum(), kept.mean(), clearness.mean()]
         return Pairs(number, *columns, torch.tensor([float(value) for value in statistics]))
 
     @torch.no_grad()
@@ -178,13 +186,14 @@ class Lpo:
     ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
         """Follow one trajectory per sample; samples: their places in the rollout, indices: of their prompts.
 
-        Returns, for every step of `steps`, the columns of `Pairs` from indices to rejected; and kept (B,) bool,
+        Returns, for every step of `steps`, the columns of `Pairs` from samples to rejected; and kept (B,) bool,
         the mean score of each state's candidates (B,) and how clear its preference was (B,). All on the CPU.
         """
         config, device, count = self.config, self.policy.device, self.config.candidates
         conditions = self.conditions.take(indices.tolist(), device)
         velocity = self.velocity_for(conditions, self.guidance_scale)
-        generators = [seeded_generator(PATHS, self.seed, number, self.rank, sample) for sample in samples]
+        numbers = self.first + torch.tensor(samples)
+        generators = [seeded_generator(PATHS, self.seed, number, trajectory) for trajectory in numbers.tolist()]
         latents = seeded_noise(self.latent_shape, generators).to(device)
         pairs, judged = [], []
         for index, (sigma, sigma_next) in enumerate(zip(self.sigmas[:-1], self.sigmas[1:], strict=True)):
@@ -207,6 +216,7 @@ class Lpo:
             rows = kept.nonzero().flatten()
             at = rows.to(device)
             pairs.append((
+                numbers[rows],
                 indices[rows],
                 torch.full((len(rows),), index),
                 latents[at].cpu(),
@@ -236,8 +246,10 @@ class Lpo:
             )
         if self.spending.ends(place):
             self.pending = None
-        rows, _, total = self.spending.share(torch.arange(len(pairs.steps)), 1, place, self.seed, self.rank)
-        device = self.policy.device
+        rows, _ = self.spending.share(torch.arange(len(pairs.steps)), pairs.samples, 1, place, self.seed)
+        count, device = len(rows), self.policy.device
+        if count == 0:  # no preference was clear, or there are fewer pairs than micro-steps
+            return self._blank(place, pairs.statistics)
         return LpoBatch(
             place=place,
             conditions=self.conditions.take(pairs.indices[rows].tolist(), device),
@@ -245,21 +257,26 @@ class Lpo:
             latents=pairs.latents[rows].to(device),
             chosen=pairs.chosen[rows].to(device),
             rejected=pairs.rejected[rows].to(device),
-            weight=self.accumulate / max(total, 1),
+            count=count,
             statistics=dict(zip(STATISTICS, pairs.statistics.tolist(), strict=True)),
         )
 
+    def _blank(self, place: Place, statistics: Tensor) -> LpoBatch:
+        """A pair that counts for nothing, for a process that has none: every process computes."""
+        latents = torch.zeros(1, *self.latent_shape, device=self.policy.device)
+        return LpoBatch(
+            place, self.conditions.take([0], self.policy.device), torch.tensor([self.steps.start]), latents, latents,
+            latents, 0, dict(zip(STATISTICS, statistics.tolist(), strict=True)),
+        )  # fmt: skip
+
     def step(self, batch: LpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss, differentiable in the policy's LoRA, and what to record.
+        """The mean loss of the batch, differentiable in the policy's LoRA, and what to record.
 
         accuracy: share of pairs whose better one the policy favours more than the reference does. clipped: share of
         candidates that no longer count. kl: mean square of the velocities' difference. reward: mean score of all
         candidates, at their levels. preference: how clear the pairs were before any was left out.
         """
         config = self.config
-        if len(batch.steps) == 0:  # no preference was clear, or there are fewer pairs than micro-steps
-            zero = torch.zeros((), device=self.policy.device, requires_grad=True)
-            return zero, {"kl": 0.0, "accuracy": 0.0, "clipped": 0.0, **batch.statistics}
         with self.meter.phase("policy"):
             velocity = self.velocity_for(batch.conditions, self.guidance_scale)
             levels = levels_at(self.sigmas, batch.steps, batch.latents.device)
@@ -280,8 +297,7 @@ class Lpo:
             "accuracy": (chosen > rejected).float(),
             "clipped": ((ratios - 1).abs() > config.clip_range).float().mean(dim=0),
         }
-        metrics = {name: batch.weight * values.sum() for name, values in means.items()}
-        return batch.weight * loss.sum(), {**metrics, **batch.statistics}
+        return loss.mean(), {**{name: values.mean() for name, values in means.items()}, **batch.statistics}
 
     # ------------------------------------------------------------------------- what a resumed run needs
 
@@ -291,6 +307,10 @@ class Lpo:
             return {}
         values = {name.name: vars(self.pending)[name.name] for name in dataclasses.fields(Pairs)}
         return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
+
+    def is_common(self) -> bool:
+        """Whether no rollout is being spent, of which each process has its share."""
+        return self.pending is None
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `state_tensors` gave. ValueError when they are not pairs of these settings."""
@@ -303,8 +323,8 @@ class Lpo:
         count = len(tensors["steps"])
         state = (count, *self.latent_shape)
         expected = {
-            "number": (), "indices": (count,), "steps": (count,), "latents": state, "chosen": state, "rejected": state,
-            "statistics": (len(STATISTICS),),
+            "number": (), "samples": (count,), "indices": (count,), "steps": (count,), "latents": state,
+            "chosen": state, "rejected": state, "statistics": (len(STATISTICS),),
         }  # fmt: skip
         for name, shape in expected.items():
             if tuple(tensors[name].shape) != shape:

@@ -78,14 +78,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class NftBatch:
-    """n samples at n levels, on the device; weight: what their losses are summed with."""
+    """n samples at n levels, on the device; count: n, or 0 where one stands in for none."""
 
     conditions: Conditions
     sigma: Tensor
     latents: Tensor
     noise: Tensor
     good: Tensor
-    weight: float
+    count: int
     statistics: dict[str, float]
 
 
@@ -95,7 +95,7 @@ class Nft:
 
     policy, reward: on one device, the reward frozen. sigmas: of the rollout. conditions: those of all training prompts,
     on any device. negative: of one empty prompt. latent_shape: (C, H, W). accumulate: micro-steps per update, as the
-    loop is told. gather: scores of this process -> those of all, for the global standard deviation.
+    loop is told. gather: a tensor (N, ...) of this process -> those of all, one after another.
     """
 
     policy: Policy
@@ -117,6 +117,7 @@ class Nft:
     def __post_init__(self) -> None:
         config, steps = self.config, len(self.sigmas) - 1
         self.spending = Spending(config.epochs, config.minibatches, self.accumulate)
+        self.first = self.rank * config.groups * config.group_size  # the number of this process's first sample
         self.steps = range(int(config.earliest * steps), round(config.latest * steps))
         if len(self.steps) < config.levels:
             raise ValueError(
@@ -131,7 +132,9 @@ class Nft:
 
     @torch.no_grad()
     def roll_out(self, number: int) -> Samples:
-        """Rollout `number` of the sampling policy; a pure function of it, seed, rank and that policy's weights."""
+        """Rollout `number` of the sampling policy: a pure function of it, seed, that policy's weights and this
+        process's place. Sample n of all processes is the same however many they are.
+        """
         config, device = self.config, self.policy.device
         chosen = prompt_indices(
             len(self.conditions), config.groups, number, seed=self.seed, rank=self.rank,
@@ -142,15 +145,16 @@ class Nft:
         latents, scores = [], []
         for samples in torch.arange(len(indices)).split(config.sample_batch):
             conditions = self.conditions.take(indices[samples].tolist(), device)
-            generators = [seeded_generator(PATHS, self.seed, number, self.rank, i) for i in samples.tolist()]
+            places = (self.first + samples).tolist()
+            generators = [seeded_generator(PATHS, self.seed, number, place) for place in places]
             with self.meter.phase("rollout"), self.old.in_place():
                 noise = seeded_noise(self.latent_shape, generators).to(device)
                 final = rollout(self.velocity_for(conditions, self.guidance_scale), noise, self.sigmas)
             with self.meter.phase("reward"):
-                keys = [(self.seed, number, self.rank, i // config.group_size) for i in samples.tolist()]
+                keys = [(self.seed, number, place // config.group_size) for place in places]
                 scores.append(group_scores(parts, final, conditions.prompts, keys, config)["reward"])
             latents.append(final.cpu())
-        judged = judge_groups({"reward": torch.cat(scores, dim=1)}, {"reward": 1.0}, config, self.gather)
+        judged = judge_groups({"reward": torch.cat(scores, dim=1)}, {"reward": 1.0}, config, self.gather, self.rank)
         statistics = torch.tensor([judged.statistics[name] for name in STATISTICS])
         good = goodness(judged.advantages, config.advantage_clip)
         return Samples(number, indices, torch.cat(latents), good, judged.kept, statistics)
@@ -181,8 +185,12 @@ class Nft:
         if self.spending.ends(place):
             self.pending = None
         kept = pending.kept.nonzero().flatten()
-        rows, columns, total = self.spending.share(kept, config.levels, place, self.seed, self.rank)
-        keys = [(self.seed, place.rollout, self.rank, place.epoch, row) for row in rows.tolist()]
+        groups = (self.first + kept) // config.group_size
+        rows, columns = self.spending.share(kept, groups, config.levels, place, self.seed)
+        count = len(rows)
+        if count == 0:
+            rows, columns = torch.zeros(2, 1, dtype=torch.long)
+        keys = [(self.seed, place.rollout, place.epoch, row) for row in (self.first + rows).tolist()]
         steps = [self._steps(key)[column] for key, column in zip(keys, columns.tolist(), strict=True)]
         noises = [seeded_generator(NOISES, *key, column) for key, column in zip(keys, columns.tolist(), strict=True)]
         latents = pending.latents[rows].to(device)
@@ -191,9 +199,9 @@ class Nft:
             conditions=self.conditions.take(pending.indices[rows].tolist(), device),
             sigma=levels_at(self.sigmas, torch.tensor(steps, dtype=torch.long), device),
             latents=latents,
-            noise=seeded_noise(self.latent_shape, noises).to(device) if noises else torch.zeros_like(latents),
+            noise=seeded_noise(self.latent_shape, noises).to(device),
             good=pending.good[rows].to(device),
-            weight=self.accumulate / max(total, 1),
+            count=count,
             statistics={name: value for name, value in statistics.items() if value == value},
         )
 
@@ -203,14 +211,11 @@ class Nft:
         return (self.steps.start + order[: self.config.levels]).tolist()
 
     def step(self, batch: NftBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss, differentiable in the policy's LoRA, and what to record.
+        """The mean loss of the batch, differentiable in the policy's LoRA, and what to record.
 
         kl: mean square of velocity less the reference's; moved: less the sampling policy's.
         """
         config = self.config
-        if len(batch.good) == 0:  # every group of this update was dropped, or there are fewer samples than micro-steps
-            zero = torch.zeros((), device=self.policy.device, requires_grad=True)
-            return zero, {"kl": 0.0, "moved": 0.0, **batch.statistics}
         with self.meter.phase("policy"):
             velocity = self.velocity_for(batch.conditions, self.guidance_scale)
             x_sigma = add_noise(batch.latents, batch.noise, batch.sigma)
@@ -223,8 +228,7 @@ class Nft:
             kl = (v - v_reference).square().mean(dim=(1, 2, 3))
             loss = config.advantage_clip * contrast + config.kl_beta * kl
         moved = (v.detach() - v_old).square().mean(dim=(1, 2, 3))
-        metrics = {name: batch.weight * each.detach().sum() for name, each in (("kl", kl), ("moved", moved))}
-        return batch.weight * loss.sum(), {**metrics, **batch.statistics}
+        return loss.mean(), {"kl": kl.detach().mean(), "moved": moved.mean(), **batch.statistics}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The sampling policy's weights, and the samples that are being spent, if any, by name, on the CPU."""
@@ -232,6 +236,10 @@ class Nft:
         for name, value in vars(self.pending).items() if self.pending else ():
             state[name] = value if isinstance(value, Tensor) else torch.tensor(value)
         return state
+
+    def is_common(self) -> bool:
+        """Whether no rollout is being spent, of which each process has its share."""
+        return self.pending is None
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `state_tensors` gave. ValueError when it is of other settings."""

@@ -1,8 +1,11 @@
 """What the on-policy methods share: how a rollout is spent on updates.
 
-A rollout is made at the first micro-step that needs it and then spent: `epochs` times through its rows, in a new random
-order each time, divided into `minibatches` updates, each of them cut into `accumulate` micro-steps as `loop.fit` counts
-them. How an update is cut changes its memory, not its gradient.
+A rollout is made at the first micro-step that needs it and then spent: `epochs` times through its rows, divided each
+time at random into `minibatches` updates, each of them cut into `accumulate` micro-steps as `loop.fit` counts them. How
+an update is cut changes its memory, not its gradient.
+
+Each process keeps the samples that it took, and every group of samples is divided by itself: an update holds a share of
+every group. So all processes have as much to do, and an update is the same however many of them there are.
 """
 
 from collections.abc import Sequence
@@ -63,18 +66,22 @@ class Spending:
             self.accumulate - 1,
         )
 
-    def share(self, rows: Tensor, columns: int, place: Place, *keys: int) -> tuple[Tensor, Tensor, int]:
-        """What a micro-step trains on: (n,) of `rows`, (n,) of 0 ... columns - 1, and the n of its whole update.
+    def share(self, rows: Tensor, groups: Tensor, columns: int, place: Place, seed: int) -> tuple[Tensor, Tensor]:
+        """What a micro-step trains on: (n,) of `rows` and (n,) of 0 ... columns - 1.
 
-        rows (N,) int64: what the rollout has left to be trained on, each with all of its columns. The order depends on
-        rollout, epoch and keys. n differs by one at most between the parts of an update, and may be 0.
+        rows (N,) int64: what this process has left to be trained on, each with all of its columns. groups (N,) int64:
+        the group of each, numbered over all processes. An update takes as equal a share of every group as may be,
+        chosen by (seed, rollout, epoch, group). n differs by one at most between the parts of an update, and may be 0.
         """
-        generator = seeded_generator(ORDER, *keys, place.rollout, place.epoch)
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        rows = rows[_piece(len(rows), self.minibatches, place.minibatch)]
-        pairs = torch.cartesian_prod(rows, torch.arange(columns)).view(-1, 2)
-        mine = pairs[_piece(len(pairs), self.accumulate, place.part)]
-        return mine[:, 0], mine[:, 1], len(pairs)
+        chosen = [rows[:0]]
+        for group in groups.unique().tolist():
+            mine = rows[groups == group]
+            generator = seeded_generator(ORDER, seed, place.rollout, place.epoch, group)
+            order = torch.randperm(len(mine), generator=generator)
+            turn = (place.minibatch + group) % self.minibatches  # who gets the odd one changes from group to group
+            chosen.append(mine[order[_piece(len(mine), self.minibatches, turn)]])
+        pairs = torch.cartesian_prod(torch.cat(chosen), torch.arange(columns)).view(-1, 2)
+        return pairs[_piece(len(pairs), self.accumulate, place.part)].unbind(dim=1)
 
 
 def _piece(count: int, pieces: int, number: int) -> slice:

@@ -15,7 +15,9 @@ The relatives (`ReflConfig.variant`) differ in the steps that carry the gradient
     direct_align   SRPO's Direct-Align (arXiv 2509.06942): known noise in and out again (`direct_align_steps`)
 
 With a latent reward nothing is decoded. The arithmetic is in plain functions; `Refl` holds what they need and offers
-the two callables of `loop.fit`. Everything random is drawn from generators keyed by (seed, micro-step, rank).
+the two callables of `loop.fit`. What is drawn for a sample depends on the seed and on the sample's number among those
+of all processes, which step carries the gradient on the seed and the micro-step: so an update is the same however many
+processes share its samples, and all of them have as many steps to make.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,6 +34,9 @@ from dinalrm_align.data.prompts import prompt_indices
 from dinalrm_align.noise import add_noise, denoised, sample_sigma, seeded_generator
 from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.sampling import Velocity, ode_step, rollout, seeded_noise
+
+STEPS, SAMPLES = 4, 5
+"""Keys of the generators."""
 
 
 def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torch.Generator) -> int:
@@ -142,14 +147,15 @@ def reward_loss(score: Tensor, form: str, target: float) -> Tensor:
 
 
 def flow_matching_loss(
-    velocity: Callable[[Tensor, Tensor], Tensor], latents: Tensor, generator: torch.Generator
+    velocity: Callable[[Tensor, Tensor], Tensor], latents: Tensor, generators: Sequence[torch.Generator]
 ) -> Tensor:
     """The pretraining loss of the base model, a scalar: mean |velocity(x_sigma, sigma) - (noise - x0)|^2.
 
-    latents (B, C, H, W), clean and scaled; sigma (B,) logit-normal(0, 1) as SD3 was trained; generator: CPU.
+    latents (B, C, H, W), clean and scaled; sigma (B,) logit-normal(0, 1) as SD3 was trained; generators: B, CPU.
     """
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    sigma = sample_sigma("logit_normal", len(latents), generator=generator).to(latents.device)
+    noise = seeded_noise(tuple(latents.shape[1:]), generators).to(latents.device)
+    sigma = torch.cat([sample_sigma("logit_normal", 1, generator=generator) for generator in generators])
+    sigma = sigma.to(latents.device)
     return (velocity(add_noise(latents, noise, sigma), sigma) - (noise - latents)).square().mean()
 
 
@@ -161,7 +167,7 @@ class ReflBatch:
         sigmas[trained[0]].
     start: the step that the gradient is of; of drtune the last, where the clean latents are estimated.
     conditions: of the B samples.
-    generator: the micro-step's, for what is drawn later.
+    generators: of the B samples, for what is drawn later.
     terms: what is climbed in this micro-step.
     trained: the steps that drtune trains.
     """
@@ -169,9 +175,14 @@ class ReflBatch:
     latents: Tensor
     start: int
     conditions: Conditions
-    generator: torch.Generator
+    generators: Sequence[torch.Generator]
     terms: Terms
     trained: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """B, what the loss is the mean over."""
+        return len(self.latents)
 
 
 @dataclass
@@ -206,14 +217,16 @@ class Refl:
         return self.policy.velocity_for(conditions, guidance_scale, self.negative)
 
     def batch_at(self, micro_step: int) -> ReflBatch:
-        """This micro-step's rollout, without gradient; a pure function of it, seed, rank and weights."""
+        """This micro-step's rollout, without gradient: a pure function of it, seed, weights and the process's place."""
         size = self.config.batch_size
-        generator = seeded_generator(self.seed, micro_step, self.rank)
+        first = (micro_step * self.num_processes + self.rank) * size
+        generators = [seeded_generator(self.seed, first + place, SAMPLES) for place in range(size)]
+        generator = seeded_generator(self.seed, micro_step, STEPS)
         indices = prompt_indices(
             len(self.conditions), size, micro_step, seed=self.seed, rank=self.rank, num_processes=self.num_processes
         )
         conditions = self.conditions.take(indices, self.policy.device)
-        noise = seeded_noise(self.latent_shape, [generator] * size).to(self.policy.device)
+        noise = seeded_noise(self.latent_shape, generators).to(self.policy.device)
         variant, grad_steps, trained = self.config.variant, self.config.grad_steps, ()
         together = grad_steps if variant == "refl" else 1
         start = draw_start(len(self.sigmas) - 1, together, self.config.earliest, generator)
@@ -224,7 +237,7 @@ class Refl:
         with self.meter.phase("rollout"), torch.no_grad():
             velocity = self.velocity_for(conditions, self.guidance_scale)
             latents = rollout(velocity, noise, self.sigmas[: rolled + 1])
-        return ReflBatch(latents, start, conditions, generator, terms(self.reward, micro_step), trained)
+        return ReflBatch(latents, start, conditions, generators, terms(self.reward, micro_step), trained)
 
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss, differentiable in the policy's LoRA, and what to record: reward (and anchor),
@@ -233,11 +246,10 @@ class Refl:
         config = self.config
         with self.meter.phase("policy"):
             latents, kl, conditions = self._clean_latents(batch)
-        asked = dict(
-            prompts=conditions.prompts,
-            sigma=self._reward_sigma(len(latents), batch.generator),
-            generator=batch.generator,
-        )
+        generators = [*batch.generators] * (len(latents) // len(batch.generators))  # a sample's copies draw in turn
+        sigma = self._reward_sigma(generators)
+        noise = seeded_noise(self.latent_shape, generators).to(latents.device)
+        asked = dict(prompts=conditions.prompts, sigma=sigma, noise=noise)
         with self.meter.phase("reward"):
             scores = {name: reward(latents, **asked) for name, (_, reward) in batch.terms.items()}
         score = sum(weight * scores[name] for name, (weight, _) in batch.terms.items())
@@ -249,7 +261,7 @@ class Refl:
         metrics = {name: own.mean() for name, own in scores.items()}
         metrics |= {"kl": kl.mean(), "start_sigma": self.sigmas[batch.start]}
         if config.pretrain_weight > 0:
-            metrics["pretrain"] = self._pretrain_loss(batch.generator)
+            metrics["pretrain"] = self._pretrain_loss(batch.generators)
             loss = loss + config.pretrain_weight * metrics["pretrain"]
         return loss, metrics
 
@@ -288,7 +300,7 @@ class Refl:
                 clean = drtune_steps(velocity, free, reference, batch.latents, sigmas, first, start, batch.trained)
             case "draft_lv" | "direct_align":
                 samples = torch.cat([batch.latents] * copies)
-                noise = seeded_noise(self.latent_shape, [batch.generator] * len(samples)).to(samples.device)
+                noise = seeded_noise(self.latent_shape, [*batch.generators] * copies).to(samples.device)
                 if config.variant == "draft_lv":
                     clean = renoised_steps(velocity, reference, samples, noise, sigmas[start])
                 else:
@@ -296,18 +308,19 @@ class Refl:
                     clean = direct_align_steps(velocity, reference, samples, noise, sigmas[start], sigmas[after])
         return *clean, conditions
 
-    def _reward_sigma(self, count: int, generator: torch.Generator) -> Tensor | Sequence[float] | None:
+    def _reward_sigma(self, generators: Sequence[torch.Generator]) -> Tensor | Sequence[float] | None:
         """What the reward is told: a level per picture, the configured levels, or None for the reward's own."""
         if self.config.reward_sigma_range is None:
             return self.config.reward_sigma
         low, high = self.config.reward_sigma_range
-        return (low + (high - low) * torch.rand(count, generator=generator)).to(self.policy.device)
+        drawn = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+        return (low + (high - low) * drawn).to(self.policy.device)
 
-    def _pretrain_loss(self, generator: torch.Generator) -> Tensor:
+    def _pretrain_loss(self, generators: Sequence[torch.Generator]) -> Tensor:
         if self.pictures is None:
             raise ValueError(f"pretrain_weight is {self.config.pretrain_weight}, and Refl was given no pictures")
         latents, conditions = self.pictures
-        chosen = torch.randint(len(latents), (self.config.batch_size,), generator=generator).tolist()
+        chosen = [int(torch.randint(len(latents), (), generator=generator)) for generator in generators]
         velocity = self.velocity_for(conditions.take(chosen, self.policy.device), 1.0)
         with self.meter.phase("pretrain"):
-            return flow_matching_loss(velocity, latents[chosen].to(self.policy.device), generator)
+            return flow_matching_loss(velocity, latents[chosen].to(self.policy.device), generators)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -33,21 +33,31 @@ from dinalrm_align.loop import Hook, Stateful, adamw, fit
 from dinalrm_align.metrics import METRICS, read_metrics
 from dinalrm_align.noise import seeded_generator
 from dinalrm_align.policy import Conditions, Policy
+from dinalrm_align.processes import waiting
 from dinalrm_align.report import plot_run
 from dinalrm_align.rewards import latent_rewards, load_judge, load_reward
 from dinalrm_align.sampling import Velocity, rollout, schedule_sigmas, seeded_noise
+from dinalrm_align.sharding import shard_base, sharding_asked
 from dinalrm_align.tracking import open_tracker, tracker_options
 
 ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
 """Samples of the base model that bring an anchor to the reward's unit."""
 
 
+class Batch(Protocol):
+    """What a method trains on in a micro-step."""
+
+    @property
+    def count(self) -> int:
+        """Of how many items its loss is the mean."""
+
+
 class Method(Protocol):
     """An alignment method, as `loop.fit` takes it."""
 
-    def batch_at(self, micro_step: int) -> Any: ...
+    def batch_at(self, micro_step: int) -> Batch: ...
 
-    def step(self, batch: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]: ...
+    def step(self, batch: Batch) -> tuple[Tensor, Mapping[str, float | Tensor]]: ...
 
 
 @dataclass
@@ -59,7 +69,8 @@ class Stage:
     sigma=..., noise=..., generator=...) -> (B,), and `gold` beside it, which judges pictures and is never trained on.
     conditions: of the training prompts. judged: one per held-out sample. negative: of the empty prompt. encoder: gives
     the embeddings of every prompt that was named when the stage was built, and of no other. identity: digests of what
-    a checkpoint must have been trained with to be resumed from.
+    a checkpoint must have been trained with to be resumed from. sharded: whether the base weights are spread over the
+    processes (`sharding`), which then have to call the policy equally often.
     """
 
     settled: Settled
@@ -74,6 +85,7 @@ class Stage:
     negative: Conditions
     meter: PhaseMeter
     identity: Mapping[str, str]
+    sharded: bool = False
 
     @classmethod
     def build(cls, settled: Settled, also: Sequence[str] = (), anchor: AnchorConfig | None = None) -> "Stage":
@@ -86,7 +98,8 @@ class Stage:
         if run.device != "auto":
             available_device(run.device)
         tracking = tracker_options(run.tracker, Path(run.output_dir))
-        accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", **tracking)
+        sharded, waits = sharding_asked(), [waiting(run.loop.timeout)]
+        accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", kwargs_handlers=waits, **tracking)
         set_seed(run.seed % 2**31, device_specific=True)  # of all that draws globally
         device = accelerator.device
         dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
@@ -119,7 +132,8 @@ class Stage:
 
         # Every prompt is encoded once, for policy and reward; then the text encoders are let go.
         encoder = PromptEncoder(pipeline, text_length=spec.text_length, device=device)
-        latent = [part.encoder for known in (reward, second) if known for part in latent_rewards(known)]
+        readers = [part for known in (reward, second) if known for part in latent_rewards(known)]
+        latent = [part.encoder for part in readers]
         encoder = next((own for own in latent if own.text_length == spec.text_length), encoder)
         for own in latent:
             if own is not encoder:
@@ -135,9 +149,12 @@ class Stage:
             policy.enable_gradient_checkpointing()
             for known in (reward, second) if second else (reward,):
                 known.enable_gradient_checkpointing()
+        if sharded:
+            trunks = [part.model.trunk for part in readers]
+            shard_base(accelerator, pipeline.transformer.transformer_blocks, trunks)
         stage = cls(
             settled, accelerator, pipeline, policy, reward, gold, encoder, train, judged, negative, PhaseMeter(device),
-            identity,
+            identity, sharded,
         )  # fmt: skip
         if second:
             scale = stage._anchor_scale(reward, second)
@@ -168,16 +185,22 @@ class Stage:
         """The policy's velocity under these conditions, as samplers want it."""
         return self.policy.velocity_for(conditions, guidance_scale, self.negative)
 
+    def gather(self, values: Tensor) -> Tensor:
+        """values (N, ...) of this process -> those of all processes, one after another, on the CPU."""
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
     def align(
         self,
         method: Method,
         *,
+        samples: int,
         shown: Sequence[str] = ("reward", "gold", "kl", "grad_norm"),
         data: Mapping[str, str] | None = None,
         state: Stateful | None = None,
     ) -> None:
         """Train the policy by `method`, judge it before, meanwhile and after, and leave everything in the run's folder.
 
+        samples: prompts or pairs that this process takes for an update, of on-policy methods for a rollout.
         shown: metrics for the progress bar. data: digests of what else the run trains on, by name; a checkpoint of
         another is not resumed from. state: what of the method a resumed run needs back.
         """
@@ -188,7 +211,7 @@ class Stage:
             guidance_scale=spec.guidance_scale, sigmas=self.sigmas(), reward=self.reward, gold=self.gold,
             decode=lambda latents: torch.cat([decode_latents(self.pipeline.vae, part) for part in latents.split(4)]),
             config=run.evaluation, accelerator=accelerator, output_dir=folder,
-            judges=self._judges(), probes=self._probes(),
+            judges=self._judges(), probes=self._probes(), in_step=self.sharded,
         )  # fmt: skip
         watch = self._watch(held_out)
 
@@ -200,7 +223,8 @@ class Stage:
         done = fit(
             run.loop, run.optim, parameters=self.policy.parameters,
             optimizer=adamw([{"params": list(self.policy.parameters.values())}], run.optim),
-            batch_at=method.batch_at, step=method.step, accelerator=accelerator, output_dir=folder,
+            batch_at=method.batch_at, step=method.step, count_of=lambda batch: batch.count, accelerator=accelerator,
+            samples=samples * accelerator.num_processes, output_dir=folder,
             hooks=[
                 Hook(run.evaluation.every, held_out),
                 *([Hook(run.evaluation.every, watch)] if watch else []),

@@ -9,18 +9,18 @@ from torch import Tensor
 from dinalrm_align.sde import Transition
 
 
-def group_advantages(scores: Tensor, std: str, floor: float, everyone: Tensor | None = None) -> Tensor:
+def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
     """scores (groups, group_size) -> (score - mean of its group) / (std + floor), the same shape, float64.
 
-    std: "group", the standard deviation (of a population) within each group; "global", that of `everyone`, any shape:
-    the scores of all processes, by default these. Raises ValueError for another name.
+    std: "group", the standard deviation (of a population) within each group; "global", that of all scores. Raises
+    ValueError for another name.
     """
     scores = scores.double()
     match std:
         case "group":
             spread = scores.std(dim=1, keepdim=True, correction=0)
         case "global":
-            spread = (scores if everyone is None else everyone.double()).std(correction=0)
+            spread = scores.std(correction=0)
         case _:
             raise ValueError(f"unknown advantage_std {std!r}; known: group, global")
     return (scores - scores.mean(dim=1, keepdim=True)) / (spread + floor)

@@ -19,6 +19,7 @@ from diffusers import SD3Transformer2DModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from dinalrm_align.backbones import Taps
@@ -224,6 +225,8 @@ def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig)
             f"transformer: got {type(transformer).__name__}, expected diffusers' SD3Transformer2DModel; pass the model "
             "itself, not a compiled, distributed or PeftModel wrapper of it"
         )
+    if any(isinstance(p, DTensor) for p in transformer.parameters()):
+        raise ValueError("the transformer is sharded over processes (FSDP): build every reward before it is sharded")
     depth = len(transformer.transformer_blocks)
     if config.num_layers > depth:
         raise ValueError(f"num_layers: got {config.num_layers}, but the transformer has {depth} blocks; lower it")

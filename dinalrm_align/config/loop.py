@@ -62,6 +62,8 @@ class LoopConfig:
         checkpoint_every: updates between two checkpoints; one is always written at the end and on Ctrl-C. 0: only
             those.
         keep_last: checkpoints to keep; older ones are deleted once a newer one is whole.
+        timeout: minutes that one of several processes waits for the others before it takes them for lost and ends the
+            run; longer than the slowest thing that one of them does alone.
     """
 
     steps: int = 100
@@ -70,6 +72,7 @@ class LoopConfig:
     ema_every: int = 1
     checkpoint_every: int = 50
     keep_last: int = 2
+    timeout: float = 30.0
 
     def __post_init__(self) -> None:
         check_fields(self, "loop")
@@ -78,6 +81,8 @@ class LoopConfig:
                 f"loop: got steps {self.steps}, accumulate {self.accumulate}, ema_every {self.ema_every}, keep_last "
                 f"{self.keep_last}; each must be at least 1"
             )
+        if self.timeout <= 0:
+            raise ValueError(f"loop.timeout: got {self.timeout} minutes; expected more than 0")
         if not 0 <= self.ema_decay < 1 or self.checkpoint_every < 0:
             raise ValueError(
                 f"loop: got ema_decay {self.ema_decay}, checkpoint_every {self.checkpoint_every}; expected [0, 1) and "
