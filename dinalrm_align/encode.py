@@ -4,6 +4,7 @@ Text follows `StableDiffusion3Pipeline.encode_prompt`: features of both CLIP tow
 T5's `text_length` tokens, no mask. Latents are scaled: (z - shift_factor) * scaling_factor.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -171,22 +172,24 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion
     return pipeline
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The picture in a file, upright, as RGB. FileNotFoundError when there is no such file, ValueError when it is no
-    picture, a broken one, or one that `as_rgb` refuses.
+def open_picture(source: Path | bytes, name: str | None = None) -> Image.Image:
+    """The picture in a file, or in the bytes of one, upright, as RGB. FileNotFoundError when there is no such file,
+    ValueError when it is no picture, a broken one, or one that `as_rgb` refuses. name: in these sentences.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture {path}{' (it is a folder)' if path.is_dir() else ''}; expected a file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes)")
+    name = name or str(source)
+    if isinstance(source, Path) and not source.is_file():
+        raise FileNotFoundError(f"no picture {name}{' (it is a folder)' if source.is_dir() else ''}; expected a file")
+    data = source.read_bytes() if isinstance(source, Path) else source
+    if not data:
+        raise ValueError(f"{name} is empty (0 bytes)")
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(data)) as file:
             picture = ImageOps.exif_transpose(file)
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture that PIL can read") from None
+        raise ValueError(f"{name} is not a picture that PIL can read") from None
     except Exception as error:  # decoders fail in many ways on a broken file
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    return as_rgb(picture, str(path))
+        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+    return as_rgb(picture, name)
 
 
 def as_rgb(picture: Image.Image, name: str) -> Image.Image:

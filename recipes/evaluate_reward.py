@@ -1,12 +1,17 @@
-"""How good is a finished reward? Pairwise accuracy, ways of reading it, and calibration, on held-out pairs.
+"""How good is a finished reward? Accuracy on test sets under named protocols, ways of reading it, and calibration.
 
     python recipes/evaluate_reward.py                                               # the embedded world's own reward
     python recipes/evaluate_reward.py --reward runs/train_reward_shapes_seed0/reward
-    python recipes/evaluate_reward.py --model sd35 --judged '{hpdv3: DIR}' --reward liuhuohuo/DiNa-LRM-SD35M-12layers
+    python recipes/evaluate_reward.py --reward pixel                                # or any reward that has a name
+    python recipes/evaluate_reward.py --model sd35 --size 1024 --judged '{hpdv3: DIR, hpdv2: DIR, imagereward: DIR,
+        genai_bench: hub}' --trained_on HPDv3/train.json                            # the public test sets
+    python recipes/evaluate_reward.py --model sd35 --reward hpsv3 --judged '{hpdv3: DIR}' --output_dir runs/hpsv3
 
-Accuracy: how often the picture a rater preferred scores strictly higher. Calibration: whether the probabilities that
+Accuracy: how often the picture a rater preferred scores higher; what becomes of ties, and over what is averaged, is the
+protocol's (dinalrm_align/config/test_sets.py lists them and the sets). Intervals are over captions: one reward says
+nothing of other seeds (recipes/ablate_reward.py trains several). Latent rewards encode pictures, and are read at every
+noise level and as an ensemble; rewards over pictures see them as they are. Calibration: whether the probabilities that
 the reward's likelihood (--loss.likelihood, as it was trained) gives to preferences are the observed frequencies.
-Intervals are over captions: one reward says nothing of other seeds (recipes/ablate_reward.py trains several).
 """
 
 import shlex
@@ -16,65 +21,110 @@ from pathlib import Path
 
 from dinalrm_align.config.command import parse, refuse, refusing
 from dinalrm_align.config.evaluate import EvaluateRun
-from dinalrm_align.models import resolve_model
+from dinalrm_align.models import ModelSpec, resolve_model
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    words = sys.argv[1:] if argv is None else list(argv)
-    config, _ = parse(EvaluateRun, __doc__, words)
+def settle(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
+    """The settings and the model."""
+    config, _ = parse(EvaluateRun, __doc__, words)  # --help ends here, before anything heavy is imported
     with refusing():
         spec, reason = resolve_model(config.model)
     if spec.kind != "shapes" and not config.judged:
         refuse(f"{spec.name} has no pairs of its own: pass --judged '{{name: DIR}}'")
     print(reason, flush=True)
+    return config, spec
 
+
+def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     import torch
 
     from dinalrm_align.backbones.sd3 import load_transformer
     from dinalrm_align.benchmarks import evaluation_report as report
     from dinalrm_align.benchmarks.inference import common_readings, ensemble_readings
-    from dinalrm_align.benchmarks.judging import Judge
+    from dinalrm_align.benchmarks.judging import Candidate, Judge, faults_file, is_pictures
+    from dinalrm_align.benchmarks.leakage import leaked, read_trained
+    from dinalrm_align.benchmarks.test_set_report import look_at
     from dinalrm_align.checkpoint import fetch, read_checkpoint
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.device import available_device
-    from dinalrm_align.encode import decode_latents, load_pipeline, load_vae
+    from dinalrm_align.encode import decode_latents, load_pipeline
+    from dinalrm_align.files import read_json
     from dinalrm_align.models import load_gold
+    from dinalrm_align.rewards import load_reward
     from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
 
-    with refusing():
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        device = available_device(found if config.device == "auto" else config.device)
-        source = config.reward or spec.reward
-        about = read_checkpoint(fetch(source)).config
-        out = Path(config.output_dir)
-        if config.judged is None:
-            pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
-            config.judged = {
-                kind: str(ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs)) for kind in JUDGED
-            }
-        dtype = getattr(torch, spec.dtype) if device.type == "cuda" else torch.float32
-        judge = Judge(
-            config.judged,
-            load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False),
-            Encoders(spec.pipeline, text_length=about.text_length, device=device, dtype=dtype),
-            (spec.height, spec.width),
-            config.batch_size,
-            config.noise_seed,
+    # --------------------------------------------------------------------------------- on what: latents and pictures
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = available_device(found if config.device == "auto" else config.device)
+    dtype = getattr(torch, spec.dtype) if device.type == "cuda" else torch.float32
+    out = Path(config.output_dir)
+    if config.judged is None:
+        pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
+        config.judged = {
+            kind: str(ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs)) for kind in JUDGED
+        }
+    latents = not all(is_pictures(name, path) for name, path in config.judged.items())
+
+    # ---------------------------------------------------------------------------------- what: the reward, by any name
+    checkpoint, about, transformer = config.checkpoint, None, None
+    if checkpoint is not None:
+        checkpoint = checkpoint or spec.reward
+        about = read_checkpoint(fetch(checkpoint)).config
+    if config.reads_latents:
+        transformer = load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
+    text_length = spec.text_length if about is None else about.text_length
+    encoders = Encoders(spec.pipeline, text_length=text_length, device=device, dtype=dtype)
+    if checkpoint is not None:
+        candidate = Candidate.from_checkpoint(checkpoint, transformer)
+    else:
+        vae = encoders.vae if latents else None  # pictures are seen as they are
+        reward = load_reward(config.reward, spec=spec, vae=vae, transformer=transformer, device=device)
+        candidate = Candidate.of(config.reward, reward)
+
+    # ------------------------------------------------------------------ how: every picture once, then every protocol
+    side = (config.size, config.size) if config.size else (spec.height, spec.width)
+    judge = Judge(
+        config.judged, transformer, encoders, side, config.batch_size, config.noise_seed, config.fit, config.on_bad,
+        unpack_to=out / "sets",
+    )  # fmt: skip
+    trained = None if config.trained_on is None else read_trained(config.trained_on)
+    readings = [*common_readings(config.sigmas, config.ensembles[0]), *ensemble_readings(config.ensembles)]
+    agreed = {}
+    if config.gold and latents:
+        agreed = judge.gold(
+            load_gold(spec, device=device),
+            lambda batch: torch.cat([decode_latents(encoders.vae, part) for part in batch.to(device).split(4)]),
+            about,
         )
-        readings = [*common_readings(config.sigmas, config.ensembles[0]), *ensemble_readings(config.ensembles)]
-        agreed = {}
-        if config.gold:
-            vae = load_vae(spec.pipeline, device=device)
-            agreed = judge.gold(
-                load_gold(spec, device=device),
-                lambda latents: torch.cat([decode_latents(vae, part) for part in latents.split(4)]),
-                about,
-            )
-        scores = judge(source, {name: readings for name in config.judged}, out, title="reward")
-    report.write(
-        scores, agreed, config, command=shlex.join(["python", "recipes/evaluate_reward.py", *words]), directory=out
-    )
+    scores = judge(candidate, {name: readings for name in config.judged}, out, title="reward")
+
+    found = []
+    for name, judged in scores.items():
+        faults = read_json(faults_file(out, name)) if faults_file(out, name).exists() else {}
+        found.append(
+            look_at(
+                name,
+                judged,
+                report.headline_readings(config, judged),
+                protocol=config.protocol.get(name),
+                leak=None if trained is None else leaked(judged, trained, judge.pictures.get(name)),
+                faults=faults,
+                draws=config.bootstrap,
+            )  # fmt: skip
+        )
+    report.write(found, agreed, config, command=command, directory=out)
     print((out / "evaluation.md").read_text(encoding="utf-8"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        config, spec = settle(words)
+        with refusing():
+            evaluate(config, spec, shlex.join(["python", "recipes/evaluate_reward.py", *words]))
+    except KeyboardInterrupt:
+        print("\nstopped: scores that were taken are kept, and the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

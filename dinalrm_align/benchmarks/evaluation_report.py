@@ -1,17 +1,19 @@
 """evaluation.md, evaluation.json and pictures: accuracy, ways of reading, concepts and calibration of one reward."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dinalrm_align.benchmarks.ablation import accuracy_at, in_points, table
+from dinalrm_align.benchmarks import test_set_report
+from dinalrm_align.benchmarks.ablation import accuracy_of_mean, in_points, table
 from dinalrm_align.benchmarks.ablation_plots import plot_ways
 from dinalrm_align.benchmarks.calibration import Calibration
 from dinalrm_align.benchmarks.calibration_report import calibration_section, plot_reliability, reliabilities
-from dinalrm_align.benchmarks.inference import inference_section
-from dinalrm_align.benchmarks.judged import Judged, Reading
+from dinalrm_align.benchmarks.inference import DRAWN_AT, inference_section
+from dinalrm_align.benchmarks.judged import SINGLE, Judged, Reading
+from dinalrm_align.benchmarks.test_set_report import Found
 from dinalrm_align.config.evaluate import EvaluateRun
 from dinalrm_align.durable import write_atomically
 from dinalrm_align.intervals import seeds_by_captions
@@ -20,30 +22,55 @@ REWARD = "reward"
 
 
 def write(
-    judged: Mapping[str, Judged], gold: Mapping[str, float], config: EvaluateRun, *, command: str, directory: Path
+    found: Sequence[Found], gold: Mapping[str, float], config: EvaluateRun, *, command: str, directory: Path
 ) -> None:
-    """Write the report of one reward's scores on every set; calibration is looked at on the first. gold: set ->
-    accuracy of the gold score, where it was asked for.
+    """Write the report of one reward's scores on every set. Ways of reading and calibration, the latter on the first
+    set, are of rewards that are read at noise levels. gold: set -> accuracy of the gold score, where it was asked for.
     """
-    evidence, sets = {REWARD: {0: judged}}, list(judged)
-    curves = reliabilities(evidence, {REWARD: config.loss}, sets[0], config.calibrated_at)
+    judged = {one.name: one.judged for one in found}
+    evidence, sets, headline = {REWARD: {0: judged}}, list(judged), headline_readings(config, found[0].judged)
     sizes = [f"{name}: {one.size}" for name, one in judged.items()]
     sections = [
         f"# Evaluation of a reward\n\n`{command}`\n\nReward {config.reward or f'of {config.model}'}. Judged on "
         f"{'; '.join(sizes)}. Pairwise accuracy in per cent, 95 % intervals over captions; one reward, so that the "
         "variance between seeds is unknown.\n",
         *([gold_section(gold)] if gold else []),
-        inference_section(evidence, REWARD, sets, sorted(config.sigmas), config.ensembles),
-        "![Ways of reading](inference.png)\n",
-        *(concept_section(name, one, config) for name, one in judged.items() if one.concept is not None),
-        calibration_section(curves, sets[0]),
-        "![Reliability](reliability.png)\n",
+        test_set_report.section(found, headline),
     ]
-    plot_ways(evidence, REWARD, sets, sorted(config.sigmas), config.ensembles, directory / "inference.png")
-    plot_reliability(curves, directory / "reliability.png")
+    values: dict[str, object] = {"command": command, "sets": test_set_report.numbers(found)}
+    values["accuracy"] = {
+        name: {reading: round(float(np.nanmean(one.correct(reading))), 5) for reading in one.scores}
+        for name, one in judged.items()
+    }
+    concepts = [concept_section(name, one) for name, one in judged.items() if one.concept is not None]
+    if headline == [SINGLE.name]:
+        sections += concepts
+    else:
+        curves = reliabilities(evidence, {REWARD: config.loss}, sets[0], config.calibrated_at)
+        sections += [
+            "![Accuracy against sigma](accuracy_vs_sigma.png)\n",
+            inference_section(evidence, REWARD, sets, sorted(config.sigmas), config.ensembles),
+            "![Ways of reading](inference.png)\n",
+            *concepts,
+            calibration_section(curves, sets[0]),
+            "![Reliability](reliability.png)\n",
+        ]
+        test_set_report.plot_levels(found, directory / "accuracy_vs_sigma.png")
+        plot_ways(evidence, REWARD, sets, sorted(config.sigmas), config.ensembles, directory / "inference.png")
+        plot_reliability(curves, directory / "reliability.png")
+        values["calibration"] = _calibration(curves[REWARD])
+    for one in found:
+        test_set_report.write_pairs(one.judged, directory / f"pairs_{one.name}.jsonl")
+    values["gold"] = {name: round(p, 5) for name, p in gold.items()}
     write_atomically(directory / "evaluation.md", "\n".join(sections))
-    numbers = {**_numbers(judged, curves[REWARD], command), "gold": {name: round(p, 5) for name, p in gold.items()}}
-    write_atomically(directory / "evaluation.json", json.dumps(numbers, indent=1) + "\n")
+    write_atomically(directory / "evaluation.json", json.dumps(values, indent=1) + "\n")
+
+
+def headline_readings(config: EvaluateRun, judged: Judged) -> list[str]:
+    """The readings that stand for a reward: the paper's single level and the first ensemble, or its one score."""
+    if SINGLE.name in judged.scores:
+        return [SINGLE.name]
+    return [Reading.at(DRAWN_AT).name, Reading.at(*config.ensembles[0]).name]
 
 
 def gold_section(gold: Mapping[str, float]) -> str:
@@ -52,41 +79,35 @@ def gold_section(gold: Mapping[str, float]) -> str:
     return f"The gold score itself, read from the decoded latents: {found}. Raters err, and decoding loses a little.\n"
 
 
-def _numbers(judged: Mapping[str, Judged], levels: Mapping[float, Calibration], command: str) -> dict[str, object]:
+def _calibration(levels: Mapping[float, Calibration]) -> dict[str, object]:
     return {
-        "command": command,
-        "accuracy": {
-            name: {reading: round(float(np.nanmean(one.correct(reading))), 5) for reading in one.scores}
-            for name, one in judged.items()
-        },
-        "calibration": {
-            f"{sigma:g}": {
-                "error": round(found.error, 5),
-                "best_scale": round(found.scale, 4),
-                "nll": round(found.nll, 5),
-            }
-            for sigma, found in levels.items()
-        },
+        f"{sigma:g}": {
+            "error": round(found.error, 5),
+            "best_scale": round(found.scale, 4),
+            "nll": round(found.nll, 5),
+        }
+        for sigma, found in levels.items()
     }
 
 
-def concept_section(name: str, judged: Judged, config: EvaluateRun) -> str:
-    """Markdown: accuracy by what the pairs of a set differ in, at every level and for every ensemble."""
-    levels = [*((sigma,) for sigma in sorted(config.sigmas)), *map(tuple, config.ensembles)]
+def concept_section(name: str, judged: Judged) -> str:
+    """Markdown: accuracy by what the pairs of a set differ in, in every way it was read."""
+    readings = sorted(judged.scores, key=lambda reading: ("+" in reading, reading))
+    heads = [reading if reading == SINGLE.name else f"sigma {reading}" for reading in readings]
     lines = [
         f"## By concept, on {name}",
         "",
-        f"| concept | pairs | {' | '.join(f'sigma {Reading.at(*level).name}' for level in levels)} |",
-        f"|---|---:|{'---:|' * len(levels)}",
+        f"| concept | pairs | {' | '.join(heads)} |",
+        f"|---|---:|{'---:|' * len(readings)}",
     ]
     overall = [
-        in_points(seeds_by_captions(table({0: {name: judged}}, name, accuracy_at(*level))), signed=False)
-        for level in levels
+        in_points(seeds_by_captions(table({0: {name: judged}}, name, accuracy_of_mean(reading))), signed=False)
+        for reading in readings
     ]
     lines.append(f"| all | {len(judged.label)} | {' | '.join(overall)} |")
     concepts = np.array(judged.concept)
     for concept in sorted(set(judged.concept or ())):
         here = concepts == concept
-        cells = [f"{100 * np.nanmean(accuracy_at(*level)(judged)[here]):.1f}" for level in levels]
+        cells = [f"{100 * np.nanmean(judged.correct(reading)[here]):.1f}" for reading in readings]
         lines.append(f"| {concept} | {here.sum()} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from dinalrm_align.benchmarks.pieces import Pieces
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.noise import seeded_generator
 
 PAIR_COLUMNS = ("chosen", "rejected", "label", "caption")
+NAMES = ("prompts", "pictures")
 
 
 @dataclass(frozen=True, order=True)
@@ -39,7 +41,9 @@ class Reading:
 
     @property
     def name(self) -> str:
-        """ "0.4", "0.2+0.5+0.7", and "0.4+0.4@1,2" for draws other than number 0."""
+        """ "0.4", "0.2+0.5+0.7", and "0.4+0.4@1,2" for draws other than number 0; "score" where nothing is drawn."""
+        if not self.sigmas:
+            return "score"
         levels = "+".join(f"{sigma:g}" for sigma in self.sigmas)
         return levels + ("@" + ",".join(map(str, self.draws)) if any(self.draws) else "")
 
@@ -55,6 +59,9 @@ class Judged:
         caption: (N,) int64, number of the caption that the pair belongs to (of its group, where prompts are not kept);
             pairs of one caption are not independent.
         concept: (N,) names of what the pairs differ in; None where nobody knows.
+        group: (N,) int64, number of the list that the pair is of, where raters ranked lists; None elsewhere.
+        prompts: (C,) text of the captions by number; None where it is not kept.
+        pictures: (M,) names of the pictures, as their set calls them; None where they have none.
     """
 
     scores: dict[str, np.ndarray]
@@ -63,6 +70,9 @@ class Judged:
     label: np.ndarray
     caption: np.ndarray
     concept: tuple[str, ...] | None = None
+    group: np.ndarray | None = None
+    prompts: tuple[str, ...] | None = None
+    pictures: tuple[str, ...] | None = None
 
     @property
     def size(self) -> str:
@@ -96,42 +106,81 @@ Score = Callable[[PairBatch, tuple[float, ...], Tensor], Tensor]
 """(batch of M pictures, K sigmas, noise (K, M, C, H, W)) -> (M,) raw scores, all sigmas joined."""
 
 
+SINGLE = Reading((), ())
+"""The one way to read a reward that draws no noise."""
+
+
 @torch.no_grad()
-def judge(score: Score, batches: Sequence[PairBatch], readings: Iterable[Reading], *, seed: int, title: str) -> Judged:
+def judge(
+    score: Score,
+    batches: Sequence[PairBatch],
+    readings: Iterable[Reading],
+    *,
+    seed: int,
+    title: str,
+    pieces: Pieces | None = None,
+) -> Judged:
     """Score all pictures of `batches` in every way asked for; a progress bar is called `title`.
 
     Noise draw number d of a batch depends on (seed, its index, d) alone, so that rewards are compared on equal noise.
+    pieces: where batches are kept as they come; one that is there is not judged again.
     Raises ValueError when a score is not finite.
     """
     readings = list(dict.fromkeys(readings))
-    scores: dict[str, list[Tensor]] = {reading.name: [] for reading in readings}
-    columns: dict[str, list[Tensor]] = {"chosen": [], "rejected": [], "label": [], "caption": []}
+    columns: dict[str, list[np.ndarray]] = {}
     concepts: list[str] = []
     captions: dict[str, int] = {}
-    pictures = 0
+    pictures, named = 0, True
     for index in tqdm(range(len(batches)), desc=title, unit=" batches", dynamic_ncols=True):
-        batch = batches[index]
-        numbers = {draw for reading in readings for draw in reading.draws}
-        noise = {draw: batch.draw_noise(seeded_generator(seed, index, draw)) for draw in numbers}
-        for reading in readings:
-            drawn = torch.stack([noise[draw] for draw in reading.draws])
-            scores[reading.name].append(score(batch, reading.sigmas, drawn).float().cpu())
-        columns["chosen"].append(batch.chosen.cpu() + pictures)
-        columns["rejected"].append(batch.rejected.cpu() + pictures)
-        columns["label"].append(batch.label.float().cpu())
-        prompts = batch.prompts or [f"group {number} of batch {index}" for number in range(batch.num_groups)]
-        of_group = torch.tensor([captions.setdefault(prompt, len(captions)) for prompt in prompts])
-        columns["caption"].append(of_group[batch.group.cpu()[batch.chosen.cpu()]])
-        concepts += batch.concepts or ()
-        pictures += len(batch.latents)
-    taken = {name: torch.cat(parts).numpy() for name, parts in scores.items()}
-    broken = [name for name, values in taken.items() if not np.isfinite(values).all()]
-    if broken:
-        raise ValueError(f"{title}: scores at {', '.join(broken)} are NaN or infinite; look at weights and latents")
-    pairs = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
+        kept = None if pieces is None else pieces.load(index)
+        if kept is None:
+            kept = _judge_batch(score, batches[index], readings, seed, index)
+            _check_finite(kept[0], readings, title)
+            if pieces is not None:
+                pieces.save(index, *kept)
+        arrays, words = kept
+        named &= words["prompts"] is not None
+        prompts = words["prompts"] or [f"group {number} of batch {index}" for number in range(words["groups"])]
+        of_group = np.array([captions.setdefault(prompt, len(captions)) for prompt in prompts])
+        shifted = {name: arrays.pop(name) + pictures for name in ("chosen", "rejected")}
+        caption = of_group[arrays.pop("pair_group")]
+        for name, values in {**arrays, **shifted, "caption": caption}.items():
+            columns.setdefault(name, []).append(values)
+        concepts += words["concepts"] or ()
+        pictures += len(arrays["scores"][0])
+    scores = np.concatenate(columns.pop("scores"), axis=1)
+    pairs = {name: np.concatenate(parts) for name, parts in columns.items()}
     if concepts and len(concepts) != len(pairs["chosen"]):
         raise ValueError(f"{title}: {len(concepts)} of {len(pairs['chosen'])} pairs name a concept, not all")
-    return Judged(taken, **pairs, concept=tuple(concepts) or None)
+    taken = {reading.name: row for reading, row in zip(readings, scores, strict=True)}
+    return Judged(taken, **pairs, concept=tuple(concepts) or None, prompts=tuple(captions) if named else None)
+
+
+def _judge_batch(
+    score: Score, batch: PairBatch, readings: Sequence[Reading], seed: int, index: int
+) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """scores (R, M) and the columns of the pairs, rows counted from 0; and what is not a number."""
+    numbers = {draw for reading in readings for draw in reading.draws}
+    noise = {draw: batch.draw_noise(seeded_generator(seed, index, draw)) for draw in numbers}
+    scores = []
+    for reading in readings:
+        drawn = [noise[draw] for draw in reading.draws]
+        given = torch.stack(drawn) if drawn else batch.latents.new_empty(0, *batch.latents.shape)
+        scores.append(score(batch, reading.sigmas, given).float().cpu().numpy())
+    chosen, group = batch.chosen.cpu(), batch.group.cpu()
+    arrays = {
+        "scores": np.stack(scores), "chosen": chosen.numpy(), "rejected": batch.rejected.cpu().numpy(),
+        "label": batch.label.float().cpu().numpy(), "pair_group": group[chosen].numpy(),
+    }  # fmt: skip
+    words = {"prompts": batch.prompts, "concepts": batch.concepts, "groups": batch.num_groups}
+    return arrays, {name: list(value) if isinstance(value, tuple) else value for name, value in words.items()}
+
+
+def _check_finite(arrays: dict[str, np.ndarray], readings: Sequence[Reading], title: str) -> None:
+    rows = zip(readings, arrays["scores"], strict=True)
+    broken = [reading.name for reading, row in rows if not np.isfinite(row).all()]
+    if broken:
+        raise ValueError(f"{title}: scores at {', '.join(broken)} are NaN or infinite; look at weights and latents")
 
 
 def save_judged(judged: Judged, path: Path, terms: dict[str, object]) -> None:
@@ -141,7 +190,10 @@ def save_judged(judged: Judged, path: Path, terms: dict[str, object]) -> None:
     tensors |= {name: torch.from_numpy(vars(judged)[name]) for name in PAIR_COLUMNS}
     if judged.concept is not None:
         tensors["concept"] = torch.tensor([names.index(name) for name in judged.concept])
+    if judged.group is not None:
+        tensors["group"] = torch.from_numpy(judged.group)
     about = {"readings": list(judged.scores), "concepts": names, "terms": terms}
+    about |= {name: vars(judged)[name] for name in NAMES if vars(judged)[name] is not None}
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, temporary, metadata={name: json.dumps(value) for name, value in about.items()})
@@ -164,4 +216,5 @@ def load_judged(path: Path, terms: dict[str, object]) -> Judged:
     scores = dict(zip(about["readings"], columns.pop("scores"), strict=True))
     concept = columns.pop("concept", None)
     names = None if concept is None else tuple(about["concepts"][number] for number in concept)
-    return Judged(scores, **columns, concept=names)
+    texts = {name: tuple(about[name]) for name in NAMES if name in about}
+    return Judged(scores, **columns, concept=names, **texts)
