@@ -8,11 +8,12 @@ PACKAGE = ROOT / "dinalrm_align"
 
 LAYERS: list[set[str]] = [
     {"config", "files", "durable", "seal", "metrics"},
-    {"digest", "noise", "losses", "cost", "sampling", "sde", "resume", "device", "intervals", "figures", "tracking"},
+    {"digest", "noise", "losses", "cost", "sampling", "sde", "resume", "device", "intervals", "figures", "tracking", "quantise"},
     {"backbones", "head", "encode", "policy", "checkpoint", "loop", "report", "head_to_head", "compare", "data"},
     {"model", "pixel", "inputs"},
     {"reward", "preference", "models", "shapes", "benchmarks", "functions", "reward_sum", "rewards"},
     {"align"},
+    {"savings"},
 ]
 """A module may import its own layer and those above it in this list. `dinalrm_align` itself only names its exports."""
 
