@@ -47,6 +47,7 @@ def quantise_linears(module: nn.Module, kind: str, device: torch.device | str, d
                 *sizes, bias is not None, compute_dtype=dtype, quant_type="nf4", device=torch.device("meta")
             )
             packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=packed)
+            packed.support_avx512bf16_for_cpu = False  # else some CPUs repack a weight under the layer that shares it
         packed.bias = bias
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, packed.to(device).requires_grad_(False))

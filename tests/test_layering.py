@@ -8,7 +8,20 @@ PACKAGE = ROOT / "dinalrm_align"
 
 LAYERS: list[set[str]] = [
     {"config", "files", "durable", "seal", "metrics"},
-    {"digest", "noise", "losses", "cost", "sampling", "sde", "resume", "device", "intervals", "figures", "tracking", "quantise"},
+    {
+        "digest",
+        "noise",
+        "losses",
+        "cost",
+        "sampling",
+        "sde",
+        "resume",
+        "device",
+        "intervals",
+        "figures",
+        "tracking",
+        "quantise",
+    },
     {"backbones", "head", "encode", "policy", "checkpoint", "loop", "report", "head_to_head", "compare", "data"},
     {"model", "pixel", "inputs"},
     {"reward", "preference", "models", "shapes", "benchmarks", "functions", "reward_sum", "rewards"},

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils._python_dispatch import _disable_current_modes
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from dinalrm_align.config.architectures import Architecture
@@ -57,9 +58,8 @@ class Counter(LiveStorage):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "prim":  # asks an imagined tensor for its device
-            with _disable_current_modes():
-                return func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for very often
         result = super().__torch_dispatch__(func, types, args, kwargs)
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:

@@ -68,9 +68,7 @@ class QwenTokens:
 
     def __call__(self, text: str, **_: object) -> SimpleNamespace:
         picture = [self.ids[IMAGE_TOKEN]] * text.count(IMAGE_TOKEN)
-        return SimpleNamespace(
-            input_ids=[*picture, *[0] * (self.count - len(picture) - 1), self.ids[REWARD_TOKEN]]
-        )
+        return SimpleNamespace(input_ids=[*picture, *[0] * (self.count - len(picture) - 1), self.ids[REWARD_TOKEN]])
 
 
 @dataclass
