@@ -14,7 +14,7 @@ from dinalrm_align.reward_sum import Part, RewardSum
 from dinalrm_align.rewards import latent_rewards, pixel_rewards
 
 KERNELS = ("flash", "mem_efficient", "cudnn")
-"""Of torch.backends.cuda.enable_*_sdp; math is always left on, for what a kernel cannot do (the VAE's one wide head)."""
+"""Of torch.backends.cuda.enable_*_sdp; math is always left on, for what a kernel cannot do: the VAE's one wide head."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 

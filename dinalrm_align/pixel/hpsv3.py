@@ -24,9 +24,9 @@ from dinalrm_align.device import available_device
 from dinalrm_align.files import check_source, reading
 from dinalrm_align.pixel.base import PixelReward
 from dinalrm_align.pixel.hps_template import INSTRUCTION_SHA256, SCRIPT, SUFFIX_SHA256, HPSTemplate, load_template
-from dinalrm_align.quantise import check_quantization, quantise_linears
 from dinalrm_align.pixel.qwen2vl import fitted_size, preprocess
 from dinalrm_align.pixel.weights import beside, check_fit, find_file, shapes_of
+from dinalrm_align.quantise import check_quantization, quantise_linears
 
 SOURCE, WEIGHTS, BASE = "MizzenAI/HPSv3", "HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28

@@ -30,8 +30,8 @@ FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, f
 @dataclass(frozen=True)
 class Cost:
     """weights: bytes of the networks on the device. state: bytes of the optimiser's moments. activations: the most
-    that is held above both. f2, m0: see above; attention: the part of f2 that is attention's; f2_kept: f2, had attention
-    kept its scores.
+    that is held above both. f2, m0: see above; attention: the part of f2 that is attention's; f2_kept: f2, had
+    attention kept its scores.
     """
 
     weights: int

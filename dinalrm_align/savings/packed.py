@@ -1,4 +1,4 @@
-"""Stand-ins for bitsandbytes' frozen linear layers, where there are no weights: they hold as many bytes, and work alike.
+"""Stand-ins for bitsandbytes' frozen linear layers, where there are no weights: as many bytes, the same work.
 
 As there, a layer keeps its packed weight alone, unpacks it into the input's dtype for each product, forward and
 backward, and lets it go. nf4: 4 bits and one float32 scale per block of 64 weights; int8: 8 bits and one float32
