@@ -13,13 +13,12 @@ torch's `FlopCounterMode`, which has no formula for the CPU's attention kernels;
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
@@ -47,6 +46,15 @@ CPU_ATTENTION = {
 }
 
 
+def tensors_among(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors that an operator is given or gives: themselves, and those in its lists and tuples."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_among(value)
+
+
 class LiveStorage(TorchDispatchMode):
     """Counts the bytes of the storages that operators return while it is active: `live` now, `peak` since `restart`."""
 
@@ -64,13 +72,10 @@ class LiveStorage(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
+        given = {tensor.untyped_storage()._cdata for tensor in tensors_among((*args, *kwargs.values()))}
         result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage(), given)
+        for tensor in tensors_among((result,)):
+            self._count(tensor.untyped_storage(), given)
         return result
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:

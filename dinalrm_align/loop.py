@@ -25,6 +25,7 @@ from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.durable import write_atomically
 from dinalrm_align.metrics import METRICS, MetricsLog
 from dinalrm_align.processes import with_others
+from dinalrm_align.quantise import bitsandbytes
 from dinalrm_align.resume import latest_checkpoint, load_checkpoint, run_of, save_checkpoint, tidy
 
 INTERRUPTED = 130  # exit status of a program ended by Ctrl-C, by the shells' convention
@@ -94,9 +95,13 @@ class Ema:
             p.copy_(values[name])
 
 
-def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over groups {"params": [...], "lr": optional, config.lr by default}."""
-    return torch.optim.AdamW(
+def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over groups {"params": [...], "lr": optional, config.lr by default}, with 8-bit moments if so named.
+
+    Raises ImportError, naming the extra, where those need a package that is missing.
+    """
+    kind = torch.optim.AdamW if config.name == "adamw" else bitsandbytes("optim.name adamw8bit").optim.AdamW8bit
+    return kind(
         [{"lr": config.lr, **group, "initial_lr": group.get("lr", config.lr)} for group in groups],
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -295,11 +295,16 @@ def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: P
 
 
 def _check_moments(saved: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer, where: Path) -> None:
-    """ValueError unless every saved moment has the shape of the parameter it is for; they are kept by number."""
+    """ValueError unless every saved moment has the shape of the parameter it is for; they are kept by number.
+
+    Beside moments of 8 bits lie their codes and scales (bitsandbytes' qmap and absmax), of shapes of their own.
+    """
     shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     for number, moments in saved.items():
-        for name, moment in moments.items():
-            if isinstance(moment, Tensor) and moment.ndim and [tuple(moment.shape)] != shapes[number : number + 1]:
+        inner = [each for each in moments.values() if isinstance(each, Mapping)]  # where bitsandbytes keeps them
+        for name, moment in {**moments, **{name: each[name] for each in inner for name in each}}.items():
+            own_shape = isinstance(moment, Tensor) and moment.ndim and not name.startswith(("qmap", "absmax"))
+            if own_shape and [tuple(moment.shape)] != shapes[number : number + 1]:
                 raise ValueError(
                     f"{where} does not fit this optimiser: {name} of parameter {number} is {tuple(moment.shape)}, "
                     f"expected {shapes[number : number + 1]}; resume with the settings of the run"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dinalrm_align.checkpoint import fetch, read_checkpoint
 from dinalrm_align.config.rewards import REWARDS, RewardEntry, Term, parse_reward
 from dinalrm_align.functions import LatentFunction, as_reward, import_callable
 from dinalrm_align.models import MODELS, ModelSpec
@@ -125,6 +126,19 @@ def latent_rewards(reward: Part | RewardSum) -> list[LatentReward]:
     """Those of its parts that read latents: the ones whose `encoder` a recipe may fill before text encoders go."""
     parts = reward.parts if isinstance(reward, RewardSum) else [reward]
     return [part for part in parts if isinstance(part, LatentReward)]
+
+
+def pixel_rewards(reward: Part | RewardSum) -> list[PixelReward]:
+    """Those of its parts that decode latents."""
+    parts = reward.parts if isinstance(reward, RewardSum) else [reward]
+    return [part for part in parts if isinstance(part, PixelReward)]
+
+
+def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False) -> set[int]:
+    """The text lengths that its latent rewards were trained with, from their checkpoints; no weights are read."""
+    sources = [term.source or spec.reward for term in parse_reward(reward) if term.name == "dinalrm"]
+    folders = [fetch(source, local_files_only=local_files_only) for source in sources]
+    return {read_checkpoint(folder).config.text_length for folder in folders}
 
 
 def score_parts(reward: Part | RewardSum, latents: Tensor, **arguments: Any) -> dict[str, Tensor]:

@@ -8,7 +8,20 @@ PACKAGE = ROOT / "dinalrm_align"
 
 LAYERS: list[set[str]] = [
     {"config", "files", "durable", "seal", "metrics", "processes"},
-    {"digest", "noise", "losses", "cost", "sampling", "sde", "resume", "device", "intervals", "figures", "tracking"},
+    {
+        "digest",
+        "noise",
+        "losses",
+        "cost",
+        "sampling",
+        "sde",
+        "resume",
+        "device",
+        "intervals",
+        "figures",
+        "tracking",
+        "quantise",
+    },
     {
         "backbones",
         "head",
@@ -20,11 +33,11 @@ LAYERS: list[set[str]] = [
         "head_to_head",
         "compare",
         "data",
-        "sharding",
     },
     {"model", "pixel", "inputs", "sharding"},
     {"reward", "preference", "models", "shapes", "benchmarks", "functions", "reward_sum", "rewards"},
     {"align"},
+    {"savings"},
 ]
 """A module may import its own layer and those above it in this list. `dinalrm_align` itself only names its exports."""
 

@@ -18,9 +18,20 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from dinalrm_align.align.anchor import AnchoredReward, matching_scale
+from dinalrm_align.align.economies import (
+    check_economies,
+    compile_blocks,
+    decoder,
+    economise_pipeline,
+    encode_ahead,
+    release_text_encoders,
+    slice_decoding,
+    use_attention,
+)
 from dinalrm_align.align.evaluation import HeldOut, Judge, Probe
 from dinalrm_align.align.settle import Settled
 from dinalrm_align.align.watch import Watch, drift_probe, level_probe
+from dinalrm_align.config.align import AlignRun
 from dinalrm_align.config.anchor import AnchorConfig
 from dinalrm_align.config.rewards import check_reward, parse_reward
 from dinalrm_align.cost import PhaseMeter
@@ -28,14 +39,14 @@ from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.device import available_device
 from dinalrm_align.digest import fingerprint, text_digest
 from dinalrm_align.durable import write_atomically
-from dinalrm_align.encode import PromptEncoder, decode_latents, load_pipeline
+from dinalrm_align.encode import PromptEncoder, load_pipeline
 from dinalrm_align.loop import Hook, Stateful, adamw, fit
 from dinalrm_align.metrics import METRICS, read_metrics
 from dinalrm_align.noise import seeded_generator
 from dinalrm_align.policy import Conditions, Policy
 from dinalrm_align.processes import waiting
 from dinalrm_align.report import plot_run
-from dinalrm_align.rewards import latent_rewards, load_judge, load_reward
+from dinalrm_align.rewards import latent_rewards, load_judge, load_reward, pixel_rewards, text_lengths
 from dinalrm_align.sampling import Velocity, rollout, schedule_sigmas, seeded_noise
 from dinalrm_align.sharding import shard_base, sharding_asked
 from dinalrm_align.tracking import open_tracker, tracker_options
@@ -111,28 +122,42 @@ class Stage:
         gold(torch.zeros(len(samples), 3, *size), samples)  # it may know neither this size nor these prompts
         told = f"reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}"
         accelerator.print(f"run in {run.output_dir}: {told}")
+        check_economies(run.memory, device)
         open_tracker(accelerator, run.tracker, Path(run.output_dir), settled.text, settled.checkpoint)
 
         # The base model, frozen. The reward shares its weights, so it is made before the policy wraps them.
-        pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
-        reward = load_reward(run.reward, spec=spec, pipeline=pipeline, device=device)
+        pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype))
+        encoders: dict[int, PromptEncoder] = {}
+        if run.memory.offload:
+            named = [run.reward, *([anchor.reward] if anchor and anchor.reward else [])]
+            lengths = {spec.text_length}.union(*(text_lengths(name, spec) for name in named))
+            encoders = encode_ahead(pipeline, lengths, [*prompts, *samples, *also, ""], device)
+        use_attention(run.memory.attention)
+        economise_pipeline(pipeline, run.memory, device)
+        pipeline.to(device)
+        given = dict(spec=spec, pipeline=pipeline, device=device)
+        reward = load_reward(run.reward, options=_options(run.reward, run), **given)
         second = None
         if anchor is not None and anchor.reward is not None:
             check_reward(anchor.reward, gradient=True)
-            second = load_reward(anchor.reward, spec=spec, pipeline=pipeline, device=device)
+            second = load_reward(anchor.reward, options=_options(anchor.reward, run), **given)
 
         identity = {
             "recipe": settled.recipe,
             "seed": str(run.seed),
             "base model": fingerprint(pipeline.transformer),
             "reward": _told_apart(run.reward, reward),
+            **({"quantised base": run.memory.base_quant} if run.memory.base_quant != "none" else {}),
             **({"anchor": f"{_told_apart(anchor.reward, second)} {anchor.every} {anchor.weight}"} if second else {}),
             "list of prompts": text_digest("\n".join(prompts)),
         }
 
         # Every prompt is encoded once, for policy and reward; then the text encoders are let go.
-        encoder = PromptEncoder(pipeline, text_length=spec.text_length, device=device)
-        readers = [part for known in (reward, second) if known for part in latent_rewards(known)]
+        encoder = encoders.get(spec.text_length) or PromptEncoder(pipeline, text_length=spec.text_length, device=device)
+        rewards = [known for known in (reward, second) if known]
+        readers = [part for known in rewards for part in latent_rewards(known)]
+        for part in readers:
+            part.encoder = encoders.get(part.config.text_length, part.encoder)
         latent = [part.encoder for part in readers]
         encoder = next((own for own in latent if own.text_length == spec.text_length), encoder)
         for own in latent:
@@ -141,17 +166,22 @@ class Stage:
         train, judged, negative = (Conditions.encode(encoder, part) for part in (prompts, samples, [""]))
         if also:
             Conditions.encode(encoder, also)
-        pipeline.text_encoder = pipeline.text_encoder_2 = pipeline.text_encoder_3 = None
-        torch.cuda.empty_cache()
+        release_text_encoders(pipeline)
 
         policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
         if run.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
-            for known in (reward, second) if second else (reward,):
+            for known in rewards:
                 known.enable_gradient_checkpointing()
+        for known in rewards:
+            slice_decoding(known, run.memory.decode_slice)
         if sharded:
             trunks = [part.model.trunk for part in readers]
             shard_base(accelerator, pipeline.transformer.transformer_blocks, trunks)
+        if run.memory.compile:
+            compile_blocks(pipeline.transformer, rewards)
+        if run.memory.offload and not any(pixel_rewards(known) for known in rewards):
+            pipeline.vae.to("cpu")
         stage = cls(
             settled, accelerator, pipeline, policy, reward, gold, encoder, train, judged, negative, PhaseMeter(device),
             identity, sharded,
@@ -209,7 +239,7 @@ class Stage:
         held_out = HeldOut(
             velocity_for=self.velocity_for, conditions=self.judged, latent_shape=self.latent_shape,
             guidance_scale=spec.guidance_scale, sigmas=self.sigmas(), reward=self.reward, gold=self.gold,
-            decode=lambda latents: torch.cat([decode_latents(self.pipeline.vae, part) for part in latents.split(4)]),
+            decode=decoder(self.pipeline.vae, accelerator.device),
             config=run.evaluation, accelerator=accelerator, output_dir=folder,
             judges=self._judges(), probes=self._probes(), in_step=self.sharded,
         )  # fmt: skip
@@ -298,6 +328,12 @@ class Stage:
         for name, score in scores.items():
             gain = f"gain {score['gain']:+.4f}, standard error of the paired difference {score['standard_error']:.4f}"
             print(f"{name} {score['before']:.4f} -> {score['after']:.4f}: {gain}")
+
+
+def _options(reward: str, run: AlignRun) -> dict[str, dict[str, Any]]:
+    """Arguments for loading the parts of a reward, as the settings have them."""
+    names = {term.name for term in parse_reward(reward)}
+    return {"hpsv3": run.hpsv3.options()} if "hpsv3" in names else {}
 
 
 def _told_apart(name: str, reward: torch.nn.Module) -> str:

@@ -48,6 +48,7 @@ class SD3Trunk(nn.Module):
         memo = {}
         if share_weights:
             memo = {id(tensor): tensor for part in parts for tensor in (*part.parameters(), *part.buffers())}
+            memo |= {id(state): state for part in parts for state in _packing(part)}
         parts = copy.deepcopy(parts, memo)
         self.pos_embed, self.time_text_embed, self.context_embedder, self.transformer_blocks = parts
         _remove_adapters(self)
@@ -242,6 +243,12 @@ def _parts_read(transformer: SD3Transformer2DModel, num_layers: int) -> tuple[nn
     """pos_embed, time_text_embed, context_embedder and the first blocks: what a trunk is made of."""
     blocks = nn.ModuleList(list(transformer.transformer_blocks)[:num_layers])
     return transformer.pos_embed, transformer.time_text_embed, transformer.context_embedder, blocks
+
+
+def _packing(part: nn.Module) -> list[object]:
+    """What bitsandbytes' layers keep beside their packed weights: scales, and whose turn it is to read them."""
+    states = [vars(module).get(name) for module in part.modules() for name in ("state", "quant_state")]
+    return [state for state in states if state is not None]
 
 
 def _check_unmerged(parts: tuple[nn.Module, ...]) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from dinalrm_align.config.check import check_fields
 from dinalrm_align.config.loop import LoopConfig, OptimConfig
+from dinalrm_align.config.memory import Hpsv3Config, MemoryConfig
 from dinalrm_align.config.reward import LoraConfig
 from dinalrm_align.config.watch import WatchConfig
 
@@ -73,6 +74,8 @@ class AlignRun:
         loop: how long, how often saved, averaging.
         evaluation: the held-out judgement.
         watch: whether the reward is being fooled, told from the held-out judgement.
+        memory: what makes the run smaller or faster.
+        hpsv3: how HPSv3 is loaded, where it is in the reward.
     """
 
     model: str = "auto"
@@ -95,6 +98,8 @@ class AlignRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    hpsv3: Hpsv3Config = field(default_factory=Hpsv3Config)
 
     def __post_init__(self) -> None:
         check_fields(self)

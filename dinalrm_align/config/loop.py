@@ -11,6 +11,8 @@ class OptimConfig:
     """AdamW and what is done to its learning rate and gradients.
 
     Args:
+        name: adamw, or adamw8bit, bitsandbytes' with moments of 8 bits (needs the extra `quant`): 2 bytes per trained
+            parameter instead of 8.
         lr: learning rate at its peak.
         weight_decay: decoupled, as in AdamW.
         beta1: decay of the first moment.
@@ -22,6 +24,7 @@ class OptimConfig:
         warmup_steps: steps over which lr rises linearly from 0.
     """
 
+    name: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = 1e-4
     weight_decay: float = 1e-4
     beta1: float = 0.9

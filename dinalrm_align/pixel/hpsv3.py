@@ -24,9 +24,9 @@ from dinalrm_align.device import available_device
 from dinalrm_align.files import check_source, reading
 from dinalrm_align.pixel.base import PixelReward
 from dinalrm_align.pixel.hps_template import INSTRUCTION_SHA256, SCRIPT, SUFFIX_SHA256, HPSTemplate, load_template
-from dinalrm_align.pixel.quantise import check_quantization, quantise_linears
 from dinalrm_align.pixel.qwen2vl import fitted_size, preprocess
 from dinalrm_align.pixel.weights import beside, check_fit, find_file, shapes_of
+from dinalrm_align.quantise import check_quantization, quantise_linears
 
 SOURCE, WEIGHTS, BASE = "MizzenAI/HPSv3", "HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28
@@ -151,16 +151,14 @@ class HPSv3Reward(PixelReward):
             frames=vision.temporal_patch_size,
         )
         ids = self.token_ids(prompt, rows * columns // vision.spatial_merge_size**2)
-        ids = torch.tensor([ids], device=self.device)
         hidden = self.model(
-            input_ids=ids,
-            position_ids=torch.arange(ids.shape[1], device=self.device).expand(3, 1, -1),
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=torch.arange(len(ids), device=self.device).expand(3, 1, -1),
             pixel_values=values,
             image_grid_thw=torch.tensor([[1, rows, columns]], device=self.device),
             use_cache=False,
         ).last_hidden_state
-        place = ids[0].tolist().index(self.reward_id)
-        return self.head(hidden[0, place].to(self.head[0].weight.dtype))[0]
+        return self.head(hidden[0, ids.index(self.reward_id)].to(self.head[0].weight.dtype))[0]
 
     @property
     def reward_id(self) -> int:

@@ -9,14 +9,13 @@ QUANTIZATIONS = ("none", "int8", "nf4")
 """int8: LLM.int8(), arXiv 2208.07339, outliers over 6 in half precision. nf4: QLoRA's, arXiv 2305.14314, double."""
 
 
-def bitsandbytes() -> Any:
-    """The package; ImportError naming the extra where it is missing."""
+def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
+    """The package; ImportError naming the extra where it is missing. what: needs it."""
     try:
         import bitsandbytes
     except ImportError as error:
         raise ImportError(
-            "quantization int8 and nf4 need bitsandbytes: run `pip install 'dinalrm-align[quant]'`, or leave "
-            "quantization at none"
+            f"{what}: needs bitsandbytes: run `pip install 'dinalrm-align[quant]'`, or leave it at its default"
         ) from error
     return bitsandbytes
 
@@ -48,6 +47,7 @@ def quantise_linears(module: nn.Module, kind: str, device: torch.device | str, d
                 *sizes, bias is not None, compute_dtype=dtype, quant_type="nf4", device=torch.device("meta")
             )
             packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=packed)
+            packed.support_avx512bf16_for_cpu = False  # else some CPUs repack a weight under the layer that shares it
         packed.bias = bias
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, packed.to(device).requires_grad_(False))

@@ -1,0 +1,59 @@
+"""What a latent reward saves: memory and operations of aligning SD3.5 Medium with DiNa-LRM, PickScore and HPSv3.
+
+    python recipes/savings.py                                 counted: no weights, no GPU, a few minutes on two cores
+    python recipes/savings.py --size 512 --batch 4
+    python recipes/savings.py --measure                       on this machine's CUDA GPU as well, with random weights
+
+Full-size networks are built from their published configs and run on tensors without values, by the code that the
+recipes run: scoring, the reward's gradient, one ReFL update, one Flow-GRPO update, and each of the networks alone.
+Counted are live bytes at the peak and floating-point operations in two conventions, which stand above the tables; the
+savings stand beside those of the paper (arXiv 2602.11146). `--economies false` leaves out what each option saves.
+
+Writes savings.md, savings.json and savings.png into output_dir, and prints the first.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinalrm_align.config.command import parse, refuse, refusing
+from dinalrm_align.config.savings import SavingsRun
+
+
+def weigh(run: SavingsRun) -> None:
+    import torch
+
+    from dinalrm_align.durable import write_atomically
+    from dinalrm_align.files import make_folder
+    from dinalrm_align.savings.measure import matrix_rate
+    from dinalrm_align.savings.picture import draw
+    from dinalrm_align.savings.plan import all_cases, count_all, measure_all
+    from dinalrm_align.savings.tables import report, to_json
+
+    if run.measure and not torch.cuda.is_available():
+        refuse("--measure runs on a CUDA GPU, and torch finds none on this machine; without it everything is counted")
+    folder = Path(run.output_dir)
+    make_folder(folder)
+    cases = all_cases(run)
+    costs = count_all(cases, workers=run.workers)
+    runs, rate, card = None, None, ""
+    if run.measure:
+        card = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        rate = matrix_rate("cuda")
+        runs = measure_all(cases, "cuda", warmup=run.warmup, repeats=run.repeats)
+    text = report(run, costs, runs, card, rate)
+    write_atomically(folder / "savings.md", text)
+    write_atomically(folder / "savings.json", json.dumps(to_json(run, costs, runs, card, rate), indent=1))
+    draw(run, costs, folder / "savings.png")
+    print(text)
+    print(f"{folder / 'savings.md'}, savings.json, savings.png")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with refusing():
+        weigh(parse(SavingsRun, __doc__, sys.argv[1:] if argv is None else argv)[0])
+
+
+if __name__ == "__main__":
+    main()
