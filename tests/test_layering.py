@@ -7,8 +7,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinalrm_align"
 
 LAYERS: list[set[str]] = [
-    {"config", "files", "durable", "seal", "metrics"},
-    {"digest", "noise", "losses", "cost", "sampling", "sde", "resume", "device", "intervals", "figures", "tracking"},
+    {"config", "files", "durable", "seal", "metrics", "pictures"},
+    {
+        "digest",
+        "weight_sample",
+        "noise",
+        "losses",
+        "cost",
+        "sampling",
+        "sde",
+        "resume",
+        "device",
+        "intervals",
+        "figures",
+        "tracking",
+    },
     {"backbones", "head", "encode", "policy", "checkpoint", "loop", "report", "head_to_head", "compare", "data"},
     {"model", "pixel", "inputs"},
     {"reward", "preference", "models", "shapes", "benchmarks", "functions", "reward_sum", "rewards"},
@@ -17,7 +30,7 @@ LAYERS: list[set[str]] = [
 """A module may import its own layer and those above it in this list. `dinalrm_align` itself only names its exports."""
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-LIGHT_AT_THE_TOP = ["__init__.py", "models.py", "config", "tracking.py"]
+LIGHT_AT_THE_TOP = ["__init__.py", "models.py", "config", "tracking.py", "pictures.py"]
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "matplotlib"}
 
 

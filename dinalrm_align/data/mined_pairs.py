@@ -131,6 +131,8 @@ class MinedPairs:
     Raises ValueError or FileNotFoundError for what cannot be read, is not whole, or holds no pairs.
     """
 
+    reads_files_only = True
+
     def __init__(
         self,
         path: str | Path,
@@ -236,7 +238,7 @@ def _find(path: Path, manifest: PairManifest | None) -> tuple[PairManifest, list
         raise ValueError(f"{path / MANIFEST}: format {content.get('format')!r:.80}; this version reads {FORMAT!r}")
     try:
         files = [shard_path(path, number) for number in range(content["shards"])]
-        found = PairManifest(**content["manifest"])
+        found = PairManifest.of(content["manifest"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / MANIFEST}: not that of mined pairs ({type(error).__name__}: {error})") from error
     missing = [file for file in files if not file.is_file()]
