@@ -5,8 +5,6 @@ from typing import Literal
 
 from dinalrm_align.config.check import check_fields, check_integer, check_number
 
-LAYOUTS = ("hpdv3", "hpdv2", "pickapic", "jsonl")
-
 
 @dataclass
 class FilterConfig:
@@ -54,7 +52,8 @@ class PrepareRun:
 
     Args:
         source: the preference data. hpdv3, hpdv2: its train.json; pickapic: a folder of parquet files, or one of them;
-            jsonl: lines of prompt, chosen, rejected (paths), and if wanted label, votes or scores.
+            jsonl: lines of prompt, chosen, rejected (paths), and if wanted label, votes or scores; released: a folder
+            of part_rank*.parquet, latents that are kept as they are, for which buckets and images mean nothing.
         layout: how `source` is written. auto tells it from the file.
         images: folder that the paths of pictures are relative to; by default that of `source`.
         output_dir: where the encoded pairs go. A folder that was begun with the same settings is gone on with.
@@ -80,7 +79,7 @@ class PrepareRun:
     """
 
     source: str | None = None
-    layout: Literal["auto", "hpdv3", "hpdv2", "pickapic", "jsonl"] = "auto"
+    layout: Literal["auto", "hpdv3", "hpdv2", "pickapic", "jsonl", "released"] = "auto"
     images: str | None = None
     output_dir: str = "runs/pairs"
     model: str = "shapes"

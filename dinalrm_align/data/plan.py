@@ -99,7 +99,10 @@ def pictures_of(pairs: Sequence[Preference]) -> list[Picture]:
 def plan_groups(
     pairs: Sequence[Preference], sizes: dict[Picture, tuple[int, Size | str]], run: PrepareRun, dropped: Dropped
 ) -> list[Group]:
-    """The groups to encode. sizes: picture -> its number, and (height, width), or what is wrong with it."""
+    """The groups to encode. sizes: picture -> its number, and (height, width), or what is wrong with it.
+
+    Latents (pairs with a shape) keep their size; pictures get that of their bucket.
+    """
     buckets, kept = parse_buckets(run.buckets), []
     for pair in pairs:
         (_, chosen), (_, rejected) = sizes[pair.chosen], sizes[pair.rejected]
@@ -108,6 +111,8 @@ def plan_groups(
             dropped.bad("picture that cannot be read", wrong)
         elif min(chosen[0] * chosen[1], rejected[0] * rejected[1]) < run.filter.min_pixels:
             dropped.drop(f"picture of less than {run.filter.min_pixels} pixels")
+        elif pair.shape is not None:
+            kept.append((pair, chosen))
         elif (bucket := bucket_of_pair(chosen, rejected, buckets, run.filter.aspect_tolerance)) is None:
             dropped.drop("no bucket of their aspect ratios")
         else:

@@ -5,23 +5,24 @@
     pickapic  parquet with caption, jpg_0, jpg_1 (bytes of JPEG files), label_0 (1, 0, or 0.5 for a tie), has_label
     jsonl     one {prompt, chosen, rejected} a line, paths; with label in [0, 1], or votes [chosen, rejected], or
               confidence, or scores {name: [chosen, rejected]} where there are such
+    released  DiNa-LRM's parquet of latents (`data.released`): nothing is encoded again but the text
 
 Nothing of the pictures is read here. A record that cannot be meant is refused, or left out and told of.
 """
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dinalrm_align.data.parquet import parquet_module, read_column
+from dinalrm_align.data.released import is_released, listed_rows, released_files, released_rows
 from dinalrm_align.files import parse_json, read_text, reading
 
 MAX_CHARACTERS = 10_000
 """Of a prompt, as in `encode`."""
 PICKAPIC = ("caption", "label_0", "label_1", "has_label")
-KEPT_ROW_GROUPS = 8
 
 
 class Cell(NamedTuple):
@@ -42,7 +43,9 @@ Picture = str | Cell
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One pair. label: probability that a rater prefers `chosen`; 0.5 is a tie. votes: for chosen and rejected."""
+    """One pair. label: probability that a rater prefers `chosen`; 0.5 is a tie. votes: for chosen and rejected. shape:
+    (C, h, w) of latents that stand in the place of pictures.
+    """
 
     prompt: str
     chosen: Picture
@@ -51,6 +54,7 @@ class Preference:
     votes: tuple[float, float] | None = None
     confidence: float | None = None
     scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    shape: tuple[int, int, int] | None = None
 
     @property
     def is_tie(self) -> bool:
@@ -63,6 +67,8 @@ Told = Callable[[str, str], None]
 
 def find_layout(source: Path) -> str:
     """The layout of a file or folder, by its name and first record. ValueError when it is none that is known."""
+    if is_released(source):
+        return "released"
     if source.is_dir() or source.suffix == ".parquet":
         return "pickapic"
     if source.suffix == ".jsonl":
@@ -81,8 +87,8 @@ def read_preferences(source: Path, layout: str, bad: Told) -> Iterator[Preferenc
     Raises FileNotFoundError, ValueError (with the file) for a file that cannot be read at all, ImportError without
     pyarrow.
     """
-    if layout == "pickapic":
-        yield from _pickapic(source, bad)
+    if layout in ("pickapic", "released"):
+        yield from (_pickapic if layout == "pickapic" else _released)(source, bad)
         return
     convert = {"hpdv3": _hpdv3, "hpdv2": _hpdv2, "jsonl": _jsonl}[layout]
     for number, record in enumerate(_lines(source, bad) if layout == "jsonl" else _records(source)):
@@ -102,7 +108,7 @@ def picture_source(picture: Picture, images: Path) -> Path | bytes:
     """What `pictures.open_picture` opens. ValueError for a cell that holds no picture, or whose file is broken."""
     if not isinstance(picture, Cell):
         return images / picture
-    data = _column(picture.file, picture.row_group, picture.column)[picture.row]
+    data = read_column(picture.file, picture.row_group, picture.column)[picture.row]
     if not isinstance(data, bytes):
         raise ValueError(f"{picture}: got {type(data).__name__}; expected the bytes of a picture")
     return data
@@ -136,7 +142,7 @@ def _jsonl(record: dict[str, Any]) -> Preference:
 
 
 def _pickapic(source: Path, bad: Told) -> Iterator[Preference]:
-    parquet = _parquet()
+    parquet = parquet_module()
     files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     if not files:
         raise FileNotFoundError(f"{source} holds no parquet files; expected those of Pick-a-Pic")
@@ -165,6 +171,20 @@ def _pickapic(source: Path, bad: Told) -> Iterator[Preference]:
                     yield _checked(Preference(record["caption"], *cells, label=labels[first]))
                 except (TypeError, ValueError) as error:
                     bad("record that cannot be meant", f"{path}, row group {group}, row {row}: {error}")
+
+
+def _released(source: Path, bad: Told) -> Iterator[Preference]:
+    listed = listed_rows(source)
+    for file in released_files(source):
+        try:
+            for row in released_rows(file):
+                if isinstance(row, str):
+                    bad("record that cannot be meant", row)
+                elif listed is None or (file.name, row.row_group, row.row) in listed:
+                    cells = [Cell(str(file), row.row_group, row.row, f"latent{index}") for index in (1, 2)]
+                    yield Preference(row.prompt, *cells, votes=row.votes, confidence=row.confidence, shape=row.shape)
+        except (OSError, ValueError) as error:
+            bad("file that cannot be read", str(error))
 
 
 def _checked(pair: Preference) -> Preference:
@@ -208,18 +228,3 @@ def _lines(path: Path, bad: Told) -> Iterator[Any]:
         except (ValueError, RecursionError) as error:
             bad("record that cannot be meant", f"{path}, line {number}: not valid JSON ({error})")
             yield None
-
-
-@functools.lru_cache(KEPT_ROW_GROUPS)
-def _column(file: str, row_group: int, column: str) -> list[Any]:
-    parquet = _parquet()
-    with reading("parquet file", file):
-        return parquet.ParquetFile(file).read_row_group(row_group, columns=[column]).column(0).to_pylist()
-
-
-def _parquet() -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError("parquet needs the package pyarrow: pip install 'dinalrm-align[data]'") from error
-    return parquet

@@ -31,7 +31,7 @@ from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.data.plan import Dropped, Group, filter_pairs, pictures_of, plan_groups, plan_shards
 from dinalrm_align.data.preferences import Picture, find_layout, picture_source, read_preferences
 from dinalrm_align.data.shards import FORMAT
-from dinalrm_align.data.workers import InOrder, attempt, measured, resized
+from dinalrm_align.data.workers import InOrder, attempt, loaded, measured, resized
 from dinalrm_align.digest import text_digest
 from dinalrm_align.durable import TEMPORARY, file_digest, write_atomically
 from dinalrm_align.files import make_folder, read_json
@@ -49,6 +49,8 @@ SETTINGS = (
     "prompts_per_shard",
     "seed",
 )
+FACTOR = 8
+"""Pixels per latent, each way."""
 SIZES = 4096
 """Pictures per file of sizes."""
 
@@ -95,7 +97,7 @@ class Preparation:
         """Write prepared.json, or compare it."""
         settings = {name: value for name, value in dataclasses.asdict(self.run).items() if name in SETTINGS}
         if self.source.is_dir():
-            files = sorted(self.source.glob("*.parquet"))
+            files = sorted([*self.source.glob("*.parquet"), *self.source.glob("*.csv")])
             source = text_digest("".join(f"{file.name} {file.stat().st_size}\n" for file in files))
         else:
             source = file_digest(self.source)
@@ -123,7 +125,9 @@ class Preparation:
     # ---------------------------------------------------------------------------------------------- 1. sizes, and plan
 
     def measure(self) -> None:
-        """Note the size of every picture, from the head of its file."""
+        """Note the size of every picture, from the head of its file; of latents, as it is told."""
+        if self.layout == "released":
+            return
         starts = range(0, len(self.pictures), SIZES)
         mine = [start for start in starts if not self._is_measured(start)][self.rank :: self.world]
         calls = ((*self._source(p), str(p)) for start in mine for p in self.pictures[start : start + SIZES])
@@ -135,8 +139,11 @@ class Preparation:
     def plan(self) -> None:
         """Settle what goes into which file; every process comes to the same."""
         sizes: list[Any] = []
-        for start in range(0, len(self.pictures), SIZES):
-            sizes += json.loads(self._sizes_file(start).read_text(encoding="utf-8"))
+        if self.layout == "released":  # chosen and rejected of each pair in turn, none of them twice
+            sizes = [tuple(FACTOR * side for side in pair.shape[1:]) for pair in self.pairs for _ in range(2)]
+        else:
+            for start in range(0, len(self.pictures), SIZES):
+                sizes += json.loads(self._sizes_file(start).read_text(encoding="utf-8"))
         known = {
             picture: (number, size if isinstance(size, str) else tuple(size))
             for number, (picture, size) in enumerate(zip(self.pictures, sizes, strict=True))
@@ -175,7 +182,7 @@ class Preparation:
             for number in mine
             for picture in wanted[number]
         )
-        results = self._in_order(resized, calls)
+        results = self._in_order(loaded if self.layout == "released" else resized, calls)
         bar = tqdm(total=sum(map(len, wanted.values())), desc="pictures", unit="picture", disable=self.rank > 0)
         with bar:
             for number in mine:
@@ -201,8 +208,9 @@ class Preparation:
         whole = {picture: found for picture, found in zip(batch, pixels) if not isinstance(found, str)}
         if not whole:
             return {}
-        images = torch.from_numpy(np.stack(list(whole.values()))).permute(0, 3, 1, 2).float() / 255
-        latents = dict(zip(whole, encode(images).to("cpu", torch.bfloat16)))
+        read = torch.from_numpy(np.stack(list(whole.values())))
+        made = read if self.layout == "released" else encode(read.permute(0, 3, 1, 2).float() / 255)
+        latents = dict(zip(whole, made.to("cpu", torch.bfloat16)))
         bad |= {
             picture: f"{self.pictures[picture]} has latents that are not finite"
             for picture, made in latents.items()

@@ -1,5 +1,5 @@
-"""From a path to preference pairs: a directory of latents, mined pairs in parquet, or a jsonl of pictures that are
-encoded on the fly.
+"""From a path to preference pairs: a directory of latents, mined pairs in parquet, latents in the released layout, or a
+jsonl of pictures that are encoded on the fly.
 """
 
 import functools
@@ -15,6 +15,8 @@ from dinalrm_align.data.image_pairs import ImagePairs
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.mined_pairs import MANIFEST, MinedPairs
 from dinalrm_align.data.pairs import PairManifest
+from dinalrm_align.data.released import is_released
+from dinalrm_align.data.released_pairs import ReleasedPairs
 from dinalrm_align.encode import PromptEncoder, encode_images, load_vae
 from dinalrm_align.weight_sample import WeightSample, sample_weights
 
@@ -72,20 +74,25 @@ def open_pairs(
     seed: int = 0,
     held_out_prompts: int = 0,
     on_bad: Literal["refuse", "skip"] = "refuse",
-) -> LatentPairs | ImagePairs | MinedPairs:
+) -> LatentPairs | ImagePairs | MinedPairs | ReleasedPairs:
     """The pairs at `path`, checked against what is to read them: a reward's config, or a model's `Encoders.manifest()`.
 
-    path: a jsonl of pictures; a directory of latents; a folder of mined pairs, or one parquet file of such columns,
-    whose latents and embeddings are taken to be as `encoders` would make them. encoders, size: what pictures are
-    encoded with on the fly, and at which (height, width) in pixels. on_bad: of files of latents that cannot be read.
-    The rest, and what is raised: see the classes. Pairs that say which VAE and text encoders made them are compared
-    with those of `encoders`, ValueError when they are others; a warning names those that are not on this machine.
+    path: a jsonl of pictures; a directory of latents; a folder of mined pairs, or one parquet file of such columns; or
+    a folder in the released layout. What does not say how it was made is taken to be as `encoders` would make it.
+    encoders, size: what pictures are encoded with on the fly, and at which (height, width) in pixels. on_bad: of files
+    of latents that cannot be read. The rest, and what is raised: see the classes. Pairs that say which VAE and text
+    encoders made them are compared with those of `encoders`, ValueError when they are others; a warning names those
+    that are not on this machine.
     """
     options = dict(batch_size=batch_size, seed=seed, held_out_prompts=held_out_prompts)
     if Path(path).suffix == ".parquet":
         pairs = MinedPairs(path, manifest=encoders.manifest(), **options)
     elif (Path(path) / MANIFEST).is_file():
         pairs = MinedPairs(path, **options)
+    elif is_released(Path(path)):
+        pairs = ReleasedPairs(
+            path, encode_prompts=encoders.encode_prompts, manifest=encoders.manifest(), on_bad=on_bad, **options
+        )
     elif Path(path).suffix != ".jsonl":
         pairs = LatentPairs(path, on_bad=on_bad, **options)
     else:

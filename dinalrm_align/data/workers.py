@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dinalrm_align.data.released import load_latent
 from dinalrm_align.pictures import picture_size, resized_picture
 
 AHEAD = 8
@@ -61,6 +62,14 @@ def measured(source: Path | bytes | str, name: str) -> tuple[int, int]:
 def resized(source: Path | bytes | str, size: tuple[int, int], name: str) -> np.ndarray:
     """`resized_picture`, likewise."""
     return resized_picture(_there(source), size, name)
+
+
+def loaded(source: Path | bytes | str, size: tuple[int, int], name: str) -> np.ndarray:
+    """`released.load_latent` of (height, width) pixels, likewise."""
+    latents = load_latent(_there(source), name)
+    if (8 * latents.shape[1], 8 * latents.shape[2]) != tuple(size):
+        raise ValueError(f"{name}: got latents {latents.shape}; expected those of {size[0]} x {size[1]} pixels")
+    return latents
 
 
 def _there(source: Path | bytes | str) -> Path | bytes:
