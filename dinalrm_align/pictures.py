@@ -32,7 +32,8 @@ def picture_size(source: Path | bytes, name: str | None = None) -> tuple[int, in
     name = name or str(source)
     with _opened(source, name) as file:
         try:
-            turned = file.getexif().get(ORIENTATION, 1) >= 5
+            at_hand = file.format != "PNG" or "exif" in file.info  # else all of a PNG would be decoded in search of it
+            turned = at_hand and file.getexif().get(ORIENTATION, 1) >= 5
         except Exception as error:
             raise ValueError(f"{name} cannot be read as a picture: {error}") from error
         width, height = file.size

@@ -128,8 +128,8 @@ class Preparation:
         """Note the size of every picture, from the head of its file; of latents, as it is told."""
         if self.layout == "released":
             return
-        starts = range(0, len(self.pictures), SIZES)
-        mine = [start for start in starts if not self._is_measured(start)][self.rank :: self.world]
+        starts = range(self.rank * SIZES, len(self.pictures), self.world * SIZES)
+        mine = [start for start in starts if not self._is_measured(start)]
         calls = ((*self._source(p), str(p)) for start in mine for p in self.pictures[start : start + SIZES])
         results = self._in_order(measured, calls)
         for start in self._bar(mine, "sizes", f" {SIZES} pictures"):
@@ -183,7 +183,9 @@ class Preparation:
             for picture in wanted[number]
         )
         results = self._in_order(loaded if self.layout == "released" else resized, calls)
-        bar = tqdm(total=sum(map(len, wanted.values())), desc="pictures", unit="picture", disable=self.rank > 0)
+        bar = tqdm(
+            total=self.world * sum(map(len, wanted.values())), desc="pictures", unit="picture", disable=self.rank > 0
+        )
         with bar:
             for number in mine:
                 latents, bad = {}, {}
@@ -305,8 +307,10 @@ class Preparation:
         return read_json(self.folder / "parts" / f"{kind}-{number:05d}.json")
 
     def _missing(self, kind: str, count: int) -> list[int]:
-        """The files of a kind that this process has to write."""
-        return [number for number in range(count) if not self._is_done(kind, number)][self.rank :: self.world]
+        """The files of a kind that this process has to write; which are its own does not depend on what is there, for
+        others may be writing while it looks.
+        """
+        return [number for number in range(self.rank, count, self.world) if not self._is_done(kind, number)]
 
     def _is_done(self, kind: str, number: int) -> bool:
         path = self.folder / "parts" / f"{kind}-{number:05d}.json"
