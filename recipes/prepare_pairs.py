@@ -62,7 +62,7 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
     share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
 
     with worker_processes(run.workers) as in_order:
-        with accelerator.main_process_first():  # it begins the folder, or refuses
+        with accelerator.main_process_first():  # it begins the folder, or says why not
             work = Preparation(run, folder, manifest, in_order=in_order, **share)
         accelerator.print(f"{work.read} pairs in {work.source} ({work.layout}), {len(work.pictures)} pictures")
         work.measure()

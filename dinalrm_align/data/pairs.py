@@ -141,7 +141,10 @@ class PairManifest:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "PairManifest":
         """What `dataclasses.asdict` made of one. TypeError or ValueError when it cannot be meant."""
-        samples = {name: WeightSample(**sample) for name, sample in values.get("encoded_with", {}).items()}
+        samples = values.get("encoded_with", {})
+        if not isinstance(samples, dict) or not all(isinstance(sample, dict) for sample in samples.values()):
+            raise ValueError(f"manifest.encoded_with: got {samples!r:.60}; expected a sample of weights by name")
+        samples = {name: WeightSample(**sample) for name, sample in samples.items()}
         return cls(**{**values, "encoded_with": samples})
 
     def check_encoders(self, of_the_model: Callable[[str], WeightSample | None]) -> list[str]:

@@ -83,13 +83,13 @@ class Preparation:
         self.layout = find_layout(self.source) if run.layout == "auto" else run.layout
         self.images = Path(run.images) if run.images else self.source if self.source.is_dir() else self.source.parent
         self.dropped = Dropped(run.on_bad)
-        if rank == 0:
-            self._begin()
         told = itertools.islice(read_preferences(self.source, self.layout, self.dropped.bad), run.max_pairs)
         every = list(told)
         self.read = len(every)
         self.pairs = filter_pairs(every, run.filter, self.dropped)
         self.pictures = pictures_of(self.pairs)
+        if rank == 0:
+            self._begin()
         self.shards: list[list[Group]] = []
         self.prompts: list[list[str]] = []
 
