@@ -4,20 +4,20 @@ Text follows `StableDiffusion3Pipeline.encode_prompt`: features of both CLIP tow
 T5's `text_length` tokens, no mask. Latents are scaled: (z - shift_factor) * scaling_factor.
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dinalrm_align.backbones.sd3 import load_transformer
 from dinalrm_align.device import available_device
 from dinalrm_align.files import check_source, load_model, reading
 from dinalrm_align.noise import check_latents
+from dinalrm_align.pictures import as_rgb
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
@@ -82,6 +82,13 @@ class PromptEncoder:
         for oldest in list(self._cache)[: -self.max_cached]:
             del self._cache[oldest]
         return torch.stack(embeds).to(self.device), torch.stack(pooled).to(self.device)
+
+    def release(self) -> None:
+        """Let text encoders go that were loaded here; what is cached stays, and a new prompt loads them again."""
+        if isinstance(self.source, str | Path):
+            self._pipeline = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def empty(self, batch: int) -> tuple[Tensor, Tensor]:
         """The embeddings of the empty prompt, for guidance: (batch, L, D), (batch, P)."""
@@ -170,47 +177,6 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion
     for encoder in _text_encoders(pipeline):
         encoder.requires_grad_(False)
     return pipeline
-
-
-def open_picture(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """The picture in a file, or in the bytes of one, upright, as RGB. FileNotFoundError when there is no such file,
-    ValueError when it is no picture, a broken one, or one that `as_rgb` refuses. name: in these sentences.
-    """
-    name = name or str(source)
-    if isinstance(source, Path) and not source.is_file():
-        raise FileNotFoundError(f"no picture {name}{' (it is a folder)' if source.is_dir() else ''}; expected a file")
-    data = source.read_bytes() if isinstance(source, Path) else source
-    if not data:
-        raise ValueError(f"{name} is empty (0 bytes)")
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            picture = ImageOps.exif_transpose(file)
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture that PIL can read") from None
-    except Exception as error:  # decoders fail in many ways on a broken file
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-    return as_rgb(picture, name)
-
-
-def as_rgb(picture: Image.Image, name: str) -> Image.Image:
-    """A PIL picture as RGB. TypeError for anything else; ValueError when it has no pixels, is transparent in places
-    (what lies behind is not known), has more than 8 bits per channel (they would be cut off), or its file is broken.
-    """
-    if not isinstance(picture, Image.Image):
-        got = f"{type(picture).__name__} {picture!r:.60}"
-        raise TypeError(f"{name}: got {got}; expected a PIL picture, as PIL.Image.open gives it")
-    if not all(picture.size):
-        raise ValueError(f"{name}: got a picture of {picture.width} x {picture.height} pixels; expected at least 1 x 1")
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError(f"{name}: got mode {picture.mode}; expected 8 bits per channel: scale it, and convert to RGB")
-    try:
-        opaque = not picture.has_transparency_data or picture.convert("RGBA").getextrema()[3][0] == 255
-        picture = picture.convert("RGB")
-    except Exception as error:  # a file is decoded here at the latest
-        raise ValueError(f"{name}: the picture cannot be read ({error})") from error
-    if not opaque:
-        raise ValueError(f"{name}: the picture is transparent in places; paste it on a background first")
-    return picture
 
 
 def image_tensor(images: Tensor | Sequence[Image.Image] | Image.Image) -> Tensor:

@@ -1,7 +1,8 @@
 """Train a DiNa-LRM (arXiv 2602.11146): a reward that reads noised latents with the first blocks of a diffusion model.
 
     python recipes/train_reward.py                                        # the embedded world, on pairs it makes itself
-    python recipes/train_reward.py --model sd35 --pairs DIR               # the paper's recipe (train_reward_sd35.yaml)
+    python recipes/train_reward.py --model sd35 --pairs DIR               # the paper's recipe (train_reward_sd35.yaml),
+                                                                          # DIR as recipes/prepare_pairs.py writes it
 
 One update: pictures of a prompt share one noise and one noise level sigma; all of them, chosen and rejected, go through
 the backbone in ONE forward; the gap of two scores becomes a probability under a rater whose variance grows with sigma,
@@ -84,6 +85,7 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     from dinalrm_align.benchmarks.pairwise import merge, metrics, pairwise_tallies, write_report
     from dinalrm_align.checkpoint import save_checkpoint
     from dinalrm_align.data.pairs import PairBatch
+    from dinalrm_align.data.prefetch import Prefetched
     from dinalrm_align.data.source import Encoders, open_pairs
     from dinalrm_align.device import available_device
     from dinalrm_align.digest import fingerprint, text_digest
@@ -132,7 +134,7 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     encoders = Encoders(spec.pipeline, text_length=reward.text_length, device=device, dtype=weights_dtype)
     options = dict(size=size, batch_size=config.batch_size, seed=config.seed)
     held_out = 0 if validation_path else config.held_out_prompts
-    pairs = open_pairs(train_path, reward, encoders, held_out_prompts=held_out, **options)
+    pairs = open_pairs(train_path, reward, encoders, held_out_prompts=held_out, on_bad=config.on_bad, **options)
     if validation_path:
         judged = open_pairs(validation_path, reward, encoders, **options).in_order()
     else:
@@ -161,8 +163,15 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     groups = [{"params": list(of_head.values())}] + ([{"params": of_lora, "lr": lora_lr}] if of_lora else [])
 
     # ------------------------------------------------------------------------------------------------- how: one update
+    def read(micro_step: int) -> PairBatch:
+        batch = pairs.batch_at(micro_step, rank, world)
+        return batch.pinned() if device.type == "cuda" and pairs.reads_files_only else batch
+
+    # Pictures are encoded by the device that trains: only what lies encoded on disk is read ahead.
+    batches = Prefetched(read, ahead=config.prefetch if pairs.reads_files_only else 0)
+
     def batch_at(micro_step: int) -> NoisedPairs:
-        batch = pairs.batch_at(micro_step, rank, world).to(device)
+        batch = batches(micro_step).to(device)
         first = (micro_step * world + rank) * config.batch_size  # the number of a group decides what is drawn for it
         generators = [seeded_generator(config.seed, first + group) for group in range(batch.num_groups)]
         return draw_levels(batch, config.train_sigma, generators)
@@ -193,23 +202,24 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
 
     if accelerator.is_main_process and checkpoint is None:
         write_atomically(run / "config.yaml", text)
-    fit(
-        config.loop,
-        config.optim,
-        parameters=parameters,
-        optimizer=adamw(groups, config.optim),
-        batch_at=batch_at,
-        step=step,
-        count_of=lambda drawn: drawn.count,
-        accelerator=accelerator,
-        output_dir=run,
-        hooks=[Hook(config.accuracy.every, evaluate, at_start=False), Hook(0, export, at_start=False)],
-        identity=identity,
-        samples=config.batch_size * config.loop.accumulate * world,
-        resume=checkpoint,
-        resume_command=f"python recipes/train_reward.py --resume {run}",
-        shown=("loss", "train_accuracy", "grad_norm"),
-    )
+    with batches:
+        fit(
+            config.loop,
+            config.optim,
+            parameters=parameters,
+            optimizer=adamw(groups, config.optim),
+            batch_at=batch_at,
+            step=step,
+            count_of=lambda drawn: drawn.count,
+            accelerator=accelerator,
+            output_dir=run,
+            hooks=[Hook(config.accuracy.every, evaluate, at_start=False), Hook(0, export, at_start=False)],
+            identity=identity,
+            samples=config.batch_size * config.loop.accumulate * world,
+            resume=checkpoint,
+            resume_command=f"python recipes/train_reward.py --resume {run}",
+            shown=("loss", "train_accuracy", "grad_norm"),
+        )
     accelerator.end_training()
     accelerator.print(f"the reward is in {run / 'reward'}, its accuracy in {run / 'per_concept.md'}")
 

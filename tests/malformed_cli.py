@@ -10,6 +10,7 @@ REFL, TRAIN, BUILD, REPORT = "refl_sd35", "train_reward", "build_shapes", "repor
 COMPARE = "compare_runs"
 ABLATE, EVALUATE = "ablate_reward", "evaluate_reward"
 GRPO, LPO, NFT, DPO, MINE = "grpo_sd35", "lpo_sd35", "nft_sd35", "dpo_sd35", "mine_pairs"
+PREPARE, LOADING = "prepare_pairs", "measure_loading"
 
 
 def words(*given: object) -> Callable[[World], Sequence[object]]:
@@ -301,7 +302,45 @@ METHODS = [
     Command("another recipe's section", MINE, words("--grpo.group_size=4"), "unknown option --grpo.group_size"),
 ]  # fmt: skip
 
+
+def preparing(content: bytes | str, *more: str, name: str = "pairs.jsonl") -> Callable[[World], Sequence[object]]:
+    """A preparation, on the tiny pipeline, of a file of this content."""
+    return lambda world: [
+        "--source", world.file(name, content), "--model", world_of(world), "--device=cpu", "--workers=0",
+        "--output_dir", world.fresh() / "out", *more,
+    ]  # fmt: skip
+
+
+PREPARING = [
+    Command("no source", PREPARE, words(), "source: got nothing"),
+    Command("a source that is not there", PREPARE, words("--model=shapes", "--source=absent.json"), "no preference data absent.json"),
+    Command("an unknown layout", PREPARE, words("--source=x", "--layout=hpdv4"), "layout"),
+    Command("a near option (prepare)", PREPARE, words("--source=x", "--bucket=64x64"), "did you mean"),
+    Command("buckets of words", PREPARE, words("--source=x", "--buckets=large"), "expected published"),
+    Command("an odd bucket", PREPARE, words("--source=x", "--buckets=64x40"), "multiples of 16"),
+    Command("a bucket twice", PREPARE, words("--source=x", "--buckets=64x64,64x64"), "each size once"),
+    Command("a share of votes of 2", PREPARE, words("--source=x", "--filter.min_vote_share=2"), "filter.min_vote_share: got 2"),
+    Command("no pairs of a prompt", PREPARE, words("--source=x", "--filter.max_pairs_per_prompt=0"), "max_pairs_per_prompt: got 0"),
+    Command("an unknown way with ties", PREPARE, words("--source=x", "--filter.ties=halve"), "filter.ties"),
+    Command("an unknown way with what is bad", PREPARE, words("--source=x", "--on_bad=ignore"), "on_bad"),
+    Command("workers below 0", PREPARE, words("--source=x", "--workers=-1"), "workers: got -1"),
+    Command("a shard of one picture", PREPARE, words("--source=x", "--shard_size=1"), "shard_size: got 1"),
+    Command("records of something else", PREPARE, preparing('[{"a": 1}]', name="train.json"), "expected those of HPDv3"),
+    Command("a train.json of an object", PREPARE, preparing("{}", name="train.json"), "expected a list of records"),
+    Command("a train.json cut short", PREPARE, preparing('[{"path1":', name="train.json"), "not valid JSON"),
+    Command("a line that is no JSON (prepare)", PREPARE, preparing("{"), "line 1: not valid JSON"),
+    Command("a pair without a picture", PREPARE, preparing('{"prompt": "a", "chosen": "c.png"}'), "it lacks 'rejected'"),
+    Command("a picture that is not there", PREPARE, preparing('{"prompt": "a", "chosen": "c.png", "rejected": "r.png"}'), "no picture c.png"),
+    Command("pairs without votes that mean anything", PREPARE, preparing('{"prompt": "a", "chosen": "c", "rejected": "r", "votes": "9"}'), "votes: got '9'"),
+    Command("an empty source", PREPARE, preparing(""), "no pair is left of 0"),
+    Command("a folder without parquet", PREPARE, lambda w: ["--source", w.fresh(), "--model", world_of(w), "--device=cpu"], "holds no parquet files"),
+    Command("a batch of more than the pairs (loading)", LOADING, words("--pairs=2", "--batch_size=4"), "a batch of pairs"),
+    Command("an odd height (loading)", LOADING, words("--height=100"), "multiple of 16"),
+    Command("batches ahead below 0", TRAIN, words("--prefetch=-1"), "prefetch: got -1"),
+]  # fmt: skip
+
 GROUPS = {
+    "preparing pairs": PREPARING,
     "methods and rewards by name": METHODS,
     "judging rewards": JUDGING,
     "options": OPTIONS,

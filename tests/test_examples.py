@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHORTENED = {"hacking": "--loop.steps=1 --evaluation.samples=3 --evaluation.shown=2 --refl.batch_size=2"}
+SHORTENED = {
+    "hacking": "--loop.steps=1 --evaluation.samples=3 --evaluation.shown=2 --refl.batch_size=2",
+    "hpdv3_folder": "4",
+}
 
 
 def run(example: Path, folder: Path) -> subprocess.CompletedProcess:

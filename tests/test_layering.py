@@ -7,9 +7,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinalrm_align"
 
 LAYERS: list[set[str]] = [
-    {"config", "files", "durable", "seal", "metrics", "processes"},
+    {"config", "files", "durable", "seal", "metrics", "processes", "pictures"},
     {
         "digest",
+        "weight_sample",
         "noise",
         "losses",
         "cost",
@@ -42,7 +43,7 @@ LAYERS: list[set[str]] = [
 """A module may import its own layer and those above it in this list. `dinalrm_align` itself only names its exports."""
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-LIGHT_AT_THE_TOP = ["__init__.py", "models.py", "config", "tracking.py"]
+LIGHT_AT_THE_TOP = ["__init__.py", "models.py", "config", "tracking.py", "pictures.py"]
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "matplotlib"}
 
 

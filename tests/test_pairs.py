@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import warnings
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from dinalrm_align.config.reward import RewardConfig
 from dinalrm_align.data.image_pairs import ImagePairs, load_picture, read_jsonl
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.pairs import PairBatch, PairManifest, ShuffledBatches, held_out
+from dinalrm_align.data.prefetch import Prefetched
 
 MANIFEST = PairManifest(vae_scaling_factor=1.5, vae_shift_factor=0.1, text_length=4)
 
@@ -104,12 +105,58 @@ def test_a_batch_larger_than_the_data_is_refused():
         ShuffledBatches([np.arange(4), np.arange(7)], 8, seed=0)
 
 
-def test_buckets_smaller_than_a_batch_are_warned_about():
-    with pytest.warns(UserWarning, match="5 of 12 groups are never trained on: fewer than batch_size 4"):
-        assert ShuffledBatches([np.arange(3), np.arange(7), np.arange(2)], 4, seed=0).per_epoch == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ShuffledBatches([np.arange(0), np.arange(7)], 4, seed=0)
+def test_nothing_is_left_out_of_an_epoch_whatever_the_batch_size():
+    """Buckets of 7, 5 and 2 units in batches of 4: after k epochs each unit came k times, or is in the next batch."""
+    buckets = [np.arange(7), np.arange(7, 12), np.arange(12, 14)]
+    batches = ShuffledBatches(buckets, 4, seed=0)
+    seen, index = np.zeros(14, dtype=int), 0
+    for epoch in range(1, 9):
+        while index < batches._batches_before(epoch):
+            batch = batches.at(index)
+            assert any(np.isin(batch, bucket).all() for bucket in buckets), "buckets were mixed"
+            np.add.at(seen, batch, 1)
+            index += 1
+        for bucket in buckets:
+            assert seen[bucket].sum() == epoch * len(bucket) // 4 * 4
+            assert seen[bucket].max() - seen[bucket].min() <= 1 + 4 // len(bucket)
+    assert (seen == 8).all(), "8 epochs of 14 units are whole batches of every bucket"
+    again = ShuffledBatches(buckets, 4, seed=0)
+    assert all((again.at(i) == ShuffledBatches(buckets, 4, seed=0).at(i)).all() for i in (27, 3, 15))
+
+
+def test_a_shuffle_in_blocks_takes_a_few_blocks_at_a_time():
+    blocks = np.repeat(np.arange(10), 6)
+    batches = ShuffledBatches([np.arange(0, 60, 2), np.arange(1, 60, 2)], 3, seed=1, blocks=blocks, at_once=2)
+    order = [batches.at(index) for index in range(20)]
+    assert sorted(np.concatenate(order)) == list(range(60))
+    for portion in range(5):
+        assert len(set(blocks[np.concatenate(order[4 * portion : 4 * portion + 4])])) == 2
+    assert blocks[np.concatenate(order)].tolist() != sorted(blocks)
+
+
+def test_batches_that_are_read_ahead_are_the_same_in_any_order(tmp_path):
+    source = LatentPairs(write_latents(tmp_path / "pairs"), batch_size=2)
+    with Prefetched(source.batch_at, ahead=3) as batches:
+        for step in (0, 1, 2, 7, 3, 3, 4):
+            batch, wanted = batches(step), source.batch_at(step)
+            assert torch.equal(batch.latents, wanted.latents) and torch.equal(batch.label, wanted.label)
+
+
+def test_reading_ahead_begins_before_it_is_asked_and_tells_of_errors_in_their_turn():
+    begun = [threading.Event() for _ in range(4)]
+
+    def read(step):
+        begun[step].set()
+        if step == 2:
+            raise OSError("step 2")
+        return step
+
+    with Prefetched(read, ahead=2) as batches:
+        assert batches(0) == 0 and begun[2].wait(10)
+        assert batches(1) == 1
+        with pytest.raises(OSError, match="step 2"):
+            batches(2)
+    assert Prefetched(read, ahead=0)(3) == 3
 
 
 def test_held_out_prompts_do_not_depend_on_order_or_repetition():

@@ -1,14 +1,19 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from dinalrm_align.config.shapes import PairsConfig
 from dinalrm_align.data.latent_pairs import LatentPairs
+from dinalrm_align.encode import encode_images
+from dinalrm_align.pictures import open_picture
 from dinalrm_align.shapes.pairs import (
     GRAIN,
     _compare,
     _damage,
     ensure_pairs,
+    render_hpdv3,
     write_concept_pairs,
     write_shifted_pairs,
     write_training_pairs,
@@ -60,3 +65,22 @@ def test_a_rater_without_noise_follows_the_score_and_with_much_noise_does_not():
     assert _compare(scores, 0.0, rng) == [(0, 1), (0, 2), (1, 2)]
     wrong = sum(pair not in [(0, 1), (0, 2), (1, 2)] for _ in range(200) for pair in _compare(scores, 3.0, rng))
     assert 120 < wrong < 300  # P(error) = Phi(-gap / (3 sqrt 2)): 0.41, 0.32, 0.41 of 200 each
+
+
+def test_a_folder_in_hpdv3s_layout_holds_the_pairs_of_training(tiny_pipeline, tmp_path):
+    config = PairsConfig(groups=3, pictures=3, sampled_share=0.0)
+    render_hpdv3(tmp_path / "world", tiny_pipeline, config)
+    records = json.loads((tmp_path / "world" / "train.json").read_text())
+    assert len(records) == 9 and len(list((tmp_path / "world" / "images").iterdir())) == 9
+    write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
+    batch = LatentPairs(tmp_path / "pairs", batch_size=3).in_order()[0]
+    for number, record in enumerate(records):
+        picture = open_picture(tmp_path / "world" / record["path1"])
+        latents = encode_images(tiny_pipeline.vae, picture)[0]
+        differences = [
+            (latents - batch.latents[rows[number]].float()).abs().mean() for rows in (batch.chosen, batch.rejected)
+        ]
+        assert differences[0] < 0.02 < differences[1], "the chosen picture, to 8 bits, and not the rejected one"
+        assert record["prompt"] == batch.prompts[batch.group[batch.chosen[number]]]
+    with pytest.raises(FileExistsError, match="already holds a data set"):
+        render_hpdv3(tmp_path / "world", tiny_pipeline, config)

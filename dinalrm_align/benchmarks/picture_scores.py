@@ -19,10 +19,11 @@ from dinalrm_align.benchmarks.pieces import Pieces
 from dinalrm_align.benchmarks.test_sets import PictureSet
 from dinalrm_align.data.source import Encoders
 from dinalrm_align.digest import text_digest
-from dinalrm_align.encode import image_tensor, open_picture
+from dinalrm_align.encode import image_tensor
 from dinalrm_align.functions import LatentFunction
 from dinalrm_align.inputs import check_picture_size
 from dinalrm_align.noise import seeded_generator
+from dinalrm_align.pictures import open_picture
 from dinalrm_align.reward import LatentReward
 from dinalrm_align.reward_sum import Part, RewardSum
 

@@ -53,8 +53,9 @@ class TrainRewardRun:
     Args:
         model: whose transformer the reward reads with. shapes, sd35, or the folder or hub id of a
             StableDiffusion3Pipeline.
-        pairs: preference pairs: a directory of pre-encoded latents, or a jsonl of pictures (`data.latent_pairs`,
-            `data.image_pairs`); without it the embedded world makes its own.
+        pairs: preference pairs: a directory of pre-encoded latents, as recipes/prepare_pairs.py writes it, a folder in
+            the released layout (`data.released_pairs`), or a jsonl of pictures (`data.image_pairs`); without it the
+            embedded world makes its own.
         validation_pairs: pairs of the same two forms that are only evaluated on; without it, see held_out_prompts.
         held_out_prompts: distinct prompts of `pairs` that are kept from training when there are no validation_pairs.
         output_dir: where the run is kept, a folder that holds no run yet; by default a new one under runs/ named after
@@ -67,6 +68,9 @@ class TrainRewardRun:
             always float32; on a GPU the arithmetic is bfloat16 by autocast unless this is float32.
         tracker: where metrics and pictures go besides metrics.jsonl; wandb without a server: WANDB_MODE=offline.
         batch_size: groups of pictures per micro-batch and process; for plain pairs, pairs.
+        on_bad: what to do about files of latents that cannot be read. refuse: end with their names; skip: leave their
+            pairs out, with a warning that names and counts them.
+        prefetch: batches of encoded pairs that are read ahead.
         height: of pictures that are encoded on the fly, in pixels; by default the model's.
         width: the same.
         gradient_checkpointing: recompute the backbone's activations in the backward pass.
@@ -91,6 +95,8 @@ class TrainRewardRun:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     batch_size: int = 4
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    prefetch: int = 4
     height: int | None = None
     width: int | None = None
     gradient_checkpointing: bool = False
@@ -114,6 +120,8 @@ class TrainRewardRun:
             raise ValueError(
                 f"got batch_size {self.batch_size}, held_out_prompts {self.held_out_prompts}; each must be at least 1"
             )
+        if self.prefetch < 0:
+            raise ValueError(f"prefetch: got {self.prefetch}; expected at least 0")
         if self.lora_lr is not None and self.lora_lr < 0:
             raise ValueError(f"lora_lr: got {self.lora_lr}; it must not be negative")
         if self.reward.tuning == "full":

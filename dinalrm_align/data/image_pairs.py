@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
 from dinalrm_align.durable import file_digest
-from dinalrm_align.encode import MAX_CHARACTERS, open_picture
+from dinalrm_align.encode import MAX_CHARACTERS
 from dinalrm_align.files import parse_json, read_text
+from dinalrm_align.pictures import open_picture
 
 EncodeImages = Callable[[Tensor], Tensor]
 """images (B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w)"""
@@ -38,6 +39,8 @@ class ImagePairs:
         seed: of the shuffle.
         held_out_prompts: distinct prompts kept from training for `validation`.
     """
+
+    reads_files_only = False
 
     def __init__(
         self,

@@ -1,20 +1,24 @@
-"""Pre-encoded preference pairs on disk: memory-mapped safetensors shards of scaled latents and cached text embeddings.
+"""Pre-encoded preference pairs on disk: safetensors shards of scaled latents and cached text embeddings.
 
-    index.json             format, manifest, concept names, the shards with counts and sizes; written last
+    index.json             format, manifest, concept names, the shards with counts, sizes and hashes; written last
     prompts.json           the distinct prompts; row i of the text shards belongs to prompt i
     groups.safetensors     per group: prompt, shard, first picture in it, pictures, first pair, pairs
                            per pair: chosen, rejected (rows within the group), label, concept (-1: unknown)
     text-00000.safetensors     prompt_embeds (n, L, D), pooled_prompt_embeds (n, P)
     latents-00000.safetensors  latents (n, C, H, W), one size a shard; the pictures of a group lie side by side
 
-A plain pair is a group of two pictures. Batches hold groups of one picture size.
+A plain pair is a group of two pictures. Batches hold groups of one picture size. The order is a full shuffle, not one
+in blocks: the pictures of a group are one piece of a file, of a megabyte at 1024 x 1024 in bfloat16 (and a prompt's
+embeddings another), which disks read from anywhere about as fast as in a row; each is read once an epoch.
 """
 
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +33,8 @@ from dinalrm_align.data.shards import (
     LATENTS,
     PAIR_COLUMNS,
     TEXT,
+    RowFile,
+    Shard,
     open_shard,
     read_columns,
     read_index,
@@ -48,27 +54,63 @@ class LatentPairs:
         batch_size: groups a batch (for plain data: pairs).
         seed: of the shuffle.
         held_out_prompts: distinct prompts kept from training for `validation`.
+        on_bad: of shards that are missing, cut short or otherwise not what the index says: refuse them; or skip their
+            groups, which a warning names and counts.
     """
 
-    def __init__(self, directory: str | Path, *, batch_size: int, seed: int = 0, held_out_prompts: int = 0) -> None:
+    reads_files_only = True
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        held_out_prompts: int = 0,
+        on_bad: Literal["refuse", "skip"] = "refuse",
+    ) -> None:
         check_draws(batch_size, seed, held_out_prompts)
         self.directory = Path(directory)
         index = read_index(self.directory)
         self.manifest = index.manifest
         self.concepts = index.concepts
         self.prompts = read_prompt_list(self.directory, index)
-        self._latents = [open_shard(self.directory, shard, LATENTS) for shard in index.latents]
-        self._text = [open_shard(self.directory, shard, TEXT) for shard in index.text]
-        self._columns = read_columns(self.directory, index)
+        columns = read_columns(self.directory, index)
+        self._columns = {name: column.numpy() for name, column in columns.items()}
         self._text_starts = np.cumsum([0, *(shard.count for shard in index.text)])
+        self._bad: dict[str, str] = {}
+        self._latents = [self._open(shard, LATENTS, on_bad) for shard in index.latents]
+        self._text = [self._open(shard, TEXT, on_bad) for shard in index.text]
         self._batch_size, self._seed = batch_size, seed
 
-        keep_out = held_out(self.prompts, held_out_prompts)
-        is_out = np.array([prompt in keep_out for prompt in self.prompts])[self._columns["prompt"].numpy()]
-        sizes = np.array([(shard.height, shard.width) for shard in index.latents])[self._columns["shard"].numpy()]
-        self._by_size = [np.flatnonzero((sizes == size).all(axis=1)) for size in np.unique(sizes, axis=0)]
+        prompt, shard = self._columns["prompt"], self._columns["shard"]
+        text_shard = np.searchsorted(self._text_starts, prompt, side="right") - 1
+        whole = np.array([file is not None for file in self._latents])[shard]
+        whole &= np.array([file is not None for file in self._text])[text_shard]
+        if self._bad:
+            warnings.warn(
+                f"{self.directory}: {len(self._bad)} shards cannot be read; {np.sum(~whole)} of {len(whole)} groups "
+                f"are left out. {'; '.join(list(self._bad.values())[:3])}",
+                stacklevel=2,
+            )
+        used = [self.prompts[row] for row in np.unique(prompt[whole])]
+        keep_out = held_out(used, held_out_prompts)
+        is_out = np.array([text in keep_out for text in self.prompts])[prompt]
+        sizes = np.array([(shard.height, shard.width) for shard in index.latents])[shard]
+        self._by_size = [
+            np.flatnonzero((sizes == size).all(axis=1) & whole) for size in np.unique(sizes[whole], axis=0)
+        ]
         self._held_out = [groups[is_out[groups]] for groups in self._by_size]
         self._trained = [groups[~is_out[groups]] for groups in self._by_size]
+
+    def _open(self, shard: Shard, tensors: dict[str, int], on_bad: str) -> RowFile | None:
+        try:
+            return open_shard(self.directory, shard, tensors)
+        except (ValueError, OSError) as error:
+            if on_bad != "skip":
+                raise
+            self._bad[shard.file] = str(error)
+            return None
 
     @functools.cached_property
     def _batches(self) -> ShuffledBatches:
@@ -82,7 +124,7 @@ class LatentPairs:
     def digest(self) -> str:
         """Of prompts, groups, pairs and labels; not of the latents themselves, which are large."""
         files = ("index.json", "prompts.json", "groups.safetensors")
-        return text_digest("".join(file_digest(self.directory / name) for name in files))
+        return text_digest("".join([*(file_digest(self.directory / name) for name in files), *sorted(self._bad)]))
 
     def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
         """Batch `step` of process `rank` of `world`: groups of one picture size, on the CPU, in the stored dtype."""
@@ -97,37 +139,35 @@ class LatentPairs:
         return BatchesInOrder(self._read, self._by_size, self._batch_size)
 
     def _read(self, groups: np.ndarray) -> PairBatch:
-        latents, embeds, pooled, group, pairs = [], [], [], [], []
-        offset = 0
-        for number, index in enumerate(groups):
-            row = {name: int(self._columns[name][index]) for name in GROUP_COLUMNS}
-            latents.append(
-                self._latents[row["shard"]].get_slice("latents")[row["first"] : row["first"] + row["pictures"]]
-            )
-            text, pooled_text = self._read_text(row["prompt"])
-            embeds.append(text.expand(row["pictures"], -1, -1))
-            pooled.append(pooled_text.expand(row["pictures"], -1))
-            group += [number] * row["pictures"]
-            columns = {k: self._columns[k][row["first_pair"] : row["first_pair"] + row["pairs"]] for k in PAIR_COLUMNS}
-            pairs.append(columns | {k: columns[k].long() + offset for k in ("chosen", "rejected")})
-            offset += row["pictures"]
-        columns = {name: torch.cat([pair[name] for pair in pairs]) for name in PAIR_COLUMNS}
+        rows = {name: self._columns[name][groups] for name in GROUP_COLUMNS}
+        counts = rows["pictures"]
+        latents = [
+            self._latents[shard].read("latents", first, count)
+            for shard, first, count in zip(rows["shard"].tolist(), rows["first"].tolist(), counts.tolist())
+        ]
+        texts = [self._read_text(prompt) for prompt in rows["prompt"].tolist()]
+        group = torch.from_numpy(np.repeat(np.arange(len(groups)), counts))
+        embeds, pooled = (torch.cat(column)[group] for column in zip(*texts, strict=True))
+        pairs = np.concatenate([np.arange(f, f + n) for f, n in zip(rows["first_pair"], rows["pairs"])])
+        first_picture = np.repeat(np.cumsum(counts) - counts, rows["pairs"])
+        columns = {name: self._columns[name][pairs] for name in PAIR_COLUMNS}
         concept = columns.pop("concept")
+        for name in ("chosen", "rejected"):
+            columns[name] = columns[name].astype(np.int64) + first_picture
         return PairBatch(
             latents=torch.cat(latents),
-            prompt_embeds=torch.cat(embeds),
-            pooled_prompt_embeds=torch.cat(pooled),
-            group=torch.tensor(group),
-            concepts=tuple(self.concepts[i] for i in concept.tolist()) if bool((concept >= 0).all()) else None,
-            prompts=tuple(self.prompts[int(self._columns["prompt"][index])] for index in groups),
-            **columns,
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            group=group,
+            concepts=tuple(self.concepts[i] for i in concept.tolist()) if (concept >= 0).all() else None,
+            prompts=tuple(self.prompts[prompt] for prompt in rows["prompt"].tolist()),
+            **{name: torch.from_numpy(column) for name, column in columns.items()},
         )
 
-    def _read_text(self, prompt: int) -> tuple[Tensor, Tensor]:
+    def _read_text(self, prompt: int) -> list[Tensor]:
         shard = int(np.searchsorted(self._text_starts, prompt, side="right")) - 1
         row = prompt - int(self._text_starts[shard])
-        file = self._text[shard]
-        return tuple(file.get_slice(key)[row : row + 1] for key in ("prompt_embeds", "pooled_prompt_embeds"))
+        return [self._text[shard].read(name, row) for name in TEXT]
 
 
 class LatentPairsWriter:

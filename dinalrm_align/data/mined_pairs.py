@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
+from dinalrm_align.data.parquet import parquet_module
 from dinalrm_align.digest import text_digest
 from dinalrm_align.durable import write_atomically
 from dinalrm_align.files import make_folder, read_json, reading
@@ -79,7 +80,7 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str, source: s
     dtype: of the tensors, a name of DTYPES. source: for the column data_source. The same pairs give the same bytes.
     Raises ValueError for a number that is not finite, or is not in this dtype; OSError when it cannot be written.
     """
-    parquet, rows = _parquet(), [_row(pair, DTYPES[dtype], source) for pair in pairs]
+    parquet, rows = parquet_module(), [_row(pair, DTYPES[dtype], source) for pair in pairs]
     import pyarrow
 
     sink = pyarrow.BufferOutputStream()
@@ -130,6 +131,8 @@ class MinedPairs:
 
     Raises ValueError or FileNotFoundError for what cannot be read, is not whole, or holds no pairs.
     """
+
+    reads_files_only = True
 
     def __init__(
         self,
@@ -182,7 +185,7 @@ class MinedPairs:
 
     def _index(self, path: Path) -> None:
         """Note where each row of a file lies, its prompt and scores."""
-        parquet = _parquet()
+        parquet = parquet_module()
         with reading("parquet file of pairs", path):
             file = parquet.ParquetFile(path)
             missing = sorted({*READ, "prompt", "win_score", "lose_score"} - set(file.schema_arrow.names))
@@ -214,7 +217,7 @@ class MinedPairs:
         )
 
     def _read_row(self, path: Path, group: int, offset: int) -> list[Tensor]:
-        parquet = _parquet()
+        parquet = parquet_module()
         with reading("parquet file of pairs", path):
             file = parquet.ParquetFile(path)
             (row,) = file.read_row_group(group, columns=list(READ)).slice(offset, 1).to_pylist()
@@ -236,7 +239,7 @@ def _find(path: Path, manifest: PairManifest | None) -> tuple[PairManifest, list
         raise ValueError(f"{path / MANIFEST}: format {content.get('format')!r:.80}; this version reads {FORMAT!r}")
     try:
         files = [shard_path(path, number) for number in range(content["shards"])]
-        found = PairManifest(**content["manifest"])
+        found = PairManifest.of(content["manifest"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / MANIFEST}: not that of mined pairs ({type(error).__name__}: {error})") from error
     missing = [file for file in files if not file.is_file()]
@@ -246,14 +249,6 @@ def _find(path: Path, manifest: PairManifest | None) -> tuple[PairManifest, list
             "go on by starting recipes/mine_pairs.py again with the same settings"
         )
     return found, files
-
-
-def _parquet() -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError("parquet needs the package pyarrow: pip install 'dinalrm-align[data]'") from error
-    return parquet
 
 
 def _schema() -> "pyarrow.Schema":

@@ -9,9 +9,8 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from dinalrm_align.config.check import check_fields, check_integer
 from dinalrm_align.config.reward import RewardConfig
+from dinalrm_align.weight_sample import WeightSample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +106,17 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> "PairBatch":
         """The same batch with every tensor on `device`; what was checked once is not checked again."""
-        moved = copy.copy(self)
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        vars(moved).update(tensors)
-        return moved
+        onto_gpu = torch.device(device).type == "cuda"  # the other way, values would be read before they are there
+        return self._each(lambda tensor: tensor.to(device, non_blocking=onto_gpu and tensor.device.type == "cpu"))
+
+    def pinned(self) -> "PairBatch":
+        """The same batch in page-locked memory, which a GPU copies from while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "PairBatch":
+        changed = copy.copy(self)
+        vars(changed).update({name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+        return changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +126,43 @@ class PairManifest:
     Args:
         vae_scaling_factor, vae_shift_factor: scaled latents = (z - vae_shift_factor) * vae_scaling_factor.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
+        encoded_with: the VAE ("vae") and text encoders ("text_encoder", ...) that made them, by folder of the pipeline;
+            empty where nobody noted it.
     """
 
     vae_scaling_factor: float
     vae_shift_factor: float
     text_length: int
+    encoded_with: dict[str, WeightSample] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, "manifest")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "PairManifest":
+        """What `dataclasses.asdict` made of one. TypeError or ValueError when it cannot be meant."""
+        samples = values.get("encoded_with", {})
+        if not isinstance(samples, dict) or not all(isinstance(sample, dict) for sample in samples.values()):
+            raise ValueError(f"manifest.encoded_with: got {samples!r:.60}; expected a sample of weights by name")
+        samples = {name: WeightSample(**sample) for name, sample in samples.items()}
+        return cls(**{**values, "encoded_with": samples})
+
+    def check_encoders(self, of_the_model: Callable[[str], WeightSample | None]) -> list[str]:
+        """ValueError when the pairs were made by another VAE or text encoder than the model's; the names of those that
+        could not be compared. of_the_model: folder of the pipeline -> a sample of its weights, None if not at hand.
+        """
+        unknown = []
+        for name, written in self.encoded_with.items():
+            found = of_the_model(name)
+            if found is None:
+                unknown.append(name)
+            elif not written.same_weights(found):
+                raise ValueError(
+                    f"these pairs were encoded with the {name} of {written.source!r} ({written.tensors} tensors, "
+                    f"{written.values[:3]}...); that of {found.source!r} has other weights ({found.tensors} tensors, "
+                    f"{found.values[:3]}...): train the model they were encoded for, or encode them again"
+                )
+        return unknown
 
     def check(self, config: "RewardConfig | PairManifest") -> None:
         """Raises ValueError when a reward of this config, or a model that makes such data, would read this wrongly."""
@@ -144,9 +180,13 @@ class PairManifest:
 
 
 class PairSource(Protocol):
-    """What training reads: a manifest, batches as a pure function of the step, and fixed pairs to validate on."""
+    """What training reads: a manifest, batches as a pure function of the step, and fixed pairs to validate on.
+
+    reads_files_only: whether any thread may ask for batches, since no encoder runs for them.
+    """
 
     manifest: PairManifest
+    reads_files_only: bool
 
     def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
         """The batch of micro-step `step` on process `rank` of `world`; asked twice, the same batch."""
@@ -161,38 +201,80 @@ class ShuffledBatches:
     """Batches of `batch_size` units out of buckets that must not be mixed, reshuffled every epoch.
 
     Batch `index` is a pure function of (seed, index): nothing is stepped, so a run resumes by its step alone and
-    processes share the work by taking every world-th index. What does not fill a batch waits for another epoch's order;
-    a bucket smaller than one batch is never read, which a warning says. ValueError when no bucket fills a batch.
+    processes share the work by taking every world-th index. Each bucket is an endless row of shuffles of all its units,
+    cut into batches; epoch e has those that end within the first e + 1 shuffles. So nothing is left out: what does not
+    fill a batch begins the next epoch's first one.
+
+    blocks: the block of each unit, for data that is read a block at a time (a row group of a parquet file): a shuffle
+    then takes blocks in random order, `at_once` of them mixed, and so do the batches of an epoch.
+
+    ValueError when no bucket fills a batch.
     """
 
-    def __init__(self, buckets: Sequence[np.ndarray], batch_size: int, seed: int) -> None:
-        self.buckets = buckets
+    def __init__(
+        self,
+        buckets: Sequence[np.ndarray],
+        batch_size: int,
+        seed: int,
+        *,
+        blocks: np.ndarray | None = None,
+        at_once: int = 4,
+    ) -> None:
+        self.buckets = [bucket for bucket in buckets if len(bucket)]
         self.batch_size = batch_size
         self.seed = seed
-        self.per_epoch = sum(len(bucket) // batch_size for bucket in buckets)
-        if self.per_epoch == 0:
+        self._blocks, self._at_once = blocks, at_once
+        if not any(len(bucket) >= batch_size for bucket in self.buckets):
             raise ValueError(
                 f"batch_size {batch_size} is more than any bucket holds (sizes {[len(b) for b in buckets][:8]}); use a "
                 "smaller batch or more pairs"
             )
-        unread = sum(len(bucket) for bucket in buckets if len(bucket) < batch_size)
-        if unread:
-            warnings.warn(
-                f"{unread} of {sum(map(len, buckets))} groups are never trained on: fewer than batch_size {batch_size} "
-                "share their picture size; use a smaller batch or fewer sizes",
-                stacklevel=2,
-            )
-        self._epoch, self._order = -1, np.empty((0, batch_size), dtype=np.int64)
+        self.per_epoch = sum(len(bucket) // batch_size for bucket in self.buckets)
+        self._current: tuple[int, np.ndarray] = -1, np.empty((0, batch_size), dtype=np.int64)
 
     def at(self, index: int) -> np.ndarray:
         """(batch_size,) int64: the units of batch `index` >= 0."""
-        epoch, position = divmod(index, self.per_epoch)
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            size = self.batch_size
-            batches = [rng.permutation(b)[: len(b) // size * size].reshape(-1, size) for b in self.buckets]
-            self._epoch, self._order = epoch, rng.permutation(np.concatenate(batches))
-        return self._order[position]
+        units = sum(len(bucket) for bucket in self.buckets)
+        epoch = index * self.batch_size // units
+        while self._batches_before(epoch + 1) <= index:
+            epoch += 1
+        current, order = self._current
+        if current != epoch:
+            order = self._order_of(epoch)
+            self._current = epoch, order  # one assignment: several threads may ask
+        return order[index - self._batches_before(epoch)]
+
+    def _batches_before(self, epoch: int) -> int:
+        return sum(epoch * len(bucket) // self.batch_size for bucket in self.buckets)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """(batches, batch_size) int64."""
+        size, batches = self.batch_size, []
+        rng, shuffles = self._shuffles(epoch)
+        left = [epoch * len(bucket) % size for bucket in self.buckets]  # of earlier shuffles, in no batch yet
+        earlier = max(-(-over // len(bucket)) for over, bucket in zip(left, self.buckets))
+        before = [self._shuffles(epoch - back)[1] for back in range(earlier, 0, -1)]
+        for number, bucket in enumerate(self.buckets):
+            row = np.concatenate([*(shuffle[number] for shuffle in before), shuffles[number]])
+            row = row[earlier * len(bucket) - left[number] :]
+            batches.append(row[: len(row) // size * size].reshape(-1, size))
+        order = np.concatenate(batches)
+        if self._blocks is None:
+            return rng.permutation(order)
+        return order[np.argsort(self._places(epoch)[order].max(axis=1), kind="stable")]
+
+    def _shuffles(self, epoch: int) -> tuple[np.random.Generator, list[np.ndarray]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        shuffles = [rng.permutation(bucket) for bucket in self.buckets]
+        if self._blocks is not None:
+            places = self._places(epoch)
+            shuffles = [shuffle[np.argsort(places[shuffle], kind="stable")] for shuffle in shuffles]
+        return rng, shuffles
+
+    def _places(self, epoch: int) -> np.ndarray:
+        """When in an epoch each unit's block is read, counted in portions of `at_once` blocks."""
+        order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
+        return (np.argsort(order) // self._at_once)[self._blocks]
 
 
 class BatchesInOrder(Sequence[PairBatch]):

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dinalrm_align.encode import MAX_CHARACTERS, open_picture
+from dinalrm_align.encode import MAX_CHARACTERS
 from dinalrm_align.files import read_text
 from dinalrm_align.noise import seeded_generator
+from dinalrm_align.pictures import open_picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 

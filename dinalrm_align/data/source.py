@@ -1,10 +1,11 @@
-"""From a path to preference pairs: a directory of latents, mined pairs in parquet, or a jsonl of pictures that are
-encoded on the fly.
+"""From a path to preference pairs: a directory of latents, mined pairs in parquet, latents in the released layout, or a
+jsonl of pictures that are encoded on the fly.
 """
 
 import functools
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -14,11 +15,16 @@ from dinalrm_align.data.image_pairs import ImagePairs
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.mined_pairs import MANIFEST, MinedPairs
 from dinalrm_align.data.pairs import PairManifest
+from dinalrm_align.data.released import is_released
+from dinalrm_align.data.released_pairs import ReleasedPairs
 from dinalrm_align.encode import PromptEncoder, encode_images, load_vae
+from dinalrm_align.weight_sample import WeightSample, sample_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Folders of a pipeline."""
 MAX_CACHED = 1000
 """Prompts whose embeddings are kept: training on a large set meets each about once an epoch."""
 
@@ -47,7 +53,15 @@ class Encoders:
     def manifest(self) -> PairManifest:
         """What the pairs that these encode are."""
         scaling = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
-        return PairManifest(*scaling, self.encode_prompts.text_length)
+        samples = {name: self.weights(name) for name in ENCODERS}
+        return PairManifest(
+            *scaling, self.encode_prompts.text_length, {name: found for name, found in samples.items() if found}
+        )
+
+    @functools.cache  # noqa: B019  one object a program
+    def weights(self, name: str) -> WeightSample | None:
+        """A sample of the weights in a folder of ENCODERS, from the files; None when they are not on this machine."""
+        return sample_weights(self.source, name)
 
 
 def open_pairs(
@@ -59,20 +73,28 @@ def open_pairs(
     batch_size: int,
     seed: int = 0,
     held_out_prompts: int = 0,
-) -> LatentPairs | ImagePairs | MinedPairs:
+    on_bad: Literal["refuse", "skip"] = "refuse",
+) -> LatentPairs | ImagePairs | MinedPairs | ReleasedPairs:
     """The pairs at `path`, checked against what is to read them: a reward's config, or a model's `Encoders.manifest()`.
 
-    path: a jsonl of pictures; a directory of latents; a folder of mined pairs, or one parquet file of such columns,
-    whose latents and embeddings are taken to be as `encoders` would make them. encoders, size: what pictures are
-    encoded with on the fly, and at which (height, width) in pixels. The rest, and what is raised: see the classes.
+    path: a jsonl of pictures; a directory of latents; a folder of mined pairs, or one parquet file of such columns; or
+    a folder in the released layout. What does not say how it was made is taken to be as `encoders` would make it.
+    encoders, size: what pictures are encoded with on the fly, and at which (height, width) in pixels. on_bad: of files
+    of latents that cannot be read. The rest, and what is raised: see the classes. Pairs that say which VAE and text
+    encoders made them are compared with those of `encoders`, ValueError when they are others; a warning names those
+    that are not on this machine.
     """
     options = dict(batch_size=batch_size, seed=seed, held_out_prompts=held_out_prompts)
     if Path(path).suffix == ".parquet":
         pairs = MinedPairs(path, manifest=encoders.manifest(), **options)
     elif (Path(path) / MANIFEST).is_file():
         pairs = MinedPairs(path, **options)
+    elif is_released(Path(path)):
+        pairs = ReleasedPairs(
+            path, encode_prompts=encoders.encode_prompts, manifest=encoders.manifest(), on_bad=on_bad, **options
+        )
     elif Path(path).suffix != ".jsonl":
-        pairs = LatentPairs(path, **options)
+        pairs = LatentPairs(path, on_bad=on_bad, **options)
     else:
         pairs = ImagePairs(
             path,
@@ -84,4 +106,11 @@ def open_pairs(
             **options,
         )
     pairs.manifest.check(reader)
+    unknown = pairs.manifest.check_encoders(encoders.weights)
+    if unknown:
+        warnings.warn(
+            f"{path}: whether the model's {', '.join(unknown)} encoded these pairs could not be looked at, since its "
+            "weights are not on this machine",
+            stacklevel=2,
+        )
     return pairs

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from dinalrm_align.config.shapes import PairsConfig
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
+from dinalrm_align.durable import write_atomically
 from dinalrm_align.encode import PromptEncoder, decode_latents, encode_images
 from dinalrm_align.report import to_bytes
 from dinalrm_align.shapes.oracle import oracle_score
@@ -66,27 +68,74 @@ def _write_lists(
     held_out: bool,
 ) -> None:
     encoder = _prompt_encoder(pipeline)
+    with LatentPairsWriter(directory, _manifest(pipeline, encoder)) as writer:
+        for scenes, latents, pictures in _lists(pipeline, config, groups, rng, held_out=held_out):
+            latents = encode_images(pipeline.vae, pictures) if latents is None else latents
+            lists = latents.view(len(scenes), config.pictures, *latents.shape[1:])
+            embeds, pooled = encoder([scene.caption for scene in scenes])
+            for row, (scene, judged) in enumerate(zip(scenes, _judged(scenes, pictures, config, rng))):
+                chosen, rejected = zip(*judged)
+                writer.add(
+                    scene.caption, lists[row].half(), prompt_embeds=embeds[row], pooled_prompt_embeds=pooled[row],
+                    chosen=chosen, rejected=rejected,
+                )  # fmt: skip
+
+
+def render_hpdv3(
+    directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig, *, held_out: bool = False
+) -> None:
+    """Write the pairs of `config.groups` captions as pictures, in HPDv3's layout: train.json, and PNG files in images/.
+
+    The same captions, pictures and judgements as `write_training_pairs` (held_out: as `write_heldout_pairs`) makes of
+    these settings, of which 8 bits per channel are kept. Raises FileExistsError if they are there.
+    """
+    directory = Path(directory)
+    if (directory / "train.json").exists():
+        raise FileExistsError(f"{directory} already holds a data set; write to another directory")
+    (directory / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng((config.seed, 2 if held_out else 0))
+    groups, records, number = config.heldout_groups if held_out else config.groups, [], 0
+    for scenes, _, pictures in _lists(pipeline, config, groups, rng, held_out=held_out):
+        names = [f"images/{number + row:06d}.png" for row in range(len(pictures))]
+        number += len(pictures)
+        for name, picture in zip(names, to_bytes(pictures)):
+            Image.fromarray(picture).save(directory / name)
+        for row, (scene, judged) in enumerate(zip(scenes, _judged(scenes, pictures, config, rng))):
+            own = names[row * config.pictures : (row + 1) * config.pictures]
+            about = {"prompt": scene.caption, "confidence": None, "choice_dist": None, "model1": "shapes"}
+            records += [about | {"path1": own[c], "path2": own[r], "model2": "shapes"} for c, r in judged]
+    write_atomically(directory / "train.json", json.dumps(records, indent=0))
+
+
+def _lists(
+    pipeline: StableDiffusion3Pipeline,
+    config: PairsConfig,
+    groups: int,
+    rng: np.random.Generator,
+    *,
+    held_out: bool,
+) -> Iterator[tuple[list[Scene], Tensor | None, Tensor]]:
+    """Scenes with their pictures (scenes * config.pictures, 3, H, W), and latents where the base model made them."""
+    encoder = _prompt_encoder(pipeline)
     sampled = round(groups * config.sampled_share)
     chunks = [(size, True) for size in _chunks(sampled)] + [(size, False) for size in _chunks(groups - sampled)]
-    with LatentPairsWriter(directory, _manifest(pipeline, encoder)) as writer:
-        for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {CHUNK} captions"):
-            scenes = draw_scenes(size, rng, held_out=held_out)
-            if by_base:
-                latents = _sample(pipeline, encoder, scenes, config.pictures, rng)
-                pictures = decode_latents(pipeline.vae, latents)
-            else:
-                drawings = [draw for scene in scenes for draw in _draw_list(scene, config, rng)]
-                pictures = render(drawings, pipeline.vae.config.sample_size)
-                latents = encode_images(pipeline.vae, pictures)
-            captions = [scene.caption for scene in scenes for _ in range(config.pictures)]
-            scores = oracle_score(pictures, captions).view(size, config.pictures)
-            embeds, pooled = encoder([scene.caption for scene in scenes])
-            for row, scene in enumerate(scenes):
-                chosen, rejected = zip(*_compare(scores[row].numpy(), config.rater_noise, rng))
-                writer.add(
-                    scene.caption, latents.view(size, config.pictures, *latents.shape[1:])[row].half(),
-                    prompt_embeds=embeds[row], pooled_prompt_embeds=pooled[row], chosen=chosen, rejected=rejected,
-                )  # fmt: skip
+    for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {CHUNK} captions"):
+        scenes = draw_scenes(size, rng, held_out=held_out)
+        if by_base:
+            latents = _sample(pipeline, encoder, scenes, config.pictures, rng)
+            yield scenes, latents, decode_latents(pipeline.vae, latents)
+        else:
+            drawings = [draw for scene in scenes for draw in _draw_list(scene, config, rng)]
+            yield scenes, None, render(drawings, pipeline.vae.config.sample_size)
+
+
+def _judged(
+    scenes: list[Scene], pictures: Tensor, config: PairsConfig, rng: np.random.Generator
+) -> Iterator[list[tuple[int, int]]]:
+    """The pairs of each list as (chosen, rejected)."""
+    captions = [scene.caption for scene in scenes for _ in range(config.pictures)]
+    for scores in oracle_score(pictures, captions).view(len(scenes), config.pictures):
+        yield _compare(scores.numpy(), config.rater_noise, rng)
 
 
 def write_concept_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:

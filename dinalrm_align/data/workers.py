@@ -1,0 +1,89 @@
+"""Calls of one function in worker processes, results in the order of the calls, a bounded number ahead. Torch-free."""
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinalrm_align.data.released import load_latent
+from dinalrm_align.pictures import picture_size, resized_picture
+
+AHEAD = 8
+"""Calls per worker that may be finished or under way before their results are asked for."""
+
+InOrder = Callable[[Callable[..., Any], Iterable[tuple]], Iterator[Any]]
+"""function, arguments of each call -> results; a call that raised ValueError or OSError gives its sentence, a str."""
+
+
+@contextmanager
+def worker_processes(number: int) -> Iterator[InOrder]:
+    """Within the block, `number` processes that do calls; 0: this process does them, each when its result is taken."""
+    if number == 0:
+        yield lambda function, calls: (attempt(function, *call) for call in calls)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+    pool = ProcessPoolExecutor(number, mp_context=context, initializer=_end_with_parent)
+
+    def in_order(function: Callable[..., Any], calls: Iterable[tuple]) -> Iterator[Any]:
+        pending: deque[Future] = deque()
+        for call in calls:
+            pending.append(pool.submit(attempt, function, *call))
+            if len(pending) > AHEAD * number:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    try:
+        yield in_order
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns, or what it says is wrong with what it was given, as text."""
+    try:
+        return function(*arguments)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def measured(source: Path | bytes | str, name: str) -> tuple[int, int]:
+    """`picture_size`; of a str, which says why there is no source, ValueError."""
+    return picture_size(_there(source), name)
+
+
+def resized(source: Path | bytes | str, size: tuple[int, int], name: str) -> np.ndarray:
+    """`resized_picture`, likewise."""
+    return resized_picture(_there(source), size, name)
+
+
+def loaded(source: Path | bytes | str, size: tuple[int, int], name: str) -> np.ndarray:
+    """`released.load_latent` of (height, width) pixels, likewise."""
+    latents = load_latent(_there(source), name)
+    if (8 * latents.shape[1], 8 * latents.shape[2]) != tuple(size):
+        raise ValueError(f"{name}: got latents {latents.shape}; expected those of {size[0]} x {size[1]} pixels")
+    return latents
+
+
+def _there(source: Path | bytes | str) -> Path | bytes:
+    if isinstance(source, str):
+        raise ValueError(source)
+    return source
+
+
+def _end_with_parent() -> None:
+    """Do not outlive the process that was killed."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

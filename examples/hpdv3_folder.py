@@ -1,0 +1,26 @@
+"""A folder of preference data in HPDv3's layout, drawn by the embedded world: pictures, and train.json that pairs them.
+
+python examples/hpdv3_folder.py            # 1000 captions of 4 pictures; a number after it: so many captions
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from dinalrm_align.config.shapes import PairsConfig
+from dinalrm_align.encode import load_pipeline
+from dinalrm_align.models import MODELS
+from dinalrm_align.shapes.pairs import render_hpdv3
+
+folder = Path("runs/hpdv3_folder")
+groups = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+pipeline = load_pipeline(MODELS["shapes"].pipeline, dtype=torch.float32)
+if not (folder / "train.json").exists():
+    render_hpdv3(folder, pipeline, PairsConfig(groups=groups))
+
+pairs = json.loads((folder / "train.json").read_text())
+print(f"{len(pairs)} pairs in {folder / 'train.json'}, the first: {pairs[0]}")
+print("encode them: python recipes/prepare_pairs.py --buckets 64x64 --filter.min_pixels 0 --group prompt \\")
+print(f"    --source {folder / 'train.json'} --output_dir runs/hpdv3_latents")
