@@ -12,7 +12,8 @@ reads latents needs no decoder. A group shares the reward's noise, so that sampl
 The variants are settings. Where the window lies: all steps, a random few (Flow-GRPO-Fast), or moving as training goes
 (MixGRPO, --grpo.window progressive). How a step is drawn: flow_sde, flow_cps, dance_sde. What keeps the policy near
 its beginnings: --grpo.clip_range, --grpo.guard true (GRPO-Guard), --grpo.kl_beta. With a weighted sum of rewards
-(--reward "dinalrm + 0.2*pickscore"), --grpo.advantage_of parts normalises each by itself.
+(--reward "dinalrm + 0.2*pickscore"), --grpo.advantage_of parts normalises each by itself; --anchor.reward pickscore
+--anchor.every 4 asks the second one at every fourth rollout alone.
 
 A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curves.png, pictures, lora/, checkpoints/ and
 summary.json. In the metrics reward_noise_variance is what separate draws of the reward's noise would have added to
@@ -37,12 +38,12 @@ def align(settled: Settled[GrpoRun]) -> None:
     from dinalrm_align.sde import named_sigmas
 
     run, config = settled.run, settled.run.grpo
-    stage = Stage.build(settled)
-    if not latent_rewards(stage.reward):  # what reads pictures adds no noise, and decodes but once
+    stage = Stage.build(settled, anchor=run.anchor, in_advantages=True)
+    if not latent_rewards(stage.climbed):  # what reads pictures adds no noise, and decodes but once
         config = dataclasses.replace(config, reward_draws=1)
     grpo = Grpo(
-        policy=stage.policy, reward=stage.reward, parts=partial(score_parts, stage.reward),
-        weights=part_weights(stage.reward), config=config, meter=stage.meter, latent_shape=stage.latent_shape,
+        policy=stage.policy, reward=stage.reward, parts=partial(score_parts, stage.climbed),
+        weights=part_weights(stage.climbed), config=config, meter=stage.meter, latent_shape=stage.latent_shape,
         sigmas=named_sigmas(config.schedule, stage.pipeline.scheduler, config.num_steps or settled.spec.num_steps),
         guidance_scale=stage.guidance_scale(config.guidance_scale),
         conditions=stage.conditions, negative=stage.negative, accumulate=run.loop.accumulate,

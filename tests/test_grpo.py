@@ -11,8 +11,10 @@ from tiny_align import SHAPE, brightness, gradient_of, move, surroundings
 
 from dinalrm_align import LatentReward
 from dinalrm_align.align import grpo, surrogate
+from dinalrm_align.align.anchor import AnchoredReward
 from dinalrm_align.align.groups import REWARDS
 from dinalrm_align.align.on_policy import Place, Spending
+from dinalrm_align.config.anchor import AnchorConfig
 from dinalrm_align.config.grpo import GrpoConfig
 from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.noise import seeded_generator
@@ -288,6 +290,23 @@ def test_parts_of_a_reward_are_normalised_one_by_one(method):
         changed(method, advantage_of="parts")
     with pytest.raises(ValueError, match="its weights are for \\['other'\\]"):
         dataclasses.replace(one, weights={"other": 1.0}).roll_out(0)
+
+
+def test_an_anchor_has_its_say_in_every_second_rollout(method):
+    """A = A_reward + 0.5 A_anchor, each normalised by itself; what is told of the reward stays the reward's."""
+
+    def darkness(latents, **told):
+        return -100 * latents.mean(dim=(1, 2, 3))
+
+    config = AnchorConfig(reward="pixel", every=2, weight=0.5)
+    anchored = dataclasses.replace(method, reward=AnchoredReward(method.reward, darkness, config))
+    for number, weight in ((0, 0.0), (1, 0.5)):
+        alone, mixed = (one.roll_out(number) for one in (method, anchored))
+        other = dataclasses.replace(method, reward=darkness).roll_out(number)
+        torch.testing.assert_close(mixed.advantages, alone.advantages + weight * other.advantages)
+        told = [dict(zip(grpo.RECORDED, one.statistics.tolist())) for one in (alone, mixed, other)]
+        assert told[1]["reward"] == told[0]["reward"]
+        assert told[1]["anchor"] == told[2]["reward"] if weight else told[1]["anchor"] != told[1]["anchor"]
 
 
 def test_rollouts_do_not_depend_on_how_they_are_cut(method):

@@ -43,8 +43,8 @@ class AnchoredReward:
     """Called as it is, the reward alone: what is judged held out stays what an unanchored run is judged by. Training
     asks for `terms`.
 
-    accumulate: micro-steps of an update. scale: brings the anchor's scores to the reward's unit (`matching_scale`); 1
-    where every term is normalised by itself, as GRPO's advantages are.
+    accumulate: micro-steps of an update; 1 where rollouts are counted. scale: brings the anchor to the reward's
+    unit (`matching_scale`); 1 where every term is normalised by itself, as GRPO's advantages are.
     """
 
     reward: Reward

@@ -25,6 +25,9 @@ variance that a draw of the reward's noise for every sample, in place of every g
 there are two draws or more to tell; the share of groups left out; the advantage's absolute value.
 """
 
+ANCHOR = "anchor"
+"""The part that steadies a reward (`align.anchor`): it has a say in the advantages, and is told of by itself."""
+
 Parts = Callable[..., Mapping[str, Tensor]]
 """parts(latents, prompts=..., sigma=..., noise=...) -> name to (B,): the scores that a weighted sum adds up"""
 
@@ -43,7 +46,8 @@ class GroupConfig(Protocol):
 @dataclass(frozen=True)
 class Judged:
     """Of the N samples of one process: advantages (N,) float32, clipped; kept (N,) bool, false where all scores of the
-    group are the same. Of all processes: statistics by name, those of `STATISTICS`, NaN where not measured.
+    group are the same. Of all processes: statistics by name, those of `STATISTICS`, NaN where not measured, and the
+    mean score of an anchor.
     """
 
     advantages: Tensor
@@ -107,7 +111,7 @@ def judge_groups(
         advantages = advantages + weights[name] * own
         varied = varied | (grouped.std(dim=1, correction=0) > NO_SPREAD)
     advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip).float().flatten()
-    total = sum(weights[name] * draws for name, draws in scores.items())
+    total = sum(weights[name] * draws for name, draws in scores.items() if name != ANCHOR)
     grouped = total.mean(dim=0).view(-1, config.group_size)
     noise_variance = total.var(dim=0).mean().item() / len(total) if len(total) > 1 else float("nan")
     values = (
@@ -119,4 +123,7 @@ def judge_groups(
     )
     kept = varied.repeat_interleave(config.group_size)
     own = slice(rank * count, (rank + 1) * count)
-    return Judged(advantages[own], kept[own], dict(zip(STATISTICS, values, strict=True)))
+    statistics = dict(zip(STATISTICS, values, strict=True))
+    if ANCHOR in scores:
+        statistics[ANCHOR] = scores[ANCHOR].mean().item()
+    return Judged(advantages[own], kept[own], statistics)

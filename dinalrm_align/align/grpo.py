@@ -14,7 +14,8 @@ descends, over the samples and steps that are left,
 The window gives the variants: Flow-GRPO-Fast (a random one) and MixGRPO (arXiv 2507.21802; one that moves on as
 training goes). Unlike public code, steps that are not trained are never stochastic: their noise would only blur.
 
-A group shares the reward's own noise (`groups`), so that what is compared are the samples.
+A group shares the reward's own noise (`groups`), so that what is compared are the samples. With an AnchoredReward every
+n-th rollout is judged by two rewards, A = A_reward + weight A_anchor, as DiNa-LRM's authors do at every one.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dinalrm_align.align.groups import STATISTICS, Parts, as_parts, group_scores, judge_groups
+from dinalrm_align.align.anchor import terms
+from dinalrm_align.align.groups import ANCHOR, STATISTICS, Parts, as_parts, group_scores, judge_groups
 from dinalrm_align.align.on_policy import Place, Spending, levels_at
 from dinalrm_align.align.surrogate import clipped_loss, guarded_ratio, step_kl
 from dinalrm_align.config.grpo import GrpoConfig
@@ -37,7 +39,7 @@ from dinalrm_align.sde import transition
 
 PATHS, STARTS, WINDOWS = 10, 11, 13
 """Keys of the generators of a rollout."""
-RECORDED = (*STATISTICS, "window_start")
+RECORDED = (*STATISTICS, ANCHOR, "window_start")
 
 
 def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: torch.Generator) -> range:
@@ -176,8 +178,10 @@ class Grpo:
             parts.append(tuple(kept))
         latents, log_probs, means = (torch.cat(column) for column in zip(*parts, strict=True))
         together = {name: torch.cat([part[name] for part in scores], dim=1) for name in scores[0]}
-        judged = judge_groups(together, self._weights, config, self.gather, self.rank)
-        statistics = torch.tensor([{**judged.statistics, "window_start": window.start}[name] for name in RECORDED])
+        _, weights = self._climbed(number)
+        judged = judge_groups(together, weights, config, self.gather, self.rank)
+        told = {**judged.statistics, "window_start": window.start}
+        statistics = torch.tensor([told.get(name, float("nan")) for name in RECORDED])
         return Rollout(
             number, window.start, indices, latents, log_probs, means, judged.advantages, judged.kept, statistics
         )
@@ -230,7 +234,19 @@ class Grpo:
     def scores(self, number: int, samples: Sequence[int], latents: Tensor, conditions: Conditions) -> dict[str, Tensor]:
         """Scores of final latents, by part and draw: (draws, B). samples: their places in the rollout."""
         keys = [(self.seed, number, (self.first + sample) // self.config.group_size) for sample in samples]
-        return group_scores(self._parts, latents, conditions.prompts, keys, self.config)
+        parts, _ = self._climbed(number)
+        return group_scores(parts, latents, conditions.prompts, keys, self.config)
+
+    def _climbed(self, number: int) -> tuple[Parts, Mapping[str, float]]:
+        """What rollout `number` is judged by, and the weights: an anchor beside the rest when it is its turn."""
+        weight, anchor = terms(self.reward, number).get(ANCHOR, (0.0, None))
+        if anchor is None:
+            return self._parts, self._weights
+
+        def parts(latents: Tensor, **told: object) -> dict[str, Tensor]:
+            return {**self._parts(latents, **told), ANCHOR: anchor(latents, **told)}
+
+        return parts, {**self._weights, ANCHOR: weight}
 
     # ------------------------------------------------------------------------- the update
 

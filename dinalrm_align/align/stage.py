@@ -99,9 +99,16 @@ class Stage:
     sharded: bool = False
 
     @classmethod
-    def build(cls, settled: Settled, also: Sequence[str] = (), anchor: AnchorConfig | None = None) -> "Stage":
+    def build(
+        cls,
+        settled: Settled,
+        also: Sequence[str] = (),
+        anchor: AnchorConfig | None = None,
+        in_advantages: bool = False,
+    ) -> "Stage":
         """Load everything. also: prompts that the method needs besides those of training and judging. anchor: of a
-        method that asks `anchor.terms` what to climb; with one, `reward` is an AnchoredReward.
+        method that asks `anchor.terms` what to climb; with one, `reward` is an AnchoredReward. in_advantages: it asks
+        per rollout, and normalises the scores of both; else per micro-step, and follows their sum by gradient.
 
         Raises what the loaders raise: ValueError, TypeError or OSError that names the file or the setting.
         """
@@ -139,7 +146,7 @@ class Stage:
         reward = load_reward(run.reward, options=_options(run.reward, run), **given)
         second = None
         if anchor is not None and anchor.reward is not None:
-            check_reward(anchor.reward, gradient=True)
+            check_reward(anchor.reward, gradient=not in_advantages)
             second = load_reward(anchor.reward, options=_options(anchor.reward, run), **given)
 
         identity = {
@@ -187,9 +194,14 @@ class Stage:
             identity, sharded,
         )  # fmt: skip
         if second:
-            scale = stage._anchor_scale(reward, second)
-            stage.reward = AnchoredReward(reward, second, anchor, run.loop.accumulate, scale)
+            unit = (1, 1.0) if in_advantages else (run.loop.accumulate, stage._anchor_scale(reward, second))
+            stage.reward = AnchoredReward(reward, second, anchor, *unit)
         return stage
+
+    @property
+    def climbed(self) -> Callable[..., Tensor]:
+        """The reward without its anchor."""
+        return self.reward.reward if isinstance(self.reward, AnchoredReward) else self.reward
 
     @property
     def size(self) -> tuple[int, int]:
@@ -308,8 +320,7 @@ class Stage:
     def _probes(self) -> list[Probe]:
         """What is measured of every held-out sample besides its scores, as `watch` is configured."""
         config, probes = self.settled.run.watch, []
-        climbed = self.reward.reward if isinstance(self.reward, AnchoredReward) else self.reward
-        latent = latent_rewards(climbed)
+        latent = latent_rewards(self.climbed)
         if config.sigmas and latent:
             probes.append(level_probe(latent[0], config.sigmas))
         if config.drift_sigmas:

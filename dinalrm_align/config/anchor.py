@@ -11,7 +11,7 @@ class AnchorConfig:
 
     Args:
         reward: name of the second reward; none given, there is no anchor.
-        every: updates between two that are anchored; 1 anchors all.
+        every: updates (of GRPO, rollouts) between two that are anchored; 1 anchors all.
         weight: of the anchor beside the reward. Both are brought to one scale first, so that 1 means as much say.
     """
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dinalrm_align.config.align import AlignRun
+from dinalrm_align.config.anchor import AnchorConfig
 from dinalrm_align.config.check import check_fields
 from dinalrm_align.config.loop import LoopConfig, OptimConfig
 
@@ -144,9 +145,11 @@ class GrpoRun(AlignRun):
         optim: AdamW.
         loop: how long, how often saved, averaging.
         grpo: one rollout, and how it is spent.
+        anchor: a second reward, whose advantages are added to the first's at every n-th rollout; it needs no gradient.
     """
 
     gradient_checkpointing: bool = False
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=7e-4))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=20))
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
