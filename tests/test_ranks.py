@@ -115,7 +115,9 @@ def world(tmp_path_factory):
 def here(world, monkeypatch):
     """here(recipe, *arguments): a run by this process alone, in the world's folder."""
     monkeypatch.chdir(world)
-    monkeypatch.setattr(ranks_worker.Figure, "savefig", ranks_worker.stand_in)
+    monkeypatch.setattr(ranks_worker.Figure, "savefig", None)  # to be put back after what `run` puts there
+    monkeypatch.setattr(ranks_worker.Figure, "tight_layout", None)
+    monkeypatch.setattr(ranks_worker.stage, "plot_run", None)
     return lambda recipe, *arguments: ranks_worker.run(recipe, list(arguments))
 
 
