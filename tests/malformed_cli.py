@@ -111,6 +111,7 @@ OPTIONS = [
     *both("infinity", words("--optim.lr=.inf"), "optim.lr: got inf"),
     *both("seed -1", words("--seed=-1"), "seed"),
     *both("no steps", words("--loop.steps=0"), "steps 0"),
+    *both("no time to wait", words("--loop.timeout=0"), "loop.timeout: got 0"),
     *both("an unknown choice", words("--optim.schedule=cosin"), "cosin"),
     *both("an unknown device", words("--device=tpu"), "tpu"),
     *both("an unknown tracker", words("--tracker=tensorboard"), "tensorboard"),

@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from tiny_recipes import RECIPES, stand_in
 
+from dinalrm_align.align import stage
+
 
 def patchy(latents, prompts):
     """A reward with nothing to say about squares: of their groups none is kept."""
@@ -28,11 +30,13 @@ def uneven(latents, prompts):
 
 
 def run(recipe: str, arguments: list[str]) -> None:
+    """Without figures, which would be most of the time."""
+    stage.plot_run = lambda folder: None
+    Figure.savefig, Figure.tight_layout = stand_in, lambda figure, **options: None
     runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"](arguments)
 
 
 def main() -> None:
-    Figure.savefig = stand_in
     Accelerator.end_training = lambda self: None  # it would end the process group, and there are more runs to come
     os.environ["FSDP_VERSION"] = "2"
     for recipe, arguments, sharded in json.loads(Path(sys.argv[1]).read_text()):

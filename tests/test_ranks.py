@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 import ranks_worker
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_recipes import make_world
 
+from dinalrm_align import LatentReward
 from dinalrm_align.metrics import read_metrics
 from dinalrm_align.resume import latest_checkpoint
+from dinalrm_align.sharding import shard_base, sharding_asked
 
 HERE = Path(__file__).parent
 TIMED = ("seconds", "elapsed", "memory", "gflop")
@@ -115,7 +118,9 @@ def world(tmp_path_factory):
 def here(world, monkeypatch):
     """here(recipe, *arguments): a run by this process alone, in the world's folder."""
     monkeypatch.chdir(world)
-    monkeypatch.setattr(ranks_worker.Figure, "savefig", ranks_worker.stand_in)
+    monkeypatch.setattr(ranks_worker.Figure, "savefig", None)  # to be put back after what `run` puts there
+    monkeypatch.setattr(ranks_worker.Figure, "tight_layout", None)
+    monkeypatch.setattr(ranks_worker.stage, "plot_run", None)
     return lambda recipe, *arguments: ranks_worker.run(recipe, list(arguments))
 
 
@@ -214,6 +219,30 @@ def test_where_another_number_of_processes_makes_no_sense_it_says_so(name, optio
         here(CASES[name][0], f"--resume={first}", *options)
     assert refused.value.code == 2 and message in capsys.readouterr().err
     assert (of_two / name / "metrics.jsonl").read_bytes() == before
+
+
+# ----------------------------------------------------------------------------- FSDP
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "FSDP version: got 1; expected 2"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: got true"),
+    ],
+)
+def test_what_fsdp_is_not_here_is_refused(variables, message, monkeypatch):
+    assert not sharding_asked()
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        sharding_asked()
+
+
+def test_a_reward_with_base_weights_of_its_own_is_not_sharded_beside_a_policy(tiny_reward_dir, tiny_pipeline):
+    trunk = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline, share_weights=False).model.trunk
+    with pytest.raises(ValueError, match="1 rewards have base weights of their own"):
+        shard_base(Accelerator(cpu=True), tiny_pipeline.transformer.transformer_blocks, [trunk])
 
 
 # ----------------------------------------------------------------------------- one is lost
