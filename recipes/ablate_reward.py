@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dinalrm_align.benchmarks import ablation_report as report
     from dinalrm_align.benchmarks.inference import common_readings, draw_readings, ensemble_readings
     from dinalrm_align.benchmarks.judged import Judged
-    from dinalrm_align.benchmarks.judging import Judge, judged_file
+    from dinalrm_align.benchmarks.judging import Judge, judged_file, picture_sets
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.device import available_device
     from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
@@ -119,7 +119,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoders = Encoders(spec.pipeline, text_length=baseline.reward.text_length, device=device, dtype=dtype)
     size = (baseline.height or spec.height, baseline.width or spec.width)
 
-    judge = Judge(config.judged, transformer, encoders, size, config.batch_size, config.noise_seed)
+    with refusing():
+        pictures = picture_sets(config.judged)
+    judge = Judge(
+        config.judged, transformer, encoders, size, config.batch_size, config.noise_seed, pictures=pictures
+    )  # fmt: skip
 
     # ------------------------------------------------------------------------- how: every arm, seed by seed, then judge
     def judged(arm: str, seed: int) -> dict[str, Judged]:

@@ -41,7 +41,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     from dinalrm_align.backbones.sd3 import load_transformer
     from dinalrm_align.benchmarks import evaluation_report as report
     from dinalrm_align.benchmarks.inference import common_readings, ensemble_readings
-    from dinalrm_align.benchmarks.judging import Candidate, Judge, faults_file, is_pictures
+    from dinalrm_align.benchmarks.judging import Candidate, Judge, faults_file, picture_sets
     from dinalrm_align.benchmarks.leakage import leaked, read_trained
     from dinalrm_align.benchmarks.test_set_report import look_at
     from dinalrm_align.checkpoint import fetch, read_checkpoint
@@ -53,41 +53,43 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     from dinalrm_align.rewards import load_reward
     from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
 
-    # --------------------------------------------------------------------------------- on what: latents and pictures
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = available_device(found if config.device == "auto" else config.device)
     dtype = getattr(torch, spec.dtype) if device.type == "cuda" else torch.float32
     out = Path(config.output_dir)
+
+    # ------------------------------------------------------- on what, and what: found before anything large is loaded
+    checkpoint, about = config.checkpoint, None
+    if checkpoint is not None:
+        checkpoint = checkpoint or spec.reward
+        about = read_checkpoint(fetch(checkpoint)).config
+    trained = None if config.trained_on is None else read_trained(config.trained_on)
+    pictures = picture_sets(config.judged or {}, unpack_to=out / "sets")
     if config.judged is None:
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
         config.judged = {
             kind: str(ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs)) for kind in JUDGED
         }
-    latents = not all(is_pictures(name, path) for name, path in config.judged.items())
+    latents = config.judged.keys() - pictures.keys()
 
-    # ---------------------------------------------------------------------------------- what: the reward, by any name
-    checkpoint, about, transformer = config.checkpoint, None, None
-    if checkpoint is not None:
-        checkpoint = checkpoint or spec.reward
-        about = read_checkpoint(fetch(checkpoint)).config
+    # ----------------------------------------------------------------------------------------- the reward, by any name
+    transformer, text_length = None, spec.text_length if about is None else about.text_length
     if config.reads_latents:
         transformer = load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
-    text_length = spec.text_length if about is None else about.text_length
     encoders = Encoders(spec.pipeline, text_length=text_length, device=device, dtype=dtype)
     if checkpoint is not None:
         candidate = Candidate.from_checkpoint(checkpoint, transformer)
     else:
-        vae = encoders.vae if latents else None  # pictures are seen as they are
+        vae = encoders.vae if latents else None  # rewards over pictures see them as they are, without a VAE
         reward = load_reward(config.reward, spec=spec, vae=vae, transformer=transformer, device=device)
         candidate = Candidate.of(config.reward, reward)
 
-    # ------------------------------------------------------------------ how: every picture once, then every protocol
+    # -------------------------------------------------------------------- how: every picture once, then every protocol
     side = (config.size, config.size) if config.size else (spec.height, spec.width)
     judge = Judge(
         config.judged, transformer, encoders, side, config.batch_size, config.noise_seed, config.fit, config.on_bad,
-        unpack_to=out / "sets",
+        pictures,
     )  # fmt: skip
-    trained = None if config.trained_on is None else read_trained(config.trained_on)
     readings = [*common_readings(config.sigmas, config.ensembles[0]), *ensemble_readings(config.ensembles)]
     agreed = {}
     if config.gold and latents:
@@ -107,7 +109,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
                 judged,
                 report.headline_readings(config, judged),
                 protocol=config.protocol.get(name),
-                leak=None if trained is None else leaked(judged, trained, judge.pictures.get(name)),
+                leak=None if trained is None else leaked(judged, trained, pictures.get(name)),
                 faults=faults,
                 draws=config.bootstrap,
             )  # fmt: skip

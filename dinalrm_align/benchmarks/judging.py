@@ -4,10 +4,9 @@ A set is latents, which every reward reads as they are (rewards over pictures de
 set by its name (`config.test_sets`), or a jsonl. Scores are kept as they come: a judgement that was stopped goes on.
 """
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -68,7 +67,7 @@ class Judge:
     sets: name -> pairs: a directory of latents, a jsonl, or where a public test set lies. transformer: frozen, whose
     weights latent rewards share; None where none is judged. encoders, size: for pictures, at that (height, width).
     batch_size: groups of latents, or pictures, at once; with noise_seed it settles the noise of latents. fit, on_bad:
-    of pictures (`picture_scores`). unpack_to: for archives from the hub.
+    of pictures (`picture_scores`). pictures: the sets that are pictures, as `picture_sets` opens them.
     """
 
     sets: Mapping[str, str]
@@ -79,13 +78,7 @@ class Judge:
     noise_seed: int
     fit: Literal["area", "crop"] = "area"
     on_bad: Literal["refuse", "skip"] = "refuse"
-    unpack_to: Path | None = None
-
-    @functools.cached_property
-    def pictures(self) -> dict[str, PictureSet]:
-        """The sets that are pictures."""
-        of_pictures = {name: path for name, path in self.sets.items() if is_pictures(name, path)}
-        return {name: open_test_set(name, path, unpack_to=self.unpack_to) for name, path in of_pictures.items()}
+    pictures: Mapping[str, PictureSet] = field(default_factory=dict)
 
     def __call__(
         self, reward: Candidate | str | Path, readings: Mapping[str, Sequence[Reading]], directory: Path, *, title: str
@@ -176,9 +169,12 @@ class Judge:
         return {name: found[name] for name in self.sets if name in found}
 
 
-def is_pictures(name: str, path: str | Path) -> bool:
-    """Whether a set is pictures: a public test set by name, or a jsonl."""
-    return name in TEST_SETS or Path(path).suffix == ".jsonl"
+def picture_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> dict[str, PictureSet]:
+    """Those of name -> path that are pictures: a public test set by its name, or a jsonl. unpack_to, and what is
+    raised: see `open_test_set`.
+    """
+    of_pictures = {name: path for name, path in sets.items() if name in TEST_SETS or Path(path).suffix == ".jsonl"}
+    return {name: open_test_set(name, path, unpack_to=unpack_to) for name, path in of_pictures.items()}
 
 
 def judged_file(directory: Path, name: str) -> Path:
