@@ -86,7 +86,7 @@ TINY = Case(size=64, batch=2, text_length=14, dtype="float32", vae_dtype="float3
     [
         TINY.but(work="refl"),
         TINY.but(work="gradient", **KEPT),
-        TINY.but(work="gradient", reward="pickscore", decode_slice=1),
+        TINY.but(work="gradient", reward="pickscore", **KEPT),
     ],
     ids=lambda case: f"{case.reward}-{case.work}",
 )
