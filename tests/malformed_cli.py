@@ -7,7 +7,7 @@ from pathlib import Path
 from malformed import Command, World
 
 REFL, TRAIN, BUILD, REPORT = "refl_sd35", "train_reward", "build_shapes", "report"
-COMPARE = "compare_runs"
+COMPARE, SAVINGS = "compare_runs", "savings"
 ABLATE, EVALUATE = "ablate_reward", "evaluate_reward"
 GRPO, LPO, NFT, DPO, MINE = "grpo_sd35", "lpo_sd35", "nft_sd35", "dpo_sd35", "mine_pairs"
 PREPARE, LOADING = "prepare_pairs", "measure_loading"
@@ -191,6 +191,10 @@ RUNS = [
     Command("a GPU that is not there", REFL, tiny("--device=cuda"), "torch finds no CUDA GPU"),
     Command("a GPU that is not there (train)", TRAIN, tiny("--device=cuda"), "torch finds no CUDA GPU"),
     Command("a GPU that is not there (build)", BUILD, words("--device=cuda"), "torch finds no CUDA GPU"),
+    Command("an unknown quantisation", REFL, tiny("--base_quant=int3"), "int3"),
+    Command("a kernel on a CPU", REFL, tiny("--memory.attention=flash"), "chooses among CUDA kernels"),
+    Command("a slice of none", REFL, tiny("--memory.decode_slice=0"), "memory.decode_slice: got 0; expected at least 1"),
+    Command("an unknown optimiser", REFL, tiny("--optim.name=adam8"), "adam8"),
     Command("no prompt file", REFL, tiny("--prompts=absent.txt"), "no prompt file absent.txt"),
     Command("a folder of prompts", REFL, tiny(lambda w: f"--prompts={w.fresh()}"), "(it is a folder)"),
     Command("empty prompts", REFL, tiny(prompts(" \n")), "is empty"),
@@ -244,6 +248,13 @@ COMPARED = [
     Command("no evaluation", COMPARE, measured('{"step": 1, "loss": 1.0}\n'), "no evaluation of the base model"),
     Command("evaluations without terms", COMPARE, measured(ROWS, evaluation="{}"), "no terms"),
     Command("evaluations of too few", COMPARE, measured(ROWS, evaluation=EVALUATION.replace("[1.0]", "[]")), "one per prompt"),
+]  # fmt: skip
+
+SAVED = [
+    Command("no multiple of 16", SAVINGS, words("--size=1000"), "size: got 1000 pixels"),
+    Command("a batch of none", SAVINGS, words("--batch=0"), "batch: got 0; expected at least 1"),
+    Command("nine levels", SAVINGS, words("--levels=9"), "levels: got 9"),
+    Command("an unknown option", SAVINGS, words("--mesure"), "unknown option --mesure; did you mean '--measure'?"),
 ]  # fmt: skip
 
 JUDGING = [
@@ -363,4 +374,5 @@ GROUPS = {
     "what a run reads": RUNS,
     "dinalrm_align.report": REPORTS,
     "compare_runs": COMPARED,
+    "savings": SAVED,
 }

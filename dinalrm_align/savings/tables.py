@@ -159,10 +159,10 @@ def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: fl
 
 
 UNCOUNTED = (
-    "Options without a count: `--memory.compile` and `--memory.attention` change time. `--memory.offload` keeps the "
-    "VAE (0.31 GiB in float32) and, before training, the text encoders (10.4 GiB in bfloat16) off the GPU while they "
-    "are not used; `--memory.decode_tile` bounds the decoder's activations by those of a 512 x 512 tile, and changes "
-    "pixels near the seams."
+    "Options without a count: `--memory.compile` and `--memory.attention` change time. `--memory.offload` keeps off "
+    "the GPU, while they are not used, the VAE (0.31 GiB in float32) and, before training, the text encoders (10.4 GiB "
+    "in bfloat16). `--memory.decode_tile` bounds the decoder's activations by those of one tile, and changes pixels "
+    "near the seams."
 )
 
 
