@@ -1,6 +1,6 @@
 """How fast are encoded pairs read? The released way and ours, on the same data, on this machine.
 
-    python recipes/measure_loading.py                                      # latents of 1024 x 1024 pictures, 2 GB
+    python recipes/measure_loading.py                                      # latents of 1024 x 1024 pictures, 1 GB
     python recipes/measure_loading.py --pairs 2000 --height 512 --width 512
 
 Released way: for every pair, open its parquet file and decode the whole row group that it lies in. Against it: the

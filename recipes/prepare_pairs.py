@@ -58,7 +58,7 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
     dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
     encoders = Encoders(spec.pipeline, text_length=run.text_length, device=device, dtype=getattr(torch, dtype))
     encoders.encode_prompts.max_cached = 1  # each comes once
-    manifest, folder = encoders.manifest(), Path(run.output_dir)
+    manifest, folder = encoders.manifest(weights=True), Path(run.output_dir)
     share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
 
     with worker_processes(run.workers) as in_order:

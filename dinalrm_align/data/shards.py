@@ -106,6 +106,7 @@ class RowFile:
         """layout: name -> dtype, shape of a row, where in the file its rows begin."""
         self.path = path
         self._layout = layout
+        self._inode = path.stat().st_ino  # a file that is written anew under this name is another one
 
     def read(self, name: str, first: int, count: int = 1) -> Tensor:
         """Rows `first` to `first + count` of a tensor, in the stored dtype. OSError when the file ends before them."""
@@ -113,7 +114,7 @@ class RowFile:
         rows = torch.empty((count, *shape), dtype=dtype)
         size = rows[0].nbytes
         buffer = memoryview(rows.view(torch.uint8).flatten().numpy())
-        file, done = _opened(self.path), 0
+        file, done = _opened(self.path, self._inode), 0
         while done < len(buffer):
             got = os.preadv(file.descriptor, [buffer[done:]], start + first * size + done)
             if got == 0:
@@ -134,7 +135,7 @@ class _Opened:
 
 
 @functools.lru_cache(MAX_OPEN)
-def _opened(path: Path) -> _Opened:
+def _opened(path: Path, inode: int) -> _Opened:
     return _Opened(path)
 
 

@@ -50,10 +50,10 @@ class Encoders:
         """(B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w)."""
         return encode_images(self.vae, images)
 
-    def manifest(self) -> PairManifest:
-        """What the pairs that these encode are."""
+    def manifest(self, *, weights: bool = False) -> PairManifest:
+        """What the pairs that these encode are. weights: also by which weights, for pairs that are stored."""
         scaling = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
-        samples = {name: self.weights(name) for name in ENCODERS}
+        samples = {name: self.weights(name) for name in ENCODERS} if weights else {}
         return PairManifest(
             *scaling, self.encode_prompts.text_length, {name: found for name, found in samples.items() if found}
         )
