@@ -55,7 +55,7 @@ class NftConfig:
     advantage_floor: float = 1e-4
     advantage_clip: float = 5.0
     beta: float = 1.0
-    kl_beta: float = 1e-4
+    kl_beta: float = 1.0
     old_slope: float = 0.001
     old_limit: float = 0.5
     minibatches: int = 1
