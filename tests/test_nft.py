@@ -13,7 +13,7 @@ from dinalrm_align.cost import PhaseMeter
 
 @pytest.fixture
 def method() -> nft.Nft:
-    config = NftConfig(groups=2, group_size=3, reward_draws=1, advantage_std="global")
+    config = NftConfig(groups=2, group_size=3, reward_draws=1, advantage_std="global", kl_beta=1e-4)
     return nft.Nft(
         **surroundings(), reward=brightness, guidance_scale=1.0, config=config, meter=PhaseMeter("cpu"), seed=3
     )

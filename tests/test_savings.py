@@ -85,6 +85,7 @@ TINY = Case(size=64, batch=2, text_length=14, dtype="float32", vae_dtype="float3
     "case",
     [
         TINY.but(work="refl"),
+        TINY.but(work="grpo"),
         TINY.but(work="gradient", **KEPT),
         TINY.but(work="gradient", reward="pickscore", **KEPT),
     ],

@@ -93,7 +93,7 @@ def grpo_loss(subject: Subject, sigma: list[float]) -> Callable[[], Tensor]:
             conditions=conditions, steps=torch.zeros(batch, dtype=torch.int64), latents=states[:, 0].to(device),
             following=states[:, 1].to(device), old_log_prob=log_probs[:, 0].to(device),
             old_mean=torch.zeros(batch, 0, device=device), advantage=scores["reward"][0].to(device),
-            weight=1.0 / batch, statistics={},
+            count=batch, statistics={},
         )  # fmt: skip
         return method.step(trained)[0]
 
