@@ -1,7 +1,6 @@
 """Options that save memory: the method stays the same, weights are shared packed, the optimiser's state is resumed."""
 
 import copy
-import importlib.util
 import sys
 
 import pytest
@@ -27,9 +26,6 @@ from dinalrm_align.model import build_reward_model
 from dinalrm_align.policy import Conditions, Policy
 
 CPU = torch.device("cpu")
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra quant"
-)
 
 
 def own_pipeline():
@@ -41,7 +37,7 @@ def own_pipeline():
     return pipeline
 
 
-@needs_bitsandbytes
+@pytest.mark.extra
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_policy_and_reward_share_a_quantised_base_and_pass_gradients(kind):
     pipeline, exact = own_pipeline(), own_pipeline()
@@ -65,7 +61,7 @@ def test_policy_and_reward_share_a_quantised_base_and_pass_gradients(kind):
     assert all(p.grad is not None for name, p in policy.parameters.items() if "lora_B" in name)
 
 
-@needs_bitsandbytes
+@pytest.mark.extra
 def test_eight_bit_adamw_learns_and_its_moments_come_back(tmp_path):
     """Two runs of four updates, one of them saved after two and put into a new optimiser by a checkpoint."""
     from accelerate import Accelerator

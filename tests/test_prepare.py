@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 from dinalrm_align.config.prepare import FilterConfig, PrepareRun
@@ -387,9 +389,6 @@ def test_hpdv2_says_which_of_two_is_preferred(tmp_path):
 
 def pickapic(folder):
     """Four rows: the second preferred, a tie, one without label, the first preferred; row groups of two."""
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     rows = []
     for number, (labels, has_label) in enumerate([((0, 1), True), ((0.5, 0.5), True), ((1, 0), False), ((1, 0), True)]):
         row = {"caption": f"prompt {number}", "has_label": has_label, "are_different": True}

@@ -29,7 +29,6 @@ def test_help_imports_no_torch(name):
 
 
 def test_loaders_are_measured_on_the_same_pairs(tmp_path, capsys):
-    pytest.importorskip("pyarrow")
     words = [f"--output_dir={tmp_path}", "--pairs=12", "--row_group=4", "--height=32", "--width=32", "--text_width=8",
              "--text_tokens=2", "--prompts=3", "--seconds=5"]  # fmt: skip
     recipe("measure_loading").main(words)

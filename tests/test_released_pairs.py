@@ -6,8 +6,10 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from test_prepare import encode_prompts, prepare, values_of
 
 from dinalrm_align.data.latent_pairs import LatentPairs
@@ -15,9 +17,6 @@ from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.data.preferences import find_layout
 from dinalrm_align.data.released import load_latent, parse_results
 from dinalrm_align.data.released_pairs import ReleasedPairs
-
-pyarrow = pytest.importorskip("pyarrow", reason="parquet is the extra `data`")
-from pyarrow import parquet  # noqa: E402
 
 MANIFEST = PairManifest(1.0, 0.0, 3)
 
