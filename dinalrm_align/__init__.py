@@ -7,17 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dinalrm_align.config.reward import RewardConfig
-    from dinalrm_align.reward import LatentReward
-    from dinalrm_align.rewards import load_reward
+    from dinalrm_align.reward.config import RewardConfig
+    from dinalrm_align.reward.latent import LatentReward
+    from dinalrm_align.reward.registry import load_reward
 
 __version__ = "0.1.0"
 __all__ = ["LatentReward", "RewardConfig", "__version__", "load_reward"]
 
 _HOME = {
-    "LatentReward": "dinalrm_align.reward",
-    "RewardConfig": "dinalrm_align.config.reward",
-    "load_reward": "dinalrm_align.rewards",
+    "LatentReward": "dinalrm_align.reward.latent",
+    "RewardConfig": "dinalrm_align.reward.config",
+    "load_reward": "dinalrm_align.reward.registry",
 }
 
 

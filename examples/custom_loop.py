@@ -8,7 +8,7 @@ from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 
 from dinalrm_align import LatentReward
-from dinalrm_align.models import MODELS
+from dinalrm_align.models.specs import MODELS
 
 spec = MODELS["shapes"]
 pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline)

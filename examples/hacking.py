@@ -12,10 +12,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dinalrm_align.compare.entries import read_entries
-from dinalrm_align.compare.figures import draw_gain, save_with_legend
-from dinalrm_align.compare.tables import run_table
-from dinalrm_align.resume import latest_checkpoint
+from dinalrm_align.eval.report.entries import read_entries
+from dinalrm_align.eval.report.figures import draw_gain, save_with_legend
+from dinalrm_align.eval.report.tables import run_table
+from dinalrm_align.train.checkpoints import latest_checkpoint
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "refl_sd35.py"
 COMMON = "--model shapes --reward dinalrm --optim.lr 1e-3 --loop.steps 30 --checkpoint_every 6 --profile_every 0"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from dinalrm_align.config.shapes import PairsConfig
-from dinalrm_align.encode import load_pipeline
-from dinalrm_align.models import MODELS
+from dinalrm_align.models.pipeline import load_pipeline
+from dinalrm_align.models.specs import MODELS
+from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.shapes.pairs import render_hpdv3
 
 folder = Path("runs/hpdv3_folder")

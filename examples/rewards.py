@@ -8,7 +8,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from dinalrm_align import load_reward
 from dinalrm_align.data.prompts import read_prompts
-from dinalrm_align.models import MODELS
+from dinalrm_align.models.specs import MODELS
 
 spec = MODELS["shapes"]  # with the weights at hand: MODELS["sd35"], and names such as pickscore or hpsv3
 pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline)

@@ -10,9 +10,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from dinalrm_align.data.prompts import read_prompts
-from dinalrm_align.encode import decode_latents
-from dinalrm_align.models import MODELS
-from dinalrm_align.report import save_grid
+from dinalrm_align.models.grids import save_grid
+from dinalrm_align.models.specs import MODELS
+from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.shapes.build.autoencoder import vae_gate
 from dinalrm_align.shapes.build.stage import pictures as rendered
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from dinalrm_align import LatentReward
-from dinalrm_align.models import MODELS
+from dinalrm_align.models.specs import MODELS
 
 spec = MODELS["shapes"]  # with the weights at hand: MODELS["sd35"], or your own folders
 pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline)

@@ -15,16 +15,17 @@ import time
 import torch
 
 from dinalrm_align import LatentReward
-from dinalrm_align.config.loop import OptimConfig
-from dinalrm_align.config.loss import LossConfig
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.data.prompts import read_prompts
-from dinalrm_align.encode import PromptEncoder, load_pipeline
-from dinalrm_align.loop import adamw
-from dinalrm_align.losses import preference_loss
-from dinalrm_align.model import build_reward_model
-from dinalrm_align.models import MODELS
-from dinalrm_align.preference import NoisedPairs, preference_step
+from dinalrm_align.models.pipeline import load_pipeline
+from dinalrm_align.models.specs import MODELS
+from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.losses import preference_loss
+from dinalrm_align.reward.model import build_reward_model
+from dinalrm_align.reward.training import NoisedPairs, preference_step
+from dinalrm_align.train.config import OptimConfig
+from dinalrm_align.train.optim import adamw
 
 PICTURES, ROUNDS, WARM_UP = 8, 8, 2
 spec, loss_config, generator = MODELS["shapes"], LossConfig(), torch.Generator().manual_seed(0)

@@ -20,10 +20,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.config.ablate import ARMS, BASELINE, AblateRun, Changes
-from dinalrm_align.config.command import parse, refuse, refusing
-from dinalrm_align.config.train_reward import TrainRewardRun
-from dinalrm_align.models import ModelSpec, resolve_model
+from dinalrm_align.eval.ablation_config import ARMS, BASELINE, AblateRun, Changes
+from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.reward.training_config import TrainRewardRun
+from dinalrm_align.train.command import parse, refuse, refusing
 
 HERE = Path(__file__).parent
 STARTED_BY = "settings.json"
@@ -51,8 +51,8 @@ def options(changes: Changes) -> list[str]:
 
 def train(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training: Path, changes: Changes) -> Path:
     """Train one arm with one seed, or finish it, in a program of its own; the folder of the run."""
-    from dinalrm_align.durable import write_atomically
-    from dinalrm_align.resume import latest_checkpoint
+    from dinalrm_align.train.checkpoints import latest_checkpoint
+    from dinalrm_align.train.durable import write_atomically
 
     run = Path(config.output_dir) / "arms" / arm / f"seed{seed}"
     started = {"changes": changes, "steps": config.steps, "training": training.read_text(encoding="utf-8")}
@@ -93,14 +93,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
     from diffusers import StableDiffusion3Pipeline
 
-    from dinalrm_align.backbones.sd3 import load_transformer
-    from dinalrm_align.benchmarks import ablation_report as report
-    from dinalrm_align.benchmarks.inference import common_readings, draw_readings, ensemble_readings
-    from dinalrm_align.benchmarks.judged import Judged
-    from dinalrm_align.benchmarks.judging import Judge, judged_file, picture_sets
     from dinalrm_align.data.source import Encoders
-    from dinalrm_align.device import available_device
+    from dinalrm_align.eval import ablation_report as report
+    from dinalrm_align.eval.inference import common_readings, draw_readings, ensemble_readings
+    from dinalrm_align.eval.judged import Judged
+    from dinalrm_align.eval.judging import Judge, judged_file, picture_sets
+    from dinalrm_align.models.pipeline import load_transformer
     from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
+    from dinalrm_align.train.device import available_device
 
     out, baseline = Path(config.output_dir), arms[BASELINE][1]
     with refusing():

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dinalrm_align.config.command import parse, refusing
-from dinalrm_align.config.shapes import BuildConfig
-from dinalrm_align.files import make_folder
+from dinalrm_align.shapes.config import BuildConfig
+from dinalrm_align.train.command import parse, refusing
+from dinalrm_align.train.files import make_folder
 
 REWARD_RECIPE = Path(__file__).with_name("train_reward.py")
 REWARD_SETTINGS = Path(__file__).with_name("train_reward_shapes.yaml")
@@ -30,17 +30,17 @@ def build(config: BuildConfig, text: str) -> None:
     from diffusers import AutoencoderKL, ConfigMixin, SD3Transformer2DModel
     from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
 
-    from dinalrm_align.checkpoint import read_checkpoint, save_checkpoint
     from dinalrm_align.data.latent_pairs import LatentPairs
-    from dinalrm_align.device import available_device
-    from dinalrm_align.durable import write_atomically
-    from dinalrm_align.resume import latest_checkpoint
+    from dinalrm_align.reward.checkpoint import read_checkpoint, save_checkpoint
     from dinalrm_align.shapes.build.autoencoder import train_vae, vae_gate
     from dinalrm_align.shapes.build.base import train_base
     from dinalrm_align.shapes.build.pixel import save_clip_reward, train_pixel
     from dinalrm_align.shapes.build.text import train_text
     from dinalrm_align.shapes.pairs import ensure_pairs
     from dinalrm_align.shapes.stack import build_pipeline
+    from dinalrm_align.train.checkpoints import latest_checkpoint
+    from dinalrm_align.train.device import available_device
+    from dinalrm_align.train.durable import write_atomically
 
     available_device(config.device)
     make_folder(Path(config.output_dir))

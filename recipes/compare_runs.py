@@ -14,13 +14,13 @@ cost and KL are shown, and a sentence says why; folders without a run are left o
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.config.command import parse, refusing
-from dinalrm_align.config.compare import CompareRun
+from dinalrm_align.eval.report.config import CompareRun
+from dinalrm_align.train.command import parse, refusing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, _ = parse(CompareRun, __doc__, argv, positional="runs")  # --help ends here
-    from dinalrm_align.compare.page import write
+    from dinalrm_align.eval.report.page import write
 
     with refusing():
         page, notes = write(

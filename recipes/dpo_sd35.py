@@ -20,14 +20,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinalrm_align.align.dpo_config import DpoRun
 from dinalrm_align.align.settle import Settled, settle
-from dinalrm_align.config.command import refusing
-from dinalrm_align.config.dpo import DpoRun
+from dinalrm_align.train.command import refusing
 
 
 def align(settled: Settled[DpoRun]) -> None:
     from dinalrm_align.align.dpo import OfflineDpo, OnlineDpo
-    from dinalrm_align.align.stage import Stage
+    from dinalrm_align.align.setup import Stage
     from dinalrm_align.data.source import Encoders, open_pairs
 
     run, dpo, spec = settled.run, settled.run.dpo, settled.spec

@@ -19,9 +19,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.config.command import parse, refuse, refusing
-from dinalrm_align.config.evaluate import EvaluateRun
-from dinalrm_align.models import ModelSpec, resolve_model
+from dinalrm_align.eval.config import EvaluateRun
+from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.train.command import parse, refuse, refusing
 
 
 def settle(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
@@ -38,20 +38,19 @@ def settle(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
 def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     import torch
 
-    from dinalrm_align.backbones.sd3 import load_transformer
-    from dinalrm_align.benchmarks import evaluation_report as report
-    from dinalrm_align.benchmarks.inference import common_readings, ensemble_readings
-    from dinalrm_align.benchmarks.judging import Candidate, Judge, faults_file, picture_sets
-    from dinalrm_align.benchmarks.leakage import leaked, read_trained
-    from dinalrm_align.benchmarks.test_set_report import look_at
-    from dinalrm_align.checkpoint import fetch, read_checkpoint
     from dinalrm_align.data.source import Encoders
-    from dinalrm_align.device import available_device
-    from dinalrm_align.encode import decode_latents, load_pipeline
-    from dinalrm_align.files import read_json
-    from dinalrm_align.models import load_gold
-    from dinalrm_align.rewards import load_reward
+    from dinalrm_align.eval import evaluation_report as report
+    from dinalrm_align.eval.inference import common_readings, ensemble_readings
+    from dinalrm_align.eval.judging import Candidate, Judge, faults_file, picture_sets
+    from dinalrm_align.eval.leakage import leaked, read_trained
+    from dinalrm_align.eval.test_set_report import look_at
+    from dinalrm_align.models.pipeline import load_pipeline, load_transformer
+    from dinalrm_align.models.vae import decode_latents
+    from dinalrm_align.reward.checkpoint import fetch, read_checkpoint
+    from dinalrm_align.reward.registry import load_judge, load_reward
     from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
+    from dinalrm_align.train.device import available_device
+    from dinalrm_align.train.files import read_json
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = available_device(found if config.device == "auto" else config.device)
@@ -94,7 +93,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     agreed = {}
     if config.gold and latents:
         agreed = judge.gold(
-            load_gold(spec, device=device),
+            load_judge(spec.gold, spec=spec, device=device),
             lambda batch: torch.cat([decode_latents(encoders.vae, part) for part in batch.to(device).split(4)]),
             about,
         )

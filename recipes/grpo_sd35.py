@@ -26,16 +26,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from dinalrm_align.align.grpo_config import GrpoRun
 from dinalrm_align.align.settle import Settled, settle
-from dinalrm_align.config.command import refusing
-from dinalrm_align.config.grpo import GrpoRun
+from dinalrm_align.train.command import refusing
 
 
 def align(settled: Settled[GrpoRun]) -> None:
     from dinalrm_align.align.grpo import Grpo
-    from dinalrm_align.align.stage import Stage
-    from dinalrm_align.rewards import latent_rewards, part_weights, score_parts
-    from dinalrm_align.sde import named_sigmas
+    from dinalrm_align.align.setup import Stage
+    from dinalrm_align.flow.sde import named_sigmas
+    from dinalrm_align.reward.registry import latent_rewards, part_weights, score_parts
 
     run, config = settled.run, settled.run.grpo
     stage = Stage.build(settled, anchor=run.anchor, in_advantages=True)

@@ -22,16 +22,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinalrm_align.align.lpo_config import LpoRun
 from dinalrm_align.align.settle import Settled, settle
-from dinalrm_align.config.command import refuse, refusing
-from dinalrm_align.config.lpo import LpoRun
+from dinalrm_align.train.command import refuse, refusing
 
 
 def align(settled: Settled[LpoRun]) -> None:
     from dinalrm_align.align.lpo import Lpo
-    from dinalrm_align.align.stage import Stage
-    from dinalrm_align.reward import LatentReward
-    from dinalrm_align.sde import named_sigmas
+    from dinalrm_align.align.setup import Stage
+    from dinalrm_align.flow.sde import named_sigmas
+    from dinalrm_align.reward.latent import LatentReward
 
     run, config = settled.run, settled.run.lpo
     stage = Stage.build(settled)

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dinalrm_align.config.command import parse, refusing
-from dinalrm_align.config.loading import LoadingRun
+from dinalrm_align.data.loading_config import LoadingRun
+from dinalrm_align.train.command import parse, refusing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def measure(run: LoadingRun, text: str) -> None:
     from dinalrm_align.data.released import COLUMNS, load_latent
     from dinalrm_align.data.released_pairs import ReleasedPairs
     from dinalrm_align.data.synthetic import write_both_layouts
-    from dinalrm_align.durable import write_atomically
+    from dinalrm_align.train.durable import write_atomically
 
     parquet, folder = parquet_module(), Path(run.output_dir)
     settings, made = folder / "settings.yaml", folder / "data"

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from dinalrm_align.config.command import parse, refuse, refusing
-from dinalrm_align.config.mine import MineRun
-from dinalrm_align.models import ModelSpec, resolve_model
+from dinalrm_align.align.mining_config import MineRun
+from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.train.command import parse, refuse, refusing
 
 
 def settle(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
@@ -45,14 +45,15 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
 
     from dinalrm_align import LatentReward
     from dinalrm_align.align.mining import Miner
+    from dinalrm_align.align.policy import Policy
     from dinalrm_align.data.mined_pairs import MinedPairs, write_manifest
     from dinalrm_align.data.pairs import PairManifest
     from dinalrm_align.data.prompts import read_prompts
-    from dinalrm_align.device import available_device
-    from dinalrm_align.digest import digest, fingerprint, text_digest
-    from dinalrm_align.encode import PromptEncoder, load_pipeline
-    from dinalrm_align.policy import Conditions, Policy
-    from dinalrm_align.sampling import schedule_sigmas
+    from dinalrm_align.flow.sampling import schedule_sigmas
+    from dinalrm_align.models.pipeline import load_pipeline
+    from dinalrm_align.models.text import Conditions, PromptEncoder
+    from dinalrm_align.train.device import available_device
+    from dinalrm_align.train.digest import digest, fingerprint, text_digest
 
     if run.device != "auto":
         available_device(run.device)

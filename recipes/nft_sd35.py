@@ -18,15 +18,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinalrm_align.align.nft_config import NftRun
 from dinalrm_align.align.settle import Settled, settle
-from dinalrm_align.config.command import refusing
-from dinalrm_align.config.nft import NftRun
+from dinalrm_align.train.command import refusing
 
 
 def align(settled: Settled[NftRun]) -> None:
     from dinalrm_align.align.nft import Nft
-    from dinalrm_align.align.stage import Stage
-    from dinalrm_align.rewards import latent_rewards
+    from dinalrm_align.align.setup import Stage
+    from dinalrm_align.reward.registry import latent_rewards
 
     run, config = settled.run, settled.run.nft
     stage = Stage.build(settled)

@@ -20,9 +20,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.config.command import parse, refusing
-from dinalrm_align.config.prepare import PrepareRun
-from dinalrm_align.models import ModelSpec, resolve_model
+from dinalrm_align.data.config import PrepareRun
+from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.train.command import parse, refusing
 
 
 def settle(argv: Sequence[str]) -> tuple[PrepareRun, ModelSpec]:
@@ -47,7 +47,7 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
     from dinalrm_align.data.prepare import Preparation
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.data.workers import worker_processes
-    from dinalrm_align.device import available_device
+    from dinalrm_align.train.device import available_device
 
     if run.device != "auto":
         available_device(run.device)

@@ -17,19 +17,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.align.settle import Settled, settle
-from dinalrm_align.config.command import refusing
-from dinalrm_align.config.refl import ReflRun
+from dinalrm_align.train.command import refusing
 
 
 def align(settled: Settled[ReflRun]) -> None:
     import torch
 
     from dinalrm_align.align.refl import Refl
-    from dinalrm_align.align.stage import Stage
+    from dinalrm_align.align.setup import Stage
     from dinalrm_align.data.prompts import read_captioned_pictures
-    from dinalrm_align.encode import encode_images
-    from dinalrm_align.policy import Conditions
+    from dinalrm_align.models.text import Conditions
+    from dinalrm_align.models.vae import encode_images
 
     refl = settled.run.refl
     images, captions = read_captioned_pictures(Path(refl.pretrain_pictures)) if refl.pretrain_pictures else ([], [])

@@ -17,19 +17,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.config.command import parse, refuse, refusing
-from dinalrm_align.config.savings import SavingsRun
+from dinalrm_align.align.savings.config import SavingsRun
+from dinalrm_align.train.command import parse, refuse, refusing
 
 
 def weigh(run: SavingsRun) -> None:
     import torch
 
-    from dinalrm_align.durable import write_atomically
-    from dinalrm_align.files import make_folder
-    from dinalrm_align.savings.measure import matrix_rate
-    from dinalrm_align.savings.picture import draw
-    from dinalrm_align.savings.plan import all_cases, count_all, measure_all
-    from dinalrm_align.savings.tables import report, to_json
+    from dinalrm_align.align.savings.measure import matrix_rate
+    from dinalrm_align.align.savings.picture import draw
+    from dinalrm_align.align.savings.plan import all_cases, count_all, measure_all
+    from dinalrm_align.align.savings.tables import report, to_json
+    from dinalrm_align.train.durable import write_atomically
+    from dinalrm_align.train.files import make_folder
 
     if run.measure and not torch.cuda.is_available():
         refuse("--measure runs on a CUDA GPU, and torch finds none on this machine; without it everything is counted")

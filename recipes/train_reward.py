@@ -19,11 +19,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.config.command import parse, refuse, refusing
-from dinalrm_align.config.train_reward import TrainRewardRun
-from dinalrm_align.files import reading
-from dinalrm_align.models import ModelSpec, resolve_model
-from dinalrm_align.tracking import check_tracker, open_tracker, tracker_options
+from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.reward.training_config import TrainRewardRun
+from dinalrm_align.train.command import parse, refuse, refusing
+from dinalrm_align.train.files import reading
+from dinalrm_align.train.tracking import check_tracker, open_tracker, tracker_options
 
 HERE = Path(__file__).parent
 
@@ -35,7 +35,7 @@ def settle(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, str, Pa
     output_dir is the folder of the run, whichever way it was chosen.
     """
     config, _ = parse(TrainRewardRun, __doc__, argv)  # --help ends here, before anything heavy is imported
-    from dinalrm_align.resume import checkpoint_to_resume, new_run_folder, run_of, settings_of
+    from dinalrm_align.train.checkpoints import checkpoint_to_resume, new_run_folder, run_of, settings_of
 
     checkpoint, beneath = None, []
     if config.resume:
@@ -62,7 +62,7 @@ def make_shapes_pairs(config: TrainRewardRun, spec: ModelSpec, directory: Path) 
     """Let the embedded world write pairs to train on and pairs to be judged by, unless they are there."""
     import torch
 
-    from dinalrm_align.encode import load_pipeline
+    from dinalrm_align.models.pipeline import load_pipeline
     from dinalrm_align.shapes.pairs import ensure_pairs
 
     pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
@@ -81,21 +81,22 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     from accelerate.utils import gather_object, set_seed
     from diffusers import AutoencoderKL
 
-    from dinalrm_align.backbones.sd3 import load_transformer
-    from dinalrm_align.benchmarks.pairwise import merge, metrics, pairwise_tallies, write_report
-    from dinalrm_align.checkpoint import save_checkpoint
     from dinalrm_align.data.pairs import PairBatch
     from dinalrm_align.data.prefetch import Prefetched
     from dinalrm_align.data.source import Encoders, open_pairs
-    from dinalrm_align.device import available_device
-    from dinalrm_align.digest import fingerprint, text_digest
-    from dinalrm_align.durable import write_atomically
-    from dinalrm_align.loop import Hook, adamw, fit
-    from dinalrm_align.model import build_reward_model
-    from dinalrm_align.noise import seeded_generator
-    from dinalrm_align.preference import NoisedPairs, draw_levels, preference_step, score_batch
-    from dinalrm_align.processes import waiting
-    from dinalrm_align.sharding import shard_base, sharding_asked
+    from dinalrm_align.eval.pairwise import merge, metrics, pairwise_tallies, write_report
+    from dinalrm_align.flow.noise import seeded_generator
+    from dinalrm_align.models.pipeline import load_transformer
+    from dinalrm_align.reward.checkpoint import save_checkpoint
+    from dinalrm_align.reward.model import build_reward_model
+    from dinalrm_align.reward.sharding import shard_base, sharding_asked
+    from dinalrm_align.reward.training import NoisedPairs, draw_levels, preference_step, score_batch
+    from dinalrm_align.train.device import available_device
+    from dinalrm_align.train.digest import fingerprint, text_digest
+    from dinalrm_align.train.distributed import waiting
+    from dinalrm_align.train.durable import write_atomically
+    from dinalrm_align.train.loop import Hook, fit
+    from dinalrm_align.train.optim import adamw
 
     # ------------------------------------------------------------------------------------- where: device and folder
     if config.device != "auto":

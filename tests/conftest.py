@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_reward import make_inputs, shake, tiny_reward_config
 
-from dinalrm_align.config.reward import HeadConfig, LoraConfig, RewardConfig
+from dinalrm_align.reward.config import LoraConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -39,8 +40,8 @@ def tiny_pipeline():
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory, tiny_pipeline) -> Path:
     """A folder with `pipeline/` (the tiny pipeline) and `dinalrm/` (a reward whose base_model_id is ../pipeline)."""
-    from dinalrm_align.checkpoint import save_checkpoint
-    from dinalrm_align.model import build_reward_model
+    from dinalrm_align.reward.checkpoint import save_checkpoint
+    from dinalrm_align.reward.model import build_reward_model
 
     world = tmp_path_factory.mktemp("world")
     tiny_pipeline.save_pretrained(world / "pipeline")
@@ -65,12 +66,13 @@ def tiny_inputs(tiny_pipeline) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def refl_method():
     """A Refl on a stack of two blocks: five random conditions, updates of two, no reward yet."""
+    from dinalrm_align.align.policy import Policy
     from dinalrm_align.align.refl import Refl
-    from dinalrm_align.config.refl import ReflConfig
-    from dinalrm_align.cost import PhaseMeter
-    from dinalrm_align.policy import Conditions, Policy
-    from dinalrm_align.sampling import schedule_sigmas
+    from dinalrm_align.align.refl_config import ReflConfig
+    from dinalrm_align.flow.sampling import schedule_sigmas
+    from dinalrm_align.models.text import Conditions
     from dinalrm_align.shapes.stack import StackConfig, build_pipeline
+    from dinalrm_align.train.cost import PhaseMeter
 
     pipeline = build_pipeline(StackConfig.tiny(depth=2), seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -91,35 +93,3 @@ def refl_method():
         meter=PhaseMeter("cpu"),
         seed=3,
     )
-
-
-def tiny_reward_config(**changes) -> RewardConfig:
-    """The config of a reward on the tiny stack; keyword arguments replace fields."""
-    values = dict(
-        base_model_id="../pipeline", num_layers=3, visual_taps=(1, 3), text_taps=(0, 3), lora=LoraConfig(4, 8),
-        head=HeadConfig(), sigma=0.4, score_scale=2.0, score_bias=0.5, text_length=14, vae_scaling_factor=1.0,
-        vae_shift_factor=0.0,
-    )  # fmt: skip
-    return RewardConfig(**(values | changes))
-
-
-def shake(model: torch.nn.Module, seed: int, scale: float = 0.1) -> None:
-    """Add noise to every trainable parameter, so that LoRA and the layers that start at zero matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-
-
-def make_inputs(transformer, batch: int = 2, height: int = 16, width: int = 12, tokens: int = 9, seed: int = 0):
-    """latents, noise, prompt_embeds and pooled_prompt_embeds of the transformer's sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = transformer.config
-    shapes = {
-        "latents": (batch, sizes.in_channels, height, width),
-        "noise": (batch, sizes.in_channels, height, width),
-        "prompt_embeds": (batch, tokens, sizes.joint_attention_dim),
-        "pooled_prompt_embeds": (batch, sizes.pooled_projection_dim),
-    }
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

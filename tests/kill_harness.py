@@ -36,6 +36,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
 from kill_points import PHASES, Board, watch_files, watch_phases
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -43,11 +46,12 @@ from same_run import differences
 from tiny_recipes import Recipe, make_world, recipes, stand_in, step_of
 from tqdm import tqdm
 
-from dinalrm_align.resume import latest_checkpoint
+from dinalrm_align.train.checkpoints import latest_checkpoint
 
 READ_LATER = ("dinalrm_align.align.evaluation", "dinalrm_align.align.refl",
-              "dinalrm_align.benchmarks.pairwise", "dinalrm_align.data.source", "dinalrm_align.pixel.clip",
-              "dinalrm_align.preference", "dinalrm_align.reward", "dinalrm_align.shapes.oracle")  # fmt: skip
+              "dinalrm_align.eval.pairwise", "dinalrm_align.data.source", "dinalrm_align.reward.pixel.clip",
+              "dinalrm_align.reward.training", "dinalrm_align.reward.latent",
+              "dinalrm_align.shapes.oracle")  # fmt: skip
 """What the recipes import when they run; here it is imported once, for all attempts."""
 KILLED, STOOD_STILL = -signal.SIGKILL, -signal.SIGALRM
 PATIENCE = 120

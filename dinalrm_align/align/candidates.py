@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dinalrm_align.cost import PhaseMeter
-from dinalrm_align.policy import Conditions
-from dinalrm_align.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.cost import PhaseMeter
 
 Reward = Callable[..., Tensor]
 """reward(latents, prompts=..., sigma=..., noise=...) -> (B,): a LatentReward, a ClipReward."""

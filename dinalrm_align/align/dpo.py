@@ -24,14 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinalrm_align.align.candidates import Reward, scored_candidates
-from dinalrm_align.config.dpo import DpoConfig
-from dinalrm_align.config.loss import SigmaConfig
-from dinalrm_align.cost import PhaseMeter
+from dinalrm_align.align.dpo_config import DpoConfig
+from dinalrm_align.align.policy import Policy
 from dinalrm_align.data.pairs import PairBatch, PairSource
 from dinalrm_align.data.prompts import prompt_indices
-from dinalrm_align.noise import add_noise, sample_sigma, seeded_generator
-from dinalrm_align.policy import Conditions, Policy
-from dinalrm_align.sampling import Velocity, seeded_noise
+from dinalrm_align.flow.config import SigmaConfig
+from dinalrm_align.flow.noise import add_noise, sample_sigma, seeded_generator
+from dinalrm_align.flow.sampling import Velocity, seeded_noise
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.cost import PhaseMeter
 
 REFERENCE = "reference."
 """How the names of the refreshed reference's tensors begin in a checkpoint."""

@@ -7,11 +7,12 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from dinalrm_align.config.memory import MemoryConfig
-from dinalrm_align.encode import PromptEncoder, decode_latents
-from dinalrm_align.quantise import check_quantization, quantise_linears
-from dinalrm_align.reward_sum import Part, RewardSum
-from dinalrm_align.rewards import latent_rewards, pixel_rewards
+from dinalrm_align.align.memory_config import MemoryConfig
+from dinalrm_align.models.quantization import check_quantization, quantise_linears
+from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.models.vae import decode_latents
+from dinalrm_align.reward.combine import Part, RewardSum
+from dinalrm_align.reward.registry import latent_rewards, pixel_rewards
 
 KERNELS = ("flash", "mem_efficient", "cudnn")
 """Of torch.backends.cuda.enable_*_sdp; math is always left on, for what a kernel cannot do: the VAE's one wide head."""

@@ -18,13 +18,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dinalrm_align.config.align import EvaluationConfig
-from dinalrm_align.durable import write_atomically
-from dinalrm_align.noise import seeded_generator
-from dinalrm_align.policy import Conditions
-from dinalrm_align.report import load_strip, save_before_after, save_grid, save_strip, to_bytes
-from dinalrm_align.sampling import Velocity, rollout, seeded_noise
-from dinalrm_align.tracking import track_picture
+from dinalrm_align.align.config import EvaluationConfig
+from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.models.grids import load_strip, save_before_after, save_grid, save_strip
+from dinalrm_align.models.tensor_images import to_bytes
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.tracking import track_picture
 
 Judge = Callable[[Tensor, Sequence[str]], Tensor]
 """judge(images (B, 3, H, W) in [0, 1], prompts) -> (B,)"""

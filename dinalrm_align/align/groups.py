@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.align.surrogate import group_advantages
-from dinalrm_align.noise import seeded_generator
-from dinalrm_align.sampling import seeded_noise
+from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.flow.sampling import seeded_noise
 
 NO_SPREAD = 1e-6
 """Standard deviation up to which the scores of a group are taken for equal: rounding alone makes as much."""

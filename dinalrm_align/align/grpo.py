@@ -27,15 +27,16 @@ from torch import Tensor
 
 from dinalrm_align.align.anchor import terms
 from dinalrm_align.align.groups import ANCHOR, STATISTICS, Parts, as_parts, group_scores, judge_groups
-from dinalrm_align.align.on_policy import Place, Spending, levels_at
+from dinalrm_align.align.grpo_config import GrpoConfig
+from dinalrm_align.align.policy import Policy
+from dinalrm_align.align.rollouts import Place, Spending, levels_at
 from dinalrm_align.align.surrogate import clipped_loss, guarded_ratio, step_kl
-from dinalrm_align.config.grpo import GrpoConfig
-from dinalrm_align.cost import PhaseMeter
 from dinalrm_align.data.prompts import prompt_indices
-from dinalrm_align.noise import seeded_generator
-from dinalrm_align.policy import Conditions, Policy
-from dinalrm_align.sampling import Velocity, rollout, seeded_noise
-from dinalrm_align.sde import transition
+from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.flow.sde import transition
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.cost import PhaseMeter
 
 PATHS, STARTS, WINDOWS = 10, 11, 13
 """Keys of the generators of a rollout."""

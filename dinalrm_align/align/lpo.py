@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinalrm_align.align.on_policy import Place, Spending, levels_at
-from dinalrm_align.config.lpo import LpoConfig
-from dinalrm_align.cost import PhaseMeter
+from dinalrm_align.align.lpo_config import LpoConfig
+from dinalrm_align.align.policy import Policy
+from dinalrm_align.align.rollouts import Place, Spending, levels_at
 from dinalrm_align.data.prompts import prompt_indices
-from dinalrm_align.noise import seeded_generator
-from dinalrm_align.policy import Conditions, Policy
-from dinalrm_align.sampling import Velocity, ode_step, seeded_noise
-from dinalrm_align.sde import transition
+from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.flow.sampling import Velocity, ode_step, seeded_noise
+from dinalrm_align.flow.sde import transition
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.cost import PhaseMeter
 
 PATHS = 20
 """Key of the trajectories' generators."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.align.candidates import Reward, ranked_pairs, scored_candidates
-from dinalrm_align.config.mine import MineConfig
+from dinalrm_align.align.mining_config import MineConfig
 from dinalrm_align.data.mined_pairs import MinedPair, shard_path, write_shard
-from dinalrm_align.noise import seeded_generator
-from dinalrm_align.policy import Conditions
-from dinalrm_align.sampling import Velocity
+from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.flow.sampling import Velocity
+from dinalrm_align.models.text import Conditions
 
 
 @dataclass

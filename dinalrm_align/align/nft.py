@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.align.groups import STATISTICS, as_parts, group_scores, judge_groups
-from dinalrm_align.align.on_policy import Spending, levels_at
-from dinalrm_align.config.nft import NftConfig
-from dinalrm_align.cost import PhaseMeter
+from dinalrm_align.align.nft_config import NftConfig
+from dinalrm_align.align.policy import Policy
+from dinalrm_align.align.rollouts import Spending, levels_at
 from dinalrm_align.data.prompts import prompt_indices
-from dinalrm_align.loop import Ema
-from dinalrm_align.noise import add_noise, denoised, seeded_generator
-from dinalrm_align.policy import Conditions, Policy
-from dinalrm_align.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.flow.noise import add_noise, denoised, seeded_generator
+from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.cost import PhaseMeter
+from dinalrm_align.train.loop import Ema
 
 PATHS, NOISES, LEVELS = 30, 31, 32
 """Keys of the generators."""

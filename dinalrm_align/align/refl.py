@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinalrm_align.align.anchor import Reward, Terms, terms
-from dinalrm_align.config.refl import ReflConfig
-from dinalrm_align.cost import PhaseMeter
+from dinalrm_align.align.policy import Policy
+from dinalrm_align.align.refl_config import ReflConfig
 from dinalrm_align.data.prompts import prompt_indices
-from dinalrm_align.noise import add_noise, denoised, sample_sigma, seeded_generator
-from dinalrm_align.policy import Conditions, Policy
-from dinalrm_align.sampling import Velocity, ode_step, rollout, seeded_noise
+from dinalrm_align.flow.noise import add_noise, denoised, sample_sigma, seeded_generator
+from dinalrm_align.flow.sampling import Velocity, ode_step, rollout, seeded_noise
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.cost import PhaseMeter
 
 STEPS, SAMPLES = 4, 5
 """Keys of the generators."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from dinalrm_align.config.align import AlignRun
-from dinalrm_align.config.command import parse, refuse
-from dinalrm_align.config.rewards import check_reward, file_name
-from dinalrm_align.models import ModelSpec, resolve_model
-from dinalrm_align.tracking import check_tracker
+from dinalrm_align.align.config import AlignRun
+from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.reward.names import check_reward, file_name
+from dinalrm_align.train.command import parse, refuse
+from dinalrm_align.train.tracking import check_tracker
 
 Run = TypeVar("Run", bound=AlignRun)
 
@@ -42,7 +42,7 @@ def settle(
     sentence.
     """
     run, _ = parse(kind, description, argv)  # --help ends here, before anything heavy is imported
-    from dinalrm_align.resume import checkpoint_to_resume, new_run_folder, run_of, settings_of
+    from dinalrm_align.train.checkpoints import checkpoint_to_resume, new_run_folder, run_of, settings_of
 
     checkpoint, beneath = None, []
     if run.resume is not None:

@@ -6,7 +6,7 @@ Flow-GRPO, arXiv 2505.05470; GRPO-Guard, arXiv 2510.22319. Pure functions; a ste
 import torch
 from torch import Tensor
 
-from dinalrm_align.sde import Transition
+from dinalrm_align.flow.sde import Transition
 
 
 def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:

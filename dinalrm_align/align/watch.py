@@ -26,13 +26,13 @@ from scipy.special import stdtr
 from torch import Tensor
 
 from dinalrm_align.align.evaluation import Probe
-from dinalrm_align.config.watch import WatchConfig
-from dinalrm_align.durable import DISCARDED, TEMPORARY, discard_folder, flush, write_file
-from dinalrm_align.files import read_json
-from dinalrm_align.intervals import by_caption, seeds_by_captions
-from dinalrm_align.noise import add_noise
-from dinalrm_align.policy import Conditions
-from dinalrm_align.sampling import Velocity
+from dinalrm_align.align.watch_config import WatchConfig
+from dinalrm_align.eval.report.intervals import by_caption, seeds_by_captions
+from dinalrm_align.flow.noise import add_noise
+from dinalrm_align.flow.sampling import Velocity
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.durable import DISCARDED, TEMPORARY, discard_folder, flush, write_file
+from dinalrm_align.train.files import read_json
 
 Scores = Mapping[str, Sequence[float]]
 """What an evaluation found: name ("proxy", "gold", those of probes) -> a number per sample."""

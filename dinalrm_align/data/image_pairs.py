@@ -16,10 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
-from dinalrm_align.durable import file_digest
-from dinalrm_align.encode import MAX_CHARACTERS
-from dinalrm_align.files import parse_json, read_text
-from dinalrm_align.pictures import open_picture
+from dinalrm_align.models.images import open_picture
+from dinalrm_align.models.text import MAX_CHARACTERS
+from dinalrm_align.train.durable import file_digest
+from dinalrm_align.train.files import parse_json, read_text
 
 EncodeImages = Callable[[Tensor], Tensor]
 """images (B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w)"""

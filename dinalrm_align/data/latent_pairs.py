@@ -25,7 +25,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinalrm_align.config.check import check_integer
 from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
 from dinalrm_align.data.shards import (
     FORMAT,
@@ -40,10 +39,11 @@ from dinalrm_align.data.shards import (
     read_index,
     read_prompt_list,
 )
-from dinalrm_align.digest import text_digest
-from dinalrm_align.durable import file_digest
-from dinalrm_align.encode import check_prompts
-from dinalrm_align.files import make_folder
+from dinalrm_align.models.text import check_prompts
+from dinalrm_align.train.digest import text_digest
+from dinalrm_align.train.durable import file_digest
+from dinalrm_align.train.files import make_folder
+from dinalrm_align.train.settings import check_integer
 
 
 class LatentPairs:

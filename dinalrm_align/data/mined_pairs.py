@@ -31,9 +31,9 @@ from torch import Tensor
 
 from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
 from dinalrm_align.data.parquet import parquet_module
-from dinalrm_align.digest import text_digest
-from dinalrm_align.durable import write_atomically
-from dinalrm_align.files import make_folder, read_json, reading
+from dinalrm_align.train.digest import text_digest
+from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import make_folder, read_json, reading
 
 if TYPE_CHECKING:
     import pyarrow

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinalrm_align.config.check import check_fields, check_integer
-from dinalrm_align.config.reward import RewardConfig
-from dinalrm_align.weight_sample import WeightSample
+from dinalrm_align.data.weight_sample import WeightSample
+from dinalrm_align.train.settings import check_fields, check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,19 +163,31 @@ class PairManifest:
                 )
         return unknown
 
-    def check(self, config: "RewardConfig | PairManifest") -> None:
-        """Raises ValueError when a reward of this config, or a model that makes such data, would read this wrongly."""
-        reader = "the reward's config" if isinstance(config, RewardConfig) else "the model"
-        for name, written, expected in (
-            ("vae_scaling_factor", self.vae_scaling_factor, config.vae_scaling_factor),
-            ("vae_shift_factor", self.vae_shift_factor, config.vae_shift_factor),
-            ("text_length", self.text_length, config.text_length),
+    def check(self, expected: "EncodingFormat") -> None:
+        """ValueError unless these pairs were encoded as `expected` (a reward's config, a model's manifest) says."""
+        for name, written, wanted in (
+            ("vae_scaling_factor", self.vae_scaling_factor, expected.vae_scaling_factor),
+            ("vae_shift_factor", self.vae_shift_factor, expected.vae_shift_factor),
+            ("text_length", self.text_length, expected.text_length),
         ):
-            if abs(written - expected) > 1e-6:
+            if abs(written - wanted) > 1e-6:
                 raise ValueError(
-                    f"these pairs were written with {name} {written}, {reader} says {expected}: encode them again with "
-                    "its VAE and text length, or correct the config"
+                    f"these pairs were encoded with {name} {written}, expected {wanted}: encode them again with the "
+                    "model's VAE and text length, or correct the config"
                 )
+
+
+class EncodingFormat(Protocol):
+    """How latents are scaled and how many T5 tokens a prompt has: a PairManifest, or a reward's config."""
+
+    @property
+    def vae_scaling_factor(self) -> float: ...
+
+    @property
+    def vae_shift_factor(self) -> float: ...
+
+    @property
+    def text_length(self) -> int: ...
 
 
 class PairSource(Protocol):

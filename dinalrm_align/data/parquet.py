@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from dinalrm_align.files import reading
+from dinalrm_align.train.files import reading
 
 KEPT = 8
 """Columns of row groups that are kept."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dinalrm_align.config.prepare import FilterConfig, PrepareRun
 from dinalrm_align.data.buckets import Size, bucket_of_pair, parse_buckets
+from dinalrm_align.data.config import FilterConfig, PrepareRun
 from dinalrm_align.data.preferences import Picture, Preference
 
 NAMED = 5

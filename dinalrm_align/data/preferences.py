@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from dinalrm_align.data.parquet import parquet_module, read_column
 from dinalrm_align.data.released import is_released, listed_rows, released_files, released_rows
-from dinalrm_align.files import parse_json, read_text, reading
+from dinalrm_align.train.files import parse_json, read_text, reading
 
 MAX_CHARACTERS = 10_000
 """Of a prompt, as in `encode`."""

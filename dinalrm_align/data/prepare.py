@@ -26,15 +26,15 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from dinalrm_align.config.prepare import PrepareRun
+from dinalrm_align.data.config import PrepareRun
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.data.plan import Dropped, Group, filter_pairs, pictures_of, plan_groups, plan_shards
 from dinalrm_align.data.preferences import Picture, find_layout, picture_source, read_preferences
 from dinalrm_align.data.shards import FORMAT
 from dinalrm_align.data.workers import InOrder, attempt, loaded, measured, resized
-from dinalrm_align.digest import text_digest
-from dinalrm_align.durable import TEMPORARY, file_digest, write_atomically
-from dinalrm_align.files import make_folder, read_json
+from dinalrm_align.train.digest import text_digest
+from dinalrm_align.train.durable import TEMPORARY, file_digest, write_atomically
+from dinalrm_align.train.files import make_folder, read_json
 
 PREPARED = "prepared.json"
 PREPARED_FORMAT = "dinalrm_align.prepared/1"

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dinalrm_align.encode import MAX_CHARACTERS
-from dinalrm_align.files import read_text
-from dinalrm_align.noise import seeded_generator
-from dinalrm_align.pictures import open_picture
+from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.models.images import open_picture
+from dinalrm_align.models.text import MAX_CHARACTERS
+from dinalrm_align.train.files import read_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 

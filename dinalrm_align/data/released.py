@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dinalrm_align.files import read_text, reading
+from dinalrm_align.train.files import read_text, reading
 
 INDEX = "bucket_index.csv"
 COLUMNS = ("prompt", "latent1", "latent2", "latent1_shape", "latent2_shape")

@@ -18,8 +18,8 @@ from dinalrm_align.data.image_pairs import EncodePrompts
 from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
 from dinalrm_align.data.parquet import parquet_module
 from dinalrm_align.data.released import ReleasedRow, listed_rows, load_latent, released_files, released_rows
-from dinalrm_align.digest import text_digest
-from dinalrm_align.files import reading
+from dinalrm_align.train.digest import text_digest
+from dinalrm_align.train.files import reading
 
 AT_ONCE = 4
 """Row groups that are mixed."""

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dinalrm_align.config.check import check_fields, check_integer
 from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.files import parse_json, read_json, read_text, reading
+from dinalrm_align.train.files import parse_json, read_json, read_text, reading
+from dinalrm_align.train.settings import check_fields, check_integer
 
 FORMAT = "dinalrm_align.pairs/1"
 GROUP_COLUMNS = ("prompt", "shard", "first", "pictures", "first_pair", "pairs")

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from dinalrm_align.config.reward import RewardConfig
 from dinalrm_align.data.image_pairs import ImagePairs
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.mined_pairs import MANIFEST, MinedPairs
-from dinalrm_align.data.pairs import PairManifest
+from dinalrm_align.data.pairs import EncodingFormat, PairManifest
 from dinalrm_align.data.released import is_released
 from dinalrm_align.data.released_pairs import ReleasedPairs
-from dinalrm_align.encode import PromptEncoder, encode_images, load_vae
-from dinalrm_align.weight_sample import WeightSample, sample_weights
+from dinalrm_align.data.weight_sample import WeightSample, sample_weights
+from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.models.vae import encode_images, load_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -66,7 +66,7 @@ class Encoders:
 
 def open_pairs(
     path: str | Path,
-    reader: RewardConfig | PairManifest,
+    expected: EncodingFormat,
     encoders: Encoders,
     *,
     size: tuple[int, int],
@@ -105,7 +105,7 @@ def open_pairs(
             width=size[1],
             **options,
         )
-    pairs.manifest.check(reader)
+    pairs.manifest.check(expected)
     unknown = pairs.manifest.check_encoders(encoders.weights)
     if unknown:
         warnings.warn(

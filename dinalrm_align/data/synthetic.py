@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dinalrm_align.config.loading import LoadingRun
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
+from dinalrm_align.data.loading_config import LoadingRun
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.data.parquet import parquet_module
 from dinalrm_align.data.released import INDEX

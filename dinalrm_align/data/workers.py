@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dinalrm_align.data.released import load_latent
-from dinalrm_align.pictures import picture_size, resized_picture
+from dinalrm_align.models.images import picture_size, resized_picture
 
 AHEAD = 8
 """Calls per worker that may be finished or under way before their results are asked for."""

@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dinalrm_align.config.shapes import PairsConfig
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.durable import write_atomically
-from dinalrm_align.encode import PromptEncoder, decode_latents, encode_images
-from dinalrm_align.report import to_bytes
+from dinalrm_align.models.tensor_images import to_bytes
+from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.models.vae import decode_latents, encode_images
+from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.shapes.oracle import oracle_score
-from dinalrm_align.shapes.render import (
+from dinalrm_align.shapes.render import (  # fmt: skip
     AESTHETICS,
     CONCEPTS,
     Drawing,
@@ -38,8 +38,9 @@ from dinalrm_align.shapes.render import (
     render,
     spoil_nuisance,
     spoil_scene,
-)  # fmt: skip
+)
 from dinalrm_align.shapes.scene import Scene, draw_scenes
+from dinalrm_align.train.durable import write_atomically
 
 CHUNK = 32
 """Groups encoded or sampled at once."""

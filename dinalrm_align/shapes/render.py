@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dinalrm_align.config.shapes import AESTHETICS, CONCEPTS, FAITHFULNESS
+from dinalrm_align.shapes.config import AESTHETICS, CONCEPTS, FAITHFULNESS
 from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, COUNTS, RELATIONS, SHAPES, SIZES, Scene
 
 SIZE = 64

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dinalrm_align.config.shapes import StackConfig
+from dinalrm_align.shapes.config import StackConfig
 from dinalrm_align.shapes.scene import CAPTION_WORDS
 
 

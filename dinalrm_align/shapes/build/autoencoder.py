@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor
 
-from dinalrm_align.config.shapes import BuildConfig
-from dinalrm_align.encode import decode_latents, encode_images
+from dinalrm_align.models.vae import decode_latents, encode_images
 from dinalrm_align.shapes.build.stage import pictures, run_stage
+from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.shapes.oracle import PARTS, oracle_parts
 
 

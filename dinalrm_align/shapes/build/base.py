@@ -15,16 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dinalrm_align.config.shapes import BuildConfig
-from dinalrm_align.encode import PromptEncoder, decode_latents, encode_images
-from dinalrm_align.loop import Hook, adamw
-from dinalrm_align.models import MODELS
-from dinalrm_align.noise import add_noise, timestep_of
-from dinalrm_align.report import save_grid
+from dinalrm_align.flow.noise import add_noise, timestep_of
+from dinalrm_align.models.grids import save_grid
+from dinalrm_align.models.specs import MODELS
+from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.models.vae import decode_latents, encode_images
 from dinalrm_align.shapes.build.stage import pictures, run_stage
+from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 from dinalrm_align.shapes.render import SIZE, Drawing, coverage
 from dinalrm_align.shapes.scene import SHAPES, draw_scenes
+from dinalrm_align.train.loop import Hook
+from dinalrm_align.train.optim import adamw
 
 CELLS = 2
 """Cells per side of a patch of 2 x 2 latents in the auxiliary loss."""

@@ -11,13 +11,13 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from dinalrm_align.config.shapes import BuildConfig
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.pairs import PairBatch
-from dinalrm_align.durable import write_atomically
-from dinalrm_align.encode import decode_latents
-from dinalrm_align.pixel.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.shapes.build.stage import run_stage
+from dinalrm_align.shapes.config import BuildConfig
+from dinalrm_align.train.durable import write_atomically
 
 
 def train_pixel(

@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dinalrm_align.config.shapes import BuildConfig, StageConfig
-from dinalrm_align.loop import Hook, adamw, fit
-from dinalrm_align.resume import latest_checkpoint
+from dinalrm_align.shapes.config import BuildConfig, StageConfig
 from dinalrm_align.shapes.render import Drawing, draw_nuisance, lay_out, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
+from dinalrm_align.train.checkpoints import latest_checkpoint
+from dinalrm_align.train.loop import Hook, fit
+from dinalrm_align.train.optim import adamw
 
 
 def pictures(number: int, rng: np.random.Generator, size: int) -> tuple[Tensor, list[Scene], list[Drawing]]:

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from dinalrm_align.config.shapes import BuildConfig
 from dinalrm_align.shapes.build.stage import run_stage
+from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, draw_scenes
 
 SLOT_CLASSES = [4, *[len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1] * 3, len(RELATIONS) + 1, len(BACKGROUNDS) + 1]

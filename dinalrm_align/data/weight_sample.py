@@ -1,0 +1,69 @@
+"""Which weights made this? A few values of a model's files, read without loading it: enough to tell models apart.
+
+Values are compared to within bfloat16's rounding, so that copies of one model in another precision count as the same.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from dinalrm_align.train.files import reading
+from dinalrm_align.train.settings import check_fields
+
+VALUES = 16
+TOLERANCE = 2.0**-7
+
+
+@dataclass(frozen=True)
+class WeightSample:
+    """source: folder or hub id. tensors: how many tensors there are. values: VALUES of them, one number of each."""
+
+    source: str
+    tensors: int
+    values: list[float]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "encoded_with")
+
+    def same_weights(self, other: "WeightSample") -> bool:
+        """Whether both are samples of one model, wherever it lies and in whatever precision."""
+        close = (math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in zip(self.values, other.values))
+        return (self.tensors, len(self.values)) == (other.tensors, len(other.values)) and all(close)
+
+
+def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
+    """A sample of the safetensors in `folder` of a pipeline's folder or hub id; None when they are not on this machine.
+
+    Taken are evenly spaced tensors, in order of name, of two dimensions or more: of each its first number. Files of a
+    variant (model.fp16.safetensors) are left out. ValueError for a file that is no safetensors.
+    """
+    root = Path(source) if Path(source).is_dir() else _cached(str(source), folder)
+    files = sorted((root / folder).glob("*.safetensors")) if root else []
+    files = [file for file in files if "." not in file.stem]
+    names: dict[str, Path] = {}
+    for file in files:
+        with reading("safetensors file", file), safe_open(file, framework="pt") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+            names |= {name: file for name, shape in shapes.items() if len(shape) >= 2}
+    if not names:
+        return None
+    ordered = sorted(names)
+    chosen = sorted({ordered[index * len(ordered) // VALUES] for index in range(VALUES)})
+    values = []
+    for name in chosen:
+        with reading("safetensors file", names[name]), safe_open(names[name], framework="pt") as tensors:
+            values.append(round(float(tensors.get_slice(name)[:1].flatten()[0]), 8))
+    return WeightSample(str(source), len(names), values)
+
+
+def _cached(source: str, folder: str) -> Path | None:
+    """Where a hub id lies in the local cache; the hub is not asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[f"{folder}/*"], local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None

@@ -1,0 +1,42 @@
+"""Frozen linear layers in 8 or 4 bits through bitsandbytes (the extra `quant`), differentiable in their inputs."""
+
+import torch
+from torch import nn
+
+from dinalrm_align.train.optim import bitsandbytes
+
+QUANTIZATIONS = ("none", "int8", "nf4")
+"""int8: LLM.int8(), arXiv 2208.07339, outliers over 6 in half precision. nf4: QLoRA's, arXiv 2305.14314, double."""
+
+
+def check_quantization(kind: str) -> None:
+    """ValueError for an unknown kind, ImportError for one that needs a package that is missing."""
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"quantization: got {kind!r}; known: {', '.join(QUANTIZATIONS)}")
+    if kind != "none":
+        bitsandbytes()
+
+
+def quantise_linears(module: nn.Module, kind: str, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Replace every nn.Linear below `module`, weights on the CPU, by its int8 or nf4 copy on `device`, one at a time.
+
+    dtype: of the products under nf4, and of the inputs under both.
+    """
+    bnb = bitsandbytes()
+    for name, linear in [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]:
+        sizes = (linear.in_features, linear.out_features)
+        weight, bias = linear.weight.detach().cpu(), linear.bias
+        if kind == "int8":
+            packed = bnb.nn.Linear8bitLt(
+                *sizes, bias is not None, has_fp16_weights=False, threshold=6.0, device=torch.device("meta")
+            )
+            packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            packed = bnb.nn.Linear4bit(
+                *sizes, bias is not None, compute_dtype=dtype, quant_type="nf4", device=torch.device("meta")
+            )
+            packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=packed)
+            packed.support_avx512bf16_for_cpu = False  # else some CPUs repack a weight under the layer that shares it
+        packed.bias = bias
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, packed.to(device).requires_grad_(False))

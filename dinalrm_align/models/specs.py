@@ -1,0 +1,324 @@
+"""What each `--model` name stands for, and which of them this machine can run: a table and a decision. No torch here.
+
+A model is a text-to-image pipeline in SD3's architecture with the rewards that are made for its latent space. Named
+ones stand in `MODELS`; a folder or a hub id of another such pipeline is accepted wherever a name is.
+"""
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from dinalrm_align.train.files import HUB_ID, read_json
+from dinalrm_align.train.settings import check_integer, did_you_mean
+
+PACKAGE = Path(__file__).parents[1]
+SHAPES_WEIGHTS = PACKAGE / "shapes" / "weights"
+HUB_SECONDS = 3.0
+"""How long the hub may take to say whether it grants access, all repositories together."""
+
+RELEASED_REWARD_FILES = (
+    "config.json",
+    "checkpoint/rm_head.pt",
+    "checkpoint/backbone_lora/adapter_config.json",
+    "checkpoint/backbone_lora/adapter_model.safetensors",
+)
+"""What a download of sd35's DiNa-LRM consists of."""
+
+Gold = str | Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """One model and everything a recipe needs beside it.
+
+    Args:
+        name: what the user typed, or a short name for what was found.
+        kind: the entry of `MODELS` it is or was derived from; recipes keep their settings by it.
+        pipeline: hub id or folder of a StableDiffusion3Pipeline.
+        reward: source of its DiNa-LRM, for `LatentReward.from_pretrained`.
+        pixel: source of its pixel-space reward, for `ClipReward.from_pretrained`.
+        pixel_processor: where tokenizer and preprocessor of `pixel` lie; None: in the same place.
+        gold: the held-out judge of a run, a callable `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)` or its dotted
+            name "module:function", or a reward by name, as "pixel" (`rewards.load_judge`).
+        train_prompts, heldout_prompts: text files of one prompt a line, for training and for evaluation.
+        height, width: of the pictures, in pixels.
+        num_steps, guidance_scale: of sampling.
+        text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
+        dtype: of the frozen weights.
+    """
+
+    name: str
+    kind: Literal["sd35", "shapes"]
+    pipeline: str
+    reward: str
+    pixel: str
+    pixel_processor: str | None
+    gold: Gold
+    train_prompts: Path
+    heldout_prompts: Path
+    height: int
+    width: int
+    num_steps: int
+    guidance_scale: float
+    text_length: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+MODELS: dict[str, ModelSpec] = {
+    "sd35": ModelSpec(
+        name="sd35",
+        kind="sd35",
+        pipeline="stabilityai/stable-diffusion-3.5-medium",
+        reward="liuhuohuo/DiNa-LRM-SD35M-12layers",
+        pixel="yuvalkirstain/PickScore_v1",
+        pixel_processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        gold="pixel",  # PickScore, the gold reward of the paper's alignment runs
+        train_prompts=PACKAGE / "data" / "prompt_lists" / "train.txt",
+        heldout_prompts=PACKAGE / "data" / "prompt_lists" / "heldout.txt",
+        height=512,
+        width=512,
+        num_steps=40,
+        guidance_scale=4.5,
+        text_length=128,
+        dtype="bfloat16",
+    ),
+    "shapes": ModelSpec(
+        name="shapes",
+        kind="shapes",
+        pipeline=str(SHAPES_WEIGHTS / "pipeline"),
+        reward=str(SHAPES_WEIGHTS / "dinalrm"),
+        pixel=str(SHAPES_WEIGHTS / "pixel"),
+        pixel_processor=None,
+        gold="dinalrm_align.shapes.oracle:oracle_score",
+        train_prompts=PACKAGE / "shapes" / "prompts" / "train.txt",
+        heldout_prompts=PACKAGE / "shapes" / "prompts" / "heldout.txt",
+        height=64,
+        width=64,
+        num_steps=12,
+        guidance_scale=1.2,
+        text_length=14,
+        dtype="float32",
+    ),
+}
+
+HOW_TO_GET_SD35 = (
+    f"to run Stable Diffusion 3.5 Medium: accept its licence at https://huggingface.co/{MODELS['sd35'].pipeline}, run "
+    "`hf auth login`, and start again with --model sd35; or pass the folder of a downloaded copy, --model PATH"
+)
+HOW_TO_GET_SHAPES = "to run the small embedded world instead: --model shapes"
+
+
+def resolve_model(name: str) -> tuple[ModelSpec, str]:
+    """The model that `--model name` stands for, and a sentence that says which one, why, and how to get the other.
+
+    "auto" takes sd35 when its weights are at hand: complete in the local cache, or granted by the hub within
+    `HUB_SECONDS` (never asked when HF_HUB_OFFLINE is set); otherwise shapes. A name of `MODELS`, a pipeline folder, a
+    world folder (`pipeline/`, `dinalrm/`, `pixel/`, as `recipes/build_shapes.py` writes it) or a hub id is taken as it
+    is and never replaced by another. Raises ValueError for an unknown name and a folder without a complete pipeline.
+    """
+    if name == "auto":
+        return _choose()
+    if name in MODELS:
+        how = HOW_TO_GET_SHAPES if name == "sd35" else HOW_TO_GET_SD35
+        return MODELS[name], f"model {name}, as asked for; {how}"
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return _from_folder(path)
+    if HUB_ID.fullmatch(name):
+        spec = dataclasses.replace(MODELS["sd35"], name=name, pipeline=name)
+        return spec, f"model {name}, taken as a hub id (no folder of that name is here), with the rewards of sd35"
+    guess = did_you_mean(name, ["auto", *MODELS]) or "."
+    raise ValueError(
+        f"unknown model {name!r}{guess} Known: auto, {', '.join(MODELS)}; or the folder (none of that name exists) or "
+        "hub id (owner/name) of a StableDiffusion3Pipeline"
+    )
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a StableDiffusion3Pipeline folder lacks to be loaded, as relative paths; empty when it is complete.
+
+    Broken links, as an interrupted download leaves them in the hub's cache, count as missing.
+    """
+    index = folder / "model_index.json"
+    if not index.exists():
+        return ["model_index.json"]
+    components = {
+        part: entry for part, entry in read_json(index).items() if isinstance(entry, list) and entry[:1] != [None]
+    }
+    missing = []
+    for part in components:
+        if part.startswith("tokenizer"):
+            if not any((folder / part / file).exists() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
+                missing.append(f"{part}/tokenizer.json")
+        elif part == "scheduler":
+            if not (folder / part / "scheduler_config.json").exists():
+                missing.append(f"{part}/scheduler_config.json")
+        else:
+            stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+            missing += [f"{part}/{file}" for file in _missing_weights(folder / part, stem)]
+    return missing
+
+
+def _missing_weights(folder: Path, stem: str) -> list[str]:
+    """config.json and either one `stem`.safetensors or every shard that its index names."""
+    wanted = ["config.json"]
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"{index}: weight_map: got {files!r:.80}; expected the file of every tensor by name")
+        wanted += sorted(set(files.values()))
+    else:
+        wanted.append(f"{stem}.safetensors")
+    return [file for file in wanted if not (folder / file).exists()]
+
+
+def _choose() -> tuple[ModelSpec, str]:
+    """The decision behind "auto"."""
+    sd35, shapes = MODELS["sd35"], MODELS["shapes"]
+    absent = [repo for repo in _repositories(sd35) if not is_cached(repo)]
+    if not absent:
+        return sd35, f"model sd35: its weights are complete in the local cache; {HOW_TO_GET_SHAPES}"
+    if hub_is_offline():
+        why = f"{absent[0]} is not complete in the local cache and HF_HUB_OFFLINE is set"
+    else:
+        refusal = hub_refusal(absent)
+        if refusal is None:
+            return sd35, f"model sd35: the hub grants access, missing weights are downloaded; {HOW_TO_GET_SHAPES}"
+        why = f"{absent[0]} is not complete in the local cache, and {refusal}"
+    return shapes, f"model shapes, the small embedded world: {why}; {HOW_TO_GET_SD35}"
+
+
+def _repositories(spec: ModelSpec) -> list[str]:
+    """The hub repositories that the spec's default run reads."""
+    sources = [spec.pipeline, spec.reward, spec.pixel, spec.pixel_processor]
+    return [source for source in sources if source is not None and not Path(source).is_absolute()]
+
+
+def is_cached(repository: str) -> bool:
+    """True when the local cache holds a complete snapshot of a repository of sd35, weights included. No network."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True))
+    except (OSError, ValueError):  # hub errors for "not in the cache" derive from both
+        return False
+    sd35 = MODELS["sd35"]
+    if repository == sd35.pipeline:
+        return not missing_files(folder)
+    if repository == sd35.pixel_processor:
+        return (folder / "preprocessor_config.json").exists() and (folder / "tokenizer.json").exists()
+    if repository == sd35.pixel:
+        return not _missing_weights(folder, "model") or (folder / "pytorch_model.bin").exists()
+    return all((folder / file).exists() for file in RELEASED_REWARD_FILES)
+
+
+def hub_is_offline() -> bool:
+    """True when the user told the hub client to stay off the network (HF_HUB_OFFLINE)."""
+    import huggingface_hub
+
+    asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return asked or huggingface_hub.is_offline_mode()
+
+
+def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
+    """None when the hub grants this machine every repository, else why not, after at most `seconds`.
+
+    The question is put in daemon threads: a name server or a route that never answers blocks below any timeout of the
+    client, and must hold up neither the answer nor the end of the program.
+    """
+    from huggingface_hub import auth_check
+
+    answers: dict[str, str | None] = {}
+    changed = threading.Condition()
+
+    def ask(repository: str) -> None:
+        try:
+            auth_check(repository)
+            answer = None
+        except Exception as error:  # whatever the client raises, the answer is that the weights are not at hand
+            lines = str(error).strip().splitlines() or [""]
+            answer = f"the hub does not grant {repository} ({type(error).__name__}: {lines[0][:160]})"
+        with changed:
+            answers[repository] = answer
+            changed.notify()
+
+    for repository in repositories:
+        threading.Thread(target=ask, args=(repository,), daemon=True).start()
+
+    def decided() -> bool:
+        return len(answers) == len(repositories) or any(answers.values())
+
+    with changed:
+        if not changed.wait_for(decided, timeout=seconds):
+            return f"the hub did not answer within {seconds:g} s"
+        return next((answer for answer in answers.values() if answer), None)
+
+
+def _from_folder(path: Path) -> tuple[ModelSpec, str]:
+    """A spec for a world folder (its own rewards, the oracle as gold) or a pipeline folder (the rewards of sd35).
+
+    A world is known by its `pipeline/`; its rewards are looked for when they are used, since they may be yet to train.
+    """
+    if (path / "pipeline").is_dir():
+        _check_pipeline(path / "pipeline")
+        size = _number(path / "pipeline" / "vae" / "config.json", "sample_size")
+        spec = dataclasses.replace(
+            MODELS["shapes"],
+            name=str(path),
+            pipeline=str(path / "pipeline"),
+            reward=str(path / "dinalrm"),
+            pixel=str(path / "pixel"),
+            height=size,
+            width=size,
+            text_length=_text_length(path / "pipeline"),
+        )
+        return spec, f"model in {path}, taken as an embedded world with its own rewards; {HOW_TO_GET_SD35}"
+    _check_pipeline(path)
+    base = MODELS["sd35"]
+    size = min(base.height, _native_size(path))
+    spec = dataclasses.replace(base, name=str(path), pipeline=str(path), height=size, width=size)
+    return spec, f"pipeline in {path}, with the rewards of sd35; {HOW_TO_GET_SHAPES}"
+
+
+def _check_pipeline(pipeline: Path) -> None:
+    """ValueError unless the folder holds a complete SD3 pipeline."""
+    missing = missing_files(pipeline)
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ValueError(
+            f"{pipeline} is not a complete StableDiffusion3Pipeline folder: it lacks {', '.join(missing[:4])}{more}. "
+            "Save one with pipeline.save_pretrained(folder)"
+        )
+    kind = read_json(pipeline / "model_index.json").get("_class_name")
+    if kind != "StableDiffusion3Pipeline":
+        raise ValueError(f"{pipeline} holds a {kind}; expected a StableDiffusion3Pipeline (SD3 or SD3.5)")
+
+
+def _text_length(world: Path) -> int:
+    """The tokens per prompt that a world's T5 tokenizer was made for; the shipped world's where there is none."""
+    path = world / "tokenizer_3" / "tokenizer_config.json"
+    return _number(path, "model_max_length") if path.exists() else MODELS["shapes"].text_length
+
+
+def _native_size(pipeline: Path) -> int:
+    """The picture size in pixels that a folder's transformer was made for."""
+    latent_size = _number(pipeline / "transformer" / "config.json", "sample_size")
+    path = pipeline / "vae" / "config.json"
+    widths = read_json(path).get("block_out_channels")
+    if not isinstance(widths, list) or not widths:
+        raise ValueError(f"{path}: block_out_channels: got {widths!r:.80}; expected a list of widths")
+    return latent_size * 2 ** (len(widths) - 1)
+
+
+def _number(path: Path, key: str) -> int:
+    """A positive integer in a JSON file; ValueError for anything else."""
+    value = read_json(path).get(key)
+    try:
+        check_integer(key, value, low=1)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return value

@@ -1,0 +1,280 @@
+"""The first N blocks of an SD3 or SD3.5 transformer, as a module that returns the token streams at given depths.
+
+The trunk is a separate module tree. With shared weights every base Parameter and buffer in it IS the policy's, while
+the reward's LoRA lies in the trunk alone, so that nothing has to be switched between policy and reward: neither
+activation checkpointing (whichever mode), nor another thread, nor the state of the policy's own adapters can mix them
+up.
+
+Blocks are diffusers' `JointTransformerBlock`s; their outputs equal those of the stock `SD3Transformer2DModel`.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable
+
+import peft
+import torch
+from diffusers import SD3Transformer2DModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from dinalrm_align.reward.backbones import Taps
+from dinalrm_align.reward.config import LoraConfig, RewardConfig
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Name endings; the image-only second attention `attn2` is included."""
+TEXT_SIDE = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ADAPTER = "reward"
+
+
+class SD3Trunk(nn.Module):
+    """`Backbone` over the first `config.num_layers` blocks of `transformer`; runs up to the last tapped one.
+
+    share_weights=True: every base Parameter and buffer is the transformer's own object, which must be frozen.
+    share_weights=False: a private, frozen copy (trainable when `config.tuning` is full). The transformer itself is only
+    read, and may carry peft adapters of its own, in any state except merged into its weights; the trunk does not see
+    them. LoRA, when `config.tuning` is lora, starts from the ambient random state, float32 and trainable.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel, config: RewardConfig, *, share_weights: bool) -> None:
+        super().__init__()
+        _check_transformer(transformer, config)
+        parts = _parts_read(transformer, config.num_layers)
+        memo = {}
+        if share_weights:
+            memo = {id(tensor): tensor for part in parts for tensor in (*part.parameters(), *part.buffers())}
+            memo |= {id(state): state for part in parts for state in _packing(part)}
+        parts = copy.deepcopy(parts, memo)
+        self.pos_embed, self.time_text_embed, self.context_embedder, self.transformer_blocks = parts
+        _remove_adapters(self)
+        _remove_hooks(self)
+
+        self.width: int = transformer.inner_dim
+        self.temb_dim: int = transformer.inner_dim
+        self.in_channels: int = transformer.config.in_channels
+        self.text_width: int = transformer.config.joint_attention_dim
+        self.pooled_width: int = transformer.config.pooled_projection_dim
+        self.patch_size: int = transformer.config.patch_size
+        self.max_size: int = transformer.config.pos_embed_max_size * self.patch_size
+        self.visual_taps, self.text_taps, self.last_tap = config.visual_taps, config.text_taps, config.last_tap
+        self.gradient_checkpointing = False
+        self.use_reentrant = False
+
+        self.shared: tuple[Tensor, ...] = (*self.parameters(), *self.buffers()) if share_weights else ()
+        self._owner = weakref.ref(transformer)  # of the shared weights; the trunk must not keep its other blocks alive
+        if share_weights:
+            self.check_shared()
+        else:
+            self.requires_grad_(config.tuning == "full")
+        if config.tuning != "full":
+            self.skip_unread_text()
+        if config.tuning == "lora":
+            self._add_lora(config.lora, text_read=config.num_layers in config.text_taps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pos_embed.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.pos_embed.proj.weight.device
+
+    def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
+        """Recompute each block in the backward pass instead of storing its activations."""
+        self.gradient_checkpointing, self.use_reentrant = True, use_reentrant
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = False
+
+    def check_shared(self) -> None:
+        """Raise ValueError when shared weights are being trained, or have their owner's adapters merged into them: the
+        reward would change with the policy.
+        """
+        owner = self._owner() if self.shared else None
+        if owner is not None:
+            _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
+        trained = sum(tensor.requires_grad for tensor in self.shared)
+        if trained:
+            raise ValueError(
+                f"the reward shares weights with a transformer of which {trained} of {len(self.shared)} shared tensors "
+                "have requires_grad=True: a reward whose weights are trained is no fixed reward. Freeze them with "
+                "transformer.requires_grad_(False) (and train a LoRA), or build the reward with share_weights=False"
+            )
+
+    def forward(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
+        """x_sigma (B, C, H, W); timestep (B,) = 1000 sigma, float32; prompt_embeds (B, L, text_width);
+        pooled_prompt_embeds (B, pooled_width) -> Taps in the trunk's dtype, differentiable in every floating input.
+        """
+        hidden = self.pos_embed(x_sigma.to(self.dtype)).contiguous()
+        temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(self.dtype))
+        context = self.context_embedder(prompt_embeds.to(self.dtype))
+        run = _call_block
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            trained = any(parameter.requires_grad for parameter in self.parameters())
+            if trained and self.use_reentrant and not hidden.requires_grad:
+                hidden.requires_grad_()  # else a reentrant checkpoint would give its LoRA no gradient
+            if trained or any(tensor.requires_grad for tensor in (hidden, context, temb)):
+                run = self._checkpointed
+
+        visual, text = [hidden], [context]
+        for block in self.transformer_blocks[: self.last_tap]:
+            context, hidden = run(block, hidden, context, temb)
+            visual.append(hidden)
+            text.append(context)
+        return Taps(
+            visual=tuple(visual[tap] for tap in self.visual_taps),
+            text=tuple(text[tap] for tap in self.text_taps),
+            temb=temb,
+        )
+
+    def _checkpointed(self, block: nn.Module, hidden: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        return checkpoint(
+            block, hidden, context, temb, use_reentrant=self.use_reentrant, preserve_rng_state=False
+        )  # nothing in a block is random
+
+    def skip_unread_text(self) -> None:
+        """Let the last block that runs compute its image half alone when nobody reads its text. What the text half
+        alone needs is dropped, so that a trunk whose own weights are saved must be saved before.
+        """
+        if self.last_tap == 0 or self.last_tap in self.text_taps:
+            return
+        block = self.transformer_blocks[self.last_tap - 1]
+        if block.context_pre_only:
+            return
+        block.context_pre_only = block.attn.context_pre_only = True
+        block.norm1_context = _NormedTextOnly(block.norm1_context)
+        block.norm2_context = block.ff_context = None
+
+    def _add_lora(self, lora: LoraConfig, *, text_read: bool) -> None:
+        last = len(self.transformer_blocks) - 1
+        adapter = peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            init_lora_weights=True if lora.init == "kaiming" else lora.init,
+            target_modules=list(LORA_TARGETS),
+            exclude_modules=None if text_read else [f"transformer_blocks.{last}.attn.{name}" for name in TEXT_SIDE],
+        )
+        peft.inject_adapter_in_model(adapter, self, adapter_name=ADAPTER)
+        unread = [f"transformer_blocks.{index}." for index in range(self.last_tap, last + 1)]
+        if self.last_tap not in self.text_taps:
+            unread.append(f"transformer_blocks.{self.last_tap - 1}.attn.to_add_out.")
+        for name, weight in self.lora_parameters().items():
+            weight.data = weight.data.float()
+            weight.requires_grad_(not name.startswith(tuple(unread)))
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """`transformer_blocks.0.attn.to_q.lora_A.weight`, ... -> the Parameter; empty without LoRA or once merged."""
+        return {
+            f"{name}.{matrix}.weight": layer.get_submodule(f"{matrix}.{ADAPTER}").weight
+            for name, layer in self.named_modules()
+            if isinstance(layer, LoraLayer)
+            for matrix in ("lora_A", "lora_B")
+        }
+
+    @torch.no_grad()
+    def merge_lora(self) -> None:
+        """Add the LoRA to the trunk's own weights, computed in float32, and drop its layers. Private weights only."""
+        if self.shared:
+            raise ValueError("merging the reward's LoRA would change the shared transformer; use share_weights=False")
+        for name, layer in list(self.named_modules()):
+            if isinstance(layer, LoraLayer):
+                weight = layer.get_base_layer().weight
+                if not weight.is_floating_point():
+                    raise ValueError(f"{name}: cannot merge LoRA into quantised weights ({weight.dtype}); share them")
+                update = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
+                weight.copy_(weight.float() + layer.scaling[ADAPTER] * update)
+        _remove_adapters(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SD3Trunk":
+        """Refuse to move or cast tensors that the policy shares: it would be half moved, and the buffers un-shared."""
+        probe = self.shared[0].data if self.shared else None
+        if probe is not None and not _same(fn(probe), probe):
+            raise RuntimeError(
+                "this reward shares its weights with a transformer and cannot be moved or cast by itself: move the "
+                "transformer first and build the reward after, or use share_weights=False"
+            )
+        return super()._apply(fn, recurse)
+
+
+class _NormedTextOnly(nn.Module):
+    """The normalised text tokens of an adaptive layer norm, without the gates that the skipped text half would use."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, tokens: Tensor, temb: Tensor) -> Tensor:
+        return self.norm(tokens, emb=temb)[0]
+
+
+def _call_block(block: nn.Module, hidden: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+    return block(hidden, context, temb)
+
+
+def _same(moved: Tensor, tensor: Tensor) -> bool:
+    return moved.dtype == tensor.dtype and moved.device == tensor.device and moved.data_ptr() == tensor.data_ptr()
+
+
+def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig) -> None:
+    if not isinstance(transformer, SD3Transformer2DModel):
+        raise TypeError(
+            f"transformer: got {type(transformer).__name__}, expected diffusers' SD3Transformer2DModel; pass the model "
+            "itself, not a compiled, distributed or PeftModel wrapper of it"
+        )
+    if any(isinstance(p, DTensor) for p in transformer.parameters()):
+        raise ValueError("the transformer is sharded over processes (FSDP): build every reward before it is sharded")
+    depth = len(transformer.transformer_blocks)
+    if config.num_layers > depth:
+        raise ValueError(f"num_layers: got {config.num_layers}, but the transformer has {depth} blocks; lower it")
+    last = max(config.text_taps, default=0)
+    if last > 0 and transformer.transformer_blocks[last - 1].context_pre_only:
+        raise ValueError(f"text tap {last}: this transformer's block {last} returns no text; tap {last - 1} at most")
+    if any(block.attn.fused_projections for block in transformer.transformer_blocks):
+        raise ValueError("the transformer's query, key and value projections are fused; call unfuse_qkv_projections()")
+    _check_unmerged(_parts_read(transformer, config.num_layers))
+
+
+def _parts_read(transformer: SD3Transformer2DModel, num_layers: int) -> tuple[nn.Module, ...]:
+    """pos_embed, time_text_embed, context_embedder and the first blocks: what a trunk is made of."""
+    blocks = nn.ModuleList(list(transformer.transformer_blocks)[:num_layers])
+    return transformer.pos_embed, transformer.time_text_embed, transformer.context_embedder, blocks
+
+
+def _packing(part: nn.Module) -> list[object]:
+    """What bitsandbytes' layers keep beside their packed weights: scales, and whose turn it is to read them."""
+    states = [vars(module).get(name) for module in part.modules() for name in ("state", "quant_state")]
+    return [state for state in states if state is not None]
+
+
+def _check_unmerged(parts: tuple[nn.Module, ...]) -> None:
+    """ValueError when peft adapters are merged into base weights."""
+    layers = [module for part in parts for module in part.modules() if isinstance(module, BaseTunerLayer)]
+    merged = {adapter for layer in layers for adapter in layer.merged_adapters}
+    if merged:
+        raise ValueError(
+            f"the transformer has adapters {sorted(merged)} merged into its base weights, so that the base model is "
+            "not there to read with; call transformer.unfuse_lora() first"
+        )
+
+
+def _remove_adapters(model: nn.Module) -> None:
+    """Put the plain layer in the place of every peft layer."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    """Hooks that were registered on the policy's modules were copied with them; scoring must not fire them."""
+    for module in model.modules():
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            hooks.clear()

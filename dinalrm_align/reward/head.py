@@ -1,0 +1,178 @@
+"""DiNa-LRM's reward head: FiLM adapters per tapped layer, gated query attention, one scalar (arXiv 2602.11146).
+
+Shape suffixes: B samples, N image tokens, L text tokens, Q queries, W head width, H heads. Parameter names are those of
+the released checkpoints. Normalisation is torch's RMSNorm with its default eps, computed in float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinalrm_align.reward.backbones import Taps
+from dinalrm_align.reward.config import HeadConfig
+
+
+class LayerAdapter(nn.Module):
+    """One tapped layer of one stream, modulated by the conditioning vector and reduced to a quarter of the width.
+
+    tokens (B, N, width_in), temb (B, temb_dim) -> (B, N, W // 4): h = x (1 + gamma) + beta + layer_embed, then a linear
+    layer. gamma and beta start at zero; without `film` they are not there and temb is not read.
+    """
+
+    def __init__(self, width_in: int, temb_dim: int, width: int, *, use_proj_in: bool, film: bool) -> None:
+        super().__init__()
+        self.film = film
+        self.layer_embed = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.proj_in = nn.Linear(width_in, width) if use_proj_in or width_in != width else nn.Identity()
+        if film:
+            last = _zero(nn.Linear(2 * width, 2 * width))
+            self.cond_mlp = nn.Sequential(nn.Linear(temb_dim, 2 * width), nn.SiLU(), last)
+        self.proj = nn.Linear(width, width // 4)
+
+    def forward(self, tokens: Tensor, temb: Tensor) -> Tensor:
+        hidden = self.proj_in(tokens)
+        if self.film:
+            gamma, beta = self.cond_mlp(temb)[:, None].chunk(2, dim=-1)
+            hidden = hidden * (1 + gamma) + beta
+        return self.proj(hidden + self.layer_embed)
+
+
+class QueryAttention(nn.Module):
+    """Queries read the image tokens and, with `text`, the text tokens too; `gated`: a gate per token on the values.
+
+    queries (B, Q, W), visual (B, N, W), text (B, L, W) or None -> (B, Q, W), to be added to the queries. The two
+    attentions have their own softmax each and are summed. Gates read the normalised tokens and start at one half.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, *, text: bool, gated: bool) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.text, self.gated = heads, dropout, text, gated
+        self.norm_q = nn.RMSNorm(width)
+        self.norm_v = nn.RMSNorm(width)
+        self.to_q = nn.Linear(width, width)
+        self.to_k_vis = nn.Linear(width, width)
+        self.to_v_vis = nn.Linear(width, width)
+        if text:
+            self.norm_t = nn.RMSNorm(width)
+            self.to_k_text = nn.Linear(width, width)
+            self.to_v_text = nn.Linear(width, width)
+        if gated:
+            self.gate_vis = nn.Sequential(nn.Linear(width, width), nn.SiLU(), _zero(nn.Linear(width, 1)))
+        if gated and text:
+            self.gate_text = nn.Sequential(nn.Linear(width, width), nn.SiLU(), _zero(nn.Linear(width, 1)))
+        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
+
+    def forward(self, queries: Tensor, visual: Tensor, text: Tensor | None = None) -> Tensor:
+        query = self.to_q(_norm(self.norm_q, queries))
+        visual = _norm(self.norm_v, visual)
+        value = self.to_v_vis(visual)
+        if self.gated:
+            value = value * torch.sigmoid(self.gate_vis(visual))
+        read = self._attend(query, self.to_k_vis(visual), value)
+        if self.text:
+            text = _norm(self.norm_t, text)
+            value = self.to_v_text(text)
+            if self.gated:
+                value = value * torch.sigmoid(self.gate_text(text))
+            read = read + self._attend(query, self.to_k_text(text), value)
+        return self.to_out(read)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, Q, W), (B, N, W), (B, N, W) -> (B, Q, W)"""
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        value = value.to(query.dtype)
+        read = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        return read.transpose(1, 2).flatten(-2)
+
+
+class RewardHead(nn.Module):
+    """Taps of a backbone to one raw score per sample.
+
+    width_in: channels of both token streams; temb_dim: of the conditioning vector (default: the same);
+    num_visual_taps, num_text_taps: tapped layers per stream; without text taps only the image tokens are read.
+    Raises ValueError unless the heads divide the width.
+    """
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        width_in: int,
+        num_visual_taps: int,
+        num_text_taps: int,
+        temb_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        width = width_in if config.width == -1 else config.width
+        if width % config.num_attn_heads:
+            raise ValueError(f"head: {config.num_attn_heads} attention heads do not divide the width {width}")
+        temb_dim = width_in if temb_dim is None else temb_dim
+
+        def adapters(count: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                LayerAdapter(width_in, temb_dim, width, use_proj_in=config.use_proj_in, film=config.film)
+                for _ in range(count)
+            )
+
+        self.query_tokens = nn.Parameter(0.02 * torch.randn(1, config.num_queries, width))
+        self.layer_adapters_visual = adapters(num_visual_taps)
+        self.layer_adapters_text = adapters(num_text_taps)
+        self.agg_visual = nn.Linear(num_visual_taps * (width // 4), width)
+        self.agg_text = nn.Linear(num_text_taps * (width // 4), width) if num_text_taps else None
+        heads, dropout = config.num_attn_heads, config.dropout
+        self.attn1 = QueryAttention(width, heads, dropout, text=num_text_taps > 0, gated=config.value_gates)
+        self.attn2 = QueryAttention(width, heads, dropout, text=False, gated=False)
+        self.norm_ff = nn.RMSNorm(width)
+        self.ff = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(config.dropout)
+        )
+        self.head = nn.Linear(width, 1)
+        self.use_logistic = config.use_logistic
+        if config.use_logistic:
+            self.eta3 = nn.Parameter(torch.tensor(0.0))
+            self.eta4 = nn.Parameter(torch.tensor(0.15))
+
+    def forward(self, taps: Taps | Sequence[Taps]) -> Tensor:
+        """One noise level, or K of them -> (B,) float32, differentiable. Levels join as tokens: each is adapted with
+        its own conditioning vector, then the image tokens (and the text tokens) of all K are one sequence.
+        """
+        levels = [taps] if isinstance(taps, Taps) else taps
+        visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])
+        text = None
+        if self.agg_text is not None:
+            text = self._aggregate(self.layer_adapters_text, self.agg_text, [(t.text, t.temb) for t in levels])
+        queries = self.query_tokens.expand(visual.shape[0], -1, -1)
+        queries = queries + self.attn1(queries, visual, text)
+        queries = queries + self.attn2(queries, visual)
+        queries = queries + self.ff(_norm(self.norm_ff, queries))
+        with torch.autocast(queries.device.type, enabled=False):  # a score of 10 has steps of 0.06 in bfloat16
+            raw = F.linear(queries.float(), self.head.weight.float(), self.head.bias.float()).mean(dim=(1, 2))
+        return self._squash(raw) if self.use_logistic else raw
+
+    def _aggregate(
+        self, adapters: nn.ModuleList, join: nn.Linear, levels: list[tuple[tuple[Tensor, ...], Tensor]]
+    ) -> Tensor:
+        """Per level: streams of n layers (B, N, width_in), temb -> all levels' tokens, (B, K N, W)."""
+        dtype = self.query_tokens.dtype
+        joined = []
+        for streams, temb in levels:
+            adapted = [
+                adapter(tokens.to(dtype), temb.to(dtype)) for adapter, tokens in zip(adapters, streams, strict=True)
+            ]
+            joined.append(join(torch.cat(adapted, dim=-1)))
+        return torch.cat(joined, dim=1)
+
+    def _squash(self, raw: Tensor) -> Tensor:
+        """To (-2, 2): 4 / (1 + exp(-(raw - eta3) / (|eta4| + 1e-6))) - 2."""
+        return 4 * torch.sigmoid((raw - self.eta3.float()) / (self.eta4.float().abs() + 1e-6)) - 2
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _norm(norm: nn.RMSNorm, tokens: Tensor) -> Tensor:
+    return F.rms_norm(tokens.float(), norm.normalized_shape, norm.weight.float()).to(norm.weight.dtype)

@@ -1,0 +1,190 @@
+"""The checks at the reward's boundary: each error says what was got, what was expected and what to do."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dinalrm_align.models.text import check_prompts as check_texts
+from dinalrm_align.reward.backbones import Backbone
+
+LATENTS = "scaled latents (B, C, H, W), as the transformer sees them"
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> None:
+    """TypeError or ValueError unless `latents` is a floating (B, C, H, W) batch on `device` that the backbone takes."""
+    if not isinstance(latents, Tensor):
+        got = type(latents).__name__
+        raise TypeError(f"latents: got {got}, expected a tensor of {LATENTS}; score_images takes pictures")
+    shape = tuple(latents.shape)
+    if latents.dim() != 4 or latents.dtype not in FLOATING or shape[0] == 0 or latents.layout != torch.strided:
+        raise ValueError(f"latents: got {latents.dtype} of shape {shape}; expected at least one, floating: {LATENTS}")
+    if shape[1] != backbone.in_channels:
+        raise ValueError(
+            f"latents: got {shape[1]} channels, the backbone takes {backbone.in_channels}; use latents of the VAE that "
+            "this reward was trained with"
+        )
+    if any(size % backbone.patch_size or size == 0 for size in shape[2:]):
+        raise ValueError(
+            f"latents: got height x width {shape[2]} x {shape[3]}; expected multiples of the patch size "
+            f"{backbone.patch_size}: crop them, or sample at a size that the VAE factor times it divides"
+        )
+    if max(shape[2:]) > backbone.max_size:
+        raise ValueError(
+            f"latents: got height x width {shape[2]} x {shape[3]}; the backbone has positions for at most "
+            f"{backbone.max_size} x {backbone.max_size}: use a lower resolution"
+        )
+    if latents.device != device:
+        raise ValueError(f"latents are on {latents.device}, the reward is on {device}: move one of them")
+
+
+def check_picture_size(images: Tensor, backbone: Backbone, factor: int) -> None:
+    """ValueError when pictures (B, 3, H, W) are larger than the backbone has positions for; factor: of the VAE."""
+    limit, (height, width) = backbone.max_size * factor, images.shape[2:]
+    if max(height, width) > limit:
+        raise ValueError(f"images: got height x width {height} x {width}; expected at most {limit}: resize them first")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """ValueError when a floating tensor holds NaN or infinity, or no values at all."""
+    if tensor.is_meta:
+        raise ValueError(f"{name}: got a tensor on meta, which holds no values; expected one on the CPU or a GPU")
+    if not bool(torch.isfinite(tensor.detach()).all()):
+        bad = int((~torch.isfinite(tensor.detach())).sum())
+        raise ValueError(
+            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite numbers: look where they "
+            "come from (float16 overflows in T5 and in the VAE: use bfloat16 or float32)"
+        )
+
+
+def check_text_choice(
+    prompts: Sequence[str] | str | None, prompt_embeds: Tensor | None, pooled_prompt_embeds: Tensor | None
+) -> None:
+    """ValueError unless either prompts, or both kinds of embeddings, are there."""
+    embeds = [prompt_embeds is not None, pooled_prompt_embeds is not None]
+    if prompts is not None and any(embeds):
+        raise ValueError("got both prompts and embeddings; pass prompts, or prompt_embeds with pooled_prompt_embeds")
+    if prompts is None and not any(embeds):
+        raise ValueError("got neither prompts nor embeddings; pass prompts, or prompt_embeds with pooled_prompt_embeds")
+    if any(embeds) and not all(embeds):
+        got, lacking = ("prompt_embeds", "pooled_prompt_embeds")[:: 1 if embeds[0] else -1]
+        raise ValueError(f"got {got} without {lacking}; pass both, as encode_prompt returns them")
+
+
+def check_prompts(prompts: Sequence[str] | str, batch: int) -> list[str]:
+    """A list of `batch` strings; a single string is a list of one."""
+    prompts = check_texts([prompts] if isinstance(prompts, str) else prompts)
+    if len(prompts) != batch:
+        raise ValueError(
+            f"one prompt per latent: got {batch} latents, {len(prompts)} prompts; to score one prompt against many "
+            "latents, repeat it"
+        )
+    return prompts
+
+
+def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: Backbone, batch: int) -> None:
+    """ValueError unless prompt_embeds is (batch, L, text_width), pooled_prompt_embeds (batch, pooled_width), finite."""
+    for name, tensor, dims, width in (
+        ("prompt_embeds", prompt_embeds, 3, backbone.text_width),
+        ("pooled_prompt_embeds", pooled_prompt_embeds, 2, backbone.pooled_width),
+    ):
+        expected = f"({batch}, L, {width})" if dims == 3 else f"({batch}, {width})"
+        if not isinstance(tensor, Tensor) or tensor.dim() != dims or tensor.dtype not in FLOATING:
+            raise ValueError(f"{name}: got {_got(tensor)}; expected a floating tensor of shape {expected}")
+        if tensor.shape[0] != batch:
+            got = f"{batch} latents, {tensor.shape[0]} {name}"
+            raise ValueError(f"one prompt per latent: got {got}; expected {name} of shape {expected}")
+        if tensor.shape[-1] != width:
+            raise ValueError(
+                f"{name}: got width {tensor.shape[-1]}, the backbone takes {width}; encode the prompts with the text "
+                "encoders of this reward's base model"
+            )
+        if tensor.numel() == 0:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, no tokens; expected {expected}, L at least 1")
+        check_finite(name, tensor)
+
+
+def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | Tensor | tuple[float, ...]:
+    """A float, a (batch,) tensor or a tuple of floats, every value in [0, 1]."""
+    expected = f"a float, a ({batch},) tensor, or a list of floats (an ensemble), each in [0, 1]"
+    if isinstance(sigma, Tensor):
+        if sigma.dim() == 0 and not sigma.is_meta:
+            sigma = sigma.item()
+        elif sigma.shape != (batch,) or sigma.is_meta:
+            raise ValueError(f"sigma: got a tensor of shape {_got(sigma)}; expected {expected}")
+    if isinstance(sigma, Tensor):
+        values = sigma.detach().tolist()
+    else:
+        values = list(sigma) if isinstance(sigma, list | tuple) else [sigma]
+    if not values or not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise TypeError(f"sigma: got {sigma!r:.80}; expected {expected}")
+    wrong = [value for value in values if not 0 <= value <= 1 or not math.isfinite(value)]
+    if wrong:
+        raise ValueError(f"sigma: got {wrong[0]:g}, outside [0, 1]; expected {expected} (a timestep is 1000 sigma)")
+    return tuple(map(float, values)) if isinstance(sigma, list | tuple) else sigma
+
+
+def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator | None, levels: int) -> Tensor:
+    """`noise` checked, or a standard normal of the latents' shape, float32, on their device.
+
+    With a generator the draw is made on the generator's device: one on the CPU gives the same noise everywhere.
+    """
+    if noise is not None and generator is not None:
+        raise ValueError("got both noise and generator; pass one of them")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: got {type(generator).__name__} {generator!r:.40}; expected a torch.Generator: "
+            "torch.Generator().manual_seed(seed)"
+        )
+    if noise is None:
+        where = latents.device if generator is None else generator.device
+        return torch.randn(latents.shape, generator=generator, device=where, dtype=torch.float32).to(latents.device)
+    shapes = (tuple(latents.shape), (levels, *latents.shape))
+    if not isinstance(noise, Tensor) or tuple(noise.shape) not in shapes or noise.dtype not in FLOATING:
+        expected = f"the latents' {shapes[0]}, or {shapes[1]}, one draw per level"
+        raise ValueError(f"noise: got {_got(noise)}; expected {expected}")
+    check_finite("noise", noise)
+    return noise.to(latents.device)
+
+
+def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
+    """ValueError when raw scores (B,) of finite latents are NaN or infinite; dtype: of the backbone."""
+    bad = int((~torch.isfinite(raw.detach())).sum())
+    if bad:
+        largest = latents.detach().abs().max().item()
+        raise ValueError(
+            f"scores: {bad} of {len(raw)} are NaN or infinite, of latents of up to {largest:.3g} (scaled latents have "
+            f"about 1) with a backbone in {dtype}; scale the latents, use bfloat16 or float32 in float16's place, and "
+            "look for NaN in the reward's weights"
+        )
+
+
+def _got(value: object) -> str:
+    """A tensor's shape, and what is odd about it; of anything else the type."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    odd = f" of {value.dtype}" * (value.dtype not in FLOATING) + " on meta" * value.is_meta
+    return f"{tuple(value.shape)}{odd}"
+
+
+def statistics_warning(latents: Tensor, scaling_factor: float) -> str | None:
+    """What looks wrong with the statistics of latents that should have about unit standard deviation, or None.
+
+    Collapsed: a sample with a standard deviation below 0.05. Unscaled: above 3, or clearly nearer to 1 / scaling_factor
+    (what the VAE gives before scaling) than to 1.
+    """
+    values = latents.detach().float()
+    smallest = values.flatten(1).std(dim=1).min().item()
+    std, mean = values.std().item(), values.mean().item()
+    if smallest < 0.05:
+        return f"latents look collapsed: a sample has standard deviation {smallest:.3g}, scaled latents have about 1"
+    raw = 1 / abs(scaling_factor)
+    distance_raw, distance_scaled = abs(math.log(std / raw)), abs(math.log(std))
+    if std > 3 or (abs(math.log(raw)) > 0.2 and distance_raw < 0.5 * distance_scaled):
+        return (
+            f"latents look unscaled: standard deviation {std:.3g}, mean {mean:.3g}, where scaled latents have about 1 "
+            f"and 0 and raw VAE latents about {raw:.3g}; pass (z - shift_factor) * scaling_factor"
+        )
+    return None

@@ -1,0 +1,111 @@
+"""One question about one picture to an OpenAI-compatible chat endpoint, with the standard library alone."""
+
+import base64
+import http.client
+import io
+import json
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from dinalrm_align.train.files import parse_json
+from dinalrm_align.train.settings import check_integer, check_number
+
+ANSWER_LIMIT = 4 * 2**20
+"""Bytes of an answer that are read; one is a few kilobytes."""
+PASSING = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP status codes after which the same question may be answered."""
+
+
+@dataclass(frozen=True)
+class ChatEndpoint:
+    """Where to ask, as what, and how long to wait. Greedy decoding, so that an answer is the same twice.
+
+    url: up to and with the version, as OpenAI clients take it (http://127.0.0.1:8080/v1). timeout: seconds of silence
+    after which an attempt is given up. attempts: in all, with pauses of `pause`, 2 `pause`, 4 `pause` ... seconds.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = field(default=None, repr=False)
+    timeout: float = 120.0
+    attempts: int = 3
+    pause: float = 1.0
+    max_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.url) if isinstance(self.url, str) else None
+        if parts is None or parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError(f"endpoint: got {self.url!r}; expected http://host:port/v1, as OpenAI clients take it")
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model: got {self.model!r}; expected the name under which the server serves it")
+        check_number("timeout", self.timeout, low=1e-3)
+        check_integer("attempts", self.attempts, low=1, high=20)
+        check_number("pause", self.pause, low=0)
+        check_integer("max_tokens", self.max_tokens, low=1)
+
+    def ask(self, picture: Image.Image, question: str) -> str:
+        """The answer's text. ConnectionError when no attempt gets one; ValueError when the server refuses the question
+        or its answer is no chat completion.
+        """
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        return _content(self._post(json.dumps(body).encode()), self.url)
+
+    def _post(self, body: bytes) -> str:
+        headers = {"Content-Type": "application/json"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        target = self.url.rstrip("/") + "/chat/completions"
+        reason = ""
+        for attempt in range(self.attempts):
+            if attempt:
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            try:
+                request = urllib.request.Request(target, body, headers, method="POST")
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    data = response.read(ANSWER_LIMIT + 1)
+            except urllib.error.HTTPError as error:
+                said = ""
+                with error, suppress(OSError, http.client.HTTPException):
+                    said = error.read(500).decode(errors="replace").strip()
+                reason = f"HTTP {error.code}: {said:.200}"
+                if error.code not in PASSING:
+                    raise ValueError(f"{target} refuses the question ({reason})") from error
+            except (OSError, http.client.HTTPException) as error:
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                if len(data) > ANSWER_LIMIT:
+                    raise ValueError(
+                        f"{target}: an answer of more than {ANSWER_LIMIT} bytes; expected a chat completion"
+                    )
+                return data.decode(errors="replace")
+        raise ConnectionError(
+            f"{target}: no answer in {self.attempts} attempts of {self.timeout:g} s (the last: {reason}); is the "
+            "server up, and is this its address?"
+        )
+
+
+def _content(text: str, where: str) -> str:
+    """choices[0].message.content of a chat completion."""
+    values = parse_json(text, f"the answer of {where}")
+    try:
+        content = values["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        content = None
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: got {text!r:.200}; expected a chat completion with choices[0].message.content")
+    return content

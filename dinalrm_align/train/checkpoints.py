@@ -1,0 +1,348 @@
+"""What a run needs to go on exactly: its checkpoint folders.
+
+A checkpoint is `checkpoints/step_000050/` with
+
+    weights.safetensors  ema.safetensors  optimizer.pt  rng_0.pt  method_0.safetensors (one per process)  state.json
+
+It is written under a temporary name, sealed (`seal`), flushed to disk and renamed, so that a folder called step_* is
+whole, and what came before it stays until it is. state.json also says what run it belongs to, and how far metrics.jsonl
+had come. All of it is checked before a run that goes on changes a file or a weight. Everything read back is plain
+tensors, numbers and text (`weights_only=True`).
+
+A run may go on with another number of processes if all of them together still take as many samples for an update: what
+is drawn depends on a sample's number alone. Where each process keeps something of its own, as while a rollout is being
+spent, it cannot. The global random states, which dropout draws from, then begin anew.
+"""
+
+import io
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from dinalrm_align.train.distributed import with_others
+from dinalrm_align.train.durable import DISCARDED, TEMPORARY, discard_folder, flush, write_file
+from dinalrm_align.train.metrics import METRICS, MetricsLog, check_start
+from dinalrm_align.train.seal import STATE, open_sealed, seal
+
+FOLDER = "checkpoints"
+STEP = re.compile(r"step_(\d{6,})")
+
+
+def save_checkpoint(
+    run: Path,
+    *,
+    step: int,
+    elapsed: float,
+    identity: Mapping[str, str],
+    samples: int = 0,
+    log: MetricsLog | None,
+    parameters: dict[str, nn.Parameter],
+    average: dict[str, Tensor] | None,
+    optimizer: torch.optim.Optimizer,
+    state: Any | None = None,
+    accelerator: Accelerator,
+    keep_last: int,
+) -> Path:
+    """Write `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest.
+
+    Called by every process; each writes its own random state and that of the method (`loop.Stateful`), the main one
+    (the only one that needs `log`) everything else. OSError when it cannot be written, or a checkpoint of that name is
+    there; those that are there stay.
+    """
+    folder = run / FOLDER / f"step_{step:06d}"
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    main = accelerator.is_main_process
+    try:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        _meet(accelerator)
+        write_file(temporary / f"rng_{accelerator.process_index}.pt", _packed(_random_state()))
+        if state is not None:
+            write_file(
+                temporary / f"method_{accelerator.process_index}.safetensors", save(_on_cpu(state.state_tensors()))
+            )
+        if main:
+            write_file(temporary / "weights.safetensors", save(_on_cpu(parameters)))
+            if average is not None:
+                write_file(temporary / "ema.safetensors", save(_on_cpu(average)))
+            write_file(temporary / "optimizer.pt", _packed(optimizer.state_dict()))
+        _meet(accelerator)
+        if main:
+            facts = {"step": step, "elapsed": elapsed, "num_processes": accelerator.num_processes, "samples": samples}
+            facts["common_state"] = state is None or state.is_common()
+            seal(temporary, {**facts, "identity": dict(identity), "metrics": log.mark()})
+            flush(temporary)
+            os.rename(temporary, folder)
+            flush(folder.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk is no place for half a checkpoint
+        raise
+    if main:
+        _keep_newest(run, keep_last)
+    _meet(accelerator)
+    return folder
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    identity: Mapping[str, str],
+    samples: int = 0,
+    steps: int,
+    parameters: dict[str, nn.Parameter],
+    average: dict[str, Tensor] | None,
+    optimizer: torch.optim.Optimizer,
+    state: Any | None = None,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Put a checkpoint back in place, random state included; returns its facts (step, elapsed, metrics, ...).
+
+    The optimiser keeps the hyperparameters it was built with and takes the saved moments. ValueError, before anything
+    is changed: when a file is missing or damaged, the checkpoint is of another run or beyond `steps`, names or shapes
+    differ, an average is wanted and none was saved, or the number of processes is another and the run cannot go on with
+    it (see the module).
+    """
+    facts = check_checkpoint(folder)
+    _check_identity(facts["identity"], identity, folder)
+    same_processes = facts["num_processes"] == accelerator.num_processes
+    if not same_processes:
+        _check_processes(facts, samples, accelerator.num_processes, folder)
+    if facts["step"] > steps:
+        raise ValueError(f"{folder} is at update {facts['step']}, beyond loop.steps {steps}; raise loop.steps")
+    if average is not None and not (folder / "ema.safetensors").exists():
+        raise ValueError(f"{folder} holds no averaged weights; resume with ema_decay 0, as the run was started")
+    rank = accelerator.process_index if same_processes else 0
+    of_method = folder / f"method_{rank}.safetensors"
+    if (state is not None) != of_method.exists():
+        raise ValueError(
+            f"{folder} was written by a method with other settings ({of_method.name}); resume with its own"
+        )
+    weights = load_file(folder / "weights.safetensors")
+    means = {} if average is None else load_file(folder / "ema.safetensors")
+    moments = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")["state"]
+    for saved, into in ((weights, parameters), (means, average or {})):
+        _check_fit(saved, into, folder)
+    _check_moments(moments, optimizer, folder)
+    if state is not None:
+        state.load_state_tensors(load_file(of_method))
+
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    with torch.no_grad():
+        for saved, into in ((weights, parameters), (means, average or {})):
+            for name, tensor in into.items():
+                tensor.copy_(saved[name])
+    if same_processes:
+        _set_random_state(torch.load(folder / f"rng_{rank}.pt", weights_only=True))
+    return facts
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint, if it and the metrics up to it are, byte for byte, what was written.
+
+    ValueError otherwise: the first file that is not, and from where to resume instead.
+    """
+    try:
+        return _read(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_way_out(folder)}") from error
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of the run in this folder, or None."""
+    found = _checkpoints(run)
+    return found[-1] if found else None
+
+
+def checkpoint_to_resume(path: Path) -> Path:
+    """`path` itself when it is a checkpoint, else the newest one of the run in `path`.
+
+    ValueError if there is none, and as `check_checkpoint`: a damaged one is never passed over in silence.
+    """
+    if not path.is_dir():
+        raise ValueError(f"nothing to resume: no folder {path}; give that of a run or of one of its checkpoints")
+    path = path.resolve()
+    checkpoint = path if STEP.fullmatch(path.name) or (path / STATE).exists() else latest_checkpoint(path)
+    if checkpoint is None:
+        raise ValueError(f"nothing to resume: {path} holds no checkpoint yet; start the run again without --resume")
+    check_checkpoint(checkpoint)
+    return checkpoint
+
+
+def new_run_folder(asked: str | None, name: str) -> Path:
+    """A folder that holds no run yet: the one asked for, else runs/<name>, runs/<name>_2, ... ValueError if taken."""
+    if asked is not None:
+        if Path(asked).exists() and not Path(asked).is_dir():
+            raise ValueError(f"output_dir: {asked} is a file; choose a folder")
+        if latest_checkpoint(Path(asked)) is not None:
+            raise ValueError(f"{asked} holds a run: go on with --resume {asked}, or choose another --output_dir")
+        return Path(asked)
+    number = 1
+    while (folder := Path("runs") / (name if number == 1 else f"{name}_{number}")).exists():
+        number += 1
+    return folder
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint folder lies in."""
+    return checkpoint.parent.parent
+
+
+def settings_of(checkpoint: Path) -> Path:
+    """The config.yaml of the run that a checkpoint lies in; ValueError when there is none."""
+    path = run_of(checkpoint) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{checkpoint} does not lie in the folder of a run ({path} is missing): its settings are unknown; resume "
+            "it where it was written"
+        )
+    return path
+
+
+def tidy(run: Path, *, step: int, keep_last: int) -> None:
+    """Delete what a run that goes on from `step` leaves behind: later checkpoints, all but the `keep_last` newest of
+    the rest, and what a kill left half written or half deleted.
+    """
+    for folder in reversed(_checkpoints(run)):
+        if _step_of(folder) > step:
+            discard_folder(folder)
+    _keep_newest(run, keep_last)
+    for leftover in (run / FOLDER).glob(".*"):
+        if STEP.fullmatch(leftover.name.removeprefix(TEMPORARY).removeprefix(DISCARDED)):
+            shutil.rmtree(leftover)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints, oldest first; leftovers under temporary names are not among them."""
+    folder = run / FOLDER
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted((entry for entry in entries if STEP.fullmatch(entry.name) and entry.is_dir()), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _keep_newest(run: Path, number: int) -> None:
+    for folder in _checkpoints(run)[:-number]:
+        discard_folder(folder)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint; ValueError for the first file that is not what was written."""
+    state = open_sealed(folder)
+    check_start(run_of(folder) / METRICS, state["metrics"], folder.name)
+    return state
+
+
+def _way_out(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be resumed from: the newest earlier one that can, if there is one."""
+    siblings = _checkpoints(run_of(folder)) if STEP.fullmatch(folder.name) else []
+    for earlier in reversed([entry for entry in siblings if _step_of(entry) < _step_of(folder)]):
+        try:
+            _read(earlier)
+        except ValueError:
+            continue
+        return f"resume from an earlier checkpoint: --resume {earlier}"
+    return "no earlier checkpoint is whole: put the file back from a copy, or start the run again in another folder"
+
+
+def _check_identity(saved: Mapping[str, str], expected: Mapping[str, str], folder: Path) -> None:
+    if saved != dict(expected):
+        name = next(name for name in (*expected, *saved) if saved.get(name) != expected.get(name))
+        raise ValueError(
+            f"{folder} belongs to another run: its {name} is {saved.get(name)}, here it is {expected.get(name)}; go on "
+            "with the model, reward, data and seed that the run was started with, or start a new run in another folder"
+        )
+
+
+def _check_processes(facts: Mapping[str, Any], samples: int, num_processes: int, folder: Path) -> None:
+    """ValueError unless the run can go on with another number of processes."""
+    if not facts["common_state"]:
+        raise ValueError(
+            f"{folder} was written while a rollout was being spent, of which each of {facts['num_processes']} "
+            f"processes has its own share; this run has {num_processes}. Start as many, or resume from a checkpoint "
+            "between two rollouts (loop.checkpoint_every a multiple of epochs x minibatches)"
+        )
+    if not samples or facts["samples"] != samples:
+        raise ValueError(
+            f"{folder} was written by {facts['num_processes']} processes, which took {facts['samples']} samples for an "
+            f"update; this run has {num_processes}, which take {samples}. Start as many, or choose the samples of each "
+            "process (batch_size, groups) or loop.accumulate so that all take as many together"
+        )
+
+
+def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: Path) -> None:
+    """ValueError unless names and shapes agree exactly."""
+    expected = {name: tuple(tensor.shape) for name, tensor in into.items()}
+    got = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if expected != got:
+        differing = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+        raise ValueError(
+            f"{where} does not fit this model: {len(differing)} tensors differ, first {differing[0]!r}: saved "
+            f"{got.get(differing[0])}, expected {expected.get(differing[0])}; resume with the settings of the run"
+        )
+
+
+def _check_moments(saved: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer, where: Path) -> None:
+    """ValueError unless every saved moment has the shape of the parameter it is for; they are kept by number.
+
+    Beside moments of 8 bits lie their codes and scales (bitsandbytes' qmap and absmax), of shapes of their own.
+    """
+    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
+    for number, moments in saved.items():
+        inner = [each for each in moments.values() if isinstance(each, Mapping)]  # where bitsandbytes keeps them
+        for name, moment in {**moments, **{name: each[name] for each in inner for name in each}}.items():
+            own_shape = isinstance(moment, Tensor) and moment.ndim and not name.startswith(("qmap", "absmax"))
+            if own_shape and [tuple(moment.shape)] != shapes[number : number + 1]:
+                raise ValueError(
+                    f"{where} does not fit this optimiser: {name} of parameter {number} is {tuple(moment.shape)}, "
+                    f"expected {shapes[number : number + 1]}; resume with the settings of the run"
+                )
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _packed(content: Any) -> bytes:
+    """What `torch.save` writes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _meet(accelerator: Accelerator) -> None:
+    with with_others():
+        accelerator.wait_for_everyone()
+
+
+def _random_state() -> dict[str, Any]:
+    """The global random states of torch, CUDA, numpy and Python, as tensors, numbers and text."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

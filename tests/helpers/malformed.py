@@ -1,0 +1,277 @@
+"""What the tables of malformed calls are made of: a case, the small world it happens in, and how its outcome is judged.
+
+The tables are `malformed_api.py`, `malformed_files.py` and `malformed_cli.py`; `test_malformed.py` runs them, and
+`python tests/malformed_report.py` counts them into examples/results/malformed.md.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import itertools
+import json
+import linecache
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "dinalrm_align"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call that must be refused.
+
+    do: the call, given the World. error: the documented type. says: what the sentence must hold. by_signature: Python
+    itself refuses the arguments, so that the error is raised where the function is called.
+    """
+
+    name: str
+    do: Callable[["World"], object]
+    error: type[Exception] | tuple[type[Exception], ...]
+    says: str
+    by_signature: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that must end with status 2 and a sentence. words: given the World; module: recipe or `report`."""
+
+    name: str
+    module: str
+    words: Callable[["World"], Sequence[object]]
+    says: str
+
+
+@dataclass
+class World:
+    """A tiny pipeline, rewards on it, and a folder for broken copies. Nothing in it is changed by a case."""
+
+    root: Path
+    numbers: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    @cached_property
+    def pipeline(self):
+        from dinalrm_align.shapes.stack import StackConfig, build_pipeline
+
+        pipeline = build_pipeline(StackConfig.tiny(), seed=0)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        return pipeline
+
+    @cached_property
+    def pipeline_dir(self) -> Path:
+        self.pipeline.save_pretrained(self.root / "pipeline")
+        return self.root / "pipeline"
+
+    @cached_property
+    def reward_dir(self) -> Path:
+        from tiny_reward import tiny_reward_config
+
+        from dinalrm_align.reward.checkpoint import save_checkpoint
+        from dinalrm_align.reward.model import build_reward_model
+
+        self.pipeline_dir  # noqa: B018  the reward's base_model_id names it
+        model = build_reward_model(tiny_reward_config(), self.pipeline.transformer, seed=1)
+        save_checkpoint(self.root / "dinalrm", model.config, model.tuned_tensors())
+        return self.root / "dinalrm"
+
+    @cached_property
+    def released_dir(self) -> Path:
+        self.reward.save_pretrained(self.root / "released", format="released")
+        return self.root / "released"
+
+    @cached_property
+    def reward(self):
+        from dinalrm_align import LatentReward
+
+        return LatentReward.from_pretrained(self.reward_dir, pipeline=self.pipeline)
+
+    @cached_property
+    def clip_dir(self) -> Path:
+        from transformers import CLIPConfig, CLIPModel
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        from dinalrm_align.shapes.stack import clip_tokenizer
+
+        folder, tokenizer = self.root / "pixel", clip_tokenizer(["red", "circle"], 16)
+        tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        ends = {f"{end}_token_id": vars(tokenizer).get(f"{end}_token_id", 0) for end in ("eos", "bos", "pad")}
+        text = dict(**tower, **ends, vocab_size=len(tokenizer), max_position_embeddings=16)
+        vision = dict(**tower, image_size=64, patch_size=16)
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64).save_pretrained(folder)
+        return folder
+
+    @cached_property
+    def clip(self):
+        from dinalrm_align.reward.pixel.clip import ClipReward
+
+        return ClipReward.from_pretrained(str(self.clip_dir), vae=self.pipeline.vae)
+
+    @cached_property
+    def policy(self):
+        import copy
+
+        from dinalrm_align.align.policy import Policy
+        from dinalrm_align.reward.config import LoraConfig
+
+        return Policy(copy.deepcopy(self.pipeline.transformer), LoraConfig(2, 2), seed=0)
+
+    @cached_property
+    def pairs_dir(self) -> Path:
+        from dinalrm_align.data.latent_pairs import LatentPairsWriter
+        from dinalrm_align.data.pairs import PairManifest
+
+        with LatentPairsWriter(self.root / "pairs", PairManifest(1.0, 0.0, 14)) as writer:
+            for index in range(4):
+                text = {"prompt_embeds": torch.randn(5, 32), "pooled_prompt_embeds": torch.randn(32)}
+                writer.add(f"prompt {index}", torch.randn(2, 16, 8, 8), **text)
+        return self.root / "pairs"
+
+    # ------------------------------------------------------------------------------------------------ broken copies
+
+    def fresh(self) -> Path:
+        """A new empty folder beside the pipeline."""
+        folder = self.root / f"case_{next(self.numbers)}"
+        folder.mkdir()
+        return folder
+
+    def file(self, name: str, content: bytes | str) -> Path:
+        """A file of this name in a fresh folder."""
+        path = self.fresh() / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def copy(self, folder: Path) -> Path:
+        copied = self.root / f"case_{next(self.numbers)}"
+        shutil.copytree(folder, copied)
+        return copied
+
+    def with_json(self, folder: Path, name: str, **changes: object) -> Path:
+        """A copy of a folder in which keys (`a__b` for nested ones) of a JSON file have other values; ... deletes."""
+        copied = self.copy(folder)
+        values = json.loads((copied / name).read_text())
+        for dotted, value in changes.items():
+            *above, last = dotted.split("__")
+            target = values
+            for key in above:
+                target = target[key]
+            if value is ...:
+                del target[last]
+            else:
+                target[last] = value
+        (copied / name).write_text(json.dumps(values))
+        return copied
+
+    def with_bytes(self, folder: Path, name: str, content: bytes | str | Callable[[bytes], bytes]) -> Path:
+        """A copy of a folder with other bytes in one file."""
+        copied = self.copy(folder)
+        made = content((copied / name).read_bytes()) if callable(content) else content
+        (copied / name).write_bytes(made.encode() if isinstance(made, str) else made)
+        return copied
+
+    def with_tensors(self, folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        """A copy of a folder whose safetensors file `change` was let at."""
+        copied = self.copy(folder)
+        tensors = load_file(copied / name)
+        change(tensors)
+        save_file(tensors, copied / name)
+        return copied
+
+
+def latents(*shape: int, **options: object) -> torch.Tensor:
+    """Standard normal numbers, by default two samples that the tiny reward can score."""
+    return torch.randn(shape or (2, 16, 8, 8), generator=torch.Generator().manual_seed(0)).to(**options)
+
+
+def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    """A copy with one value replaced."""
+    tensor = tensor.clone()
+    tensor.view(-1)[1] = value
+    return tensor
+
+
+class Bomb:
+    """Pickled, it creates a file when it is unpickled by anyone who runs what a pickle asks for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)
+
+
+def judge(case: Case, world: World) -> str | None:
+    """None when the case is refused as documented, else what went wrong."""
+    try:
+        result = case.do(world)
+    except Exception as error:
+        return _judge_error(case, error)
+    return f"silent: returned {result!r:.80}"
+
+
+def _judge_error(case: Case, error: Exception) -> str | None:
+    said = f"{type(error).__name__}: {str(error)[:300]}"
+    if not isinstance(error, case.error):
+        return f"expected {case.error}, got {said}"
+    if case.says not in str(error):
+        return f"expected a sentence with {case.says!r}, got {said}"
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    path = Path(frame.f_code.co_filename)
+    raised = linecache.getline(str(path), line).strip().startswith("raise")
+    if not case.by_signature and not (path.is_relative_to(PACKAGE) and raised):
+        return f"raised in {path}, line {line}, not by a check of this package: {said}"
+    return None
+
+
+def judge_command(command: Command, world: World) -> str | None:
+    """None when the command line ends with status 2, a sentence and nothing written, else what went wrong."""
+    words = [str(word) for word in command.words(world)]
+    folder = world.fresh()
+    before, stderr, stdout = os.getcwd(), io.StringIO(), io.StringIO()
+    os.chdir(folder)
+    status: object = "none: it ran"
+    try:
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
+            entry(command.module)(words)
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException as error:
+        return f"raw {type(error).__name__}: {str(error)[:300]}"
+    finally:
+        os.chdir(before)
+    lines = stderr.getvalue().strip().splitlines() or [""]
+    if status != 2:
+        return f"expected status 2, got {status}"
+    if not (lines[-1].startswith("error: ") or ": error: " in lines[-1]) or "Traceback" in stderr.getvalue():
+        return f"expected a last line that begins with error:, got {lines[-1][:300]!r}"
+    if command.says not in lines[-1]:
+        return f"expected a sentence with {command.says!r}, got {lines[-1][:300]!r}"
+    left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return f"left {left[:5]} behind" if left else None
+
+
+_ENTRIES: dict[str, Callable] = {}
+
+
+def entry(module: str) -> Callable[[Sequence[str]], None]:
+    """The main function of a recipe, or of dinalrm_align.eval.report.run."""
+    if module == "report":
+        return importlib.import_module("dinalrm_align.eval.report.run").main
+    if module not in _ENTRIES:
+        spec = importlib.util.spec_from_file_location(f"malformed_{module}", ROOT / "recipes" / f"{module}.py")
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        _ENTRIES[module] = loaded.main
+    return _ENTRIES[module]

@@ -1,0 +1,32 @@
+"""Every example runs as it stands, on the shipped weights; the one that trains for minutes on shortened runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHORTENED = {
+    "hacking": "--loop.steps=1 --evaluation.samples=3 --evaluation.shown=2 --refl.batch_size=2",
+    "hpdv3_folder": "4",
+}
+
+
+def run(example: Path, folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, example, *SHORTENED.get(example.stem, "").split()]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_example_runs(example, tmp_path):
+    assert run(example, tmp_path).stdout
+    if example.stem == "hacking":
+        assert (tmp_path / "runs" / "hacking" / "hacking.png").is_file()
+        (tmp_path / "runs" / "hacking" / "held" / "summary.json").unlink()
+        again = run(example, tmp_path).stdout  # what is finished is kept, what was cut short goes on
+        assert "free is finished" in again and "refl dinalrm, kl_weight 4, seed 0" in again

@@ -1,0 +1,385 @@
+"""Diffusion-DPO's arithmetic by hand, and the updates on a tiny policy: which pairs, which noise, which reference."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinalrm_align.align import dpo
+from dinalrm_align.align.candidates import ranked_pairs
+from dinalrm_align.align.dpo_config import DpoConfig
+from dinalrm_align.align.policy import Policy
+from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
+from dinalrm_align.data.pairs import PairBatch, PairManifest
+from dinalrm_align.flow.config import SigmaConfig
+from dinalrm_align.flow.noise import add_noise, seeded_generator
+from dinalrm_align.flow.sampling import rollout, schedule_sigmas, seeded_noise
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.reward.config import LoraConfig
+from dinalrm_align.shapes.stack import StackConfig, build_pipeline
+from dinalrm_align.train.cost import PhaseMeter
+
+SHAPE = (16, 8, 8)
+
+
+def brightness(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
+    """A reward that any policy can learn: the mean of the latents."""
+    return latents.mean(dim=(1, 2, 3))
+
+
+def draw_conditions(count: int, seed: int = 1) -> Conditions:
+    generator = torch.Generator().manual_seed(seed)
+    embeds, pooled = torch.randn(count, 5, 32, generator=generator), torch.randn(count, 32, generator=generator)
+    return Conditions([f"prompt {index}" for index in range(count)], embeds, pooled)
+
+
+def online(**values: object) -> dpo.OnlineDpo:
+    """A new policy on the tiny stack, and online DPO of it."""
+    pipeline = build_pipeline(StackConfig.tiny(depth=2), seed=0)
+    settings = dict(batch_size=2, group_size=3, beta=50.0, refresh_every=0)
+    return dpo.OnlineDpo(
+        policy=Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0),
+        reward=brightness,
+        sigmas=schedule_sigmas(pipeline.scheduler, 2),
+        conditions=draw_conditions(5),
+        negative=draw_conditions(1, seed=2),
+        latent_shape=SHAPE,
+        guidance_scale=2.0,
+        config=DpoConfig(**(settings | values)),
+        meter=PhaseMeter("cpu"),
+        seed=3,
+    )
+
+
+@pytest.fixture
+def method() -> dpo.OnlineDpo:
+    return online()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Twelve pairs in which the chosen picture is the brighter one."""
+    folder = tmp_path_factory.mktemp("dpo") / "pairs"
+    conditions = draw_conditions(3)
+    generator = torch.Generator().manual_seed(0)
+    with LatentPairsWriter(folder, PairManifest(1.0, 0.0, 5)) as writer:
+        for group in range(12):
+            latents = torch.tensor([0.5, -0.5]).view(2, 1, 1, 1) + torch.randn(2, *SHAPE, generator=generator)
+            row = conditions.take([group % 3])
+            writer.add(
+                f"{row.prompts[0]}, {group}", latents, prompt_embeds=row.prompt_embeds[0],
+                pooled_prompt_embeds=row.pooled_prompt_embeds[0],
+            )  # fmt: skip
+    return folder
+
+
+def offline(folder, **values: object) -> dpo.OfflineDpo:
+    like = online(mode="offline", **values)
+    return dpo.OfflineDpo(
+        policy=like.policy,
+        pairs=LatentPairs(folder, batch_size=4, seed=0),
+        negative=like.negative,
+        config=like.config,
+        meter=like.meter,
+        seed=3,
+    )
+
+
+def shake(policy: Policy, seed: int = 5, scale: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.parameters.values():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=scale)
+
+
+def test_the_loss_by_hand():
+    """beta 4. e_w 0.5 against the reference's 0.8: -0.3; e_l 0.9 against 1.0: -0.1; margin -2 (-0.3 + 0.1) = 0.4.
+
+    Loss log(1 + exp(-0.4)) = 0.513015. Its gradient in e_w is (beta / 2) sigmoid(-0.4) = 2 (0.401312) = 0.802625, in
+    e_l the negative of that. With the two exchanged the margin is -0.4 and the loss 0.913015.
+    """
+    w, l = torch.tensor([0.5], requires_grad=True), torch.tensor([0.9], requires_grad=True)  # noqa: E741
+    w_reference, l_reference = torch.tensor([0.8]), torch.tensor([1.0])
+    loss, margin = dpo.diffusion_dpo_loss(w, l, w_reference, l_reference, beta=4.0)
+    assert margin.item() == pytest.approx(0.4)
+    assert loss.item() == pytest.approx(0.513015, abs=1e-6)
+    gradients = torch.autograd.grad(loss.sum(), [w, l])
+    assert [g.item() for g in gradients] == pytest.approx([0.802625, -0.802625], abs=1e-6)
+    exchanged, _ = dpo.diffusion_dpo_loss(l, w, l_reference, w_reference, beta=4.0)
+    assert exchanged.item() == pytest.approx(0.913015, abs=1e-6)
+
+
+def test_a_soft_label_by_hand():
+    """Margin 0.4, label 0.75: 0.75 (0.513015) + 0.25 (0.913015) = 0.613015."""
+    errors = [torch.tensor([value]) for value in (0.5, 0.9, 0.8, 1.0)]
+    loss, _ = dpo.diffusion_dpo_loss(*errors, beta=4.0, label=torch.tensor([0.75]))
+    assert loss.item() == pytest.approx(0.613015, abs=1e-6)
+
+
+def test_errors_of_differing_shapes_are_refused():
+    one, two = torch.zeros(1), torch.zeros(2)
+    with pytest.raises(ValueError, match="expected four of one shape"):
+        dpo.diffusion_dpo_loss(one, two, one, one, beta=1.0)
+
+
+def test_the_velocity_error_by_hand():
+    """x0 = 1, noise = 3: the velocity is 2. Told 2.5 in one place of two and 2 in the other: 0.25 / 2 = 0.125."""
+    latents, noise = torch.ones(1, 1, 1, 2), torch.full((1, 1, 1, 2), 3.0)
+    assert dpo.velocity_error(torch.tensor([[[[2.5, 2.0]]]]), latents, noise).item() == 0.125
+
+
+def test_a_step_by_hand():
+    """One draw at sigma 0.5, beta 8. Chosen x0 = 2, rejected x0 = 0, noise 1: inputs 1.5 and 0.5, velocities -1 and 1.
+
+    The policy's velocity is -x / 2, -0.75 and -0.25: errors 0.0625 and 1.5625. The reference's is -x, -1.5 and -0.5:
+    errors 0.25 and 2.25. Margin -4 [(0.0625 - 0.25) - (1.5625 - 2.25)] = -4 (-0.1875 + 0.6875) = -2: the rejected one
+    is improved more. Gains 0.1875 and 0.6875; loss log(1 + e^2) = 2.126928; KL (0.75^2 + 0.25^2) / 2 = 0.3125.
+    """
+    batch = one_pair(chosen=2.0, rejected=0.0, noise=1.0, sigma=0.5)
+    loss, metrics = dpo.preference_step(lambda x, s: -x / 2, lambda x, s: -x, batch, beta=8.0)
+    assert loss.item() == pytest.approx(2.126928, abs=1e-6)
+    got = {name: float(value) for name, value in metrics.items()}
+    assert got == pytest.approx(
+        {"implicit_accuracy": 0.0, "margin": -2.0, "chosen_gain": 0.1875, "rejected_gain": 0.6875, "kl": 0.3125}
+    )
+
+
+def one_pair(*, chosen: float, rejected: float, noise: float, sigma: float) -> dpo.DpoBatch:
+    latents = torch.tensor([chosen, rejected]).view(2, 1, 1, 1)
+    pairs = PairBatch(
+        latents, torch.zeros(2, 1, 1), torch.zeros(2, 1), torch.tensor([0]), torch.tensor([1]), torch.ones(1),
+        torch.zeros(2, dtype=torch.long),
+    )  # fmt: skip
+    return dpo.DpoBatch(pairs, torch.full((1, 2, 1, 1, 1), noise), torch.full((1, 2), sigma))
+
+
+def test_policy_and_reference_are_one_at_the_start(method, pairs):
+    for start in (method, offline(pairs)):
+        loss, metrics = start.step(start.batch_at(0))
+        assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
+        assert metrics["margin"].item() == 0.0 and metrics["kl"].item() == 0.0
+        assert metrics["implicit_accuracy"].item() == 0.5
+
+
+def test_a_group_has_one_noise_and_one_level(method, pairs):
+    for start in (method, offline(pairs, draws=3)):
+        batch = start.batch_at(1)
+        for group in range(batch.pairs.num_groups):
+            members = batch.pairs.group == group
+            for draws in (batch.noise[:, members], batch.sigma[:, members]):
+                assert torch.equal(draws, draws[:, :1].expand_as(draws))
+        assert batch.sigma[:, batch.pairs.group.argmin()].unique().numel() == start.config.draws
+        assert batch.noise.shape == (start.config.draws, *batch.pairs.latents.shape)
+        assert len(batch.sigma.unique()) == start.config.draws * batch.pairs.num_groups
+
+
+def test_levels_follow_the_density(pairs):
+    constant = offline(pairs, sigma=SigmaConfig(density="constant", value=0.25))
+    assert torch.equal(constant.batch_at(0).sigma, torch.full((2, 8), 0.25))
+
+
+def test_online_pairs_are_the_true_best_and_worst(method):
+    """Every sample made again by hand, and scored by hand."""
+    shake(method.policy)
+    batch = method.batch_at(4)
+    for row, prompt in enumerate(batch.pairs.prompts):
+        index = method.conditions.prompts.index(prompt)
+        generator = seeded_generator(method.seed, 4 * 2 + row, 3)
+        conditions = method.conditions.take([index] * 3)
+        with torch.no_grad():
+            samples = rollout(method.velocity_for(conditions, 2.0), seeded_noise(SHAPE, [generator] * 3), method.sigmas)
+        order = samples.mean(dim=(1, 2, 3)).argsort()
+        chosen, rejected = (batch.pairs.latents[rows[row]] for rows in (batch.pairs.chosen, batch.pairs.rejected))
+        torch.testing.assert_close(chosen, samples[order[-1]], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rejected, samples[order[0]], atol=1e-5, rtol=1e-5)
+        assert chosen.mean() > rejected.mean()
+    assert batch.metrics["reward_best"] > batch.metrics["reward"] > batch.metrics["reward_worst"]
+
+
+def test_samples_of_a_prompt_are_scored_with_one_noise(method):
+    seen = []
+
+    def reward(latents: Tensor, *, prompts, sigma, noise) -> Tensor:
+        seen.append((list(prompts), sigma, noise))
+        return latents.mean(dim=(1, 2, 3))
+
+    parted = dataclasses.replace(
+        method, reward=reward, config=dataclasses.replace(method.config, reward_sigma=[0.3], sample_batch=4)
+    )
+    batch = parted.batch_at(0)
+    assert [len(prompts) for prompts, _, _ in seen] == [4, 2] and all(sigma == [0.3] for _, sigma, _ in seen)
+    prompts, noise = sum((prompts for prompts, _, _ in seen), []), torch.cat([noise for _, _, noise in seen])
+    assert prompts == [prompt for prompt in batch.pairs.prompts for _ in range(3)]
+    noise = noise.unflatten(0, (2, 3))
+    assert torch.equal(noise, noise[:, :1].expand_as(noise)) and not torch.equal(noise[0], noise[1])
+    whole = dataclasses.replace(method, reward=reward).batch_at(0)
+    torch.testing.assert_close(batch.pairs.latents, whole.pairs.latents, atol=1e-5, rtol=1e-5)
+
+
+def test_ranked_pairs_by_hand():
+    """Scores 3, 9, 1, 5: order 9, 5, 3, 1: pairs (9, 1) and (5, 3), the second of gap 2."""
+    assert ranked_pairs([3.0, 9.0, 1.0, 5.0], 2, 0.0) == [(1, 2), (3, 0)]
+    assert ranked_pairs([3.0, 9.0, 1.0, 5.0], 9, 0.0) == [(1, 2), (3, 0)]
+    assert ranked_pairs([3.0, 9.0, 1.0, 5.0], 1, 0.0) == [(1, 2)]
+    assert ranked_pairs([3.0, 9.0, 1.0, 5.0], 2, 2.5) == [(1, 2)]
+    assert ranked_pairs([2.0, 2.0, 2.0], 1, 0.0) == []
+
+
+def test_an_update_is_the_same_however_it_is_divided(method, pairs):
+    """One micro-batch of four prompts against four of one: the same pairs, noise and levels, the same mean gradient."""
+    shake(method.policy)
+    for changes in (dict(batch_size=4), dict(batch_size=4, loss_guidance_scale=3.0)):
+        whole = dataclasses.replace(method, config=dataclasses.replace(method.config, **changes))
+        parts = dataclasses.replace(whole, config=dataclasses.replace(whole.config, batch_size=1))
+        tensors = list(method.policy.parameters.values())
+        expected = torch.autograd.grad(whole.step(whole.batch_at(1))[0], tensors)
+        losses = [parts.step(parts.batch_at(micro_step))[0] for micro_step in range(4, 8)]
+        got = torch.autograd.grad(torch.stack(losses).mean(), tensors)
+        scale = max(float(g.abs().max()) for g in expected)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4 * scale, rtol=1e-3)
+
+
+def test_processes_share_the_prompts(method, pairs):
+    other = online()
+    first, second = (dataclasses.replace(other, rank=rank, num_processes=2).batch_at(0) for rank in (0, 1))
+    together = dataclasses.replace(other, config=dataclasses.replace(other.config, batch_size=4)).batch_at(0)
+    assert (*first.pairs.prompts, *second.pairs.prompts) == tuple(together.pairs.prompts)
+    torch.testing.assert_close(first.noise[:, :2], together.noise[:, :2])
+    torch.testing.assert_close(second.noise[:, :2], together.noise[:, 2:4])
+
+
+def test_only_the_lora_gets_a_gradient_and_what_is_chosen_becomes_likelier(pairs):
+    method = offline(pairs, beta=20.0)
+    optimizer = torch.optim.Adam(method.policy.parameters.values(), lr=0.02)
+    history = []
+    for micro_step in range(40):
+        loss, metrics = method.step(method.batch_at(micro_step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append((loss.item(), float(metrics["implicit_accuracy"])))
+    assert all(p.grad is None for n, p in method.policy.transformer.named_parameters() if ".lora_" not in n)
+    assert sum(loss for loss, _ in history[-5:]) / 5 < 0.6
+    assert sum(accuracy for _, accuracy in history[-5:]) / 5 > 0.8
+
+
+def test_online_training_raises_the_reward():
+    method = online(batch_size=4, group_size=4, beta=200.0)
+    optimizer = torch.optim.Adam(method.policy.parameters.values(), lr=0.02)
+    rewards = []
+    for micro_step in range(25):
+        loss, metrics = method.step(method.batch_at(micro_step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewards.append(metrics["reward"])
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.05
+
+
+def test_the_refreshed_reference_is_the_policy_at_that_moment():
+    method = online(refresh_every=2)
+    method.accumulate = 2
+    batch = method.batch_at(0)
+    x, sigma = add_noise(batch.pairs.latents, batch.noise[0], batch.sigma[0]), batch.sigma[0]
+    conditions = dpo.conditions_of(batch.pairs)
+
+    def velocities() -> tuple[Tensor, Tensor, Tensor]:
+        velocity = method.velocity_for(conditions, 1.0)
+        with torch.no_grad():
+            return velocity(x, sigma), *(dpo.without_gradient(velocity, at)(x, sigma) for at in
+                                         (method.reference, method.policy.reference))  # fmt: skip
+
+    base = velocities()[0]
+    shake(method.policy)
+    for micro_step in (1, 2, 3):
+        method.batch_at(micro_step)
+        policy, reference, frozen = velocities()
+        assert torch.equal(reference, base) and torch.equal(frozen, base) and not torch.equal(policy, base)
+    method.batch_at(4)  # update 2 begins
+    policy, reference, _ = velocities()
+    assert torch.equal(reference, policy)
+    _, metrics = method.step(method.batch_at(5))
+    assert metrics["margin"].item() == 0.0
+    moved = policy
+    shake(method.policy, seed=6)
+    policy, reference, frozen = velocities()
+    assert torch.equal(reference, moved) and not torch.equal(policy, moved) and torch.equal(frozen, base)
+
+
+def test_samples_can_be_the_references(method):
+    shake(method.policy)
+    before = online().batch_at(0).pairs.latents
+    by_reference = dataclasses.replace(method, config=dataclasses.replace(method.config, sampler="reference"))
+    assert torch.equal(by_reference.batch_at(0).pairs.latents, before)
+    assert not torch.equal(method.batch_at(0).pairs.latents, before)
+
+
+def test_state_holds_the_reference_and_nothing_without_one(method):
+    assert method.state_tensors() == {}
+    method.load_state_tensors({})
+    refreshed = online(refresh_every=1)
+    with pytest.raises(ValueError, match="dpo.refresh_every is 0"):
+        method.load_state_tensors(refreshed.state_tensors())
+    with pytest.raises(ValueError, match="weights of another LoRA"):
+        refreshed.load_state_tensors({"reference.absent": torch.zeros(1)})
+    shake(refreshed.policy)
+    refreshed.batch_at(1)
+    state = refreshed.state_tensors()
+    assert {name.removeprefix("reference.") for name in state} == refreshed.policy.parameters.keys()
+    again = online(refresh_every=1)
+    again.load_state_tensors(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_tensors().items())
+    assert all(tensor is not state[name] for name, tensor in again.state_tensors().items())
+
+
+def test_other_weights_are_put_in_place_exactly_and_taken_out_again(method):
+    """Also when the block raises, and with a graph that was built before."""
+    policy = method.policy
+    batch = method.batch_at(0)
+    velocity = method.velocity_for(dpo.conditions_of(batch.pairs), 1.0)
+    x = batch.pairs.latents
+    shake(policy)
+    first, expected = policy.weights(), velocity(x, 0.4).detach()
+    shake(policy, seed=6)
+    second = policy.weights()
+    tensors = list(policy.parameters.values())
+    undisturbed = torch.autograd.grad(velocity(x, 0.4).square().sum(), tensors)
+    loss = velocity(x, 0.4).square().sum()
+    with pytest.raises(RuntimeError, match="on the way"), policy.with_weights(first):
+        assert torch.equal(velocity(x, 0.4), expected) and not velocity(x, 0.4).requires_grad
+        raise RuntimeError("on the way")
+    assert all(torch.equal(p, second[name]) and p.requires_grad for name, p in policy.parameters.items())
+    disturbed = torch.autograd.grad(loss, tensors)
+    assert all(torch.equal(one, other) for one, other in zip(disturbed, undisturbed, strict=True))
+    first.pop(next(iter(first)))
+    with pytest.raises(ValueError, match="weights of another LoRA"), policy.with_weights(first):
+        pass
+
+
+def test_phases_of_an_update_are_measured(method, pairs):
+    for start, phases in ((method, {"rollout", "reward", "policy"}), (offline(pairs), {"data", "policy"})):
+        start.meter.start_step()
+        start.step(start.batch_at(0))
+        assert set(start.meter.finish_step()) == {f"seconds/{phase}" for phase in phases}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"group_size": 1}, "group_size 1"),
+        ({"draws": 0}, "draws 0"),
+        ({"beta": 0.0}, "dpo.beta: got 0.0"),
+        ({"guidance_scale": -1.0}, "guidance_scale -1.0"),
+        ({"refresh_every": -1}, "refresh_every: got -1"),
+        ({"sample_batch": 0}, "sample_batch: got 0"),
+        ({"reward_sigma": [1.5]}, "all in"),
+        ({"mode": "both"}, "known: online, offline"),
+    ],
+)
+def test_settings_out_of_range_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        DpoConfig(**values)

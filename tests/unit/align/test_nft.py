@@ -1,0 +1,145 @@
+"""DiffusionNFT's arithmetic by hand and its invariants on a tiny policy."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_align import brightness, gradient_of, move, surroundings
+
+from dinalrm_align.align import nft
+from dinalrm_align.align.nft_config import NftConfig
+from dinalrm_align.train.cost import PhaseMeter
+
+
+@pytest.fixture
+def method() -> nft.Nft:
+    config = NftConfig(groups=2, group_size=3, reward_draws=1, advantage_std="global", kl_beta=1e-4)
+    return nft.Nft(
+        **surroundings(), reward=brightness, guidance_scale=1.0, config=config, meter=PhaseMeter("cpu"), seed=3
+    )
+
+
+def changed(method: nft.Nft, accumulate: int = 1, **values: object) -> nft.Nft:
+    config = dataclasses.replace(method.config, **values)
+    return dataclasses.replace(method, config=config, accumulate=accumulate, pending=None)
+
+
+def test_goodness_by_hand():
+    """c = 5: 0 is 0.5, 2.5 is 0.75, beyond -5 and 5 it is 0 and 1."""
+    assert nft.goodness(torch.tensor([0.0, 2.5, -7.0, 9.0]), 5.0).tolist() == [0.5, 0.75, 0.0, 1.0]
+
+
+def test_contrast_loss_by_hand():
+    """x0 = 1, x_sigma = 2, sigma = 0.5, v = 1, v_old = 3, beta = 0.5, r = 0.75.
+
+    v_good = 0.5 + 1.5 = 2: x0_good = 1, off by 0 (w floored): 0. v_bad = 4.5 - 0.5 = 4: x0_bad = 0, off by -1, w = 1.
+    Loss (0.75 0 + 0.25 1) / 0.5 = 0.5. x0_bad = 2 - 0.5 (4.5 - 0.5 v), so d/dv = 0.25 (2 (-1) 0.25) / 0.5 = -0.25.
+    """
+    one = torch.ones(1, 1, 1, 1)
+    v = one.clone().requires_grad_()
+    loss = nft.contrast_loss(v, 3 * one, 2 * one, torch.tensor([0.5]), one, torch.tensor([0.75]), 0.5)
+    assert loss.tolist() == pytest.approx([0.5])
+    assert torch.autograd.grad(loss.sum(), v)[0].item() == pytest.approx(-0.25)
+
+
+def test_at_the_sampling_policy_the_gradient_is_that_of_the_goodness_less_a_half(method):
+    """v = v_old: good and bad policy agree, and r (x0_good - x0)^2 + (1 - r) (x0_bad - x0)^2 pulls by 2 r - 1."""
+    generator = torch.Generator().manual_seed(0)
+    v, x0, x_sigma = torch.randn(3, 4, 2, 3, 3, generator=generator)
+    sigma = torch.full((4,), 0.5)
+    gradients = []
+    for good in (0.5, 0.75, 1.0, 0.0):
+        v = v.detach().requires_grad_()
+        loss = nft.contrast_loss(v, v.detach(), x_sigma, sigma, x0, torch.full((4,), good), 1.0)
+        gradients.append(torch.autograd.grad(loss.sum(), v)[0])
+    assert gradients[0].abs().max() < 1e-7
+    torch.testing.assert_close(gradients[1], 0.5 * gradients[2])
+    torch.testing.assert_close(gradients[3], -gradients[2])
+
+
+def test_the_reference_is_the_policy_at_first_and_groups_of_equal_scores_say_nothing(method):
+    loss, metrics = method.step(method.batch_at(0))
+    assert metrics["kl"] < 1e-9 and metrics["moved"] < 1e-9 and loss.requires_grad
+    equal = dataclasses.replace(changed(method), reward=lambda latents, **_: torch.ones(len(latents)))
+    batch = equal.batch_at(0)
+    loss, metrics = equal.step(batch)
+    assert batch.count == 0 and loss.isfinite() and metrics["dropped_groups"] == 1
+    assert gradient_of(equal, 0, 1).abs().max() == 0
+
+
+def test_how_an_update_is_cut_does_not_change_its_gradient(method):
+    move(method.policy)
+    whole = gradient_of(changed(method, minibatches=2), 0, 1)
+    in_parts = gradient_of(changed(method, accumulate=4, sample_batch=2, minibatches=2), 0, 4)
+    assert whole.norm() > 0
+    torch.testing.assert_close(in_parts, whole, rtol=1e-3, atol=1e-4 * whole.abs().max().item())
+
+
+def test_the_sampling_policy_follows(method):
+    follower = changed(method, old_slope=0.25, old_limit=0.5)
+    follower.batch_at(0)
+    name, p = next(iter(method.policy.parameters.items()))
+    before = p.detach().clone()
+    move(method.policy)
+    follower.follow(1)
+    torch.testing.assert_close(follower.old.mean[name], 0.25 * before + 0.75 * p.detach())
+    follower.follow(9)
+    torch.testing.assert_close(follower.old.mean[name], 0.125 * before + 0.875 * p.detach())
+    samples = follower.roll_out(0).latents
+    torch.testing.assert_close(p.detach(), follower.policy.parameters[name].detach())
+    assert not torch.allclose(samples, changed(method).roll_out(0).latents)  # a fresh one samples as the policy is now
+
+
+def test_the_reward_rises(method):
+    learner = changed(method, groups=2, group_size=8)
+    optimizer = torch.optim.Adam(method.policy.parameters.values(), lr=0.01)
+    rewards = []
+    for micro_step in range(25):
+        loss, metrics = learner.step(learner.batch_at(micro_step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewards.append(metrics["reward"])
+    assert all(p.grad is None for n, p in method.policy.transformer.named_parameters() if ".lora_" not in n)
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.02
+
+
+def test_a_run_resumed_in_the_middle_of_a_rollout_is_the_same_run(method):
+    settings = {"epochs": 2, "minibatches": 2, "old_slope": 0.3}
+    first = changed(method, **settings)
+    first.batch_at(0)
+    move(method.policy)
+    first.follow(1)
+    state = {name: tensor.clone() for name, tensor in first.state_tensors().items()}
+    resumed = changed(method, **settings)
+    with pytest.raises(RuntimeError, match="micro-step 1 spends rollout 0, which is not there"):
+        resumed.batch_at(1)
+    resumed.load_state_tensors(state)
+    for micro_step in range(1, 6):
+        batches = [one.batch_at(micro_step) for one in (first, resumed)]
+        assert torch.equal(batches[0].latents, batches[1].latents) and torch.equal(batches[0].noise, batches[1].noise)
+        assert torch.equal(first.step(batches[0])[0], resumed.step(batches[1])[0])
+    with pytest.raises(
+        ValueError, match="the saved state does not fit: .* first 'good': got \\(6,\\), expected \\(9,\\)"
+    ):
+        changed(method, groups=3).load_state_tensors(state)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"levels": 0}, "nft.levels: got 0"),
+        ({"group_size": 1}, "needs another one"),
+        ({"earliest": 0.6, "latest": 0.5}, "earliest < latest"),
+        ({"beta": 0.0}, "beta 0.0"),
+        ({"old_limit": 1.0}, "old_limit: got 1.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        NftConfig(**values)
+
+
+def test_levels_that_do_not_fit_are_refused(method):
+    with pytest.raises(ValueError, match="5 levels per sample do not fit steps 0 ... 3 of 4"):
+        changed(method, levels=5)

@@ -1,0 +1,329 @@
+"""ReFL's arithmetic by hand, and the update on a tiny policy: what carries gradient, what is drawn from where."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinalrm_align.align import refl
+from dinalrm_align.align.evaluation import paired_gain
+from dinalrm_align.align.refl_config import ReflConfig
+from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.flow.sampling import rollout, seeded_noise
+
+SHAPE = (16, 8, 8)
+
+
+def brightness(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
+    """A reward that any policy can learn: the mean of the latents."""
+    return latents.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def method(refl_method) -> refl.Refl:
+    return dataclasses.replace(refl_method, reward=brightness)
+
+
+def changed(method: refl.Refl, **values: object) -> refl.Refl:
+    return dataclasses.replace(method, config=dataclasses.replace(method.config, **values))
+
+
+def test_two_gradient_steps_by_hand():
+    """velocity = w x, w = 2. From x = 1 at 0.5 to 0.3: x = 1 - 0.2 * 2 = 0.6; x0_hat = 0.6 - 0.3 * 1.2 = 0.24.
+
+    x0_hat = (1 - 0.2 w)(1 - 0.3 w), so d x0_hat / dw = -0.2 (1 - 0.6) - 0.3 (1 - 0.4) = -0.26.
+    The reference has w = 1, so the velocities differ by x: KL = (1 + 0.36) / 2 = 0.68. It sees x detached, so that the
+    differences are w x - x with only the first x moving: 2 (1) (1) = 2 for the first step, and for the second
+    2 (0.6) (x + w dx/dw) = 1.2 (0.6 - 0.4) = 0.24: d KL / dw = (2 + 0.24) / 2 = 1.12.
+    """
+    w = torch.tensor(2.0, requires_grad=True)
+    x = torch.ones(1, 1, 1, 1)
+    x0, kl = refl.gradient_steps(lambda x, s: w * x, lambda x, s: 1.0 * x, x, [0.9, 0.5, 0.3, 0.0], 1, 2)
+    assert x0.item() == pytest.approx(0.24)
+    assert kl.item() == pytest.approx(0.68)
+    assert torch.autograd.grad(x0.sum(), w, retain_graph=True)[0].item() == pytest.approx(-0.26)
+    assert torch.autograd.grad(kl.sum(), w)[0].item() == pytest.approx(1.12)
+
+
+def test_the_last_step_of_one_is_the_one_step_estimate():
+    x = torch.full((2, 1, 1, 1), 3.0)
+    x0, kl = refl.gradient_steps(
+        lambda x, s: torch.full_like(x, 2.0), lambda x, s: torch.full_like(x, 2.0), x, [1.0, 0.25, 0.0], 1, 1
+    )
+    assert x0.flatten().tolist() == [2.5, 2.5]
+    assert kl.tolist() == [0.0, 0.0]
+
+
+def test_reward_losses_by_hand():
+    """target 2, scores 1 and 5: linear (1 - 3) / 2 = -1; relu (1 + 0) / 2 = 0.5."""
+    score = torch.tensor([1.0, 5.0])
+    assert refl.reward_loss(score, "linear", 2.0).item() == -1.0
+    assert refl.reward_loss(score, "relu", 2.0).item() == 0.5
+    with pytest.raises(ValueError, match="unknown reward loss 'square'; known: linear, relu"):
+        refl.reward_loss(score, "square", 2.0)
+
+
+def test_the_start_is_drawn_from_the_last_quarter():
+    """40 steps, one with gradient, earliest 0.75: 30 ... 39, as in the paper's runs; four with gradient: 30 ... 36."""
+    generator = torch.Generator().manual_seed(0)
+    assert {refl.draw_start(40, 1, 0.75, generator) for _ in range(300)} == set(range(30, 40))
+    assert {refl.draw_start(40, 4, 0.75, generator) for _ in range(300)} == set(range(30, 37))
+    assert {refl.draw_start(40, 2, 1.0, generator) for _ in range(9)} == {38}
+    assert {refl.draw_start(4, 4, 0.75, generator) for _ in range(9)} == {0}
+
+
+def test_flow_matching_loss_vanishes_for_the_true_velocity():
+    latents = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def truth(x: Tensor, sigma: Tensor) -> Tensor:  # noise - x0, from x = (1 - sigma) x0 + sigma noise
+        return (x - latents) / sigma.view(-1, 1, 1, 1)
+
+    assert refl.flow_matching_loss(truth, latents, [seeded_generator(1)] * 4).item() == pytest.approx(0, abs=1e-8)
+    expected = refl.flow_matching_loss(lambda x, s: torch.zeros_like(x), latents, [seeded_generator(1)] * 4)
+    assert expected.item() == pytest.approx(1 + latents.square().mean().item(), rel=0.5)
+
+
+def test_paired_gain_by_hand():
+    """Differences 1, 2, 3: mean 2, standard deviation 1, standard error 1 / sqrt(3)."""
+    gain, error = paired_gain([0.0, 5.0, 2.0], [1.0, 7.0, 5.0])
+    assert (gain, error) == (2.0, pytest.approx(3**-0.5))
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_micro_step(method):
+    first, again, other = method.batch_at(7), method.batch_at(7), method.batch_at(8)
+    assert torch.equal(first.latents, again.latents) and first.start == again.start
+    assert first.conditions.prompts == again.conditions.prompts
+    assert not first.latents.requires_grad and first.latents.shape == (2, *SHAPE)
+    assert not torch.equal(first.latents, other.latents)
+    second_rank = dataclasses.replace(method, rank=1, num_processes=2).batch_at(7)
+    assert not torch.equal(first.latents, second_rank.latents)
+
+
+def test_only_the_lora_gets_a_gradient_and_the_reward_rises(method):
+    optimizer = torch.optim.Adam(method.policy.parameters.values(), lr=0.02)
+    rewards = []
+    for micro_step in range(30):
+        loss, metrics = method.step(method.batch_at(micro_step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewards.append(metrics["reward"].item())
+    assert all(p.grad is None for n, p in method.policy.transformer.named_parameters() if ".lora_" not in n)
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
+
+
+def test_more_gradient_steps_give_another_gradient(method):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in method.policy.parameters.values():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    batch = dataclasses.replace(method.batch_at(0), start=1)
+    gradients = []
+    for count in (1, 2):
+        loss, _ = changed(method, grad_steps=count).step(batch)
+        gradients.append(torch.autograd.grad(loss, list(method.policy.parameters.values()))[0])
+    assert (gradients[0] - gradients[1]).norm() > 0.01 * gradients[0].norm() > 0
+
+
+def test_kl_is_zero_at_the_reference_and_pulls_back_from_elsewhere(method):
+    anchored = changed(method, kl_weight=10.0)
+    _, metrics = anchored.step(anchored.batch_at(0))
+    assert metrics["kl"].item() == 0.0
+    with torch.no_grad():
+        for p in method.policy.parameters.values():
+            p.add_(0.1)
+    loss, metrics = anchored.step(anchored.batch_at(0))
+    plain, _ = method.step(method.batch_at(0))
+    assert metrics["kl"].item() > 0
+    torch.testing.assert_close(loss - plain, 10 * metrics["kl"])
+
+
+def test_the_reward_is_told_its_level_and_seeded_noise(method):
+    seen: list[tuple[object, float]] = []
+
+    def reward(latents: Tensor, *, prompts, sigma, noise) -> Tensor:
+        assert noise.shape == latents.shape and not torch.equal(noise[0], noise[1])
+        seen.append((sigma, noise.mean().item()))
+        return latents.mean(dim=(1, 2, 3))
+
+    fixed = dataclasses.replace(changed(method, reward_sigma=[0.2, 0.5]), reward=reward)
+    ranged = dataclasses.replace(changed(method, reward_sigma_range=(0.1, 0.6)), reward=reward)
+    default = dataclasses.replace(method, reward=reward)
+    for variant in (fixed, ranged, ranged, default):
+        variant.step(variant.batch_at(0))
+    ranged.step(ranged.batch_at(1))
+    assert seen[0][0] == [0.2, 0.5] and seen[3][0] is None
+    level = seen[1][0]
+    assert level.shape == (2,) and 0.1 <= level.min() < level.max() <= 0.6
+    assert torch.equal(level, seen[2][0]) and seen[1][1] == seen[2][1]
+    assert not torch.equal(level, seen[4][0]) and seen[1][1] != seen[4][1]
+
+
+def test_guidance_in_the_gradient_step_is_a_choice(method):
+    batch = method.batch_at(0)
+    plain, _ = method.step(batch)
+    guided, _ = changed(method, guided_gradient=True).step(batch)
+    assert plain.item() != guided.item()
+
+
+def test_pretraining_loss_on_the_base_models_own_samples(method):
+    trained = changed(method, pretrain_weight=0.5)
+    with pytest.raises(ValueError, match="was given no pictures"):
+        trained.step(trained.batch_at(0))
+    latents, conditions = trained.reference_samples(3)
+    assert latents.shape == (3, *SHAPE) and conditions.prompts == method.conditions.prompts[:3]
+    assert torch.equal(latents, trained.reference_samples(3)[0])
+    trained = dataclasses.replace(trained, pictures=(latents, conditions))
+    loss, metrics = trained.step(trained.batch_at(0))
+    plain, _ = method.step(method.batch_at(0))
+    torch.testing.assert_close(loss - plain, 0.5 * metrics["pretrain"])
+
+
+def test_phases_of_an_update_are_measured(method):
+    method.meter.start_step(profile=True)
+    method.step(method.batch_at(0))
+    kinds, phases = ("memory_mib", "gflops"), ("rollout", "policy", "reward")
+    assert set(method.meter.finish_step()) == {f"{kind}/{phase}" for kind in kinds for phase in phases}
+
+
+def linear(w: Tensor):
+    """A velocity with a known derivative: v = w x."""
+    return lambda x, sigma: w * x
+
+
+def test_drtune_by_hand():
+    """v = w x, w = 2, from x = 1 at sigma 1 over 0.6 to 0.2, where x0 is estimated; the first and the last are trained.
+
+    x_1 = 1 - 0.4 (2) = 0.2; x_2 = 0.2 - 0.4 (2) 0.2 = 0.04; x0_hat = 0.04 - 0.2 (2) 0.04 = 0.024. With inputs detached
+    d x0_hat / dw = -0.4 x - 0.2 x_2 = -0.4 - 0.008 = -0.408, where the whole chain would give
+    d (1 - 0.4 w)^2 (1 - 0.2 w) / dw = -0.8 (0.2) 0.6 - 0.2 (0.04) = -0.104. The reference has w = 1, so that the KL is
+    (1 + 0.04^2) / 2.
+    """
+    w = torch.tensor(2.0, requires_grad=True)
+    seen: list[Tensor] = []
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        seen.append(x)
+        return w * x
+
+    x = torch.ones(1, 1, 1, 1)
+    x0, kl = refl.drtune_steps(velocity, linear(w), linear(torch.tensor(1.0)), x, [1.0, 0.6, 0.2, 0.0], 0, 2, (0, 2))
+    assert x0.item() == pytest.approx(0.024)
+    assert kl.item() == pytest.approx((1 + 0.04**2) / 2)
+    assert torch.autograd.grad(x0.sum(), w)[0].item() == pytest.approx(-0.408)
+    assert [x.item() for x in seen] == pytest.approx([1.0, 0.04]) and not any(x.requires_grad for x in seen)
+
+
+def test_drtune_trains_evenly_spaced_steps():
+    """Three of the steps 0 ... 9: an interval of 3, the first at 0 ... 3."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = {refl.draw_trained(9, 3, generator) for _ in range(200)}
+    assert drawn == {(first, first + 3, first + 6) for first in range(4)}
+    assert refl.draw_trained(2, 3, generator) == (0, 1, 2)
+
+
+def test_renoised_steps_by_hand():
+    """x0 = 1, noise = 3 at sigma 0.25: x = 1.5; v = 2 x = 3, x0_hat = 1.5 - 0.25 (3) = 0.75, d / dw = -0.25 (1.5).
+
+    The samples carry no gradient, even where they were made with one. KL against w = 1: 1.5^2.
+    """
+    w = torch.tensor(2.0, requires_grad=True)
+    sample, noise = (w / 2).view(1, 1, 1, 1), torch.full((1, 1, 1, 1), 3.0)
+    x0, kl = refl.renoised_steps(linear(w), linear(torch.tensor(1.0)), sample, noise, 0.25)
+    assert (x0.item(), kl.item()) == (0.75, 2.25)
+    assert torch.autograd.grad(x0.sum(), w)[0].item() == -0.375
+
+
+def test_direct_align_by_hand():
+    """x0 = 1, noise = 3 at sigma 0.75: x = 2.5; v = 2 x = 5, a step to 0.5: 2.5 - 0.25 (5) = 1.25.
+
+    Less 0.5 (3), over 0.5: x0_hat = -0.5. d / dw = -(0.25 / 0.5) 2.5 = -1.25. With the true velocity, 2, it is 1.
+    """
+    w = torch.tensor(2.0, requires_grad=True)
+    sample, noise = (w / 2).view(1, 1, 1, 1), torch.full((1, 1, 1, 1), 3.0)
+    x0, kl = refl.direct_align_steps(linear(w), linear(torch.tensor(1.0)), sample, noise, 0.75, 0.5)
+    assert (x0.item(), kl.item()) == (-0.5, 6.25)
+    assert torch.autograd.grad(x0.sum(), w)[0].item() == -1.25
+    truth = refl.direct_align_steps(lambda x, s: noise - 1, linear(w), sample, noise, 1.0, 0.5)[0]
+    assert truth.item() == 1.0
+
+
+RELATIVES = [
+    dict(variant="draft_lv", renoisings=3),
+    dict(variant="drtune", grad_steps=2),
+    dict(variant="direct_align", earliest=0.0, stride=2),
+]
+
+
+@pytest.mark.parametrize("values", RELATIVES, ids=lambda values: values["variant"])
+def test_relatives_are_pure_and_raise_the_reward(method, values):
+    variant = changed(method, **values)
+    first, again = variant.step(variant.batch_at(3)), variant.step(variant.batch_at(3))
+    assert first[0].item() == again[0].item() and first[1]["kl"].item() == 0.0
+    optimizer = torch.optim.Adam(method.policy.parameters.values(), lr=0.02)
+    losses = []
+    for micro_step in range(30):
+        loss, _ = variant.step(variant.batch_at(micro_step % 10))  # the same ten at the end as at the beginning
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad is None for n, p in method.policy.transformer.named_parameters() if ".lora_" not in n)
+    assert sum(losses[-10:]) < sum(losses[:10]) - 0.5
+
+
+def test_relatives_score_every_noising_with_its_prompt(method):
+    seen: list[tuple[int, list[str]]] = []
+
+    def reward(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
+        seen.append((len(latents), list(prompts)))
+        return latents.mean(dim=(1, 2, 3))
+
+    for values in RELATIVES:
+        variant = dataclasses.replace(changed(method, **values), reward=reward)
+        batch = variant.batch_at(0)
+        variant.step(batch)
+        prompts = list(batch.conditions.prompts)
+        copies = {"draft_lv": 3, "drtune": 1, "direct_align": 2}[values["variant"]]
+        assert seen[-1] == (2 * copies, prompts * copies)
+
+
+def test_finished_samples_are_noised_anew(method):
+    """draft_lv and direct_align begin with the whole rollout, drtune with the first step that it trains."""
+    noise = changed(method, variant="draft_lv").batch_at(0)
+    whole = method.velocity_for(noise.conditions, method.guidance_scale)
+    generators = [seeded_generator(method.seed, number, refl.SAMPLES) for number in range(2)]
+    with torch.no_grad():
+        samples = rollout(whole, seeded_noise(SHAPE, generators), method.sigmas)
+    assert torch.equal(noise.latents, samples)
+    assert torch.equal(changed(method, variant="direct_align").batch_at(0).latents, samples)
+    tuned = changed(method, variant="drtune", earliest=1.0, grad_steps=2).batch_at(0)
+    assert tuned.start == 3 and len(tuned.trained) == 2 and tuned.trained[1] - tuned.trained[0] == 2
+
+
+def test_nearly_clean_levels_count_less(method):
+    """The weight is sigma ** discount: at a level of 0.6 and discount 2 the loss is 0.36 of the undiscounted one."""
+    plain = changed(method, variant="direct_align", discount=0.0)
+    weighted = changed(method, variant="direct_align", discount=2.0)
+    loss, metrics = plain.step(plain.batch_at(0))
+    discounted, _ = weighted.step(weighted.batch_at(0))
+    assert discounted.item() == pytest.approx(loss.item() * metrics["start_sigma"] ** 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"variant": "draft"}, "did you mean 'draft_lv'"),
+        ({"renoisings": 0}, "renoisings 0"),
+        ({"stride": 0}, "stride 0"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"grad_steps": 5, "num_steps": 4}, "grad_steps 5 of num_steps 4"),
+        ({"earliest": 1.5}, "earliest 1.5"),
+        ({"reward_sigma": [0.4], "reward_sigma_range": (0.1, 0.2)}, "give one of them"),
+        ({"reward_sigma_range": (0.6, 0.1)}, "0 <= low <= high <= 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ReflConfig(**values)

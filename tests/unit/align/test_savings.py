@@ -1,0 +1,197 @@
+"""The savings: counts beside published figures, predicted peaks beside the profiler's, tables and the picture."""
+
+import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinalrm_align.align.savings.architectures import FULL, Architecture
+from dinalrm_align.align.savings.case import Case
+from dinalrm_align.align.savings.config import SavingsRun
+from dinalrm_align.align.savings.count import Cost, count
+from dinalrm_align.align.savings.imagined import Imagination
+from dinalrm_align.align.savings.measure import Measured, measure
+from dinalrm_align.align.savings.packed import PackedLinear
+from dinalrm_align.align.savings.picture import draw, stacks
+from dinalrm_align.align.savings.plan import all_cases, base_case, economies, paper_readings
+from dinalrm_align.align.savings.tables import measured_table, report, to_json
+from dinalrm_align.models.specs import MODELS
+from dinalrm_align.reward.checkpoint import read_checkpoint
+from dinalrm_align.reward.config import LoraConfig
+from dinalrm_align.train.files import read_json
+
+RECIPE = Path(__file__).parents[3] / "recipes" / "savings.py"
+KEPT = dict(policy_checkpointing=False, reward_checkpointing=False)
+
+
+@pytest.mark.parametrize(
+    ("case", "f2", "m0"),
+    [  # tera, batch 1: F2 with the attention scores kept (backward twice forward), M0
+        (Case(work="score", text_length=128), 6.74, 2.059),
+        (Case(work="score", text_length=256), 6.92, 2.106),
+        (Case(work="score", text_length=128, merged=True), 6.59, 1.985),
+        (Case(work="gradient", text_length=128, size=512, **KEPT), 2.86, None),
+        (Case(work="policy_forward", text_length=128, size=512), 2.25, None),
+        (Case(work="vae_decode"), 10.5, 4.95),
+        (Case(work="vae_gradient", **KEPT), 21.5, 9.90),
+        (Case(work="vae_encode", size=512), 1.12, None),
+        (Case(work="pixels", reward="hpsv3"), 12.2, 5.88),
+    ],
+    ids=lambda value: "-".join(map(str, (value.reward, value.work, value.size))) if isinstance(value, Case) else "",
+)
+def test_counts_of_the_full_size_agree_with_those_made_before(case, f2, m0):
+    """Counted independently with torch's FlopCounterMode on the meta device, weights in the same classes."""
+    cost = count(case, FULL)
+    assert cost.f2_kept / 1e12 == pytest.approx(f2, rel=0.02)
+    assert m0 is None or cost.m0 / 1e12 == pytest.approx(m0, rel=0.02)
+
+
+def test_an_ensemble_of_three_costs_three_backbones():
+    one, three = (count(Case(work="score", size=256, levels=levels), FULL) for levels in (1, 3))
+    assert three.f2 / one.f2 == pytest.approx(3, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Architecture:
+    """The embedded world's own networks, and a small Qwen2-VL."""
+    spec = MODELS["shapes"]
+
+    def config(folder: Path) -> dict:
+        return {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
+
+    qwen = dict(
+        text_config=dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=300, rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6},
+        ),
+        vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2),
+        image_token_id=297, video_token_id=298, vision_start_token_id=296, vision_end_token_id=295,
+    )  # fmt: skip
+    return Architecture(
+        transformer=config(Path(spec.pipeline) / "transformer"), vae=config(Path(spec.pipeline) / "vae"),
+        reward=read_checkpoint(Path(spec.reward)).config, policy=LoraConfig(16, 16.0), clip=config(Path(spec.pixel)),
+        qwen=qwen, qwen_tokens=40, qwen_pixels=16 * 28 * 28, clip_tokens=14, vae_factor=4,
+    )  # fmt: skip
+
+
+TINY = Case(size=64, batch=2, text_length=14, dtype="float32", vae_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        TINY.but(work="refl"),
+        TINY.but(work="grpo"),
+        TINY.but(work="gradient", **KEPT),
+        TINY.but(work="gradient", reward="pickscore", **KEPT),
+    ],
+    ids=lambda case: f"{case.reward}-{case.work}",
+)
+def test_predicted_peaks_agree_with_a_real_step_by_the_profiler(case, embedded):
+    cost, found = count(case, embedded), measure(case, embedded, "cpu", warmup=1, repeats=1)
+    assert cost.activations == pytest.approx(found.memory - cost.weights - cost.state, rel=0.05)
+    assert found.milliseconds > 0 and found.reserved is None
+
+
+def test_recomputing_and_quantising_save_memory_and_cost_operations(embedded):
+    kept, again = (count(TINY.but(work="gradient", **change), embedded) for change in (KEPT, {}))
+    assert again.activations < kept.activations and again.f2 > kept.f2
+    packed = count(TINY.but(work="gradient", base_quant="nf4"), embedded)
+    assert packed.weights < 0.7 * again.weights and packed.f2 == pytest.approx(again.f2, rel=0.05)
+
+
+def test_quantised_weights_are_not_measured(embedded):
+    with pytest.raises(ValueError, match="counted, not measured"):
+        measure(TINY.but(base_quant="nf4"), embedded, "cpu")
+
+
+def test_floats_are_imagined_and_integers_real():
+    with Imagination().active():
+        values, numbers = torch.randn(2**20, 2**20), torch.tensor([[1, 2], [3, 4]])
+        assert (values @ values).shape == values.shape  # 4 TiB each
+        assert bool(torch.isfinite(values).all()) and int((~torch.isfinite(values)).sum()) == 0
+        assert (numbers * 2).tolist() == [[2, 4], [6, 8]] and torch.randint(5, 6, ()).item() == 5
+        assert values[:2, :2][numbers > 1].shape == (3,)
+
+
+def test_packed_weights_take_as_many_bytes_as_bitsandbytes_does():
+    """nf4: 64 x 128 / 2 + 4 bytes for each 64 of them; int8: 64 x 128 + 4 for each row."""
+    linear = torch.nn.Linear(128, 64, bias=False)
+
+    def size(kind: str) -> int:
+        packed = PackedLinear(linear, kind)
+        return sum(t.numel() * t.element_size() for t in (*packed.parameters(), *packed.buffers()))
+
+    assert (size("nf4"), size("int8")) == (4096 + 512, 8192 + 256)
+
+
+RUN = SavingsRun(workers=1)
+
+
+def made_up_costs() -> dict[Case, Cost]:
+    """Every case that the recipe counts; a pixel reward weighs twice as much as a latent one."""
+    costs = {}
+    for case in all_cases(RUN):
+        scale = 2 if case.pixel else 1
+        costs[case] = Cost(scale * 2**32, 2**27, scale * 2**31, scale * 10**13, scale * 10**13, scale * 10**12, 10**12)
+    return costs
+
+
+def test_savings_stand_beside_the_papers():
+    readings = paper_readings(base_case(RUN), made_up_costs())
+    assert readings["reward FLOPs"] == {"paper": 71.1, "hpsv3": 50.0, "pickscore": 50.0}
+    assert readings["optimisation FLOPs"]["hpsv3"] == pytest.approx(100 * (1 - 2 / 3))  # the policy is not halved
+    assert {name for name, reading in readings.items() if "paper" in reading} == {
+        "memory", "reward FLOPs", "optimisation FLOPs",
+    }  # fmt: skip
+
+
+def test_report_names_its_conventions_and_draws(tmp_path):
+    costs = made_up_costs()
+    text = report(RUN, costs, None, "", None)
+    for part in ("1024 x 1024 pixels, batch 1, 205 text tokens", "VAE's decoder", "2.5 times", "71.1", "| met |"):
+        assert part in " ".join(text.split()), part
+    assert all(name in text for name in economies(base_case(RUN)))
+    data = json.loads(json.dumps(to_json(RUN, costs, None, "", None)))
+    assert len(data["cases"]) == len(costs) and data["savings_percent"]["memory"]["paper"] == 51.4
+    draw(RUN, costs, tmp_path / "savings.png")
+    assert (tmp_path / "savings.png").stat().st_size > 10_000
+    for stacked in stacks(RUN, costs)[:2]:
+        total = 2**30 * sum(stacked["dinalrm"].values())
+        assert total == pytest.approx(costs[base_case(RUN)].memory)
+
+
+def test_measurements_stand_beside_the_prediction():
+    """4 GiB counted, 5 measured: 20 % too low. 10 TFLOP in 100 ms are 100 TFLOP/s, a quarter of the card's 400."""
+    case, other = Case(), Case(work="grpo")
+    cost = Cost(2**32, 0, 0, 10**13, 10**13, 10**12, 0)
+    text = measured_table({case: cost, other: cost}, {case: Measured(5 * 2**30, 6 * 2**30, 100.0), other: "out"}, 400.0)
+    row = " ".join(text.splitlines()[2].split())
+    assert row == "| refl dinalrm | 4.00 | 5.00 | -20.0 % | 6.00 | 100.0 | 10.00 | 100.0 | 25.0 % |"
+    assert "grpo dinalrm" in text and "out" in text
+
+
+def test_measuring_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["savings.py", "--measure"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    assert ended.value.code == 2 and "--measure runs on a CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reward", ["dinalrm", "pickscore", "hpsv3"])
+def test_measured_on_cuda_near_the_prediction(reward):
+    case = Case(reward=reward, work="gradient", size=512)
+    cost, found = count(case, FULL), measure(case, FULL, "cuda", warmup=1, repeats=2)
+    assert cost.memory == pytest.approx(found.memory, rel=0.1)
+
+
+@pytest.mark.parametrize("change", [{"size": 1000}, {"batch": 0}, {"levels": 9}, {"text_length": 0}])
+def test_settings_out_of_range_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(RUN, **change)

@@ -1,0 +1,70 @@
+"""The shipped reward still says what examples/results/evaluation tells of it: scores, accuracy, calibration.
+
+Tolerances: a score may move by 0.002 of the standard deviation between pictures (another machine's sums);
+what is worked out of the kept scores may move in the last digit that is written.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from dinalrm_align.data.latent_pairs import LatentPairs
+from dinalrm_align.eval.calibration_report import reliabilities
+from dinalrm_align.eval.config import EvaluateRun
+from dinalrm_align.eval.judged import Reading, judge, load_judged
+from dinalrm_align.models.pipeline import load_pipeline
+from dinalrm_align.models.specs import MODELS
+from dinalrm_align.reward.latent import LatentReward
+from dinalrm_align.reward.training import score_batch
+from dinalrm_align.shapes.config import PairsConfig
+from dinalrm_align.shapes.pairs import write_heldout_pairs
+
+KEPT = Path(__file__).parents[3] / "examples" / "results" / "evaluation"
+SCORE_TOLERANCE = 0.002
+GROUPS, PER_GROUP = 32, 4
+
+
+@pytest.fixture(scope="module")
+def kept():
+    path = KEPT / "judged_heldout.safetensors"
+    with safe_open(path, framework="np") as file:
+        terms = json.loads(file.metadata()["terms"])
+    return load_judged(path, terms), terms, json.loads((KEPT / "evaluation.json").read_text())
+
+
+def test_accuracy_and_calibration_follow_from_the_kept_scores(kept):
+    judged, _, numbers = kept
+    for reading, accuracy in numbers["accuracy"]["heldout"].items():
+        assert np.nanmean(judged.correct(reading)) == pytest.approx(accuracy, abs=1e-5)
+    config = EvaluateRun()
+    levels = reliabilities(
+        {"reward": {0: {"heldout": judged}}}, {"reward": config.loss}, "heldout", config.calibrated_at
+    )
+    for sigma, found in levels["reward"].items():
+        expected = numbers["calibration"][f"{sigma:g}"]
+        assert found.error == pytest.approx(expected["error"], abs=2e-5)
+        assert found.nll == pytest.approx(expected["nll"], abs=2e-5)
+        assert found.scale == pytest.approx(expected["best_scale"], abs=1e-3)
+
+
+def test_the_shipped_reward_gives_the_kept_scores(kept, tmp_path):
+    judged, terms, _ = kept
+    spec = MODELS["shapes"]
+    pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
+    lists = PairsConfig(heldout_groups=GROUPS, sampled_share=1.0)  # the first of those that were judged
+    write_heldout_pairs(tmp_path / "pairs", pipeline, lists)
+    model = LatentReward.from_pretrained(spec.reward, transformer=pipeline.transformer.requires_grad_(False)).model
+    batches = LatentPairs(tmp_path / "pairs", batch_size=terms["batch_size"]).in_order()
+    reading = Reading.at(0.4)
+    again = judge(
+        lambda batch, level, noise: score_batch(model, batch, level, noise),
+        batches, [reading], seed=terms["noise_seed"], title="drift",
+    )  # fmt: skip
+    expected = judged.score(reading.name)[: GROUPS * PER_GROUP]
+    assert np.abs(again.score(reading.name) - expected).max() < SCORE_TOLERANCE * judged.score(reading.name).std()
+    pairs = GROUPS * PER_GROUP * (PER_GROUP - 1) // 2
+    assert np.array_equal(again.label, judged.label[:pairs]) and np.array_equal(again.chosen, judged.chosen[:pairs])

@@ -1,0 +1,107 @@
+"""Scores of a fixed set of pairs: what is stored, what is worked out of it, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from dinalrm_align.data.pairs import PairBatch
+from dinalrm_align.eval.judged import Judged, Reading, judge, load_judged, save_judged
+
+TERMS = {"noise_seed": 0}
+
+
+def batch(groups=2, *, shift=0.0, concept=None, prompts=None):
+    """Lists of three pictures, two pairs each: (0, 1) and (2, 1)."""
+    pictures = 3 * groups
+    start = 3 * torch.arange(groups)
+    return PairBatch(
+        latents=shift + torch.arange(pictures * 4, dtype=torch.float32).view(pictures, 1, 2, 2),
+        prompt_embeds=torch.zeros(pictures, 1, 1),
+        pooled_prompt_embeds=torch.zeros(pictures, 1),
+        chosen=torch.stack([start, start + 2], dim=1).flatten(),
+        rejected=torch.stack([start + 1, start + 1], dim=1).flatten(),
+        label=torch.ones(2 * groups),
+        group=torch.arange(pictures) // 3,
+        concepts=None if concept is None else (concept,) * (2 * groups),
+        prompts=prompts,
+    )
+
+
+def mean_of_noise(batch, sigmas, noise):
+    """A score that shows what it was given: sum over levels of sigma times the mean of that level's noise."""
+    assert noise.shape == (len(sigmas), *batch.latents.shape)
+    return sum(sigma * drawn.mean(dim=(1, 2, 3)) for sigma, drawn in zip(sigmas, noise, strict=True))
+
+
+def test_reading_names():
+    assert Reading.at(0.4).name == "0.4"
+    assert Reading.at(0.2, 0.5).name == "0.2+0.5"
+    assert Reading.at(0.4, draw=3).name == "0.4@3"
+    assert Reading((0.4, 0.4), (0, 1)).name == "0.4+0.4@0,1"
+
+
+def test_pairs_of_several_batches_are_numbered_on():
+    judged = judge(lambda b, s, n: b.latents.mean(dim=(1, 2, 3)), [batch(2), batch(1)], [Reading.at(0.4)],
+                   seed=0, title="")  # fmt: skip
+    assert judged.chosen.tolist() == [0, 2, 3, 5, 6, 8]
+    assert judged.rejected.tolist() == [1, 1, 4, 4, 7, 7]
+    assert judged.caption.tolist() == [0, 0, 1, 1, 2, 2]
+    assert judged.correct("0.4").tolist() == [0, 1, 0, 1, 0, 1]  # scores rise with the picture's number
+
+
+def test_groups_of_one_caption_are_one_caption():
+    batches = [batch(2, prompts=("a", "b")), batch(1, prompts=("a",))]
+    judged = judge(mean_of_noise, batches, [Reading.at(0.4)], seed=0, title="")
+    assert judged.caption.tolist() == [0, 0, 1, 1, 0, 0] and judged.size == "6 pairs of 2 captions"
+
+
+def test_noise_is_shared_by_a_group_and_by_levels_and_draws_differ():
+    readings = [Reading.at(1.0), Reading.at(0.5), Reading.at(1.0, draw=1), Reading((1.0, 1.0), (0, 1))]
+    judged = judge(mean_of_noise, [batch(2), batch(2)], readings, seed=3, title="")
+    first, half, second, both = (judged.score(reading.name) for reading in readings)
+    assert np.array_equal(first[:3], np.repeat(first[0], 3)) and first[0] != first[3]
+    assert not np.allclose(first[:6], first[6:])  # another batch, another draw
+    np.testing.assert_allclose(half, first / 2)
+    assert not np.allclose(first, second)
+    np.testing.assert_allclose(both, first + second, rtol=1e-6)
+    again = judge(mean_of_noise, [batch(2), batch(2)], readings[2:3], seed=3, title="")
+    assert np.array_equal(again.score("1@1"), second)  # whatever else is asked for
+
+
+def test_correct_counts_ties_of_scores_as_errors_and_leaves_out_ties_of_raters():
+    judged = Judged(
+        {"a": np.array([1.0, 1.0, 2.0], np.float32), "b": np.array([3.0, 0.0, 0.0], np.float32)},
+        chosen=np.array([0, 2, 0, 2]),
+        rejected=np.array([1, 1, 2, 1]),
+        label=np.array([1.0, 1.0, 0.0, 0.5], np.float32),
+        caption=np.zeros(4, int),
+    )
+    np.testing.assert_array_equal(judged.correct("a"), [0, 1, 1, np.nan])
+    np.testing.assert_allclose(judged.gap("a", "b"), [1.5, 0.5, 1.0, 0.5])  # means: 2, 0.5, 1
+    with pytest.raises(ValueError, match="no reading 'c' here; taken were: a, b"):
+        judged.correct("c")
+
+
+def test_scores_come_back_from_the_file(tmp_path):
+    judged = judge(mean_of_noise, [batch(2, concept="size")], [Reading.at(0.4), Reading.at(0.2, 0.5)], seed=0, title="")
+    save_judged(judged, tmp_path / "a.safetensors", TERMS)
+    back = load_judged(tmp_path / "a.safetensors", TERMS)
+    assert back.concept == judged.concept == ("size",) * 4
+    assert back.same_pairs(judged) and [*back.scores] == ["0.4", "0.2+0.5"]
+    assert all(np.array_equal(back.scores[name], judged.scores[name]) for name in judged.scores)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_on_other_terms_or_damaged_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_judged(judge(mean_of_noise, [batch()], [Reading.at(0.4)], seed=0, title=""), path, TERMS)
+    with pytest.raises(ValueError, match="judged on other terms"):
+        load_judged(path, {"noise_seed": 1})
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_judged(path, TERMS)
+
+
+def test_scores_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="scores at 0.4 are NaN or infinite"):
+        judge(lambda b, s, n: torch.full((len(b.latents),), torch.nan), [batch()], [Reading.at(0.4)], seed=0, title="x")

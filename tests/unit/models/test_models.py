@@ -1,0 +1,191 @@
+"""What --model names stand for, and that the choice is quick, honest and never made for the user who named one."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import huggingface_hub
+import pytest
+import torch
+
+from dinalrm_align.models import specs as models
+from dinalrm_align.models.specs import MODELS, hub_refusal, missing_files, resolve_model
+from dinalrm_align.reward.registry import load_judge
+
+SD35_REPOSITORIES = 4
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """A machine whose hub client is allowed to ask, with an empty cache."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(models, "is_cached", lambda repository: False)
+
+
+def write_pipeline(folder, *, sample_size=32, kind="StableDiffusion3Pipeline"):
+    """The files of a pipeline folder that a look at it reads; the weights are empty."""
+    components = ["transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler"]
+    index = {"_class_name": kind, **{part: ["library", "Class"] for part in components}, "text_encoder_3": [None, None]}
+    for part in components:
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(
+            json.dumps({"sample_size": sample_size, "block_out_channels": [8] * 4})
+        )
+    for part in ("transformer", "vae"):
+        (folder / part / "diffusion_pytorch_model.safetensors").touch()
+    for part in ("text_encoder", "text_encoder_2"):
+        (folder / part / "model.safetensors").touch()
+    (folder / "tokenizer" / "vocab.json").touch()
+    (folder / "scheduler" / "scheduler_config.json").touch()
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_import_and_resolve_need_no_torch():
+    code = "import sys, dinalrm_align.models.specs as m; m.resolve_model('auto'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"HF_HUB_OFFLINE": "1", "PATH": ""})
+
+
+def test_auto_takes_sd35_when_everything_is_cached(online, monkeypatch):
+    monkeypatch.setattr(models, "is_cached", lambda repository: True)
+    monkeypatch.setattr(huggingface_hub, "auth_check", lambda repository: pytest.fail("asked the hub needlessly"))
+    spec, reason = resolve_model("auto")
+    assert spec is MODELS["sd35"]
+    assert "local cache" in reason and "--model shapes" in reason
+
+
+def test_auto_takes_sd35_when_the_hub_grants_it(online, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "auth_check", asked.append)
+    spec, reason = resolve_model("auto")
+    assert spec is MODELS["sd35"] and "grants" in reason
+    assert len(asked) == SD35_REPOSITORIES and MODELS["sd35"].pipeline in asked
+
+
+def test_auto_takes_shapes_when_the_hub_refuses(online, monkeypatch):
+    def refuse(repository):
+        raise PermissionError("awaiting review")
+
+    monkeypatch.setattr(huggingface_hub, "auth_check", refuse)
+    spec, reason = resolve_model("auto")
+    assert spec is MODELS["shapes"]
+    assert "PermissionError: awaiting review" in reason
+    assert "accept its licence" in reason and "hf auth login" in reason and "--model PATH" in reason
+
+
+def test_auto_takes_shapes_in_time_when_the_hub_never_answers(online, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "auth_check", lambda repository: time.sleep(30))
+    monkeypatch.setattr(models, "hub_refusal", lambda repositories: hub_refusal(repositories, seconds=0.2))
+    start = time.monotonic()
+    spec, reason = resolve_model("auto")
+    assert spec is MODELS["shapes"] and "did not answer within 0.2 s" in reason
+    assert time.monotonic() - start < 3
+
+
+def test_one_grant_is_not_enough(monkeypatch):
+    def refuse_the_second(repository):
+        if repository == "b/b":
+            raise PermissionError("gated")
+
+    monkeypatch.setattr(huggingface_hub, "auth_check", refuse_the_second)
+    assert "b/b" in hub_refusal(["a/a", "b/b"])
+    assert hub_refusal(["a/a", "c/c"]) is None
+
+
+def test_offline_never_asks_the_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(models, "is_cached", lambda repository: False)
+    monkeypatch.setattr(huggingface_hub, "auth_check", lambda repository: pytest.fail("asked the hub while offline"))
+    spec, reason = resolve_model("auto")
+    assert spec is MODELS["shapes"] and "HF_HUB_OFFLINE" in reason
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_named_model_is_taken_without_a_look_at_anything(name, monkeypatch):
+    monkeypatch.setattr(models, "is_cached", lambda repository: pytest.fail("looked into the cache"))
+    monkeypatch.setattr(models, "hub_refusal", lambda repositories: pytest.fail("asked the hub"))
+    spec, reason = resolve_model(name)
+    assert spec is MODELS[name] and "as asked for" in reason
+
+
+def test_a_snapshot_counts_only_when_its_weights_are_there(tmp_path, monkeypatch):
+    folder = write_pipeline(tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, local_files_only: str(folder))
+    assert models.is_cached(MODELS["sd35"].pipeline)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(tmp_path / "blob-that-was-never-finished")
+    assert not models.is_cached(MODELS["sd35"].pipeline)
+
+
+def test_a_latent_reward_counts_only_when_head_and_adapter_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, local_files_only: str(tmp_path))
+    (tmp_path / "checkpoint" / "backbone_lora").mkdir(parents=True)
+    for file in models.RELEASED_REWARD_FILES:
+        assert not models.is_cached(MODELS["sd35"].reward)
+        (tmp_path / file).touch()
+    assert models.is_cached(MODELS["sd35"].reward)
+
+
+def test_every_shard_that_an_index_names_must_be_there(tmp_path):
+    folder = write_pipeline(tmp_path)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "transformer" / "part-1.safetensors").touch()
+    assert missing_files(folder) == ["transformer/part-2.safetensors"]
+
+
+def test_a_pipeline_folder_takes_the_rewards_of_sd35_at_its_own_size(tmp_path):
+    folder = write_pipeline(tmp_path / "my-sd3", sample_size=32)
+    spec, reason = resolve_model(str(folder))
+    assert spec == replace(MODELS["sd35"], name=str(folder), pipeline=str(folder), height=256, width=256)
+    assert str(folder) in reason
+
+
+def test_a_world_folder_takes_its_own_rewards_and_the_oracle(tmp_path):
+    """Whether the rewards are there yet or not. Size and text length are those that its parts were made for."""
+    folder = write_pipeline(tmp_path / "pipeline", sample_size=16)
+    (folder / "vae" / "config.json").write_text('{"sample_size": 192}')
+    (folder / "tokenizer_3").mkdir()
+    (folder / "tokenizer_3" / "tokenizer_config.json").write_text('{"model_max_length": 20}')
+    spec, _ = resolve_model(str(tmp_path))
+    assert spec.reward == str(tmp_path / "dinalrm") and spec.pixel == str(tmp_path / "pixel")
+    assert spec.gold == MODELS["shapes"].gold and (spec.height, spec.width, spec.text_length) == (192, 192, 20)
+
+
+def test_a_hub_id_is_taken_as_one():
+    spec, reason = resolve_model("someone/their-sd3")
+    assert spec.pipeline == "someone/their-sd3" and "hub id" in reason
+
+
+def test_bad_names_and_folders_say_what_would_do(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown model 'shape'; did you mean 'shapes'\? Known: auto, sd35, shapes"):
+        resolve_model("shape")
+    with pytest.raises(ValueError, match="unknown model '/no/such/folder'"):
+        resolve_model("/no/such/folder")
+    with pytest.raises(ValueError, match="lacks model_index.json"):
+        resolve_model(str(tmp_path))
+    with pytest.raises(ValueError, match="holds a FluxPipeline"):
+        resolve_model(str(write_pipeline(tmp_path / "flux", kind="FluxPipeline")))
+
+
+def test_gold_is_a_callable_or_a_dotted_name():
+    def count(images, prompts):
+        return torch.zeros(len(images))
+
+    assert load_judge(count) is count
+    oracle = load_judge(MODELS["shapes"].gold)
+    assert oracle(torch.rand(1, 3, 64, 64), ["a small red circle on white"]).shape == (1,)
+
+
+def test_the_prompt_lists_of_sd35_are_distinct():
+    spec = MODELS["sd35"]
+    train, heldout = (
+        path.read_text(encoding="utf-8").splitlines() for path in (spec.train_prompts, spec.heldout_prompts)
+    )
+    assert len(train) == len(set(train)) == 96 and len(heldout) == len(set(heldout)) == 32
+    assert not set(train) & set(heldout)

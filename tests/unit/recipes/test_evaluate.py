@@ -1,0 +1,168 @@
+"""recipes/evaluate_reward.py on the tiny stack."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from public_sets import WRITERS, put, write_hpdv3
+from safetensors.numpy import load_file
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("evaluate_reward_recipe", RECIPES / "evaluate_reward.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def arguments(tiny_world, tmp_path):
+    return [
+        f"--model={tiny_world}", f"--output_dir={tmp_path / 'out'}", "--device=cpu", "--sigmas=[0.1,0.4]",
+        "--ensembles=[[0.1,0.4]]", "--calibrated_at=[0.4]", "--shapes_pairs.heldout_groups=6",
+        "--shapes_pairs.per_concept=1", "--shapes_pairs.per_shifted=1", "--shapes_pairs.sampled_share=0",
+    ]  # fmt: skip
+
+
+def test_it_reports_accuracy_concepts_and_calibration(recipe, arguments, tmp_path, capsys):
+    recipe.main(arguments)
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    for part in ("36 pairs of 6 captions", "| 0.1+0.4, tokens |", "## By concept, on concepts", "| shape | 1 |",
+                 "## Calibration", "| reward | 0.4 | 36 |"):  # fmt: skip
+        assert part in text
+    assert text in capsys.readouterr().out
+    assert re.search(r"The gold score itself, .* on heldout, .* on shifted, .* on concepts\.", text)
+    assert (tmp_path / "out" / "reliability.png").stat().st_size > 10_000
+
+
+def test_scores_are_taken_once_and_are_those_of_one_reward(recipe, arguments, tmp_path, tiny_reward_dir, capsys):
+    recipe.main(arguments)
+    kept = tmp_path / "out" / "judged_heldout.safetensors"
+    before = kept.stat().st_mtime_ns
+    recipe.main([*arguments, f"--reward={tiny_reward_dir}"])  # the same reward by another name
+    assert kept.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit):
+        recipe.main([*arguments, "--noise_seed=5"])
+    assert "judged on other terms" in capsys.readouterr().err
+
+
+def test_calibration_is_looked_at_where_scores_are_taken(recipe, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        recipe.main([*arguments, "--calibrated_at=[0.3]"])
+    assert stop.value.code == 2 and "calibrated_at: got [0.3]; each must be one of sigmas" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ the public test sets
+
+
+def public(folder):
+    """--judged with every test set that `public_sets` writes."""
+    return "--judged=" + json.dumps({name: str(write(folder / name)) for name, (write, _) in WRITERS.items()})
+
+
+def test_every_public_set_is_scored_under_every_protocol_that_it_has(recipe, tmp_path, capsys):
+    recipe.main([public(tmp_path), "--reward=public_rewards:brightness", f"--output_dir={tmp_path / 'out'}",
+                 "--protocol={hpdv3: half-ties}", "--device=cpu", "--bootstrap=100"])  # fmt: skip
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    for name, (_, expected) in WRITERS.items():
+        found = {row["protocol"]: row["value"] for row in report["sets"][name]["protocols"]}
+        assert {protocol: found[protocol] for protocol in expected} == pytest.approx(expected, abs=1e-5)
+    assert report["sets"]["hpdv3"]["protocol"] == "half-ties"
+    text = capsys.readouterr().out
+    assert "| read at | imagereward, pooled | hpdv2, hpsv2 | hpdv3, half-ties | genai_bench, diff |" in text
+    assert "| DiNa-LRM, SD3.5-M, ensemble | 61.75 | 84.31 | 74.86 | 68.98 |  |" in text
+    assert "| **this reward, score** | 40.00 [" in text and "## Calibration" not in text
+    first = json.loads((tmp_path / "out" / "pairs_hpdv3.jsonl").read_text().split("\n")[0])
+    assert first.pop("scores") == {"score": pytest.approx([50, 20])}
+    assert first == {"prompt": "a cat", "first": "images/cat50.png", "second": "images/cat20.png", "label": 1.0}
+
+
+def test_a_latent_reward_is_read_at_every_level_of_a_public_set(recipe, arguments, tmp_path):
+    folder = write_hpdv3(tmp_path / "hpdv3")
+    recipe.main([*arguments, f"--judged={{hpdv3: {folder}}}", "--size=32", "--bootstrap=100"])
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]["hpdv3"]
+    assert [*report["readings"]] == ["0.1", "0.4", "0.1+0.4"] and report["protocol"] == "strict"
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    for part in ("| **this reward, 0.4** |", "| **this reward, 0.1+0.4** |", "## Calibration", "0.1+0.4, tokens",
+                 "accuracy_vs_sigma.png"):  # fmt: skip
+        assert part in text
+    assert (tmp_path / "out" / "accuracy_vs_sigma.png").stat().st_size > 10_000
+
+
+def test_a_reward_over_pictures_is_judged_on_the_worlds_own_pairs(recipe, arguments, tmp_path):
+    """They are latents, so it sees them decoded; the numbers are those of the reward called by hand."""
+    import torch
+
+    from dinalrm_align.data.latent_pairs import LatentPairs
+    from dinalrm_align.models.vae import decode_latents, load_vae
+
+    recipe.main([*arguments, "--reward=public_rewards:brightness", "--gold=false", "--bootstrap=100"])
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]
+    assert [*report] == ["heldout", "shifted", "concepts"]
+    (batch,) = LatentPairs(tmp_path / "out" / "pairs" / "heldout", batch_size=100).in_order()
+    world = arguments[0].removeprefix("--model=")
+    with torch.no_grad():
+        bright = decode_latents(load_vae(f"{world}/pipeline", device="cpu"), batch.latents.float()).mean(dim=(1, 2, 3))
+    right = (bright[batch.chosen] > bright[batch.rejected]).float().mean().item()
+    assert report["heldout"]["readings"]["score"]["value"] == pytest.approx(right, abs=1e-5)
+    assert "## By concept, on concepts" in (tmp_path / "out" / "evaluation.md").read_text()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["latents", "pictures"])
+def test_a_stopped_evaluation_goes_on_where_it_was(recipe, arguments, tmp_path, monkeypatch, own):
+    import public_rewards
+
+    score, calls = public_rewards.brightness, []
+
+    def until(limit):
+        def brightness(images, prompts):
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(len(images))
+            return score(images, prompts)
+
+        return brightness
+
+    sets = [] if own else [f"--judged={{hpdv3: {write_hpdv3(tmp_path / 'hpdv3')}}}"]
+    monkeypatch.setattr("dinalrm_align.eval.picture_scores.PIECE", 1)
+    words = [*arguments, *sets, "--reward=public_rewards:brightness", "--gold=false", "--batch_size=2",
+             "--bootstrap=100"]  # fmt: skip
+    monkeypatch.setattr(public_rewards, "brightness", until(2))
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(words)
+    assert stop.value.code == 130
+    monkeypatch.setattr(public_rewards, "brightness", until(1000))
+    recipe.main(words)
+    resumed, whole = len(calls), tmp_path / "whole"
+    calls.clear()
+    recipe.main([*words, f"--output_dir={whole}"])
+    assert resumed == len(calls)
+    for name in ("heldout", "shifted") if own else ("hpdv3",):
+        one, other = (load_file(folder / f"judged_{name}.safetensors") for folder in (whole, tmp_path / "out"))
+        assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+        assert not (tmp_path / "out" / f"judged_{name}.pieces").exists()
+
+
+def test_pictures_left_out_and_pairs_trained_on_are_told(recipe, tmp_path, capsys):
+    folder = write_hpdv3(tmp_path / "hpdv3")
+    put(folder / "images" / "dog40.png", b"")
+    put(tmp_path / "train.json", [{"prompt": "a tree", "path1": "images/cat21.png", "path2": "images/new.png"}])
+    words = [f"--judged={{hpdv3: {folder}}}", "--reward=public_rewards:brightness", f"--output_dir={tmp_path / 'out'}",
+             "--bootstrap=100", f"--trained_on={tmp_path / 'train.json'}"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        recipe.main(words)
+    assert "hpdv3: picture images/dog40.png: images/dog40.png is empty" in capsys.readouterr().err
+    recipe.main([*words, "--on_bad=skip"])
+    text = capsys.readouterr().out
+    assert "1 pictures have no score, nor have their pairs:\n\n- images/dog40.png: images/dog40.png is empty" in text
+    assert "Of 4 pairs were trained on: 2 by prompt, 1 by picture (compared by path), 3 by either." in text
+    assert "| score | 50.00 [50.00, 50.00] | 100.00 [100.00, 100.00] (1 pairs) |" in text
+    with pytest.raises(SystemExit):
+        recipe.main(words)
+    assert "pictures were left out when these scores were taken" in capsys.readouterr().err

@@ -1,0 +1,328 @@
+"""recipes/refl_sd35.py on the tiny stack: a whole run, its resume, what it leaves, what it refuses."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from dinalrm_align.align import watch
+from dinalrm_align.align.refl_config import ReflRun
+from dinalrm_align.align.settle import settle
+from dinalrm_align.shapes.stack import clip_tokenizer
+from dinalrm_align.train.checkpoints import checkpoint_to_resume
+from dinalrm_align.train.metrics import read_metrics
+
+RECIPE = Path(__file__).parents[3] / "recipes" / "refl_sd35.py"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("refl_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def world(tiny_world, tmp_path_factory):
+    """The tiny world with a pixel reward beside its latent one."""
+    folder = tmp_path_factory.mktemp("refl_world")
+    for part in ("pipeline", "dinalrm"):
+        (folder / part).symlink_to(tiny_world / part)
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer(["red", "blue", "circle", "square"], 16)
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ends = dict(
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    text = dict(**tower, **ends, vocab_size=len(tokenizer), max_position_embeddings=16)
+    vision = dict(**tower, image_size=64, patch_size=16)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "pixel")
+    tokenizer.save_pretrained(folder / "pixel")
+    CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64).save_pretrained(folder / "pixel")
+    return folder
+
+
+@pytest.fixture
+def arguments(world, tmp_path):
+    """A run of seconds: three samples of two steps, updates of two."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small red circle on white\na large blue square on gray\na small green cross on black\n")
+    return [
+        f"--model={world}", f"--prompts={prompts}", f"--eval_prompts={prompts}", "--device=cpu", "--policy.rank=2",
+        "--policy.alpha=4", "--refl.batch_size=2", "--refl.num_steps=3", "--refl.kl_weight=0.1", "--optim.lr=0.01",
+        "--loop.steps=4", "--loop.checkpoint_every=2", "--evaluation.samples=3", "--evaluation.shown=2",
+        "--evaluation.batch_size=3", "--evaluation.every=2",
+    ]  # fmt: skip
+
+
+def run(recipe, arguments: list[str], folder: Path, *more: str) -> Path:
+    recipe.main([*arguments, f"--output_dir={folder}", *more])
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint_to_resume(folder) / "weights.safetensors")
+
+
+def test_a_run_leaves_everything_and_its_lora_reloads(recipe, arguments, world, tmp_path, capsys):
+    folder = run(recipe, arguments, tmp_path / "run")
+    left = {path.name for path in folder.iterdir()}
+    assert left == {
+        "config.yaml", "metrics.jsonl", "summary.json", "curves.png", "before_after.png", "grid_000000.png",
+        "grid_000002.png", "grid_000004.png", "evaluations", "lora", "lora_best", "checkpoints",
+    }  # fmt: skip
+    for name in ("curves.png", "before_after.png", "grid_000004.png"):
+        Image.open(folder / name).verify()
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if "gold" in row] == [0, 2, 4]
+    watched = {"hacking", "divergence", "drift", "level_spread", "gold/pixel", "proxy@0.1"}
+    assert all(watched <= row.keys() for row in (rows[0], rows[2], rows[4]))
+    assert (rows[0]["drift"], rows[0]["divergence"], rows[4]["drift"] > 0) == (0.0, 0.0, True)
+    trained = {"loss", "reward", "kl", "grad_norm", "lr", "elapsed", "start_sigma"}
+    phases = ("rollout", "policy", "reward", "backward")
+    assert trained | {f"memory_mib/{phase}" for phase in phases} <= rows[1].keys()  # the profiled update
+    assert trained | {f"seconds/{phase}" for phase in phases} <= rows[2].keys()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["gold"]["after"] - summary["gold"]["before"] == pytest.approx(summary["gold"]["gain"])
+    assert rows[-1]["gold_gain"] == pytest.approx(summary["gold"]["gain"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"model in {world}, taken as an embedded world")
+    assert f"gold {summary['gold']['before']:.4f} -> {summary['gold']['after']:.4f}" in printed
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(world / "pipeline")
+    pipeline.load_lora_weights(folder / "lora")
+    average = load_file(checkpoint_to_resume(folder) / "ema.safetensors")
+    loaded = {n.replace("default_0", "policy"): p for n, p in pipeline.transformer.named_parameters() if ".lora_" in n}
+    assert loaded.keys() == average.keys()
+    assert all(torch.equal(loaded[name], average[name]) for name in average)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(recipe, arguments, tmp_path, monkeypatch):
+    whole = run(recipe, arguments, tmp_path / "whole")
+    cut = run(recipe, arguments, tmp_path / "cut", "--loop.steps=2")
+    torch.manual_seed(123)
+    monkeypatch.chdir(tmp_path)
+    recipe.main(["--resume", "cut", "--loop.steps=4"])
+    expected, got = weights(whole), weights(cut)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    golds = [
+        [row["gold"] for row in read_metrics(folder / "metrics.jsonl") if "gold" in row] for folder in (whole, cut)
+    ]
+    assert golds[0] == golds[1]
+    assert yaml.safe_load((cut / "config.yaml").read_text())["refl"]["kl_weight"] == 0.1
+
+
+def test_a_hacked_run_warns_or_stops_by_itself(recipe, arguments, tmp_path, monkeypatch, capsys):
+    """The alarm rings at update 2 of 4: a warning, or with --stop_on_hacking the end, in good order."""
+    judge = watch.judge
+
+    def alarmed(history, *rest):
+        return dataclasses.replace(judge(history, *rest), hacking=max(history) == 2)
+
+    monkeypatch.setattr(watch, "judge", alarmed)
+    warned = run(recipe, arguments, tmp_path / "warned")
+    stopped = run(recipe, arguments, tmp_path / "stopped", "--stop_on_hacking=true")
+    printed = capsys.readouterr().out
+    assert printed.count("warning: update 2: the reward is being fooled") == 2
+    assert "stopped after update 2 of 4, because the reward was being fooled" in printed
+    for folder, updates in ((warned, 4), (stopped, 2)):
+        summary = json.loads((folder / "summary.json").read_text())
+        assert (summary["updates"], summary["hacking_alarm"]) == (updates, 2)
+        assert checkpoint_to_resume(folder).name == f"step_{updates:06d}"
+        assert [row.get("hacking") for row in read_metrics(folder / "metrics.jsonl")][:3] == [0.0, None, 1.0]
+        assert json.loads((folder / "lora_best" / "best.json").read_text())["step"] in (0, 2, 4)
+
+
+def test_one_caption_cannot_be_watched(recipe, arguments, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("a small red circle on white\n")
+    folder = run(recipe, arguments, tmp_path / "run", f"--eval_prompts={tmp_path / 'one.txt'}", "--loop.steps=1")
+    assert "not watched for reward hacking" in capsys.readouterr().out
+    assert "hacking" not in read_metrics(folder / "metrics.jsonl")[-1]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_without_its_package_is_refused(recipe, arguments, name, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main([*arguments, f"--tracker={name}"])
+    assert stopped.value.code == 2
+    assert f"pip install 'dinalrm-align[{name}]'" in capsys.readouterr().err
+
+
+def test_an_anchored_run_climbs_both_and_resumes_as_it_was(recipe, arguments, tmp_path):
+    anchor = ["--anchor.reward=pixel", "--anchor.every=2", "--anchor.weight=0.5"]
+    whole = run(recipe, arguments, tmp_path / "whole", *anchor)
+    rows = read_metrics(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows if "anchor" in row] == [2, 4]
+    cut = run(recipe, arguments, tmp_path / "cut", "--loop.steps=2", *anchor)
+    recipe.main(["--resume", str(cut), "--loop.steps=4"])
+    expected, got = weights(whole), weights(cut)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    with pytest.raises(SystemExit):  # another anchor would be another run
+        recipe.main(["--resume", str(cut), "--loop.steps=6", "--anchor.weight=1.0"])
+
+
+def test_seeds_differ_and_a_seed_repeats(recipe, arguments, tmp_path):
+    first, again, other = (
+        weights(run(recipe, arguments, tmp_path / name, "--loop.steps=1", f"--seed={seed}"))
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_pixel_reward_takes_the_same_road(recipe, arguments, tmp_path):
+    folder = run(recipe, arguments, tmp_path / "run", "--reward=pixel", "--loop.steps=2")
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert rows[-1]["grad_norm"] > 0
+    assert json.loads((folder / "summary.json").read_text())["reward"] == "pixel"
+
+
+@pytest.mark.parametrize(
+    "reward", ["dinalrm + 0.2*pixel", "my_reward:redness", "dinalrm={world}/dinalrm - 2*my_reward:energy"]
+)
+def test_sums_and_callables_take_the_same_road(recipe, arguments, world, tmp_path, monkeypatch, reward):
+    """Resumed too: what a checkpoint was trained with is told apart by the reward's name where it has no weights."""
+    (tmp_path / "my_reward.py").write_text(
+        "def redness(images, prompts): return images[:, 0].mean((1, 2))\n"
+        "def energy(latents): return latents.square().mean((1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = run(recipe, arguments, tmp_path / "run", f"--reward={reward.format(world=world)}", "--loop.steps=2")
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "reward" in row] == [1, 2]
+    recipe.main([f"--resume={folder}", "--loop.steps=3"])
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
+    with pytest.raises(SystemExit):
+        recipe.main([f"--resume={folder}", "--loop.steps=4", "--reward=my_reward:energy"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--refl.grad_steps=2", "--refl.guided_gradient=true", "--gradient_checkpointing=false"],
+        ["--refl.pretrain_weight=0.5", "--refl.pretrain_samples=2", "--refl.reward_sigma_range=[0.1,0.6]"],
+        ["--refl.loss=relu", "--refl.reward_sigma=[0.2,0.5]", "--loop.ema_decay=0", "--loop.accumulate=2"],
+    ],
+)
+def test_other_settings_run(recipe, arguments, tmp_path, options):
+    folder = run(recipe, arguments, tmp_path / "run", "--loop.steps=1", *options)
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 1
+
+
+def test_pretraining_pictures_are_read_from_a_folder(recipe, arguments, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 30), "red").save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text("a red circle")
+    options = ["--refl.pretrain_weight=1", f"--refl.pretrain_pictures={pictures}", "--loop.steps=1"]
+    folder = run(recipe, arguments, tmp_path / "run", *options)
+    assert read_metrics(folder / "metrics.jsonl")[-1]["pretrain"] > 0
+
+
+def test_a_terminated_run_saves_and_says_how_to_go_on(arguments, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, str(RECIPE), *arguments, f"--output_dir={folder}", "--loop.steps=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet())
+    metrics = folder / "metrics.jsonl"
+    for _ in range(600):
+        if process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 1):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"--resume {folder}" in output
+    assert checkpoint_to_resume(folder).is_dir()
+
+
+def quiet() -> dict[str, str]:
+    root = str(RECIPE.parents[1])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--reward=beauty"], "unknown reward 'beauty'. Known: dinalrm, pickscore"),
+        (["--reward=dinalrm + oracle"], "oracle has no gradient, and this method needs one"),
+        (["--reward=dinalrm + 0*pixel"], "got the weight 0"),
+        (["--reward=mps"], "say where they are: mps=/path/to/MPS_overall_checkpoint.pth"),
+        (["--reward=no_such_module:score"], "there is no module 'no_such_module'"),
+        (["--model=sd36"], "unknown model 'sd36'"),
+        (["--resume=absent"], "nothing to resume: no folder absent"),
+        (["--prompts=absent.txt"], "no prompt file absent.txt"),
+        (["--height=32"], "got (3, 3, 32, 64)"),
+        (["--height=40"], "height: got 40 pixels; expected a positive multiple of 16"),
+        (["--seed=-1"], "got seed -1"),
+        (["--refl.grad_steps=0"], "grad_steps 0"),
+        (["--loop.step=3"], "--loop.step"),
+        (["--refl.loss=square"], "square"),
+    ],
+)
+def test_bad_arguments_end_with_status_2_and_a_sentence(
+    recipe, arguments, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main([*arguments, *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(recipe, arguments, tmp_path, capsys):
+    (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stopped:
+        run(recipe, arguments, tmp_path)
+    assert stopped.value.code == 2
+    assert f"go on with --resume {tmp_path}" in capsys.readouterr().err
+
+
+def test_default_folders_are_numbered(arguments, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(2):
+        settled = settle(ReflRun, "", RECIPE, arguments)
+        names.append(settled.run.output_dir)
+        Path(settled.run.output_dir).mkdir(parents=True)
+    stem = f"runs/refl_{world.name}_dinalrm_seed0"
+    assert names == [stem, f"{stem}_2"]
+
+
+def test_the_papers_settings_lie_beneath_the_users_for_sd35(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settled = settle(ReflRun, "", RECIPE, ["--model=sd35", "--loop.steps=7"])
+    settings = settled.run
+    assert (settled.spec.name, settings.loop.steps, settings.loop.accumulate) == ("sd35", 7, 16)
+    assert (settings.policy.rank, settings.policy.alpha, settings.optim.lr) == (32, 64, 1e-4)
+
+
+def test_help_answers_at_once_and_without_torch():
+    probe = (
+        "import sys, runpy, time\nsys.argv = ['x', '--help']\n"
+        f"try: runpy.run_path({str(RECIPE)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: print('CODE', stop.code, 'torch' in sys.modules, time.process_time())"
+    )
+    output = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=quiet()).stdout
+    assert "--refl.grad_steps" in output and "DRaFT-K" in output
+    code, torch_loaded, seconds = output.rsplit("CODE", 1)[1].split()
+    assert (code, torch_loaded) == ("0", "False")
+    assert float(seconds) < 1.5  # of the processor, whatever else runs on it; about 0.4

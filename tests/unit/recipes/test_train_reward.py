@@ -1,0 +1,272 @@
+"""recipes/train_reward.py on the tiny stack: it learns, stops and resumes exactly, and writes what it promises."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dinalrm_align.data import source
+from dinalrm_align.data.latent_pairs import LatentPairsWriter
+from dinalrm_align.data.pairs import PairManifest
+from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.reward.training_config import AccuracyConfig, TrainRewardRun
+from dinalrm_align.shapes.stack import StackConfig, build_pipeline
+from dinalrm_align.train.command import parse
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+PROMPTS = ["a small red circle on white", "a large blue square on gray", "two small green crosses on black"]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("train_reward_recipe", RECIPES / "train_reward.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world folder of the tiny stack, random weights."""
+    folder = tmp_path_factory.mktemp("world")
+    build_pipeline(StackConfig.tiny(), seed=0).save_pretrained(folder / "pipeline")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(world, tmp_path_factory):
+    """Latent pairs in which the chosen picture has the larger mean: what a head can learn in a few updates."""
+    folder = tmp_path_factory.mktemp("pairs") / "latents"
+    encoder = PromptEncoder(str(world / "pipeline"), text_length=14)
+    embeds, pooled = encoder(PROMPTS)
+    generator = torch.Generator().manual_seed(0)
+    with LatentPairsWriter(folder, PairManifest(1.0, 0.0, 14)) as writer:
+        for group in range(24):
+            row = group % len(PROMPTS)
+            shift = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+            writer.add(
+                PROMPTS[row],
+                shift + 0.3 * torch.randn(2, 16, 8, 8, generator=generator),
+                prompt_embeds=embeds[row],
+                pooled_prompt_embeds=pooled[row],
+                concepts=["brightness"],
+            )
+    return folder
+
+
+@pytest.fixture
+def arguments(world, pairs, tmp_path):
+    """A short run on the tiny stack."""
+    return [
+        f"--model={world}",
+        f"--pairs={pairs}",
+        "--device=cpu",
+        "--batch_size=4",
+        "--held_out_prompts=1",
+        "--reward.num_layers=2",
+        "--reward.visual_taps=[1,2]",
+        "--reward.text_taps=[1,2]",
+        "--reward.lora.rank=2",
+        "--reward.head.width=16",
+        "--reward.head.num_attn_heads=2",
+        "--optim.warmup_steps=0",
+        "--optim.schedule=constant",
+        "--loop.ema_decay=0.5",
+        "--loop.checkpoint_every=2",
+        "--accuracy.sigmas=[0.2,0.5]",
+        "--accuracy.ensemble=[0.2,0.5]",
+    ]
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_writes_what_it_promises(recipe, arguments, tmp_path):
+    run = tmp_path / "run"
+    recipe.main([*arguments, f"--output_dir={run}", "--loop.steps=40", "--loop.checkpoint_every=0"])
+    metrics = rows(run)
+    assert metrics[-1]["step"] == 40
+    assert metrics[-1]["accuracy/0.2"] > 0.9
+    assert sum(row["loss"] for row in metrics[-5:]) < 0.5 * sum(row["loss"] for row in metrics[1:6])
+    report = json.loads((run / "accuracy.json").read_text())
+    assert [level["sigma"] for level in report["levels"]] == [[0.2], [0.5], [0.2, 0.5]]
+    assert report["levels"][0]["concepts"]["brightness"]["pairs"] == 8
+    assert "| brightness | 8 |" in (run / "per_concept.md").read_text()
+    assert (run / "accuracy_vs_sigma.png").stat().st_size > 1000
+    from dinalrm_align import LatentReward
+
+    reward = LatentReward.from_pretrained(run / "reward")
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1) + 0.3 * torch.randn(2, 16, 8, 8, generator=generator)
+    bright, dark = reward(latents, prompts=PROMPTS[:1] * 2, sigma=0.2, generator=generator)
+    assert bright > dark
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe, arguments, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    recipe.main([*arguments, f"--output_dir={whole}", "--loop.steps=4", "--loop.accumulate=2"])
+    recipe.main([*arguments, f"--output_dir={parts}", "--loop.steps=2", "--loop.accumulate=2"])
+    settings = (parts / "config.yaml").read_text()
+    recipe.main([f"--resume={parts}", "--loop.steps=4"])
+    assert (parts / "config.yaml").read_text() == settings and "resume:" not in settings
+    one, other = load_file(whole / "reward" / "model.safetensors"), load_file(parts / "reward" / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [row["step"] for row in rows(parts)] == [row["step"] for row in rows(whole)]
+
+
+def test_a_run_is_neither_overwritten_nor_moved(recipe, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    recipe.main([*arguments, f"--output_dir={run}", "--loop.steps=1"])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def refusal(*options):
+        with pytest.raises(SystemExit) as ended:
+            recipe.main(options)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert f"{run} holds a run: go on with --resume" in refusal(*arguments, f"--output_dir={run}", "--loop.steps=2")
+    elsewhere = tmp_path / "elsewhere"
+    said = refusal(f"--resume={run}", f"--output_dir={elsewhere}")
+    assert f"goes on in its own folder {run}: leave --output_dir {elsewhere} out" in said and not elsewhere.exists()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    (run / "config.yaml").unlink()
+    assert f"{run / 'config.yaml'} is missing" in refusal(f"--resume={run}")
+
+
+def test_settings_that_do_not_fit_leave_no_run(recipe, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as ended:
+        recipe.main([*arguments, "--reward.num_layers=9", f"--output_dir={run}"])
+    assert ended.value.code == 2 and "num_layers: got 9" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused(recipe, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        recipe.main([*arguments, "--device=cuda", f"--output_dir={tmp_path / 'run'}"])
+    assert ended.value.code == 2 and "torch finds no CUDA GPU" in capsys.readouterr().err
+
+
+def test_each_level_is_measured_once():
+    config = AccuracyConfig(sigmas=[0.2, 0.5, 0.2, 0], ensemble=[0.5])
+    assert config.levels() == [(0.2,), (0.5,), (0,)]
+
+
+def test_what_is_saved_is_the_average(recipe, arguments, tmp_path):
+    run = tmp_path / "run"
+    recipe.main([*arguments, f"--output_dir={run}", "--loop.steps=2"])
+    exported = load_file(run / "reward" / "model.safetensors")
+    average = load_file(run / "checkpoints" / "step_000002" / "ema.safetensors")
+    last = load_file(run / "checkpoints" / "step_000002" / "weights.safetensors")
+    assert torch.equal(exported["head.query_tokens"], average["head.query_tokens"])
+    assert not torch.equal(exported["head.query_tokens"], last["head.query_tokens"])
+
+
+def test_pictures_are_encoded_on_the_fly(recipe, arguments, tmp_path, monkeypatch):
+    lines = []
+    for index, prompt in enumerate(PROMPTS):
+        for name, value in (("light", 230), ("dark", 20)):
+            Image.new("RGB", (64, 64), (value, value, value + index)).save(tmp_path / f"{name}{index}.png")
+        lines.append({"prompt": prompt, "chosen": f"light{index}.png", "rejected": f"dark{index}.png"})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = tmp_path / "run"
+    options = [f"--pairs={tmp_path / 'pairs.jsonl'}", f"--validation_pairs={tmp_path / 'pairs.jsonl'}"]
+    loaded = []
+    for name in ("load_vae", "PromptEncoder"):
+        original = getattr(source, name)
+        count = lambda *args, name=name, original=original, **kwargs: loaded.append(name) or original(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(source, name, count)
+    recipe.main([*arguments, *options, "--batch_size=2", "--loop.steps=1", f"--output_dir={run}"])
+    assert rows(run)[-1]["step"] == 1 and (run / "reward" / "config.json").exists()
+    assert sorted(loaded) == ["PromptEncoder", "load_vae"], "training and validation share them"
+    assert json.loads((run / "accuracy.json").read_text())["levels"][0]["pairs"] == 3
+
+
+def test_validation_pairs_are_judged_and_all_pairs_trained_on(recipe, arguments, pairs, tmp_path):
+    run = tmp_path / "run"
+    recipe.main([*arguments, f"--validation_pairs={pairs}", "--loop.steps=1", f"--output_dir={run}"])
+    assert json.loads((run / "accuracy.json").read_text())["levels"][0]["pairs"] == 24
+
+
+def test_the_embedded_world_makes_its_own_pairs(recipe, arguments, tmp_path):
+    run = tmp_path / "run"
+    made = ["--shapes_pairs.groups=6", "--shapes_pairs.sampled_share=0.5", "--shapes_pairs.per_concept=1"]
+    arguments = [argument for argument in arguments if not argument.startswith("--pairs")]
+    recipe.main([*arguments, *made, "--loop.steps=1", f"--output_dir={run}"])
+    concepts = json.loads((run / "accuracy.json").read_text())["levels"][0]["concepts"]
+    assert {"shape", "colour", "size", "blur"} <= concepts.keys()
+    assert all(concept["pairs"] == 1 for concept in concepts.values())
+
+
+def test_pairs_that_do_not_fit_the_reward_are_refused(recipe, arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        recipe.main([*arguments, "--reward.text_length=20", f"--output_dir={tmp_path / 'run'}"])
+    assert ended.value.code == 2
+    assert "written with text_length 14, the reward's config says 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model=sd35"], "sd35 has no pairs of its own: pass --pairs"),
+        (["--model=sd36"], "did you mean 'sd35'"),
+        (["--resume=/no/such/run"], "nothing to resume"),
+        (["--batch_size=0"], "batch_size 0"),
+        (["--reward.tuning=full"], "must be lora or none"),
+        (["--loop.stepz=3"], "stepz"),
+    ],
+)
+def test_bad_options_end_with_a_sentence(recipe, options, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        recipe.main(options)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_tracker_names_the_extra(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        recipe.main(["--tracker=wandb"])
+    assert "pip install 'dinalrm-align[wandb]'" in capsys.readouterr().err
+
+
+def test_the_yaml_of_each_kind_is_read_when_its_model_is_named(recipe):
+    shapes, _, spec, *_ = recipe.settle([])
+    assert spec.kind == "shapes" and shapes.reward.num_layers == 4 and shapes.reward.text_length == 14
+    sd35, _, spec, *_ = recipe.settle(["--model=sd35", "--pairs=somewhere", "--optim.lr=1e-4"])
+    assert spec.kind == "sd35" and sd35.reward.visual_taps == (4, 8, 12) and sd35.reward.lora.rank == 64
+    assert sd35.optim.lr == 1e-4 and sd35.loop.ema_decay == 0.995
+    plain, *_ = recipe.settle(["--config", str(RECIPES / "train_reward_shapes.yaml"), "--model=sd35", "--pairs=x"])
+    assert plain.reward.num_layers == 4
+
+
+@pytest.mark.parametrize("kind", ["shapes", "sd35"])
+def test_a_dumped_config_reads_back(kind, tmp_path):
+    config, text = parse(TrainRewardRun, "", [], beneath=[RECIPES / f"train_reward_{kind}.yaml"])
+    (tmp_path / "config.yaml").write_text(text)
+    again, _ = parse(TrainRewardRun, "", ["--config", str(tmp_path / "config.yaml")])
+    assert again == config
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import runpy, sys\nsys.argv = ['train_reward.py', '--help']\n"
+        f"try:\n    runpy.run_path({str(RECIPES / 'train_reward.py')!r}, run_name='__main__')\n"
+        "except SystemExit:\n    assert 'torch' not in sys.modules\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 10
+    assert re.search(r"--reward\.lora\.rank", done.stdout)

@@ -1,0 +1,122 @@
+"""Python callables as rewards: what they are given, and what is refused."""
+
+import sys
+
+import pytest
+import torch
+from tiny_clip import tiny_vae
+from torch import nn
+
+from dinalrm_align.models.vae import decode_latents
+from dinalrm_align.reward.callables import LatentFunction, PictureFunction, as_reward, import_callable
+
+PROMPTS = ["a", "bcd"]
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return tiny_vae()
+
+
+def latents(seed=0):
+    return torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) + torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+def energy(latents, sigma, *, prompts):
+    assert prompts == PROMPTS
+    return latents.square().mean((1, 2, 3)) * (1 if sigma is None else sigma)
+
+
+class Brightness(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, images, prompts):
+        return self.gain * images.mean((1, 2, 3))
+
+
+def test_images_are_decoded_and_gradients_reach_the_latents(vae):
+    reward, z = as_reward(redness, vae=vae), latents().requires_grad_()
+    score = reward(z, prompts=PROMPTS, sigma=0.4)
+    torch.testing.assert_close(score, redness(decode_latents(vae, z), PROMPTS))
+    assert isinstance(reward, PictureFunction) and torch.autograd.grad(score.sum(), z)[0].abs().sum() > 0
+    torch.testing.assert_close(reward.score_images(decode_latents(vae, latents()), PROMPTS), score.detach())
+
+
+def test_latents_come_with_the_arguments_that_are_named():
+    reward, z = as_reward(energy), latents().requires_grad_()
+    score = reward(z, prompts=PROMPTS, sigma=0.5, generator=torch.Generator())
+    torch.testing.assert_close(score, 0.5 * z.square().mean((1, 2, 3)))
+    assert isinstance(reward, LatentFunction) and score.requires_grad
+    assert reward(z, PROMPTS).shape == (2,)
+
+
+def test_a_module_is_frozen_and_read_by_its_forward(vae):
+    module = Brightness().train()
+    reward, z = as_reward(module, vae=vae), latents().requires_grad_()
+    reward(z, prompts=PROMPTS).sum().backward()
+    assert z.grad.abs().sum() > 0 and module.gain.grad is None and not module.training
+    assert reward.device == module.gain.device
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "message"),
+    [
+        (lambda x, prompts: x, TypeError, r"got the arguments \(x, prompts\); expected the first to be called images"),
+        (lambda: 0, TypeError, r"got the arguments \(\)"),
+        (lambda *args: 0, TypeError, r"got the arguments \(\)"),
+        (Brightness, TypeError, "got the class Brightness"),
+        (3, TypeError, "got int 3; expected a function"),
+    ],
+)
+def test_what_cannot_be_a_reward(function, kind, message):
+    with pytest.raises(kind, match=message):
+        as_reward(function)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "message"),
+    [
+        (lambda latents: 1.0, TypeError, r"returned float; expected a tensor \(2,\)"),
+        (lambda latents: latents.sum(), ValueError, r"returned shape \(\); expected \(2,\)"),
+        (lambda latents: latents.mean((2, 3)), ValueError, r"returned shape \(2, 16\)"),
+        (lambda latents: latents.detach().mean((1, 2, 3)), ValueError, "is not differentiable"),
+        (lambda latents: latents.mean((1, 2, 3)) / 0, ValueError, "returned NaN or infinity"),
+        (lambda images, prompts: images.detach().mean((1, 2, 3)), ValueError, "is not differentiable.*GRPO|rank"),
+    ],
+)
+def test_what_a_reward_must_not_return(vae, function, kind, message):
+    with pytest.raises(kind, match=message):
+        as_reward(function, vae=vae, name="mine")(latents().requires_grad_(), prompts=PROMPTS)
+
+
+def test_a_known_lack_of_gradient_is_said_before_the_decode(vae):
+    reward = as_reward(lambda images, prompts: pytest.fail("was called"), vae=vae, differentiable=False)
+    with pytest.raises(ValueError, match="not differentiable"):
+        reward(latents().requires_grad_(), prompts=PROMPTS)
+
+
+def test_dotted_paths(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "class Nested:\n    @staticmethod\n    def score(images, prompts): return images\n"
+        "def my_reward(images, prompts): return images\nnumber = 3\n"
+    )
+    (tmp_path / "needs_more.py").write_text("import a_package_that_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_callable("my_rewards:my_reward") is sys.modules["my_rewards"].my_reward
+    assert import_callable("my_rewards:Nested.score") is sys.modules["my_rewards"].Nested.score
+    with pytest.raises(ValueError, match="my_rewards has no 'my_rewrad'; did you mean 'my_reward'"):
+        import_callable("my_rewards:my_rewrad")
+    with pytest.raises(TypeError, match="got int 3; expected a function"):
+        import_callable("my_rewards:number")
+    with pytest.raises(ImportError, match="there is no module 'my_reward'; .*PYTHONPATH"):
+        import_callable("my_reward:score")
+    with pytest.raises(ImportError, match="there is no module 'my_rewards.inner'"):
+        import_callable("my_rewards.inner:score")
+    with pytest.raises(ImportError, match="needs_more needs the package 'a_package_that_nobody_has'"):
+        import_callable("needs_more:score")

@@ -1,0 +1,116 @@
+"""Every stage of the embedded world's build, on the tiny stack for a few updates."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dinalrm_align.data.latent_pairs import LatentPairs
+from dinalrm_align.reward.pixel.clip import ClipReward
+from dinalrm_align.shapes.build.autoencoder import train_vae, vae_gate
+from dinalrm_align.shapes.build.base import Together, train_base
+from dinalrm_align.shapes.build.pixel import save_clip_reward, train_pixel
+from dinalrm_align.shapes.build.text import SLOT_CLASSES, _slot_loss, _slots, train_text
+from dinalrm_align.shapes.config import BuildConfig, PairsConfig, StackConfig
+from dinalrm_align.shapes.pairs import write_training_pairs
+from dinalrm_align.shapes.scene import parse_caption
+from dinalrm_align.shapes.stack import build_pipeline
+from dinalrm_align.train.metrics import read_metrics
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = BuildConfig(output_dir=str(tmp_path), stack=StackConfig.tiny(), cached_pictures=64)
+    for stage in (config.vae, config.text, config.base, config.pixel):
+        stage.batch_size, stage.loop.steps, stage.optim.warmup_steps = 8, 6, 0
+    return config
+
+
+@pytest.fixture
+def pipeline():
+    pipeline = build_pipeline(StackConfig.tiny(), seed=0)
+    for name in ("vae", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        pipeline.components[name].requires_grad_(False)
+    return pipeline
+
+
+def losses(config, stage):
+    return [row["loss"] for row in read_metrics(Path(config.output_dir) / stage / "metrics.jsonl") if "loss" in row]
+
+
+def test_the_autoencoder_learns_and_sets_its_scaling(config, pipeline):
+    before = vae_gate(pipeline.vae, seed=0, number=64)["psnr"]
+    config.vae.loop.steps, config.vae.optim.lr = 30, 1e-2
+    train_vae(pipeline, config, Accelerator(cpu=True))
+    assert vae_gate(pipeline.vae, seed=0, number=64)["psnr"] > before + 1
+    assert pipeline.vae.config.scaling_factor != 1.0
+    assert not any(p.requires_grad for p in pipeline.vae.parameters())
+
+
+def test_the_text_encoders_learn_to_tell_what_a_caption_says(config, pipeline):
+    config.text.loop.steps, config.text.batch_size = 20, 32
+    train_text(pipeline, config, Accelerator(cpu=True))
+    loss = losses(config, "text")
+    assert loss[-1] < 0.85 * loss[0]
+
+
+def test_slots_of_a_caption():
+    scene = parse_caption("a small red circle left of a large blue square on gray")
+    assert _slots(scene) == [2, 1, 1, 1, 2, 3, 2, 0, 0, 0, 1, 2]
+    uniform = torch.zeros(1, sum(SLOT_CLASSES))
+    expected = sum(math.log(classes) for classes in SLOT_CLASSES) / len(SLOT_CLASSES)
+    assert _slot_loss(uniform, torch.tensor([_slots(scene)])).item() == pytest.approx(expected)
+
+
+def test_the_base_model_trains_judges_itself_and_goes_on_from_its_checkpoint(config, pipeline, tmp_path):
+    config.base.loop.steps = 2
+    train_base(pipeline, config, Accelerator(cpu=True))
+    assert "oracle" in read_metrics(tmp_path / "base" / "metrics.jsonl")[-1]
+    assert (tmp_path / "base" / "grid_000002.png").stat().st_size > 0
+    halfway = {name: p.clone() for name, p in pipeline.transformer.named_parameters()}
+    config.base.loop.steps = 4
+    train_base(pipeline, config, Accelerator(cpu=True))
+    assert any(not torch.equal(p, halfway[name]) for name, p in pipeline.transformer.named_parameters())
+    assert [row["step"] for row in read_metrics(tmp_path / "base" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_optimisers_together_step_and_restore_as_they_do_apart():
+    torch.manual_seed(0)
+    matrix, vector = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def make():
+        return Together(torch.optim.Muon([matrix], lr=0.1), torch.optim.AdamW([vector], lr=0.1))
+
+    def step(optimizer):
+        (matrix.square().sum() + vector.square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first = make()
+    step(first)
+    saved, at = copy.deepcopy(first.state_dict()), (matrix.detach().clone(), vector.detach().clone())
+    assert sorted(saved["state"]) == [0, 1] and len(saved["param_groups"]) == 2
+    step(first)
+    went_to = matrix.detach().clone(), vector.detach().clone()
+
+    matrix.data, vector.data = at[0].clone(), at[1].clone()
+    second = make()
+    second.load_state_dict(saved)
+    step(second)
+    assert torch.equal(matrix, went_to[0]) and torch.equal(vector, went_to[1])
+
+
+def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tmp_path):
+    write_training_pairs(tmp_path / "pairs", pipeline, PairsConfig(groups=8, pictures=3, sampled_share=0))
+    pairs = LatentPairs(tmp_path / "pairs", batch_size=4)
+    clip = train_pixel(pipeline, pairs, config, Accelerator(cpu=True))
+    save_clip_reward(clip, pipeline.tokenizer, tmp_path / "pixel")
+    reward = ClipReward.from_pretrained(str(tmp_path / "pixel"), vae=pipeline.vae)
+    latents = torch.randn(2, 16, 16, 16, requires_grad=True)
+    score = reward(latents, ["a small red circle on white", "a large blue square on gray"])
+    score.sum().backward()
+    assert score.shape == (2,) and latents.grad.abs().sum() > 0

@@ -1,0 +1,86 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dinalrm_align.data.latent_pairs import LatentPairs
+from dinalrm_align.models.images import open_picture
+from dinalrm_align.models.vae import encode_images
+from dinalrm_align.shapes.config import PairsConfig
+from dinalrm_align.shapes.pairs import (
+    GRAIN,
+    _compare,
+    _damage,
+    ensure_pairs,
+    render_hpdv3,
+    write_concept_pairs,
+    write_shifted_pairs,
+    write_training_pairs,
+)
+from dinalrm_align.shapes.render import CONCEPTS
+from dinalrm_align.shapes.scene import is_held_out, parse_caption
+
+
+def test_training_pairs_are_all_pairs_of_lists_of_training_captions(tiny_pipeline, tmp_path):
+    config = PairsConfig(groups=6, pictures=3, sampled_share=0.5, seed=1)
+    write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
+    pairs = LatentPairs(tmp_path / "pairs", batch_size=6, seed=0)
+    batch = pairs.batch_at(0)
+    assert batch.latents.shape == (18, 16, 16, 16) and len(batch.chosen) == 6 * 3
+    assert not any(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
+    with pytest.raises(FileExistsError):
+        write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
+
+
+def test_concept_pairs_are_equally_many_held_out_pairs_of_each_concept(tiny_pipeline, tmp_path):
+    write_concept_pairs(tmp_path / "concepts", tiny_pipeline, PairsConfig(per_concept=2))
+    pairs = LatentPairs(tmp_path / "concepts", batch_size=4, seed=0)
+    names = [name for batch in pairs.in_order() for name in batch.concepts]
+    assert sorted(names) == sorted(2 * CONCEPTS)
+    assert all(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
+
+
+def test_shifted_pairs_are_damaged_concept_pairs(tiny_pipeline, tmp_path):
+    write_shifted_pairs(tmp_path / "shifted", tiny_pipeline, PairsConfig(per_shifted=1))
+    pairs = LatentPairs(tmp_path / "shifted", batch_size=4, seed=0)
+    assert sum(len(batch.chosen) for batch in pairs.in_order()) == len(CONCEPTS)
+    flat = torch.full((2, 3, 64, 64), 0.5)
+    damaged = _damage(flat, np.random.default_rng(0))
+    assert damaged.shape == flat.shape and not torch.equal(damaged[0], damaged[1])
+    assert 0.01 < float((damaged - flat).std()) < GRAIN and float(damaged.mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_held_out_pairs_are_lists_of_held_out_captions_judged_as_in_training(tiny_pipeline, tmp_path):
+    config = PairsConfig(heldout_groups=4, pictures=3, sampled_share=0.5, seed=1)
+    for _ in range(2):  # the second finds them there
+        ensure_pairs("heldout", tmp_path / "pairs", tiny_pipeline, config)
+    pairs = LatentPairs(tmp_path / "pairs", batch_size=4, seed=0)
+    assert len(pairs.batch_at(0).chosen) == 4 * 3
+    assert all(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
+
+
+def test_a_rater_without_noise_follows_the_score_and_with_much_noise_does_not():
+    scores, rng = np.array([2.0, 1.0, 0.0]), np.random.default_rng(0)
+    assert _compare(scores, 0.0, rng) == [(0, 1), (0, 2), (1, 2)]
+    wrong = sum(pair not in [(0, 1), (0, 2), (1, 2)] for _ in range(200) for pair in _compare(scores, 3.0, rng))
+    assert 120 < wrong < 300  # P(error) = Phi(-gap / (3 sqrt 2)): 0.41, 0.32, 0.41 of 200 each
+
+
+def test_a_folder_in_hpdv3s_layout_holds_the_pairs_of_training(tiny_pipeline, tmp_path):
+    config = PairsConfig(groups=3, pictures=3, sampled_share=0.0)
+    render_hpdv3(tmp_path / "world", tiny_pipeline, config)
+    records = json.loads((tmp_path / "world" / "train.json").read_text())
+    assert len(records) == 9 and len(list((tmp_path / "world" / "images").iterdir())) == 9
+    write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
+    batch = LatentPairs(tmp_path / "pairs", batch_size=3).in_order()[0]
+    for number, record in enumerate(records):
+        picture = open_picture(tmp_path / "world" / record["path1"])
+        latents = encode_images(tiny_pipeline.vae, picture)[0]
+        differences = [
+            (latents - batch.latents[rows[number]].float()).abs().mean() for rows in (batch.chosen, batch.rejected)
+        ]
+        assert differences[0] < 0.02 < differences[1], "the chosen picture, to 8 bits, and not the rejected one"
+        assert record["prompt"] == batch.prompts[batch.group[batch.chosen[number]]]
+    with pytest.raises(FileExistsError, match="already holds a data set"):
+        render_hpdv3(tmp_path / "world", tiny_pipeline, config)

@@ -1,0 +1,96 @@
+"""Command lines from dataclasses: options typed by their end alone."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from dinalrm_align.align.refl_config import ReflRun
+from dinalrm_align.eval.report.config import CompareRun
+from dinalrm_align.reward.training_config import TrainRewardRun
+from dinalrm_align.train.command import parse
+
+
+@dataclass
+class Inner:
+    """Settings of a part.
+
+    Args:
+        size: how large.
+        depth: how deep.
+        seed: of the part.
+    """
+
+    size: int = 1
+    depth: int = 2
+    seed: int = 3
+
+
+@dataclass
+class Settings:
+    """Settings of a program.
+
+    Args:
+        seed: of everything.
+        left: one part.
+        right: another.
+        width: how wide.
+    """
+
+    seed: int = 0
+    left: Inner = field(default_factory=Inner)
+    right: Inner = field(default_factory=Inner)
+    width: int = 4
+
+
+@pytest.mark.parametrize("kind", [ReflRun, TrainRewardRun])
+@pytest.mark.parametrize("words", [["--keep_last", "3"], ["--keep_last=3"], ["--loop.keep_last", "3"]])
+def test_keep_last_needs_no_section(kind, words):
+    settings, _ = parse(kind, "", words)
+    assert settings.loop.keep_last == 3
+
+
+def test_a_flag_needs_no_value():
+    for words, stop in (
+        (["--stop_on_hacking"], True), (["--watch.stop_on_hacking", "--seed=1"], True), ([], False),
+        (["--stop_on_hacking", "false"], False), (["--stop_on_hacking=false"], False),
+    ):  # fmt: skip
+        assert parse(ReflRun, "", words)[0].watch.stop_on_hacking is stop
+
+
+def test_words_without_an_option_go_to_the_setting_that_takes_them(capsys):
+    for words in (["a", "b", "--shown=2"], ["--shown", "2", "a", "b"]):
+        settings, _ = parse(CompareRun, "", words, positional="runs")
+        assert (settings.runs, settings.shown) == (["a", "b"], 2)
+    with pytest.raises(SystemExit):
+        parse(CompareRun, "", ["--shown=2"], positional="runs")
+    assert "runs" in capsys.readouterr().err
+
+
+def test_a_name_in_full_is_meant_before_an_end():
+    settings, _ = parse(Settings, "", ["--seed=9", "--right.size=7"])
+    assert (settings.seed, settings.left.seed, settings.right.seed, settings.right.size) == (9, 3, 3, 7)
+
+
+def test_an_end_that_two_options_share_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(Settings, "", ["--depth=5"])
+    assert stopped.value.code == 2
+    assert "unknown option --depth=5" in capsys.readouterr().err
+
+
+def test_the_later_of_two_spellings_holds():
+    assert parse(ReflRun, "", ["--loop.keep_last=3", "--keep_last=4"])[0].loop.keep_last == 4
+
+
+def test_help_tells_of_short_options(capsys):
+    with pytest.raises(SystemExit):
+        parse(Settings, "", ["--help"])
+    assert "--keep_last 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [ReflRun, TrainRewardRun])
+def test_settings_that_are_written_down_read_back_the_same_to_the_type(kind, tmp_path):
+    config, text = parse(kind, "", [])
+    written = tmp_path / "config.yaml"
+    written.write_text(text)
+    assert repr(parse(kind, "", [], [written])[0]) == repr(config)  # 128 and 128.0 are two runs to a digest
