@@ -1,7 +1,7 @@
 """The tables of `recipes/savings.py`: Markdown that reads well in a terminal too."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from dinalrm_align.align.savings.case import WORK, Case
@@ -9,24 +9,13 @@ from dinalrm_align.align.savings.config import SavingsRun
 from dinalrm_align.align.savings.count import Cost
 from dinalrm_align.align.savings.measure import Measured
 from dinalrm_align.align.savings.plan import base_case, economies, paper_readings, parts, percent_saved, scenarios
+from dinalrm_align.eval.report.markdown import table
 
 GIB, TERA = 2**30, 1e12
 NAMES = {"dinalrm": "DiNa-LRM (latent)", "pickscore": "PickScore (pixel)", "hpsv3": "HPSv3 (pixel)"}
 
 Costs = Mapping[Case, Cost]
 Runs = Mapping[Case, Measured | str]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, its columns padded to one width; the first is text, the others are numbers, to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 def conventions(run: SavingsRun) -> str:
@@ -50,7 +39,9 @@ def parts_table(run: SavingsRun, costs: Costs) -> str:
         if case.work in ("score", "gradient", "pixels", "pixels_gradient"):
             name = f"{NAMES[case.reward]}: {name}"
         rows.append([name, _gib(cost.weights), _gib(cost.activations), *_operations(cost)])
-    return table(["network, nothing recomputed", "weights GiB", "above GiB", "F2", "of it attention", "M0"], rows)
+    return table(
+        ["network, nothing recomputed", "weights GiB", "above GiB", "F2", "of it attention", "M0"], rows, padded=True
+    )
 
 
 def scenarios_table(run: SavingsRun, costs: Costs) -> str:
@@ -69,7 +60,7 @@ def scenarios_table(run: SavingsRun, costs: Costs) -> str:
              _gib(cost.memory), *_operations(cost), *saved]
         )  # fmt: skip
     header = ["scenario", "recomputed", "weights", "moments", "above", "GiB in all", "F2", "of it attention", "M0"]
-    return table([*header, "latent saves GiB", "latent saves F2"], rows)
+    return table([*header, "latent saves GiB", "latent saves F2"], rows, padded=True)
 
 
 def paper_table(run: SavingsRun, costs: Costs) -> str:
@@ -81,7 +72,7 @@ def paper_table(run: SavingsRun, costs: Costs) -> str:
         [name, *(percent(reading, column) for column in ("paper", "hpsv3", "pickscore"))]
         for name, reading in readings.items()
     ]
-    return table(["DiNa-LRM saves, in percent", "paper, HPSv3", "here, HPSv3", "here, PickScore"], rows)
+    return table(["DiNa-LRM saves, in percent", "paper, HPSv3", "here, HPSv3", "here, PickScore"], rows, padded=True)
 
 
 def economies_table(run: SavingsRun, costs: Costs) -> str:
@@ -92,7 +83,7 @@ def economies_table(run: SavingsRun, costs: Costs) -> str:
         change = "" if cost is before else f"{(cost.memory - before.memory) / GIB:+.2f}"
         more = "" if cost is before else f"{100 * (cost.f2 / before.f2 - 1):+.1f} %"
         rows.append([name, _gib(cost.memory), change, f"{cost.f2 / TERA:.1f}", more])
-    return table(["one ReFL update, blocks recomputed", "GiB in all", "change", "F2", "change"], rows)
+    return table(["one ReFL update, blocks recomputed", "GiB in all", "change", "F2", "change"], rows, padded=True)
 
 
 def targets_table(run: SavingsRun, costs: Costs) -> str:
@@ -112,7 +103,7 @@ def targets_table(run: SavingsRun, costs: Costs) -> str:
          "met" if getattr(costs[case], kind) <= limit * GIB else "missed"]
         for name, case, kind, limit in aims
     ]  # fmt: skip
-    return table(["latent reward", "at most GiB", "GiB", ""], rows)
+    return table(["latent reward", "at most GiB", "GiB", ""], rows, padded=True)
 
 
 def measured_table(costs: Costs, runs: Runs, rate: float | None) -> str:
@@ -130,7 +121,7 @@ def measured_table(costs: Costs, runs: Runs, rate: float | None) -> str:
              f"{speed:.1f}", f"{100 * speed / rate:.1f} %" if rate else ""]
         )  # fmt: skip
     header = ["case", "counted GiB", "measured GiB", "error", "reserved GiB", "ms", "F2", "TFLOP/s", "of the card's"]
-    return table(header, rows)
+    return table(header, rows, padded=True)
 
 
 def describe(case: Case) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from dinalrm_align.eval.report.entries import Entry
 from dinalrm_align.eval.report.groups import Group, difference, series
 from dinalrm_align.eval.report.intervals import Interval, seeds_by_captions
+from dinalrm_align.eval.report.markdown import table
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        lines = [
-            f"| {' | '.join(cells)} |" for cells in (self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows)
-        ]
-        return "\n".join([f"**{self.title}**", "", *lines])
+        return f"**{self.title}**\n\n{table(self.head, self.rows)}"
 
 
 def run_table(entries: Sequence[Entry]) -> Table:

@@ -1,0 +1,24 @@
+"""Markdown tables."""
+
+from collections.abc import Iterable, Sequence
+
+
+def table(
+    header: Sequence[object], rows: Iterable[Sequence[object]], align: str | None = None, *, padded: bool = False
+) -> str:
+    """A Markdown table of the header and the rows; cells are converted with `str`.
+
+    Args:
+        align: one letter per column, "l" or "r". Default: the first column to the left, the others to the right.
+        padded: pad the columns to one width, for reading in a terminal.
+
+    Raises ValueError when a row or `align` differs in length from the header.
+    """
+    align = "l" + "r" * (len(header) - 1) if align is None else align
+    lines = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
+    widths = [max(4, *map(len, column)) if padded else 4 for column in zip(*lines, align, strict=True)]
+    lines.insert(1, ["-" * (width - 1) + ":" * (side == "r") for width, side in zip(widths, align)])
+    if padded:
+        justify = {"l": str.ljust, "r": str.rjust}
+        lines = [[justify[side](cell, width) for cell, width, side in zip(row, widths, align)] for row in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
