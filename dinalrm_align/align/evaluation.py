@@ -22,7 +22,7 @@ from dinalrm_align.align.config import EvaluationConfig
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
 from dinalrm_align.models.grids import load_strip, save_before_after, save_grid, save_strip
-from dinalrm_align.models.tensor_images import to_bytes
+from dinalrm_align.models.images import to_bytes
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.durable import write_atomically
 from dinalrm_align.train.tracking import track_picture

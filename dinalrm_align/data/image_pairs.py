@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
-from dinalrm_align.models.images import open_picture
+from dinalrm_align.models.images import open_image
 from dinalrm_align.models.text import MAX_CHARACTERS
 from dinalrm_align.train.durable import file_digest
 from dinalrm_align.train.files import parse_json, read_text
@@ -155,5 +155,5 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def load_picture(path: Path, height: int, width: int) -> Tensor:
     """The picture at `path`, upright, scaled to cover (height, width), centre-cropped: (3, H, W) in [0, 1]."""
-    fitted = ImageOps.fit(open_picture(path), (width, height), method=Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(open_image(path), (width, height), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255

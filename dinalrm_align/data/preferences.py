@@ -105,7 +105,7 @@ def read_preferences(source: Path, layout: str, bad: Told) -> Iterator[Preferenc
 
 
 def picture_source(picture: Picture, images: Path) -> Path | bytes:
-    """What `pictures.open_picture` opens. ValueError for a cell that holds no picture, or whose file is broken."""
+    """What `images.open_image` opens. ValueError for a cell that holds no picture, or whose file is broken."""
     if not isinstance(picture, Cell):
         return images / picture
     data = read_column(picture.file, picture.row_group, picture.column)[picture.row]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.models.images import open_picture
+from dinalrm_align.models.images import open_image
 from dinalrm_align.models.text import MAX_CHARACTERS
 from dinalrm_align.train.files import read_text
 
@@ -43,7 +43,7 @@ def read_captioned_pictures(folder: Path) -> tuple[list[Image.Image], list[str]]
     if not paths:
         raise ValueError(f"no pictures in {folder}; expected NAME.png (or {', '.join(PICTURES[1:])}) beside NAME.txt")
     captions = [" ".join(read_prompts(path.with_suffix(".txt"))) for path in paths]
-    return [open_picture(path) for path in paths], captions
+    return [open_image(path) for path in paths], captions
 
 
 def prompt_indices(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dinalrm_align.data.released import load_latent
-from dinalrm_align.models.images import picture_size, resized_picture
+from dinalrm_align.models.images import image_size, resized_image
 
 AHEAD = 8
 """Calls per worker that may be finished or under way before their results are asked for."""
@@ -55,13 +55,13 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def measured(source: Path | bytes | str, name: str) -> tuple[int, int]:
-    """`picture_size`; of a str, which says why there is no source, ValueError."""
-    return picture_size(_there(source), name)
+    """`image_size`; of a str, which says why there is no source, ValueError."""
+    return image_size(_there(source), name)
 
 
 def resized(source: Path | bytes | str, size: tuple[int, int], name: str) -> np.ndarray:
-    """`resized_picture`, likewise."""
-    return resized_picture(_there(source), size, name)
+    """`resized_image`, likewise."""
+    return resized_image(_there(source), size, name)
 
 
 def loaded(source: Path | bytes | str, size: tuple[int, int], name: str) -> np.ndarray:

@@ -19,8 +19,7 @@ from dinalrm_align.eval.judged import SINGLE, Judged, Reading
 from dinalrm_align.eval.pieces import Pieces
 from dinalrm_align.eval.test_sets import PictureSet
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.models.images import open_picture
-from dinalrm_align.models.tensor_images import image_tensor
+from dinalrm_align.models.images import image_tensor, open_image
 from dinalrm_align.reward.callables import LatentFunction
 from dinalrm_align.reward.combine import Part, RewardSum
 from dinalrm_align.reward.inputs import check_picture_size
@@ -189,7 +188,7 @@ def _score_piece(
         for place, row in enumerate(part, start=start):
             picture = judged.pictures[row]
             try:
-                pictures.append(open_picture(picture.read(), picture.name))
+                pictures.append(open_image(picture.read(), picture.name))
                 places.append(place)
             except (OSError, ValueError) as error:
                 if on_bad == "refuse":

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from dinalrm_align.models.tensor_images import to_bytes
+from dinalrm_align.models.images import to_bytes
 from dinalrm_align.train.figures import save_figure
 from dinalrm_align.train.files import reading
 

@@ -1,88 +1,135 @@
-"""Picture files: opened whole or refused with a sentence, measured without being decoded, resized. Torch-free.
+"""Image files and image tensors: read, measure, resize, and convert between PIL images and (B, 3, H, W) in [0, 1].
 
-A picture is named by its path, or given as the bytes of its file. Worker processes run what is here, and start quickly.
+An image file is given by its path or as its bytes. torch is imported only by the two functions that need it: the worker
+processes of `data.workers` import this module and start about ten times faster without it.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ORIENTATION = 0x0112
-"""EXIF tag; 5 to 8 mean that width and height are exchanged."""
+"""EXIF tag; values from 5 to 8 exchange width and height."""
 
 
-def open_picture(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """The picture in a file, upright, as RGB. FileNotFoundError when there is no such file, ValueError when it is no
-    picture, a broken one, or one that `as_rgb` refuses. name: in these sentences; a file's own unless given.
+def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
+    """Read an image file as RGB, with its EXIF orientation applied.
+
+    Args:
+        source: path or content of the file.
+        name: how error messages call the image; default: its path.
+
+    Raises FileNotFoundError for a missing file; ValueError for a file that is not an image or is damaged, and as
+    `as_rgb`.
     """
     name = name or str(source)
     file = _opened(source, name)
     try:
         with file:
-            picture = ImageOps.exif_transpose(file)
-    except Exception as error:  # decoders fail in many ways on a broken file
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-    return as_rgb(picture, name)
+            image = ImageOps.exif_transpose(file)
+    except Exception as error:  # decoders fail in many ways on a damaged file
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    return as_rgb(image, name)
 
 
-def picture_size(source: Path | bytes, name: str | None = None) -> tuple[int, int]:
-    """(height, width) of a picture as it is seen upright, from the head of its file. Raises as `open_picture`."""
+def image_size(source: Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """(height, width) after EXIF orientation, from the file's header alone. Arguments and errors as `open_image`."""
     name = name or str(source)
     with _opened(source, name) as file:
         try:
-            at_hand = file.format != "PNG" or "exif" in file.info  # else all of a PNG would be decoded in search of it
-            turned = at_hand and file.getexif().get(ORIENTATION, 1) >= 5
+            in_header = file.format != "PNG" or "exif" in file.info  # PIL decodes a whole PNG to look for EXIF
+            turned = in_header and file.getexif().get(ORIENTATION, 1) >= 5
         except Exception as error:
-            raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+            raise ValueError(f"{name} cannot be read as an image: {error}") from error
         width, height = file.size
     return (width, height) if turned else (height, width)
 
 
-def resized_picture(source: Path | bytes, size: tuple[int, int], name: str | None = None) -> np.ndarray:
-    """The picture, LANCZOS straight to (height, width), nothing cropped: uint8 (height, width, 3)."""
-    picture = open_picture(source, name)
+def resized_image(source: Path | bytes, size: tuple[int, int], name: str | None = None) -> np.ndarray:
+    """Read an image and resize it to (height, width) with LANCZOS, without cropping: uint8 (height, width, 3)."""
+    image = open_image(source, name)
     height, width = size
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return np.array(picture)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.array(image)
 
 
 def _opened(source: Path | bytes, name: str) -> Image.Image:
-    if isinstance(source, Path):
-        if not source.is_file():
-            raise FileNotFoundError(
-                f"no picture {name}{' (it is a folder)' if source.is_dir() else ''}; expected a file"
-            )
-        if source.stat().st_size == 0:
-            raise ValueError(f"{name} is empty (0 bytes)")
-    elif not source:
+    if isinstance(source, Path) and not source.is_file():
+        raise FileNotFoundError(f"no image {name}{' (it is a folder)' if source.is_dir() else ''}; expected a file")
+    if not (source.stat().st_size if isinstance(source, Path) else source):
         raise ValueError(f"{name} is empty (0 bytes)")
     try:
         return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture that PIL can read") from None
+        raise ValueError(f"{name} is not an image that PIL can read") from None
     except Exception as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
-def as_rgb(picture: Image.Image, name: str) -> Image.Image:
-    """A PIL picture as RGB. TypeError for anything else; ValueError when it has no pixels, is transparent in places
-    (what lies behind is not known), has more than 8 bits per channel (they would be cut off), or its file is broken.
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A PIL image as RGB.
+
+    Raises TypeError for anything else; ValueError for an image without pixels, with transparent pixels (their
+    background is unknown), with more than 8 bits per channel (they would be cut off), or with a damaged file.
     """
-    if not isinstance(picture, Image.Image):
-        got = f"{type(picture).__name__} {picture!r:.60}"
-        raise TypeError(f"{name}: got {got}; expected a PIL picture, as PIL.Image.open gives it")
-    if not all(picture.size):
-        raise ValueError(f"{name}: got a picture of {picture.width} x {picture.height} pixels; expected at least 1 x 1")
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError(f"{name}: got mode {picture.mode}; expected 8 bits per channel: scale it, and convert to RGB")
+    if not isinstance(image, Image.Image):
+        got = f"{type(image).__name__} {image!r:.60}"
+        raise TypeError(f"{name}: got {got}; expected a PIL image, as PIL.Image.open returns")
+    if not all(image.size):
+        raise ValueError(f"{name}: got an image of {image.width} x {image.height} pixels; expected at least 1 x 1")
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{name}: got mode {image.mode}; expected 8 bits per channel: scale it, and convert to RGB")
     try:
-        opaque = not picture.has_transparency_data or picture.convert("RGBA").getextrema()[3][0] == 255
-        picture = picture.convert("RGB")
-    except Exception as error:  # a file is decoded here at the latest
-        raise ValueError(f"{name}: the picture cannot be read ({error})") from error
+        opaque = not image.has_transparency_data or image.convert("RGBA").getextrema()[3][0] == 255
+        image = image.convert("RGB")
+    except Exception as error:  # PIL decodes lazily, here at the latest
+        raise ValueError(f"{name}: the image cannot be read ({error})") from error
     if not opaque:
-        raise ValueError(f"{name}: the picture is transparent in places; paste it on a background first")
-    return picture
+        raise ValueError(f"{name}: the image has transparent pixels; paste it on a background first")
+    return image
+
+
+def image_tensor(images: "Tensor | Sequence[Image.Image] | Image.Image") -> "Tensor":
+    """PIL images of one size, or (B, 3, H, W) in [0, 1] -> (B, 3, H, W) float32 in [0, 1].
+
+    Raises TypeError for other types; ValueError for values outside [0, 1], an empty batch, several sizes, and as
+    `as_rgb`.
+    """
+    import torch
+
+    if isinstance(images, torch.Tensor):
+        wrong = images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.is_meta
+        if wrong or images.numel() == 0:
+            got = f"{images.dtype} {tuple(images.shape)}{' on meta' * images.is_meta}"
+            raise ValueError(f"images: got {got}; expected floating (B, 3, H, W) in [0, 1], at least one")
+        low, high = images.detach().aminmax()
+        if not (low >= -1e-3 and high <= 1 + 1e-3):
+            raise ValueError(
+                f"images: got values in [{low.item():.3g}, {high.item():.3g}]; expected [0, 1]: divide bytes by 255, "
+                "map [-1, 1] by x / 2 + 0.5"
+            )
+        return images.float()
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence | Image.Image):
+        got = f"{type(images).__name__} {images!r:.60}"
+        raise TypeError(f"images: got {got}; expected PIL images, or a tensor (B, 3, H, W) in [0, 1]")
+    images = list(images) if isinstance(images, Sequence) else [images]
+    images = [as_rgb(image, f"images[{index}]") for index, image in enumerate(images)]
+    sizes = sorted({image.size for image in images})
+    if len(sizes) != 1:
+        raise ValueError(f"images: got {len(images)} images of sizes {sizes[:4]}; expected one or more of one size")
+    pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+
+
+def to_bytes(images: "Tensor") -> np.ndarray:
+    """(N, 3, H, W) in [0, 1] -> (N, H, W, 3) uint8, rounded."""
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+    return pixels.byte().numpy()

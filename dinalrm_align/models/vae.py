@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinalrm_align.flow.noise import check_latents
 from dinalrm_align.models.hub import check_source, load_model
-from dinalrm_align.models.tensor_images import image_tensor
+from dinalrm_align.models.images import image_tensor
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dinalrm_align.models.images import image_tensor
 from dinalrm_align.models.pipeline import load_transformer
-from dinalrm_align.models.tensor_images import image_tensor
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import encode_images, load_vae
 from dinalrm_align.reward import inputs

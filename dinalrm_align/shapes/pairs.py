@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.models.tensor_images import to_bytes
+from dinalrm_align.models.images import to_bytes
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import decode_latents, encode_images
 from dinalrm_align.shapes.config import PairsConfig

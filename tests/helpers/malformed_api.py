@@ -173,7 +173,7 @@ PICTURES = [
     Case("arrays", pictures([np.zeros((64, 64, 3), np.uint8)] * 2), TypeError, "images[0]: got ndarray"),
     Case("an array", pictures(np.zeros((2, 64, 64, 3))), TypeError, "images: got ndarray"),
     Case("nothing", pictures(None), TypeError, "images: got NoneType"),
-    Case("none", pictures([]), ValueError, "got 0 pictures"),
+    Case("none", pictures([]), ValueError, "got 0 images"),
     Case("nothing among them", pictures([picture(), None]), TypeError, "images[1]: got NoneType"),
     Case("0 x 0 pixels", pictures([picture(size=(0, 0))] * 2), ValueError, "0 x 0 pixels"),
     Case("no height", pictures([picture(size=(64, 0))] * 2), ValueError, "64 x 0 pixels"),

@@ -355,7 +355,7 @@ PREPARING = [
     Command("a train.json cut short", PREPARE, preparing('[{"path1":', name="train.json"), "not valid JSON"),
     Command("a line that is no JSON (prepare)", PREPARE, preparing("{"), "line 1: not valid JSON"),
     Command("a pair without a picture", PREPARE, preparing('{"prompt": "a", "chosen": "c.png"}'), "it lacks 'rejected'"),
-    Command("a picture that is not there", PREPARE, preparing('{"prompt": "a", "chosen": "c.png", "rejected": "r.png"}'), "no picture c.png"),
+    Command("a picture that is not there", PREPARE, preparing('{"prompt": "a", "chosen": "c.png", "rejected": "r.png"}'), "no image c.png"),
     Command("pairs without votes that mean anything", PREPARE, preparing('{"prompt": "a", "chosen": "c", "rejected": "r", "votes": "9"}'), "votes: got '9'"),
     Command("an empty source", PREPARE, preparing(""), "no pair is left of 0"),
     Command("a folder without parquet", PREPARE, lambda w: ["--source", w.fresh(), "--model", world_of(w), "--device=cpu"], "holds no parquet files"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinalrm_align.flow.noise import check_latents
-from dinalrm_align.models.tensor_images import image_tensor
+from dinalrm_align.models.images import image_tensor
 from dinalrm_align.models.text import check_prompts
 from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.reward.inputs import check_finite

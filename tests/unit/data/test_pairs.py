@@ -356,7 +356,7 @@ def test_what_is_not_a_picture_is_named(tmp_path):
     text.write_text("not a picture")
     picture(tmp_path, "whole.png", 7, size=(64, 64))
     cut.write_bytes((tmp_path / "whole.png").read_bytes()[:80])
-    for path, message in ((empty, "0 bytes"), (text, "not a picture"), (cut, "cannot be read")):
+    for path, message in ((empty, "0 bytes"), (text, "not an image"), (cut, "cannot be read")):
         with pytest.raises(ValueError, match=f"{path.name}.*{message}"):
             load_picture(path, 8, 8)
 

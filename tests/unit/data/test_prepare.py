@@ -28,7 +28,7 @@ from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.data.plan import Dropped, Group, filter_pairs, plan_shards
 from dinalrm_align.data.preferences import find_layout, read_preferences
 from dinalrm_align.data.weight_sample import WeightSample, sample_weights
-from dinalrm_align.models.images import picture_size
+from dinalrm_align.models.images import image_size
 
 
 def test_pairs_become_shards_that_training_reads(tmp_path):
@@ -112,7 +112,7 @@ def test_a_broken_picture_is_refused_by_name_or_left_out_and_counted(tmp_path):
     (images / "3_c.png").write_bytes(whole[: len(whole) // 2])  # its head is whole, the pixels are not
     (images / "5_r.png").write_text("no picture")
     (images / "7_r.png").unlink()
-    with pytest.raises(ValueError, match=r"5_r.png is not a picture.*--on_bad skip"):
+    with pytest.raises(ValueError, match=r"5_r.png is not an image.*--on_bad skip"):
         prepare(source, tmp_path / "out")
     work, _ = prepare(source, tmp_path / "out", on_bad="skip")
     assert work.dropped.counts == {"picture that cannot be read": 2, "picture that cannot be encoded": 1}
@@ -291,7 +291,7 @@ def test_a_turned_photograph_is_measured_as_it_is_seen(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert picture_size(tmp_path / "turned.jpg") == (40, 20)
+    assert image_size(tmp_path / "turned.jpg") == (40, 20)
 
 
 def test_files_hold_one_size_and_no_more_than_they_should():

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dinalrm_align.models.tensor_images import image_tensor
+from dinalrm_align.models.images import image_tensor
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import decode_latents, encode_images, load_vae
 
@@ -131,8 +131,8 @@ def test_non_square_pictures_round_trip_in_shape(tiny_pipeline):
     (torch.full((1, 3, 64, 64), 255.0), r"got values in \[255, 255\]; expected \[0, 1\]: divide bytes by 255"),
     (torch.full((1, 3, 64, 64), float("nan")), r"got values in \[nan, nan\]"),
     (pictures() * 2 - 1, r"map \[-1, 1\] by x / 2 \+ 0.5"),
-    ([], "got 0 pictures"),
-    ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 4))], r"2 pictures of sizes \[\(8, 4\), \(8, 8\)\]"),
+    ([], "got 0 images"),
+    ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 4))], r"2 images of sizes \[\(8, 4\), \(8, 8\)\]"),
 ])  # fmt: skip
 def test_unusable_pictures_are_refused(tiny_pipeline, images, message):
     with pytest.raises(ValueError, match=message):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dinalrm_align.data.latent_pairs import LatentPairs
-from dinalrm_align.models.images import open_picture
+from dinalrm_align.models.images import open_image
 from dinalrm_align.models.vae import encode_images
 from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.shapes.pairs import (
@@ -75,7 +75,7 @@ def test_a_folder_in_hpdv3s_layout_holds_the_pairs_of_training(tiny_pipeline, tm
     write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
     batch = LatentPairs(tmp_path / "pairs", batch_size=3).in_order()[0]
     for number, record in enumerate(records):
-        picture = open_picture(tmp_path / "world" / record["path1"])
+        picture = open_image(tmp_path / "world" / record["path1"])
         latents = encode_images(tiny_pipeline.vae, picture)[0]
         differences = [
             (latents - batch.latents[rows[number]].float()).abs().mean() for rows in (batch.chosen, batch.rejected)
