@@ -95,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.eval import ablation_report as report
+    from dinalrm_align.eval.evaluator import Evaluator, image_sets, scores_file
     from dinalrm_align.eval.inference import common_readings, draw_readings, ensemble_readings
-    from dinalrm_align.eval.judged import Judged
-    from dinalrm_align.eval.judging import Judge, judged_file, picture_sets
+    from dinalrm_align.eval.scores import PairScores
     from dinalrm_align.models.pipeline import load_transformer
     from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
     from dinalrm_align.train.device import available_device
@@ -120,29 +120,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = (baseline.height or spec.height, baseline.width or spec.width)
 
     with refusing():
-        pictures = picture_sets(config.judged)
-    judge = Judge(
+        pictures = image_sets(config.judged)
+    evaluator = Evaluator(
         config.judged, transformer, encoders, size, config.batch_size, config.noise_seed, pictures=pictures
     )  # fmt: skip
 
     # ------------------------------------------------------------------------- how: every arm, seed by seed, then judge
-    def judged(arm: str, seed: int) -> dict[str, Judged]:
+    def judged(arm: str, seed: int) -> dict[str, PairScores]:
         run = train(arm, seed, config, spec, training, arms[arm][0])
         readings = {name: common_readings(config.sigmas, config.ensembles[0]) for name in config.judged}
         if arm == BASELINE:
             readings = {name: taken + ensemble_readings(config.ensembles) for name, taken in readings.items()}
             readings[[*readings][-1]] += draw_readings(config.draws, config.ensembles[0])
-        return judge(run / "reward", readings, run, title=f"{arm}, seed {seed}")
+        return evaluator(run / "reward", readings, run, title=f"{arm}, seed {seed}")
 
     for seed in config.seeds:
         for arm in config.arms:
             print(report.line(arm, seed, judged(arm, seed), config.ensembles[0]), flush=True)
 
     # ------------------------------------------------ so what: tables, pictures and words, of all that is finished here
-    evidence: dict[str, dict[int, dict[str, Judged]]] = {arm: {} for arm in ARMS}
+    evidence: dict[str, dict[int, dict[str, PairScores]]] = {arm: {} for arm in ARMS}
     for arm, seeds in evidence.items():
         for run in sorted((out / "arms" / arm).glob("seed*")):
-            if all(judged_file(run, name).exists() for name in config.judged):
+            if all(scores_file(run, name).exists() for name in config.judged):
                 seed = int(run.name.removeprefix("seed"))
                 seeds[seed] = judged(arm, seed)
     command = shlex.join(["python", "recipes/ablate_reward.py", *words])

@@ -40,10 +40,10 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
 
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.eval import evaluation_report as report
+    from dinalrm_align.eval.evaluator import Candidate, Evaluator, faults_file, image_sets
     from dinalrm_align.eval.inference import common_readings, ensemble_readings
-    from dinalrm_align.eval.judging import Candidate, Judge, faults_file, picture_sets
     from dinalrm_align.eval.leakage import leaked, read_trained
-    from dinalrm_align.eval.test_set_report import look_at
+    from dinalrm_align.eval.test_set_report import evaluate_set
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
     from dinalrm_align.models.vae import decode_latents
     from dinalrm_align.reward.checkpoint import fetch, read_checkpoint
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
         checkpoint = checkpoint or spec.reward
         about = read_checkpoint(fetch(checkpoint)).config
     trained = None if config.trained_on is None else read_trained(config.trained_on)
-    pictures = picture_sets(config.judged or {}, unpack_to=out / "sets")
+    pictures = image_sets(config.judged or {}, unpack_to=out / "sets")
     if config.judged is None:
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
         config.judged = {
@@ -85,25 +85,25 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
 
     # -------------------------------------------------------------------- how: every picture once, then every protocol
     side = (config.size, config.size) if config.size else (spec.height, spec.width)
-    judge = Judge(
+    evaluator = Evaluator(
         config.judged, transformer, encoders, side, config.batch_size, config.noise_seed, config.fit, config.on_bad,
         pictures,
     )  # fmt: skip
     readings = [*common_readings(config.sigmas, config.ensembles[0]), *ensemble_readings(config.ensembles)]
     agreed = {}
     if config.gold and latents:
-        agreed = judge.gold(
+        agreed = evaluator.gold(
             load_judge(spec.gold, spec=spec, device=device),
             lambda batch: torch.cat([decode_latents(encoders.vae, part) for part in batch.to(device).split(4)]),
             about,
         )
-    scores = judge(candidate, {name: readings for name in config.judged}, out, title="reward")
+    scores = evaluator(candidate, {name: readings for name in config.judged}, out, title="reward")
 
     found = []
     for name, judged in scores.items():
         faults = read_json(faults_file(out, name)) if faults_file(out, name).exists() else {}
         found.append(
-            look_at(
+            evaluate_set(
                 name,
                 judged,
                 report.headline_readings(config, judged),

@@ -84,7 +84,7 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     from dinalrm_align.data.pairs import PairBatch
     from dinalrm_align.data.prefetch import Prefetched
     from dinalrm_align.data.source import Encoders, open_pairs
-    from dinalrm_align.eval.pairwise import merge, metrics, pairwise_tallies, write_report
+    from dinalrm_align.eval.accuracy import merge, metrics, pairwise_tallies, write_report
     from dinalrm_align.flow.noise import seeded_generator
     from dinalrm_align.models.pipeline import load_transformer
     from dinalrm_align.reward.checkpoint import save_checkpoint

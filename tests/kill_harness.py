@@ -49,7 +49,7 @@ from tqdm import tqdm
 from dinalrm_align.train.checkpoints import latest_checkpoint
 
 READ_LATER = ("dinalrm_align.align.evaluation", "dinalrm_align.align.refl",
-              "dinalrm_align.eval.pairwise", "dinalrm_align.data.source", "dinalrm_align.reward.pixel.clip",
+              "dinalrm_align.eval.accuracy", "dinalrm_align.data.source", "dinalrm_align.reward.pixel.clip",
               "dinalrm_align.reward.training", "dinalrm_align.reward.latent",
               "dinalrm_align.shapes.oracle")  # fmt: skip
 """What the recipes import when they run; here it is imported once, for all attempts."""

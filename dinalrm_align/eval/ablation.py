@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dinalrm_align.eval.ablation_config import ARMS, BASELINE, Question
-from dinalrm_align.eval.judged import Judged, Reading
 from dinalrm_align.eval.report.intervals import Interval, by_caption, seeds_by_captions
+from dinalrm_align.eval.scores import NoiseLevels, PairScores
 
-Evidence = Mapping[str, Mapping[int, Mapping[str, Judged]]]
+Evidence = Mapping[str, Mapping[int, Mapping[str, PairScores]]]
 """arm -> seed -> name of the judged set -> scores."""
-Measure = Callable[[Judged], np.ndarray]
-"""Judged -> (N,) in [0, 1], how right each pair is; NaN: raters tie."""
+Measure = Callable[[PairScores], np.ndarray]
+"""PairScores -> (N,) in [0, 1], how right each pair is; NaN: raters tie."""
 
 WORDS = {"holds": "holds", "reverses": "reverses", "open": "is not separated"}
 ONE_SEED = "one seed"
@@ -23,13 +23,13 @@ ONE_SEED = "one seed"
 
 def accuracy_at(*sigmas: float) -> Measure:
     """Accuracy at one level, or of the token ensemble of several, with noise draw 0."""
-    name = Reading.at(*sigmas).name
+    name = NoiseLevels.at(*sigmas).name
     return lambda judged: judged.correct(name)
 
 
 def accuracy_over(sigmas: Sequence[float]) -> Measure:
     """Accuracy at a single level, averaged over these levels."""
-    names = [Reading.at(sigma).name for sigma in sigmas]
+    names = [NoiseLevels.at(sigma).name for sigma in sigmas]
     return lambda judged: np.mean([judged.correct(name) for name in names], axis=0)
 
 
@@ -38,7 +38,7 @@ def accuracy_of_mean(*names: str) -> Measure:
     return lambda judged: judged.correct(*names)
 
 
-def table(seeds: Mapping[int, Mapping[str, Judged]], name: str, measure: Measure) -> np.ndarray:
+def table(seeds: Mapping[int, Mapping[str, PairScores]], name: str, measure: Measure) -> np.ndarray:
     """(S, C): seeds in the order given, captions of the set `name`; a pair on which raters tie is left out."""
     rows = []
     for sets in seeds.values():

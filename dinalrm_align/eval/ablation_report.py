@@ -11,7 +11,7 @@ from dinalrm_align.eval.ablation_config import ARMS, BASELINE, QUESTIONS, Ablate
 from dinalrm_align.eval.ablation_plots import plot_arms, plot_noise_shares, plot_ways
 from dinalrm_align.eval.calibration_report import calibration_section, plot_reliability, reliabilities
 from dinalrm_align.eval.inference import inference_section, noise_shares, variance_section
-from dinalrm_align.eval.judged import Judged, Reading
+from dinalrm_align.eval.scores import NoiseLevels, PairScores
 from dinalrm_align.reward.loss_config import LossConfig
 from dinalrm_align.train.durable import write_atomically
 
@@ -20,7 +20,7 @@ LIKELIHOODS = ("calibrated", "fixed", "nll", "bradley_terry")
 CALIBRATED_AT = (0.1, 0.4, 0.7, 0.9)
 
 
-def line(arm: str, seed: int, judged: Mapping[str, Judged], ensemble: list[float]) -> str:
+def line(arm: str, seed: int, judged: Mapping[str, PairScores], ensemble: list[float]) -> str:
     """One finished run in one line: accuracy on each set at the arm's own sigma and of the ensemble."""
     parts = []
     for name, scores in judged.items():
@@ -85,7 +85,7 @@ def _preface(evidence: Evidence, config: AblateRun, sets: list[str], command: st
 
 def _numbers(evidence: Evidence, config: AblateRun, command: str) -> dict[str, object]:
     """Accuracies run by run at every level, to look at in other ways."""
-    readings = [Reading.at(sigma) for sigma in sorted(config.sigmas)] + [Reading.at(*config.ensembles[0])]
+    readings = [NoiseLevels.at(sigma) for sigma in sorted(config.sigmas)] + [NoiseLevels.at(*config.ensembles[0])]
     return {
         "command": command,
         "steps": config.steps,

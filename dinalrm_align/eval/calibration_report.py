@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from dinalrm_align.eval.ablation import Evidence
 from dinalrm_align.eval.calibration import Calibration, calibrate, fidelity_rater
-from dinalrm_align.eval.judged import Reading
+from dinalrm_align.eval.scores import NoiseLevels
 from dinalrm_align.reward.loss_config import LossConfig
 from dinalrm_align.train.figures import save_figure
 
@@ -33,7 +33,7 @@ def reliabilities(
         label, caption = (np.concatenate([vars(one)[column] for one in judged]) for column in ("label", "caption"))
         curves[arm] = {}
         for sigma in sigmas:
-            gap = np.concatenate([one.gap(Reading.at(sigma).name) for one in judged])
+            gap = np.concatenate([one.gap(NoiseLevels.at(sigma).name) for one in judged])
             rng = np.random.default_rng((seed, len(curves)))
             curves[arm][sigma] = calibrate(gap, label, caption, sigma=sigma, config=losses[arm], rng=rng)
     return curves

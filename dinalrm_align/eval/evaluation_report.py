@@ -13,16 +13,16 @@ from dinalrm_align.eval.calibration import Calibration
 from dinalrm_align.eval.calibration_report import calibration_section, plot_reliability, reliabilities
 from dinalrm_align.eval.config import EvaluateRun
 from dinalrm_align.eval.inference import DRAWN_AT, inference_section
-from dinalrm_align.eval.judged import SINGLE, Judged, Reading
 from dinalrm_align.eval.report.intervals import seeds_by_captions
-from dinalrm_align.eval.test_set_report import Found
+from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores
+from dinalrm_align.eval.test_set_report import SetResult
 from dinalrm_align.train.durable import write_atomically
 
 REWARD = "reward"
 
 
 def write(
-    found: Sequence[Found], gold: Mapping[str, float], config: EvaluateRun, *, command: str, directory: Path
+    found: Sequence[SetResult], gold: Mapping[str, float], config: EvaluateRun, *, command: str, directory: Path
 ) -> None:
     """Write the report of one reward's scores on every set. Ways of reading and calibration, the latter on the first
     set, are of rewards that are read at noise levels. gold: set -> accuracy of the gold score, where it was asked for.
@@ -43,7 +43,7 @@ def write(
         for name, one in judged.items()
     }
     concepts = [concept_section(name, one) for name, one in judged.items() if one.concept is not None]
-    if headline == [SINGLE.name]:
+    if headline == [NO_NOISE.name]:
         sections += concepts
     else:
         curves = reliabilities(evidence, {REWARD: config.loss}, sets[0], config.calibrated_at)
@@ -66,11 +66,11 @@ def write(
     write_atomically(directory / "evaluation.json", json.dumps(values, indent=1) + "\n")
 
 
-def headline_readings(config: EvaluateRun, judged: Judged) -> list[str]:
+def headline_readings(config: EvaluateRun, judged: PairScores) -> list[str]:
     """The readings that stand for a reward: the paper's single level and the first ensemble, or its one score."""
-    if SINGLE.name in judged.scores:
-        return [SINGLE.name]
-    return [Reading.at(DRAWN_AT).name, Reading.at(*config.ensembles[0]).name]
+    if NO_NOISE.name in judged.scores:
+        return [NO_NOISE.name]
+    return [NoiseLevels.at(DRAWN_AT).name, NoiseLevels.at(*config.ensembles[0]).name]
 
 
 def gold_section(gold: Mapping[str, float]) -> str:
@@ -90,10 +90,10 @@ def _calibration(levels: Mapping[float, Calibration]) -> dict[str, object]:
     }
 
 
-def concept_section(name: str, judged: Judged) -> str:
+def concept_section(name: str, judged: PairScores) -> str:
     """Markdown: accuracy by what the pairs of a set differ in, in every way it was read."""
     readings = sorted(judged.scores, key=lambda reading: ("+" in reading, reading))
-    heads = [reading if reading == SINGLE.name else f"sigma {reading}" for reading in readings]
+    heads = [reading if reading == NO_NOISE.name else f"sigma {reading}" for reading in readings]
     lines = [
         f"## By concept, on {name}",
         "",

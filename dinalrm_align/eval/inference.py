@@ -20,8 +20,8 @@ from dinalrm_align.eval.ablation import (
     in_points,
     verdict,
 )
-from dinalrm_align.eval.judged import Judged, Reading
 from dinalrm_align.eval.report.intervals import Interval
+from dinalrm_align.eval.scores import NoiseLevels, PairScores
 
 DRAWN_AT = 0.4
 """The level at which several noise draws are compared: the paper's single level."""
@@ -29,15 +29,18 @@ COUNTS = (1, 2, 4, 8)
 """Numbers of draws that are compared, as far as there are that many."""
 
 
-def common_readings(sigmas: Sequence[float], ensemble: Sequence[float]) -> list[Reading]:
+def common_readings(sigmas: Sequence[float], ensemble: Sequence[float]) -> list[NoiseLevels]:
     """What every arm is read at: single levels, and one ensemble."""
-    return [*(Reading.at(sigma) for sigma in dict.fromkeys([*sigmas, DRAWN_AT, *ensemble])), Reading.at(*ensemble)]
+    return [
+        *(NoiseLevels.at(sigma) for sigma in dict.fromkeys([*sigmas, DRAWN_AT, *ensemble])),
+        NoiseLevels.at(*ensemble),
+    ]
 
 
-def ensemble_readings(ensembles: Sequence[Sequence[float]]) -> list[Reading]:
+def ensemble_readings(ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
     """Each ensemble as tokens, and its levels one by one for their average."""
-    singles = [Reading.at(sigma) for levels in ensembles for sigma in levels]
-    return [*singles, *(Reading.at(*levels) for levels in ensembles)]
+    singles = [NoiseLevels.at(sigma) for levels in ensembles for sigma in levels]
+    return [*singles, *(NoiseLevels.at(*levels) for levels in ensembles)]
 
 
 def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
@@ -45,29 +48,29 @@ def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
     return [tuple(range(start, start + count)) for start in range(0, draws - count + 1, count)]
 
 
-def draw_readings(draws: int, ensemble: Sequence[float]) -> list[Reading]:
+def draw_readings(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
     """Single draws, groups of them joined as tokens, and the ensemble of levels with some draws of its own."""
-    singles = [Reading.at(DRAWN_AT, draw=draw) for draw in range(draws)]
+    singles = [NoiseLevels.at(DRAWN_AT, draw=draw) for draw in range(draws)]
     joined = [
-        Reading((DRAWN_AT,) * count, group)
+        NoiseLevels((DRAWN_AT,) * count, group)
         for count in COUNTS
         if 1 < count < draws
         for group in draw_groups(count, draws)
     ]
-    return [*singles, *joined, *(Reading.at(*ensemble, draw=draw) for draw in range(min(4, draws)))]
+    return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(4, draws)))]
 
 
-def ways(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]], judged: Judged) -> dict[str, Measure]:
+def ways(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]], judged: PairScores) -> dict[str, Measure]:
     """Label -> accuracy measure of every way of reading that was taken of this set."""
     found: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in sigmas}
     for levels in ensembles:
         label = "+".join(f"{sigma:g}" for sigma in levels)
         found[f"{label}, tokens"] = accuracy_at(*levels)
-        found[f"{label}, average"] = accuracy_of_mean(*(Reading.at(sigma).name for sigma in levels))
+        found[f"{label}, average"] = accuracy_of_mean(*(NoiseLevels.at(sigma).name for sigma in levels))
     for count in COUNTS[1:]:
         group = tuple(range(count))
-        names = [Reading.at(DRAWN_AT, draw=draw).name for draw in group]
-        joined = Reading((DRAWN_AT,) * count, group).name
+        names = [NoiseLevels.at(DRAWN_AT, draw=draw).name for draw in group]
+        joined = NoiseLevels((DRAWN_AT,) * count, group).name
         if joined in judged.scores:
             found[f"sigma {DRAWN_AT:g}, {count} draws, tokens"] = accuracy_of_mean(joined)
         if set(names) <= judged.scores.keys():
@@ -107,7 +110,7 @@ def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) 
 
 def orderings(evidence: Evidence, arm: str, sets: Sequence[str], ensemble: Sequence[float]) -> list[str]:
     """The paper's claims on reading, each with what becomes of it here; without those whose levels were not taken."""
-    average = accuracy_of_mean(*(Reading.at(sigma).name for sigma in ensemble))
+    average = accuracy_of_mean(*(NoiseLevels.at(sigma).name for sigma in ensemble))
     tokens, single = accuracy_at(*ensemble), accuracy_at(DRAWN_AT)
     claims: list[tuple[str, Measure, Measure, float]] = [
         (f"sigma {DRAWN_AT:g} above sigma 0", single, accuracy_at(0.0), 0.0),
@@ -116,7 +119,7 @@ def orderings(evidence: Evidence, arm: str, sets: Sequence[str], ensemble: Seque
         ("token ensemble above the average of the same levels", tokens, average, DRAWN_AT),
     ]
     taken = next(iter(evidence[arm].values()))[sets[0]].scores
-    claims = [claim for claim in claims if Reading.at(claim[-1]).name in taken]
+    claims = [claim for claim in claims if NoiseLevels.at(claim[-1]).name in taken]
     lines = []
     for claim, better, worse, _ in claims:
         found = {name: difference(evidence, arm, arm, name, better, worse) for name in sets}
@@ -137,25 +140,25 @@ class NoiseShare:
     share: float
 
 
-def noise_shares(seeds: Sequence[Judged], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
+def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
     """Shares for averaged and for joined draws at one level, and for the ensemble of levels; seeds: one set's files."""
     found = []
     for count in COUNTS:
         groups = draw_groups(count, draws)
         if len(groups) < 2:
             continue
-        averaged = [[Reading.at(DRAWN_AT, draw=draw).name for draw in group] for group in groups]
+        averaged = [[NoiseLevels.at(DRAWN_AT, draw=draw).name for draw in group] for group in groups]
         found.append(NoiseShare(f"sigma {DRAWN_AT:g}, draws averaged", count, _mean_share(seeds, averaged)))
-        joined = [[Reading((DRAWN_AT,) * count, group).name] for group in groups]
+        joined = [[NoiseLevels((DRAWN_AT,) * count, group).name] for group in groups]
         found.append(NoiseShare(f"sigma {DRAWN_AT:g}, draws as tokens", count, _mean_share(seeds, joined)))
     if draws > 1:
-        levels = [[Reading.at(*ensemble, draw=draw).name] for draw in range(min(4, draws))]
+        levels = [[NoiseLevels.at(*ensemble, draw=draw).name] for draw in range(min(4, draws))]
         label = "+".join(f"{sigma:g}" for sigma in ensemble)
         found.append(NoiseShare(f"{label}, tokens, one draw", len(ensemble), _mean_share(seeds, levels)))
     return found
 
 
-def _mean_share(seeds: Sequence[Judged], repeats: list[list[str]]) -> float:
+def _mean_share(seeds: Sequence[PairScores], repeats: list[list[str]]) -> float:
     return float(np.mean([_share(np.stack([judged.score(*names) for names in repeats])) for judged in seeds]))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from dinalrm_align.data.image_pairs import read_jsonl
 from dinalrm_align.data.shards import read_index, read_prompt_list
-from dinalrm_align.eval.judged import Judged
+from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets import PictureSet
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.durable import file_digest
@@ -85,7 +85,7 @@ def read_trained(source: str | Path) -> Trained:
         ) from error
 
 
-def leaked(judged: Judged, trained: Trained, pictures: PictureSet | None = None) -> Leak:
+def leaked(judged: PairScores, trained: Trained, pictures: PictureSet | None = None) -> Leak:
     """Which pairs were trained on. pictures: the set behind them, to read files of; needed to compare contents.
 
     ValueError when the scores keep no prompts.

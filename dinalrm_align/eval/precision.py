@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinalrm_align.eval.pairwise import Level, level_name
-from dinalrm_align.eval.pictures import Sample, heldout_pictures, pictures_of_pairs
+from dinalrm_align.eval.accuracy import Level, level_name
 from dinalrm_align.eval.precision_config import PrecisionRun
+from dinalrm_align.eval.precision_images import Sample, heldout_images, images_of_pairs
 from dinalrm_align.models.specs import ModelSpec, resolve_model
 from dinalrm_align.train.command import parse, refuse
 from dinalrm_align.train.durable import write_atomically
@@ -137,9 +137,9 @@ def measure(config: PrecisionRun, spec: ModelSpec, device: str) -> list[dict[str
 
     exact = load("float32")
     if config.pairs is None:
-        sample = heldout_pictures(spec, config.latents, config.seed)
+        sample = heldout_images(spec, config.latents, config.seed)
     else:
-        sample = pictures_of_pairs(config.pairs, config.latents, config.seed)
+        sample = images_of_pairs(config.pairs, config.latents, config.seed)
     rows = []
 
     def add(dtype: str, way: str, level: Level, found: Scored) -> None:

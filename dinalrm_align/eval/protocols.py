@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinalrm_align.eval.judged import Judged
+from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import PROTOCOLS
 
 DRAWS = 1000
@@ -38,7 +38,7 @@ class Accuracy:
         return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
 
 
-def accuracy(judged: Judged, protocol: str, *names: str, draws: int = DRAWS, seed: int = 0) -> Accuracy:
+def accuracy(judged: PairScores, protocol: str, *names: str, draws: int = DRAWS, seed: int = 0) -> Accuracy:
     """Accuracy of the mean of the readings `names` under a protocol of PROTOCOLS.
 
     The interval is over prompts: as many as there are, drawn with replacement `draws` times, from (seed) alone.
@@ -66,7 +66,7 @@ def accuracy(judged: Judged, protocol: str, *names: str, draws: int = DRAWS, see
 
 
 def _right_and_weight(
-    judged: Judged, protocol: str, gap: np.ndarray, label: np.ndarray
+    judged: PairScores, protocol: str, gap: np.ndarray, label: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N,) how right each pair is, and (N,) how much it counts."""
     preferred = np.sign(label - 0.5)
@@ -86,7 +86,7 @@ def _right_and_weight(
     raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
 
 
-def _shares(judged: Judged, counted: np.ndarray) -> np.ndarray:
+def _shares(judged: PairScores, counted: np.ndarray) -> np.ndarray:
     """1 / (counted pairs of the list) for counted pairs, 0 for the rest. A list is a caption's where none are known."""
     group = judged.caption if judged.group is None else judged.group
     _, place = np.unique(group, return_inverse=True)

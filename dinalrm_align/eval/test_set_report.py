@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dinalrm_align.eval.judged import Judged
 from dinalrm_align.eval.leakage import Leak
 from dinalrm_align.eval.protocols import Accuracy, accuracy
+from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import HPSV3, PAPER, PROTOCOLS, TEST_SETS, Row, default_protocol, protocols_of
 from dinalrm_align.train.durable import write_atomically
 from dinalrm_align.train.figures import save_figure
 
 
 @dataclass(frozen=True)
-class Found:
+class SetResult:
     """What one set shows. protocol: its headline. per_reading: under that, by reading, in the order they were taken.
     per_protocol: at the readings of the headline, by (protocol, reading). leak: None where nobody asked. without: the
     headline readings on the pairs that were not trained on. faults: pictures without a score.
     """
 
     name: str
-    judged: Judged
+    judged: PairScores
     protocol: str
     per_reading: dict[str, Accuracy]
     per_protocol: dict[tuple[str, str], Accuracy]
@@ -33,27 +33,27 @@ class Found:
     faults: Mapping[str, str] = field(default_factory=dict)
 
 
-def look_at(
+def evaluate_set(
     name: str,
-    judged: Judged,
+    judged: PairScores,
     headline: Sequence[str],
     *,
     protocol: str | None = None,
     leak: Leak | None = None,
     faults: Mapping[str, str] | None = None,
     draws: int,
-) -> Found:
+) -> SetResult:
     """Everything about one set. headline: the readings that stand for the reward. protocol: default, the set's own."""
     protocol = protocol or default_protocol(name)
 
-    def at(rule: str, reading: str, of: Judged = judged) -> Accuracy:
+    def at(rule: str, reading: str, of: PairScores = judged) -> Accuracy:
         return accuracy(of, rule, reading, draws=draws)
 
     without = {}
     if leak is not None and not leak.any.all():
         clean = subset(judged, ~leak.any)
         without = {reading: at(protocol, reading, clean) for reading in headline}
-    return Found(
+    return SetResult(
         name=name,
         judged=judged,
         protocol=protocol,
@@ -65,7 +65,7 @@ def look_at(
     )
 
 
-def subset(judged: Judged, kept: np.ndarray) -> Judged:
+def subset(judged: PairScores, kept: np.ndarray) -> PairScores:
     """The same scores with some of the pairs; kept (N,) bool."""
     columns = {
         name: vars(judged)[name][kept] for name in ("chosen", "rejected", "label", "caption", "group")
@@ -75,7 +75,7 @@ def subset(judged: Judged, kept: np.ndarray) -> Judged:
     return replace(judged, **columns, concept=concept)
 
 
-def section(found: Sequence[Found], headline: Sequence[str]) -> str:
+def section(found: Sequence[SetResult], headline: Sequence[str]) -> str:
     """Markdown: accuracy per noise level, under every protocol, beside others, and what leaked or was left out."""
     parts = [_levels(found), _protocols(found, headline)]
     if any(one.name in TEST_SETS for one in found):
@@ -85,7 +85,7 @@ def section(found: Sequence[Found], headline: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
-def _levels(found: Sequence[Found]) -> str:
+def _levels(found: Sequence[SetResult]) -> str:
     readings = list(dict.fromkeys(reading for one in found for reading in one.per_reading))
     lines = [
         "## Accuracy", "",
@@ -99,7 +99,7 @@ def _levels(found: Sequence[Found]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _protocols(found: Sequence[Found], headline: Sequence[str]) -> str:
+def _protocols(found: Sequence[SetResult], headline: Sequence[str]) -> str:
     used = [rule for rule in PROTOCOLS if any((rule, headline[0]) in one.per_protocol for one in found)]
     head = [f"{one.name} at {reading}" for one in found for reading in headline]
     lines = ["## The same scores under every protocol", "", f"| protocol | {' | '.join(head)} |"]
@@ -118,7 +118,7 @@ def _protocols(found: Sequence[Found], headline: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _beside(found: Sequence[Found], headline: Sequence[str]) -> str:
+def _beside(found: Sequence[SetResult], headline: Sequence[str]) -> str:
     public = [one for one in found if one.name in TEST_SETS]
 
     def rows(table: Sequence[Row]) -> list[str]:
@@ -143,7 +143,7 @@ def _beside(found: Sequence[Found], headline: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _leak(one: Found) -> str:
+def _leak(one: SetResult) -> str:
     leak, total = one.leak, len(one.judged.label)
     counts = {"prompt": leak.prompt, f"picture (compared by {leak.by})": leak.picture, "either": leak.any}
     told = ", ".join(f"{int(which.sum())} by {what}" for what, which in counts.items())
@@ -158,7 +158,7 @@ def _leak(one: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _faults(one: Found) -> str:
+def _faults(one: SetResult) -> str:
     lines = [f"## Left out, of {one.name}", "", f"{len(one.faults)} pictures have no score, nor have their pairs:", ""]
     shown = list(one.faults.items())[:10]
     lines += [f"- {name}: {fault}" for name, fault in shown]
@@ -167,7 +167,7 @@ def _faults(one: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
-def numbers(found: Sequence[Found]) -> dict[str, object]:
+def numbers(found: Sequence[SetResult]) -> dict[str, object]:
     """JSON-ready: set -> protocol, accuracies, leak, faults."""
     return {
         one.name: {
@@ -195,7 +195,7 @@ def _rounded(value: Accuracy) -> dict[str, float | int | None]:
     }
 
 
-def write_pairs(judged: Judged, path: Path) -> None:
+def write_pairs(judged: PairScores, path: Path) -> None:
     """One pair a line: prompt, both pictures, the raters' label for the first, both scores in every reading."""
     lines = []
     for row, (first, second) in enumerate(zip(judged.chosen.tolist(), judged.rejected.tolist(), strict=True)):
@@ -211,7 +211,7 @@ def write_pairs(judged: Judged, path: Path) -> None:
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def plot_levels(found: Sequence[Found], path: Path) -> None:
+def plot_levels(found: Sequence[SetResult], path: Path) -> None:
     """Accuracy against the level a reward is read at, with its interval; ensembles, and the paper's, as lines."""
     figure = Figure(figsize=(5 * len(found), 4.2), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]

@@ -14,8 +14,8 @@ from dinalrm_align.eval.ablation import (
 )
 from dinalrm_align.eval.ablation_config import ARMS, BASELINE, QUESTIONS, AblateRun
 from dinalrm_align.eval.inference import draw_groups, draw_readings, inference_section, noise_shares, variance_section
-from dinalrm_align.eval.judged import Judged, Reading
 from dinalrm_align.eval.report.intervals import Interval
+from dinalrm_align.eval.scores import NoiseLevels, PairScores
 from dinalrm_align.reward.config import RewardConfig
 
 SIGMAS = [0.0, 0.2, 0.4, 0.8]
@@ -26,13 +26,13 @@ PAIRS = 400
 def judged(rate, seed, *, names=None, spread=1.0):
     """400 pairs of as many captions; each reading is right for about `rate` of them."""
     rng = np.random.default_rng(seed)
-    names = names or [Reading.at(sigma).name for sigma in SIGMAS] + [Reading.at(*ENSEMBLE).name]
+    names = names or [NoiseLevels.at(sigma).name for sigma in SIGMAS] + [NoiseLevels.at(*ENSEMBLE).name]
     scores = {}
     for name in names:
         gap = np.where(rng.random(PAIRS) < rate, 1.0, -1.0) * spread
         scores[name] = np.stack([gap, np.zeros(PAIRS)], axis=1).flatten()
     rows = np.arange(PAIRS)
-    return Judged(scores, 2 * rows, 2 * rows + 1, np.ones(PAIRS, np.float32), rows)
+    return PairScores(scores, 2 * rows, 2 * rows + 1, np.ones(PAIRS, np.float32), rows)
 
 
 def evidence(**rates):
@@ -53,7 +53,7 @@ def test_accuracy_is_the_mean_over_seeds_and_captions():
 def test_accuracy_over_levels_is_the_mean_of_the_levels():
     """Two pairs: right at 0.2 are both, at 0.4 the first: (1 + 0.5) / 2."""
     scores = {"0.2": np.array([1.0, 0, 1, 0]), "0.4": np.array([1.0, 0, 0, 1])}
-    pairs = Judged(scores, np.array([0, 2]), np.array([1, 3]), np.ones(2, np.float32), np.arange(2))
+    pairs = PairScores(scores, np.array([0, 2]), np.array([1, 3]), np.ones(2, np.float32), np.arange(2))
     assert accuracy_over([0.2, 0.4])(pairs).tolist() == [1.0, 0.5]
 
 
@@ -75,7 +75,7 @@ def test_differences_are_paired_over_shared_seeds_and_equal_pairs():
     del found["fixed"][2]
     assert difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4)).seeds == 2
     other = found["fixed"][0]["set"]
-    found["fixed"][0]["set"] = Judged(other.scores, other.rejected, other.chosen, other.label, other.caption)
+    found["fixed"][0]["set"] = PairScores(other.scores, other.rejected, other.chosen, other.label, other.caption)
     with pytest.raises(ValueError, match="different pairs 'set', seed 0"):
         difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
     found["fixed"] = {7: found["fixed"][1]}
@@ -114,7 +114,7 @@ def test_one_seed_is_marked():
 
 
 def test_every_way_of_reading_that_was_taken_is_in_the_table():
-    readings = [Reading.at(sigma) for sigma in SIGMAS] + [Reading.at(*ENSEMBLE)] + draw_readings(4, ENSEMBLE)
+    readings = [NoiseLevels.at(sigma) for sigma in SIGMAS] + [NoiseLevels.at(*ENSEMBLE)] + draw_readings(4, ENSEMBLE)
     names = [reading.name for reading in dict.fromkeys(readings)]
     found = {BASELINE: {seed: {"set": judged(0.8, seed, names=names)} for seed in range(2)}}
     text = inference_section(found, BASELINE, ["set"], SIGMAS, [ENSEMBLE])
@@ -126,18 +126,18 @@ def test_every_way_of_reading_that_was_taken_is_in_the_table():
 
 def test_draws_are_grouped_without_overlap():
     assert draw_groups(2, 5) == [(0, 1), (2, 3)] and draw_groups(4, 3) == []
-    assert Reading((0.4, 0.4), (2, 3)) in draw_readings(4, ENSEMBLE)
+    assert NoiseLevels((0.4, 0.4), (2, 3)) in draw_readings(4, ENSEMBLE)
 
 
 def test_noise_share_is_one_over_k_for_independent_draws():
     """Scores: picture's own (variance 4) plus noise (variance 1): the share is 1/4 for one draw, 1/16 for four."""
     rng = np.random.default_rng(0)
     own = 2 * rng.standard_normal(20_000)
-    scores = {Reading.at(0.4, draw=draw).name: own + rng.standard_normal(own.size) for draw in range(8)}
+    scores = {NoiseLevels.at(0.4, draw=draw).name: own + rng.standard_normal(own.size) for draw in range(8)}
     for reading in draw_readings(8, ENSEMBLE):
         scores.setdefault(reading.name, own + rng.standard_normal(own.size))
     rows = np.arange(2)
-    pairs = Judged(scores, rows, rows + 1, np.ones(2, np.float32), rows)
+    pairs = PairScores(scores, rows, rows + 1, np.ones(2, np.float32), rows)
     shares = {(row.way, row.forwards): row.share for row in noise_shares([pairs], 8, ENSEMBLE)}
     for count in (1, 2, 4):
         assert shares["sigma 0.4, draws averaged", count] == pytest.approx(1 / 4 / count, rel=0.05)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.eval.calibration_report import reliabilities
 from dinalrm_align.eval.config import EvaluateRun
-from dinalrm_align.eval.judged import Reading, judge, load_judged
+from dinalrm_align.eval.scores import NoiseLevels, load_scores, score_pairs
 from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.latent import LatentReward
@@ -33,7 +33,7 @@ def kept():
     path = KEPT / "judged_heldout.safetensors"
     with safe_open(path, framework="np") as file:
         terms = json.loads(file.metadata()["terms"])
-    return load_judged(path, terms), terms, json.loads((KEPT / "evaluation.json").read_text())
+    return load_scores(path, terms), terms, json.loads((KEPT / "evaluation.json").read_text())
 
 
 def test_accuracy_and_calibration_follow_from_the_kept_scores(kept):
@@ -59,8 +59,8 @@ def test_the_shipped_reward_gives_the_kept_scores(kept, tmp_path):
     write_heldout_pairs(tmp_path / "pairs", pipeline, lists)
     model = LatentReward.from_pretrained(spec.reward, transformer=pipeline.transformer.requires_grad_(False)).model
     batches = LatentPairs(tmp_path / "pairs", batch_size=terms["batch_size"]).in_order()
-    reading = Reading.at(0.4)
-    again = judge(
+    reading = NoiseLevels.at(0.4)
+    again = score_pairs(
         lambda batch, level, noise: score_batch(model, batch, level, noise),
         batches, [reading], seed=terms["noise_seed"], title="drift",
     )  # fmt: skip

@@ -13,7 +13,6 @@ import torch
 from dinalrm_align import LatentReward
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.eval.pictures import heldout_pictures, pictures_of_pairs
 from dinalrm_align.eval.precision import (
     TOLERANCES,
     Scored,
@@ -25,6 +24,7 @@ from dinalrm_align.eval.precision import (
     score,
 )
 from dinalrm_align.eval.precision_config import PrecisionRun
+from dinalrm_align.eval.precision_images import heldout_images, images_of_pairs
 from dinalrm_align.flow.noise import add_noise
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.loss_config import LossConfig
@@ -43,7 +43,7 @@ def shipped_reward(dtype):
 
 @functools.cache
 def sample():
-    return heldout_pictures(SPEC, PICTURES, seed=1)
+    return heldout_images(SPEC, PICTURES, seed=1)
 
 
 @functools.cache
@@ -157,11 +157,11 @@ def test_pictures_come_from_pairs_too(tmp_path):
     with LatentPairsWriter(tmp_path / "pairs", PairManifest(1.0, 0.0, 14)) as writer:
         for number in range(3):
             writer.add(f"prompt {number}", torch.full((2, 4, 8, 8), float(number)).half(), **inputs)
-    found = pictures_of_pairs(str(tmp_path / "pairs"), 5, seed=0)
+    found = images_of_pairs(str(tmp_path / "pairs"), 5, seed=0)
     assert found.latents[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2] and found.latents.dtype == torch.float32
     assert found.noise.shape == (5, 4, 8, 8) and found.prompt_embeds.shape == (5, 5, 8)
     with pytest.raises(ValueError, match=r"got 6 pictures of sizes \[\(4, 8, 8\)\]; expected 7 of one size"):
-        pictures_of_pairs(str(tmp_path / "pairs"), 7, seed=0)
+        images_of_pairs(str(tmp_path / "pairs"), 7, seed=0)
 
 
 # ------------------------------------------------------------------------------------------------ what stays float32

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dinalrm_align.eval.judged import Judged
 from dinalrm_align.eval.protocols import accuracy
+from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import PROTOCOLS, TEST_SETS, check_protocol, default_protocol, protocols_of
 
 
@@ -15,7 +15,9 @@ def judged(scores, pairs, caption=None, group=None):
     first, second, label = (np.array(column) for column in zip(*pairs))
     caption = np.zeros(len(pairs), int) if caption is None else np.array(caption)
     group = caption if group is None else np.array(group)
-    return Judged({"s": np.array(scores, np.float32)}, first, second, label.astype(np.float32), caption, group=group)
+    return PairScores(
+        {"s": np.array(scores, np.float32)}, first, second, label.astype(np.float32), caption, group=group
+    )
 
 
 LISTS = judged(

@@ -17,11 +17,11 @@ from public_sets import (
     write_parquet,
 )
 
-from dinalrm_align.eval.judged import SINGLE, Reading
+from dinalrm_align.eval.image_scores import PIECE, Fit, draw_noise, score_image_set
 from dinalrm_align.eval.leakage import leaked, read_trained, trained_on
-from dinalrm_align.eval.picture_scores import PIECE, Fit, draw_noise, score_pictures
 from dinalrm_align.eval.pieces import Pieces
 from dinalrm_align.eval.protocols import accuracy
+from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels
 from dinalrm_align.eval.test_sets import open_test_set
 
 
@@ -31,7 +31,7 @@ def by_grey(pictures, prompts):
 
 def scored(judged, tmp_path, score=by_grey, *, batch_size=2, on_bad="refuse"):
     pieces = Pieces(tmp_path / "pieces", {"set": judged.digest()})
-    return score_pictures(score, judged, [SINGLE], batch_size=batch_size, on_bad=on_bad, title="", pieces=pieces)
+    return score_image_set(score, judged, [NO_NOISE], batch_size=batch_size, on_bad=on_bad, title="", pieces=pieces)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -191,7 +191,7 @@ def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
 
     from dinalrm_align import LatentReward
     from dinalrm_align.data.source import Encoders
-    from dinalrm_align.eval.picture_scores import picture_scorer
+    from dinalrm_align.eval.image_scores import image_scorer
     from dinalrm_align.models.pipeline import load_transformer
     from dinalrm_align.models.vae import encode_images
     from dinalrm_align.reward.registry import load_reward
@@ -202,8 +202,8 @@ def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((32, 32), (32, 48), (32, 32))]
     prompts, fit = ["red", "blue", "red"], Fit("area", 32, 32)
-    readings = [Reading.at(0.4), Reading.at(0.2, 0.7)]
-    found = picture_scorer(reward, encoders, fit, readings, 3)(pictures, prompts)
+    readings = [NoiseLevels.at(0.4), NoiseLevels.at(0.2, 0.7)]
+    found = image_scorer(reward, encoders, fit, readings, 3)(pictures, prompts)
     for row, (picture, prompt) in enumerate(zip(pictures, prompts)):
         latents = encode_images(encoders.vae, fit(picture)[None])
         noise = draw_noise([prompt], latents.shape[1:], 3, 0)
@@ -212,8 +212,8 @@ def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
             assert found[reading.name][row] == pytest.approx(expected.item(), abs=1e-5)
 
     text = f"dinalrm={tiny_world / 'dinalrm'} + 2*public_rewards:brightness"
-    both = picture_scorer(load_reward(text, transformer=transformer), encoders, fit, readings, 3)(pictures, prompts)
-    own = picture_scorer(reward, encoders, fit, [Reading.at(0.4)], 3)(pictures, prompts)["0.4"]  # the config's level
+    both = image_scorer(load_reward(text, transformer=transformer), encoders, fit, readings, 3)(pictures, prompts)
+    own = image_scorer(reward, encoders, fit, [NoiseLevels.at(0.4)], 3)(pictures, prompts)["0.4"]  # the config's level
     for row, picture in enumerate(pictures):
         bright = np.asarray(picture, np.float32).mean()
         assert both["score"][row] == pytest.approx(own[row] * 2 + 0.5 + 2 * bright, rel=1e-5)

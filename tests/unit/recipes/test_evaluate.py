@@ -130,7 +130,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(recipe, arguments, tmp_path, 
         return brightness
 
     sets = [] if own else [f"--judged={{hpdv3: {write_hpdv3(tmp_path / 'hpdv3')}}}"]
-    monkeypatch.setattr("dinalrm_align.eval.picture_scores.PIECE", 1)
+    monkeypatch.setattr("dinalrm_align.eval.image_scores.PIECE", 1)
     words = [*arguments, *sets, "--reward=public_rewards:brightness", "--gold=false", "--batch_size=2",
              "--bootstrap=100"]  # fmt: skip
     monkeypatch.setattr(public_rewards, "brightness", until(2))

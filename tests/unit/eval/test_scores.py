@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dinalrm_align.data.pairs import PairBatch
-from dinalrm_align.eval.judged import Judged, Reading, judge, load_judged, save_judged
+from dinalrm_align.eval.scores import NoiseLevels, PairScores, load_scores, save_scores, score_pairs
 
 TERMS = {"noise_seed": 0}
 
@@ -34,14 +34,14 @@ def mean_of_noise(batch, sigmas, noise):
 
 
 def test_reading_names():
-    assert Reading.at(0.4).name == "0.4"
-    assert Reading.at(0.2, 0.5).name == "0.2+0.5"
-    assert Reading.at(0.4, draw=3).name == "0.4@3"
-    assert Reading((0.4, 0.4), (0, 1)).name == "0.4+0.4@0,1"
+    assert NoiseLevels.at(0.4).name == "0.4"
+    assert NoiseLevels.at(0.2, 0.5).name == "0.2+0.5"
+    assert NoiseLevels.at(0.4, draw=3).name == "0.4@3"
+    assert NoiseLevels((0.4, 0.4), (0, 1)).name == "0.4+0.4@0,1"
 
 
 def test_pairs_of_several_batches_are_numbered_on():
-    judged = judge(lambda b, s, n: b.latents.mean(dim=(1, 2, 3)), [batch(2), batch(1)], [Reading.at(0.4)],
+    judged = score_pairs(lambda b, s, n: b.latents.mean(dim=(1, 2, 3)), [batch(2), batch(1)], [NoiseLevels.at(0.4)],
                    seed=0, title="")  # fmt: skip
     assert judged.chosen.tolist() == [0, 2, 3, 5, 6, 8]
     assert judged.rejected.tolist() == [1, 1, 4, 4, 7, 7]
@@ -51,25 +51,25 @@ def test_pairs_of_several_batches_are_numbered_on():
 
 def test_groups_of_one_caption_are_one_caption():
     batches = [batch(2, prompts=("a", "b")), batch(1, prompts=("a",))]
-    judged = judge(mean_of_noise, batches, [Reading.at(0.4)], seed=0, title="")
+    judged = score_pairs(mean_of_noise, batches, [NoiseLevels.at(0.4)], seed=0, title="")
     assert judged.caption.tolist() == [0, 0, 1, 1, 0, 0] and judged.size == "6 pairs of 2 captions"
 
 
 def test_noise_is_shared_by_a_group_and_by_levels_and_draws_differ():
-    readings = [Reading.at(1.0), Reading.at(0.5), Reading.at(1.0, draw=1), Reading((1.0, 1.0), (0, 1))]
-    judged = judge(mean_of_noise, [batch(2), batch(2)], readings, seed=3, title="")
+    readings = [NoiseLevels.at(1.0), NoiseLevels.at(0.5), NoiseLevels.at(1.0, draw=1), NoiseLevels((1.0, 1.0), (0, 1))]
+    judged = score_pairs(mean_of_noise, [batch(2), batch(2)], readings, seed=3, title="")
     first, half, second, both = (judged.score(reading.name) for reading in readings)
     assert np.array_equal(first[:3], np.repeat(first[0], 3)) and first[0] != first[3]
     assert not np.allclose(first[:6], first[6:])  # another batch, another draw
     np.testing.assert_allclose(half, first / 2)
     assert not np.allclose(first, second)
     np.testing.assert_allclose(both, first + second, rtol=1e-6)
-    again = judge(mean_of_noise, [batch(2), batch(2)], readings[2:3], seed=3, title="")
+    again = score_pairs(mean_of_noise, [batch(2), batch(2)], readings[2:3], seed=3, title="")
     assert np.array_equal(again.score("1@1"), second)  # whatever else is asked for
 
 
 def test_correct_counts_ties_of_scores_as_errors_and_leaves_out_ties_of_raters():
-    judged = Judged(
+    judged = PairScores(
         {"a": np.array([1.0, 1.0, 2.0], np.float32), "b": np.array([3.0, 0.0, 0.0], np.float32)},
         chosen=np.array([0, 2, 0, 2]),
         rejected=np.array([1, 1, 2, 1]),
@@ -83,9 +83,11 @@ def test_correct_counts_ties_of_scores_as_errors_and_leaves_out_ties_of_raters()
 
 
 def test_scores_come_back_from_the_file(tmp_path):
-    judged = judge(mean_of_noise, [batch(2, concept="size")], [Reading.at(0.4), Reading.at(0.2, 0.5)], seed=0, title="")
-    save_judged(judged, tmp_path / "a.safetensors", TERMS)
-    back = load_judged(tmp_path / "a.safetensors", TERMS)
+    judged = score_pairs(
+        mean_of_noise, [batch(2, concept="size")], [NoiseLevels.at(0.4), NoiseLevels.at(0.2, 0.5)], seed=0, title=""
+    )
+    save_scores(judged, tmp_path / "a.safetensors", TERMS)
+    back = load_scores(tmp_path / "a.safetensors", TERMS)
     assert back.concept == judged.concept == ("size",) * 4
     assert back.same_pairs(judged) and [*back.scores] == ["0.4", "0.2+0.5"]
     assert all(np.array_equal(back.scores[name], judged.scores[name]) for name in judged.scores)
@@ -94,14 +96,20 @@ def test_scores_come_back_from_the_file(tmp_path):
 
 def test_a_file_on_other_terms_or_damaged_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_judged(judge(mean_of_noise, [batch()], [Reading.at(0.4)], seed=0, title=""), path, TERMS)
+    save_scores(score_pairs(mean_of_noise, [batch()], [NoiseLevels.at(0.4)], seed=0, title=""), path, TERMS)
     with pytest.raises(ValueError, match="judged on other terms"):
-        load_judged(path, {"noise_seed": 1})
+        load_scores(path, {"noise_seed": 1})
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match="is damaged"):
-        load_judged(path, TERMS)
+        load_scores(path, TERMS)
 
 
 def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="scores at 0.4 are NaN or infinite"):
-        judge(lambda b, s, n: torch.full((len(b.latents),), torch.nan), [batch()], [Reading.at(0.4)], seed=0, title="x")
+        score_pairs(
+            lambda b, s, n: torch.full((len(b.latents),), torch.nan),
+            [batch()],
+            [NoiseLevels.at(0.4)],
+            seed=0,
+            title="x",
+        )

@@ -28,14 +28,14 @@ NAMES = ("prompts", "pictures")
 
 
 @dataclass(frozen=True, order=True)
-class Reading:
+class NoiseLevels:
     """One way to take a score: at each of `sigmas`, all joined as tokens, with the noise draw of that number."""
 
     sigmas: tuple[float, ...]
     draws: tuple[int, ...]
 
     @classmethod
-    def at(cls, *sigmas: float, draw: int = 0) -> Reading:
+    def at(cls, *sigmas: float, draw: int = 0) -> NoiseLevels:
         """One level, or an ensemble of several, with one draw of noise."""
         return cls(sigmas, (draw,) * len(sigmas))
 
@@ -49,7 +49,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Judged:
+class PairScores:
     """Scores of the pictures of a set of pairs.
 
     Args:
@@ -96,7 +96,7 @@ class Judged:
         preferred = np.sign(self.label - 0.5)
         return np.where(preferred == 0, np.nan, self.gap(*names) * preferred > 0)
 
-    def same_pairs(self, other: Judged) -> bool:
+    def same_pairs(self, other: PairScores) -> bool:
         """Whether both judge the same pairs, in the same order."""
         ours, theirs = vars(self), vars(other)
         return all(np.array_equal(ours[name], theirs[name]) for name in PAIR_COLUMNS)
@@ -106,20 +106,20 @@ Score = Callable[[PairBatch, tuple[float, ...], Tensor], Tensor]
 """(batch of M pictures, K sigmas, noise (K, M, C, H, W)) -> (M,) raw scores, all sigmas joined."""
 
 
-SINGLE = Reading((), ())
+NO_NOISE = NoiseLevels((), ())
 """The one way to read a reward that draws no noise."""
 
 
 @torch.no_grad()
-def judge(
+def score_pairs(
     score: Score,
     batches: Sequence[PairBatch],
-    readings: Iterable[Reading],
+    readings: Iterable[NoiseLevels],
     *,
     seed: int,
     title: str,
     pieces: Pieces | None = None,
-) -> Judged:
+) -> PairScores:
     """Score all pictures of `batches` in every way asked for; a progress bar is called `title`.
 
     Noise draw number d of a batch depends on (seed, its index, d) alone, so that rewards are compared on equal noise.
@@ -153,11 +153,11 @@ def judge(
     if concepts and len(concepts) != len(pairs["chosen"]):
         raise ValueError(f"{title}: {len(concepts)} of {len(pairs['chosen'])} pairs name a concept, not all")
     taken = {reading.name: row for reading, row in zip(readings, scores, strict=True)}
-    return Judged(taken, **pairs, concept=tuple(concepts) or None, prompts=tuple(captions) if named else None)
+    return PairScores(taken, **pairs, concept=tuple(concepts) or None, prompts=tuple(captions) if named else None)
 
 
 def _judge_batch(
-    score: Score, batch: PairBatch, readings: Sequence[Reading], seed: int, index: int
+    score: Score, batch: PairBatch, readings: Sequence[NoiseLevels], seed: int, index: int
 ) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     """scores (R, M) and the columns of the pairs, rows counted from 0; and what is not a number."""
     numbers = {draw for reading in readings for draw in reading.draws}
@@ -176,15 +176,15 @@ def _judge_batch(
     return arrays, {name: list(value) if isinstance(value, tuple) else value for name, value in words.items()}
 
 
-def _check_finite(arrays: dict[str, np.ndarray], readings: Sequence[Reading], title: str) -> None:
+def _check_finite(arrays: dict[str, np.ndarray], readings: Sequence[NoiseLevels], title: str) -> None:
     rows = zip(readings, arrays["scores"], strict=True)
     broken = [reading.name for reading, row in rows if not np.isfinite(row).all()]
     if broken:
         raise ValueError(f"{title}: scores at {', '.join(broken)} are NaN or infinite; look at weights and latents")
 
 
-def save_judged(judged: Judged, path: Path, terms: dict[str, object]) -> None:
-    """Write one safetensors file, under a temporary name at first. terms: JSON-ready; `load_judged` compares them."""
+def save_scores(judged: PairScores, path: Path, terms: dict[str, object]) -> None:
+    """Write one safetensors file, under a temporary name at first. terms: JSON-ready; `load_scores` compares them."""
     names = sorted(set(judged.concept or ()))
     tensors = {"scores": torch.from_numpy(np.stack(list(judged.scores.values())))}
     tensors |= {name: torch.from_numpy(vars(judged)[name]) for name in PAIR_COLUMNS}
@@ -200,8 +200,8 @@ def save_judged(judged: Judged, path: Path, terms: dict[str, object]) -> None:
     os.replace(temporary, path)
 
 
-def load_judged(path: Path, terms: dict[str, object]) -> Judged:
-    """Read what `save_judged` wrote; ValueError when the file is damaged or was written on other terms."""
+def load_scores(path: Path, terms: dict[str, object]) -> PairScores:
+    """Read what `save_scores` wrote; ValueError when the file is damaged or was written on other terms."""
     try:
         with safe_open(path, framework="np") as file:
             about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
@@ -217,4 +217,4 @@ def load_judged(path: Path, terms: dict[str, object]) -> Judged:
     concept = columns.pop("concept", None)
     names = None if concept is None else tuple(about["concepts"][number] for number in concept)
     texts = {name: tuple(about[name]) for name in NAMES if name in about}
-    return Judged(scores, **columns, concept=names, **texts)
+    return PairScores(scores, **columns, concept=names, **texts)

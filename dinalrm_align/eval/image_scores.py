@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dinalrm_align.data.source import Encoders
-from dinalrm_align.eval.judged import SINGLE, Judged, Reading
 from dinalrm_align.eval.pieces import Pieces
+from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores
 from dinalrm_align.eval.test_sets import PictureSet
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.images import image_tensor, open_image
@@ -31,7 +31,7 @@ PIECE = 8
 MULTIPLE = 16
 """Sides that SD3's VAE and patches divide."""
 
-ScorePictures = Callable[[Sequence[Image.Image], Sequence[str]], Mapping[str, np.ndarray]]
+ImageScorer = Callable[[Sequence[Image.Image], Sequence[str]], Mapping[str, np.ndarray]]
 """(B pictures of any sizes, B prompts) -> reading's name -> (B,) scores."""
 
 
@@ -56,9 +56,9 @@ class Fit:
         return image_tensor([fitted])[0]
 
 
-def picture_scorer(
-    reward: Part | RewardSum, encoders: Encoders, fit: Fit, readings: Sequence[Reading], seed: int
-) -> ScorePictures:
+def image_scorer(
+    reward: Part | RewardSum, encoders: Encoders, fit: Fit, readings: Sequence[NoiseLevels], seed: int
+) -> ImageScorer:
     """What scores pictures with a reward. A latent reward encodes the fitted picture once and gives its raw score in
     each of `readings`; a reward over pictures sees the picture itself; a sum adds up its parts, latent ones with their
     own scale at their own level, and has one reading, as rewards over pictures have.
@@ -76,24 +76,24 @@ def picture_scorer(
         parts = {name: _part(part, encoders, fit, seed) for name, part in named}
 
         def add_up(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-            scores = {name: part(pictures, prompts)[SINGLE.name] for name, part in parts.items()}
-            return {SINGLE.name: sum(reward.weights[name] * score for name, score in scores.items())}
+            scores = {name: part(pictures, prompts)[NO_NOISE.name] for name, part in parts.items()}
+            return {NO_NOISE.name: sum(reward.weights[name] * score for name, score in scores.items())}
 
         return add_up
-    return lambda pictures, prompts: {SINGLE.name: reward.score_images(list(pictures), list(prompts)).cpu().numpy()}
+    return lambda pictures, prompts: {NO_NOISE.name: reward.score_images(list(pictures), list(prompts)).cpu().numpy()}
 
 
-def _part(part: Part, encoders: Encoders, fit: Fit, seed: int) -> ScorePictures:
+def _part(part: Part, encoders: Encoders, fit: Fit, seed: int) -> ImageScorer:
     """A part of a sum, read in its one way."""
     if not isinstance(part, LatentReward):
-        return picture_scorer(part, encoders, fit, [SINGLE], seed)
+        return image_scorer(part, encoders, fit, [NO_NOISE], seed)
     config = part.config
     level = config.sigma if config.image_sigma is None else config.image_sigma
-    reading = Reading.at(*(level if isinstance(level, Sequence) else [level]))
-    raw = picture_scorer(part, encoders, fit, [reading], seed)
+    reading = NoiseLevels.at(*(level if isinstance(level, Sequence) else [level]))
+    raw = image_scorer(part, encoders, fit, [reading], seed)
 
     def scaled(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        return {SINGLE.name: raw(pictures, prompts)[reading.name] * config.score_scale + config.score_bias}
+        return {NO_NOISE.name: raw(pictures, prompts)[reading.name] * config.score_scale + config.score_bias}
 
     return scaled
 
@@ -103,7 +103,7 @@ def _score_latent(
     reward: LatentReward,
     encoders: Encoders,
     fit: Fit,
-    readings: Sequence[Reading],
+    readings: Sequence[NoiseLevels],
     seed: int,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
@@ -131,16 +131,16 @@ def draw_noise(prompts: Sequence[str], shape: Sequence[int], seed: int, draw: in
     return torch.stack([drawn[key] for key in keys])
 
 
-def score_pictures(
-    score: ScorePictures,
+def score_image_set(
+    score: ImageScorer,
     judged: PictureSet,
-    readings: Sequence[Reading],
+    readings: Sequence[NoiseLevels],
     *,
     batch_size: int,
     on_bad: Literal["refuse", "skip"],
     title: str,
     pieces: Pieces,
-) -> tuple[Judged, dict[str, str]]:
+) -> tuple[PairScores, dict[str, str]]:
     """Score every picture of the set and put the scores to its pairs; and name -> fault of pictures without a score.
 
     on_bad: what becomes of a picture that is missing or cannot be read: ValueError with its name, or its pairs are left
@@ -172,7 +172,7 @@ def score_pictures(
 
 
 def _score_piece(
-    score: ScorePictures,
+    score: ImageScorer,
     judged: PictureSet,
     rows: Sequence[int],
     names: Sequence[str],
@@ -205,7 +205,7 @@ def _score_piece(
     return {"scores": scores}, faults
 
 
-def _to_pairs(judged: PictureSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> Judged:
+def _to_pairs(judged: PictureSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
     """The pairs whose pictures both have scores."""
     there = np.isfinite(next(iter(scores.values())))
     kept = there[judged.chosen] & there[judged.rejected]
@@ -214,7 +214,7 @@ def _to_pairs(judged: PictureSet, scores: dict[str, np.ndarray], faults: Mapping
         raise ValueError(f"{judged.name}: none of {len(kept)} pairs has both its pictures ({fault})")
     prompts: dict[str, int] = {}
     caption = np.array([prompts.setdefault(judged.pictures[row].prompt, len(prompts)) for row in judged.chosen])
-    return Judged(
+    return PairScores(
         scores,
         chosen=judged.chosen[kept],
         rejected=judged.rejected[kept],

@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from dinalrm_align.data.source import Encoders, open_pairs
-from dinalrm_align.eval.judged import SINGLE, Judged, Reading, Score, judge, load_judged, save_judged
-from dinalrm_align.eval.picture_scores import Fit, picture_scorer, score_pictures
+from dinalrm_align.eval.image_scores import Fit, image_scorer, score_image_set
 from dinalrm_align.eval.pieces import Pieces
+from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores, Score, load_scores, save_scores, score_pairs
 from dinalrm_align.eval.test_sets import PictureSet, open_test_set
 from dinalrm_align.eval.test_sets_config import TEST_SETS
 from dinalrm_align.flow.noise import seeded_generator
@@ -61,13 +61,13 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """What all rewards that are compared are judged with.
 
     sets: name -> pairs: a directory of latents, a jsonl, or where a public test set lies. transformer: frozen, whose
     weights latent rewards share; None where none is judged. encoders, size: for pictures, at that (height, width).
     batch_size: groups of latents, or pictures, at once; with noise_seed it settles the noise of latents. fit, on_bad:
-    of pictures (`picture_scores`). pictures: the sets that are pictures, as `picture_sets` opens them.
+    of pictures (`picture_scores`). pictures: the sets that are pictures, as `image_sets` opens them.
     """
 
     sets: Mapping[str, str]
@@ -81,8 +81,13 @@ class Judge:
     pictures: Mapping[str, PictureSet] = field(default_factory=dict)
 
     def __call__(
-        self, reward: Candidate | str | Path, readings: Mapping[str, Sequence[Reading]], directory: Path, *, title: str
-    ) -> dict[str, Judged]:
+        self,
+        reward: Candidate | str | Path,
+        readings: Mapping[str, Sequence[NoiseLevels]],
+        directory: Path,
+        *,
+        title: str,
+    ) -> dict[str, PairScores]:
         """The scores of `reward` on every set, name -> scores, read in the ways of `readings[name]`; one that is no
         latent reward has one reading, "score". A text or path is a latent reward's checkpoint.
 
@@ -92,13 +97,13 @@ class Judge:
         if not isinstance(reward, Candidate):
             reward = Candidate.from_checkpoint(reward, self.transformer)
         return {
-            name: self._judged(name, reward, readings[name] if reward.latent else [SINGLE], directory, title)
+            name: self._judged(name, reward, readings[name] if reward.latent else [NO_NOISE], directory, title)
             for name in self.sets
         }
 
     def _judged(
-        self, name: str, candidate: Candidate, readings: Sequence[Reading], directory: Path, title: str
-    ) -> Judged:
+        self, name: str, candidate: Candidate, readings: Sequence[NoiseLevels], directory: Path, title: str
+    ) -> PairScores:
         names = sorted({reading.name for reading in readings})
         terms: dict[str, object] = {
             "reward": candidate.identity, "readings": names, "noise_seed": self.noise_seed,
@@ -106,15 +111,15 @@ class Judge:
         }  # fmt: skip
         if name in self.pictures:
             terms |= {"set": self.pictures[name].digest(), "size": list(self.size), "fit": self.fit}
-        path, faults = judged_file(directory, name), faults_file(directory, name)
+        path, faults = scores_file(directory, name), faults_file(directory, name)
         if not path.exists():
             pieces = Pieces(directory / f"judged_{name}.pieces", terms)
             readings = list(dict.fromkeys(readings))
             if name in self.pictures:
-                score = picture_scorer(
+                score = image_scorer(
                     candidate.load(), self.encoders, Fit(self.fit, *self.size), readings, self.noise_seed
                 )
-                scores, found = score_pictures(
+                scores, found = score_image_set(
                     score, self.pictures[name], readings, batch_size=self.batch_size, on_bad=self.on_bad,
                     title=f"{title}: {name}", pieces=pieces,
                 )  # fmt: skip
@@ -122,12 +127,14 @@ class Judge:
             else:
                 score, config = self._score_latents(candidate.load())
                 batches = self._batches(name, config)
-                scores = judge(score, batches, readings, seed=self.noise_seed, title=f"{title}: {name}", pieces=pieces)
-            save_judged(scores, path, terms)
+                scores = score_pairs(
+                    score, batches, readings, seed=self.noise_seed, title=f"{title}: {name}", pieces=pieces
+                )
+            save_scores(scores, path, terms)
             pieces.discard()
         if self.on_bad == "refuse" and faults.exists() and read_json(faults):
             raise ValueError(f"{faults}: pictures were left out when these scores were taken; allow it: --on_bad skip")
-        return load_judged(path, terms)
+        return load_scores(path, terms)
 
     def _score_latents(self, reward: Part | RewardSum) -> tuple[Score, RewardConfig | None]:
         """What scores a batch of latents with a reward, and the config that says how those must have been made."""
@@ -161,15 +168,15 @@ class Judge:
         for name in self.sets.keys() - self.pictures.keys():
             batches = self._batches(name, config)
             if len(batches) and batches[0].prompts is not None:
-                one = judge(
+                one = score_pairs(
                     lambda batch, level, noise: gold(decode(batch.latents), [batch.prompts[g] for g in batch.group]),
-                    batches, [SINGLE], seed=self.noise_seed, title=f"gold: {name}",
+                    batches, [NO_NOISE], seed=self.noise_seed, title=f"gold: {name}",
                 )  # fmt: skip
-                found[name] = float(np.nanmean(one.correct(SINGLE.name)))
+                found[name] = float(np.nanmean(one.correct(NO_NOISE.name)))
         return {name: found[name] for name in self.sets if name in found}
 
 
-def picture_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> dict[str, PictureSet]:
+def image_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> dict[str, PictureSet]:
     """Those of name -> path that are pictures: a public test set by its name, or a jsonl. unpack_to, and what is
     raised: see `open_test_set`.
     """
@@ -177,7 +184,7 @@ def picture_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> dict
     return {name: open_test_set(name, path, unpack_to=unpack_to) for name, path in of_pictures.items()}
 
 
-def judged_file(directory: Path, name: str) -> Path:
+def scores_file(directory: Path, name: str) -> Path:
     """Where the scores on the set of that name are kept."""
     return directory / f"judged_{name}.safetensors"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dinalrm_align.data.pairs import PairBatch
-from dinalrm_align.eval.pairwise import OVERALL, Tally, merge, metrics, pairwise_tallies, write_report
+from dinalrm_align.eval.accuracy import OVERALL, Tally, merge, metrics, pairwise_tallies, write_report
 
 
 def batch(label=(1.0, 1.0, 0.0, 0.5), value=0.0):

@@ -28,7 +28,7 @@ class Sample:
         return Sample(**{name: tensor[part] for name, tensor in vars(self).items()})
 
 
-def heldout_pictures(spec: ModelSpec, count: int, seed: int) -> Sample:
+def heldout_images(spec: ModelSpec, count: int, seed: int) -> Sample:
     """Renders of `count` held-out captions of the embedded world, encoded by its own networks in float32."""
     rng = np.random.default_rng(seed)
     scenes = draw_scenes(count, rng, held_out=True)
@@ -38,7 +38,7 @@ def heldout_pictures(spec: ModelSpec, count: int, seed: int) -> Sample:
     return Sample(latents, _noise(latents, seed), *encoder([scene.caption for scene in scenes]))
 
 
-def pictures_of_pairs(directory: str, count: int, seed: int) -> Sample:
+def images_of_pairs(directory: str, count: int, seed: int) -> Sample:
     """The first pictures of a directory of latent pairs; ValueError when they are fewer or of several sizes."""
     batches, parts = LatentPairs(directory, batch_size=32).in_order(), []
     for index in range(len(batches)):
