@@ -19,7 +19,7 @@ from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.specs import MODELS
-from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.reward.loss_config import LossConfig
 from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import build_reward_model
@@ -42,11 +42,11 @@ known = PromptEncoder(pipeline, text_length=spec.text_length)
 def pairs_of(size: int) -> PairBatch:
     """Groups of `size` pictures and all their pairs, text from the cache."""
     group = torch.arange(PICTURES) // size
-    embeds, pooled = (part[group] for part in known(prompts[: PICTURES // size]))
+    conditions = Conditions.encode(known, prompts[: PICTURES // size]).take(group.tolist())
     lists = [range(first, first + size) for first in range(0, PICTURES, size)]
     pairs = [pair for pictures in lists for pair in itertools.combinations(pictures, 2)]
     chosen, rejected = torch.tensor(pairs).T
-    return PairBatch(latents, embeds, pooled, chosen, rejected, torch.ones(len(pairs)), group)
+    return PairBatch(latents, conditions, chosen, rejected, torch.ones(len(pairs)), group)
 
 
 def beforehand(size: int) -> torch.Tensor:

@@ -63,22 +63,23 @@ def measure(run: LoadingRun, text: str) -> None:
             pair = [load_latent(found[name], name) for name in ("latent1", "latent2")]
             yield 1, sum(latent.nbytes for latent in pair)
 
-    def batches(batch_at: Callable, count: int, stored: Sequence[str]) -> Iterator[tuple[int, int]]:
+    def batches(batch_at: Callable, count: int, *, text: bool) -> Iterator[tuple[int, int]]:
         for step in range(count):
             batch = batch_at(step)
-            yield batch.num_groups, sum(vars(batch)[name].nbytes for name in stored)
+            stored = [batch.conditions.prompt_embeds, batch.conditions.pooled_prompt_embeds] if text else []
+            yield batch.num_groups, sum(tensor.nbytes for tensor in [batch.latents, *stored])
 
     def decoded_once() -> Iterator[tuple[int, int]]:
         manifest = LatentPairs(made / "prepared", batch_size=run.batch_size).manifest
         pairs = ReleasedPairs(
             made / "released", encode_prompts=at_hand, manifest=manifest, batch_size=run.batch_size, seed=run.seed
         )
-        yield from batches(pairs.batch_at, len(pairs), ["latents"])
+        yield from batches(pairs.batch_at, len(pairs), text=False)
 
     def shards(ahead: int) -> Iterator[tuple[int, int]]:
         pairs = LatentPairs(made / "prepared", batch_size=run.batch_size, seed=run.seed)
         with Prefetched(pairs.batch_at, ahead=ahead) as batch_at:
-            yield from batches(batch_at, len(pairs), ["latents", "prompt_embeds", "pooled_prompt_embeds"])
+            yield from batches(batch_at, len(pairs), text=True)
 
     ways = {
         "released: a row group per pair": released_way,

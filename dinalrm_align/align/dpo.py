@@ -185,15 +185,9 @@ class OfflineDpo:
 
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss, differentiable in the policy's LoRA, and what to record (`preference_step`)."""
-        velocity = self.velocity_for(conditions_of(batch.pairs), self.config.loss_guidance_scale)
+        velocity = self.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
         with self.meter.phase("policy"):
             return preference_step(velocity, without_gradient(velocity, self.policy.reference), batch, self.config.beta)
-
-
-def conditions_of(pairs: PairBatch) -> Conditions:
-    """What each of the M pictures is conditioned on; prompts that nobody kept are empty."""
-    prompts = [""] * len(pairs.latents) if pairs.prompts is None else [pairs.prompts[g] for g in pairs.group.tolist()]
-    return Conditions(prompts, pairs.prompt_embeds, pairs.pooled_prompt_embeds)
 
 
 @dataclass
@@ -249,17 +243,7 @@ class OnlineDpo:
         )  # fmt: skip
         best, worst = best_and_worst(score)
         rows = torch.arange(len(indices))
-        conditions = self.conditions.take([*indices, *indices], device)
-        pairs = PairBatch(
-            latents=torch.cat([latents[rows, best], latents[rows, worst]]),
-            prompt_embeds=conditions.prompt_embeds,
-            pooled_prompt_embeds=conditions.pooled_prompt_embeds,
-            chosen=rows.to(device),
-            rejected=(rows + len(rows)).to(device),
-            label=torch.ones(len(rows), device=device),
-            group=rows.repeat(2).to(device),
-            prompts=tuple(conditions.prompts[: len(rows)]),
-        )
+        pairs = PairBatch.plain(latents[rows, best], latents[rows, worst], self.conditions.take(indices, device))
         metrics = {
             "reward": float(score.mean()),
             "reward_best": float(score.amax(dim=1).mean()),
@@ -270,7 +254,7 @@ class OnlineDpo:
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss, differentiable in the policy's LoRA, and what to record (`preference_step`, and the rewards of all
         samples, of the best and of the worst)."""
-        velocity = self.velocity_for(conditions_of(batch.pairs), self.config.loss_guidance_scale)
+        velocity = self.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
         with self.meter.phase("policy"):
             return preference_step(velocity, without_gradient(velocity, self.reference), batch, self.config.beta)
 

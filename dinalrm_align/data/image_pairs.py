@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
 from dinalrm_align.models.images import open_image
-from dinalrm_align.models.text import MAX_CHARACTERS
+from dinalrm_align.models.text import MAX_CHARACTERS, Conditions
 from dinalrm_align.train.durable import file_digest
 from dinalrm_align.train.files import parse_json, read_text
 
@@ -97,19 +97,12 @@ class ImagePairs:
         records = [self._records[row] for row in rows]
         paths = [record["chosen"] for record in records] + [record["rejected"] for record in records]
         latents = self._encode_images(torch.stack([load_picture(path, self.height, self.width) for path in paths]))
-        prompt_embeds, pooled_prompt_embeds = self._encode_prompts([record["prompt"] for record in records])
-        pairs, device = len(records), latents.device
-        concepts = [record["concept"] for record in records]
-        return PairBatch(
-            latents=latents,
-            prompt_embeds=prompt_embeds.repeat(2, 1, 1),
-            pooled_prompt_embeds=pooled_prompt_embeds.repeat(2, 1),
-            chosen=torch.arange(pairs, device=device),
-            rejected=torch.arange(pairs, 2 * pairs, device=device),
-            label=torch.tensor([record["label"] for record in records], device=device),
-            group=torch.arange(pairs, device=device).repeat(2),
+        prompts, concepts = ([record[key] for record in records] for key in ("prompt", "concept"))
+        return PairBatch.plain(
+            *latents.chunk(2),
+            Conditions(prompts, *self._encode_prompts(prompts)),
+            label=[record["label"] for record in records],
             concepts=None if None in concepts else tuple(concepts),
-            prompts=tuple(record["prompt"] for record in records),
         )
 
 

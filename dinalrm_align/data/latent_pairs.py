@@ -39,7 +39,7 @@ from dinalrm_align.data.shards import (
     read_index,
     read_prompt_list,
 )
-from dinalrm_align.models.text import check_prompts
+from dinalrm_align.models.text import Conditions, check_prompts
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.durable import file_digest
 from dinalrm_align.train.files import make_folder
@@ -156,11 +156,11 @@ class LatentPairs:
             columns[name] = columns[name].astype(np.int64) + first_picture
         return PairBatch(
             latents=torch.cat(latents),
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
+            conditions=Conditions(
+                [self.prompts[prompt] for prompt in np.repeat(rows["prompt"], counts)], embeds, pooled
+            ),
             group=group,
             concepts=tuple(self.concepts[i] for i in concept.tolist()) if (concept >= 0).all() else None,
-            prompts=tuple(self.prompts[prompt] for prompt in rows["prompt"].tolist()),
             **{name: torch.from_numpy(column) for name, column in columns.items()},
         )
 
@@ -226,10 +226,10 @@ class LatentPairsWriter:
         if self._text_sizes not in (None, sizes):
             raise ValueError(f"embeddings of {prompt!r:.60} have shapes {sizes}; those before {self._text_sizes}")
         self._text_sizes = sizes
+        embeds, pooled = (part.expand(len(latents), *part.shape) for part in (prompt_embeds, pooled_prompt_embeds))
         PairBatch(
             latents,
-            prompt_embeds.expand(len(latents), *prompt_embeds.shape),
-            pooled_prompt_embeds.expand(len(latents), *pooled_prompt_embeds.shape),
+            Conditions([prompt] * len(latents), embeds, pooled),
             torch.tensor(chosen),
             torch.tensor(rejected),
             torch.ones(len(chosen)) if label is None else torch.tensor(label, dtype=torch.float32),

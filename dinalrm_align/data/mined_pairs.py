@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
 from dinalrm_align.data.parquet import parquet_module
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.durable import write_atomically
 from dinalrm_align.train.files import make_folder, read_json, reading
@@ -204,17 +205,8 @@ class MinedPairs:
         if len(shapes) != 1:
             raise ValueError(f"{self.path}: pairs of a batch have tensors of shapes {sorted(shapes)[:2]}; expected one")
         chosen, rejected, embeds, pooled = (torch.stack(tensors) for tensors in zip(*columns, strict=True))
-        pairs = len(rows)
-        return PairBatch(
-            latents=torch.cat([chosen, rejected]),
-            prompt_embeds=embeds.repeat(2, 1, 1),
-            pooled_prompt_embeds=pooled.repeat(2, 1),
-            chosen=torch.arange(pairs),
-            rejected=torch.arange(pairs, 2 * pairs),
-            label=torch.ones(pairs),
-            group=torch.arange(pairs).repeat(2),
-            prompts=tuple(self.prompts[row] for row in rows),
-        )
+        conditions = Conditions([self.prompts[row] for row in rows], embeds, pooled)
+        return PairBatch.plain(chosen, rejected, conditions)
 
     def _read_row(self, path: Path, group: int, offset: int) -> list[Tensor]:
         parquet = parquet_module()

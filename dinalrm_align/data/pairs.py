@@ -7,16 +7,16 @@ prompt, and in training their noise and noise level. Latents are scaled, `(z - s
 
 import copy
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinalrm_align.data.weight_sample import WeightSample
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.settings import check_fields, check_integer
 
 
@@ -26,25 +26,46 @@ class PairBatch:
 
     Args:
         latents: (M, C, H, W), scaled.
-        prompt_embeds: (M, L, D), one per picture.
-        pooled_prompt_embeds: (M, P).
+        conditions: M prompts and their embeddings, one per image; a prompt whose text is not known is "".
         chosen: (N,) int64, row of the preferred picture of each pair.
         rejected: (N,) int64, row of the other one; of the same group.
         label: (N,) float32 in [0, 1], the probability that a rater prefers `chosen`; 1 is a hard label.
         group: (M,) int64 in [0, G), which pictures share prompt, noise and sigma.
+        num_groups: G.
         concepts: N names of what the pairs differ in, for evaluation; None where nobody knows.
-        prompts: G prompts as text, for rewards that do not read the embeddings; None where they are not kept.
     """
 
     latents: Tensor
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
+    conditions: Conditions
     chosen: Tensor
     rejected: Tensor
     label: Tensor
     group: Tensor
     concepts: tuple[str, ...] | None = None
-    prompts: tuple[str, ...] | None = None
+    num_groups: int = dataclasses.field(init=False)
+
+    @classmethod
+    def plain(
+        cls,
+        chosen: Tensor,
+        rejected: Tensor,
+        conditions: Conditions,
+        *,
+        label: Sequence[float] | None = None,
+        concepts: tuple[str, ...] | None = None,
+    ) -> Self:
+        """N pairs of two images each: chosen, rejected (N, C, H, W), and the N prompts; labels are 1 unless given."""
+        pairs, device = len(chosen), chosen.device
+        rows = torch.arange(pairs, device=device)
+        return cls(
+            latents=torch.cat([chosen, rejected]),
+            conditions=conditions.take([*range(pairs), *range(pairs)], device),
+            chosen=rows,
+            rejected=rows + pairs,
+            label=torch.ones(pairs, device=device) if label is None else torch.tensor(label, device=device),
+            group=rows.repeat(2),
+            concepts=concepts,
+        )
 
     def __post_init__(self) -> None:
         self._check_tensors()
@@ -52,13 +73,11 @@ class PairBatch:
         if pairs == 0:
             raise ValueError("pair batch: got no pairs")
         lengths = {
-            "prompt_embeds": (len(self.prompt_embeds), pictures),
-            "pooled_prompt_embeds": (len(self.pooled_prompt_embeds), pictures),
+            "conditions": (len(self.conditions), pictures),
             "group": (len(self.group), pictures),
             "rejected": (len(self.rejected), pairs),
             "label": (len(self.label), pairs),
             "concepts": (pairs if self.concepts is None else len(self.concepts), pairs),
-            "prompts": (self.num_groups if self.prompts is None else len(self.prompts), self.num_groups),
         }
         for name, (got, expected) in lengths.items():
             if got != expected:
@@ -72,6 +91,7 @@ class PairBatch:
             raise ValueError(
                 "chosen and rejected must be of one group: they are compared at one prompt, noise and sigma"
             )
+        object.__setattr__(self, "num_groups", int(self.group.max()) + 1)  # read from the device once
         if not bool(((self.label >= 0) & (self.label <= 1)).all()):
             raise ValueError(
                 f"labels are probabilities in [0, 1]: got [{self.label.min():.4g}, {self.label.max():.4g}]"
@@ -80,7 +100,7 @@ class PairBatch:
     def _check_tensors(self) -> None:
         """TypeError unless every tensor is of its kind, ValueError unless of its dimensions, and finite."""
         for name, dims in dict(latents=4, prompt_embeds=3, pooled_prompt_embeds=2, label=1).items():
-            tensor = vars(self)[name]
+            tensor = vars(self.conditions if name.endswith("prompt_embeds") else self)[name]
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
                 got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"pair batch: {name}: got {got}; expected a floating tensor")
@@ -93,9 +113,11 @@ class PairBatch:
                 got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
                 raise TypeError(f"pair batch: {name}: got {got}; expected an int64 tensor, one number each")
 
-    @functools.cached_property  # read from the device once, and not again on another device
-    def num_groups(self) -> int:
-        return int(self.group.max()) + 1
+    @property
+    def group_prompts(self) -> tuple[str, ...] | None:
+        """The G prompts as text; None where none is known."""
+        by_group = dict(zip(self.group.tolist(), self.conditions.prompts, strict=True))
+        return tuple(by_group[group] for group in range(self.num_groups)) if any(by_group.values()) else None
 
     def draw_noise(self, generator: torch.Generator) -> Tensor:
         """Standard normal noise (M, C, H, W), float32, one draw a group, on the generator's device at first."""
@@ -105,16 +127,18 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> "PairBatch":
         """The same batch with every tensor on `device`; what was checked once is not checked again."""
-        onto_gpu = torch.device(device).type == "cuda"  # the other way, values would be read before they are there
-        return self._each(lambda tensor: tensor.to(device, non_blocking=onto_gpu and tensor.device.type == "cpu"))
+        # Copies to the CPU must block: values could be read before they arrive.
+        non_blocking = torch.device(device).type == "cuda" and self.latents.device.type == "cpu"
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pinned(self) -> "PairBatch":
         """The same batch in page-locked memory, which a GPU copies from while it computes."""
-        return self._each(Tensor.pin_memory)
+        return self._each(lambda part: part.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "PairBatch":
-        changed = copy.copy(self)
-        vars(changed).update({name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+    def _each(self, change: Callable[[Any], Any]) -> "PairBatch":
+        changed = copy.copy(self)  # keeps num_groups and skips the checks
+        parts = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | Conditions)}
+        vars(changed).update({name: change(value) for name, value in parts.items()})
         return changed
 
 

@@ -18,6 +18,7 @@ from dinalrm_align.data.image_pairs import EncodePrompts
 from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
 from dinalrm_align.data.parquet import parquet_module
 from dinalrm_align.data.released import ReleasedRow, listed_rows, load_latent, released_files, released_rows
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.files import reading
 
@@ -125,19 +126,9 @@ class ReleasedPairs:
                 if array.shape != row.shape:
                     raise ValueError(f"{name}: got {array.shape}; its shape is said to be {row.shape}")
                 latents.append(torch.from_numpy(array))
-        prompts = tuple(row.prompt for row in wanted)
-        embeds, pooled = self._encode_prompts(prompts)
-        pairs, device = len(wanted), embeds.device
-        return PairBatch(
-            latents=torch.stack(latents).to(device),
-            prompt_embeds=embeds.repeat(2, 1, 1),
-            pooled_prompt_embeds=pooled.repeat(2, 1),
-            chosen=torch.arange(pairs, device=device),
-            rejected=torch.arange(pairs, 2 * pairs, device=device),
-            label=torch.ones(pairs, device=device),
-            group=torch.arange(pairs, device=device).repeat(2),
-            prompts=prompts,
-        )
+        prompts = [row.prompt for row in wanted]
+        conditions = Conditions(prompts, *self._encode_prompts(prompts))
+        return PairBatch.plain(*torch.stack(latents).to(conditions.prompt_embeds.device).chunk(2), conditions)
 
 
 def _read_group(file: Path, row_group: int) -> dict[str, object]:

@@ -142,12 +142,13 @@ class Evaluator:
             return lambda batch, level, noise: score_batch(reward.model, batch, level, noise), reward.config
 
         def score(batch: "PairBatch", level: tuple[float, ...], noise: Tensor) -> Tensor:
-            if batch.prompts is None:
+            if batch.group_prompts is None:
                 raise ValueError("these latents keep no prompts as text, which rewards other than dinalrm read")
-            prompts = [batch.prompts[number] for number in batch.group.tolist()]
             latents = batch.latents.float().to(self.encoders.device)
             return reward(
-                latents, prompts, noise=batch.draw_noise(seeded_generator(self.noise_seed)).to(latents.device)
+                latents,
+                batch.conditions.prompts,
+                noise=batch.draw_noise(seeded_generator(self.noise_seed)).to(latents.device),
             )
 
         return score, None
@@ -167,9 +168,9 @@ class Evaluator:
         found = {}
         for name in self.sets.keys() - self.pictures.keys():
             batches = self._batches(name, config)
-            if len(batches) and batches[0].prompts is not None:
+            if len(batches) and batches[0].group_prompts is not None:
                 one = score_pairs(
-                    lambda batch, level, noise: gold(decode(batch.latents), [batch.prompts[g] for g in batch.group]),
+                    lambda batch, level, noise: gold(decode(batch.latents), list(batch.conditions.prompts)),
                     batches, [NO_NOISE], seed=self.noise_seed, title=f"gold: {name}",
                 )  # fmt: skip
                 found[name] = float(np.nanmean(one.correct(NO_NOISE.name)))

@@ -51,8 +51,11 @@ def images_of_pairs(directory: str, count: int, seed: int) -> Sample:
         raise ValueError(
             f"{directory}: got {available} pictures of sizes {sorted(sizes)}; expected {count} of one size"
         )
-    columns = ("latents", "prompt_embeds", "pooled_prompt_embeds")
-    joined = {name: torch.cat([vars(part)[name] for part in parts])[:count].float() for name in columns}
+    columns = {"latents": [part.latents for part in parts]}
+    columns |= {
+        name: [vars(part.conditions)[name] for part in parts] for name in ("prompt_embeds", "pooled_prompt_embeds")
+    }
+    joined = {name: torch.cat(tensors)[:count].float() for name, tensors in columns.items()}
     return Sample(noise=_noise(joined["latents"], seed), **joined)
 
 

@@ -172,7 +172,7 @@ def _judge_batch(
         "scores": np.stack(scores), "chosen": chosen.numpy(), "rejected": batch.rejected.cpu().numpy(),
         "label": batch.label.float().cpu().numpy(), "pair_group": group[chosen].numpy(),
     }  # fmt: skip
-    words = {"prompts": batch.prompts, "concepts": batch.concepts, "groups": batch.num_groups}
+    words = {"prompts": batch.group_prompts, "concepts": batch.concepts, "groups": batch.num_groups}
     return arrays, {name: list(value) if isinstance(value, tuple) else value for name, value in words.items()}
 
 

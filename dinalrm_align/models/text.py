@@ -5,7 +5,7 @@ T5's `text_length` tokens, no mask.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -197,4 +197,19 @@ class Conditions:
             [self.prompts[index] for index in chosen],
             self.prompt_embeds[chosen].to(device),
             self.pooled_prompt_embeds[chosen].to(device),
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same prompts with their embeddings on `device`."""
+        embeds, pooled = (
+            part.to(device, non_blocking=non_blocking) for part in (self.prompt_embeds, self.pooled_prompt_embeds)
+        )
+        return replace(self, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+
+    def pin_memory(self) -> Self:
+        """The same prompts with their embeddings in page-locked memory."""
+        return replace(
+            self,
+            prompt_embeds=self.prompt_embeds.pin_memory(),
+            pooled_prompt_embeds=self.pooled_prompt_embeds.pin_memory(),
         )

@@ -48,8 +48,8 @@ def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) 
     train_accuracy, share of pairs in which the preferred picture scores higher (soft labels: above 1/2); score_gap, the
     mean gap of raw scores in the preferred direction; score_std, of all raw scores.
     """
-    batch = pairs.batch
-    raw = model(batch.latents, batch.prompt_embeds, batch.pooled_prompt_embeds, pairs.sigma, pairs.noise)
+    batch, text = pairs.batch, pairs.batch.conditions
+    raw = model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, pairs.sigma, pairs.noise)
     chosen, rejected = raw[batch.chosen], raw[batch.rejected]
     losses = preference_loss(chosen, rejected, pairs.sigma[batch.chosen], batch.label, config=config)
     gap = (chosen - rejected).detach()
@@ -63,5 +63,5 @@ def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) 
 def score_batch(model: RewardModel, batch: PairBatch, level: tuple[float, ...], noise: Tensor) -> Tensor:
     """Raw scores (M,) at one sigma, or of the ensemble of several; batch and noise are moved to the model's device."""
     device = model.trunk.device
-    batch = batch.to(device)
-    return model(batch.latents, batch.prompt_embeds, batch.pooled_prompt_embeds, level, noise.to(device)).to("cpu")
+    batch, text = batch.to(device), batch.conditions.to(device)
+    return model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, level, noise.to(device)).to("cpu")

@@ -7,8 +7,11 @@ import torch
 from malformed import Case, World, latents, spoilt
 from PIL import Image
 
+from dinalrm_align.models.text import Conditions
+
 NAN, INF = math.nan, math.inf
 TEXT = {"prompt_embeds": latents(2, 5, 32), "pooled_prompt_embeds": latents(2, 32)}
+CONDITIONS = Conditions(["", ""], **TEXT)
 
 
 def score(**changes):
@@ -359,10 +362,10 @@ ENCODING = [
     Case("prompts of no one", lambda w: w.reward.encoder([]), ValueError, "prompts: got none"),
     Case("a bare prompt", lambda w: w.reward.encoder("a circle"), TypeError, "expected a list of strings"),
     Case("4 channels decoded", of("encode", "decode_latents", lambda w: w.pipeline.vae, latents(2, 4, 8, 8)), ValueError, "the VAE has 16"),
-    Case("a batch of no pairs", of("data.pairs", "PairBatch", X, **TEXT, chosen=torch.zeros(0).long(), rejected=torch.zeros(0).long(), label=torch.zeros(0), group=torch.zeros(2).long()), ValueError, "got no pairs"),
-    Case("a batch with NaN", of("data.pairs", "PairBatch", spoilt(X, NAN), **TEXT, chosen=torch.tensor([0]), rejected=torch.tensor([1]), label=torch.ones(1), group=torch.zeros(2).long()), ValueError, "pair batch: latents"),
-    Case("rows as floats", of("data.pairs", "PairBatch", X, **TEXT, chosen=torch.tensor([0.0]), rejected=torch.tensor([1]), label=torch.ones(1), group=torch.zeros(2).long()), TypeError, "chosen: got torch.float32"),
-    Case("rows out of range", of("data.pairs", "PairBatch", X, **TEXT, chosen=torch.tensor([0]), rejected=torch.tensor([2]), label=torch.ones(1), group=torch.zeros(2).long()), ValueError, "pairs index pictures 0 to 1"),
+    Case("a batch of no pairs", of("data.pairs", "PairBatch", X, CONDITIONS, chosen=torch.zeros(0).long(), rejected=torch.zeros(0).long(), label=torch.zeros(0), group=torch.zeros(2).long()), ValueError, "got no pairs"),
+    Case("a batch with NaN", of("data.pairs", "PairBatch", spoilt(X, NAN), CONDITIONS, chosen=torch.tensor([0]), rejected=torch.tensor([1]), label=torch.ones(1), group=torch.zeros(2).long()), ValueError, "pair batch: latents"),
+    Case("rows as floats", of("data.pairs", "PairBatch", X, CONDITIONS, chosen=torch.tensor([0.0]), rejected=torch.tensor([1]), label=torch.ones(1), group=torch.zeros(2).long()), TypeError, "chosen: got torch.float32"),
+    Case("rows out of range", of("data.pairs", "PairBatch", X, CONDITIONS, chosen=torch.tensor([0]), rejected=torch.tensor([2]), label=torch.ones(1), group=torch.zeros(2).long()), ValueError, "pairs index pictures 0 to 1"),
 ]  # fmt: skip
 
 BUILDING = [

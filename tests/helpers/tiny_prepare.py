@@ -1,5 +1,6 @@
 """Image pairs in published layouts, and their preparation with stand-in encoders."""
 
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import torch
+from paths import RECIPES
 from PIL import Image
 from pyarrow import parquet
 
@@ -16,6 +18,14 @@ from dinalrm_align.data.prepare import Preparation
 from dinalrm_align.data.workers import worker_processes
 
 MANIFEST = PairManifest(1.0, 0.0, 3)
+
+
+def recipe(name):
+    """A recipe as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def encode_images(images):
@@ -86,7 +96,7 @@ def values_of(pairs):
     found = []
     for batch in pairs.in_order():
         means = (255 * batch.latents.float().mean(dim=(1, 2, 3))).round()
-        prompt = batch.prompt_embeds.float()[:, 0, 0]
+        prompt = batch.conditions.prompt_embeds.float()[:, 0, 0]
         found += zip(prompt[batch.chosen].tolist(), means[batch.chosen].tolist(), means[batch.rejected].tolist())
     return sorted(found)
 

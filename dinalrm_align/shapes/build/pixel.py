@@ -50,7 +50,9 @@ def train_pixel(
 
     def step(item: tuple[PairBatch, Tensor]) -> tuple[Tensor, dict[str, float]]:
         batch, pixel_values = item
-        tokens = pipeline.tokenizer(list(batch.prompts), padding="max_length", truncation=True, return_tensors="pt")
+        tokens = pipeline.tokenizer(
+            list(batch.group_prompts), padding="max_length", truncation=True, return_tensors="pt"
+        )
         text = F.normalize(
             clip.get_text_features(input_ids=tokens.input_ids.to(accelerator.device)).pooler_output, dim=-1
         )

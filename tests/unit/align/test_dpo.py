@@ -149,8 +149,8 @@ def test_a_step_by_hand():
 def one_pair(*, chosen: float, rejected: float, noise: float, sigma: float) -> dpo.DpoBatch:
     latents = torch.tensor([chosen, rejected]).view(2, 1, 1, 1)
     pairs = PairBatch(
-        latents, torch.zeros(2, 1, 1), torch.zeros(2, 1), torch.tensor([0]), torch.tensor([1]), torch.ones(1),
-        torch.zeros(2, dtype=torch.long),
+        latents, Conditions(["", ""], torch.zeros(2, 1, 1), torch.zeros(2, 1)), torch.tensor([0]), torch.tensor([1]),
+        torch.ones(1), torch.zeros(2, dtype=torch.long),
     )  # fmt: skip
     return dpo.DpoBatch(pairs, torch.full((1, 2, 1, 1, 1), noise), torch.full((1, 2), sigma))
 
@@ -184,7 +184,7 @@ def test_online_pairs_are_the_true_best_and_worst(method):
     """Every sample made again by hand, and scored by hand."""
     shake(method.policy)
     batch = method.batch_at(4)
-    for row, prompt in enumerate(batch.pairs.prompts):
+    for row, prompt in enumerate(batch.pairs.group_prompts):
         index = method.conditions.prompts.index(prompt)
         generator = seeded_generator(method.seed, 4 * 2 + row, 3)
         conditions = method.conditions.take([index] * 3)
@@ -211,7 +211,7 @@ def test_samples_of_a_prompt_are_scored_with_one_noise(method):
     batch = parted.batch_at(0)
     assert [len(prompts) for prompts, _, _ in seen] == [4, 2] and all(sigma == [0.3] for _, sigma, _ in seen)
     prompts, noise = sum((prompts for prompts, _, _ in seen), []), torch.cat([noise for _, _, noise in seen])
-    assert prompts == [prompt for prompt in batch.pairs.prompts for _ in range(3)]
+    assert prompts == [prompt for prompt in batch.pairs.group_prompts for _ in range(3)]
     noise = noise.unflatten(0, (2, 3))
     assert torch.equal(noise, noise[:, :1].expand_as(noise)) and not torch.equal(noise[0], noise[1])
     whole = dataclasses.replace(method, reward=reward).batch_at(0)
@@ -246,7 +246,7 @@ def test_processes_share_the_prompts(method, pairs):
     other = online()
     first, second = (dataclasses.replace(other, rank=rank, num_processes=2).batch_at(0) for rank in (0, 1))
     together = dataclasses.replace(other, config=dataclasses.replace(other.config, batch_size=4)).batch_at(0)
-    assert (*first.pairs.prompts, *second.pairs.prompts) == tuple(together.pairs.prompts)
+    assert (*first.pairs.group_prompts, *second.pairs.group_prompts) == tuple(together.pairs.group_prompts)
     torch.testing.assert_close(first.noise[:, :2], together.noise[:, :2])
     torch.testing.assert_close(second.noise[:, :2], together.noise[:, 2:4])
 
@@ -284,7 +284,7 @@ def test_the_refreshed_reference_is_the_policy_at_that_moment():
     method.accumulate = 2
     batch = method.batch_at(0)
     x, sigma = add_noise(batch.pairs.latents, batch.noise[0], batch.sigma[0]), batch.sigma[0]
-    conditions = dpo.conditions_of(batch.pairs)
+    conditions = batch.pairs.conditions
 
     def velocities() -> tuple[Tensor, Tensor, Tensor]:
         velocity = method.velocity_for(conditions, 1.0)
@@ -339,7 +339,7 @@ def test_other_weights_are_put_in_place_exactly_and_taken_out_again(method):
     """Also when the block raises, and with a graph that was built before."""
     policy = method.policy
     batch = method.batch_at(0)
-    velocity = method.velocity_for(dpo.conditions_of(batch.pairs), 1.0)
+    velocity = method.velocity_for(batch.pairs.conditions, 1.0)
     x = batch.pairs.latents
     shake(policy)
     first, expected = policy.weights(), velocity(x, 0.4).detach()

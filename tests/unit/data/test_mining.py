@@ -92,22 +92,22 @@ def test_pairs_come_back_as_they_were_written(tmp_path, dtype):
     kind = getattr(torch, dtype)
     (first, second) = pairs.in_order()
     for batch, rows in ((first, made[:2]), (second, made[2:])):
-        assert batch.latents.dtype == kind and batch.prompts == tuple(row.prompt for row in rows)
+        assert batch.latents.dtype == kind and batch.group_prompts == tuple(row.prompt for row in rows)
         for place, row in enumerate(rows):
             assert torch.equal(batch.latents[batch.chosen[place]], row.latents[1].to(kind))
             assert torch.equal(batch.latents[batch.rejected[place]], row.latents[2].to(kind))
             for picture in (batch.chosen[place], batch.rejected[place]):
-                assert torch.equal(batch.prompt_embeds[picture], row.prompt_embeds.to(kind))
-                assert torch.equal(batch.pooled_prompt_embeds[picture], row.pooled_prompt_embeds.to(kind))
-    seen = {prompt for step in range(2) for prompt in pairs.batch_at(step).prompts}
+                assert torch.equal(batch.conditions.prompt_embeds[picture], row.prompt_embeds.to(kind))
+                assert torch.equal(batch.conditions.pooled_prompt_embeds[picture], row.pooled_prompt_embeds.to(kind))
+    seen = {prompt for step in range(2) for prompt in pairs.batch_at(step).group_prompts}
     assert seen == set(pairs.prompts)
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path):
     write_shard(tmp_path / "a.parquet", [made_pair(i, prompt=f"prompt {i // 2}") for i in range(8)], dtype="float16")
     pairs = MinedPairs(tmp_path / "a.parquet", batch_size=2, held_out_prompts=1, manifest=MANIFEST)
-    judged = {prompt for batch in pairs.validation() for prompt in batch.prompts}
-    trained = {prompt for step in range(len(pairs)) for prompt in pairs.batch_at(step).prompts}
+    judged = {prompt for batch in pairs.validation() for prompt in batch.group_prompts}
+    trained = {prompt for step in range(len(pairs)) for prompt in pairs.batch_at(step).group_prompts}
     assert len(judged) == 1 and not judged & trained and judged | trained == set(pairs.prompts)
 
 
@@ -208,7 +208,7 @@ def test_open_pairs_knows_them_and_checks_who_reads(tmp_path, tiny_world):
         pairs = open_pairs(path, encoders.manifest(), encoders, size=(64, 64), batch_size=1)
         assert isinstance(pairs, MinedPairs) and pairs.manifest == MANIFEST
     longer = Encoders(tiny_world / "pipeline", text_length=20, device="cpu", dtype=torch.float32)
-    with pytest.raises(ValueError, match="written with text_length 14, the model says 20"):
+    with pytest.raises(ValueError, match="text_length 14, expected 20"):
         open_pairs(tmp_path / "set", longer.manifest(), longer, size=(64, 64), batch_size=1)
 
 
@@ -271,7 +271,7 @@ def test_other_settings_and_other_seeds(mine, arguments, tmp_path, capsys):
     assert stopped.value.code == 2 and "seed: got 1, there 0" in capsys.readouterr().err
     mine([*arguments, f"--output_dir={tmp_path / 'second'}", "--max_prompts=2", "--seed=1"])
     first, second = (MinedPairs(tmp_path / name, batch_size=4).in_order()[0] for name in ("first", "second"))
-    assert first.prompts == second.prompts and not torch.equal(first.latents, second.latents)
+    assert first.group_prompts == second.group_prompts and not torch.equal(first.latents, second.latents)
 
 
 def test_nothing_is_decoded_and_the_pairs_are_the_best_and_the_worst(

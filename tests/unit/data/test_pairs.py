@@ -13,6 +13,7 @@ from dinalrm_align.data.image_pairs import ImagePairs, load_picture, read_jsonl
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.pairs import PairBatch, PairManifest, ShuffledBatches, held_out
 from dinalrm_align.data.prefetch import Prefetched
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import RewardConfig
 
 MANIFEST = PairManifest(vae_scaling_factor=1.5, vae_shift_factor=0.1, text_length=4)
@@ -22,14 +23,12 @@ def plain_batch(**changes):
     """Two pairs of two pictures: chosen 0 and 1, rejected 2 and 3."""
     fields = dict(
         latents=torch.zeros(4, 2, 4, 4),
-        prompt_embeds=torch.zeros(4, 3, 5),
-        pooled_prompt_embeds=torch.zeros(4, 6),
+        conditions=Conditions(["a red circle", "a blue square"] * 2, torch.zeros(4, 3, 5), torch.zeros(4, 6)),
         chosen=torch.tensor([0, 1]),
         rejected=torch.tensor([2, 3]),
         label=torch.ones(2),
         group=torch.tensor([0, 1, 0, 1]),
         concepts=("colour", "shape"),
-        prompts=("a red circle", "a blue square"),
     )
     return PairBatch(**{**fields, **changes})
 
@@ -37,10 +36,9 @@ def plain_batch(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_embeds": torch.zeros(3, 3, 5)}, "prompt_embeds has length 3"),
+        ({"conditions": Conditions([""] * 3, torch.zeros(3, 3, 5), torch.zeros(3, 6))}, "conditions has length 3"),
         ({"label": torch.ones(3)}, "label has length 3"),
         ({"concepts": ("colour",)}, "concepts has length 1"),
-        ({"prompts": ("a", "b", "c", "d")}, "prompts has length 4, expected 2"),
         ({"rejected": torch.tensor([2, 4])}, "index pictures 0 to 3: got 0 to 4"),
         ({"group": torch.tensor([0, 1, 1, 0])}, "one group"),
         ({"label": torch.tensor([1.0, 1.5])}, r"in \[0, 1\]: got \[1, 1.5\]"),
@@ -63,21 +61,30 @@ def test_moving_a_batch_keeps_every_field():
     assert moved.num_groups == 2
     for field in dataclasses.fields(PairBatch):
         value, expected = getattr(moved, field.name), getattr(batch, field.name)
+        if isinstance(expected, Conditions):
+            value, expected = value.prompts, expected.prompts
         assert torch.equal(value, expected) if isinstance(expected, torch.Tensor) else value == expected
+
+
+def test_prompts_of_groups_are_known_or_none():
+    assert plain_batch().group_prompts == ("a red circle", "a blue square")
+    unknown = Conditions([""] * 4, torch.zeros(4, 3, 5), torch.zeros(4, 6))
+    assert plain_batch(conditions=unknown).group_prompts is None
 
 
 def test_moving_a_batch_moves_every_tensor_and_reads_none():
     """A meta tensor has no values: checking the moved batch again, or counting its groups there, would fail."""
     moved = plain_batch().to("meta")
     assert moved.num_groups == 2
-    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    fields = [*vars(moved).values(), *vars(moved.conditions).values()]
+    tensors = [value for value in fields if isinstance(value, torch.Tensor)]
     assert len(tensors) == 7 and all(tensor.is_meta for tensor in tensors)
 
 
 def test_manifest_is_checked_against_the_reward():
     config = RewardConfig(vae_scaling_factor=1.5, vae_shift_factor=0.1, text_length=4)
     MANIFEST.check(config)
-    with pytest.raises(ValueError, match="written with text_length 4, the reward's config says 256"):
+    with pytest.raises(ValueError, match="text_length 4, expected 256"):
         MANIFEST.check(RewardConfig(vae_scaling_factor=1.5, vae_shift_factor=0.1, text_length=256))
     with pytest.raises(ValueError, match="vae_scaling_factor 1.5"):
         MANIFEST.check(RewardConfig(vae_shift_factor=0.1, text_length=4))
@@ -194,8 +201,8 @@ def test_latent_pairs_come_back_as_they_were_written(tmp_path):
         assert batch.latents.shape[0] == 6 and batch.num_groups == 2
         numbers = batch.latents[:, 0, 0, 0]
         torch.testing.assert_close(numbers[batch.rejected] - numbers[batch.chosen], torch.full((4,), 0.25))
-        torch.testing.assert_close(batch.prompt_embeds[:, 0, 0], numbers.div(2).floor())
-        torch.testing.assert_close(batch.pooled_prompt_embeds[:, 0], numbers.div(2).floor())
+        torch.testing.assert_close(batch.conditions.prompt_embeds[:, 0, 0], numbers.div(2).floor())
+        torch.testing.assert_close(batch.conditions.pooled_prompt_embeds[:, 0], numbers.div(2).floor())
         assert batch.label.tolist() == [1.0, 0.75] * 2 and batch.concepts == ("colour", "shape") * 2
         seen |= set(numbers.floor().tolist())
     assert seen == set(range(12))
@@ -210,8 +217,8 @@ def test_processes_read_different_parts_of_one_order(tmp_path):
 
 def test_validation_prompts_are_never_trained_on(tmp_path):
     source = LatentPairs(write_latents(tmp_path / "pairs"), batch_size=1, held_out_prompts=2)
-    validated = {float(batch.prompt_embeds[0, 0, 0]) for batch in source.validation()}
-    trained = {float(source.batch_at(step).prompt_embeds[0, 0, 0]) for step in range(len(source))}
+    validated = {float(batch.conditions.prompt_embeds[0, 0, 0]) for batch in source.validation()}
+    trained = {float(source.batch_at(step).conditions.prompt_embeds[0, 0, 0]) for step in range(len(source))}
     assert len(validated) == 2 and len(source.validation()) == 4
     assert len(trained) == 4 and not trained & validated
 
@@ -310,7 +317,7 @@ def test_image_pairs_are_encoded_side_by_side(tmp_path):
     batch = image_pairs(write_jsonl(tmp_path, *lines)).batch_at(0)
     assert batch.latents.shape == (4, 1, 4, 4) and batch.num_groups == 2
     assert (batch.latents[batch.chosen] == 1).all() and (batch.latents[batch.rejected] == 0).all()
-    assert sorted(batch.prompt_embeds[batch.chosen].flatten().tolist()) == [2, 3]
+    assert sorted(batch.conditions.prompt_embeds[batch.chosen].flatten().tolist()) == [2, 3]
     torch.testing.assert_close(batch.label.sort().values, torch.tensor([0.9, 1.0]))
     assert batch.concepts == ("contrast", "contrast")
 
@@ -319,8 +326,8 @@ def test_image_pairs_hold_prompts_out(tmp_path):
     name = picture(tmp_path, "a.png", 1)
     lines = [{"prompt": "x" * (i + 1), "chosen": name, "rejected": name} for i in range(5)]
     source = image_pairs(write_jsonl(tmp_path, *lines), batch_size=1, held_out_prompts=2)
-    trained = {float(source.batch_at(step).prompt_embeds[0]) for step in range(len(source))}
-    validated = {float(batch.prompt_embeds[0]) for batch in source.validation()}
+    trained = {float(source.batch_at(step).conditions.prompt_embeds[0]) for step in range(len(source))}
+    validated = {float(batch.conditions.prompt_embeds[0]) for batch in source.validation()}
     assert len(trained) == 3 and len(validated) == 2 and not trained & validated
 
 

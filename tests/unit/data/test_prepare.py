@@ -18,6 +18,7 @@ from tiny_prepare import (
     pickapic,
     picture,
     prepare,
+    recipe,
     values_of,
 )
 
@@ -367,8 +368,6 @@ def test_weights_that_are_not_here_are_not_compared(tmp_path):
 
 
 def test_the_recipe_prepares_what_training_accepts(tiny_world, tmp_path, monkeypatch, capsys):
-    from test_recipe_prepare import recipe
-
     source, out = hpdv3(tmp_path / "data", pairs=4), tmp_path / "out"
     words = [f"--source={source}", f"--model={tiny_world}", f"--output_dir={out}", "--buckets=64x64", "--device=cpu",
              "--filter.min_pixels=0", "--workers=0"]  # fmt: skip
@@ -380,9 +379,9 @@ def test_the_recipe_prepares_what_training_accepts(tiny_world, tmp_path, monkeyp
     pairs = open_pairs(out, encoders.manifest(), encoders, size=(64, 64), batch_size=2)
     assert set(pairs.manifest.encoded_with) == {"vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     batch = pairs.batch_at(0)
-    number = int(batch.prompts[0].split()[-1])
+    number = int(batch.conditions.prompts[0].split()[-1])
     expected, _ = encoders.encode_prompts([f"prompt {number}"])
-    torch.testing.assert_close(batch.prompt_embeds[0], expected[0].bfloat16())
+    torch.testing.assert_close(batch.conditions.prompt_embeds[0], expected[0].bfloat16())
     chosen = torch.cat([encoders.encode_images(_white(4 * n + 100)) for n in (2 * number, 2 * number + 1)]).bfloat16()
     assert any(torch.allclose(batch.latents[0].float(), one.float(), atol=0.02) for one in chosen)
     other = tmp_path / "other"

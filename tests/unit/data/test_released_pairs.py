@@ -64,7 +64,7 @@ def test_every_row_is_read_as_it_was_written(tmp_path):
     pairs = open_released(released(tmp_path / "set"))
     assert values_of(pairs) == [(n // 2, n, 0) for n in range(12)]
     batch = pairs.batch_at(0)
-    assert batch.latents.dtype == torch.float32 and batch.prompts is not None
+    assert batch.latents.dtype == torch.float32 and batch.group_prompts is not None
 
 
 def test_the_index_says_which_rows_are_read_whatever_folder_it_names(tmp_path):

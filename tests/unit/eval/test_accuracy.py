@@ -8,6 +8,7 @@ import torch
 
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.eval.accuracy import OVERALL, Tally, merge, metrics, pairwise_tallies, write_report
+from dinalrm_align.models.text import Conditions
 
 
 def batch(label=(1.0, 1.0, 0.0, 0.5), value=0.0):
@@ -18,8 +19,7 @@ def batch(label=(1.0, 1.0, 0.0, 0.5), value=0.0):
     values = torch.tensor([3.0, 2, 1, 5, 1, 2, 4, 0]) + value
     return PairBatch(
         latents=values.view(8, 1, 1, 1),
-        prompt_embeds=torch.zeros(8, 1, 1),
-        pooled_prompt_embeds=torch.zeros(8, 1),
+        conditions=Conditions([""] * 8, torch.zeros(8, 1, 1), torch.zeros(8, 1)),
         chosen=torch.arange(4),
         rejected=torch.arange(4, 8),
         label=torch.tensor(label),

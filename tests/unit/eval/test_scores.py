@@ -6,6 +6,7 @@ import torch
 
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.eval.scores import NoiseLevels, PairScores, load_scores, save_scores, score_pairs
+from dinalrm_align.models.text import Conditions
 
 TERMS = {"noise_seed": 0}
 
@@ -16,14 +17,16 @@ def batch(groups=2, *, shift=0.0, concept=None, prompts=None):
     start = 3 * torch.arange(groups)
     return PairBatch(
         latents=shift + torch.arange(pictures * 4, dtype=torch.float32).view(pictures, 1, 2, 2),
-        prompt_embeds=torch.zeros(pictures, 1, 1),
-        pooled_prompt_embeds=torch.zeros(pictures, 1),
+        conditions=Conditions(
+            [prompts[number // 3] if prompts else "" for number in range(pictures)],
+            torch.zeros(pictures, 1, 1),
+            torch.zeros(pictures, 1),
+        ),
         chosen=torch.stack([start, start + 2], dim=1).flatten(),
         rejected=torch.stack([start + 1, start + 1], dim=1).flatten(),
         label=torch.ones(2 * groups),
         group=torch.arange(pictures) // 3,
         concepts=None if concept is None else (concept,) * (2 * groups),
-        prompts=prompts,
     )
 
 

@@ -118,8 +118,8 @@ def test_a_run_on_other_pairs_is_not_resumed(main, arguments, world, tmp_path, c
     with LatentPairsWriter(tmp_path / "other", there.manifest) as writer:
         for batch in (there.in_order()[1], there.in_order()[2]):
             writer.add(
-                batch.prompts[0], batch.latents, prompt_embeds=batch.prompt_embeds[0],
-                pooled_prompt_embeds=batch.pooled_prompt_embeds[0],
+                batch.conditions.prompts[0], batch.latents, prompt_embeds=batch.conditions.prompt_embeds[0],
+                pooled_prompt_embeds=batch.conditions.pooled_prompt_embeds[0],
             )  # fmt: skip
     with pytest.raises(SystemExit) as stopped:
         main([f"--resume={cut}", f"--pairs={tmp_path / 'other'}", "--dpo.mode=offline", "--loop.steps=2"])

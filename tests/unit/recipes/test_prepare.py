@@ -1,21 +1,12 @@
 """The command lines of recipes/prepare_pairs.py and recipes/measure_loading.py."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-RECIPES = Path(__file__).parents[3] / "recipes"
-
-
-def recipe(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from paths import RECIPES
+from tiny_prepare import recipe
 
 
 @pytest.mark.parametrize("name", ["prepare_pairs", "measure_loading"])

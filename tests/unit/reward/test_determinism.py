@@ -15,7 +15,7 @@ from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.specs import MODELS
-from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.models.vae import encode_images
 from dinalrm_align.reward.loss_config import LossConfig
 from dinalrm_align.reward.model import build_reward_model
@@ -251,8 +251,7 @@ def pair_batch(transformer, micro_step):
     pooled = torch.randn(2, sizes.pooled_projection_dim, generator=generator).repeat_interleave(3, 0)
     return PairBatch(
         latents=torch.randn(6, sizes.in_channels, 8, 8, generator=generator),
-        prompt_embeds=embeds,
-        pooled_prompt_embeds=pooled,
+        conditions=Conditions([""] * 6, embeds, pooled),
         chosen=torch.tensor([0, 1, 3, 4]),
         rejected=torch.tensor([1, 2, 4, 5]),
         label=torch.ones(4),

@@ -81,6 +81,6 @@ def test_a_folder_in_hpdv3s_layout_holds_the_pairs_of_training(tiny_pipeline, tm
             (latents - batch.latents[rows[number]].float()).abs().mean() for rows in (batch.chosen, batch.rejected)
         ]
         assert differences[0] < 0.02 < differences[1], "the chosen picture, to 8 bits, and not the rejected one"
-        assert record["prompt"] == batch.prompts[batch.group[batch.chosen[number]]]
+        assert record["prompt"] == batch.conditions.prompts[batch.chosen[number]]
     with pytest.raises(FileExistsError, match="already holds a data set"):
         render_hpdv3(tmp_path / "world", tiny_pipeline, config)
