@@ -49,7 +49,9 @@ def check_fields(settings: Any, section: str = "") -> None:
     Annotations: bool, int, float, str, the restricted numbers above, Literal, unions, list, tuple, dict, dataclasses.
     """
     for name, hint in _hints(type(settings)).items():
-        _check(f"{section}.{name}" if section else name, vars(settings)[name], hint)
+        value = vars(settings)[name]
+        _check(f"{section}.{name}" if section else name, value, hint)
+        vars(settings)[name] = _plain(value)
 
 
 def check_integer(name: str, value: Any, *, low: int = 0, high: int | None = None) -> None:
@@ -135,6 +137,15 @@ def _is_kind(value: Any, hint: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, int | kind) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of jsonargparse's restricted types as int and float, which torch.load and JSON accept."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    if type(value) in RESTRICTED:
+        return int(value) if isinstance(value, int) else float(value)
+    return value
 
 
 def _is_finite(value: float) -> bool:
