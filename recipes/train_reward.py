@@ -95,8 +95,9 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     from dinalrm_align.train.digest import fingerprint, text_digest
     from dinalrm_align.train.distributed import waiting
     from dinalrm_align.train.durable import write_atomically
-    from dinalrm_align.train.loop import Hook, fit
+    from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
     from dinalrm_align.train.optim import adamw
+    from dinalrm_align.train.state import RunState
 
     # ------------------------------------------------------------------------------------- where: device and folder
     if config.device != "auto":
@@ -162,6 +163,14 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
     of_lora = [p for name, p in parameters.items() if name not in of_head]
     lora_lr = config.optim.lr if config.lora_lr is None else config.lora_lr
     groups = [{"params": list(of_head.values())}] + ([{"params": of_lora, "lr": lora_lr}] if of_lora else [])
+    state = RunState.initial(
+        parameters,
+        config.loop,
+        config.optim,
+        optimizer=adamw(groups, config.optim),
+        identity=identity,
+        samples=config.batch_size * config.loop.accumulate * world,
+    )
 
     # ------------------------------------------------------------------------------------------------- how: one update
     def read(micro_step: int) -> PairBatch:
@@ -207,18 +216,11 @@ def train(config: TrainRewardRun, text: str, spec: ModelSpec, reason: str, check
         fit(
             config.loop,
             config.optim,
-            parameters=parameters,
-            optimizer=adamw(groups, config.optim),
-            batch_at=batch_at,
-            step=step,
-            count_of=lambda drawn: drawn.count,
+            state,
+            Closures(batch_at, step, count=lambda drawn: drawn.count),
             accelerator=accelerator,
-            output_dir=run,
+            run=RunFolder(run, checkpoint=checkpoint, resume_command=f"python recipes/train_reward.py --resume {run}"),
             hooks=[Hook(config.accuracy.every, evaluate, at_start=False), Hook(0, export, at_start=False)],
-            identity=identity,
-            samples=config.batch_size * config.loop.accumulate * world,
-            resume=checkpoint,
-            resume_command=f"python recipes/train_reward.py --resume {run}",
             shown=("loss", "train_accuracy", "grad_norm"),
         )
     accelerator.end_training()

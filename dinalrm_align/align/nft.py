@@ -30,7 +30,7 @@ from dinalrm_align.flow.noise import add_noise, denoised, seeded_generator
 from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.cost import PhaseMeter
-from dinalrm_align.train.loop import Ema
+from dinalrm_align.train.state import Ema
 
 PATHS, NOISES, LEVELS = 30, 31, 32
 """Keys of the generators."""

@@ -48,9 +48,9 @@ from dinalrm_align.train.device import available_device
 from dinalrm_align.train.digest import fingerprint, text_digest
 from dinalrm_align.train.distributed import waiting
 from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.loop import Hook, Stateful, fit
+from dinalrm_align.train.loop import Hook, RunFolder, fit
 from dinalrm_align.train.metrics import METRICS, read_metrics
-from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.state import RunState, Stateful
 from dinalrm_align.train.tracking import open_tracker, tracker_options
 
 ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
@@ -192,7 +192,8 @@ class Stage:
         if run.memory.offload and not any(pixel_rewards(known) for known in rewards):
             pipeline.vae.to("cpu")
         stage = cls(
-            settled, accelerator, pipeline, policy, reward, gold, encoder, train, judged, negative, PhaseMeter(device),
+            settled, accelerator, pipeline, policy, reward, gold, encoder, train, judged, negative,
+            PhaseMeter(device, run.profile_every),
             identity, sharded,
         )  # fmt: skip
         if second:
@@ -265,19 +266,21 @@ class Stage:
                 plot_run(folder)
 
         done = fit(
-            run.loop, run.optim, parameters=self.policy.parameters,
-            optimizer=adamw([{"params": list(self.policy.parameters.values())}], run.optim),
-            batch_at=method.batch_at, step=method.step, count_of=lambda batch: batch.count, accelerator=accelerator,
-            samples=samples * accelerator.num_processes, output_dir=folder,
+            run.loop, run.optim,
+            RunState.initial(
+                self.policy.parameters, run.loop, run.optim, method=state, identity={**self.identity, **(data or {})},
+                samples=samples * accelerator.num_processes,
+            ),
+            method, accelerator=accelerator,
+            run=RunFolder(
+                folder, self.settled.text, self.settled.checkpoint, f"python {sys.argv[0]} --resume {folder}"
+            ),
             hooks=[
                 Hook(run.evaluation.every, held_out),
                 *([Hook(run.evaluation.every, watch)] if watch else []),
                 Hook(run.loop.checkpoint_every, export, at_start=False, at_stop=True),
             ],
-            identity={**self.identity, **(data or {})}, state=state, settings=self.settled.text,
-            resume=self.settled.checkpoint, resume_command=f"python {sys.argv[0]} --resume {folder}",
-            meter=self.meter, profile_every=run.profile_every, shown=shown,
-            stop_when=watch.stop_when if watch else None,
+            meter=self.meter, shown=shown, stop_when=watch.stop_when if watch else None,
         )  # fmt: skip
         accelerator.end_training()
         if accelerator.is_main_process:

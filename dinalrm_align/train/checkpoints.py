@@ -27,124 +27,110 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinalrm_align.train.distributed import with_others
 from dinalrm_align.train.durable import DISCARDED, TEMPORARY, discard_folder, flush, write_file
 from dinalrm_align.train.metrics import METRICS, MetricsLog, check_start
 from dinalrm_align.train.seal import STATE, open_sealed, seal
+from dinalrm_align.train.state import RunState
 
 FOLDER = "checkpoints"
 STEP = re.compile(r"step_(\d{6,})")
 
 
 def save_checkpoint(
-    run: Path,
-    *,
-    step: int,
-    elapsed: float,
-    identity: Mapping[str, str],
-    samples: int = 0,
-    log: MetricsLog | None,
-    parameters: dict[str, nn.Parameter],
-    average: dict[str, Tensor] | None,
-    optimizer: torch.optim.Optimizer,
-    state: Any | None = None,
-    accelerator: Accelerator,
-    keep_last: int,
+    run: Path, state: RunState, *, log: MetricsLog | None, accelerator: Accelerator, keep_last: int
 ) -> Path:
-    """Write `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest.
+    """Write `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest checkpoints.
 
-    Called by every process; each writes its own random state and that of the method (`loop.Stateful`), the main one
-    (the only one that needs `log`) everything else. OSError when it cannot be written, or a checkpoint of that name is
-    there; those that are there stay.
+    Called on every rank: each writes its own random state and method state, the main rank (the only one that needs
+    `log`) writes the rest. Raises OSError, leaving existing checkpoints alone, if the checkpoint cannot be written or
+    already exists.
     """
-    folder = run / FOLDER / f"step_{step:06d}"
+    folder = checkpoint_folder(run, state.step)
     temporary = folder.with_name(TEMPORARY + folder.name)
-    main = accelerator.is_main_process
+    main, rank = accelerator.is_main_process, accelerator.process_index
     try:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        _meet(accelerator)
-        write_file(temporary / f"rng_{accelerator.process_index}.pt", _packed(_random_state()))
-        if state is not None:
-            write_file(
-                temporary / f"method_{accelerator.process_index}.safetensors", save(_on_cpu(state.state_tensors()))
-            )
+        _barrier(accelerator)
+        write_file(temporary / f"rng_{rank}.pt", _serialised(_random_state()))
+        if state.method is not None:
+            write_file(temporary / f"method_{rank}.safetensors", save(_on_cpu(state.method.state_tensors())))
         if main:
-            write_file(temporary / "weights.safetensors", save(_on_cpu(parameters)))
-            if average is not None:
-                write_file(temporary / "ema.safetensors", save(_on_cpu(average)))
-            write_file(temporary / "optimizer.pt", _packed(optimizer.state_dict()))
-        _meet(accelerator)
+            for name, tensors in state.tensors().items():
+                write_file(temporary / name, save(_on_cpu(tensors)))
+            write_file(temporary / "optimizer.pt", _serialised(state.optimizer.state_dict()))
+        _barrier(accelerator)
         if main:
-            facts = {"step": step, "elapsed": elapsed, "num_processes": accelerator.num_processes, "samples": samples}
-            facts["common_state"] = state is None or state.is_common()
-            seal(temporary, {**facts, "identity": dict(identity), "metrics": log.mark()})
+            facts = {
+                "step": state.step,
+                "elapsed": state.elapsed,
+                "num_processes": accelerator.num_processes,
+                "samples": state.samples,
+                "common_state": state.method is None or state.method.is_common(),
+                "identity": dict(state.identity),
+                "metrics": log.mark(),
+            }
+            seal(temporary, facts)
             flush(temporary)
             os.rename(temporary, folder)
             flush(folder.parent)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk is no place for half a checkpoint
+        shutil.rmtree(temporary, ignore_errors=True)  # free the disk space of an incomplete checkpoint
         raise
     if main:
         _keep_newest(run, keep_last)
-    _meet(accelerator)
+    _barrier(accelerator)
     return folder
 
 
-def load_checkpoint(
-    folder: Path,
-    *,
-    identity: Mapping[str, str],
-    samples: int = 0,
-    steps: int,
-    parameters: dict[str, nn.Parameter],
-    average: dict[str, Tensor] | None,
-    optimizer: torch.optim.Optimizer,
-    state: Any | None = None,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """Put a checkpoint back in place, random state included; returns its facts (step, elapsed, metrics, ...).
+def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: Accelerator) -> dict[str, Any]:
+    """Restore `state` and the global random states from a checkpoint; returns its facts (step, metrics, ...).
 
-    The optimiser keeps the hyperparameters it was built with and takes the saved moments. ValueError, before anything
-    is changed: when a file is missing or damaged, the checkpoint is of another run or beyond `steps`, names or shapes
-    differ, an average is wanted and none was saved, or the number of processes is another and the run cannot go on with
-    it (see the module).
+    The optimiser keeps its own hyperparameters and takes the saved moments. Raises ValueError, before anything is
+    changed, if a file is missing or damaged, the checkpoint belongs to another run or is beyond `steps`, names or
+    shapes differ, an average is wanted and none was saved, or the run cannot be resumed with this world size.
     """
     facts = check_checkpoint(folder)
-    _check_identity(facts["identity"], identity, folder)
+    _check_identity(facts["identity"], state.identity, folder)
     same_processes = facts["num_processes"] == accelerator.num_processes
     if not same_processes:
-        _check_processes(facts, samples, accelerator.num_processes, folder)
+        _check_processes(facts, state.samples, accelerator.num_processes, folder)
     if facts["step"] > steps:
         raise ValueError(f"{folder} is at update {facts['step']}, beyond loop.steps {steps}; raise loop.steps")
-    if average is not None and not (folder / "ema.safetensors").exists():
-        raise ValueError(f"{folder} holds no averaged weights; resume with ema_decay 0, as the run was started")
+    if state.average is not None and not (folder / "ema.safetensors").exists():
+        raise ValueError(f"{folder} holds no averaged weights; resume with loop.ema_decay 0, as the run was started")
     rank = accelerator.process_index if same_processes else 0
-    of_method = folder / f"method_{rank}.safetensors"
-    if (state is not None) != of_method.exists():
+    method_file = folder / f"method_{rank}.safetensors"
+    if (state.method is not None) != method_file.exists():
         raise ValueError(
-            f"{folder} was written by a method with other settings ({of_method.name}); resume with its own"
+            f"{folder} was written by a method with other settings ({method_file.name}); resume with its own"
         )
-    weights = load_file(folder / "weights.safetensors")
-    means = {} if average is None else load_file(folder / "ema.safetensors")
+    tensors = [(load_file(folder / name), into) for name, into in state.tensors().items()]
     moments = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")["state"]
-    for saved, into in ((weights, parameters), (means, average or {})):
+    for saved, into in tensors:
         _check_fit(saved, into, folder)
-    _check_moments(moments, optimizer, folder)
-    if state is not None:
-        state.load_state_tensors(load_file(of_method))
+    _check_moments(moments, state.optimizer, folder)
+    if state.method is not None:
+        state.method.load_state_tensors(load_file(method_file))
 
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
     with torch.no_grad():
-        for saved, into in ((weights, parameters), (means, average or {})):
+        for saved, into in tensors:
             for name, tensor in into.items():
                 tensor.copy_(saved[name])
     if same_processes:
         _set_random_state(torch.load(folder / f"rng_{rank}.pt", weights_only=True))
+    state.step, state.elapsed = facts["step"], facts["elapsed"]
     return facts
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after update `step`."""
+    return run / FOLDER / f"step_{step:06d}"
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
@@ -315,14 +301,14 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _packed(content: Any) -> bytes:
+def _serialised(content: Any) -> bytes:
     """What `torch.save` writes."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
 
 
-def _meet(accelerator: Accelerator) -> None:
+def _barrier(accelerator: Accelerator) -> None:
     with with_others():
         accelerator.wait_for_everyone()
 

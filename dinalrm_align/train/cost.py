@@ -116,8 +116,10 @@ class PhaseMeter:
     Outside a step phases are not measured, so that an evaluation may run the same code. Phases do not nest.
     """
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, profile_every: int = 0) -> None:
+        """profile_every: steps between two that `loop.fit` profiles, the first included; 0: none."""
         self.device = torch.device(device)
+        self.profile_every = profile_every
         self._on_cuda = self.device.type == "cuda"
         self._in_step = False
         self._profiled = False

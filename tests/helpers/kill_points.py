@@ -13,7 +13,7 @@ from typing import Any
 
 import safetensors.torch
 
-from dinalrm_align.train import loop
+from dinalrm_align.train import loop, state
 
 PHASES = ("starting", "in an update", "in a hook", "saving", "finishing")
 SAVING = PHASES.index("saving")
@@ -81,7 +81,7 @@ class Torn:
 
 def watch_phases(board: Board) -> None:
     """Let `loop.fit` of this process tell the board what it is doing."""
-    save, log, in_place, fit = loop.save_checkpoint, loop.MetricsLog, loop.Ema.in_place, loop.fit
+    save, log, in_place, fit = loop.save_checkpoint, loop.MetricsLog, state.Ema.in_place, loop.fit
 
     def within(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -104,14 +104,14 @@ def watch_phases(board: Board) -> None:
         return done
 
     @contextmanager
-    def hooked(ema: loop.Ema) -> Any:
+    def hooked(ema: state.Ema) -> Any:
         before, board.phase = board.phase, PHASES.index("in a hook")
         with in_place(ema):
             yield
         board.phase = before
 
     loop.save_checkpoint, loop.MetricsLog, loop.fit = within("saving", save), started, finished
-    loop.Ema.in_place = hooked
+    state.Ema.in_place = hooked
 
 
 def watch_files(board: Board, run: Path, *, at: int | None = None, saving: bool = False, torn: bool = False) -> None:

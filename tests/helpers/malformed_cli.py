@@ -57,13 +57,13 @@ def run_of(module: str) -> Callable[[World], Path]:
 
         from dinalrm_align.train.checkpoints import save_checkpoint
         from dinalrm_align.train.metrics import MetricsLog
+        from dinalrm_align.train.state import RunState
 
         folder = world.fresh()
         parameters = {"number": torch.nn.Parameter(torch.zeros(1))}
-        save_checkpoint(
-            folder, step=1, elapsed=0.0, identity={}, log=MetricsLog(folder / "metrics.jsonl"), parameters=parameters,
-            average=None, optimizer=torch.optim.SGD(parameters.values()), accelerator=Accelerator(cpu=True), keep_last=1,
-        )  # fmt: skip
+        state = RunState(parameters, torch.optim.SGD(parameters.values()), step=1)
+        log = MetricsLog(folder / "metrics.jsonl")
+        save_checkpoint(folder, state, log=log, accelerator=Accelerator(cpu=True), keep_last=1)
         (folder / "config.yaml").write_text("refl:\n  batch_size: 1\n" if module == REFL else "lora_lr: 0.1\n")
         return folder
 

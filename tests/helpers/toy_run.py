@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.loop import Hook, fit
-from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
+from dinalrm_align.train.state import RunState
 
 
 class Memory:
@@ -68,20 +68,15 @@ def run(
         return (loss * math.nan if len(steps_made) == poison_at else loss), {"norm": parameters["a"].norm()}
 
     steps_made: list[int] = []
+    config = LoopConfig(**{"steps": steps, "ema_decay": 0.5, "checkpoint_every": 2, **loop})
     fit(
-        LoopConfig(**{"steps": steps, "ema_decay": 0.5, "checkpoint_every": 2, **loop}),
+        config,
         optim,
-        parameters=parameters,
-        optimizer=adamw([{"params": list(parameters.values())}], optim),
-        batch_at=batch_at,
-        step=step,
+        RunState.initial(parameters, config, optim, method=state, identity=identity),
+        Closures(batch_at, step),
         accelerator=Accelerator(cpu=True),
-        output_dir=folder,
+        run=RunFolder(folder, checkpoint=resume, resume_command="python train.py --resume here"),
         hooks=hooks,
-        identity=identity,
-        state=state,
-        resume=resume,
-        resume_command="python train.py --resume here",
         stop_when=stop_when,
     )
     return parameters

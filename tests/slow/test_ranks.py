@@ -259,8 +259,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.loop import Hook, fit
-from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
+from dinalrm_align.train.state import RunState
 from dinalrm_align.train.distributed import waiting
 from dinalrm_align.train.checkpoints import latest_checkpoint
 
@@ -280,20 +280,19 @@ def lose(step):
         time.sleep(600)
 
 
+config = LoopConfig(steps=5, accumulate=2 // size, checkpoint_every=2)
 fit(
-    LoopConfig(steps=5, accumulate=2 // size, checkpoint_every=2),
+    config,
     optim,
-    parameters=p,
-    optimizer=adamw([{"params": list(p.values())}], optim),
-    batch_at=lambda micro_step: data[(micro_step * size + rank) * 3 :][: 1 + 2 * ((micro_step * size + rank) % 2)],
-    step=lambda batch: (((batch @ p["w"] - 1) ** 2).mean(), {}),
-    count_of=len,
-    samples=6,
+    RunState.initial(p, config, optim, samples=6),
+    Closures(
+        lambda micro_step: data[(micro_step * size + rank) * 3 :][: 1 + 2 * ((micro_step * size + rank) % 2)],
+        lambda batch: (((batch @ p["w"] - 1) ** 2).mean(), {}),
+        count=len,
+    ),
     accelerator=accelerator,
-    output_dir=folder,
+    run=RunFolder(folder, checkpoint=latest_checkpoint(folder), resume_command="the same again"),
     hooks=[Hook(1, lose)],
-    resume=latest_checkpoint(folder),
-    resume_command="the same again",
 )
 """
 
@@ -304,7 +303,7 @@ def test_a_lost_process_ends_the_run_and_leaves_what_it_can_go_on_from(how, tmp_
     script.write_text(LOST)
     lost = launch(tmp_path, script, "run", how)
     assert lost.returncode not in (0, None) and "another process was lost" in lost.stdout
-    assert "step_000002 is whole, go on with: the same again" in lost.stdout
+    assert "step_000002 with: the same again" in lost.stdout
     assert latest_checkpoint(tmp_path / "run").name == "step_000002"
     monkeypatch.chdir(tmp_path)
     for folder in ("run", "whole"):  # one process goes on where two were, and batches of 1 and 3 rows count as such

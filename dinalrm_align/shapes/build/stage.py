@@ -14,8 +14,8 @@ from dinalrm_align.shapes.config import BuildConfig, StageConfig
 from dinalrm_align.shapes.render import Drawing, draw_nuisance, lay_out, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
 from dinalrm_align.train.checkpoints import latest_checkpoint
-from dinalrm_align.train.loop import Hook, fit
-from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
+from dinalrm_align.train.state import RunState
 
 
 def pictures(number: int, rng: np.random.Generator, size: int) -> tuple[Tensor, list[Scene], list[Drawing]]:
@@ -41,9 +41,11 @@ def run_stage(
     """`fit` in output_dir/name, from its last checkpoint if there is one; the parameters end at their average."""
     output_dir = Path(config.output_dir) / name
     fit(
-        stage.loop, stage.optim, parameters=parameters, batch_at=batch_at, step=step, accelerator=accelerator,
-        optimizer=optimizer or adamw([{"params": list(parameters.values())}], stage.optim), output_dir=output_dir,
-        hooks=hooks, resume_command="the same command again", resume=latest_checkpoint(output_dir), shown=shown,
+        stage.loop, stage.optim, RunState.initial(parameters, stage.loop, stage.optim, optimizer=optimizer),
+        Closures(batch_at, step), accelerator=accelerator, hooks=hooks, shown=shown,
+        run=RunFolder(
+            output_dir, checkpoint=latest_checkpoint(output_dir), resume_command="the same command again"
+        ),
     )  # fmt: skip
     kind = "ema" if stage.loop.ema_decay > 0 else "weights"
     average = load_file(latest_checkpoint(output_dir) / f"{kind}.safetensors")

@@ -69,6 +69,7 @@ def test_eight_bit_adamw_learns_and_its_moments_come_back(tmp_path):
 
     from dinalrm_align.train.checkpoints import _check_moments, load_checkpoint, save_checkpoint
     from dinalrm_align.train.metrics import MetricsLog
+    from dinalrm_align.train.state import RunState
 
     config = OptimConfig(name="adamw8bit", lr=1e-2)
     target = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
@@ -86,19 +87,15 @@ def test_eight_bit_adamw_learns_and_its_moments_come_back(tmp_path):
 
     parameters, optimizer = start()
     losses = [update(parameters, optimizer) for _ in range(2)]
-    kept = dict(parameters=parameters, average=None, optimizer=optimizer, state=None, accelerator=Accelerator(cpu=True))
-    folder = save_checkpoint(
-        tmp_path, step=2, elapsed=0.0, identity={}, log=MetricsLog(tmp_path / "metrics.jsonl"), keep_last=1, **kept
-    )
+    accelerator, log = Accelerator(cpu=True), MetricsLog(tmp_path / "metrics.jsonl")
+    state = RunState(parameters, optimizer, step=2)
+    folder = save_checkpoint(tmp_path, state, log=log, accelerator=accelerator, keep_last=1)
     losses += [update(parameters, optimizer) for _ in range(2)]
     assert losses[-1] < losses[0]
     assert optimizer.state[parameters["w"]]["state1"].dtype == torch.uint8
 
     resumed, fresh = start()
-    load_checkpoint(
-        folder, identity={}, steps=4, parameters=resumed, average=None, optimizer=fresh, state=None,
-        accelerator=Accelerator(cpu=True),
-    )  # fmt: skip
+    load_checkpoint(folder, RunState(resumed, fresh), steps=4, accelerator=accelerator)
     [update(resumed, fresh) for _ in range(2)]
     assert torch.equal(resumed["w"], parameters["w"])
 

@@ -23,8 +23,8 @@ from dinalrm_align.reward.training import draw_levels, preference_step
 from dinalrm_align.shapes.render import draw_nuisance, lay_out, render
 from dinalrm_align.shapes.scene import draw_scenes
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.loop import fit
-from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.loop import Closures, RunFolder, fit
+from dinalrm_align.train.state import RunState
 
 SHAPES = MODELS["shapes"]
 BATCH_TOLERANCE = 2e-5
@@ -264,18 +264,15 @@ def train_reward(folder, transformer, seed):
     model = build_reward_model(tiny_reward_config(), transformer, seed=seed)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optim = OptimConfig(lr=1e-2)
-    fit(
-        LoopConfig(steps=3, accumulate=2, ema_decay=0.9, checkpoint_every=0),
-        optim,
-        parameters=parameters,
-        optimizer=adamw([{"params": list(parameters.values())}], optim),
-        batch_at=lambda at: draw_levels(
+    config = LoopConfig(steps=3, accumulate=2, ema_decay=0.9, checkpoint_every=0)
+    method = Closures(
+        lambda at: draw_levels(
             pair_batch(transformer, at), SigmaConfig(), [seeded_generator(seed, at, group) for group in range(2)]
         ),
-        step=lambda drawn: preference_step(model.train(), drawn, LossConfig()),
-        accelerator=Accelerator(cpu=True),
-        output_dir=folder,
+        lambda drawn: preference_step(model.train(), drawn, LossConfig()),
     )
+    state = RunState.initial(parameters, config, optim)
+    fit(config, optim, state, method, accelerator=Accelerator(cpu=True), run=RunFolder(folder))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("elapsed", "seconds/", "memory_mib/")
     return parameters, [{name: v for name, v in row.items() if not name.startswith(timed)} for row in rows]

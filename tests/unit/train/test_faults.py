@@ -22,6 +22,7 @@ from dinalrm_align.train.checkpoints import check_checkpoint, checkpoint_to_resu
 from dinalrm_align.train.config import OptimConfig
 from dinalrm_align.train.metrics import read_metrics
 from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.state import RunState
 
 FILES = ("weights.safetensors", "ema.safetensors", "optimizer.pt", "rng_0.pt", "state.json")
 
@@ -86,7 +87,7 @@ def test_a_disk_full_at_any_write_leaves_the_previous_checkpoint(tmp_path, monke
             run(folder, steps=4, resume=resumed)
         assert disk.failed
         said = str(full.value)
-        assert "No space left on device" in said and f"{resumed} is whole, go on with: python train.py" in said
+        assert "No space left on device" in said and f"{resumed} with: python train.py" in said
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000002"]
         check_checkpoint(resumed)
         monkeypatch.undo()
@@ -107,16 +108,16 @@ def test_a_limit_on_the_size_of_files_leaves_the_previous_checkpoint(tmp_path, l
             run(tmp_path, steps=4, resume=newest)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "File too large" in str(full.value) and f"{newest} is whole, go on with" in str(full.value)
+    assert "File too large" in str(full.value) and f"resume from {newest} with" in str(full.value)
     assert checkpoint_to_resume(tmp_path) == newest
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"file.*no checkpoint yet, start the run again"):
+    with pytest.raises(OSError, match=r"file.*no checkpoint yet"):
         run(tmp_path / "file" / "run")
     monkeypatch.setattr(durable, "open", FullDisk(0, errno.EACCES), raising=False)
-    with pytest.raises(OSError, match=r"run cannot go on .*metrics.jsonl"):
+    with pytest.raises(OSError, match=r"run stopped .*metrics.jsonl"):
         run(tmp_path / "run")
     assert latest_checkpoint(tmp_path / "run") is None
 
@@ -207,7 +208,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     for identity in ({"seed": "1", "base model": "a"}, {"seed": "0", "base model": "b"}, {"seed": "0"}, None):
         with pytest.raises(ValueError, match=r"step_000006 belongs to another run: its (seed|base model) is"):
             run(tmp_path / "one", steps=8, resume=newest, identity=identity)
-    with pytest.raises(ValueError, match="is no checkpoint of .*one: a run goes on in its own folder"):
+    with pytest.raises(ValueError, match="is not a checkpoint of .*one"):
         run(tmp_path / "one", steps=8, resume=latest_checkpoint(tmp_path / "other"))
     assert bytes_of(tmp_path / "one") == before
     shutil.rmtree(newest)
@@ -266,8 +267,7 @@ def test_moments_of_parameters_in_another_order_are_refused(damaged):
     optimizer = adamw([{"params": [parameters["b"], parameters["a"]]}], OptimConfig())
     with pytest.raises(ValueError, match=r"does not fit this optimiser: exp_avg of parameter 0 is \(2, 4\), expected"):
         load_checkpoint(
-            latest_checkpoint(damaged), identity={}, steps=4, parameters=parameters, average=None, optimizer=optimizer,
-            accelerator=Accelerator(cpu=True),
+            latest_checkpoint(damaged), RunState(parameters, optimizer), steps=4, accelerator=Accelerator(cpu=True)
         )  # fmt: skip
     assert not optimizer.state and all(torch.equal(before[name], p) for name, p in parameters.items())
 
@@ -352,7 +352,7 @@ def test_a_full_disk_ends_the_command_line_with_a_sentence(finished, tmp_path, m
     if recipe.name == "train_reward":
         monkeypatch.setattr(durable, "open", FullDisk(3), raising=False)
     said = ended(recipe, resume, capsys)
-    assert "No space left on device" in said and "step_000002 is whole, go on with: python" in said
+    assert "No space left on device" in said and "step_000002 with: python" in said
     check_checkpoint(copy / "checkpoints" / "step_000002")
 
 

@@ -16,9 +16,10 @@ from toy_run import Memory, run, toy, without_times
 
 from dinalrm_align.train.checkpoints import checkpoint_to_resume, latest_checkpoint
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.loop import Ema, Hook, fit
+from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
 from dinalrm_align.train.metrics import MetricsLog, read_metrics
-from dinalrm_align.train.optim import adamw, lr_factor
+from dinalrm_align.train.optim import lr_factor
+from dinalrm_align.train.state import Ema, RunState
 
 
 @pytest.fixture(autouse=True)
@@ -134,16 +135,14 @@ def test_the_average_runs_is_what_hooks_see_and_is_saved(tmp_path):
         trained.append(parameters["b"].detach().clone())
         return parameters["b"].square().sum() + parameters["a"].square().sum(), {}
 
-    optim = OptimConfig(lr=0.1)
+    config, optim = LoopConfig(steps=3, ema_decay=0.25, ema_every=2), OptimConfig(lr=0.1)
     fit(
-        LoopConfig(steps=3, ema_decay=0.25, ema_every=2),
+        config,
         optim,
-        parameters=parameters,
-        optimizer=adamw([{"params": list(parameters.values())}], optim),
-        batch_at=lambda micro_step: None,
-        step=step,
+        RunState.initial(parameters, config, optim),
+        Closures(lambda micro_step: None, step),
         accelerator=Accelerator(cpu=True),
-        output_dir=tmp_path,
+        run=RunFolder(tmp_path),
         hooks=[Hook(1, lambda step: seen.append(parameters["b"].detach().clone()))],
     )
     torch.testing.assert_close(seen[0], trained[0])
@@ -171,7 +170,7 @@ def test_an_interrupt_saves_after_the_update_says_how_to_go_on_and_exits_130(tmp
     assert stopped.value.code == 130
     assert signal.getsignal(number) is handler
     assert "stopped after update 3 of 6" in (printed := capsys.readouterr().out)
-    assert "go on with: python train.py --resume here" in printed
+    assert "resume with: python train.py --resume here" in printed
     checkpoint = latest_checkpoint(tmp_path / "cut")
     assert checkpoint.name == "step_000003"
     again = run(tmp_path / "cut", resume=checkpoint)
@@ -242,23 +241,25 @@ from accelerate import Accelerator
 from torch import nn
 
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.optim import adamw
-from dinalrm_align.train.loop import fit
+from dinalrm_align.train.loop import Closures, RunFolder, fit
+from dinalrm_align.train.state import RunState
 
 accelerator = Accelerator(cpu=True)
 rank, size = accelerator.process_index, accelerator.num_processes
 data = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
 p = {"w": nn.Parameter(torch.ones(4) + rank), "idle": nn.Parameter(torch.ones(1))}  # rank 1 starts elsewhere
 optim = OptimConfig(lr=0.05, clip=0.5)
+config = LoopConfig(steps=3, accumulate=2 // size)
 fit(
-    LoopConfig(steps=3, accumulate=2 // size),
+    config,
     optim,
-    parameters=p,
-    optimizer=adamw([{"params": list(p.values())}], optim),
-    batch_at=lambda micro_step: data[2 * (micro_step * size + rank) :][:2],
-    step=lambda batch: (((batch @ p["w"] - 1) ** 2).mean(), {"w": p["w"].mean()}),
+    RunState.initial(p, config, optim),
+    Closures(
+        lambda micro_step: data[2 * (micro_step * size + rank) :][:2],
+        lambda batch: (((batch @ p["w"] - 1) ** 2).mean(), {"w": p["w"].mean()}),
+    ),
     accelerator=accelerator,
-    output_dir=Path(sys.argv[1]),
+    run=RunFolder(Path(sys.argv[1])),
 )
 accelerator.end_training()
 """

@@ -13,9 +13,9 @@ from torch import nn
 
 from dinalrm_align.train.checkpoints import latest_checkpoint
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.loop import Hook, fit
+from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
 from dinalrm_align.train.metrics import read_metrics
-from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.state import RunState
 from dinalrm_align.train.tracking import check_tracker, open_tracker, track_picture, tracker_options
 
 SETTINGS = "seed: 3\noptim:\n  lr: 0.1\n"
@@ -57,12 +57,16 @@ def run(accelerator: Accelerator, folder: Path, steps: int = 4, resume: Path | N
         track_picture(accelerator, "held_out", draw(folder / "grid.png", 10 * step), step)
 
     folder.mkdir(exist_ok=True)
+    config, optim = LoopConfig(steps=steps, ema_decay=0.0), OptimConfig(lr=0.1)
     fit(
-        LoopConfig(steps=steps, ema_decay=0.0), OptimConfig(lr=0.1), parameters={"weight": weight},
-        optimizer=adamw([{"params": [weight]}], OptimConfig(lr=0.1)), batch_at=float,
-        step=lambda batch: (weight**2, {"batch": batch}), accelerator=accelerator, output_dir=folder,
-        hooks=[Hook(2, picture)], resume=resume,
-    )  # fmt: skip
+        config,
+        optim,
+        RunState.initial({"weight": weight}, config, optim),
+        Closures(float, lambda batch: (weight**2, {"batch": batch})),
+        accelerator=accelerator,
+        run=RunFolder(folder, checkpoint=resume),
+        hooks=[Hook(2, picture)],
+    )
 
 
 def test_a_tracker_gets_the_rows_of_the_metrics_file_and_the_pictures(tmp_path):
