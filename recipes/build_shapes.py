@@ -10,7 +10,6 @@ the command is repeated. The result is a world folder: `python recipes/refl_sd35
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -40,7 +39,7 @@ def build(config: BuildConfig, text: str) -> None:
     from dinalrm_align.shapes.stack import build_pipeline
     from dinalrm_align.train.checkpoints import latest_checkpoint
     from dinalrm_align.train.device import available_device
-    from dinalrm_align.train.durable import write_atomically
+    from dinalrm_align.train.durable import atomic_folder, write_atomically
 
     available_device(config.device)
     make_folder(Path(config.output_dir))
@@ -57,7 +56,8 @@ def build(config: BuildConfig, text: str) -> None:
         if not all((folder / "config.json").exists() for folder in folders.values()):
             train(pipeline, config, accelerator)
             for name, folder in folders.items():
-                _save_whole(folder, pipeline.components[name].save_pretrained)
+                with atomic_folder(folder) as temporary:
+                    pipeline.components[name].save_pretrained(temporary)
         for name, kind in parts.items():
             saved = kind.from_pretrained(folders[name]).requires_grad_(False).eval().to(accelerator.device)
             if isinstance(saved, ConfigMixin):
@@ -98,7 +98,8 @@ def build(config: BuildConfig, text: str) -> None:
     if not (weights / "pixel" / "config.json").exists():
         pairs = LatentPairs(train_pairs, batch_size=config.pixel.batch_size // config.pairs.pictures, seed=config.seed)
         model: CLIPModel = train_pixel(pipeline, pairs, config, accelerator)
-        _save_whole(weights / "pixel", lambda folder: save_clip_reward(model, pipeline.tokenizer, folder))
+        with atomic_folder(weights / "pixel") as temporary:
+            save_clip_reward(model, pipeline.tokenizer, temporary)
     print(f"the world is whole: python recipes/refl_sd35.py --model {weights}")
 
 
@@ -115,16 +116,6 @@ def _run(command: Sequence[object]) -> None:
         status = process.wait()
     if status:
         raise SystemExit(status)
-
-
-def _save_whole(folder: Path, save: Callable[[Path], object]) -> None:
-    """Save under a temporary name and rename, so that a folder of this name is whole; an earlier one is replaced."""
-    temporary = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def _rounded(numbers: dict[str, float]) -> str:

@@ -5,7 +5,6 @@ dtype of the base: in bfloat16 AdamW's updates round away. The base weights stay
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +22,8 @@ from dinalrm_align.flow.noise import check_latents, timestep_of
 from dinalrm_align.flow.sampling import Velocity
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import LoraConfig
-from dinalrm_align.train.durable import flush
-from dinalrm_align.train.files import make_folder, reading
+from dinalrm_align.train.durable import atomically
+from dinalrm_align.train.files import reading
 from dinalrm_align.train.settings import check_integer, check_number
 
 ADAPTER = "policy"
@@ -195,19 +194,16 @@ class Policy:
         back to
         identical outputs: alpha travels in the file's metadata, without which it would be taken for the rank.
         """
-        make_folder(folder)
-        temporary = f".writing_{LORA_FILE}"
         try:
-            StableDiffusion3Pipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
-                transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
-                weight_name=temporary,
-            )
+            with atomically(folder / LORA_FILE) as temporary:
+                StableDiffusion3Pipeline.save_lora_weights(
+                    folder,
+                    transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
+                    transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
+                    weight_name=temporary.name,
+                )
         except SafetensorError as error:
             raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
-        flush(folder / temporary)
-        os.replace(folder / temporary, folder / LORA_FILE)
 
     def load_lora(self, folder: Path) -> None:
         """Take the weights that `save_lora` wrote. Raises ValueError for another rank or alpha, and for missing or

@@ -13,8 +13,6 @@ evaluation by probes (`level_probe`, `drift_probe`) and recorded beside it:
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ from dinalrm_align.eval.report.intervals import by_caption, seeds_by_captions
 from dinalrm_align.flow.noise import add_noise
 from dinalrm_align.flow.sampling import Velocity
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.train.durable import DISCARDED, TEMPORARY, discard_folder, flush, write_file
+from dinalrm_align.train.durable import atomic_folder, discard_folder, write_file
 from dinalrm_align.train.files import read_json
 
 Scores = Mapping[str, Sequence[float]]
@@ -204,23 +202,11 @@ class Watch:
         noted = read_json(folder / NOTE)["step"] if (folder / NOTE).is_file() else -1
         if best_step(history) == step:
             gold = {"gold": float(np.mean(history[step]["gold"])), "gold_before": float(np.mean(history[0]["gold"]))}
-            self._replace(folder, json.dumps({"step": step, **gold}))
+            with atomic_folder(folder) as temporary:
+                self.save_lora(temporary)
+                write_file(temporary / NOTE, json.dumps({"step": step, **gold}))
         elif noted >= step:
             discard_folder(folder)
-
-    def _replace(self, folder: Path, note: str) -> None:
-        """The folder is whole under its name or not there; what a kill leaves beside it the next one writes over."""
-        temporary, old = folder.with_name(TEMPORARY + folder.name), folder.with_name(DISCARDED + folder.name)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self.save_lora(temporary)
-        write_file(temporary / NOTE, note)
-        flush(temporary)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-        flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -41,7 +41,7 @@ from dinalrm_align.data.shards import (
 )
 from dinalrm_align.models.text import Conditions, check_prompts
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.durable import file_digest
+from dinalrm_align.train.durable import atomically, file_digest, write_atomically
 from dinalrm_align.train.files import make_folder
 from dinalrm_align.train.settings import check_integer
 
@@ -300,12 +300,9 @@ class LatentPairsWriter:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    with atomically(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def _write_json(content: object, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.train.durable import atomically, write_atomically
 
 Level = tuple[float, ...]
 """One sigma, or several: an ensemble."""
@@ -113,8 +114,8 @@ def level_name(level: Level) -> str:
 def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
     """Write accuracy.json, per_concept.md and accuracy_vs_sigma.png into `directory`, replacing earlier ones."""
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / "accuracy.json", json.dumps(_as_json(tallies, title), indent=1) + "\n")
-    _replace(directory / "per_concept.md", per_concept_table(tallies))
+    write_atomically(directory / "accuracy.json", json.dumps(_as_json(tallies, title), indent=1) + "\n")
+    write_atomically(directory / "per_concept.md", per_concept_table(tallies))
     _plot(tallies, directory / "accuracy_vs_sigma.png", title)
 
 
@@ -178,17 +179,10 @@ def _plot(tallies: Tallies, path: Path, title: str) -> None:
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="sigma", ylabel="pairwise accuracy", title=title)
     axes.legend(fontsize=7, ncols=2)
-    partial = path.with_suffix(".partial.png")
-    FigureCanvasAgg(figure).print_png(partial)
-    partial.replace(path)
+    with atomically(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
 
 
 def metrics(tallies: Tallies) -> Mapping[str, float]:
     """Numbers for metrics.jsonl: accuracy/<level> over all pairs."""
     return {f"accuracy/{level_name(level)}": counts[OVERALL].accuracy for level, counts in tallies.items()}
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -7,7 +7,6 @@ a reward is run once and its numbers can be looked at in ways that nobody had th
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.eval.pieces import Pieces
 from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.train.durable import atomically
 
 PAIR_COLUMNS = ("chosen", "rejected", "label", "caption")
 NAMES = ("prompts", "pictures")
@@ -184,7 +184,7 @@ def _check_finite(arrays: dict[str, np.ndarray], readings: Sequence[NoiseLevels]
 
 
 def save_scores(judged: PairScores, path: Path, terms: dict[str, object]) -> None:
-    """Write one safetensors file, under a temporary name at first. terms: JSON-ready; `load_scores` compares them."""
+    """Write one safetensors file, atomically. terms: JSON-ready; `load_scores` compares them."""
     names = sorted(set(judged.concept or ()))
     tensors = {"scores": torch.from_numpy(np.stack(list(judged.scores.values())))}
     tensors |= {name: torch.from_numpy(vars(judged)[name]) for name in PAIR_COLUMNS}
@@ -194,10 +194,8 @@ def save_scores(judged: PairScores, path: Path, terms: dict[str, object]) -> Non
         tensors["group"] = torch.from_numpy(judged.group)
     about = {"readings": list(judged.scores), "concepts": names, "terms": terms}
     about |= {name: vars(judged)[name] for name in NAMES if vars(judged)[name] is not None}
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, temporary, metadata={name: json.dumps(value) for name, value in about.items()})
-    os.replace(temporary, path)
+    with atomically(path) as temporary:
+        save_file(tensors, temporary, metadata={name: json.dumps(value) for name, value in about.items()})
 
 
 def load_scores(path: Path, terms: dict[str, object]) -> PairScores:

@@ -1,6 +1,5 @@
 """Grids of images as PNG files."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinalrm_align.models.images import to_bytes
+from dinalrm_align.train.durable import atomically
 from dinalrm_align.train.figures import save_figure
 from dinalrm_align.train.files import reading
 
@@ -20,10 +20,8 @@ CELL_INCHES = 1.5
 
 def save_strip(pictures: np.ndarray, path: Path) -> None:
     """Pictures (N, H, W, 3) uint8 -> one lossless PNG of H x (N W), which `load_strip` takes apart again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing_{path.name}")
-    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(temporary)
-    os.replace(temporary, path)
+    with atomically(path) as temporary:
+        Image.fromarray(np.concatenate(list(pictures), axis=1)).save(temporary)
 
 
 def load_strip(path: Path, count: int) -> np.ndarray:

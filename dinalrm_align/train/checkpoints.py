@@ -15,11 +15,11 @@ spent, it cannot. The global random states, which dropout draws from, then begin
 """
 
 import io
-import os
 import random
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dinalrm_align.train.distributed import with_others
-from dinalrm_align.train.durable import DISCARDED, TEMPORARY, discard_folder, flush, write_file
+from dinalrm_align.train.durable import DISCARDED, TEMPORARY, atomic_folder, discard_folder, write_file
 from dinalrm_align.train.metrics import METRICS, MetricsLog, check_start
 from dinalrm_align.train.seal import STATE, open_sealed, seal
 from dinalrm_align.train.state import RunState
@@ -45,16 +45,11 @@ def save_checkpoint(
     """Write `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest checkpoints.
 
     Called on every rank: each writes its own random state and method state, the main rank (the only one that needs
-    `log`) writes the rest. Raises OSError, leaving existing checkpoints alone, if the checkpoint cannot be written or
-    already exists.
+    `log`) writes the rest. Raises OSError, leaving older checkpoints alone, if the checkpoint cannot be written.
     """
     folder = checkpoint_folder(run, state.step)
-    temporary = folder.with_name(TEMPORARY + folder.name)
     main, rank = accelerator.is_main_process, accelerator.process_index
-    try:
-        if main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+    with atomic_folder(folder) if main else nullcontext(folder.with_name(TEMPORARY + folder.name)) as temporary:
         _barrier(accelerator)
         write_file(temporary / f"rng_{rank}.pt", _serialised(_random_state()))
         if state.method is not None:
@@ -75,12 +70,6 @@ def save_checkpoint(
                 "metrics": log.mark(),
             }
             seal(temporary, facts)
-            flush(temporary)
-            os.rename(temporary, folder)
-            flush(folder.parent)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)  # free the disk space of an incomplete checkpoint
-        raise
     if main:
         _keep_newest(run, keep_last)
     _barrier(accelerator)

@@ -1,14 +1,13 @@
-"""Writing a matplotlib figure so that a picture is whole or is not there."""
+"""Atomic writing of matplotlib figures."""
 
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dinalrm_align.train.durable import atomically
+
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 110) -> None:
-    """Write a PNG under a temporary name and rename it; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing_{path.name}")
-    figure.savefig(temporary, dpi=dpi)
-    os.replace(temporary, path)
+    """Write a PNG; parent folders are created."""
+    with atomically(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)

@@ -25,6 +25,7 @@ from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 from dinalrm_align.shapes.render import SIZE, Drawing, coverage
 from dinalrm_align.shapes.scene import SHAPES, draw_scenes
+from dinalrm_align.train.durable import write_atomically
 from dinalrm_align.train.loop import Hook
 from dinalrm_align.train.optim import adamw
 
@@ -173,7 +174,7 @@ def _cached_pictures(pipeline: StableDiffusion3Pipeline, config: BuildConfig) ->
         save_file(
             {"latents": torch.cat(latents).contiguous(), "layouts": torch.cat(layouts)}, folder / "pictures.safetensors"
         )
-        (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+        write_atomically(folder / "captions.json", json.dumps(captions))
     stored = load_file(folder / "pictures.safetensors")
     return stored["latents"], stored["layouts"], json.loads((folder / "captions.json").read_text(encoding="utf-8"))
 

@@ -132,7 +132,7 @@ class Run:
         )  # fmt: skip
 
     def save(self, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / LORA_FILE).write_text(f"weights at {max(self.scores)}")
 
     def evaluate(self, step: int, scores: dict[str, list[float]]) -> dict[str, float]:
