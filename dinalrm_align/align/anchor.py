@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dinalrm_align.align.anchor_config import AnchorConfig
+from dinalrm_align.align.config import AnchorConfig
 
 Reward = Callable[..., Tensor]
 """reward(latents (B, C, H, W), prompts=..., sigma=..., noise=...) -> (B,), differentiable: a LatentReward, a

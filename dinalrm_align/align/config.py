@@ -1,88 +1,244 @@
-"""Settings that all alignment recipes share: what is aligned, to what, on which prompts, how it is judged. Torch-free.
+"""Settings shared by all alignment recipes. Torch-free.
 
-A recipe's own dataclass derives from `AlignRun` and adds its method's section.
+The dataclass of a recipe derives from `AlignRun` and adds the section of its method.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from dinalrm_align.align.memory_config import Hpsv3Config, MemoryConfig
-from dinalrm_align.align.watch_config import WatchConfig
 from dinalrm_align.reward.config import LoraConfig
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.settings import check_fields
+from dinalrm_align.train.settings import (
+    ClosedUnitInterval,
+    IntAboveOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_fields,
+    check_image_size,
+    check_levels,
+)
 
 
 @dataclass
 class EvaluationConfig:
-    """How progress is judged: the same held-out prompts and noise seeds before, during and after.
+    """Evaluation on held-out prompts, with the same prompts and noise before, during and after training.
 
     Args:
-        samples: pictures per evaluation; prompts are taken in file order, and again from the start if there are fewer.
-        batch_size: pictures sampled at once.
-        every: updates between two evaluations; there is always one before the first update and one after the last.
-        shown: how many of them go into the picture grids.
-        seed: of the noise; fixed apart from the run's seed so that runs can be compared picture by picture.
+        samples: images per evaluation; prompts are used in file order, and repeated if there are fewer.
+        batch_size: images sampled at once.
+        every: updates between evaluations; the base model and the final policy are always evaluated. 0: only those.
+        shown: number of images in the image grids.
+        seed: of the noise; separate from the seed of the run, so that runs can be compared image by image.
     """
 
-    samples: int = 192
-    batch_size: int = 64
-    every: int = 10
-    shown: int = 16
-    seed: int = 1234
+    samples: IntAboveOne = 192
+    batch_size: PositiveInt = 64
+    every: NonNegativeInt = 10
+    shown: PositiveInt = 16
+    seed: NonNegativeInt = 1234
 
     def __post_init__(self) -> None:
         check_fields(self, "evaluation")
-        if self.seed < 0:
-            raise ValueError(f"evaluation.seed: got {self.seed}; it must not be negative")
-        if self.samples < 2 or self.batch_size < 1 or self.every < 0 or not 1 <= self.shown <= self.samples:
-            raise ValueError(
-                f"evaluation: got samples {self.samples}, batch_size {self.batch_size}, every {self.every}, shown "
-                f"{self.shown}; expected at least 2, at least 1, at least 0, and between 1 and samples"
-            )
+        if self.shown > self.samples:
+            raise ValueError(f"evaluation.shown: got {self.shown}; expected at most evaluation.samples, {self.samples}")
+
+
+@dataclass
+class WatchConfig:
+    """Detection of reward hacking: at every evaluation, the reward is compared with the gold score (`align.watch`).
+
+    Hacking is reported if, since the evaluation with the best gold score so far, the reward has risen and the gold
+    score has fallen, both significantly (one-sided t-tests, paired over captions).
+
+    Args:
+        level: significance level of a whole run: the probability of a false alarm if the gold score never falls.
+        stop_on_hacking: stop the run at the first alarm and save a checkpoint; otherwise print a warning and go on.
+        keep_best: keep the LoRA with the best gold score in lora_best/.
+        sigmas: noise levels at which a latent reward also scores the held-out latents, to measure the disagreement
+            between them; empty: not measured.
+        drift_sigmas: noise levels at which the policy's velocity is compared with the reference's on the held-out
+            latents; empty: not measured.
+    """
+
+    level: float = 0.05
+    stop_on_hacking: bool = False
+    keep_best: bool = True
+    sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [0.1, 0.4, 0.7])
+    drift_sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [0.3, 0.8])
+
+    def __post_init__(self) -> None:
+        check_fields(self, "watch")
+        if not 0 < self.level < 0.5:
+            raise ValueError(f"watch.level: got {self.level}; expected a probability between 0 and 0.5")
+        for name, sigmas in (("sigmas", self.sigmas), ("drift_sigmas", self.drift_sigmas)):
+            if len(set(sigmas)) < len(sigmas):
+                raise ValueError(f"watch.{name}: got {sigmas}; expected each noise level once")
+        if len(self.sigmas) == 1:
+            raise ValueError(f"watch.sigmas: got {self.sigmas}; expected at least two levels to compare, or none")
+
+
+@dataclass
+class MemoryConfig:
+    """Options that save memory or time without changing the method; all are off by default.
+
+    What each saves and costs: `python recipes/savings.py`. See also gradient_checkpointing and optim.name.
+
+    Args:
+        base_quant: quantise the linear layers of the base model's blocks to 8 or 4 bits (bitsandbytes, the extra
+            `quant`), for policy and latent reward. With nf4, velocities change by a few percent.
+        vae_dtype: dtype of the VAE's weights; bfloat16 halves the memory of decoding and rounds the images.
+        decode_slice: images that a pixel reward decodes at a time, by default the whole batch. Each slice is decoded
+            again in the backward pass.
+        decode_tile: decode large images tile by tile (diffusers' tiling); pixels near the seams change.
+        offload: keep unused models off the GPU: prompts are encoded before the base model is moved there, and the VAE
+            is moved there only for evaluations, unless a pixel reward needs it for every update.
+        compile: apply torch.compile to each block of policy and latent reward; the first update takes minutes.
+        attention: CUDA kernel of torch's attention. (diffusers' set_attention_backend does not affect SD3.)
+    """
+
+    base_quant: Literal["none", "int8", "nf4"] = "none"
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    decode_slice: PositiveInt | None = None
+    decode_tile: bool = False
+    offload: bool = False
+    compile: bool = False
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "memory")
+
+
+@dataclass
+class Hpsv3Config:
+    """How HPSv3 is loaded if it is part of the reward.
+
+    Args:
+        quantization: quantise the linear layers of its blocks to 8 or 4 bits (bitsandbytes, the extra `quant`).
+        template: data_collator_qwen.py of the package hpsv3, or a JSON file with its two texts; by default the file
+            beside the weights, or else the installed package.
+        base: folder or hub id of Qwen2-VL-7B-Instruct, for its config and tokenizer; by default the files beside the
+            weights, or else those of the hub.
+    """
+
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    template: str | None = None
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "hpsv3")
+
+    def options(self) -> dict[str, Any]:
+        """Settings that differ from the defaults, as arguments of `HPSv3Reward.from_pretrained`."""
+        return {name: value for name, value in vars(self).items() if value != vars(Hpsv3Config)[name]}
+
+
+@dataclass
+class AnchorConfig:
+    """A second reward of another kind, added at every n-th update to make reward hacking harder (`align.anchor`).
+
+    Args:
+        reward: name of the second reward; by default there is none.
+        every: updates (GRPO: rollouts) between uses of the anchor; 1: every update.
+        weight: weight of the anchor relative to the reward. Both are first scaled to the same spread, so that 1 gives
+            them equal influence.
+    """
+
+    reward: str | None = None
+    every: PositiveInt = 4
+    weight: PositiveFloat = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "anchor")
+
+
+@dataclass
+class GroupRolloutConfig:
+    """Settings that Flow-GRPO and DiffusionNFT share: a rollout of groups of samples, and its reuse for updates.
+
+    Args:
+        groups: prompts per rollout and process.
+        group_size: samples per prompt, whose scores are compared with each other.
+        sample_batch: samples drawn and scored at once; affects memory, not results.
+        guidance_scale: of rollout and training; by default the model's own. Up to 1: no guidance.
+        reward_draws: noise draws over which a latent reward is averaged. All samples of a group share them, so that
+            they cancel in the advantages.
+        reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default its own.
+        advantage_std: standard deviation that divides the distance of a score from the mean of its group: that of the
+            group, or of the whole rollout on all processes (global).
+        advantage_floor: added to that standard deviation.
+        advantage_clip: largest absolute advantage; for DiffusionNFT the one of a sample that is wholly good or bad.
+        minibatches: updates per pass over the samples of a rollout.
+        epochs: passes over the samples of a rollout.
+    """
+
+    groups: PositiveInt = 6
+    group_size: IntAboveOne = 8
+    sample_batch: PositiveInt = 64
+    guidance_scale: NonNegativeFloat | None = 1.0
+    reward_draws: PositiveInt = 2
+    reward_sigma: list[ClosedUnitInterval] | None = None
+    advantage_std: Literal["group", "global"] = "group"
+    advantage_floor: PositiveFloat = 1e-4
+    advantage_clip: PositiveFloat = 5.0
+    minibatches: PositiveInt = 1
+    epochs: PositiveInt = 1
+
+    def check(self, section: str) -> None:
+        """Check the fields of a method's dataclass, named `section` in errors."""
+        check_fields(self, section)
+        check_levels(f"{section}.reward_sigma", self.reward_sigma)
+
+
+def check_noise_level(section: str, sampler: str, noise_level: float) -> None:
+    """ValueError for a noise level above 1 with flow_cps."""
+    if sampler == "flow_cps" and noise_level > 1:
+        raise ValueError(f"{section}.noise_level: got {noise_level} with flow_cps; expected at most 1")
 
 
 @dataclass
 class AlignRun:
-    """What every alignment recipe can be told.
+    """Settings of every alignment recipe.
 
     Args:
-        model: what to align. auto: Stable Diffusion 3.5 Medium if its weights are at hand, else the small embedded
-            world; sd35 or shapes: that one and no other; or the folder or hub id of a StableDiffusion3Pipeline.
-        reward: what to align it to. dinalrm: the latent reward; pixel: the CLIP-style reward, through the VAE's
-            decoder; pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward; oracle: the embedded
-            world's; NAME=SOURCE for its weights from elsewhere; the folder or hub id of another latent reward;
-            module:function, your own; or a weighted sum, "dinalrm + 0.2*pickscore".
-        gold: the judge of held-out pictures, which is never trained on, by the same names; by default the model's own:
-            PickScore, and the oracle in the embedded world.
-        output_dir: where the run is kept; by default a new folder under runs/ named after model, reward and seed.
-        seed: of everything that is random in training.
-        resume: folder of a run (its newest checkpoint is taken, and its settings unless overridden) or of a checkpoint.
-        prompts: text file of training prompts, one a line, UTF-8; by default the model's own list.
+        model: model to align. auto: Stable Diffusion 3.5 Medium if its weights are found, otherwise the small embedded
+            world; sd35 or shapes: that model; or the folder or hub id of a StableDiffusion3Pipeline.
+        reward: reward to maximise. dinalrm: the latent reward; pixel: the CLIP-style reward on decoded images;
+            pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps or unifiedreward; oracle: the true score of
+            the embedded world; NAME=SOURCE: one of these with weights from elsewhere; the folder or hub id of another
+            latent reward; module:function: your own; or a weighted sum, "dinalrm + 0.2*pickscore".
+        gold: score for held-out images that is never trained on, by the same names; by default PickScore, and the
+            oracle in the embedded world.
+        output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
+        seed: of the training.
+        resume: folder of a run (its newest checkpoint is used) or of a checkpoint. Options override its settings.
+        prompts: text file of training prompts, one per line, UTF-8; by default the model's own list.
         eval_prompts: text file of held-out prompts; by default the model's own list.
-        height: of the pictures, in pixels; by default the model's.
-        width: of the pictures, in pixels; by default the model's.
-        device: auto takes a CUDA GPU if there is one.
-        dtype: of the frozen weights; auto takes the model's on a GPU and float32 on a CPU. The LoRA is always float32.
-        gradient_checkpointing: recompute activations of policy and reward in the backward pass: less memory, about a
-            third more time.
-        profile_every: updates between two whose FLOPs are counted and, on a CPU, memory watched (they take about twice
-            as long); 0: none.
-        tracker: where metrics and pictures go besides metrics.jsonl; wandb without a server: WANDB_MODE=offline.
+        height: of the images, in pixels; by default the model's own.
+        width: of the images, in pixels; by default the model's own.
+        device: auto uses a CUDA GPU if there is one.
+        dtype: of the frozen weights; auto: the model's own on a GPU and float32 on a CPU. The LoRA is always float32.
+        gradient_checkpointing: recompute the activations of policy and reward in the backward pass: less memory, about
+            a third more time.
+        profile_every: updates between those whose FLOPs (and, on a CPU, peak memory) are measured, which takes about
+            twice as long; 0: never.
+        tracker: where to log metrics and images in addition to metrics.jsonl; wandb works offline with
+            WANDB_MODE=offline.
         policy: the LoRA that is trained.
-        optim: AdamW.
-        loop: how long, how often saved, averaging.
-        evaluation: the held-out judgement.
-        watch: whether the reward is being fooled, told from the held-out judgement.
-        memory: what makes the run smaller or faster.
-        hpsv3: how HPSv3 is loaded, where it is in the reward.
+        optim: the optimiser, AdamW.
+        loop: length of training, checkpoints and weight averaging.
+        evaluation: evaluation on held-out prompts.
+        watch: detection of reward hacking.
+        memory: options that save memory or time.
+        hpsv3: how HPSv3 is loaded if it is part of the reward.
     """
 
     model: str = "auto"
     reward: str = "dinalrm"
     gold: str | None = None
     output_dir: str | None = None
-    seed: int = 0
+    seed: NonNegativeInt = 0
     resume: str | None = None
     prompts: str | None = None
     eval_prompts: str | None = None
@@ -91,7 +247,7 @@ class AlignRun:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = True
-    profile_every: int = 25
+    profile_every: NonNegativeInt = 25
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16.0))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
@@ -103,8 +259,4 @@ class AlignRun:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.seed < 0 or self.profile_every < 0:
-            raise ValueError(f"got seed {self.seed}, profile_every {self.profile_every}; neither may be negative")
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size is not None and (size < 16 or size % 16):
-                raise ValueError(f"{name}: got {size} pixels; expected a positive multiple of 16")
+        check_image_size(self.height, self.width)

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from dinalrm_align.align.memory_config import MemoryConfig
+from dinalrm_align.align.config import MemoryConfig
 from dinalrm_align.models.quantization import check_quantization, quantise_linears
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import decode_latents

@@ -1,94 +1,90 @@
-"""Settings of the mining of preference pairs, `recipes/mine_pairs.py`. Torch-free."""
+"""Settings of mining preference pairs and of `recipes/mine_pairs.py`. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dinalrm_align.reward.config import LoraConfig
-from dinalrm_align.train.settings import check_fields
+from dinalrm_align.train.settings import (
+    ClosedUnitInterval,
+    IntAboveOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    check_fields,
+    check_image_size,
+    check_levels,
+)
 
 
 @dataclass
 class MineConfig:
-    """Which samples are drawn of each prompt, and which of them become pairs.
+    """Which samples are drawn for each prompt, and which of them become pairs.
 
     Args:
         candidates: samples per prompt.
-        pairs_per_prompt: the best with the worst, then the second best with the second worst, and so on; at most half
-            the candidates.
-        min_gap: smallest difference of scores; pairs below it are left out. In the reward's own units.
-        num_steps: denoising steps of a sample; none given, as many as the model samples with.
-        guidance_scale: of sampling; none given, the model's own.
-        reward_sigma: noise level the reward reads at, several for its multi-noise ensemble; none given, the reward's
-            own.
-        batch_size: pictures sampled and scored at once.
-        prompts_per_shard: prompts whose pairs go into one file; a stopped mining goes on with the first file that is
-            not there.
+        pairs_per_prompt: pairs of the best with the worst, the second best with the second worst, and so on; at most
+            half the candidates.
+        min_gap: smallest difference of scores, in the reward's units; pairs below it are left out.
+        num_steps: denoising steps; by default the model's own number.
+        guidance_scale: of the samples; by default the model's own.
+        reward_sigma: noise level or levels (an ensemble) at which the reward scores; by default its own.
+        batch_size: images sampled and scored at once.
+        prompts_per_shard: prompts whose pairs go into one file; mining resumes at the first missing file.
         dtype: of the latents and embeddings in the files.
-        negative: keep the empty prompt's embeddings in every row, for trainers with guidance in the loss.
+        negative: store the embeddings of the empty prompt in every row, for trainers with guidance in the loss.
     """
 
-    candidates: int = 8
-    pairs_per_prompt: int = 1
-    min_gap: float = 0.0
-    num_steps: int | None = None
-    guidance_scale: float | None = None
-    reward_sigma: list[float] | None = None
-    batch_size: int = 32
-    prompts_per_shard: int = 16
+    candidates: IntAboveOne = 8
+    pairs_per_prompt: PositiveInt = 1
+    min_gap: NonNegativeFloat = 0.0
+    num_steps: PositiveInt | None = None
+    guidance_scale: NonNegativeFloat | None = None
+    reward_sigma: list[ClosedUnitInterval] | None = None
+    batch_size: PositiveInt = 32
+    prompts_per_shard: PositiveInt = 16
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     negative: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "mine")
-        if self.candidates < 2 or not 1 <= self.pairs_per_prompt <= self.candidates // 2:
+        check_levels("mine.reward_sigma", self.reward_sigma)
+        if self.pairs_per_prompt > self.candidates // 2:
             raise ValueError(
-                f"mine: got candidates {self.candidates}, pairs_per_prompt {self.pairs_per_prompt}; expected at "
-                "least 2 candidates, and pairs of at most half of them"
+                f"mine.pairs_per_prompt: got {self.pairs_per_prompt}; expected at most half of mine.candidates, "
+                f"{self.candidates}"
             )
-        if self.batch_size < 1 or self.prompts_per_shard < 1 or (self.num_steps is not None and self.num_steps < 1):
-            raise ValueError(
-                f"mine: got batch_size {self.batch_size}, prompts_per_shard {self.prompts_per_shard}, num_steps "
-                f"{self.num_steps}; each must be at least 1"
-            )
-        if self.min_gap < 0 or (self.guidance_scale is not None and self.guidance_scale < 0):
-            raise ValueError(
-                f"mine: got min_gap {self.min_gap}, guidance_scale {self.guidance_scale}; neither may be negative"
-            )
-        if self.reward_sigma is not None and not (self.reward_sigma and all(0 <= s <= 1 for s in self.reward_sigma)):
-            raise ValueError(f"mine.reward_sigma: got {self.reward_sigma}; expected one level or more, all in [0, 1]")
 
 
 @dataclass
 class MineRun:
-    """Everything `python recipes/mine_pairs.py` can be told.
+    """Settings of `recipes/mine_pairs.py`.
 
     Args:
-        model: whose samples are ranked. auto: Stable Diffusion 3.5 Medium if its weights are at hand, else the small
-            embedded world; sd35 or shapes: that one and no other; or the folder or hub id of a
-            StableDiffusion3Pipeline.
-        lora: folder of a LoRA that a run of this project left (run/lora), put on the model before it samples; policy
-            must say its rank and alpha.
-        reward: what ranks them. dinalrm: the model's own latent reward; or the folder or hub id of another.
-        output_dir: where the pairs go; by default a folder under runs/ named after model, reward and seed. Pairs that
-            are there already, of the same settings, are gone on with.
-        seed: of the samples' noise and of the reward's.
-        prompts: text file of prompts, one a line, UTF-8; by default the model's own list.
-        max_prompts: take the first of them only.
-        height: of the pictures, in pixels; by default the model's.
-        width: of the pictures, in pixels; by default the model's.
-        device: auto takes a CUDA GPU if there is one.
-        dtype: of the weights; auto takes the model's on a GPU and float32 on a CPU.
-        policy: the shape of `lora`.
-        mine: which pairs.
+        model: model that is sampled. auto: Stable Diffusion 3.5 Medium if its weights are found, otherwise the small
+            embedded world; sd35 or shapes: that model; or the folder or hub id of a StableDiffusion3Pipeline.
+        lora: folder of a LoRA of an alignment run (RUN/lora) to sample with; policy.rank and policy.alpha must be its
+            own.
+        reward: reward that ranks the samples. dinalrm: the model's latent reward; or the folder or hub id of another.
+        output_dir: folder of the pairs; by default one under runs/, named after model, reward and seed. Pairs that are
+            there already are kept if their settings are the same.
+        seed: of the noise of samples and reward.
+        prompts: text file of prompts, one per line, UTF-8; by default the model's own list.
+        max_prompts: use only the first ones.
+        height: of the images, in pixels; by default the model's own.
+        width: of the images, in pixels; by default the model's own.
+        device: auto uses a CUDA GPU if there is one.
+        dtype: of the weights; auto: the model's own on a GPU and float32 on a CPU.
+        policy: rank and alpha of `lora`.
+        mine: the choice of samples and pairs.
     """
 
     model: str = "auto"
     lora: str | None = None
     reward: str = "dinalrm"
     output_dir: str | None = None
-    seed: int = 0
+    seed: NonNegativeInt = 0
     prompts: str | None = None
-    max_prompts: int | None = None
+    max_prompts: PositiveInt | None = None
     height: int | None = None
     width: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -98,10 +94,4 @@ class MineRun:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.seed < 0 or (self.max_prompts is not None and self.max_prompts < 1):
-            raise ValueError(
-                f"got seed {self.seed}, max_prompts {self.max_prompts}; expected at least 0, and at least 1"
-            )
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size is not None and (size < 16 or size % 16):
-                raise ValueError(f"{name}: got {size} pixels; expected a positive multiple of 16")
+        check_image_size(self.height, self.width)

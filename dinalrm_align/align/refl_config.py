@@ -1,110 +1,95 @@
-"""Settings of ReFL, reward feedback learning, and of its recipe `recipes/refl_sd35.py`. Torch-free.
+"""Settings of ReFL, reward feedback learning, and of `recipes/refl_sd35.py`. Torch-free.
 
-The defaults suit the embedded world on two CPU cores; `recipes/refl_sd35.yaml` holds what the paper's SD3.5-Medium run
-does differently, and is read beneath the user's own settings whenever the model is one of that kind.
+The defaults suit the embedded world on two CPU cores. `recipes/refl_sd35.yaml` overrides them for SD3 models with the
+values of the paper's SD3.5-Medium run.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dinalrm_align.align.anchor_config import AnchorConfig
-from dinalrm_align.align.config import AlignRun
+from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.train.config import LoopConfig
-from dinalrm_align.train.settings import check_fields
+from dinalrm_align.train.settings import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    PositiveInt,
+    check_fields,
+    check_levels,
+)
 
 
 @dataclass
 class ReflConfig:
-    """One ReFL update: a rollout without gradient to a late step, gradient steps, the reward of the estimated picture.
+    """ReFL: a rollout without gradient up to a late step, steps with gradient, and the reward of the estimated image.
 
     Args:
-        variant: refl, ReFL and DRaFT-K: the last steps carry the gradient; draft_lv: finished samples are noised anew,
-            several times, and the step from there carries it; drtune: steps spread over the rollout carry it, their
-            inputs detached; direct_align: finished samples are noised to any level, and the known noise is taken out
-            again after one step, SRPO's way without its relative reward. See dinalrm_align/align/refl.py.
-        batch_size: pictures per micro-batch and process; an update takes batch_size x loop.accumulate x processes.
-        num_steps: denoising steps of the training rollout; none given, as many as the model samples with.
-        guidance_scale: of the rollout without gradient; none given, the model's own.
-        guided_gradient: use guidance in the gradient steps too; otherwise they see the prompt alone.
-        grad_steps: of refl and drtune, how many steps carry the gradient: 1 is ReFL (and DRaFT-1), K is DRaFT-K.
-        renoisings: of draft_lv and direct_align, how many noises each sample is noised anew with.
-        stride: of direct_align, over how many of the rollout's levels its step goes.
-        discount: of direct_align, the reward's loss is weighted by sigma ** discount, sigma the level of the step, so
-            that nearly clean levels, where rewards are hacked, count less; 0: all count alike.
-        earliest: the first gradient step is drawn, anew for every micro-batch, from the last part of the rollout: from
-            step round(earliest x num_steps) up to the last that leaves room for grad_steps. 1: always the last, as
-            DRaFT; direct_align is made for smaller ones. Of drtune this draws the step it stops at.
-        loss: linear, mean(target - score), or relu, which lets go of pictures whose score is above the target.
-        target: see loss; under linear it shifts the loss and nothing else.
-        kl_weight: of the velocity KL, the mean square of velocity less the reference's at the gradient steps. It holds
-            the policy near its frozen self; with 0 it is measured and has no effect.
-        pretrain_weight: of a flow-matching loss on pictures, as ReFL's pretraining loss; 0 turns it off.
-        pretrain_pictures: folder of NAME.png (or .jpg, .webp) beside NAME.txt, its caption, for that loss; none
-            given, the base model's own samples are used.
-        pretrain_samples: how many of the base model's samples to make for it.
-        reward_sigma: noise level the reward reads at, several for its multi-noise ensemble; none given, the reward's
-            own.
-        reward_sigma_range: draw a level per picture and update, uniformly from this range, instead: a policy can then
-            not settle on what fools one level. A pixel reward reads clean pictures and ignores both.
+        variant: which steps have a gradient. refl: the last grad_steps ones, as in ReFL and DRaFT-K; draft_lv: the
+            last one, from finished samples to which new noise is added; drtune: steps spread over the rollout, with
+            detached inputs; direct_align: one step from finished samples at any noise level, after which the known
+            noise is removed, as in SRPO but without its relative reward. See dinalrm_align/align/refl.py.
+        batch_size: images per micro-batch and process; an update takes batch_size x loop.accumulate x processes.
+        num_steps: denoising steps of the rollout; by default the model's own number.
+        guidance_scale: of the rollout without gradient; by default the model's own.
+        guided_gradient: use guidance in the steps with gradient as well; otherwise these use the prompt alone.
+        grad_steps: refl and drtune: number of steps with gradient. 1 is ReFL and DRaFT-1, K is DRaFT-K.
+        renoisings: draft_lv and direct_align: noise draws per sample.
+        stride: direct_align: noise levels of the rollout that its step crosses.
+        discount: direct_align: the reward's loss is weighted by sigma ** discount, where sigma is the noise level of
+            the step, because rewards are hacked at nearly clean levels; 0: no weighting.
+        earliest: the first step with gradient is drawn for every micro-batch from the last part of the rollout: from
+            step round(earliest x num_steps) to the last one that leaves room for grad_steps. 1: always that last one,
+            as in DRaFT; direct_align needs smaller values. drtune: the step at which the rollout stops.
+        loss: linear: mean(target - score); relu: the same, but images with a score above the target have no gradient.
+        target: see loss; with linear it only shifts the loss.
+        kl_weight: weight of the velocity KL, the mean squared difference of the velocities of policy and reference at
+            the steps with gradient; 0: it is only measured.
+        pretrain_weight: weight of a flow-matching loss on images, as ReFL's pretraining loss; 0: none.
+        pretrain_pictures: folder of images for that loss, NAME.png (or .jpg, .webp) with its caption in NAME.txt; by
+            default samples of the base model.
+        pretrain_samples: number of those samples.
+        reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default its own.
+        reward_sigma_range: range from which a noise level is drawn per image and update instead, so that the policy
+            cannot exploit a single level. Pixel rewards ignore both options.
     """
 
     variant: Literal["refl", "draft_lv", "drtune", "direct_align"] = "refl"
-    batch_size: int = 16
-    num_steps: int | None = None
-    guidance_scale: float | None = None
+    batch_size: PositiveInt = 16
+    num_steps: PositiveInt | None = None
+    guidance_scale: NonNegativeFloat | None = None
     guided_gradient: bool = False
-    grad_steps: int = 1
-    renoisings: int = 2
-    stride: int = 1
-    discount: float = 1.0
-    earliest: float = 0.5
+    grad_steps: PositiveInt = 1
+    renoisings: PositiveInt = 2
+    stride: PositiveInt = 1
+    discount: NonNegativeFloat = 1.0
+    earliest: ClosedUnitInterval = 0.5
     loss: Literal["linear", "relu"] = "linear"
     target: float = 2.0
-    kl_weight: float = 4.0
-    pretrain_weight: float = 0.0
+    kl_weight: NonNegativeFloat = 4.0
+    pretrain_weight: NonNegativeFloat = 0.0
     pretrain_pictures: str | None = None
-    pretrain_samples: int = 64
-    reward_sigma: list[float] | None = None
-    reward_sigma_range: tuple[float, float] | None = None
+    pretrain_samples: PositiveInt = 64
+    reward_sigma: list[ClosedUnitInterval] | None = None
+    reward_sigma_range: tuple[ClosedUnitInterval, ClosedUnitInterval] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "refl")
-        if self.batch_size < 1 or self.grad_steps < 1 or self.pretrain_samples < 1:
-            raise ValueError(
-                f"refl: got batch_size {self.batch_size}, grad_steps {self.grad_steps}, pretrain_samples "
-                f"{self.pretrain_samples}; each must be at least 1"
-            )
-        if self.renoisings < 1 or self.stride < 1 or self.discount < 0:
-            raise ValueError(
-                f"refl: got renoisings {self.renoisings}, stride {self.stride}, discount {self.discount}; expected at "
-                "least 1, 1 and 0"
-            )
-        if self.num_steps is not None and self.num_steps < self.grad_steps:
-            raise ValueError(f"refl: got grad_steps {self.grad_steps} of num_steps {self.num_steps}; take at most all")
-        if not 0 <= self.earliest <= 1 or self.kl_weight < 0 or self.pretrain_weight < 0:
-            raise ValueError(
-                f"refl: got earliest {self.earliest}, kl_weight {self.kl_weight}, pretrain_weight "
-                f"{self.pretrain_weight}; expected [0, 1], and weights of at least 0"
-            )
-        if self.guidance_scale is not None and self.guidance_scale < 0:
-            raise ValueError(f"refl.guidance_scale: got {self.guidance_scale}; expected at least 0 (1 and less: none)")
-        if self.reward_sigma is not None and not (self.reward_sigma and all(0 <= s <= 1 for s in self.reward_sigma)):
-            raise ValueError(f"refl.reward_sigma: got {self.reward_sigma}; expected one level or more, all in [0, 1]")
-        if self.reward_sigma is not None and self.reward_sigma_range is not None:
-            raise ValueError("refl: got both reward_sigma and reward_sigma_range; give one of them")
-        low, high = self.reward_sigma_range or (0, 1)
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"refl: got reward_sigma_range {self.reward_sigma_range}; expected 0 <= low <= high <= 1")
+        check_levels("refl.reward_sigma", self.reward_sigma)
+        if self.num_steps is not None and self.grad_steps > self.num_steps:
+            raise ValueError(f"refl.grad_steps: got {self.grad_steps}; expected at most num_steps, {self.num_steps}")
+        if self.reward_sigma_range is not None:
+            if self.reward_sigma is not None:
+                raise ValueError("refl.reward_sigma_range: got both this and reward_sigma; expected one of them")
+            if self.reward_sigma_range[0] > self.reward_sigma_range[1]:
+                raise ValueError(f"refl.reward_sigma_range: got {self.reward_sigma_range}; expected low <= high")
 
 
 @dataclass
 class ReflRun(AlignRun):
-    """Everything `python recipes/refl_sd35.py` can be told.
+    """Settings of `recipes/refl_sd35.py`.
 
     Args:
-        refl: one update.
-        anchor: a second reward, climbed beside the first at every n-th update.
-        loop: how long, how often saved, averaging.
+        refl: ReFL.
+        anchor: a second reward, maximised together with the first at every n-th update.
     """
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))

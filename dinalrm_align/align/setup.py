@@ -18,8 +18,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from dinalrm_align.align.anchor import AnchoredReward, matching_scale
-from dinalrm_align.align.anchor_config import AnchorConfig
-from dinalrm_align.align.config import AlignRun
+from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.align.economies import (
     check_economies,
     compile_blocks,

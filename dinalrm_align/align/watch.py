@@ -23,8 +23,8 @@ import torch
 from scipy.special import stdtr
 from torch import Tensor
 
+from dinalrm_align.align.config import WatchConfig
 from dinalrm_align.align.evaluation import Probe
-from dinalrm_align.align.watch_config import WatchConfig
 from dinalrm_align.eval.report.intervals import by_caption, seeds_by_captions
 from dinalrm_align.flow.noise import add_noise
 from dinalrm_align.flow.sampling import Velocity

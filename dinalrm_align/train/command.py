@@ -97,9 +97,10 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         key = re.search(r'Parser key "([^"]+)"', message)
-        limit = re.search(r"Not of type \w+: (\S+) does not conform to restriction (v[^\n]*)", message)
-        if key and limit:
-            message = f"{key[1]}: got {limit[1]}; expected {in_words(limit[2])}"
+        limit = re.search(r"Not of type \w+: (\S+ )?does not conform to restriction (v[^\n]*)", message)
+        given = re.search(r"Given value: (\S+)", message)
+        if key and limit and (limit[1] or given):
+            message = f"{key[1]}: got {(limit[1] or given[1]).strip()}; expected {in_words(limit[2])}"
         prefix, _, rest = message.partition("unrecognized arguments: ")
         if not prefix and rest:
             word = rest.split()[0]

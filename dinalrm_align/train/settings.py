@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jsonargparse.typing import (
@@ -26,7 +26,8 @@ from jsonargparse.typing import (
 
 __all__ = [
     "ClosedUnitInterval", "HalfOpenUnitInterval", "IntAboveOne", "NonNegativeFloat", "NonNegativeInt", "PositiveFloat",
-    "PositiveInt", "PositiveUnitInterval", "check_fields", "check_integer", "check_number", "did_you_mean",
+    "PositiveInt", "PositiveUnitInterval", "check_fields", "check_image_size", "check_integer", "check_levels",
+    "check_number", "did_you_mean",
 ]  # fmt: skip
 
 HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
@@ -64,6 +65,19 @@ def check_number(name: str, value: Any, *, low: float | None = None, high: float
     """TypeError unless `value` is a number (no bool), ValueError unless it is finite and low <= value <= high."""
     _check(name, value, float)
     _check_range(name, value, low, high)
+
+
+def check_image_size(height: int | None, width: int | None) -> None:
+    """ValueError unless each is None (the default) or a positive multiple of 16 pixels, the transformer's patches."""
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and (size < 16 or size % 16):
+            raise ValueError(f"{name}: got {size} pixels; expected a positive multiple of 16")
+
+
+def check_levels(name: str, sigmas: Sequence[float] | None) -> None:
+    """ValueError for an empty list of noise levels; None stands for a default."""
+    if sigmas is not None and not sigmas:
+        raise ValueError(f"{name}: got {sigmas}; expected at least one noise level")
 
 
 def in_words(expression: str) -> str:

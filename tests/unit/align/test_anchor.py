@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.align.anchor import AnchoredReward, matching_scale, terms
-from dinalrm_align.align.anchor_config import AnchorConfig
+from dinalrm_align.align.config import AnchorConfig
 
 
 def reward(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
@@ -67,9 +67,9 @@ def test_the_scale_brings_the_anchor_to_the_rewards_spread():
 
 
 def test_settings_that_cannot_be_meant_are_refused():
-    with pytest.raises(ValueError, match="every 0"):
+    with pytest.raises(ValueError, match="anchor.every: got 0"):
         AnchorConfig(every=0)
-    with pytest.raises(ValueError, match="weight 0"):
+    with pytest.raises(ValueError, match="anchor.weight: got 0"):
         AnchorConfig(weight=0.0)
     with pytest.raises(ValueError, match="accumulate 0"):
         AnchoredReward(reward, anchor, AnchorConfig(), accumulate=0)

@@ -369,14 +369,14 @@ def test_phases_of_an_update_are_measured(method, pairs):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"batch_size": 0}, "batch_size 0"),
-        ({"group_size": 1}, "group_size 1"),
-        ({"draws": 0}, "draws 0"),
+        ({"batch_size": 0}, "dpo.batch_size: got 0"),
+        ({"group_size": 1}, "dpo.group_size: got 1"),
+        ({"draws": 0}, "dpo.draws: got 0"),
         ({"beta": 0.0}, "dpo.beta: got 0.0"),
-        ({"guidance_scale": -1.0}, "guidance_scale -1.0"),
+        ({"guidance_scale": -1.0}, "dpo.guidance_scale: got -1.0"),
         ({"refresh_every": -1}, "refresh_every: got -1"),
         ({"sample_batch": 0}, "sample_batch: got 0"),
-        ({"reward_sigma": [1.5]}, "all in"),
+        ({"reward_sigma": [1.5]}, r"dpo.reward_sigma\[0\]: got 1.5"),
         ({"mode": "both"}, "known: online, offline"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from tiny_clip import tiny_vae
 from tiny_reward import make_inputs, shake, tiny_reward_config
 
+from dinalrm_align.align.config import Hpsv3Config, MemoryConfig
 from dinalrm_align.align.economies import (
     check_economies,
     compile_blocks,
@@ -18,7 +19,6 @@ from dinalrm_align.align.economies import (
     use_attention,
     visiting,
 )
-from dinalrm_align.align.memory_config import Hpsv3Config, MemoryConfig
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import LoraConfig

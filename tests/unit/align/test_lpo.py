@@ -145,7 +145,7 @@ def test_candidates_are_scored_at_their_own_level(method, tiny_world, tiny_pipel
 # ----------------------------------------------------------------------------- invariants
 
 
-@pytest.mark.parametrize("sampler", ["flow_sde", "flow_cps", "dance_sde"])
+@pytest.mark.parametrize("sampler", ["flow_sde", "flow_cps"])
 def test_at_the_reference_the_loss_is_log_two(method, sampler):
     fresh = changed(method, sampler=sampler)
     loss, metrics = fresh.step(fresh.batch_at(0))
@@ -212,10 +212,10 @@ def test_a_run_resumed_while_pairs_are_spent_is_the_same_run(method):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"candidates": 1}, "lpo.candidates: got 1; expected at least 2"),
-        ({"threshold": (0.3, 1.0)}, "differences of probabilities"),
-        ({"clip_range": 1.0}, "a clip_range below 1"),
-        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"candidates": 1}, "lpo.candidates: got 1"),
+        ({"threshold": (0.3, 1.0)}, r"lpo.threshold\[1\]: got 1.0"),
+        ({"clip_range": 1.0}, "lpo.clip_range: got 1.0"),
+        ({"temperature": 0.0}, "lpo.temperature: got 0.0"),
         ({"steps": (3, 3)}, "lpo.steps"),
         ({"sampler": "flow_cps", "noise_level": 1.5}, "noise_level: got 1.5"),
     ],

@@ -129,9 +129,9 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_is_the_same_run(method):
     ("values", "message"),
     [
         ({"levels": 0}, "nft.levels: got 0"),
-        ({"group_size": 1}, "needs another one"),
-        ({"earliest": 0.6, "latest": 0.5}, "earliest < latest"),
-        ({"beta": 0.0}, "beta 0.0"),
+        ({"group_size": 1}, "nft.group_size: got 1"),
+        ({"earliest": 0.6, "latest": 0.5}, "nft.earliest: got 0.6; expected less than nft.latest, 0.5"),
+        ({"beta": 0.0}, "nft.beta: got 0.0"),
         ({"old_limit": 1.0}, "old_limit: got 1.0"),
     ],
 )

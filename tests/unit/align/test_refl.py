@@ -315,13 +315,13 @@ def test_nearly_clean_levels_count_less(method):
     ("values", "message"),
     [
         ({"variant": "draft"}, "did you mean 'draft_lv'"),
-        ({"renoisings": 0}, "renoisings 0"),
-        ({"stride": 0}, "stride 0"),
-        ({"batch_size": 0}, "batch_size 0"),
-        ({"grad_steps": 5, "num_steps": 4}, "grad_steps 5 of num_steps 4"),
-        ({"earliest": 1.5}, "earliest 1.5"),
-        ({"reward_sigma": [0.4], "reward_sigma_range": (0.1, 0.2)}, "give one of them"),
-        ({"reward_sigma_range": (0.6, 0.1)}, "0 <= low <= high <= 1"),
+        ({"renoisings": 0}, "refl.renoisings: got 0"),
+        ({"stride": 0}, "refl.stride: got 0"),
+        ({"batch_size": 0}, "refl.batch_size: got 0"),
+        ({"grad_steps": 5, "num_steps": 4}, "refl.grad_steps: got 5; expected at most num_steps, 4"),
+        ({"earliest": 1.5}, "refl.earliest: got 1.5"),
+        ({"reward_sigma": [0.4], "reward_sigma_range": (0.1, 0.2)}, "refl.reward_sigma_range: got both"),
+        ({"reward_sigma_range": (0.6, 0.1)}, "low <= high"),
     ],
 )
 def test_settings_out_of_range_are_refused(values, message):

@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 
 from dinalrm_align import LatentReward
 from dinalrm_align.align import watch
-from dinalrm_align.align.config import EvaluationConfig
+from dinalrm_align.align.config import EvaluationConfig, WatchConfig
 from dinalrm_align.align.evaluation import HeldOut
 from dinalrm_align.align.policy import LORA_FILE, Policy
-from dinalrm_align.align.watch_config import WatchConfig
 from dinalrm_align.flow.sampling import schedule_sigmas
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import LoraConfig
@@ -190,8 +189,8 @@ def test_what_cannot_be_watched_is_refused(tmp_path):
         watch.Watch(dict, ["a", "a"], 1, WatchConfig(), tmp_path, save_lora=print)
     for bad, message in (
         ({"level": 0.7}, "watch.level: got 0.7"),
-        ({"sigmas": [0.4]}, "cannot part from others"),
-        ({"drift_sigmas": [1.4]}, "noise levels in"),
+        ({"sigmas": [0.4]}, "watch.sigmas: got "),
+        ({"drift_sigmas": [1.4]}, r"watch.drift_sigmas\[0\]: got 1.4"),
     ):
         with pytest.raises(ValueError, match=message):
             WatchConfig(**bad)

@@ -349,10 +349,10 @@ def test_without_pyarrow_the_extra_is_named(mine, arguments, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"candidates": 1}, "candidates 1"),
-        ({"candidates": 4, "pairs_per_prompt": 3}, "pairs_per_prompt 3"),
-        ({"min_gap": -1.0}, "min_gap -1.0"),
-        ({"prompts_per_shard": 0}, "prompts_per_shard 0"),
+        ({"candidates": 1}, "mine.candidates: got 1"),
+        ({"candidates": 4, "pairs_per_prompt": 3}, "mine.pairs_per_prompt: got 3"),
+        ({"min_gap": -1.0}, "mine.min_gap: got -1.0"),
+        ({"prompts_per_shard": 0}, "mine.prompts_per_shard: got 0"),
         ({"dtype": "int8"}, "known: float32, float16, bfloat16"),
     ],
 )

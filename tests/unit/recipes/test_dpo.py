@@ -130,10 +130,10 @@ def test_a_run_on_other_pairs_is_not_resumed(main, arguments, world, tmp_path, c
     ("options", "message"),
     [
         (["--dpo.mode=offline"], "--dpo.mode offline needs --pairs; `python recipes/mine_pairs.py` makes some"),
-        (["--pairs=somewhere"], "is read offline; add --dpo.mode offline"),
+        (["--pairs=somewhere"], "pairs: got somewhere"),
         (["--dpo.mode=offline", "--pairs=absent"], "absent holds no index.json"),
         (["--dpo.beta=0"], "dpo.beta: got 0"),
-        (["--dpo.group_size=1"], "group_size 1"),
+        (["--dpo.group_size=1"], "dpo.group_size: got 1"),
         (["--reward=beauty"], "unknown reward 'beauty'"),
         (["--dpo.betta=3"], "--dpo.betta"),
     ],

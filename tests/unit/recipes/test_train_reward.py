@@ -223,8 +223,8 @@ def test_pairs_that_do_not_fit_the_reward_are_refused(recipe, arguments, tmp_pat
         (["--model=sd35"], "sd35 has no pairs of its own: pass --pairs"),
         (["--model=sd36"], "did you mean 'sd35'"),
         (["--resume=/no/such/run"], "nothing to resume"),
-        (["--batch_size=0"], "batch_size 0"),
-        (["--reward.tuning=full"], "must be lora or none"),
+        (["--batch_size=0"], "batch_size: got 0"),
+        (["--reward.tuning=full"], "reward.tuning: got full"),
         (["--loop.stepz=3"], "stepz"),
     ],
 )
