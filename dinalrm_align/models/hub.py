@@ -1,13 +1,27 @@
-"""Where weights come from: a folder, or a hub id."""
+"""Access to models: a local folder or file, or a repository of the Hugging Face Hub.
 
+`revision` (branch, tag or commit), `token` (access token, or True for the stored one), `cache_dir` and
+`local_files_only` mean what they mean in `huggingface_hub`; loaders take them as `**hub` and pass them on to here.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dinalrm_align.train.files import HUB_ID, reading
 
 
+class HubOptions(TypedDict, total=False):
+    """The options of `huggingface_hub` that every loader passes on."""
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+
+
 def check_source(name: str, source: str | Path) -> None:
-    """TypeError unless `source` is text or a path, ValueError unless it is a folder or written as a hub id."""
+    """Raise TypeError unless `source` is text or a path, ValueError unless it is an existing folder or a hub id."""
     if not isinstance(source, str | Path):
         raise TypeError(f"{name}: got {type(source).__name__}; expected a folder, or a hub id, owner/name")
     text = str(source)
@@ -17,13 +31,84 @@ def check_source(name: str, source: str | Path) -> None:
         raise ValueError(f"no {name} at {text!r:.200}: neither an existing folder nor a hub id, owner/name")
 
 
-def load_model(kind: Any, source: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained(source, **options)` of diffusers, from safetensors alone. Raises as `reading`, and
-    ValueError when a tensor is missing, which would be drawn at random, or of another shape.
+def fetch(
+    source: str | Path,
+    files: Sequence[str] | None = None,
+    *,
+    what: str = "model",
+    subfolder: str = "",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """A local folder: `source`, or a snapshot of that repository; its `subfolder` where one is given.
+
+    files: names and patterns to download, relative to the subfolder; default: the whole repository.
     """
+    check_source(what, source)
+    if Path(source).is_dir():
+        return Path(source) / subfolder
+    from huggingface_hub import snapshot_download
+
+    patterns = None if files is None else [f"{subfolder}/{file}" if subfolder else file for file in files]
+    hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    with reading(what, source):
+        return Path(snapshot_download(str(source), allow_patterns=patterns, **hub)) / subfolder
+
+
+def find_file(
+    source: str | Path,
+    name: str,
+    *,
+    what: str = "weights",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The file `name` of a folder or repository, or `source` itself where that is a file.
+
+    Raises FileNotFoundError for a missing file, ValueError when `source` is neither file, folder nor hub id.
+    """
+    if isinstance(source, str | Path) and str(source) and Path(source).is_file():
+        return Path(source)
+    check_source(what, source)
+    if Path(source).is_dir():
+        path = Path(source) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {name} in {source}; expected the {what}, or give the file's own path")
+        return path
+    from huggingface_hub import hf_hub_download
+
+    hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    with reading(name, source):
+        return Path(hf_hub_download(str(source), name, **hub))
+
+
+def beside(source: str | Path, *names: str) -> Path | None:
+    """The folder of a local `source` (a folder, or a file in it) if it holds one of the files `names`, else None."""
+    if not isinstance(source, str | Path) or not str(source):
+        return None
+    folder = Path(source).parent if Path(source).is_file() else Path(source)
+    return folder if any((folder / name).is_file() for name in names) else None
+
+
+def load_model(kind: Any, source: str | Path, *, allow_unexpected: bool = True, **options: Any) -> Any:
+    """`kind.from_pretrained(source, **options)` of diffusers or transformers, strictly.
+
+    Raises as `reading`, and ValueError for missing tensors (the libraries would draw them at random), tensors of
+    another shape and, unless `allow_unexpected`, tensors that the model does not have.
+    """
+    options["local_files_only"] = options.get("local_files_only", False) or Path(source).is_dir()
     with reading(kind.__name__, source):
-        model, info = kind.from_pretrained(str(source), use_safetensors=True, output_loading_info=True, **options)
+        model, info = kind.from_pretrained(str(source), output_loading_info=True, **options)
     lacking = [*info["missing_keys"], *info["mismatched_keys"], *info["error_msgs"]]
-    if lacking:
-        raise ValueError(f"{str(source)!r} holds no whole {kind.__name__}: {len(lacking)} tensors, as {lacking[:3]}")
+    # old CLIP checkpoints store position_ids, which are computed
+    surplus = [key for key in info["unexpected_keys"] if not (allow_unexpected or key.endswith("position_ids"))]
+    if lacking or surplus:
+        raise ValueError(
+            f"{str(source)!r} holds no whole {kind.__name__}: missing {sorted(map(str, lacking))[:3]}, "
+            f"unexpected {sorted(surplus)[:3]} ({len(lacking)} and {len(surplus)} tensors)"
+        )
     return model

@@ -1,12 +1,12 @@
 """Load an SD3 pipeline, or its transformer alone, from a folder or a hub id."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from diffusers import SD3Transformer2DModel
 
-from dinalrm_align.models.hub import check_source, load_model
+from dinalrm_align.models.hub import HubOptions, check_source, load_model
 from dinalrm_align.models.text import _text_encoders
 from dinalrm_align.models.vae import load_vae
 from dinalrm_align.train.files import read_json, reading
@@ -15,31 +15,23 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
 
-def load_transformer(
-    source: str | Path, *, dtype: torch.dtype, revision: str | None = None, local_files_only: bool = False
-) -> SD3Transformer2DModel:
+def load_transformer(source: str | Path, *, dtype: torch.dtype, **hub: Unpack[HubOptions]) -> SD3Transformer2DModel:
     """The frozen transformer of a pipeline folder, a bare transformer folder, or a hub id."""
     check_source("base model", source)
-    local = Path(source).is_dir()
-    bare = local and (Path(source) / "config.json").is_file()
-    if local:
+    bare = (Path(source) / "config.json").is_file()
+    if Path(source).is_dir():
         config = Path(source) / ("config.json" if bare else "transformer/config.json")
         kind = read_json(config, "that of an SD3Transformer2DModel").get("_class_name")
         if kind != SD3Transformer2DModel.__name__:
-            raise ValueError(f"{config}: got a {kind}; expected an SD3Transformer2DModel, of SD3 or SD3.5")
-    transformer = load_model(
-        SD3Transformer2DModel,
-        source,
-        subfolder=None if bare else "transformer",
-        torch_dtype=dtype,
-        revision=revision,
-        local_files_only=local or local_files_only,
-    )
+            raise ValueError(f"{config}: got a {kind}; expected an SD3Transformer2DModel (SD3 or SD3.5)")
+    subfolder = None if bare else "transformer"
+    options = dict(subfolder=subfolder, torch_dtype=dtype, use_safetensors=True, **hub)
+    transformer = load_model(SD3Transformer2DModel, source, **options)
     return transformer.requires_grad_(False)
 
 
 def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion3Pipeline":
-    """The whole pipeline of a folder or hub id, frozen, the VAE in float32 and the rest in `dtype`."""
+    """The frozen pipeline of a folder or hub id: the VAE in float32, the rest in `dtype`."""
     from diffusers import StableDiffusion3Pipeline
 
     transformer, vae = load_transformer(source, dtype=dtype), load_vae(source, device="cpu")

@@ -1,10 +1,9 @@
-"""Checkpoints of a latent reward: ours, and the layout DiNa-LRM was released in. Both are read and written, strictly.
+"""Checkpoints of a latent reward, read and written strictly, in two layouts.
 
-Ours: `config.json` (RewardConfig) and `model.safetensors` (`backbone.*`: the LoRA, or the whole trunk under full
-tuning; `head.*`), which carries a digest of its tensors that is checked on reading. Released: `config.json`,
-`checkpoint/backbone_lora/` (a peft adapter) and `checkpoint/rm_head.pt`; no adapter with a frozen backbone;
-`checkpoint/full_model.pt` alone after full training. `.pt` files are read with weights_only=True. Every file is written
-under a temporary name, flushed and renamed.
+Ours: `config.json` (RewardConfig) and `model.safetensors` (`backbone.*`: the LoRA, or the whole trunk with full tuning;
+`head.*`), whose metadata carries a digest of the tensors that is verified on reading. Released, DiNa-LRM's own:
+`config.json`, `checkpoint/backbone_lora/` (a peft adapter) and `checkpoint/rm_head.pt`; no adapter for a frozen
+backbone; `checkpoint/full_model.pt` alone after full training. Files are written atomically.
 """
 
 import io
@@ -13,38 +12,39 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dinalrm_align.models.hub import check_source
+from dinalrm_align.models.hub import HubOptions, fetch
+from dinalrm_align.models.weights import read_tensors
 from dinalrm_align.reward.backbones.sd3 import LORA_TARGETS, TEXT_SIDE
 from dinalrm_align.reward.config import HeadConfig, LoraConfig, RewardConfig
 from dinalrm_align.train.digest import digest
 from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.files import HUB_ID, make_folder, read_json, reading
+from dinalrm_align.train.files import HUB_ID, make_folder, read_json
 
 WEIGHTS = "model.safetensors"
 PEFT_PREFIX = "base_model.model."
-BESIDE = "it beside config.json, which says that it must be there"
+FILES = ("config.json", WEIGHTS, "checkpoint/*")
+"""What is downloaded of a repository."""
 FORMATS = ("dinalrm", "released")
 OWN_KEYS = (
     "sigma", "image_sigma", "ensemble", "snap_sigma", "score_scale", "score_bias", "text_length", "vae_scaling_factor",
     "vae_shift_factor", "dtype",
 )  # fmt: skip
-"""What the released config.json has no place for; written to a section of its own, `dinalrm_align`."""
+"""Fields without a counterpart in the released config.json; written to a section `dinalrm_align`."""
 SQUASH = ("eta3", "eta4")
-"""The released code keeps these two outside the head, and outside `rm_head.pt`."""
+"""In the released code these two parameters belong neither to the head nor to `rm_head.pt`."""
 RELEASED_DEFAULTS = dict(sigma=0.4, image_sigma=0.1, snap_sigma=True, score_scale=0.1, score_bias=1.0, text_length=256)
-"""As in the released README: score = (raw + 10) / 10, sigma 0.4 for sampled latents and 0.1 for picture files."""
+"""As in the released README: score = (raw + 10) / 10, sigma 0.4 for sampled latents and 0.1 for image files."""
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint in memory. tensors: `backbone.*` and `head.*`, on the CPU; where: the files they came from."""
+    """A checkpoint in memory. tensors: `backbone.*` and `head.*`, on the CPU. where: their files, for messages."""
 
     config: RewardConfig
     tensors: dict[str, Tensor]
@@ -52,22 +52,12 @@ class Checkpoint:
     where: str
 
 
-def fetch(source: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The folder of a checkpoint: `source` itself when it is a folder, else a snapshot of that hub repository."""
-    check_source("reward", source)
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
+def read_checkpoint(source: str | Path, *, subfolder: str = "", **hub: Unpack[HubOptions]) -> Checkpoint:
+    """Read either layout from a folder or hub id.
 
-    patterns = ["config.json", WEIGHTS, "checkpoint/*"]
-    with reading("reward", source):
-        return Path(
-            snapshot_download(source, revision=revision, local_files_only=local_files_only, allow_patterns=patterns)
-        )
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read either layout from a folder. Raises ValueError or FileNotFoundError: the file, and what is wrong in it."""
+    Raises ValueError or FileNotFoundError with the file and the problem; checks that all tensors are finite.
+    """
+    folder = fetch(source, FILES, what="reward", subfolder=subfolder, **hub)
     path = folder / "config.json"
     values = read_json(path, "a latent reward in our layout or in DiNa-LRM's released one")
     try:
@@ -75,43 +65,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             checkpoint = _read_released(folder, values)
         else:
             config, weights = RewardConfig.from_dict(values), folder / WEIGHTS
-            checkpoint = Checkpoint(config, _read_tensors(weights), folder, str(weights))
+            checkpoint = Checkpoint(config, read_tensors(weights), folder, str(weights))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, ValueError) and str(folder) in str(error):
-            raise  # it names its file already
+            raise  # names its file already
         raise ValueError(f"{path}: not a reward config ({type(error).__name__}: {error})") from error
     _check_tensors(checkpoint)
     return checkpoint
 
 
-def load_tensors(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy `tensors` into those of the same names in `target`; ValueError unless names and shapes agree exactly."""
-    missing = [name for name in target if name not in tensors]
-    unexpected = [name for name in tensors if name not in target]
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)}, expected {tuple(target[name].shape)}"
-        for name in target
-        if name in tensors and tensors[name].shape != target[name].shape
-    ]
-    problems = [
-        f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise ValueError(
-            f"{where}: the tensors do not fit this config and base model: {'; '.join(problems)}. Check that "
-            "config.json and the base model are the ones that the weights were trained with"
-        )
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(tensors[name])
-
-
 def save_checkpoint(
     directory: str | Path, config: RewardConfig, tensors: Mapping[str, Tensor], *, format: str = "dinalrm"
 ) -> None:
-    """Write `tensors` (`RewardModel.tuned_tensors()`) with `config`; format: dinalrm (ours) or released."""
+    """Write `config` and `tensors` (`RewardModel.tuned_tensors()`). format: dinalrm (ours) or released."""
     if format not in FORMATS:
         raise ValueError(f"checkpoint format: got {format!r}; known: {', '.join(FORMATS)}")
     if format == "released":
@@ -128,22 +94,21 @@ def save_checkpoint(
 
 
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
-    """Where the base model of a checkpoint in `folder` is: ids that start with ./ or ../ are relative to it.
+    """The base model's hub id or path; ids that start with ./ or ../ are relative to the checkpoint's `folder`.
 
-    trusted: the folder is the user's own. ValueError when a checkpoint that was downloaded names a place on this
-    machine instead of a hub id.
+    trusted: the folder is the user's own. Raises ValueError when a downloaded checkpoint names a local path.
     """
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):
         raise ValueError(
-            f"{folder / 'config.json'}: base_model_id {base_model_id!r} is no hub id, owner/name, and a downloaded "
-            "checkpoint must not name places on this machine; copy it to a folder of yours and correct it there"
+            f"{folder / 'config.json'}: base_model_id: got {base_model_id!r}; expected a hub id, owner/name: a "
+            "downloaded checkpoint must not name local paths. Copy it to a folder of your own and correct it there"
         )
     return os.path.normpath(folder / base_model_id) if relative else base_model_id
 
 
 def relocated(base_model_id: str, folder: Path, new_folder: Path) -> str:
-    """The id that a copy of the checkpoint in `new_folder` must carry to name the same base model."""
+    """The id that names the same base model in a copy of the checkpoint in `new_folder`."""
     if not base_model_id.startswith(("./", "../")):
         return base_model_id
     path = os.path.relpath(base_location(base_model_id, folder), new_folder)
@@ -168,9 +133,9 @@ def _read_released(folder: Path, values: dict[str, Any]) -> Checkpoint:
     lora, backbone, where = LoraConfig(), {}, str(checkpoint / "rm_head.pt")
     if tuning == "full":
         where = str(checkpoint / "full_model.pt")
-        backbone, head_tensors = _split_full_model(_read_pt(checkpoint / "full_model.pt"), where)
+        backbone, head_tensors = _split_full_model(read_tensors(checkpoint / "full_model.pt"), where)
     else:
-        head_tensors = _read_pt(checkpoint / "rm_head.pt")
+        head_tensors = read_tensors(checkpoint / "rm_head.pt")
     if tuning == "lora":
         lora, backbone = _read_adapter(checkpoint / "backbone_lora")
         where = f"{checkpoint / 'backbone_lora'} and {where}"
@@ -208,7 +173,7 @@ def _split_full_model(tensors: dict[str, Tensor], where: str) -> tuple[dict[str,
 
 
 def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    values = read_json(folder / "adapter_config.json", BESIDE)
+    values = read_json(folder / "adapter_config.json", "the LoRA that config.json asks for")
     unsupported = [
         key
         for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -217,10 +182,10 @@ def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     if values.get("peft_type", "LORA") != "LORA" or unsupported or values.get("bias", "none") != "none":
         raise ValueError(
             f"{folder / 'adapter_config.json'}: expected a plain LoRA of one rank; got peft_type "
-            f"{values.get('peft_type')}, bias {values.get('bias')}, and {', '.join(unsupported) or 'nothing else'}"
+            f"{values.get('peft_type')}, bias {values.get('bias')}, {', '.join(unsupported)}"
         )
     init = "gaussian" if values.get("init_lora_weights") == "gaussian" else "kaiming"
-    tensors = _read_tensors(folder / "adapter_model.safetensors")
+    tensors = read_tensors(folder / "adapter_model.safetensors")
     return (
         LoraConfig(rank=values["r"], alpha=values["lora_alpha"], init=init),
         {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()},
@@ -228,7 +193,7 @@ def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def _check_released(config: RewardConfig) -> None:
-    """ValueError for an architecture that the released code has not."""
+    """Raise ValueError for an architecture that the released code does not have."""
     parts = {"head.film": config.head.film, "head.value_gates": config.head.value_gates, "text_taps": config.text_taps}
     lacking = [name for name, present in parts.items() if not present]
     if lacking:
@@ -300,8 +265,9 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """ValueError unless every tensor is floating and finite, and those whose size the config states have it: networks
-    of that size are about to be built.
+    """Raise ValueError unless all tensors are floating and finite, and sizes given in the config agree with them.
+
+    Networks of these sizes are about to be built.
     """
     config, tensors = checkpoint.config, checkpoint.tensors
     for name, tensor in tensors.items():
@@ -318,39 +284,6 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.where}: tensor {name} has shape {tuple(tensors[name].shape)}; by config.json expected "
                 f"{expected}. Check that both are of one checkpoint"
             )
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; expected {BESIDE}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            expected = (file.metadata() or {}).get("sha256")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # a file of unknown content fails in ways that nobody lists
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); fetch or write it again") from error
-    if expected is not None and digest(tensors) != expected:
-        raise ValueError(
-            f"{path} is damaged: the tensors are not those that were saved (their SHA-256 is not {expected:.16}...); "
-            "fetch or write it again"
-        )
-    return tensors
-
-
-def _read_pt(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; expected {BESIDE}")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of unknown content fails in ways that nobody lists
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path}: not a readable file of tensors ({reason}). Only tensors are read, a file that needs code to run "
-            "is refused: fetch it again, or have its owner save a plain state dict"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path}: expected a state dict of tensors")
-    return tensors
 
 
 def _write_pt(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -19,16 +19,10 @@ from dinalrm_align.models.images import image_tensor
 from dinalrm_align.models.pipeline import load_transformer
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import encode_images, load_vae
+from dinalrm_align.models.weights import load_tensors
 from dinalrm_align.reward import inputs
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk
-from dinalrm_align.reward.checkpoint import (
-    base_location,
-    fetch,
-    load_tensors,
-    read_checkpoint,
-    relocated,
-    save_checkpoint,
-)
+from dinalrm_align.reward.checkpoint import base_location, read_checkpoint, relocated, save_checkpoint
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.model import RewardModel, build_reward_model
 from dinalrm_align.train.device import available_device
@@ -117,7 +111,7 @@ class LatentReward(nn.Module):
         device = None if device is None else available_device(device)
         if pipeline is not None:
             _check_pipeline(pipeline)
-        checkpoint = read_checkpoint(fetch(source, revision=revision, local_files_only=local_files_only))
+        checkpoint = read_checkpoint(source, revision=revision, local_files_only=local_files_only)
         config = checkpoint.config
         base = base_location(config.base_model_id, checkpoint.folder, trusted=Path(source).is_dir())
         if transformer is None and pipeline is not None:

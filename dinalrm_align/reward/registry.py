@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dinalrm_align.models.specs import MODELS, ModelSpec
 from dinalrm_align.reward.callables import LatentFunction, as_reward, import_callable
-from dinalrm_align.reward.checkpoint import fetch, read_checkpoint
+from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.combine import Part, RewardSum
 from dinalrm_align.reward.latent import DTYPES, LatentReward
 from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, parse_reward
@@ -137,8 +137,8 @@ def pixel_rewards(reward: Part | RewardSum) -> list[PixelReward]:
 def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False) -> set[int]:
     """The text lengths that its latent rewards were trained with, from their checkpoints; no weights are read."""
     sources = [term.source or spec.reward for term in parse_reward(reward) if term.name == "dinalrm"]
-    folders = [fetch(source, local_files_only=local_files_only) for source in sources]
-    return {read_checkpoint(folder).config.text_length for folder in folders}
+    checkpoints = [read_checkpoint(source, local_files_only=local_files_only) for source in sources]
+    return {checkpoint.config.text_length for checkpoint in checkpoints}
 
 
 def score_parts(reward: Part | RewardSum, latents: Tensor, **arguments: Any) -> dict[str, Tensor]:

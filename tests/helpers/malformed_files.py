@@ -170,7 +170,7 @@ CONFIGS = [
     Case("queries of gigabytes", changed(head__num_queries=10**12), ValueError, "head.query_tokens has shape"),
     Case("another width", changed(head__width=10**7), ValueError, "head.query_tokens has shape"),
     Case("another tuning", changed(tuning="none"), ValueError, "unexpected: backbone."),
-    Case("full tuning without weights", changed(tuning="full"), ValueError, "do not fit this config"),
+    Case("full tuning without weights", changed(tuning="full"), ValueError, "do not fit the model"),
     Case("a version of the future", changed(format_version=99), ValueError, "update dinalrm_align"),
     Case("a base model of a number", changed(base_model_id=3), ValueError, "base_model_id: got int 3"),
 ]  # fmt: skip
@@ -254,7 +254,7 @@ BASES = [
     Case("a config of text", pipeline(lambda w: w.with_bytes(w.pipeline_dir, "transformer/config.json", "SD3")), ValueError, "not valid JSON"),
     Case("a config without sizes", pipeline(lambda w: w.with_json(w.pipeline_dir, "transformer/config.json", num_layers="four")), ValueError, "SD3Transformer2DModel"),
     Case("no text encoders", lambda w: base(lambda w: str(w.pipeline_dir / "transformer"))(w)(latents(), ["a", "b"]), ValueError, "prompts need text encoders"),
-    Case("no VAE", lambda w: base(lambda w: str(w.pipeline_dir / "transformer"))(w).score_images([Image.new("RGB", (64, 64))], ["a"]), ValueError, "pictures need a VAE"),
+    Case("no VAE", lambda w: base(lambda w: str(w.pipeline_dir / "transformer"))(w).score_images([Image.new("RGB", (64, 64))], ["a"]), ValueError, "images need a VAE"),
 ]  # fmt: skip
 
 

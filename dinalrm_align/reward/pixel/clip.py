@@ -1,36 +1,39 @@
-"""CLIP-style rewards: score = exp(logit_scale) cos(text, image).
+"""CLIP rewards: score = exp(logit_scale) cos(text, image).
 
-The source is a transformers `CLIPModel` folder or hub id; tokenizer and preprocessor_config.json lie beside it or in a
-second place. Latents go through the VAE's decoder and a differentiable copy of CLIP's preprocessing, so that gradients
-reach the latents; pictures are RGB in [0, 1] everywhere. Both scores have exp(logit_scale) = 100:
+The source is a transformers `CLIPModel` folder or hub id, with tokenizer and preprocessor_config.json there or in a
+second folder or hub id. CLIP's preprocessing is differentiable here. In both scores exp(logit_scale) is 100:
 
 PickScore (arXiv 2305.01569): yuvalkirstain/PickScore_v1, with tokenizer and preprocessor of
-laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Code MIT, weights as their model card says.
-CLIPScore (arXiv 2104.08718): openai/clip-vit-large-patch14, the model that papers on alignment use. They report 100
-cos, as here, or divide that by 30 or 100; the original is 2.5 max(cos, 0) with ViT-B/32 and "A photo depicts" before
-the prompt. CLIP's code MIT, weights as their model card says.
+laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Code MIT, weights as on their model card.
+CLIPScore (arXiv 2104.08718): openai/clip-vit-large-patch14, as papers on alignment use it. They report 100 cos, as
+here, or divide it by 30 or 100; the original is 2.5 max(cos, 0) with ViT-B/32 and the prefix "A photo depicts". Code
+MIT, weights as on their model card.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel
+from transformers import CLIPModel
 from transformers.utils import cached_file
 
-from dinalrm_align.models.hub import check_source
+from dinalrm_align.models.hub import HubOptions, check_source, load_model
 from dinalrm_align.models.preprocess import Preprocess
 from dinalrm_align.reward.pixel.base import PixelReward
+from dinalrm_align.reward.pixel.prompts import cached, load_tokenizer, tokenise
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, reading
 
+MAX_CACHED = 10_000
+"""Prompts whose text features are kept, about 4 kB each."""
+
 
 class ClipReward(PixelReward):
-    """A frozen CLIP reward over latents or pictures; build one with `from_pretrained`."""
+    """A frozen CLIP reward over latents or images. Load one with `from_pretrained`."""
 
     def __init__(
         self,
@@ -40,7 +43,7 @@ class ClipReward(PixelReward):
         vae: AutoencoderKL | None = None,
         scaled: bool = True,
     ) -> None:
-        """preprocess: images (B, 3, H, W) in [0, 1] -> pixel_values, differentiable. scaled: times exp(logit_scale)."""
+        """preprocess: images (B, 3, H, W) in [0, 1] -> pixel_values. scaled: multiply cos by exp(logit_scale)."""
         super().__init__(vae)
         self.scaled = scaled
         self.clip = clip.requires_grad_(False).eval()
@@ -57,35 +60,27 @@ class ClipReward(PixelReward):
         vae: AutoencoderKL | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
+        **hub: Unpack[HubOptions],
     ) -> "ClipReward":
         """Load a CLIPModel from a folder or hub id.
 
-        processor: folder or hub id of tokenizer and preprocessor_config.json, by default `source`. vae: the decoder of
-        the latents to be scored; without one, pictures alone can be scored. `revision` is that of `source`. Raises
-        ValueError when a weight of the model is missing or unexpected, OSError when a file is.
+        Args:
+            source: the CLIPModel.
+            processor: folder or hub id of tokenizer and preprocessor_config.json; default: `source`.
+            vae: decoder for latents; without one only images can be scored.
+            device, dtype: of the model; default: the CPU, float32.
+            hub: `models.hub`; `revision` is that of `source`.
+
+        Raises ValueError for missing or unexpected weights, OSError for missing files.
         """
         device = None if device is None else available_device(device)
         for name in (source, processor or source):
             check_source("pixel reward", name)
-        with reading("CLIPModel", source):
-            clip, info = CLIPModel.from_pretrained(
-                source,
-                dtype=dtype or torch.float32,
-                revision=revision,
-                local_files_only=local_files_only,
-                output_loading_info=True,
-            )
-        unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]  # in old checkpoints
-        if info["missing_keys"] or unexpected:
-            raise ValueError(
-                f"{source} is not a CLIPModel in PickScore's layout: missing {sorted(info['missing_keys'])[:4]}, "
-                f"unexpected {sorted(unexpected)[:4]}"
-            )
-        where, at = (source, revision) if processor is None else (processor, None)
-        tokenizer = load_tokenizer(where, revision=at, local_files_only=local_files_only)
-        preprocess = load_preprocess(where, revision=at, local_files_only=local_files_only)
+        clip = load_model(CLIPModel, source, allow_unexpected=False, dtype=dtype or torch.float32, **hub)
+        if processor is not None:
+            hub.pop("revision", None)
+        tokenizer = load_tokenizer(processor or source, **hub)
+        preprocess = load_preprocess(processor or source, **hub)
         return cls(clip.to(device), tokenizer, preprocess, vae)
 
     @property
@@ -93,44 +88,30 @@ class ClipReward(PixelReward):
         return self.clip.device
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W), B prompts -> (B,): exp(logit_scale) cos, or cos; the product in float32."""
-        with torch.autocast(self.device.type, enabled=False):  # in CLIP's own dtype, whatever is on around it
+        """images (B, 3, H, W), B prompts -> (B,): exp(logit_scale) cos, or cos. The product is computed in float32."""
+        with torch.autocast(self.device.type, enabled=False):  # CLIP runs in its own dtype
             pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
             features = _projected(self.clip.get_image_features(pixel_values=pixel_values)).float()
-            cosine = (F.normalize(features, dim=-1) * self._encode_text(prompts)).sum(-1)
+            text = torch.stack(cached(self._text_features, prompts, self._encode_text, MAX_CACHED)).to(self.device)
+            cosine = (F.normalize(features, dim=-1) * text).sum(-1)
             return self.clip.logit_scale.exp().float() * cosine if self.scaled else cosine
 
-    def _encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """(B, D) unit vectors, float32, no gradient; each distinct prompt is encoded once in this reward's life."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_features]
-        if new:
-            length = self.clip.config.text_config.max_position_embeddings
-            tokens = self.tokenizer(new, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-            with torch.no_grad():
-                features = _projected(
-                    self.clip.get_text_features(
-                        input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
-                    )
-                )
-            self._text_features.update(zip(new, F.normalize(features.float(), dim=-1), strict=True))
-        return torch.stack([self._text_features[prompt] for prompt in prompts]).to(self.device)
+    @torch.no_grad()
+    def _encode_text(self, prompts: list[str]) -> Tensor:
+        """(B, D) unit vectors, float32."""
+        tokens = tokenise(self.tokenizer, prompts, self.clip.config.text_config.max_position_embeddings, self.device)
+        features = self.clip.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        return F.normalize(_projected(features).float(), dim=-1)
 
 
-def load_tokenizer(source: str, *, revision: str | None = None, local_files_only: bool = False) -> Any:
-    """The tokenizer of a folder or hub id."""
-    check_source("tokenizer", source)
-    with reading("tokenizer", source):
-        return AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local_files_only)
-
-
-def load_preprocess(source: str, *, revision: str | None = None, local_files_only: bool = False) -> Preprocess:
-    """What the preprocessor_config.json of a folder or hub id says."""
+def load_preprocess(source: str, **hub: Unpack[HubOptions]) -> Preprocess:
+    """The preprocessing in preprocessor_config.json of a folder or hub id."""
     check_source("preprocessor", source)
     with reading("preprocessor_config.json", source):
-        path = cached_file(source, "preprocessor_config.json", revision=revision, local_files_only=local_files_only)
+        path = cached_file(source, "preprocessor_config.json", **hub)
     return Preprocess.from_config(read_json(Path(path)), path)
 
 
 def _projected(output: Any) -> Tensor:
-    """What get_image_features and get_text_features return: a tensor before transformers 5, `.pooler_output` since."""
+    """get_image_features and get_text_features return a tensor before transformers 5, `.pooler_output` since."""
     return output if isinstance(output, Tensor) else output.pooler_output

@@ -1,7 +1,7 @@
-"""A frozen transformers `CLIPModel` of ViT-H/14's kind out of bare tensors: sizes are read from their shapes.
+"""Build a frozen transformers `CLIPModel` of ViT-H/14's kind from tensors alone; their shapes give its sizes.
 
-What shapes do not say is ViT-H/14's: attention heads of 80 channels in the vision tower and 64 in the text tower, exact
-GELU. Two layouts of names are known: transformers' own, and open_clip's, which `from_open_clip` turns into it.
+What shapes do not determine is that of ViT-H/14: attention heads of 80 channels in the vision tower and 64 in the text
+tower, exact GELU. Names are transformers' own, or open_clip's, which `from_open_clip` maps to them.
 """
 
 import re
@@ -11,6 +11,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
+
+from dinalrm_align.models.weights import assign_tensors
 
 VISION_HEAD, TEXT_HEAD = 80, 64
 """Channels per attention head of ViT-H/14."""
@@ -30,7 +32,7 @@ _ENDS = {
     "logit_scale": "logit_scale",
 }
 _TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
-"""open_clip multiplies features by these from the right, a Linear holds the transpose."""
+"""open_clip multiplies features by these from the right; a Linear stores the transpose."""
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 _IN_BLOCK = {
     "ln_1": "layer_norm1",
@@ -42,7 +44,7 @@ _IN_BLOCK = {
 
 
 def from_open_clip(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """open_clip's names and tensors -> transformers' names; ValueError for a name that open_clip's CLIP has not."""
+    """Tensors by open_clip's names -> by transformers' names. Raises ValueError for a name unknown to open_clip."""
     renamed, unknown = {}, []
     for name, tensor in tensors.items():
         block = _BLOCK.fullmatch(name)
@@ -51,13 +53,13 @@ def from_open_clip(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tenso
         if name in _ENDS:
             renamed[_ENDS[name]] = tensor
         elif name in _TRANSPOSED:
-            renamed[_TRANSPOSED[name]] = tensor.t()
+            renamed[_TRANSPOSED[name]] = tensor.t().contiguous()
         elif block and part in _IN_BLOCK:
             renamed[f"{prefix}{_IN_BLOCK[part]}.{kind}"] = tensor
-        elif block and block[3] in ("attn.in_proj_weight", "attn.in_proj_bias"):  # queries, keys and values in one
+        elif block and block[3] in ("attn.in_proj_weight", "attn.in_proj_bias"):  # queries, keys and values
             for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{prefix}self_attn.{letter}_proj.{block[3].removeprefix('attn.in_proj_')}"] = third
-        elif name != "attn_mask":  # the causal mask, which old versions saved
+                renamed[f"{prefix}self_attn.{letter}_proj.{block[3].removeprefix('attn.in_proj_')}"] = third.clone()
+        elif name != "attn_mask":  # the causal mask, in old files
             unknown.append(name)
     if unknown:
         raise ValueError(f"{where} does not hold an open_clip CLIP: unexpected {sorted(unknown)[:4]}")
@@ -72,31 +74,20 @@ def build_clip_h(
     device: torch.device | None,
     where: str,
 ) -> CLIPModel:
-    """The model of these tensors (transformers' names), in `dtype` on `device` (the CPU by default).
+    """The frozen model of these tensors (transformers' names), in `dtype` on `device` (default: the CPU).
 
-    eos_token_id: where the text is read. ValueError when a tensor is missing, unexpected or of another shape, or the
-    sizes are not those of a ViT-H/14's kind.
+    eos_token_id: of the tokenizer; text features are read at this token. where: the file, for messages. Raises
+    ValueError when a tensor is missing, unexpected or of another shape, or the sizes are not of ViT-H/14's kind.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
-    config = _config(tensors, eos_token_id, where)
     with init_empty_weights(include_buffers=False):
-        model = CLIPModel(config)
-    expected = model.state_dict()
-    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(f"{where} does not hold a whole CLIP: missing {missing[:4]}, unexpected {unexpected[:4]}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            raise ValueError(
-                f"{where}: {name}: got {tensor.dtype} {tuple(tensor.shape)}; expected {tuple(expected[name].shape)}"
-            )
-    placed = {name: tensor.to(device or "cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
-    model.load_state_dict(placed, assign=True)
-    return model.to(device or "cpu").requires_grad_(False).eval()  # moves the buffers
+        model = CLIPModel(_config(tensors, eos_token_id, where))
+    assign_tensors(model, tensors, where, dtype=dtype, device=device)
+    return model.requires_grad_(False).eval()
 
 
 def _config(tensors: Mapping[str, Tensor], eos_token_id: int | None, where: str) -> CLIPConfig:
-    """The sizes that the tensors have."""
+    """Sizes from shapes. Raises ValueError for shapes that do not fit a ViT-H/14's kind or the tokenizer."""
     needed = {
         "patch": "vision_model.embeddings.patch_embedding.weight",
         "positions": "vision_model.embeddings.position_embedding.weight",
@@ -119,7 +110,7 @@ def _config(tensors: Mapping[str, Tensor], eos_token_id: int | None, where: str)
     side = round((positions - 1) ** 0.5)
     if vision_width % VISION_HEAD or text_width % TEXT_HEAD or side * side + 1 != positions:
         raise ValueError(
-            f"{where} is no CLIP of ViT-H/14's kind: got widths {vision_width} and {text_width}, {positions} picture "
+            f"{where} is no CLIP of ViT-H/14's kind: got widths {vision_width} and {text_width}, {positions} image "
             f"positions; expected multiples of {VISION_HEAD} and {TEXT_HEAD}, and one more than a square"
         )
     if eos_token_id is None or not 0 <= eos_token_id < vocabulary:

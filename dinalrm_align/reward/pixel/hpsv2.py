@@ -1,31 +1,34 @@
 """HPS v2 and v2.1 (arXiv 2306.09341): cos(text, image) of a fine-tuned CLIP ViT-H/14, read from open_clip's file.
 
 xswu/HPSv2 on the hub, code and weights Apache-2.0: HPS_v2_compressed.pt and HPS_v2.1_compressed.pt, dicts whose entry
-`state_dict` has open_clip's names; open_clip is not needed. Tables show the score times 100, and the two versions are
-not comparable. Tokenizer: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's.
+`state_dict` has open_clip's names; open_clip is not needed. Papers report the score times 100; the two versions are not
+comparable. Tokenizer: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from dinalrm_align.models.hub import HubOptions, find_file
 from dinalrm_align.models.preprocess import normalise, pad_to_square, resize
+from dinalrm_align.models.weights import read_tensors
 from dinalrm_align.reward.names import CLIP_H
-from dinalrm_align.reward.pixel.clip import ClipReward, load_tokenizer
+from dinalrm_align.reward.pixel.clip import ClipReward
 from dinalrm_align.reward.pixel.clip_h import build_clip_h, from_open_clip
-from dinalrm_align.reward.pixel.tensor_files import read_state_dict
-from dinalrm_align.reward.pixel.weights import find_file
+from dinalrm_align.reward.pixel.prompts import load_tokenizer
 from dinalrm_align.train.device import available_device
 
 
 @dataclass(frozen=True)
 class LongSide:
-    """HPSv2's preprocessing: long side to `side`, zeros around it to a square, CLIP's normalisation.
+    """HPSv2's preprocessing: long side to `side`, padded to a square with zeros, CLIP's normalisation.
 
-    It resizes tensors, so that nothing is rounded or cut to [0, 1] between. antialias: as torchvision does to tensors
-    from 0.17 on; with older versions, which HPSv2's first numbers were made with, it did not, and scores differ.
+    Tensors are resized, so that values are neither rounded nor clipped in between. antialias: as torchvision does for
+    tensors since 0.17; HPSv2's first numbers come from older versions, without it, and differ.
     """
 
     side: int
@@ -40,12 +43,12 @@ class LongSide:
 
 
 class HPSv2Reward(ClipReward):
-    """A frozen HPS v2 or v2.1 over latents or pictures; build one with `from_pretrained`."""
+    """A frozen HPS v2 or v2.1 over latents or images. Load one with `from_pretrained`."""
 
     @classmethod
     def from_pretrained(
         cls,
-        source: str = "xswu/HPSv2",
+        source: str | Path = "xswu/HPSv2",
         *,
         file: str = "HPS_v2.1_compressed.pt",
         processor: str = CLIP_H,
@@ -53,25 +56,27 @@ class HPSv2Reward(ClipReward):
         vae: AutoencoderKL | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
+        **hub: Unpack[HubOptions],
     ) -> "HPSv2Reward":
-        """Load the weights from a file, or from `file` in a folder or hub repository.
+        """Load the weights.
 
-        processor: folder or hub id of the tokenizer. antialias: see `LongSide`. vae: the decoder of the latents to be
-        scored; without one, pictures alone can be scored. Raises ValueError when a weight is missing, unexpected or of
-        another shape, or the file asks for anything but tensors; OSError when a file is not there.
+        Args:
+            source: the file of weights, or a folder or hub id that holds `file`.
+            processor: folder or hub id of the tokenizer.
+            antialias: see `LongSide`.
+            vae: decoder for latents; without one only images can be scored.
+            device, dtype: of the model; default: the CPU, float32.
+            hub: `models.hub`; `revision` is that of `source`.
+
+        Raises ValueError when a weight is missing, unexpected or of another shape, and for a file that holds code;
+        OSError for missing files.
         """
         device = None if device is None else available_device(device)
-        path = find_file(source, file, what="HPSv2", revision=revision, local_files_only=local_files_only)
-        tensors = from_open_clip(read_state_dict(path, "state_dict"), str(path))
-        tokenizer = load_tokenizer(processor, local_files_only=local_files_only)
-        clip = build_clip_h(
-            tensors,
-            eos_token_id=tokenizer.eos_token_id,
-            dtype=dtype or torch.float32,
-            device=device,
-            where=str(path),
-        )
+        path = find_file(source, file, what="HPSv2", **hub)
+        tensors = from_open_clip(read_tensors(path, "state_dict"), str(path))
+        hub.pop("revision", None)
+        tokenizer = load_tokenizer(processor, **hub)
+        dtype, end = dtype or torch.float32, tokenizer.eos_token_id
+        clip = build_clip_h(tensors, eos_token_id=end, dtype=dtype, device=device, where=str(path))
         preprocess = LongSide(clip.config.vision_config.image_size, antialias)
         return cls(clip, tokenizer, preprocess, vae, scaled=False)

@@ -1,43 +1,43 @@
-"""ImageReward (arXiv 2304.05977): BLIP's ViT-L and a BERT that attends to the picture, then a linear head on [CLS].
+"""ImageReward (arXiv 2304.05977): BLIP's ViT-L, a BERT with cross-attention to the image, and a linear head on [CLS].
 
 Weights: hub id THUDM/ImageReward, `ImageReward.pt` and `med_config.json`; tokenizer google-bert/bert-base-uncased; code
 and weights under Apache-2.0, BLIP's under BSD-3-Clause. score = (head - 0.1672) / 1.0333, between about -2 and 2.
 
-The file's own names are mapped to transformers' BLIP; it is read as tensors alone. Pictures: short side to 224,
-antialiased bicubic, centre crop, CLIP's normalisation. Prompts are cut off at 35 tokens, as in training.
+The file's names are mapped to those of transformers' BLIP. Images: short side to 224, antialiased bicubic, centre crop,
+CLIP's normalisation. Prompts are truncated to 35 tokens, as in training.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import AddedToken, AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
+from transformers import AddedToken, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from dinalrm_align.models.hub import check_source
+from dinalrm_align.models.hub import HubOptions, beside, find_file
 from dinalrm_align.models.preprocess import normalise, resize
+from dinalrm_align.models.weights import assign_tensors, read_tensors
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.pixel.tensor_files import read_state_dict
-from dinalrm_align.reward.pixel.weights import beside, check_fit, find_file, shapes_of
+from dinalrm_align.reward.pixel.prompts import load_tokenizer, tokenise
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, reading
-from dinalrm_align.train.settings import check_fields
+from dinalrm_align.train.settings import PositiveFloat, PositiveInt, check_fields
 
 SOURCE, WEIGHTS, TEXT_CONFIG = "THUDM/ImageReward", "ImageReward.pt", "med_config.json"
 TOKENIZER = "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the head's numbers on the training pictures."""
+"""Of the head's output on the training images."""
 TEXT_LENGTH = 35
 HEAD_WIDTH = 64
-"""Of an attention head in both of BLIP's vision towers."""
+"""Channels per attention head in BLIP's vision towers."""
 VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
-RENAMED = (  # a block of the vision tower: the file's names and transformers'
+RENAMED = (  # a block of the vision tower: the file's names to transformers'
     ("norm1.", "layer_norm1."),
     ("norm2.", "layer_norm2."),
     ("attn.qkv.", "self_attn.qkv."),
@@ -56,28 +56,28 @@ STEM = {
 
 @dataclasses.dataclass(frozen=True)
 class TextTower:
-    """What a med_config.json says of the BERT with cross-attention."""
+    """Sizes of the BERT with cross-attention, as in med_config.json."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    vocab_size: int
-    max_position_embeddings: int
-    layer_norm_eps: float
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    vocab_size: PositiveInt
+    max_position_embeddings: PositiveInt
+    layer_norm_eps: PositiveFloat
     hidden_act: str
 
     @classmethod
     def from_file(cls, path: Path) -> "TextTower":
-        """ValueError for a file that lacks a size, or says something else of the tower than ImageReward's."""
+        """Raises ValueError for a file that lacks a size or describes another architecture."""
         values = read_json(path, "ImageReward's med_config.json")
-        missing = [field.name for field in dataclasses.fields(cls) if field.name not in values]
-        if missing:
-            raise ValueError(f"{path}: missing {', '.join(missing)}; expected ImageReward's med_config.json")
-        if not values.get("add_cross_attention", False):
-            raise ValueError(f"{path}: add_cross_attention is not true; expected ImageReward's med_config.json")
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in values]
+        if missing or not values.get("add_cross_attention", False):
+            problem = f"missing {', '.join(missing)}" if missing else "add_cross_attention is not true"
+            raise ValueError(f"{path}: {problem}; expected ImageReward's med_config.json")
         try:
-            return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+            return cls(**{name: values[name] for name in names})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -86,7 +86,7 @@ class TextTower:
 
 
 def score_head(width: int) -> nn.Sequential:
-    """[CLS] (B, width) -> (B, 1). Linear throughout: the released head has no activations."""
+    """[CLS] (B, width) -> (B, 1). The released head has no activations."""
     return nn.Sequential(
         nn.Linear(width, 1024),
         nn.Dropout(0.2),
@@ -100,7 +100,7 @@ def score_head(width: int) -> nn.Sequential:
 
 
 class ImageRewardReward(PixelReward):
-    """A frozen ImageReward over latents or pictures; build one with `from_pretrained`."""
+    """A frozen ImageReward over latents or images. Load one with `from_pretrained`."""
 
     def __init__(
         self,
@@ -126,45 +126,40 @@ class ImageRewardReward(PixelReward):
         vae: AutoencoderKL | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
+        **hub: Unpack[HubOptions],
     ) -> "ImageRewardReward":
         """Load ImageReward.pt.
 
         Args:
-            source: a hub id (with `revision`), a folder with ImageReward.pt and med_config.json, or the .pt file.
-            tokenizer: folder or hub id of bert-base-uncased's tokenizer. Default: what lies beside the weights in a
-                folder, else the hub's.
+            source: a hub id or folder with ImageReward.pt and med_config.json, or the .pt file.
+            tokenizer: folder or hub id of bert-base-uncased's tokenizer; default: beside local weights, else the hub's.
             med_config: the file; default: beside the weights.
-            vae: the decoder of the latents to be scored; without one, pictures alone can be scored.
-            dtype: of towers and head, float32 by default.
+            vae: decoder for latents; without one only images can be scored.
+            device, dtype: of the model; default: the CPU, float32.
+            hub: `models.hub`; `revision` is that of `source`.
 
-        Raises ValueError when a tensor is missing, unexpected or of another shape, or when the file holds code;
-        OSError when a file is missing.
+        Raises ValueError when a tensor is missing, unexpected or of another shape, and for a file that holds code;
+        OSError for missing files.
         """
         device = torch.device("cpu") if device is None else available_device(device)
-        options = dict(revision=revision, local_files_only=local_files_only)
-        path = find_file(source, WEIGHTS, **options)
+        path = find_file(source, WEIGHTS, **hub)
         place = path.parent if Path(source).is_file() else source
-        sizes = TextTower.from_file(find_file(med_config or place, TEXT_CONFIG, what="text config", **options))
+        sizes = TextTower.from_file(find_file(med_config or place, TEXT_CONFIG, what="text config", **hub))
         tokenizer = tokenizer or beside(source, "tokenizer.json", "vocab.txt") or TOKENIZER
-        check_source("tokenizer", tokenizer)
-        with reading("tokenizer", tokenizer):
-            words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=local_files_only)
+        hub.pop("revision", None)
+        words = load_tokenizer(tokenizer, **hub)
         words.add_tokens([AddedToken(token, special=True) for token in ("[DEC]", "[ENC]")], special_tokens=True)
         if len(words) != sizes.vocab_size:
             raise ValueError(
-                f"tokenizer {tokenizer}: {len(words)} tokens with [DEC] and [ENC], by {TEXT_CONFIG} expected "
-                f"{sizes.vocab_size}; give bert-base-uncased's"
+                f"tokenizer {tokenizer}: got {len(words)} tokens with [DEC] and [ENC]; expected {sizes.vocab_size} by "
+                f"{TEXT_CONFIG}: give bert-base-uncased's"
             )
-        vision, text, head = _build(read_state_dict(path), sizes, path, dtype or torch.float32)
-        return cls(vision.to(device), text.to(device), head.to(device), words, vae=vae)
+        parts = _load_parts(read_tensors(path), sizes, path, dtype or torch.float32, device)
+        return cls(parts["vision"], parts["text"], parts["head"], words, vae=vae)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W) in [0, 1], B prompts -> scores (B,), float32, differentiable in the images."""
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
-        ).to(self.device)
+        tokens = tokenise(self.tokenizer, prompts, TEXT_LENGTH, self.device)
         with torch.autocast(images.device.type, enabled=False):
             seen = self.vision(preprocess(images, self.vision.config.image_size)).last_hidden_state
             read = self.text(tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen)
@@ -172,9 +167,9 @@ class ImageRewardReward(PixelReward):
 
 
 def preprocess(images: Tensor, side: int) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> (B, 3, side, side), float32: short side to `side`, the middle, normalised.
+    """(B, 3, H, W) in [0, 1] -> (B, 3, side, side), float32: short side to `side`, centre crop, normalisation.
 
-    Within 0.1 of torchvision's transforms on a PIL picture in normalised units, 0.005 on average.
+    Differs from torchvision's transforms of a PIL image by at most 0.1 in normalised units, 0.005 on average.
     """
     short = min(images.shape[-2:])
     images = resize(images, tuple(side * length // short for length in images.shape[-2:]))
@@ -183,7 +178,7 @@ def preprocess(images: Tensor, side: int) -> Tensor:
 
 
 def renamed(name: str) -> str | None:
-    """A tensor's name in {vision, text, head} for its name in the file; None for what scoring does not need."""
+    """A tensor's name below vision, text or head for its name in the file; None for what scoring does not need."""
     if name.startswith(TEXT):
         return None if name.endswith("position_ids") else "text." + name.removeprefix(TEXT)
     if name.startswith(VISION):
@@ -198,39 +193,32 @@ def renamed(name: str) -> str | None:
     return None if name.startswith("blip.") else name  # heads of BLIP's pretraining
 
 
-def _build(
-    tensors: Mapping[str, Tensor], sizes: TextTower, path: Path, dtype: torch.dtype
-) -> tuple[BlipVisionModel, BlipTextModel, nn.Sequential]:
-    """The towers and the head; ValueError unless each tensor is there, fits, and none is left."""
+def _load_parts(
+    tensors: Mapping[str, Tensor], sizes: TextTower, path: Path, dtype: torch.dtype, device: torch.device
+) -> nn.ModuleDict:
+    """Both towers and the head, as vision, text and head; strict."""
     found = {new: tensor for name, tensor in tensors.items() if (new := renamed(name)) is not None}
     vision_config = _vision_config(found, path)
     text_config = BlipTextConfig(
         **dataclasses.asdict(sizes),
         encoder_hidden_size=vision_config.hidden_size,
-        is_decoder=True,  # has cross-attention; it reads in both directions all the same
+        is_decoder=True,  # adds cross-attention; attention stays bidirectional
     )
     with reading("text config", TEXT_CONFIG), init_empty_weights():
-        parts = {
-            "vision": BlipVisionModel(vision_config),
-            "text": BlipTextModel(text_config, add_pooling_layer=False),
-            "head": score_head(sizes.hidden_size),
-        }
-    expected = {name: shape for part, module in parts.items() for name, shape in shapes_of(module, f"{part}.").items()}
-    check_fit(expected, {name: tensor.shape for name, tensor in found.items()}, path)
-    for part, module in parts.items():
-        own = {name: found[f"{part}.{name}"].to(dtype) for name in module.state_dict()}
-        module.load_state_dict(own, strict=True, assign=True)
-    return parts["vision"], parts["text"], parts["head"]
+        vision, text = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
+        parts = nn.ModuleDict({"vision": vision, "text": text, "head": score_head(sizes.hidden_size)})
+    assign_tensors(parts, found, path, dtype=dtype, device=device)
+    return parts
 
 
 def _vision_config(found: Mapping[str, Tensor], path: Path) -> BlipVisionConfig:
-    """The vision tower's sizes, read off its tensors: ViT-L/16 at 224 pixels in the released file."""
+    """The vision tower's sizes from its tensors' shapes: ViT-L/16 at 224 pixels in the released file."""
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     stem = ["vision." + name for name in STEM.values()]
     first = "vision.encoder.layers.0.mlp.fc1.weight"
     missing = [name for name in (*stem, first) if name not in shapes]
     if missing:
-        raise ValueError(f"{path}: not the tensors of this reward: missing {', '.join(missing[:3])}")
+        raise ValueError(f"{path}: the tensors do not fit the model: missing {', '.join(missing[:3])}")
     positions, patch = (
         shapes["vision.embeddings.position_embedding"],
         shapes["vision.embeddings.patch_embedding.weight"],
@@ -239,8 +227,8 @@ def _vision_config(found: Mapping[str, Tensor], path: Path) -> BlipVisionConfig:
     fits = side > 0 and side * side + 1 == positions[1] and positions[2] % HEAD_WIDTH == 0
     if not fits or len(patch) != 4 or len(shapes[first]) != 2:
         raise ValueError(
-            f"{path}: positions {positions}, patches {patch}; expected (1, n^2 + 1, width), (width, 3, p, p), and a "
-            f"width in multiples of {HEAD_WIDTH}"
+            f"{path}: got positions {positions}, patches {patch}; expected (1, n^2 + 1, width), (width, 3, p, p), and "
+            f"a width in multiples of {HEAD_WIDTH}"
         )
     return BlipVisionConfig(
         hidden_size=positions[2],

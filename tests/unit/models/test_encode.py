@@ -140,5 +140,5 @@ def test_unusable_pictures_are_refused(tiny_pipeline, images, message):
 
 
 def test_a_folder_without_vae_is_refused(tiny_reward_dir):
-    with pytest.raises(ValueError, match="pictures need a VAE, and .* has no vae folder"):
+    with pytest.raises(ValueError, match="images need a VAE, and .* has no vae folder"):
         load_vae(tiny_reward_dir, device="cpu")

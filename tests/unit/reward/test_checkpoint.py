@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny_reward import make_inputs, shake, tiny_reward_config
 
 from dinalrm_align import LatentReward, RewardConfig
-from dinalrm_align.reward.checkpoint import fetch, load_tensors, read_checkpoint, relocated, save_checkpoint
+from dinalrm_align.models.hub import fetch
+from dinalrm_align.models.weights import load_tensors
+from dinalrm_align.reward.checkpoint import read_checkpoint, relocated, save_checkpoint
 from dinalrm_align.reward.config import HeadConfig, LoraConfig
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.train.digest import digest, fingerprint
@@ -73,7 +75,7 @@ def test_only_the_first_three_of_many_names_are_listed(folder, tiny_pipeline):
 
 
 def test_a_base_model_of_another_width_is_refused(tiny_reward_dir, official):
-    with pytest.raises(ValueError, match=r"do not fit this config and base model: .*of another shape.*Check that"):
+    with pytest.raises(ValueError, match=r"do not fit the model: .*of another shape.*Check that"):
         LatentReward.from_pretrained(tiny_reward_dir, transformer=official / "transformer")
 
 
@@ -198,7 +200,7 @@ def test_weights_without_a_digest_are_read_and_with_a_wrong_one_refused(folder):
     save_file(tensors, path, {"format": "pt"})
     read_checkpoint(folder)
     save_file(tensors, path, {"format": "pt", "sha256": "0" * 64})
-    with pytest.raises(ValueError, match=r"safetensors is damaged: .*SHA-256 is not 0000.*fetch or write it again"):
+    with pytest.raises(ValueError, match=r"safetensors is damaged: its SHA-256 is not 0000.*write it again"):
         read_checkpoint(folder)
 
 
@@ -230,8 +232,9 @@ def test_hub_ids_go_through_snapshot_download(monkeypatch, tmp_path):
 
     seen = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: seen.update(k, id=a[0]) or str(tmp_path))
-    assert fetch("owner/name", revision="abc", local_files_only=True) == tmp_path
-    assert (seen["id"], seen["revision"], seen["local_files_only"]) == ("owner/name", "abc", True)
+    hub = dict(revision="abc", token="hf_x", cache_dir="cache", local_files_only=True)
+    assert fetch("owner/name", ["a.json"], subfolder="best", **hub) == tmp_path / "best"
+    assert seen == hub | {"id": "owner/name", "allow_patterns": ["best/a.json"]}
 
 
 def test_config_survives_json():
@@ -372,7 +375,7 @@ def test_released_head_is_never_unpickled(released):
             return (os.mkdir, (str(ran),))
 
     torch.save({"query_tokens": Surprise()}, released / "checkpoint" / "rm_head.pt")
-    with pytest.raises(ValueError, match="rm_head.pt: not a readable .*, a file that needs code to run is refused"):
+    with pytest.raises(ValueError, match="rm_head.pt: not a readable file of tensors .it asks for more than tensors"):
         read_checkpoint(released)
     assert not ran.exists()
     torch.load(released / "checkpoint" / "rm_head.pt", weights_only=False)

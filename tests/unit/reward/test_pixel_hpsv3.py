@@ -442,7 +442,7 @@ def test_prompts_that_hold_a_token_of_the_model_are_refused(reward, token):
     [
         ({"rm_head.5.bias": None}, "1 missing: rm_head.5.bias"),
         ({"visual.merger.mlp.0.weight": None, "model.norm.weight": None}, "2 missing"),
-        ({"visual.stranger": torch.zeros(1)}, "1 unexpected: visual.stranger"),
+        ({"visual.stranger": torch.zeros(1)}, "1 unexpected: model.visual.stranger"),
         ({"stranger": torch.zeros(1)}, "1 unexpected: stranger"),
         ({"rm_head.0.weight": torch.zeros(1024, 16)}, r"rm_head.0.weight \(1024, 16\), expected \(1024, 32\)"),
         ({"model.embed_tokens.weight": torch.zeros(300, 32)}, "embeddings of 300 tokens"),

@@ -1,0 +1,190 @@
+"""Tensor files, and loading them into a model strictly: names and shapes must agree exactly.
+
+No code in a file is run. `read_tensors` reads safetensors files, and what `torch.save` wrote with
+`torch.load(weights_only=True)`. `read_module_tensors` reads a pickled module: every class and function that the file
+names is replaced by an empty stand-in, so that nothing is imported or called.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dinalrm_align.train.digest import digest
+from dinalrm_align.train.files import reading
+
+
+def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pt, .pth or .bin file by name, on the CPU, memory-mapped where possible.
+
+    Args:
+        path: the file.
+        key: entry of the file's dict that holds the tensors; not for safetensors.
+
+    Raises FileNotFoundError; ValueError for a damaged or truncated file, for anything but tensors, for a missing
+    entry, and when the tensors of a safetensors file do not have the digest (`train.digest`) in its metadata.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; expected a file of tensors")
+    safe = path.suffix == ".safetensors"
+    try:
+        content, sha256 = _read_safetensors(path) if safe else (_load(path), None)
+    except Exception as error:  # damaged files fail in many ways
+        kind = "safetensors file" if safe else "file of tensors"
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: not a readable {kind} ({reason}); download or write it again") from error
+    if sha256 is not None and digest(content) != sha256:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not {sha256:.16}...; download or write it again")
+    if key is not None:
+        if not isinstance(content, Mapping) or not isinstance(content.get(key), Mapping):
+            raise ValueError(f"{path}: got {_kind(content)}; expected a dict with the entry {key!r}")
+        content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: got {_kind(content)}; expected names and tensors")
+    return dict(content)
+
+
+def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise ValueError unless both have the same names and shapes, and floating tensors for floating ones.
+
+    where: the file, for the message, which gives the number of differences and the first three names of each kind.
+    """
+    both = [name for name in expected if name in got]
+    differences = {
+        "missing": [name for name in expected if name not in got],
+        "unexpected": [name for name in got if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}"
+            for name in both
+            if got[name].shape != expected[name].shape
+        ],
+        "of another type": [
+            f"{name} {got[name].dtype}"
+            for name in both
+            if got[name].is_floating_point() != expected[name].is_floating_point()
+        ],
+    }
+    found = [
+        f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for kind, names in differences.items()
+        if names
+    ]
+    if found:
+        raise ValueError(
+            f"{where}: the tensors do not fit the model: {'; '.join(found)}. Check that the file belongs to this "
+            "config and base model"
+        )
+
+
+@torch.no_grad()
+def load_tensors(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Copy `tensors` into the tensors of the same names in `target`, all or none. Raises as `check_fit`."""
+    check_fit(target, tensors, where)
+    for name, tensor in target.items():
+        tensor.copy_(tensors[name])
+
+
+def assign_tensors(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    where: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    keep_in_fp32: str | None = None,
+) -> None:
+    """Make `tensors` the weights of `module`, which may be on the meta device. Raises as `check_fit`.
+
+    Args:
+        module: its state dict names what is expected; buffers outside of it are moved to `device`.
+        dtype, device: of the weights; default: the CPU.
+        keep_in_fp32: prefix of weights kept in at least float32.
+    """
+    check_fit(module.state_dict(), tensors, where)
+    device = device or "cpu"
+    exact = torch.promote_types(dtype, torch.float32)
+    placed = {
+        name: tensor.to(device, exact if keep_in_fp32 and name.startswith(keep_in_fp32) else dtype)
+        for name, tensor in tensors.items()
+    }
+    module.load_state_dict(placed, assign=True)
+    module.to(device)
+
+
+# ------------------------------------------------------------------------------------------------------------- pickles
+
+
+class _StandIn:
+    """Replaces every class and function that a pickle names: takes any arguments, does nothing, keeps its state."""
+
+    def __new__(cls, *args: Any, **options: Any) -> "_StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **options: Any) -> None: ...
+
+
+def read_module_tensors(path: Path) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a pickled `torch.nn.Module`, by their state_dict names, on the CPU.
+
+    Raises ValueError for a file that `torch.save(module)` of torch 1.6 or later did not write, and for one that names
+    modules that torch always refuses (os, sys).
+    """
+    with reading("pickled module", path):
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([*map(_stand_in, set(named) - {"builtins.set"}), set]):
+            content = _load(path)
+    if isinstance(content, Mapping):
+        content = content.get("model", content)  # a training checkpoint
+    if not isinstance(content, _StandIn):
+        raise ValueError(f"{path}: got {_kind(content)}; expected a pickled torch.nn.Module")
+    return dict(_module_tensors(content, ""))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("sha256")
+
+
+def _load(path: Path) -> Any:
+    try:
+        # a truncated zip file is not recognised as one, so that it is never memory-mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:  # torch's message recommends weights_only=False
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if "GLOBAL" in line or "Unpickler error" in line), lines[-1])
+        raise ValueError(f"it asks for more than tensors: {reason.rpartition('error: ')[2][:160]}") from error
+
+
+def _stand_in(full_name: str) -> type[_StandIn]:
+    """A stand-in class for "module.name"."""
+    module, _, name = full_name.rpartition(".")
+    return type(name, (_StandIn,), {"__module__": module})
+
+
+def _module_tensors(module: _StandIn, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """`torch.nn.Module.state_dict` for stand-ins."""
+    state = vars(module)
+    transient = state.get("_non_persistent_buffers_set", ())
+    for kind, skipped in (("_parameters", ()), ("_buffers", transient)):
+        for name, tensor in _entries(state, kind):
+            if isinstance(tensor, Tensor) and name not in skipped:
+                yield prefix + name, tensor.detach()
+    for name, child in _entries(state, "_modules"):
+        if isinstance(child, _StandIn):
+            yield from _module_tensors(child, f"{prefix}{name}.")
+
+
+def _entries(state: Mapping[str, Any], kind: str) -> list[tuple[str, Any]]:
+    entries = state.get(kind)
+    return list(entries.items()) if isinstance(entries, Mapping) else []
+
+
+def _kind(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return f"a dict with the entries {sorted(map(str, content))[:4]}"
+    return "a pickled object" if isinstance(content, _StandIn) else f"a {type(content).__name__}"
