@@ -46,7 +46,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     from dinalrm_align.eval.test_set_report import evaluate_set
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
     from dinalrm_align.models.vae import decode_latents
-    from dinalrm_align.reward.checkpoint import fetch, read_checkpoint
+    from dinalrm_align.reward.checkpoint import read_checkpoint
     from dinalrm_align.reward.registry import load_judge, load_reward
     from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
     from dinalrm_align.train.device import available_device
@@ -61,7 +61,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     checkpoint, about = config.checkpoint, None
     if checkpoint is not None:
         checkpoint = checkpoint or spec.reward
-        about = read_checkpoint(fetch(checkpoint)).config
+        about = read_checkpoint(checkpoint).config
     trained = None if config.trained_on is None else read_trained(config.trained_on)
     pictures = image_sets(config.judged or {}, unpack_to=out / "sets")
     if config.judged is None:

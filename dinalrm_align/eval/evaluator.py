@@ -20,7 +20,7 @@ from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores, Score, 
 from dinalrm_align.eval.test_sets import PictureSet, open_test_set
 from dinalrm_align.eval.test_sets_config import TEST_SETS
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.reward.checkpoint import fetch, read_checkpoint
+from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.combine import Part, RewardSum
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.latent import LatentReward
@@ -51,7 +51,7 @@ class Candidate:
     @classmethod
     def from_checkpoint(cls, source: str | Path, transformer: "SD3Transformer2DModel") -> "Candidate":
         """A latent reward's folder or hub id; it shares the transformer's weights."""
-        identity = digest(read_checkpoint(fetch(source)).tensors)
+        identity = digest(read_checkpoint(source).tensors)
         return cls(identity, lambda: LatentReward.from_pretrained(source, transformer=transformer), latent=True)
 
     @classmethod
