@@ -1,34 +1,38 @@
-"""Score a pipeline's own latents: no picture is decoded, the base weights are shared.
+"""Score a pipeline's own latents at several noise levels. No image is decoded; the base weights are shared.
 
 python examples/score_latents.py
 """
 
+from pathlib import Path
+
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+import dinalrm_align
 from dinalrm_align import LatentReward
-from dinalrm_align.models.specs import MODELS
 
-spec = MODELS["shapes"]  # with the weights at hand: MODELS["sd35"], or your own folders
-pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline)
+# The embedded world's weights. For SD3.5-M: "stabilityai/stable-diffusion-3.5-medium" and
+# "liuhuohuo/DiNa-LRM-SD35M-12layers", 40 steps, guidance 4.5, and sizes of your choice.
+weights = Path(dinalrm_align.__file__).parent / "shapes" / "weights"
+pipeline = StableDiffusion3Pipeline.from_pretrained(weights / "pipeline")
 pipeline.transformer.requires_grad_(False)  # shared weights must be frozen
-reward = LatentReward.from_pretrained(spec.reward, pipeline=pipeline)
+reward = LatentReward.from_pretrained(weights / "dinalrm", pipeline=pipeline)
 
 prompts = ["a small red circle left of a large blue square on gray", "three small green crosses on black"]
 latents = pipeline(
     prompts,
     negative_prompt=["", ""],
-    num_inference_steps=spec.num_steps,
-    guidance_scale=spec.guidance_scale,
-    max_sequence_length=spec.text_length,
-    height=spec.height,
-    width=spec.width,
+    num_inference_steps=12,
+    guidance_scale=1.2,
+    max_sequence_length=reward.config.text_length,
+    height=64,
+    width=64,
     generator=torch.Generator().manual_seed(0),
     output_type="latent",
 ).images
 
 with torch.no_grad():
     for sigma in (0.1, 0.4, 0.7, (0.2, 0.5, 0.7)):  # the last is the multi-noise ensemble
-        right = reward(latents, prompts, sigma=sigma, generator=torch.Generator().manual_seed(1))
+        own = reward(latents, prompts, sigma=sigma, generator=torch.Generator().manual_seed(1))
         swapped = reward(latents, prompts[::-1], sigma=sigma, generator=torch.Generator().manual_seed(1))
-        print(f"sigma {sigma}: own prompts {right.tolist()}, swapped prompts {swapped.tolist()}")
+        print(f"sigma {sigma}: own prompts {own.tolist()}, swapped prompts {swapped.tolist()}")
