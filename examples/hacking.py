@@ -1,9 +1,9 @@
-"""A run that fools its reward, the alarm that tells, and the same run held near the base model, in one picture.
+"""Reward hacking: a run that overoptimises its reward and raises the alarm, and the same run with a KL penalty.
 
 python examples/hacking.py
 
-Both climb the embedded world's latent reward at three times the default learning rate, one freely, one with a velocity
-KL. Run again, what is finished is kept and what was cut short goes on. Further words go to both runs.
+Both maximise the embedded world's latent reward at three times the default learning rate, one without and one with a
+velocity KL penalty. Finished runs are kept and interrupted ones resume. Further arguments are passed to both runs.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ from dinalrm_align.train.checkpoints import latest_checkpoint
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "refl_sd35.py"
 COMMON = "--model shapes --reward dinalrm --optim.lr 1e-3 --loop.steps 30 --checkpoint_every 6 --profile_every 0"
-JUDGED = "--evaluation.samples 64 --evaluation.every 6"
+EVALUATION = "--evaluation.samples 64 --evaluation.every 6"
 KL_WEIGHTS = {"free": 0, "held": 4}
 
 folders = []
@@ -29,7 +29,7 @@ for name, kl_weight in KL_WEIGHTS.items():
     if (folder / "summary.json").exists():
         print(f"{folder} is finished")
         continue
-    new = [*f"{COMMON} {JUDGED} --refl.kl_weight {kl_weight} --output_dir {folder}".split(), *sys.argv[1:]]
+    new = [*f"{COMMON} {EVALUATION} --refl.kl_weight {kl_weight} --output_dir {folder}".split(), *sys.argv[1:]]
     options = new if latest_checkpoint(folder) is None else ["--resume", str(folder)]
     subprocess.run([sys.executable, str(RECIPE), *options], check=True)
 

@@ -34,7 +34,7 @@ from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.settle import Settled
 from dinalrm_align.align.watch import Watch, drift_probe, level_probe
 from dinalrm_align.data.prompts import read_prompts
-from dinalrm_align.eval.report.run import plot_run
+from dinalrm_align.eval.report.figures import plot_run
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import Velocity, rollout, schedule_sigmas, seeded_noise
 from dinalrm_align.models.pipeline import load_pipeline

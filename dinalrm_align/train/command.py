@@ -52,7 +52,7 @@ def parse(
     parser.add_argument("--config", action="config", help="YAML file of settings; options typed after it override it")
     skip = set()
     if positional is not None:
-        parser.add_argument(positional, nargs="+", type=str, help=_meaning(kind, positional))
+        parser.add_argument(positional, nargs="*", type=str, help=_meaning(kind, positional))
         skip.add(positional)
     parser.add_class_arguments(kind, skip=skip)
     with refusing():

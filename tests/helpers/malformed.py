@@ -266,9 +266,7 @@ _ENTRIES: dict[str, Callable] = {}
 
 
 def entry(module: str) -> Callable[[Sequence[str]], None]:
-    """The main function of a recipe, or of dinalrm_align.eval.report.run."""
-    if module == "report":
-        return importlib.import_module("dinalrm_align.eval.report.run").main
+    """The main function of a recipe."""
     if module not in _ENTRIES:
         spec = importlib.util.spec_from_file_location(f"malformed_{module}", ROOT / "recipes" / f"{module}.py")
         loaded = importlib.util.module_from_spec(spec)

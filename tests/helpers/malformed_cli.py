@@ -1,4 +1,4 @@
-"""Command lines that cannot be meant: the recipes and dinalrm_align.eval.report.run."""
+"""Invalid command lines of the recipes."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from malformed import Command, World
 
-REFL, TRAIN, BUILD, REPORT = "refl_sd35", "train_reward", "build_shapes", "report"
+REFL, TRAIN, BUILD = "refl_sd35", "train_reward", "build_shapes"
 COMPARE, SAVINGS = "compare_runs", "savings"
 ABLATE, EVALUATE = "ablate_reward", "evaluate_reward"
 GRPO, LPO, NFT, DPO, MINE = "grpo_sd35", "lpo_sd35", "nft_sd35", "dpo_sd35", "mine_pairs"
@@ -218,35 +218,25 @@ RUNS = [
 
 EVALUATION = json.dumps({"gold": [1.0], "proxy": [1.0], "terms": {"prompts": ["a"]}})
 
-REPORTS = [
-    Command("no folder", REPORT, words(), "give the folder of one run"),
-    Command("an unknown option", REPORT, words("--outpt=a.png"), "unrecognized arguments: --outpt"),
-    Command("two runs without labels", REPORT, words("a", "b"), "unrecognized arguments: b"),
-    Command("a folder that is not there", REPORT, words("absent"), "not a run folder (no metrics.jsonl): absent"),
-    Command("a label without runs", REPORT, words("--group", "latent"), "expected each label once"),
-    Command("a line that is no JSON", REPORT, measured("step 0\n"), "line 1: not valid JSON"),
-    Command("a line without its step", REPORT, measured('{"gold": 1}\n'), "line 1: got"),
-    Command("a line of a list", REPORT, measured("[1]\n"), "line 1: got"),
-    Command("a metric of text", REPORT, measured('{"step": 1, "gold": "high"}\n'), "gold: got 'high'; expected a number"),
-    Command("not UTF-8", REPORT, measured(b"\xff\n"), "is not UTF-8"),
-    Command("no evaluation", REPORT, measured('{"step": 1, "loss": 1.0}\n', copies=2), "no evaluation of the base model"),
-    Command("evaluations missing", REPORT, measured(ROWS, copies=2), "000000.json"),
-    Command("evaluations of text", REPORT, measured(ROWS, evaluation="gold", copies=2), "not valid JSON"),
-    Command("evaluations without terms", REPORT, measured(ROWS, evaluation="{}", copies=2), "no terms"),
-    Command("evaluations of text scores", REPORT, measured(ROWS, evaluation=EVALUATION.replace("1.0", '"a"'), copies=2), "expected a number"),
-    Command("evaluations of too few", REPORT, measured(ROWS, evaluation=EVALUATION.replace("[1.0]", "[]"), copies=2), "one per prompt"),
-    Command("a picture without .png", REPORT, lambda w: [*measured(ROWS)(w), "--output=compare.txt"], "expected the name of a .png"),
-    Command("a picture below a file", REPORT, lambda w: [*measured(ROWS, evaluation=EVALUATION, copies=2)(w), "--output", w.file("f", "x") / "c.png"], "cannot be a folder"),
-]  # fmt: skip
-
 COMPARED = [
-    Command("no run", COMPARE, words(), "required"),
+    Command("no run", COMPARE, words(), "runs: got none"),
     Command("an unknown option", COMPARE, words("absent", "--outpt=a"), "unknown option --outpt=a"),
-    Command("no pictures", COMPARE, words("absent", "--shown=0"), "shown: got 0; expected at least 1"),
-    Command("folders that are not there", COMPARE, words("absent", "gone"), "no run to compare. Left out, without metrics.jsonl and config.yaml and so no runs: absent, gone"),
+    Command("no images", COMPARE, words("absent", "--shown=0"), "shown: got 0; expected at least 1"),
+    Command("folders that are not there", COMPARE, words("absent", "gone"), "no run to compare. Skipped, no metrics.jsonl and config.yaml: absent, gone"),
+    Command("a group of a folder that is not there", COMPARE, words("--group", "a", "absent"), "got folders without a run (no metrics.jsonl and config.yaml): absent"),
+    Command("a group without a name", COMPARE, words("--group"), "--group: got ''"),
+    Command("a group without runs", COMPARE, words("--group", "latent"), "group.latent: got no run"),
     Command("a line that is no JSON", COMPARE, measured("step 0\n"), "line 1: not valid JSON"),
+    Command("a line without its step", COMPARE, measured('{"gold": 1}\n'), "line 1: got"),
+    Command("a line of a list", COMPARE, measured("[1]\n"), "line 1: got"),
+    Command("a metric of text", COMPARE, measured('{"step": 1, "gold": "high"}\n'), "gold: got 'high'; expected a number"),
+    Command("not UTF-8", COMPARE, measured(b"\xff\n"), "is not UTF-8"),
     Command("no evaluation", COMPARE, measured('{"step": 1, "loss": 1.0}\n'), "no evaluation of the base model"),
+    Command("no evaluation in a group", COMPARE, measured('{"step": 1, "loss": 1.0}\n', copies=2), "no evaluation of the base model"),
+    Command("evaluations missing", COMPARE, measured(ROWS, copies=2), "000000.json"),
+    Command("evaluations of text", COMPARE, measured(ROWS, evaluation="gold", copies=2), "not valid JSON"),
     Command("evaluations without terms", COMPARE, measured(ROWS, evaluation="{}"), "no terms"),
+    Command("evaluations of text scores", COMPARE, measured(ROWS, evaluation=EVALUATION.replace("1.0", '"a"'), copies=2), "expected a number"),
     Command("evaluations of too few", COMPARE, measured(ROWS, evaluation=EVALUATION.replace("[1.0]", "[]")), "one per prompt"),
 ]  # fmt: skip
 
@@ -372,7 +362,6 @@ GROUPS = {
     "settings files": FILES,
     "models, rewards and folders": PLACES,
     "what a run reads": RUNS,
-    "dinalrm_align.eval.report.run": REPORTS,
     "compare_runs": COMPARED,
     "savings": SAVED,
 }

@@ -1,1 +1,1 @@
-"""Runs of any recipes and rewards on one page: which aligned faster, at what cost, and whether it was hacked."""
+"""Comparison of alignment runs: paired gains with intervals, cost, figures and a page."""

@@ -1,28 +1,34 @@
-"""Settings of putting runs side by side, `recipes/compare_runs.py`. Torch-free."""
+"""Settings of `recipes/compare_runs.py`. Torch-free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dinalrm_align.train.settings import check_fields, check_integer
+from dinalrm_align.train.settings import PositiveInt, check_fields
 
 
 @dataclass
 class CompareRun:
-    """Everything `python recipes/compare_runs.py` can be told.
+    """Settings of `python recipes/compare_runs.py`.
 
     Args:
-        runs: folders of runs, of any recipes and rewards; the first one's held-out prompts and noise are the terms.
-        output_dir: gets index.html, which needs nothing beside it, compare.md and its pictures.
-        shown: prompts in the grid of pictures, at most as many as the runs kept.
+        runs: folders of runs, of any recipes and rewards; runs that differ only in their seed form one entry. The
+            first run's evaluation settings are the reference.
+        group: name -> folders of runs with different seeds, compared as one entry. On the command line:
+            --group NAME RUN [RUN ...], once per name.
+        output_dir: receives index.html (self-contained), compare.md and the figures.
+        shown: prompts in the grid of images, at most as many as the runs stored.
         title: of the page.
     """
 
-    runs: list[str]
+    runs: list[str] = field(default_factory=list)
+    group: dict[str, list[str]] = field(default_factory=dict)
     output_dir: str = "runs/compare"
-    shown: int = 8
+    shown: PositiveInt = 8
     title: str = "Runs side by side"
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_integer("shown", self.shown, low=1)
-        if not self.runs:
-            raise ValueError("runs: got none; give the folders of one run or more")
+        for name, runs in self.group.items():
+            if not runs:
+                raise ValueError(f"group.{name}: got no run; expected the folder of at least one run")
+        if not self.runs and not self.group:
+            raise ValueError("runs: got none; expected the folder of at least one run")

@@ -1,4 +1,4 @@
-"""Curves of runs side by side, against updates and against time, and their pictures on the same prompts and noise."""
+"""Figures: curves of one run, curves of entries against updates, seconds and FLOPs, and grids of images."""
 
 import re
 import textwrap
@@ -9,74 +9,121 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dinalrm_align.eval.report.entries import Entry, groups_of
-from dinalrm_align.eval.report.groups import series
-from dinalrm_align.eval.report.intervals import seeds_by_captions
-from dinalrm_align.models.grids import load_strip
+from dinalrm_align.eval.report.entries import Entry
+from dinalrm_align.eval.report.runs import Run, phases_of, series
+from dinalrm_align.models.grids import finish_figure, load_strip
 from dinalrm_align.train.figures import save_figure
+from dinalrm_align.train.metrics import read_metrics
 
-CLOCKS = {"updates": "update", "time": "seconds of training"}
-"""What curves are drawn against, and what the axis is called."""
+CLOCKS = {"updates": "update", "time": "seconds of training", "flops": "TFLOPs of training, all phases"}
+"""Horizontal axes of curves, and their labels."""
 GAINS = {"gold": "gold: gain over the base model", "proxy": "reward: gain in s.d. of the base model"}
+METRICS = {
+    "kl": "KL in training, as each recipe defines it", "drift": "held out: velocity KL to the reference",
+    "level_spread": "held out: spread of noise levels", "divergence": "reward gain less gold gain, s.d.",
+}  # fmt: skip
+COSTS = {"seconds": "seconds", "gflops": "GFLOPs", "memory_mib": "peak MiB above the weights"}
 SIZE = (5.4, 3.9)
-"""Inches of a figure: small, so that its letters are large on a narrow page."""
+"""Inches of a figure: small, so that its text stays legible on a narrow page."""
+
+Drawn = dict[str, dict[str, Path]]
+"""Quantity -> horizontal axis ("" for bars) -> PNG."""
 
 
-def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
-    """Write the curves' PNGs: what is drawn -> clock -> its file. What no run measured is not drawn."""
-    paired = [entry for entry in entries if not entry.apart]
-    judged = list(dict.fromkeys(["gold", "proxy", *(name for entry in paired for name in entry.run.scores[0])]))
-    others = ("kl", "drift", "level_spread", "divergence")
-    drawn = {}
+def plot_run(folder: Path) -> Path:
+    """Write curves.png of one run: held-out and training scores, the first hacking alarm, KL, drift, gradient norm, and
+    seconds and memory by phase.
+    """
+    rows = read_metrics(folder / "metrics.jsonl")
+    run = Run(folder, 0, rows, {}, {})
+    figure = Figure(figsize=(13, 6.5))
+    gold, proxy, training, kl, seconds, memory = figure.subplots(2, 3).flatten()
+    gold.errorbar(*series(rows, "gold"), yerr=series(rows, "gold_gain_standard_error")[1], marker="o", capsize=2)
+    gold.set_title("gold score, held out (bars: of the paired gain)")
+    proxy.plot(*series(rows, "proxy"), marker="o")
+    proxy.set_title("reward, held out")
+    for axis in (gold, proxy) if run.alarm is not None else ():
+        axis.axvline(run.alarm, color="tab:red", linestyle=":", label=f"hacking alarm, update {run.alarm}")
+        axis.legend()
+    training.plot(*series(rows, "reward"))
+    training.set_title("reward in training")
+    kl.plot(*series(rows, "kl"), label="velocity KL")
+    kl.plot(*series(rows, "drift"), label="drift, held out", marker="o")
+    kl.plot(*series(rows, "grad_norm"), label="gradient norm", alpha=0.6)
+    kl.set_yscale("symlog", linthresh=1e-4)
+    kl.legend()
+    kl.set_title("distance and gradient")
+    for axis, kind in ((seconds, "seconds"), (memory, "memory_mib")):
+        for phase in phases_of([run], kind):
+            steps, values = series(rows, f"{kind}/{phase}")
+            axis.plot(steps, values, marker="." if len(values) < 40 else None, label=phase)
+        if axis.lines:
+            axis.legend()
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{COSTS[kind]} by phase")
+    for axis in figure.axes:
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+    path = folder / "curves.png"
+    finish_figure(figure, path, folder.name)
+    return path
+
+
+def draw(entries: Sequence[Entry], folder: Path) -> Drawn:
+    """Write the figures of every quantity that some run recorded."""
+    comparable = [entry for entry in entries if not entry.incomparable]
+    scores = dict.fromkeys(["gold", "proxy", *(n for entry in comparable for n in entry.runs[0].scores[0])])
+    runs = [run for entry in entries for run in entry.runs]
+    drawn: Drawn = {}
     for clock in CLOCKS:
-        for name in judged:
-            found = [entry for entry in paired if all(name in scores for scores in entry.run.scores.values())]
+        for name in scores:
+            found = [entry for entry in comparable if entry.has(name) and (clock != "flops" or entry.teraflops)]
             if any(len(entry.steps) > 1 for entry in found):
                 figure = Figure(figsize=SIZE, layout="constrained")
                 draw_gain(figure.subplots(), found, name, clock)
                 path = folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_{clock}.png"
                 drawn.setdefault(name, {})[clock] = save_with_legend(figure, path)
-        for name in others:
-            found = [entry for entry in entries if len(series(entry.run.rows, name)[0]) > 1]
-            if found:
-                drawn.setdefault(name, {})[clock] = _draw_metric(found, name, clock, folder)
+        if clock == "flops":
+            continue
+        for name in METRICS:
+            if any(len(series(run.rows, name)[0]) > 1 for run in runs):
+                drawn.setdefault(name, {})[clock] = _draw_metric(entries, name, clock, folder)
         for kind in ("seconds", "memory_mib"):
-            if phases := phases_of(entries, kind):
+            if phases := phases_of(runs, kind):
                 drawn.setdefault(kind, {})[clock] = _draw_phases(entries, kind, phases, clock, folder)
+    if kinds := [kind for kind in COSTS if phases_of(runs, kind)]:
+        drawn["costs"] = {"": _draw_costs(entries, kinds, folder / "costs.png")}
     return drawn
 
 
-def phases_of(entries: Sequence[Entry], kind: str) -> list[str]:
-    """Names of phases of which some run measured this, in the order in which they are met."""
-    names = dict.fromkeys(name for entry in entries for row in entry.run.rows for name in row)
-    return [name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")]
+def images_of(entries: Sequence[Entry], shown: int) -> tuple[list[str], list[tuple[str, np.ndarray, list[float]]]]:
+    """Prompts, and columns of the grid (title, images (N, H, W, 3) uint8, gold scores): the base model, then each run
+    after its last evaluation.
+    """
+    singles = [single for entry in entries if not entry.incomparable for single in entry.single_runs()]
+    shown = min([shown, *(single.runs[0].terms["shown"] for single in singles)])
+
+    def column(title: str, run: Run, step: int) -> tuple[str, np.ndarray, list[float]]:
+        strip = load_strip(run.folder / "evaluations" / f"{step:06d}.png", run.terms["shown"])
+        return title, strip[:shown], list(run.scores[step]["gold"][:shown])
+
+    first = singles[0].runs[0]
+    columns = [column("before", first, 0)]
+    columns += [column(single.name, single.runs[0], single.steps[-1]) for single in singles if single.steps[-1] > 0]
+    return list(first.terms["prompts"][:shown]), columns
 
 
-def pictures(entries: Sequence[Entry], shown: int) -> tuple[list[str], list[tuple[str, np.ndarray, list[float]]]]:
-    """Prompts, and columns (title, pictures (N, H, W, 3) uint8, gold scores): the base model, then the last of each."""
-    paired = [entry for entry in entries if not entry.apart]
-    shown = min([shown, *(entry.run.terms["shown"] for entry in paired)])
-
-    def column(title: str, entry: Entry, step: int) -> tuple[str, np.ndarray, list[float]]:
-        strip = load_strip(entry.run.folder / "evaluations" / f"{step:06d}.png", entry.run.terms["shown"])
-        return title, strip[:shown], list(entry.run.scores[step]["gold"][:shown])
-
-    columns = [column("before", paired[0], 0)]
-    columns += [column(entry.label, entry, entry.steps[-1]) for entry in paired if entry.steps[-1] > 0]
-    return list(paired[0].run.terms["prompts"][:shown]), columns
-
-
-def draw_pictures(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray, list[float]]], path: Path) -> None:
-    """One PNG: a row per prompt, a column per run."""
+def draw_images(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray, list[float]]], path: Path) -> None:
+    """Write one PNG: a row per prompt, a column per run."""
     _, height, width, _ = columns[0][1].shape
     gap = max(2, width // 32)
     cells = [np.pad(strip, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for _, strip, _ in columns]
-    picture = np.concatenate([np.concatenate(list(cell), axis=0) for cell in cells], axis=1)
+    pixels = np.concatenate([np.concatenate(list(cell), axis=0) for cell in cells], axis=1)
     left, top, cell = 2.3, 0.7, 1.15  # inches
     size = left + cell * len(columns), top + cell * len(prompts) * height / width
     figure = Figure(figsize=size)
     axis = figure.add_axes((left / size[0], 0, 1 - left / size[0], 1 - top / size[1]))
-    axis.imshow(picture, aspect="auto")
+    axis.imshow(pixels, aspect="auto")
     axis.xaxis.tick_top()
     across = [(width + gap) * index + width / 2 for index in range(len(columns))]
     down = [(height + gap) * index + height / 2 for index in range(len(prompts))]
@@ -90,44 +137,32 @@ def draw_pictures(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarra
 
 
 def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> None:
-    """Gains of "gold", "proxy" or another judge on an axis, the first alarm of a run marked. Of one run with the
-    interval over captions; of several seeds their mean, the interval over both, and thin the runs.
+    """Draw the gain of one score per entry: mean and interval, thin lines for several runs, a cross at each run's first
+    hacking alarm.
     """
-    for group in groups_of(entries):
-        members = [entry for entry in entries if entry.group == group.label]
-        first, several = members[0], len(members) > 1
-        for entry in members if several else []:
-            ys = [float(entry.run.gain(name, step).mean()) for step in entry.steps]
-            axis.plot(entry.at(clock, entry.steps), ys, first.dash, color=first.colour, alpha=0.45, linewidth=0.7)
-        xs = group.steps if clock == "updates" else [group.seconds_at(step) for step in group.steps]
-        found = [seeds_by_captions(group.gains(name, step)) for step in group.steps]
-        _line(axis, first, xs, [one.mean for one in found], marker="o", seeds=len(members))
-        axis.fill_between(xs, [one.low for one in found], [one.high for one in found], color=first.colour, alpha=0.12)
-        for entry in members:
-            if entry.alarm is not None and entry.alarm in entry.steps:
-                at = entry.at(clock, [entry.alarm])[0], float(entry.run.gain(name, entry.alarm).mean())
-                axis.plot(*at, "X", color=first.colour, markersize=13, markeredgecolor="white")
-                label = axis.annotate(
-                    f"alarm, update {entry.alarm}", at, (9, -3), textcoords="offset points", fontsize=8
-                )
+    for entry in entries:
+        for run in entry.runs if len(entry.runs) > 1 else []:
+            steps = sorted(run.scores)
+            ys = [float(run.gain(name, step).mean()) for step in steps]
+            axis.plot(entry.at(clock, steps, run), ys, entry.dash, color=entry.colour, alpha=0.45, linewidth=0.7)
+        xs, found = entry.at(clock, entry.steps), [entry.gain(name, step) for step in entry.steps]
+        _line(axis, entry, xs, [one.mean for one in found], marker="o")
+        axis.fill_between(xs, [one.low for one in found], [one.high for one in found], color=entry.colour, alpha=0.12)
+        for run in entry.runs:
+            if run.alarm in run.scores:
+                at = entry.at(clock, [run.alarm], run)[0], float(run.gain(name, run.alarm).mean())
+                axis.plot(*at, "X", color=entry.colour, markersize=13, markeredgecolor="white")
+                label = axis.annotate(f"alarm, update {run.alarm}", at, (9, -3), textcoords="offset points", fontsize=8)
                 label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
-    judge = name.removeprefix("gold/")
-    axis.set_title(GAINS.get(name, f"{judge} as a judge: gain in s.d. of the base model"), fontsize=10)
-    axis.set_xlabel(CLOCKS[clock])
-    axis.grid(alpha=0.3)
+    title = GAINS.get(name, f"second evaluator {name.removeprefix('gold/')}: gain in s.d. of the base model")
+    _finish_axis(axis, title, clock)
 
 
 def _draw_metric(entries: Sequence[Entry], name: str, clock: str, folder: Path) -> Path:
-    titles = {
-        "kl": "KL in training, as each recipe defines it", "drift": "held out: velocity KL to the reference",
-        "level_spread": "held out: spread of noise levels", "divergence": "reward gain less gold gain, s.d.",
-    }  # fmt: skip
     figure = Figure(figsize=SIZE, layout="constrained")
     axis = figure.subplots()
     _lines(axis, entries, name, clock)
-    axis.set_title(titles[name], fontsize=10)
-    axis.set_xlabel(CLOCKS[clock])
-    axis.grid(alpha=0.3)
+    _finish_axis(axis, METRICS[name], clock)
     if name in ("kl", "drift"):
         axis.set_yscale("symlog", linthresh=1e-3)
         axis.set_ylim(bottom=0)
@@ -142,35 +177,54 @@ def _draw_phases(entries: Sequence[Entry], kind: str, phases: Sequence[str], clo
         axis.axis("off")
     for axis, phase in zip(axes, phases):
         _lines(axis, entries, f"{kind}/{phase}", clock)
-        axis.set_title(phase, fontsize=9)
-        axis.set_xlabel(CLOCKS[clock])
+        _finish_axis(axis, phase, clock)
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    titles = {"seconds": "seconds of an update, by phase", "memory_mib": "peak MiB above the weights, by phase"}
-    figure.suptitle(titles[kind], fontsize=10)
+    figure.suptitle(f"{COSTS[kind]} of an update, by phase", fontsize=10)
     return save_with_legend(figure, folder / f"{kind}_{clock}.png")
 
 
+def _draw_costs(entries: Sequence[Entry], kinds: Sequence[str], path: Path) -> Path:
+    """Bars: the cost of an update by phase, one panel per kind of cost."""
+    figure = Figure(figsize=(3.6 * len(kinds), SIZE[1]), layout="constrained")
+    width = 0.8 / len(entries)
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False).flatten(), kinds):
+        phases = phases_of([run for entry in entries for run in entry.runs], kind)
+        for index, entry in enumerate(entries):
+            values = [entry.cost(kind).get(phase, 0.0) for phase in phases]
+            at = np.arange(len(phases)) + index * width
+            bars = axis.bar(at, values, width, color=entry.colour, label=entry.legend)
+            if len(entries) <= 3:
+                axis.bar_label(bars, [f"{value:.3g}" if value else "" for value in values], fontsize=6)
+        axis.set_xticks(np.arange(len(phases)) + 0.4 - width / 2, phases, fontsize=8)
+        axis.set_title(f"{COSTS[kind]} of an update", fontsize=10)
+    return save_with_legend(figure, path)
+
+
 def _lines(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> None:
-    """A metric of every run that recorded it, as it was recorded."""
+    """A metric of every run that recorded it."""
     for entry in entries:
-        steps, values = series(entry.run.rows, name)
-        if steps:
-            seeds = sum(other.group == entry.group for other in entries)
-            _line(axis, entry, entry.at(clock, steps), values, marker="." if len(steps) < 20 else None, seeds=seeds)
+        for run in entry.runs:
+            steps, values = series(run.rows, name)
+            if steps:
+                _line(axis, entry, entry.at(clock, steps, run), values, marker="." if len(steps) < 20 else None)
 
 
-def _line(
-    axis: Axes, entry: Entry, xs: Sequence[float], ys: Sequence[float], *, marker: str | None, seeds: int
-) -> None:
-    label = f"{entry.group}, {seeds} seeds" if seeds > 1 else entry.label
-    axis.plot(xs, ys, entry.dash, color=entry.colour, marker=marker, markersize=4, linewidth=1.4, label=label)
+def _line(axis: Axes, entry: Entry, xs: Sequence[float], ys: Sequence[float], *, marker: str | None) -> None:
+    axis.plot(xs, ys, entry.dash, color=entry.colour, marker=marker, markersize=4, linewidth=1.4, label=entry.legend)
+
+
+def _finish_axis(axis: Axes, title: str, clock: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(CLOCKS[clock])
+    axis.grid(alpha=0.3)
 
 
 def save_with_legend(figure: Figure, path: Path) -> Path:
-    """With one legend below for all axes."""
-    lines = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
-    columns = max(1, min(3, 66 // max(map(len, lines))))
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    """Save the figure with one legend below all axes."""
+    handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    columns = max(1, min(3, 66 // max(map(len, handles))))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+    )
     save_figure(figure, path, dpi=140)
     return path

@@ -1,8 +1,8 @@
 """Confidence intervals of a mean over seeds and captions.
 
-Every seed judges the same captions, so a table of differences (or gains) has one row per seed and one column per
-caption: two crossed random effects. Samples of one caption are not independent of each other, runs of one seed neither;
-an interval over all S x C cells as if they were would be far too narrow.
+Every seed is evaluated on the same captions, so a table of differences (or gains) has one row per seed and one column
+per caption: two crossed random effects. Samples of one caption are correlated, and so are those of one seed; an
+interval that treats all S x C cells as independent would be far too narrow.
 """
 
 import math
@@ -19,9 +19,9 @@ LEVEL = 0.95
 class Interval:
     """A mean with its 95 % confidence interval [low, high].
 
-    seeds, captions: what it rests on. With seeds = 1 the variance between seeds is unknown, and the interval is for
-    other captions of that one seed alone. standard_error: of the mean; the interval is wider than twice that where
-    seeds are few.
+    Args:
+        standard_error: of the mean; with few seeds the interval is wider than twice the standard error.
+        seeds: with one seed the variance between seeds is unknown, and the interval covers other captions only.
     """
 
     mean: float
@@ -39,13 +39,13 @@ class Interval:
 def seeds_by_captions(differences: np.ndarray) -> Interval:
     """The mean of differences (S, C), seeds by captions, with its 95 % confidence interval.
 
-    Seeds and captions are crossed random effects; the variance of the grand mean is taken as a + b, with
-    a = Var(seed means) / S and b = Var(caption means) / C (sample variances). Each holds the residual's share
-    Var / (S C), so that the sum counts it twice. The interval reaches sqrt(t_{S-1}^2 a + t_{C-1}^2 b) to either side,
-    t being Student's (Banerjee, Sankhya 22, 1960): it holds the truth at least 95 % of the time whatever the share of
-    the two. Satterthwaite's degrees of freedom give narrower intervals that do not: 92.5 % at three seeds, 87 % at two,
-    where seeds differ as much as captions. S = 1: the captions' term alone.
-    ValueError for fewer than one seed or two captions, or a value that is not finite.
+    Seeds and captions are crossed random effects. The variance of the grand mean is estimated as a + b with
+    a = Var(seed means) / S and b = Var(caption means) / C (sample variances), which counts the residual's share twice.
+    The half-width is sqrt(t_{S-1}^2 a + t_{C-1}^2 b) with Student's t (Banerjee, Sankhya 22, 1960); the coverage is at
+    least 95 % for any ratio of the two. Satterthwaite's degrees of freedom give narrower intervals with less coverage:
+    92.5 % at three seeds and 87 % at two, where seeds differ as much as captions. With S = 1 only b is used.
+
+    Raises ValueError for fewer than one seed or two captions, or a value that is not finite.
     """
     table = np.asarray(differences, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:
@@ -65,14 +65,14 @@ def seeds_by_captions(differences: np.ndarray) -> Interval:
 def by_caption(values: Sequence[float] | np.ndarray, captions: Sequence[str] | np.ndarray) -> np.ndarray:
     """Values (N,) of samples with their captions (N,) -> one value per caption (C,), captions in sorted order.
 
-    Where every caption has as many samples, its value is the mean of its samples. Otherwise a caption weighs by its
-    count n_c: it gets m + (n_c / mean n)(m_c - m), m the mean of all samples and m_c of its own. Then the mean of the
-    result is the mean of the samples, and its standard error over captions that of a ratio estimator (linearised; the
-    cluster-robust one). ValueError when the lengths differ or nothing is there.
+    With equally many samples per caption this is the mean of each caption's samples. Otherwise captions are weighted by
+    their count n_c: m + (n_c / mean n)(m_c - m), where m is the mean of all samples and m_c that of the caption. The
+    mean of the result is then the mean of the samples, and its standard error over captions is that of a linearised
+    ratio estimator (cluster-robust). Raises ValueError when the lengths differ or there is no sample.
     """
     samples, names = np.asarray(values, dtype=np.float64), np.asarray(captions)
     if samples.ndim != 1 or samples.shape != names.shape or not len(samples):
         raise ValueError(f"one caption per value: got values {samples.shape}, captions {names.shape}")
-    _, place, counts = np.unique(names, return_inverse=True, return_counts=True)
+    _, index, counts = np.unique(names, return_inverse=True, return_counts=True)
     mean = samples.mean()
-    return mean + np.bincount(place, weights=samples - mean) / counts.mean()
+    return mean + np.bincount(index, weights=samples - mean) / counts.mean()

@@ -1,12 +1,12 @@
-"""The page of `recipes/compare_runs.py`: one HTML file that needs nothing beside it, and the same as markdown.
+"""The page of `recipes/compare_runs.py`: one self-contained HTML file, and the same as Markdown.
 
-No script and no outside resource; pictures are PNG data inside the file. Figures stand beside each other where there is
-room and below each other where there is not; wide tables scroll in themselves.
+The page has no script and loads no resource; images are embedded PNGs. Figures stand side by side where there is room,
+wide tables scroll.
 """
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -14,25 +14,27 @@ import numpy as np
 from PIL import Image
 
 from dinalrm_align.eval.report import figures
-from dinalrm_align.eval.report.entries import Entry, groups_of, read_entries
-from dinalrm_align.eval.report.tables import Table, difference_table, run_table, seed_table
+from dinalrm_align.eval.report.entries import Entry, read_entries
+from dinalrm_align.eval.report.tables import Table, tables_of
 from dinalrm_align.train.durable import write_atomically
 from dinalrm_align.train.files import make_folder
 
 LARGEST = 256
-"""Pixels of the longer side of a picture in the grid; larger ones are made smaller."""
+"""Pixels of the longer side of an image in the grid; larger images are downscaled."""
 HEADINGS = {
-    "gold": "Gold score", "proxy": "The reward that is climbed", "kl": "KL in training", "drift": "Drift",
+    "gold": "Gold score", "proxy": "Training reward", "kl": "KL in training", "drift": "Drift",
     "level_spread": "Disagreement of noise levels", "divergence": "Divergence of reward and gold",
-    "seconds": "Seconds by phase", "memory_mib": "Peak memory by phase",
+    "seconds": "Seconds by phase", "memory_mib": "Peak memory by phase", "costs": "Cost of an update by phase",
 }  # fmt: skip
 HOW_TO_READ = (
-    "Gold gain: of the held-out score that no run trains on, over the base model, paired on the same captions and "
-    "noise in every run. In brackets and as bands: 95 % intervals, over captions for one run, over seeds and captions "
-    "for several; of one run they say nothing of other seeds. The best evaluation was chosen on these same samples, "
-    "which flatters it. Reward gains are in standard deviations of the base model's samples, since rewards have "
-    "scales of their own. KL in training means what each recipe takes it to mean; drift is the same for all. Seconds "
-    "of training leave evaluations out. A cross marks the first alarm of the hacking watch."
+    "Gold gain: the held-out score that no run trains on, over the base model, paired on {samples} samples of "
+    "{captions} captions with the same noise in every run. Brackets and bands are 95 % intervals, over captions for "
+    "one run, over seeds and captions for several; the interval of one run does not cover other seeds. The best "
+    "evaluation was chosen on these same samples, which biases it upwards. Reward gains are in standard deviations of "
+    "the base model's samples, because rewards differ in scale. Each recipe defines KL in training; drift is defined "
+    "the same way for all. Seconds exclude evaluations and are medians; FLOPs are means of the profiled updates (two "
+    "per multiply-accumulate; matrix products, convolutions and attention, including recomputation); memory is the "
+    "maximum. A cross marks the first hacking alarm of a run."
 )
 STYLE = """
 :root { color-scheme: light; }
@@ -62,52 +64,49 @@ tbody th { font-weight: 500; }
 """
 
 
-def write(folders: Sequence[Path], output_dir: Path, *, shown: int, title: str) -> tuple[Path, list[str]]:
-    """index.html, compare.md and their PNGs in `output_dir`; returns the page and what is not compared, in sentences.
+def write(
+    folders: Sequence[Path], groups: Mapping[str, Sequence[Path]], output_dir: Path, *, shown: int, title: str
+) -> tuple[Path, list[str]]:
+    """Write index.html, compare.md and their PNGs to `output_dir`; see `read_entries` for `folders` and `groups`.
 
-    ValueError when no folder holds a run.
+    Returns the page and notes about runs that are skipped or not comparable.
     """
-    entries, notes = read_entries(folders)
+    entries, notes = read_entries(folders, groups)
     make_folder(output_dir)
-    groups = groups_of(entries)
-    found = run_table(entries), seed_table(groups), difference_table(groups)
-    tables = [table for table in found if table is not None]
+    tables = tables_of(entries)
     drawn = figures.draw(entries, output_dir)
-    prompts, columns = figures.pictures(entries, shown)
-    figures.draw_pictures(prompts, columns, output_dir / "pictures.png")
-    write_atomically(output_dir / "compare.md", _markdown(title, notes, tables, drawn))
-    page = output_dir / "index.html"
-    write_atomically(page, _html(title, entries, notes, tables, drawn, _grid(prompts, columns)))
+    prompts, columns = figures.images_of(entries, shown)
+    figures.draw_images(prompts, columns, output_dir / "pictures.png")
+    evaluated = entries[0].runs[0].terms["prompts"]
+    how_to_read = HOW_TO_READ.format(samples=len(evaluated), captions=len(set(evaluated)))
+    write_atomically(output_dir / "compare.md", _markdown(title, notes, tables, how_to_read, drawn))
+    page, grid = output_dir / "index.html", _grid(prompts, columns)
+    write_atomically(page, _html(title, entries, notes, tables, how_to_read, drawn, grid))
     return page, notes
 
 
-def _markdown(title: str, notes: Sequence[str], tables: Sequence[Table], drawn: dict[str, dict[str, Path]]) -> str:
-    parts = [f"# {title}", *notes, *(table.markdown() for table in tables), HOW_TO_READ]
+def _markdown(title: str, notes: Sequence[str], tables: Sequence[Table], how_to_read: str, drawn: figures.Drawn) -> str:
+    parts = [f"# {title}", *notes, *(table.markdown() for table in tables), how_to_read]
     for name, files in drawn.items():
-        parts += [
-            f"## {_heading(name)}",
-            "\n".join(f"![against {clock}]({path.name})" for clock, path in files.items()),
-        ]
-    return "\n\n".join([*parts, "## Pictures", "![same prompts and noise](pictures.png)"]) + "\n"
+        images = [f"![{_against(clock) or 'bars'}]({path.name})" for clock, path in files.items()]
+        parts += [f"## {_heading(name)}", "\n".join(images)]
+    return "\n\n".join([*parts, "## Images", "![same prompts and noise](pictures.png)"]) + "\n"
 
 
 def _html(
-    title: str, entries: Sequence[Entry], notes: Sequence[str], tables: Sequence[Table],
-    drawn: dict[str, dict[str, Path]], grid: str,
+    title: str, entries: Sequence[Entry], notes: Sequence[str], tables: Sequence[Table], how_to_read: str,
+    drawn: figures.Drawn, grid: str,
 ) -> str:  # fmt: skip
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.group, []).append(entry)
     key = "".join(
-        f'<li><span style="background:{members[0].colour}"></span>{escape(group)}: seed '
-        f"{', '.join(str(entry.run.seed) for entry in members)}</li>"
-        for group, members in groups.items()
+        f'<li><span style="background:{entry.colour}"></span>{escape(entry.name)}: seed '
+        f"{', '.join(str(run.seed) for run in entry.runs)}</li>"
+        for entry in entries
     )
     sections = []
     for name, files in drawn.items():
         heading = escape(_heading(name))
         images = "".join(
-            f'<figure><img src="{_data(path.read_bytes())}" alt="{heading} against {figures.CLOCKS[clock]}"></figure>'
+            f'<figure><img src="{_data(path.read_bytes())}" alt="{heading} {_against(clock)}"></figure>'
             for clock, path in files.items()
         )
         sections.append(f'<h2>{heading}</h2>\n<div class="figures">{images}</div>')
@@ -116,11 +115,11 @@ def _html(
         f'<ul class="key">{key}</ul>',
         *(f'<p class="note">{escape(note)}</p>' for note in notes),
         *(_table(table) for table in tables),
-        f"<p>{HOW_TO_READ}</p>",
+        f"<p>{how_to_read}</p>",
         *sections,
-        "<h2>Pictures</h2>",
-        "<p>The same prompts and the same noise, before training and after each run's last update; below each picture "
-        "its gold score.</p>",
+        "<h2>Images</h2>",
+        "<p>The same prompts and the same noise, before training and after each run's last evaluation; below each "
+        "image its gold score.</p>",
         grid,
     ]
     return (
@@ -132,8 +131,12 @@ def _html(
     )
 
 
+def _against(clock: str) -> str:
+    return f"against {figures.CLOCKS[clock]}" if clock else ""
+
+
 def _heading(name: str) -> str:
-    return HEADINGS.get(name) or f"Another judge: {name.removeprefix('gold/')}"
+    return HEADINGS.get(name) or f"Second evaluator: {name.removeprefix('gold/')}"
 
 
 def _table(table: Table) -> str:
@@ -153,8 +156,7 @@ def _grid(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray, list[
     rows = []
     for index, prompt in enumerate(prompts):
         cells = "".join(
-            f"<td>{_picture(strip[index], f'{prompt}; {title}')}{gold[index]:.2f}</td>"
-            for title, strip, gold in columns
+            f"<td>{_image(strip[index], f'{prompt}; {title}')}{gold[index]:.2f}</td>" for title, strip, gold in columns
         )
         rows.append(f'<tr><th scope="row">{escape(prompt)}</th>{cells}</tr>')
     return (
@@ -163,8 +165,8 @@ def _grid(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray, list[
     )
 
 
-def _picture(pixels: np.ndarray, alt: str) -> str:
-    """(H, W, 3) uint8 -> an img with the picture in it, no larger than LARGEST."""
+def _image(pixels: np.ndarray, alt: str) -> str:
+    """(H, W, 3) uint8 -> an img element with embedded pixels, at most LARGEST on a side."""
     image = Image.fromarray(pixels)
     kind = ' class="small"' if max(image.size) <= 128 else ""
     image.thumbnail((LARGEST, LARGEST))

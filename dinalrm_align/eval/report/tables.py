@@ -1,4 +1,4 @@
-"""Final numbers of runs side by side, as tables of text that a page and a markdown file can hold."""
+"""Tables of a comparison, for a page and for Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,14 @@ from itertools import combinations
 
 import numpy as np
 
-from dinalrm_align.eval.report.entries import Entry
-from dinalrm_align.eval.report.groups import Group, difference, series
-from dinalrm_align.eval.report.intervals import Interval, seeds_by_captions
+from dinalrm_align.eval.report.entries import Entry, difference
+from dinalrm_align.eval.report.intervals import Interval
 from dinalrm_align.eval.report.markdown import table
+from dinalrm_align.eval.report.runs import phases_of, series
+
+COSTS = {
+    "seconds": "seconds of an update", "gflops": "GFLOPs of an update", "memory_mib": "peak MiB above the weights",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,45 +28,56 @@ class Table:
         return f"**{self.title}**\n\n{table(self.head, self.rows)}"
 
 
+def tables_of(entries: Sequence[Entry]) -> list[Table]:
+    """All tables that have rows."""
+    comparable = [entry for entry in entries if not entry.incomparable]
+    found = run_table(entries), seed_table(comparable), difference_table(comparable), cost_table(entries)
+    return [one for one in found if one.rows]
+
+
 def run_table(entries: Sequence[Entry]) -> Table:
     """Final numbers of every run, gains with the 95 % interval over captions."""
-    drifts = any("drift" in row for entry in entries for row in entry.run.rows)
+    singles = [single for entry in entries for single in entry.single_runs()]
+    drifts = any("drift" in row for single in singles for row in single.runs[0].rows)
     head = ["run", "updates", "gold gain, last [95 %]", "gold gain, best (update)", "reward gain, s.d."]
     head += [*(["drift"] if drifts else []), "s / update", "minutes", "peak MiB", "hacking alarm"]
     rows = []
-    for entry in entries:
-        last, best = entry.steps[-1], entry.best_step
+    for single in singles:
+        (run,) = single.runs
         gains = ["not comparable"] * 3
-        if not entry.apart:
-            at_best = f"{brief(entry.gain('gold', best))} ({best})"
-            gains = [brief(entry.gain("gold", last)), at_best, brief(entry.gain("proxy", last))]
-        drift, peak, seconds = series(entry.run.rows, "drift")[1], entry.peak(), entry.run.seconds()
-        alarm = "not watched" if not entry.was_watched else "none" if entry.alarm is None else f"update {entry.alarm}"
+        if not single.incomparable:
+            last, best = single.steps[-1], single.best_step
+            gains = [brief(single.gain(*at)) for at in (("gold", last), ("gold", best), ("proxy", last))]
+            gains[1] += f" ({best})"
+        drift, seconds, peaks = series(run.rows, "drift")[1], run.seconds(), single.cost("memory_mib").values()
+        watched = any("hacking" in row for row in run.rows)
         rows.append([
-            entry.label, str(len(seconds)), *gains, *([f"{drift[-1]:.3g}" if drift else ""] if drifts else []),
+            single.name, str(len(seconds)), *gains, *([f"{drift[-1]:.3g}" if drift else ""] if drifts else []),
             f"{np.median(seconds):.2f}" if len(seconds) else "", f"{seconds.sum() / 60:.1f}",
-            "" if peak is None else f"{peak:.0f}", alarm,
+            f"{max(peaks):.0f}" if peaks else "",
+            "not watched" if not watched else "none" if run.alarm is None else f"update {run.alarm}",
         ])  # fmt: skip
     return Table("Final numbers of every run", head, rows)
 
 
-def seed_table(groups: Sequence[Group]) -> Table | None:
-    """Means over seeds with the 95 % interval over seeds and captions; None where no group has two."""
-    found = [group for group in groups if len(group.runs) > 1]
-    rows = [
-        [group.label, str(len(group.runs)), str(group.steps[-1]), *(
-            brief(seeds_by_captions(group.gains(name, group.steps[-1]))) for name in ("gold", "proxy")
-        )]
-        for group in found
-    ]  # fmt: skip
-    head = ["runs", "seeds", "update", "gold gain [95 %]", "reward gain, s.d. [95 %]"]
-    return Table("Means over seeds", head, rows) if found else None
-
-
-def difference_table(groups: Sequence[Group]) -> Table | None:
-    """Gold gain of one kind of run less another's, paired by seed and caption; None where no two share a seed."""
+def seed_table(entries: Sequence[Entry]) -> Table:
+    """Means over seeds with the 95 % interval over seeds and captions, for entries of several runs."""
     rows = []
-    for first, second in combinations(groups, 2):
+    for entry in entries:
+        last, best = entry.steps[-1], entry.best_step
+        if len(entry.runs) > 1:
+            rows.append([
+                entry.name, str(len(entry.runs)), str(last), brief(entry.gain("gold", last)),
+                f"{brief(entry.gain('gold', best))} ({best})", brief(entry.gain("proxy", last)),
+            ])  # fmt: skip
+    head = ["runs", "seeds", "update", "gold gain [95 %]", "gold gain, best (update)", "reward gain, s.d. [95 %]"]
+    return Table("Means over seeds", head, rows)
+
+
+def difference_table(entries: Sequence[Entry]) -> Table:
+    """Differences of gold gain between entries, paired by seed and caption, for entries that share a seed."""
+    rows = []
+    for first, second in combinations(entries, 2):
         common = max(set(first.steps) & set(second.steps))
         for at, steps in (
             (f"update {common}", (common, common)),
@@ -70,8 +85,21 @@ def difference_table(groups: Sequence[Group]) -> Table | None:
         ):
             found = difference(first, second, steps) if max(steps) > 0 else None
             if found is not None:
-                rows.append([f"{first.label} less {second.label}", at, str(found.seeds), brief(found)])
-    return Table("Paired differences of gold gain", ["", "at", "seeds", "mean [95 %]"], rows) if rows else None
+                rows.append([f"{first.name} less {second.name}", at, str(found.seeds), brief(found)])
+    return Table("Paired differences of gold gain", ["", "at", "seeds", "mean [95 %]"], rows)
+
+
+def cost_table(entries: Sequence[Entry]) -> Table:
+    """Cost of an update by phase: see `Entry.cost`."""
+    rows = []
+    for kind, title in COSTS.items():
+        costs = [entry.cost(kind) for entry in entries]
+        phases = phases_of([run for entry in entries for run in entry.runs], kind)
+        for phase in phases:
+            rows.append([f"{title}: {phase}", *(f"{cost[phase]:.4g}" if phase in cost else "" for cost in costs)])
+        if phases and kind == "gflops":
+            rows.append([f"{title}: all phases", *(f"{sum(cost.values()):.4g}" if cost else "" for cost in costs)])
+    return Table("Cost by phase", ["", *(entry.name for entry in entries)], rows)
 
 
 def brief(interval: Interval) -> str:

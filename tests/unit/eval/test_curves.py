@@ -1,0 +1,26 @@
+"""curves.png of one run."""
+
+import json
+
+from PIL import Image
+from report_runs import make_run
+
+from dinalrm_align.eval.report import figures
+
+
+def test_curves_of_one_run_mark_the_first_alarm(tmp_path, monkeypatch):
+    """Raised at updates 2 and 4: lines at 2, on gold and on the reward."""
+    run = make_run(tmp_path / "run", 0.4, alarm=2, extra={"drift": 0.1, "gold_gain_standard_error": 0.02})
+    drawn, finish = [], figures.finish_figure
+    monkeypatch.setattr(figures, "finish_figure", lambda *given: (drawn.append(given[0]), finish(*given)))
+    with Image.open(figures.plot_run(run)) as image:
+        assert image.size[0] > 1000
+    marked = [(axis.get_title()[:6], line.get_xdata()[0]) for axis in drawn[0].axes for line in axis.lines
+              if line.get_label().startswith("hacking alarm")]  # fmt: skip
+    assert marked == [("gold s", 2), ("reward", 2)]
+
+
+def test_curves_need_metrics_alone(tmp_path):
+    rows = [{"step": 0, "gold": 1.0, "proxy": 1.0, "gold_gain_standard_error": 0.0}, {"step": 1, "reward": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert figures.plot_run(tmp_path).is_file()
