@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dinalrm_align.models.grids import load_strip, save_before_after, save_grid, save_strip
-from dinalrm_align.models.tensor_images import to_bytes
+from dinalrm_align.models.images import to_bytes
 
 
 def is_image(path: Path) -> bool:
