@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import docstring_parser
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from dinalrm_align.train.files import read_yaml
 from dinalrm_align.train.settings import did_you_mean, in_words
@@ -47,6 +47,8 @@ def parse(
     ]
     parser = _Parser(
         names, description=description, default_config_files=[str(path) for path in beneath], allow_abbrev=False,
+        usage=f"%(prog)s {f'{positional.upper()} ... ' if positional else ''}[--config FILE] [--NAME VALUE ...]",
+        formatter_class=_HelpFormatter,
         epilog="An option may be typed by its end alone where no other has that end: --keep_last 3.",
     )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML file of settings; options typed after it override it")
@@ -88,6 +90,16 @@ def refusing() -> Iterator[None]:
         refuse(str(error))
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Wraps the paragraphs of a description separately, and leaves those with indented lines as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(
+            part if re.search(r"^ ", part, re.M) else super(_HelpFormatter, self)._fill_text(part, width, indent)
+            for part in text.strip("\n").split("\n\n")
+        )
+
+
 class _Parser(ArgumentParser):
     """Errors in one line, without the hundred options before them, and with the nearest name for an unknown one."""
 
@@ -96,17 +108,27 @@ class _Parser(ArgumentParser):
         self._names = names
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        key = re.search(r'Parser key "([^"]+)"', message)
-        limit = re.search(r"Not of type \w+: (\S+ )?does not conform to restriction (v[^\n]*)", message)
-        given = re.search(r"Given value: (\S+)", message)
-        if key and limit and (limit[1] or given):
-            message = f"{key[1]}: got {(limit[1] or given[1]).strip()}; expected {in_words(limit[2])}"
+        message = _value_error(message)
         prefix, _, rest = message.partition("unrecognized arguments: ")
         if not prefix and rest:
             word = rest.split()[0]
             known = [f"--{name}" for name in _dotted(self._names)]
             message = f"unknown option {word}{did_you_mean(word.split('=')[0], known) or ';'} --help lists all"
         refuse(message)
+
+
+def _value_error(message: str) -> str:
+    """jsonargparse's message about a value as `name: got VALUE; expected TYPE`; any other message unchanged."""
+    name = re.search(r'Parser key "([^"]+)"', message)
+    value = re.search(r"(?:Given|Got) value: ([^\n]+)", message)
+    limit = re.search(r"Not of type \w+: (?:(\S+) )?does not conform to restriction (v[^\n]*)", message)
+    kinds = re.search(r"Subtypes: [(\[](.*)[)\]]\n|Expected a (.*)\. Got value", message)
+    if name and limit and (limit[1] or value):
+        return f"{name[1]}: got {limit[1] or value[1]}; expected {in_words(limit[2])}"
+    if name and value and kinds:
+        expected = re.sub(r"<class '|'>|(jsonargparse\.)?typing\.", "", kinds[1] or kinds[2])
+        return f"{name[1]}: got {value[1]}; expected {expected.replace('NoneType', 'null')}"
+    return message
 
 
 def _names(kind: type) -> dict[str, Any]:
