@@ -32,10 +32,10 @@ def measure(run: LoadingRun, text: str) -> None:
     import torch
     from tqdm import tqdm
 
+    from dinalrm_align.data.formats.parquet import parquet_module
+    from dinalrm_align.data.formats.released import LATENTS, load_latent
     from dinalrm_align.data.latent_pairs import LatentPairs
-    from dinalrm_align.data.parquet import parquet_module
     from dinalrm_align.data.prefetch import Prefetched
-    from dinalrm_align.data.released import COLUMNS, load_latent
     from dinalrm_align.data.released_pairs import ReleasedPairs
     from dinalrm_align.data.synthetic import write_both_layouts
     from dinalrm_align.train.durable import write_atomically
@@ -59,8 +59,13 @@ def measure(run: LoadingRun, text: str) -> None:
     def released_way() -> Iterator[tuple[int, int]]:
         for number in order:
             part, group, row = places[number]
-            found = parquet.ParquetFile(part).read_row_group(group, columns=list(COLUMNS)).slice(row, 1).to_pylist()[0]
-            pair = [load_latent(found[name], name) for name in ("latent1", "latent2")]
+            found = (
+                parquet.ParquetFile(part)
+                .read_row_group(group, columns=["prompt", *LATENTS])
+                .slice(row, 1)
+                .to_pylist()[0]
+            )
+            pair = [load_latent(found[name], name) for name in LATENTS]
             yield 1, sum(latent.nbytes for latent in pair)
 
     def batches(batch_at: Callable, count: int, *, text: bool) -> Iterator[tuple[int, int]]:

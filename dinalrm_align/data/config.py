@@ -79,7 +79,7 @@ class PrepareRun:
     """
 
     source: str | None = None
-    layout: Literal["auto", "hpdv3", "hpdv2", "pickapic", "jsonl", "released"] = "auto"
+    layout: Literal["auto", "hpdv3", "hpdv2", "rankings", "pickapic", "jsonl", "released"] = "auto"
     images: str | None = None
     output_dir: str = "runs/pairs"
     model: str = "shapes"

@@ -13,19 +13,19 @@ embeddings another), which disks read from anywhere about as fast as in a row; e
 """
 
 import dataclasses
-import functools
 import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinalrm_align.data.pairs import BatchesInOrder, PairBatch, PairManifest, ShuffledBatches, check_draws, held_out
+from dinalrm_align.data.batches import BatchOrder, IndexedPairs
+from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.data.shards import (
     FORMAT,
     GROUP_COLUMNS,
@@ -46,30 +46,20 @@ from dinalrm_align.train.files import make_folder
 from dinalrm_align.train.settings import check_integer
 
 
-class LatentPairs:
-    """A PairSource over a directory that `LatentPairsWriter` wrote.
+class LatentPairs(IndexedPairs):
+    """A PairSource over a directory written by `LatentPairsWriter` or `prepare`; its units are groups of images.
 
     Args:
-        directory: where index.json lies.
-        batch_size: groups a batch (for plain data: pairs).
-        seed: of the shuffle.
-        held_out_prompts: distinct prompts kept from training for `validation`.
-        on_bad: of shards that are missing, cut short or otherwise not what the index says: refuse them; or skip their
-            groups, which a warning names and counts.
+        directory: the folder of index.json.
+        on_bad: for shards that are missing, truncated or differ from the index: "refuse" raises; "skip" leaves their
+            groups out with a warning.
+        order: see `BatchOrder`.
     """
 
-    reads_files_only = True
-
     def __init__(
-        self,
-        directory: str | Path,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        held_out_prompts: int = 0,
-        on_bad: Literal["refuse", "skip"] = "refuse",
+        self, directory: str | Path, *, on_bad: Literal["refuse", "skip"] = "refuse", **order: Unpack[BatchOrder]
     ) -> None:
-        check_draws(batch_size, seed, held_out_prompts)
+        super().__init__(**order)
         self.directory = Path(directory)
         index = read_index(self.directory)
         self.manifest = index.manifest
@@ -81,8 +71,6 @@ class LatentPairs:
         self._bad: dict[str, str] = {}
         self._latents = [self._open(shard, LATENTS, on_bad) for shard in index.latents]
         self._text = [self._open(shard, TEXT, on_bad) for shard in index.text]
-        self._batch_size, self._seed = batch_size, seed
-
         prompt, shard = self._columns["prompt"], self._columns["shard"]
         text_shard = np.searchsorted(self._text_starts, prompt, side="right") - 1
         whole = np.array([file is not None for file in self._latents])[shard]
@@ -93,15 +81,8 @@ class LatentPairs:
                 f"are left out. {'; '.join(list(self._bad.values())[:3])}",
                 stacklevel=2,
             )
-        used = [self.prompts[row] for row in np.unique(prompt[whole])]
-        keep_out = held_out(used, held_out_prompts)
-        is_out = np.array([text in keep_out for text in self.prompts])[prompt]
         sizes = np.array([(shard.height, shard.width) for shard in index.latents])[shard]
-        self._by_size = [
-            np.flatnonzero((sizes == size).all(axis=1) & whole) for size in np.unique(sizes[whole], axis=0)
-        ]
-        self._held_out = [groups[is_out[groups]] for groups in self._by_size]
-        self._trained = [groups[~is_out[groups]] for groups in self._by_size]
+        self._arrange([self.prompts[row] for row in prompt.tolist()], sizes=sizes, usable=whole)
 
     def _open(self, shard: Shard, tensors: dict[str, int], on_bad: str) -> RowFile | None:
         try:
@@ -112,31 +93,9 @@ class LatentPairs:
             self._bad[shard.file] = str(error)
             return None
 
-    @functools.cached_property
-    def _batches(self) -> ShuffledBatches:
-        """Made when training asks: a data set that is only evaluated on may be smaller than a batch."""
-        return ShuffledBatches(self._trained, self._batch_size, self._seed)
-
-    def __len__(self) -> int:
-        """Batches in an epoch, all processes together."""
-        return self._batches.per_epoch
-
     def digest(self) -> str:
-        """Of prompts, groups, pairs and labels; not of the latents themselves, which are large."""
         files = ("index.json", "prompts.json", "groups.safetensors")
         return text_digest("".join([*(file_digest(self.directory / name) for name in files), *sorted(self._bad)]))
-
-    def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
-        """Batch `step` of process `rank` of `world`: groups of one picture size, on the CPU, in the stored dtype."""
-        return self._read(self._batches.at(step * world + rank))
-
-    def validation(self) -> Sequence[PairBatch]:
-        """The pairs of the held-out prompts, in the order of the data, read each time they are asked for."""
-        return BatchesInOrder(self._read, self._held_out, self._batch_size)
-
-    def in_order(self) -> Sequence[PairBatch]:
-        """All pairs, in the order of the data: a data set that is only evaluated on."""
-        return BatchesInOrder(self._read, self._by_size, self._batch_size)
 
     def _read(self, groups: np.ndarray) -> PairBatch:
         rows = {name: self._columns[name][groups] for name in GROUP_COLUMNS}

@@ -7,17 +7,20 @@ prompt, and in training their noise and noise level. Latents are scaled, `(z - s
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dinalrm_align.data.weight_sample import WeightSample
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.train.settings import check_fields, check_integer
+from dinalrm_align.train.settings import check_fields
+
+EncodeImages = Callable[[Tensor], Tensor]
+"""images (B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w)"""
+EncodePrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+"""B prompts -> prompt_embeds (B, L, D), pooled_prompt_embeds (B, P)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,114 +233,3 @@ class PairSource(Protocol):
     def validation(self) -> Sequence[PairBatch]:
         """The held-out pairs, with concept names where they are known; the same whenever it is asked."""
         ...
-
-
-class ShuffledBatches:
-    """Batches of `batch_size` units out of buckets that must not be mixed, reshuffled every epoch.
-
-    Batch `index` is a pure function of (seed, index): nothing is stepped, so a run resumes by its step alone and
-    processes share the work by taking every world-th index. Each bucket is an endless row of shuffles of all its units,
-    cut into batches; epoch e has those that end within the first e + 1 shuffles. So nothing is left out: what does not
-    fill a batch begins the next epoch's first one.
-
-    blocks: the block of each unit, for data that is read a block at a time (a row group of a parquet file): a shuffle
-    then takes blocks in random order, `at_once` of them mixed, and so do the batches of an epoch.
-
-    ValueError when no bucket fills a batch.
-    """
-
-    def __init__(
-        self,
-        buckets: Sequence[np.ndarray],
-        batch_size: int,
-        seed: int,
-        *,
-        blocks: np.ndarray | None = None,
-        at_once: int = 4,
-    ) -> None:
-        self.buckets = [bucket for bucket in buckets if len(bucket)]
-        self.batch_size = batch_size
-        self.seed = seed
-        self._blocks, self._at_once = blocks, at_once
-        if not any(len(bucket) >= batch_size for bucket in self.buckets):
-            raise ValueError(
-                f"batch_size {batch_size} is more than any bucket holds (sizes {[len(b) for b in buckets][:8]}); use a "
-                "smaller batch or more pairs"
-            )
-        self.per_epoch = sum(len(bucket) // batch_size for bucket in self.buckets)
-        self._current: tuple[int, np.ndarray] = -1, np.empty((0, batch_size), dtype=np.int64)
-
-    def at(self, index: int) -> np.ndarray:
-        """(batch_size,) int64: the units of batch `index` >= 0."""
-        units = sum(len(bucket) for bucket in self.buckets)
-        epoch = index * self.batch_size // units
-        while self._batches_before(epoch + 1) <= index:
-            epoch += 1
-        current, order = self._current
-        if current != epoch:
-            order = self._order_of(epoch)
-            self._current = epoch, order  # one assignment: several threads may ask
-        return order[index - self._batches_before(epoch)]
-
-    def _batches_before(self, epoch: int) -> int:
-        return sum(epoch * len(bucket) // self.batch_size for bucket in self.buckets)
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        """(batches, batch_size) int64."""
-        size, batches = self.batch_size, []
-        rng, shuffles = self._shuffles(epoch)
-        left = [epoch * len(bucket) % size for bucket in self.buckets]  # of earlier shuffles, in no batch yet
-        earlier = max(-(-over // len(bucket)) for over, bucket in zip(left, self.buckets))
-        before = [self._shuffles(epoch - back)[1] for back in range(earlier, 0, -1)]
-        for number, bucket in enumerate(self.buckets):
-            row = np.concatenate([*(shuffle[number] for shuffle in before), shuffles[number]])
-            row = row[earlier * len(bucket) - left[number] :]
-            batches.append(row[: len(row) // size * size].reshape(-1, size))
-        order = np.concatenate(batches)
-        if self._blocks is None:
-            return rng.permutation(order)
-        return order[np.argsort(self._places(epoch)[order].max(axis=1), kind="stable")]
-
-    def _shuffles(self, epoch: int) -> tuple[np.random.Generator, list[np.ndarray]]:
-        rng = np.random.default_rng([self.seed, epoch])
-        shuffles = [rng.permutation(bucket) for bucket in self.buckets]
-        if self._blocks is not None:
-            places = self._places(epoch)
-            shuffles = [shuffle[np.argsort(places[shuffle], kind="stable")] for shuffle in shuffles]
-        return rng, shuffles
-
-    def _places(self, epoch: int) -> np.ndarray:
-        """When in an epoch each unit's block is read, counted in portions of `at_once` blocks."""
-        order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
-        return (np.argsort(order) // self._at_once)[self._blocks]
-
-
-class BatchesInOrder(Sequence[PairBatch]):
-    """Every unit of some buckets once, in order, `batch_size` at a time; each batch is read when it is indexed."""
-
-    def __init__(self, read: Callable[[np.ndarray], PairBatch], buckets: Sequence[np.ndarray], batch_size: int) -> None:
-        self._read = read
-        self._units = [
-            bucket[start : start + batch_size] for bucket in buckets for start in range(0, len(bucket), batch_size)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._units)
-
-    def __getitem__(self, index: int) -> PairBatch:
-        return self._read(self._units[index])
-
-
-def check_draws(batch_size: int, seed: int, held_out_prompts: int) -> None:
-    """TypeError or ValueError unless the numbers that a source of pairs is drawn with can be meant."""
-    check_integer("batch_size", batch_size, low=1)
-    check_integer("seed", seed)
-    check_integer("held_out_prompts", held_out_prompts)
-
-
-def held_out(prompts: Sequence[str], number: int) -> set[str]:
-    """The `number` distinct prompts to validate on: those of the smallest SHA-256, whatever the order of the data."""
-    distinct = sorted(set(prompts), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-    if number >= len(distinct):
-        raise ValueError(f"{number} prompts to hold out of {len(distinct)} distinct ones leave nothing to train on")
-    return set(distinct[:number])

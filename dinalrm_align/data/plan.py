@@ -9,7 +9,7 @@ import numpy as np
 
 from dinalrm_align.data.buckets import Size, bucket_of_pair, parse_buckets
 from dinalrm_align.data.config import FilterConfig, PrepareRun
-from dinalrm_align.data.preferences import Picture, Preference
+from dinalrm_align.data.formats.record import ImageRef, Preference
 
 NAMED = 5
 """Of what was left out for one reason, so many are named."""
@@ -39,7 +39,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Pictures of one prompt and size that lie side by side, and pairs (chosen, rejected, label), rows of them."""
+    """ImageRefs of one prompt and size that lie side by side, and pairs (chosen, rejected, label), rows of them."""
 
     prompt: str
     size: Size
@@ -91,13 +91,13 @@ def _objection(pair: Preference, config: FilterConfig) -> str | None:
     return None
 
 
-def pictures_of(pairs: Sequence[Preference]) -> list[Picture]:
+def pictures_of(pairs: Sequence[Preference]) -> list[ImageRef]:
     """Every picture once, in order; its place is its number."""
     return list(dict.fromkeys(itertools.chain.from_iterable((pair.chosen, pair.rejected) for pair in pairs)))
 
 
 def plan_groups(
-    pairs: Sequence[Preference], sizes: dict[Picture, tuple[int, Size | str]], run: PrepareRun, dropped: Dropped
+    pairs: Sequence[Preference], sizes: dict[ImageRef, tuple[int, Size | str]], run: PrepareRun, dropped: Dropped
 ) -> list[Group]:
     """The groups to encode. sizes: picture -> its number, and (height, width), or what is wrong with it.
 

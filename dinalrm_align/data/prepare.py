@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dinalrm_align.data.config import PrepareRun
-from dinalrm_align.data.pairs import PairManifest
+from dinalrm_align.data.formats import find_layout, read_preferences
+from dinalrm_align.data.formats.record import ImageRef, image_source
+from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, PairManifest
 from dinalrm_align.data.plan import Dropped, Group, filter_pairs, pictures_of, plan_groups, plan_shards
-from dinalrm_align.data.preferences import Picture, find_layout, picture_source, read_preferences
 from dinalrm_align.data.shards import FORMAT
 from dinalrm_align.data.workers import InOrder, attempt, loaded, measured, resized
 from dinalrm_align.train.digest import text_digest
@@ -53,9 +54,6 @@ FACTOR = 8
 """Pixels per latent, each way."""
 SIZES = 4096
 """Pictures per file of sizes."""
-
-EncodeImages = Callable[[Tensor], Tensor]
-EncodePrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
 class Preparation:
@@ -83,8 +81,8 @@ class Preparation:
         self.layout = find_layout(self.source) if run.layout == "auto" else run.layout
         self.images = Path(run.images) if run.images else self.source if self.source.is_dir() else self.source.parent
         self.dropped = Dropped(run.on_bad)
-        told = itertools.islice(read_preferences(self.source, self.layout, self.dropped.bad), run.max_pairs)
-        every = list(told)
+        pairs = read_preferences(self.source, self.layout, self.dropped.bad, strict=self.layout != "released")
+        every = [pair.preferred_first() for pair in itertools.islice(pairs, run.max_pairs)]
         self.read = len(every)
         self.pairs = filter_pairs(every, run.filter, self.dropped)
         self.pictures = pictures_of(self.pairs)
@@ -351,8 +349,8 @@ class Preparation:
         if bad and self.run.on_bad == "refuse":
             self.dropped.bad("", next(iter(bad.values())))
 
-    def _source(self, picture: Picture) -> tuple[object]:
-        return (attempt(picture_source, picture, self.images),)
+    def _source(self, picture: ImageRef) -> tuple[object]:
+        return (attempt(image_source, picture, self.images),)
 
     def _bar(self, numbers: Sequence[int], what: str, unit: str) -> Iterator[int]:
         return tqdm(numbers, desc=what, unit=unit, disable=self.rank > 0)

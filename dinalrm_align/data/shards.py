@@ -1,60 +1,53 @@
-"""The files of a directory of latent pairs (`data.latent_pairs`), read and checked before anything is trained on them.
+"""Reading and checking the files of a directory of latent pairs (`data.latent_pairs`).
 
-Every row, count and shape that one file says of another is compared, so that a data set that was cut short or mixed up
-is refused when it is opened, not in the night. Rows are read by position into place (`preadv`), not through a memory
-map: as quick from the page cache, without Python's lock, so that threads read ahead; and a file that is cut short
-meanwhile is an error with its name, where a map ends the process by SIGBUS.
+All rows, counts and shapes that one file states about another are compared when the directory is opened, so that an
+incomplete or mixed-up data set fails before training starts.
 """
 
 import functools
 import math
-import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.train.files import parse_json, read_json, read_text, reading
-from dinalrm_align.train.settings import check_fields, check_integer
+from dinalrm_align.train.settings import NonNegativeInt, PositiveInt, check_fields
 
 FORMAT = "dinalrm_align.pairs/1"
 GROUP_COLUMNS = ("prompt", "shard", "first", "pictures", "first_pair", "pairs")
 PAIR_COLUMNS = ("chosen", "rejected", "label", "concept")
 LATENTS = {"latents": 4}
 TEXT = {"prompt_embeds": 3, "pooled_prompt_embeds": 2}
-"""What a shard holds: tensors, and their dimensions."""
-STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""Tensors of a shard, and their numbers of dimensions."""
+STORED_DTYPES = ("F16", "BF16", "F32", "F64")
 MAX_OPEN = 256
-"""Files that a process keeps open: a large set has thousands."""
+"""Files that a process keeps open; a large data set has thousands."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the index: its name in the directory, its rows, for latents their height and width, and the SHA-256
-    of its bytes where it was noted.
-    """
+    """An entry of the index. count: rows. height, width: of latents. sha256: of the file, "" where not recorded."""
 
     file: str
-    count: int
-    height: int = 0
-    width: int = 0
+    count: PositiveInt
+    height: NonNegativeInt = 0
+    width: NonNegativeInt = 0
     sha256: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "shard")
-        check_integer("shard.count", self.count, low=1)
         if Path(self.file).name != self.file:
             raise ValueError(f"shard.file: got {self.file!r}; expected the name of a file in the directory itself")
 
 
 @dataclass(frozen=True)
 class Index:
-    """What index.json says."""
+    """The content of index.json."""
 
     format: str
     manifest: PairManifest
@@ -70,7 +63,7 @@ class Index:
 
 
 def read_index(directory: Path) -> Index:
-    """The index of a directory of pairs. FileNotFoundError when there is none, ValueError when it cannot be meant."""
+    """Read index.json. Raises FileNotFoundError when it is missing, ValueError when it is invalid."""
     path = directory / "index.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -78,7 +71,7 @@ def read_index(directory: Path) -> Index:
         )
     values = read_json(path)
     if values.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {values.get('format')!r:.80}; this version reads {FORMAT!r}")
+        raise ValueError(f"{path}: format: got {values.get('format')!r:.80}; expected {FORMAT!r}")
     try:
         values["manifest"] = PairManifest.of(values["manifest"])
         for kind in ("latents", "text"):
@@ -100,80 +93,54 @@ def read_prompt_list(directory: Path, index: Index) -> list[str]:
 
 
 class RowFile:
-    """Rows of the tensors of a safetensors file, for any number of threads, and for forks."""
-
-    def __init__(self, path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...], int]]) -> None:
-        """layout: name -> dtype, shape of a row, where in the file its rows begin."""
-        self.path = path
-        self._layout = layout
-        self._inode = path.stat().st_ino  # a file that is written anew under this name is another one
-
-    def read(self, name: str, first: int, count: int = 1) -> Tensor:
-        """Rows `first` to `first + count` of a tensor, in the stored dtype. OSError when the file ends before them."""
-        dtype, shape, start = self._layout[name]
-        rows = torch.empty((count, *shape), dtype=dtype)
-        size = rows[0].nbytes
-        buffer = memoryview(rows.view(torch.uint8).flatten().numpy())
-        file, done = _opened(self.path, self._inode), 0
-        while done < len(buffer):
-            got = os.preadv(file.descriptor, [buffer[done:]], start + first * size + done)
-            if got == 0:
-                raise OSError(f"{self.path} ends within row {first + done // size} of {name}: it was cut short")
-            done += got
-        return rows
-
-
-class _Opened:
-    """A file descriptor that is closed when nobody reads from it any more."""
+    """Rows of the tensors in a safetensors file, for any number of threads and forks."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.path = path
+        found = path.stat()
+        self._inode, self._size = found.st_ino, found.st_size  # a file replaced under this name has another inode
 
-    def __del__(self) -> None:
-        if "descriptor" in vars(self):
-            os.close(self.descriptor)
+    def read(self, name: str, first: int, count: int = 1) -> Tensor:
+        """Rows `first` to `first + count` of a tensor: a view of the mapped file, in the stored dtype.
+
+        Raises OSError when the file was truncated since it was opened; reading the view would end the process.
+        """
+        size = self.path.stat().st_size
+        if size < self._size:
+            raise OSError(f"{self.path}: got {size} bytes; expected {self._size}: the file was truncated")
+        return _opened(self.path, self._inode).get_slice(name)[first : first + count]
 
 
 @functools.lru_cache(MAX_OPEN)
-def _opened(path: Path, inode: int) -> _Opened:
-    return _Opened(path)
+def _opened(path: Path, inode: int) -> Any:
+    return safe_open(path, framework="pt")
 
 
 def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFile:
-    """A shard, its tensors of the rows and the size that the index says; `tensors`: names and dimensions."""
+    """A shard whose tensors have the rows and size that the index gives. tensors: name -> number of dimensions."""
     path = directory / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")
-    with reading("shard of pairs", path):
-        with safe_open(path, framework="pt") as file:  # compares the header with the size of the file
-            found = {name: file.get_slice(name) for name in file.keys()}
-            shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
-            dtypes = {name: tensor.get_dtype() for name, tensor in found.items()}
-        with open(path, "rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header = parse_json(opened.read(length).decode("utf-8"), str(path))
+    with reading("shard of pairs", path), safe_open(path, framework="pt") as file:  # compares header and file size
+        found = {name: file.get_slice(name) for name in file.keys()}
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
+        dtypes = {name: tensor.get_dtype() for name, tensor in found.items()}
     for name, dims in tensors.items():
         if name not in shapes or len(shapes[name]) != dims or dtypes[name] not in STORED_DTYPES:
             got = f"{dtypes[name]} {shapes[name]}" if name in shapes else f"{sorted(shapes)[:4]}"
             raise ValueError(f"{path}: {name}: got {got}; expected floating numbers in {dims} dimensions")
         if shapes[name][0] != shard.count:
-            raise ValueError(f"{path} holds {shapes[name][0]} rows of {name}, index.json says {shard.count}")
+            raise ValueError(f"{path}: {name}: got {shapes[name][0]} rows; expected {shard.count}, as in index.json")
         if dims == 4 and shapes[name][2:] != (shard.height, shard.width):
-            size = f"height and width {(shard.height, shard.width)}"
-            raise ValueError(f"{path}: {name} are {shapes[name][2:]}, index.json says {size}")
+            size = (shard.height, shard.width)
+            raise ValueError(f"{path}: {name}: got size {shapes[name][2:]}; expected {size}, as in index.json")
         if math.prod(shapes[name]) == 0:
-            raise ValueError(f"{path}: {name}: got shape {shapes[name]}; expected numbers in it")
-    return RowFile(
-        path,
-        {
-            name: (STORED_DTYPES[dtypes[name]], shapes[name][1:], 8 + length + header[name]["data_offsets"][0])
-            for name in tensors
-        },
-    )
+            raise ValueError(f"{path}: {name}: got shape {shapes[name]}; expected at least one number")
+    return RowFile(path)
 
 
 def read_columns(directory: Path, index: Index) -> dict[str, Tensor]:
-    """groups.safetensors: what belongs together. ValueError for a row, a pair or a label that cannot be."""
+    """Read groups.safetensors. Raises ValueError for an index or label that is out of range."""
     path = directory / "groups.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected it beside index.json")

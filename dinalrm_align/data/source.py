@@ -5,16 +5,17 @@ jsonl of pictures that are encoded on the fly.
 import functools
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 from torch import Tensor
 
+from dinalrm_align.data.batches import BatchOrder, IndexedPairs
+from dinalrm_align.data.formats import folder_layout
 from dinalrm_align.data.image_pairs import ImagePairs
 from dinalrm_align.data.latent_pairs import LatentPairs
-from dinalrm_align.data.mined_pairs import MANIFEST, MinedPairs
+from dinalrm_align.data.mined_pairs import MinedPairs
 from dinalrm_align.data.pairs import EncodingFormat, PairManifest
-from dinalrm_align.data.released import is_released
 from dinalrm_align.data.released_pairs import ReleasedPairs
 from dinalrm_align.data.weight_sample import WeightSample, sample_weights
 from dinalrm_align.models.text import PromptEncoder
@@ -70,47 +71,45 @@ def open_pairs(
     encoders: Encoders,
     *,
     size: tuple[int, int],
-    batch_size: int,
-    seed: int = 0,
-    held_out_prompts: int = 0,
     on_bad: Literal["refuse", "skip"] = "refuse",
-) -> LatentPairs | ImagePairs | MinedPairs | ReleasedPairs:
-    """The pairs at `path`, checked against what is to read them: a reward's config, or a model's `Encoders.manifest()`.
+    **order: Unpack[BatchOrder],
+) -> IndexedPairs:
+    """Open the pairs at `path` and check that they match the model that reads them.
 
-    path: a jsonl of pictures; a directory of latents; a folder of mined pairs, or one parquet file of such columns; or
-    a folder in the released layout. What does not say how it was made is taken to be as `encoders` would make it.
-    encoders, size: what pictures are encoded with on the fly, and at which (height, width) in pixels. on_bad: of files
-    of latents that cannot be read. The rest, and what is raised: see the classes. Pairs that say which VAE and text
-    encoders made them are compared with those of `encoders`, ValueError when they are others; a warning names those
-    that are not on this machine.
+    Args:
+        path: a jsonl of images; a directory of latents; a folder of mined pairs or one parquet file of them; or a
+            folder in the released layout. Pairs that do not record how they were made are assumed to be made by
+            `encoders`.
+        expected: a reward's config, or a model's `Encoders.manifest()`.
+        encoders: encode images and prompts that are not stored encoded.
+        size: (height, width) in pixels, of images of a jsonl.
+        on_bad: for files of latents that cannot be read.
+        order: see `BatchOrder`.
+
+    Raises ValueError for pairs encoded in another format, or with another VAE or text encoder than those of `encoders`;
+    warns where the weights are not on this machine. The classes document their own errors.
     """
-    options = dict(batch_size=batch_size, seed=seed, held_out_prompts=held_out_prompts)
-    if Path(path).suffix == ".parquet":
-        pairs = MinedPairs(path, manifest=encoders.manifest(), **options)
-    elif (Path(path) / MANIFEST).is_file():
-        pairs = MinedPairs(path, **options)
-    elif is_released(Path(path)):
+    path = Path(path)
+    layout = {".parquet": "mined", ".jsonl": "jsonl"}.get(path.suffix) or folder_layout(path)
+    if layout == "mined":
+        pairs = MinedPairs(path, manifest=encoders.manifest() if path.suffix == ".parquet" else None, **order)
+    elif layout == "released":
         pairs = ReleasedPairs(
-            path, encode_prompts=encoders.encode_prompts, manifest=encoders.manifest(), on_bad=on_bad, **options
+            path, encode_prompts=encoders.encode_prompts, manifest=encoders.manifest(), on_bad=on_bad, **order
         )
-    elif Path(path).suffix != ".jsonl":
-        pairs = LatentPairs(path, on_bad=on_bad, **options)
-    else:
+    elif layout == "jsonl":
         pairs = ImagePairs(
-            path,
-            encode_images=encoders.encode_images,
-            encode_prompts=encoders.encode_prompts,
-            manifest=encoders.manifest(),
-            height=size[0],
-            width=size[1],
-            **options,
-        )
+            path, encode_images=encoders.encode_images, encode_prompts=encoders.encode_prompts,
+            manifest=encoders.manifest(), size=size, **order,
+        )  # fmt: skip
+    else:
+        pairs = LatentPairs(path, on_bad=on_bad, **order)
     pairs.manifest.check(expected)
     unknown = pairs.manifest.check_encoders(encoders.weights)
     if unknown:
         warnings.warn(
-            f"{path}: whether the model's {', '.join(unknown)} encoded these pairs could not be looked at, since its "
-            "weights are not on this machine",
+            f"{path}: cannot check that the model's {', '.join(unknown)} encoded these pairs, since their weights "
+            "are not on this machine",
             stacklevel=2,
         )
     return pairs

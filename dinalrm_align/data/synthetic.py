@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dinalrm_align.data.formats.parquet import parquet_module
+from dinalrm_align.data.formats.released import INDEX
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.loading_config import LoadingRun
 from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.data.parquet import parquet_module
-from dinalrm_align.data.released import INDEX
 
 CHANNELS = 16
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dinalrm_align.data.released import load_latent
+from dinalrm_align.data.formats.released import load_latent
 from dinalrm_align.models.images import image_size, resized_image
 
 AHEAD = 8

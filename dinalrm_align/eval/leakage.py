@@ -1,7 +1,7 @@
-"""Does a test set share prompts or pictures with what a reward was trained on?
+"""Overlap between a test set and the training data of a reward.
 
-A prompt is known by a digest of its text, spaces at its ends left out; a picture by a digest of its published path, and
-where training's files are at hand by the SHA-256 of its bytes. HPDv3's official splits are reported to overlap.
+Prompts are compared by a digest of their stripped text; images by a digest of their published path and, where the
+training files are available, by the SHA-256 of their bytes. HPDv3's official splits are reported to overlap.
 """
 
 import hashlib
@@ -11,18 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dinalrm_align.data.image_pairs import read_jsonl
-from dinalrm_align.data.shards import read_index, read_prompt_list
+from dinalrm_align.data.formats import find_layout, read_preferences
 from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets import PictureSet
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.durable import file_digest
-from dinalrm_align.train.files import parse_json, read_text
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Digests of what a reward was trained on. contents: SHA-256 of picture files; empty where they are not known."""
+    """Digests of training data. contents: SHA-256 of image files; empty where they are not known."""
 
     prompts: frozenset[str]
     paths: frozenset[str] = frozenset()
@@ -31,8 +29,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Leak:
-    """prompt, picture (N,) bool: pairs whose prompt, or one of whose pictures, was trained on. by: how pictures were
-    compared, in words.
+    """prompt, picture (N,) bool: pairs whose prompt, or one of whose images, was trained on. by: how images were
+    compared, as text.
     """
 
     prompt: np.ndarray
@@ -49,49 +47,40 @@ def prompt_digest(prompt: str) -> str:
 
 
 def path_digest(path: str) -> str:
-    """Of a picture's published path, in whatever folder it is called by ("./", a leading "images/") or not."""
+    """A digest of an image's published path, ignoring "./" and a leading "images/"."""
     parts = [part for part in Path(path).parts if part != "."]
     return text_digest("/".join(parts[1:] if len(parts) > 1 and parts[0] == "images" else parts))
 
 
 def trained_on(prompts: Iterable[str], paths: Iterable[str] = (), contents: Iterable[str] = ()) -> Trained:
-    """From prompts, published paths and SHA-256 of files."""
+    """Build `Trained` from prompts, published paths and SHA-256 of files."""
     return Trained(frozenset(map(prompt_digest, prompts)), frozenset(map(path_digest, paths)), frozenset(contents))
 
 
 def read_trained(source: str | Path) -> Trained:
-    """What a reward was trained on: a directory of latent pairs (prompts alone), a jsonl of pictures (prompts, paths,
-    contents), or a published train.json of HPDv3 or HPDv2 (prompts, paths).
+    """What a reward was trained on: a file or folder in any layout of `data.formats`.
 
-    FileNotFoundError when there is nothing, ValueError for anything else.
+    Prompts are always known; published paths where images are files; contents only for a jsonl. Raises
+    FileNotFoundError when there is nothing, ValueError for an unknown layout or an invalid record.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        return trained_on(read_prompt_list(path, read_index(path)))
-    if path.suffix == ".jsonl":
-        records = read_jsonl(path)
-        files = sorted({record[key] for record in records for key in ("chosen", "rejected")})
-        paths = (str(file.relative_to(path.parent)) for file in files)
-        return trained_on((record["prompt"] for record in records), paths, map(file_digest, files))
-    records = parse_json(read_text(path, "training set", "a directory of pairs, a jsonl or a train.json"), str(path))
-    try:
-        names = [record[key] for record in records for key in ("path1", "path2") if key in record]
-        names += [name for record in records for name in record.get("file_path", ())]
-        return trained_on([record["prompt"] for record in records], names)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: got entries without {error}; expected a list of HPDv3's (prompt, path1, path2) or HPDv2's "
-            "(prompt, file_path)"
-        ) from error
+    if not path.exists():
+        raise FileNotFoundError(f"no training set {path}; expected a directory of pairs, a jsonl or a train.json")
+    layout, prompts, images = find_layout(path), set(), set()
+    for pair in read_preferences(path, layout, strict=False):
+        prompts.add(pair.prompt)
+        images |= {image for image in (pair.chosen, pair.rejected) if isinstance(image, str)}
+    files = sorted(path.parent / image for image in images) if layout == "jsonl" else []
+    return trained_on(prompts, images, map(file_digest, files))
 
 
 def leaked(judged: PairScores, trained: Trained, pictures: PictureSet | None = None) -> Leak:
-    """Which pairs were trained on. pictures: the set behind them, to read files of; needed to compare contents.
+    """Which pairs were trained on. pictures: the set that was scored; needed to compare contents.
 
-    ValueError when the scores keep no prompts.
+    Raises ValueError when the scores have no prompts.
     """
     if judged.prompts is None:
-        raise ValueError("these pairs keep no prompts as text: nothing tells whether they were trained on")
+        raise ValueError("these pairs have no prompts as text, so they cannot be compared with the training data")
     known = np.array([prompt_digest(prompt) in trained.prompts for prompt in judged.prompts])
     picture, by = np.zeros(len(judged.label), dtype=bool), "not at all"
     if judged.pictures is not None and (trained.paths or trained.contents):

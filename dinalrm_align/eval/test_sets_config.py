@@ -34,7 +34,7 @@ class PublicSet:
     """A test set as it is published.
 
     Args:
-        layout: which reader of `benchmarks.test_sets` it has.
+        layout: a name in `data.formats.LAYOUTS`.
         protocol: the one its authors, or the paper's table, use.
         files: what lies in its folder.
         how: how to get it.
@@ -42,6 +42,7 @@ class PublicSet:
         hub_files: patterns of what is downloaded.
         lists: whether raters ranked whole lists of pictures.
         split: of parquet files.
+        folder: of those parquet files, where the repository holds several tasks.
         roots: folders that picture paths may start in, beside the annotations.
     """
 
@@ -53,11 +54,13 @@ class PublicSet:
     hub_files: tuple[str, ...] = ()
     lists: bool = False
     split: str = ""
+    folder: str = ""
     roots: tuple[str, ...] = ("",)
 
 
 _GENAI = dict(
-    layout="votes",
+    layout="genai_bench",
+    folder="image_generation",
     protocol="diff",
     how="hf download TIGER-Lab/GenAI-Bench --repo-type dataset --include 'image_generation/*' --local-dir DIR",
     hub="TIGER-Lab/GenAI-Bench",
@@ -86,7 +89,7 @@ TEST_SETS: dict[str, PublicSet] = {
         roots=("", "test"),
     ),
     "hpdv3": PublicSet(
-        layout="pairs",
+        layout="hpdv3",
         protocol="strict",
         files="test.json: prompt, path1 (the preferred), path2; pictures where these say, as images/...",
         how="hf download MizzenAI/HPDv3 --repo-type dataset --local-dir DIR (141 GB), then in DIR: cat images.tar.gz.* "

@@ -402,11 +402,9 @@ PICTURES = [
 
 def jsonl(content: bytes | str):
     def call(world: World) -> object:
-        from dinalrm_align.data.image_pairs import read_jsonl
-
         path = world.file("pairs.jsonl", content)
         (path.parent / "a.png").write_bytes(encoded())
-        return read_jsonl(path)
+        return jsonl_at(path)
 
     return call
 
@@ -422,16 +420,16 @@ JSONL = [
     Case("empty", jsonl(""), ValueError, "holds no pairs"),
     Case("not JSON", jsonl(record() + "\nchosen: a.png"), ValueError, "line 2: not valid JSON"),
     Case("a list", jsonl("[1, 2]"), ValueError, "line 1: got a list"),
-    Case("no prompt", jsonl(record(prompt=...)), ValueError, "'prompt' is None; expected a string"),
-    Case("a prompt of numbers", jsonl(record(prompt=[1])), ValueError, "'prompt' is [1]; expected a string"),
+    Case("no prompt", jsonl(record(prompt=...)), ValueError, "it lacks the field 'prompt'"),
+    Case("a prompt of numbers", jsonl(record(prompt=[1])), ValueError, "prompt: got list [1]; expected text"),
     Case("a prompt of a million characters", jsonl(record(prompt="a" * 1_000_000)), ValueError, "got 1000000 characters"),
-    Case("no rejected picture", jsonl(record(rejected=...)), ValueError, "'rejected' is None"),
+    Case("no rejected picture", jsonl(record(rejected=...)), ValueError, "it lacks the field 'rejected'"),
     Case("a picture that is not there", jsonl(record(chosen="b.png")), FileNotFoundError, "b.png does not exist"),
     Case("a folder as picture", jsonl(record(chosen=".")), FileNotFoundError, "does not exist"),
-    Case("a label of 2", jsonl(record(label=2)), ValueError, "label is 2; expected a number in [0, 1]"),
-    Case("a label of truth", jsonl(record(label=True)), ValueError, "label is True"),
-    Case("a label of NaN", jsonl(record(label=math.nan)), ValueError, "label is nan"),
-    Case("a concept of numbers", jsonl(record(concept=3)), ValueError, "concept is 3; expected a name"),
+    Case("a label of 2", jsonl(record(label=2)), ValueError, "label: got 2.0; expected a number in [0, 1]"),
+    Case("a label of truth", jsonl(record(label=True)), ValueError, "label: got True"),
+    Case("a label of NaN", jsonl(record(label=math.nan)), ValueError, "label: got nan"),
+    Case("a concept of numbers", jsonl(record(concept=3)), ValueError, "concept: got 3; expected a name"),
     Case("a key twice", jsonl('{"prompt": "a", "prompt": "b"}'), ValueError, "key 'prompt' stands twice"),
     Case("not UTF-8", jsonl(b"\xff\xfe{}"), ValueError, "is not UTF-8"),
     Case("endless nesting", jsonl('{"a":' * 100_000), ValueError, "nested too deeply"),
@@ -439,9 +437,9 @@ JSONL = [
 
 
 def jsonl_at(path: Path) -> object:
-    from dinalrm_align.data.image_pairs import read_jsonl
+    from dinalrm_align.data.image_pairs import ImagePairs
 
-    return read_jsonl(path)
+    return ImagePairs(path, encode_images=None, encode_prompts=None, manifest=None, size=(64, 64), batch_size=1)
 
 
 def pairs(make: Callable[[World], Path], **options: object):

@@ -132,7 +132,7 @@ def test_a_file_as_verl_omni_writes_it_is_read(tmp_path):
         for index in range(3)
     ]  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="does not say how its latents were made"):
+    with pytest.raises(ValueError, match="does not record how its latents were made"):
         MinedPairs(tmp_path / "train.parquet", batch_size=1)
     pairs = MinedPairs(tmp_path / "train.parquet", batch_size=3, manifest=MANIFEST)
     assert pairs.prompts == ["prompt 0", "prompt 1", "prompt 2"]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dinalrm_align.data.image_pairs import ImagePairs, load_picture, read_jsonl
+from dinalrm_align.data.batches import ShuffledBatches, held_out
+from dinalrm_align.data.image_pairs import ImagePairs, load_image
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
-from dinalrm_align.data.pairs import PairBatch, PairManifest, ShuffledBatches, held_out
+from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.data.prefetch import Prefetched
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import RewardConfig
@@ -267,7 +268,7 @@ def test_a_damaged_data_set_names_the_file(tmp_path):
     index = json.loads((directory / "index.json").read_text())
     index["latents"][0]["count"] += 1
     (directory / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"latents-00000.safetensors holds 6 rows of latents, index.json says 7"):
+    with pytest.raises(ValueError, match=r"latents-00000.safetensors: latents: got 6 rows; expected 7"):
         LatentPairs(directory, batch_size=1)
     (directory / "latents-00001.safetensors").unlink()
     index["latents"][0]["count"] -= 1
@@ -301,8 +302,7 @@ def image_pairs(path, **changes):
             torch.zeros(len(prompts), 2),
         ),
         manifest=MANIFEST,
-        height=4,
-        width=4,
+        size=(4, 4),
         batch_size=2,
     )
     return ImagePairs(path, **{**options, **changes})
@@ -336,25 +336,25 @@ def test_image_pairs_hold_prompts_out(tmp_path):
     [
         ("{not json", ValueError, "line 2: not valid JSON"),
         ('["a"]', ValueError, "line 2: got a list"),
-        ({"prompt": "a", "chosen": "a.png"}, ValueError, "line 2: 'rejected' is None"),
+        ({"prompt": "a", "chosen": "a.png"}, ValueError, "line 2: it lacks the field 'rejected'"),
         (
             {"prompt": "a", "chosen": "a.png", "rejected": "no.png"},
             FileNotFoundError,
-            "line 2: rejected picture .*no.png",
+            "image .*no.png does not exist",
         ),
-        ({"prompt": "a", "chosen": "a.png", "rejected": "a.png", "label": 2}, ValueError, "line 2: label is 2"),
+        ({"prompt": "a", "chosen": "a.png", "rejected": "a.png", "label": 2}, ValueError, "line 2: label: got 2"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, error, message):
     picture(tmp_path, "a.png", 1)
     good = {"prompt": "a", "chosen": "a.png", "rejected": "a.png"}
     with pytest.raises(error, match=message):
-        read_jsonl(write_jsonl(tmp_path, good, line))
+        image_pairs(write_jsonl(tmp_path, good, line))
 
 
 def test_a_file_without_pairs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no pairs"):
-        read_jsonl(write_jsonl(tmp_path, "", ""))
+        image_pairs(write_jsonl(tmp_path, "", ""))
 
 
 def test_what_is_not_a_picture_is_named(tmp_path):
@@ -365,13 +365,13 @@ def test_what_is_not_a_picture_is_named(tmp_path):
     cut.write_bytes((tmp_path / "whole.png").read_bytes()[:80])
     for path, message in ((empty, "0 bytes"), (text, "not an image"), (cut, "cannot be read")):
         with pytest.raises(ValueError, match=f"{path.name}.*{message}"):
-            load_picture(path, 8, 8)
+            load_image(path, 8, 8)
 
 
 def test_pictures_are_scaled_to_cover_and_cropped(tmp_path):
     wide = np.zeros((10, 30, 3), dtype=np.uint8)
     wide[:, 10:20] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    loaded = load_picture(tmp_path / "wide.png", 20, 20)
+    loaded = load_image(tmp_path / "wide.png", 20, 20)
     assert loaded.shape == (3, 20, 20)
     assert loaded[:, :, 2:-2].min() > 0.95, "the middle third is all that a square crop shows"

@@ -24,10 +24,11 @@ from tiny_prepare import (
 
 from dinalrm_align.data.buckets import PUBLISHED, bucket_of_pair, by_area, nearest_bucket, parse_buckets
 from dinalrm_align.data.config import FilterConfig
+from dinalrm_align.data.formats import find_layout, read_preferences
+from dinalrm_align.data.formats.record import Preference
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.data.plan import Dropped, Group, filter_pairs, plan_shards
-from dinalrm_align.data.preferences import find_layout, read_preferences
 from dinalrm_align.data.weight_sample import WeightSample, sample_weights
 from dinalrm_align.models.images import image_size
 
@@ -313,8 +314,11 @@ def test_hpdv2_says_which_of_two_is_preferred(tmp_path):
     ]
     (tmp_path / "train.json").write_text(json.dumps(records))
     assert find_layout(tmp_path / "train.json") == "hpdv2"
-    read = list(read_preferences(tmp_path / "train.json", "hpdv2", None))
-    assert [(pair.chosen, pair.rejected) for pair in read] == [("1.jpg", "0.jpg"), ("2.jpg", "3.jpg")]
+    read = list(read_preferences(tmp_path / "train.json", "hpdv2"))
+    assert [(pair.chosen, pair.rejected) for pair in map(Preference.preferred_first, read)] == [
+        ("1.jpg", "0.jpg"),
+        ("2.jpg", "3.jpg"),
+    ]
 
 
 def test_pick_a_pic_is_read_from_its_parquet_files(tmp_path):
@@ -341,7 +345,7 @@ def test_a_record_that_cannot_be_meant_is_refused_or_counted(tmp_path):
     path.write_text("\n".join([*lines, '{"prompt": "a", "chosen": "c", "rejected": "r"}']))
     dropped = Dropped("skip")
     assert len(list(read_preferences(path, "jsonl", dropped.bad))) == 1
-    assert dropped.counts == {"record that cannot be meant": len(lines)}
+    assert dropped.counts == {"invalid record": len(lines)}
 
 
 # ---------------------------------------------------------------------------------------------------- the right model

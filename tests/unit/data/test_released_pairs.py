@@ -12,10 +12,10 @@ import torch
 from pyarrow import parquet
 from tiny_prepare import encode_prompts, prepare, values_of
 
+from dinalrm_align.data.formats import find_layout
+from dinalrm_align.data.formats.released import load_latent, parse_results
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.data.preferences import find_layout
-from dinalrm_align.data.released import load_latent, parse_results
 from dinalrm_align.data.released_pairs import ReleasedPairs
 
 MANIFEST = PairManifest(1.0, 0.0, 3)
@@ -115,7 +115,7 @@ def test_a_broken_part_or_row_is_refused_by_name_or_left_out(tmp_path):
     with pytest.warns(UserWarning, match="2 parts or rows left out.*part_rank01.parquet"):
         assert len(values_of(open_released(folder, on_bad="skip"))) == 5
     work, _ = prepare(folder, tmp_path / "out", on_bad="skip")
-    assert work.dropped.counts == {"record that cannot be meant": 1, "file that cannot be read": 1}
+    assert work.dropped.counts == {"invalid record": 1, "unreadable file": 1}
 
 
 def test_an_index_of_files_that_are_not_there_is_refused(tmp_path):

@@ -1,0 +1,88 @@
+"""Mined pairs as parquet: latents and embeddings, in the columns of verl-omni's offline DPO. Torch-free.
+
+    manifest.json                 format, how latents and embeddings were made, settings of the mining, number of shards
+    pairs/pairs-00000.parquet     one row per pair, one row per row group
+
+A tensor column holds what `torch.save` writes of one sample's tensor, without a batch axis, in the manifest's dtype:
+
+    img_win_latents, img_lose_latents (C, H, W)      clean and scaled, as the transformer sees them
+    prompt_embeds (L, D), pooled_prompt_embeds (P,)  and prompt_embeds_mask (L,), int32, all ones: SD3 masks nothing
+    negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask
+                                                     the same for the empty prompt; null where it was not kept
+
+The other columns: prompt and negative_prompt (chat messages of one user), win_score and lose_score (float64), uid,
+data_source, reward_model, extra_info (raw_prompt, raw_negative_prompt, index of the prompt, num_candidates,
+win_candidate, lose_candidate, candidate_scores), and img_win, img_lose: paths that verl-omni's reader
+(verl_omni/utils/dataset/offline_dpo_dataset.py) requires and never opens, left empty. Train there with
+`data.train_files=FOLDER/pairs`.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dinalrm_align.data.formats.record import Bad, Preference, Row, number
+from dinalrm_align.data.formats.rows import parquet_rows
+from dinalrm_align.train.files import read_json
+
+FORMAT = "dinalrm_align.mined/1"
+MANIFEST = "manifest.json"
+LATENTS = ("img_win_latents", "img_lose_latents")
+TEXT = ("prompt_embeds", "pooled_prompt_embeds")
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """The path of a shard in a folder of mined pairs."""
+    return folder / "pairs" / f"pairs-{number:05d}.parquet"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of manifest.json; ValueError for another format."""
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST}: not a folder of mined pairs")
+    content = read_json(folder / MANIFEST)
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{folder / MANIFEST}: format: got {content.get('format')!r:.80}; expected {FORMAT!r}")
+    return content
+
+
+def shard_files(path: Path) -> list[Path]:
+    """The parquet files of a folder of mined pairs, or the one file itself; FileNotFoundError when one is missing."""
+    if path.suffix == ".parquet":
+        if not path.is_file():
+            raise FileNotFoundError(f"no parquet file {path}")
+        return [path]
+    shards = read_manifest(path).get("shards")
+    if type(shards) is not int:
+        raise ValueError(f"{path / MANIFEST}: shards: got {shards!r:.60}; expected an integer")
+    files = [shard_path(path, number) for number in range(shards)]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{path} lacks {len(missing)} of {len(files)} shards, first {missing[0].name}: the mining was interrupted; "
+            "resume it by running recipes/mine_pairs.py again with the same settings"
+        )
+    return files
+
+
+def rows(path: Path, bad: Bad) -> Iterator[Row]:
+    """The records of a folder or of one parquet file."""
+    columns = ("prompt", "win_score", "lose_score")
+    return parquet_rows(shard_files(path), bad, columns, (*LATENTS, *TEXT), optional=("extra_info",))
+
+
+def convert(row: Row) -> Iterator[Preference]:
+    scores = number(row.fields["win_score"], "win_score"), number(row.fields["lose_score"], "lose_score")
+    images = (row.image(name) for name in LATENTS)
+    yield Preference(_prompt(row.fields), *images, scores={"score": scores}, group=row.number)
+
+
+def _prompt(record: Mapping[str, Any]) -> str:
+    """The prompt as text: extra_info.raw_prompt, or else the user's messages in the chat."""
+    raw = (record.get("extra_info") or {}).get("raw_prompt")
+    if isinstance(raw, str) and raw:
+        return raw
+    messages = record["prompt"]
+    if isinstance(messages, str):
+        return messages
+    return "\n".join(message["content"] for message in messages if message["role"] == "user")

@@ -1,0 +1,85 @@
+"""Records of public data sets of images, and of a plain jsonl, as preferences. `formats` lists the layouts. Torch-free.
+
+A converter may raise KeyError, TypeError or ValueError for an invalid record. Pairs keep the published order, so that
+`label` may be 0.
+"""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
+from dinalrm_align.data.formats.record import Preference, Row, number, optional_number, two_numbers
+from dinalrm_align.data.formats.rows import table_rows
+
+VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
+"""GenAI-Bench's verdicts; both bad counts as a tie."""
+RANKS = ("ranking", "rank")
+
+pickapic_rows = partial(
+    table_rows, columns=("caption", "label_0", "has_label"), images=("jpg_0", "jpg_1"), optional=("label_1",)
+)
+genai_bench_rows = partial(table_rows, columns=("prompt", "vote_type"), images=("left_image", "right_image"))
+
+
+def hpdv3(row: Row) -> Iterator[Preference]:
+    record = row.fields
+    yield Preference(
+        record["prompt"], record["path1"], record["path2"], votes=two_numbers(record.get("choice_dist"), "choice_dist"),
+        confidence=optional_number(record.get("confidence"), "confidence"), group=row.number,
+    )  # fmt: skip
+
+
+def hpdv2(row: Row) -> Iterator[Preference]:
+    paths, preferred = row.fields["file_path"], two_numbers(row.fields["human_preference"], "human_preference")
+    if len(paths) != 2:
+        raise ValueError(f"file_path: got {len(paths)} paths; expected 2")
+    yield Preference(
+        row.fields["prompt"], *paths, label=_first_preferred(preferred, "human_preference"), group=row.number
+    )
+
+
+def rankings(row: Row) -> Iterator[Preference]:
+    record = row.fields
+    images = record["generations"] if "generations" in record else record["image_path"]
+    ranks = record["ranking"] if "ranking" in record else record["rank"]
+    if not isinstance(images, list) or not isinstance(ranks, list) or len(images) != len(ranks) or len(images) < 2:
+        raise ValueError(f"got images {images!r:.60}, ranks {ranks!r:.60}; expected lists of one length, at least 2")
+    ranks = [number(rank, "rank") for rank in ranks]
+    for i, j in itertools.combinations(range(len(ranks)), 2):
+        label = 0.5 if ranks[i] == ranks[j] else float(ranks[i] < ranks[j])
+        yield Preference(record["prompt"], images[i], images[j], label=label, group=row.number)
+
+
+def jsonl(row: Row) -> Iterator[Preference]:
+    record = row.fields
+    yield Preference(
+        record["prompt"], record["chosen"], record["rejected"], label=number(record.get("label", 1.0), "label"),
+        votes=two_numbers(record.get("votes"), "votes"),
+        confidence=optional_number(record.get("confidence"), "confidence"),
+        scores={name: two_numbers(pair, f"scores.{name}") for name, pair in record.get("scores", {}).items()},
+        concept=record.get("concept"), group=row.number,
+    )  # fmt: skip
+
+
+def pickapic(row: Row) -> Iterator[Preference]:
+    if not row.fields["has_label"]:
+        return
+    first = number(row.fields["label_0"], "label_0")
+    second = number(row.fields.get("label_1", 1 - first), "label_1")
+    label = _first_preferred((first, second), "label_0, label_1")
+    yield Preference(row.fields["caption"], row.image("jpg_0"), row.image("jpg_1"), label=label, group=row.number)
+
+
+def genai_bench(row: Row) -> Iterator[Preference]:
+    vote = row.fields["vote_type"]
+    if vote not in VOTES:
+        raise ValueError(f"vote_type: got {vote!r:.40}; known: {', '.join(VOTES)}")
+    images = row.image("left_image"), row.image("right_image")
+    yield Preference(row.fields["prompt"], *images, label=VOTES[vote], group=row.number)
+
+
+def _first_preferred(labels: tuple[float, float] | None, name: str) -> float:
+    """The label of the first image: 1 or 0, or 0.5 for a tie."""
+    if labels is None or sorted(labels) not in ([0, 1], [0.5, 0.5]):
+        raise ValueError(f"{name}: got {labels}; expected 1 and 0, or 0.5 twice")
+    return labels[0]

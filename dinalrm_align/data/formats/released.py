@@ -1,0 +1,121 @@
+"""Latent pairs as DiNa-LRM's released code reads them: parquet parts of .npy bytes, and an index of rows. Torch-free.
+
+    part_rank00.parquet   prompt, latent1 (chosen) and latent2 (bytes of .npy files, float [C, h, w], scaled latents),
+                          latent1_shape, latent2_shape, and detailed_results: a Python dict as text, with votes_chosen,
+                          votes_rejected, confidence; row groups of about 100 rows
+    bucket_index.csv      the rows to train on: parquet_path (only its file name is used), row_group, row_index, ...
+
+Nothing is unpickled or evaluated: arrays of objects are refused, and the text may hold only literals.
+"""
+
+import ast
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from dinalrm_align.data.formats.record import Bad, Preference, Row, optional_number
+from dinalrm_align.data.formats.rows import parquet_rows
+from dinalrm_align.train.files import read_text
+
+INDEX = "bucket_index.csv"
+LATENTS = ("latent1", "latent2")
+COLUMNS = ("prompt", "latent1_shape", "latent2_shape")
+MAX_RESULTS = 100_000
+"""Longest detailed_results, in characters."""
+
+
+def is_released(folder: Path) -> bool:
+    """Whether a folder holds files of this layout's names."""
+    return folder.is_dir() and any(folder.glob("part_rank*.parquet"))
+
+
+def rows(folder: Path, bad: Bad) -> Iterator[Row]:
+    """The records that the index lists, or all where there is no index."""
+    files = sorted(folder.glob("part_rank*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no part_rank*.parquet; expected pairs in the released layout")
+    listed = _listed_rows(folder)
+    for name in sorted({name for name, _, _ in listed or ()} - {file.name for file in files}):
+        bad("unreadable file", f"{INDEX} names {name}, which is not in {folder}")
+    for row in parquet_rows(files, bad, COLUMNS, LATENTS, optional=("detailed_results",)):
+        if listed is None or (Path(row.cell.file).name, row.cell.row_group, row.cell.row) in listed:
+            yield row
+
+
+def convert(row: Row) -> Iterator[Preference]:
+    shapes = [_shape(row.fields[f"{name}_shape"]) for name in LATENTS]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"latents of two shapes, {shapes[0]} and {shapes[1]}; expected one")
+    text = row.fields.get("detailed_results")
+    results = {} if text in (None, "") else parse_results(text)
+    votes = [optional_number(results.get(name), name) for name in ("votes_chosen", "votes_rejected")]
+    yield Preference(
+        row.fields["prompt"], row.image("latent1"), row.image("latent2"), votes=None if None in votes else tuple(votes),
+        confidence=optional_number(results.get("confidence"), "confidence"), shape=shapes[0], group=row.number,
+    )  # fmt: skip
+
+
+def load_latent(data: Any, name: str) -> np.ndarray:
+    """The floating array (C, h, w) in the bytes of a .npy file; ValueError for anything else. Never unpickles."""
+    if not isinstance(data, bytes):
+        raise ValueError(f"{name}: got {type(data).__name__}; expected the bytes of a .npy file")
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy fails in many ways on unknown bytes
+        raise ValueError(f"{name}: not a readable .npy file ({str(error)[:200]})") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind != "f" or array.size == 0:
+        got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"{name}: got {got}; expected floating numbers in 3 dimensions")
+    return array
+
+
+def parse_results(text: Any) -> dict[str, Any]:
+    """The dict of literals in detailed_results; ValueError for anything else."""
+    if not isinstance(text, str) or len(text) > MAX_RESULTS:
+        got = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
+        raise ValueError(f"detailed_results: got {got}; expected a dict as text")
+    try:
+        values = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"detailed_results: {text!r:.60} is no dict of literals ({type(error).__name__})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"detailed_results: got a {type(values).__name__}; expected a dict")
+    return values
+
+
+def _listed_rows(folder: Path) -> set[tuple[str, int, int]] | None:
+    """(file name, row group, row) of every row in bucket_index.csv; None without such a file."""
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    reader = csv.DictReader(io.StringIO(read_text(path, "index of rows")))
+    missing = sorted({"parquet_path", "row_group", "row_index"} - set(reader.fieldnames or ()))
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+    listed = set()
+    for record in reader:
+        name = PurePosixPath((record["parquet_path"] or "").replace("\\", "/")).name
+        try:
+            listed.add((name, int(record["row_group"]), int(record["row_index"])))
+        except (TypeError, ValueError):
+            got = f"row_group {record['row_group']!r:.40}, row_index {record['row_index']!r:.40}"
+            raise ValueError(f"{path}, line {reader.line_num}: got {got}; expected two numbers") from None
+    if not listed:
+        raise ValueError(f"{path} lists no rows")
+    return listed
+
+
+def _shape(value: Any) -> tuple[int, int, int]:
+    """Three positive integers, as a list or as text."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value[:100])
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"shape: got {value!r:.60}; expected three integers") from error
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(n) is int and n > 0 for n in value):
+        raise ValueError(f"shape: got {value!r:.60}; expected three integers")
+    return tuple(value)
