@@ -1,15 +1,14 @@
 """A command line from a dataclass: `--name value`, `--section.name value`, `--config FILE`, help from the docstrings.
 
-Precedence, lowest first: the dataclass's defaults, the files in `beneath`, then `--config` and the options in the order
-in which they are typed. An option may be typed by its end alone where no other has that end: `--keep_last 3` for
-`--loop.keep_last 3`; one that is true or false without its value where true is meant: `--stop_on_hacking`.
+Precedence, lowest first: the dataclass's defaults, the files in `defaults`, then `--config` and options in the order
+in which they are given. The section may be left out where only one option has that name: `--keep_last 3` for
+`--loop.keep_last 3`. A flag without a value is true: `--stop_on_hacking`.
 """
 
 import dataclasses
 import re
 import sys
 import traceback
-import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,68 +18,71 @@ import docstring_parser
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from dinalrm_align.train.files import read_yaml
-from dinalrm_align.train.settings import did_you_mean, in_words
+from dinalrm_align.train.settings import bounds_in_words, did_you_mean, field_types, type_in_words
 
 Settings = TypeVar("Settings")
 PACKAGE = Path(__file__).parents[1]
+GIVEN = re.compile(r"Given value: (.*)|Got value: (.*)|Unable to load config '(.*)'|: '(.*)'$", re.MULTILINE)
+"""How jsonargparse quotes the value that it refuses."""
 
 
 def parse(
     kind: type[Settings],
     description: str,
     argv: Sequence[str] | None = None,
-    beneath: Sequence[Path] = (),
+    defaults: Sequence[Path] = (),
     positional: str | None = None,
 ) -> tuple[Settings, str]:
-    """An instance of the dataclass `kind`, and the same as YAML text that `--config` reads back.
+    """An instance of the dataclass `kind`, and its settings as YAML text that `--config` reads back.
 
-    argv: by default the program's own. positional: the setting, a list of text, that words without an option go to. An
-    unknown option, a value of the wrong type or out of range, and a file that cannot be meant end the program with
-    status 2 and a sentence.
+    Invalid settings exit with status 2 and an error message.
+
+    Args:
+        argv: by default the program's own.
+        defaults: YAML files of settings that override the dataclass's defaults.
+        positional: name of the setting, a list of text, that takes the arguments without an option.
     """
-    names = _names(kind)
-    words = [_in_full(word, _dotted(names)) for word in (sys.argv[1:] if argv is None else argv)]
-    flags = {f"--{name}" for name in _flags(kind)}
+    types = _types(kind)
+    words = [_in_full(word, types) for word in (sys.argv[1:] if argv is None else argv)]
     words = [
-        f"{word}=true" if word in flags and after.lower() not in ("true", "false") else word
+        f"{word}=true"
+        if types.get(word.removeprefix("--")) is bool and after.lower() not in ("true", "false")
+        else word
         for word, after in zip(words, [*words[1:], ""])
     ]
     parser = _Parser(
-        names, description=description, default_config_files=[str(path) for path in beneath], allow_abbrev=False,
+        types, description=description, default_config_files=[str(path) for path in defaults], allow_abbrev=False,
         usage=f"%(prog)s {f'{positional.upper()} ... ' if positional else ''}[--config FILE] [--NAME VALUE ...]",
         formatter_class=_HelpFormatter,
-        epilog="An option may be typed by its end alone where no other has that end: --keep_last 3.",
+        epilog="The section may be left out where only one option has that name: --keep_last 3.",
     )  # fmt: skip
-    parser.add_argument("--config", action="config", help="YAML file of settings; options typed after it override it")
-    skip = set()
+    parser.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
     if positional is not None:
-        parser.add_argument(positional, nargs="*", type=str, help=_meaning(kind, positional))
-        skip.add(positional)
-    parser.add_class_arguments(kind, skip=skip)
+        documented = docstring_parser.parse(kind.__doc__).params
+        meaning = next(part.description for part in documented if part.arg_name == positional)
+        parser.add_argument(positional, nargs="+", type=str, help=meaning)
+    parser.add_class_arguments(kind, skip={positional} - {None})
     with refusing():
-        for path in (*beneath, *_config_files(words)):
-            _check_names(read_yaml(path, "settings file"), names, str(path))
+        for path in (*defaults, *_config_files(words)):
+            _check_names(read_yaml(path, "settings file"), types, f"settings file {path}")
         namespace = parser.parse_args(words)
         for name, value in vars(namespace).items():
-            if names.get(name) is not None and not isinstance(value, Namespace):
+            if dataclasses.is_dataclass(types.get(name)) and not isinstance(value, Namespace):
                 raise ValueError(f"{name}: got {value!r}; expected a section, --{name}.NAME VALUE")
         text = parser.dump(namespace)
         values = vars(parser.instantiate_classes(namespace))
         return kind(**{name: value for name, value in values.items() if name != "config"}), text
 
 
-def refuse(sentence: str) -> NoReturn:
-    """End the program as for a bad argument: the sentence on the error stream, status 2."""
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+def refuse(message: str) -> NoReturn:
+    """Print an error message to stderr and exit with status 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Within the block, what this package raises about something that it was given ends the program as `refuse` does.
-
-    An error that comes from deeper down is a fault, not a mistake of the user's, and keeps its traceback.
-    """
+    """Turn errors that this package raises about its input into `refuse`; others keep their traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -101,94 +103,65 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 class _Parser(ArgumentParser):
-    """Errors in one line, without the hundred options before them, and with the nearest name for an unknown one."""
+    """Errors in one line: field, value and expectation, or the nearest name for an unknown option."""
 
-    def __init__(self, names: dict[str, Any], **options: Any) -> None:
+    def __init__(self, types: dict[str, Any], **options: Any) -> None:
         super().__init__(**options)
-        self._names = names
+        self._types = types
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = _value_error(message)
+        key = re.search(r'Parser key "([^"]+)"', message)
+        limit = re.search(r": (?:(\S+) )?does not conform to restriction (v.*)", message)
+        given = GIVEN.search(message)
+        if limit:
+            message = f"{key[1]}: got {limit[1] or given[given.lastindex]}; expected {bounds_in_words(limit[2])}"
+        elif given and key[1] in self._types:
+            hint = self._types[key[1]]
+            message = f"{key[1]}: got {given[given.lastindex]!r:.80}; expected {type_in_words(hint)}"
         prefix, _, rest = message.partition("unrecognized arguments: ")
         if not prefix and rest:
             word = rest.split()[0]
-            known = [f"--{name}" for name in _dotted(self._names)]
+            known = [f"--{name}" for name in self._types]
             message = f"unknown option {word}{did_you_mean(word.split('=')[0], known) or ';'} --help lists all"
         refuse(message)
 
 
-def _value_error(message: str) -> str:
-    """jsonargparse's message about a value as `name: got VALUE; expected TYPE`; any other message unchanged."""
-    name = re.search(r'Parser key "([^"]+)"', message)
-    value = re.search(r"(?:Given|Got) value: ([^\n]+)", message)
-    limit = re.search(r"Not of type \w+: (?:(\S+) )?does not conform to restriction (v[^\n]*)", message)
-    kinds = re.search(r"Subtypes: [(\[](.*)[)\]]\n|Expected a (.*)\. Got value", message)
-    if name and limit and (limit[1] or value):
-        return f"{name[1]}: got {limit[1] or value[1]}; expected {in_words(limit[2])}"
-    if name and value and kinds:
-        expected = re.sub(r"<class '|'>|(jsonargparse\.)?typing\.", "", kinds[1] or kinds[2])
-        return f"{name[1]}: got {value[1]}; expected {expected.replace('NoneType', 'null')}"
-    return message
-
-
-def _names(kind: type) -> dict[str, Any]:
-    """The settings of a dataclass by name: None, or the same for a section."""
-    hints = typing.get_type_hints(kind)
-    return {
-        field.name: _names(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else None
-        for field in dataclasses.fields(kind)
-    }
-
-
-def _meaning(kind: type, name: str) -> str:
-    """What the docstring of a dataclass says of a setting."""
-    return next(part.description for part in docstring_parser.parse(kind.__doc__).params if part.arg_name == name)
-
-
-def _flags(kind: type, prefix: str = "") -> set[str]:
-    """The settings of a dataclass that are true or false, as `section.name`."""
-    found = set()
-    for name, hint in typing.get_type_hints(kind).items():
+def _types(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Types of all settings of a dataclass, and of its sections, by `section.name`."""
+    found = {}
+    for name, hint in field_types(kind).items():
+        found[prefix + name] = hint
         if dataclasses.is_dataclass(hint):
-            found |= _flags(hint, f"{prefix}{name}.")
-        elif hint is bool:
-            found.add(prefix + name)
+            found |= _types(hint, f"{prefix}{name}.")
     return found
 
 
-def _dotted(names: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every setting as `section.name`; sections as well."""
-    found = []
-    for name, inner in names.items():
-        found += [prefix + name, *_dotted(inner or {}, f"{prefix}{name}.")]
-    return found
-
-
-def _in_full(word: str, known: Sequence[str]) -> str:
-    """`--keep_last=3` -> `--loop.keep_last=3`, if that is the only option with this end; any other word as it is."""
+def _in_full(word: str, types: dict[str, Any]) -> str:
+    """`--keep_last=3` -> `--loop.keep_last=3` if only one option ends so; any other word unchanged."""
     name, equals, value = word.removeprefix("--").partition("=")
-    whole = [option for option in known if option.endswith(f".{name}")]
-    if not word.startswith("--") or name in known or len(whole) != 1:
+    matches = [option for option in types if option.endswith(f".{name}")]
+    if not word.startswith("--") or name in types or len(matches) != 1:
         return word
-    return f"--{whole[0]}{equals}{value}"
+    return f"--{matches[0]}{equals}{value}"
 
 
-def _check_names(values: dict[Any, Any], names: dict[str, Any], where: str, prefix: str = "") -> None:
-    """ValueError unless every key of a settings file names a setting, and every section is one."""
+def _check_names(values: dict[Any, Any], types: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Raise ValueError unless every key of a settings file is a setting and every section is a mapping."""
+    known = [name.removeprefix(prefix) for name in types if name.startswith(prefix)]
+    known = [name for name in known if "." not in name]
     for key, value in values.items():
-        if key not in names:
+        if key not in known:
             raise ValueError(
-                f"settings file {where}: unknown key {prefix}{key}{did_you_mean(key, names) or ';'} known here: "
-                f"{', '.join(names)}"
+                f"{where}: unknown key {prefix}{key}{did_you_mean(key, known) or ';'} known here: {', '.join(known)}"
             )
-        if names[key] is not None:
+        if dataclasses.is_dataclass(types[f"{prefix}{key}"]):
             if not isinstance(value, dict):
-                raise ValueError(f"settings file {where}: {prefix}{key}: got {value!r:.80}; expected a section")
-            _check_names(value, names[key], where, f"{prefix}{key}.")
+                raise ValueError(f"{where}: {prefix}{key}: got {value!r:.80}; expected a section")
+            _check_names(value, types, where, f"{prefix}{key}.")
 
 
 def _config_files(words: Sequence[str]) -> list[Path]:
-    """The files that --config names, in order."""
+    """The files given by --config, in order."""
     after = [value for word, value in zip(words, words[1:]) if word == "--config"]
     joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     return [Path(path).expanduser() for path in (*after, *joined)]

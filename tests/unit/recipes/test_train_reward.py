@@ -254,7 +254,7 @@ def test_the_yaml_of_each_kind_is_read_when_its_model_is_named(recipe):
 
 @pytest.mark.parametrize("kind", ["shapes", "sd35"])
 def test_a_dumped_config_reads_back(kind, tmp_path):
-    config, text = parse(TrainRewardRun, "", [], beneath=[RECIPES / f"train_reward_{kind}.yaml"])
+    config, text = parse(TrainRewardRun, "", [], defaults=[RECIPES / f"train_reward_{kind}.yaml"])
     (tmp_path / "config.yaml").write_text(text)
     again, _ = parse(TrainRewardRun, "", ["--config", str(tmp_path / "config.yaml")])
     assert again == config

@@ -82,10 +82,32 @@ def test_the_later_of_two_spellings_holds():
     assert parse(ReflRun, "", ["--loop.keep_last=3", "--keep_last=4"])[0].loop.keep_last == 4
 
 
-def test_help_tells_of_short_options(capsys):
+def test_help_mentions_options_without_their_section(capsys):
     with pytest.raises(SystemExit):
         parse(Settings, "", ["--help"])
-    assert "--keep_last 3" in capsys.readouterr().out
+    assert "The section may be left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "kind, word, message",
+    [
+        (ReflRun, "--optim.lr=x", "optim.lr: got 'x'; expected a number"),
+        (ReflRun, "--optim.lr=-1", "optim.lr: got -1; expected at least 0"),
+        (TrainRewardRun, "--lora_lr=-1", "lora_lr: got -1; expected at least 0"),
+        (ReflRun, "--loop.steps=1.5", "loop.steps: got '1.5'; expected an integer"),
+        (ReflRun, "--optim.name=foo", "optim.name: got 'foo'; expected one of adamw, adamw8bit"),
+        (ReflRun, "--refl.reward_sigma=[0.1,x]", "refl.reward_sigma: got 'x'; expected a list (each a number) or null"),
+        (ReflRun, "--refl.reward_sigma=[0.1,7]", "refl.reward_sigma: got 7; expected at least 0 and at most 1"),
+        (ReflRun, "--watch.stop_on_hacking=7", "watch.stop_on_hacking: got '7'; expected true or false"),
+        (ReflRun, "--loop=5", "loop: got '5'; expected a section"),
+        (TrainRewardRun, "--lora_lr=x", "lora_lr: got 'x'; expected a number or null"),
+        (TrainRewardRun, "--reward.visual_taps=3", "reward.visual_taps: got '3'; expected a list (each an integer)"),
+    ],
+)
+def test_a_refused_value_is_named_with_what_was_expected(kind, word, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(kind, "", [word])
+    assert (stopped.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
 
 
 @pytest.mark.parametrize("kind", [ReflRun, TrainRewardRun])
