@@ -34,7 +34,7 @@ from dinalrm_align.train.command import refusing
 def align(settled: Settled[GrpoRun]) -> None:
     from dinalrm_align.align.grpo import Grpo
     from dinalrm_align.align.setup import Stage
-    from dinalrm_align.flow.sde import named_sigmas
+    from dinalrm_align.flow.sampling import named_sigmas
     from dinalrm_align.reward.registry import latent_rewards, part_weights, score_parts
 
     run, config = settled.run, settled.run.grpo

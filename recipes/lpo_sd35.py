@@ -30,7 +30,7 @@ from dinalrm_align.train.command import refuse, refusing
 def align(settled: Settled[LpoRun]) -> None:
     from dinalrm_align.align.lpo import Lpo
     from dinalrm_align.align.setup import Stage
-    from dinalrm_align.flow.sde import named_sigmas
+    from dinalrm_align.flow.sampling import named_sigmas
     from dinalrm_align.reward.latent import LatentReward
 
     run, config = settled.run, settled.run.lpo

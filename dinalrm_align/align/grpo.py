@@ -113,7 +113,7 @@ class GrpoBatch:
 class Grpo:
     """`batch_at` and `step` for `loop.fit`, and its `state`: the rollout that is being spent.
 
-    policy, reward: on one device, the reward frozen. sigmas: of the rollout (`sde.named_sigmas`). conditions: those of
+    policy, reward: on one device, the reward frozen. sigmas: of the rollout (`named_sigmas`). conditions: those of
     all training prompts, on any device. negative: of one empty prompt. latent_shape: (C, H, W). accumulate: micro-steps
     per update, as the loop is told. parts and weights, for advantage_of "parts": the scores a weighted sum is made of.
     gather: a tensor (N, ...) of this process -> those of all, one after another.

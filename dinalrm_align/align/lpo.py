@@ -115,7 +115,7 @@ class Lpo:
     """`batch_at` and `step` for `loop.fit`, and its `state`: the pairs that are being spent.
 
     policy, and the reward behind score_noisy: on one device, the reward frozen. sigmas: of the rollout
-    (`sde.named_sigmas`). conditions: those of all training prompts, on any device. negative: of one empty prompt.
+    (`named_sigmas`). conditions: those of all training prompts, on any device. negative: of one empty prompt.
     latent_shape: (C, H, W). accumulate: micro-steps per update, as the loop is told. gather: a tensor (N, ...) of this
     process -> those of all, one after another.
     """

@@ -1,14 +1,20 @@
-"""The density that training noise levels are drawn from. No torch here."""
+"""Settings of the density that training noise levels are drawn from. Torch-free."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from dinalrm_align.train.settings import check_fields
+from dinalrm_align.train.settings import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    PositiveFloat,
+    check_fields,
+    check_number,
+)
 
 
 @dataclass(frozen=True)
 class SigmaConfig:
-    """The density the training noise level sigma is drawn from (`noise.sample_sigma`).
+    """The density of the training noise level sigma (`flow.noise.sample_sigma`).
 
     Args:
         density: uniform on [0, 1] (the paper); logit_normal, sigmoid of a normal; mode, the SD3 paper's heavy-tailed
@@ -23,19 +29,15 @@ class SigmaConfig:
 
     density: Literal["uniform", "logit_normal", "mode", "beta", "constant"] = "uniform"
     mean: float = 0.0
-    std: float = 1.0
+    std: NonNegativeFloat = 1.0
     scale: float = 1.29
-    a: float = 1.0
-    b: float = 1.0
-    value: float = 0.4
+    a: PositiveFloat = 1.0
+    b: PositiveFloat = 1.0
+    value: ClosedUnitInterval = 0.4
 
     def __post_init__(self) -> None:
         check_fields(self, "sigma density")
-        if self.std < 0 or self.a <= 0 or self.b <= 0 or not 0 <= self.value <= 1 or not -1 <= self.scale <= 1.75:
-            raise ValueError(
-                f"sigma density: got std {self.std}, a {self.a}, b {self.b}, value {self.value}, scale {self.scale}; "
-                "expected at least 0, more than 0 twice, [0, 1], and [-1, 1.75]"
-            )
+        check_number("sigma density.scale", self.scale, low=-1, high=1.75)
 
     def parameters(self) -> dict[str, float]:
         """Keyword arguments for `sample_sigma(self.density, n, generator=..., **self.parameters())`."""

@@ -1,13 +1,13 @@
-"""The flow-matching convention, once and for everything: sigma, timestep, noising, and the densities of sigma.
+"""The package's flow-matching convention: sigma, timestep, noising, and densities of sigma.
 
 Rectified flow as SD3 and SD3.5 use it (Esser et al., "Scaling Rectified Flow Transformers", arXiv 2403.03206):
 
     x_sigma  = (1 - sigma) x0 + sigma noise         x0 are scaled VAE latents, noise is standard normal
     velocity = d x_sigma / d sigma = noise - x0     what the transformer predicts
-    timestep = 1000 sigma                           what the transformer is told
+    timestep = 1000 sigma                           the transformer's input
 
-sigma lies in [0, 1]: 0 is clean, 1 is pure noise. Arithmetic is float32 whatever the dtype of the inputs, because a
-bfloat16 timestep rounds 857.14 to 856 and a bfloat16 mixture loses what the low noise levels are about.
+sigma lies in [0, 1]: 0 is clean, 1 is pure noise. Arithmetic is float32 for every input dtype: in bfloat16 a timestep
+of 857.14 rounds to 856, and noising at a low sigma loses the noise.
 """
 
 import math
@@ -26,11 +26,11 @@ SigmaDensity = Callable[..., Tensor]
 
 
 def seeded_generator(*keys: int) -> torch.Generator:
-    """A CPU generator that depends on all of the keys (seed, step, rank, ...) and on nothing else, on every machine.
+    """A CPU generator whose RNG stream is keyed by `keys` (seed, step, rank, ...), the same on every machine.
 
-    keys: non-negative integers. They are hashed together, so that (0, 1) and (1, 0) have nothing in common.
+    keys: non-negative integers, hashed together: (0, 1) and (1, 0) give independent streams.
     """
-    entropy = (len(keys), *keys)  # numpy pads with zeros: without the length (0, 1) and (0, 1, 0) would be one
+    entropy = (len(keys), *keys)  # numpy pads with zeros: without the length (0, 1) and (0, 1, 0) would collide
     for key in keys:
         check_integer("key of a seeded generator", key)
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
@@ -38,8 +38,9 @@ def seeded_generator(*keys: int) -> torch.Generator:
 
 
 def as_sigma(sigma: Tensor | float) -> Tensor:
-    """A noise level, any shape, as float32 where it is. TypeError unless it is a number or a real tensor, ValueError
-    unless every value lies in [0, 1].
+    """A noise level of any shape as float32, on its own device.
+
+    Raises TypeError unless it is a number or a real tensor, ValueError unless all values lie in [0, 1].
     """
     if not isinstance(sigma, Tensor):
         check_number("sigma", sigma, low=0, high=1)
@@ -54,7 +55,7 @@ def as_sigma(sigma: Tensor | float) -> Tensor:
 
 
 def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> None:
-    """TypeError unless `latents` is a floating tensor, ValueError unless it is (B, C, H, W), of the shape of `like`."""
+    """Raise TypeError unless `latents` is a floating tensor, ValueError unless (B, C, H, W), of the shape of `like`."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         got = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise TypeError(f"{name}: got {got}; expected a floating tensor (B, C, H, W)")
@@ -64,9 +65,9 @@ def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> Non
 
 
 def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
-    """sigma: a float, (), (1,) or (B,) -> float32 of shape (B or 1, 1, 1, 1) on the device of latents (B, C, H, W).
+    """sigma: a float, (), (1,) or (B,) -> (B or 1, 1, 1, 1), float32, on the device of latents (B, C, H, W).
 
-    Raises ValueError when sigma has neither one value nor one per sample.
+    Raises ValueError unless sigma has one value, or one per sample.
     """
     sigma = as_sigma(sigma).to(latents.device).reshape(-1)
     if sigma.numel() not in (1, latents.shape[0]):
@@ -85,19 +86,19 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def denoised(x_sigma: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """The one-step estimate of the clean latents, x0 = x_sigma - sigma velocity: (B, C, H, W), float32."""
+    """One-step estimate of the clean latents, x0 = x_sigma - sigma velocity: (B, C, H, W), float32, differentiable."""
     check_latents("x_sigma", x_sigma)
     check_latents("velocity", velocity, like=x_sigma)
     return x_sigma.float() - expand_sigma(sigma, x_sigma) * velocity.float()
 
 
 def timestep_of(sigma: Tensor | float) -> Tensor:
-    """sigma in [0, 1], any shape -> the transformer's timestep 1000 sigma, float32, same shape."""
+    """sigma in [0, 1], any shape -> the transformer's timestep 1000 sigma, same shape, float32."""
     return as_sigma(sigma) * NUM_TRAIN_TIMESTEPS
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """Resolution shift, shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206, equation 23); 0 and 1 stay."""
+    """Resolution shift, shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206, equation 23). 0 and 1 are fixed."""
     check_number("shift", shift)
     if shift <= 0:
         raise ValueError(f"shift: got {shift}; expected more than 0")
@@ -105,9 +106,9 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def scheduler_sigmas(num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, shift: float = 3.0) -> Tensor:
-    """The table of `FlowMatchEulerDiscreteScheduler(num_train_timesteps, shift).sigmas`.
+    """`FlowMatchEulerDiscreteScheduler(num_train_timesteps, shift).sigmas`: (num_train_timesteps,) float32.
 
-    Returns (num_train_timesteps,) float32, from 1 down to the smallest shifted level (0.002994 for the defaults).
+    Falls from 1 to the smallest shifted level, 0.002994 for the defaults.
     """
     check_integer("num_train_timesteps", num_train_timesteps, low=1)
     sigmas = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32) / num_train_timesteps
@@ -115,14 +116,14 @@ def scheduler_sigmas(num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, shift: floa
 
 
 def snap_sigma(sigma: Tensor | float, table: Tensor) -> Tensor:
-    """The entry of `table` (n,) nearest to each sigma (any shape): the levels the released DiNa-LRM code can score at.
+    """The entry of `table` (n,) nearest to each sigma (any shape), float32, on the device of sigma.
 
-    float32, on the device of sigma; of two entries equally near the first, that is the noisier, is taken.
+    The released DiNa-LRM code scores only at these levels. Of two equally near entries the first, noisier one is taken.
     """
     sigma = as_sigma(sigma)
     if not isinstance(table, Tensor) or table.dim() != 1 or table.numel() == 0:
         got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
-        raise ValueError(f"table: got {got}; expected levels (n,), as `scheduler_sigmas` gives them")
+        raise ValueError(f"table: got {got}; expected levels (n,), as from `scheduler_sigmas`")
     table = table.to(sigma.device)
     return table[(sigma[..., None] - table).abs().argmin(dim=-1)]
 
@@ -131,37 +132,38 @@ def snap_sigma(sigma: Tensor | float, table: Tensor) -> Tensor:
 
 
 def uniform(n: int, *, generator: torch.Generator) -> Tensor:
-    """sigma ~ U(0, 1): DiNa-LRM's default."""
+    """sigma ~ U(0, 1), as in DiNa-LRM (arXiv 2602.11146)."""
     return torch.rand(n, generator=generator, device=generator.device)
 
 
 def logit_normal(n: int, *, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """sigma = sigmoid(N(mean, std^2)): mass in the middle (arXiv 2403.03206, equation 19)."""
+    """sigma = sigmoid(N(mean, std^2)), which favours the middle (arXiv 2403.03206, equation 19)."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=generator.device))
 
 
 def mode(n: int, *, generator: torch.Generator, scale: float = 1.29) -> Tensor:
     """sigma = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u ~ U(0, 1) (arXiv 2403.03206, equation 20).
 
-    scale in [-1, 2 / (pi - 2) = 1.75]: positive favours the middle, negative the ends.
+    scale: in [-1, 2 / (pi - 2) = 1.75]; positive favours the middle, negative the ends.
     """
     if not -1 <= scale <= 2 / (math.pi - 2):
-        raise ValueError(f"mode density: got scale {scale}; outside [-1, 1.75] the map from u to sigma is not monotone")
+        raise ValueError(f"mode density: scale: got {scale}; expected [-1, 1.75], where u to sigma is monotone")
     u = torch.rand(n, generator=generator, device=generator.device)
     return 1 - u - scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
 
 
 def beta(n: int, *, generator: torch.Generator, a: float = 1.0, b: float = 1.0) -> Tensor:
-    """sigma ~ Beta(a, b), mean a / (a + b). Drawn by numpy from a seed that `generator` gives, as torch takes none."""
-    if not (a > 0 and b > 0 and math.isfinite(a + b)):
-        raise ValueError(f"beta density: got a={a}, b={b}; both must be positive")
+    """sigma ~ Beta(a, b), mean a / (a + b). Drawn by numpy with a seed from `generator`: torch's Beta takes none."""
+    for name, value in (("a", a), ("b", b)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"beta density: {name}: got {value}; expected more than 0")
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     sigma = np.random.default_rng(seed).beta(a, b, size=n)
     return torch.from_numpy(sigma).to(generator.device, torch.float32)
 
 
 def constant(n: int, *, generator: torch.Generator, value: float = 0.4) -> Tensor:
-    """sigma = value for every sample; `generator` only names the device."""
+    """sigma = value for every sample, on the generator's device."""
     return torch.full((n,), float(value), device=generator.device)
 
 
@@ -177,14 +179,18 @@ DENSITIES: dict[str, SigmaDensity] = {
 def sample_sigma(density: str | SigmaDensity, n: int, *, generator: torch.Generator, **params: float) -> Tensor:
     """Draw n noise levels: (n,) float32 in [0, 1] on the generator's device.
 
-    density: a name in DENSITIES, or a callable `density(n, generator=..., **params) -> (n,)`. params are the density's
-    own (mean and std, scale, a and b, value). Raises ValueError for an unknown name, a wrong shape, or levels outside
-    [0, 1].
+    Args:
+        density: a name in DENSITIES, or a callable `density(n, generator=..., **params) -> (n,)`.
+        params: the density's own (mean and std; scale; a and b; value).
+
+    Raises ValueError for an unknown name, a wrong shape, and levels outside [0, 1].
     """
     if isinstance(density, str) and density not in DENSITIES:
         raise ValueError(f"unknown sigma density {density!r}; known: {', '.join(DENSITIES)}, or pass a callable")
     if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: got {type(generator).__name__}; expected a torch.Generator, as `seeded_generator`")
+        raise TypeError(
+            f"generator: got {type(generator).__name__}; expected a torch.Generator, as from `seeded_generator`"
+        )
     check_integer("n", n, low=1)
     for name, value in params.items():
         check_number(f"sigma density {density!r}: {name}", value)

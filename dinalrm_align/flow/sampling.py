@@ -1,7 +1,7 @@
-"""Sampling from a flow: the noise schedule, one Euler step, a rollout. Plain functions over a velocity callable.
+"""Sampling from a flow: noise schedules, one Euler step, a rollout. Plain functions over a velocity callable.
 
-A velocity is `velocity(latents (B, C, H, W), sigma: float) -> (B, C, H, W)`, float32; guidance, prompts and adapters
-are the caller's and live in its closure. Conventions of `noise`: sigma falls from 1 (noise) to 0 (clean latents).
+A velocity is `velocity(latents (B, C, H, W), sigma: float) -> (B, C, H, W)`, float32; its closure holds guidance,
+prompts and adapters. Conventions are those of `flow.noise`: sigma falls from 1 (noise) to 0 (clean latents).
 """
 
 import copy
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dinalrm_align.flow.noise import check_latents
-from dinalrm_align.train.settings import check_integer, check_number
+from dinalrm_align.flow.noise import check_latents, shift_sigma
+from dinalrm_align.train.settings import check_integer, check_number, did_you_mean
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -21,22 +21,50 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 
 def schedule_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
-    """The num_steps + 1 levels that a pipeline with this scheduler samples at, from 1 to 0. `scheduler` is not touched.
+    """diffusers' sampling levels of this scheduler: num_steps + 1 floats from 1 to 0. `scheduler` is not changed.
 
-    They are diffusers' own, for parity: with shift 3 and 4 steps 1, 0.8577, 0.6022, 0.0089, 0, where the shift is
-    applied to a range whose lower end is shifted already (the textbook's 1, 0.9, 0.75, 0.5, 0 differ). Raises
-    ValueError for fewer than one step and for schedulers that shift by picture size.
+    With shift 3 and 4 steps: 1, 0.8577, 0.6022, 0.0089, 0. diffusers shifts a range whose lower end is shifted already,
+    so these differ from `linear_sigmas`. Raises ValueError for fewer than one step and for a scheduler that shifts by
+    image size.
     """
-    check_integer("num_steps", num_steps, low=1)
-    if scheduler.config.use_dynamic_shifting:
-        raise ValueError("the scheduler has use_dynamic_shifting; expected a fixed shift, as in SD3 and SD3.5")
+    _check_schedule(scheduler, num_steps)
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_steps)
     return scheduler.sigmas.tolist()
 
 
+def linear_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
+    """1, (N - 1)/N, ..., 1/N, 0, each shifted by the scheduler's shift: num_steps + 1 floats.
+
+    Used by Flow-Factory, DanceGRPO and SRPO. Raises as `schedule_sigmas`.
+    """
+    _check_schedule(scheduler, num_steps)
+    levels = torch.linspace(num_steps, 0, num_steps + 1, dtype=torch.float64) / num_steps
+    return shift_sigma(levels, scheduler.config.shift).tolist()
+
+
+SCHEDULES: dict[str, Callable[["FlowMatchEulerDiscreteScheduler", int], list[float]]] = {
+    "diffusers": schedule_sigmas,  # as the pipeline and flow_grpo
+    "linear": linear_sigmas,
+}
+
+
+def named_sigmas(name: str, scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
+    """The schedule `name` of SCHEDULES: num_steps + 1 levels from 1 to 0. Raises ValueError for an unknown name."""
+    if name not in SCHEDULES:
+        guess = did_you_mean(name, SCHEDULES) or ";"
+        raise ValueError(f"unknown schedule {name!r}{guess} known: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name](scheduler, num_steps)
+
+
+def _check_schedule(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> None:
+    check_integer("num_steps", num_steps, low=1)
+    if scheduler.config.use_dynamic_shifting:
+        raise ValueError("use_dynamic_shifting: got true; expected a scheduler with a fixed shift, as in SD3 and SD3.5")
+
+
 def ode_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """Euler's step of d latents / d sigma = velocity to sigma_next: (B, C, H, W), float32, differentiable."""
+    """Euler step of d latents / d sigma = velocity from sigma to sigma_next: (B, C, H, W), float32, differentiable."""
     check_latents("latents", latents)
     check_latents("velocity", velocity, like=latents)
     for name, level in (("sigma", sigma), ("sigma_next", sigma_next)):
@@ -45,9 +73,9 @@ def ode_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float)
 
 
 def rollout(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Follow the flow from latents (B, C, H, W) at sigmas[0] through all of `sigmas` to latents at sigmas[-1].
+    """Integrate the flow with Euler steps: latents (B, C, H, W) at sigmas[0] -> latents at sigmas[-1], float32.
 
-    Differentiable through every step unless the caller turns gradients off. Raises ValueError unless sigmas fall.
+    Differentiable through every step. Raises ValueError unless `sigmas` fall.
     """
     if not sigmas or any(not sigma > sigma_next for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True)):
         raise ValueError(f"sigmas: got {list(sigmas)!r:.80}; expected falling levels, from 1 (noise) to 0 (clean)")
@@ -57,10 +85,9 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Ten
 
 
 def seeded_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
-    """One standard normal sample of `shape` (C, H, W) per generator -> (B, C, H, W), float32, on the generators'
-    device.
+    """One standard normal sample of `shape` (C, H, W) per generator: (B, C, H, W), float32, on the generators' device.
 
-    A sample depends on its own generator, not on its place in the batch or on the batch's size.
+    Samples do not depend on their index in the batch or on the batch size.
     """
     if not generators or not all(isinstance(generator, torch.Generator) for generator in generators):
         raise TypeError(f"generators: got {generators!r:.80}; expected one torch.Generator per sample, at least one")

@@ -110,7 +110,7 @@ def preference_loss(
         raise ValueError(f"labels are probabilities in [0, 1]: got [{label.min():.4g}, {label.max():.4g}]")
     log_p = preference_log_probability(delta, sigma, config)
     log_q = preference_log_probability(-delta, sigma, config)
-    match config.settled_objective():
+    match config.resolved_objective():
         case "nll":
             return -(label * log_p + (1 - label) * log_q)
         case "fidelity":

@@ -105,7 +105,7 @@ def test_a_missing_config_key_is_named(folder, section):
     gone = next(key for key in within if key not in ("lora", "head"))
     del within[gone]
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=f"{section or 'reward config'}.*: missing {gone}; every key must be there"):
+    with pytest.raises(ValueError, match=f"{section or 'reward config'}.*: missing {gone}; every key must be"):
         read_checkpoint(folder)
 
 
@@ -119,7 +119,7 @@ def test_a_number_that_is_none_is_refused(folder, name, value):
 
 def test_a_newer_format_is_refused(folder):
     rewrite(folder / "config.json", format_version=99)
-    with pytest.raises(ValueError, match="format_version: got 99, this release reads 2; update"):
+    with pytest.raises(ValueError, match="format_version: got 99; expected 2.*update"):
         read_checkpoint(folder)
 
 
@@ -247,12 +247,12 @@ def test_config_survives_json():
     ({"visual_taps": ()}, r"visual_taps: got \(\); expected at least one"),
     ({"text_taps": (-1, 2)}, r"text_taps: got \(-1, 2\)"),
     ({"visual_taps": (3, 1)}, "rising"),
-    ({"sigma": 1.5}, r"sigma: got 1.5; expected a noise level in \[0, 1\]"),
+    ({"sigma": 1.5}, "^sigma: got 1.5; expected at least 0 and at most 1"),
     ({"sigma": ()}, r"sigma: got \(\)"),
     ({"tuning": "all"}, "tuning: got 'all'; known: lora, none, full"),
     ({"ensemble": "sum"}, "ensemble: got 'sum'; known: tokens, average"),
     ({"dtype": "int8"}, "dtype: got 'int8'"),
-    ({"score_scale": 0}, "score_scale 0"),
+    ({"score_scale": 0}, "^score_scale: got 0"),
 ])  # fmt: skip
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

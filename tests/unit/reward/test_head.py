@@ -155,10 +155,10 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    ({"width": 20}, "got width 20 with 8 attention heads"),
-    ({"num_queries": 0}, "num_queries 0"),
-    ({"num_attn_heads": 0, "width": 16}, "num_attn_heads 0"),
-    ({"dropout": 1.0}, "dropout 1.0"),
+    ({"width": 20}, "head.width: got 20 with 8 attention heads"),
+    ({"num_queries": 0}, "num_queries: got 0"),
+    ({"num_attn_heads": 0, "width": 16}, "num_attn_heads: got 0"),
+    ({"dropout": 1.0}, "dropout: got 1.0"),
 ])  # fmt: skip
 def test_impossible_sizes_are_refused(config, message):
     with pytest.raises(ValueError, match=message):

@@ -148,7 +148,7 @@ def test_bad_input_is_refused_with_a_reason():
         preference_loss(one, one, one, config=LossConfig(likelihood="probit"))
     with pytest.raises(ValueError, match="loss.objective: got 'hinge'; known: fidelity, nll"):
         preference_loss(one, one, one, config=LossConfig(objective="hinge"))
-    with pytest.raises(ValueError, match="sigma_u=0"):
+    with pytest.raises(ValueError, match="^loss.sigma_u: got 0.0"):
         LossConfig(sigma_u=0.0)
     with pytest.raises(ValueError, match="loss.preset: got 'mine'; known: paper, released"):
         LossConfig(preset="mine")
