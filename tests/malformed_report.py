@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import malformed_api  # noqa: E402
 import malformed_cli  # noqa: E402
 import malformed_files  # noqa: E402
-from malformed import ROOT, Command, World, judge, judge_command  # noqa: E402
+from malformed import ROOT, Command, World, check, check_command  # noqa: E402
 
 RESULTS = ROOT / "examples" / "results" / "malformed.md"
 TABLES = {"calls": malformed_api, "files and folders": malformed_files, "command lines": malformed_cli}
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def outcome(case, world: World) -> str | None:
-    return judge_command(case, world) if isinstance(case, Command) else judge(case, world)
+    return check_command(case, world) if isinstance(case, Command) else check(case, world)
 
 
 def row(kind: str, group: str, counts: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""What the tables of malformed calls are made of: a case, the small world it happens in, and how its outcome is judged.
+"""Malformed input: the types of case, the tiny models that the cases run on, and the check of their outcome.
 
 The tables are `malformed_api.py`, `malformed_files.py` and `malformed_cli.py`; `test_malformed.py` runs them, and
 `python tests/malformed_report.py` counts them into examples/results/malformed.md.
@@ -12,6 +12,7 @@ import itertools
 import json
 import linecache
 import os
+import re
 import shutil
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,32 +29,36 @@ PACKAGE = ROOT / "dinalrm_align"
 
 @dataclass(frozen=True)
 class Case:
-    """A call that must be refused.
+    """A call that must raise.
 
-    do: the call, given the World. error: the documented type. says: what the sentence must hold. by_signature: Python
-    itself refuses the arguments, so that the error is raised where the function is called.
+    do: the call, a function of the World. error: the documented exception type. names: words that the message must
+    hold, separated by blanks: the setting or file at fault and, where it is short, the bad value. by_signature: Python
+    itself rejects the arguments, so the error is raised at the call and not inside the package.
     """
 
     name: str
     do: Callable[["World"], object]
     error: type[Exception] | tuple[type[Exception], ...]
-    says: str
+    names: str
     by_signature: bool = False
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line that must end with status 2 and a sentence. words: given the World; module: recipe or `report`."""
+    """A command line that must exit with status 2 and an error message.
+
+    module: the recipe's file name, or `report`. words: the arguments, a function of the World. names: as in Case.
+    """
 
     name: str
     module: str
     words: Callable[["World"], Sequence[object]]
-    says: str
+    names: str
 
 
 @dataclass
 class World:
-    """A tiny pipeline, rewards on it, and a folder for broken copies. Nothing in it is changed by a case."""
+    """A tiny pipeline, rewards on it, and a folder for broken copies. Cases must not modify it."""
 
     root: Path
     numbers: "itertools.count[int]" = field(default_factory=itertools.count)
@@ -159,7 +164,7 @@ class World:
         return copied
 
     def with_json(self, folder: Path, name: str, **changes: object) -> Path:
-        """A copy of a folder in which keys (`a__b` for nested ones) of a JSON file have other values; ... deletes."""
+        """A copy of a folder with changed values in a JSON file: `a__b` is a nested key, and ... deletes a key."""
         copied = self.copy(folder)
         values = json.loads((copied / name).read_text())
         for dotted, value in changes.items():
@@ -175,14 +180,14 @@ class World:
         return copied
 
     def with_bytes(self, folder: Path, name: str, content: bytes | str | Callable[[bytes], bytes]) -> Path:
-        """A copy of a folder with other bytes in one file."""
+        """A copy of a folder with different bytes in one file."""
         copied = self.copy(folder)
         made = content((copied / name).read_bytes()) if callable(content) else content
         (copied / name).write_bytes(made.encode() if isinstance(made, str) else made)
         return copied
 
     def with_tensors(self, folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-        """A copy of a folder whose safetensors file `change` was let at."""
+        """A copy of a folder with one safetensors file modified in place by `change`."""
         copied = self.copy(folder)
         tensors = load_file(copied / name)
         change(tensors)
@@ -191,19 +196,19 @@ class World:
 
 
 def latents(*shape: int, **options: object) -> torch.Tensor:
-    """Standard normal numbers, by default two samples that the tiny reward can score."""
+    """A standard normal tensor; by default a batch of two latents for the tiny reward."""
     return torch.randn(shape or (2, 16, 8, 8), generator=torch.Generator().manual_seed(0)).to(**options)
 
 
-def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
-    """A copy with one value replaced."""
+def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    """A copy with one element replaced."""
     tensor = tensor.clone()
     tensor.view(-1)[1] = value
     return tensor
 
 
 class Bomb:
-    """Pickled, it creates a file when it is unpickled by anyone who runs what a pickle asks for."""
+    """An object whose pickle creates a file when it is loaded without restrictions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -212,21 +217,26 @@ class Bomb:
         return os.system, (f"touch {self.path}",)
 
 
-def judge(case: Case, world: World) -> str | None:
-    """None when the case is refused as documented, else what went wrong."""
+def holds(message: str, names: str) -> bool:
+    """True when every word of `names` stands in the message as a whole word."""
+    return all(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message) for name in names.split())
+
+
+def check(case: Case, world: World) -> str | None:
+    """None when the case raises as documented, else the problem."""
     try:
         result = case.do(world)
     except Exception as error:
-        return _judge_error(case, error)
+        return _check_error(case, error)
     return f"silent: returned {result!r:.80}"
 
 
-def _judge_error(case: Case, error: Exception) -> str | None:
+def _check_error(case: Case, error: Exception) -> str | None:
     said = f"{type(error).__name__}: {str(error)[:300]}"
     if not isinstance(error, case.error):
         return f"expected {case.error}, got {said}"
-    if case.says not in str(error):
-        return f"expected a sentence with {case.says!r}, got {said}"
+    if not holds(str(error), case.names):
+        return f"expected a message with {case.names!r}, got {said}"
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     path = Path(frame.f_code.co_filename)
     raised = linecache.getline(str(path), line).strip().startswith("raise")
@@ -235,8 +245,8 @@ def _judge_error(case: Case, error: Exception) -> str | None:
     return None
 
 
-def judge_command(command: Command, world: World) -> str | None:
-    """None when the command line ends with status 2, a sentence and nothing written, else what went wrong."""
+def check_command(command: Command, world: World) -> str | None:
+    """None when the command exits with status 2, an error message and no output files, else the problem."""
     words = [str(word) for word in command.words(world)]
     folder = world.fresh()
     before, stderr, stdout = os.getcwd(), io.StringIO(), io.StringIO()
@@ -256,8 +266,8 @@ def judge_command(command: Command, world: World) -> str | None:
         return f"expected status 2, got {status}"
     if not (lines[-1].startswith("error: ") or ": error: " in lines[-1]) or "Traceback" in stderr.getvalue():
         return f"expected a last line that begins with error:, got {lines[-1][:300]!r}"
-    if command.says not in lines[-1]:
-        return f"expected a sentence with {command.says!r}, got {lines[-1][:300]!r}"
+    if not holds(lines[-1], command.names):
+        return f"expected a message with {command.names!r}, got {lines[-1][:300]!r}"
     left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     return f"left {left[:5]} behind" if left else None
 

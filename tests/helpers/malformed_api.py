@@ -1,13 +1,39 @@
-"""Calls of the public functions that cannot be meant."""
+"""Malformed calls of the public functions."""
 
 import math
 
 import numpy as np
 import torch
-from malformed import Case, World, latents, spoilt
+from malformed import Case, World, latents, with_value
 from PIL import Image
 
+from dinalrm_align import LatentReward, RewardConfig
+from dinalrm_align.align.config import EvaluationConfig
+from dinalrm_align.align.policy import Policy
+from dinalrm_align.align.refl_config import ReflConfig, ReflRun
+from dinalrm_align.data.pairs import PairBatch
+from dinalrm_align.flow.config import SigmaConfig
+from dinalrm_align.flow.noise import (
+    add_noise,
+    denoised,
+    sample_sigma,
+    scheduler_sigmas,
+    seeded_generator,
+    shift_sigma,
+    snap_sigma,
+    timestep_of,
+)
+from dinalrm_align.flow.sampling import ode_step, rollout, schedule_sigmas, seeded_noise
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.models.vae import decode_latents
+from dinalrm_align.reward.config import HeadConfig, LoraConfig
+from dinalrm_align.reward.head import RewardHead
+from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.losses import preference_loss
+from dinalrm_align.reward.model import build_reward_model
+from dinalrm_align.reward.training_config import AccuracyConfig, TrainRewardRun
+from dinalrm_align.shapes.config import BuildConfig, PairsConfig, StackConfig
+from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 NAN, INF = math.nan, math.inf
 TEXT = {"prompt_embeds": latents(2, 5, 32), "pooled_prompt_embeds": latents(2, 32)}
@@ -15,7 +41,7 @@ CONDITIONS = Conditions(["", ""], **TEXT)
 
 
 def score(**changes):
-    """A call of the reward with some arguments replaced; ... leaves one out."""
+    """A call of the reward with some arguments replaced; ... removes one."""
     arguments = {"latents": latents(), **TEXT, "noise": latents(), **changes}
     return lambda world: world.reward(**{name: value for name, value in arguments.items() if value is not ...})
 
@@ -33,26 +59,13 @@ def clip(**changes):
     return lambda world: world.clip(**{name: value for name, value in arguments.items() if value is not ...})
 
 
-def config(kind: str, name: str, **values):
-    """The construction of a dataclass of settings, by module and name."""
-
-    def build(world: World) -> object:
-        import importlib
-
-        return vars(importlib.import_module(f"dinalrm_align.config.{kind}"))[name](**values)
-
-    return build
-
-
-def of(module: str, function: str, *arguments, **options):
-    """A call of a function of the package; arguments that are functions are given the World."""
+def of(function, *arguments, **options):
+    """A call of a function or class of the package; arguments that are functions are given the World."""
 
     def call(world: World) -> object:
-        import importlib
-
         given = [argument(world) if callable(argument) else argument for argument in arguments]
         named = {name: value(world) if callable(value) else value for name, value in options.items()}
-        return vars(importlib.import_module(f"dinalrm_align.{module}"))[function](*given, **named)
+        return function(*given, **named)
 
     return call
 
@@ -66,260 +79,254 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 LATENTS = [
-    Case("rank 3", score(latents=latents(16, 8, 8)), ValueError, "(B, C, H, W)"),
-    Case("rank 5", score(latents=latents(1, 2, 16, 8, 8)), ValueError, "(B, C, H, W)"),
-    Case("no samples", score(latents=latents(0, 16, 8, 8)), ValueError, "at least one"),
-    Case("4 channels", score(latents=latents(2, 4, 8, 8)), ValueError, "got 4 channels, the backbone takes 16"),
-    Case("odd height", score(latents=latents(2, 16, 7, 8)), ValueError, "multiples of the patch size 2"),
-    Case("odd width", score(latents=latents(2, 16, 8, 9)), ValueError, "multiples of the patch size 2"),
-    Case("no height", score(latents=latents(2, 16, 0, 8)), ValueError, "height x width 0 x 8"),
-    Case("too wide", score(latents=latents(2, 16, 8, 50)), ValueError, "at most 48 x 48"),
-    Case("integers", score(latents=latents(dtype=torch.int64)), ValueError, "torch.int64"),
-    Case("bytes", score(latents=latents(dtype=torch.uint8)), ValueError, "torch.uint8"),
-    Case("truth values", score(latents=latents(dtype=torch.bool)), ValueError, "torch.bool"),
-    Case("complex", score(latents=latents(dtype=torch.complex64)), ValueError, "torch.complex64"),
-    Case("float8", score(latents=latents(dtype=torch.float8_e4m3fn)), ValueError, "float8_e4m3fn"),
-    Case("sparse", score(latents=latents().to_sparse()), ValueError, "expected at least one, floating"),
-    Case("on meta", score(latents=latents(device="meta")), ValueError, "latents are on meta, the reward is on cpu"),
-    Case("NaN", score(latents=spoilt(latents(), NAN)), ValueError, "1 of 2048 values are NaN or infinite"),
-    Case("infinity", score(latents=spoilt(latents(), INF)), ValueError, "1 of 2048 values are NaN or infinite"),
-    Case("-infinity", score(latents=spoilt(latents(), -INF)), ValueError, "1 of 2048 values"),
-    Case("a list", score(latents=[[0.0]]), TypeError, "latents: got list"),
-    Case("an array", score(latents=np.zeros((2, 16, 8, 8))), TypeError, "latents: got ndarray"),
-    Case("a picture", score(latents=picture()), TypeError, "score_images takes pictures"),
-    Case("nothing", score(latents=None), TypeError, "latents: got NoneType"),
+    Case("rank 3", score(latents=latents(16, 8, 8)), ValueError, "latents"),
+    Case("rank 5", score(latents=latents(1, 2, 16, 8, 8)), ValueError, "latents"),
+    Case("no samples", score(latents=latents(0, 16, 8, 8)), ValueError, "latents"),
+    Case("4 channels", score(latents=latents(2, 4, 8, 8)), ValueError, "4 16"),
+    Case("odd height", score(latents=latents(2, 16, 7, 8)), ValueError, "latents 7 8 2"),
+    Case("odd width", score(latents=latents(2, 16, 8, 9)), ValueError, "latents 8 9 2"),
+    Case("no height", score(latents=latents(2, 16, 0, 8)), ValueError, "latents 0 8"),
+    Case("too wide", score(latents=latents(2, 16, 8, 50)), ValueError, "latents 48"),
+    Case("integers", score(latents=latents(dtype=torch.int64)), ValueError, "latents torch.int64"),
+    Case("bytes", score(latents=latents(dtype=torch.uint8)), ValueError, "latents torch.uint8"),
+    Case("truth values", score(latents=latents(dtype=torch.bool)), ValueError, "latents torch.bool"),
+    Case("complex", score(latents=latents(dtype=torch.complex64)), ValueError, "latents torch.complex64"),
+    Case("float8", score(latents=latents(dtype=torch.float8_e4m3fn)), ValueError, "latents float8_e4m3fn"),
+    Case("sparse", score(latents=latents().to_sparse()), ValueError, "latents"),
+    Case("on meta", score(latents=latents(device="meta")), ValueError, "latents meta"),
+    Case("NaN", score(latents=with_value(latents(), NAN)), ValueError, "latents 2048"),
+    Case("infinity", score(latents=with_value(latents(), INF)), ValueError, "latents 2048"),
+    Case("-infinity", score(latents=with_value(latents(), -INF)), ValueError, "latents 2048"),
+    Case("a list", score(latents=[[0.0]]), TypeError, "latents list"),
+    Case("an array", score(latents=np.zeros((2, 16, 8, 8))), TypeError, "latents ndarray"),
+    Case("a picture", score(latents=picture()), TypeError, "latents score_images"),
+    Case("nothing", score(latents=None), TypeError, "latents NoneType"),
     Case("an unknown argument", score(timestep=400), TypeError, "timestep", by_signature=True),
     Case("left out", score(latents=...), TypeError, "latents", by_signature=True),
 ]  # fmt: skip
 
 PROMPTS = [
-    Case("one for two", prompted(["a"]), ValueError, "got 2 latents, 1 prompts"),
-    Case("a string for two", prompted("a"), ValueError, "got 2 latents, 1 prompts"),
-    Case("three for two", prompted(["a", "b", "c"]), ValueError, "got 2 latents, 3 prompts"),
-    Case("none", prompted([]), ValueError, "prompts: got none"),
-    Case("a number among them", prompted(["a", 3]), TypeError, "prompts: got int 3"),
-    Case("nothing among them", prompted(["a", None]), TypeError, "prompts: got NoneType"),
-    Case("bytes among them", prompted(["a", b"b"]), TypeError, "prompts: got bytes"),
-    Case("bytes", prompted(b"ab"), TypeError, "prompts: got int"),
-    Case("lists among them", prompted([["a"], ["b"]]), TypeError, "prompts: got list"),
-    Case("a set", prompted({"a", "b"}), TypeError, "prompts: got set"),
-    Case("a number", prompted(3), TypeError, "prompts: got int 3"),
-    Case("a million characters", prompted(["a", "b" * 1_000_000]), ValueError, "got 1000000 characters at 1"),
-    Case("neither form", prompted(None), ValueError, "got neither prompts nor embeddings"),
-    Case("both forms", score(prompts=["a", "b"]), ValueError, "got both prompts and embeddings"),
-    Case("one form and a half", score(prompts=["a", "b"], prompt_embeds=...), ValueError, "got both prompts"),
-    Case("without pooled", score(pooled_prompt_embeds=...), ValueError, "without pooled_prompt_embeds"),
-    Case("pooled alone", score(prompt_embeds=...), ValueError, "without prompt_embeds"),
+    Case("one for two", prompted(["a"]), ValueError, "2 latents 1 prompts"),
+    Case("a string for two", prompted("a"), ValueError, "2 latents 1 prompts"),
+    Case("three for two", prompted(["a", "b", "c"]), ValueError, "2 latents 3 prompts"),
+    Case("none", prompted([]), ValueError, "prompts"),
+    Case("a number among them", prompted(["a", 3]), TypeError, "prompts int 3"),
+    Case("nothing among them", prompted(["a", None]), TypeError, "prompts NoneType"),
+    Case("bytes among them", prompted(["a", b"b"]), TypeError, "prompts bytes"),
+    Case("bytes", prompted(b"ab"), TypeError, "prompts int"),
+    Case("lists among them", prompted([["a"], ["b"]]), TypeError, "prompts list"),
+    Case("a set", prompted({"a", "b"}), TypeError, "prompts set"),
+    Case("a number", prompted(3), TypeError, "prompts int 3"),
+    Case("a million characters", prompted(["a", "b" * 1_000_000]), ValueError, "prompts 1000000"),
+    Case("neither form", prompted(None), ValueError, "prompts"),
+    Case("both forms", score(prompts=["a", "b"]), ValueError, "prompts"),
+    Case("one form and a half", score(prompts=["a", "b"], prompt_embeds=...), ValueError, "prompts"),
+    Case("without pooled", score(pooled_prompt_embeds=...), ValueError, "pooled_prompt_embeds"),
+    Case("pooled alone", score(prompt_embeds=...), ValueError, "prompt_embeds"),
 ]  # fmt: skip
 
 EMBEDDINGS = [
-    Case("rank 2", score(prompt_embeds=latents(2, 32)), ValueError, "prompt_embeds: got (2, 32)"),
-    Case("of three", score(prompt_embeds=latents(3, 5, 32)), ValueError, "2 latents, 3 prompt_embeds"),
-    Case("narrow", score(prompt_embeds=latents(2, 5, 30)), ValueError, "prompt_embeds: got width 30"),
-    Case("without tokens", score(prompt_embeds=latents(2, 0, 32)), ValueError, "no tokens"),
-    Case("NaN", score(prompt_embeds=spoilt(latents(2, 5, 32), NAN)), ValueError, "prompt_embeds: 1 of 320 values"),
-    Case("integers", score(prompt_embeds=latents(2, 5, 32).long()), ValueError, "prompt_embeds: got (2, 5, 32) of torch.int64"),
-    Case("on meta", score(prompt_embeds=latents(2, 5, 32, device="meta")), ValueError, "prompt_embeds: got a tensor on meta"),
-    Case("a list", score(prompt_embeds=[1.0]), ValueError, "prompt_embeds: got list"),
-    Case("pooled of rank 3", score(pooled_prompt_embeds=latents(2, 1, 32)), ValueError, "pooled_prompt_embeds: got (2, 1, 32)"),
-    Case("pooled of one", score(pooled_prompt_embeds=latents(1, 32)), ValueError, "2 latents, 1 pooled_prompt_embeds"),
-    Case("pooled narrow", score(pooled_prompt_embeds=latents(2, 31)), ValueError, "pooled_prompt_embeds: got width 31"),
-    Case("pooled infinite", score(pooled_prompt_embeds=spoilt(latents(2, 32), INF)), ValueError, "pooled_prompt_embeds: 1 of 64"),
-    Case("pooled complex", score(pooled_prompt_embeds=latents(2, 32) * 1j), ValueError, "of torch.complex64"),
+    Case("rank 2", score(prompt_embeds=latents(2, 32)), ValueError, "prompt_embeds 2 32"),
+    Case("of three", score(prompt_embeds=latents(3, 5, 32)), ValueError, "2 latents 3 prompt_embeds"),
+    Case("narrow", score(prompt_embeds=latents(2, 5, 30)), ValueError, "prompt_embeds 30"),
+    Case("without tokens", score(prompt_embeds=latents(2, 0, 32)), ValueError, "prompt_embeds"),
+    Case("NaN", score(prompt_embeds=with_value(latents(2, 5, 32), NAN)), ValueError, "prompt_embeds 320"),
+    Case("integers", score(prompt_embeds=latents(2, 5, 32).long()), ValueError, "prompt_embeds 2 5 32 torch.int64"),
+    Case("on meta", score(prompt_embeds=latents(2, 5, 32, device="meta")), ValueError, "prompt_embeds meta"),
+    Case("a list", score(prompt_embeds=[1.0]), ValueError, "prompt_embeds list"),
+    Case("pooled of rank 3", score(pooled_prompt_embeds=latents(2, 1, 32)), ValueError, "pooled_prompt_embeds 2 1 32"),
+    Case("pooled of one", score(pooled_prompt_embeds=latents(1, 32)), ValueError, "2 latents 1 pooled_prompt_embeds"),
+    Case("pooled narrow", score(pooled_prompt_embeds=latents(2, 31)), ValueError, "pooled_prompt_embeds 31"),
+    Case("pooled infinite", score(pooled_prompt_embeds=with_value(latents(2, 32), INF)), ValueError, "pooled_prompt_embeds 64"),
+    Case("pooled complex", score(pooled_prompt_embeds=latents(2, 32) * 1j), ValueError, "pooled_prompt_embeds torch.complex64"),
 ]  # fmt: skip
 
 SIGMA = [
-    Case("below 0", score(sigma=-0.1), ValueError, "sigma: got -0.1, outside [0, 1]"),
-    Case("a timestep", score(sigma=400), ValueError, "a timestep is 1000 sigma"),
-    Case("above 1", score(sigma=1.0001), ValueError, "outside [0, 1]"),
-    Case("NaN", score(sigma=NAN), ValueError, "sigma: got nan"),
-    Case("infinity", score(sigma=INF), ValueError, "sigma: got inf"),
-    Case("no levels", score(sigma=()), TypeError, "expected a float"),
-    Case("one level wrong", score(sigma=(0.2, 1.2)), ValueError, "sigma: got 1.2"),
-    Case("one level NaN", score(sigma=[0.2, NAN]), ValueError, "sigma: got nan"),
-    Case("text", score(sigma="0.4"), TypeError, "sigma: got '0.4'"),
-    Case("truth", score(sigma=True), TypeError, "sigma: got True"),
-    Case("truth among levels", score(sigma=(0.2, True)), TypeError, "sigma: got"),
-    Case("nested", score(sigma=((0.2, 0.3), 0.4)), TypeError, "sigma: got"),
-    Case("tensors in a list", score(sigma=[torch.tensor([0.2, 0.3])]), TypeError, "sigma: got"),
-    Case("complex", score(sigma=0.4j), TypeError, "sigma: got"),
-    Case("three for two", score(sigma=torch.tensor([0.1, 0.2, 0.3])), ValueError, "sigma: got a tensor of shape (3,)"),
-    Case("rank 2", score(sigma=torch.full((2, 2), 0.4)), ValueError, "sigma: got a tensor of shape (2, 2)"),
-    Case("truth tensor", score(sigma=torch.tensor([True, False])), TypeError, "sigma: got"),
-    Case("complex tensor", score(sigma=torch.tensor([0.4j, 0.4j])), TypeError, "sigma: got"),
-    Case("tensor with NaN", score(sigma=torch.tensor([0.4, NAN])), ValueError, "sigma: got nan"),
-    Case("tensor on meta", score(sigma=torch.zeros(2, device="meta")), ValueError, "on meta"),
-    Case("number on meta", score(sigma=torch.zeros((), device="meta")), ValueError, "on meta"),
-    Case("a dictionary", score(sigma={0.4}), TypeError, "sigma: got"),
+    Case("below 0", score(sigma=-0.1), ValueError, "sigma -0.1"),
+    Case("a timestep", score(sigma=400), ValueError, "sigma 400"),
+    Case("above 1", score(sigma=1.0001), ValueError, "sigma"),
+    Case("NaN", score(sigma=NAN), ValueError, "sigma nan"),
+    Case("infinity", score(sigma=INF), ValueError, "sigma inf"),
+    Case("no levels", score(sigma=()), TypeError, "sigma"),
+    Case("one level wrong", score(sigma=(0.2, 1.2)), ValueError, "sigma 1.2"),
+    Case("one level NaN", score(sigma=[0.2, NAN]), ValueError, "sigma nan"),
+    Case("text", score(sigma="0.4"), TypeError, "sigma 0.4"),
+    Case("truth", score(sigma=True), TypeError, "sigma"),
+    Case("truth among levels", score(sigma=(0.2, True)), TypeError, "sigma"),
+    Case("nested", score(sigma=((0.2, 0.3), 0.4)), TypeError, "sigma"),
+    Case("tensors in a list", score(sigma=[torch.tensor([0.2, 0.3])]), TypeError, "sigma"),
+    Case("complex", score(sigma=0.4j), TypeError, "sigma"),
+    Case("three for two", score(sigma=torch.tensor([0.1, 0.2, 0.3])), ValueError, "sigma (3,)"),
+    Case("rank 2", score(sigma=torch.full((2, 2), 0.4)), ValueError, "sigma 2"),
+    Case("truth tensor", score(sigma=torch.tensor([True, False])), TypeError, "sigma"),
+    Case("complex tensor", score(sigma=torch.tensor([0.4j, 0.4j])), TypeError, "sigma"),
+    Case("tensor with NaN", score(sigma=torch.tensor([0.4, NAN])), ValueError, "sigma nan"),
+    Case("tensor on meta", score(sigma=torch.zeros(2, device="meta")), ValueError, "sigma meta"),
+    Case("number on meta", score(sigma=torch.zeros((), device="meta")), ValueError, "sigma meta"),
+    Case("a dictionary", score(sigma={0.4}), TypeError, "sigma"),
 ]  # fmt: skip
 
 NOISE = [
-    Case("of one", score(noise=latents(1, 16, 8, 8)), ValueError, "noise: got (1, 16, 8, 8); expected the latents'"),
-    Case("two draws for one level", score(noise=latents(2, 2, 16, 8, 8)), ValueError, "one draw per level"),
-    Case("two draws for three levels", score(noise=latents(2, 2, 16, 8, 8), sigma=(0.2, 0.5, 0.7)), ValueError, "(3, 2, 16, 8, 8)"),
-    Case("integers", score(noise=latents(dtype=torch.int32)), ValueError, "of torch.int32"),
-    Case("truth values", score(noise=latents(dtype=torch.bool)), ValueError, "of torch.bool"),
-    Case("complex", score(noise=latents(dtype=torch.complex64)), ValueError, "of torch.complex64"),
-    Case("NaN", score(noise=spoilt(latents(), NAN)), ValueError, "noise: 1 of 2048 values"),
-    Case("on meta", score(noise=latents(device="meta")), ValueError, "on meta"),
-    Case("a seed", score(noise=7), ValueError, "noise: got int"),
-    Case("and a generator", score(generator=generator()), ValueError, "got both noise and generator"),
-    Case("generator: a seed", score(noise=..., generator=7), TypeError, "torch.Generator().manual_seed(seed)"),
-    Case("generator: numpy's", score(noise=..., generator=np.random.default_rng(0)), TypeError, "generator: got Generator"),
-    Case("generator: a list", score(noise=..., generator=[generator()]), TypeError, "generator: got list"),
+    Case("of one", score(noise=latents(1, 16, 8, 8)), ValueError, "noise 1 16 8"),
+    Case("two draws for one level", score(noise=latents(2, 2, 16, 8, 8)), ValueError, "noise"),
+    Case("two draws for three levels", score(noise=latents(2, 2, 16, 8, 8), sigma=(0.2, 0.5, 0.7)), ValueError, "noise 3 2 16 8"),
+    Case("integers", score(noise=latents(dtype=torch.int32)), ValueError, "noise torch.int32"),
+    Case("truth values", score(noise=latents(dtype=torch.bool)), ValueError, "noise torch.bool"),
+    Case("complex", score(noise=latents(dtype=torch.complex64)), ValueError, "noise torch.complex64"),
+    Case("NaN", score(noise=with_value(latents(), NAN)), ValueError, "noise 2048"),
+    Case("on meta", score(noise=latents(device="meta")), ValueError, "noise meta"),
+    Case("a seed", score(noise=7), ValueError, "noise int"),
+    Case("and a generator", score(generator=generator()), ValueError, "noise"),
+    Case("generator: a seed", score(noise=..., generator=7), TypeError, "generator torch.Generator().manual_seed(seed)"),
+    Case("generator: numpy's", score(noise=..., generator=np.random.default_rng(0)), TypeError, "generator Generator"),
+    Case("generator: a list", score(noise=..., generator=[generator()]), TypeError, "generator list"),
 ]  # fmt: skip
 
 PICTURES = [
-    Case("a path", pictures("picture.png"), TypeError, "images: got str 'picture.png'"),
-    Case("paths", pictures(["a.png", "b.png"]), TypeError, "images[0]: got str 'a.png'"),
-    Case("bytes", pictures(b"PNG"), TypeError, "images: got bytes"),
-    Case("arrays", pictures([np.zeros((64, 64, 3), np.uint8)] * 2), TypeError, "images[0]: got ndarray"),
-    Case("an array", pictures(np.zeros((2, 64, 64, 3))), TypeError, "images: got ndarray"),
-    Case("nothing", pictures(None), TypeError, "images: got NoneType"),
-    Case("none", pictures([]), ValueError, "got 0 images"),
-    Case("nothing among them", pictures([picture(), None]), TypeError, "images[1]: got NoneType"),
-    Case("0 x 0 pixels", pictures([picture(size=(0, 0))] * 2), ValueError, "0 x 0 pixels"),
-    Case("no height", pictures([picture(size=(64, 0))] * 2), ValueError, "64 x 0 pixels"),
-    Case("two sizes", pictures([picture(), picture(size=(32, 64))]), ValueError, "expected one or more of one size"),
-    Case("a size the VAE has not", pictures([picture(size=(63, 64))] * 2), ValueError, "multiples of"),
-    Case("huge", pictures([picture(size=(256, 256))] * 2), ValueError, "expected at most 192: resize"),
-    Case("16 bits", pictures([picture("I;16")] * 2), ValueError, "expected 8 bits per channel"),
-    Case("32 bits", pictures([picture("I")] * 2), ValueError, "expected 8 bits per channel"),
-    Case("floats", pictures([picture("F")] * 2), ValueError, "expected 8 bits per channel"),
-    Case("transparent", pictures([picture("RGBA", color=(9, 9, 9, 100))] * 2), ValueError, "paste it on a background"),
-    Case("transparent gray", pictures([picture("LA", color=(9, 0))] * 2), ValueError, "paste it on a background"),
-    Case("byte tensor", pictures(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), ValueError, "torch.uint8"),
-    Case("bytes as floats", pictures(torch.full((2, 3, 64, 64), 255.0)), ValueError, "divide bytes by 255"),
-    Case("in [-1, 1]", pictures(torch.full((2, 3, 64, 64), -1.0)), ValueError, "map [-1, 1]"),
-    Case("NaN", pictures(torch.full((2, 3, 64, 64), NAN)), ValueError, "images: got values in [nan, nan]"),
-    Case("rank 3", pictures(torch.zeros(3, 64, 64)), ValueError, "(B, 3, H, W)"),
-    Case("channels last", pictures(torch.zeros(2, 64, 64, 3)), ValueError, "(B, 3, H, W)"),
-    Case("gray tensor", pictures(torch.zeros(2, 1, 64, 64)), ValueError, "(B, 3, H, W)"),
-    Case("empty tensor", pictures(torch.zeros(0, 3, 64, 64)), ValueError, "at least one"),
-    Case("on meta", pictures(torch.zeros(2, 3, 64, 64, device="meta")), ValueError, "on meta"),
-    Case("one prompt for two", pictures([picture()] * 2, ["a"]), ValueError, "got 2 latents, 1 prompts"),
-    Case("wrong sigma", pictures([picture()] * 2, sigma=2.0), ValueError, "sigma: got 2"),
+    Case("a path", pictures("picture.png"), TypeError, "images str picture.png"),
+    Case("paths", pictures(["a.png", "b.png"]), TypeError, "images[0] str a.png"),
+    Case("bytes", pictures(b"PNG"), TypeError, "images bytes"),
+    Case("arrays", pictures([np.zeros((64, 64, 3), np.uint8)] * 2), TypeError, "images[0] ndarray"),
+    Case("an array", pictures(np.zeros((2, 64, 64, 3))), TypeError, "images ndarray"),
+    Case("nothing", pictures(None), TypeError, "images NoneType"),
+    Case("none", pictures([]), ValueError, "images 0"),
+    Case("nothing among them", pictures([picture(), None]), TypeError, "images[1] NoneType"),
+    Case("0 x 0 pixels", pictures([picture(size=(0, 0))] * 2), ValueError, "0 pixels"),
+    Case("no height", pictures([picture(size=(64, 0))] * 2), ValueError, "64 0 pixels"),
+    Case("two sizes", pictures([picture(), picture(size=(32, 64))]), ValueError, "images"),
+    Case("a size the VAE has not", pictures([picture(size=(63, 64))] * 2), ValueError, "images"),
+    Case("huge", pictures([picture(size=(256, 256))] * 2), ValueError, "images 192"),
+    Case("16 bits", pictures([picture("I;16")] * 2), ValueError, "images[0]"),
+    Case("32 bits", pictures([picture("I")] * 2), ValueError, "images[0]"),
+    Case("floats", pictures([picture("F")] * 2), ValueError, "images[0]"),
+    Case("transparent", pictures([picture("RGBA", color=(9, 9, 9, 100))] * 2), ValueError, "images[0]"),
+    Case("transparent gray", pictures([picture("LA", color=(9, 0))] * 2), ValueError, "images[0]"),
+    Case("byte tensor", pictures(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), ValueError, "images torch.uint8"),
+    Case("bytes as floats", pictures(torch.full((2, 3, 64, 64), 255.0)), ValueError, "images 255"),
+    Case("in [-1, 1]", pictures(torch.full((2, 3, 64, 64), -1.0)), ValueError, "images"),
+    Case("NaN", pictures(torch.full((2, 3, 64, 64), NAN)), ValueError, "images"),
+    Case("rank 3", pictures(torch.zeros(3, 64, 64)), ValueError, "images 3"),
+    Case("channels last", pictures(torch.zeros(2, 64, 64, 3)), ValueError, "images 3"),
+    Case("gray tensor", pictures(torch.zeros(2, 1, 64, 64)), ValueError, "images 3"),
+    Case("empty tensor", pictures(torch.zeros(0, 3, 64, 64)), ValueError, "images"),
+    Case("on meta", pictures(torch.zeros(2, 3, 64, 64, device="meta")), ValueError, "images meta"),
+    Case("one prompt for two", pictures([picture()] * 2, ["a"]), ValueError, "2 latents 1 prompts"),
+    Case("wrong sigma", pictures([picture()] * 2, sigma=2.0), ValueError, "sigma 2"),
 ]  # fmt: skip
 
 PIXEL_REWARD = [
-    Case("no prompts", clip(prompts=...), ValueError, "reads prompts as text"),
-    Case("embeddings for prompts", clip(prompts=..., **TEXT), ValueError, "mean nothing to it"),
-    Case("a string for two", clip(prompts="ab"), ValueError, "got one string for 2 pictures"),
-    Case("one prompt for two", clip(prompts=["a"]), ValueError, "got 1 prompts for 2 pictures"),
-    Case("a number as prompt", clip(prompts=["a", 1]), TypeError, "prompts: got int 1"),
-    Case("4 channels", clip(latents=latents(2, 4, 8, 8)), ValueError, "expected (B, 16, h, w)"),
-    Case("rank 3", clip(latents=latents(16, 8, 8)), ValueError, "(B, C, H, W)"),
-    Case("integers", clip(latents=latents(dtype=torch.int64)), TypeError, "latents: got torch.int64"),
-    Case("no samples", clip(latents=latents(0, 16, 8, 8)), ValueError, "at least one sample"),
-    Case("NaN", clip(latents=spoilt(latents(), NAN)), ValueError, "latents: 1 of 2048 values"),
-    Case("a list", clip(latents=[1.0]), TypeError, "latents: got list"),
-    Case("a path as picture", lambda w: w.clip.score_images(["a.png"], ["a"]), TypeError, "images[0]: got str"),
-    Case("one picture, bare", lambda w: w.clip.score_images(picture(), ["a"]), TypeError, "expected a list of PIL"),
-    Case("no pictures", lambda w: w.clip.score_images([], []), TypeError, "expected a list of PIL"),
-    Case("bytes as floats", lambda w: w.clip.score_images(torch.full((1, 3, 64, 64), 255.0), ["a"]), ValueError, "divide bytes"),
-    Case("an empty picture", lambda w: w.clip.score_images([picture(size=(0, 4))], ["a"]), ValueError, "0 x 4 pixels"),
-    Case("two prompts for one picture", lambda w: w.clip.score_images([picture()], ["a", "b"]), ValueError, "got 2 prompts"),
+    Case("no prompts", clip(prompts=...), ValueError, "prompts"),
+    Case("embeddings for prompts", clip(prompts=..., **TEXT), ValueError, "prompts"),
+    Case("a string for two", clip(prompts="ab"), ValueError, "2"),
+    Case("one prompt for two", clip(prompts=["a"]), ValueError, "1 2"),
+    Case("a number as prompt", clip(prompts=["a", 1]), TypeError, "prompts int 1"),
+    Case("4 channels", clip(latents=latents(2, 4, 8, 8)), ValueError, "latents 16"),
+    Case("rank 3", clip(latents=latents(16, 8, 8)), ValueError, "latents"),
+    Case("integers", clip(latents=latents(dtype=torch.int64)), TypeError, "latents torch.int64"),
+    Case("no samples", clip(latents=latents(0, 16, 8, 8)), ValueError, "latents"),
+    Case("NaN", clip(latents=with_value(latents(), NAN)), ValueError, "latents 2048"),
+    Case("a list", clip(latents=[1.0]), TypeError, "latents list"),
+    Case("a path as picture", lambda w: w.clip.score_images(["a.png"], ["a"]), TypeError, "images[0] str"),
+    Case("one picture, bare", lambda w: w.clip.score_images(picture(), ["a"]), TypeError, "images"),
+    Case("no pictures", lambda w: w.clip.score_images([], []), TypeError, "images"),
+    Case("bytes as floats", lambda w: w.clip.score_images(torch.full((1, 3, 64, 64), 255.0), ["a"]), ValueError, "images 255"),
+    Case("an empty picture", lambda w: w.clip.score_images([picture(size=(0, 4))], ["a"]), ValueError, "0 4 pixels"),
+    Case("two prompts for one picture", lambda w: w.clip.score_images([picture()], ["a", "b"]), ValueError, "2 prompts"),
 ]  # fmt: skip
 
 
 def loaded(source=None, **options):
-    from dinalrm_align import LatentReward
-
     return lambda w: LatentReward.from_pretrained(
         w.reward_dir if source is None else source, **{n: v(w) if callable(v) else v for n, v in options.items()}
     )
 
 
 LOADING = [
-    Case("unknown dtype", loaded(dtype="int8"), ValueError, "dtype: got 'int8'; known: float32"),
-    Case("integer dtype", loaded(dtype=torch.int32), ValueError, "dtype: got torch.int32"),
-    Case("unknown device", loaded(device="gpu"), ValueError, "device: got 'gpu'"),
-    Case("device meta", loaded(device="meta"), ValueError, "hold no values"),
-    Case("device that is not there", loaded(device="cuda:99"), ValueError, "CUDA GPU"),
-    Case("the VAE as transformer", loaded(transformer=lambda w: w.pipeline.vae), TypeError, "got AutoencoderKL"),
-    Case("another class as pipeline", loaded(pipeline=lambda w: w.pipeline.vae), TypeError, "pipeline: got AutoencoderKL"),
-    Case("a path as pipeline", loaded(pipeline="pipeline"), TypeError, "pipeline: got str"),
-    Case("nothing as source", loaded(3), TypeError, "reward: got int"),
-    Case("format unknown", lambda w: w.reward.save_pretrained(w.fresh(), format="peft"), ValueError, "known: dinalrm, released"),
-    Case("saved to nothing", lambda w: w.reward.save_pretrained(""), TypeError, "directory: got ''"),
-    Case("saved to a number", lambda w: w.reward.save_pretrained(3), TypeError, "directory: got 3"),
-    Case("saved to a file", lambda w: w.reward.save_pretrained(w.file("f", "x")), OSError, "cannot be a folder"),
-    Case("saved below a file", lambda w: w.reward.save_pretrained(w.file("f", "x") / "r"), OSError, "cannot be a folder"),
+    Case("unknown dtype", loaded(dtype="int8"), ValueError, "dtype int8"),
+    Case("integer dtype", loaded(dtype=torch.int32), ValueError, "dtype torch.int32"),
+    Case("unknown device", loaded(device="gpu"), ValueError, "device gpu"),
+    Case("device meta", loaded(device="meta"), ValueError, "device meta"),
+    Case("device that is not there", loaded(device="cuda:99"), ValueError, "device cuda"),
+    Case("the VAE as transformer", loaded(transformer=lambda w: w.pipeline.vae), TypeError, "transformer AutoencoderKL"),
+    Case("another class as pipeline", loaded(pipeline=lambda w: w.pipeline.vae), TypeError, "pipeline AutoencoderKL"),
+    Case("a path as pipeline", loaded(pipeline="pipeline"), TypeError, "pipeline str"),
+    Case("nothing as source", loaded(3), TypeError, "reward int"),
+    Case("format unknown", lambda w: w.reward.save_pretrained(w.fresh(), format="peft"), ValueError, "format peft"),
+    Case("saved to nothing", lambda w: w.reward.save_pretrained(""), TypeError, "directory"),
+    Case("saved to a number", lambda w: w.reward.save_pretrained(3), TypeError, "directory 3"),
+    Case("saved to a file", lambda w: w.reward.save_pretrained(w.file("f", "x")), OSError, "f"),
+    Case("saved below a file", lambda w: w.reward.save_pretrained(w.file("f", "x") / "r"), OSError, "f"),
 ]  # fmt: skip
 
 X, V = latents(), latents()
 ONE = torch.ones(2)
 
 NOISE_FUNCTIONS = [
-    Case("noise of another shape", of("noise", "add_noise", X, V[:1], 0.4), ValueError, "the shape of the latents"),
-    Case("noise that is none", of("noise", "add_noise", X, 0.5, 0.4), TypeError, "noise: got float"),
-    Case("integer latents", of("noise", "add_noise", X.long(), V, 0.4), TypeError, "latents: got torch.int64"),
-    Case("latents of rank 3", of("noise", "add_noise", X[0], V[0], 0.4), ValueError, "(B, C, H, W)"),
-    Case("sigma above 1", of("noise", "add_noise", X, V, 400.0), ValueError, "sigma: got 400"),
-    Case("sigma NaN", of("noise", "add_noise", X, V, torch.tensor([NAN, 0.4])), ValueError, "expected [0, 1]"),
-    Case("sigma of three", of("noise", "add_noise", X, V, torch.zeros(3)), ValueError, "3 values for 2 latents"),
-    Case("sigma text", of("noise", "add_noise", X, V, "0.4"), TypeError, "sigma: got str"),
-    Case("sigma truth", of("noise", "add_noise", X, V, True), TypeError, "sigma: got bool"),
-    Case("sigma on meta", of("noise", "timestep_of", torch.zeros(2, device="meta")), TypeError, "holds values"),
-    Case("sigma empty", of("noise", "timestep_of", torch.zeros(0)), TypeError, "holds values"),
-    Case("timestep for sigma", of("noise", "timestep_of", torch.tensor([400.0])), ValueError, "expected [0, 1]"),
-    Case("velocity of another shape", of("noise", "denoised", X, V[:, :4], 0.4), ValueError, "velocity: got shape"),
-    Case("shift 0", of("noise", "shift_sigma", ONE, 0.0), ValueError, "shift: got 0"),
-    Case("no timesteps", of("noise", "scheduler_sigmas", 0), ValueError, "num_train_timesteps: got 0"),
-    Case("no table", of("noise", "snap_sigma", 0.4, torch.zeros(0)), ValueError, "table: got (0,)"),
-    Case("negative seed", of("noise", "seeded_generator", -1), ValueError, "expected at least 0"),
-    Case("fractional seed", of("noise", "seeded_generator", 0.5), TypeError, "expected an integer"),
-    Case("unknown density", of("noise", "sample_sigma", "gauss", 4, generator=generator()), ValueError, "unknown sigma density"),
-    Case("density of nothing", of("noise", "sample_sigma", None, 4, generator=generator()), TypeError, "pass a callable"),
-    Case("no draws", of("noise", "sample_sigma", "uniform", 0, generator=generator()), ValueError, "n: got 0"),
-    Case("density without generator", of("noise", "sample_sigma", "uniform", 4, generator=None), TypeError, "generator: got"),
-    Case("beta of 0", of("noise", "sample_sigma", "beta", 4, generator=generator(), a=0.0), ValueError, "a: got 0.0; expected more than 0"),
-    Case("mean NaN", of("noise", "sample_sigma", "logit_normal", 4, generator=generator(), mean=NAN), ValueError, "finite"),
-    Case("constant 2", of("noise", "sample_sigma", "constant", 4, generator=generator(), value=2.0), ValueError, "[0, 1]"),
+    Case("noise of another shape", of(add_noise, X, V[:1], 0.4), ValueError, "noise 1 16 8"),
+    Case("noise that is none", of(add_noise, X, 0.5, 0.4), TypeError, "noise float"),
+    Case("integer latents", of(add_noise, X.long(), V, 0.4), TypeError, "latents torch.int64"),
+    Case("latents of rank 3", of(add_noise, X[0], V[0], 0.4), ValueError, "latents"),
+    Case("sigma above 1", of(add_noise, X, V, 400.0), ValueError, "sigma 400"),
+    Case("sigma NaN", of(add_noise, X, V, torch.tensor([NAN, 0.4])), ValueError, "sigma"),
+    Case("sigma of three", of(add_noise, X, V, torch.zeros(3)), ValueError, "sigma 3 2"),
+    Case("sigma text", of(add_noise, X, V, "0.4"), TypeError, "sigma str"),
+    Case("sigma truth", of(add_noise, X, V, True), TypeError, "sigma bool"),
+    Case("sigma on meta", of(timestep_of, torch.zeros(2, device="meta")), TypeError, "sigma"),
+    Case("sigma empty", of(timestep_of, torch.zeros(0)), TypeError, "sigma"),
+    Case("timestep for sigma", of(timestep_of, torch.tensor([400.0])), ValueError, "sigma"),
+    Case("velocity of another shape", of(denoised, X, V[:, :4], 0.4), ValueError, "velocity"),
+    Case("shift 0", of(shift_sigma, ONE, 0.0), ValueError, "shift 0"),
+    Case("no timesteps", of(scheduler_sigmas, 0), ValueError, "num_train_timesteps 0"),
+    Case("no table", of(snap_sigma, 0.4, torch.zeros(0)), ValueError, "table (0,)"),
+    Case("negative seed", of(seeded_generator, -1), ValueError, "-1"),
+    Case("fractional seed", of(seeded_generator, 0.5), TypeError, "0.5"),
+    Case("unknown density", of(sample_sigma, "gauss", 4, generator=generator()), ValueError, "gauss"),
+    Case("density of nothing", of(sample_sigma, None, 4, generator=generator()), TypeError, "density NoneType"),
+    Case("no draws", of(sample_sigma, "uniform", 0, generator=generator()), ValueError, "n 0"),
+    Case("density without generator", of(sample_sigma, "uniform", 4, generator=None), TypeError, "generator"),
+    Case("beta of 0", of(sample_sigma, "beta", 4, generator=generator(), a=0.0), ValueError, "a 0.0"),
+    Case("mean NaN", of(sample_sigma, "logit_normal", 4, generator=generator(), mean=NAN), ValueError, "mean nan"),
+    Case("constant 2", of(sample_sigma, "constant", 4, generator=generator(), value=2.0), ValueError, "constant"),
 ]  # fmt: skip
 
 
 def loss(chosen=ONE, rejected=ONE, sigma=0.5 * ONE, label=1.0):
-    from dinalrm_align.reward.loss_config import LossConfig
-
-    return of("losses", "preference_loss", chosen, rejected, sigma, label, config=LossConfig())
+    return of(preference_loss, chosen, rejected, sigma, label, config=LossConfig())
 
 
 LOSSES = [
-    Case("scores of two lengths", loss(rejected=torch.ones(3)), ValueError, "must share one shape (N,)"),
-    Case("sigma of another length", loss(sigma=torch.ones(3)), ValueError, "must share one shape (N,)"),
-    Case("scores of rank 2", loss(*[torch.ones(2, 1)] * 3), ValueError, "must share one shape (N,)"),
-    Case("no pairs", loss(*[torch.ones(0)] * 3), ValueError, "N at least 1"),
-    Case("integer scores", loss(chosen=ONE.long()), TypeError, "score_chosen: got torch.int64"),
-    Case("a list of scores", loss(chosen=[1.0, 1.0]), TypeError, "score_chosen: got list"),
-    Case("sigma a number", loss(sigma=0.4), TypeError, "sigma: got float"),
-    Case("sigma above 1", loss(sigma=400 * ONE), ValueError, "expected [0, 1]"),
-    Case("sigma NaN", loss(sigma=NAN * ONE), ValueError, "expected [0, 1]"),
-    Case("label above 1", loss(label=1.5), ValueError, "probabilities in [0, 1]"),
-    Case("label NaN", loss(label=NAN * ONE), ValueError, "probabilities in [0, 1]"),
-    Case("labels of three", loss(label=torch.ones(3)), ValueError, "label: got"),
-    Case("label text", loss(label="chosen"), TypeError, "label: got str"),
-    Case("config a dictionary", of("losses", "preference_loss", ONE, ONE, ONE, config={}), TypeError, "expected a LossConfig"),
+    Case("scores of two lengths", loss(rejected=torch.ones(3)), ValueError, "score_chosen score_rejected sigma"),
+    Case("sigma of another length", loss(sigma=torch.ones(3)), ValueError, "score_chosen score_rejected sigma"),
+    Case("scores of rank 2", loss(*[torch.ones(2, 1)] * 3), ValueError, "score_chosen score_rejected sigma"),
+    Case("no pairs", loss(*[torch.ones(0)] * 3), ValueError, "score_chosen score_rejected sigma"),
+    Case("integer scores", loss(chosen=ONE.long()), TypeError, "score_chosen torch.int64"),
+    Case("a list of scores", loss(chosen=[1.0, 1.0]), TypeError, "score_chosen list"),
+    Case("sigma a number", loss(sigma=0.4), TypeError, "sigma float"),
+    Case("sigma above 1", loss(sigma=400 * ONE), ValueError, "sigma"),
+    Case("sigma NaN", loss(sigma=NAN * ONE), ValueError, "sigma"),
+    Case("label above 1", loss(label=1.5), ValueError, "1.5"),
+    Case("label NaN", loss(label=NAN * ONE), ValueError, "nan"),
+    Case("labels of three", loss(label=torch.ones(3)), ValueError, "label"),
+    Case("label text", loss(label="chosen"), TypeError, "label str"),
+    Case("config a dictionary", of(preference_loss, ONE, ONE, ONE, config={}), TypeError, "LossConfig"),
 ]  # fmt: skip
 
 SAMPLING = [
-    Case("no steps", of("sampling", "schedule_sigmas", lambda w: w.pipeline.scheduler, 0), ValueError, "num_steps: got 0"),
-    Case("half a step", of("sampling", "schedule_sigmas", lambda w: w.pipeline.scheduler, 2.5), TypeError, "num_steps: got"),
-    Case("velocity of another shape", of("sampling", "ode_step", X, V[:1], 1.0, 0.5), ValueError, "velocity: got shape"),
-    Case("sigma above 1", of("sampling", "ode_step", X, V, 1.5, 0.5), ValueError, "sigma: got 1.5"),
-    Case("sigma NaN", of("sampling", "ode_step", X, V, 1.0, NAN), ValueError, "sigma_next: got nan"),
-    Case("no levels", of("sampling", "rollout", lambda w: lambda x, s: x, X, []), ValueError, "falling levels"),
-    Case("rising levels", of("sampling", "rollout", lambda w: lambda x, s: x, X, [0.0, 1.0]), ValueError, "falling levels"),
-    Case("levels with NaN", of("sampling", "rollout", lambda w: lambda x, s: x, X, [1.0, NAN]), ValueError, "falling"),
-    Case("no generators", of("sampling", "seeded_noise", (16, 8, 8), []), TypeError, "one torch.Generator per sample"),
-    Case("seeds for generators", of("sampling", "seeded_noise", (16, 8, 8), [1, 2]), TypeError, "one torch.Generator"),
+    Case("no steps", of(schedule_sigmas, lambda w: w.pipeline.scheduler, 0), ValueError, "num_steps 0"),
+    Case("half a step", of(schedule_sigmas, lambda w: w.pipeline.scheduler, 2.5), TypeError, "num_steps"),
+    Case("velocity of another shape", of(ode_step, X, V[:1], 1.0, 0.5), ValueError, "velocity"),
+    Case("sigma above 1", of(ode_step, X, V, 1.5, 0.5), ValueError, "sigma 1.5"),
+    Case("sigma NaN", of(ode_step, X, V, 1.0, NAN), ValueError, "sigma_next nan"),
+    Case("no levels", of(rollout, lambda w: lambda x, s: x, X, []), ValueError, "sigmas"),
+    Case("rising levels", of(rollout, lambda w: lambda x, s: x, X, [0.0, 1.0]), ValueError, "sigmas"),
+    Case("levels with NaN", of(rollout, lambda w: lambda x, s: x, X, [1.0, NAN]), ValueError, "sigmas"),
+    Case("no generators", of(seeded_noise, (16, 8, 8), []), TypeError, "generators"),
+    Case("seeds for generators", of(seeded_noise, (16, 8, 8), [1, 2]), TypeError, "generators"),
 ]  # fmt: skip
 
 
 def velocity(**changes):
     def call(world: World) -> object:
-        from dinalrm_align.models.text import Conditions
-
         conditions = Conditions(["a", "b"], **TEXT)
         arguments = {"latents": latents(), "sigma": 0.5, "conditions": conditions, **changes}
         return world.policy.velocity(**arguments)
@@ -329,9 +336,6 @@ def velocity(**changes):
 
 def policy(transformer=None, lora=None, seed=0):
     def call(world: World) -> object:
-        from dinalrm_align.align.policy import Policy
-        from dinalrm_align.reward.config import LoraConfig
-
         return Policy(
             transformer(world) if transformer else world.policy.transformer, lora or LoraConfig(2, 2), seed=seed
         )
@@ -340,133 +344,127 @@ def policy(transformer=None, lora=None, seed=0):
 
 
 POLICY = [
-    Case("the VAE", policy(lambda w: w.pipeline.vae), TypeError, "policy: got AutoencoderKL"),
-    Case("a dictionary as config", policy(lora={"rank": 2}), TypeError, "expected diffusers' SD3Transformer2DModel and a"),
-    Case("negative seed", policy(seed=-1), ValueError, "seed: got -1"),
-    Case("a second one", policy(), ValueError, "takes no policy's adapter"),
-    Case("rank 3", velocity(latents=latents(16, 8, 8)), ValueError, "(B, C, H, W)"),
-    Case("4 channels", velocity(latents=latents(2, 4, 8, 8)), ValueError, "got 4 channels, the transformer takes 16"),
-    Case("integers", velocity(latents=latents(dtype=torch.int64)), TypeError, "latents: got torch.int64"),
-    Case("three latents", velocity(latents=latents(3, 16, 8, 8)), ValueError, "got 3 latents, 2 conditions"),
-    Case("sigma above 1", velocity(sigma=500.0), ValueError, "sigma: got 500"),
-    Case("guidance without negatives", velocity(guidance_scale=4.5), ValueError, "no negative conditions"),
-    Case("guidance NaN", velocity(guidance_scale=NAN), ValueError, "guidance_scale: got nan"),
-    Case("guidance below 0", velocity(guidance_scale=-1.0), ValueError, "guidance_scale: got -1"),
-    Case("conditions of two lengths", of("policy", "Conditions", ["a"], **TEXT), ValueError, "one embedding per prompt"),
-    Case("conditions of one string", of("policy", "Conditions", "ab", **TEXT), ValueError, "one embedding per prompt"),
-    Case("embeddings of rank 2", of("policy", "Conditions", ["a", "b"], TEXT["pooled_prompt_embeds"], TEXT["pooled_prompt_embeds"]), TypeError, "expected a floating tensor (B, L, D)"),
-    Case("saved to a file", lambda w: w.policy.save_lora(w.file("f", "x")), OSError, "cannot be a folder"),
+    Case("the VAE", policy(lambda w: w.pipeline.vae), TypeError, "policy AutoencoderKL"),
+    Case("a dictionary as config", policy(lora={"rank": 2}), TypeError, "policy dict"),
+    Case("negative seed", policy(seed=-1), ValueError, "seed -1"),
+    Case("a second one", policy(), ValueError, "policy"),
+    Case("rank 3", velocity(latents=latents(16, 8, 8)), ValueError, "latents"),
+    Case("4 channels", velocity(latents=latents(2, 4, 8, 8)), ValueError, "4 16"),
+    Case("integers", velocity(latents=latents(dtype=torch.int64)), TypeError, "latents torch.int64"),
+    Case("three latents", velocity(latents=latents(3, 16, 8, 8)), ValueError, "3 latents 2 conditions"),
+    Case("sigma above 1", velocity(sigma=500.0), ValueError, "sigma 500"),
+    Case("guidance without negatives", velocity(guidance_scale=4.5), ValueError, "guidance_scale 4.5"),
+    Case("guidance NaN", velocity(guidance_scale=NAN), ValueError, "guidance_scale nan"),
+    Case("guidance below 0", velocity(guidance_scale=-1.0), ValueError, "guidance_scale -1"),
+    Case("conditions of two lengths", of(Conditions, ["a"], **TEXT), ValueError, "prompt"),
+    Case("conditions of one string", of(Conditions, "ab", **TEXT), ValueError, "prompt"),
+    Case("embeddings of rank 2", of(Conditions, ["a", "b"], TEXT["pooled_prompt_embeds"], TEXT["pooled_prompt_embeds"]), TypeError, "prompt_embeds"),
+    Case("saved to a file", lambda w: w.policy.save_lora(w.file("f", "x")), OSError, "f"),
 ]  # fmt: skip
 
 ENCODING = [
-    Case("prompts of no one", lambda w: w.reward.encoder([]), ValueError, "prompts: got none"),
-    Case("a bare prompt", lambda w: w.reward.encoder("a circle"), TypeError, "expected a list of strings"),
-    Case("4 channels decoded", of("encode", "decode_latents", lambda w: w.pipeline.vae, latents(2, 4, 8, 8)), ValueError, "the VAE has 16"),
-    Case("a batch of no pairs", of("data.pairs", "PairBatch", X, CONDITIONS, chosen=torch.zeros(0).long(), rejected=torch.zeros(0).long(), label=torch.zeros(0), group=torch.zeros(2).long()), ValueError, "got no pairs"),
-    Case("a batch with NaN", of("data.pairs", "PairBatch", spoilt(X, NAN), CONDITIONS, chosen=torch.tensor([0]), rejected=torch.tensor([1]), label=torch.ones(1), group=torch.zeros(2).long()), ValueError, "pair batch: latents"),
-    Case("rows as floats", of("data.pairs", "PairBatch", X, CONDITIONS, chosen=torch.tensor([0.0]), rejected=torch.tensor([1]), label=torch.ones(1), group=torch.zeros(2).long()), TypeError, "chosen: got torch.float32"),
-    Case("rows out of range", of("data.pairs", "PairBatch", X, CONDITIONS, chosen=torch.tensor([0]), rejected=torch.tensor([2]), label=torch.ones(1), group=torch.zeros(2).long()), ValueError, "pairs index pictures 0 to 1"),
+    Case("prompts of no one", lambda w: w.reward.encoder([]), ValueError, "prompts"),
+    Case("a bare prompt", lambda w: w.reward.encoder("a circle"), TypeError, "prompts str"),
+    Case("4 channels decoded", of(decode_latents, lambda w: w.pipeline.vae, latents(2, 4, 8, 8)), ValueError, "16"),
+    Case("a batch of no pairs", of(PairBatch, X, CONDITIONS, chosen=torch.zeros(0).long(), rejected=torch.zeros(0).long(), label=torch.zeros(0), group=torch.zeros(2).long()), ValueError, "pairs"),
+    Case("a batch with NaN", of(PairBatch, with_value(X, NAN), CONDITIONS, chosen=torch.tensor([0]), rejected=torch.tensor([1]), label=torch.ones(1), group=torch.zeros(2).long()), ValueError, "latents"),
+    Case("rows as floats", of(PairBatch, X, CONDITIONS, chosen=torch.tensor([0.0]), rejected=torch.tensor([1]), label=torch.ones(1), group=torch.zeros(2).long()), TypeError, "chosen torch.float32"),
+    Case("rows out of range", of(PairBatch, X, CONDITIONS, chosen=torch.tensor([0]), rejected=torch.tensor([2]), label=torch.ones(1), group=torch.zeros(2).long()), ValueError, "0 2"),
 ]  # fmt: skip
 
 BUILDING = [
-    Case("config a dictionary", of("model", "build_reward_model", {}, lambda w: w.pipeline.transformer), TypeError, "RewardConfig"),
-    Case("more layers than blocks", of("model", "build_reward_model", config("reward", "RewardConfig", num_layers=9, visual_taps=(1,), text_taps=(1,)), lambda w: w.pipeline.transformer), ValueError, "num_layers: got 9"),
-    Case("heads that do not divide", of("head", "RewardHead", config("reward", "HeadConfig", num_attn_heads=5), 16, 1, 1), ValueError, "do not divide the width"),
+    Case("config a dictionary", of(build_reward_model, {}, lambda w: w.pipeline.transformer), TypeError, "RewardConfig"),
+    Case("more layers than blocks", of(build_reward_model, of(RewardConfig, num_layers=9, visual_taps=(1,), text_taps=(1,)), lambda w: w.pipeline.transformer), ValueError, "num_layers 9"),
+    Case("heads that do not divide", of(RewardHead, of(HeadConfig, num_attn_heads=5), 16, 1, 1), ValueError, "5 16"),
 ]  # fmt: skip
 
 SETTINGS = [
-    Case("num_layers text", config("reward", "RewardConfig", num_layers="12"), TypeError, "num_layers: got str '12'; expected an integer"),
-    Case("num_layers truth", config("reward", "RewardConfig", num_layers=True), TypeError, "num_layers: got bool"),
-    Case("num_layers fraction", config("reward", "RewardConfig", num_layers=12.0), TypeError, "num_layers: got float"),
-    Case("num_layers negative", config("reward", "RewardConfig", num_layers=-1), ValueError, "num_layers: got -1"),
-    Case("no visual taps", config("reward", "RewardConfig", visual_taps=()), ValueError, "visual_taps"),
-    Case("falling taps", config("reward", "RewardConfig", visual_taps=(8, 4)), ValueError, "visual_taps: got (8, 4)"),
-    Case("tap beyond the layers", config("reward", "RewardConfig", text_taps=(4, 13)), ValueError, "num_layers = 12"),
-    Case("tap of text", config("reward", "RewardConfig", text_taps=("4",)), TypeError, "text_taps[0]: got str"),
-    Case("taps a number", config("reward", "RewardConfig", text_taps=4), TypeError, "text_taps: got int"),
-    Case("sigma above 1", config("reward", "RewardConfig", sigma=1.4), ValueError, "sigma: got 1.4"),
-    Case("sigma NaN", config("reward", "RewardConfig", sigma=NAN), ValueError, "sigma: got nan"),
-    Case("sigma no levels", config("reward", "RewardConfig", sigma=()), ValueError, "sigma: got ()"),
-    Case("image sigma text", config("reward", "RewardConfig", image_sigma="0.1"), TypeError, "image_sigma: got str"),
-    Case("scale 0", config("reward", "RewardConfig", score_scale=0.0), ValueError, "score_scale: got 0"),
-    Case("scale infinite", config("reward", "RewardConfig", score_scale=INF), ValueError, "score_scale: got inf"),
-    Case("bias beyond floats", config("reward", "RewardConfig", score_bias=10**400), ValueError, "score_bias: got"),
-    Case("text length 0", config("reward", "RewardConfig", text_length=0), ValueError, "text_length: got 0"),
-    Case("text length endless", config("reward", "RewardConfig", text_length=10**9), ValueError, "at most 512"),
-    Case("tuning unknown", config("reward", "RewardConfig", tuning="lara"), ValueError, "did you mean 'lora'?"),
-    Case("tuning nothing", config("reward", "RewardConfig", tuning=None), ValueError, "known: lora, none, full"),
-    Case("lora a dictionary", config("reward", "RewardConfig", lora={"rank": 4}), TypeError, "lora: got dict"),
-    Case("snap a number", config("reward", "RewardConfig", snap_sigma=1), TypeError, "snap_sigma: got int 1; expected true or false"),
-    Case("base model of nothing", config("reward", "RewardConfig", base_model_id=""), ValueError, "base_model_id"),
-    Case("base model with NUL", config("reward", "RewardConfig", base_model_id="a\0b"), ValueError, "NUL"),
-    Case("version of the future", config("reward", "RewardConfig", format_version=99), ValueError, "update dinalrm_align"),
-    Case("unknown setting", config("reward", "RewardConfig", sigmas=(0.1,)), TypeError, "sigmas", by_signature=True),
-    Case("rank 0", config("reward", "LoraConfig", rank=0), ValueError, "lora.rank: got 0"),
-    Case("rank truth", config("reward", "LoraConfig", rank=True), TypeError, "lora.rank: got bool"),
-    Case("alpha NaN", config("reward", "LoraConfig", alpha=NAN), ValueError, "lora.alpha: got nan"),
-    Case("init unknown", config("reward", "LoraConfig", init="zeros"), ValueError, "lora.init: got 'zeros'"),
-    Case("no queries", config("reward", "HeadConfig", num_queries=0), ValueError, "head.num_queries: got 0"),
-    Case("dropout 1", config("reward", "HeadConfig", dropout=1.0), ValueError, "head.dropout: got 1.0"),
-    Case("dropout text", config("reward", "HeadConfig", dropout="0.1"), TypeError, "head.dropout: got str"),
-    Case("width that heads do not divide", config("reward", "HeadConfig", width=12), ValueError, "head.width: got 12"),
-    Case("likelihood unknown", config("loss", "LossConfig", likelihood="thurston"), ValueError, "did you mean 'thurstone'"),
-    Case("objective unknown", config("loss", "LossConfig", objective="hinge"), ValueError, "loss.objective: got 'hinge'"),
-    Case("variance 0", config("loss", "LossConfig", variance=0.0), ValueError, "loss.variance: got 0.0"),
-    Case("k NaN", config("loss", "LossConfig", k=NAN), ValueError, "loss.k: got nan"),
-    Case("margin text", config("loss", "LossConfig", margin="1"), TypeError, "loss.margin: got str"),
-    Case("density unknown", config("loss", "SigmaConfig", density="normal"), ValueError, "logit_normal"),
-    Case("std below 0", config("loss", "SigmaConfig", std=-1.0), ValueError, "std: got -1.0"),
-    Case("constant beyond 1", config("loss", "SigmaConfig", value=2.0), ValueError, "value: got 2.0"),
-    Case("lr negative", config("loop", "OptimConfig", lr=-1e-3), ValueError, "optim: got lr -0.001"),
-    Case("lr NaN", config("loop", "OptimConfig", lr=NAN), ValueError, "optim.lr: got nan"),
-    Case("lr text", config("loop", "OptimConfig", lr="1e-4"), TypeError, "optim.lr: got str '1e-4'"),
-    Case("beta 1", config("loop", "OptimConfig", beta1=1.0), ValueError, "beta1 1.0"),
-    Case("eps 0", config("loop", "OptimConfig", eps=0.0), ValueError, "eps 0.0"),
-    Case("decay share 0", config("loop", "OptimConfig", decay_share=0.0), ValueError, "decay_share"),
-    Case("schedule unknown", config("loop", "OptimConfig", schedule="cosin"), ValueError, "did you mean 'cosine'"),
-    Case("warm-up of half a step", config("loop", "OptimConfig", warmup_steps=0.5), TypeError, "optim.warmup_steps"),
-    Case("no steps", config("loop", "LoopConfig", steps=0), ValueError, "steps 0"),
-    Case("steps truth", config("loop", "LoopConfig", steps=True), TypeError, "loop.steps: got bool"),
-    Case("ema 1", config("loop", "LoopConfig", ema_decay=1.0), ValueError, "ema_decay 1.0"),
-    Case("ema NaN", config("loop", "LoopConfig", ema_decay=NAN), ValueError, "loop.ema_decay: got nan"),
-    Case("keep nothing", config("loop", "LoopConfig", keep_last=0), ValueError, "keep_last 0"),
-    Case("more gradient steps than steps", config("refl", "ReflConfig", num_steps=2, grad_steps=3), ValueError, "refl.grad_steps: got 3"),
-    Case("earliest 2", config("refl", "ReflConfig", earliest=2.0), ValueError, "refl.earliest: got 2.0"),
-    Case("KL NaN", config("refl", "ReflConfig", kl_weight=NAN), ValueError, "refl.kl_weight: got nan"),
-    Case("guidance below 0", config("refl", "ReflConfig", guidance_scale=-2.0), ValueError, "refl.guidance_scale"),
-    Case("no reward levels", config("refl", "ReflConfig", reward_sigma=[]), ValueError, "refl.reward_sigma"),
-    Case("reward level 400", config("refl", "ReflConfig", reward_sigma=[400.0]), ValueError, "refl.reward_sigma"),
-    Case("range of three", config("refl", "ReflConfig", reward_sigma_range=(0.1, 0.2, 0.3)), ValueError, "expected 2 values"),
-    Case("range reversed", config("refl", "ReflConfig", reward_sigma_range=(0.7, 0.2)), ValueError, "low <= high"),
-    Case("range with NaN", config("refl", "ReflConfig", reward_sigma_range=(0.1, NAN)), ValueError, "reward_sigma_range[1]"),
-    Case("one sample", config("align", "EvaluationConfig", samples=1), ValueError, "evaluation.samples: got 1"),
-    Case("more shown than sampled", config("align", "EvaluationConfig", samples=4, shown=5), ValueError, "evaluation.shown: got 5"),
-    Case("evaluation seed -1", config("align", "EvaluationConfig", seed=-1), ValueError, "evaluation.seed: got -1"),
-    Case("height 40", config("refl", "ReflRun", height=40), ValueError, "multiple of 16"),
-    Case("policy a dictionary", config("refl", "ReflRun", policy={"rank": 4}), TypeError, "policy: got dict"),
-    Case("no accuracy levels", config("train_reward", "AccuracyConfig", sigmas=[]), ValueError, "accuracy.sigmas: got []"),
-    Case("accuracy level NaN", config("train_reward", "AccuracyConfig", sigmas=[NAN]), ValueError, "accuracy.sigmas[0]: got nan"),
-    Case("full tuning in the recipe", lambda w: config("train_reward", "TrainRewardRun", reward=config("reward", "RewardConfig", tuning="full")(w))(w), ValueError, "reward.tuning"),
-    Case("seed -1", config("train_reward", "TrainRewardRun", seed=-1), ValueError, "seed: got -1"),
-    Case("batch of nothing", config("train_reward", "TrainRewardRun", batch_size=0), ValueError, "batch_size: got 0"),
-    Case("picture of 63 pixels", config("shapes", "StackConfig", image_size=63), ValueError, "image_size 63"),
-    Case("widths the norms do not divide", config("shapes", "StackConfig", vae_channels=(12,)), ValueError, "vae_channels"),
-    Case("dual block beyond the depth", config("shapes", "StackConfig", dual_attention_layers=(9,)), ValueError, "dual_attention"),
-    Case("depth text", config("shapes", "StackConfig", depth="6"), TypeError, "stack.depth: got str"),
-    Case("emphasis on nothing known", config("shapes", "PairsConfig", emphasis={"color": 2.0}), ValueError, "did you mean 'colour'"),
-    Case("emphasis 0", config("shapes", "PairsConfig", emphasis={"shape": 0.0}), ValueError, "pairs.emphasis.shape"),
-    Case("one picture a caption", config("shapes", "PairsConfig", pictures=1), ValueError, "pairs.pictures: got 1"),
-    Case("share above 1", config("shapes", "PairsConfig", sampled_share=1.5), ValueError, "sampled_share 1.5"),
-    Case("build on a TPU", config("shapes", "BuildConfig", device="tpu"), ValueError, "device: got 'tpu'"),
-    Case("not a dictionary", lambda w: vars_of_reward_config().from_dict([1]), TypeError, "reward config: got list"),
-    Case("an empty dictionary", lambda w: vars_of_reward_config().from_dict({}), ValueError, "missing base_model_id"),
+    Case("num_layers text", of(RewardConfig, num_layers="12"), TypeError, "num_layers str 12"),
+    Case("num_layers truth", of(RewardConfig, num_layers=True), TypeError, "num_layers bool"),
+    Case("num_layers fraction", of(RewardConfig, num_layers=12.0), TypeError, "num_layers float"),
+    Case("num_layers negative", of(RewardConfig, num_layers=-1), ValueError, "num_layers -1"),
+    Case("no visual taps", of(RewardConfig, visual_taps=()), ValueError, "visual_taps"),
+    Case("falling taps", of(RewardConfig, visual_taps=(8, 4)), ValueError, "visual_taps 8 4"),
+    Case("tap beyond the layers", of(RewardConfig, text_taps=(4, 13)), ValueError, "text_taps 13"),
+    Case("tap of text", of(RewardConfig, text_taps=("4",)), TypeError, "text_taps[0] str"),
+    Case("taps a number", of(RewardConfig, text_taps=4), TypeError, "text_taps int"),
+    Case("sigma above 1", of(RewardConfig, sigma=1.4), ValueError, "sigma 1.4"),
+    Case("sigma NaN", of(RewardConfig, sigma=NAN), ValueError, "sigma nan"),
+    Case("sigma no levels", of(RewardConfig, sigma=()), ValueError, "sigma"),
+    Case("image sigma text", of(RewardConfig, image_sigma="0.1"), TypeError, "image_sigma str"),
+    Case("scale 0", of(RewardConfig, score_scale=0.0), ValueError, "score_scale 0.0"),
+    Case("scale infinite", of(RewardConfig, score_scale=INF), ValueError, "score_scale inf"),
+    Case("bias beyond floats", of(RewardConfig, score_bias=10**400), ValueError, "score_bias"),
+    Case("text length 0", of(RewardConfig, text_length=0), ValueError, "text_length 0"),
+    Case("text length endless", of(RewardConfig, text_length=10**9), ValueError, "text_length 1000000000"),
+    Case("tuning unknown", of(RewardConfig, tuning="lara"), ValueError, "tuning lara"),
+    Case("tuning nothing", of(RewardConfig, tuning=None), ValueError, "tuning"),
+    Case("lora a dictionary", of(RewardConfig, lora={"rank": 4}), TypeError, "lora dict"),
+    Case("snap a number", of(RewardConfig, snap_sigma=1), TypeError, "snap_sigma int 1"),
+    Case("base model of nothing", of(RewardConfig, base_model_id=""), ValueError, "base_model_id"),
+    Case("base model with NUL", of(RewardConfig, base_model_id="a\0b"), ValueError, "base_model_id NUL"),
+    Case("version of the future", of(RewardConfig, format_version=99), ValueError, "format_version 99"),
+    Case("unknown setting", of(RewardConfig, sigmas=(0.1,)), TypeError, "sigmas", by_signature=True),
+    Case("rank 0", of(LoraConfig, rank=0), ValueError, "rank 0"),
+    Case("rank truth", of(LoraConfig, rank=True), TypeError, "lora rank bool"),
+    Case("alpha NaN", of(LoraConfig, alpha=NAN), ValueError, "lora alpha nan"),
+    Case("init unknown", of(LoraConfig, init="zeros"), ValueError, "lora init zeros"),
+    Case("no queries", of(HeadConfig, num_queries=0), ValueError, "num_queries 0"),
+    Case("dropout 1", of(HeadConfig, dropout=1.0), ValueError, "dropout 1.0"),
+    Case("dropout text", of(HeadConfig, dropout="0.1"), TypeError, "head dropout str"),
+    Case("width that heads do not divide", of(HeadConfig, width=12), ValueError, "width 12"),
+    Case("likelihood unknown", of(LossConfig, likelihood="thurston"), ValueError, "likelihood thurston"),
+    Case("objective unknown", of(LossConfig, objective="hinge"), ValueError, "loss objective hinge"),
+    Case("variance 0", of(LossConfig, variance=0.0), ValueError, "variance 0.0"),
+    Case("k NaN", of(LossConfig, k=NAN), ValueError, "loss k nan"),
+    Case("margin text", of(LossConfig, margin="1"), TypeError, "loss margin str"),
+    Case("density unknown", of(SigmaConfig, density="normal"), ValueError, "density normal"),
+    Case("std below 0", of(SigmaConfig, std=-1.0), ValueError, "std -1.0"),
+    Case("constant beyond 1", of(SigmaConfig, value=2.0), ValueError, "value 2.0"),
+    Case("lr negative", of(OptimConfig, lr=-1e-3), ValueError, "optim lr -0.001"),
+    Case("lr NaN", of(OptimConfig, lr=NAN), ValueError, "optim lr nan"),
+    Case("lr text", of(OptimConfig, lr="1e-4"), TypeError, "optim lr str 1e-4"),
+    Case("beta 1", of(OptimConfig, beta1=1.0), ValueError, "beta1 1.0"),
+    Case("eps 0", of(OptimConfig, eps=0.0), ValueError, "eps 0.0"),
+    Case("decay share 0", of(OptimConfig, decay_share=0.0), ValueError, "decay_share"),
+    Case("schedule unknown", of(OptimConfig, schedule="cosin"), ValueError, "schedule cosin"),
+    Case("warm-up of half a step", of(OptimConfig, warmup_steps=0.5), TypeError, "optim warmup_steps"),
+    Case("no steps", of(LoopConfig, steps=0), ValueError, "steps 0"),
+    Case("steps truth", of(LoopConfig, steps=True), TypeError, "loop steps bool"),
+    Case("ema 1", of(LoopConfig, ema_decay=1.0), ValueError, "ema_decay 1.0"),
+    Case("ema NaN", of(LoopConfig, ema_decay=NAN), ValueError, "loop ema_decay nan"),
+    Case("keep nothing", of(LoopConfig, keep_last=0), ValueError, "keep_last 0"),
+    Case("more gradient steps than steps", of(ReflConfig, num_steps=2, grad_steps=3), ValueError, "grad_steps 3"),
+    Case("earliest 2", of(ReflConfig, earliest=2.0), ValueError, "earliest 2.0"),
+    Case("KL NaN", of(ReflConfig, kl_weight=NAN), ValueError, "refl kl_weight nan"),
+    Case("guidance below 0", of(ReflConfig, guidance_scale=-2.0), ValueError, "guidance_scale -2"),
+    Case("no reward levels", of(ReflConfig, reward_sigma=[]), ValueError, "refl reward_sigma"),
+    Case("reward level 400", of(ReflConfig, reward_sigma=[400.0]), ValueError, "reward_sigma 400"),
+    Case("range of three", of(ReflConfig, reward_sigma_range=(0.1, 0.2, 0.3)), ValueError, "reward_sigma_range"),
+    Case("range reversed", of(ReflConfig, reward_sigma_range=(0.7, 0.2)), ValueError, "reward_sigma_range 0.7 0.2"),
+    Case("range with NaN", of(ReflConfig, reward_sigma_range=(0.1, NAN)), ValueError, "refl reward_sigma_range[1]"),
+    Case("one sample", of(EvaluationConfig, samples=1), ValueError, "samples 1"),
+    Case("more shown than sampled", of(EvaluationConfig, samples=4, shown=5), ValueError, "shown 5"),
+    Case("evaluation seed -1", of(EvaluationConfig, seed=-1), ValueError, "evaluation seed -1"),
+    Case("height 40", of(ReflRun, height=40), ValueError, "height 40"),
+    Case("policy a dictionary", of(ReflRun, policy={"rank": 4}), TypeError, "policy dict"),
+    Case("no accuracy levels", of(AccuracyConfig, sigmas=[]), ValueError, "sigmas"),
+    Case("accuracy level NaN", of(AccuracyConfig, sigmas=[NAN]), ValueError, "accuracy sigmas[0] nan"),
+    Case("full tuning in the recipe", of(TrainRewardRun, reward=of(RewardConfig, tuning="full")), ValueError, "reward tuning"),
+    Case("seed -1", of(TrainRewardRun, seed=-1), ValueError, "seed -1"),
+    Case("batch of nothing", of(TrainRewardRun, batch_size=0), ValueError, "batch_size 0"),
+    Case("picture of 63 pixels", of(StackConfig, image_size=63), ValueError, "image_size 63"),
+    Case("widths the norms do not divide", of(StackConfig, vae_channels=(12,)), ValueError, "vae_channels"),
+    Case("dual block beyond the depth", of(StackConfig, dual_attention_layers=(9,)), ValueError, "dual_attention_layers"),
+    Case("depth text", of(StackConfig, depth="6"), TypeError, "stack depth str"),
+    Case("emphasis on nothing known", of(PairsConfig, emphasis={"color": 2.0}), ValueError, "color"),
+    Case("emphasis 0", of(PairsConfig, emphasis={"shape": 0.0}), ValueError, "emphasis shape"),
+    Case("one picture a caption", of(PairsConfig, pictures=1), ValueError, "pictures 1"),
+    Case("share above 1", of(PairsConfig, sampled_share=1.5), ValueError, "sampled_share 1.5"),
+    Case("build on a TPU", of(BuildConfig, device="tpu"), ValueError, "device tpu"),
+    Case("not a dictionary", lambda w: RewardConfig.from_dict([1]), TypeError, "list"),
+    Case("an empty dictionary", lambda w: RewardConfig.from_dict({}), ValueError, "base_model_id"),
 ]  # fmt: skip
-
-
-def vars_of_reward_config():
-    from dinalrm_align import RewardConfig
-
-    return RewardConfig
 
 
 GROUPS = {
