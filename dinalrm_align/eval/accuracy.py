@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from dinalrm_align.data.pairs import PairBatch
@@ -186,3 +188,30 @@ def _plot(tallies: Tallies, path: Path, title: str) -> None:
 def metrics(tallies: Tallies) -> Mapping[str, float]:
     """Numbers for metrics.jsonl: accuracy/<level> over all pairs."""
     return {f"accuracy/{level_name(level)}": counts[OVERALL].accuracy for level, counts in tallies.items()}
+
+
+def evaluate_pairs(
+    score: Score,
+    batches: Sequence[PairBatch],
+    levels: Sequence[Level],
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    directory: Path,
+    title: str,
+    in_step: bool = False,
+) -> Mapping[str, float]:
+    """Score the batches on all ranks, write the report into `directory` on the main one, and return `metrics`.
+
+    in_step: the ranks must call `score` equally often, because weights are sharded over them; a rank without a batch
+    at the end scores another one, which is not counted.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with accelerator.autocast():
+        part = pairwise_tallies(score, batches, levels, seed=seed, rank=rank, world=world)
+        if in_step and 0 < len(batches) % world <= rank:
+            pairwise_tallies(score, [batches[0]], levels)
+    tallies = merge(gather_object([part]))
+    if accelerator.is_main_process:
+        write_report(tallies, directory, title=title)
+    return metrics(tallies)

@@ -1,26 +1,41 @@
 """Training a reward on preference pairs (arXiv 2602.11146, section 4): one draw of noise levels, one forward, one loss.
 
-Pictures of a group share their noise and their sigma, so that a gap of scores is about the pictures and nothing else.
+The images of a group share noise and sigma, so that the difference of two scores is due to the images only.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from torch import Tensor
 
-from dinalrm_align.data.pairs import PairBatch
+from dinalrm_align.data.pairs import PairBatch, PairSource
+from dinalrm_align.data.prefetch import Prefetched
+from dinalrm_align.data.source import Encoders, open_pairs
 from dinalrm_align.flow.config import SigmaConfig
-from dinalrm_align.flow.noise import sample_sigma
+from dinalrm_align.flow.noise import sample_sigma, seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
+from dinalrm_align.models.specs import ModelSpec
+from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.loss_config import LossConfig
 from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import RewardModel
+from dinalrm_align.reward.training_config import TrainRewardRun
+from dinalrm_align.shapes.pairs import ensure_training_pairs
+from dinalrm_align.train.digest import text_digest
+from dinalrm_align.train.files import reading
 
 
 @dataclass(frozen=True)
 class NoisedPairs:
-    """A batch with what is drawn for it: noise (M, C, H, W) and sigma (M,), float32, equal within a group."""
+    """A batch with noise (M, C, H, W) and sigma (M,) for its M images, float32, equal within a group."""
 
     batch: PairBatch
     noise: Tensor
@@ -28,14 +43,12 @@ class NoisedPairs:
 
     @property
     def count(self) -> int:
-        """N pairs, what the loss is the mean over."""
+        """Number of pairs, over which the loss is averaged."""
         return len(self.batch.chosen)
 
 
 def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[torch.Generator]) -> NoisedPairs:
-    """Draw noise and sigma of each of the G groups from its own generator, so that they do not depend on what else is
-    in the batch; the result is on the batch's device.
-    """
+    """Draw noise and sigma for each of the G groups from its own generator; the result is on the batch's device."""
     device = batch.latents.device
     noise = seeded_noise(tuple(batch.latents.shape[1:]), generators)
     sigma = torch.cat([sample_sigma(density.density, 1, generator=g, **density.parameters()) for g in generators])
@@ -43,10 +56,10 @@ def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[tor
 
 
 def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss over pairs, with a graph, from one forward over all pictures; and, detached:
+    """The mean loss over pairs, from one forward of all images, and detached metrics.
 
-    train_accuracy, share of pairs in which the preferred picture scores higher (soft labels: above 1/2); score_gap, the
-    mean gap of raw scores in the preferred direction; score_std, of all raw scores.
+    train_accuracy: fraction of pairs whose preferred image scores higher (soft labels: above 1/2); score_gap: mean
+    difference of raw scores in the preferred direction; score_std: standard deviation of all raw scores.
     """
     batch, text = pairs.batch, pairs.batch.conditions
     raw = model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, pairs.sigma, pairs.noise)
@@ -61,7 +74,99 @@ def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) 
 
 
 def score_batch(model: RewardModel, batch: PairBatch, level: tuple[float, ...], noise: Tensor) -> Tensor:
-    """Raw scores (M,) at one sigma, or of the ensemble of several; batch and noise are moved to the model's device."""
+    """Raw scores (M,) on the CPU, at one sigma or for an ensemble of several."""
     device = model.trunk.device
     batch, text = batch.to(device), batch.conditions.to(device)
     return model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, level, noise.to(device)).to("cpu")
+
+
+class RewardTraining:
+    """Reward training as a method for `train.loop.fit`; a context manager that ends the threads that read ahead.
+
+    RNG streams are keyed by (seed, global group index), so results do not depend on the world size.
+    """
+
+    def __init__(self, model: RewardModel, pairs: PairSource, config: TrainRewardRun, accelerator: Accelerator) -> None:
+        self.model, self.config, self.accelerator = model, config, accelerator
+        device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+
+        def read(micro_step: int) -> PairBatch:
+            batch = pairs.batch_at(micro_step, rank, world)
+            return batch.pinned() if device.type == "cuda" and pairs.reads_files_only else batch
+
+        # Images are encoded on the training device, so only pairs that are stored encoded are read ahead.
+        self.batches = Prefetched(read, ahead=config.prefetch if pairs.reads_files_only else 0)
+
+    def __enter__(self) -> "RewardTraining":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.batches.__exit__(*error)
+
+    def batch_at(self, micro_step: int) -> NoisedPairs:
+        batch = self.batches(micro_step).to(self.accelerator.device)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        first = (micro_step * world + rank) * self.config.batch_size
+        generators = [seeded_generator(self.config.seed, first + group) for group in range(batch.num_groups)]
+        return draw_levels(batch, self.config.train_sigma, generators)
+
+    def step(self, batch: NoisedPairs) -> tuple[Tensor, dict[str, Tensor]]:
+        return preference_step(self.model.train(), batch, self.config.loss)
+
+    @property
+    def samples(self) -> int:
+        """Groups per update, summed over ranks."""
+        return self.config.batch_size * self.config.loop.accumulate * self.accelerator.num_processes
+
+
+def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
+    """The config of a reward on this pipeline (folder or hub id) that will be saved in `folder`.
+
+    Of a local pipeline it stores the relative path from `folder`, so that both can be moved together.
+    """
+    with reading("VAE", pipeline):
+        vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
+    return dataclasses.replace(
+        config,
+        base_model_id=os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline,
+        vae_scaling_factor=vae["scaling_factor"],
+        vae_shift_factor=vae.get("shift_factor") or 0.0,
+    )
+
+
+def open_training_pairs(
+    run: TrainRewardRun, spec: ModelSpec, reward: RewardConfig, accelerator: Accelerator, *, dtype: torch.dtype
+) -> tuple[PairSource, Sequence[PairBatch]]:
+    """Pairs to train on, and batches of pairs to evaluate on; the embedded world makes them if none are given.
+
+    dtype: of the text encoders. Raises what `data.source.open_pairs` raises.
+    """
+    train, validation = run.pairs, run.validation_pairs
+    if train is None:
+        folder = Path(run.output_dir) / "pairs"
+        if accelerator.is_main_process:
+            ensure_training_pairs(folder, spec.pipeline, run.shapes_pairs)
+        accelerator.wait_for_everyone()
+        train, validation = folder / "train", validation or folder / "concepts"
+    encoders = Encoders(spec.pipeline, text_length=reward.text_length, device=accelerator.device, dtype=dtype)
+    size = (run.height or spec.height, run.width or spec.width)
+    options = dict(size=size, batch_size=run.batch_size, seed=run.seed)
+    held_out = 0 if validation else run.held_out_prompts
+    pairs = open_pairs(train, reward, encoders, held_out_prompts=held_out, on_bad=run.on_bad, **options)
+    if validation:
+        return pairs, open_pairs(validation, reward, encoders, **options).in_order()
+    return pairs, pairs.validation()
+
+
+def config_digest(config: RewardConfig) -> str:
+    """A digest of the reward's settings, without the location of its base model."""
+    settings = {name: value for name, value in config.to_dict().items() if name != "base_model_id"}
+    return text_digest(json.dumps(settings, sort_keys=True))
+
+
+def parameter_groups(parameters: Mapping[str, Tensor], lora_lr: float | None) -> list[dict[str, Any]]:
+    """Groups for `train.optim.adamw`: the head, and the LoRA, if any, with its own learning rate if there is one."""
+    head = [p for name, p in parameters.items() if name.startswith("head.")]
+    lora = [p for name, p in parameters.items() if not name.startswith("head.")]
+    rate = {} if lora_lr is None else {"lr": lora_lr}
+    return [{"params": head}, *([{"params": lora, **rate}] if lora else [])]

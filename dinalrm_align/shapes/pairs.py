@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.models.images import to_bytes
+from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import decode_latents, encode_images
 from dinalrm_align.shapes.config import PairsConfig
@@ -202,6 +203,16 @@ def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline,
     if not (directory / "index.json").exists():
         WRITERS[kind](directory, pipeline, config)
     return directory
+
+
+def ensure_training_pairs(folder: Path, source: str, config: PairsConfig) -> None:
+    """Write pairs to train on, folder/train, and to evaluate on, folder/concepts, unless they exist.
+
+    source: pipeline folder or hub id of the embedded world.
+    """
+    pipeline = load_pipeline(source, dtype=torch.float32)
+    for kind in ("train", "concepts"):
+        ensure_pairs(kind, folder / kind, pipeline, config)
 
 
 def _chunks(groups: int) -> list[int]:

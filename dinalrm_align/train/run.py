@@ -1,0 +1,106 @@
+"""From a command line to a run: its settings, new or resumed, and its accelerator. Torch-free until these are valid."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from dinalrm_align.train.command import parse, refuse
+from dinalrm_align.train.config import LoopConfig
+from dinalrm_align.train.tracking import check_tracker, tracker_options
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class RunSettings(Protocol):
+    """Fields that the settings of every training recipe have."""
+
+    model: str
+    output_dir: str | None
+    seed: int
+    resume: str | None
+    device: str
+    dtype: str
+    tracker: str
+    loop: LoopConfig
+
+
+Run = TypeVar("Run", bound=RunSettings)
+
+
+def parse_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[Run, Path | None]:
+    """The settings of the dataclass `kind`, and the checkpoint to resume from, or None for a new run.
+
+    A resumed run has the settings of its config.yaml, with those in `argv` as overrides. Invalid settings exit with
+    status 2 and an error message.
+    """
+    run, _ = parse(kind, description, argv)  # --help exits here, before heavy imports
+    checkpoint = None
+    if run.resume is not None:
+        from dinalrm_align.train.checkpoints import checkpoint_to_resume, run_of, settings_of
+
+        checkpoint = checkpoint_to_resume(Path(run.resume))
+        folder = run_of(checkpoint)
+        if run.output_dir and Path(run.output_dir).resolve() != folder:
+            refuse(f"output_dir: got {run.output_dir}; expected {folder}, the resumed run, or no --output_dir")
+        run, _ = parse(kind, description, argv, [settings_of(checkpoint)])
+    check_tracker(run.tracker)
+    if run.model == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        refuse("model: got auto with several processes, which could choose differently; expected the name of a model")
+    return run, checkpoint
+
+
+def complete_run(
+    run: Run,
+    recipe: Path,
+    argv: Sequence[str],
+    checkpoint: Path | None,
+    *,
+    model: str,
+    name: str,
+    defaults: Sequence[Path] = (),
+) -> tuple[Run, str]:
+    """The settings with their model and folder filled in, and the text of config.yaml.
+
+    Args:
+        run, checkpoint: of `parse_run`.
+        recipe: file of the program.
+        model: the resolved model, in place of "auto".
+        name: of a new folder under runs/, if there is no output_dir.
+        defaults: settings files with the lowest precedence, for a new run.
+    """
+    from dinalrm_align.train.checkpoints import new_run_folder, run_of, settings_of
+
+    folder = run_of(checkpoint) if checkpoint else new_run_folder(run.output_dir, name)
+    resolved = [*argv, "--model", model, "--output_dir", str(folder), "--resume", "null"]
+    run, text = parse(type(run), "", resolved, [settings_of(checkpoint)] if checkpoint else defaults)
+    return run, f"# settings of recipes/{recipe.name}\n{text}"
+
+
+def start_accelerator(run: RunSettings, model_dtype: str, *, autocast: bool = False) -> "tuple[Accelerator, str]":
+    """Seed the global RNGs; the accelerator, and the dtype of the frozen weights.
+
+    Args:
+        model_dtype: that dtype on a GPU, if run.dtype is auto; on a CPU it is float32.
+        autocast: use bfloat16 autocast on a GPU, unless the dtype is float32.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from dinalrm_align.train.device import available_device
+    from dinalrm_align.train.distributed import waiting
+
+    if run.device != "auto":
+        available_device(run.device)
+    on_gpu = run.device != "cpu" and torch.cuda.is_available()
+    dtype = run.dtype if run.dtype != "auto" else model_dtype if on_gpu else "float32"
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision="bf16" if autocast and on_gpu and dtype != "float32" else "no",
+        kwargs_handlers=[waiting(run.loop.timeout)],
+        **tracker_options(run.tracker, Path(run.output_dir)),
+    )
+    set_seed(run.seed % 2**31, device_specific=True)
+    return accelerator, dtype
