@@ -32,7 +32,7 @@ class _FloatsAreImagined(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = list(tensors_among((*args, *kwargs.values())))
+        tensors = tensors_among((args, kwargs))
         imagined = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
         if not imagined and (tensors or _makes_whole_numbers(func, kwargs)):
             with _disable_current_modes():
