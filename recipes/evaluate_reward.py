@@ -1,19 +1,20 @@
-"""How good is a finished reward? Accuracy on test sets under named protocols, ways of reading it, and calibration.
+"""Evaluate a finished reward: accuracy on test sets under named protocols, noise levels at inference, calibration.
 
     python recipes/evaluate_reward.py                                               # the embedded world's own reward
     python recipes/evaluate_reward.py --reward runs/train_reward_shapes_seed0/reward
-    python recipes/evaluate_reward.py --reward pixel                                # or any reward that has a name
+    python recipes/evaluate_reward.py --reward pixel                                # or any other named reward
     python recipes/evaluate_reward.py --model sd35 --size 1024 --judged '{hpdv3: DIR, hpdv2: DIR, imagereward: DIR,
         genai_bench: hub}' --trained_on HPDv3/train.json                            # the public test sets
     python recipes/evaluate_reward.py --model sd35 --reward hpsv3 --judged '{hpdv3: DIR}' --output_dir runs/hpsv3
 
-Accuracy: how often the picture a rater preferred scores higher; what becomes of ties, and over what is averaged, is the
-protocol's (dinalrm_align/config/test_sets.py lists them and the sets). Intervals are over captions: one reward says
-nothing of other seeds (recipes/ablate_reward.py trains several). Latent rewards encode pictures, and are read at every
-noise level and as an ensemble; rewards over pictures see them as they are. Calibration: whether the probabilities that
-the reward's likelihood (--loss.likelihood, as it was trained) gives to preferences are the observed frequencies.
+Accuracy is the share of pairs whose preferred image scores higher; the protocol defines ties and averaging (sets and
+protocols: dinalrm_align/eval/test_sets_config.py). Intervals are over captions: with one reward, the variance between
+seeds is unknown (recipes/ablate_reward.py trains several). Latent rewards encode the images and are evaluated at single
+noise levels and ensembles; image rewards get images as they are. Calibration compares the preference probabilities of
+the reward's likelihood (--loss.likelihood, as it was trained) with observed frequencies.
 """
 
+import functools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,107 +25,105 @@ from dinalrm_align.models.specs import ModelSpec, resolve_model
 from dinalrm_align.train.command import parse, refuse, refusing
 
 
-def settle(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
-    """The settings and the model."""
-    config, _ = parse(EvaluateRun, __doc__, words)  # --help ends here, before anything heavy is imported
+def resolve(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
+    """The settings and the model. --help exits here, before torch is imported."""
+    config, _ = parse(EvaluateRun, __doc__, words)
     with refusing():
         spec, reason = resolve_model(config.model)
     if spec.kind != "shapes" and not config.judged:
-        refuse(f"{spec.name} has no pairs of its own: pass --judged '{{name: DIR}}'")
+        refuse(f"{spec.name} has no test sets of its own; expected --judged '{{name: DIR}}'")
     print(reason, flush=True)
     return config, spec
 
 
 def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     import torch
+    from diffusers import SD3Transformer2DModel
 
     from dinalrm_align.data.source import Encoders
-    from dinalrm_align.eval import evaluation_report as report
-    from dinalrm_align.eval.evaluator import Candidate, Evaluator, faults_file, image_sets
-    from dinalrm_align.eval.inference import common_readings, ensemble_readings
+    from dinalrm_align.eval import evaluation_report
+    from dinalrm_align.eval.evaluator import Candidate, Evaluator, faults_file, open_image_sets
+    from dinalrm_align.eval.inference import common_levels, ensemble_levels
     from dinalrm_align.eval.leakage import leaked, read_trained
     from dinalrm_align.eval.test_set_report import evaluate_set
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
-    from dinalrm_align.models.vae import decode_latents
-    from dinalrm_align.reward.checkpoint import read_checkpoint
     from dinalrm_align.reward.registry import load_judge, load_reward
     from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
     from dinalrm_align.train.device import available_device
     from dinalrm_align.train.files import read_json
 
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = available_device(found if config.device == "auto" else config.device)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = available_device(default if config.device == "auto" else config.device)
     dtype = getattr(torch, spec.dtype) if device.type == "cuda" else torch.float32
     out = Path(config.output_dir)
 
-    # ------------------------------------------------------- on what, and what: found before anything large is loaded
-    checkpoint, about = config.checkpoint, None
-    if checkpoint is not None:
-        checkpoint = checkpoint or spec.reward
-        about = read_checkpoint(checkpoint).config
+    # --------------------------------------------- checkpoint and test sets: checked before anything large is loaded
+    @functools.cache
+    def transformer() -> SD3Transformer2DModel:
+        return load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
+
+    candidate = None
+    if config.checkpoint is not None:
+        candidate = Candidate.from_checkpoint(config.checkpoint or spec.reward, transformer)
     trained = None if config.trained_on is None else read_trained(config.trained_on)
-    pictures = image_sets(config.judged or {}, unpack_to=out / "sets")
+    image_sets = open_image_sets(config.judged or {}, unpack_to=out / "sets")
     if config.judged is None:
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
-        config.judged = {
-            kind: str(ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs)) for kind in JUDGED
-        }
-    latents = config.judged.keys() - pictures.keys()
+        made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in JUDGED}
+        config.judged = {kind: str(path) for kind, path in made.items()}
+    has_latents = config.judged.keys() > image_sets.keys()
 
-    # ----------------------------------------------------------------------------------------- the reward, by any name
-    transformer, text_length = None, spec.text_length if about is None else about.text_length
-    if config.reads_latents:
-        transformer = load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
-    encoders = Encoders(spec.pipeline, text_length=text_length, device=device, dtype=dtype)
-    if checkpoint is not None:
-        candidate = Candidate.from_checkpoint(checkpoint, transformer)
+    # ------------------------------------------------------------------------------------------------------ the reward
+    if candidate is None:
+        encoders = Encoders(spec.pipeline, text_length=spec.text_length, device=device, dtype=dtype)
+        vae, shared = encoders.vae if has_latents else None, transformer() if config.reads_latents else None
+        reward = load_reward(config.reward, spec=spec, vae=vae, transformer=shared, device=device)
+        candidate = Candidate.from_reward(config.reward, reward)
     else:
-        vae = encoders.vae if latents else None  # rewards over pictures see them as they are, without a VAE
-        reward = load_reward(config.reward, spec=spec, vae=vae, transformer=transformer, device=device)
-        candidate = Candidate.of(config.reward, reward)
+        length = candidate.config.text_length
+        encoders = Encoders(spec.pipeline, text_length=length, device=device, dtype=dtype)
 
-    # -------------------------------------------------------------------- how: every picture once, then every protocol
-    side = (config.size, config.size) if config.size else (spec.height, spec.width)
+    # ------------------------------------------------------------------- scores, once; then accuracy by every protocol
     evaluator = Evaluator(
-        config.judged, transformer, encoders, side, config.batch_size, config.noise_seed, config.fit, config.on_bad,
-        pictures,
-    )  # fmt: skip
-    readings = [*common_readings(config.sigmas, config.ensembles[0]), *ensemble_readings(config.ensembles)]
-    agreed = {}
-    if config.gold and latents:
-        agreed = evaluator.gold(
-            load_judge(spec.gold, spec=spec, device=device),
-            lambda batch: torch.cat([decode_latents(encoders.vae, part) for part in batch.to(device).split(4)]),
-            about,
+        sets=config.judged,
+        encoders=encoders,
+        size=(config.size, config.size) if config.size else (spec.height, spec.width),
+        batch_size=config.batch_size,
+        noise_seed=config.noise_seed,
+        fit=config.fit,
+        on_bad=config.on_bad,
+        image_sets=image_sets,
+    )
+    gold = {}
+    if config.gold and has_latents:
+        gold = evaluator.gold_accuracy(load_judge(spec.gold, spec=spec, device=device), candidate.config)
+    levels = [*common_levels(config.sigmas, config.ensembles[0]), *ensemble_levels(config.ensembles)]
+    all_scores = evaluator(candidate, {name: levels for name in config.judged}, out, title="reward")
+    results = []
+    for name, scores in all_scores.items():
+        faults = faults_file(out, name)
+        result = evaluate_set(
+            name,
+            scores,
+            evaluation_report.main_levels(config, scores),
+            protocol=config.protocol.get(name),
+            leak=None if trained is None else leaked(scores, trained, image_sets.get(name)),
+            faults=read_json(faults) if faults.exists() else {},
+            draws=config.bootstrap,
         )
-    scores = evaluator(candidate, {name: readings for name in config.judged}, out, title="reward")
-
-    found = []
-    for name, judged in scores.items():
-        faults = read_json(faults_file(out, name)) if faults_file(out, name).exists() else {}
-        found.append(
-            evaluate_set(
-                name,
-                judged,
-                report.headline_readings(config, judged),
-                protocol=config.protocol.get(name),
-                leak=None if trained is None else leaked(judged, trained, pictures.get(name)),
-                faults=faults,
-                draws=config.bootstrap,
-            )  # fmt: skip
-        )
-    report.write(found, agreed, config, command=command, directory=out)
+        results.append(result)
+    evaluation_report.write(results, gold, config, command=command, directory=out)
     print((out / "evaluation.md").read_text(encoding="utf-8"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        config, spec = settle(words)
+        config, spec = resolve(words)
         with refusing():
             evaluate(config, spec, shlex.join(["python", "recipes/evaluate_reward.py", *words]))
     except KeyboardInterrupt:
-        print("\nstopped: scores that were taken are kept, and the same command goes on from there", file=sys.stderr)
+        print("\nstopped: finished scores are stored; run the same command to continue", file=sys.stderr)
         raise SystemExit(130) from None
 
 

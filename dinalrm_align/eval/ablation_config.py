@@ -1,30 +1,30 @@
-"""Settings of the ablations, `recipes/ablate_reward.py`: the arms, and what is measured of each. Torch-free.
+"""Settings of `recipes/ablate_reward.py`: arms, the questions they answer, and the noise levels. Torch-free.
 
-An arm is reward training with a few settings changed; the first of a question is what the others are compared with.
+An arm is a reward training with a few settings changed; all arms of a question are compared with the baseline.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dinalrm_align.eval.config import check_levels
+from dinalrm_align.eval.config import check_noise_levels
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.shapes.config import PairsConfig
-from dinalrm_align.train.settings import check_fields, check_integer, did_you_mean
+from dinalrm_align.train.settings import ClosedUnitInterval, NonNegativeInt, PositiveInt, check_fields, did_you_mean
 
 BASELINE = "calibrated"
 Changes = dict[str, Any]
-"""Dotted options of `recipes/train_reward.py` and their values."""
+"""Dotted options of `recipes/train_reward.py` -> values."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train a reward.
+    """One variant of the reward training.
 
     Args:
-        title: what it is, for tables.
-        changes: options that differ from the baseline's; or a function that finds them, given the baseline's reward.
-        sigma: the single noise level it is judged at beside all others, the paper's 0.4 unless it was trained for one.
+        title: for tables.
+        changes: options that differ from the baseline, or a function of the baseline's reward that returns them.
+        sigma: its own noise level, evaluated besides all others; the paper's 0.4 unless it was trained at one level.
     """
 
     title: str
@@ -36,18 +36,18 @@ class Arm:
 
 
 def _depth(number: int) -> Callable[[RewardConfig], Changes]:
-    """The first `number` quarters of the baseline's blocks, its taps moved along."""
+    """The first `number` quarters of the baseline's blocks, with taps in proportion."""
 
     def changes(reward: RewardConfig) -> Changes:
         layers = max(1, reward.num_layers * number // 4)
 
-        def moved(taps: tuple[int, ...]) -> list[int]:
+        def scaled(taps: tuple[int, ...]) -> list[int]:
             return sorted({max(1, round(tap * layers / reward.num_layers)) for tap in taps})
 
         return {
             "reward.num_layers": layers,
-            "reward.visual_taps": moved(reward.visual_taps),
-            "reward.text_taps": moved(reward.text_taps),
+            "reward.visual_taps": scaled(reward.visual_taps),
+            "reward.text_taps": scaled(reward.text_taps),
         }
 
     return changes
@@ -72,8 +72,8 @@ ARMS: dict[str, Arm] = {
     "bradley_terry": Arm("Bradley-Terry", {"loss.likelihood": "bradley_terry"}),
     "half_depth": Arm("half the blocks", _depth(2)),
     "more_depth": Arm("a half more blocks", _depth(6)),
-    "last_tap": Arm("the last block tapped alone", _last_tap),
-    "image_taps": Arm("image taps alone", {"reward.text_taps": []}),
+    "last_tap": Arm("only the last block tapped", _last_tap),
+    "image_taps": Arm("image taps only", {"reward.text_taps": []}),
     "no_film": Arm("no FiLM", {"reward.head.film": False}),
     "no_gates": Arm("no value gates", {"reward.head.value_gates": False}),
     "queries_1": Arm("1 query", {"reward.head.num_queries": 1}),
@@ -83,7 +83,7 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Question:
-    """Arms that answer one question. paper: what is read of it in arXiv 2602.11146, section 5, as (better, worse)."""
+    """Arms that answer one question. paper: orderings (better, worse) of arXiv 2602.11146, section 5."""
 
     title: str
     arms: tuple[str, ...]
@@ -102,66 +102,65 @@ QUESTIONS: dict[str, Question] = {
     "taps": Question("Blocks and taps", (BASELINE, "half_depth", "more_depth", "last_tap", "image_taps")),
     "head": Question("Head", (BASELINE, "no_film", "no_gates", "queries_1", "queries_8")),
 }
-PAPERS_ARMS = [BASELINE, "fixed", "sigma_0", "frozen", "logit_normal"]
+PAPER_ARMS = [BASELINE, "fixed", "sigma_0", "frozen", "logit_normal"]
 
 
 @dataclass
 class AblateRun:
-    """Everything `python recipes/ablate_reward.py` can be told.
+    """Settings of `python recipes/ablate_reward.py`.
 
     Args:
-        model: whose transformer the rewards read with. shapes, sd35, or the folder or hub id of a
+        model: base model whose transformer the rewards use. shapes, sd35, or the folder or hub id of a
             StableDiffusion3Pipeline.
-        arms: which variants to train and judge; calibrated is the baseline that the others are compared with. Known:
-            calibrated, fixed, logit_normal, sigma_0, sigma_0.4, frozen, nll, bradley_terry, half_depth, more_depth,
-            last_tap, image_taps, no_film, no_gates, queries_1, queries_8.
-        seeds: of initial weights, order of the data and noise; every arm is trained with each.
+        arms: variants to train and evaluate; calibrated is the baseline. Known: calibrated, fixed, logit_normal,
+            sigma_0, sigma_0.4, frozen, nll, bradley_terry, half_depth, more_depth, last_tap, image_taps, no_film,
+            no_gates, queries_1, queries_8.
+        seeds: of initial weights, data order and noise; every arm is trained with each.
         steps: updates of every arm.
-        training: YAML of `recipes/train_reward.py` that the arms change; by default that of the model's kind.
-        pairs: preference pairs to train on, as in `recipes/train_reward.py`; the embedded world makes its own.
-        judged: name -> pairs that the rewards are judged on; the embedded world makes "heldout", lists of held-out
-            captions judged as in training, "concepts", pairs that differ in one concept, labels without noise, and
-            "shifted", such pairs of damaged pictures. Draws of noise are compared on the last.
-        output_dir: everything. Run again, it goes on where it stopped.
-        launch: what starts a training besides the Python of this program, for instance "accelerate launch
-            --num_processes 8".
-        device: auto takes a CUDA GPU if there is one.
-        batch_size: groups of pictures judged at once.
-        sigmas: single noise levels that every reward is judged at.
-        ensembles: noise levels joined as tokens; the first for every reward, all for the baseline's.
-        draws: noise draws at sigma 0.4, for the baseline: how far they move the score, and what averaging them gains.
-        noise_seed: of the noise that pictures are judged with, the same for all rewards.
-        shapes_pairs: the pairs that the embedded world makes.
+        training: YAML of `recipes/train_reward.py` that the arms change; default, that of the model's kind.
+        pairs: preference pairs to train on, as in `recipes/train_reward.py`; default, those of the embedded world.
+        judged: test sets, name -> location. Default, for the embedded world only: heldout, ranked lists of held-out
+            captions with the noisy labels of training; concepts, pairs that differ in one concept, with exact labels;
+            shifted, such pairs of degraded images. Noise draws are compared on the last set.
+        output_dir: receives all runs and the report. Run again, it continues where it stopped.
+        launch: launcher of the trainings instead of this program's Python, as "accelerate launch --num_processes 8".
+        device: auto uses a CUDA GPU if there is one.
+        batch_size: groups of images per batch of the evaluation.
+        sigmas: single noise levels at which every reward is evaluated.
+        ensembles: noise levels joined as tokens; the first for every reward, all of them for the baseline.
+        draws: noise draws at sigma 0.4 for the baseline, for the variance of the score and the gain from averaging.
+        noise_seed: of the evaluation's noise, the same for all rewards.
+        shapes_pairs: pairs of the embedded world.
     """
 
     model: str = "shapes"
-    arms: list[str] = field(default_factory=lambda: list(PAPERS_ARMS))
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    steps: int = 500
+    arms: list[str] = field(default_factory=lambda: list(PAPER_ARMS))
+    seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
+    steps: PositiveInt = 500
     training: str | None = None
     pairs: str | None = None
     judged: dict[str, str] | None = None
     output_dir: str = "runs/ablate_reward"
     launch: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch_size: int = 16
-    sigmas: list[float] = field(default_factory=lambda: [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
-    ensembles: list[list[float]] = field(default_factory=lambda: [[0.2, 0.5, 0.7], [0.1, 0.3, 0.5, 0.7, 0.9]])
-    draws: int = 8
-    noise_seed: int = 1234
+    batch_size: PositiveInt = 16
+    sigmas: list[ClosedUnitInterval] = field(
+        default_factory=lambda: [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+    )
+    ensembles: list[list[ClosedUnitInterval]] = field(
+        default_factory=lambda: [[0.2, 0.5, 0.7], [0.1, 0.3, 0.5, 0.7, 0.9]]
+    )
+    draws: PositiveInt = 8
+    noise_seed: NonNegativeInt = 1234
     shapes_pairs: PairsConfig = field(default_factory=PairsConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)
         for arm in self.arms:
             if arm not in ARMS:
-                raise ValueError(f"arms: unknown {arm!r}{did_you_mean(arm, ARMS)} (known: {', '.join(ARMS)})")
-        for name, named in (("arms", self.arms), ("seeds", self.seeds)):
-            if not named or len({*named}) < len(named):
-                raise ValueError(f"{name}: got {named}; expected at least one, and each once")
-        for seed in self.seeds:
-            check_integer("seeds", seed)
-        for name in ("steps", "batch_size", "draws"):
-            check_integer(name, vars(self)[name], low=1)
-        check_integer("noise_seed", self.noise_seed)
-        check_levels(self.sigmas, self.ensembles)
+                raise ValueError(f"arms: got {arm!r}{did_you_mean(arm, ARMS) or ';'} known: {', '.join(ARMS)}")
+        for name in ("arms", "seeds"):
+            values = vars(self)[name]
+            if not values or len({*values}) < len(values):
+                raise ValueError(f"{name}: got {values}; expected at least one, each once")
+        check_noise_levels(self.sigmas, self.ensembles)

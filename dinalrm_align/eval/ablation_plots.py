@@ -1,4 +1,4 @@
-"""Pictures of an ablation: accuracy against sigma per arm, ways of reading one reward, spread over noise draws."""
+"""Figures of an ablation: accuracy against sigma per arm, noise levels at inference, variance over noise draws."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,31 +7,31 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dinalrm_align.eval.ablation import Evidence, accuracy, accuracy_at
-from dinalrm_align.eval.inference import DRAWN_AT, NoiseShare, gain_over_single, ways
+from dinalrm_align.eval.inference import SINGLE_LEVEL, NoiseShare, gain_over_single, inference_measures
 from dinalrm_align.train.figures import save_figure
 
 
 def plot_arms(
     evidence: Evidence, arms: Sequence[str], sets: Sequence[str], sigmas: Sequence[float], path: Path, *, title: str
 ) -> None:
-    """Accuracy against the level a reward is read at: a panel per set, a curve with its 95 % interval per arm."""
+    """Accuracy against the noise level: a panel per set, a curve with its 95 % interval per arm."""
     figure = Figure(figsize=(5.5 * len(sets), 4.4), layout="constrained")
     panels = figure.subplots(1, len(sets), squeeze=False)[0]
     for axis, name in zip(panels, sets, strict=True):
         for index, arm in enumerate(arm for arm in arms if arm in evidence):
-            found = [accuracy(evidence, arm, name, accuracy_at(sigma)) for sigma in sigmas]
+            points = [accuracy(evidence, arm, name, accuracy_at(sigma)) for sigma in sigmas]
             seeds = len(evidence[arm])
             label = f"{arm} ({seeds} seed{'s' if seeds > 1 else ''})"
-            axis.plot(sigmas, [100 * point.mean for point in found], marker="o", markersize=3, label=label)
-            low, high = [100 * point.low for point in found], [100 * point.high for point in found]
+            axis.plot(sigmas, [100 * point.mean for point in points], marker="o", markersize=3, label=label)
+            low, high = [100 * point.low for point in points], [100 * point.high for point in points]
             axis.fill_between(sigmas, low, high, alpha=0.12, color=f"C{index}", linewidth=0)
-        _label(axis, name, "sigma the reward is read at", "pairwise accuracy, per cent")
+        _label(axis, name, "noise level sigma", "pairwise accuracy, per cent")
         axis.legend(fontsize=8)
     figure.suptitle(f"{title} (bands: 95 % over seeds and captions, unpaired)")
     save_figure(figure, path)
 
 
-def plot_ways(
+def plot_inference(
     evidence: Evidence,
     arm: str,
     sets: Sequence[str],
@@ -39,40 +39,41 @@ def plot_ways(
     ensembles: Sequence[Sequence[float]],
     path: Path,
 ) -> None:
-    """Every way of reading one arm's rewards, as its paired difference to the single level: a panel per set."""
-    by_set = {name: ways(sigmas, ensembles, next(iter(evidence[arm].values()))[name]) for name in sets}
-    labels = list(dict.fromkeys(label for found in by_set.values() for label in found))
+    """Paired difference of each choice of noise levels to the single level, for one arm: a panel per set."""
+    first = next(iter(evidence[arm].values()))
+    by_set = {name: inference_measures(sigmas, ensembles, first[name]) for name in sets}
+    labels = list(dict.fromkeys(label for measures in by_set.values() for label in measures))
     figure = Figure(figsize=(4.5 * len(sets) + 2, 0.26 * len(labels) + 1.4), layout="constrained")
     panels = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
-    for axis, (name, found) in zip(panels, by_set.items(), strict=True):
+    for axis, (name, measures) in zip(panels, by_set.items(), strict=True):
         for row, label in enumerate(labels):
-            if label in found:
-                gain = gain_over_single(evidence, arm, name, found[label])
+            if label in measures:
+                gain = gain_over_single(evidence, arm, name, measures[label])
                 reach = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
                 colour = "C1" if "tokens" in label else "C2" if "average" in label else "C0"
                 axis.errorbar([100 * gain.mean], [row], xerr=reach, marker="o", markersize=4, capsize=2, color=colour)
         axis.axvline(0, color="grey", linewidth=0.8)
-        _label(axis, name, f"points of accuracy, less sigma {DRAWN_AT:g}", "")
+        _label(axis, name, f"points of accuracy, minus sigma {SINGLE_LEVEL:g}", "")
         axis.set_yticks(range(len(labels)), labels, fontsize=8)
     panels[0].invert_yaxis()
-    figure.suptitle(f"reading a finished reward ({arm}, {len(evidence[arm])} seeds; paired, 95 %)")
+    figure.suptitle(f"noise levels at inference ({arm}, {len(evidence[arm])} seeds; paired, 95 %)")
     save_figure(figure, path)
 
 
 def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
-    """Noise variance of the score against what it costs to score, with the 1 / K of independent draws."""
+    """Variance over noise draws against backbone forwards per score, with 1 / K for independent draws."""
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.add_subplot()
-    for index, way in enumerate(dict.fromkeys(row.way for row in shares)):
-        rows = [row for row in shares if row.way == way]
+    for index, label in enumerate(dict.fromkeys(row.label for row in shares)):
+        rows = [row for row in shares if row.label == label]
         marker = "o-" if len(rows) > 1 else "D"
-        axis.plot([row.forwards for row in rows], [row.share for row in rows], marker, color=f"C{index}", label=way)
+        axis.plot([row.forwards for row in rows], [row.share for row in rows], marker, color=f"C{index}", label=label)
     counts = sorted({row.forwards for row in shares})
     axis.plot(counts, [shares[0].share / count for count in counts], "k:", linewidth=1, label="1 / K")
     axis.set(xscale="log", yscale="log")
     axis.set_xticks(counts, map(str, counts))
     axis.minorticks_off()
-    _label(axis, "variance over noise draws / variance over pictures", "backbone forwards a score", "share")
+    _label(axis, "variance over noise draws / variance over images", "backbone forwards per score", "share")
     axis.legend(fontsize=8)
     save_figure(figure, path)
 

@@ -1,41 +1,37 @@
-"""ablation.md, ablation.json and a picture for each question, out of the scores of all arms and seeds."""
+"""The report of an ablation: ablation.md, ablation.json and a figure per question."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from dinalrm_align.eval.ablation import Evidence, accuracy_at, question_section
+from dinalrm_align.eval.ablation import Evidence, question_section
 from dinalrm_align.eval.ablation_config import ARMS, BASELINE, QUESTIONS, AblateRun
-from dinalrm_align.eval.ablation_plots import plot_arms, plot_noise_shares, plot_ways
+from dinalrm_align.eval.ablation_plots import plot_arms, plot_inference, plot_noise_shares
 from dinalrm_align.eval.calibration_report import calibration_section, plot_reliability, reliabilities
 from dinalrm_align.eval.inference import inference_section, noise_shares, variance_section
-from dinalrm_align.eval.scores import NoiseLevels, PairScores
+from dinalrm_align.eval.scores import NoiseLevels, PairScores, level_name
 from dinalrm_align.reward.loss_config import LossConfig
 from dinalrm_align.train.durable import write_atomically
 
 LIKELIHOODS = ("calibrated", "fixed", "nll", "bradley_terry")
-"""Arms that differ in what they predict; the others share the baseline's likelihood."""
+"""Arms with different likelihoods or objectives; the others share the baseline's."""
 CALIBRATED_AT = (0.1, 0.4, 0.7, 0.9)
 
 
-def line(arm: str, seed: int, judged: Mapping[str, PairScores], ensemble: list[float]) -> str:
-    """One finished run in one line: accuracy on each set at the arm's own sigma and of the ensemble."""
-    parts = []
-    for name, scores in judged.items():
-        own, joined = (
-            100 * float(np.nanmean(measure(scores)))
-            for measure in (accuracy_at(ARMS[arm].sigma), accuracy_at(*ensemble))
-        )
-        parts.append(f"{name} {own:.1f} % at sigma {ARMS[arm].sigma:g}, ensemble {joined:.1f} %")
+def summary_line(arm: str, seed: int, sets: Mapping[str, PairScores], ensemble: Sequence[float]) -> str:
+    """One finished run: accuracy on each set at the arm's own sigma and of the ensemble."""
+    sigma, joined = NoiseLevels.at(ARMS[arm].sigma).name, NoiseLevels.at(*ensemble).name
+    parts = [
+        f"{name} {100 * scores.accuracy(sigma):.1f} % at sigma {sigma}, ensemble {100 * scores.accuracy(joined):.1f} %"
+        for name, scores in sets.items()
+    ]
     return f"{arm}, seed {seed}: {'; '.join(parts)}"
 
 
 def write(
     evidence: Evidence, losses: Mapping[str, LossConfig], config: AblateRun, *, command: str, directory: Path
 ) -> None:
-    """Write the report of all that is finished. losses: how each arm was trained, for its predicted probabilities."""
+    """Write the report of all finished arms. losses: of each arm's training, for its predicted probabilities."""
     sets = list(config.judged or {})
     sigmas, ensemble = sorted(config.sigmas), config.ensembles[0]
     sections = [_preface(evidence, config, sets, command)]
@@ -46,9 +42,9 @@ def write(
             plot_arms(evidence, question.arms, sets, sigmas, directory / f"{key}.png", title=question.title)
     if BASELINE in evidence:
         section = inference_section(evidence, BASELINE, sets, sigmas, config.ensembles)
-        sections.append(f"{section}\n![Reading a finished reward](inference.png)\n")
-        plot_ways(evidence, BASELINE, sets, sigmas, config.ensembles, directory / "inference.png")
-        seeds = [judged[sets[-1]] for judged in evidence[BASELINE].values()]
+        sections.append(f"{section}\n![Noise levels at inference](inference.png)\n")
+        plot_inference(evidence, BASELINE, sets, sigmas, config.ensembles, directory / "inference.png")
+        seeds = [run[sets[-1]] for run in evidence[BASELINE].values()]
         shares = noise_shares(seeds, config.draws, ensemble)
         if shares:
             sections.append(f"{variance_section(shares)}\n![Variance over noise draws](variance.png)\n")
@@ -63,42 +59,28 @@ def write(
 
 def _preface(evidence: Evidence, config: AblateRun, sets: list[str], command: str) -> str:
     first = next(iter(next(iter(evidence.values())).values()))
-    sizes = [f"{name}: {first[name].size}" for name in sets]
+    sizes = "; ".join(f"{name}: {first[name].size}" for name in sets)
     seeds = "; ".join(f"{arm} {', '.join(map(str, sorted(runs)))}" for arm, runs in evidence.items())
-    return "\n".join(
-        [
-            "# Ablations of the reward",
-            "",
-            f"`{command}`",
-            "",
-            f"Model {config.model}; {config.steps} updates an arm. Seeds: {seeds}. Judged on {'; '.join(sizes)}.",
-            "",
-            "Pairwise accuracy in per cent with 95 % intervals over seeds and captions (two crossed random effects); "
-            "differences are paired, in points. Own sigma: "
-            + ", ".join(f"{arm} {ARMS[arm].sigma:g}" for arm in evidence)
-            + f". Ensemble: sigma {'+'.join(f'{sigma:g}' for sigma in config.ensembles[0])} joined as tokens. All "
-            "levels: the mean over single levels between 0 and 1.",
-            "",
-        ]
+    own = ", ".join(f"{arm} {ARMS[arm].sigma:g}" for arm in evidence)
+    return (
+        f"# Ablations of the reward\n\n`{command}`\n\nModel {config.model}; {config.steps} updates per arm. Seeds: "
+        f"{seeds}. Evaluated on {sizes}.\n\nPairwise accuracy in per cent with 95 % intervals over seeds and captions "
+        f"(two crossed random effects); differences are paired, in points. Own sigma: {own}. Ensemble: sigma "
+        f"{level_name(config.ensembles[0])} joined as tokens. All levels: the mean over levels between 0 and 1.\n"
     )
 
 
 def _numbers(evidence: Evidence, config: AblateRun, command: str) -> dict[str, object]:
-    """Accuracies run by run at every level, to look at in other ways."""
-    readings = [NoiseLevels.at(sigma) for sigma in sorted(config.sigmas)] + [NoiseLevels.at(*config.ensembles[0])]
-    return {
-        "command": command,
-        "steps": config.steps,
-        "arms": {
-            arm: {
-                f"seed {seed}": {
-                    name: {
-                        reading.name: round(float(np.nanmean(judged.correct(reading.name))), 5) for reading in readings
-                    }
-                    for name, judged in sets.items()
-                }
-                for seed, sets in sorted(runs.items())
+    """Accuracy of every run at every noise level."""
+    levels = [NoiseLevels.at(sigma).name for sigma in sorted(config.sigmas)]
+    levels.append(NoiseLevels.at(*config.ensembles[0]).name)
+    arms = {
+        arm: {
+            f"seed {seed}": {
+                name: {level: round(scores.accuracy(level), 5) for level in levels} for name, scores in sets.items()
             }
-            for arm, runs in evidence.items()
-        },
+            for seed, sets in sorted(runs.items())
+        }
+        for arm, runs in evidence.items()
     }
+    return {"command": command, "steps": config.steps, "arms": arms}

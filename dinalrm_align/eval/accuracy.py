@@ -1,13 +1,14 @@
-"""Pairwise accuracy: how often the picture a rater preferred scores strictly higher, per noise level and concept.
+"""Pairwise accuracy during training: the share of pairs whose preferred image scores strictly higher, per noise level
+and concept.
 
-A tie of scores is an error, a tie of raters (label 0.5) is left out. Noise is drawn once per group and used at every
-level, so that levels are compared on the same draws.
+Equal scores are an error; pairs that raters tie (label 0.5) are left out. Noise is drawn once per group and shared by
+all levels, so that levels are compared on equal draws.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,23 +17,17 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dinalrm_align.data.pairs import PairBatch
+from dinalrm_align.eval.report.markdown import table
+from dinalrm_align.eval.scores import Level, Score, level_name
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.train.durable import atomically, write_atomically
-
-Level = tuple[float, ...]
-"""One sigma, or several: an ensemble."""
-Score = Callable[[PairBatch, Level, Tensor], Tensor]
-"""(batch, level, noise (M, C, H, W)) -> (M,) scores of the pictures; any affine of them gives the same accuracy."""
+from dinalrm_align.train.durable import write_atomically
 
 OVERALL = "all"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """Counts of judged pairs, which add up over batches and processes.
-
-    not_finite: how many of the pairs have a score that is NaN or infinite; `merge` refuses them.
-    """
+    """Counts of pairs, which add up over batches and ranks. not_finite: pairs with a score that is NaN or infinite."""
 
     correct: int = 0
     pairs: int = 0
@@ -47,7 +42,7 @@ class Tally:
 
     @property
     def standard_error(self) -> float:
-        """Binomial, of the accuracy."""
+        """Binomial standard error of the accuracy."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.pairs) if self.pairs else math.nan
 
 
@@ -59,9 +54,9 @@ Tallies = dict[Level, dict[str, Tally]]
 def pairwise_tallies(
     score: Score, batches: Sequence[PairBatch], levels: Sequence[Level], *, seed: int = 0, rank: int = 0, world: int = 1
 ) -> Tallies:
-    """Count right answers on every world-th batch from `rank`; `merge` adds the parts of all processes.
+    """Count correctly ordered pairs of every world-th batch, starting at batch `rank`; `merge` adds up all ranks.
 
-    The noise of a batch depends on (seed, its index) alone.
+    RNG streams are keyed by (seed, batch index), so results do not depend on the world size.
     """
     tallies: Tallies = {level: {OVERALL: Tally()} for level in levels}
     for index in range(rank, len(batches), world):
@@ -72,25 +67,24 @@ def pairwise_tallies(
     return tallies
 
 
-def _count(batch: PairBatch, scores: Tensor, into: dict[str, Tally]) -> None:
-    """Add one batch's pairs to the counts of one level."""
+def _count(batch: PairBatch, scores: Tensor, tallies: dict[str, Tally]) -> None:
+    """Add the pairs of one batch to the counts of one level."""
     preferred = torch.sign(batch.label - 0.5)
-    judged = preferred != 0
+    untied = preferred != 0
     gap = scores[batch.chosen] - scores[batch.rejected]
-    right = gap * preferred > 0
     for concept in {OVERALL, *(batch.concepts or ())}:
-        of_concept = judged
+        counted = untied
         if concept != OVERALL:
-            of_concept = judged & torch.tensor([name == concept for name in batch.concepts], device=judged.device)
-        part = Tally(*(int((which & of_concept).sum()) for which in (right, judged, ~gap.isfinite())))
-        into[concept] = into.get(concept, Tally()) + part
+            counted = untied & torch.tensor([name == concept for name in batch.concepts], device=untied.device)
+        counts = (int((which & counted).sum()) for which in (gap * preferred > 0, untied, ~gap.isfinite()))
+        tallies[concept] = tallies.get(concept, Tally()) + Tally(*counts)
 
 
 def merge(parts: Iterable[Tallies]) -> Tallies:
-    """The sum of the tallies of several processes. ValueError when a score was not finite.
+    """The sum of the tallies of all ranks.
 
-    That is raised here, and not by the process that met the score, so that every process raises it and none is left
-    waiting for the others.
+    Raises ValueError when a score was not finite: here and not in `pairwise_tallies`, so that all ranks raise it and
+    none waits for the others.
     """
     total: Tallies = {}
     for part in parts:
@@ -103,36 +97,26 @@ def merge(parts: Iterable[Tallies]) -> Tallies:
         if overall.not_finite:
             raise ValueError(
                 f"at sigma {level_name(level)}, {overall.not_finite} of {overall.pairs} validation pairs have a score "
-                "that is NaN or infinite; look at the weights and at the latents of the pairs"
+                "that is NaN or infinite; check the weights and the latents of the pairs"
             )
     return total
 
 
-def level_name(level: Level) -> str:
-    """ "0.4", or "0.2+0.5+0.7" for an ensemble."""
-    return "+".join(f"{sigma:g}" for sigma in level)
-
-
 def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
     """Write accuracy.json, per_concept.md and accuracy_vs_sigma.png into `directory`, replacing earlier ones."""
-    directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "accuracy.json", json.dumps(_as_json(tallies, title), indent=1) + "\n")
     write_atomically(directory / "per_concept.md", per_concept_table(tallies))
     _plot(tallies, directory / "accuracy_vs_sigma.png", title)
 
 
 def per_concept_table(tallies: Tallies) -> str:
-    """A markdown table: a row per concept, a column per level, accuracies in per cent."""
-    levels = list(tallies)
+    """A Markdown table: a row per concept, a column per level, accuracies in per cent."""
     names = [OVERALL, *sorted({concept for counts in tallies.values() for concept in counts} - {OVERALL})]
-    lines = [
-        f"| concept | pairs | {' | '.join(f'sigma {level_name(level)}' for level in levels)} |",
-        f"|---|---:|{'---:|' * len(levels)}",
-    ]
+    rows = []
     for name in names:
-        row = [tallies[level].get(name, Tally()) for level in levels]
-        lines.append(f"| {name} | {row[0].pairs} | {' | '.join(f'{100 * tally.accuracy:.1f}' for tally in row)} |")
-    return "\n".join(lines) + "\n"
+        row = [counts.get(name, Tally()) for counts in tallies.values()]
+        rows.append([name, row[0].pairs, *(f"{100 * tally.accuracy:.1f}" for tally in row)])
+    return table(["concept", "pairs", *(f"sigma {level_name(level)}" for level in tallies)], rows) + "\n"
 
 
 def _as_json(tallies: Tallies, title: str) -> dict:
@@ -153,9 +137,10 @@ def _as_json(tallies: Tallies, title: str) -> dict:
 
 
 def _plot(tallies: Tallies, path: Path, title: str) -> None:
-    """Accuracy against sigma with standard errors, concepts as thin lines, ensembles as dashed ones."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Accuracy against sigma with standard errors; concepts as thin lines, ensembles as dashed ones."""
     from matplotlib.figure import Figure
+
+    from dinalrm_align.train.figures import save_figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -166,27 +151,19 @@ def _plot(tallies: Tallies, path: Path, title: str) -> None:
         values = [tallies[level].get(name, Tally()).accuracy for level in single]
         axes.plot(sigmas, values, linewidth=1, alpha=0.6, color=f"C{(number + 1) % 10}", label=name)
     overall = [tallies[level][OVERALL] for level in single]
-    axes.errorbar(
-        sigmas,
-        [tally.accuracy for tally in overall],
-        [tally.standard_error for tally in overall],
-        color="black",
-        marker="o",
-        capsize=3,
-        label="all pairs",
-    )
+    means, errors = [tally.accuracy for tally in overall], [tally.standard_error for tally in overall]
+    axes.errorbar(sigmas, means, errors, color="black", marker="o", capsize=3, label="all pairs")
     for level, counts in tallies.items():
         if len(level) > 1:
             axes.axhline(counts[OVERALL].accuracy, color="black", linestyle="--", label=f"ensemble {level_name(level)}")
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="sigma", ylabel="pairwise accuracy", title=title)
     axes.legend(fontsize=7, ncols=2)
-    with atomically(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
+    save_figure(figure, path)
 
 
 def metrics(tallies: Tallies) -> Mapping[str, float]:
-    """Numbers for metrics.jsonl: accuracy/<level> over all pairs."""
+    """Values for metrics.jsonl: accuracy/<level> over all pairs."""
     return {f"accuracy/{level_name(level)}": counts[OVERALL].accuracy for level, counts in tallies.items()}
 
 

@@ -1,11 +1,11 @@
-"""Are predicted preference probabilities true? Reliability, expected calibration error, scores of the forecast, scale.
+"""Calibration of predicted preference probabilities: reliability, expected calibration error, NLL, Brier score, scale.
 
-A pair of gap delta at level sigma is predicted by `losses.preference_probability`; a rater's label says what came. The
-likelihood's own claim is that one scale of the gap fits every sigma, since its variance already grows with sigma.
+`losses.preference_probability` predicts the label of a pair from its score gap at noise level sigma. The likelihood
+assumes that one scale of the gap fits every sigma, since its variance already grows with sigma.
 
-The fidelity objective claims less. Over a rater who prefers the first picture with probability q, the expectation of
-1 - sqrt(probability of what was preferred) is smallest at p = q^2 / (q^2 + (1 - q)^2), and not at q: a reward that is
-trained perfectly by it is overconfident, and lies on that curve (`fidelity_fixed_point`).
+The fidelity objective is not calibrated. For a rater who prefers the first image with probability q, the expectation of
+1 - sqrt(probability of the preferred image) is minimal at p = q^2 / (q^2 + (1 - q)^2) and not at q: a reward trained to
+its optimum is overconfident (`fidelity_fixed_point`).
 """
 
 import dataclasses
@@ -22,21 +22,24 @@ from dinalrm_align.reward.loss_config import LossConfig
 from dinalrm_align.reward.losses import preference_loss, preference_probability
 
 DRAWS = 2000
-"""Resamples of captions behind an interval."""
+"""Bootstrap resamples of captions."""
 SCALES = (1e-3, 1e3)
-"""Where the best scale is looked for."""
+"""Bounds of the search for the best scale."""
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Pairs by how sure the prediction was, in bins of equal width on [0.5, 1]; NaN in bins without pairs.
+    """Pairs by confidence, in bins of equal width on [0.5, 1]; NaN in bins without pairs.
 
-    Every pair counts once, with the picture that was predicted to be preferred as its first: p below 1/2 becomes 1 - p,
-    and its label 1 - label. At p = 1/2 exactly no picture is first, and the label counts as 1/2.
+    Every pair counts once, with the more probable image first: p below 1/2 becomes 1 - p, and its label 1 - label. At
+    p = 1/2 the label counts as 1/2.
 
-    edges: (bins + 1,). count: (bins,). predicted, observed: (bins,), mean prediction and mean label. standard_error:
-    (bins,), of observed: over captions where they are known, and never less than independent pairs would have under a
-    flat prior, so that a bin in which all agree is not taken for certain.
+    Args:
+        edges: (bins + 1,).
+        count: (bins,).
+        predicted, observed: (bins,), mean prediction and mean label.
+        standard_error: (bins,), of `observed`, over captions; at least that of independent pairs under a flat prior, so
+            that it is positive in a bin where all labels agree.
     """
 
     edges: np.ndarray
@@ -48,11 +51,14 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How well the predictions at one noise level are calibrated.
+    """Calibration at one noise level.
 
-    error, low, high: expected calibration error and its 95 % interval over captions (`calibration_interval`).
-    by_chance: the error expected of exact predictions. nll, brier: mean negative log-likelihood and squared error of
-    the predictions. scale: of the gap, the one of the smallest negative log-likelihood; scaled_nll: that.
+    Args:
+        reliability: of the predictions.
+        error, low, high: expected calibration error and its 95 % interval over captions (`calibration_interval`).
+        by_chance: the error expected of exact predictions.
+        nll, brier: mean negative log-likelihood and squared error of the predictions.
+        scale, scaled_nll: the factor on the gap that minimises the negative log-likelihood, and that minimum.
     """
 
     reliability: Reliability
@@ -76,10 +82,16 @@ def calibrate(
     rng: np.random.Generator,
     bins: int = 10,
 ) -> Calibration:
-    """Everything about the pairs of one noise level.
+    """Calibration of the pairs at one noise level.
 
-    gap: (N,) raw scores' differences, first less second. label: (N,) in [0, 1], the share of raters who prefer the
-    first. captions: (N,), which pairs are not independent. rng: for the interval.
+    Args:
+        gap: (N,) raw score of the first image minus that of the second.
+        label: (N,) in [0, 1], the share of raters who prefer the first.
+        captions: (N,); pairs of one caption are not independent.
+        sigma: the noise level.
+        config: the likelihood.
+        rng: for the interval.
+        bins: of the reliability.
     """
     probability = predict(gap, sigma, config)
     curve = reliability(probability, label, bins, captions)
@@ -100,7 +112,7 @@ def calibrate(
 
 
 def predict(gap: ArrayLike, sigma: float, config: LossConfig) -> np.ndarray:
-    """P(first preferred), (N,) float64, of gaps (N,) of raw scores at one level."""
+    """P(first preferred), (N,) float64, for gaps (N,) of raw scores at one noise level."""
     delta = _float32(gap)
     return preference_probability(delta, torch.full_like(delta, sigma), config).double().numpy()
 
@@ -108,23 +120,24 @@ def predict(gap: ArrayLike, sigma: float, config: LossConfig) -> np.ndarray:
 def reliability(
     probability: ArrayLike, observed: ArrayLike, bins: int = 10, captions: ArrayLike | None = None
 ) -> Reliability:
-    """Bin predictions (N,) with what was observed (N,), both in [0, 1]; captions: (N,), or None where pairs are
-    independent. Raises ValueError for other shapes, values out of range and fewer than one bin.
+    """Bin predictions (N,) and labels (N,), both in [0, 1]. captions: (N,); None if pairs are independent.
+
+    Raises ValueError for other shapes, values out of range and fewer than one bin.
     """
     p, o = _folded(probability, observed)
     names = np.arange(len(p)) if captions is None else _checked_captions(captions, p)
-    edges, place = _binned(p, bins)
-    count = np.bincount(place, minlength=bins)
+    edges, indices = _binned(p, bins)
+    count = np.bincount(indices, minlength=bins)
     predicted, frequency, error = (np.full(bins, np.nan) for _ in range(3))
     for index in np.flatnonzero(count):
-        here = place == index
+        here = indices == index
         predicted[index], frequency[index] = p[here].mean(), o[here].mean()
         error[index] = _standard_error(o[here], names[here])
     return Reliability(edges, count, predicted, frequency, error)
 
 
 def expected_calibration_error(reliability: Reliability) -> float:
-    """Mean |predicted - observed| over bins, weighted by their pairs. Chance alone makes it positive, see below."""
+    """Mean |predicted - observed| over bins, weighted by their pairs. Positive by chance, see `error_by_chance`."""
     return _weighted(reliability, np.abs(reliability.predicted - reliability.observed))
 
 
@@ -142,34 +155,33 @@ def calibration_interval(
     bins: int = 10,
     draws: int = DRAWS,
 ) -> tuple[float, float]:
-    """95 % interval (low, high) of the expected calibration error for other captions, which are resampled whole.
+    """95 % interval (low, high) of the expected calibration error, from resampled captions.
 
-    The basic bootstrap, 2 e - (quantiles of the resampled errors): resampling adds to an error the bias that sampling
-    had added, so that the plain quantiles lie too high by twice of it. Where the error is hardly above
-    `error_by_chance`, no interval can be trusted to hold the truth.
+    The basic bootstrap, 2 e - (quantiles of the resampled errors): resampling adds the bias of sampling once more, so
+    plain quantiles are too high by twice that bias. The interval is unreliable where the error is close to
+    `error_by_chance`.
     """
     p, o = _folded(probability, observed)
     _, caption = np.unique(_checked_captions(captions, p), return_inverse=True)
-    _, place = _binned(p, bins)
+    _, index = _binned(p, bins)
     number = int(caption.max()) + 1
-    cell = caption * bins + place
-    sums = [
-        np.bincount(cell, weights=w, minlength=number * bins).reshape(number, bins) for w in (np.ones_like(p), p, o)
-    ]
+    cell = caption * bins + index
+    weights = (np.ones_like(p), p, o)
+    sums = [np.bincount(cell, weights=w, minlength=number * bins).reshape(number, bins) for w in weights]
     drawn = rng.multinomial(number, np.full(number, 1 / number), size=draws)
 
     def error(weights: np.ndarray) -> np.ndarray:
         count, predicted, frequency = (weights @ table for table in sums)
         return np.abs(predicted - frequency).sum(axis=-1) / count.sum(axis=-1)
 
-    found = float(error(np.ones((1, number)))[0])
+    whole = float(error(np.ones((1, number)))[0])
     tail = (1 - LEVEL) / 2
     lower, upper = np.quantile(error(drawn), [tail, 1 - tail])
-    return max(0.0, 2 * found - float(upper)), min(1.0, 2 * found - float(lower))
+    return max(0.0, 2 * whole - float(upper)), min(1.0, 2 * whole - float(lower))
 
 
 def negative_log_likelihood(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
-    """Mean of -(y log p + (1 - y) log q) over gaps and labels (N,), in nats; finite where p underflows to 0."""
+    """Mean of -(y log p + (1 - y) log(1 - p)) over gaps and labels (N,), in nats; finite where p underflows to 0."""
     delta = _float32(gap)
     losses = preference_loss(
         delta,
@@ -182,16 +194,15 @@ def negative_log_likelihood(gap: ArrayLike, label: ArrayLike, *, sigma: float, c
 
 
 def brier_score(probability: ArrayLike, observed: ArrayLike) -> float:
-    """Mean squared difference of predictions and labels (N,)."""
+    """Mean squared difference of predictions (N,) and labels (N,)."""
     return float(np.mean((_column(probability) - _column(observed)) ** 2))
 
 
 def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
-    """The s >= 0 for which s gap predicts the labels (N,) with the smallest negative log-likelihood.
+    """The s >= 0 that minimises the negative log-likelihood of the labels (N,) given s * gap.
 
-    1: the gaps have the scale that the likelihood takes them to have; below 1: overconfident. The likelihood of s is
-    log-concave, so there is one: 0 where larger gaps do not go with the labels, inf where no pair contradicts its gap,
-    NaN where no gap differs from 0.
+    1: calibrated; below 1: overconfident. The likelihood is log-concave in s, so the optimum is unique: 0 where gaps
+    and labels do not correlate positively, inf where no label contradicts its gap, NaN where all gaps are 0.
     """
     gaps, preferred = _column(gap), 2 * _column(label) - 1
     if not gaps.any():
@@ -200,29 +211,29 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
         return 0.0
     if np.all((gaps * preferred > 0) & (np.abs(preferred) == 1)):
         return math.inf
-    found = minimize_scalar(
+    optimum = minimize_scalar(
         lambda log_scale: negative_log_likelihood(math.exp(log_scale) * gaps, label, sigma=sigma, config=config),
         bounds=(math.log(SCALES[0]), math.log(SCALES[1])),
         method="bounded",
         options={"xatol": 1e-4},
     )
-    return math.exp(found.x)
+    return math.exp(optimum.x)
 
 
 def fidelity_fixed_point(q: ArrayLike) -> np.ndarray:
-    """What the fidelity objective drives p to for a rater who prefers with probability q: q^2 / (q^2 + (1 - q)^2)."""
+    """The optimal p under fidelity for a rater who prefers with probability q: q^2 / (q^2 + (1 - q)^2)."""
     q = np.asarray(q, dtype=np.float64)
     return q**2 / (q**2 + (1 - q) ** 2)
 
 
 def fidelity_rater(p: ArrayLike) -> np.ndarray:
-    """The inverse of `fidelity_fixed_point`: sqrt p / (sqrt p + sqrt(1 - p)), what is observed where p is predicted."""
+    """The inverse of `fidelity_fixed_point`: sqrt p / (sqrt p + sqrt(1 - p)), the frequency where p is predicted."""
     p = np.asarray(p, dtype=np.float64)
     return np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p))
 
 
 def _folded(probability: ArrayLike, observed: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Both with the more probable picture as the first of its pair."""
+    """Predictions and labels with the more probable image first."""
     p, o = _column(probability), _column(observed)
     if p.shape != o.shape or not all(((x >= 0) & (x <= 1)).all() for x in (p, o)):
         raise ValueError(
@@ -241,15 +252,15 @@ def _binned(p: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
-    """Of the mean of values (n,) in [0, 1], over captions, but not below that of n independent pairs: the standard
-    deviation of Beta(k + 1, n - k + 1), k the sum of the values.
+    """Standard error over captions of the mean of values (n,) in [0, 1]; at least the standard deviation of
+    Beta(k + 1, n - k + 1), where k is the sum of the values.
     """
     mean = (values.sum() + 1) / (len(values) + 2)
-    alone = math.sqrt(mean * (1 - mean) / (len(values) + 3))
+    independent = math.sqrt(mean * (1 - mean) / (len(values) + 3))
     per_caption = by_caption(values, captions)
     if len(per_caption) < 2:
-        return alone
-    return max(alone, float(per_caption.std(ddof=1)) / math.sqrt(len(per_caption)))
+        return independent
+    return max(independent, float(per_caption.std(ddof=1)) / math.sqrt(len(per_caption)))
 
 
 def _weighted(reliability: Reliability, values: np.ndarray) -> float:

@@ -1,10 +1,10 @@
-"""Scores of single pictures by any reward, kept in pieces: what a public test set is judged with.
+"""Scores of single images by any reward, as the public test sets are evaluated.
 
-A picture is scored by itself, in an order that knows nothing of pairs (`PictureSet.order`), with noise that depends on
-(seed, its prompt, the draw) and its size alone: pictures of one prompt and size share their noise.
+Every image is scored separately, in an order that does not depend on the pairs (`PictureSet.order`). RNG streams are
+keyed by (seed, prompt, draw), so images of one prompt and size share their noise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,116 +16,108 @@ from tqdm import tqdm
 
 from dinalrm_align.data.source import Encoders
 from dinalrm_align.eval.pieces import Pieces
-from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores
+from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores, check_finite
 from dinalrm_align.eval.test_sets import PictureSet
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.images import image_tensor, open_image
-from dinalrm_align.reward.callables import LatentFunction
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.combine import Part, RewardSum
-from dinalrm_align.reward.inputs import check_picture_size
 from dinalrm_align.reward.latent import LatentReward
+from dinalrm_align.reward.registry import latent_rewards
 from dinalrm_align.train.digest import text_digest
 
 PIECE = 8
-"""Batches in a piece that is kept."""
+"""Batches per stored piece."""
 MULTIPLE = 16
-"""Sides that SD3's VAE and patches divide."""
+"""Divisor of image sides: SD3's VAE (8) times its patches (2)."""
 
+OnBad = Literal["refuse", "skip"]
+"""What to do about an image that is missing or cannot be read: raise ValueError, or leave out its pairs."""
 ImageScorer = Callable[[Sequence[Image.Image], Sequence[str]], Mapping[str, np.ndarray]]
-"""(B pictures of any sizes, B prompts) -> reading's name -> (B,) scores."""
+"""(B images of any size, B prompts) -> `NoiseLevels.name` -> (B,) scores."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a picture is brought to a size that a latent reward reads; LANCZOS. how: "area", its own aspect at the area
-    of height x width, sides rounded to multiples of 16; "crop", scaled to cover height x width, centre-cropped.
+    """How images are resized (LANCZOS) for a latent reward.
+
+    how: "area" keeps the aspect ratio at the area height x width, with sides rounded to multiples of 16; "crop" scales
+    the image to cover height x width and crops the centre.
     """
 
     how: Literal["area", "crop"]
     height: int
     width: int
 
-    def __call__(self, picture: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image) -> Tensor:
         """(3, H, W) in [0, 1]."""
         if self.how == "crop":
-            fitted = ImageOps.fit(picture, (self.width, self.height), method=Image.Resampling.LANCZOS)
+            fitted = ImageOps.fit(image, (self.width, self.height), method=Image.Resampling.LANCZOS)
         else:
-            scale = (self.height * self.width / (picture.width * picture.height)) ** 0.5
-            sides = [max(1, round(scale * side / MULTIPLE)) * MULTIPLE for side in picture.size]
-            fitted = picture.resize(sides, Image.Resampling.LANCZOS)
+            scale = (self.height * self.width / (image.width * image.height)) ** 0.5
+            sides = [max(1, round(scale * side / MULTIPLE)) * MULTIPLE for side in image.size]
+            fitted = image.resize(sides, Image.Resampling.LANCZOS)
         return image_tensor([fitted])[0]
 
 
 def image_scorer(
-    reward: Part | RewardSum, encoders: Encoders, fit: Fit, readings: Sequence[NoiseLevels], seed: int
+    reward: Part | RewardSum, encoders: Encoders, fit: Fit, levels: Sequence[NoiseLevels], seed: int
 ) -> ImageScorer:
-    """What scores pictures with a reward. A latent reward encodes the fitted picture once and gives its raw score in
-    each of `readings`; a reward over pictures sees the picture itself; a sum adds up its parts, latent ones with their
-    own scale at their own level, and has one reading, as rewards over pictures have.
+    """Raw scores of a latent reward at `levels`; or, where these are [NO_NOISE], the weighted sum of the parts of any
+    reward: latent rewards at their config's level and scale, image rewards on the images as they are.
 
-    encoders: of the latent reward's base model. ValueError for a callable over latents, which cannot judge pictures,
-    and where the encoders are not those that a latent reward was trained with.
+    Args:
+        encoders: of the latent rewards' base model.
+        fit: applied to images that latent rewards encode.
+        seed: of the noise.
+
+    Raises ValueError when a latent reward was trained with other encoders; and, when called, for a reward that cannot
+    score images.
     """
-    if isinstance(reward, LatentFunction):
-        raise ValueError(f"{reward.name} reads latents and cannot judge pictures; name a reward that reads images")
-    if isinstance(reward, LatentReward):
-        encoders.manifest().check(reward.config)
-        return lambda pictures, prompts: _score_latent(reward, encoders, fit, readings, seed, pictures, prompts)
-    if isinstance(reward, RewardSum):
-        named = zip(reward.names, reward.parts, strict=True)
-        parts = {name: _part(part, encoders, fit, seed) for name, part in named}
+    parts, weights = _parts(reward)
+    for part in latent_rewards(reward):
+        encoders.manifest().check(part.config)
 
-        def add_up(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-            scores = {name: part(pictures, prompts)[NO_NOISE.name] for name, part in parts.items()}
-            return {NO_NOISE.name: sum(reward.weights[name] * score for name, score in scores.items())}
+    def raw_scores(
+        part: LatentReward, levels: Sequence[NoiseLevels], images: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        scores = {level.name: np.empty(len(images), np.float32) for level in levels}
+        for rows, pixels in _by_size([fit(image) for image in images]):
+            latents = encoders.encode_images(pixels).to(part.device)
+            texts = [prompts[row] for row in rows]
+            conditions = Conditions(texts, *encoders.encode_prompts(texts))
+            for level in levels:
+                noise = torch.stack([draw_noise(texts, latents.shape[1:], seed, draw) for draw in level.draws])
+                raw = _raw(part, latents, conditions, list(level.sigmas), noise)
+                scores[level.name][rows] = raw.cpu().numpy()
+        return scores
 
-        return add_up
-    return lambda pictures, prompts: {NO_NOISE.name: reward.score_images(list(pictures), list(prompts)).cpu().numpy()}
+    def part_score(part: Part, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        if not latent_rewards(part):
+            return part.score_images(list(images), list(prompts)).cpu().numpy()
+        config = part.config
+        sigma = config.sigma if config.image_sigma is None else config.image_sigma
+        level = NoiseLevels.at(*(sigma if isinstance(sigma, Sequence) else [sigma]))
+        return raw_scores(part, [level], images, prompts)[level.name] * config.score_scale + config.score_bias
+
+    @torch.no_grad()
+    def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        if levels != [NO_NOISE]:
+            return raw_scores(reward, levels, images, prompts)
+        return {NO_NOISE.name: sum(weights[name] * part_score(part, images, prompts) for name, part in parts.items())}
+
+    return score
 
 
-def _part(part: Part, encoders: Encoders, fit: Fit, seed: int) -> ImageScorer:
-    """A part of a sum, read in its one way."""
-    if not isinstance(part, LatentReward):
-        return image_scorer(part, encoders, fit, [NO_NOISE], seed)
-    config = part.config
-    level = config.sigma if config.image_sigma is None else config.image_sigma
-    reading = NoiseLevels.at(*(level if isinstance(level, Sequence) else [level]))
-    raw = image_scorer(part, encoders, fit, [reading], seed)
-
-    def scaled(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        return {NO_NOISE.name: raw(pictures, prompts)[reading.name] * config.score_scale + config.score_bias}
-
-    return scaled
-
-
-@torch.no_grad()
-def _score_latent(
-    reward: LatentReward,
-    encoders: Encoders,
-    fit: Fit,
-    readings: Sequence[NoiseLevels],
-    seed: int,
-    pictures: Sequence[Image.Image],
-    prompts: Sequence[str],
-) -> dict[str, np.ndarray]:
-    fitted = [fit(picture) for picture in pictures]
-    scores = {reading.name: np.empty(len(pictures), np.float32) for reading in readings}
-    for size in dict.fromkeys(pixels.shape for pixels in fitted):
-        rows = [row for row, pixels in enumerate(fitted) if pixels.shape == size]
-        pixels = torch.stack([fitted[row] for row in rows])
-        check_picture_size(pixels, reward.model.trunk, 8)
-        latents = encoders.encode_images(pixels).to(reward.device)
-        texts = [prompts[row] for row in rows]
-        embeds = [each.to(reward.device) for each in encoders.encode_prompts(texts)]
-        for reading in readings:
-            noise = torch.stack([draw_noise(texts, latents.shape[1:], seed, draw) for draw in reading.draws])
-            raw = reward.model(latents, *embeds, reading.sigmas, noise.to(reward.device))
-            scores[reading.name][rows] = raw.float().cpu().numpy()
-    return scores
+def _by_size(images: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """Rows and stacked images (B, 3, H, W) of each size."""
+    for size in dict.fromkeys(image.shape for image in images):
+        rows = [row for row, image in enumerate(images) if image.shape == size]
+        yield rows, torch.stack([images[row] for row in rows])
 
 
 def draw_noise(prompts: Sequence[str], shape: Sequence[int], seed: int, draw: int) -> Tensor:
-    """(B, *shape) standard normal, on the CPU: one draw a prompt."""
+    """(B, *shape) standard normal on the CPU, equal for equal prompts."""
     keys = [int(text_digest(prompt), 16) for prompt in prompts]
     drawn = {key: torch.randn(*shape, generator=seeded_generator(seed, key, draw)) for key in dict.fromkeys(keys)}
     return torch.stack([drawn[key] for key in keys])
@@ -133,94 +125,102 @@ def draw_noise(prompts: Sequence[str], shape: Sequence[int], seed: int, draw: in
 
 def score_image_set(
     score: ImageScorer,
-    judged: PictureSet,
-    readings: Sequence[NoiseLevels],
+    images: PictureSet,
+    levels: Sequence[NoiseLevels],
     *,
     batch_size: int,
-    on_bad: Literal["refuse", "skip"],
+    on_bad: OnBad,
     title: str,
     pieces: Pieces,
 ) -> tuple[PairScores, dict[str, str]]:
-    """Score every picture of the set and put the scores to its pairs; and name -> fault of pictures without a score.
+    """Score all images of a set. Returns the scores, and the reason for each image without a score by its name.
 
-    on_bad: what becomes of a picture that is missing or cannot be read: ValueError with its name, or its pairs are left
-    out. pieces: where scores are kept as they come. ValueError too when a score is not finite, and no pair is left.
+    Images are stored in `pieces` as they are scored. Raises ValueError for scores that are not finite, when no pair is
+    left, and for unreadable images unless `on_bad` is "skip".
     """
-    missing = judged.missing()
+    missing = images.missing()
     if missing and on_bad == "refuse":
         raise ValueError(
-            f"{judged.name}: {len(missing)} of {len(judged.pictures)} pictures are not there, as {missing[:3]}; put "
-            "them where their set says, or leave their pairs out: --on_bad skip"
+            f"{images.name}: {len(missing)} of {len(images.pictures)} images are missing, as {missing[:3]}; add them, "
+            "or leave out their pairs with --on_bad skip"
         )
-    order, names = judged.order, [reading.name for reading in readings]
+    names = [level.name for level in levels]
+    order, size = images.order, PIECE * batch_size
     table = np.full((len(names), len(order)), np.nan, np.float32)
     faults: dict[str, str] = {}
-    size = PIECE * batch_size
-    with tqdm(total=len(order), desc=title, unit=" pictures", dynamic_ncols=True) as bar:
-        for number in range(-(-len(order) // size)):
-            rows = order[number * size : (number + 1) * size]
-            kept = pieces.load(number)
-            if kept is None:
-                kept = _score_piece(score, judged, rows, names, batch_size, on_bad, bar)
-                pieces.save(number, *kept)
-            else:
-                bar.update(len(rows))
-            arrays, words = kept
-            table[:, rows] = arrays["scores"]
-            faults |= words
-    return _to_pairs(judged, dict(zip(names, table, strict=True)), faults), faults
+    bar = tqdm(total=len(order), desc=title, unit=" images", dynamic_ncols=True)
+    for number, start in enumerate(range(0, len(order), size)):
+        rows = order[start : start + size]
+        piece = pieces.load(number)
+        if piece is None:
+            scores, found = [], {}
+            for first in range(0, len(rows), batch_size):
+                batch = rows[first : first + batch_size]
+                scores.append(_score_batch(score, images, batch, names, on_bad, found))
+                bar.update(len(batch))
+            piece = {"scores": np.concatenate(scores, axis=1)}, found
+            pieces.save(number, *piece)
+        else:
+            bar.update(len(rows))
+        table[:, rows] = piece[0]["scores"]
+        faults |= piece[1]
+    bar.close()
+    return _pair_scores(images, dict(zip(names, table, strict=True)), faults), faults
 
 
-def _score_piece(
+def _score_batch(
     score: ImageScorer,
-    judged: PictureSet,
+    images: PictureSet,
     rows: Sequence[int],
     names: Sequence[str],
-    batch_size: int,
-    on_bad: str,
-    bar: tqdm,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """scores (R, rows), NaN for pictures that cannot be read, and the faults of those."""
-    scores, faults = np.full((len(names), len(rows)), np.nan, np.float32), {}
-    for start in range(0, len(rows), batch_size):
-        places, pictures = [], []
-        part = rows[start : start + batch_size]
-        for place, row in enumerate(part, start=start):
-            picture = judged.pictures[row]
-            try:
-                pictures.append(open_image(picture.read(), picture.name))
-                places.append(place)
-            except (OSError, ValueError) as error:
-                if on_bad == "refuse":
-                    how = "replace it, or leave its pairs out: --on_bad skip"
-                    raise ValueError(f"{judged.name}: picture {picture.name}: {error}; {how}") from error
-                faults[picture.name] = str(error)
-        if pictures:
-            found = score(pictures, [judged.pictures[rows[place]].prompt for place in places])
-            for line, name in enumerate(names):
-                if not np.isfinite(found[name]).all():
-                    raise ValueError(f"{judged.name}: scores at {name} are NaN or infinite; look at the weights")
-                scores[line, places] = found[name]
-        bar.update(len(part))
-    return {"scores": scores}, faults
+    on_bad: OnBad,
+    faults: dict[str, str],
+) -> np.ndarray:
+    """Scores (levels, rows), NaN for images that cannot be read; those are added to `faults`."""
+    scores = np.full((len(names), len(rows)), np.nan, np.float32)
+    opened: dict[int, Image.Image] = {}
+    for column, row in enumerate(rows):
+        image = images.pictures[row]
+        try:
+            opened[column] = open_image(image.read(), image.name)
+        except (OSError, ValueError) as error:
+            if on_bad == "refuse":
+                how = "replace it, or leave out its pairs with --on_bad skip"
+                raise ValueError(f"{images.name}: image {image.name}: {error}; {how}") from error
+            faults[image.name] = str(error)
+    if opened:
+        found = score(list(opened.values()), [images.pictures[rows[column]].prompt for column in opened])
+        for line, name in enumerate(names):
+            check_finite(found[name], name, images.name)
+            scores[line, list(opened)] = found[name]
+    return scores
 
 
-def _to_pairs(judged: PictureSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
-    """The pairs whose pictures both have scores."""
-    there = np.isfinite(next(iter(scores.values())))
-    kept = there[judged.chosen] & there[judged.rejected]
+def _pair_scores(images: PictureSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
+    """The pairs whose images both have scores."""
+    scored = np.isfinite(next(iter(scores.values())))
+    kept = scored[images.chosen] & scored[images.rejected]
     if not kept.any():
         fault = next(iter(faults.values()), "")
-        raise ValueError(f"{judged.name}: none of {len(kept)} pairs has both its pictures ({fault})")
+        raise ValueError(f"{images.name}: none of {len(kept)} pairs has scores of both images ({fault})")
     prompts: dict[str, int] = {}
-    caption = np.array([prompts.setdefault(judged.pictures[row].prompt, len(prompts)) for row in judged.chosen])
+    caption = np.array([prompts.setdefault(images.pictures[row].prompt, len(prompts)) for row in images.chosen])
+    columns = {name: vars(images)[name][kept] for name in ("chosen", "rejected", "label", "group")}
     return PairScores(
         scores,
-        chosen=judged.chosen[kept],
-        rejected=judged.rejected[kept],
-        label=judged.label[kept],
+        **columns,
         caption=caption[kept],
-        group=judged.group[kept],
         prompts=tuple(prompts),
-        pictures=tuple(picture.name for picture in judged.pictures),
+        images=tuple(image.name for image in images.pictures),
     )
+
+
+def _parts(reward: Part | RewardSum) -> tuple[dict[str, Part], dict[str, float]]:
+    if isinstance(reward, RewardSum):
+        return dict(zip(reward.names, reward.parts, strict=True)), reward.weights
+    return {"reward": reward}, {"reward": 1.0}
+
+
+def _raw(reward: LatentReward, latents: Tensor, text: Conditions, sigma: list[float], noise: Tensor) -> Tensor:
+    embeds = dict(prompt_embeds=text.prompt_embeds, pooled_prompt_embeds=text.pooled_prompt_embeds)
+    return reward.raw(latents, **embeds, sigma=sigma, noise=noise)

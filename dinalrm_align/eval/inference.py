@@ -1,7 +1,7 @@
-"""How a finished reward is best read: at which noise level, at several, with several draws (arXiv 2602.11146, sec. 5).
+"""Noise levels at inference: a single level, several levels or several draws (arXiv 2602.11146, section 5).
 
-Tokens: the levels (or draws) are joined before the head's attention and give one score. Average: each gives a score of
-its own, and those are averaged.
+Tokens: the levels or draws are joined before the head's attention and give one score. Average: the mean of the scores
+at each of them.
 """
 
 from collections.abc import Sequence
@@ -10,37 +10,39 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinalrm_align.eval.ablation import (
-    WORDS,
+    ASTERISK,
     Evidence,
     Measure,
     accuracy,
     accuracy_at,
-    accuracy_of_mean,
+    accuracy_of,
     difference,
     in_points,
     verdict,
+    with_asterisk,
 )
 from dinalrm_align.eval.report.intervals import Interval
-from dinalrm_align.eval.scores import NoiseLevels, PairScores
+from dinalrm_align.eval.report.markdown import table
+from dinalrm_align.eval.scores import NoiseLevels, PairScores, level_name
 
-DRAWN_AT = 0.4
-"""The level at which several noise draws are compared: the paper's single level."""
+SINGLE_LEVEL = 0.4
+"""The paper's single level, at which several noise draws are compared."""
 COUNTS = (1, 2, 4, 8)
-"""Numbers of draws that are compared, as far as there are that many."""
+"""Numbers of draws to compare."""
+ENSEMBLE_DRAWS = 4
+"""Most draws of the ensemble's variance."""
 
 
-def common_readings(sigmas: Sequence[float], ensemble: Sequence[float]) -> list[NoiseLevels]:
-    """What every arm is read at: single levels, and one ensemble."""
-    return [
-        *(NoiseLevels.at(sigma) for sigma in dict.fromkeys([*sigmas, DRAWN_AT, *ensemble])),
-        NoiseLevels.at(*ensemble),
-    ]
+def common_levels(sigmas: Sequence[float], ensemble: Sequence[float]) -> list[NoiseLevels]:
+    """The noise levels of every arm: single levels, and one ensemble."""
+    single = dict.fromkeys([*sigmas, SINGLE_LEVEL, *ensemble])
+    return [*(NoiseLevels.at(sigma) for sigma in single), NoiseLevels.at(*ensemble)]
 
 
-def ensemble_readings(ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
-    """Each ensemble as tokens, and its levels one by one for their average."""
-    singles = [NoiseLevels.at(sigma) for levels in ensembles for sigma in levels]
-    return [*singles, *(NoiseLevels.at(*levels) for levels in ensembles)]
+def ensemble_levels(ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
+    """Each ensemble as tokens, and its single levels for the average."""
+    singles = [NoiseLevels.at(sigma) for sigmas in ensembles for sigma in sigmas]
+    return [*singles, *(NoiseLevels.at(*sigmas) for sigmas in ensembles)]
 
 
 def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
@@ -48,124 +50,123 @@ def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
     return [tuple(range(start, start + count)) for start in range(0, draws - count + 1, count)]
 
 
-def draw_readings(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
-    """Single draws, groups of them joined as tokens, and the ensemble of levels with some draws of its own."""
-    singles = [NoiseLevels.at(DRAWN_AT, draw=draw) for draw in range(draws)]
-    joined = [
-        NoiseLevels((DRAWN_AT,) * count, group)
-        for count in COUNTS
-        if 1 < count < draws
-        for group in draw_groups(count, draws)
-    ]
-    return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(4, draws)))]
+def draw_levels(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
+    """Single draws, groups of them joined as tokens, and the ensemble with some draws."""
+    singles = [NoiseLevels.at(SINGLE_LEVEL, draw=draw) for draw in range(draws)]
+    joined = [_joined(group) for count in COUNTS if 1 < count < draws for group in draw_groups(count, draws)]
+    return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(ENSEMBLE_DRAWS, draws)))]
 
 
-def ways(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]], judged: PairScores) -> dict[str, Measure]:
-    """Label -> accuracy measure of every way of reading that was taken of this set."""
-    found: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in sigmas}
+def _joined(draws: tuple[int, ...]) -> NoiseLevels:
+    return NoiseLevels((SINGLE_LEVEL,) * len(draws), draws)
+
+
+def inference_measures(
+    sigmas: Sequence[float], ensembles: Sequence[Sequence[float]], scores: PairScores
+) -> dict[str, Measure]:
+    """Label -> accuracy, for every choice of noise levels that has scores."""
+    measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in sigmas}
     for levels in ensembles:
-        label = "+".join(f"{sigma:g}" for sigma in levels)
-        found[f"{label}, tokens"] = accuracy_at(*levels)
-        found[f"{label}, average"] = accuracy_of_mean(*(NoiseLevels.at(sigma).name for sigma in levels))
+        label = level_name(levels)
+        measures[f"{label}, tokens"] = accuracy_at(*levels)
+        measures[f"{label}, average"] = accuracy_of(*(NoiseLevels.at(sigma).name for sigma in levels))
     for count in COUNTS[1:]:
-        group = tuple(range(count))
-        names = [NoiseLevels.at(DRAWN_AT, draw=draw).name for draw in group]
-        joined = NoiseLevels((DRAWN_AT,) * count, group).name
-        if joined in judged.scores:
-            found[f"sigma {DRAWN_AT:g}, {count} draws, tokens"] = accuracy_of_mean(joined)
-        if set(names) <= judged.scores.keys():
-            found[f"sigma {DRAWN_AT:g}, {count} draws, average"] = accuracy_of_mean(*names)
-    return found
+        names = [NoiseLevels.at(SINGLE_LEVEL, draw=draw).name for draw in range(count)]
+        joined = _joined(tuple(range(count))).name
+        if joined in scores.scores:
+            measures[f"sigma {SINGLE_LEVEL:g}, {count} draws, tokens"] = accuracy_of(joined)
+        if set(names) <= scores.scores.keys():
+            measures[f"sigma {SINGLE_LEVEL:g}, {count} draws, average"] = accuracy_of(*names)
+    return measures
 
 
 def inference_section(
     evidence: Evidence, arm: str, sets: Sequence[str], sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]
 ) -> str:
-    """Markdown: accuracy of every way of reading one arm's rewards, and its paired difference to the single level."""
+    """Markdown: accuracy of one arm for every choice of noise levels, and its paired difference to the single level."""
     seeds = evidence[arm]
-    by_set = {name: ways(sigmas, ensembles, next(iter(seeds.values()))[name]) for name in sets}
-    labels = list(dict.fromkeys(label for found in by_set.values() for label in found))
-    head = [part for name in sets for part in (name, f"{name}, less sigma {DRAWN_AT:g}")]
-    lines = ["## Reading a finished reward", "", f"Rewards: {arm}, {len(seeds)} seeds.", ""]
-    lines += [f"| read at | {' | '.join(head)} |", f"|---|{'---:|' * len(head)}"]
-    for label in labels:
-        cells = []
-        for name in sets:
-            measure = by_set[name].get(label)
-            if measure is None:
-                cells += ["", ""]
-                continue
-            gain = gain_over_single(evidence, arm, name, measure)
-            mark = "" if verdict(gain) == "open" else " *"
-            cells += [in_points(accuracy(evidence, arm, name, measure), signed=False), in_points(gain) + mark]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += ["", "An asterisk: the interval leaves out 0.", "", *orderings(evidence, arm, sets, ensembles[0])]
-    return "\n".join(lines) + "\n"
+    by_set = {name: inference_measures(sigmas, ensembles, next(iter(seeds.values()))[name]) for name in sets}
+
+    def cells(name: str, label: str) -> list[str]:
+        if label not in by_set[name]:
+            return ["", ""]
+        measure = by_set[name][label]
+        value = in_points(accuracy(evidence, arm, name, measure), signed=False)
+        return [value, with_asterisk(gain_over_single(evidence, arm, name, measure))]
+
+    labels = dict.fromkeys(label for measures in by_set.values() for label in measures)
+    header = ["noise levels", *(part for name in sets for part in (name, f"{name}, minus sigma {SINGLE_LEVEL:g}"))]
+    rows = [[label, *(cell for name in sets for cell in cells(name, label))] for label in labels]
+    orderings = "\n".join(paper_orderings(evidence, arm, sets, ensembles[0]))
+    return (
+        f"## Noise levels at inference\n\nRewards: {arm}, {len(seeds)} seeds.\n\n{table(header, rows)}\n\n{ASTERISK}\n"
+        f"\n{orderings}\n"
+    )
 
 
 def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
-    """Paired difference of a way of reading to the single level."""
-    return difference(evidence, arm, arm, name, measure, accuracy_at(DRAWN_AT))
+    """Paired difference of an accuracy to that at the single level."""
+    return difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
 
 
-def orderings(evidence: Evidence, arm: str, sets: Sequence[str], ensemble: Sequence[float]) -> list[str]:
-    """The paper's claims on reading, each with what becomes of it here; without those whose levels were not taken."""
-    average = accuracy_of_mean(*(NoiseLevels.at(sigma).name for sigma in ensemble))
-    tokens, single = accuracy_at(*ensemble), accuracy_at(DRAWN_AT)
+def paper_orderings(evidence: Evidence, arm: str, sets: Sequence[str], ensemble: Sequence[float]) -> list[str]:
+    """The paper's claims on inference with the verdicts here; claims on levels without scores are left out."""
+    average = accuracy_of(*(NoiseLevels.at(sigma).name for sigma in ensemble))
+    tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [
-        (f"sigma {DRAWN_AT:g} above sigma 0", single, accuracy_at(0.0), 0.0),
-        (f"sigma {DRAWN_AT:g} above sigma 0.8", single, accuracy_at(0.8), 0.8),
-        (f"token ensemble above sigma {DRAWN_AT:g}", tokens, single, DRAWN_AT),
-        ("token ensemble above the average of the same levels", tokens, average, DRAWN_AT),
+        (f"sigma {SINGLE_LEVEL:g} above sigma 0", single, accuracy_at(0.0), 0.0),
+        (f"sigma {SINGLE_LEVEL:g} above sigma 0.8", single, accuracy_at(0.8), 0.8),
+        (f"token ensemble above sigma {SINGLE_LEVEL:g}", tokens, single, SINGLE_LEVEL),
+        ("token ensemble above the average of the same levels", tokens, average, SINGLE_LEVEL),
     ]
-    taken = next(iter(evidence[arm].values()))[sets[0]].scores
-    claims = [claim for claim in claims if NoiseLevels.at(claim[-1]).name in taken]
+    scored = next(iter(evidence[arm].values()))[sets[0]].scores
     lines = []
-    for claim, better, worse, _ in claims:
-        found = {name: difference(evidence, arm, arm, name, better, worse) for name in sets}
-        parts = [f"on {name} it {WORDS[verdict(gap)]} ({in_points(gap)})" for name, gap in found.items()]
-        lines.append(f"- Paper: {claim}. Here, {', '.join(parts)}.")
+    for claim, better, worse, level in claims:
+        if NoiseLevels.at(level).name in scored:
+            gaps = {name: difference(evidence, arm, arm, name, better, worse) for name in sets}
+            parts = [f"on {name} it {verdict(gap)} ({in_points(gap)})" for name, gap in gaps.items()]
+            lines.append(f"- Paper: {claim}. Here, {', '.join(parts)}.")
     return lines
 
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """Variance of a score over noise draws as a share of its variance over pictures, for one way and number of draws.
+    """Variance of a score over noise draws, as a share of its variance over images.
 
-    forwards: of the backbone, per score. share: mean over seeds.
+    label: noise levels and draws. forwards: of the backbone, per score. share: mean over seeds.
     """
 
-    way: str
+    label: str
     forwards: int
     share: float
 
 
 def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
-    """Shares for averaged and for joined draws at one level, and for the ensemble of levels; seeds: one set's files."""
-    found = []
+    """Shares for averaged and for joined draws at the single level, and for the ensemble. seeds: scores on one set."""
+
+    def share(label: str, forwards: int, repeats: list[list[str]]) -> NoiseShare:
+        shares = [_noise_share(np.stack([scores.score(*names) for names in repeats])) for scores in seeds]
+        return NoiseShare(label, forwards, float(np.mean(shares)))
+
+    shares = []
     for count in COUNTS:
         groups = draw_groups(count, draws)
         if len(groups) < 2:
             continue
-        averaged = [[NoiseLevels.at(DRAWN_AT, draw=draw).name for draw in group] for group in groups]
-        found.append(NoiseShare(f"sigma {DRAWN_AT:g}, draws averaged", count, _mean_share(seeds, averaged)))
-        joined = [[NoiseLevels((DRAWN_AT,) * count, group).name] for group in groups]
-        found.append(NoiseShare(f"sigma {DRAWN_AT:g}, draws as tokens", count, _mean_share(seeds, joined)))
+        averaged = [[NoiseLevels.at(SINGLE_LEVEL, draw=draw).name for draw in group] for group in groups]
+        shares.append(share(f"sigma {SINGLE_LEVEL:g}, draws averaged", count, averaged))
+        joined = [[_joined(group).name] for group in groups]
+        shares.append(share(f"sigma {SINGLE_LEVEL:g}, draws as tokens", count, joined))
     if draws > 1:
-        levels = [[NoiseLevels.at(*ensemble, draw=draw).name] for draw in range(min(4, draws))]
-        label = "+".join(f"{sigma:g}" for sigma in ensemble)
-        found.append(NoiseShare(f"{label}, tokens, one draw", len(ensemble), _mean_share(seeds, levels)))
-    return found
+        levels = [[NoiseLevels.at(*ensemble, draw=draw).name] for draw in range(min(ENSEMBLE_DRAWS, draws))]
+        shares.append(share(f"{level_name(ensemble)}, tokens, one draw", len(ensemble), levels))
+    return shares
 
 
-def _mean_share(seeds: Sequence[PairScores], repeats: list[list[str]]) -> float:
-    return float(np.mean([_share(np.stack([judged.score(*names) for names in repeats])) for judged in seeds]))
+def _noise_share(scores: np.ndarray) -> float:
+    """scores (R repeats, M images) -> unbiased variance within images over the variance between them.
 
-
-def _share(scores: np.ndarray) -> float:
-    """scores (R repeats, M pictures) -> unbiased variance within pictures over the variance between them.
-
-    The variance of the means over R repeats holds 1 / R of that within, which is taken out.
+    The variance of means over R repeats contains 1 / R of the variance within, which is subtracted.
     """
     within = float(scores.var(axis=0, ddof=1).mean())
     between = float(scores.mean(axis=0).var(ddof=1)) - within / len(scores)
@@ -173,14 +174,9 @@ def _share(scores: np.ndarray) -> float:
 
 
 def variance_section(shares: Sequence[NoiseShare]) -> str:
-    """Markdown: how far a score moves with its noise."""
-    lines = [
-        "## Variance over noise draws",
-        "",
-        "Variance of a picture's score over noise draws, as a share of the variance between pictures.",
-        "",
-        "| way | forwards a score | share |",
-        "|---|---:|---:|",
-        *(f"| {row.way} | {row.forwards} | {row.share:.4f} |" for row in shares),
-    ]
-    return "\n".join(lines) + "\n"
+    """Markdown: variance over noise draws."""
+    rows = [[row.label, row.forwards, f"{row.share:.4f}"] for row in shares]
+    return (
+        "## Variance over noise draws\n\nVariance of an image's score over noise draws, as a share of the variance "
+        f"between images.\n\n{table(['noise levels', 'forwards per score', 'share'], rows)}\n"
+    )

@@ -83,11 +83,11 @@ def leaked(judged: PairScores, trained: Trained, pictures: PictureSet | None = N
         raise ValueError("these pairs have no prompts as text, so they cannot be compared with the training data")
     known = np.array([prompt_digest(prompt) in trained.prompts for prompt in judged.prompts])
     picture, by = np.zeros(len(judged.label), dtype=bool), "not at all"
-    if judged.pictures is not None and (trained.paths or trained.contents):
+    if judged.images is not None and (trained.paths or trained.contents):
         rows = np.unique(np.concatenate([judged.chosen, judged.rejected]))
-        seen = np.zeros(len(judged.pictures), dtype=bool)
+        seen = np.zeros(len(judged.images), dtype=bool)
         for row in rows.tolist():
-            seen[row] = path_digest(judged.pictures[row]) in trained.paths
+            seen[row] = path_digest(judged.images[row]) in trained.paths
             if pictures is not None and trained.contents:
                 content = hashlib.sha256(pictures.pictures[row].read()).hexdigest()
                 seen[row] |= content in trained.contents

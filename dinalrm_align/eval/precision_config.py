@@ -3,25 +3,27 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dinalrm_align.train.settings import ClosedUnitInterval, IntAboveOne, NonNegativeInt, PositiveInt, check_fields
+
 
 @dataclass
 class PrecisionRun:
-    """What is compared, and on what.
+    """Settings of the comparison of half precision with float32.
 
     Args:
-        model: whose transformer the reward reads with. shapes, sd35, or the folder or hub id of a
+        model: base model whose transformer the reward uses. shapes, sd35, or the folder or hub id of a
             StableDiffusion3Pipeline.
-        reward: folder or hub id of the latent reward; by default the model's own.
-        pairs: a directory of latent pairs whose first pictures are scored; by default the embedded world renders
-            pictures of held-out captions.
+        reward: folder or hub id of the latent reward; default, the model's own.
+        pairs: directory of latent pairs whose first images are scored; default, for the embedded world only, renders of
+            held-out captions.
         output: folder of precision.md and precision.json.
         dtypes: compared with float32.
         sigmas: single noise levels.
-        ensemble: noise levels scored together, joined as tokens; none: leave the ensemble out.
-        latents: number of pictures.
-        batch_size: pictures scored at once.
-        seed: of pictures and noise.
-        device: auto takes a CUDA GPU if there is one. float16 is slow on most CPUs.
+        ensemble: noise levels joined as tokens; empty leaves out the ensemble.
+        latents: number of images.
+        batch_size: images per batch.
+        seed: of images and noise.
+        device: auto uses a CUDA GPU if there is one. float16 is slow on most CPUs.
     """
 
     model: str = "shapes"
@@ -29,22 +31,19 @@ class PrecisionRun:
     pairs: str | None = None
     output: str = "runs/precision"
     dtypes: list[Literal["bfloat16", "float16"]] = field(default_factory=lambda: ["bfloat16", "float16"])
-    sigmas: list[float] = field(default_factory=lambda: [0.0, 1e-6, 0.05, 0.4, 0.7, 1.0])
-    ensemble: list[float] = field(default_factory=lambda: [0.2, 0.5, 0.7])
-    latents: int = 128
-    batch_size: int = 32
-    seed: int = 0
+    sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [0.0, 1e-6, 0.05, 0.4, 0.7, 1.0])
+    ensemble: list[ClosedUnitInterval] = field(default_factory=lambda: [0.2, 0.5, 0.7])
+    latents: IntAboveOne = 128
+    batch_size: PositiveInt = 32
+    seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.latents < 2 or self.batch_size < 1:
-            raise ValueError(f"got latents {self.latents}, batch_size {self.batch_size}; at least 2, and at least 1")
-        wrong = [sigma for sigma in (*self.sigmas, *self.ensemble) if not 0 <= sigma <= 1]
-        if wrong or not self.levels() or not self.dtypes:
-            raise ValueError(
-                f"got sigmas {self.sigmas}, ensemble {self.ensemble}, dtypes {self.dtypes}; expected noise levels in "
-                "[0, 1], at least one, and at least one dtype"
-            )
+        check_fields(self)
+        if not self.levels():
+            raise ValueError("sigmas: got none, and no ensemble; expected at least one noise level")
+        if not self.dtypes:
+            raise ValueError("dtypes: got none; expected at least one")
 
     def levels(self) -> list[tuple[float, ...]]:
         """Each single level, then the ensemble."""

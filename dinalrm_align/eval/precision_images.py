@@ -1,4 +1,4 @@
-"""Pictures to score, as a reward takes them: rendered from held-out captions, or the first of a data set of pairs."""
+"""Images for the comparison of precisions: renders of held-out captions, or the first images of latent pairs."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from dinalrm_align.shapes.scene import draw_scenes
 
 @dataclass(frozen=True)
 class Sample:
-    """N pictures to score: latents and noise (N, C, H, W), prompt_embeds (N, L, D), pooled_prompt_embeds (N, P)."""
+    """N images: latents and noise (N, C, H, W), prompt_embeds (N, L, D), pooled_prompt_embeds (N, P)."""
 
     latents: Tensor
     noise: Tensor
@@ -32,14 +32,14 @@ def heldout_images(spec: ModelSpec, count: int, seed: int) -> Sample:
     """Renders of `count` held-out captions of the embedded world, encoded by its own networks in float32."""
     rng = np.random.default_rng(seed)
     scenes = draw_scenes(count, rng, held_out=True)
-    pictures = render([lay_out(scene, draw_nuisance(rng), rng) for scene in scenes], spec.height)
-    latents = encode_images(load_vae(spec.pipeline, device="cpu"), pictures)
+    images = render([lay_out(scene, draw_nuisance(rng), rng) for scene in scenes], spec.height)
+    latents = encode_images(load_vae(spec.pipeline, device="cpu"), images)
     encoder = PromptEncoder(spec.pipeline, text_length=spec.text_length)
     return Sample(latents, _noise(latents, seed), *encoder([scene.caption for scene in scenes]))
 
 
 def images_of_pairs(directory: str, count: int, seed: int) -> Sample:
-    """The first pictures of a directory of latent pairs; ValueError when they are fewer or of several sizes."""
+    """The first images of a directory of latent pairs. Raises ValueError when they are fewer or of several sizes."""
     batches, parts = LatentPairs(directory, batch_size=32).in_order(), []
     for index in range(len(batches)):
         parts.append(batches[index])
@@ -48,9 +48,7 @@ def images_of_pairs(directory: str, count: int, seed: int) -> Sample:
     sizes = {tuple(part.latents.shape[1:]) for part in parts}
     available = sum(len(part.latents) for part in parts)
     if len(sizes) > 1 or available < count:
-        raise ValueError(
-            f"{directory}: got {available} pictures of sizes {sorted(sizes)}; expected {count} of one size"
-        )
+        raise ValueError(f"{directory}: got {available} images of sizes {sorted(sizes)}; expected {count} of one size")
     columns = {"latents": [part.latents for part in parts]}
     columns |= {
         name: [vars(part.conditions)[name] for part in parts] for name in ("prompt_embeds", "pooled_prompt_embeds")

@@ -1,7 +1,7 @@
-"""Accuracy under a named protocol, with a bootstrap interval over prompts.
+"""Accuracy under a named protocol (`test_sets_config.PROTOCOLS`), with a bootstrap interval over prompts.
 
-`config.test_sets.PROTOCOLS` says in words what each name means. Every protocol but tau is a ratio of sums over pairs,
-sum w u r / sum w u: r in [0, 1] is how right a pair is, u how much it counts, w how often its prompt was drawn.
+Every protocol except tau is a ratio of sums over pairs, sum w u r / sum w u: r in [0, 1] is the correctness of a pair,
+u its weight, and w the number of times the bootstrap drew its prompt.
 """
 
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import PROTOCOLS
 
 DRAWS = 1000
-"""Resamples of prompts behind an interval."""
+"""Bootstrap resamples."""
 LEVEL = 0.95
 CHUNK = 50
-"""Resamples that are worked out at once."""
+"""Resamples computed at once."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A protocol's number in [0, 1], its 95 % percentile interval over prompts, and the pairs and prompts it rests on.
+    """Accuracy in [0, 1], its 95 % percentile interval over prompts, and the numbers of pairs and prompts it uses.
 
-    NaN everywhere where no pair counts.
+    NaN where no pair counts.
     """
 
     value: float
@@ -32,43 +32,50 @@ class Accuracy:
     prompts: int
 
     def __str__(self) -> str:
-        """In per cent: "72.4 [70.1, 74.6]"."""
+        """In per cent: "72.40 [70.10, 74.60]"."""
         if not self.pairs:
             return "no pairs"
         return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
 
 
-def accuracy(judged: PairScores, protocol: str, *names: str, draws: int = DRAWS, seed: int = 0) -> Accuracy:
-    """Accuracy of the mean of the readings `names` under a protocol of PROTOCOLS.
+def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = DRAWS, seed: int = 0) -> Accuracy:
+    """Accuracy under a protocol of PROTOCOLS, of the mean of the scores at the named noise levels.
 
-    The interval is over prompts: as many as there are, drawn with replacement `draws` times, from (seed) alone.
-    ValueError for an unknown protocol or reading.
+    The interval resamples prompts with replacement `draws` times; it depends on `seed` only. Raises ValueError for an
+    unknown protocol, or a noise level without scores.
     """
-    gap, label = judged.gap(*names), judged.label.astype(np.float64)
-    _, caption = np.unique(judged.caption, return_inverse=True)
+    gap, label = scores.gap(*names), scores.label.astype(np.float64)
+    _, caption = np.unique(scores.caption, return_inverse=True)
     if protocol == "tau":
         counted = np.ones(len(gap), dtype=bool)
-        value, resampled = _tau(gap, label, np.ones((1, len(gap))))[0], _Tau(gap, label, caption)
+        value = _tau(gap, label, np.ones((1, len(gap))))[0]
+
+        def evaluate(counts: np.ndarray) -> np.ndarray:
+            return _tau(gap, label, counts[:, caption])
     else:
-        right, weight = _right_and_weight(judged, protocol, gap, label)
+        right, weight = _right_and_weight(scores, protocol, gap, label)
         counted = weight > 0
         if not counted.any():
             return Accuracy(np.nan, np.nan, np.nan, 0, 0)
-        value, resampled = float(np.sum(weight * right) / np.sum(weight)), _Ratio(right, weight, caption)
+        value = np.sum(weight * right) / np.sum(weight)
+
+        def evaluate(counts: np.ndarray) -> np.ndarray:
+            return _ratio(right, weight, caption, counts)
+
     number = int(caption.max()) + 1
     rng = np.random.default_rng(seed)
-    found = []
+    resampled = []
     for start in range(0, draws, CHUNK):
         counts = rng.multinomial(number, np.full(number, 1 / number), size=min(CHUNK, draws - start))
-        found.append(resampled(counts))
-    low, high = np.nanquantile(np.concatenate(found), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        resampled.append(evaluate(counts))
+    low, high = np.nanquantile(np.concatenate(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Accuracy(float(value), float(low), float(high), int(counted.sum()), len(np.unique(caption[counted])))
 
 
 def _right_and_weight(
-    judged: PairScores, protocol: str, gap: np.ndarray, label: np.ndarray
+    scores: PairScores, protocol: str, gap: np.ndarray, label: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) how right each pair is, and (N,) how much it counts."""
+    """Correctness (N,) and weight (N,) of each pair."""
     preferred = np.sign(label - 0.5)
     untied, agrees = preferred != 0, gap * preferred > 0
     if protocol in ("pooled", "strict", "diff"):
@@ -78,49 +85,32 @@ def _right_and_weight(
     if protocol == "three-way":
         return (np.sign(gap) == preferred).astype(float), np.ones(len(gap))
     if protocol == "grouped":
-        return agrees.astype(float), _shares(judged, untied)
+        return agrees.astype(float), _shares(scores, untied)
     if protocol in ("hpsv2", "mps"):
-        first = np.where(preferred > 0, judged.chosen < judged.rejected, judged.rejected < judged.chosen)
+        first = np.where(preferred > 0, scores.chosen < scores.rejected, scores.rejected < scores.chosen)
         equal = (gap == 0) & (first if protocol == "hpsv2" else True)
-        return (~untied | agrees | equal).astype(float), _shares(judged, np.ones(len(gap), dtype=bool))
-    raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+        return (~untied | agrees | equal).astype(float), _shares(scores, np.ones(len(gap), dtype=bool))
+    raise ValueError(f"protocol: got {protocol!r}; known: {', '.join(PROTOCOLS)}")
 
 
-def _shares(judged: PairScores, counted: np.ndarray) -> np.ndarray:
-    """1 / (counted pairs of the list) for counted pairs, 0 for the rest. A list is a caption's where none are known."""
-    group = judged.caption if judged.group is None else judged.group
-    _, place = np.unique(group, return_inverse=True)
-    size = np.bincount(place, weights=counted)[place]
+def _shares(scores: PairScores, counted: np.ndarray) -> np.ndarray:
+    """1 / (counted pairs of the list) for counted pairs, else 0. Without groups, the pairs of a caption are a list."""
+    _, number = np.unique(scores.caption if scores.group is None else scores.group, return_inverse=True)
+    size = np.bincount(number, weights=counted)[number]
     return np.divide(counted, size, out=np.zeros(len(counted)), where=size > 0)
 
 
-class _Ratio:
-    """(B, C) how often each prompt was drawn -> (B,) the ratio."""
-
-    def __init__(self, right: np.ndarray, weight: np.ndarray, caption: np.ndarray) -> None:
-        self.above = np.bincount(caption, weights=weight * right)
-        self.below = np.bincount(caption, weights=weight)
-
-    def __call__(self, counts: np.ndarray) -> np.ndarray:
-        below = counts @ self.below
-        return np.divide(counts @ self.above, below, out=np.full(len(counts), np.nan), where=below > 0)
-
-
-class _Tau:
-    """(B, C) how often each prompt was drawn -> (B,) accuracy with ties, eps chosen anew in each resample."""
-
-    def __init__(self, gap: np.ndarray, label: np.ndarray, caption: np.ndarray) -> None:
-        self.gap, self.label, self.caption = gap, label, caption
-
-    def __call__(self, counts: np.ndarray) -> np.ndarray:
-        return _tau(self.gap, self.label, counts[:, self.caption])
+def _ratio(right: np.ndarray, weight: np.ndarray, caption: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The ratio (B,) for the numbers of times (B, C) that each prompt was drawn; NaN where no pair counts."""
+    above, below = (counts @ np.bincount(caption, weights=values) for values in (weight * right, weight))
+    return np.divide(above, below, out=np.full(len(counts), np.nan), where=below > 0)
 
 
 def _tau(gap: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """max over eps of the share of pairs whose verdict is met, |gap| <= eps being a tie. weight (B, N) -> (B,).
+    """The largest share over eps of pairs whose verdict is met, where |gap| <= eps is a tie. weight (B, N) -> (B,).
 
-    eps goes over 0 and every |gap|. Raising it past a pair turns it into a tie: right if raters tie it, and no longer
-    right if it agreed.
+    The candidates for eps are 0 and every |gap|. Raising eps past a pair turns it into a tie, which is correct if
+    raters tie it too.
     """
     preferred = np.sign(label - 0.5)
     agrees = (preferred != 0) & (gap * preferred > 0)

@@ -1,7 +1,7 @@
-"""The public test sets of text-to-image preferences, the protocols they are scored under, and what others reached.
+"""Public test sets of text-to-image preferences, protocols of their accuracy, and published values. Torch-free.
 
-A protocol turns the scores of pictures and the raters' verdicts into one number; papers that name the same test set
-often mean different ones. Every name below is one rule, whatever the set. Torch-free.
+A protocol computes one accuracy from image scores and raters' labels. Papers use different protocols for the same test
+set; here, every name is one rule for all sets.
 """
 
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from dinalrm_align.train.settings import did_you_mean
 
 PROTOCOLS: dict[str, str] = {
-    "pooled": "share of all pairs that raters do not tie in which the preferred picture scores strictly higher; equal "
-    "scores are wrong (ImageReward's test.py)",
-    "strict": "pooled, as HPSv3's evaluate.py calls it for pairs; on lists, the other reading of HPDv2",
-    "diff": "pooled, as VideoAlign and GenAI-Bench's users call accuracy without ties",
-    "grouped": "pooled within each list, then the mean over lists (HPSv2's reading of ImageReward)",
+    "pooled": "share of pairs without a tie of raters whose preferred image scores strictly higher; equal scores are "
+    "wrong (ImageReward's test.py)",
+    "strict": "pooled, as in HPSv3's evaluate.py for pairs; on lists, an alternative for HPDv2",
+    "diff": "pooled; the accuracy without ties of VideoAlign and GenAI-Bench",
+    "grouped": "pooled within each list, then averaged over lists (HPSv2's protocol for ImageReward)",
     "half-ties": "pooled, but equal scores count one half",
-    "hpsv2": "mean over lists of 1 - inversions / pairs: scores become a strict ranking, equal ones in the order of "
-    "publication, and pairs that raters tie are right (HPSv2's evaluate.py)",
-    "mps": "hpsv2, but equal scores are right (MPS's evaluation)",
-    "three-way": "share of all pairs, ties included, whose verdict (first, second, tie) is met; only equal scores are "
-    "a tie (UnifiedReward's accuracy with ties)",
-    "tau": "three-way, but scores that differ by at most eps are a tie, at the eps that gives most (Deutsch et al., "
-    "arXiv 2305.14324); it is chosen on the set itself",
+    "hpsv2": "mean over lists of 1 - inversions / pairs: scores become a strict ranking, equal scores in published "
+    "order, and pairs that raters tie are correct (HPSv2's evaluate.py)",
+    "mps": "hpsv2, but equal scores are correct (MPS's evaluation)",
+    "three-way": "share of all pairs, ties included, whose label (first, second, tie) is predicted; only equal scores "
+    "predict a tie (UnifiedReward's accuracy with ties)",
+    "tau": "three-way, but scores that differ by at most eps predict a tie, at the eps with the highest accuracy on "
+    "the set itself (Deutsch et al., arXiv 2305.14324)",
 }
 """Name -> rule."""
 
@@ -31,19 +31,19 @@ OF_LISTS = ("hpsv2", "mps")
 
 @dataclass(frozen=True)
 class PublicSet:
-    """A test set as it is published.
+    """A public test set.
 
     Args:
         layout: a name in `data.formats.LAYOUTS`.
-        protocol: the one its authors, or the paper's table, use.
-        files: what lies in its folder.
-        how: how to get it.
-        hub: dataset repository that "hub" stands for; None: too large, or not in this layout there.
-        hub_files: patterns of what is downloaded.
-        lists: whether raters ranked whole lists of pictures.
+        protocol: of its authors, or of the paper's table.
+        files: contents of its folder, for error messages.
+        how: download instructions, for error messages.
+        hub: its dataset repository; None if it is too large or has another layout there.
+        hub_files: patterns of files to download.
+        lists: whether raters ranked lists of images.
         split: of parquet files.
         folder: of those parquet files, where the repository holds several tasks.
-        roots: folders that picture paths may start in, beside the annotations.
+        roots: folders, relative to the annotations, that image paths may start from.
     """
 
     layout: str
@@ -70,17 +70,17 @@ TEST_SETS: dict[str, PublicSet] = {
     "imagereward": PublicSet(
         layout="rankings",
         protocol="pooled",
-        files="test.json (or ImageReward_test.json): prompt, generations, ranking; pictures where generations says, or "
-        "in test_images/ or images/",
+        files="test.json (or ImageReward_test.json): prompt, generations, ranking; images at the paths of generations, "
+        "or in test_images/ or images/",
         how="test.json is data/test.json of https://github.com/THUDM/ImageReward (ImageReward_test.json: HPSv2's); its "
-        "pictures are those of the test split of the dataset THUDM/ImageRewardDB, unzipped",
+        "images are those of the test split of the dataset THUDM/ImageRewardDB, unzipped",
         lists=True,
         roots=("", "test_images", "images"),
     ),
     "hpdv2": PublicSet(
         layout="rankings",
         protocol="hpsv2",
-        files="test.json: prompt, image_path, rank; pictures in test/",
+        files="test.json: prompt, image_path, rank; images in test/",
         how="hf download ymhao/HPDv2 test.json test.tar.gz --repo-type dataset --local-dir DIR, then in DIR: tar -xzf "
         "test.tar.gz",
         hub="ymhao/HPDv2",
@@ -91,19 +91,19 @@ TEST_SETS: dict[str, PublicSet] = {
     "hpdv3": PublicSet(
         layout="hpdv3",
         protocol="strict",
-        files="test.json: prompt, path1 (the preferred), path2; pictures where these say, as images/...",
+        files="test.json: prompt, path1 (the preferred), path2; images at these paths, as images/...",
         how="hf download MizzenAI/HPDv3 --repo-type dataset --local-dir DIR (141 GB), then in DIR: cat images.tar.gz.* "
         "| tar -xz",
         roots=("", "images"),
     ),
     "genai_bench": PublicSet(
-        files="image_generation/test-*.parquet, or an exported test.json with pictures beside it",
+        files="image_generation/test-*.parquet, or an exported test.json with the images beside it",
         split="test",
         hub_files=("image_generation/test-*.parquet", "image_generation/test/*.parquet"),
         **_GENAI,
     ),
     "genai_bench_v1": PublicSet(
-        files="image_generation/test_v1-*.parquet, or an exported test_v1.json with pictures beside it",
+        files="image_generation/test_v1-*.parquet, or an exported test_v1.json with the images beside it",
         split="test_v1",
         hub_files=("image_generation/test_v1-*.parquet", "image_generation/test_v1/*.parquet"),
         **_GENAI,
@@ -118,7 +118,7 @@ TEST_SETS: dict[str, PublicSet] = {
         split="test_unique",
     ),
 }
-"""Name -> test set. Any other name is a set of the user's own: latents, or a jsonl of pictures."""
+"""Name -> test set. Any other name is a user's own set: latents, or a jsonl of images."""
 
 Row = tuple[str, dict[str, float]]
 
@@ -140,25 +140,25 @@ HPSV3: list[Row] = [
     ("ImageReward", dict(imagereward=65.1, pickapic=61.1, hpdv2=74.0, hpdv3=58.6)),
     ("CLIP ViT-H/14", dict(imagereward=57.1, pickapic=60.8, hpdv2=65.1, hpdv3=48.6)),
 ]
-"""HPSv3's repository, per cent. It measures on protocols of its own: HPSv3 itself differs by up to 0.9 from `PAPER`."""
+"""HPSv3's repository, per cent. Its protocols differ: its values for HPSv3 are up to 0.9 from those of `PAPER`."""
 
 
 def protocols_of(name: str) -> list[str]:
-    """The protocols that the set of that name can be scored under."""
+    """Protocols that apply to a set."""
     lists = name in TEST_SETS and TEST_SETS[name].lists
     return [protocol for protocol in PROTOCOLS if lists or protocol not in OF_LISTS]
 
 
 def default_protocol(name: str) -> str:
-    """The protocol that a set is known by; pooled for a set of the user's own."""
+    """The protocol of a public set; pooled for any other."""
     return TEST_SETS[name].protocol if name in TEST_SETS else "pooled"
 
 
 def check_protocol(name: str, protocol: str) -> None:
-    """ValueError, with the known ones, unless the set of that name can be scored under the protocol."""
+    """Raise ValueError unless the protocol applies to the set."""
     known = protocols_of(name)
     if protocol not in known:
-        why = " (it needs lists of pictures that raters ranked whole)" if protocol in PROTOCOLS else ""
+        why = " (it needs ranked lists of images)" if protocol in PROTOCOLS else ""
         raise ValueError(
-            f"protocol of {name}: got {protocol!r}{why}{did_you_mean(protocol, known) or ';'} known: {', '.join(known)}"
+            f"protocol.{name}: got {protocol!r}{why}{did_you_mean(protocol, known) or ';'} known: {', '.join(known)}"
         )

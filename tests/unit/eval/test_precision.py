@@ -15,7 +15,7 @@ from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.eval.precision import (
     TOLERANCES,
-    Scored,
+    ScoresAndGradients,
     agreement_of,
     beyond_tolerance,
     compare,
@@ -94,8 +94,8 @@ def test_agreement_by_hand():
 
     Gradients (1, 0), (0, 2), (1, 0) become (1, 0), (0, 1), (0, 1): cosines 1, 1, 0; errors 0, 1 / 2, sqrt 2.
     """
-    reference = Scored(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]]))
-    found = Scored(torch.tensor([0.0, 1.5, 1.4]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]))
+    reference = ScoresAndGradients(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]]))
+    found = ScoresAndGradients(torch.tensor([0.0, 1.5, 1.4]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]))
     agreement = compare(found, reference)
     assert agreement.score_mean == pytest.approx(1.1 / 3)
     assert agreement.score_max == pytest.approx(0.6)
@@ -108,18 +108,20 @@ def test_agreement_by_hand():
 
 def test_a_gradient_out_of_nothing_is_beyond_tolerance_and_none_at_all_is_not():
     scores, none = torch.tensor([0.0, 1.0]), torch.zeros(2, 2)
-    absent = compare(Scored(scores, none), Scored(scores, none))
+    absent = compare(ScoresAndGradients(scores, none), ScoresAndGradients(scores, none))
     assert math.isnan(absent.gradient_error) and beyond_tolerance(absent, "float16") == []
-    invented = compare(Scored(scores, torch.tensor([[0.0, 0.0], [1.0, 0.0]])), Scored(scores, none))
+    invented = compare(
+        ScoresAndGradients(scores, torch.tensor([[0.0, 0.0], [1.0, 0.0]])), ScoresAndGradients(scores, none)
+    )
     assert invented.gradient_error == math.inf and len(beyond_tolerance(invented, "float16")) == 2
 
 
 def test_what_cannot_be_compared_is_refused():
-    good = Scored(torch.tensor([0.0, 1.0]), torch.ones(2, 2))
-    with pytest.raises(ValueError, match="gradients: 1 of 4 values not finite"):
-        compare(Scored(good.scores, torch.tensor([[1.0, math.nan], [1.0, 1.0]])), good)
+    good = ScoresAndGradients(torch.tensor([0.0, 1.0]), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="gradients: 1 of 4 values are not finite"):
+        compare(ScoresAndGradients(good.scores, torch.tensor([[1.0, math.nan], [1.0, 1.0]])), good)
     with pytest.raises(ValueError, match="all reference scores are equal"):
-        compare(good, Scored(torch.ones(2), good.gradients))
+        compare(good, ScoresAndGradients(torch.ones(2), good.gradients))
 
 
 # --------------------------------------------------------------------------------------------------- the command line
@@ -137,9 +139,9 @@ def test_the_command_writes_table_and_numbers(tiny_world, tmp_path, capsys):
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (["--model", "shape"], "did you mean 'shapes'"),
-    (["--model", "sd35"], "pass --pairs"),
-    (["--sigmas", "[1.5]"], r"expected noise levels in \[0, 1\]"),
-    (["--latents", "1"], "latents 1"),
+    (["--model", "sd35"], "pairs: got none"),
+    (["--sigmas", "[1.5]"], r"sigmas.*1\.5.*at least 0 and at most 1"),
+    (["--latents", "1"], "latents: got 1"),
     (["--pairs", "nowhere"], "nowhere holds no index.json"),
     (["--reward", "nowhere"], "nowhere"),
     (["--dtypes", "[int8]"], "int8"),
@@ -160,7 +162,7 @@ def test_pictures_come_from_pairs_too(tmp_path):
     found = images_of_pairs(str(tmp_path / "pairs"), 5, seed=0)
     assert found.latents[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2] and found.latents.dtype == torch.float32
     assert found.noise.shape == (5, 4, 8, 8) and found.prompt_embeds.shape == (5, 5, 8)
-    with pytest.raises(ValueError, match=r"got 6 pictures of sizes \[\(4, 8, 8\)\]; expected 7 of one size"):
+    with pytest.raises(ValueError, match=r"got 6 images of sizes \[\(4, 8, 8\)\]; expected 7 of one size"):
         images_of_pairs(str(tmp_path / "pairs"), 7, seed=0)
 
 

@@ -97,11 +97,11 @@ def test_no_pair_that_counts_is_no_accuracy():
 
 
 def test_unknown_protocols_list_the_known_ones():
-    with pytest.raises(ValueError, match="unknown protocol 'acc'; known: pooled, strict, diff, grouped"):
+    with pytest.raises(ValueError, match="^protocol: got 'acc'; known: pooled, strict, diff, grouped"):
         accuracy(LISTS, "acc", "s")
-    with pytest.raises(ValueError, match="protocol of hpdv3: got 'poled'; did you mean 'pooled'.* known: pooled, "):
+    with pytest.raises(ValueError, match="^protocol.hpdv3: got 'poled'; did you mean 'pooled'.* known: pooled, "):
         check_protocol("hpdv3", "poled")
-    with pytest.raises(ValueError, match="protocol of hpdv3: got 'hpsv2' .it needs lists"):
+    with pytest.raises(ValueError, match="^protocol.hpdv3: got 'hpsv2' .it needs ranked lists"):
         check_protocol("hpdv3", "hpsv2")
 
 

@@ -94,7 +94,7 @@ def test_a_list_of_ones_own_is_pairs_of_pictures(tmp_path):
 def test_a_missing_picture_is_named_before_anything_is_scored(tmp_path):
     judged = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
     (tmp_path / "set" / "images" / "dog40.png").unlink()
-    with pytest.raises(ValueError, match=r"hpdv3: 1 of 8 pictures are not there, as \['images/dog40.png'\].*on_bad"):
+    with pytest.raises(ValueError, match=r"hpdv3: 1 of 8 images are missing, as \['images/dog40.png'\].*on_bad"):
         scored(judged, tmp_path, lambda *_: pytest.fail("scored"))
 
 
@@ -102,10 +102,10 @@ def test_a_broken_picture_is_named_or_its_pairs_are_left_out(tmp_path):
     judged = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
     put(tmp_path / "set" / "images" / "cat20.png", grey(20)[:60])
     (tmp_path / "set" / "images" / "dog40.png").unlink()
-    with pytest.raises(ValueError, match="1 of 8 pictures"):
+    with pytest.raises(ValueError, match="1 of 8 images"):
         scored(judged, tmp_path)
     put(tmp_path / "set" / "images" / "dog40.png", b"")
-    with pytest.raises(ValueError, match="hpdv3: picture images/.*--on_bad skip"):
+    with pytest.raises(ValueError, match="hpdv3: image images/.*--on_bad skip"):
         scored(judged, tmp_path)
     scores, faults = scored(judged, tmp_path, on_bad="skip")
     assert faults.keys() == {"images/cat20.png", "images/dog40.png"} and "empty" in faults["images/dog40.png"]
@@ -117,7 +117,7 @@ def test_a_set_without_a_whole_pair_is_refused(tmp_path):
     judged = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
     for file in (tmp_path / "set" / "images").iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="none of 5 pairs has both its pictures"):
+    with pytest.raises(ValueError, match="none of 5 pairs has scores of both images"):
         scored(judged, tmp_path, on_bad="skip")
 
 
@@ -147,7 +147,7 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(tmp_path):
     resumed, _ = scored(judged, tmp_path, until(1000))
     assert sorted(seen) == list(range(60))
     assert np.array_equal(resumed.scores["score"], whole.scores["score"])
-    with pytest.raises(ValueError, match="was begun on other terms"):
+    with pytest.raises(ValueError, match="pieces: got scores taken with .*; expected .*another"):
         Pieces(tmp_path / "pieces", {"set": "another"})
 
 
@@ -212,7 +212,8 @@ def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
             assert found[reading.name][row] == pytest.approx(expected.item(), abs=1e-5)
 
     text = f"dinalrm={tiny_world / 'dinalrm'} + 2*public_rewards:brightness"
-    both = image_scorer(load_reward(text, transformer=transformer), encoders, fit, readings, 3)(pictures, prompts)
+    reward_sum = load_reward(text, transformer=transformer)
+    both = image_scorer(reward_sum, encoders, fit, [NO_NOISE], 3)(pictures, prompts)
     own = image_scorer(reward, encoders, fit, [NoiseLevels.at(0.4)], 3)(pictures, prompts)["0.4"]  # the config's level
     for row, picture in enumerate(pictures):
         bright = np.asarray(picture, np.float32).mean()

@@ -65,7 +65,7 @@ def test_an_arm_is_a_run_of_the_training_recipe_in_a_program_of_its_own(argument
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     printed = capfd.readouterr().out
     assert "train_reward.py --config" in printed and "calibrated, seed 0: heldout" in printed
-    assert "## Reading a finished reward" in (tmp_path / "out" / "ablation.md").read_text()
+    assert "## Noise levels at inference" in (tmp_path / "out" / "ablation.md").read_text()
 
 
 def test_finished_arms_are_not_redone_and_stay_in_the_report(arguments, tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_a_failing_training_ends_the_program_with_a_sentence(arguments, monkeypa
     with pytest.raises(SystemExit) as stop:
         recipe.main([*arguments, "--arms=[calibrated]"])
     assert stop.value.code == 2
-    assert "training calibrated, seed 0 ended with status 1; the same command goes on" in capsys.readouterr().err
+    assert "training calibrated, seed 0 exited with status 1; run the same command" in capsys.readouterr().err
 
 
 def test_arms_of_other_settings_are_refused(arguments, monkeypatch, capsys):
@@ -136,4 +136,4 @@ def test_arms_of_other_settings_are_refused(arguments, monkeypatch, capsys):
 def test_a_model_without_pairs_of_its_own_asks_for_them(capsys, tmp_path):
     with pytest.raises(SystemExit):
         load("ablate_reward").main(["--model=sd35", f"--output_dir={tmp_path}"])
-    assert "pass --pairs DIR and --judged" in capsys.readouterr().err
+    assert "expected --pairs DIR and --judged" in capsys.readouterr().err

@@ -37,7 +37,9 @@ def test_it_reports_accuracy_concepts_and_calibration(recipe, arguments, tmp_pat
                  "## Calibration", "| reward | 0.4 | 36 |"):  # fmt: skip
         assert part in text
     assert text in capsys.readouterr().out
-    assert re.search(r"The gold score itself, .* on heldout, .* on shifted, .* on concepts\.", text)
+    assert re.search(
+        r"Accuracy of the gold score on decoded latents: .* on heldout, .* on shifted, .* on concepts\.", text
+    )
     assert (tmp_path / "out" / "reliability.png").stat().st_size > 10_000
 
 
@@ -49,13 +51,13 @@ def test_scores_are_taken_once_and_are_those_of_one_reward(recipe, arguments, tm
     assert kept.stat().st_mtime_ns == before
     with pytest.raises(SystemExit):
         recipe.main([*arguments, "--noise_seed=5"])
-    assert "judged on other terms" in capsys.readouterr().err
+    assert "got scores taken with" in capsys.readouterr().err
 
 
 def test_calibration_is_looked_at_where_scores_are_taken(recipe, arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         recipe.main([*arguments, "--calibrated_at=[0.3]"])
-    assert stop.value.code == 2 and "calibrated_at: got [0.3]; each must be one of sigmas" in capsys.readouterr().err
+    assert stop.value.code == 2 and "calibrated_at: got [0.3]; expected some of sigmas" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ the public test sets
@@ -75,7 +77,7 @@ def test_every_public_set_is_scored_under_every_protocol_that_it_has(recipe, tmp
         assert {protocol: found[protocol] for protocol in expected} == pytest.approx(expected, abs=1e-5)
     assert report["sets"]["hpdv3"]["protocol"] == "half-ties"
     text = capsys.readouterr().out
-    assert "| read at | imagereward, pooled | hpdv2, hpsv2 | hpdv3, half-ties | genai_bench, diff |" in text
+    assert "| noise level | imagereward, pooled | hpdv2, hpsv2 | hpdv3, half-ties | genai_bench, diff |" in text
     assert "| DiNa-LRM, SD3.5-M, ensemble | 61.75 | 84.31 | 74.86 | 68.98 |  |" in text
     assert "| **this reward, score** | 40.00 [" in text and "## Calibration" not in text
     first = json.loads((tmp_path / "out" / "pairs_hpdv3.jsonl").read_text().split("\n")[0])
@@ -157,12 +159,12 @@ def test_pictures_left_out_and_pairs_trained_on_are_told(recipe, tmp_path, capsy
              "--bootstrap=100", f"--trained_on={tmp_path / 'train.json'}"]  # fmt: skip
     with pytest.raises(SystemExit):
         recipe.main(words)
-    assert "hpdv3: picture images/dog40.png: images/dog40.png is empty" in capsys.readouterr().err
+    assert "hpdv3: image images/dog40.png: images/dog40.png is empty" in capsys.readouterr().err
     recipe.main([*words, "--on_bad=skip"])
     text = capsys.readouterr().out
-    assert "1 pictures have no score, nor have their pairs:\n\n- images/dog40.png: images/dog40.png is empty" in text
-    assert "Of 4 pairs were trained on: 2 by prompt, 1 by picture (compared by path), 3 by either." in text
+    assert "1 images have no score; their pairs are left out:\n\n- images/dog40.png: images/dog40.png is empty" in text
+    assert "Of 4 pairs were trained on: 2 by prompt, 1 by image (compared by path), 3 by either." in text
     assert "| score | 50.00 [50.00, 50.00] | 100.00 [100.00, 100.00] (1 pairs) |" in text
     with pytest.raises(SystemExit):
         recipe.main(words)
-    assert "pictures were left out when these scores were taken" in capsys.readouterr().err
+    assert "these scores leave out images" in capsys.readouterr().err
