@@ -1,7 +1,7 @@
-"""From pictures to what a vision tower reads, in torch: resize, crop, pad, normalise. Differentiable, float32.
+"""Differentiable image preprocessing for vision towers: resize, crop, pad, normalise, in float32.
 
-Pictures are RGB in [0, 1], (B, 3, H, W). Bicubic is antialiased, as PIL's is; PIL rounds to 8 bits on the way, so that
-the two differ by up to 0.1 in CLIP's normalised units and by 0.005 on average.
+Images are RGB in [0, 1], (B, 3, H, W). Bicubic is antialiased, as PIL's is; PIL also rounds to 8 bits, so that the two
+differ by up to 0.1 in CLIP's normalised units, by 0.005 on average.
 """
 
 import dataclasses
@@ -11,37 +11,37 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinalrm_align.train.settings import check_fields
+from dinalrm_align.train.settings import PositiveFloat, PositiveInt, check_fields
 
 BICUBIC = 3
-"""PIL's number for bicubic, the only resampling that CLIP checkpoints use."""
+"""PIL's code for bicubic, the only resampling in CLIP checkpoints."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(images: Tensor, size: tuple[int, int], *, antialias: bool = True, clamp: bool = True) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, *size), float32, bicubic; unchanged when it has that size.
+    """(B, 3, H, W) -> (B, 3, *size), float32, bicubic; unchanged at that size.
 
-    clamp: cut what bicubic overshoots back to [0, 1], as rounding to bytes does.
+    clamp: clip bicubic's overshoot to [0, 1], as rounding to bytes does.
     """
     images = images.float()
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     if min(size) < 1:
-        raise ValueError(f"pictures of {tuple(images.shape[-2:])} pixels are too narrow: they would become {size}")
+        raise ValueError(f"images of {tuple(images.shape[-2:])} pixels are too narrow: they would become {size}")
     images = F.interpolate(images, size=size, mode="bicubic", antialias=antialias, align_corners=False)
     return images.clamp(0, 1) if clamp else images
 
 
 def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, *size), the middle; ValueError when the pictures are smaller."""
+    """(B, 3, H, W) -> (B, 3, *size). Raises ValueError for smaller images."""
     top, left = ((have - want) // 2 for have, want in zip(images.shape[-2:], size, strict=True))
     if top < 0 or left < 0:
-        raise ValueError(f"pictures of {tuple(images.shape[-2:])} after resizing are smaller than the crop {size}")
+        raise ValueError(f"images of {tuple(images.shape[-2:])} after resizing are smaller than the crop {size}")
     return images[..., top : top + size[0], left : left + size[1]]
 
 
 def pad_to_square(images: Tensor, side: int) -> Tensor:
-    """(B, 3, H, W), H and W at most `side` -> (B, 3, side, side), in the middle of zeros (the odd one below, right)."""
+    """(B, 3, H, W), H and W at most `side` -> (B, 3, side, side), zeros around (an odd one below or right)."""
     high, wide = side - images.shape[-2], side - images.shape[-1]
     return F.pad(images, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
 
@@ -54,29 +54,31 @@ def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[f
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """CLIP's preprocessing as numbers: short side to `shortest_edge`, centre crop (height, width), normalisation."""
+    """CLIP's preprocessing: short side to `shortest_edge`, centre crop (height, width), normalisation."""
 
-    shortest_edge: int
-    crop: tuple[int, int]
+    shortest_edge: PositiveInt
+    crop: tuple[PositiveInt, PositiveInt]
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> "Preprocess":
-        """Read a preprocessor_config.json; ValueError names what this reward cannot reproduce."""
+        """From the content of a preprocessor_config.json; ValueError for settings that are not supported."""
         if config.get("resample", BICUBIC) != BICUBIC:
-            raise ValueError(f"{where}: resample {config['resample']}; expected {BICUBIC} (bicubic)")
+            raise ValueError(f"{where}: resample: got {config['resample']}; expected {BICUBIC} (bicubic)")
         off = [step for step in ("do_resize", "do_center_crop", "do_normalize") if not config.get(step, True)]
         if off:
-            raise ValueError(f"{where}: {', '.join(off)} false; expected resize, centre crop and normalisation, all on")
+            raise ValueError(f"{where}: {', '.join(off)} false; expected resize, centre crop and normalisation")
         missing = [key for key in ("size", "crop_size", "image_mean", "image_std") if key not in config]
         if missing:
             raise ValueError(f"{where}: missing {', '.join(missing)}; expected a CLIP preprocessor_config.json")
         size, crop = config["size"], config["crop_size"]
         if isinstance(size, dict) and "shortest_edge" not in size:
-            raise ValueError(f"{where}: size {size}; expected a number or {{'shortest_edge': number}}")
+            raise ValueError(f"{where}: size: got {size}; expected a number or {{'shortest_edge': number}}")
         if isinstance(crop, dict) and crop.keys() != {"height", "width"}:
-            raise ValueError(f"{where}: crop_size {crop}; expected a number or {{'height': number, 'width': number}}")
+            raise ValueError(
+                f"{where}: crop_size: got {crop}; expected a number or {{'height': number, 'width': number}}"
+            )
         try:
             return cls(
                 shortest_edge=size["shortest_edge"] if isinstance(size, dict) else size,
@@ -89,15 +91,10 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         check_fields(self, "preprocessor")
-        if min(self.shortest_edge, *self.crop) < 1 or min(self.std) <= 0:
-            raise ValueError(
-                f"preprocessor: got shortest_edge {self.shortest_edge}, crop {self.crop}, std {self.std}; expected "
-                "sizes of at least 1, and more than 0"
-            )
 
     def __call__(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> pixel_values (B, 3, *crop), float32, differentiable."""
         short = min(images.shape[-2:])
-        # the long side is cut off, not rounded, as the PIL processor does
+        # the long side is rounded down, as by the PIL processor
         height, width = (side * self.shortest_edge // short for side in images.shape[-2:])
         return normalise(centre_crop(resize(images, (height, width)), self.crop), self.mean, self.std)

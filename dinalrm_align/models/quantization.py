@@ -6,11 +6,11 @@ from torch import nn
 from dinalrm_align.train.optim import bitsandbytes
 
 QUANTIZATIONS = ("none", "int8", "nf4")
-"""int8: LLM.int8(), arXiv 2208.07339, outliers over 6 in half precision. nf4: QLoRA's, arXiv 2305.14314, double."""
+"""int8: LLM.int8(), arXiv 2208.07339, outliers above 6 in half precision. nf4: QLoRA's, arXiv 2305.14314."""
 
 
 def check_quantization(kind: str) -> None:
-    """ValueError for an unknown kind, ImportError for one that needs a package that is missing."""
+    """Raise ValueError for an unknown kind, ImportError for one whose package is not installed."""
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantization: got {kind!r}; known: {', '.join(QUANTIZATIONS)}")
     if kind != "none":
@@ -18,9 +18,9 @@ def check_quantization(kind: str) -> None:
 
 
 def quantise_linears(module: nn.Module, kind: str, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Replace every nn.Linear below `module`, weights on the CPU, by its int8 or nf4 copy on `device`, one at a time.
+    """Replace every nn.Linear in `module`, whose weights are on the CPU, by its int8 or nf4 copy on `device`.
 
-    dtype: of the products under nf4, and of the inputs under both.
+    dtype: compute dtype of nf4, and of the inputs with both.
     """
     bnb = bitsandbytes()
     for name, linear in [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]:
@@ -36,7 +36,7 @@ def quantise_linears(module: nn.Module, kind: str, device: torch.device | str, d
                 *sizes, bias is not None, compute_dtype=dtype, quant_type="nf4", device=torch.device("meta")
             )
             packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=packed)
-            packed.support_avx512bf16_for_cpu = False  # else some CPUs repack a weight under the layer that shares it
+            packed.support_avx512bf16_for_cpu = False  # else some CPUs repack a weight that another layer shares
         packed.bias = bias
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, packed.to(device).requires_grad_(False))

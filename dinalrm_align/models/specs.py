@@ -1,11 +1,10 @@
-"""What each `--model` name stands for, and which of them this machine can run: a table and a decision. No torch here.
+"""The models behind `--model`: a table, and the choice between them for "auto". Torch-free.
 
-A model is a text-to-image pipeline in SD3's architecture with the rewards that are made for its latent space. Named
-ones stand in `MODELS`; a folder or a hub id of another such pipeline is accepted wherever a name is.
+A model is a text-to-image pipeline in SD3's architecture with the rewards for its latent space. `MODELS` names two; the
+folder or hub id of another such pipeline is accepted wherever a name is.
 """
 
 import dataclasses
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from dinalrm_align.train.settings import check_integer, did_you_mean
 PACKAGE = Path(__file__).parents[1]
 SHAPES_WEIGHTS = PACKAGE / "shapes" / "weights"
 HUB_SECONDS = 3.0
-"""How long the hub may take to say whether it grants access, all repositories together."""
+"""Timeout for asking the hub for access, for all repositories together."""
 
 RELEASED_REWARD_FILES = (
     "config.json",
@@ -25,26 +24,26 @@ RELEASED_REWARD_FILES = (
     "checkpoint/backbone_lora/adapter_config.json",
     "checkpoint/backbone_lora/adapter_model.safetensors",
 )
-"""What a download of sd35's DiNa-LRM consists of."""
+"""Files of sd35's DiNa-LRM on the hub."""
 
 Gold = str | Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """One model and everything a recipe needs beside it.
+    """A pipeline, its rewards, prompts and sampling settings.
 
     Args:
-        name: what the user typed, or a short name for what was found.
-        kind: the entry of `MODELS` it is or was derived from; recipes keep their settings by it.
+        name: as given on the command line.
+        kind: the entry of `MODELS` this is or derives from; recipes have settings per kind.
         pipeline: hub id or folder of a StableDiffusion3Pipeline.
         reward: source of its DiNa-LRM, for `LatentReward.from_pretrained`.
-        pixel: source of its pixel-space reward, for `ClipReward.from_pretrained`.
-        pixel_processor: where tokenizer and preprocessor of `pixel` lie; None: in the same place.
-        gold: the held-out judge of a run, a callable `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)` or its dotted
-            name "module:function", or a reward by name, as "pixel" (`rewards.load_judge`).
-        train_prompts, heldout_prompts: text files of one prompt a line, for training and for evaluation.
-        height, width: of the pictures, in pixels.
+        pixel: source of its pixel reward, for `ClipReward.from_pretrained`.
+        pixel_processor: source of tokenizer and preprocessor of `pixel`; None: the same as `pixel`.
+        gold: held-out evaluator: a callable `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`, its dotted name
+            "module:function", or a reward's name, such as "pixel".
+        train_prompts, heldout_prompts: text files with one prompt per line, for training and evaluation.
+        height, width: of the images, in pixels.
         num_steps, guidance_scale: of sampling.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
         dtype: of the frozen weights.
@@ -112,35 +111,35 @@ HOW_TO_GET_SHAPES = "to run the small embedded world instead: --model shapes"
 
 
 def resolve_model(name: str) -> tuple[ModelSpec, str]:
-    """The model that `--model name` stands for, and a sentence that says which one, why, and how to get the other.
+    """The model for `--model name`, and a sentence on which one, why, and how to get the other.
 
-    "auto" takes sd35 when its weights are at hand: complete in the local cache, or granted by the hub within
-    `HUB_SECONDS` (never asked when HF_HUB_OFFLINE is set); otherwise shapes. A name of `MODELS`, a pipeline folder, a
-    world folder (`pipeline/`, `dinalrm/`, `pixel/`, as `recipes/build_shapes.py` writes it) or a hub id is taken as it
-    is and never replaced by another. Raises ValueError for an unknown name and a folder without a complete pipeline.
+    "auto" chooses sd35 if its weights are complete in the local cache, or the hub grants access within `HUB_SECONDS`
+    (it is not asked if HF_HUB_OFFLINE is set), otherwise shapes. A name of `MODELS`, a pipeline folder, a world folder
+    (`pipeline/`, `dinalrm/`, `pixel/`, as written by `recipes/build_shapes.py`) or a hub id is never replaced by
+    another. Raises ValueError for an unknown name and a folder without a complete pipeline.
     """
     if name == "auto":
         return _choose()
     if name in MODELS:
         how = HOW_TO_GET_SHAPES if name == "sd35" else HOW_TO_GET_SD35
-        return MODELS[name], f"model {name}, as asked for; {how}"
+        return MODELS[name], f"model {name}, as given; {how}"
     path = Path(name).expanduser()
     if name and path.is_dir():
         return _from_folder(path)
     if HUB_ID.fullmatch(name):
         spec = dataclasses.replace(MODELS["sd35"], name=name, pipeline=name)
-        return spec, f"model {name}, taken as a hub id (no folder of that name is here), with the rewards of sd35"
+        return spec, f"model {name}, a hub id (there is no folder of that name), with the rewards of sd35"
     guess = did_you_mean(name, ["auto", *MODELS]) or "."
     raise ValueError(
         f"unknown model {name!r}{guess} Known: auto, {', '.join(MODELS)}; or the folder (none of that name exists) or "
-        "hub id (owner/name) of a StableDiffusion3Pipeline"
+        "hub id, owner/name, of a StableDiffusion3Pipeline"
     )
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What a StableDiffusion3Pipeline folder lacks to be loaded, as relative paths; empty when it is complete.
+    """Relative paths of the files that a StableDiffusion3Pipeline folder lacks; empty if it is complete.
 
-    Broken links, as an interrupted download leaves them in the hub's cache, count as missing.
+    Broken links, which interrupted downloads leave in the hub's cache, count as missing.
     """
     index = folder / "model_index.json"
     if not index.exists():
@@ -163,13 +162,13 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def _missing_weights(folder: Path, stem: str) -> list[str]:
-    """config.json and either one `stem`.safetensors or every shard that its index names."""
+    """Missing ones of config.json and `stem`.safetensors, or all shards in its index."""
     wanted = ["config.json"]
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise ValueError(f"{index}: weight_map: got {files!r:.80}; expected the file of every tensor by name")
+            raise ValueError(f"{index}: weight_map: got {files!r:.80}; expected a file for every tensor")
         wanted += sorted(set(files.values()))
     else:
         wanted.append(f"{stem}.safetensors")
@@ -177,12 +176,14 @@ def _missing_weights(folder: Path, stem: str) -> list[str]:
 
 
 def _choose() -> tuple[ModelSpec, str]:
-    """The decision behind "auto"."""
+    """The model for "auto"."""
+    import huggingface_hub
+
     sd35, shapes = MODELS["sd35"], MODELS["shapes"]
     absent = [repo for repo in _repositories(sd35) if not is_cached(repo)]
     if not absent:
         return sd35, f"model sd35: its weights are complete in the local cache; {HOW_TO_GET_SHAPES}"
-    if hub_is_offline():
+    if huggingface_hub.is_offline_mode():
         why = f"{absent[0]} is not complete in the local cache and HF_HUB_OFFLINE is set"
     else:
         refusal = hub_refusal(absent)
@@ -199,12 +200,12 @@ def _repositories(spec: ModelSpec) -> list[str]:
 
 
 def is_cached(repository: str) -> bool:
-    """True when the local cache holds a complete snapshot of a repository of sd35, weights included. No network."""
+    """Whether the local cache holds a complete snapshot of one of sd35's repositories. Uses no network."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(repository, local_files_only=True))
-    except (OSError, ValueError):  # hub errors for "not in the cache" derive from both
+    except (OSError, ValueError):  # of the hub client, for "not in the cache"
         return False
     sd35 = MODELS["sd35"]
     if repository == sd35.pipeline:
@@ -216,19 +217,11 @@ def is_cached(repository: str) -> bool:
     return all((folder / file).exists() for file in RELEASED_REWARD_FILES)
 
 
-def hub_is_offline() -> bool:
-    """True when the user told the hub client to stay off the network (HF_HUB_OFFLINE)."""
-    import huggingface_hub
-
-    asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    return asked or huggingface_hub.is_offline_mode()
-
-
 def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
-    """None when the hub grants this machine every repository, else why not, after at most `seconds`.
+    """None if the hub grants access to every repository, else the reason, after at most `seconds`.
 
-    The question is put in daemon threads: a name server or a route that never answers blocks below any timeout of the
-    client, and must hold up neither the answer nor the end of the program.
+    Asks in daemon threads: a name server that never answers blocks the client below its own timeouts, and must not
+    delay the answer or the end of the program.
     """
     from huggingface_hub import auth_check
 
@@ -239,7 +232,7 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
         try:
             auth_check(repository)
             answer = None
-        except Exception as error:  # whatever the client raises, the answer is that the weights are not at hand
+        except Exception as error:  # any error means that the weights cannot be downloaded
             lines = str(error).strip().splitlines() or [""]
             answer = f"the hub does not grant {repository} ({type(error).__name__}: {lines[0][:160]})"
         with changed:
@@ -259,9 +252,9 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
-    """A spec for a world folder (its own rewards, the oracle as gold) or a pipeline folder (the rewards of sd35).
+    """The spec of a world folder (its own rewards, the oracle as gold) or a pipeline folder (the rewards of sd35).
 
-    A world is known by its `pipeline/`; its rewards are looked for when they are used, since they may be yet to train.
+    A folder with a `pipeline/` is a world. Its rewards are looked up when they are used; they may not be trained yet.
     """
     if (path / "pipeline").is_dir():
         _check_pipeline(path / "pipeline")
@@ -276,7 +269,7 @@ def _from_folder(path: Path) -> tuple[ModelSpec, str]:
             width=size,
             text_length=_text_length(path / "pipeline"),
         )
-        return spec, f"model in {path}, taken as an embedded world with its own rewards; {HOW_TO_GET_SD35}"
+        return spec, f"model in {path}, an embedded world with its own rewards; {HOW_TO_GET_SD35}"
     _check_pipeline(path)
     base = MODELS["sd35"]
     size = min(base.height, _native_size(path))
@@ -285,27 +278,27 @@ def _from_folder(path: Path) -> tuple[ModelSpec, str]:
 
 
 def _check_pipeline(pipeline: Path) -> None:
-    """ValueError unless the folder holds a complete SD3 pipeline."""
+    """Raise ValueError unless the folder holds a complete SD3 pipeline."""
     missing = missing_files(pipeline)
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise ValueError(
-            f"{pipeline} is not a complete StableDiffusion3Pipeline folder: it lacks {', '.join(missing[:4])}{more}. "
-            "Save one with pipeline.save_pretrained(folder)"
+            f"{pipeline} is not a complete StableDiffusion3Pipeline folder: it lacks {', '.join(missing[:4])}{more}; "
+            "save one with pipeline.save_pretrained(folder)"
         )
     kind = read_json(pipeline / "model_index.json").get("_class_name")
     if kind != "StableDiffusion3Pipeline":
-        raise ValueError(f"{pipeline} holds a {kind}; expected a StableDiffusion3Pipeline (SD3 or SD3.5)")
+        raise ValueError(f"{pipeline}: got a {kind}; expected a StableDiffusion3Pipeline (SD3 or SD3.5)")
 
 
 def _text_length(world: Path) -> int:
-    """The tokens per prompt that a world's T5 tokenizer was made for; the shipped world's where there is none."""
+    """The length of a world's T5 tokenizer, or of the shipped world's where there is none."""
     path = world / "tokenizer_3" / "tokenizer_config.json"
     return _number(path, "model_max_length") if path.exists() else MODELS["shapes"].text_length
 
 
 def _native_size(pipeline: Path) -> int:
-    """The picture size in pixels that a folder's transformer was made for."""
+    """The image size of a folder's transformer, in pixels."""
     latent_size = _number(pipeline / "transformer" / "config.json", "sample_size")
     path = pipeline / "vae" / "config.json"
     widths = read_json(path).get("block_out_channels")
@@ -315,7 +308,7 @@ def _native_size(pipeline: Path) -> int:
 
 
 def _number(path: Path, key: str) -> int:
-    """A positive integer in a JSON file; ValueError for anything else."""
+    """A positive integer of a JSON file."""
     value = read_json(path).get(key)
     try:
         check_integer(key, value, low=1)

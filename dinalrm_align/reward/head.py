@@ -15,10 +15,10 @@ from dinalrm_align.reward.config import HeadConfig
 
 
 class LayerAdapter(nn.Module):
-    """One tapped layer of one stream, modulated by the conditioning vector and reduced to a quarter of the width.
+    """FiLM adapter of one tapped layer: tokens (B, N, width_in), temb (B, temb_dim) -> (B, N, W // 4).
 
-    tokens (B, N, width_in), temb (B, temb_dim) -> (B, N, W // 4): h = x (1 + gamma) + beta + layer_embed, then a linear
-    layer. gamma and beta start at zero; without `film` they are not there and temb is not read.
+    h = x (1 + gamma) + beta + layer_embed, then a linear layer. gamma and beta are functions of temb, zero at
+    initialisation, and absent without `film`.
     """
 
     def __init__(self, width_in: int, temb_dim: int, width: int, *, use_proj_in: bool, film: bool) -> None:
@@ -40,10 +40,10 @@ class LayerAdapter(nn.Module):
 
 
 class QueryAttention(nn.Module):
-    """Queries read the image tokens and, with `text`, the text tokens too; `gated`: a gate per token on the values.
+    """Cross-attention: queries (B, Q, W), visual (B, N, W), text (B, L, W) or None -> (B, Q, W), a residual.
 
-    queries (B, Q, W), visual (B, N, W), text (B, L, W) or None -> (B, Q, W), to be added to the queries. The two
-    attentions have their own softmax each and are summed. Gates read the normalised tokens and start at one half.
+    text: attend to text tokens too, with a softmax of their own; both results are summed. gated: a gate per token on
+    the values, computed from the normalised tokens, one half at initialisation.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, *, text: bool, gated: bool) -> None:
@@ -90,9 +90,10 @@ class QueryAttention(nn.Module):
 class RewardHead(nn.Module):
     """Taps of a backbone to one raw score per sample.
 
-    width_in: channels of both token streams; temb_dim: of the conditioning vector (default: the same);
-    num_visual_taps, num_text_taps: tapped layers per stream; without text taps only the image tokens are read.
-    Raises ValueError unless the heads divide the width.
+    Args:
+        width_in: channels of both token streams.
+        num_visual_taps, num_text_taps: tapped layers per stream; without text taps only image tokens are read.
+        temb_dim: channels of the conditioning vector; default: `width_in`.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class RewardHead(nn.Module):
         super().__init__()
         width = width_in if config.width == -1 else config.width
         if width % config.num_attn_heads:
-            raise ValueError(f"head: {config.num_attn_heads} attention heads do not divide the width {width}")
+            raise ValueError(f"num_attn_heads: got {config.num_attn_heads}, which do not divide the width {width}")
         temb_dim = width_in if temb_dim is None else temb_dim
 
         def adapters(count: int) -> nn.ModuleList:
@@ -134,8 +135,10 @@ class RewardHead(nn.Module):
             self.eta4 = nn.Parameter(torch.tensor(0.15))
 
     def forward(self, taps: Taps | Sequence[Taps]) -> Tensor:
-        """One noise level, or K of them -> (B,) float32, differentiable. Levels join as tokens: each is adapted with
-        its own conditioning vector, then the image tokens (and the text tokens) of all K are one sequence.
+        """Taps of one noise level, or of K -> raw scores (B,), float32, differentiable.
+
+        Each level is adapted with its own conditioning vector; then the image tokens of all levels, and their text
+        tokens, form one sequence.
         """
         levels = [taps] if isinstance(taps, Taps) else taps
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])
@@ -146,14 +149,14 @@ class RewardHead(nn.Module):
         queries = queries + self.attn1(queries, visual, text)
         queries = queries + self.attn2(queries, visual)
         queries = queries + self.ff(_norm(self.norm_ff, queries))
-        with torch.autocast(queries.device.type, enabled=False):  # a score of 10 has steps of 0.06 in bfloat16
+        with torch.autocast(queries.device.type, enabled=False):  # bfloat16 resolves a score of 10 to 0.06
             raw = F.linear(queries.float(), self.head.weight.float(), self.head.bias.float()).mean(dim=(1, 2))
         return self._squash(raw) if self.use_logistic else raw
 
     def _aggregate(
         self, adapters: nn.ModuleList, join: nn.Linear, levels: list[tuple[tuple[Tensor, ...], Tensor]]
     ) -> Tensor:
-        """Per level: streams of n layers (B, N, width_in), temb -> all levels' tokens, (B, K N, W)."""
+        """levels: K pairs of n streams (B, N, width_in) and temb -> (B, K N, W)."""
         dtype = self.query_tokens.dtype
         joined = []
         for streams, temb in levels:
@@ -164,7 +167,7 @@ class RewardHead(nn.Module):
         return torch.cat(joined, dim=1)
 
     def _squash(self, raw: Tensor) -> Tensor:
-        """To (-2, 2): 4 / (1 + exp(-(raw - eta3) / (|eta4| + 1e-6))) - 2."""
+        """4 / (1 + exp(-(raw - eta3) / (|eta4| + 1e-6))) - 2, in (-2, 2)."""
         return 4 * torch.sigmoid((raw - self.eta3.float()) / (self.eta4.float().abs() + 1e-6)) - 2
 
 

@@ -1,19 +1,18 @@
 """Preference likelihoods and objectives of DiNa-LRM (arXiv 2602.11146) and the ablations it is compared with.
 
-A likelihood turns a gap of raw scores, delta = r_chosen - r_rejected, into p = P(chosen preferred to rejected):
+A likelihood maps a difference of raw scores, delta = r_chosen - r_rejected, to p = P(chosen preferred to rejected):
 
-    thurstone              Phi(delta / sqrt(2 (k sigma^2 + sigma_u^2)))   a rater less sure the noisier the latents
+    thurstone              Phi(delta / sqrt(2 (k sigma^2 + sigma_u^2)))   the rater's variance grows with sigma
     thurstone_fixed        Phi(delta / sqrt(2 variance))
     bradley_terry          sigmoid(delta)
     bradley_terry_margin   sigmoid(delta - margin)
 
-An objective turns p and a label y (1: chosen preferred; between 0 and 1: soft) into a loss, q = P(rejected preferred):
+An objective maps p, q = P(rejected preferred) and a label y (1: chosen preferred; between 0 and 1: soft) to a loss:
 
     fidelity               1 - sqrt(y p + (1 - y) q)
     nll                    -(y log p + (1 - y) log q)
 
-Everything is carried in log p in float32, so that neither value nor gradient overflows at a gap of 50 and more.
-Configured by `config.loss.LossConfig`.
+Computed from log p in float32, so that neither value nor gradient overflows for differences of 50 and more.
 """
 
 import math
@@ -31,8 +30,8 @@ from dinalrm_align.train.settings import check_number
 class LogNormalCDF(torch.autograd.Function):
     """log Phi(z), differentiable once, any shape.
 
-    The value is `torch.special.log_ndtr`. The gradient, phi(z) / Phi(z), is sqrt(2 / pi) / erfcx(-z / sqrt(2)): torch's
-    own takes exp(log_ndtr(z) + z^2 / 2), whose cancellation costs 0.6 % at z = -350 in float32, more further out.
+    The value is `torch.special.log_ndtr`. The gradient, phi(z) / Phi(z), is computed as sqrt(2 / pi) /
+    erfcx(-z / sqrt(2)); torch's own, exp(log_ndtr(z) + z^2 / 2), is off by 0.6 % at z = -350 in float32.
     """
 
     @staticmethod
@@ -48,7 +47,7 @@ class LogNormalCDF(torch.autograd.Function):
 
 
 def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
-    """The rater's variance at noise level sigma (N,): k sigma^2 + sigma_u^2, or `config.variance` if fixed; float32."""
+    """The rater's variance at sigma (N,), float32: k sigma^2 + sigma_u^2, or `config.variance` if fixed."""
     sigma = as_sigma(sigma)
     if config.likelihood == "thurstone_fixed":
         return torch.full_like(sigma, config.variance)
@@ -57,10 +56,11 @@ def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
 
 
 def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
-    """log P(first preferred to second), (N,) float32 <= 0.
+    """log P(first preferred to second): (N,), float32, at most 0. P(second preferred) is the same function of -delta.
 
-    delta (N,): score of the first less that of the second. sigma (N,) in [0, 1]: the level both were scored at (read by
-    thurstone only). P(second preferred) is the same function of -delta.
+    Args:
+        delta: (N,), score of the first minus score of the second.
+        sigma: (N,) in [0, 1], the noise level of both scores; used by thurstone only.
     """
     if not isinstance(config, LossConfig):
         raise TypeError(f"config: got {type(config).__name__}; expected a LossConfig")
@@ -74,14 +74,11 @@ def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig)
             return F.logsigmoid(delta)
         case "bradley_terry_margin":
             return F.logsigmoid(delta - config.margin)
-    raise ValueError(
-        f"unknown likelihood {config.likelihood!r}; "
-        "known: thurstone, thurstone_fixed, bradley_terry, bradley_terry_margin"
-    )
+    raise AssertionError(config.likelihood)
 
 
 def preference_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
-    """P(first preferred to second), (N,) float32 in [0, 1]; arguments as `preference_log_probability`."""
+    """P(first preferred to second): (N,), float32. Arguments as `preference_log_probability`."""
     return preference_log_probability(delta, sigma, config).exp()
 
 
@@ -93,11 +90,12 @@ def preference_loss(
     *,
     config: LossConfig,
 ) -> Tensor:
-    """The loss of each pair: (N,) float32, at least 0 (less epsilon), differentiable in both scores.
+    """The loss of each pair: (N,), float32, at least 0 (minus epsilon), differentiable in both scores.
 
-    score_chosen, score_rejected, sigma: (N,), the raw scores of the two at the SAME noise and sigma. label: a float or
-    (N,) in [0, 1], the probability that a rater prefers `chosen`. Raises ValueError for differing shapes, labels
-    outside [0, 1] and unknown names.
+    Args:
+        score_chosen, score_rejected: (N,) raw scores at the SAME noise and sigma.
+        sigma: (N,) in [0, 1].
+        label: a float or (N,) in [0, 1], the probability that a rater prefers `chosen`.
     """
     _check_vectors(score_chosen=score_chosen, score_rejected=score_rejected, sigma=sigma)
     delta = score_chosen.float() - score_rejected.float()
@@ -107,7 +105,7 @@ def preference_loss(
         check_number("label", label)
     label = torch.as_tensor(label, dtype=torch.float32, device=delta.device).expand_as(delta)
     if not bool(((label >= 0) & (label <= 1)).all()):
-        raise ValueError(f"labels are probabilities in [0, 1]: got [{label.min():.4g}, {label.max():.4g}]")
+        raise ValueError(f"label: got [{label.min():.4g}, {label.max():.4g}]; expected probabilities in [0, 1]")
     log_p = preference_log_probability(delta, sigma, config)
     log_q = preference_log_probability(-delta, sigma, config)
     match config.resolved_objective():
@@ -119,11 +117,11 @@ def preference_loss(
             if epsilon > 0:
                 agreement = torch.logaddexp(agreement, agreement.new_tensor(math.log(epsilon)))
             return -torch.expm1(agreement / 2)
-    raise ValueError(f"unknown objective {config.objective!r}; known: fidelity, nll")
+    raise AssertionError(config.objective)
 
 
 def _check_vectors(**vectors: Tensor) -> None:
-    """TypeError unless all are floating tensors, ValueError unless they share one shape (N,) with N at least 1."""
+    """Raise TypeError unless all are floating tensors, ValueError unless of one shape (N,), N at least 1."""
     for name, vector in vectors.items():
         if not isinstance(vector, Tensor) or not vector.is_floating_point():
             got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__

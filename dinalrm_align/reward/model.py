@@ -1,6 +1,6 @@
-"""DiNa-LRM as a trainable module: noise the latents, read them with the trunk, score them with the head.
+"""DiNa-LRM as a trainable module: add noise to the latents, run the trunk, score its taps with the head.
 
-All K noise levels of an ensemble go through the backbone as one batch of K B samples (arXiv 2602.11146).
+The K noise levels of an ensemble pass the backbone as one batch of K B samples (arXiv 2602.11146).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ Sigma = float | Tensor | Sequence[float] | Sequence[Tensor]
 
 
 class RewardModel(nn.Module):
-    """Trunk and head. `config` says how they are used; build one with `build_reward_model`."""
+    """Trunk and head. Build one with `build_reward_model`."""
 
     def __init__(self, config: RewardConfig, trunk: SD3Trunk, head: RewardHead) -> None:
         super().__init__()
@@ -34,10 +34,15 @@ class RewardModel(nn.Module):
     ) -> Tensor:
         """Raw scores (B,), float32, differentiable in the latents and in every trainable parameter.
 
-        latents (B, C, H, W), scaled; prompt_embeds (B, L, text_width); pooled_prompt_embeds (B, pooled_width); sigma:
-        see `noise_levels`; noise: of the latents' shape, the same at each level, or (K, B, C, H, W), one draw per
-        level; None: the latents are x_sigma already, and sigma, one level, is taken as it is, never snapped. Noising
-        and timesteps are float32 whatever the model's dtype.
+        Args:
+            latents: (B, C, H, W), scaled.
+            prompt_embeds: (B, L, text_width).
+            pooled_prompt_embeds: (B, pooled_width).
+            sigma: as in `noise_levels`.
+            noise: (B, C, H, W), shared by all levels, or (K, B, C, H, W), one per level. None: the latents are x_sigma
+                already, at the one level sigma, which is not snapped.
+
+        Noising and timesteps are float32 for every dtype of the model.
         """
         batch = latents.shape[0]
         levels = noise_levels(sigma, batch, latents.device)
@@ -58,7 +63,7 @@ class RewardModel(nn.Module):
             return self.head(taps.split(count))
 
     def _head_precision(self) -> contextlib.AbstractContextManager:
-        """Behind a half-precision trunk the head's float32 weights work under autocast, as they do in training."""
+        """After a half-precision trunk, run the float32 head under autocast, as in training."""
         device, dtype = self.trunk.device.type, self.trunk.dtype
         if dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device):
             return contextlib.nullcontext()
@@ -72,10 +77,9 @@ class RewardModel(nn.Module):
         self.trunk.disable_gradient_checkpointing()
 
     def tuned_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint stores, by name: `backbone.*` (the LoRA, or under full tuning the trunk) and `head.*`.
+        """Tensors of a checkpoint: `backbone.*` (the LoRA, or with full tuning the trunk) and `head.*`.
 
-        The live tensors while they are trained; of a frozen model those that it was trained to, before casts and
-        merging, on the CPU.
+        The live tensors in training; for a frozen model copies on the CPU from before casts and merging.
         """
         if self._as_trained is not None:
             return dict(self._as_trained)
@@ -91,10 +95,12 @@ class RewardModel(nn.Module):
         dtype: torch.dtype | None = None,
         as_trained: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Turn into a scorer: no parameter takes gradients, no dropout, LoRA in the trunk's dtype or merged into it.
+        """Prepare for scoring: no gradients for parameters, evaluation mode, LoRA in the trunk's dtype or merged.
 
-        merge: needs private weights; the sum is computed in float32. dtype: of a trunk that shares nothing. as_trained:
-        `tuned_tensors` from here on, the ones that were loaded; by default a copy of the present ones.
+        Args:
+            merge: merge the LoRA into the trunk's weights, in float32; not for shared weights.
+            dtype: of the trunk, unless it is shared.
+            as_trained: `tuned_tensors` from here on; default: a copy of the present ones.
         """
         if as_trained is None:
             as_trained = {name: tensor.detach().cpu().clone() for name, tensor in self.tuned_tensors().items()}
@@ -112,14 +118,12 @@ class RewardModel(nn.Module):
 
 
 def noise_levels(sigma: Sigma, batch: int, device: torch.device) -> Tensor:
-    """The levels of each sample, (K, B) float32.
+    """The levels of each sample: (K, B), float32.
 
-    sigma: a float, one level for all; (B,), one level per sample; a sequence of K floats or of K (B,) tensors, or
-    (K, B), an ensemble. Raises ValueError for any other shape.
+    sigma: a float, one level for all; (B,), one per sample; for an ensemble K floats, K tensors (B,), or (K, B).
     """
     if isinstance(sigma, Sequence):
-        levels = [noise_levels(level, batch, device) for level in sigma]
-        return torch.cat(levels)
+        return torch.cat([noise_levels(level, batch, device) for level in sigma])
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)
     if sigma.dim() == 0:
         return sigma.expand(1, batch)
@@ -133,15 +137,16 @@ def noise_levels(sigma: Sigma, batch: int, device: torch.device) -> Tensor:
 def build_reward_model(
     config: RewardConfig, transformer: SD3Transformer2DModel, *, share_weights: bool = True, seed: int = 0
 ) -> RewardModel:
-    """A reward to train: LoRA and head freshly initialised from `seed`, float32, on the transformer's device.
+    """A reward to train: LoRA and head initialised from `seed`, float32, on the transformer's device.
 
-    With share_weights (not under full tuning) the transformer must be frozen and stays the owner of its weights.
-    Trainable are the LoRA and the head; under `tuning="none"` the head alone, under "full" the private trunk too.
+    Trainable are LoRA and head; with tuning "none" the head alone, with "full" the trunk too.
+
+    share_weights: use the transformer's own weights, which must be frozen; not for full tuning.
     """
     if not isinstance(config, RewardConfig):
-        raise TypeError(f"config: got {type(config).__name__}, expected a RewardConfig")
+        raise TypeError(f"config: got {type(config).__name__}; expected a RewardConfig")
     if share_weights and config.tuning == "full":
-        raise ValueError("tuning 'full' trains the backbone's own weights; build it with share_weights=False")
+        raise ValueError("share_weights: got True; expected False, since tuning 'full' trains the backbone's weights")
     device = transformer.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

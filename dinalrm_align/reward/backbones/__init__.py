@@ -1,6 +1,6 @@
-"""What any diffusion backbone gives any reward head: the token streams at a few depths, and the conditioning vector.
+"""The interface between diffusion backbones and reward heads: token streams at some depths, conditioning vector.
 
-A backbone for another family of models is one more file here: a callable with `Backbone`'s signature and attributes.
+A backbone for another model family is one more module here: a callable with `Backbone`'s signature and attributes.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Taps:
-    """Features of B samples. The streams need not have the same number of tokens.
+    """Features of B samples.
 
-    visual: per tap (B, N, width), the image tokens; text: per tap (B, L, width), the text tokens, or no tap at all;
-    temb: (B, temb_dim), the embedded timestep and pooled prompt.
+    Args:
+        visual: image tokens (B, N, width) of each tap.
+        text: text tokens (B, L, width) of each tap, possibly none.
+        temb: (B, temb_dim), the embedded timestep and pooled prompt.
     """
 
     visual: tuple[Tensor, ...]
@@ -22,18 +24,22 @@ class Taps:
     temb: Tensor
 
     def split(self, parts: int) -> tuple["Taps", ...]:
-        """The features of a batch of parts * B samples as `parts` batches of B, in order."""
+        """Features of parts * B samples as `parts` batches of B, in order."""
         visual = zip(*(tokens.chunk(parts) for tokens in self.visual), strict=True)
         text = zip(*(tokens.chunk(parts) for tokens in self.text), strict=True) if self.text else [()] * parts
         return tuple(Taps(*streams) for streams in zip(visual, text, self.temb.chunk(parts), strict=True))
 
 
 class Backbone(Protocol):
-    """Noised latents to `Taps`. Every attribute is a plain number that input checks and the head are built from.
+    """Noisy latents to `Taps`.
 
-    width: channels of both token streams. temb_dim: of the conditioning vector. in_channels: of the latents.
-    text_width, pooled_width: of prompt_embeds and pooled_prompt_embeds. patch_size: latent height and width must be
-    multiples of it. max_size: the largest latent height or width.
+    Args:
+        width: channels of both token streams.
+        temb_dim: of the conditioning vector.
+        in_channels: of the latents.
+        text_width, pooled_width: of prompt_embeds and pooled_prompt_embeds.
+        patch_size: latent height and width must be multiples of it.
+        max_size: largest latent height or width.
     """
 
     width: int

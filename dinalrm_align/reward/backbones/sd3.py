@@ -1,11 +1,10 @@
 """The first N blocks of an SD3 or SD3.5 transformer, as a module that returns the token streams at given depths.
 
-The trunk is a separate module tree. With shared weights every base Parameter and buffer in it IS the policy's, while
-the reward's LoRA lies in the trunk alone, so that nothing has to be switched between policy and reward: neither
-activation checkpointing (whichever mode), nor another thread, nor the state of the policy's own adapters can mix them
-up.
+The trunk is a separate module tree. With shared weights its base Parameters and buffers ARE the policy's, and the
+reward's LoRA is in the trunk only. No adapter is switched between policy and reward, so that activation checkpointing,
+threads and the policy's own adapters cannot mix them up.
 
-Blocks are diffusers' `JointTransformerBlock`s; their outputs equal those of the stock `SD3Transformer2DModel`.
+Blocks are diffusers' `JointTransformerBlock`s; outputs equal those of the stock `SD3Transformer2DModel`.
 """
 
 import copy
@@ -25,18 +24,20 @@ from dinalrm_align.reward.backbones import Taps
 from dinalrm_align.reward.config import LoraConfig, RewardConfig
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""Name endings; the image-only second attention `attn2` is included."""
+"""Endings of module names; they include the image-only second attention, `attn2`."""
 TEXT_SIDE = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ADAPTER = "reward"
 
 
 class SD3Trunk(nn.Module):
-    """`Backbone` over the first `config.num_layers` blocks of `transformer`; runs up to the last tapped one.
+    """`Backbone` with the first `config.num_layers` blocks of `transformer`; runs up to the last tapped one.
 
-    share_weights=True: every base Parameter and buffer is the transformer's own object, which must be frozen.
-    share_weights=False: a private, frozen copy (trainable when `config.tuning` is full). The transformer itself is only
-    read, and may carry peft adapters of its own, in any state except merged into its weights; the trunk does not see
-    them. LoRA, when `config.tuning` is lora, starts from the ambient random state, float32 and trainable.
+    With `config.tuning` "lora" it adds a trainable float32 LoRA, initialised from torch's global RNG.
+
+    Args:
+        transformer: not changed; may have peft adapters of its own, unless merged, which the trunk ignores.
+        share_weights: True: use the transformer's own Parameters and buffers, which must be frozen. False: a copy,
+            frozen unless `config.tuning` is "full".
     """
 
     def __init__(self, transformer: SD3Transformer2DModel, config: RewardConfig, *, share_weights: bool) -> None:
@@ -64,7 +65,7 @@ class SD3Trunk(nn.Module):
         self.use_reentrant = False
 
         self.shared: tuple[Tensor, ...] = (*self.parameters(), *self.buffers()) if share_weights else ()
-        self._owner = weakref.ref(transformer)  # of the shared weights; the trunk must not keep its other blocks alive
+        self._owner = weakref.ref(transformer)  # weak: the trunk must not keep unused blocks alive
         if share_weights:
             self.check_shared()
         else:
@@ -90,24 +91,20 @@ class SD3Trunk(nn.Module):
         self.gradient_checkpointing = False
 
     def check_shared(self) -> None:
-        """Raise ValueError when shared weights are being trained, or have their owner's adapters merged into them: the
-        reward would change with the policy.
-        """
+        """Raise ValueError if shared weights are trained or have adapters merged: the reward would change with them."""
         owner = self._owner() if self.shared else None
         if owner is not None:
             _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
         trained = sum(tensor.requires_grad for tensor in self.shared)
         if trained:
             raise ValueError(
-                f"the reward shares weights with a transformer of which {trained} of {len(self.shared)} shared tensors "
-                "have requires_grad=True: a reward whose weights are trained is no fixed reward. Freeze them with "
-                "transformer.requires_grad_(False) (and train a LoRA), or build the reward with share_weights=False"
+                f"requires_grad: got True for {trained} of {len(self.shared)} tensors that the reward shares with the "
+                "transformer; expected frozen weights. Freeze them with transformer.requires_grad_(False) (and train a "
+                "LoRA), or build the reward with share_weights=False"
             )
 
     def forward(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
-        """x_sigma (B, C, H, W); timestep (B,) = 1000 sigma, float32; prompt_embeds (B, L, text_width);
-        pooled_prompt_embeds (B, pooled_width) -> Taps in the trunk's dtype, differentiable in every floating input.
-        """
+        """As `Backbone`; Taps have the trunk's dtype and are differentiable in every floating input."""
         hidden = self.pos_embed(x_sigma.to(self.dtype)).contiguous()
         temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(self.dtype))
         context = self.context_embedder(prompt_embeds.to(self.dtype))
@@ -115,7 +112,7 @@ class SD3Trunk(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             trained = any(parameter.requires_grad for parameter in self.parameters())
             if trained and self.use_reentrant and not hidden.requires_grad:
-                hidden.requires_grad_()  # else a reentrant checkpoint would give its LoRA no gradient
+                hidden.requires_grad_()  # reentrant checkpoints need an input with gradient
             if trained or any(tensor.requires_grad for tensor in (hidden, context, temb)):
                 run = self._checkpointed
 
@@ -136,8 +133,9 @@ class SD3Trunk(nn.Module):
         )  # nothing in a block is random
 
     def skip_unread_text(self) -> None:
-        """Let the last block that runs compute its image half alone when nobody reads its text. What the text half
-        alone needs is dropped, so that a trunk whose own weights are saved must be saved before.
+        """Skip the text half of the last block that runs, if its text is not tapped, and drop its modules.
+
+        With full tuning, save the weights before.
         """
         if self.last_tap == 0 or self.last_tap in self.text_taps:
             return
@@ -166,7 +164,7 @@ class SD3Trunk(nn.Module):
             weight.requires_grad_(not name.startswith(tuple(unread)))
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """`transformer_blocks.0.attn.to_q.lora_A.weight`, ... -> the Parameter; empty without LoRA or once merged."""
+        """LoRA Parameters by name, `transformer_blocks.0.attn.to_q.lora_A.weight`, ...; empty once merged."""
         return {
             f"{name}.{matrix}.weight": layer.get_submodule(f"{matrix}.{ADAPTER}").weight
             for name, layer in self.named_modules()
@@ -176,7 +174,7 @@ class SD3Trunk(nn.Module):
 
     @torch.no_grad()
     def merge_lora(self) -> None:
-        """Add the LoRA to the trunk's own weights, computed in float32, and drop its layers. Private weights only."""
+        """Merge the LoRA into the trunk's weights, in float32, and remove its layers. Not for shared weights."""
         if self.shared:
             raise ValueError("merging the reward's LoRA would change the shared transformer; use share_weights=False")
         for name, layer in list(self.named_modules()):
@@ -189,18 +187,18 @@ class SD3Trunk(nn.Module):
         _remove_adapters(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SD3Trunk":
-        """Refuse to move or cast tensors that the policy shares: it would be half moved, and the buffers un-shared."""
+        """Refuse to move or cast shared tensors: the policy would be moved in part, and buffers no longer shared."""
         probe = self.shared[0].data if self.shared else None
         if probe is not None and not _same(fn(probe), probe):
             raise RuntimeError(
-                "this reward shares its weights with a transformer and cannot be moved or cast by itself: move the "
-                "transformer first and build the reward after, or use share_weights=False"
+                "this reward shares its weights with a transformer and cannot be moved or cast separately: move "
+                "the transformer first and build the reward after, or use share_weights=False"
             )
         return super()._apply(fn, recurse)
 
 
 class _NormedTextOnly(nn.Module):
-    """The normalised text tokens of an adaptive layer norm, without the gates that the skipped text half would use."""
+    """An adaptive layer norm that returns the normalised tokens without the gates of the skipped text half."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -221,14 +219,14 @@ def _same(moved: Tensor, tensor: Tensor) -> bool:
 def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig) -> None:
     if not isinstance(transformer, SD3Transformer2DModel):
         raise TypeError(
-            f"transformer: got {type(transformer).__name__}, expected diffusers' SD3Transformer2DModel; pass the model "
+            f"transformer: got {type(transformer).__name__}; expected diffusers' SD3Transformer2DModel; pass the model "
             "itself, not a compiled, distributed or PeftModel wrapper of it"
         )
     if any(isinstance(p, DTensor) for p in transformer.parameters()):
         raise ValueError("the transformer is sharded over processes (FSDP): build every reward before it is sharded")
     depth = len(transformer.transformer_blocks)
     if config.num_layers > depth:
-        raise ValueError(f"num_layers: got {config.num_layers}, but the transformer has {depth} blocks; lower it")
+        raise ValueError(f"num_layers: got {config.num_layers}; expected at most {depth}, the transformer's blocks")
     last = max(config.text_taps, default=0)
     if last > 0 and transformer.transformer_blocks[last - 1].context_pre_only:
         raise ValueError(f"text tap {last}: this transformer's block {last} returns no text; tap {last - 1} at most")
@@ -238,30 +236,30 @@ def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig)
 
 
 def _parts_read(transformer: SD3Transformer2DModel, num_layers: int) -> tuple[nn.Module, ...]:
-    """pos_embed, time_text_embed, context_embedder and the first blocks: what a trunk is made of."""
+    """pos_embed, time_text_embed, context_embedder and the first blocks."""
     blocks = nn.ModuleList(list(transformer.transformer_blocks)[:num_layers])
     return transformer.pos_embed, transformer.time_text_embed, transformer.context_embedder, blocks
 
 
 def _packing(part: nn.Module) -> list[object]:
-    """What bitsandbytes' layers keep beside their packed weights: scales, and whose turn it is to read them."""
+    """State objects of bitsandbytes' layers: scales of the packed weights."""
     states = [vars(module).get(name) for module in part.modules() for name in ("state", "quant_state")]
     return [state for state in states if state is not None]
 
 
 def _check_unmerged(parts: tuple[nn.Module, ...]) -> None:
-    """ValueError when peft adapters are merged into base weights."""
+    """Raise ValueError if peft adapters are merged into base weights."""
     layers = [module for part in parts for module in part.modules() if isinstance(module, BaseTunerLayer)]
     merged = {adapter for layer in layers for adapter in layer.merged_adapters}
     if merged:
         raise ValueError(
-            f"the transformer has adapters {sorted(merged)} merged into its base weights, so that the base model is "
-            "not there to read with; call transformer.unfuse_lora() first"
+            f"merged adapters: got {sorted(merged)}; expected none, since the reward needs the base weights. Call "
+            "transformer.unfuse_lora() first"
         )
 
 
 def _remove_adapters(model: nn.Module) -> None:
-    """Put the plain layer in the place of every peft layer."""
+    """Replace every peft layer by its base layer."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):
@@ -269,7 +267,7 @@ def _remove_adapters(model: nn.Module) -> None:
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Hooks that were registered on the policy's modules were copied with them; scoring must not fire them."""
+    """Remove the policy's hooks, which were copied with its modules."""
     for module in model.modules():
         for hooks in (
             module._forward_hooks,

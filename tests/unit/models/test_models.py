@@ -108,7 +108,7 @@ def test_a_named_model_is_taken_without_a_look_at_anything(name, monkeypatch):
     monkeypatch.setattr(models, "is_cached", lambda repository: pytest.fail("looked into the cache"))
     monkeypatch.setattr(models, "hub_refusal", lambda repositories: pytest.fail("asked the hub"))
     spec, reason = resolve_model(name)
-    assert spec is MODELS[name] and "as asked for" in reason
+    assert spec is MODELS[name] and "as given" in reason
 
 
 def test_a_snapshot_counts_only_when_its_weights_are_there(tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_bad_names_and_folders_say_what_would_do(tmp_path):
         resolve_model("/no/such/folder")
     with pytest.raises(ValueError, match="lacks model_index.json"):
         resolve_model(str(tmp_path))
-    with pytest.raises(ValueError, match="holds a FluxPipeline"):
+    with pytest.raises(ValueError, match="got a FluxPipeline"):
         resolve_model(str(write_pipeline(tmp_path / "flux", kind="FluxPipeline")))
 
 

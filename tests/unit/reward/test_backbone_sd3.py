@@ -155,12 +155,12 @@ def test_text_tap_on_a_block_without_text_is_refused(transformer):
 
 
 def test_more_layers_than_the_transformer_has_are_refused(transformer):
-    with pytest.raises(ValueError, match="num_layers: got 12, but the transformer has 4 blocks"):
+    with pytest.raises(ValueError, match="num_layers: got 12; expected at most 4"):
         SD3Trunk(transformer, tiny_reward_config(num_layers=12), share_weights=True)
 
 
 def test_wrappers_of_a_transformer_are_refused(transformer):
-    with pytest.raises(TypeError, match="got Sequential, expected diffusers' SD3Transformer2DModel"):
+    with pytest.raises(TypeError, match="got Sequential; expected diffusers' SD3Transformer2DModel"):
         SD3Trunk(torch.nn.Sequential(transformer), tiny_reward_config(), share_weights=True)
 
 

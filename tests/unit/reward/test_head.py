@@ -166,5 +166,5 @@ def test_impossible_sizes_are_refused(config, message):
 
 
 def test_heads_must_divide_the_backbones_width():
-    with pytest.raises(ValueError, match="8 attention heads do not divide the width 12"):
+    with pytest.raises(ValueError, match="num_attn_heads: got 8, which do not divide the width 12"):
         RewardHead(HeadConfig(), 12, 1, 1)

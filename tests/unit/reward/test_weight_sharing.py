@@ -166,7 +166,7 @@ def test_policy_and_reward_in_two_threads(tiny_reward_dir, policy, tiny_inputs):
 def test_trained_weights_are_not_shared(tiny_reward_dir, policy):
     policy.requires_grad_(True)
     with pytest.raises(
-        ValueError, match=r"requires_grad=True.*transformer.requires_grad_\(False\).*share_weights=False"
+        ValueError, match=r"requires_grad: got True.*transformer.requires_grad_\(False\).*share_weights=False"
     ):
         load(tiny_reward_dir, policy)
     assert all(parameter.requires_grad for parameter in policy.parameters())
@@ -177,14 +177,14 @@ def test_trained_weights_are_not_shared(tiny_reward_dir, policy):
 def test_weights_that_start_to_be_trained_later_are_noticed_when_scoring(tiny_reward_dir, policy, tiny_inputs):
     reward = load(tiny_reward_dir, policy)
     policy.transformer_blocks[1].attn.to_q.requires_grad_(True)
-    with pytest.raises(ValueError, match="2 of .* shared tensors have requires_grad=True"):
+    with pytest.raises(ValueError, match="requires_grad: got True for 2 of"):
         reward(**tiny_inputs)
 
 
 def test_a_policy_with_merged_adapters_is_refused(tiny_reward_dir, policy):
     add_policy_lora(policy)
     policy.fuse_lora()
-    with pytest.raises(ValueError, match=r"adapters \['policy'\] merged into its base weights.*unfuse_lora"):
+    with pytest.raises(ValueError, match=r"merged adapters: got \['policy'\].*unfuse_lora"):
         load(tiny_reward_dir, policy)
 
 
@@ -193,7 +193,7 @@ def test_adapters_that_are_merged_later_are_noticed_when_scoring(tiny_reward_dir
     before = reward(**tiny_inputs)
     add_policy_lora(policy)
     policy.fuse_lora()
-    with pytest.raises(ValueError, match=r"adapters \['policy'\] merged into its base weights.*unfuse_lora"):
+    with pytest.raises(ValueError, match=r"merged adapters: got \['policy'\].*unfuse_lora"):
         reward(**tiny_inputs)
     policy.unfuse_lora()
     torch.testing.assert_close(reward(**tiny_inputs), before)
@@ -208,7 +208,7 @@ def test_a_policy_with_fused_projections_is_refused(tiny_reward_dir, policy):
 def test_a_sharing_reward_is_not_moved_or_cast_by_itself(tiny_reward_dir, policy, tiny_inputs):
     reward = load(tiny_reward_dir, policy)
     for change in (lambda: reward.to(torch.float64), lambda: reward.to("meta"), reward.half):
-        with pytest.raises(RuntimeError, match="cannot be moved or cast by itself"):
+        with pytest.raises(RuntimeError, match="cannot be moved or cast separately"):
             change()
     assert policy.dtype == torch.float32
     reward.to("cpu").float()
