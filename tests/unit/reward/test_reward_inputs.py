@@ -132,7 +132,7 @@ def test_an_unknown_dtype_is_refused(tiny_reward_dir):
 
 
 def test_a_wrong_transformer_is_refused(tiny_reward_dir, tiny_pipeline):
-    with pytest.raises(TypeError, match="transformer: got AutoencoderKL, expected diffusers' SD3Transformer2DModel"):
+    with pytest.raises(TypeError, match="transformer: got AutoencoderKL; expected diffusers' SD3Transformer2DModel"):
         LatentReward.from_pretrained(tiny_reward_dir, transformer=tiny_pipeline.vae)
 
 
