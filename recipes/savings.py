@@ -1,15 +1,15 @@
-"""What a latent reward saves: memory and operations of aligning SD3.5 Medium with DiNa-LRM, PickScore and HPSv3.
+"""Memory and operations of aligning SD3.5 Medium with a latent reward (DiNa-LRM) and with PickScore and HPSv3.
 
     python recipes/savings.py                                 counted: no weights, no GPU, a few minutes on two cores
     python recipes/savings.py --size 512 --batch 4
-    python recipes/savings.py --measure                       on this machine's CUDA GPU as well, with random weights
+    python recipes/savings.py --measure                       also measured on this machine's CUDA GPU
 
-Full-size networks are built from their published configs and run on tensors without values, by the code that the
-recipes run: scoring, the reward's gradient, one ReFL update, one Flow-GRPO update, and each of the networks alone.
-Counted are live bytes at the peak and floating-point operations in two conventions, which stand above the tables; the
-savings stand beside those of the paper (arXiv 2602.11146). `--economies false` leaves out what each option saves.
+Full-size networks are built from their published configs and run on tensors without storage, by the code that the
+recipes run: scoring, the reward's gradient, the gradient part of a ReFL update, a Flow-GRPO update, and each network
+alone. Bytes at the peak and floating-point operations are counted; the tables state their conventions and compare the
+savings with the paper's (arXiv 2602.11146), without and with the rollout. `--economies false` skips the options.
 
-Writes savings.md, savings.json and savings.png into output_dir, and prints the first.
+Writes savings.md, savings.json and savings.png to output_dir, and prints the first.
 """
 
 import json
@@ -21,18 +21,17 @@ from dinalrm_align.align.savings.config import SavingsRun
 from dinalrm_align.train.command import parse, refuse, refusing
 
 
-def weigh(run: SavingsRun) -> None:
+def savings(run: SavingsRun) -> None:
     import torch
 
-    from dinalrm_align.align.savings.measure import matrix_rate
-    from dinalrm_align.align.savings.picture import draw
-    from dinalrm_align.align.savings.plan import all_cases, count_all, measure_all
-    from dinalrm_align.align.savings.tables import report, to_json
+    from dinalrm_align.align.savings.cases import all_cases, count_all, measure_all
+    from dinalrm_align.align.savings.cost import matrix_rate
+    from dinalrm_align.align.savings.report import draw, report, to_json
     from dinalrm_align.train.durable import write_atomically
     from dinalrm_align.train.files import make_folder
 
     if run.measure and not torch.cuda.is_available():
-        refuse("--measure runs on a CUDA GPU, and torch finds none on this machine; without it everything is counted")
+        refuse("measure: got true, but torch finds no CUDA GPU on this machine; without it everything is counted")
     folder = Path(run.output_dir)
     make_folder(folder)
     cases = all_cases(run)
@@ -52,7 +51,7 @@ def weigh(run: SavingsRun) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        weigh(parse(SavingsRun, __doc__, sys.argv[1:] if argv is None else argv)[0])
+        savings(parse(SavingsRun, __doc__, sys.argv[1:] if argv is None else argv)[0])
 
 
 if __name__ == "__main__":

@@ -1,44 +1,188 @@
-"""Settings of `recipes/savings.py`. Torch-free."""
+"""Settings of `recipes/savings.py`, the cases that it counts, and the published sizes of the networks. Torch-free.
 
+Sizes are those of each config.json: Stable Diffusion 3.5 Medium (stabilityai/stable-diffusion-3.5-medium), DiNa-LRM on
+its first 12 blocks (liuhuohuo/DiNa-LRM-SD35M-12layers), PickScore's CLIP ViT-H/14 (yuvalkirstain/PickScore_v1) and
+HPSv3's Qwen2-VL-7B (MizzenAI/HPSv3 over Qwen/Qwen2-VL-7B-Instruct).
+"""
+
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from dinalrm_align.train.settings import check_fields, check_integer
+from dinalrm_align.reward.config import LoraConfig, RewardConfig
+from dinalrm_align.train.settings import NonNegativeInt, PositiveInt, check_fields, check_integer
 
 
 @dataclass
 class SavingsRun:
-    """Everything `python recipes/savings.py` can be told.
+    """Settings of `python recipes/savings.py`.
 
     Args:
-        size: of the pictures, in pixels, square.
+        size: height and width of the images in pixels, a multiple of 16 from 64 to 6144.
         batch: samples in one update, or scored at once.
-        text_length: T5 tokens per prompt; CLIP's 77 come before them.
-        levels: noise levels of the latent reward's ensemble, K.
-        economies: also count one ReFL update under each option that makes it smaller.
+        text_length: T5 tokens per prompt, 1 to 512, in addition to CLIP's 77.
+        levels: noise levels of the latent reward's ensemble, 1 to 8.
+        economies: also count one ReFL update under each memory-saving option.
         workers: processes that count; each takes one core and about 1 GB.
-        measure: run the same on this machine's CUDA GPU, with random weights, and set it beside what was counted.
-        warmup: unmeasured runs of each, with measure.
-        repeats: measured runs of each, of which the median is taken, with measure.
-        output_dir: gets savings.md, savings.json and savings.png.
+        measure: also run every case on this machine's CUDA GPU, with random weights.
+        warmup: unmeasured runs of each case, with measure.
+        repeats: measured runs of each case, with measure; the median is reported.
+        output_dir: receives savings.md, savings.json and savings.png.
     """
 
     size: int = 1024
-    batch: int = 1
+    batch: PositiveInt = 1
     text_length: int = 128
     levels: int = 1
     economies: bool = True
-    workers: int = 2
+    workers: PositiveInt = 2
     measure: bool = False
-    warmup: int = 2
-    repeats: int = 5
+    warmup: NonNegativeInt = 2
+    repeats: PositiveInt = 5
     output_dir: str = "runs/savings"
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("batch", "workers", "repeats"):
-            check_integer(name, vars(self)[name], low=1)
-        check_integer("warmup", self.warmup, low=0)
         check_integer("levels", self.levels, low=1, high=8)
         check_integer("text_length", self.text_length, low=1, high=512)
         if self.size < 64 or self.size % 16 or self.size > 6144:
             raise ValueError(f"size: got {self.size} pixels; expected a multiple of 16 from 64 to 6144")
+
+
+WORK: dict[str, str] = {
+    "score": "score latents, no gradient",
+    "gradient": "score latents, gradient to the latents",
+    "refl": "gradient part of one ReFL update, without the rollout: a policy step with gradient, the frozen reference, "
+    "the reward's gradient, AdamW",
+    "grpo": "one Flow-GRPO update: two rollout steps, scores, one trained step with its reference, AdamW",
+    "policy_forward": "one policy step, no gradient",
+    "policy_gradient": "one policy step, gradient to the LoRA",
+    "vae_decode": "VAE decoder, no gradient",
+    "vae_gradient": "VAE decoder, gradient to latents",
+    "vae_encode": "VAE encoder, no gradient",
+    "pixels": "score images, no gradient",
+    "pixels_gradient": "score images, gradient to the images",
+}
+"""What a case runs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload with one reward, and the options under which it runs.
+
+    Args:
+        work: a key of `WORK`.
+        size: height and width of the images in pixels.
+        batch: samples.
+        text_length: T5 tokens, in addition to CLIP's 77.
+        policy_checkpointing, reward_checkpointing: recompute blocks in the backward pass.
+        merged: the reward has its own copy of its blocks with the LoRA merged, instead of sharing the policy's.
+        levels: noise levels of the latent reward's ensemble.
+        dtype, vae_dtype: of the frozen weights and of the VAE's.
+        base_quant, reward_quant: quantisation of the base model's blocks and of HPSv3's.
+        optimizer: of the policy's LoRA.
+        decode_slice: images decoded at a time.
+    """
+
+    reward: Literal["dinalrm", "pickscore", "hpsv3"] = "dinalrm"
+    work: str = "refl"
+    size: int = 1024
+    batch: int = 1
+    text_length: int = 128
+    policy_checkpointing: bool = True
+    reward_checkpointing: bool = True
+    merged: bool = False
+    levels: int = 1
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    vae_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    base_quant: Literal["none", "int8", "nf4"] = "none"
+    reward_quant: Literal["none", "int8", "nf4"] = "none"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    decode_slice: int | None = None
+
+    def but(self, **changes: object) -> "Case":
+        """The same case with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def pixel(self) -> bool:
+        """Whether the reward reads decoded images."""
+        return self.reward != "dinalrm"
+
+    @property
+    def trains(self) -> bool:
+        """Whether the policy's LoRA is updated."""
+        return self.work in ("refl", "grpo")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Constructor arguments of the networks of an alignment run.
+
+    Args:
+        transformer, vae, clip, qwen: of SD3Transformer2DModel, AutoencoderKL, CLIPConfig and Qwen2VLConfig.
+        reward, policy: the latent reward and the trained LoRA.
+        qwen_tokens, qwen_pixels: length of HPSv3's chat, and pixels of the image in it.
+        clip_tokens: CLIP's part of the text tokens, before T5's.
+        vae_factor: downsampling factor of the VAE.
+    """
+
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    reward: RewardConfig
+    policy: LoraConfig
+    clip: Mapping[str, Any]
+    qwen: Mapping[str, Any]
+    qwen_tokens: int = 800
+    qwen_pixels: int = 256 * 28 * 28
+    clip_tokens: int = 77
+    vae_factor: int = 8
+
+
+SD35_MEDIUM: dict[str, Any] = dict(
+    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+    num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+    pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+)  # fmt: skip
+
+SD35_VAE: dict[str, Any] = dict(
+    sample_size=1024, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+    norm_num_groups=32, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+)  # fmt: skip
+
+CLIP_VIT_H: dict[str, Any] = dict(
+    projection_dim=1024,
+    vision_config=dict(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
+        patch_size=14, hidden_act="gelu", projection_dim=1024,
+    ),
+    text_config=dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, vocab_size=49408,
+        max_position_embeddings=77, hidden_act="gelu", projection_dim=1024, bos_token_id=49406, eos_token_id=49407,
+    ),
+)  # fmt: skip
+
+QWEN2_VL_7B: dict[str, Any] = dict(
+    text_config=dict(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=151658, max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
+    ),
+    vision_config=dict(
+        depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, mlp_ratio=4, in_channels=3, patch_size=14,
+        spatial_merge_size=2, temporal_patch_size=2,
+    ),
+    image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
+)  # fmt: skip
+"""With HPSv3's vocabulary: Qwen2-VL's and the reward token as the last."""
+
+FULL = Architecture(
+    transformer=SD35_MEDIUM,
+    vae=SD35_VAE,
+    reward=RewardConfig(),
+    policy=LoraConfig(rank=32, alpha=32.0),
+    clip=CLIP_VIT_H,
+    qwen=QWEN2_VL_7B,
+)

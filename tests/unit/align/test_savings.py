@@ -1,4 +1,4 @@
-"""The savings: counts beside published figures, predicted peaks beside the profiler's, tables and the picture."""
+"""Savings: counts against independent ones, counted peaks against the profiler, tables and the figure."""
 
 import dataclasses
 import json
@@ -9,20 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinalrm_align.align.savings.architectures import FULL, Architecture
-from dinalrm_align.align.savings.case import Case
-from dinalrm_align.align.savings.config import SavingsRun
-from dinalrm_align.align.savings.count import Cost, count
-from dinalrm_align.align.savings.imagined import Imagination
-from dinalrm_align.align.savings.measure import Measured, measure
-from dinalrm_align.align.savings.packed import PackedLinear
-from dinalrm_align.align.savings.picture import draw, stacks
-from dinalrm_align.align.savings.plan import all_cases, base_case, economies, paper_readings
-from dinalrm_align.align.savings.tables import measured_table, report, to_json
+from dinalrm_align.align.savings.cases import ROLLOUT_STEPS, all_cases, base_case, economies, paper_readings
+from dinalrm_align.align.savings.config import FULL, Architecture, Case, SavingsRun
+from dinalrm_align.align.savings.cost import Cost, Measured, count, measure
+from dinalrm_align.align.savings.fake_tensors import FakeFloats, PackedLinear
+from dinalrm_align.align.savings.report import draw, measured_table, report, stacks, to_json
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.config import LoraConfig
-from dinalrm_align.train.files import read_json
+from dinalrm_align.train.files import read_json, read_yaml
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "savings.py"
 KEPT = dict(policy_checkpointing=False, reward_checkpointing=False)
@@ -109,8 +104,8 @@ def test_quantised_weights_are_not_measured(embedded):
         measure(TINY.but(base_quant="nf4"), embedded, "cpu")
 
 
-def test_floats_are_imagined_and_integers_real():
-    with Imagination().active():
+def test_floats_are_fake_and_integers_real():
+    with FakeFloats().active():
         values, numbers = torch.randn(2**20, 2**20), torch.tensor([[1, 2], [3, 4]])
         assert (values @ values).shape == values.shape  # 4 TiB each
         assert bool(torch.isfinite(values).all()) and int((~torch.isfinite(values)).sum()) == 0
@@ -145,6 +140,10 @@ def test_savings_stand_beside_the_papers():
     readings = paper_readings(base_case(RUN), made_up_costs())
     assert readings["reward FLOPs"] == {"paper": 71.1, "hpsv3": 50.0, "pickscore": 50.0}
     assert readings["optimisation FLOPs"]["hpsv3"] == pytest.approx(100 * (1 - 2 / 3))  # the policy is not halved
+    assert readings["optimisation FLOPs, executed"]["hpsv3"] == pytest.approx(50.0)
+    # 69 forward passes of 10 TFLOP in both rollouts: 1 - (690 + 10) / (690 + 20)
+    with_rollout = readings["optimisation FLOPs, executed, with the rollout"]
+    assert with_rollout["hpsv3"] == pytest.approx(100 * (1 - 700 / 710))
     assert {name for name, reading in readings.items() if "paper" in reading} == {
         "memory", "reward FLOPs", "optimisation FLOPs",
     }  # fmt: skip
@@ -180,7 +179,13 @@ def test_measuring_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["savings.py", "--measure"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(RECIPE), run_name="__main__")
-    assert ended.value.code == 2 and "--measure runs on a CUDA GPU" in capsys.readouterr().err
+    assert ended.value.code == 2 and "measure: got true" in capsys.readouterr().err
+
+
+def test_the_rollout_is_that_of_the_recipe():
+    earliest = read_yaml(RECIPE.with_name("refl_sd35.yaml"), "settings")["refl"]["earliest"]
+    steps = MODELS["sd35"].num_steps
+    assert (round(earliest * steps), steps - 1) == ROLLOUT_STEPS and MODELS["sd35"].guidance_scale > 1
 
 
 @pytest.mark.gpu

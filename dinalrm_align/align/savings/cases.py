@@ -1,19 +1,18 @@
-"""Which cases `recipes/savings.py` weighs, and counting or measuring all of them."""
+"""The cases that `recipes/savings.py` counts or measures, and the savings derived from them."""
 
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
+import torch
 from tqdm import tqdm
 
-from dinalrm_align.align.savings.architectures import FULL, Architecture
-from dinalrm_align.align.savings.case import Case
-from dinalrm_align.align.savings.config import SavingsRun
-from dinalrm_align.align.savings.count import Cost, count
-from dinalrm_align.align.savings.measure import Measured, measure
+from dinalrm_align.align.savings.config import FULL, Architecture, Case, SavingsRun
+from dinalrm_align.align.savings.cost import Cost, Measured, count, measure
 
 REWARDS = ("dinalrm", "pickscore", "hpsv3")
-PARTS = ("policy_forward", "policy_gradient", "vae_encode", "vae_decode", "vae_gradient")
+ROLLOUT_STEPS = (30, 39)
+"""First and last gradient step of ReFL on SD3.5 Medium (recipes/refl_sd35.yaml): as many guided steps come before."""
 
 
 def base_case(run: SavingsRun) -> Case:
@@ -25,25 +24,22 @@ def without_recomputing(case: Case) -> Case:
 
 
 def parts(base: Case) -> list[Case]:
-    """The networks one by one, activations kept."""
+    """Each network alone, without recomputation."""
     plain = without_recomputing(base)
-    networks = [plain.but(work=work) for work in PARTS]
-    latent = [plain.but(work="score"), plain.but(work="gradient")]
-    pictures = [plain.but(reward=reward, work=work) for reward in REWARDS[1:] for work in ("pixels", "pixels_gradient")]
-    return [*networks, *latent, *pictures]
+    works = ("policy_forward", "policy_gradient", "vae_encode", "vae_decode", "vae_gradient", "score", "gradient")
+    pixel = [plain.but(reward=reward, work=work) for reward in REWARDS[1:] for work in ("pixels", "pixels_gradient")]
+    return [plain.but(work=work) for work in works] + pixel
 
 
 def scenarios(base: Case) -> list[Case]:
-    """Every reward at every work: with blocks recomputed and, where there is a backward pass to ReFL's end, without."""
-    found = [base.but(reward=reward, work="score") for reward in REWARDS]
-    for work in ("gradient", "refl"):
-        for case in (without_recomputing(base), base):
-            found += [case.but(reward=reward, work=work) for reward in REWARDS]
-    return found + [base.but(reward=reward, work="grpo") for reward in REWARDS]
+    """Every reward with every workload; "gradient" and "refl" both without and with recomputation."""
+    variants = [("score", base), *((work, case) for work in ("gradient", "refl")
+                for case in (without_recomputing(base), base)), ("grpo", base)]  # fmt: skip
+    return [case.but(reward=reward, work=work) for work, case in variants for reward in REWARDS]
 
 
 def economies(base: Case) -> dict[str, Case]:
-    """One ReFL update with the latent reward, and with HPSv3, under one option more or less, by name."""
+    """The gradient part of a ReFL update with the latent reward, and with HPSv3, with one option changed, by name."""
     refl, hpsv3, more = base.but(work="refl"), base.but(work="refl", reward="hpsv3"), 4 * base.batch
     return {
         "as above, latent reward": refl,
@@ -61,14 +57,14 @@ def economies(base: Case) -> dict[str, Case]:
 
 
 def all_cases(run: SavingsRun) -> list[Case]:
-    """Everything that is weighed, each once; the costly ones first, so that workers end together."""
+    """Every case once, the costly ones first, so that workers finish together."""
     base = base_case(run)
     found = [*scenarios(base), *parts(base), *(economies(base).values() if run.economies else [])]
     return sorted(dict.fromkeys(found), key=lambda case: (not case.trains, case.batch == base.batch))
 
 
 def count_all(cases: Sequence[Case], *, workers: int, architecture: Architecture = FULL) -> dict[Case, Cost]:
-    """The cost of each case, counted in as many processes."""
+    """Count every case in `workers` processes."""
     if workers == 1:
         return {case: count(case, architecture) for case in tqdm(cases, desc="counted", dynamic_ncols=True)}
     context, costs = multiprocessing.get_context("spawn"), {}
@@ -80,16 +76,9 @@ def count_all(cases: Sequence[Case], *, workers: int, architecture: Architecture
 
 
 def measure_all(
-    cases: Sequence[Case],
-    device: str,
-    *,
-    warmup: int,
-    repeats: int,
-    architecture: Architecture = FULL,
+    cases: Sequence[Case], device: str, *, warmup: int, repeats: int, architecture: Architecture = FULL
 ) -> dict[Case, Measured | str]:
-    """Each case that can be run on `device`, run there; of the others the reason: no room, or quantised weights."""
-    import torch
-
+    """Measure every case on `device`; the reason for those that cannot run: out of memory, or quantised weights."""
     found: dict[Case, Measured | str] = {}
     for case in tqdm(cases, desc="measured", dynamic_ncols=True):
         try:
@@ -110,28 +99,37 @@ def percent_saved(part: float, whole: float) -> float:
     return 100 * (1 - part / whole)
 
 
+def rollout_operations(base: Case, costs: Mapping[Case, Cost]) -> float:
+    """F2 of the mean rollout before ReFL's gradient step: guided steps are two forward passes of the policy."""
+    return 2 * sum(ROLLOUT_STEPS) / 2 * costs[without_recomputing(base).but(work="policy_forward")].f2
+
+
 def paper_readings(base: Case, costs: Mapping[Case, Cost]) -> dict[str, dict[str, float]]:
-    """DiNa-LRM's published savings against HPSv3 (arXiv 2602.11146), by name: the paper's and what is counted here
+    """DiNa-LRM's published savings against HPSv3 (arXiv 2602.11146), by name: the paper's and those counted here
     against HPSv3 and PickScore, in percent.
 
-    Memory is that of a ReFL update in which nothing is recomputed; reward FLOPs those of scoring, the VAE's decoder
-    charged to the pixel reward; optimisation FLOPs those and one policy step, forward only: the reading that comes
-    nearest to the paper's numbers. `optimisation executed` is what an update executes, backward passes included.
+    Memory is that of the gradient part of a ReFL update without recomputation. Reward FLOPs are those of scoring,
+    including the VAE's decoder for pixel rewards; optimisation FLOPs add one policy forward pass, the reading closest
+    to the paper's numbers. "executed" is the whole gradient part, with backward passes.
     """
     plain = without_recomputing(base)
-    policy = costs[plain.but(work="policy_forward")].f2
+    policy, rollout = costs[plain.but(work="policy_forward")].f2, rollout_operations(base, costs)
 
     def saved(value) -> dict[str, float]:
         return {other: percent_saved(value("dinalrm"), value(other)) for other in ("hpsv3", "pickscore")}
 
+    def update(case: Case, reward: str) -> Cost:
+        return costs[case.but(reward=reward, work="refl")]
+
+    def score(reward: str) -> Cost:
+        return costs[base.but(reward=reward, work="score")]
+
     return {
-        "memory": {"paper": 51.4, **saved(lambda reward: costs[plain.but(reward=reward, work="refl")].memory)},
-        "memory, everything recomputed": saved(lambda reward: costs[base.but(reward=reward, work="refl")].memory),
-        "reward FLOPs": {"paper": 71.1, **saved(lambda reward: costs[base.but(reward=reward, work="score")].f2)},
-        "reward MACs without attention": saved(lambda reward: costs[base.but(reward=reward, work="score")].m0),
-        "optimisation FLOPs": {
-            "paper": 46.4,
-            **saved(lambda reward: policy + costs[base.but(reward=reward, work="score")].f2),
-        },
-        "optimisation FLOPs, executed": saved(lambda reward: costs[plain.but(reward=reward, work="refl")].f2),
+        "memory": {"paper": 51.4, **saved(lambda reward: update(plain, reward).memory)},
+        "memory, everything recomputed": saved(lambda reward: update(base, reward).memory),
+        "reward FLOPs": {"paper": 71.1, **saved(lambda reward: score(reward).f2)},
+        "reward MACs without attention": saved(lambda reward: score(reward).m0),
+        "optimisation FLOPs": {"paper": 46.4, **saved(lambda reward: policy + score(reward).f2)},
+        "optimisation FLOPs, executed": saved(lambda reward: update(plain, reward).f2),
+        "optimisation FLOPs, executed, with the rollout": saved(lambda reward: rollout + update(plain, reward).f2),
     }

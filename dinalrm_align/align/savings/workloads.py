@@ -1,0 +1,295 @@
+"""The networks of a case and the workload that runs on them.
+
+Networks are diffusers' and transformers' classes, built from their configs without weights, under this package's policy
+and rewards; workloads call the recipes' own code. Only what reads files is replaced: text encoders by embeddings of the
+right size (recipes cache them before training) and tokenizers by as many tokens as the real ones produce.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor, nn
+from transformers import BatchEncoding, CLIPConfig, CLIPModel, Qwen2VLConfig, Qwen2VLModel
+
+from dinalrm_align.align.grpo import Grpo, GrpoBatch
+from dinalrm_align.align.grpo_config import GrpoConfig
+from dinalrm_align.align.policy import Policy
+from dinalrm_align.align.refl import Refl
+from dinalrm_align.align.refl_config import ReflConfig
+from dinalrm_align.align.rollouts import Place
+from dinalrm_align.align.savings.config import Architecture, Case
+from dinalrm_align.align.savings.fake_tensors import pack_linears, replace_tensors
+from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.models.vae import decode_latents, encode_images
+from dinalrm_align.reward.latent import DTYPES, LatentReward
+from dinalrm_align.reward.model import build_reward_model
+from dinalrm_align.reward.pixel.base import PixelReward
+from dinalrm_align.reward.pixel.clip import ClipReward
+from dinalrm_align.reward.pixel.hps_template import FIELD, HPSTemplate
+from dinalrm_align.reward.pixel.hpsv3 import IMAGE_TOKEN, REWARD_TOKEN, HPSv3Reward, rank_head
+from dinalrm_align.train.config import OptimConfig
+from dinalrm_align.train.cost import PhaseMeter
+from dinalrm_align.train.optim import adamw
+
+REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)
+"""Noise levels of the latent reward's ensemble, in the order in which `levels` takes them."""
+
+
+class CachedText:
+    """Replaces a PromptEncoder: random embeddings of the right shapes."""
+
+    def __init__(self, architecture: Architecture, case: Case, device: torch.device) -> None:
+        self.text_length, self.dtype, self.device = case.text_length, DTYPES[case.dtype], device
+        self.tokens = architecture.clip_tokens + case.text_length
+        self.width = architecture.transformer["joint_attention_dim"]
+        self.pooled_width = architecture.transformer["pooled_projection_dim"]
+
+    def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        given = dict(dtype=self.dtype, device=self.device)
+        return (
+            torch.randn(len(prompts), self.tokens, self.width, **given),
+            torch.randn(len(prompts), self.pooled_width, **given),
+        )
+
+
+class ClipTokens:
+    """Replaces CLIP's tokenizer: every prompt has the maximum length."""
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+
+    def __call__(self, texts: Sequence[str], *, max_length: int, **_: object) -> BatchEncoding:
+        ids = torch.zeros(len(texts), max_length, dtype=torch.int64)
+        ids[:, -1] = self.end
+        return BatchEncoding(dict(input_ids=ids, attention_mask=torch.ones_like(ids)))
+
+
+class QwenTokens:
+    """Replaces Qwen2-VL's tokenizer with HPSv3's reward token: a chat of `count` tokens with its image."""
+
+    def __init__(self, count: int, image: int, reward: int) -> None:
+        self.count, self.ids = count, {IMAGE_TOKEN: image, REWARD_TOKEN: reward}
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self.ids[token]
+
+    def __call__(self, text: str, **_: object) -> SimpleNamespace:
+        image = [self.ids[IMAGE_TOKEN]] * text.count(IMAGE_TOKEN)
+        return SimpleNamespace(input_ids=[*image, *[0] * (self.count - len(image) - 1), self.ids[REWARD_TOKEN]])
+
+
+@dataclass
+class Networks:
+    """The networks of a case on `device`; all but the policy's LoRA are frozen.
+
+    on_device: modules that are on the device while the workload runs.
+    """
+
+    case: Case
+    architecture: Architecture
+    device: torch.device
+    policy: Policy | None
+    reward: LatentReward | PixelReward | None
+    vae: AutoencoderKL | None
+    on_device: tuple[nn.Module, ...]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.case.size // self.architecture.vae_factor
+        return self.architecture.transformer["in_channels"], side, side
+
+    @property
+    def prompts(self) -> list[str]:
+        return ["a prompt"] * self.case.batch
+
+    def latents(self) -> Tensor:
+        return torch.randn(self.case.batch, *self.latent_shape, device=self.device)
+
+    def images(self) -> Tensor:
+        return torch.rand(self.case.batch, 3, self.case.size, self.case.size, device=self.device)
+
+    def conditions(self) -> Conditions:
+        return Conditions(self.prompts, *CachedText(self.architecture, self.case, self.device)(self.prompts))
+
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers on the device; shared ones count once."""
+        tensors = {id(t): t for module in self.on_device for t in (*module.parameters(), *module.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def build_networks(
+    architecture: Architecture, case: Case, make: Callable[[Tensor], Tensor], device: torch.device | str = "cpu"
+) -> Networks:
+    """Build a case's networks on the meta device, then replace each meta tensor by make(tensor) on `device`."""
+    device, dtype = torch.device(device), DTYPES[case.dtype]
+    needs_policy = case.trains or case.work.startswith("policy")
+    needs_reward = case.trains or case.work in ("score", "gradient", "pixels", "pixels_gradient")
+    needs_vae = case.work.startswith("vae") or (case.pixel and needs_reward and not case.work.startswith("pixels"))
+    transformer = vae = policy = reward = None
+    with torch.device("meta"):
+        if needs_policy or (needs_reward and not case.pixel):
+            transformer = _cast(SD3Transformer2DModel(**architecture.transformer), dtype)
+            if case.base_quant != "none":
+                pack_linears(transformer.transformer_blocks, case.base_quant)
+        if needs_vae:
+            vae = _cast(AutoencoderKL(**architecture.vae), DTYPES[case.vae_dtype]).eval()
+        if needs_reward:
+            reward = _REWARDS[case.reward](architecture, case, transformer, vae, device)
+        if needs_policy:
+            policy = Policy(transformer, architecture.policy, seed=0)
+    if transformer is not None and not needs_policy and not case.merged:  # only the reward's blocks are needed
+        transformer.transformer_blocks = transformer.transformer_blocks[: architecture.reward.num_layers]
+        transformer.norm_out = transformer.proj_out = None
+    modules = [part for part in (transformer if needs_policy or not case.merged else None, vae, reward) if part]
+    made = replace_tensors(modules, make)
+    if isinstance(reward, LatentReward):
+        reward.model.trunk.shared = tuple(made[id(tensor)] for tensor in reward.model.trunk.shared)
+    if policy is not None:
+        policy.parameters = {n: p for n, p in policy.transformer.named_parameters() if p.requires_grad}
+        if case.policy_checkpointing:
+            policy.enable_gradient_checkpointing()
+    if isinstance(reward, PixelReward) and case.reward_checkpointing:
+        reward.enable_gradient_checkpointing(case.decode_slice)
+    elif isinstance(reward, PixelReward):
+        reward.slice_size = case.decode_slice
+    elif reward is not None and case.reward_checkpointing:
+        reward.enable_gradient_checkpointing()
+    if vae is not None and case.work == "vae_gradient" and case.reward_checkpointing:
+        vae.enable_gradient_checkpointing()
+    return Networks(case, architecture, device, policy, reward, vae, tuple(modules))
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast and freeze; nn.Module.to, because diffusers' own method warns about cases that do not apply here."""
+    return nn.Module.to(module, dtype).requires_grad_(False)
+
+
+def _latent(architecture: Architecture, case: Case, transformer: nn.Module, vae: object, device: torch.device):
+    model = build_reward_model(architecture.reward, transformer, share_weights=not case.merged)
+    model.freeze(merge=case.merged, dtype=DTYPES[case.dtype], as_trained={})
+    return LatentReward(model, encoder=CachedText(architecture, case, device))
+
+
+def _clip(architecture: Architecture, case: Case, transformer: object, vae: AutoencoderKL | None, device: object):
+    config = CLIPConfig(**architecture.clip)
+    side = config.vision_config.image_size
+    preprocess = Preprocess(side, (side, side), CLIP_MEAN, CLIP_STD)
+    clip = _cast(CLIPModel(config), DTYPES[case.dtype])
+    return ClipReward(clip, ClipTokens(config.text_config.eos_token_id), preprocess, vae)
+
+
+def _hpsv3(architecture: Architecture, case: Case, transformer: object, vae: AutoencoderKL | None, device: object):
+    config = Qwen2VLConfig(**architecture.qwen)
+    model, head = _cast(Qwen2VLModel(config), DTYPES[case.dtype]), rank_head(config.text_config.hidden_size)
+    if case.reward_quant != "none":
+        pack_linears(model.visual.blocks, case.reward_quant)
+        pack_linears(model.language_model.layers, case.reward_quant)
+    tokens = QwenTokens(architecture.qwen_tokens, config.image_token_id, config.text_config.vocab_size - 1)
+    template = HPSTemplate(FIELD, REWARD_TOKEN)
+    return HPSv3Reward(model, head, tokens, template, vae=vae, pixels=architecture.qwen_pixels)
+
+
+_REWARDS = {"dinalrm": _latent, "pickscore": _clip, "hpsv3": _hpsv3}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """run: one run of the workload. prepare: creates the state that persists between updates, AdamW's moments."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], None] = lambda: None
+
+
+def workload_of(networks: Networks) -> Workload:
+    """The workload of the networks' case."""
+    case, reward, policy = networks.case, networks.reward, networks.policy
+    sigma = list(REWARD_SIGMAS[: case.levels])
+
+    def score(latents: Tensor) -> Tensor:
+        return reward(latents, networks.prompts, sigma=sigma if case.levels > 1 else sigma[0])
+
+    def gradient_of(inputs: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        function(inputs.requires_grad_()).sum().backward()
+
+    works: dict[str, Callable[[], object]] = {
+        "score": lambda: torch.no_grad()(score)(networks.latents()),
+        "gradient": lambda: gradient_of(networks.latents(), score),
+        "pixels": lambda: torch.no_grad()(reward.score_pixels)(networks.images(), networks.prompts),
+        "pixels_gradient": lambda: gradient_of(
+            networks.images(), lambda images: reward.score_pixels(images, networks.prompts)
+        ),
+        "policy_forward": lambda: torch.no_grad()(policy.velocity)(networks.latents(), 0.5, networks.conditions()),
+        "policy_gradient": lambda: policy.velocity(networks.latents(), 0.5, networks.conditions()).sum().backward(),
+        "vae_decode": lambda: torch.no_grad()(decode_latents)(networks.vae, networks.latents()),
+        "vae_gradient": lambda: gradient_of(networks.latents(), lambda latents: decode_latents(networks.vae, latents)),
+        "vae_encode": lambda: encode_images(networks.vae, networks.images()),
+    }
+    if not case.trains:
+        return Workload(works[case.work])
+    update = refl_loss(networks, sigma) if case.work == "refl" else grpo_loss(networks, sigma)
+    return _trained(networks, update)
+
+
+def refl_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
+    """ReFL's loss with the gradient step, without the rollout before it."""
+    method = Refl(
+        policy=networks.policy, reward=networks.reward, sigmas=[1.0, 0.0], conditions=networks.conditions(),
+        negative=networks.conditions().take([0]), latent_shape=networks.latent_shape, guidance_scale=1.0,
+        config=ReflConfig(batch_size=networks.case.batch, earliest=1.0, reward_sigma=sigma),
+        meter=PhaseMeter(networks.device), seed=0,
+    )  # fmt: skip
+    return lambda: method.step(method.batch_at(0))[0]
+
+
+def grpo_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
+    """Flow-GRPO's loss of one trained step, after a rollout of two steps and its scores."""
+    batch = networks.case.batch
+    config = GrpoConfig(
+        groups=1, group_size=max(2, batch), sample_batch=batch, window="all", window_range=None, shared_start=False,
+        reward_draws=1, reward_sigma=sigma,
+    )  # fmt: skip
+    method = Grpo(
+        policy=networks.policy, reward=networks.reward, sigmas=[1.0, 0.5, 0.0], conditions=networks.conditions(),
+        negative=networks.conditions().take([0]), latent_shape=networks.latent_shape, guidance_scale=1.0, config=config,
+        meter=PhaseMeter(networks.device), seed=0,
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        samples, conditions, device = list(range(batch)), networks.conditions(), networks.device
+        with torch.no_grad():
+            final, states, log_probs, _ = method.trajectories(0, samples, conditions, range(1))
+            scores = method.scores(0, samples, final, conditions)
+        trained = GrpoBatch(
+            place=Place(rollout=0, epoch=1, minibatch=0, part=0),
+            conditions=conditions, steps=torch.zeros(batch, dtype=torch.int64), latents=states[:, 0].to(device),
+            following=states[:, 1].to(device), old_log_prob=log_probs[:, 0].to(device),
+            old_mean=torch.zeros(batch, 0, device=device), advantage=scores["reward"][0].to(device),
+            count=batch, statistics={},
+        )  # fmt: skip
+        return method.step(trained)[0]
+
+    return loss
+
+
+def _trained(networks: Networks, loss: Callable[[], Tensor]) -> Workload:
+    """One update of the policy's LoRA, as in `loop.fit`."""
+    tensors = list(networks.policy.parameters.values())
+    optimizer = adamw([{"params": tensors}], OptimConfig(name=networks.case.optimizer))
+
+    def prepare() -> None:
+        for tensor in tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def update() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(tensors, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Workload(update, prepare)
