@@ -5,7 +5,6 @@ The tables are `malformed_api.py`, `malformed_files.py` and `malformed_cli.py`; 
 """
 
 import contextlib
-import importlib
 import importlib.util
 import io
 import itertools
@@ -17,7 +16,7 @@ import shutil
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -272,14 +271,17 @@ def check_command(command: Command, world: World) -> str | None:
     return f"left {left[:5]} behind" if left else None
 
 
-_ENTRIES: dict[str, Callable] = {}
+def recipe(name: str) -> str:
+    """The name of a recipe, checked at import."""
+    if not (ROOT / "recipes" / f"{name}.py").is_file():
+        raise FileNotFoundError(f"recipes/{name}.py")
+    return name
 
 
-def entry(module: str) -> Callable[[Sequence[str]], None]:
+@cache
+def entry(name: str) -> Callable[[Sequence[str]], None]:
     """The main function of a recipe."""
-    if module not in _ENTRIES:
-        spec = importlib.util.spec_from_file_location(f"malformed_{module}", ROOT / "recipes" / f"{module}.py")
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        _ENTRIES[module] = loaded.main
-    return _ENTRIES[module]
+    spec = importlib.util.spec_from_file_location(f"malformed_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
