@@ -64,7 +64,7 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
     with worker_processes(run.workers) as in_order:
         with accelerator.main_process_first():  # it begins the folder, or says why not
             work = Preparation(run, folder, manifest, in_order=in_order, **share)
-        accelerator.print(f"{work.read} pairs in {work.source} ({work.layout}), {len(work.pictures)} pictures")
+        accelerator.print(f"{work.read} pairs in {work.source} ({work.layout}), {len(work.refs)} images")
         work.measure()
         accelerator.wait_for_everyone()
         work.plan()

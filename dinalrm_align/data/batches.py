@@ -25,17 +25,22 @@ class BatchOrder(TypedDict, total=False):
 
 
 class ShuffledBatches:
-    """Batches of `batch_size` units out of buckets that must not be mixed, reshuffled every epoch.
+    """Batches of `batch_size` units from buckets that are never mixed, reshuffled every epoch.
 
-    Batch `index` is a pure function of (seed, index): nothing is stepped, so a run resumes by its step alone and
-    processes share the work by taking every world-th index. Each bucket is an endless row of shuffles of all its units,
-    cut into batches; epoch e has those that end within the first e + 1 shuffles. So nothing is left out: what does not
-    fill a batch begins the next epoch's first one.
+    Batch `index` is a pure function of (seed, index), so a run resumes from its step alone and ranks share the work by
+    taking every world-th index. Each bucket is an endless sequence of shuffles of its units, cut into batches; epoch e
+    has the batches that end within the first e + 1 shuffles. Units that do not fill a batch start the first batch of
+    the next epoch, so none is left out.
 
-    blocks: the block of each unit, for data that is read a block at a time (a row group of a parquet file): a shuffle
-    then takes blocks in random order, `at_once` of them mixed, and so do the batches of an epoch.
+    Args:
+        buckets: units of each bucket.
+        batch_size: units per batch.
+        seed: of the shuffles.
+        blocks: block of each unit, for data that is read a block at a time (a row group of a parquet file). Blocks are
+            then visited in random order, `at_once` of them mixed.
+        at_once: see blocks.
 
-    ValueError when no bucket fills a batch.
+    Raises ValueError when no bucket fills a batch.
     """
 
     def __init__(
@@ -53,14 +58,14 @@ class ShuffledBatches:
         self._blocks, self._at_once = blocks, at_once
         if not any(len(bucket) >= batch_size for bucket in self.buckets):
             raise ValueError(
-                f"batch_size {batch_size} is more than any bucket holds (sizes {[len(b) for b in buckets][:8]}); use a "
-                "smaller batch or more pairs"
+                f"batch_size: got {batch_size}; expected at most the largest bucket, sizes "
+                f"{[len(bucket) for bucket in buckets][:8]}: use a smaller batch or more pairs"
             )
         self.per_epoch = sum(len(bucket) // batch_size for bucket in self.buckets)
         self._current: tuple[int, np.ndarray] = -1, np.empty((0, batch_size), dtype=np.int64)
 
     def at(self, index: int) -> np.ndarray:
-        """(batch_size,) int64: the units of batch `index` >= 0."""
+        """The units of batch `index`: (batch_size,) int64."""
         units = sum(len(bucket) for bucket in self.buckets)
         epoch = index * self.batch_size // units
         while self._batches_before(epoch + 1) <= index:
@@ -68,7 +73,7 @@ class ShuffledBatches:
         current, order = self._current
         if current != epoch:
             order = self._order_of(epoch)
-            self._current = epoch, order  # one assignment: several threads may ask
+            self._current = epoch, order  # one assignment, for threads
         return order[index - self._batches_before(epoch)]
 
     def _batches_before(self, epoch: int) -> int:
@@ -78,7 +83,7 @@ class ShuffledBatches:
         """(batches, batch_size) int64."""
         size, batches = self.batch_size, []
         rng, shuffles = self._shuffles(epoch)
-        left = [epoch * len(bucket) % size for bucket in self.buckets]  # of earlier shuffles, in no batch yet
+        left = [epoch * len(bucket) % size for bucket in self.buckets]  # units of earlier shuffles in no batch yet
         earlier = max(-(-over // len(bucket)) for over, bucket in zip(left, self.buckets))
         before = [self._shuffles(epoch - back)[1] for back in range(earlier, 0, -1)]
         for number, bucket in enumerate(self.buckets):
@@ -88,24 +93,24 @@ class ShuffledBatches:
         order = np.concatenate(batches)
         if self._blocks is None:
             return rng.permutation(order)
-        return order[np.argsort(self._places(epoch)[order].max(axis=1), kind="stable")]
+        return order[np.argsort(self._portions(epoch)[order].max(axis=1), kind="stable")]
 
     def _shuffles(self, epoch: int) -> tuple[np.random.Generator, list[np.ndarray]]:
         rng = np.random.default_rng([self.seed, epoch])
         shuffles = [rng.permutation(bucket) for bucket in self.buckets]
         if self._blocks is not None:
-            places = self._places(epoch)
-            shuffles = [shuffle[np.argsort(places[shuffle], kind="stable")] for shuffle in shuffles]
+            portions = self._portions(epoch)
+            shuffles = [shuffle[np.argsort(portions[shuffle], kind="stable")] for shuffle in shuffles]
         return rng, shuffles
 
-    def _places(self, epoch: int) -> np.ndarray:
-        """When in an epoch each unit's block is read, counted in portions of `at_once` blocks."""
+    def _portions(self, epoch: int) -> np.ndarray:
+        """When in the epoch each unit's block is read, counted in portions of `at_once` blocks."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
         return (np.argsort(order) // self._at_once)[self._blocks]
 
 
 class BatchesInOrder(Sequence[PairBatch]):
-    """Every unit of some buckets once, in order, `batch_size` at a time; each batch is read when it is indexed."""
+    """Every unit of some buckets once, in order; each batch is read when it is indexed."""
 
     def __init__(self, read: Callable[[np.ndarray], PairBatch], buckets: Sequence[np.ndarray], batch_size: int) -> None:
         self._read = read
@@ -121,10 +126,10 @@ class BatchesInOrder(Sequence[PairBatch]):
 
 
 def held_out(prompts: Sequence[str], number: int) -> set[str]:
-    """The `number` distinct prompts to validate on: those of the smallest SHA-256, whatever the order of the data."""
+    """The `number` distinct prompts with the smallest SHA-256, independent of the order of the data."""
     distinct = sorted(set(prompts), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     if number >= len(distinct):
-        raise ValueError(f"{number} prompts to hold out of {len(distinct)} distinct ones leave nothing to train on")
+        raise ValueError(f"held_out_prompts: got {number}; expected fewer than the {len(distinct)} distinct prompts")
     return set(distinct[:number])
 
 

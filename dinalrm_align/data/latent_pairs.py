@@ -1,23 +1,20 @@
-"""Pre-encoded preference pairs on disk: safetensors shards of scaled latents and cached text embeddings.
+"""Encoded preference pairs on disk: safetensors shards of scaled latents and text embeddings.
 
     index.json             format, manifest, concept names, the shards with counts, sizes and hashes; written last
     prompts.json           the distinct prompts; row i of the text shards belongs to prompt i
-    groups.safetensors     per group: prompt, shard, first picture in it, pictures, first pair, pairs
+    groups.safetensors     per group: prompt, shard, first image in it, images, first pair, pairs
                            per pair: chosen, rejected (rows within the group), label, concept (-1: unknown)
     text-00000.safetensors     prompt_embeds (n, L, D), pooled_prompt_embeds (n, P)
-    latents-00000.safetensors  latents (n, C, H, W), one size a shard; the pictures of a group lie side by side
+    latents-00000.safetensors  latents (n, C, H, W), one size per shard; images of a group are adjacent
 
-A plain pair is a group of two pictures. Batches hold groups of one picture size. The order is a full shuffle, not one
-in blocks: the pictures of a group are one piece of a file, of a megabyte at 1024 x 1024 in bfloat16 (and a prompt's
-embeddings another), which disks read from anywhere about as fast as in a row; each is read once an epoch.
+A plain pair is a group of two images. A batch holds groups of one image size, in a full shuffle: the images of a group
+are one contiguous read, about a megabyte at 1024 x 1024 in bfloat16, so random order costs little.
 """
 
-import dataclasses
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Literal, Self, Unpack
 
 import numpy as np
 import torch
@@ -27,7 +24,6 @@ from torch import Tensor
 from dinalrm_align.data.batches import BatchOrder, IndexedPairs
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.data.shards import (
-    FORMAT,
     GROUP_COLUMNS,
     LATENTS,
     PAIR_COLUMNS,
@@ -38,10 +34,11 @@ from dinalrm_align.data.shards import (
     read_columns,
     read_index,
     read_prompt_list,
+    write_tables,
 )
 from dinalrm_align.models.text import Conditions, check_prompts
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.durable import atomically, file_digest, write_atomically
+from dinalrm_align.train.durable import atomically, file_digest
 from dinalrm_align.train.files import make_folder
 from dinalrm_align.train.settings import check_integer
 
@@ -108,11 +105,11 @@ class LatentPairs(IndexedPairs):
         group = torch.from_numpy(np.repeat(np.arange(len(groups)), counts))
         embeds, pooled = (torch.cat(column)[group] for column in zip(*texts, strict=True))
         pairs = np.concatenate([np.arange(f, f + n) for f, n in zip(rows["first_pair"], rows["pairs"])])
-        first_picture = np.repeat(np.cumsum(counts) - counts, rows["pairs"])
+        first_image = np.repeat(np.cumsum(counts) - counts, rows["pairs"])
         columns = {name: self._columns[name][pairs] for name in PAIR_COLUMNS}
         concept = columns.pop("concept")
         for name in ("chosen", "rejected"):
-            columns[name] = columns[name].astype(np.int64) + first_picture
+            columns[name] = columns[name].astype(np.int64) + first_image
         return PairBatch(
             latents=torch.cat(latents),
             conditions=Conditions(
@@ -130,12 +127,12 @@ class LatentPairs(IndexedPairs):
 
 
 class LatentPairsWriter:
-    """Writes a directory for LatentPairs; a context manager, complete only when the block ends without an error.
+    """Writes a directory for LatentPairs; a context manager. The data set is complete once the block has ended.
 
     Args:
-        directory: created; must not hold an index.json.
+        directory: is created; must not hold an index.json.
         manifest: how latents and embeddings are made.
-        shard_size: pictures (and prompts) a shard.
+        shard_size: images (and prompts) per shard.
     """
 
     def __init__(self, directory: str | Path, manifest: PairManifest, *, shard_size: int = 1024) -> None:
@@ -149,13 +146,13 @@ class LatentPairsWriter:
         self._prompts: dict[str, int] = {}
         self._concepts: dict[str, int] = {}
         self._groups: list[dict[str, int]] = []
-        self._pairs: dict[str, list[float]] = {name: [] for name in PAIR_COLUMNS}
+        self._pairs: list[tuple[int, int, float, int]] = []
         self._pending_text: list[tuple[Tensor, Tensor]] = []
-        self._text_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self._text_sizes: tuple[tuple[int, ...], ...] | None = None
         self._pending_latents: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         self._shards: dict[str, list[dict[str, int | str]]] = {"text": [], "latents": []}
 
-    def __enter__(self) -> "LatentPairsWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -174,77 +171,64 @@ class LatentPairsWriter:
         label: Sequence[float] | None = None,
         concepts: Sequence[str] | None = None,
     ) -> None:
-        """Add one group: latents (n, C, H, W) of one prompt, its prompt_embeds (L, D) and pooled_prompt_embeds (P,).
+        """Add a group of images.
 
-        chosen, rejected: rows of `latents` of each pair, by default the plain pair (0, 1). label: 1 for each pair
-        unless given. The embeddings of a prompt seen before are not stored again. Raises as PairBatch does, and
-        ValueError for embeddings of another size than those before.
+        Args:
+            prompt: of the group; embeddings of a prompt that was added before are not stored again.
+            latents: (n, C, H, W).
+            prompt_embeds, pooled_prompt_embeds: (L, D), (P,).
+            chosen, rejected: rows of `latents` of each pair; default: one pair (0, 1).
+            label: of each pair; default: 1.
+            concepts: of each pair.
+
+        Raises as PairBatch; ValueError for embeddings of another size than those before.
         """
         check_prompts([prompt])
-        sizes = tuple(prompt_embeds.shape), tuple(pooled_prompt_embeds.shape)
+        text = prompt_embeds, pooled_prompt_embeds
+        sizes = tuple(tuple(part.shape) for part in text)
         if self._text_sizes not in (None, sizes):
-            raise ValueError(f"embeddings of {prompt!r:.60} have shapes {sizes}; those before {self._text_sizes}")
+            raise ValueError(f"embeddings of {prompt!r:.60}: got shapes {sizes}; expected {self._text_sizes}")
         self._text_sizes = sizes
-        embeds, pooled = (part.expand(len(latents), *part.shape) for part in (prompt_embeds, pooled_prompt_embeds))
+        label = [1.0] * len(chosen) if label is None else [float(value) for value in label]
         PairBatch(
             latents,
-            Conditions([prompt] * len(latents), embeds, pooled),
+            Conditions([prompt] * len(latents), *(part.expand(len(latents), *part.shape) for part in text)),
             torch.tensor(chosen),
             torch.tensor(rejected),
-            torch.ones(len(chosen)) if label is None else torch.tensor(label, dtype=torch.float32),
+            torch.tensor(label),
             torch.zeros(len(latents), dtype=torch.long),
             None if concepts is None else tuple(concepts),
         )
         if prompt not in self._prompts:
             self._prompts[prompt] = len(self._prompts)
-            self._pending_text.append((prompt_embeds, pooled_prompt_embeds))
+            self._pending_text.append(text)
             if len(self._pending_text) >= self.shard_size:
                 self._flush_text()
-        self._groups.append(
-            {
-                "prompt": self._prompts[prompt],
-                "pictures": len(latents),
-                "first_pair": len(self._pairs["chosen"]),
-                "pairs": len(chosen),
-            }
-        )
-        self._pairs["chosen"] += chosen
-        self._pairs["rejected"] += rejected
-        self._pairs["label"] += [1.0] * len(chosen) if label is None else label
-        names = [None] * len(chosen) if concepts is None else concepts
-        self._pairs["concept"] += [
-            -1 if c is None else self._concepts.setdefault(c, len(self._concepts)) for c in names
-        ]
+        group = {"prompt": self._prompts[prompt], "pictures": len(latents)}
+        self._groups.append(group | {"first_pair": len(self._pairs), "pairs": len(chosen)})
+        numbers = [self._concepts.setdefault(name, len(self._concepts)) for name in concepts or ()]
+        self._pairs += zip(chosen, rejected, label, numbers or [-1] * len(chosen), strict=True)
         pending = self._pending_latents.setdefault(tuple(latents.shape[1:]), [])
         pending.append((len(self._groups) - 1, latents))
         if sum(len(stored) for _, stored in pending) >= self.shard_size:
             self._flush_latents(tuple(latents.shape[1:]))
 
     def close(self) -> None:
-        """Write what is pending and the index, which makes the directory complete."""
+        """Write what is pending and the tables, which makes the directory complete."""
         if not self._groups:
             raise ValueError(f"no pairs were added to {self.directory}")
         if self._pending_text:
             self._flush_text()
         for size in list(self._pending_latents):
             self._flush_latents(size)
-        columns = {name: torch.tensor([group[name] for group in self._groups]) for name in GROUP_COLUMNS}
-        columns |= {name: torch.tensor(self._pairs[name]) for name in PAIR_COLUMNS}
-        _save(columns, self.directory / "groups.safetensors")
-        _write_json(list(self._prompts), self.directory / "prompts.json")
-        index = {
-            "format": FORMAT,
-            "manifest": dataclasses.asdict(self.manifest),
-            "concepts": list(self._concepts),
-            **self._shards,
-        }
-        _write_json(index, self.directory / "index.json")
+        prompts, concepts = list(self._prompts), list(self._concepts)
+        write_tables(
+            self.directory, self.manifest, prompts, self._groups, self._pairs, concepts=concepts, **self._shards
+        )
 
     def _flush_text(self) -> None:
         embeds, pooled = (torch.stack(column) for column in zip(*self._pending_text, strict=True))
-        name = f"text-{len(self._shards['text']):05d}.safetensors"
-        _save({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, self.directory / name)
-        self._shards["text"].append({"file": name, "count": len(embeds)})
+        self._save("text", {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, count=len(embeds))
         self._pending_text = []
 
     def _flush_latents(self, size: tuple[int, ...]) -> None:
@@ -253,15 +237,10 @@ class LatentPairsWriter:
         for group, stored in zip(groups, latents, strict=True):
             self._groups[group] |= {"shard": len(self._shards["latents"]), "first": first}
             first += len(stored)
-        name = f"latents-{len(self._shards['latents']):05d}.safetensors"
-        _save({"latents": torch.cat(latents)}, self.directory / name)
-        self._shards["latents"].append({"file": name, "count": first, "height": size[1], "width": size[2]})
+        self._save("latents", {"latents": torch.cat(latents)}, count=first, height=size[1], width=size[2])
 
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    with atomically(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-
-
-def _write_json(content: object, path: Path) -> None:
-    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
+    def _save(self, kind: str, tensors: dict[str, Tensor], **facts: int) -> None:
+        name = f"{kind}-{len(self._shards[kind]):05d}.safetensors"
+        with atomically(self.directory / name) as temporary:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
+        self._shards[kind].append({"file": name, **facts})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.data.batches import BatchOrder, IndexedPairs
+from dinalrm_align.data.begin import begin_or_resume
 from dinalrm_align.data.formats import read_preferences
 from dinalrm_align.data.formats.mined import FORMAT, LATENTS, MANIFEST, TEXT, read_manifest, shard_files, shard_path
 from dinalrm_align.data.formats.parquet import parquet_module
@@ -20,7 +21,7 @@ from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.files import make_folder, read_json, reading
+from dinalrm_align.train.files import reading
 
 if TYPE_CHECKING:
     import pyarrow
@@ -37,16 +38,16 @@ TENSORS = (
 
 @dataclasses.dataclass(frozen=True)
 class MinedPair:
-    """One pair, of candidates of the prompt number `index`; tensors on any device, in any floating dtype.
+    """A pair of candidates of one prompt; tensors on any device, in any floating dtype.
 
     Args:
         prompt: text.
         index: of the prompt in its list.
-        latents: (n, C, H, W) of its n candidates, scaled and clean.
-        scores: of the n candidates, higher is better.
-        chosen, rejected: which two of them.
+        latents: (n, C, H, W) of the n candidates, scaled and clean.
+        scores: of the n candidates; higher is better.
+        chosen, rejected: indices of two candidates.
         prompt_embeds, pooled_prompt_embeds: (L, D), (P,).
-        negative: the empty prompt's (L, D), (P,); None: not kept.
+        negative: (L, D), (P,) of the empty prompt; None where not kept.
     """
 
     prompt: str
@@ -61,10 +62,10 @@ class MinedPair:
 
 
 def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str, source: str = "dinalrm_align") -> None:
-    """Write one parquet file, whole or not at all; without pairs it has the columns and no rows.
+    """Write a parquet file atomically; the same pairs give the same bytes.
 
-    dtype: of the tensors, a name of DTYPES. source: for the column data_source. The same pairs give the same bytes.
-    Raises ValueError for a number that is not finite, or is not in this dtype; OSError when it cannot be written.
+    dtype: of the tensors, a name in DTYPES. source: for the column data_source. Raises ValueError for values that are
+    not finite in this dtype; OSError when the file cannot be written.
     """
     parquet, rows = parquet_module(), [_row(pair, DTYPES[dtype], source) for pair in pairs]
     import pyarrow
@@ -76,27 +77,12 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str, source: s
 
 
 def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining: Mapping[str, Any]) -> None:
-    """Begin a set of mined pairs, or go on with one. mining: its settings and digests, JSON, for the next start.
+    """Begin or resume a set of mined pairs. mining: its settings, JSON values, compared when it is resumed.
 
-    Raises ValueError when the folder holds a set with other settings; FileExistsError when it holds something else.
+    Raises as `begin_or_resume`.
     """
-    path = folder / MANIFEST
-    content = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
-    content = json.loads(json.dumps(content))
-    if path.is_file():
-        there = read_json(path)
-        if there != content:
-            before, now = ({**of.get("mining", {}), **of} for of in (there, content))
-            names = [name for name in {**before, **now} if before.get(name) != now.get(name) and name != "mining"]
-            raise ValueError(
-                f"{folder} holds pairs that were mined otherwise: {names[0]}: got {now.get(names[0])!r:.80}, there "
-                f"{before.get(names[0])!r:.80}; go on with the same settings, or choose another folder"
-            )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds other files and no {MANIFEST}; write to a new folder")
-    make_folder(folder)
-    write_atomically(path, json.dumps(content, indent=1))
+    settings = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
+    begin_or_resume(folder, MANIFEST, settings)
 
 
 class MinedPairs(IndexedPairs):
@@ -229,13 +215,13 @@ def _row(pair: MinedPair, dtype: torch.dtype, source: str) -> dict[str, Any]:
 def _blob(tensor: Tensor, name: str, dtype: torch.dtype) -> bytes:
     stored = tensor.detach().to("cpu", dtype)
     if not bool(stored.isfinite().all()):
-        raise ValueError(f"{name}: NaN, infinite or too large for {dtype}; store in another --mine.dtype")
+        raise ValueError(f"{name}: got NaN, infinite values or values too large for {dtype}; use another --mine.dtype")
     return _saved(stored)
 
 
 def _saved(tensor: Tensor) -> bytes:
     buffer = io.BytesIO()
-    torch.save(tensor.clone(), buffer)  # a view would be saved with all of its storage
+    torch.save(tensor.clone(), buffer)  # a view would be saved with its whole storage
     return buffer.getvalue()
 
 

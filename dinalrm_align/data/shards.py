@@ -1,20 +1,25 @@
-"""Reading and checking the files of a directory of latent pairs (`data.latent_pairs`).
+"""Reading, checking and writing the files of a directory of latent pairs (`data.latent_pairs`).
 
 All rows, counts and shapes that one file states about another are compared when the directory is opened, so that an
 incomplete or mixed-up data set fails before training starts.
 """
 
+import dataclasses
 import functools
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dinalrm_align.data.pairs import PairManifest
+from dinalrm_align.train.durable import write_atomically
 from dinalrm_align.train.files import parse_json, read_json, read_text, reading
 from dinalrm_align.train.settings import NonNegativeInt, PositiveInt, check_fields
 
@@ -177,3 +182,33 @@ def _check_column(path: Path, name: str, column: Tensor, low: int, high: int) ->
     smallest, largest = column.min().item(), column.max().item()
     if not (smallest >= low and largest <= high):
         raise ValueError(f"{path}: column {name}: got {smallest:g} to {largest:g}; expected {low} to {high}")
+
+
+def write_tables(
+    directory: Path,
+    manifest: PairManifest,
+    prompts: list[str],
+    groups: Sequence[Mapping[str, int]],
+    pairs: Sequence[tuple[int, int, float, int]],
+    *,
+    latents: list[dict[str, Any]],
+    text: list[dict[str, Any]],
+    concepts: Sequence[str] = (),
+) -> None:
+    """Write the tables of a directory, index.json last.
+
+    groups: values of GROUP_COLUMNS. pairs: values in the order of PAIR_COLUMNS. latents, text: fields of each `Shard`.
+    """
+    columns = {name: torch.tensor([group[name] for group in groups]) for name in GROUP_COLUMNS}
+    columns |= {name: torch.tensor(column) for name, column in zip(PAIR_COLUMNS, zip(*pairs, strict=True), strict=True)}
+    write_if_changed(directory / "groups.safetensors", save(columns))
+    write_if_changed(directory / "prompts.json", json.dumps(prompts, ensure_ascii=False, indent=0))
+    index = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "concepts": list(concepts)}
+    write_if_changed(directory / "index.json", json.dumps({**index, "latents": latents, "text": text}, indent=1))
+
+
+def write_if_changed(path: Path, content: str | bytes) -> None:
+    """Write a file atomically unless it already has this content."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if not path.is_file() or path.read_bytes() != data:
+        write_atomically(path, data)

@@ -1,4 +1,4 @@
-"""Calls of one function in worker processes, results in the order of the calls, a bounded number ahead. Torch-free."""
+"""Calls of a function in worker processes: results in the order of the calls, a bounded number ahead. Torch-free."""
 
 import multiprocessing
 import os
@@ -16,20 +16,20 @@ from dinalrm_align.data.formats.released import load_latent
 from dinalrm_align.models.images import image_size, resized_image
 
 AHEAD = 8
-"""Calls per worker that may be finished or under way before their results are asked for."""
+"""Calls per worker that may be submitted before their results are taken."""
 
 InOrder = Callable[[Callable[..., Any], Iterable[tuple]], Iterator[Any]]
-"""function, arguments of each call -> results; a call that raised ValueError or OSError gives its sentence, a str."""
+"""function, arguments of each call -> results; a ValueError or OSError becomes its message, a str."""
 
 
 @contextmanager
 def worker_processes(number: int) -> Iterator[InOrder]:
-    """Within the block, `number` processes that do calls; 0: this process does them, each when its result is taken."""
+    """Within the block, `number` processes run the calls; 0: this process runs each when its result is taken."""
     if number == 0:
         yield lambda function, calls: (attempt(function, *call) for call in calls)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
-    pool = ProcessPoolExecutor(number, mp_context=context, initializer=_end_with_parent)
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks held by torch's threads
+    pool = ProcessPoolExecutor(number, mp_context=context, initializer=_exit_with_parent)
 
     def in_order(function: Callable[..., Any], calls: Iterable[tuple]) -> Iterator[Any]:
         pending: deque[Future] = deque()
@@ -47,7 +47,7 @@ def worker_processes(number: int) -> Iterator[InOrder]:
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns, or what it says is wrong with what it was given, as text."""
+    """The function's result, or the message of its ValueError or OSError."""
     try:
         return function(*arguments)
     except (ValueError, OSError) as error:
@@ -55,31 +55,31 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def measured(source: Path | bytes | str, name: str) -> tuple[int, int]:
-    """`image_size`; of a str, which says why there is no source, ValueError."""
-    return image_size(_there(source), name)
+    """`image_size`. Here and below, a str as source is the message why there is none, raised as ValueError."""
+    return image_size(_available(source), name)
 
 
 def resized(source: Path | bytes | str, size: tuple[int, int], name: str) -> np.ndarray:
-    """`resized_image`, likewise."""
-    return resized_image(_there(source), size, name)
+    """`resized_image`."""
+    return resized_image(_available(source), size, name)
 
 
 def loaded(source: Path | bytes | str, size: tuple[int, int], name: str) -> np.ndarray:
-    """`released.load_latent` of (height, width) pixels, likewise."""
-    latents = load_latent(_there(source), name)
+    """`load_latent`, checked against the (height, width) in pixels."""
+    latents = load_latent(_available(source), name)
     if (8 * latents.shape[1], 8 * latents.shape[2]) != tuple(size):
         raise ValueError(f"{name}: got latents {latents.shape}; expected those of {size[0]} x {size[1]} pixels")
     return latents
 
 
-def _there(source: Path | bytes | str) -> Path | bytes:
+def _available(source: Path | bytes | str) -> Path | bytes:
     if isinstance(source, str):
         raise ValueError(source)
     return source
 
 
-def _end_with_parent() -> None:
-    """Do not outlive the process that was killed."""
+def _exit_with_parent() -> None:
+    """End this worker when its parent is killed."""
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

@@ -92,7 +92,7 @@ class RewardTraining:
 
         def read(micro_step: int) -> PairBatch:
             batch = pairs.batch_at(micro_step, rank, world)
-            return batch.pinned() if device.type == "cuda" and pairs.reads_files_only else batch
+            return batch.pin_memory() if device.type == "cuda" and pairs.reads_files_only else batch
 
         # Images are encoded on the training device, so only pairs that are stored encoded are read ahead.
         self.batches = Prefetched(read, ahead=config.prefetch if pairs.reads_files_only else 0)
