@@ -1,7 +1,7 @@
-"""The policy: an SD3 transformer with a trainable LoRA; its frozen self, the reference, is the same with the LoRA off.
+"""The policy: an SD3 transformer with a trainable LoRA. With the LoRA off it is the frozen reference.
 
-The adapter is peft's, on the eight attention projections of every block (attn2 included), in float32 whatever the
-dtype of the base: in bfloat16 AdamW's updates round away. The base weights stay frozen and may be shared with a reward.
+The adapter is peft's, on the eight attention projections of every block (attn2 included). It is float32 whatever the
+dtype of the base model, because AdamW's updates are rounded away in bfloat16. A reward may share the base weights.
 """
 
 import json
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dinalrm_align.flow.noise import check_latents, timestep_of
 from dinalrm_align.flow.sampling import Velocity
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.models.weights import check_fit
 from dinalrm_align.reward.config import LoraConfig
 from dinalrm_align.train.durable import atomically
 from dinalrm_align.train.files import reading
@@ -35,16 +36,22 @@ PROJECTIONS = [
 
 
 class Policy:
-    """Wraps a transformer, in place: freezes it and adds the adapter "policy". One policy per transformer."""
+    """Freezes a transformer and adds the adapter "policy" to it, in place; one policy per transformer.
+
+    Args:
+        transformer: on its device and in its dtype.
+        config: rank, alpha and initialisation of the LoRA.
+        seed: of the initial A; B starts at zero, so that a new policy equals the reference.
+
+    Raises:
+        ValueError: the transformer has such an adapter already.
+        TypeError: the transformer is of another architecture.
+    """
 
     def __init__(self, transformer: SD3Transformer2DModel, config: LoraConfig, *, seed: int) -> None:
-        """transformer: on its device and in its dtype. seed: of the initial A; B starts at zero, so that the new policy
-        is the reference exactly. Raises ValueError when the transformer has such an adapter already, TypeError for
-        another architecture.
-        """
         if not isinstance(transformer, SD3Transformer2DModel) or not isinstance(config, LoraConfig):
             got = f"{type(transformer).__name__} and {type(config).__name__}"
-            raise TypeError(f"policy: got {got}, expected diffusers' SD3Transformer2DModel and a LoraConfig")
+            raise TypeError(f"policy: got {got}; expected diffusers' SD3Transformer2DModel and a LoraConfig")
         check_integer("seed", seed, high=2**63 - 1)
         self.transformer = transformer.requires_grad_(False)
         self.config = config
@@ -59,7 +66,7 @@ class Policy:
             try:
                 transformer.add_adapter(lora, ADAPTER)
             except ValueError as error:
-                raise ValueError(f"the transformer takes no policy's adapter ({error}): one policy each") from error
+                raise ValueError(f"transformer: got one that has a policy already ({error}); load another") from error
         cast_training_params(transformer, torch.float32)
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
 
@@ -76,25 +83,29 @@ class Policy:
         negative: Conditions | None = None,
         negative_gradient: bool = True,
     ) -> Tensor:
-        """d latents / d sigma at noise level sigma: (B, C, H, W), float32, differentiable in latents and the LoRA.
+        """d latents / d sigma at noise level sigma: (B, C, H, W), float32, differentiable in latents and LoRA.
 
-        latents (B, C, H, W), any dtype; sigma a float or (B,) in [0, 1]. With a guidance_scale g above 1,
-        classifier-free guidance v_negative + g (v - v_negative), both from one forward of 2B with the B `negative`
-        conditions first; without negative_gradient v_negative is a constant to the backward pass, as in Flow-GRPO's
-        training. Raises ValueError when guidance is asked for without them, or the numbers differ.
+        Args:
+            latents: (B, C, H, W), any dtype.
+            sigma: a float or (B,), in [0, 1].
+            guidance_scale: g; above 1, classifier-free guidance v_negative + g (v - v_negative) in one forward of 2B.
+            negative: B conditions for v_negative; required with guidance.
+            negative_gradient: otherwise v_negative is detached, as in Flow-GRPO.
+
+        Raises ValueError if the numbers of latents and conditions differ.
         """
         check_latents("latents", latents)
         if latents.shape[1] != self.transformer.config.in_channels:
             expected = self.transformer.config.in_channels
-            raise ValueError(f"latents: got {latents.shape[1]} channels, the transformer takes {expected}")
+            raise ValueError(f"latents: got {latents.shape[1]} channels; expected {expected}")
         check_number("guidance_scale", guidance_scale, low=0)
         guided = guidance_scale > 1
-        if len(latents) != len(conditions) or (guided and (negative is None or len(negative) != len(latents))):
+        if len(conditions) != len(latents):
+            raise ValueError(f"conditions: got {len(conditions)} for {len(latents)} latents; expected one each")
+        if guided and (negative is None or len(negative) != len(latents)):
+            got = "none" if negative is None else len(negative)
             raise ValueError(
-                f"got {len(latents)} latents, {len(conditions)} conditions and "
-                f"{'no' if negative is None else len(negative)} negative conditions at guidance_scale "
-                f"{guidance_scale}; expected as many conditions as latents, and as many negative ones when "
-                "guidance_scale is above 1"
+                f"negative: got {got} at guidance_scale {guidance_scale}; expected one per latent, {len(latents)}"
             )
         prompt_embeds, pooled = conditions.prompt_embeds, conditions.pooled_prompt_embeds
         timestep = timestep_of(sigma).to(latents.device).expand(len(latents))
@@ -126,22 +137,22 @@ class Policy:
         *,
         negative_gradient: bool = True,
     ) -> Velocity:
-        """The velocity under these conditions, as samplers take it. negative: of one empty prompt, for guidance."""
-        against = None
+        """The velocity with these conditions, as a function of latents and sigma.
+
+        negative: conditions of one empty prompt, for guidance.
+        """
+        repeated = None
         if guidance_scale > 1 and negative is not None:
-            against = negative.take([0] * len(conditions), self.device)
+            repeated = negative.take([0] * len(conditions), self.device)
 
         def velocity(latents: Tensor, sigma: float | Tensor) -> Tensor:
-            return self.velocity(latents, sigma, conditions, guidance_scale, against, negative_gradient)
+            return self.velocity(latents, sigma, conditions, guidance_scale, repeated, negative_gradient)
 
         return velocity
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within the block `velocity` is the frozen base model's, without gradient; afterwards all is as it was.
-
-        peft switches `requires_grad` along with an adapter; the flags are put back.
-        """
+        """Within the block `velocity` is that of the frozen base model, without gradient."""
         layers = [module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer)]
         flags = [(p, p.requires_grad) for p in self.transformer.parameters()]
         for layer in layers:
@@ -152,22 +163,22 @@ class Policy:
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
-            for p, flag in flags:
+            for p, flag in flags:  # peft changes requires_grad when it switches an adapter
                 p.requires_grad_(flag)
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the LoRA as it is now, by name, on its device; what `with_weights` takes."""
+        """A copy of the current LoRA by name, on its device, for `with_weights`."""
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @contextmanager
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block `velocity` is that of another LoRA, without gradient; afterwards all is as it was.
+        """Within the block `velocity` is that of another LoRA, from `weights()`, without gradient.
 
-        weights: as `weights()` gave them. No number is copied: the parameters look at other storage for a while, so
-        that graphs built before are still good. Raises ValueError when names, shapes, dtypes or devices differ.
+        The parameters' storage is exchanged, not overwritten, so that existing graphs stay valid. Raises ValueError for
+        other names, shapes, dtypes or devices.
         """
         self.check_weights(weights)
-        held = {name: p.data for name, p in self.parameters.items()}
+        trained = {name: p.data for name, p in self.parameters.items()}
         try:
             for name, p in self.parameters.items():
                 p.data = weights[name]
@@ -175,24 +186,24 @@ class Policy:
                 yield
         finally:
             for name, p in self.parameters.items():
-                p.data = held[name]
+                p.data = trained[name]
 
     def check_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """ValueError unless names, shapes, dtypes and devices are those of this policy's LoRA."""
+        """Raise ValueError unless names, shapes, dtypes and devices are those of this policy's LoRA."""
         kinds = [{n: (tuple(t.shape), t.dtype, t.device) for n, t in of.items()} for of in (weights, self.parameters)]
         if kinds[0] != kinds[1]:
             got, expected = kinds
             name = min(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
-            raise ValueError(f"weights of another LoRA: {name}: got {got.get(name)}, expected {expected.get(name)}")
+            raise ValueError(f"weights of another LoRA: {name}: got {got.get(name)}; expected {expected.get(name)}")
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute every block in the backward pass (non-reentrant) instead of keeping its activations."""
+        """Recompute activations in the backward pass, block by block (non-reentrant)."""
         self.transformer.enable_gradient_checkpointing()
 
     def save_lora(self, folder: Path) -> None:
-        """Write folder/pytorch_lora_weights.safetensors, which `StableDiffusion3Pipeline.load_lora_weights` reads
-        back to
-        identical outputs: alpha travels in the file's metadata, without which it would be taken for the rank.
+        """Write folder/pytorch_lora_weights.safetensors for `StableDiffusion3Pipeline.load_lora_weights`.
+
+        The metadata of the file contain alpha; without them diffusers would set alpha to the rank. Raises OSError.
         """
         try:
             with atomically(folder / LORA_FILE) as temporary:
@@ -206,21 +217,19 @@ class Policy:
             raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
 
     def load_lora(self, folder: Path) -> None:
-        """Take the weights that `save_lora` wrote. Raises ValueError for another rank or alpha, and for missing or
-        unexpected tensors."""
+        """Load weights that `save_lora` wrote.
+
+        Raises ValueError for another rank or alpha, and for missing, unexpected or non-finite tensors.
+        """
         path = folder / LORA_FILE
         with reading("LoRA in safetensors", path), safe_open(path, framework="pt") as file:
             saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}
             metadata = dict(json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")))
         got = metadata.get(f"{PREFIX}r"), metadata.get(f"{PREFIX}lora_alpha")
         if got != (self.config.rank, self.config.alpha):
-            raise ValueError(
-                f"{path}: got rank and alpha {got}; expected {(self.config.rank, self.config.alpha)}, this policy's"
-            )
-        expected = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
-        differing = sorted(expected.keys() ^ saved.keys())
-        differing += [name for name in expected if name in saved and saved[name].shape != expected[name].shape]
-        differing += [name for name in saved if not saved[name].isfinite().all()]
-        if differing:
-            raise ValueError(f"{path} does not fit this transformer: {len(differing)} tensors differ: {differing[:4]}")
+            expected = self.config.rank, self.config.alpha
+            raise ValueError(f"{path}: got rank and alpha {got}; expected {expected}, those of the policy")
+        check_fit(get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER), saved, path)
+        if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{path}: {len(bad)} tensors are not finite: {', '.join(bad[:3])}")
         set_peft_model_state_dict(self.transformer, saved, adapter_name=ADAPTER)

@@ -1,6 +1,6 @@
-"""The surrogate objective of policy gradients on a flow's steps: advantages, ratios, the clipped loss, the KL.
+"""The surrogate objective of policy gradients on stochastic denoising steps: advantages, ratios, clipped loss and KL.
 
-Flow-GRPO, arXiv 2505.05470; GRPO-Guard, arXiv 2510.22319. Pure functions; a step is a `sde.Transition`.
+Flow-GRPO (arXiv 2505.05470) and GRPO-Guard (arXiv 2510.22319). Steps are `flow.sde.Transition`.
 """
 
 import torch
@@ -12,8 +12,8 @@ from dinalrm_align.flow.sde import Transition
 def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
     """scores (groups, group_size) -> (score - mean of its group) / (std + floor), the same shape, float64.
 
-    std: "group", the standard deviation (of a population) within each group; "global", that of all scores. Raises
-    ValueError for another name.
+    std: "group", the population standard deviation of each group, or "global", that of all scores. Raises ValueError
+    for another name.
     """
     scores = scores.double()
     match std:
@@ -27,15 +27,15 @@ def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
-    """max(-A rho, -A clip(rho, 1 - c, 1 + c)), all (n,): no gain from moving a ratio further than the clip range."""
+    """PPO's clipped loss max(-A rho, -A clip(rho, 1 - c, 1 + c)), all (n,)."""
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def guarded_ratio(step: Transition, old_mean: Tensor, log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
     """GRPO-Guard's ratio (arXiv 2510.22319), (n,): exp((lp - lp_old + mean|mu - mu_old|^2 / (2 std^2)) std).
 
-    For a normal step that is exp of the mean of noise x (mu - mu_old): its logarithm is 0 on average, and as large at
-    every level. What it multiplies is divided by -delta, so that all steps weigh the same.
+    For a normal step this is exp of the mean of noise x (mu - mu_old): its logarithm has mean 0 and the same scale at
+    every level. The loss is then divided by -delta, so that all steps have the same weight.
     """
     std = step.std.to(log_prob)
     bias = (step.mean - old_mean).square().mean(dim=(1, 2, 3)) / (2 * std.square())
@@ -43,10 +43,10 @@ def guarded_ratio(step: Transition, old_mean: Tensor, log_prob: Tensor, old_log_
 
 
 def step_kl(form: str, step: Transition, reference: Transition, difference: Tensor) -> Tensor:
-    """How far a step is from the reference's from the same latents, (n,), differentiable in the first.
+    """KL of a step to the reference's step from the same latents, (n,), differentiable in `step`.
 
-    mean|mu - mu_reference|^2 / (2 s^2) with form "scale", / (2 std^2) with "std"; with "velocity" the mean square of
-    `difference`, velocity less the reference's (n, C, H, W).
+    form: "scale", mean|mu - mu_reference|^2 / (2 s^2); "std", the same / (2 std^2); "velocity", the mean square of
+    `difference`, the velocity minus the reference's (n, C, H, W). Raises ValueError for another name.
     """
     match form:
         case "velocity":

@@ -1,15 +1,17 @@
-"""The hacking watch: is the reward that a run climbs being fooled?
+"""Detection of reward hacking: the reward rises while the quality of the images falls.
 
-Every held-out evaluation judges the same captions from the same noise by the reward (proxy) and by a gold score that
-takes no part in training. The decision is arithmetic on those numbers, `judge`; `Watch` is the hook for `loop.fit` that
-asks it after every evaluation, warns, and keeps the best LoRA. Signs that come before the alarm are measured with every
-evaluation by probes (`level_probe`, `drift_probe`) and recorded beside it:
+Every held-out evaluation scores the same captions, from the same noise, with the reward (proxy) and with a gold score
+that takes no part in training. `detect_hacking` compares them by t-tests. `Watch` is a hook for `loop.fit` that calls
+it after every evaluation, warns, and keeps the best LoRA. Probes (`level_probe`, `drift_probe`) measure early signs.
+Metrics:
 
-    hacking        1 where the alarm holds, else 0
-    divergence     gain of proxy less gain of gold over the base model, each in s.d. of the base model's samples
-    level_spread   how far a latent reward's noise levels part: per sample the s.d. over levels of the score, each level
-                   standardised by the base model's samples; the mean over samples
-    drift          mean square of velocity less the reference's on the held-out latents, as the velocity KL of ReFL
+    hacking        1 if hacking was detected, else 0
+    divergence     gain of proxy minus gain of gold over the base model, each in standard deviations of the base model's
+                   scores
+    level_spread   score disagreement across the noise levels of a latent reward: standard deviation over levels of a
+                   sample's scores, each level standardised by the base model's scores; mean over samples
+    drift          velocity KL of ReFL on the held-out latents: mean squared difference of the velocities of policy and
+                   reference
 """
 
 import json
@@ -33,17 +35,19 @@ from dinalrm_align.train.durable import atomic_folder, discard_folder, write_fil
 from dinalrm_align.train.files import read_json
 
 Scores = Mapping[str, Sequence[float]]
-"""What an evaluation found: name ("proxy", "gold", those of probes) -> a number per sample."""
+"""Scores of an evaluation: one number per sample, by name ("proxy", "gold", names of probes)."""
 
 LEVEL, DRIFT, BEST, NOTE = "proxy@", "drift", "lora_best", "best.json"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the evaluation at update `step` says, against the best-gold one so far, at `best_step`.
+class Comparison:
+    """The evaluation at update `step` against the one with the best gold score so far, at `best_step`.
 
-    proxy_gain, gold_gain: since then, in their own units. p_proxy, p_gold: one-sided, of a rise and of a fall as large
-    where there is none. hacking: both are below their levels.
+    Args:
+        proxy_gain, gold_gain: mean differences of the scores.
+        p_proxy, p_gold: one-sided p-values of a rise of proxy and of a fall of gold.
+        hacking: both are significant.
     """
 
     step: int
@@ -61,45 +65,57 @@ class Verdict:
         )
 
 
-def rise(values: np.ndarray) -> float:
-    """One-sided p of the mean of values (C,) being as far above 0 as it is where the truth is 0 or below: Student's t
-    over captions. Where all are equal there is no doubt: 0 above zero, else 1.
+def p_value_of_rise(values: np.ndarray) -> float:
+    """One-sided p-value of Student's t-test that the mean of values (C,), one per caption, is above 0.
+
+    If all values are equal, it is 0 for a positive mean and 1 otherwise.
     """
-    found = seeds_by_captions(values[None])
-    if found.standard_error == 0:
-        return 0.0 if found.mean > 0 else 1.0
-    return float(stdtr(len(values) - 1, -found.mean / found.standard_error))
+    estimate = seeds_by_captions(values[None])
+    if estimate.standard_error == 0:
+        return 0.0 if estimate.mean > 0 else 1.0
+    return float(stdtr(len(values) - 1, -estimate.mean / estimate.standard_error))
 
 
-def judge(history: Mapping[int, Scores], captions: Sequence[str], level: float, evaluations: int) -> Verdict:
-    """Whether the last evaluation of `history` (update -> scores, at least one) is a hacked one.
+def detect_hacking(
+    history: Mapping[int, Scores], captions: Sequence[str], level: float, evaluations: int
+) -> Comparison:
+    """Compare the last evaluation in `history` (update -> scores) with the one with the best mean gold score.
 
-    captions: one per sample, two different ones at least. level: of a false alarm in a run of `evaluations` evaluations
-    after the base model's. Alarm: paired over captions and against the evaluation with the best mean gold so far, the
-    reward's rise has p <= level and gold's fall p <= level / pairs, pairs = evaluations (evaluations + 1) / 2: that
-    best one was chosen by its gold, and every pair of evaluations may come to be compared, so that the level is shared
-    out among them (Bonferroni). It then holds for the whole run, however evaluations depend on each other.
+    Hacking is detected if, paired over captions, the rise of proxy has p <= level and the fall of gold has p <= level /
+    pairs, where pairs = evaluations (evaluations + 1) / 2. Any pair of evaluations may be compared, since the best one
+    is chosen by its gold score; the Bonferroni correction bounds the probability of a false alarm in the whole run.
+
+    Args:
+        captions: one per sample, at least two different ones.
+        level: probability of a false alarm in a run.
+        evaluations: evaluations in the run after that of the base model.
     """
     step = max(history)
     best = best_step(history)
     gains = {
         name: by_caption(np.subtract(history[step][name], history[best][name]), captions) for name in ("proxy", "gold")
     }
-    pairs = max(evaluations, len(history) - 1) * (max(evaluations, len(history) - 1) + 1) / 2
-    p_proxy, p_gold = rise(gains["proxy"]), rise(-gains["gold"])
-    return Verdict(
-        step=step, best_step=best, proxy_gain=float(gains["proxy"].mean()), gold_gain=float(gains["gold"].mean()),
-        p_proxy=p_proxy, p_gold=p_gold, hacking=step != best and p_proxy <= level and p_gold * pairs <= level,
-    )  # fmt: skip
+    evaluations = max(evaluations, len(history) - 1)
+    pairs = evaluations * (evaluations + 1) / 2
+    p_proxy, p_gold = p_value_of_rise(gains["proxy"]), p_value_of_rise(-gains["gold"])
+    return Comparison(
+        step=step,
+        best_step=best,
+        proxy_gain=float(gains["proxy"].mean()),
+        gold_gain=float(gains["gold"].mean()),
+        p_proxy=p_proxy,
+        p_gold=p_gold,
+        hacking=step != best and p_proxy <= level and p_gold * pairs <= level,
+    )
 
 
 def best_step(history: Mapping[int, Scores]) -> int:
-    """The update with the best mean gold, the earliest of equals."""
+    """The update with the best mean gold score, the earliest of equals."""
     return max(sorted(history), key=lambda step: float(np.mean(history[step]["gold"])))
 
 
 def divergence(before: Scores, after: Scores) -> float:
-    """Mean gain of proxy less that of gold, each in s.d. of its scores before."""
+    """Mean gain of proxy minus that of gold, each in standard deviations of its scores before."""
 
     def gain(name: str) -> float:
         return float(np.mean(after[name]) - np.mean(before[name])) / _spread(before[name])
@@ -108,7 +124,7 @@ def divergence(before: Scores, after: Scores) -> float:
 
 
 def level_spread(before: Scores, after: Scores) -> float | None:
-    """How far the reward's noise levels part after, see the module; None when fewer than two were scored both times."""
+    """Score disagreement across noise levels after training (see the module); None for fewer than two levels."""
     names = sorted(name for name in before.keys() & after.keys() if name.startswith(LEVEL))
     if len(names) < 2:
         return None
@@ -132,10 +148,11 @@ def drift_probe(
     reference: Callable[[], AbstractContextManager[None]],
     sigmas: Sequence[float],
 ) -> Probe:
-    """Velocity KL to the reference on the evaluation's latents, noised to each of `sigmas`; the mean over them.
+    """Velocity KL to the reference on the held-out latents, averaged over the noise levels `sigmas`.
 
-    velocity_for: as in `HeldOut`, asked without guidance. reference: within its block that velocity is the reference's
-    (`Policy.reference`).
+    Args:
+        velocity_for: (conditions, guidance_scale) -> velocity of the policy; called without guidance.
+        reference: `Policy.reference`, a context in which that velocity is the reference's.
     """
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
@@ -153,11 +170,14 @@ def drift_probe(
 
 @dataclass
 class Watch:
-    """A hook for `loop.fit`, after `HeldOut` and as often; every process calls it, the main one writes.
+    """A hook for `loop.fit`, due after `HeldOut` at the same updates; called on every rank, writes on the main one.
 
-    history: update -> scores of all evaluations up to this one (`HeldOut.history`). captions: one per sample.
-    evaluations: how many there are to be after the base model's. save_lora: writes the policy's LoRA into a folder.
-    say: prints, on the main process.
+    Args:
+        history: step -> scores of all evaluations up to it, by update (`HeldOut.history`).
+        captions: one per sample, at least two different ones.
+        evaluations: evaluations in the run after that of the base model.
+        save_lora: writes the policy's LoRA into a folder.
+        say: prints a warning, on the main rank.
     """
 
     history: Callable[[int], Mapping[int, Scores]]
@@ -171,44 +191,40 @@ class Watch:
 
     def __post_init__(self) -> None:
         if len(set(self.captions)) < 2:
-            raise ValueError(
-                f"the hacking watch compares over captions: got {len(set(self.captions))}; evaluate on two at least"
-            )
+            raise ValueError(f"captions: got {len(set(self.captions))} different ones; expected at least 2")
 
     def __call__(self, step: int) -> dict[str, float]:
-        """What the evaluation at `step` adds to the metrics: hacking, divergence, and of what was measured
-        level_spread.
-        """
+        """Metrics of the evaluation at `step`: hacking, divergence and, if it was measured, level_spread."""
         history = self.history(step)
-        verdict = judge(history, self.captions, self.config.level, self.evaluations)
+        comparison = detect_hacking(history, self.captions, self.config.level, self.evaluations)
         if self.config.keep_best and self.is_main_process:
             self._keep_best(history, step)
-        if verdict.hacking:
+        if comparison.hacking:
             where = f"; the best LoRA is in {self.output_dir / BEST}" if self.config.keep_best else ""
-            self.say(f"\nwarning: update {step}: the reward is being fooled: {verdict}{where}")
-        row = {"hacking": float(verdict.hacking), "divergence": divergence(history[0], history[step])}
+            self.say(f"\nwarning: update {step}: the reward is being hacked: {comparison}{where}")
+        row = {"hacking": float(comparison.hacking), "divergence": divergence(history[0], history[step])}
         spread = level_spread(history[0], history[step])
         return row if spread is None else {**row, "level_spread": spread}
 
     def stop_when(self, row: Mapping[str, float]) -> str | None:
-        """For `loop.fit`: why to stop after an update with this row of metrics, if it is to."""
+        """For `loop.fit`: the reason to stop after an update with these metrics, or None."""
         if self.config.stop_on_hacking and row.get("hacking"):
-            return "the reward was being fooled (watch.stop_on_hacking)"
+            return "the reward was being hacked (watch.stop_on_hacking)"
         return None
 
     def _keep_best(self, history: Mapping[int, Scores], step: int) -> None:
-        """Write lora_best/ if this evaluation is the best; drop one that a run gone back left of its future."""
+        """Write lora_best/ if this evaluation is the best; delete a later one, left by a run that was resumed."""
         folder = self.output_dir / BEST
-        noted = read_json(folder / NOTE)["step"] if (folder / NOTE).is_file() else -1
+        saved_step = read_json(folder / NOTE)["step"] if (folder / NOTE).is_file() else -1
         if best_step(history) == step:
             gold = {"gold": float(np.mean(history[step]["gold"])), "gold_before": float(np.mean(history[0]["gold"]))}
             with atomic_folder(folder) as temporary:
                 self.save_lora(temporary)
                 write_file(temporary / NOTE, json.dumps({"step": step, **gold}))
-        elif noted >= step:
+        elif saved_step >= step:
             discard_folder(folder)
 
 
 def _spread(values: Sequence[float]) -> float:
-    """s.d.; 1 where there is none, as of a reward that gives one number to all."""
+    """Standard deviation; 1 for equal values."""
     return float(np.std(values)) or 1.0

@@ -1,4 +1,4 @@
-"""The hacking watch: alarms by hand and by simulation, what it measures, what it keeps."""
+"""Detection of reward hacking: alarms by hand and by simulation, the probes, and the LoRA that is kept."""
 
 import json
 import math
@@ -37,9 +37,9 @@ def test_a_rise_by_hand():
     Student's t with 2 degrees has P(T <= t) = 1/2 + t / (2 sqrt(2 + t^2)): at 3.4641 that is 0.5 + 0.46291, p 0.03709.
     """
     t = 2 * math.sqrt(3)
-    assert watch.rise(np.array([1.0, 2.0, 3.0])) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t**2)))
-    assert watch.rise(np.array([-1.0, -2.0, -3.0])) == pytest.approx(1 - 0.03709, abs=1e-5)
-    assert (watch.rise(np.full(3, 0.5)), watch.rise(np.zeros(3))) == (0.0, 1.0)
+    assert watch.p_value_of_rise(np.array([1.0, 2.0, 3.0])) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t**2)))
+    assert watch.p_value_of_rise(np.array([-1.0, -2.0, -3.0])) == pytest.approx(1 - 0.03709, abs=1e-5)
+    assert (watch.p_value_of_rise(np.full(3, 0.5)), watch.p_value_of_rise(np.zeros(3))) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -47,28 +47,28 @@ def test_a_rise_by_hand():
     [(1.0, -0.5, True), (1.0, 0.5, False), (-1.0, -0.5, False), (-1.0, 0.5, False), (1.0, 0.0, False)],
 )
 def test_the_alarm_is_a_rise_of_the_proxy_with_a_fall_of_gold(proxy, gold, alarm):
-    verdict = watch.judge({0: BASE, 10: moved(proxy, gold)}, CAPTIONS, 0.05, 1)
-    assert verdict.hacking is alarm
-    assert (verdict.step, verdict.best_step) == (10, 10 if gold > 0 else 0)
+    comparison = watch.detect_hacking({0: BASE, 10: moved(proxy, gold)}, CAPTIONS, 0.05, 1)
+    assert comparison.hacking is alarm
+    assert (comparison.step, comparison.best_step) == (10, 10 if gold > 0 else 0)
 
 
 def test_gold_falls_from_the_best_evaluation_not_from_the_first():
     """Gold gains 0.5 and then loses 0.3: still above the base model, and hacked."""
     history = {0: BASE, 10: moved(1, 0.5, 0.0), 20: moved(2, 0.2)}
-    verdict = watch.judge(history, CAPTIONS, 0.05, 2)
-    assert (verdict.hacking, verdict.best_step) == (True, 10)
-    assert verdict.gold_gain == pytest.approx(-0.3)
-    assert verdict.proxy_gain == pytest.approx(1.0)
-    assert "since update 10, the best so far, the reward rose by 1 and gold fell by 0.3" in str(verdict)
+    comparison = watch.detect_hacking(history, CAPTIONS, 0.05, 2)
+    assert (comparison.hacking, comparison.best_step) == (True, 10)
+    assert comparison.gold_gain == pytest.approx(-0.3)
+    assert comparison.proxy_gain == pytest.approx(1.0)
+    assert "since update 10, the best so far, the reward rose by 1 and gold fell by 0.3" in str(comparison)
 
 
 def test_the_level_is_shared_among_all_pairs_of_evaluations():
-    """p of the fall is 0.0064 (t = 5.2 with 3 degrees of freedom, a little less for rounding): of one pair an alarm at
-    level 0.05, of the 10 pairs that 4 evaluations make none.
+    """p of the fall is 0.0064 (t = 5.2 with 3 degrees of freedom, a little less for rounding): an alarm at level
+    0.05 for one pair, and none for the 10 pairs of 4 evaluations.
     """
     gold = np.subtract(BASE["gold"], [0.15, 0.25, 0.3, 0.4])
     history = {0: BASE, 10: {"proxy": moved(1, 0)["proxy"], "gold": list(gold)}}
-    one, four = (watch.judge(history, CAPTIONS, 0.05, evaluations) for evaluations in (1, 4))
+    one, four = (watch.detect_hacking(history, CAPTIONS, 0.05, evaluations) for evaluations in (1, 4))
     assert 0.005 < one.p_gold < 0.05 and one.p_gold == four.p_gold
     assert (one.hacking, four.hacking) == (True, False)
 
@@ -78,18 +78,18 @@ def test_samples_of_a_caption_are_one_observation():
     captions = ["a"] * 8 + ["b"] * 8
     before = {"proxy": [0.0] * 16, "gold": [1.0] * 16}
     after = {"proxy": [1.0] * 16, "gold": [0.9] * 8 + [0.5] * 8}
-    assert not watch.judge({0: before, 1: after}, captions, 0.05, 1).hacking
-    assert watch.judge({0: before, 1: after}, list(map(str, range(16))), 0.05, 1).hacking
+    assert not watch.detect_hacking({0: before, 1: after}, captions, 0.05, 1).hacking
+    assert watch.detect_hacking({0: before, 1: after}, list(map(str, range(16))), 0.05, 1).hacking
 
 
 def simulate(generator: np.random.Generator, falls: float, evaluations: int = 6, captions: int = 24) -> bool:
-    """A run of noisy evaluations whose proxy always rises; gold falls by `falls` after the half of it."""
+    """Whether hacking is detected in a run of noisy evaluations: proxy always rises, gold falls by `falls` halfway."""
     names, start = list(map(str, range(captions))), generator.normal(size=captions)
     history = {}
     for step in range(evaluations + 1):
         gold = start + 0.3 * generator.normal(size=captions) - falls * (step > evaluations / 2)
         history[step] = {"proxy": start + step, "gold": gold}
-        if step and watch.judge(history, names, 0.05, evaluations).hacking:
+        if step and watch.detect_hacking(history, names, 0.05, evaluations).hacking:
             return True
     return False
 
@@ -98,7 +98,7 @@ def test_noise_raises_no_more_alarms_than_stated():
     generator = np.random.default_rng(0)
     alarms = sum(simulate(generator, 0.0) for _ in range(400))
     assert alarms <= 0.05 * 400 + 2 * math.sqrt(400 * 0.05 * 0.95)
-    assert alarms >= 1  # the level is used, if not used up
+    assert alarms >= 1  # the level is not far too strict
     assert sum(simulate(generator, 0.5) for _ in range(50)) >= 45  # 0.5 is 5.8 standard errors of a difference
 
 
@@ -108,9 +108,9 @@ def test_divergence_by_hand():
 
 
 def test_level_spread_by_hand():
-    """Levels of one s.d. that agree on every sample do not part; one that gains 2 s.d. more does: s.d. (0, 2) = 1.414.
+    """Levels that agree on every sample have no spread; if one gains 2 s.d. more, it is s.d. (0, 2) = 1.414.
 
-    A unit and an offset of its own do not count.
+    Unit and offset of a level do not matter.
     """
     before = {"proxy@0.1": [0.0, 2.0], "proxy@0.7": [100.0, 120.0], "gold": [0.0, 0.0]}
     assert watch.level_spread(before, before) == 0.0
@@ -120,7 +120,7 @@ def test_level_spread_by_hand():
 
 
 class Run:
-    """A run whose evaluations are given; its LoRA is a file that tells when it was written."""
+    """A run with given evaluations; its LoRA is a file with the update at which it was saved."""
 
     def __init__(self, folder: Path, **config: object) -> None:
         self.scores: dict[int, dict[str, list[float]]] = {}
@@ -148,19 +148,19 @@ def test_the_best_lora_is_kept_with_its_update_and_score(tmp_path):
     assert note == {"step": 10, "gold": pytest.approx(2.0), "gold_before": 1.5}
     assert [path.name for path in tmp_path.iterdir()] == ["lora_best"]  # nothing half written
     (warning,) = run.said
-    assert "update 20: the reward is being fooled" in warning and "lora_best" in warning
+    assert "update 20: the reward is being hacked" in warning and "lora_best" in warning
     assert run.watch.stop_when(rows[2]) is None
 
 
-def test_stopping_is_asked_for(tmp_path):
+def test_stop_on_hacking_is_off_by_default(tmp_path):
     run = Run(tmp_path, stop_on_hacking=True, keep_best=False)
     rows = [run.evaluate(0, BASE), run.evaluate(10, moved(5, -0.5, 0.0))]
     assert run.watch.stop_when(rows[0]) is None and run.watch.stop_when({"loss": 1.0}) is None
-    assert "fooled" in run.watch.stop_when(rows[1])
+    assert "hacked" in run.watch.stop_when(rows[1])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_best_lora_of_a_future_that_is_trained_again_is_dropped(tmp_path):
+def test_a_best_lora_of_later_updates_is_deleted_after_a_resume(tmp_path):
     run = Run(tmp_path)
     for at in ((0, BASE), (10, moved(1, 0.5)), (20, moved(2, 0.7))):
         run.evaluate(*at)
@@ -169,7 +169,7 @@ def test_a_best_lora_of_a_future_that_is_trained_again_is_dropped(tmp_path):
     assert not (tmp_path / "lora_best").exists()
 
 
-def test_a_kill_between_two_best_ones_leaves_a_whole_one_or_none(tmp_path, monkeypatch):
+def test_a_kill_while_the_best_lora_is_replaced_leaves_the_old_one(tmp_path, monkeypatch):
     run = Run(tmp_path)
     run.evaluate(0, BASE)
 
@@ -184,8 +184,8 @@ def test_a_kill_between_two_best_ones_leaves_a_whole_one_or_none(tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["lora_best"]
 
 
-def test_what_cannot_be_watched_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="compares over captions: got 1"):
+def test_invalid_settings_raise(tmp_path):
+    with pytest.raises(ValueError, match="captions: got 1"):
         watch.Watch(dict, ["a", "a"], 1, WatchConfig(), tmp_path, save_lora=print)
     for bad, message in (
         ({"level": 0.7}, "watch.level: got 0.7"),

@@ -130,18 +130,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, arguments, tmp_path, mon
 
 
 def test_a_hacked_run_warns_or_stops_by_itself(recipe, arguments, tmp_path, monkeypatch, capsys):
-    """The alarm rings at update 2 of 4: a warning, or with --stop_on_hacking the end, in good order."""
-    judge = watch.judge
+    """An alarm at update 2 of 4: a warning, or with --stop_on_hacking an early stop with a checkpoint."""
+    detect_hacking = watch.detect_hacking
 
     def alarmed(history, *rest):
-        return dataclasses.replace(judge(history, *rest), hacking=max(history) == 2)
+        return dataclasses.replace(detect_hacking(history, *rest), hacking=max(history) == 2)
 
-    monkeypatch.setattr(watch, "judge", alarmed)
+    monkeypatch.setattr(watch, "detect_hacking", alarmed)
     warned = run(recipe, arguments, tmp_path / "warned")
     stopped = run(recipe, arguments, tmp_path / "stopped", "--stop_on_hacking=true")
     printed = capsys.readouterr().out
-    assert printed.count("warning: update 2: the reward is being fooled") == 2
-    assert "stopped after update 2 of 4, because the reward was being fooled" in printed
+    assert printed.count("warning: update 2: the reward is being hacked") == 2
+    assert "stopped after update 2 of 4, because the reward was being hacked" in printed
     for folder, updates in ((warned, 4), (stopped, 2)):
         summary = json.loads((folder / "summary.json").read_text())
         assert (summary["updates"], summary["hacking_alarm"]) == (updates, 2)
