@@ -25,7 +25,7 @@ from dinalrm_align.models.grids import load_strip, save_before_after, save_grid,
 from dinalrm_align.models.images import to_bytes
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.tracking import track_picture
+from dinalrm_align.train.tracking import track_image
 
 Judge = Callable[[Tensor, Sequence[str]], Tensor]
 """judge(images (B, 3, H, W) in [0, 1], prompts) -> (B,)"""
@@ -186,4 +186,4 @@ class HeldOut:
         title = f"update {step}: gold {np.mean(scores['gold']):.3f}, reward {np.mean(scores['proxy']):.3f}"
         grid = self.output_dir / f"grid_{step:06d}.png"
         save_grid(pictures, captions, grid, title=title)
-        track_picture(self.accelerator, "held_out", grid, step)
+        track_image(self.accelerator, "held_out", grid, step)

@@ -1,17 +1,16 @@
-"""What a run needs to go on exactly: its checkpoint folders.
+"""Checkpoints: everything that a run needs to be resumed bit for bit.
 
-A checkpoint is `checkpoints/step_000050/` with
+A checkpoint is a folder checkpoints/step_000050/ with
 
-    weights.safetensors  ema.safetensors  optimizer.pt  rng_0.pt  method_0.safetensors (one per process)  state.json
+    weights.safetensors  ema.safetensors  optimizer.pt  rng_0.pt  method_0.safetensors (one per rank)  state.json
 
-It is written under a temporary name, sealed (`seal`), flushed to disk and renamed, so that a folder called step_* is
-whole, and what came before it stays until it is. state.json also says what run it belongs to, and how far metrics.jsonl
-had come. All of it is checked before a run that goes on changes a file or a weight. Everything read back is plain
-tensors, numbers and text (`weights_only=True`).
+It is written atomically and sealed (`seal`); state.json also holds the identity of the run and the size of
+metrics.jsonl. On resume everything is checked before a file or a weight is changed, and only plain tensors, numbers and
+text are read (`weights_only=True`).
 
-A run may go on with another number of processes if all of them together still take as many samples for an update: what
-is drawn depends on a sample's number alone. Where each process keeps something of its own, as while a rollout is being
-spent, it cannot. The global random states, which dropout draws from, then begin anew.
+A run can be resumed with another world size if the samples per update, summed over ranks, stay the same, since RNG
+streams are keyed by the global sample index. It cannot while ranks hold different method states, such as a rollout that
+is reused for several updates. The global RNG states (dropout) are then not restored.
 """
 
 import io
@@ -19,7 +18,7 @@ import random
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ from torch import Tensor
 
 from dinalrm_align.train.distributed import with_others
 from dinalrm_align.train.durable import DISCARDED, TEMPORARY, atomic_folder, discard_folder, write_file
-from dinalrm_align.train.metrics import METRICS, MetricsLog, check_start
-from dinalrm_align.train.seal import STATE, open_sealed, seal
+from dinalrm_align.train.metrics import METRICS, MetricsLog
+from dinalrm_align.train.seal import STATE, check_mark, open_sealed, seal
 from dinalrm_align.train.state import RunState
 
 FOLDER = "checkpoints"
@@ -123,29 +122,29 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint, if it and the metrics up to it are, byte for byte, what was written.
+    """The facts of a checkpoint that is intact, as are the metrics up to it.
 
-    ValueError otherwise: the first file that is not, and from where to resume instead.
+    Raises ValueError naming the first damaged file, and the newest earlier checkpoint that is intact.
     """
     try:
         return _read(folder)
     except ValueError as error:
-        raise ValueError(f"{error}; {_way_out(folder)}") from error
+        raise ValueError(f"{error}; {_alternative(folder)}") from error
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of the run in this folder, or None."""
+    """The newest checkpoint of the run in this folder, or None."""
     found = _checkpoints(run)
     return found[-1] if found else None
 
 
 def checkpoint_to_resume(path: Path) -> Path:
-    """`path` itself when it is a checkpoint, else the newest one of the run in `path`.
+    """`path` itself if it is a checkpoint, else the newest checkpoint of the run in `path`.
 
-    ValueError if there is none, and as `check_checkpoint`: a damaged one is never passed over in silence.
+    Raises ValueError if there is none, or if it is damaged (`check_checkpoint`).
     """
     if not path.is_dir():
-        raise ValueError(f"nothing to resume: no folder {path}; give that of a run or of one of its checkpoints")
+        raise ValueError(f"nothing to resume: no folder {path}; expected the folder of a run or of a checkpoint")
     path = path.resolve()
     checkpoint = path if STEP.fullmatch(path.name) or (path / STATE).exists() else latest_checkpoint(path)
     if checkpoint is None:
@@ -155,7 +154,7 @@ def checkpoint_to_resume(path: Path) -> Path:
 
 
 def new_run_folder(asked: str | None, name: str) -> Path:
-    """A folder that holds no run yet: the one asked for, else runs/<name>, runs/<name>_2, ... ValueError if taken."""
+    """`asked`, or the first free folder of runs/<name>, runs/<name>_2, ...; ValueError if `asked` holds a run."""
     if asked is not None:
         if Path(asked).exists() and not Path(asked).is_dir():
             raise ValueError(f"output_dir: {asked} is a file; choose a folder")
@@ -169,26 +168,21 @@ def new_run_folder(asked: str | None, name: str) -> Path:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint folder lies in."""
+    """The run folder of a checkpoint folder."""
     return checkpoint.parent.parent
 
 
 def settings_of(checkpoint: Path) -> Path:
-    """The config.yaml of the run that a checkpoint lies in; ValueError when there is none."""
+    """config.yaml of the run of a checkpoint; ValueError if there is none."""
     path = run_of(checkpoint) / "config.yaml"
     if not path.is_file():
-        raise ValueError(
-            f"{checkpoint} does not lie in the folder of a run ({path} is missing): its settings are unknown; resume "
-            "it where it was written"
-        )
+        raise ValueError(f"{checkpoint} is not in the folder of a run: {path} is missing")
     return path
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Delete what a run that goes on from `step` leaves behind: later checkpoints, all but the `keep_last` newest of
-    the rest, and what a kill left half written or half deleted.
-    """
-    for folder in reversed(_checkpoints(run)):
+    """Delete checkpoints after `step`, all but the `keep_last` newest others, and leftovers of a kill."""
+    for folder in _checkpoints(run)[::-1]:
         if _step_of(folder) > step:
             discard_folder(folder)
     _keep_newest(run, keep_last)
@@ -198,7 +192,7 @@ def tidy(run: Path, *, step: int, keep_last: int) -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints, oldest first; leftovers under temporary names are not among them."""
+    """Complete checkpoints, oldest first."""
     folder = run / FOLDER
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted((entry for entry in entries if STEP.fullmatch(entry.name) and entry.is_dir()), key=_step_of)
@@ -214,51 +208,48 @@ def _keep_newest(run: Path, number: int) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint; ValueError for the first file that is not what was written."""
-    state = open_sealed(folder)
-    check_start(run_of(folder) / METRICS, state["metrics"], folder.name)
-    return state
+    """The facts of a checkpoint; ValueError if it or the metrics up to it are damaged."""
+    facts = open_sealed(folder)
+    check_mark(run_of(folder) / METRICS, facts["metrics"], prefix=True)
+    return facts
 
 
-def _way_out(folder: Path) -> str:
-    """What to do about a checkpoint that cannot be resumed from: the newest earlier one that can, if there is one."""
+def _alternative(folder: Path) -> str:
+    """What to do about a damaged checkpoint: resume from the newest earlier one that is intact, if any."""
     siblings = _checkpoints(run_of(folder)) if STEP.fullmatch(folder.name) else []
-    for earlier in reversed([entry for entry in siblings if _step_of(entry) < _step_of(folder)]):
-        try:
+    for earlier in [entry for entry in siblings if _step_of(entry) < _step_of(folder)][::-1]:
+        with suppress(ValueError):
             _read(earlier)
-        except ValueError:
-            continue
-        return f"resume from an earlier checkpoint: --resume {earlier}"
-    return "no earlier checkpoint is whole: put the file back from a copy, or start the run again in another folder"
+            return f"resume from an earlier checkpoint: --resume {earlier}"
+    return "no earlier checkpoint is intact: restore the file from a copy, or start the run again in another folder"
 
 
 def _check_identity(saved: Mapping[str, str], expected: Mapping[str, str], folder: Path) -> None:
     if saved != dict(expected):
         name = next(name for name in (*expected, *saved) if saved.get(name) != expected.get(name))
         raise ValueError(
-            f"{folder} belongs to another run: its {name} is {saved.get(name)}, here it is {expected.get(name)}; go on "
-            "with the model, reward, data and seed that the run was started with, or start a new run in another folder"
+            f"{folder} belongs to another run: its {name} is {saved.get(name)}, here it is {expected.get(name)}; "
+            "resume with the run's model, reward, data and seed, or start a new run in another folder"
         )
 
 
 def _check_processes(facts: Mapping[str, Any], samples: int, num_processes: int, folder: Path) -> None:
-    """ValueError unless the run can go on with another number of processes."""
+    """Raise ValueError unless the run can be resumed with this world size."""
+    before = f"{folder} was written by {facts['num_processes']} processes, this run has {num_processes}"
     if not facts["common_state"]:
         raise ValueError(
-            f"{folder} was written while a rollout was being spent, of which each of {facts['num_processes']} "
-            f"processes has its own share; this run has {num_processes}. Start as many, or resume from a checkpoint "
+            f"{before}, and each holds its share of a rollout in use: start as many, or resume from a checkpoint "
             "between two rollouts (loop.checkpoint_every a multiple of epochs x minibatches)"
         )
     if not samples or facts["samples"] != samples:
         raise ValueError(
-            f"{folder} was written by {facts['num_processes']} processes, which took {facts['samples']} samples for an "
-            f"update; this run has {num_processes}, which take {samples}. Start as many, or choose the samples of each "
-            "process (batch_size, groups) or loop.accumulate so that all take as many together"
+            f"{before}: samples per update: got {samples}, expected {facts['samples']}; start as many processes, or "
+            "change the samples per process (batch_size, groups) or loop.accumulate"
         )
 
 
 def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: Path) -> None:
-    """ValueError unless names and shapes agree exactly."""
+    """Raise ValueError unless names and shapes are equal."""
     expected = {name: tuple(tensor.shape) for name, tensor in into.items()}
     got = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     if expected != got:
@@ -270,16 +261,17 @@ def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: P
 
 
 def _check_moments(saved: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer, where: Path) -> None:
-    """ValueError unless every saved moment has the shape of the parameter it is for; they are kept by number.
+    """Raise ValueError unless every saved moment has the shape of its parameter, which is identified by number.
 
-    Beside moments of 8 bits lie their codes and scales (bitsandbytes' qmap and absmax), of shapes of their own.
+    bitsandbytes stores the codes and scales of 8-bit moments (qmap, absmax) beside them, with other shapes.
     """
     shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     for number, moments in saved.items():
-        inner = [each for each in moments.values() if isinstance(each, Mapping)]  # where bitsandbytes keeps them
-        for name, moment in {**moments, **{name: each[name] for each in inner for name in each}}.items():
-            own_shape = isinstance(moment, Tensor) and moment.ndim and not name.startswith(("qmap", "absmax"))
-            if own_shape and [tuple(moment.shape)] != shapes[number : number + 1]:
+        nested = [value for value in moments.values() if isinstance(value, Mapping)]  # of bitsandbytes
+        named = [item for values in (moments, *nested) for item in values.items()]
+        for name, moment in named:
+            has_shape = isinstance(moment, Tensor) and moment.ndim and not name.startswith(("qmap", "absmax"))
+            if has_shape and [tuple(moment.shape)] != shapes[number : number + 1]:
                 raise ValueError(
                     f"{where} does not fit this optimiser: {name} of parameter {number} is {tuple(moment.shape)}, "
                     f"expected {shapes[number : number + 1]}; resume with the settings of the run"
@@ -291,7 +283,6 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _serialised(content: Any) -> bytes:
-    """What `torch.save` writes."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
@@ -303,7 +294,7 @@ def _barrier(accelerator: Accelerator) -> None:
 
 
 def _random_state() -> dict[str, Any]:
-    """The global random states of torch, CUDA, numpy and Python, as tensors, numbers and text."""
+    """The global RNG states of torch, CUDA, numpy and Python as tensors, numbers and text."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

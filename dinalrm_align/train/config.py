@@ -16,20 +16,19 @@ from dinalrm_align.train.settings import (
 
 @dataclass
 class OptimConfig:
-    """AdamW and what is done to its learning rate and gradients.
+    """AdamW, its learning-rate schedule and gradient clipping.
 
     Args:
-        name: adamw, or adamw8bit, bitsandbytes' with moments of 8 bits (needs the extra `quant`): 2 bytes per trained
-            parameter instead of 8.
-        lr: learning rate at its peak.
+        name: adamw, or bitsandbytes' adamw8bit (extra `quant`): 2 bytes of moments per trained parameter instead of 8.
+        lr: peak learning rate.
         weight_decay: decoupled, as in AdamW.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
-        clip: largest norm of the whole gradient; larger ones are scaled down to it. 0 turns clipping off.
-        schedule: what lr does after the warm-up: constant, or cosine down to 0 at the last step.
-        decay_share: share of the steps over which cosine falls, at the end of the run; before them lr is constant.
-        warmup_steps: steps over which lr rises linearly from 0.
+        clip: maximum norm of the gradient over all parameters; 0 disables clipping.
+        schedule: after the warm-up: constant, or cosine decay to 0 at the last step.
+        decay_share: share of the steps, at the end of the run, over which cosine decays; before them lr is constant.
+        warmup_steps: steps of linear warm-up from 0.
     """
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
@@ -49,20 +48,18 @@ class OptimConfig:
 
 @dataclass
 class LoopConfig:
-    """How long to train, how often to save, and the averaging of weights.
+    """Length of training, checkpoints, and the moving average of the weights.
 
     Args:
-        steps: optimiser updates in all, those before a resume included.
-        accumulate: micro-batches summed into one update; memory is that of one, the gradient that of all.
-        ema_decay: decay of the exponential moving average of the trained weights, which is what is evaluated and
-            exported; 0 evaluates and exports the weights themselves. Early on the decay is at most (1 + k) / (10 + k)
-            after k updates.
+        steps: total optimiser updates, including those before a resume.
+        accumulate: micro-batches per update.
+        ema_decay: decay of the exponential moving average of the trained weights, which is evaluated and exported; 0
+            uses the weights themselves. After k updates the decay is at most (1 + k) / (10 + k).
         ema_every: updates between two updates of the average.
-        checkpoint_every: updates between two checkpoints; one is always written at the end and on Ctrl-C. 0: only
-            those.
-        keep_last: checkpoints to keep; older ones are deleted once a newer one is whole.
-        timeout: minutes that one of several processes waits for the others before it takes them for lost and ends the
-            run; longer than the slowest thing that one of them does alone.
+        checkpoint_every: updates between two checkpoints; 0: only at the end and on Ctrl-C.
+        keep_last: checkpoints to keep; older ones are deleted after a newer one is saved.
+        timeout: minutes that a rank waits for the others before the run ends with an error; must exceed the longest
+            work of a single rank.
     """
 
     steps: PositiveInt = 100

@@ -1,4 +1,4 @@
-"""SHA-256 of tensors: what is read back is what was written, and one model is told from another."""
+"""SHA-256 of tensors and texts, to verify files and to identify models."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 SAMPLED = 256
-"""Values per tensor that a fingerprint looks at."""
+"""Values per tensor in a fingerprint."""
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and every bit, whatever the order and the device; 64 hexadecimal digits."""
+    """Digest of names, dtypes, shapes and every bit, for any order and device; 64 hexadecimal digits."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -21,10 +21,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A digest of names, dtypes, shapes and evenly spaced values of a module's tensors; 16 hexadecimal digits.
+    """Digest of names, dtypes, shapes and evenly spaced values of a module's tensors; 16 hexadecimal digits.
 
-    Reads a few kilobytes per tensor, so that billions of weights cost no time: it tells models apart, and does not see
-    a single changed weight.
+    Fast for billions of weights, since it reads a few kilobytes per tensor; single changed weights go unnoticed.
     """
     sampled = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -34,5 +33,5 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def text_digest(text: str) -> str:
-    """Of a text as UTF-8; 16 hexadecimal digits."""
+    """Digest of a text as UTF-8; 16 hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

@@ -1,7 +1,4 @@
-"""Reading what others wrote: text, JSON, YAML, folders and models, with errors that name the file and the way out.
-
-Torch-free. What a library raises about a file of unknown content is turned into ValueError or OSError with a sentence.
-"""
+"""Reading text, JSON, YAML and files of libraries, with errors that name the file and what to do. Torch-free."""
 
 import json
 import re
@@ -17,9 +14,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def read_text(path: Path, what: str, expected: str = "a file") -> str:
-    """The text of a UTF-8 file, a byte order mark left out. FileNotFoundError when there is no such file; ValueError,
-    with the line, when it is not UTF-8 or holds NUL bytes.
-    """
+    """The text of a UTF-8 file without byte order mark; ValueError, with the line, for other bytes and for NUL."""
     if not path.is_file():
         raise FileNotFoundError(f"no {what} {path}{' (it is a folder)' if path.is_dir() else ''}; expected {expected}")
     data = path.read_bytes()
@@ -35,17 +30,17 @@ def read_text(path: Path, what: str, expected: str = "a file") -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; ValueError for what is not JSON, and for a key that stands twice in one object."""
+    """The value of a JSON text; ValueError for invalid JSON and duplicate keys."""
     try:
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError as error:
-        raise ValueError(f"{where}: not valid JSON that can be meant (nested too deeply)") from error
+        raise ValueError(f"{where}: not valid JSON (nested too deeply)") from error
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from error
 
 
 def read_json(path: Path, expected: str = "a file") -> dict[str, Any]:
-    """The object in a JSON file. Raises as `read_text` and `parse_json`, and ValueError when it is no object."""
+    """The object in a JSON file; raises as `read_text` and `parse_json`."""
     values = parse_json(read_text(path, "file", expected), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a JSON {type(values).__name__}, expected an object")
@@ -53,45 +48,39 @@ def read_json(path: Path, expected: str = "a file") -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file, of plain values. ValueError, with the line, for what is not YAML, a key that stands
-    twice, an alias (`*name`: a few lines of them can stand for gigabytes), and anything but a mapping.
+    """The mapping in a YAML file; ValueError, with the line, for invalid YAML, duplicate keys, aliases (a few lines of
+    which can expand to gigabytes) and other values.
     """
     text = read_text(path, what)
     try:
         values = yaml.load(text, Loader=_StrictLoader)
     except RecursionError as error:
         raise ValueError(f"{what} {path}: nested too deeply") from error
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ValueError(f"{what} {path}: not YAML that is read here ({line}{error.problem})") from error
     except (yaml.YAMLError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{what} {path}: not YAML that is read here ({reason})") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        reason = f"line {mark.line + 1}: {problem}" if mark else problem or str(error).split("\n")[0]
+        raise ValueError(f"{what} {path}: not YAML that is supported here ({reason})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{what} {path}: got {type(values).__name__}, expected a mapping, `name: value` a line")
     return values
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and those above it; an OSError with a sentence where that cannot be."""
+    """Create a folder and its parents; OSError, naming it, if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"{path} cannot be a folder: it, or what lies above it, is a file") from error
+        raise NotADirectoryError(f"{path} cannot be a folder: it or one of its parents is a file") from error
     except OSError as error:
-        raise OSError(
-            error.errno, f"the folder cannot be made ({error.strerror}); choose another", str(path)
-        ) from error
+        raise OSError(error.errno, f"cannot create the folder ({error.strerror}); choose another", str(path)) from error
 
 
 @contextmanager
 def reading(what: str, source: str | Path) -> Iterator[None]:
-    """Around a library's reading of `source`: whatever it raises becomes an OSError (what is not there) or ValueError
-    (what is there and cannot be read), with the library's reason in it.
-    """
+    """Turn any error of a library that reads `source` into FileNotFoundError (missing) or ValueError (unreadable)."""
     try:
         yield
-    except Exception as error:  # files of unknown content fail in a library in ways that nobody lists
+    except Exception as error:  # libraries raise many types for files of unknown content
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0][:300]}"
         if isinstance(error, OSError):
@@ -103,7 +92,7 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader without aliases and without keys that stand twice."""
+    """SafeLoader that refuses aliases and duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -117,7 +106,7 @@ class _StrictLoader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key that is no plain name", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem="a key that is not a plain name", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)

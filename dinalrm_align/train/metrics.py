@@ -1,4 +1,4 @@
-"""The metrics file of a run, `metrics.jsonl`: one JSON object per line, each with its `step`. Torch-free."""
+"""The metrics of a run, metrics.jsonl: one JSON object per line, each with its `step`. Torch-free."""
 
 import hashlib
 import json
@@ -13,10 +13,10 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends rows, and keeps the digest of them all."""
+    """Appends rows to metrics.jsonl and keeps the digest of the file."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Keep the first `keep` bytes, since a resumed run writes the later rows again, and go on from there."""
+        """Keep the first `keep` bytes of an existing file: a resumed run writes the later rows again."""
         self.path = path
         kept = path.read_bytes()[:keep] if keep else b""
         write_atomically(path, kept)
@@ -30,14 +30,14 @@ class MetricsLog:
         self._digest.update(line)
 
     def mark(self) -> dict[str, Any]:
-        """Flush to disk what was appended; size and digest of it all, for a checkpoint to refer to."""
+        """Flush the file to disk; returns its size and digest, which a checkpoint stores."""
         flush(self.path)
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out. ValueError for any other bad line."""
-    *lines, _ = read_text(path, "file of metrics").split("\n")  # every complete line ends in a newline
+    """The rows of a metrics.jsonl, without a last line cut short by a crash; ValueError for any other bad line."""
+    *lines, _ = read_text(path, "file of metrics").split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
         if not line:
@@ -51,13 +51,3 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
                 raise ValueError(f"{where}: {name}: got {value!r:.80}; expected a number")
         rows.append(row)
     return rows
-
-
-def check_start(path: Path, mark: Mapping[str, Any], referrer: str) -> None:
-    """ValueError unless the file begins with what `MetricsLog.mark` told the digest of; referrer: who was told."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    with open(path, "rb") as file:
-        start = file.read(mark["bytes"])
-    if hashlib.sha256(start).hexdigest() != mark["sha256"]:
-        raise ValueError(f"{path} is damaged: its first {mark['bytes']} bytes are not those that {referrer} follows")

@@ -10,7 +10,7 @@ from dinalrm_align.train.config import OptimConfig
 
 
 def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
-    """The package; ImportError naming the extra where it is missing. what: needs it."""
+    """The package bitsandbytes, which `what` needs; ImportError, naming the extra, if it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -21,10 +21,7 @@ def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
 
 
 def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over groups {"params": [...], "lr": optional, config.lr by default}, with 8-bit moments if so named.
-
-    Raises ImportError, naming the extra, where those need a package that is missing.
-    """
+    """AdamW over groups {"params": [...], "lr": by default config.lr}, with 8-bit moments for the name adamw8bit."""
     kind = torch.optim.AdamW if config.name == "adamw" else bitsandbytes("optim.name adamw8bit").optim.AdamW8bit
     return kind(
         [{"lr": config.lr, **group, "initial_lr": group.get("lr", config.lr)} for group in groups],
@@ -35,10 +32,10 @@ def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """What update number `step` (1 ... steps) multiplies every group's learning rate by, in (0, 1].
+    """Factor in (0, 1] of every group's learning rate at update `step`, 1 ... steps.
 
-    Linear over the warm-up, then constant; `cosine` ends with (1 + cos(pi progress)) / 2 over the last `decay_share` of
-    the steps, or over all that follow the warm-up where those are fewer.
+    Linear over the warm-up, then constant. `cosine` decays as (1 + cos(pi progress)) / 2 over the last `decay_share` of
+    the steps, at most over those after the warm-up.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps

@@ -24,12 +24,6 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-__all__ = [
-    "ClosedUnitInterval", "HalfOpenUnitInterval", "IntAboveOne", "NonNegativeFloat", "NonNegativeInt", "PositiveFloat",
-    "PositiveInt", "PositiveUnitInterval", "check_fields", "check_image_size", "check_integer", "check_levels",
-    "check_number", "did_you_mean",
-]  # fmt: skip
-
 HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
 """[0, 1): a decay, a dropout rate."""
 PositiveUnitInterval = restricted_number_type("PositiveUnitInterval", float, [(">", 0), ("<=", 1)])

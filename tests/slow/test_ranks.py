@@ -206,10 +206,10 @@ def test_a_run_goes_on_with_one_process(of_two, of_one, here, tmp_path):
         (
             "grpo",
             ["--grpo.groups=2"],
-            "while a rollout was being spent, of which each of 2 processes has its own share",
+            "by 2 processes, this run has 1, and each holds its share of a rollout in use",
         ),
-        ("nft", ["--nft.groups=2"], "while a rollout was being spent"),
-        ("refl", [], "by 2 processes, which took 2 samples for an update; this run has 1, which take 1"),
+        ("nft", ["--nft.groups=2"], "a rollout in use"),
+        ("refl", [], "by 2 processes, this run has 1: samples per update: got 1, expected 2"),
     ],
 )
 def test_where_another_number_of_processes_makes_no_sense_it_says_so(name, options, message, of_two, here, capsys):

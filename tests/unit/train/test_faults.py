@@ -187,7 +187,7 @@ def test_metrics_that_a_checkpoint_does_not_follow_are_refused(damaged):
     said = refusal(damaged, str(path))
     assert said.endswith("step_000002")  # which follows the rows before it alone
     path.write_bytes(b" " + content)
-    assert "no earlier checkpoint is whole" in refusal(damaged, str(path))
+    assert "no earlier checkpoint is intact" in refusal(damaged, str(path))
     path.unlink()
     assert "is missing" in refusal(damaged, str(path))
 
@@ -195,7 +195,7 @@ def test_metrics_that_a_checkpoint_does_not_follow_are_refused(damaged):
 def test_a_damaged_checkpoint_is_not_the_way_out(damaged):
     for checkpoint in (damaged / "checkpoints").iterdir():
         (checkpoint / "weights.safetensors").write_bytes(b"")
-    assert "no earlier checkpoint is whole: put the file back from a copy, or start" in refusal(damaged, "weights")
+    assert "no earlier checkpoint is intact" in refusal(damaged, "weights")
 
 
 # ------------------------------------------------------------------------------------------------- of another run

@@ -16,7 +16,7 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
 from dinalrm_align.train.metrics import read_metrics
 from dinalrm_align.train.state import RunState
-from dinalrm_align.train.tracking import check_tracker, open_tracker, track_picture, tracker_options
+from dinalrm_align.train.tracking import check_tracker, open_tracker, track_image, tracker_options
 
 SETTINGS = "seed: 3\noptim:\n  lr: 0.1\n"
 
@@ -54,7 +54,7 @@ def run(accelerator: Accelerator, folder: Path, steps: int = 4, resume: Path | N
     weight = nn.Parameter(torch.tensor(1.0))
 
     def picture(step: int) -> None:
-        track_picture(accelerator, "held_out", draw(folder / "grid.png", 10 * step), step)
+        track_image(accelerator, "held_out", draw(folder / "grid.png", 10 * step), step)
 
     folder.mkdir(exist_ok=True)
     config, optim = LoopConfig(steps=steps, ema_decay=0.0), OptimConfig(lr=0.1)
