@@ -1,7 +1,7 @@
 """What a gain in the embedded world is made of: the oracle's parts with and without a LoRA, at guidance 1.2 and 3.
 
 python examples/gain_by_part.py runs/refl_shapes_dinalrm_seed0/lora      # the main job's LoRA
-python examples/gain_by_part.py                                          # the base model alone
+python examples/gain_by_part.py                                          # the base model alone, fewer samples
 """
 
 import sys
@@ -16,7 +16,8 @@ from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 
-SAMPLES, BATCH, SEED = 192, 64, 1234  # a run's default evaluation: the same captions and noise
+LORA = sys.argv[1] if len(sys.argv) > 1 else None
+SAMPLES, BATCH, SEED = 192 if LORA else 64, 64, 1234  # with 192, the captions and noise of a run's default evaluation
 PARTS = ("gold", "faithfulness", "sharpness", "contrast", "centring")
 
 spec = MODELS["shapes"]
@@ -50,10 +51,10 @@ def score(guidance_scale: float) -> dict[str, torch.Tensor]:
 
 scales = (spec.guidance_scale, 3.0)
 base = {scale: score(scale) for scale in scales}
-if len(sys.argv) > 1:
-    pipeline.load_lora_weights(sys.argv[1])
+if LORA:
+    pipeline.load_lora_weights(LORA)
 for scale in scales:
-    aligned = score(scale) if len(sys.argv) > 1 else base[scale]
+    aligned = score(scale) if LORA else base[scale]
     for part in PARTS:
         gain = aligned[part] - base[scale][part]
         error = gain.std() / SAMPLES**0.5
