@@ -142,15 +142,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(ablation_report.summary_line(arm, seed, scores(arm, seed), config.ensembles[0]), flush=True)
 
     # -------------------------------------------------------------------------- report all finished runs in the folder
-    evidence: dict[str, dict[int, dict[str, PairScores]]] = {}
+    finished: dict[str, dict[int, dict[str, PairScores]]] = {}
     for arm in ARMS:
         for run in sorted((out / "arms" / arm).glob("seed*")):
             if all(scores_file(run, name).exists() for name in config.judged):
                 seed = int(run.name.removeprefix("seed"))
-                evidence.setdefault(arm, {})[seed] = scores(arm, seed)
+                finished.setdefault(arm, {})[seed] = scores(arm, seed)
     command = shlex.join(["python", "recipes/ablate_reward.py", *words])
-    losses = {arm: arms[arm][1].loss for arm in evidence}
-    ablation_report.write(evidence, losses, config, command=command, directory=out)
+    losses = {arm: arms[arm][1].loss for arm in finished}
+    ablation_report.write(finished, losses, config, command=command, directory=out)
     print(f"\nreport: {out / 'ablation.md'}")
 
 

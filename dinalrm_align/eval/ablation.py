@@ -5,6 +5,7 @@ of pairwise accuracy. Differences are paired: both arms share seeds, captions, p
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,10 +14,28 @@ from dinalrm_align.eval.report.intervals import Interval, by_caption, seeds_by_c
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NoiseLevels, PairScores
 
-Evidence = Mapping[str, Mapping[int, Mapping[str, PairScores]]]
+Runs = Mapping[str, Mapping[int, Mapping[str, PairScores]]]
 """arm -> seed -> name of the test set -> scores."""
 Measure = Callable[[PairScores], np.ndarray]
 """PairScores -> (N,) correctness of each pair in [0, 1]; NaN where raters tie."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Scores of finished runs, and what is reported of them.
+
+    Args:
+        runs: the scores.
+        sets: names of the test sets.
+        sigmas: single noise levels, ascending.
+        ensembles: noise levels joined as tokens; all arms are compared at the first.
+    """
+
+    runs: Runs
+    sets: Sequence[str]
+    sigmas: Sequence[float]
+    ensembles: Sequence[Sequence[float]]
+
 
 ASTERISK = "An asterisk marks intervals that exclude 0."
 
@@ -48,7 +67,7 @@ def by_seed_and_caption(seeds: Mapping[int, Mapping[str, PairScores]], name: str
 
 def accuracy(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
     """Mean accuracy of an arm on a set, in [0, 1]."""
-    return seeds_by_captions(by_seed_and_caption(evidence[arm], name, measure))
+    return seeds_by_captions(by_seed_and_caption(evidence.runs[arm], name, measure))
 
 
 def difference(
@@ -58,10 +77,11 @@ def difference(
 
     Raises ValueError when there is no common seed, or the pairs differ.
     """
-    shared = [seed for seed in evidence[better] if seed in evidence[worse]]
+    ours, theirs = evidence.runs[better], evidence.runs[worse]
+    shared = [seed for seed in ours if seed in theirs]
     if not shared:
-        raise ValueError(f"{better} and {worse} share no seed: got {[*evidence[better]]} and {[*evidence[worse]]}")
-    first, second = ({seed: evidence[arm][seed] for seed in shared} for arm in (better, worse))
+        raise ValueError(f"{better} and {worse} share no seed: got {[*ours]} and {[*theirs]}")
+    first, second = ({seed: runs[seed] for seed in shared} for runs in (ours, theirs))
     for seed in shared:
         if not first[seed][name].same_pairs(second[seed][name]):
             raise ValueError(f"{better} and {worse} were evaluated on different pairs {name!r}, seed {seed}")
@@ -85,28 +105,27 @@ def with_asterisk(interval: Interval) -> str:
     return in_points(interval) + " *" * (interval.low > 0 or interval.high < 0)
 
 
-def summaries(arm: str, sigmas: Sequence[float], ensemble: Sequence[float]) -> dict[str, Measure]:
+def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
     """The three accuracies by which every arm is compared."""
     return {
         "own sigma": accuracy_at(ARMS[arm].sigma),
-        "ensemble": accuracy_at(*ensemble),
-        "all levels": mean_accuracy([sigma for sigma in sigmas if 0 < sigma < 1]),
+        "ensemble": accuracy_at(*evidence.ensembles[0]),
+        "all levels": mean_accuracy([sigma for sigma in evidence.sigmas if 0 < sigma < 1]),
     }
 
 
-def question_section(
-    question: Question, evidence: Evidence, sets: Sequence[str], sigmas: Sequence[float], ensemble: Sequence[float]
-) -> str:
+def question_section(question: Question, evidence: Evidence) -> str:
     """Markdown: accuracies of the arms, paired differences to the baseline, and the paper's orderings.
 
     Arms without results are left out; "" if there are fewer than two.
     """
-    arms = [arm for arm in question.arms if arm in evidence]
+    runs, sets = evidence.runs, evidence.sets
+    arms = [arm for arm in question.arms if arm in runs]
     if len(arms) < 2:
         return ""
 
     def compare(better: str, worse: str, name: str) -> dict[str, Interval]:
-        of_better, of_worse = (summaries(arm, sigmas, ensemble) for arm in (better, worse))
+        of_better, of_worse = (summaries(arm, evidence) for arm in (better, worse))
         return {key: difference(evidence, better, worse, name, of_better[key], of_worse[key]) for key in of_better}
 
     def sentence(better: str, worse: str) -> str:
@@ -114,33 +133,23 @@ def question_section(
         for name in sets:
             words = [f"{key} {verdict(gap)} ({in_points(gap)})" for key, gap in compare(better, worse, name).items()]
             parts.append(f"on {name}: {', '.join(words)}")
-        seeds = len(evidence[better].keys() & evidence[worse].keys())
+        seeds = len(runs[better].keys() & runs[worse].keys())
         note = " (one seed: variance between seeds unknown)" if seeds == 1 else ""
         return f"- Paper: {better} above {worse}. Here, {'; '.join(parts)}{note}."
 
     accuracies = []
     for arm in arms:
-        measures = [(name, measure) for name in sets for measure in summaries(arm, sigmas, ensemble).values()]
+        measures = [(name, measure) for name in sets for measure in summaries(arm, evidence).values()]
         cells = [in_points(accuracy(evidence, arm, name, measure), signed=False) for name, measure in measures]
-        accuracies.append([f"{arm}: {ARMS[arm].title}", len(evidence[arm]), *cells])
+        accuracies.append([f"{arm}: {ARMS[arm].title}", len(runs[arm]), *cells])
     pairs = dict.fromkeys([*question.paper, *((BASELINE, arm) for arm in arms if arm != BASELINE)])
-    pairs = [pair for pair in pairs if set(pair) <= evidence.keys()]
+    pairs = [pair for pair in pairs if set(pair) <= runs.keys()]
     differences = [
         [f"{better} minus {worse}"]
         + [with_asterisk(gap) for name in sets for gap in compare(better, worse, name).values()]
         for better, worse in pairs
     ]
-    columns = [f"{name}, {key}" for name in sets for key in summaries(BASELINE, sigmas, ensemble)]
-    orderings = [sentence(*pair) for pair in question.paper if set(pair) <= evidence.keys()]
-    return (
-        "\n\n".join(
-            [
-                f"## {question.title}",
-                table(["arm", "seeds", *columns], accuracies),
-                table(["paired difference", *columns], differences),
-                ASTERISK,
-                "\n".join(orderings),
-            ]
-        ).rstrip()
-        + "\n"
-    )
+    columns = [f"{name}, {key}" for name in sets for key in summaries(BASELINE, evidence)]
+    orderings = [sentence(*pair) for pair in question.paper if set(pair) <= runs.keys()]
+    tables = table(["arm", "seeds", *columns], accuracies), table(["paired difference", *columns], differences)
+    return "\n\n".join([f"## {question.title}", *tables, ASTERISK, "\n".join(orderings)]).rstrip() + "\n"

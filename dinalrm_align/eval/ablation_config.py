@@ -35,22 +35,15 @@ class Arm:
         return self.changes(reward) if callable(self.changes) else self.changes
 
 
-def _depth(number: int) -> Callable[[RewardConfig], Changes]:
-    """The first `number` quarters of the baseline's blocks, with taps in proportion."""
+def _depth(reward: RewardConfig, quarters: int) -> Changes:
+    """That many quarters of the baseline's blocks, with taps in proportion."""
+    layers = max(1, reward.num_layers * quarters // 4)
 
-    def changes(reward: RewardConfig) -> Changes:
-        layers = max(1, reward.num_layers * number // 4)
+    def scaled(taps: tuple[int, ...]) -> list[int]:
+        return sorted({max(1, round(tap * layers / reward.num_layers)) for tap in taps})
 
-        def scaled(taps: tuple[int, ...]) -> list[int]:
-            return sorted({max(1, round(tap * layers / reward.num_layers)) for tap in taps})
-
-        return {
-            "reward.num_layers": layers,
-            "reward.visual_taps": scaled(reward.visual_taps),
-            "reward.text_taps": scaled(reward.text_taps),
-        }
-
-    return changes
+    taps = {"reward.visual_taps": scaled(reward.visual_taps), "reward.text_taps": scaled(reward.text_taps)}
+    return {"reward.num_layers": layers, **taps}
 
 
 def _last_tap(reward: RewardConfig) -> Changes:
@@ -70,8 +63,8 @@ ARMS: dict[str, Arm] = {
     "frozen": Arm("frozen backbone", {"reward.tuning": "none"}),
     "nll": Arm("negative log-likelihood", {"loss.objective": "nll"}),
     "bradley_terry": Arm("Bradley-Terry", {"loss.likelihood": "bradley_terry"}),
-    "half_depth": Arm("half the blocks", _depth(2)),
-    "more_depth": Arm("a half more blocks", _depth(6)),
+    "half_depth": Arm("half the blocks", lambda reward: _depth(reward, 2)),
+    "more_depth": Arm("a half more blocks", lambda reward: _depth(reward, 6)),
     "last_tap": Arm("only the last block tapped", _last_tap),
     "image_taps": Arm("image taps only", {"reward.text_taps": []}),
     "no_film": Arm("no FiLM", {"reward.head.film": False}),

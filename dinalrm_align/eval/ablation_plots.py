@@ -11,40 +11,30 @@ from dinalrm_align.eval.inference import SINGLE_LEVEL, NoiseShare, gain_over_sin
 from dinalrm_align.train.figures import save_figure
 
 
-def plot_arms(
-    evidence: Evidence, arms: Sequence[str], sets: Sequence[str], sigmas: Sequence[float], path: Path, *, title: str
-) -> None:
+def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str) -> None:
     """Accuracy against the noise level: a panel per set, a curve with its 95 % interval per arm."""
-    figure = Figure(figsize=(5.5 * len(sets), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(sets), squeeze=False)[0]
-    for axis, name in zip(panels, sets, strict=True):
-        for index, arm in enumerate(arm for arm in arms if arm in evidence):
-            points = [accuracy(evidence, arm, name, accuracy_at(sigma)) for sigma in sigmas]
-            seeds = len(evidence[arm])
+    figure = Figure(figsize=(5.5 * len(evidence.sets), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(evidence.sets), squeeze=False)[0]
+    for axis, name in zip(panels, evidence.sets, strict=True):
+        for index, arm in enumerate(arm for arm in arms if arm in evidence.runs):
+            points = [accuracy(evidence, arm, name, accuracy_at(sigma)) for sigma in evidence.sigmas]
+            seeds = len(evidence.runs[arm])
             label = f"{arm} ({seeds} seed{'s' if seeds > 1 else ''})"
-            axis.plot(sigmas, [100 * point.mean for point in points], marker="o", markersize=3, label=label)
+            axis.plot(evidence.sigmas, [100 * point.mean for point in points], marker="o", markersize=3, label=label)
             low, high = [100 * point.low for point in points], [100 * point.high for point in points]
-            axis.fill_between(sigmas, low, high, alpha=0.12, color=f"C{index}", linewidth=0)
+            axis.fill_between(evidence.sigmas, low, high, alpha=0.12, color=f"C{index}", linewidth=0)
         _label(axis, name, "noise level sigma", "pairwise accuracy, per cent")
         axis.legend(fontsize=8)
     figure.suptitle(f"{title} (bands: 95 % over seeds and captions, unpaired)")
     save_figure(figure, path)
 
 
-def plot_inference(
-    evidence: Evidence,
-    arm: str,
-    sets: Sequence[str],
-    sigmas: Sequence[float],
-    ensembles: Sequence[Sequence[float]],
-    path: Path,
-) -> None:
+def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
     """Paired difference of each choice of noise levels to the single level, for one arm: a panel per set."""
-    first = next(iter(evidence[arm].values()))
-    by_set = {name: inference_measures(sigmas, ensembles, first[name]) for name in sets}
+    by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
     labels = list(dict.fromkeys(label for measures in by_set.values() for label in measures))
-    figure = Figure(figsize=(4.5 * len(sets) + 2, 0.26 * len(labels) + 1.4), layout="constrained")
-    panels = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(4.5 * len(evidence.sets) + 2, 0.26 * len(labels) + 1.4), layout="constrained")
+    panels = figure.subplots(1, len(evidence.sets), sharey=True, squeeze=False)[0]
     for axis, (name, measures) in zip(panels, by_set.items(), strict=True):
         for row, label in enumerate(labels):
             if label in measures:
@@ -56,7 +46,7 @@ def plot_inference(
         _label(axis, name, f"points of accuracy, minus sigma {SINGLE_LEVEL:g}", "")
         axis.set_yticks(range(len(labels)), labels, fontsize=8)
     panels[0].invert_yaxis()
-    figure.suptitle(f"noise levels at inference ({arm}, {len(evidence[arm])} seeds; paired, 95 %)")
+    figure.suptitle(f"noise levels at inference ({arm}, {len(evidence.runs[arm])} seeds; paired, 95 %)")
     save_figure(figure, path)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dinalrm_align.eval.ablation import Evidence, question_section
+from dinalrm_align.eval.ablation import Evidence, Runs, question_section
 from dinalrm_align.eval.ablation_config import ARMS, BASELINE, QUESTIONS, AblateRun
 from dinalrm_align.eval.ablation_plots import plot_arms, plot_inference, plot_noise_shares
 from dinalrm_align.eval.calibration_report import calibration_section, plot_reliability, reliabilities
@@ -28,40 +28,38 @@ def summary_line(arm: str, seed: int, sets: Mapping[str, PairScores], ensemble: 
     return f"{arm}, seed {seed}: {'; '.join(parts)}"
 
 
-def write(
-    evidence: Evidence, losses: Mapping[str, LossConfig], config: AblateRun, *, command: str, directory: Path
-) -> None:
+def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, command: str, directory: Path) -> None:
     """Write the report of all finished arms. losses: of each arm's training, for its predicted probabilities."""
-    sets = list(config.judged or {})
-    sigmas, ensemble = sorted(config.sigmas), config.ensembles[0]
-    sections = [_preface(evidence, config, sets, command)]
+    sets, sigmas = list(config.judged or {}), sorted(config.sigmas)
+    evidence = Evidence(runs, sets, sigmas, config.ensembles)
+    sections = [_preface(evidence, config, command)]
     for key, question in QUESTIONS.items():
-        section = question_section(question, evidence, sets, sigmas, ensemble)
+        section = question_section(question, evidence)
         if section:
             sections.append(f"{section}\n![{question.title}]({key}.png)\n")
-            plot_arms(evidence, question.arms, sets, sigmas, directory / f"{key}.png", title=question.title)
-    if BASELINE in evidence:
-        section = inference_section(evidence, BASELINE, sets, sigmas, config.ensembles)
+            plot_arms(evidence, question.arms, directory / f"{key}.png", title=question.title)
+    if BASELINE in runs:
+        section = inference_section(evidence, BASELINE)
         sections.append(f"{section}\n![Noise levels at inference](inference.png)\n")
-        plot_inference(evidence, BASELINE, sets, sigmas, config.ensembles, directory / "inference.png")
-        seeds = [run[sets[-1]] for run in evidence[BASELINE].values()]
-        shares = noise_shares(seeds, config.draws, ensemble)
+        plot_inference(evidence, BASELINE, directory / "inference.png")
+        seeds = [run[sets[-1]] for run in runs[BASELINE].values()]
+        shares = noise_shares(seeds, config.draws, config.ensembles[0])
         if shares:
             sections.append(f"{variance_section(shares)}\n![Variance over noise draws](variance.png)\n")
             plot_noise_shares(shares, directory / "variance.png")
     levels = [sigma for sigma in CALIBRATED_AT if sigma in sigmas] or sigmas
-    curves = reliabilities({arm: runs for arm, runs in evidence.items() if arm in LIKELIHOODS}, losses, sets[0], levels)
+    curves = reliabilities({arm: runs[arm] for arm in runs if arm in LIKELIHOODS}, losses, sets[0], levels)
     sections.append(f"{calibration_section(curves, sets[0])}\n![Reliability](reliability.png)\n")
     plot_reliability(curves, directory / "reliability.png")
     write_atomically(directory / "ablation.md", "\n".join(sections))
     write_atomically(directory / "ablation.json", json.dumps(_numbers(evidence, config, command), indent=1) + "\n")
 
 
-def _preface(evidence: Evidence, config: AblateRun, sets: list[str], command: str) -> str:
-    first = next(iter(next(iter(evidence.values())).values()))
-    sizes = "; ".join(f"{name}: {first[name].size}" for name in sets)
-    seeds = "; ".join(f"{arm} {', '.join(map(str, sorted(runs)))}" for arm, runs in evidence.items())
-    own = ", ".join(f"{arm} {ARMS[arm].sigma:g}" for arm in evidence)
+def _preface(evidence: Evidence, config: AblateRun, command: str) -> str:
+    first = next(iter(next(iter(evidence.runs.values())).values()))
+    sizes = "; ".join(f"{name}: {first[name].size}" for name in evidence.sets)
+    seeds = "; ".join(f"{arm} {', '.join(map(str, sorted(runs)))}" for arm, runs in evidence.runs.items())
+    own = ", ".join(f"{arm} {ARMS[arm].sigma:g}" for arm in evidence.runs)
     return (
         f"# Ablations of the reward\n\n`{command}`\n\nModel {config.model}; {config.steps} updates per arm. Seeds: "
         f"{seeds}. Evaluated on {sizes}.\n\nPairwise accuracy in per cent with 95 % intervals over seeds and captions "
@@ -72,8 +70,7 @@ def _preface(evidence: Evidence, config: AblateRun, sets: list[str], command: st
 
 def _numbers(evidence: Evidence, config: AblateRun, command: str) -> dict[str, object]:
     """Accuracy of every run at every noise level."""
-    levels = [NoiseLevels.at(sigma).name for sigma in sorted(config.sigmas)]
-    levels.append(NoiseLevels.at(*config.ensembles[0]).name)
+    levels = [NoiseLevels.at(*level).name for level in [*([s] for s in evidence.sigmas), evidence.ensembles[0]]]
     arms = {
         arm: {
             f"seed {seed}": {
@@ -81,6 +78,6 @@ def _numbers(evidence: Evidence, config: AblateRun, command: str) -> dict[str, o
             }
             for seed, sets in sorted(runs.items())
         }
-        for arm, runs in evidence.items()
+        for arm, runs in evidence.runs.items()
     }
     return {"command": command, "steps": config.steps, "arms": arms}

@@ -34,12 +34,9 @@ class Reliability:
     Every pair counts once, with the more probable image first: p below 1/2 becomes 1 - p, and its label 1 - label. At
     p = 1/2 the label counts as 1/2.
 
-    Args:
-        edges: (bins + 1,).
-        count: (bins,).
-        predicted, observed: (bins,), mean prediction and mean label.
-        standard_error: (bins,), of `observed`, over captions; at least that of independent pairs under a flat prior, so
-            that it is positive in a bin where all labels agree.
+    edges: (bins + 1,); the rest: (bins,). predicted, observed: mean prediction and mean label. standard_error: of
+    `observed`, over captions; at least that of independent pairs under a flat prior, so it is positive in a bin where
+    all labels agree.
     """
 
     edges: np.ndarray
@@ -82,16 +79,10 @@ def calibrate(
     rng: np.random.Generator,
     bins: int = 10,
 ) -> Calibration:
-    """Calibration of the pairs at one noise level.
+    """Calibration of N pairs at noise level sigma.
 
-    Args:
-        gap: (N,) raw score of the first image minus that of the second.
-        label: (N,) in [0, 1], the share of raters who prefer the first.
-        captions: (N,); pairs of one caption are not independent.
-        sigma: the noise level.
-        config: the likelihood.
-        rng: for the interval.
-        bins: of the reliability.
+    gap: raw score of the first image minus that of the second. label: share of raters who prefer the first, in [0, 1].
+    captions: pairs of one caption are not independent. config: the likelihood. rng: for the interval.
     """
     probability = predict(gap, sigma, config)
     curve = reliability(probability, label, bins, captions)

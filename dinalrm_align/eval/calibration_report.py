@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dinalrm_align.eval.ablation import Evidence
+from dinalrm_align.eval.ablation import Runs
 from dinalrm_align.eval.calibration import Calibration, calibrate, fidelity_rater
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NoiseLevels
@@ -32,14 +32,14 @@ SECTION = (
 
 
 def reliabilities(
-    evidence: Evidence, losses: Mapping[str, LossConfig], name: str, sigmas: Sequence[float], *, seed: int = 0
+    runs: Runs, losses: Mapping[str, LossConfig], name: str, sigmas: Sequence[float], *, seed: int = 0
 ) -> dict[str, dict[float, Calibration]]:
     """Calibration of every arm at single noise levels on the set `name`, by the likelihood in `losses` that it was
     trained with. Pairs of all seeds are pooled by caption, so intervals are over captions.
     """
     curves: dict[str, dict[float, Calibration]] = {}
-    for arm, runs in evidence.items():
-        seeds = [sets[name] for sets in runs.values()]
+    for arm, seeds_of_arm in runs.items():
+        seeds = [sets[name] for sets in seeds_of_arm.values()]
         label, caption = (np.concatenate([vars(scores)[column] for scores in seeds]) for column in ("label", "caption"))
         curves[arm] = {}
         for sigma in sigmas:

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dinalrm_align.eval import test_set_report
-from dinalrm_align.eval.ablation import accuracy, accuracy_of, in_points
+from dinalrm_align.eval.ablation import Evidence, accuracy, accuracy_of, in_points
 from dinalrm_align.eval.ablation_plots import plot_inference
-from dinalrm_align.eval.calibration import Calibration
 from dinalrm_align.eval.calibration_report import calibration_section, plot_reliability, reliabilities
 from dinalrm_align.eval.config import EvaluateRun
 from dinalrm_align.eval.inference import SINGLE_LEVEL, inference_section
@@ -30,7 +29,8 @@ def write(
     gold: set -> accuracy of the gold score; empty if it was not evaluated.
     """
     sets = {result.name: result.scores for result in results}
-    evidence, names, levels = {REWARD: {0: sets}}, list(sets), main_levels(config, results[0].scores)
+    evidence = Evidence({REWARD: {0: sets}}, list(sets), sorted(config.sigmas), config.ensembles)
+    first, levels = results[0].name, main_levels(config, results[0].scores)
     values: dict[str, object] = {"command": command, "sets": test_set_report.numbers(results)}
     values["accuracy"] = {
         name: {level: round(scores.accuracy(level), 5) for level in scores.scores} for name, scores in sets.items()
@@ -42,24 +42,26 @@ def write(
             f"Accuracy of the gold score on decoded latents: {found}. Labels are noisy; decoding is lossy.\n"
         )
     sections.append(test_set_report.section(results, levels))
-    concepts = [concept_section(name, scores) for name, scores in sets.items() if scores.concept is not None]
+    concepts = [concept_section(name, evidence) for name, scores in sets.items() if scores.concept is not None]
     if levels == [NO_NOISE.name]:
         sections += concepts
     else:
-        sigmas = sorted(config.sigmas)
-        curves = reliabilities(evidence, {REWARD: config.loss}, names[0], config.calibrated_at)
+        curves = reliabilities(evidence.runs, {REWARD: config.loss}, first, config.calibrated_at)
         sections += [
             "![Accuracy against sigma](accuracy_vs_sigma.png)\n",
-            inference_section(evidence, REWARD, names, sigmas, config.ensembles),
+            inference_section(evidence, REWARD),
             "![Noise levels at inference](inference.png)\n",
             *concepts,
-            calibration_section(curves, names[0]),
+            calibration_section(curves, first),
             "![Reliability](reliability.png)\n",
         ]
         test_set_report.plot_levels(results, directory / "accuracy_vs_sigma.png")
-        plot_inference(evidence, REWARD, names, sigmas, config.ensembles, directory / "inference.png")
+        plot_inference(evidence, REWARD, directory / "inference.png")
         plot_reliability(curves, directory / "reliability.png")
-        values["calibration"] = _calibration(curves[REWARD])
+        values["calibration"] = {
+            f"{sigma:g}": dict(error=round(one.error, 5), best_scale=round(one.scale, 4), nll=round(one.nll, 5))
+            for sigma, one in curves[REWARD].items()
+        }
     for result in results:
         test_set_report.write_pairs(result.scores, directory / f"pairs_{result.name}.jsonl")
     values["gold"] = {name: round(value, 5) for name, value in gold.items()}
@@ -83,22 +85,11 @@ def _preface(sets: Mapping[str, PairScores], config: EvaluateRun, command: str) 
     )
 
 
-def _calibration(levels: Mapping[float, Calibration]) -> dict[str, object]:
-    return {
-        f"{sigma:g}": {
-            "error": round(found.error, 5),
-            "best_scale": round(found.scale, 4),
-            "nll": round(found.nll, 5),
-        }
-        for sigma, found in levels.items()
-    }
-
-
-def concept_section(name: str, scores: PairScores) -> str:
+def concept_section(name: str, evidence: Evidence) -> str:
     """Markdown: accuracy on a set by what the pairs differ in, at every noise level."""
+    scores = evidence.runs[REWARD][0][name]
     levels = sorted(scores.scores, key=lambda level: ("+" in level, level))
     header = ["concept", "pairs", *(level if level == NO_NOISE.name else f"sigma {level}" for level in levels)]
-    evidence = {REWARD: {0: {name: scores}}}
     overall = [in_points(accuracy(evidence, REWARD, name, accuracy_of(level)), signed=False) for level in levels]
     rows = [["all", len(scores.label), *overall]]
     concepts = np.array(scores.concept)

@@ -61,31 +61,32 @@ def _joined(draws: tuple[int, ...]) -> NoiseLevels:
     return NoiseLevels((SINGLE_LEVEL,) * len(draws), draws)
 
 
-def inference_measures(
-    sigmas: Sequence[float], ensembles: Sequence[Sequence[float]], scores: PairScores
-) -> dict[str, Measure]:
-    """Label -> accuracy, for every choice of noise levels that has scores."""
-    measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in sigmas}
-    for levels in ensembles:
+def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
+    """Label -> accuracy, for every choice of noise levels that an arm has scores for on a set."""
+    scores = _first(evidence, arm, name)
+    measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in evidence.sigmas}
+    for levels in evidence.ensembles:
         label = level_name(levels)
         measures[f"{label}, tokens"] = accuracy_at(*levels)
         measures[f"{label}, average"] = accuracy_of(*(NoiseLevels.at(sigma).name for sigma in levels))
     for count in COUNTS[1:]:
         names = [NoiseLevels.at(SINGLE_LEVEL, draw=draw).name for draw in range(count)]
         joined = _joined(tuple(range(count))).name
-        if joined in scores.scores:
+        if joined in scores:
             measures[f"sigma {SINGLE_LEVEL:g}, {count} draws, tokens"] = accuracy_of(joined)
-        if set(names) <= scores.scores.keys():
+        if set(names) <= scores.keys():
             measures[f"sigma {SINGLE_LEVEL:g}, {count} draws, average"] = accuracy_of(*names)
     return measures
 
 
-def inference_section(
-    evidence: Evidence, arm: str, sets: Sequence[str], sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]
-) -> str:
+def _first(evidence: Evidence, arm: str, name: str) -> dict[str, np.ndarray]:
+    """Scores of the first seed, by noise level; all seeds have the same levels."""
+    return next(iter(evidence.runs[arm].values()))[name].scores
+
+
+def inference_section(evidence: Evidence, arm: str) -> str:
     """Markdown: accuracy of one arm for every choice of noise levels, and its paired difference to the single level."""
-    seeds = evidence[arm]
-    by_set = {name: inference_measures(sigmas, ensembles, next(iter(seeds.values()))[name]) for name in sets}
+    by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
 
     def cells(name: str, label: str) -> list[str]:
         if label not in by_set[name]:
@@ -95,13 +96,11 @@ def inference_section(
         return [value, with_asterisk(gain_over_single(evidence, arm, name, measure))]
 
     labels = dict.fromkeys(label for measures in by_set.values() for label in measures)
-    header = ["noise levels", *(part for name in sets for part in (name, f"{name}, minus sigma {SINGLE_LEVEL:g}"))]
-    rows = [[label, *(cell for name in sets for cell in cells(name, label))] for label in labels]
-    orderings = "\n".join(paper_orderings(evidence, arm, sets, ensembles[0]))
-    return (
-        f"## Noise levels at inference\n\nRewards: {arm}, {len(seeds)} seeds.\n\n{table(header, rows)}\n\n{ASTERISK}\n"
-        f"\n{orderings}\n"
-    )
+    header = ["noise levels", *(part for name in by_set for part in (name, f"{name}, minus sigma {SINGLE_LEVEL:g}"))]
+    rows = [[label, *(cell for name in by_set for cell in cells(name, label))] for label in labels]
+    orderings = "\n".join(paper_orderings(evidence, arm))
+    title = f"## Noise levels at inference\n\nRewards: {arm}, {len(evidence.runs[arm])} seeds."
+    return "\n\n".join([title, table(header, rows), ASTERISK, f"{orderings}\n"])
 
 
 def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
@@ -109,8 +108,9 @@ def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) 
     return difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
 
 
-def paper_orderings(evidence: Evidence, arm: str, sets: Sequence[str], ensemble: Sequence[float]) -> list[str]:
+def paper_orderings(evidence: Evidence, arm: str) -> list[str]:
     """The paper's claims on inference with the verdicts here; claims on levels without scores are left out."""
+    ensemble = evidence.ensembles[0]
     average = accuracy_of(*(NoiseLevels.at(sigma).name for sigma in ensemble))
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [
@@ -119,11 +119,11 @@ def paper_orderings(evidence: Evidence, arm: str, sets: Sequence[str], ensemble:
         (f"token ensemble above sigma {SINGLE_LEVEL:g}", tokens, single, SINGLE_LEVEL),
         ("token ensemble above the average of the same levels", tokens, average, SINGLE_LEVEL),
     ]
-    scored = next(iter(evidence[arm].values()))[sets[0]].scores
+    scored = _first(evidence, arm, evidence.sets[0])
     lines = []
     for claim, better, worse, level in claims:
         if NoiseLevels.at(level).name in scored:
-            gaps = {name: difference(evidence, arm, arm, name, better, worse) for name in sets}
+            gaps = {name: difference(evidence, arm, arm, name, better, worse) for name in evidence.sets}
             parts = [f"on {name} it {verdict(gap)} ({in_points(gap)})" for name, gap in gaps.items()]
             lines.append(f"- Paper: {claim}. Here, {', '.join(parts)}.")
     return lines

@@ -1,4 +1,4 @@
-"""Scores stored in pieces while a reward is evaluated, so that a run that was killed does not score them again."""
+"""Arrays with metadata in safetensors files; and scores stored in pieces, so that a killed run does not repeat them."""
 
 import json
 from collections.abc import Mapping
@@ -13,17 +13,37 @@ from dinalrm_align.train.durable import discard_folder, write_atomically
 TERMS = "terms.json"
 
 
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], **metadata: object) -> None:
+    """Write a safetensors file atomically. metadata: JSON-serialisable."""
+    text = {name: json.dumps(value) for name, value in metadata.items()}
+    write_atomically(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=text))
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """The arrays and the metadata of a file of `write_arrays`. Raises ValueError when it is damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to score again") from error
+
+
+def check_terms(path: Path, stored: object, terms: Mapping[str, object]) -> None:
+    """Raise ValueError unless stored scores were taken with `terms`."""
+    expected = json.loads(json.dumps(terms))
+    if stored != expected:
+        raise ValueError(
+            f"{path}: got scores taken with {stored}; expected {expected}: choose another output_dir, or delete it to "
+            "score again"
+        )
+
+
 class Pieces:
-    """A folder of numbered safetensors files, each written atomically.
-
-    Args:
-        folder: created if it does not exist.
-        terms: what the scores depend on, JSON-serialisable.
-
-    Raises ValueError when the folder holds scores that were taken with other terms.
-    """
+    """A folder of numbered pieces, for scores that were taken with `terms` (JSON-serialisable)."""
 
     def __init__(self, folder: Path, terms: Mapping[str, object]) -> None:
+        """Raises ValueError when the folder holds scores that were taken with other terms."""
         self.folder = folder
         stored = folder / TERMS
         if stored.exists():
@@ -32,20 +52,14 @@ class Pieces:
             write_atomically(stored, json.dumps(terms, indent=1) + "\n")
 
     def load(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, object]] | None:
-        """The arrays and the metadata of a piece; None if it does not exist. Raises ValueError if it is damaged."""
-        path = self._path(number)
-        if not path.exists():
+        """The arrays and the metadata of a piece; None if it does not exist."""
+        if not self._path(number).exists():
             return None
-        try:
-            with safe_open(path, framework="np") as file:
-                metadata = json.loads((file.metadata() or {})["words"])
-                return {name: file.get_tensor(name) for name in file.keys()}, metadata
-        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it to score this piece again") from error
+        arrays, metadata = read_arrays(self._path(number))
+        return arrays, metadata["words"]
 
     def save(self, number: int, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, object]) -> None:
-        """Write a piece. metadata: JSON-serialisable."""
-        write_atomically(self._path(number), save(dict(arrays), metadata={"words": json.dumps(metadata)}))
+        write_arrays(self._path(number), arrays, words=metadata)
 
     def discard(self) -> None:
         """Delete the folder, once the scores are stored as a whole elsewhere."""
@@ -53,13 +67,3 @@ class Pieces:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
-
-
-def check_terms(path: Path, stored: Mapping[str, object], terms: Mapping[str, object]) -> None:
-    """Raise ValueError unless stored scores were taken with `terms`."""
-    expected = json.loads(json.dumps(terms))
-    if stored != expected:
-        raise ValueError(
-            f"{path}: got scores taken with {stored}; expected {expected}: choose another output_dir, or delete it to "
-            "score again"
-        )

@@ -26,7 +26,8 @@ from dinalrm_align.eval.precision_images import Sample, heldout_images, images_o
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import Level, level_name
 from dinalrm_align.models.specs import ModelSpec, resolve_model
-from dinalrm_align.train.command import parse, refuse
+from dinalrm_align.train.command import parse, refuse, refusing
+from dinalrm_align.train.device import available_device
 from dinalrm_align.train.durable import write_atomically
 
 if TYPE_CHECKING:
@@ -104,9 +105,8 @@ def compare(found: ScoresAndGradients, reference: ScoresAndGradients) -> Agreeme
     """Agreement of `found` with `reference`. Raises ValueError for values that are not finite and for equal scores."""
     for name, tensor in (*vars(found).items(), *vars(reference).items()):
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"{name}: {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are not finite"
-            )
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"{name}: {bad} of {tensor.numel()} values are not finite")
     spread = reference.scores.std()
     if not spread > 0:
         raise ValueError("all reference scores are equal; expected images with different scores")
@@ -129,21 +129,19 @@ def compare(found: ScoresAndGradients, reference: ScoresAndGradients) -> Agreeme
     )
 
 
-def measure(config: PrecisionRun, spec: ModelSpec, device: str) -> list[dict[str, object]]:
+def measure(config: PrecisionRun, spec: ModelSpec, device: torch.device) -> list[dict[str, object]]:
     """One row per dtype, mode and level: {"dtype", "way", "sigma", and the fields of `Agreement`}."""
     from dinalrm_align.reward.latent import LatentReward
 
     def load(dtype: str) -> LatentReward:
-        return LatentReward.from_pretrained(
-            config.reward or spec.reward, transformer=spec.pipeline, device=device, dtype=dtype
-        )
+        source = config.reward or spec.reward
+        return LatentReward.from_pretrained(source, transformer=spec.pipeline, device=device, dtype=dtype)
 
-    exact = load("float32")
+    exact, rows = load("float32"), []
     if config.pairs is None:
         sample = heldout_images(spec, config.latents, config.seed)
     else:
         sample = images_of_pairs(config.pairs, config.latents, config.seed)
-    rows = []
 
     def add(dtype: str, mode: str, level: Level, found: ScoresAndGradients) -> None:
         rows.append({"dtype": dtype, "way": mode, "sigma": list(level), **vars(compare(found, reference[level]))})
@@ -211,21 +209,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and write precision.md and precision.json."""
     words = sys.argv[1:] if argv is None else list(argv)
     config, _ = parse(PrecisionRun, __doc__, words)
-    try:
+    with refusing():
         spec, reason = resolve_model(config.model)
-    except ValueError as error:
-        refuse(str(error))
-    print(reason)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        refuse("device: got cuda, but torch finds no CUDA GPU; expected auto or cpu")
-    if config.pairs is None and spec.kind != "shapes":
-        refuse(f"pairs: got none; expected a directory of latent pairs, since {spec.name} cannot render images")
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    try:
+        print(reason)
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        device = available_device(default if config.device == "auto" else config.device)
+        if config.pairs is None and spec.kind != "shapes":
+            refuse(f"pairs: got none; expected a directory of latent pairs, since {spec.name} cannot render images")
         with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 convolutions are less precise than float32
-            rows = measure(config, spec, "cuda" if on_gpu else "cpu")
-    except (ValueError, OSError) as error:
-        refuse(str(error))
+            rows = measure(config, spec, device)
+    cpu = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
     run = {
         "command": shlex.join(["python", "-m", "dinalrm_align.eval.precision", *words]),
         "model": spec.name,
@@ -233,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "latents": config.latents,
         "pictures": "renders of held-out captions" if config.pairs is None else "the first of the pairs",
         "seed": config.seed,
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.backends.cpu.get_cpu_capability()})",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
         "torch": torch.__version__,
     }
     report, output = markdown(run, rows), Path(config.output)

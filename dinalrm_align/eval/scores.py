@@ -6,22 +6,18 @@ runs once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from dinalrm_align.data.pairs import PairBatch
-from dinalrm_align.eval.pieces import Pieces, check_terms
+from dinalrm_align.eval.pieces import Pieces, check_terms, read_arrays, write_arrays
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.train.durable import atomically
 
 PAIR_COLUMNS = ("chosen", "rejected", "label", "caption")
 STORED_NAMES = {"prompts": "prompts", "images": "pictures"}
@@ -197,26 +193,18 @@ def check_finite(scores: np.ndarray, level: str, title: str) -> None:
 def save_scores(scores: PairScores, path: Path, terms: dict[str, object]) -> None:
     """Write one safetensors file atomically. terms: JSON-serialisable; `load_scores` compares them."""
     concepts = sorted(set(scores.concept or ()))
-    tensors = {"scores": torch.from_numpy(np.stack(list(scores.scores.values())))}
-    tensors |= {name: torch.from_numpy(vars(scores)[name]) for name in PAIR_COLUMNS}
+    arrays = {"scores": np.stack(list(scores.scores.values()))} | {name: vars(scores)[name] for name in PAIR_COLUMNS}
     if scores.concept is not None:
-        tensors["concept"] = torch.tensor([concepts.index(name) for name in scores.concept])
+        arrays["concept"] = np.array([concepts.index(name) for name in scores.concept])
     if scores.group is not None:
-        tensors["group"] = torch.from_numpy(scores.group)
-    metadata = {"readings": list(scores.scores), "concepts": concepts, "terms": terms}
-    metadata |= {key: vars(scores)[field] for field, key in STORED_NAMES.items() if vars(scores)[field] is not None}
-    with atomically(path) as temporary:
-        save_file(tensors, temporary, metadata={name: json.dumps(value) for name, value in metadata.items()})
+        arrays["group"] = scores.group
+    names = {key: vars(scores)[field] for field, key in STORED_NAMES.items() if vars(scores)[field] is not None}
+    write_arrays(path, arrays, readings=list(scores.scores), concepts=concepts, terms=terms, **names)
 
 
 def load_scores(path: Path, terms: dict[str, object]) -> PairScores:
     """Read a file of `save_scores`. Raises ValueError when it is damaged or was written with other terms."""
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            columns = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to score again") from error
+    columns, metadata = read_arrays(path)
     check_terms(path, metadata["terms"], terms)
     scores = dict(zip(metadata["readings"], columns.pop("scores"), strict=True))
     numbers = columns.pop("concept", None)

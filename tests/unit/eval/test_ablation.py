@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dinalrm_align.eval.ablation import (
+    Evidence,
     accuracy,
     accuracy_at,
     difference,
@@ -23,8 +24,8 @@ ENSEMBLE = [0.2, 0.4]
 PAIRS = 400
 
 
-def judged(rate, seed, *, names=None, spread=1.0):
-    """400 pairs of as many captions; each reading is right for about `rate` of them."""
+def scores_of(rate, seed, *, names=None, spread=1.0):
+    """400 pairs of as many captions; each noise level is right for about `rate` of them."""
     rng = np.random.default_rng(seed)
     names = names or [NoiseLevels.at(sigma).name for sigma in SIGMAS] + [NoiseLevels.at(*ENSEMBLE).name]
     scores = {}
@@ -36,15 +37,21 @@ def judged(rate, seed, *, names=None, spread=1.0):
 
 
 def evidence(**rates):
-    return {
-        arm: {seed: {"set": judged(rate, 10 * index + seed)} for seed in range(3)}
-        for index, (arm, rate) in enumerate(rates.items())
-    }
+    return evidence_of(
+        {
+            arm: {seed: {"set": scores_of(rate, 10 * index + seed)} for seed in range(3)}
+            for index, (arm, rate) in enumerate(rates.items())
+        }
+    )
+
+
+def evidence_of(runs):
+    return Evidence(runs, ["set"], SIGMAS, [ENSEMBLE])
 
 
 def test_accuracy_is_the_mean_over_seeds_and_captions():
     found = evidence(calibrated=0.8)
-    expected = np.mean([found["calibrated"][seed]["set"].correct("0.4").mean() for seed in range(3)])
+    expected = np.mean([found.runs["calibrated"][seed]["set"].correct("0.4").mean() for seed in range(3)])
     interval = accuracy(found, "calibrated", "set", accuracy_at(0.4))
     assert interval.mean == pytest.approx(expected) and (interval.seeds, interval.captions) == (3, PAIRS)
     assert interval.low < interval.mean < interval.high
@@ -72,20 +79,20 @@ def test_no_difference_has_none():
 
 def test_differences_are_paired_over_shared_seeds_and_equal_pairs():
     found = evidence(calibrated=0.8, fixed=0.7)
-    del found["fixed"][2]
+    del found.runs["fixed"][2]
     assert difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4)).seeds == 2
-    other = found["fixed"][0]["set"]
-    found["fixed"][0]["set"] = PairScores(other.scores, other.rejected, other.chosen, other.label, other.caption)
+    other = found.runs["fixed"][0]["set"]
+    found.runs["fixed"][0]["set"] = PairScores(other.scores, other.rejected, other.chosen, other.label, other.caption)
     with pytest.raises(ValueError, match="different pairs 'set', seed 0"):
         difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
-    found["fixed"] = {7: found["fixed"][1]}
+    found.runs["fixed"] = {7: found.runs["fixed"][1]}
     with pytest.raises(ValueError, match="share no seed"):
         difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
 
 
 def test_raters_that_tie_are_left_out():
     found = evidence(calibrated=0.8)
-    for sets in found["calibrated"].values():
+    for sets in found.runs["calibrated"].values():
         sets["set"].label[:100] = 0.5
     assert accuracy(found, "calibrated", "set", accuracy_at(0.4)).captions == PAIRS - 100
 
@@ -96,28 +103,26 @@ def test_points():
 
 
 def test_a_section_says_what_becomes_of_the_papers_ordering():
-    text = question_section(QUESTIONS["likelihood"], evidence(calibrated=0.9, fixed=0.6), ["set"], SIGMAS, ENSEMBLE)
+    text = question_section(QUESTIONS["likelihood"], evidence(calibrated=0.9, fixed=0.6))
     assert "Paper: calibrated above fixed. Here, on set: own sigma holds (+" in text
     assert "| fixed: fixed variance |" in text
-    text = question_section(QUESTIONS["likelihood"], evidence(calibrated=0.6, fixed=0.9), ["set"], SIGMAS, ENSEMBLE)
+    text = question_section(QUESTIONS["likelihood"], evidence(calibrated=0.6, fixed=0.9))
     assert "own sigma reverses (-" in text
-    text = question_section(QUESTIONS["likelihood"], evidence(calibrated=0.8, fixed=0.8), ["set"], SIGMAS, ENSEMBLE)
+    text = question_section(QUESTIONS["likelihood"], evidence(calibrated=0.8, fixed=0.8))
     assert "own sigma is inconclusive" in text
-    assert question_section(QUESTIONS["likelihood"], evidence(calibrated=0.8), ["set"], SIGMAS, ENSEMBLE) == ""
+    assert question_section(QUESTIONS["likelihood"], evidence(calibrated=0.8)) == ""
 
 
 def test_one_seed_is_marked():
-    found = {arm: {0: runs[0]} for arm, runs in evidence(calibrated=0.9, fixed=0.6).items()}
-    assert "one seed: variance between seeds unknown" in question_section(
-        QUESTIONS["likelihood"], found, ["set"], SIGMAS, ENSEMBLE
-    )
+    found = evidence_of({arm: {0: runs[0]} for arm, runs in evidence(calibrated=0.9, fixed=0.6).runs.items()})
+    assert "one seed: variance between seeds unknown" in question_section(QUESTIONS["likelihood"], found)
 
 
 def test_every_way_of_reading_that_was_taken_is_in_the_table():
     readings = [NoiseLevels.at(sigma) for sigma in SIGMAS] + [NoiseLevels.at(*ENSEMBLE)] + draw_levels(4, ENSEMBLE)
     names = [reading.name for reading in dict.fromkeys(readings)]
-    found = {BASELINE: {seed: {"set": judged(0.8, seed, names=names)} for seed in range(2)}}
-    text = inference_section(found, BASELINE, ["set"], SIGMAS, [ENSEMBLE])
+    found = evidence_of({BASELINE: {seed: {"set": scores_of(0.8, seed, names=names)} for seed in range(2)}})
+    text = inference_section(found, BASELINE)
     for label in ("sigma 0.8", "0.2+0.4, tokens", "0.2+0.4, average", "sigma 0.4, 2 draws, average",
                   "sigma 0.4, 2 draws, tokens", "sigma 0.4, 4 draws, average"):  # fmt: skip
         assert f"| {label} |" in text
