@@ -60,7 +60,7 @@ def parse(
     if positional is not None:
         documented = docstring_parser.parse(kind.__doc__).params
         meaning = next(part.description for part in documented if part.arg_name == positional)
-        parser.add_argument(positional, nargs="+", type=str, help=meaning)
+        parser.add_argument(positional, nargs="*", type=str, help=meaning)
     parser.add_class_arguments(kind, skip={positional} - {None})
     with refusing():
         for path in (*defaults, *_config_files(words)):
