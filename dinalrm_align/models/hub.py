@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from dinalrm_align.train.files import HUB_ID, reading
 
@@ -20,8 +20,10 @@ class HubOptions(TypedDict, total=False):
     local_files_only: bool
 
 
-def check_source(name: str, source: str | Path) -> None:
-    """Raise TypeError unless `source` is text or a path, ValueError unless it is an existing folder or a hub id."""
+def check_source(name: str, source: str | Path, **hub: Unpack[HubOptions]) -> None:
+    """Raise ValueError unless `source` is an existing folder or a hub id, TypeError for another type or option."""
+    if hub.keys() - HubOptions.__annotations__:
+        raise TypeError(f"{name}: unknown options {sorted(hub.keys() - HubOptions.__annotations__)}")
     if not isinstance(source, str | Path):
         raise TypeError(f"{name}: got {type(source).__name__}; expected a folder, or a hub id, owner/name")
     text = str(source)
@@ -37,43 +39,30 @@ def fetch(
     *,
     what: str = "model",
     subfolder: str = "",
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
+    **hub: Unpack[HubOptions],
 ) -> Path:
     """A local folder: `source`, or a snapshot of that repository; its `subfolder` where one is given.
 
     files: names and patterns to download, relative to the subfolder; default: the whole repository.
     """
-    check_source(what, source)
+    check_source(what, source, **hub)
     if Path(source).is_dir():
         return Path(source) / subfolder
     from huggingface_hub import snapshot_download
 
     patterns = None if files is None else [f"{subfolder}/{file}" if subfolder else file for file in files]
-    hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     with reading(what, source):
         return Path(snapshot_download(str(source), allow_patterns=patterns, **hub)) / subfolder
 
 
-def find_file(
-    source: str | Path,
-    name: str,
-    *,
-    what: str = "weights",
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Path:
+def find_file(source: str | Path, name: str, *, what: str = "weights", **hub: Unpack[HubOptions]) -> Path:
     """The file `name` of a folder or repository, or `source` itself where that is a file.
 
     Raises FileNotFoundError for a missing file, ValueError when `source` is neither file, folder nor hub id.
     """
     if isinstance(source, str | Path) and str(source) and Path(source).is_file():
         return Path(source)
-    check_source(what, source)
+    check_source(what, source, **hub)
     if Path(source).is_dir():
         path = Path(source) / name
         if not path.is_file():
@@ -81,7 +70,6 @@ def find_file(
         return path
     from huggingface_hub import hf_hub_download
 
-    hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     with reading(name, source):
         return Path(hf_hub_download(str(source), name, **hub))
 

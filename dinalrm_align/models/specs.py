@@ -210,11 +210,11 @@ def is_cached(repository: str) -> bool:
     sd35 = MODELS["sd35"]
     if repository == sd35.pipeline:
         return not missing_files(folder)
-    if repository == sd35.pixel_processor:
-        return (folder / "preprocessor_config.json").exists() and (folder / "tokenizer.json").exists()
     if repository == sd35.pixel:
         return not _missing_weights(folder, "model") or (folder / "pytorch_model.bin").exists()
-    return all((folder / file).exists() for file in RELEASED_REWARD_FILES)
+    processor = ("preprocessor_config.json", "tokenizer.json")
+    files = processor if repository == sd35.pixel_processor else RELEASED_REWARD_FILES
+    return all((folder / file).exists() for file in files)
 
 
 def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:

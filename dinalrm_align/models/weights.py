@@ -6,6 +6,7 @@ names is replaced by an empty stand-in, so that nothing is imported or called.
 """
 
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,19 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: got {_kind(content)}; expected names and tensors")
     return dict(content)
+
+
+def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> dict[str, Tensor]:
+    """The tensors by other names. rules: regular expressions of a name's beginning to replacements, or None to drop it.
+
+    The first rule that matches is applied; names without one are kept.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        rule = next((rule for rule in rules if re.match(rule, name)), None)
+        if rule is None or rules[rule] is not None:
+            renamed[name if rule is None else re.sub(f"^{rule}", rules[rule], name)] = tensor
+    return renamed
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
@@ -142,7 +156,8 @@ def read_module_tensors(path: Path) -> dict[str, Tensor]:
         content = content.get("model", content)  # a training checkpoint
     if not isinstance(content, _StandIn):
         raise ValueError(f"{path}: got {_kind(content)}; expected a pickled torch.nn.Module")
-    return dict(_module_tensors(content, ""))
+    with reading("pickled module", path):
+        return dict(_module_tensors(content, ""))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -168,20 +183,14 @@ def _stand_in(full_name: str) -> type[_StandIn]:
 
 def _module_tensors(module: _StandIn, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """`torch.nn.Module.state_dict` for stand-ins."""
-    state = vars(module)
-    transient = state.get("_non_persistent_buffers_set", ())
-    for kind, skipped in (("_parameters", ()), ("_buffers", transient)):
-        for name, tensor in _entries(state, kind):
-            if isinstance(tensor, Tensor) and name not in skipped:
-                yield prefix + name, tensor.detach()
-    for name, child in _entries(state, "_modules"):
+    parameters, buffers, children = (vars(module).get(kind, {}) for kind in ("_parameters", "_buffers", "_modules"))
+    transient = vars(module).get("_non_persistent_buffers_set", ())
+    for name, tensor in {**parameters, **buffers}.items():
+        if isinstance(tensor, Tensor) and name not in transient:
+            yield prefix + name, tensor.detach()
+    for name, child in children.items():
         if isinstance(child, _StandIn):
             yield from _module_tensors(child, f"{prefix}{name}.")
-
-
-def _entries(state: Mapping[str, Any], kind: str) -> list[tuple[str, Any]]:
-    entries = state.get(kind)
-    return list(entries.items()) if isinstance(entries, Mapping) else []
 
 
 def _kind(content: Any) -> str:

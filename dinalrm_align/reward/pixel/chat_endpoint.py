@@ -1,4 +1,4 @@
-"""One question about one picture to an OpenAI-compatible chat endpoint, with the standard library alone."""
+"""Ask an OpenAI-compatible chat endpoint one question about one image, with the standard library alone."""
 
 import base64
 import http.client
@@ -17,17 +17,21 @@ from dinalrm_align.train.files import parse_json
 from dinalrm_align.train.settings import check_integer, check_number
 
 ANSWER_LIMIT = 4 * 2**20
-"""Bytes of an answer that are read; one is a few kilobytes."""
-PASSING = (408, 425, 429, 500, 502, 503, 504)
-"""HTTP status codes after which the same question may be answered."""
+"""Largest answer in bytes; a usual one has a few kilobytes."""
+RETRIED = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP status codes after which a request is repeated."""
 
 
 @dataclass(frozen=True)
 class ChatEndpoint:
-    """Where to ask, as what, and how long to wait. Greedy decoding, so that an answer is the same twice.
+    """A server and its model, asked with greedy decoding.
 
-    url: up to and with the version, as OpenAI clients take it (http://127.0.0.1:8080/v1). timeout: seconds of silence
-    after which an attempt is given up. attempts: in all, with pauses of `pause`, 2 `pause`, 4 `pause` ... seconds.
+    Args:
+        url: including the version, as for OpenAI clients: http://127.0.0.1:8080/v1.
+        model: the name under which the server serves it.
+        timeout: of an attempt without any data, in seconds.
+        attempts: at most, with pauses of `pause`, 2 `pause`, 4 `pause`, ... seconds between them.
+        max_tokens: of an answer.
     """
 
     url: str
@@ -49,14 +53,16 @@ class ChatEndpoint:
         check_number("pause", self.pause, low=0)
         check_integer("max_tokens", self.max_tokens, low=1)
 
-    def ask(self, picture: Image.Image, question: str) -> str:
-        """The answer's text. ConnectionError when no attempt gets one; ValueError when the server refuses the question
-        or its answer is no chat completion.
+    def ask(self, image: Image.Image, question: str) -> str:
+        """The answer's text.
+
+        Raises ConnectionError if no attempt succeeds, ValueError if the server refuses the request or does not answer
+        with a chat completion.
         """
         buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
+        image.save(buffer, format="PNG")
+        encoded = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": encoded}}, {"type": "text", "text": question}]
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
@@ -83,7 +89,7 @@ class ChatEndpoint:
                 with error, suppress(OSError, http.client.HTTPException):
                     said = error.read(500).decode(errors="replace").strip()
                 reason = f"HTTP {error.code}: {said:.200}"
-                if error.code not in PASSING:
+                if error.code not in RETRIED:
                     raise ValueError(f"{target} refuses the question ({reason})") from error
             except (OSError, http.client.HTTPException) as error:
                 reason = f"{type(error).__name__}: {error}"

@@ -62,18 +62,13 @@ class ClipReward(PixelReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "ClipReward":
-        """Load a CLIPModel from a folder or hub id.
+        """Load a CLIPModel. Further arguments and errors: see `reward.pixel`.
 
         Args:
             source: the CLIPModel.
             processor: folder or hub id of tokenizer and preprocessor_config.json; default: `source`.
-            vae: decoder for latents; without one only images can be scored.
-            device, dtype: of the model; default: the CPU, float32.
-            hub: `models.hub`; `revision` is that of `source`.
-
-        Raises ValueError for missing or unexpected weights, OSError for missing files.
         """
-        device = None if device is None else available_device(device)
+        device = available_device(device or "cpu")
         for name in (source, processor or source):
             check_source("pixel reward", name)
         clip = load_model(CLIPModel, source, allow_unexpected=False, dtype=dtype or torch.float32, **hub)

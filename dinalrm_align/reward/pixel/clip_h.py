@@ -4,7 +4,6 @@ What shapes do not determine is that of ViT-H/14: attention heads of 80 channels
 tower, exact GELU. Names are transformers' own, or open_clip's, which `from_open_clip` maps to them.
 """
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -12,58 +11,47 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from dinalrm_align.models.weights import assign_tensors
+from dinalrm_align.models.weights import assign_tensors, rename
 
 VISION_HEAD, TEXT_HEAD = 80, 64
 """Channels per attention head of ViT-H/14."""
 
-_ENDS = {
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "logit_scale": "logit_scale",
-}
-_TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
-"""open_clip multiplies features by these from the right; a Linear stores the transpose."""
-_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
-_IN_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
+_BLOCKS = {
+    rf"{prefix}transformer\.resblocks\.(\d+)\.{name}\.": rf"{tower}_model.encoder.layers.\1.{new}."
+    for prefix, tower in (("", "text"), (r"visual\.", "vision"))
+    for name, new in (
+        ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), (r"mlp\.c_fc", "mlp.fc1"), (r"mlp\.c_proj", "mlp.fc2"),
+        (r"attn\.out_proj", "self_attn.out_proj"), (r"attn\.([qkv])_proj", r"self_attn.\2_proj"),
+    )
+}  # fmt: skip
+NAMES = _BLOCKS | {  # open_clip's names to transformers'
+    r"token_embedding\.": "text_model.embeddings.token_embedding.",
+    r"positional_embedding$": "text_model.embeddings.position_embedding.weight",
+    r"ln_final\.": "text_model.final_layer_norm.",
+    r"text_projection$": "text_projection.weight",
+    r"visual\.class_embedding$": "vision_model.embeddings.class_embedding",
+    r"visual\.positional_embedding$": "vision_model.embeddings.position_embedding.weight",
+    r"visual\.conv1\.": "vision_model.embeddings.patch_embedding.",
+    r"visual\.ln_pre\.": "vision_model.pre_layrnorm.",
+    r"visual\.ln_post\.": "vision_model.post_layernorm.",
+    r"visual\.proj$": "visual_projection.weight",
+    r"attn_mask$": None,  # the causal mask, in old files
 }
 
 
-def from_open_clip(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Tensors by open_clip's names -> by transformers' names. Raises ValueError for a name unknown to open_clip."""
-    renamed, unknown = {}, []
+def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by open_clip's names -> by transformers' names."""
+    split = {}
     for name, tensor in tensors.items():
-        block = _BLOCK.fullmatch(name)
-        part, _, kind = block[3].rpartition(".") if block else ("", "", "")
-        prefix = f"{'vision' if block and block[1] else 'text'}_model.encoder.layers.{block[2] if block else ''}."
-        if name in _ENDS:
-            renamed[_ENDS[name]] = tensor
-        elif name in _TRANSPOSED:
-            renamed[_TRANSPOSED[name]] = tensor.t().contiguous()
-        elif block and part in _IN_BLOCK:
-            renamed[f"{prefix}{_IN_BLOCK[part]}.{kind}"] = tensor
-        elif block and block[3] in ("attn.in_proj_weight", "attn.in_proj_bias"):  # queries, keys and values
-            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{prefix}self_attn.{letter}_proj.{block[3].removeprefix('attn.in_proj_')}"] = third.clone()
-        elif name != "attn_mask":  # the causal mask, in old files
-            unknown.append(name)
-    if unknown:
-        raise ValueError(f"{where} does not hold an open_clip CLIP: unexpected {sorted(unknown)[:4]}")
-    return renamed
+        head, fused, kind = name.rpartition("in_proj_")
+        if name in ("text_projection", "visual.proj"):  # multiplied from the right; a Linear stores the transpose
+            split[name] = tensor.t().contiguous()
+        elif fused:
+            thirds = zip("qkv", tensor.chunk(3), strict=True)
+            split |= {f"{head}{letter}_proj.{kind}": third.clone() for letter, third in thirds}
+        else:
+            split[name] = tensor
+    return rename(split, NAMES)
 
 
 def build_clip_h(

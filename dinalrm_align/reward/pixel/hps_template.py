@@ -1,8 +1,8 @@
-"""HPSv3's instruction: MIT-licensed text in the PyPI package `hpsv3`, read from the user's copy and known by its hash.
+"""HPSv3's instruction, read from the user's copy of the PyPI package `hpsv3` (MIT) and verified by its hash.
 
-HPSv3 was trained with one instruction to the byte, and scores mean nothing with another. It is not part of this
-package: it is taken from an installed `hpsv3` (never imported, since that package wants another transformers; `pip
-install --no-deps hpsv3==1.0.0` is enough), from its `hpsv3/dataset/data_collator_qwen.py`, or from a JSON file.
+HPSv3 was trained with exactly this text; scores with another one are meaningless. It is read from an installed `hpsv3`
+(which is not imported, since it requires another transformers; `pip install --no-deps hpsv3==1.0.0` is enough), from
+its `hpsv3/dataset/data_collator_qwen.py`, or from a JSON file.
 """
 
 import ast
@@ -14,14 +14,14 @@ from pathlib import Path
 from dinalrm_align.train.files import read_json, read_text
 
 INSTRUCTION_SHA256 = "0393599dad45a971903d1d62a3acf9bad3ccccdafa7f40f680523419e1f68b7a"
-"""Of the instruction, 2523 characters with one field {text_prompt}."""
+"""Hash of the instruction, 2523 characters with one field {text_prompt}."""
 SUFFIX_SHA256 = "2471faca094ae5bd6fe17b71dce20c3d7583625545e235889f7e74e7eeb69d0a"
-"""Of what follows it, 67 characters with the reward token."""
+"""Hash of the text after it, 67 characters with the reward token."""
 SCRIPT = "data_collator_qwen.py"
-"""The file of the package that holds both."""
+"""The package's file with both texts."""
 FIELD = "{text_prompt}"
 NAMES = ("INSTRUCTION", "prompt_with_special_token")
-"""What the package calls the two texts."""
+"""The package's names of both texts."""
 HOW_TO_GET = (
     "run `pip install --no-deps hpsv3==1.0.0`, or pass template=, the path of that package's "
     "hpsv3/dataset/data_collator_qwen.py or of a JSON file with these two texts"
@@ -30,14 +30,14 @@ HOW_TO_GET = (
 
 @dataclass(frozen=True)
 class HPSTemplate:
-    """The text that is asked about a picture: `instruction` with the prompt in its {text_prompt}, then `suffix`."""
+    """The text beside an image: `instruction` with the prompt for {text_prompt}, then `suffix`."""
 
     instruction: str
     suffix: str
 
     def __post_init__(self) -> None:
         if self.instruction.count(FIELD) != 1:
-            raise ValueError(f"HPSv3's instruction: got {self.instruction.count(FIELD)} {FIELD}; expected one")
+            raise ValueError(f"instruction: got {self.instruction.count(FIELD)} {FIELD}; expected one")
 
     def fill(self, prompt: str) -> str:
         return self.instruction.replace(FIELD, prompt) + self.suffix
@@ -46,10 +46,13 @@ class HPSTemplate:
 def load_template(
     source: str | Path | None = None, *, sha256: tuple[str, str] = (INSTRUCTION_SHA256, SUFFIX_SHA256)
 ) -> HPSTemplate:
-    """The template in the installed `hpsv3` (None), in its data_collator_qwen.py, or in a JSON file.
+    """Read the template from data_collator_qwen.py, which is not run, or from a JSON file.
 
-    The Python file is read, not run. sha256: of instruction and suffix as UTF-8. Raises ValueError when a text is not
-    the one HPSv3 was trained with, ImportError when no source is given and `hpsv3` is not installed.
+    Args:
+        source: the file; default: that of the installed package `hpsv3`.
+        sha256: hashes of instruction and suffix as UTF-8.
+
+    Raises ValueError for other texts, ImportError if `hpsv3` is needed and not installed.
     """
     path = _installed() if source is None else Path(source)
     if path.suffix == ".json":
@@ -63,8 +66,8 @@ def load_template(
         got = hashlib.sha256(text.encode()).hexdigest()
         if got != expected:
             raise ValueError(
-                f"{path}: {name} is not the text that HPSv3 was trained with (SHA-256 {got:.12}..., expected "
-                f"{expected:.12}...), scores would mean nothing; {HOW_TO_GET}"
+                f"{path}: {name} is not the text that HPSv3 was trained with (got SHA-256 {got:.12}...; expected "
+                f"{expected:.12}...); {HOW_TO_GET}"
             )
     return HPSTemplate(*texts)
 
@@ -77,7 +80,7 @@ def _installed() -> Path:
 
 
 def _assigned(source: str, path: Path) -> dict[str, str]:
-    """The texts that a Python file assigns to plain names at its top."""
+    """String constants that a Python file assigns at module level."""
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

@@ -58,22 +58,16 @@ class HPSv2Reward(ClipReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "HPSv2Reward":
-        """Load the weights.
+        """Load the weights. Further arguments and errors: see `reward.pixel`.
 
         Args:
             source: the file of weights, or a folder or hub id that holds `file`.
             processor: folder or hub id of the tokenizer.
             antialias: see `LongSide`.
-            vae: decoder for latents; without one only images can be scored.
-            device, dtype: of the model; default: the CPU, float32.
-            hub: `models.hub`; `revision` is that of `source`.
-
-        Raises ValueError when a weight is missing, unexpected or of another shape, and for a file that holds code;
-        OSError for missing files.
         """
-        device = None if device is None else available_device(device)
+        device = available_device(device or "cpu")
         path = find_file(source, file, what="HPSv2", **hub)
-        tensors = from_open_clip(read_tensors(path, "state_dict"), str(path))
+        tensors = from_open_clip(read_tensors(path, "state_dict"))
         hub.pop("revision", None)
         tokenizer = load_tokenizer(processor, **hub)
         dtype, end = dtype or torch.float32, tokenizer.eos_token_id

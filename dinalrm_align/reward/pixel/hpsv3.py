@@ -21,7 +21,7 @@ from transformers import AddedToken, Qwen2VLConfig, Qwen2VLModel
 
 from dinalrm_align.models.hub import HubOptions, beside, check_source, find_file
 from dinalrm_align.models.quantization import check_quantization, quantise_linears
-from dinalrm_align.models.weights import assign_tensors, read_tensors
+from dinalrm_align.models.weights import assign_tensors, read_tensors, rename
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.hps_template import (
     INSTRUCTION_SHA256,
@@ -40,12 +40,11 @@ PIXELS = 256 * 28 * 28
 """Images are resized to about this many: 448 x 448 for a square one, 256 tokens."""
 REWARD_TOKEN, IMAGE_TOKEN = "<|Reward|>", "<|image_pad|>"
 EMBEDDING = "model.language_model.embed_tokens.weight"
-RENAMED = (  # the file's prefixes (transformers before and since 4.52) to those of `HPSv3Reward`'s parts
-    ("model.visual.", "model.visual."),
-    ("visual.", "model.visual."),
-    ("model.language_model.", "model.language_model."),
-    ("model.", "model.language_model."),
-)
+NAMES = {  # the file's prefixes (transformers before and since 4.52) to those of `HPSv3Reward`'s parts
+    r"lm_head\.weight$": None,
+    r"(model\.)?visual\.": "model.visual.",
+    r"model\.(language_model\.)?": "model.language_model.",
+}
 
 
 def rank_head(width: int) -> nn.Sequential:
@@ -93,7 +92,7 @@ class HPSv3Reward(PixelReward):
         quantization: str = "none",
         **hub: Unpack[HubOptions],
     ) -> "HPSv3Reward":
-        """Load HPSv3.safetensors.
+        """Load HPSv3.safetensors. Further arguments and errors: see `reward.pixel`.
 
         Args:
             source: a hub id, a folder that holds the file, or the file.
@@ -101,20 +100,16 @@ class HPSv3Reward(PixelReward):
                 beside local weights, else the hub's.
             template, template_sha256: file of the instruction, and its expected hashes (`load_template`); default:
                 data_collator_qwen.py beside local weights, else the installed package `hpsv3`.
-            vae: decoder for latents; without one only images can be scored.
-            device: default: the CPU.
             dtype: of the backbone; default: bfloat16. The head stays in float32 (float64 for a float64 backbone).
             quantization: none, or int8 or nf4 (bitsandbytes) for the linear layers of all blocks.
-            hub: `models.hub`; `revision` is that of `source`.
 
-        Raises ValueError for another template, and when a tensor is missing, unexpected or of another shape;
-        ImportError, OSError for a missing package or file. The template is checked before weights are read.
+        The template is checked before weights are read: ValueError for another one, ImportError if it is missing.
         """
         check_quantization(quantization)
         if template is None and (folder := beside(source, SCRIPT)):
             template = folder / SCRIPT
         text = load_template(template, sha256=template_sha256)
-        device = torch.device("cpu") if device is None else available_device(device)
+        device = available_device(device or "cpu")
         dtype = dtype or torch.bfloat16
         base = base or beside(source, "config.json") or BASE
         check_source("base model", base)
@@ -199,18 +194,11 @@ class HPSv3Reward(PixelReward):
         return ids
 
 
-def renamed(name: str) -> str | None:
-    """A tensor's name below model or rm_head for its name in the file; None for the unused output layer."""
-    if name == "lm_head.weight":
-        return None
-    return next((new + name.removeprefix(old) for old, new in RENAMED if name.startswith(old)), name)
-
-
 def _load_parts(
     path: Path, config: Qwen2VLConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[Qwen2VLModel, nn.Sequential]:
     """Backbone in `dtype` and head; strict."""
-    tensors = {new: tensor for name, tensor in read_tensors(path).items() if (new := renamed(name)) is not None}
+    tensors = rename(read_tensors(path), NAMES)
     rows, expected = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else None, config.text_config.vocab_size
     if rows not in (None, expected):
         raise ValueError(
@@ -219,12 +207,6 @@ def _load_parts(
         )
     with init_empty_weights():
         model, head = Qwen2VLModel(config), rank_head(config.text_config.hidden_size)
-    assign_tensors(
-        nn.ModuleDict({"model": model, "rm_head": head}),
-        tensors,
-        path,
-        dtype=dtype,
-        device=device,
-        keep_in_fp32="rm_head.",
-    )
+    parts = nn.ModuleDict({"model": model, "rm_head": head})
+    assign_tensors(parts, tensors, path, dtype=dtype, device=device, keep_in_fp32="rm_head.")
     return model, head

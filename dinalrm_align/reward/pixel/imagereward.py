@@ -7,7 +7,6 @@ The file's names are mapped to those of transformers' BLIP. Images: short side t
 CLIP's normalisation. Prompts are truncated to 35 tokens, as in training.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,12 +21,11 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from dinalrm_align.models.hub import HubOptions, beside, find_file
 from dinalrm_align.models.preprocess import normalise, resize
-from dinalrm_align.models.weights import assign_tensors, read_tensors
+from dinalrm_align.models.weights import assign_tensors, read_tensors, rename
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.prompts import load_tokenizer, tokenise
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, reading
-from dinalrm_align.train.settings import PositiveFloat, PositiveInt, check_fields
 
 SOURCE, WEIGHTS, TEXT_CONFIG = "THUDM/ImageReward", "ImageReward.pt", "med_config.json"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -36,53 +34,38 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 TEXT_LENGTH = 35
 HEAD_WIDTH = 64
 """Channels per attention head in BLIP's vision towers."""
-VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
-RENAMED = (  # a block of the vision tower: the file's names to transformers'
-    ("norm1.", "layer_norm1."),
-    ("norm2.", "layer_norm2."),
-    ("attn.qkv.", "self_attn.qkv."),
-    ("attn.proj.", "self_attn.projection."),
-    ("mlp.", "mlp."),
-)
-STEM = {
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding",
-    "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
-    "norm.weight": "post_layernorm.weight",
-    "norm.bias": "post_layernorm.bias",
+_BLOCK = r"blip\.visual_encoder\.blocks\.(\d+)\."
+_LAYER = r"vision.encoder.layers.\1."
+NAMES = {  # the file's names to those of {vision, text, head} in transformers
+    r"blip\.text_encoder\..*position_ids$": None,
+    r"blip\.text_encoder\.": "text.",
+    _BLOCK + r"norm(\d)\.": _LAYER + r"layer_norm\2.",
+    _BLOCK + r"attn\.proj\.": _LAYER + "self_attn.projection.",
+    _BLOCK + r"attn\.": _LAYER + "self_attn.",
+    _BLOCK: _LAYER,
+    r"blip\.visual_encoder\.cls_token$": "vision.embeddings.class_embedding",
+    r"blip\.visual_encoder\.pos_embed$": "vision.embeddings.position_embedding",
+    r"blip\.visual_encoder\.patch_embed\.proj\.": "vision.embeddings.patch_embedding.",
+    r"blip\.visual_encoder\.norm\.": "vision.post_layernorm.",
+    r"blip\.visual_encoder\.": "vision.",
+    r"blip\.": None,  # heads of BLIP's pretraining
+    r"mlp\.layers\.": "head.",
 }
+TEXT_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+    "max_position_embeddings", "layer_norm_eps", "hidden_act",
+)  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class TextTower:
-    """Sizes of the BERT with cross-attention, as in med_config.json."""
-
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    vocab_size: PositiveInt
-    max_position_embeddings: PositiveInt
-    layer_norm_eps: PositiveFloat
-    hidden_act: str
-
-    @classmethod
-    def from_file(cls, path: Path) -> "TextTower":
-        """Raises ValueError for a file that lacks a size or describes another architecture."""
-        values = read_json(path, "ImageReward's med_config.json")
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in values]
-        if missing or not values.get("add_cross_attention", False):
-            problem = f"missing {', '.join(missing)}" if missing else "add_cross_attention is not true"
-            raise ValueError(f"{path}: {problem}; expected ImageReward's med_config.json")
-        try:
-            return cls(**{name: values[name] for name in names})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
-
-    def __post_init__(self) -> None:
-        check_fields(self, "med_config")
+def read_text_config(path: Path) -> BlipTextConfig:
+    """The BERT of med_config.json. Raises ValueError if a size is missing or it has no cross-attention."""
+    values = read_json(path, "ImageReward's med_config.json")
+    missing = [name for name in TEXT_SIZES if name not in values]
+    if missing or not values.get("add_cross_attention", False):
+        problem = f"missing {', '.join(missing)}" if missing else "add_cross_attention is not true"
+        raise ValueError(f"{path}: {problem}; expected ImageReward's med_config.json")
+    with reading("text config", path):  # is_decoder adds cross-attention; attention stays bidirectional
+        return BlipTextConfig(**{name: values[name] for name in TEXT_SIZES}, is_decoder=True)
 
 
 def score_head(width: int) -> nn.Sequential:
@@ -128,33 +111,27 @@ class ImageRewardReward(PixelReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "ImageRewardReward":
-        """Load ImageReward.pt.
+        """Load ImageReward.pt. Further arguments and errors: see `reward.pixel`.
 
         Args:
             source: a hub id or folder with ImageReward.pt and med_config.json, or the .pt file.
             tokenizer: folder or hub id of bert-base-uncased's tokenizer; default: beside local weights, else the hub's.
             med_config: the file; default: beside the weights.
-            vae: decoder for latents; without one only images can be scored.
-            device, dtype: of the model; default: the CPU, float32.
-            hub: `models.hub`; `revision` is that of `source`.
-
-        Raises ValueError when a tensor is missing, unexpected or of another shape, and for a file that holds code;
-        OSError for missing files.
         """
-        device = torch.device("cpu") if device is None else available_device(device)
+        device = available_device(device or "cpu")
         path = find_file(source, WEIGHTS, **hub)
         place = path.parent if Path(source).is_file() else source
-        sizes = TextTower.from_file(find_file(med_config or place, TEXT_CONFIG, what="text config", **hub))
+        text_config = read_text_config(find_file(med_config or place, TEXT_CONFIG, what="text config", **hub))
         tokenizer = tokenizer or beside(source, "tokenizer.json", "vocab.txt") or TOKENIZER
         hub.pop("revision", None)
         words = load_tokenizer(tokenizer, **hub)
         words.add_tokens([AddedToken(token, special=True) for token in ("[DEC]", "[ENC]")], special_tokens=True)
-        if len(words) != sizes.vocab_size:
+        if len(words) != text_config.vocab_size:
             raise ValueError(
-                f"tokenizer {tokenizer}: got {len(words)} tokens with [DEC] and [ENC]; expected {sizes.vocab_size} by "
-                f"{TEXT_CONFIG}: give bert-base-uncased's"
+                f"tokenizer {tokenizer}: got {len(words)} tokens with [DEC] and [ENC]; expected "
+                f"{text_config.vocab_size} by {TEXT_CONFIG}: give bert-base-uncased's"
             )
-        parts = _load_parts(read_tensors(path), sizes, path, dtype or torch.float32, device)
+        parts = _load_parts(path, text_config, dtype or torch.float32, device)
         return cls(parts["vision"], parts["text"], parts["head"], words, vae=vae)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -177,62 +154,36 @@ def preprocess(images: Tensor, side: int) -> Tensor:
     return normalise(images[..., top : top + side, left : left + side])
 
 
-def renamed(name: str) -> str | None:
-    """A tensor's name below vision, text or head for its name in the file; None for what scoring does not need."""
-    if name.startswith(TEXT):
-        return None if name.endswith("position_ids") else "text." + name.removeprefix(TEXT)
-    if name.startswith(VISION):
-        own = name.removeprefix(VISION)
-        if own.startswith("blocks."):
-            _, index, rest = own.split(".", 2)
-            rest = next((new + rest.removeprefix(old) for old, new in RENAMED if rest.startswith(old)), rest)
-            return f"vision.encoder.layers.{index}.{rest}"
-        return "vision." + STEM.get(own, own)
-    if name.startswith("mlp.layers."):
-        return "head." + name.removeprefix("mlp.layers.")
-    return None if name.startswith("blip.") else name  # heads of BLIP's pretraining
-
-
-def _load_parts(
-    tensors: Mapping[str, Tensor], sizes: TextTower, path: Path, dtype: torch.dtype, device: torch.device
-) -> nn.ModuleDict:
+def _load_parts(path: Path, text_config: BlipTextConfig, dtype: torch.dtype, device: torch.device) -> nn.ModuleDict:
     """Both towers and the head, as vision, text and head; strict."""
-    found = {new: tensor for name, tensor in tensors.items() if (new := renamed(name)) is not None}
-    vision_config = _vision_config(found, path)
-    text_config = BlipTextConfig(
-        **dataclasses.asdict(sizes),
-        encoder_hidden_size=vision_config.hidden_size,
-        is_decoder=True,  # adds cross-attention; attention stays bidirectional
-    )
+    tensors = rename(read_tensors(path), NAMES)
+    vision_config = _vision_config(tensors, path)
+    text_config.encoder_hidden_size = vision_config.hidden_size
     with reading("text config", TEXT_CONFIG), init_empty_weights():
         vision, text = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
-        parts = nn.ModuleDict({"vision": vision, "text": text, "head": score_head(sizes.hidden_size)})
-    assign_tensors(parts, found, path, dtype=dtype, device=device)
+        parts = nn.ModuleDict({"vision": vision, "text": text, "head": score_head(text_config.hidden_size)})
+    assign_tensors(parts, tensors, path, dtype=dtype, device=device)
     return parts
 
 
 def _vision_config(found: Mapping[str, Tensor], path: Path) -> BlipVisionConfig:
     """The vision tower's sizes from its tensors' shapes: ViT-L/16 at 224 pixels in the released file."""
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    stem = ["vision." + name for name in STEM.values()]
-    first = "vision.encoder.layers.0.mlp.fc1.weight"
-    missing = [name for name in (*stem, first) if name not in shapes]
+    ends = ("embeddings.position_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
+    missing = [end for end in ends if f"vision.{end}" not in shapes]
     if missing:
-        raise ValueError(f"{path}: the tensors do not fit the model: missing {', '.join(missing[:3])}")
-    positions, patch = (
-        shapes["vision.embeddings.position_embedding"],
-        shapes["vision.embeddings.patch_embedding.weight"],
-    )
+        raise ValueError(f"{path}: the tensors do not fit the model: missing vision.{', '.join(missing)}")
+    positions, patch, first = (shapes[f"vision.{end}"] for end in ends)
     side = math.isqrt(max(0, positions[1] - 1)) if len(positions) == 3 else 0
     fits = side > 0 and side * side + 1 == positions[1] and positions[2] % HEAD_WIDTH == 0
-    if not fits or len(patch) != 4 or len(shapes[first]) != 2:
+    if not fits or len(patch) != 4 or len(first) != 2:
         raise ValueError(
             f"{path}: got positions {positions}, patches {patch}; expected (1, n^2 + 1, width), (width, 3, p, p), and "
             f"a width in multiples of {HEAD_WIDTH}"
         )
     return BlipVisionConfig(
         hidden_size=positions[2],
-        intermediate_size=shapes[first][0],
+        intermediate_size=first[0],
         num_hidden_layers=len({name.split(".")[3] for name in shapes if name.startswith("vision.encoder.layers.")}),
         num_attention_heads=positions[2] // HEAD_WIDTH,
         image_size=side * patch[3],

@@ -13,7 +13,6 @@ float16; here it is `dtype`, float32 by default, and a word at the threshold may
 """
 
 import argparse
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from dinalrm_align.models.hub import HubOptions, find_file
-from dinalrm_align.models.weights import assign_tensors, read_module_tensors, read_tensors
+from dinalrm_align.models.weights import assign_tensors, read_module_tensors, read_tensors, rename
 from dinalrm_align.reward.names import CLIP_H
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.clip import load_preprocess
@@ -47,13 +46,20 @@ FILE = "MPS_overall_checkpoint.pth"
 MAX_CACHED = 1000
 """Prompts whose text features are kept, about 300 kB each in float32."""
 
-_NAMES = {
-    "0.fn.norm": "cross_norm", "0.fn.to_q": "query", "0.fn.to_kv": "key_value", "0.fn.to_out": "cross_out",
-    "0.fn.ff.0": "cross_up", "0.fn.ff.2": "cross_down", "1.fn.norm": "self_norm",
-    "1.fn.fused_attn_ff_proj": "self_in", "1.fn.attn_out": "self_out", "1.fn.ff_out.1": "self_down",
-}  # fmt: skip
-"""Layers of a block: the file's names to ours."""
-_LAYER = re.compile(r"cross_model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_CROSS, _SELF = (rf"cross_model\.layers\.(\d+)\.{part}\.fn\." for part in (0, 1))
+NAMES = {  # the file's names to those of a list of `CrossBlock`s
+    r".*\.inv_freq$": None,  # rotary frequencies, which `rotate` computes
+    _CROSS + r"norm\.": r"\1.cross_norm.",
+    _CROSS + r"to_q\.": r"\1.query.",
+    _CROSS + r"to_kv\.": r"\1.key_value.",
+    _CROSS + r"to_out\.": r"\1.cross_out.",
+    _CROSS + r"ff\.0\.": r"\1.cross_up.",
+    _CROSS + r"ff\.2\.": r"\1.cross_down.",
+    _SELF + r"norm\.": r"\1.self_norm.",
+    _SELF + r"fused_attn_ff_proj\.": r"\1.self_in.",
+    _SELF + r"attn_out\.": r"\1.self_out.",
+    _SELF + r"ff_out\.1\.": r"\1.self_down.",
+}
 
 
 class CrossBlock(nn.Module):
@@ -148,19 +154,14 @@ class MPSReward(PixelReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "MPSReward":
-        """Load the weights.
+        """Load the weights. Further arguments and errors: see `reward.pixel`.
 
         Args:
             source: MPS's own file or a converted one (.safetensors), or a folder or hub id that holds `file`.
             processor: folder or hub id of tokenizer and preprocessor.
             condition: words that select the dimension of preference.
-            vae: decoder for latents; without one only images can be scored.
-            device, dtype: of the model; default: the CPU, float32.
-            hub: `models.hub`; `revision` is that of `source`.
-
-        Raises ValueError when a weight is missing, unexpected or of another shape; OSError for missing files.
         """
-        device = None if device is None else available_device(device)
+        device = available_device(device or "cpu")
         dtype = dtype or torch.float32
         path = find_file(source, file, what="MPS", **hub)
         tensors = read_mps(path)
@@ -222,20 +223,14 @@ def load_blocks(
     tensors: Mapping[str, Tensor], width: int, where: str, *, dtype: torch.dtype, device: torch.device | None
 ) -> nn.ModuleList:
     """The cross-attention blocks of the file's `cross_model.*`, whose shapes give their sizes; strict."""
-    own = {}
-    for name, tensor in tensors.items():
-        layer = _LAYER.fullmatch(name)
-        if layer and layer[2] in _NAMES:
-            own[f"{layer[1]}.{_NAMES[layer[2]]}.{layer[3]}"] = tensor
-        elif not name.endswith(".inv_freq"):  # rotary frequencies, which `rotate` computes
-            own[name] = tensor
+    own = rename(tensors, NAMES)
     try:
         head_width, inner = own["0.key_value.weight"].shape[0] // 2, own["0.cross_down.weight"].shape[1]
         heads = own["0.query.weight"].shape[0] // head_width
     except (KeyError, IndexError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{where}: cross_model.layers.0 is missing or not a block of MPS ({reason})") from error
-    count = len({layer[1] for name in tensors if (layer := _LAYER.fullmatch(name))})
+    count = len({name.split(".")[0] for name in own if name[0].isdigit()})
     with init_empty_weights():
         blocks = nn.ModuleList(CrossBlock(width, heads, head_width, inner) for _ in range(count))
     assign_tensors(blocks, own, where, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
-"""Qwen2-VL's picture preprocessing in torch: sizes in multiples of a merged patch, patches in the tower's order.
+"""Qwen2-VL's image preprocessing in torch: sizes in multiples of a merged patch, patches in the tower's order.
 
-Differentiable, float32. Agrees with the PIL processor exactly where nothing is resized (1e-6); else within 0.2 in
-normalised units, 0.005 on average: PIL rounds to bytes.
+Differentiable, float32. Differs from the PIL processor, which rounds to bytes, by at most 0.2 in normalised units,
+0.005 on average; by 1e-6 where nothing is resized.
 """
 
 import math
@@ -11,17 +11,17 @@ from torch import Tensor
 from dinalrm_align.models.preprocess import normalise, resize
 
 MAX_RATIO = 200
-"""Of the long side to the short one, as in Qwen2-VL's own code."""
+"""Largest ratio of the long to the short side, as in Qwen2-VL's code."""
 
 
 def fitted_size(height: int, width: int, *, factor: int, low: int, high: int) -> tuple[int, int]:
-    """The nearest size in multiples of `factor` with at least `low` and at most `high` pixels, of about the same shape.
+    """A size in multiples of `factor` with `low` to `high` pixels and about the same aspect ratio.
 
-    Rounded to the nearest multiple first; where that has too many pixels the exact shape is scaled and cut down, where
-    it has too few scaled and rounded up. ValueError for a picture longer than MAX_RATIO times its width.
+    Sides are rounded to the nearest multiple; with too many pixels the image is scaled down and sides are rounded down,
+    with too few scaled up and rounded up. Raises ValueError for an aspect ratio above MAX_RATIO.
     """
     if max(height, width) > MAX_RATIO * min(height, width):
-        raise ValueError(f"pictures of {height} x {width}: one side is over {MAX_RATIO} times the other; crop them")
+        raise ValueError(f"images of {height} x {width}: one side is over {MAX_RATIO} times the other; crop them")
     sides = [max(factor, round(side / factor) * factor) for side in (height, width)]
     if math.prod(sides) > high:
         shrink = math.sqrt(height * width / high)
@@ -35,7 +35,7 @@ def fitted_size(height: int, width: int, *, factor: int, low: int, high: int) ->
 def patches(images: Tensor, *, patch: int = 14, merge: int = 2, frames: int = 2) -> tuple[Tensor, tuple[int, int]]:
     """Normalised (B, 3, H, W) -> (B * rows * columns, 3 * frames * patch^2) and (rows, columns) of the patch grid.
 
-    H and W are multiples of patch * merge. The patches of a merge x merge block follow each other; a picture stands for
+    H and W are multiples of patch * merge. The patches of a merge x merge block are consecutive; an image counts as
     `frames` equal frames.
     """
     batch, channels, height, width = images.shape
@@ -49,6 +49,6 @@ def patches(images: Tensor, *, patch: int = 14, merge: int = 2, frames: int = 2)
 def preprocess(
     images: Tensor, *, low: int, high: int, patch: int = 14, merge: int = 2, frames: int = 2
 ) -> tuple[Tensor, tuple[int, int]]:
-    """(B, 3, H, W) in [0, 1] -> `patches` of pictures resized to `low` to `high` pixels and normalised."""
+    """(B, 3, H, W) in [0, 1] -> `patches` of the images, resized to `low` to `high` pixels and normalised."""
     size = fitted_size(*images.shape[-2:], factor=patch * merge, low=low, high=high)
     return patches(normalise(resize(images, size)), patch=patch, merge=merge, frames=frames)

@@ -1,13 +1,13 @@
-"""UnifiedReward (arXiv 2503.05236): a vision-language model that writes its scores, behind an OpenAI-compatible server.
+"""UnifiedReward (arXiv 2503.05236): a vision-language model that writes scores, behind an OpenAI-compatible server.
 
-Weights: hub ids CodeGoat24/UnifiedReward-qwen-7b, CodeGoat24/UnifiedReward-7b-v1.5, ...; the licence is on each model's
-card. The server is the user's, in its own environment, for instance
+Weights: hub ids CodeGoat24/UnifiedReward-qwen-7b, CodeGoat24/UnifiedReward-7b-v1.5, ...; licence as on the model card.
+The user runs the server in an environment of its own, for instance
 
     vllm serve CodeGoat24/UnifiedReward-qwen-7b --served-model-name UnifiedReward --port 8080
     python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 --port 8080
         --served-model-name UnifiedReward --chat-template chatml-llava                      (one line)
 
-Scores lie in 1 to 5. Text has no gradient: this reward ranks and judges (GRPO, DPO, evaluation), ReFL cannot use it.
+Scores lie in [1, 5]. Text has no gradient: this reward is for GRPO, DPO and evaluation, not for ReFL.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from dinalrm_align.models.images import to_bytes
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.chat_endpoint import ChatEndpoint
 from dinalrm_align.train.files import read_text
@@ -33,7 +34,7 @@ LOW, HIGH = 1.0, 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A question with {prompt} in it, and the labels before the numbers in its answer; the score is their mean."""
+    """A question with the field {prompt}, and labels of the numbers in its answer, whose mean is the score."""
 
     question: str
     labels: tuple[str, ...]
@@ -43,9 +44,7 @@ class Template:
             raise ValueError(f"question: got {self.question.count(FIELD)} {FIELD}; expected one")
 
     def read(self, answer: str) -> float:
-        """The score in an answer. ValueError unless each label stands before one number, the same wherever it stands,
-        from 1 to 5.
-        """
+        """The score in an answer. Raises ValueError unless each label has one number, in [1, 5]."""
         return sum(_number(label, answer) for label in self.labels) / len(self.labels)
 
 
@@ -66,11 +65,11 @@ TEMPLATES = {
         ("Alignment Score", "Coherence Score", "Style Score"),
     ),
 }
-"""point: one score, of every version; acs: alignment, coherence and style, of version 1.5 on. The wording is ours."""
+"""point: one score, for every version; acs: alignment, coherence, style, since version 1.5. The wording is ours."""
 
 
 class UnifiedReward(PixelReward):
-    """UnifiedReward behind a server; build one with `from_pretrained`. It has no weights here."""
+    """UnifiedReward behind a server, without local weights. Create one with `from_pretrained`."""
 
     differentiable = False
 
@@ -83,7 +82,7 @@ class UnifiedReward(PixelReward):
         side: int | None = 512,
         concurrency: int = 8,
     ) -> None:
-        """side: pictures are sent as squares of that many pixels, None: as they are. concurrency: questions at once."""
+        """side: images are sent as squares of that many pixels; None: as they are. concurrency: parallel requests."""
         super().__init__(vae)
         check_integer("concurrency", concurrency, low=1, high=1024)
         if side is not None:
@@ -108,20 +107,18 @@ class UnifiedReward(PixelReward):
         attempts: int = 3,
         pause: float = 1.0,
     ) -> "UnifiedReward":
-        """A reward that asks the server at `source`; nothing is asked yet.
+        """A reward that asks the server at `source`; no request is sent yet.
 
         Args:
             source: the endpoint, http://host:port/v1.
-            model: the name under which the server serves the model.
-            template: "point" or "acs" (TEMPLATES): what is asked, and which numbers are read in the answer.
-            question: a text file to ask instead of the template's own words, with {prompt} where the caption goes. For
-                numbers to compare with published ones give the wording in the model's own repository.
-            vae: the decoder of the latents to be scored; without one, pictures alone can be scored.
-            device, dtype: without effect; scores lie where the VAE is, else on the CPU.
-            side: 512 x 512 pixels are sent, as in the model's own evaluation; None: pictures as they are.
-            concurrency, timeout, attempts, pause: questions at once; `ChatEndpoint`.
-
-        Raises ValueError for an unknown template, a question without {prompt} and a source that is no endpoint.
+            model, api_key, timeout, attempts, pause: as `ChatEndpoint`.
+            template: point or acs (TEMPLATES): the question, and the numbers read from the answer.
+            question: a text file to use as the question, with a field {prompt}; for scores comparable to published ones
+                use the wording in the model's repository.
+            vae: decoder for latents; without one only images can be scored.
+            device, dtype: ignored; scores are on the VAE's device, else on the CPU.
+            side: images are sent as squares of that many pixels, 512 in the model's own evaluation; None: as they are.
+            concurrency: parallel requests.
         """
         if template not in TEMPLATES:
             near = did_you_mean(template, TEMPLATES)
@@ -133,16 +130,15 @@ class UnifiedReward(PixelReward):
         return cls(endpoint, chosen, vae=vae, side=side, concurrency=concurrency)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W) in [0, 1], B prompts -> scores (B,), float32 in 1 to 5, without gradient.
+        """images (B, 3, H, W) in [0, 1], B prompts -> scores (B,), float32, in [1, 5], without gradient.
 
-        Raises ValueError when a gradient is wanted, and for an answer without its number: no score is made up.
-        ConnectionError when the server does not answer. Either way nothing is asked any more.
+        Raises ValueError for inputs that require gradients and for an answer without its number, ConnectionError if the
+        server does not answer; remaining requests are cancelled.
         """
         self.check_gradient(images)
-        pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        pictures = [Image.fromarray(picture) for picture in pixels]
-        with ThreadPoolExecutor(min(self.concurrency, len(pictures))) as pool:
-            futures = [pool.submit(self._score, *pair) for pair in zip(pictures, prompts, strict=True)]
+        sent = [Image.fromarray(pixels) for pixels in to_bytes(images)]
+        with ThreadPoolExecutor(min(self.concurrency, len(sent))) as pool:
+            futures = [pool.submit(self._score, *pair) for pair in zip(sent, prompts, strict=True)]
             try:
                 scores = [future.result() for future in futures]
             except BaseException:
@@ -150,10 +146,10 @@ class UnifiedReward(PixelReward):
                 raise
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
-    def _score(self, picture: Image.Image, prompt: str) -> float:
+    def _score(self, image: Image.Image, prompt: str) -> float:
         if self.side is not None:
-            picture = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        answer = self.endpoint.ask(picture, self.template.question.replace(FIELD, prompt))
+            image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        answer = self.endpoint.ask(image, self.template.question.replace(FIELD, prompt))
         try:
             return self.template.read(answer)
         except ValueError as error:
@@ -161,7 +157,7 @@ class UnifiedReward(PixelReward):
 
 
 def _number(label: str, answer: str) -> float:
-    """The number after `label:` (or `label (1-5):`), alone or as n/5."""
+    """The number after `label:` or `label (1-5):`, also written n/5."""
     number = r"(-?[0-9]++(?:\.[0-9]++)?+)"
     of_another_scale = r"(?!\s*+/\s*+(?!5(?![.0-9])))(?!\s*+-\s*+[0-9])"  # 4/10, and 1-5 as a range
     pattern = rf"{label}\s*(?:\(1\s*-\s*5\))?\s*:[\s*]*{number}{of_another_scale}"

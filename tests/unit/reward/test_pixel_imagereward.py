@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import BertTokenizer
 
 from dinalrm_align.models.vae import decode_latents
-from dinalrm_align.reward.pixel.imagereward import TEXT_CONFIG, WEIGHTS, ImageRewardReward, preprocess, renamed
+from dinalrm_align.models.weights import rename
+from dinalrm_align.reward.pixel.imagereward import NAMES, TEXT_CONFIG, WEIGHTS, ImageRewardReward, preprocess
 from dinalrm_align.reward.registry import load_reward
 
 PROMPTS = ["a red circle", "two blue squares on gray"]
@@ -344,6 +345,5 @@ def test_missing_files_are_named(folder, tokenizer, tmp_path):
 
 
 def test_names_are_mapped_one_to_one():
-    mapped = [renamed(name) for name in released()]
-    needed = [name for name in mapped if name is not None]
-    assert len(set(needed)) == len(needed) == len(mapped) - 5  # both projections and the positions' ids are not needed
+    tensors = released()
+    assert len(rename(tensors, NAMES)) == len(tensors) - 5  # both projections and the positions' ids are not needed
