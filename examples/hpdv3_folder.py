@@ -1,6 +1,6 @@
-"""A folder of preference data in HPDv3's layout, drawn by the embedded world: pictures, and train.json that pairs them.
+"""Draw preference data in HPDv3's layout with the embedded world: images, and a train.json of pairs.
 
-python examples/hpdv3_folder.py            # 1000 captions of 4 pictures; a number after it: so many captions
+python examples/hpdv3_folder.py            # 1000 captions with 4 images each; an argument sets the number of captions
 """
 
 import json

@@ -1,19 +1,21 @@
-"""Encode preference pairs once, for training: pictures to latents in aspect-ratio buckets, each prompt to embeddings.
+"""Encode preference pairs once, for training: images to latents in aspect-ratio buckets, each prompt to embeddings.
 
     python recipes/prepare_pairs.py --source HPDv3/train.json --model sd35 --output_dir hpdv3_latents
     accelerate launch --num_processes 8 recipes/prepare_pairs.py --source HPDv3/train.json --model sd35 --workers 12
     python recipes/prepare_pairs.py --source pickapic_v2/data --layout pickapic --filter.ties keep --model sd35
     python recipes/train_reward.py --model sd35 --pairs hpdv3_latents
 
-Read are HPDv3's and HPDv2's train.json, the parquet files of Pick-a-Pic v2, and a jsonl of (prompt, chosen, rejected).
-dinalrm_align/data/latent_pairs.py says what is written, dinalrm_align/data/prepare.py how. In bfloat16 a pair at 1024 x
-1024 is 1 MB, a prompt of 128 T5 tokens 1.7 MB.
+Sources are train.json of HPDv3 and HPDv2, ranked lists as of ImageReward, the parquet files of Pick-a-Pic v2, a jsonl
+of (prompt, chosen, rejected), and the released latents (dinalrm_align/data/formats). dinalrm_align/data/latent_pairs.py
+describes the output, dinalrm_align/data/prepare.py how it is made. In bfloat16 a pair at 1024 x 1024 takes 1 MB, a
+prompt of 128 T5 tokens 1.7 MB.
 
-Stopped, or killed, the same command goes on with the first file that is not whole; finished, it looks whether all are,
-and writes those again that are not (--verify true reads them through and compares their hashes).
+After a stop or a kill, the same command resumes with the first incomplete file. After completion it checks that all
+files are there and writes damaged ones again (--verify true also compares their hashes).
 
-Differences from the released data: the posterior's mean and not a sample of it, so that a picture always has the same
-latents; bfloat16 and not float32; text embeddings stored; no compression; the order of pairs is not drawn here.
+Differences from the released data: latents are the mean of the VAE's posterior instead of a sample, so that an image
+always has the same latents; bfloat16 instead of float32; text embeddings are stored; no compression; pairs are not
+shuffled here.
 """
 
 import sys
@@ -25,9 +27,9 @@ from dinalrm_align.models.specs import ModelSpec, resolve_model
 from dinalrm_align.train.command import parse, refusing
 
 
-def settle(argv: Sequence[str]) -> tuple[PrepareRun, ModelSpec]:
-    """The settings and the model whose encoders are used."""
-    run, _ = parse(PrepareRun, __doc__, argv)  # --help ends here, before anything heavy is imported
+def settings_and_model(argv: Sequence[str]) -> tuple[PrepareRun, ModelSpec]:
+    """The settings, checked, and the model whose encoders are used."""
+    run, _ = parse(PrepareRun, __doc__, argv)  # --help exits here, before heavy imports
     from dinalrm_align.data.buckets import parse_buckets
 
     parse_buckets(run.buckets)
@@ -51,18 +53,18 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
 
     if run.device != "auto":
         available_device(run.device)
-    # A process that is done waits for the slowest, which may take hours.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
+    # A rank that is done waits for the slowest, which may take hours.
+    timeout = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])
     device = accelerator.device
     dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
     encoders = Encoders(spec.pipeline, text_length=run.text_length, device=device, dtype=getattr(torch, dtype))
-    encoders.encode_prompts.max_cached = 1  # each comes once
+    encoders.encode_prompts.max_cached = 1  # each is encoded once
     manifest, folder = encoders.manifest(weights=True), Path(run.output_dir)
     share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
 
     with worker_processes(run.workers) as in_order:
-        with accelerator.main_process_first():  # it begins the folder, or says why not
+        with accelerator.main_process_first():  # it creates the folder, or raises
             work = Preparation(run, folder, manifest, in_order=in_order, **share)
         accelerator.print(f"{work.read} pairs in {work.source} ({work.layout}), {len(work.refs)} images")
         work.measure()
@@ -71,7 +73,7 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
         accelerator.print(f"{len(work.shards)} files of latents, {len(work.prompts)} of text embeddings in {folder}")
 
         work.encode_text(encoders.encode_prompts)
-        encoders.encode_prompts.release()  # T5 and the VAE need not be in memory together
+        encoders.encode_prompts.release()  # T5 and the VAE are not needed at once
         work.encode_latents(encoders.encode_images)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -83,9 +85,9 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         with refusing():
-            prepare(*settle(sys.argv[1:] if argv is None else argv))
+            prepare(*settings_and_model(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        print("\nstopped: whole files are kept, and the same command goes on from there", file=sys.stderr)
+        print("\nstopped: complete files are kept, and the same command resumes from there", file=sys.stderr)
         raise SystemExit(130) from None
 
 

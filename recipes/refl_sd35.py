@@ -27,12 +27,12 @@ def align(settled: Settled[ReflRun]) -> None:
 
     from dinalrm_align.align.refl import Refl
     from dinalrm_align.align.setup import Stage
-    from dinalrm_align.data.prompts import read_captioned_pictures
+    from dinalrm_align.data.prompts import read_captioned_images
     from dinalrm_align.models.text import Conditions
     from dinalrm_align.models.vae import encode_images
 
     refl = settled.run.refl
-    images, captions = read_captioned_pictures(Path(refl.pretrain_pictures)) if refl.pretrain_pictures else ([], [])
+    images, captions = read_captioned_images(Path(refl.pretrain_pictures)) if refl.pretrain_pictures else ([], [])
     stage = Stage.build(settled, also=captions, anchor=settled.run.anchor)
     accelerator, vae = stage.accelerator, stage.pipeline.vae
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from dinalrm_align.align.candidates import Reward, scored_candidates
 from dinalrm_align.align.dpo_config import DpoConfig
 from dinalrm_align.align.policy import Policy
-from dinalrm_align.data.pairs import PairBatch, PairSource
+from dinalrm_align.data.batches import PairSource
+from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.data.prompts import prompt_indices
 from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.flow.noise import add_noise, sample_sigma, seeded_generator

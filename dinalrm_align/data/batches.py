@@ -133,10 +133,11 @@ def held_out(prompts: Sequence[str], number: int) -> set[str]:
     return set(distinct[:number])
 
 
-class IndexedPairs(ABC):
-    """A PairSource over N numbered units; a subclass reads them by number.
+class PairSource(ABC):
+    """Pairs to train and validate on: N numbered units, which a subclass reads. Batches are pure functions of the step.
 
-    reads_files_only: whether any thread may ask for batches, since no encoder runs for them.
+    manifest: how the pairs were encoded. reads_files_only: whether batches may be read in other threads; False where
+    encoders run.
     """
 
     manifest: PairManifest

@@ -1,8 +1,8 @@
-"""Aspect-ratio buckets: the picture sizes that latents are encoded at, and which of them a picture gets. Torch-free.
+"""Aspect-ratio buckets: the image sizes that latents are encoded at. Torch-free.
 
-Sizes are (height, width) in pixels. A picture takes the bucket whose aspect ratio differs by at most a tolerance (of
-the logarithm) and whose area is nearest (of the logarithm), and is resized straight to it. The published training data
-of DiNa-LRM was made so, with the thirteen sizes of PUBLISHED and a tolerance of 0.03.
+Sizes are (height, width) in pixels. Among the buckets whose log aspect ratio is within a tolerance, an image gets the
+one with the nearest log area, and is resized to it without cropping. The published training data of DiNa-LRM used the
+thirteen sizes of PUBLISHED and a tolerance of 0.03.
 """
 
 import math
@@ -16,17 +16,15 @@ PUBLISHED: tuple[Size, ...] = (
     (1472, 832), (832, 1472), (1152, 832), (832, 1152),
 )  # fmt: skip
 MULTIPLE = 16
-"""Of every side: the VAE's factor of 8 times the transformer's patches of 2."""
+"""Divides every side: the VAE's factor of 8 times the transformer's patches of 2."""
 STEP, MAX_ASPECT = 64, 2.0
-"""Of buckets made by the rule: sides are multiples of STEP, no side is longer than MAX_ASPECT times the other."""
+"""For `by_area`: sides are multiples of STEP, and none is longer than MAX_ASPECT times the other."""
 SAME_ASPECT = 0.05
-"""Pictures of a pair in two buckets share one when their aspect ratios differ by less."""
+"""Relative difference of aspect ratios below which images of two buckets share one."""
 
 
 def parse_buckets(text: str) -> tuple[Size, ...]:
-    """`published`; `area:SIDE`, the largest size of each aspect ratio with at most SIDE x SIDE pixels; or sizes,
-    `HEIGHTxWIDTH,HEIGHTxWIDTH`. ValueError for anything else.
-    """
+    """Parse `published`, `area:SIDE` (see `by_area`) or sizes, `HEIGHTxWIDTH,HEIGHTxWIDTH`. Raises ValueError."""
     if text == "published":
         return PUBLISHED
     if match := re.fullmatch(r"area:(\d{1,5})", text):
@@ -46,7 +44,7 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """The square of `side` and, for every shorter height or width, the longest other side within its area."""
+    """The square of `side` and, for each shorter height or width, the longest other side within the square's area."""
     if side < STEP or side % STEP:
         raise ValueError(f"buckets: got area:{side}; expected a positive multiple of {STEP}")
     sizes = {(side, side)}
@@ -58,14 +56,14 @@ def by_area(side: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size], tolerance: float) -> Size | None:
-    """The bucket of a picture; None when no bucket has its aspect ratio."""
+    """The bucket of an image; None when no bucket has its aspect ratio."""
     fitting = [b for b in buckets if abs(_log_aspect(b) - _log_aspect(size)) <= tolerance]
     return min(fitting, key=lambda b: (abs(_log_area(b) - _log_area(size)), b), default=None)
 
 
 def bucket_of_pair(one: Size, other: Size, buckets: Sequence[Size], tolerance: float) -> Size | None:
-    """The bucket of two pictures: that of both; where they differ and the aspect ratios do not (by SAME_ASPECT), that
-    of the picture with the smaller area; else None.
+    """The common bucket of two images. If their buckets differ but their aspect ratios do not (up to SAME_ASPECT), it
+    is that of the image with the smaller area; else None.
     """
     chosen, rejected = (nearest_bucket(size, buckets, tolerance) for size in (one, other))
     if chosen is None or rejected is None or chosen == rejected:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dinalrm_align.data.batches import BatchOrder, IndexedPairs
+from dinalrm_align.data.batches import BatchOrder, PairSource
 from dinalrm_align.data.formats import read_preferences
 from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, PairBatch, PairManifest
 from dinalrm_align.models.images import image_tensor, open_image
@@ -19,7 +19,7 @@ from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.durable import file_digest
 
 
-class ImagePairs(IndexedPairs):
+class ImagePairs(PairSource):
     """A PairSource over a jsonl of image paths.
 
     Args:

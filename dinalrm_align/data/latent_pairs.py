@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinalrm_align.data.batches import BatchOrder, IndexedPairs
+from dinalrm_align.data.batches import BatchOrder, PairSource
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.data.shards import (
     GROUP_COLUMNS,
@@ -43,7 +43,7 @@ from dinalrm_align.train.files import make_folder
 from dinalrm_align.train.settings import check_integer
 
 
-class LatentPairs(IndexedPairs):
+class LatentPairs(PairSource):
     """A PairSource over a directory written by `LatentPairsWriter` or `prepare`; its units are groups of images.
 
     Args:

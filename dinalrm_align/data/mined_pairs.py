@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinalrm_align.data.batches import BatchOrder, IndexedPairs
+from dinalrm_align.data.batches import BatchOrder, PairSource
 from dinalrm_align.data.begin import begin_or_resume
 from dinalrm_align.data.formats import read_preferences
 from dinalrm_align.data.formats.mined import FORMAT, LATENTS, MANIFEST, TEXT, read_manifest, shard_files, shard_path
@@ -85,7 +85,7 @@ def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining:
     begin_or_resume(folder, MANIFEST, settings)
 
 
-class MinedPairs(IndexedPairs):
+class MinedPairs(PairSource):
     """A PairSource over mined pairs.
 
     Args:

@@ -214,21 +214,3 @@ class PairManifest:
                     f"these pairs were encoded with {name} {vars(self)[name]}, expected {wanted}: encode them again "
                     "with the model's VAE and text length, or correct the config"
                 )
-
-
-class PairSource(Protocol):
-    """What training reads: a manifest, batches as a pure function of the step, and fixed pairs to validate on.
-
-    reads_files_only: whether batches may be read in other threads; False where encoders run.
-    """
-
-    manifest: PairManifest
-    reads_files_only: bool
-
-    def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
-        """The batch of micro-step `step` on process `rank` of `world`; the same for every call."""
-        ...
-
-    def validation(self) -> Sequence[PairBatch]:
-        """The held-out pairs, with concepts where they are known; the same for every call."""
-        ...

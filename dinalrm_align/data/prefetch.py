@@ -1,4 +1,4 @@
-"""Batches read before they are asked for, so that a GPU does not wait for the disk."""
+"""Prefetching of batches in threads, so that a GPU does not wait for the disk."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,11 +9,10 @@ Batch = TypeVar("Batch")
 
 
 class Prefetched(Generic[Batch]):
-    """batch_at, the next `ahead` batches of which threads read while one is used; a context manager.
+    """A function micro-step -> batch that reads the next `ahead` batches in threads; a context manager.
 
-    read: micro-step -> batch, a pure function that several threads may call. Batches are those that `read` gives, in
-    whatever order they are asked for; an error of `read` is raised by the call that asks for its batch. ahead 0: each
-    is read when it is asked for.
+    read: micro-step -> batch, a pure function that threads may call. Batches may be requested in any order; an error of
+    `read` is raised when its batch is requested. ahead: 0 reads each batch on request.
     """
 
     def __init__(self, read: Callable[[int], Batch], *, ahead: int, threads: int = 4) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, Unpack
 import numpy as np
 import torch
 
-from dinalrm_align.data.batches import BatchOrder, IndexedPairs
+from dinalrm_align.data.batches import BatchOrder, PairSource
 from dinalrm_align.data.formats import read_preferences
 from dinalrm_align.data.formats.parquet import parquet_module
 from dinalrm_align.data.formats.record import Cell, Preference
@@ -27,7 +27,7 @@ AT_ONCE = 4
 """Row groups that are mixed."""
 
 
-class ReleasedPairs(IndexedPairs):
+class ReleasedPairs(PairSource):
     """A PairSource over a folder of part_rank*.parquet.
 
     Args:

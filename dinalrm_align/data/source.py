@@ -1,6 +1,4 @@
-"""From a path to preference pairs: a directory of latents, mined pairs in parquet, latents in the released layout, or a
-jsonl of pictures that are encoded on the fly.
-"""
+"""Opening preference pairs in any form, and the encoders of a pipeline that encode what is not stored encoded."""
 
 import functools
 import warnings
@@ -10,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Unpack
 import torch
 from torch import Tensor
 
-from dinalrm_align.data.batches import BatchOrder, IndexedPairs
+from dinalrm_align.data.batches import BatchOrder, PairSource
 from dinalrm_align.data.formats import folder_layout
 from dinalrm_align.data.image_pairs import ImagePairs
 from dinalrm_align.data.latent_pairs import LatentPairs
@@ -27,14 +25,14 @@ if TYPE_CHECKING:
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Folders of a pipeline."""
 MAX_CACHED = 1000
-"""Prompts whose embeddings are kept: training on a large set meets each about once an epoch."""
+"""Prompts whose embeddings are cached; in a large data set each occurs about once per epoch."""
 
 
 class Encoders:
-    """VAE and text encoders of a pipeline, each loaded when it is first needed, and once for all data sets.
+    """The VAE and text encoders of a pipeline, loaded when first used.
 
     source: folder or hub id of a StableDiffusion3Pipeline. text_length: T5 tokens per prompt. dtype: of the text
-    encoders; the VAE is float32.
+    encoders; the VAE runs in float32.
     """
 
     def __init__(self, source: str | Path, *, text_length: int, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -52,16 +50,16 @@ class Encoders:
         return encode_images(self.vae, images)
 
     def manifest(self, *, weights: bool = False) -> PairManifest:
-        """What the pairs that these encode are. weights: also by which weights, for pairs that are stored."""
+        """Describe the pairs that these encoders make. weights: also sample the weights, for pairs to be stored."""
         scaling = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         samples = {name: self.weights(name) for name in ENCODERS} if weights else {}
         return PairManifest(
             *scaling, self.encode_prompts.text_length, {name: found for name, found in samples.items() if found}
         )
 
-    @functools.cache  # noqa: B019  one object a program
+    @functools.cache  # noqa: B019  one object per program
     def weights(self, name: str) -> WeightSample | None:
-        """A sample of the weights in a folder of ENCODERS, from the files; None when they are not on this machine."""
+        """A sample of the weights in a folder of ENCODERS; None when they are not on this machine."""
         return sample_weights(self.source, name)
 
 
@@ -73,7 +71,7 @@ def open_pairs(
     size: tuple[int, int],
     on_bad: Literal["refuse", "skip"] = "refuse",
     **order: Unpack[BatchOrder],
-) -> IndexedPairs:
+) -> PairSource:
     """Open the pairs at `path` and check that they match the model that reads them.
 
     Args:

@@ -1,6 +1,6 @@
-"""Which weights made this? A few values of a model's files, read without loading it: enough to tell models apart.
+"""A few values of a model's weight files, read without loading the model, to identify the model.
 
-Values are compared to within bfloat16's rounding, so that copies of one model in another precision count as the same.
+Values are compared up to bfloat16 rounding, so copies of a model in different precisions are equal.
 """
 
 import math
@@ -18,7 +18,7 @@ TOLERANCE = 2.0**-7
 
 @dataclass(frozen=True)
 class WeightSample:
-    """source: folder or hub id. tensors: how many tensors there are. values: VALUES of them, one number of each."""
+    """source: folder or hub id. tensors: their number. values: one number from each of VALUES tensors."""
 
     source: str
     tensors: int
@@ -28,16 +28,16 @@ class WeightSample:
         check_fields(self, "encoded_with")
 
     def same_weights(self, other: "WeightSample") -> bool:
-        """Whether both are samples of one model, wherever it lies and in whatever precision."""
+        """Whether both are samples of the same model, in any folder and precision."""
         close = (math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in zip(self.values, other.values))
         return (self.tensors, len(self.values)) == (other.tensors, len(other.values)) and all(close)
 
 
 def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
-    """A sample of the safetensors in `folder` of a pipeline's folder or hub id; None when they are not on this machine.
+    """Sample the safetensors in `folder` of a pipeline's folder or hub id; None when they are not on this machine.
 
-    Taken are evenly spaced tensors, in order of name, of two dimensions or more: of each its first number. Files of a
-    variant (model.fp16.safetensors) are left out. ValueError for a file that is no safetensors.
+    Takes the first number of evenly spaced tensors, in name order, of two dimensions or more. Files of a variant
+    (model.fp16.safetensors) are ignored. Raises ValueError for a file that is not in safetensors format.
     """
     root = Path(source) if Path(source).is_dir() else _cached(str(source), folder)
     files = sorted((root / folder).glob("*.safetensors")) if root else []
@@ -59,7 +59,7 @@ def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
 
 
 def _cached(source: str, folder: str) -> Path | None:
-    """Where a hub id lies in the local cache; the hub is not asked."""
+    """The folder of a hub id in the local cache, without network access."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

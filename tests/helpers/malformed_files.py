@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from dinalrm_align import LatentReward
 from dinalrm_align.data.image_pairs import ImagePairs
 from dinalrm_align.data.latent_pairs import LatentPairs
-from dinalrm_align.data.prompts import read_captioned_pictures, read_prompts
+from dinalrm_align.data.prompts import read_captioned_images, read_prompts
 from dinalrm_align.models.specs import resolve_model
 from dinalrm_align.reward.pixel.clip import ClipReward
 
@@ -332,7 +332,7 @@ def captioned(*files: tuple[str, bytes | str]):
         folder = world.fresh()
         for name, content in files:
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        return read_captioned_pictures(folder)
+        return read_captioned_images(folder)
 
     return call
 
@@ -355,7 +355,7 @@ CAPTION = ("a.txt", "a circle")
 
 
 def captioned_at(folder: Path) -> object:
-    return read_captioned_pictures(folder)
+    return read_captioned_images(folder)
 
 
 def folder_as_picture(world: World) -> object:

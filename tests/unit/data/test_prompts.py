@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from dinalrm_align.data.prompts import prompt_indices, read_captioned_pictures, read_prompts
+from dinalrm_align.data.prompts import prompt_indices, read_captioned_images, read_prompts
 
 
 def test_prompts_are_the_lines_that_say_something(tmp_path):
@@ -27,17 +27,17 @@ def test_bad_prompt_files_are_refused_with_a_reason(tmp_path):
 
 
 def test_captioned_pictures_come_in_pairs(tmp_path):
-    with pytest.raises(ValueError, match="no pictures in"):
-        read_captioned_pictures(tmp_path)
+    with pytest.raises(ValueError, match="^no images in"):
+        read_captioned_images(tmp_path)
     for name in ("b", "a"):
         Image.new("L", (4, 4)).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(f"picture {name}\n")
-    pictures, captions = read_captioned_pictures(tmp_path)
-    assert captions == ["picture a", "picture b"]
-    assert [picture.mode for picture in pictures] == ["RGB", "RGB"]
+        (tmp_path / f"{name}.txt").write_text(f"image {name}\n")
+    images, captions = read_captioned_images(tmp_path)
+    assert captions == ["image a", "image b"]
+    assert [image.mode for image in images] == ["RGB", "RGB"]
     (tmp_path / "a.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"no prompt file .*a.txt"):
-        read_captioned_pictures(tmp_path)
+        read_captioned_images(tmp_path)
 
 
 def test_every_prompt_comes_once_a_round_over_all_processes():
