@@ -57,9 +57,7 @@ def in_advance(size: int) -> torch.Tensor:
 def in_the_loop() -> torch.Tensor:
     """Four plain pairs."""
     batch = pairs_of(2)
-    text = PromptEncoder(pipeline, text_length=spec.text_length)(
-        prompts[: batch.num_groups]
-    )  # empty cache
+    text = PromptEncoder(pipeline, text_length=spec.text_length)(prompts[: batch.num_groups])  # empty cache
     drawn = sigma[: batch.num_groups], noise[: batch.num_groups]
     scores = [model(latents[rows], *text, *drawn) for rows in (batch.chosen, batch.rejected)]
     return preference_loss(*scores, drawn[0], batch.label, config=loss_config).mean()

@@ -17,7 +17,7 @@ from dinalrm_align.data.source import Encoders, open_pairs
 from dinalrm_align.eval.image_scores import Fit, OnBad, image_scorer, score_image_set
 from dinalrm_align.eval.pieces import Pieces
 from dinalrm_align.eval.scores import NO_NOISE, Level, NoiseLevels, PairScores, load_scores, save_scores, score_pairs
-from dinalrm_align.eval.test_sets import PictureSet, open_test_set
+from dinalrm_align.eval.test_sets import ImageSet, open_test_set
 from dinalrm_align.eval.test_sets_config import TEST_SETS
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.vae import decode_latents
@@ -90,7 +90,7 @@ class Evaluator:
     noise_seed: int
     fit: Literal["area", "crop"] = "area"
     on_bad: OnBad = "refuse"
-    image_sets: Mapping[str, PictureSet] = field(default_factory=dict)
+    image_sets: Mapping[str, ImageSet] = field(default_factory=dict)
 
     def __call__(
         self, candidate: Candidate, levels: Mapping[str, Sequence[NoiseLevels]], directory: Path, *, title: str
@@ -179,7 +179,7 @@ class Evaluator:
         return accuracies
 
 
-def open_image_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> dict[str, PictureSet]:
+def open_image_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> dict[str, ImageSet]:
     """The sets of name -> path that hold images: public test sets and jsonl files. Arguments and errors as
     `open_test_set`.
     """

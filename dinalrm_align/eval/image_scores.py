@@ -1,6 +1,6 @@
 """Scores of single images by any reward, as the public test sets are evaluated.
 
-Every image is scored separately, in an order that does not depend on the pairs (`PictureSet.order`). RNG streams are
+Every image is scored separately, in an order that does not depend on the pairs (`ImageSet.order`). RNG streams are
 keyed by (seed, prompt, draw), so images of one prompt and size share their noise.
 """
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dinalrm_align.data.source import Encoders
 from dinalrm_align.eval.pieces import Pieces
 from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores, check_finite
-from dinalrm_align.eval.test_sets import PictureSet
+from dinalrm_align.eval.test_sets import ImageSet
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.images import image_tensor, open_image
 from dinalrm_align.models.text import Conditions
@@ -125,7 +125,7 @@ def draw_noise(prompts: Sequence[str], shape: Sequence[int], seed: int, draw: in
 
 def score_image_set(
     score: ImageScorer,
-    images: PictureSet,
+    images: ImageSet,
     levels: Sequence[NoiseLevels],
     *,
     batch_size: int,
@@ -141,7 +141,7 @@ def score_image_set(
     missing = images.missing()
     if missing and on_bad == "refuse":
         raise ValueError(
-            f"{images.name}: {len(missing)} of {len(images.pictures)} images are missing, as {missing[:3]}; add them, "
+            f"{images.name}: {len(missing)} of {len(images.images)} images are missing, as {missing[:3]}; add them, "
             "or leave out their pairs with --on_bad skip"
         )
     names = [level.name for level in levels]
@@ -170,7 +170,7 @@ def score_image_set(
 
 def _score_batch(
     score: ImageScorer,
-    images: PictureSet,
+    images: ImageSet,
     rows: Sequence[int],
     names: Sequence[str],
     on_bad: OnBad,
@@ -180,7 +180,7 @@ def _score_batch(
     scores = np.full((len(names), len(rows)), np.nan, np.float32)
     opened: dict[int, Image.Image] = {}
     for column, row in enumerate(rows):
-        image = images.pictures[row]
+        image = images.images[row]
         try:
             opened[column] = open_image(image.read(), image.name)
         except (OSError, ValueError) as error:
@@ -189,14 +189,14 @@ def _score_batch(
                 raise ValueError(f"{images.name}: image {image.name}: {error}; {how}") from error
             faults[image.name] = str(error)
     if opened:
-        found = score(list(opened.values()), [images.pictures[rows[column]].prompt for column in opened])
+        found = score(list(opened.values()), [images.images[rows[column]].prompt for column in opened])
         for line, name in enumerate(names):
             check_finite(found[name], name, images.name)
             scores[line, list(opened)] = found[name]
     return scores
 
 
-def _pair_scores(images: PictureSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
+def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
     """The pairs whose images both have scores."""
     scored = np.isfinite(next(iter(scores.values())))
     kept = scored[images.chosen] & scored[images.rejected]
@@ -204,14 +204,14 @@ def _pair_scores(images: PictureSet, scores: dict[str, np.ndarray], faults: Mapp
         fault = next(iter(faults.values()), "")
         raise ValueError(f"{images.name}: none of {len(kept)} pairs has scores of both images ({fault})")
     prompts: dict[str, int] = {}
-    caption = np.array([prompts.setdefault(images.pictures[row].prompt, len(prompts)) for row in images.chosen])
+    caption = np.array([prompts.setdefault(images.images[row].prompt, len(prompts)) for row in images.chosen])
     columns = {name: vars(images)[name][kept] for name in ("chosen", "rejected", "label", "group")}
     return PairScores(
         scores,
         **columns,
         caption=caption[kept],
         prompts=tuple(prompts),
-        images=tuple(image.name for image in images.pictures),
+        images=tuple(image.name for image in images.images),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from dinalrm_align.data.formats import find_layout, read_preferences
 from dinalrm_align.eval.scores import PairScores
-from dinalrm_align.eval.test_sets import PictureSet
+from dinalrm_align.eval.test_sets import ImageSet
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.durable import file_digest
 
@@ -29,17 +29,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Leak:
-    """prompt, picture (N,) bool: pairs whose prompt, or one of whose images, was trained on. by: how images were
+    """prompt, image (N,) bool: pairs whose prompt, or one of whose images, was trained on. by: how images were
     compared, as text.
     """
 
     prompt: np.ndarray
-    picture: np.ndarray
+    image: np.ndarray
     by: str
 
     @property
     def any(self) -> np.ndarray:
-        return self.prompt | self.picture
+        return self.prompt | self.image
 
 
 def prompt_digest(prompt: str) -> str:
@@ -74,23 +74,23 @@ def read_trained(source: str | Path) -> Trained:
     return trained_on(prompts, images, map(file_digest, files))
 
 
-def leaked(judged: PairScores, trained: Trained, pictures: PictureSet | None = None) -> Leak:
-    """Which pairs were trained on. pictures: the set that was scored; needed to compare contents.
+def leaked(judged: PairScores, trained: Trained, images: ImageSet | None = None) -> Leak:
+    """Which pairs were trained on. images: the set that was scored; needed to compare contents.
 
     Raises ValueError when the scores have no prompts.
     """
     if judged.prompts is None:
         raise ValueError("these pairs have no prompts as text, so they cannot be compared with the training data")
     known = np.array([prompt_digest(prompt) in trained.prompts for prompt in judged.prompts])
-    picture, by = np.zeros(len(judged.label), dtype=bool), "not at all"
+    image, by = np.zeros(len(judged.label), dtype=bool), "not at all"
     if judged.images is not None and (trained.paths or trained.contents):
         rows = np.unique(np.concatenate([judged.chosen, judged.rejected]))
         seen = np.zeros(len(judged.images), dtype=bool)
         for row in rows.tolist():
             seen[row] = path_digest(judged.images[row]) in trained.paths
-            if pictures is not None and trained.contents:
-                content = hashlib.sha256(pictures.pictures[row].read()).hexdigest()
+            if images is not None and trained.contents:
+                content = hashlib.sha256(images.images[row].read()).hexdigest()
                 seen[row] |= content in trained.contents
-        picture = seen[judged.chosen] | seen[judged.rejected]
-        by = "path and content" if trained.contents and pictures is not None else "path"
-    return Leak(known[judged.caption], picture, by)
+        image = seen[judged.chosen] | seen[judged.rejected]
+        by = "path and content" if trained.contents and images is not None else "path"
+    return Leak(known[judged.caption], image, by)

@@ -146,7 +146,7 @@ def _published(results: Sequence[SetResult], main_levels: Sequence[str]) -> str:
 
 def _leak(result: SetResult) -> str:
     leak, total = result.leak, len(result.scores.label)
-    counts = {"prompt": leak.prompt, f"image (compared by {leak.by})": leak.picture, "either": leak.any}
+    counts = {"prompt": leak.prompt, f"image (compared by {leak.by})": leak.image, "either": leak.any}
     overlap = ", ".join(f"{int(which.sum())} by {what}" for what, which in counts.items())
     text = f"## Overlap with training data, {result.name}\n\nOf {total} pairs were trained on: {overlap}.\n\n"
     if not result.without_leak:
@@ -181,7 +181,7 @@ def numbers(results: Sequence[SetResult]) -> dict[str, object]:
             ],
             "pictures_left_out": len(result.faults),
             "trained_on": None if result.leak is None else {
-                "pairs_by_prompt": int(result.leak.prompt.sum()), "pairs_by_picture": int(result.leak.picture.sum()),
+                "pairs_by_prompt": int(result.leak.prompt.sum()), "pairs_by_picture": int(result.leak.image.sum()),
                 "pairs": int(result.leak.any.sum()), "compared_by": result.leak.by,
                 "without": {level: _rounded(value) for level, value in result.without_leak.items()},
             },

@@ -2,7 +2,7 @@
 
 `open_test_set` finds the files of a name in `test_sets_config.TEST_SETS`; `data.formats` reads them. Images are not
 opened here. Which image of a pair comes first is as published (in HPDv3 always the preferred one), so a scorer must not
-see it: `PictureSet.order` lists single images in an order that does not depend on pairs.
+see it: `ImageSet.order` lists single images in an order that does not depend on pairs.
 """
 
 import functools
@@ -25,7 +25,7 @@ HUB = "hub"
 
 
 @dataclass(frozen=True)
-class Picture:
+class Image:
     """An image and its prompt. name: as published. read: returns the bytes of its file, or raises OSError. place: rank
     of the bytes on disk, for reading in order.
     """
@@ -37,19 +37,19 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class PictureSet:
+class ImageSet:
     """M images and N pairs of them.
 
     Args:
         name: of the test set.
-        pictures: the images, each (prompt, name) once.
-        chosen, rejected: (N,) int, rows of `pictures`; first and second image as published.
+        images: the images, each (prompt, name) once.
+        chosen, rejected: (N,) int, rows of `images`; first and second image as published.
         label: (N,) float32, probability that a rater prefers the first; 0.5 is a tie.
         group: (N,) int, the published record, such as a ranked list, that a pair comes from.
     """
 
     name: str
-    pictures: tuple[Picture, ...]
+    images: tuple[Image, ...]
     chosen: np.ndarray
     rejected: np.ndarray
     label: np.ndarray
@@ -57,23 +57,23 @@ class PictureSet:
 
     @property
     def order(self) -> list[int]:
-        """The rows of `pictures` in scoring order: by place, then by digests of prompt and name."""
+        """The rows of `images` in scoring order: by place, then by digests of prompt and name."""
 
         def key(row: int) -> tuple[int, str, str]:
-            picture = self.pictures[row]
-            return picture.place, text_digest(picture.prompt), text_digest(picture.prompt + "\0" + picture.name)
+            image = self.images[row]
+            return image.place, text_digest(image.prompt), text_digest(image.prompt + "\0" + image.name)
 
-        return sorted(range(len(self.pictures)), key=key)
+        return sorted(range(len(self.images)), key=key)
 
     def digest(self) -> str:
         """A digest of prompts, names and verdicts, but not of the images."""
-        names = "\0".join(f"{picture.name}\0{picture.prompt}" for picture in self.pictures)
+        names = "\0".join(f"{image.name}\0{image.prompt}" for image in self.images)
         columns = (self.chosen, self.rejected, self.label, self.group)
         return text_digest(names + "".join(repr(column.tolist()) for column in columns))
 
     def missing(self) -> list[str]:
         """Names of image files that do not exist."""
-        return [picture.name for picture in self.pictures if isinstance(picture.read, File) and not picture.read.found]
+        return [image.name for image in self.images if isinstance(image.read, File) and not image.read.found]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class File:
         return self.path.is_file()
 
 
-def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None) -> PictureSet:
+def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None) -> ImageSet:
     """Open a test set.
 
     Args:
@@ -104,7 +104,7 @@ def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None
     """
     if name not in TEST_SETS:
         path = Path(where)
-        return _picture_set(name, read_preferences(path, "jsonl", strict=False), _Images([path.parent]), path)
+        return _image_set(name, read_preferences(path, "jsonl", strict=False), _Finder([path.parent]), path)
     entry = TEST_SETS[name]
     if str(where) == HUB or (not Path(where).exists() and HUB_ID.fullmatch(str(where))):
         where = _download(name, entry, None if str(where) == HUB else str(where), unpack_to)
@@ -112,33 +112,33 @@ def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None
     if not path.exists():
         raise FileNotFoundError(f"no {name} at {where}; expected a folder with {entry.files}. To get it: {entry.how}")
     files = _find_files(name, entry, path)
-    images = _Images([files[0].parent / root for root in entry.roots], files, published=True)
-    return _picture_set(name, read_preferences(files, entry.layout, strict=False), images, path)
+    finder = _Finder([files[0].parent / root for root in entry.roots], files, published=True)
+    return _image_set(name, read_preferences(files, entry.layout, strict=False), finder, path)
 
 
 def _find_files(name: str, entry: PublicSet, path: Path) -> list[Path]:
     """The parquet files of the set's split, or its annotation file in JSON."""
     if path.is_file():
         return [path]
+    folder = path / entry.folder if (path / entry.folder).is_dir() else path
     if entry.split:
-        folder = path / entry.folder if (path / entry.folder).is_dir() else path
         found = {*folder.glob(f"**/{entry.split}-*.parquet"), *folder.glob(f"**/{entry.split}/*.parquet")}
         if found:
             return sorted(found)
     for candidate in (f"{entry.split or 'test'}.json", "ImageReward_test.json"):
-        if (path / candidate).is_file():
-            return [path / candidate]
+        if (folder / candidate).is_file():
+            return [folder / candidate]
     raise FileNotFoundError(f"{path} holds no {name}: expected {entry.files}. To get it: {entry.how}")
 
 
-def _picture_set(name: str, pairs: Iterable[Preference], images: "_Images", where: Path) -> PictureSet:
+def _image_set(name: str, pairs: Iterable[Preference], finder: "_Finder", where: Path) -> ImageSet:
     rows: dict[tuple[str, str], int] = {}
-    pictures: list[Picture] = []
+    images: list[Image] = []
 
     def row_of(image: ImageRef, prompt: str) -> int:
-        row = rows.setdefault((prompt, images.name(image)), len(pictures))
-        if row == len(pictures):
-            pictures.append(images.picture(image, prompt))
+        row = rows.setdefault((prompt, finder.name(image)), len(images))
+        if row == len(images):
+            images.append(finder.image(image, prompt))
         return row
 
     columns = [
@@ -147,10 +147,10 @@ def _picture_set(name: str, pairs: Iterable[Preference], images: "_Images", wher
     if not columns:
         raise ValueError(f"{where} holds no pairs with a verdict")
     chosen, rejected, label, group = (np.array(column) for column in zip(*columns, strict=True))
-    return PictureSet(name, tuple(pictures), chosen, rejected, label.astype(np.float32), group)
+    return ImageSet(name, tuple(images), chosen, rejected, label.astype(np.float32), group)
 
 
-class _Images:
+class _Finder:
     """Finds the images of a test set.
 
     roots: folders that paths may start in; the first that holds the first image is used, else the first. files: parquet
@@ -169,15 +169,15 @@ class _Images:
             return f"{Path(image.file).name}/{row}/{image.column}"
         return image if self.published else str(Path(image))
 
-    def picture(self, image: ImageRef, prompt: str) -> Picture:
+    def image(self, image: ImageRef, prompt: str) -> Image:
         if isinstance(image, Cell):
             place = self.order[image.file] * 100_000 + image.row_group
-            return Picture(self.name(image), prompt, functools.partial(image_source, image, Path()), place)
+            return Image(self.name(image), prompt, functools.partial(image_source, image, Path()), place)
         if self.published and (Path(image).is_absolute() or ".." in image.split("/")):
             raise ValueError(f"image path: got {image!r:.80}; expected one inside the set's folder")
         if self.root is None:
             self.root = next((root for root in self.roots if (root / image).is_file()), None)
-        return Picture(self.name(image), prompt, File((self.root or self.roots[0]) / image))
+        return Image(self.name(image), prompt, File((self.root or self.roots[0]) / image))
 
 
 def _download(name: str, entry: PublicSet, repository: str | None, unpack_to: Path | None) -> Path:

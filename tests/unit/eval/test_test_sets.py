@@ -45,7 +45,7 @@ def test_every_layout_gives_the_accuracies_worked_out_by_hand(name, tmp_path):
 
 def test_pictures_of_several_pairs_are_scored_once(tmp_path):
     judged = open_test_set("hpdv3", write_hpdv3(tmp_path))
-    assert len(judged.label) == 5 and len(judged.pictures) == 8
+    assert len(judged.label) == 5 and len(judged.images) == 8
 
 
 def test_an_exported_folder_reads_as_the_parquet_files(tmp_path):
@@ -304,15 +304,15 @@ def test_pairs_that_were_trained_on_are_found_by_prompt_path_and_content(tmp_pat
     judged = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
     scores, _ = scored(judged, tmp_path)
     by_prompt = leaked(scores, trained_on([" a cat "]), judged)
-    assert by_prompt.prompt.tolist() == [True, True, False, False, False] and not by_prompt.picture.any()
+    assert by_prompt.prompt.tolist() == [True, True, False, False, False] and not by_prompt.image.any()
     by_path = leaked(scores, trained_on(["x"], ["./images/dog40.png", "tree90.png"]), judged)
-    assert by_path.picture.tolist() == [False, False, True, True, False] and by_path.by == "path"
+    assert by_path.image.tolist() == [False, False, True, True, False] and by_path.by == "path"
 
     put(tmp_path / "train" / "other_name.png", grey(80))
     line = {"prompt": "a bird", "chosen": "other_name.png", "rejected": "other_name.png"}
     put(tmp_path / "train" / "pairs.jsonl", line)
     by_content = leaked(scores, read_trained(tmp_path / "train" / "pairs.jsonl"), judged)
-    assert by_content.picture.tolist() == [False, False, False, True, True] and not by_content.prompt.any()
+    assert by_content.image.tolist() == [False, False, False, True, True] and not by_content.prompt.any()
     assert by_content.by == "path and content"
 
 
