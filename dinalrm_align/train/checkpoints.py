@@ -46,7 +46,7 @@ def save_checkpoint(
     Called on every rank: each writes its own random state and method state, the main rank (the only one that needs
     `log`) writes the rest. Raises OSError, leaving older checkpoints alone, if the checkpoint cannot be written.
     """
-    folder = checkpoint_folder(run, state.step)
+    folder = run / FOLDER / f"step_{state.step:06d}"
     main, rank = accelerator.is_main_process, accelerator.process_index
     with atomic_folder(folder) if main else nullcontext(folder.with_name(TEMPORARY + folder.name)) as temporary:
         _barrier(accelerator)
@@ -114,11 +114,6 @@ def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: A
         _set_random_state(torch.load(folder / f"rng_{rank}.pt", weights_only=True))
     state.step, state.elapsed = facts["step"], facts["elapsed"]
     return facts
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """The folder of the checkpoint after update `step`."""
-    return run / FOLDER / f"step_{step:06d}"
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:

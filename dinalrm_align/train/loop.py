@@ -19,14 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dinalrm_align.train.checkpoints import (
-    checkpoint_folder,
-    latest_checkpoint,
-    load_checkpoint,
-    run_of,
-    save_checkpoint,
-    tidy,
-)
+from dinalrm_align.train.checkpoints import latest_checkpoint, load_checkpoint, run_of, save_checkpoint, tidy
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.distributed import with_others
@@ -66,14 +59,11 @@ class Closures:
         step: Callable[[Any], StepOutput],
         count: Callable[[Any], float] = lambda batch: 1.0,
     ) -> None:
-        self._batch_at, self._step, self._count = batch_at, step, count
+        def counted(micro_step: int) -> _Counted:
+            batch = batch_at(micro_step)
+            return _Counted(batch, count(batch))
 
-    def batch_at(self, micro_step: int) -> _Counted:
-        batch = self._batch_at(micro_step)
-        return _Counted(batch, self._count(batch))
-
-    def step(self, batch: _Counted) -> StepOutput:
-        return self._step(batch.batch)
+        self.batch_at, self.step = counted, lambda counted: step(counted.batch)
 
 
 @dataclass(frozen=True)
@@ -128,29 +118,28 @@ def fit(
     shown: Sequence[str] = ("loss",),
     stop_when: Callable[[Mapping[str, float]], str | None] | None = None,
 ) -> int:
-    """Train `state.parameters` up to update `config.steps`; `state` ends at the last update, saved as a checkpoint.
+    """Train up to update `config.steps`; `state` ends at the last update, saved as a checkpoint.
 
-    An update sums `config.accumulate` micro-steps on every rank; loss, gradient and metrics are means over the items
-    of all micro-steps and ranks (see `Method`). Gradients are averaged here and not by DistributedDataParallel, since
-    rollouts and partial forwards do not pass through the `forward` of one wrapped module.
+    An update takes `config.accumulate` micro-steps on every rank; loss, gradient and metrics are means over the items
+    of all of them (`Method`). Gradients are averaged here and not by DistributedDataParallel, since rollouts and
+    partial forwards do not pass through the `forward` of one wrapped module.
 
     Args:
-        state: of the run (`RunState.initial`); rank 0's parameters are broadcast to all ranks.
-        meter: measures the backward pass; pass it to `method` as well to measure other phases.
+        state: of the run (`RunState.initial`); the weights of rank 0 are broadcast.
+        meter: measures the backward pass; give it to `method` too to measure other phases.
         shown: metrics in the progress bar.
-        stop_when: called after every update with its row of metrics; returns the reason to stop the run, or None. It
-            must return the same on every rank. A checkpoint is saved, so that the run can be resumed.
+        stop_when: called after every update with its metrics; returns the reason to stop the run, or None, the same on
+            every rank. The run can be resumed.
 
     Returns:
         The number of updates done: config.steps, or fewer if `stop_when` stopped the run.
 
     Raises:
-        ValueError: before anything is changed: the checkpoint is damaged or does not fit (`load_checkpoint`), or a new
-            run would overwrite an existing one.
-        FloatingPointError: before the weights are changed: the loss or the gradient is not finite.
-        OSError: a file cannot be written or another rank is lost; the message tells how to resume.
-        SystemExit: status 130: Ctrl-C or SIGTERM, after the update in progress has been saved. A second signal stops
-            at once.
+        ValueError: the checkpoint is damaged or does not fit (`load_checkpoint`), or a new run would overwrite another;
+            nothing is changed.
+        FloatingPointError: the loss or the gradient is not finite; the weights are not changed.
+        OSError: a file cannot be written or another rank is lost; the message says how to resume.
+        SystemExit: 130, on Ctrl-C or SIGTERM, after the update in progress is saved. A second signal stops at once.
     """
     _check_start(accelerator, run)
     meter = meter or PhaseMeter(accelerator.device)
@@ -180,7 +169,7 @@ def fit(
             recorder.call([hook for hook in hooks if hook.at_stop], {})
             accelerator.print(
                 f"\nstopped after update {state.step} of {config.steps}{f', because {reason}' if reason else ''}; "
-                f"checkpoint: {checkpoint_folder(run.path, state.step)}"
+                f"checkpoint: {latest_checkpoint(run.path)}"
                 + (f"\nresume with: {run.resume_command}" if run.resume_command else "")
             )
             if reason is None:
@@ -333,10 +322,10 @@ def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
 def _averaged(
     parts: Sequence[tuple[float, Mapping[str, float]]], tensors: Sequence[nn.Parameter], accelerator: Accelerator
 ) -> dict[str, float]:
-    """Metrics averaged over the micro-steps of all processes, each part with its count; and the gradients in place.
+    """Means of metrics over the micro-steps of all ranks, weighted by count; gradients are averaged in place.
 
-    Gradients come in as sums of count times the gradient of a mean. Where nothing counts they are 0, and the metrics
-    are plain means. A parameter without gradient counts as zero.
+    Before, a gradient is the sum of count times the gradient of a mean; a missing one is 0. If all counts are 0, the
+    gradients are 0 and the metrics unweighted means.
     """
     names = list(parts[0][1])
     sums = [
@@ -361,10 +350,9 @@ def _averaged(
 
 
 def _check_finite(row: Mapping[str, float], step: int) -> None:
-    """Stop before a non-finite loss or gradient reaches the weights."""
     if not all(math.isfinite(row[name]) for name in ("loss", "grad_norm")):
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
         raise FloatingPointError(
-            f"update {step} is not finite and was not made: {numbers}. Resume from the last checkpoint, if there is "
-            "one, with a smaller learning rate, a smaller clip, or float32 weights"
+            f"update {step} is not finite and was not made: {numbers}. Resume from the last checkpoint with a smaller "
+            "optim.lr or optim.clip, or with float32 weights"
         )
