@@ -1,17 +1,17 @@
-"""Kill both recipes at random moments, resume them, and compare what they end with, bit for bit, with runs left alone.
+"""Kill recipes at random moments, resume them, and compare the results bit for bit with uninterrupted runs.
 
     python tests/kill_harness.py --kills 120 --seed 0 --report kill_report.json
 
-Half of the kills come by the clock. The others come at an operation on a file of the run, half of these within the
-saving of a checkpoint: just before it, or half way through a write, which leaves a torn file. A killed run is resumed
-if it had come to a checkpoint, else started anew, until it ends by itself; then its weights, averages, optimiser state,
-random states, metrics, evaluations and exports must be those of the run left alone.
+Half of the kills come at a random time. The others come at an operation on a file of the run, half of these while a
+checkpoint is saved: before the operation, or in the middle of a write, which leaves a torn file. A killed run is
+resumed if it has a checkpoint, else started again, until it ends; then its weights, averages, optimiser state, RNG
+states, metrics, evaluations and exports must equal those of the uninterrupted run.
 
-Every attempt is a fork of this process, which has imported everything and computed nothing, so that an attempt costs no
-start of Python. Plots are written as stand-ins, since drawing them would be most of the time.
+Every attempt is a fork of this process, which has imported everything and computed nothing, so that Python is started
+once. Figures are replaced by stand-ins, since drawing takes most of the time.
 
-The exit status is 1 when a run was lost (it had a checkpoint and cannot go on, or stood still for two minutes) or ended
-with a difference.
+The exit status is 1 if a run was lost (it had a checkpoint and cannot be resumed, or hung for two minutes) or its
+result differs.
 """
 
 import os
@@ -52,15 +52,15 @@ READ_LATER = ("dinalrm_align.align.evaluation", "dinalrm_align.align.refl",
               "dinalrm_align.eval.accuracy", "dinalrm_align.data.source", "dinalrm_align.reward.pixel.clip",
               "dinalrm_align.reward.training", "dinalrm_align.reward.latent",
               "dinalrm_align.shapes.oracle")  # fmt: skip
-"""What the recipes import when they run; here it is imported once, for all attempts."""
-KILLED, STOOD_STILL = -signal.SIGKILL, -signal.SIGALRM
+"""Modules that the recipes import when they run, imported once for all attempts."""
+KILLED, HUNG = -signal.SIGKILL, -signal.SIGALRM
 PATIENCE = 120
-"""Seconds after which an attempt of a second or two stands still: on a lock, say."""
+"""Seconds after which an attempt, which takes a second or two, is considered hung."""
 
 
 @dataclass
 class Case:
-    """A recipe, and a run of it left alone: where it is, its seconds, its operations on files (all, while saving)."""
+    """A recipe and its uninterrupted run: folder, seconds, operations on files (all, while saving)."""
 
     recipe: Recipe
     reference: Path
@@ -70,7 +70,7 @@ class Case:
 
 @dataclass
 class Report:
-    """What happened, to be written as JSON."""
+    """Counts of kills and results, written as JSON."""
 
     kills: int = 0
     lost: int = 0
@@ -100,7 +100,7 @@ class Report:
 
 
 def fork(call: Callable[[], None], output: Path, *, kill_after: float | None = None) -> int:
-    """Run `call` in a fork, its output appended to a file; its exit status, or the negative signal that ended it."""
+    """Run `call` in a fork with output to a file; returns its exit status, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         status = 70
@@ -131,10 +131,7 @@ def fork(call: Callable[[], None], output: Path, *, kill_after: float | None = N
 
 
 def own_bars() -> None:
-    """Give each process its own lock on progress bars.
-
-    tqdm's is a semaphore that forks share: one killed while it draws a bar would hold it for ever, against all others.
-    """
+    """Give each process its own lock on progress bars: a killed fork would hold tqdm's, a shared semaphore, forever."""
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0  # a thread of the parent might hold the lock while it forks
 
@@ -156,7 +153,7 @@ def attempt(recipe: Recipe, run: Path, board: Board, output: Path, kill: dict, k
 
 
 def draw_kill(case: Case, rng: random.Random) -> tuple[dict, float | None]:
-    """By the clock or at a file operation, in equal parts: arguments of `watch_files`, seconds."""
+    """Draw a kill at a time or at a file operation: arguments of `watch_files`, and seconds."""
     if rng.random() < 0.5:
         return {}, rng.uniform(0, case.seconds)
     saving = rng.random() < 0.5
@@ -164,40 +161,40 @@ def draw_kill(case: Case, rng: random.Random) -> tuple[dict, float | None]:
 
 
 def live(case: Case, run: Path, board: Board, output: Path, rng: random.Random, report: Report, bar: tqdm) -> str:
-    """One run, killed and resumed until it ends by itself or the kills are used up; why it was lost, if it was."""
+    """One run, killed and resumed until it ends or all kills are used; returns why it was lost, or an empty text."""
     reached, status = -1, KILLED
     while status == KILLED:
         kill, seconds = draw_kill(case, rng) if report.kills < bar.total else ({}, None)
         status = attempt(case.recipe, run, board, output, kill, seconds)
         step = step_of(latest_checkpoint(run))
         if step < reached:
-            return f"had come to update {reached}, is left with {step}; killed {board.place or 'by the clock'}"
+            return f"had reached update {reached}, now has {step}; killed {board.place or 'by the clock'}"
         if status == KILLED:
             bar.update()
             report.count(case.recipe.name, board, before_first=step < 0)
         reached = step
-    if status == STOOD_STILL:
-        return f"stood still for {PATIENCE} s after update {reached}"
+    if status == HUNG:
+        return f"hung for {PATIENCE} s after update {reached}"
     return f"ended with status {status}: {' | '.join(output.read_text().splitlines()[-3:])}" if status else ""
 
 
-def leave_alone(recipe: Recipe, run: Path, board: Board, output: Path) -> Case:
-    """Run it to its end without a kill."""
+def uninterrupted(recipe: Recipe, run: Path, board: Board, output: Path) -> Case:
+    """Run a recipe to its end without a kill."""
     began = time.monotonic()
     if attempt(recipe, run, board, output, {}, None):
         sys.exit(output.read_text())
-    reference = run.with_name(f"{recipe.name}_left_alone")
+    reference = run.with_name(f"{recipe.name}_uninterrupted")
     run.rename(reference)
     return Case(recipe, reference, time.monotonic() - began, board.operations)
 
 
 def kill_and_compare(work: Path, kills: int, seed: int) -> Report:
-    """Everything, in the folder `work`."""
+    """Run all kills in the folder `work`."""
     board, report, rng = Board(), Report(), random.Random(seed)
     world, output, run = work / "world", work / "output.txt", work / "run"
     if fork(lambda: make_world(world), output):
         sys.exit(output.read_text())
-    cases = [leave_alone(recipe, run, board, output) for recipe in recipes(world)]
+    cases = [uninterrupted(recipe, run, board, output) for recipe in recipes(world)]
     with tqdm(total=kills, desc="kills", unit="") as bar:
         for case in itertools.cycle(cases):
             if report.kills >= kills:

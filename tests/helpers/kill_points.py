@@ -1,4 +1,4 @@
-"""Where a forked run dies: at a file operation, and what it was doing then. For `kill_harness`."""
+"""Kill a forked run at a file operation and record what it was doing, for `kill_harness`."""
 
 import builtins
 import io
@@ -21,7 +21,7 @@ CALLS = ("replace", "rename", "mkdir", "unlink", "remove", "rmdir", "fsync")
 
 
 class Board:
-    """A page of memory that a fork shares with its parent: the phase, how many operations, where it died."""
+    """A page of memory shared with a fork: its phase, number of file operations, and where it died."""
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, 4096)
@@ -40,7 +40,7 @@ class Board:
 
     @property
     def operations(self) -> tuple[int, int]:
-        """Operations on the run's files so far: all, and those within the saving of a checkpoint."""
+        """Operations on files of the run so far: all, and those while a checkpoint is saved."""
         return int.from_bytes(self._page[1:5], "big"), int.from_bytes(self._page[5:9], "big")
 
     def count(self) -> None:
@@ -50,7 +50,7 @@ class Board:
 
     @property
     def place(self) -> str:
-        """The operation at which the process killed itself; empty if it did not."""
+        """The operation at which the process killed itself, or an empty text."""
         return self._page[9:].split(b"\0")[0].decode()
 
     def die(self, place: str) -> None:
@@ -59,7 +59,7 @@ class Board:
 
 
 class Torn:
-    """A file whose first write is cut in the middle, whereupon the process dies."""
+    """A file that writes half of its first write and then kills the process."""
 
     def __init__(self, file: Any, die: Callable[[], None]) -> None:
         self._file, self._die = file, die
@@ -80,7 +80,7 @@ class Torn:
 
 
 def watch_phases(board: Board) -> None:
-    """Let `loop.fit` of this process tell the board what it is doing."""
+    """Record the phases of `loop.fit` of this process on the board."""
     save, log, in_place, fit = loop.save_checkpoint, loop.MetricsLog, state.Ema.in_place, loop.fit
 
     def within(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,14 +115,14 @@ def watch_phases(board: Board) -> None:
 
 
 def watch_files(board: Board, run: Path, *, at: int | None = None, saving: bool = False, torn: bool = False) -> None:
-    """Count this process's operations on files below `run`, and die at number `at` of them, from 0.
+    """Count this process's operations on files in `run`, and die at number `at` of them, from 0.
 
-    saving: number those within the saving of a checkpoint alone. torn: if it is a write, die in the middle of it.
+    saving: count only those while a checkpoint is saved. torn: die in the middle of the operation if it is a write.
     """
     root = str(run)
 
     def due(path: Any) -> bool:
-        """Count it if it is the run's; whether to die at it."""
+        """Count it if the file belongs to the run; whether to die at it."""
         if not str(path).startswith(root):
             return False
         number = board.operations[saving]

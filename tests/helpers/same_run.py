@@ -1,4 +1,4 @@
-"""Are two runs the same, bit for bit? Everything that a run leaves in its folder, times left out."""
+"""Compare the folders of two runs bit for bit, apart from times."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,11 @@ from safetensors import safe_open
 from dinalrm_align.train.metrics import read_metrics
 
 TIMED = ("curves.png",)
-"""Files that show seconds: they need only be there."""
+"""Files that show seconds, which only have to exist."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What of `one` (a finished run: weights, averages, optimiser, random states, metrics, evaluations, exports) is not
-    the same in `other`, by file; leftovers under temporary names count too.
-    """
+    """Differences between two finished runs by file, leftover temporary files included."""
     names = [{str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} for run in (one, other)]
     found = [f"{name}: only in one of them" for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
@@ -27,12 +25,12 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def _content(path: Path) -> Any:
-    """What a file says, times left out, in a form that `_same` compares."""
+    """The content of a file without times, for `_same`."""
     if path.name == "metrics.jsonl":
         return [
             {k: v for k, v in row.items() if not k.startswith(("seconds", "elapsed"))} for row in read_metrics(path)
         ]
-    if path.name == "state.json":  # beside these: times, and digests of files that are compared themselves
+    if path.name == "state.json":  # the rest are times, and digests of compared files
         state = json.loads(path.read_text())
         return {name: state[name] for name in ("step", "num_processes", "identity")}
     if path.suffix == ".safetensors":

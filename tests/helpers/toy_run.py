@@ -15,7 +15,7 @@ from dinalrm_align.train.state import RunState
 
 
 class Memory:
-    """What a method may keep between updates: a running mean of a weight."""
+    """State of a method: a running mean of a weight."""
 
     def __init__(self) -> None:
         self.mean = torch.zeros(())
@@ -50,7 +50,7 @@ def run(
     state: "Memory | None" = None,
     **loop: float,
 ) -> dict[str, nn.Parameter]:
-    """Regression of 16 fixed rows, `batch_size` a micro-step; stochastic adds noise from every global generator."""
+    """Regression of 16 fixed rows, `batch_size` a micro-step; stochastic adds noise from global RNGs."""
     parameters = toy()
     optim = optim or OptimConfig(lr=0.05)
     data = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
@@ -62,7 +62,7 @@ def run(
         noise = (torch.randn(2) + np.random.randn()) * stochastic
         if state is not None:
             state.mean = 0.9 * state.mean + 0.1 * parameters["a"].detach().mean()
-            noise = noise + state.mean  # so that it decides what is learned
+            noise = noise + state.mean  # so that training depends on it
         loss = ((batch @ parameters["a"].T + parameters["b"] - 1 + noise) ** 2).mean()
         steps_made.append(1)
         return (loss * math.nan if len(steps_made) == poison_at else loss), {"norm": parameters["a"].norm()}

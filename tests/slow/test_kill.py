@@ -1,4 +1,4 @@
-"""Both recipes, stopped at every step boundary and killed anywhere, end as if nothing had happened."""
+"""Recipes that are interrupted at every update or killed anywhere and then resumed end as uninterrupted runs."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def no_drawing(monkeypatch):
 def test_a_run_stopped_at_every_step_boundary_is_the_uninterrupted_one(
     world, tmp_path, no_drawing, monkeypatch, number
 ):
-    """Weights, averages, optimiser state, metrics, evaluations, exports and the next random numbers, bit for bit."""
+    """Weights, averages, optimiser state, metrics, evaluations, exports and RNG states, bit for bit."""
     recipe, run, whole = recipes(world)[number], tmp_path / "run", tmp_path / "whole"
     recipe.main([*recipe.arguments, f"--output_dir={run}"])
     run.rename(whole)
@@ -58,7 +58,7 @@ def test_a_run_stopped_at_every_step_boundary_is_the_uninterrupted_one(
         with pytest.raises(SystemExit) as stopped:
             recipe.main([f"--resume={run}"] if stop > 1 else [*recipe.arguments, f"--output_dir={run}"])
         assert stopped.value.code == 130 and step_of(latest_checkpoint(run)) == stop
-        torch.manual_seed(99 + stop)  # whatever happens in between must not matter
+        torch.manual_seed(99 + stop)  # what happens in between must not matter
         np.random.seed(99 + stop)
         random.seed(99 + stop)
     monkeypatch.setattr(loop, "lr_factor", lr_factor)
@@ -71,8 +71,8 @@ def test_a_run_stopped_at_every_step_boundary_is_the_uninterrupted_one(
     assert differences(whole, run) == ["checkpoints/step_000004/weights.safetensors: differs"]
 
 
-def test_a_fork_killed_while_it_draws_a_bar_holds_up_no_other(tmp_path):
-    """tqdm's own lock is shared by forks; without `own_bars` this program stands still."""
+def test_a_fork_killed_while_it_draws_a_bar_does_not_block_others(tmp_path):
+    """tqdm's lock is shared by forks; without `own_bars` this program deadlocks."""
     program = (
         "import os, signal\n"
         "from kill_harness import fork, own_bars, tqdm\n"
@@ -85,13 +85,13 @@ def test_a_fork_killed_while_it_draws_a_bar_holds_up_no_other(tmp_path):
         "    bar.refresh()\n"
         f"    print(fork(bar.refresh, {str(tmp_path / 'out')!r}))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{HELPERS}:{HELPERS.parents[1]}"}
+    environment = {**os.environ, "PYTHONPATH": f"{HELPERS.parent}:{HELPERS.parents[1]}"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.stdout.split() == ["-9", "0"], done.stderr
 
 
-def test_runs_killed_anywhere_go_on_to_the_same_end(tmp_path):
+def test_killed_runs_are_resumed_to_the_same_result(tmp_path):
     """The short form of `python tests/kill_harness.py --kills 120`."""
     harness, report = HELPERS.parent / "kill_harness.py", tmp_path / "report.json"
     environment = {**os.environ, "PYTHONPATH": str(harness.parents[1])}

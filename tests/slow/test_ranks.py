@@ -1,8 +1,8 @@
-"""Two processes with half the batch each make the update that one makes with all of it, sharded or not; and what if
-one is lost, and how a run goes on with another number of them.
+"""Two ranks with half the batch each train as one with all of it, with FSDP and without; a lost rank ends the run, and
+a run is resumed with another world size.
 
-Every recipe runs as it is typed, once here and once under `torch.distributed.run` with two gloo processes. Both do the
-same sums in another order, so that weights agree to 1e-5 after updates of 1e-2, and metrics to 1e-3 of their size.
+Every recipe runs by its command line, once in this process and once under `torch.distributed.run` with two gloo ranks.
+Sums are in another order, so weights agree to 1e-5 after updates of 1e-2, and metrics to a relative 1e-3.
 """
 
 import json
@@ -25,10 +25,10 @@ from dinalrm_align.reward.sharding import shard_base, sharding_asked
 from dinalrm_align.train.checkpoints import latest_checkpoint
 from dinalrm_align.train.metrics import read_metrics
 
-HERE = Path(__file__).parents[1] / "helpers"
+HELPERS = Path(__file__).parents[1] / "helpers"
 TIMED = ("seconds", "elapsed", "memory", "gflop")
 HANG = 240
-"""Seconds after which two processes are taken to wait for each other for ever."""
+"""Seconds after which two ranks are considered deadlocked."""
 
 ALIGN = [
     "--prompts=prompts.txt", "--eval_prompts=prompts.txt", "--device=cpu", "--policy.rank=2", "--policy.alpha=4",
@@ -86,14 +86,14 @@ CASES: dict[str, tuple[str, list[str], list[str], list[str]]] = {
         ["--nft.groups=1"],
     ),
 }  # fmt: skip
-"""name -> recipe, its arguments, those of one process, those of each of two."""
+"""name -> recipe, arguments, arguments of a single process, arguments of two ranks."""
 SHARDED = ["reward", "refl", "grpo"]
-"""Those that run under FSDP as well: a trunk alone, a policy and a trunk, and processes with unlike amounts to do."""
+"""Cases that run under FSDP too: a trunk alone, a policy and a trunk, and ranks with different amounts of work."""
 
 
 def launch(folder: Path, script: Path, *options: str) -> subprocess.CompletedProcess:
-    """Two processes of a script; killed, with what they started, when they hang."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    """Run a script on two ranks; they are killed if they hang."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HELPERS.parents[1]}{os.pathsep}{HELPERS}"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     with subprocess.Popen(
         [*command, *options], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -101,7 +101,7 @@ def launch(folder: Path, script: Path, *options: str) -> subprocess.CompletedPro
         try:
             printed, _ = process.communicate(timeout=HANG)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torch.distributed.run then ends its workers
+            process.terminate()  # ends the workers too
             printed, _ = process.communicate(timeout=60)
             pytest.fail(f"two processes hang: {printed[-3000:]}")
     return subprocess.CompletedProcess(command, process.returncode, printed)
@@ -116,9 +116,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def here(world, monkeypatch):
-    """here(recipe, *arguments): a run by this process alone, in the world's folder."""
+    """here(recipe, *arguments): a run in this process, in the world's folder."""
     monkeypatch.chdir(world)
-    monkeypatch.setattr(ranks_worker.Figure, "savefig", None)  # to be put back after what `run` puts there
+    monkeypatch.setattr(ranks_worker.Figure, "savefig", None)  # restored after `run` replaces it
     monkeypatch.setattr(ranks_worker.Figure, "tight_layout", None)
     monkeypatch.setattr(ranks_worker.stage, "plot_run", None)
     return lambda recipe, *arguments: ranks_worker.run(recipe, list(arguments))
@@ -126,7 +126,7 @@ def here(world, monkeypatch):
 
 @pytest.fixture
 def of_one(world, here):
-    """of_one(name): the folder of that case's run by one process, made when it is first asked for."""
+    """of_one(name): the folder of the case's run in one process, made on first use."""
 
     def folder(name: str) -> Path:
         recipe, given, alone, _ = CASES[name]
@@ -139,9 +139,7 @@ def of_one(world, here):
 
 @pytest.fixture
 def of_two(world, of_one):
-    """Every case, run by two processes that are started once; FSDP's as NAME_fsdp, and as refl_resumed what goes on
-    from the first update of one.
-    """
+    """Every case on two ranks, started once; with FSDP as NAME_fsdp; refl_resumed resumes a run of one process."""
     if not (world / "two").exists():
         shutil.copytree(of_one("refl"), world / "two" / "refl_resumed")
         runs = []
@@ -152,14 +150,14 @@ def of_two(world, of_one):
         first = "two/refl_resumed/checkpoints/step_000001"
         runs.append(["refl_sd35", [f"--resume={first}", "--refl.batch_size=1"], False])
         (world / "runs.json").write_text(json.dumps(runs))
-        result = launch(world, HERE / "ranks_worker.py", "runs.json")
+        result = launch(world, HELPERS / "ranks_worker.py", "runs.json")
         assert result.returncode == 0, [line for line in result.stdout.splitlines() if "rror" in line]
         assert result.stdout.count("base weights are sharded over 2 processes") == len(SHARDED)
     return world / "two"
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """Weights after every update, the reward or LoRA that is left, and metrics."""
+    """Compare weights after every update, the exported reward or LoRA, and metrics."""
     for step in sorted(path.name for path in (one / "checkpoints").iterdir()):
         first, second = (load_file(run / "checkpoints" / step / "weights.safetensors") for run in (one, two))
         assert first.keys() == second.keys()
@@ -181,19 +179,19 @@ def assert_same_run(one: Path, two: Path) -> None:
 def test_two_processes_with_half_the_batch_are_one_with_all(name, of_two, of_one):
     one = of_one(name.removesuffix("_fsdp"))
     rows = read_metrics(one / "metrics.jsonl")
-    assert max(row.get("grad_norm", 0.0) for row in rows) > 1e-3  # there is something to agree on
+    assert max(row.get("grad_norm", 0.0) for row in rows) > 1e-3  # the comparison is not trivial
     if name.startswith("grpo"):
-        assert rows[1]["dropped_groups"] == 0.5  # one of the processes had nothing to train on
+        assert rows[1]["dropped_groups"] == 0.5  # one rank had nothing to train on
     if name == "lpo":
         assert 0 < min(row["pairs_kept"] for row in rows[1:]) < 1
     assert_same_run(one, of_two / name)
 
 
-def test_a_run_goes_on_with_two_processes(of_two, of_one):
+def test_a_run_is_resumed_with_two_ranks(of_two, of_one):
     assert_same_run(of_one("refl"), of_two / "refl_resumed")
 
 
-def test_a_run_goes_on_with_one_process(of_two, of_one, here, tmp_path):
+def test_a_run_is_resumed_with_one_rank(of_two, of_one, here, tmp_path):
     """Between two rollouts, which have two updates each."""
     shutil.copytree(of_two / "grpo", tmp_path / "run")
     here("grpo_sd35", f"--resume={tmp_path / 'run' / 'checkpoints' / 'step_000002'}", "--grpo.groups=2")
@@ -212,7 +210,7 @@ def test_a_run_goes_on_with_one_process(of_two, of_one, here, tmp_path):
         ("refl", [], "by 2 processes, this run has 1: samples per update: got 1, expected 2"),
     ],
 )
-def test_where_another_number_of_processes_makes_no_sense_it_says_so(name, options, message, of_two, here, capsys):
+def test_a_world_size_with_which_a_run_cannot_be_resumed_is_refused(name, options, message, of_two, here, capsys):
     first = of_two / name / "checkpoints" / "step_000001"
     before = (of_two / name / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit) as refused:
@@ -298,7 +296,7 @@ fit(
 
 
 @pytest.mark.parametrize("how", ["killed", "hangs"])
-def test_a_lost_process_ends_the_run_and_leaves_what_it_can_go_on_from(how, tmp_path, monkeypatch):
+def test_a_lost_rank_ends_the_run_which_can_be_resumed(how, tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(LOST)
     lost = launch(tmp_path, script, "run", how)
@@ -306,7 +304,7 @@ def test_a_lost_process_ends_the_run_and_leaves_what_it_can_go_on_from(how, tmp_
     assert "step_000002 with: the same again" in lost.stdout
     assert latest_checkpoint(tmp_path / "run").name == "step_000002"
     monkeypatch.chdir(tmp_path)
-    for folder in ("run", "whole"):  # one process goes on where two were, and batches of 1 and 3 rows count as such
+    for folder in ("run", "whole"):  # one process resumes a run of two, weighting batches of 1 and 3 rows
         monkeypatch.setattr(sys, "argv", [str(script), folder, "well"])
         runpy.run_path(str(script))
     ends = [load_file(latest_checkpoint(tmp_path / name) / "weights.safetensors")["w"] for name in ("run", "whole")]

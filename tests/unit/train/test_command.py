@@ -1,4 +1,4 @@
-"""Command lines from dataclasses: options typed by their end alone."""
+"""Command lines from dataclasses: options without their section, flags, positional words, errors."""
 
 from dataclasses import dataclass, field
 
@@ -44,7 +44,7 @@ class Settings:
 
 @pytest.mark.parametrize("kind", [ReflRun, TrainRewardRun])
 @pytest.mark.parametrize("words", [["--keep_last", "3"], ["--keep_last=3"], ["--loop.keep_last", "3"]])
-def test_keep_last_needs_no_section(kind, words):
+def test_a_unique_name_needs_no_section(kind, words):
     settings, _ = parse(kind, "", words)
     assert settings.loop.keep_last == 3
 
@@ -57,7 +57,7 @@ def test_a_flag_needs_no_value():
         assert parse(ReflRun, "", words)[0].watch.stop_on_hacking is stop
 
 
-def test_words_without_an_option_go_to_the_setting_that_takes_them(capsys):
+def test_positional_words_go_to_their_setting(capsys):
     for words in (["a", "b", "--shown=2"], ["--shown", "2", "a", "b"]):
         settings, _ = parse(CompareRun, "", words, positional="runs")
         assert (settings.runs, settings.shown) == (["a", "b"], 2)
@@ -66,19 +66,19 @@ def test_words_without_an_option_go_to_the_setting_that_takes_them(capsys):
     assert "runs" in capsys.readouterr().err
 
 
-def test_a_name_in_full_is_meant_before_an_end():
+def test_a_full_name_has_precedence():
     settings, _ = parse(Settings, "", ["--seed=9", "--right.size=7"])
     assert (settings.seed, settings.left.seed, settings.right.seed, settings.right.size) == (9, 3, 3, 7)
 
 
-def test_an_end_that_two_options_share_is_refused(capsys):
+def test_an_ambiguous_name_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(Settings, "", ["--depth=5"])
     assert stopped.value.code == 2
     assert "unknown option --depth=5" in capsys.readouterr().err
 
 
-def test_the_later_of_two_spellings_holds():
+def test_the_last_of_two_spellings_wins():
     assert parse(ReflRun, "", ["--loop.keep_last=3", "--keep_last=4"])[0].loop.keep_last == 4
 
 
@@ -111,8 +111,8 @@ def test_a_refused_value_is_named_with_what_was_expected(kind, word, message, ca
 
 
 @pytest.mark.parametrize("kind", [ReflRun, TrainRewardRun])
-def test_settings_that_are_written_down_read_back_the_same_to_the_type(kind, tmp_path):
+def test_written_settings_are_read_back_with_equal_types(kind, tmp_path):
     config, text = parse(kind, "", [])
     written = tmp_path / "config.yaml"
     written.write_text(text)
-    assert repr(parse(kind, "", [], [written])[0]) == repr(config)  # 128 and 128.0 are two runs to a digest
+    assert repr(parse(kind, "", [], [written])[0]) == repr(config)  # 128 and 128.0 have different digests

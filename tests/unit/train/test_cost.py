@@ -1,6 +1,4 @@
-"""The meter: storages are counted once and released, FLOPs are those worked by hand, phases are told apart, evaluation
-is not measured.
-"""
+"""The meter: storages are counted once and released, FLOPs equal those by hand, phases are separate."""
 
 import time
 
@@ -12,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dinalrm_align.train.cost import MIB, LiveStorage, PhaseMeter
 
 
-def test_live_storage_counts_each_storage_once_and_lets_it_go():
+def test_live_storage_counts_each_storage_once_and_releases_it():
     """1 MiB of float32 is 512 x 512; a view and an in-place add are the same storage."""
     held = torch.ones(512, 512)
     with LiveStorage() as tracker:
@@ -68,7 +66,7 @@ def test_phases_report_seconds_and_on_profiled_steps_memory():
         _ = kept + 1
     profiled = meter.finish_step()
     assert set(profiled) == {f"{kind}/{phase}" for kind in ("memory_mib", "gflops") for phase in ("rollout", "reward")}
-    assert profiled["memory_mib/reward"] == pytest.approx(2.0)  # what rollout left, and its own
+    assert profiled["memory_mib/reward"] == pytest.approx(2.0)  # the tensor of rollout, and its own
 
 
 def counted(*runs) -> list[float]:
@@ -131,7 +129,7 @@ def test_recomputation_under_checkpointing_is_counted_where_it_happens():
     assert (plain, again) == ([280, 560], [280, 840])
 
 
-def test_flops_of_one_name_add_up_and_start_anew_with_each_step():
+def test_flops_of_one_name_add_up_within_a_step():
     layer, x = torch.nn.Linear(3, 4), torch.ones(5, 3)
     meter = PhaseMeter("cpu")
     for _ in range(2):
@@ -146,7 +144,7 @@ def test_flops_of_one_name_add_up_and_start_anew_with_each_step():
     assert set(meter.finish_step()) == {"seconds/reward"}
 
 
-def test_counting_flops_does_not_change_the_memory_that_is_seen():
+def test_counting_flops_does_not_change_the_measured_memory():
     """The same checkpointed blocks, by `LiveStorage` alone and by a profiled step."""
     blocks = [torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64)) for _ in range(6)]
 
@@ -156,7 +154,7 @@ def test_counting_flops_does_not_change_the_memory_that_is_seen():
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
         x.sum().backward()
 
-    run()  # the gradients are there before either is measured
+    run()  # allocates the gradients
     with LiveStorage() as alone:
         run()
     meter = PhaseMeter("cpu")

@@ -1,6 +1,6 @@
-"""Faults of files: full disks, folders that cannot be written, damaged, missing and foreign checkpoints.
+"""File faults: full disks, unwritable folders, damaged, missing and foreign checkpoints.
 
-Each is told in a sentence that names the file and the way out, before anything is overwritten.
+Each raises an error that names the file and what to do, before anything is overwritten.
 """
 
 import errno
@@ -38,11 +38,11 @@ def damaged(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-# ------------------------------------------------------------------------------------------- a disk that does not take
+# ------------------------------------------------------------------------------------------- full disks
 
 
 class FullDisk:
-    """`open` of a disk that fails at write number `at`, from 0, after half of it."""
+    """`open` on a disk that fails in the middle of write number `at`, from 0."""
 
     def __init__(self, at: int, error: int = errno.ENOSPC) -> None:
         self.left, self.error, self.failed = at, error, False
@@ -67,7 +67,7 @@ class FullDisk:
 
 @pytest.mark.parametrize("module", [durable, metrics])
 def test_a_disk_full_at_any_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, module):
-    """Of a run that has a checkpoint at 2: resuming and saving at 4 fail at each of their writes in turn."""
+    """Resume a run from its checkpoint at 2, and fail at each write up to the checkpoint at 4 in turn."""
     run(tmp_path / "whole", steps=4)
     folder, at = tmp_path / "run", 0
     while True:
@@ -80,7 +80,7 @@ def test_a_disk_full_at_any_write_leaves_the_previous_checkpoint(tmp_path, monke
         monkeypatch.setattr(module, "open", disk, raising=False)
         resumed = folder / "checkpoints" / first.name
         if module is durable and at == 6:
-            break  # metrics.jsonl and the five files of a checkpoint were written
+            break  # metrics.jsonl and five files of a checkpoint
         if module is metrics and at == 2:
             break  # the rows of two updates
         with pytest.raises(OSError) as full:
@@ -98,7 +98,7 @@ def test_a_disk_full_at_any_write_leaves_the_previous_checkpoint(tmp_path, monke
 
 @pytest.mark.parametrize("limit", [0, 100, 3000, 5500])
 def test_a_limit_on_the_size_of_files_leaves_the_previous_checkpoint(tmp_path, limit):
-    """The same by the kernel: writes beyond RLIMIT_FSIZE fail after a part. random states are of 20000 bytes."""
+    """Writes beyond RLIMIT_FSIZE fail in the kernel after a part. RNG states have 20000 bytes."""
     run(tmp_path, steps=2)
     newest = latest_checkpoint(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 
 def refusal(folder: Path, name: str) -> str:
-    """What is said about the newest checkpoint of a run, by a look at it and by `fit`, which must change nothing."""
+    """The error about the newest checkpoint, the same by a check and by `fit`, which must change nothing."""
     newest, before = latest_checkpoint(folder), bytes_of(folder)
     with pytest.raises(ValueError) as looked:
         checkpoint_to_resume(folder)
@@ -154,7 +154,7 @@ def test_a_checkpoint_cut_short_is_refused_and_the_one_before_it_named(damaged, 
         assert str(path) in str(refused.value)
         assert f"--resume {path.parent.with_name('step_000002')}" in str(refused.value)
     assert "is damaged" in refusal(damaged, str(path))
-    run(damaged, steps=4, resume=path.parent.with_name("step_000002"))  # the way out is one
+    run(damaged, steps=4, resume=path.parent.with_name("step_000002"))  # the suggestion works
     checkpoint_to_resume(damaged)
 
 
@@ -180,19 +180,19 @@ def test_a_missing_file_is_named(damaged, name):
     assert f"{path} is missing; resume from an earlier checkpoint: --resume" in refusal(damaged, name)
 
 
-def test_metrics_that_a_checkpoint_does_not_follow_are_refused(damaged):
+def test_metrics_changed_before_the_checkpoint_are_refused(damaged):
     path = damaged / "metrics.jsonl"
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"step": 3', b'"step": 7'))
     said = refusal(damaged, str(path))
-    assert said.endswith("step_000002")  # which follows the rows before it alone
+    assert said.endswith("step_000002")  # it depends on earlier rows only
     path.write_bytes(b" " + content)
     assert "no earlier checkpoint is intact" in refusal(damaged, str(path))
     path.unlink()
     assert "is missing" in refusal(damaged, str(path))
 
 
-def test_a_damaged_checkpoint_is_not_the_way_out(damaged):
+def test_a_damaged_checkpoint_is_not_suggested(damaged):
     for checkpoint in (damaged / "checkpoints").iterdir():
         (checkpoint / "weights.safetensors").write_bytes(b"")
     assert "no earlier checkpoint is intact" in refusal(damaged, "weights")
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         run(tmp_path / "one", steps=8, resume=newest, identity={"seed": "0", "base model": "a"})
 
 
-def test_a_run_is_not_begun_over_another(damaged):
+def test_a_new_run_does_not_overwrite_another(damaged):
     before = bytes_of(damaged)
     with pytest.raises(ValueError, match=r"run holds a run: resume from .*step_000004, or choose a new folder"):
         run(damaged)
@@ -232,7 +232,7 @@ def test_a_checkpoint_beyond_the_last_step_is_refused_before_anything_is_touched
     assert bytes_of(damaged) == before
 
 
-def test_what_a_kill_left_is_cleared_away(damaged):
+def test_leftovers_of_a_kill_are_deleted(damaged):
     whole = without_times(read_metrics(damaged / "metrics.jsonl"))
     for leftover in (".tmp_step_000004", ".old_step_000001"):
         (damaged / "checkpoints" / leftover).mkdir()
@@ -244,7 +244,7 @@ def test_what_a_kill_left_is_cleared_away(damaged):
     assert without_times(read_metrics(damaged / "metrics.jsonl")) == whole
 
 
-def test_a_deletion_cut_short_leaves_no_folder_that_looks_whole(damaged, monkeypatch):
+def test_an_interrupted_deletion_leaves_no_folder_that_looks_complete(damaged, monkeypatch):
     def cut_short(folder: Path, **options: object) -> None:
         if Path(folder).is_dir():
             (Path(folder) / "weights.safetensors").unlink()
@@ -261,7 +261,7 @@ def test_a_deletion_cut_short_leaves_no_folder_that_looks_whole(damaged, monkeyp
 
 
 def test_moments_of_parameters_in_another_order_are_refused(damaged):
-    """They are kept by number: 0 is `a`, of shape (2, 4), and 1 is `b`, of shape (1,)."""
+    """Moments are stored by number: 0 is `a`, of shape (2, 4), and 1 is `b`, of shape (1,)."""
     parameters = toy()
     before = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = adamw([{"params": [parameters["b"], parameters["a"]]}], OptimConfig())
@@ -284,14 +284,14 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def other_world(world) -> Path:
-    """The same in every name and shape, with other weights."""
+    """Equal names and shapes, other weights."""
     make_world(world.with_name("other"), seed=5)
     return world.with_name("other")
 
 
 @pytest.fixture(scope="module", params=["refl_sd35", "train_reward"])
 def finished(request, world, tmp_path_factory):
-    """A recipe and a finished run of two updates of it; damage is undone."""
+    """A recipe and its finished run of two updates; tests undo their damage."""
     recipe = next(recipe for recipe in recipes(world) if recipe.name == request.param)
     folder = tmp_path_factory.mktemp(request.param) / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -302,7 +302,7 @@ def finished(request, world, tmp_path_factory):
 
 
 def ended(recipe, arguments: list[str], capsys) -> str:
-    """The sentence with which the recipe ends the program."""
+    """The error message with which the recipe exits."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         recipe.main(arguments)
@@ -312,7 +312,7 @@ def ended(recipe, arguments: list[str], capsys) -> str:
     return said
 
 
-def test_the_command_line_refuses_a_damaged_checkpoint_and_names_the_whole_one(finished, capsys):
+def test_the_command_line_refuses_a_damaged_checkpoint_and_suggests_an_intact_one(finished, capsys):
     recipe, folder = finished
     path = folder / "checkpoints" / "step_000002" / "optimizer.pt"
     content = path.read_bytes()
@@ -339,7 +339,7 @@ def test_the_command_line_refuses_another_world_and_another_reward(finished, wor
     assert bytes_of(folder) == before
 
 
-def test_a_full_disk_ends_the_command_line_with_a_sentence(finished, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_the_command_line_with_a_message(finished, tmp_path, monkeypatch, capsys):
     recipe, folder = finished
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
@@ -348,7 +348,7 @@ def test_a_full_disk_ends_the_command_line_with_a_sentence(finished, tmp_path, m
     def full(*arguments: object, **options: object) -> None:
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)  # what a LoRA is exported with
+    monkeypatch.setattr(safetensors.torch, "save_file", full)  # exports a LoRA
     if recipe.name == "train_reward":
         monkeypatch.setattr(durable, "open", FullDisk(3), raising=False)
     said = ended(recipe, resume, capsys)
@@ -356,7 +356,7 @@ def test_a_full_disk_ends_the_command_line_with_a_sentence(finished, tmp_path, m
     check_checkpoint(copy / "checkpoints" / "step_000002")
 
 
-def test_a_folder_that_cannot_be_made_ends_the_command_line_with_a_sentence(finished, tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_ends_the_command_line_with_a_message(finished, tmp_path, capsys):
     recipe, _ = finished
     (tmp_path / "file").write_text("in the way")
     said = ended(recipe, [*recipe.arguments, f"--output_dir={tmp_path / 'file' / 'run'}"], capsys)

@@ -1,4 +1,4 @@
-"""The loop on a model of nine numbers: exact resume, accumulation, averaging, guards, interruption."""
+"""The loop on a model of nine numbers: exact resume, accumulation, moving average, guards, interruption."""
 
 import os
 import signal
@@ -32,16 +32,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     optim = OptimConfig(lr=0.05, schedule="cosine", warmup_steps=2)
     whole = run(tmp_path / "whole", optim=optim)
     first = latest_checkpoint(tmp_path / "whole").with_name("step_000004")
-    torch.manual_seed(99)  # whatever happened in between must not matter
+    torch.manual_seed(99)  # what happens in between must not matter
     np.random.seed(99)
     again = run(tmp_path / "whole", optim=optim, resume=first)
     for name in whole:
         assert torch.equal(whole[name], again[name])
     other = run(tmp_path / "other", optim=optim)
-    assert not torch.equal(whole["a"], other["a"])  # the noise did depend on the global generators
+    assert not torch.equal(whole["a"], other["a"])  # the noise depends on the global RNGs
 
 
-def test_what_a_method_keeps_comes_back_with_the_checkpoint(tmp_path):
+def test_method_state_is_restored_from_the_checkpoint(tmp_path):
     whole, again = Memory(), Memory()
     expected = run(tmp_path / "whole", state=whole, stochastic=False)
     run(tmp_path / "cut", steps=4, state=Memory(), stochastic=False)
@@ -62,35 +62,35 @@ def test_resume_rewrites_the_metrics_after_the_checkpoint(tmp_path):
     assert [row["step"] for row in before] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_can_end_itself_and_go_on_from_there(tmp_path, capsys):
-    """A hook's number at update 3 is a reason to stop: a checkpoint, the hooks for a stop, no error."""
+def test_a_run_stopped_by_stop_when_can_be_resumed(tmp_path, capsys):
+    """A hook's metric at update 3 stops the run: a checkpoint is saved, at_stop hooks are called, nothing is raised."""
     whole = run(tmp_path / "whole")
     torch.manual_seed(0)
     np.random.seed(0)
     called = []
     hooks = (Hook(3, lambda step: {"alarm": 1.0}, at_start=False), Hook(0, called.append, at_start=False, at_stop=True))
-    run(tmp_path / "cut", hooks=hooks, stop_when=lambda row: "it rang" if row.get("alarm") else None)
+    run(tmp_path / "cut", hooks=hooks, stop_when=lambda row: "the alarm rang" if row.get("alarm") else None)
     newest = latest_checkpoint(tmp_path / "cut")
     assert (newest.name, called) == ("step_000003", [3])
-    assert "stopped after update 3 of 6, because it rang" in capsys.readouterr().out
+    assert "stopped after update 3 of 6, because the alarm rang" in capsys.readouterr().out
     assert [row.get("alarm") for row in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == [None, None, 1.0]
     went_on = run(tmp_path / "cut", resume=newest)
     assert all(torch.equal(went_on[name], whole[name]) for name in whole)
 
 
-def test_a_reason_to_stop_at_the_last_update_changes_nothing(tmp_path, capsys):
+def test_stop_when_at_the_last_update_changes_nothing(tmp_path, capsys):
     run(tmp_path, steps=1, stop_when=lambda row: "it is over")
     assert "stopped" not in capsys.readouterr().out
     assert latest_checkpoint(tmp_path).name == "step_000001"
 
 
-def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
+def test_a_damaged_line_of_metrics_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2: not valid JSON"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_the_metrics_go_on_after_the_bytes_that_a_checkpoint_refers_to(tmp_path):
+def test_metrics_continue_after_the_bytes_that_a_checkpoint_refers_to(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     log.append({"step": 1})
@@ -101,7 +101,7 @@ def test_the_metrics_go_on_after_the_bytes_that_a_checkpoint_refers_to(tmp_path)
     assert read_metrics(path) == [{"step": 1}] and again.mark() == mark
 
 
-def test_accumulating_four_times_one_is_one_times_four(tmp_path):
+def test_accumulating_4x1_equals_1x4(tmp_path):
     four = run(tmp_path / "four", batch_size=1, accumulate=4, stochastic=False)
     one = run(tmp_path / "one", batch_size=4, accumulate=1, stochastic=False)
     for name in four:
@@ -110,7 +110,7 @@ def test_accumulating_four_times_one_is_one_times_four(tmp_path):
     assert rows[0][-1]["loss"] == pytest.approx(rows[1][-1]["loss"], rel=1e-5)
 
 
-def test_the_average_is_the_closed_form():
+def test_moving_average_by_hand():
     """p = 1, 2, 3 after updates 1, 2, 3 from mean 0, decay 0.25; the early decays are 2/11, then 0.25 (3/12), 0.25.
 
     mean = 9/11; then 0.25 * 9/11 + 0.75 * 2 = 1.704545; then 0.25 * 1.704545 + 0.75 * 3 = 2.676136.
@@ -126,7 +126,7 @@ def test_the_average_is_the_closed_form():
     assert p.item() == 3.0
 
 
-def test_the_average_runs_is_what_hooks_see_and_is_saved(tmp_path):
+def test_hooks_see_the_moving_average(tmp_path):
     seen: list[Tensor] = []
     trained: list[Tensor] = []
     parameters = toy()
@@ -159,7 +159,7 @@ def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_after_the_update_says_how_to_go_on_and_exits_130(tmp_path, capsys, number):
+def test_an_interrupt_saves_after_the_update_shows_the_resume_command_and_exits_130(tmp_path, capsys, number):
     hook = Hook(3, lambda step: os.kill(os.getpid(), number), at_start=False)
     whole = run(tmp_path / "whole")
     torch.manual_seed(0)
@@ -193,14 +193,14 @@ def test_hooks_run_before_the_first_every_n_and_after_the_last_update(tmp_path):
     assert [row["step"] for row in rows if "gold" in row] == [0, 2, 4, 5]
 
 
-def test_only_the_newest_checkpoints_are_kept_and_leftovers_are_not_taken_for_one(tmp_path):
+def test_only_the_newest_checkpoints_are_kept_and_leftovers_are_ignored(tmp_path):
     (tmp_path / "checkpoints" / ".tmp_step_000099").mkdir(parents=True)
     run(tmp_path, steps=6, keep_last=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_000004", "step_000006"]
     assert latest_checkpoint(tmp_path).name == "step_000006"
 
 
-def test_resume_refuses_what_it_cannot_use(tmp_path):
+def test_resume_refuses_folders_without_a_fitting_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="nothing to resume: no folder"):
         checkpoint_to_resume(tmp_path / "absent")
     with pytest.raises(ValueError, match="holds no checkpoint yet"):
@@ -247,7 +247,7 @@ from dinalrm_align.train.state import RunState
 accelerator = Accelerator(cpu=True)
 rank, size = accelerator.process_index, accelerator.num_processes
 data = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
-p = {"w": nn.Parameter(torch.ones(4) + rank), "idle": nn.Parameter(torch.ones(1))}  # rank 1 starts elsewhere
+p = {"w": nn.Parameter(torch.ones(4) + rank), "idle": nn.Parameter(torch.ones(1))}  # rank 1 starts from other weights
 optim = OptimConfig(lr=0.05, clip=0.5)
 config = LoopConfig(steps=3, accumulate=2 // size)
 fit(
@@ -265,8 +265,8 @@ accelerator.end_training()
 """
 
 
-def test_two_processes_are_one_that_accumulates(tmp_path):
-    """2 processes x 1 micro-batch = 1 process x 2, in weights and metrics, whatever rank 1 started from."""
+def test_two_ranks_equal_one_that_accumulates(tmp_path):
+    """2 ranks x 1 micro-batch equal 1 rank x 2 in weights and metrics; the initial weights of rank 1 do not matter."""
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}

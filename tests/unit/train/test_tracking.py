@@ -1,4 +1,4 @@
-"""Trackers get every row and every grid; without their package they are refused; jsonl is written whatever happens."""
+"""Trackers get every row and image; a missing package is an error; metrics.jsonl is always written."""
 
 import importlib.util
 from pathlib import Path
@@ -22,7 +22,7 @@ SETTINGS = "seed: 3\noptim:\n  lr: 0.1\n"
 
 
 class Recorder(GeneralTracker):
-    """Keeps what it is given."""
+    """Stores what it is given."""
 
     name, requires_logging_directory = "recorder", False
 
@@ -50,7 +50,7 @@ def draw(path: Path, value: int) -> Path:
 
 
 def run(accelerator: Accelerator, folder: Path, steps: int = 4, resume: Path | None = None) -> None:
-    """A weight that falls, a picture after updates 0, 2, 4, ..."""
+    """Train one weight, with an image after updates 0, 2, 4, ..."""
     weight = nn.Parameter(torch.tensor(1.0))
 
     def picture(step: int) -> None:
@@ -129,7 +129,7 @@ def test_wandb_offline_keeps_curves_pictures_and_settings_below_the_run(tmp_path
     tracked = accelerator.get_tracker("wandb", unwrap=True)
     assert tracked.config["seed"] == 3 and tracked.config["optim"] == {"lr": 0.1}
     rows = read_metrics(folder / "metrics.jsonl")
-    assert tracked.summary["loss"] == rows[-2]["loss"]  # a step counts once the next begins, or the run ends
+    assert tracked.summary["loss"] == rows[-2]["loss"]  # wandb commits a step when the next begins
     accelerator.end_training()
     (offline,) = (folder / "wandb").glob("offline-run-*")
     assert list(offline.glob("*.wandb"))
