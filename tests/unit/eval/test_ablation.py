@@ -1,4 +1,4 @@
-"""What an ablation says: paired differences, verdicts, ways of reading, and the spread over noise draws."""
+"""Ablations: paired differences, verdicts, noise levels at inference, variance over noise draws."""
 
 import numpy as np
 import pytest
@@ -118,9 +118,9 @@ def test_one_seed_is_marked():
     assert "one seed: variance between seeds unknown" in question_section(QUESTIONS["likelihood"], found)
 
 
-def test_every_way_of_reading_that_was_taken_is_in_the_table():
-    readings = [NoiseLevels.at(sigma) for sigma in SIGMAS] + [NoiseLevels.at(*ENSEMBLE)] + draw_levels(4, ENSEMBLE)
-    names = [reading.name for reading in dict.fromkeys(readings)]
+def test_the_table_lists_every_scored_choice_of_noise_levels():
+    levels = [NoiseLevels.at(sigma) for sigma in SIGMAS] + [NoiseLevels.at(*ENSEMBLE)] + draw_levels(4, ENSEMBLE)
+    names = [level.name for level in dict.fromkeys(levels)]
     found = evidence_of({BASELINE: {seed: {"set": scores_of(0.8, seed, names=names)} for seed in range(2)}})
     text = inference_section(found, BASELINE)
     for label in ("sigma 0.8", "0.2+0.4, tokens", "0.2+0.4, average", "sigma 0.4, 2 draws, average",
@@ -135,12 +135,12 @@ def test_draws_are_grouped_without_overlap():
 
 
 def test_noise_share_is_one_over_k_for_independent_draws():
-    """Scores: picture's own (variance 4) plus noise (variance 1): the share is 1/4 for one draw, 1/16 for four."""
+    """Scores: image's own (variance 4) plus noise (variance 1): the share is 1/4 for one draw, 1/16 for four."""
     rng = np.random.default_rng(0)
     own = 2 * rng.standard_normal(20_000)
     scores = {NoiseLevels.at(0.4, draw=draw).name: own + rng.standard_normal(own.size) for draw in range(8)}
-    for reading in draw_levels(8, ENSEMBLE):
-        scores.setdefault(reading.name, own + rng.standard_normal(own.size))
+    for level in draw_levels(8, ENSEMBLE):
+        scores.setdefault(level.name, own + rng.standard_normal(own.size))
     rows = np.arange(2)
     pairs = PairScores(scores, rows, rows + 1, np.ones(2, np.float32), rows)
     shares = {(row.label, row.forwards): row.share for row in noise_shares([pairs], 8, ENSEMBLE)}

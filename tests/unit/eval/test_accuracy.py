@@ -1,4 +1,4 @@
-"""Pairwise accuracy on scores worked out by hand, its merging over processes, and the files it writes."""
+"""Pairwise accuracy on scores computed by hand, merging over ranks, and report files."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from dinalrm_align.models.text import Conditions
 
 
 def batch(label=(1.0, 1.0, 0.0, 0.5), value=0.0):
-    """Four pairs of eight pictures; a picture's latents hold the number that `by_value` scores it with.
+    """Four pairs of eight images; an image's latents hold its score by `by_value`.
 
     chosen 3 2 1 5, rejected 1 2 4 0: right, tie (wrong), right since label 0 prefers `rejected`, left out as undecided.
     """

@@ -54,7 +54,7 @@ def test_reliability_by_hand():
     assert expected_calibration_error(found) == pytest.approx(0.2)
 
 
-def test_each_pair_counts_once_whichever_picture_is_named_first():
+def test_each_pair_counts_once_whichever_image_is_first():
     p, label = np.array([0.6, 0.3, 0.9, 0.5]), np.array([1.0, 0.0, 0.25, 1.0])
     one, other = reliability(p, label), reliability(1 - p, 1 - label)
     assert one.count.sum() == other.count.sum() == 4
@@ -62,8 +62,8 @@ def test_each_pair_counts_once_whichever_picture_is_named_first():
         np.testing.assert_allclose(vars(one)[name], vars(other)[name])
 
 
-def test_an_even_prediction_favours_no_picture():
-    """Data sets name the preferred picture first: p = 1/2 with label 1, every time, must not look like foresight."""
+def test_an_even_prediction_favours_no_image():
+    """Data sets list the preferred image first: p = 1/2 with label 1, every time, must not count as correct."""
     found = reliability([0.5] * 8, [1.0] * 8)
     assert found.count.tolist() == [8] + [0] * 9
     assert found.observed[0] == 0.5
@@ -126,7 +126,7 @@ def test_refuses_what_is_no_prediction(arguments, message):
 
 
 def test_the_interval_resamples_captions_whole():
-    """As many pairs in a tenth of the captions, whose pairs agree, tell less; the generator alone decides the rest."""
+    """As many pairs in a tenth of the captions, whose pairs agree, carry less information; RNG: the generator only."""
     p = np.full(600, 0.8)
     label = np.repeat(np.random.default_rng(0).random(60) < 0.6, 10).astype(float)
 
@@ -273,7 +273,7 @@ def test_the_table_has_a_row_per_arm_and_level_and_a_sentence_per_arm(curves):
     assert factors[0] < 2 < factors[1]
 
 
-def test_the_picture_is_written_whole(curves, tmp_path):
+def test_the_figure_is_written(curves, tmp_path):
     plot_reliability(curves, tmp_path / "new" / "reliability.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["reliability.png"]
     assert (tmp_path / "new" / "reliability.png").read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,7 @@
-"""The shipped reward still says what examples/results/evaluation tells of it: scores, accuracy, calibration.
+"""The shipped reward reproduces examples/results/evaluation: scores, accuracy, calibration.
 
-Tolerances: a score may move by 0.002 of the standard deviation between pictures (another machine's sums);
-what is worked out of the kept scores may move in the last digit that is written.
+Tolerances: a score may move by 0.002 of the standard deviation between images (rounding differs between machines);
+values computed from the stored scores may move in the last written digit.
 """
 
 import json
@@ -23,26 +23,26 @@ from dinalrm_align.reward.training import score_batch
 from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.shapes.pairs import write_heldout_pairs
 
-KEPT = Path(__file__).parents[3] / "examples" / "results" / "evaluation"
+STORED = Path(__file__).parents[3] / "examples" / "results" / "evaluation"
 SCORE_TOLERANCE = 0.002
 GROUPS, PER_GROUP = 32, 4
 
 
 @pytest.fixture(scope="module")
-def kept():
-    path = KEPT / "judged_heldout.safetensors"
+def stored():
+    path = STORED / "judged_heldout.safetensors"
     with safe_open(path, framework="np") as file:
         terms = json.loads(file.metadata()["terms"])
-    return load_scores(path, terms), terms, json.loads((KEPT / "evaluation.json").read_text())
+    return load_scores(path, terms), terms, json.loads((STORED / "evaluation.json").read_text())
 
 
-def test_accuracy_and_calibration_follow_from_the_kept_scores(kept):
-    judged, _, numbers = kept
-    for reading, accuracy in numbers["accuracy"]["heldout"].items():
-        assert np.nanmean(judged.correct(reading)) == pytest.approx(accuracy, abs=1e-5)
+def test_accuracy_and_calibration_follow_from_the_stored_scores(stored):
+    scores, _, numbers = stored
+    for level, accuracy in numbers["accuracy"]["heldout"].items():
+        assert np.nanmean(scores.correct(level)) == pytest.approx(accuracy, abs=1e-5)
     config = EvaluateRun()
     levels = reliabilities(
-        {"reward": {0: {"heldout": judged}}}, {"reward": config.loss}, "heldout", config.calibrated_at
+        {"reward": {0: {"heldout": scores}}}, {"reward": config.loss}, "heldout", config.calibrated_at
     )
     for sigma, found in levels["reward"].items():
         expected = numbers["calibration"][f"{sigma:g}"]
@@ -51,20 +51,20 @@ def test_accuracy_and_calibration_follow_from_the_kept_scores(kept):
         assert found.scale == pytest.approx(expected["best_scale"], abs=1e-3)
 
 
-def test_the_shipped_reward_gives_the_kept_scores(kept, tmp_path):
-    judged, terms, _ = kept
+def test_the_shipped_reward_reproduces_the_stored_scores(stored, tmp_path):
+    scores, terms, _ = stored
     spec = MODELS["shapes"]
     pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
-    lists = PairsConfig(heldout_groups=GROUPS, sampled_share=1.0)  # the first of those that were judged
+    lists = PairsConfig(heldout_groups=GROUPS, sampled_share=1.0)  # the first of the evaluated lists
     write_heldout_pairs(tmp_path / "pairs", pipeline, lists)
     model = LatentReward.from_pretrained(spec.reward, transformer=pipeline.transformer.requires_grad_(False)).model
     batches = LatentPairs(tmp_path / "pairs", batch_size=terms["batch_size"]).in_order()
-    reading = NoiseLevels.at(0.4)
+    level = NoiseLevels.at(0.4)
     again = score_pairs(
         lambda batch, level, noise: score_batch(model, batch, level, noise),
-        batches, [reading], seed=terms["noise_seed"], title="drift",
+        batches, [level], seed=terms["noise_seed"], title="drift",
     )  # fmt: skip
-    expected = judged.score(reading.name)[: GROUPS * PER_GROUP]
-    assert np.abs(again.score(reading.name) - expected).max() < SCORE_TOLERANCE * judged.score(reading.name).std()
+    expected = scores.score(level.name)[: GROUPS * PER_GROUP]
+    assert np.abs(again.score(level.name) - expected).max() < SCORE_TOLERANCE * scores.score(level.name).std()
     pairs = GROUPS * PER_GROUP * (PER_GROUP - 1) // 2
-    assert np.array_equal(again.label, judged.label[:pairs]) and np.array_equal(again.chosen, judged.chosen[:pairs])
+    assert np.array_equal(again.label, scores.label[:pairs]) and np.array_equal(again.chosen, scores.chosen[:pairs])

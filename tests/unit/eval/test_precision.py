@@ -33,7 +33,7 @@ from dinalrm_align.reward.losses import preference_loss
 SPEC = MODELS["shapes"]
 SHIPPED = Path(__file__).parents[3] / "examples" / "results" / "precision.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PICTURES = 8
+IMAGES = 8
 
 
 @functools.cache
@@ -43,12 +43,12 @@ def shipped_reward(dtype):
 
 @functools.cache
 def sample():
-    return heldout_images(SPEC, PICTURES, seed=1)
+    return heldout_images(SPEC, IMAGES, seed=1)
 
 
 @functools.cache
 def exact(level):
-    return score(shipped_reward("float32"), sample(), level, batch_size=PICTURES)
+    return score(shipped_reward("float32"), sample(), level, batch_size=IMAGES)
 
 
 # -------------------------------------------------------------------------------------------------- the table of errors
@@ -61,11 +61,11 @@ def exact(level):
 ], ids=str)  # fmt: skip
 def test_half_precision_has_not_drifted(dtype, way, level):
     if way == "cast":
-        found = score(shipped_reward(dtype), sample(), level, batch_size=PICTURES)
+        found = score(shipped_reward(dtype), sample(), level, batch_size=IMAGES)
     else:
-        found = score(shipped_reward("float32"), sample(), level, batch_size=PICTURES, autocast=DTYPES[dtype])
+        found = score(shipped_reward("float32"), sample(), level, batch_size=IMAGES, autocast=DTYPES[dtype])
     agreement = compare(found, exact(level))
-    one_pair = 2 / (PICTURES * (PICTURES - 1))  # may be a near tie
+    one_pair = 2 / (IMAGES * (IMAGES - 1))  # may be a near tie
     assert agreement.rank_agreement >= 1 - one_pair - 1e-6
     assert beyond_tolerance(dataclasses.replace(agreement, rank_agreement=1.0), dtype) == []
     assert agreement.score_max > 1e-4, "this was float32"
@@ -154,7 +154,7 @@ def test_a_mistake_on_the_command_line_ends_with_status_2_and_a_sentence(words, 
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_come_from_pairs_too(tmp_path):
+def test_images_of_latent_pairs(tmp_path):
     inputs = {"prompt_embeds": torch.ones(5, 8), "pooled_prompt_embeds": torch.ones(4)}
     with LatentPairsWriter(tmp_path / "pairs", PairManifest(1.0, 0.0, 14)) as writer:
         for number in range(3):
@@ -186,16 +186,16 @@ def raw_under(reward, inputs, autocast, **options):
 
 
 @half_precision
-def test_the_transformer_is_told_the_exact_timestep(tiny_rewards, tiny_inputs, dtype, autocast):
+def test_the_transformer_gets_the_exact_timestep(tiny_rewards, tiny_inputs, dtype, autocast):
     """sigma 0.85714 is timestep 857.14, which bfloat16 would round to 856 and float16 to 857."""
-    reward, told = tiny_rewards[dtype], []
+    reward, seen = tiny_rewards[dtype], []
     hook = reward.model.trunk.time_text_embed.time_proj.register_forward_pre_hook(
-        lambda _, given: told.append(given[0])
+        lambda _, given: seen.append(given[0])
     )
     raw_under(reward, tiny_inputs, autocast, sigma=0.85714)
     hook.remove()
-    assert told[0].dtype == torch.float32
-    assert told[0].tolist() == pytest.approx([857.14, 857.14], abs=1e-4)
+    assert seen[0].dtype == torch.float32
+    assert seen[0].tolist() == pytest.approx([857.14, 857.14], abs=1e-4)
 
 
 @half_precision

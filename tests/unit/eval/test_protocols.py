@@ -10,7 +10,7 @@ from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import PROTOCOLS, TEST_SETS, check_protocol, default_protocol, protocols_of
 
 
-def judged(scores, pairs, caption=None, group=None):
+def pair_scores(scores, pairs, caption=None, group=None):
     """pairs: (first, second, label of the first)."""
     first, second, label = (np.array(column) for column in zip(*pairs))
     caption = np.zeros(len(pairs), int) if caption is None else np.array(caption)
@@ -20,7 +20,7 @@ def judged(scores, pairs, caption=None, group=None):
     )
 
 
-LISTS = judged(
+LISTS = pair_scores(
     [3.0, 1, 1, 0, 0.5, 5],
     [(0, 1, 1), (0, 2, 1), (1, 2, 0), (3, 4, 0.5), (3, 5, 1), (4, 5, 1)],
     caption=[0, 0, 0, 1, 1, 1],
@@ -48,7 +48,7 @@ def test_by_hand(protocol, value, pairs):
 def test_hpsv2_puts_equal_scores_in_the_order_of_publication():
     """1 inversion of 1 pair, or none: who is published first is ranked first."""
     for rows, expected in (((0, 1), 1.0), ((1, 0), 0.0)):
-        one = judged([2.0, 2.0], [(*rows, 1)])
+        one = pair_scores([2.0, 2.0], [(*rows, 1)])
         assert accuracy(one, "hpsv2", "s", draws=100).value == expected
         assert accuracy(one, "mps", "s", draws=100).value == 1.0
         assert accuracy(one, "pooled", "s", draws=100).value == 0.0
@@ -62,21 +62,21 @@ def test_who_stands_first_changes_nothing():
 
 def test_lists_of_one_prompt_are_lists_of_their_own():
     """Per list 1/1 and 0/3; were they one list, 1/4."""
-    one = judged([2.0, 1, 0, 1, 2], [(0, 1, 1), (2, 3, 1), (2, 4, 1), (3, 4, 1)], group=[0, 1, 1, 1])
+    one = pair_scores([2.0, 1, 0, 1, 2], [(0, 1, 1), (2, 3, 1), (2, 4, 1), (3, 4, 1)], group=[0, 1, 1, 1])
     assert accuracy(one, "grouped", "s", draws=100).value == pytest.approx(0.5)
     assert accuracy(one, "pooled", "s", draws=100).value == 0.25
 
 
 def test_tau_moves_all_pairs_of_one_gap_together():
     """Gaps 1 (tied), 1 (right), 2 (right). eps 1 makes both of gap 1 ties: 2 of 3; at eps 0, 2 of 3: never 3 of 3."""
-    one = judged([1.0, 0, 2, 0], [(0, 1, 0.5), (0, 1, 1), (2, 3, 1)])
+    one = pair_scores([1.0, 0, 2, 0], [(0, 1, 0.5), (0, 1, 1), (2, 3, 1)])
     assert accuracy(one, "tau", "s", draws=100).value == pytest.approx(2 / 3)
 
 
 def test_the_interval_is_that_of_a_share_where_every_prompt_has_a_pair():
     """sqrt(0.7 * 0.3 / 400) = 0.0229, so 0.7 +- 0.045."""
     right = [1] * 280 + [0] * 120
-    one = judged([1.0, 0.0], [(0, 1, label) for label in right], caption=range(400))
+    one = pair_scores([1.0, 0.0], [(0, 1, label) for label in right], caption=range(400))
     found = accuracy(one, "pooled", "s")
     assert found.value == 0.7
     assert found.low == pytest.approx(0.655, abs=0.006) and found.high == pytest.approx(0.745, abs=0.006)
@@ -85,14 +85,14 @@ def test_the_interval_is_that_of_a_share_where_every_prompt_has_a_pair():
 @pytest.mark.parametrize("protocol", ["pooled", "grouped", "tau"])
 def test_pairs_of_a_prompt_that_agree_count_as_one_in_the_interval(protocol):
     labels = [1] * 30 + [0] * 10
-    once = judged([1.0, 0.0], [(0, 1, label) for label in labels], caption=range(40))
-    nine = judged([1.0, 0.0], [(0, 1, label) for label in np.repeat(labels, 9)], caption=np.repeat(range(40), 9))
+    once = pair_scores([1.0, 0.0], [(0, 1, label) for label in labels], caption=range(40))
+    nine = pair_scores([1.0, 0.0], [(0, 1, label) for label in np.repeat(labels, 9)], caption=np.repeat(range(40), 9))
     one, many = (accuracy(each, protocol, "s", draws=200) for each in (once, nine))
     assert (one.low, one.high) == pytest.approx((many.low, many.high)) and one.low < one.value < one.high
 
 
 def test_no_pair_that_counts_is_no_accuracy():
-    found = accuracy(judged([1.0, 0.0], [(0, 1, 0.5)]), "pooled", "s")
+    found = accuracy(pair_scores([1.0, 0.0], [(0, 1, 0.5)]), "pooled", "s")
     assert np.isnan(found.value) and found.pairs == 0 and str(found) == "no pairs"
 
 

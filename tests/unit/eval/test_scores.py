@@ -12,20 +12,20 @@ TERMS = {"noise_seed": 0}
 
 
 def batch(groups=2, *, shift=0.0, concept=None, prompts=None):
-    """Lists of three pictures, two pairs each: (0, 1) and (2, 1)."""
-    pictures = 3 * groups
+    """Lists of three images, two pairs each: (0, 1) and (2, 1)."""
+    images = 3 * groups
     start = 3 * torch.arange(groups)
     return PairBatch(
-        latents=shift + torch.arange(pictures * 4, dtype=torch.float32).view(pictures, 1, 2, 2),
+        latents=shift + torch.arange(images * 4, dtype=torch.float32).view(images, 1, 2, 2),
         conditions=Conditions(
-            [prompts[number // 3] if prompts else "" for number in range(pictures)],
-            torch.zeros(pictures, 1, 1),
-            torch.zeros(pictures, 1),
+            [prompts[number // 3] if prompts else "" for number in range(images)],
+            torch.zeros(images, 1, 1),
+            torch.zeros(images, 1),
         ),
         chosen=torch.stack([start, start + 2], dim=1).flatten(),
         rejected=torch.stack([start + 1, start + 1], dim=1).flatten(),
         label=torch.ones(2 * groups),
-        group=torch.arange(pictures) // 3,
+        group=torch.arange(images) // 3,
         concepts=None if concept is None else (concept,) * (2 * groups),
     )
 
@@ -36,7 +36,7 @@ def mean_of_noise(batch, sigmas, noise):
     return sum(sigma * drawn.mean(dim=(1, 2, 3)) for sigma, drawn in zip(sigmas, noise, strict=True))
 
 
-def test_reading_names():
+def test_noise_level_names():
     assert NoiseLevels.at(0.4).name == "0.4"
     assert NoiseLevels.at(0.2, 0.5).name == "0.2+0.5"
     assert NoiseLevels.at(0.4, draw=3).name == "0.4@3"
@@ -44,56 +44,56 @@ def test_reading_names():
 
 
 def test_pairs_of_several_batches_are_numbered_on():
-    judged = score_pairs(lambda b, s, n: b.latents.mean(dim=(1, 2, 3)), [batch(2), batch(1)], [NoiseLevels.at(0.4)],
+    scores = score_pairs(lambda b, s, n: b.latents.mean(dim=(1, 2, 3)), [batch(2), batch(1)], [NoiseLevels.at(0.4)],
                    seed=0, title="")  # fmt: skip
-    assert judged.chosen.tolist() == [0, 2, 3, 5, 6, 8]
-    assert judged.rejected.tolist() == [1, 1, 4, 4, 7, 7]
-    assert judged.caption.tolist() == [0, 0, 1, 1, 2, 2]
-    assert judged.correct("0.4").tolist() == [0, 1, 0, 1, 0, 1]  # scores rise with the picture's number
+    assert scores.chosen.tolist() == [0, 2, 3, 5, 6, 8]
+    assert scores.rejected.tolist() == [1, 1, 4, 4, 7, 7]
+    assert scores.caption.tolist() == [0, 0, 1, 1, 2, 2]
+    assert scores.correct("0.4").tolist() == [0, 1, 0, 1, 0, 1]  # scores rise with the image's number
 
 
 def test_groups_of_one_caption_are_one_caption():
     batches = [batch(2, prompts=("a", "b")), batch(1, prompts=("a",))]
-    judged = score_pairs(mean_of_noise, batches, [NoiseLevels.at(0.4)], seed=0, title="")
-    assert judged.caption.tolist() == [0, 0, 1, 1, 0, 0] and judged.size == "6 pairs of 2 captions"
+    scores = score_pairs(mean_of_noise, batches, [NoiseLevels.at(0.4)], seed=0, title="")
+    assert scores.caption.tolist() == [0, 0, 1, 1, 0, 0] and scores.size == "6 pairs of 2 captions"
 
 
 def test_noise_is_shared_by_a_group_and_by_levels_and_draws_differ():
-    readings = [NoiseLevels.at(1.0), NoiseLevels.at(0.5), NoiseLevels.at(1.0, draw=1), NoiseLevels((1.0, 1.0), (0, 1))]
-    judged = score_pairs(mean_of_noise, [batch(2), batch(2)], readings, seed=3, title="")
-    first, half, second, both = (judged.score(reading.name) for reading in readings)
+    levels = [NoiseLevels.at(1.0), NoiseLevels.at(0.5), NoiseLevels.at(1.0, draw=1), NoiseLevels((1.0, 1.0), (0, 1))]
+    scores = score_pairs(mean_of_noise, [batch(2), batch(2)], levels, seed=3, title="")
+    first, half, second, both = (scores.score(level.name) for level in levels)
     assert np.array_equal(first[:3], np.repeat(first[0], 3)) and first[0] != first[3]
     assert not np.allclose(first[:6], first[6:])  # another batch, another draw
     np.testing.assert_allclose(half, first / 2)
     assert not np.allclose(first, second)
     np.testing.assert_allclose(both, first + second, rtol=1e-6)
-    again = score_pairs(mean_of_noise, [batch(2), batch(2)], readings[2:3], seed=3, title="")
+    again = score_pairs(mean_of_noise, [batch(2), batch(2)], levels[2:3], seed=3, title="")
     assert np.array_equal(again.score("1@1"), second)  # whatever else is asked for
 
 
 def test_correct_counts_ties_of_scores_as_errors_and_leaves_out_ties_of_raters():
-    judged = PairScores(
+    scores = PairScores(
         {"a": np.array([1.0, 1.0, 2.0], np.float32), "b": np.array([3.0, 0.0, 0.0], np.float32)},
         chosen=np.array([0, 2, 0, 2]),
         rejected=np.array([1, 1, 2, 1]),
         label=np.array([1.0, 1.0, 0.0, 0.5], np.float32),
         caption=np.zeros(4, int),
     )
-    np.testing.assert_array_equal(judged.correct("a"), [0, 1, 1, np.nan])
-    np.testing.assert_allclose(judged.gap("a", "b"), [1.5, 0.5, 1.0, 0.5])  # means: 2, 0.5, 1
+    np.testing.assert_array_equal(scores.correct("a"), [0, 1, 1, np.nan])
+    np.testing.assert_allclose(scores.gap("a", "b"), [1.5, 0.5, 1.0, 0.5])  # means: 2, 0.5, 1
     with pytest.raises(ValueError, match="^noise level: got 'c'; expected one of a, b"):
-        judged.correct("c")
+        scores.correct("c")
 
 
 def test_scores_come_back_from_the_file(tmp_path):
-    judged = score_pairs(
+    scores = score_pairs(
         mean_of_noise, [batch(2, concept="size")], [NoiseLevels.at(0.4), NoiseLevels.at(0.2, 0.5)], seed=0, title=""
     )
-    save_scores(judged, tmp_path / "a.safetensors", TERMS)
+    save_scores(scores, tmp_path / "a.safetensors", TERMS)
     back = load_scores(tmp_path / "a.safetensors", TERMS)
-    assert back.concept == judged.concept == ("size",) * 4
-    assert back.same_pairs(judged) and [*back.scores] == ["0.4", "0.2+0.5"]
-    assert all(np.array_equal(back.scores[name], judged.scores[name]) for name in judged.scores)
+    assert back.concept == scores.concept == ("size",) * 4
+    assert back.same_pairs(scores) and [*back.scores] == ["0.4", "0.2+0.5"]
+    assert all(np.array_equal(back.scores[name], scores.scores[name]) for name in scores.scores)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 

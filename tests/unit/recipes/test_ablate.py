@@ -1,4 +1,4 @@
-"""recipes/ablate_reward.py on the tiny stack: trains arms, goes on where it was, reports what is finished."""
+"""recipes/ablate_reward.py on the tiny stack: trains arms, resumes, reports all finished arms."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ def load(name):
 
 
 class InProcess:
-    """A started training that ran to its end at once, in this process; the real Popen is tried by the first test."""
+    """Runs the training in this process instead of a new one; the first test uses the real Popen."""
 
     started: list[list[str]] = []
 
@@ -37,7 +37,7 @@ class InProcess:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """What the arms change: a very small reward."""
+    """The training settings that arms change: a very small reward."""
     path = tmp_path_factory.mktemp("settings") / "training.yaml"
     path.write_text(
         "batch_size: 4\nloop: {ema_decay: 0.0, checkpoint_every: 2}\noptim: {lr: 1.0e-2}\n"
@@ -58,7 +58,7 @@ def arguments(settings, tiny_world, tmp_path):
     ]  # fmt: skip
 
 
-def test_an_arm_is_a_run_of_the_training_recipe_in_a_program_of_its_own(arguments, tmp_path, capfd):
+def test_an_arm_is_a_run_of_the_training_recipe_in_a_separate_process(arguments, tmp_path, capfd):
     load("ablate_reward").main([*arguments, "--arms=[calibrated]"])
     run = tmp_path / "out" / "arms" / "calibrated" / "seed0"
     assert (run / "reward" / "model.safetensors").exists() and (run / "judged_heldout.safetensors").exists()
@@ -68,7 +68,7 @@ def test_an_arm_is_a_run_of_the_training_recipe_in_a_program_of_its_own(argument
     assert "## Noise levels at inference" in (tmp_path / "out" / "ablation.md").read_text()
 
 
-def test_finished_arms_are_not_redone_and_stay_in_the_report(arguments, tmp_path, monkeypatch):
+def test_finished_arms_are_not_repeated_and_stay_in_the_report(arguments, tmp_path, monkeypatch):
     recipe = load("ablate_reward")
     monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
     InProcess.started.clear()
@@ -85,8 +85,8 @@ def test_finished_arms_are_not_redone_and_stay_in_the_report(arguments, tmp_path
     }
     text = (out / "ablation.md").read_text()
     assert "Paper: calibrated above fixed. Here, on heldout" in text and "recipes/ablate_reward.py" in text
-    for picture in ("likelihood", "inference", "variance", "reliability"):
-        assert (out / f"{picture}.png").stat().st_size > 10_000
+    for figure in ("likelihood", "inference", "variance", "reliability"):
+        assert (out / f"{figure}.png").stat().st_size > 10_000
     fixed = json.loads((out / "arms" / "fixed" / "seed0" / "settings.json").read_text())
     assert fixed["changes"] == {"loss.likelihood": "thurstone_fixed"}
     assert "thurstone_fixed" in (out / "arms" / "fixed" / "seed0" / "config.yaml").read_text()
@@ -108,7 +108,7 @@ def test_a_stopped_training_is_resumed(arguments, tmp_path, monkeypatch):
     assert digest(load_file(run / "reward" / "model.safetensors")) == whole
 
 
-def test_a_failing_training_ends_the_program_with_a_sentence(arguments, monkeypatch, capsys):
+def test_a_failing_training_exits_with_status_2(arguments, monkeypatch, capsys):
     class Failing:
         def __init__(self, command):
             pass
@@ -124,7 +124,7 @@ def test_a_failing_training_ends_the_program_with_a_sentence(arguments, monkeypa
     assert "training calibrated, seed 0 exited with status 1; run the same command" in capsys.readouterr().err
 
 
-def test_arms_of_other_settings_are_refused(arguments, monkeypatch, capsys):
+def test_an_arm_started_with_other_settings_is_refused(arguments, monkeypatch, capsys):
     recipe = load("ablate_reward")
     monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
     recipe.main([*arguments, "--arms=[calibrated]"])
@@ -133,7 +133,7 @@ def test_arms_of_other_settings_are_refused(arguments, monkeypatch, capsys):
     assert "was started with other settings" in capsys.readouterr().err
 
 
-def test_a_model_without_pairs_of_its_own_asks_for_them(capsys, tmp_path):
+def test_pairs_are_required_for_other_models(capsys, tmp_path):
     with pytest.raises(SystemExit):
         load("ablate_reward").main(["--model=sd35", f"--output_dir={tmp_path}"])
     assert "expected --pairs DIR and --judged" in capsys.readouterr().err

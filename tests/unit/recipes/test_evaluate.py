@@ -43,18 +43,18 @@ def test_it_reports_accuracy_concepts_and_calibration(recipe, arguments, tmp_pat
     assert (tmp_path / "out" / "reliability.png").stat().st_size > 10_000
 
 
-def test_scores_are_taken_once_and_are_those_of_one_reward(recipe, arguments, tmp_path, tiny_reward_dir, capsys):
+def test_stored_scores_are_reused_for_equal_weights_only(recipe, arguments, tmp_path, tiny_reward_dir, capsys):
     recipe.main(arguments)
     kept = tmp_path / "out" / "judged_heldout.safetensors"
     before = kept.stat().st_mtime_ns
-    recipe.main([*arguments, f"--reward={tiny_reward_dir}"])  # the same reward by another name
+    recipe.main([*arguments, f"--reward={tiny_reward_dir}"])  # equal weights under another name
     assert kept.stat().st_mtime_ns == before
     with pytest.raises(SystemExit):
         recipe.main([*arguments, "--noise_seed=5"])
     assert "got scores taken with" in capsys.readouterr().err
 
 
-def test_calibration_is_looked_at_where_scores_are_taken(recipe, arguments, capsys):
+def test_calibration_levels_must_be_among_the_sigmas(recipe, arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         recipe.main([*arguments, "--calibrated_at=[0.3]"])
     assert stop.value.code == 2 and "calibrated_at: got [0.3]; expected some of sigmas" in capsys.readouterr().err
@@ -85,7 +85,7 @@ def test_every_public_set_is_scored_under_every_protocol_that_it_has(recipe, tmp
     assert first == {"prompt": "a cat", "first": "images/cat50.png", "second": "images/cat20.png", "label": 1.0}
 
 
-def test_a_latent_reward_is_read_at_every_level_of_a_public_set(recipe, arguments, tmp_path):
+def test_a_latent_reward_is_scored_at_every_level_on_a_public_set(recipe, arguments, tmp_path):
     folder = write_hpdv3(tmp_path / "hpdv3")
     recipe.main([*arguments, f"--judged={{hpdv3: {folder}}}", "--size=32", "--bootstrap=100"])
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]["hpdv3"]
@@ -97,8 +97,8 @@ def test_a_latent_reward_is_read_at_every_level_of_a_public_set(recipe, argument
     assert (tmp_path / "out" / "accuracy_vs_sigma.png").stat().st_size > 10_000
 
 
-def test_a_reward_over_pictures_is_judged_on_the_worlds_own_pairs(recipe, arguments, tmp_path):
-    """They are latents, so it sees them decoded; the numbers are those of the reward called by hand."""
+def test_an_image_reward_is_evaluated_on_decoded_latents(recipe, arguments, tmp_path):
+    """The accuracy is that of the reward called by hand on decoded latents."""
     import torch
 
     from dinalrm_align.data.latent_pairs import LatentPairs
@@ -116,8 +116,8 @@ def test_a_reward_over_pictures_is_judged_on_the_worlds_own_pairs(recipe, argume
     assert "## By concept, on concepts" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["latents", "pictures"])
-def test_a_stopped_evaluation_goes_on_where_it_was(recipe, arguments, tmp_path, monkeypatch, own):
+@pytest.mark.parametrize("own", [True, False], ids=["latents", "images"])
+def test_a_stopped_evaluation_continues(recipe, arguments, tmp_path, monkeypatch, own):
     import public_rewards
 
     score, calls = public_rewards.brightness, []
@@ -151,7 +151,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(recipe, arguments, tmp_path, 
         assert not (tmp_path / "out" / f"judged_{name}.pieces").exists()
 
 
-def test_pictures_left_out_and_pairs_trained_on_are_told(recipe, tmp_path, capsys):
+def test_the_report_lists_images_left_out_and_pairs_trained_on(recipe, tmp_path, capsys):
     folder = write_hpdv3(tmp_path / "hpdv3")
     put(folder / "images" / "dog40.png", b"")
     put(tmp_path / "train.json", [{"prompt": "a tree", "path1": "images/cat21.png", "path2": "images/new.png"}])
