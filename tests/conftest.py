@@ -1,12 +1,17 @@
-"""Fixtures that several test files share; each is built once per session from a fixed seed. Treat them as read-only."""
+"""Fixtures that several test files share; each is built once per worker from a fixed seed. Treat them as read-only."""
 
+import os
 from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # for this process and those that tests start
 
 import pytest
 import torch
 from tiny_reward import make_inputs, shake, tiny_reward_config
 
 from dinalrm_align.reward.config import LoraConfig
+
+torch.set_num_threads(1)  # one thread per pytest-xdist worker
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
