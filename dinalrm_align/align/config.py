@@ -198,34 +198,57 @@ def check_noise_level(section: str, sampler: str, noise_level: float) -> None:
 
 
 @dataclass
-class AlignRun:
-    """Settings of every alignment recipe.
+class PolicyRun:
+    """Settings of every recipe that samples a model with a LoRA.
 
     Args:
-        model: model to align. auto: Stable Diffusion 3.5 Medium if its weights are found, otherwise the small embedded
-            world; sd35 or shapes: that model; or the folder or hub id of a StableDiffusion3Pipeline.
+        model: auto: Stable Diffusion 3.5 Medium if its weights are found, otherwise the small embedded world; sd35 or
+            shapes: that model; or the folder or hub id of a StableDiffusion3Pipeline.
         reward: reward to maximise. dinalrm: the latent reward; pixel: the CLIP-style reward on decoded images;
             pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps or unifiedreward; oracle: the true score of
             the embedded world; NAME=SOURCE: one of these with weights from elsewhere; the folder or hub id of another
             latent reward; module:function: your own; or a weighted sum, "dinalrm + 0.2*pickscore".
-        gold: score for held-out images that is never trained on, by the same names; by default PickScore, and the
-            oracle in the embedded world.
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
-        seed: of the training.
-        resume: folder of a run (its newest checkpoint is used) or of a checkpoint. Options override its settings.
-        prompts: text file of training prompts, one per line, UTF-8; by default the model's own list.
-        eval_prompts: text file of held-out prompts; by default the model's own list.
+        seed: of everything random.
+        prompts: text file of prompts, one per line, UTF-8; by default the model's own list of training prompts.
         height: of the images, in pixels; by default the model's own.
         width: of the images, in pixels; by default the model's own.
         device: auto uses a CUDA GPU if there is one.
         dtype: of the frozen weights; auto: the model's own on a GPU and float32 on a CPU. The LoRA is always float32.
+        policy: the LoRA.
+    """
+
+    model: str = "auto"
+    reward: str = "dinalrm"
+    output_dir: str | None = None
+    seed: NonNegativeInt = 0
+    prompts: str | None = None
+    height: int | None = None
+    width: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16.0))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_image_size(self.height, self.width)
+
+
+@dataclass
+class AlignRun(PolicyRun):
+    """Settings of every alignment recipe.
+
+    Args:
+        gold: score for held-out images that is never trained on, by the names of rewards; by default PickScore, and the
+            oracle in the embedded world.
+        resume: folder of a run (its newest checkpoint is used) or of a checkpoint. Options override its settings.
+        eval_prompts: text file of held-out prompts; by default the model's own list.
         gradient_checkpointing: recompute the activations of policy and reward in the backward pass: less memory, about
             a third more time.
         profile_every: updates between those whose FLOPs (and, on a CPU, peak memory) are measured, which takes about
             twice as long; 0: never.
         tracker: where to log metrics and images in addition to metrics.jsonl; wandb works offline with
             WANDB_MODE=offline.
-        policy: the LoRA that is trained.
         optim: the optimiser, AdamW.
         loop: length of training, checkpoints and weight averaging.
         evaluation: evaluation on held-out prompts.
@@ -234,29 +257,15 @@ class AlignRun:
         hpsv3: how HPSv3 is loaded if it is part of the reward.
     """
 
-    model: str = "auto"
-    reward: str = "dinalrm"
     gold: str | None = None
-    output_dir: str | None = None
-    seed: NonNegativeInt = 0
     resume: str | None = None
-    prompts: str | None = None
     eval_prompts: str | None = None
-    height: int | None = None
-    width: int | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = True
     profile_every: NonNegativeInt = 25
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
-    policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16.0))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     loop: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     hpsv3: Hpsv3Config = field(default_factory=Hpsv3Config)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_image_size(self.height, self.width)

@@ -3,15 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dinalrm_align.reward.config import LoraConfig
+from dinalrm_align.align.config import PolicyRun
 from dinalrm_align.train.settings import (
     ClosedUnitInterval,
     IntAboveOne,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveInt,
     check_fields,
-    check_image_size,
     check_levels,
 )
 
@@ -56,42 +54,19 @@ class MineConfig:
 
 
 @dataclass
-class MineRun:
+class MineRun(PolicyRun):
     """Settings of `recipes/mine_pairs.py`.
 
     Args:
-        model: model that is sampled. auto: Stable Diffusion 3.5 Medium if its weights are found, otherwise the small
-            embedded world; sd35 or shapes: that model; or the folder or hub id of a StableDiffusion3Pipeline.
-        lora: folder of a LoRA of an alignment run (RUN/lora) to sample with; policy.rank and policy.alpha must be its
-            own.
         reward: reward that ranks the samples. dinalrm: the model's latent reward; or the folder or hub id of another.
         output_dir: folder of the pairs; by default one under runs/, named after model, reward and seed. Pairs that are
             there already are kept if their settings are the same.
-        seed: of the noise of samples and reward.
-        prompts: text file of prompts, one per line, UTF-8; by default the model's own list.
+        lora: folder of a LoRA of an alignment run (RUN/lora) to sample with; policy.rank and policy.alpha must be its
+            own.
         max_prompts: use only the first ones.
-        height: of the images, in pixels; by default the model's own.
-        width: of the images, in pixels; by default the model's own.
-        device: auto uses a CUDA GPU if there is one.
-        dtype: of the weights; auto: the model's own on a GPU and float32 on a CPU.
-        policy: rank and alpha of `lora`.
         mine: the choice of samples and pairs.
     """
 
-    model: str = "auto"
     lora: str | None = None
-    reward: str = "dinalrm"
-    output_dir: str | None = None
-    seed: NonNegativeInt = 0
-    prompts: str | None = None
     max_prompts: PositiveInt | None = None
-    height: int | None = None
-    width: int | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16.0))
     mine: MineConfig = field(default_factory=MineConfig)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_image_size(self.height, self.width)
