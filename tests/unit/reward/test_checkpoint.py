@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from bomb import Bomb
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_reward import make_inputs, shake, tiny_reward_config
@@ -370,11 +371,7 @@ def test_a_missing_file_of_the_released_layout_is_named(released, name):
 def test_released_head_is_never_unpickled(released):
     ran = released / "ran"
 
-    class Surprise:
-        def __reduce__(self):
-            return (os.mkdir, (str(ran),))
-
-    torch.save({"query_tokens": Surprise()}, released / "checkpoint" / "rm_head.pt")
+    torch.save({"query_tokens": Bomb(os.mkdir, str(ran))}, released / "checkpoint" / "rm_head.pt")
     with pytest.raises(ValueError, match="rm_head.pt: not a readable file of tensors .it asks for more than tensors"):
         read_checkpoint(released)
     assert not ran.exists()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
@@ -30,23 +29,6 @@ class Redness(PixelReward):
 
 class Verdict(Redness):
     differentiable = False
-
-
-@pytest.fixture(scope="module")
-def vae():
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=1.5,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
 
 
 def some_latents(batch=3, seed=0):

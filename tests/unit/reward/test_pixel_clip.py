@@ -5,14 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
+from tiny_clip import write_processor
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.reward.pixel.clip import ClipReward
-from dinalrm_align.shapes.stack import clip_tokenizer
 
 PROMPTS = ["a red circle", "a blue square on gray"]
 
@@ -20,8 +19,9 @@ PROMPTS = ["a red circle", "a blue square on gray"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny CLIPModel folder in PickScore's layout: 32 pixels, tokenizer and preprocessor beside it."""
+    path = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
-    tokenizer = clip_tokenizer(["red", "blue", "circle", "square"], 16)
+    tokenizer = write_processor(path)
     tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     vision = dict(**tower, image_size=32, patch_size=8)
     text = dict(
@@ -33,28 +33,8 @@ def folder(tmp_path_factory):
         pad_token_id=tokenizer.pad_token_id,
     )
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-    path = tmp_path_factory.mktemp("clip")
     model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def vae():
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=1.5,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from bomb import Bomb
 from PIL import Image
 from tiny_clip import LENGTH, SIZE, open_clip_tensors, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
 from transformers import CLIPConfig, CLIPModel
@@ -211,23 +212,13 @@ def test_an_old_files_causal_mask_is_not_a_weight(world, tmp_path):
     HPSv2Reward.from_pretrained(tmp_path, processor=str(folder / "processor"))
 
 
-class Bomb:
-    """Unpickling it would make a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
     path, mark = tmp_path / "HPS_v2.1_compressed.pt", tmp_path / "mark"
-    torch.save({"state_dict": Bomb(mark)}, path)
+    torch.save({"state_dict": Bomb(open, str(mark), "w")}, path)
     with pytest.raises(ValueError, match="asks for more than tensors: Unsupported global: GLOBAL io.open"):
         HPSv2Reward.from_pretrained(tmp_path)
     assert not mark.exists()
-    path.write_bytes(pickle.dumps({"state_dict": Bomb(mark)}, protocol=2))
+    path.write_bytes(pickle.dumps({"state_dict": Bomb(open, str(mark), "w")}, protocol=2))
     with pytest.raises(ValueError, match="not a readable file of tensors"):
         HPSv2Reward.from_pretrained(tmp_path)
     assert not mark.exists()

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
@@ -105,23 +104,6 @@ def load(folder, base, template):
         return HPSv3Reward.from_pretrained(**(defaults | options))
 
     return load
-
-
-@pytest.fixture(scope="module")
-def vae():
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=1.5,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
+from bomb import Bomb
 from tiny_clip import LENGTH, SIZE, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
 from torch import nn
 
@@ -278,16 +279,6 @@ def test_wrong_weights_are_named(world, tmp_path, change, message):
     save_file(change(world[1]), tmp_path / "mps.safetensors")
     with pytest.raises(ValueError, match=message):
         MPSReward.from_pretrained(tmp_path / "mps.safetensors", processor=str(world[0] / "processor"))
-
-
-class Bomb:
-    """Unpickling it would run `function(*arguments)`."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
 
 
 def test_code_in_the_pickle_is_not_run(world, tmp_path):
