@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from dinalrm_align.models.weights import assign_tensors, rename
+from dinalrm_align.reward.pixel.vit import encoder_sizes, image_sizes, shape_of
 
 VISION_HEAD, TEXT_HEAD = 80, 64
 """Channels per attention head of ViT-H/14."""
@@ -76,51 +77,32 @@ def build_clip_h(
 
 def _config(tensors: Mapping[str, Tensor], eos_token_id: int | None, where: str) -> CLIPConfig:
     """Sizes from shapes. Raises ValueError for shapes that do not fit a ViT-H/14's kind or the tokenizer."""
-    needed = {
-        "patch": "vision_model.embeddings.patch_embedding.weight",
-        "positions": "vision_model.embeddings.position_embedding.weight",
-        "vision_mlp": "vision_model.encoder.layers.0.mlp.fc1.weight",
-        "tokens": "text_model.embeddings.token_embedding.weight",
-        "length": "text_model.embeddings.position_embedding.weight",
-        "text_mlp": "text_model.encoder.layers.0.mlp.fc1.weight",
-        "projection": "visual_projection.weight",
-    }
-    missing = [name for name in needed.values() if name not in tensors]
-    if missing:
-        raise ValueError(f"{where} does not hold a whole CLIP: missing {missing[:4]}")
-    shapes = {short: tuple(tensors[name].shape) for short, name in needed.items()}
-    for short, shape in shapes.items():
-        if len(shape) != (4 if short == "patch" else 2):
-            raise ValueError(f"{where}: got {needed[short]} of shape {shape}; expected another number of dimensions")
-    vision_width, _, patch, _ = shapes["patch"]
-    vocabulary, text_width = shapes["tokens"]
-    positions = shapes["positions"][0]
-    side = round((positions - 1) ** 0.5)
-    if vision_width % VISION_HEAD or text_width % TEXT_HEAD or side * side + 1 != positions:
-        raise ValueError(
-            f"{where} is no CLIP of ViT-H/14's kind: got widths {vision_width} and {text_width}, {positions} image "
-            f"positions; expected multiples of {VISION_HEAD} and {TEXT_HEAD}, and one more than a square"
-        )
+    eyes, words = "vision_model.embeddings.", "text_model.embeddings."
+    positions = shape_of(tensors, f"{eyes}position_embedding.weight", 2, where)
+    patches = shape_of(tensors, f"{eyes}patch_embedding.weight", 4, where)
+    vocabulary, _ = shape_of(tensors, f"{words}token_embedding.weight", 2, where)
+    length, _ = shape_of(tensors, f"{words}position_embedding.weight", 2, where)
+    projection, _ = shape_of(tensors, "visual_projection.weight", 2, where)
     if eos_token_id is None or not 0 <= eos_token_id < vocabulary:
         raise ValueError(
-            f"{where}: got a tokenizer whose end of text is {eos_token_id}, and embeddings of {vocabulary} tokens; "
-            "expected the tokenizer that this CLIP was trained with"
+            f"{where}: end of text: got {eos_token_id}; expected a token below {vocabulary}, the number of embeddings: "
+            "give the tokenizer that this CLIP was trained with"
         )
-    layers = {
-        tower: len({name.split(".")[3] for name in tensors if name.startswith(f"{tower}_model.encoder.layers.")})
-        for tower in ("vision", "text")
-    }
+    shared = dict(projection_dim=projection, hidden_act="gelu")
     return CLIPConfig(
-        projection_dim=shapes["projection"][0],
+        projection_dim=projection,
         vision_config=dict(
-            hidden_size=vision_width, intermediate_size=shapes["vision_mlp"][0], num_hidden_layers=layers["vision"],
-            num_attention_heads=vision_width // VISION_HEAD, patch_size=patch, image_size=side * patch,
-            projection_dim=shapes["projection"][0], hidden_act="gelu",
+            **encoder_sizes(tensors, "vision_model", VISION_HEAD, where),
+            **image_sizes(positions, patches, where),
+            **shared,
         ),
         text_config=dict(
-            hidden_size=text_width, intermediate_size=shapes["text_mlp"][0], num_hidden_layers=layers["text"],
-            num_attention_heads=text_width // TEXT_HEAD, vocab_size=vocabulary,
-            max_position_embeddings=shapes["length"][0], projection_dim=shapes["projection"][0], hidden_act="gelu",
-            eos_token_id=eos_token_id, bos_token_id=0, pad_token_id=0,
+            **encoder_sizes(tensors, "text_model", TEXT_HEAD, where),
+            vocab_size=vocabulary,
+            max_position_embeddings=length,
+            eos_token_id=eos_token_id,
+            bos_token_id=0,
+            pad_token_id=0,
+            **shared,
         ),
-    )  # fmt: skip
+    )

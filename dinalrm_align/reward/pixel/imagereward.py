@@ -7,7 +7,6 @@ The file's names are mapped to those of transformers' BLIP. Images: short side t
 CLIP's normalisation. Prompts are truncated to 35 tokens, as in training.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,6 +23,7 @@ from dinalrm_align.models.preprocess import normalise, resize
 from dinalrm_align.models.weights import assign_tensors, read_tensors, rename
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.prompts import load_tokenizer, tokenise
+from dinalrm_align.reward.pixel.vit import encoder_sizes, image_sizes, shape_of
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, reading
 
@@ -166,27 +166,9 @@ def _load_parts(path: Path, text_config: BlipTextConfig, dtype: torch.dtype, dev
     return parts
 
 
-def _vision_config(found: Mapping[str, Tensor], path: Path) -> BlipVisionConfig:
+def _vision_config(tensors: Mapping[str, Tensor], path: Path) -> BlipVisionConfig:
     """The vision tower's sizes from its tensors' shapes: ViT-L/16 at 224 pixels in the released file."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    ends = ("embeddings.position_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
-    missing = [end for end in ends if f"vision.{end}" not in shapes]
-    if missing:
-        raise ValueError(f"{path}: the tensors do not fit the model: missing vision.{', '.join(missing)}")
-    positions, patch, first = (shapes[f"vision.{end}"] for end in ends)
-    side = math.isqrt(max(0, positions[1] - 1)) if len(positions) == 3 else 0
-    fits = side > 0 and side * side + 1 == positions[1] and positions[2] % HEAD_WIDTH == 0
-    if not fits or len(patch) != 4 or len(first) != 2:
-        raise ValueError(
-            f"{path}: got positions {positions}, patches {patch}; expected (1, n^2 + 1, width), (width, 3, p, p), and "
-            f"a width in multiples of {HEAD_WIDTH}"
-        )
-    return BlipVisionConfig(
-        hidden_size=positions[2],
-        intermediate_size=first[0],
-        num_hidden_layers=len({name.split(".")[3] for name in shapes if name.startswith("vision.encoder.layers.")}),
-        num_attention_heads=positions[2] // HEAD_WIDTH,
-        image_size=side * patch[3],
-        patch_size=patch[3],
-        layer_norm_eps=1e-6,
-    )
+    positions = shape_of(tensors, "vision.embeddings.position_embedding", 3, path)
+    patches = shape_of(tensors, "vision.embeddings.patch_embedding.weight", 4, path)
+    sizes = encoder_sizes(tensors, "vision", HEAD_WIDTH, path) | image_sizes(positions, patches, path)
+    return BlipVisionConfig(**sizes, layer_norm_eps=1e-6)

@@ -32,6 +32,7 @@ from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.clip import load_preprocess
 from dinalrm_align.reward.pixel.clip_h import build_clip_h
 from dinalrm_align.reward.pixel.prompts import cached, load_tokenizer, tokenise
+from dinalrm_align.reward.pixel.vit import shape_of
 from dinalrm_align.train.command import refusing
 from dinalrm_align.train.device import available_device
 
@@ -224,12 +225,9 @@ def load_blocks(
 ) -> nn.ModuleList:
     """The cross-attention blocks of the file's `cross_model.*`, whose shapes give their sizes; strict."""
     own = rename(tensors, NAMES)
-    try:
-        head_width, inner = own["0.key_value.weight"].shape[0] // 2, own["0.cross_down.weight"].shape[1]
-        heads = own["0.query.weight"].shape[0] // head_width
-    except (KeyError, IndexError, ZeroDivisionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where}: cross_model.layers.0 is missing or not a block of MPS ({reason})") from error
+    head_width = max(1, shape_of(own, "0.key_value.weight", 2, where)[0] // 2)
+    heads = shape_of(own, "0.query.weight", 2, where)[0] // head_width
+    inner = shape_of(own, "0.cross_down.weight", 2, where)[1]
     count = len({name.split(".")[0] for name in own if name[0].isdigit()})
     with init_empty_weights():
         blocks = nn.ModuleList(CrossBlock(width, heads, head_width, inner) for _ in range(count))
