@@ -44,7 +44,7 @@ def pairs_of(size: int) -> PairBatch:
     group = torch.arange(IMAGES) // size
     conditions = Conditions.encode(known, prompts[: IMAGES // size]).take(group.tolist())
     lists = [range(first, first + size) for first in range(0, IMAGES, size)]
-    pairs = [pair for pictures in lists for pair in itertools.combinations(pictures, 2)]
+    pairs = [pair for images in lists for pair in itertools.combinations(images, 2)]
     chosen, rejected = torch.tensor(pairs).T
     return PairBatch(latents, conditions, chosen, rejected, torch.ones(len(pairs)), group)
 

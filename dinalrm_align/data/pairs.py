@@ -146,14 +146,9 @@ class PairBatch:
 class EncodingFormat(Protocol):
     """How latents are scaled and the number of T5 tokens per prompt: a PairManifest, or a reward's config."""
 
-    @property
-    def vae_scaling_factor(self) -> float: ...
-
-    @property
-    def vae_shift_factor(self) -> float: ...
-
-    @property
-    def text_length(self) -> int: ...
+    vae_scaling_factor: float
+    vae_shift_factor: float
+    text_length: int
 
 
 @dataclasses.dataclass(frozen=True)

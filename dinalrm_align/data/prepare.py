@@ -34,7 +34,8 @@ from dinalrm_align.data.formats.record import ImageRef, image_source
 from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, PairManifest
 from dinalrm_align.data.plan import Dropped, Group, filter_pairs, images_of, plan_groups, plan_shards
 from dinalrm_align.data.shards import write_if_changed, write_tables
-from dinalrm_align.data.workers import InOrder, attempt, loaded, measured, resized
+from dinalrm_align.data.workers import InOrder, attempt, sized_latent
+from dinalrm_align.models.images import image_size, resized_image
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.durable import TEMPORARY, file_digest, write_atomically
 from dinalrm_align.train.files import read_json
@@ -114,7 +115,7 @@ class Preparation:
         starts = range(self.rank * SIZES, len(self.refs), self.world * SIZES)
         mine = [start for start in starts if not self._is_measured(start)]
         calls = ((self._source(ref), str(ref)) for start in mine for ref in self.refs[start : start + SIZES])
-        results = self._in_order(measured, calls)
+        results = self._in_order(image_size, calls)
         for start in self._bar(mine, "sizes", f" {SIZES} images"):
             sizes = list(itertools.islice(results, min(SIZES, len(self.refs) - start)))
             write_atomically(self._sizes_file(start), json.dumps(sizes))
@@ -162,7 +163,7 @@ class Preparation:
             for number in mine
             for image in wanted[number]
         )
-        results = self._in_order(loaded if self.layout == "released" else resized, calls)
+        results = self._in_order(sized_latent if self.layout == "released" else resized_image, calls)
         total = self.world * sum(map(len, wanted.values()))
         with tqdm(total=total, desc="images", unit="image", disable=self.rank > 0) as bar:
             for number in mine:

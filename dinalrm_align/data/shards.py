@@ -158,7 +158,7 @@ def read_columns(directory: Path, index: Index) -> dict[str, Tensor]:
     for name in (*GROUP_COLUMNS, "chosen", "rejected", "concept"):
         if columns[name].is_floating_point() or columns[name].is_complex():
             raise ValueError(f"{path}: column {name}: got {columns[name].dtype}; expected integers")
-    pictures, pairs = columns["pictures"], columns["pairs"]
+    images, pairs = columns["pictures"], columns["pairs"]
     for name, low, high in (
         ("prompt", 0, sum(shard.count for shard in index.text) - 1),
         ("shard", 0, len(index.latents) - 1),
@@ -166,14 +166,14 @@ def read_columns(directory: Path, index: Index) -> dict[str, Tensor]:
         ("first", 0, max(shard.count for shard in index.latents) - 1),
         ("first_pair", 0, len(columns["chosen"]) - 1),
         ("pairs", 1, len(columns["chosen"])),
-        ("chosen", 0, int(pictures.max()) - 1),
-        ("rejected", 0, int(pictures.max()) - 1),
+        ("chosen", 0, int(images.max()) - 1),
+        ("rejected", 0, int(images.max()) - 1),
         ("label", 0, 1),
         ("concept", -1, len(index.concepts) - 1),
     ):
         _check_column(path, name, columns[name], low, high)
-    counts = pictures.new_tensor([shard.count for shard in index.latents])[columns["shard"].long()]
-    _check_column(path, "shard, rows left behind a group", counts - columns["first"] - pictures, 0, int(counts.max()))
+    counts = images.new_tensor([shard.count for shard in index.latents])[columns["shard"].long()]
+    _check_column(path, "shard, rows left behind a group", counts - columns["first"] - images, 0, int(counts.max()))
     _check_column(path, "first_pair + pairs", columns["first_pair"] + pairs, 1, len(columns["chosen"]))
     return columns
 

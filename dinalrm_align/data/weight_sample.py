@@ -45,8 +45,7 @@ def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
     names: dict[str, Path] = {}
     for file in files:
         with reading("safetensors file", file), safe_open(file, framework="pt") as tensors:
-            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-            names |= {name: file for name, shape in shapes.items() if len(shape) >= 2}
+            names |= {name: file for name in tensors.keys() if len(tensors.get_slice(name).get_shape()) >= 2}
     if not names:
         return None
     ordered = sorted(names)

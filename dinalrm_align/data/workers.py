@@ -7,26 +7,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dinalrm_align.data.formats.released import load_latent
-from dinalrm_align.models.images import image_size, resized_image
 
 AHEAD = 8
 """Calls per worker that may be submitted before their results are taken."""
 
 InOrder = Callable[[Callable[..., Any], Iterable[tuple]], Iterator[Any]]
-"""function, arguments of each call -> results; a ValueError or OSError becomes its message, a str."""
+"""function, arguments of each call -> results. A ValueError or OSError becomes its message, a str; so does a call whose
+first argument is a str, the message why its source is not available."""
 
 
 @contextmanager
 def worker_processes(number: int) -> Iterator[InOrder]:
     """Within the block, `number` processes run the calls; 0: this process runs each when its result is taken."""
     if number == 0:
-        yield lambda function, calls: (attempt(function, *call) for call in calls)
+        yield lambda function, calls: (_call(function, *call) for call in calls)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks held by torch's threads
     pool = ProcessPoolExecutor(number, mp_context=context, initializer=_exit_with_parent)
@@ -34,7 +33,7 @@ def worker_processes(number: int) -> Iterator[InOrder]:
     def in_order(function: Callable[..., Any], calls: Iterable[tuple]) -> Iterator[Any]:
         pending: deque[Future] = deque()
         for call in calls:
-            pending.append(pool.submit(attempt, function, *call))
+            pending.append(pool.submit(_call, function, *call))
             if len(pending) > AHEAD * number:
                 yield pending.popleft().result()
         while pending:
@@ -54,28 +53,16 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
         return str(error)
 
 
-def measured(source: Path | bytes | str, name: str) -> tuple[int, int]:
-    """`image_size`. Here and below, a str as source is the message why there is none, raised as ValueError."""
-    return image_size(_available(source), name)
-
-
-def resized(source: Path | bytes | str, size: tuple[int, int], name: str) -> np.ndarray:
-    """`resized_image`."""
-    return resized_image(_available(source), size, name)
-
-
-def loaded(source: Path | bytes | str, size: tuple[int, int], name: str) -> np.ndarray:
+def sized_latent(source: bytes, size: tuple[int, int], name: str) -> np.ndarray:
     """`load_latent`, checked against the (height, width) in pixels."""
-    latents = load_latent(_available(source), name)
+    latents = load_latent(source, name)
     if (8 * latents.shape[1], 8 * latents.shape[2]) != tuple(size):
         raise ValueError(f"{name}: got latents {latents.shape}; expected those of {size[0]} x {size[1]} pixels")
     return latents
 
 
-def _available(source: Path | bytes | str) -> Path | bytes:
-    if isinstance(source, str):
-        raise ValueError(source)
-    return source
+def _call(function: Callable[..., Any], source: Any, *arguments: Any) -> Any:
+    return source if isinstance(source, str) else attempt(function, source, *arguments)
 
 
 def _exit_with_parent() -> None:

@@ -10,7 +10,7 @@ SIZE = (24, 16)
 
 
 def grey(value, size=SIZE, kind="PNG"):
-    """The bytes of a picture file of one grey."""
+    """The bytes of an image file of one grey."""
     file = io.BytesIO()
     Image.new("RGB", size, (value,) * 3).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
     return file.getvalue()
@@ -63,7 +63,7 @@ OF_PAIRS = {"strict": 2 / 5, "half-ties": 2.5 / 5, "grouped": 2 / 5, "three-way"
 
 
 def write_hpdv3(folder, swapped=False):
-    """path1 is preferred; swapped: the same pictures, path2 preferred by the look of it."""
+    """path1 is preferred; swapped: the same images with the names exchanged."""
     entries = []
     for number, (prompt, better, worse) in enumerate(PAIRS):
         names = [f"images/{prompt[2:]}{better}.png", f"images/{prompt[2:]}{worse}{'b' * (better == worse)}.png"]

@@ -29,7 +29,7 @@ def recipe(name):
 
 
 def encode_images(images):
-    """Latents whose every value is the picture's mean."""
+    """Latents whose every value is the image's mean."""
     means = images.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1)
     return means.expand(-1, 2, images.shape[2] // 8, images.shape[3] // 8)
 
@@ -46,7 +46,7 @@ def picture(path, value, size=(64, 64), kind="PNG"):
 
 
 def hpdv3(folder, pairs=12, per_prompt=2):
-    """train.json of `pairs` pairs: pictures of 4 p + 100 (chosen) and 4 p (rejected) of 255."""
+    """train.json of `pairs` pairs: images of 4 p + 100 (chosen) and 4 p (rejected) of 255."""
     records = []
     for number in range(pairs):
         names = [f"images/{number}_{side}.png" for side in "cr"]
@@ -66,7 +66,7 @@ def settings(source, folder, **changes):
 
 
 def prepare(source, folder, *, rank=0, world=1, stop_after=None, encode=encode_images, text=encode_prompts, **changes):
-    """The recipe's stages. stop_after: KeyboardInterrupt at the encoding of so many batches of pictures."""
+    """The recipe's stages. stop_after: raises KeyboardInterrupt after this number of encoded batches."""
     calls = []
 
     def counted(images):
@@ -92,7 +92,7 @@ def content(folder):
 
 
 def values_of(pairs):
-    """(prompt, chosen, rejected) of every pair that an epoch gives, pictures in 255ths."""
+    """(prompt, chosen, rejected) of every pair, images by their mean times 255."""
     found = []
     for batch in pairs.in_order():
         means = (255 * batch.latents.float().mean(dim=(1, 2, 3))).round()

@@ -1,4 +1,4 @@
-"""Mined pairs: which candidates, which columns, whole files, the same files however the mining was interrupted."""
+"""Mined pairs: candidates, columns, atomic files, and resuming after an interruption."""
 
 import io
 import json
@@ -96,9 +96,9 @@ def test_pairs_come_back_as_they_were_written(tmp_path, dtype):
         for place, row in enumerate(rows):
             assert torch.equal(batch.latents[batch.chosen[place]], row.latents[1].to(kind))
             assert torch.equal(batch.latents[batch.rejected[place]], row.latents[2].to(kind))
-            for picture in (batch.chosen[place], batch.rejected[place]):
-                assert torch.equal(batch.conditions.prompt_embeds[picture], row.prompt_embeds.to(kind))
-                assert torch.equal(batch.conditions.pooled_prompt_embeds[picture], row.pooled_prompt_embeds.to(kind))
+            for image in (batch.chosen[place], batch.rejected[place]):
+                assert torch.equal(batch.conditions.prompt_embeds[image], row.prompt_embeds.to(kind))
+                assert torch.equal(batch.conditions.pooled_prompt_embeds[image], row.pooled_prompt_embeds.to(kind))
     seen = {prompt for step in range(2) for prompt in pairs.batch_at(step).group_prompts}
     assert seen == set(pairs.prompts)
 
@@ -111,7 +111,7 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     assert len(judged) == 1 and not judged & trained and judged | trained == set(pairs.prompts)
 
 
-def test_a_file_as_verl_omni_writes_it_is_read(tmp_path):
+def test_a_file_written_by_verl_omni_is_read(tmp_path):
     """Its own writer's columns: one row group, a system message, no uid, tensors in the pipeline's dtype."""
 
     def saved(*shape: int) -> bytes:
@@ -140,7 +140,7 @@ def test_a_file_as_verl_omni_writes_it_is_read(tmp_path):
     assert torch.equal(batch.latents[5], load(rows[2]["img_lose_latents"]))
 
 
-def test_what_cannot_be_stored_is_refused(tmp_path):
+def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path):
     pair = made_pair()
     pair.prompt_embeds[0, 0] = 1e6
     with pytest.raises(ValueError, match="prompt_embeds: got NaN, .* torch.float16"):
@@ -157,7 +157,7 @@ def test_reading_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         MinedPairs(tmp_path / "a.parquet", batch_size=1, manifest=MANIFEST)
 
 
-def test_what_is_no_set_of_pairs_is_refused(tmp_path):
+def test_folders_without_a_complete_set_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no manifest.json"):
         MinedPairs(tmp_path, batch_size=1)
     write_manifest(tmp_path / "set", MANIFEST, shards=2, mining={})
@@ -187,7 +187,7 @@ def test_pickled_objects_are_not_loaded(tmp_path):
         MinedPairs(tmp_path / "b.parquet", batch_size=1, manifest=MANIFEST).in_order()[0]
 
 
-def test_a_set_is_gone_on_with_only_as_it_was_begun(tmp_path):
+def test_a_set_is_resumed_only_with_its_settings(tmp_path):
     write_manifest(tmp_path / "set", MANIFEST, shards=2, mining={"seed": 0, "sigmas": (1.0, 0.0)})
     write_manifest(tmp_path / "set", MANIFEST, shards=2, mining={"seed": 0, "sigmas": (1.0, 0.0)})
     with pytest.raises(ValueError, match="seed: got 1; expected 0, .*resume with the same settings"):
@@ -200,7 +200,7 @@ def test_a_set_is_gone_on_with_only_as_it_was_begun(tmp_path):
         write_manifest(tmp_path / "other", MANIFEST, shards=2, mining={})
 
 
-def test_open_pairs_knows_them_and_checks_who_reads(tmp_path, tiny_world):
+def test_open_pairs_finds_the_layout_and_checks_the_encoders(tmp_path, tiny_world):
     encoders = Encoders(tiny_world / "pipeline", text_length=14, device="cpu", dtype=torch.float32)
     write_manifest(tmp_path / "set", MANIFEST, shards=1, mining={})
     write_shard(shard_path(tmp_path / "set", 0), [made_pair()], dtype="float16")
@@ -234,7 +234,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_an_interrupted_mining_goes_on_to_identical_files(mine, arguments, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_mining_resumes_to_identical_files(mine, arguments, tmp_path, monkeypatch, capsys):
     from dinalrm_align.align import mining
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -284,8 +284,8 @@ def test_nothing_is_decoded_and_the_pairs_are_the_best_and_the_worst(
     from dinalrm_align.flow.noise import seeded_generator
     from dinalrm_align.flow.sampling import seeded_noise
 
-    monkeypatch.setattr(AutoencoderKL, "decode", lambda *_, **__: pytest.fail("a picture was decoded"))
-    monkeypatch.setattr(AutoencoderKL, "encode", lambda *_, **__: pytest.fail("a picture was encoded"))
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *_, **__: pytest.fail("an image was decoded"))
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda *_, **__: pytest.fail("an image was encoded"))
     mine([*arguments, f"--output_dir={tmp_path / 'set'}"])
     rows = parquet.read_table(tmp_path / "set" / "pairs").to_pylist()
     assert len(rows) == 10
@@ -304,7 +304,7 @@ def test_nothing_is_decoded_and_the_pairs_are_the_best_and_the_worst(
             assert again.item() == pytest.approx(row[score], abs=1e-4)
 
 
-def test_a_gap_is_asked_for(mine, arguments, tmp_path, capsys):
+def test_pairs_below_the_gap_are_left_out(mine, arguments, tmp_path, capsys):
     folder = tmp_path / "set"
     mine([*arguments, f"--output_dir={folder}"])
     gaps = sorted(one - other for one, other in MinedPairs(folder, batch_size=1).scores)
@@ -317,7 +317,7 @@ def test_a_gap_is_asked_for(mine, arguments, tmp_path, capsys):
     assert "none passed the filter" in capsys.readouterr().err
 
 
-def test_a_lora_is_sampled_and_noted(mine, arguments, tmp_path, tiny_world):
+def test_a_lora_is_sampled_and_recorded(mine, arguments, tmp_path, tiny_world):
     from dinalrm_align.align.policy import Policy
     from dinalrm_align.models.pipeline import load_pipeline
     from dinalrm_align.reward.config import LoraConfig

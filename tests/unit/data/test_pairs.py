@@ -1,4 +1,4 @@
-"""Preference pairs: the batch's checks, the two sources, and that a batch is a pure function of the step."""
+"""Pair batches, their order, and the sources of latents and of images."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ MANIFEST = PairManifest(vae_scaling_factor=1.5, vae_shift_factor=0.1, text_lengt
 
 
 def plain_batch(**changes):
-    """Two pairs of two pictures: chosen 0 and 1, rejected 2 and 3."""
+    """Two pairs of two images: chosen 0 and 1, rejected 2 and 3."""
     fields = dict(
         latents=torch.zeros(4, 2, 4, 4),
         conditions=Conditions(["a red circle", "a blue square"] * 2, torch.zeros(4, 3, 5), torch.zeros(4, 6)),
@@ -116,7 +116,7 @@ def test_a_batch_larger_than_the_data_is_refused():
         ShuffledBatches([np.arange(4), np.arange(7)], 8, seed=0)
 
 
-def test_nothing_is_left_out_of_an_epoch_whatever_the_batch_size():
+def test_no_unit_is_left_out_of_an_epoch_for_any_batch_size():
     """Buckets of 7, 5 and 2 units in batches of 4: after k epochs each unit came k times, or is in the next batch."""
     buckets = [np.arange(7), np.arange(7, 12), np.arange(12, 14)]
     batches = ShuffledBatches(buckets, 4, seed=0)
@@ -145,7 +145,7 @@ def test_a_shuffle_in_blocks_takes_a_few_blocks_at_a_time():
     assert blocks[np.concatenate(order)].tolist() != sorted(blocks)
 
 
-def test_batches_that_are_read_ahead_are_the_same_in_any_order(tmp_path):
+def test_prefetched_batches_are_the_same_in_any_order(tmp_path):
     source = LatentPairs(write_latents(tmp_path / "pairs"), batch_size=2)
     with Prefetched(source.batch_at, ahead=3) as batches:
         for step in (0, 1, 2, 7, 3, 3, 4):
@@ -153,7 +153,7 @@ def test_batches_that_are_read_ahead_are_the_same_in_any_order(tmp_path):
             assert torch.equal(batch.latents, wanted.latents) and torch.equal(batch.label, wanted.label)
 
 
-def test_reading_ahead_begins_before_it_is_asked_and_tells_of_errors_in_their_turn():
+def test_prefetching_starts_early_and_raises_errors_with_their_batch():
     begun = [threading.Event() for _ in range(4)]
 
     def read(step):
@@ -178,7 +178,7 @@ def test_held_out_prompts_do_not_depend_on_order_or_repetition():
 
 
 def write_latents(directory, *, groups=12, shard_size=5):
-    """Lists of three pictures with two pairs each, two sizes in turn, two groups a prompt; values tell the group."""
+    """Lists of three images with two pairs each, two sizes in turn, two groups per prompt; values encode the group."""
     with LatentPairsWriter(directory, MANIFEST, shard_size=shard_size) as writer:
         for g in range(groups):
             height = 4 if g % 2 else 6
@@ -227,13 +227,13 @@ def test_validation_prompts_are_never_trained_on(tmp_path):
     assert len(trained) == 4 and not trained & validated
 
 
-def test_a_data_set_to_evaluate_on_is_read_whole_and_in_order(tmp_path):
+def test_an_evaluation_set_is_read_completely_and_in_order(tmp_path):
     source = LatentPairs(write_latents(tmp_path / "pairs"), batch_size=4)
     numbers = [batch.latents[::3, 0, 0, 0].tolist() for batch in source.in_order()]
     assert numbers == [[1, 3, 5, 7], [9, 11], [0, 2, 4, 6], [8, 10]], "height 4 first, then height 6"
 
 
-def test_a_data_set_to_evaluate_on_may_be_smaller_than_a_batch(tmp_path):
+def test_an_evaluation_set_may_be_smaller_than_a_batch(tmp_path):
     latents = LatentPairs(write_latents(tmp_path / "pairs", groups=2), batch_size=8)
     assert [batch.num_groups for batch in latents.in_order()] == [1, 1]
     name = picture(tmp_path, "a.png", 1)
@@ -297,7 +297,7 @@ def picture(folder, name, value, size=(12, 8)):
 
 
 def image_pairs(path, **changes):
-    """Encoders that keep pictures as they are (one channel) and embed a prompt as its length."""
+    """Encoders that keep images as they are (one channel) and embed a prompt as its length."""
     options = dict(
         encode_images=lambda images: images[:, :1],
         encode_prompts=lambda prompts: (
@@ -360,10 +360,10 @@ def test_a_file_without_pairs_is_refused(tmp_path):
         image_pairs(write_jsonl(tmp_path, "", ""))
 
 
-def test_what_is_not_a_picture_is_named(tmp_path):
+def test_what_is_not_an_image_is_named(tmp_path):
     empty, text, cut = tmp_path / "empty.png", tmp_path / "text.png", tmp_path / "cut.png"
     empty.touch()
-    text.write_text("not a picture")
+    text.write_text("not an image")
     picture(tmp_path, "whole.png", 7, size=(64, 64))
     cut.write_bytes((tmp_path / "whole.png").read_bytes()[:80])
     for path, message in ((empty, "0 bytes"), (text, "not an image"), (cut, "cannot be read")):
@@ -371,7 +371,7 @@ def test_what_is_not_a_picture_is_named(tmp_path):
             load_image(path, 8, 8)
 
 
-def test_pictures_are_scaled_to_cover_and_cropped(tmp_path):
+def test_images_are_scaled_to_cover_and_cropped(tmp_path):
     wide = np.zeros((10, 30, 3), dtype=np.uint8)
     wide[:, 10:20] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")

@@ -1,4 +1,4 @@
-"""Preference data of public layouts -> latent shards: what is kept, at which size, and nothing is lost on the way."""
+"""Preparation of latent shards from published layouts: filters, sizes, resuming, damaged files."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def test_a_prompt_is_encoded_once_however_many_pairs_it_has(tmp_path):
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 5])
-def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tmp_path, stop_after):
+def test_stopped_anywhere_it_resumes_to_the_same_bytes(tmp_path, stop_after):
     source = hpdv3(tmp_path / "data")
     _, whole = prepare(source, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -74,12 +74,12 @@ def test_run_again_it_does_nothing(tmp_path):
     assert calls == [] and {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-def test_processes_share_the_files_and_come_to_the_same(tmp_path):
+def test_ranks_share_the_files_and_write_the_same(tmp_path):
     source = hpdv3(tmp_path / "data")
     prepare(source, tmp_path / "one")
     shares = [prepare(source, tmp_path / "three", rank=rank, world=3)[1] for rank in range(3)]
     _, rest = prepare(source, tmp_path / "three")
-    assert rest == [] and all(shares) and sum(map(sum, shares)) == 24, "each picture by one process"
+    assert rest == [] and all(shares) and sum(map(sum, shares)) == 24, "each image by one rank"
     assert content(tmp_path / "one") == content(tmp_path / "three")
 
 
@@ -91,7 +91,7 @@ def test_worker_processes_make_the_same_files(tmp_path):
     assert content(tmp_path / "alone") == content(tmp_path / "shared")
 
 
-def test_pictures_of_a_prompt_in_one_group_are_stored_once(tmp_path):
+def test_images_of_a_prompt_in_one_group_are_stored_once(tmp_path):
     folder = tmp_path / "data"
     for value in (200, 100, 50):
         picture(folder / f"{value}.png", value)
@@ -107,12 +107,12 @@ def test_pictures_of_a_prompt_in_one_group_are_stored_once(tmp_path):
 # ------------------------------------------------------------------------------------------------- what is broken
 
 
-def test_a_broken_picture_is_refused_by_name_or_left_out_and_counted(tmp_path):
+def test_a_broken_image_is_refused_by_name_or_left_out_and_counted(tmp_path):
     source = hpdv3(tmp_path / "data")
     images = tmp_path / "data" / "images"
     whole = (images / "3_c.png").read_bytes()
     (images / "3_c.png").write_bytes(whole[: len(whole) // 2])  # its head is whole, the pixels are not
-    (images / "5_r.png").write_text("no picture")
+    (images / "5_r.png").write_text("no image")
     (images / "7_r.png").unlink()
     with pytest.raises(ValueError, match=r"5_r.png is not an image.*--on_bad skip"):
         prepare(source, tmp_path / "out")
@@ -132,7 +132,7 @@ def test_a_broken_picture_is_refused_by_name_or_left_out_and_counted(tmp_path):
         prepare(source, tmp_path / "out")
 
 
-def test_a_picture_that_was_mended_is_taken_in(tmp_path):
+def test_a_repaired_image_is_used(tmp_path):
     source = hpdv3(tmp_path / "data")
     broken = tmp_path / "data" / "images" / "3_c.png"
     whole = broken.read_bytes()
@@ -198,7 +198,7 @@ def test_latents_that_are_not_finite_are_left_out(tmp_path):
     ("changes", "name"),
     [({"buckets": "32x32"}, "buckets"), ({"shard_size": 8}, "shard_size"), ({"filter": {"ties": "keep"}}, "filter")],
 )
-def test_other_settings_do_not_go_on_in_the_same_folder(tmp_path, changes, name):
+def test_other_settings_do_not_resume_in_the_same_folder(tmp_path, changes, name):
     source = hpdv3(tmp_path / "data", pairs=2)
     prepare(source, tmp_path / "out")
     with pytest.raises(ValueError, match=f"^{name}.*: got "):
@@ -257,14 +257,14 @@ def test_votes_can_be_labels(tmp_path):
     torch.testing.assert_close(batches[0].label, torch.tensor([1.0, 0.9]))
 
 
-def test_pictures_get_the_bucket_of_their_aspect_and_the_nearest_area():
+def test_images_get_the_bucket_of_their_aspect_and_the_nearest_area():
     assert len(PUBLISHED) == len(set(PUBLISHED)) == 13
     assert nearest_bucket((640, 640), PUBLISHED, 0.03) == (512, 512)
     assert nearest_bucket((800, 800), PUBLISHED, 0.03) == (1024, 1024)
     assert nearest_bucket((1250, 830), PUBLISHED, 0.03) == (1248, 832)
     assert nearest_bucket((1000, 500), PUBLISHED, 0.03) is None
     assert bucket_of_pair((512, 512), (512, 512), PUBLISHED, 0.03) == (512, 512)
-    assert bucket_of_pair((512, 512), (1024, 1030), PUBLISHED, 0.03) == (512, 512), "that of the smaller picture"
+    assert bucket_of_pair((512, 512), (1024, 1030), PUBLISHED, 0.03) == (512, 512), "that of the smaller image"
     assert bucket_of_pair((1024, 1024), (1248, 832), PUBLISHED, 0.03) is None
     assert bucket_of_pair((1024, 1024), (1000, 500), PUBLISHED, 0.03) is None
 
@@ -280,7 +280,7 @@ def test_buckets_by_rule_fill_their_area():
             parse_buckets(text)
 
 
-def test_pictures_of_other_sizes_are_resized_to_their_bucket(tmp_path):
+def test_images_of_other_sizes_are_resized_to_their_bucket(tmp_path):
     source = hpdv3(tmp_path / "data", pairs=4)
     images = tmp_path / "data" / "images"
     for name in ("0_c", "0_r"):
@@ -311,7 +311,7 @@ def test_files_hold_one_size_and_no_more_than_they_should():
 # --------------------------------------------------------------------------------------------------- public layouts
 
 
-def test_hpdv2_says_which_of_two_is_preferred(tmp_path):
+def test_hpdv2_labels_the_preferred_image(tmp_path):
     records = [
         {"prompt": "a", "file_path": ["0.jpg", "1.jpg"], "human_preference": [0, 1]},
         {"prompt": "b", "file_path": ["2.jpg", "3.jpg"], "human_preference": [1, 0]},
@@ -336,7 +336,7 @@ def test_pick_a_pic_is_read_from_its_parquet_files(tmp_path):
     assert labels == [1.0, 0.5, 1.0]
 
 
-def test_a_record_that_cannot_be_meant_is_refused_or_counted(tmp_path):
+def test_an_invalid_record_is_refused_or_counted(tmp_path):
     lines = ['{"prompt": "a", "chosen": "c.png"}', "{", '{"prompt": "", "chosen": "c", "rejected": "r"}', "[]",
              '{"prompt": "a", "chosen": "c", "rejected": "c"}',
              '{"prompt": "a", "chosen": "c", "rejected": "r", "label": 3}',

@@ -1,4 +1,4 @@
-"""Prompt files are read strictly; the order of prompts is a pure function."""
+"""Prompt files, captioned images, and the order of prompts."""
 
 import pytest
 from PIL import Image
@@ -6,7 +6,7 @@ from PIL import Image
 from dinalrm_align.data.prompts import prompt_indices, read_captioned_images, read_prompts
 
 
-def test_prompts_are_the_lines_that_say_something(tmp_path):
+def test_prompts_are_the_lines_that_are_not_blank(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa cat\r\n\n  ein Bär  \n# not a comment\n".encode())
     assert read_prompts(path) == ["a cat", "ein Bär", "# not a comment"]
@@ -26,7 +26,7 @@ def test_bad_prompt_files_are_refused_with_a_reason(tmp_path):
         read_prompts(path)
 
 
-def test_captioned_pictures_come_in_pairs(tmp_path):
+def test_captioned_images_come_in_pairs(tmp_path):
     with pytest.raises(ValueError, match="^no images in"):
         read_captioned_images(tmp_path)
     for name in ("b", "a"):
@@ -40,7 +40,7 @@ def test_captioned_pictures_come_in_pairs(tmp_path):
         read_captioned_images(tmp_path)
 
 
-def test_every_prompt_comes_once_a_round_over_all_processes():
+def test_every_prompt_comes_once_per_epoch_over_all_ranks():
     """10 prompts, 2 processes x 3 a micro-step: 5 micro-steps are 30 = 3 rounds."""
     taken = [
         index
@@ -59,5 +59,5 @@ def test_the_order_depends_on_the_seed_alone():
     assert prompt_indices(100, 8, 5, seed=2) != first
 
 
-def test_a_batch_larger_than_the_list_goes_round():
+def test_a_batch_larger_than_the_list_wraps_around():
     assert sorted(prompt_indices(3, 6, 0, seed=0)) == [0, 0, 1, 1, 2, 2]

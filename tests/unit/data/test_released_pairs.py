@@ -1,4 +1,4 @@
-"""DiNa-LRM's released layout of latent pairs, on tiny files: read as it is, turned into shards, never run as code."""
+"""DiNa-LRM's released layout: read in place, converted to shards, never executed."""
 
 import csv
 import io
@@ -92,7 +92,7 @@ def test_an_epoch_reads_every_row_once_and_every_row_group_about_once(tmp_path, 
     ] == found
 
 
-def test_it_becomes_shards_without_an_encoder_of_pictures(tmp_path):
+def test_it_becomes_shards_without_an_encoder_of_images(tmp_path):
     folder = released(tmp_path / "set")
     assert find_layout(folder) == "released"
     work, calls = prepare(folder, tmp_path / "out", filter={"min_vote_share": 0.6})
