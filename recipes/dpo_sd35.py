@@ -21,54 +21,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinalrm_align.align.dpo_config import DpoRun
-from dinalrm_align.align.settle import Settled, settle
+from dinalrm_align.align.resolve import Resolved, resolve
 from dinalrm_align.train.command import refusing
 
 
-def align(settled: Settled[DpoRun]) -> None:
+def align(resolved: Resolved[DpoRun]) -> None:
     from dinalrm_align.align.dpo import OfflineDpo, OnlineDpo
-    from dinalrm_align.align.setup import Stage
+    from dinalrm_align.align.setup import prepare
     from dinalrm_align.data.source import Encoders, open_pairs
 
-    run, dpo, spec = settled.run, settled.run.dpo, settled.spec
-    stage = Stage.build(settled)
-    accelerator = stage.accelerator
-    parts = dict(
-        policy=stage.policy, negative=stage.negative, config=dpo, meter=stage.meter,
-        seed=run.seed, rank=accelerator.process_index, num_processes=accelerator.num_processes,
-    )  # fmt: skip
+    run, dpo, spec = resolved.run, resolved.run.dpo, resolved.spec
+    setup = prepare(resolved)
+    sampler = setup.sampler(setup.sigmas(dpo.num_steps), dpo.guidance_scale)
     samples = dpo.batch_size * run.loop.accumulate
 
     if dpo.mode == "offline":
-        # Latents and embeddings are stored with the pairs; pictures in a jsonl are encoded when their batch comes.
+        # Latents and embeddings are stored with the pairs; images of a jsonl are encoded when their batch is read.
         encoders = Encoders(
-            spec.pipeline, text_length=spec.text_length, device=accelerator.device, dtype=stage.policy.transformer.dtype
-        )
+            spec.pipeline, text_length=spec.text_length, device=setup.accelerator.device,
+            dtype=setup.policy.transformer.dtype,
+        )  # fmt: skip
         pairs = open_pairs(
-            run.pairs, encoders.manifest(), encoders, size=stage.size, batch_size=dpo.batch_size, seed=run.seed
+            run.pairs, encoders.manifest(), encoders, size=setup.size, batch_size=dpo.batch_size, seed=run.seed
         )
-        accelerator.print(f"pairs: {run.pairs}, {len(pairs)} batches of {dpo.batch_size}")
-        method = OfflineDpo(pairs=pairs, **parts)
+        setup.accelerator.print(f"pairs: {run.pairs}, {len(pairs)} batches of {dpo.batch_size}")
         shown = ("loss", "implicit_accuracy", "gold", "kl")
-        stage.align(method, samples=samples, shown=shown, data={"pairs": pairs.digest()})
-        return
-
-    method = OnlineDpo(
-        reward=stage.reward, conditions=stage.conditions, latent_shape=stage.latent_shape,
-        sigmas=stage.sigmas(dpo.num_steps), guidance_scale=stage.guidance_scale(dpo.guidance_scale),
-        accumulate=run.loop.accumulate, **parts,
-    )  # fmt: skip
-    stage.align(
-        method,
-        samples=samples,
-        shown=("reward", "implicit_accuracy", "gold", "kl"),
-        state=method if dpo.refresh_every else None,  # the copy of the policy that is the reference
-    )
+        setup.align(OfflineDpo(sampler, pairs, dpo), samples=samples, shown=shown, data={"pairs": pairs.digest()})
+    else:
+        method = OnlineDpo(sampler, setup.reward, dpo)
+        setup.align(method, samples=samples, state=method)  # the refreshed reference is stored in the checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(settle(DpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+        align(resolve(DpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

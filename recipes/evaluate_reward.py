@@ -47,7 +47,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     from dinalrm_align.eval.leakage import leaked, read_trained
     from dinalrm_align.eval.test_set_report import evaluate_set
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
-    from dinalrm_align.reward.registry import load_judge, load_reward
+    from dinalrm_align.reward.registry import load_image_scorer, load_reward
     from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
     from dinalrm_align.train.device import available_device
     from dinalrm_align.train.files import read_json
@@ -96,7 +96,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     )
     gold = {}
     if config.gold and has_latents:
-        gold = evaluator.gold_accuracy(load_judge(spec.gold, spec=spec, device=device), candidate.config)
+        gold = evaluator.gold_accuracy(load_image_scorer(spec.gold, spec=spec, device=device), candidate.config)
     levels = [*common_levels(config.sigmas, config.ensembles[0]), *ensemble_levels(config.ensembles)]
     all_scores = evaluator(candidate, {name: levels for name in config.judged}, out, title="reward")
     results = []

@@ -20,42 +20,31 @@ summary.json. In the metrics reward_noise_variance is what separate draws of the
 group_variance, ratio_spread how far probabilities moved since the rollout. A run whose first ratio is not 1 stops.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from dinalrm_align.align.grpo_config import GrpoRun
-from dinalrm_align.align.settle import Settled, settle
+from dinalrm_align.align.resolve import Resolved, resolve
 from dinalrm_align.train.command import refusing
 
 
-def align(settled: Settled[GrpoRun]) -> None:
+def align(resolved: Resolved[GrpoRun]) -> None:
     from dinalrm_align.align.grpo import Grpo
-    from dinalrm_align.align.setup import Stage
+    from dinalrm_align.align.setup import prepare
     from dinalrm_align.flow.sampling import named_sigmas
-    from dinalrm_align.reward.registry import latent_rewards, part_weights, score_parts
 
-    run, config = settled.run, settled.run.grpo
-    stage = Stage.build(settled, anchor=run.anchor, in_advantages=True)
-    if not latent_rewards(stage.climbed):  # what reads pictures adds no noise, and decodes but once
-        config = dataclasses.replace(config, reward_draws=1)
-    grpo = Grpo(
-        policy=stage.policy, reward=stage.reward, parts=partial(score_parts, stage.climbed),
-        weights=part_weights(stage.climbed), config=config, meter=stage.meter, latent_shape=stage.latent_shape,
-        sigmas=named_sigmas(config.schedule, stage.pipeline.scheduler, config.num_steps or settled.spec.num_steps),
-        guidance_scale=stage.guidance_scale(config.guidance_scale),
-        conditions=stage.conditions, negative=stage.negative, accumulate=run.loop.accumulate,
-        seed=run.seed, rank=stage.accelerator.process_index, num_processes=stage.accelerator.num_processes,
-        gather=stage.gather,
-    )  # fmt: skip
-    stage.align(grpo, samples=config.groups, state=grpo)  # the rollout that is being spent goes into the checkpoints
+    run, config = resolved.run, resolved.run.grpo
+    setup = prepare(resolved, anchor=run.anchor, in_advantages=True)
+    num_steps = config.num_steps or resolved.spec.num_steps
+    sampler = setup.sampler(named_sigmas(config.schedule, setup.pipeline.scheduler, num_steps), config.guidance_scale)
+    grpo = Grpo(sampler, setup.reward, config, setup.anchor)
+    setup.align(grpo, samples=config.groups, state=grpo.buffer)  # the current rollout is stored in the checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(settle(GrpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+        align(resolve(GrpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

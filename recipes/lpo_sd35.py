@@ -23,35 +23,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinalrm_align.align.lpo_config import LpoRun
-from dinalrm_align.align.settle import Settled, settle
+from dinalrm_align.align.resolve import Resolved, resolve
 from dinalrm_align.train.command import refuse, refusing
 
 
-def align(settled: Settled[LpoRun]) -> None:
+def align(resolved: Resolved[LpoRun]) -> None:
     from dinalrm_align.align.lpo import Lpo
-    from dinalrm_align.align.setup import Stage
+    from dinalrm_align.align.setup import prepare
     from dinalrm_align.flow.sampling import named_sigmas
-    from dinalrm_align.reward.latent import LatentReward
 
-    run, config = settled.run, settled.run.lpo
-    stage = Stage.build(settled)
-    if not isinstance(stage.reward, LatentReward):
-        refuse(f"--reward {run.reward} cannot judge a step: LPO needs a reward that reads noisy latents, as dinalrm")
-    lpo = Lpo(
-        policy=stage.policy, score_noisy=stage.reward.score_noisy, config=config, meter=stage.meter,
-        sigmas=named_sigmas(config.schedule, stage.pipeline.scheduler, config.num_steps or settled.spec.num_steps),
-        guidance_scale=stage.guidance_scale(config.guidance_scale), latent_shape=stage.latent_shape,
-        conditions=stage.conditions, negative=stage.negative, accumulate=run.loop.accumulate,
-        seed=run.seed, rank=stage.accelerator.process_index, num_processes=stage.accelerator.num_processes,
-        gather=stage.gather,
-    )  # fmt: skip
+    run, config = resolved.run, resolved.run.lpo
+    setup = prepare(resolved)
+    if setup.reward.reads_images or not setup.reward.noise_parts:
+        refuse(f"reward: got {run.reward}; LPO needs a reward that reads noisy latents, as dinalrm")
+    num_steps = config.num_steps or resolved.spec.num_steps
+    sampler = setup.sampler(named_sigmas(config.schedule, setup.pipeline.scheduler, num_steps), config.guidance_scale)
+    lpo = Lpo(sampler, setup.reward, config)
     shown = ("accuracy", "pairs", "gold", "kl")
-    stage.align(lpo, samples=config.batch_size, state=lpo, shown=shown)  # pairs that are being spent are kept
+    setup.align(lpo, samples=config.batch_size, state=lpo.buffer, shown=shown)  # its pairs are stored in checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(settle(LpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+        align(resolve(LpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,14 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
     from dinalrm_align import LatentReward
     from dinalrm_align.align.mining import Miner
     from dinalrm_align.align.policy import Policy
+    from dinalrm_align.align.rollouts import Sampler
     from dinalrm_align.data.mined_pairs import MinedPairs, write_manifest
     from dinalrm_align.data.pairs import PairManifest
     from dinalrm_align.data.prompts import read_prompts
     from dinalrm_align.flow.sampling import schedule_sigmas
     from dinalrm_align.models.pipeline import load_pipeline
     from dinalrm_align.models.text import Conditions, PromptEncoder
+    from dinalrm_align.train.cost import PhaseMeter
     from dinalrm_align.train.device import available_device
     from dinalrm_align.train.digest import digest, fingerprint, text_digest
 
@@ -67,11 +69,8 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
     vae = pipeline.vae.config
     reward = LatentReward.from_pretrained(spec.reward if run.reward == "dinalrm" else run.reward, pipeline=pipeline)
     facts = {"base model": fingerprint(pipeline.transformer), "reward": fingerprint(reward)}
-    shared = reward.config.text_length == spec.text_length
-    encoder = reward.encoder if shared else PromptEncoder(pipeline, text_length=spec.text_length, device=device)
-    for each in (encoder, reward.encoder):
-        each.max_cached = run.mine.prompts_per_shard  # however long the list, only those of one file are kept
-    negative = Conditions.encode(encoder, [""])
+    encoder = PromptEncoder(pipeline, text_length=spec.text_length, device=device)
+    lengths = reward.text_lengths - {spec.text_length}
 
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
     if run.lora is not None:
@@ -80,19 +79,20 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
     settings = run.mine
     scale = spec.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     factor = pipeline.vae_scale_factor
-    miner = Miner(
-        velocity_for=lambda some: policy.velocity_for(some, scale, negative), reward=reward, prompts=prompts,
-        encode=lambda some: Conditions.encode(encoder, some), negative=negative,
+    empty = Conditions.encode(encoder, [""])
+    sampler = Sampler(
+        policy=policy, conditions=empty, negative=empty, guidance_scale=scale, seed=run.seed, meter=PhaseMeter(device),
         sigmas=schedule_sigmas(pipeline.scheduler, settings.num_steps or spec.num_steps),
         latent_shape=(
             pipeline.transformer.config.in_channels, (run.height or spec.height) // factor,
             (run.width or spec.width) // factor,
         ),
-        device=device, config=settings, seed=run.seed,
     )  # fmt: skip
+    # Prompts are encoded shard by shard: however long the list, only those of one file are in memory.
+    miner = Miner(sampler, reward, prompts, lambda some: Conditions.encode(encoder, some, lengths), settings)
     facts |= {
-        "prompts": text_digest("\n".join(prompts)), "seed": run.seed, "latent_shape": miner.latent_shape,
-        "sigmas": miner.sigmas, "guidance_scale": scale, "weights": dtype, **dataclasses.asdict(settings),
+        "prompts": text_digest("\n".join(prompts)), "seed": run.seed, "latent_shape": sampler.latent_shape,
+        "sigmas": sampler.sigmas, "guidance_scale": scale, "weights": dtype, **dataclasses.asdict(settings),
     }  # fmt: skip
 
     if accelerator.is_main_process:

@@ -13,39 +13,28 @@ A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curve
 summary.json. In the metrics moved is how far the policy is from the one that sampled.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dinalrm_align.align.nft_config import NftRun
-from dinalrm_align.align.settle import Settled, settle
+from dinalrm_align.align.resolve import Resolved, resolve
 from dinalrm_align.train.command import refusing
 
 
-def align(settled: Settled[NftRun]) -> None:
+def align(resolved: Resolved[NftRun]) -> None:
     from dinalrm_align.align.nft import Nft
-    from dinalrm_align.align.setup import Stage
-    from dinalrm_align.reward.registry import latent_rewards
+    from dinalrm_align.align.setup import prepare
 
-    run, config = settled.run, settled.run.nft
-    stage = Stage.build(settled)
-    if not latent_rewards(stage.reward):  # what reads pictures adds no noise, and decodes but once
-        config = dataclasses.replace(config, reward_draws=1)
-    nft = Nft(
-        policy=stage.policy, reward=stage.reward, config=config, meter=stage.meter, latent_shape=stage.latent_shape,
-        sigmas=stage.sigmas(config.num_steps), guidance_scale=stage.guidance_scale(config.guidance_scale),
-        conditions=stage.conditions, negative=stage.negative, accumulate=run.loop.accumulate,
-        seed=run.seed, rank=stage.accelerator.process_index, num_processes=stage.accelerator.num_processes,
-        gather=stage.gather,
-    )  # fmt: skip
-    # The policy that samples, and what it sampled, go into the checkpoints.
-    stage.align(nft, samples=config.groups, state=nft)
+    config = resolved.run.nft
+    setup = prepare(resolved)
+    nft = Nft(setup.sampler(setup.sigmas(config.num_steps), config.guidance_scale), setup.reward, config)
+    setup.align(nft, samples=config.groups, state=nft)  # the old policy and its samples are stored in the checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(settle(NftRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+        align(resolve(NftRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

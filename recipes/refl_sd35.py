@@ -18,43 +18,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinalrm_align.align.refl_config import ReflRun
-from dinalrm_align.align.settle import Settled, settle
+from dinalrm_align.align.resolve import Resolved, resolve
 from dinalrm_align.train.command import refusing
 
 
-def align(settled: Settled[ReflRun]) -> None:
+def align(resolved: Resolved[ReflRun]) -> None:
     import torch
 
     from dinalrm_align.align.refl import Refl
-    from dinalrm_align.align.setup import Stage
+    from dinalrm_align.align.setup import prepare
     from dinalrm_align.data.prompts import read_captioned_images
-    from dinalrm_align.models.text import Conditions
     from dinalrm_align.models.vae import encode_images
 
-    refl = settled.run.refl
+    run, refl = resolved.run, resolved.run.refl
     images, captions = read_captioned_images(Path(refl.pretrain_pictures)) if refl.pretrain_pictures else ([], [])
-    stage = Stage.build(settled, also=captions, anchor=settled.run.anchor)
-    accelerator, vae = stage.accelerator, stage.pipeline.vae
-
-    method = Refl(
-        policy=stage.policy, reward=stage.reward, config=refl, meter=stage.meter, latent_shape=stage.latent_shape,
-        sigmas=stage.sigmas(refl.num_steps), guidance_scale=stage.guidance_scale(refl.guidance_scale),
-        conditions=stage.conditions, negative=stage.negative,
-        seed=settled.run.seed, rank=accelerator.process_index, num_processes=accelerator.num_processes,
-    )  # fmt: skip
-    if images:  # to keep near, by the base model's own loss
-        height, width = stage.size
+    setup = prepare(resolved, extra_prompts=captions, anchor=run.anchor)
+    method = Refl(setup.sampler(setup.sigmas(refl.num_steps), refl.guidance_scale), setup.reward, refl, setup.anchor)
+    if images:  # data of the pretraining loss
+        height, width = setup.size
+        vae = setup.pipeline.vae
         latents = torch.cat([encode_images(vae, [image.resize((width, height))]).cpu() for image in images])
-        method.pictures = latents, Conditions.encode(stage.encoder, captions)
+        method.pretrain_data = latents, setup.text.extra
     elif refl.pretrain_weight > 0:
-        method.pictures = method.reference_samples(refl.pretrain_samples)
+        method.pretrain_data = method.reference_samples(refl.pretrain_samples)
 
-    stage.align(method, samples=refl.batch_size * settled.run.loop.accumulate)
+    setup.align(method, samples=refl.batch_size * run.loop.accumulate)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(settle(ReflRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv, gradient=True))
+        align(resolve(ReflRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv, gradient=True))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import pytest
 import torch
 from tiny_reward import make_inputs, shake, tiny_reward_config
 
-from dinalrm_align.reward.config import LoraConfig
-
 torch.set_num_threads(1)  # one thread per pytest-xdist worker
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -70,31 +68,18 @@ def tiny_inputs(tiny_pipeline) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def refl_method():
-    """A Refl on a stack of two blocks: five random conditions, updates of two, no reward yet."""
-    from dinalrm_align.align.policy import Policy
+    """A Refl on a stack of two blocks: five random conditions, updates of two."""
+    from tiny_align import SHAPE, brightness, make_sampler, reward_of
+
     from dinalrm_align.align.refl import Refl
     from dinalrm_align.align.refl_config import ReflConfig
-    from dinalrm_align.flow.sampling import schedule_sigmas
     from dinalrm_align.models.text import Conditions
-    from dinalrm_align.shapes.stack import StackConfig, build_pipeline
-    from dinalrm_align.train.cost import PhaseMeter
 
-    pipeline = build_pipeline(StackConfig.tiny(depth=2), seed=0)
     generator = torch.Generator().manual_seed(1)
 
     def conditions(count: int) -> Conditions:
         embeds, pooled = torch.randn(count, 5, 32, generator=generator), torch.randn(count, 32, generator=generator)
         return Conditions([f"prompt {index}" for index in range(count)], embeds, pooled)
 
-    return Refl(
-        policy=Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0),
-        reward=None,
-        sigmas=schedule_sigmas(pipeline.scheduler, 4),
-        conditions=conditions(5),
-        negative=conditions(1),
-        latent_shape=(16, 8, 8),
-        guidance_scale=2.0,
-        config=ReflConfig(batch_size=2, earliest=0.5, kl_weight=0.0),
-        meter=PhaseMeter("cpu"),
-        seed=3,
-    )
+    sampler = make_sampler(guidance_scale=2.0, conditions=conditions(5), negative=conditions(1), latent_shape=SHAPE)
+    return Refl(sampler, reward_of(brightness), ReflConfig(batch_size=2, earliest=0.5, kl_weight=0.0))

@@ -1,60 +1,59 @@
-"""Several samples of each prompt, scored as latents: what preference pairs are picked from. Nothing is decoded."""
+"""Several samples of each prompt, scored as latents: candidates for preference pairs. Nothing is decoded."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.train.cost import PhaseMeter
-
-Reward = Callable[..., Tensor]
-"""reward(latents, prompts=..., sigma=..., noise=...) -> (B,): a LatentReward, a ClipReward."""
+from dinalrm_align.reward.protocol import Reward
 
 
 @torch.no_grad()
 def scored_candidates(
-    velocity_for: Callable[[Conditions], Velocity],
+    sampler: Sampler,
     reward: Reward,
     conditions: Conditions,
     generators: Sequence[torch.Generator],
     *,
     count: int,
-    latent_shape: tuple[int, int, int],
-    sigmas: Sequence[float],
-    device: torch.device,
     reward_sigma: Sequence[float] | None = None,
     batch_size: int | None = None,
-    meter: PhaseMeter | None = None,
+    velocity_for: Callable[[Conditions], Velocity] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`count` samples of each of the B prompts, (B, n, C, H, W) float32, and their scores, (B, n); both on `device`.
+    """`count` samples of each of B prompts, (B, count, C, H, W) float32, and their scores (B, count), on the device.
 
-    velocity_for: conditions of a batch -> its velocity. conditions: one per prompt, on any device. generators: one per
-    prompt, drawn from in order: the noise of its samples, then the noise that the reward reads all of them with, so
-    that the reward's own noise has no say in their order. batch_size: pictures sampled and scored at once; None: all.
+    Args:
+        conditions: of the B prompts, on any device.
+        generators: one per prompt, drawn from in order: the noise of its samples, then the reward's noise, which all
+            samples of a prompt share, so that it does not affect their ranking.
+        reward_sigma: noise levels of the reward; None: its own.
+        batch_size: samples drawn and scored per forward; None: all.
+        velocity_for: conditions of a batch -> a velocity; default, the sampler's.
     """
-    meter = meter or PhaseMeter(device)
-    noise = torch.cat([seeded_noise(latent_shape, [generator] * count) for generator in generators])
-    reward_noise = seeded_noise(latent_shape, generators).repeat_interleave(count, dim=0)
+    velocity_for = velocity_for or sampler.velocity_for
+    noise = torch.cat([seeded_noise(sampler.latent_shape, [generator] * count) for generator in generators])
+    reward_noise = seeded_noise(sampler.latent_shape, generators).repeat_interleave(count, dim=0)
     rows = [row for row in range(len(conditions)) for _ in range(count)]
     latents, scores = [], []
     for start in range(0, len(rows), batch_size or len(rows)):
         part = slice(start, start + (batch_size or len(rows)))
-        some = conditions.take(rows[part], device)
-        with meter.phase("rollout"):
-            latents.append(rollout(velocity_for(some), noise[part].to(device), sigmas))
-        with meter.phase("reward"):
-            read_with = reward_noise[part].to(device)
-            scores.append(reward(latents[-1], prompts=some.prompts, sigma=reward_sigma, noise=read_with))
+        batch = conditions.take(rows[part], sampler.device)
+        with sampler.meter.phase("rollout"):
+            latents.append(rollout(velocity_for(batch), noise[part].to(sampler.device), sampler.sigmas))
+        with sampler.meter.phase("reward"):
+            score = reward(latents[-1], batch, sigma=reward_sigma, noise=reward_noise[part].to(sampler.device))
+            scores.append(score)
     return torch.cat(latents).unflatten(0, (-1, count)), torch.cat(scores).view(-1, count)
 
 
 def ranked_pairs(scores: Sequence[float], number: int, min_gap: float) -> list[tuple[int, int]]:
     """(chosen, rejected) of one prompt's candidates: best and worst, second best and second worst, and so on.
 
-    At most `number` of them and half as many as there are candidates; the first whose scores differ by less than
-    min_gap, or not at all, ends the list. Of equal scores the earlier candidate counts as better.
+    At most `number` pairs and half as many as there are candidates. The list ends at the first pair whose scores are
+    equal or differ by less than min_gap. Of equal scores the earlier candidate ranks higher.
     """
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     pairs = []

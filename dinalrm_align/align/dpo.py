@@ -1,18 +1,17 @@
 """Diffusion-DPO (arXiv 2311.12908, equation 14) for flow matching, on given pairs or on the policy's own samples.
 
-A pair is a chosen and a rejected picture of one prompt. Both are noised with the same noise and the same sigma, and
+A pair is a chosen and a rejected image of one prompt. Both are noised with the same noise to the same sigma, and
 
-    e    = mean |velocity(x_sigma, sigma) - (noise - x0)|^2        how badly a picture is denoised
+    e    = mean |velocity(x_sigma, sigma) - (noise - x0)|^2        the denoising error of an image
     loss = -log sigmoid(-beta / 2 [(e_w - e_w^ref) - (e_l - e_l^ref)])
 
-asks that, measured against the reference, the chosen picture w be denoised better than the rejected l. The argument of
-the sigmoid is the margin of the implicit reward -beta / 2 (e - e^ref). No level is weighted. The mean is over C, H, W:
-a beta that goes with a sum is smaller by their product.
+makes the policy denoise the chosen image w better, relative to the reference, than the rejected image l. The argument
+of the sigmoid is the margin of the implicit reward -beta / 2 (e - e^ref). Noise levels are not weighted. Means are over
+C, H, W: a beta for sums is smaller by their product.
 
-`OfflineDpo` takes pairs from a data set. `OnlineDpo` samples several pictures per prompt, ranks them by a reward, and
-makes a pair of the best and the worst; its reference may be refreshed with the policy's weights now and then. Both
-offer the two callables of `loop.fit`. Everything random is drawn from generators keyed by (seed, place of the pair's
-prompt in the run), so that an update is the same however it is divided into micro-batches.
+`OfflineDpo` reads pairs from a data set. `OnlineDpo` samples several images per prompt, ranks them by a reward, and
+pairs the best with the worst; its reference may be refreshed with the policy's weights. RNG streams are keyed by (seed,
+global index of the pair's prompt), so that an update does not depend on its division into micro-batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,20 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinalrm_align.align.candidates import Reward, scored_candidates
+from dinalrm_align.align.candidates import scored_candidates
 from dinalrm_align.align.dpo_config import DpoConfig
-from dinalrm_align.align.policy import Policy
+from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.data.batches import PairSource
 from dinalrm_align.data.pairs import PairBatch
-from dinalrm_align.data.prompts import prompt_indices
 from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.flow.noise import add_noise, sample_sigma, seeded_generator
 from dinalrm_align.flow.sampling import Velocity, seeded_noise
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.train.cost import PhaseMeter
+from dinalrm_align.reward.protocol import Reward
 
 REFERENCE = "reference."
-"""How the names of the refreshed reference's tensors begin in a checkpoint."""
+"""Prefix of the refreshed reference's tensors in a checkpoint."""
 
 
 def velocity_error(velocity: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
@@ -69,13 +67,13 @@ def diffusion_dpo_loss(
 
 @dataclass(frozen=True)
 class DpoBatch:
-    """Pairs and what they are noised with.
+    """Pairs and their noise.
 
     Args:
-        pairs: M pictures in G groups, and N pairs of them, on the policy's device.
-        noise: (D, M, C, H, W), for each of D draws; one for all pictures of a group.
-        sigma: (D, M) in [0, 1], the same.
-        metrics: numbers to record about how the pairs came about.
+        pairs: M images in G groups, and N pairs of them, on the policy's device.
+        noise: (D, M, C, H, W), for each of D draws; equal within a group.
+        sigma: (D, M) in [0, 1]; equal within a group.
+        metrics: numbers to record about the pairs.
     """
 
     pairs: PairBatch
@@ -85,7 +83,7 @@ class DpoBatch:
 
     @property
     def count(self) -> int:
-        """N, what its mean is over."""
+        """N, the number of items that the loss is the mean over."""
         return len(self.pairs.chosen)
 
 
@@ -96,7 +94,7 @@ def noised_pairs(
     draws: int,
     metrics: Mapping[str, float] | None = None,
 ) -> DpoBatch:
-    """Draw `draws` noises and levels for each group of `pairs` from its own one of the G generators."""
+    """Draw `draws` noises and levels for each of the G groups, each group from its own generator."""
     shape, device = tuple(pairs.latents.shape[1:]), pairs.latents.device
     noise = torch.stack([seeded_noise(shape, [generator] * draws) for generator in generators], dim=1)
     sigma = torch.stack(
@@ -105,14 +103,14 @@ def noised_pairs(
     return DpoBatch(pairs, noise.to(device)[:, pairs.group], sigma.to(device)[:, pairs.group], metrics or {})
 
 
-def preference_step(
+def dpo_step(
     velocity: Velocity, reference: Velocity, batch: DpoBatch, beta: float
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """The mean loss over draws and pairs, differentiable in the velocity's parameters, and what to record:
+    """The mean loss over draws and pairs, differentiable in the velocity's parameters, and metrics.
 
-    implicit_accuracy, the share of pairs whose margin has the sign of their label (a margin of 0 counts half); margin;
-    chosen_gain and rejected_gain, e^ref - e of either, positive where the policy denoises better than the reference;
-    kl, the mean square of velocity less the reference's. reference: as velocity, without gradient.
+    implicit_accuracy: share of pairs whose margin has the sign of their label (0 counts half); margin; chosen_gain and
+    rejected_gain: e^ref - e, positive where the policy denoises better than the reference; kl: mean square of
+    velocity - reference velocity. reference: as velocity, without gradient.
     """
     pairs, losses, margins, gains, kls = batch.pairs, [], [], [], []
     for noise, sigma in zip(batch.noise, batch.sigma, strict=True):
@@ -140,13 +138,8 @@ def preference_step(
     }
 
 
-def best_and_worst(score: Tensor) -> tuple[Tensor, Tensor]:
-    """score (B, n) of n samples of each prompt -> which one is the best and which the worst, (B,) int64 each."""
-    return score.argmax(dim=1), score.argmin(dim=1)
-
-
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
-    """`velocity` under other weights: weights() is entered for each call (`Policy.reference`)."""
+    """`velocity` with other weights: the context manager weights() is entered for each call (`Policy.reference`)."""
 
     def frozen(latents: Tensor, sigma: float | Tensor) -> Tensor:
         with weights():
@@ -157,94 +150,74 @@ def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextMa
 
 @dataclass
 class OfflineDpo:
-    """`batch_at` and `step` for `loop.fit`, on pairs of a data set; the reference is the base model.
+    """`batch_at` and `step` for `train.loop.fit`, on pairs of a data set; the reference is the base model.
 
-    policy: on its device. pairs: whose latents and embeddings are of the policy's model. negative: conditions of one
-    empty prompt, read when config.loss_guidance_scale is above 1.
+    Args:
+        sampler: with the policy, and the negative conditions for config.loss_guidance_scale above 1.
+        pairs: latents and embeddings made with the policy's model.
+        config: see `DpoConfig`.
     """
 
-    policy: Policy
+    sampler: Sampler
     pairs: PairSource
-    negative: Conditions
     config: DpoConfig
-    meter: PhaseMeter
-    seed: int
-    rank: int = 0
-    num_processes: int = 1
-
-    def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
-        """The policy's velocity under these conditions, as the sampler wants it."""
-        return self.policy.velocity_for(conditions, guidance_scale, self.negative)
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """This micro-step's pairs, noised: a pure function of it, seed and this process's place."""
-        with self.meter.phase("data"):
-            pairs = self.pairs.batch_at(micro_step, self.rank, self.num_processes).to(self.policy.device)
-            first = (micro_step * self.num_processes + self.rank) * pairs.num_groups
-            generators = [seeded_generator(self.seed, first + group, 2) for group in range(pairs.num_groups)]
+        """This micro-step's pairs, noised: a pure function of micro-step, seed and rank."""
+        sampler = self.sampler
+        with sampler.meter.phase("data"):
+            pairs = self.pairs.batch_at(micro_step, sampler.rank, sampler.num_processes).to(sampler.device)
+            first = sampler.first_sample(pairs.num_groups, micro_step)
+            generators = [seeded_generator(sampler.seed, first + group, 2) for group in range(pairs.num_groups)]
             return noised_pairs(pairs, generators, self.config.sigma, self.config.draws)
 
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss, differentiable in the policy's LoRA, and what to record (`preference_step`)."""
-        velocity = self.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
-        with self.meter.phase("policy"):
-            return preference_step(velocity, without_gradient(velocity, self.policy.reference), batch, self.config.beta)
+        """The loss, differentiable in the policy's LoRA, and the metrics of `dpo_step`."""
+        velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
+        reference = without_gradient(velocity, self.sampler.policy.reference)
+        with self.sampler.meter.phase("policy"):
+            return dpo_step(velocity, reference, batch, self.config.beta)
 
 
 @dataclass
 class OnlineDpo:
-    """`batch_at` and `step` for `loop.fit`, on the best and the worst of several samples of each prompt.
+    """`batch_at` and `step` for `train.loop.fit`, on the best and the worst of several samples of each prompt.
 
-    policy, reward: on one device, the reward frozen. sigmas: of sampling (`schedule_sigmas`). conditions: those of all
-    training prompts, on any device. negative: of one empty prompt. latent_shape: (C, H, W). accumulate: micro-steps an
-    update, for config.refresh_every. The refreshed reference is state: give this object to `loop.fit` as `state`.
+    The refreshed reference is method state: pass this object to the run as `state`.
+
+    Args:
+        sampler: samples training prompts.
+        reward: frozen, on the policy's device; no gradient is needed.
+        config: see `DpoConfig`.
     """
 
-    policy: Policy
+    sampler: Sampler
     reward: Reward
-    sigmas: Sequence[float]
-    conditions: Conditions
-    negative: Conditions
-    latent_shape: tuple[int, int, int]
-    guidance_scale: float
     config: DpoConfig
-    meter: PhaseMeter
-    seed: int
-    rank: int = 0
-    num_processes: int = 1
-    accumulate: int = 1
 
     def __post_init__(self) -> None:
-        self._reference = self.policy.weights() if self.config.refresh_every else None
-
-    def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
-        """The policy's velocity under these conditions, as the sampler wants it."""
-        return self.policy.velocity_for(conditions, guidance_scale, self.negative)
+        self._reference = self.sampler.policy.weights() if self.config.refresh_every else None
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within the block the policy is the reference, without gradient: the base model, or a copy of itself."""
-        return self.policy.reference() if self._reference is None else self.policy.with_weights(self._reference)
+        """Within the block the policy is the reference, without gradient: the base model, or a copy of the policy."""
+        policy = self.sampler.policy
+        return policy.reference() if self._reference is None else policy.with_weights(self._reference)
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """This micro-step's samples, the best and the worst of each prompt noised: a pure function of it, seed,
-        weights, this process's place and the reference, which is refreshed here when its time has come.
+        """This micro-step's best and worst samples, noised: a pure function of micro-step, seed, weights, rank and the
+        reference, which is refreshed here when it is due.
         """
-        config, device = self.config, self.policy.device
+        config, sampler = self.config, self.sampler
         self._refresh(micro_step)
-        indices = prompt_indices(
-            len(self.conditions), config.batch_size, micro_step, seed=self.seed, rank=self.rank,
-            num_processes=self.num_processes,
-        )  # fmt: skip
-        first = (micro_step * self.num_processes + self.rank) * config.batch_size
-        generators = [seeded_generator(self.seed, first + place, 3) for place in range(len(indices))]
+        indices = sampler.prompt_indices(config.batch_size, micro_step)
+        first = sampler.first_sample(config.batch_size, micro_step)
+        generators = [seeded_generator(sampler.seed, first + index, 3) for index in range(len(indices))]
         latents, score = scored_candidates(
-            self._samplers_velocity, self.reward, self.conditions.take(indices), generators,
-            count=config.group_size, latent_shape=self.latent_shape, sigmas=self.sigmas, device=device,
-            reward_sigma=config.reward_sigma, batch_size=config.sample_batch, meter=self.meter,
+            sampler, self.reward, sampler.conditions.take(indices), generators, count=config.group_size,
+            reward_sigma=config.reward_sigma, batch_size=config.sample_batch, velocity_for=self._sampling_velocity,
         )  # fmt: skip
-        best, worst = best_and_worst(score)
-        rows = torch.arange(len(indices))
-        pairs = PairBatch.plain(latents[rows, best], latents[rows, worst], self.conditions.take(indices, device))
+        rows, best, worst = torch.arange(len(indices)), score.argmax(dim=1), score.argmin(dim=1)
+        pairs = PairBatch.plain(latents[rows, best], latents[rows, worst], sampler.take(indices))
         metrics = {
             "reward": float(score.mean()),
             "reward_best": float(score.amax(dim=1).mean()),
@@ -253,38 +226,39 @@ class OnlineDpo:
         return noised_pairs(pairs, generators, config.sigma, config.draws, metrics)
 
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss, differentiable in the policy's LoRA, and what to record (`preference_step`, and the rewards of all
-        samples, of the best and of the worst)."""
-        velocity = self.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
-        with self.meter.phase("policy"):
-            return preference_step(velocity, without_gradient(velocity, self.reference), batch, self.config.beta)
+        """The loss, differentiable in the policy's LoRA, and metrics: those of `dpo_step`, and the rewards of all
+        samples, of the best and of the worst."""
+        velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
+        with self.sampler.meter.phase("policy"):
+            return dpo_step(velocity, without_gradient(velocity, self.reference), batch, self.config.beta)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The refreshed reference; nothing where the reference is the base model."""
+        """The refreshed reference; empty where the reference is the base model."""
         return {REFERENCE + name: tensor for name, tensor in (self._reference or {}).items()}
 
     def is_common(self) -> bool:
-        """Always: the reference is one for all processes."""
+        """Always true: all ranks have the same reference."""
         return True
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state_tensors` gave. ValueError when it is not the reference of such a policy."""
-        weights = {name.removeprefix(REFERENCE): t.to(self.policy.device, copy=True) for name, t in tensors.items()}
+        """Restore what `state_tensors` returned. ValueError when it is not the reference of such a policy."""
+        device = self.sampler.device
+        weights = {name.removeprefix(REFERENCE): t.to(device, copy=True) for name, t in tensors.items()}
         if self._reference is None and weights:
             raise ValueError(
-                f"got the {len(weights)} tensors of a refreshed reference, and dpo.refresh_every is 0: resume with the "
-                "settings that the run was started with"
+                f"dpo.refresh_every: got 0 for a run whose checkpoint holds a refreshed reference ({len(weights)} "
+                "tensors): resume with the settings of the run"
             )
         if self._reference is not None:
-            self.policy.check_weights(weights)
+            self.sampler.policy.check_weights(weights)
             self._reference = weights
 
-    def _samplers_velocity(self, conditions: Conditions) -> Velocity:
-        velocity = self.velocity_for(conditions, self.guidance_scale)
+    def _sampling_velocity(self, conditions: Conditions) -> Velocity:
+        velocity = self.sampler.velocity_for(conditions)
         return velocity if self.config.sampler == "policy" else without_gradient(velocity, self.reference)
 
     def _refresh(self, micro_step: int) -> None:
-        """At the first micro-step of every refresh_every-th update, but for the very first, copy the policy."""
-        every = self.config.refresh_every * self.accumulate
+        """Copy the policy at the first micro-step of every refresh_every-th update, except the very first."""
+        every = self.config.refresh_every * self.sampler.accumulate
         if every and micro_step and micro_step % every == 0:
-            self._reference = self.policy.weights()
+            self._reference = self.sampler.policy.weights()

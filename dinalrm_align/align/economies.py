@@ -1,6 +1,6 @@
-"""What `config.memory` asks for, done to the parts of a stage: each function one option, each leaves the rest alone."""
+"""The options of `MemoryConfig`, applied to the parts of a run: one function an option."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -9,28 +9,22 @@ from torch import Tensor, nn
 
 from dinalrm_align.align.config import MemoryConfig
 from dinalrm_align.models.quantization import check_quantization, quantise_linears
-from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import decode_latents
-from dinalrm_align.reward.combine import Part, RewardSum
-from dinalrm_align.reward.registry import latent_rewards, pixel_rewards
 
 KERNELS = ("flash", "mem_efficient", "cudnn")
-"""Of torch.backends.cuda.enable_*_sdp; math is always left on, for what a kernel cannot do: the VAE's one wide head."""
+"""Of torch.backends.cuda.enable_*_sdp. math stays enabled as the fallback, which the VAE's wide head needs."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def check_economies(config: MemoryConfig, device: torch.device) -> None:
-    """ImportError or ValueError, before anything is loaded, for an option that cannot be had on this machine."""
+    """Raise ImportError or ValueError, before anything is loaded, for an option that this machine does not support."""
     check_quantization(config.base_quant)
     if config.attention != "auto" and device.type != "cuda":
-        raise ValueError(
-            f"memory.attention: got {config.attention}, which chooses among CUDA kernels, and this run is on "
-            f"{device.type}; leave it at auto"
-        )
+        raise ValueError(f"memory.attention: got {config.attention} on {device.type}; expected auto, without CUDA")
 
 
 def use_attention(name: str) -> None:
-    """Let torch's attention on CUDA use this kernel alone, and math where it cannot; for the whole process."""
+    """Restrict torch's attention on CUDA to this kernel, with math as the fallback, for the whole process."""
     if name == "auto":
         return
     wanted = {"efficient": "mem_efficient"}.get(name, name)
@@ -39,57 +33,33 @@ def use_attention(name: str) -> None:
 
 
 def economise_pipeline(pipeline: StableDiffusion3Pipeline, config: MemoryConfig, device: torch.device) -> None:
-    """Quantise the base model's blocks, cast and tile the VAE; before the pipeline is moved to `device`."""
+    """Quantise the base model's blocks, cast and tile the VAE; call it before the pipeline is moved to `device`."""
     if config.base_quant != "none":
         quantise_linears(pipeline.transformer.transformer_blocks, config.base_quant, device, pipeline.transformer.dtype)
-    if config.vae_dtype != "float32":  # as it is loaded
+    if config.vae_dtype != "float32":  # its dtype when loaded
         pipeline.vae.to(getattr(torch, config.vae_dtype))
     if config.decode_tile:
         pipeline.vae.enable_tiling()
 
 
-def encode_ahead(
-    pipeline: StableDiffusion3Pipeline, lengths: set[int], prompts: Sequence[str], device: torch.device
-) -> dict[int, PromptEncoder]:
-    """Encode the prompts with the pipeline's text encoders on `device`, nothing else of it there; then let them go.
-
-    Returns, by text length, encoders that know these prompts and no others.
-    """
+def text_pipeline(pipeline: StableDiffusion3Pipeline, device: torch.device) -> StableDiffusion3Pipeline:
+    """A pipeline with the text encoders and tokenizers of `pipeline` only, on `device`."""
     names = [*TEXT_ENCODERS, *(name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS)]
-    taken = {name: getattr(pipeline, name) for name in names}
-    text = StableDiffusion3Pipeline(transformer=None, vae=None, scheduler=pipeline.scheduler, **taken).to(device)
-    encoders = {length: PromptEncoder(text, text_length=length, device=device) for length in lengths}
-    for encoder in encoders.values():
-        encoder(prompts)
-    release_text_encoders(text)
-    release_text_encoders(pipeline)
-    return encoders
+    parts = {name: getattr(pipeline, name) for name in names}
+    return StableDiffusion3Pipeline(transformer=None, vae=None, scheduler=pipeline.scheduler, **parts).to(device)
 
 
-def release_text_encoders(pipeline: StableDiffusion3Pipeline) -> None:
-    """Let the text encoders go; prompts that are not cached cannot be encoded any more."""
-    for name in TEXT_ENCODERS:
-        setattr(pipeline, name, None)
+def release_text_encoders(*pipelines: StableDiffusion3Pipeline) -> None:
+    """Drop the text encoders; prompts can no longer be encoded."""
+    for pipeline in pipelines:
+        for name in TEXT_ENCODERS:
+            setattr(pipeline, name, None)
     torch.cuda.empty_cache()
-
-
-def slice_decoding(reward: Part | RewardSum, slice_size: int | None) -> None:
-    """Let the pixel rewards of it decode as many pictures at a time."""
-    for part in pixel_rewards(reward):
-        part.slice_size = slice_size
-
-
-def compile_blocks(transformer: nn.Module, rewards: Sequence[Part | RewardSum], backend: str = "inductor") -> None:
-    """torch.compile the blocks of the policy's transformer and of latent rewards, each by itself, in place."""
-    trunks = [part.model.trunk for reward in rewards for part in latent_rewards(reward)]
-    for owner in (transformer, *trunks):
-        for block in owner.transformer_blocks:
-            block.compile(backend=backend)
 
 
 @contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within the block the module is on `device`; afterwards where it was."""
+    """Within the block the module is on `device`; afterwards it is back on its own device."""
     home = next(module.parameters()).device
     if home == device:
         yield
@@ -103,7 +73,7 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def decoder(vae: AutoencoderKL, device: torch.device, batch: int = 4) -> Callable[[Tensor], Tensor]:
-    """Latents (B, C, h, w) -> pictures, `batch` at a time; the VAE visits `device` for it."""
+    """latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], `batch` at a time, with the VAE on `device` meanwhile."""
 
     def decode(latents: Tensor) -> Tensor:
         with visiting(vae, device):

@@ -1,7 +1,7 @@
-"""Samples compared within groups: their scores at common reward noise, and the advantages that come of them.
+"""Scores and advantages within groups: samples of one prompt, scored at common reward noise.
 
-A reward of noised latents is noisy itself. A group shares its draws, so that what is compared are the samples; the
-variance that separate draws would have added is measured beside it.
+The score of a noised latent is noisy. The samples of a group share the noise draws, so that the draws do not enter the
+comparison; the variance that separate draws would have added is measured.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,32 +11,30 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from dinalrm_align.align.anchor import ANCHOR
 from dinalrm_align.align.surrogate import group_advantages
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
+from dinalrm_align.models.text import Conditions
 
 NO_SPREAD = 1e-6
-"""Standard deviation up to which the scores of a group are taken for equal: rounding alone makes as much."""
+"""Standard deviation up to which the scores of a group count as equal: rounding alone produces as much."""
 REWARDS = 12
-"""Key of the reward's noise."""
+"""RNG stream of the reward's noise."""
 STATISTICS = ("reward", "group_variance", "reward_noise_variance", "dropped_groups", "advantage_size")
-"""What is told of a rollout's scores, means over its samples or groups: the score; its variance within a group; the
-variance that a draw of the reward's noise for every sample, in place of every group, would have added to that, where
-there are two draws or more to tell; the share of groups left out; the advantage's absolute value.
+"""Recorded of a rollout, means over its samples or groups: the score; its variance within a group; the variance that
+one draw of reward noise per sample, instead of per group, would have added (needs two draws); the share of groups left
+out; the absolute advantage.
 """
 
-ANCHOR = "anchor"
-"""The part that steadies a reward (`align.anchor`): it has a say in the advantages, and is told of by itself."""
-
-Parts = Callable[..., Mapping[str, Tensor]]
-"""parts(latents, prompts=..., sigma=..., noise=...) -> name to (B,): the scores that a weighted sum adds up"""
+ScoreParts = Callable[..., Mapping[str, Tensor]]
+"""score_parts(latents, conditions, *, sigma, noise) -> scores by part, each (B,)"""
 
 
 class GroupConfig(Protocol):
-    """The settings read here; see `config.grpo.GrpoConfig`."""
+    """The settings read here; see `grpo_config.GrpoConfig`."""
 
     group_size: int
-    reward_draws: int
     reward_sigma: list[float] | None
     advantage_std: Literal["group", "global"]
     advantage_floor: float
@@ -44,10 +42,13 @@ class GroupConfig(Protocol):
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Of the N samples of one process: advantages (N,) float32, clipped; kept (N,) bool, false where all scores of the
-    group are the same. Of all processes: statistics by name, those of `STATISTICS`, NaN where not measured, and the
-    mean score of an anchor.
+class RolloutAdvantages:
+    """Advantages of the N samples of one rank, and statistics over all ranks.
+
+    Args:
+        advantages: (N,) float32, clipped.
+        kept: (N,) bool, False where all scores of the group are equal.
+        statistics: by the names of `STATISTICS`, NaN where not measured, and the mean score of an anchor.
     """
 
     advantages: Tensor
@@ -55,32 +56,29 @@ class Judged:
     statistics: dict[str, float]
 
 
-def as_parts(reward: Callable[..., Tensor]) -> Parts:
-    """A reward of one part, "reward"."""
-
-    def parts(latents: Tensor, **told: object) -> dict[str, Tensor]:
-        return {"reward": reward(latents, **told)}
-
-    return parts
-
-
 @torch.no_grad()
 def group_scores(
-    parts: Parts, latents: Tensor, prompts: Sequence[str], keys: Sequence[tuple[int, ...]], config: GroupConfig
+    score_parts: ScoreParts,
+    latents: Tensor,
+    conditions: Conditions,
+    keys: Sequence[tuple[int, ...]],
+    *,
+    draws: int,
+    sigma: Sequence[float] | None,
 ) -> dict[str, Tensor]:
-    """Scores of final latents (B, C, H, W) by part and draw: (reward_draws, B) float64 on the CPU.
+    """Scores of final latents (B, C, H, W) by part: (draws, B) float64 on the CPU.
 
-    keys: of each sample's group; samples of one key share their draws. Raises ValueError for scores of another shape,
-    or not finite.
+    keys: RNG key of each sample's group; samples with equal keys share their noise draws. sigma: noise levels of the
+    reward; None: its own. Raises ValueError for scores of another shape or that are not finite.
     """
-    draws = []
-    for draw in range(config.reward_draws):
+    found = []
+    for draw in range(draws):
         generators = [seeded_generator(REWARDS, *key, draw) for key in keys]
         noise = seeded_noise(tuple(latents.shape[1:]), generators).to(latents.device)
-        draws.append(parts(latents, prompts=prompts, sigma=config.reward_sigma, noise=noise))
-    scores = {name: torch.stack([draw[name] for draw in draws]).double().cpu() for name in draws[0]}
+        found.append(score_parts(latents, conditions, sigma=sigma, noise=noise))
+    scores = {name: torch.stack([parts[name] for parts in found]).double().cpu() for name in found[0]}
     for name, values in scores.items():
-        if values.shape != (len(draws), len(latents)) or not bool(values.isfinite().all()):
+        if values.shape != (draws, len(latents)) or not bool(values.isfinite().all()):
             raise ValueError(
                 f"{name}: got scores of shape {tuple(values.shape[1:])}, {int(values.isnan().sum())} of them NaN; "
                 f"expected ({len(latents)},), finite"
@@ -88,17 +86,19 @@ def group_scores(
     return scores
 
 
-def judge_groups(
+def rollout_advantages(
     scores: Mapping[str, Tensor],
     weights: Mapping[str, float],
     config: GroupConfig,
     gather: Callable[[Tensor], Tensor],
     rank: int = 0,
-) -> Judged:
-    """Advantages of N samples, the groups one after another: the weighted sum of those by each part.
+) -> RolloutAdvantages:
+    """Advantages of N samples, ordered by group: the weighted sum of the advantages by each part.
 
-    scores: (draws, N) by part, of process `rank`. gather: (N, draws) of this process -> those of all, in their order.
-    What is worked out is worked out of all of them.
+    Args:
+        scores: (draws, N) by part, of this rank.
+        weights: by part.
+        gather: (N, draws) of this rank -> those of all ranks, in order. Statistics are computed over all of them.
     """
     if scores.keys() != weights.keys():
         raise ValueError(f"the reward has the parts {sorted(scores)}, its weights are for {sorted(weights)}")
@@ -126,4 +126,4 @@ def judge_groups(
     statistics = dict(zip(STATISTICS, values, strict=True))
     if ANCHOR in scores:
         statistics[ANCHOR] = scores[ANCHOR].mean().item()
-    return Judged(advantages[own], kept[own], statistics)
+    return RolloutAdvantages(advantages[own], kept[own], statistics)

@@ -1,50 +1,47 @@
 """Flow-GRPO (arXiv 2505.05470): policy gradients on the stochastic steps of a flow, compared within groups.
 
-A rollout takes group_size samples of every prompt. Within a window its steps are stochastic (see `sde`) and their
-log-probabilities kept; outside, the flow is followed. The reward scores the FINAL latents, with no decoder in between,
-and a sample's advantage is how far it stands above its group,
+A rollout draws group_size samples of every prompt. Within a window its steps are stochastic (see `flow.sde`) and their
+log-probabilities are kept; outside, the ODE is followed. The reward scores the FINAL latents, without decoding, and the
+advantage of a sample is relative to its group,
 
     A = clamp((r - mean of the group) / (std + floor)),
 
-std of the group or of the whole rollout. A group whose scores are all the same says nothing and is left out. An update
-descends, over the samples and steps that are left,
+with std of the group or of the whole rollout. A group whose scores are all equal is left out. An update minimises, over
+the remaining samples and steps,
 
     mean max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl_beta KL,      rho = p(x') / p_rollout(x')
 
-The window gives the variants: Flow-GRPO-Fast (a random one) and MixGRPO (arXiv 2507.21802; one that moves on as
-training goes). Unlike public code, steps that are not trained are never stochastic: their noise would only blur.
+The window gives the variants Flow-GRPO-Fast (a random one) and MixGRPO (arXiv 2507.21802; one that moves from the first
+steps to the last). Unlike in public code, steps that are not trained are never stochastic.
 
-A group shares the reward's own noise (`groups`), so that what is compared are the samples. With an AnchoredReward every
-n-th rollout is judged by two rewards, A = A_reward + weight A_anchor, as DiNa-LRM's authors do at every one.
+A group shares the reward's noise (`groups`). With an anchor every n-th rollout has the advantages
+A = A_reward + weight A_anchor, as DiNa-LRM's authors use in every rollout.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dinalrm_align.align.anchor import terms
-from dinalrm_align.align.groups import ANCHOR, STATISTICS, Parts, as_parts, group_scores, judge_groups
+from dinalrm_align.align.anchor import ANCHOR, Anchor, terms
+from dinalrm_align.align.groups import STATISTICS, group_scores, rollout_advantages
 from dinalrm_align.align.grpo_config import GrpoConfig
-from dinalrm_align.align.policy import Policy
-from dinalrm_align.align.rollouts import Place, Spending, levels_at
+from dinalrm_align.align.rollouts import Position, Reuse, RolloutBuffer, Sampler, levels_at
 from dinalrm_align.align.surrogate import clipped_loss, guarded_ratio, step_kl
-from dinalrm_align.data.prompts import prompt_indices
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.flow.sampling import Velocity, rollout
 from dinalrm_align.flow.sde import transition
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.train.cost import PhaseMeter
+from dinalrm_align.reward.protocol import Reward
 
 PATHS, STARTS, WINDOWS = 10, 11, 13
-"""Keys of the generators of a rollout."""
+"""RNG streams of a rollout."""
 RECORDED = (*STATISTICS, ANCHOR, "window_start")
 
 
 def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: torch.Generator) -> range:
-    """The stochastic steps of rollout `number`, of 0 ... num_steps - 2; the last step never is one.
+    """The stochastic steps of rollout `number`, within 0 ... num_steps - 2: the last step is never stochastic.
 
     Raises ValueError when the window does not fit.
     """
@@ -54,29 +51,33 @@ def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: to
     last = high - config.window_size
     if high > num_steps - 1 or last < low:
         raise ValueError(
-            f"a window of {config.window_size} in steps {low} ... {high - 1} does not fit {num_steps} steps, of which "
-            "the last is not trained; make window_size or window_range smaller, or num_steps larger"
+            f"grpo.window_range: got steps {low} ... {high - 1} for a window of {config.window_size}; expected room "
+            f"for it in the first {num_steps - 1} of {num_steps} steps: the last step is not trained"
         )
     if config.window == "random":
         start = int(torch.randint(low, last + 1, (), generator=generator))
     else:
-        places = -(-(last - low) // config.window_stride) + 1
+        positions = -(-(last - low) // config.window_stride) + 1
         moves = number // config.window_rollouts
-        moves = moves % places if config.window_wraps else min(moves, places - 1)
+        moves = moves % positions if config.window_wraps else min(moves, positions - 1)
         start = min(low + moves * config.window_stride, last)
     return range(start, start + config.window_size)
 
 
-# ----------------------------------------------------------------------------- the method
-
-
 @dataclass(frozen=True)
 class Rollout:
-    """What is kept of N samples until it is spent; all on the CPU.
+    """N samples that updates are drawn from, on the CPU, float32 unless noted.
 
-    latents (N, W + 1, C, H, W): before each of the W trained steps and after the last. log_probs (N, W). means
-    (N, W, C, H, W) if a guard needs them, else (N, 0). advantages (N,), clipped; kept (N,) bool: of no dropped group.
-    statistics: of `RECORDED`, NaN where not measured. All float32.
+    Args:
+        number: of the rollout.
+        start: first step of the window of W steps.
+        indices: (N,) int64, of the prompts.
+        latents: (N, W + 1, C, H, W), before each trained step and after the last one.
+        log_probs: (N, W).
+        means: (N, W, C, H, W) of the steps' densities for the guard, else (N, 0).
+        advantages: (N,), clipped.
+        kept: (N,) bool, False in groups that are left out.
+        statistics: by the names of `RECORDED`, NaN where not measured.
     """
 
     number: int
@@ -92,12 +93,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GrpoBatch:
-    """n samples at n steps: `rows` of the rollout, `columns` of its window; and what is kept of them, on the device.
+    """n samples at n steps of a rollout, on the device.
 
-    count: n; 0 where nothing was left to be trained on and one sample stands in, so that every process computes.
+    count: n; 0 for the zero-weight batch of a rank without samples, which keeps the ranks in step.
     """
 
-    place: Place
+    position: Position
     conditions: Conditions
     steps: Tensor
     latents: Tensor
@@ -111,103 +112,76 @@ class GrpoBatch:
 
 @dataclass
 class Grpo:
-    """`batch_at` and `step` for `loop.fit`, and its `state`: the rollout that is being spent.
+    """`batch_at` and `step` for `train.loop.fit`; `buffer` is its method state.
 
-    policy, reward: on one device, the reward frozen. sigmas: of the rollout (`named_sigmas`). conditions: those of
-    all training prompts, on any device. negative: of one empty prompt. latent_shape: (C, H, W). accumulate: micro-steps
-    per update, as the loop is told. parts and weights, for advantage_of "parts": the scores a weighted sum is made of.
-    gather: a tensor (N, ...) of this process -> those of all, one after another.
+    Args:
+        sampler: samples training prompts; its sigmas are those of `flow.sampling.named_sigmas`.
+        reward: frozen, on the policy's device; no gradient is needed.
+        config: see `GrpoConfig`.
+        anchor: a second reward, whose advantages are added in every n-th rollout.
     """
 
-    policy: Policy
-    reward: Callable[..., Tensor]
-    sigmas: Sequence[float]
-    conditions: Conditions
-    negative: Conditions
-    latent_shape: tuple[int, int, int]
-    guidance_scale: float
+    sampler: Sampler
+    reward: Reward
     config: GrpoConfig
-    meter: PhaseMeter
-    seed: int
-    accumulate: int = 1
-    rank: int = 0
-    num_processes: int = 1
-    parts: Parts | None = None
-    weights: Mapping[str, float] | None = None
-    gather: Callable[[Tensor], Tensor] = lambda scores: scores
-    pending: Rollout | None = field(default=None, repr=False)
+    anchor: Anchor | None = None
+    buffer: RolloutBuffer[Rollout] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        config = self.config
-        self.spending = Spending(config.epochs, config.minibatches, self.accumulate)
-        self.first = self.rank * config.groups * config.group_size  # the number of this process's first sample
-        trained_steps(config, len(self.sigmas) - 1, 0, seeded_generator(0))
-        self._parts, self._weights = as_parts(self.reward), {"reward": 1.0}
-        if config.advantage_of == "parts":
-            if self.parts is None or not self.weights:
-                raise ValueError("advantage_of is 'parts', and the reward has none: take a weighted sum, or 'sum'")
-            self._parts, self._weights = self.parts, self.weights
+        config, sampler = self.config, self.sampler
+        reuse = Reuse(config.epochs, config.minibatches, sampler.accumulate)
+        self.buffer = RolloutBuffer(reuse, Rollout, self.roll_out, self._shapes)
+        self.first = sampler.rank * config.groups * config.group_size  # global index of this rank's first sample
+        trained_steps(config, sampler.num_steps, 0, seeded_generator(0))
+        self.draws = config.reward_draws if self.reward.reads_noise else 1
 
-    def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
-        """The policy's velocity under these conditions."""
-        return self.policy.velocity_for(
-            conditions, guidance_scale, self.negative, negative_gradient=self.config.negative_gradient
-        )
-
-    # ------------------------------------------------------------------------- the rollout
+    def velocity_for(self, conditions: Conditions) -> Velocity:
+        return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> Rollout:
-        """Rollout `number`, without gradient: a pure function of it, seed, weights and this process's place.
-
-        Sample n of all processes is the same however many they are.
-        """
-        config = self.config
-        chosen = prompt_indices(
-            len(self.conditions), config.groups, number, seed=self.seed, rank=self.rank,
-            num_processes=self.num_processes,
-        )  # fmt: skip
-        indices = torch.tensor(chosen).repeat_interleave(config.group_size)
-        window = trained_steps(config, len(self.sigmas) - 1, number, seeded_generator(WINDOWS, self.seed, number))
+        """Rollout `number`, without gradient: a pure function of number, seed, weights and rank."""
+        config, sampler = self.config, self.sampler
+        indices = torch.tensor(sampler.prompt_indices(config.groups, number)).repeat_interleave(config.group_size)
+        window = trained_steps(config, sampler.num_steps, number, seeded_generator(WINDOWS, sampler.seed, number))
         parts: list[tuple[Tensor, ...]] = []
         scores: list[dict[str, Tensor]] = []
         for samples in torch.arange(len(indices)).split(config.sample_batch):
-            conditions = self.conditions.take(indices[samples].tolist(), self.policy.device)
-            with self.meter.phase("rollout"), torch.no_grad():
+            conditions = sampler.take(indices[samples].tolist())
+            with sampler.meter.phase("rollout"), torch.no_grad():
                 final, *kept = self.trajectories(number, samples.tolist(), conditions, window)
-            with self.meter.phase("reward"):
+            with sampler.meter.phase("reward"):
                 scores.append(self.scores(number, samples.tolist(), final, conditions))
             parts.append(tuple(kept))
         latents, log_probs, means = (torch.cat(column) for column in zip(*parts, strict=True))
         together = {name: torch.cat([part[name] for part in scores], dim=1) for name in scores[0]}
-        _, weights = self._climbed(number)
-        judged = judge_groups(together, weights, config, self.gather, self.rank)
-        told = {**judged.statistics, "window_start": window.start}
-        statistics = torch.tensor([told.get(name, float("nan")) for name in RECORDED])
+        found = rollout_advantages(together, self._weights(number), config, sampler.gather, sampler.rank)
+        recorded = {**found.statistics, "window_start": window.start}
+        statistics = torch.tensor([recorded.get(name, float("nan")) for name in RECORDED])
         return Rollout(
-            number, window.start, indices, latents, log_probs, means, judged.advantages, judged.kept, statistics
+            number, window.start, indices, latents, log_probs, means, found.advantages, found.kept, statistics
         )
 
     def trajectories(
         self, number: int, samples: Sequence[int], conditions: Conditions, window: range
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sample on the window's stochastic steps and the flow. samples: their places in the rollout.
+        """Sample with the window's stochastic steps and the ODE elsewhere. samples: indices in the rollout.
 
-        Returns the final latents (B, C, H, W), on the device; and on the CPU, as `Rollout` keeps them, the states
+        Returns the final latents (B, C, H, W) on the device, and on the CPU, as in `Rollout`, the states
         (B, W + 1, C, H, W), their log-probabilities (B, W), and the means.
         """
-        config = self.config
-        generators = [seeded_generator(PATHS, self.seed, number, self.first + sample) for sample in samples]
+        config, sampler = self.config, self.sampler
+        generators = [seeded_generator(PATHS, sampler.seed, number, self.first + sample) for sample in samples]
         latents = self._before(number, samples, conditions, generators, window.start)
-        velocity = self.velocity_for(conditions, self.guidance_scale)
+        velocity = self.velocity_for(conditions)
         states, log_probs, means = [latents], [], []
         for index in window:
-            v = velocity(latents, self.sigmas[index])
-            step = transition(config.sampler, latents, v, self.sigmas, index, config.noise_level)
-            latents = step.draw(seeded_noise(self.latent_shape, generators).to(latents.device))
+            v = velocity(latents, sampler.sigmas[index])
+            step = transition(config.sampler, latents, v, sampler.sigmas, index, config.noise_level)
+            latents = step.draw(sampler.noise(generators))
             log_probs.append(step.log_prob(latents))
             means.append(step.mean)
             states.append(latents)
-        latents = rollout(velocity, latents, self.sigmas[window.stop :])
+        latents = rollout(velocity, latents, sampler.sigmas[window.stop :])
         kept_means = torch.stack(means, dim=1) if config.guard else torch.zeros(len(samples), 0)
         return latents, torch.stack(states, dim=1).cpu(), torch.stack(log_probs, dim=1).cpu(), kept_means.cpu()
 
@@ -219,65 +193,53 @@ class Grpo:
         generators: Sequence[torch.Generator],
         steps: int,
     ) -> Tensor:
-        """Latents (B, C, H, W) after the first `steps` steps of the flow; of a shared start once for every group."""
-        device = self.policy.device
+        """Latents (B, C, H, W) after the first `steps` steps of the ODE; with a shared start, once per group."""
+        sampler = self.sampler
         if not self.config.shared_start:
-            noise = seeded_noise(self.latent_shape, generators).to(device)
-            return rollout(self.velocity_for(conditions, self.guidance_scale), noise, self.sigmas[: steps + 1])
+            return sampler.sample(conditions, sampler.noise(generators), steps)
         groups = [(self.first + sample) // self.config.group_size for sample in samples]
-        firsts = {group: place for place, group in reversed(list(enumerate(groups)))}  # where each group begins
+        firsts = {group: row for row, group in reversed(list(enumerate(groups)))}  # the first row of each group
         ordered = sorted(firsts)
-        starts = [seeded_generator(STARTS, self.seed, number, group) for group in ordered]
-        noise = seeded_noise(self.latent_shape, starts).to(device)
-        velocity = self.velocity_for(conditions.take([firsts[group] for group in ordered]), self.guidance_scale)
-        return rollout(velocity, noise, self.sigmas[: steps + 1])[[ordered.index(group) for group in groups]]
+        noise = sampler.noise([seeded_generator(STARTS, sampler.seed, number, group) for group in ordered])
+        latents = sampler.sample(conditions.take([firsts[group] for group in ordered]), noise, steps)
+        return latents[[ordered.index(group) for group in groups]]
 
     def scores(self, number: int, samples: Sequence[int], latents: Tensor, conditions: Conditions) -> dict[str, Tensor]:
-        """Scores of final latents, by part and draw: (draws, B). samples: their places in the rollout."""
-        keys = [(self.seed, number, (self.first + sample) // self.config.group_size) for sample in samples]
-        parts, _ = self._climbed(number)
-        return group_scores(parts, latents, conditions.prompts, keys, self.config)
+        """Scores of final latents by part, (draws, B). samples: indices in the rollout."""
+        keys = [(self.sampler.seed, number, (self.first + sample) // self.config.group_size) for sample in samples]
+        objective = terms(self.reward, self.anchor, number)
 
-    def _climbed(self, number: int) -> tuple[Parts, Mapping[str, float]]:
-        """What rollout `number` is judged by, and the weights: an anchor beside the rest when it is its turn."""
-        weight, anchor = terms(self.reward, number).get(ANCHOR, (0.0, None))
-        if anchor is None:
-            return self._parts, self._weights
+        def score_parts(latents: Tensor, conditions: Conditions, **noise: object) -> dict[str, Tensor]:
+            if self.config.advantage_of == "parts":
+                scores = self.reward.score_parts(latents, conditions, **noise)
+            else:
+                scores = {"reward": self.reward(latents, conditions, **noise)}
+            if ANCHOR in objective:
+                scores[ANCHOR] = objective[ANCHOR][1](latents, conditions, **noise)
+            return scores
 
-        def parts(latents: Tensor, **told: object) -> dict[str, Tensor]:
-            return {**self._parts(latents, **told), ANCHOR: anchor(latents, **told)}
+        return group_scores(score_parts, latents, conditions, keys, draws=self.draws, sigma=self.config.reward_sigma)
 
-        return parts, {**self._weights, ANCHOR: weight}
-
-    # ------------------------------------------------------------------------- the update
+    def _weights(self, number: int) -> Mapping[str, float]:
+        """The weight of each part's advantage in rollout `number`."""
+        weights = dict(self.reward.weights) if self.config.advantage_of == "parts" else {"reward": 1.0}
+        objective = terms(self.reward, self.anchor, number)
+        return weights | ({ANCHOR: objective[ANCHOR][0]} if ANCHOR in objective else {})
 
     def batch_at(self, micro_step: int) -> GrpoBatch:
-        """What this micro-step trains on. The first one of a rollout makes it, the others need it pending.
-
-        Raises RuntimeError when it is not: a run that goes on in the middle of a rollout needs its state.
-        """
-        place = self.spending.place(micro_step)
-        if place.begins:
-            self.pending = self.roll_out(place.rollout)
-        pending = self.pending
-        if pending is None or pending.number != place.rollout:
-            raise RuntimeError(
-                f"micro-step {micro_step} spends rollout {place.rollout}, which is not there: begin at its first "
-                "micro-step, or put back the state that was saved with the weights (`load_state_tensors`)"
-            )
-        if self.spending.ends(place):
-            self.pending = None
-        width = pending.log_probs.shape[1]
+        """The samples and steps of this micro-step; see `RolloutBuffer.at`."""
+        position, pending = self.buffer.at(micro_step)
         kept = pending.kept.nonzero().flatten()
         groups = (self.first + kept) // self.config.group_size
-        rows, columns = self.spending.share(kept, groups, width, place, self.seed)
-        count, device = len(rows), self.policy.device
+        width, seed, device = pending.log_probs.shape[1], self.sampler.seed, self.sampler.device
+        rows, columns = self.buffer.reuse.select(kept, groups, width, position, seed)
+        count = len(rows)
         if count == 0:
             rows, columns = torch.zeros(2, 1, dtype=torch.long)
         statistics = dict(zip(RECORDED, pending.statistics.tolist(), strict=True))
         return GrpoBatch(
-            place=place,
-            conditions=self.conditions.take(pending.indices[rows].tolist(), device),
+            position=position,
+            conditions=self.sampler.take(pending.indices[rows].tolist()),
             steps=pending.start + columns,
             latents=pending.latents[rows, columns].to(device),
             following=pending.latents[rows, columns + 1].to(device),
@@ -289,22 +251,22 @@ class Grpo:
         )
 
     def step(self, batch: GrpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The mean loss of the batch, differentiable in the policy's LoRA, and what to record.
+        """The mean loss of the batch, differentiable in the policy's LoRA, and metrics.
 
-        kl: mean square of velocity less the reference's, which compares with other methods'; step_kl: the one in the
-        loss (`kl_form`). ratio_spread: mean distance of the ratios from 1; clipped: share of them beyond the clip
-        range. The rest is of the rollout, see `groups.STATISTICS`. Raises FloatingPointError when the first ratio after
+        kl: mean square of velocity - reference velocity, comparable between methods; step_kl: the KL in the loss
+        (`kl_form`); ratio_spread: mean distance of the ratios from 1; clipped: share of ratios outside of the clip
+        range; and the rollout's statistics (`groups.STATISTICS`). Raises FloatingPointError when the first ratio after
         a rollout is not 1.
         """
-        config = self.config
-        with self.meter.phase("policy"):
-            velocity = self.velocity_for(batch.conditions, self.guidance_scale)
-            levels = levels_at(self.sigmas, batch.steps, batch.latents.device)
+        config, sampler = self.config, self.sampler
+        with sampler.meter.phase("policy"):
+            velocity = self.velocity_for(batch.conditions)
+            levels = levels_at(sampler.sigmas, batch.steps, batch.latents.device)
             v = velocity(batch.latents, levels)
-            with self.policy.reference():
+            with sampler.policy.reference():
                 v_reference = velocity(batch.latents, levels)
             step, reference = (
-                transition(config.sampler, batch.latents, each, self.sigmas, batch.steps, config.noise_level)
+                transition(config.sampler, batch.latents, each, sampler.sigmas, batch.steps, config.noise_level)
                 for each in (v, v_reference)
             )
             log_prob = step.log_prob(batch.following)
@@ -312,8 +274,8 @@ class Grpo:
                 ratio = guarded_ratio(step, batch.old_mean, log_prob, batch.old_log_prob)
             else:
                 ratio = torch.exp(log_prob - batch.old_log_prob)
-            if batch.place.in_first_update:
-                self._check_ratio(ratio, batch.place.rollout)
+            if batch.position.in_first_update:
+                self._check_ratio(ratio, batch.position.rollout)
             loss = clipped_loss(ratio, batch.advantage, config.clip_range)
             if config.guard:
                 loss = loss / -step.delta.to(loss)
@@ -329,48 +291,22 @@ class Grpo:
         }
         return loss.mean(), {**{name: values.detach().mean() for name, values in means.items()}, **batch.statistics}
 
-    def _check_ratio(self, ratio: Tensor, rollout: int) -> None:
+    def _check_ratio(self, ratio: Tensor, number: int) -> None:
         worst = (ratio.detach() - 1).abs().max().item()
         if not worst <= self.config.ratio_tolerance:
             raise FloatingPointError(
-                f"the first ratio after rollout {rollout} differs from 1 by {worst:.2g}; expected at most "
+                f"the first ratio after rollout {number} differs from 1 by {worst:.2g}; expected at most "
                 f"{self.config.ratio_tolerance:g}. Rollout and training compute different probabilities for the same "
-                "steps. In half precision they depend on the batch's size: bring sample_batch near the samples of a "
+                "steps. In half precision they depend on the batch size: bring grpo.sample_batch near the samples of a "
                 "micro-batch, or use float32; otherwise look for dropout, or for weights that changed in between"
             )
 
-    # ------------------------------------------------------------------------- what a resumed run needs
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The rollout that is being spent, by name, on the CPU; nothing between two rollouts. It is this process's."""
-        if self.pending is None:
-            return {}
-        values = {name.name: vars(self.pending)[name.name] for name in dataclasses.fields(Rollout)}
-        return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
-
-    def is_common(self) -> bool:
-        """Whether no rollout is being spent, of which each process has its share."""
-        return self.pending is None
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `state_tensors` gave. ValueError when it is not a rollout of these settings."""
-        if not tensors:
-            self.pending = None
-            return
-        names = {name.name for name in dataclasses.fields(Rollout)}
-        if tensors.keys() != names:
-            raise ValueError(f"a saved rollout: got {sorted(tensors)}; expected {sorted(names)}")
+    def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
+        """The expected shapes of a saved rollout."""
         count, width = self.config.groups * self.config.group_size, tensors["log_probs"].shape[-1]
-        expected = {
-            "number": (), "start": (), "indices": (count,), "latents": (count, width + 1, *self.latent_shape),
+        latent_shape = self.sampler.latent_shape
+        return {
+            "number": (), "start": (), "indices": (count,), "latents": (count, width + 1, *latent_shape),
             "log_probs": (count, width), "advantages": (count,), "kept": (count,), "statistics": (len(RECORDED),),
-            "means": (count, width, *self.latent_shape) if self.config.guard else (count, 0),
+            "means": (count, width, *latent_shape) if self.config.guard else (count, 0),
         }  # fmt: skip
-        for name, shape in expected.items():
-            if tuple(tensors[name].shape) != shape:
-                raise ValueError(
-                    f"a saved rollout's {name}: got shape {tuple(tensors[name].shape)}, expected {shape}; resume with "
-                    "the settings of the run"
-                )
-        values = dict(tensors)
-        self.pending = Rollout(**(values | {name: int(values[name]) for name in ("number", "start")}))

@@ -1,55 +1,53 @@
-"""Mining preference pairs: a model's own samples of a list of prompts, ranked by a reward as latents.
+"""Mining preference pairs: a model's own samples of a list of prompts, ranked as latents by a reward.
 
-The list is cut into shards of `MineConfig.prompts_per_shard` prompts, each written as one file of `data.mined_pairs`. A
-shard is a pure function of the seed, its number and the settings, so that files which are there need not be made again.
+The list is divided into shards of `MineConfig.prompts_per_shard` prompts, each written as one file of
+`data.mined_pairs`. A shard is a pure function of seed, number and settings, so that existing files are kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from dinalrm_align.align.candidates import Reward, ranked_pairs, scored_candidates
+from dinalrm_align.align.candidates import ranked_pairs, scored_candidates
 from dinalrm_align.align.mining_config import MineConfig
+from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.data.mined_pairs import MinedPair, shard_path, write_shard
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.flow.sampling import Velocity
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.reward.protocol import Reward
 
 
 @dataclass
 class Miner:
-    """Samples, ranks, and writes, without gradient.
+    """Samples, ranks and writes, without gradient.
 
-    velocity_for: conditions of a batch -> their velocity, guidance included, on `device` as `reward` is. prompts: all
-    of them. encode: prompts -> their conditions, asked for one shard at a time, since those of all prompts may not fit
-    in memory. negative: of one empty prompt. sigmas: of sampling. latent_shape: (C, H, W).
+    Args:
+        sampler: samples with the policy; its own conditions are not used.
+        reward: on the policy's device.
+        prompts: all of them.
+        encode: prompts -> Conditions, called for one shard at a time, since those of all prompts may not fit in memory.
+        config: see `MineConfig`.
     """
 
-    velocity_for: Callable[[Conditions], Velocity]
+    sampler: Sampler
     reward: Reward
     prompts: Sequence[str]
     encode: Callable[[Sequence[str]], Conditions]
-    negative: Conditions
-    sigmas: Sequence[float]
-    latent_shape: tuple[int, int, int]
-    device: torch.device
     config: MineConfig
-    seed: int
 
     @property
     def shards(self) -> int:
-        """How many files the prompts make."""
+        """Number of files."""
         return -(-len(self.prompts) // self.config.prompts_per_shard)
 
     def missing(self, folder: Path) -> list[int]:
-        """The shards that are not in the folder yet."""
+        """Numbers of the shards that are not in the folder."""
         return [number for number in range(self.shards) if not shard_path(folder, number).is_file()]
 
     def prompts_of(self, number: int) -> range:
-        """Which prompts shard `number` takes."""
+        """Indices of the prompts of shard `number`."""
         size = self.config.prompts_per_shard
         return range(number * size, min((number + 1) * size, len(self.prompts)))
 
@@ -57,9 +55,9 @@ class Miner:
         """The pairs of shard `number`, in the order of its prompts."""
         config, indices = self.config, self.prompts_of(number)
         conditions = self.encode([self.prompts[index] for index in indices])
+        generators = [seeded_generator(self.sampler.seed, index, 4) for index in indices]
         latents, scores = scored_candidates(
-            self.velocity_for, self.reward, conditions, [seeded_generator(self.seed, index, 4) for index in indices],
-            count=config.candidates, latent_shape=self.latent_shape, sigmas=self.sigmas, device=self.device,
+            self.sampler, self.reward, conditions, generators, count=config.candidates,
             reward_sigma=config.reward_sigma, batch_size=config.batch_size,
         )  # fmt: skip
         return [
@@ -69,13 +67,14 @@ class Miner:
         ]
 
     def write(self, folder: Path, number: int) -> int:
-        """Mine shard `number` and write it into the folder, whole or not at all; the number of its pairs."""
+        """Mine shard `number` and write its file atomically; the number of its pairs."""
         pairs = self.mine(number)
         write_shard(shard_path(folder, number), pairs, dtype=self.config.dtype)
         return len(pairs)
 
     def _pairs(self, index: int, conditions: Conditions, latents: Tensor, scores: Tensor) -> Iterator[MinedPair]:
-        negative = (self.negative.prompt_embeds[0], self.negative.pooled_prompt_embeds[0])
+        empty = self.sampler.negative
+        negative = (empty.prompt_embeds[0], empty.pooled_prompt_embeds[0]) if self.config.negative else None
         ranked = scores.tolist()
         for chosen, rejected in ranked_pairs(ranked, self.config.pairs_per_prompt, self.config.min_gap):
             yield MinedPair(
@@ -87,5 +86,5 @@ class Miner:
                 rejected=rejected,
                 prompt_embeds=conditions.prompt_embeds[0],
                 pooled_prompt_embeds=conditions.pooled_prompt_embeds[0],
-                negative=negative if self.config.negative else None,
+                negative=negative,
             )

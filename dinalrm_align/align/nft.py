@@ -1,46 +1,43 @@
-"""DiffusionNFT (arXiv 2509.16117): learn from the contrast of good and bad samples on the forward process.
+"""DiffusionNFT (arXiv 2509.16117): contrast good and bad samples on the forward process.
 
-A rollout takes group_size samples of every prompt, by any sampler: here the flow itself. The advantage of a sample in
-its group says how good it is, r = clip(A / (2 c) + 1/2, 0, 1). Then each clean sample x0 is noised. With the policy's
-velocity v and the velocity v_old of the one that sampled, a good and a bad policy are made,
+A rollout draws group_size samples of every prompt with the old policy. The advantage A of a sample in its group gives
+its weight as a good sample, r = clip(A / (2 c) + 1/2, 0, 1). Each clean sample x0 is noised. From the policy's velocity
+v and the old policy's velocity v_old two implicit policies are formed,
 
     v_good = beta v + (1 - beta) v_old,       v_bad = (1 + beta) v_old - beta v,
 
-which are to denoise what is good and what is bad:
+which are trained to denoise good and bad samples:
 
     c / beta [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] + kl_beta |v - v_reference|^2,
 
-x0_good = x_sigma - sigma v_good, w_good the mean of |x0_good - x0| without gradient, c the clip of the advantage. No
-log-probabilities and no stochastic steps: clean latents and their scores are all it takes, and a latent reward gives
-both without a decoder.
+with x0_good = x_sigma - sigma v_good and w_good the mean of |x0_good - x0| without gradient. It needs no
+log-probabilities and no stochastic steps: only clean latents and their scores, which a latent reward gives without a
+decoder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dinalrm_align.align.groups import STATISTICS, as_parts, group_scores, judge_groups
+from dinalrm_align.align.groups import STATISTICS, group_scores, rollout_advantages
 from dinalrm_align.align.nft_config import NftConfig
-from dinalrm_align.align.policy import Policy
-from dinalrm_align.align.rollouts import Spending, levels_at
-from dinalrm_align.data.prompts import prompt_indices
+from dinalrm_align.align.rollouts import Reuse, RolloutBuffer, Sampler, levels_at
 from dinalrm_align.flow.noise import add_noise, denoised, seeded_generator
-from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.train.cost import PhaseMeter
+from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.train.state import Ema
 
 PATHS, NOISES, LEVELS = 30, 31, 32
-"""Keys of the generators."""
+"""RNG streams."""
 LEAST_WEIGHT = 1e-5
 OLD = "old."
-"""What names of the sampling policy's weights begin with in the state."""
+"""Prefix of the old policy's weights in the state."""
 
 
 def goodness(advantages: Tensor, clip: float) -> Tensor:
-    """advantages, any shape -> clip(A / (2 clip) + 1/2, 0, 1): 1/2 at the group's mean."""
+    """advantages, any shape -> clip(A / (2 clip) + 1/2, 0, 1), which is 1/2 at the group's mean."""
     return (advantages / (2 * clip) + 0.5).clamp(0, 1)
 
 
@@ -65,8 +62,15 @@ def contrast_loss(
 
 @dataclass(frozen=True)
 class Samples:
-    """A rollout's N samples until they are spent, on the CPU: prompts' indices (N,), clean latents (N, C, H, W),
-    goodness (N,), kept (N,) bool: of no dropped group, statistics: of `STATISTICS`.
+    """A rollout's N samples, on the CPU.
+
+    Args:
+        number: of the rollout.
+        indices: (N,) int64, of the prompts.
+        latents: (N, C, H, W), clean.
+        good: (N,), the weight r.
+        kept: (N,) bool, False in groups that are left out.
+        statistics: by the names of `STATISTICS`.
     """
 
     number: int
@@ -79,7 +83,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class NftBatch:
-    """n samples at n levels, on the device; count: n, or 0 where one stands in for none."""
+    """n samples at n noise levels, on the device; count: n, or 0 for a zero-weight batch."""
 
     conditions: Conditions
     sigma: Tensor
@@ -92,115 +96,88 @@ class NftBatch:
 
 @dataclass
 class Nft:
-    """`batch_at` and `step` for `loop.fit`, and its `state`: the sampling policy, and the rollout that is being spent.
+    """`batch_at` and `step` for `train.loop.fit`; its method state is the old policy and the current rollout.
 
-    policy, reward: on one device, the reward frozen. sigmas: of the rollout. conditions: those of all training prompts,
-    on any device. negative: of one empty prompt. latent_shape: (C, H, W). accumulate: micro-steps per update, as the
-    loop is told. gather: a tensor (N, ...) of this process -> those of all, one after another.
+    Args:
+        sampler: samples training prompts.
+        reward: frozen, on the policy's device; no gradient is needed.
+        config: see `NftConfig`.
     """
 
-    policy: Policy
-    reward: Callable[..., Tensor]
-    sigmas: Sequence[float]
-    conditions: Conditions
-    negative: Conditions
-    latent_shape: tuple[int, int, int]
-    guidance_scale: float
+    sampler: Sampler
+    reward: Reward
     config: NftConfig
-    meter: PhaseMeter
-    seed: int
-    accumulate: int = 1
-    rank: int = 0
-    num_processes: int = 1
-    gather: Callable[[Tensor], Tensor] = lambda scores: scores
-    pending: Samples | None = field(default=None, repr=False)
+    buffer: RolloutBuffer[Samples] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        config, steps = self.config, len(self.sigmas) - 1
-        self.spending = Spending(config.epochs, config.minibatches, self.accumulate)
-        self.first = self.rank * config.groups * config.group_size  # the number of this process's first sample
+        config, steps = self.config, self.sampler.num_steps
+        reuse = Reuse(config.epochs, config.minibatches, self.sampler.accumulate)
+        self.buffer = RolloutBuffer(reuse, Samples, self.roll_out, self._shapes)
+        self.first = self.sampler.rank * config.groups * config.group_size  # global index of this rank's first sample
         self.steps = range(int(config.earliest * steps), round(config.latest * steps))
         if len(self.steps) < config.levels:
             raise ValueError(
-                f"nft: {config.levels} levels per sample do not fit steps {self.steps.start} ... {self.steps.stop - 1} "
-                f"of {steps}; make levels smaller, or the share between earliest and latest larger"
+                f"nft.levels: got {config.levels}; expected at most the {len(self.steps)} steps {self.steps.start} ... "
+                f"{self.steps.stop - 1} of {steps} between nft.earliest and nft.latest"
             )
-        self.old = Ema(self.policy.parameters, 0.0)
-
-    def velocity_for(self, conditions: Conditions, guidance_scale: float) -> Velocity:
-        """The policy's velocity under these conditions."""
-        return self.policy.velocity_for(conditions, guidance_scale, self.negative)
+        self.old = Ema(self.sampler.policy.parameters, 0.0)
+        self.draws = config.reward_draws if self.reward.reads_noise else 1
 
     @torch.no_grad()
     def roll_out(self, number: int) -> Samples:
-        """Rollout `number` of the sampling policy: a pure function of it, seed, that policy's weights and this
-        process's place. Sample n of all processes is the same however many they are.
-        """
-        config, device = self.config, self.policy.device
-        chosen = prompt_indices(
-            len(self.conditions), config.groups, number, seed=self.seed, rank=self.rank,
-            num_processes=self.num_processes,
-        )  # fmt: skip
-        indices = torch.tensor(chosen).repeat_interleave(config.group_size)
-        parts = as_parts(self.reward)
+        """Rollout `number` of the old policy: a pure function of number, seed, the old weights and rank."""
+        config, sampler = self.config, self.sampler
+        indices = torch.tensor(sampler.prompt_indices(config.groups, number)).repeat_interleave(config.group_size)
         latents, scores = [], []
         for samples in torch.arange(len(indices)).split(config.sample_batch):
-            conditions = self.conditions.take(indices[samples].tolist(), device)
-            places = (self.first + samples).tolist()
-            generators = [seeded_generator(PATHS, self.seed, number, place) for place in places]
-            with self.meter.phase("rollout"), self.old.in_place():
-                noise = seeded_noise(self.latent_shape, generators).to(device)
-                final = rollout(self.velocity_for(conditions, self.guidance_scale), noise, self.sigmas)
-            with self.meter.phase("reward"):
-                keys = [(self.seed, number, place // config.group_size) for place in places]
-                scores.append(group_scores(parts, final, conditions.prompts, keys, config)["reward"])
+            conditions = sampler.take(indices[samples].tolist())
+            numbers = (self.first + samples).tolist()
+            generators = [seeded_generator(PATHS, sampler.seed, number, sample) for sample in numbers]
+            with sampler.meter.phase("rollout"), self.old.in_place():
+                final = sampler.sample(conditions, sampler.noise(generators))
+            with sampler.meter.phase("reward"):
+                keys = [(sampler.seed, number, sample // config.group_size) for sample in numbers]
+                found = group_scores(
+                    lambda *given, **noise: {"reward": self.reward(*given, **noise)}, final, conditions, keys,
+                    draws=self.draws, sigma=config.reward_sigma,
+                )  # fmt: skip
+                scores.append(found["reward"])
             latents.append(final.cpu())
-        judged = judge_groups({"reward": torch.cat(scores, dim=1)}, {"reward": 1.0}, config, self.gather, self.rank)
-        statistics = torch.tensor([judged.statistics[name] for name in STATISTICS])
-        good = goodness(judged.advantages, config.advantage_clip)
-        return Samples(number, indices, torch.cat(latents), good, judged.kept, statistics)
+        together = {"reward": torch.cat(scores, dim=1)}
+        found = rollout_advantages(together, {"reward": 1.0}, config, sampler.gather, sampler.rank)
+        statistics = torch.tensor([found.statistics[name] for name in STATISTICS])
+        good = goodness(found.advantages, config.advantage_clip)
+        return Samples(number, indices, torch.cat(latents), good, found.kept, statistics)
 
     @torch.no_grad()
     def follow(self, number: int) -> None:
-        """Bring the sampling policy nearer to the trained one, before rollout `number`."""
+        """Move the old policy's weights towards the trained ones, before rollout `number`."""
         kept = min(self.config.old_slope * number, self.config.old_limit)
-        for name, p in self.policy.parameters.items():
+        for name, p in self.sampler.policy.parameters.items():
             self.old.mean[name].lerp_(p.detach(), 1 - kept)
 
     def batch_at(self, micro_step: int) -> NftBatch:
-        """What this micro-step trains on. The first one of a rollout makes it, the others need it pending.
-
-        Raises RuntimeError when it is not: a run that goes on in the middle of a rollout needs its state.
-        """
-        config, device = self.config, self.policy.device
-        place = self.spending.place(micro_step)
-        if place.begins:
-            self.follow(place.rollout)
-            self.pending = self.roll_out(place.rollout)
-        pending = self.pending
-        if pending is None or pending.number != place.rollout:
-            raise RuntimeError(
-                f"micro-step {micro_step} spends rollout {place.rollout}, which is not there: begin at its first "
-                "micro-step, or put back the state that was saved with the weights (`load_state_tensors`)"
-            )
-        if self.spending.ends(place):
-            self.pending = None
+        """The samples and levels of this micro-step; see `RolloutBuffer.at`."""
+        config, sampler, device = self.config, self.sampler, self.sampler.device
+        upcoming = self.buffer.reuse.position(micro_step)
+        if upcoming.starts_rollout:
+            self.follow(upcoming.rollout)
+        position, pending = self.buffer.at(micro_step)
         kept = pending.kept.nonzero().flatten()
         groups = (self.first + kept) // config.group_size
-        rows, columns = self.spending.share(kept, groups, config.levels, place, self.seed)
+        rows, columns = self.buffer.reuse.select(kept, groups, config.levels, position, sampler.seed)
         count = len(rows)
         if count == 0:
             rows, columns = torch.zeros(2, 1, dtype=torch.long)
-        keys = [(self.seed, place.rollout, place.epoch, row) for row in (self.first + rows).tolist()]
+        keys = [(sampler.seed, position.rollout, position.epoch, row) for row in (self.first + rows).tolist()]
         steps = [self._steps(key)[column] for key, column in zip(keys, columns.tolist(), strict=True)]
         noises = [seeded_generator(NOISES, *key, column) for key, column in zip(keys, columns.tolist(), strict=True)]
-        latents = pending.latents[rows].to(device)
         statistics = dict(zip(STATISTICS, pending.statistics.tolist(), strict=True))
         return NftBatch(
-            conditions=self.conditions.take(pending.indices[rows].tolist(), device),
-            sigma=levels_at(self.sigmas, torch.tensor(steps, dtype=torch.long), device),
-            latents=latents,
-            noise=seeded_noise(self.latent_shape, noises).to(device),
+            conditions=sampler.take(pending.indices[rows].tolist()),
+            sigma=levels_at(sampler.sigmas, torch.tensor(steps, dtype=torch.long), device),
+            latents=pending.latents[rows].to(device),
+            noise=sampler.noise(noises),
             good=pending.good[rows].to(device),
             count=count,
             statistics={name: value for name, value in statistics.items() if value == value},
@@ -212,17 +189,17 @@ class Nft:
         return (self.steps.start + order[: self.config.levels]).tolist()
 
     def step(self, batch: NftBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The mean loss of the batch, differentiable in the policy's LoRA, and what to record.
+        """The mean loss of the batch, differentiable in the policy's LoRA, and metrics.
 
-        kl: mean square of velocity less the reference's; moved: less the sampling policy's.
+        kl: mean square of velocity - reference velocity; moved: of velocity - old velocity.
         """
-        config = self.config
-        with self.meter.phase("policy"):
-            velocity = self.velocity_for(batch.conditions, self.guidance_scale)
+        config, policy = self.config, self.sampler.policy
+        with self.sampler.meter.phase("policy"):
+            velocity = self.sampler.velocity_for(batch.conditions)
             x_sigma = add_noise(batch.latents, batch.noise, batch.sigma)
-            with self.policy.reference():
+            with policy.reference():
                 v_reference = velocity(x_sigma, batch.sigma)
-            with torch.no_grad(), self.old.in_place():  # before the forward with gradient: it writes into the weights
+            with torch.no_grad(), self.old.in_place():  # writes into the weights, so before the forward with gradient
                 v_old = velocity(x_sigma, batch.sigma)
             v = velocity(x_sigma, batch.sigma)
             contrast = contrast_loss(v, v_old, x_sigma, batch.sigma, batch.latents, batch.good, config.beta)
@@ -232,34 +209,32 @@ class Nft:
         return loss.mean(), {"kl": kl.detach().mean(), "moved": moved.mean(), **batch.statistics}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The sampling policy's weights, and the samples that are being spent, if any, by name, on the CPU."""
-        state = {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()}
-        for name, value in vars(self.pending).items() if self.pending else ():
-            state[name] = value if isinstance(value, Tensor) else torch.tensor(value)
-        return state
+        """The old policy's weights and the current rollout, if any, by name, on the CPU."""
+        return {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:
-        """Whether no rollout is being spent, of which each process has its share."""
-        return self.pending is None
+        """Whether the state is the same on every rank: between two rollouts."""
+        return self.buffer.is_common()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `state_tensors` gave. ValueError when it is of other settings."""
-        old = {name: tensor for name, tensor in tensors.items() if name.startswith(OLD)}
-        rest = {name: tensor for name, tensor in tensors.items() if name not in old}
-        count = self.config.groups * self.config.group_size
-        expected = {f"{OLD}{name}": tuple(mean.shape) for name, mean in self.old.mean.items()}
-        if rest:
-            expected |= {
-                "number": (), "indices": (count,), "latents": (count, *self.latent_shape), "good": (count,),
-                "kept": (count,), "statistics": (len(STATISTICS),),
-            }  # fmt: skip
-        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if got != expected:
-            differing = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+        """Restore what `state_tensors` returned. ValueError, naming the first tensor that does not fit."""
+        old = {name.removeprefix(OLD): tensor for name, tensor in tensors.items() if name.startswith(OLD)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in old.items()}
+        expected = {name: tuple(mean.shape) for name, mean in self.old.mean.items()}
+        if shapes != expected:
+            name = min(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
             raise ValueError(
-                f"the saved state does not fit: {len(differing)} tensors differ, first {differing[0]!r}: got "
-                f"{got.get(differing[0])}, expected {expected.get(differing[0])}; resume with the settings of the run"
+                f"saved state: {OLD}{name}: got {shapes.get(name)}; expected {expected.get(name)}: resume with the "
+                "settings of the run"
             )
+        self.buffer.load_state_tensors({name: t for name, t in tensors.items() if not name.startswith(OLD)})
         for name, mean in self.old.mean.items():
-            mean.copy_(old[f"{OLD}{name}"])
-        self.pending = Samples(**(rest | {"number": int(rest["number"])})) if rest else None
+            mean.copy_(old[name])
+
+    def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
+        """The expected shapes of a saved rollout."""
+        count = self.config.groups * self.config.group_size
+        return {
+            "number": (), "indices": (count,), "latents": (count, *self.sampler.latent_shape), "good": (count,),
+            "kept": (count,), "statistics": (len(STATISTICS),),
+        }  # fmt: skip

@@ -1,28 +1,103 @@
-"""What the on-policy methods share: how a rollout is spent on updates.
+"""What alignment methods share: sampling training prompts with the policy, and reusing a rollout for several updates.
 
-A rollout is made at the first micro-step that needs it and then spent: `epochs` times through its rows, divided each
-time at random into `minibatches` updates, each of them cut into `accumulate` micro-steps as `loop.fit` counts them. How
-an update is cut changes its memory, not its gradient.
-
-Each process keeps the samples that it took, and every group of samples is divided by itself: an update holds a share of
-every group. So all processes have as much to do, and an update is the same however many of them there are.
+RNG streams are keyed by (seed, global sample index), so results do not depend on the world size. A rollout is drawn at
+the first micro-step that needs it and reused for `epochs` x `minibatches` updates of `accumulate` micro-steps each; how
+an update is divided into micro-steps changes its memory, not its gradient.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from dinalrm_align.align.policy import Policy
+from dinalrm_align.data.prompts import prompt_indices
 from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.cost import PhaseMeter
 
 ORDER = 1
-"""Key of the random order's generator, apart from those of the rollout itself."""
+"""RNG stream of the random order of samples within a group."""
+
+
+@dataclass
+class Sampler:
+    """Samples training prompts with the policy.
+
+    Args:
+        policy: on its device.
+        conditions: of all training prompts, on any device.
+        negative: of one empty prompt, for classifier-free guidance.
+        sigmas: noise levels of the rollout, from 1 to 0.
+        latent_shape: (C, H, W).
+        guidance_scale: of the rollout; 1 and less: no guidance.
+        seed: of all RNG streams.
+        meter: measures time and memory by phase.
+        rank, num_processes: of this process.
+        accumulate: micro-steps per update.
+        gather: a tensor (N, ...) of this rank -> (num_processes x N, ...), in the order of ranks.
+    """
+
+    policy: Policy
+    conditions: Conditions
+    negative: Conditions
+    sigmas: Sequence[float]
+    latent_shape: tuple[int, int, int]
+    guidance_scale: float
+    seed: int
+    meter: PhaseMeter
+    rank: int = 0
+    num_processes: int = 1
+    accumulate: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda values: values
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def prompt_indices(self, batch_size: int, step: int) -> list[int]:
+        """Indices of the training prompts of this rank at `step` (see `data.prompts.prompt_indices`)."""
+        return prompt_indices(
+            len(self.conditions), batch_size, step, seed=self.seed, rank=self.rank, num_processes=self.num_processes
+        )
+
+    def first_sample(self, batch_size: int, step: int) -> int:
+        """Global index of this rank's first sample at `step`, with `batch_size` samples per rank and step."""
+        return (step * self.num_processes + self.rank) * batch_size
+
+    def take(self, indices: Sequence[int]) -> Conditions:
+        """Conditions of the training prompts `indices`, on the policy's device."""
+        return self.conditions.take(indices, self.device)
+
+    def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """One standard normal sample per generator, (B, C, H, W), on the policy's device."""
+        return seeded_noise(self.latent_shape, generators).to(self.device)
+
+    def velocity_for(
+        self, conditions: Conditions, guidance_scale: float | None = None, *, negative_gradient: bool = True
+    ) -> Velocity:
+        """The policy's velocity for `conditions`; guidance_scale: default, that of the rollout."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return self.policy.velocity_for(conditions, scale, self.negative, negative_gradient=negative_gradient)
+
+    @torch.no_grad()
+    def sample(self, conditions: Conditions, noise: Tensor, steps: int | None = None) -> Tensor:
+        """Latents (B, C, H, W) after `steps` steps of the flow from noise (B, C, H, W); default, all of them."""
+        sigmas = self.sigmas if steps is None else self.sigmas[: steps + 1]
+        return rollout(self.velocity_for(conditions), noise, sigmas)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a micro-step stands: its rollout, the time through it, the update within that, the part of that."""
+class Position:
+    """Position of a micro-step: its rollout, the epoch over it, the update within the epoch, the part of the update."""
 
     rollout: int
     epoch: int
@@ -30,18 +105,17 @@ class Place:
     part: int
 
     @property
-    def begins(self) -> bool:
-        """Is this a rollout's first micro-step?"""
+    def starts_rollout(self) -> bool:
         return self.epoch == self.minibatch == self.part == 0
 
     @property
     def in_first_update(self) -> bool:
-        """Are the weights still those that the rollout was made with?"""
+        """Whether the weights are still those that the rollout was drawn with."""
         return self.epoch == self.minibatch == 0
 
 
 @dataclass(frozen=True)
-class Spending:
+class Reuse:
     """epochs x minibatches updates of `accumulate` micro-steps per rollout; each at least 1."""
 
     epochs: int
@@ -49,46 +123,121 @@ class Spending:
     accumulate: int
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.minibatches, self.accumulate) < 1:
-            raise ValueError(f"got {self}; expected at least 1 of each")
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}: got {value}; expected at least 1")
 
-    def place(self, micro_step: int) -> Place:
+    def position(self, micro_step: int) -> Position:
         update, part = divmod(micro_step, self.accumulate)
-        time, minibatch = divmod(update, self.minibatches)
-        rollout, epoch = divmod(time, self.epochs)
-        return Place(rollout, epoch, minibatch, part)
+        epochs, minibatch = divmod(update, self.minibatches)
+        rollout_number, epoch = divmod(epochs, self.epochs)
+        return Position(rollout_number, epoch, minibatch, part)
 
-    def ends(self, place: Place) -> bool:
-        """Is this the last micro-step that the rollout is spent on?"""
-        return (place.epoch, place.minibatch, place.part) == (
-            self.epochs - 1,
-            self.minibatches - 1,
-            self.accumulate - 1,
-        )
+    def ends(self, position: Position) -> bool:
+        """Whether this is the last micro-step of the rollout."""
+        last = self.epochs - 1, self.minibatches - 1, self.accumulate - 1
+        return (position.epoch, position.minibatch, position.part) == last
 
-    def share(self, rows: Tensor, groups: Tensor, columns: int, place: Place, seed: int) -> tuple[Tensor, Tensor]:
-        """What a micro-step trains on: (n,) of `rows` and (n,) of 0 ... columns - 1.
+    def select(
+        self, rows: Tensor, groups: Tensor, columns: int, position: Position, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """The (row, column) pairs that a micro-step trains on: two int64 tensors (n,).
 
-        rows (N,) int64: what this process has left to be trained on, each with all of its columns. groups (N,) int64:
-        the group of each, numbered over all processes. An update takes as equal a share of every group as may be,
-        chosen by (seed, rollout, epoch, group). n differs by one at most between the parts of an update, and may be 0.
+        Every group is divided among the updates of an epoch separately and in a random order, keyed by (seed, rollout,
+        epoch, group), so that each update has a share of every group and is the same for every world size. n differs by
+        at most one between the parts of an update, and may be 0.
+
+        Args:
+            rows: (N,) int64, the rows of this rank that can be trained on.
+            groups: (N,) int64, the group of each, numbered over all ranks.
+            columns: number of columns of a row.
         """
         chosen = [rows[:0]]
         for group in groups.unique().tolist():
             mine = rows[groups == group]
-            generator = seeded_generator(ORDER, seed, place.rollout, place.epoch, group)
+            generator = seeded_generator(ORDER, seed, position.rollout, position.epoch, group)
             order = torch.randperm(len(mine), generator=generator)
-            turn = (place.minibatch + group) % self.minibatches  # who gets the odd one changes from group to group
+            turn = (position.minibatch + group) % self.minibatches  # remainders rotate among the updates
             chosen.append(mine[order[_piece(len(mine), self.minibatches, turn)]])
         pairs = torch.cartesian_prod(torch.cat(chosen), torch.arange(columns)).view(-1, 2)
-        return pairs[_piece(len(pairs), self.accumulate, place.part)].unbind(dim=1)
+        return pairs[_piece(len(pairs), self.accumulate, position.part)].unbind(dim=1)
 
 
 def _piece(count: int, pieces: int, number: int) -> slice:
-    """Piece `number` of `count` things in a row, the pieces as equal as may be."""
+    """Piece `number` of `count` rows cut into `pieces` of nearly equal size."""
     return slice(count * number // pieces, count * (number + 1) // pieces)
 
 
+R = TypeVar("R")
+
+
+class RolloutBuffer(Generic[R]):
+    """The current rollout of a method, and its state in a checkpoint.
+
+    Args:
+        kind: the rollout's dataclass: `number: int`, other integers, and tensors on the CPU.
+        draw: number of a rollout -> the rollout. A pure function of the number, the seed, the weights and the rank.
+        shapes: saved tensors by name -> the expected shape of each, () for integers; for checks on resume.
+    """
+
+    def __init__(
+        self,
+        reuse: Reuse,
+        kind: type[R],
+        draw: Callable[[int], R],
+        shapes: Callable[[Mapping[str, Tensor]], Mapping[str, tuple[int, ...]]],
+    ) -> None:
+        self.reuse, self.kind, self.draw, self.shapes = reuse, kind, draw, shapes
+        self.current: R | None = None
+
+    def at(self, micro_step: int) -> tuple[Position, R]:
+        """The position of a micro-step, and its rollout, which is drawn at the first micro-step of each rollout.
+
+        Raises RuntimeError in the middle of a rollout that is not in the buffer: a run that was stopped there needs the
+        state of its checkpoint.
+        """
+        position = self.reuse.position(micro_step)
+        if position.starts_rollout:
+            self.current = self.draw(position.rollout)
+        rollout_now = self.current
+        if rollout_now is None or rollout_now.number != position.rollout:
+            raise RuntimeError(
+                f"micro-step {micro_step} is in the middle of rollout {position.rollout}, which is not in the buffer: "
+                "start at its first micro-step, or load the state that was saved with the weights (load_state_tensors)"
+            )
+        if self.reuse.ends(position):
+            self.current = None
+        return position, rollout_now
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """This rank's rollout by field, on the CPU; empty between two rollouts."""
+        values: dict[str, Any] = {} if self.current is None else vars(self.current)
+        return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
+
+    def is_common(self) -> bool:
+        """Whether the state is the same on every rank: between two rollouts."""
+        return self.current is None
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_tensors` returned. ValueError, naming the first field that does not fit."""
+        if not tensors:
+            self.current = None
+            return
+        names = {entry.name for entry in dataclasses.fields(self.kind)}
+        if tensors.keys() != names:
+            raise ValueError(f"saved rollout: got the fields {sorted(tensors)}; expected {sorted(names)}")
+        expected = self.shapes(tensors)
+        for name, shape in expected.items():
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(
+                    f"saved rollout: {name}: got shape {tuple(tensors[name].shape)}; expected {shape}: resume with the "
+                    "settings of the run"
+                )
+        self.current = self.kind(
+            **{name: int(tensor) if expected[name] == () else tensor for name, tensor in tensors.items()}
+        )
+
+
 def levels_at(sigmas: Sequence[float], steps: Tensor, device: torch.device) -> Tensor:
-    """sigmas of the steps (n,), float32 on the device: what the velocity of a mixed batch is told."""
+    """The noise level of each step index, steps (n,) int64 -> (n,) float32 on `device`."""
     return torch.tensor(sigmas, dtype=torch.float32)[steps].to(device)

@@ -31,6 +31,7 @@ from dinalrm_align.eval.report.intervals import by_caption, seeds_by_captions
 from dinalrm_align.flow.noise import add_noise
 from dinalrm_align.flow.sampling import Velocity
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.train.durable import atomic_folder, discard_folder, write_file
 from dinalrm_align.train.files import read_json
 
@@ -132,13 +133,11 @@ def level_spread(before: Scores, after: Scores) -> float | None:
     return float(np.std(table, axis=0, ddof=1).mean())
 
 
-def level_probe(reward: Callable[..., Tensor], sigmas: Sequence[float]) -> Probe:
+def level_probe(reward: Reward, sigmas: Sequence[float]) -> Probe:
     """Scores of one noise level each, by a reward that reads levels, on the evaluation's own noise."""
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
-        return {
-            f"{LEVEL}{sigma}": reward(latents, prompts=conditions.prompts, sigma=sigma, noise=noise) for sigma in sigmas
-        }
+        return {f"{LEVEL}{sigma}": reward(latents, conditions, sigma=sigma, noise=noise) for sigma in sigmas}
 
     return probe
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from dinalrm_align.models.hub import HubOptions, check_source, load_model
-from dinalrm_align.models.text import _text_encoders
+from dinalrm_align.models.text import text_encoders
 from dinalrm_align.models.vae import load_vae
 from dinalrm_align.train.files import read_json, reading
 
@@ -39,6 +39,6 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             str(source), transformer=transformer, vae=vae, dtype=dtype, use_safetensors=True
         )
-    for encoder in _text_encoders(pipeline):
+    for encoder in text_encoders(pipeline):
         encoder.requires_grad_(False)
     return pipeline

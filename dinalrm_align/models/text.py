@@ -1,11 +1,12 @@
-"""Prompts and their embeddings.
+"""Text of a run: prompts are encoded once, by `PromptEncoder`, and travel as `Conditions` to whoever reads them.
 
-Text follows `StableDiffusion3Pipeline.encode_prompt`: features of both CLIP towers, zero-padded to T5's width, then
-T5's `text_length` tokens, no mask.
+Embeddings follow `StableDiffusion3Pipeline.encode_prompt`: features of both CLIP towers, zero-padded to T5's width,
+then T5's `text_length` tokens, without a mask.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -19,14 +20,20 @@ from dinalrm_align.train.files import reading
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
-
 MAX_CHARACTERS = 10_000
-"""Of a prompt. Text encoders read 77 to 512 tokens and cut off the rest; far longer text is a mistake in the data."""
+"""Longest prompt accepted. Text encoders truncate at 77 to 512 tokens; far longer text is an error in the data."""
+_ENCODING = threading.RLock()
+"""Held while text encoders run: pipelines and fast tokenizers keep state between calls and are not thread-safe."""
+
+Embeds = tuple[Tensor, Tensor]
+"""prompt_embeds (B, L, D) and pooled_prompt_embeds (B, P)."""
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts as a list. TypeError unless they are a sequence of strings (and no string itself), ValueError when
-    there is none, or one is longer than MAX_CHARACTERS.
+    """The prompts as a list.
+
+    Raises TypeError unless they are a sequence of strings (and not a string), ValueError for an empty sequence and for
+    a prompt longer than MAX_CHARACTERS.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
@@ -34,21 +41,151 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
         raise ValueError("prompts: got none; expected at least one")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise TypeError(f"prompts: got {type(prompt).__name__} {prompt!r:.60}, expected strings (at {index})")
+            raise TypeError(f"prompts[{index}]: got {type(prompt).__name__} {prompt!r:.60}; expected a string")
         if len(prompt) > MAX_CHARACTERS:
-            raise ValueError(f"prompts: got {len(prompt)} characters at {index}; expected at most {MAX_CHARACTERS}")
+            raise ValueError(f"prompts[{index}]: got {len(prompt)} characters; expected at most {MAX_CHARACTERS}")
     return list(prompts)
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """B prompts and their embeddings: what policy, rewards, guidance and evaluation read of a prompt.
+
+    Args:
+        prompts: B strings, for rewards that read text; empty strings where the text is unknown.
+        prompt_embeds: (B, L, D), floating.
+        pooled_prompt_embeds: (B, P), floating.
+        text_length: number of T5 tokens that `prompt_embeds` were made with; None if unknown.
+        other_lengths: embeddings of the same prompts at other numbers of T5 tokens, for rewards that were trained with
+            them: text length -> (prompt_embeds, pooled_prompt_embeds).
+
+    Raises TypeError for tensors of another kind, ValueError unless all have B rows.
+    """
+
+    prompts: Sequence[str]
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    text_length: int | None = None
+    other_lengths: Mapping[int, Embeds] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for embeds in ((self.prompt_embeds, self.pooled_prompt_embeds), *self.other_lengths.values()):
+            for name, tensor, expected in zip(("prompt_embeds", "pooled_prompt_embeds"), embeds, ("B, L, D", "B, P")):
+                wrong = not isinstance(tensor, Tensor) or not tensor.is_floating_point()
+                if wrong or tensor.dim() != expected.count(",") + 1:
+                    got = (
+                        f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                    )
+                    raise TypeError(f"{name}: got {got}; expected a floating tensor ({expected})")
+            if isinstance(self.prompts, str) or not len(self.prompts) == len(embeds[0]) == len(embeds[1]):
+                raise ValueError(
+                    f"one embedding per prompt: got {len(self.prompts)} prompts, {len(embeds[0])} prompt_embeds, "
+                    f"{len(embeds[1])} pooled_prompt_embeds"
+                )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @classmethod
+    def encode(
+        cls, encoder: "PromptEncoder", prompts: Sequence[str], other_lengths: Iterable[int] = (), batch_size: int = 32
+    ) -> Self:
+        """Encode prompts, each distinct one once; embeddings are returned on the CPU in the text encoders' dtype.
+
+        At SD3.5's sizes and 128 T5 tokens in bfloat16, 1,000 prompts take about 1.7 GB of memory.
+
+        Args:
+            encoder: also sets `text_length`.
+            other_lengths: further numbers of T5 tokens to encode the prompts with.
+            batch_size: prompts per forward of the text encoders.
+        """
+        prompts = check_prompts(prompts)
+        distinct = list(dict.fromkeys(prompts))
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        rows = [row_of[prompt] for prompt in prompts]
+        embeds = {}
+        for length in {encoder.text_length, *other_lengths}:
+            starts = range(0, len(distinct), batch_size)
+            parts = [encoder.encode(distinct[start : start + batch_size], length) for start in starts]
+            whole = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+            embeds[length] = tuple(tensor[rows] for tensor in whole) if len(distinct) < len(prompts) else whole
+        return cls(prompts, *embeds.pop(encoder.text_length), encoder.text_length, embeds)
+
+    def for_length(self, text_length: int) -> Embeds:
+        """The embeddings made with `text_length` T5 tokens; those of unknown length are taken to be right.
+
+        Raises ValueError, listing the lengths that are present, when there are none of this length.
+        """
+        if text_length in self.other_lengths:
+            return self.other_lengths[text_length]
+        if self.text_length not in (None, text_length):
+            have = sorted({self.text_length, *self.other_lengths})
+            raise ValueError(
+                f"text_length: got embeddings of {', '.join(map(str, have))} T5 tokens; expected {text_length}, which "
+                "this reward was trained with: encode the prompts with that length as well"
+            )
+        return self.prompt_embeds, self.pooled_prompt_embeds
+
+    def take(self, indices: Iterable[int], device: torch.device | str | None = None) -> Self:
+        """The rows `indices`, on `device`."""
+        chosen = list(indices)
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor[chosen].to(device)
+
+        return self._map([self.prompts[index] for index in chosen], rows)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same conditions on `device`."""
+        return self._map(self.prompts, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same conditions in page-locked memory."""
+        return self._map(self.prompts, Tensor.pin_memory)
+
+    def _map(self, prompts: Sequence[str], change) -> Self:
+        others = {length: (change(embeds), change(pooled)) for length, (embeds, pooled) in self.other_lengths.items()}
+        return type(self)(
+            prompts, change(self.prompt_embeds), change(self.pooled_prompt_embeds), self.text_length, others
+        )
+
+
+def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
+    """The prompts of `count` samples as strings; a single string is a list of one.
+
+    Raises as `check_prompts`, and ValueError for another number of prompts and for Conditions whose text is unknown.
+    """
+    if isinstance(text, Conditions):
+        prompts = list(text.prompts)
+        if not any(prompts):
+            raise ValueError(
+                "prompts: got embeddings without text; image rewards and callables read prompts as strings"
+            )
+    else:
+        prompts = check_prompts([text] if isinstance(text, str) else text)
+    if len(prompts) != count:
+        raise ValueError(
+            f"one prompt per sample: got {count} samples, {len(prompts)} prompts; to score one prompt against many "
+            "samples, repeat it"
+        )
+    return prompts
+
+
 class PromptEncoder:
-    """Prompts to (prompt_embeds (B, L, D), pooled_prompt_embeds (B, P)), without gradient; each prompt is encoded once.
+    """Encodes prompts with a pipeline's text encoders, without gradient and in their own dtype, autocast or not.
 
-    Text encoders run in their own dtype, whatever autocast is on around them.
+    Calls are safe from several threads. A run encodes its prompts once, with `Conditions.encode`; a direct call keeps a
+    bounded cache, for loops that pass strings.
 
-    source: a StableDiffusion3Pipeline whose text encoders are borrowed where they are, or a pipeline folder or hub id
-    from which text encoders and tokenizers are loaded at the first prompt, in `dtype`. device: where embeddings are
-    returned (and loaded encoders run); default: where a given pipeline is, else the CPU. The cache lies on the CPU and
-    holds the `max_cached` newest prompts; in SD3.5's sizes and bfloat16, 1000 of them take about 2 GB.
+    Args:
+        source: a StableDiffusion3Pipeline, whose text encoders are used where they are; or a pipeline folder or hub id,
+            from which text encoders and tokenizers are loaded at the first prompt.
+        text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
+        device: of the returned embeddings, and of text encoders loaded here. Default: the pipeline's, else the CPU.
+        dtype: of text encoders loaded here.
+        local_files_only: never contact the hub.
+        max_cached: prompts kept by direct calls, the newest; at SD3.5's sizes in bfloat16, 1,000 take about 2 GB of
+            CPU memory.
     """
 
     def __init__(
@@ -67,47 +204,54 @@ class PromptEncoder:
         self._pipeline: StableDiffusion3Pipeline | None = None if isinstance(source, str | Path) else source
         home = "cpu" if self._pipeline is None else self._pipeline.device
         self.device = available_device(home if device is None else device)
-        self._cache: dict[str, tuple[Tensor, Tensor]] = {}
+        self._cache: dict[str, Embeds] = {}
 
-    def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> tuple[Tensor, Tensor]:
-        """(B, L, D), (B, P) on `device`, in the text encoders' dtype. Unseen prompts go through in batches."""
+    def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> Embeds:
+        """prompt_embeds (B, L, D) and pooled_prompt_embeds (B, P) on `device`; prompts not cached are encoded."""
         prompts = check_prompts(prompts)
-        unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
-        for start in range(0, len(unseen), batch_size):
-            part = unseen[start : start + batch_size]
-            self._cache.update(zip(part, zip(*self._encode(part), strict=True), strict=True))
-        embeds, pooled = zip(*(self._cache[prompt] for prompt in prompts), strict=True)
-        for oldest in list(self._cache)[: -self.max_cached]:
-            del self._cache[oldest]
+        with _ENCODING:
+            unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
+            for start in range(0, len(unseen), batch_size):
+                part = unseen[start : start + batch_size]
+                self._cache.update(zip(part, zip(*self.encode(part), strict=True), strict=True))
+            embeds, pooled = zip(*(self._cache[prompt] for prompt in prompts), strict=True)
+            for oldest in list(self._cache)[: -self.max_cached]:
+                del self._cache[oldest]
         return torch.stack(embeds).to(self.device), torch.stack(pooled).to(self.device)
 
+    @torch.no_grad()
+    def encode(self, prompts: list[str], text_length: int | None = None) -> Embeds:
+        """prompt_embeds (B, L, D) and pooled_prompt_embeds (B, P) on the CPU, in one batch and past the cache.
+
+        text_length: default, the encoder's own.
+        """
+        with _ENCODING:
+            pipeline = self._text_pipeline()
+            encoders = text_encoders(pipeline)
+            training = [encoder.training for encoder in encoders]
+            try:
+                for encoder in encoders:
+                    encoder.eval()
+                with torch.autocast(pipeline.device.type, enabled=False):
+                    embeds, _, pooled, _ = pipeline.encode_prompt(
+                        prompts, None, None, do_classifier_free_guidance=False,
+                        max_sequence_length=text_length or self.text_length,
+                    )  # fmt: skip
+            finally:
+                for encoder, mode in zip(encoders, training, strict=True):
+                    encoder.train(mode)
+            return embeds.cpu(), pooled.cpu()
+
     def release(self) -> None:
-        """Let text encoders go that were loaded here; what is cached stays, and a new prompt loads them again."""
+        """Free text encoders that were loaded here; a prompt that is not cached loads them again."""
         if isinstance(self.source, str | Path):
             self._pipeline = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def empty(self, batch: int) -> tuple[Tensor, Tensor]:
+    def empty(self, batch: int) -> Embeds:
         """The embeddings of the empty prompt, for guidance: (batch, L, D), (batch, P)."""
         return self([""] * batch)
-
-    @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        pipeline = self._text_pipeline()
-        encoders = _text_encoders(pipeline)
-        training = [encoder.training for encoder in encoders]
-        try:
-            for encoder in encoders:
-                encoder.eval()
-            with torch.autocast(pipeline.device.type, enabled=False):
-                embeds, _, pooled, _ = pipeline.encode_prompt(
-                    prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_length
-                )
-        finally:
-            for encoder, mode in zip(encoders, training, strict=True):
-                encoder.train(mode)
-        return embeds.cpu(), pooled.cpu()
 
     def _text_pipeline(self) -> "StableDiffusion3Pipeline":
         if self._pipeline is None:
@@ -115,8 +259,8 @@ class PromptEncoder:
         pipeline = self._pipeline
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
             raise ValueError(
-                "prompts need text encoders, and the pipeline was built without them: pass a pipeline that has them, "
-                "or prompt_embeds and pooled_prompt_embeds"
+                "prompts need text encoders, and the pipeline was built without them or has released them: pass a "
+                "pipeline that has them, or prompt_embeds and pooled_prompt_embeds"
             )
         if pipeline.text_encoder_3 is None and pipeline.transformer is None:
             raise ValueError("the base model has no text_encoder_3 (T5): pass pipeline=..., or prompt_embeds")
@@ -129,7 +273,7 @@ class PromptEncoder:
         folder = Path(self.source)
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             raise ValueError(
-                f"prompts need text encoders, and {folder} is no pipeline folder (it has no model_index.json): pass "
+                f"prompts need text encoders, and {folder} is not a pipeline folder (it has no model_index.json): pass "
                 "pipeline=..., or prompt_embeds and pooled_prompt_embeds"
             )
         with reading("text encoders and tokenizers", self.source):
@@ -141,75 +285,12 @@ class PromptEncoder:
                 local_files_only=folder.is_dir() or self.local_files_only,
                 use_safetensors=True,
             )
-        for encoder in _text_encoders(pipeline):
+        for encoder in text_encoders(pipeline):
             encoder.requires_grad_(False)
         return pipeline.to(self.device)
 
 
-def _text_encoders(pipeline: "StableDiffusion3Pipeline") -> list[torch.nn.Module]:
+def text_encoders(pipeline: "StableDiffusion3Pipeline") -> list[torch.nn.Module]:
+    """The text encoders that the pipeline has, one to three."""
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     return [encoder for encoder in encoders if encoder is not None]
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a batch is conditioned on: B prompts and their embeddings.
-
-    prompts: B strings (a pixel reward and the gold score read these). prompt_embeds (B, L, D), pooled_prompt_embeds
-        (B, P).
-    """
-
-    prompts: Sequence[str]
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
-
-    def __post_init__(self) -> None:
-        for name, tensor, dims in (
-            ("prompt_embeds", self.prompt_embeds, 3),
-            ("pooled_prompt_embeds", self.pooled_prompt_embeds, 2),
-        ):
-            if not isinstance(tensor, Tensor) or tensor.dim() != dims or not tensor.is_floating_point():
-                got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-                expected = "(B, L, D)" if dims == 3 else "(B, P)"
-                raise TypeError(f"{name}: got {got}; expected a floating tensor {expected}")
-        sizes = {len(self.prompts), len(self.prompt_embeds), len(self.pooled_prompt_embeds)}
-        if isinstance(self.prompts, str) or len(sizes) > 1:
-            raise ValueError(
-                f"one embedding per prompt: got {len(self.prompts)} prompts, {len(self.prompt_embeds)} prompt_embeds, "
-                f"{len(self.pooled_prompt_embeds)} pooled_prompt_embeds"
-            )
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @classmethod
-    def encode(cls, encoder: PromptEncoder, prompts: Sequence[str], batch_size: int = 64) -> Self:
-        """Encode one prompt or more; the embeddings end up on the CPU, in the text encoders' dtype."""
-        prompts = check_prompts(prompts)
-        parts = [encoder(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
-        embeds, pooled = (torch.cat([part.cpu() for part in column]) for column in zip(*parts, strict=True))
-        return cls(list(prompts), embeds, pooled)
-
-    def take(self, indices: Sequence[int], device: torch.device | str | None = None) -> Self:
-        """The rows of `indices`, on `device`."""
-        chosen = list(indices)
-        return type(self)(
-            [self.prompts[index] for index in chosen],
-            self.prompt_embeds[chosen].to(device),
-            self.pooled_prompt_embeds[chosen].to(device),
-        )
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same prompts with their embeddings on `device`."""
-        embeds, pooled = (
-            part.to(device, non_blocking=non_blocking) for part in (self.prompt_embeds, self.pooled_prompt_embeds)
-        )
-        return replace(self, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
-
-    def pin_memory(self) -> Self:
-        """The same prompts with their embeddings in page-locked memory."""
-        return replace(
-            self,
-            prompt_embeds=self.prompt_embeds.pin_memory(),
-            pooled_prompt_embeds=self.pooled_prompt_embeds.pin_memory(),
-        )

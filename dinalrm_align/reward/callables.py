@@ -1,10 +1,10 @@
-"""Any Python callable as a reward, known by the name of its first argument.
+"""Any Python callable as a reward; the name of its first argument says what it reads.
 
     def my_reward(images, prompts): ...                     images (B, 3, H, W) in [0, 1] -> (B,)
     def my_reward(latents, prompts, sigma, noise): ...      latents (B, C, h, w) -> (B,)
 
-`images`: decoded pictures, as for every pixel reward, and B prompts. `latents`: scaled and clean, and those of
-`LatentReward`'s other arguments that the callable names. Both return one number per sample, higher is better.
+`images`: decoded images, as for every pixel reward, and B prompts. `latents`: scaled and clean, with the arguments of
+`ARGUMENTS` that the callable names. Both return one number per sample, higher is better.
 """
 
 import importlib
@@ -16,18 +16,22 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from dinalrm_align.models.text import Conditions, prompts_of
 from dinalrm_align.reward.pixel.base import PixelReward
+from dinalrm_align.reward.protocol import RewardModule, Sigma, Text, finite_scores
 from dinalrm_align.train.settings import did_you_mean
 
-PICTURES = ("images", "pixels", "pictures")
-"""What the first argument of a callable over pictures may be called."""
+IMAGES = ("images", "pixels", "pictures")
+"""Names of the first argument of a callable over images."""
 ARGUMENTS = ("prompts", "prompt_embeds", "pooled_prompt_embeds", "sigma", "noise", "generator")
-"""What a callable over latents may ask for besides them."""
+"""Arguments that a callable over latents may name besides the latents."""
 
 
 def import_callable(path: str) -> Callable[..., Any]:
-    """What "module:function" names. ImportError when there is no such module, or it needs one that is not installed;
-    ValueError when the module has no such name; TypeError when that is no callable, or a class.
+    """The function of "module:function".
+
+    Raises ImportError for a missing module or dependency, ValueError for a missing name, TypeError for a class and for
+    what is not callable.
     """
     module_name, _, name = path.partition(":")
     try:
@@ -52,12 +56,16 @@ def as_reward(
     vae: AutoencoderKL | None = None,
     name: str | None = None,
     differentiable: bool = True,
-) -> "PictureFunction | LatentFunction":
-    """The callable behind `LatentReward`'s call. A module is known by its `forward`, and is frozen.
+) -> "ImageFunction | LatentFunction":
+    """A reward that calls `function`. Of a module, `forward` is inspected, and its parameters are frozen.
 
-    vae: to decode latents for a callable over pictures. name: for messages. differentiable: False when it is known not
-    to be; otherwise it is found out in the first call that wants a gradient. TypeError unless its first argument says
-    what it reads.
+    Args:
+        function: see the module's docstring.
+        vae: to decode latents for a callable over images.
+        name: for error messages.
+        differentiable: False if it is known not to be; otherwise checked at each call that asks for a gradient.
+
+    Raises TypeError unless the first argument is named images or latents.
     """
     name = name or f"{type(function).__name__}" * isinstance(function, nn.Module) or repr(function)[:60]
     _check_callable(function, name)
@@ -70,18 +78,18 @@ def as_reward(
         for parameter in signature.parameters.values()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]
-    if named and named[0] in PICTURES:
-        return PictureFunction(function, vae, name, differentiable)
+    if named and named[0] in IMAGES:
+        return ImageFunction(function, vae, name, differentiable)
     if named and named[0] == "latents":
         return LatentFunction(function, [argument for argument in ARGUMENTS if argument in named], name, differentiable)
     raise TypeError(
-        f"reward {name!r}: got the arguments ({', '.join(named)}); expected the first to be called images (decoded, "
-        "(B, 3, H, W) in [0, 1]) or latents, so that it is known what it reads"
+        f"reward {name!r}: got the arguments ({', '.join(named)}); expected the first to be named images (decoded, "
+        "(B, 3, H, W) in [0, 1]) or latents"
     )
 
 
-class PictureFunction(PixelReward):
-    """A callable `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)` over decoded pictures."""
+class ImageFunction(PixelReward):
+    """A callable `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)` over decoded images."""
 
     def __init__(
         self, function: Callable[..., Any], vae: AutoencoderKL | None, name: str, differentiable: bool = True
@@ -92,45 +100,54 @@ class PictureFunction(PixelReward):
         self.differentiable = differentiable
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What the callable returns, checked, as float32."""
-        return _check_scores(self.function(images, list(prompts)), images, self.name)
+        return _checked(self.function(images, list(prompts)), images, self.name)
 
 
-class LatentFunction(nn.Module):
+class LatentFunction(RewardModule):
     """A callable `(latents (B, C, h, w), ...) -> (B,)`; nothing is decoded."""
+
+    scores_images = False
 
     def __init__(
         self, function: Callable[..., Any], arguments: Sequence[str], name: str, differentiable: bool = True
     ) -> None:
-        """arguments: those of `ARGUMENTS` that the callable is to be given, by name."""
+        """arguments: those of `ARGUMENTS` that the callable takes."""
         super().__init__()
         self.function = _frozen(function)
         self.arguments = tuple(arguments)
+        self.noisy = bool({"sigma", "noise", "generator"} & {*arguments})
         self.name = name
         self.differentiable = differentiable
+
+    @property
+    def reads_noise(self) -> bool:
+        return self.noisy
 
     def forward(
         self,
         latents: Tensor,
-        prompts: Sequence[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        sigma: Any = None,
+        prompts: Text,
+        *,
+        sigma: Sigma | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Scores (B,), float32; arguments as `LatentReward`'s, those that the callable does not name left out."""
-        given = dict(
-            prompts=prompts, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds, sigma=sigma,
-            noise=noise, generator=generator,
-        )  # fmt: skip
+        """Scores (B,), float32. Embeddings are None where prompts are passed as strings."""
+        self.check_gradient(latents)
+        encoded = prompts if isinstance(prompts, Conditions) else None
+        given = {
+            "prompts": prompts_of(prompts, len(latents)) if "prompts" in self.arguments else None,
+            "prompt_embeds": encoded and encoded.prompt_embeds,
+            "pooled_prompt_embeds": encoded and encoded.pooled_prompt_embeds,
+            "sigma": sigma,
+            "noise": noise,
+            "generator": generator,
+        }
         scores = self.function(latents, **{argument: given[argument] for argument in self.arguments})
-        return _check_scores(scores, latents, self.name)
+        return _checked(scores, latents, self.name)
 
-    def enable_gradient_checkpointing(self, slice_size: int | None = None) -> None:
-        """Nothing: a callable keeps what it keeps."""
-
-    def disable_gradient_checkpointing(self) -> None: ...
+    def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
+        raise ValueError(f"reward {self.name!r} reads latents and cannot score images; name one that reads images")
 
 
 def _check_callable(found: Any, name: str) -> Callable[..., Any]:
@@ -141,24 +158,15 @@ def _check_callable(found: Any, name: str) -> Callable[..., Any]:
 
 
 def _frozen(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A module takes no gradient and stays in evaluation mode, as every reward."""
     return function.requires_grad_(False).eval() if isinstance(function, nn.Module) else function
 
 
-def _check_scores(scores: Any, inputs: Tensor, name: str) -> Tensor:
-    """float32 (B,). TypeError unless it is a tensor, ValueError unless it is one finite number per sample, with a
-    gradient where one is wanted.
-    """
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"reward {name!r} returned {type(scores).__name__}; expected a tensor ({len(inputs)},)")
-    if tuple(scores.shape) != (len(inputs),):
-        got = tuple(scores.shape)
-        raise ValueError(f"reward {name!r} returned shape {got}; expected ({len(inputs)},), a number per sample")
+def _checked(scores: Any, inputs: Tensor, name: str) -> Tensor:
+    """`finite_scores`, and ValueError where a gradient is asked for and the scores carry none."""
+    scores = finite_scores(scores, len(inputs), name)
     if torch.is_grad_enabled() and inputs.requires_grad and not scores.requires_grad:
         raise ValueError(
-            f"reward {name!r} is not differentiable: its scores do not depend on its input as autograd sees it (it "
-            "detaches, rounds or leaves torch); it can rank and judge, and give no gradient to ReFL"
+            f"reward {name!r} is not differentiable: its scores have no graph to its input (it detaches, rounds or "
+            "leaves torch); it can rank and evaluate, but gives no gradient to ReFL"
         )
-    if not bool(torch.isfinite(scores.detach()).all()):
-        raise ValueError(f"reward {name!r} returned NaN or infinity; expected finite numbers")
-    return scores.float()
+    return scores

@@ -1,4 +1,4 @@
-"""A weighted sum of rewards behind `LatentReward`'s call: latents are decoded once for all parts that read pictures."""
+"""A weighted sum of rewards: latents are decoded once for all parts that read images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,147 +6,147 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinalrm_align.reward.callables import LatentFunction
-from dinalrm_align.reward.latent import LatentReward
-from dinalrm_align.reward.pixel.base import PixelReward, check_decodable, check_picture_prompts
+from dinalrm_align.models.text import Conditions, prompts_of
+from dinalrm_align.reward.pixel.base import PixelReward, check_decodable
+from dinalrm_align.reward.protocol import RewardModule, Sigma, Text, finite_scores
 from dinalrm_align.train.settings import check_number
 
-Part = LatentReward | PixelReward | LatentFunction
 
-
-class RewardSum(nn.Module):
+class RewardSum(RewardModule):
     """score = sum of weight x part, over named parts.
 
-    Each part keeps its own scale. Where those differ, as in GRPO, `score_parts` gives the parts unweighted, to be
-    normalised each by itself and weighted then (`add_up`, `weights`).
+    Each part keeps its own scale. Where those differ, as in GRPO, `score_parts` returns the parts unweighted, to be
+    normalised separately and then summed with `weights`.
     """
 
-    def __init__(self, parts: Mapping[str, Part], weights: Mapping[str, float]) -> None:
+    def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:
         """ValueError unless there are parts, each has a finite weight, and those that decode share one VAE."""
         super().__init__()
         if not parts or parts.keys() != weights.keys():
-            raise ValueError(
-                f"got parts {list(parts)}, weights for {list(weights)}; expected one or more, each weighted"
-            )
+            raise ValueError(f"got parts {list(parts)}, weights for {list(weights)}; expected a weight for each part")
         for name, weight in weights.items():
             check_number(f"weight of {name}", weight)
         self.names = tuple(parts)
+        self.name = " + ".join(parts)
         self.parts = nn.ModuleList(parts.values())
-        self.weights = {name: float(weight) for name, weight in weights.items()}
+        self._weight_of = {name: float(weight) for name, weight in weights.items()}
         # a buffer, so that sums with other weights have other fingerprints
-        values = torch.tensor([self.weights[name] for name in self.names], dtype=torch.float64)
+        values = torch.tensor([self._weight_of[name] for name in self.names], dtype=torch.float64)
         self.register_buffer("_weights", values, persistent=False)
-        vaes = {id(part.vae) for part in self.pixel_parts.values() if part.has_vae}
+        vaes = {id(part.vae) for part in self._pixel_parts.values() if part.has_vae}
         if len(vaes) > 1:
-            raise ValueError(f"{', '.join(self.pixel_parts)} decode with {len(vaes)} different VAEs; give them one")
+            raise ValueError(f"{', '.join(self._pixel_parts)} decode with {len(vaes)} different VAEs; give them one")
         self.eval()
 
     @property
-    def pixel_parts(self) -> dict[str, PixelReward]:
-        """Those that read decoded pictures."""
-        named = zip(self.names, self.parts, strict=True)
-        return {name: part for name, part in named if isinstance(part, PixelReward)}
+    def named_parts(self) -> dict[str, RewardModule]:
+        return dict(zip(self.names, self.parts, strict=True))
+
+    @property
+    def _pixel_parts(self) -> dict[str, PixelReward]:
+        return {name: part for name, part in self.named_parts.items() if part.reads_images}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return self._weight_of
 
     @property
     def differentiable(self) -> bool:
-        """Whether every part is."""
         return all(part.differentiable for part in self.parts)
 
     @property
+    def reads_images(self) -> bool:
+        return any(part.reads_images for part in self.parts)
+
+    @property
+    def scores_images(self) -> bool:
+        return all(part.scores_images for part in self.parts)
+
+    @property
+    def wants_groups(self) -> bool:
+        return any(part.wants_groups for part in self.parts)
+
+    @property
+    def reads_noise(self) -> bool:
+        return any(part.reads_noise for part in self.parts)
+
+    @property
+    def noise_parts(self) -> tuple[RewardModule, ...]:
+        return tuple(inner for part in self.parts for inner in part.noise_parts)
+
+    @property
     def device(self) -> torch.device:
-        """Of the first part that has one."""
-        return next((part.device for part in self.parts if not isinstance(part, LatentFunction)), self._weights.device)
+        """The device of the first part with weights or a VAE."""
+        return next((part.device for part in self.parts if part.reads_images or part.noise_parts), torch.device("cpu"))
 
     def forward(
         self,
         latents: Tensor,
-        prompts: Sequence[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        sigma: Any = None,
+        prompts: Text,
+        *,
+        sigma: Sigma | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Scores (B,), float32, differentiable in the latents if every part is; arguments as `score_parts`."""
-        parts = self.score_parts(latents, prompts, prompt_embeds, pooled_prompt_embeds, sigma, noise, generator)
-        return self.add_up(parts)
+        """Scores (B,), float32, differentiable in the latents if every part is."""
+        return self.add_up(self.score_parts(latents, prompts, sigma=sigma, noise=noise, generator=generator))
 
     def add_up(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of what `score_parts` gave, or of the same after normalisation: each (B,) -> (B,)."""
-        return sum(weight * parts[name] for name, weight in self.weights.items())
+        """The weighted sum (B,) of scores by part, each (B,), as returned by `score_parts` or normalised after it."""
+        return sum(weight * parts[name] for name, weight in self._weight_of.items())
 
     def score_parts(
         self,
         latents: Tensor,
-        prompts: Sequence[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        sigma: Any = None,
+        prompts: Text,
+        *,
+        sigma: Sigma | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Every part's own score by name, unweighted, each (B,) float32. Latents are decoded once.
+        """The score of each part, unweighted, (B,) float32, on the latents' device. Latents are decoded once.
 
-        Arguments as `LatentReward`'s, except that prompts and embeddings may both be given: parts that read pictures
-        take the text, parts that read latents the embeddings, or the text where there are none. Raises as the parts do,
-        and ValueError when a gradient is wanted and a part has none.
+        Raises as the parts do, and ValueError when a gradient is asked for and a part is not differentiable.
         """
-        pixel = self.pixel_parts
-        for name, part in zip(self.names, self.parts, strict=True):
-            if not part.differentiable and torch.is_grad_enabled() and latents.requires_grad:
-                raise ValueError(
-                    f"{name} is not differentiable, and with it the sum of {', '.join(self.names)}: it can rank and "
-                    "judge (GRPO, DPO, evaluation), and give no gradient to ReFL"
-                )
-        images = None
-        if pixel:
-            if prompts is None:
-                raise ValueError(f"{', '.join(pixel)} read prompts as text: got none; pass prompts=[...]")
+        for part in self.parts:
+            part.check_gradient(latents)
+        images, strings = None, []
+        if pixel := self._pixel_parts:
+            strings = prompts_of(prompts, len(latents))
             decoder = next((part for part in pixel.values() if part.has_vae), next(iter(pixel.values())))
             check_decodable(decoder.vae, latents)
-            check_picture_prompts(prompts, len(latents))
             images = decoder.decode(latents)
-        text = dict(prompts=None if prompt_embeds is not None else prompts)
-        text |= dict(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds)
         scores = {}
-        for name, part in zip(self.names, self.parts, strict=True):
+        for name, part in self.named_parts.items():
             if name in pixel:
-                scores[name] = part.score_pixels(images.to(part.device), prompts)
-            elif isinstance(part, LatentReward):
-                scores[name] = part(latents, **text, sigma=sigma, noise=noise, generator=generator)
+                score = part.score_decoded(images, strings)
             else:
-                scores[name] = part(
-                    latents, prompts, prompt_embeds, pooled_prompt_embeds, sigma=sigma, noise=noise, generator=generator
-                )
-        return {name: score.to(latents.device) for name, score in scores.items()}
+                score = part(latents, prompts, sigma=sigma, noise=noise, generator=generator)
+            scores[name] = finite_scores(score, len(latents), name).to(latents.device)
+        return scores
 
     @torch.no_grad()
-    def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
-        """PIL pictures, or (B, 3, H, W) in [0, 1], and B prompts -> the weighted sum (B,), float32.
+    def score_images(
+        self, images: Any, prompts: Conditions | Sequence[str], *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The weighted sum (B,), float32, of PIL images or of (B, 3, H, W) in [0, 1].
 
-        generator: of the noise that parts over latents draw. ValueError when a part cannot score pictures.
+        generator: for the noise of latent parts. Raises ValueError when a part cannot score images.
         """
         total: Tensor | None = None
-        for name, part in zip(self.names, self.parts, strict=True):
-            if isinstance(part, LatentFunction):
-                raise ValueError(f"{name} reads latents, not pictures; leave it out of what judges pictures")
-            own = dict(generator=generator) if isinstance(part, LatentReward) else {}
-            score = self.weights[name] * part.score_images(images, prompts, **own)
+        for name, part in self.named_parts.items():
+            score = self._weight_of[name] * part.score_images(images, prompts, generator=generator)
             total = score if total is None else total + score.to(total.device)
         return total
 
-    def enable_gradient_checkpointing(self, slice_size: int | None = None) -> None:
-        """In every part; slice_size: pictures decoded at a time (`pixel.base.decode_in_slices`)."""
+    def enable_gradient_checkpointing(self) -> None:
         for part in self.parts:
-            if isinstance(part, LatentReward):
-                part.enable_gradient_checkpointing()
-            else:
-                part.enable_gradient_checkpointing(slice_size)
+            part.enable_gradient_checkpointing()
 
     def disable_gradient_checkpointing(self) -> None:
         for part in self.parts:
             part.disable_gradient_checkpointing()
 
-    def train(self, mode: bool = True) -> "RewardSum":
-        """Stay in evaluation mode, as every part does."""
-        return super().train(False)
+    def set_decode_slice(self, size: int | None) -> None:
+        for part in self.parts:
+            part.set_decode_slice(size)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dinalrm_align.models.text import check_prompts as check_texts
 from dinalrm_align.reward.backbones import Backbone
 
 LATENTS = "scaled latents (B, C, H, W), as the transformer sees them"
@@ -71,17 +70,6 @@ def check_text_choice(
     if any(embeds) and not all(embeds):
         got, lacking = ("prompt_embeds", "pooled_prompt_embeds")[:: 1 if embeds[0] else -1]
         raise ValueError(f"got {got} without {lacking}; pass both, as encode_prompt returns them")
-
-
-def check_prompts(prompts: Sequence[str] | str, batch: int) -> list[str]:
-    """A list of `batch` strings; a single string is a list of one."""
-    prompts = check_texts([prompts] if isinstance(prompts, str) else prompts)
-    if len(prompts) != batch:
-        raise ValueError(
-            f"one prompt per latent: got {batch} latents, {len(prompts)} prompts; to score one prompt against many "
-            "latents, repeat it"
-        )
-    return prompts
 
 
 def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: Backbone, batch: int) -> None:

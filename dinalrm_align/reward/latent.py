@@ -3,52 +3,57 @@
     reward = LatentReward.from_pretrained("liuhuohuo/DiNa-LRM-SD35M-12layers", pipeline=pipeline)
     score = reward(latents, prompts)            # (B,) float32, higher is better; gradients reach the latents
 
-score = raw * score_scale + score_bias, with the checkpoint's own scale and bias.
+score = raw * score_scale + score_bias, with the checkpoint's own scale and bias (arXiv 2602.11146).
 """
 
 import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinalrm_align.models.images import image_tensor
 from dinalrm_align.models.pipeline import load_transformer
-from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.models.text import Conditions, PromptEncoder, prompts_of
 from dinalrm_align.models.vae import encode_images, load_vae
 from dinalrm_align.models.weights import load_tensors
 from dinalrm_align.reward import inputs
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk
+from dinalrm_align.reward.card import model_card
 from dinalrm_align.reward.checkpoint import base_location, read_checkpoint, relocated, save_checkpoint
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.model import RewardModel, build_reward_model
+from dinalrm_align.reward.protocol import RewardModule, Sigma, Text
 from dinalrm_align.train.device import available_device
+from dinalrm_align.train.durable import write_atomically
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
     from PIL.Image import Image
 
 STATISTICS_CALLS = 10
-"""How many first calls look at the statistics of their latents, which reads every value and waits for the device."""
+"""Number of first calls that check the statistics of their latents, which synchronises with the device."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SD3_PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+"""Pipelines with SD3's transformer, text encoders and VAE."""
 
 
-class LatentReward(nn.Module):
+class LatentReward(RewardModule):
     """A frozen reward over scaled latents. Load one with `from_pretrained`.
 
     Its parameters take no gradient and it stays in evaluation mode; gradients flow to the latents. Text encoders and
-    VAE are no part of the module: they are borrowed from a pipeline, or loaded when prompts or pictures need them.
+    VAE are not part of the module: they are borrowed from a pipeline, or loaded when prompts or images need them.
 
-    A score is a function of its own latent, prompt, sigma and noise. What it is batched with, longer prompts beside its
-    own and earlier calls change it by rounding alone: in float32 less than 2e-5 of the scores' standard deviation. The
-    same call repeated on one CPU gives the same bits. Noise drawn from a generator depends on the place in the batch;
-    pass `noise` where latents are to be scored in another order or in batches of another size.
+    A score depends on its own latent, prompt, sigma and noise. Batch composition, longer prompts in the batch and
+    earlier calls change it by rounding only: in float32 by less than 2e-5 of the scores' standard deviation. A repeated
+    call on one CPU is bit-identical. Noise drawn from a generator depends on the index in the batch; pass `noise` where
+    latents are scored in another order or in batches of another size.
     """
 
-    differentiable = True
+    name = "dinalrm"
 
     def __init__(
         self,
@@ -59,7 +64,14 @@ class LatentReward(nn.Module):
         folder: Path = Path(),
         local_files_only: bool = False,
     ) -> None:
-        """model: frozen (`RewardModel.freeze`). folder: of the checkpoint; a relative base_model_id starts there."""
+        """
+        Args:
+            model: frozen (`RewardModel.freeze`).
+            encoder: for prompts that are passed as strings.
+            vae: for `score_images`; default: the base model's, loaded when it is needed.
+            folder: of the checkpoint; a relative base_model_id starts there.
+            local_files_only: never contact the hub.
+        """
         super().__init__()
         self.model = model
         self.encoder = encoder
@@ -74,32 +86,43 @@ class LatentReward(nn.Module):
         return self.model.config
 
     @property
+    def backbone(self) -> SD3Trunk:
+        """The truncated diffusion transformer that the reward reads latents with."""
+        return self.model.trunk
+
+    @property
     def device(self) -> torch.device:
-        return self.model.trunk.device
+        return self.backbone.device
+
+    @property
+    def noise_parts(self) -> "tuple[LatentReward, ...]":
+        return (self,)
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | Path,
         transformer: "SD3Transformer2DModel | str | Path | None" = None,
-        pipeline: "StableDiffusion3Pipeline | None" = None,
+        pipeline: "DiffusionPipeline | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         share_weights: bool = True,
-        revision: str | None = None,
         local_files_only: bool = False,
+        **hub: Any,
     ) -> "LatentReward":
-        """Load a reward in our layout or in DiNa-LRM's released one.
+        """Load a reward in this package's layout or in DiNa-LRM's released one.
 
         Args:
-            source: a hub id (with `revision`) or a folder.
+            source: a hub id or a folder.
             transformer: a frozen SD3Transformer2DModel to share weights with, or where to load one. Default: the
                 pipeline's, else the base model that the checkpoint names.
-            pipeline: to borrow text encoders, VAE and (by default) the transformer from.
+            pipeline: to borrow text encoders, VAE and (by default) the transformer from: StableDiffusion3Pipeline, or
+                its img2img and inpaint variants.
             device, dtype: of the backbone; a shared transformer keeps its own and must agree. Default: the
                 transformer's, or the CPU and the config's dtype when the transformer is loaded here.
             share_weights: read with the given transformer's own weights; False: with a private copy, LoRA merged in.
-            local_files_only: never ask the hub.
+            local_files_only: never contact the hub.
+            hub: `revision`, `token`, `cache_dir` and `subfolder` of `source`, as huggingface_hub takes them.
 
         Raises ValueError when tensors are missing, unexpected or of another shape, when the base model does not fit,
         and when the weights to be shared are trained.
@@ -107,11 +130,11 @@ class LatentReward(nn.Module):
         if isinstance(dtype, str) and dtype in DTYPES:
             dtype = DTYPES[dtype]
         if dtype is not None and dtype not in DTYPES.values():
-            raise ValueError(f"dtype: got {dtype!r}; known: {', '.join(DTYPES)}")
+            raise ValueError(f"dtype: got {dtype!r}; expected {', '.join(DTYPES)}")
         device = None if device is None else available_device(device)
         if pipeline is not None:
             _check_pipeline(pipeline)
-        checkpoint = read_checkpoint(source, revision=revision, local_files_only=local_files_only)
+        checkpoint = read_checkpoint(source, local_files_only=local_files_only, **hub)
         config = checkpoint.config
         base = base_location(config.base_model_id, checkpoint.folder, trusted=Path(source).is_dir())
         if transformer is None and pipeline is not None:
@@ -127,7 +150,7 @@ class LatentReward(nn.Module):
         model = build_reward_model(config, transformer, share_weights=share)
         load_tensors(model.tuned_tensors(), checkpoint.tensors, checkpoint.where)
         if loaded_here:
-            model.trunk.shared = ()  # nobody else holds these weights
+            model.trunk.shared = ()  # the reward is the only owner of these weights
         elif share:
             _check_place(model.trunk, device, dtype)
         if not share and device is not None:
@@ -152,10 +175,10 @@ class LatentReward(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        prompts: Sequence[str] | str | None = None,
+        prompts: Text | None = None,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
-        sigma: float | Tensor | Sequence[float] | None = None,
+        sigma: Sigma | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -163,114 +186,117 @@ class LatentReward(nn.Module):
 
         Args:
             latents: (B, C, H, W), scaled and clean, on the reward's device; any floating dtype.
-            prompts: B strings (each encoded once, then cached); or instead of them
-            prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P); no text encoder is touched then.
+            prompts: B strings (encoded once, then cached), or Conditions; or instead of them
+            prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P); no text encoder is used then.
             sigma: noise level in [0, 1]; (B,), one per sample; or a list of levels, the multi-noise ensemble. Default:
                 the config's.
             noise: (B, C, H, W) standard normal, or (K, B, C, H, W), one per level; or
-            generator: to draw it from, on the generator's device, so that a seed means the same score everywhere.
-                With neither, every call draws new noise.
+            generator: to draw it from, on the generator's device, so that a seed gives the same score on every device.
+                With neither, each call draws new noise.
 
-        Raises ValueError or TypeError for input that cannot be scored as meant (see `inputs`), ValueError where the
-        backbone overflows (float16 does for huge latents): a score is always a finite number.
+        Raises ValueError or TypeError for input that cannot be scored (see `inputs`), ValueError where the backbone
+        overflows (float16 does for huge latents): a score is always a finite number.
         """
-        raw = self.raw(latents, prompts, prompt_embeds, pooled_prompt_embeds, sigma, noise, generator)
-        return raw * self.config.score_scale + self.config.score_bias
+        inputs.check_text_choice(prompts, prompt_embeds, pooled_prompt_embeds)
+        if prompts is None:
+            self._check_latents(latents)
+            inputs.check_embeds(prompt_embeds, pooled_prompt_embeds, self.backbone, len(latents))
+            prompts = Conditions([""] * len(latents), prompt_embeds, pooled_prompt_embeds)
+        return self._scaled(self.raw(latents, prompts, sigma=sigma, noise=noise, generator=generator))
 
     def raw(
         self,
         latents: Tensor,
-        prompts: Sequence[str] | str | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        sigma: float | Tensor | Sequence[float] | None = None,
+        prompts: Text,
+        *,
+        sigma: Sigma | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The head's own number, before the checkpoint's scale and bias; arguments as `forward`."""
+        """The head's output (B,), before the checkpoint's scale and bias. Arguments and errors as `forward`."""
         self._check_latents(latents)
-        inputs.check_text_choice(prompts, prompt_embeds, pooled_prompt_embeds)
         sigma = inputs.check_sigma(self.config.sigma if sigma is None else sigma, len(latents))
         self._warn_of_statistics(latents)
-        embeds = self._embeds(prompts, prompt_embeds, pooled_prompt_embeds, len(latents))
-        # drawn last, so that a refused call leaves the generator as it was
+        embeds = self._embeds(prompts, len(latents))
+        # drawn last, so that a refused call does not advance the generator
         noise = inputs.draw_noise(latents, noise, generator, len(sigma) if isinstance(sigma, tuple) else 1)
-        raw = self.model(latents, *embeds, sigma=sigma, noise=noise)
-        inputs.check_scores(raw, latents, self.model.trunk.dtype)
-        return raw
+        return self._checked(self.model(latents, *embeds, sigma=sigma, noise=noise), latents)
 
-    def score_noisy(
-        self,
-        latents: Tensor,
-        sigma: float | Tensor,
-        prompts: Sequence[str] | str | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-    ) -> Tensor:
+    def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
         """The score (B,) of latents that are noisy already, at their own level: the states of a sampling trajectory.
 
-        Nothing is drawn: `reward.score_noisy(add_noise(x0, noise, sigma), sigma, prompts)` is
+        No noise is drawn: `reward.score_noisy(add_noise(x0, noise, sigma), sigma, prompts)` equals
         `reward(x0, prompts, sigma=sigma, noise=noise)`. Differentiable in the latents, float32, higher is better.
 
         Args:
             latents: (B, C, H, W), x_sigma = (1 - sigma) x0 + sigma noise, on the reward's device.
-            sigma: the level they are at, in [0, 1], a float or (B,): taken as it is, never snapped to a table.
-            prompts, or prompt_embeds with pooled_prompt_embeds: as `forward`.
+            sigma: their level in [0, 1], a float or (B,); never snapped to a table.
+            prompts: B strings, or Conditions.
 
-        Raises as `forward`; ValueError for several levels (latents are at one), and for a reward that was trained on
-        clean latents alone (`add_noise` false).
+        Raises as `forward`; ValueError for several levels, and for a reward that was trained on clean latents only
+        (`add_noise` false).
         """
         self._check_latents(latents)
-        inputs.check_text_choice(prompts, prompt_embeds, pooled_prompt_embeds)
         sigma = inputs.check_sigma(sigma, len(latents))
         if isinstance(sigma, tuple):
-            raise ValueError(f"sigma: got levels {sigma}; noisy latents are at one level each: a float or (B,)")
+            raise ValueError(f"sigma: got levels {sigma}; expected one level per sample, a float or (B,)")
         if not self.config.add_noise:
             raise ValueError(
-                "this reward reads clean latents alone (its config says add_noise: false); score the final latents, "
+                "this reward reads clean latents only (its config says add_noise: false); score the final latents, "
                 "reward(latents, prompts)"
             )
-        raw = self.model(
-            latents,
-            *self._embeds(prompts, prompt_embeds, pooled_prompt_embeds, len(latents)),
-            sigma=sigma,
-            noise=None,
-        )
-        inputs.check_scores(raw, latents, self.model.trunk.dtype)
-        return raw * self.config.score_scale + self.config.score_bias
+        raw = self.model(latents, *self._embeds(prompts, len(latents)), sigma=sigma, noise=None)
+        return self._scaled(self._checked(raw, latents))
 
     @torch.no_grad()
     def score_images(
         self,
         images: "Tensor | Sequence[Image] | Image",
-        prompts: Sequence[str] | str | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        sigma: float | Tensor | Sequence[float] | None = None,
+        prompts: Text,
+        *,
+        sigma: Sigma | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Scores (B,) of PIL pictures of one size or of (B, 3, H, W) in [0, 1], encoded with the VAE; no gradient.
+        """Scores (B,) of PIL images of one size or of (B, 3, H, W) in [0, 1], encoded by the VAE; no gradient.
 
         sigma defaults to the config's `image_sigma`, or its `sigma` where that is None; the rest as `forward`. Raises
-        ValueError when the VAE's scaling is not the one this reward was trained with.
+        ValueError when the VAE's scaling differs from the one this reward was trained with.
         """
         vae, pixels = self._vae(), image_tensor(images)
-        inputs.check_picture_size(pixels, self.model.trunk, 2 ** (len(vae.config.block_out_channels) - 1))
+        inputs.check_picture_size(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))
         latents = encode_images(vae, pixels).to(self.device)
         if sigma is None:
             sigma = self.config.sigma if self.config.image_sigma is None else self.config.image_sigma
-        return self(latents, prompts, prompt_embeds, pooled_prompt_embeds, sigma, noise, generator)
+        return self(latents, prompts, sigma=sigma, noise=noise, generator=generator)
 
     def save_pretrained(self, directory: str | Path, format: str = "dinalrm") -> None:
-        """Write the reward, in our layout (`dinalrm`) or DiNa-LRM's (`released`). A relative base_model_id is rewritten
-        so that it names the same base model from the new folder.
+        """Write the reward and a model card, in this package's layout (`dinalrm`) or DiNa-LRM's (`released`).
+
+        A relative base_model_id is rewritten to name the same base model from the new folder.
         """
         if not isinstance(directory, str | Path) or not str(directory):
             raise TypeError(f"directory: got {directory!r}; expected the path of a folder")
         base_model_id = relocated(self.config.base_model_id, self._folder, Path(directory))
         config = dataclasses.replace(self.config, base_model_id=base_model_id)
         save_checkpoint(directory, config, self.model.tuned_tensors(), format=format)
+        if not (card := Path(directory) / "README.md").exists():
+            write_atomically(card, model_card(config))
+
+    def push_to_hub(self, repo_id: str, *, format: str = "dinalrm", private: bool | None = None, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to a hub repository, created if needed. Returns the commit's URL.
+
+        options: of `huggingface_hub.HfApi.upload_folder`, as `token`, `commit_message`, `revision`, `create_pr`.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=options.pop("token", None))
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, format)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
     def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
         """Recompute the backbone's blocks in the backward pass: less memory, about a third more time."""
@@ -279,34 +305,33 @@ class LatentReward(nn.Module):
     def disable_gradient_checkpointing(self) -> None:
         self.model.disable_gradient_checkpointing()
 
-    def train(self, mode: bool = True) -> "LatentReward":
-        """Stay in evaluation mode: a reward with dropout would not be the same twice."""
-        return super().train(False)
+    def _scaled(self, raw: Tensor) -> Tensor:
+        return raw * self.config.score_scale + self.config.score_bias
+
+    def _checked(self, raw: Tensor, latents: Tensor) -> Tensor:
+        inputs.check_scores(raw, latents, self.backbone.dtype)
+        return raw
 
     def _check_latents(self, latents: Tensor) -> None:
-        """TypeError or ValueError unless the weights are where they were and `latents` can be scored by them."""
-        self.model.trunk.check_shared()
+        """TypeError or ValueError unless the shared weights are in place and `latents` can be scored by them."""
+        self.backbone.check_shared()
         head_device = self.model.head.query_tokens.device
         if head_device != self.device:
             raise ValueError(
                 f"the backbone's weights are on {self.device}, the reward's head is on {head_device}: the transformer "
                 "was moved after the reward was built on it; move it first, build the reward after"
             )
-        inputs.check_latents(latents, self.model.trunk, self.device)
+        inputs.check_latents(latents, self.backbone, self.device)
         inputs.check_finite("latents", latents)
 
-    def _embeds(
-        self,
-        prompts: Sequence[str] | str | None,
-        prompt_embeds: Tensor | None,
-        pooled_prompt_embeds: Tensor | None,
-        batch: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Both kinds of embeddings of a batch: encoded if prompts are given, checked, on the reward's device."""
-        if prompts is not None:
-            prompt_embeds, pooled_prompt_embeds = self.encoder(inputs.check_prompts(prompts, batch))
-        inputs.check_embeds(prompt_embeds, pooled_prompt_embeds, self.model.trunk, batch)
-        return prompt_embeds.to(self.device), pooled_prompt_embeds.to(self.device)
+    def _embeds(self, prompts: Text, batch: int) -> tuple[Tensor, Tensor]:
+        """prompt_embeds and pooled_prompt_embeds of a batch, checked, on the reward's device."""
+        if isinstance(prompts, Conditions):
+            embeds, pooled = prompts.for_length(self.config.text_length)
+        else:
+            embeds, pooled = self.encoder(prompts_of(prompts, batch))
+        inputs.check_embeds(embeds, pooled, self.backbone, batch)
+        return embeds.to(self.device), pooled.to(self.device)
 
     def _vae(self) -> "AutoencoderKL":
         if self._borrowed["vae"] is None:
@@ -323,24 +348,22 @@ class LatentReward(nn.Module):
         return vae
 
     def _warn_of_statistics(self, latents: Tensor) -> None:
-        """Warn at most once, and look at the first calls alone."""
+        """Warn at most once, within the first calls."""
         if self._statistics_calls > 0:
             message = inputs.statistics_warning(latents, self.config.vae_scaling_factor)
             self._statistics_calls = 0 if message else self._statistics_calls - 1
             if message:
-                warnings.warn(f"{message} (said once)", stacklevel=4)
+                warnings.warn(f"{message} (shown once)", stacklevel=4)
 
 
-def _check_pipeline(pipeline: "StableDiffusion3Pipeline") -> None:
-    """TypeError unless it is a StableDiffusion3Pipeline: another architecture's parts mean something else."""
-    from diffusers import StableDiffusion3Pipeline
-
-    if not isinstance(pipeline, StableDiffusion3Pipeline):
-        raise TypeError(f"pipeline: got {type(pipeline).__name__}, expected diffusers' StableDiffusion3Pipeline")
+def _check_pipeline(pipeline: "DiffusionPipeline") -> None:
+    """TypeError unless it is one of SD3's pipelines: the parts of other architectures do not fit."""
+    if type(pipeline).__name__ not in SD3_PIPELINES:
+        raise TypeError(f"pipeline: got {type(pipeline).__name__}; expected one of {', '.join(SD3_PIPELINES)}")
 
 
 def _check_place(trunk: SD3Trunk, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """ValueError when sharing is asked for at another device or dtype than the transformer's."""
+    """ValueError when the requested device or dtype is not that of the transformer whose weights are shared."""
     here = (trunk.device, trunk.dtype)
     wanted = (here[0] if device is None else torch.device(device), here[1] if dtype is None else dtype)
     same_place = wanted[0].type == here[0].type and (

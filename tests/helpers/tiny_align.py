@@ -1,20 +1,31 @@
 """The tiny stack for the tests of on-policy methods: a policy, conditions, rewards that any policy can learn."""
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dinalrm_align.align.policy import Policy
+from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.flow.sampling import schedule_sigmas
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.reward.callables import LatentFunction, as_reward
 from dinalrm_align.reward.config import LoraConfig
 from dinalrm_align.shapes.stack import StackConfig, build_pipeline
+from dinalrm_align.train.cost import PhaseMeter
 
 SHAPE = (16, 8, 8)
 
 
-def brightness(latents: Tensor, *, prompts, sigma=None, noise=None, generator=None) -> Tensor:
+def brightness(latents: Tensor, prompts=None, sigma=None, noise=None) -> Tensor:
     """The mean of the latents."""
     return latents.mean(dim=(1, 2, 3))
+
+
+def reward_of(function: Callable[..., Tensor]) -> LatentFunction:
+    """A function over latents as a reward."""
+    return as_reward(function, name="a function")
 
 
 def make_conditions(count: int, seed: int = 1) -> Conditions:
@@ -23,16 +34,32 @@ def make_conditions(count: int, seed: int = 1) -> Conditions:
     return Conditions([f"prompt {index}" for index in range(count)], embeds, pooled)
 
 
-def surroundings(num_steps: int = 4) -> dict[str, object]:
-    """What every method is built from beside its config."""
+def make_sampler(num_steps: int = 4, guidance_scale: float = 1.0, **changes) -> Sampler:
+    """Samples five training prompts on a stack of two blocks."""
     pipeline = build_pipeline(StackConfig.tiny(depth=2), seed=0)
-    return {
-        "policy": Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0),
-        "sigmas": schedule_sigmas(pipeline.scheduler, num_steps),
-        "conditions": make_conditions(5),
-        "negative": make_conditions(1, seed=2),
-        "latent_shape": SHAPE,
-    }
+    values = dict(
+        policy=Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0), conditions=make_conditions(5),
+        negative=make_conditions(1, seed=2), sigmas=schedule_sigmas(pipeline.scheduler, num_steps),
+        latent_shape=SHAPE, guidance_scale=guidance_scale, seed=3, meter=PhaseMeter("cpu"),
+    )  # fmt: skip
+    return Sampler(**(values | changes))
+
+
+def changed(method, accumulate: int | None = None, **values: object):
+    """The method with other values in its config, and another number of micro-steps per update."""
+    if accumulate is not None:
+        method = with_sampler(method, accumulate=accumulate)
+    return dataclasses.replace(method, config=dataclasses.replace(method.config, **values))
+
+
+def with_sampler(method, **values: object):
+    """The method with other values in its sampler."""
+    return dataclasses.replace(method, sampler=dataclasses.replace(method.sampler, **values))
+
+
+def with_reward(method, function: Callable[..., Tensor]):
+    """The method with a function over latents as its reward."""
+    return dataclasses.replace(method, reward=reward_of(function))
 
 
 def move(policy: Policy, scale: float = 0.05, seed: int = 5) -> None:
@@ -45,7 +72,7 @@ def move(policy: Policy, scale: float = 0.05, seed: int = 5) -> None:
 
 def gradient_of(method, first: int, count: int) -> Tensor:
     """The gradient that `count` micro-steps from `first` on sum up to, as `loop.fit` averages them."""
-    parameters = list(method.policy.parameters.values())
+    parameters = list(method.sampler.policy.parameters.values())
     total, items = torch.zeros(sum(p.numel() for p in parameters)), 0
     for micro_step in range(first, first + count):
         batch = method.batch_at(micro_step)

@@ -2,6 +2,7 @@
 
 import torch
 
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import HeadConfig, LoraConfig, RewardConfig
 
 
@@ -22,6 +23,16 @@ def shake(model: torch.nn.Module, seed: int, scale: float = 0.1) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def encoded(prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> Conditions:
+    """Embeddings whose text is unknown."""
+    return Conditions([""] * len(prompt_embeds), prompt_embeds, pooled_prompt_embeds)
+
+
+def raw_scores(reward, latents, prompt_embeds, pooled_prompt_embeds, **noise) -> torch.Tensor:
+    """The reward's raw scores of inputs as `make_inputs` makes them."""
+    return reward.raw(latents, encoded(prompt_embeds, pooled_prompt_embeds), **noise)
 
 
 def make_inputs(transformer, batch: int = 2, height: int = 16, width: int = 12, tokens: int = 9, seed: int = 0):

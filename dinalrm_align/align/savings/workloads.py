@@ -19,7 +19,7 @@ from dinalrm_align.align.grpo_config import GrpoConfig
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.refl import Refl
 from dinalrm_align.align.refl_config import ReflConfig
-from dinalrm_align.align.rollouts import Place
+from dinalrm_align.align.rollouts import Position, Sampler
 from dinalrm_align.align.savings.config import Architecture, Case
 from dinalrm_align.align.savings.fake_tensors import pack_linears, replace_tensors
 from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
@@ -146,18 +146,16 @@ def build_networks(
         transformer.norm_out = transformer.proj_out = None
     modules = [part for part in (transformer if needs_policy or not case.merged else None, vae, reward) if part]
     made = replace_tensors(modules, make)
-    if isinstance(reward, LatentReward):
-        reward.model.trunk.shared = tuple(made[id(tensor)] for tensor in reward.model.trunk.shared)
+    for part in reward.noise_parts if reward is not None else ():
+        part.backbone.shared = tuple(made[id(tensor)] for tensor in part.backbone.shared)
     if policy is not None:
         policy.parameters = {n: p for n, p in policy.transformer.named_parameters() if p.requires_grad}
         if case.policy_checkpointing:
             policy.enable_gradient_checkpointing()
-    if isinstance(reward, PixelReward) and case.reward_checkpointing:
-        reward.enable_gradient_checkpointing(case.decode_slice)
-    elif isinstance(reward, PixelReward):
-        reward.slice_size = case.decode_slice
-    elif reward is not None and case.reward_checkpointing:
-        reward.enable_gradient_checkpointing()
+    if reward is not None:
+        reward.set_decode_slice(case.decode_slice)
+        if case.reward_checkpointing:
+            reward.enable_gradient_checkpointing()
     if vae is not None and case.work == "vae_gradient" and case.reward_checkpointing:
         vae.enable_gradient_checkpointing()
     return Networks(case, architecture, device, policy, reward, vae, tuple(modules))
@@ -234,14 +232,18 @@ def workload_of(networks: Networks) -> Workload:
     return _trained(networks, update)
 
 
+def _sampler(networks: Networks, sigmas: list[float]) -> Sampler:
+    conditions = networks.conditions()
+    return Sampler(
+        policy=networks.policy, conditions=conditions, negative=conditions.take([0]), sigmas=sigmas,
+        latent_shape=networks.latent_shape, guidance_scale=1.0, seed=0, meter=PhaseMeter(networks.device),
+    )  # fmt: skip
+
+
 def refl_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
     """ReFL's loss with the gradient step, without the rollout before it."""
-    method = Refl(
-        policy=networks.policy, reward=networks.reward, sigmas=[1.0, 0.0], conditions=networks.conditions(),
-        negative=networks.conditions().take([0]), latent_shape=networks.latent_shape, guidance_scale=1.0,
-        config=ReflConfig(batch_size=networks.case.batch, earliest=1.0, reward_sigma=sigma),
-        meter=PhaseMeter(networks.device), seed=0,
-    )  # fmt: skip
+    config = ReflConfig(batch_size=networks.case.batch, earliest=1.0, reward_sigma=sigma)
+    method = Refl(_sampler(networks, [1.0, 0.0]), networks.reward, config)
     return lambda: method.step(method.batch_at(0))[0]
 
 
@@ -252,11 +254,7 @@ def grpo_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
         groups=1, group_size=max(2, batch), sample_batch=batch, window="all", window_range=None, shared_start=False,
         reward_draws=1, reward_sigma=sigma,
     )  # fmt: skip
-    method = Grpo(
-        policy=networks.policy, reward=networks.reward, sigmas=[1.0, 0.5, 0.0], conditions=networks.conditions(),
-        negative=networks.conditions().take([0]), latent_shape=networks.latent_shape, guidance_scale=1.0, config=config,
-        meter=PhaseMeter(networks.device), seed=0,
-    )  # fmt: skip
+    method = Grpo(_sampler(networks, [1.0, 0.5, 0.0]), networks.reward, config)
 
     def loss() -> Tensor:
         samples, conditions, device = list(range(batch)), networks.conditions(), networks.device
@@ -264,7 +262,7 @@ def grpo_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
             final, states, log_probs, _ = method.trajectories(0, samples, conditions, range(1))
             scores = method.scores(0, samples, final, conditions)
         trained = GrpoBatch(
-            place=Place(rollout=0, epoch=1, minibatch=0, part=0),
+            position=Position(rollout=0, epoch=1, minibatch=0, part=0),
             conditions=conditions, steps=torch.zeros(batch, dtype=torch.int64), latents=states[:, 0].to(device),
             following=states[:, 1].to(device), old_log_prob=log_probs[:, 0].to(device),
             old_mean=torch.zeros(batch, 0, device=device), advantage=scores["reward"][0].to(device),

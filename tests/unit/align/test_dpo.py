@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tiny_align import SHAPE, brightness, make_conditions, make_sampler, reward_of, with_reward, with_sampler
 from torch import Tensor
 
 from dinalrm_align.align import dpo
@@ -15,42 +16,15 @@ from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.flow.noise import add_noise, seeded_generator
-from dinalrm_align.flow.sampling import rollout, schedule_sigmas, seeded_noise
+from dinalrm_align.flow.sampling import rollout, seeded_noise
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.reward.config import LoraConfig
-from dinalrm_align.shapes.stack import StackConfig, build_pipeline
-from dinalrm_align.train.cost import PhaseMeter
-
-SHAPE = (16, 8, 8)
-
-
-def brightness(latents: Tensor, *, prompts, sigma=None, noise=None) -> Tensor:
-    """A reward that any policy can learn: the mean of the latents."""
-    return latents.mean(dim=(1, 2, 3))
-
-
-def draw_conditions(count: int, seed: int = 1) -> Conditions:
-    generator = torch.Generator().manual_seed(seed)
-    embeds, pooled = torch.randn(count, 5, 32, generator=generator), torch.randn(count, 32, generator=generator)
-    return Conditions([f"prompt {index}" for index in range(count)], embeds, pooled)
 
 
 def online(**values: object) -> dpo.OnlineDpo:
     """A new policy on the tiny stack, and online DPO of it."""
-    pipeline = build_pipeline(StackConfig.tiny(depth=2), seed=0)
     settings = dict(batch_size=2, group_size=3, beta=50.0, refresh_every=0)
-    return dpo.OnlineDpo(
-        policy=Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0),
-        reward=brightness,
-        sigmas=schedule_sigmas(pipeline.scheduler, 2),
-        conditions=draw_conditions(5),
-        negative=draw_conditions(1, seed=2),
-        latent_shape=SHAPE,
-        guidance_scale=2.0,
-        config=DpoConfig(**(settings | values)),
-        meter=PhaseMeter("cpu"),
-        seed=3,
-    )
+    sampler = make_sampler(num_steps=2, guidance_scale=2.0)
+    return dpo.OnlineDpo(sampler, reward_of(brightness), DpoConfig(**(settings | values)))
 
 
 @pytest.fixture
@@ -62,7 +36,7 @@ def method() -> dpo.OnlineDpo:
 def pairs(tmp_path_factory):
     """Twelve pairs in which the chosen picture is the brighter one."""
     folder = tmp_path_factory.mktemp("dpo") / "pairs"
-    conditions = draw_conditions(3)
+    conditions = make_conditions(3)
     generator = torch.Generator().manual_seed(0)
     with LatentPairsWriter(folder, PairManifest(1.0, 0.0, 5)) as writer:
         for group in range(12):
@@ -77,14 +51,7 @@ def pairs(tmp_path_factory):
 
 def offline(folder, **values: object) -> dpo.OfflineDpo:
     like = online(mode="offline", **values)
-    return dpo.OfflineDpo(
-        policy=like.policy,
-        pairs=LatentPairs(folder, batch_size=4, seed=0),
-        negative=like.negative,
-        config=like.config,
-        meter=like.meter,
-        seed=3,
-    )
+    return dpo.OfflineDpo(like.sampler, LatentPairs(folder, batch_size=4, seed=0), like.config)
 
 
 def shake(policy: Policy, seed: int = 5, scale: float = 0.1) -> None:
@@ -138,7 +105,7 @@ def test_a_step_by_hand():
     is improved more. Gains 0.1875 and 0.6875; loss log(1 + e^2) = 2.126928; KL (0.75^2 + 0.25^2) / 2 = 0.3125.
     """
     batch = one_pair(chosen=2.0, rejected=0.0, noise=1.0, sigma=0.5)
-    loss, metrics = dpo.preference_step(lambda x, s: -x / 2, lambda x, s: -x, batch, beta=8.0)
+    loss, metrics = dpo.dpo_step(lambda x, s: -x / 2, lambda x, s: -x, batch, beta=8.0)
     assert loss.item() == pytest.approx(2.126928, abs=1e-6)
     got = {name: float(value) for name, value in metrics.items()}
     assert got == pytest.approx(
@@ -182,14 +149,18 @@ def test_levels_follow_the_density(pairs):
 
 def test_online_pairs_are_the_true_best_and_worst(method):
     """Every sample made again by hand, and scored by hand."""
-    shake(method.policy)
+    shake(method.sampler.policy)
     batch = method.batch_at(4)
     for row, prompt in enumerate(batch.pairs.group_prompts):
-        index = method.conditions.prompts.index(prompt)
-        generator = seeded_generator(method.seed, 4 * 2 + row, 3)
-        conditions = method.conditions.take([index] * 3)
+        index = method.sampler.conditions.prompts.index(prompt)
+        generator = seeded_generator(method.sampler.seed, 4 * 2 + row, 3)
+        conditions = method.sampler.conditions.take([index] * 3)
         with torch.no_grad():
-            samples = rollout(method.velocity_for(conditions, 2.0), seeded_noise(SHAPE, [generator] * 3), method.sigmas)
+            samples = rollout(
+                method.sampler.velocity_for(conditions),
+                seeded_noise(SHAPE, [generator] * 3),
+                method.sampler.sigmas,
+            )
         order = samples.mean(dim=(1, 2, 3)).argsort()
         chosen, rejected = (batch.pairs.latents[rows[row]] for rows in (batch.pairs.chosen, batch.pairs.rejected))
         torch.testing.assert_close(chosen, samples[order[-1]], atol=1e-5, rtol=1e-5)
@@ -201,12 +172,12 @@ def test_online_pairs_are_the_true_best_and_worst(method):
 def test_samples_of_a_prompt_are_scored_with_one_noise(method):
     seen = []
 
-    def reward(latents: Tensor, *, prompts, sigma, noise) -> Tensor:
+    def reward(latents: Tensor, prompts, sigma, noise) -> Tensor:
         seen.append((list(prompts), sigma, noise))
         return latents.mean(dim=(1, 2, 3))
 
     parted = dataclasses.replace(
-        method, reward=reward, config=dataclasses.replace(method.config, reward_sigma=[0.3], sample_batch=4)
+        method, reward=reward_of(reward), config=dataclasses.replace(method.config, reward_sigma=[0.3], sample_batch=4)
     )
     batch = parted.batch_at(0)
     assert [len(prompts) for prompts, _, _ in seen] == [4, 2] and all(sigma == [0.3] for _, sigma, _ in seen)
@@ -214,7 +185,7 @@ def test_samples_of_a_prompt_are_scored_with_one_noise(method):
     assert prompts == [prompt for prompt in batch.pairs.group_prompts for _ in range(3)]
     noise = noise.unflatten(0, (2, 3))
     assert torch.equal(noise, noise[:, :1].expand_as(noise)) and not torch.equal(noise[0], noise[1])
-    whole = dataclasses.replace(method, reward=reward).batch_at(0)
+    whole = with_reward(method, reward).batch_at(0)
     torch.testing.assert_close(batch.pairs.latents, whole.pairs.latents, atol=1e-5, rtol=1e-5)
 
 
@@ -229,11 +200,11 @@ def test_ranked_pairs_by_hand():
 
 def test_an_update_is_the_same_however_it_is_divided(method, pairs):
     """One micro-batch of four prompts against four of one: the same pairs, noise and levels, the same mean gradient."""
-    shake(method.policy)
+    shake(method.sampler.policy)
     for changes in (dict(batch_size=4), dict(batch_size=4, loss_guidance_scale=3.0)):
         whole = dataclasses.replace(method, config=dataclasses.replace(method.config, **changes))
         parts = dataclasses.replace(whole, config=dataclasses.replace(whole.config, batch_size=1))
-        tensors = list(method.policy.parameters.values())
+        tensors = list(method.sampler.policy.parameters.values())
         expected = torch.autograd.grad(whole.step(whole.batch_at(1))[0], tensors)
         losses = [parts.step(parts.batch_at(micro_step))[0] for micro_step in range(4, 8)]
         got = torch.autograd.grad(torch.stack(losses).mean(), tensors)
@@ -244,7 +215,7 @@ def test_an_update_is_the_same_however_it_is_divided(method, pairs):
 
 def test_processes_share_the_prompts(method, pairs):
     other = online()
-    first, second = (dataclasses.replace(other, rank=rank, num_processes=2).batch_at(0) for rank in (0, 1))
+    first, second = (with_sampler(other, rank=rank, num_processes=2).batch_at(0) for rank in (0, 1))
     together = dataclasses.replace(other, config=dataclasses.replace(other.config, batch_size=4)).batch_at(0)
     assert (*first.pairs.group_prompts, *second.pairs.group_prompts) == tuple(together.pairs.group_prompts)
     torch.testing.assert_close(first.noise[:, :2], together.noise[:, :2])
@@ -253,7 +224,7 @@ def test_processes_share_the_prompts(method, pairs):
 
 def test_only_the_lora_gets_a_gradient_and_what_is_chosen_becomes_likelier(pairs):
     method = offline(pairs, beta=20.0)
-    optimizer = torch.optim.Adam(method.policy.parameters.values(), lr=0.02)
+    optimizer = torch.optim.Adam(method.sampler.policy.parameters.values(), lr=0.02)
     history = []
     for micro_step in range(40):
         loss, metrics = method.step(method.batch_at(micro_step))
@@ -261,14 +232,14 @@ def test_only_the_lora_gets_a_gradient_and_what_is_chosen_becomes_likelier(pairs
         loss.backward()
         optimizer.step()
         history.append((loss.item(), float(metrics["implicit_accuracy"])))
-    assert all(p.grad is None for n, p in method.policy.transformer.named_parameters() if ".lora_" not in n)
+    assert all(p.grad is None for n, p in method.sampler.policy.transformer.named_parameters() if ".lora_" not in n)
     assert sum(loss for loss, _ in history[-5:]) / 5 < 0.6
     assert sum(accuracy for _, accuracy in history[-5:]) / 5 > 0.8
 
 
 def test_online_training_raises_the_reward():
     method = online(batch_size=4, group_size=4, beta=200.0)
-    optimizer = torch.optim.Adam(method.policy.parameters.values(), lr=0.02)
+    optimizer = torch.optim.Adam(method.sampler.policy.parameters.values(), lr=0.02)
     rewards = []
     for micro_step in range(25):
         loss, metrics = method.step(method.batch_at(micro_step))
@@ -287,13 +258,13 @@ def test_the_refreshed_reference_is_the_policy_at_that_moment():
     conditions = batch.pairs.conditions
 
     def velocities() -> tuple[Tensor, Tensor, Tensor]:
-        velocity = method.velocity_for(conditions, 1.0)
+        velocity = method.sampler.velocity_for(conditions, 1.0)
         with torch.no_grad():
             return velocity(x, sigma), *(dpo.without_gradient(velocity, at)(x, sigma) for at in
-                                         (method.reference, method.policy.reference))  # fmt: skip
+                                         (method.reference, method.sampler.policy.reference))  # fmt: skip
 
     base = velocities()[0]
-    shake(method.policy)
+    shake(method.sampler.policy)
     for micro_step in (1, 2, 3):
         method.batch_at(micro_step)
         policy, reference, frozen = velocities()
@@ -304,13 +275,13 @@ def test_the_refreshed_reference_is_the_policy_at_that_moment():
     _, metrics = method.step(method.batch_at(5))
     assert metrics["margin"].item() == 0.0
     moved = policy
-    shake(method.policy, seed=6)
+    shake(method.sampler.policy, seed=6)
     policy, reference, frozen = velocities()
     assert torch.equal(reference, moved) and not torch.equal(policy, moved) and torch.equal(frozen, base)
 
 
 def test_samples_can_be_the_references(method):
-    shake(method.policy)
+    shake(method.sampler.policy)
     before = online().batch_at(0).pairs.latents
     by_reference = dataclasses.replace(method, config=dataclasses.replace(method.config, sampler="reference"))
     assert torch.equal(by_reference.batch_at(0).pairs.latents, before)
@@ -321,7 +292,7 @@ def test_state_holds_the_reference_and_nothing_without_one(method):
     assert method.state_tensors() == {}
     method.load_state_tensors({})
     refreshed = online(refresh_every=1)
-    with pytest.raises(ValueError, match="dpo.refresh_every is 0"):
+    with pytest.raises(ValueError, match="dpo.refresh_every: got 0"):
         method.load_state_tensors(refreshed.state_tensors())
     with pytest.raises(ValueError, match="weights of another LoRA"):
         refreshed.load_state_tensors({"reference.absent": torch.zeros(1)})
@@ -337,9 +308,9 @@ def test_state_holds_the_reference_and_nothing_without_one(method):
 
 def test_other_weights_are_put_in_place_exactly_and_taken_out_again(method):
     """Also when the block raises, and with a graph that was built before."""
-    policy = method.policy
+    policy = method.sampler.policy
     batch = method.batch_at(0)
-    velocity = method.velocity_for(batch.pairs.conditions, 1.0)
+    velocity = method.sampler.velocity_for(batch.pairs.conditions, 1.0)
     x = batch.pairs.latents
     shake(policy)
     first, expected = policy.weights(), velocity(x, 0.4).detach()
@@ -361,9 +332,9 @@ def test_other_weights_are_put_in_place_exactly_and_taken_out_again(method):
 
 def test_phases_of_an_update_are_measured(method, pairs):
     for start, phases in ((method, {"rollout", "reward", "policy"}), (offline(pairs), {"data", "policy"})):
-        start.meter.start_step()
+        start.sampler.meter.start_step()
         start.step(start.batch_at(0))
-        assert set(start.meter.finish_step()) == {f"seconds/{phase}" for phase in phases}
+        assert set(start.sampler.meter.finish_step()) == {f"seconds/{phase}" for phase in phases}
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,15 @@ from tiny_reward import make_inputs, shake, tiny_reward_config
 from dinalrm_align.align.config import Hpsv3Config, MemoryConfig
 from dinalrm_align.align.economies import (
     check_economies,
-    compile_blocks,
     decoder,
     economise_pipeline,
-    encode_ahead,
-    slice_decoding,
+    release_text_encoders,
+    text_pipeline,
     use_attention,
     visiting,
 )
 from dinalrm_align.align.policy import Policy
-from dinalrm_align.models.text import Conditions
+from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.reward.config import LoraConfig
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.train.config import OptimConfig
@@ -117,7 +116,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 
 def test_kernels_are_chosen_on_cuda_alone():
     check_economies(MemoryConfig(), CPU)
-    with pytest.raises(ValueError, match="memory.attention: got flash, which chooses among CUDA kernels"):
+    with pytest.raises(ValueError, match="memory.attention: got flash on cpu"):
         check_economies(MemoryConfig(attention="flash"), CPU)
 
 
@@ -132,17 +131,19 @@ def test_attention_keeps_one_kernel_and_math(name, left):
         enabled.enable_flash_sdp(True), enabled.enable_mem_efficient_sdp(True), enabled.enable_cudnn_sdp(True)
 
 
-def test_encoding_ahead_knows_the_prompts_and_lets_the_encoders_go(tiny_pipeline):
+def test_text_encoders_are_released_after_encoding(tiny_pipeline):
     pipeline = copy.copy(tiny_pipeline)
-    encoders = encode_ahead(pipeline, {14, 9}, ["a red circle", ""], CPU)
-    assert {length: encoder([""])[0].shape[1] for length, encoder in encoders.items()} == {14: 28, 9: 23}
+    encoders = text_pipeline(pipeline, CPU)
+    encoder = PromptEncoder(encoders, text_length=14)
+    conditions = Conditions.encode(encoder, ["a red circle", ""], other_lengths={9})
+    assert conditions.prompt_embeds.shape[1] == 28 and conditions.for_length(9)[0].shape[1] == 23
+    release_text_encoders(encoders, pipeline)
     assert pipeline.text_encoder is None and tiny_pipeline.text_encoder is not None
-    from dinalrm_align.models.text import PromptEncoder
-
     expected = PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
-    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(encoders[14](["a red circle"]), expected, strict=True))
+    for got, wanted in zip(conditions.take([0]).for_length(14), expected, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
     with pytest.raises(ValueError, match="prompts need text encoders"):
-        encoders[14](["another"])
+        encoder(["another"])
 
 
 def test_compiled_blocks_compute_the_same():
@@ -153,7 +154,8 @@ def test_compiled_blocks_compute_the_same():
         encoder_hidden_states=text["prompt_embeds"], pooled_projections=text["pooled_prompt_embeds"],
     )  # fmt: skip
     expected = pipeline.transformer(**arguments).sample
-    compile_blocks(pipeline.transformer, [], backend="eager")
+    for block in pipeline.transformer.transformer_blocks:
+        block.compile(backend="eager")
     assert all(block._compiled_call_impl is not None for block in pipeline.transformer.transformer_blocks)
     assert torch.allclose(pipeline.transformer(**arguments).sample, expected, atol=1e-5)
 
@@ -186,7 +188,7 @@ def test_slices_reach_the_pixel_parts_alone():
     from dinalrm_align.reward.pixel.base import PixelReward
 
     reward = PixelReward(tiny_vae())
-    slice_decoding(reward, 2)
+    reward.set_decode_slice(2)
     assert reward.slice_size == 2
 
 

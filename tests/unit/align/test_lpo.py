@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_align import SHAPE, gradient_of, move, surroundings
+from tiny_align import SHAPE, changed, gradient_of, make_sampler, move, with_sampler
 
 from dinalrm_align import LatentReward
 from dinalrm_align.align import lpo
@@ -14,36 +14,30 @@ from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.flow.sde import transition
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.train.cost import PhaseMeter
 
 
-def brightness(latents: torch.Tensor, *, sigma, prompts) -> torch.Tensor:
-    """A score of noisy latents whose differences are clear: 1000 times their mean."""
-    assert isinstance(sigma, float) and len(prompts) == len(latents)
-    return 1000 * latents.mean(dim=(1, 2, 3))
+class NoisyBrightness:
+    """A reward of noisy latents whose differences are clear: 1000 times their mean."""
+
+    def score_noisy(self, latents, sigma, prompts):
+        assert isinstance(sigma, float) and len(prompts) == len(latents)
+        return 1000 * latents.mean(dim=(1, 2, 3))
 
 
 @pytest.fixture
 def method() -> lpo.Lpo:
     config = LpoConfig(batch_size=3, candidates=3, steps=None, threshold=(0.0, 0.0), beta=500.0)
-    return lpo.Lpo(
-        **surroundings(), score_noisy=brightness, guidance_scale=1.0, config=config, meter=PhaseMeter("cpu"), seed=3
-    )
-
-
-def changed(method: lpo.Lpo, accumulate: int = 1, **values: object) -> lpo.Lpo:
-    config = dataclasses.replace(method.config, **values)
-    return dataclasses.replace(method, config=config, accumulate=accumulate, pending=None)
+    return lpo.Lpo(make_sampler(), NoisyBrightness(), config)
 
 
 # ----------------------------------------------------------------------------- arithmetic
 
 
-def test_best_and_worst_by_hand():
+def test_clearest_pair_by_hand():
     """Scores 0, 2, 1: the second is best, the first worst; at temperature 2 softmax(1, 0) = e / (1 + e) = 0.731059,
     so that they differ by 2 (0.731059) - 1 = 0.462117 = tanh(1 / 2). Of equal scores nothing is preferred.
     """
-    best, worst, clearness = lpo.best_and_worst(torch.tensor([[0.0, 2.0, 1.0], [3.0, 3.0, 3.0]]), 2.0)
+    best, worst, clearness = lpo.clearest_pair(torch.tensor([[0.0, 2.0, 1.0], [3.0, 3.0, 3.0]]), 2.0)
     assert (best[0].item(), worst[0].item()) == (1, 0)
     assert clearness.tolist() == pytest.approx([0.462117, 0.0], abs=1e-6)
     assert clearness[0].item() == pytest.approx(math.tanh(0.5))
@@ -71,7 +65,7 @@ def test_step_preference_loss_by_hand():
 # ----------------------------------------------------------------------------- pairs
 
 
-def test_pairs_are_the_true_best_and_worst(method):
+def test_pairs_are_the_true_clearest_pair(method):
     """Replay the rollout: of the candidates drawn from every kept state, the reward's best and worst were taken."""
     pairs = method.roll_out(0)
     assert len(pairs.steps) == 9 and sorted(set(pairs.steps.tolist())) == [0, 1, 2]
@@ -81,8 +75,8 @@ def test_pairs_are_the_true_best_and_worst(method):
     latents = seeded_noise(SHAPE, generators)
     torch.testing.assert_close(pairs.latents[first], latents)
     with torch.no_grad():
-        v = method.velocity_for(method.conditions.take(pairs.indices[first].tolist()), 1.0)(latents, 1.0)
-    step = transition("flow_sde", latents, v, method.sigmas, 0, 0.7)
+        v = method.velocity_for(method.sampler.take(pairs.indices[first].tolist()))(latents, 1.0)
+    step = transition("flow_sde", latents, v, method.sampler.sigmas, 0, 0.7)
     candidates = torch.stack([step.draw(seeded_noise(SHAPE, generators)) for _ in range(3)], dim=1)
     scores = candidates.mean(dim=(2, 3, 4))
     rows = torch.arange(3)
@@ -120,7 +114,7 @@ def test_thresholds_follow_the_injected_noise(method):
     """flow_sde at noise level 0.7 on this schedule injects most at the second step: the threshold is highest there."""
     thresholds = changed(method, threshold=(0.35, 0.5)).thresholds
     blank = torch.zeros(1, 1, 1, 1)
-    stds = [transition("flow_sde", blank, blank, method.sigmas, index, 0.7).std.item() for index in range(3)]
+    stds = [transition("flow_sde", blank, blank, method.sampler.sigmas, index, 0.7).std.item() for index in range(3)]
     assert thresholds[stds.index(max(stds))] == pytest.approx(0.5)
     assert thresholds[stds.index(min(stds))] == pytest.approx(0.35)
 
@@ -129,16 +123,15 @@ def test_candidates_are_scored_at_their_own_level(method, tiny_world, tiny_pipel
     """With a latent reward: what ranks the candidates of step i is `score_noisy` at the level that they are at."""
     reward = LatentReward.from_pretrained(tiny_world / "dinalrm", pipeline=tiny_pipeline)
     prompts = ["a red circle", "a blue square", "a green cross", "a red square", "a blue circle"]
-    given = method.conditions
+    given = method.sampler.conditions
     conditions = Conditions(prompts, given.prompt_embeds, given.pooled_prompt_embeds)
-    real = dataclasses.replace(changed(method), score_noisy=reward.score_noisy, conditions=conditions)
+    real = with_sampler(dataclasses.replace(method, reward=reward), conditions=conditions)
     pairs = real.roll_out(0)
     for index in range(3):
         at = pairs.steps == index
         named = conditions.take(pairs.indices[at].tolist()).prompts
-        better, worse = (
-            reward.score_noisy(part[at], method.sigmas[index + 1], named) for part in (pairs.chosen, pairs.rejected)
-        )
+        level = method.sampler.sigmas[index + 1]
+        better, worse = (reward.score_noisy(part[at], level, named) for part in (pairs.chosen, pairs.rejected))
         assert bool((better > worse).all())
 
 
@@ -150,12 +143,12 @@ def test_at_the_reference_the_loss_is_log_two(method, sampler):
     fresh = changed(method, sampler=sampler)
     loss, metrics = fresh.step(fresh.batch_at(0))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-3) and metrics["kl"] < 1e-9
-    gradients = torch.autograd.grad(loss, list(method.policy.parameters.values()))
+    gradients = torch.autograd.grad(loss, list(method.sampler.policy.parameters.values()))
     assert sum(float(g.abs().sum()) for g in gradients) > 0
 
 
 def test_how_an_update_is_cut_does_not_change_its_gradient(method):
-    move(method.policy, scale=0.01)
+    move(method.sampler.policy, scale=0.01)
     whole = gradient_of(changed(method, beta=10.0), 0, 1)
     in_parts = gradient_of(changed(method, accumulate=4, sample_batch=2, beta=10.0), 0, 4)
     more_parts_than_pairs = gradient_of(changed(method, accumulate=11, beta=10.0), 0, 11)
@@ -165,16 +158,16 @@ def test_how_an_update_is_cut_does_not_change_its_gradient(method):
 
 
 def test_guided_training(method):
-    move(method.policy, scale=0.01)
-    guided = dataclasses.replace(changed(method, beta=10.0), guidance_scale=3.0)
-    held = dataclasses.replace(changed(method, beta=10.0, negative_gradient=False), guidance_scale=3.0)
+    move(method.sampler.policy, scale=0.01)
+    guided = with_sampler(changed(method, beta=10.0), guidance_scale=3.0)
+    held = with_sampler(changed(method, beta=10.0, negative_gradient=False), guidance_scale=3.0)
     one, other = gradient_of(guided, 0, 1), gradient_of(held, 0, 1)
     assert (one - other).norm() > 0.01 * one.norm() > 0
 
 
 def test_the_policy_learns_the_preference(method):
     learner = changed(method, batch_size=8, candidates=4, beta=50.0)
-    optimizer = torch.optim.Adam(method.policy.parameters.values(), lr=0.003)
+    optimizer = torch.optim.Adam(method.sampler.policy.parameters.values(), lr=0.003)
     rewards = []
     for micro_step in range(30):
         loss, metrics = learner.step(learner.batch_at(micro_step))
@@ -182,7 +175,7 @@ def test_the_policy_learns_the_preference(method):
         loss.backward()
         optimizer.step()
         rewards.append(metrics["reward"])
-    assert all(p.grad is None for n, p in method.policy.transformer.named_parameters() if ".lora_" not in n)
+    assert all(p.grad is None for n, p in method.sampler.policy.transformer.named_parameters() if ".lora_" not in n)
     assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 10  # 1000 times a mean that was 0
 
 
@@ -190,23 +183,23 @@ def test_a_run_resumed_while_pairs_are_spent_is_the_same_run(method):
     settings = {"epochs": 2, "minibatches": 2}
     uninterrupted = changed(method, **settings)
     uninterrupted.batch_at(0)
-    state = {name: tensor.clone() for name, tensor in uninterrupted.state_tensors().items()}
+    state = {name: tensor.clone() for name, tensor in uninterrupted.buffer.state_tensors().items()}
     resumed = changed(method, **settings)
-    with pytest.raises(RuntimeError, match="micro-step 1 spends rollout 0, which is not there"):
+    with pytest.raises(RuntimeError, match="micro-step 1 is in the middle of rollout 0"):
         resumed.batch_at(1)
-    resumed.load_state_tensors(state)
-    move(method.policy)
+    resumed.buffer.load_state_tensors(state)
+    move(method.sampler.policy)
     for micro_step in range(1, 6):
         first, second = uninterrupted.batch_at(micro_step), resumed.batch_at(micro_step)
         assert torch.equal(first.chosen, second.chosen) and first.statistics == second.statistics
         assert torch.equal(uninterrupted.step(first)[0], resumed.step(second)[0])
     for micro_step in (6, 7):
         resumed.batch_at(micro_step)
-    assert resumed.state_tensors() == {}
-    with pytest.raises(ValueError, match="saved pairs: got"):
-        resumed.load_state_tensors({"latents": state["latents"]})
-    with pytest.raises(ValueError, match="saved pairs' latents: got shape"):
-        resumed.load_state_tensors(state | {"latents": state["latents"][:, :, :4]})
+    assert resumed.buffer.state_tensors() == {}
+    with pytest.raises(ValueError, match="saved rollout: got the fields"):
+        resumed.buffer.load_state_tensors({"latents": state["latents"]})
+    with pytest.raises(ValueError, match="saved rollout: latents: got shape"):
+        resumed.buffer.load_state_tensors(state | {"latents": state["latents"][:, :, :4]})
 
 
 @pytest.mark.parametrize(
@@ -226,5 +219,5 @@ def test_settings_out_of_range_are_refused(values, message):
 
 
 def test_steps_that_do_not_fit_are_refused(method):
-    with pytest.raises(ValueError, match="lpo.steps \\(0, 4\\) does not fit 4 steps"):
+    with pytest.raises(ValueError, match="lpo.steps: got \\(0, 4\\)"):
         changed(method, steps=(0, 4))

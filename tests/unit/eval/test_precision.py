@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_reward import raw_scores
 
 from dinalrm_align import LatentReward
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
@@ -182,7 +183,7 @@ def half_precision(test):
 
 def raw_under(reward, inputs, autocast, **options):
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        return reward.raw(**inputs, **options)
+        return raw_scores(reward, **inputs, **options)
 
 
 @half_precision

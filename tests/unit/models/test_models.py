@@ -12,7 +12,7 @@ import torch
 
 from dinalrm_align.models import specs as models
 from dinalrm_align.models.specs import MODELS, hub_refusal, missing_files, resolve_model
-from dinalrm_align.reward.registry import load_judge
+from dinalrm_align.reward.registry import load_image_scorer
 
 SD35_REPOSITORIES = 4
 
@@ -177,8 +177,8 @@ def test_gold_is_a_callable_or_a_dotted_name():
     def count(images, prompts):
         return torch.zeros(len(images))
 
-    assert load_judge(count) is count
-    oracle = load_judge(MODELS["shapes"].gold)
+    assert load_image_scorer(count) is count
+    oracle = load_image_scorer(MODELS["shapes"].gold)
     assert oracle(torch.rand(1, 3, 64, 64), ["a small red circle on white"]).shape == (1,)
 
 

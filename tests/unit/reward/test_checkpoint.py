@@ -11,7 +11,7 @@ import torch
 from bomb import Bomb
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_reward import make_inputs, shake, tiny_reward_config
+from tiny_reward import make_inputs, raw_scores, shake, tiny_reward_config
 
 from dinalrm_align import LatentReward, RewardConfig
 from dinalrm_align.models.hub import fetch
@@ -329,7 +329,7 @@ def test_every_kind_of_reward_survives_both_layouts(tiny_pipeline, tmp_path, var
     assert stored.config == config
     assert torch.equal(again(**inputs, sigma=config.sigma), model(**inputs, sigma=config.sigma))
     scorer = LatentReward.from_pretrained(tmp_path, transformer=tiny_pipeline.transformer)
-    torch.testing.assert_close(scorer.raw(**inputs), model(**inputs, sigma=config.sigma))
+    torch.testing.assert_close(raw_scores(scorer, **inputs), model(**inputs, sigma=config.sigma))
     scorer.save_pretrained(tmp_path / "again", format=format)
     again = read_checkpoint(tmp_path / "again").tensors
     assert again.keys() == stored.tensors.keys()

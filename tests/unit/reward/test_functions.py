@@ -8,7 +8,7 @@ from tiny_clip import tiny_vae
 from torch import nn
 
 from dinalrm_align.models.vae import decode_latents
-from dinalrm_align.reward.callables import LatentFunction, PictureFunction, as_reward, import_callable
+from dinalrm_align.reward.callables import ImageFunction, LatentFunction, as_reward, import_callable
 
 PROMPTS = ["a", "bcd"]
 
@@ -44,7 +44,7 @@ def test_images_are_decoded_and_gradients_reach_the_latents(vae):
     reward, z = as_reward(redness, vae=vae), latents().requires_grad_()
     score = reward(z, prompts=PROMPTS, sigma=0.4)
     torch.testing.assert_close(score, redness(decode_latents(vae, z), PROMPTS))
-    assert isinstance(reward, PictureFunction) and torch.autograd.grad(score.sum(), z)[0].abs().sum() > 0
+    assert isinstance(reward, ImageFunction) and torch.autograd.grad(score.sum(), z)[0].abs().sum() > 0
     torch.testing.assert_close(reward.score_images(decode_latents(vae, latents()), PROMPTS), score.detach())
 
 
@@ -67,7 +67,7 @@ def test_a_module_is_frozen_and_read_by_its_forward(vae):
 @pytest.mark.parametrize(
     ("function", "kind", "message"),
     [
-        (lambda x, prompts: x, TypeError, r"got the arguments \(x, prompts\); expected the first to be called images"),
+        (lambda x, prompts: x, TypeError, r"got the arguments \(x, prompts\); expected the first to be named images"),
         (lambda: 0, TypeError, r"got the arguments \(\)"),
         (lambda *args: 0, TypeError, r"got the arguments \(\)"),
         (Brightness, TypeError, "got the class Brightness"),
@@ -86,7 +86,7 @@ def test_what_cannot_be_a_reward(function, kind, message):
         (lambda latents: latents.sum(), ValueError, r"returned shape \(\); expected \(2,\)"),
         (lambda latents: latents.mean((2, 3)), ValueError, r"returned shape \(2, 16\)"),
         (lambda latents: latents.detach().mean((1, 2, 3)), ValueError, "is not differentiable"),
-        (lambda latents: latents.mean((1, 2, 3)) / 0, ValueError, "returned NaN or infinity"),
+        (lambda latents: latents.mean((1, 2, 3)) / 0, ValueError, "NaN or infinite"),
         (lambda images, prompts: images.detach().mean((1, 2, 3)), ValueError, "is not differentiable.*GRPO|rank"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_clip import write_processor
+from tiny_reward import encoded
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -155,9 +156,9 @@ def test_missing_and_unexpected_weights_are_errors(folder, tmp_path):
 
 def test_bad_inputs_are_named(reward, folder):
     latents = torch.zeros(2, 16, 8, 8)
-    with pytest.raises(ValueError, match="reads prompts as text"):
-        reward(latents, prompt_embeds=torch.zeros(2, 4, 8), pooled_prompt_embeds=torch.zeros(2, 8))
-    with pytest.raises(ValueError, match=r"got 1 prompts for 2 pictures"):
+    with pytest.raises(ValueError, match="got embeddings without text"):
+        reward(latents, encoded(torch.zeros(2, 4, 8), torch.zeros(2, 8)))
+    with pytest.raises(ValueError, match=r"got 2 samples, 1 prompts"):
         reward(latents, prompts=PROMPTS[:1])
     with pytest.raises(ValueError, match="one string"):
         reward(latents, prompts="ab")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_reward import make_inputs
+from tiny_reward import make_inputs, raw_scores
 
 from dinalrm_align import LatentReward
 from dinalrm_align.models.text import PromptEncoder
@@ -22,7 +22,7 @@ def images(batch=2, seed=0):
 
 
 def test_score_is_the_checkpoints_affine_of_the_raw_score(reward, tiny_inputs):
-    torch.testing.assert_close(reward(**tiny_inputs), 2.0 * reward.raw(**tiny_inputs) + 0.5)
+    torch.testing.assert_close(reward(**tiny_inputs), 2.0 * raw_scores(reward, **tiny_inputs) + 0.5)
     assert reward(**tiny_inputs).dtype == torch.float32
 
 

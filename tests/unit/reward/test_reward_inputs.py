@@ -53,10 +53,10 @@ def test_latents(reward, tiny_inputs, bad, error, message):
 
 
 @pytest.mark.parametrize(("prompts", "error", "message"), [
-    (["one"], ValueError, "one prompt per latent: got 2 latents, 1 prompts; to score one prompt .* repeat it"),
-    ("one", ValueError, "got 2 latents, 1 prompts"),
-    (["one", "two", "three"], ValueError, "got 2 latents, 3 prompts"),
-    (["one", None], TypeError, "prompts: got NoneType None, expected strings"),
+    (["one"], ValueError, "one prompt per sample: got 2 samples, 1 prompts; to score one prompt .* repeat it"),
+    ("one", ValueError, "got 2 samples, 1 prompts"),
+    (["one", "two", "three"], ValueError, "got 2 samples, 3 prompts"),
+    (["one", None], TypeError, "got NoneType None; expected a string"),
 ])  # fmt: skip
 def test_prompts(reward, prompts, error, message):
     with pytest.raises(error, match=message):
@@ -127,7 +127,7 @@ def test_score_images_checks_the_scaling_of_the_vae(reward, tiny_pipeline, monke
 
 
 def test_an_unknown_dtype_is_refused(tiny_reward_dir):
-    with pytest.raises(ValueError, match="dtype: got 'int8'; known: float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype: got 'int8'; expected float32, bfloat16, float16"):
         LatentReward.from_pretrained(tiny_reward_dir, dtype="int8")
 
 
@@ -160,7 +160,7 @@ def test_odd_statistics_warn_once_and_are_scored(tiny_reward_dir, tiny_pipeline)
     reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline)
     flat = make_inputs(tiny_pipeline.transformer)
     flat["latents"] = torch.full_like(flat["latents"], 0.2)
-    with pytest.warns(UserWarning, match="latents look collapsed: .* scaled latents have about 1 .said once"):
+    with pytest.warns(UserWarning, match="latents look collapsed: .* scaled latents have about 1 .shown once"):
         assert reward(**flat).shape == (2,)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -14,13 +14,14 @@ from tiny_clip import SIZE, open_clip_tensors, tiny_clip_h, tiny_vae, write_proc
 import dinalrm_align
 from dinalrm_align import LatentReward, load_reward
 from dinalrm_align.models.specs import MODELS
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.names import REWARDS
 from dinalrm_align.reward.pixel import base
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.clip import ClipReward
 from dinalrm_align.reward.pixel.hpsv2 import HPSv2Reward
-from dinalrm_align.reward.registry import as_judge, latent_rewards, load_judge, part_weights, score_parts
+from dinalrm_align.reward.registry import load_image_scorer
 from dinalrm_align.train.digest import fingerprint
 
 PROMPTS = ["a red circle", "blue square"]
@@ -124,7 +125,7 @@ def test_versions_of_hpsv2_are_their_files(load, weights, tmp_path):
 
 
 def test_mps_needs_its_file_named(load):
-    with pytest.raises(ValueError, match="mps has no weights on the hub; .*mps=/path/to/MPS_overall_checkpoint.pth"):
+    with pytest.raises(ValueError, match="mps: .* not on the hub; pass mps=/path/to/MPS_overall_checkpoint.pth"):
         load("mps")
 
 
@@ -134,7 +135,7 @@ def test_options_go_to_the_part_they_name(load, weights, tmp_path):
     reward = load(text, options={"pickscore": {"processor": str(tmp_path / "other"), "dtype": torch.bfloat16}})
     assert reward.parts[0].clip.dtype == torch.bfloat16
     assert load("pixel", dtype="bfloat16").clip.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype: got 'half'; known: float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype: got 'half'; expected float32, bfloat16, float16"):
         load("pixel", dtype="half")
     with pytest.raises(ValueError, match=r"options: got some for \['hpsv3'\]"):
         load(text, options={"hpsv3": {}})
@@ -218,28 +219,38 @@ def test_latents_are_decoded_once(load, weights, monkeypatch):
 def test_a_sum_takes_text_and_embeddings_together(load):
     """Parts that read latents take the embeddings, and touch no text encoder; parts that read pictures the text."""
     reward, latents = load("dinalrm + pixel"), some_latents()
-    dinalrm = latent_rewards(reward)[0]
-    embeds, pooled = dinalrm.encoder(PROMPTS[::-1])
+    (dinalrm,) = reward.noise_parts
+    embeds = dinalrm.encoder(PROMPTS[::-1])
     with torch.no_grad():
-        parts = reward.score_parts(
-            latents, prompts=PROMPTS, prompt_embeds=embeds, pooled_prompt_embeds=pooled, noise=noise()
-        )
+        parts = reward.score_parts(latents, Conditions(PROMPTS, *embeds), noise=noise())
         assert torch.equal(parts["dinalrm"], dinalrm(latents, PROMPTS[::-1], noise=noise()))
         assert torch.equal(parts["pixel"], load("pixel")(latents, prompts=PROMPTS))
-    with pytest.raises(ValueError, match="pixel read prompts as text"):
-        reward(latents, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    with pytest.raises(ValueError, match="prompts: got embeddings without text"):
+        reward(latents, Conditions(["", ""], *embeds))
 
 
 def test_parts_have_names_and_weights_whatever_the_reward(load):
     latents = some_latents()
     reward = load("dinalrm - 2*pixel")
     with torch.no_grad():
-        assert list(score_parts(reward, latents, prompts=PROMPTS)) == ["dinalrm", "pixel"]
+        assert list(reward.score_parts(latents, PROMPTS)) == ["dinalrm", "pixel"]
         single = load("pixel")
-        scores = score_parts(single, latents, prompts=PROMPTS)
+        scores = single.score_parts(latents, PROMPTS)
         assert list(scores) == ["reward"] and torch.equal(scores["reward"], single(latents, prompts=PROMPTS))
-    assert part_weights(reward) == {"dinalrm": 1.0, "pixel": -2.0} and part_weights(single) == {"reward": 1.0}
-    assert latent_rewards(single) == [] and len(latent_rewards(reward)) == 1
+    assert reward.weights == {"dinalrm": 1.0, "pixel": -2.0} and single.weights == {"reward": 1.0}
+    assert single.noise_parts == () and len(reward.noise_parts) == 1
+
+
+def test_a_nan_from_a_part_of_a_sum_is_refused(load, monkeypatch):
+    """Whichever kind the part is of: an image reward, a latent one, a callable."""
+    for part in ("pixel", "dinalrm", f"{__name__}:energy"):
+        reward = load(f"dinalrm + pixel + {__name__}:energy")
+        broken = reward.named_parts[part]
+        at = "score_pixels" if part == "pixel" else "forward"
+        monkeypatch.setattr(type(broken), at, lambda self, latents, *_, **__: torch.full((len(latents),), torch.nan))
+        with torch.no_grad(), pytest.raises(ValueError, match="NaN or infinite"):
+            reward(some_latents(), PROMPTS)
+        monkeypatch.undo()
 
 
 def test_sums_differ_in_their_fingerprints_by_weights(load):
@@ -252,7 +263,7 @@ def test_a_part_without_gradient_is_named_before_anything_is_computed(load):
     assert not reward.differentiable
     with torch.no_grad():
         assert reward(latents, prompts=PROMPTS).shape == (2,)
-    with pytest.raises(ValueError, match="oracle is not differentiable, and with it the sum of dinalrm, oracle"):
+    with pytest.raises(ValueError, match="oracle is not differentiable"):
         reward(latents.requires_grad_(), prompts=PROMPTS)
     with pytest.raises(ValueError, match="not differentiable"):
         load("oracle")(latents, prompts=PROMPTS)
@@ -265,7 +276,8 @@ def test_checkpointing_reaches_every_part_and_changes_no_gradient(load, tiny_pip
         return torch.autograd.grad(reward(latents, prompts=PROMPTS, noise=noise()).sum(), latents)[0]
 
     plain = gradient()
-    reward.enable_gradient_checkpointing(slice_size=1)
+    reward.enable_gradient_checkpointing()
+    reward.set_decode_slice(1)
     try:
         assert tiny_pipeline.vae.decoder.gradient_checkpointing and reward.parts[1].slice_size == 1
         torch.testing.assert_close(gradient(), plain)
@@ -291,13 +303,13 @@ def test_callables_and_modules_are_taken_as_they_are(load):
     assert load(blueness)(latents, prompts=PROMPTS).shape == (2,)
     pixel = load("pixel")
     assert load(pixel) is pixel
-    with pytest.raises(TypeError, match="expected the first to be called images"):
+    with pytest.raises(TypeError, match="expected the first to be named images"):
         load(lambda x: x)
 
 
 def test_bad_calls_of_a_sum_are_named(load):
     reward = load("dinalrm + pixel")
-    with pytest.raises(ValueError, match="got 1 prompts for 2 pictures"):
+    with pytest.raises(ValueError, match="got 2 samples, 1 prompts"):
         reward(some_latents(), prompts=PROMPTS[:1])
     with pytest.raises(ValueError, match=r"expected \(B, 16, h, w\)"):
         reward(some_latents()[:, :4], prompts=PROMPTS)
@@ -312,25 +324,25 @@ def test_unknown_names_and_specs_that_are_none(load):
         load("no/such folder")
     with pytest.raises(ImportError, match="there is no module 'no_such_module'"):
         load("no_such_module:f")
-    with pytest.raises(ValueError, match="the oracle judges pictures of the embedded world, and sd35 has none"):
+    with pytest.raises(ValueError, match="reward oracle: got model sd35"):
         load_reward("oracle", spec=MODELS["sd35"])
 
 
 def test_judges_by_name(load, spec, tiny_pipeline, weights):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert load_judge(tiny_gold) is tiny_gold
-    assert torch.equal(load_judge("oracle", spec=spec)(images, PROMPTS), tiny_gold(images, PROMPTS))
-    assert torch.equal(load_judge(spec.gold, spec=spec)(images, PROMPTS), tiny_gold(images, PROMPTS))
-    pixel = load_judge("pixel", spec=spec)(images, PROMPTS)
+    assert load_image_scorer(tiny_gold) is tiny_gold
+    assert torch.equal(load_image_scorer("oracle", spec=spec)(images, PROMPTS), tiny_gold(images, PROMPTS))
+    assert torch.equal(load_image_scorer(spec.gold, spec=spec)(images, PROMPTS), tiny_gold(images, PROMPTS))
+    pixel = load_image_scorer("pixel", spec=spec)(images, PROMPTS)
     assert torch.equal(pixel, load("pixel").score_images(images, PROMPTS))
-    dinalrm = load_judge("dinalrm", spec=spec, pipeline=tiny_pipeline)
+    dinalrm = load_image_scorer("dinalrm", spec=spec, pipeline=tiny_pipeline)
     assert torch.equal(dinalrm(images, PROMPTS), dinalrm(images, PROMPTS)), "the same noise in every call"
-    both = load_judge("dinalrm + 2*pixel", spec=spec, pipeline=tiny_pipeline)(images, PROMPTS)
+    both = load_image_scorer("dinalrm + 2*pixel", spec=spec, pipeline=tiny_pipeline)(images, PROMPTS)
     torch.testing.assert_close(both, dinalrm(images, PROMPTS) + 2 * pixel)
-    with pytest.raises(ValueError, match="energy reads latents and cannot judge pictures"):
-        load_judge(f"{__name__}:energy")
-    with pytest.raises(ValueError, match="energy reads latents, not pictures"):
-        as_judge(load(f"pixel + {__name__}:energy"))(images, PROMPTS)
+    with pytest.raises(ValueError, match="energy' reads latents and cannot score images"):
+        load_image_scorer(f"{__name__}:energy")
+    with pytest.raises(ValueError, match="reads latents and cannot score images"):
+        load_image_scorer(f"pixel + {__name__}:energy", spec=spec)
 
 
 def test_load_reward_is_public():

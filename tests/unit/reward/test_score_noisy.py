@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_reward import encoded
 
 from dinalrm_align import LatentReward
 from dinalrm_align.flow.noise import add_noise
@@ -16,8 +17,8 @@ def reward(tiny_reward_dir, tiny_pipeline):
 
 def noisy(inputs, sigma):
     """The inputs of `score_noisy` that belong to those of `forward` at this level."""
-    given = {name: inputs[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
-    return given | {"latents": add_noise(inputs["latents"], inputs["noise"], sigma), "sigma": sigma}
+    prompts = encoded(inputs["prompt_embeds"], inputs["pooled_prompt_embeds"])
+    return {"prompts": prompts, "latents": add_noise(inputs["latents"], inputs["noise"], sigma), "sigma": sigma}
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.4, 1.0, torch.tensor([0.2, 0.7])])
@@ -59,14 +60,14 @@ def test_it_is_differentiable_and_draws_nothing(reward, tiny_inputs):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"sigma": [0.2, 0.5]}, ValueError, "noisy latents are at one level each"),
+        ({"sigma": [0.2, 0.5]}, ValueError, "expected one level per sample"),
         ({"sigma": 1.2}, ValueError, "sigma: got 1.2, outside"),
         ({"sigma": torch.tensor([0.1, 0.2, 0.3])}, ValueError, "sigma: got a tensor of shape"),
         ({"sigma": None}, TypeError, "sigma: got None"),
         ({"latents": torch.zeros(2, 3, 16, 12)}, ValueError, "latents: got 3 channels"),
         ({"latents": torch.full((2, 16, 16, 12), torch.nan)}, ValueError, "NaN or infinite"),
-        ({"prompts": ["a red circle", "a blue square"]}, ValueError, "got both prompts and embeddings"),
-        ({"prompt_embeds": None}, ValueError, "got pooled_prompt_embeds without prompt_embeds"),
+        ({"prompts": ["a red circle"]}, ValueError, "got 2 samples, 1 prompts"),
+        ({"prompts": None}, TypeError, "prompts: got NoneType"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(reward, tiny_inputs, change, error, message):
@@ -76,5 +77,5 @@ def test_what_cannot_be_scored_is_refused(reward, tiny_inputs, change, error, me
 
 def test_a_reward_of_clean_latents_alone_says_so(reward, tiny_inputs):
     reward.model.config = dataclasses.replace(reward.config, add_noise=False)
-    with pytest.raises(ValueError, match="reads clean latents alone"):
+    with pytest.raises(ValueError, match="reads clean latents only"):
         reward.score_noisy(**noisy(tiny_inputs, 0.5))
