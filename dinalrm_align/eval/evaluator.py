@@ -22,9 +22,9 @@ from dinalrm_align.eval.test_sets_config import TEST_SETS
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.reward.checkpoint import read_checkpoint
-from dinalrm_align.reward.combine import Part, RewardSum
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.latent import LatentReward
+from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.training import score_batch
 from dinalrm_align.train.digest import digest, fingerprint
 from dinalrm_align.train.durable import write_atomically
@@ -50,7 +50,7 @@ class Candidate:
     """
 
     identity: str
-    load: Callable[[], Part | RewardSum]
+    load: Callable[[], Reward]
     config: RewardConfig | None = None
 
     @classmethod
@@ -64,7 +64,7 @@ class Candidate:
         return cls(digest(checkpoint.tensors), load, checkpoint.config)
 
     @classmethod
-    def from_reward(cls, text: str, reward: Part | RewardSum) -> "Candidate":
+    def from_reward(cls, text: str, reward: Reward) -> "Candidate":
         """Any loaded reward and the text that names it. A remote reward is identified by its name only."""
         return cls(f"{text} {fingerprint(reward)}", lambda: reward)
 
@@ -148,7 +148,7 @@ class Evaluator:
                 raise ValueError("prompts: got latents without them; expected text, which this reward reads")
             latents = batch.latents.float().to(self.encoders.device)
             noise = batch.draw_noise(seeded_generator(self.noise_seed)).to(latents.device)
-            return reward(latents, batch.conditions.prompts, noise=noise)
+            return reward(latents, batch.conditions.to(latents.device), noise=noise)
 
         return raw if candidate.config else score
 

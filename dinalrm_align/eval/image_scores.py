@@ -21,9 +21,8 @@ from dinalrm_align.eval.test_sets import ImageSet
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.images import image_tensor, open_image
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.reward.combine import Part, RewardSum
 from dinalrm_align.reward.latent import LatentReward
-from dinalrm_align.reward.registry import latent_rewards
+from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.train.digest import text_digest
 
 PIECE = 8
@@ -60,9 +59,7 @@ class Fit:
         return image_tensor([fitted])[0]
 
 
-def image_scorer(
-    reward: Part | RewardSum, encoders: Encoders, fit: Fit, levels: Sequence[NoiseLevels], seed: int
-) -> ImageScorer:
+def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[NoiseLevels], seed: int) -> ImageScorer:
     """Raw scores of a latent reward at `levels`; or, where these are [NO_NOISE], the weighted sum of the parts of any
     reward: latent rewards at their config's level and scale, image rewards on the images as they are.
 
@@ -74,8 +71,8 @@ def image_scorer(
     Raises ValueError when a latent reward was trained with other encoders; and, when called, for a reward that cannot
     score images.
     """
-    parts, weights = _parts(reward)
-    for part in latent_rewards(reward):
+    parts, weights = reward.named_parts, reward.weights
+    for part in reward.noise_parts:
         encoders.manifest().check(part.config)
 
     def raw_scores(
@@ -88,12 +85,12 @@ def image_scorer(
             conditions = Conditions(texts, *encoders.encode_prompts(texts))
             for level in levels:
                 noise = torch.stack([draw_noise(texts, latents.shape[1:], seed, draw) for draw in level.draws])
-                raw = _raw(part, latents, conditions, list(level.sigmas), noise)
+                raw = part.raw(latents, conditions, sigma=list(level.sigmas), noise=noise)
                 scores[level.name][rows] = raw.cpu().numpy()
         return scores
 
-    def part_score(part: Part, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-        if not latent_rewards(part):
+    def part_score(part: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        if not part.noise_parts:
             return part.score_images(list(images), list(prompts)).cpu().numpy()
         config = part.config
         sigma = config.sigma if config.image_sigma is None else config.image_sigma
@@ -213,14 +210,3 @@ def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mappin
         prompts=tuple(prompts),
         images=tuple(image.name for image in images.images),
     )
-
-
-def _parts(reward: Part | RewardSum) -> tuple[dict[str, Part], dict[str, float]]:
-    if isinstance(reward, RewardSum):
-        return dict(zip(reward.names, reward.parts, strict=True)), reward.weights
-    return {"reward": reward}, {"reward": 1.0}
-
-
-def _raw(reward: LatentReward, latents: Tensor, text: Conditions, sigma: list[float], noise: Tensor) -> Tensor:
-    embeds = dict(prompt_embeds=text.prompt_embeds, pooled_prompt_embeds=text.pooled_prompt_embeds)
-    return reward.raw(latents, **embeds, sigma=sigma, noise=noise)

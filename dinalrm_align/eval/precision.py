@@ -26,6 +26,7 @@ from dinalrm_align.eval.precision_images import Sample, heldout_images, images_o
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import Level, level_name
 from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.command import parse, refuse, refusing
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.durable import write_atomically
@@ -91,8 +92,7 @@ def score(
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             scored = reward.raw(
                 latents,
-                prompt_embeds=part.prompt_embeds,
-                pooled_prompt_embeds=part.pooled_prompt_embeds,
+                Conditions([""] * len(latents), part.prompt_embeds, part.pooled_prompt_embeds),
                 sigma=list(level),
                 noise=part.noise,
             )

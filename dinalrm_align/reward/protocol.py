@@ -34,6 +34,7 @@ class Reward(Protocol):
         noise_parts: the latent rewards among the parts; empty for image rewards and callables.
         text_lengths: numbers of T5 tokens whose embeddings are read (`Conditions.for_length`); empty where text is
             read as strings.
+        named_parts: the parts of the sum by name; {"reward": itself} for a reward that is not a sum.
         weights: the weight of each part in the sum; {"reward": 1.0} for a reward that is not a sum.
         device: where scores are computed.
     """
@@ -55,6 +56,9 @@ class Reward(Protocol):
 
     @property
     def text_lengths(self) -> frozenset[int]: ...
+
+    @property
+    def named_parts(self) -> "Mapping[str, Reward]": ...
 
     @property
     def weights(self) -> Mapping[str, float]: ...
@@ -148,6 +152,10 @@ class RewardModule(nn.Module):
     @property
     def text_lengths(self) -> frozenset[int]:
         return frozenset(part.config.text_length for part in self.noise_parts)
+
+    @property
+    def named_parts(self) -> "dict[str, RewardModule]":
+        return {"reward": self}
 
     @property
     def weights(self) -> dict[str, float]:

@@ -160,10 +160,10 @@ def test_pairs_of_another_text_length_are_refused(main, arguments, tmp_path, cap
 
 def test_public_settings_lie_beneath_the_users_for_sd35(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from dinalrm_align.align.settle import settle
+    from dinalrm_align.align.resolve import resolve
 
-    settled = settle(DpoRun, "", RECIPE, ["--model=sd35", "--loop.steps=7"])
-    settings = settled.run
-    assert (settled.spec.name, settings.loop.steps, settings.loop.accumulate) == ("sd35", 7, 16)
+    resolved = resolve(DpoRun, "", RECIPE, ["--model=sd35", "--loop.steps=7"])
+    settings = resolved.run
+    assert (resolved.spec.name, settings.loop.steps, settings.loop.accumulate) == ("sd35", 7, 16)
     assert (settings.policy.rank, settings.policy.alpha, settings.dpo.beta) == (32, 64, 100.0)
     assert settings.dpo.sigma.density == "logit_normal" and settings.dpo.group_size == 24

@@ -13,7 +13,7 @@ from tiny_recipes import make_world, stand_in
 from dinalrm_align.align.grpo_config import GrpoRun
 from dinalrm_align.align.lpo_config import LpoRun
 from dinalrm_align.align.nft_config import NftRun
-from dinalrm_align.align.settle import settle
+from dinalrm_align.align.resolve import resolve
 from dinalrm_align.models.specs import SHAPES_WEIGHTS
 from dinalrm_align.train.metrics import read_metrics
 
@@ -135,8 +135,8 @@ def test_parts_of_a_sum_of_rewards_are_normalised_one_by_one(start, world):
 def test_the_settings_for_sd35_are_read_and_fit(method, monkeypatch, tmp_path):
     """The settings file is beneath the user's own, and each of its values is one that the method takes."""
     monkeypatch.chdir(tmp_path)
-    settled = settle(RUNS[method], "", RECIPES / f"{method}_sd35.py", ["--model=sd35", "--loop.steps=7"])
-    run = settled.run
-    assert settled.spec.name == "sd35" and run.loop.steps == 7 and run.gradient_checkpointing
+    resolved = resolve(RUNS[method], "", RECIPES / f"{method}_sd35.py", ["--model=sd35", "--loop.steps=7"])
+    run = resolved.run
+    assert resolved.spec.name == "sd35" and run.loop.steps == 7 and run.gradient_checkpointing
     expected = {"grpo": (32, 64, 5e-5, 24), "lpo": (64, 64, 1e-5, 40), "nft": (32, 64, 3e-4, 384)}[method]
     assert (run.policy.rank, run.policy.alpha, run.optim.lr, run.loop.accumulate) == expected

@@ -21,7 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from dinalrm_align.align import watch
 from dinalrm_align.align.refl_config import ReflRun
-from dinalrm_align.align.settle import settle
+from dinalrm_align.align.resolve import resolve
 from dinalrm_align.shapes.stack import clip_tokenizer
 from dinalrm_align.train.checkpoints import checkpoint_to_resume
 from dinalrm_align.train.metrics import read_metrics
@@ -300,16 +300,16 @@ def test_default_folders_are_numbered(arguments, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = []
     for _ in range(2):
-        settled = settle(ReflRun, "", RECIPE, arguments)
-        names.append(settled.run.output_dir)
-        Path(settled.run.output_dir).mkdir(parents=True)
+        resolved = resolve(ReflRun, "", RECIPE, arguments)
+        names.append(resolved.run.output_dir)
+        Path(resolved.run.output_dir).mkdir(parents=True)
     stem = f"runs/refl_{world.name}_dinalrm_seed0"
     assert names == [stem, f"{stem}_2"]
 
 
 def test_the_papers_settings_lie_beneath_the_users_for_sd35(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settled = settle(ReflRun, "", RECIPE, ["--model=sd35", "--loop.steps=7"])
-    settings = settled.run
-    assert (settled.spec.name, settings.loop.steps, settings.loop.accumulate) == ("sd35", 7, 16)
+    resolved = resolve(ReflRun, "", RECIPE, ["--model=sd35", "--loop.steps=7"])
+    settings = resolved.run
+    assert (resolved.spec.name, settings.loop.steps, settings.loop.accumulate) == ("sd35", 7, 16)
     assert (settings.policy.rank, settings.policy.alpha, settings.optim.lr) == (32, 64, 1e-4)
