@@ -85,11 +85,11 @@ class Report:
     def count(self, recipe: str, board: Board, *, before_first: bool) -> None:
         self.kills += 1
         self.by_recipe[recipe] += 1
-        self.by_cause["at a file operation" if board.place else "by the clock"] += 1
+        self.by_cause["at a file operation" if board.killed_at else "by the clock"] += 1
         self.by_moment[PHASES[board.phase]] += 1
         self.by_moment["before a first checkpoint"] += before_first
-        if board.place:
-            self.by_file_operation[board.place] += 1
+        if board.killed_at:
+            self.by_file_operation[board.killed_at] += 1
 
     def line(self) -> str:
         moments = ", ".join(f"{name} {count}" for name, count in sorted(self.by_moment.items()))
@@ -168,7 +168,7 @@ def live(case: Case, run: Path, board: Board, output: Path, rng: random.Random, 
         status = attempt(case.recipe, run, board, output, kill, seconds)
         step = step_of(latest_checkpoint(run))
         if step < reached:
-            return f"had reached update {reached}, now has {step}; killed {board.place or 'by the clock'}"
+            return f"had reached update {reached}, now has {step}; killed {board.killed_at or 'at a random time'}"
         if status == KILLED:
             bar.update()
             report.count(case.recipe.name, board, before_first=step < 0)

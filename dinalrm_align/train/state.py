@@ -72,7 +72,7 @@ class RunState:
         samples: prompts or pairs per update (on-policy: per rollout), summed over ranks. A run can be resumed with
             another world size if this number stays the same.
         step: updates done.
-        elapsed: seconds spent on them.
+        elapsed: seconds they took.
     """
 
     parameters: dict[str, nn.Parameter]

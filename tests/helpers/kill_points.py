@@ -49,12 +49,12 @@ class Board:
         self._page[5:9] = (saving + (self.phase == SAVING)).to_bytes(4, "big")
 
     @property
-    def place(self) -> str:
+    def killed_at(self) -> str:
         """The operation at which the process killed itself, or an empty text."""
         return self._page[9:].split(b"\0")[0].decode()
 
-    def die(self, place: str) -> None:
-        self._page[9 : 9 + len(place.encode())] = place.encode()
+    def die(self, operation: str) -> None:
+        self._page[9 : 9 + len(operation.encode())] = operation.encode()
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -38,8 +38,8 @@ def test_the_commands_make_the_papers_updates(path, monkeypatch):
         assert launch.use_fsdp == ("fsdp" in path.stem) and (not launch.use_fsdp or launch.fsdp_version == 2)
         assert launch.num_processes == launch.num_machines * (1 if path.stem == "gpu1" else 8)
         recipe = Path(launch.training_script).stem
-        beneath = RECIPES / f"{recipe}{'_sd35' * (recipe == 'train_reward')}.yaml"
-        run, _ = parse(RUNS[recipe], "", launch.training_script_args, [beneath])
+        defaults = RECIPES / f"{recipe}{'_sd35' * (recipe == 'train_reward')}.yaml"
+        run, _ = parse(RUNS[recipe], "", launch.training_script_args, [defaults])
         taken = {
             "train_reward": lambda run: run.batch_size * run.loop.accumulate,
             "refl_sd35": lambda run: run.refl.batch_size * run.loop.accumulate,

@@ -28,7 +28,7 @@ class Recorder(GeneralTracker):
 
     def __init__(self):
         super().__init__(_blank=True)
-        self.rows, self.pictures = {}, {}
+        self.rows, self.images = {}, {}
 
     def start(self):
         pass
@@ -41,7 +41,7 @@ class Recorder(GeneralTracker):
         self.rows.setdefault(step, {}).update(values)
 
     def log_images(self, values, step=None, **kwargs):
-        self.pictures[step] = {name: np.array(pictures) for name, pictures in values.items()}
+        self.images[step] = {name: np.array(images) for name, images in values.items()}
 
 
 def draw(path: Path, value: int) -> Path:
@@ -53,7 +53,7 @@ def run(accelerator: Accelerator, folder: Path, steps: int = 4, resume: Path | N
     """Train one weight, with an image after updates 0, 2, 4, ..."""
     weight = nn.Parameter(torch.tensor(1.0))
 
-    def picture(step: int) -> None:
+    def image(step: int) -> None:
         track_image(accelerator, "held_out", draw(folder / "grid.png", 10 * step), step)
 
     folder.mkdir(exist_ok=True)
@@ -65,20 +65,20 @@ def run(accelerator: Accelerator, folder: Path, steps: int = 4, resume: Path | N
         Closures(float, lambda batch: (weight**2, {"batch": batch})),
         accelerator=accelerator,
         run=RunFolder(folder, checkpoint=resume),
-        hooks=[Hook(2, picture)],
+        hooks=[Hook(2, image)],
     )
 
 
-def test_a_tracker_gets_the_rows_of_the_metrics_file_and_the_pictures(tmp_path):
+def test_a_tracker_gets_the_rows_of_the_metrics_file_and_the_images(tmp_path):
     recorder = Recorder()
     accelerator = Accelerator(cpu=True, log_with=recorder)
     accelerator.init_trackers("any")
     run(accelerator, tmp_path / "run")
     written = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert written == [{"step": step, **recorder.rows[step]} for step in (1, 2, 3, 4)]
-    assert sorted(recorder.pictures) == [0, 2, 4]
-    assert recorder.pictures[4]["held_out"].shape == (1, 6, 9, 3)
-    assert (recorder.pictures[4]["held_out"] == 40).all()
+    assert sorted(recorder.images) == [0, 2, 4]
+    assert recorder.images[4]["held_out"].shape == (1, 6, 9, 3)
+    assert (recorder.images[4]["held_out"] == 40).all()
 
 
 def test_no_tracker_leaves_the_metrics_file_alone(tmp_path):
@@ -97,7 +97,7 @@ def test_a_missing_package_is_an_import_error_that_names_the_extra(name, monkeyp
 
 
 @pytest.mark.extra
-def test_tensorboard_reads_curves_pictures_and_settings_and_a_resumed_run_once(tmp_path):
+def test_tensorboard_reads_curves_images_and_settings_and_a_resumed_run_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "run"
@@ -118,7 +118,7 @@ def test_tensorboard_reads_curves_pictures_and_settings_and_a_resumed_run_once(t
 
 
 @pytest.mark.extra
-def test_wandb_offline_keeps_curves_pictures_and_settings_below_the_run(tmp_path, monkeypatch):
+def test_wandb_offline_keeps_curves_images_and_settings_below_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = tmp_path / "run"
