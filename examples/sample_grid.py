@@ -14,7 +14,7 @@ from dinalrm_align.models.grids import save_grid
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.shapes.build.autoencoder import vae_gate
-from dinalrm_align.shapes.build.stage import pictures as rendered
+from dinalrm_align.shapes.build.stage import random_images
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 
 spec = MODELS["shapes"]
@@ -22,7 +22,7 @@ pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline)
 pipeline.set_progress_bar_config(disable=True)
 captions = read_prompts(Path(spec.heldout_prompts))
 
-images, scenes, _ = rendered(256, np.random.default_rng(0), spec.height)
+images, scenes, _ = random_images(256, np.random.default_rng(0), spec.height)
 faithfulness = oracle_parts(images, [scene.caption for scene in scenes])["faithfulness"].mean()
 print(f"rendered pictures: faithfulness {faithfulness:.3f}")
 gate = vae_gate(pipeline.vae.requires_grad_(False), seed=0)

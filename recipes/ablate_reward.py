@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dinalrm_align.eval.inference import common_levels, draw_levels, ensemble_levels
     from dinalrm_align.eval.scores import PairScores
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
-    from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
+    from dinalrm_align.shapes.pairs import HELD_OUT_KINDS, ensure_pairs
     from dinalrm_align.train.device import available_device
 
     out, baseline = Path(config.output_dir), arms[BASELINE][1]
@@ -111,11 +111,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------- pairs and evaluator
     if spec.kind == "shapes":
-        kinds = ["train"] * (config.pairs is None) + [*JUDGED] * (config.judged is None)
+        kinds = ["train"] * (config.pairs is None) + [*HELD_OUT_KINDS] * (config.judged is None)
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
         made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in kinds}
         config.pairs = config.pairs or str(made["train"])
-        config.judged = config.judged or {kind: str(made[kind]) for kind in JUDGED}
+        config.judged = config.judged or {kind: str(made[kind]) for kind in HELD_OUT_KINDS}
     transformer = load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
     with refusing():
         evaluator = Evaluator(

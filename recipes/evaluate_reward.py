@@ -48,7 +48,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     from dinalrm_align.eval.test_set_report import evaluate_set
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
     from dinalrm_align.reward.registry import load_image_scorer, load_reward
-    from dinalrm_align.shapes.pairs import JUDGED, ensure_pairs
+    from dinalrm_align.shapes.pairs import HELD_OUT_KINDS, ensure_pairs
     from dinalrm_align.train.device import available_device
     from dinalrm_align.train.files import read_json
 
@@ -69,7 +69,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     image_sets = open_image_sets(config.judged or {}, unpack_to=out / "sets")
     if config.judged is None:
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
-        made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in JUDGED}
+        made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in HELD_OUT_KINDS}
         config.judged = {kind: str(path) for kind, path in made.items()}
     has_latents = config.judged.keys() > image_sets.keys()
 

@@ -1,1 +1,1 @@
-"""The embedded world: a small, real SD3-architecture stack over procedural pictures, with an oracle."""
+"""The embedded world: a small SD3-architecture stack trained on procedural images, with an oracle score."""

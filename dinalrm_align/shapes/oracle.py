@@ -1,10 +1,10 @@
-"""The embedded world's oracle: scores a picture against its caption from pixels alone.
+"""The embedded world's oracle: the score of an image for its caption, computed from pixels.
 
     score = 2 F + A (0.25 + 0.75 F),   F faithfulness and A aesthetics, both in [0, 1]
 
-so that a perfect picture scores 3 and beauty counts little where the caption is not met. F multiplies how well the
-asked objects are found (shape, colour, size) by factors for relation, background and number of objects; A is the mean
-of sharpness, contrast and centring. No model of the world is trained on these numbers except through preference labels.
+A perfect image scores 3, and aesthetics count little where the caption is not met. F multiplies how well the caption's
+objects are found (shape, colour, size) by factors for relation, background and number of objects; A is the mean of
+sharpness, contrast and centring. Models are trained on these scores only through preference labels.
 """
 
 from __future__ import annotations
@@ -20,17 +20,8 @@ from scipy import ndimage
 from dinalrm_align.shapes.render import AREA_PER_RADIUS2, SIZE, Mark, coverage
 from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Item, Scene, parse_caption
 
-PARTS = (
-    "faithfulness",
-    "aesthetics",
-    "objects",
-    "relation",
-    "background",
-    "count",
-    "sharpness",
-    "contrast",
-    "centring",
-)
+PARTS = ("faithfulness", "aesthetics", "objects", "relation", "background", "count", "sharpness", "contrast",
+         "centring")  # fmt: skip
 MIN_AREA = 30
 SIZE_BOUNDARY = 9.75
 """Radius in pixels that separates small from large."""
@@ -39,8 +30,8 @@ _COLOUR_VALUES = np.array(list(COLOURS.values()))
 
 
 @dataclass(frozen=True)
-class Found:
-    """An object seen in a picture."""
+class SeenObject:
+    """An object detected in an image."""
 
     colour: str
     x: float
@@ -50,40 +41,38 @@ class Found:
     """Shape -> intersection over union with that shape at the same centroid and area."""
     box: tuple[float, float, float, float]
     strength: float
-    """Distance of its colour from the background's, as a share of the full one; 1 is full contrast."""
+    """Distance between the object's and the background's colour; 1 is full contrast."""
     edge: float
-    """Width of its outline's ramp in pixels."""
+    """Width of the outline's ramp in pixels."""
 
 
 def oracle_score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """images (B, 3, S, S) in [0, 1], S a multiple of 64; B captions -> (B,) float32 in [0, 3]; higher is better."""
+    """Images (B, 3, S, S) in [0, 1], S a multiple of 64, and B captions -> (B,) float32 in [0, 3]; higher is better."""
     parts = oracle_parts(images, prompts)
     faithfulness, aesthetics = parts["faithfulness"], parts["aesthetics"]
     return 2 * faithfulness + aesthetics * (0.25 + 0.75 * faithfulness)
 
 
 def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """What the score is made of: a dict of the PARTS, each (B,) float32 in [0, 1].
+    """The PARTS of the score, each (B,) float32 in [0, 1].
 
-    Raises ValueError for pictures of another size, another number of captions, or text outside the world's grammar.
+    Raises ValueError for images of another size, another number of captions, or text outside the grammar.
     """
     side = images.shape[-1]
     if images.ndim != 4 or images.shape[1:] != (3, side, side) or side % SIZE:
-        raise ValueError(
-            f"pictures of the embedded world are (B, 3, S, S), S a multiple of {SIZE}: got {tuple(images.shape)}"
-        )
+        raise ValueError(f"images: got {tuple(images.shape)}; expected (B, 3, S, S), S a multiple of {SIZE}")
     if len(prompts) != len(images):
-        raise ValueError(f"one caption per picture: got {len(images)} pictures, {len(prompts)} captions")
+        raise ValueError(f"one caption per image: got {len(images)} images, {len(prompts)} captions")
     pixels = F.avg_pool2d(images.detach().float().clamp(0, 1), side // SIZE).permute(0, 2, 3, 1).cpu().numpy()
-    rows = [_judge(picture, parse_caption(prompt)) for picture, prompt in zip(pixels, prompts)]
+    rows = [_parts_of_image(image, parse_caption(prompt)) for image, prompt in zip(pixels, prompts)]
     return {part: torch.tensor([row[part] for row in rows], dtype=torch.float32) for part in PARTS}
 
 
-def _judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
-    ground, background = _background(picture)
-    found = find_objects(picture, ground, background)
+def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
+    ground, background = _background(image)
+    found = find_objects(image, ground, background)
     wanted, fit = list(scene.items), np.zeros(0)
-    places: list[Found] = []
+    matched: list[SeenObject] = []
     if found:
         table = np.array([[_match(item, seen) for seen in found] for item in wanted])
         slots = range(max(len(found), len(wanted)))
@@ -92,11 +81,11 @@ def _judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
             itertools.permutations(slots, len(wanted)), key=lambda order: sum(table[i, j] for i, j in enumerate(order))
         )
         fit = np.array([table[i, j] for i, j in enumerate(best)])
-        places = [found[j] for j in best if j < len(found)]
+        matched = [found[j] for j in best if j < len(found)]
     objects = float(fit.sum() / len(wanted))
     relation = 1.0
     if scene.relation:
-        relation = _relation(places, scene.relation) if len(places) == 2 else 0.0
+        relation = _relation(matched, scene.relation) if len(matched) == 2 else 0.0
     nominal = np.array(BACKGROUNDS[scene.background])
     on_ground = (
         float(np.clip(1.5 - np.abs(ground - nominal).max() / 0.15, 0, 1)) if background == scene.background else 0.0
@@ -117,22 +106,20 @@ def _judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
     )  # fmt: skip
 
 
-def _background(picture: np.ndarray) -> tuple[np.ndarray, str]:
+def _background(image: np.ndarray) -> tuple[np.ndarray, str]:
     """The border's median colour, and the name of the nearest background."""
-    border = np.concatenate(
-        [edge.reshape(-1, 3) for edge in (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:])]
-    )
+    border = np.concatenate([edge.reshape(-1, 3) for edge in (image[:2], image[-2:], image[:, :2], image[:, -2:])])
     ground = np.median(border, axis=0)
     return ground, min(BACKGROUNDS, key=lambda name: np.abs(ground - np.array(BACKGROUNDS[name])).sum())
 
 
-def find_objects(picture: np.ndarray, ground: np.ndarray, background: str) -> list[Found]:
-    """The coloured objects of a picture (64, 64, 3), at most the six largest.
+def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list[SeenObject]:
+    """The coloured objects of an image (64, 64, 3), at most the six largest.
 
-    A pixel belongs to the colour whose direction from the background it shares, so fading and soft edges do not
-    change it.
+    A pixel is assigned to the colour with the nearest direction from the background, so low contrast and soft edges do
+    not change it.
     """
-    difference = picture - ground
+    difference = image - ground
     distance = np.linalg.norm(difference, axis=-1)
     directions = _COLOUR_VALUES - np.array(BACKGROUNDS[background])
     lengths = np.linalg.norm(directions, axis=-1)
@@ -154,7 +141,7 @@ def find_objects(picture: np.ndarray, ground: np.ndarray, background: str) -> li
     return sorted(found, key=lambda seen: -seen.area)[:6]
 
 
-def _measure(mask: np.ndarray, alpha: np.ndarray, colour: str, strength: float) -> Found:
+def _measure(mask: np.ndarray, alpha: np.ndarray, colour: str, strength: float) -> SeenObject:
     rows, columns = np.nonzero(mask)
     x, y, area = columns.mean() + 0.5, rows.mean() + 0.5, float(mask.sum())
     overlap = {}
@@ -164,11 +151,11 @@ def _measure(mask: np.ndarray, alpha: np.ndarray, colour: str, strength: float) 
     outline = (mask & ~ndimage.binary_erosion(mask)).sum()
     ramp = ((alpha > 0.15) & (alpha < 0.85)).sum()
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-    return Found(colour, x, y, area, overlap, box, float(strength), float(ramp / (0.7 * outline)))
+    return SeenObject(colour, x, y, area, overlap, box, float(strength), float(ramp / (0.7 * outline)))
 
 
-def _match(item: Item, seen: Found) -> float:
-    """How well one seen object is one asked item, in [0, 1]."""
+def _match(item: Item, seen: SeenObject) -> float:
+    """How well a seen object matches a caption's item, in [0, 1]."""
     other = max(overlap for shape, overlap in seen.overlap.items() if shape != item.shape)
     own = seen.overlap[item.shape]
     shape = float(np.clip(0.5 + (own - other) / 0.08, 0, 1) * np.clip((own - 0.5) / 0.3, 0, 1))
@@ -178,8 +165,8 @@ def _match(item: Item, seen: Found) -> float:
     return 0.4 * shape + 0.4 * float(seen.colour == item.colour) + 0.2 * size
 
 
-def _relation(places: list[Found], relation: str) -> float:
-    offset = np.array([places[0].x - places[1].x, places[0].y - places[1].y])
+def _relation(matched: list[SeenObject], relation: str) -> float:
+    offset = np.array([matched[0].x - matched[1].x, matched[0].y - matched[1].y])
     along = offset @ np.array(RELATIONS[relation])
     across = np.abs(offset @ np.array(RELATIONS[relation])[::-1])
     return float(np.clip(0.5 + (along - across) / 6.0, 0, 1))

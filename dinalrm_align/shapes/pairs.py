@@ -1,9 +1,10 @@
-"""Preference pairs of the embedded world, written as any other data set of pre-encoded pairs.
+"""Preference pairs of the embedded world, in the format of all pre-encoded pairs.
 
-Training pairs are lists of pictures of one training caption: renders with and without a spoiled concept, and the base
-model's own samples. A rater compares two pictures by the oracle's score plus Gaussian noise (Thurstone), so labels err
-where pictures are close. The rest is for measuring, of held-out captions: held-out pairs are like training pairs;
-concept pairs are two renders that differ in one concept, labels without noise; shifted pairs are those, damaged.
+Training pairs come from lists of images of one training caption: renders with and without a spoiled concept, and
+samples of the base model. A simulated rater compares two images by the oracle's score plus Gaussian noise (Thurstone),
+so labels of similar images are noisy. Evaluation pairs have held-out captions: held-out pairs are made like training
+pairs; concept pairs are two renders that differ in one concept, labelled without noise; shifted pairs are concept pairs
+with damaged images.
 """
 
 from __future__ import annotations
@@ -27,56 +28,40 @@ from dinalrm_align.models.images import to_bytes
 from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import decode_latents, encode_images
-from dinalrm_align.shapes.config import PairsConfig
+from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
 from dinalrm_align.shapes.oracle import oracle_score
-from dinalrm_align.shapes.render import (  # fmt: skip
-    AESTHETICS,
-    CONCEPTS,
-    Drawing,
-    concepts_of,
-    draw_nuisance,
-    lay_out,
-    render,
-    spoil_nuisance,
-    spoil_scene,
-)
+from dinalrm_align.shapes.render import Drawing, concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
 from dinalrm_align.train.durable import write_atomically
 
 CHUNK = 32
 """Groups encoded or sampled at once."""
 GRAIN, JPEG = 0.06, 20
-"""How shifted pairs are damaged: standard deviation of the grain, picture range 1; JPEG quality."""
+"""Damage of shifted pairs: standard deviation of the grain, at an image range of 1, and JPEG quality."""
 
 
 def write_training_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
-    """Write `config.groups` lists of training captions for `LatentPairs`. Raises FileExistsError if they are there."""
-    _write_lists(directory, pipeline, config, config.groups, np.random.default_rng((config.seed, 0)), held_out=False)
+    """Write `config.groups` lists of training captions for `LatentPairs`. Raises FileExistsError if they exist."""
+    _write_lists(directory, pipeline, config, held_out=False)
 
 
 def write_heldout_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
-    """Write `config.heldout_groups` lists of held-out captions, made and judged as the training pairs are."""
-    rng = np.random.default_rng((config.seed, 2))
-    _write_lists(directory, pipeline, config, config.heldout_groups, rng, held_out=True)
+    """Write `config.heldout_groups` lists of held-out captions, made and labelled like the training pairs."""
+    _write_lists(directory, pipeline, config, held_out=True)
 
 
 def _write_lists(
-    directory: str | Path,
-    pipeline: StableDiffusion3Pipeline,
-    config: PairsConfig,
-    groups: int,
-    rng: np.random.Generator,
-    *,
-    held_out: bool,
+    directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig, *, held_out: bool
 ) -> None:
+    rng = _list_rng(config, held_out)
     encoder = _prompt_encoder(pipeline)
     with LatentPairsWriter(directory, _manifest(pipeline, encoder)) as writer:
-        for scenes, latents, pictures in _lists(pipeline, config, groups, rng, held_out=held_out):
-            latents = encode_images(pipeline.vae, pictures) if latents is None else latents
+        for scenes, latents, images in _lists(pipeline, config, rng, held_out=held_out):
+            latents = encode_images(pipeline.vae, images) if latents is None else latents
             lists = latents.view(len(scenes), config.pictures, *latents.shape[1:])
             embeds, pooled = encoder([scene.caption for scene in scenes])
-            for row, (scene, judged) in enumerate(zip(scenes, _judged(scenes, pictures, config, rng))):
-                chosen, rejected = zip(*judged)
+            for row, (scene, pairs) in enumerate(zip(scenes, _label(scenes, images, config, rng))):
+                chosen, rejected = zip(*pairs)
                 writer.add(
                     scene.caption, lists[row].half(), prompt_embeds=embeds[row], pooled_prompt_embeds=pooled[row],
                     chosen=chosen, rejected=rejected,
@@ -86,39 +71,38 @@ def _write_lists(
 def render_hpdv3(
     directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig, *, held_out: bool = False
 ) -> None:
-    """Write the pairs of `config.groups` captions as pictures, in HPDv3's layout: train.json, and PNG files in images/.
+    """Write pairs as images in HPDv3's layout: train.json, and PNG files in images/.
 
-    The same captions, pictures and judgements as `write_training_pairs` (held_out: as `write_heldout_pairs`) makes of
-    these settings, of which 8 bits per channel are kept. Raises FileExistsError if they are there.
+    Captions, images and labels are those of `write_training_pairs` (held_out: `write_heldout_pairs`) with the same
+    settings, at 8 bits per channel. Raises FileExistsError if they exist.
     """
     directory = Path(directory)
     if (directory / "train.json").exists():
         raise FileExistsError(f"{directory} already holds a data set; write to another directory")
     (directory / "images").mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng((config.seed, 2 if held_out else 0))
-    groups, records, number = config.heldout_groups if held_out else config.groups, [], 0
-    for scenes, _, pictures in _lists(pipeline, config, groups, rng, held_out=held_out):
-        names = [f"images/{number + row:06d}.png" for row in range(len(pictures))]
-        number += len(pictures)
-        for name, picture in zip(names, to_bytes(pictures)):
-            Image.fromarray(picture).save(directory / name)
-        for row, (scene, judged) in enumerate(zip(scenes, _judged(scenes, pictures, config, rng))):
+    rng, records, number = _list_rng(config, held_out), [], 0
+    for scenes, _, images in _lists(pipeline, config, rng, held_out=held_out):
+        names = [f"images/{number + row:06d}.png" for row in range(len(images))]
+        number += len(images)
+        for name, image in zip(names, to_bytes(images)):
+            Image.fromarray(image).save(directory / name)
+        for row, (scene, pairs) in enumerate(zip(scenes, _label(scenes, images, config, rng))):
             own = names[row * config.pictures : (row + 1) * config.pictures]
             about = {"prompt": scene.caption, "confidence": None, "choice_dist": None, "model1": "shapes"}
-            records += [about | {"path1": own[c], "path2": own[r], "model2": "shapes"} for c, r in judged]
+            records += [about | {"path1": own[c], "path2": own[r], "model2": "shapes"} for c, r in pairs]
     write_atomically(directory / "train.json", json.dumps(records, indent=0))
 
 
+def _list_rng(config: PairsConfig, held_out: bool) -> np.random.Generator:
+    return np.random.default_rng((config.seed, 2 if held_out else 0))
+
+
 def _lists(
-    pipeline: StableDiffusion3Pipeline,
-    config: PairsConfig,
-    groups: int,
-    rng: np.random.Generator,
-    *,
-    held_out: bool,
+    pipeline: StableDiffusion3Pipeline, config: PairsConfig, rng: np.random.Generator, *, held_out: bool
 ) -> Iterator[tuple[list[Scene], Tensor | None, Tensor]]:
-    """Scenes with their pictures (scenes * config.pictures, 3, H, W), and latents where the base model made them."""
+    """Scenes, latents (None for renders) and images (scenes * config.pictures, 3, H, W)."""
     encoder = _prompt_encoder(pipeline)
+    groups = config.heldout_groups if held_out else config.groups
     sampled = round(groups * config.sampled_share)
     chunks = [(size, True) for size in _chunks(sampled)] + [(size, False) for size in _chunks(groups - sampled)]
     for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {CHUNK} captions"):
@@ -131,45 +115,41 @@ def _lists(
             yield scenes, None, render(drawings, pipeline.vae.config.sample_size)
 
 
-def _judged(
-    scenes: list[Scene], pictures: Tensor, config: PairsConfig, rng: np.random.Generator
+def _label(
+    scenes: list[Scene], images: Tensor, config: PairsConfig, rng: np.random.Generator
 ) -> Iterator[list[tuple[int, int]]]:
-    """The pairs of each list as (chosen, rejected)."""
+    """The pairs (chosen, rejected) of each list."""
     captions = [scene.caption for scene in scenes for _ in range(config.pictures)]
-    for scores in oracle_score(pictures, captions).view(len(scenes), config.pictures):
+    for scores in oracle_score(images, captions).view(len(scenes), config.pictures):
         yield _compare(scores.numpy(), config.rater_noise, rng)
 
 
 def write_concept_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
-    """Write `config.per_concept` pairs for each of CONCEPTS: held-out captions, the better by the oracle is chosen."""
-    rng = np.random.default_rng((config.seed, 1))
-    _write_concepts(directory, pipeline, config.per_concept, rng)
+    """Write `config.per_concept` pairs per concept, with held-out captions; the oracle's better image is chosen."""
+    _write_concepts(directory, pipeline, config.per_concept, np.random.default_rng((config.seed, 1)))
 
 
 def write_shifted_pairs(directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
-    """Write `config.per_shifted` pairs for each of CONCEPTS, both pictures grainy and compressed as none in training.
+    """Write `config.per_shifted` pairs per concept, both images with grain and JPEG artefacts that training lacks.
 
-    The oracle judged them before they were damaged. The counterpart of a test set from other sources than training's.
+    Labels are those of the undamaged images. The counterpart of a test set from another source than training's.
     """
     rng = np.random.default_rng((config.seed, 3))
-    _write_concepts(directory, pipeline, config.per_shifted, rng, lambda pictures: _damage(pictures, rng))
+    _write_concepts(directory, pipeline, config.per_shifted, rng, lambda images: _damage(images, rng))
 
 
 def _write_concepts(
-    directory: str | Path,
-    pipeline: StableDiffusion3Pipeline,
-    number: int,
-    rng: np.random.Generator,
-    change: Callable[[Tensor], Tensor] = lambda pictures: pictures,
-) -> None:
+    directory: str | Path, pipeline: StableDiffusion3Pipeline, number: int, rng: np.random.Generator,
+    change: Callable[[Tensor], Tensor] = lambda images: images,
+) -> None:  # fmt: skip
     encoder = _prompt_encoder(pipeline)
     with LatentPairsWriter(directory, _manifest(pipeline, encoder)) as writer:
         for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
             pairs = list(itertools.islice(_concept_pairs(concept, rng, pipeline.vae.config.sample_size), number))
             captions = [caption for caption, _ in pairs]
             embeds, pooled = encoder(captions)
-            pictures = change(torch.cat([picture for _, picture in pairs]))
-            latents = torch.cat([encode_images(pipeline.vae, chunk) for chunk in pictures.split(2 * CHUNK)]).half()
+            images = change(torch.cat([image for _, image in pairs]))
+            latents = torch.cat([encode_images(pipeline.vae, chunk) for chunk in images.split(2 * CHUNK)]).half()
             for row, caption in enumerate(captions):
                 writer.add(
                     caption, latents[2 * row : 2 * row + 2], prompt_embeds=embeds[row],
@@ -177,13 +157,13 @@ def _write_concepts(
                 )  # fmt: skip
 
 
-def _damage(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Pictures (N, 3, H, W) in [0, 1] with film grain of standard deviation GRAIN, then as JPEG of quality JPEG."""
-    grainy = to_bytes(pictures + torch.from_numpy(GRAIN * rng.standard_normal(pictures.shape)).float())
+def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] with grain of standard deviation GRAIN, then JPEG-compressed with quality JPEG."""
+    grainy = to_bytes(images + torch.from_numpy(GRAIN * rng.standard_normal(images.shape)).float())
     damaged = []
-    for picture in grainy:
+    for image in grainy:
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, "JPEG", quality=JPEG)
+        Image.fromarray(image).save(file, "JPEG", quality=JPEG)
         damaged.append(torch.from_numpy(np.array(Image.open(file))))
     return torch.stack(damaged).permute(0, 3, 1, 2).float() / 255
 
@@ -194,12 +174,12 @@ WRITERS = {
     "shifted": write_shifted_pairs,
     "concepts": write_concept_pairs,
 }
-JUDGED = ("heldout", "shifted", "concepts")
-"""Kinds that rewards are judged on."""
+HELD_OUT_KINDS = ("heldout", "shifted", "concepts")
+"""Kinds of pairs for evaluating rewards."""
 
 
 def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> Path:
-    """Write the pairs of a kind of WRITERS unless they are there; their directory."""
+    """Write the pairs of a kind of WRITERS unless they exist; return their directory."""
     if not (directory / "index.json").exists():
         WRITERS[kind](directory, pipeline, config)
     return directory
@@ -220,25 +200,21 @@ def _chunks(groups: int) -> list[int]:
 
 
 def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
-    """Captions with pictures (2, 3, size, size), the better first by the oracle."""
+    """Captions with images (2, 3, size, size), the oracle's better one first."""
     while True:
         scene = draw_scenes(1, rng, held_out=True)[0]
         if concept not in concepts_of(scene):
             continue
         nuisance = draw_nuisance(rng)
-        good = lay_out(scene, nuisance, rng)
-        if concept in AESTHETICS:
-            bad = lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng)
-        else:
-            bad = lay_out(spoil_scene(scene, concept, rng), nuisance, rng)
-        pictures = render([good, bad], size)
-        scores = oracle_score(pictures, [scene.caption] * 2)
-        if scores[0] > scores[1]:  # a nuisance can leave no difference, at the picture's edge for instance
-            yield scene.caption, pictures
+        good, bad = lay_out(scene, nuisance, rng), lay_out_spoiled(scene, nuisance, concept, rng)
+        images = render([good, bad], size)
+        scores = oracle_score(images, [scene.caption] * 2)
+        if scores[0] > scores[1]:  # spoiling can leave no difference, for instance at the image's edge
+            yield scene.caption, images
 
 
 def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> list[Drawing]:
-    """Renders of one scene: the first faithful, the rest mostly as good but for one spoiled concept."""
+    """Layouts of one scene: the first faithful, most others with one spoiled concept."""
     nuisance = draw_nuisance(rng)
     drawings = [lay_out(scene, nuisance, rng)]
     concepts = concepts_of(scene)
@@ -247,15 +223,13 @@ def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> l
         concept = str(rng.choice(concepts, p=weights / weights.sum()))
         if rng.random() < config.faithful_share:
             drawings.append(lay_out(scene, draw_nuisance(rng), rng))
-        elif concept in AESTHETICS:
-            drawings.append(lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng))
         else:
-            drawings.append(lay_out(spoil_scene(scene, concept, rng), nuisance, rng))
+            drawings.append(lay_out_spoiled(scene, nuisance, concept, rng))
     return drawings
 
 
 def _compare(scores: np.ndarray, noise: float, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """All pairs of a list as (chosen, rejected), each judged once by scores with fresh Gaussian errors."""
+    """All pairs (chosen, rejected) of a list, each labelled once by scores with fresh Gaussian errors."""
     pairs = []
     for i, j in itertools.combinations(range(len(scores)), 2):
         first = scores[i] + noise * rng.standard_normal() > scores[j] + noise * rng.standard_normal()
@@ -263,17 +237,15 @@ def _compare(scores: np.ndarray, noise: float, rng: np.random.Generator) -> list
     return pairs
 
 
-def _sample(
-    pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, scenes: list[Scene], pictures: int, rng
-) -> Tensor:
-    """The base model's own latents, (len(scenes) * pictures, C, H, W) scaled, at a random guidance and step count."""
+def _sample(pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, scenes: list[Scene], count: int, rng) -> Tensor:
+    """Scaled latents (len(scenes) * count, C, H, W) of the base model, at a random guidance and step count."""
     embeds, pooled = encoder([scene.caption for scene in scenes])
     empty, empty_pooled = encoder([""])
-    number = len(scenes) * pictures
+    number = len(scenes) * count
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
-        prompt_embeds=embeds.repeat_interleave(pictures, 0),
-        pooled_prompt_embeds=pooled.repeat_interleave(pictures, 0),
+        prompt_embeds=embeds.repeat_interleave(count, 0),
+        pooled_prompt_embeds=pooled.repeat_interleave(count, 0),
         negative_prompt_embeds=empty.expand(number, -1, -1),
         negative_pooled_prompt_embeds=empty_pooled.expand(number, -1),
         height=pipeline.vae.config.sample_size, width=pipeline.vae.config.sample_size,

@@ -1,8 +1,8 @@
-"""Pictures of the embedded world: from a scene to a layout with nuisances, from layouts to anti-aliased pixels.
+"""Images of the embedded world: from a scene to a layout with nuisances, and from layouts to anti-aliased pixels.
 
-Lengths are in units of a 64 x 64 picture, whatever size is rendered. Three nuisances are what a preference can be about
-besides faithfulness: `edge`, the width of every outline's ramp (1 is crisp); `contrast`, how far objects stand out from
-the background (1 is full colour); and the offset of the group of objects from the picture's centre.
+Lengths are in units of a 64 x 64 image at any rendered size. Preferences depend on faithfulness and on three nuisances:
+`edge`, the width of every outline's ramp (1 is crisp); `contrast` between objects and background (1 is full colour);
+and `offset` of the group of objects from the image's centre.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GAP = (2.5, 6.0)
 
 @dataclass(frozen=True)
 class Mark:
-    """One drawn object: where it stands (its centroid) and how large it is."""
+    """One drawn object: its centroid and size."""
 
     shape: str
     colour: str
@@ -39,7 +39,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Everything that determines the pixels of one picture."""
+    """Everything that determines the pixels of one image."""
 
     marks: tuple[Mark, ...]
     background: str
@@ -49,7 +49,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Nuisance:
-    """Departures from a perfect picture: edge width (1 to 7), contrast (0.3 to 1), offset of the group (0 to 14)."""
+    """Deviations from a perfect image: edge width (1 to 7), contrast (0.3 to 1), offset of the group (0 to 14)."""
 
     edge: float = 1.0
     contrast: float = 1.0
@@ -57,43 +57,43 @@ class Nuisance:
 
 
 def draw_nuisance(rng: np.random.Generator) -> Nuisance:
-    """The nuisances of an ordinary picture: mostly fair, rarely perfect, sometimes poor."""
+    """Draw the nuisances of an ordinary image: mostly moderate, rarely perfect, sometimes strong."""
     return Nuisance(
         edge=1.0 + 5.0 * rng.beta(1.2, 1.8), contrast=0.4 + 0.6 * rng.beta(1.6, 1.2), offset=12.0 * rng.beta(1.1, 1.6)
     )
 
 
 def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
-    """Place a scene's items: random radii within their size class, the asked relation, the whole group off centre."""
+    """Place a scene's items: random radii within their size class, the scene's relation, and an offset of the group."""
     marks = [Mark(item.shape, item.colour, 0.0, 0.0, rng.uniform(*RADII[item.size])) for item in scene.items]
     extents = [mark.radius * HALF_EXTENT[mark.shape] for mark in marks]
     gap = rng.uniform(*GAP)
     if scene.relation:
         along = np.array(RELATIONS[scene.relation], float)
         across = np.array([along[1], along[0]]) * rng.uniform(-5, 5)
-        places = [along * (sum(extents[:2]) + gap) + across, np.zeros(2)]
+        centres = [along * (sum(extents[:2]) + gap) + across, np.zeros(2)]
     elif len(marks) == 1:
-        places = [np.zeros(2)]
+        centres = [np.zeros(2)]
     else:
         side = gap + 2.45 * max(extents)
         ring = side / (2 * math.sin(math.pi / len(marks)))
         angles = rng.uniform(0, 2 * math.pi) + 2 * math.pi * np.arange(len(marks)) / len(marks)
-        places = [ring * np.array([math.cos(angle), math.sin(angle)]) for angle in angles]
-    places, extents = np.array(places), np.array(extents)
-    low, high = (places - extents[:, None]).min(0), (places + extents[:, None]).max(0)
+        centres = [ring * np.array([math.cos(angle), math.sin(angle)]) for angle in angles]
+    centres, extents = np.array(centres), np.array(extents)
+    low, high = (centres - extents[:, None]).min(0), (centres + extents[:, None]).max(0)
     shrink = min(1.0, (SIZE - 2 * MARGIN) / (high - low).max())
     direction = rng.uniform(0, 2 * math.pi)
     room = (SIZE - 2 * MARGIN - shrink * (high - low)) / 2
     shift = np.clip(nuisance.offset * np.array([math.cos(direction), math.sin(direction)]), -room, room)
-    places = SIZE / 2 + shift + shrink * (places - (low + high) / 2)
+    centres = SIZE / 2 + shift + shrink * (centres - (low + high) / 2)
     placed = tuple(
-        replace(mark, x=float(x), y=float(y), radius=mark.radius * shrink) for mark, (x, y) in zip(marks, places)
+        replace(mark, x=float(x), y=float(y), radius=mark.radius * shrink) for mark, (x, y) in zip(marks, centres)
     )
     return Drawing(placed, scene.background, nuisance.edge, nuisance.contrast)
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance (negative inside, near the outline) of points x, y relative to the shape's centroid."""
+    """Signed distance to the outline (negative inside) of points x, y relative to the shape's centroid."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -104,35 +104,35 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
         ax, ay = np.abs(x), np.abs(y)
         arm, half = 1.15 * radius, 0.4 * radius
         return np.minimum(np.maximum(ax - arm, ay - half), np.maximum(ax - half, ay - arm))
-    raise ValueError(f"unknown shape: got {shape!r}, expected one of {SHAPES}")
+    raise ValueError(f"shape: got {shape!r}; expected one of {SHAPES}")
 
 
 def coverage(mark: Mark, edge: float = 1.0, size: int = SIZE) -> np.ndarray:
-    """How much of each pixel a mark covers, (size, size) in [0, 1], with an outline ramp of width `edge`."""
+    """Share of each pixel that a mark covers, (size, size) in [0, 1], with an outline ramp of width `edge`."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) * (SIZE / size)
     distance = signed_distance(mark.shape, grid[None, :] - mark.x, grid[:, None] - mark.y, mark.radius)
     return np.clip(0.5 - distance / edge, 0.0, 1.0)
 
 
 def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
-    """Pictures of the drawings, (B, 3, size, size) float32 in [0, 1]."""
-    pictures = np.empty((len(drawings), 3, size, size), np.float32)
-    for picture, drawing in zip(pictures, drawings):
+    """Render drawings to images (B, 3, size, size), float32 in [0, 1]."""
+    images = np.empty((len(drawings), 3, size, size), np.float32)
+    for image, drawing in zip(images, drawings):
         ground = np.array(BACKGROUNDS[drawing.background], np.float32)
-        picture[:] = ground[:, None, None]
+        image[:] = ground[:, None, None]
         for mark in drawing.marks:
             colour = ground + drawing.contrast * (np.array(COLOURS[mark.colour], np.float32) - ground)
-            picture += coverage(mark, drawing.edge, size) * (colour[:, None, None] - picture)
-    return torch.from_numpy(pictures)
+            image += coverage(mark, drawing.edge, size) * (colour[:, None, None] - image)
+    return torch.from_numpy(images)
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """The concepts that a picture of this scene can get wrong (a relation needs two objects)."""
+    """The concepts that an image of this scene can get wrong (a relation needs two objects)."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 
 def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
-    """The scene with one of its FAITHFULNESS concepts changed: what a picture that gets it wrong shows."""
+    """The scene with one of its FAITHFULNESS concepts changed."""
     items = list(scene.items)
     which = int(rng.integers(len(items)))
 
@@ -141,8 +141,7 @@ def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
 
     if concept in ("shape", "colour", "size"):
         values = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}[concept]
-        current = {"shape": items[which].shape, "colour": items[which].colour, "size": items[which].size}[concept]
-        items[which] = replace(items[which], **{concept: other(values, current)})
+        items[which] = replace(items[which], **{concept: other(values, getattr(items[which], concept))})
         return replace(scene, items=tuple(items))
     if concept == "relation":
         return replace(scene, relation=other(RELATIONS, scene.relation))
@@ -152,15 +151,22 @@ def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
         if len(items) > 1 and (len(items) == max(COUNTS.values()) or rng.random() < 0.5):
             return replace(scene, items=tuple(items[:which] + items[which + 1 :]), relation=None)
         return replace(scene, items=(*items, replace(items[which], size="small")), relation=None)
-    raise ValueError(f"not a concept of the caption: got {concept!r}, expected one of {FAITHFULNESS}")
+    raise ValueError(f"concept: got {concept!r}; expected one of {FAITHFULNESS}")
 
 
 def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Nuisance:
-    """The nuisance with one of the AESTHETICS made clearly worse."""
+    """The nuisances with one of the AESTHETICS made clearly worse."""
     if concept == "blur":
         return replace(nuisance, edge=min(7.0, nuisance.edge + rng.uniform(1.5, 4.5)))
     if concept == "contrast":
         return replace(nuisance, contrast=max(0.3, nuisance.contrast - rng.uniform(0.2, 0.5)))
     if concept == "placement":
         return replace(nuisance, offset=min(14.0, nuisance.offset + rng.uniform(5.0, 12.0)))
-    raise ValueError(f"not a nuisance: got {concept!r}, expected one of {AESTHETICS}")
+    raise ValueError(f"concept: got {concept!r}; expected one of {AESTHETICS}")
+
+
+def lay_out_spoiled(scene: Scene, nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Drawing:
+    """A layout of the scene with one concept spoiled."""
+    if concept in AESTHETICS:
+        return lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng)
+    return lay_out(spoil_scene(scene, concept, rng), nuisance, rng)

@@ -1,14 +1,15 @@
-"""Scenes and captions of the embedded world: what a picture is asked to show.
+"""Scenes and captions of the embedded world.
 
-A caption names one object, two objects and their relation, or a number of like objects, and a background:
+A caption names one object, two objects and their relation, or several equal objects, and a background:
     "a small red circle on white"
     "a small red circle left of a large blue square on gray"
     "three small green crosses on black"
-A tenth of all captions, chosen by a hash of the text, is held out: no model of the world is ever trained on them.
+A tenth of all captions, chosen by a hash of the text, is held out from all training.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import re
@@ -45,7 +46,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption asks for: one to three items, the relation of the first to the second if any, the background."""
+    """Content of a caption: one to three items, the relation of the first to the second or None, the background."""
 
     items: tuple[Item, ...]
     background: str
@@ -80,11 +81,11 @@ _CAPTION = re.compile(
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene that a caption asks for. Raises ValueError for text outside the world's grammar."""
+    """The scene of a caption. Raises ValueError for text outside the grammar."""
     match = _CAPTION.fullmatch(caption.strip().lower())
     if match is None:
         raise ValueError(
-            f"not a caption of the embedded world: got {caption!r}, expected for instance "
+            f"caption of the embedded world: got {caption!r}; expected for instance "
             "'a small red circle left of a large blue square on gray' or 'three small green crosses on black'"
         )
     (size, colour, shape, relation, size2, colour2, shape2, number, *many, background) = match.groups()
@@ -96,12 +97,12 @@ def parse_caption(caption: str) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """True for the tenth of all scenes that no training ever sees (by a hash of the caption, so it never changes)."""
+    """Whether a scene is held out from training, by a hash of its caption."""
     return hashlib.sha256(scene.caption.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
 def all_scenes() -> dict[str, list[Scene]]:
-    """Every scene of the world by kind: "one" object, a "pair" with a relation, a "count" of like objects."""
+    """Every scene by kind: "one" object, a "pair" with a relation, a "count" of equal objects."""
     items = [Item(shape, colour, size) for shape, colour, size in itertools.product(SHAPES, COLOURS, SIZES)]
     pairs = [(a, b) for a, b in itertools.permutations(items, 2) if (a.shape, a.colour) != (b.shape, b.colour)]
     return {
@@ -112,7 +113,7 @@ def all_scenes() -> dict[str, list[Scene]]:
             for item in items
             for number in COUNTS.values()
             for ground in BACKGROUNDS
-            if item.size == "small" or number < 3  # three large objects do not fit the picture
+            if item.size == "small" or number < 3  # three large objects do not fit the image
         ],
     }
 
@@ -121,19 +122,13 @@ KIND_SHARES = {"one": 0.25, "pair": 0.5, "count": 0.25}
 
 
 def draw_scenes(number: int, rng, *, held_out: bool = False) -> list[Scene]:
-    """`number` scenes drawn with a numpy Generator, kinds in KIND_SHARES, training or held-out ones only."""
+    """Draw `number` scenes with a numpy Generator, either training or held-out ones, kinds by KIND_SHARES."""
     pools = _pools(held_out)
     kinds = rng.choice(list(KIND_SHARES), size=number, p=list(KIND_SHARES.values()))
     return [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]
 
 
-_POOLS: dict[bool, dict[str, list[Scene]]] = {}
-
-
+@functools.cache
 def _pools(held_out: bool) -> dict[str, list[Scene]]:
-    if not _POOLS:
-        for flag in (False, True):
-            _POOLS[flag] = {
-                kind: [scene for scene in scenes if is_held_out(scene) == flag] for kind, scenes in all_scenes().items()
-            }
-    return _POOLS[held_out]
+    scenes = all_scenes().items()
+    return {kind: [scene for scene in found if is_held_out(scene) == held_out] for kind, found in scenes}

@@ -1,9 +1,8 @@
-"""The embedded world's networks: every part of an SD3 pipeline, in the Hugging Face classes, sized for two CPU cores.
+"""The embedded world's networks: an SD3 pipeline of diffusers and transformers classes, sized for two CPU cores.
 
-`build_pipeline` returns a `StableDiffusion3Pipeline` with freshly initialised weights: a joint-attention transformer
-with RMS query-key norm and dual-attention blocks, a KL autoencoder with 16 scaled latent channels, and SD3's three
-text-encoder roles (two CLIP towers concatenated on the channel axis, one T5 encoder appended on the token axis).
-The tokenizers know the captions' words and fall back to single characters, so that any prompt can be tokenised.
+The pipeline has a joint-attention transformer with RMS query-key norm and dual-attention blocks, a KL autoencoder with
+16 scaled latent channels, and SD3's three text encoders (two CLIP towers concatenated on the channel axis, one T5
+encoder appended on the token axis). The tokenizers know the captions' words and fall back to single characters.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from dinalrm_align.shapes.scene import CAPTION_WORDS
 
 
 def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
-    """A byte-pair tokenizer in which every word of `words` is one token and other text falls back to single bytes."""
+    """A byte-pair tokenizer in which every word of `words` is one token; other text falls back to single bytes."""
     characters = list(bytes_to_unicode().values())
     vocabulary = characters + [character + "</w>" for character in characters]
     merges: list[tuple[str, str]] = []
@@ -42,7 +41,7 @@ def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Byte-pair encoding of one word: apply the earliest learnt merge that fits until none does."""
+    """Byte-pair encoding of one word: repeatedly apply the earliest merge that fits."""
     rank = {merge: index for index, merge in enumerate(merges)}
     while True:
         pairs = [(rank.get(pair, len(merges)), index) for index, pair in enumerate(zip(pieces, pieces[1:]))]
@@ -53,7 +52,7 @@ def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]
 
 
 def t5_tokenizer(words: list[str], length: int) -> T5TokenizerFast:
-    """A unigram tokenizer in which every word of `words` is one token and any other text falls back to characters."""
+    """A unigram tokenizer in which every word of `words` is one token; other text falls back to characters."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     known = [("\u2581" + word, -1.0) for word in words]
     characters = [("\u2581", -10.0), *((chr(code), -12.0) for code in range(33, 127))]
@@ -61,7 +60,7 @@ def t5_tokenizer(words: list[str], length: int) -> T5TokenizerFast:
 
 
 def build_pipeline(config: StackConfig, seed: int = 0) -> StableDiffusion3Pipeline:
-    """A StableDiffusion3Pipeline of the given sizes with random weights that depend on `seed` alone."""
+    """A StableDiffusion3Pipeline of the given sizes, with random weights from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = config.num_heads * config.head_dim

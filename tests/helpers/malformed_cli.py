@@ -133,7 +133,7 @@ OPTIONS = [
     Command("an unknown concept", TRAIN, words('--shapes_pairs.emphasis={"color": 2}'), "emphasis color"),
     Command("an unknown option (build)", BUILD, words("--stack.dept=3"), "--stack.dept"),
     Command("depth text (build)", BUILD, words("--stack.depth=deep"), "stack depth"),
-    Command("depth 1 (build)", BUILD, words("--stack.depth=1"), "dual_attention_layers 0 1"),
+    Command("depth 1 (build)", BUILD, words("--stack.depth=1"), "stack.depth 1"),
     Command("an unknown device (build)", BUILD, words("--device=banana"), "device banana"),
     Command("a batch of nothing (build)", BUILD, words("--vae.batch_size=0"), "stage batch_size 0"),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Training of the embedded world's networks from nothing, one file per stage, each on `loop.fit` and resumable.
+"""Training of the embedded world's networks from scratch, in resumable stages.
 
-Each stage trains a part of the pipeline in place; `recipes/build_shapes.py` runs them in order and saves the results.
+Each stage trains part of the pipeline in place; `recipes/build_shapes.py` runs them in order and saves the results.
 """

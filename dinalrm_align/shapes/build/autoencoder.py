@@ -1,5 +1,6 @@
-"""The autoencoder: L1 + L2 + a light KL, on random quarters of the pictures (convolutions do not mind), at last on
-whole ones. Then the latents' mean and spread become the pipeline's shift and scaling factors.
+"""The autoencoder: L1 + L2 + a weak KL term, on random quarters of the images and finally on whole ones.
+
+The latents' mean and standard deviation become the pipeline's shift and scaling factors.
 """
 
 import math
@@ -12,7 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor
 
 from dinalrm_align.models.vae import decode_latents, encode_images
-from dinalrm_align.shapes.build.stage import pictures, run_stage
+from dinalrm_align.shapes.build.stage import random_images, run_stage
 from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.shapes.oracle import PARTS, oracle_parts
 
@@ -26,8 +27,8 @@ def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerat
     def batch_at(step: int) -> tuple[Tensor, torch.Generator]:
         rng, generator = np.random.default_rng((config.seed + 1, step)), torch.Generator().manual_seed(step)
         if step >= whole_from:
-            return pictures(max(1, stage.batch_size // 4), rng, size)[0], generator
-        images = pictures(stage.batch_size, rng, size)[0]
+            return random_images(max(1, stage.batch_size // 4), rng, size)[0], generator
+        images = random_images(stage.batch_size, rng, size)[0]
         side = size // 2
         top, left = 4 * rng.integers(0, side // 4 + 1, 2)
         return images[:, :, top : top + side, left : left + side], generator
@@ -45,7 +46,7 @@ def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerat
     vae.requires_grad_(True)
     run_stage("vae", stage, config, accelerator, dict(vae.named_parameters()), batch_at, step, shown=("loss", "psnr"))
     vae.requires_grad_(False)
-    images = pictures(512, np.random.default_rng((config.seed, 99)), size)[0]
+    images = random_images(512, np.random.default_rng((config.seed, 99)), size)[0]
     z = torch.cat([_encode(vae, chunk) for chunk in images.split(64)])
     vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
 
@@ -58,11 +59,11 @@ def _encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, float]:
-    """How much of the oracle's judgement survives the autoencoder: correlation of each part before and after it.
+    """Correlation of each part of the oracle's score before and after the autoencoder, and the PSNR.
 
-    Half of the pictures belong to another caption, so that faithfulness varies.
+    Half of the images are scored with another caption, so that faithfulness varies.
     """
-    images, scenes, _ = pictures(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
+    images, scenes, _ = random_images(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
     captions = [scene.caption for scene in scenes[: number // 2] + scenes[number // 2 - 1 :: -1]]
     decoded = torch.cat([decode_latents(vae, encode_images(vae, chunk)) for chunk in images.split(64)])
     before, after = oracle_parts(images, captions), oracle_parts(decoded.cpu(), captions)

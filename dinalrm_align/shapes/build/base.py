@@ -1,5 +1,5 @@
-"""The base model: rectified flow, v = noise - x0 (SD3, arXiv 2403.03206), from adaLN-zero, with Muon on the blocks'
-matrices and an auxiliary loss on the picture tokens half way.
+"""The base model: rectified flow, v = noise - x0 (SD3, arXiv 2403.03206), with adaLN-zero initialisation, Muon on the
+blocks' matrices, and an auxiliary layout loss on the image tokens of the middle block.
 """
 
 import json
@@ -20,7 +20,7 @@ from dinalrm_align.models.grids import save_grid
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import decode_latents, encode_images
-from dinalrm_align.shapes.build.stage import pictures, run_stage
+from dinalrm_align.shapes.build.stage import random_images, run_stage
 from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 from dinalrm_align.shapes.render import SIZE, Drawing, coverage
@@ -34,7 +34,7 @@ CELLS = 2
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers over separate parameters that step as one."""
+    """Several optimisers over disjoint parameters that act as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -46,7 +46,7 @@ class Together(torch.optim.Optimizer):
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """As if one optimiser held all parameters, those of the first part first."""
+        """The state of one optimiser over all parameters, those of the first part first."""
         merged: dict[str, Any] = {"state": {}, "param_groups": []}
         for part, offset in zip(self.parts, self._offsets()):
             saved = part.state_dict()
@@ -64,7 +64,7 @@ class Together(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def _offsets(self) -> list[int]:
-        """Number of parameters before each part, and in all."""
+        """Number of parameters before each part, and in total."""
         counts = [sum(len(group["params"]) for group in part.param_groups) for part in self.parts]
         return [sum(counts[:index]) for index in range(len(counts) + 1)]
 
@@ -72,7 +72,7 @@ class Together(torch.optim.Optimizer):
 def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
     """Train `pipeline.transformer` in place on frozen text encoders and latents encoded once."""
     stage, transformer, device = config.base, pipeline.transformer.to(accelerator.device), accelerator.device
-    latents, layouts, captions = _cached_pictures(pipeline, config)
+    latents, layouts, captions = _cached_images(pipeline, config)
     encoder = PromptEncoder(pipeline, text_length=config.stack.text_length, device=device)
     encoder(sorted({*captions, ""}), batch_size=256)
     width = config.stack.num_heads * config.stack.head_dim
@@ -82,7 +82,7 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
     _zero_modulation(transformer)
     tapped: dict[str, Tensor] = {}
     tap = transformer.transformer_blocks[config.stack.depth // 2 - 1].register_forward_hook(
-        lambda module, inputs, outputs: tapped.update(picture=outputs[1])
+        lambda module, inputs, outputs: tapped.update(image=outputs[1])
     )
 
     def batch_at(step: int) -> tuple[Tensor, ...]:
@@ -111,7 +111,7 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
         )[0]  # fmt: skip
         flow = F.mse_loss(velocity, noise - x0)
         wanted = F.pixel_unshuffle(layout, CELLS).flatten(2).transpose(1, 2)
-        shape = F.mse_loss(layout_head(tapped["picture"]), wanted)
+        shape = F.mse_loss(layout_head(tapped["image"]), wanted)
         return flow + config.layout_weight * shape, {"flow": flow.item(), "layout": shape.item()}
 
     def evaluate(step: int) -> dict[str, float]:
@@ -151,7 +151,7 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 
 
 def _zero_modulation(transformer: nn.Module) -> None:
-    """Start as DiT does: every block an identity, the output zero."""
+    """Initialise as in DiT: every block is the identity, and the output is zero."""
     for name, module in transformer.named_modules():
         if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
             nn.init.zeros_(module.weight)
@@ -159,15 +159,15 @@ def _zero_modulation(transformer: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _cached_pictures(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> tuple[Tensor, Tensor, list[str]]:
+def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> tuple[Tensor, Tensor, list[str]]:
     """Scaled latents (N, C, h, w) float16, `_layout` of each (N, 4, h, w) uint8, captions."""
     folder = Path(config.output_dir) / "cache"
     if not (folder / "captions.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng((config.seed + 3, 0))
         latents, layouts, captions = [], [], []
-        for _ in tqdm(range(0, config.cached_pictures, 64), desc="encode pictures", unit=" batches"):
-            images, scenes, drawings = pictures(64, rng, config.stack.image_size)
+        for _ in tqdm(range(0, config.cached_pictures, 64), desc="encode images", unit=" batches"):
+            images, scenes, drawings = random_images(64, rng, config.stack.image_size)
             latents.append(encode_images(pipeline.vae, images).half().cpu())
             layouts.append(torch.stack([_layout(drawing, config.stack.latent_size) for drawing in drawings]))
             captions += [scene.caption for scene in scenes]
@@ -180,7 +180,7 @@ def _cached_pictures(pipeline: StableDiffusion3Pipeline, config: BuildConfig) ->
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """How much of each of cells x cells cells each shape covers, (4, cells, cells) uint8, 255 is all."""
+    """Share of each cell that each shape covers, (4, cells, cells) uint8; 255 is the whole cell."""
     cover = torch.zeros(len(SHAPES), SIZE, SIZE)
     for mark in drawing.marks:
         cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))
@@ -191,7 +191,7 @@ def _layout(drawing: Drawing, cells: int) -> Tensor:
 def sample_held_out(
     pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, number: int, seed: int
 ) -> tuple[Tensor, list[str]]:  # fmt: skip
-    """Pictures (number, 3, H, W) of held-out captions at the world's default steps and guidance, and the captions."""
+    """Samples (number, 3, H, W) of held-out captions at the default steps and guidance, and the captions."""
     prompts = [scene.caption for scene in draw_scenes(number, np.random.default_rng((seed, 1234)), held_out=True)]
     spec = MODELS["shapes"]
     embeds, pooled = encoder(prompts)

@@ -1,4 +1,4 @@
-"""The pixel reward: a CLIP model on decoded pictures with PickScore's likelihood (arXiv 2305.01569)."""
+"""The pixel reward: a CLIP model on decoded images with PickScore's likelihood (arXiv 2305.01569)."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from dinalrm_align.train.durable import write_atomically
 def train_pixel(
     pipeline: StableDiffusion3Pipeline, pairs: LatentPairs, config: BuildConfig, accelerator: Accelerator
 ) -> CLIPModel:
-    """A CLIP reward on the decoded pictures of the same preference pairs; its text tower starts from the pipeline's."""
+    """Train a CLIP reward on the decoded images of the pairs; its text tower is initialised from the pipeline's."""
     stage, size = config.pixel, config.stack.image_size
     text = pipeline.text_encoder.config.to_dict()
     text.pop("_name_or_path", None)

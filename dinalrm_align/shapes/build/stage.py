@@ -1,4 +1,4 @@
-"""What the stages share: random pictures of the world, and one run of `loop.fit` in the stage's own folder."""
+"""Shared by the stages: random training images, and one run of `loop.fit` in the stage's own folder."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,8 +18,8 @@ from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
 from dinalrm_align.train.state import RunState
 
 
-def pictures(number: int, rng: np.random.Generator, size: int) -> tuple[Tensor, list[Scene], list[Drawing]]:
-    """Random training captions rendered with ordinary nuisances: (number, 3, size, size), their scenes and drawings."""
+def random_images(number: int, rng: np.random.Generator, size: int) -> tuple[Tensor, list[Scene], list[Drawing]]:
+    """Images (number, 3, size, size) of random training captions with ordinary nuisances, their scenes and drawings."""
     scenes = draw_scenes(number, rng)
     drawings = [lay_out(scene, draw_nuisance(rng), rng) for scene in scenes]
     return render(drawings, size), scenes, drawings
@@ -38,7 +38,7 @@ def run_stage(
     hooks: tuple[Hook, ...] = (),
     shown: tuple[str, ...] = ("loss",),
 ) -> None:
-    """`fit` in output_dir/name, from its last checkpoint if there is one; the parameters end at their average."""
+    """Run `fit` in output_dir/name, from its last checkpoint if any; the parameters end at their moving average."""
     output_dir = Path(config.output_dir) / name
     fit(
         stage.loop, stage.optim, RunState.initial(parameters, stage.loop, stage.optim, optimizer=optimizer),

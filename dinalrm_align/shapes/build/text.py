@@ -1,5 +1,5 @@
-"""The text encoders: every token of T5, the last of each CLIP tower and the pooled embedding tell all that a caption
-asks for. This plays the part that web-scale pretraining does for SD3's encoders; the base model only learns to draw.
+"""The text encoders: each T5 token, the last token of each CLIP tower and the pooled embedding predict the caption's
+content. This replaces the web-scale pretraining of SD3's encoders.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ SLOT_CLASSES = [4, *[len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1] * 3, len
 
 
 def _slots(scene: Scene | None) -> list[int]:
-    """What a caption says, one class per slot: number of items; shape, colour, size of each; relation; background."""
+    """Content of a caption, one class per slot: number of items; shape, colour, size of each; relation; background."""
     if scene is None:
         return [0] * len(SLOT_CLASSES)
     slots = [len(scene.items)]

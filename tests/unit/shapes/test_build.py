@@ -51,7 +51,7 @@ def test_the_autoencoder_learns_and_sets_its_scaling(config, pipeline):
     assert not any(p.requires_grad for p in pipeline.vae.parameters())
 
 
-def test_the_text_encoders_learn_to_tell_what_a_caption_says(config, pipeline):
+def test_the_text_encoders_learn_the_content_of_captions(config, pipeline):
     config.text.loop.steps, config.text.batch_size = 20, 32
     train_text(pipeline, config, Accelerator(cpu=True))
     loss = losses(config, "text")
@@ -66,7 +66,7 @@ def test_slots_of_a_caption():
     assert _slot_loss(uniform, torch.tensor([_slots(scene)])).item() == pytest.approx(expected)
 
 
-def test_the_base_model_trains_judges_itself_and_goes_on_from_its_checkpoint(config, pipeline, tmp_path):
+def test_the_base_model_trains_evaluates_and_resumes(config, pipeline, tmp_path):
     config.base.loop.steps = 2
     train_base(pipeline, config, Accelerator(cpu=True))
     assert "oracle" in read_metrics(tmp_path / "base" / "metrics.jsonl")[-1]

@@ -7,7 +7,7 @@ import torch
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.models.images import open_image
 from dinalrm_align.models.vae import encode_images
-from dinalrm_align.shapes.config import PairsConfig
+from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
 from dinalrm_align.shapes.pairs import (
     GRAIN,
     _compare,
@@ -18,7 +18,6 @@ from dinalrm_align.shapes.pairs import (
     write_shifted_pairs,
     write_training_pairs,
 )
-from dinalrm_align.shapes.render import CONCEPTS
 from dinalrm_align.shapes.scene import is_held_out, parse_caption
 
 
@@ -75,12 +74,12 @@ def test_a_folder_in_hpdv3s_layout_holds_the_pairs_of_training(tiny_pipeline, tm
     write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
     batch = LatentPairs(tmp_path / "pairs", batch_size=3).in_order()[0]
     for number, record in enumerate(records):
-        picture = open_image(tmp_path / "world" / record["path1"])
-        latents = encode_images(tiny_pipeline.vae, picture)[0]
+        image = open_image(tmp_path / "world" / record["path1"])
+        latents = encode_images(tiny_pipeline.vae, image)[0]
         differences = [
             (latents - batch.latents[rows[number]].float()).abs().mean() for rows in (batch.chosen, batch.rejected)
         ]
-        assert differences[0] < 0.02 < differences[1], "the chosen picture, to 8 bits, and not the rejected one"
+        assert differences[0] < 0.02 < differences[1], "the chosen image, to 8 bits, and not the rejected one"
         assert record["prompt"] == batch.conditions.prompts[batch.chosen[number]]
     with pytest.raises(FileExistsError, match="already holds a data set"):
         render_hpdv3(tmp_path / "world", tiny_pipeline, config)

@@ -1,11 +1,9 @@
 import numpy as np
 import pytest
 
-from dinalrm_align.shapes.render import (  # fmt: skip
-    AESTHETICS,
+from dinalrm_align.shapes.config import AESTHETICS, CONCEPTS, FAITHFULNESS
+from dinalrm_align.shapes.render import (
     AREA_PER_RADIUS2,
-    CONCEPTS,
-    FAITHFULNESS,
     HALF_EXTENT,
     SIZE,
     Mark,
@@ -30,14 +28,14 @@ def test_coverage_has_the_area_and_extent_the_oracle_counts_on(shape):
     assert side == pytest.approx(2 * 12 * HALF_EXTENT[shape], abs=1.5)
 
 
-def test_pictures_are_in_range_and_their_corner_is_the_background():
+def test_images_are_in_range_and_their_corner_is_the_background():
     scene = parse_caption("a large green cross on gray")
-    (picture,) = render([lay_out(scene, Nuisance(), np.random.default_rng(0))])
-    assert picture.shape == (3, SIZE, SIZE) and picture.min() >= 0 and picture.max() <= 1
-    assert np.allclose(picture[:, 0, 0], BACKGROUNDS["gray"])
+    (image,) = render([lay_out(scene, Nuisance(), np.random.default_rng(0))])
+    assert image.shape == (3, SIZE, SIZE) and image.min() >= 0 and image.max() <= 1
+    assert np.allclose(image[:, 0, 0], BACKGROUNDS["gray"])
 
 
-def test_objects_stay_inside_the_picture():
+def test_objects_stay_inside_the_image():
     rng = np.random.default_rng(1)
     for scene in draw_scenes(200, rng):
         for mark in lay_out(scene, draw_nuisance(rng), rng).marks:
@@ -62,5 +60,5 @@ def test_spoiling_changes_the_named_concept_and_nothing_else():
         assert (len(spoiled.items) != 2) == (concept == "count")
     for concept in AESTHETICS:
         assert spoil_nuisance(Nuisance(), concept, rng) != Nuisance()
-    with pytest.raises(ValueError, match="not a nuisance"):
+    with pytest.raises(ValueError, match="concept: got 'colour'"):
         spoil_nuisance(Nuisance(), "colour", rng)

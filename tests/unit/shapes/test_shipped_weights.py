@@ -1,4 +1,4 @@
-"""The weights that the package ships: they load as any user's would, and are what the README says they are."""
+"""The shipped weights load like any user's and have the qualities that the README states."""
 
 import json
 
@@ -24,8 +24,8 @@ def pipeline():
 
 
 @pytest.fixture(scope="module")
-def judged():
-    """48 held-out captions with a faithful picture each and one of another colour."""
+def scored_images():
+    """48 held-out captions with a faithful image each and one of another colour."""
     import numpy as np
 
     rng = np.random.default_rng(5)
@@ -42,18 +42,18 @@ def test_no_file_is_missing_or_too_much_and_together_they_are_small():
         assert "_name_or_path" not in path.read_text() or json.loads(path.read_text()).get("_name_or_path", "") == ""
 
 
-def test_the_latent_reward_finds_its_base_model_by_itself_and_sees_a_wrong_colour(judged):
-    captions, good, bad = judged
+def test_the_latent_reward_finds_its_base_model_and_sees_a_wrong_colour(scored_images):
+    captions, good, bad = scored_images
     reward = LatentReward.from_pretrained(SPEC.reward)
     scores = [
-        reward.score_images(pictures, captions, generator=torch.Generator().manual_seed(0)) for pictures in (good, bad)
+        reward.score_images(images, captions, generator=torch.Generator().manual_seed(0)) for images in (good, bad)
     ]
     assert (scores[0] > scores[1]).float().mean() > 0.85
 
 
-def test_the_pixel_reward_sees_a_wrong_colour_through_the_autoencoder(judged, pipeline):
-    captions, good, bad = judged
+def test_the_pixel_reward_sees_a_wrong_colour_through_the_autoencoder(scored_images, pipeline):
+    captions, good, bad = scored_images
     reward = ClipReward.from_pretrained(SPEC.pixel, vae=pipeline.vae)
     with torch.no_grad():
-        scores = [reward(encode_images(pipeline.vae, pictures), captions) for pictures in (good, bad)]
+        scores = [reward(encode_images(pipeline.vae, images), captions) for images in (good, bad)]
     assert (scores[0] > scores[1]).float().mean() > 0.75
