@@ -135,7 +135,7 @@ OPTIONS = [
     Command("depth text (build)", BUILD, words("--stack.depth=deep"), "stack depth"),
     Command("depth 1 (build)", BUILD, words("--stack.depth=1"), "stack.depth 1"),
     Command("an unknown device (build)", BUILD, words("--device=banana"), "device banana"),
-    Command("a batch of nothing (build)", BUILD, words("--vae.batch_size=0"), "stage batch_size 0"),
+    Command("a batch of nothing (build)", BUILD, words("--vae.batch_size=0"), "batch_size 0"),
 ]  # fmt: skip
 
 FILES = [
