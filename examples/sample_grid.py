@@ -1,4 +1,4 @@
-"""What the embedded world's networks can do: renders, the autoencoder, and the base model's samples, by the oracle.
+"""Quality of the embedded world's networks by the oracle: renders, the autoencoder, and the base model's samples.
 
 python examples/sample_grid.py
 """
@@ -24,7 +24,7 @@ captions = read_prompts(Path(spec.heldout_prompts))
 
 images, scenes, _ = random_images(256, np.random.default_rng(0), spec.height)
 faithfulness = oracle_parts(images, [scene.caption for scene in scenes])["faithfulness"].mean()
-print(f"rendered pictures: faithfulness {faithfulness:.3f}")
+print(f"rendered images: faithfulness {faithfulness:.3f}")
 gate = vae_gate(pipeline.vae.requires_grad_(False), seed=0)
 print("autoencoder, correlation of the oracle before and after:", {name: round(gate[name], 3) for name in gate})
 
@@ -41,8 +41,8 @@ for guidance_scale in (spec.guidance_scale, 3.0):
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
         ).images
-        pictures = decode_latents(pipeline.vae, latents)
-    parts = {name: round(value.mean().item(), 3) for name, value in oracle_parts(pictures, captions).items()}
+        samples = decode_latents(pipeline.vae, latents)
+    parts = {name: round(value.mean().item(), 3) for name, value in oracle_parts(samples, captions).items()}
     path = Path("runs") / f"samples_guidance_{guidance_scale}.png"
-    save_grid(pictures, captions, path)
-    print(f"guidance {guidance_scale}: oracle {oracle_score(pictures, captions).mean():.3f}, {parts}, {path}")
+    save_grid(samples, captions, path)
+    print(f"guidance {guidance_scale}: oracle {oracle_score(samples, captions).mean():.3f}, {parts}, {path}")

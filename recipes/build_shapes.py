@@ -1,11 +1,11 @@
-"""Build the embedded world from nothing: the small SD3 stack, its preference pairs, its latent and its pixel reward.
+"""Build the embedded world from scratch: the small SD3 stack, preference pairs, the latent and the pixel reward.
 
     python recipes/build_shapes.py                                  # hours on two cores, minutes on a GPU
     python recipes/build_shapes.py --stack.depth 12 --stack.num_heads 8 --device cuda      # a larger world
 
 Stages run in order: vae, text, base, pairs, dinalrm (recipes/train_reward.py with train_reward_shapes.yaml), pixel.
-What is finished lies in output_dir/weights and is not trained again; an interrupted stage goes on where it stopped when
-the command is repeated. The result is a world folder: `python recipes/refl_sd35.py --model output_dir/weights`.
+Finished parts are in output_dir/weights and are not trained again; repeating the command resumes an interrupted stage.
+The result is a world folder: `python recipes/refl_sd35.py --model output_dir/weights`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ REWARD_SETTINGS = Path(__file__).with_name("train_reward_shapes.yaml")
 
 
 def build(config: BuildConfig, text: str) -> None:
-    """Train what is not trained yet; every finished part is in output_dir/weights."""
+    """Train every part that is not in output_dir/weights yet."""
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, ConfigMixin, SD3Transformer2DModel
     from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
@@ -51,7 +51,7 @@ def build(config: BuildConfig, text: str) -> None:
         module.requires_grad_(False).to(accelerator.device)
 
     def finish(train: Callable, parts: dict[str, type]) -> None:
-        """Train the named parts of the pipeline unless all are saved, save them, and go on with what is saved."""
+        """Train and save the named parts of the pipeline unless all are saved; continue with the saved weights."""
         folders = {name: weights / "pipeline" / name for name in parts}
         if not all((folder / "config.json").exists() for folder in folders.values()):
             train(pipeline, config, accelerator)
@@ -61,7 +61,7 @@ def build(config: BuildConfig, text: str) -> None:
         for name, kind in parts.items():
             saved = kind.from_pretrained(folders[name]).requires_grad_(False).eval().to(accelerator.device)
             if isinstance(saved, ConfigMixin):
-                saved.register_to_config(_name_or_path="")  # where it was read from is nobody's business
+                saved.register_to_config(_name_or_path="")  # do not save the local path
             pipeline.register_modules(**{name: saved})
 
     finish(train_vae, {"vae": AutoencoderKL})
@@ -100,7 +100,7 @@ def build(config: BuildConfig, text: str) -> None:
         model: CLIPModel = train_pixel(pipeline, pairs, config, accelerator)
         with atomic_folder(weights / "pixel") as temporary:
             save_clip_reward(model, pipeline.tokenizer, temporary)
-    print(f"the world is whole: python recipes/refl_sd35.py --model {weights}")
+    print(f"finished: python recipes/refl_sd35.py --model {weights}")
 
 
 def _text_encoders(pipeline) -> tuple:
@@ -108,7 +108,7 @@ def _text_encoders(pipeline) -> tuple:
 
 
 def _run(command: Sequence[object]) -> None:
-    """Run another recipe to its end; on Ctrl-C, which it receives too, wait until it has saved."""
+    """Run another recipe; on Ctrl-C, which it receives too, wait until it has saved."""
     process = subprocess.Popen([str(word) for word in command])
     try:
         status = process.wait()
