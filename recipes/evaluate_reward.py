@@ -69,7 +69,9 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     image_sets = open_image_sets(config.judged or {}, unpack_to=out / "sets")
     if config.judged is None:
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
-        made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in HELD_OUT_KINDS}
+        made = {
+            kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in HELD_OUT_KINDS
+        }
         config.judged = {kind: str(path) for kind, path in made.items()}
     has_latents = config.judged.keys() > image_sets.keys()
 
