@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.eval import ablation_report
     from dinalrm_align.eval.evaluator import Candidate, Evaluator, open_image_sets, scores_file
-    from dinalrm_align.eval.inference import common_levels, draw_levels, ensemble_levels
+    from dinalrm_align.eval.inference import common_levels, ensemble_levels, levels_with_draws
     from dinalrm_align.eval.scores import PairScores
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
     from dinalrm_align.shapes.pairs import HELD_OUT_KINDS, ensure_pairs
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         levels = {name: common_levels(config.sigmas, config.ensembles[0]) for name in config.judged}
         if arm == BASELINE:
             levels = {name: common + ensemble_levels(config.ensembles) for name, common in levels.items()}
-            levels[[*levels][-1]] += draw_levels(config.draws, config.ensembles[0])
+            levels[[*levels][-1]] += levels_with_draws(config.draws, config.ensembles[0])
         candidate = Candidate.from_checkpoint(run / "reward", lambda: transformer)
         return evaluator(candidate, levels, run, title=f"{arm}, seed {seed}")
 

@@ -65,7 +65,7 @@ def by_seed_and_caption(seeds: Mapping[int, Mapping[str, PairScores]], name: str
     return np.stack(rows)
 
 
-def accuracy(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
+def arm_accuracy(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
     """Mean accuracy of an arm on a set, in [0, 1]."""
     return seeds_by_captions(by_seed_and_caption(evidence.runs[arm], name, measure))
 
@@ -140,7 +140,7 @@ def question_section(question: Question, evidence: Evidence) -> str:
     accuracies = []
     for arm in arms:
         measures = [(name, measure) for name in sets for measure in summaries(arm, evidence).values()]
-        cells = [in_points(accuracy(evidence, arm, name, measure), signed=False) for name, measure in measures]
+        cells = [in_points(arm_accuracy(evidence, arm, name, measure), signed=False) for name, measure in measures]
         accuracies.append([f"{arm}: {ARMS[arm].title}", len(runs[arm]), *cells])
     pairs = dict.fromkeys([*question.paper, *((BASELINE, arm) for arm in arms if arm != BASELINE)])
     pairs = [pair for pair in pairs if set(pair) <= runs.keys()]

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dinalrm_align.eval.ablation import Evidence, accuracy, accuracy_at
+from dinalrm_align.eval.ablation import Evidence, accuracy_at, arm_accuracy
 from dinalrm_align.eval.inference import SINGLE_LEVEL, NoiseShare, gain_over_single, inference_measures
 from dinalrm_align.train.figures import save_figure
 
@@ -17,7 +17,7 @@ def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str
     panels = figure.subplots(1, len(evidence.sets), squeeze=False)[0]
     for axis, name in zip(panels, evidence.sets, strict=True):
         for index, arm in enumerate(arm for arm in arms if arm in evidence.runs):
-            points = [accuracy(evidence, arm, name, accuracy_at(sigma)) for sigma in evidence.sigmas]
+            points = [arm_accuracy(evidence, arm, name, accuracy_at(sigma)) for sigma in evidence.sigmas]
             seeds = len(evidence.runs[arm])
             label = f"{arm} ({seeds} seed{'s' if seeds > 1 else ''})"
             axis.plot(evidence.sigmas, [100 * point.mean for point in points], marker="o", markersize=3, label=label)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dinalrm_align.eval import test_set_report
-from dinalrm_align.eval.ablation import Evidence, accuracy, accuracy_of, in_points
+from dinalrm_align.eval.ablation import Evidence, accuracy_of, arm_accuracy, in_points
 from dinalrm_align.eval.ablation_plots import plot_inference
 from dinalrm_align.eval.calibration_report import calibration_section, plot_reliability, reliabilities
 from dinalrm_align.eval.config import EvaluateRun
@@ -90,7 +90,7 @@ def concept_section(name: str, evidence: Evidence) -> str:
     scores = evidence.runs[REWARD][0][name]
     levels = sorted(scores.scores, key=lambda level: ("+" in level, level))
     header = ["concept", "pairs", *(level if level == NO_NOISE.name else f"sigma {level}" for level in levels)]
-    overall = [in_points(accuracy(evidence, REWARD, name, accuracy_of(level)), signed=False) for level in levels]
+    overall = [in_points(arm_accuracy(evidence, REWARD, name, accuracy_of(level)), signed=False) for level in levels]
     rows = [["all", len(scores.label), *overall]]
     concepts = np.array(scores.concept)
     for concept in sorted(set(scores.concept or ())):

@@ -13,9 +13,9 @@ from dinalrm_align.eval.ablation import (
     ASTERISK,
     Evidence,
     Measure,
-    accuracy,
     accuracy_at,
     accuracy_of,
+    arm_accuracy,
     difference,
     in_points,
     verdict,
@@ -50,7 +50,7 @@ def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
     return [tuple(range(start, start + count)) for start in range(0, draws - count + 1, count)]
 
 
-def draw_levels(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
+def levels_with_draws(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
     """Single draws, groups of them joined as tokens, and the ensemble with some draws."""
     singles = [NoiseLevels.at(SINGLE_LEVEL, draw=draw) for draw in range(draws)]
     joined = [_joined(group) for count in COUNTS if 1 < count < draws for group in draw_groups(count, draws)]
@@ -92,7 +92,7 @@ def inference_section(evidence: Evidence, arm: str) -> str:
         if label not in by_set[name]:
             return ["", ""]
         measure = by_set[name][label]
-        value = in_points(accuracy(evidence, arm, name, measure), signed=False)
+        value = in_points(arm_accuracy(evidence, arm, name, measure), signed=False)
         return [value, with_asterisk(gain_over_single(evidence, arm, name, measure))]
 
     labels = dict.fromkeys(label for measures in by_set.values() for label in measures)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dinalrm_align.eval.report.intervals import LEVEL
 from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import PROTOCOLS
 
 DRAWS = 1000
 """Bootstrap resamples."""
-LEVEL = 0.95
 CHUNK = 50
 """Resamples computed at once."""
 

@@ -5,8 +5,8 @@ import pytest
 
 from dinalrm_align.eval.ablation import (
     Evidence,
-    accuracy,
     accuracy_at,
+    arm_accuracy,
     difference,
     in_points,
     mean_accuracy,
@@ -14,7 +14,13 @@ from dinalrm_align.eval.ablation import (
     verdict,
 )
 from dinalrm_align.eval.ablation_config import ARMS, BASELINE, QUESTIONS, AblateRun
-from dinalrm_align.eval.inference import draw_groups, draw_levels, inference_section, noise_shares, variance_section
+from dinalrm_align.eval.inference import (
+    draw_groups,
+    inference_section,
+    levels_with_draws,
+    noise_shares,
+    variance_section,
+)
 from dinalrm_align.eval.report.intervals import Interval
 from dinalrm_align.eval.scores import NoiseLevels, PairScores
 from dinalrm_align.reward.config import RewardConfig
@@ -52,7 +58,7 @@ def evidence_of(runs):
 def test_accuracy_is_the_mean_over_seeds_and_captions():
     found = evidence(calibrated=0.8)
     expected = np.mean([found.runs["calibrated"][seed]["set"].correct("0.4").mean() for seed in range(3)])
-    interval = accuracy(found, "calibrated", "set", accuracy_at(0.4))
+    interval = arm_accuracy(found, "calibrated", "set", accuracy_at(0.4))
     assert interval.mean == pytest.approx(expected) and (interval.seeds, interval.captions) == (3, PAIRS)
     assert interval.low < interval.mean < interval.high
 
@@ -94,7 +100,7 @@ def test_raters_that_tie_are_left_out():
     found = evidence(calibrated=0.8)
     for sets in found.runs["calibrated"].values():
         sets["set"].label[:100] = 0.5
-    assert accuracy(found, "calibrated", "set", accuracy_at(0.4)).captions == PAIRS - 100
+    assert arm_accuracy(found, "calibrated", "set", accuracy_at(0.4)).captions == PAIRS - 100
 
 
 def test_points():
@@ -119,7 +125,7 @@ def test_one_seed_is_marked():
 
 
 def test_the_table_lists_every_scored_choice_of_noise_levels():
-    levels = [NoiseLevels.at(sigma) for sigma in SIGMAS] + [NoiseLevels.at(*ENSEMBLE)] + draw_levels(4, ENSEMBLE)
+    levels = [NoiseLevels.at(sigma) for sigma in SIGMAS] + [NoiseLevels.at(*ENSEMBLE)] + levels_with_draws(4, ENSEMBLE)
     names = [level.name for level in dict.fromkeys(levels)]
     found = evidence_of({BASELINE: {seed: {"set": scores_of(0.8, seed, names=names)} for seed in range(2)}})
     text = inference_section(found, BASELINE)
@@ -131,7 +137,7 @@ def test_the_table_lists_every_scored_choice_of_noise_levels():
 
 def test_draws_are_grouped_without_overlap():
     assert draw_groups(2, 5) == [(0, 1), (2, 3)] and draw_groups(4, 3) == []
-    assert NoiseLevels((0.4, 0.4), (2, 3)) in draw_levels(4, ENSEMBLE)
+    assert NoiseLevels((0.4, 0.4), (2, 3)) in levels_with_draws(4, ENSEMBLE)
 
 
 def test_noise_share_is_one_over_k_for_independent_draws():
@@ -139,7 +145,7 @@ def test_noise_share_is_one_over_k_for_independent_draws():
     rng = np.random.default_rng(0)
     own = 2 * rng.standard_normal(20_000)
     scores = {NoiseLevels.at(0.4, draw=draw).name: own + rng.standard_normal(own.size) for draw in range(8)}
-    for level in draw_levels(8, ENSEMBLE):
+    for level in levels_with_draws(8, ENSEMBLE):
         scores.setdefault(level.name, own + rng.standard_normal(own.size))
     rows = np.arange(2)
     pairs = PairScores(scores, rows, rows + 1, np.ones(2, np.float32), rows)
