@@ -18,6 +18,7 @@ weights = Path(dinalrm_align.__file__).parent / "shapes" / "weights"
 pipeline = StableDiffusion3Pipeline.from_pretrained(weights / "pipeline")
 transformer = pipeline.transformer.requires_grad_(False)
 reward = LatentReward.from_pretrained(weights / "dinalrm", pipeline=pipeline)  # shares the frozen weights
+torch.manual_seed(0)  # the LoRA's initialisation
 transformer.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 optimizer = torch.optim.AdamW([p for p in transformer.parameters() if p.requires_grad], lr=1e-3)
 
