@@ -43,7 +43,7 @@ def parse_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[R
         checkpoint = checkpoint_to_resume(Path(run.resume))
         folder = run_of(checkpoint)
         if run.output_dir and Path(run.output_dir).resolve() != folder:
-            refuse(f"output_dir: got {run.output_dir}; expected {folder}, the resumed run, or no --output_dir")
+            refuse(f"output_dir: got {run.output_dir}; expected {folder}, as in --resume: leave out --output_dir")
         run, _ = parse(kind, description, argv, [settings_of(checkpoint)])
     check_tracker(run.tracker)
     if run.model == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
