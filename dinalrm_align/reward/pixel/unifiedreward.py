@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -100,18 +101,15 @@ class UnifiedReward(PixelReward):
         vae: AutoencoderKL | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        api_key: str | None = None,
         side: int | None = 512,
         concurrency: int = 8,
-        timeout: float = 120.0,
-        attempts: int = 3,
-        pause: float = 1.0,
+        **endpoint: Any,
     ) -> "UnifiedReward":
         """A reward that asks the server at `source`; no request is sent yet.
 
         Args:
             source: the endpoint, http://host:port/v1.
-            model, api_key, timeout, attempts, pause: as `ChatEndpoint`.
+            model, endpoint: the model's name, and further fields of `ChatEndpoint`: api_key, timeout, attempts, ...
             template: point or acs (TEMPLATES): the question, and the numbers read from the answer.
             question: a text file to use as the question, with a field {prompt}; for scores comparable to published ones
                 use the wording in the model's repository.
@@ -126,8 +124,7 @@ class UnifiedReward(PixelReward):
         chosen = TEMPLATES[template]
         if question is not None:
             chosen = dataclasses.replace(chosen, question=read_text(Path(question), "question"))
-        endpoint = ChatEndpoint(source, model, api_key, timeout=timeout, attempts=attempts, pause=pause)
-        return cls(endpoint, chosen, vae=vae, side=side, concurrency=concurrency)
+        return cls(ChatEndpoint(source, model, **endpoint), chosen, vae=vae, side=side, concurrency=concurrency)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W) in [0, 1], B prompts -> scores (B,), float32, in [1, 5], without gradient.

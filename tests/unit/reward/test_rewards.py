@@ -172,7 +172,7 @@ def test_every_class_of_the_table_is_there_and_takes_what_is_agreed(name):
     module, _, kind = entry.kind.partition(":")
     found = getattr(importlib.import_module(module), kind)
     takes = inspect.signature(found.from_pretrained).parameters
-    wanted = {"vae", "device", "dtype", *entry.options} | ({"local_files_only"} if not entry.served else set())
+    wanted = {"vae", "device", "dtype", *entry.options} | ({"hub"} if not entry.served else set())
     assert wanted <= takes.keys() and list(takes)[0] == "source"
     assert issubclass(found, PixelReward) and found.differentiable == entry.differentiable
     assert takes["source"].default in (inspect.Parameter.empty, entry.source)
