@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 SHORTENED = {
     "hacking": "--loop.steps=1 --evaluation.samples=3 --evaluation.shown=2 --refl.batch_size=2",
     "hpdv3_folder": "4",
+    "measure_precision": "precision 4",
 }
 
 

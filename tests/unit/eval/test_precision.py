@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import json
 import math
-import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,23 +15,14 @@ from tiny_reward import raw_scores
 from dinalrm_align import LatentReward
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.eval.precision import (
-    TOLERANCES,
-    ScoresAndGradients,
-    agreement_of,
-    beyond_tolerance,
-    compare,
-    main,
-    markdown,
-    score,
-)
-from dinalrm_align.eval.precision_config import PrecisionRun
-from dinalrm_align.eval.precision_images import heldout_images, images_of_pairs
 from dinalrm_align.flow.noise import add_noise
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.loss_config import LossConfig
 from dinalrm_align.reward.losses import preference_loss
 
+SCRIPT = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[3] / "examples" / "measure_precision.py")))
+TOLERANCES, ScoresAndGradients = SCRIPT.TOLERANCES, SCRIPT.ScoresAndGradients
+beyond_tolerance, compare, score = SCRIPT.beyond_tolerance, SCRIPT.compare, SCRIPT.score
 SPEC = MODELS["shapes"]
 SHIPPED = Path(__file__).parents[3] / "examples" / "results" / "precision.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,12 +36,12 @@ def shipped_reward(dtype):
 
 @functools.cache
 def sample():
-    return heldout_images(SPEC, IMAGES, seed=1)
+    return SCRIPT.heldout_images(SPEC, IMAGES, seed=1)
 
 
 @functools.cache
 def exact(level):
-    return score(shipped_reward("float32"), sample(), level, batch_size=IMAGES)
+    return score(shipped_reward("float32"), sample(), level)
 
 
 # -------------------------------------------------------------------------------------------------- the table of errors
@@ -62,9 +54,9 @@ def exact(level):
 ], ids=str)  # fmt: skip
 def test_half_precision_has_not_drifted(dtype, way, level):
     if way == "cast":
-        found = score(shipped_reward(dtype), sample(), level, batch_size=IMAGES)
+        found = score(shipped_reward(dtype), sample(), level)
     else:
-        found = score(shipped_reward("float32"), sample(), level, batch_size=IMAGES, autocast=DTYPES[dtype])
+        found = score(shipped_reward("float32"), sample(), level, autocast=DTYPES[dtype])
     agreement = compare(found, exact(level))
     one_pair = 2 / (IMAGES * (IMAGES - 1))  # may be a near tie
     assert agreement.rank_agreement >= 1 - one_pair - 1e-6
@@ -76,18 +68,17 @@ def test_half_precision_has_not_drifted(dtype, way, level):
 def test_the_shipped_table_is_within_its_tolerances_and_complete():
     numbers = json.loads(SHIPPED.read_text())
     assert numbers["tolerances"] == {dtype: vars(allowed) for dtype, allowed in TOLERANCES.items()}
-    assert numbers["latents"] == PrecisionRun().latents
+    assert numbers["latents"] == 128
     for row in numbers["rows"]:
-        assert beyond_tolerance(agreement_of(row), row["dtype"]) == [], row
+        assert beyond_tolerance(SCRIPT.agreement_of(row), row["dtype"]) == [], row
         assert (row["gradient_error"] is None) == (row["sigma"] == [1.0])
     rows = {(row["dtype"], row["way"], tuple(row["sigma"])) for row in numbers["rows"]}
-    settings = PrecisionRun()
-    assert rows == {(d, w, s) for d in settings.dtypes for w in ("autocast", "cast") for s in settings.levels()}
+    assert rows == {(d, w, s) for d in SCRIPT.DTYPES for w in ("autocast", "cast") for s in SCRIPT.LEVELS}
 
 
 def test_the_shipped_markdown_says_what_the_numbers_say():
     numbers = json.loads(SHIPPED.read_text())
-    assert SHIPPED.with_suffix(".md").read_text() == markdown(numbers, numbers["rows"])
+    assert SHIPPED.with_suffix(".md").read_text() == SCRIPT.markdown(numbers, numbers["rows"])
 
 
 def test_agreement_by_hand():
@@ -125,34 +116,18 @@ def test_what_cannot_be_compared_is_refused():
         compare(good, ScoresAndGradients(torch.ones(2), good.gradients))
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------------------------- the script
 
 
-def test_the_command_writes_table_and_numbers(tiny_world, tmp_path, capsys):
-    words = ["--model", str(tiny_world), "--latents", "3", "--batch_size", "2", "--dtypes", "[bfloat16]"]
-    main([*words, "--sigmas", "[0.4]", "--ensemble", "[]", "--device", "cpu", "--output", str(tmp_path / "out")])
+def test_the_script_writes_table_and_numbers(tiny_world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SCRIPT.measure.__globals__, "LEVELS", [(0.4,)])
+    monkeypatch.setitem(SCRIPT.measure.__globals__, "DTYPES", ("bfloat16",))
+    SCRIPT.main(str(tmp_path / "out"), "3", str(tiny_world))
     numbers = json.loads((tmp_path / "out" / "precision.json").read_text())
     assert [(row["way"], row["sigma"]) for row in numbers["rows"]] == [("autocast", [0.4]), ("cast", [0.4])]
-    assert (tmp_path / "out" / "precision.md").read_text() == markdown(numbers, numbers["rows"])
+    assert (tmp_path / "out" / "precision.md").read_text() == SCRIPT.markdown(numbers, numbers["rows"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["precision.json", "precision.md"]
     assert "| bfloat16 | cast | 0.4 |" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["--model", "shape"], "did you mean 'shapes'"),
-    (["--model", "sd35"], "pairs: got none"),
-    (["--sigmas", "[1.5]"], r"sigmas.*1\.5.*at least 0 and at most 1"),
-    (["--latents", "1"], "latents: got 1"),
-    (["--pairs", "nowhere"], "nowhere holds no index.json"),
-    (["--reward", "nowhere"], "nowhere"),
-    (["--dtypes", "[int8]"], "int8"),
-])  # fmt: skip
-def test_a_mistake_on_the_command_line_ends_with_status_2_and_a_sentence(words, sentence, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([*words, "--output", str(tmp_path)])
-    assert ended.value.code == 2
-    assert re.search(sentence, capsys.readouterr().err)
-    assert not list(tmp_path.iterdir())
 
 
 def test_images_of_latent_pairs(tmp_path):
@@ -160,11 +135,11 @@ def test_images_of_latent_pairs(tmp_path):
     with LatentPairsWriter(tmp_path / "pairs", PairManifest(1.0, 0.0, 14)) as writer:
         for number in range(3):
             writer.add(f"prompt {number}", torch.full((2, 4, 8, 8), float(number)).half(), **inputs)
-    found = images_of_pairs(str(tmp_path / "pairs"), 5, seed=0)
+    found = SCRIPT.images_of_pairs(str(tmp_path / "pairs"), 5, seed=0)
     assert found.latents[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2] and found.latents.dtype == torch.float32
     assert found.noise.shape == (5, 4, 8, 8) and found.prompt_embeds.shape == (5, 5, 8)
     with pytest.raises(ValueError, match=r"got 6 images of sizes \[\(4, 8, 8\)\]; expected 7 of one size"):
-        images_of_pairs(str(tmp_path / "pairs"), 7, seed=0)
+        SCRIPT.images_of_pairs(str(tmp_path / "pairs"), 7, seed=0)
 
 
 # ------------------------------------------------------------------------------------------------ what stays float32
@@ -287,5 +262,5 @@ def test_latents_that_overflow_the_backbone_are_refused_and_not_scored(dtype, si
 
 
 def test_tolerances_are_of_every_dtype_that_is_measured():
-    assert set(TOLERANCES) == set(PrecisionRun().dtypes)
+    assert set(TOLERANCES) == set(SCRIPT.DTYPES)
     assert all(math.isfinite(value) for allowed in TOLERANCES.values() for value in dataclasses.astuple(allowed))

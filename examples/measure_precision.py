@@ -1,38 +1,90 @@
 """Half precision against float32: errors of a latent reward's scores and gradients, per dtype and noise level.
 
-    python -m dinalrm_align.eval.precision --output examples/results
+python examples/measure_precision.py [OUTPUT [IMAGES [MODEL [PAIRS]]]]
+
+Writes precision.md and precision.json to OUTPUT (runs/precision). Scores IMAGES (128) images by the reward of MODEL
+(shapes, sd35 or the folder of a pipeline): the first of PAIRS, a directory of latent pairs, or, for the embedded world
+only, renders of held-out captions.
 
 Two modes are compared: `cast`, the backbone in that dtype (LatentReward.from_pretrained(dtype=...)), and `autocast`
 around float32 weights. In both, noising, timesteps and the last linear layer are computed in float32, and the text
 encoders run in float32.
 """
 
-import dataclasses
 import json
 import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinalrm_align.eval.precision_config import PrecisionRun
-from dinalrm_align.eval.precision_images import Sample, heldout_images, images_of_pairs
+from dinalrm_align import LatentReward
+from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import Level, level_name
+from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.specs import ModelSpec, resolve_model
-from dinalrm_align.models.text import Conditions
-from dinalrm_align.train.command import parse, refuse, refusing
-from dinalrm_align.train.device import available_device
+from dinalrm_align.models.text import Conditions, PromptEncoder
+from dinalrm_align.models.vae import encode_images, load_vae
+from dinalrm_align.shapes.render import draw_nuisance, lay_out, render
+from dinalrm_align.shapes.scene import draw_scenes
 from dinalrm_align.train.durable import write_atomically
 
-if TYPE_CHECKING:
-    from dinalrm_align.reward.latent import LatentReward
+DTYPES = ("bfloat16", "float16")
+LEVELS: list[Level] = [(0.0,), (1e-6,), (0.05,), (0.4,), (0.7,), (1.0,), (0.2, 0.5, 0.7)]
+BATCH, SEED = 32, 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """N images: latents and noise (N, C, H, W), prompt_embeds (N, L, D), pooled_prompt_embeds (N, P)."""
+
+    latents: Tensor
+    noise: Tensor
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+
+    def __getitem__(self, part: slice) -> "Sample":
+        return Sample(**{name: tensor[part] for name, tensor in vars(self).items()})
+
+
+def heldout_images(spec: ModelSpec, count: int, seed: int) -> Sample:
+    """Renders of `count` held-out captions of the embedded world, encoded by its own networks in float32."""
+    rng = np.random.default_rng(seed)
+    scenes = draw_scenes(count, rng, held_out=True)
+    images = render([lay_out(scene, draw_nuisance(rng), rng) for scene in scenes], spec.height)
+    latents = encode_images(load_vae(spec.pipeline, device="cpu"), images)
+    encoder = PromptEncoder(spec.pipeline, text_length=spec.text_length)
+    return Sample(latents, _noise(latents, seed), *encoder([scene.caption for scene in scenes]))
+
+
+def images_of_pairs(directory: str, count: int, seed: int) -> Sample:
+    """The first images of a directory of latent pairs. Raises ValueError when they are fewer or of several sizes."""
+    batches, parts = LatentPairs(directory, batch_size=32).in_order(), []
+    for index in range(len(batches)):
+        parts.append(batches[index])
+        if sum(len(part.latents) for part in parts) >= count:
+            break
+    sizes = {tuple(part.latents.shape[1:]) for part in parts}
+    available = sum(len(part.latents) for part in parts)
+    if len(sizes) > 1 or available < count:
+        raise ValueError(f"{directory}: got {available} images of sizes {sorted(sizes)}; expected {count} of one size")
+    columns = {"latents": [part.latents for part in parts]}
+    columns |= {
+        name: [vars(part.conditions)[name] for part in parts] for name in ("prompt_embeds", "pooled_prompt_embeds")
+    }
+    joined = {name: torch.cat(tensors)[:count].float() for name, tensors in columns.items()}
+    return Sample(noise=_noise(joined["latents"], seed), **joined)
+
+
+def _noise(latents: Tensor, seed: int) -> Tensor:
+    return torch.randn(latents.shape, generator=seeded_generator(seed))
 
 
 @dataclass(frozen=True)
@@ -82,12 +134,12 @@ def beyond_tolerance(agreement: Agreement, dtype: str) -> list[str]:
 
 
 def score(
-    reward: "LatentReward", sample: Sample, level: Level, *, batch_size: int, autocast: torch.dtype | None = None
+    reward: LatentReward, sample: Sample, level: Level, autocast: torch.dtype | None = None
 ) -> ScoresAndGradients:
     """Scores and gradients, computed in batches, with all sigmas of `level` joined. autocast: dtype of an autocast."""
     device, scores, gradients = reward.device, [], []
-    for start in range(0, len(sample.latents), batch_size):
-        part = sample[start : start + batch_size]
+    for start in range(0, len(sample.latents), BATCH):
+        part = sample[start : start + BATCH]
         latents = part.latents.to(device).requires_grad_()
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             scored = reward.raw(
@@ -129,41 +181,9 @@ def compare(found: ScoresAndGradients, reference: ScoresAndGradients) -> Agreeme
     )
 
 
-def measure(config: PrecisionRun, spec: ModelSpec, device: torch.device) -> list[dict[str, object]]:
-    """One row per dtype, mode and level: {"dtype", "way", "sigma", and the fields of `Agreement`}."""
-    from dinalrm_align.reward.latent import LatentReward
-
-    def load(dtype: str) -> LatentReward:
-        source = config.reward or spec.reward
-        return LatentReward.from_pretrained(source, transformer=spec.pipeline, device=device, dtype=dtype)
-
-    exact, rows = load("float32"), []
-    if config.pairs is None:
-        sample = heldout_images(spec, config.latents, config.seed)
-    else:
-        sample = images_of_pairs(config.pairs, config.latents, config.seed)
-
-    def add(dtype: str, mode: str, level: Level, found: ScoresAndGradients) -> None:
-        rows.append({"dtype": dtype, "way": mode, "sigma": list(level), **vars(compare(found, reference[level]))})
-        print(" ".join(cells(rows[-1])), flush=True)
-
-    levels, size = config.levels(), config.batch_size
-    reference = {level: score(exact, sample, level, batch_size=size) for level in levels}
-    for dtype in config.dtypes:
-        for level in levels:
-            under = getattr(torch, dtype)
-            add(dtype, "autocast", level, score(exact, sample, level, batch_size=size, autocast=under))
-    del exact
-    for dtype in config.dtypes:
-        half = load(dtype)
-        for level in levels:
-            add(dtype, "cast", level, score(half, sample, level, batch_size=size))
-    return sorted(rows, key=lambda row: (config.dtypes.index(row["dtype"]), row["way"]))
-
-
 def agreement_of(row: dict[str, object]) -> Agreement:
     """`Agreement` from a row of `measure` or of precision.json, where null stands for NaN."""
-    names = [field.name for field in dataclasses.fields(Agreement)]
+    names = [field.name for field in fields(Agreement)]
     return Agreement(**{name: math.nan if row[name] is None else row[name] for name in names})
 
 
@@ -205,38 +225,52 @@ def markdown(run: dict[str, object], rows: Sequence[dict[str, object]]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def measure(spec: ModelSpec, sample: Sample, device: str) -> list[dict[str, object]]:
+    """One row per dtype, mode and level: {"dtype", "way", "sigma", and the fields of `Agreement`}."""
+
+    def load(dtype: str) -> LatentReward:
+        return LatentReward.from_pretrained(spec.reward, transformer=spec.pipeline, device=device, dtype=dtype)
+
+    rows, exact = [], load("float32")
+    reference = {level: score(exact, sample, level) for level in LEVELS}
+    for dtype in DTYPES:
+        half = load(dtype)
+        for mode, reward, autocast in (("autocast", exact, getattr(torch, dtype)), ("cast", half, None)):
+            for level in LEVELS:
+                agreement = compare(score(reward, sample, level, autocast), reference[level])
+                rows.append({"dtype": dtype, "way": mode, "sigma": list(level), **vars(agreement)})
+                print(" ".join(cells(rows[-1])), flush=True)
+    return rows
+
+
+def main(output: str = "runs/precision", images: str = "128", model: str = "shapes", pairs: str | None = None) -> None:
     """Measure, and write precision.md and precision.json."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    config, _ = parse(PrecisionRun, __doc__, words)
-    with refusing():
-        spec, reason = resolve_model(config.model)
-        print(reason)
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        device = available_device(default if config.device == "auto" else config.device)
-        if config.pairs is None and spec.kind != "shapes":
-            refuse(f"pairs: got none; expected a directory of latent pairs, since {spec.name} cannot render images")
-        with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 convolutions are less precise than float32
-            rows = measure(config, spec, device)
-    cpu = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+    spec, reason = resolve_model(model)
+    print(reason)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sample = heldout_images(spec, int(images), SEED) if pairs is None else images_of_pairs(pairs, int(images), SEED)
+    with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 convolutions are less precise than float32
+        rows = measure(spec, sample, device)
     run = {
-        "command": shlex.join(["python", "-m", "dinalrm_align.eval.precision", *words]),
+        "command": shlex.join(["python", "examples/measure_precision.py", *sys.argv[1:]]),
         "model": spec.name,
-        "reward": config.reward or "the model's own",
-        "latents": config.latents,
-        "pictures": "renders of held-out captions" if config.pairs is None else "the first of the pairs",
-        "seed": config.seed,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
+        "reward": "the model's own",
+        "latents": int(images),
+        "pictures": "renders of held-out captions" if pairs is None else "the first of the pairs",
+        "seed": SEED,
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"CPU ({torch.backends.cpu.get_cpu_capability()})",
         "torch": torch.__version__,
     }
-    report, output = markdown(run, rows), Path(config.output)
+    report = markdown(run, rows)
     plain = [{name: None if value != value else value for name, value in row.items()} for row in rows]
     tolerances = {dtype: vars(allowed) for dtype, allowed in TOLERANCES.items()}
     numbers = {**run, "tolerances": tolerances, "rows": plain}
-    write_atomically(output / "precision.json", json.dumps(numbers, indent=1) + "\n")
-    write_atomically(output / "precision.md", report)
+    write_atomically(Path(output) / "precision.json", json.dumps(numbers, indent=1) + "\n")
+    write_atomically(Path(output) / "precision.md", report)
     print(report)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
