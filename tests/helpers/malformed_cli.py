@@ -17,7 +17,7 @@ COMPARE, SAVINGS = recipe("compare_runs"), recipe("savings")
 ABLATE, EVALUATE = recipe("ablate_reward"), recipe("evaluate_reward")
 GRPO, LPO, NFT = recipe("grpo_sd35"), recipe("lpo_sd35"), recipe("nft_sd35")
 DPO, MINE = recipe("dpo_sd35"), recipe("mine_pairs")
-PREPARE, LOADING = recipe("prepare_pairs"), recipe("measure_loading")
+PREPARE = recipe("prepare_pairs")
 
 
 def words(*given: object) -> Callable[[World], Sequence[object]]:
@@ -349,8 +349,6 @@ PREPARING = [
     Command("pairs without votes that mean anything", PREPARE, preparing('{"prompt": "a", "chosen": "c", "rejected": "r", "votes": "9"}'), "votes 9"),
     Command("an empty source", PREPARE, preparing(""), "pairs.jsonl 0"),
     Command("a folder without parquet", PREPARE, lambda w: ["--source", w.fresh(), "--model", world_of(w), "--device=cpu"], "parquet"),
-    Command("a batch of more than the pairs (loading)", LOADING, words("--pairs=2", "--batch_size=4"), "pairs 2"),
-    Command("an odd height (loading)", LOADING, words("--height=100"), "height 100"),
     Command("batches ahead below 0", TRAIN, words("--prefetch=-1"), "prefetch -1"),
 ]  # fmt: skip
 

@@ -15,7 +15,6 @@ OPTIONS = {
     "refl_sd35": "--refl.grad_steps",
     "train_reward": "--reward.lora.rank",
     "prepare_pairs": "--filter.ties",
-    "measure_loading": "--row_group",
 }
 PROBE = """
 import contextlib, io, json, runpy, sys, time

@@ -1,9 +1,24 @@
-"""Loaders to compare: the same random latent pairs in the released layout and as shards, and ways of reading them."""
+"""Measure how fast encoded pairs are read: the released way and ours, on the same data, on this machine.
+
+    python examples/measure_loading.py                                      # latents of 1024 x 1024 images, 1 GB
+    python examples/measure_loading.py --pairs 2000 --height 512 --width 512
+
+The released way opens a parquet file for every pair and decodes the whole row group that holds it. It is compared with
+the same parquet files, each row group decoded once (dinalrm_align/data/released_pairs.py), and with shards as
+recipes/prepare_pairs.py writes them (dinalrm_align/data/latent_pairs.py), which also hold text embeddings, read on
+demand and ahead. No GPU is used. Each way starts with the files out of the page cache where the system allows it.
+MB / s counts what a training step receives: latents and, from shards, embeddings.
+"""
 
 import csv
 import io
+import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +28,59 @@ from tqdm import tqdm
 from dinalrm_align.data.formats.parquet import parquet_module, row_group_starts
 from dinalrm_align.data.formats.released import INDEX, LATENTS, load_latent
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
-from dinalrm_align.data.loading_config import LoadingRun
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.data.prefetch import Prefetched
 from dinalrm_align.data.released_pairs import ReleasedPairs
+from dinalrm_align.train.command import parse, refusing
+from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.settings import NonNegativeInt, PositiveFloat, PositiveInt, check_fields
 
 CHANNELS = 16
 RELEASED_WAY = "released: a row group per pair"
 
 Reading = Callable[[], Iterator[tuple[int, int]]]
 """Yields the number of pairs and of bytes read, a batch at a time."""
+
+
+@dataclass
+class LoadingRun:
+    """Settings of `python examples/measure_loading.py`.
+
+    Args:
+        output_dir: folder of the data, written once in both layouts, and of loading.json.
+        pairs: number of pairs.
+        row_group: rows per parquet row group; the released data has about 100.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        text_tokens: length of a prompt's embeddings; SD3: 77 of the CLIP towers and 128 of T5.
+        text_width: width of a prompt's embeddings.
+        prompts: number of distinct prompts.
+        batch_size: pairs per batch.
+        prefetch: number of batches read ahead.
+        seconds: longest time to measure each way; at most one epoch is read.
+        seed: of the data and their order.
+    """
+
+    output_dir: str = "runs/measure_loading"
+    pairs: PositiveInt = 300
+    row_group: PositiveInt = 100
+    height: PositiveInt = 1024
+    width: PositiveInt = 1024
+    text_tokens: PositiveInt = 205
+    text_width: PositiveInt = 4096
+    prompts: PositiveInt = 100
+    batch_size: PositiveInt = 4
+    prefetch: PositiveInt = 4
+    seconds: PositiveFloat = 20.0
+    seed: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("height", "width"):
+            if vars(self)[name] % 16:
+                raise ValueError(f"{name}: got {vars(self)[name]}; expected a multiple of 16")
+        if self.pairs < self.batch_size:
+            raise ValueError(f"pairs: got {self.pairs}; expected at least batch_size {self.batch_size}")
 
 
 def write_both_layouts(run: LoadingRun, folder: Path) -> None:
@@ -110,3 +168,43 @@ def _npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run, text = parse(LoadingRun, __doc__, argv)
+    with refusing():
+        measure(run, text)
+
+
+def measure(run: LoadingRun, text: str) -> None:
+    folder = Path(run.output_dir)
+    settings, made = folder / "settings.yaml", folder / "data"
+    if not settings.is_file() or settings.read_text(encoding="utf-8") != text:
+        write_both_layouts(run, made)
+        write_atomically(settings, text)
+    rows = {}
+    for name, way in ways_of_reading(run, made).items():
+        for file in filter(Path.is_file, made.rglob("*")):
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        pairs = size = 0
+        with tqdm(desc=name, unit="pair") as bar:
+            began = time.perf_counter()
+            for count, nbytes in way():
+                pairs, size = pairs + count, size + nbytes
+                bar.update(count)
+                if time.perf_counter() - began > run.seconds:
+                    break
+            seconds = time.perf_counter() - began
+        rows[name] = dict(pairs=pairs, seconds=seconds, pairs_per_s=pairs / seconds, MB_per_s=size / 1e6 / seconds)
+    slowest = rows[RELEASED_WAY]["pairs_per_s"]
+    print(f"\n{run.pairs} pairs, {run.height} x {run.width}, row groups of {run.row_group}, {os.cpu_count()} cores\n")
+    print("| way | pairs measured | pairs / s | MB / s given | times the released way |\n|---|---:|---:|---:|---:|")
+    for name, row in rows.items():
+        row["ratio"] = row["pairs_per_s"] / slowest
+        print(f"| {name} | {row['pairs']} | {row['pairs_per_s']:.1f} | {row['MB_per_s']:.0f} | {row['ratio']:.1f} |")
+    write_atomically(folder / "loading.json", json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
