@@ -18,7 +18,7 @@ from dinalrm_align.eval.report.tables import run_table
 from dinalrm_align.train.checkpoints import latest_checkpoint
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "refl_sd35.py"
-COMMON = "--model shapes --reward dinalrm --optim.lr 1e-3 --loop.steps 30 --checkpoint_every 6 --profile_every 0"
+COMMON = "--model shapes --reward dinalrm --optim.lr 1e-3 --loop.steps 30 --loop.checkpoint_every 6 --profile_every 0"
 EVALUATION = "--evaluation.samples 64 --evaluation.every 6"
 KL_WEIGHTS = {"free": 0, "held": 4}
 

@@ -32,7 +32,7 @@ from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.data.prefetch import Prefetched
 from dinalrm_align.data.released_pairs import ReleasedPairs
 from dinalrm_align.train.command import parse, refusing
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.settings import NonNegativeInt, PositiveFloat, PositiveInt, check_fields
 
 CHANNELS = 16

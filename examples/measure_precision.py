@@ -34,7 +34,7 @@ from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.models.vae import encode_images, load_vae
 from dinalrm_align.shapes.render import draw_nuisance, lay_out, render
 from dinalrm_align.shapes.scene import draw_scenes
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import write_atomically
 
 DTYPES = ("bfloat16", "float16")
 LEVELS: list[Level] = [(0.0,), (1e-6,), (0.05,), (0.4,), (0.7,), (1.0,), (0.2, 0.5, 0.7)]

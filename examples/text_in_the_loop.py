@@ -25,7 +25,7 @@ from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.reward.training import NoisedPairs, preference_step
 from dinalrm_align.train.config import OptimConfig
-from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.state import adamw
 
 IMAGES, ROUNDS, WARM_UP = 8, 8, 2
 spec, loss_config, generator = MODELS["shapes"], LossConfig(), torch.Generator().manual_seed(0)

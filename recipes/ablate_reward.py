@@ -52,7 +52,7 @@ def options(changes: Changes) -> list[str]:
 def train(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training: Path, changes: Changes) -> Path:
     """Train one arm with one seed in a process of its own, or resume it. Returns the folder of the run."""
     from dinalrm_align.train.checkpoints import latest_checkpoint
-    from dinalrm_align.train.durable import write_atomically
+    from dinalrm_align.train.files import write_atomically
 
     run = Path(config.output_dir) / "arms" / arm / f"seed{seed}"
     settings = {"changes": changes, "steps": config.steps, "training": training.read_text(encoding="utf-8")}

@@ -39,7 +39,7 @@ def build(config: BuildConfig, text: str) -> None:
     from dinalrm_align.shapes.stack import build_pipeline
     from dinalrm_align.train.checkpoints import latest_checkpoint
     from dinalrm_align.train.device import available_device
-    from dinalrm_align.train.durable import atomic_folder, write_atomically
+    from dinalrm_align.train.files import atomic_folder, write_atomically
 
     available_device(config.device)
     make_folder(Path(config.output_dir))

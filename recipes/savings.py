@@ -27,8 +27,7 @@ def savings(run: SavingsRun) -> None:
     from dinalrm_align.align.savings.cases import all_cases, count_all, measure_all
     from dinalrm_align.align.savings.cost import matrix_rate
     from dinalrm_align.align.savings.report import draw, report, to_json
-    from dinalrm_align.train.durable import write_atomically
-    from dinalrm_align.train.files import make_folder
+    from dinalrm_align.train.files import make_folder, write_atomically
 
     if run.measure and not torch.cuda.is_available():
         refuse("measure: got true, but torch finds no CUDA GPU on this machine; without it everything is counted")

@@ -22,8 +22,8 @@ from pathlib import Path
 from dinalrm_align.models.specs import ModelSpec, resolve_model
 from dinalrm_align.reward.training_config import TrainRewardRun
 from dinalrm_align.train.command import refuse, refusing
+from dinalrm_align.train.metrics import open_tracker
 from dinalrm_align.train.run import complete_run, parse_run, start_accelerator
-from dinalrm_align.train.tracking import open_tracker
 
 RECIPE = Path(__file__)
 
@@ -64,8 +64,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     )
     from dinalrm_align.train.digest import fingerprint
     from dinalrm_align.train.loop import Hook, RunFolder, fit
-    from dinalrm_align.train.optim import adamw
-    from dinalrm_align.train.state import RunState
+    from dinalrm_align.train.state import RunState, adamw
 
     accelerator, dtype = start_accelerator(run, spec.dtype, autocast=True)
     device, folder = accelerator.device, Path(run.output_dir)

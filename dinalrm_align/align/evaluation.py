@@ -25,8 +25,8 @@ from dinalrm_align.models.images import to_bytes
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer
-from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.tracking import track_image
+from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.metrics import track_image
 
 Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
 """probe(latents (B, C, H, W), conditions, noise (B, C, H, W)) -> measurements by name, each (B,)"""

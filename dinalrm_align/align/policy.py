@@ -23,8 +23,7 @@ from dinalrm_align.flow.sampling import Velocity
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.models.weights import check_fit
 from dinalrm_align.reward.config import LoraConfig
-from dinalrm_align.train.durable import atomically
-from dinalrm_align.train.files import reading
+from dinalrm_align.train.files import atomically, reading
 from dinalrm_align.train.settings import check_integer, check_number
 
 ADAPTER = "policy"

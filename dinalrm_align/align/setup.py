@@ -42,12 +42,11 @@ from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_r
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.digest import fingerprint, text_digest
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.loop import Hook, Method, RunFolder, fit
-from dinalrm_align.train.metrics import METRICS, read_metrics
+from dinalrm_align.train.metrics import METRICS, open_tracker, read_metrics
 from dinalrm_align.train.run import start_accelerator
 from dinalrm_align.train.state import RunState, Stateful
-from dinalrm_align.train.tracking import open_tracker
 
 ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
 """Samples of the base model that an anchor's scale is measured on."""

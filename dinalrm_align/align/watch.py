@@ -32,8 +32,7 @@ from dinalrm_align.flow.noise import add_noise
 from dinalrm_align.flow.sampling import Velocity
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
-from dinalrm_align.train.durable import atomic_folder, discard_folder, write_file
-from dinalrm_align.train.files import read_json
+from dinalrm_align.train.files import atomic_folder, discard_folder, read_json, write_file
 
 Scores = Mapping[str, Sequence[float]]
 """Scores of an evaluation: one number per sample, by name ("proxy", "gold", names of probes)."""

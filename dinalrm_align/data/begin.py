@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.files import make_folder, read_json
+from dinalrm_align.train.files import make_folder, read_json, write_atomically
 
 
 def begin_or_resume(folder: Path, name: str, settings: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from dinalrm_align.data.formats import read_preferences
 from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, PairBatch, PairManifest
 from dinalrm_align.models.images import image_tensor, open_image
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.train.durable import file_digest
+from dinalrm_align.train.files import file_digest
 
 
 class ImagePairs(PairSource):

@@ -38,8 +38,7 @@ from dinalrm_align.data.shards import (
 )
 from dinalrm_align.models.text import Conditions, check_prompts
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.durable import atomically, file_digest
-from dinalrm_align.train.files import make_folder
+from dinalrm_align.train.files import atomically, file_digest, make_folder
 from dinalrm_align.train.settings import check_integer
 
 

@@ -20,8 +20,7 @@ from dinalrm_align.data.formats.record import Cell
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.files import reading
+from dinalrm_align.train.files import reading, write_atomically
 
 if TYPE_CHECKING:
     import pyarrow

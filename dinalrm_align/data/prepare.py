@@ -37,8 +37,7 @@ from dinalrm_align.data.shards import write_if_changed, write_tables
 from dinalrm_align.data.workers import InOrder, attempt, sized_latent
 from dinalrm_align.models.images import image_size, resized_image
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.durable import TEMPORARY, file_digest, write_atomically
-from dinalrm_align.train.files import read_json
+from dinalrm_align.train.files import TEMPORARY, file_digest, read_json, write_atomically
 
 PREPARED = "prepared.json"
 PREPARED_FORMAT = "dinalrm_align.prepared/1"

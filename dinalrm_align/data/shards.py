@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.files import parse_json, read_json, read_text, reading
+from dinalrm_align.train.files import parse_json, read_json, read_text, reading, write_atomically
 from dinalrm_align.train.settings import NonNegativeInt, PositiveInt, check_fields
 
 FORMAT = "dinalrm_align.pairs/1"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from dinalrm_align.eval.ablation import Evidence, accuracy_at, arm_accuracy
 from dinalrm_align.eval.inference import SINGLE_LEVEL, NoiseShare, gain_over_single, inference_measures
-from dinalrm_align.train.figures import save_figure
+from dinalrm_align.train.files import save_figure
 
 
 def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str) -> None:

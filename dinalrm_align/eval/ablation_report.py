@@ -11,7 +11,7 @@ from dinalrm_align.eval.calibration_report import calibration_section, plot_reli
 from dinalrm_align.eval.inference import inference_section, noise_shares, variance_section
 from dinalrm_align.eval.scores import NoiseLevels, PairScores, level_name
 from dinalrm_align.reward.loss_config import LossConfig
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import write_atomically
 
 LIKELIHOODS = ("calibrated", "fixed", "nll", "bradley_terry")
 """Arms with different likelihoods or objectives; the others share the baseline's."""

@@ -20,7 +20,7 @@ from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import Level, Score, level_name
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import write_atomically
 
 OVERALL = "all"
 
@@ -140,7 +140,7 @@ def _plot(tallies: Tallies, path: Path, title: str) -> None:
     """Accuracy against sigma with standard errors; concepts as thin lines, ensembles as dashed ones."""
     from matplotlib.figure import Figure
 
-    from dinalrm_align.train.figures import save_figure
+    from dinalrm_align.train.files import save_figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()

@@ -14,7 +14,7 @@ from dinalrm_align.eval.calibration import Calibration, calibrate, fidelity_rate
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NoiseLevels
 from dinalrm_align.reward.loss_config import LossConfig
-from dinalrm_align.train.figures import save_figure
+from dinalrm_align.train.files import save_figure
 
 Curves = Mapping[str, Mapping[float, Calibration]]
 """arm -> sigma -> calibration."""

@@ -15,7 +15,7 @@ from dinalrm_align.eval.inference import SINGLE_LEVEL, inference_section
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores
 from dinalrm_align.eval.test_set_report import SetResult
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import write_atomically
 
 REWARD = "reward"
 """The single arm of this report."""

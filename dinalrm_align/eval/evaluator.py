@@ -27,8 +27,7 @@ from dinalrm_align.reward.latent import LatentReward
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.training import score_batch
 from dinalrm_align.train.digest import digest, fingerprint
-from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.files import read_json
+from dinalrm_align.train.files import read_json, write_atomically
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel

@@ -15,7 +15,7 @@ from dinalrm_align.data.formats import find_layout, read_preferences
 from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets import ImageSet
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.durable import file_digest
+from dinalrm_align.train.files import file_digest
 
 
 @dataclass(frozen=True)

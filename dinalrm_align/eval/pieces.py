@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dinalrm_align.train.durable import discard_folder, write_atomically
+from dinalrm_align.train.files import discard_folder, write_atomically
 
 TERMS = "terms.json"
 

@@ -13,8 +13,7 @@ from dinalrm_align.eval.protocols import Accuracy, accuracy
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import HPSV3, PAPER, PROTOCOLS, TEST_SETS, Row, default_protocol, protocols_of
-from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.figures import save_figure
+from dinalrm_align.train.files import save_figure, write_atomically
 
 SHOWN_FAULTS = 10
 

@@ -10,9 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinalrm_align.models.images import to_bytes
-from dinalrm_align.train.durable import atomically
-from dinalrm_align.train.figures import save_figure
-from dinalrm_align.train.files import reading
+from dinalrm_align.train.files import atomically, reading, save_figure
 
 CELL_INCHES = 1.5
 

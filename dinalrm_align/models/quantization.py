@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dinalrm_align.train.optim import bitsandbytes
+from dinalrm_align.train.state import bitsandbytes
 
 QUANTIZATIONS = ("none", "int8", "nf4")
 """int8: LLM.int8(), arXiv 2208.07339, outliers above 6 in half precision. nf4: QLoRA's, arXiv 2305.14314."""

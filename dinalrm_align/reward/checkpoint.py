@@ -23,8 +23,7 @@ from dinalrm_align.models.weights import read_tensors
 from dinalrm_align.reward.backbones.sd3 import LORA_TARGETS, TEXT_SIDE
 from dinalrm_align.reward.config import HeadConfig, LoraConfig, RewardConfig
 from dinalrm_align.train.digest import digest
-from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.files import HUB_ID, make_folder, read_json
+from dinalrm_align.train.files import HUB_ID, make_folder, read_json, write_atomically
 
 WEIGHTS = "model.safetensors"
 PEFT_PREFIX = "base_model.model."

@@ -28,7 +28,7 @@ from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.model import RewardModel, build_reward_model
 from dinalrm_align.reward.protocol import RewardModule, Sigma, Text
 from dinalrm_align.train.device import available_device
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import write_atomically
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel

@@ -81,7 +81,7 @@ def shard_base(
         kept = {p for name, p in shared.named_parameters() if p.requires_grad or ".lora_" in name}
         base = [p for p in shared.parameters() if p not in kept]
         if not all(p.is_floating_point() for p in base):
-            raise ValueError("FSDP takes no quantised base weights: leave --base_quant out, or run without FSDP")
+            raise ValueError("FSDP takes no quantised base weights: leave --memory.base_quant out, or run without FSDP")
         sharded |= {id(p) for p in base}
         fully_shard(shared, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         for tree, block in enumerate(blocks):

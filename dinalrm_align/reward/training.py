@@ -166,7 +166,7 @@ def config_digest(config: RewardConfig) -> str:
 
 
 def parameter_groups(parameters: Mapping[str, Tensor], lora_lr: float | None) -> list[dict[str, Any]]:
-    """Groups for `train.optim.adamw`: the head, and the LoRA, if any, with its own learning rate if there is one."""
+    """Groups for `train.state.adamw`: the head, and the LoRA, if any, with its own learning rate if there is one."""
     head = [p for name, p in parameters.items() if name.startswith("head.")]
     lora = [p for name, p in parameters.items() if not name.startswith("head.")]
     rate = {} if lora_lr is None else {"lr": lora_lr}

@@ -32,7 +32,7 @@ from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.render import Drawing, concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import write_atomically
 
 CHUNK = 32
 """Groups encoded or sampled at once."""

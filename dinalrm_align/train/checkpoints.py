@@ -28,10 +28,19 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dinalrm_align.train.distributed import with_others
-from dinalrm_align.train.durable import DISCARDED, TEMPORARY, atomic_folder, discard_folder, write_file
+from dinalrm_align.train.device import with_others
+from dinalrm_align.train.files import (
+    DISCARDED,
+    STATE,
+    TEMPORARY,
+    atomic_folder,
+    check_mark,
+    discard_folder,
+    open_sealed,
+    seal,
+    write_file,
+)
 from dinalrm_align.train.metrics import METRICS, MetricsLog
-from dinalrm_align.train.seal import STATE, check_mark, open_sealed, seal
 from dinalrm_align.train.state import RunState
 
 FOLDER = "checkpoints"

@@ -1,8 +1,7 @@
 """A command line from a dataclass: `--name value`, `--section.name value`, `--config FILE`, help from the docstrings.
 
 Precedence, lowest first: the dataclass's defaults, the files in `defaults`, then `--config` and options in the order
-in which they are given. The section may be left out where only one option has that name: `--keep_last 3` for
-`--loop.keep_last 3`. A flag without a value is true: `--stop_on_hacking`.
+in which they are given. A flag without a value is true: `--watch.stop_on_hacking`.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from dinalrm_align.train.settings import bounds_in_words, did_you_mean, field_ty
 Settings = TypeVar("Settings")
 PACKAGE = Path(__file__).parents[1]
 GIVEN = re.compile(r"Given value: (.*)|Got value: (.*)|Unable to load config '(.*)'|: '(.*)'$", re.MULTILINE)
-"""How jsonargparse quotes the value that it refuses."""
+"""How jsonargparse quotes a refused value."""
 
 
 def parse(
@@ -35,32 +34,23 @@ def parse(
 ) -> tuple[Settings, str]:
     """An instance of the dataclass `kind`, and its settings as YAML text that `--config` reads back.
 
-    Invalid settings exit with status 2 and an error message.
-
-    Args:
-        argv: by default the program's own.
-        defaults: YAML files of settings that override the dataclass's defaults.
-        positional: name of the setting, a list of text, that takes the arguments without an option.
+    Invalid settings exit with status 2 and an error message. defaults: YAML files that override the dataclass's
+    defaults. positional: name of the setting, a list of text, that takes the arguments without an option.
     """
     types = _types(kind)
-    words = [_in_full(word, types) for word in (sys.argv[1:] if argv is None else argv)]
-    words = [
-        f"{word}=true"
-        if types.get(word.removeprefix("--")) is bool and after.lower() not in ("true", "false")
-        else word
-        for word, after in zip(words, [*words[1:], ""])
-    ]
+    words = list(sys.argv[1:] if argv is None else argv)
+    for index, (word, after) in enumerate(zip(words, [*words[1:], ""])):
+        if types.get(word.removeprefix("--")) is bool and after.lower() not in ("true", "false"):
+            words[index] = f"{word}=true"
     parser = _Parser(
         types, description=description, default_config_files=[str(path) for path in defaults], allow_abbrev=False,
         usage=f"%(prog)s {f'{positional.upper()} ... ' if positional else ''}[--config FILE] [--NAME VALUE ...]",
         formatter_class=_HelpFormatter,
-        epilog="The section may be left out where only one option has that name: --keep_last 3.",
     )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
     if positional is not None:
-        documented = docstring_parser.parse(kind.__doc__).params
-        meaning = next(part.description for part in documented if part.arg_name == positional)
-        parser.add_argument(positional, nargs="*", type=str, help=meaning)
+        meaning = {part.arg_name: part.description for part in docstring_parser.parse(kind.__doc__).params}
+        parser.add_argument(positional, nargs="*", type=str, help=meaning[positional])
     parser.add_class_arguments(kind, skip={positional} - {None})
     with refusing():
         for path in (*defaults, *_config_files(words)):
@@ -82,7 +72,7 @@ def refuse(message: str) -> NoReturn:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Turn errors that this package raises about its input into `refuse`; others keep their traceback."""
+    """Pass errors that this package raises about its input to `refuse`; others keep their traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -136,19 +126,10 @@ def _types(kind: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _in_full(word: str, types: dict[str, Any]) -> str:
-    """`--keep_last=3` -> `--loop.keep_last=3` if only one option ends so; any other word unchanged."""
-    name, equals, value = word.removeprefix("--").partition("=")
-    matches = [option for option in types if option.endswith(f".{name}")]
-    if not word.startswith("--") or name in types or len(matches) != 1:
-        return word
-    return f"--{matches[0]}{equals}{value}"
-
-
 def _check_names(values: dict[Any, Any], types: dict[str, Any], where: str, prefix: str = "") -> None:
     """Raise ValueError unless every key of a settings file is a setting and every section is a mapping."""
-    known = [name.removeprefix(prefix) for name in types if name.startswith(prefix)]
-    known = [name for name in known if "." not in name]
+    names = [name.removeprefix(prefix) for name in types if name.startswith(prefix)]
+    known = [name for name in names if "." not in name]
     for key, value in values.items():
         if key not in known:
             raise ValueError(

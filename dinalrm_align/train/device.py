@@ -1,4 +1,7 @@
-"""Checks that a requested device exists."""
+"""The requested device, and the error when another rank is lost."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,3 +19,15 @@ def available_device(device: torch.device | str) -> torch.device:
     if found.type == "meta":
         raise ValueError("device: got meta, on which tensors hold no values; choose cpu or cuda")
     return found
+
+
+@contextmanager
+def with_others() -> Iterator[None]:
+    """Turn a failed collective within the block into ConnectionError (an OSError): a rank failed or timed out."""
+    try:
+        yield
+    except RuntimeError as error:  # DistBackendError is one; gloo raises it bare
+        first_line = str(error).strip().split("\n")[0]
+        raise ConnectionError(
+            f"another process was lost: it failed or exceeded loop.timeout; see its output ({first_line:.200})"
+        ) from error

@@ -1,8 +1,17 @@
-"""Reading text, JSON, YAML and files of libraries, with errors that name the file and what to do. Torch-free."""
+"""Reading files with errors that name the file and what to do, and writing them atomically. Torch-free.
 
+An atomic write leaves a file or folder complete or absent, even after a kill or a power failure: content is written
+under a temporary name in the same folder, flushed to disk and renamed. What a kill leaves under a temporary name is
+overwritten by the next write. A sealed folder also holds state.json with the size and SHA-256 of every other file and
+a digest of itself: it is read back byte for byte as it was written, or refused.
+"""
+
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +20,9 @@ import yaml
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """owner/name"""
+STATE = "state.json"
+TEMPORARY, DISCARDED = ".tmp_", ".old_"
+"""Prefixes of the names of what is being written and of what is being deleted."""
 
 
 def read_text(path: Path, what: str, expected: str = "a file") -> str:
@@ -91,6 +103,122 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
         raise ValueError(f"{str(source)!r} does not hold a readable {what} ({reason})") from error
 
 
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file that replaces `path` when the block ends; its suffix is that of `path`."""
+    make_folder(path.parent)
+    temporary = path.with_name(TEMPORARY + path.name)
+    yield temporary
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that replaces `path` when the block ends; if it raises, it is deleted."""
+    temporary, old = path.with_name(TEMPORARY + path.name), path.with_name(DISCARDED + path.name)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        make_folder(temporary)
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            flush(written)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        flush(path.parent)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)  # frees the disk, which may be full
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file atomically, text as UTF-8. Raises OSError, naming the file."""
+    with atomically(path) as temporary:
+        write_file(temporary, content)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file in place. Raises OSError, naming the file."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+    except OSError as error:  # one raised by a write does not name its file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def flush(path: Path) -> None:
+    """Flush a file or the entries of a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard_folder(folder: Path) -> None:
+    """Delete a folder, renaming it first so that a partly deleted one is never taken for complete."""
+    hidden = folder.with_name(DISCARDED + folder.name)
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int = 110) -> None:
+    """Write a matplotlib figure as PNG, atomically."""
+    with atomically(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+
+
+def seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write state.json: `facts` (JSON values), and size and digest of every file in the folder."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(folder.iterdir())
+    }
+    write_file(folder / STATE, _text({**facts, "files": files}))
+
+
+def open_sealed(folder: Path) -> dict[str, Any]:
+    """The facts of a sealed folder. Raises ValueError, naming the first file that is missing or damaged."""
+    path = folder / STATE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    content = path.read_bytes()
+    try:
+        state = json.loads(content)
+        del state["sha256"]
+        intact = content == _text(state).encode()
+    except (ValueError, TypeError, KeyError, RecursionError):  # not JSON, not an object, no digest
+        intact = False
+    if not intact:
+        raise ValueError(f"{path} is damaged or of another version: its {len(content)} bytes do not match their digest")
+    for name, mark in state.pop("files").items():
+        check_mark(folder / name, mark)
+    return state
+
+
+def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> None:
+    """Raise ValueError unless the file, or (prefix) its beginning, has the `bytes` and `sha256` of `mark`."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    size, expected = path.stat().st_size, mark["bytes"]
+    if size != expected and not prefix:
+        raise ValueError(f"{path} is damaged: got {size} bytes, expected {expected}")
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(expected)) if prefix else hashlib.file_digest(file, "sha256")
+    if digest.hexdigest() != mark["sha256"]:
+        raise ValueError(f"{path} is damaged: its first {expected} bytes are not those that were written")
+
+
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses aliases and duplicate keys."""
 
@@ -120,3 +248,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in names if names.count(key) > 1)
         raise ValueError(f"duplicate key {twice!r}")
     return values
+
+
+def _text(state: Mapping[str, Any]) -> str:
+    """state.json with the digest of everything else in it."""
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**state, "sha256": digest}, indent=1, sort_keys=True) + "\n"

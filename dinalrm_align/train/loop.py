@@ -22,11 +22,10 @@ from tqdm import tqdm
 from dinalrm_align.train.checkpoints import latest_checkpoint, load_checkpoint, run_of, save_checkpoint, tidy
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
-from dinalrm_align.train.distributed import with_others
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.device import with_others
+from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.metrics import METRICS, MetricsLog
-from dinalrm_align.train.optim import lr_factor
-from dinalrm_align.train.state import RunState
+from dinalrm_align.train.state import RunState, lr_factor
 
 INTERRUPTED = 130
 """Exit status of a program ended by Ctrl-C, by convention of shells."""

@@ -2,19 +2,20 @@
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from dinalrm_align.train.command import parse, refuse
 from dinalrm_align.train.config import LoopConfig
-from dinalrm_align.train.tracking import check_tracker, tracker_options
+from dinalrm_align.train.metrics import check_tracker, tracker_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 class RunSettings(Protocol):
-    """Fields that the settings of every training recipe have."""
+    """Settings that every training recipe has."""
 
     model: str
     output_dir: str | None
@@ -61,14 +62,10 @@ def complete_run(
     name: str,
     defaults: Sequence[Path] = (),
 ) -> tuple[Run, str]:
-    """The settings with their model and folder filled in, and the text of config.yaml.
+    """Fill in the resolved model and the folder of the settings of `parse_run`; also returns the text of config.yaml.
 
-    Args:
-        run, checkpoint: of `parse_run`.
-        recipe: file of the program.
-        model: the resolved model, in place of "auto".
-        name: of a new folder under runs/, if there is no output_dir.
-        defaults: settings files with the lowest precedence, for a new run.
+    recipe: file of the program. name: of a new folder under runs/, if there is no output_dir. defaults: settings files
+    with the lowest precedence, for a new run.
     """
     from dinalrm_align.train.checkpoints import new_run_folder, run_of, settings_of
 
@@ -81,16 +78,14 @@ def complete_run(
 def start_accelerator(run: RunSettings, model_dtype: str, *, autocast: bool = False) -> "tuple[Accelerator, str]":
     """Seed the global RNGs; the accelerator, and the dtype of the frozen weights.
 
-    Args:
-        model_dtype: that dtype on a GPU, if run.dtype is auto; on a CPU it is float32.
-        autocast: use bfloat16 autocast on a GPU, unless the dtype is float32.
+    With run.dtype auto, it is model_dtype on a GPU and float32 on a CPU. autocast: use bfloat16 autocast on a GPU,
+    unless the dtype is float32.
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
 
     from dinalrm_align.train.device import available_device
-    from dinalrm_align.train.distributed import waiting
 
     if run.device != "auto":
         available_device(run.device)
@@ -99,7 +94,7 @@ def start_accelerator(run: RunSettings, model_dtype: str, *, autocast: bool = Fa
     accelerator = Accelerator(
         cpu=not on_gpu,
         mixed_precision="bf16" if autocast and on_gpu and dtype != "float32" else "no",
-        kwargs_handlers=[waiting(run.loop.timeout)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=run.loop.timeout))],
         **tracker_options(run.tracker, Path(run.output_dir)),
     )
     set_seed(run.seed % 2**31, device_specific=True)

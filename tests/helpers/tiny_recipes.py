@@ -17,7 +17,7 @@ from dinalrm_align.shapes.stack import StackConfig, build_pipeline
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PROMPTS = ("a small red circle on white", "a large blue square on gray", "two small green crosses on black")
-TRAINING = ("--device=cpu", "--loop.steps=4", "--loop.checkpoint_every=1", "--loop.ema_decay=0.5", "--keep_last=2")
+TRAINING = ("--device=cpu", "--loop.steps=4", "--loop.checkpoint_every=1", "--loop.ema_decay=0.5", "--loop.keep_last=2")
 TAPS = dict(num_layers=2, visual_taps=(1, 2), text_taps=(1, 2))
 
 

@@ -33,7 +33,7 @@ HANG = 240
 ALIGN = [
     "--prompts=prompts.txt", "--eval_prompts=prompts.txt", "--device=cpu", "--policy.rank=2", "--policy.alpha=4",
     "--gradient_checkpointing=false", "--profile_every=0", "--optim.lr=0.01", "--optim.eps=1e-5",
-    "--loop.checkpoint_every=1", "--keep_last=9", "--evaluation.samples=2", "--evaluation.batch_size=2",
+    "--loop.checkpoint_every=1", "--loop.keep_last=9", "--evaluation.samples=2", "--evaluation.batch_size=2",
     "--evaluation.shown=1", "--evaluation.every=0", "--watch.sigmas=[]", "--watch.drift_sigmas=[]",
 ]  # fmt: skip
 REWARD = [
@@ -254,16 +254,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
 from dinalrm_align.train.state import RunState
-from dinalrm_align.train.distributed import waiting
 from dinalrm_align.train.checkpoints import latest_checkpoint
 
 folder, how = Path(sys.argv[1]), sys.argv[2]
-accelerator = Accelerator(cpu=True, kwargs_handlers=[waiting(0.05)])
+accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=3))])
 rank, size = accelerator.process_index, accelerator.num_processes
 data = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
 p = {"w": nn.Parameter(torch.ones(4))}

@@ -23,7 +23,7 @@ from dinalrm_align.align.savings.cases import (
 from dinalrm_align.align.savings.config import WORK, Case, SavingsRun
 from dinalrm_align.align.savings.cost import Cost, Measured
 from dinalrm_align.eval.report.markdown import table
-from dinalrm_align.train.figures import save_figure
+from dinalrm_align.train.files import save_figure
 
 GIB, TERA = 2**30, 1e12
 NAMES = {"dinalrm": "DiNa-LRM (latent)", "pickscore": "PickScore (pixel)", "hpsv3": "HPSv3 (pixel)"}

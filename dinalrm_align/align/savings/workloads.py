@@ -33,7 +33,7 @@ from dinalrm_align.reward.pixel.hps_template import FIELD, HPSTemplate
 from dinalrm_align.reward.pixel.hpsv3 import IMAGE_TOKEN, REWARD_TOKEN, HPSv3Reward, rank_head
 from dinalrm_align.train.config import OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
-from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.state import adamw
 
 REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)
 """Noise levels of the latent reward's ensemble, in the order in which `levels` takes them."""

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from dinalrm_align.eval.report.entries import Entry
 from dinalrm_align.eval.report.runs import Run, phases_of, series
 from dinalrm_align.models.grids import finish_figure, load_strip
-from dinalrm_align.train.figures import save_figure
+from dinalrm_align.train.files import save_figure
 from dinalrm_align.train.metrics import read_metrics
 
 CLOCKS = {"updates": "update", "time": "seconds of training", "flops": "TFLOPs of training, all phases"}

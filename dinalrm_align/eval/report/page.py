@@ -16,8 +16,7 @@ from PIL import Image
 from dinalrm_align.eval.report import figures
 from dinalrm_align.eval.report.entries import Entry, read_entries
 from dinalrm_align.eval.report.tables import Table, tables_of
-from dinalrm_align.train.durable import write_atomically
-from dinalrm_align.train.files import make_folder
+from dinalrm_align.train.files import make_folder, write_atomically
 
 LARGEST = 256
 """Pixels of the longer side of an image in the grid; larger images are downscaled."""

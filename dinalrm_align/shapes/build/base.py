@@ -25,9 +25,9 @@ from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 from dinalrm_align.shapes.render import SIZE, Drawing, coverage
 from dinalrm_align.shapes.scene import SHAPES, draw_scenes
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.loop import Hook
-from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.state import adamw
 
 CELLS = 2
 """Cells per side of a patch of 2 x 2 latents in the auxiliary loss."""

@@ -17,7 +17,7 @@ from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.shapes.build.stage import run_stage
 from dinalrm_align.shapes.config import BuildConfig
-from dinalrm_align.train.durable import write_atomically
+from dinalrm_align.train.files import write_atomically
 
 
 def train_pixel(

@@ -23,7 +23,7 @@ from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.reward.config import LoraConfig
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.train.config import OptimConfig
-from dinalrm_align.train.optim import adamw
+from dinalrm_align.train.state import adamw
 
 CPU = torch.device("cpu")
 

@@ -38,7 +38,7 @@ def arguments(world):
         f"--model={world}", f"--prompts={world / 'prompts.txt'}", f"--eval_prompts={world / 'prompts.txt'}",
         "--device=cpu", "--policy.rank=2", "--dpo.batch_size=2", "--dpo.group_size=3", "--dpo.num_steps=2",
         "--dpo.refresh_every=0", "--gradient_checkpointing=false", "--profile_every=0", "--optim.lr=0.01",
-        "--loop.steps=4", "--loop.checkpoint_every=1", "--loop.ema_decay=0.5", "--keep_last=9",
+        "--loop.steps=4", "--loop.checkpoint_every=1", "--loop.ema_decay=0.5", "--loop.keep_last=9",
         "--evaluation.samples=3", "--evaluation.shown=2", "--evaluation.every=2",
     ]  # fmt: skip
 

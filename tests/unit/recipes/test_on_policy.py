@@ -21,7 +21,13 @@ RECIPES = Path(__file__).parents[3] / "recipes"
 RUNS = {"grpo": GrpoRun, "lpo": LpoRun, "nft": NftRun}
 SMALL = {
     "grpo": ["--grpo.groups=2", "--grpo.group_size=3", "--grpo.num_steps=4", "--grpo.window_range=[0,3]"],
-    "lpo": ["--lpo.batch_size=2", "--lpo.candidates=3", "--lpo.num_steps=4", "--lpo.steps=[0,3]", "--threshold=[0,0]"],
+    "lpo": [
+        "--lpo.batch_size=2",
+        "--lpo.candidates=3",
+        "--lpo.num_steps=4",
+        "--lpo.steps=[0,3]",
+        "--lpo.threshold=[0,0]",
+    ],  # fmt: skip
     "nft": ["--nft.groups=2", "--nft.group_size=3", "--nft.num_steps=4"],
 }
 RECORDED = {
@@ -61,7 +67,7 @@ def start(method, world, monkeypatch, tmp_path):
     arguments = [
         f"--model={world}", f"--prompts={world / 'prompts.txt'}", f"--eval_prompts={world / 'prompts.txt'}",
         "--device=cpu", "--policy.rank=2", "--optim.lr=0.01", "--profile_every=0", "--loop.steps=3",
-        "--loop.checkpoint_every=1", "--keep_last=9", "--evaluation.samples=2", "--evaluation.shown=1",
+        "--loop.checkpoint_every=1", "--loop.keep_last=9", "--evaluation.samples=2", "--evaluation.shown=1",
         "--evaluation.every=0", *SMALL[method],
     ]  # fmt: skip
 

@@ -130,7 +130,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, arguments, tmp_path, mon
 
 
 def test_a_hacked_run_warns_or_stops_by_itself(recipe, arguments, tmp_path, monkeypatch, capsys):
-    """An alarm at update 2 of 4: a warning, or with --stop_on_hacking an early stop with a checkpoint."""
+    """An alarm at update 2 of 4: a warning, or with --watch.stop_on_hacking an early stop with a checkpoint."""
     detect_hacking = watch.detect_hacking
 
     def alarmed(history, *rest):
@@ -138,7 +138,7 @@ def test_a_hacked_run_warns_or_stops_by_itself(recipe, arguments, tmp_path, monk
 
     monkeypatch.setattr(watch, "detect_hacking", alarmed)
     warned = run(recipe, arguments, tmp_path / "warned")
-    stopped = run(recipe, arguments, tmp_path / "stopped", "--stop_on_hacking=true")
+    stopped = run(recipe, arguments, tmp_path / "stopped", "--watch.stop_on_hacking=true")
     printed = capsys.readouterr().out
     assert printed.count("warning: update 2: the reward is being hacked") == 2
     assert "stopped after update 2 of 4, because the reward was being hacked" in printed

@@ -272,14 +272,14 @@ def test_relative_base_ids_follow_the_checkpoint(base, new, expected, tmp_path):
 
 
 def test_an_interrupted_write_leaves_the_old_file(folder, monkeypatch):
-    from dinalrm_align.train import durable
+    from dinalrm_align.train import files
 
     before = (folder / "model.safetensors").read_bytes()
 
     def fail(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(durable.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     stored = read_checkpoint(folder)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(folder, stored.config, stored.tensors)

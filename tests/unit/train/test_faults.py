@@ -17,12 +17,11 @@ from same_run import differences
 from tiny_recipes import make_world, recipes, stand_in
 from toy_run import run, toy, without_times
 
-from dinalrm_align.train import durable, metrics
+from dinalrm_align.train import files, metrics
 from dinalrm_align.train.checkpoints import check_checkpoint, checkpoint_to_resume, latest_checkpoint, load_checkpoint
 from dinalrm_align.train.config import OptimConfig
 from dinalrm_align.train.metrics import read_metrics
-from dinalrm_align.train.optim import adamw
-from dinalrm_align.train.state import RunState
+from dinalrm_align.train.state import RunState, adamw
 
 FILES = ("weights.safetensors", "ema.safetensors", "optimizer.pt", "rng_0.pt", "state.json")
 
@@ -65,7 +64,7 @@ class FullDisk:
             raise OSError(self.error, "No space left on device")
 
 
-@pytest.mark.parametrize("module", [durable, metrics])
+@pytest.mark.parametrize("module", [files, metrics])
 def test_a_disk_full_at_any_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, module):
     """Resume a run from its checkpoint at 2, and fail at each write up to the checkpoint at 4 in turn."""
     run(tmp_path / "whole", steps=4)
@@ -79,7 +78,7 @@ def test_a_disk_full_at_any_write_leaves_the_previous_checkpoint(tmp_path, monke
         disk = FullDisk(at)
         monkeypatch.setattr(module, "open", disk, raising=False)
         resumed = folder / "checkpoints" / first.name
-        if module is durable and at == 6:
+        if module is files and at == 6:
             break  # metrics.jsonl and five files of a checkpoint
         if module is metrics and at == 2:
             break  # the rows of two updates
@@ -116,7 +115,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"file.*no checkpoint yet"):
         run(tmp_path / "file" / "run")
-    monkeypatch.setattr(durable, "open", FullDisk(0, errno.EACCES), raising=False)
+    monkeypatch.setattr(files, "open", FullDisk(0, errno.EACCES), raising=False)
     with pytest.raises(OSError, match=r"run stopped .*metrics.jsonl"):
         run(tmp_path / "run")
     assert latest_checkpoint(tmp_path / "run") is None
@@ -250,7 +249,7 @@ def test_an_interrupted_deletion_leaves_no_folder_that_looks_complete(damaged, m
             (Path(folder) / "weights.safetensors").unlink()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(durable.shutil, "rmtree", cut_short)
+    monkeypatch.setattr(files.shutil, "rmtree", cut_short)
     with pytest.raises(KeyboardInterrupt):
         run(damaged, steps=6, keep_last=1, resume=latest_checkpoint(damaged))
     for checkpoint in (damaged / "checkpoints").glob("step_*"):
@@ -318,7 +317,7 @@ def test_the_command_line_refuses_a_damaged_checkpoint_and_suggests_an_intact_on
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     before = bytes_of(folder)
-    said = ended(recipe, [f"--resume={folder}", "--steps=3"], capsys)
+    said = ended(recipe, [f"--resume={folder}", "--loop.steps=3"], capsys)
     assert f"error: {path} is damaged: got {len(content) - 1} bytes, expected {len(content)}" in said
     assert f"resume from an earlier checkpoint: --resume {path.parent.with_name('step_000001')}" in said
     assert bytes_of(folder) == before
@@ -328,7 +327,7 @@ def test_the_command_line_refuses_a_damaged_checkpoint_and_suggests_an_intact_on
 def test_the_command_line_refuses_another_world_and_another_reward(finished, world, other_world, capsys):
     recipe, folder = finished
     before = bytes_of(folder)
-    resume = [f"--resume={folder}", "--steps=3"]
+    resume = [f"--resume={folder}", "--loop.steps=3"]
     said = ended(recipe, [*resume, f"--model={other_world}"], capsys)
     assert "step_000002 belongs to another run: its base model is" in said and "start a new run" in said
     assert bytes_of(folder) == before
@@ -343,14 +342,14 @@ def test_a_full_disk_ends_the_command_line_with_a_message(finished, tmp_path, mo
     recipe, folder = finished
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    resume = [f"--resume={copy}", "--steps=3"]
+    resume = [f"--resume={copy}", "--loop.steps=3"]
 
     def full(*arguments: object, **options: object) -> None:
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)  # exports a LoRA
     if recipe.name == "train_reward":
-        monkeypatch.setattr(durable, "open", FullDisk(3), raising=False)
+        monkeypatch.setattr(files, "open", FullDisk(3), raising=False)
     said = ended(recipe, resume, capsys)
     assert "No space left on device" in said and "step_000002 with: python" in said
     check_checkpoint(copy / "checkpoints" / "step_000002")

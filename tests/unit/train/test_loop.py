@@ -18,8 +18,7 @@ from dinalrm_align.train.checkpoints import checkpoint_to_resume, latest_checkpo
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
 from dinalrm_align.train.metrics import MetricsLog, read_metrics
-from dinalrm_align.train.optim import lr_factor
-from dinalrm_align.train.state import Ema, RunState
+from dinalrm_align.train.state import Ema, RunState, lr_factor
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,8 @@ from torch import nn
 from dinalrm_align.train.checkpoints import latest_checkpoint
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
-from dinalrm_align.train.metrics import read_metrics
+from dinalrm_align.train.metrics import check_tracker, open_tracker, read_metrics, track_image, tracker_options
 from dinalrm_align.train.state import RunState
-from dinalrm_align.train.tracking import check_tracker, open_tracker, track_image, tracker_options
 
 SETTINGS = "seed: 3\noptim:\n  lr: 0.1\n"
 
