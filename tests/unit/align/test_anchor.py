@@ -63,7 +63,7 @@ def test_the_scale_brings_the_anchor_to_the_rewards_spread():
 
 
 def test_settings_that_cannot_be_meant_are_refused():
-    with pytest.raises(ValueError, match="every 0"):
+    with pytest.raises(ValueError, match="anchor.every: got 0"):
         AnchorConfig(every=0)
-    with pytest.raises(ValueError, match="weight 0"):
+    with pytest.raises(ValueError, match="anchor.weight: got 0"):
         AnchorConfig(weight=0.0)

@@ -251,8 +251,7 @@ def test_online_training_raises_the_reward():
 
 
 def test_the_refreshed_reference_is_the_policy_at_that_moment():
-    method = online(refresh_every=2)
-    method.accumulate = 2
+    method = with_sampler(online(refresh_every=2), accumulate=2)
     batch = method.batch_at(0)
     x, sigma = add_noise(batch.pairs.latents, batch.noise[0], batch.sigma[0]), batch.sigma[0]
     conditions = batch.pairs.conditions
@@ -296,10 +295,10 @@ def test_state_holds_the_reference_and_nothing_without_one(method):
         method.load_state_tensors(refreshed.state_tensors())
     with pytest.raises(ValueError, match="weights of another LoRA"):
         refreshed.load_state_tensors({"reference.absent": torch.zeros(1)})
-    shake(refreshed.policy)
+    shake(refreshed.sampler.policy)
     refreshed.batch_at(1)
     state = refreshed.state_tensors()
-    assert {name.removeprefix("reference.") for name in state} == refreshed.policy.parameters.keys()
+    assert {name.removeprefix("reference.") for name in state} == refreshed.sampler.policy.parameters.keys()
     again = online(refresh_every=1)
     again.load_state_tensors(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_tensors().items())
