@@ -1,1 +1,1 @@
-"""Ways to align a policy to a reward, and the judgement of what came of it."""
+"""Alignment methods, and the evaluation of the policies they train."""

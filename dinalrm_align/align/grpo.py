@@ -66,17 +66,15 @@ def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: to
 
 @dataclass(frozen=True)
 class Rollout:
-    """N samples that updates are drawn from, on the CPU, float32 unless noted.
+    """N samples that updates are drawn from, on the CPU.
 
     Args:
-        number: of the rollout.
         start: first step of the window of W steps.
         indices: (N,) int64, of the prompts.
         latents: (N, W + 1, C, H, W), before each trained step and after the last one.
         log_probs: (N, W).
         means: (N, W, C, H, W) of the steps' densities for the guard, else (N, 0).
-        advantages: (N,), clipped.
-        kept: (N,) bool, False in groups that are left out.
+        advantages, kept: (N,), clipped; and False in groups that are left out.
         statistics: by the names of `RECORDED`, NaN where not measured.
     """
 

@@ -71,7 +71,6 @@ class StepPairs:
     """P pairs from a rollout's trajectories, on the CPU.
 
     Args:
-        number: of the rollout.
         samples: (P,) int64, global indices of the trajectories.
         indices: (P,) int64, of the prompts.
         steps: (P,) int64, of the schedule.

@@ -62,15 +62,8 @@ def contrast_loss(
 
 @dataclass(frozen=True)
 class Samples:
-    """A rollout's N samples, on the CPU.
-
-    Args:
-        number: of the rollout.
-        indices: (N,) int64, of the prompts.
-        latents: (N, C, H, W), clean.
-        good: (N,), the weight r.
-        kept: (N,) bool, False in groups that are left out.
-        statistics: by the names of `STATISTICS`.
+    """A rollout's N samples, on the CPU: indices (N,) of the prompts, clean latents (N, C, H, W), good (N,), the weight
+    r, kept (N,), False in groups that are left out, and statistics by the names of `STATISTICS`.
     """
 
     number: int

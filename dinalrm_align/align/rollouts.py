@@ -29,15 +29,11 @@ class Sampler:
     """Samples training prompts with the policy.
 
     Args:
-        policy: on its device.
         conditions: of all training prompts, on any device.
         negative: of one empty prompt, for classifier-free guidance.
         sigmas: noise levels of the rollout, from 1 to 0.
         latent_shape: (C, H, W).
         guidance_scale: of the rollout; 1 and less: no guidance.
-        seed: of all RNG streams.
-        meter: measures time and memory by phase.
-        rank, num_processes: of this process.
         accumulate: micro-steps per update.
         gather: a tensor (N, ...) of this rank -> (num_processes x N, ...), in the order of ranks.
     """
@@ -176,8 +172,8 @@ class RolloutBuffer(Generic[R]):
 
     Args:
         kind: the rollout's dataclass: `number: int`, other integers, and tensors on the CPU.
-        draw: number of a rollout -> the rollout. A pure function of the number, the seed, the weights and the rank.
-        shapes: saved tensors by name -> the expected shape of each, () for integers; for checks on resume.
+        draw: number of a rollout -> the rollout. A pure function of number, seed, weights and rank.
+        shapes: saved tensors by name -> the expected shape of each, () for integers.
     """
 
     def __init__(

@@ -54,14 +54,7 @@ ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts of a run.
-
-    Args:
-        train: training prompts.
-        evaluation: one row per evaluation sample.
-        negative: the empty prompt.
-        extra: prompts that the method needs in addition; None if there are none.
-    """
+    """Encoded prompts: for training; for evaluation, one row per sample; the empty one; and the method's own, if any."""
 
     train: Conditions
     evaluation: Conditions
@@ -74,15 +67,8 @@ class Setup:
     """The parts of a run; built by `prepare`.
 
     Args:
-        resolved: settings, model and folder.
-        accelerator: device, rank and world size.
-        pipeline: the frozen base model, without text encoders.
-        policy: a LoRA on its transformer.
-        reward: frozen.
-        anchor: a second reward, or None.
+        pipeline: the frozen base model, without text encoders; `policy` is a LoRA on its transformer.
         gold: evaluates images; never trained on.
-        text: encoded prompts.
-        meter: measures time and memory by phase.
         identity: digests of what a checkpoint must have been trained with to be resumed.
         sharded: the base weights are sharded over the ranks, which must call the policy equally often.
     """
@@ -151,8 +137,7 @@ class Setup:
         Args:
             samples: prompts or pairs per update and rank; for methods that reuse rollouts, per rollout and rank.
             shown: metrics in the progress bar.
-            data: digests by name of what else the run trains on, added to its identity.
-            state: method state that a resumed run needs.
+            data: digests by name of other training data, added to the run's identity.
         """
         run, accelerator = self.resolved.run, self.accelerator
         folder = Path(run.output_dir)
@@ -201,11 +186,8 @@ def prepare(
 
     Args:
         extra_prompts: prompts to encode in addition to training and evaluation prompts.
-        anchor: of a method that supports a second reward.
-        in_advantages: the anchor is combined at the advantage level (GRPO); otherwise its scores are added to the
-            reward's, scaled to the same standard deviation.
-
-    Raises ValueError, TypeError or OSError, naming the file or the setting, for what cannot be loaded.
+        in_advantages: combine the anchor at the advantage level (GRPO); otherwise its scores are added to the reward's,
+            scaled to the same standard deviation.
     """
     run, spec = resolved.run, resolved.spec
     accelerator, dtype = start_accelerator(run, spec.dtype)

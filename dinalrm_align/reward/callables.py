@@ -10,7 +10,7 @@
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from diffusers import AutoencoderKL
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dinalrm_align.models.text import Conditions, prompts_of
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import RewardModule, Sigma, Text, finite_scores
+from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scores
 from dinalrm_align.train.settings import did_you_mean
 
 IMAGES = ("images", "pixels", "pictures")
@@ -115,23 +115,11 @@ class LatentFunction(RewardModule):
         super().__init__()
         self.function = _frozen(function)
         self.arguments = tuple(arguments)
-        self.noisy = bool({"sigma", "noise", "generator"} & {*arguments})
+        self.reads_noise = bool({"sigma", "noise", "generator"} & {*arguments})
         self.name = name
         self.differentiable = differentiable
 
-    @property
-    def reads_noise(self) -> bool:
-        return self.noisy
-
-    def forward(
-        self,
-        latents: Tensor,
-        prompts: Text,
-        *,
-        sigma: Sigma | None = None,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def forward(self, latents: Tensor, prompts: Text | None = None, **noise: Unpack[Noise]) -> Tensor:
         """Scores (B,), float32. Embeddings are None where prompts are passed as strings."""
         self.check_gradient(latents)
         encoded = prompts if isinstance(prompts, Conditions) else None
@@ -139,9 +127,8 @@ class LatentFunction(RewardModule):
             "prompts": prompts_of(prompts, len(latents)) if "prompts" in self.arguments else None,
             "prompt_embeds": encoded and encoded.prompt_embeds,
             "pooled_prompt_embeds": encoded and encoded.pooled_prompt_embeds,
-            "sigma": sigma,
-            "noise": noise,
-            "generator": generator,
+            **dict.fromkeys(("sigma", "noise", "generator")),
+            **noise,
         }
         scores = self.function(latents, **{argument: given[argument] for argument in self.arguments})
         return _checked(scores, latents, self.name)

@@ -1,14 +1,14 @@
 """A weighted sum of rewards: latents are decoded once for all parts that read images."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dinalrm_align.models.text import Conditions, prompts_of
 from dinalrm_align.reward.pixel.base import PixelReward, check_decodable
-from dinalrm_align.reward.protocol import RewardModule, Sigma, Text, finite_scores
+from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scores
 from dinalrm_align.train.settings import check_number
 
 
@@ -36,7 +36,18 @@ class RewardSum(RewardModule):
         vaes = {id(part.vae) for part in self._pixel_parts.values() if part.has_vae}
         if len(vaes) > 1:
             raise ValueError(f"{', '.join(self._pixel_parts)} decode with {len(vaes)} different VAEs; give them one")
+        self.differentiable = all(part.differentiable for part in self.parts)
+        self.reads_images = any(part.reads_images for part in self.parts)
+        self.scores_images = all(part.scores_images for part in self.parts)
+        self.reads_noise = any(part.reads_noise for part in self.parts)
+        self.wants_groups = any(part.wants_groups for part in self.parts)
+        self.noise_parts = tuple(inner for part in self.parts for inner in part.noise_parts)
         self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first part with weights or a VAE."""
+        return next((part.device for part in self.parts if part.reads_images or part.noise_parts), torch.device("cpu"))
 
     @property
     def named_parts(self) -> dict[str, RewardModule]:
@@ -50,60 +61,15 @@ class RewardSum(RewardModule):
     def weights(self) -> dict[str, float]:
         return self._weight_of
 
-    @property
-    def differentiable(self) -> bool:
-        return all(part.differentiable for part in self.parts)
-
-    @property
-    def reads_images(self) -> bool:
-        return any(part.reads_images for part in self.parts)
-
-    @property
-    def scores_images(self) -> bool:
-        return all(part.scores_images for part in self.parts)
-
-    @property
-    def wants_groups(self) -> bool:
-        return any(part.wants_groups for part in self.parts)
-
-    @property
-    def reads_noise(self) -> bool:
-        return any(part.reads_noise for part in self.parts)
-
-    @property
-    def noise_parts(self) -> tuple[RewardModule, ...]:
-        return tuple(inner for part in self.parts for inner in part.noise_parts)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first part with weights or a VAE."""
-        return next((part.device for part in self.parts if part.reads_images or part.noise_parts), torch.device("cpu"))
-
-    def forward(
-        self,
-        latents: Tensor,
-        prompts: Text,
-        *,
-        sigma: Sigma | None = None,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def forward(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Scores (B,), float32, differentiable in the latents if every part is."""
-        return self.add_up(self.score_parts(latents, prompts, sigma=sigma, noise=noise, generator=generator))
+        return self.add_up(self.score_parts(latents, prompts, **noise))
 
     def add_up(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum (B,) of scores by part, each (B,), as returned by `score_parts` or normalised after it."""
         return sum(weight * parts[name] for name, weight in self._weight_of.items())
 
-    def score_parts(
-        self,
-        latents: Tensor,
-        prompts: Text,
-        *,
-        sigma: Sigma | None = None,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
+    def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
         """The score of each part, unweighted, (B,) float32, on the latents' device. Latents are decoded once.
 
         Raises as the parts do, and ValueError when a gradient is asked for and a part is not differentiable.
@@ -118,10 +84,7 @@ class RewardSum(RewardModule):
             images = decoder.decode(latents)
         scores = {}
         for name, part in self.named_parts.items():
-            if name in pixel:
-                score = part.score_decoded(images, strings)
-            else:
-                score = part(latents, prompts, sigma=sigma, noise=noise, generator=generator)
+            score = part.score_decoded(images, strings) if name in pixel else part(latents, prompts, **noise)
             scores[name] = finite_scores(score, len(latents), name).to(latents.device)
         return scores
 

@@ -54,6 +54,7 @@ class LatentReward(RewardModule):
     """
 
     name = "dinalrm"
+    reads_noise = True
 
     def __init__(
         self,

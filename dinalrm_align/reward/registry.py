@@ -51,14 +51,11 @@ def load_reward(
     Args:
         reward: a name, NAME=SOURCE, a weighted sum, "module:function", or a latent reward's folder or hub id (see
             `names`); or a callable (`callables.as_reward`). A reward of this package is returned unchanged.
-        spec: the model that defines dinalrm, pixel and oracle. Default: SD3.5's dinalrm, and the embedded world's pixel
-            and oracle.
+        spec: the model that defines dinalrm (default: SD3.5's), pixel and oracle (default: the embedded world's).
         pipeline: to borrow the VAE, text encoders and (by default) the transformer from.
         vae: decoder for image rewards; default: the pipeline's. Without one they score images only.
-        transformer: for dinalrm to share weights with, as in `LatentReward.from_pretrained`.
         device: default: the transformer's for dinalrm, the VAE's for image rewards, else the CPU.
         dtype: of the rewards' weights; default: each one's own.
-        local_files_only: never contact the hub.
         options: further arguments of a part's `from_pretrained`, by its name: {"pickscore": {"processor": folder}}.
 
     Raises ValueError for an unknown name (listing the known ones) and for an invalid sum, ImportError naming what to
@@ -92,26 +89,15 @@ def load_reward(
     return RewardSum(parts, {term.label: term.weight for term in terms})
 
 
-def load_image_scorer(
-    reward: str | Callable[..., Any],
-    *,
-    spec: ModelSpec | None = None,
-    pipeline: "StableDiffusion3Pipeline | None" = None,
-    device: torch.device | str | None = None,
-    **settings: Any,
-) -> ImageScorer:
+def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> ImageScorer:
     """A held-out evaluator of images, without gradient and with the same noise in every call.
 
-    Args:
-        reward: as `load_reward` takes it; a plain callable is used as it is.
-        pipeline: to encode images with, for latent rewards.
-        settings: of `load_reward`.
-
-    Raises as `load_reward`, and ValueError for a reward that cannot score images.
+    reward, settings: as in `load_reward`; a plain callable is returned as it is. Raises as `load_reward`, and
+    ValueError for a reward that cannot score images.
     """
     if not isinstance(reward, str | nn.Module):
         return reward
-    loaded = load_reward(reward, spec=spec, pipeline=pipeline, device=device, **settings)
+    loaded = load_reward(reward, **settings)
     if not loaded.scores_images:
         raise ValueError(f"reward {loaded.name!r} reads latents and cannot score images; name one that reads images")
 

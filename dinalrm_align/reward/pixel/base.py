@@ -4,7 +4,7 @@ A subclass writes `score_pixels`. Images are RGB in [0, 1], (B, 3, H, W); latent
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from diffusers import AutoencoderKL
@@ -18,7 +18,7 @@ from dinalrm_align.models.text import prompts_of
 from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.reward.inputs import check_finite
 from dinalrm_align.reward.pixel.weights import recompute_layers
-from dinalrm_align.reward.protocol import RewardModule, Text, finite_scores
+from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scores
 
 
 def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None = None) -> Tensor:
@@ -82,18 +82,10 @@ class PixelReward(RewardModule):
             )
         return self._borrowed["vae"]
 
-    def forward(
-        self,
-        latents: Tensor,
-        prompts: Text,
-        *,
-        sigma: Any = None,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def forward(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Scaled clean latents (B, C, h, w) and B prompts -> scores (B,), float32, differentiable in the latents.
 
-        Image rewards read text and clean images: sigma, noise and generator have no effect. Raises ValueError when a
+        Image rewards read text and clean images: noise has no effect. Raises ValueError when a
         gradient is asked for of a reward that is not differentiable, and when a score is not finite.
         """
         self.check_gradient(latents)

@@ -137,7 +137,7 @@ def test_options_go_to_the_part_they_name(load, weights, tmp_path):
     assert load("pixel", dtype="bfloat16").clip.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="dtype: got 'half'; expected float32, bfloat16, float16"):
         load("pixel", dtype="half")
-    with pytest.raises(ValueError, match=r"options: got some for \['hpsv3'\]"):
+    with pytest.raises(ValueError, match=r"options: got \['hpsv3'\]"):
         load(text, options={"hpsv3": {}})
 
 
