@@ -54,7 +54,7 @@ ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts: for training; for evaluation, one row per sample; the empty one; and the method's own, if any."""
+    """Encoded prompts: for training, for evaluation (one row per sample), the empty one, and the method's own."""
 
     train: Conditions
     evaluation: Conditions

@@ -1,5 +1,8 @@
 """Prompts to embeddings, once each; pictures to scaled latents and back."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from dinalrm_align.models.images import image_tensor
-from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.models.vae import decode_latents, encode_images, load_vae
 
 
@@ -34,8 +37,8 @@ def test_embeddings_are_those_of_the_pipeline(tiny_pipeline, length):
 
 def test_each_prompt_is_encoded_once(tiny_pipeline, monkeypatch):
     encoder, seen = PromptEncoder(tiny_pipeline, text_length=14), []
-    original = encoder._encode
-    monkeypatch.setattr(encoder, "_encode", lambda prompts: seen.extend(prompts) or original(prompts))
+    original = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda prompts: seen.extend(prompts) or original(prompts))
     first, _ = encoder(["a", "b", "a"])
     second, _ = encoder(["b", "c"], batch_size=1)
     assert seen == ["a", "b", "c"]
@@ -44,8 +47,8 @@ def test_each_prompt_is_encoded_once(tiny_pipeline, monkeypatch):
 
 def test_the_oldest_prompts_leave_a_full_cache(tiny_pipeline, monkeypatch):
     encoder, seen = PromptEncoder(tiny_pipeline, text_length=14, max_cached=2), []
-    original = encoder._encode
-    monkeypatch.setattr(encoder, "_encode", lambda prompts: seen.extend(prompts) or original(prompts))
+    original = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda prompts: seen.extend(prompts) or original(prompts))
     assert len(encoder(["a", "b", "c"])[0]) == 3
     encoder(["b", "c"])
     encoder(["a"])
@@ -89,7 +92,7 @@ def test_encoders_in_training_mode_are_used_in_evaluation_mode(tiny_pipeline):
 
 
 def test_a_bare_transformer_folder_has_no_text_encoders(tiny_world):
-    with pytest.raises(ValueError, match="is no pipeline folder .*pass pipeline=..., or prompt_embeds"):
+    with pytest.raises(ValueError, match="is not a pipeline folder .*pass pipeline=..., or prompt_embeds"):
         PromptEncoder(tiny_world / "pipeline" / "transformer", text_length=14)(["a"])
 
 
@@ -142,3 +145,37 @@ def test_unusable_pictures_are_refused(tiny_pipeline, images, message):
 def test_a_folder_without_vae_is_refused(tiny_reward_dir):
     with pytest.raises(ValueError, match="images need a VAE, and .* has no vae folder"):
         load_vae(tiny_reward_dir, device="cpu")
+
+
+def test_conditions_hold_more_prompts_than_the_cache_of_an_encoder(tiny_pipeline):
+    """12,000 prompts, with the embeddings of two text lengths; none is encoded again or lost."""
+    encoder = PromptEncoder(tiny_pipeline, text_length=6)
+    prompts = [f"{number} red circles" for number in range(12_000)]
+    conditions = Conditions.encode(encoder, [*prompts, prompts[0]], other_lengths={9}, batch_size=500)
+    assert len(conditions) == 12_001 and not encoder._cache
+    last = conditions.take([10_001, 11_999, 12_000])
+    assert last.prompts == [prompts[10_001], prompts[11_999], prompts[0]]
+    for length in (6, 9):
+        expected = PromptEncoder(tiny_pipeline, text_length=length)(last.prompts)
+        for got, wanted in zip(last.for_length(length), expected, strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="text_length: got embeddings of 6, 9 T5 tokens; expected 14"):
+        last.for_length(14)
+
+
+def test_threads_may_bring_the_first_prompts(tiny_world):
+    """Four threads at once, with text encoders that none of them has loaded yet, at two text lengths."""
+    encoders = [PromptEncoder(tiny_world / "pipeline", text_length=length) for length in (6, 14)]
+    prompts = [f"{number} blue squares" for number in range(4)]
+    barrier = threading.Barrier(4)
+
+    def encode(number):
+        barrier.wait()
+        return encoders[number % 2](prompts[: number + 1])
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(encode, range(4)))
+    for number, embeds in enumerate(found):
+        alone = PromptEncoder(tiny_world / "pipeline", text_length=(6, 14)[number % 2])(prompts[: number + 1])
+        for got, wanted in zip(embeds, alone, strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)

@@ -313,3 +313,35 @@ def test_the_papers_settings_lie_beneath_the_users_for_sd35(tmp_path, monkeypatc
     settings = resolved.run
     assert (resolved.spec.name, settings.loop.steps, settings.loop.accumulate) == ("sd35", 7, 16)
     assert (settings.policy.rank, settings.policy.alpha, settings.optim.lr) == (32, 64, 1e-4)
+
+
+def test_a_long_prompts_file_is_trained_on_beyond_prompt_10_001(recipe, arguments, world, tmp_path):
+    """12,000 prompts, and a reward that reads another number of T5 tokens than the policy."""
+    from tiny_reward import shake, tiny_reward_config
+
+    from dinalrm_align.align import refl
+    from dinalrm_align.models.pipeline import load_transformer
+    from dinalrm_align.reward.checkpoint import save_checkpoint
+    from dinalrm_align.reward.model import build_reward_model
+
+    config = tiny_reward_config(text_length=9, base_model_id=str(world / "pipeline"))
+    model = build_reward_model(config, load_transformer(world / "pipeline", dtype=torch.float32), seed=1)
+    shake(model, seed=2)
+    save_checkpoint(tmp_path / "reward", config, model.tuned_tensors())
+    prompts = tmp_path / "many.txt"
+    prompts.write_text("".join(f"{number} small red circles on white\n" for number in range(12_000)))
+    numbers = set()
+    original = refl.Refl.batch_at
+
+    def batch_at(self, micro_step):
+        batch = original(self, micro_step)
+        numbers.update(int(prompt.split()[0]) for prompt in batch.conditions.prompts)
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refl.Refl, "batch_at", batch_at)
+        run(
+            recipe, arguments, tmp_path / "run", f"--prompts={prompts}", f"--reward={tmp_path / 'reward'}",
+            "--refl.batch_size=16", "--refl.num_steps=1", "--loop.steps=2", "--profile_every=0",
+        )  # fmt: skip
+    assert len(numbers) == 32 and min(numbers) < 2_000 and max(numbers) > 10_001
