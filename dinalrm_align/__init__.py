@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinalrm_align.align.policy import Policy
     from dinalrm_align.models.text import Conditions
-    from dinalrm_align.reward.config import RewardConfig
+    from dinalrm_align.reward.config import LossConfig, RewardConfig
     from dinalrm_align.reward.latent import LatentReward
-    from dinalrm_align.reward.loss_config import LossConfig
     from dinalrm_align.reward.losses import preference_loss, preference_probability, thurstone_variance
     from dinalrm_align.reward.protocol import Reward
     from dinalrm_align.reward.registry import load_reward
@@ -36,7 +35,7 @@ __all__ = [
 _HOME = {
     "Conditions": "dinalrm_align.models.text",
     "LatentReward": "dinalrm_align.reward.latent",
-    "LossConfig": "dinalrm_align.reward.loss_config",
+    "LossConfig": "dinalrm_align.reward.config",
     "Policy": "dinalrm_align.align.policy",
     "Reward": "dinalrm_align.reward.protocol",
     "RewardConfig": "dinalrm_align.reward.config",

@@ -20,7 +20,7 @@ from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import Conditions, PromptEncoder
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.reward.training import NoisedPairs, preference_step

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dinalrm_align.eval.ablation_config import ARMS, BASELINE, AblateRun, Changes
 from dinalrm_align.models.specs import ModelSpec, resolve_model
-from dinalrm_align.reward.training_config import TrainRewardRun
+from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import parse, refuse, refusing
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinalrm_align.models.specs import ModelSpec, resolve_model
-from dinalrm_align.reward.training_config import TrainRewardRun
+from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import refuse, refusing
 from dinalrm_align.train.metrics import open_tracker
 from dinalrm_align.train.run import complete_run, parse_run, start_accelerator

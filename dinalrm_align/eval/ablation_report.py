@@ -10,7 +10,7 @@ from dinalrm_align.eval.ablation_plots import plot_arms, plot_inference, plot_no
 from dinalrm_align.eval.calibration_report import calibration_section, plot_reliability, reliabilities
 from dinalrm_align.eval.inference import inference_section, noise_shares, variance_section
 from dinalrm_align.eval.scores import NoiseLevels, PairScores, level_name
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.train.files import write_atomically
 
 LIKELIHOODS = ("calibrated", "fixed", "nll", "bradley_terry")

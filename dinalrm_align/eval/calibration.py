@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 
 from dinalrm_align.eval.report.intervals import LEVEL, by_caption
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.losses import preference_loss, preference_probability
 
 DRAWS = 2000

@@ -13,7 +13,7 @@ from dinalrm_align.eval.ablation import Runs
 from dinalrm_align.eval.calibration import Calibration, calibrate, fidelity_rater
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NoiseLevels
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.train.files import save_figure
 
 Curves = Mapping[str, Mapping[float, Calibration]]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dinalrm_align.eval.test_sets_config import check_protocol
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.names import parse_reward
 from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.train.settings import (

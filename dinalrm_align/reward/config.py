@@ -1,24 +1,35 @@
-"""Settings of a latent reward: everything that changes a score, as in the checkpoint's `config.json`. Torch-free.
+"""Settings of a latent reward, as in its checkpoint's `config.json`, of the preference loss, and of reward training.
 
-Defaults are the released DiNa-LRM for SD3.5-Medium (arXiv 2602.11146, section 4).
+Torch-free. Defaults are the released DiNa-LRM for SD3.5-Medium (arXiv 2602.11146, section 4).
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dinalrm_align.flow.config import SigmaConfig
+from dinalrm_align.shapes.config import PairsConfig
+from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.settings import (
     ClosedUnitInterval,
     HalfOpenUnitInterval,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     check_fields,
+    check_image_size,
     check_integer,
+    check_levels,
     did_you_mean,
 )
 
 FORMAT_VERSION = 2
+THURSTONE_PRESETS: dict[str, dict[str, float]] = {
+    "paper": {"k": 2.0, "sigma_u": 0.1, "epsilon": 0.0},  # arXiv 2602.11146
+    "released": {"k": 2.0, "sigma_u": math.sqrt(0.05), "epsilon": 1e-6},  # the training code: variance 2 sigma^2 + 0.05
+}
 
 Levels = ClosedUnitInterval | tuple[ClosedUnitInterval, ...]
 
@@ -47,8 +58,7 @@ class HeadConfig:
 
     Args:
         width: channels inside the head; -1: the backbone's width.
-        use_proj_in: add a linear layer before every FiLM adapter even where the widths agree (it is always there where
-            they differ).
+        use_proj_in: add a linear layer before every FiLM adapter even where the widths agree.
         num_queries: learnable query tokens, averaged at the end.
         num_attn_heads: heads of both query attentions; must divide the width.
         dropout: in the attentions and the feed-forward, in training mode only.
@@ -94,8 +104,7 @@ class RewardConfig:
         image_sigma: default for `score_images`; None: `sigma`.
         ensemble: how several levels are combined: joined as tokens before the head's attention (tokens, the paper's),
             or by averaging their scores (average, the baseline).
-        snap_sigma: round every level to the nearest entry of the scheduler table (1000 steps, shift 3), as the released
-            code does.
+        snap_sigma: round levels to the scheduler table (1000 steps, shift 3), as the released code does.
         add_noise: add noise to the latents; False gives the backbone clean latents at timestep 1000 sigma.
         score_scale: score = raw * score_scale + score_bias.
         score_bias: see `score_scale`.
@@ -141,10 +150,8 @@ class RewardConfig:
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}: got 0; expected a number other than 0")
         if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version: got {self.format_version}; expected {FORMAT_VERSION}, the one this release reads: "
-                "update dinalrm_align"
-            )
+            got = f"got {self.format_version}; expected {FORMAT_VERSION}, the one this release reads"
+            raise ValueError(f"format_version: {got}: update dinalrm_align")
 
     @property
     def last_tap(self) -> int:
@@ -177,18 +184,15 @@ class RewardConfig:
 def _taps(name: str, taps: tuple[int, ...] | list[int], num_layers: int) -> tuple[int, ...]:
     taps = tuple(taps)
     if list(taps) != sorted(set(taps)) or not all(0 <= tap <= num_layers for tap in taps):
-        raise ValueError(
-            f"{name}: got {taps}; expected rising block numbers from 0 (the embedded tokens) to "
-            f"num_layers = {num_layers}"
-        )
+        expected = f"rising block numbers from 0 (the embedded tokens) to num_layers = {num_layers}"
+        raise ValueError(f"{name}: got {taps}; expected {expected}")
     return taps
 
 
 def _levels(name: str, sigma: Levels | list[float]) -> float | tuple[float, ...]:
     if not isinstance(sigma, list | tuple):
         return float(sigma)
-    if not sigma:
-        raise ValueError(f"{name}: got {sigma}; expected a noise level in [0, 1], or several")
+    check_levels(name, sigma)
     return tuple(map(float, sigma))
 
 
@@ -199,8 +203,144 @@ def _check_keys(where: str, values: dict[str, Any], kind: type) -> None:
     for key in values:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, known)} (known: {', '.join(known)})")
-    missing = [key for key in known if key not in values]
-    if missing:
-        raise ValueError(
-            f"{where}: missing {', '.join(missing)}; every key must be present, since each changes a score"
-        )
+    if missing := [key for key in known if key not in values]:
+        raise ValueError(f"{where}: missing {', '.join(missing)}; every key must be present, since it changes a score")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss of a pair of raw scores (`reward.losses`).
+
+    Args:
+        likelihood: maps a score difference to a probability. thurstone: variance grows with the noise level (the
+            paper); thurstone_fixed: one variance for all levels; bradley_terry: sigmoid of the difference;
+            bradley_terry_margin: sigmoid of the difference minus a margin.
+        objective: fidelity, 1 - sqrt(p) for a hard label, or nll, -log p; default: fidelity with Thurstone (the paper),
+            nll with Bradley-Terry (the usual -log sigmoid of the difference).
+        preset: defaults of k, sigma_u and epsilon: paper (k 2, sigma_u 0.1, epsilon 0) or released (variance
+            2 sigma^2 + 0.05, epsilon 1e-6).
+        k: growth of the rater's variance with the noise level, k sigma^2 + sigma_u^2.
+        sigma_u: the rater's standard deviation for clean images.
+        epsilon: added inside both square roots, that of the variance and that of the fidelity.
+        variance: the rater's variance with thurstone_fixed (0.5 in the released code).
+        margin: of bradley_terry_margin.
+    """
+
+    likelihood: Literal["thurstone", "thurstone_fixed", "bradley_terry", "bradley_terry_margin"] = "thurstone"
+    objective: Literal["fidelity", "nll"] | None = None
+    preset: Literal["paper", "released"] = "paper"
+    k: NonNegativeFloat | None = None
+    sigma_u: PositiveFloat | None = None
+    epsilon: NonNegativeFloat | None = None
+    variance: PositiveFloat = 0.5
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "loss")
+
+    def resolved_objective(self) -> str:
+        """`objective`, or the likelihood's default."""
+        return self.objective or ("nll" if self.likelihood.startswith("bradley_terry") else "fidelity")
+
+    def constants(self) -> tuple[float, float, float]:
+        """(k, sigma_u, epsilon), with the preset's defaults."""
+        given = {"k": self.k, "sigma_u": self.sigma_u, "epsilon": self.epsilon}
+        preset = THURSTONE_PRESETS[self.preset]
+        return tuple(preset[name] if value is None else value for name, value in given.items())
+
+
+@dataclass
+class AccuracyConfig:
+    """Evaluation on held-out pairs: the accuracy of the reward at each noise level, always with the same noise.
+
+    Args:
+        sigmas: single noise levels.
+        ensemble: noise levels of the multi-noise ensemble; empty: not evaluated.
+        every: updates between evaluations; the final reward is always evaluated. 0: only that one.
+        seed: of the noise.
+    """
+
+    sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [level / 10 for level in range(10)])
+    ensemble: list[ClosedUnitInterval] = field(default_factory=lambda: [0.2, 0.5, 0.7])
+    every: NonNegativeInt = 250
+    seed: NonNegativeInt = 1234
+
+    def __post_init__(self) -> None:
+        check_fields(self, "accuracy")
+        check_levels("accuracy.sigmas", self.sigmas)
+
+    def levels(self) -> list[tuple[float, ...]]:
+        """The distinct levels to evaluate: (sigma,) for each single one, and the ensemble."""
+        ensemble = [tuple(self.ensemble)] if self.ensemble else []
+        return list(dict.fromkeys([*((sigma,) for sigma in self.sigmas), *ensemble]))
+
+
+@dataclass
+class TrainRewardRun:
+    """Settings of `recipes/train_reward.py`.
+
+    Args:
+        model: model whose transformer is the backbone of the reward: shapes, sd35, or the folder or hub id of a
+            StableDiffusion3Pipeline.
+        pairs: preference pairs: a folder of encoded latents written by recipes/prepare_pairs.py, a folder in the
+            released layout (`data.released_pairs`), or a jsonl file of images (`data.image_pairs`); by default the
+            embedded world makes its own.
+        validation_pairs: pairs for evaluation only, in the same formats; by default see held_out_prompts.
+        held_out_prompts: number of distinct prompts of `pairs` held out for evaluation if there are no
+            validation_pairs.
+        output_dir: folder of the run; by default a new one under runs/, named after model and seed. The trained reward
+            is saved in output_dir/reward.
+        seed: of initial weights, order of the data, noise and noise levels.
+        resume: folder of a run (its newest checkpoint is used) or of a checkpoint. Options override its settings.
+        device: auto uses a CUDA GPU if there is one.
+        dtype: of the frozen base weights; auto: the model's own on a GPU and float32 on a CPU. LoRA and head are
+            always float32; on a GPU the forward is bfloat16 by autocast unless this is float32.
+        tracker: where to log metrics and images in addition to metrics.jsonl; wandb works offline with
+            WANDB_MODE=offline.
+        batch_size: prompts per micro-batch and process, each with a group of images (a pair or a ranked list).
+        on_bad: what to do with unreadable files of latents. refuse: exit with their names; skip: leave out their
+            pairs, with a warning that names and counts them.
+        prefetch: batches of encoded pairs to read ahead.
+        height: of images that are encoded during training, in pixels; by default the model's own.
+        width: of images that are encoded during training, in pixels; by default the model's own.
+        gradient_checkpointing: recompute the activations of the backbone in the backward pass.
+        reward: the reward that is trained. base_model_id and the scaling of the VAE are set from the model.
+        loss: the loss of a pair of scores.
+        train_sigma: density of the noise level of a group.
+        optim: the optimiser, AdamW; lr is that of the head.
+        lora_lr: peak learning rate of the LoRA; by default that of the head.
+        loop: length of training, checkpoints and weight averaging.
+        accuracy: evaluation on held-out pairs.
+        shapes_pairs: the pairs that the embedded world makes if none are given.
+    """
+
+    model: str = "shapes"
+    pairs: str | None = None
+    validation_pairs: str | None = None
+    held_out_prompts: PositiveInt = 200
+    output_dir: str | None = None
+    seed: NonNegativeInt = 0
+    resume: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    batch_size: PositiveInt = 4
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    prefetch: NonNegativeInt = 4
+    height: int | None = None
+    width: int | None = None
+    gradient_checkpointing: bool = False
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train_sigma: SigmaConfig = field(default_factory=SigmaConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora_lr: NonNegativeFloat | None = None
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    accuracy: AccuracyConfig = field(default_factory=AccuracyConfig)
+    shapes_pairs: PairsConfig = field(default_factory=PairsConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_image_size(self.height, self.width)
+        if self.reward.tuning == "full":
+            raise ValueError("reward.tuning: got full; expected lora or none: this recipe trains LoRA and head")

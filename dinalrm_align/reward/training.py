@@ -24,11 +24,9 @@ from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.flow.noise import sample_sigma, seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.models.specs import ModelSpec
-from dinalrm_align.reward.config import RewardConfig
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig, RewardConfig, TrainRewardRun
 from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import RewardModel
-from dinalrm_align.reward.training_config import TrainRewardRun
 from dinalrm_align.shapes.pairs import ensure_training_pairs
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.files import reading

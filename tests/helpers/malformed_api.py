@@ -26,12 +26,10 @@ from dinalrm_align.flow.noise import (
 from dinalrm_align.flow.sampling import ode_step, rollout, schedule_sigmas, seeded_noise
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.models.vae import decode_latents
-from dinalrm_align.reward.config import HeadConfig, LoraConfig
+from dinalrm_align.reward.config import AccuracyConfig, HeadConfig, LoraConfig, LossConfig, TrainRewardRun
 from dinalrm_align.reward.head import RewardHead
-from dinalrm_align.reward.loss_config import LossConfig
 from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import build_reward_model
-from dinalrm_align.reward.training_config import AccuracyConfig, TrainRewardRun
 from dinalrm_align.shapes.config import BuildConfig, PairsConfig, StackConfig
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 

@@ -20,7 +20,7 @@ from malformed import PACKAGE, World
 
 from dinalrm_align import LatentReward, RewardConfig
 from dinalrm_align.align.refl_config import ReflRun
-from dinalrm_align.reward.training_config import TrainRewardRun
+from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import parse
 from dinalrm_align.train.files import read_json, read_yaml
 

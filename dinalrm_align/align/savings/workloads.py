@@ -29,8 +29,7 @@ from dinalrm_align.reward.latent import DTYPES, LatentReward
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.clip import ClipReward
-from dinalrm_align.reward.pixel.hps_template import FIELD, HPSTemplate
-from dinalrm_align.reward.pixel.hpsv3 import IMAGE_TOKEN, REWARD_TOKEN, HPSv3Reward, rank_head
+from dinalrm_align.reward.pixel.hpsv3 import FIELD, IMAGE_TOKEN, REWARD_TOKEN, HPSTemplate, HPSv3Reward, rank_head
 from dinalrm_align.train.config import OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.state import adamw

@@ -4,20 +4,21 @@ A subclass writes `score_pixels`. Images are RGB in [0, 1], (B, 3, H, W); latent
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Unpack
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dinalrm_align.flow.noise import check_latents
 from dinalrm_align.models.images import image_tensor
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.reward.inputs import check_finite
-from dinalrm_align.reward.pixel.weights import recompute_layers
 from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scores
 
 
@@ -167,3 +168,15 @@ def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:
             "channels of this reward's VAE, at least one sample"
         )
     check_finite("latents", latents)
+
+
+def recompute_layers(model: nn.Module, recompute: bool) -> None:
+    """Recompute a transformers model's layers in the backward pass, or keep their activations.
+
+    transformers recomputes in training mode only, so `training` is set on the layers themselves, while the modules
+    inside them (dropout) stay in evaluation mode. `model.eval()` undoes it: call this again afterwards.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = layer.training = recompute
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

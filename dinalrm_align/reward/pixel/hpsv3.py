@@ -3,13 +3,23 @@
 Weights: hub id MizzenAI/HPSv3, `HPSv3.safetensors`; tokenizer and sizes: Qwen/Qwen2-VL-7B-Instruct; code and weights
 under the MIT licence, Qwen2-VL's under Apache-2.0. Scores lie between about -2 and 12. 16 GB in bfloat16.
 
+HPSv3 was trained with one instruction; scores with another are meaningless. Its text is read from the user's copy of
+the PyPI package `hpsv3` (MIT) and verified by its hash; the package itself is not imported, since it requires another
+transformers.
+
 Differences from the released code (package `hpsv3` 1.0.0), which change a score by rounding alone: images are resized
-in torch, antialiased bicubic as PIL's but not rounded to bytes, so that gradients reach them; they are scored one by
-one; the language model's unused output layer is dropped. As in the released forward, and unlike Qwen2-VL itself,
-positions increase by one per token, text and image alike, on all three rotary axes.
+in torch, antialiased bicubic as PIL's but not rounded to bytes, so that gradients reach them (normalised values differ
+by at most 0.2, by 0.005 on average); they are scored one by one; the language model's unused output layer is dropped.
+As in the released forward, and unlike Qwen2-VL itself, positions increase by one per token, text and image alike, on
+all three rotary axes.
 """
 
+import ast
+import hashlib
+import importlib.util
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -20,24 +30,19 @@ from torch import Tensor, nn
 from transformers import AddedToken, Qwen2VLConfig, Qwen2VLModel
 
 from dinalrm_align.models.hub import HubOptions, beside, check_source, find_file
+from dinalrm_align.models.preprocess import normalise, resize
 from dinalrm_align.models.quantization import check_quantization, quantise_linears
 from dinalrm_align.models.weights import assign_tensors, read_tensors, rename
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.pixel.hps_template import (
-    INSTRUCTION_SHA256,
-    SCRIPT,
-    SUFFIX_SHA256,
-    HPSTemplate,
-    load_template,
-)
 from dinalrm_align.reward.pixel.prompts import load_tokenizer
-from dinalrm_align.reward.pixel.qwen2vl import fitted_size, preprocess
 from dinalrm_align.train.device import available_device
-from dinalrm_align.train.files import reading
+from dinalrm_align.train.files import read_json, read_text, reading
 
 SOURCE, WEIGHTS, BASE = "MizzenAI/HPSv3", "HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28
 """Images are resized to about this many: 448 x 448 for a square one, 256 tokens."""
+MAX_RATIO = 200
+"""Largest ratio of the long to the short side, as in Qwen2-VL's code."""
 REWARD_TOKEN, IMAGE_TOKEN = "<|Reward|>", "<|image_pad|>"
 EMBEDDING = "model.language_model.embed_tokens.weight"
 NAMES = {  # the file's prefixes (transformers before and since 4.52) to those of `HPSv3Reward`'s parts
@@ -45,6 +50,18 @@ NAMES = {  # the file's prefixes (transformers before and since 4.52) to those o
     r"(model\.)?visual\.": "model.visual.",
     r"model\.(language_model\.)?": "model.language_model.",
 }
+TEXTS = ("INSTRUCTION", "prompt_with_special_token")
+"""The package's names of the instruction, 2523 characters with one field {text_prompt}, and of the text after it."""
+SHA256 = (
+    "0393599dad45a971903d1d62a3acf9bad3ccccdafa7f40f680523419e1f68b7a",
+    "2471faca094ae5bd6fe17b71dce20c3d7583625545e235889f7e74e7eeb69d0a",
+)
+"""Hashes of both texts."""
+SCRIPT, FIELD = "data_collator_qwen.py", "{text_prompt}"
+HOW_TO_GET = (
+    "run `pip install --no-deps hpsv3==1.0.0`, or pass template=, the path of that package's "
+    f"hpsv3/dataset/{SCRIPT} or of a JSON file with these two texts"
+)
 
 
 def rank_head(width: int) -> nn.Sequential:
@@ -57,6 +74,97 @@ def rank_head(width: int) -> nn.Sequential:
 def add_reward_token(tokenizer: Any) -> None:
     """Append the token that the head reads to Qwen2-VL's tokenizer: id 151657 in the released size."""
     tokenizer.add_tokens([AddedToken(REWARD_TOKEN, special=True, normalized=False)], special_tokens=True)
+
+
+@dataclass(frozen=True)
+class HPSTemplate:
+    """The text beside an image: `instruction` with the prompt for {text_prompt}, then `suffix`."""
+
+    instruction: str
+    suffix: str
+
+    def __post_init__(self) -> None:
+        if self.instruction.count(FIELD) != 1:
+            raise ValueError(f"instruction: got {self.instruction.count(FIELD)} {FIELD}; expected one")
+
+    def fill(self, prompt: str) -> str:
+        return self.instruction.replace(FIELD, prompt) + self.suffix
+
+
+def load_template(source: str | Path | None = None, *, sha256: tuple[str, str] = SHA256) -> HPSTemplate:
+    """Read the template from data_collator_qwen.py, which is not run, or from a JSON file.
+
+    Args:
+        source: the file; default: that of the installed package `hpsv3`.
+        sha256: hashes of instruction and suffix as UTF-8.
+
+    Raises ValueError for other texts, ImportError if `hpsv3` is needed and not installed.
+    """
+    if source is None:
+        spec = importlib.util.find_spec("hpsv3")
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError(f"HPSv3 needs its instruction, and the package hpsv3 is not installed; {HOW_TO_GET}")
+        source = Path(spec.submodule_search_locations[0]) / "dataset" / SCRIPT
+    path = Path(source)
+    if path.suffix == ".json":
+        found = read_json(path, f"HPSv3's template: {HOW_TO_GET}")
+    else:
+        found = _assigned(read_text(path, "template", HOW_TO_GET), path)
+    texts = [found.get(name) for name in TEXTS]
+    for name, text, expected in zip(TEXTS, texts, sha256, strict=True):
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: no text {name}; {HOW_TO_GET}")
+        got = hashlib.sha256(text.encode()).hexdigest()
+        if got != expected:
+            hashes = f"got SHA-256 {got:.12}...; expected {expected:.12}..."
+            raise ValueError(f"{path}: {name} is not the text that HPSv3 was trained with ({hashes}); {HOW_TO_GET}")
+    return HPSTemplate(*texts)
+
+
+def _assigned(source: str, path: Path) -> dict[str, Any]:
+    """Constants that a Python file assigns at module level."""
+    try:
+        statements = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{path}: not Python source ({error}); {HOW_TO_GET}") from error
+    assigned = [(part.targets[0], part.value) for part in statements if isinstance(part, ast.Assign)]
+    return {n.id: v.value for n, v in assigned if isinstance(n, ast.Name) and isinstance(v, ast.Constant)}
+
+
+def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[int, int]:
+    """A size in multiples of `factor` with about `pixels` pixels and the same aspect ratio.
+
+    As Qwen2-VL with equal minimum and maximum: sides are rounded to the nearest multiple; with too many pixels the
+    image is scaled down and sides are rounded down, with too few scaled up and rounded up. Raises ValueError for an
+    aspect ratio above MAX_RATIO.
+    """
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise ValueError(f"images of {height} x {width}: one side is over {MAX_RATIO} times the other; crop them")
+    sides = [max(factor, round(side / factor) * factor) for side in (height, width)]
+    if math.prod(sides) > pixels:
+        shrink = math.sqrt(height * width / pixels)
+        sides = [max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)]
+    elif math.prod(sides) < pixels:
+        stretch = math.sqrt(pixels / (height * width))
+        sides = [math.ceil(side * stretch / factor) * factor for side in (height, width)]
+    return sides[0], sides[1]
+
+
+def preprocess(
+    images: Tensor, *, pixels: int, patch: int = 14, merge: int = 2, frames: int = 2
+) -> tuple[Tensor, tuple[int, int]]:
+    """(B, 3, H, W) in [0, 1] -> (B * rows * columns, 3 * frames * patch^2) and (rows, columns) of the patch grid.
+
+    Images are resized to `fitted_size` and normalised, in float32. The patches of a merge x merge block are
+    consecutive; an image counts as `frames` equal frames.
+    """
+    size = fitted_size(*images.shape[-2:], factor=patch * merge, pixels=pixels)
+    images = normalise(resize(images, size))
+    rows, columns = size[0] // patch, size[1] // patch
+    blocks = images.reshape(len(images), 3, rows // merge, merge, patch, columns // merge, merge, patch)
+    blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)  # B, block row, block column, row, column, C, y, x
+    blocks = blocks.unsqueeze(6).expand(*blocks.shape[:6], frames, patch, patch)
+    return blocks.reshape(len(images) * rows * columns, 3 * frames * patch * patch), (rows, columns)
 
 
 class HPSv3Reward(PixelReward):
@@ -85,7 +193,7 @@ class HPSv3Reward(PixelReward):
         *,
         base: str | Path | None = None,
         template: str | Path | None = None,
-        template_sha256: tuple[str, str] = (INSTRUCTION_SHA256, SUFFIX_SHA256),
+        template_sha256: tuple[str, str] = SHA256,
         vae: AutoencoderKL | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -95,15 +203,12 @@ class HPSv3Reward(PixelReward):
         """Load HPSv3.safetensors. Further arguments and errors: see `reward.pixel`.
 
         Args:
-            source: a hub id, a folder that holds the file, or the file.
-            base: folder or hub id of Qwen2-VL-7B-Instruct, of which config.json and tokenizer are read; default:
-                beside local weights, else the hub's.
-            template, template_sha256: file of the instruction, and its expected hashes (`load_template`); default:
-                data_collator_qwen.py beside local weights, else the installed package `hpsv3`.
+            base: folder or hub id of Qwen2-VL-7B-Instruct's config.json and tokenizer; default: beside local weights,
+                else the hub's.
+            template, template_sha256: of `load_template`; default: data_collator_qwen.py beside local weights, else
+                the installed package `hpsv3`.
             dtype: of the backbone; default: bfloat16. The head stays in float32 (float64 for a float64 backbone).
             quantization: none, or int8 or nf4 (bitsandbytes) for the linear layers of all blocks.
-
-        The template is checked before weights are read: ValueError for another one, ImportError if it is missing.
         """
         check_quantization(quantization)
         if template is None and (folder := beside(source, SCRIPT)):
@@ -118,18 +223,15 @@ class HPSv3Reward(PixelReward):
             config = Qwen2VLConfig.from_pretrained(base, **own)
         tokenizer = load_tokenizer(base, **own)
         add_reward_token(tokenizer)
-        if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id:
-            raise ValueError(
-                f"{base}: {IMAGE_TOKEN}: got id {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}, by its config.json "
-                f"expected {config.image_token_id}; give Qwen2-VL-7B-Instruct's folder as base"
-            )
+        if (got := tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) != config.image_token_id:
+            problem = f"got id {got}, by its config.json expected {config.image_token_id}"
+            raise ValueError(f"{base}: {IMAGE_TOKEN}: {problem}; give Qwen2-VL-7B-Instruct's folder as base")
         config.text_config.vocab_size = len(tokenizer)
         path = find_file(source, WEIGHTS, **hub)
-        place = torch.device("cpu") if quantization != "none" else device
-        model, head = _load_parts(path, config, place, dtype)
+        model, head = _load_parts(path, config, device if quantization == "none" else torch.device("cpu"), dtype)
         if quantization != "none":
-            quantise_linears(model.visual.blocks, quantization, device, dtype)
-            quantise_linears(model.language_model.layers, quantization, device, dtype)
+            for blocks in (model.visual.blocks, model.language_model.layers):
+                quantise_linears(blocks, quantization, device, dtype)
         return cls(model.to(device), head.to(device), tokenizer, text, vae=vae)
 
     @property
@@ -145,15 +247,9 @@ class HPSv3Reward(PixelReward):
     def _mean(self, image: Tensor, prompt: str) -> Tensor:
         """(1, 3, H, W) and a prompt -> mu (), in the head's dtype."""
         vision = self.model.config.vision_config
-        values, (rows, columns) = preprocess(
-            image,
-            low=self.pixels,
-            high=self.pixels,
-            patch=vision.patch_size,
-            merge=vision.spatial_merge_size,
-            frames=vision.temporal_patch_size,
-        )
-        ids = self.token_ids(prompt, rows * columns // vision.spatial_merge_size**2)
+        patch, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        values, (rows, columns) = preprocess(image, pixels=self.pixels, patch=patch, merge=merge, frames=frames)
+        ids = self.token_ids(prompt, rows * columns // merge**2)
         hidden = self.model(
             input_ids=torch.tensor([ids], device=self.device),
             position_ids=torch.arange(len(ids), device=self.device).expand(3, 1, -1),
@@ -171,14 +267,13 @@ class HPSv3Reward(PixelReward):
         """Tokens of an image of that size, one per merged patch."""
         vision = self.model.config.vision_config
         factor = vision.patch_size * vision.spatial_merge_size
-        rows, columns = fitted_size(height, width, factor=factor, low=self.pixels, high=self.pixels)
+        rows, columns = fitted_size(height, width, factor=factor, pixels=self.pixels)
         return rows * columns // factor**2
 
     def token_ids(self, prompt: str, image_tokens: int) -> list[int]:
-        """Qwen2-VL's chat with an image and the filled template, up to the start of the answer.
+        """Qwen2-VL's chat with an image and the filled template; ValueError for a prompt with one of its tokens.
 
-        786 tokens for the empty prompt and a square image with the released template and tokenizer. Raises ValueError
-        for a prompt that contains the image token or the reward token.
+        786 tokens for the empty prompt and a square image with the released template and tokenizer.
         """
         text = (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
@@ -197,12 +292,11 @@ class HPSv3Reward(PixelReward):
 def _load_parts(
     path: Path, config: Qwen2VLConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[Qwen2VLModel, nn.Sequential]:
-    """Backbone in `dtype` and head; strict."""
     tensors = rename(read_tensors(path), NAMES)
     rows, expected = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else None, config.text_config.vocab_size
     if rows not in (None, expected):
         raise ValueError(
-            f"{path}: got embeddings of {rows} tokens; expected {expected}, those of the base model's tokenizer with "
+            f"{path}: got embeddings of {rows} tokens; expected {expected}, the base model's tokenizer with "
             f"{REWARD_TOKEN}: give the base model that the weights were trained from"
         )
     with init_empty_weights():

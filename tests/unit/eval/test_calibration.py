@@ -22,7 +22,7 @@ from dinalrm_align.eval.calibration import (
     reliability,
 )
 from dinalrm_align.eval.calibration_report import calibration_section, plot_reliability, scale_sentence
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.losses import preference_loss
 
 BRADLEY_TERRY = LossConfig(likelihood="bradley_terry")

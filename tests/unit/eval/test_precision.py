@@ -17,7 +17,7 @@ from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.flow.noise import add_noise
 from dinalrm_align.models.specs import MODELS
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.losses import preference_loss
 
 SCRIPT = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[3] / "examples" / "measure_precision.py")))

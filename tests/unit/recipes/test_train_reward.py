@@ -13,7 +13,7 @@ from dinalrm_align.data import source
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.models.text import PromptEncoder
-from dinalrm_align.reward.training_config import AccuracyConfig, TrainRewardRun
+from dinalrm_align.reward.config import AccuracyConfig, TrainRewardRun
 from dinalrm_align.shapes.stack import StackConfig, build_pipeline
 from dinalrm_align.train.command import parse
 

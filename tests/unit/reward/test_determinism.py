@@ -17,7 +17,7 @@ from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.models.vae import encode_images
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.reward.training import draw_levels, preference_step
 from dinalrm_align.shapes.render import draw_nuisance, lay_out, render

@@ -9,7 +9,7 @@ from dinalrm_align.flow.noise import add_noise, scheduler_sigmas, snap_sigma, ti
 from dinalrm_align.models.pipeline import load_transformer
 from dinalrm_align.models.weights import load_tensors
 from dinalrm_align.reward.checkpoint import read_checkpoint
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import build_reward_model
 

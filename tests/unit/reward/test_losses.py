@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dinalrm_align.reward.loss_config import LossConfig
+from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.losses import (
     preference_log_probability,
     preference_loss,

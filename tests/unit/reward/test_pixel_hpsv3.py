@@ -15,10 +15,20 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.models.weights import rename
-from dinalrm_align.reward.pixel import hps_template
-from dinalrm_align.reward.pixel.hps_template import HPSTemplate, load_template
-from dinalrm_align.reward.pixel.hpsv3 import BASE, NAMES, PIXELS, WEIGHTS, HPSv3Reward, add_reward_token, rank_head
-from dinalrm_align.reward.pixel.qwen2vl import fitted_size, preprocess
+from dinalrm_align.reward.pixel import hpsv3
+from dinalrm_align.reward.pixel.hpsv3 import (
+    BASE,
+    NAMES,
+    PIXELS,
+    WEIGHTS,
+    HPSTemplate,
+    HPSv3Reward,
+    add_reward_token,
+    fitted_size,
+    load_template,
+    preprocess,
+    rank_head,
+)
 from dinalrm_align.reward.registry import load_reward
 
 PROMPTS = ["a red circle", "a blue {square}"]
@@ -139,7 +149,7 @@ def processor():
     ],
 )
 def test_sizes_are_those_of_the_released_code(reward, size, fitted):
-    assert fitted_size(*size, factor=28, low=PIXELS, high=PIXELS) == fitted
+    assert fitted_size(*size, factor=28, pixels=PIXELS) == fitted
     assert reward.image_tokens(*size) == fitted[0] * fitted[1] // 784
 
 
@@ -151,7 +161,7 @@ def test_preprocessing_agrees_with_the_pil_processor():
     for picture, mean, largest in zip(pictures(), (0.01, 1e-6), (0.2, 1e-5), strict=True):
         want = processor()(picture, return_tensors="pt")
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-        got, grid = preprocess(image, low=PIXELS, high=PIXELS)
+        got, grid = preprocess(image, pixels=PIXELS)
         assert want.image_grid_thw.tolist() == [[1, *grid]]
         assert got.shape == want.pixel_values.shape
         assert (got - want.pixel_values).abs().mean() < mean
@@ -160,14 +170,14 @@ def test_preprocessing_agrees_with_the_pil_processor():
 
 def test_a_batch_is_its_pictures_one_after_another():
     images = torch.rand(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
-    both, _ = preprocess(images, low=1, high=PIXELS)
-    one, _ = preprocess(images[1:], low=1, high=PIXELS)
+    both, _ = preprocess(images, pixels=PIXELS)
+    one, _ = preprocess(images[1:], pixels=PIXELS)
     torch.testing.assert_close(both[len(one) :], one)
 
 
 def test_a_very_long_picture_is_refused():
     with pytest.raises(ValueError, match="over 200 times"):
-        fitted_size(8, 1601, factor=28, low=PIXELS, high=PIXELS)
+        fitted_size(8, 1601, factor=28, pixels=PIXELS)
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
@@ -355,7 +365,7 @@ def test_the_template_is_found_in_an_installed_package(template, tmp_path, monke
 
 
 def test_without_the_package_the_error_says_how_to_get_the_template(monkeypatch):
-    monkeypatch.setattr(hps_template.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(hpsv3.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match="pip install --no-deps hpsv3"):
         load_template()
 

@@ -10,7 +10,7 @@ from dinalrm_align.align.dpo_config import DpoRun
 from dinalrm_align.align.grpo_config import GrpoRun
 from dinalrm_align.align.nft_config import NftRun
 from dinalrm_align.align.refl_config import ReflRun
-from dinalrm_align.reward.training_config import TrainRewardRun
+from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import parse
 
 RECIPES = Path(__file__).parents[3] / "recipes"
