@@ -27,7 +27,7 @@ from torch import Tensor
 from dinalrm_align.align.anchor import ANCHOR, Anchor, terms
 from dinalrm_align.align.groups import STATISTICS, group_scores, rollout_advantages
 from dinalrm_align.align.grpo_config import GrpoConfig
-from dinalrm_align.align.rollouts import Position, Reuse, RolloutBuffer, Sampler, levels_at
+from dinalrm_align.align.rollouts import Position, Reuse, RolloutBuffer, Sampler
 from dinalrm_align.align.surrogate import clipped_loss, guarded_ratio, step_kl
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import Velocity, rollout
@@ -259,13 +259,8 @@ class Grpo:
         config, sampler = self.config, self.sampler
         with sampler.meter.phase("policy"):
             velocity = self.velocity_for(batch.conditions)
-            levels = levels_at(sampler.sigmas, batch.steps, batch.latents.device)
-            v = velocity(batch.latents, levels)
-            with sampler.policy.reference():
-                v_reference = velocity(batch.latents, levels)
-            step, reference = (
-                transition(config.sampler, batch.latents, each, sampler.sigmas, batch.steps, config.noise_level)
-                for each in (v, v_reference)
+            step, reference, difference = sampler.transitions(
+                velocity, batch.latents, batch.steps, config.sampler, config.noise_level
             )
             log_prob = step.log_prob(batch.following)
             if config.guard:
@@ -277,12 +272,12 @@ class Grpo:
             loss = clipped_loss(ratio, batch.advantage, config.clip_range)
             if config.guard:
                 loss = loss / -step.delta.to(loss)
-            kl = step_kl(config.kl_form, step, reference, v - v_reference)
+            kl = step_kl(config.kl_form, step, reference, difference)
             if config.kl_beta > 0:
                 loss = loss + config.kl_beta * kl
         moved = (ratio.detach() - 1).abs()
         means = {
-            "kl": step_kl("velocity", step, reference, v - v_reference),
+            "kl": step_kl("velocity", step, reference, difference),
             "step_kl": kl,
             "ratio_spread": moved,
             "clipped": (moved > config.clip_range).float(),

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinalrm_align.align.lpo_config import LpoConfig
-from dinalrm_align.align.rollouts import Position, Reuse, RolloutBuffer, Sampler, levels_at
+from dinalrm_align.align.rollouts import Position, Reuse, RolloutBuffer, Sampler
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import Velocity, ode_step
 from dinalrm_align.flow.sde import transition
@@ -231,13 +231,8 @@ class Lpo:
         config, sampler = self.config, self.sampler
         with sampler.meter.phase("policy"):
             velocity = self.velocity_for(batch.conditions)
-            levels = levels_at(sampler.sigmas, batch.steps, batch.latents.device)
-            v = velocity(batch.latents, levels)
-            with sampler.policy.reference():
-                v_reference = velocity(batch.latents, levels)
-            step, reference = (
-                transition(config.sampler, batch.latents, each, sampler.sigmas, batch.steps, config.noise_level)
-                for each in (v, v_reference)
+            step, reference, difference = sampler.transitions(
+                velocity, batch.latents, batch.steps, config.sampler, config.noise_level
             )
             chosen, rejected = (
                 step.log_prob(following) - reference.log_prob(following) for following in (batch.chosen, batch.rejected)
@@ -245,7 +240,7 @@ class Lpo:
             loss = step_preference_loss(chosen, rejected, config.beta, config.clip_range)
         ratios = torch.stack([chosen, rejected]).detach().exp()
         means = {
-            "kl": (v - v_reference).detach().square().mean(dim=(1, 2, 3)),
+            "kl": difference.detach().square().mean(dim=(1, 2, 3)),
             "accuracy": (chosen > rejected).float(),
             "clipped": ((ratios - 1).abs() > config.clip_range).float().mean(dim=0),
         }

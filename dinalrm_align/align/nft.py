@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dinalrm_align.align.groups import STATISTICS, group_scores, rollout_advantages
 from dinalrm_align.align.nft_config import NftConfig
-from dinalrm_align.align.rollouts import Reuse, RolloutBuffer, Sampler, levels_at
+from dinalrm_align.align.rollouts import Reuse, RolloutBuffer, Sampler
 from dinalrm_align.flow.noise import add_noise, denoised, seeded_generator
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
@@ -168,7 +168,7 @@ class Nft:
         statistics = dict(zip(STATISTICS, pending.statistics.tolist(), strict=True))
         return NftBatch(
             conditions=sampler.take(pending.indices[rows].tolist()),
-            sigma=levels_at(sampler.sigmas, torch.tensor(steps, dtype=torch.long), device),
+            sigma=sampler.levels(torch.tensor(steps, dtype=torch.long)),
             latents=pending.latents[rows].to(device),
             noise=sampler.noise(noises),
             good=pending.good[rows].to(device),

@@ -17,6 +17,7 @@ from dinalrm_align.align.policy import Policy
 from dinalrm_align.data.prompts import prompt_indices
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
+from dinalrm_align.flow.sde import Transition, transition
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.cost import PhaseMeter
 
@@ -77,12 +78,32 @@ class Sampler:
         """One standard normal sample per generator, (B, C, H, W), on the policy's device."""
         return seeded_noise(self.latent_shape, generators).to(self.device)
 
+    def levels(self, steps: Tensor) -> Tensor:
+        """Noise levels of step indices (n,) int64: (n,) float32, on the policy's device."""
+        return torch.tensor(self.sigmas, dtype=torch.float32)[steps].to(self.device)
+
     def velocity_for(
         self, conditions: Conditions, guidance_scale: float | None = None, *, negative_gradient: bool = True
     ) -> Velocity:
         """The policy's velocity for `conditions`; guidance_scale: default, that of the rollout."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return self.policy.velocity_for(conditions, scale, self.negative, negative_gradient=negative_gradient)
+
+    def transitions(
+        self, velocity: Velocity, latents: Tensor, steps: Tensor, kind: str, noise_level: float
+    ) -> tuple[Transition, Transition, Tensor]:
+        """The stochastic steps of policy and reference from latents (n, C, H, W), and the difference of velocities.
+
+        steps: (n,) int64, indices of the schedule. kind, noise_level: see `flow.sde.transition`.
+        """
+        levels = self.levels(steps)
+        v = velocity(latents, levels)
+        with self.policy.reference():
+            v_reference = velocity(latents, levels)
+        step, reference = (
+            transition(kind, latents, each, self.sigmas, steps, noise_level) for each in (v, v_reference)
+        )
+        return step, reference, v - v_reference
 
     @torch.no_grad()
     def sample(self, conditions: Conditions, noise: Tensor, steps: int | None = None) -> Tensor:
@@ -232,8 +253,3 @@ class RolloutBuffer(Generic[R]):
         self.current = self.kind(
             **{name: int(tensor) if expected[name] == () else tensor for name, tensor in tensors.items()}
         )
-
-
-def levels_at(sigmas: Sequence[float], steps: Tensor, device: torch.device) -> Tensor:
-    """The noise level of each step index, steps (n,) int64 -> (n,) float32 on `device`."""
-    return torch.tensor(sigmas, dtype=torch.float32)[steps].to(device)
