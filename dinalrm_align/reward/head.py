@@ -66,21 +66,17 @@ class QueryAttention(nn.Module):
 
     def forward(self, queries: Tensor, visual: Tensor, text: Tensor | None = None) -> Tensor:
         query = self.to_q(_norm(self.norm_q, queries))
-        visual = _norm(self.norm_v, visual)
-        value = self.to_v_vis(visual)
-        if self.gated:
-            value = value * torch.sigmoid(self.gate_vis(visual))
-        read = self._attend(query, self.to_k_vis(visual), value)
+        read = self._read(query, _norm(self.norm_v, visual), "vis")
         if self.text:
-            text = _norm(self.norm_t, text)
-            value = self.to_v_text(text)
-            if self.gated:
-                value = value * torch.sigmoid(self.gate_text(text))
-            read = read + self._attend(query, self.to_k_text(text), value)
+            read = read + self._read(query, _norm(self.norm_t, text), "text")
         return self.to_out(read)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(B, Q, W), (B, N, W), (B, N, W) -> (B, Q, W)"""
+    def _read(self, query: Tensor, tokens: Tensor, stream: str) -> Tensor:
+        """(B, Q, W), (B, N, W) -> (B, Q, W)"""
+        value = getattr(self, f"to_v_{stream}")(tokens)
+        if self.gated:
+            value = value * torch.sigmoid(getattr(self, f"gate_{stream}")(tokens))
+        key = getattr(self, f"to_k_{stream}")(tokens)
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
         value = value.to(query.dtype)
         read = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
@@ -106,27 +102,25 @@ class RewardHead(nn.Module):
     ) -> None:
         super().__init__()
         width = width_in if config.width == -1 else config.width
-        if width % config.num_attn_heads:
-            raise ValueError(f"num_attn_heads: got {config.num_attn_heads}, which do not divide the width {width}")
-        temb_dim = width_in if temb_dim is None else temb_dim
+        heads, dropout = config.num_attn_heads, config.dropout
+        if width % heads:
+            raise ValueError(f"num_attn_heads: got {heads}, which do not divide the width {width}")
 
         def adapters(count: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                LayerAdapter(width_in, temb_dim, width, use_proj_in=config.use_proj_in, film=config.film)
-                for _ in range(count)
-            )
+            sizes = (width_in, width_in if temb_dim is None else temb_dim, width)
+            options = dict(use_proj_in=config.use_proj_in, film=config.film)
+            return nn.ModuleList(LayerAdapter(*sizes, **options) for _ in range(count))
 
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, config.num_queries, width))
         self.layer_adapters_visual = adapters(num_visual_taps)
         self.layer_adapters_text = adapters(num_text_taps)
         self.agg_visual = nn.Linear(num_visual_taps * (width // 4), width)
         self.agg_text = nn.Linear(num_text_taps * (width // 4), width) if num_text_taps else None
-        heads, dropout = config.num_attn_heads, config.dropout
         self.attn1 = QueryAttention(width, heads, dropout, text=num_text_taps > 0, gated=config.value_gates)
         self.attn2 = QueryAttention(width, heads, dropout, text=False, gated=False)
         self.norm_ff = nn.RMSNorm(width)
         self.ff = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(config.dropout)
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
         )
         self.head = nn.Linear(width, 1)
         self.use_logistic = config.use_logistic
@@ -137,8 +131,7 @@ class RewardHead(nn.Module):
     def forward(self, taps: Taps | Sequence[Taps]) -> Tensor:
         """Taps of one noise level, or of K -> raw scores (B,), float32, differentiable.
 
-        Each level is adapted with its own conditioning vector; then the image tokens of all levels, and their text
-        tokens, form one sequence.
+        Each level has its own conditioning; the image tokens of all levels, and their text tokens, form one sequence.
         """
         levels = [taps] if isinstance(taps, Taps) else taps
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])
@@ -151,24 +144,20 @@ class RewardHead(nn.Module):
         queries = queries + self.ff(_norm(self.norm_ff, queries))
         with torch.autocast(queries.device.type, enabled=False):  # bfloat16 resolves a score of 10 to 0.06
             raw = F.linear(queries.float(), self.head.weight.float(), self.head.bias.float()).mean(dim=(1, 2))
-        return self._squash(raw) if self.use_logistic else raw
+        if not self.use_logistic:
+            return raw
+        return 4 * torch.sigmoid((raw - self.eta3.float()) / (self.eta4.float().abs() + 1e-6)) - 2  # in (-2, 2)
 
     def _aggregate(
         self, adapters: nn.ModuleList, join: nn.Linear, levels: list[tuple[tuple[Tensor, ...], Tensor]]
     ) -> Tensor:
         """levels: K pairs of n streams (B, N, width_in) and temb -> (B, K N, W)."""
-        dtype = self.query_tokens.dtype
-        joined = []
+        dtype, joined = self.query_tokens.dtype, []
         for streams, temb in levels:
-            adapted = [
-                adapter(tokens.to(dtype), temb.to(dtype)) for adapter, tokens in zip(adapters, streams, strict=True)
-            ]
+            pairs = zip(adapters, streams, strict=True)
+            adapted = [adapter(tokens.to(dtype), temb.to(dtype)) for adapter, tokens in pairs]
             joined.append(join(torch.cat(adapted, dim=-1)))
         return torch.cat(joined, dim=1)
-
-    def _squash(self, raw: Tensor) -> Tensor:
-        """4 / (1 + exp(-(raw - eta3) / (|eta4| + 1e-6))) - 2, in (-2, 2)."""
-        return 4 * torch.sigmoid((raw - self.eta3.float()) / (self.eta4.float().abs() + 1e-6)) - 2
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

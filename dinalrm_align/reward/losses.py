@@ -56,25 +56,18 @@ def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
 
 
 def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
-    """log P(first preferred to second): (N,), float32, at most 0. P(second preferred) is the same function of -delta.
+    """log P(first preferred to second): (N,), float32, at most 0, of delta (N,), first minus second score.
 
-    Args:
-        delta: (N,), score of the first minus score of the second.
-        sigma: (N,) in [0, 1], the noise level of both scores; used by thurstone only.
+    sigma: (N,) in [0, 1], the noise level of both scores; used by thurstone only.
     """
     if not isinstance(config, LossConfig):
         raise TypeError(f"config: got {type(config).__name__}; expected a LossConfig")
     _check_vectors(delta=delta, sigma=sigma)
     delta = delta.float()
-    match config.likelihood:
-        case "thurstone" | "thurstone_fixed":
-            epsilon = config.constants()[2]
-            return LogNormalCDF.apply(delta / (2 * thurstone_variance(sigma, config) + epsilon).sqrt())
-        case "bradley_terry":
-            return F.logsigmoid(delta)
-        case "bradley_terry_margin":
-            return F.logsigmoid(delta - config.margin)
-    raise AssertionError(config.likelihood)
+    if config.likelihood.startswith("thurstone"):
+        epsilon = config.constants()[2]
+        return LogNormalCDF.apply(delta / (2 * thurstone_variance(sigma, config) + epsilon).sqrt())
+    return F.logsigmoid(delta - config.margin if config.likelihood == "bradley_terry_margin" else delta)
 
 
 def preference_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
@@ -83,12 +76,7 @@ def preference_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> 
 
 
 def preference_loss(
-    score_chosen: Tensor,
-    score_rejected: Tensor,
-    sigma: Tensor,
-    label: Tensor | float = 1.0,
-    *,
-    config: LossConfig,
+    score_chosen: Tensor, score_rejected: Tensor, sigma: Tensor, label: Tensor | float = 1.0, *, config: LossConfig
 ) -> Tensor:
     """The loss of each pair: (N,), float32, at least 0 (minus epsilon), differentiable in both scores.
 
@@ -108,20 +96,16 @@ def preference_loss(
         raise ValueError(f"label: got [{label.min():.4g}, {label.max():.4g}]; expected probabilities in [0, 1]")
     log_p = preference_log_probability(delta, sigma, config)
     log_q = preference_log_probability(-delta, sigma, config)
-    match config.resolved_objective():
-        case "nll":
-            return -(label * log_p + (1 - label) * log_q)
-        case "fidelity":
-            agreement = torch.logaddexp(label.log() + log_p, (1 - label).log() + log_q)
-            epsilon = config.constants()[2]
-            if epsilon > 0:
-                agreement = torch.logaddexp(agreement, agreement.new_tensor(math.log(epsilon)))
-            return -torch.expm1(agreement / 2)
-    raise AssertionError(config.objective)
+    if config.resolved_objective() == "nll":
+        return -(label * log_p + (1 - label) * log_q)
+    agreement = torch.logaddexp(label.log() + log_p, (1 - label).log() + log_q)
+    epsilon = config.constants()[2]
+    if epsilon > 0:
+        agreement = torch.logaddexp(agreement, agreement.new_tensor(math.log(epsilon)))
+    return -torch.expm1(agreement / 2)
 
 
 def _check_vectors(**vectors: Tensor) -> None:
-    """Raise TypeError unless all are floating tensors, ValueError unless of one shape (N,), N at least 1."""
     for name, vector in vectors.items():
         if not isinstance(vector, Tensor) or not vector.is_floating_point():
             got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__

@@ -1,7 +1,4 @@
-"""The interface between diffusion backbones and reward heads: token streams at some depths, conditioning vector.
-
-A backbone for another model family is one more module here: a callable with `Backbone`'s signature and attributes.
-"""
+"""The interface between diffusion backbones and reward heads; one module for each model family."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,13 +8,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Taps:
-    """Features of B samples.
-
-    Args:
-        visual: image tokens (B, N, width) of each tap.
-        text: text tokens (B, L, width) of each tap, possibly none.
-        temb: (B, temb_dim), the embedded timestep and pooled prompt.
-    """
+    """Features of B samples: image tokens (B, N, width) and text tokens (B, L, width) of each tap, and temb
+    (B, temb_dim), the embedded timestep and pooled prompt."""
 
     visual: tuple[Tensor, ...]
     text: tuple[Tensor, ...]
@@ -31,24 +23,15 @@ class Taps:
 
 
 class Backbone(Protocol):
-    """Noisy latents to `Taps`.
+    """Noisy latents to `Taps`."""
 
-    Args:
-        width: channels of both token streams.
-        temb_dim: of the conditioning vector.
-        in_channels: of the latents.
-        text_width, pooled_width: of prompt_embeds and pooled_prompt_embeds.
-        patch_size: latent height and width must be multiples of it.
-        max_size: largest latent height or width.
-    """
-
-    width: int
+    width: int  # channels of both token streams
     temb_dim: int
     in_channels: int
     text_width: int
     pooled_width: int
-    patch_size: int
-    max_size: int
+    patch_size: int  # latent height and width must be multiples of it
+    max_size: int  # largest latent height or width
 
     def __call__(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
         """x_sigma (B, C, H, W), timestep (B,) = 1000 sigma, prompt_embeds (B, L, text_width), pooled embeds (B, P)."""

@@ -1,10 +1,8 @@
 """The first N blocks of an SD3 or SD3.5 transformer, as a module that returns the token streams at given depths.
 
-The trunk is a separate module tree. With shared weights its base Parameters and buffers ARE the policy's, and the
-reward's LoRA is in the trunk only. No adapter is switched between policy and reward, so that activation checkpointing,
-threads and the policy's own adapters cannot mix them up.
-
-Blocks are diffusers' `JointTransformerBlock`s; outputs equal those of the stock `SD3Transformer2DModel`.
+The trunk is a separate module tree of diffusers' blocks, with the outputs of the stock `SD3Transformer2DModel`. With
+shared weights its base Parameters and buffers ARE the policy's, and the reward's LoRA is in the trunk only. No adapter
+is switched between policy and reward, so that activation checkpointing and threads cannot mix them up.
 """
 
 import copy
@@ -46,15 +44,14 @@ class SD3Trunk(nn.Module):
         parts = _parts_read(transformer, config.num_layers)
         memo = {}
         if share_weights:
-            memo = {id(tensor): tensor for part in parts for tensor in (*part.parameters(), *part.buffers())}
-            memo |= {id(state): state for part in parts for state in _packing(part)}
+            kept = [shared for part in parts for shared in (*part.parameters(), *part.buffers(), *_packing(part))]
+            memo = {id(shared): shared for shared in kept}
         parts = copy.deepcopy(parts, memo)
         self.pos_embed, self.time_text_embed, self.context_embedder, self.transformer_blocks = parts
         _remove_adapters(self)
         _remove_hooks(self)
 
-        self.width: int = transformer.inner_dim
-        self.temb_dim: int = transformer.inner_dim
+        self.width = self.temb_dim = transformer.inner_dim
         self.in_channels: int = transformer.config.in_channels
         self.text_width: int = transformer.config.joint_attention_dim
         self.pooled_width: int = transformer.config.pooled_projection_dim
@@ -108,35 +105,24 @@ class SD3Trunk(nn.Module):
         hidden = self.pos_embed(x_sigma.to(self.dtype)).contiguous()
         temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(self.dtype))
         context = self.context_embedder(prompt_embeds.to(self.dtype))
-        run = _call_block
+        recompute = False
         if self.gradient_checkpointing and torch.is_grad_enabled():
             trained = any(parameter.requires_grad for parameter in self.parameters())
             if trained and self.use_reentrant and not hidden.requires_grad:
                 hidden.requires_grad_()  # reentrant checkpoints need an input with gradient
-            if trained or any(tensor.requires_grad for tensor in (hidden, context, temb)):
-                run = self._checkpointed
-
+            recompute = trained or any(tensor.requires_grad for tensor in (hidden, context, temb))
+        # nothing in a block is random
+        options = dict(use_reentrant=self.use_reentrant, preserve_rng_state=False)
         visual, text = [hidden], [context]
         for block in self.transformer_blocks[: self.last_tap]:
-            context, hidden = run(block, hidden, context, temb)
+            inputs = (hidden, context, temb)
+            context, hidden = checkpoint(block, *inputs, **options) if recompute else block(*inputs)
             visual.append(hidden)
             text.append(context)
-        return Taps(
-            visual=tuple(visual[tap] for tap in self.visual_taps),
-            text=tuple(text[tap] for tap in self.text_taps),
-            temb=temb,
-        )
-
-    def _checkpointed(self, block: nn.Module, hidden: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
-        return checkpoint(
-            block, hidden, context, temb, use_reentrant=self.use_reentrant, preserve_rng_state=False
-        )  # nothing in a block is random
+        return Taps(tuple(visual[tap] for tap in self.visual_taps), tuple(text[tap] for tap in self.text_taps), temb)
 
     def skip_unread_text(self) -> None:
-        """Skip the text half of the last block that runs, if its text is not tapped, and drop its modules.
-
-        With full tuning, save the weights before.
-        """
+        """Drop the text half of the last block that runs, if its text is not tapped; with full tuning, save before."""
         if self.last_tap == 0 or self.last_tap in self.text_taps:
             return
         block = self.transformer_blocks[self.last_tap - 1]
@@ -208,10 +194,6 @@ class _NormedTextOnly(nn.Module):
         return self.norm(tokens, emb=temb)[0]
 
 
-def _call_block(block: nn.Module, hidden: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
-    return block(hidden, context, temb)
-
-
 def _same(moved: Tensor, tensor: Tensor) -> bool:
     return moved.dtype == tensor.dtype and moved.device == tensor.device and moved.data_ptr() == tensor.data_ptr()
 
@@ -219,8 +201,8 @@ def _same(moved: Tensor, tensor: Tensor) -> bool:
 def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig) -> None:
     if not isinstance(transformer, SD3Transformer2DModel):
         raise TypeError(
-            f"transformer: got {type(transformer).__name__}; expected diffusers' SD3Transformer2DModel; pass the model "
-            "itself, not a compiled, distributed or PeftModel wrapper of it"
+            f"transformer: got {type(transformer).__name__}; expected diffusers' SD3Transformer2DModel itself, not a "
+            "compiled, distributed or PeftModel wrapper of it"
         )
     if any(isinstance(p, DTensor) for p in transformer.parameters()):
         raise ValueError("the transformer is sharded over processes (FSDP): build every reward before it is sharded")
@@ -253,13 +235,12 @@ def _check_unmerged(parts: tuple[nn.Module, ...]) -> None:
     merged = {adapter for layer in layers for adapter in layer.merged_adapters}
     if merged:
         raise ValueError(
-            f"merged adapters: got {sorted(merged)}; expected none, since the reward needs the base weights. Call "
+            f"merged adapters: got {sorted(merged)}; expected none, since the reward needs the base weights: call "
             "transformer.unfuse_lora() first"
         )
 
 
 def _remove_adapters(model: nn.Module) -> None:
-    """Replace every peft layer by its base layer."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):
@@ -269,10 +250,5 @@ def _remove_adapters(model: nn.Module) -> None:
 def _remove_hooks(model: nn.Module) -> None:
     """Remove the policy's hooks, which were copied with its modules."""
     for module in model.modules():
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            hooks.clear()
+        for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+            getattr(module, f"_{kind}_hooks").clear()
