@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dinalrm_align.data.formats.parquet import parquet_module, row_group_starts
+from dinalrm_align.data.batches import Prefetched
 from dinalrm_align.data.formats.released import INDEX, LATENTS, load_latent
+from dinalrm_align.data.formats.rows import parquet_module, row_group_starts
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.pairs import PairBatch, PairManifest
-from dinalrm_align.data.prefetch import Prefetched
 from dinalrm_align.data.released_pairs import ReleasedPairs
 from dinalrm_align.train.command import parse, refusing
 from dinalrm_align.train.files import write_atomically

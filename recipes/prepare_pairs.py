@@ -30,7 +30,7 @@ from dinalrm_align.train.command import parse, refusing
 def settings_and_model(argv: Sequence[str]) -> tuple[PrepareRun, ModelSpec]:
     """The settings, checked, and the model whose encoders are used."""
     run, _ = parse(PrepareRun, __doc__, argv)  # --help exits here, before heavy imports
-    from dinalrm_align.data.buckets import parse_buckets
+    from dinalrm_align.data.plan import parse_buckets
 
     parse_buckets(run.buckets)
     spec, reason = resolve_model(run.model)
@@ -78,7 +78,7 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             work.finish()
-            print(work.summary())
+            print(work.dropped)
             print(f"train on them: python recipes/train_reward.py --model {spec.name} --pairs {folder}")
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from dinalrm_align.align.candidates import ranked_pairs, scored_candidates
 from dinalrm_align.align.mining_config import MineConfig
 from dinalrm_align.align.rollouts import Sampler
-from dinalrm_align.data.mined_pairs import MinedPair, shard_path, write_shard
+from dinalrm_align.data.formats.mined import shard_path
+from dinalrm_align.data.mined_pairs import MinedPair, write_shard
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward

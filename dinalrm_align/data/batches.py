@@ -4,7 +4,8 @@ import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Required, TypedDict, Unpack
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Required, Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -13,10 +14,9 @@ from dinalrm_align.train.settings import check_integer
 
 
 class BatchOrder(TypedDict, total=False):
-    """How a data set is divided into batches.
+    """How a data set is divided into batches of units: pairs, or groups of images. seed, held_out_prompts: default 0.
 
-    batch_size: units (pairs, or groups of images) per batch. seed: of the shuffle, default 0. held_out_prompts: number
-    of distinct prompts kept from training for `validation`, default 0.
+    held_out_prompts: number of distinct prompts kept from training for `validation`.
     """
 
     batch_size: Required[int]
@@ -32,15 +32,9 @@ class ShuffledBatches:
     has the batches that end within the first e + 1 shuffles. Units that do not fill a batch start the first batch of
     the next epoch, so none is left out.
 
-    Args:
-        buckets: units of each bucket.
-        batch_size: units per batch.
-        seed: of the shuffles.
-        blocks: block of each unit, for data that is read a block at a time (a row group of a parquet file). Blocks are
-            then visited in random order, `at_once` of them mixed.
-        at_once: see blocks.
-
-    Raises ValueError when no bucket fills a batch.
+    buckets: the units of each. blocks: block of each unit, for data that is read a block at a time (a row group of a
+    parquet file); blocks are then visited in random order, `at_once` of them mixed. Raises ValueError when no bucket
+    fills a batch.
     """
 
     def __init__(
@@ -53,8 +47,7 @@ class ShuffledBatches:
         at_once: int = 4,
     ) -> None:
         self.buckets = [bucket for bucket in buckets if len(bucket)]
-        self.batch_size = batch_size
-        self.seed = seed
+        self.batch_size, self.seed = batch_size, seed
         self._blocks, self._at_once = blocks, at_once
         if not any(len(bucket) >= batch_size for bucket in self.buckets):
             raise ValueError(
@@ -80,7 +73,6 @@ class ShuffledBatches:
         return sum(epoch * len(bucket) // self.batch_size for bucket in self.buckets)
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        """(batches, batch_size) int64."""
         size, batches = self.batch_size, []
         rng, shuffles = self._shuffles(epoch)
         left = [epoch * len(bucket) % size for bucket in self.buckets]  # units of earlier shuffles in no batch yet
@@ -112,11 +104,9 @@ class ShuffledBatches:
 class BatchesInOrder(Sequence[PairBatch]):
     """Every unit of some buckets once, in order; each batch is read when it is indexed."""
 
-    def __init__(self, read: Callable[[np.ndarray], PairBatch], buckets: Sequence[np.ndarray], batch_size: int) -> None:
+    def __init__(self, read: Callable[[np.ndarray], PairBatch], buckets: Sequence[np.ndarray], size: int) -> None:
         self._read = read
-        self._units = [
-            bucket[start : start + batch_size] for bucket in buckets for start in range(0, len(bucket), batch_size)
-        ]
+        self._units = [bucket[i : i + size] for bucket in buckets for i in range(0, len(bucket), size)]
 
     def __len__(self) -> int:
         return len(self._units)
@@ -136,8 +126,7 @@ def held_out(prompts: Sequence[str], number: int) -> set[str]:
 class PairSource(ABC):
     """Pairs to train and validate on: N numbered units, which a subclass reads. Batches are pure functions of the step.
 
-    manifest: how the pairs were encoded. reads_files_only: whether batches may be read in other threads; False where
-    encoders run.
+    reads_files_only: whether batches may be read in other threads; False where encoders run.
     """
 
     manifest: PairManifest
@@ -161,8 +150,8 @@ class PairSource(ABC):
     ) -> None:
         """Decide which units are trained on and which are held out.
 
-        prompts: of each unit. sizes (N, k): units of different sizes are never in one batch. usable (N,) bool: units to
-        use, default all. blocks, at_once: see `ShuffledBatches`.
+        sizes (N, k): units of different sizes are never in one batch. usable (N,) bool: default all. blocks, at_once:
+        see `ShuffledBatches`.
         """
         units = np.arange(len(prompts)) if usable is None else np.flatnonzero(usable)
         keep_out = held_out([prompts[unit] for unit in units.tolist()], self._num_held_out)
@@ -176,8 +165,7 @@ class PairSource(ABC):
         self._blocks, self._at_once = blocks, at_once
 
     @abstractmethod
-    def _read(self, units: np.ndarray) -> PairBatch:
-        """The batch of these units, which are of one size."""
+    def _read(self, units: np.ndarray) -> PairBatch: ...
 
     @abstractmethod
     def digest(self) -> str:
@@ -203,3 +191,34 @@ class PairSource(ABC):
     def in_order(self) -> Sequence[PairBatch]:
         """All pairs, in the order of the data."""
         return BatchesInOrder(self._read, self._buckets, self._batch_size)
+
+
+class Prefetched:
+    """A function micro-step -> batch that reads the next `ahead` batches in threads; a context manager.
+
+    Batches may be requested in any order; an error of `read`, which threads call, is raised when its batch is
+    requested. ahead 0 reads each batch on request.
+    """
+
+    def __init__(self, read: Callable[[int], PairBatch], *, ahead: int) -> None:
+        self._read, self._ahead = read, ahead
+        self._threads = ThreadPoolExecutor(min(4, ahead), "batches") if ahead else None
+        self._pending: dict[int, Future[PairBatch]] = {}
+
+    def __call__(self, micro_step: int) -> PairBatch:
+        if self._threads is None:
+            return self._read(micro_step)
+        wanted = range(micro_step, micro_step + 1 + self._ahead)
+        for step in [step for step in self._pending if step not in wanted]:
+            self._pending.pop(step).cancel()
+        for step in wanted:
+            if step not in self._pending:
+                self._pending[step] = self._threads.submit(self._read, step)
+        return self._pending.pop(micro_step).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)

@@ -3,13 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
-    IntAboveOne,
-    NonNegativeInt,
-    PositiveInt,
-    check_fields,
-)
+from dinalrm_align.train.settings import ClosedUnitInterval, IntAboveOne, NonNegativeInt, PositiveInt, check_fields
 
 
 @dataclass
@@ -19,16 +13,14 @@ class FilterConfig:
     Args:
         min_pixels: smallest area of an image; the published data has 256 x 256.
         aspect_tolerance: largest difference of log aspect ratio between an image and its bucket.
-        min_vote_share: share of the votes for the chosen image that a pair must exceed (released filter: 0.6); pairs
-            without votes are kept.
-        unanimous: keep only pairs without votes for the rejected image; pairs without votes are kept.
-        min_confidence: smallest `confidence` of HPDv3; pairs without one are kept.
+        min_vote_share: share of the votes for the chosen image that a pair with votes must exceed (released: 0.6).
+        unanimous: leave out pairs with votes for the rejected image.
+        min_confidence: smallest `confidence` of HPDv3, for pairs that have one.
         max_pairs_per_prompt: number of pairs of each prompt, drawn at random (released: 8); default: all.
         ties: drop pairs that raters found equal, as Diffusion-DPO does, or keep them with label 0.5.
         min_gaps: name of a score -> gap, chosen minus rejected, that a pair must exceed. The consistent filtering of
             LPO: {aesthetic: -0.5, clip: 0, vqa: 0}, with scores from a jsonl.
-        max_tie_gaps: name of a score -> absolute gap that a tie must stay below. LPO: {aesthetic: 0.2, clip: 0.03,
-            vqa: 0.07}.
+        max_tie_gaps: name -> absolute gap that a tie must stay below. LPO: {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
     """
 
     min_pixels: NonNegativeInt = 65_536
@@ -58,10 +50,10 @@ class PrepareRun:
         output_dir: folder of the encoded pairs. Preparation resumes in a folder that has the same settings.
         model: its VAE and text encoders are used: shapes, sd35, or folder or hub id of a StableDiffusion3Pipeline.
         text_length: T5 tokens per prompt, as in the reward to train; default: the model's.
-        buckets: image sizes. published: the thirteen of the released data; area:1024: for each aspect ratio the largest
-            size within 1024 x 1024 pixels, sides in multiples of 64; or a list, 1024x1024,832x1248 (height x width).
-        group: pair: every pair is a group of two images, as the paper trains; prompt: all images of a prompt and size
-            form one group with all its pairs, each image encoded once.
+        buckets: image sizes. published: those of the released data; area:1024: for each aspect ratio the largest size
+            within 1024 x 1024 pixels, sides in multiples of 64; or a list, 1024x1024,832x1248 (height x width).
+        group: pair: every pair is a group, as the paper trains; prompt: all images of a prompt and size form one group
+            with all its pairs, each image encoded once.
         label: hard: 1 for the preferred image; votes: its share of the votes.
         on_bad: refuse: stop at an unreadable image, an invalid record or an encoding that is not finite; skip: leave
             its pairs out and count them by reason.

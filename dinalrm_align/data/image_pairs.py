@@ -22,14 +22,8 @@ from dinalrm_align.train.files import file_digest
 class ImagePairs(PairSource):
     """A PairSource over a jsonl of image paths.
 
-    Args:
-        path: the jsonl; read and checked when this is built. Images are opened when their batch is asked for.
-        encode_images, encode_prompts: produce the latents and embeddings that the reward reads.
-        manifest: describes their output.
-        size: (height, width) of every image, in pixels.
-        order: see `BatchOrder`.
-
-    Raises ValueError for an invalid record; FileNotFoundError for a missing image.
+    manifest describes the output of the encoders; size is (height, width) of every image, in pixels. Raises ValueError
+    for an invalid record, FileNotFoundError for a missing image.
     """
 
     reads_files_only = False

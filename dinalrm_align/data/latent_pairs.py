@@ -11,6 +11,7 @@ A plain pair is a group of two images. A batch holds groups of one image size, i
 are one contiguous read, about a megabyte at 1024 x 1024 in bfloat16, so random order costs little.
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from dinalrm_align.data.shards import (
     read_columns,
     read_index,
     read_prompt_list,
+    write_if_changed,
     write_tables,
 )
 from dinalrm_align.models.text import Conditions, check_prompts
@@ -45,11 +47,8 @@ from dinalrm_align.train.settings import check_integer
 class LatentPairs(PairSource):
     """A PairSource over a directory written by `LatentPairsWriter` or `prepare`; its units are groups of images.
 
-    Args:
-        directory: the folder of index.json.
-        on_bad: for shards that are missing, truncated or differ from the index: "refuse" raises; "skip" leaves their
-            groups out with a warning.
-        order: see `BatchOrder`.
+    on_bad: for shards that are missing, truncated or differ from the index: "refuse" raises; "skip" leaves their groups
+    out with a warning.
     """
 
     def __init__(
@@ -58,11 +57,9 @@ class LatentPairs(PairSource):
         super().__init__(**order)
         self.directory = Path(directory)
         index = read_index(self.directory)
-        self.manifest = index.manifest
-        self.concepts = index.concepts
+        self.manifest, self.concepts = index.manifest, index.concepts
         self.prompts = read_prompt_list(self.directory, index)
-        columns = read_columns(self.directory, index)
-        self._columns = {name: column.numpy() for name, column in columns.items()}
+        self._columns = {name: column.numpy() for name, column in read_columns(self.directory, index).items()}
         self._text_starts = np.cumsum([0, *(shard.count for shard in index.text)])
         self._bad: dict[str, str] = {}
         self._latents = [self._open(shard, LATENTS, on_bad) for shard in index.latents]
@@ -126,12 +123,9 @@ class LatentPairs(PairSource):
 
 
 class LatentPairsWriter:
-    """Writes a directory for LatentPairs; a context manager. The data set is complete once the block has ended.
+    """Writes a new directory for LatentPairs; a context manager. The data set is complete once the block has ended.
 
-    Args:
-        directory: is created; must not hold an index.json.
-        manifest: how latents and embeddings are made.
-        shard_size: images (and prompts) per shard.
+    shard_size: images, and prompts, per shard.
     """
 
     def __init__(self, directory: str | Path, manifest: PairManifest, *, shard_size: int = 1024) -> None:
@@ -140,8 +134,7 @@ class LatentPairsWriter:
             raise FileExistsError(f"{self.directory} already holds a data set; write to another directory")
         make_folder(self.directory)
         check_integer("shard_size", shard_size, low=1)
-        self.manifest = manifest
-        self.shard_size = shard_size
+        self.manifest, self.shard_size = manifest, shard_size
         self._prompts: dict[str, int] = {}
         self._concepts: dict[str, int] = {}
         self._groups: list[dict[str, int]] = []
@@ -170,15 +163,13 @@ class LatentPairsWriter:
         label: Sequence[float] | None = None,
         concepts: Sequence[str] | None = None,
     ) -> None:
-        """Add a group of images.
+        """Add a group of images. Embeddings of a prompt that was added before are not stored again.
 
         Args:
-            prompt: of the group; embeddings of a prompt that was added before are not stored again.
             latents: (n, C, H, W).
             prompt_embeds, pooled_prompt_embeds: (L, D), (P,).
             chosen, rejected: rows of `latents` of each pair; default: one pair (0, 1).
             label: of each pair; default: 1.
-            concepts: of each pair.
 
         Raises as PairBatch; ValueError for embeddings of another size than those before.
         """
@@ -220,14 +211,15 @@ class LatentPairsWriter:
             self._flush_text()
         for size in list(self._pending_latents):
             self._flush_latents(size)
-        prompts, concepts = list(self._prompts), list(self._concepts)
+        write_if_changed(self.directory / "prompts.json", json.dumps(list(self._prompts), ensure_ascii=False, indent=1))
         write_tables(
-            self.directory, self.manifest, prompts, self._groups, self._pairs, concepts=concepts, **self._shards
+            self.directory, self.manifest, self._groups, self._pairs, self._shards, concepts=list(self._concepts)
         )
 
     def _flush_text(self) -> None:
-        embeds, pooled = (torch.stack(column) for column in zip(*self._pending_text, strict=True))
-        self._save("text", {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, count=len(embeds))
+        columns = zip(TEXT, zip(*self._pending_text, strict=True), strict=True)
+        tensors = {name: torch.stack(column) for name, column in columns}
+        self._save("text", tensors, count=len(self._pending_text))
         self._pending_text = []
 
     def _flush_latents(self, size: tuple[int, ...]) -> None:

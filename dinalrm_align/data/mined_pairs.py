@@ -12,22 +12,18 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.data.batches import BatchOrder, PairSource
-from dinalrm_align.data.begin import begin_or_resume
 from dinalrm_align.data.formats import read_preferences
-from dinalrm_align.data.formats.mined import FORMAT, LATENTS, MANIFEST, TEXT, read_manifest, shard_files, shard_path
-from dinalrm_align.data.formats.parquet import parquet_module
+from dinalrm_align.data.formats.mined import FORMAT, LATENTS, MANIFEST, TEXT, read_manifest, shard_files
 from dinalrm_align.data.formats.record import Cell
+from dinalrm_align.data.formats.rows import parquet_module
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.files import reading, write_atomically
+from dinalrm_align.train.files import begin_or_resume, reading, write_atomically
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["DTYPES", "MANIFEST", "MinedPair", "MinedPairs", "shard_path", "write_manifest", "write_shard"]
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TENSORS = (
     *LATENTS, *TEXT, "prompt_embeds_mask", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
     "negative_prompt_embeds_mask",
@@ -40,13 +36,10 @@ class MinedPair:
     """A pair of candidates of one prompt; tensors on any device, in any floating dtype.
 
     Args:
-        prompt: text.
         index: of the prompt in its list.
         latents: (n, C, H, W) of the n candidates, scaled and clean.
-        scores: of the n candidates; higher is better.
         chosen, rejected: indices of two candidates.
-        prompt_embeds, pooled_prompt_embeds: (L, D), (P,).
-        negative: (L, D), (P,) of the empty prompt; None where not kept.
+        prompt_embeds, pooled_prompt_embeds, negative: (L, D), (P,), and both of the empty prompt where kept.
     """
 
     prompt: str
@@ -60,13 +53,12 @@ class MinedPair:
     negative: tuple[Tensor, Tensor] | None = None
 
 
-def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str, source: str = "dinalrm_align") -> None:
+def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
     """Write a parquet file atomically; the same pairs give the same bytes.
 
-    dtype: of the tensors, a name in DTYPES. source: for the column data_source. Raises ValueError for values that are
-    not finite in this dtype; OSError when the file cannot be written.
+    dtype: float32, float16 or bfloat16. Raises ValueError for values that are not finite in it; OSError.
     """
-    parquet, rows = parquet_module(), [_row(pair, DTYPES[dtype], source) for pair in pairs]
+    parquet, rows = parquet_module(), [_row(pair, getattr(torch, dtype)) for pair in pairs]
     import pyarrow
 
     sink = pyarrow.BufferOutputStream()
@@ -76,10 +68,7 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str, source: s
 
 
 def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining: Mapping[str, Any]) -> None:
-    """Begin or resume a set of mined pairs. mining: its settings, JSON values, compared when it is resumed.
-
-    Raises as `begin_or_resume`.
-    """
+    """Begin or resume a set of mined pairs, as `begin_or_resume`. mining: its settings, JSON values."""
     settings = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
     begin_or_resume(folder, MANIFEST, settings)
 
@@ -90,7 +79,6 @@ class MinedPairs(PairSource):
     Args:
         path: a folder filled by `recipes/mine_pairs.py`, or one parquet file with these columns, as verl-omni writes.
         manifest: how the latents and embeddings of a single file were made, which the file does not record.
-        order: see `BatchOrder`.
 
     Raises ValueError or FileNotFoundError for files that are unreadable, missing or without pairs.
     """
@@ -110,9 +98,7 @@ class MinedPairs(PairSource):
     def _manifest(self, given: PairManifest | None) -> PairManifest:
         if self.path.suffix == ".parquet":
             if given is None:
-                raise ValueError(
-                    f"{self.path} does not record how its latents were made: pass manifest=PairManifest(...)"
-                )
+                raise ValueError(f"{self.path} does not record how its latents were made: pass manifest=")
             return given
         try:
             return PairManifest.of(read_manifest(self.path)["manifest"])
@@ -141,39 +127,19 @@ class MinedPairs(PairSource):
 def _schema() -> "pyarrow.Schema":
     import pyarrow as pa
 
-    text, blob, messages = (
-        pa.string(),
-        pa.large_binary(),
-        pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
-    )
-    return pa.schema(
-        {
-            "uid": text,
-            "data_source": text,
-            "prompt": messages,
-            "negative_prompt": messages,
-            "img_win": text,
-            "img_lose": text,
-            **dict.fromkeys(TENSORS, blob),
-            "win_score": pa.float64(),
-            "lose_score": pa.float64(),
-            "reward_model": pa.struct({"style": text, "ground_truth": text}),
-            "extra_info": pa.struct(
-                {
-                    "raw_prompt": text,
-                    "raw_negative_prompt": text,
-                    "index": pa.int64(),
-                    "num_candidates": pa.int64(),
-                    "win_candidate": pa.int64(),
-                    "lose_candidate": pa.int64(),
-                    "candidate_scores": pa.list_(pa.float64()),
-                }
-            ),
-        }
-    )
+    text = pa.string()
+    extra = dict.fromkeys(("raw_prompt", "raw_negative_prompt"), text)
+    extra |= dict.fromkeys(("index", "num_candidates", "win_candidate", "lose_candidate"), pa.int64())
+    extra |= {"candidate_scores": pa.list_(pa.float64())}
+    columns = dict.fromkeys(("uid", "data_source"), text)
+    columns |= dict.fromkeys(("prompt", "negative_prompt"), pa.list_(pa.struct({"role": text, "content": text})))
+    columns |= dict.fromkeys(("img_win", "img_lose"), text) | dict.fromkeys(TENSORS, pa.large_binary())
+    columns |= dict.fromkeys(("win_score", "lose_score"), pa.float64())
+    columns |= {"reward_model": pa.struct({"style": text, "ground_truth": text}), "extra_info": pa.struct(extra)}
+    return pa.schema(columns)
 
 
-def _row(pair: MinedPair, dtype: torch.dtype, source: str) -> dict[str, Any]:
+def _row(pair: MinedPair, dtype: torch.dtype) -> dict[str, Any]:
     embeds, pooled = pair.negative or (None, None)
     tensors = {
         "img_win_latents": pair.latents[pair.chosen],
@@ -183,19 +149,19 @@ def _row(pair: MinedPair, dtype: torch.dtype, source: str) -> dict[str, Any]:
         "negative_prompt_embeds": embeds,
         "negative_pooled_prompt_embeds": pooled,
     }
-    masks = {f"{name}_mask": tensors[name] for name in ("prompt_embeds", "negative_prompt_embeds")}
+    masks = {
+        f"{name}_mask": None if tensors[name] is None else _saved(torch.ones(len(tensors[name]), dtype=torch.int32))
+        for name in ("prompt_embeds", "negative_prompt_embeds")
+    }
     return {
         "uid": f"{pair.index:06d}-{pair.chosen:03d}-{pair.rejected:03d}",
-        "data_source": source,
+        "data_source": "dinalrm_align",
         "prompt": [{"role": "user", "content": pair.prompt}],
         "negative_prompt": [{"role": "user", "content": ""}],
         "img_win": "",
         "img_lose": "",
         **{name: None if tensor is None else _blob(tensor, name, dtype) for name, tensor in tensors.items()},
-        **{
-            name: None if like is None else _saved(torch.ones(len(like), dtype=torch.int32))
-            for name, like in masks.items()
-        },
+        **masks,
         "win_score": pair.scores[pair.chosen],
         "lose_score": pair.scores[pair.rejected],
         "reward_model": {"style": "model", "ground_truth": pair.prompt},

@@ -1,19 +1,18 @@
 """Preference pairs as a reward reads them: M images, and N pairs of them that raters compared.
 
 The same form holds plain pairs (M = 2 N, each image in one pair) and lists (n images of one prompt and all their
-n (n - 1) / 2 pairs). Images of a group share their prompt and, in training, their noise and noise level. Latents are
-scaled, `(z - shift_factor) * scaling_factor`.
+n (n - 1) / 2 pairs). Latents are scaled, `(z - shift_factor) * scaling_factor`.
 """
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from dinalrm_align.data.weight_sample import WeightSample
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.settings import check_fields
 
@@ -32,10 +31,9 @@ class PairBatch:
         conditions: M prompts and their embeddings, one per image; "" for a prompt whose text is not known.
         chosen: (N,) int64, row of the preferred image of each pair.
         rejected: (N,) int64, row of the other image, in the same group.
-        label: (N,) float32 in [0, 1], probability that a rater prefers `chosen`; 1 is a hard label.
+        label: (N,) float32 in [0, 1], probability that a rater prefers `chosen`.
         group: (M,) int64 in [0, G); images of a group share prompt, noise and sigma.
         concepts: what each of the N pairs differs in, for evaluation; None where unknown.
-        num_groups: G.
 
     Raises TypeError for tensors of a wrong dtype; ValueError for shapes, rows or values that do not fit together.
     """
@@ -143,8 +141,25 @@ class PairBatch:
         return changed
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightSample:
+    """A few values of a model's weight files. source: folder or hub id. tensors: their number. values: of some."""
+
+    source: str
+    tensors: int
+    values: list[float]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "encoded_with")
+
+    def same_weights(self, other: "WeightSample") -> bool:
+        """Whether both are of the same model in any precision: values are compared up to bfloat16 rounding."""
+        close = (math.isclose(a, b, rel_tol=2.0**-7, abs_tol=1e-6) for a, b in zip(self.values, other.values))
+        return (self.tensors, len(self.values)) == (other.tensors, len(other.values)) and all(close)
+
+
 class EncodingFormat(Protocol):
-    """How latents are scaled and the number of T5 tokens per prompt: a PairManifest, or a reward's config."""
+    """A PairManifest, or a reward's config."""
 
     vae_scaling_factor: float
     vae_shift_factor: float
@@ -156,10 +171,8 @@ class PairManifest:
     """How the latents and text embeddings of a data set were made.
 
     Args:
-        vae_scaling_factor, vae_shift_factor: scaled latents = (z - vae_shift_factor) * vae_scaling_factor.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
-        encoded_with: a sample of the weights of the VAE ("vae") and text encoders ("text_encoder", ...), by folder of
-            the pipeline; empty where not recorded.
+        encoded_with: samples of the weights of the VAE and text encoders by folder of the pipeline; may be empty.
     """
 
     vae_scaling_factor: float
@@ -172,7 +185,7 @@ class PairManifest:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Build one from the output of `dataclasses.asdict`. Raises TypeError or ValueError for invalid values."""
+        """The inverse of `dataclasses.asdict`. Raises TypeError or ValueError for invalid values."""
         samples = values.get("encoded_with", {})
         if not isinstance(samples, dict) or not all(isinstance(sample, dict) for sample in samples.values()):
             raise ValueError(f"manifest.encoded_with: got {samples!r:.60}; expected a sample of weights by name")
@@ -199,11 +212,8 @@ class PairManifest:
 
     def check(self, expected: EncodingFormat) -> None:
         """Raise ValueError unless the pairs were encoded in the format of `expected`."""
-        for name, wanted in (
-            ("vae_scaling_factor", expected.vae_scaling_factor),
-            ("vae_shift_factor", expected.vae_shift_factor),
-            ("text_length", expected.text_length),
-        ):
+        for name in ("vae_scaling_factor", "vae_shift_factor", "text_length"):
+            wanted = getattr(expected, name)
             if abs(vars(self)[name] - wanted) > 1e-6:
                 raise ValueError(
                     f"these pairs were encoded with {name} {vars(self)[name]}, expected {wanted}: encode them again "

@@ -1,22 +1,95 @@
-"""Which pairs are encoded, at which size, in which file: a pure function of the data and the settings. Torch-free."""
+"""Which pairs are encoded, at which size, in which file: a pure function of the data and the settings. Torch-free.
+
+Among the buckets (sizes) whose log aspect ratio is within a tolerance, an image gets the one with the nearest log area,
+and is resized to it without cropping. The published training data of DiNa-LRM used PUBLISHED and a tolerance of 0.03.
+"""
 
 import collections
-import itertools
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dinalrm_align.data.buckets import Size, bucket_of_pair, parse_buckets
 from dinalrm_align.data.config import FilterConfig, PrepareRun
 from dinalrm_align.data.formats.record import ImageRef, Preference
 
-MAX_NAMED = 5
-"""Examples kept per reason."""
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+PUBLISHED: tuple[Size, ...] = (
+    (256, 256), (512, 512), (1024, 1024), (1248, 832), (1344, 896), (832, 1248), (896, 1344), (1024, 768), (768, 1024),
+    (1472, 832), (832, 1472), (1152, 832), (832, 1152),
+)  # fmt: skip
+MULTIPLE = 16
+"""Divides every side: the VAE's factor of 8 times the transformer's patches of 2."""
+STEP, MAX_ASPECT = 64, 2.0
+"""For `by_area`: sides are multiples of STEP, and none is longer than MAX_ASPECT times the other."""
+SAME_ASPECT = 0.05
+"""Relative difference of aspect ratios below which images of two buckets share one."""
+
+
+def parse_buckets(text: str) -> tuple[Size, ...]:
+    """Parse `published`, `area:SIDE` (see `by_area`) or sizes, `HEIGHTxWIDTH,HEIGHTxWIDTH`. Raises ValueError."""
+    if text == "published":
+        return PUBLISHED
+    if match := re.fullmatch(r"area:(\d{1,5})", text):
+        return by_area(int(match[1]))
+    sizes = []
+    for word in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})\s*", word)
+        if not match:
+            raise ValueError(f"buckets: got {text!r:.80}; expected published, area:1024, or sizes as 1024x768,768x1024")
+        size = int(match[1]), int(match[2])
+        if min(size) < MULTIPLE or size[0] % MULTIPLE or size[1] % MULTIPLE:
+            raise ValueError(f"buckets: got {word.strip()}; expected sides that are positive multiples of {MULTIPLE}")
+        sizes.append(size)
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"buckets: got {text!r:.80}; expected each size once")
+    return tuple(sizes)
+
+
+def by_area(side: int) -> tuple[Size, ...]:
+    """The square of `side` and, for each shorter height or width, the longest other side within the square's area."""
+    if side < STEP or side % STEP:
+        raise ValueError(f"buckets: got area:{side}; expected a positive multiple of {STEP}")
+    sizes = {(side, side)}
+    for short in range(STEP, side, STEP):
+        long = side * side // short // STEP * STEP
+        if long <= MAX_ASPECT * short:
+            sizes |= {(short, long), (long, short)}
+    return tuple(sorted(sizes))
+
+
+def nearest_bucket(size: Size, buckets: Sequence[Size], tolerance: float) -> Size | None:
+    """The bucket of an image; None when no bucket has its aspect ratio."""
+    fitting = [b for b in buckets if abs(_log_aspect(b) - _log_aspect(size)) <= tolerance]
+    return min(fitting, key=lambda b: (abs(_log_area(b) - _log_area(size)), b), default=None)
+
+
+def bucket_of_pair(one: Size, other: Size, buckets: Sequence[Size], tolerance: float) -> Size | None:
+    """The common bucket of two images. If their buckets differ but their aspect ratios do not (up to SAME_ASPECT), it
+    is that of the image with the smaller area; else None.
+    """
+    chosen, rejected = (nearest_bucket(size, buckets, tolerance) for size in (one, other))
+    if chosen is None or rejected is None or chosen == rejected:
+        return None if chosen is None or rejected is None else chosen
+    if abs(math.exp(_log_aspect(one) - _log_aspect(other)) - 1) >= SAME_ASPECT:
+        return None
+    return min((_log_area(one), chosen), (_log_area(other), rejected))[1]
+
+
+def _log_aspect(size: Size) -> float:
+    return math.log(size[1] / size[0])
+
+
+def _log_area(size: Size) -> float:
+    return math.log(size[0] * size[1])
 
 
 class Dropped:
-    """Pairs that were left out: counts by reason, and messages about the first of each."""
+    """Pairs that were left out: counts by reason, and messages about the first five of each."""
 
     def __init__(self, on_bad: str) -> None:
         self.on_bad = on_bad
@@ -27,8 +100,13 @@ class Dropped:
         """Count pairs that a filter leaves out."""
         self.counts[reason] += pairs
         named = self.named.setdefault(reason, [])
-        if message is not None and len(named) < MAX_NAMED:
+        if message is not None and len(named) < 5:
             named.append(message)
+
+    def __str__(self) -> str:
+        lines = [f"{count} pairs: {reason}" for reason, count in self.counts.most_common()]
+        lines += [f"  {message}" for named in self.named.values() for message in named]
+        return "\n".join(lines) or "no pair was left out"
 
     def bad(self, reason: str, message: str, pairs: int = 1) -> None:
         """Count pairs that cannot be used; with on_bad "refuse", raise ValueError instead."""
@@ -39,9 +117,9 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Images of one prompt and size that are stored side by side.
+    """Images (numbers in the data set) of one prompt and size that are stored side by side.
 
-    images: their numbers in the data set. pairs: (chosen, rejected, label), the first two as rows of `images`.
+    pairs: (chosen, rejected, label), the first two as rows of `images`.
     """
 
     prompt: str
@@ -50,14 +128,12 @@ class Group:
     pairs: tuple[tuple[int, int, float], ...]
 
     @classmethod
-    def of(cls, prompt: str, size: Size, pairs: Iterable[tuple[int, int, float]]) -> "Group":
+    def of(cls, prompt: str, size: Size, pairs: Sequence[tuple[int, int, float]]) -> "Group":
         """Build a group from pairs that name images by number."""
-        pairs = list(pairs)
-        rows: dict[int, int] = {}
-        for image in itertools.chain.from_iterable(pair[:2] for pair in pairs):
-            rows.setdefault(image, len(rows))
+        images = tuple(dict.fromkeys(image for pair in pairs for image in pair[:2]))
+        rows = {image: row for row, image in enumerate(images)}
         labelled = ((rows[chosen], rows[rejected], label) for chosen, rejected, label in pairs)
-        return cls(prompt, size, tuple(rows), tuple(labelled))
+        return cls(prompt, size, images, tuple(labelled))
 
     def without(self, bad: Mapping[int, object]) -> "Group | None":
         """The group without these images, and without images left in no pair; None if no pair is left."""
@@ -73,8 +149,7 @@ def filter_pairs(pairs: Iterable[Preference], config: FilterConfig, dropped: Dro
     """The pairs that pass the filters of votes, confidence and scores."""
     kept = []
     for pair in pairs:
-        reason = _objection(pair, config)
-        if reason is None:
+        if (reason := _objection(pair, config)) is None:
             kept.append(pair)
         else:
             dropped.drop(reason)
@@ -82,7 +157,6 @@ def filter_pairs(pairs: Iterable[Preference], config: FilterConfig, dropped: Dro
 
 
 def _objection(pair: Preference, config: FilterConfig) -> str | None:
-    """The reason to leave out a pair, or None."""
     votes = pair.votes
     if pair.is_tie and config.ties == "drop":
         return "tie"
@@ -101,25 +175,18 @@ def _objection(pair: Preference, config: FilterConfig) -> str | None:
     return None
 
 
-def images_of(pairs: Iterable[Preference]) -> list[ImageRef]:
-    """Every image once, in order."""
-    return list(dict.fromkeys(itertools.chain.from_iterable((pair.chosen, pair.rejected) for pair in pairs)))
-
-
 def plan_groups(
     pairs: Sequence[Preference], sizes: Mapping[ImageRef, tuple[int, Size | str]], run: PrepareRun, dropped: Dropped
 ) -> list[Group]:
-    """The groups to encode.
+    """The groups to encode: images get the size of their bucket, latents (pairs with a shape) keep theirs.
 
-    sizes: image -> (its number, its (height, width) or a message why it cannot be read). Images get the size of their
-    bucket; latents (pairs with a shape) keep theirs.
+    sizes: image -> (its number, its (height, width) or a message why it cannot be read).
     """
     buckets, kept = parse_buckets(run.buckets), []
     for pair in pairs:
         (_, chosen), (_, rejected) = sizes[pair.chosen], sizes[pair.rejected]
-        wrong = next((size for size in (chosen, rejected) if isinstance(size, str)), None)
-        if wrong is not None:
-            dropped.bad("unreadable image", wrong)
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            dropped.bad("unreadable image", chosen if isinstance(chosen, str) else rejected)
         elif min(chosen[0] * chosen[1], rejected[0] * rejected[1]) < run.filter.min_pixels:
             dropped.drop(f"image of less than {run.filter.min_pixels} pixels")
         elif pair.shape is not None:
@@ -146,10 +213,10 @@ def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Drop
         by_prompt.setdefault(pair.prompt, []).append(number)
     rng, chosen = np.random.default_rng((run.seed, 0)), set()
     for numbers in by_prompt.values():
-        over = len(numbers) - limit
-        chosen.update(numbers if over <= 0 else rng.choice(numbers, limit, replace=False).tolist())
-        if over > 0:
-            dropped.drop(f"more than {limit} pairs of a prompt", pairs=over)
+        if len(numbers) > limit:
+            dropped.drop(f"more than {limit} pairs of a prompt", pairs=len(numbers) - limit)
+            numbers = rng.choice(numbers, limit, replace=False).tolist()
+        chosen.update(numbers)
     return [pair for number, pair in enumerate(kept) if number in chosen]
 
 

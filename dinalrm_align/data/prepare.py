@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +27,30 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from dinalrm_align.data.begin import begin_or_resume
 from dinalrm_align.data.config import PrepareRun
 from dinalrm_align.data.formats import find_layout, read_preferences
-from dinalrm_align.data.formats.record import ImageRef, image_source
+from dinalrm_align.data.formats.record import ImageRef
+from dinalrm_align.data.formats.rows import image_source
 from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, PairManifest
-from dinalrm_align.data.plan import Dropped, Group, filter_pairs, images_of, plan_groups, plan_shards
+from dinalrm_align.data.plan import Dropped, Group, filter_pairs, plan_groups, plan_shards
 from dinalrm_align.data.shards import write_if_changed, write_tables
 from dinalrm_align.data.workers import InOrder, attempt, sized_latent
 from dinalrm_align.models.images import image_size, resized_image
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.files import TEMPORARY, file_digest, read_json, write_atomically
+from dinalrm_align.train.files import TEMPORARY, begin_or_resume, file_digest, read_json, write_atomically
 
-PREPARED = "prepared.json"
-PREPARED_FORMAT = "dinalrm_align.prepared/1"
 SETTINGS = (
     "text_length", "buckets", "group", "label", "filter", "max_pairs", "shard_size", "prompts_per_shard", "seed",
 )  # fmt: skip
-FACTOR = 8
-"""Pixels per latent, in height and width."""
 SIZES = 4096
 """Images per file of sizes."""
 
 
 class Preparation:
-    """The work of one rank. All ranks call the stages in order, with a barrier between them:
-    `measure`, `plan`, `encode_text`, `encode_latents`; one of them calls `finish`.
+    """The work of one rank; writes to `folder`. manifest: of the encoders. in_order: from `workers.worker_processes`.
 
-    Args:
-        run: the settings.
-        folder: the output folder.
-        manifest: of the encoders.
-        in_order: from `workers.worker_processes`.
-        rank, world: this rank, and the number of ranks.
-
-    Raises as `begin_or_resume` and `read_preferences`.
+    All ranks call the stages in order, with a barrier between them: `measure`, `plan`, `encode_text`, `encode_latents`;
+    one of them calls `finish`. Raises as `begin_or_resume` and `read_preferences`.
     """
 
     def __init__(
@@ -81,11 +70,11 @@ class Preparation:
         every = [pair.preferred_first() for pair in itertools.islice(pairs, run.max_pairs)]
         self.read = len(every)
         self.pairs = filter_pairs(every, run.filter, self.dropped)
-        self.refs = images_of(self.pairs)
+        self.refs = list(dict.fromkeys(image for pair in self.pairs for image in (pair.chosen, pair.rejected)))
         self.shards: list[list[Group]] = []
         self.prompts: list[list[str]] = []
         if rank == 0:
-            begin_or_resume(folder, PREPARED, self._settings())
+            begin_or_resume(folder, "prepared.json", self._settings())
 
     def _settings(self) -> dict[str, Any]:
         if self.source.is_dir():
@@ -93,19 +82,15 @@ class Preparation:
             source = text_digest("".join(f"{file.name} {file.stat().st_size}\n" for file in files))
         else:
             source = file_digest(self.source)
-        manifest, settings = dataclasses.asdict(self.manifest), dataclasses.asdict(self.run)
+        *format, samples = dataclasses.asdict(self.manifest).values()
         return {
-            "format": PREPARED_FORMAT,
+            "format": "dinalrm_align.prepared/1",
             "layout": self.layout,
             "source": source,
-            "encoded with": {name: sample["values"] for name, sample in manifest["encoded_with"].items()},
-            "scaling, shift, text length": [
-                manifest[name] for name in ("vae_scaling_factor", "vae_shift_factor", "text_length")
-            ],
-            **{name: value for name, value in settings.items() if name in SETTINGS},
+            "encoded with": {name: sample["values"] for name, sample in samples.items()},
+            "scaling, shift, text length": format,
+            **{name: value for name, value in dataclasses.asdict(self.run).items() if name in SETTINGS},
         }
-
-    # ---------------------------------------------------------------------------------------------- 1. sizes, and plan
 
     def measure(self) -> None:
         """Record the size of every image, from the header of its file. The released layout states its sizes."""
@@ -115,18 +100,16 @@ class Preparation:
         mine = [start for start in starts if not self._is_measured(start)]
         calls = ((self._source(ref), str(ref)) for start in mine for ref in self.refs[start : start + SIZES])
         results = self._in_order(image_size, calls)
-        for start in self._bar(mine, "sizes", f" {SIZES} images"):
+        for start in tqdm(mine, "sizes", unit=f" {SIZES} images", disable=self.rank > 0):
             sizes = list(itertools.islice(results, min(SIZES, len(self.refs) - start)))
-            write_atomically(self._sizes_file(start), json.dumps(sizes))
+            write_atomically(self._part_file("sizes", start // SIZES), json.dumps(sizes))
 
     def plan(self) -> None:
         """Decide what goes into which file; the same on every rank."""
-        sizes: list[Any] = []
         if self.layout == "released":  # chosen and rejected of each pair in turn, none of them twice
-            sizes = [tuple(FACTOR * side for side in pair.shape[1:]) for pair in self.pairs for _ in range(2)]
+            sizes = [tuple(8 * side for side in pair.shape[1:]) for pair in self.pairs for _ in range(2)]
         else:
-            for start in range(0, len(self.refs), SIZES):
-                sizes += json.loads(self._sizes_file(start).read_text(encoding="utf-8"))
+            sizes = [size for start in range(0, len(self.refs), SIZES) for size in self._sizes(start)]
         known = {
             ref: (number, size if isinstance(size, str) else tuple(size))
             for number, (ref, size) in enumerate(zip(self.refs, sizes, strict=True))
@@ -137,19 +120,15 @@ class Preparation:
         prompts, size = list(dict.fromkeys(group.prompt for group in groups)), self.run.prompts_per_shard
         self.prompts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
-    # ------------------------------------------------------------------------------------------------ 2. text, latents
-
     def encode_text(self, encode: EncodePrompts) -> None:
         """Encode every distinct prompt once."""
         mine = self._missing("text", len(self.prompts))
-        for number in self._bar(mine, "text", f" {self.run.prompts_per_shard} prompts"):
+        for number in tqdm(mine, "text", unit=f" {self.run.prompts_per_shard} prompts", disable=self.rank > 0):
             prompts = self.prompts[number]
             embeds, pooled = (tensor.to("cpu", torch.bfloat16) for tensor in encode(prompts))
             finite = embeds.isfinite().all(dim=2).all(dim=1) & pooled.isfinite().all(dim=1)
-            bad = {
-                row: f"{prompts[row]!r:.60} has embeddings that are not finite"
-                for row in (~finite).nonzero()[:, 0].tolist()
-            }
+            wrong = (~finite).nonzero()[:, 0].tolist()
+            bad = {row: f"{prompts[row]!r:.60} has embeddings that are not finite" for row in wrong}
             tensors = {"prompt_embeds": embeds[finite], "pooled_prompt_embeds": pooled[finite]}
             self._write("text", number, tensors, bad, count=int(finite.sum()))
 
@@ -157,17 +136,13 @@ class Preparation:
         """Encode every image of every file."""
         mine = self._missing("latents", len(self.shards))
         wanted = {n: list(dict.fromkeys(image for group in self.shards[n] for image in group.images)) for n in mine}
-        calls = (
-            (self._source(self.refs[image]), self.shards[number][0].size, str(self.refs[image]))
-            for number in mine
-            for image in wanted[number]
-        )
+        images = ((self.refs[image], self.shards[number][0].size) for number in mine for image in wanted[number])
+        calls = ((self._source(ref), size, str(ref)) for ref, size in images)
         results = self._in_order(sized_latent if self.layout == "released" else resized_image, calls)
         total = self.world * sum(map(len, wanted.values()))
         with tqdm(total=total, desc="images", unit="image", disable=self.rank > 0) as bar:
             for number in mine:
-                latents: dict[int, Tensor] = {}
-                bad: dict[int, str] = {}
+                latents, bad = {}, {}
                 for start in range(0, len(wanted[number]), self.run.batch_size):
                     batch = wanted[number][start : start + self.run.batch_size]
                     pixels = dict(zip(batch, itertools.islice(results, len(batch)), strict=True))
@@ -182,7 +157,7 @@ class Preparation:
     def _encode_batch(
         self, pixels: dict[int, np.ndarray | str], encode: EncodeImages, bad: dict[int, str]
     ) -> dict[int, Tensor]:
-        """The latents of images by number; messages about those that cannot be encoded are added to `bad`."""
+        """Latents by image number; messages about images that cannot be encoded are added to `bad`."""
         bad |= {image: found for image, found in pixels.items() if isinstance(found, str)}
         pixels = {image: found for image, found in pixels.items() if not isinstance(found, str)}
         if not pixels:
@@ -194,8 +169,6 @@ class Preparation:
             if not bool(found.isfinite().all()):
                 bad[image] = f"{self.refs[image]} has latents that are not finite"
         return latents
-
-    # ------------------------------------------------------------------------------------------------------ 3. tables
 
     def finish(self) -> None:
         """Write the tables and the index, once all files are there. Called by one rank."""
@@ -223,8 +196,8 @@ class Preparation:
                 first += len(left.images)
             if first != part["count"]:
                 raise ValueError(
-                    f"{self.folder / part['file']}: got {part['count']} images; expected {first}: the images "
-                    f"have changed; delete {self.folder} and prepare again"
+                    f"{self.folder / part['file']}: got {part['count']} images; expected {first}: the images have "
+                    f"changed; delete {self.folder} and prepare again"
                 )
             if first:
                 latents.append({key: part[key] for key in ("file", "count", "height", "width", "sha256")})
@@ -233,50 +206,41 @@ class Preparation:
         summary |= {"pictures": sum(shard["count"] for shard in latents), "dropped": dict(self.dropped.counts)}
         summary |= {"named": self.dropped.named}
         write_if_changed(self.folder / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
-        write_tables(self.folder, self.manifest, list(prompt_rows), groups, pairs, latents=latents, text=text)
+        write_if_changed(self.folder / "prompts.json", json.dumps(list(prompt_rows), ensure_ascii=False, indent=0))
+        write_tables(self.folder, self.manifest, groups, pairs, {"latents": latents, "text": text})
         for path in itertools.chain(self.folder.glob(f"{TEMPORARY}*"), self.folder.glob(f"parts/{TEMPORARY}*")):
             path.unlink()
 
     def _text_rows(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
         """Prompt -> row of the text files, and the entries of these files in the index."""
-        rows: dict[str, int] = {}
-        files = []
-        for number, prompts in enumerate(self.prompts):
-            part = self._part("text", number)
-            for row, prompt in enumerate(prompts):
-                if str(row) not in part["bad"]:
-                    rows[prompt] = len(rows)
-            if part["count"]:
-                files.append({key: part[key] for key in ("file", "count", "sha256")})
-        return rows, files
-
-    def summary(self) -> str:
-        """The number of pairs left out by reason, with messages about the first of each."""
-        lines = [f"{count} pairs: {reason}" for reason, count in self.dropped.counts.most_common()]
-        lines += [f"  {message}" for named in self.dropped.named.values() for message in named]
-        return "\n".join(lines) if lines else "no pair was left out"
+        parts = [self._part("text", number) for number in range(len(self.prompts))]
+        kept = [
+            prompt
+            for prompts, part in zip(self.prompts, parts, strict=True)
+            for row, prompt in enumerate(prompts)
+            if str(row) not in part["bad"]
+        ]
+        files = [{key: part[key] for key in ("file", "count", "sha256")} for part in parts if part["count"]]
+        return {prompt: row for row, prompt in enumerate(kept)}, files
 
     def _check_left(self, groups: Sequence[object]) -> None:
         if not groups:
-            raise ValueError(f"{self.source}: no pair is left of {self.read}: {self.summary()}")
-
-    # ------------------------------------------------------------------------------------------------------- files
-
-    def _sizes_file(self, start: int) -> Path:
-        return self.folder / "parts" / f"sizes-{start // SIZES:05d}.json"
-
-    def _is_measured(self, start: int) -> bool:
-        path = self._sizes_file(start)
-        if not path.is_file():
-            return False
-        refused = self.run.on_bad == "refuse"  # then images that could not be read are tried again
-        return not (refused and any(isinstance(size, str) for size in json.loads(path.read_text(encoding="utf-8"))))
+            raise ValueError(f"{self.source}: no pair is left of {self.read}: {self.dropped}")
 
     def _part_file(self, kind: str, number: int) -> Path:
         return self.folder / "parts" / f"{kind}-{number:05d}.json"
 
     def _part(self, kind: str, number: int) -> dict[str, Any]:
         return read_json(self._part_file(kind, number))
+
+    def _sizes(self, start: int) -> list[list[int] | str]:
+        return json.loads(self._part_file("sizes", start // SIZES).read_text(encoding="utf-8"))
+
+    def _is_measured(self, start: int) -> bool:
+        """Whether sizes are known; with on_bad "refuse", images that could not be read are tried again."""
+        if not self._part_file("sizes", start // SIZES).is_file():
+            return False
+        return self.run.on_bad == "skip" or not any(isinstance(size, str) for size in self._sizes(start))
 
     def _missing(self, kind: str, count: int) -> list[int]:
         """The files that this rank has to write. Its share does not depend on which exist, as others may be writing."""
@@ -289,11 +253,9 @@ class Preparation:
         file = self.folder / part["file"]
         if part["planned"] != self._planned(kind, number) or (part["bad"] and self.run.on_bad == "refuse"):
             return False
-        if part["count"] == 0:
-            return True
-        if not file.is_file() or file.stat().st_size != part["bytes"]:
+        if part["count"] > 0 and (not file.is_file() or file.stat().st_size != part["bytes"]):
             return False
-        return not self.run.verify or file_digest(file) == part["sha256"]
+        return part["count"] == 0 or not self.run.verify or file_digest(file) == part["sha256"]
 
     def _planned(self, kind: str, number: int) -> str:
         """A digest of what goes into a file."""
@@ -319,6 +281,3 @@ class Preparation:
 
     def _source(self, ref: ImageRef) -> Path | bytes | str:
         return attempt(image_source, ref, self.images)
-
-    def _bar(self, numbers: Sequence[int], name: str, unit: str) -> Iterable[int]:
-        return tqdm(numbers, desc=name, unit=unit, disable=self.rank > 0)

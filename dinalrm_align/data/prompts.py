@@ -1,6 +1,5 @@
 """Prompt files, captioned images, and the prompts of each micro-step."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,15 +16,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def read_prompts(path: Path) -> list[str]:
     """Read a UTF-8 text file with one prompt per line; blank lines are skipped.
 
-    Raises FileNotFoundError for a missing file; ValueError for other text, no prompts, or a line longer than
-    MAX_CHARACTERS.
+    Raises FileNotFoundError; ValueError for other text, no prompts, or a line longer than MAX_CHARACTERS.
     """
     text = read_text(path, "prompt file", "a text file with one prompt per line")
     for number, line in enumerate(text.split("\n"), start=1):
         if len(line) > MAX_CHARACTERS:
             raise ValueError(
-                f"prompt file {path}, line {number}: got {len(line)} characters; expected at most {MAX_CHARACTERS}, "
-                "one prompt per line"
+                f"prompt file {path}, line {number}: got {len(line)} characters; expected at most {MAX_CHARACTERS}"
             )
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
@@ -36,8 +33,7 @@ def read_prompts(path: Path) -> list[str]:
 def read_captioned_images(folder: Path) -> tuple[list[Image.Image], list[str]]:
     """Read the images NAME.png (.jpg, .jpeg, .webp) of a folder as RGB and their captions in NAME.txt, in name order.
 
-    Raises ValueError for a folder without images, an unreadable image or an empty caption; FileNotFoundError for a
-    missing folder or caption.
+    Raises ValueError for no images, an unreadable image or an empty caption; FileNotFoundError.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; expected one with images NAME.png and captions NAME.txt")
@@ -56,11 +52,6 @@ def prompt_indices(
     A pure function of its arguments. All ranks together go through the prompts in epochs, each in a new random order.
     """
     first = (micro_step * num_processes + rank) * batch_size
-    orders: dict[int, Sequence[int]] = {}
-    indices = []
-    for position in range(first, first + batch_size):
-        epoch, offset = divmod(position, count)
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(count, generator=seeded_generator(seed, epoch)).tolist()
-        indices.append(orders[epoch][offset])
-    return indices
+    epochs = range(first // count, (first + batch_size - 1) // count + 1)
+    orders = torch.cat([torch.randperm(count, generator=seeded_generator(seed, epoch)) for epoch in epochs])
+    return orders[first % count :][:batch_size].tolist()

@@ -15,9 +15,9 @@ import torch
 
 from dinalrm_align.data.batches import BatchOrder, PairSource
 from dinalrm_align.data.formats import read_preferences
-from dinalrm_align.data.formats.parquet import parquet_module
 from dinalrm_align.data.formats.record import Cell, Preference
 from dinalrm_align.data.formats.released import LATENTS, load_latent
+from dinalrm_align.data.formats.rows import parquet_module
 from dinalrm_align.data.pairs import EncodePrompts, PairBatch, PairManifest
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
@@ -30,12 +30,8 @@ AT_ONCE = 4
 class ReleasedPairs(PairSource):
     """A PairSource over a folder of part_rank*.parquet.
 
-    Args:
-        folder: the folder; if it has a bucket_index.csv, only the rows listed there are used.
-        encode_prompts: produces the embeddings that the reward reads.
-        manifest: describes the embeddings and the latents, which carry no description.
-        on_bad: "refuse" raises for a part or row that cannot be read; "skip" leaves it out with a warning.
-        order: see `BatchOrder`.
+    If the folder has a bucket_index.csv, only the rows listed there are used. manifest describes the embeddings and the
+    latents. on_bad: "refuse" raises for a part or row that cannot be read; "skip" leaves it out with a warning.
     """
 
     reads_files_only = False
@@ -74,19 +70,13 @@ class ReleasedPairs(PairSource):
         return found
 
     def digest(self) -> str:
-        return text_digest(
-            "".join(
-                f"{Path(pair.chosen.file).name} {pair.chosen.row_group} {pair.chosen.row} {pair.prompt} {pair.shape}\n"
-                for pair in self._pairs
-            )
-        )
+        rows = ((Path(pair.chosen.file).name, *pair.chosen[1:3], pair.prompt, pair.shape) for pair in self._pairs)
+        return text_digest("".join(" ".join(map(str, row)) + "\n" for row in rows))
 
     def _read(self, units: np.ndarray) -> PairBatch:
         pairs = [self._pairs[unit] for unit in units]
-        chosen, rejected = (
-            torch.stack([self._latent(image, pair.shape) for image, pair in zip(images, pairs, strict=True)])
-            for images in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
-        )
+        chosen = torch.stack([self._latent(pair.chosen, pair.shape) for pair in pairs])
+        rejected = torch.stack([self._latent(pair.rejected, pair.shape) for pair in pairs])
         prompts = [pair.prompt for pair in pairs]
         conditions = Conditions(prompts, *self._encode_prompts(prompts))
         device = conditions.prompt_embeds.device
@@ -100,7 +90,6 @@ class ReleasedPairs(PairSource):
 
 
 def _read_group(file: str, row_group: int) -> dict[str, object]:
-    """Both latents columns of a row group, decompressed."""
     parquet = parquet_module()
     with reading("parquet file", file):
         table = parquet.ParquetFile(file).read_row_group(row_group, columns=list(LATENTS))

@@ -28,9 +28,6 @@ PAIR_COLUMNS = ("chosen", "rejected", "label", "concept")
 LATENTS = {"latents": 4}
 TEXT = {"prompt_embeds": 3, "pooled_prompt_embeds": 2}
 """Tensors of a shard, and their numbers of dimensions."""
-STORED_DTYPES = ("F16", "BF16", "F32", "F64")
-MAX_OPEN = 256
-"""Files that a process keeps open; a large data set has thousands."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,6 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """The content of index.json."""
-
     format: str
     manifest: PairManifest
     concepts: list[str]
@@ -70,9 +65,7 @@ def read_index(directory: Path) -> Index:
     """Read index.json. Raises FileNotFoundError when it is missing, ValueError when it is invalid."""
     path = directory / "index.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} holds no index.json: not a directory of latent pairs, or one whose writing was interrupted"
-        )
+        raise FileNotFoundError(f"{directory} holds no index.json: no latent pairs, or their writing was interrupted")
     values = read_json(path)
     if values.get("format") != FORMAT:
         raise ValueError(f"{path}: format: got {values.get('format')!r:.80}; expected {FORMAT!r}")
@@ -105,9 +98,9 @@ class RowFile:
         self._inode, self._size = found.st_ino, found.st_size  # a file replaced under this name has another inode
 
     def read(self, name: str, first: int, count: int = 1) -> Tensor:
-        """Rows `first` to `first + count` of a tensor: a view of the mapped file, in the stored dtype.
+        """Rows `first` to `first + count` of a tensor, a view of the mapped file; OSError if the file was truncated.
 
-        Raises OSError when the file was truncated since it was opened; reading the view would end the process.
+        Reading a view beyond the end of a file would end the process.
         """
         size = self.path.stat().st_size
         if size < self._size:
@@ -115,7 +108,7 @@ class RowFile:
         return _opened(self.path, self._inode).get_slice(name)[first : first + count]
 
 
-@functools.lru_cache(MAX_OPEN)
+@functools.lru_cache(256)  # a large data set has thousands of files
 def _opened(path: Path, inode: int) -> Any:
     return safe_open(path, framework="pt")
 
@@ -126,20 +119,16 @@ def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFil
     if not path.is_file():
         raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")
     with reading("shard of pairs", path), safe_open(path, framework="pt") as file:  # compares header and file size
-        found = {name: file.get_slice(name) for name in file.keys()}
-        shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
-        dtypes = {name: tensor.get_dtype() for name, tensor in found.items()}
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        found = {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
     for name, dims in tensors.items():
-        if name not in shapes or len(shapes[name]) != dims or dtypes[name] not in STORED_DTYPES:
-            got = f"{dtypes[name]} {shapes[name]}" if name in shapes else f"{sorted(shapes)[:4]}"
-            raise ValueError(f"{path}: {name}: got {got}; expected floating numbers in {dims} dimensions")
-        if shapes[name][0] != shard.count:
-            raise ValueError(f"{path}: {name}: got {shapes[name][0]} rows; expected {shard.count}, as in index.json")
-        if dims == 4 and shapes[name][2:] != (shard.height, shard.width):
-            size = (shard.height, shard.width)
-            raise ValueError(f"{path}: {name}: got size {shapes[name][2:]}; expected {size}, as in index.json")
-        if math.prod(shapes[name]) == 0:
-            raise ValueError(f"{path}: {name}: got shape {shapes[name]}; expected at least one number")
+        dtype, shape = found.get(name, ("no such tensor", ()))
+        if dtype not in ("F16", "BF16", "F32", "F64") or len(shape) != dims or math.prod(shape) == 0:
+            raise ValueError(f"{path}: {name}: got {dtype} {shape}; expected floating numbers in {dims} dimensions")
+        if shape[0] != shard.count:
+            raise ValueError(f"{path}: {name}: got {shape[0]} rows; expected {shard.count}, as in index.json")
+        if dims == 4 and shape[2:] != (size := (shard.height, shard.width)):
+            raise ValueError(f"{path}: {name}: got size {shape[2:]}; expected {size}, as in index.json")
     return RowFile(path)
 
 
@@ -186,24 +175,21 @@ def _check_column(path: Path, name: str, column: Tensor, low: int, high: int) ->
 def write_tables(
     directory: Path,
     manifest: PairManifest,
-    prompts: list[str],
     groups: Sequence[Mapping[str, int]],
     pairs: Sequence[tuple[int, int, float, int]],
+    shards: Mapping[str, list[dict[str, Any]]],
     *,
-    latents: list[dict[str, Any]],
-    text: list[dict[str, Any]],
     concepts: Sequence[str] = (),
 ) -> None:
-    """Write the tables of a directory, index.json last.
+    """Write groups.safetensors and, last, index.json.
 
-    groups: values of GROUP_COLUMNS. pairs: values in the order of PAIR_COLUMNS. latents, text: fields of each `Shard`.
+    groups: values of GROUP_COLUMNS. pairs: values of PAIR_COLUMNS. shards: fields of each `Shard`, latents and text.
     """
     columns = {name: torch.tensor([group[name] for group in groups]) for name in GROUP_COLUMNS}
     columns |= {name: torch.tensor(column) for name, column in zip(PAIR_COLUMNS, zip(*pairs, strict=True), strict=True)}
     write_if_changed(directory / "groups.safetensors", save(columns))
-    write_if_changed(directory / "prompts.json", json.dumps(prompts, ensure_ascii=False, indent=0))
     index = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "concepts": list(concepts)}
-    write_if_changed(directory / "index.json", json.dumps({**index, "latents": latents, "text": text}, indent=1))
+    write_if_changed(directory / "index.json", json.dumps(index | shards, indent=1))
 
 
 def write_if_changed(path: Path, content: str | bytes) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dinalrm_align.data.batches import BatchOrder, PairSource
@@ -13,11 +14,11 @@ from dinalrm_align.data.formats import folder_layout
 from dinalrm_align.data.image_pairs import ImagePairs
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.mined_pairs import MinedPairs
-from dinalrm_align.data.pairs import EncodingFormat, PairManifest
+from dinalrm_align.data.pairs import EncodingFormat, PairManifest, WeightSample
 from dinalrm_align.data.released_pairs import ReleasedPairs
-from dinalrm_align.data.weight_sample import WeightSample, sample_weights
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import encode_images, load_vae
+from dinalrm_align.train.files import reading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -26,14 +27,12 @@ ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Folders of a pipeline."""
 MAX_CACHED = 1000
 """Prompts whose embeddings are cached; in a large data set each occurs about once per epoch."""
+VALUES = 16
+"""Tensors of which a WeightSample takes one number each."""
 
 
 class Encoders:
-    """The VAE and text encoders of a pipeline, loaded when first used.
-
-    source: folder or hub id of a StableDiffusion3Pipeline. text_length: T5 tokens per prompt. dtype: of the text
-    encoders; the VAE runs in float32.
-    """
+    """The VAE (float32) and text encoders (`dtype`) of a pipeline, a folder or hub id, loaded when first used."""
 
     def __init__(self, source: str | Path, *, text_length: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.source, self.device = source, device
@@ -51,11 +50,9 @@ class Encoders:
 
     def manifest(self, *, weights: bool = False) -> PairManifest:
         """Describe the pairs that these encoders make. weights: also sample the weights, for pairs to be stored."""
-        scaling = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
-        samples = {name: self.weights(name) for name in ENCODERS} if weights else {}
-        return PairManifest(
-            *scaling, self.encode_prompts.text_length, {name: found for name, found in samples.items() if found}
-        )
+        vae, names = self.vae.config, ENCODERS if weights else ()
+        samples = {name: found for name in names if (found := self.weights(name))}
+        return PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, self.encode_prompts.text_length, samples)
 
     @functools.cache  # noqa: B019  one object per program
     def weights(self, name: str) -> WeightSample | None:
@@ -76,16 +73,14 @@ def open_pairs(
 
     Args:
         path: a jsonl of images; a directory of latents; a folder of mined pairs or one parquet file of them; or a
-            folder in the released layout. Pairs that do not record how they were made are assumed to be made by
-            `encoders`.
+            folder in the released layout.
         expected: a reward's config, or a model's `Encoders.manifest()`.
-        encoders: encode images and prompts that are not stored encoded.
+        encoders: encode what is not stored encoded; pairs that do not record their encoders are assumed to be theirs.
         size: (height, width) in pixels, of images of a jsonl.
         on_bad: for files of latents that cannot be read.
-        order: see `BatchOrder`.
 
     Raises ValueError for pairs encoded in another format, or with another VAE or text encoder than those of `encoders`;
-    warns where the weights are not on this machine. The classes document their own errors.
+    warns where the weights are not on this machine.
     """
     path = Path(path)
     layout = {".parquet": "mined", ".jsonl": "jsonl"}.get(path.suffix) or folder_layout(path)
@@ -106,8 +101,39 @@ def open_pairs(
     unknown = pairs.manifest.check_encoders(encoders.weights)
     if unknown:
         warnings.warn(
-            f"{path}: cannot check that the model's {', '.join(unknown)} encoded these pairs, since their weights "
-            "are not on this machine",
+            f"{path}: cannot check that the model's {', '.join(unknown)} made these pairs: no weights on this machine",
             stacklevel=2,
         )
     return pairs
+
+
+def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
+    """Sample the safetensors in `folder` of a pipeline's folder or hub id; None when they are not on this machine.
+
+    Takes the first number of evenly spaced tensors, in name order, of two dimensions or more. Files of a variant
+    (model.fp16.safetensors) are ignored. Raises ValueError for a file that is not in safetensors format.
+    """
+    root = Path(source) if Path(source).is_dir() else _cached(str(source), folder)
+    names: dict[str, Path] = {}
+    for file in sorted((root / folder).glob("*.safetensors")) if root else ():
+        if "." in file.stem:
+            continue
+        with reading("safetensors file", file), safe_open(file, framework="pt") as tensors:
+            names |= {name: file for name in tensors.keys() if len(tensors.get_slice(name).get_shape()) >= 2}
+    if not names:
+        return None
+    ordered, values = sorted(names), []
+    for name in sorted({ordered[index * len(ordered) // VALUES] for index in range(VALUES)}):
+        with reading("safetensors file", names[name]), safe_open(names[name], framework="pt") as tensors:
+            values.append(round(float(tensors.get_slice(name)[:1].flatten()[0]), 8))
+    return WeightSample(str(source), len(names), values)
+
+
+def _cached(source: str, folder: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[f"{folder}/*"], local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None

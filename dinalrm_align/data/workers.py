@@ -13,9 +13,6 @@ import numpy as np
 
 from dinalrm_align.data.formats.released import load_latent
 
-AHEAD = 8
-"""Calls per worker that may be submitted before their results are taken."""
-
 InOrder = Callable[[Callable[..., Any], Iterable[tuple]], Iterator[Any]]
 """function, arguments of each call -> results. A ValueError or OSError becomes its message, a str; so does a call whose
 first argument is a str, the message why its source is not available."""
@@ -23,7 +20,7 @@ first argument is a str, the message why its source is not available."""
 
 @contextmanager
 def worker_processes(number: int) -> Iterator[InOrder]:
-    """Within the block, `number` processes run the calls; 0: this process runs each when its result is taken."""
+    """`number` processes run the calls; 0: this process runs each when its result is taken."""
     if number == 0:
         yield lambda function, calls: (_call(function, *call) for call in calls)
         return
@@ -34,7 +31,7 @@ def worker_processes(number: int) -> Iterator[InOrder]:
         pending: deque[Future] = deque()
         for call in calls:
             pending.append(pool.submit(_call, function, *call))
-            if len(pending) > AHEAD * number:
+            if len(pending) > 8 * number:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from dinalrm_align.data.formats import read_preferences
-from dinalrm_align.data.formats.parquet import row_group_starts
-from dinalrm_align.data.formats.record import Cell, ImageRef, Preference, image_source
+from dinalrm_align.data.formats.record import Cell, ImageRef, Preference
+from dinalrm_align.data.formats.rows import image_source, row_group_starts
 from dinalrm_align.eval.test_sets_config import TEST_SETS, PublicSet
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.files import HUB_ID

@@ -16,9 +16,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from dinalrm_align.data.batches import PairSource
+from dinalrm_align.data.batches import PairSource, Prefetched
 from dinalrm_align.data.pairs import PairBatch
-from dinalrm_align.data.prefetch import Prefetched
 from dinalrm_align.data.source import Encoders, open_pairs
 from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.flow.noise import sample_sigma, seeded_generator

@@ -173,6 +173,26 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def begin_or_resume(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Record settings (JSON values) in folder/name, or compare them with those recorded there.
+
+    Raises ValueError when the folder was begun with other settings; FileExistsError when it holds other files.
+    """
+    path, settings = folder / name, json.loads(json.dumps(settings))
+    if path.is_file():
+        before, now = _flat(read_json(path)), _flat(settings)
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
+                raise ValueError(
+                    f"{key}: got {now.get(key)!r:.80}; expected {before.get(key)!r:.80}, as in {path}: resume with the "
+                    "same settings, or choose another folder"
+                )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds other files and no {name}; write to a new folder")
+    write_atomically(path, json.dumps(settings, indent=1))
+
+
 def save_figure(figure: Any, path: Path, *, dpi: int = 110) -> None:
     """Write a matplotlib figure as PNG, atomically."""
     with atomically(path) as temporary:
@@ -239,6 +259,14 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, those of inner objects under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,26 +12,48 @@
     mined        parquet of latents by recipes/mine_pairs.py or verl-omni (`formats.mined`)
     latents      safetensors shards by recipes/prepare_pairs.py (`data.shards`)
 
-pickapic and genai_bench may also be exported to JSON, with paths in place of images. `read_preferences` turns each
-record into `Preference`s and passes them through one check. No image is opened. Torch-free, except latents.
+pickapic and genai_bench may also be exported to JSON, with paths in place of images. No image is opened. Torch-free,
+except latents.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dinalrm_align.data.formats import latents, mined, published, released
-from dinalrm_align.data.formats.record import Bad, Preference, Row, check_preference, refuse
+from dinalrm_align.data.formats import mined, published, released
+from dinalrm_align.data.formats.record import Bad, Cell, Preference, Row, check_preference, refuse
 from dinalrm_align.data.formats.rows import read_records, table_rows
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A layout: rows(source, bad) yields its records, and `convert` turns one into preferences."""
+class Layout(NamedTuple):
+    """rows(source, bad) yields the records of a layout, and `convert` turns one into preferences."""
 
     rows: Callable[[Path | Sequence[Path], Bad], Iterator[Row]]
     convert: Callable[[Row], Iterable[Preference]]
+
+
+def _latent_rows(folder: Path, bad: Bad) -> Iterator[Row]:
+    """The groups of the tables; fields holds the prompt, the pairs and the names of the concepts."""
+    from dinalrm_align.data.shards import GROUP_COLUMNS, PAIR_COLUMNS, read_columns, read_index, read_prompt_list
+
+    index = read_index(folder)
+    prompts = read_prompt_list(folder, index)
+    columns = {name: column.tolist() for name, column in read_columns(folder, index).items()}
+    for number, values in enumerate(zip(*(columns[name] for name in GROUP_COLUMNS), strict=True)):
+        group = dict(zip(GROUP_COLUMNS, values, strict=True))
+        shard = index.latents[group["shard"]]
+        pairs = slice(group["first_pair"], group["first_pair"] + group["pairs"])
+        fields = {"prompt": prompts[group["prompt"]], "concepts": index.concepts}
+        fields["pairs"] = list(zip(*(columns[name][pairs] for name in PAIR_COLUMNS), strict=True))
+        cell = Cell(str(folder / shard.file), 0, group["first"], "latents")
+        yield Row(f"{folder}, group {number}", number, fields, cell)
+
+
+def _latents(row: Row) -> Iterator[Preference]:
+    for chosen, rejected, label, concept in row.fields["pairs"]:
+        cells = (row.cell._replace(row=row.cell.row + offset) for offset in (chosen, rejected))
+        name = row.fields["concepts"][concept] if concept >= 0 else None
+        yield Preference(row.fields["prompt"], *cells, label=label, concept=name, group=row.number)
 
 
 LAYOUTS = {
@@ -43,7 +65,7 @@ LAYOUTS = {
     "genai_bench": Layout(published.genai_bench_rows, published.genai_bench),
     "released": Layout(released.rows, released.convert),
     "mined": Layout(mined.rows, mined.convert),
-    "latents": Layout(latents.rows, latents.convert),
+    "latents": Layout(_latent_rows, _latents),
 }
 
 
@@ -59,13 +81,12 @@ def read_preferences(
             default it raises.
         strict: also reject blank prompts, and pairs of an image with itself. Test sets are read as published.
 
-    Raises FileNotFoundError or ValueError, naming the file, for a JSON file that cannot be read; ImportError without
-    pyarrow.
+    Raises FileNotFoundError or ValueError for a JSON file that cannot be read; ImportError without pyarrow.
     """
-    entry = LAYOUTS[layout]
-    for row in entry.rows(source, bad):
+    rows, convert = LAYOUTS[layout]
+    for row in rows(source, bad):
         try:
-            pairs = [check_preference(pair, strict=strict) for pair in entry.convert(row)]
+            pairs = [check_preference(pair, strict=strict) for pair in convert(row)]
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it lacks the field {error}" if isinstance(error, KeyError) else str(error)
             bad("invalid record", f"{row.where}: {reason}")
@@ -75,10 +96,8 @@ def read_preferences(
 
 def folder_layout(folder: Path) -> str:
     """The layout of a folder, by the names of its files: released, mined, latents, or else pickapic."""
-    if released.is_released(folder):
-        return "released"
-    names = {"mined": mined.MANIFEST, "latents": "index.json"}
-    return next((layout for layout, name in names.items() if (folder / name).is_file()), "pickapic")
+    names = {"released": "part_rank*.parquet", "mined": mined.MANIFEST, "latents": "index.json"}
+    return next((layout for layout, name in names.items() if any(folder.glob(name))), "pickapic")
 
 
 def find_layout(source: Path) -> str:
@@ -92,7 +111,5 @@ def find_layout(source: Path) -> str:
         if isinstance(record, dict) and key in record:
             return layout
     got = sorted(record)[:6] if isinstance(record, dict) else type(record).__name__
-    raise ValueError(
-        f"{source}: got records of {got}; expected those of HPDv3 (path1), HPDv2 (human_preference) or ImageReward "
-        "(ranking)"
-    )
+    expected = "those of HPDv3 (path1), HPDv2 (human_preference) or ImageReward (ranking)"
+    raise ValueError(f"{source}: got records of {got}; expected {expected}")

@@ -17,7 +17,7 @@ win_candidate, lose_candidate, candidate_scores), and img_win, img_lose: paths t
 `data.train_files=FOLDER/pairs`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,11 @@ TEXT = ("prompt_embeds", "pooled_prompt_embeds")
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """The path of a shard in a folder of mined pairs."""
     return folder / "pairs" / f"pairs-{number:05d}.parquet"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of manifest.json; ValueError for another format."""
+    """The content of manifest.json."""
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}: not a folder of mined pairs")
     content = read_json(folder / MANIFEST)
@@ -47,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The parquet files of a folder of mined pairs, or the one file itself; FileNotFoundError when one is missing."""
+    """The parquet files of a folder, or the one file itself; FileNotFoundError when one is missing."""
     if path.suffix == ".parquet":
         if not path.is_file():
             raise FileNotFoundError(f"no parquet file {path}")
@@ -60,7 +59,7 @@ def shard_files(path: Path) -> list[Path]:
     if missing:
         raise FileNotFoundError(
             f"{path} lacks {len(missing)} of {len(files)} shards, first {missing[0].name}: the mining was interrupted; "
-            "resume it by running recipes/mine_pairs.py again with the same settings"
+            "run recipes/mine_pairs.py again with the same settings"
         )
     return files
 
@@ -74,15 +73,8 @@ def rows(path: Path, bad: Bad) -> Iterator[Row]:
 def convert(row: Row) -> Iterator[Preference]:
     scores = number(row.fields["win_score"], "win_score"), number(row.fields["lose_score"], "lose_score")
     images = (row.image(name) for name in LATENTS)
-    yield Preference(_prompt(row.fields), *images, scores={"score": scores}, group=row.number)
-
-
-def _prompt(record: Mapping[str, Any]) -> str:
-    """The prompt as text: extra_info.raw_prompt, or else the user's messages in the chat."""
-    raw = (record.get("extra_info") or {}).get("raw_prompt")
-    if isinstance(raw, str) and raw:
-        return raw
-    messages = record["prompt"]
-    if isinstance(messages, str):
-        return messages
-    return "\n".join(message["content"] for message in messages if message["role"] == "user")
+    prompt, chat = (row.fields.get("extra_info") or {}).get("raw_prompt"), row.fields["prompt"]
+    if not isinstance(prompt, str) or not prompt:
+        messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
+        prompt = "\n".join(message["content"] for message in messages if message["role"] == "user")
+    yield Preference(prompt, *images, scores={"score": scores}, group=row.number)

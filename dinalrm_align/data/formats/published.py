@@ -1,7 +1,6 @@
-"""Records of public data sets of images, and of a plain jsonl, as preferences. `formats` lists the layouts. Torch-free.
+"""Records of images (`formats` lists the layouts) as preferences, in the published order: `label` may be 0. Torch-free.
 
-A converter may raise KeyError, TypeError or ValueError for an invalid record. Pairs keep the published order, so that
-`label` may be 0.
+A converter may raise KeyError, TypeError or ValueError for an invalid record.
 """
 
 import itertools
@@ -33,9 +32,8 @@ def hpdv2(row: Row) -> Iterator[Preference]:
     paths, preferred = row.fields["file_path"], two_numbers(row.fields["human_preference"], "human_preference")
     if len(paths) != 2:
         raise ValueError(f"file_path: got {len(paths)} paths; expected 2")
-    yield Preference(
-        row.fields["prompt"], *paths, label=_first_preferred(preferred, "human_preference"), group=row.number
-    )
+    label = _first_preferred(preferred, "human_preference")
+    yield Preference(row.fields["prompt"], *paths, label=label, group=row.number)
 
 
 def rankings(row: Row) -> Iterator[Preference]:
@@ -79,7 +77,6 @@ def genai_bench(row: Row) -> Iterator[Preference]:
 
 
 def _first_preferred(labels: tuple[float, float] | None, name: str) -> float:
-    """The label of the first image: 1 or 0, or 0.5 for a tie."""
     if labels is None or sorted(labels) not in ([0, 1], [0.5, 0.5]):
         raise ValueError(f"{name}: got {labels}; expected 1 and 0, or 0.5 twice")
     return labels[0]

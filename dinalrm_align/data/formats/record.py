@@ -2,10 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
-
-from dinalrm_align.data.formats.parquet import read_column
 
 MAX_CHARACTERS = 10_000
 """Longest prompt, as in `models.text`."""
@@ -40,20 +37,16 @@ class Row:
     cell: Cell | None = None
 
     def image(self, column: str) -> ImageRef:
-        """The image of a column: a cell of a parquet file, or the path in a JSON record."""
         return self.fields[column] if self.cell is None else self.cell._replace(column=column)
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A pair of images and what raters said of it.
+    """A pair of images or latents, and what raters said of it.
 
     Args:
-        prompt: text.
-        chosen, rejected: the images; for latents, the cells that hold them.
         label: probability that a rater prefers `chosen`; 0.5 is a tie.
         votes: for chosen and rejected.
-        confidence: as published.
         scores: name -> score of chosen and rejected.
         concept: what the images differ in.
         shape: (C, h, w) of latents.
@@ -79,11 +72,8 @@ class Preference:
         """The same pair with chosen and rejected exchanged where the label is 0."""
         if self.label != 0:
             return self
-        scores = {name: pair[::-1] for name, pair in self.scores.items()}
-        return replace(
-            self, chosen=self.rejected, rejected=self.chosen, label=1.0, votes=self.votes and self.votes[::-1],
-            scores=scores,
-        )  # fmt: skip
+        scores, votes = {name: pair[::-1] for name, pair in self.scores.items()}, self.votes and self.votes[::-1]
+        return replace(self, chosen=self.rejected, rejected=self.chosen, label=1.0, votes=votes, scores=scores)
 
 
 def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
@@ -107,7 +97,7 @@ def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
 
 
 def refuse(reason: str, message: str) -> NoReturn:
-    """A `Bad` that raises ValueError."""
+    """The default `Bad`."""
     raise ValueError(message)
 
 
@@ -119,7 +109,6 @@ def number(value: Any, name: str) -> float:
 
 
 def optional_number(value: Any, name: str) -> float | None:
-    """As `number`; None stays None."""
     return None if value is None else number(value, name)
 
 
@@ -130,17 +119,3 @@ def two_numbers(values: Any, name: str) -> tuple[float, float] | None:
     if not isinstance(values, list | tuple) or len(values) != 2:
         raise ValueError(f"{name}: got {values!r:.80}; expected two numbers")
     return number(values[0], name), number(values[1], name)
-
-
-def image_source(image: ImageRef, folder: Path) -> Path | bytes:
-    """What `models.images.open_image` opens: the path below `folder`, or the content of a cell.
-
-    Raises ValueError for a cell that holds no image, and for a damaged parquet file.
-    """
-    if not isinstance(image, Cell):
-        return folder / image
-    data = read_column(image.file, image.row_group, image.column)[image.row]
-    data = data.get("bytes") if isinstance(data, dict) else data  # the hub's `datasets` writes {"bytes", "path"}
-    if not isinstance(data, bytes) or not data:
-        raise ValueError(f"{image}: got {type(data).__name__}; expected the bytes of an image")
-    return data

@@ -9,6 +9,7 @@ Nothing is unpickled or evaluated: arrays of objects are refused, and the text m
 """
 
 import ast
+import contextlib
 import csv
 import io
 from collections.abc import Iterator
@@ -24,13 +25,6 @@ from dinalrm_align.train.files import read_text
 INDEX = "bucket_index.csv"
 LATENTS = ("latent1", "latent2")
 COLUMNS = ("prompt", "latent1_shape", "latent2_shape")
-MAX_RESULTS = 100_000
-"""Longest detailed_results, in characters."""
-
-
-def is_released(folder: Path) -> bool:
-    """Whether a folder holds files of this layout's names."""
-    return folder.is_dir() and any(folder.glob("part_rank*.parquet"))
 
 
 def rows(folder: Path, bad: Bad) -> Iterator[Row]:
@@ -75,7 +69,7 @@ def load_latent(data: Any, name: str) -> np.ndarray:
 
 def parse_results(text: Any) -> dict[str, Any]:
     """The dict of literals in detailed_results; ValueError for anything else."""
-    if not isinstance(text, str) or len(text) > MAX_RESULTS:
+    if not isinstance(text, str) or len(text) > 100_000:
         got = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
         raise ValueError(f"detailed_results: got {got}; expected a dict as text")
     try:
@@ -88,7 +82,7 @@ def parse_results(text: Any) -> dict[str, Any]:
 
 
 def _listed_rows(folder: Path) -> set[tuple[str, int, int]] | None:
-    """(file name, row group, row) of every row in bucket_index.csv; None without such a file."""
+    """(file name, row group, row) of every row in the index; None without one."""
     path = folder / INDEX
     if not path.is_file():
         return None
@@ -112,10 +106,8 @@ def _listed_rows(folder: Path) -> set[tuple[str, int, int]] | None:
 def _shape(value: Any) -> tuple[int, int, int]:
     """Three positive integers, as a list or as text."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value[:100])
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"shape: got {value!r:.60}; expected three integers") from error
     if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(n) is int and n > 0 for n in value):
         raise ValueError(f"shape: got {value!r:.60}; expected three integers")
     return tuple(value)

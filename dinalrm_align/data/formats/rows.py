@@ -1,12 +1,52 @@
-"""Raw records of JSON, jsonl and parquet files. Torch-free."""
+"""Reading records from JSON, jsonl and parquet files; parquet needs pyarrow, an extra. Torch-free."""
 
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinalrm_align.data.formats.parquet import parquet_module
-from dinalrm_align.data.formats.record import Bad, Cell, Row
+from dinalrm_align.data.formats.record import Bad, Cell, ImageRef, Row
 from dinalrm_align.train.files import parse_json, read_text, reading
+
+
+def parquet_module() -> Any:
+    """pyarrow.parquet; ImportError, naming the extra to install, without it."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError("parquet needs the package pyarrow: pip install 'dinalrm-align[data]'") from error
+    return parquet
+
+
+@functools.lru_cache(4)
+def _read_column(file: str, row_group: int, column: str) -> list[Any]:
+    parquet = parquet_module()
+    with reading("parquet file", file):
+        return parquet.ParquetFile(file).read_row_group(row_group, columns=[column]).column(0).to_pylist()
+
+
+@functools.lru_cache(4)
+def row_group_starts(file: str) -> list[int]:
+    """The first row of each row group."""
+    parquet = parquet_module()
+    with reading("parquet file", file):
+        about = parquet.ParquetFile(file).metadata
+        return [0, *itertools.accumulate(about.row_group(group).num_rows for group in range(about.num_row_groups))]
+
+
+def image_source(image: ImageRef, folder: Path) -> Path | bytes:
+    """What `models.images.open_image` opens: the path below `folder`, or the content of a cell.
+
+    Raises ValueError for a cell that holds no image, and for a damaged parquet file.
+    """
+    if not isinstance(image, Cell):
+        return folder / image
+    data = _read_column(image.file, image.row_group, image.column)[image.row]
+    data = data.get("bytes") if isinstance(data, dict) else data  # the hub's `datasets` writes {"bytes", "path"}
+    if not isinstance(data, bytes) or not data:
+        raise ValueError(f"{image}: got {type(data).__name__}; expected the bytes of an image")
+    return data
 
 
 def table_rows(
@@ -18,11 +58,8 @@ def table_rows(
 ) -> Iterator[Row]:
     """The records of a JSON list, a jsonl, or parquet files.
 
-    Args:
-        source: a file; a folder of parquet files; or several files.
-        bad: see `read_preferences`.
-        columns, images: columns that a parquet file must have; those of images are not read here.
-        optional: columns that are read where they exist.
+    source: a file; a folder of parquet files; or several files. columns, images: columns that a parquet file must have;
+    those of images are not read here. optional: columns that are read where they exist.
     """
     files = list(source) if isinstance(source, Sequence) else [source]
     if files[0].is_dir():
@@ -44,7 +81,7 @@ def table_rows(
 def parquet_rows(
     files: Sequence[Path], bad: Bad, columns: Sequence[str], images: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """The records of parquet files, a row group at a time. Files that cannot be read are passed to `bad`."""
+    """The records of parquet files. Files that cannot be read are passed to `bad`."""
     parquet = parquet_module()
     number = 0
     for path in files:
@@ -75,10 +112,8 @@ def read_records(path: Path) -> list[Any]:
 
 
 def _lines(path: Path, bad: Bad) -> Iterator[Row]:
-    count = 0
-    for number, line in enumerate(read_text(path, "file of pairs").split("\n"), start=1):
-        if not line.strip():
-            continue
+    lines = enumerate(read_text(path, "file of pairs").split("\n"), start=1)
+    for count, (number, line) in enumerate((number, line) for number, line in lines if line.strip()):
         where = f"{path}, line {number}"
         try:
             record = parse_json(line, where)
@@ -88,4 +123,3 @@ def _lines(path: Path, bad: Bad) -> Iterator[Row]:
             bad("invalid record", str(error))
         else:
             yield Row(where, count, record)
-        count += 1

@@ -7,7 +7,8 @@ import torch
 from tiny_prepare import hpdv3, pickapic, prepare
 
 from dinalrm_align.data.formats import LAYOUTS, find_layout, read_preferences
-from dinalrm_align.data.formats.record import Cell, Preference, check_preference, image_source
+from dinalrm_align.data.formats.record import Cell, Preference, check_preference
+from dinalrm_align.data.formats.rows import image_source
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.mined_pairs import MinedPair, write_manifest, write_shard
 from dinalrm_align.data.pairs import PairManifest

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.align.mining_config import MineConfig
-from dinalrm_align.data.mined_pairs import MinedPair, MinedPairs, shard_path, write_manifest, write_shard
+from dinalrm_align.data.formats.mined import shard_path
+from dinalrm_align.data.mined_pairs import MinedPair, MinedPairs, write_manifest, write_shard
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.data.source import Encoders, open_pairs
 

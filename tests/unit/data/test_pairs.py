@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dinalrm_align.data.batches import ShuffledBatches, held_out
+from dinalrm_align.data.batches import Prefetched, ShuffledBatches, held_out
 from dinalrm_align.data.image_pairs import ImagePairs, load_image
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.pairs import PairBatch, PairManifest
-from dinalrm_align.data.prefetch import Prefetched
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import RewardConfig
 

@@ -22,14 +22,23 @@ from tiny_prepare import (
     values_of,
 )
 
-from dinalrm_align.data.buckets import PUBLISHED, bucket_of_pair, by_area, nearest_bucket, parse_buckets
 from dinalrm_align.data.config import FilterConfig
 from dinalrm_align.data.formats import find_layout, read_preferences
 from dinalrm_align.data.formats.record import Preference
 from dinalrm_align.data.latent_pairs import LatentPairs
-from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.data.plan import Dropped, Group, filter_pairs, plan_shards
-from dinalrm_align.data.weight_sample import WeightSample, sample_weights
+from dinalrm_align.data.pairs import PairManifest, WeightSample
+from dinalrm_align.data.plan import (
+    PUBLISHED,
+    Dropped,
+    Group,
+    bucket_of_pair,
+    by_area,
+    filter_pairs,
+    nearest_bucket,
+    parse_buckets,
+    plan_shards,
+)
+from dinalrm_align.data.source import sample_weights
 from dinalrm_align.models.images import image_size
 
 
@@ -37,7 +46,7 @@ def test_pairs_become_shards_that_training_reads(tmp_path):
     work, _ = prepare(hpdv3(tmp_path / "data"), tmp_path / "out")
     pairs = LatentPairs(tmp_path / "out", batch_size=2)
     found = values_of(pairs)
-    assert len(found) == 12 and work.summary() == "no pair was left out"
+    assert len(found) == 12 and str(work.dropped) == "no pair was left out"
     for number, (prompt, chosen, rejected) in enumerate(found):
         assert prompt == number // 2 and abs(chosen - (4 * number + 100)) <= 1 and abs(rejected - 4 * number) <= 1
     assert pairs.batch_at(0).latents.dtype == torch.bfloat16
@@ -119,7 +128,7 @@ def test_a_broken_image_is_refused_by_name_or_left_out_and_counted(tmp_path):
     work, _ = prepare(source, tmp_path / "out", on_bad="skip")
     assert work.dropped.counts == {"unreadable image": 2, "image that cannot be encoded": 1}
     for name in ("3_c.png", "5_r.png", "7_r.png"):
-        assert name in work.summary()
+        assert name in str(work.dropped)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (
         summary["pairs"] == 9
@@ -191,7 +200,7 @@ def test_a_prompt_without_embeddings_is_refused_or_left_out(tmp_path):
 def test_latents_that_are_not_finite_are_left_out(tmp_path):
     spoil = lambda images: torch.where(encode_images(images) > 0.55, torch.inf, encode_images(images))  # noqa: E731
     work, _ = prepare(hpdv3(tmp_path / "data"), tmp_path / "out", encode=spoil, on_bad="skip")
-    assert work.dropped.counts == {"image that cannot be encoded": 1} and "11_c.png has latents" in work.summary()
+    assert work.dropped.counts == {"image that cannot be encoded": 1} and "11_c.png has latents" in str(work.dropped)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from same_run import differences
 from tiny_recipes import PROMPTS, make_world
 
 from dinalrm_align.align.dpo_config import DpoRun
-from dinalrm_align.data.mined_pairs import shard_path
+from dinalrm_align.data.formats.mined import shard_path
 from dinalrm_align.train.checkpoints import checkpoint_to_resume
 from dinalrm_align.train.metrics import read_metrics
 
