@@ -16,10 +16,12 @@ from dinalrm_align.align import watch
 from dinalrm_align.align.config import EvaluationConfig, WatchConfig
 from dinalrm_align.align.evaluation import HeldOut
 from dinalrm_align.align.policy import LORA_FILE, Policy
+from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.flow.sampling import schedule_sigmas
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import LoraConfig
 from dinalrm_align.shapes.stack import StackConfig, build_pipeline
+from dinalrm_align.train.cost import PhaseMeter
 
 CAPTIONS = ["a", "b", "c", "d"]
 BASE = {"proxy": [1.0, 2.0, 3.0, 4.0], "gold": [2.0, 2.0, 1.0, 1.0]}
@@ -214,7 +216,7 @@ def test_drift_by_hand():
 
 
 @pytest.fixture(scope="module")
-def judged(tiny_world, tmp_path_factory):
+def evaluated(tiny_world, tmp_path_factory):
     """The tiny stack with a policy, a latent reward and both probes."""
     folder = tmp_path_factory.mktemp("watched")
     pipeline = build_pipeline(StackConfig.tiny(), seed=0)
@@ -223,25 +225,27 @@ def judged(tiny_world, tmp_path_factory):
     policy = Policy(pipeline.transformer, LoraConfig(rank=2, alpha=2), seed=0)
     conditions = Conditions.encode(reward.encoder, ["a red circle", "a blue square", "a circle"])
 
-    def velocity_for(conditions: Conditions, guidance_scale: float):
-        return lambda latents, sigma: policy.velocity(latents, sigma, conditions)
-
+    sampler = Sampler(
+        policy=policy, conditions=conditions, negative=conditions.take([0]), guidance_scale=1.0,
+        sigmas=schedule_sigmas(pipeline.scheduler, 2), latent_shape=(16, 8, 8), seed=0, meter=PhaseMeter("cpu"),
+    )  # fmt: skip
+    scorers = {
+        "gold": lambda images, prompts: images.mean(dim=(1, 2, 3)),
+        "gold/red": lambda images, prompts: images[:, 0].mean(dim=(1, 2)),
+    }
     held_out = HeldOut(
-        velocity_for=velocity_for, conditions=conditions, sigmas=schedule_sigmas(pipeline.scheduler, 2),
-        guidance_scale=1.0, latent_shape=(16, 8, 8), decode=lambda latents: latents[:, :3].sigmoid(), reward=reward,
-        gold=lambda images, prompts: images.mean(dim=(1, 2, 3)), config=EvaluationConfig(samples=3, shown=2),
-        accelerator=Accelerator(cpu=True), output_dir=folder,
-        judges={"red": lambda images, prompts: images[:, 0].mean(dim=(1, 2))},
-        probes=[watch.level_probe(reward, [0.2, 0.7]), watch.drift_probe(velocity_for, policy.reference, [0.5])],
+        sampler, reward, scorers, lambda latents: latents[:, :3].sigmoid(), EvaluationConfig(samples=3, shown=2),
+        Accelerator(cpu=True), folder,
+        probes=[
+            watch.level_probe(reward, [0.2, 0.7]), watch.drift_probe(sampler.velocity_for, policy.reference, [0.5])
+        ],
     )  # fmt: skip
     return held_out, policy
 
 
-def test_what_an_evaluation_measures_on_the_tiny_stack(judged):
-    held_out, policy = judged
-    watched = watch.Watch(
-        held_out.history, list(held_out.conditions.prompts), 1, WatchConfig(), held_out.output_dir, policy.save_lora
-    )
+def test_what_an_evaluation_measures_on_the_tiny_stack(evaluated):
+    held_out, policy = evaluated
+    watched = watch.Watch(held_out.history, held_out.prompts, 1, WatchConfig(), held_out.output_dir, policy.save_lora)
     first = {**held_out(0), **watched(0)}
     scores = held_out.scores(0)
     assert scores.keys() == {"proxy", "gold", "gold/red", "proxy@0.2", "proxy@0.7", "drift"}

@@ -102,7 +102,7 @@ def test_a_run_leaves_everything_and_its_lora_reloads(recipe, arguments, world, 
     assert summary["gold"]["after"] - summary["gold"]["before"] == pytest.approx(summary["gold"]["gain"])
     assert rows[-1]["gold_gain"] == pytest.approx(summary["gold"]["gain"])
     printed = capsys.readouterr().out
-    assert printed.startswith(f"model in {world}, taken as an embedded world")
+    assert printed.startswith(f"model in {world}, an embedded world")
     assert f"gold {summary['gold']['before']:.4f} -> {summary['gold']['after']:.4f}" in printed
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(world / "pipeline")
@@ -153,7 +153,7 @@ def test_a_hacked_run_warns_or_stops_by_itself(recipe, arguments, tmp_path, monk
 def test_one_caption_cannot_be_watched(recipe, arguments, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("a small red circle on white\n")
     folder = run(recipe, arguments, tmp_path / "run", f"--eval_prompts={tmp_path / 'one.txt'}", "--loop.steps=1")
-    assert "not watched for reward hacking" in capsys.readouterr().out
+    assert "reward hacking is not detected in this run" in capsys.readouterr().out
     assert "hacking" not in read_metrics(folder / "metrics.jsonl")[-1]
 
 
@@ -265,7 +265,7 @@ def quiet() -> dict[str, str]:
         (["--reward=beauty"], "unknown reward 'beauty'. Known: dinalrm, pickscore"),
         (["--reward=dinalrm + oracle"], "oracle has no gradient, and this method needs one"),
         (["--reward=dinalrm + 0*pixel"], "got the weight 0"),
-        (["--reward=mps"], "say where they are: mps=/path/to/MPS_overall_checkpoint.pth"),
+        (["--reward=mps"], "mps=/path/to/MPS_overall_checkpoint.pth"),
         (["--reward=no_such_module:score"], "there is no module 'no_such_module'"),
         (["--model=sd36"], "unknown model 'sd36'"),
         (["--resume=absent"], "nothing to resume: no folder absent"),
