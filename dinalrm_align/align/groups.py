@@ -16,6 +16,7 @@ from dinalrm_align.align.surrogate import group_advantages
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.reward.protocol import Reward
 
 NO_SPREAD = 1e-6
 """Standard deviation up to which the scores of a group count as equal: rounding alone produces as much."""
@@ -54,6 +55,12 @@ class RolloutAdvantages:
     advantages: Tensor
     kept: Tensor
     statistics: dict[str, float]
+
+
+def check_whole_groups(reward: Reward, name: str, sample_batch: int, group_size: int) -> None:
+    """ValueError when a reward that compares the samples of a group would be called with a part of one."""
+    if reward.wants_groups and sample_batch % group_size:
+        raise ValueError(f"{name}.sample_batch: got {sample_batch}; expected a multiple of group_size {group_size}")
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.align.anchor import ANCHOR, Anchor, terms
-from dinalrm_align.align.groups import STATISTICS, group_scores, rollout_advantages
+from dinalrm_align.align.groups import STATISTICS, check_whole_groups, group_scores, rollout_advantages
 from dinalrm_align.align.grpo_config import GrpoConfig
 from dinalrm_align.align.rollouts import Position, Reuse, RolloutBuffer, Sampler
 from dinalrm_align.align.surrogate import clipped_loss, guarded_ratio, step_kl
@@ -132,6 +132,7 @@ class Grpo:
         self.first = sampler.rank * config.groups * config.group_size  # global index of this rank's first sample
         trained_steps(config, sampler.num_steps, 0, seeded_generator(0))
         self.draws = config.reward_draws if self.reward.reads_noise else 1
+        check_whole_groups(self.reward, "grpo", config.sample_batch, config.group_size)
 
     def velocity_for(self, conditions: Conditions) -> Velocity:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dinalrm_align.align.groups import STATISTICS, group_scores, rollout_advantages
+from dinalrm_align.align.groups import STATISTICS, check_whole_groups, group_scores, rollout_advantages
 from dinalrm_align.align.nft_config import NftConfig
 from dinalrm_align.align.rollouts import Reuse, RolloutBuffer, Sampler
 from dinalrm_align.flow.noise import add_noise, denoised, seeded_generator
@@ -115,6 +115,7 @@ class Nft:
             )
         self.old = Ema(self.sampler.policy.parameters, 0.0)
         self.draws = config.reward_draws if self.reward.reads_noise else 1
+        check_whole_groups(self.reward, "nft", config.sample_batch, config.group_size)
 
     @torch.no_grad()
     def roll_out(self, number: int) -> Samples:

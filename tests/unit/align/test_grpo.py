@@ -270,7 +270,7 @@ def test_parts_of_a_reward_are_normalised_one_by_one(method):
     class Two:
         """A reward of two parts."""
 
-        reads_noise = False
+        reads_noise = wants_groups = False
 
         def __init__(self, weights):
             self.weights = weights
@@ -306,6 +306,14 @@ def test_an_anchor_has_its_say_in_every_second_rollout(method):
         told = [dict(zip(grpo.RECORDED, one.statistics.tolist())) for one in (alone, mixed, other)]
         assert told[1]["reward"] == told[0]["reward"]
         assert told[1]["anchor"] == told[2]["reward"] if weight else told[1]["anchor"] != told[1]["anchor"]
+
+
+def test_a_reward_that_compares_groups_gets_whole_ones(method):
+    reward = reward_of(brightness)
+    reward.wants_groups = True
+    whole = dataclasses.replace(changed(method, sample_batch=3), reward=reward)
+    with pytest.raises(ValueError, match="grpo.sample_batch: got 4; expected a multiple of group_size 3"):
+        changed(whole, sample_batch=4)
 
 
 def test_rollouts_do_not_depend_on_how_they_are_cut(method):
