@@ -13,8 +13,7 @@ from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.models.grids import save_grid
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.vae import decode_latents
-from dinalrm_align.shapes.build.autoencoder import vae_gate
-from dinalrm_align.shapes.build.stage import random_images
+from dinalrm_align.shapes.build import random_images, vae_gate
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 
 spec = MODELS["shapes"]

@@ -9,7 +9,6 @@ The result is a world folder: `python recipes/refl_sd35.py --model output_dir/we
 """
 
 import dataclasses
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,35 +18,30 @@ from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.train.command import parse, refusing
 from dinalrm_align.train.files import make_folder
 
-REWARD_RECIPE = Path(__file__).with_name("train_reward.py")
-REWARD_SETTINGS = Path(__file__).with_name("train_reward_shapes.yaml")
-
 
 def build(config: BuildConfig, text: str) -> None:
     """Train every part that is not in output_dir/weights yet."""
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, ConfigMixin, SD3Transformer2DModel
-    from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
     from dinalrm_align.data.latent_pairs import LatentPairs
+    from dinalrm_align.models.text import text_encoders
     from dinalrm_align.reward.checkpoint import read_checkpoint, save_checkpoint
-    from dinalrm_align.shapes.build.autoencoder import train_vae, vae_gate
-    from dinalrm_align.shapes.build.base import train_base
-    from dinalrm_align.shapes.build.pixel import save_clip_reward, train_pixel
-    from dinalrm_align.shapes.build.text import train_text
+    from dinalrm_align.shapes.build import save_clip_reward, train_pixel, train_text, train_vae, vae_gate
+    from dinalrm_align.shapes.build_base import train_base
     from dinalrm_align.shapes.pairs import ensure_pairs
     from dinalrm_align.shapes.stack import build_pipeline
-    from dinalrm_align.train.checkpoints import latest_checkpoint
     from dinalrm_align.train.device import available_device
     from dinalrm_align.train.files import atomic_folder, write_atomically
 
     available_device(config.device)
-    make_folder(Path(config.output_dir))
-    write_atomically(Path(config.output_dir) / "config.yaml", text)
     root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
+    make_folder(root)
+    write_atomically(root / "config.yaml", text)
     accelerator = Accelerator(cpu=config.device == "cpu")
     pipeline = build_pipeline(config.stack, config.seed)
-    for module in (pipeline.vae, pipeline.transformer, *_text_encoders(pipeline)):
+    for module in (pipeline.vae, pipeline.transformer, *text_encoders(pipeline)):
         module.requires_grad_(False).to(accelerator.device)
 
     def finish(train: Callable, parts: dict[str, type]) -> None:
@@ -65,61 +59,49 @@ def build(config: BuildConfig, text: str) -> None:
             pipeline.register_modules(**{name: saved})
 
     finish(train_vae, {"vae": AutoencoderKL})
-    print("oracle before and after the autoencoder:", _rounded(vae_gate(pipeline.vae, config.seed)))
+    gate = {name: round(value, 3) for name, value in vae_gate(pipeline.vae, config.seed).items()}
+    print("oracle before and after the autoencoder:", gate)
     clip = CLIPTextModelWithProjection
     finish(train_text, {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": T5EncoderModel})
     finish(train_base, {"transformer": SD3Transformer2DModel})
     if not (weights / "pipeline" / "model_index.json").exists():
         pipeline.save_pretrained(weights / "pipeline")
-
-    train_pairs, concept_pairs = (
-        ensure_pairs(kind, root / "pairs" / kind, pipeline, config.pairs) for kind in ("train", "concepts")
-    )
-
+    pairs = {kind: ensure_pairs(kind, root / "pairs" / kind, pipeline, config.pairs) for kind in ("train", "concepts")}
     if not (weights / "dinalrm" / "config.json").exists():
-        run = root / "dinalrm"
-        if latest_checkpoint(run) is None:
-            depth = round(config.stack.depth * 2 / 3)
-            taps = sorted({max(1, depth // 2), max(1, depth - 1), depth})
-            arguments = [
-                "--config", REWARD_SETTINGS, "--model", weights / "pipeline", "--pairs", train_pairs,
-                "--validation_pairs", concept_pairs, "--output_dir", run, "--seed", config.seed,
-                "--reward.text_length", config.stack.text_length,
-                "--device", config.device, "--reward.num_layers", depth,
-                "--reward.visual_taps", taps, "--reward.text_taps", taps,
-            ]  # fmt: skip
-        else:
-            arguments = ["--resume", run]
-        _run([sys.executable, REWARD_RECIPE, *arguments])
-        reward = read_checkpoint(run / "reward")
+        train_latent_reward(config, weights / "pipeline", pairs)
+        reward = read_checkpoint(root / "dinalrm" / "reward")
         moved = dataclasses.replace(reward.config, base_model_id="../pipeline")
         save_checkpoint(weights / "dinalrm", moved, reward.tensors)
-
     if not (weights / "pixel" / "config.json").exists():
-        pairs = LatentPairs(train_pairs, batch_size=config.pixel.batch_size // config.pairs.pictures, seed=config.seed)
-        model: CLIPModel = train_pixel(pipeline, pairs, config, accelerator)
+        lists = config.pixel.batch_size // config.pairs.pictures
+        train_pairs = LatentPairs(pairs["train"], batch_size=lists, seed=config.seed)
+        model = train_pixel(pipeline, train_pairs, config, accelerator)
         with atomic_folder(weights / "pixel") as temporary:
             save_clip_reward(model, pipeline.tokenizer, temporary)
     print(f"finished: python recipes/refl_sd35.py --model {weights}")
 
 
-def _text_encoders(pipeline) -> tuple:
-    return pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3
+def train_latent_reward(config: BuildConfig, pipeline: Path, pairs: dict[str, Path]) -> None:
+    """Run recipes/train_reward.py in output_dir/dinalrm; on Ctrl-C, which it receives too, wait until it has saved."""
+    from dinalrm_align.train.checkpoints import latest_checkpoint
 
-
-def _run(command: Sequence[object]) -> None:
-    """Run another recipe; on Ctrl-C, which it receives too, wait until it has saved."""
-    process = subprocess.Popen([str(word) for word in command])
+    run, recipe = Path(config.output_dir) / "dinalrm", Path(__file__).with_name("train_reward.py")
+    depth = round(config.stack.depth * 2 / 3)
+    taps = sorted({max(1, depth // 2), max(1, depth - 1), depth})
+    arguments = [
+        "--config", recipe.with_name("train_reward_shapes.yaml"), "--model", pipeline, "--pairs", pairs["train"],
+        "--validation_pairs", pairs["concepts"], "--output_dir", run, "--seed", config.seed, "--device", config.device,
+        "--reward.text_length", config.stack.text_length, "--reward.num_layers", depth, "--reward.visual_taps", taps,
+        "--reward.text_taps", taps,
+    ]  # fmt: skip
+    arguments = ["--resume", run] if latest_checkpoint(run) else arguments
+    process = subprocess.Popen([sys.executable, *map(str, (recipe, *arguments))])
     try:
         status = process.wait()
     except KeyboardInterrupt:
         status = process.wait()
     if status:
         raise SystemExit(status)
-
-
-def _rounded(numbers: dict[str, float]) -> str:
-    return json.dumps({name: round(value, 3) for name, value in numbers.items()})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,5 @@
 """Settings of the embedded world: sizes of its networks, preference pairs, and training from scratch. Torch-free."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,35 +65,29 @@ class StackConfig:
     def __post_init__(self) -> None:
         check_fields(self, "stack")
         check_integer("stack.text_length", self.text_length, low=3, high=512)
+        groups, side = self.vae_norm_groups, self.latent_size
         rules = [
             ("image_size", self.image_size >= 64 and self.image_size % 64 == 0, "a multiple of 64"),
-            ("vae_channels", self.vae_channels and not any(n % self.vae_norm_groups for n in self.vae_channels),
-             f"at least one width, each a multiple of vae_norm_groups, {self.vae_norm_groups}"),
+            ("vae_channels", self.vae_channels and not any(width % groups for width in self.vae_channels),
+             f"at least one width, each a multiple of vae_norm_groups, {groups}"),
             ("dual_attention_layers", all(block < self.depth for block in self.dual_attention_layers),
              f"blocks from 0 to depth - 1, {self.depth - 1}"),
             ("head_dim", self.head_dim % 2 == 0, "an even number"),
             ("clip_width", self.clip_width % 4 == 0, "a multiple of 4"),
             ("t5_width", self.t5_width == 2 * self.clip_width, f"twice clip_width, {2 * self.clip_width}"),
+            ("vae_channels", side % 2 == 0, f"as many widths as leave latents of an even side, not {side}"),
+            ("pos_embed_max_size", side <= 2 * self.pos_embed_max_size,
+             f"at least {side // 2}, for latents of side {side} in patches of 2"),
         ]  # fmt: skip
         for name, holds, expected in rules:
             if not holds:
                 raise ValueError(f"stack.{name}: got {getattr(self, name)}; expected {expected}")
-        if self.latent_size % 2:
-            raise ValueError(f"stack.vae_channels: got latents of side {self.latent_size}; expected an even side")
-        if self.latent_size > 2 * self.pos_embed_max_size:
-            raise ValueError(
-                f"stack.pos_embed_max_size: got {self.pos_embed_max_size}; expected at least {self.latent_size // 2}, "
-                f"for latents of side {self.latent_size} in patches of 2"
-            )
 
     @classmethod
-    def tiny(cls, **overrides) -> StackConfig:
+    def tiny(cls, **overrides) -> "StackConfig":
         """Sizes with a few tens of thousands of parameters, for tests."""
-        sizes = dict(
-            vae_channels=(8, 8, 8), vae_norm_groups=4, depth=4, head_dim=8, num_heads=2, dual_attention_layers=(0, 1),
-            clip_width=16, clip_layers=2, t5_width=32, t5_layers=1,
-        )  # fmt: skip
-        return cls(**{**sizes, **overrides})
+        sizes = dict(vae_channels=(8, 8, 8), vae_norm_groups=4, depth=4, head_dim=8, num_heads=2)
+        return cls(**(sizes | dict(clip_width=16, t5_width=32, t5_layers=1) | overrides))
 
     @property
     def latent_size(self) -> int:
@@ -134,10 +126,8 @@ class PairsConfig:
         check_fields(self, "pairs")
         for concept in self.emphasis:
             if concept not in CONCEPTS:
-                raise ValueError(
-                    f"pairs.emphasis: unknown concept {concept!r}{did_you_mean(concept, CONCEPTS) or ';'} known: "
-                    f"{', '.join(CONCEPTS)}"
-                )
+                hint = did_you_mean(concept, CONCEPTS) or ";"
+                raise ValueError(f"pairs.emphasis: unknown concept {concept!r}{hint} known: {', '.join(CONCEPTS)}")
 
 
 @dataclass
@@ -158,14 +148,10 @@ class StageConfig:
         check_fields(self, "stage")
 
 
-def _stage(
-    batch: int, steps: int, lr: float, *, ema: float = 0.999, decay: float = 1.0, warmup: int = 100
-) -> StageConfig:
-    return StageConfig(
-        batch,
-        LoopConfig(steps=steps, ema_decay=ema, checkpoint_every=500, keep_last=1),
-        OptimConfig(lr=lr, weight_decay=0.01, beta2=0.98, schedule="cosine", decay_share=decay, warmup_steps=warmup),
-    )
+def _stage(batch: int, steps: int, lr: float, *, ema: float = 0.999, decay: float = 1.0, warmup: int = 100):
+    loop = LoopConfig(steps=steps, ema_decay=ema, checkpoint_every=500, keep_last=1)
+    schedule = dict(schedule="cosine", decay_share=decay, warmup_steps=warmup)
+    return StageConfig(batch, loop, OptimConfig(lr=lr, weight_decay=0.01, beta2=0.98, **schedule))
 
 
 @dataclass
@@ -202,7 +188,5 @@ class BuildConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.pixel.batch_size < self.pairs.pictures:
-            raise ValueError(
-                f"pixel.batch_size: got {self.pixel.batch_size}; expected at least pairs.pictures, "
-                f"{self.pairs.pictures}, because a list is not split"
-            )
+            expected = f"at least pairs.pictures, {self.pairs.pictures}, because a list is not split"
+            raise ValueError(f"pixel.batch_size: got {self.pixel.batch_size}; expected {expected}")

@@ -7,8 +7,6 @@ objects are found (shape, colour, size) by factors for relation, background and 
 sharpness, contrast and centring. Models are trained on these scores only through preference labels.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 
@@ -31,19 +29,22 @@ _COLOUR_VALUES = np.array(list(COLOURS.values()))
 
 @dataclass(frozen=True)
 class SeenObject:
-    """An object detected in an image."""
+    """An object detected in an image.
+
+    Args:
+        overlap: shape -> intersection over union with that shape at the same centroid and area.
+        strength: distance between the object's and the background's colour; 1 is full contrast.
+        edge: width of the outline's ramp in pixels.
+    """
 
     colour: str
     x: float
     y: float
     area: float
     overlap: dict[str, float]
-    """Shape -> intersection over union with that shape at the same centroid and area."""
     box: tuple[float, float, float, float]
     strength: float
-    """Distance between the object's and the background's colour; 1 is full contrast."""
     edge: float
-    """Width of the outline's ramp in pixels."""
 
 
 def oracle_score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -54,10 +55,7 @@ def oracle_score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 
 def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """The PARTS of the score, each (B,) float32 in [0, 1].
-
-    Raises ValueError for images of another size, another number of captions, or text outside the grammar.
-    """
+    """The PARTS of the score, each (B,) float32 in [0, 1]. Raises ValueError for invalid images or captions."""
     side = images.shape[-1]
     if images.ndim != 4 or images.shape[1:] != (3, side, side) or side % SIZE:
         raise ValueError(f"images: got {tuple(images.shape)}; expected (B, 3, S, S), S a multiple of {SIZE}")
@@ -69,27 +67,28 @@ def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Te
 
 
 def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
-    ground, background = _background(image)
+    border = np.concatenate([edge.reshape(-1, 3) for edge in (image[:2], image[-2:], image[:, :2], image[:, -2:])])
+    ground = np.median(border, axis=0)
+    background = min(BACKGROUNDS, key=lambda name: np.abs(ground - np.array(BACKGROUNDS[name])).sum())
     found = find_objects(image, ground, background)
-    wanted, fit = list(scene.items), np.zeros(0)
-    matched: list[SeenObject] = []
+    wanted, fit, matched = list(scene.items), np.zeros(0), []
     if found:
         table = np.array([[_match(item, seen) for seen in found] for item in wanted])
         slots = range(max(len(found), len(wanted)))
         table = np.pad(table, ((0, 0), (0, len(slots) - len(found))))
-        best = max(
-            itertools.permutations(slots, len(wanted)), key=lambda order: sum(table[i, j] for i, j in enumerate(order))
-        )
+        orders = itertools.permutations(slots, len(wanted))
+        best = max(orders, key=lambda order: sum(table[i, j] for i, j in enumerate(order)))
         fit = np.array([table[i, j] for i, j in enumerate(best)])
         matched = [found[j] for j in best if j < len(found)]
     objects = float(fit.sum() / len(wanted))
-    relation = 1.0
-    if scene.relation:
-        relation = _relation(matched, scene.relation) if len(matched) == 2 else 0.0
-    nominal = np.array(BACKGROUNDS[scene.background])
-    on_ground = (
-        float(np.clip(1.5 - np.abs(ground - nominal).max() / 0.15, 0, 1)) if background == scene.background else 0.0
-    )
+    relation = 0.0 if scene.relation else 1.0
+    if scene.relation and len(matched) == 2:
+        offset = np.array([matched[0].x - matched[1].x, matched[0].y - matched[1].y])
+        direction = np.array(RELATIONS[scene.relation])
+        relation = float(np.clip(0.5 + (offset @ direction - np.abs(offset @ direction[::-1])) / 6.0, 0, 1))
+    on_ground = 0.0
+    if background == scene.background:
+        on_ground = float(np.clip(1.5 - np.abs(ground - np.array(BACKGROUNDS[background])).max() / 0.15, 0, 1))
     count = max(0.0, 1 - abs(len(found) - len(wanted)) / len(wanted))
     faithfulness = objects * (0.5 + 0.5 * relation) * (0.5 + 0.5 * on_ground) * (0.5 + 0.5 * count)
     sharpness = contrast = centring = 0.0
@@ -100,24 +99,13 @@ def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
         middle = (boxes[:, :2].min(0) + boxes[:, 2:].max(0)) / 2
         centring = float(np.clip(1 - (np.hypot(*(middle - SIZE / 2)) - 0.7) / 12, 0, 1))
     aesthetics = (sharpness + contrast + centring) / 3
-    return dict(
-        faithfulness=faithfulness, aesthetics=aesthetics, objects=objects, relation=relation, background=on_ground,
-        count=count, sharpness=sharpness, contrast=contrast, centring=centring,
-    )  # fmt: skip
-
-
-def _background(image: np.ndarray) -> tuple[np.ndarray, str]:
-    """The border's median colour, and the name of the nearest background."""
-    border = np.concatenate([edge.reshape(-1, 3) for edge in (image[:2], image[-2:], image[:, :2], image[:, -2:])])
-    ground = np.median(border, axis=0)
-    return ground, min(BACKGROUNDS, key=lambda name: np.abs(ground - np.array(BACKGROUNDS[name])).sum())
+    values = faithfulness, aesthetics, objects, relation, on_ground, count, sharpness, contrast, centring
+    return dict(zip(PARTS, values, strict=True))
 
 
 def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list[SeenObject]:
-    """The coloured objects of an image (64, 64, 3), at most the six largest.
-
-    A pixel is assigned to the colour with the nearest direction from the background, so low contrast and soft edges do
-    not change it.
+    """The coloured objects of an image (64, 64, 3), at most the six largest. A pixel belongs to the colour with the
+    nearest direction from the background, so low contrast and soft edges do not change it.
     """
     difference = image - ground
     distance = np.linalg.norm(difference, axis=-1)
@@ -163,10 +151,3 @@ def _match(item: Item, seen: SeenObject) -> float:
     above = np.clip(0.5 + (radius - SIZE_BOUNDARY) / 2.0, 0, 1)
     size = float(above if item.size == "large" else 1 - above)
     return 0.4 * shape + 0.4 * float(seen.colour == item.colour) + 0.2 * size
-
-
-def _relation(matched: list[SeenObject], relation: str) -> float:
-    offset = np.array([matched[0].x - matched[1].x, matched[0].y - matched[1].y])
-    along = offset @ np.array(RELATIONS[relation])
-    across = np.abs(offset @ np.array(RELATIONS[relation])[::-1])
-    return float(np.clip(0.5 + (along - across) / 6.0, 0, 1))

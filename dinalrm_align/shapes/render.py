@@ -5,8 +5,6 @@ Lengths are in units of a 64 x 64 image at any rendered size. Preferences depend
 and `offset` of the group of objects from the image's centre.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
@@ -64,7 +62,7 @@ def draw_nuisance(rng: np.random.Generator) -> Nuisance:
 
 
 def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
-    """Place a scene's items: random radii within their size class, the scene's relation, and an offset of the group."""
+    """Draw a layout: random radii within the size classes, the scene's relation, and an offset of the group."""
     marks = [Mark(item.shape, item.colour, 0.0, 0.0, rng.uniform(*RADII[item.size])) for item in scene.items]
     extents = [mark.radius * HALF_EXTENT[mark.shape] for mark in marks]
     gap = rng.uniform(*GAP)
@@ -86,10 +84,9 @@ def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawi
     room = (SIZE - 2 * MARGIN - shrink * (high - low)) / 2
     shift = np.clip(nuisance.offset * np.array([math.cos(direction), math.sin(direction)]), -room, room)
     centres = SIZE / 2 + shift + shrink * (centres - (low + high) / 2)
-    placed = tuple(
-        replace(mark, x=float(x), y=float(y), radius=mark.radius * shrink) for mark, (x, y) in zip(marks, centres)
-    )
-    return Drawing(placed, scene.background, nuisance.edge, nuisance.contrast)
+    radii = [mark.radius * shrink for mark in marks]
+    placed = [replace(mark, x=float(x), y=float(y), radius=r) for mark, (x, y), r in zip(marks, centres, radii)]
+    return Drawing(tuple(placed), scene.background, nuisance.edge, nuisance.contrast)
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -133,25 +130,20 @@ def concepts_of(scene: Scene) -> tuple[str, ...]:
 
 def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
     """The scene with one of its FAITHFULNESS concepts changed."""
-    items = list(scene.items)
+    if concept not in FAITHFULNESS:
+        raise ValueError(f"concept: got {concept!r}; expected one of {FAITHFULNESS}")
+    items = scene.items
     which = int(rng.integers(len(items)))
-
-    def other(values, value: str | None) -> str:
-        return str(rng.choice([name for name in values if name != value]))
-
-    if concept in ("shape", "colour", "size"):
-        values = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}[concept]
-        items[which] = replace(items[which], **{concept: other(values, getattr(items[which], concept))})
-        return replace(scene, items=tuple(items))
-    if concept == "relation":
-        return replace(scene, relation=other(RELATIONS, scene.relation))
-    if concept == "background":
-        return replace(scene, background=other(BACKGROUNDS, scene.background))
+    before, item, after = items[:which], items[which], items[which + 1 :]
     if concept == "count":
         if len(items) > 1 and (len(items) == max(COUNTS.values()) or rng.random() < 0.5):
-            return replace(scene, items=tuple(items[:which] + items[which + 1 :]), relation=None)
-        return replace(scene, items=(*items, replace(items[which], size="small")), relation=None)
-    raise ValueError(f"concept: got {concept!r}; expected one of {FAITHFULNESS}")
+            return replace(scene, items=before + after, relation=None)
+        return replace(scene, items=(*items, replace(item, size="small")), relation=None)
+    values = dict(shape=SHAPES, colour=COLOURS, size=SIZES, relation=RELATIONS, background=BACKGROUNDS)[concept]
+    owner = item if hasattr(item, concept) else scene
+    other = str(rng.choice([name for name in values if name != getattr(owner, concept)]))
+    changed = replace(owner, **{concept: other})
+    return replace(scene, items=(*before, changed, *after)) if owner is item else changed
 
 
 def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Nuisance:

@@ -7,8 +7,6 @@ A caption names one object, two objects and their relation, or several equal obj
 A tenth of all captions, chosen by a hash of the text, is held out from all training.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools
@@ -105,16 +103,12 @@ def all_scenes() -> dict[str, list[Scene]]:
     """Every scene by kind: "one" object, a "pair" with a relation, a "count" of equal objects."""
     items = [Item(shape, colour, size) for shape, colour, size in itertools.product(SHAPES, COLOURS, SIZES)]
     pairs = [(a, b) for a, b in itertools.permutations(items, 2) if (a.shape, a.colour) != (b.shape, b.colour)]
+    counts = itertools.product(items, COUNTS.values(), BACKGROUNDS)
     return {
         "one": [Scene((item,), ground) for item in items for ground in BACKGROUNDS],
         "pair": [Scene(pair, ground, rel) for pair in pairs for rel in RELATIONS for ground in BACKGROUNDS],
-        "count": [
-            Scene((item,) * number, ground)
-            for item in items
-            for number in COUNTS.values()
-            for ground in BACKGROUNDS
-            if item.size == "small" or number < 3  # three large objects do not fit the image
-        ],
+        # three large objects do not fit the image
+        "count": [Scene((item,) * n, ground) for item, n, ground in counts if item.size == "small" or n < 3],
     }
 
 
@@ -122,7 +116,7 @@ KIND_SHARES = {"one": 0.25, "pair": 0.5, "count": 0.25}
 
 
 def draw_scenes(number: int, rng, *, held_out: bool = False) -> list[Scene]:
-    """Draw `number` scenes with a numpy Generator, either training or held-out ones, kinds by KIND_SHARES."""
+    """Draw `number` training or held-out scenes with a numpy Generator, kinds by KIND_SHARES."""
     pools = _pools(held_out)
     kinds = rng.choice(list(KIND_SHARES), size=number, p=list(KIND_SHARES.values()))
     return [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]

@@ -5,8 +5,6 @@ The pipeline has a joint-attention transformer with RMS query-key norm and dual-
 encoder appended on the token axis). The tokenizers know the captions' words and fall back to single characters.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import (
@@ -33,10 +31,9 @@ def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
             pieces = [pieces[0] + pieces[1], *pieces[2:]]
-            if pieces[0] not in vocabulary:
-                vocabulary.append(pieces[0])
+            vocabulary.append(pieces[0])
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    ids = {token: index for index, token in enumerate(vocabulary)}
+    ids = {token: index for index, token in enumerate(dict.fromkeys(vocabulary))}
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=length)
 
 
@@ -63,10 +60,7 @@ def build_pipeline(config: StackConfig, seed: int = 0) -> StableDiffusion3Pipeli
     """A StableDiffusion3Pipeline of the given sizes, with random weights from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        width = config.num_heads * config.head_dim
-        pooled_width = 2 * config.clip_width
-        first_tokenizer = clip_tokenizer(CAPTION_WORDS, config.text_length)
-        second_tokenizer = clip_tokenizer(CAPTION_WORDS, config.text_length)
+        first_tokenizer, second_tokenizer = (clip_tokenizer(CAPTION_WORDS, config.text_length) for _ in range(2))
         third_tokenizer = t5_tokenizer(CAPTION_WORDS, config.text_length)
         levels = len(config.vae_channels)
         return StableDiffusion3Pipeline(
@@ -74,9 +68,9 @@ def build_pipeline(config: StackConfig, seed: int = 0) -> StableDiffusion3Pipeli
                 sample_size=config.latent_size, patch_size=2, in_channels=config.latent_channels,
                 out_channels=config.latent_channels, num_layers=config.depth, attention_head_dim=config.head_dim,
                 num_attention_heads=config.num_heads, joint_attention_dim=config.t5_width,
-                caption_projection_dim=width, pooled_projection_dim=pooled_width,
-                pos_embed_max_size=config.pos_embed_max_size, dual_attention_layers=config.dual_attention_layers,
-                qk_norm="rms_norm",
+                caption_projection_dim=config.num_heads * config.head_dim, qk_norm="rms_norm",
+                pooled_projection_dim=2 * config.clip_width, pos_embed_max_size=config.pos_embed_max_size,
+                dual_attention_layers=config.dual_attention_layers,
             ),
             vae=AutoencoderKL(
                 sample_size=config.image_size, block_out_channels=config.vae_channels,
@@ -93,22 +87,20 @@ def build_pipeline(config: StackConfig, seed: int = 0) -> StableDiffusion3Pipeli
 
 
 def _clip_encoder(config: StackConfig, tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=config.clip_width, intermediate_size=4 * config.clip_width,
-            projection_dim=config.clip_width, num_hidden_layers=config.clip_layers, num_attention_heads=4,
-            max_position_embeddings=config.text_length, hidden_act="gelu", bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    ).eval()  # fmt: skip
+    sizes = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=config.clip_width, intermediate_size=4 * config.clip_width,
+        projection_dim=config.clip_width, num_hidden_layers=config.clip_layers, num_attention_heads=4,
+        max_position_embeddings=config.text_length, hidden_act="gelu", bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(sizes).eval()
 
 
 def _t5_encoder(config: StackConfig, tokenizer: T5TokenizerFast) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer), d_model=config.t5_width, d_kv=config.t5_width // 4,
-            d_ff=4 * config.t5_width, num_layers=config.t5_layers, num_heads=4, feed_forward_proj="gated-gelu",
-            dropout_rate=0.0, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            relative_attention_num_buckets=16, relative_attention_max_distance=32,
-        )
-    ).eval()  # fmt: skip
+    sizes = T5Config(
+        vocab_size=len(tokenizer), d_model=config.t5_width, d_kv=config.t5_width // 4, d_ff=4 * config.t5_width,
+        num_layers=config.t5_layers, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        relative_attention_num_buckets=16, relative_attention_max_distance=32,
+    )  # fmt: skip
+    return T5EncoderModel(sizes).eval()

@@ -21,7 +21,7 @@ from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.latent import LatentReward
 from dinalrm_align.reward.training import score_batch
 from dinalrm_align.shapes.config import PairsConfig
-from dinalrm_align.shapes.pairs import write_heldout_pairs
+from dinalrm_align.shapes.pairs import write_pairs
 
 STORED = Path(__file__).parents[3] / "examples" / "results" / "evaluation"
 SCORE_TOLERANCE = 0.002
@@ -56,7 +56,7 @@ def test_the_shipped_reward_reproduces_the_stored_scores(stored, tmp_path):
     spec = MODELS["shapes"]
     pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
     lists = PairsConfig(heldout_groups=GROUPS, sampled_share=1.0)  # the first of the evaluated lists
-    write_heldout_pairs(tmp_path / "pairs", pipeline, lists)
+    write_pairs("heldout", tmp_path / "pairs", pipeline, lists)
     model = LatentReward.from_pretrained(spec.reward, transformer=pipeline.transformer.requires_grad_(False)).model
     batches = LatentPairs(tmp_path / "pairs", batch_size=terms["batch_size"]).in_order()
     level = NoiseLevels.at(0.4)

@@ -11,12 +11,19 @@ from torch import nn
 
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.reward.pixel.clip import ClipReward
-from dinalrm_align.shapes.build.autoencoder import train_vae, vae_gate
-from dinalrm_align.shapes.build.base import Together, train_base
-from dinalrm_align.shapes.build.pixel import save_clip_reward, train_pixel
-from dinalrm_align.shapes.build.text import SLOT_CLASSES, _slot_loss, _slots, train_text
+from dinalrm_align.shapes.build import (
+    SLOT_CLASSES,
+    _slot_loss,
+    _slots,
+    save_clip_reward,
+    train_pixel,
+    train_text,
+    train_vae,
+    vae_gate,
+)
+from dinalrm_align.shapes.build_base import Together, train_base
 from dinalrm_align.shapes.config import BuildConfig, PairsConfig, StackConfig
-from dinalrm_align.shapes.pairs import write_training_pairs
+from dinalrm_align.shapes.pairs import write_pairs
 from dinalrm_align.shapes.scene import parse_caption
 from dinalrm_align.shapes.stack import build_pipeline
 from dinalrm_align.train.metrics import read_metrics
@@ -105,7 +112,7 @@ def test_optimisers_together_step_and_restore_as_they_do_apart():
 
 
 def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tmp_path):
-    write_training_pairs(tmp_path / "pairs", pipeline, PairsConfig(groups=8, pictures=3, sampled_share=0))
+    write_pairs("train", tmp_path / "pairs", pipeline, PairsConfig(groups=8, pictures=3, sampled_share=0))
     pairs = LatentPairs(tmp_path / "pairs", batch_size=4)
     clip = train_pixel(pipeline, pairs, config, Accelerator(cpu=True))
     save_clip_reward(clip, pipeline.tokenizer, tmp_path / "pixel")

@@ -14,26 +14,24 @@ from dinalrm_align.shapes.pairs import (
     _damage,
     ensure_pairs,
     render_hpdv3,
-    write_concept_pairs,
-    write_shifted_pairs,
-    write_training_pairs,
+    write_pairs,
 )
 from dinalrm_align.shapes.scene import is_held_out, parse_caption
 
 
 def test_training_pairs_are_all_pairs_of_lists_of_training_captions(tiny_pipeline, tmp_path):
     config = PairsConfig(groups=6, pictures=3, sampled_share=0.5, seed=1)
-    write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
+    write_pairs("train", tmp_path / "pairs", tiny_pipeline, config)
     pairs = LatentPairs(tmp_path / "pairs", batch_size=6, seed=0)
     batch = pairs.batch_at(0)
     assert batch.latents.shape == (18, 16, 16, 16) and len(batch.chosen) == 6 * 3
     assert not any(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
     with pytest.raises(FileExistsError):
-        write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
+        write_pairs("train", tmp_path / "pairs", tiny_pipeline, config)
 
 
 def test_concept_pairs_are_equally_many_held_out_pairs_of_each_concept(tiny_pipeline, tmp_path):
-    write_concept_pairs(tmp_path / "concepts", tiny_pipeline, PairsConfig(per_concept=2))
+    write_pairs("concepts", tmp_path / "concepts", tiny_pipeline, PairsConfig(per_concept=2))
     pairs = LatentPairs(tmp_path / "concepts", batch_size=4, seed=0)
     names = [name for batch in pairs.in_order() for name in batch.concepts]
     assert sorted(names) == sorted(2 * CONCEPTS)
@@ -41,7 +39,7 @@ def test_concept_pairs_are_equally_many_held_out_pairs_of_each_concept(tiny_pipe
 
 
 def test_shifted_pairs_are_damaged_concept_pairs(tiny_pipeline, tmp_path):
-    write_shifted_pairs(tmp_path / "shifted", tiny_pipeline, PairsConfig(per_shifted=1))
+    write_pairs("shifted", tmp_path / "shifted", tiny_pipeline, PairsConfig(per_shifted=1))
     pairs = LatentPairs(tmp_path / "shifted", batch_size=4, seed=0)
     assert sum(len(batch.chosen) for batch in pairs.in_order()) == len(CONCEPTS)
     flat = torch.full((2, 3, 64, 64), 0.5)
@@ -71,7 +69,7 @@ def test_a_folder_in_hpdv3s_layout_holds_the_pairs_of_training(tiny_pipeline, tm
     render_hpdv3(tmp_path / "world", tiny_pipeline, config)
     records = json.loads((tmp_path / "world" / "train.json").read_text())
     assert len(records) == 9 and len(list((tmp_path / "world" / "images").iterdir())) == 9
-    write_training_pairs(tmp_path / "pairs", tiny_pipeline, config)
+    write_pairs("train", tmp_path / "pairs", tiny_pipeline, config)
     batch = LatentPairs(tmp_path / "pairs", batch_size=3).in_order()[0]
     for number, record in enumerate(records):
         image = open_image(tmp_path / "world" / record["path1"])

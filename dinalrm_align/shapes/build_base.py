@@ -20,58 +20,45 @@ from dinalrm_align.models.grids import save_grid
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.vae import decode_latents, encode_images
-from dinalrm_align.shapes.build.stage import random_images, run_stage
+from dinalrm_align.shapes.build import random_images, run_stage
 from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
+from dinalrm_align.shapes.pairs import sample_latents
 from dinalrm_align.shapes.render import SIZE, Drawing, coverage
 from dinalrm_align.shapes.scene import SHAPES, draw_scenes
 from dinalrm_align.train.files import write_atomically
-from dinalrm_align.train.loop import Hook
+from dinalrm_align.train.loop import Closures, Hook
 from dinalrm_align.train.state import adamw
 
-CELLS = 2
-"""Cells per side of a patch of 2 x 2 latents in the auxiliary loss."""
+CELLS = 2  # per side of a patch of 2 x 2 latents, in the auxiliary loss
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers over disjoint parameters that act as one."""
+    """Several optimisers over disjoint parameters that act as one: they share its state and parameter groups."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
-        self.param_groups = [group for part in parts for group in part.param_groups]
+        self._share()
 
     def step(self, closure: None = None) -> None:
         for part in self.parts:
             part.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of one optimiser over all parameters, those of the first part first."""
-        merged: dict[str, Any] = {"state": {}, "param_groups": []}
-        for part, offset in zip(self.parts, self._offsets()):
-            saved = part.state_dict()
-            merged["state"] |= {offset + index: state for index, state in saved["state"].items()}
-            merged["param_groups"] += [
-                {**group, "params": [offset + index for index in group["params"]]} for group in saved["param_groups"]
-            ]
-        return merged
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        offsets = self._offsets()
-        for part, start, end in zip(self.parts, offsets, offsets[1:]):
-            state = {index - start: state for index, state in state_dict["state"].items() if start <= index < end}
-            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def _offsets(self) -> list[int]:
-        """Number of parameters before each part, and in total."""
-        counts = [sum(len(group["params"]) for group in part.param_groups) for part in self.parts]
-        return [sum(counts[:index]) for index in range(len(counts) + 1)]
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
 
 
 def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
     """Train `pipeline.transformer` in place on frozen text encoders and latents encoded once."""
-    stage, transformer, device = config.base, pipeline.transformer.to(accelerator.device), accelerator.device
+    stage, optim, device = config.base, config.base.optim, accelerator.device
+    transformer = pipeline.transformer.to(device)
     latents, layouts, captions = _cached_images(pipeline, config)
     encoder = PromptEncoder(pipeline, text_length=config.stack.text_length, device=device)
     encoder(sorted({*captions, ""}), batch_size=256)
@@ -79,7 +66,10 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         layout_head = nn.Linear(width, len(SHAPES) * CELLS**2).to(device)
-    _zero_modulation(transformer)
+    for name, module in transformer.named_modules():  # as in DiT: every block is the identity, the output is zero
+        if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
     tapped: dict[str, Tensor] = {}
     tap = transformer.transformer_blocks[config.stack.depth // 2 - 1].register_forward_hook(
         lambda module, inputs, outputs: tapped.update(image=outputs[1])
@@ -93,14 +83,8 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
         u = torch.sigmoid(1.2 * torch.randn(stage.batch_size, generator=generator))
         shift = config.stack.scheduler_shift
         noise = torch.randn(stage.batch_size, *latents.shape[1:], generator=generator)
-        parts = (
-            latents[rows].float(),
-            layouts[rows].float() / 255,
-            embeds,
-            pooled,
-            shift * u / (1 + (shift - 1) * u),
-            noise,
-        )
+        sigma = shift * u / (1 + (shift - 1) * u)
+        parts = latents[rows].float(), layouts[rows].float() / 255, embeds, pooled, sigma, noise
         return tuple(part.to(device) for part in parts)
 
     def step(batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
@@ -114,8 +98,12 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
         shape = F.mse_loss(layout_head(tapped["image"]), wanted)
         return flow + config.layout_weight * shape, {"flow": flow.item(), "layout": shape.item()}
 
+    @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        images, prompts = sample_held_out(pipeline, encoder, 64, config.seed)
+        rng = np.random.default_rng((config.seed, 1234))
+        prompts = [scene.caption for scene in draw_scenes(64, rng, held_out=True)]
+        settings = dict(steps=MODELS["shapes"].num_steps, guidance=MODELS["shapes"].guidance_scale, seed=config.seed)
+        images = decode_latents(pipeline.vae, sample_latents(pipeline, encoder, prompts, **settings)).cpu()
         save_grid(images, prompts, Path(config.output_dir) / "base" / f"grid_{step:06d}.png")
         parts = oracle_parts(images, prompts)
         numbers = {name: value.mean().item() for name, value in parts.items()}
@@ -123,39 +111,22 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
         return {**numbers, "oracle": oracle_score(images, prompts).mean().item()}
 
     transformer.requires_grad_(True)
-    parameters = {
-        **dict(transformer.named_parameters()),
-        **{f"layout.{n}": p for n, p in layout_head.named_parameters()},
-    }
-    matrices = [
-        name
-        for name, p in parameters.items()
-        if p.ndim == 2 and name.startswith("transformer_blocks") and "norm" not in name
-    ]
-    optim = stage.optim
-    optimizer = Together(
-        torch.optim.Muon(
-            [parameters[name] for name in matrices], lr=optim.lr, weight_decay=optim.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        adamw([{"params": [p for name, p in parameters.items() if name not in set(matrices)]}], optim),
-    )  # fmt: skip
+    parameters = dict(transformer.named_parameters())
+    parameters |= {f"layout.{name}": p for name, p in layout_head.named_parameters()}
+    matrices, others = [], []
+    for name, p in parameters.items():
+        matrix = p.ndim == 2 and name.startswith("transformer_blocks") and "norm" not in name
+        (matrices if matrix else others).append(p)
+    muon = torch.optim.Muon(matrices, lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw")
+    optimizer = Together(muon, adamw([{"params": others}], optim))
     for group in optimizer.param_groups:
         group["initial_lr"] = optim.lr
     run_stage(
-        "base", stage, config, accelerator, parameters, batch_at, step, optimizer=optimizer,
+        "base", config, accelerator, parameters, Closures(batch_at, step), optimizer=optimizer,
         hooks=(Hook(500, evaluate, at_start=False),), shown=("flow", "layout"),
     )  # fmt: skip
     transformer.requires_grad_(False)
     tap.remove()
-
-
-def _zero_modulation(transformer: nn.Module) -> None:
-    """Initialise as in DiT: every block is the identity, and the output is zero."""
-    for name, module in transformer.named_modules():
-        if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
 
 
 @torch.no_grad()
@@ -171,9 +142,8 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
             latents.append(encode_images(pipeline.vae, images).half().cpu())
             layouts.append(torch.stack([_layout(drawing, config.stack.latent_size) for drawing in drawings]))
             captions += [scene.caption for scene in scenes]
-        save_file(
-            {"latents": torch.cat(latents).contiguous(), "layouts": torch.cat(layouts)}, folder / "pictures.safetensors"
-        )
+        tensors = {"latents": torch.cat(latents).contiguous(), "layouts": torch.cat(layouts)}
+        save_file(tensors, folder / "pictures.safetensors")
         write_atomically(folder / "captions.json", json.dumps(captions))
     stored = load_file(folder / "pictures.safetensors")
     return stored["latents"], stored["layouts"], json.loads((folder / "captions.json").read_text(encoding="utf-8"))
@@ -185,22 +155,3 @@ def _layout(drawing: Drawing, cells: int) -> Tensor:
     for mark in drawing.marks:
         cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))
     return (F.adaptive_avg_pool2d(cover, cells).clamp(0, 1) * 255).round().byte()
-
-
-@torch.no_grad()
-def sample_held_out(
-    pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, number: int, seed: int
-) -> tuple[Tensor, list[str]]:  # fmt: skip
-    """Samples (number, 3, H, W) of held-out captions at the default steps and guidance, and the captions."""
-    prompts = [scene.caption for scene in draw_scenes(number, np.random.default_rng((seed, 1234)), held_out=True)]
-    spec = MODELS["shapes"]
-    embeds, pooled = encoder(prompts)
-    empty, empty_pooled = encoder.empty(number)
-    size = pipeline.vae.config.sample_size
-    pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(
-        prompt_embeds=embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
-        negative_pooled_prompt_embeds=empty_pooled, height=size, width=size, num_inference_steps=spec.num_steps,
-        guidance_scale=spec.guidance_scale, generator=torch.Generator().manual_seed(seed), output_type="latent",
-    ).images  # fmt: skip
-    return decode_latents(pipeline.vae, latents).cpu(), prompts

@@ -1,0 +1,216 @@
+"""Training of the embedded world's autoencoder, text encoders and pixel reward from scratch, in resumable stages.
+
+Each stage trains part of the pipeline in place; `recipes/build_shapes.py` runs them in order and saves the results.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from dinalrm_align.data.latent_pairs import LatentPairs
+from dinalrm_align.data.pairs import PairBatch
+from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from dinalrm_align.models.vae import decode_latents, encode_images
+from dinalrm_align.shapes.config import BuildConfig, StageConfig
+from dinalrm_align.shapes.oracle import PARTS, oracle_parts
+from dinalrm_align.shapes.render import Drawing, draw_nuisance, lay_out, render
+from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, draw_scenes
+from dinalrm_align.train.checkpoints import latest_checkpoint
+from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.loop import Closures, RunFolder, fit
+from dinalrm_align.train.state import RunState
+
+SLOT_CLASSES = [4, *[len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1] * 3, len(RELATIONS) + 1, len(BACKGROUNDS) + 1]
+"""Classes per slot of a caption, see `_slots`; class 0 is "none"."""
+
+
+def random_images(number: int, rng: np.random.Generator, size: int) -> tuple[Tensor, list[Scene], list[Drawing]]:
+    """Images (number, 3, size, size) of random training captions with ordinary nuisances, their scenes and drawings."""
+    scenes = draw_scenes(number, rng)
+    drawings = [lay_out(scene, draw_nuisance(rng), rng) for scene in scenes]
+    return render(drawings, size), scenes, drawings
+
+
+def run_stage(
+    name: str, config: BuildConfig, accelerator: Accelerator, parameters: dict[str, nn.Parameter],
+    closures: Closures, *, optimizer: torch.optim.Optimizer | None = None, **options: Any,
+) -> None:  # fmt: skip
+    """Run `fit` with its `options` in output_dir/name, from its last checkpoint if any; the parameters end at their
+    moving average.
+    """
+    stage: StageConfig = getattr(config, name)
+    folder = Path(config.output_dir) / name
+    run = RunFolder(folder, checkpoint=latest_checkpoint(folder), resume_command="the same command again")
+    state = RunState.initial(parameters, stage.loop, stage.optim, optimizer=optimizer)
+    fit(stage.loop, stage.optim, state, closures, accelerator=accelerator, run=run, **options)
+    kind = "ema" if stage.loop.ema_decay > 0 else "weights"
+    average = load_file(latest_checkpoint(folder) / f"{kind}.safetensors")
+    with torch.no_grad():
+        for key, p in parameters.items():
+            p.copy_(average[key])
+
+
+def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
+    """Train `pipeline.vae` in place: L1 + L2 + a weak KL term, on random quarters of the images and finally on whole
+    ones. The latents' mean and standard deviation become its shift and scaling factors.
+    """
+    vae, stage = pipeline.vae.to(memory_format=torch.channels_last), config.vae
+    size = config.stack.image_size
+    whole_from = int(0.85 * stage.loop.steps)
+
+    def batch_at(step: int) -> tuple[Tensor, torch.Generator]:
+        rng, generator = np.random.default_rng((config.seed + 1, step)), torch.Generator().manual_seed(step)
+        if step >= whole_from:
+            return random_images(max(1, stage.batch_size // 4), rng, size)[0], generator
+        images = random_images(stage.batch_size, rng, size)[0]
+        side = size // 2
+        top, left = 4 * rng.integers(0, side // 4 + 1, 2)
+        return images[:, :, top : top + side, left : left + side], generator
+
+    def step(batch: tuple[Tensor, torch.Generator]) -> tuple[Tensor, dict[str, float]]:
+        images, generator = batch
+        x = (2 * images - 1).to(accelerator.device, memory_format=torch.channels_last)
+        posterior = vae.encode(x).latent_dist
+        decoded = vae.decode(posterior.sample(generator)).sample
+        squared = F.mse_loss(decoded, x)
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        loss = F.l1_loss(decoded, x) + squared + 2e-4 * kl
+        return loss, {"psnr": 10 * math.log10(4 / squared.item()), "kl": kl.item()}
+
+    vae.requires_grad_(True)
+    parameters = dict(vae.named_parameters())
+    run_stage("vae", config, accelerator, parameters, Closures(batch_at, step), shown=("loss", "psnr"))
+    vae.requires_grad_(False)
+    images = 2 * random_images(512, np.random.default_rng((config.seed, 99)), size)[0] - 1
+    chunks = [chunk.to(vae.device, memory_format=torch.channels_last) for chunk in images.split(64)]
+    with torch.no_grad():
+        z = torch.cat([vae.encode(chunk).latent_dist.mean.contiguous() for chunk in chunks])
+    vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
+
+
+def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, float]:
+    """Correlation of each part of the oracle's score before and after the autoencoder, and the PSNR. Half of the images
+    are scored with another caption, so that faithfulness varies.
+    """
+    images, scenes, _ = random_images(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
+    captions = [scene.caption for scene in scenes[: number // 2] + scenes[number // 2 - 1 :: -1]]
+    decoded = torch.cat([decode_latents(vae, encode_images(vae, chunk)) for chunk in images.split(64)])
+    before, after = oracle_parts(images, captions), oracle_parts(decoded.cpu(), captions)
+    gate = {part: torch.corrcoef(torch.stack([before[part], after[part]]))[0, 1].item() for part in PARTS}
+    return {**gate, "psnr": -10 * math.log10(F.mse_loss(decoded.cpu(), images).item())}
+
+
+def _slots(scene: Scene | None) -> list[int]:
+    """Content of a caption, one class per slot: number of items; shape, colour, size of each; relation; background."""
+    if scene is None:
+        return [0] * len(SLOT_CLASSES)
+    slots = [len(scene.items)]
+    for item in (*scene.items, *[None] * (3 - len(scene.items))):
+        values = ((SHAPES, "shape"), (tuple(COLOURS), "colour"), (SIZES, "size"))
+        slots += [names.index(vars(item)[kind]) + 1 if item else 0 for names, kind in values]
+    slots.append(list(RELATIONS).index(scene.relation) + 1 if scene.relation else 0)
+    return [*slots, list(BACKGROUNDS).index(scene.background) + 1]
+
+
+def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
+    """Train the three text encoders in place: each T5 token, the last token of each CLIP tower and the pooled embedding
+    predict the caption's content. This replaces the web-scale pretraining of SD3's encoders.
+    """
+    stack, length = config.stack, config.stack.text_length
+    towers = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
+    tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3]
+    widths = (2 * stack.clip_width, 2 * stack.clip_width, stack.t5_width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        heads = nn.ModuleList([nn.Linear(width, sum(SLOT_CLASSES)) for width in widths])
+    parts = nn.ModuleList([*towers, heads]).to(accelerator.device)
+
+    def batch_at(step: int) -> list[Scene | None]:
+        return [*draw_scenes(config.text.batch_size - 1, np.random.default_rng((config.seed + 2, step))), None]
+
+    def step(scenes: list[Scene | None]) -> tuple[Tensor, dict[str, float]]:
+        captions = [scene.caption if scene else "" for scene in scenes]
+        target = torch.tensor([_slots(scene) for scene in scenes], device=accelerator.device)
+        options = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids = [tokenizer(captions, **options).input_ids.to(accelerator.device) for tokenizer in tokenizers]
+        clips = [tower(tokens, output_hidden_states=True) for tower, tokens in zip(towers[:2], ids[:2])]
+        pooled = torch.cat([out.text_embeds for out in clips], -1)
+        last = torch.cat([out.hidden_states[-2][:, -1] for out in clips], -1)
+        every = towers[2](ids[2]).last_hidden_state
+        losses = {"pooled": _slot_loss(heads[0](pooled), target), "clip": _slot_loss(heads[1](last), target)}
+        losses["t5"] = _slot_loss(heads[2](every), target[:, None].expand(-1, length, -1))
+        return sum(losses.values()), {name: loss.item() for name, loss in losses.items()}
+
+    parts.requires_grad_(True)
+    run_stage("text", config, accelerator, dict(parts.named_parameters()), Closures(batch_at, step))
+    parts.requires_grad_(False)
+
+
+def _slot_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy over slots: logits (..., sum of SLOT_CLASSES), target (..., slots)."""
+    parts, targets = logits.split(SLOT_CLASSES, -1), target.unbind(-1)
+    losses = [F.cross_entropy(part.flatten(0, -2), wanted.flatten()) for part, wanted in zip(parts, targets)]
+    return sum(losses) / len(losses)
+
+
+def train_pixel(
+    pipeline: StableDiffusion3Pipeline, pairs: LatentPairs, config: BuildConfig, accelerator: Accelerator
+) -> CLIPModel:
+    """Train a CLIP model on the decoded images of the pairs with PickScore's likelihood (arXiv 2305.01569); its text
+    tower is initialised from the pipeline's.
+    """
+    size, text = config.stack.image_size, pipeline.text_encoder.config.to_dict()
+    text.pop("_name_or_path", None)
+    vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=8)
+    vision |= dict(image_size=size, hidden_act="gelu")
+    scale = dict(projection_dim=text["projection_dim"], logit_scale_init_value=math.log(10.0))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, **scale))
+    clip.text_model.load_state_dict(pipeline.text_encoder.text_model.state_dict())
+    clip.text_projection.load_state_dict(pipeline.text_encoder.text_projection.state_dict())
+    clip.to(accelerator.device).train()
+    preprocess = Preprocess(size, (size, size), CLIP_MEAN, CLIP_STD)
+
+    def batch_at(step: int) -> tuple[PairBatch, Tensor]:
+        batch = pairs.batch_at(step).to(accelerator.device)
+        with torch.no_grad():
+            return batch, preprocess(decode_latents(pipeline.vae, batch.latents))
+
+    def step(item: tuple[PairBatch, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        batch, pixel_values = item
+        prompts = list(batch.group_prompts)
+        ids = pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        text = F.normalize(clip.get_text_features(input_ids=ids.to(accelerator.device)).pooler_output, dim=-1)
+        image = F.normalize(clip.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
+        scores = clip.logit_scale.exp() * (image * text[batch.group]).sum(-1)
+        gap = scores[batch.chosen] - scores[batch.rejected]
+        return -F.logsigmoid(gap).mean(), {"accuracy": (gap > 0).float().mean().item()}
+
+    parameters = dict(clip.named_parameters())
+    run_stage("pixel", config, accelerator, parameters, Closures(batch_at, step), shown=("loss", "accuracy"))
+    return clip.requires_grad_(False).eval()
+
+
+def save_clip_reward(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write a folder in PickScore's layout: model, tokenizer, preprocessor_config.json."""
+    clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = clip.config.vision_config.image_size
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+        "do_convert_rgb": True,
+    }  # fmt: skip
+    write_atomically(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=1))
