@@ -27,8 +27,6 @@ from dinalrm_align.train.files import HUB_ID, make_folder, read_json, write_atom
 
 WEIGHTS = "model.safetensors"
 PEFT_PREFIX = "base_model.model."
-FILES = ("config.json", WEIGHTS, "checkpoint/*")
-"""What is downloaded of a repository."""
 FORMATS = ("dinalrm", "released")
 OWN_KEYS = (
     "sigma", "image_sigma", "ensemble", "snap_sigma", "score_scale", "score_bias", "text_length", "vae_scaling_factor",
@@ -37,6 +35,8 @@ OWN_KEYS = (
 """Fields without a counterpart in the released config.json; written to a section `dinalrm_align`."""
 SQUASH = ("eta3", "eta4")
 """In the released code these two parameters belong neither to the head nor to `rm_head.pt`."""
+RELEASED_HEAD = ("use_proj_in", "width", "num_queries", "num_attn_heads", "dropout")
+"""The released config's fields of the head; it has the defaults of `HeadConfig`."""
 RELEASED_DEFAULTS = dict(sigma=0.4, image_sigma=0.1, snap_sigma=True, score_scale=0.1, score_bias=1.0, text_length=256)
 """As in the released README: score = (raw + 10) / 10, sigma 0.4 for sampled latents and 0.1 for image files."""
 
@@ -52,11 +52,8 @@ class Checkpoint:
 
 
 def read_checkpoint(source: str | Path, *, subfolder: str = "", **hub: Unpack[HubOptions]) -> Checkpoint:
-    """Read either layout from a folder or hub id.
-
-    Raises ValueError or FileNotFoundError with the file and the problem; checks that all tensors are finite.
-    """
-    folder = fetch(source, FILES, what="reward", subfolder=subfolder, **hub)
+    """Read either layout from a folder or hub id; raises ValueError or FileNotFoundError that name the file."""
+    folder = fetch(source, ("config.json", WEIGHTS, "checkpoint/*"), what="reward", subfolder=subfolder, **hub)
     path = folder / "config.json"
     values = read_json(path, "a latent reward in our layout or in DiNa-LRM's released one")
     try:
@@ -79,14 +76,17 @@ def save_checkpoint(
     """Write `config` and `tensors` (`RewardModel.tuned_tensors()`). format: dinalrm (ours) or released."""
     if format not in FORMATS:
         raise ValueError(f"checkpoint format: got {format!r}; known: {', '.join(FORMATS)}")
-    if format == "released":
-        _check_released(config)
+    parts = {"head.film": config.head.film, "head.value_gates": config.head.value_gates, "text_taps": config.text_taps}
+    lacking = [name for name, present in parts.items() if not present]
+    if format == "released" and lacking:
+        raise ValueError(
+            f"the released layout has no place for a reward without {', '.join(lacking)}; save as 'dinalrm'"
+        )
     directory = Path(directory)
     make_folder(directory)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     if format == "dinalrm":
-        metadata = {"format": "pt", "sha256": digest(tensors)}
-        write_atomically(directory / WEIGHTS, save(tensors, metadata))
+        write_atomically(directory / WEIGHTS, save(tensors, {"format": "pt", "sha256": digest(tensors)}))
         _write_json(directory / "config.json", config.to_dict())
     else:
         _write_released(directory, config, tensors)
@@ -100,8 +100,8 @@ def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> 
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):
         raise ValueError(
-            f"{folder / 'config.json'}: base_model_id: got {base_model_id!r}; expected a hub id, owner/name: a "
-            "downloaded checkpoint must not name local paths. Copy it to a folder of your own and correct it there"
+            f"{folder / 'config.json'}: base_model_id: got {base_model_id!r}; expected a hub id, owner/name, in a "
+            "downloaded checkpoint: copy it to a folder of your own and correct it there"
         )
     return os.path.normpath(folder / base_model_id) if relative else base_model_id
 
@@ -129,17 +129,17 @@ def _read_released(folder: Path, values: dict[str, Any]) -> Checkpoint:
     squash = {name: torch.tensor(float(own.pop(name))) for name in SQUASH if name in own}
     tuning = "none" if model["freeze_backbone"] else "lora" if model["use_lora"] else "full"
     checkpoint = folder / "checkpoint"
-    lora, backbone, where = LoraConfig(), {}, str(checkpoint / "rm_head.pt")
+    path = checkpoint / ("full_model.pt" if tuning == "full" else "rm_head.pt")
+    lora, backbone, where, head_tensors = LoraConfig(), {}, str(path), read_tensors(path)
     if tuning == "full":
-        where = str(checkpoint / "full_model.pt")
-        backbone, head_tensors = _split_full_model(read_tensors(checkpoint / "full_model.pt"), where)
-    else:
-        head_tensors = read_tensors(checkpoint / "rm_head.pt")
+        backbone, head_tensors = _split_full_model(head_tensors, where)
     if tuning == "lora":
         lora, backbone = _read_adapter(checkpoint / "backbone_lora")
         where = f"{checkpoint / 'backbone_lora'} and {where}"
-    if model.get("use_logistic", False):
+    use_logistic = model.get("use_logistic", False)
+    if use_logistic:
         head_tensors = {"eta3": torch.tensor(0.0), "eta4": torch.tensor(0.15)} | squash | head_tensors
+    released = {name: head[name] for name in RELEASED_HEAD if name in head}
     config = RewardConfig(
         base_model_id=model["backbone_model_id"],
         num_layers=model["num_transformer_layers"],
@@ -147,14 +147,7 @@ def _read_released(folder: Path, values: dict[str, Any]) -> Checkpoint:
         text_taps=tuple(sorted(model["text_head_idx"])),
         tuning=tuning,
         lora=lora,
-        head=HeadConfig(
-            width=head.get("width", -1),
-            use_proj_in=head.get("use_proj_in", False),
-            num_queries=head.get("num_queries", 4),
-            num_attn_heads=head.get("num_attn_heads", 8),
-            dropout=head.get("dropout", 0.0),
-            use_logistic=model.get("use_logistic", False),
-        ),
+        head=HeadConfig(**released, use_logistic=use_logistic),
         add_noise=values.get("training", {}).get("add_noise", True),
         **(RELEASED_DEFAULTS | own),
     )
@@ -162,48 +155,33 @@ def _read_released(folder: Path, values: dict[str, Any]) -> Checkpoint:
     return Checkpoint(config, tensors, folder, where)
 
 
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _split_full_model(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    backbone = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
-    head = {k.removeprefix("reward_head."): v for k, v in tensors.items() if k.startswith(("reward_head.", *SQUASH))}
+    head = _part(tensors, "reward_head.") | {k: v for k, v in tensors.items() if k.startswith(SQUASH)}
     strange = [name for name in tensors if not name.startswith(("backbone.", "reward_head.", *SQUASH))]
     if strange:
         raise ValueError(f"{where}: unexpected tensors {', '.join(strange[:3])}; expected backbone.* and reward_head.*")
-    return backbone, head
+    return _part(tensors, "backbone."), head
 
 
 def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     values = read_json(folder / "adapter_config.json", "the LoRA that config.json asks for")
-    unsupported = [
-        key
-        for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
-        if values.get(key)
-    ]
+    options = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
+    unsupported = [key for key in options if values.get(key)]
     if values.get("peft_type", "LORA") != "LORA" or unsupported or values.get("bias", "none") != "none":
-        raise ValueError(
-            f"{folder / 'adapter_config.json'}: expected a plain LoRA of one rank; got peft_type "
-            f"{values.get('peft_type')}, bias {values.get('bias')}, {', '.join(unsupported)}"
-        )
+        got = f"got peft_type {values.get('peft_type')}, bias {values.get('bias')}, {', '.join(unsupported)}"
+        raise ValueError(f"{folder / 'adapter_config.json'}: expected a plain LoRA of one rank; {got}")
     init = "gaussian" if values.get("init_lora_weights") == "gaussian" else "kaiming"
     tensors = read_tensors(folder / "adapter_model.safetensors")
-    return (
-        LoraConfig(rank=values["r"], alpha=values["lora_alpha"], init=init),
-        {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()},
-    )
-
-
-def _check_released(config: RewardConfig) -> None:
-    """Raise ValueError for an architecture that the released code does not have."""
-    parts = {"head.film": config.head.film, "head.value_gates": config.head.value_gates, "text_taps": config.text_taps}
-    lacking = [name for name, present in parts.items() if not present]
-    if lacking:
-        raise ValueError(
-            f"the released layout has no place for a reward without {', '.join(lacking)}; save it as 'dinalrm'"
-        )
+    lora = LoraConfig(rank=values["r"], alpha=values["lora_alpha"], init=init)
+    return lora, {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Tensor]) -> None:
-    backbone = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
-    head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
+    backbone, head = _part(tensors, "backbone."), _part(tensors, "head.")
     squash = {name: head.pop(name) for name in SQUASH if name in head}
     init: str | bool = True if config.lora.init == "kaiming" else config.lora.init
     checkpoint = directory / "checkpoint"
@@ -245,14 +223,7 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
             "visual_head_idx": list(config.visual_taps),
             "text_head_idx": list(config.text_taps),
             "use_t_embed": True,
-            "reward_head": {
-                "use_proj_in": config.head.use_proj_in,
-                "width": config.head.width,
-                "out_dim": 1,
-                "num_queries": config.head.num_queries,
-                "num_attn_heads": config.head.num_attn_heads,
-                "dropout": config.head.dropout,
-            },
+            "reward_head": {"out_dim": 1} | {name: getattr(config.head, name) for name in RELEASED_HEAD},
         },
         "training": {"add_noise": config.add_noise},
         "dinalrm_align": own | {name: value.item() for name, value in squash.items()},
@@ -264,10 +235,7 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Raise ValueError unless all tensors are floating and finite, and sizes given in the config agree with them.
-
-    Networks of these sizes are about to be built.
-    """
+    """Raise ValueError unless all tensors are floating and finite, and the config's sizes agree with them."""
     config, tensors = checkpoint.config, checkpoint.tensors
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
@@ -279,10 +247,8 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     sizes |= {name: (config.lora.rank, *tensors[name].shape[1:]) for name in tensors if name.endswith("lora_A.weight")}
     for name, expected in sizes.items():
         if name in tensors and tuple(tensors[name].shape) != expected:
-            raise ValueError(
-                f"{checkpoint.where}: tensor {name} has shape {tuple(tensors[name].shape)}; by config.json expected "
-                f"{expected}. Check that both are of one checkpoint"
-            )
+            got = f"has shape {tuple(tensors[name].shape)}; by config.json expected {expected}"
+            raise ValueError(f"{checkpoint.where}: tensor {name} {got}. Check that both are of one checkpoint")
 
 
 def _write_pt(path: Path, tensors: dict[str, Tensor]) -> None:

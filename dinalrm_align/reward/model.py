@@ -35,14 +35,11 @@ class RewardModel(nn.Module):
         """Raw scores (B,), float32, differentiable in the latents and in every trainable parameter.
 
         Args:
-            latents: (B, C, H, W), scaled.
-            prompt_embeds: (B, L, text_width).
-            pooled_prompt_embeds: (B, pooled_width).
+            latents: (B, C, H, W), scaled. Noising and timesteps are float32 for every dtype of the model.
+            prompt_embeds, pooled_prompt_embeds: (B, L, text_width), (B, pooled_width).
             sigma: as in `noise_levels`.
             noise: (B, C, H, W), shared by all levels, or (K, B, C, H, W), one per level. None: the latents are x_sigma
                 already, at the one level sigma, which is not snapped.
-
-        Noising and timesteps are float32 for every dtype of the model.
         """
         batch = latents.shape[0]
         levels = noise_levels(sigma, batch, latents.device)
@@ -54,9 +51,8 @@ class RewardModel(nn.Module):
         if self.config.add_noise and noise is not None:
             noise = noise.flatten(0, 1) if noise.dim() == 5 else noise.repeat(count, 1, 1, 1)
             x_sigma = add_noise(x_sigma, noise, flat)
-        taps = self.trunk(
-            x_sigma, timestep_of(flat), prompt_embeds.repeat(count, 1, 1), pooled_prompt_embeds.repeat(count, 1)
-        )
+        embeds = (prompt_embeds.repeat(count, 1, 1), pooled_prompt_embeds.repeat(count, 1))
+        taps = self.trunk(x_sigma, timestep_of(flat), *embeds)
         with self._head_precision():
             if self.config.ensemble == "average":
                 return self.head(taps).view(count, batch).mean(dim=0)
@@ -77,9 +73,8 @@ class RewardModel(nn.Module):
         self.trunk.disable_gradient_checkpointing()
 
     def tuned_tensors(self) -> dict[str, Tensor]:
-        """Tensors of a checkpoint: `backbone.*` (the LoRA, or with full tuning the trunk) and `head.*`.
-
-        The live tensors in training; for a frozen model copies on the CPU from before casts and merging.
+        """Tensors of a checkpoint: `backbone.*` (the LoRA, or with full tuning the trunk) and `head.*`; live in
+        training, for a frozen model copies on the CPU from before casts and merging.
         """
         if self._as_trained is not None:
             return dict(self._as_trained)
@@ -89,11 +84,7 @@ class RewardModel(nn.Module):
         return {f"backbone.{k}": v for k, v in backbone.items()} | {f"head.{k}": v for k, v in head.items()}
 
     def freeze(
-        self,
-        *,
-        merge: bool = False,
-        dtype: torch.dtype | None = None,
-        as_trained: Mapping[str, Tensor] | None = None,
+        self, *, merge: bool = False, dtype: torch.dtype | None = None, as_trained: Mapping[str, Tensor] | None = None
     ) -> None:
         """Prepare for scoring: no gradients for parameters, evaluation mode, LoRA in the trunk's dtype or merged.
 
@@ -128,9 +119,8 @@ def noise_levels(sigma: Sigma, batch: int, device: torch.device) -> Tensor:
     if sigma.dim() == 0:
         return sigma.expand(1, batch)
     if sigma.dim() > 2 or sigma.shape[-1] != batch:
-        raise ValueError(
-            f"sigma: got shape {tuple(sigma.shape)} for {batch} latents; expected a float, ({batch},), or (K, {batch})"
-        )
+        got = f"got shape {tuple(sigma.shape)} for {batch} latents"
+        raise ValueError(f"sigma: {got}; expected a float, ({batch},), or (K, {batch})")
     return sigma.view(-1, batch)
 
 
@@ -138,8 +128,6 @@ def build_reward_model(
     config: RewardConfig, transformer: SD3Transformer2DModel, *, share_weights: bool = True, seed: int = 0
 ) -> RewardModel:
     """A reward to train: LoRA and head initialised from `seed`, float32, on the transformer's device.
-
-    Trainable are LoRA and head; with tuning "none" the head alone, with "full" the trunk too.
 
     share_weights: use the transformer's own weights, which must be frozen; not for full tuning.
     """

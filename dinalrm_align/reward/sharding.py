@@ -1,13 +1,9 @@
-"""FSDP2: each process keeps its share of the frozen base weights, and of one block at a time all of them.
+"""FSDP2: the frozen base weights are sharded over ranks; each block is gathered when it runs.
 
-A policy and the rewards that share its weights are different module trees over the same Parameters, which
-`fully_shard` does not take apart by itself: it wants one owner. So every block of the transformer and its namesakes in
-the rewards' trunks become children of one `SharedBlock`; that one is sharded, and each of them runs through it. Whoever
-calls a block, by whichever tree, gathers its weights before and lets them go after, in the backward pass as in the
-forward one. What is trained (LoRA, head) is small and stays whole on every process, as do embeddings and the last
-projection; `loop.fit` averages the gradients.
-
-Every gathering is a step that all processes make together: they must run as many blocks, in the same order.
+A policy and the rewards that share its weights are different module trees over the same Parameters, but `fully_shard`
+needs one owner. So each block of the transformer and its copies in the rewards' trunks become children of one
+`SharedBlock`, which is sharded and through which each of them runs. Trained parameters (LoRA, head), embeddings and the
+last projection stay whole on every rank. All ranks must run the same number of blocks, in the same order.
 """
 
 import functools
@@ -24,10 +20,7 @@ from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 
 
 def sharding_asked() -> bool:
-    """Whether the launcher asked for FSDP (`accelerate launch` with use_fsdp, or ACCELERATE_USE_FSDP=true).
-
-    ValueError for the first version of FSDP, and for weights that are to stay in the CPU's memory.
-    """
+    """Whether the launcher asked for FSDP (ACCELERATE_USE_FSDP=true); ValueError for FSDP1 and for CPU offload."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     version = os.environ.get("FSDP_VERSION", "1")
@@ -39,7 +32,7 @@ def sharding_asked() -> bool:
 
 
 class SharedBlock(nn.Module):
-    """One block as several trees have it; the number that comes first says whose forward is meant."""
+    """One block of several trees; the first argument of `forward` is the index of the tree to run."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -47,19 +40,18 @@ class SharedBlock(nn.Module):
         self.forwards = [block.forward for block in blocks]
 
     def forward(self, tree: int, *args: Any, **kwargs: Any) -> Any:
-        """What that tree's block gives."""
         return self.forwards[tree](*args, **kwargs)
 
 
 def shard_base(
     accelerator: Accelerator, transformer_blocks: nn.ModuleList | None, trunks: Sequence[SD3Trunk] = ()
 ) -> None:
-    """Shard the blocks of a policy's transformer and of the trunks that share its weights, in place, over all
-    processes; without a policy (None) those of one trunk alone.
+    """Shard the blocks of a policy's transformer and of the trunks that share its weights, in place, over all ranks;
+    without a policy (None) those of one trunk alone.
 
-    Called by every process once all trees are built, in their place and dtype: no other reward can share the weights
-    afterwards. One process keeps all of it, as it is. Raises ValueError for quantised weights, and for a trunk with
-    weights of its own beside a policy.
+    Every rank calls this once all trees are built, on their device and in their dtype; no other reward can share the
+    weights afterwards. A single rank keeps its blocks unchanged. Raises ValueError for quantised weights, and for a
+    trunk with weights of its own in addition to a policy.
     """
     private = [trunk for trunk in trunks if not trunk.shared]
     if transformer_blocks is not None and private:
@@ -67,9 +59,9 @@ def shard_base(
             f"{len(private)} rewards have base weights of their own, a copy on every process, where FSDP was asked for "
             "to save memory: build them with share_weights=True, or run without FSDP"
         )
-    trees = [list(trunk.transformer_blocks) for trunk in trunks]
+    trees = [trunk.transformer_blocks for trunk in trunks]
     if transformer_blocks is not None:
-        trees.insert(0, list(transformer_blocks))
+        trees.insert(0, transformer_blocks)
     count = accelerator.num_processes
     if count == 1:
         return

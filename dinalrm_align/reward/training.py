@@ -46,7 +46,7 @@ class NoisedPairs:
 
 
 def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[torch.Generator]) -> NoisedPairs:
-    """Draw noise and sigma for each of the G groups from its own generator; the result is on the batch's device."""
+    """Draw noise and sigma of each of the G groups from its own generator; the result is on the batch's device."""
     device = batch.latents.device
     noise = seeded_noise(tuple(batch.latents.shape[1:]), generators)
     sigma = torch.cat([sample_sigma(density.density, 1, generator=g, **density.parameters()) for g in generators])
@@ -54,10 +54,10 @@ def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[tor
 
 
 def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss over pairs, from one forward of all images, and detached metrics.
+    """The mean loss over pairs, from one forward of all images, and detached metrics of the raw scores.
 
     train_accuracy: fraction of pairs whose preferred image scores higher (soft labels: above 1/2); score_gap: mean
-    difference of raw scores in the preferred direction; score_std: standard deviation of all raw scores.
+    difference in the preferred direction.
     """
     batch, text = pairs.batch, pairs.batch.conditions
     raw = model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, pairs.sigma, pairs.noise)
@@ -118,9 +118,8 @@ class RewardTraining:
 
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
-    """The config of a reward on this pipeline (folder or hub id) that will be saved in `folder`.
-
-    Of a local pipeline it stores the relative path from `folder`, so that both can be moved together.
+    """The config of a reward on this pipeline (folder or hub id) that will be saved in `folder`, with the relative path
+    of a local pipeline, so that both can be moved together.
     """
     with reading("VAE", pipeline):
         vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
@@ -137,7 +136,7 @@ def open_training_pairs(
 ) -> tuple[PairSource, Sequence[PairBatch]]:
     """Pairs to train on, and batches of pairs to evaluate on; the embedded world makes them if none are given.
 
-    dtype: of the text encoders. Raises what `data.source.open_pairs` raises.
+    dtype: of the text encoders.
     """
     train, validation = run.pairs, run.validation_pairs
     if train is None:

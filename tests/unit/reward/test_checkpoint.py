@@ -339,7 +339,7 @@ def test_every_kind_of_reward_survives_both_layouts(tiny_pipeline, tmp_path, var
 @pytest.mark.parametrize("variant", OF_OUR_LAYOUT)
 def test_an_architecture_that_the_released_code_has_not_is_not_written_in_its_layout(variant, tmp_path):
     config = tiny_reward_config(**OF_OUR_LAYOUT[variant])
-    with pytest.raises(ValueError, match="released layout has no place for a reward without .*; save it as 'dinalrm'"):
+    with pytest.raises(ValueError, match="released layout has no place for a reward without .*; save as 'dinalrm'"):
         save_checkpoint(tmp_path / "new", config, {}, format="released")
     assert not (tmp_path / "new").exists()
 
