@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.eval.ablation_config import ARMS, BASELINE, AblateRun, Changes
+from dinalrm_align.eval.config import ARMS, BASELINE, AblateRun, Changes
 from dinalrm_align.models.specs import ModelSpec, resolve_model
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import parse, refuse, refusing
@@ -96,9 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.eval import ablation_report
+    from dinalrm_align.eval.ablation import levels_with_draws, noise_levels
     from dinalrm_align.eval.evaluator import Candidate, Evaluator, open_image_sets, scores_file
-    from dinalrm_align.eval.inference import common_levels, ensemble_levels, levels_with_draws
-    from dinalrm_align.eval.scores import PairScores
+    from dinalrm_align.eval.scores import NoiseLevels, PairScores
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
     from dinalrm_align.shapes.pairs import HELD_OUT_KINDS, ensure_pairs
     from dinalrm_align.train.device import available_device
@@ -130,16 +130,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---------------------------------------------------------------------- train and evaluate every arm, seed by seed
     def scores(arm: str, seed: int) -> dict[str, PairScores]:
         run = train(arm, seed, config, spec, training, arms[arm][0])
-        levels = {name: common_levels(config.sigmas, config.ensembles[0]) for name in config.judged}
+        ensembles = config.ensembles if arm == BASELINE else config.ensembles[:1]
+        levels = {name: noise_levels(config.sigmas, ensembles) for name in config.judged}
         if arm == BASELINE:
-            levels = {name: common + ensemble_levels(config.ensembles) for name, common in levels.items()}
             levels[[*levels][-1]] += levels_with_draws(config.draws, config.ensembles[0])
         candidate = Candidate.from_checkpoint(run / "reward", lambda: transformer)
         return evaluator(candidate, levels, run, title=f"{arm}, seed {seed}")
 
     for seed in config.seeds:
         for arm in config.arms:
-            print(ablation_report.summary_line(arm, seed, scores(arm, seed), config.ensembles[0]), flush=True)
+            for name, found in scores(arm, seed).items():
+                levels = NoiseLevels.at(ARMS[arm].sigma).name, NoiseLevels.at(*config.ensembles[0]).name
+                accuracies = ", ".join(f"{100 * found.accuracy(level):.1f} % at sigma {level}" for level in levels)
+                print(f"{arm}, seed {seed}: {name} {accuracies}", flush=True)
 
     # -------------------------------------------------------------------------- report all finished runs in the folder
     finished: dict[str, dict[int, dict[str, PairScores]]] = {}

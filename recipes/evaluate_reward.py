@@ -42,10 +42,9 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
 
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.eval import evaluation_report
+    from dinalrm_align.eval.ablation import noise_levels
     from dinalrm_align.eval.evaluator import Candidate, Evaluator, faults_file, open_image_sets
-    from dinalrm_align.eval.inference import common_levels, ensemble_levels
     from dinalrm_align.eval.leakage import leaked, read_trained
-    from dinalrm_align.eval.test_set_report import evaluate_set
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
     from dinalrm_align.reward.registry import load_image_scorer, load_reward
     from dinalrm_align.shapes.pairs import HELD_OUT_KINDS, ensure_pairs
@@ -99,12 +98,12 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     gold = {}
     if config.gold and has_latents:
         gold = evaluator.gold_accuracy(load_image_scorer(spec.gold, spec=spec, device=device), candidate.config)
-    levels = [*common_levels(config.sigmas, config.ensembles[0]), *ensemble_levels(config.ensembles)]
+    levels = noise_levels(config.sigmas, config.ensembles)
     all_scores = evaluator(candidate, {name: levels for name in config.judged}, out, title="reward")
     results = []
     for name, scores in all_scores.items():
         faults = faults_file(out, name)
-        result = evaluate_set(
+        result = evaluation_report.evaluate_set(
             name,
             scores,
             evaluation_report.main_levels(config, scores),

@@ -1,7 +1,8 @@
-"""Comparisons between the arms of an ablation: accuracies and paired differences, with intervals.
+"""Comparisons between the arms of an ablation, and between noise levels at inference (arXiv 2602.11146, section 5).
 
 Values are means over seeds and captions with intervals over both (`intervals.seeds_by_captions`), in per cent or points
-of pairwise accuracy. Differences are paired: both arms share seeds, captions, pairs and noise.
+of pairwise accuracy. Differences are paired: both arms share seeds, captions, pairs and noise. Tokens: levels or draws
+are joined before the head's attention and give one score. Average: the mean of the scores at each of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,26 +10,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinalrm_align.eval.ablation_config import ARMS, BASELINE, Question
+from dinalrm_align.eval.config import ARMS, BASELINE, Question
 from dinalrm_align.eval.report.intervals import Interval, by_caption, seeds_by_captions
 from dinalrm_align.eval.report.markdown import table
-from dinalrm_align.eval.scores import NoiseLevels, PairScores
+from dinalrm_align.eval.scores import NoiseLevels, PairScores, level_name
 
 Runs = Mapping[str, Mapping[int, Mapping[str, PairScores]]]
 """arm -> seed -> name of the test set -> scores."""
 Measure = Callable[[PairScores], np.ndarray]
 """PairScores -> (N,) correctness of each pair in [0, 1]; NaN where raters tie."""
+ASTERISK = "An asterisk marks intervals that exclude 0."
+SINGLE_LEVEL = 0.4
+"""The paper's single level, at which several noise draws are compared."""
+COUNTS = (1, 2, 4, 8)
+"""Numbers of draws to compare."""
+ENSEMBLE_DRAWS = 4
+"""Most draws of the ensemble's variance."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Scores of finished runs, and what is reported of them.
-
-    Args:
-        runs: the scores.
-        sets: names of the test sets.
-        sigmas: single noise levels, ascending.
-        ensembles: noise levels joined as tokens; all arms are compared at the first.
+    """Scores of finished runs, and what is reported of them: names of test sets, ascending single noise levels, and
+    ensembles of levels joined as tokens; all arms are compared at the first ensemble.
     """
 
     runs: Runs
@@ -36,8 +39,31 @@ class Evidence:
     sigmas: Sequence[float]
     ensembles: Sequence[Sequence[float]]
 
+    def levels(self, arm: str, name: str) -> set[str]:
+        """Names of the noise levels with scores; all seeds have the same."""
+        return {*next(iter(self.runs[arm].values()))[name].scores}
 
-ASTERISK = "An asterisk marks intervals that exclude 0."
+
+def noise_levels(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
+    """Single levels, including those of the ensembles for their average, and each ensemble as tokens."""
+    single = dict.fromkeys([*sigmas, SINGLE_LEVEL, *(sigma for levels in ensembles for sigma in levels)])
+    return [*map(NoiseLevels.at, single), *(NoiseLevels.at(*levels) for levels in ensembles)]
+
+
+def levels_with_draws(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
+    """Single draws, groups of them joined as tokens, and the ensemble with some draws."""
+    singles = [NoiseLevels.at(SINGLE_LEVEL, draw=draw) for draw in range(draws)]
+    joined = [_joined(group) for count in COUNTS if 1 < count < draws for group in draw_groups(count, draws)]
+    return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(ENSEMBLE_DRAWS, draws)))]
+
+
+def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
+    """Disjoint groups of `count` draws out of `draws`: (0, 1), (2, 3), ..."""
+    return [tuple(range(start, start + count)) for start in range(0, draws - count + 1, count)]
+
+
+def _joined(draws: tuple[int, ...]) -> NoiseLevels:
+    return NoiseLevels((SINGLE_LEVEL,) * len(draws), draws)
 
 
 def accuracy_of(*names: str) -> Measure:
@@ -48,6 +74,11 @@ def accuracy_of(*names: str) -> Measure:
 def accuracy_at(*sigmas: float) -> Measure:
     """Accuracy at one level, or of the token ensemble of several, with noise draw 0."""
     return accuracy_of(NoiseLevels.at(*sigmas).name)
+
+
+def average_of(sigmas: Sequence[float]) -> Measure:
+    """Accuracy of the mean of the scores at single levels."""
+    return accuracy_of(*(NoiseLevels.at(sigma).name for sigma in sigmas))
 
 
 def mean_accuracy(sigmas: Sequence[float]) -> Measure:
@@ -81,11 +112,19 @@ def difference(
     shared = [seed for seed in ours if seed in theirs]
     if not shared:
         raise ValueError(f"{better} and {worse} share no seed: got {[*ours]} and {[*theirs]}")
-    first, second = ({seed: runs[seed] for seed in shared} for runs in (ours, theirs))
     for seed in shared:
-        if not first[seed][name].same_pairs(second[seed][name]):
+        if not ours[seed][name].same_pairs(theirs[seed][name]):
             raise ValueError(f"{better} and {worse} were evaluated on different pairs {name!r}, seed {seed}")
-    return seeds_by_captions(by_seed_and_caption(first, name, of_better) - by_seed_and_caption(second, name, of_worse))
+    first, second = (
+        by_seed_and_caption({seed: runs[seed] for seed in shared}, name, measure)
+        for runs, measure in ((ours, of_better), (theirs, of_worse))
+    )
+    return seeds_by_captions(first - second)
+
+
+def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
+    """Paired difference of an accuracy to that at the single level."""
+    return difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
 
 
 def verdict(interval: Interval) -> str:
@@ -133,8 +172,8 @@ def question_section(question: Question, evidence: Evidence) -> str:
         for name in sets:
             words = [f"{key} {verdict(gap)} ({in_points(gap)})" for key, gap in compare(better, worse, name).items()]
             parts.append(f"on {name}: {', '.join(words)}")
-        seeds = len(runs[better].keys() & runs[worse].keys())
-        note = " (one seed: variance between seeds unknown)" if seeds == 1 else ""
+        one_seed = len(runs[better].keys() & runs[worse].keys()) == 1
+        note = " (one seed: variance between seeds unknown)" * one_seed
         return f"- Paper: {better} above {worse}. Here, {'; '.join(parts)}{note}."
 
     accuracies = []
@@ -142,14 +181,118 @@ def question_section(question: Question, evidence: Evidence) -> str:
         measures = [(name, measure) for name in sets for measure in summaries(arm, evidence).values()]
         cells = [in_points(arm_accuracy(evidence, arm, name, measure), signed=False) for name, measure in measures]
         accuracies.append([f"{arm}: {ARMS[arm].title}", len(runs[arm]), *cells])
-    pairs = dict.fromkeys([*question.paper, *((BASELINE, arm) for arm in arms if arm != BASELINE)])
-    pairs = [pair for pair in pairs if set(pair) <= runs.keys()]
-    differences = [
-        [f"{better} minus {worse}"]
-        + [with_asterisk(gap) for name in sets for gap in compare(better, worse, name).values()]
-        for better, worse in pairs
-    ]
+    differences = []
+    for better, worse in dict.fromkeys([*question.paper, *((BASELINE, arm) for arm in arms if arm != BASELINE)]):
+        if {better, worse} <= runs.keys():
+            gaps = [gap for name in sets for gap in compare(better, worse, name).values()]
+            differences.append([f"{better} minus {worse}", *map(with_asterisk, gaps)])
     columns = [f"{name}, {key}" for name in sets for key in summaries(BASELINE, evidence)]
     orderings = [sentence(*pair) for pair in question.paper if set(pair) <= runs.keys()]
     tables = table(["arm", "seeds", *columns], accuracies), table(["paired difference", *columns], differences)
     return "\n\n".join([f"## {question.title}", *tables, ASTERISK, "\n".join(orderings)]).rstrip() + "\n"
+
+
+def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
+    """Label -> accuracy, for every choice of noise levels that an arm has scores for on a set."""
+    scored = evidence.levels(arm, name)
+    measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in evidence.sigmas}
+    for levels in evidence.ensembles:
+        measures[f"{level_name(levels)}, tokens"] = accuracy_at(*levels)
+        measures[f"{level_name(levels)}, average"] = average_of(levels)
+    for count in COUNTS[1:]:
+        names = [NoiseLevels.at(SINGLE_LEVEL, draw=draw).name for draw in range(count)]
+        joined = _joined(tuple(range(count))).name
+        if joined in scored:
+            measures[f"sigma {SINGLE_LEVEL:g}, {count} draws, tokens"] = accuracy_of(joined)
+        if scored.issuperset(names):
+            measures[f"sigma {SINGLE_LEVEL:g}, {count} draws, average"] = accuracy_of(*names)
+    return measures
+
+
+def inference_section(evidence: Evidence, arm: str) -> str:
+    """Markdown: accuracy of one arm for every choice of noise levels, and its paired difference to the single level."""
+    by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
+
+    def cells(name: str, label: str) -> list[str]:
+        if label not in by_set[name]:
+            return ["", ""]
+        measure = by_set[name][label]
+        value = in_points(arm_accuracy(evidence, arm, name, measure), signed=False)
+        return [value, with_asterisk(gain_over_single(evidence, arm, name, measure))]
+
+    labels = dict.fromkeys(label for measures in by_set.values() for label in measures)
+    header = ["noise levels", *(part for name in by_set for part in (name, f"{name}, minus sigma {SINGLE_LEVEL:g}"))]
+    rows = [[label, *(cell for name in by_set for cell in cells(name, label))] for label in labels]
+    orderings = "\n".join(_paper_orderings(evidence, arm))
+    title = f"## Noise levels at inference\n\nRewards: {arm}, {len(evidence.runs[arm])} seeds."
+    return "\n\n".join([title, table(header, rows), ASTERISK, f"{orderings}\n"])
+
+
+def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
+    """The paper's claims on inference with the verdicts here; claims on levels without scores are left out."""
+    ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
+    tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
+    claims: list[tuple[str, Measure, Measure, float]] = [
+        (f"sigma {SINGLE_LEVEL:g} above sigma 0", single, accuracy_at(0.0), 0.0),
+        (f"sigma {SINGLE_LEVEL:g} above sigma 0.8", single, accuracy_at(0.8), 0.8),
+        (f"token ensemble above sigma {SINGLE_LEVEL:g}", tokens, single, SINGLE_LEVEL),
+        ("token ensemble above the average of the same levels", tokens, average_of(ensemble), SINGLE_LEVEL),
+    ]
+    lines = []
+    for claim, better, worse, level in claims:
+        if NoiseLevels.at(level).name in scored:
+            gaps = {name: difference(evidence, arm, arm, name, better, worse) for name in evidence.sets}
+            parts = [f"on {name} it {verdict(gap)} ({in_points(gap)})" for name, gap in gaps.items()]
+            lines.append(f"- Paper: {claim}. Here, {', '.join(parts)}.")
+    return lines
+
+
+@dataclass(frozen=True)
+class NoiseShare:
+    """Variance of a score over noise draws, as a share of its variance over images (mean over seeds), and the number of
+    forwards of the backbone per score.
+    """
+
+    label: str
+    forwards: int
+    share: float
+
+
+def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
+    """Shares for averaged and for joined draws at the single level, and for the ensemble. seeds: scores on one set."""
+
+    def share(label: str, forwards: int, repeats: list[list[str]]) -> NoiseShare:
+        shares = [_noise_share(np.stack([scores.score(*names) for names in repeats])) for scores in seeds]
+        return NoiseShare(label, forwards, float(np.mean(shares)))
+
+    shares = []
+    for count in COUNTS:
+        groups = draw_groups(count, draws)
+        if len(groups) > 1:
+            averaged = [[NoiseLevels.at(SINGLE_LEVEL, draw=draw).name for draw in group] for group in groups]
+            shares.append(share(f"sigma {SINGLE_LEVEL:g}, draws averaged", count, averaged))
+            joined = [[_joined(group).name] for group in groups]
+            shares.append(share(f"sigma {SINGLE_LEVEL:g}, draws as tokens", count, joined))
+    if draws > 1:
+        levels = [[NoiseLevels.at(*ensemble, draw=draw).name] for draw in range(min(ENSEMBLE_DRAWS, draws))]
+        shares.append(share(f"{level_name(ensemble)}, tokens, one draw", len(ensemble), levels))
+    return shares
+
+
+def _noise_share(scores: np.ndarray) -> float:
+    """scores (R repeats, M images) -> unbiased variance within images over the variance between them.
+
+    The variance of means over R repeats contains 1 / R of the variance within, which is subtracted.
+    """
+    within = float(scores.var(axis=0, ddof=1).mean())
+    between = float(scores.mean(axis=0).var(ddof=1)) - within / len(scores)
+    return within / between
+
+
+def variance_section(shares: Sequence[NoiseShare]) -> str:
+    """Markdown: variance over noise draws."""
+    rows = [[row.label, row.forwards, f"{row.share:.4f}"] for row in shares]
+    return (
+        "## Variance over noise draws\n\nVariance of an image's score over noise draws, as a share of the variance "
+        f"between images.\n\n{table(['noise levels', 'forwards per score', 'share'], rows)}\n"
+    )

@@ -1,31 +1,27 @@
 """The report of an ablation: ablation.md, ablation.json and a figure per question."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from dinalrm_align.eval.ablation import Evidence, Runs, question_section
-from dinalrm_align.eval.ablation_config import ARMS, BASELINE, QUESTIONS, AblateRun
-from dinalrm_align.eval.ablation_plots import plot_arms, plot_inference, plot_noise_shares
-from dinalrm_align.eval.calibration_report import calibration_section, plot_reliability, reliabilities
-from dinalrm_align.eval.inference import inference_section, noise_shares, variance_section
-from dinalrm_align.eval.scores import NoiseLevels, PairScores, level_name
+from dinalrm_align.eval.ablation import (
+    Evidence,
+    Runs,
+    inference_section,
+    noise_shares,
+    question_section,
+    variance_section,
+)
+from dinalrm_align.eval.calibration import calibration_section, reliabilities
+from dinalrm_align.eval.config import ARMS, BASELINE, QUESTIONS, AblateRun
+from dinalrm_align.eval.plots import plot_arms, plot_inference, plot_noise_shares, plot_reliability
+from dinalrm_align.eval.scores import NoiseLevels, level_name
 from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.train.files import write_atomically
 
 LIKELIHOODS = ("calibrated", "fixed", "nll", "bradley_terry")
 """Arms with different likelihoods or objectives; the others share the baseline's."""
 CALIBRATED_AT = (0.1, 0.4, 0.7, 0.9)
-
-
-def summary_line(arm: str, seed: int, sets: Mapping[str, PairScores], ensemble: Sequence[float]) -> str:
-    """One finished run: accuracy on each set at the arm's own sigma and of the ensemble."""
-    sigma, joined = NoiseLevels.at(ARMS[arm].sigma).name, NoiseLevels.at(*ensemble).name
-    parts = [
-        f"{name} {100 * scores.accuracy(sigma):.1f} % at sigma {sigma}, ensemble {100 * scores.accuracy(joined):.1f} %"
-        for name, scores in sets.items()
-    ]
-    return f"{arm}, seed {seed}: {'; '.join(parts)}"
 
 
 def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, command: str, directory: Path) -> None:
@@ -71,13 +67,12 @@ def _preface(evidence: Evidence, config: AblateRun, command: str) -> str:
 def _numbers(evidence: Evidence, config: AblateRun, command: str) -> dict[str, object]:
     """Accuracy of every run at every noise level."""
     levels = [NoiseLevels.at(*level).name for level in [*([s] for s in evidence.sigmas), evidence.ensembles[0]]]
-    arms = {
-        arm: {
+    arms: dict[str, object] = {}
+    for arm, runs in evidence.runs.items():
+        arms[arm] = {
             f"seed {seed}": {
-                name: {level: round(scores.accuracy(level), 5) for level in levels} for name, scores in sets.items()
+                name: {at: round(scores.accuracy(at), 5) for at in levels} for name, scores in sets.items()
             }
             for seed, sets in sorted(runs.items())
         }
-        for arm, runs in evidence.runs.items()
-    }
     return {"command": command, "steps": config.steps, "arms": arms}

@@ -5,11 +5,12 @@ assumes that one scale of the gap fits every sigma, since its variance already g
 
 The fidelity objective is not calibrated. For a rater who prefers the first image with probability q, the expectation of
 1 - sqrt(probability of the preferred image) is minimal at p = q^2 / (q^2 + (1 - q)^2) and not at q: a reward trained to
-its optimum is overconfident (`fidelity_fixed_point`).
+its optimum is overconfident (`fidelity_rater`).
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +18,25 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 
+from dinalrm_align.eval.ablation import Runs
 from dinalrm_align.eval.report.intervals import LEVEL, by_caption
+from dinalrm_align.eval.report.markdown import table
+from dinalrm_align.eval.scores import NoiseLevels
 from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.losses import preference_loss, preference_probability
 
+BINS = 10
 DRAWS = 2000
 """Bootstrap resamples of captions."""
 SCALES = (1e-3, 1e3)
 """Bounds of the search for the best scale."""
+SECTION = (
+    "## Calibration\n\nOn {name}, each arm by the likelihood it was trained with, pairs of all seeds. ECE: expected "
+    "calibration error in points, with its 95 % interval over captions; by chance: the ECE of exact predictions. NLL "
+    "in nats (0.693 for p = 1/2). Best scale: the factor on the gaps that minimises the NLL; 1 is calibrated, below 1 "
+    "overconfident. A reward trained to the optimum of fidelity is overconfident: it predicts q^2 / (q^2 + (1 - q)^2) "
+    "where raters prefer with probability q (dashed in the figure)."
+)
 
 
 @dataclass(frozen=True)
@@ -34,16 +46,29 @@ class Reliability:
     Every pair counts once, with the more probable image first: p below 1/2 becomes 1 - p, and its label 1 - label. At
     p = 1/2 the label counts as 1/2.
 
-    edges: (bins + 1,); the rest: (bins,). predicted, observed: mean prediction and mean label. standard_error: of
+    All (bins,). predicted, observed: mean prediction and mean label. standard_error: of
     `observed`, over captions; at least that of independent pairs under a flat prior, so it is positive in a bin where
     all labels agree.
     """
 
-    edges: np.ndarray
     count: np.ndarray
     predicted: np.ndarray
     observed: np.ndarray
     standard_error: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: mean |predicted - observed| over pairs. Positive by chance, see `by_chance`."""
+        return self._mean(np.abs(self.predicted - self.observed))
+
+    @property
+    def by_chance(self) -> float:
+        """The expected error of exact predictions: E|N(0, s^2)| = s sqrt(2 / pi), s a bin's standard error."""
+        return self._mean(math.sqrt(2 / math.pi) * self.standard_error)
+
+    def _mean(self, values: np.ndarray) -> float:
+        filled = self.count > 0
+        return float(np.average(values[filled], weights=self.count[filled]))
 
 
 @dataclass(frozen=True)
@@ -51,22 +76,22 @@ class Calibration:
     """Calibration at one noise level.
 
     Args:
-        reliability: of the predictions.
-        error, low, high: expected calibration error and its 95 % interval over captions (`calibration_interval`).
-        by_chance: the error expected of exact predictions.
+        low, high: 95 % interval over captions of the expected calibration error (`calibration_interval`).
         nll, brier: mean negative log-likelihood and squared error of the predictions.
         scale, scaled_nll: the factor on the gap that minimises the negative log-likelihood, and that minimum.
     """
 
     reliability: Reliability
-    error: float
     low: float
     high: float
-    by_chance: float
     nll: float
     brier: float
     scale: float
     scaled_nll: float
+
+
+Curves = Mapping[str, Mapping[float, Calibration]]
+"""arm -> sigma -> calibration."""
 
 
 def calibrate(
@@ -77,26 +102,23 @@ def calibrate(
     sigma: float,
     config: LossConfig,
     rng: np.random.Generator,
-    bins: int = 10,
 ) -> Calibration:
     """Calibration of N pairs at noise level sigma.
 
     gap: raw score of the first image minus that of the second. label: share of raters who prefer the first, in [0, 1].
     captions: pairs of one caption are not independent. config: the likelihood. rng: for the interval.
     """
+    gap, label = np.asarray(gap, dtype=np.float64), np.asarray(label, dtype=np.float64)
     probability = predict(gap, sigma, config)
-    curve = reliability(probability, label, bins, captions)
-    low, high = calibration_interval(probability, label, captions, rng=rng, bins=bins)
     scale = best_scale(gap, label, sigma=sigma, config=config)
-    scaled = scale * np.asarray(gap, dtype=np.float64) if math.isfinite(scale) else gap
+    scaled = scale * gap if math.isfinite(scale) else gap
+    low, high = calibration_interval(probability, label, captions, rng=rng)
     return Calibration(
-        reliability=curve,
-        error=expected_calibration_error(curve),
+        reliability=reliability(probability, label, captions=captions),
         low=low,
         high=high,
-        by_chance=error_by_chance(curve),
         nll=negative_log_likelihood(gap, label, sigma=sigma, config=config),
-        brier=brier_score(probability, label),
+        brier=float(np.mean((probability - label) ** 2)),
         scale=scale,
         scaled_nll=0.0 if scale == math.inf else negative_log_likelihood(scaled, label, sigma=sigma, config=config),
     )
@@ -109,32 +131,18 @@ def predict(gap: ArrayLike, sigma: float, config: LossConfig) -> np.ndarray:
 
 
 def reliability(
-    probability: ArrayLike, observed: ArrayLike, bins: int = 10, captions: ArrayLike | None = None
+    probability: ArrayLike, observed: ArrayLike, bins: int = BINS, captions: ArrayLike | None = None
 ) -> Reliability:
-    """Bin predictions (N,) and labels (N,), both in [0, 1]. captions: (N,); None if pairs are independent.
-
-    Raises ValueError for other shapes, values out of range and fewer than one bin.
-    """
-    p, o = _folded(probability, observed)
-    names = np.arange(len(p)) if captions is None else _checked_captions(captions, p)
-    edges, indices = _binned(p, bins)
+    """Bin predictions (N,) and labels (N,), both in [0, 1]. captions: (N,); None if pairs are independent."""
+    p, o, indices = _binned(probability, observed, bins)
+    names = np.arange(len(p)) if captions is None else np.asarray(captions)
     count = np.bincount(indices, minlength=bins)
     predicted, frequency, error = (np.full(bins, np.nan) for _ in range(3))
     for index in np.flatnonzero(count):
         here = indices == index
         predicted[index], frequency[index] = p[here].mean(), o[here].mean()
         error[index] = _standard_error(o[here], names[here])
-    return Reliability(edges, count, predicted, frequency, error)
-
-
-def expected_calibration_error(reliability: Reliability) -> float:
-    """Mean |predicted - observed| over bins, weighted by their pairs. Positive by chance, see `error_by_chance`."""
-    return _weighted(reliability, np.abs(reliability.predicted - reliability.observed))
-
-
-def error_by_chance(reliability: Reliability) -> float:
-    """The expected calibration error of exact predictions: E|N(0, s^2)| = s sqrt(2 / pi), s a bin's standard error."""
-    return _weighted(reliability, math.sqrt(2 / math.pi) * reliability.standard_error)
+    return Reliability(count, predicted, frequency, error)
 
 
 def calibration_interval(
@@ -143,22 +151,20 @@ def calibration_interval(
     captions: ArrayLike,
     *,
     rng: np.random.Generator,
-    bins: int = 10,
     draws: int = DRAWS,
 ) -> tuple[float, float]:
     """95 % interval (low, high) of the expected calibration error, from resampled captions.
 
     The basic bootstrap, 2 e - (quantiles of the resampled errors): resampling adds the bias of sampling once more, so
     plain quantiles are too high by twice that bias. The interval is unreliable where the error is close to
-    `error_by_chance`.
+    `Reliability.by_chance`.
     """
-    p, o = _folded(probability, observed)
-    _, caption = np.unique(_checked_captions(captions, p), return_inverse=True)
-    _, index = _binned(p, bins)
+    p, o, index = _binned(probability, observed, BINS)
+    _, caption = np.unique(captions, return_inverse=True)
     number = int(caption.max()) + 1
-    cell = caption * bins + index
+    cell = caption * BINS + index
     weights = (np.ones_like(p), p, o)
-    sums = [np.bincount(cell, weights=w, minlength=number * bins).reshape(number, bins) for w in weights]
+    sums = [np.bincount(cell, weights=w, minlength=number * BINS).reshape(number, BINS) for w in weights]
     drawn = rng.multinomial(number, np.full(number, 1 / number), size=draws)
 
     def error(weights: np.ndarray) -> np.ndarray:
@@ -166,27 +172,15 @@ def calibration_interval(
         return np.abs(predicted - frequency).sum(axis=-1) / count.sum(axis=-1)
 
     whole = float(error(np.ones((1, number)))[0])
-    tail = (1 - LEVEL) / 2
-    lower, upper = np.quantile(error(drawn), [tail, 1 - tail])
+    lower, upper = np.quantile(error(drawn), [(1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2])
     return max(0.0, 2 * whole - float(upper)), min(1.0, 2 * whole - float(lower))
 
 
 def negative_log_likelihood(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
     """Mean of -(y log p + (1 - y) log(1 - p)) over gaps and labels (N,), in nats; finite where p underflows to 0."""
-    delta = _float32(gap)
-    losses = preference_loss(
-        delta,
-        torch.zeros_like(delta),
-        torch.full_like(delta, sigma),
-        _float32(label),
-        config=dataclasses.replace(config, objective="nll"),
-    )
-    return float(losses.double().mean())
-
-
-def brier_score(probability: ArrayLike, observed: ArrayLike) -> float:
-    """Mean squared difference of predictions (N,) and labels (N,)."""
-    return float(np.mean((_column(probability) - _column(observed)) ** 2))
+    delta, nll = _float32(gap), dataclasses.replace(config, objective="nll")
+    sigmas = torch.full_like(delta, sigma)
+    return float(preference_loss(delta, torch.zeros_like(delta), sigmas, _float32(label), config=nll).double().mean())
 
 
 def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
@@ -195,7 +189,7 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
     1: calibrated; below 1: overconfident. The likelihood is log-concave in s, so the optimum is unique: 0 where gaps
     and labels do not correlate positively, inf where no label contradicts its gap, NaN where all gaps are 0.
     """
-    gaps, preferred = _column(gap), 2 * _column(label) - 1
+    gaps, preferred = np.asarray(gap, dtype=np.float64), 2 * np.asarray(label, dtype=np.float64) - 1
     if not gaps.any():
         return math.nan
     if np.dot(gaps, preferred) <= 0:
@@ -211,35 +205,20 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
     return math.exp(optimum.x)
 
 
-def fidelity_fixed_point(q: ArrayLike) -> np.ndarray:
-    """The optimal p under fidelity for a rater who prefers with probability q: q^2 / (q^2 + (1 - q)^2)."""
-    q = np.asarray(q, dtype=np.float64)
-    return q**2 / (q**2 + (1 - q) ** 2)
-
-
 def fidelity_rater(p: ArrayLike) -> np.ndarray:
-    """The inverse of `fidelity_fixed_point`: sqrt p / (sqrt p + sqrt(1 - p)), the frequency where p is predicted."""
+    """The q for which fidelity is minimal at p: sqrt p / (sqrt p + sqrt(1 - p)), the frequency where p is predicted."""
     p = np.asarray(p, dtype=np.float64)
     return np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p))
 
 
-def _folded(probability: ArrayLike, observed: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions and labels with the more probable image first."""
-    p, o = _column(probability), _column(observed)
-    if p.shape != o.shape or not all(((x >= 0) & (x <= 1)).all() for x in (p, o)):
-        raise ValueError(
-            f"one label per prediction, each in [0, 1]: got predictions {p.shape} in [{p.min():.4g}, {p.max():.4g}], "
-            f"labels {o.shape} in [{o.min():.4g}, {o.max():.4g}]"
-        )
-    return np.maximum(p, 1 - p), np.where(p > 0.5, o, np.where(p < 0.5, 1 - o, 0.5))
-
-
-def _binned(p: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Edges (bins + 1,) and the bin (N,) of each p in [0.5, 1]; an edge belongs to the bin above it, 1 to the last."""
-    if bins < 1:
-        raise ValueError(f"bins: got {bins}; expected at least 1")
-    edges = np.linspace(0.5, 1.0, bins + 1)
-    return edges, np.searchsorted(edges[1:-1], p, side="right")
+def _binned(probability: ArrayLike, observed: ArrayLike, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predictions and labels with the more probable image first, and the bin of each; an edge belongs to the bin above
+    it, 1 to the last.
+    """
+    p, o = np.asarray(probability, dtype=np.float64), np.asarray(observed, dtype=np.float64)
+    o = np.where(p > 0.5, o, np.where(p < 0.5, 1 - o, 0.5))
+    p = np.maximum(p, 1 - p)
+    return p, o, np.searchsorted(np.linspace(0.5, 1.0, bins + 1)[1:-1], p, side="right")
 
 
 def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
@@ -254,25 +233,50 @@ def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
     return max(independent, float(per_caption.std(ddof=1)) / math.sqrt(len(per_caption)))
 
 
-def _weighted(reliability: Reliability, values: np.ndarray) -> float:
-    filled = reliability.count > 0
-    return float(np.average(values[filled], weights=reliability.count[filled]))
-
-
-def _checked_captions(captions: ArrayLike, p: np.ndarray) -> np.ndarray:
-    names = np.asarray(captions)
-    if names.shape != p.shape:
-        raise ValueError(f"one caption per pair: got {p.shape} pairs, {names.shape} captions")
-    return names
-
-
-def _column(values: ArrayLike) -> np.ndarray:
-    """(N,) float64, N at least 1, finite; ValueError otherwise."""
-    column = np.asarray(values, dtype=np.float64)
-    if column.ndim != 1 or not len(column) or not np.isfinite(column).all():
-        raise ValueError(f"got shape {column.shape}, finite: {np.isfinite(column).all()}; expected finite numbers (N,)")
-    return column
-
-
 def _float32(values: ArrayLike) -> torch.Tensor:
-    return torch.from_numpy(_column(values).astype(np.float32))
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
+
+
+def reliabilities(
+    runs: Runs, losses: Mapping[str, LossConfig], name: str, sigmas: Sequence[float]
+) -> dict[str, dict[float, Calibration]]:
+    """Calibration of every arm at single noise levels on the set `name`, by the likelihood in `losses` that it was
+    trained with. Pairs of all seeds are pooled by caption, so intervals are over captions.
+    """
+    curves: dict[str, dict[float, Calibration]] = {}
+    for arm, seeds_of_arm in runs.items():
+        seeds = [sets[name] for sets in seeds_of_arm.values()]
+        label, caption = (np.concatenate([vars(scores)[column] for scores in seeds]) for column in ("label", "caption"))
+        curves[arm] = {}
+        for sigma in sigmas:
+            gap = np.concatenate([scores.gap(NoiseLevels.at(sigma).name) for scores in seeds])
+            rng = np.random.default_rng((0, len(curves)))
+            curves[arm][sigma] = calibrate(gap, label, caption, sigma=sigma, config=losses[arm], rng=rng)
+    return curves
+
+
+def calibration_section(curves: Curves, name: str) -> str:
+    """Markdown: definitions, a row per arm and noise level, and each arm's range of best scales."""
+    rows = []
+    for label, levels in curves.items():
+        for sigma, found in levels.items():
+            curve = found.reliability
+            ece, low, high, chance = (f"{100 * x:.1f}" for x in (curve.error, found.low, found.high, curve.by_chance))
+            losses = (f"{x:.3f}" for x in (found.brier, found.nll))
+            cells = [curve.count.sum(), f"{ece} [{low}, {high}]", chance, *losses]
+            rows.append([label, f"{sigma:g}", *cells, f"{found.scale:.2f}", f"{found.scaled_nll:.3f}"])
+    header = ["arm", "sigma", "pairs", "ECE", "by chance", "Brier", "NLL", "best scale", "NLL at it"]
+    sentences = "\n".join(f"- {scale_sentence(label, levels)}" for label, levels in curves.items())
+    return f"{SECTION.format(name=name)}\n\n{table(header, rows)}\n\n{sentences}\n"
+
+
+def scale_sentence(label: str, levels: Mapping[float, Calibration]) -> str:
+    """The range of the best scales over noise levels below 1; at 1, latents are pure noise."""
+    scales = {sigma: found.scale for sigma, found in levels.items() if sigma < 1 and 0 < found.scale < math.inf}
+    if not scales:
+        return f"{label}: no level has a best scale."
+    low, high = min(scales, key=scales.__getitem__), max(scales, key=scales.__getitem__)
+    return (
+        f"{label}: the best scale goes from {scales[low]:.2f} (sigma {low:g}) to {scales[high]:.2f} (sigma {high:g}), "
+        f"by a factor of {scales[high] / scales[low]:.1f}; 1.0 would be one scale for all levels."
+    )

@@ -15,8 +15,16 @@ from torch import Tensor
 
 from dinalrm_align.data.source import Encoders, open_pairs
 from dinalrm_align.eval.image_scores import Fit, OnBad, image_scorer, score_image_set
-from dinalrm_align.eval.pieces import Pieces
-from dinalrm_align.eval.scores import NO_NOISE, Level, NoiseLevels, PairScores, load_scores, save_scores, score_pairs
+from dinalrm_align.eval.scores import (
+    NO_NOISE,
+    Level,
+    NoiseLevels,
+    PairScores,
+    Pieces,
+    load_scores,
+    save_scores,
+    score_pairs,
+)
 from dinalrm_align.eval.test_sets import ImageSet, open_test_set
 from dinalrm_align.eval.test_sets_config import TEST_SETS
 from dinalrm_align.flow.noise import seeded_generator

@@ -4,7 +4,7 @@ Every image is scored separately, in an order that does not depend on the pairs 
 keyed by (seed, prompt, draw), so images of one prompt and size share their noise.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dinalrm_align.data.source import Encoders
-from dinalrm_align.eval.pieces import Pieces
-from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores, check_finite
+from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores, Pieces, check_finite
 from dinalrm_align.eval.test_sets import ImageSet
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.images import image_tensor, open_image
@@ -27,8 +26,7 @@ from dinalrm_align.train.digest import text_digest
 
 PIECE = 8
 """Batches per stored piece."""
-MULTIPLE = 16
-"""Divisor of image sides: SD3's VAE (8) times its patches (2)."""
+MULTIPLE = 16  # divisor of image sides: SD3's VAE (8) times its patches (2)
 
 OnBad = Literal["refuse", "skip"]
 """What to do about an image that is missing or cannot be read: raise ValueError, or leave out its pairs."""
@@ -63,13 +61,8 @@ def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[
     """Raw scores of a latent reward at `levels`; or, where these are [NO_NOISE], the weighted sum of the parts of any
     reward: latent rewards at their config's level and scale, image rewards on the images as they are.
 
-    Args:
-        encoders: of the latent rewards' base model.
-        fit: applied to images that latent rewards encode.
-        seed: of the noise.
-
-    Raises ValueError when a latent reward was trained with other encoders; and, when called, for a reward that cannot
-    score images.
+    encoders, fit: of the images that latent rewards read. Raises ValueError when a latent reward was trained with other
+    encoders; and, when called, for a reward that cannot score images.
     """
     parts, weights = reward.named_parts, reward.weights
     for part in reward.noise_parts:
@@ -79,8 +72,10 @@ def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[
         part: LatentReward, levels: Sequence[NoiseLevels], images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> dict[str, np.ndarray]:
         scores = {level.name: np.empty(len(images), np.float32) for level in levels}
-        for rows, pixels in _by_size([fit(image) for image in images]):
-            latents = encoders.encode_images(pixels).to(part.device)
+        pixels = [fit(image) for image in images]
+        for size in dict.fromkeys(image.shape for image in pixels):
+            rows = [row for row, image in enumerate(pixels) if image.shape == size]
+            latents = encoders.encode_images(torch.stack([pixels[row] for row in rows])).to(part.device)
             texts = [prompts[row] for row in rows]
             conditions = Conditions(texts, *encoders.encode_prompts(texts))
             for level in levels:
@@ -104,13 +99,6 @@ def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[
         return {NO_NOISE.name: sum(weights[name] * part_score(part, images, prompts) for name, part in parts.items())}
 
     return score
-
-
-def _by_size(images: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
-    """Rows and stacked images (B, 3, H, W) of each size."""
-    for size in dict.fromkeys(image.shape for image in images):
-        rows = [row for row, image in enumerate(images) if image.shape == size]
-        yield rows, torch.stack([images[row] for row in rows])
 
 
 def draw_noise(prompts: Sequence[str], shape: Sequence[int], seed: int, draw: int) -> Tensor:
@@ -137,31 +125,27 @@ def score_image_set(
     """
     missing = images.missing()
     if missing and on_bad == "refuse":
-        raise ValueError(
-            f"{images.name}: {len(missing)} of {len(images.images)} images are missing, as {missing[:3]}; add them, "
-            "or leave out their pairs with --on_bad skip"
-        )
+        got = f"{len(missing)} of {len(images.images)} images are missing, as {missing[:3]}"
+        raise ValueError(f"{images.name}: {got}; add them, or leave out their pairs with --on_bad skip")
     names = [level.name for level in levels]
     order, size = images.order, PIECE * batch_size
     table = np.full((len(names), len(order)), np.nan, np.float32)
     faults: dict[str, str] = {}
-    bar = tqdm(total=len(order), desc=title, unit=" images", dynamic_ncols=True)
-    for number, start in enumerate(range(0, len(order), size)):
-        rows = order[start : start + size]
-        piece = pieces.load(number)
-        if piece is None:
-            scores, found = [], {}
-            for first in range(0, len(rows), batch_size):
-                batch = rows[first : first + batch_size]
-                scores.append(_score_batch(score, images, batch, names, on_bad, found))
-                bar.update(len(batch))
-            piece = {"scores": np.concatenate(scores, axis=1)}, found
-            pieces.save(number, *piece)
-        else:
-            bar.update(len(rows))
-        table[:, rows] = piece[0]["scores"]
-        faults |= piece[1]
-    bar.close()
+    with tqdm(total=len(order), desc=title, unit=" images", dynamic_ncols=True) as bar:
+        for number, start in enumerate(range(0, len(order), size)):
+            rows = order[start : start + size]
+            piece = pieces.load(number)
+            if piece is None:
+                scores, found = [], {}
+                for first in range(0, len(rows), batch_size):
+                    scores.append(_score_batch(score, images, rows[first : first + batch_size], names, on_bad, found))
+                    bar.update(len(scores[-1][0]))
+                piece = {"scores": np.concatenate(scores, axis=1)}, found
+                pieces.save(number, piece)
+            else:
+                bar.update(len(rows))
+            table[:, rows] = piece[0]["scores"]
+            faults |= piece[1]
     return _pair_scores(images, dict(zip(names, table, strict=True)), faults), faults
 
 
@@ -201,12 +185,8 @@ def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mappin
         fault = next(iter(faults.values()), "")
         raise ValueError(f"{images.name}: none of {len(kept)} pairs has scores of both images ({fault})")
     prompts: dict[str, int] = {}
-    caption = np.array([prompts.setdefault(images.images[row].prompt, len(prompts)) for row in images.chosen])
-    columns = {name: vars(images)[name][kept] for name in ("chosen", "rejected", "label", "group")}
-    return PairScores(
-        scores,
-        **columns,
-        caption=caption[kept],
-        prompts=tuple(prompts),
-        images=tuple(image.name for image in images.images),
-    )
+    caption = [prompts.setdefault(images.images[row].prompt, len(prompts)) for row in images.chosen]
+    columns = {name: vars(images)[name] for name in ("chosen", "rejected", "label", "group")}
+    names = tuple(image.name for image in images.images)
+    found = PairScores(scores, **columns, caption=np.array(caption), prompts=tuple(prompts), images=names)
+    return found.subset(kept)

@@ -1,23 +1,27 @@
 """Raw scores of all images of a fixed set of pairs, taken at several noise levels and stored in one file.
 
 Accuracy, calibration, averaged ensembles and the variance over noise draws are computed from stored scores, so a reward
-runs once.
+runs once. While it runs, scores are stored in `Pieces`, so that a killed run does not repeat them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from torch import Tensor
 from tqdm import tqdm
 
 from dinalrm_align.data.pairs import PairBatch
-from dinalrm_align.eval.pieces import Pieces, check_terms, read_arrays, write_arrays
 from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.train.files import discard_folder, write_atomically
 
 PAIR_COLUMNS = ("chosen", "rejected", "label", "caption")
 STORED_NAMES = {"prompts": "prompts", "images": "pictures"}
@@ -27,6 +31,8 @@ Level = tuple[float, ...]
 """One sigma, or several that are joined as tokens: an ensemble."""
 Score = Callable[[PairBatch, Level, Tensor], Tensor]
 """(batch of M images, K sigmas, noise (M, C, H, W) or (K, M, C, H, W)) -> (M,) raw scores."""
+Piece = tuple[dict[str, np.ndarray], dict[str, object]]
+"""Arrays, and JSON-serialisable metadata."""
 
 
 def level_name(level: Level) -> str:
@@ -110,6 +116,13 @@ class PairScores:
         """Mean of `correct` over the pairs without a tie of raters."""
         return float(np.nanmean(self.correct(*names)))
 
+    def subset(self, kept: np.ndarray) -> PairScores:
+        """The pairs where kept (N,) bool is true, with the scores of all images."""
+        columns = {name: vars(self)[name][kept] for name in PAIR_COLUMNS}
+        group = None if self.group is None else self.group[kept]
+        concept = None if self.concept is None else tuple(compress(self.concept, kept))
+        return replace(self, **columns, group=group, concept=concept)
+
     def same_pairs(self, other: PairScores) -> bool:
         """Whether both hold the same pairs in the same order."""
         return all(np.array_equal(vars(self)[name], vars(other)[name]) for name in PAIR_COLUMNS)
@@ -140,33 +153,30 @@ def score_pairs(
         if piece is None:
             piece = _score_batch(score, batches[index], levels, seed, index, title)
             if pieces is not None:
-                pieces.save(index, *piece)
+                pieces.save(index, piece)
         arrays, metadata = piece
         has_prompts &= metadata["prompts"] is not None
         prompts = metadata["prompts"] or [f"group {number} of batch {index}" for number in range(metadata["groups"])]
         caption_of_group = np.array([captions.setdefault(prompt, len(captions)) for prompt in prompts])
-        shifted = {name: arrays.pop(name) + images for name in ("chosen", "rejected")}
-        caption = caption_of_group[arrays.pop("pair_group")]
-        for name, values in {**arrays, **shifted, "caption": caption}.items():
-            columns.setdefault(name, []).append(values)
+        arrays["caption"] = caption_of_group[arrays.pop("pair_group")]
+        for name, values in arrays.items():
+            columns.setdefault(name, []).append(values + images if name in ("chosen", "rejected") else values)
         concepts += metadata["concepts"] or ()
         images += len(arrays["scores"][0])
-    scores = np.concatenate(columns.pop("scores"), axis=1)
+    scores = dict(zip((level.name for level in levels), np.concatenate(columns.pop("scores"), axis=1), strict=True))
     pairs = {name: np.concatenate(parts) for name, parts in columns.items()}
     if concepts and len(concepts) != len(pairs["chosen"]):
         raise ValueError(
             f"{title}: concepts: got {len(concepts)}; expected one for each of {len(pairs['chosen'])} pairs"
         )
-    by_name = {level.name: row for level, row in zip(levels, scores, strict=True)}
-    return PairScores(
-        by_name, **pairs, concept=tuple(concepts) or None, prompts=tuple(captions) if has_prompts else None
-    )
+    prompts = tuple(captions) if has_prompts else None
+    return PairScores(scores, **pairs, concept=tuple(concepts) or None, prompts=prompts)
 
 
 def _score_batch(
     score: Score, batch: PairBatch, levels: Sequence[NoiseLevels], seed: int, index: int, title: str
-) -> tuple[dict[str, np.ndarray], dict[str, object]]:
-    """Arrays (scores (levels, M), and the columns of the pairs with rows from 0) and metadata of one batch."""
+) -> Piece:
+    """Scores (levels, M), and the columns of the pairs with rows from 0."""
     numbers = {draw for level in levels for draw in level.draws}
     noise = {draw: batch.draw_noise(seeded_generator(seed, index, draw)) for draw in numbers}
     scores = []
@@ -190,7 +200,7 @@ def check_finite(scores: np.ndarray, level: str, title: str) -> None:
         raise ValueError(f"{title}: scores at {level} are NaN or infinite; check the weights and the images")
 
 
-def save_scores(scores: PairScores, path: Path, terms: dict[str, object]) -> None:
+def save_scores(scores: PairScores, path: Path, terms: Mapping[str, object]) -> None:
     """Write one safetensors file atomically. terms: JSON-serialisable; `load_scores` compares them."""
     concepts = sorted(set(scores.concept or ()))
     arrays = {"scores": np.stack(list(scores.scores.values()))} | {name: vars(scores)[name] for name in PAIR_COLUMNS}
@@ -199,15 +209,63 @@ def save_scores(scores: PairScores, path: Path, terms: dict[str, object]) -> Non
     if scores.group is not None:
         arrays["group"] = scores.group
     names = {key: vars(scores)[field] for field, key in STORED_NAMES.items() if vars(scores)[field] is not None}
-    write_arrays(path, arrays, readings=list(scores.scores), concepts=concepts, terms=terms, **names)
+    _write_arrays(path, arrays, {"readings": list(scores.scores), "concepts": concepts, "terms": terms, **names})
 
 
-def load_scores(path: Path, terms: dict[str, object]) -> PairScores:
+def load_scores(path: Path, terms: Mapping[str, object]) -> PairScores:
     """Read a file of `save_scores`. Raises ValueError when it is damaged or was written with other terms."""
-    columns, metadata = read_arrays(path)
-    check_terms(path, metadata["terms"], terms)
+    columns, metadata = _read_arrays(path)
+    _check_terms(path, metadata["terms"], terms)
     scores = dict(zip(metadata["readings"], columns.pop("scores"), strict=True))
     numbers = columns.pop("concept", None)
     concept = None if numbers is None else tuple(metadata["concepts"][number] for number in numbers)
     names = {field: tuple(metadata[key]) for field, key in STORED_NAMES.items() if key in metadata}
     return PairScores(scores, **columns, concept=concept, **names)
+
+
+class Pieces:
+    """A folder of numbered pieces. Raises ValueError when it holds scores that were taken with other terms."""
+
+    def __init__(self, folder: Path, terms: Mapping[str, object]) -> None:
+        self.folder, stored = folder, folder / "terms.json"
+        if stored.exists():
+            _check_terms(folder, json.loads(stored.read_text(encoding="utf-8")), terms)
+        else:
+            write_atomically(stored, json.dumps(terms, indent=1) + "\n")
+
+    def load(self, number: int) -> Piece | None:
+        if not self._path(number).exists():
+            return None
+        arrays, metadata = _read_arrays(self._path(number))
+        return arrays, metadata["words"]
+
+    def save(self, number: int, piece: Piece) -> None:
+        _write_arrays(self._path(number), piece[0], {"words": piece[1]})
+
+    def discard(self) -> None:
+        """Delete the folder, once the scores are stored as a whole elsewhere."""
+        discard_folder(self.folder)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, object]) -> None:
+    text = {name: json.dumps(value) for name, value in metadata.items()}
+    write_atomically(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata=text))
+
+
+def _read_arrays(path: Path) -> Piece:
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to score again") from error
+
+
+def _check_terms(path: Path, stored: object, terms: Mapping[str, object]) -> None:
+    expected = json.loads(json.dumps(terms))
+    if stored != expected:
+        how = "choose another output_dir, or delete it to score again"
+        raise ValueError(f"{path}: got scores taken with {stored}; expected {expected}: {how}")

@@ -8,19 +8,17 @@ from dinalrm_align.eval.ablation import (
     accuracy_at,
     arm_accuracy,
     difference,
-    in_points,
-    mean_accuracy,
-    question_section,
-    verdict,
-)
-from dinalrm_align.eval.ablation_config import ARMS, BASELINE, QUESTIONS, AblateRun
-from dinalrm_align.eval.inference import (
     draw_groups,
+    in_points,
     inference_section,
     levels_with_draws,
+    mean_accuracy,
     noise_shares,
+    question_section,
     variance_section,
+    verdict,
 )
+from dinalrm_align.eval.config import ARMS, BASELINE, QUESTIONS, AblateRun
 from dinalrm_align.eval.report.intervals import Interval
 from dinalrm_align.eval.scores import NoiseLevels, PairScores
 from dinalrm_align.reward.config import RewardConfig

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from dinalrm_align.data.latent_pairs import LatentPairs
-from dinalrm_align.eval.calibration_report import reliabilities
+from dinalrm_align.eval.calibration import reliabilities
 from dinalrm_align.eval.config import EvaluateRun
 from dinalrm_align.eval.scores import NoiseLevels, load_scores, score_pairs
 from dinalrm_align.models.pipeline import load_pipeline
@@ -46,7 +46,7 @@ def test_accuracy_and_calibration_follow_from_the_stored_scores(stored):
     )
     for sigma, found in levels["reward"].items():
         expected = numbers["calibration"][f"{sigma:g}"]
-        assert found.error == pytest.approx(expected["error"], abs=2e-5)
+        assert found.reliability.error == pytest.approx(expected["error"], abs=2e-5)
         assert found.nll == pytest.approx(expected["nll"], abs=2e-5)
         assert found.scale == pytest.approx(expected["best_scale"], abs=1e-3)
 

@@ -19,9 +19,8 @@ from public_sets import (
 
 from dinalrm_align.eval.image_scores import PIECE, Fit, draw_noise, score_image_set
 from dinalrm_align.eval.leakage import leaked, read_trained, trained_on
-from dinalrm_align.eval.pieces import Pieces
 from dinalrm_align.eval.protocols import accuracy
-from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels
+from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, Pieces
 from dinalrm_align.eval.test_sets import open_test_set
 
 
@@ -153,7 +152,7 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(tmp_path):
 
 def test_a_damaged_piece_is_refused(tmp_path):
     pieces = Pieces(tmp_path, {})
-    pieces.save(0, {"scores": np.zeros(3, np.float32)}, {"a": 1})
+    pieces.save(0, ({"scores": np.zeros(3, np.float32)}, {"a": 1}))
     assert pieces.load(1) is None and pieces.load(0)[1] == {"a": 1}
     file = tmp_path / "000000.safetensors"
     file.write_bytes(file.read_bytes()[:-2])

@@ -1,0 +1,120 @@
+"""Figures of evaluations: accuracy against sigma, noise levels at inference, variance over noise draws, reliability."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dinalrm_align.eval.ablation import (
+    SINGLE_LEVEL,
+    Evidence,
+    NoiseShare,
+    accuracy_at,
+    arm_accuracy,
+    gain_over_single,
+    inference_measures,
+)
+from dinalrm_align.eval.calibration import Calibration, fidelity_rater
+from dinalrm_align.train.files import save_figure
+
+FEWEST_PLOTTED = 10
+"""Fewest pairs of a plotted bin."""
+
+
+def panels(
+    titles: Sequence[str], size: tuple[float, float], x: str, y: str, *, columns: int = 0, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel of `size` inches per title, in rows of `columns` (0: one row), and labelled axes."""
+    columns = min(columns or len(titles), len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey).flatten()
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(titles) :]:
+        axis.set_visible(False)
+    return figure, list(axes[: len(titles)])
+
+
+def draw_band(axis: Axes, sigmas: Sequence[float], points: Sequence[tuple[float, float, float]], label: str) -> None:
+    """A curve of accuracies in per cent with their intervals. points: (value, low, high) as fractions."""
+    value, low, high = (100 * np.array(column) for column in zip(*points, strict=True))
+    (line,) = axis.plot(sigmas, value, marker="o", markersize=3, label=label)
+    axis.fill_between(sigmas, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+
+
+def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str) -> None:
+    """Accuracy against the noise level: a panel per set, a curve with its 95 % interval per arm."""
+    figure, axes = panels(evidence.sets, (5.5, 4.4), "noise level sigma", "pairwise accuracy, per cent")
+    for axis, name in zip(axes, evidence.sets, strict=True):
+        for arm in (arm for arm in arms if arm in evidence.runs):
+            found = [arm_accuracy(evidence, arm, name, accuracy_at(sigma)) for sigma in evidence.sigmas]
+            seeds = len(evidence.runs[arm])
+            label = f"{arm} ({seeds} seed{'s' if seeds > 1 else ''})"
+            draw_band(axis, evidence.sigmas, [(point.mean, point.low, point.high) for point in found], label)
+        axis.legend(fontsize=8)
+    figure.suptitle(f"{title} (bands: 95 % over seeds and captions, unpaired)")
+    save_figure(figure, path)
+
+
+def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
+    """Paired difference of each choice of noise levels to the single level, for one arm: a panel per set."""
+    by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
+    labels = list(dict.fromkeys(label for measures in by_set.values() for label in measures))
+    size = 4.5 + 2 / len(by_set), 0.26 * len(labels) + 1.4
+    figure, axes = panels(evidence.sets, size, f"points of accuracy, minus sigma {SINGLE_LEVEL:g}", "", sharey=True)
+    for axis, (name, measures) in zip(axes, by_set.items(), strict=True):
+        for label, measure in measures.items():
+            gain = gain_over_single(evidence, arm, name, measure)
+            reach = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
+            colour = "C1" if "tokens" in label else "C2" if "average" in label else "C0"
+            at = [100 * gain.mean], [labels.index(label)]
+            axis.errorbar(*at, xerr=reach, marker="o", markersize=4, capsize=2, color=colour)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"noise levels at inference ({arm}, {len(evidence.runs[arm])} seeds; paired, 95 %)")
+    save_figure(figure, path)
+
+
+def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
+    """Variance over noise draws against backbone forwards per score, with 1 / K for independent draws."""
+    title = "variance over noise draws / variance over images"
+    figure, (axis,) = panels([title], (6, 4.2), "backbone forwards per score", "share")
+    for label in dict.fromkeys(row.label for row in shares):
+        rows = [row for row in shares if row.label == label]
+        axis.plot([row.forwards for row in rows], [row.share for row in rows], "o-" if rows[1:] else "D", label=label)
+    counts = sorted({row.forwards for row in shares})
+    axis.plot(counts, [shares[0].share / count for count in counts], "k:", linewidth=1, label="1 / K")
+    axis.set(xscale="log", yscale="log")
+    axis.set_xticks(counts, map(str, counts))
+    axis.minorticks_off()
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_reliability(curves: Mapping[str, Mapping[float, Calibration]], path: Path) -> None:
+    """Observed against predicted frequency: a panel per arm, a curve with standard errors per noise level.
+
+    Dashed: the fixed point of the fidelity objective. Bins with few pairs are not plotted, but count in the ECE.
+    """
+    figure, axes = panels([*curves], (6, 4.4), "predicted P(preferred)", "observed frequency", columns=2)
+    predicted = np.linspace(0.5, 1, 200)
+    for axis, levels in zip(axes, curves.values(), strict=True):
+        axis.plot(predicted, predicted, color="black", linewidth=0.8, label="exact")
+        axis.plot(predicted, fidelity_rater(predicted), color="black", linewidth=0.8, linestyle="--", label="fidelity")
+        for shade, (sigma, found) in zip(np.linspace(0, 0.9, len(levels)), levels.items(), strict=True):
+            curve, filled = found.reliability, found.reliability.count >= FEWEST_PLOTTED
+            points = [column[filled] for column in (curve.predicted, curve.observed, curve.standard_error)]
+            style = dict(color=colormaps["viridis"](shade), marker="o", markersize=3, linewidth=1.2, elinewidth=0.8)
+            axis.errorbar(*points, **style, label=f"sigma {sigma:g}: ECE {100 * curve.error:.1f}")
+        axis.set(xlim=(0.49, 1.01), ylim=(0.4, 1.02))
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    figure.suptitle(
+        f"each pair with the more probable image first; bins of at least {FEWEST_PLOTTED} pairs, one standard error"
+    )
+    save_figure(figure, path)
