@@ -12,6 +12,9 @@ import numpy as np
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.train.settings import check_integer
 
+AT_ONCE = 4
+"""Blocks that are mixed, see `ShuffledBatches`."""
+
 
 class BatchOrder(TypedDict, total=False):
     """How a data set is divided into batches of units: pairs, or groups of images. seed, held_out_prompts: default 0.
@@ -33,7 +36,7 @@ class ShuffledBatches:
     the next epoch, so none is left out.
 
     buckets: the units of each. blocks: block of each unit, for data that is read a block at a time (a row group of a
-    parquet file); blocks are then visited in random order, `at_once` of them mixed. Raises ValueError when no bucket
+    parquet file); blocks are then visited in random order, AT_ONCE of them mixed. Raises ValueError when no bucket
     fills a batch.
     """
 
@@ -44,11 +47,10 @@ class ShuffledBatches:
         seed: int,
         *,
         blocks: np.ndarray | None = None,
-        at_once: int = 4,
     ) -> None:
         self.buckets = [bucket for bucket in buckets if len(bucket)]
         self.batch_size, self.seed = batch_size, seed
-        self._blocks, self._at_once = blocks, at_once
+        self._blocks = blocks
         if not any(len(bucket) >= batch_size for bucket in self.buckets):
             raise ValueError(
                 f"batch_size: got {batch_size}; expected at most the largest bucket, sizes "
@@ -96,9 +98,9 @@ class ShuffledBatches:
         return rng, shuffles
 
     def _portions(self, epoch: int) -> np.ndarray:
-        """When in the epoch each unit's block is read, counted in portions of `at_once` blocks."""
+        """When in the epoch each unit's block is read, counted in portions of AT_ONCE blocks."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
-        return (np.argsort(order) // self._at_once)[self._blocks]
+        return (np.argsort(order) // AT_ONCE)[self._blocks]
 
 
 class BatchesInOrder(Sequence[PairBatch]):
@@ -146,12 +148,11 @@ class PairSource(ABC):
         sizes: np.ndarray | None = None,
         usable: np.ndarray | None = None,
         blocks: np.ndarray | None = None,
-        at_once: int = 4,
     ) -> None:
         """Decide which units are trained on and which are held out.
 
-        sizes (N, k): units of different sizes are never in one batch. usable (N,) bool: default all. blocks, at_once:
-        see `ShuffledBatches`.
+        sizes (N, k): units of different sizes are never in one batch. usable (N,) bool: default all. blocks (N,): see
+        `ShuffledBatches`.
         """
         units = np.arange(len(prompts)) if usable is None else np.flatnonzero(usable)
         keep_out = held_out([prompts[unit] for unit in units.tolist()], self._num_held_out)
@@ -162,7 +163,7 @@ class PairSource(ABC):
             self._buckets = [units[(used == size).all(axis=1)] for size in np.unique(used, axis=0)]
         self._held_out = [bucket[is_out[bucket]] for bucket in self._buckets]
         self._trained = [bucket[~is_out[bucket]] for bucket in self._buckets]
-        self._blocks, self._at_once = blocks, at_once
+        self._blocks = blocks
 
     @abstractmethod
     def _read(self, units: np.ndarray) -> PairBatch: ...
@@ -174,7 +175,7 @@ class PairSource(ABC):
     @functools.cached_property
     def _batches(self) -> ShuffledBatches:
         """Created when training asks: a data set used only for evaluation may be smaller than a batch."""
-        return ShuffledBatches(self._trained, self._batch_size, self._seed, blocks=self._blocks, at_once=self._at_once)
+        return ShuffledBatches(self._trained, self._batch_size, self._seed, blocks=self._blocks)
 
     def __len__(self) -> int:
         """Batches per epoch, over all ranks."""

@@ -22,22 +22,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinalrm_align.data import shards
 from dinalrm_align.data.batches import BatchOrder, PairSource
 from dinalrm_align.data.pairs import PairBatch, PairManifest
-from dinalrm_align.data.shards import (
-    GROUP_COLUMNS,
-    LATENTS,
-    PAIR_COLUMNS,
-    TEXT,
-    RowFile,
-    Shard,
-    open_shard,
-    read_columns,
-    read_index,
-    read_prompt_list,
-    write_if_changed,
-    write_tables,
-)
 from dinalrm_align.models.text import Conditions, check_prompts
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.files import atomically, file_digest, make_folder
@@ -56,14 +43,14 @@ class LatentPairs(PairSource):
     ) -> None:
         super().__init__(**order)
         self.directory = Path(directory)
-        index = read_index(self.directory)
+        index = shards.read_index(self.directory)
         self.manifest, self.concepts = index.manifest, index.concepts
-        self.prompts = read_prompt_list(self.directory, index)
-        self._columns = {name: column.numpy() for name, column in read_columns(self.directory, index).items()}
+        self.prompts = shards.read_prompt_list(self.directory, index)
+        self._columns = {name: column.numpy() for name, column in shards.read_columns(self.directory, index).items()}
         self._text_starts = np.cumsum([0, *(shard.count for shard in index.text)])
         self._bad: dict[str, str] = {}
-        self._latents = [self._open(shard, LATENTS, on_bad) for shard in index.latents]
-        self._text = [self._open(shard, TEXT, on_bad) for shard in index.text]
+        self._latents = [self._open(shard, shards.LATENTS, on_bad) for shard in index.latents]
+        self._text = [self._open(shard, shards.TEXT, on_bad) for shard in index.text]
         prompt, shard = self._columns["prompt"], self._columns["shard"]
         text_shard = np.searchsorted(self._text_starts, prompt, side="right") - 1
         whole = np.array([file is not None for file in self._latents])[shard]
@@ -77,9 +64,9 @@ class LatentPairs(PairSource):
         sizes = np.array([(shard.height, shard.width) for shard in index.latents])[shard]
         self._arrange([self.prompts[row] for row in prompt.tolist()], sizes=sizes, usable=whole)
 
-    def _open(self, shard: Shard, tensors: dict[str, int], on_bad: str) -> RowFile | None:
+    def _open(self, shard: shards.Shard, tensors: dict[str, int], on_bad: str) -> shards.RowFile | None:
         try:
-            return open_shard(self.directory, shard, tensors)
+            return shards.open_shard(self.directory, shard, tensors)
         except (ValueError, OSError) as error:
             if on_bad != "skip":
                 raise
@@ -91,7 +78,7 @@ class LatentPairs(PairSource):
         return text_digest("".join([*(file_digest(self.directory / name) for name in files), *sorted(self._bad)]))
 
     def _read(self, groups: np.ndarray) -> PairBatch:
-        rows = {name: self._columns[name][groups] for name in GROUP_COLUMNS}
+        rows = {name: self._columns[name][groups] for name in shards.GROUP_COLUMNS}
         counts = rows["pictures"]
         latents = [
             self._latents[shard].read("latents", first, count)
@@ -102,7 +89,7 @@ class LatentPairs(PairSource):
         embeds, pooled = (torch.cat(column)[group] for column in zip(*texts, strict=True))
         pairs = np.concatenate([np.arange(f, f + n) for f, n in zip(rows["first_pair"], rows["pairs"])])
         first_image = np.repeat(np.cumsum(counts) - counts, rows["pairs"])
-        columns = {name: self._columns[name][pairs] for name in PAIR_COLUMNS}
+        columns = {name: self._columns[name][pairs] for name in shards.PAIR_COLUMNS}
         concept = columns.pop("concept")
         for name in ("chosen", "rejected"):
             columns[name] = columns[name].astype(np.int64) + first_image
@@ -119,7 +106,7 @@ class LatentPairs(PairSource):
     def _read_text(self, prompt: int) -> list[Tensor]:
         shard = int(np.searchsorted(self._text_starts, prompt, side="right")) - 1
         row = prompt - int(self._text_starts[shard])
-        return [self._text[shard].read(name, row) for name in TEXT]
+        return [self._text[shard].read(name, row) for name in shards.TEXT]
 
 
 class LatentPairsWriter:
@@ -211,15 +198,14 @@ class LatentPairsWriter:
             self._flush_text()
         for size in list(self._pending_latents):
             self._flush_latents(size)
-        write_if_changed(self.directory / "prompts.json", json.dumps(list(self._prompts), ensure_ascii=False, indent=1))
-        write_tables(
-            self.directory, self.manifest, self._groups, self._pairs, self._shards, concepts=list(self._concepts)
-        )
+        prompts, concepts = json.dumps(list(self._prompts), ensure_ascii=False, indent=1), list(self._concepts)
+        shards.write_if_changed(self.directory / "prompts.json", prompts)
+        tables = self._groups, self._pairs, self._shards
+        shards.write_tables(self.directory, self.manifest, *tables, concepts=concepts)
 
     def _flush_text(self) -> None:
-        columns = zip(TEXT, zip(*self._pending_text, strict=True), strict=True)
-        tensors = {name: torch.stack(column) for name, column in columns}
-        self._save("text", tensors, count=len(self._pending_text))
+        columns = map(torch.stack, zip(*self._pending_text, strict=True))
+        self._save("text", dict(zip(shards.TEXT, columns, strict=True)), count=len(self._pending_text))
         self._pending_text = []
 
     def _flush_latents(self, size: tuple[int, ...]) -> None:

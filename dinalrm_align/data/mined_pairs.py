@@ -33,13 +33,10 @@ TENSORS = (
 
 @dataclasses.dataclass(frozen=True)
 class MinedPair:
-    """A pair of candidates of one prompt; tensors on any device, in any floating dtype.
+    """A pair of candidates of the prompt `index`; tensors on any device, in any floating dtype.
 
-    Args:
-        index: of the prompt in its list.
-        latents: (n, C, H, W) of the n candidates, scaled and clean.
-        chosen, rejected: indices of two candidates.
-        prompt_embeds, pooled_prompt_embeds, negative: (L, D), (P,), and both of the empty prompt where kept.
+    latents: (n, C, H, W) of the n candidates, scaled and clean. chosen, rejected: indices of two candidates.
+    prompt_embeds, pooled_prompt_embeds, negative: (L, D), (P,), and both of the empty prompt where kept.
     """
 
     prompt: str
@@ -74,20 +71,19 @@ def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining:
 
 
 class MinedPairs(PairSource):
-    """A PairSource over mined pairs.
+    """A PairSource over a folder filled by `recipes/mine_pairs.py`, or one parquet file as verl-omni writes.
 
-    Args:
-        path: a folder filled by `recipes/mine_pairs.py`, or one parquet file with these columns, as verl-omni writes.
-        manifest: how the latents and embeddings of a single file were made, which the file does not record.
-
-    Raises ValueError or FileNotFoundError for files that are unreadable, missing or without pairs.
+    manifest: how the latents and embeddings of a single file were made, which the file does not record. Raises
+    ValueError or FileNotFoundError for files that are unreadable, missing or without pairs.
     """
 
     def __init__(self, path: str | Path, *, manifest: PairManifest | None = None, **order: Unpack[BatchOrder]) -> None:
         super().__init__(**order)
         self.path = Path(path)
         shard_files(self.path)
-        self.manifest = self._manifest(manifest)
+        self.manifest = manifest if self.path.suffix == ".parquet" else self._read_manifest()
+        if self.manifest is None:
+            raise ValueError(f"{self.path} does not record how its latents were made: pass manifest=")
         self._pairs = list(read_preferences(self.path, "mined", strict=False))
         if not self._pairs:
             raise ValueError(f"{self.path} holds no pairs: none passed the filter; mine with a smaller --mine.min_gap")
@@ -95,11 +91,7 @@ class MinedPairs(PairSource):
         self.scores = [pair.scores["score"] for pair in self._pairs]
         self._arrange(self.prompts)
 
-    def _manifest(self, given: PairManifest | None) -> PairManifest:
-        if self.path.suffix == ".parquet":
-            if given is None:
-                raise ValueError(f"{self.path} does not record how its latents were made: pass manifest=")
-            return given
+    def _read_manifest(self) -> PairManifest:
         try:
             return PairManifest.of(read_manifest(self.path)["manifest"])
         except (KeyError, TypeError) as error:

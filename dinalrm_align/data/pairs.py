@@ -29,8 +29,7 @@ class PairBatch:
     Args:
         latents: (M, C, H, W), scaled.
         conditions: M prompts and their embeddings, one per image; "" for a prompt whose text is not known.
-        chosen: (N,) int64, row of the preferred image of each pair.
-        rejected: (N,) int64, row of the other image, in the same group.
+        chosen, rejected: (N,) int64, rows of the preferred and the other image of each pair, in the same group.
         label: (N,) float32 in [0, 1], probability that a rater prefers `chosen`.
         group: (M,) int64 in [0, G); images of a group share prompt, noise and sigma.
         concepts: what each of the N pairs differs in, for evaluation; None where unknown.

@@ -44,9 +44,9 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
         size = int(match[1]), int(match[2])
         if min(size) < MULTIPLE or size[0] % MULTIPLE or size[1] % MULTIPLE:
             raise ValueError(f"buckets: got {word.strip()}; expected sides that are positive multiples of {MULTIPLE}")
+        if size in sizes:
+            raise ValueError(f"buckets: got {text!r:.80}; expected each size once")
         sizes.append(size)
-    if len(set(sizes)) < len(sizes):
-        raise ValueError(f"buckets: got {text!r:.80}; expected each size once")
     return tuple(sizes)
 
 
@@ -63,7 +63,6 @@ def by_area(side: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size], tolerance: float) -> Size | None:
-    """The bucket of an image; None when no bucket has its aspect ratio."""
     fitting = [b for b in buckets if abs(_log_aspect(b) - _log_aspect(size)) <= tolerance]
     return min(fitting, key=lambda b: (abs(_log_area(b) - _log_area(size)), b), default=None)
 
@@ -72,12 +71,11 @@ def bucket_of_pair(one: Size, other: Size, buckets: Sequence[Size], tolerance: f
     """The common bucket of two images. If their buckets differ but their aspect ratios do not (up to SAME_ASPECT), it
     is that of the image with the smaller area; else None.
     """
-    chosen, rejected = (nearest_bucket(size, buckets, tolerance) for size in (one, other))
-    if chosen is None or rejected is None or chosen == rejected:
-        return None if chosen is None or rejected is None else chosen
-    if abs(math.exp(_log_aspect(one) - _log_aspect(other)) - 1) >= SAME_ASPECT:
+    found = [nearest_bucket(size, buckets, tolerance) for size in (one, other)]
+    differ = abs(math.exp(_log_aspect(one) - _log_aspect(other)) - 1) >= SAME_ASPECT
+    if None in found or (found[0] != found[1] and differ):
         return None
-    return min((_log_area(one), chosen), (_log_area(other), rejected))[1]
+    return min(zip(map(_log_area, (one, other)), found))[1]
 
 
 def _log_aspect(size: Size) -> float:
@@ -204,7 +202,6 @@ def plan_groups(
 
 
 def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Dropped) -> list[tuple[Preference, Size]]:
-    """At most `max_pairs_per_prompt` pairs of each prompt, drawn at random."""
     limit = run.filter.max_pairs_per_prompt
     if limit is None:
         return kept

@@ -32,7 +32,7 @@ from dinalrm_align.data.formats import find_layout, read_preferences
 from dinalrm_align.data.formats.record import ImageRef
 from dinalrm_align.data.formats.rows import image_source
 from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, PairManifest
-from dinalrm_align.data.plan import Dropped, Group, filter_pairs, plan_groups, plan_shards
+from dinalrm_align.data.plan import Dropped, filter_pairs, plan_groups, plan_shards
 from dinalrm_align.data.shards import write_if_changed, write_tables
 from dinalrm_align.data.workers import InOrder, attempt, sized_latent
 from dinalrm_align.models.images import image_size, resized_image
@@ -71,8 +71,6 @@ class Preparation:
         self.read = len(every)
         self.pairs = filter_pairs(every, run.filter, self.dropped)
         self.refs = list(dict.fromkeys(image for pair in self.pairs for image in (pair.chosen, pair.rejected)))
-        self.shards: list[list[Group]] = []
-        self.prompts: list[list[str]] = []
         if rank == 0:
             begin_or_resume(folder, "prepared.json", self._settings())
 
@@ -213,13 +211,9 @@ class Preparation:
 
     def _text_rows(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
         """Prompt -> row of the text files, and the entries of these files in the index."""
-        parts = [self._part("text", number) for number in range(len(self.prompts))]
-        kept = [
-            prompt
-            for prompts, part in zip(self.prompts, parts, strict=True)
-            for row, prompt in enumerate(prompts)
-            if str(row) not in part["bad"]
-        ]
+        kept, parts = [], [self._part("text", number) for number in range(len(self.prompts))]
+        for prompts, part in zip(self.prompts, parts, strict=True):
+            kept += [prompt for row, prompt in enumerate(prompts) if str(row) not in part["bad"]]
         files = [{key: part[key] for key in ("file", "count", "sha256")} for part in parts if part["count"]]
         return {prompt: row for row, prompt in enumerate(kept)}, files
 

@@ -1,6 +1,6 @@
 """Training on the released layout as it is (`formats.released`): latents are read in place, prompts encoded each step.
 
-A row group is decompressed as a whole, so the order is random in blocks: row groups in random order, AT_ONCE of them
+A row group is decompressed as a whole, so the order is random in blocks: row groups in random order, a few of them
 mixed, each decoded once per process. `recipes/prepare_pairs.py` converts such a folder into shards that are read row by
 row and include text embeddings.
 """
@@ -13,6 +13,7 @@ from typing import Literal, Unpack
 import numpy as np
 import torch
 
+from dinalrm_align.data import batches
 from dinalrm_align.data.batches import BatchOrder, PairSource
 from dinalrm_align.data.formats import read_preferences
 from dinalrm_align.data.formats.record import Cell, Preference
@@ -22,9 +23,6 @@ from dinalrm_align.data.pairs import EncodePrompts, PairBatch, PairManifest
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.files import reading
-
-AT_ONCE = 4
-"""Row groups that are mixed."""
 
 
 class ReleasedPairs(PairSource):
@@ -53,9 +51,8 @@ class ReleasedPairs(PairSource):
             [pair.prompt for pair in self._pairs],
             sizes=np.array([pair.shape for pair in self._pairs]),
             blocks=np.array([blocks.setdefault(pair.chosen[:2], len(blocks)) for pair in self._pairs]),
-            at_once=AT_ONCE,
         )
-        self._read_group = functools.lru_cache(2 * AT_ONCE)(_read_group)
+        self._read_group = functools.lru_cache(2 * batches.AT_ONCE)(_read_group)
 
     def _find(self, on_bad: str) -> list[Preference]:
         bad: list[str] = []

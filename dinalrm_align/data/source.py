@@ -1,32 +1,33 @@
-"""Opening preference pairs in any form, and the encoders of a pipeline that encode what is not stored encoded."""
+"""Opening preference pairs in any form; pairs of images, and the encoders of a pipeline."""
 
 import functools
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import Tensor
 
 from dinalrm_align.data.batches import BatchOrder, PairSource
-from dinalrm_align.data.formats import folder_layout
-from dinalrm_align.data.image_pairs import ImagePairs
+from dinalrm_align.data.formats import folder_layout, read_preferences
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.mined_pairs import MinedPairs
-from dinalrm_align.data.pairs import EncodingFormat, PairManifest, WeightSample
+from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, EncodingFormat, PairBatch, PairManifest, WeightSample
 from dinalrm_align.data.released_pairs import ReleasedPairs
-from dinalrm_align.models.text import PromptEncoder
+from dinalrm_align.models.hub import fetch
+from dinalrm_align.models.images import image_tensor, open_image
+from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.models.vae import encode_images, load_vae
-from dinalrm_align.train.files import reading
+from dinalrm_align.train.files import file_digest, reading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Folders of a pipeline."""
-MAX_CACHED = 1000
-"""Prompts whose embeddings are cached; in a large data set each occurs about once per epoch."""
 VALUES = 16
 """Tensors of which a WeightSample takes one number each."""
 
@@ -36,9 +37,8 @@ class Encoders:
 
     def __init__(self, source: str | Path, *, text_length: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.source, self.device = source, device
-        self.encode_prompts = PromptEncoder(
-            source, text_length=text_length, device=device, dtype=dtype, max_cached=MAX_CACHED
-        )
+        place = dict(device=device, dtype=dtype)
+        self.encode_prompts = PromptEncoder(source, text_length=text_length, max_cached=1000, **place)
 
     @functools.cached_property
     def vae(self) -> "AutoencoderKL":
@@ -56,7 +56,7 @@ class Encoders:
 
     @functools.cache  # noqa: B019  one object per program
     def weights(self, name: str) -> WeightSample | None:
-        """A sample of the weights in a folder of ENCODERS; None when they are not on this machine."""
+        """`sample_weights` of a folder of ENCODERS."""
         return sample_weights(self.source, name)
 
 
@@ -86,15 +86,12 @@ def open_pairs(
     layout = {".parquet": "mined", ".jsonl": "jsonl"}.get(path.suffix) or folder_layout(path)
     if layout == "mined":
         pairs = MinedPairs(path, manifest=encoders.manifest() if path.suffix == ".parquet" else None, **order)
-    elif layout == "released":
-        pairs = ReleasedPairs(
-            path, encode_prompts=encoders.encode_prompts, manifest=encoders.manifest(), on_bad=on_bad, **order
-        )
-    elif layout == "jsonl":
-        pairs = ImagePairs(
-            path, encode_images=encoders.encode_images, encode_prompts=encoders.encode_prompts,
-            manifest=encoders.manifest(), size=size, **order,
-        )  # fmt: skip
+    elif layout in ("released", "jsonl"):
+        given = dict(encode_prompts=encoders.encode_prompts, manifest=encoders.manifest(), **order)
+        if layout == "released":
+            pairs = ReleasedPairs(path, on_bad=on_bad, **given)
+        else:
+            pairs = ImagePairs(path, encode_images=encoders.encode_images, size=size, **given)
     else:
         pairs = LatentPairs(path, on_bad=on_bad, **order)
     pairs.manifest.check(expected)
@@ -107,15 +104,71 @@ def open_pairs(
     return pairs
 
 
+class ImagePairs(PairSource):
+    """A PairSource over a jsonl of image paths, relative to the file, which are encoded while training.
+
+    manifest describes the output of the encoders; size is (height, width) of every image, in pixels. Raises ValueError
+    for an invalid record, FileNotFoundError for a missing image.
+    """
+
+    reads_files_only = False
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        encode_images: EncodeImages,
+        encode_prompts: EncodePrompts,
+        manifest: PairManifest,
+        size: tuple[int, int],
+        **order: Unpack[BatchOrder],
+    ) -> None:
+        super().__init__(**order)
+        self.manifest, self.size, self._path = manifest, size, Path(path)
+        self._encode_images, self._encode_prompts = encode_images, encode_prompts
+        self._pairs = list(read_preferences(self._path, "jsonl", strict=False))
+        if not self._pairs:
+            raise ValueError(f"{path} holds no pairs")
+        for image in dict.fromkeys(image for pair in self._pairs for image in (pair.chosen, pair.rejected)):
+            if not (self._path.parent / image).is_file():
+                raise FileNotFoundError(f"{path}: image {self._path.parent / image} does not exist")
+        self._arrange([pair.prompt for pair in self._pairs])
+
+    def digest(self) -> str:
+        return file_digest(self._path)[:16]
+
+    @torch.no_grad()
+    def _read(self, units: np.ndarray) -> PairBatch:
+        pairs = [self._pairs[unit] for unit in units]
+        images = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        pixels = torch.stack([load_image(self._path.parent / image, *self.size) for image in images])
+        prompts, concepts = [pair.prompt for pair in pairs], [pair.concept for pair in pairs]
+        return PairBatch.plain(
+            *self._encode_images(pixels).chunk(2),
+            Conditions(prompts, *self._encode_prompts(prompts)),
+            label=[pair.label for pair in pairs],
+            concepts=None if None in concepts else tuple(concepts),
+        )
+
+
+def load_image(path: Path, height: int, width: int) -> Tensor:
+    """Read an image, upright, scaled to cover (height, width) and centre-cropped: (3, height, width) in [0, 1]."""
+    fitted = ImageOps.fit(open_image(path), (width, height), method=Image.Resampling.LANCZOS)
+    return image_tensor(fitted)[0]
+
+
 def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
     """Sample the safetensors in `folder` of a pipeline's folder or hub id; None when they are not on this machine.
 
     Takes the first number of evenly spaced tensors, in name order, of two dimensions or more. Files of a variant
     (model.fp16.safetensors) are ignored. Raises ValueError for a file that is not in safetensors format.
     """
-    root = Path(source) if Path(source).is_dir() else _cached(str(source), folder)
+    try:
+        root = fetch(source, ["*"], subfolder=folder, local_files_only=True)
+    except (FileNotFoundError, ValueError):
+        return None
     names: dict[str, Path] = {}
-    for file in sorted((root / folder).glob("*.safetensors")) if root else ():
+    for file in sorted(root.glob("*.safetensors")):
         if "." in file.stem:
             continue
         with reading("safetensors file", file), safe_open(file, framework="pt") as tensors:
@@ -127,13 +180,3 @@ def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
         with reading("safetensors file", names[name]), safe_open(names[name], framework="pt") as tensors:
             values.append(round(float(tensors.get_slice(name)[:1].flatten()[0]), 8))
     return WeightSample(str(source), len(names), values)
-
-
-def _cached(source: str, folder: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=[f"{folder}/*"], local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None

@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dinalrm_align import LatentReward
-from dinalrm_align.data.image_pairs import ImagePairs
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.prompts import read_captioned_images, read_prompts
+from dinalrm_align.data.source import ImagePairs
 from dinalrm_align.models.specs import resolve_model
 from dinalrm_align.reward.pixel.clip import ClipReward
 

@@ -16,20 +16,13 @@ pickapic and genai_bench may also be exported to JSON, with paths in place of im
 except latents.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dinalrm_align.data.formats import mined, published, released
 from dinalrm_align.data.formats.record import Bad, Cell, Preference, Row, check_preference, refuse
 from dinalrm_align.data.formats.rows import read_records, table_rows
-
-
-class Layout(NamedTuple):
-    """rows(source, bad) yields the records of a layout, and `convert` turns one into preferences."""
-
-    rows: Callable[[Path | Sequence[Path], Bad], Iterator[Row]]
-    convert: Callable[[Row], Iterable[Preference]]
 
 
 def _latent_rows(folder: Path, bad: Bad) -> Iterator[Row]:
@@ -56,17 +49,18 @@ def _latents(row: Row) -> Iterator[Preference]:
         yield Preference(row.fields["prompt"], *cells, label=label, concept=name, group=row.number)
 
 
-LAYOUTS = {
-    "hpdv3": Layout(table_rows, published.hpdv3),
-    "hpdv2": Layout(table_rows, published.hpdv2),
-    "rankings": Layout(table_rows, published.rankings),
-    "jsonl": Layout(table_rows, published.jsonl),
-    "pickapic": Layout(published.pickapic_rows, published.pickapic),
-    "genai_bench": Layout(published.genai_bench_rows, published.genai_bench),
-    "released": Layout(released.rows, released.convert),
-    "mined": Layout(mined.rows, mined.convert),
-    "latents": Layout(_latent_rows, _latents),
+LAYOUTS: dict[str, tuple[Callable[..., Iterator[Row]], Callable[[Row], Iterator[Preference]]]] = {
+    "hpdv3": (table_rows, published.hpdv3),
+    "hpdv2": (table_rows, published.hpdv2),
+    "rankings": (table_rows, published.rankings),
+    "jsonl": (table_rows, published.jsonl),
+    "pickapic": (published.pickapic_rows, published.pickapic),
+    "genai_bench": (published.genai_bench_rows, published.genai_bench),
+    "released": (released.rows, released.convert),
+    "mined": (mined.rows, mined.convert),
+    "latents": (_latent_rows, _latents),
 }
+"""Name -> rows(source, bad), which yields records, and convert(row), which yields preferences."""
 
 
 def read_preferences(

@@ -97,7 +97,6 @@ def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
 
 
 def refuse(reason: str, message: str) -> NoReturn:
-    """The default `Bad`."""
     raise ValueError(message)
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from dinalrm_align.data.batches import Prefetched, ShuffledBatches, held_out
-from dinalrm_align.data.image_pairs import ImagePairs, load_image
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.pairs import PairBatch, PairManifest
+from dinalrm_align.data.source import ImagePairs, load_image
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import RewardConfig
 
@@ -134,9 +134,10 @@ def test_no_unit_is_left_out_of_an_epoch_for_any_batch_size():
     assert all((again.at(i) == ShuffledBatches(buckets, 4, seed=0).at(i)).all() for i in (27, 3, 15))
 
 
-def test_a_shuffle_in_blocks_takes_a_few_blocks_at_a_time():
+def test_a_shuffle_in_blocks_takes_a_few_blocks_at_a_time(monkeypatch):
+    monkeypatch.setattr("dinalrm_align.data.batches.AT_ONCE", 2)
     blocks = np.repeat(np.arange(10), 6)
-    batches = ShuffledBatches([np.arange(0, 60, 2), np.arange(1, 60, 2)], 3, seed=1, blocks=blocks, at_once=2)
+    batches = ShuffledBatches([np.arange(0, 60, 2), np.arange(1, 60, 2)], 3, seed=1, blocks=blocks)
     order = [batches.at(index) for index in range(20)]
     assert sorted(np.concatenate(order)) == list(range(60))
     for portion in range(5):

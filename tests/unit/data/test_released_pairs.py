@@ -73,11 +73,11 @@ def test_the_index_says_which_rows_are_read_whatever_folder_it_names(tmp_path):
 
 
 def test_an_epoch_reads_every_row_once_and_every_row_group_about_once(tmp_path, monkeypatch):
-    from dinalrm_align.data import released_pairs
+    from dinalrm_align.data import batches, released_pairs
 
     read = []
     original = released_pairs._read_group
-    monkeypatch.setattr(released_pairs, "AT_ONCE", 1)
+    monkeypatch.setattr(batches, "AT_ONCE", 1)
     monkeypatch.setattr(
         released_pairs, "_read_group", lambda file, group: read.append((file, group)) or original(file, group)
     )
