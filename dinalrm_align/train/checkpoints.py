@@ -4,7 +4,7 @@ A checkpoint is a folder checkpoints/step_000050/ with
 
     weights.safetensors  ema.safetensors  optimizer.pt  rng_0.pt  method_0.safetensors (one per rank)  state.json
 
-It is written atomically and sealed (`seal`); state.json also holds the identity of the run and the size of
+It is written atomically and sealed (`files.seal`); state.json also holds the identity of the run and the size of
 metrics.jsonl. On resume everything is checked before a file or a weight is changed, and only plain tensors, numbers and
 text are read (`weights_only=True`).
 
@@ -14,6 +14,7 @@ is reused for several updates. The global RNG states (dropout) are then not rest
 """
 
 import io
+import itertools
 import random
 import re
 import shutil
@@ -28,18 +29,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dinalrm_align.train import files
 from dinalrm_align.train.device import with_others
-from dinalrm_align.train.files import (
-    DISCARDED,
-    STATE,
-    TEMPORARY,
-    atomic_folder,
-    check_mark,
-    discard_folder,
-    open_sealed,
-    seal,
-    write_file,
-)
 from dinalrm_align.train.metrics import METRICS, MetricsLog
 from dinalrm_align.train.state import RunState
 
@@ -57,27 +48,22 @@ def save_checkpoint(
     """
     folder = run / FOLDER / f"step_{state.step:06d}"
     main, rank = accelerator.is_main_process, accelerator.process_index
-    with atomic_folder(folder) if main else nullcontext(folder.with_name(TEMPORARY + folder.name)) as temporary:
+    hidden = folder.with_name(files.TEMPORARY + folder.name)
+    with files.atomic_folder(folder) if main else nullcontext(hidden) as temporary:
         _barrier(accelerator)
-        write_file(temporary / f"rng_{rank}.pt", _serialised(_random_state()))
+        files.write_file(temporary / f"rng_{rank}.pt", _serialised(_random_state()))
         if state.method is not None:
-            write_file(temporary / f"method_{rank}.safetensors", save(_on_cpu(state.method.state_tensors())))
+            files.write_file(temporary / f"method_{rank}.safetensors", save(_on_cpu(state.method.state_tensors())))
         if main:
             for name, tensors in state.tensors().items():
-                write_file(temporary / name, save(_on_cpu(tensors)))
-            write_file(temporary / "optimizer.pt", _serialised(state.optimizer.state_dict()))
+                files.write_file(temporary / name, save(_on_cpu(tensors)))
+            files.write_file(temporary / "optimizer.pt", _serialised(state.optimizer.state_dict()))
         _barrier(accelerator)
         if main:
-            facts = {
-                "step": state.step,
-                "elapsed": state.elapsed,
-                "num_processes": accelerator.num_processes,
-                "samples": state.samples,
-                "common_state": state.method is None or state.method.is_common(),
-                "identity": dict(state.identity),
-                "metrics": log.mark(),
-            }
-            seal(temporary, facts)
+            facts = {name: getattr(state, name) for name in ("step", "elapsed", "samples")}
+            facts |= {"num_processes": accelerator.num_processes, "identity": dict(state.identity)}
+            facts |= {"common_state": state.method is None or state.method.is_common(), "metrics": log.mark()}
+            files.seal(temporary, facts)
     if main:
         _keep_newest(run, keep_last)
     _barrier(accelerator)
@@ -88,28 +74,26 @@ def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: A
     """Restore `state` and the global random states from a checkpoint; returns its facts (step, metrics, ...).
 
     The optimiser keeps its own hyperparameters and takes the saved moments. Raises ValueError, before anything is
-    changed, if a file is missing or damaged, the checkpoint belongs to another run or is beyond `steps`, names or
-    shapes differ, an average is wanted and none was saved, or the run cannot be resumed with this world size.
+    changed, if the checkpoint is damaged, belongs to another run or is beyond `steps`, names or shapes differ, an
+    average is wanted and none was saved, or the run cannot be resumed with this world size.
     """
     facts = check_checkpoint(folder)
-    _check_identity(facts["identity"], state.identity, folder)
     same_processes = facts["num_processes"] == accelerator.num_processes
+    rank = accelerator.process_index if same_processes else 0
+    method_file = folder / f"method_{rank}.safetensors"
+    _check_identity(facts["identity"], state.identity, folder)
     if not same_processes:
         _check_processes(facts, state.samples, accelerator.num_processes, folder)
     if facts["step"] > steps:
         raise ValueError(f"{folder} is at update {facts['step']}, beyond loop.steps {steps}; raise loop.steps")
     if state.average is not None and not (folder / "ema.safetensors").exists():
         raise ValueError(f"{folder} holds no averaged weights; resume with loop.ema_decay 0, as the run was started")
-    rank = accelerator.process_index if same_processes else 0
-    method_file = folder / f"method_{rank}.safetensors"
     if (state.method is not None) != method_file.exists():
-        raise ValueError(
-            f"{folder} was written by a method with other settings ({method_file.name}); resume with its own"
-        )
+        raise ValueError(f"{folder} was written by a method with other settings ({method_file.name}); use its own")
     tensors = [(load_file(folder / name), into) for name, into in state.tensors().items()]
-    moments = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")["state"]
     for saved, into in tensors:
         _check_fit(saved, into, folder)
+    moments = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")["state"]
     _check_moments(moments, state.optimizer, folder)
     if state.method is not None:
         state.method.load_state_tensors(load_file(method_file))
@@ -126,10 +110,7 @@ def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: A
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint that is intact, as are the metrics up to it.
-
-    Raises ValueError naming the first damaged file, and the newest earlier checkpoint that is intact.
-    """
+    """The facts of a checkpoint; ValueError, naming the newest intact one, if it or its metrics are damaged."""
     try:
         return _read(folder)
     except ValueError as error:
@@ -138,19 +119,15 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of the run in this folder, or None."""
-    found = _checkpoints(run)
-    return found[-1] if found else None
+    return next(reversed(_checkpoints(run)), None)
 
 
 def checkpoint_to_resume(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest checkpoint of the run in `path`.
-
-    Raises ValueError if there is none, or if it is damaged (`check_checkpoint`).
-    """
+    """`path` itself if it is a checkpoint, else the newest one of the run in `path`; ValueError if none or damaged."""
     if not path.is_dir():
         raise ValueError(f"nothing to resume: no folder {path}; expected the folder of a run or of a checkpoint")
     path = path.resolve()
-    checkpoint = path if STEP.fullmatch(path.name) or (path / STATE).exists() else latest_checkpoint(path)
+    checkpoint = path if STEP.fullmatch(path.name) or (path / files.STATE).exists() else latest_checkpoint(path)
     if checkpoint is None:
         raise ValueError(f"nothing to resume: {path} holds no checkpoint yet; start the run again without --resume")
     check_checkpoint(checkpoint)
@@ -165,10 +142,8 @@ def new_run_folder(asked: str | None, name: str) -> Path:
         if latest_checkpoint(Path(asked)) is not None:
             raise ValueError(f"{asked} holds a run: go on with --resume {asked}, or choose another --output_dir")
         return Path(asked)
-    number = 1
-    while (folder := Path("runs") / (name if number == 1 else f"{name}_{number}")).exists():
-        number += 1
-    return folder
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(folder for folder in map(Path("runs").joinpath, names) if not folder.exists())
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -188,17 +163,16 @@ def tidy(run: Path, *, step: int, keep_last: int) -> None:
     """Delete checkpoints after `step`, all but the `keep_last` newest others, and leftovers of a kill."""
     for folder in _checkpoints(run)[::-1]:
         if _step_of(folder) > step:
-            discard_folder(folder)
+            files.discard_folder(folder)
     _keep_newest(run, keep_last)
     for leftover in (run / FOLDER).glob(".*"):
-        if STEP.fullmatch(leftover.name.removeprefix(TEMPORARY).removeprefix(DISCARDED)):
+        if STEP.fullmatch(leftover.name.removeprefix(files.TEMPORARY).removeprefix(files.DISCARDED)):
             shutil.rmtree(leftover)
 
 
 def _checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    folder = run / FOLDER
-    entries = folder.iterdir() if folder.is_dir() else ()
+    entries = (run / FOLDER).glob("step_*")
     return sorted((entry for entry in entries if STEP.fullmatch(entry.name) and entry.is_dir()), key=_step_of)
 
 
@@ -208,18 +182,17 @@ def _step_of(checkpoint: Path) -> int:
 
 def _keep_newest(run: Path, number: int) -> None:
     for folder in _checkpoints(run)[:-number]:
-        discard_folder(folder)
+        files.discard_folder(folder)
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint; ValueError if it or the metrics up to it are damaged."""
-    facts = open_sealed(folder)
-    check_mark(run_of(folder) / METRICS, facts["metrics"], prefix=True)
+    facts = files.open_sealed(folder)
+    files.check_mark(run_of(folder) / METRICS, facts["metrics"], prefix=True)
     return facts
 
 
 def _alternative(folder: Path) -> str:
-    """What to do about a damaged checkpoint: resume from the newest earlier one that is intact, if any."""
+    """What to do about a damaged checkpoint."""
     siblings = _checkpoints(run_of(folder)) if STEP.fullmatch(folder.name) else []
     for earlier in [entry for entry in siblings if _step_of(entry) < _step_of(folder)][::-1]:
         with suppress(ValueError):
@@ -238,7 +211,6 @@ def _check_identity(saved: Mapping[str, str], expected: Mapping[str, str], folde
 
 
 def _check_processes(facts: Mapping[str, Any], samples: int, num_processes: int, folder: Path) -> None:
-    """Raise ValueError unless the run can be resumed with this world size."""
     before = f"{folder} was written by {facts['num_processes']} processes, this run has {num_processes}"
     if not facts["common_state"]:
         raise ValueError(
@@ -253,9 +225,7 @@ def _check_processes(facts: Mapping[str, Any], samples: int, num_processes: int,
 
 
 def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: Path) -> None:
-    """Raise ValueError unless names and shapes are equal."""
-    expected = {name: tuple(tensor.shape) for name, tensor in into.items()}
-    got = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    expected, got = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (into, saved))
     if expected != got:
         differing = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
         raise ValueError(
@@ -265,15 +235,12 @@ def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: P
 
 
 def _check_moments(saved: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer, where: Path) -> None:
-    """Raise ValueError unless every saved moment has the shape of its parameter, which is identified by number.
-
-    bitsandbytes stores the codes and scales of 8-bit moments (qmap, absmax) beside them, with other shapes.
-    """
+    """Raise ValueError unless every saved moment has the shape of its parameter, which is identified by number."""
     shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     for number, moments in saved.items():
         nested = [value for value in moments.values() if isinstance(value, Mapping)]  # of bitsandbytes
-        named = [item for values in (moments, *nested) for item in values.items()]
-        for name, moment in named:
+        for name, moment in [item for values in (moments, *nested) for item in values.items()]:
+            # bitsandbytes stores the codes and scales of 8-bit moments (qmap, absmax) beside them
             has_shape = isinstance(moment, Tensor) and moment.ndim and not name.startswith(("qmap", "absmax"))
             if has_shape and [tuple(moment.shape)] != shapes[number : number + 1]:
                 raise ValueError(
@@ -298,7 +265,6 @@ def _barrier(accelerator: Accelerator) -> None:
 
 
 def _random_state() -> dict[str, Any]:
-    """The global RNG states of torch, CUDA, numpy and Python as tensors, numbers and text."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

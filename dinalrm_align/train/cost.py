@@ -1,9 +1,8 @@
 """Cost of a training step by phase: seconds, peak memory, floating-point operations.
 
-Memory is the peak of a phase above what was allocated when the step began (weights, optimiser state), in MiB. On CUDA
-it is the allocator's count, at every step. On the CPU it is the sum of live tensor storages, tracked by a
-`TorchDispatchMode` that takes about twice the time, hence only on profiled steps, whose seconds are left out; it sees
-neither the workspace inside an operator nor fragmentation.
+Memory is the peak of a phase above what was allocated when the step began, in MiB. On CUDA it is the allocator's count,
+at every step. On the CPU it is the sum of live tensor storages, without workspaces and fragmentation, and tracking it
+takes about twice the time, hence only on profiled steps, whose seconds are left out.
 
 FLOPs are two per multiply-accumulate of matrix products, convolutions and attention as executed, recomputation of
 checkpointed blocks included. They are counted on profiled steps by torch's `FlopCounterMode`.
@@ -23,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from torch.utils.module_tracker import ModuleTracker
 
 MIB = 2**20
-GIGA = 1e9
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
@@ -43,12 +41,10 @@ class LiveStorage(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
-        self.peak = 0
+        self.live = self.peak = 0
         self._seen: dict[int, weakref.finalize] = {}
 
     def restart(self) -> None:
-        """Start a new peak from what is alive now."""
         self.peak = self.live
 
     def __torch_dispatch__(
@@ -57,19 +53,13 @@ class LiveStorage(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = {tensor.untyped_storage()._cdata for tensor in tensors_among((args, kwargs))}
         result = func(*args, **kwargs)
-        for tensor in tensors_among(result):
-            self._count(tensor.untyped_storage(), inputs)
+        for storage in [tensor.untyped_storage() for tensor in tensors_among(result)]:
+            if storage._cdata not in self._seen and storage._cdata not in inputs:  # a view or an in-place result
+                size = storage.nbytes()
+                self._seen[storage._cdata] = weakref.finalize(storage, self._release, storage._cdata, size)
+                self.live += size
+                self.peak = max(self.peak, self.live)
         return result
-
-    def _count(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
-        """Add a storage unless it is counted already or is an input of the operator (a view, an in-place result)."""
-        key = storage._cdata
-        if key in self._seen or key in inputs:
-            return
-        size = storage.nbytes()
-        self._seen[key] = weakref.finalize(storage, self._release, key, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
 
     def _release(self, key: int, size: int) -> None:
         self.live -= size
@@ -79,11 +69,7 @@ class LiveStorage(TorchDispatchMode):
 class _NoModules(ModuleTracker):
     """Replaces the module hooks of `FlopCounterMode`, which keep recomputed activations alive in the backward pass."""
 
-    def __enter__(self) -> "_NoModules":
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        pass
+    __enter__ = __exit__ = lambda self, *args: None
 
 
 class PhaseMeter:
@@ -95,28 +81,21 @@ class PhaseMeter:
         metrics |= meter.finish_step()      # {"memory_mib/rollout": 310.0, "gflops/rollout": 54.2}
 
     Outside a step phases are not measured, so that an evaluation can run the same code. Phases must not be nested.
-
-    Args:
-        profile_every: steps between two that `loop.fit` profiles, starting with the first; 0: none.
+    profile_every: steps between two that `loop.fit` profiles, starting with the first; 0: none.
     """
 
     def __init__(self, device: torch.device | str, profile_every: int = 0) -> None:
-        self.device = torch.device(device)
-        self.profile_every = profile_every
+        self.device, self.profile_every = torch.device(device), profile_every
         self._on_cuda = self.device.type == "cuda"
-        self._in_step = self._profiled = False
-        self._clear()
+        self._in_step = False
 
-    def _clear(self) -> None:
+    def start_step(self, *, profile: bool = False) -> None:
+        """Begin a step. profile: count FLOPs in it, and on the CPU track memory (on CUDA it is always tracked)."""
+        self._in_step, self._profiled = True, profile
         self._tracker: LiveStorage | None = None
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._bytes: defaultdict[str, int] = defaultdict(int)
         self._flops: defaultdict[str, int] = defaultdict(int)
-
-    def start_step(self, *, profile: bool = False) -> None:
-        """Begin a step. profile: count FLOPs in it, and on the CPU track memory (on CUDA it is always tracked)."""
-        self._clear()
-        self._in_step, self._profiled = True, profile
         if self._on_cuda:
             torch.cuda.synchronize(self.device)
             self._allocated = torch.cuda.memory_allocated(self.device)
@@ -154,4 +133,4 @@ class PhaseMeter:
         self._in_step, self._tracker = False, None
         report = {} if self._profiled else {f"seconds/{name}": value for name, value in self._seconds.items()}
         report |= {f"memory_mib/{name}": size / MIB for name, size in self._bytes.items()}
-        return report | {f"gflops/{name}": count / GIGA for name, count in self._flops.items()}
+        return report | {f"gflops/{name}": count / 1e9 for name, count in self._flops.items()}

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,10 +46,9 @@ def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text; ValueError for invalid JSON and duplicate keys."""
     try:
         return json.loads(text, object_pairs_hook=_once)
-    except RecursionError as error:
-        raise ValueError(f"{where}: not valid JSON (nested too deeply)") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{where}: not valid JSON ({reason})") from error
 
 
 def read_json(path: Path, expected: str = "a file") -> dict[str, Any]:
@@ -66,9 +66,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     text = read_text(path, what)
     try:
         values = yaml.load(text, Loader=_StrictLoader)
-    except RecursionError as error:
-        raise ValueError(f"{what} {path}: nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         reason = f"line {mark.line + 1}: {problem}" if mark else problem or str(error).split("\n")[0]
         raise ValueError(f"{what} {path}: not YAML that is supported here ({reason})") from error
@@ -93,8 +91,8 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries raise many types for files of unknown content
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0][:300]}"
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {first_line:.300}"
         if isinstance(error, OSError):
             raise FileNotFoundError(
                 f"{what} cannot be had from {str(source)!r} ({reason}); give a folder that holds it, or a hub id that "
@@ -136,13 +134,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file atomically, text as UTF-8. Raises OSError, naming the file."""
+    """Write a file atomically, text as UTF-8; OSError, naming the file."""
     with atomically(path) as temporary:
         write_file(temporary, content)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file in place. Raises OSError, naming the file."""
+    """Write a file in place; OSError, naming the file."""
     try:
         with open(path, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -201,14 +199,12 @@ def save_figure(figure: Any, path: Path, *, dpi: int = 110) -> None:
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write state.json: `facts` (JSON values), and size and digest of every file in the folder."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(folder.iterdir())
-    }
-    write_file(folder / STATE, _text({**facts, "files": files}))
+    marks = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in folder.iterdir()}
+    write_file(folder / STATE, _text({**facts, "files": marks}))
 
 
 def open_sealed(folder: Path) -> dict[str, Any]:
-    """The facts of a sealed folder. Raises ValueError, naming the first file that is missing or damaged."""
+    """The facts of a sealed folder; ValueError, naming the first file that is missing or damaged."""
     path = folder / STATE
     if not path.is_file():
         raise ValueError(f"{path} is missing")
@@ -245,9 +241,8 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.MarkedYAMLError(
-                problem=f"alias *{event.anchor}; write the value out", problem_mark=event.start_mark
-            )
+            problem = f"alias *{event.anchor}; write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -272,8 +267,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"duplicate key {twice!r}")
     return values
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -44,38 +45,27 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class _Counted:
-    batch: Any
-    count: float
-
-
 class Closures:
     """A `Method` made of two functions; count: batch -> number of items that its loss is the mean of."""
 
-    def __init__(
-        self,
-        batch_at: Callable[[int], Any],
-        step: Callable[[Any], StepOutput],
-        count: Callable[[Any], float] = lambda batch: 1.0,
-    ) -> None:
-        def counted(micro_step: int) -> _Counted:
-            batch = batch_at(micro_step)
-            return _Counted(batch, count(batch))
+    make_batch: Callable[[int], Any]
+    make_step: Callable[[Any], StepOutput]
+    count: Callable[[Any], float] = lambda batch: 1.0
 
-        self.batch_at, self.step = counted, lambda counted: step(counted.batch)
+    def batch_at(self, micro_step: int) -> SimpleNamespace:
+        batch = self.make_batch(micro_step)
+        return SimpleNamespace(batch=batch, count=self.count(batch))
+
+    def step(self, counted: SimpleNamespace) -> StepOutput:
+        return self.make_step(counted.batch)
 
 
 @dataclass(frozen=True)
 class Hook:
     """A function of the step, called on every rank before the first update, every `every` updates and after the last.
 
-    It sees the averaged weights, and what it returns is recorded as metrics of that step.
-
-    Args:
-        every: updates between two calls; 0: only before the first and after the last update.
-        call: step -> metrics or None.
-        at_start: whether to call it before the first update.
-        at_stop: whether to call it when a run is stopped early; what it returns is then ignored.
+    It sees the averaged weights and returns metrics of that step, or None. every 0: only before the first and after
+    the last update. at_stop: call it also when a run is stopped early; what it returns is then ignored.
     """
 
     every: int
@@ -89,13 +79,9 @@ class Hook:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run is stored, and how it is resumed.
+    """Folder of a run, for config.yaml (`settings`, unless empty), metrics.jsonl and checkpoints/.
 
-    Args:
-        path: folder for config.yaml, metrics.jsonl and checkpoints/.
-        settings: text of config.yaml; if empty, the file is not written.
-        checkpoint: checkpoint in this folder to resume from; None starts a new run.
-        resume_command: command line that resumes the run, shown when it stops early.
+    checkpoint: checkpoint in it to resume from; None starts a new run. resume_command: shown when the run stops early.
     """
 
     path: Path
@@ -130,8 +116,7 @@ def fit(
         stop_when: called after every update with its metrics; returns the reason to stop the run, or None, the same on
             every rank. The run can be resumed.
 
-    Returns:
-        The number of updates done: config.steps, or fewer if `stop_when` stopped the run.
+    Returns the number of updates done: config.steps, or fewer if `stop_when` stopped the run.
 
     Raises:
         ValueError: the checkpoint is damaged or does not fit (`load_checkpoint`), or a new run would overwrite another;
@@ -140,7 +125,6 @@ def fit(
         OSError: a file cannot be written or another rank is lost; the message says how to resume.
         SystemExit: 130, on Ctrl-C or SIGTERM, after the update in progress is saved. A second signal stops at once.
     """
-    _check_start(accelerator, run)
     meter = meter or PhaseMeter(accelerator.device)
     log = _start(config, state, accelerator, run)
     saved, reason = state.step if run.checkpoint else -1, None
@@ -149,14 +133,21 @@ def fit(
         save_checkpoint(run.path, state, log=log, accelerator=accelerator, keep_last=config.keep_last)
         return state.step
 
+    def record(row: dict[str, float]) -> None:
+        """Run the hooks that are due, add their metrics to `row` and record it."""
+        _call([hook for hook in hooks if hook.is_due(state.step, config.steps)], state, row)
+        if log is not None and row:
+            log.append({"step": state.step, **row})
+            bar.set_postfix({name: f"{row[name]:.4g}" for name in shown if name in row}, refresh=False)
+        accelerator.log(row, step=state.step)
+
     bar = tqdm(total=config.steps, initial=state.step, disable=log is None, desc="update", dynamic_ncols=True)
-    recorder = _Recorder(state, accelerator, hooks, shown, log, bar)
     with bar, _resume_hint(run), _stop_requests(accelerator) as stop_requested:
         if run.checkpoint is None:
-            recorder.record({})
+            record({})
         while state.step < config.steps and reason is None and not stop_requested():
             row = _update(config, optim, state, method, accelerator, meter)
-            recorder.record(row)
+            record(row)
             bar.update()
             is_due = config.checkpoint_every and state.step % config.checkpoint_every == 0
             if is_due or state.step == config.steps:
@@ -165,7 +156,7 @@ def fit(
         if state.step < config.steps:
             if saved != state.step:
                 save()
-            recorder.call([hook for hook in hooks if hook.at_stop], {})
+            _call([hook for hook in hooks if hook.at_stop], state, {})
             accelerator.print(
                 f"\nstopped after update {state.step} of {config.steps}{f', because {reason}' if reason else ''}; "
                 f"checkpoint: {latest_checkpoint(run.path)}"
@@ -176,27 +167,22 @@ def fit(
     return state.step
 
 
-def _check_start(accelerator: Accelerator, run: RunFolder) -> None:
-    """Raise ValueError for float16 autocast, and for a run folder that holds another run."""
+def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: RunFolder) -> MetricsLog | None:
+    """Load the checkpoint or broadcast rank 0's weights, and prepare the folder; returns the log, on the main rank."""
     if accelerator.scaler is not None:
         raise ValueError("mixed_precision: got fp16; expected bf16 or no: this loop has no loss scaler")
     if run.checkpoint is None and (newest := latest_checkpoint(run.path)) is not None:
         raise ValueError(f"{run.path} holds a run: resume from {newest}, or choose a new folder")
     if run.checkpoint is not None and run_of(run.checkpoint.resolve()) != run.path.resolve():
         raise ValueError(f"{run.checkpoint} is not a checkpoint of {run.path}: a run is resumed in its own folder")
-
-
-def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: RunFolder) -> MetricsLog | None:
-    """Load the checkpoint or broadcast rank 0's weights, and prepare the folder; returns the log, on the main rank."""
     kept = 0
     if run.checkpoint is not None:
         facts = load_checkpoint(run.checkpoint, state, steps=config.steps, accelerator=accelerator)
         kept = facts["metrics"]["bytes"]
         accelerator.wait_for_everyone()  # other ranks may still read files that are deleted below
     elif accelerator.num_processes > 1:
-        for tensors in state.tensors().values():
-            for tensor in tensors.values():
-                torch.distributed.broadcast(tensor.detach(), src=0)
+        for tensor in [tensor for tensors in state.tensors().values() for tensor in tensors.values()]:
+            torch.distributed.broadcast(tensor.detach(), src=0)
     if not accelerator.is_main_process:
         return None
     with _resume_hint(run):
@@ -206,41 +192,15 @@ def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: R
         return MetricsLog(run.path / METRICS, keep=kept)
 
 
-@dataclass
-class _Recorder:
-    """Runs hooks and records metrics: metrics.jsonl, trackers, progress bar."""
-
-    state: RunState
-    accelerator: Accelerator
-    hooks: Sequence[Hook]
-    shown: Sequence[str]
-    log: MetricsLog | None
-    bar: tqdm
-
-    def record(self, row: dict[str, float]) -> None:
-        """Run the hooks that are due, add their metrics to `row` and record it."""
-        step = self.state.step
-        self.call([hook for hook in self.hooks if hook.is_due(step, self.bar.total)], row)
-        if self.log is not None and row:
-            self.log.append({"step": step, **row})
-            self.bar.set_postfix({name: f"{row[name]:.4g}" for name in self.shown if name in row}, refresh=False)
-        self.accelerator.log(row, step=step)
-
-    def call(self, hooks: Sequence[Hook], row: dict[str, float]) -> None:
-        """Call hooks with the averaged weights in place, and add their metrics to `row`."""
-        if hooks:
-            with self.state.average.in_place() if self.state.average else nullcontext():
-                for hook in hooks:
-                    row.update(hook.call(self.state.step) or {})
+def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None:
+    """Call hooks with the averaged weights in place, and add their metrics to `row`."""
+    with state.average.in_place() if hooks and state.average else nullcontext():
+        for hook in hooks:
+            row.update(hook.call(state.step) or {})
 
 
 def _update(
-    config: LoopConfig,
-    optim: OptimConfig,
-    state: RunState,
-    method: Method,
-    accelerator: Accelerator,
-    meter: PhaseMeter,
+    config: LoopConfig, optim: OptimConfig, state: RunState, method: Method, accelerator: Accelerator, meter: PhaseMeter
 ) -> dict[str, float]:
     """Make one optimiser update; returns its row of metrics."""
     began = time.perf_counter()
@@ -256,16 +216,18 @@ def _update(
         with meter.phase("backward"):
             (loss * count).backward()
         del batch
-        numbers = {
-            name: float(value.detach() if isinstance(value, Tensor) else value)
-            for name, value in {"loss": loss, **metrics}.items()
-        }
-        parts.append((count, numbers))
+        values = {"loss": loss, **metrics}.items()
+        parts.append((count, {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in values}))
     row = _averaged(parts, tensors, accelerator)
     factor = lr_factor(state.step + 1, config.steps, optim)
     row["grad_norm"] = float(nn.utils.clip_grad_norm_(tensors, optim.clip or math.inf))
     row["lr"] = optim.lr * factor
-    _check_finite(row, state.step + 1)
+    if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+        raise FloatingPointError(
+            f"update {state.step + 1} is not finite and was not made: {numbers}. Resume from the last checkpoint with "
+            "a smaller optim.lr or optim.clip, or with float32 weights"
+        )
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     state.optimizer.step()
@@ -309,9 +271,8 @@ def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
         with with_others():
             return bool(accelerator.reduce(flag, reduction="sum").item())
 
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main = threading.current_thread() is threading.main_thread()  # signals reach only this one
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
     try:
         yield requested_anywhere
     finally:
@@ -323,14 +284,11 @@ def _averaged(
 ) -> dict[str, float]:
     """Means of metrics over the micro-steps of all ranks, weighted by count; gradients are averaged in place.
 
-    Before, a gradient is the sum of count times the gradient of a mean; a missing one is 0. If all counts are 0, the
-    gradients are 0 and the metrics unweighted means.
+    If all counts are 0, the gradients are 0 and the metrics unweighted means.
     """
     names = list(parts[0][1])
-    sums = [
-        [len(parts), sum(count for count, _ in parts)],
-        *([sum(part[name] for _, part in parts), sum(count * part[name] for count, part in parts)] for name in names),
-    ]
+    sums = [[len(parts), sum(count for count, _ in parts)]]
+    sums += [[sum(part[name] for _, part in parts), sum(c * part[name] for c, part in parts)] for name in names]
     values = torch.tensor(sums, dtype=torch.float64)
     for p in tensors:
         if p.grad is None:
@@ -346,12 +304,3 @@ def _averaged(
         p.grad.div_(total or 1.0)
     means = values[1:, 1] / total if total else values[1:, 0] / number
     return dict(zip(names, means.tolist(), strict=True))
-
-
-def _check_finite(row: Mapping[str, float], step: int) -> None:
-    if not all(math.isfinite(row[name]) for name in ("loss", "grad_norm")):
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-        raise FloatingPointError(
-            f"update {step} is not finite and was not made: {numbers}. Resume from the last checkpoint with a smaller "
-            "optim.lr or optim.clip, or with float32 weights"
-        )

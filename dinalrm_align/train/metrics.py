@@ -52,9 +52,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl, without a last line cut short by a crash; ValueError for any other bad line."""
     *lines, _ = read_text(path, "file of metrics").split("\n")
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
+    for number, line in [(number, line) for number, line in enumerate(lines, 1) if line]:
         where = f"{path}, line {number}"
         row = parse_json(line, where)
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
@@ -80,9 +78,9 @@ def tracker_options(name: str, folder: Path) -> dict[str, Any]:
 def open_tracker(
     accelerator: "Accelerator", name: str, folder: Path, settings: str, checkpoint: Path | None = None
 ) -> None:
-    """Start the tracker of `tracker_options`; the accelerator's `end_training` closes it.
+    """Start the tracker of `tracker_options`, with the settings of the run as YAML; `end_training` closes it.
 
-    settings: of the run, as YAML. checkpoint: that the run is resumed from; what was tracked after it is dropped.
+    checkpoint: the one that the run is resumed from; what was tracked after it is dropped.
     """
     if name == "wandb":
         options = {"name": folder.name, "group": folder.name, "dir": str(folder)}
@@ -97,10 +95,8 @@ def open_tracker(
 
 def track_image(accelerator: "Accelerator", name: str, path: Path, step: int) -> None:
     """Log an image file to every tracker of the accelerator; called on the main process."""
-    if not accelerator.trackers:
-        return
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
     for tracker in accelerator.trackers:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
         options = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
         tracker.log_images({name: pixels[None]}, step=step, **options)

@@ -2,7 +2,6 @@
 
 A range is part of the annotation, `lr: NonNegativeFloat = 1e-4`: jsonargparse checks it on the command line, and
 `check_fields` in Python. A bool is not a number, an integer is accepted as a float, NaN and infinity are refused.
-Messages name a field as `section.field`.
 """
 
 import dataclasses
@@ -44,8 +43,6 @@ _UNIONS = (typing.Union, types.UnionType)
 def check_fields(settings: Any, section: str = "") -> None:
     """Raise TypeError if a field of the dataclass does not hold its annotated type, ValueError if a number is out of
     range or not finite, or a choice unknown. Restricted numbers are replaced by plain int and float.
-
-    Supported annotations: bool, int, float, str, restricted numbers, Literal, unions, list, tuple, dict, dataclasses.
     """
     for name, hint in field_types(type(settings)).items():
         value = vars(settings)[name]
@@ -56,13 +53,15 @@ def check_fields(settings: Any, section: str = "") -> None:
 def check_integer(name: str, value: Any, *, low: int = 0, high: int | None = None) -> None:
     """Raise TypeError unless `value` is an integer (not a bool), ValueError unless low <= value <= high."""
     _check(name, value, int)
-    _check_range(name, value, low, high)
+    check_number(name, value, low=low, high=high)
 
 
 def check_number(name: str, value: Any, *, low: float | None = None, high: float | None = None) -> None:
     """Raise TypeError unless `value` is a number (not a bool), ValueError unless it is finite, low <= value <= high."""
     _check(name, value, float)
-    _check_range(name, value, low, high)
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+        raise ValueError(f"{name}: got {value}; expected {' and '.join(bounds)}")
 
 
 def check_image_size(height: int | None, width: int | None) -> None:
@@ -80,8 +79,7 @@ def check_levels(name: str, sigmas: Sequence[float] | None) -> None:
 
 def bounds_in_words(expression: str) -> str:
     """A restriction of `jsonargparse.typing` as text: "v>=0 and v<1" -> "at least 0 and less than 1"."""
-    parts = re.findall(r"v(>=|<=|>|<)([-.\w]+)", expression)
-    return " and ".join(f"{_COMPARISONS[sign]} {bound}" for sign, bound in parts)
+    return re.sub(r"v(>=|<=|>|<)", lambda sign: f"{_COMPARISONS[sign[1]]} ", expression)
 
 
 def type_in_words(hint: Any) -> str:
@@ -104,12 +102,6 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`; did you mean 'nearest'?`, or an empty text if no known name is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _check_range(name: str, value: float, low: float | None, high: float | None) -> None:
-    if (low is not None and value < low) or (high is not None and value > high):
-        bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-        raise ValueError(f"{name}: got {value}; expected {' and '.join(bounds)}")
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
     """Factor in (0, 1] of every group's learning rate at update `step`, 1 ... steps.
 
-    Linear over the warm-up, then constant. `cosine` decays as (1 + cos(pi progress)) / 2 over the last `decay_share` of
+    Linear over the warm-up, then constant; `cosine` decays as (1 + cos(pi progress)) / 2 over the last `decay_share` of
     the steps, at most over those after the warm-up.
     """
     if step <= config.warmup_steps:
@@ -59,7 +59,7 @@ class Stateful(Protocol):
         """Whether the state is the same on every rank, so that a run can be resumed with another world size."""
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned. Raises ValueError, before it changes anything, if it does not fit."""
+        """Restore what `state_tensors` returned; ValueError, before anything is changed, if it does not fit."""
 
 
 class Ema:
@@ -69,13 +69,12 @@ class Ema:
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        self.parameters = parameters
-        self.decay = decay
+        self.parameters, self.decay = parameters, decay
         self.mean = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Add the weights after update number `step`, counted from 1."""
+        """Add the weights after update `step` = 1, 2, ..."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in self.parameters.items():
             self.mean[name].lerp_(p.detach(), 1 - decay)
@@ -101,15 +100,11 @@ class RunState:
     """Everything that a checkpoint stores of a run, and what identifies the run.
 
     Args:
-        parameters: all trained parameters by name.
-        optimizer: over exactly those parameters.
-        average: moving average of the parameters, or None.
-        method: state of the training method, one per rank, or None.
+        parameters: all trained parameters by name, exactly those of the optimizer.
         identity: seed and digests of frozen weights and data by name. A checkpoint with another identity is refused.
         samples: prompts or pairs per update (on-policy: per rollout), summed over ranks. A run can be resumed with
             another world size if this number stays the same.
-        step: updates done.
-        elapsed: seconds they took.
+        step: updates done, in `elapsed` seconds.
     """
 
     parameters: dict[str, nn.Parameter]
