@@ -65,7 +65,7 @@ def save_checkpoint(
             facts |= {"common_state": state.method is None or state.method.is_common(), "metrics": log.mark()}
             files.seal(temporary, facts)
     if main:
-        _keep_newest(run, keep_last)
+        tidy(run, step=state.step, keep_last=keep_last)
     _barrier(accelerator)
     return folder
 
@@ -151,20 +151,12 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.parent.parent
 
 
-def settings_of(checkpoint: Path) -> Path:
-    """config.yaml of the run of a checkpoint; ValueError if there is none."""
-    path = run_of(checkpoint) / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{checkpoint} is not in the folder of a run: {path} is missing")
-    return path
-
-
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
     """Delete checkpoints after `step`, all but the `keep_last` newest others, and leftovers of a kill."""
-    for folder in _checkpoints(run)[::-1]:
-        if _step_of(folder) > step:
-            files.discard_folder(folder)
-    _keep_newest(run, keep_last)
+    found = _checkpoints(run)
+    kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
+    for folder in [folder for folder in reversed(found) if folder not in kept]:
+        files.discard_folder(folder)
     for leftover in (run / FOLDER).glob(".*"):
         if STEP.fullmatch(leftover.name.removeprefix(files.TEMPORARY).removeprefix(files.DISCARDED)):
             shutil.rmtree(leftover)
@@ -178,11 +170,6 @@ def _checkpoints(run: Path) -> list[Path]:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
-
-
-def _keep_newest(run: Path, number: int) -> None:
-    for folder in _checkpoints(run)[:-number]:
-        files.discard_folder(folder)
 
 
 def _read(folder: Path) -> dict[str, Any]:

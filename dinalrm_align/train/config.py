@@ -3,15 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dinalrm_align.train.settings import (
-    HalfOpenUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    PositiveUnitInterval,
-    check_fields,
-)
+from dinalrm_align.train import settings
 
 
 @dataclass
@@ -32,18 +24,18 @@ class OptimConfig:
     """
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    lr: NonNegativeFloat = 1e-4
-    weight_decay: NonNegativeFloat = 1e-4
-    beta1: HalfOpenUnitInterval = 0.9
-    beta2: HalfOpenUnitInterval = 0.999
-    eps: PositiveFloat = 1e-8
-    clip: NonNegativeFloat = 1.0
+    lr: settings.NonNegativeFloat = 1e-4
+    weight_decay: settings.NonNegativeFloat = 1e-4
+    beta1: settings.HalfOpenUnitInterval = 0.9
+    beta2: settings.HalfOpenUnitInterval = 0.999
+    eps: settings.PositiveFloat = 1e-8
+    clip: settings.NonNegativeFloat = 1.0
     schedule: Literal["constant", "cosine"] = "constant"
-    decay_share: PositiveUnitInterval = 1.0
-    warmup_steps: NonNegativeInt = 0
+    decay_share: settings.PositiveUnitInterval = 1.0
+    warmup_steps: settings.NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, "optim")
+        settings.check_fields(self, "optim")
 
 
 @dataclass
@@ -58,17 +50,16 @@ class LoopConfig:
         ema_every: updates between two updates of the average.
         checkpoint_every: updates between two checkpoints; 0: only at the end and on Ctrl-C.
         keep_last: checkpoints to keep; older ones are deleted after a newer one is saved.
-        timeout: minutes that a rank waits for the others before the run ends with an error; must exceed the longest
-            work of a single rank.
+        timeout: minutes that a rank waits for the others before the run fails; longer than any rank's work alone.
     """
 
-    steps: PositiveInt = 100
-    accumulate: PositiveInt = 1
-    ema_decay: HalfOpenUnitInterval = 0.9
-    ema_every: PositiveInt = 1
-    checkpoint_every: NonNegativeInt = 50
-    keep_last: PositiveInt = 2
-    timeout: PositiveFloat = 30.0
+    steps: settings.PositiveInt = 100
+    accumulate: settings.PositiveInt = 1
+    ema_decay: settings.HalfOpenUnitInterval = 0.9
+    ema_every: settings.PositiveInt = 1
+    checkpoint_every: settings.NonNegativeInt = 50
+    keep_last: settings.PositiveInt = 2
+    timeout: settings.PositiveFloat = 30.0
 
     def __post_init__(self) -> None:
-        check_fields(self, "loop")
+        settings.check_fields(self, "loop")

@@ -28,9 +28,7 @@ from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.metrics import METRICS, MetricsLog
 from dinalrm_align.train.state import RunState, lr_factor
 
-INTERRUPTED = 130
-"""Exit status of a program ended by Ctrl-C, by convention of shells."""
-
+INTERRUPTED = 130  # exit status of a program ended by Ctrl-C, by convention of shells
 StepOutput = tuple[Tensor, Mapping[str, float | Tensor]]
 
 
@@ -114,16 +112,13 @@ def fit(
         meter: measures the backward pass; give it to `method` too to measure other phases.
         shown: metrics in the progress bar.
         stop_when: called after every update with its metrics; returns the reason to stop the run, or None, the same on
-            every rank. The run can be resumed.
+            every rank.
 
-    Returns the number of updates done: config.steps, or fewer if `stop_when` stopped the run.
-
-    Raises:
-        ValueError: the checkpoint is damaged or does not fit (`load_checkpoint`), or a new run would overwrite another;
-            nothing is changed.
-        FloatingPointError: the loss or the gradient is not finite; the weights are not changed.
-        OSError: a file cannot be written or another rank is lost; the message says how to resume.
-        SystemExit: 130, on Ctrl-C or SIGTERM, after the update in progress is saved. A second signal stops at once.
+    Returns the number of updates done: config.steps, or fewer if `stop_when` stopped the run. Raises ValueError, before
+    anything is changed, for a checkpoint that does not fit or a new run that would overwrite another;
+    FloatingPointError, before the weights are changed, if loss or gradient are not finite; OSError if a file cannot be
+    written or another rank is lost. Ctrl-C and SIGTERM save after the update in progress and exit with status 130; a
+    second signal stops at once.
     """
     meter = meter or PhaseMeter(accelerator.device)
     log = _start(config, state, accelerator, run)

@@ -70,15 +70,10 @@ def check_tracker(name: str) -> None:
         raise ImportError(f"--tracker {name} needs the package {name}: pip install 'dinalrm-align[{name}]'")
 
 
-def tracker_options(name: str, folder: Path) -> dict[str, Any]:
-    """Arguments of `Accelerator` for a run in `folder`."""
-    return {} if name == "none" else {"log_with": name, "project_dir": folder}
-
-
 def open_tracker(
     accelerator: "Accelerator", name: str, folder: Path, settings: str, checkpoint: Path | None = None
 ) -> None:
-    """Start the tracker of `tracker_options`, with the settings of the run as YAML; `end_training` closes it.
+    """Start the accelerator's tracker, with the settings of the run as YAML; `end_training` closes it.
 
     checkpoint: the one that the run is resumed from; what was tracked after it is dropped.
     """

@@ -4,48 +4,33 @@ import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dinalrm_align.train.command import parse, refuse
-from dinalrm_align.train.config import LoopConfig
-from dinalrm_align.train.metrics import check_tracker, tracker_options
+from dinalrm_align.train.metrics import check_tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-
-class RunSettings(Protocol):
-    """Settings that every training recipe has."""
-
-    model: str
-    output_dir: str | None
-    seed: int
-    resume: str | None
-    device: str
-    dtype: str
-    tracker: str
-    loop: LoopConfig
-
-
-Run = TypeVar("Run", bound=RunSettings)
+Run = TypeVar("Run")
+"""Settings of a training recipe: model, output_dir, seed, resume, device, dtype, tracker, loop, ..."""
 
 
 def parse_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[Run, Path | None]:
     """The settings of the dataclass `kind`, and the checkpoint to resume from, or None for a new run.
 
-    A resumed run has the settings of its config.yaml, with those in `argv` as overrides. Invalid settings exit with
-    status 2 and an error message.
+    A resumed run has the settings of its config.yaml, with those in `argv` as overrides.
     """
     run, _ = parse(kind, description, argv)  # --help exits here, before heavy imports
     checkpoint = None
     if run.resume is not None:
-        from dinalrm_align.train.checkpoints import checkpoint_to_resume, run_of, settings_of
+        from dinalrm_align.train.checkpoints import checkpoint_to_resume, run_of
 
         checkpoint = checkpoint_to_resume(Path(run.resume))
         folder = run_of(checkpoint)
         if run.output_dir and Path(run.output_dir).resolve() != folder:
             refuse(f"output_dir: got {run.output_dir}; expected {folder}, as in --resume: leave out --output_dir")
-        run, _ = parse(kind, description, argv, [settings_of(checkpoint)])
+        run, _ = parse(kind, description, argv, [folder / "config.yaml"])
     check_tracker(run.tracker)
     if run.model == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         refuse("model: got auto with several processes, which could choose differently; expected the name of a model")
@@ -67,15 +52,15 @@ def complete_run(
     recipe: file of the program. name: of a new folder under runs/, if there is no output_dir. defaults: settings files
     with the lowest precedence, for a new run.
     """
-    from dinalrm_align.train.checkpoints import new_run_folder, run_of, settings_of
+    from dinalrm_align.train.checkpoints import new_run_folder, run_of
 
     folder = run_of(checkpoint) if checkpoint else new_run_folder(run.output_dir, name)
     resolved = [*argv, "--model", model, "--output_dir", str(folder), "--resume", "null"]
-    run, text = parse(type(run), "", resolved, [settings_of(checkpoint)] if checkpoint else defaults)
+    run, text = parse(type(run), "", resolved, [folder / "config.yaml"] if checkpoint else defaults)
     return run, f"# settings of recipes/{recipe.name}\n{text}"
 
 
-def start_accelerator(run: RunSettings, model_dtype: str, *, autocast: bool = False) -> "tuple[Accelerator, str]":
+def start_accelerator(run: Any, model_dtype: str, *, autocast: bool = False) -> "tuple[Accelerator, str]":
     """Seed the global RNGs; the accelerator, and the dtype of the frozen weights.
 
     With run.dtype auto, it is model_dtype on a GPU and float32 on a CPU. autocast: use bfloat16 autocast on a GPU,
@@ -95,7 +80,8 @@ def start_accelerator(run: RunSettings, model_dtype: str, *, autocast: bool = Fa
         cpu=not on_gpu,
         mixed_precision="bf16" if autocast and on_gpu and dtype != "float32" else "no",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=run.loop.timeout))],
-        **tracker_options(run.tracker, Path(run.output_dir)),
+        log_with=None if run.tracker == "none" else run.tracker,
+        project_dir=run.output_dir,
     )
     set_seed(run.seed % 2**31, device_specific=True)
     return accelerator, dtype

@@ -14,7 +14,7 @@ from torch import nn
 from dinalrm_align.train.checkpoints import latest_checkpoint
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
-from dinalrm_align.train.metrics import check_tracker, open_tracker, read_metrics, track_image, tracker_options
+from dinalrm_align.train.metrics import check_tracker, open_tracker, read_metrics, track_image
 from dinalrm_align.train.state import RunState
 
 SETTINGS = "seed: 3\noptim:\n  lr: 0.1\n"
@@ -81,7 +81,7 @@ def test_a_tracker_gets_the_rows_of_the_metrics_file_and_the_images(tmp_path):
 
 
 def test_no_tracker_leaves_the_metrics_file_alone(tmp_path):
-    accelerator = Accelerator(cpu=True, **tracker_options("none", tmp_path))
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
     open_tracker(accelerator, "none", tmp_path, SETTINGS)
     run(accelerator, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl", "checkpoints", "grid.png"}
@@ -101,7 +101,7 @@ def test_tensorboard_reads_curves_images_and_settings_and_a_resumed_run_once(tmp
 
     folder = tmp_path / "run"
     for steps, checkpoint in ((4, None), (6, folder / "checkpoints" / "step_000004")):
-        accelerator = Accelerator(cpu=True, **tracker_options("tensorboard", folder))
+        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=folder)
         open_tracker(accelerator, "tensorboard", folder, SETTINGS, checkpoint)
         run(accelerator, folder, steps, checkpoint)
         accelerator.end_training()
@@ -122,7 +122,7 @@ def test_wandb_offline_keeps_curves_images_and_settings_below_the_run(tmp_path, 
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = tmp_path / "run"
     folder.mkdir()
-    accelerator = Accelerator(cpu=True, **tracker_options("wandb", folder))
+    accelerator = Accelerator(cpu=True, log_with="wandb", project_dir=folder)
     open_tracker(accelerator, "wandb", folder, SETTINGS)
     run(accelerator, folder)
     tracked = accelerator.get_tracker("wandb", unwrap=True)
