@@ -1,24 +1,11 @@
-"""Settings shared by all alignment recipes. Torch-free.
-
-The dataclass of a recipe derives from `AlignRun` and adds the section of its method.
-"""
+"""Settings shared by all alignment recipes; that of a recipe derives from `AlignRun`. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dinalrm_align.reward.config import LoraConfig
+from dinalrm_align.train import settings
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
-    IntAboveOne,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    check_fields,
-    check_image_size,
-    check_levels,
-)
 
 
 @dataclass
@@ -33,14 +20,14 @@ class EvaluationConfig:
         seed: of the noise; separate from the seed of the run, so that runs can be compared image by image.
     """
 
-    samples: IntAboveOne = 192
-    batch_size: PositiveInt = 64
-    every: NonNegativeInt = 10
-    shown: PositiveInt = 16
-    seed: NonNegativeInt = 1234
+    samples: settings.IntAboveOne = 192
+    batch_size: settings.PositiveInt = 64
+    every: settings.NonNegativeInt = 10
+    shown: settings.PositiveInt = 16
+    seed: settings.NonNegativeInt = 1234
 
     def __post_init__(self) -> None:
-        check_fields(self, "evaluation")
+        settings.check_fields(self, "evaluation")
         if self.shown > self.samples:
             raise ValueError(f"evaluation.shown: got {self.shown}; expected at most evaluation.samples, {self.samples}")
 
@@ -56,24 +43,22 @@ class WatchConfig:
         level: significance level of a whole run: the probability of a false alarm if the gold score never falls.
         stop_on_hacking: stop the run at the first alarm and save a checkpoint; otherwise print a warning and go on.
         keep_best: keep the LoRA with the best gold score in lora_best/.
-        sigmas: noise levels at which a latent reward also scores the held-out latents, to measure the disagreement
-            between them; empty: not measured.
-        drift_sigmas: noise levels at which the policy's velocity is compared with the reference's on the held-out
-            latents; empty: not measured.
+        sigmas: noise levels between which the disagreement of a latent reward's scores is measured; empty: none.
+        drift_sigmas: noise levels at which the policy's velocity is compared with the reference's; empty: none.
     """
 
     level: float = 0.05
     stop_on_hacking: bool = False
     keep_best: bool = True
-    sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [0.1, 0.4, 0.7])
-    drift_sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [0.3, 0.8])
+    sigmas: list[settings.ClosedUnitInterval] = field(default_factory=lambda: [0.1, 0.4, 0.7])
+    drift_sigmas: list[settings.ClosedUnitInterval] = field(default_factory=lambda: [0.3, 0.8])
 
     def __post_init__(self) -> None:
-        check_fields(self, "watch")
+        settings.check_fields(self, "watch")
         if not 0 < self.level < 0.5:
             raise ValueError(f"watch.level: got {self.level}; expected a probability between 0 and 0.5")
-        for name, sigmas in (("sigmas", self.sigmas), ("drift_sigmas", self.drift_sigmas)):
-            if len(set(sigmas)) < len(sigmas):
+        for name in ("sigmas", "drift_sigmas"):
+            if len(set(sigmas := getattr(self, name))) < len(sigmas):
                 raise ValueError(f"watch.{name}: got {sigmas}; expected each noise level once")
         if len(self.sigmas) == 1:
             raise ValueError(f"watch.sigmas: got {self.sigmas}; expected at least two levels to compare, or none")
@@ -83,31 +68,30 @@ class WatchConfig:
 class MemoryConfig:
     """Options that save memory or time without changing the method; all are off by default.
 
-    What each saves and costs: `python recipes/savings.py`. See also gradient_checkpointing and optim.name.
+    `python recipes/savings.py` measures each. See also gradient_checkpointing and optim.name.
 
     Args:
         base_quant: quantise the linear layers of the base model's blocks to 8 or 4 bits (bitsandbytes, the extra
             `quant`), for policy and latent reward. With nf4, velocities change by a few percent.
         vae_dtype: dtype of the VAE's weights; bfloat16 halves the memory of decoding and rounds the images.
-        decode_slice: images that a pixel reward decodes at a time, by default the whole batch. Each slice is decoded
-            again in the backward pass.
+        decode_slice: images that a pixel reward decodes at a time, again in the backward pass; by default all at once.
         decode_tile: decode large images tile by tile (diffusers' tiling); pixels near the seams change.
-        offload: keep unused models off the GPU: prompts are encoded before the base model is moved there, and the VAE
-            is moved there only for evaluations, unless a pixel reward needs it for every update.
+        offload: keep unused models off the GPU: the base model while prompts are encoded, and the VAE except for
+            evaluations, unless a pixel reward needs it for every update.
         compile: apply torch.compile to each block of policy and latent reward; the first update takes minutes.
         attention: CUDA kernel of torch's attention. (diffusers' set_attention_backend does not affect SD3.)
     """
 
     base_quant: Literal["none", "int8", "nf4"] = "none"
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    decode_slice: PositiveInt | None = None
+    decode_slice: settings.PositiveInt | None = None
     decode_tile: bool = False
     offload: bool = False
     compile: bool = False
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
 
     def __post_init__(self) -> None:
-        check_fields(self, "memory")
+        settings.check_fields(self, "memory")
 
 
 @dataclass
@@ -127,7 +111,7 @@ class Hpsv3Config:
     base: str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "hpsv3")
+        settings.check_fields(self, "hpsv3")
 
     def options(self) -> dict[str, Any]:
         """Settings that differ from the defaults, as arguments of `HPSv3Reward.from_pretrained`."""
@@ -141,16 +125,15 @@ class AnchorConfig:
     Args:
         reward: name of the second reward; by default there is none.
         every: updates (GRPO: rollouts) between uses of the anchor; 1: every update.
-        weight: weight of the anchor relative to the reward. Both are first scaled to the same spread, so that 1 gives
-            them equal influence.
+        weight: weight of the anchor relative to the reward, after both are scaled to the same spread.
     """
 
     reward: str | None = None
-    every: PositiveInt = 4
-    weight: PositiveFloat = 1.0
+    every: settings.PositiveInt = 4
+    weight: settings.PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
-        check_fields(self, "anchor")
+        settings.check_fields(self, "anchor")
 
 
 @dataclass
@@ -162,33 +145,31 @@ class GroupRolloutConfig:
         group_size: samples per prompt, whose scores are compared with each other.
         sample_batch: samples drawn and scored at once; affects memory, not results.
         guidance_scale: of rollout and training; by default the model's own. Up to 1: no guidance.
-        reward_draws: noise draws over which a latent reward is averaged. All samples of a group share them, so that
-            they cancel in the advantages.
+        reward_draws: noise draws over which a latent reward is averaged; all samples of a group share them.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default its own.
         advantage_std: standard deviation that divides the distance of a score from the mean of its group: that of the
             group, or of the whole rollout on all processes (global).
         advantage_floor: added to that standard deviation.
-        advantage_clip: largest absolute advantage; for DiffusionNFT the one of a sample that is wholly good or bad.
+        advantage_clip: largest absolute advantage; for DiffusionNFT that of a sample that is wholly good or bad.
         minibatches: updates per pass over the samples of a rollout.
         epochs: passes over the samples of a rollout.
     """
 
-    groups: PositiveInt = 6
-    group_size: IntAboveOne = 8
-    sample_batch: PositiveInt = 64
-    guidance_scale: NonNegativeFloat | None = 1.0
-    reward_draws: PositiveInt = 2
-    reward_sigma: list[ClosedUnitInterval] | None = None
+    groups: settings.PositiveInt = 6
+    group_size: settings.IntAboveOne = 8
+    sample_batch: settings.PositiveInt = 64
+    guidance_scale: settings.NonNegativeFloat | None = 1.0
+    reward_draws: settings.PositiveInt = 2
+    reward_sigma: list[settings.ClosedUnitInterval] | None = None
     advantage_std: Literal["group", "global"] = "group"
-    advantage_floor: PositiveFloat = 1e-4
-    advantage_clip: PositiveFloat = 5.0
-    minibatches: PositiveInt = 1
-    epochs: PositiveInt = 1
+    advantage_floor: settings.PositiveFloat = 1e-4
+    advantage_clip: settings.PositiveFloat = 5.0
+    minibatches: settings.PositiveInt = 1
+    epochs: settings.PositiveInt = 1
 
     def check(self, section: str) -> None:
-        """Check the fields of a method's dataclass, named `section` in errors."""
-        check_fields(self, section)
-        check_levels(f"{section}.reward_sigma", self.reward_sigma)
+        settings.check_fields(self, section)
+        settings.check_levels(f"{section}.reward_sigma", self.reward_sigma)
 
 
 def check_noise_level(section: str, sampler: str, noise_level: float) -> None:
@@ -221,7 +202,7 @@ class PolicyRun:
     model: str = "auto"
     reward: str = "dinalrm"
     output_dir: str | None = None
-    seed: NonNegativeInt = 0
+    seed: settings.NonNegativeInt = 0
     prompts: str | None = None
     height: int | None = None
     width: int | None = None
@@ -230,8 +211,8 @@ class PolicyRun:
     policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16.0))
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        check_image_size(self.height, self.width)
+        settings.check_fields(self)
+        settings.check_image_size(self.height, self.width)
 
 
 @dataclass
@@ -239,16 +220,14 @@ class AlignRun(PolicyRun):
     """Settings of every alignment recipe.
 
     Args:
-        gold: score for held-out images that is never trained on, by the names of rewards; by default PickScore, and the
-            oracle in the embedded world.
+        gold: reward for held-out images that is never trained on; by default PickScore, or the oracle in the embedded
+            world.
         resume: folder of a run (its newest checkpoint is used) or of a checkpoint. Options override its settings.
         eval_prompts: text file of held-out prompts; by default the model's own list.
-        gradient_checkpointing: recompute the activations of policy and reward in the backward pass: less memory, about
-            a third more time.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         profile_every: updates between those whose FLOPs (and, on a CPU, peak memory) are measured, which takes about
             twice as long; 0: never.
-        tracker: where to log metrics and images in addition to metrics.jsonl; wandb works offline with
-            WANDB_MODE=offline.
+        tracker: where to log metrics and images besides metrics.jsonl; WANDB_MODE=offline keeps wandb offline.
         optim: the optimiser, AdamW.
         loop: length of training, checkpoints and weight averaging.
         evaluation: evaluation on held-out prompts.
@@ -261,7 +240,7 @@ class AlignRun(PolicyRun):
     resume: str | None = None
     eval_prompts: str | None = None
     gradient_checkpointing: bool = True
-    profile_every: NonNegativeInt = 25
+    profile_every: settings.NonNegativeInt = 25
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -1,7 +1,6 @@
 """Settings of Diffusion-DPO, direct preference optimisation, and of `recipes/dpo_sd35.py`. Torch-free.
 
-The defaults suit the embedded world on two CPU cores. `recipes/dpo_sd35.yaml` overrides them for SD3 models with the
-values of public SD3.5-Medium runs.
+The defaults suit the embedded world. `recipes/dpo_sd35.yaml` has those of public runs on SD3.5-Medium.
 """
 
 from dataclasses import dataclass, field
@@ -9,17 +8,8 @@ from typing import Literal
 
 from dinalrm_align.align.config import AlignRun
 from dinalrm_align.flow.config import SigmaConfig
+from dinalrm_align.train import settings
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
-    IntAboveOne,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    check_fields,
-    check_levels,
-)
 
 
 @dataclass
@@ -34,36 +24,34 @@ class DpoConfig:
         beta: strength of the penalty on leaving the reference, in the loss -log sigmoid(-beta / 2 [(e_w - e_w^ref) -
             (e_l - e_l^ref)]), where e is the mean square error of a velocity. Public runs use 100 to 5000.
         sigma: density of the noise level of a pair.
-        draws: draws of noise and noise level per pair and update; more draws make the gradient less noisy and the
-            update slower, and need no further samples.
+        draws: draws of noise and noise level per pair and update; more make the gradient less noisy.
         loss_guidance_scale: guidance scale of the velocities in the loss; 1, the usual choice: none.
         group_size: online: samples per prompt.
         num_steps: online: denoising steps; by default the model's own number.
         guidance_scale: online: guidance scale of the samples; by default the model's own.
         sampler: online: whether the policy or the reference draws the samples.
-        refresh_every: online: updates after which the current policy becomes the reference; 0: the base model is the
-            reference throughout.
+        refresh_every: online: updates after which the current policy becomes the reference; 0: never.
         sample_batch: online: images sampled and scored at once; by default a whole micro-batch.
         reward_sigma: online: noise level or levels (an ensemble) at which a latent reward scores; by default its own.
     """
 
     mode: Literal["online", "offline"] = "online"
-    batch_size: PositiveInt = 16
-    beta: PositiveFloat = 100.0
+    batch_size: settings.PositiveInt = 16
+    beta: settings.PositiveFloat = 100.0
     sigma: SigmaConfig = field(default_factory=lambda: SigmaConfig(density="logit_normal"))
-    draws: PositiveInt = 2
-    loss_guidance_scale: NonNegativeFloat = 1.0
-    group_size: IntAboveOne = 6
-    num_steps: PositiveInt | None = 8
-    guidance_scale: NonNegativeFloat | None = 1.0
+    draws: settings.PositiveInt = 2
+    loss_guidance_scale: settings.NonNegativeFloat = 1.0
+    group_size: settings.IntAboveOne = 6
+    num_steps: settings.PositiveInt | None = 8
+    guidance_scale: settings.NonNegativeFloat | None = 1.0
     sampler: Literal["policy", "reference"] = "policy"
-    refresh_every: NonNegativeInt = 10
-    sample_batch: PositiveInt | None = None
-    reward_sigma: list[ClosedUnitInterval] | None = None
+    refresh_every: settings.NonNegativeInt = 10
+    sample_batch: settings.PositiveInt | None = None
+    reward_sigma: list[settings.ClosedUnitInterval] | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "dpo")
-        check_levels("dpo.reward_sigma", self.reward_sigma)
+        settings.check_fields(self, "dpo")
+        settings.check_levels("dpo.reward_sigma", self.reward_sigma)
 
 
 @dataclass
@@ -71,9 +59,8 @@ class DpoRun(AlignRun):
     """Settings of `recipes/dpo_sd35.py`.
 
     Args:
-        pairs: offline: the preference pairs: a folder written by recipes/mine_pairs.py, a parquet file as verl-omni
-            writes it, a folder of latent pairs, or a jsonl file of {"prompt", "chosen", "rejected"} with paths of
-            images.
+        pairs: offline: the preference pairs: a folder of recipes/mine_pairs.py, a parquet file as of verl-omni, a
+            folder of latent pairs, or a jsonl file of {"prompt", "chosen", "rejected"} with paths of images.
         dpo: Diffusion-DPO.
     """
 
@@ -85,8 +72,6 @@ class DpoRun(AlignRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dpo.mode == "offline" and self.pairs is None:
-            raise ValueError(
-                "--dpo.mode offline needs --pairs; `python recipes/mine_pairs.py` makes some from the model's samples"
-            )
+            raise ValueError("--dpo.mode offline needs --pairs; recipes/mine_pairs.py makes some from samples")
         if self.dpo.mode == "online" and self.pairs is not None:
             raise ValueError(f"pairs: got {self.pairs} in online mode; add --dpo.mode offline, or leave out --pairs")

@@ -1,21 +1,14 @@
 """Settings of Flow-GRPO, policy gradients on stochastic denoising steps, and of `recipes/grpo_sd35.py`. Torch-free.
 
-The defaults suit the embedded world on two CPU cores. `recipes/grpo_sd35.yaml` overrides them for SD3 models with the
-values of public SD3.5-Medium runs.
+The defaults suit the embedded world. `recipes/grpo_sd35.yaml` has those of public runs on SD3.5-Medium.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dinalrm_align.align.config import AlignRun, AnchorConfig, GroupRolloutConfig, check_noise_level
+from dinalrm_align.train import settings
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.settings import (
-    IntAboveOne,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
 
 
 @dataclass
@@ -24,8 +17,7 @@ class GrpoConfig(GroupRolloutConfig):
 
     Args:
         num_steps: denoising steps of the rollout; by default the model's own number. The last one is not trained.
-        schedule: noise levels of the rollout. diffusers: the pipeline's own, as in flow_grpo; linear: 1 ... 1/N,
-            shifted, and 0, as in Flow-Factory.
+        schedule: noise levels. diffusers: the pipeline's own, as in flow_grpo; linear: 1 ... 1/N, shifted, and 0.
         sampler: the stochastic step, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
         noise_level: noise scale of that step; flow_cps takes at most 1.
         negative_gradient: with guidance, also train through the velocity of the empty prompt.
@@ -37,51 +29,46 @@ class GrpoConfig(GroupRolloutConfig):
         window_rollouts: rollouts before a progressive window moves on.
         window_stride: steps by which it moves.
         window_wraps: start again at the first step after the last position; otherwise the window stays there.
-        shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do. They then differ
-            by the stochastic steps only, and the steps before the window are sampled once per group.
+        shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do, so that they
+            differ by the stochastic steps only. The steps before the window are then sampled once per group.
         advantage_of: for a weighted sum of rewards: the advantage of the sum (sum), or the weighted sum of the
             advantages of its parts (parts).
         clip_range: largest distance of the probability ratio from 1 at which a sample still has a gradient.
-        guard: GRPO-Guard's ratio normalisation (arXiv 2510.22319), which centres the ratios of all steps on 1 and
-            gives them the same scale.
+        guard: normalise the ratios of all steps to the same centre and scale, as GRPO-Guard (arXiv 2510.22319).
         kl_beta: weight of the KL to the frozen reference in the loss; 0: it is only measured.
         kl_form: denominator of the KL. scale: 2 s^2, as in flow_grpo; std: 2 std^2, the KL of the two steps' densities
             per dimension; velocity: none, the mean square of the velocities' difference. Each needs its own kl_beta.
-        ratio_tolerance: largest distance from 1 of the ratios in the first update after a rollout. Beyond it rollout
-            and training compute different things, and the run stops.
+        ratio_tolerance: largest distance from 1 of the ratios in the first update after a rollout; beyond it rollout
+            and training differ, and the run stops.
     """
 
-    num_steps: IntAboveOne | None = 8
+    num_steps: settings.IntAboveOne | None = 8
     schedule: Literal["diffusers", "linear"] = "diffusers"
     sampler: Literal["flow_sde", "flow_cps"] = "flow_cps"
-    noise_level: PositiveFloat = 0.7
+    noise_level: settings.PositiveFloat = 0.7
     negative_gradient: bool = False
     window: Literal["all", "random", "progressive"] = "random"
-    window_size: PositiveInt = 2
-    window_range: tuple[NonNegativeInt, NonNegativeInt] | None = (0, 4)
-    window_rollouts: PositiveInt = 25
-    window_stride: PositiveInt = 1
+    window_size: settings.PositiveInt = 2
+    window_range: tuple[settings.NonNegativeInt, settings.NonNegativeInt] | None = (0, 4)
+    window_rollouts: settings.PositiveInt = 25
+    window_stride: settings.PositiveInt = 1
     window_wraps: bool = False
     shared_start: bool = True
     advantage_of: Literal["sum", "parts"] = "sum"
-    clip_range: PositiveFloat = 1e-4
+    clip_range: settings.PositiveFloat = 1e-4
     guard: bool = False
-    kl_beta: NonNegativeFloat = 0.01
+    kl_beta: settings.NonNegativeFloat = 0.01
     kl_form: Literal["scale", "std", "velocity"] = "scale"
-    ratio_tolerance: PositiveFloat = 1e-5
+    ratio_tolerance: settings.PositiveFloat = 1e-5
 
     def __post_init__(self) -> None:
         self.check("grpo")
         check_noise_level("grpo", self.sampler, self.noise_level)
         if self.window_range is not None and self.window_range[1] - self.window_range[0] < self.window_size:
-            raise ValueError(
-                f"grpo.window_range: got {self.window_range}; expected room for window_size {self.window_size}"
-            )
+            room = f"room for window_size {self.window_size}"
+            raise ValueError(f"grpo.window_range: got {self.window_range}; expected {room}")
         if self.guard and self.sampler == "flow_cps":
-            raise ValueError(
-                "grpo.guard: got true with sampler flow_cps; expected flow_sde: the guard normalises ratios of normal "
-                "densities, and flow_cps's log-probability leaves the variance out"
-            )
+            raise ValueError("grpo.guard: got true with sampler flow_cps; expected flow_sde: it needs a density")
 
 
 @dataclass
@@ -90,8 +77,7 @@ class GrpoRun(AlignRun):
 
     Args:
         grpo: Flow-GRPO.
-        anchor: a second reward, whose advantages are added to the first's at every n-th rollout; it need not be
-            differentiable.
+        anchor: a second reward, whose advantages are added to the first's at every n-th rollout.
     """
 
     gradient_checkpointing: bool = False

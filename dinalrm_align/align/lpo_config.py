@@ -1,22 +1,14 @@
 """Settings of LPO, step-level preference optimisation, and of `recipes/lpo_sd35.py`. Torch-free.
 
-The defaults suit the embedded world on two CPU cores. `recipes/lpo_sd35.yaml` overrides them for SD3 models.
+The defaults suit the embedded world. `recipes/lpo_sd35.yaml` has those for SD3 models.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dinalrm_align.align.config import AlignRun, check_noise_level
+from dinalrm_align.train import settings
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.settings import (
-    HalfOpenUnitInterval,
-    IntAboveOne,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    check_fields,
-)
 
 
 @dataclass
@@ -25,8 +17,8 @@ class LpoConfig:
 
     Args:
         batch_size: prompts per rollout and process, with one trajectory each.
-        candidates: next states drawn from each state of a trajectory. The best and the worst may become a pair; the
-            trajectory continues from a random one of them.
+        candidates: next states drawn from each state of a trajectory, which continues from a random one. The best and
+            the worst may become a pair.
         sample_batch: trajectories sampled and scored at once; affects memory, not results.
         num_steps: denoising steps of the rollout; by default the model's own number. The last one is not trained.
         schedule: noise levels of the rollout. diffusers: the pipeline's own; linear: 1 ... 1/N, shifted, and 0.
@@ -34,8 +26,7 @@ class LpoConfig:
         noise_level: noise scale of that step; flow_cps takes at most 1.
         guidance_scale: of rollout and training; by default the model's own. Up to 1: no guidance.
         negative_gradient: with guidance, also train through the velocity of the empty prompt.
-        steps: steps at which pairs are collected, as first and one past the last; the others follow the ODE. By
-            default all but the last.
+        steps: steps that collect pairs, as first and one past the last, by default all but the last.
         threshold: smallest difference of the preference probabilities of best and worst that makes a pair, at the step
             that adds the least noise and at the one that adds the most; linear in between.
         temperature: of those probabilities, softmax(score / temperature).
@@ -45,25 +36,25 @@ class LpoConfig:
         epochs: passes over the pairs of a rollout.
     """
 
-    batch_size: PositiveInt = 12
-    candidates: IntAboveOne = 4
-    sample_batch: PositiveInt = 64
-    num_steps: IntAboveOne | None = 8
+    batch_size: settings.PositiveInt = 12
+    candidates: settings.IntAboveOne = 4
+    sample_batch: settings.PositiveInt = 64
+    num_steps: settings.IntAboveOne | None = 8
     schedule: Literal["diffusers", "linear"] = "diffusers"
     sampler: Literal["flow_sde", "flow_cps"] = "flow_sde"
-    noise_level: PositiveFloat = 0.7
-    guidance_scale: NonNegativeFloat | None = 1.0
+    noise_level: settings.PositiveFloat = 0.7
+    guidance_scale: settings.NonNegativeFloat | None = 1.0
     negative_gradient: bool = True
-    steps: tuple[NonNegativeInt, PositiveInt] | None = (0, 6)
-    threshold: tuple[HalfOpenUnitInterval, HalfOpenUnitInterval] = (0.2, 0.3)
-    temperature: PositiveFloat = 1.0
-    beta: PositiveFloat = 1000.0
-    clip_range: PositiveFloat = 0.1
-    minibatches: PositiveInt = 1
-    epochs: PositiveInt = 1
+    steps: tuple[settings.NonNegativeInt, settings.PositiveInt] | None = (0, 6)
+    threshold: tuple[settings.HalfOpenUnitInterval, settings.HalfOpenUnitInterval] = (0.2, 0.3)
+    temperature: settings.PositiveFloat = 1.0
+    beta: settings.PositiveFloat = 1000.0
+    clip_range: settings.PositiveFloat = 0.1
+    minibatches: settings.PositiveInt = 1
+    epochs: settings.PositiveInt = 1
 
     def __post_init__(self) -> None:
-        check_fields(self, "lpo")
+        settings.check_fields(self, "lpo")
         check_noise_level("lpo", self.sampler, self.noise_level)
         if self.steps is not None and self.steps[0] >= self.steps[1]:
             raise ValueError(f"lpo.steps: got {self.steps}; expected a first step and one past the last")

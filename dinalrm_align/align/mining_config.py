@@ -4,14 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dinalrm_align.align.config import PolicyRun
-from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
-    IntAboveOne,
-    NonNegativeFloat,
-    PositiveInt,
-    check_fields,
-    check_levels,
-)
+from dinalrm_align.train import settings
 
 
 @dataclass
@@ -20,8 +13,7 @@ class MineConfig:
 
     Args:
         candidates: samples per prompt.
-        pairs_per_prompt: pairs of the best with the worst, the second best with the second worst, and so on; at most
-            half the candidates.
+        pairs_per_prompt: pairs of best and worst, second best and second worst, ...; at most half the candidates.
         min_gap: smallest difference of scores, in the reward's units; pairs below it are left out.
         num_steps: denoising steps; by default the model's own number.
         guidance_scale: of the samples; by default the model's own.
@@ -32,25 +24,23 @@ class MineConfig:
         negative: store the embeddings of the empty prompt in every row, for trainers with guidance in the loss.
     """
 
-    candidates: IntAboveOne = 8
-    pairs_per_prompt: PositiveInt = 1
-    min_gap: NonNegativeFloat = 0.0
-    num_steps: PositiveInt | None = None
-    guidance_scale: NonNegativeFloat | None = None
-    reward_sigma: list[ClosedUnitInterval] | None = None
-    batch_size: PositiveInt = 32
-    prompts_per_shard: PositiveInt = 16
+    candidates: settings.IntAboveOne = 8
+    pairs_per_prompt: settings.PositiveInt = 1
+    min_gap: settings.NonNegativeFloat = 0.0
+    num_steps: settings.PositiveInt | None = None
+    guidance_scale: settings.NonNegativeFloat | None = None
+    reward_sigma: list[settings.ClosedUnitInterval] | None = None
+    batch_size: settings.PositiveInt = 32
+    prompts_per_shard: settings.PositiveInt = 16
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     negative: bool = True
 
     def __post_init__(self) -> None:
-        check_fields(self, "mine")
-        check_levels("mine.reward_sigma", self.reward_sigma)
+        settings.check_fields(self, "mine")
+        settings.check_levels("mine.reward_sigma", self.reward_sigma)
         if self.pairs_per_prompt > self.candidates // 2:
-            raise ValueError(
-                f"mine.pairs_per_prompt: got {self.pairs_per_prompt}; expected at most half of mine.candidates, "
-                f"{self.candidates}"
-            )
+            limit = f"at most half of mine.candidates, {self.candidates}"
+            raise ValueError(f"mine.pairs_per_prompt: got {self.pairs_per_prompt}; expected {limit}")
 
 
 @dataclass
@@ -61,12 +51,11 @@ class MineRun(PolicyRun):
         reward: reward that ranks the samples. dinalrm: the model's latent reward; or the folder or hub id of another.
         output_dir: folder of the pairs; by default one under runs/, named after model, reward and seed. Pairs that are
             there already are kept if their settings are the same.
-        lora: folder of a LoRA of an alignment run (RUN/lora) to sample with; policy.rank and policy.alpha must be its
-            own.
+        lora: folder of a LoRA of an alignment run (RUN/lora) to sample with, of rank and alpha as in policy.
         max_prompts: use only the first ones.
         mine: the choice of samples and pairs.
     """
 
     lora: str | None = None
-    max_prompts: PositiveInt | None = None
+    max_prompts: settings.PositiveInt | None = None
     mine: MineConfig = field(default_factory=MineConfig)

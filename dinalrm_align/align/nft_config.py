@@ -1,20 +1,13 @@
 """Settings of DiffusionNFT, which contrasts good and bad samples, and of `recipes/nft_sd35.py`. Torch-free.
 
-The defaults suit the embedded world on two CPU cores. `recipes/nft_sd35.yaml` overrides them for SD3 models with the
-values of public SD3.5-Medium runs.
+The defaults suit the embedded world. `recipes/nft_sd35.yaml` has those of public runs on SD3.5-Medium.
 """
 
 from dataclasses import dataclass, field
 
 from dinalrm_align.align.config import AlignRun, GroupRolloutConfig
+from dinalrm_align.train import settings
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
-    HalfOpenUnitInterval,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-)
 
 
 @dataclass
@@ -24,8 +17,7 @@ class NftConfig(GroupRolloutConfig):
     Args:
         num_steps: denoising steps of the rollout; by default the model's own number.
         levels: noise levels at which each sample is trained per epoch.
-        earliest: the levels are drawn from those of the rollout, from this fraction of its steps on; 0: from pure
-            noise on.
+        earliest: the levels are drawn from those of the rollout, from this fraction of its steps on; 0: pure noise.
         latest: up to this fraction; 1: to the last step.
         beta: distance of the implicit good and bad policies from the sampling policy: v_old +- beta (v - v_old).
         kl_beta: weight of the mean squared difference of the velocities of policy and reference.
@@ -34,14 +26,14 @@ class NftConfig(GroupRolloutConfig):
         old_limit: see old_slope.
     """
 
-    num_steps: PositiveInt | None = 8
-    levels: PositiveInt = 2
-    earliest: ClosedUnitInterval = 0.0
-    latest: ClosedUnitInterval = 1.0
-    beta: PositiveFloat = 1.0
-    kl_beta: NonNegativeFloat = 1.0
-    old_slope: NonNegativeFloat = 0.001
-    old_limit: HalfOpenUnitInterval = 0.5
+    num_steps: settings.PositiveInt | None = 8
+    levels: settings.PositiveInt = 2
+    earliest: settings.ClosedUnitInterval = 0.0
+    latest: settings.ClosedUnitInterval = 1.0
+    beta: settings.PositiveFloat = 1.0
+    kl_beta: settings.NonNegativeFloat = 1.0
+    old_slope: settings.NonNegativeFloat = 0.001
+    old_limit: settings.HalfOpenUnitInterval = 0.5
 
     def __post_init__(self) -> None:
         self.check("nft")

@@ -1,21 +1,14 @@
 """Settings of ReFL, reward feedback learning, and of `recipes/refl_sd35.py`. Torch-free.
 
-The defaults suit the embedded world on two CPU cores. `recipes/refl_sd35.yaml` overrides them for SD3 models with the
-values of the paper's SD3.5-Medium run.
+The defaults suit the embedded world. `recipes/refl_sd35.yaml` has those of the paper's run on SD3.5-Medium.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dinalrm_align.align.config import AlignRun, AnchorConfig
+from dinalrm_align.train import settings
 from dinalrm_align.train.config import LoopConfig
-from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    PositiveInt,
-    check_fields,
-    check_levels,
-)
 
 
 @dataclass
@@ -36,44 +29,44 @@ class ReflConfig:
         stride: direct_align: noise levels of the rollout that its step crosses.
         discount: direct_align: the reward's loss is weighted by sigma ** discount, where sigma is the noise level of
             the step, because rewards are hacked at nearly clean levels; 0: no weighting.
-        earliest: the first step with gradient is drawn for every micro-batch from the last part of the rollout: from
-            step round(earliest x num_steps) to the last one that leaves room for grad_steps. 1: always that last one,
-            as in DRaFT; direct_align needs smaller values. drtune: the step at which the rollout stops.
+        earliest: the first step with gradient is drawn for every micro-batch: from step round(earliest x num_steps) to
+            the last one that leaves room for grad_steps. 1: always that one, as in DRaFT; direct_align needs smaller
+            values. drtune: the step at which the rollout stops.
         loss: linear: mean(target - score); relu: the same, but images with a score above the target have no gradient.
         target: see loss; with linear it only shifts the loss.
-        kl_weight: weight of the velocity KL, the mean squared difference of the velocities of policy and reference at
-            the steps with gradient; 0: it is only measured.
+        kl_weight: weight of the mean squared difference of the velocities of policy and reference at the steps with
+            gradient; 0: it is only measured.
         pretrain_weight: weight of a flow-matching loss on images, as ReFL's pretraining loss; 0: none.
         pretrain_pictures: folder of images for that loss, NAME.png (or .jpg, .webp) with its caption in NAME.txt; by
-            default samples of the base model.
-        pretrain_samples: number of those samples.
+            default pretrain_samples samples of the base model.
+        pretrain_samples: see pretrain_pictures.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default its own.
-        reward_sigma_range: range from which a noise level is drawn per image and update instead, so that the policy
-            cannot exploit a single level. Pixel rewards ignore both options.
+        reward_sigma_range: range from which a noise level is drawn per image and update instead. Pixel rewards ignore
+            both options.
     """
 
     variant: Literal["refl", "draft_lv", "drtune", "direct_align"] = "refl"
-    batch_size: PositiveInt = 16
-    num_steps: PositiveInt | None = None
-    guidance_scale: NonNegativeFloat | None = None
+    batch_size: settings.PositiveInt = 16
+    num_steps: settings.PositiveInt | None = None
+    guidance_scale: settings.NonNegativeFloat | None = None
     guided_gradient: bool = False
-    grad_steps: PositiveInt = 1
-    renoisings: PositiveInt = 2
-    stride: PositiveInt = 1
-    discount: NonNegativeFloat = 1.0
-    earliest: ClosedUnitInterval = 0.5
+    grad_steps: settings.PositiveInt = 1
+    renoisings: settings.PositiveInt = 2
+    stride: settings.PositiveInt = 1
+    discount: settings.NonNegativeFloat = 1.0
+    earliest: settings.ClosedUnitInterval = 0.5
     loss: Literal["linear", "relu"] = "linear"
     target: float = 2.0
-    kl_weight: NonNegativeFloat = 4.0
-    pretrain_weight: NonNegativeFloat = 0.0
+    kl_weight: settings.NonNegativeFloat = 4.0
+    pretrain_weight: settings.NonNegativeFloat = 0.0
     pretrain_pictures: str | None = None
-    pretrain_samples: PositiveInt = 64
-    reward_sigma: list[ClosedUnitInterval] | None = None
-    reward_sigma_range: tuple[ClosedUnitInterval, ClosedUnitInterval] | None = None
+    pretrain_samples: settings.PositiveInt = 64
+    reward_sigma: list[settings.ClosedUnitInterval] | None = None
+    reward_sigma_range: tuple[settings.ClosedUnitInterval, settings.ClosedUnitInterval] | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "refl")
-        check_levels("refl.reward_sigma", self.reward_sigma)
+        settings.check_fields(self, "refl")
+        settings.check_levels("refl.reward_sigma", self.reward_sigma)
         if self.num_steps is not None and self.grad_steps > self.num_steps:
             raise ValueError(f"refl.grad_steps: got {self.grad_steps}; expected at most num_steps, {self.num_steps}")
         if self.reward_sigma_range is not None:

@@ -3,13 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    PositiveFloat,
-    check_fields,
-    check_number,
-)
+from dinalrm_align.train import settings
 
 
 @dataclass(frozen=True)
@@ -29,15 +23,15 @@ class SigmaConfig:
 
     density: Literal["uniform", "logit_normal", "mode", "beta", "constant"] = "uniform"
     mean: float = 0.0
-    std: NonNegativeFloat = 1.0
+    std: settings.NonNegativeFloat = 1.0
     scale: float = 1.29
-    a: PositiveFloat = 1.0
-    b: PositiveFloat = 1.0
-    value: ClosedUnitInterval = 0.4
+    a: settings.PositiveFloat = 1.0
+    b: settings.PositiveFloat = 1.0
+    value: settings.ClosedUnitInterval = 0.4
 
     def __post_init__(self) -> None:
-        check_fields(self, "sigma density")
-        check_number("sigma density.scale", self.scale, low=-1, high=1.75)
+        settings.check_fields(self, "sigma density")
+        settings.check_number("sigma density.scale", self.scale, low=-1, high=1.75)
 
     def parameters(self) -> dict[str, float]:
         """Keyword arguments for `sample_sigma(self.density, n, generator=..., **self.parameters())`."""
