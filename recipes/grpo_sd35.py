@@ -10,7 +10,7 @@ probable, what scores below less (arXiv 2505.05470). No gradient passes through 
 reads latents needs no decoder. A group shares the reward's noise, so that samples are compared, not draws.
 
 The variants are settings. Where the window lies: all steps, a random few (Flow-GRPO-Fast), or moving as training goes
-(MixGRPO, --grpo.window progressive). How a step is drawn: flow_sde, flow_cps, dance_sde. What keeps the policy near
+(MixGRPO, --grpo.window progressive). How a step is drawn: flow_sde or flow_cps. What keeps the policy near
 its beginnings: --grpo.clip_range, --grpo.guard true (GRPO-Guard), --grpo.kl_beta. With a weighted sum of rewards
 (--reward "dinalrm + 0.2*pickscore"), --grpo.advantage_of parts normalises each by itself; --anchor.reward pickscore
 --anchor.every 4 asks the second one at every fourth rollout alone.

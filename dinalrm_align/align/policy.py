@@ -13,7 +13,6 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftLoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -35,16 +34,9 @@ PROJECTIONS = [
 
 
 class Policy:
-    """Freezes a transformer and adds the adapter "policy" to it, in place; one policy per transformer.
+    """Freezes a transformer and adds the adapter "policy" to it, in place; ValueError if it has one already.
 
-    Args:
-        transformer: on its device and in its dtype.
-        config: rank, alpha and initialisation of the LoRA.
-        seed: of the initial A; B starts at zero, so that a new policy equals the reference.
-
-    Raises:
-        ValueError: the transformer has such an adapter already.
-        TypeError: the transformer is of another architecture.
+    seed: of the initial A; B starts at zero, so that a new policy equals the reference.
     """
 
     def __init__(self, transformer: SD3Transformer2DModel, config: LoraConfig, *, seed: int) -> None:
@@ -54,11 +46,9 @@ class Policy:
         check_integer("seed", seed, high=2**63 - 1)
         self.transformer = transformer.requires_grad_(False)
         self.config = config
+        init = True if config.init == "kaiming" else config.init
         lora = PeftLoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            init_lora_weights=True if config.init == "kaiming" else config.init,
-            target_modules=PROJECTIONS,
+            r=config.rank, lora_alpha=config.alpha, init_lora_weights=init, target_modules=PROJECTIONS
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -90,24 +80,21 @@ class Policy:
             guidance_scale: g; above 1, classifier-free guidance v_negative + g (v - v_negative) in one forward of 2B.
             negative: B conditions for v_negative; required with guidance.
             negative_gradient: otherwise v_negative is detached, as in Flow-GRPO.
-
-        Raises ValueError if the numbers of latents and conditions differ.
         """
         check_latents("latents", latents)
-        if latents.shape[1] != self.transformer.config.in_channels:
-            expected = self.transformer.config.in_channels
-            raise ValueError(f"latents: got {latents.shape[1]} channels; expected {expected}")
+        if latents.shape[1] != (channels := self.transformer.config.in_channels):
+            raise ValueError(f"latents: got {latents.shape[1]} channels; expected {channels}")
         check_number("guidance_scale", guidance_scale, low=0)
-        guided = guidance_scale > 1
-        if len(conditions) != len(latents):
-            raise ValueError(f"conditions: got {len(conditions)} for {len(latents)} latents; expected one each")
-        if guided and (negative is None or len(negative) != len(latents)):
+        guided, batch = guidance_scale > 1, len(latents)
+        if len(conditions) != batch:
+            raise ValueError(f"conditions: got {len(conditions)} for {batch} latents; expected one each")
+        if guided and (negative is None or len(negative) != batch):
             got = "none" if negative is None else len(negative)
             raise ValueError(
-                f"negative: got {got} at guidance_scale {guidance_scale}; expected one per latent, {len(latents)}"
+                f"negative: got {got} at guidance_scale {guidance_scale}; expected one per latent, {batch}"
             )
         prompt_embeds, pooled = conditions.prompt_embeds, conditions.pooled_prompt_embeds
-        timestep = timestep_of(sigma).to(latents.device).expand(len(latents))
+        timestep = timestep_of(sigma).to(latents.device).expand(batch)
         if guided:
             latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
             prompt_embeds = torch.cat([negative.prompt_embeds, prompt_embeds])
@@ -136,32 +123,23 @@ class Policy:
         *,
         negative_gradient: bool = True,
     ) -> Velocity:
-        """The velocity with these conditions, as a function of latents and sigma.
-
-        negative: conditions of one empty prompt, for guidance.
-        """
-        repeated = None
+        """The velocity as a function of latents and sigma; negative: conditions of one empty prompt, for guidance."""
         if guidance_scale > 1 and negative is not None:
-            repeated = negative.take([0] * len(conditions), self.device)
-
-        def velocity(latents: Tensor, sigma: float | Tensor) -> Tensor:
-            return self.velocity(latents, sigma, conditions, guidance_scale, repeated, negative_gradient)
-
-        return velocity
+            negative = negative.take([0] * len(conditions), self.device)
+        return lambda latents, sigma: self.velocity(
+            latents, sigma, conditions, guidance_scale, negative, negative_gradient
+        )
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Within the block `velocity` is that of the frozen base model, without gradient."""
-        layers = [module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer)]
         flags = [(p, p.requires_grad) for p in self.transformer.parameters()]
-        for layer in layers:
-            layer.enable_adapters(False)
+        self.transformer.disable_adapters()
         try:
             with torch.no_grad():
                 yield
         finally:
-            for layer in layers:
-                layer.enable_adapters(True)
+            self.transformer.enable_adapters()
             for p, flag in flags:  # peft changes requires_grad when it switches an adapter
                 p.requires_grad_(flag)
 
@@ -173,8 +151,7 @@ class Policy:
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Within the block `velocity` is that of another LoRA, from `weights()`, without gradient.
 
-        The parameters' storage is exchanged, not overwritten, so that existing graphs stay valid. Raises ValueError for
-        other names, shapes, dtypes or devices.
+        The parameters' storage is exchanged, not overwritten, so that existing graphs stay valid.
         """
         self.check_weights(weights)
         trained = {name: p.data for name, p in self.parameters.items()}
@@ -189,9 +166,9 @@ class Policy:
 
     def check_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless names, shapes, dtypes and devices are those of this policy's LoRA."""
-        kinds = [{n: (tuple(t.shape), t.dtype, t.device) for n, t in of.items()} for of in (weights, self.parameters)]
-        if kinds[0] != kinds[1]:
-            got, expected = kinds
+        own = self.parameters
+        got, expected = ({n: (tuple(t.shape), t.dtype, t.device) for n, t in of.items()} for of in (weights, own))
+        if got != expected:
             name = min(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
             raise ValueError(f"weights of another LoRA: {name}: got {got.get(name)}; expected {expected.get(name)}")
 
@@ -200,33 +177,26 @@ class Policy:
         self.transformer.enable_gradient_checkpointing()
 
     def save_lora(self, folder: Path) -> None:
-        """Write folder/pytorch_lora_weights.safetensors for `StableDiffusion3Pipeline.load_lora_weights`.
-
-        The metadata of the file contain alpha; without them diffusers would set alpha to the rank. Raises OSError.
-        """
+        """Write folder/pytorch_lora_weights.safetensors for `StableDiffusion3Pipeline.load_lora_weights`."""
         try:
             with atomically(folder / LORA_FILE) as temporary:
                 StableDiffusion3Pipeline.save_lora_weights(
                     folder,
                     transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
-                    transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
+                    transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),  # with alpha
                     weight_name=temporary.name,
                 )
         except SafetensorError as error:
             raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
 
     def load_lora(self, folder: Path) -> None:
-        """Load weights that `save_lora` wrote.
-
-        Raises ValueError for another rank or alpha, and for missing, unexpected or non-finite tensors.
-        """
+        """Load weights of `save_lora`; ValueError for another rank or alpha, and for other or non-finite tensors."""
         path = folder / LORA_FILE
         with reading("LoRA in safetensors", path), safe_open(path, framework="pt") as file:
             saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}
             metadata = dict(json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")))
         got = metadata.get(f"{PREFIX}r"), metadata.get(f"{PREFIX}lora_alpha")
-        if got != (self.config.rank, self.config.alpha):
-            expected = self.config.rank, self.config.alpha
+        if got != (expected := (self.config.rank, self.config.alpha)):
             raise ValueError(f"{path}: got rank and alpha {got}; expected {expected}, those of the policy")
         check_fit(get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER), saved, path)
         if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:

@@ -1,7 +1,4 @@
-"""The surrogate objective of policy gradients on stochastic denoising steps: advantages, ratios, clipped loss and KL.
-
-Flow-GRPO (arXiv 2505.05470) and GRPO-Guard (arXiv 2510.22319). Steps are `flow.sde.Transition`.
-"""
+"""Policy gradients on stochastic denoising steps (Flow-GRPO, arXiv 2505.05470): advantages, ratios, loss and KL."""
 
 import torch
 from torch import Tensor
@@ -12,17 +9,12 @@ from dinalrm_align.flow.sde import Transition
 def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
     """scores (groups, group_size) -> (score - mean of its group) / (std + floor), the same shape, float64.
 
-    std: "group", the population standard deviation of each group, or "global", that of all scores. Raises ValueError
-    for another name.
+    std: "group", the population standard deviation of each group, or "global", that of all scores.
     """
+    if std not in ("group", "global"):
+        raise ValueError(f"unknown advantage_std {std!r}; known: group, global")
     scores = scores.double()
-    match std:
-        case "group":
-            spread = scores.std(dim=1, keepdim=True, correction=0)
-        case "global":
-            spread = scores.std(correction=0)
-        case _:
-            raise ValueError(f"unknown advantage_std {std!r}; known: group, global")
+    spread = scores.std(dim=1, keepdim=True, correction=0) if std == "group" else scores.std(correction=0)
     return (scores - scores.mean(dim=1, keepdim=True)) / (spread + floor)
 
 
@@ -46,13 +38,11 @@ def step_kl(form: str, step: Transition, reference: Transition, difference: Tens
     """KL of a step to the reference's step from the same latents, (n,), differentiable in `step`.
 
     form: "scale", mean|mu - mu_reference|^2 / (2 s^2); "std", the same / (2 std^2); "velocity", the mean square of
-    `difference`, the velocity minus the reference's (n, C, H, W). Raises ValueError for another name.
+    `difference`, the velocity minus the reference's (n, C, H, W).
     """
-    match form:
-        case "velocity":
-            return difference.square().mean(dim=(1, 2, 3))
-        case "scale" | "std":
-            spread = step.scale if form == "scale" else step.std
-            square = (step.mean - reference.mean).square().mean(dim=(1, 2, 3))
-            return square / (2 * spread.to(square).square())
-    raise ValueError(f"unknown kl_form {form!r}; known: scale, std, velocity")
+    if form == "velocity":
+        return difference.square().mean(dim=(1, 2, 3))
+    if form not in ("scale", "std"):
+        raise ValueError(f"unknown kl_form {form!r}; known: scale, std, velocity")
+    square = (step.mean - reference.mean).square().mean(dim=(1, 2, 3))
+    return square / (2 * getattr(step, form).to(square).square())

@@ -1,9 +1,8 @@
 """Detection of reward hacking: the reward rises while the quality of the images falls.
 
 Every held-out evaluation scores the same captions, from the same noise, with the reward (proxy) and with a gold score
-that takes no part in training. `detect_hacking` compares them by t-tests. `Watch` is a hook for `loop.fit` that calls
-it after every evaluation, warns, and keeps the best LoRA. Probes (`level_probe`, `drift_probe`) measure early signs.
-Metrics:
+that takes no part in training. `Watch`, a hook for `loop.fit`, compares them by t-tests (`detect_hacking`) after every
+evaluation, warns, and keeps the best LoRA. Probes (`level_probe`, `drift_probe`) measure early signs. Metrics:
 
     hacking        1 if hacking was detected, else 0
     divergence     gain of proxy minus gain of gold over the base model, each in standard deviations of the base model's
@@ -36,7 +35,6 @@ from dinalrm_align.train.files import atomic_folder, discard_folder, read_json, 
 
 Scores = Mapping[str, Sequence[float]]
 """Scores of an evaluation: one number per sample, by name ("proxy", "gold", names of probes)."""
-
 LEVEL, DRIFT, BEST, NOTE = "proxy@", "drift", "lora_best", "best.json"
 
 
@@ -44,10 +42,7 @@ LEVEL, DRIFT, BEST, NOTE = "proxy@", "drift", "lora_best", "best.json"
 class Comparison:
     """The evaluation at update `step` against the one with the best gold score so far, at `best_step`.
 
-    Args:
-        proxy_gain, gold_gain: mean differences of the scores.
-        p_proxy, p_gold: one-sided p-values of a rise of proxy and of a fall of gold.
-        hacking: both are significant.
+    p_proxy and p_gold are one-sided p-values of a rise of proxy and of a fall of gold; hacking: both are significant.
     """
 
     step: int
@@ -66,10 +61,7 @@ class Comparison:
 
 
 def p_value_of_rise(values: np.ndarray) -> float:
-    """One-sided p-value of Student's t-test that the mean of values (C,), one per caption, is above 0.
-
-    If all values are equal, it is 0 for a positive mean and 1 otherwise.
-    """
+    """One-sided p-value of Student's t-test that the mean of values (C,) is above 0; for equal values 0 or 1."""
     estimate = seeds_by_captions(values[None])
     if estimate.standard_error == 0:
         return 0.0 if estimate.mean > 0 else 1.0
@@ -85,28 +77,15 @@ def detect_hacking(
     pairs, where pairs = evaluations (evaluations + 1) / 2. Any pair of evaluations may be compared, since the best one
     is chosen by its gold score; the Bonferroni correction bounds the probability of a false alarm in the whole run.
 
-    Args:
-        captions: one per sample, at least two different ones.
-        level: probability of a false alarm in a run.
-        evaluations: evaluations in the run after that of the base model.
+    captions: one per sample, at least two different ones. evaluations: those of the run after that of the base model.
     """
-    step = max(history)
-    best = best_step(history)
-    gains = {
-        name: by_caption(np.subtract(history[step][name], history[best][name]), captions) for name in ("proxy", "gold")
-    }
+    step, best = max(history), best_step(history)
+    proxy, gold = (by_caption(np.subtract(history[step][n], history[best][n]), captions) for n in ("proxy", "gold"))
     evaluations = max(evaluations, len(history) - 1)
     pairs = evaluations * (evaluations + 1) / 2
-    p_proxy, p_gold = p_value_of_rise(gains["proxy"]), p_value_of_rise(-gains["gold"])
-    return Comparison(
-        step=step,
-        best_step=best,
-        proxy_gain=float(gains["proxy"].mean()),
-        gold_gain=float(gains["gold"].mean()),
-        p_proxy=p_proxy,
-        p_gold=p_gold,
-        hacking=step != best and p_proxy <= level and p_gold * pairs <= level,
-    )
+    p_proxy, p_gold = p_value_of_rise(proxy), p_value_of_rise(-gold)
+    hacking = step != best and p_proxy <= level and p_gold * pairs <= level
+    return Comparison(step, best, float(proxy.mean()), float(gold.mean()), p_proxy, p_gold, hacking)
 
 
 def best_step(history: Mapping[int, Scores]) -> int:
@@ -148,9 +127,7 @@ def drift_probe(
 ) -> Probe:
     """Velocity KL to the reference on the held-out latents, averaged over the noise levels `sigmas`.
 
-    Args:
-        velocity_for: (conditions, guidance_scale) -> velocity of the policy; called without guidance.
-        reference: `Policy.reference`, a context in which that velocity is the reference's.
+    velocity_for and reference are those of `Policy`; without guidance.
     """
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
@@ -170,12 +147,8 @@ def drift_probe(
 class Watch:
     """A hook for `loop.fit`, due after `HeldOut` at the same updates; called on every rank, writes on the main one.
 
-    Args:
-        history: step -> scores of all evaluations up to it, by update (`HeldOut.history`).
-        captions: one per sample, at least two different ones.
-        evaluations: evaluations in the run after that of the base model.
-        save_lora: writes the policy's LoRA into a folder.
-        say: prints a warning, on the main rank.
+    history: step -> scores of all evaluations up to it, by update (`HeldOut.history`). save_lora: writes the policy's
+    LoRA into a folder. captions, evaluations: see `detect_hacking`.
     """
 
     history: Callable[[int], Mapping[int, Scores]]
@@ -206,9 +179,8 @@ class Watch:
 
     def stop_when(self, row: Mapping[str, float]) -> str | None:
         """For `loop.fit`: the reason to stop after an update with these metrics, or None."""
-        if self.config.stop_on_hacking and row.get("hacking"):
-            return "the reward was being hacked (watch.stop_on_hacking)"
-        return None
+        alarm = self.config.stop_on_hacking and row.get("hacking")
+        return "the reward was being hacked (watch.stop_on_hacking)" if alarm else None
 
     def _keep_best(self, history: Mapping[int, Scores], step: int) -> None:
         """Write lora_best/ if this evaluation is the best; delete a later one, left by a run that was resumed."""

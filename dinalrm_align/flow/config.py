@@ -35,10 +35,5 @@ class SigmaConfig:
 
     def parameters(self) -> dict[str, float]:
         """Keyword arguments for `sample_sigma(self.density, n, generator=..., **self.parameters())`."""
-        return {
-            "uniform": {},
-            "logit_normal": {"mean": self.mean, "std": self.std},
-            "mode": {"scale": self.scale},
-            "beta": {"a": self.a, "b": self.b},
-            "constant": {"value": self.value},
-        }[self.density]
+        names = {"logit_normal": ("mean", "std"), "mode": ("scale",), "beta": ("a", "b"), "constant": ("value",)}
+        return {name: getattr(self, name) for name in names.get(self.density, ())}

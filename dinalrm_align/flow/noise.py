@@ -26,10 +26,7 @@ SigmaDensity = Callable[..., Tensor]
 
 
 def seeded_generator(*keys: int) -> torch.Generator:
-    """A CPU generator whose RNG stream is keyed by `keys` (seed, step, rank, ...), the same on every machine.
-
-    keys: non-negative integers, hashed together: (0, 1) and (1, 0) give independent streams.
-    """
+    """A CPU generator whose RNG stream is keyed by non-negative integers (seed, step, rank, ...), in this order."""
     entropy = (len(keys), *keys)  # numpy pads with zeros: without the length (0, 1) and (0, 1, 0) would collide
     for key in keys:
         check_integer("key of a seeded generator", key)
@@ -38,10 +35,7 @@ def seeded_generator(*keys: int) -> torch.Generator:
 
 
 def as_sigma(sigma: Tensor | float) -> Tensor:
-    """A noise level of any shape as float32, on its own device.
-
-    Raises TypeError unless it is a number or a real tensor, ValueError unless all values lie in [0, 1].
-    """
+    """A noise level of any shape as float32, on its own device; ValueError unless all values lie in [0, 1]."""
     if not isinstance(sigma, Tensor):
         check_number("sigma", sigma, low=0, high=1)
         return torch.tensor(sigma, dtype=torch.float32)
@@ -65,15 +59,10 @@ def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> Non
 
 
 def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
-    """sigma: a float, (), (1,) or (B,) -> (B or 1, 1, 1, 1), float32, on the device of latents (B, C, H, W).
-
-    Raises ValueError unless sigma has one value, or one per sample.
-    """
+    """sigma: a float, (), (1,) or (B,) -> (B or 1, 1, 1, 1), float32, on the device of latents (B, C, H, W)."""
     sigma = as_sigma(sigma).to(latents.device).reshape(-1)
     if sigma.numel() not in (1, latents.shape[0]):
-        raise ValueError(
-            f"sigma: got {sigma.numel()} values for {latents.shape[0]} latents; expected one value, or one per sample"
-        )
+        raise ValueError(f"sigma: got {sigma.numel()} values for {len(latents)} latents; expected one, or one each")
     return sigma.view(-1, *(1,) * (latents.dim() - 1))
 
 
@@ -106,19 +95,16 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def scheduler_sigmas(num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, shift: float = 3.0) -> Tensor:
-    """`FlowMatchEulerDiscreteScheduler(num_train_timesteps, shift).sigmas`: (num_train_timesteps,) float32.
-
-    Falls from 1 to the smallest shifted level, 0.002994 for the defaults.
-    """
+    """`FlowMatchEulerDiscreteScheduler(num_train_timesteps, shift).sigmas`, falling from 1: (num_train_timesteps,)."""
     check_integer("num_train_timesteps", num_train_timesteps, low=1)
     sigmas = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32) / num_train_timesteps
     return shift_sigma(sigmas, shift)
 
 
 def snap_sigma(sigma: Tensor | float, table: Tensor) -> Tensor:
-    """The entry of `table` (n,) nearest to each sigma (any shape), float32, on the device of sigma.
+    """The entry of `table` (n,) nearest to each sigma (any shape), of two the first; float32, on the device of sigma.
 
-    The released DiNa-LRM code scores only at these levels. Of two equally near entries the first, noisier one is taken.
+    The released DiNa-LRM code scores only at these levels.
     """
     sigma = as_sigma(sigma)
     if not isinstance(table, Tensor) or table.dim() != 1 or table.numel() == 0:
@@ -167,36 +153,23 @@ def constant(n: int, *, generator: torch.Generator, value: float = 0.4) -> Tenso
     return torch.full((n,), float(value), device=generator.device)
 
 
-DENSITIES: dict[str, SigmaDensity] = {
-    "uniform": uniform,
-    "logit_normal": logit_normal,
-    "mode": mode,
-    "beta": beta,
-    "constant": constant,
-}
+DENSITIES: dict[str, SigmaDensity] = {draw.__name__: draw for draw in (uniform, logit_normal, mode, beta, constant)}
 
 
 def sample_sigma(density: str | SigmaDensity, n: int, *, generator: torch.Generator, **params: float) -> Tensor:
     """Draw n noise levels: (n,) float32 in [0, 1] on the generator's device.
 
-    Args:
-        density: a name in DENSITIES, or a callable `density(n, generator=..., **params) -> (n,)`.
-        params: the density's own (mean and std; scale; a and b; value).
-
-    Raises ValueError for an unknown name, a wrong shape, and levels outside [0, 1].
+    density: a name in DENSITIES, or a callable `density(n, generator=..., **params) -> (n,)`. params: the density's own
+    (mean and std; scale; a and b; value). Raises ValueError for another name or shape, and levels outside [0, 1].
     """
-    if isinstance(density, str) and density not in DENSITIES:
-        raise ValueError(f"unknown sigma density {density!r}; known: {', '.join(DENSITIES)}, or pass a callable")
+    draw = DENSITIES.get(density) if isinstance(density, str) else density
+    if not callable(draw):
+        raise ValueError(f"unknown sigma density {density!r:.80}; known: {', '.join(DENSITIES)}, or pass a callable")
     if not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator: got {type(generator).__name__}; expected a torch.Generator, as from `seeded_generator`"
-        )
+        raise TypeError(f"generator: got {type(generator).__name__}; expected one as from `seeded_generator`")
     check_integer("n", n, low=1)
     for name, value in params.items():
         check_number(f"sigma density {density!r}: {name}", value)
-    draw = DENSITIES[density] if isinstance(density, str) else density
-    if not callable(draw):
-        raise TypeError(f"sigma density: got {type(draw).__name__}; known: {', '.join(DENSITIES)}, or pass a callable")
     sigma = draw(n, generator=generator, **params).float()
     if sigma.shape != (n,) or not bool(((sigma >= 0) & (sigma <= 1)).all()):
         raise ValueError(

@@ -5,6 +5,7 @@ prompts and adapters. Conventions are those of `flow.noise`: sigma falls from 1 
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,10 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 
 def schedule_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
-    """diffusers' sampling levels of this scheduler: num_steps + 1 floats from 1 to 0. `scheduler` is not changed.
+    """diffusers' sampling levels of this scheduler: num_steps + 1 floats from 1 to 0.
 
     With shift 3 and 4 steps: 1, 0.8577, 0.6022, 0.0089, 0. diffusers shifts a range whose lower end is shifted already,
-    so these differ from `linear_sigmas`. Raises ValueError for fewer than one step and for a scheduler that shifts by
-    image size.
+    so these differ from `linear_sigmas`. Raises ValueError for a scheduler that shifts by image size.
     """
     _check_schedule(scheduler, num_steps)
     scheduler = copy.deepcopy(scheduler)
@@ -73,22 +73,20 @@ def ode_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float)
 
 
 def rollout(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Integrate the flow with Euler steps: latents (B, C, H, W) at sigmas[0] -> latents at sigmas[-1], float32.
+    """Integrate the flow with Euler steps, differentiably: latents (B, C, H, W) at sigmas[0] -> at sigmas[-1], float32.
 
-    Differentiable through every step. Raises ValueError unless `sigmas` fall.
+    Raises ValueError unless `sigmas` fall.
     """
-    if not sigmas or any(not sigma > sigma_next for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True)):
+    steps = list(itertools.pairwise(sigmas))
+    if not sigmas or not all(sigma > sigma_next for sigma, sigma_next in steps):
         raise ValueError(f"sigmas: got {list(sigmas)!r:.80}; expected falling levels, from 1 (noise) to 0 (clean)")
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in steps:
         latents = ode_step(latents, velocity(latents, sigma), sigma, sigma_next)
     return latents
 
 
 def seeded_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
-    """One standard normal sample of `shape` (C, H, W) per generator: (B, C, H, W), float32, on the generators' device.
-
-    Samples do not depend on their index in the batch or on the batch size.
-    """
+    """One standard normal sample of `shape` (C, H, W) per generator: (B, C, H, W), float32, on their device."""
     if not generators or not all(isinstance(generator, torch.Generator) for generator in generators):
         raise TypeError(f"generators: got {generators!r:.80}; expected one torch.Generator per sample, at least one")
     return torch.stack([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])

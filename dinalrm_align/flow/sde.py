@@ -6,12 +6,11 @@ and x1 = x + (1 - sigma) v (the noise estimate), a sampler draws x' = mean + std
     flow_sde    mean = x + v Delta + s^2 Delta x1 / (2 sigma)   s = a sqrt(sigma / (1 - sigma)), std = s sqrt(-Delta)
                 Flow-GRPO, arXiv 2505.05470. At sigma = 1 the square root uses the schedule's second level,
                 as in its code, so that the first step has std a.
-    dance_sde   the same with s = a at every level                                DanceGRPO, arXiv 2505.07818
     flow_cps    mean = (1 - sigma') x0 + sigma' cos(a pi / 2) x1     std = sigma' sin(a pi / 2)
                 coefficients-preserving sampling, arXiv 2509.05952: x' has the noise level sigma'
 
 a is the noise level; a = 0 is the ODE. As in public code, the log-probability is the MEAN over all dimensions but the
-batch's: of the normal density's logarithm for the SDEs, of -(x' - mean)^2 for flow_cps. Ratios of a step are therefore
+batch's: of the normal density's logarithm for flow_sde, of -(x' - mean)^2 for flow_cps. Ratios of a step are therefore
 close to 1, and clip ranges small (1e-4 ... 1e-6).
 
 Coefficients are computed in float64, tensors in float32. Everything is differentiable in latents and velocity.
@@ -27,18 +26,15 @@ from torch import Tensor
 from dinalrm_align.flow.noise import check_latents
 from dinalrm_align.train.settings import check_integer, check_number, did_you_mean
 
-SAMPLERS = ("flow_sde", "flow_cps", "dance_sde")
+SAMPLERS = ("flow_sde", "flow_cps")
 
 
 @dataclass(frozen=True)
 class Transition:
     """The normal distribution of a step's result.
 
-    Args:
-        mean: (B, C, H, W), float32.
-        std: (1,) or (B,), float64 on the CPU.
-        scale: s of the module's docstring, `std_dev_t` in public code; std for flow_cps, which has no s. As `std`.
-        delta: sigma' - sigma. As `std`.
+    mean is (B, C, H, W), float32; std, scale and delta are (1,) or (B,), float64 on the CPU. scale: s above,
+    `std_dev_t` in public code; std for flow_cps, which has no s. delta: sigma' - sigma.
     """
 
     sampler: str
@@ -53,18 +49,13 @@ class Transition:
         return self.mean + per_sample(self.std, self.mean) * noise.float()
 
     def log_prob(self, latents: Tensor) -> Tensor:
-        """Log-probability of x' = latents (B, C, H, W), as defined above: (B,), float32, differentiable in the mean.
-
-        Raises ValueError for an SDE's step with std 0.
-        """
+        """Log-probability of x' = latents (B, C, H, W): (B,), float32; ValueError for a flow_sde step with std 0."""
         check_latents("latents", latents, like=self.mean)
         difference = latents.float() - self.mean
         if self.sampler == "flow_cps":
             return -difference.square().mean(dim=(1, 2, 3))
         if not bool((self.std > 0).all()):
-            raise ValueError(
-                "std: got 0; expected more: without noise a step has no density, its log-probability is undefined"
-            )
+            raise ValueError("std: got 0; expected more: without noise the log-probability is undefined")
         constant = self.std.log() + 0.5 * math.log(2 * math.pi)
         square = (difference / per_sample(self.std, difference)).square().mean(dim=(1, 2, 3))
         return -0.5 * square - constant.to(square)
@@ -76,7 +67,6 @@ def transition(
     """The step from sigmas[index] to sigmas[index + 1].
 
     Args:
-        sampler: flow_sde, flow_cps or dance_sde.
         latents, velocity: (B, C, H, W) at sigmas[index], any floating dtype.
         sigmas: the whole schedule, falling, in [0, 1]; flow_sde uses its second level.
         index: the step, 0 ... len(sigmas) - 2; or one per sample, (B,) integers.
@@ -89,25 +79,22 @@ def transition(
     index = _index(index, len(latents), len(levels) - 1)
     sigma, sigma_next = levels[index], levels[index + 1]
     delta = sigma_next - sigma
-    x, v = latents.float(), velocity.float()
     match sampler:
         case "flow_sde":
             rest = 1 - torch.where(sigma == 1, levels[1], sigma)
             scale, pull = noise_level * (sigma / rest).sqrt(), noise_level**2 / (2 * rest)  # pull: s^2 / (2 sigma)
-        case "dance_sde":
-            scale, pull = torch.full_like(sigma, noise_level), noise_level**2 / (2 * sigma)
+            std = scale * (-delta).sqrt()
+            on_x, on_v = 1 + pull * delta, delta * (1 + pull * (1 - sigma))
         case "flow_cps":
-            std = sigma_next * math.sin(noise_level * math.pi / 2)
+            scale = std = sigma_next * math.sin(noise_level * math.pi / 2)
             kept = sigma_next * math.cos(noise_level * math.pi / 2)
             # mean = (1 - sigma') (x - sigma v) + kept (x + (1 - sigma) v), sorted by x and v
             on_x, on_v = 1 - sigma_next + kept, kept * (1 - sigma) - (1 - sigma_next) * sigma
-            return Transition(sampler, per_sample(on_x, x) * x + per_sample(on_v, x) * v, std, std, delta)
         case _:
             guess = did_you_mean(sampler, SAMPLERS) or ";"
             raise ValueError(f"unknown sampler {sampler!r}{guess} known: {', '.join(SAMPLERS)}")
-    on_x, on_v = 1 + pull * delta, delta * (1 + pull * (1 - sigma))
-    mean = per_sample(on_x, x) * x + per_sample(on_v, x) * v
-    return Transition(sampler, mean, scale * (-delta).sqrt(), scale, delta)
+    mean = per_sample(on_x, latents) * latents.float() + per_sample(on_v, latents) * velocity.float()
+    return Transition(sampler, mean, std, scale, delta)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -117,10 +104,9 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 def _levels(sigmas: Sequence[float]) -> Tensor:
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
-    if levels.dim() != 1 or len(levels) < 2 or not bool((levels[1:] < levels[:-1]).all()) or levels[0] > 1:
-        raise ValueError(f"sigmas: got {list(sigmas)!r:.80}; expected falling levels, at least two, 1 at most")
-    if levels[-1] < 0:
-        raise ValueError(f"sigmas: got {list(sigmas)!r:.80}; expected levels of at least 0")
+    falling = levels.dim() == 1 and len(levels) > 1 and bool((levels[1:] < levels[:-1]).all())
+    if not falling or levels[0] > 1 or levels[-1] < 0:
+        raise ValueError(f"sigmas: got {list(sigmas)!r:.80}; expected falling levels in [0, 1], at least two")
     return levels
 
 

@@ -279,7 +279,7 @@ NOISE_FUNCTIONS = [
     Case("negative seed", of(seeded_generator, -1), ValueError, "-1"),
     Case("fractional seed", of(seeded_generator, 0.5), TypeError, "0.5"),
     Case("unknown density", of(sample_sigma, "gauss", 4, generator=generator()), ValueError, "gauss"),
-    Case("density of nothing", of(sample_sigma, None, 4, generator=generator()), TypeError, "density NoneType"),
+    Case("density of nothing", of(sample_sigma, None, 4, generator=generator()), ValueError, "density None"),
     Case("no draws", of(sample_sigma, "uniform", 0, generator=generator()), ValueError, "n 0"),
     Case("density without generator", of(sample_sigma, "uniform", 4, generator=None), TypeError, "generator"),
     Case("beta of 0", of(sample_sigma, "beta", 4, generator=generator(), a=0.0), ValueError, "a 0"),

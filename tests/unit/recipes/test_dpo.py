@@ -126,7 +126,7 @@ def test_a_run_on_other_pairs_is_not_resumed(main, arguments, world, tmp_path, c
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dpo.mode=offline"], "--dpo.mode offline needs --pairs; `python recipes/mine_pairs.py` makes some"),
+        (["--dpo.mode=offline"], "--dpo.mode offline needs --pairs; recipes/mine_pairs.py makes some"),
         (["--pairs=somewhere"], "pairs: got somewhere"),
         (["--dpo.mode=offline", "--pairs=absent"], "absent holds no index.json"),
         (["--dpo.beta=0"], "dpo.beta: got 0"),
