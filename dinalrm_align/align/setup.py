@@ -17,15 +17,15 @@ from diffusers import StableDiffusion3Pipeline
 
 from dinalrm_align.align.anchor import Anchor, matching_scale
 from dinalrm_align.align.config import AlignRun, AnchorConfig
-from dinalrm_align.align.economies import (
-    check_economies,
+from dinalrm_align.align.evaluation import HeldOut, Probe
+from dinalrm_align.align.memory import (
+    check_memory_options,
     decoder,
-    economise_pipeline,
     release_text_encoders,
+    shrink_pipeline,
     text_pipeline,
     use_attention,
 )
-from dinalrm_align.align.evaluation import HeldOut, Probe
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.resolve import Resolved
 from dinalrm_align.align.rollouts import Sampler
@@ -192,7 +192,7 @@ def prepare(
     run, spec = resolved.run, resolved.spec
     accelerator, dtype = start_accelerator(run, spec.dtype)
     device = accelerator.device
-    check_economies(run.memory, device)
+    check_memory_options(run.memory, device)
     named = [run.reward, *([anchor.reward] if anchor and anchor.reward else [])]
     for name in named:
         check_reward(name, gradient=anchor is not None and name != run.reward and not in_advantages)
@@ -209,7 +209,7 @@ def prepare(
     lengths = frozenset().union(*(text_lengths(name, spec) for name in named))
     text = encode(pipeline, lengths, prompts, samples, extra_prompts, text_length=spec.text_length, device=device)
     use_attention(run.memory.attention)
-    economise_pipeline(pipeline, run.memory, device)
+    shrink_pipeline(pipeline, run.memory, device)
     pipeline.to(device)
 
     # Rewards share the base weights, so they are loaded before the policy wraps the transformer.
@@ -227,7 +227,7 @@ def prepare(
         "list of prompts": text_digest("\n".join(prompts)),
     }
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
-    sharded = economise_rewards(accelerator, run, pipeline, policy, [reward, *second])
+    sharded = apply_memory_options(accelerator, run, pipeline, policy, [reward, *second])
     meter = PhaseMeter(device, run.profile_every)
     setup = Setup(resolved, accelerator, pipeline, policy, reward, None, gold, text, meter, identity, sharded)
     if second:
@@ -259,7 +259,7 @@ def encode(
     return Text(train, evaluation, negative, extra)
 
 
-def economise_rewards(
+def apply_memory_options(
     accelerator: Accelerator,
     run: AlignRun,
     pipeline: StableDiffusion3Pipeline,

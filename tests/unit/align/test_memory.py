@@ -9,11 +9,11 @@ from tiny_clip import tiny_vae
 from tiny_reward import make_inputs, shake, tiny_reward_config
 
 from dinalrm_align.align.config import Hpsv3Config, MemoryConfig
-from dinalrm_align.align.economies import (
-    check_economies,
+from dinalrm_align.align.memory import (
+    check_memory_options,
     decoder,
-    economise_pipeline,
     release_text_encoders,
+    shrink_pipeline,
     text_pipeline,
     use_attention,
     visiting,
@@ -41,7 +41,7 @@ def own_pipeline():
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_policy_and_reward_share_a_quantised_base_and_pass_gradients(kind):
     pipeline, exact = own_pipeline(), own_pipeline()
-    economise_pipeline(pipeline, MemoryConfig(base_quant=kind), CPU)
+    shrink_pipeline(pipeline, MemoryConfig(base_quant=kind), CPU)
     models = [build_reward_model(tiny_reward_config(), pipe.transformer, seed=1) for pipe in (pipeline, exact)]
     shake(models[0], seed=2), shake(models[1], seed=2)
     policy = Policy(pipeline.transformer, LoraConfig(4, 4.0), seed=0)
@@ -111,13 +111,13 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     with pytest.raises(ImportError, match=r"adamw8bit: needs bitsandbytes: run `pip install 'dinalrm-align\[quant\]'`"):
         adamw([{"params": [torch.nn.Parameter(torch.zeros(2))]}], OptimConfig(name="adamw8bit"))
     with pytest.raises(ImportError, match="quant"):
-        check_economies(MemoryConfig(base_quant="nf4"), CPU)
+        check_memory_options(MemoryConfig(base_quant="nf4"), CPU)
 
 
 def test_kernels_are_chosen_on_cuda_alone():
-    check_economies(MemoryConfig(), CPU)
+    check_memory_options(MemoryConfig(), CPU)
     with pytest.raises(ValueError, match="memory.attention: got flash on cpu"):
-        check_economies(MemoryConfig(attention="flash"), CPU)
+        check_memory_options(MemoryConfig(attention="flash"), CPU)
 
 
 @pytest.mark.parametrize(("name", "left"), [("auto", 3), ("efficient", 1), ("math", 0)])

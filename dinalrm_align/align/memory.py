@@ -16,7 +16,7 @@ KERNELS = ("flash", "mem_efficient", "cudnn")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def check_economies(config: MemoryConfig, device: torch.device) -> None:
+def check_memory_options(config: MemoryConfig, device: torch.device) -> None:
     """Raise ImportError or ValueError, before anything is loaded, for an option that this machine does not support."""
     check_quantization(config.base_quant)
     if config.attention != "auto" and device.type != "cuda":
@@ -32,7 +32,7 @@ def use_attention(name: str) -> None:
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel == wanted)
 
 
-def economise_pipeline(pipeline: StableDiffusion3Pipeline, config: MemoryConfig, device: torch.device) -> None:
+def shrink_pipeline(pipeline: StableDiffusion3Pipeline, config: MemoryConfig, device: torch.device) -> None:
     """Quantise the base model's blocks, cast and tile the VAE; call it before the pipeline is moved to `device`."""
     if config.base_quant != "none":
         quantise_linears(pipeline.transformer.transformer_blocks, config.base_quant, device, pipeline.transformer.dtype)
