@@ -53,8 +53,8 @@ def gradient_steps(
 
     Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,): the mean
     square of velocity - reference over C, H, W and the steps, both at the same input, which is detached for the
-    reference. Both are float32 and differentiable in the velocity's parameters. (Other projects divide this square by 2 sigma^2 or by a step's
-    variance: coefficients do not carry over.)
+    reference. Both are float32 and differentiable in the velocity's parameters. (Other projects divide this square by
+    2 sigma^2 or by a step's variance: coefficients do not carry over.)
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(start, start + count):
