@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
 from tiny_reward import make_inputs, raw_scores
 
 from dinalrm_align import LatentReward
@@ -179,3 +182,46 @@ def test_a_cpu_generator_gives_the_same_score_on_cuda(tiny_reward_dir, tiny_inpu
         inputs = {name: value.to(device) for name, value in tiny_inputs.items()}
         scores.append(reward(**inputs, generator=torch.Generator().manual_seed(0)).cpu())
     torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pipeline_of_another_task_has_the_same_parts(tiny_pipeline, tiny_reward_dir, tiny_inputs):
+    expected = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline)(**tiny_inputs)
+    for kind in (StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline):
+        reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=kind(**tiny_pipeline.components))
+        assert torch.equal(reward(**tiny_inputs), expected)
+    with pytest.raises(TypeError, match="pipeline: got int; expected one of StableDiffusion3Pipeline"):
+        LatentReward.from_pretrained(tiny_reward_dir, pipeline=3)
+
+
+def test_a_reward_is_saved_with_a_card_and_pushed_to_the_hub(tiny_pipeline, tiny_reward_dir, tmp_path, monkeypatch):
+    """The hub client is replaced by one that copies the folder; a card that is there is kept."""
+    reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline)
+    reward.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "base_model: ../" in card and "first 3 transformer blocks" in card and "14 T5" in card
+    (tmp_path / "saved" / "README.md").write_text("mine")
+    reward.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "README.md").read_text() == "mine"
+
+    class Hub:
+        def __init__(self, token):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert (private, exist_ok) == (True, True)
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, tmp_path / "hub")
+            return f"https://hub/{repo_id}: {commit_message}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    where = reward.push_to_hub("a-reward", private=True, token="secret", commit_message="first")
+    assert where == "https://hub/me/a-reward: first"
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_a_reward_may_lie_in_a_subfolder(tiny_pipeline, tiny_reward_dir, tiny_inputs):
+    reward = LatentReward.from_pretrained(tiny_reward_dir.parent, pipeline=tiny_pipeline, subfolder="dinalrm")
+    expected = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline)(**tiny_inputs)
+    assert torch.equal(reward(**tiny_inputs), expected)
