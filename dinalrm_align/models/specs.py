@@ -5,7 +5,9 @@ folder or hub id of another such pipeline is accepted wherever a name is.
 """
 
 import dataclasses
+import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -34,19 +36,14 @@ class ModelSpec:
     """A pipeline, its rewards, prompts and sampling settings.
 
     Args:
-        name: as given on the command line.
         kind: the entry of `MODELS` this is or derives from; recipes have settings per kind.
         pipeline: hub id or folder of a StableDiffusion3Pipeline.
-        reward: source of its DiNa-LRM, for `LatentReward.from_pretrained`.
-        pixel: source of its pixel reward, for `ClipReward.from_pretrained`.
+        reward, pixel: sources of its DiNa-LRM and of its pixel reward, a `ClipReward`.
         pixel_processor: source of tokenizer and preprocessor of `pixel`; None: the same as `pixel`.
         gold: held-out evaluator: a callable `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`, its dotted name
             "module:function", or a reward's name, such as "pixel".
         train_prompts, heldout_prompts: text files with one prompt per line, for training and evaluation.
-        height, width: of the images, in pixels.
-        num_steps, guidance_scale: of sampling.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
-        dtype: of the frozen weights.
     """
 
     name: str
@@ -150,37 +147,33 @@ def missing_files(folder: Path) -> list[str]:
     missing = []
     for part in components:
         if part.startswith("tokenizer"):
-            if not any((folder / part / file).exists() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
-                missing.append(f"{part}/tokenizer.json")
+            vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
+            lacking = [] if any((folder / part / file).exists() for file in vocabularies) else ["tokenizer.json"]
         elif part == "scheduler":
-            if not (folder / part / "scheduler_config.json").exists():
-                missing.append(f"{part}/scheduler_config.json")
+            lacking = [file for file in ["scheduler_config.json"] if not (folder / part / file).exists()]
         else:
             stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-            missing += [f"{part}/{file}" for file in _missing_weights(folder / part, stem)]
+            lacking = _missing_weights(folder / part, stem)
+        missing += [f"{part}/{file}" for file in lacking]
     return missing
 
 
 def _missing_weights(folder: Path, stem: str) -> list[str]:
     """Missing ones of config.json and `stem`.safetensors, or all shards in its index."""
-    wanted = ["config.json"]
-    index = folder / f"{stem}.safetensors.index.json"
+    index, weights = folder / f"{stem}.safetensors.index.json", [f"{stem}.safetensors"]
     if index.exists():
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise ValueError(f"{index}: weight_map: got {files!r:.80}; expected a file for every tensor")
-        wanted += sorted(set(files.values()))
-    else:
-        wanted.append(f"{stem}.safetensors")
-    return [file for file in wanted if not (folder / file).exists()]
+        weights = sorted(set(files.values()))
+    return [file for file in ("config.json", *weights) if not (folder / file).exists()]
 
 
 def _choose() -> tuple[ModelSpec, str]:
-    """The model for "auto"."""
     import huggingface_hub
 
     sd35, shapes = MODELS["sd35"], MODELS["shapes"]
-    absent = [repo for repo in _repositories(sd35) if not is_cached(repo)]
+    absent = [repo for repo in (sd35.pipeline, sd35.reward, sd35.pixel, sd35.pixel_processor) if not is_cached(repo)]
     if not absent:
         return sd35, f"model sd35: its weights are complete in the local cache; {HOW_TO_GET_SHAPES}"
     if huggingface_hub.is_offline_mode():
@@ -191,12 +184,6 @@ def _choose() -> tuple[ModelSpec, str]:
             return sd35, f"model sd35: the hub grants access, missing weights are downloaded; {HOW_TO_GET_SHAPES}"
         why = f"{absent[0]} is not complete in the local cache, and {refusal}"
     return shapes, f"model shapes, the small embedded world: {why}; {HOW_TO_GET_SD35}"
-
-
-def _repositories(spec: ModelSpec) -> list[str]:
-    """The hub repositories that the spec's default run reads."""
-    sources = [spec.pipeline, spec.reward, spec.pixel, spec.pixel_processor]
-    return [source for source in sources if source is not None and not Path(source).is_absolute()]
 
 
 def is_cached(repository: str) -> bool:
@@ -225,80 +212,64 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
     """
     from huggingface_hub import auth_check
 
-    answers: dict[str, str | None] = {}
-    changed = threading.Condition()
+    answers: queue.Queue[str | None] = queue.Queue()
 
     def ask(repository: str) -> None:
         try:
             auth_check(repository)
-            answer = None
+            answers.put(None)
         except Exception as error:  # any error means that the weights cannot be downloaded
             lines = str(error).strip().splitlines() or [""]
-            answer = f"the hub does not grant {repository} ({type(error).__name__}: {lines[0][:160]})"
-        with changed:
-            answers[repository] = answer
-            changed.notify()
+            answers.put(f"the hub does not grant {repository} ({type(error).__name__}: {lines[0][:160]})")
 
+    end = time.monotonic() + seconds
     for repository in repositories:
         threading.Thread(target=ask, args=(repository,), daemon=True).start()
-
-    def decided() -> bool:
-        return len(answers) == len(repositories) or any(answers.values())
-
-    with changed:
-        if not changed.wait_for(decided, timeout=seconds):
+    for _ in repositories:
+        try:
+            if refusal := answers.get(timeout=max(0, end - time.monotonic())):
+                return refusal
+        except queue.Empty:
             return f"the hub did not answer within {seconds:g} s"
-        return next((answer for answer in answers.values() if answer), None)
+    return None
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
-    """The spec of a world folder (its own rewards, the oracle as gold) or a pipeline folder (the rewards of sd35).
-
-    A folder with a `pipeline/` is a world. Its rewards are looked up when they are used; they may not be trained yet.
+    """The spec of a world folder, which has a `pipeline/`, its own rewards (perhaps not trained yet) and the oracle as
+    gold, or of a pipeline folder, with the rewards of sd35.
     """
-    if (path / "pipeline").is_dir():
-        _check_pipeline(path / "pipeline")
-        size = _number(path / "pipeline" / "vae" / "config.json", "sample_size")
-        spec = dataclasses.replace(
-            MODELS["shapes"],
-            name=str(path),
-            pipeline=str(path / "pipeline"),
-            reward=str(path / "dinalrm"),
-            pixel=str(path / "pixel"),
-            height=size,
-            width=size,
-            text_length=_text_length(path / "pipeline"),
-        )
-        return spec, f"model in {path}, an embedded world with its own rewards; {HOW_TO_GET_SD35}"
-    _check_pipeline(path)
-    base = MODELS["sd35"]
-    size = min(base.height, _native_size(path))
-    spec = dataclasses.replace(base, name=str(path), pipeline=str(path), height=size, width=size)
-    return spec, f"pipeline in {path}, with the rewards of sd35; {HOW_TO_GET_SHAPES}"
+    base, world = MODELS["sd35"], path / "pipeline"
+    if not world.is_dir():
+        _check_pipeline(path)
+        size = min(base.height, _native_size(path))
+        spec = dataclasses.replace(base, name=str(path), pipeline=str(path), height=size, width=size)
+        return spec, f"pipeline in {path}, with the rewards of sd35; {HOW_TO_GET_SHAPES}"
+    _check_pipeline(world)
+    size, tokens = (
+        _number(world / "vae" / "config.json", "sample_size"),
+        world / "tokenizer_3" / "tokenizer_config.json",
+    )
+    length = _number(tokens, "model_max_length") if tokens.exists() else MODELS["shapes"].text_length
+    own = dict(pipeline=str(world), reward=str(path / "dinalrm"), pixel=str(path / "pixel"))
+    sizes = dict(height=size, width=size, text_length=length)
+    spec = dataclasses.replace(MODELS["shapes"], name=str(path), **own, **sizes)
+    return spec, f"model in {path}, an embedded world with its own rewards; {HOW_TO_GET_SD35}"
 
 
 def _check_pipeline(pipeline: Path) -> None:
     """Raise ValueError unless the folder holds a complete SD3 pipeline."""
-    missing = missing_files(pipeline)
-    if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+    if missing := missing_files(pipeline):
+        lacks = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise ValueError(
-            f"{pipeline} is not a complete StableDiffusion3Pipeline folder: it lacks {', '.join(missing[:4])}{more}; "
-            "save one with pipeline.save_pretrained(folder)"
+            f"{pipeline} is not a complete StableDiffusion3Pipeline folder: it lacks {lacks}; save one with "
+            "pipeline.save_pretrained(folder)"
         )
     kind = read_json(pipeline / "model_index.json").get("_class_name")
     if kind != "StableDiffusion3Pipeline":
         raise ValueError(f"{pipeline}: got a {kind}; expected a StableDiffusion3Pipeline (SD3 or SD3.5)")
 
 
-def _text_length(world: Path) -> int:
-    """The length of a world's T5 tokenizer, or of the shipped world's where there is none."""
-    path = world / "tokenizer_3" / "tokenizer_config.json"
-    return _number(path, "model_max_length") if path.exists() else MODELS["shapes"].text_length
-
-
 def _native_size(pipeline: Path) -> int:
-    """The image size of a folder's transformer, in pixels."""
     latent_size = _number(pipeline / "transformer" / "config.json", "sample_size")
     path = pipeline / "vae" / "config.json"
     widths = read_json(path).get("block_out_channels")
@@ -308,7 +279,6 @@ def _native_size(pipeline: Path) -> int:
 
 
 def _number(path: Path, key: str) -> int:
-    """A positive integer of a JSON file."""
     value = read_json(path).get(key)
     try:
         check_integer(key, value, low=1)

@@ -30,11 +30,7 @@ Embeds = tuple[Tensor, Tensor]
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts as a list.
-
-    Raises TypeError unless they are a sequence of strings (and not a string), ValueError for an empty sequence and for
-    a prompt longer than MAX_CHARACTERS.
-    """
+    """The prompts as a list; TypeError unless they are strings, ValueError for none and for far too long ones."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
     if len(prompts) == 0:
@@ -53,13 +49,10 @@ class Conditions:
 
     Args:
         prompts: B strings, for rewards that read text; empty strings where the text is unknown.
-        prompt_embeds: (B, L, D), floating.
-        pooled_prompt_embeds: (B, P), floating.
+        prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P), floating.
         text_length: number of T5 tokens that `prompt_embeds` were made with; None if unknown.
-        other_lengths: embeddings of the same prompts at other numbers of T5 tokens, for rewards that were trained with
-            them: text length -> (prompt_embeds, pooled_prompt_embeds).
-
-    Raises TypeError for tensors of another kind, ValueError unless all have B rows.
+        other_lengths: text length -> (prompt_embeds, pooled_prompt_embeds) of the same prompts at other numbers of T5
+            tokens, for rewards that were trained with them.
     """
 
     prompts: Sequence[str]
@@ -73,15 +66,12 @@ class Conditions:
             for name, tensor, expected in zip(("prompt_embeds", "pooled_prompt_embeds"), embeds, ("B, L, D", "B, P")):
                 wrong = not isinstance(tensor, Tensor) or not tensor.is_floating_point()
                 if wrong or tensor.dim() != expected.count(",") + 1:
-                    got = (
-                        f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-                    )
+                    tensor_is = isinstance(tensor, Tensor)
+                    got = f"{tensor.dtype} {tuple(tensor.shape)}" if tensor_is else type(tensor).__name__
                     raise TypeError(f"{name}: got {got}; expected a floating tensor ({expected})")
             if isinstance(self.prompts, str) or not len(self.prompts) == len(embeds[0]) == len(embeds[1]):
-                raise ValueError(
-                    f"one embedding per prompt: got {len(self.prompts)} prompts, {len(embeds[0])} prompt_embeds, "
-                    f"{len(embeds[1])} pooled_prompt_embeds"
-                )
+                got = f"{len(embeds[0])} prompt_embeds, {len(embeds[1])} pooled_prompt_embeds"
+                raise ValueError(f"one embedding per prompt: got {len(self.prompts)} prompts, {got}")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -92,12 +82,8 @@ class Conditions:
     ) -> Self:
         """Encode prompts, each distinct one once; embeddings are returned on the CPU in the text encoders' dtype.
 
-        At SD3.5's sizes and 128 T5 tokens in bfloat16, 1,000 prompts take about 1.7 GB of memory.
-
-        Args:
-            encoder: also sets `text_length`.
-            other_lengths: further numbers of T5 tokens to encode the prompts with.
-            batch_size: prompts per forward of the text encoders.
+        other_lengths: further numbers of T5 tokens. At SD3.5's sizes and 128 T5 tokens in bfloat16, 1,000 prompts take
+        about 1.7 GB of memory.
         """
         prompts = check_prompts(prompts)
         distinct = list(dict.fromkeys(prompts))
@@ -112,10 +98,7 @@ class Conditions:
         return cls(prompts, *embeds.pop(encoder.text_length), encoder.text_length, embeds)
 
     def for_length(self, text_length: int) -> Embeds:
-        """The embeddings made with `text_length` T5 tokens; those of unknown length are taken to be right.
-
-        Raises ValueError, listing the lengths that are present, when there are none of this length.
-        """
+        """The embeddings made with `text_length` T5 tokens, or of unknown length; ValueError without such ones."""
         if text_length in self.other_lengths:
             return self.other_lengths[text_length]
         if self.text_length not in (None, text_length):
@@ -129,11 +112,7 @@ class Conditions:
     def take(self, indices: Iterable[int], device: torch.device | str | None = None) -> Self:
         """The rows `indices`, on `device`."""
         chosen = list(indices)
-
-        def rows(tensor: Tensor) -> Tensor:
-            return tensor[chosen].to(device)
-
-        return self._map([self.prompts[index] for index in chosen], rows)
+        return self._map([self.prompts[index] for index in chosen], lambda tensor: tensor[chosen].to(device))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same conditions on `device`."""
@@ -144,30 +123,24 @@ class Conditions:
         return self._map(self.prompts, Tensor.pin_memory)
 
     def _map(self, prompts: Sequence[str], change) -> Self:
-        others = {length: (change(embeds), change(pooled)) for length, (embeds, pooled) in self.other_lengths.items()}
-        return type(self)(
-            prompts, change(self.prompt_embeds), change(self.pooled_prompt_embeds), self.text_length, others
-        )
+        others = {length: tuple(map(change, embeds)) for length, embeds in self.other_lengths.items()}
+        embeds = (change(self.prompt_embeds), change(self.pooled_prompt_embeds))
+        return type(self)(prompts, *embeds, self.text_length, others)
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """The prompts of `count` samples as strings; a single string is a list of one.
-
-    Raises as `check_prompts`, and ValueError for another number of prompts and for Conditions whose text is unknown.
+    """The prompts of `count` samples as strings, a single string as a list of one; raises as `check_prompts`, and
+    ValueError for another number of prompts and for Conditions whose text is unknown.
     """
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):
-            raise ValueError(
-                "prompts: got embeddings without text; image rewards and callables read prompts as strings"
-            )
+            raise ValueError("prompts: got embeddings without text; image rewards and callables read strings")
     else:
         prompts = check_prompts([text] if isinstance(text, str) else text)
     if len(prompts) != count:
-        raise ValueError(
-            f"one prompt per sample: got {count} samples, {len(prompts)} prompts; to score one prompt against many "
-            "samples, repeat it"
-        )
+        got = f"got {count} samples, {len(prompts)} prompts"
+        raise ValueError(f"one prompt per sample: {got}; to score one prompt against many samples, repeat it")
     return prompts
 
 
@@ -178,14 +151,11 @@ class PromptEncoder:
     bounded cache, for loops that pass strings.
 
     Args:
-        source: a StableDiffusion3Pipeline, whose text encoders are used where they are; or a pipeline folder or hub id,
-            from which text encoders and tokenizers are loaded at the first prompt.
+        source: a StableDiffusion3Pipeline, or a pipeline folder or hub id to load text encoders from when needed.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
         device: of the returned embeddings, and of text encoders loaded here. Default: the pipeline's, else the CPU.
-        dtype: of text encoders loaded here.
-        local_files_only: never contact the hub.
-        max_cached: prompts kept by direct calls, the newest; at SD3.5's sizes in bfloat16, 1,000 take about 2 GB of
-            CPU memory.
+        dtype, local_files_only: of text encoders loaded here.
+        max_cached: prompts kept by direct calls; at SD3.5's sizes in bfloat16, 1,000 take about 2 GB of CPU memory.
     """
 
     def __init__(
@@ -198,8 +168,7 @@ class PromptEncoder:
         local_files_only: bool = False,
         max_cached: int = 10_000,
     ) -> None:
-        self.source = source
-        self.text_length, self.max_cached = text_length, max_cached
+        self.source, self.text_length, self.max_cached = source, text_length, max_cached
         self.dtype, self.local_files_only = dtype, local_files_only
         self._pipeline: StableDiffusion3Pipeline | None = None if isinstance(source, str | Path) else source
         home = "cpu" if self._pipeline is None else self._pipeline.device
@@ -221,10 +190,7 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: list[str], text_length: int | None = None) -> Embeds:
-        """prompt_embeds (B, L, D) and pooled_prompt_embeds (B, P) on the CPU, in one batch and past the cache.
-
-        text_length: default, the encoder's own.
-        """
+        """prompt_embeds (B, L, D) and pooled_prompt_embeds (B, P) on the CPU, in one batch and past the cache."""
         with _ENCODING:
             pipeline = self._text_pipeline()
             encoders = text_encoders(pipeline)
@@ -232,11 +198,9 @@ class PromptEncoder:
             try:
                 for encoder in encoders:
                     encoder.eval()
+                options = dict(max_sequence_length=text_length or self.text_length, do_classifier_free_guidance=False)
                 with torch.autocast(pipeline.device.type, enabled=False):
-                    embeds, _, pooled, _ = pipeline.encode_prompt(
-                        prompts, None, None, do_classifier_free_guidance=False,
-                        max_sequence_length=text_length or self.text_length,
-                    )  # fmt: skip
+                    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **options)
             finally:
                 for encoder, mode in zip(encoders, training, strict=True):
                     encoder.train(mode)
@@ -259,8 +223,8 @@ class PromptEncoder:
         pipeline = self._pipeline
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
             raise ValueError(
-                "prompts need text encoders, and the pipeline was built without them or has released them: pass a "
-                "pipeline that has them, or prompt_embeds and pooled_prompt_embeds"
+                "prompts need text encoders, and the pipeline has none or has released them: pass one that has them, "
+                "or prompt_embeds and pooled_prompt_embeds"
             )
         if pipeline.text_encoder_3 is None and pipeline.transformer is None:
             raise ValueError("the base model has no text_encoder_3 (T5): pass pipeline=..., or prompt_embeds")
@@ -276,15 +240,10 @@ class PromptEncoder:
                 f"prompts need text encoders, and {folder} is not a pipeline folder (it has no model_index.json): pass "
                 "pipeline=..., or prompt_embeds and pooled_prompt_embeds"
             )
+        local = folder.is_dir() or self.local_files_only
+        options = dict(transformer=None, vae=None, dtype=self.dtype, local_files_only=local, use_safetensors=True)
         with reading("text encoders and tokenizers", self.source):
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                str(self.source),
-                transformer=None,
-                vae=None,
-                dtype=self.dtype,
-                local_files_only=folder.is_dir() or self.local_files_only,
-                use_safetensors=True,
-            )
+            pipeline = StableDiffusion3Pipeline.from_pretrained(str(self.source), **options)
         for encoder in text_encoders(pipeline):
             encoder.requires_grad_(False)
         return pipeline.to(self.device)
