@@ -22,7 +22,7 @@ def save_strip(images: np.ndarray, path: Path) -> None:
 
 
 def load_strip(path: Path, count: int) -> np.ndarray:
-    """The `count` images (N, H, W, 3) uint8 of a `save_strip` file. Raises the errors of `files.reading`."""
+    """The `count` images (N, H, W, 3) uint8 of a `save_strip` file."""
     with reading(f"row of {count} images", path), Image.open(path) as strip:
         return np.stack(np.split(np.asarray(strip.convert("RGB")), count, axis=1))
 
@@ -30,13 +30,7 @@ def load_strip(path: Path, count: int) -> np.ndarray:
 def save_grid(
     images: Tensor | np.ndarray, captions: Sequence[str], path: Path, *, title: str = "", columns: int = 8
 ) -> None:
-    """Save a PNG of images with their captions below them.
-
-    Args:
-        images: (N, 3, H, W) in [0, 1], or (N, H, W, 3) uint8.
-        captions: N strings. Raises ValueError when the numbers differ.
-        columns: images per row.
-    """
+    """Save a PNG of images, (N, 3, H, W) in [0, 1] or (N, H, W, 3) uint8, with their N captions below them."""
     pixels = to_bytes(images) if isinstance(images, Tensor) else images
     if len(pixels) != len(captions):
         raise ValueError(f"one caption per image: got {len(pixels)} images, {len(captions)} captions")

@@ -1,8 +1,4 @@
-"""Access to models: a local folder or file, or a repository of the Hugging Face Hub.
-
-`revision` (branch, tag or commit), `token` (access token, or True for the stored one), `cache_dir` and
-`local_files_only` mean what they mean in `huggingface_hub`; loaders take them as `**hub` and pass them on to here.
-"""
+"""Access to models: a local folder or file, or a repository of the Hugging Face Hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +8,7 @@ from dinalrm_align.train.files import HUB_ID, reading
 
 
 class HubOptions(TypedDict, total=False):
-    """The options of `huggingface_hub` that every loader passes on."""
+    """The options of `huggingface_hub` that every loader takes as `**hub`."""
 
     revision: str | None
     token: str | bool | None
@@ -34,32 +30,24 @@ def check_source(name: str, source: str | Path, **hub: Unpack[HubOptions]) -> No
 
 
 def fetch(
-    source: str | Path,
-    files: Sequence[str] | None = None,
-    *,
-    what: str = "model",
-    subfolder: str = "",
-    **hub: Unpack[HubOptions],
+    source: str | Path, files: Sequence[str], *, what: str = "model", subfolder: str = "", **hub: Unpack[HubOptions]
 ) -> Path:
-    """A local folder: `source`, or a snapshot of that repository; its `subfolder` where one is given.
+    """The `subfolder` of a local folder, or of a snapshot of a repository.
 
-    files: names and patterns to download, relative to the subfolder; default: the whole repository.
+    files: names and patterns to download, relative to the subfolder.
     """
     check_source(what, source, **hub)
     if Path(source).is_dir():
         return Path(source) / subfolder
     from huggingface_hub import snapshot_download
 
-    patterns = None if files is None else [f"{subfolder}/{file}" if subfolder else file for file in files]
+    patterns = [f"{subfolder}/{file}" if subfolder else file for file in files]
     with reading(what, source):
         return Path(snapshot_download(str(source), allow_patterns=patterns, **hub)) / subfolder
 
 
 def find_file(source: str | Path, name: str, *, what: str = "weights", **hub: Unpack[HubOptions]) -> Path:
-    """The file `name` of a folder or repository, or `source` itself where that is a file.
-
-    Raises FileNotFoundError for a missing file, ValueError when `source` is neither file, folder nor hub id.
-    """
+    """The file `name` of a folder or repository, or `source` itself where that is a file; FileNotFoundError without."""
     if isinstance(source, str | Path) and str(source) and Path(source).is_file():
         return Path(source)
     check_source(what, source, **hub)
@@ -83,10 +71,8 @@ def beside(source: str | Path, *names: str) -> Path | None:
 
 
 def load_model(kind: Any, source: str | Path, *, allow_unexpected: bool = True, **options: Any) -> Any:
-    """`kind.from_pretrained(source, **options)` of diffusers or transformers, strictly.
-
-    Raises as `reading`, and ValueError for missing tensors (the libraries would draw them at random), tensors of
-    another shape and, unless `allow_unexpected`, tensors that the model does not have.
+    """`kind.from_pretrained(source, **options)` of diffusers or transformers, strictly: ValueError for missing tensors
+    (the libraries would draw them at random), other shapes and, unless `allow_unexpected`, surplus tensors.
     """
     options["local_files_only"] = options.get("local_files_only", False) or Path(source).is_dir()
     with reading(kind.__name__, source):

@@ -1,7 +1,6 @@
-"""Image files and image tensors: read, measure, resize, and convert between PIL images and (B, 3, H, W) in [0, 1].
+"""Image files, given by path or as bytes, and image tensors (B, 3, H, W) in [0, 1].
 
-An image file is given by its path or as its bytes. torch is imported only by the two functions that need it: the worker
-processes of `data.workers` import this module and start about ten times faster without it.
+torch is imported only where needed: the worker processes of `data.workers` start about ten times faster without it.
 """
 
 import io
@@ -20,14 +19,9 @@ ORIENTATION = 0x0112
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """Read an image file as RGB, with its EXIF orientation applied.
+    """Read an image file as RGB, with its EXIF orientation applied; FileNotFoundError or ValueError if that fails.
 
-    Args:
-        source: path or content of the file.
-        name: how error messages call the image; default: its path.
-
-    Raises FileNotFoundError for a missing file; ValueError for a file that is not an image or is damaged, and as
-    `as_rgb`.
+    name: for error messages; default: the path.
     """
     name = name or str(source)
     file = _opened(source, name)
@@ -40,7 +34,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
 
 
 def image_size(source: Path | bytes, name: str | None = None) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, from the file's header alone. Arguments and errors as `open_image`."""
+    """(height, width) after EXIF orientation, from the file's header alone; raises as `open_image`."""
     name = name or str(source)
     with _opened(source, name) as file:
         try:
@@ -75,14 +69,11 @@ def _opened(source: Path | bytes, name: str) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A PIL image as RGB.
-
-    Raises TypeError for anything else; ValueError for an image without pixels, with transparent pixels (their
-    background is unknown), with more than 8 bits per channel (they would be cut off), or with a damaged file.
+    """A PIL image as RGB; ValueError for an image without pixels, with transparent pixels (their background is
+    unknown), with more than 8 bits per channel (they would be cut off), or with a damaged file.
     """
     if not isinstance(image, Image.Image):
-        got = f"{type(image).__name__} {image!r:.60}"
-        raise TypeError(f"{name}: got {got}; expected a PIL image, as PIL.Image.open returns")
+        raise TypeError(f"{name}: got {type(image).__name__} {image!r:.60}; expected a PIL image")
     if not all(image.size):
         raise ValueError(f"{name}: got an image of {image.width} x {image.height} pixels; expected at least 1 x 1")
     if image.mode.startswith(("I", "F")):
@@ -98,10 +89,8 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def image_tensor(images: "Tensor | Sequence[Image.Image] | Image.Image") -> "Tensor":
-    """PIL images of one size, or (B, 3, H, W) in [0, 1] -> (B, 3, H, W) float32 in [0, 1].
-
-    Raises TypeError for other types; ValueError for values outside [0, 1], an empty batch, several sizes, and as
-    `as_rgb`.
+    """PIL images of one size, or (B, 3, H, W) in [0, 1] -> (B, 3, H, W) float32 in [0, 1]; ValueError for values
+    outside [0, 1], an empty batch and several sizes.
     """
     import torch
 
@@ -112,15 +101,13 @@ def image_tensor(images: "Tensor | Sequence[Image.Image] | Image.Image") -> "Ten
             raise ValueError(f"images: got {got}; expected floating (B, 3, H, W) in [0, 1], at least one")
         low, high = images.detach().aminmax()
         if not (low >= -1e-3 and high <= 1 + 1e-3):
-            raise ValueError(
-                f"images: got values in [{low.item():.3g}, {high.item():.3g}]; expected [0, 1]: divide bytes by 255, "
-                "map [-1, 1] by x / 2 + 0.5"
-            )
+            got = f"got values in [{low.item():.3g}, {high.item():.3g}]"
+            raise ValueError(f"images: {got}; expected [0, 1]: divide bytes by 255, map [-1, 1] by x / 2 + 0.5")
         return images.float()
     if isinstance(images, str | bytes) or not isinstance(images, Sequence | Image.Image):
         got = f"{type(images).__name__} {images!r:.60}"
         raise TypeError(f"images: got {got}; expected PIL images, or a tensor (B, 3, H, W) in [0, 1]")
-    images = list(images) if isinstance(images, Sequence) else [images]
+    images = images if isinstance(images, Sequence) else [images]
     images = [as_rgb(image, f"images[{index}]") for index, image in enumerate(images)]
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:

@@ -24,10 +24,8 @@ def load_transformer(source: str | Path, *, dtype: torch.dtype, **hub: Unpack[Hu
         kind = read_json(config, "that of an SD3Transformer2DModel").get("_class_name")
         if kind != SD3Transformer2DModel.__name__:
             raise ValueError(f"{config}: got a {kind}; expected an SD3Transformer2DModel (SD3 or SD3.5)")
-    subfolder = None if bare else "transformer"
-    options = dict(subfolder=subfolder, torch_dtype=dtype, use_safetensors=True, **hub)
-    transformer = load_model(SD3Transformer2DModel, source, **options)
-    return transformer.requires_grad_(False)
+    options = dict(subfolder=None if bare else "transformer", torch_dtype=dtype, use_safetensors=True, **hub)
+    return load_model(SD3Transformer2DModel, source, **options).requires_grad_(False)
 
 
 def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion3Pipeline":
@@ -36,9 +34,8 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion
 
     transformer, vae = load_transformer(source, dtype=dtype), load_vae(source, device="cpu")
     with reading("StableDiffusion3Pipeline", source):
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            str(source), transformer=transformer, vae=vae, dtype=dtype, use_safetensors=True
-        )
+        options = dict(transformer=transformer, vae=vae, dtype=dtype, use_safetensors=True)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(str(source), **options)
     for encoder in text_encoders(pipeline):
         encoder.requires_grad_(False)
     return pipeline

@@ -19,10 +19,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def resize(images: Tensor, size: tuple[int, int], *, antialias: bool = True, clamp: bool = True) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, *size), float32, bicubic; unchanged at that size.
-
-    clamp: clip bicubic's overshoot to [0, 1], as rounding to bytes does.
-    """
+    """(B, 3, H, W) -> (B, 3, *size), float32, bicubic. clamp: clip its overshoot, as rounding to bytes does."""
     images = images.float()
     if tuple(images.shape[-2:]) == tuple(size):
         return images
@@ -76,16 +73,11 @@ class Preprocess:
         if isinstance(size, dict) and "shortest_edge" not in size:
             raise ValueError(f"{where}: size: got {size}; expected a number or {{'shortest_edge': number}}")
         if isinstance(crop, dict) and crop.keys() != {"height", "width"}:
-            raise ValueError(
-                f"{where}: crop_size: got {crop}; expected a number or {{'height': number, 'width': number}}"
-            )
+            raise ValueError(f"{where}: crop_size: got {crop}; expected a number, or numbers height and width")
+        edge = size["shortest_edge"] if isinstance(size, dict) else size
+        window = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
         try:
-            return cls(
-                shortest_edge=size["shortest_edge"] if isinstance(size, dict) else size,
-                crop=(crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop),
-                mean=config["image_mean"],
-                std=config["image_std"],
-            )
+            return cls(edge, window, config["image_mean"], config["image_std"])
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from error
 

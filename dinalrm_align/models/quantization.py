@@ -10,7 +10,7 @@ QUANTIZATIONS = ("none", "int8", "nf4")
 
 
 def check_quantization(kind: str) -> None:
-    """Raise ValueError for an unknown kind, ImportError for one whose package is not installed."""
+    """Raise ValueError for an unknown kind, ImportError if bitsandbytes is needed and not installed."""
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantization: got {kind!r}; known: {', '.join(QUANTIZATIONS)}")
     if kind != "none":
@@ -24,17 +24,13 @@ def quantise_linears(module: nn.Module, kind: str, device: torch.device | str, d
     """
     bnb = bitsandbytes()
     for name, linear in [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]:
-        sizes = (linear.in_features, linear.out_features)
         weight, bias = linear.weight.detach().cpu(), linear.bias
+        sizes, meta = (linear.in_features, linear.out_features, bias is not None), torch.device("meta")
         if kind == "int8":
-            packed = bnb.nn.Linear8bitLt(
-                *sizes, bias is not None, has_fp16_weights=False, threshold=6.0, device=torch.device("meta")
-            )
+            packed = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device=meta)
             packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         else:
-            packed = bnb.nn.Linear4bit(
-                *sizes, bias is not None, compute_dtype=dtype, quant_type="nf4", device=torch.device("meta")
-            )
+            packed = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device=meta)
             packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=packed)
             packed.support_avx512bf16_for_cpu = False  # else some CPUs repack a weight that another layer shares
         packed.bias = bias

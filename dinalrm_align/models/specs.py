@@ -1,8 +1,4 @@
-"""The models behind `--model`: a table, and the choice between them for "auto". Torch-free.
-
-A model is a text-to-image pipeline in SD3's architecture with the rewards for its latent space. `MODELS` names two; the
-folder or hub id of another such pipeline is accepted wherever a name is.
-"""
+"""The models behind `--model`: pipelines in SD3's architecture with the rewards for their latent space. Torch-free."""
 
 import dataclasses
 import queue
@@ -134,18 +130,13 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Relative paths of the files that a StableDiffusion3Pipeline folder lacks; empty if it is complete.
-
-    Broken links, which interrupted downloads leave in the hub's cache, count as missing.
-    """
+    """Relative paths of the files that a StableDiffusion3Pipeline folder lacks, broken links of its cache included."""
     index = folder / "model_index.json"
     if not index.exists():
         return ["model_index.json"]
-    components = {
-        part: entry for part, entry in read_json(index).items() if isinstance(entry, list) and entry[:1] != [None]
-    }
+    components = read_json(index).items()
     missing = []
-    for part in components:
+    for part in [part for part, entry in components if isinstance(entry, list) and entry[:1] != [None]]:
         if part.startswith("tokenizer"):
             vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
             lacking = [] if any((folder / part / file).exists() for file in vocabularies) else ["tokenizer.json"]

@@ -31,8 +31,7 @@ def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[Hu
 def encode_images(vae: "AutoencoderKL", images: Tensor | Sequence[Image.Image] | Image.Image) -> Tensor:
     """PIL images or (B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w), float32, on the VAE's device.
 
-    Encodes deterministically: the posterior's mean, in the VAE's own dtype even under autocast. Height and width must
-    be multiples of the VAE's factor (8 for SD3).
+    Takes the posterior's mean, in the VAE's own dtype even under autocast.
     """
     pixels = image_tensor(images)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)

@@ -1,9 +1,4 @@
-"""Tensor files, and loading them into a model strictly: names and shapes must agree exactly.
-
-No code in a file is run. `read_tensors` reads safetensors files, and what `torch.save` wrote with
-`torch.load(weights_only=True)`. `read_module_tensors` reads a pickled module: every class and function that the file
-names is replaced by an empty stand-in, so that nothing is imported or called.
-"""
+"""Tensor files, read without running code in them, and strict loading: names and shapes must agree exactly."""
 
 import pickle
 import re
@@ -23,12 +18,8 @@ from dinalrm_align.train.files import reading
 def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pt, .pth or .bin file by name, on the CPU, memory-mapped where possible.
 
-    Args:
-        path: the file.
-        key: entry of the file's dict that holds the tensors; not for safetensors.
-
-    Raises FileNotFoundError; ValueError for a damaged or truncated file, for anything but tensors, for a missing
-    entry, and when the tensors of a safetensors file do not have the digest (`train.digest`) in its metadata.
+    key: entry of the file's dict that holds the tensors. Raises ValueError for a damaged file, for anything but
+    tensors, and when the tensors of a safetensors file do not have the digest (`train.digest`) in its metadata.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected a file of tensors")
@@ -51,9 +42,8 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> dict[str, Tensor]:
-    """The tensors by other names. rules: regular expressions of a name's beginning to replacements, or None to drop it.
-
-    The first rule that matches is applied; names without one are kept.
+    """The tensors by other names. rules: regular expressions of a name's beginning to replacements, or None to drop it;
+    the first match is applied, names without one are kept.
     """
     renamed = {}
     for name, tensor in tensors.items():
@@ -68,31 +58,22 @@ def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: 
 
     where: the file, for the message, which gives the number of differences and the first three names of each kind.
     """
-    both = [name for name in expected if name in got]
+    both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
+    shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
     differences = {
         "missing": [name for name in expected if name not in got],
         "unexpected": [name for name in got if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}"
-            for name in both
-            if got[name].shape != expected[name].shape
-        ],
-        "of another type": [
-            f"{name} {got[name].dtype}"
-            for name in both
-            if got[name].is_floating_point() != expected[name].is_floating_point()
-        ],
+        "of another shape": [f"{name} {shape}, expected {wanted}" for name, shape, wanted in shapes],
+        "of another type": [f"{n} {a.dtype}" for n, a, b in both if a.is_floating_point() != b.is_floating_point()],
     }
-    found = [
+    found = "; ".join(
         f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for kind, names in differences.items()
         if names
-    ]
+    )
     if found:
-        raise ValueError(
-            f"{where}: the tensors do not fit the model: {'; '.join(found)}. Check that the file belongs to this "
-            "config and base model"
-        )
+        check = "Check that the file belongs to this config and base model"
+        raise ValueError(f"{where}: the tensors do not fit the model: {found}. {check}")
 
 
 @torch.no_grad()
@@ -114,10 +95,7 @@ def assign_tensors(
 ) -> None:
     """Make `tensors` the weights of `module`, which may be on the meta device. Raises as `check_fit`.
 
-    Args:
-        module: its state dict names what is expected; buffers outside of it are moved to `device`.
-        dtype, device: of the weights; default: the CPU.
-        keep_in_fp32: prefix of weights kept in at least float32.
+    keep_in_fp32: prefix of weights kept in at least float32. Buffers outside the state dict are moved to `device` too.
     """
     check_fit(module.state_dict(), tensors, where)
     device = device or "cpu"
@@ -128,9 +106,6 @@ def assign_tensors(
     }
     module.load_state_dict(placed, assign=True)
     module.to(device)
-
-
-# ------------------------------------------------------------------------------------------------------------- pickles
 
 
 class _StandIn:
@@ -145,12 +120,14 @@ class _StandIn:
 def read_module_tensors(path: Path) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a pickled `torch.nn.Module`, by their state_dict names, on the CPU.
 
-    Raises ValueError for a file that `torch.save(module)` of torch 1.6 or later did not write, and for one that names
-    modules that torch always refuses (os, sys).
+    Nothing is imported or called: empty stand-ins replace all classes and functions that the file names. Raises
+    ValueError unless `torch.save(module)` wrote it, and for modules that torch always refuses (os, sys).
     """
     with reading("pickled module", path):
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([*map(_stand_in, set(named) - {"builtins.set"}), set]):
+        named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"builtins.set"}
+        splits = (name.rpartition(".") for name in named)
+        stand_ins = [type(name, (_StandIn,), {"__module__": module}) for module, _, name in splits]
+        with torch.serialization.safe_globals([*stand_ins, set]):
             content = _load(path)
     if isinstance(content, Mapping):
         content = content.get("model", content)  # a training checkpoint
@@ -173,12 +150,6 @@ def _load(path: Path) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "GLOBAL" in line or "Unpickler error" in line), lines[-1])
         raise ValueError(f"it asks for more than tensors: {reason.rpartition('error: ')[2][:160]}") from error
-
-
-def _stand_in(full_name: str) -> type[_StandIn]:
-    """A stand-in class for "module.name"."""
-    module, _, name = full_name.rpartition(".")
-    return type(name, (_StandIn,), {"__module__": module})
 
 
 def _module_tensors(module: _StandIn, prefix: str) -> Iterator[tuple[str, Tensor]]:

@@ -225,7 +225,7 @@ def test_fingerprints_tell_models_apart(tiny_pipeline):
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c"])
 def test_a_source_that_is_neither_folder_nor_hub_id_is_refused(source):
     with pytest.raises(ValueError, match="neither an existing folder nor a hub id"):
-        fetch(source)
+        fetch(source, ["a.json"])
 
 
 def test_hub_ids_go_through_snapshot_download(monkeypatch, tmp_path):
