@@ -8,6 +8,7 @@ all levels, so that levels are compared on equal draws.
 import dataclasses
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dinalrm_align.data.pairs import PairBatch
+from dinalrm_align.eval.plots import panels
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import Level, Score, level_name
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.files import save_figure, write_atomically
 
 OVERALL = "all"
 
@@ -58,7 +60,7 @@ def pairwise_tallies(
 
     RNG streams are keyed by (seed, batch index), so results do not depend on the world size.
     """
-    tallies: Tallies = {level: {OVERALL: Tally()} for level in levels}
+    tallies: Tallies = {level: defaultdict(Tally, {OVERALL: Tally()}) for level in levels}
     for index in range(rank, len(batches), world):
         batch = batches[index]
         noise = batch.draw_noise(seeded_generator(seed, index))
@@ -77,7 +79,7 @@ def _count(batch: PairBatch, scores: Tensor, tallies: dict[str, Tally]) -> None:
         if concept != OVERALL:
             counted = untied & torch.tensor([name == concept for name in batch.concepts], device=untied.device)
         counts = (int((which & counted).sum()) for which in (gap * preferred > 0, untied, ~gap.isfinite()))
-        tallies[concept] = tallies.get(concept, Tally()) + Tally(*counts)
+        tallies[concept] += Tally(*counts)
 
 
 def merge(parts: Iterable[Tallies]) -> Tallies:
@@ -86,12 +88,11 @@ def merge(parts: Iterable[Tallies]) -> Tallies:
     Raises ValueError when a score was not finite: here and not in `pairwise_tallies`, so that all ranks raise it and
     none waits for the others.
     """
-    total: Tallies = {}
+    total: Tallies = defaultdict(lambda: defaultdict(Tally))
     for part in parts:
         for level, concepts in part.items():
-            into = total.setdefault(level, {})
             for concept, tally in concepts.items():
-                into[concept] = into.get(concept, Tally()) + tally
+                total[level][concept] += tally
     for level, concepts in total.items():
         overall = concepts[OVERALL]
         if overall.not_finite:
@@ -104,49 +105,34 @@ def merge(parts: Iterable[Tallies]) -> Tallies:
 
 def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
     """Write accuracy.json, per_concept.md and accuracy_vs_sigma.png into `directory`, replacing earlier ones."""
-    write_atomically(directory / "accuracy.json", json.dumps(_as_json(tallies, title), indent=1) + "\n")
-    write_atomically(directory / "per_concept.md", per_concept_table(tallies))
-    _plot(tallies, directory / "accuracy_vs_sigma.png", title)
 
-
-def per_concept_table(tallies: Tallies) -> str:
-    """A Markdown table: a row per concept, a column per level, accuracies in per cent."""
-    names = [OVERALL, *sorted({concept for counts in tallies.values() for concept in counts} - {OVERALL})]
-    rows = []
-    for name in names:
-        row = [counts.get(name, Tally()) for counts in tallies.values()]
-        rows.append([name, row[0].pairs, *(f"{100 * tally.accuracy:.1f}" for tally in row)])
-    return table(["concept", "pairs", *(f"sigma {level_name(level)}" for level in tallies)], rows) + "\n"
-
-
-def _as_json(tallies: Tallies, title: str) -> dict:
     def entry(tally: Tally) -> dict[str, float]:
         return {"accuracy": tally.accuracy, "standard_error": tally.standard_error, "pairs": tally.pairs}
 
-    return {
-        "title": title,
-        "levels": [
-            {
-                "sigma": list(level),
-                **entry(counts[OVERALL]),
-                "concepts": {name: entry(tally) for name, tally in sorted(counts.items()) if name != OVERALL},
-            }
-            for level, counts in tallies.items()
-        ],
-    }
+    concepts = sorted({concept for counts in tallies.values() for concept in counts} - {OVERALL})
+    levels = [
+        {
+            "sigma": list(level),
+            **entry(counts[OVERALL]),
+            "concepts": {name: entry(counts[name]) for name in concepts if name in counts},
+        }
+        for level, counts in tallies.items()
+    ]
+    rows = []
+    for name in (OVERALL, *concepts):
+        row = [counts.get(name, Tally()) for counts in tallies.values()]
+        rows.append([name, row[0].pairs, *(f"{100 * tally.accuracy:.1f}" for tally in row)])
+    per_concept = table(["concept", "pairs", *(f"sigma {level_name(level)}" for level in tallies)], rows)
+    write_atomically(directory / "accuracy.json", json.dumps({"title": title, "levels": levels}, indent=1) + "\n")
+    write_atomically(directory / "per_concept.md", per_concept + "\n")
+    _plot(tallies, concepts, directory / "accuracy_vs_sigma.png", title)
 
 
-def _plot(tallies: Tallies, path: Path, title: str) -> None:
+def _plot(tallies: Tallies, concepts: Sequence[str], path: Path, title: str) -> None:
     """Accuracy against sigma with standard errors; concepts as thin lines, ensembles as dashed ones."""
-    from matplotlib.figure import Figure
-
-    from dinalrm_align.train.files import save_figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = panels([title], (7, 4.5), "sigma", "pairwise accuracy")
     single = sorted(level for level in tallies if len(level) == 1)
     sigmas = [level[0] for level in single]
-    concepts = sorted({name for level in single for name in tallies[level]} - {OVERALL})
     for number, name in enumerate(concepts):
         values = [tallies[level].get(name, Tally()).accuracy for level in single]
         axes.plot(sigmas, values, linewidth=1, alpha=0.6, color=f"C{(number + 1) % 10}", label=name)
@@ -157,7 +143,6 @@ def _plot(tallies: Tallies, path: Path, title: str) -> None:
         if len(level) > 1:
             axes.axhline(counts[OVERALL].accuracy, color="black", linestyle="--", label=f"ensemble {level_name(level)}")
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="sigma", ylabel="pairwise accuracy", title=title)
     axes.legend(fontsize=7, ncols=2)
     save_figure(figure, path)
 

@@ -95,13 +95,7 @@ Curves = Mapping[str, Mapping[float, Calibration]]
 
 
 def calibrate(
-    gap: ArrayLike,
-    label: ArrayLike,
-    captions: ArrayLike,
-    *,
-    sigma: float,
-    config: LossConfig,
-    rng: np.random.Generator,
+    gap: ArrayLike, label: ArrayLike, captions: ArrayLike, *, sigma: float, config: LossConfig, rng: np.random.Generator
 ) -> Calibration:
     """Calibration of N pairs at noise level sigma.
 
@@ -146,12 +140,7 @@ def reliability(
 
 
 def calibration_interval(
-    probability: ArrayLike,
-    observed: ArrayLike,
-    captions: ArrayLike,
-    *,
-    rng: np.random.Generator,
-    draws: int = DRAWS,
+    probability: ArrayLike, observed: ArrayLike, captions: ArrayLike, *, rng: np.random.Generator, draws: int = DRAWS
 ) -> tuple[float, float]:
     """95 % interval (low, high) of the expected calibration error, from resampled captions.
 

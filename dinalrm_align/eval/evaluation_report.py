@@ -10,14 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinalrm_align.eval.ablation import (
-    SINGLE_LEVEL,
-    Evidence,
-    accuracy_of,
-    arm_accuracy,
-    in_points,
-    inference_section,
-)
+from dinalrm_align.eval.ablation import SINGLE_LEVEL, Evidence, accuracy_of, arm_accuracy, in_points, inference_section
 from dinalrm_align.eval.calibration import calibration_section, reliabilities
 from dinalrm_align.eval.config import EvaluateRun
 from dinalrm_align.eval.leakage import Leak

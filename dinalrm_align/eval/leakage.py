@@ -29,9 +29,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Leak:
-    """prompt, image (N,) bool: pairs whose prompt, or one of whose images, was trained on. by: how images were
-    compared, as text.
-    """
+    """(N,) bool: pairs whose prompt, or one of whose images, was trained on. by: how images were compared, as text."""
 
     prompt: np.ndarray
     image: np.ndarray
@@ -42,10 +40,6 @@ class Leak:
         return self.prompt | self.image
 
 
-def prompt_digest(prompt: str) -> str:
-    return text_digest(prompt.strip())
-
-
 def path_digest(path: str) -> str:
     """A digest of an image's published path, ignoring "./" and a leading "images/"."""
     parts = [part for part in Path(path).parts if part != "."]
@@ -54,7 +48,8 @@ def path_digest(path: str) -> str:
 
 def trained_on(prompts: Iterable[str], paths: Iterable[str] = (), contents: Iterable[str] = ()) -> Trained:
     """Build `Trained` from prompts, published paths and SHA-256 of files."""
-    return Trained(frozenset(map(prompt_digest, prompts)), frozenset(map(path_digest, paths)), frozenset(contents))
+    digests = frozenset(text_digest(prompt.strip()) for prompt in prompts)
+    return Trained(digests, frozenset(map(path_digest, paths)), frozenset(contents))
 
 
 def read_trained(source: str | Path) -> Trained:
@@ -81,16 +76,14 @@ def leaked(judged: PairScores, trained: Trained, images: ImageSet | None = None)
     """
     if judged.prompts is None:
         raise ValueError("these pairs have no prompts as text, so they cannot be compared with the training data")
-    known = np.array([prompt_digest(prompt) in trained.prompts for prompt in judged.prompts])
-    image, by = np.zeros(len(judged.label), dtype=bool), "not at all"
-    if judged.images is not None and (trained.paths or trained.contents):
-        rows = np.unique(np.concatenate([judged.chosen, judged.rejected]))
-        seen = np.zeros(len(judged.images), dtype=bool)
-        for row in rows.tolist():
-            seen[row] = path_digest(judged.images[row]) in trained.paths
-            if images is not None and trained.contents:
-                content = hashlib.sha256(images.images[row].read()).hexdigest()
-                seen[row] |= content in trained.contents
-        image = seen[judged.chosen] | seen[judged.rejected]
-        by = "path and content" if trained.contents and images is not None else "path"
-    return Leak(known[judged.caption], image, by)
+    known = np.array([text_digest(prompt.strip()) in trained.prompts for prompt in judged.prompts])[judged.caption]
+    if judged.images is None or not (trained.paths or trained.contents):
+        return Leak(known, np.zeros(len(judged.label), dtype=bool), "not at all")
+    seen = np.zeros(len(judged.images), dtype=bool)
+    by_content = bool(trained.contents) and images is not None
+    for row in {*judged.chosen.tolist(), *judged.rejected.tolist()}:
+        seen[row] = path_digest(judged.images[row]) in trained.paths
+        if by_content:
+            seen[row] |= hashlib.sha256(images.images[row].read()).hexdigest() in trained.contents
+    by = "path and content" if by_content else "path"
+    return Leak(known, seen[judged.chosen] | seen[judged.rejected], by)

@@ -12,17 +12,13 @@ from dinalrm_align.eval.report.intervals import LEVEL
 from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import PROTOCOLS
 
-DRAWS = 1000
-"""Bootstrap resamples."""
-CHUNK = 50
-"""Resamples computed at once."""
+CHUNK = 50  # bootstrap resamples computed at once
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy in [0, 1], its 95 % percentile interval over prompts, and the numbers of pairs and prompts it uses.
-
-    NaN where no pair counts.
+    """Accuracy in [0, 1], its 95 % percentile interval over prompts, and the numbers of pairs and prompts it uses; NaN
+    where no pair counts.
     """
 
     value: float
@@ -38,7 +34,7 @@ class Accuracy:
         return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
 
 
-def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = DRAWS, seed: int = 0) -> Accuracy:
+def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = 1000, seed: int = 0) -> Accuracy:
     """Accuracy under a protocol of PROTOCOLS, of the mean of the scores at the named noise levels.
 
     The interval resamples prompts with replacement `draws` times; it depends on `seed` only. Raises ValueError for an
@@ -49,25 +45,19 @@ def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = DRAWS,
     if protocol == "tau":
         counted = np.ones(len(gap), dtype=bool)
         value = _tau(gap, label, np.ones((1, len(gap))))[0]
-
-        def evaluate(counts: np.ndarray) -> np.ndarray:
-            return _tau(gap, label, counts[:, caption])
     else:
         right, weight = _right_and_weight(scores, protocol, gap, label)
         counted = weight > 0
         if not counted.any():
             return Accuracy(np.nan, np.nan, np.nan, 0, 0)
         value = np.sum(weight * right) / np.sum(weight)
-
-        def evaluate(counts: np.ndarray) -> np.ndarray:
-            return _ratio(right, weight, caption, counts)
-
     number = int(caption.max()) + 1
     rng = np.random.default_rng(seed)
     resampled = []
     for start in range(0, draws, CHUNK):
         counts = rng.multinomial(number, np.full(number, 1 / number), size=min(CHUNK, draws - start))
-        resampled.append(evaluate(counts))
+        tau = protocol == "tau"
+        resampled.append(_tau(gap, label, counts[:, caption]) if tau else _ratio(right, weight, caption, counts))
     low, high = np.nanquantile(np.concatenate(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Accuracy(float(value), float(low), float(high), int(counted.sum()), len(np.unique(caption[counted])))
 

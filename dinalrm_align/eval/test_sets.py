@@ -20,29 +20,25 @@ from dinalrm_align.eval.test_sets_config import TEST_SETS, PublicSet
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.files import HUB_ID
 
-HUB = "hub"
-"""In place of a folder: download the set from where it is published."""
+HUB = "hub"  # in place of a folder: download the set from where it is published
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image and its prompt. name: as published. read: returns the bytes of its file, or raises OSError. place: rank
-    of the bytes on disk, for reading in order.
-    """
+    """An image and its prompt. name: as published. read: the bytes of its file, or OSError. place: rank on disk."""
 
     name: str
     prompt: str
     read: Callable[[], bytes]
     place: int = 0
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """M images and N pairs of them.
+    """M images, each (prompt, name) once, and N pairs of them.
 
     Args:
-        name: of the test set.
-        images: the images, each (prompt, name) once.
         chosen, rejected: (N,) int, rows of `images`; first and second image as published.
         label: (N,) float32, probability that a rater prefers the first; 0.5 is a tie.
         group: (N,) int, the published record, such as a ranked list, that a pair comes from.
@@ -73,34 +69,15 @@ class ImageSet:
 
     def missing(self) -> list[str]:
         """Names of image files that do not exist."""
-        return [image.name for image in self.images if isinstance(image.read, File) and not image.read.found]
-
-
-@dataclass(frozen=True)
-class File:
-    """Reads the bytes of a file."""
-
-    path: Path
-
-    def __call__(self) -> bytes:
-        if not self.found:
-            raise FileNotFoundError(f"no file {self.path}")
-        return self.path.read_bytes()
-
-    @property
-    def found(self) -> bool:
-        return self.path.is_file()
+        return [image.name for image in self.images if image.file and not image.file.is_file()]
 
 
 def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None) -> ImageSet:
-    """Open a test set.
+    """Open a test set of `TEST_SETS`, or by any other name a jsonl of (prompt, chosen, rejected[, label]).
 
-    Args:
-        name: a name in `TEST_SETS`; any other name is a jsonl of (prompt, chosen, rejected[, label]).
-        where: its folder or annotation file; for a public set also "hub" or a hub id, which downloads it.
-        unpack_to: folder for archives from the hub.
-
-    Raises FileNotFoundError, with how to get the set, for missing files; ValueError for files in another layout.
+    where: its folder or annotation file; for a public set also "hub" or a hub id, which downloads it. unpack_to: folder
+    for archives from the hub. Raises FileNotFoundError, with how to get the set, for missing files; ValueError for
+    files in another layout.
     """
     if name not in TEST_SETS:
         path = Path(where)
@@ -141,9 +118,10 @@ def _image_set(name: str, pairs: Iterable[Preference], finder: "_Finder", where:
             images.append(finder.image(image, prompt))
         return row
 
-    columns = [
-        (row_of(pair.chosen, pair.prompt), row_of(pair.rejected, pair.prompt), pair.label, pair.group) for pair in pairs
-    ]
+    columns = []
+    for pair in pairs:
+        rows_of_pair = row_of(pair.chosen, pair.prompt), row_of(pair.rejected, pair.prompt)
+        columns.append((*rows_of_pair, pair.label, pair.group))
     if not columns:
         raise ValueError(f"{where} holds no pairs with a verdict")
     chosen, rejected, label, group = (np.array(column) for column in zip(*columns, strict=True))
@@ -151,10 +129,9 @@ def _image_set(name: str, pairs: Iterable[Preference], finder: "_Finder", where:
 
 
 class _Finder:
-    """Finds the images of a test set.
+    """Finds the images of a test set, in the first of `roots` that holds the first one.
 
-    roots: folders that paths may start in; the first that holds the first image is used, else the first. files: parquet
-    files in reading order. published: reject paths that leave the folder.
+    files: parquet files in reading order. published: reject paths that leave the folder.
     """
 
     def __init__(self, roots: Sequence[Path], files: Sequence[Path] = (), *, published: bool = False) -> None:
@@ -177,7 +154,8 @@ class _Finder:
             raise ValueError(f"image path: got {image!r:.80}; expected one inside the set's folder")
         if self.root is None:
             self.root = next((root for root in self.roots if (root / image).is_file()), None)
-        return Image(self.name(image), prompt, File((self.root or self.roots[0]) / image))
+        file = (self.root or self.roots[0]) / image
+        return Image(self.name(image), prompt, file.read_bytes, file=file)
 
 
 def _download(name: str, entry: PublicSet, repository: str | None, unpack_to: Path | None) -> Path:
@@ -187,9 +165,8 @@ def _download(name: str, entry: PublicSet, repository: str | None, unpack_to: Pa
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(repository or entry.hub, repo_type="dataset", allow_patterns=list(entry.hub_files))
-        )
+        files = list(entry.hub_files)
+        folder = Path(snapshot_download(repository or entry.hub, repo_type="dataset", allow_patterns=files))
     except Exception as error:  # the client raises many types without a network
         reason = str(error).strip().split("\n")[0][:200]
         raise FileNotFoundError(
