@@ -9,9 +9,8 @@
 
 Accuracy is the share of pairs whose preferred image scores higher; the protocol defines ties and averaging (sets and
 protocols: dinalrm_align/eval/test_sets_config.py). Intervals are over captions: with one reward, the variance between
-seeds is unknown (recipes/ablate_reward.py trains several). Latent rewards encode the images and are evaluated at single
-noise levels and ensembles; image rewards get images as they are. Calibration compares the preference probabilities of
-the reward's likelihood (--loss.likelihood, as it was trained) with observed frequencies.
+seeds is unknown (recipes/ablate_reward.py trains several). Calibration compares the preference probabilities of the
+reward's likelihood (--loss.likelihood, as it was trained) with observed frequencies.
 """
 
 import functools
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from dinalrm_align.eval.config import EvaluateRun
 from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.reward.names import parse_reward
 from dinalrm_align.train.command import parse, refuse, refusing
 
 
@@ -61,40 +61,31 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     def transformer() -> SD3Transformer2DModel:
         return load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
 
-    candidate = None
-    if config.checkpoint is not None:
-        candidate = Candidate.from_checkpoint(config.checkpoint or spec.reward, transformer)
+    source = config.checkpoint
+    candidate = None if source is None else Candidate.from_checkpoint(source or spec.reward, transformer)
     trained = None if config.trained_on is None else read_trained(config.trained_on)
     image_sets = open_image_sets(config.judged or {}, unpack_to=out / "sets")
     if config.judged is None:
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
-        made = {
-            kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in HELD_OUT_KINDS
+        config.judged = {
+            kind: str(ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs))
+            for kind in HELD_OUT_KINDS
         }
-        config.judged = {kind: str(path) for kind, path in made.items()}
     has_latents = config.judged.keys() > image_sets.keys()
 
     # ------------------------------------------------------------------------------------------------------ the reward
+    length = spec.text_length if candidate is None else candidate.config.text_length
+    encoders = Encoders(spec.pipeline, text_length=length, device=device, dtype=dtype)
     if candidate is None:
-        encoders = Encoders(spec.pipeline, text_length=spec.text_length, device=device, dtype=dtype)
-        vae, shared = encoders.vae if has_latents else None, transformer() if config.reads_latents else None
+        reads_latents = "dinalrm" in {term.name for term in parse_reward(config.reward)}
+        vae, shared = encoders.vae if has_latents else None, transformer() if reads_latents else None
         reward = load_reward(config.reward, spec=spec, vae=vae, transformer=shared, device=device)
         candidate = Candidate.from_reward(config.reward, reward)
-    else:
-        length = candidate.config.text_length
-        encoders = Encoders(spec.pipeline, text_length=length, device=device, dtype=dtype)
 
     # ------------------------------------------------------------------- scores, once; then accuracy by every protocol
-    evaluator = Evaluator(
-        sets=config.judged,
-        encoders=encoders,
-        size=(config.size, config.size) if config.size else (spec.height, spec.width),
-        batch_size=config.batch_size,
-        noise_seed=config.noise_seed,
-        fit=config.fit,
-        on_bad=config.on_bad,
-        image_sets=image_sets,
-    )
+    size = (config.size, config.size) if config.size else (spec.height, spec.width)
+    options = {name: vars(config)[name] for name in ("batch_size", "noise_seed", "fit", "on_bad")}
+    evaluator = Evaluator(sets=config.judged, encoders=encoders, size=size, image_sets=image_sets, **options)
     gold = {}
     if config.gold and has_latents:
         gold = evaluator.gold_accuracy(load_image_scorer(spec.gold, spec=spec, device=device), candidate.config)
@@ -103,16 +94,9 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     results = []
     for name, scores in all_scores.items():
         faults = faults_file(out, name)
-        result = evaluation_report.evaluate_set(
-            name,
-            scores,
-            evaluation_report.main_levels(config, scores),
-            protocol=config.protocol.get(name),
-            leak=None if trained is None else leaked(scores, trained, image_sets.get(name)),
-            faults=read_json(faults) if faults.exists() else {},
-            draws=config.bootstrap,
-        )
-        results.append(result)
+        leak = None if trained is None else leaked(scores, trained, image_sets.get(name))
+        found = read_json(faults) if faults.exists() else {}
+        results.append(evaluation_report.evaluate_set(name, scores, config, leak=leak, faults=found))
     evaluation_report.write(results, gold, config, command=command, directory=out)
     print((out / "evaluation.md").read_text(encoding="utf-8"))
 

@@ -39,19 +39,18 @@ class Arm:
         return self.changes(reward) if callable(self.changes) else self.changes
 
 
+def _taps(visual: list[int], text: list[int]) -> Changes:
+    return {"reward.visual_taps": visual, "reward.text_taps": text}
+
+
 def _depth(reward: RewardConfig, quarters: int) -> Changes:
     """That many quarters of the baseline's blocks, with taps in proportion."""
     layers = max(1, reward.num_layers * quarters // 4)
-
-    def scaled(taps: tuple[int, ...]) -> list[int]:
-        return sorted({max(1, round(tap * layers / reward.num_layers)) for tap in taps})
-
-    taps = {"reward.visual_taps": scaled(reward.visual_taps), "reward.text_taps": scaled(reward.text_taps)}
-    return {"reward.num_layers": layers, **taps}
-
-
-def _last_tap(reward: RewardConfig) -> Changes:
-    return {"reward.visual_taps": [reward.num_layers], "reward.text_taps": [reward.num_layers]}
+    taps = (
+        sorted({max(1, round(tap * layers / reward.num_layers)) for tap in taps})
+        for taps in (reward.visual_taps, reward.text_taps)
+    )
+    return {"reward.num_layers": layers, **_taps(*taps)}
 
 
 ARMS: dict[str, Arm] = {
@@ -69,7 +68,7 @@ ARMS: dict[str, Arm] = {
     "bradley_terry": Arm("Bradley-Terry", {"loss.likelihood": "bradley_terry"}),
     "half_depth": Arm("half the blocks", lambda reward: _depth(reward, 2)),
     "more_depth": Arm("a half more blocks", lambda reward: _depth(reward, 6)),
-    "last_tap": Arm("only the last block tapped", _last_tap),
+    "last_tap": Arm("only the last block tapped", lambda reward: _taps([reward.num_layers], [reward.num_layers])),
     "image_taps": Arm("image taps only", {"reward.text_taps": []}),
     "no_film": Arm("no FiLM", {"reward.head.film": False}),
     "no_gates": Arm("no value gates", {"reward.head.value_gates": False}),
@@ -107,8 +106,7 @@ class AblateRun:
     """Settings of `python recipes/ablate_reward.py`.
 
     Args:
-        model: base model whose transformer the rewards use. shapes, sd35, or the folder or hub id of a
-            StableDiffusion3Pipeline.
+        model: shapes, sd35, or the folder or hub id of a StableDiffusion3Pipeline, whose transformer the rewards use.
         arms: variants to train and evaluate; calibrated is the baseline. Known: calibrated, fixed, logit_normal,
             sigma_0, sigma_0.4, frozen, nll, bradley_terry, half_depth, more_depth, last_tap, image_taps, no_film,
             no_gates, queries_1, queries_8.
@@ -168,8 +166,7 @@ class EvaluateRun:
     """Settings of `python recipes/evaluate_reward.py`.
 
     Args:
-        model: base model whose transformer, VAE and text encoders a latent reward uses. shapes, sd35, or the folder or
-            hub id of a StableDiffusion3Pipeline.
+        model: shapes, sd35, or the folder or hub id of a StableDiffusion3Pipeline, whose networks a latent reward uses.
         reward: the reward to evaluate, as in every recipe. dinalrm (the model's own, the default), the folder or hub id
             of another latent reward, pickscore, hpsv2.1, hpsv3, NAME=SOURCE, a weighted sum, or module:function.
         judged: test sets, name -> location. imagereward, hpdv2, hpdv3, genai_bench, genai_bench_v1 and pickapic are
@@ -250,11 +247,6 @@ class EvaluateRun:
         terms = parse_reward(self.reward or "dinalrm")
         single = len(terms) == 1 and terms[0].name == "dinalrm" and terms[0].weight == 1
         return (terms[0].source or "") if single else None
-
-    @property
-    def reads_latents(self) -> bool:
-        """Whether the reward is or contains a latent reward."""
-        return any(term.name == "dinalrm" for term in parse_reward(self.reward or "dinalrm"))
 
 
 def check_noise_levels(sigmas: list[float], ensembles: list[list[float]]) -> None:

@@ -21,22 +21,17 @@ from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores
 from dinalrm_align.eval.test_sets_config import HPSV3, PAPER, PROTOCOLS, TEST_SETS, Row, default_protocol, protocols_of
 from dinalrm_align.train.files import save_figure, write_atomically
 
-REWARD = "reward"
-"""The single arm of this report."""
+REWARD = "reward"  # the single arm of this report
 SHOWN_FAULTS = 10
 
 
 @dataclass(frozen=True)
 class SetResult:
-    """Results on one set.
+    """Results on one set, under its own protocol or the requested one.
 
-    Args:
-        protocol: the set's own, or the requested one.
-        per_level: accuracy under `protocol`, by noise level.
-        per_protocol: accuracy at the main noise levels, by (protocol, noise level).
-        leak: pairs that were trained on; None if not requested.
-        without_leak: accuracy under `protocol` at the main noise levels on pairs that were not trained on.
-        faults: images without a score, with the reason.
+    per_level: accuracy by noise level. per_protocol: accuracy at the main noise levels, by (protocol, noise level).
+    leak: pairs that were trained on; None if not requested. without_leak: accuracy at the main noise levels on the
+    other pairs. faults: images without a score, with the reason.
     """
 
     name: str
@@ -54,36 +49,28 @@ class SetResult:
 
 
 def evaluate_set(
-    name: str,
-    scores: PairScores,
-    main_levels: Sequence[str],
-    *,
-    protocol: str | None,
-    leak: Leak | None,
-    faults: Mapping[str, str],
-    draws: int,
+    name: str, scores: PairScores, config: EvaluateRun, *, leak: Leak | None, faults: Mapping[str, str]
 ) -> SetResult:
-    """All results on one set. protocol: None for the set's own. draws: bootstrap resamples."""
-    protocol = protocol or default_protocol(name)
+    """All results on one set, under the protocol in `config` or the set's own."""
+    protocol, levels = config.protocol.get(name, default_protocol(name)), main_levels(config, scores)
 
     def at(rule: str, level: str, of: PairScores = scores) -> Accuracy:
-        return accuracy(of, rule, level, draws=draws)
+        return accuracy(of, rule, level, draws=config.bootstrap)
 
     without_leak = {}
     if leak is not None and not leak.any.all():
         clean = scores.subset(~leak.any)
-        without_leak = {level: at(protocol, level, clean) for level in main_levels}
+        without_leak = {level: at(protocol, level, clean) for level in levels}
     per_level = {level: at(protocol, level) for level in scores.scores}
-    per_protocol = {(rule, level): at(rule, level) for rule in protocols_of(name) for level in main_levels}
+    per_protocol = {(rule, level): at(rule, level) for rule in protocols_of(name) for level in levels}
     return SetResult(name, scores, protocol, per_level, per_protocol, leak, without_leak, faults)
 
 
 def write(
     results: Sequence[SetResult], gold: Mapping[str, float], config: EvaluateRun, *, command: str, directory: Path
 ) -> None:
-    """Write the report. Sections on noise levels and calibration (on the first set) are for latent rewards.
-
-    gold: set -> accuracy of the gold score; empty if it was not evaluated.
+    """Write the report. Noise levels and calibration (on the first set) are reported for latent rewards. gold: set ->
+    accuracy of the gold score; empty if it was not evaluated.
     """
     sets = {result.name: result.scores for result in results}
     evidence = Evidence({REWARD: {0: sets}}, list(sets), sorted(config.sigmas), config.ensembles)
@@ -100,9 +87,8 @@ def write(
     ]
     if gold:
         found = ", ".join(f"{100 * value:.1f} on {name}" for name, value in gold.items())
-        sections.append(
-            f"Accuracy of the gold score on decoded latents: {found}. Labels are noisy; decoding is lossy.\n"
-        )
+        text = f"Accuracy of the gold score on decoded latents: {found}. Labels are noisy; decoding is lossy.\n"
+        sections.append(text)
     sections += _set_sections(results, levels)
     concepts = [_concept_section(name, evidence) for name, scores in sets.items() if scores.concept is not None]
     if levels == [NO_NOISE.name]:

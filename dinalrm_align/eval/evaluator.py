@@ -21,6 +21,7 @@ from dinalrm_align.eval.scores import (
     NoiseLevels,
     PairScores,
     Pieces,
+    Score,
     load_scores,
     save_scores,
     score_pairs,
@@ -42,18 +43,15 @@ if TYPE_CHECKING:
 
     from dinalrm_align.data.pairs import PairBatch
 
-DECODED = 4
-"""Latents decoded at once for the gold score."""
+DECODED = 4  # latents decoded at once for the gold score
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A reward to evaluate.
+    """A reward to evaluate, loaded only when there is something to score.
 
-    Args:
-        identity: stored with the scores; equal for equal weights.
-        load: called only when there is something to score.
-        config: of a single latent reward, which is scored at several noise levels; None for any other reward.
+    identity: stored with the scores; equal for equal weights. config: of a single latent reward, which is scored at
+    several noise levels; None for any other reward.
     """
 
     identity: str
@@ -85,9 +83,8 @@ class Evaluator:
         encoders: for images, and to decode latents.
         size: (height, width) of images for latent rewards.
         batch_size: groups of latents, or images, per batch; RNG streams of latents depend on it.
-        noise_seed: of the noise.
         fit, on_bad: for images, see `image_scores`.
-        image_sets: the opened sets of images, from `open_image_sets`.
+        image_sets: of `open_image_sets`.
     """
 
     sets: Mapping[str, str]
@@ -105,7 +102,7 @@ class Evaluator:
         """Scores on every set by its name, stored in directory/judged_NAME.safetensors.
 
         levels: of each set, for a latent reward; any other reward has one score per image, "score". Raises ValueError
-        when stored scores were taken with other settings, and as scoring does.
+        when stored scores were taken with other settings.
         """
         return {
             name: self._scores(name, candidate, levels[name] if candidate.config else [NO_NOISE], directory, title)
@@ -124,40 +121,37 @@ class Evaluator:
             terms |= {"set": self.image_sets[name].digest(), "size": list(self.size), "fit": self.fit}
         path, faults = scores_file(directory, name), faults_file(directory, name)
         if not path.exists():
-            pieces, title = Pieces(directory / f"judged_{name}.pieces", terms), f"{title}: {name}"
+            pieces = Pieces(directory / f"judged_{name}.pieces", terms)
+            options = {"title": f"{title}: {name}", "pieces": pieces}
             if name in self.image_sets:
-                fit = Fit(self.fit, *self.size)
+                fit, images = Fit(self.fit, *self.size), self.image_sets[name]
                 score = image_scorer(candidate.load(), self.encoders, fit, levels, self.noise_seed)
-                scores, found = score_image_set(
-                    score, self.image_sets[name], levels, batch_size=self.batch_size, on_bad=self.on_bad, title=title,
-                    pieces=pieces,
-                )  # fmt: skip
+                options |= {"batch_size": self.batch_size, "on_bad": self.on_bad}
+                scores, found = score_image_set(score, images, levels, **options)
                 write_atomically(faults, json.dumps(found, indent=1) + "\n")
             else:
                 batches = self._batches(name, candidate.config)
-                score = self._latent_scorer(candidate)
-                scores = score_pairs(score, batches, levels, seed=self.noise_seed, title=title, pieces=pieces)
+                scores = score_pairs(self._latent_scorer(candidate), batches, levels, seed=self.noise_seed, **options)
             save_scores(scores, path, terms)
             pieces.discard()
         if self.on_bad == "refuse" and faults.exists() and read_json(faults):
             raise ValueError(f"{faults}: these scores leave out images; to accept that, pass --on_bad skip")
         return load_scores(path, terms)
 
-    def _latent_scorer(self, candidate: Candidate) -> "Callable[[PairBatch, Level, Tensor], Tensor]":
+    def _latent_scorer(self, candidate: Candidate) -> Score:
         """Raw scores of a latent reward at the noise levels; scores of any other reward at its own."""
         reward = candidate.load()
 
-        def raw(batch: "PairBatch", level: Level, noise: Tensor) -> Tensor:
-            return score_batch(reward.model, batch, level, noise)
-
         def score(batch: "PairBatch", level: Level, noise: Tensor) -> Tensor:
+            if candidate.config:
+                return score_batch(reward.model, batch, level, noise)
             if batch.group_prompts is None:
                 raise ValueError("prompts: got latents without them; expected text, which this reward reads")
             latents = batch.latents.float().to(self.encoders.device)
             noise = batch.draw_noise(seeded_generator(self.noise_seed)).to(latents.device)
             return reward(latents, batch.conditions.to(latents.device), noise=noise)
 
-        return raw if candidate.config else score
+        return score
 
     def _batches(self, name: str, config: RewardConfig | None) -> "Sequence[PairBatch]":
         reader = config or self.encoders.manifest()
@@ -166,10 +160,10 @@ class Evaluator:
     def gold_accuracy(
         self, gold: Callable[[Tensor, Sequence[str]], Tensor], config: RewardConfig | None
     ) -> dict[str, float]:
-        """Accuracy of a gold score of images on decoded latents, by set: an upper bound for rewards under label noise.
+        """Accuracy of a gold score of decoded latents, by set: an upper bound for rewards under label noise.
 
-        Sets of images and sets without prompts are left out. gold: (images (B, 3, H, W), prompts) -> (B,). config: of
-        the latent reward whose latents are read.
+        gold: (images (B, 3, H, W), prompts) -> (B,). config: of the latent reward. Sets of images and sets without
+        prompts are left out.
         """
 
         def score(batch: "PairBatch", level: Level, noise: Tensor) -> Tensor:
@@ -187,9 +181,7 @@ class Evaluator:
 
 
 def open_image_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> dict[str, ImageSet]:
-    """The sets of name -> path that hold images: public test sets and jsonl files. Arguments and errors as
-    `open_test_set`.
-    """
+    """The sets of name -> path that hold images: public test sets and jsonl files, by `open_test_set`."""
     paths = {name: path for name, path in sets.items() if name in TEST_SETS or Path(path).suffix == ".jsonl"}
     return {name: open_test_set(name, path, unpack_to=unpack_to) for name, path in paths.items()}
 
