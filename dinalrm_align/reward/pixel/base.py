@@ -25,18 +25,14 @@ from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scor
 def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None = None) -> Tensor:
     """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], differentiable.
 
-    slice_size: number of latents decoded at a time, None for all. Where a gradient is asked for, each slice is decoded
-    again in the backward pass, so that only the activations of one slice are kept.
+    slice_size: number of latents decoded at a time, None for all; each slice is decoded again in the backward pass.
     """
     if slice_size is None:
         return decode_latents(vae, latents)
-    wanted = torch.is_grad_enabled() and latents.requires_grad
-    return torch.cat(
-        [
-            checkpoint(decode_latents, vae, part, use_reentrant=False) if wanted else decode_latents(vae, part)
-            for part in latents.split(slice_size)
-        ]
-    )
+    parts = latents.split(slice_size)
+    if torch.is_grad_enabled() and latents.requires_grad:
+        return torch.cat([checkpoint(decode_latents, vae, part, use_reentrant=False) for part in parts])
+    return torch.cat([decode_latents(vae, part) for part in parts])
 
 
 class PixelReward(RewardModule):

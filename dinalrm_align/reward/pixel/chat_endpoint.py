@@ -31,7 +31,6 @@ class ChatEndpoint:
         model: the name under which the server serves it.
         timeout: of an attempt without any data, in seconds.
         attempts: at most, with pauses of `pause`, 2 `pause`, 4 `pause`, ... seconds between them.
-        max_tokens: of an answer.
     """
 
     url: str
@@ -54,11 +53,7 @@ class ChatEndpoint:
         check_integer("max_tokens", self.max_tokens, low=1)
 
     def ask(self, image: Image.Image, question: str) -> str:
-        """The answer's text.
-
-        Raises ConnectionError if no attempt succeeds, ValueError if the server refuses the request or does not answer
-        with a chat completion.
-        """
+        """The answer's text; ConnectionError if no attempt succeeds, ValueError if the server refuses the request."""
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         encoded = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -75,8 +70,7 @@ class ChatEndpoint:
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        target = self.url.rstrip("/") + "/chat/completions"
-        reason = ""
+        target, reason = self.url.rstrip("/") + "/chat/completions", ""
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
@@ -95,18 +89,13 @@ class ChatEndpoint:
                 reason = f"{type(error).__name__}: {error}"
             else:
                 if len(data) > ANSWER_LIMIT:
-                    raise ValueError(
-                        f"{target}: an answer of more than {ANSWER_LIMIT} bytes; expected a chat completion"
-                    )
+                    raise ValueError(f"{target}: got over {ANSWER_LIMIT} bytes; expected a chat completion")
                 return data.decode(errors="replace")
-        raise ConnectionError(
-            f"{target}: no answer in {self.attempts} attempts of {self.timeout:g} s (the last: {reason}); is the "
-            "server up, and is this its address?"
-        )
+        tried = f"no answer in {self.attempts} attempts of {self.timeout:g} s (the last: {reason})"
+        raise ConnectionError(f"{target}: {tried}; is the server up, and is this its address?")
 
 
 def _content(text: str, where: str) -> str:
-    """choices[0].message.content of a chat completion."""
     values = parse_json(text, f"the answer of {where}")
     try:
         content = values["choices"][0]["message"]["content"]

@@ -64,9 +64,7 @@ class ClipReward(PixelReward):
     ) -> "ClipReward":
         """Load a CLIPModel. Further arguments and errors: see `reward.pixel`.
 
-        Args:
-            source: the CLIPModel.
-            processor: folder or hub id of tokenizer and preprocessor_config.json; default: `source`.
+        processor: folder or hub id of tokenizer and preprocessor_config.json; default: `source`.
         """
         device = available_device(device or "cpu")
         for name in (source, processor or source):

@@ -57,17 +57,11 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_clip_h(
-    tensors: Mapping[str, Tensor],
-    *,
-    eos_token_id: int | None,
-    dtype: torch.dtype,
-    device: torch.device | None,
-    where: str,
+    tensors: Mapping[str, Tensor], where: str, *, eos_token_id: int | None, dtype: torch.dtype, device: torch.device
 ) -> CLIPModel:
     """The frozen model of these tensors (transformers' names), in `dtype` on `device` (default: the CPU).
 
-    eos_token_id: of the tokenizer; text features are read at this token. where: the file, for messages. Raises
-    ValueError when a tensor is missing, unexpected or of another shape, or the sizes are not of ViT-H/14's kind.
+    eos_token_id: of the tokenizer; text features are read at this token. where: the file, for messages.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     with init_empty_weights(include_buffers=False):
@@ -77,7 +71,6 @@ def build_clip_h(
 
 
 def _config(tensors: Mapping[str, Tensor], eos_token_id: int | None, where: str) -> CLIPConfig:
-    """Sizes from shapes. Raises ValueError for shapes that do not fit a ViT-H/14's kind or the tokenizer."""
     eyes, words = "vision_model.embeddings.", "text_model.embeddings."
     positions = shape_of(tensors, f"{eyes}position_embedding.weight", 2, where)
     patches = shape_of(tensors, f"{eyes}patch_embedding.weight", 4, where)
@@ -85,32 +78,18 @@ def _config(tensors: Mapping[str, Tensor], eos_token_id: int | None, where: str)
     length, _ = shape_of(tensors, f"{words}position_embedding.weight", 2, where)
     projection, _ = shape_of(tensors, "visual_projection.weight", 2, where)
     if eos_token_id is None or not 0 <= eos_token_id < vocabulary:
-        raise ValueError(
-            f"{where}: end of text: got {eos_token_id}; expected a token below {vocabulary}, the number of embeddings: "
-            "give the tokenizer that this CLIP was trained with"
-        )
+        expected = f"expected a token below {vocabulary}, the number of embeddings"
+        raise ValueError(f"{where}: end of text: got {eos_token_id}; {expected}: give this CLIP's own tokenizer")
     shared = dict(projection_dim=projection, hidden_act="gelu")
-    return CLIPConfig(
-        projection_dim=projection,
-        vision_config=dict(
-            **encoder_sizes(tensors, "vision_model", VISION_HEAD, where),
-            **image_sizes(positions, patches, where),
-            **shared,
-        ),
-        text_config=dict(
-            **encoder_sizes(tensors, "text_model", TEXT_HEAD, where),
-            vocab_size=vocabulary,
-            max_position_embeddings=length,
-            eos_token_id=eos_token_id,
-            bos_token_id=0,
-            pad_token_id=0,
-            **shared,
-        ),
-    )
+    vision = encoder_sizes(tensors, "vision_model", VISION_HEAD, where) | image_sizes(positions, patches, where)
+    text = encoder_sizes(tensors, "text_model", TEXT_HEAD, where)
+    text |= dict(vocab_size=vocabulary, max_position_embeddings=length)
+    text |= dict(eos_token_id=eos_token_id, bos_token_id=0, pad_token_id=0)
+    return CLIPConfig(projection_dim=projection, vision_config=vision | shared, text_config=text | shared)
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, where: str | Path) -> tuple[int, ...]:
-    """The shape of a tensor. Raises ValueError if it is missing or does not have `dims` dimensions."""
+    """The shape of a tensor; ValueError if it is missing or does not have `dims` dimensions."""
     if name not in tensors:
         raise ValueError(f"{where}: the tensors do not fit the model: missing {name}")
     shape = tuple(tensors[name].shape)

@@ -27,8 +27,7 @@ from dinalrm_align.train.device import available_device
 class LongSide:
     """HPSv2's preprocessing: long side to `side`, padded to a square with zeros, CLIP's normalisation.
 
-    Tensors are resized, so that values are neither rounded nor clipped in between. antialias: as torchvision does for
-    tensors since 0.17; HPSv2's first numbers come from older versions, without it, and differ.
+    antialias: as torchvision does for tensors since 0.17; HPSv2's first numbers come from older versions, without it.
     """
 
     side: int
@@ -63,14 +62,13 @@ class HPSv2Reward(ClipReward):
         Args:
             source: the file of weights, or a folder or hub id that holds `file`.
             processor: folder or hub id of the tokenizer.
-            antialias: see `LongSide`.
         """
         device = available_device(device or "cpu")
         path = find_file(source, file, what="HPSv2", **hub)
         tensors = from_open_clip(read_tensors(path, "state_dict"))
         hub.pop("revision", None)
         tokenizer = load_tokenizer(processor, **hub)
-        dtype, end = dtype or torch.float32, tokenizer.eos_token_id
-        clip = build_clip_h(tensors, eos_token_id=end, dtype=dtype, device=device, where=str(path))
+        options = dict(eos_token_id=tokenizer.eos_token_id, dtype=dtype or torch.float32, device=device)
+        clip = build_clip_h(tensors, str(path), **options)
         preprocess = LongSide(clip.config.vision_config.image_size, antialias)
         return cls(clip, tokenizer, preprocess, vae, scaled=False)

@@ -7,7 +7,7 @@ The file's names are mapped to those of transformers' BLIP. Images: short side t
 CLIP's normalisation. Prompts are truncated to 35 tokens, as in training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -58,7 +58,7 @@ TEXT_SIZES = (
 
 
 def read_text_config(path: Path) -> BlipTextConfig:
-    """The BERT of med_config.json. Raises ValueError if a size is missing or it has no cross-attention."""
+    """The BERT of med_config.json; ValueError if a size is missing or it has no cross-attention."""
     values = read_json(path, "ImageReward's med_config.json")
     missing = [name for name in TEXT_SIZES if name not in values]
     if missing or not values.get("add_cross_attention", False):
@@ -70,16 +70,8 @@ def read_text_config(path: Path) -> BlipTextConfig:
 
 def score_head(width: int) -> nn.Sequential:
     """[CLS] (B, width) -> (B, 1). The released head has no activations."""
-    return nn.Sequential(
-        nn.Linear(width, 1024),
-        nn.Dropout(0.2),
-        nn.Linear(1024, 128),
-        nn.Dropout(0.2),
-        nn.Linear(128, 64),
-        nn.Dropout(0.1),
-        nn.Linear(64, 16),
-        nn.Linear(16, 1),
-    )
+    first = (nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2))
+    return nn.Sequential(*first, nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))
 
 
 class ImageRewardReward(PixelReward):
@@ -91,8 +83,7 @@ class ImageRewardReward(PixelReward):
         text: BlipTextModel,
         head: nn.Sequential,
         tokenizer: Any,
-        *,
-        vae: AutoencoderKL | None = None,
+        vae: AutoencoderKL | None,
     ) -> None:
         super().__init__(vae)
         self.vision, self.text, self.head = (part.requires_grad_(False) for part in (vision, text, head))
@@ -127,12 +118,12 @@ class ImageRewardReward(PixelReward):
         words = load_tokenizer(tokenizer, **hub)
         words.add_tokens([AddedToken(token, special=True) for token in ("[DEC]", "[ENC]")], special_tokens=True)
         if len(words) != text_config.vocab_size:
-            raise ValueError(
-                f"tokenizer {tokenizer}: got {len(words)} tokens with [DEC] and [ENC]; expected "
-                f"{text_config.vocab_size} by {TEXT_CONFIG}: give bert-base-uncased's"
+            problem = (
+                f"got {len(words)} tokens with [DEC] and [ENC]; expected {text_config.vocab_size} by {TEXT_CONFIG}"
             )
+            raise ValueError(f"tokenizer {tokenizer}: {problem}: give bert-base-uncased's")
         parts = _load_parts(path, text_config, dtype or torch.float32, device)
-        return cls(parts["vision"], parts["text"], parts["head"], words, vae=vae)
+        return cls(**parts, tokenizer=words, vae=vae)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W) in [0, 1], B prompts -> scores (B,), float32, differentiable in the images."""
@@ -155,20 +146,15 @@ def preprocess(images: Tensor, side: int) -> Tensor:
 
 
 def _load_parts(path: Path, text_config: BlipTextConfig, dtype: torch.dtype, device: torch.device) -> nn.ModuleDict:
-    """Both towers and the head, as vision, text and head; strict."""
+    """Both towers and the head; the vision tower's sizes are from its tensors' shapes: released, ViT-L/16 at 224."""
     tensors = rename(read_tensors(path), NAMES)
-    vision_config = _vision_config(tensors, path)
+    positions = shape_of(tensors, "vision.embeddings.position_embedding", 3, path)
+    patches = shape_of(tensors, "vision.embeddings.patch_embedding.weight", 4, path)
+    sizes = encoder_sizes(tensors, "vision", HEAD_WIDTH, path) | image_sizes(positions, patches, path)
+    vision_config = BlipVisionConfig(**sizes, layer_norm_eps=1e-6)
     text_config.encoder_hidden_size = vision_config.hidden_size
     with reading("text config", TEXT_CONFIG), init_empty_weights():
         vision, text = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
         parts = nn.ModuleDict({"vision": vision, "text": text, "head": score_head(text_config.hidden_size)})
     assign_tensors(parts, tensors, path, dtype=dtype, device=device)
     return parts
-
-
-def _vision_config(tensors: Mapping[str, Tensor], path: Path) -> BlipVisionConfig:
-    """The vision tower's sizes from its tensors' shapes: ViT-L/16 at 224 pixels in the released file."""
-    positions = shape_of(tensors, "vision.embeddings.position_embedding", 3, path)
-    patches = shape_of(tensors, "vision.embeddings.patch_embedding.weight", 4, path)
-    sizes = encoder_sizes(tensors, "vision", HEAD_WIDTH, path) | image_sizes(positions, patches, path)
-    return BlipVisionConfig(**sizes, layer_norm_eps=1e-6)

@@ -134,11 +134,8 @@ class MPSReward(PixelReward):
         condition: str = CONDITION,
     ) -> None:
         super().__init__(vae)
-        self.clip = clip.requires_grad_(False).eval()
-        self.blocks = blocks.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
-        self.preprocess = preprocess
-        self.condition = condition
+        self.clip, self.blocks = clip.requires_grad_(False).eval(), blocks.requires_grad_(False).eval()
+        self.tokenizer, self.preprocess, self.condition = tokenizer, preprocess, condition
         self._text: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     @classmethod
@@ -169,9 +166,9 @@ class MPSReward(PixelReward):
         tokenizer = load_tokenizer(processor, **hub)
         preprocess = load_preprocess(processor, **hub)
         own = {name.removeprefix("model."): tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
-        end, where = tokenizer.eos_token_id, str(path)
-        clip = build_clip_h(own, eos_token_id=end, dtype=dtype, device=device, where=where)
-        blocks = load_blocks(tensors, clip.config.projection_dim, where, dtype=dtype, device=device)
+        place = dict(dtype=dtype, device=device)
+        clip = build_clip_h(own, str(path), eos_token_id=tokenizer.eos_token_id, **place)
+        blocks = load_blocks(tensors, clip.config.projection_dim, str(path), **place)
         return cls(clip, blocks, tokenizer, preprocess, vae, condition)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -190,8 +187,7 @@ class MPSReward(PixelReward):
     def _encode_text(self, prompts: list[str]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Per prompt: token features (L, D), pooled feature (D,), and which tokens are attended to (L,).
 
-        A token's relevance is relative to its own prompt's largest. Upstream divides by the batch's largest, which is
-        the same in its evaluation, where a batch is one prompt.
+        Upstream divides relevance by the batch's largest, which is the prompt's own in its batches of one prompt.
         """
         tokens, pooled = self._text_features(prompts)
         conditions, _ = self._text_features([self.condition])
@@ -207,7 +203,7 @@ class MPSReward(PixelReward):
 
 
 def read_mps(path: Path) -> dict[str, Tensor]:
-    """MPS's tensors by the names of its own module: `model.*` (a CLIPModel) and `cross_model.*`."""
+    """MPS's tensors: `model.*` (a CLIPModel) and `cross_model.*`."""
     return read_tensors(path) if path.suffix == ".safetensors" else read_module_tensors(path)
 
 
@@ -235,7 +231,6 @@ def load_blocks(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line of `convert_mps`."""
     parser = argparse.ArgumentParser(description="Write the tensors of MPS's pickled file as safetensors.")
     parser.add_argument("source", help="MPS_overall_checkpoint.pth; its code is not run")
     parser.add_argument("target", help="the .safetensors to write")

@@ -75,15 +75,8 @@ class UnifiedReward(PixelReward):
     differentiable = False
 
     def __init__(
-        self,
-        endpoint: ChatEndpoint,
-        template: Template,
-        *,
-        vae: AutoencoderKL | None = None,
-        side: int | None = 512,
-        concurrency: int = 8,
+        self, endpoint: ChatEndpoint, template: Template, vae: AutoencoderKL | None, side: int | None, concurrency: int
     ) -> None:
-        """side: images are sent as squares of that many pixels; None: as they are. concurrency: parallel requests."""
         super().__init__(vae)
         check_integer("concurrency", concurrency, low=1, high=1024)
         if side is not None:
@@ -113,7 +106,6 @@ class UnifiedReward(PixelReward):
             template: point or acs (TEMPLATES): the question, and the numbers read from the answer.
             question: a text file to use as the question, with a field {prompt}; for scores comparable to published ones
                 use the wording in the model's repository.
-            vae: decoder for latents; without one only images can be scored.
             device, dtype: ignored; scores are on the VAE's device, else on the CPU.
             side: images are sent as squares of that many pixels, 512 in the model's own evaluation; None: as they are.
             concurrency: parallel requests.
@@ -124,13 +116,13 @@ class UnifiedReward(PixelReward):
         chosen = TEMPLATES[template]
         if question is not None:
             chosen = dataclasses.replace(chosen, question=read_text(Path(question), "question"))
-        return cls(ChatEndpoint(source, model, **endpoint), chosen, vae=vae, side=side, concurrency=concurrency)
+        return cls(ChatEndpoint(source, model, **endpoint), chosen, vae, side, concurrency)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W) in [0, 1], B prompts -> scores (B,), float32, in [1, 5], without gradient.
 
-        Raises ValueError for inputs that require gradients and for an answer without its number, ConnectionError if the
-        server does not answer; remaining requests are cancelled.
+        Raises ValueError for an answer without its number, ConnectionError without an answer; other requests are
+        cancelled.
         """
         self.check_gradient(images)
         sent = [Image.fromarray(pixels) for pixels in to_bytes(images)]
