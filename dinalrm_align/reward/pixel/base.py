@@ -3,23 +3,29 @@
 A subclass writes `score_pixels`. Images are RGB in [0, 1], (B, 3, H, W); latents are scaled, (B, C, h, w).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Unpack
+from pathlib import Path
+from typing import Any, TypeVar, Unpack
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoTokenizer, BatchEncoding
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dinalrm_align.flow.noise import check_latents
+from dinalrm_align.models.hub import HubOptions, check_source
 from dinalrm_align.models.images import image_tensor
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.reward.inputs import check_finite
 from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scores
+from dinalrm_align.train.files import reading
+
+Features = TypeVar("Features")
 
 
 def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None = None) -> Tensor:
@@ -176,3 +182,29 @@ def recompute_layers(model: nn.Module, recompute: bool) -> None:
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = layer.training = recompute
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def load_tokenizer(source: str | Path, **hub: Unpack[HubOptions]) -> Any:
+    """The tokenizer of a folder or hub id."""
+    check_source("tokenizer", source)
+    with reading("tokenizer", source):
+        return AutoTokenizer.from_pretrained(source, **hub)
+
+
+def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> BatchEncoding:
+    """input_ids and attention_mask (B, length): padded or truncated to `length` tokens."""
+    options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return tokenizer(list(texts), **options).to(device)
+
+
+def cached(
+    cache: dict[str, Features], prompts: Sequence[str], encode: Callable[[list[str]], Iterable[Features]], limit: int
+) -> list[Features]:
+    """The features of each prompt: new prompts are encoded in one batch; the `limit` newest stay in `cache`."""
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
+    if new:
+        cache.update(zip(new, encode(new), strict=True))
+    found = [cache[prompt] for prompt in prompts]
+    for oldest in list(cache)[:-limit]:
+        del cache[oldest]
+    return found

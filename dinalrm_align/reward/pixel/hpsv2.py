@@ -17,9 +17,9 @@ from dinalrm_align.models.hub import HubOptions, find_file
 from dinalrm_align.models.preprocess import normalise, pad_to_square, resize
 from dinalrm_align.models.weights import read_tensors
 from dinalrm_align.reward.names import CLIP_H
+from dinalrm_align.reward.pixel.base import load_tokenizer
 from dinalrm_align.reward.pixel.clip import ClipReward
 from dinalrm_align.reward.pixel.clip_h import build_clip_h, from_open_clip
-from dinalrm_align.reward.pixel.prompts import load_tokenizer
 from dinalrm_align.train.device import available_device
 
 

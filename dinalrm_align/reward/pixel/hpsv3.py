@@ -33,8 +33,7 @@ from dinalrm_align.models.hub import HubOptions, beside, check_source, find_file
 from dinalrm_align.models.preprocess import normalise, resize
 from dinalrm_align.models.quantization import check_quantization, quantise_linears
 from dinalrm_align.models.weights import assign_tensors, read_tensors, rename
-from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.pixel.prompts import load_tokenizer
+from dinalrm_align.reward.pixel.base import PixelReward, load_tokenizer
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, read_text, reading
 

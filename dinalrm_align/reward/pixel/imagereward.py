@@ -21,9 +21,8 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from dinalrm_align.models.hub import HubOptions, beside, find_file
 from dinalrm_align.models.preprocess import normalise, resize
 from dinalrm_align.models.weights import assign_tensors, read_tensors, rename
-from dinalrm_align.reward.pixel.base import PixelReward
+from dinalrm_align.reward.pixel.base import PixelReward, load_tokenizer, tokenise
 from dinalrm_align.reward.pixel.clip_h import encoder_sizes, image_sizes, shape_of
-from dinalrm_align.reward.pixel.prompts import load_tokenizer, tokenise
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, reading
 

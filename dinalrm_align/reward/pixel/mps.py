@@ -28,10 +28,9 @@ from transformers import CLIPModel
 from dinalrm_align.models.hub import HubOptions, find_file
 from dinalrm_align.models.weights import assign_tensors, read_module_tensors, read_tensors, rename
 from dinalrm_align.reward.names import CLIP_H
-from dinalrm_align.reward.pixel.base import PixelReward
+from dinalrm_align.reward.pixel.base import PixelReward, cached, load_tokenizer, tokenise
 from dinalrm_align.reward.pixel.clip import load_preprocess
 from dinalrm_align.reward.pixel.clip_h import build_clip_h, shape_of
-from dinalrm_align.reward.pixel.prompts import cached, load_tokenizer, tokenise
 from dinalrm_align.train.command import refusing
 from dinalrm_align.train.device import available_device
 

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from dinalrm_align.models.vae import decode_latents
-from dinalrm_align.reward.pixel.chat_endpoint import ChatEndpoint
-from dinalrm_align.reward.pixel.unifiedreward import TEMPLATES, Template, UnifiedReward
+from dinalrm_align.reward.pixel.unifiedreward import TEMPLATES, ChatEndpoint, Template, UnifiedReward
 from dinalrm_align.reward.registry import load_reward
 
 PROMPTS = ["a red circle", "a {blue} square"]
