@@ -44,7 +44,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     from dinalrm_align.eval import evaluation_report
     from dinalrm_align.eval.ablation import noise_levels
     from dinalrm_align.eval.evaluator import Candidate, Evaluator, faults_file, open_image_sets
-    from dinalrm_align.eval.leakage import leaked, read_trained
+    from dinalrm_align.eval.test_sets import leaked, read_trained
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
     from dinalrm_align.reward.registry import load_image_scorer, load_reward
     from dinalrm_align.shapes.pairs import HELD_OUT_KINDS, ensure_pairs

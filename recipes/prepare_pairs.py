@@ -7,15 +7,11 @@
 
 Sources are train.json of HPDv3 and HPDv2, ranked lists as of ImageReward, the parquet files of Pick-a-Pic v2, a jsonl
 of (prompt, chosen, rejected), and the released latents (dinalrm_align/data/formats). dinalrm_align/data/latent_pairs.py
-describes the output, dinalrm_align/data/prepare.py how it is made. In bfloat16 a pair at 1024 x 1024 takes 1 MB, a
-prompt of 128 T5 tokens 1.7 MB.
+describes the output. In bfloat16 a pair at 1024 x 1024 takes 1 MB, a prompt of 128 T5 tokens 1.7 MB.
 
-After a stop or a kill, the same command resumes with the first incomplete file. After completion it checks that all
-files are there and writes damaged ones again (--verify true also compares their hashes).
-
-Differences from the released data: latents are the mean of the VAE's posterior instead of a sample, so that an image
-always has the same latents; bfloat16 instead of float32; text embeddings are stored; no compression; pairs are not
-shuffled here.
+The same command resumes after a stop or a kill, and writes missing and damaged files again (--verify true also compares
+hashes). Differences from the released data: latents are the mean of the VAE's posterior instead of a sample, so that an
+image always has the same latents; bfloat16 instead of float32; text embeddings are stored; no compression; no shuffle.
 """
 
 import sys
@@ -53,8 +49,7 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
 
     if run.device != "auto":
         available_device(run.device)
-    # A rank that is done waits for the slowest, which may take hours.
-    timeout = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    timeout = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks wait for the slowest, which may take hours
     accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])
     device = accelerator.device
     dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -21,13 +21,8 @@ from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.files import begin_or_resume, reading, write_atomically
 
-if TYPE_CHECKING:
-    import pyarrow
-
-TENSORS = (
-    *LATENTS, *TEXT, "prompt_embeds_mask", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
-    "negative_prompt_embeds_mask",
-)  # fmt: skip
+_TEXT = (*TEXT, "prompt_embeds_mask")
+TENSORS = (*LATENTS, *_TEXT, *(f"negative_{name}" for name in _TEXT))
 """The columns that hold tensors."""
 
 
@@ -116,7 +111,7 @@ class MinedPairs(PairSource):
             return [_tensor(row[name], name) for name in columns]
 
 
-def _schema() -> "pyarrow.Schema":
+def _schema() -> Any:
     import pyarrow as pa
 
     text = pa.string()

@@ -145,13 +145,11 @@ class Group:
 
 def filter_pairs(pairs: Iterable[Preference], config: FilterConfig, dropped: Dropped) -> list[Preference]:
     """The pairs that pass the filters of votes, confidence and scores."""
-    kept = []
-    for pair in pairs:
-        if (reason := _objection(pair, config)) is None:
-            kept.append(pair)
-        else:
-            dropped.drop(reason)
-    return kept
+    pairs = list(pairs)
+    reasons = [_objection(pair, config) for pair in pairs]
+    for reason in filter(None, reasons):
+        dropped.drop(reason)
+    return [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
 
 
 def _objection(pair: Preference, config: FilterConfig) -> str | None:

@@ -252,14 +252,10 @@ class Preparation:
         return part["count"] == 0 or not self.run.verify or file_digest(file) == part["sha256"]
 
     def _planned(self, kind: str, number: int) -> str:
-        """A digest of what goes into a file."""
         if kind == "text":
             return text_digest(json.dumps(self.prompts[number]))
-        groups = [
-            [group.prompt, group.size, [str(self.refs[image]) for image in group.images], group.pairs]
-            for group in self.shards[number]
-        ]
-        return text_digest(json.dumps(groups))
+        named = ((group, [str(self.refs[image]) for image in group.images]) for group in self.shards[number])
+        return text_digest(json.dumps([(group.prompt, group.size, images, group.pairs) for group, images in named]))
 
     def _write(self, kind: str, number: int, tensors: dict[str, Tensor], bad: dict[int, str], **facts: int) -> None:
         """Write a file and its part; with on_bad "refuse", raise ValueError instead if anything is bad."""

@@ -65,9 +65,4 @@ def _call(function: Callable[..., Any], source: Any, *arguments: Any) -> Any:
 def _exit_with_parent() -> None:
     """End this worker when its parent is killed."""
     parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -13,11 +13,11 @@ import numpy as np
 from dinalrm_align.eval.ablation import SINGLE_LEVEL, Evidence, accuracy_of, arm_accuracy, in_points, inference_section
 from dinalrm_align.eval.calibration import calibration_section, reliabilities
 from dinalrm_align.eval.config import EvaluateRun
-from dinalrm_align.eval.leakage import Leak
 from dinalrm_align.eval.plots import draw_band, panels, plot_inference, plot_reliability
 from dinalrm_align.eval.protocols import Accuracy, accuracy
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores
+from dinalrm_align.eval.test_sets import Leak
 from dinalrm_align.eval.test_sets_config import HPSV3, PAPER, PROTOCOLS, TEST_SETS, Row, default_protocol, protocols_of
 from dinalrm_align.train.files import save_figure, write_atomically
 

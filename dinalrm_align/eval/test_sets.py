@@ -1,47 +1,51 @@
 """The public test sets, read from disk as published: images, prompts, and raters' verdicts on pairs of images.
 
-`open_test_set` finds the files of a name in `test_sets_config.TEST_SETS`; `data.formats` reads them. Images are not
-opened here. Which image of a pair comes first is as published (in HPDv3 always the preferred one), so a scorer must not
-see it: `ImageSet.order` lists single images in an order that does not depend on pairs.
+`open_test_set` finds the files of a name in `test_sets_config.TEST_SETS`; `data.formats` reads them. Which image of a
+pair comes first is as published (in HPDv3 always the preferred one), so a scorer must not see it: `ImageSet.order`
+lists single images in an order that does not depend on pairs.
+
+`leaked` finds the pairs that a reward was trained on (HPDv3's official splits are reported to overlap). Prompts are
+compared by a digest of their stripped text; images by a digest of their published path and, where the training files
+are available, by the SHA-256 of their bytes.
 """
 
-import functools
+import hashlib
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from dinalrm_align.data.formats import read_preferences
+from dinalrm_align.data.formats import find_layout, read_preferences
 from dinalrm_align.data.formats.record import Cell, ImageRef, Preference
 from dinalrm_align.data.formats.rows import image_source, row_group_starts
+from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import TEST_SETS, PublicSet
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.files import HUB_ID
-
-HUB = "hub"  # in place of a folder: download the set from where it is published
+from dinalrm_align.train.files import HUB_ID, file_digest
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image and its prompt. name: as published. read: the bytes of its file, or OSError. place: rank on disk."""
+    """An image and its prompt. name: as published. place: rank of the bytes on disk, for reading in order."""
 
     name: str
     prompt: str
-    read: Callable[[], bytes]
-    place: int = 0
-    file: Path | None = None
+    source: Path | Cell = field(compare=False)
+    place: int = field(default=0, compare=False)
+
+    def read(self) -> bytes:
+        """The bytes of the image's file. Raises OSError or ValueError."""
+        return self.source.read_bytes() if isinstance(self.source, Path) else image_source(self.source, Path())
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """M images, each (prompt, name) once, and N pairs of them.
 
-    Args:
-        chosen, rejected: (N,) int, rows of `images`; first and second image as published.
-        label: (N,) float32, probability that a rater prefers the first; 0.5 is a tie.
-        group: (N,) int, the published record, such as a ranked list, that a pair comes from.
+    chosen, rejected: (N,) int, rows of `images`; first and second image as published. label: (N,) float32, probability
+    that a rater prefers the first; 0.5 is a tie. group: (N,) int, the published record that a pair comes from.
     """
 
     name: str
@@ -54,12 +58,8 @@ class ImageSet:
     @property
     def order(self) -> list[int]:
         """The rows of `images` in scoring order: by place, then by digests of prompt and name."""
-
-        def key(row: int) -> tuple[int, str, str]:
-            image = self.images[row]
-            return image.place, text_digest(image.prompt), text_digest(image.prompt + "\0" + image.name)
-
-        return sorted(range(len(self.images)), key=key)
+        digests = [(text_digest(image.prompt), text_digest(f"{image.prompt}\0{image.name}")) for image in self.images]
+        return sorted(range(len(digests)), key=lambda row: (self.images[row].place, *digests[row]))
 
     def digest(self) -> str:
         """A digest of prompts, names and verdicts, but not of the images."""
@@ -69,22 +69,22 @@ class ImageSet:
 
     def missing(self) -> list[str]:
         """Names of image files that do not exist."""
-        return [image.name for image in self.images if image.file and not image.file.is_file()]
+        files = ((image.name, image.source) for image in self.images if isinstance(image.source, Path))
+        return [name for name, file in files if not file.is_file()]
 
 
 def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None) -> ImageSet:
-    """Open a test set of `TEST_SETS`, or by any other name a jsonl of (prompt, chosen, rejected[, label]).
+    """Open a test set: a name in `TEST_SETS`; any other name is a jsonl of (prompt, chosen, rejected[, label]).
 
-    where: its folder or annotation file; for a public set also "hub" or a hub id, which downloads it. unpack_to: folder
-    for archives from the hub. Raises FileNotFoundError, with how to get the set, for missing files; ValueError for
-    files in another layout.
+    where: its folder or annotation file; for a public set also "hub" or a hub id, which downloads it and unpacks its
+    archives to `unpack_to`. Raises FileNotFoundError with how to get the set; ValueError for files in another layout.
     """
     if name not in TEST_SETS:
         path = Path(where)
         return _image_set(name, read_preferences(path, "jsonl", strict=False), _Finder([path.parent]), path)
     entry = TEST_SETS[name]
-    if str(where) == HUB or (not Path(where).exists() and HUB_ID.fullmatch(str(where))):
-        where = _download(name, entry, None if str(where) == HUB else str(where), unpack_to)
+    if str(where) == "hub" or (not Path(where).exists() and HUB_ID.fullmatch(str(where))):
+        where = _download(name, entry, str(where), unpack_to)
     path = Path(where).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no {name} at {where}; expected a folder with {entry.files}. To get it: {entry.how}")
@@ -94,7 +94,6 @@ def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None
 
 
 def _find_files(name: str, entry: PublicSet, path: Path) -> list[Path]:
-    """The parquet files of the set's split, or its annotation file in JSON."""
     if path.is_file():
         return [path]
     folder = path / entry.folder if (path / entry.folder).is_dir() else path
@@ -109,29 +108,22 @@ def _find_files(name: str, entry: PublicSet, path: Path) -> list[Path]:
 
 
 def _image_set(name: str, pairs: Iterable[Preference], finder: "_Finder", where: Path) -> ImageSet:
-    rows: dict[tuple[str, str], int] = {}
-    images: list[Image] = []
-
-    def row_of(image: ImageRef, prompt: str) -> int:
-        row = rows.setdefault((prompt, finder.name(image)), len(images))
-        if row == len(images):
-            images.append(finder.image(image, prompt))
-        return row
-
+    rows: dict[Image, int] = {}
     columns = []
     for pair in pairs:
-        rows_of_pair = row_of(pair.chosen, pair.prompt), row_of(pair.rejected, pair.prompt)
-        columns.append((*rows_of_pair, pair.label, pair.group))
+        images = (finder(image, pair.prompt) for image in (pair.chosen, pair.rejected))
+        columns.append((*(rows.setdefault(image, len(rows)) for image in images), pair.label, pair.group))
     if not columns:
         raise ValueError(f"{where} holds no pairs with a verdict")
     chosen, rejected, label, group = (np.array(column) for column in zip(*columns, strict=True))
-    return ImageSet(name, tuple(images), chosen, rejected, label.astype(np.float32), group)
+    return ImageSet(name, tuple(rows), chosen, rejected, label.astype(np.float32), group)
 
 
 class _Finder:
-    """Finds the images of a test set, in the first of `roots` that holds the first one.
+    """Finds the images of a test set.
 
-    files: parquet files in reading order. published: reject paths that leave the folder.
+    roots: folders that paths may start in; the first that holds the first image is used, else the first. files: parquet
+    files in reading order. published: reject paths that leave the folder.
     """
 
     def __init__(self, roots: Sequence[Path], files: Sequence[Path] = (), *, published: bool = False) -> None:
@@ -139,39 +131,31 @@ class _Finder:
         self.order = {str(file): number for number, file in enumerate(files)}
         self.root: Path | None = None
 
-    def name(self, image: ImageRef) -> str:
-        """The name by which results refer to the image."""
+    def __call__(self, image: ImageRef, prompt: str) -> Image:
         if isinstance(image, Cell):
             row = row_group_starts(image.file)[image.row_group] + image.row
-            return f"{Path(image.file).name}/{row}/{image.column}"
-        return image if self.published else str(Path(image))
-
-    def image(self, image: ImageRef, prompt: str) -> Image:
-        if isinstance(image, Cell):
             place = self.order[image.file] * 100_000 + image.row_group
-            return Image(self.name(image), prompt, functools.partial(image_source, image, Path()), place)
+            return Image(f"{Path(image.file).name}/{row}/{image.column}", prompt, image, place)
         if self.published and (Path(image).is_absolute() or ".." in image.split("/")):
             raise ValueError(f"image path: got {image!r:.80}; expected one inside the set's folder")
         if self.root is None:
             self.root = next((root for root in self.roots if (root / image).is_file()), None)
-        file = (self.root or self.roots[0]) / image
-        return Image(self.name(image), prompt, file.read_bytes, file=file)
+        return Image(image if self.published else str(Path(image)), prompt, (self.root or self.roots[0]) / image)
 
 
-def _download(name: str, entry: PublicSet, repository: str | None, unpack_to: Path | None) -> Path:
-    """Download a set from the hub and unpack its archives to `unpack_to`."""
+def _download(name: str, entry: PublicSet, where: str, unpack_to: Path | None) -> Path:
     if entry.hub is None:
         raise ValueError(f"{name} cannot be used from the hub as it is; get it: {entry.how}; then pass its folder")
     from huggingface_hub import snapshot_download
 
+    repository = entry.hub if where == "hub" else where
     try:
-        files = list(entry.hub_files)
-        folder = Path(snapshot_download(repository or entry.hub, repo_type="dataset", allow_patterns=files))
+        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=list(entry.hub_files)))
     except Exception as error:  # the client raises many types without a network
         reason = str(error).strip().split("\n")[0][:200]
         raise FileNotFoundError(
             f"{name} cannot be downloaded from the hub ({type(error).__name__}: {reason}). With a network: "
-            f"{entry.how}; then pass DIR in place of {repository or HUB!r}"
+            f"{entry.how}; then pass DIR in place of {where!r}"
         ) from error
     archives = sorted(folder.glob("*.tar.gz"))
     if not archives:
@@ -186,3 +170,68 @@ def _download(name: str, entry: PublicSet, repository: str | None, unpack_to: Pa
     for file in folder.glob("*.json"):
         (target / file.name).write_bytes(file.read_bytes())
     return target
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Digests of training data. contents: SHA-256 of image files; may be empty."""
+
+    prompts: frozenset[str]
+    paths: frozenset[str] = frozenset()
+    contents: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Leak:
+    """prompt, image (N,) bool: pairs whose prompt, or one of whose images (compared `by`), was trained on."""
+
+    prompt: np.ndarray
+    image: np.ndarray
+    by: str
+
+    @property
+    def any(self) -> np.ndarray:
+        return self.prompt | self.image
+
+
+def _path_digest(path: str) -> str:
+    """A digest of an image's published path, ignoring "./" and a leading "images/"."""
+    return text_digest(Path(path).as_posix().removeprefix("images/"))
+
+
+def trained_on(prompts: Iterable[str], paths: Iterable[str] = (), contents: Iterable[str] = ()) -> Trained:
+    stripped = (text_digest(prompt.strip()) for prompt in prompts)
+    return Trained(frozenset(stripped), frozenset(map(_path_digest, paths)), frozenset(contents))
+
+
+def read_trained(source: str | Path) -> Trained:
+    """What a reward was trained on: a file or folder in any layout of `data.formats`.
+
+    Paths are known where images are files, contents only for a jsonl. Raises FileNotFoundError or ValueError.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no training set {path}; expected a directory of pairs, a jsonl or a train.json")
+    layout, prompts, images = find_layout(path), set(), set()
+    for pair in read_preferences(path, layout, strict=False):
+        prompts.add(pair.prompt)
+        images |= {image for image in (pair.chosen, pair.rejected) if isinstance(image, str)}
+    files = sorted(path.parent / image for image in images) if layout == "jsonl" else []
+    return trained_on(prompts, images, map(file_digest, files))
+
+
+def leaked(scores: PairScores, trained: Trained, images: ImageSet | None = None) -> Leak:
+    """Which pairs were trained on; ValueError without prompts. images: the set that was scored, to compare contents."""
+    if scores.prompts is None:
+        raise ValueError("these pairs have no prompts as text, so they cannot be compared with the training data")
+    known = np.array([text_digest(prompt.strip()) in trained.prompts for prompt in scores.prompts])[scores.caption]
+    if scores.images is None or not (trained.paths or trained.contents):
+        return Leak(known, np.zeros(len(scores.label), dtype=bool), "not at all")
+    seen = np.zeros(len(scores.images), dtype=bool)
+    by_content = bool(trained.contents) and images is not None
+    for row in {*scores.chosen.tolist(), *scores.rejected.tolist()}:
+        seen[row] = _path_digest(scores.images[row]) in trained.paths
+        if by_content:
+            seen[row] |= hashlib.sha256(images.images[row].read()).hexdigest() in trained.contents
+    by = "path and content" if by_content else "path"
+    return Leak(known, seen[scores.chosen] | seen[scores.rejected], by)

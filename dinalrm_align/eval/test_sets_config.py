@@ -1,7 +1,6 @@
 """Public test sets of text-to-image preferences, protocols of their accuracy, and published values. Torch-free.
 
-A protocol computes one accuracy from image scores and raters' labels. Papers use different protocols for the same test
-set; here, every name is one rule for all sets.
+Papers use different protocols for the same test set; here, every name is one rule for all sets.
 """
 
 from dataclasses import dataclass
@@ -23,27 +22,17 @@ PROTOCOLS: dict[str, str] = {
     "tau": "three-way, but scores that differ by at most eps predict a tie, at the eps with the highest accuracy on "
     "the set itself (Deutsch et al., arXiv 2305.14324)",
 }
-"""Name -> rule."""
-
 OF_LISTS = ("hpsv2", "mps")
 """Protocols that need all pairs of every list."""
 
 
 @dataclass(frozen=True)
 class PublicSet:
-    """A public test set.
+    """A public test set. layout: a name in `data.formats.LAYOUTS`. protocol: of its authors, or of the paper's table.
 
-    Args:
-        layout: a name in `data.formats.LAYOUTS`.
-        protocol: of its authors, or of the paper's table.
-        files: contents of its folder, for error messages.
-        how: download instructions, for error messages.
-        hub: its dataset repository; None if it is too large or has another layout there.
-        hub_files: patterns of files to download.
-        lists: whether raters ranked lists of images.
-        split: of parquet files.
-        folder: of those parquet files, where the repository holds several tasks.
-        roots: folders, relative to the annotations, that image paths may start from.
+    files, how: contents of its folder and download instructions, for error messages. hub, hub_files: its dataset
+    repository (None if it is too large or has another layout there) and patterns of files. split, folder: of parquet
+    files. roots: folders, relative to the annotations, that image paths may start from.
     """
 
     layout: str
@@ -52,19 +41,23 @@ class PublicSet:
     how: str
     hub: str | None = None
     hub_files: tuple[str, ...] = ()
-    lists: bool = False
     split: str = ""
     folder: str = ""
     roots: tuple[str, ...] = ("",)
 
 
-_GENAI = dict(
-    layout="genai_bench",
-    folder="image_generation",
-    protocol="diff",
-    how="hf download TIGER-Lab/GenAI-Bench --repo-type dataset --include 'image_generation/*' --local-dir DIR",
-    hub="TIGER-Lab/GenAI-Bench",
-)
+def _genai_bench(split: str) -> PublicSet:
+    return PublicSet(
+        layout="genai_bench",
+        protocol="diff",
+        files=f"image_generation/{split}-*.parquet, or an exported {split}.json with the images beside it",
+        how="hf download TIGER-Lab/GenAI-Bench --repo-type dataset --include 'image_generation/*' --local-dir DIR",
+        hub="TIGER-Lab/GenAI-Bench",
+        hub_files=(f"image_generation/{split}-*.parquet", f"image_generation/{split}/*.parquet"),
+        split=split,
+        folder="image_generation",
+    )
+
 
 TEST_SETS: dict[str, PublicSet] = {
     "imagereward": PublicSet(
@@ -74,7 +67,6 @@ TEST_SETS: dict[str, PublicSet] = {
         "or in test_images/ or images/",
         how="test.json is data/test.json of https://github.com/THUDM/ImageReward (ImageReward_test.json: HPSv2's); its "
         "images are those of the test split of the dataset THUDM/ImageRewardDB, unzipped",
-        lists=True,
         roots=("", "test_images", "images"),
     ),
     "hpdv2": PublicSet(
@@ -85,7 +77,6 @@ TEST_SETS: dict[str, PublicSet] = {
         "test.tar.gz",
         hub="ymhao/HPDv2",
         hub_files=("test.json", "test.tar.gz"),
-        lists=True,
         roots=("", "test"),
     ),
     "hpdv3": PublicSet(
@@ -96,18 +87,8 @@ TEST_SETS: dict[str, PublicSet] = {
         "| tar -xz",
         roots=("", "images"),
     ),
-    "genai_bench": PublicSet(
-        files="image_generation/test-*.parquet, or an exported test.json with the images beside it",
-        split="test",
-        hub_files=("image_generation/test-*.parquet", "image_generation/test/*.parquet"),
-        **_GENAI,
-    ),
-    "genai_bench_v1": PublicSet(
-        files="image_generation/test_v1-*.parquet, or an exported test_v1.json with the images beside it",
-        split="test_v1",
-        hub_files=("image_generation/test_v1-*.parquet", "image_generation/test_v1/*.parquet"),
-        **_GENAI,
-    ),
+    "genai_bench": _genai_bench("test"),
+    "genai_bench_v1": _genai_bench("test_v1"),
     "pickapic": PublicSet(
         layout="pickapic",
         protocol="pooled",
@@ -144,8 +125,7 @@ HPSV3: list[Row] = [
 
 
 def protocols_of(name: str) -> list[str]:
-    """Protocols that apply to a set."""
-    lists = name in TEST_SETS and TEST_SETS[name].lists
+    lists = name in TEST_SETS and TEST_SETS[name].layout == "rankings"
     return [protocol for protocol in PROTOCOLS if lists or protocol not in OF_LISTS]
 
 
@@ -155,7 +135,6 @@ def default_protocol(name: str) -> str:
 
 
 def check_protocol(name: str, protocol: str) -> None:
-    """Raise ValueError unless the protocol applies to the set."""
     known = protocols_of(name)
     if protocol not in known:
         why = " (it needs ranked lists of images)" if protocol in PROTOCOLS else ""

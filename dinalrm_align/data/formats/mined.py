@@ -36,7 +36,6 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of manifest.json."""
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}: not a folder of mined pairs")
     content = read_json(folder / MANIFEST)
@@ -65,7 +64,6 @@ def shard_files(path: Path) -> list[Path]:
 
 
 def rows(path: Path, bad: Bad) -> Iterator[Row]:
-    """The records of a folder or of one parquet file."""
     columns = ("prompt", "win_score", "lose_score")
     return parquet_rows(shard_files(path), bad, columns, (*LATENTS, *TEXT), optional=("extra_info",))
 

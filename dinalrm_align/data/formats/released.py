@@ -28,7 +28,7 @@ COLUMNS = ("prompt", "latent1_shape", "latent2_shape")
 
 
 def rows(folder: Path, bad: Bad) -> Iterator[Row]:
-    """The records that the index lists, or all where there is no index."""
+    """The records that the index lists, or all without one."""
     files = sorted(folder.glob("part_rank*.parquet"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no part_rank*.parquet; expected pairs in the released layout")
@@ -104,7 +104,6 @@ def _listed_rows(folder: Path) -> set[tuple[str, int, int]] | None:
 
 
 def _shape(value: Any) -> tuple[int, int, int]:
-    """Three positive integers, as a list or as text."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value[:100])

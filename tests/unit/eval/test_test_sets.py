@@ -18,10 +18,9 @@ from public_sets import (
 )
 
 from dinalrm_align.eval.image_scores import PIECE, Fit, draw_noise, score_image_set
-from dinalrm_align.eval.leakage import leaked, read_trained, trained_on
 from dinalrm_align.eval.protocols import accuracy
 from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, Pieces
-from dinalrm_align.eval.test_sets import open_test_set
+from dinalrm_align.eval.test_sets import leaked, open_test_set, read_trained, trained_on
 
 
 def by_grey(pictures, prompts):
