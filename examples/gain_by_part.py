@@ -12,8 +12,8 @@ from diffusers import StableDiffusion3Pipeline
 from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.specs import MODELS
-from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 
 LORA = sys.argv[1] if len(sys.argv) > 1 else None

@@ -29,9 +29,9 @@ from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import Level, level_name
 from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.models.pipeline import encode_images, load_vae
 from dinalrm_align.models.specs import ModelSpec, resolve_model
 from dinalrm_align.models.text import Conditions, PromptEncoder
-from dinalrm_align.models.vae import encode_images, load_vae
 from dinalrm_align.shapes.render import draw_nuisance, lay_out, render
 from dinalrm_align.shapes.scene import draw_scenes
 from dinalrm_align.train.files import write_atomically

@@ -11,8 +11,8 @@ from diffusers import StableDiffusion3Pipeline
 
 from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.models.grids import save_grid
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.specs import MODELS
-from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.shapes.build import random_images, vae_gate
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 

@@ -28,7 +28,7 @@ def align(resolved: Resolved[ReflRun]) -> None:
     from dinalrm_align.align.refl import Refl
     from dinalrm_align.align.setup import prepare
     from dinalrm_align.data.prompts import read_captioned_images
-    from dinalrm_align.models.vae import encode_images
+    from dinalrm_align.models.pipeline import encode_images
 
     run, refl = resolved.run, resolved.run.refl
     images, captions = read_captioned_images(Path(refl.pretrain_pictures)) if refl.pretrain_pictures else ([], [])

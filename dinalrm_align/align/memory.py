@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from dinalrm_align.align.config import MemoryConfig
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.quantization import check_quantization, quantise_linears
-from dinalrm_align.models.vae import decode_latents
 
 KERNELS = ("flash", "mem_efficient", "cudnn")
 """Of torch.backends.cuda.enable_*_sdp. math stays enabled as the fallback, which the VAE's wide head needs."""

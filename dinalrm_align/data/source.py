@@ -17,10 +17,10 @@ from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.mined_pairs import MinedPairs
 from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, EncodingFormat, PairBatch, PairManifest, WeightSample
 from dinalrm_align.data.released_pairs import ReleasedPairs
-from dinalrm_align.models.hub import fetch
 from dinalrm_align.models.images import image_tensor, open_image
+from dinalrm_align.models.pipeline import encode_images, load_vae
 from dinalrm_align.models.text import Conditions, PromptEncoder
-from dinalrm_align.models.vae import encode_images, load_vae
+from dinalrm_align.models.weights import fetch
 from dinalrm_align.train.files import file_digest, reading
 
 if TYPE_CHECKING:

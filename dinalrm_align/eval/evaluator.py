@@ -29,7 +29,7 @@ from dinalrm_align.eval.scores import (
 from dinalrm_align.eval.test_sets import ImageSet, open_test_set
 from dinalrm_align.eval.test_sets_config import TEST_SETS
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.models.vae import decode_latents
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.latent import LatentReward

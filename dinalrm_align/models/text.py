@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from dinalrm_align.models.hub import check_source
+from dinalrm_align.models.weights import check_source
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import reading
 

@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dinalrm_align.models.hub import HubOptions, fetch
-from dinalrm_align.models.weights import read_tensors
+from dinalrm_align.models.weights import HubOptions, fetch, read_tensors
 from dinalrm_align.reward.backbones.sd3 import LORA_TARGETS, TEXT_SIDE
 from dinalrm_align.reward.config import HeadConfig, LoraConfig, RewardConfig
 from dinalrm_align.train.digest import digest

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.models.images import image_tensor
-from dinalrm_align.models.pipeline import load_transformer
+from dinalrm_align.models.pipeline import encode_images, load_transformer, load_vae
 from dinalrm_align.models.text import Conditions, PromptEncoder, prompts_of
-from dinalrm_align.models.vae import encode_images, load_vae
 from dinalrm_align.models.weights import load_tensors
 from dinalrm_align.reward import inputs
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk

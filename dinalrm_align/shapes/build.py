@@ -19,8 +19,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.pairs import PairBatch
+from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from dinalrm_align.models.vae import decode_latents, encode_images
 from dinalrm_align.shapes.config import BuildConfig, StageConfig
 from dinalrm_align.shapes.oracle import PARTS, oracle_parts
 from dinalrm_align.shapes.render import Drawing, draw_nuisance, lay_out, render

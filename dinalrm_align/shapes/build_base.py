@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from dinalrm_align.flow.noise import add_noise, timestep_of
 from dinalrm_align.models.grids import save_grid
+from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import PromptEncoder
-from dinalrm_align.models.vae import decode_latents, encode_images
 from dinalrm_align.shapes.build import random_images, run_stage
 from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score

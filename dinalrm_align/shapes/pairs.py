@@ -21,9 +21,8 @@ from tqdm.auto import tqdm
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.models.images import to_bytes
-from dinalrm_align.models.pipeline import load_pipeline
+from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline
 from dinalrm_align.models.text import PromptEncoder
-from dinalrm_align.models.vae import decode_latents, encode_images
 from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.render import Drawing, concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render

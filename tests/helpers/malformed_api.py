@@ -24,8 +24,8 @@ from dinalrm_align.flow.noise import (
     timestep_of,
 )
 from dinalrm_align.flow.sampling import ode_step, rollout, schedule_sigmas, seeded_noise
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.reward.config import AccuracyConfig, HeadConfig, LoraConfig, LossConfig, TrainRewardRun
 from dinalrm_align.reward.head import RewardHead
 from dinalrm_align.reward.losses import preference_loss

@@ -22,9 +22,9 @@ from dinalrm_align.align.refl_config import ReflConfig
 from dinalrm_align.align.rollouts import Position, Sampler
 from dinalrm_align.align.savings.config import Architecture, Case
 from dinalrm_align.align.savings.fake_tensors import pack_linears, replace_tensors
+from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.models.vae import decode_latents, encode_images
 from dinalrm_align.reward.latent import DTYPES, LatentReward
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.reward.pixel.base import PixelReward

@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, BatchEncoding
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dinalrm_align.flow.noise import check_latents
-from dinalrm_align.models.hub import HubOptions, check_source
 from dinalrm_align.models.images import image_tensor
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.text import prompts_of
-from dinalrm_align.models.vae import decode_latents
+from dinalrm_align.models.weights import HubOptions, check_source
 from dinalrm_align.reward.inputs import check_finite
 from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scores
 from dinalrm_align.train.files import reading

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import CLIPModel
 from transformers.utils import cached_file
 
-from dinalrm_align.models.hub import HubOptions, check_source, load_model
 from dinalrm_align.models.preprocess import Preprocess
+from dinalrm_align.models.weights import HubOptions, check_source, load_model
 from dinalrm_align.reward.pixel.base import PixelReward, cached, load_tokenizer, tokenise
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, reading

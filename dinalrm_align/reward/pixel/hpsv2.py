@@ -13,9 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from dinalrm_align.models.hub import HubOptions, find_file
 from dinalrm_align.models.preprocess import normalise, pad_to_square, resize
-from dinalrm_align.models.weights import read_tensors
+from dinalrm_align.models.weights import HubOptions, find_file, read_tensors
 from dinalrm_align.reward.names import CLIP_H
 from dinalrm_align.reward.pixel.base import load_tokenizer
 from dinalrm_align.reward.pixel.clip import ClipReward

@@ -29,10 +29,17 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import AddedToken, Qwen2VLConfig, Qwen2VLModel
 
-from dinalrm_align.models.hub import HubOptions, beside, check_source, find_file
 from dinalrm_align.models.preprocess import normalise, resize
 from dinalrm_align.models.quantization import check_quantization, quantise_linears
-from dinalrm_align.models.weights import assign_tensors, read_tensors, rename
+from dinalrm_align.models.weights import (
+    HubOptions,
+    assign_tensors,
+    beside,
+    check_source,
+    find_file,
+    read_tensors,
+    rename,
+)
 from dinalrm_align.reward.pixel.base import PixelReward, load_tokenizer
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, read_text, reading

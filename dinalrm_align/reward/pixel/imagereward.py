@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import AddedToken, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from dinalrm_align.models.hub import HubOptions, beside, find_file
 from dinalrm_align.models.preprocess import normalise, resize
-from dinalrm_align.models.weights import assign_tensors, read_tensors, rename
+from dinalrm_align.models.weights import HubOptions, assign_tensors, beside, find_file, read_tensors, rename
 from dinalrm_align.reward.pixel.base import PixelReward, load_tokenizer, tokenise
 from dinalrm_align.reward.pixel.clip_h import encoder_sizes, image_sizes, shape_of
 from dinalrm_align.train.device import available_device

@@ -25,8 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from dinalrm_align.models.hub import HubOptions, find_file
-from dinalrm_align.models.weights import assign_tensors, read_module_tensors, read_tensors, rename
+from dinalrm_align.models.weights import (
+    HubOptions,
+    assign_tensors,
+    find_file,
+    read_module_tensors,
+    read_tensors,
+    rename,
+)
 from dinalrm_align.reward.names import CLIP_H
 from dinalrm_align.reward.pixel.base import PixelReward, cached, load_tokenizer, tokenise
 from dinalrm_align.reward.pixel.clip import load_preprocess

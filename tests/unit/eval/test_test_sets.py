@@ -190,8 +190,7 @@ def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
     from dinalrm_align import LatentReward
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.eval.image_scores import image_scorer
-    from dinalrm_align.models.pipeline import load_transformer
-    from dinalrm_align.models.vae import encode_images
+    from dinalrm_align.models.pipeline import encode_images, load_transformer
     from dinalrm_align.reward.registry import load_reward
 
     transformer = load_transformer(tiny_world / "pipeline", dtype=torch.float32).requires_grad_(False)

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from dinalrm_align.models.images import image_tensor
+from dinalrm_align.models.pipeline import decode_latents, encode_images, load_vae
 from dinalrm_align.models.text import Conditions, PromptEncoder
-from dinalrm_align.models.vae import decode_latents, encode_images, load_vae
 
 
 def pictures(batch=2, size=(64, 64), seed=0):

@@ -102,7 +102,7 @@ def test_an_image_reward_is_evaluated_on_decoded_latents(recipe, arguments, tmp_
     import torch
 
     from dinalrm_align.data.latent_pairs import LatentPairs
-    from dinalrm_align.models.vae import decode_latents, load_vae
+    from dinalrm_align.models.pipeline import decode_latents, load_vae
 
     recipe.main([*arguments, "--reward=public_rewards:brightness", "--gold=false", "--bootstrap=100"])
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_reward import make_inputs, raw_scores, shake, tiny_reward_config
 
 from dinalrm_align import LatentReward, RewardConfig
-from dinalrm_align.models.hub import fetch
-from dinalrm_align.models.weights import load_tensors
+from dinalrm_align.models.weights import fetch, load_tensors
 from dinalrm_align.reward.checkpoint import read_checkpoint, relocated, save_checkpoint
 from dinalrm_align.reward.config import HeadConfig, LoraConfig
 from dinalrm_align.reward.model import build_reward_model

@@ -14,9 +14,9 @@ from dinalrm_align import LatentReward
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.models.pipeline import encode_images
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import Conditions, PromptEncoder
-from dinalrm_align.models.vae import encode_images
 from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.reward.training import draw_levels, preference_step

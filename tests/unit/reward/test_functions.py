@@ -7,7 +7,7 @@ import torch
 from tiny_clip import tiny_vae
 from torch import nn
 
-from dinalrm_align.models.vae import decode_latents
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.reward.callables import ImageFunction, LatentFunction, as_reward, import_callable
 
 PROMPTS = ["a", "bcd"]

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.preprocess import centre_crop, normalise, pad_to_square, resize
-from dinalrm_align.models.vae import decode_latents
 from dinalrm_align.reward.pixel import base
 from dinalrm_align.reward.pixel.base import PixelReward, decode_in_slices
 

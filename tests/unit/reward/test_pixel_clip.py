@@ -11,7 +11,7 @@ from tiny_reward import encoded
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dinalrm_align.models.vae import decode_latents
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.reward.pixel.clip import ClipReward
 
 PROMPTS = ["a red circle", "a blue square on gray"]

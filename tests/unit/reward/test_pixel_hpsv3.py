@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLFo
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from dinalrm_align.models.vae import decode_latents
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.weights import rename
 from dinalrm_align.reward.pixel import hpsv3
 from dinalrm_align.reward.pixel.hpsv3 import (

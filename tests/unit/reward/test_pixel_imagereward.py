@@ -11,7 +11,7 @@ from bomb import Bomb
 from PIL import Image
 from transformers import BertTokenizer
 
-from dinalrm_align.models.vae import decode_latents
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.weights import rename
 from dinalrm_align.reward.pixel.imagereward import NAMES, TEXT_CONFIG, WEIGHTS, ImageRewardReward, preprocess
 from dinalrm_align.reward.registry import load_reward

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinalrm_align.models.vae import decode_latents
+from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.reward.pixel.unifiedreward import TEMPLATES, ChatEndpoint, Template, UnifiedReward
 from dinalrm_align.reward.registry import load_reward
 

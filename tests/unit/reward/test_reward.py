@@ -11,8 +11,8 @@ from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPi
 from tiny_reward import make_inputs, raw_scores
 
 from dinalrm_align import LatentReward
+from dinalrm_align.models.pipeline import encode_images
 from dinalrm_align.models.text import PromptEncoder
-from dinalrm_align.models.vae import encode_images
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.models.images import open_image
-from dinalrm_align.models.vae import encode_images
+from dinalrm_align.models.pipeline import encode_images
 from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
 from dinalrm_align.shapes.pairs import (
     GRAIN,

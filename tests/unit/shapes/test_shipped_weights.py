@@ -7,8 +7,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from dinalrm_align import LatentReward
+from dinalrm_align.models.pipeline import encode_images
 from dinalrm_align.models.specs import MODELS, SHAPES_WEIGHTS
-from dinalrm_align.models.vae import encode_images
 from dinalrm_align.reward.pixel.clip import ClipReward
 from dinalrm_align.shapes.render import Nuisance, lay_out, render, spoil_scene
 from dinalrm_align.shapes.scene import draw_scenes
