@@ -20,19 +20,14 @@ Runs = Mapping[str, Mapping[int, Mapping[str, PairScores]]]
 Measure = Callable[[PairScores], np.ndarray]
 """PairScores -> (N,) correctness of each pair in [0, 1]; NaN where raters tie."""
 ASTERISK = "An asterisk marks intervals that exclude 0."
-SINGLE_LEVEL = 0.4
-"""The paper's single level, at which several noise draws are compared."""
-COUNTS = (1, 2, 4, 8)
-"""Numbers of draws to compare."""
-ENSEMBLE_DRAWS = 4
-"""Most draws of the ensemble's variance."""
+SINGLE_LEVEL = 0.4  # the paper's, at which several noise draws are compared
+COUNTS = (1, 2, 4, 8)  # numbers of draws to compare
+ENSEMBLE_DRAWS = 4  # most draws of the ensemble's variance
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Scores of finished runs, and what is reported of them: names of test sets, ascending single noise levels, and
-    ensembles of levels joined as tokens; all arms are compared at the first ensemble.
-    """
+    """Scores of finished runs, and the sets and levels to report; all arms are compared at the first ensemble."""
 
     runs: Runs
     sets: Sequence[str]
@@ -249,9 +244,7 @@ def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """Variance of a score over noise draws, as a share of its variance over images (mean over seeds), and the number of
-    forwards of the backbone per score.
-    """
+    """Variance of a score over noise draws as a share of that over images, at a number of forwards per score."""
 
     label: str
     forwards: int

@@ -19,8 +19,7 @@ from dinalrm_align.eval.scores import NoiseLevels, level_name
 from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.train.files import write_atomically
 
-LIKELIHOODS = ("calibrated", "fixed", "nll", "bradley_terry")
-"""Arms with different likelihoods or objectives; the others share the baseline's."""
+LIKELIHOODS = ("calibrated", "fixed", "nll", "bradley_terry")  # the other arms share the baseline's
 CALIBRATED_AT = (0.1, 0.4, 0.7, 0.9)
 
 

@@ -26,10 +26,8 @@ from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.losses import preference_loss, preference_probability
 
 BINS = 10
-DRAWS = 2000
-"""Bootstrap resamples of captions."""
-SCALES = (1e-3, 1e3)
-"""Bounds of the search for the best scale."""
+DRAWS = 2000  # bootstrap resamples of captions
+SCALES = (1e-3, 1e3)  # bounds of the search for the best scale
 SECTION = (
     "## Calibration\n\nOn {name}, each arm by the likelihood it was trained with, pairs of all seeds. ECE: expected "
     "calibration error in points, with its 95 % interval over captions; by chance: the ECE of exact predictions. NLL "
@@ -73,12 +71,8 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration at one noise level.
-
-    Args:
-        low, high: 95 % interval over captions of the expected calibration error (`calibration_interval`).
-        nll, brier: mean negative log-likelihood and squared error of the predictions.
-        scale, scaled_nll: the factor on the gap that minimises the negative log-likelihood, and that minimum.
+    """Calibration at one noise level. low, high: `calibration_interval`. nll, brier: mean negative log-likelihood and
+    squared error. scale, scaled_nll: the factor on the gap that minimises the log-likelihood loss, and that minimum.
     """
 
     reliability: Reliability

@@ -19,8 +19,7 @@ from dinalrm_align.train.settings import (
 )
 
 BASELINE = "calibrated"
-Changes = dict[str, Any]
-"""Dotted options of `recipes/train_reward.py` -> values."""
+Changes = dict[str, Any]  # dotted options of `recipes/train_reward.py` -> values
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,8 @@ class AblateRun:
         steps: updates of every arm.
         training: YAML of `recipes/train_reward.py` that the arms change; default, that of the model's kind.
         pairs: preference pairs to train on, as in `recipes/train_reward.py`; default, those of the embedded world.
-        judged: test sets, name -> location. Default, for the embedded world only: heldout, ranked lists of held-out
-            captions with the noisy labels of training; concepts, pairs that differ in one concept, with exact labels;
-            shifted, such pairs of degraded images. Noise draws are compared on the last set.
+        judged: test sets, name -> location, as in `recipes/evaluate_reward.py`; default, for the embedded world only:
+            heldout, concepts and shifted. Noise draws are compared on the last set.
         output_dir: receives all runs and the report. Run again, it continues where it stopped.
         launch: launcher of the trainings instead of this program's Python, as "accelerate launch --num_processes 8".
         device: auto uses a CUDA GPU if there is one.
@@ -176,26 +174,21 @@ class EvaluateRun:
             held-out captions with the noisy labels of training; concepts, pairs that differ in one concept; shifted,
             such pairs of degraded images.
         protocol: name of a set -> protocol of its accuracy. pooled, strict, diff, grouped, half-ties, three-way, tau,
-            and for ranked lists (imagereward, hpdv2) hpsv2 and mps; default, the set's own. The report lists them all
-            with their definitions.
+            and for ranked lists (imagereward, hpdv2) hpsv2 and mps; default, the set's own. The report defines them.
         trained_on: training data of the reward, to report overlap with the test sets and the accuracy without it. A
             directory of latent pairs, a jsonl of images, or a published train.json.
-        output_dir: receives the scores per image and pair, evaluation.md, evaluation.json and figures. Existing scores
-            are reused, so a stopped run continues.
+        output_dir: receives scores, evaluation.md, evaluation.json and figures; a stopped run continues.
         device: auto uses a CUDA GPU if there is one.
         batch_size: groups of latents, or images, per batch.
         size: side of the square whose area images have for a latent reward; default, the model's own. DiNa-LRM for
             SD3.5 was trained at 1024. Image rewards get images as they are.
-        fit: how images are resized to that area. area keeps the aspect ratio; crop scales them to cover the square and
-            crops the centre.
-        on_bad: action for an image that is missing or cannot be read. refuse raises an error; skip leaves out its pairs
-            and lists it in the report.
+        fit: how images are resized to it. area keeps the aspect ratio; crop covers the square and crops the centre.
+        on_bad: refuse an image that cannot be read, or skip it. skip leaves out its pairs and lists it in the report.
         sigmas: single noise levels for a latent reward.
         ensembles: noise levels joined as tokens, and averaged.
         calibrated_at: the single levels of the calibration report; each must be one of sigmas.
         loss: the likelihood that turns score gaps into probabilities, as the reward was trained with.
-        gold: also report the accuracy of the model's gold score on decoded latents; not for sets of images, where a
-            gold score is evaluated like any other reward.
+        gold: also report the accuracy of the model's gold score on decoded latents; not for sets of images.
         noise_seed: of the noise.
         bootstrap: resamples of prompts for the intervals.
         shapes_pairs: test sets of the embedded world.

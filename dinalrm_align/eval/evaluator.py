@@ -1,27 +1,34 @@
 """Scores of a finished reward on every test set, stored as they are taken; stored scores are loaded.
 
 A test set holds latents (image rewards decode them) or images: a public test set by its name (`test_sets_config`), or a
-jsonl.
+jsonl. Every image is scored separately, in an order that does not depend on the pairs (`ImageSet.order`). RNG streams
+of images are keyed by (seed, prompt, draw), so images of one prompt and size share their noise.
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
+from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.data.source import Encoders, open_pairs
-from dinalrm_align.eval.image_scores import Fit, OnBad, image_scorer, score_image_set
 from dinalrm_align.eval.scores import (
     NO_NOISE,
     Level,
     NoiseLevels,
     PairScores,
+    Piece,
     Pieces,
     Score,
+    check_finite,
     load_scores,
     save_scores,
     score_pairs,
@@ -29,21 +36,182 @@ from dinalrm_align.eval.scores import (
 from dinalrm_align.eval.test_sets import ImageSet, open_test_set
 from dinalrm_align.eval.test_sets_config import TEST_SETS
 from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.models.images import image_tensor, open_image
 from dinalrm_align.models.pipeline import decode_latents
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.latent import LatentReward
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.training import score_batch
-from dinalrm_align.train.digest import digest, fingerprint
+from dinalrm_align.train.digest import digest, fingerprint, text_digest
 from dinalrm_align.train.files import read_json, write_atomically
 
-if TYPE_CHECKING:
-    from diffusers import SD3Transformer2DModel
-
-    from dinalrm_align.data.pairs import PairBatch
-
 DECODED = 4  # latents decoded at once for the gold score
+PIECE = 8  # batches per stored piece
+MULTIPLE = 16  # divisor of image sides: SD3's VAE (8) times its patches (2)
+
+OnBad = Literal["refuse", "skip"]
+"""What to do about an image that cannot be read: raise ValueError, or leave out its pairs."""
+ImageScorer = Callable[[Sequence[Image.Image], Sequence[str]], Mapping[str, np.ndarray]]
+"""(B images of any size, B prompts) -> `NoiseLevels.name` -> (B,) scores."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How images are resized (LANCZOS) for a latent reward.
+
+    how: "area" keeps the aspect ratio at the area height x width, with sides rounded to multiples of 16; "crop" scales
+    the image to cover height x width and crops the centre.
+    """
+
+    how: Literal["area", "crop"]
+    height: int
+    width: int
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(3, H, W) in [0, 1]."""
+        if self.how == "crop":
+            fitted = ImageOps.fit(image, (self.width, self.height), method=Image.Resampling.LANCZOS)
+        else:
+            scale = (self.height * self.width / (image.width * image.height)) ** 0.5
+            sides = [max(1, round(scale * side / MULTIPLE)) * MULTIPLE for side in image.size]
+            fitted = image.resize(sides, Image.Resampling.LANCZOS)
+        return image_tensor([fitted])[0]
+
+
+def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[NoiseLevels], seed: int) -> ImageScorer:
+    """Raw scores of a latent reward at `levels`; or, where these are [NO_NOISE], the weighted sum of the parts of any
+    reward: latent rewards at their config's level and scale, image rewards on the images as they are.
+
+    encoders, fit: of the images that latent rewards read. Raises ValueError when a latent reward was trained with other
+    encoders; and, when called, for a reward that cannot score images.
+    """
+    parts, weights = reward.named_parts, reward.weights
+    for part in reward.noise_parts:
+        encoders.manifest().check(part.config)
+
+    def raw_scores(
+        part: LatentReward, levels: Sequence[NoiseLevels], images: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        scores = {level.name: np.empty(len(images), np.float32) for level in levels}
+        pixels = [fit(image) for image in images]
+        for size in dict.fromkeys(image.shape for image in pixels):
+            rows = [row for row, image in enumerate(pixels) if image.shape == size]
+            latents = encoders.encode_images(torch.stack([pixels[row] for row in rows])).to(part.device)
+            texts = [prompts[row] for row in rows]
+            conditions = Conditions(texts, *encoders.encode_prompts(texts))
+            for level in levels:
+                noise = torch.stack([draw_noise(texts, latents.shape[1:], seed, draw) for draw in level.draws])
+                raw = part.raw(latents, conditions, sigma=list(level.sigmas), noise=noise)
+                scores[level.name][rows] = raw.cpu().numpy()
+        return scores
+
+    def part_score(part: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        if not part.noise_parts:
+            return part.score_images(list(images), list(prompts)).cpu().numpy()
+        config = part.config
+        sigma = config.sigma if config.image_sigma is None else config.image_sigma
+        level = NoiseLevels.at(*(sigma if isinstance(sigma, Sequence) else [sigma]))
+        return raw_scores(part, [level], images, prompts)[level.name] * config.score_scale + config.score_bias
+
+    @torch.no_grad()
+    def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        if levels != [NO_NOISE]:
+            return raw_scores(reward, levels, images, prompts)
+        return {NO_NOISE.name: sum(weights[name] * part_score(part, images, prompts) for name, part in parts.items())}
+
+    return score
+
+
+def draw_noise(prompts: Sequence[str], shape: Sequence[int], seed: int, draw: int) -> Tensor:
+    """(B, *shape) standard normal on the CPU, equal for equal prompts."""
+    keys = [int(text_digest(prompt), 16) for prompt in prompts]
+    drawn = {key: torch.randn(*shape, generator=seeded_generator(seed, key, draw)) for key in dict.fromkeys(keys)}
+    return torch.stack([drawn[key] for key in keys])
+
+
+def score_image_set(
+    score: ImageScorer,
+    images: ImageSet,
+    levels: Sequence[NoiseLevels],
+    *,
+    batch_size: int,
+    on_bad: OnBad,
+    title: str,
+    pieces: Pieces,
+) -> tuple[PairScores, dict[str, str]]:
+    """Score all images of a set. Returns the scores, and the reason for each image without a score by its name.
+
+    Raises ValueError for scores that are not finite, when no pair is left, and for unreadable images unless `on_bad` is
+    "skip".
+    """
+    missing = images.missing()
+    if missing and on_bad == "refuse":
+        got = f"{len(missing)} of {len(images.images)} images are missing, as {missing[:3]}"
+        raise ValueError(f"{images.name}: {got}; add them, or leave out their pairs with --on_bad skip")
+    names = [level.name for level in levels]
+    order, size = images.order, PIECE * batch_size
+    table = np.full((len(names), len(order)), np.nan, np.float32)
+    faults: dict[str, str] = {}
+    with tqdm(total=len(order), desc=title, unit=" images", dynamic_ncols=True) as bar:
+
+        def score_piece(rows: Sequence[int]) -> Piece:
+            found: dict[str, str] = {}
+            parts = (rows[first : first + batch_size] for first in range(0, len(rows), batch_size))
+            scores = [_score_batch(score, images, part, names, on_bad, found) for part in parts]
+            return {"scores": np.concatenate(scores, axis=1)}, found
+
+        for number, start in enumerate(range(0, len(order), size)):
+            rows = order[start : start + size]
+            arrays, found = pieces.get(number, functools.partial(score_piece, rows))
+            table[:, rows] = arrays["scores"]
+            faults |= found
+            bar.update(len(rows))
+    return _pair_scores(images, dict(zip(names, table, strict=True)), faults), faults
+
+
+def _score_batch(
+    score: ImageScorer,
+    images: ImageSet,
+    rows: Sequence[int],
+    names: Sequence[str],
+    on_bad: OnBad,
+    faults: dict[str, str],
+) -> np.ndarray:
+    """Scores (levels, rows), NaN for images that cannot be read; those are added to `faults`."""
+    scores = np.full((len(names), len(rows)), np.nan, np.float32)
+    opened: dict[int, Image.Image] = {}
+    for column, row in enumerate(rows):
+        image = images.images[row]
+        try:
+            opened[column] = open_image(image.read(), image.name)
+        except (OSError, ValueError) as error:
+            if on_bad == "refuse":
+                how = "replace it, or leave out its pairs with --on_bad skip"
+                raise ValueError(f"{images.name}: image {image.name}: {error}; {how}") from error
+            faults[image.name] = str(error)
+    if opened:
+        found = score(list(opened.values()), [images.images[rows[column]].prompt for column in opened])
+        for line, name in enumerate(names):
+            check_finite(found[name], name, images.name)
+            scores[line, list(opened)] = found[name]
+    return scores
+
+
+def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
+    """The pairs whose images both have scores."""
+    scored = np.isfinite(next(iter(scores.values())))
+    kept = scored[images.chosen] & scored[images.rejected]
+    if not kept.any():
+        fault = next(iter(faults.values()), "")
+        raise ValueError(f"{images.name}: none of {len(kept)} pairs has scores of both images ({fault})")
+    prompts: dict[str, int] = {}
+    caption = [prompts.setdefault(images.images[row].prompt, len(prompts)) for row in images.chosen]
+    columns = {name: vars(images)[name] for name in ("chosen", "rejected", "label", "group")}
+    names = tuple(image.name for image in images.images)
+    found = PairScores(scores, **columns, caption=np.array(caption), prompts=tuple(prompts), images=names)
+    return found.subset(kept)
 
 
 @dataclass(frozen=True)
@@ -59,14 +227,11 @@ class Candidate:
     config: RewardConfig | None = None
 
     @classmethod
-    def from_checkpoint(cls, source: str | Path, transformer: "Callable[[], SD3Transformer2DModel]") -> "Candidate":
+    def from_checkpoint(cls, source: str | Path, transformer: Callable[[], torch.nn.Module]) -> "Candidate":
         """A latent reward by its folder or hub id. transformer: returns the base model, whose weights it shares."""
         checkpoint = read_checkpoint(source)
-
-        def load() -> LatentReward:
-            return LatentReward.from_pretrained(source, transformer=transformer())
-
-        return cls(digest(checkpoint.tensors), load, checkpoint.config)
+        tensors, config = checkpoint.tensors, checkpoint.config
+        return cls(digest(tensors), lambda: LatentReward.from_pretrained(source, transformer=transformer()), config)
 
     @classmethod
     def from_reward(cls, text: str, reward: Reward) -> "Candidate":
@@ -83,7 +248,7 @@ class Evaluator:
         encoders: for images, and to decode latents.
         size: (height, width) of images for latent rewards.
         batch_size: groups of latents, or images, per batch; RNG streams of latents depend on it.
-        fit, on_bad: for images, see `image_scores`.
+        fit, on_bad: for images, see `Fit` and `OnBad`.
         image_sets: of `open_image_sets`.
     """
 
@@ -142,7 +307,7 @@ class Evaluator:
         """Raw scores of a latent reward at the noise levels; scores of any other reward at its own."""
         reward = candidate.load()
 
-        def score(batch: "PairBatch", level: Level, noise: Tensor) -> Tensor:
+        def score(batch: PairBatch, level: Level, noise: Tensor) -> Tensor:
             if candidate.config:
                 return score_batch(reward.model, batch, level, noise)
             if batch.group_prompts is None:
@@ -153,7 +318,7 @@ class Evaluator:
 
         return score
 
-    def _batches(self, name: str, config: RewardConfig | None) -> "Sequence[PairBatch]":
+    def _batches(self, name: str, config: RewardConfig | None) -> Sequence[PairBatch]:
         reader = config or self.encoders.manifest()
         return open_pairs(self.sets[name], reader, self.encoders, size=self.size, batch_size=self.batch_size).in_order()
 
@@ -166,7 +331,7 @@ class Evaluator:
         prompts are left out.
         """
 
-        def score(batch: "PairBatch", level: Level, noise: Tensor) -> Tensor:
+        def score(batch: PairBatch, level: Level, noise: Tensor) -> Tensor:
             parts = batch.latents.to(self.encoders.device).split(DECODED)
             images = torch.cat([decode_latents(self.encoders.vae, part) for part in parts])
             return gold(images, list(batch.conditions.prompts))

@@ -20,8 +20,7 @@ from dinalrm_align.eval.ablation import (
 from dinalrm_align.eval.calibration import Calibration, fidelity_rater
 from dinalrm_align.train.files import save_figure
 
-FEWEST_PLOTTED = 10
-"""Fewest pairs of a plotted bin."""
+FEWEST_PLOTTED = 10  # fewest pairs of a plotted bin
 
 
 def panels(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 
@@ -24,9 +25,7 @@ from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.train.files import discard_folder, write_atomically
 
 PAIR_COLUMNS = ("chosen", "rejected", "label", "caption")
-STORED_NAMES = {"prompts": "prompts", "images": "pictures"}
-"""Field of `PairScores` -> its name in the file."""
-
+STORED_NAMES = {"prompts": "prompts", "images": "pictures"}  # field of `PairScores` -> its name in the file
 Level = tuple[float, ...]
 """One sigma, or several that are joined as tokens: an ensemble."""
 Score = Callable[[PairBatch, Level, Tensor], Tensor]
@@ -60,8 +59,7 @@ class NoiseLevels:
         return level_name(self.sigmas) + ("@" + ",".join(map(str, self.draws)) if any(self.draws) else "")
 
 
-NO_NOISE = NoiseLevels((), ())
-"""For a reward that is not evaluated at noise levels."""
+NO_NOISE = NoiseLevels((), ())  # of a reward that is not evaluated at noise levels
 
 
 @dataclass(frozen=True)
@@ -149,12 +147,8 @@ def score_pairs(
     captions: dict[str, int] = {}
     images, has_prompts = 0, True
     for index in tqdm(range(len(batches)), desc=title, unit=" batches", dynamic_ncols=True):
-        piece = None if pieces is None else pieces.load(index)
-        if piece is None:
-            piece = _score_batch(score, batches[index], levels, seed, index, title)
-            if pieces is not None:
-                pieces.save(index, piece)
-        arrays, metadata = piece
+        take = partial(_score_batch, score, batches, index, levels, seed, title)
+        arrays, metadata = take() if pieces is None else pieces.get(index, take)
         has_prompts &= metadata["prompts"] is not None
         prompts = metadata["prompts"] or [f"group {number} of batch {index}" for number in range(metadata["groups"])]
         caption_of_group = np.array([captions.setdefault(prompt, len(captions)) for prompt in prompts])
@@ -174,9 +168,10 @@ def score_pairs(
 
 
 def _score_batch(
-    score: Score, batch: PairBatch, levels: Sequence[NoiseLevels], seed: int, index: int, title: str
+    score: Score, batches: Sequence[PairBatch], index: int, levels: Sequence[NoiseLevels], seed: int, title: str
 ) -> Piece:
     """Scores (levels, M), and the columns of the pairs with rows from 0."""
+    batch = batches[index]
     numbers = {draw for level in levels for draw in level.draws}
     noise = {draw: batch.draw_noise(seeded_generator(seed, index, draw)) for draw in numbers}
     scores = []
@@ -233,21 +228,19 @@ class Pieces:
         else:
             write_atomically(stored, json.dumps(terms, indent=1) + "\n")
 
-    def load(self, number: int) -> Piece | None:
-        if not self._path(number).exists():
-            return None
-        arrays, metadata = _read_arrays(self._path(number))
-        return arrays, metadata["words"]
-
-    def save(self, number: int, piece: Piece) -> None:
-        _write_arrays(self._path(number), piece[0], {"words": piece[1]})
+    def get(self, number: int, take: Callable[[], Piece]) -> Piece:
+        """The piece of that number; if it does not exist, `take` it and store it."""
+        path = self.folder / f"{number:06d}.safetensors"
+        if path.exists():
+            arrays, metadata = _read_arrays(path)
+            return arrays, metadata["words"]
+        piece = take()
+        _write_arrays(path, piece[0], {"words": piece[1]})
+        return piece
 
     def discard(self) -> None:
         """Delete the folder, once the scores are stored as a whole elsewhere."""
         discard_folder(self.folder)
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.safetensors"
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, object]) -> None:

@@ -17,7 +17,7 @@ from public_sets import (
     write_parquet,
 )
 
-from dinalrm_align.eval.image_scores import PIECE, Fit, draw_noise, score_image_set
+from dinalrm_align.eval.evaluator import PIECE, Fit, draw_noise, score_image_set
 from dinalrm_align.eval.protocols import accuracy
 from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, Pieces
 from dinalrm_align.eval.test_sets import leaked, open_test_set, read_trained, trained_on
@@ -151,12 +151,12 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(tmp_path):
 
 def test_a_damaged_piece_is_refused(tmp_path):
     pieces = Pieces(tmp_path, {})
-    pieces.save(0, ({"scores": np.zeros(3, np.float32)}, {"a": 1}))
-    assert pieces.load(1) is None and pieces.load(0)[1] == {"a": 1}
+    pieces.get(0, lambda: ({"scores": np.zeros(3, np.float32)}, {"a": 1}))
+    assert pieces.get(0, lambda: None)[1] == {"a": 1}
     file = tmp_path / "000000.safetensors"
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(ValueError, match="000000.safetensors is damaged"):
-        pieces.load(0)
+        pieces.get(0, lambda: None)
 
 
 def test_a_score_that_is_not_finite_is_refused(tmp_path):
@@ -189,7 +189,7 @@ def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
 
     from dinalrm_align import LatentReward
     from dinalrm_align.data.source import Encoders
-    from dinalrm_align.eval.image_scores import image_scorer
+    from dinalrm_align.eval.evaluator import image_scorer
     from dinalrm_align.models.pipeline import encode_images, load_transformer
     from dinalrm_align.reward.registry import load_reward
 

@@ -132,7 +132,7 @@ def test_a_stopped_evaluation_continues(recipe, arguments, tmp_path, monkeypatch
         return brightness
 
     sets = [] if own else [f"--judged={{hpdv3: {write_hpdv3(tmp_path / 'hpdv3')}}}"]
-    monkeypatch.setattr("dinalrm_align.eval.image_scores.PIECE", 1)
+    monkeypatch.setattr("dinalrm_align.eval.evaluator.PIECE", 1)
     words = [*arguments, *sets, "--reward=public_rewards:brightness", "--gold=false", "--batch_size=2",
              "--bootstrap=100"]  # fmt: skip
     monkeypatch.setattr(public_rewards, "brightness", until(2))
