@@ -1,6 +1,6 @@
-"""Mine preference pairs: samples of a model, ranked by a reward that reads latents. No picture is decoded.
+"""Mine preference pairs: samples of a model, ranked by a reward that reads latents, without decoding images.
 
-    python recipes/mine_pairs.py                                the small world, or SD3.5-M if its weights are at hand
+    python recipes/mine_pairs.py                         the embedded world, or SD3.5-M if its weights are found
     python recipes/mine_pairs.py --model sd35 --prompts my_prompts.txt --mine.candidates 8
     python recipes/mine_pairs.py --lora runs/refl_shapes_dinalrm_seed0/lora --output_dir runs/second_round
 
@@ -9,8 +9,7 @@ embeddings. Offline DPO reads them: `python recipes/dpo_sd35.py --dpo.mode offli
 with `data.train_files=FOLDER/pairs` (dinalrm_align/data/mined_pairs.py lists the columns). Needs pyarrow:
 pip install 'dinalrm-align[data]'.
 
-Files are whole or not there, and each depends on the seed and its number alone: stopped, the same command goes on where
-it was, to the same files.
+Files are complete or absent and depend on the seed and their number alone: after a stop, the same command resumes.
 """
 
 import dataclasses
@@ -25,9 +24,9 @@ from dinalrm_align.models.specs import ModelSpec, resolve_model
 from dinalrm_align.train.command import parse, refuse, refusing
 
 
-def settle(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
+def settings_and_model(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
     """The settings, the model, and the folder of the pairs."""
-    run, _ = parse(MineRun, __doc__, argv)  # --help ends here, before anything heavy is imported
+    run, _ = parse(MineRun, __doc__, argv)  # --help exits here, before heavy imports
     if importlib.util.find_spec("pyarrow") is None:
         refuse("pairs are written as parquet, which needs the package pyarrow: pip install 'dinalrm-align[data]'")
     if run.reward != "dinalrm" and not Path(run.reward).is_dir() and "/" not in run.reward:
@@ -40,7 +39,6 @@ def settle(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
 
 def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
     import torch
-    from accelerate import Accelerator
     from tqdm import tqdm
 
     from dinalrm_align import LatentReward
@@ -54,17 +52,14 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
     from dinalrm_align.models.pipeline import load_pipeline
     from dinalrm_align.models.text import Conditions, PromptEncoder
     from dinalrm_align.train.cost import PhaseMeter
-    from dinalrm_align.train.device import available_device
+    from dinalrm_align.train.device import start_accelerator
     from dinalrm_align.train.digest import digest, fingerprint, text_digest
 
-    if run.device != "auto":
-        available_device(run.device)
-    accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no")
+    accelerator, dtype = start_accelerator(run, spec.dtype, minutes=7 * 24 * 60)  # ranks wait for the slowest
     device = accelerator.device
-    dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
     prompts = read_prompts(Path(run.prompts or spec.train_prompts))[: run.max_prompts]
 
-    # The model that is sampled and the reward that ranks share their base weights. The VAE is never called.
+    # The sampled model and the reward share their base weights. The VAE is never called.
     pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
     vae = pipeline.vae.config
     reward = LatentReward.from_pretrained(spec.reward if run.reward == "dinalrm" else run.reward, pipeline=pipeline)
@@ -88,7 +83,7 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
             (run.width or spec.width) // factor,
         ),
     )  # fmt: skip
-    # Prompts are encoded shard by shard: however long the list, only those of one file are in memory.
+    # Prompts are encoded shard by shard, so that only those of one file are in memory.
     miner = Miner(sampler, reward, prompts, lambda some: Conditions.encode(encoder, some, lengths), settings)
     facts |= {
         "prompts": text_digest("\n".join(prompts)), "seed": run.seed, "latent_shape": sampler.latent_shape,
@@ -103,7 +98,7 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
     accelerator.print(f"pairs in {folder}: {len(prompts)} prompts, {miner.shards - len(missing)} files there already")
     done = len(prompts) - sum(len(miner.prompts_of(number)) for number in missing)
     bar = tqdm(total=len(prompts), initial=done, unit="prompt", disable=not accelerator.is_main_process)
-    accelerator.wait_for_everyone()  # everybody has looked before anybody writes
+    accelerator.wait_for_everyone()  # every rank has looked before one writes
     with bar, policy.reference() if run.lora is None else nullcontext():
         for number in missing[accelerator.process_index :: accelerator.num_processes]:
             miner.write(folder, number)
@@ -121,9 +116,9 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         with refusing():
-            mine(*settle(sys.argv[1:] if argv is None else argv))
+            mine(*settings_and_model(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        print("\nstopped: whole files are kept, and the same command goes on from there", file=sys.stderr)
+        print("\nstopped: complete files are kept, and the same command resumes from there", file=sys.stderr)
         raise SystemExit(130) from None
 
 

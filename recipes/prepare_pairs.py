@@ -36,24 +36,16 @@ def settings_and_model(argv: Sequence[str]) -> tuple[PrepareRun, ModelSpec]:
 
 
 def prepare(run: PrepareRun, spec: ModelSpec) -> None:
-    from datetime import timedelta
-
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
 
     from dinalrm_align.data.prepare import Preparation
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.data.workers import worker_processes
-    from dinalrm_align.train.device import available_device
+    from dinalrm_align.train.device import start_accelerator
 
-    if run.device != "auto":
-        available_device(run.device)
-    timeout = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks wait for the slowest, which may take hours
-    accelerator = Accelerator(cpu=run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])
-    device = accelerator.device
-    dtype = run.dtype if run.dtype != "auto" else spec.dtype if device.type == "cuda" else "float32"
-    encoders = Encoders(spec.pipeline, text_length=run.text_length, device=device, dtype=getattr(torch, dtype))
+    accelerator, dtype = start_accelerator(run, spec.dtype, minutes=7 * 24 * 60)  # ranks wait for the slowest
+    options = dict(text_length=run.text_length, device=accelerator.device, dtype=getattr(torch, dtype))
+    encoders = Encoders(spec.pipeline, **options)
     encoders.encode_prompts.max_cached = 1  # each is encoded once
     manifest, folder = encoders.manifest(weights=True), Path(run.output_dir)
     share = dict(rank=accelerator.process_index, world=accelerator.num_processes)

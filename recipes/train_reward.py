@@ -23,7 +23,7 @@ from dinalrm_align.models.specs import ModelSpec, resolve_model
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import refuse, refusing
 from dinalrm_align.train.metrics import open_tracker
-from dinalrm_align.train.run import complete_run, parse_run, start_accelerator
+from dinalrm_align.train.run import complete_run, parse_run
 
 RECIPE = Path(__file__)
 
@@ -62,11 +62,13 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
         parameter_groups,
         score_batch,
     )
+    from dinalrm_align.train.device import start_accelerator
     from dinalrm_align.train.digest import fingerprint
     from dinalrm_align.train.loop import Hook, RunFolder, fit
     from dinalrm_align.train.state import RunState, adamw
 
-    accelerator, dtype = start_accelerator(run, spec.dtype, autocast=True)
+    options = dict(minutes=run.loop.timeout, tracker=run.tracker, autocast=True)
+    accelerator, dtype = start_accelerator(run, spec.dtype, **options)
     device, folder = accelerator.device, Path(run.output_dir)
     accelerator.print(f"run {folder} on {device}, base weights in {dtype}")
     open_tracker(accelerator, run.tracker, folder, text, checkpoint)

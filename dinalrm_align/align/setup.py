@@ -41,11 +41,11 @@ from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_reward, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
 from dinalrm_align.train.cost import PhaseMeter
+from dinalrm_align.train.device import start_accelerator
 from dinalrm_align.train.digest import fingerprint, text_digest
 from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.loop import Hook, Method, RunFolder, fit
 from dinalrm_align.train.metrics import METRICS, open_tracker, read_metrics
-from dinalrm_align.train.run import start_accelerator
 from dinalrm_align.train.state import RunState, Stateful
 
 ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
@@ -190,7 +190,7 @@ def prepare(
             scaled to the same standard deviation.
     """
     run, spec = resolved.run, resolved.spec
-    accelerator, dtype = start_accelerator(run, spec.dtype)
+    accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
     device = accelerator.device
     check_memory_options(run.memory, device)
     named = [run.reward, *([anchor.reward] if anchor and anchor.reward else [])]

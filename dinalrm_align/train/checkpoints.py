@@ -36,6 +36,7 @@ from dinalrm_align.train.state import RunState
 
 FOLDER = "checkpoints"
 STEP = re.compile(r"step_(\d{6,})")
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # of AdamW, and of bitsandbytes
 
 
 def save_checkpoint(
@@ -227,9 +228,7 @@ def _check_moments(saved: Mapping[int, Mapping[str, Any]], optimizer: torch.opti
     for number, moments in saved.items():
         nested = [value for value in moments.values() if isinstance(value, Mapping)]  # of bitsandbytes
         for name, moment in [item for values in (moments, *nested) for item in values.items()]:
-            # bitsandbytes stores the codes and scales of 8-bit moments (qmap, absmax) beside them
-            has_shape = isinstance(moment, Tensor) and moment.ndim and not name.startswith(("qmap", "absmax"))
-            if has_shape and [tuple(moment.shape)] != shapes[number : number + 1]:
+            if name in MOMENTS and [tuple(moment.shape)] != shapes[number : number + 1]:
                 raise ValueError(
                     f"{where} does not fit this optimiser: {name} of parameter {number} is {tuple(moment.shape)}, "
                     f"expected {shapes[number : number + 1]}; resume with the settings of the run"

@@ -43,10 +43,11 @@ def parse(
         if types.get(word.removeprefix("--")) is bool and after.lower() not in ("true", "false"):
             words[index] = f"{word}=true"
     parser = _Parser(
-        types, description=description, default_config_files=[str(path) for path in defaults], allow_abbrev=False,
+        description=description, default_config_files=[str(path) for path in defaults], allow_abbrev=False,
         usage=f"%(prog)s {f'{positional.upper()} ... ' if positional else ''}[--config FILE] [--NAME VALUE ...]",
         formatter_class=_HelpFormatter,
     )  # fmt: skip
+    parser.types = types
     parser.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
     if positional is not None:
         meaning = {part.arg_name: part.description for part in docstring_parser.parse(kind.__doc__).params}
@@ -95,9 +96,7 @@ class _HelpFormatter(DefaultHelpFormatter):
 class _Parser(ArgumentParser):
     """Errors in one line: field, value and expectation, or the nearest name for an unknown option."""
 
-    def __init__(self, types: dict[str, Any], **options: Any) -> None:
-        super().__init__(**options)
-        self._types = types
+    types: dict[str, Any]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         key = re.search(r'Parser key "([^"]+)"', message)
@@ -105,13 +104,12 @@ class _Parser(ArgumentParser):
         given = GIVEN.search(message)
         if limit:
             message = f"{key[1]}: got {limit[1] or given[given.lastindex]}; expected {bounds_in_words(limit[2])}"
-        elif given and key[1] in self._types:
-            hint = self._types[key[1]]
-            message = f"{key[1]}: got {given[given.lastindex]!r:.80}; expected {type_in_words(hint)}"
+        elif given and key[1] in self.types:
+            message = f"{key[1]}: got {given[given.lastindex]!r:.80}; expected {type_in_words(self.types[key[1]])}"
         prefix, _, rest = message.partition("unrecognized arguments: ")
         if not prefix and rest:
             word = rest.split()[0]
-            known = [f"--{name}" for name in self._types]
+            known = [f"--{name}" for name in self.types]
             message = f"unknown option {word}{did_you_mean(word.split('=')[0], known) or ';'} --help lists all"
         refuse(message)
 

@@ -1,9 +1,13 @@
-"""The requested device, and the error when another rank is lost."""
+"""The requested device, the accelerator of a run, and the error when another rank is lost."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 
 def available_device(device: torch.device | str) -> torch.device:
@@ -19,6 +23,29 @@ def available_device(device: torch.device | str) -> torch.device:
     if found.type == "meta":
         raise ValueError("device: got meta, on which tensors hold no values; choose cpu or cuda")
     return found
+
+
+def start_accelerator(
+    run: Any, model_dtype: str, *, minutes: float, tracker: str = "none", autocast: bool = False
+) -> tuple[Accelerator, str]:
+    """Seed the global RNGs; the accelerator of a recipe's run, and the dtype of the frozen weights.
+
+    With run.dtype auto, it is model_dtype on a GPU and float32 on a CPU. minutes: timeout of collectives. autocast: use
+    bfloat16 autocast on a GPU, unless the dtype is float32.
+    """
+    if run.device != "auto":
+        available_device(run.device)
+    on_gpu = run.device != "cpu" and torch.cuda.is_available()
+    dtype = run.dtype if run.dtype != "auto" else model_dtype if on_gpu else "float32"
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision="bf16" if autocast and on_gpu and dtype != "float32" else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))],
+        log_with=None if tracker == "none" else tracker,
+        project_dir=run.output_dir,
+    )
+    set_seed(run.seed % 2**31, device_specific=True)
+    return accelerator, dtype
 
 
 @contextmanager

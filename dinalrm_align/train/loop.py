@@ -266,8 +266,9 @@ def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
         with with_others():
             return bool(accelerator.reduce(flag, reduction="sum").item())
 
-    in_main = threading.current_thread() is threading.main_thread()  # signals reach only this one
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requested_anywhere
     finally:

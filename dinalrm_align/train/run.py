@@ -1,16 +1,12 @@
-"""From a command line to a run: its settings, new or resumed, and its accelerator. Torch-free until these are valid."""
+"""From a command line to the settings of a run, new or resumed. Torch-free."""
 
 import os
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 from dinalrm_align.train.command import parse, refuse
 from dinalrm_align.train.metrics import check_tracker
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Run = TypeVar("Run")
 """Settings of a training recipe: model, output_dir, seed, resume, device, dtype, tracker, loop, ..."""
@@ -58,30 +54,3 @@ def complete_run(
     resolved = [*argv, "--model", model, "--output_dir", str(folder), "--resume", "null"]
     run, text = parse(type(run), "", resolved, [folder / "config.yaml"] if checkpoint else defaults)
     return run, f"# settings of recipes/{recipe.name}\n{text}"
-
-
-def start_accelerator(run: Any, model_dtype: str, *, autocast: bool = False) -> "tuple[Accelerator, str]":
-    """Seed the global RNGs; the accelerator, and the dtype of the frozen weights.
-
-    With run.dtype auto, it is model_dtype on a GPU and float32 on a CPU. autocast: use bfloat16 autocast on a GPU,
-    unless the dtype is float32.
-    """
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, set_seed
-
-    from dinalrm_align.train.device import available_device
-
-    if run.device != "auto":
-        available_device(run.device)
-    on_gpu = run.device != "cpu" and torch.cuda.is_available()
-    dtype = run.dtype if run.dtype != "auto" else model_dtype if on_gpu else "float32"
-    accelerator = Accelerator(
-        cpu=not on_gpu,
-        mixed_precision="bf16" if autocast and on_gpu and dtype != "float32" else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=run.loop.timeout))],
-        log_with=None if run.tracker == "none" else run.tracker,
-        project_dir=run.output_dir,
-    )
-    set_seed(run.seed % 2**31, device_specific=True)
-    return accelerator, dtype
