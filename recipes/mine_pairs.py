@@ -114,12 +114,8 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
-        with refusing():
-            mine(*settings_and_model(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        print("\nstopped: complete files are kept, and the same command resumes from there", file=sys.stderr)
-        raise SystemExit(130) from None
+    with refusing(stopped="complete files are kept, and the same command resumes from there"):
+        mine(*settings_and_model(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

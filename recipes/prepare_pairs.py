@@ -70,12 +70,8 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
-        with refusing():
-            prepare(*settings_and_model(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        print("\nstopped: complete files are kept, and the same command resumes from there", file=sys.stderr)
-        raise SystemExit(130) from None
+    with refusing(stopped="complete files are kept, and the same command resumes from there"):
+        prepare(*settings_and_model(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ A run writes config.yaml, metrics.jsonl, checkpoints/, the accuracy on held-out 
 accuracy_vs_sigma.png) and the trained reward, reward/.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,33 +49,25 @@ def resolve(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, Path |
 def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> None:
     import torch
 
-    from dinalrm_align.data.pairs import PairBatch
     from dinalrm_align.eval.accuracy import evaluate_pairs
     from dinalrm_align.models.pipeline import load_transformer
+    from dinalrm_align.reward import training
     from dinalrm_align.reward.checkpoint import save_checkpoint
     from dinalrm_align.reward.model import build_reward_model
     from dinalrm_align.reward.sharding import shard_base, sharding_asked
-    from dinalrm_align.reward.training import (
-        RewardTraining,
-        config_digest,
-        config_for,
-        open_training_pairs,
-        parameter_groups,
-        score_batch,
-    )
     from dinalrm_align.train.device import start_accelerator
     from dinalrm_align.train.digest import fingerprint
     from dinalrm_align.train.loop import Hook, RunFolder, fit
     from dinalrm_align.train.state import RunState, adamw
 
-    options = dict(minutes=run.loop.timeout, tracker=run.tracker, autocast=True)
-    accelerator, dtype = start_accelerator(run, spec.dtype, **options)
+    distributed = dict(minutes=run.loop.timeout, tracker=run.tracker)
+    accelerator, dtype = start_accelerator(run, spec.dtype, **distributed, autocast=True)
     device, folder = accelerator.device, Path(run.output_dir)
     accelerator.print(f"run {folder} on {device}, base weights in {dtype}")
     open_tracker(accelerator, run.tracker, folder, text, checkpoint)
 
-    reward = config_for(run.reward, spec.pipeline, folder / "reward")
-    pairs, validation = open_training_pairs(run, spec, reward, accelerator, dtype=getattr(torch, dtype))
+    reward = training.config_for(run.reward, spec.pipeline, folder / "reward")
+    pairs, validation = training.open_training_pairs(run, spec, reward, accelerator, dtype=getattr(torch, dtype))
     world = accelerator.num_processes
     accelerator.print(f"one epoch: {len(pairs) // world} batches of {run.batch_size} on each of {world} processes")
 
@@ -84,7 +77,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
         "recipe": "train_reward",
         "seed": str(run.seed),
         "base model": fingerprint(transformer),
-        "reward": config_digest(reward),
+        "reward": training.config_digest(reward),
         "list of pairs": pairs.digest(),
     }
     model = build_reward_model(reward, transformer, seed=run.seed)
@@ -95,20 +88,17 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
         shard_base(accelerator, None, [model.trunk])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    def score(batch: PairBatch, level: tuple[float, ...], noise: torch.Tensor) -> torch.Tensor:
-        return score_batch(model.eval(), batch, level, noise)
-
     def evaluate(step: int) -> dict[str, float]:
-        levels, title = run.accuracy.levels(), f"update {step}"
-        options = dict(seed=run.accuracy.seed, directory=folder, title=title, in_step=sharded)
-        return evaluate_pairs(score, validation, levels, accelerator, **options)
+        score = functools.partial(training.score_batch, model.eval())
+        options = dict(seed=run.accuracy.seed, directory=folder, title=f"update {step}", in_step=sharded)
+        return evaluate_pairs(score, validation, run.accuracy.levels(), accelerator, **options)
 
     def export(step: int) -> None:
         if accelerator.is_main_process:
             save_checkpoint(folder / "reward", reward, model.tuned_tensors())
 
-    with RewardTraining(model, pairs, run, accelerator) as method:
-        optimizer = adamw(parameter_groups(parameters, run.lora_lr), run.optim)
+    with training.RewardTraining(model, pairs, run, accelerator) as method:
+        optimizer = adamw(training.parameter_groups(parameters, run.lora_lr), run.optim)
         settings, command = "" if checkpoint else text, f"python recipes/train_reward.py --resume {folder}"
         state = dict(optimizer=optimizer, identity=identity, samples=method.samples)
         fit(

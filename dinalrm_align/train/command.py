@@ -72,10 +72,18 @@ def refuse(message: str) -> NoReturn:
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
-    """Pass errors that this package raises about its input to `refuse`; others keep their traceback."""
+def refusing(stopped: str = "") -> Iterator[None]:
+    """Pass errors that this package raises about its input to `refuse`; others keep their traceback.
+
+    stopped: message for Ctrl-C, which then exits with status 130.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        if not stopped:
+            raise
+        print(f"\nstopped: {stopped}", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, TypeError, OSError, ImportError) as error:
         *_, innermost = traceback.walk_tb(error.__traceback__)
         if not Path(innermost[0].f_code.co_filename).is_relative_to(PACKAGE):

@@ -255,7 +255,7 @@ def test_an_interrupted_mining_resumes_to_identical_files(mine, arguments, tmp_p
         patch.setattr(mining, "write_shard", stopping)
         with pytest.raises(SystemExit) as stopped:
             mine([*arguments, f"--output_dir={cut}"])
-    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert stopped.value.code == 130 and "the same command resumes" in capsys.readouterr().err
     made = shard_path(cut, 0).stat().st_mtime_ns
     capsys.readouterr()
     mine([*arguments, f"--output_dir={cut}"])

@@ -137,7 +137,7 @@ def test_a_run_is_neither_overwritten_nor_moved(recipe, arguments, tmp_path, cap
     assert f"output_dir: got {elsewhere}; expected {run}" in said and not elsewhere.exists()
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     (run / "config.yaml").unlink()
-    assert f"{run / 'config.yaml'} is missing" in refusal(f"--resume={run}")
+    assert f"no settings file {run / 'config.yaml'}" in refusal(f"--resume={run}")
 
 
 def test_settings_that_do_not_fit_leave_no_run(recipe, arguments, tmp_path, capsys):
