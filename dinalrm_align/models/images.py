@@ -19,10 +19,7 @@ ORIENTATION = 0x0112
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """Read an image file as RGB, with its EXIF orientation applied; FileNotFoundError or ValueError if that fails.
-
-    name: for error messages; default: the path.
-    """
+    """Read an image file as RGB, with its EXIF orientation applied. name: for messages; default: the path."""
     name = name or str(source)
     file = _opened(source, name)
     try:
@@ -89,9 +86,7 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def image_tensor(images: "Tensor | Sequence[Image.Image] | Image.Image") -> "Tensor":
-    """PIL images of one size, or (B, 3, H, W) in [0, 1] -> (B, 3, H, W) float32 in [0, 1]; ValueError for values
-    outside [0, 1], an empty batch and several sizes.
-    """
+    """PIL images of one size, or (B, 3, H, W) in [0, 1] -> (B, 3, H, W) float32 in [0, 1], at least one."""
     import torch
 
     if isinstance(images, torch.Tensor):

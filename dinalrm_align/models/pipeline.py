@@ -58,10 +58,7 @@ def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[Hu
 
 @torch.no_grad()
 def encode_images(vae: "AutoencoderKL", images: Tensor | Sequence[Image.Image] | Image.Image) -> Tensor:
-    """PIL images or (B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w), float32, on the VAE's device.
-
-    Takes the posterior's mean, in the VAE's own dtype even under autocast.
-    """
+    """PIL images or (B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w), float32: the posterior's mean."""
     pixels = image_tensor(images)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = pixels.shape[-2:]

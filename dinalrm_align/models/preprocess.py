@@ -66,18 +66,13 @@ class Preprocess:
         off = [step for step in ("do_resize", "do_center_crop", "do_normalize") if not config.get(step, True)]
         if off:
             raise ValueError(f"{where}: {', '.join(off)} false; expected resize, centre crop and normalisation")
-        missing = [key for key in ("size", "crop_size", "image_mean", "image_std") if key not in config]
-        if missing:
-            raise ValueError(f"{where}: missing {', '.join(missing)}; expected a CLIP preprocessor_config.json")
-        size, crop = config["size"], config["crop_size"]
-        if isinstance(size, dict) and "shortest_edge" not in size:
-            raise ValueError(f"{where}: size: got {size}; expected a number or {{'shortest_edge': number}}")
-        if isinstance(crop, dict) and crop.keys() != {"height", "width"}:
-            raise ValueError(f"{where}: crop_size: got {crop}; expected a number, or numbers height and width")
-        edge = size["shortest_edge"] if isinstance(size, dict) else size
-        window = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
         try:
+            size, crop = config["size"], config["crop_size"]
+            edge = size["shortest_edge"] if isinstance(size, dict) else size
+            window = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
             return cls(edge, window, config["image_mean"], config["image_std"])
+        except KeyError as error:
+            raise ValueError(f"{where}: missing {error}; expected a CLIP preprocessor_config.json") from error
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from error
 

@@ -15,13 +15,8 @@ PACKAGE = Path(__file__).parents[1]
 SHAPES_WEIGHTS = PACKAGE / "shapes" / "weights"
 HUB_SECONDS = 3.0
 """Timeout for asking the hub for access, for all repositories together."""
-
-RELEASED_REWARD_FILES = (
-    "config.json",
-    "checkpoint/rm_head.pt",
-    "checkpoint/backbone_lora/adapter_config.json",
-    "checkpoint/backbone_lora/adapter_model.safetensors",
-)
+_LORA = "checkpoint/backbone_lora/adapter"
+RELEASED_REWARD_FILES = ("config.json", "checkpoint/rm_head.pt", f"{_LORA}_config.json", f"{_LORA}_model.safetensors")
 """Files of sd35's DiNa-LRM on the hub."""
 
 Gold = str | Callable[..., Any]
@@ -108,8 +103,7 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
 
     "auto" chooses sd35 if its weights are complete in the local cache, or the hub grants access within `HUB_SECONDS`
     (it is not asked if HF_HUB_OFFLINE is set), otherwise shapes. A name of `MODELS`, a pipeline folder, a world folder
-    (`pipeline/`, `dinalrm/`, `pixel/`, as written by `recipes/build_shapes.py`) or a hub id is never replaced by
-    another. Raises ValueError for an unknown name and a folder without a complete pipeline.
+    (`pipeline/`, `dinalrm/`, `pixel/`, as written by `recipes/build_shapes.py`) or a hub id is never replaced.
     """
     if name == "auto":
         return _choose()
@@ -135,18 +129,17 @@ def missing_files(folder: Path) -> list[str]:
     if not index.exists():
         return ["model_index.json"]
     components = read_json(index).items()
-    missing = []
-    for part in [part for part, entry in components if isinstance(entry, list) and entry[:1] != [None]]:
-        if part.startswith("tokenizer"):
-            vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
-            lacking = [] if any((folder / part / file).exists() for file in vocabularies) else ["tokenizer.json"]
-        elif part == "scheduler":
-            lacking = [file for file in ["scheduler_config.json"] if not (folder / part / file).exists()]
-        else:
-            stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-            lacking = _missing_weights(folder / part, stem)
-        missing += [f"{part}/{file}" for file in lacking]
-    return missing
+    parts = [part for part, entry in components if isinstance(entry, list) and entry[:1] != [None]]
+    return [f"{part}/{file}" for part in parts for file in _missing_in_part(folder / part)]
+
+
+def _missing_in_part(folder: Path) -> list[str]:
+    if folder.name.startswith("tokenizer"):
+        vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
+        return [] if any((folder / file).exists() for file in vocabularies) else ["tokenizer.json"]
+    if folder.name == "scheduler":
+        return [] if (folder / "scheduler_config.json").exists() else ["scheduler_config.json"]
+    return _missing_weights(folder, "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model")
 
 
 def _missing_weights(folder: Path, stem: str) -> list[str]:
@@ -168,12 +161,10 @@ def _choose() -> tuple[ModelSpec, str]:
     if not absent:
         return sd35, f"model sd35: its weights are complete in the local cache; {HOW_TO_GET_SHAPES}"
     if huggingface_hub.is_offline_mode():
-        why = f"{absent[0]} is not complete in the local cache and HF_HUB_OFFLINE is set"
-    else:
-        refusal = hub_refusal(absent)
-        if refusal is None:
-            return sd35, f"model sd35: the hub grants access, missing weights are downloaded; {HOW_TO_GET_SHAPES}"
-        why = f"{absent[0]} is not complete in the local cache, and {refusal}"
+        refusal = "HF_HUB_OFFLINE is set"
+    elif (refusal := hub_refusal(absent)) is None:
+        return sd35, f"model sd35: the hub grants access, missing weights are downloaded; {HOW_TO_GET_SHAPES}"
+    why = f"{absent[0]} is not complete in the local cache, and {refusal}"
     return shapes, f"model shapes, the small embedded world: {why}; {HOW_TO_GET_SD35}"
 
 
@@ -198,8 +189,7 @@ def is_cached(repository: str) -> bool:
 def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
     """None if the hub grants access to every repository, else the reason, after at most `seconds`.
 
-    Asks in daemon threads: a name server that never answers blocks the client below its own timeouts, and must not
-    delay the answer or the end of the program.
+    Asks in daemon threads: a name server that never answers blocks the client below its own timeouts.
     """
     from huggingface_hub import auth_check
 
@@ -226,9 +216,7 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
-    """The spec of a world folder, which has a `pipeline/`, its own rewards (perhaps not trained yet) and the oracle as
-    gold, or of a pipeline folder, with the rewards of sd35.
-    """
+    """The spec of a world folder (`pipeline/`, own rewards, the oracle as gold) or of a pipeline folder."""
     base, world = MODELS["sd35"], path / "pipeline"
     if not world.is_dir():
         _check_pipeline(path)
@@ -236,10 +224,8 @@ def _from_folder(path: Path) -> tuple[ModelSpec, str]:
         spec = dataclasses.replace(base, name=str(path), pipeline=str(path), height=size, width=size)
         return spec, f"pipeline in {path}, with the rewards of sd35; {HOW_TO_GET_SHAPES}"
     _check_pipeline(world)
-    size, tokens = (
-        _number(world / "vae" / "config.json", "sample_size"),
-        world / "tokenizer_3" / "tokenizer_config.json",
-    )
+    size = _number(world / "vae" / "config.json", "sample_size")
+    tokens = world / "tokenizer_3" / "tokenizer_config.json"
     length = _number(tokens, "model_max_length") if tokens.exists() else MODELS["shapes"].text_length
     own = dict(pipeline=str(world), reward=str(path / "dinalrm"), pixel=str(path / "pixel"))
     sizes = dict(height=size, width=size, text_length=length)
@@ -251,10 +237,8 @@ def _check_pipeline(pipeline: Path) -> None:
     """Raise ValueError unless the folder holds a complete SD3 pipeline."""
     if missing := missing_files(pipeline):
         lacks = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise ValueError(
-            f"{pipeline} is not a complete StableDiffusion3Pipeline folder: it lacks {lacks}; save one with "
-            "pipeline.save_pretrained(folder)"
-        )
+        problem = f"is not a complete StableDiffusion3Pipeline folder: it lacks {lacks}"
+        raise ValueError(f"{pipeline} {problem}; save one with pipeline.save_pretrained(folder)")
     kind = read_json(pipeline / "model_index.json").get("_class_name")
     if kind != "StableDiffusion3Pipeline":
         raise ValueError(f"{pipeline}: got a {kind}; expected a StableDiffusion3Pipeline (SD3 or SD3.5)")

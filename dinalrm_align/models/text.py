@@ -1,7 +1,5 @@
-"""Text of a run: prompts are encoded once, by `PromptEncoder`, and travel as `Conditions` to whoever reads them.
-
-Embeddings follow `StableDiffusion3Pipeline.encode_prompt`: features of both CLIP towers, zero-padded to T5's width,
-then T5's `text_length` tokens, without a mask.
+"""Prompts and their embeddings, those of `StableDiffusion3Pipeline.encode_prompt`: features of both CLIP towers,
+zero-padded to T5's width, then T5's `text_length` tokens, without a mask.
 """
 
 import threading
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
 MAX_CHARACTERS = 10_000
-"""Longest prompt accepted. Text encoders truncate at 77 to 512 tokens; far longer text is an error in the data."""
+"""Longest prompt accepted: text encoders truncate far earlier, at 77 to 512 tokens."""
 _ENCODING = threading.RLock()
 """Held while text encoders run: pipelines and fast tokenizers keep state between calls and are not thread-safe."""
 
@@ -103,23 +101,18 @@ class Conditions:
             return self.other_lengths[text_length]
         if self.text_length not in (None, text_length):
             have = sorted({self.text_length, *self.other_lengths})
-            raise ValueError(
-                f"text_length: got embeddings of {', '.join(map(str, have))} T5 tokens; expected {text_length}, which "
-                "this reward was trained with: encode the prompts with that length as well"
-            )
+            got = f"got embeddings of {', '.join(map(str, have))} T5 tokens; expected {text_length}, this reward's"
+            raise ValueError(f"text_length: {got}: encode the prompts with that length as well")
         return self.prompt_embeds, self.pooled_prompt_embeds
 
     def take(self, indices: Iterable[int], device: torch.device | str | None = None) -> Self:
-        """The rows `indices`, on `device`."""
         chosen = list(indices)
         return self._map([self.prompts[index] for index in chosen], lambda tensor: tensor[chosen].to(device))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same conditions on `device`."""
         return self._map(self.prompts, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same conditions in page-locked memory."""
         return self._map(self.prompts, Tensor.pin_memory)
 
     def _map(self, prompts: Sequence[str], change) -> Self:
@@ -250,6 +243,5 @@ class PromptEncoder:
 
 
 def text_encoders(pipeline: "StableDiffusion3Pipeline") -> list[torch.nn.Module]:
-    """The text encoders that the pipeline has, one to three."""
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     return [encoder for encoder in encoders if encoder is not None]

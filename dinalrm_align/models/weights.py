@@ -33,19 +33,15 @@ def check_source(name: str, source: str | Path, **hub: Unpack[HubOptions]) -> No
     if not isinstance(source, str | Path):
         raise TypeError(f"{name}: got {type(source).__name__}; expected a folder, or a hub id, owner/name")
     text = str(source)
-    if isinstance(source, str) and HUB_ID.fullmatch(text) and not Path(text).exists():
-        return
-    if not text.strip() or "\0" in text or not Path(text).is_dir():
+    on_hub = isinstance(source, str) and HUB_ID.fullmatch(text) and not Path(text).exists()
+    if not on_hub and (not text.strip() or "\0" in text or not Path(text).is_dir()):
         raise ValueError(f"no {name} at {text!r:.200}: neither an existing folder nor a hub id, owner/name")
 
 
 def fetch(
     source: str | Path, files: Sequence[str], *, what: str = "model", subfolder: str = "", **hub: Unpack[HubOptions]
 ) -> Path:
-    """The `subfolder` of a local folder, or of a snapshot of a repository.
-
-    files: names and patterns to download, relative to the subfolder.
-    """
+    """The `subfolder` of a local folder, or of a snapshot of a repository with `files`, names and patterns in it."""
     check_source(what, source, **hub)
     if Path(source).is_dir():
         return Path(source) / subfolder
@@ -91,10 +87,9 @@ def load_model(kind: Any, source: str | Path, *, allow_unexpected: bool = True, 
     # old CLIP checkpoints store position_ids, which are computed
     surplus = [key for key in info["unexpected_keys"] if not (allow_unexpected or key.endswith("position_ids"))]
     if lacking or surplus:
-        raise ValueError(
-            f"{str(source)!r} holds no whole {kind.__name__}: missing {sorted(map(str, lacking))[:3]}, "
-            f"unexpected {sorted(surplus)[:3]} ({len(lacking)} and {len(surplus)} tensors)"
-        )
+        got = f"missing {sorted(map(str, lacking))[:3]}, unexpected {sorted(surplus)[:3]}"
+        counts = f"({len(lacking)} and {len(surplus)} tensors)"
+        raise ValueError(f"{str(source)!r} holds no whole {kind.__name__}: {got} {counts}")
     return model
 
 
@@ -137,9 +132,8 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise ValueError unless both have the same names and shapes, and floating tensors for floating ones.
-
-    where: the file, for the message, which gives the number of differences and the first three names of each kind.
+    """Raise ValueError, naming the file `where` and some tensors, unless both have the same names and shapes, and
+    floating tensors for floating ones.
     """
     both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
     shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
@@ -149,14 +143,13 @@ def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: 
         "of another shape": [f"{name} {shape}, expected {wanted}" for name, shape, wanted in shapes],
         "of another type": [f"{n} {a.dtype}" for n, a, b in both if a.is_floating_point() != b.is_floating_point()],
     }
-    found = "; ".join(
+    if found := [
         f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for kind, names in differences.items()
         if names
-    )
-    if found:
+    ]:
         check = "Check that the file belongs to this config and base model"
-        raise ValueError(f"{where}: the tensors do not fit the model: {found}. {check}")
+        raise ValueError(f"{where}: the tensors do not fit the model: {'; '.join(found)}. {check}")
 
 
 @torch.no_grad()
@@ -181,14 +174,11 @@ def assign_tensors(
     keep_in_fp32: prefix of weights kept in at least float32. Buffers outside the state dict are moved to `device` too.
     """
     check_fit(module.state_dict(), tensors, where)
-    device = device or "cpu"
-    exact = torch.promote_types(dtype, torch.float32)
-    placed = {
-        name: tensor.to(device, exact if keep_in_fp32 and name.startswith(keep_in_fp32) else dtype)
-        for name, tensor in tensors.items()
-    }
+    exact = [name for name in tensors if keep_in_fp32 and name.startswith(keep_in_fp32)]
+    types = dict.fromkeys(tensors, dtype) | dict.fromkeys(exact, torch.promote_types(dtype, torch.float32))
+    placed = {name: tensor.to(device or "cpu", types[name]) for name, tensor in tensors.items()}
     module.load_state_dict(placed, assign=True)
-    module.to(device)
+    module.to(device or "cpu")
 
 
 class _StandIn:
