@@ -49,8 +49,7 @@ class ShuffledBatches:
         blocks: np.ndarray | None = None,
     ) -> None:
         self.buckets = [bucket for bucket in buckets if len(bucket)]
-        self.batch_size, self.seed = batch_size, seed
-        self._blocks = blocks
+        self.batch_size, self.seed, self._blocks = batch_size, seed, blocks
         if not any(len(bucket) >= batch_size for bucket in self.buckets):
             raise ValueError(
                 f"batch_size: got {batch_size}; expected at most the largest bucket, sizes "

@@ -128,14 +128,9 @@ def _schema() -> Any:
 
 def _row(pair: MinedPair, dtype: torch.dtype) -> dict[str, Any]:
     embeds, pooled = pair.negative or (None, None)
-    tensors = {
-        "img_win_latents": pair.latents[pair.chosen],
-        "img_lose_latents": pair.latents[pair.rejected],
-        "prompt_embeds": pair.prompt_embeds,
-        "pooled_prompt_embeds": pair.pooled_prompt_embeds,
-        "negative_prompt_embeds": embeds,
-        "negative_pooled_prompt_embeds": pooled,
-    }
+    latents = pair.latents[pair.chosen], pair.latents[pair.rejected]
+    tensors = dict(zip((*LATENTS, *TEXT), (*latents, pair.prompt_embeds, pair.pooled_prompt_embeds), strict=True))
+    tensors |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
     masks = {
         f"{name}_mask": None if tensors[name] is None else _saved(torch.ones(len(tensors[name]), dtype=torch.int32))
         for name in ("prompt_embeds", "negative_prompt_embeds")
