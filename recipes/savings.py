@@ -13,44 +13,37 @@ Writes savings.md, savings.json and savings.png to output_dir, and prints the fi
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.align.savings.config import SavingsRun
+from dinalrm_align.align.savings.config import SavingsRun, all_cases
 from dinalrm_align.train.command import parse, refuse, refusing
 
 
-def savings(run: SavingsRun) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    run, _ = parse(SavingsRun, __doc__, argv)
+
     import torch
 
-    from dinalrm_align.align.savings.cases import all_cases, count_all, measure_all
-    from dinalrm_align.align.savings.cost import matrix_rate
+    from dinalrm_align.align.savings.cost import count_all, matrix_rate, measure_all
     from dinalrm_align.align.savings.report import draw, report, to_json
     from dinalrm_align.train.files import make_folder, write_atomically
 
     if run.measure and not torch.cuda.is_available():
         refuse("measure: got true, but torch finds no CUDA GPU on this machine; without it everything is counted")
-    folder = Path(run.output_dir)
-    make_folder(folder)
-    cases = all_cases(run)
+    folder, cases, measured = Path(run.output_dir), all_cases(run), (None, "", None)
+    with refusing():
+        make_folder(folder)
     costs = count_all(cases, workers=run.workers)
-    runs, rate, card = None, None, ""
     if run.measure:
         card = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-        rate = matrix_rate("cuda")
-        runs = measure_all(cases, "cuda", warmup=run.warmup, repeats=run.repeats)
-    text = report(run, costs, runs, card, rate)
+        measured = measure_all(cases, warmup=run.warmup, repeats=run.repeats), card, matrix_rate()
+    text = report(run, costs, *measured)
     write_atomically(folder / "savings.md", text)
-    write_atomically(folder / "savings.json", json.dumps(to_json(run, costs, runs, card, rate), indent=1))
+    write_atomically(folder / "savings.json", json.dumps(to_json(run, costs, *measured), indent=1))
     draw(run, costs, folder / "savings.png")
     print(text)
     print(f"{folder / 'savings.md'}, savings.json, savings.png")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    with refusing():
-        savings(parse(SavingsRun, __doc__, sys.argv[1:] if argv is None else argv)[0])
 
 
 if __name__ == "__main__":

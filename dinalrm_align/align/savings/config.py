@@ -49,8 +49,15 @@ class SavingsRun:
         if self.size < 64 or self.size % 16 or self.size > 6144:
             raise ValueError(f"size: got {self.size} pixels; expected a multiple of 16 from 64 to 6144")
 
+    @property
+    def base(self) -> "Case":
+        return Case(size=self.size, batch=self.batch, text_length=self.text_length, levels=self.levels)
 
-WORK: dict[str, str] = {
+
+REWARDS = ("dinalrm", "pickscore", "hpsv3")
+ROLLOUT_STEPS = (30, 39)
+"""First and last gradient step of ReFL on SD3.5 Medium (recipes/refl_sd35.yaml): as many guided steps come before."""
+WORK = {
     "score": "score latents, no gradient",
     "gradient": "score latents, gradient to the latents",
     "refl": "gradient part of one ReFL update, without the rollout: a policy step with gradient, the frozen reference, "
@@ -64,7 +71,6 @@ WORK: dict[str, str] = {
     "pixels": "score images, no gradient",
     "pixels_gradient": "score images, gradient to the images",
 }
-"""What a case runs."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,9 @@ class Case:
 
     Args:
         work: a key of `WORK`.
-        size: height and width of the images in pixels.
-        batch: samples.
-        text_length: T5 tokens, in addition to CLIP's 77.
         policy_checkpointing, reward_checkpointing: recompute blocks in the backward pass.
         merged: the reward has its own copy of its blocks with the LoRA merged, instead of sharing the policy's.
-        levels: noise levels of the latent reward's ensemble.
-        dtype, vae_dtype: of the frozen weights and of the VAE's.
         base_quant, reward_quant: quantisation of the base model's blocks and of HPSv3's.
-        optimizer: of the policy's LoRA.
         decode_slice: images decoded at a time.
     """
 
@@ -102,30 +102,74 @@ class Case:
     decode_slice: int | None = None
 
     def but(self, **changes: object) -> "Case":
-        """The same case with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @property
+    def kept(self) -> "Case":
+        """The same case without recomputation."""
+        return self.but(policy_checkpointing=False, reward_checkpointing=False)
+
+    @property
     def pixel(self) -> bool:
-        """Whether the reward reads decoded images."""
         return self.reward != "dinalrm"
 
     @property
     def trains(self) -> bool:
-        """Whether the policy's LoRA is updated."""
         return self.work in ("refl", "grpo")
+
+    @property
+    def quantised(self) -> bool:
+        return (self.base_quant, self.reward_quant) != ("none", "none")
+
+
+def parts(base: Case) -> list[Case]:
+    """Each network alone, without recomputation."""
+    plain = base.kept
+    works = ("policy_forward", "policy_gradient", "vae_encode", "vae_decode", "vae_gradient", "score", "gradient")
+    pixel = [plain.but(reward=reward, work=work) for reward in REWARDS[1:] for work in ("pixels", "pixels_gradient")]
+    return [plain.but(work=work) for work in works] + pixel
+
+
+def scenarios(base: Case) -> list[Case]:
+    """Every reward with every workload; "gradient" and "refl" without and with recomputation."""
+    both = [(work, case) for work in ("gradient", "refl") for case in (base.kept, base)]
+    variants = [("score", base), *both, ("grpo", base)]
+    return [case.but(reward=reward, work=work) for work, case in variants for reward in REWARDS]
+
+
+def economies(base: Case) -> dict[str, Case]:
+    """The gradient part of a ReFL update with the latent reward, and with HPSv3, with one option changed, by name."""
+    refl, hpsv3, more = base.but(work="refl"), base.but(work="refl", reward="hpsv3"), 4 * base.batch
+    return {
+        "as above, latent reward": refl,
+        "without recomputing the policy (--gradient_checkpointing false)": refl.but(policy_checkpointing=False),
+        "--memory.base_quant int8": refl.but(base_quant="int8"),
+        "--memory.base_quant nf4": refl.but(base_quant="nf4"),
+        "--optim.name adamw8bit": refl.but(optimizer="adamw8bit"),
+        "reward with a private copy, LoRA merged": refl.but(merged=True),
+        f"batch {more}": refl.but(batch=more),
+        "as above, HPSv3": hpsv3,
+        "HPSv3, VAE in float32 (the recipes' default)": hpsv3.but(vae_dtype="float32"),
+        "HPSv3, --hpsv3.quantization nf4, --memory.base_quant nf4": hpsv3.but(base_quant="nf4", reward_quant="nf4"),
+        f"HPSv3, batch {more}, --memory.decode_slice 1": hpsv3.but(batch=more, decode_slice=1),
+    }
+
+
+def all_cases(run: SavingsRun) -> list[Case]:
+    """Every case once, the costly ones first, so that workers finish together."""
+    base = run.base
+    found = [*scenarios(base), *parts(base), *(economies(base).values() if run.economies else [])]
+    return sorted(dict.fromkeys(found), key=lambda case: (not case.trains, case.batch == base.batch))
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Constructor arguments of the networks of an alignment run.
+    """Networks of an alignment run.
 
     Args:
-        transformer, vae, clip, qwen: of SD3Transformer2DModel, AutoencoderKL, CLIPConfig and Qwen2VLConfig.
-        reward, policy: the latent reward and the trained LoRA.
+        transformer, vae, clip, qwen: arguments of SD3Transformer2DModel, AutoencoderKL, CLIPConfig and Qwen2VLConfig.
         qwen_tokens, qwen_pixels: length of HPSv3's chat, and pixels of the image in it.
         clip_tokens: CLIP's part of the text tokens, before T5's.
-        vae_factor: downsampling factor of the VAE.
     """
 
     transformer: Mapping[str, Any]
@@ -140,49 +184,41 @@ class Architecture:
     vae_factor: int = 8
 
 
-SD35_MEDIUM: dict[str, Any] = dict(
-    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
-    num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-    pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-)  # fmt: skip
-
-SD35_VAE: dict[str, Any] = dict(
-    sample_size=1024, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-    norm_num_groups=32, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
-)  # fmt: skip
-
-CLIP_VIT_H: dict[str, Any] = dict(
-    projection_dim=1024,
-    vision_config=dict(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
-        patch_size=14, hidden_act="gelu", projection_dim=1024,
-    ),
-    text_config=dict(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, vocab_size=49408,
-        max_position_embeddings=77, hidden_act="gelu", projection_dim=1024, bos_token_id=49406, eos_token_id=49407,
-    ),
-)  # fmt: skip
-
-QWEN2_VL_7B: dict[str, Any] = dict(
-    text_config=dict(
-        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, vocab_size=151658, max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
-    ),
-    vision_config=dict(
-        depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, mlp_ratio=4, in_channels=3, patch_size=14,
-        spatial_merge_size=2, temporal_patch_size=2,
-    ),
-    image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
-)  # fmt: skip
-"""With HPSv3's vocabulary: Qwen2-VL's and the reward token as the last."""
-
 FULL = Architecture(
-    transformer=SD35_MEDIUM,
-    vae=SD35_VAE,
+    transformer=dict(
+        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+    ),
+    vae=dict(
+        sample_size=1024, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+        norm_num_groups=32, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+    ),
     reward=RewardConfig(),
     policy=LoraConfig(rank=32, alpha=32.0),
-    clip=CLIP_VIT_H,
-    qwen=QWEN2_VL_7B,
-)
+    clip=dict(
+        projection_dim=1024,
+        vision_config=dict(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
+            patch_size=14, hidden_act="gelu", projection_dim=1024,
+        ),
+        text_config=dict(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, vocab_size=49408,
+            max_position_embeddings=77, hidden_act="gelu", projection_dim=1024, bos_token_id=49406,
+            eos_token_id=49407,
+        ),
+    ),
+    qwen=dict(  # the vocabulary is HPSv3's: Qwen2-VL's and the reward token as the last
+        text_config=dict(
+            hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+            num_key_value_heads=4, vocab_size=151658, max_position_embeddings=32768,
+            rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
+        ),
+        vision_config=dict(
+            depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, mlp_ratio=4, in_channels=3, patch_size=14,
+            spatial_merge_size=2, temporal_patch_size=2,
+        ),
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
+    ),
+)  # fmt: skip

@@ -5,44 +5,104 @@ fragmentation. Operations have two conventions. F2: two per multiply-accumulate 
 attention as executed, including recomputed blocks and the scores that flash attention recomputes in its backward pass
 (2.5 times its forward). M0: multiply-accumulates without attention, as tools commonly used in papers report.
 
-Measured bytes are those of the CUDA caching allocator, and time is the median between CUDA events after warm-up. On the
-CPU (small networks, to check the count) bytes come from the profiler and include operators' workspaces.
+Measured bytes are those of the CUDA caching allocator, and time is the median between CUDA events after warm-up.
 """
 
+import multiprocessing
 import statistics
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.profiler import ProfilerActivity, profile
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, shape_wrapper
+from tqdm import tqdm
 
-from dinalrm_align.align.savings.config import Architecture, Case
-from dinalrm_align.align.savings.fake_tensors import FakeFloats
+from dinalrm_align.align.savings.config import FULL, Architecture, Case
 from dinalrm_align.align.savings.workloads import build_networks, workload_of
-from dinalrm_align.train.cost import CPU_ATTENTION, LiveStorage
+from dinalrm_align.train.cost import CPU_ATTENTION, LiveStorage, tensors_among
 
 FLASH_BACKWARD, MATH_BACKWARD = 2.5, 2.0
 """FLOPs of attention's backward pass over its forward: with recomputed scores, and with stored scores."""
 MATRIX, MATRIX_REPEATS = 8192, 20
+NOT_MEASURED = "quantised weights are counted, not measured"
+aten = torch.ops.aten
 FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()}}
+
+
+class FakeFloats(TorchDispatchMode):
+    """A mode in which floating-point tensors have shape, dtype and device but no storage: `with fake.active(): ...`.
+
+    They are torch's FakeTensor on a fake CPU, whose fused attention saves as much for the backward pass as the GPU's
+    flash attention; the meta device would materialise the score matrix. Integer tensors, masks made of them and
+    literals are real, so that code may index and branch on tokens and grids. Reading a number off a fake tensor
+    returns a value that passes checks: True, 0 or 1.0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        with self.fake, self:
+            yield
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """A fake tensor of the same shape and dtype; real zeros for integers, except packed weights (8 bits)."""
+        if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.int8):
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+        with self.fake:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = tensors_among((args, kwargs))
+        fakes = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if not fakes and (tensors or _makes_integers(func, kwargs.get("dtype"))):
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
+        if kwargs.get("generator") is not None:
+            kwargs["generator"] = None
+        if func is aten.index.Tensor:
+            args = (args[0], [part for index in args[1] for part in _mask_as_indices(index)])
+        if fakes < len(tensors):
+            args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _as_fake(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor, static_shapes=True)
+
+
+def _makes_integers(func: Any, dtype: torch.dtype | None) -> bool:
+    integer_factories = ("aten::randint", "aten::arange", "aten::randperm")  # unless another dtype is given
+    return func.name().startswith(integer_factories) if dtype is None else not dtype.is_floating_point
+
+
+def _mask_as_indices(index: Tensor | None) -> Iterable[Tensor | None]:
+    """A real boolean mask as integer indices, as indexing converts it."""
+    if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+        return [index]
+    with _disable_current_modes():
+        return index.nonzero(as_tuple=True)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Counted cost of a case, in bytes and operations.
-
-    Args:
-        weights: of the networks on the device.
-        state: of the optimiser's moments.
-        activations: peak above both.
-        f2, m0: see above.
-        f2_kept: f2 if attention stored its scores.
-        attention: attention's part of f2.
+    """Counted bytes of the weights on the device, the optimiser's moments and the peak above both; operations f2, f2 if
+    attention stored its scores, m0, and attention's part of f2.
     """
 
     weights: int
@@ -55,16 +115,15 @@ class Cost:
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak."""
         return self.weights + self.state + self.activations
 
 
-class Counter(LiveStorage):
+class OperationCounter(LiveStorage):
     """Tracks live storages and counts operations by operator, in half the time of torch's own counter."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: dict[str, int] = {}
+        self.operations = Counter()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -74,128 +133,103 @@ class Counter(LiveStorage):
         result = super().__torch_dispatch__(func, types, args, kwargs)
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
-            name = str(func._overloadpacket)
-            self.operations[name] = self.operations.get(name, 0) + formula(*args, **(kwargs or {}), out_val=result)
+            self.operations[str(func._overloadpacket)] += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
     def totals(self) -> dict[str, int]:
         """f2, f2_kept, m0 and attention so far."""
-        total = sum(self.operations.values())
         attention = {name: count for name, count in self.operations.items() if "scaled_dot_product" in name}
         backward = sum(count for name, count in attention.items() if "backward" in name)
         recomputed = round(backward * (1 - MATH_BACKWARD / FLASH_BACKWARD))
-        inside = sum(attention.values())
-        return {
-            "f2": total,
-            "f2_kept": total - recomputed,
-            "m0": (total - inside) // 2,
-            "attention": inside,
-        }
+        total, inside = self.operations.total(), sum(attention.values())
+        return dict(f2=total, f2_kept=total - recomputed, m0=(total - inside) // 2, attention=inside)
 
 
 def count(case: Case, architecture: Architecture) -> Cost:
     """Count one run of the case's workload; for updates, one after the first."""
     fake = FakeFloats()
     networks = build_networks(architecture, case, fake.empty_like)
-    counter = Counter()
+    counter = OperationCounter()
     with fake.active():
-        workload = workload_of(networks)
+        prepare, run = workload_of(networks)
         with counter:
-            workload.prepare()
+            prepare()
             state = counter.live
             counter.restart()
             counter.operations.clear()
-            workload.run()
+            run()
     return Cost(networks.weight_bytes(), state, counter.peak - state, **counter.totals())
+
+
+def count_all(cases: Sequence[Case], *, workers: int) -> dict[Case, Cost]:
+    """Count every case in `workers` processes."""
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(count, case, FULL): case for case in cases}
+        done = tqdm(as_completed(futures), total=len(futures), desc="counted", dynamic_ncols=True)
+        return {futures[future]: future.result() for future in done}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Measured cost. memory: bytes at the peak, including weights; reserved: by the allocator, None on a CPU."""
+    """Measured bytes at the peak, including weights, and reserved by the allocator; median milliseconds."""
 
     memory: int
-    reserved: int | None
+    reserved: int
     milliseconds: float
 
     def teraflops(self, f2: int) -> float:
-        """TFLOP/s, given the counted operations."""
         return f2 / self.milliseconds / 1e9
 
 
-def random_weights(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A factory for `build_networks`: normal with a standard deviation of 0.02 and a fixed seed; integers are 0."""
-    generator = torch.Generator(device).manual_seed(0)
+def measure(case: Case, architecture: Architecture, *, warmup: int, repeats: int) -> Measured:
+    """Run the case's workload with random weights on the CUDA GPU `warmup` times, then measure it `repeats` times.
+    Raises ValueError for quantised weights, which are counted with stand-ins and have no kernels here.
+    """
+    if case.quantised:
+        raise ValueError(NOT_MEASURED)
+    generator = torch.Generator("cuda").manual_seed(0)
 
     def make(tensor: Tensor) -> Tensor:
-        new = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        new = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cuda")
         return new.normal_(0, 0.02, generator=generator) if tensor.is_floating_point() else new
 
-    return make
-
-
-def measure(
-    case: Case, architecture: Architecture, device: torch.device | str, *, warmup: int = 2, repeats: int = 5
-) -> Measured:
-    """Run the case's workload `warmup` times, then measure it `repeats` times. Raises ValueError for quantised weights,
-    which are counted with stand-ins and have no kernels here.
-    """
-    device = torch.device(device)
-    if case.base_quant != "none" or case.reward_quant != "none":
-        raise ValueError(f"{case}: quantised weights are counted, not measured; leave base_quant and reward_quant out")
-    networks = build_networks(architecture, case, random_weights(device), device)
-    workload = workload_of(networks)
-    workload.prepare()
+    prepare, run = workload_of(build_networks(architecture, case, make, "cuda"))
+    prepare()
     for _ in range(warmup):
-        workload.run()
-    if device.type == "cuda":
-        return _on_cuda(workload.run, device, repeats)
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        workload.run()
-        seconds.append(time.perf_counter() - began)
-    held = networks.weight_bytes()
-    if case.trains:
-        held += sum(8 * p.numel() for p in networks.policy.parameters.values())  # AdamW's moments, float32
-    return Measured(held + profiled_peak(workload.run), None, 1e3 * statistics.median(seconds))
+        run()
+    return _timed(run, repeats)
 
 
-def _on_cuda(run: Callable[[], object], device: torch.device, repeats: int) -> Measured:
-    torch.cuda.synchronize(device)
+def measure_all(cases: Sequence[Case], *, warmup: int, repeats: int) -> dict[Case, Measured | str]:
+    """Measure every case; the reason for those that cannot run: out of memory, or quantised weights."""
+    found: dict[Case, Measured | str] = {}
+    for case in tqdm(cases, desc="measured", dynamic_ncols=True):
+        try:
+            found[case] = NOT_MEASURED if case.quantised else measure(case, FULL, warmup=warmup, repeats=repeats)
+        except torch.OutOfMemoryError:
+            found[case] = "out of memory"
+        torch.cuda.empty_cache()
+    return found
+
+
+def _timed(run: Callable[[], object], repeats: int) -> Measured:
+    torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    events = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.reset_peak_memory_stats()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
         begin.record()
         run()
         end.record()
-        events.append((begin, end))
-    torch.cuda.synchronize(device)
-    return Measured(
-        torch.cuda.max_memory_allocated(device),
-        torch.cuda.max_memory_reserved(device),
-        statistics.median(begin.elapsed_time(end) for begin, end in events),
-    )
+    torch.cuda.synchronize()
+    milliseconds = statistics.median(begin.elapsed_time(end) for begin, end in events)
+    return Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), milliseconds)
 
 
-def profiled_peak(run: Callable[[], object]) -> int:
-    """Peak bytes on the CPU above those held before `run`, from the profiler's memory events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
-def matrix_rate(device: torch.device | str) -> float:
-    """TFLOP/s of a product of two bfloat16 matrices of 8192 x 8192, an upper bound for networks on this CUDA device."""
-    device = torch.device(device)
-    left, right = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device=device) for _ in range(2))
+def matrix_rate() -> float:
+    """TFLOP/s of a product of two bfloat16 matrices of 8192 x 8192, an upper bound for networks on the CUDA GPU."""
+    left, right = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     for _ in range(3):
         left @ right
-    measured = _on_cuda(lambda: [left @ right for _ in range(MATRIX_REPEATS)], device, repeats=5)
+    measured = _timed(lambda: [left @ right for _ in range(MATRIX_REPEATS)], repeats=5)
     return measured.teraflops(2 * MATRIX**3 * MATRIX_REPEATS)

@@ -1,37 +1,25 @@
 """savings.md, savings.json and savings.png; the Markdown tables are padded for reading in a terminal."""
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dinalrm_align.align.savings.cases import (
-    REWARDS,
-    ROLLOUT_STEPS,
-    base_case,
-    economies,
-    paper_readings,
-    parts,
-    percent_saved,
-    rollout_operations,
-    scenarios,
-    without_recomputing,
-)
-from dinalrm_align.align.savings.config import WORK, Case, SavingsRun
+from dinalrm_align.align.savings import config
+from dinalrm_align.align.savings.config import REWARDS, ROLLOUT_STEPS, WORK, Case, SavingsRun
 from dinalrm_align.align.savings.cost import Cost, Measured
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.train.files import save_figure
 
 GIB, TERA = 2**30, 1e12
 NAMES = {"dinalrm": "DiNa-LRM (latent)", "pickscore": "PickScore (pixel)", "hpsv3": "HPSv3 (pixel)"}
-COLOURS = {
-    "base model": "#4c6a92", "reward's weights and VAE": "#d1793a", "LoRA's moments": "#9a9a9a",
-    "activations": "#e6c26e", "policy": "#4c6a92", "VAE decoder": "#b8483e", "reward": "#d1793a",
-    "recomputed": "#c9c9c9",
-}  # fmt: skip
+MEMORY = ("base model", "reward's weights and VAE", "LoRA's moments", "activations")
+OPERATIONS = ("policy", "VAE decoder", "reward", "recomputed")
+COLOURS = dict(zip(MEMORY, ("#4c6a92", "#d1793a", "#9a9a9a", "#e6c26e")))
+COLOURS |= dict(zip(OPERATIONS, ("#4c6a92", "#b8483e", "#d1793a", "#c9c9c9")))
 UNCOUNTED = (
     "Options without a count: `--memory.compile` and `--memory.attention` change time. `--memory.offload` keeps the "
     "VAE (0.31 GiB in float32) off the GPU while it is not used, and the text encoders (10.4 GiB in bfloat16) before "
@@ -43,8 +31,44 @@ Costs = Mapping[Case, Cost]
 Runs = Mapping[Case, Measured | str]
 
 
+def percent_saved(part: float, whole: float) -> float:
+    return 100 * (1 - part / whole)
+
+
+def rollout_operations(base: Case, costs: Costs) -> float:
+    """F2 of the mean rollout before ReFL's gradient step: guided steps are two forward passes of the policy."""
+    return 2 * sum(ROLLOUT_STEPS) / 2 * costs[base.kept.but(work="policy_forward")].f2
+
+
+def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
+    """DiNa-LRM's published savings against HPSv3 (arXiv 2602.11146), by name: the paper's and those counted here
+    against HPSv3 and PickScore, in percent.
+
+    Memory is that of the gradient part of a ReFL update without recomputation. Reward FLOPs are those of scoring,
+    including the VAE's decoder for pixel rewards; optimisation FLOPs add one policy forward pass, the reading closest
+    to the paper's numbers. "executed" is the whole gradient part, with backward passes.
+    """
+    plain = base.kept
+    policy, rollout = costs[plain.but(work="policy_forward")].f2, rollout_operations(base, costs)
+
+    def saved(case: Case, value: Callable[[Cost], float]) -> dict[str, float]:
+        found = {reward: value(costs[case.but(reward=reward)]) for reward in REWARDS}
+        return {other: percent_saved(found["dinalrm"], found[other]) for other in ("hpsv3", "pickscore")}
+
+    kept, recomputed, score = plain.but(work="refl"), base.but(work="refl"), base.but(work="score")
+    return {
+        "memory": {"paper": 51.4, **saved(kept, lambda cost: cost.memory)},
+        "memory, everything recomputed": saved(recomputed, lambda cost: cost.memory),
+        "reward FLOPs": {"paper": 71.1, **saved(score, lambda cost: cost.f2)},
+        "reward MACs without attention": saved(score, lambda cost: cost.m0),
+        "optimisation FLOPs": {"paper": 46.4, **saved(score, lambda cost: policy + cost.f2)},
+        "optimisation FLOPs, executed": saved(kept, lambda cost: cost.f2),
+        "optimisation FLOPs, executed, with the rollout": saved(kept, lambda cost: rollout + cost.f2),
+    }
+
+
 def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: float | None) -> str:
-    """savings.md. runs, card, rate: measurements, the GPU's name and its TFLOP/s; None, "" and None without them."""
+    """savings.md. runs, card, rate: measurements, the GPU's name and its TFLOP/s, where measured."""
     explained = "\n".join(f"- {name}: {WORK[name]}" for name in ("score", "gradient", "refl", "grpo"))
     sections = [
         ("Savings of a latent reward", conventions(run)),
@@ -55,8 +79,6 @@ def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: fl
     ]
     if run.economies:
         sections.append(("Options, and what they save and cost", f"{economies_table(run, costs)}\n\n{UNCOUNTED}"))
-        if run.size == 1024 and run.batch == 1 and run.levels == 1:
-            sections.append(("Targets at 1024 x 1024", targets_table(run, costs)))
     if runs is not None:
         sections.append((f"Measured on {card}", measured_table(costs, runs, rate)))
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections) + "\n"
@@ -66,25 +88,15 @@ def to_json(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: f
     """savings.json: everything, in bytes and operations."""
     rows = []
     for case, cost in costs.items():
-        row = {"case": dataclasses.asdict(case), "counted": dataclasses.asdict(cost) | {"memory": cost.memory}}
-        if runs is not None and case in runs:
-            found = runs[case]
-            row["measured"] = found if isinstance(found, str) else dataclasses.asdict(found)
-        rows.append(row)
-    return {
-        "settings": dataclasses.asdict(run),
-        "conventions": conventions(run),
-        "savings_percent": paper_readings(base_case(run), costs),
-        "device": card,
-        "device_matrix_tflops": rate,
-        "cases": rows,
-    }
+        rows.append({"case": asdict(case), "counted": asdict(cost) | {"memory": cost.memory}})
+        if found := (runs or {}).get(case):
+            rows[-1]["measured"] = found if isinstance(found, str) else asdict(found)
+    settings, readings = dict(settings=asdict(run), conventions=conventions(run)), paper_readings(run.base, costs)
+    return settings | dict(savings_percent=readings, device=card, device_matrix_tflops=rate, cases=rows)
 
 
 def conventions(run: SavingsRun) -> str:
-    """The conventions of all numbers, in one paragraph."""
-    tokens = 77 + run.text_length
-    levels = "" if run.levels == 1 else f", {run.levels} noise levels"
+    tokens, levels = 77 + run.text_length, "" if run.levels == 1 else f", {run.levels} noise levels"
     return (
         f"{run.size} x {run.size} pixels, batch {run.batch}, {tokens} text tokens (77 + {run.text_length}){levels}. "
         "Weights bfloat16, policy LoRA and its AdamW float32; text embeddings cached, text encoders off the device; "
@@ -97,10 +109,9 @@ def conventions(run: SavingsRun) -> str:
 
 def parts_table(run: SavingsRun, costs: Costs) -> str:
     rows = []
-    for case in parts(base_case(run)):
-        cost, name = costs[case], WORK[case.work]
-        if case.work in ("score", "gradient", "pixels", "pixels_gradient"):
-            name = f"{NAMES[case.reward]}: {name}"
+    for case in config.parts(run.base):
+        cost, of_policy = costs[case], case.work.startswith(("policy", "vae"))
+        name = WORK[case.work] if of_policy else f"{NAMES[case.reward]}: {WORK[case.work]}"
         rows.append([name, _gib(cost.weights), _gib(cost.activations), *_operations(cost)])
     head = ["network, nothing recomputed", "weights GiB", "above GiB", "F2", "of it attention", "M0"]
     return table(head, rows, padded=True)
@@ -109,7 +120,7 @@ def parts_table(run: SavingsRun, costs: Costs) -> str:
 def scenarios_table(run: SavingsRun, costs: Costs) -> str:
     """Cost of each scenario, and what the latent reward saves against pixel rewards, in percent of memory and F2."""
     rows = []
-    for case in scenarios(base_case(run)):
+    for case in config.scenarios(run.base):
         cost, saved = costs[case], ["", ""]
         if case.pixel:
             latent = costs[case.but(reward="dinalrm")]
@@ -127,9 +138,9 @@ def scenarios_table(run: SavingsRun, costs: Costs) -> str:
 
 def rollout_table(run: SavingsRun, costs: Costs) -> str:
     """F2 of the gradient part of a ReFL update, and of the whole update with the rollout before it."""
-    base, rows = base_case(run), []
+    base, rows = run.base, []
     rollout = rollout_operations(base, costs)
-    for case in (without_recomputing(base), base):
+    for case in (base.kept, base):
         latent = costs[case.but(work="refl")].f2
         for reward in REWARDS:
             f2 = costs[case.but(reward=reward, work="refl")].f2
@@ -148,16 +159,14 @@ def rollout_table(run: SavingsRun, costs: Costs) -> str:
 
 
 def paper_table(run: SavingsRun, costs: Costs) -> str:
-    rows = [
-        [name, *(f"{reading[column]:.1f}" if column in reading else "" for column in ("paper", "hpsv3", "pickscore"))]
-        for name, reading in paper_readings(base_case(run), costs).items()
-    ]
+    columns, readings = ("paper", "hpsv3", "pickscore"), paper_readings(run.base, costs).items()
+    rows = [[name, *(f"{row[key]:.1f}" if key in row else "" for key in columns)] for name, row in readings]
     return table(["DiNa-LRM saves, in percent", "paper, HPSv3", "here, HPSv3", "here, PickScore"], rows, padded=True)
 
 
 def economies_table(run: SavingsRun, costs: Costs) -> str:
     rows, before = [], None
-    for name, case in economies(base_case(run)).items():
+    for name, case in config.economies(run.base).items():
         cost = costs[case]
         before = cost if name.startswith("as above") else before
         change = "" if cost is before else f"{(cost.memory - before.memory) / GIB:+.2f}"
@@ -167,51 +176,24 @@ def economies_table(run: SavingsRun, costs: Costs) -> str:
     return table(head, rows, padded=True)
 
 
-def targets_table(run: SavingsRun, costs: Costs) -> str:
-    """Upper limits of memory at 1024 x 1024 and batch 1, and the counted memory."""
-    base = base_case(run)
-    refl, gradient = base.but(work="refl"), base.but(work="gradient")
-    targets = [
-        ("ReFL update", refl, "memory", 6.5),
-        ("ReFL update, batch 4", refl.but(batch=4), "memory", 10.0),
-        ("ReFL update, base in NF4", refl.but(base_quant="nf4"), "memory", 4.5),
-        ("reward forward and backward, above weights, nothing recomputed", without_recomputing(gradient),
-         "activations", 4.2),
-        ("reward forward and backward, above weights, blocks recomputed", gradient, "activations", 0.7),
-    ]  # fmt: skip
-    rows = []
-    for name, case, kind, limit in targets:
-        size = getattr(costs[case], kind)
-        rows.append([name, f"{limit:.1f}", _gib(size), "met" if size <= limit * GIB else "missed"])
-    return table(["latent reward", "at most GiB", "GiB", ""], rows, padded=True)
-
-
 def measured_table(costs: Costs, runs: Runs, rate: float | None) -> str:
     """Counted beside measured. rate: TFLOP/s of a large matrix product on the same device."""
-    rows = []
+    defaults, rows = {field.name: field.default for field in fields(Case)}, []
     for case, found in runs.items():
-        name, cost = describe(case), costs[case]
+        shown = {"work": case.work, "reward": case.reward}
+        changed = [f"{name}={value}" for name, value in asdict(case).items() if value != (defaults | shown)[name]]
+        name, cost = " ".join([*shown.values(), *changed]), costs[case]
         if isinstance(found, str):
-            rows.append([name, _gib(cost.memory), found.split(":")[0], *[""] * 6])
+            rows.append([name, _gib(cost.memory), found, *[""] * 6])
             continue
         speed = found.teraflops(cost.f2)
         rows.append(
             [name, _gib(cost.memory), _gib(found.memory), f"{100 * (cost.memory / found.memory - 1):+.1f} %",
-             _gib(found.reserved) if found.reserved else "", f"{found.milliseconds:.1f}", f"{cost.f2 / TERA:.2f}",
+             _gib(found.reserved), f"{found.milliseconds:.1f}", f"{cost.f2 / TERA:.2f}",
              f"{speed:.1f}", f"{100 * speed / rate:.1f} %" if rate else ""]
         )  # fmt: skip
     header = ["case", "counted GiB", "measured GiB", "error", "reserved GiB", "ms", "F2", "TFLOP/s", "of the card's"]
     return table(header, rows, padded=True)
-
-
-def describe(case: Case) -> str:
-    """A case in a few words: workload, reward and the fields that differ from the defaults."""
-    changed = [
-        f"{field.name}={getattr(case, field.name)}"
-        for field in dataclasses.fields(Case)
-        if field.name not in ("work", "reward") and getattr(case, field.name) != field.default
-    ]
-    return " ".join([case.work, case.reward, *changed])
 
 
 def _gib(size: float) -> str:
@@ -224,33 +206,20 @@ def _operations(cost: Cost) -> list[str]:
 
 def stacks(run: SavingsRun, costs: Costs) -> tuple[dict, dict, dict]:
     """Parts of a ReFL update's gradient part by reward: GiB with recomputation, GiB without, and TFLOP (F2)."""
-    base = base_case(run)
-    plain = without_recomputing(base)
+    base, plain = run.base, run.base.kept
     own = costs[plain.but(work="policy_forward")].weights / GIB
-    memory: list[dict[str, dict[str, float]]] = []
-    for case in (base, plain):
-        found = {}
-        for reward in REWARDS:
-            cost = costs[case.but(reward=reward, work="refl")]
-            found[reward] = {
-                "base model": own,
-                "reward's weights and VAE": cost.weights / GIB - own,
-                "LoRA's moments": cost.state / GIB,
-                "activations": cost.activations / GIB,
-            }
-        memory.append(found)
-    operations = {}
+    recomputed, kept, operations = {}, {}, {}
     for reward in REWARDS:
-        update = costs[plain.but(reward=reward, work="refl")].f2
+        for memory, case in ((recomputed, base), (kept, plain)):
+            cost = costs[case.but(reward=reward, work="refl")]
+            sizes = own, cost.weights / GIB - own, cost.state / GIB, cost.activations / GIB
+            memory[reward] = dict(zip(MEMORY, sizes))
+        update, again = (costs[case.but(reward=reward, work="refl")].f2 for case in (plain, base))
         gradient = costs[plain.but(reward=reward, work="gradient")].f2
         decoding = costs[plain.but(work="vae_gradient")].f2 if reward != "dinalrm" else 0
-        operations[reward] = {
-            "policy": (update - gradient) / TERA,
-            "VAE decoder": decoding / TERA,
-            "reward": (gradient - decoding) / TERA,
-            "recomputed": (costs[base.but(reward=reward, work="refl")].f2 - update) / TERA,
-        }
-    return memory[0], memory[1], operations
+        found = update - gradient, decoding, gradient - decoding, again - update
+        operations[reward] = {name: f2 / TERA for name, f2 in zip(OPERATIONS, found)}
+    return recomputed, kept, operations
 
 
 def draw(run: SavingsRun, costs: Costs, path: Path) -> None:
@@ -262,11 +231,8 @@ def draw(run: SavingsRun, costs: Costs, path: Path) -> None:
     _bars(axes[0], plain, "Memory, activations kept", "{:.1f} GiB", top)
     _bars(axes[1], recomputed, "Memory, blocks recomputed", "{:.1f} GiB", top)
     _bars(axes[2], operations, "Operations, without the rollout", "{:.0f} TFLOP", None)
-    figure.suptitle(
-        f"Gradient part of one ReFL update of SD3.5 Medium: {run.size} x {run.size}, batch {run.batch}, "
-        f"{77 + run.text_length} text tokens, bfloat16",
-        fontsize=12,
-    )
+    sizes = f"{run.size} x {run.size}, batch {run.batch}, {77 + run.text_length} text tokens, bfloat16"
+    figure.suptitle(f"Gradient part of one ReFL update of SD3.5 Medium: {sizes}", fontsize=12)
     save_figure(figure, path, dpi=130)
 
 
@@ -279,10 +245,10 @@ def _bars(axis: Axes, stacked: dict, title: str, shown: str, top: float | None) 
         axis.bar(range(len(stacked)), heights, 0.62, bottom=list(floors.values()), color=COLOURS[name], label=name)
         floors = {reward: floor + stacked[reward][name] for reward, floor in floors.items()}
     for index, (reward, height) in enumerate(floors.items()):
-        text = shown.format(height)
-        if reward != "dinalrm":
-            text += f"\nlatent: {percent_saved(latent, height):.0f} % less"
-        axis.annotate(text, (index, height), (0, 4), textcoords="offset points", ha="center", fontsize=9)
+        saved = f"\nlatent: {percent_saved(latent, height):.0f} % less" if reward != "dinalrm" else ""
+        axis.annotate(
+            shown.format(height) + saved, (index, height), (0, 4), textcoords="offset points", ha="center", fontsize=9
+        )
     axis.set_xticks(range(len(stacked)), [NAMES[reward].replace(" (", "\n(") for reward in stacked])
     axis.set_ylim(0, top or max(floors.values()) * 1.2)
     axis.set_ylabel(shown.split()[-1])

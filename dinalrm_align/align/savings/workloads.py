@@ -5,11 +5,13 @@ and rewards; workloads call the recipes' own code. Only what reads files is repl
 right size (recipes cache them before training) and tokenizers by as many tokens as the real ones produce.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import BatchEncoding, CLIPConfig, CLIPModel, Qwen2VLConfig, Qwen2VLModel
@@ -21,7 +23,6 @@ from dinalrm_align.align.refl import Refl
 from dinalrm_align.align.refl_config import ReflConfig
 from dinalrm_align.align.rollouts import Position, Sampler
 from dinalrm_align.align.savings.config import Architecture, Case
-from dinalrm_align.align.savings.fake_tensors import pack_linears, replace_tensors
 from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from dinalrm_align.models.text import Conditions
@@ -34,25 +35,20 @@ from dinalrm_align.train.config import OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.state import adamw
 
-REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)
-"""Noise levels of the latent reward's ensemble, in the order in which `levels` takes them."""
+REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)  # an ensemble of n levels takes the first n
 
 
 class CachedText:
     """Replaces a PromptEncoder: random embeddings of the right shapes."""
 
     def __init__(self, architecture: Architecture, case: Case, device: torch.device) -> None:
-        self.text_length, self.dtype, self.device = case.text_length, DTYPES[case.dtype], device
-        self.tokens = architecture.clip_tokens + case.text_length
-        self.width = architecture.transformer["joint_attention_dim"]
+        self.text_length, self.device, self.dtype = case.text_length, device, DTYPES[case.dtype]
+        self.sizes = architecture.clip_tokens + case.text_length, architecture.transformer["joint_attention_dim"]
         self.pooled_width = architecture.transformer["pooled_projection_dim"]
 
     def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> tuple[Tensor, Tensor]:
         given = dict(dtype=self.dtype, device=self.device)
-        return (
-            torch.randn(len(prompts), self.tokens, self.width, **given),
-            torch.randn(len(prompts), self.pooled_width, **given),
-        )
+        return torch.randn(len(prompts), *self.sizes, **given), torch.randn(len(prompts), self.pooled_width, **given)
 
 
 class ClipTokens:
@@ -81,12 +77,65 @@ class QwenTokens:
         return SimpleNamespace(input_ids=[*image, *[0] * (self.count - len(image) - 1), self.ids[REWARD_TOKEN]])
 
 
+def replace_tensors(modules: Iterable[nn.Module], make: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+    """Replace every parameter and buffer by make(tensor), shared ones once; return the new tensors by the old ids."""
+    holders = [held for module in modules for part in module.modules() for held in (part._parameters, part._buffers)]
+    slots = [(held, name, tensor) for held in holders for name, tensor in held.items() if tensor is not None]
+    made: dict[int, Tensor] = {}
+    for held, name, tensor in slots:
+        if id(tensor) not in made:
+            new = make(tensor.detach())
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = new
+        held[name] = made[id(tensor)]
+    return made
+
+
+class _UnpackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, packed: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.shape = shape
+        weight = inputs.new_empty(shape)
+        return F.linear(inputs, weight, None if bias is None else bias.to(inputs.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient @ gradient.new_empty(ctx.shape), None, None, None
+
+
+class PackedLinear(nn.Linear):
+    """A meta-device stand-in for bitsandbytes' frozen linear layers, with as many bytes and the same operations.
+
+    The layer keeps its packed weight and unpacks it into the input's dtype in each forward and backward pass. "nf4":
+    4 bits and one float32 scale per block of 64 weights. "int8": 8 bits and one float32 scale per row; the 8-bit
+    product is counted in the input's dtype.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        count = linear.weight.numel()
+        size, scales = (count // 2, -(-count // 64)) if kind == "nf4" else (count, linear.out_features)
+        dtype = torch.uint8 if kind == "nf4" else torch.int8
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+        self.register_buffer("scales", torch.empty(scales, device="meta"))
+        self.bias = linear.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return _UnpackedLinear.apply(inputs, self.weight, self.bias, (self.out_features, self.in_features))
+
+
+def pack_linears(module: nn.Module, kind: str) -> None:
+    """Replace every nn.Linear below `module` by a `PackedLinear`."""
+    for name, linear in [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]:
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, PackedLinear(linear, kind))
+
+
 @dataclass
 class Networks:
-    """The networks of a case on `device`; all but the policy's LoRA are frozen.
-
-    on_device: modules that are on the device while the workload runs.
-    """
+    """The networks of a case, frozen but for the policy's LoRA; `modules` are on the device as the workload runs."""
 
     case: Case
     architecture: Architecture
@@ -94,7 +143,7 @@ class Networks:
     policy: Policy | None
     reward: LatentReward | PixelReward | None
     vae: AutoencoderKL | None
-    on_device: tuple[nn.Module, ...]
+    modules: tuple[nn.Module, ...]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -116,7 +165,7 @@ class Networks:
 
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers on the device; shared ones count once."""
-        tensors = {id(t): t for module in self.on_device for t in (*module.parameters(), *module.buffers())}
+        tensors = {id(t): t for module in self.modules for t in (*module.parameters(), *module.buffers())}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -137,7 +186,7 @@ def build_networks(
         if needs_vae:
             vae = _cast(AutoencoderKL(**architecture.vae), DTYPES[case.vae_dtype]).eval()
         if needs_reward:
-            reward = _REWARDS[case.reward](architecture, case, transformer, vae, device)
+            reward = _reward(architecture, case, transformer, vae, device)
         if needs_policy:
             policy = Policy(transformer, architecture.policy, seed=0)
     if transformer is not None and not needs_policy and not case.merged:  # only the reward's blocks are needed
@@ -165,23 +214,22 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return nn.Module.to(module, dtype).requires_grad_(False)
 
 
-def _latent(architecture: Architecture, case: Case, transformer: nn.Module, vae: object, device: torch.device):
-    model = build_reward_model(architecture.reward, transformer, share_weights=not case.merged)
-    model.freeze(merge=case.merged, dtype=DTYPES[case.dtype], as_trained={})
-    return LatentReward(model, encoder=CachedText(architecture, case, device))
-
-
-def _clip(architecture: Architecture, case: Case, transformer: object, vae: AutoencoderKL | None, device: object):
-    config = CLIPConfig(**architecture.clip)
-    side = config.vision_config.image_size
-    preprocess = Preprocess(side, (side, side), CLIP_MEAN, CLIP_STD)
-    clip = _cast(CLIPModel(config), DTYPES[case.dtype])
-    return ClipReward(clip, ClipTokens(config.text_config.eos_token_id), preprocess, vae)
-
-
-def _hpsv3(architecture: Architecture, case: Case, transformer: object, vae: AutoencoderKL | None, device: object):
+def _reward(
+    architecture: Architecture, case: Case, transformer: nn.Module, vae: AutoencoderKL | None, device: torch.device
+) -> LatentReward | PixelReward:
+    dtype = DTYPES[case.dtype]
+    if case.reward == "dinalrm":
+        model = build_reward_model(architecture.reward, transformer, share_weights=not case.merged)
+        model.freeze(merge=case.merged, dtype=dtype, as_trained={})
+        return LatentReward(model, encoder=CachedText(architecture, case, device))
+    if case.reward == "pickscore":
+        config = CLIPConfig(**architecture.clip)
+        side = config.vision_config.image_size
+        preprocess = Preprocess(side, (side, side), CLIP_MEAN, CLIP_STD)
+        tokenizer = ClipTokens(config.text_config.eos_token_id)
+        return ClipReward(_cast(CLIPModel(config), dtype), tokenizer, preprocess, vae)
     config = Qwen2VLConfig(**architecture.qwen)
-    model, head = _cast(Qwen2VLModel(config), DTYPES[case.dtype]), rank_head(config.text_config.hidden_size)
+    model, head = _cast(Qwen2VLModel(config), dtype), rank_head(config.text_config.hidden_size)
     if case.reward_quant != "none":
         pack_linears(model.visual.blocks, case.reward_quant)
         pack_linears(model.language_model.layers, case.reward_quant)
@@ -190,19 +238,8 @@ def _hpsv3(architecture: Architecture, case: Case, transformer: object, vae: Aut
     return HPSv3Reward(model, head, tokens, template, vae=vae, pixels=architecture.qwen_pixels)
 
 
-_REWARDS = {"dinalrm": _latent, "pickscore": _clip, "hpsv3": _hpsv3}
-
-
-@dataclass(frozen=True)
-class Workload:
-    """run: one run of the workload. prepare: creates the state that persists between updates, AdamW's moments."""
-
-    run: Callable[[], object]
-    prepare: Callable[[], None] = lambda: None
-
-
-def workload_of(networks: Networks) -> Workload:
-    """The workload of the networks' case."""
+def workload_of(networks: Networks) -> tuple[Callable[[], None], Callable[[], object]]:
+    """Two functions: one creates the state that persists between updates, AdamW's moments; one runs the workload."""
     case, reward, policy = networks.case, networks.reward, networks.policy
     sigma = list(REWARD_SIGMAS[: case.levels])
 
@@ -212,7 +249,7 @@ def workload_of(networks: Networks) -> Workload:
     def gradient_of(inputs: Tensor, function: Callable[[Tensor], Tensor]) -> None:
         function(inputs.requires_grad_()).sum().backward()
 
-    works: dict[str, Callable[[], object]] = {
+    works = {
         "score": lambda: torch.no_grad()(score)(networks.latents()),
         "gradient": lambda: gradient_of(networks.latents(), score),
         "pixels": lambda: torch.no_grad()(reward.score_pixels)(networks.images(), networks.prompts),
@@ -226,9 +263,24 @@ def workload_of(networks: Networks) -> Workload:
         "vae_encode": lambda: encode_images(networks.vae, networks.images()),
     }
     if not case.trains:
-        return Workload(works[case.work])
-    update = refl_loss(networks, sigma) if case.work == "refl" else grpo_loss(networks, sigma)
-    return _trained(networks, update)
+        return lambda: None, works[case.work]
+    loss = _refl_loss(networks, sigma) if case.work == "refl" else _grpo_loss(networks, sigma)
+    tensors = list(policy.parameters.values())
+    optimizer = adamw([{"params": tensors}], OptimConfig(name=case.optimizer))
+
+    def prepare() -> None:
+        for tensor in tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def update() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(tensors, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return prepare, update
 
 
 def _sampler(networks: Networks, sigmas: list[float]) -> Sampler:
@@ -239,14 +291,14 @@ def _sampler(networks: Networks, sigmas: list[float]) -> Sampler:
     )  # fmt: skip
 
 
-def refl_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
+def _refl_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
     """ReFL's loss with the gradient step, without the rollout before it."""
     config = ReflConfig(batch_size=networks.case.batch, earliest=1.0, reward_sigma=sigma)
     method = Refl(_sampler(networks, [1.0, 0.0]), networks.reward, config)
     return lambda: method.step(method.batch_at(0))[0]
 
 
-def grpo_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
+def _grpo_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
     """Flow-GRPO's loss of one trained step, after a rollout of two steps and its scores."""
     batch = networks.case.batch
     config = GrpoConfig(
@@ -261,32 +313,11 @@ def grpo_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
             final, states, log_probs, _ = method.trajectories(0, samples, conditions, range(1))
             scores = method.scores(0, samples, final, conditions)
         trained = GrpoBatch(
-            position=Position(rollout=0, epoch=1, minibatch=0, part=0),
-            conditions=conditions, steps=torch.zeros(batch, dtype=torch.int64), latents=states[:, 0].to(device),
-            following=states[:, 1].to(device), old_log_prob=log_probs[:, 0].to(device),
+            position=Position(rollout=0, epoch=1, minibatch=0, part=0), conditions=conditions,
+            steps=torch.zeros(batch, dtype=torch.int64), latents=states[:, 0].to(device),
+            following=states[:, 1].to(device), old_log_prob=log_probs[:, 0].to(device), count=batch, statistics={},
             old_mean=torch.zeros(batch, 0, device=device), advantage=scores["reward"][0].to(device),
-            count=batch, statistics={},
         )  # fmt: skip
         return method.step(trained)[0]
 
     return loss
-
-
-def _trained(networks: Networks, loss: Callable[[], Tensor]) -> Workload:
-    """One update of the policy's LoRA, as in `loop.fit`."""
-    tensors = list(networks.policy.parameters.values())
-    optimizer = adamw([{"params": tensors}], OptimConfig(name=networks.case.optimizer))
-
-    def prepare() -> None:
-        for tensor in tensors:
-            tensor.grad = torch.zeros_like(tensor)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def update() -> None:
-        loss().backward()
-        nn.utils.clip_grad_norm_(tensors, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return Workload(update, prepare)
