@@ -28,8 +28,7 @@ from dinalrm_align.train.command import parse, refuse, refusing
 def resolve(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
     """The settings and the model. --help exits here, before torch is imported."""
     config, _ = parse(EvaluateRun, __doc__, words)
-    with refusing():
-        spec, reason = resolve_model(config.model)
+    spec, reason = resolve_model(config.model)
     if spec.kind != "shapes" and not config.judged:
         refuse(f"{spec.name} has no test sets of its own; expected --judged '{{name: DIR}}'")
     print(reason, flush=True)
@@ -103,13 +102,9 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
-    try:
+    with refusing(stopped="finished scores are stored; run the same command to continue"):
         config, spec = resolve(words)
-        with refusing():
-            evaluate(config, spec, shlex.join(["python", "recipes/evaluate_reward.py", *words]))
-    except KeyboardInterrupt:
-        print("\nstopped: finished scores are stored; run the same command to continue", file=sys.stderr)
-        raise SystemExit(130) from None
+        evaluate(config, spec, shlex.join(["python", "recipes/evaluate_reward.py", *words]))
 
 
 if __name__ == "__main__":

@@ -76,8 +76,7 @@ class MemoryConfig:
         vae_dtype: dtype of the VAE's weights; bfloat16 halves the memory of decoding and rounds the images.
         decode_slice: images that a pixel reward decodes at a time, again in the backward pass; by default all at once.
         decode_tile: decode large images tile by tile (diffusers' tiling); pixels near the seams change.
-        offload: keep unused models off the GPU: the base model while prompts are encoded, and the VAE except for
-            evaluations, unless a pixel reward needs it for every update.
+        offload: keep unused models off the GPU: the base model while prompts are encoded, the VAE between evaluations.
         compile: apply torch.compile to each block of policy and latent reward; the first update takes minutes.
         attention: CUDA kernel of torch's attention. (diffusers' set_attention_backend does not affect SD3.)
     """
@@ -102,8 +101,7 @@ class Hpsv3Config:
         quantization: quantise the linear layers of its blocks to 8 or 4 bits (bitsandbytes, the extra `quant`).
         template: data_collator_qwen.py of the package hpsv3, or a JSON file with its two texts; by default the file
             beside the weights, or else the installed package.
-        base: folder or hub id of Qwen2-VL-7B-Instruct, for its config and tokenizer; by default the files beside the
-            weights, or else those of the hub.
+        base: folder or hub id of Qwen2-VL-7B-Instruct, for its config and tokenizer; by default beside the weights.
     """
 
     quantization: Literal["none", "int8", "nf4"] = "none"
@@ -220,8 +218,7 @@ class AlignRun(PolicyRun):
     """Settings of every alignment recipe.
 
     Args:
-        gold: reward for held-out images that is never trained on; by default PickScore, or the oracle in the embedded
-            world.
+        gold: reward of held-out images, never trained on; by default PickScore, or the oracle of the embedded world.
         resume: folder of a run (its newest checkpoint is used) or of a checkpoint. Options override its settings.
         eval_prompts: text file of held-out prompts; by default the model's own list.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.

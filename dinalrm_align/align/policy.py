@@ -172,10 +172,6 @@ class Policy:
             name = min(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
             raise ValueError(f"weights of another LoRA: {name}: got {got.get(name)}; expected {expected.get(name)}")
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, block by block (non-reentrant)."""
-        self.transformer.enable_gradient_checkpointing()
-
     def save_lora(self, folder: Path) -> None:
         """Write folder/pytorch_lora_weights.safetensors for `StableDiffusion3Pipeline.load_lora_weights`."""
         try:

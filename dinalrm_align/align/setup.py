@@ -268,7 +268,7 @@ def apply_memory_options(
 ) -> bool:
     """Apply the memory options to policy and rewards; whether the base weights are sharded over the ranks."""
     if run.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
+        policy.transformer.enable_gradient_checkpointing()
         for reward in rewards:
             reward.enable_gradient_checkpointing()
     for reward in rewards:

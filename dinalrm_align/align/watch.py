@@ -33,8 +33,7 @@ from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.train.files import atomic_folder, discard_folder, read_json, write_file
 
-Scores = Mapping[str, Sequence[float]]
-"""Scores of an evaluation: one number per sample, by name ("proxy", "gold", names of probes)."""
+Scores = Mapping[str, Sequence[float]]  # one number per sample, by name ("proxy", "gold", names of probes)
 LEVEL, DRIFT, BEST, NOTE = "proxy@", "drift", "lora_best", "best.json"
 
 

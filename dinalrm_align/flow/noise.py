@@ -21,8 +21,7 @@ from dinalrm_align.train.settings import check_integer, check_number
 
 NUM_TRAIN_TIMESTEPS = 1000
 
-SigmaDensity = Callable[..., Tensor]
-"""density(n, *, generator, **params) -> (n,) float32 in [0, 1]"""
+SigmaDensity = Callable[..., Tensor]  # density(n, *, generator, **params) -> (n,) float32 in [0, 1]
 
 
 def seeded_generator(*keys: int) -> torch.Generator:

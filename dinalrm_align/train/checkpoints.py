@@ -82,9 +82,7 @@ def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: A
     same_processes = facts["num_processes"] == accelerator.num_processes
     rank = accelerator.process_index if same_processes else 0
     method_file = folder / f"method_{rank}.safetensors"
-    _check_identity(facts["identity"], state.identity, folder)
-    if not same_processes:
-        _check_processes(facts, state.samples, accelerator.num_processes, folder)
+    _check_run(facts, state, accelerator.num_processes, folder)
     if facts["step"] > steps:
         raise ValueError(f"{folder} is at update {facts['step']}, beyond loop.steps {steps}; raise loop.steps")
     if state.average is not None and not (folder / "ema.safetensors").exists():
@@ -189,26 +187,27 @@ def _alternative(folder: Path) -> str:
     return "no earlier checkpoint is intact: restore the file from a copy, or start the run again in another folder"
 
 
-def _check_identity(saved: Mapping[str, str], expected: Mapping[str, str], folder: Path) -> None:
+def _check_run(facts: Mapping[str, Any], state: RunState, num_processes: int, folder: Path) -> None:
+    """Raise ValueError unless the checkpoint is of this run, which can be resumed with this world size."""
+    saved, expected = facts["identity"], state.identity
     if saved != dict(expected):
         name = next(name for name in (*expected, *saved) if saved.get(name) != expected.get(name))
         raise ValueError(
             f"{folder} belongs to another run: its {name} is {saved.get(name)}, here it is {expected.get(name)}; "
             "resume with the run's model, reward, data and seed, or start a new run in another folder"
         )
-
-
-def _check_processes(facts: Mapping[str, Any], samples: int, num_processes: int, folder: Path) -> None:
+    if facts["num_processes"] == num_processes:
+        return
     before = f"{folder} was written by {facts['num_processes']} processes, this run has {num_processes}"
     if not facts["common_state"]:
         raise ValueError(
             f"{before}, and each holds its share of a rollout in use: start as many, or resume from a checkpoint "
             "between two rollouts (loop.checkpoint_every a multiple of epochs x minibatches)"
         )
-    if not samples or facts["samples"] != samples:
+    if not state.samples or facts["samples"] != state.samples:
         raise ValueError(
-            f"{before}: samples per update: got {samples}, expected {facts['samples']}; start as many processes, or "
-            "change the samples per process (batch_size, groups) or loop.accumulate"
+            f"{before}: samples per update: got {state.samples}, expected {facts['samples']}; start as many processes, "
+            "or change the samples per process (batch_size, groups) or loop.accumulate"
         )
 
 

@@ -21,8 +21,8 @@ from dinalrm_align.train.settings import bounds_in_words, did_you_mean, field_ty
 
 Settings = TypeVar("Settings")
 PACKAGE = Path(__file__).parents[1]
+# how jsonargparse quotes a refused value
 GIVEN = re.compile(r"Given value: (.*)|Got value: (.*)|Unable to load config '(.*)'|: '(.*)'$", re.MULTILINE)
-"""How jsonargparse quotes a refused value."""
 
 
 def parse(

@@ -27,8 +27,7 @@ CPU_ATTENTION = {
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
-}  # fmt: skip
-"""FLOPs of attention kernels for which `FlopCounterMode` has no formula, from the shapes of their arguments."""
+}  # fmt: skip  # FLOPs of attention kernels for which `FlopCounterMode` has no formula
 
 
 def tensors_among(values: Any) -> list[torch.Tensor]:
@@ -54,7 +53,7 @@ class LiveStorage(TorchDispatchMode):
         inputs = {tensor.untyped_storage()._cdata for tensor in tensors_among((args, kwargs))}
         result = func(*args, **kwargs)
         for storage in [tensor.untyped_storage() for tensor in tensors_among(result)]:
-            if storage._cdata not in self._seen and storage._cdata not in inputs:  # a view or an in-place result
+            if storage._cdata not in self._seen and storage._cdata not in inputs:  # no view, nor an in-place result
                 size = storage.nbytes()
                 self._seen[storage._cdata] = weakref.finalize(storage, self._release, storage._cdata, size)
                 self.live += size

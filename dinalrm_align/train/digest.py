@@ -6,8 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-SAMPLED = 256
-"""Values per tensor in a fingerprint."""
+SAMPLED = 256  # values per tensor in a fingerprint
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -23,12 +22,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def fingerprint(module: nn.Module) -> str:
     """Digest of names, dtypes, shapes and evenly spaced values of a module's tensors; 16 hexadecimal digits.
 
-    Fast for billions of weights, since it reads a few kilobytes per tensor; single changed weights go unnoticed.
+    Fast for billions of weights; single changed weights go unnoticed.
     """
-    sampled = {}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        stride = max(1, tensor.numel() // SAMPLED)
-        sampled[f"{name} {tuple(tensor.shape)}"] = tensor.detach().flatten()[::stride]
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    sampled = {f"{n} {tuple(t.shape)}": t.detach().flatten()[:: max(1, t.numel() // SAMPLED)] for n, t in tensors}
     return digest(sampled)[:16]
 
 

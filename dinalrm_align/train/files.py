@@ -19,11 +19,9 @@ from typing import Any
 
 import yaml
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-"""owner/name"""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 STATE = "state.json"
-TEMPORARY, DISCARDED = ".tmp_", ".old_"
-"""Prefixes of the names of what is being written and of what is being deleted."""
+TEMPORARY, DISCARDED = ".tmp_", ".old_"  # prefixes of names while a file is written or deleted
 
 
 def read_text(path: Path, what: str, expected: str = "a file") -> str:

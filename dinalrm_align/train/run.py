@@ -8,8 +8,7 @@ from typing import TypeVar
 from dinalrm_align.train.command import parse, refuse
 from dinalrm_align.train.metrics import check_tracker
 
-Run = TypeVar("Run")
-"""Settings of a training recipe: model, output_dir, seed, resume, device, dtype, tracker, loop, ..."""
+Run = TypeVar("Run")  # settings of a training recipe: model, output_dir, resume, tracker, ...
 
 
 def parse_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[Run, Path | None]:

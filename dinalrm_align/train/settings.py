@@ -23,12 +23,9 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
-"""[0, 1): a decay, a dropout rate."""
-PositiveUnitInterval = restricted_number_type("PositiveUnitInterval", float, [(">", 0), ("<=", 1)])
-"""(0, 1]: a share."""
+HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])  # [0, 1)
+PositiveUnitInterval = restricted_number_type("PositiveUnitInterval", float, [(">", 0), ("<=", 1)])  # (0, 1]
 IntAboveOne = restricted_number_type("IntAboveOne", int, [(">", 1)])
-"""2, 3, ...: a group size."""
 RESTRICTED = (
     ClosedUnitInterval, HalfOpenUnitInterval, IntAboveOne, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt,
     PositiveUnitInterval,

@@ -199,7 +199,7 @@ def build_networks(
     if policy is not None:
         policy.parameters = {n: p for n, p in policy.transformer.named_parameters() if p.requires_grad}
         if case.policy_checkpointing:
-            policy.enable_gradient_checkpointing()
+            policy.transformer.enable_gradient_checkpointing()
     if reward is not None:
         reward.set_decode_slice(case.decode_slice)
         if case.reward_checkpointing:

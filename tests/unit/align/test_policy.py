@@ -99,7 +99,7 @@ def test_gradients_do_not_depend_on_a_reference_pass_or_on_checkpointing(policy,
     expected = {name: p.grad.clone() for name, p in policy.parameters.items()}
     policy.transformer.zero_grad()
     if checkpointing:
-        policy.enable_gradient_checkpointing()
+        policy.transformer.enable_gradient_checkpointing()
     loss = policy.velocity(LATENTS, 0.4, conditions()).square().mean()
     with policy.reference():
         policy.velocity(LATENTS, 0.4, conditions())
