@@ -1,4 +1,4 @@
-"""Checkpoints of a latent reward, read and written strictly, in two layouts.
+"""Checkpoints of a latent reward in two layouts, read strictly and written atomically.
 
 Ours: `config.json` (RewardConfig) and `model.safetensors` (`backbone.*`: the LoRA, or the whole trunk with full tuning;
 `head.*`), whose metadata carries a digest of the tensors that is verified on reading. Released, DiNa-LRM's own:
@@ -33,7 +33,7 @@ OWN_KEYS = (
 )  # fmt: skip
 """Fields without a counterpart in the released config.json; written to a section `dinalrm_align`."""
 SQUASH = ("eta3", "eta4")
-"""In the released code these two parameters belong neither to the head nor to `rm_head.pt`."""
+"""Parameters of the head that the released code keeps outside of it and of `rm_head.pt`."""
 RELEASED_HEAD = ("use_proj_in", "width", "num_queries", "num_attn_heads", "dropout")
 """The released config's fields of the head; it has the defaults of `HeadConfig`."""
 RELEASED_DEFAULTS = dict(sigma=0.4, image_sigma=0.1, snap_sigma=True, score_scale=0.1, score_bias=1.0, text_length=256)
@@ -78,9 +78,8 @@ def save_checkpoint(
     parts = {"head.film": config.head.film, "head.value_gates": config.head.value_gates, "text_taps": config.text_taps}
     lacking = [name for name, present in parts.items() if not present]
     if format == "released" and lacking:
-        raise ValueError(
-            f"the released layout has no place for a reward without {', '.join(lacking)}; save as 'dinalrm'"
-        )
+        problem = f"has no place for a reward without {', '.join(lacking)}"
+        raise ValueError(f"the released layout {problem}; save as 'dinalrm'")
     directory = Path(directory)
     make_folder(directory)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -111,9 +110,6 @@ def relocated(base_model_id: str, folder: Path, new_folder: Path) -> str:
         return base_model_id
     path = os.path.relpath(base_location(base_model_id, folder), new_folder)
     return path if path.startswith("..") else f"./{path}"
-
-
-# ----------------------------------------------------------------------------------------------- the released layout
 
 
 def _read_released(folder: Path, values: dict[str, Any]) -> Checkpoint:
@@ -228,9 +224,6 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
         "dinalrm_align": own | {name: value.item() for name, value in squash.items()},
     }
     _write_json(directory / "config.json", values)
-
-
-# ------------------------------------------------------------------------------------------------------------- files
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:

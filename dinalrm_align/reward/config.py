@@ -63,8 +63,7 @@ class HeadConfig:
         num_attn_heads: heads of both query attentions; must divide the width.
         dropout: in the attentions and the feed-forward, in training mode only.
         use_logistic: squash the score to (-2, 2) by a learnable logistic curve.
-        film: modulate the layer adapters by the embedded timestep and pooled prompt; without it an adapter is
-            h = x + layer_embed, projected.
+        film: modulate the layer adapters by the embedded timestep and pooled prompt.
         value_gates: a gate per token on the values of the first query attention.
     """
 
@@ -96,14 +95,12 @@ class RewardConfig:
         num_layers: transformer blocks that are used (and that carry LoRA).
         visual_taps: blocks whose image stream the head reads, counted from 1; 0 means the embedded tokens.
         text_taps: the same for the text stream; empty: the head reads image tokens alone.
-        tuning: which backbone weights the checkpoint holds: lora; none (frozen, only the head was trained); full (the
-            backbone's own weights, which cannot be shared).
+        tuning: which backbone weights the checkpoint holds: lora; none (only the head was trained); full (all of them).
         lora: read if `tuning` is lora.
         head: architecture of the reward head.
         sigma: default noise level, or several for a multi-noise ensemble.
         image_sigma: default for `score_images`; None: `sigma`.
-        ensemble: how several levels are combined: joined as tokens before the head's attention (tokens, the paper's),
-            or by averaging their scores (average, the baseline).
+        ensemble: how several levels are combined: as tokens of the head's attention (the paper's), or average scores.
         snap_sigma: round levels to the scheduler table (1000 steps, shift 3), as the released code does.
         add_noise: add noise to the latents; False gives the backbone clean latents at timestep 1000 sigma.
         score_scale: score = raw * score_scale + score_bias.
@@ -213,12 +210,10 @@ class LossConfig:
 
     Args:
         likelihood: maps a score difference to a probability. thurstone: variance grows with the noise level (the
-            paper); thurstone_fixed: one variance for all levels; bradley_terry: sigmoid of the difference;
-            bradley_terry_margin: sigmoid of the difference minus a margin.
+            paper); thurstone_fixed: one variance; bradley_terry: sigmoid; bradley_terry_margin: sigmoid(delta - margin).
         objective: fidelity, 1 - sqrt(p) for a hard label, or nll, -log p; default: fidelity with Thurstone (the paper),
-            nll with Bradley-Terry (the usual -log sigmoid of the difference).
-        preset: defaults of k, sigma_u and epsilon: paper (k 2, sigma_u 0.1, epsilon 0) or released (variance
-            2 sigma^2 + 0.05, epsilon 1e-6).
+            nll with Bradley-Terry.
+        preset: defaults: paper (k 2, sigma_u 0.1, epsilon 0) or released (variance 2 sigma^2 + 0.05, epsilon 1e-6).
         k: growth of the rater's variance with the noise level, k sigma^2 + sigma_u^2.
         sigma_u: the rater's standard deviation for clean images.
         epsilon: added inside both square roots, that of the variance and that of the fidelity.
@@ -280,26 +275,20 @@ class TrainRewardRun:
     """Settings of `recipes/train_reward.py`.
 
     Args:
-        model: model whose transformer is the backbone of the reward: shapes, sd35, or the folder or hub id of a
-            StableDiffusion3Pipeline.
-        pairs: preference pairs: a folder of encoded latents written by recipes/prepare_pairs.py, a folder in the
-            released layout (`data.released_pairs`), or a jsonl file of images (`data.image_pairs`); by default the
-            embedded world makes its own.
+        model: the backbone's model: shapes, sd35, or the folder or hub id of a StableDiffusion3Pipeline.
+        pairs: preference pairs: a folder of encoded latents written by recipes/prepare_pairs.py or in the released
+            layout, or a jsonl file of images (`data.image_pairs`); by default the embedded world makes its own.
         validation_pairs: pairs for evaluation only, in the same formats; by default see held_out_prompts.
-        held_out_prompts: number of distinct prompts of `pairs` held out for evaluation if there are no
-            validation_pairs.
-        output_dir: folder of the run; by default a new one under runs/, named after model and seed. The trained reward
-            is saved in output_dir/reward.
+        held_out_prompts: prompts of `pairs` held out for evaluation if there are no validation_pairs.
+        output_dir: folder of the run, with the trained reward in reward/; by default a new one under runs/.
         seed: of initial weights, order of the data, noise and noise levels.
         resume: folder of a run (its newest checkpoint is used) or of a checkpoint. Options override its settings.
         device: auto uses a CUDA GPU if there is one.
         dtype: of the frozen base weights; auto: the model's own on a GPU and float32 on a CPU. LoRA and head are
             always float32; on a GPU the forward is bfloat16 by autocast unless this is float32.
-        tracker: where to log metrics and images in addition to metrics.jsonl; wandb works offline with
-            WANDB_MODE=offline.
+        tracker: where to log in addition to metrics.jsonl; wandb works offline with WANDB_MODE=offline.
         batch_size: prompts per micro-batch and process, each with a group of images (a pair or a ranked list).
-        on_bad: what to do with unreadable files of latents. refuse: exit with their names; skip: leave out their
-            pairs, with a warning that names and counts them.
+        on_bad: unreadable files of latents. refuse: exit with their names; skip: leave out their pairs, with a warning.
         prefetch: batches of encoded pairs to read ahead.
         height: of images that are encoded during training, in pixels; by default the model's own.
         width: of images that are encoded during training, in pixels; by default the model's own.

@@ -84,12 +84,9 @@ class QueryAttention(nn.Module):
 
 
 class RewardHead(nn.Module):
-    """Taps of a backbone to one raw score per sample.
+    """Taps of a backbone with streams of `width_in` channels to one raw score per sample.
 
-    Args:
-        width_in: channels of both token streams.
-        num_visual_taps, num_text_taps: tapped layers per stream; without text taps only image tokens are read.
-        temb_dim: channels of the conditioning vector; default: `width_in`.
+    Without text taps only image tokens are read. temb_dim defaults to `width_in`.
     """
 
     def __init__(

@@ -78,12 +78,9 @@ def preference_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> 
 def preference_loss(
     score_chosen: Tensor, score_rejected: Tensor, sigma: Tensor, label: Tensor | float = 1.0, *, config: LossConfig
 ) -> Tensor:
-    """The loss of each pair: (N,), float32, at least 0 (minus epsilon), differentiable in both scores.
+    """The loss of each pair: (N,), float32, at least 0 (minus epsilon), of raw scores (N,) at the SAME noise and sigma.
 
-    Args:
-        score_chosen, score_rejected: (N,) raw scores at the SAME noise and sigma.
-        sigma: (N,) in [0, 1].
-        label: a float or (N,) in [0, 1], the probability that a rater prefers `chosen`.
+    label: a float or (N,) in [0, 1], the probability that a rater prefers `chosen`.
     """
     _check_vectors(score_chosen=score_chosen, score_rejected=score_rejected, sigma=sigma)
     delta = score_chosen.float() - score_rejected.float()
@@ -110,7 +107,7 @@ def _check_vectors(**vectors: Tensor) -> None:
         if not isinstance(vector, Tensor) or not vector.is_floating_point():
             got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
             raise TypeError(f"{name}: got {got}; expected a floating tensor (N,)")
-    shapes = {name: tuple(vector.shape) for name, vector in vectors.items()}
-    if len(set(shapes.values())) != 1 or any(len(shape) != 1 or shape[0] == 0 for shape in shapes.values()):
-        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    shapes = {tuple(vector.shape) for vector in vectors.values()}
+    if len(shapes) != 1 or any(len(shape) != 1 or shape[0] == 0 for shape in shapes):
+        got = ", ".join(f"{name} {tuple(vector.shape)}" for name, vector in vectors.items())
         raise ValueError(f"scores and sigma must share one shape (N,), N at least 1: got {got}")

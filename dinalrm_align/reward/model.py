@@ -23,9 +23,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, config: RewardConfig, trunk: SD3Trunk, head: RewardHead) -> None:
         super().__init__()
-        self.config = config
-        self.trunk = trunk
-        self.head = head
+        self.config, self.trunk, self.head = config, trunk, head
         self._as_trained: Mapping[str, Tensor] | None = None
         self._snap_table = scheduler_sigmas()
 
@@ -66,7 +64,6 @@ class RewardModel(nn.Module):
         return torch.autocast(device, dtype=dtype)
 
     def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
-        """Recompute the trunk's blocks in the backward pass instead of storing their activations."""
         self.trunk.enable_gradient_checkpointing(use_reentrant)
 
     def disable_gradient_checkpointing(self) -> None:
@@ -86,12 +83,8 @@ class RewardModel(nn.Module):
     def freeze(
         self, *, merge: bool = False, dtype: torch.dtype | None = None, as_trained: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Prepare for scoring: no gradients for parameters, evaluation mode, LoRA in the trunk's dtype or merged.
-
-        Args:
-            merge: merge the LoRA into the trunk's weights, in float32; not for shared weights.
-            dtype: of the trunk, unless it is shared.
-            as_trained: `tuned_tensors` from here on; default: a copy of the present ones.
+        """Prepare for scoring: no gradients for parameters, evaluation mode, LoRA in the trunk's dtype or merged into
+        its weights in float32. as_trained: `tuned_tensors` from here on; default: a copy of the present ones.
         """
         if as_trained is None:
             as_trained = {name: tensor.detach().cpu().clone() for name, tensor in self.tuned_tensors().items()}

@@ -55,10 +55,8 @@ def shard_base(
     """
     private = [trunk for trunk in trunks if not trunk.shared]
     if transformer_blocks is not None and private:
-        raise ValueError(
-            f"{len(private)} rewards have base weights of their own, a copy on every process, where FSDP was asked for "
-            "to save memory: build them with share_weights=True, or run without FSDP"
-        )
+        got = f"{len(private)} rewards have base weights of their own, a copy on every process"
+        raise ValueError(f"FSDP: {got}: build them with share_weights=True, or run without FSDP")
     trees = [trunk.transformer_blocks for trunk in trunks]
     if transformer_blocks is not None:
         trees.insert(0, transformer_blocks)

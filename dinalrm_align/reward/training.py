@@ -118,26 +118,18 @@ class RewardTraining:
 
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
-    """The config of a reward on this pipeline (folder or hub id) that will be saved in `folder`, with the relative path
-    of a local pipeline, so that both can be moved together.
-    """
+    """The config of a reward on this pipeline to save in `folder`, relative to which a local pipeline is stored."""
     with reading("VAE", pipeline):
         vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
-    return dataclasses.replace(
-        config,
-        base_model_id=os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline,
-        vae_scaling_factor=vae["scaling_factor"],
-        vae_shift_factor=vae.get("shift_factor") or 0.0,
-    )
+    base = os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline
+    scaling = dict(vae_scaling_factor=vae["scaling_factor"], vae_shift_factor=vae.get("shift_factor") or 0.0)
+    return dataclasses.replace(config, base_model_id=base, **scaling)
 
 
 def open_training_pairs(
     run: TrainRewardRun, spec: ModelSpec, reward: RewardConfig, accelerator: Accelerator, *, dtype: torch.dtype
 ) -> tuple[PairSource, Sequence[PairBatch]]:
-    """Pairs to train on, and batches of pairs to evaluate on; the embedded world makes them if none are given.
-
-    dtype: of the text encoders.
-    """
+    """Pairs to train on, and batches of pairs to evaluate on. dtype: of the text encoders."""
     train, validation = run.pairs, run.validation_pairs
     if train is None:
         folder = Path(run.output_dir) / "pairs"

@@ -58,8 +58,7 @@ class SD3Trunk(nn.Module):
         self.patch_size: int = transformer.config.patch_size
         self.max_size: int = transformer.config.pos_embed_max_size * self.patch_size
         self.visual_taps, self.text_taps, self.last_tap = config.visual_taps, config.text_taps, config.last_tap
-        self.gradient_checkpointing = False
-        self.use_reentrant = False
+        self.gradient_checkpointing = self.use_reentrant = False
 
         self.shared: tuple[Tensor, ...] = (*self.parameters(), *self.buffers()) if share_weights else ()
         self._owner = weakref.ref(transformer)  # weak: the trunk must not keep unused blocks alive
@@ -92,16 +91,14 @@ class SD3Trunk(nn.Module):
         owner = self._owner() if self.shared else None
         if owner is not None:
             _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
-        trained = sum(tensor.requires_grad for tensor in self.shared)
-        if trained:
+        if trained := sum(tensor.requires_grad for tensor in self.shared):
             raise ValueError(
-                f"requires_grad: got True for {trained} of {len(self.shared)} tensors that the reward shares with the "
-                "transformer; expected frozen weights. Freeze them with transformer.requires_grad_(False) (and train a "
-                "LoRA), or build the reward with share_weights=False"
+                f"requires_grad: got True for {trained} of {len(self.shared)} tensors shared with the transformer; "
+                "expected frozen: call transformer.requires_grad_(False) (and train a LoRA), or use share_weights=False"
             )
 
     def forward(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
-        """As `Backbone`; Taps have the trunk's dtype and are differentiable in every floating input."""
+        """As `Backbone`; Taps have the trunk's dtype."""
         hidden = self.pos_embed(x_sigma.to(self.dtype)).contiguous()
         temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(self.dtype))
         context = self.context_embedder(prompt_embeds.to(self.dtype))
@@ -111,8 +108,7 @@ class SD3Trunk(nn.Module):
             if trained and self.use_reentrant and not hidden.requires_grad:
                 hidden.requires_grad_()  # reentrant checkpoints need an input with gradient
             recompute = trained or any(tensor.requires_grad for tensor in (hidden, context, temb))
-        # nothing in a block is random
-        options = dict(use_reentrant=self.use_reentrant, preserve_rng_state=False)
+        options = dict(use_reentrant=self.use_reentrant, preserve_rng_state=False)  # nothing in a block is random
         visual, text = [hidden], [context]
         for block in self.transformer_blocks[: self.last_tap]:
             inputs = (hidden, context, temb)
@@ -123,14 +119,11 @@ class SD3Trunk(nn.Module):
 
     def skip_unread_text(self) -> None:
         """Drop the text half of the last block that runs, if its text is not tapped; with full tuning, save before."""
-        if self.last_tap == 0 or self.last_tap in self.text_taps:
-            return
-        block = self.transformer_blocks[self.last_tap - 1]
-        if block.context_pre_only:
-            return
-        block.context_pre_only = block.attn.context_pre_only = True
-        block.norm1_context = _NormedTextOnly(block.norm1_context)
-        block.norm2_context = block.ff_context = None
+        block = self.transformer_blocks[self.last_tap - 1] if self.last_tap else None
+        if block is not None and self.last_tap not in self.text_taps and not block.context_pre_only:
+            block.context_pre_only = block.attn.context_pre_only = True
+            block.norm1_context = _NormedTextOnly(block.norm1_context)
+            block.norm2_context = block.ff_context = None
 
     def _add_lora(self, lora: LoraConfig, *, text_read: bool) -> None:
         last = len(self.transformer_blocks) - 1
@@ -174,12 +167,13 @@ class SD3Trunk(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SD3Trunk":
         """Refuse to move or cast shared tensors: the policy would be moved in part, and buffers no longer shared."""
-        probe = self.shared[0].data if self.shared else None
-        if probe is not None and not _same(fn(probe), probe):
-            raise RuntimeError(
-                "this reward shares its weights with a transformer and cannot be moved or cast separately: move "
-                "the transformer first and build the reward after, or use share_weights=False"
-            )
+        for probe in [tensor.data for tensor in self.shared[:1]]:
+            moved = fn(probe)
+            if (moved.dtype, moved.device, moved.data_ptr()) != (probe.dtype, probe.device, probe.data_ptr()):
+                raise RuntimeError(
+                    "this reward shares its weights with a transformer and cannot be moved or cast separately: move "
+                    "the transformer first and build the reward after, or use share_weights=False"
+                )
         return super()._apply(fn, recurse)
 
 
@@ -192,10 +186,6 @@ class _NormedTextOnly(nn.Module):
 
     def forward(self, tokens: Tensor, temb: Tensor) -> Tensor:
         return self.norm(tokens, emb=temb)[0]
-
-
-def _same(moved: Tensor, tensor: Tensor) -> bool:
-    return moved.dtype == tensor.dtype and moved.device == tensor.device and moved.data_ptr() == tensor.data_ptr()
 
 
 def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig) -> None:
@@ -230,14 +220,10 @@ def _packing(part: nn.Module) -> list[object]:
 
 
 def _check_unmerged(parts: tuple[nn.Module, ...]) -> None:
-    """Raise ValueError if peft adapters are merged into base weights."""
     layers = [module for part in parts for module in part.modules() if isinstance(module, BaseTunerLayer)]
-    merged = {adapter for layer in layers for adapter in layer.merged_adapters}
-    if merged:
-        raise ValueError(
-            f"merged adapters: got {sorted(merged)}; expected none, since the reward needs the base weights: call "
-            "transformer.unfuse_lora() first"
-        )
+    if merged := {adapter for layer in layers for adapter in layer.merged_adapters}:
+        expected = "expected none, since the reward needs the base weights: call transformer.unfuse_lora() first"
+        raise ValueError(f"merged adapters: got {sorted(merged)}; {expected}")
 
 
 def _remove_adapters(model: nn.Module) -> None:
