@@ -34,7 +34,7 @@ def save_grid(
     pixels = to_bytes(images) if isinstance(images, Tensor) else images
     if len(pixels) != len(captions):
         raise ValueError(f"one caption per image: got {len(pixels)} images, {len(captions)} captions")
-    _save_cells(pixels, captions, path, title, columns)
+    _save_cells(pixels, captions, path, title, columns, width=1, letters=22)
 
 
 def save_before_after(
@@ -48,9 +48,8 @@ def save_before_after(
 
 
 def _save_cells(
-    cells: Sequence[np.ndarray], captions: Sequence[str], path: Path, title: str, columns: int, *, width: int = 1,
-    letters: int = 22,
-) -> None:  # fmt: skip
+    cells: Sequence[np.ndarray], captions: Sequence[str], path: Path, title: str, columns: int, width: int, letters: int
+) -> None:
     """width: of a cell, in units of CELL_INCHES; letters: of a caption's line."""
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)

@@ -117,10 +117,8 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
         spec = dataclasses.replace(MODELS["sd35"], name=name, pipeline=name)
         return spec, f"model {name}, a hub id (there is no folder of that name), with the rewards of sd35"
     guess = did_you_mean(name, ["auto", *MODELS]) or "."
-    raise ValueError(
-        f"unknown model {name!r}{guess} Known: auto, {', '.join(MODELS)}; or the folder (none of that name exists) or "
-        "hub id, owner/name, of a StableDiffusion3Pipeline"
-    )
+    known = f"auto, {', '.join(MODELS)}; or the folder or hub id, owner/name, of a StableDiffusion3Pipeline"
+    raise ValueError(f"unknown model {name!r}{guess} Known: {known}")
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -143,7 +141,6 @@ def _missing_in_part(folder: Path) -> list[str]:
 
 
 def _missing_weights(folder: Path, stem: str) -> list[str]:
-    """Missing ones of config.json and `stem`.safetensors, or all shards in its index."""
     index, weights = folder / f"{stem}.safetensors.index.json", [f"{stem}.safetensors"]
     if index.exists():
         files = read_json(index).get("weight_map")

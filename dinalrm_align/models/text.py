@@ -78,10 +78,8 @@ class Conditions:
     def encode(
         cls, encoder: "PromptEncoder", prompts: Sequence[str], other_lengths: Iterable[int] = (), batch_size: int = 32
     ) -> Self:
-        """Encode prompts, each distinct one once; embeddings are returned on the CPU in the text encoders' dtype.
-
-        other_lengths: further numbers of T5 tokens. At SD3.5's sizes and 128 T5 tokens in bfloat16, 1,000 prompts take
-        about 1.7 GB of memory.
+        """Encode prompts, each distinct one once, on the CPU in the text encoders' dtype: 1,000 take about 1.7 GB at
+        SD3.5's sizes and 128 T5 tokens in bfloat16. other_lengths: further numbers of T5 tokens.
         """
         prompts = check_prompts(prompts)
         distinct = list(dict.fromkeys(prompts))
@@ -215,10 +213,8 @@ class PromptEncoder:
             self._pipeline = self._load()
         pipeline = self._pipeline
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
-            raise ValueError(
-                "prompts need text encoders, and the pipeline has none or has released them: pass one that has them, "
-                "or prompt_embeds and pooled_prompt_embeds"
-            )
+            need = "prompts need text encoders, and the pipeline has none or has released them"
+            raise ValueError(f"{need}: pass one that has them, or prompt_embeds and pooled_prompt_embeds")
         if pipeline.text_encoder_3 is None and pipeline.transformer is None:
             raise ValueError("the base model has no text_encoder_3 (T5): pass pipeline=..., or prompt_embeds")
         return pipeline
@@ -229,10 +225,8 @@ class PromptEncoder:
         check_source("base model", self.source)
         folder = Path(self.source)
         if folder.is_dir() and not (folder / "model_index.json").is_file():
-            raise ValueError(
-                f"prompts need text encoders, and {folder} is not a pipeline folder (it has no model_index.json): pass "
-                "pipeline=..., or prompt_embeds and pooled_prompt_embeds"
-            )
+            problem = f"{folder} is not a pipeline folder (it has no model_index.json)"
+            raise ValueError(f"prompts need text encoders, and {problem}: pass pipeline=..., or prompt_embeds")
         local = folder.is_dir() or self.local_files_only
         options = dict(transformer=None, vae=None, dtype=self.dtype, local_files_only=local, use_safetensors=True)
         with reading("text encoders and tokenizers", self.source):

@@ -123,12 +123,9 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
     """The tensors by other names. rules: regular expressions of a name's beginning to replacements, or None to drop it;
     the first match is applied, names without one are kept.
     """
-    renamed = {}
-    for name, tensor in tensors.items():
-        rule = next((rule for rule in rules if re.match(rule, name)), None)
-        if rule is None or rules[rule] is not None:
-            renamed[name if rule is None else re.sub(f"^{rule}", rules[rule], name)] = tensor
-    return renamed
+    rule_of = {name: next((rule for rule in rules if re.match(rule, name)), "") for name in tensors}
+    kept = {name: rule for name, rule in rule_of.items() if rules.get(rule, "") is not None}
+    return {re.sub(f"^{rule}", rules.get(rule, ""), name): tensors[name] for name, rule in kept.items()}
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
@@ -182,7 +179,7 @@ def assign_tensors(
 
 
 class _StandIn:
-    """Replaces every class and function that a pickle names: takes any arguments, does nothing, keeps its state."""
+    """Replaces every class and function that a pickle names: takes any arguments, keeps its state."""
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
 
@@ -223,7 +220,6 @@ def _load(path: Path) -> Any:
 
 
 def _module_tensors(module: _StandIn, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """`torch.nn.Module.state_dict` for stand-ins."""
     parameters, buffers, children = (vars(module).get(kind, {}) for kind in ("_parameters", "_buffers", "_modules"))
     transient = vars(module).get("_non_persistent_buffers_set", ())
     for name, tensor in {**parameters, **buffers}.items():

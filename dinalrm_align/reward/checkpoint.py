@@ -92,8 +92,7 @@ def save_checkpoint(
 
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
     """The base model's hub id or path; ids that start with ./ or ../ are relative to the checkpoint's `folder`.
-
-    trusted: the folder is the user's own. Raises ValueError when a downloaded checkpoint names a local path.
+    trusted: the folder is the user's own; a downloaded checkpoint must not name a local path.
     """
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):
@@ -115,9 +114,8 @@ def relocated(base_model_id: str, folder: Path, new_folder: Path) -> str:
 def _read_released(folder: Path, values: dict[str, Any]) -> Checkpoint:
     model = values["model"]
     head = dict(model["reward_head"])
-    for name in ("freeze_backbone", "use_lora"):
-        if not isinstance(model[name], bool):
-            raise TypeError(f"model.{name}: got {model[name]!r:.80}; expected true or false")
+    if wrong := [name for name in ("freeze_backbone", "use_lora") if not isinstance(model[name], bool)]:
+        raise TypeError(f"model.{wrong[0]}: got {model[wrong[0]]!r:.80}; expected true or false")
     if head.pop("out_dim", 1) != 1:
         raise ValueError(f"{folder / 'config.json'}: model.reward_head.out_dim must be 1, a scalar reward")
     own = dict(values.get("dinalrm_align", {}))
@@ -233,12 +231,12 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
             what = f"of {tensor.dtype}" if not tensor.is_floating_point() else "NaN or infinite in places"
             raise ValueError(f"{checkpoint.where}: tensor {name} is {what}; expected finite floating numbers")
-    queries = tensors.get("head.query_tokens")
-    width = config.head.width if queries is None or config.head.width != -1 else queries.shape[-1]
-    sizes = {"head.query_tokens": (1, config.head.num_queries, width)}
-    sizes |= {name: (config.lora.rank, *tensors[name].shape[1:]) for name in tensors if name.endswith("lora_A.weight")}
+    sizes = {name: (config.lora.rank, *tensors[name].shape[1:]) for name in tensors if name.endswith("lora_A.weight")}
+    if (queries := tensors.get("head.query_tokens")) is not None:
+        width = queries.shape[-1] if config.head.width == -1 else config.head.width
+        sizes["head.query_tokens"] = (1, config.head.num_queries, width)
     for name, expected in sizes.items():
-        if name in tensors and tuple(tensors[name].shape) != expected:
+        if tuple(tensors[name].shape) != expected:
             got = f"has shape {tuple(tensors[name].shape)}; by config.json expected {expected}"
             raise ValueError(f"{checkpoint.where}: tensor {name} {got}. Check that both are of one checkpoint")
 

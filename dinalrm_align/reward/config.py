@@ -90,8 +90,8 @@ class RewardConfig:
     """A latent reward. A checkpoint is this config, the tensors of LoRA and head, and the base model named here.
 
     Args:
-        base_model_id: hub id or folder of the diffusion pipeline (or bare transformer) that the reward is built on; an
-            id that starts with `./` or `../` is relative to the checkpoint's folder.
+        base_model_id: hub id or folder of the diffusion pipeline (or bare transformer); an id that starts with `./` or
+            `../` is relative to the checkpoint's folder.
         num_layers: transformer blocks that are used (and that carry LoRA).
         visual_taps: blocks whose image stream the head reads, counted from 1; 0 means the embedded tokens.
         text_taps: the same for the text stream; empty: the head reads image tokens alone.
@@ -169,8 +169,8 @@ class RewardConfig:
             raise TypeError(f"reward config: got {type(values).__name__}; expected a dictionary")
         values = dict(values)
         if values.get("format_version") == 1 and isinstance(values.get("head"), dict):
-            values["head"] = {"film": True, "value_gates": True, **values["head"]}
-            values["format_version"] = FORMAT_VERSION
+            head = {"film": True, "value_gates": True, **values["head"]}
+            values |= {"head": head, "format_version": FORMAT_VERSION}
         _check_keys("reward config", values, cls)
         for key, nested in (("lora", LoraConfig), ("head", HeadConfig)):
             _check_keys(f"reward config, section {key!r}", values[key], nested)
@@ -210,7 +210,7 @@ class LossConfig:
 
     Args:
         likelihood: maps a score difference to a probability. thurstone: variance grows with the noise level (the
-            paper); thurstone_fixed: one variance; bradley_terry: sigmoid; bradley_terry_margin: sigmoid(delta - margin).
+            paper); thurstone_fixed: one variance; bradley_terry: sigmoid; bradley_terry_margin: with a margin.
         objective: fidelity, 1 - sqrt(p) for a hard label, or nll, -log p; default: fidelity with Thurstone (the paper),
             nll with Bradley-Terry.
         preset: defaults: paper (k 2, sigma_u 0.1, epsilon 0) or released (variance 2 sigma^2 + 0.05, epsilon 1e-6).
@@ -284,8 +284,8 @@ class TrainRewardRun:
         seed: of initial weights, order of the data, noise and noise levels.
         resume: folder of a run (its newest checkpoint is used) or of a checkpoint. Options override its settings.
         device: auto uses a CUDA GPU if there is one.
-        dtype: of the frozen base weights; auto: the model's own on a GPU and float32 on a CPU. LoRA and head are
-            always float32; on a GPU the forward is bfloat16 by autocast unless this is float32.
+        dtype: of the frozen base weights; auto: the model's own on a GPU, float32 on a CPU. LoRA and head are float32;
+            on a GPU the forward is bfloat16 by autocast unless this is float32.
         tracker: where to log in addition to metrics.jsonl; wandb works offline with WANDB_MODE=offline.
         batch_size: prompts per micro-batch and process, each with a group of images (a pair or a ranked list).
         on_bad: unreadable files of latents. refuse: exit with their names; skip: leave out their pairs, with a warning.

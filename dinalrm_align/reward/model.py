@@ -57,7 +57,7 @@ class RewardModel(nn.Module):
             return self.head(taps.split(count))
 
     def _head_precision(self) -> contextlib.AbstractContextManager:
-        """After a half-precision trunk, run the float32 head under autocast, as in training."""
+        """Run the float32 head under autocast after a half-precision trunk, as in training."""
         device, dtype = self.trunk.device.type, self.trunk.dtype
         if dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device):
             return contextlib.nullcontext()

@@ -25,16 +25,13 @@ class RewardEntry:
     """One reward that has a name.
 
     Args:
-        kind: its class, as "module:class", with `from_pretrained(source, *, vae, device, dtype, ...)`; None: what the
-            model at hand calls by that name (`models.ModelSpec`).
-        source: its weights when the user names no others, a hub id; None: they must be named, as `how` says.
+        kind: "module:class" with `from_pretrained(source, *, vae, device, dtype, ...)`; None: of `ModelSpec`.
+        source: its default weights, a hub id; None: they must be named, as `how` says.
         licence: of the code / of the weights, as their owners state it.
         scale: what its scores are, and where they lie.
-        differentiable: whether gradients reach the latents.
         served: its source is the address of a server, not weights to load.
         extra: of this package, with the optional packages that it can use.
         options: arguments of `from_pretrained`.
-        how: how to get its weights, where that takes more than the source.
     """
 
     kind: str | None
@@ -94,7 +91,6 @@ REWARDS: dict[str, RewardEntry] = {
         None, None, "this project's", "0 to 3, computed from the pixels of the embedded world", differentiable=False
     ),
 }
-"""Every reward that has a name, the ones of the model at hand (dinalrm, pixel, oracle) included."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +123,8 @@ _HOW = "as in 'dinalrm + 0.2*pickscore'"
 
 
 def parse_reward(text: str) -> tuple[Term, ...]:
-    """The parts of a reward as it is written (see above), one or more.
-
-    Raises TypeError unless it is text; ValueError for a syntax error, an unknown name (with the known ones), a weight
-    that is 0 or not finite, and a repeated part.
+    """The parts of a reward as it is written (see above), one or more; ValueError for a syntax error, an unknown name,
+    a weight that is 0 or not finite, and a repeated part.
     """
     if not isinstance(text, str):
         raise TypeError(f"reward: got {type(text).__name__} {text!r:.60}; expected text, {_HOW}")

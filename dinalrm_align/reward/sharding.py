@@ -49,9 +49,8 @@ def shard_base(
     """Shard the blocks of a policy's transformer and of the trunks that share its weights, in place, over all ranks;
     without a policy (None) those of one trunk alone.
 
-    Every rank calls this once all trees are built, on their device and in their dtype; no other reward can share the
-    weights afterwards. A single rank keeps its blocks unchanged. Raises ValueError for quantised weights, and for a
-    trunk with weights of its own in addition to a policy.
+    Every rank calls this once all trees are built, on their device and in their dtype; a single rank keeps its blocks
+    unchanged. Raises ValueError for quantised weights, and for a trunk with weights of its own besides a policy.
     """
     private = [trunk for trunk in trunks if not trunk.shared]
     if transformer_blocks is not None and private:

@@ -1,6 +1,5 @@
-"""Training a reward on preference pairs (arXiv 2602.11146, section 4): one draw of noise levels, one forward, one loss.
-
-The images of a group share noise and sigma, so that the difference of two scores is due to the images only.
+"""Training a reward on preference pairs (arXiv 2602.11146, section 4). The images of a group share noise and sigma, so
+that the difference of two scores is due to the images only.
 """
 
 import dataclasses
@@ -41,7 +40,6 @@ class NoisedPairs:
 
     @property
     def count(self) -> int:
-        """Number of pairs, over which the loss is averaged."""
         return len(self.batch.chosen)
 
 
@@ -54,10 +52,8 @@ def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[tor
 
 
 def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss over pairs, from one forward of all images, and detached metrics of the raw scores.
-
-    train_accuracy: fraction of pairs whose preferred image scores higher (soft labels: above 1/2); score_gap: mean
-    difference in the preferred direction.
+    """The mean loss over pairs, from one forward of all images, and detached metrics: the fraction of pairs whose
+    preferred image scores higher, the mean difference in the preferred direction, and the deviation of raw scores.
     """
     batch, text = pairs.batch, pairs.batch.conditions
     raw = model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, pairs.sigma, pairs.noise)

@@ -35,4 +35,3 @@ class Backbone(Protocol):
 
     def __call__(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
         """x_sigma (B, C, H, W), timestep (B,) = 1000 sigma, prompt_embeds (B, L, text_width), pooled embeds (B, P)."""
-        ...

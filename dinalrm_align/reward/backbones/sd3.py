@@ -208,13 +208,12 @@ def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig)
 
 
 def _parts_read(transformer: SD3Transformer2DModel, num_layers: int) -> tuple[nn.Module, ...]:
-    """pos_embed, time_text_embed, context_embedder and the first blocks."""
     blocks = nn.ModuleList(list(transformer.transformer_blocks)[:num_layers])
     return transformer.pos_embed, transformer.time_text_embed, transformer.context_embedder, blocks
 
 
 def _packing(part: nn.Module) -> list[object]:
-    """State objects of bitsandbytes' layers: scales of the packed weights."""
+    """Scales of the packed weights in bitsandbytes' layers."""
     states = [vars(module).get(name) for module in part.modules() for name in ("state", "quant_state")]
     return [state for state in states if state is not None]
 

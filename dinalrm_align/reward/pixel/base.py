@@ -185,7 +185,6 @@ def recompute_layers(model: nn.Module, recompute: bool) -> None:
 
 
 def load_tokenizer(source: str | Path, **hub: Unpack[HubOptions]) -> Any:
-    """The tokenizer of a folder or hub id."""
     check_source("tokenizer", source)
     with reading("tokenizer", source):
         return AutoTokenizer.from_pretrained(source, **hub)

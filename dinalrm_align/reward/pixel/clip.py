@@ -5,9 +5,8 @@ second folder or hub id. CLIP's preprocessing is differentiable here. In both sc
 
 PickScore (arXiv 2305.01569): yuvalkirstain/PickScore_v1, with tokenizer and preprocessor of
 laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Code MIT, weights as on their model card.
-CLIPScore (arXiv 2104.08718): openai/clip-vit-large-patch14, as papers on alignment use it. They report 100 cos, as
-here, or divide it by 30 or 100; the original is 2.5 max(cos, 0) with ViT-B/32 and the prefix "A photo depicts". Code
-MIT, weights as on their model card.
+CLIPScore (arXiv 2104.08718): openai/clip-vit-large-patch14, as papers on alignment use it, which report 100 cos or that
+over 30 or 100; the original is 2.5 max(cos, 0) with ViT-B/32 and the prefix "A photo depicts". Licences as above.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,10 +43,8 @@ class ClipReward(PixelReward):
     ) -> None:
         """preprocess: images (B, 3, H, W) in [0, 1] -> pixel_values. scaled: multiply cos by exp(logit_scale)."""
         super().__init__(vae)
-        self.scaled = scaled
         self.clip = clip.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
-        self.preprocess = preprocess
+        self.tokenizer, self.preprocess, self.scaled = tokenizer, preprocess, scaled
         self._text_features: dict[str, Tensor] = {}
 
     @classmethod

@@ -98,13 +98,8 @@ class HPSTemplate:
 
 
 def load_template(source: str | Path | None = None, *, sha256: tuple[str, str] = SHA256) -> HPSTemplate:
-    """Read the template from data_collator_qwen.py, which is not run, or from a JSON file.
-
-    Args:
-        source: the file; default: that of the installed package `hpsv3`.
-        sha256: hashes of instruction and suffix as UTF-8.
-
-    Raises ValueError for other texts, ImportError if `hpsv3` is needed and not installed.
+    """Read the template from data_collator_qwen.py, which is not run (default: that of the installed package `hpsv3`),
+    or from a JSON file. sha256: hashes of instruction and suffix as UTF-8; ValueError for other texts.
     """
     if source is None:
         spec = importlib.util.find_spec("hpsv3")
@@ -141,8 +136,7 @@ def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[i
     """A size in multiples of `factor` with about `pixels` pixels and the same aspect ratio.
 
     As Qwen2-VL with equal minimum and maximum: sides are rounded to the nearest multiple; with too many pixels the
-    image is scaled down and sides are rounded down, with too few scaled up and rounded up. Raises ValueError for an
-    aspect ratio above MAX_RATIO.
+    image is scaled down and sides are rounded down, with too few scaled up and rounded up.
     """
     if max(height, width) > MAX_RATIO * min(height, width):
         raise ValueError(f"images of {height} x {width}: one side is over {MAX_RATIO} times the other; crop them")
@@ -182,7 +176,6 @@ class HPSv3Reward(PixelReward):
         head: nn.Sequential,
         tokenizer: Any,
         template: HPSTemplate,
-        *,
         vae: AutoencoderKL | None = None,
         pixels: int = PIXELS,
     ) -> None:
@@ -268,13 +261,6 @@ class HPSv3Reward(PixelReward):
     @property
     def reward_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
-
-    def image_tokens(self, height: int, width: int) -> int:
-        """Tokens of an image of that size, one per merged patch."""
-        vision = self.model.config.vision_config
-        factor = vision.patch_size * vision.spatial_merge_size
-        rows, columns = fitted_size(height, width, factor=factor, pixels=self.pixels)
-        return rows * columns // factor**2
 
     def token_ids(self, prompt: str, image_tokens: int) -> list[int]:
         """Qwen2-VL's chat with an image and the filled template; ValueError for a prompt with one of its tokens.

@@ -103,7 +103,6 @@ class ImageRewardReward(PixelReward):
         """Load ImageReward.pt. Further arguments and errors: see `reward.pixel`.
 
         Args:
-            source: a hub id or folder with ImageReward.pt and med_config.json, or the .pt file.
             tokenizer: folder or hub id of bert-base-uncased's tokenizer; default: beside local weights, else the hub's.
             med_config: the file; default: beside the weights.
         """
@@ -117,7 +116,7 @@ class ImageRewardReward(PixelReward):
         words.add_tokens([AddedToken(token, special=True) for token in ("[DEC]", "[ENC]")], special_tokens=True)
         if len(words) != text_config.vocab_size:
             problem = (
-                f"got {len(words)} tokens with [DEC] and [ENC]; expected {text_config.vocab_size} by {TEXT_CONFIG}"
+                f"got {len(words)} tokens with [DEC] and [ENC], by {TEXT_CONFIG} expected {text_config.vocab_size}"
             )
             raise ValueError(f"tokenizer {tokenizer}: {problem}: give bert-base-uncased's")
         parts = _load_parts(path, text_config, dtype or torch.float32, device)

@@ -12,7 +12,6 @@ converts it to safetensors. Tokenizer and preprocessor: laion/CLIP-ViT-H-14-laio
 float16; here it is `dtype`, float32 by default, and a word at the threshold may fall on the other side.
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
+from jsonargparse import auto_cli
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
@@ -68,10 +68,7 @@ NAMES = {  # the file's names to those of a list of `CrossBlock`s
 
 
 class CrossBlock(nn.Module):
-    """Cross-attention of image tokens to text tokens, then self-attention, each with a parallel SwiGLU feed-forward.
-
-    Multi-query: all heads share one key and value.
-    """
+    """Multi-query cross-attention of image to text tokens, then self-attention, each with a parallel SwiGLU block."""
 
     def __init__(self, width: int, heads: int, head_width: int, inner: int) -> None:
         super().__init__()
@@ -93,25 +90,21 @@ class CrossBlock(nn.Module):
         key, value = self.key_value(text).chunk(2, dim=-1)
         attended = self._attend(self._heads(self.query(normed)), key, value, read[:, None, None])
         image = image + self.cross_out(attended) + self.cross_down(_gated(self.cross_up(normed)))
-        across = self.heads * self.head_width
-        query, key, value, up = self.self_in(self.self_norm(image)).split(
-            (across, self.head_width, self.head_width, 2 * self.inner), dim=-1
-        )
+        sizes = (self.heads * self.head_width, self.head_width, self.head_width, 2 * self.inner)
+        query, key, value, up = self.self_in(self.self_norm(image)).split(sizes, dim=-1)
         attended = self._attend(rotate(self._heads(query)), rotate(key), value, None)
         return image + self.self_out(attended) + self.self_down(_gated(up))
 
     def _heads(self, query: Tensor) -> Tensor:
-        """(B, N, heads * head_width) -> (B, heads, N, head_width)"""
         return query.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, read: Tensor | None) -> Tensor:
-        """query (B, heads, N, d); key, value (B, L, d), the same for every head -> (B, N, heads * d)."""
+        """query (B, heads, N, d); key, value (B, L, d) of every head -> (B, N, heads * d)."""
         key, value = (part[:, None].expand(-1, self.heads, -1, -1) for part in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=read).transpose(1, 2).flatten(2)
 
 
 def _gated(up: Tensor) -> Tensor:
-    """SwiGLU: first half times SiLU of the second."""
     first, gate = up.chunk(2, dim=-1)
     return F.silu(gate) * first
 
@@ -212,12 +205,13 @@ def read_mps(path: Path) -> dict[str, Tensor]:
     return read_tensors(path) if path.suffix == ".safetensors" else read_module_tensors(path)
 
 
-def convert_mps(source: str | Path, target: str | Path) -> None:
-    """Write the tensors of MPS_overall_checkpoint.pth as safetensors, a file without code that opens quickly."""
+def convert_mps(source: str | Path, target: str | Path) -> str | Path:
+    """Write the tensors of MPS_overall_checkpoint.pth as safetensors, a file without code, and return its path."""
     tensors = read_mps(Path(source))
     if not any(name.startswith("cross_model.") for name in tensors):
         raise ValueError(f"{source} does not hold an MPS: it has no cross_model.*, but {sorted(tensors)[:4]}")
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, target)
+    return target
 
 
 def load_blocks(
@@ -236,13 +230,9 @@ def load_blocks(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write the tensors of MPS's pickled file as safetensors.")
-    parser.add_argument("source", help="MPS_overall_checkpoint.pth; its code is not run")
-    parser.add_argument("target", help="the .safetensors to write")
-    arguments = parser.parse_args(argv)
     with refusing():
-        convert_mps(arguments.source, arguments.target)
-    print(f"{arguments.target}: --reward mps={arguments.target}")
+        target = auto_cli(convert_mps, args=argv)
+    print(f"{target}: --reward mps={target}")
 
 
 if __name__ == "__main__":

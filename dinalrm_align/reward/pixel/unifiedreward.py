@@ -51,7 +51,6 @@ class ChatEndpoint:
 
     Args:
         url: including the version, as for OpenAI clients: http://127.0.0.1:8080/v1.
-        model: the name under which the server serves it.
         timeout: of an attempt without any data, in seconds.
         attempts: at most, with pauses of `pause`, 2 `pause`, 4 `pause`, ... seconds between them.
     """
@@ -81,18 +80,13 @@ class ChatEndpoint:
         image.save(buffer, format="PNG")
         encoded = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         content = [{"type": "image_url", "image_url": {"url": encoded}}, {"type": "text", "text": question}]
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-        }
+        options = dict(model=self.model, temperature=0, max_tokens=self.max_tokens)
+        body = options | {"messages": [{"role": "user", "content": content}]}
         return _content(self._post(json.dumps(body).encode()), self.url)
 
     def _post(self, body: bytes) -> str:
         headers = {"Content-Type": "application/json"}
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
+        headers |= {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
         target, reason = self.url.rstrip("/") + "/chat/completions", ""
         for attempt in range(self.attempts):
             if attempt:
@@ -215,11 +209,7 @@ class UnifiedReward(PixelReward):
         return cls(ChatEndpoint(source, model, **endpoint), chosen, vae, side, concurrency)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W) in [0, 1], B prompts -> scores (B,), float32, in [1, 5], without gradient.
-
-        Raises ValueError for an answer without its number, ConnectionError without an answer; other requests are
-        cancelled.
-        """
+        """images (B, 3, H, W) in [0, 1], B prompts -> scores (B,), float32, in [1, 5], without gradient."""
         self.check_gradient(images)
         sent = [Image.fromarray(pixels) for pixels in to_bytes(images)]
         with ThreadPoolExecutor(min(self.concurrency, len(sent))) as pool:
