@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from dinalrm_align.eval.report.entries import read_entries
 from dinalrm_align.eval.report.figures import draw_gain, save_with_legend
-from dinalrm_align.eval.report.tables import run_table
+from dinalrm_align.eval.report.page import run_table
 from dinalrm_align.train.checkpoints import latest_checkpoint
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "refl_sd35.py"

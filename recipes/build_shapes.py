@@ -4,8 +4,7 @@
     python recipes/build_shapes.py --stack.depth 12 --stack.num_heads 8 --device cuda      # a larger world
 
 Stages run in order: vae, text, base, pairs, dinalrm (recipes/train_reward.py with train_reward_shapes.yaml), pixel.
-Finished parts are in output_dir/weights and are not trained again; repeating the command resumes an interrupted stage.
-The result is a world folder: `python recipes/refl_sd35.py --model output_dir/weights`.
+The same command resumes and keeps finished parts, in output_dir/weights, a world folder that recipes take as --model.
 """
 
 import dataclasses
@@ -16,11 +15,13 @@ from pathlib import Path
 
 from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.train.command import parse, refusing
-from dinalrm_align.train.files import make_folder
+from dinalrm_align.train.files import atomic_folder, make_folder, write_atomically
 
 
-def build(config: BuildConfig, text: str) -> None:
-    """Train every part that is not in output_dir/weights yet."""
+@refusing()
+def main(argv: Sequence[str] | None = None) -> None:
+    config, text = parse(BuildConfig, __doc__, argv)
+
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, ConfigMixin, SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
@@ -33,7 +34,6 @@ def build(config: BuildConfig, text: str) -> None:
     from dinalrm_align.shapes.pairs import ensure_pairs
     from dinalrm_align.shapes.stack import build_pipeline
     from dinalrm_align.train.device import available_device
-    from dinalrm_align.train.files import atomic_folder, write_atomically
 
     available_device(config.device)
     root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
@@ -61,8 +61,8 @@ def build(config: BuildConfig, text: str) -> None:
     finish(train_vae, {"vae": AutoencoderKL})
     gate = {name: round(value, 3) for name, value in vae_gate(pipeline.vae, config.seed).items()}
     print("oracle before and after the autoencoder:", gate)
-    clip = CLIPTextModelWithProjection
-    finish(train_text, {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": T5EncoderModel})
+    clips = dict.fromkeys(("text_encoder", "text_encoder_2"), CLIPTextModelWithProjection)
+    finish(train_text, clips | {"text_encoder_3": T5EncoderModel})
     finish(train_base, {"transformer": SD3Transformer2DModel})
     if not (weights / "pipeline" / "model_index.json").exists():
         pipeline.save_pretrained(weights / "pipeline")
@@ -102,11 +102,6 @@ def train_latent_reward(config: BuildConfig, pipeline: Path, pairs: dict[str, Pa
         status = process.wait()
     if status:
         raise SystemExit(status)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    with refusing():
-        build(*parse(BuildConfig, __doc__, argv))
 
 
 if __name__ == "__main__":

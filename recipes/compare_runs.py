@@ -15,49 +15,29 @@ are shown, with a note; folders without a run are skipped with a note.
 
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
 
-from dinalrm_align.eval.report.config import CompareRun
+from dinalrm_align.eval.config import CompareRun
 from dinalrm_align.train.command import parse, refuse, refusing
 
 
-def read_groups(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Split `--group NAME RUN [RUN ...]` from the other words of the command line."""
-    rest, groups, current = [], {}, None
-    pending = list(words)
-    while pending:
-        word = pending.pop(0)
-        if word == "--group":
-            name = pending.pop(0) if pending else ""
-            if name in groups or not name or name.startswith("--"):
-                refuse(f"--group: got {name!r}; expected a name, each once, and the folders of its runs")
-            current = groups.setdefault(name, [])
-        elif current is None or word.startswith("--"):
-            rest.append(word)
-            current = None
-        else:
-            current.append(word)
-    return rest, groups
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    words, groups = read_groups(sys.argv[1:] if argv is None else argv)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--group", nargs="*", action="append", default=[])
+    found, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    groups = {}
+    for name, *runs in (group or [""] for group in found.group):
+        if name in groups or not name:
+            refuse(f"--group: got {name!r}; expected a name, each once, and the folders of its runs")
+        groups[name] = runs
     words += [f"--group={json.dumps(groups)}"] if groups else []
     config, _ = parse(CompareRun, __doc__, words, positional="runs")  # --help ends here
     from dinalrm_align.eval.report.page import write
 
     with refusing():
-        page, notes = write(
-            [Path(folder) for folder in config.runs],
-            {name: [Path(folder) for folder in runs] for name, runs in config.group.items()},
-            Path(config.output_dir),
-            shown=config.shown,
-            title=config.title,
-        )
-    for note in notes:
-        print(note)
-    print(f"{page}\n{page.with_name('compare.md')}")
+        page, notes = write(config)
+    print(*notes, page, page.with_name("compare.md"), sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@
 Full-size networks are built from their published configs and run on tensors without storage, by the code that the
 recipes run: scoring, the reward's gradient, the gradient part of a ReFL update, a Flow-GRPO update, and each network
 alone. Bytes at the peak and floating-point operations are counted; the tables state their conventions and compare the
-savings with the paper's (arXiv 2602.11146), without and with the rollout. `--economies false` skips the options.
-
-Writes savings.md, savings.json and savings.png to output_dir, and prints the first.
+savings with the paper's (arXiv 2602.11146), without and with the rollout. `--economies false` skips the options. Writes
+savings.md, savings.json and savings.png to output_dir, and prints the first.
 """
 
 import json
@@ -20,6 +19,7 @@ from dinalrm_align.align.savings.config import SavingsRun, all_cases
 from dinalrm_align.train.command import parse, refuse, refusing
 
 
+@refusing()
 def main(argv: Sequence[str] | None = None) -> None:
     run, _ = parse(SavingsRun, __doc__, argv)
 
@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.measure and not torch.cuda.is_available():
         refuse("measure: got true, but torch finds no CUDA GPU on this machine; without it everything is counted")
     folder, cases, measured = Path(run.output_dir), all_cases(run), (None, "", None)
-    with refusing():
-        make_folder(folder)
+    make_folder(folder)
     costs = count_all(cases, workers=run.workers)
     if run.measure:
         card = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -42,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_atomically(folder / "savings.md", text)
     write_atomically(folder / "savings.json", json.dumps(to_json(run, costs, *measured), indent=1))
     draw(run, costs, folder / "savings.png")
-    print(text)
-    print(f"{folder / 'savings.md'}, savings.json, savings.png")
+    print(text, f"{folder / 'savings.md'}, savings.json, savings.png", sep="\n")
 
 
 if __name__ == "__main__":

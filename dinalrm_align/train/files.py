@@ -176,7 +176,7 @@ def begin_or_resume(folder: Path, name: str, settings: Mapping[str, Any]) -> Non
     """
     path, settings = folder / name, json.loads(json.dumps(settings))
     if path.is_file():
-        before, now = _flat(read_json(path)), _flat(settings)
+        before, now = flat(read_json(path)), flat(settings)
         for key in {**before, **now}:
             if before.get(key) != now.get(key):
                 raise ValueError(
@@ -254,12 +254,12 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values, those of inner objects under dotted names."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

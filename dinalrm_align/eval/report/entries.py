@@ -1,4 +1,4 @@
-"""Entries of a comparison: runs that differ only in their seed, named and coloured together.
+"""Alignment runs, read from their folders, and entries of a comparison: runs that differ only in their seed.
 
 Gains are over the base model and paired sample by sample, so runs are comparable only if they were evaluated with the
 same model, prompts, noise and sampler as the first run. Of other runs only cost and KL are shown.
@@ -7,16 +7,18 @@ same model, prompts, noise and sampler as the first run. Of other runs only cost
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinalrm_align.eval.report.intervals import Interval, seeds_by_captions
-from dinalrm_align.eval.report.runs import Run, phases_of, series
+from dinalrm_align.eval.report.intervals import Interval, by_caption, seeds_by_captions
 from dinalrm_align.train.checkpoints import latest_checkpoint
-from dinalrm_align.train.files import read_json, read_yaml
+from dinalrm_align.train.files import flat, read_json, read_yaml
+from dinalrm_align.train.metrics import read_metrics
+from dinalrm_align.train.settings import check_integer, check_number
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")
 """Okabe and Ito's palette for colour-blind readers; the eighth colour replaces a yellow with too little contrast."""
@@ -25,18 +27,106 @@ NOT_NAMED = re.compile(
     r"(seed|output_dir|eval_prompts|resume|device|tracker|profile_every|(watch|evaluation)\..*|.*\.(keep_last|checkpoint_every))"
 )
 """Settings in which runs of one entry may differ."""
-MARKS = ("metrics.jsonl", "config.yaml")
-"""Files that every run writes at its start."""
+MARKS = ("metrics.jsonl", "config.yaml")  # files that every run writes at its start
+AVERAGES = {"seconds": (np.median, np.mean), "gflops": (np.mean, np.mean), "memory_mib": (np.max, np.max)}
+"""Kind of cost -> how it is averaged over updates, and then over runs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: the rows of metrics.jsonl, recipe and reward (kind), and the settings of config.yaml.
+
+    Args:
+        terms: evaluation settings: model, prompts, noise seed, sampler.
+        scores: update -> "gold", "proxy" (the training reward) and "gold/NAME" (further evaluators) -> (N,) scores of
+            the held-out samples.
+    """
+
+    folder: Path
+    seed: int
+    rows: list[dict[str, float]]
+    terms: dict[str, Any]
+    scores: dict[int, dict[str, np.ndarray]]
+    kind: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Raises FileNotFoundError for a missing file, ValueError for a run without an evaluation of the base model."""
+        rows = read_metrics(folder / "metrics.jsonl")
+        evaluated = [int(row["step"]) for row in rows if "gold" in row]
+        if not evaluated or evaluated[0] != 0:
+            raise ValueError(f"{folder}: got no evaluation of the base model; expected one at update 0")
+        found = {step: _read_evaluation(folder / "evaluations" / f"{step:06d}.json") for step in evaluated}
+        scores = {step: {name: np.array(one[name]) for name in _score_names(one)} for step, one in found.items()}
+        config = read_yaml(folder / "config.yaml", "config")
+        check_integer(f"{folder / 'config.yaml'}: seed", config.get("seed"))
+        # summary.json names the recipe of a finished run, the last checkpoint that of an unfinished one
+        summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+        checkpoint = latest_checkpoint(folder)
+        identity = read_json(checkpoint / "state.json").get("identity", {}) if checkpoint else {}
+        recipe = str(summary.get("recipe") or identity.get("recipe") or "run").removesuffix("_sd35")
+        reward = re.sub(r"[^\s=*+]*/", "", str(config.get("reward", "no reward")))  # last part of a folder or hub id
+        terms = {**found[0]["terms"], "model": config.get("model")}
+        return cls(folder, config["seed"], rows, terms, scores, f"{recipe} {reward}", flat(config))
+
+    def gain(self, name: str, step: int) -> np.ndarray:
+        """(C,) gain over the base model per caption: gold in its own unit, others in the base model's s.d."""
+        before, after = self.scores[0][name], self.scores[step][name]
+        unit = 1.0 if name == "gold" else float(before.std()) or 1.0
+        return by_caption((after - before) / unit, self.terms["prompts"])
+
+    def seconds(self) -> np.ndarray:
+        """(updates,) seconds of each update without evaluations; profiled updates count as the median of the others."""
+        updates = [row for row in self.rows if "elapsed" in row]
+        took = np.diff([0.0, *(row["elapsed"] for row in updates)])
+        plain = np.array([any(name.startswith("seconds/") for name in row) for row in updates], dtype=bool)
+        return np.where(plain, took, np.median(took[plain])) if plain.any() else took
+
+    @cached_property
+    def clock(self) -> np.ndarray:
+        """(updates + 1,) seconds of training after 0, 1, ... updates."""
+        return np.concatenate([[0.0], np.cumsum(self.seconds())])
+
+    @property
+    def alarm(self) -> int | None:
+        return next((int(step) for step, value in zip(*series(self.rows, "hacking")) if value), None)
+
+
+def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric, where it was recorded."""
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def phases_of(runs: Sequence[Run], kind: str) -> list[str]:
+    """Names of the phases for which a run recorded `kind`/phase, in order of appearance."""
+    names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
+    return [name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")]
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    """Scores of one evaluation and its settings; ValueError unless there is a finite number per sample."""
+    found = read_json(path)
+    prompts = found["terms"].get("prompts") if isinstance(found.get("terms"), dict) else None
+    if not isinstance(prompts, list):
+        raise ValueError(f"{path}: got no terms with prompts; expected a file written by `align.evaluation`")
+    for name in _score_names(found):
+        values = found.get(name)
+        if not isinstance(values, list) or len(values) != len(prompts):
+            raise ValueError(f"{path}: {name}: got {values!r:.60}; expected {len(prompts)} numbers, one per prompt")
+        for value in values:
+            check_number(f"{path}: {name}", value)
+    return found
+
+
+def _score_names(evaluation: dict[str, Any]) -> list[str]:
+    return ["gold", "proxy", *(name for name in evaluation if name.startswith("gold/"))]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Runs that differ only in their seed.
-
-    Args:
-        labels: one per run.
-        incomparable: why the gains are not comparable with the first run's; empty if they are.
-    """
+    """Runs that differ only in their seed, with a label each. incomparable: why gains are not comparable, or empty."""
 
     name: str
     runs: tuple[Run, ...]
@@ -61,18 +151,13 @@ class Entry:
     @property
     def best_step(self) -> int:
         """The update with the largest mean gold gain."""
-        return max(self.steps, key=lambda step: float(self.gains("gold", step).mean()))
-
-    def gains(self, name: str, step: int) -> np.ndarray:
-        """(S, C), see `Run.gain`."""
-        return np.stack([run.gain(name, step) for run in self.runs])
+        return max(self.steps, key=lambda step: self.gain("gold", step).mean)
 
     def gain(self, name: str, step: int) -> Interval:
-        """Mean gain with its interval over seeds and captions."""
-        return seeds_by_captions(self.gains(name, step))
+        """Mean gain with its interval over seeds and captions, see `Run.gain`."""
+        return seeds_by_captions(np.stack([run.gain(name, step) for run in self.runs]))
 
     def has(self, name: str) -> bool:
-        """Whether every evaluation has scores of this name."""
         return all(name in scores for run in self.runs for scores in run.scores.values())
 
     def at(self, clock: str, steps: Sequence[float], run: Run | None = None) -> list[float]:
@@ -90,12 +175,8 @@ class Entry:
         return sum(self.cost("gflops").values()) / 1000
 
     def cost(self, kind: str) -> dict[str, float]:
-        """By phase, where measured: "seconds" (mean over runs of the median over updates), "gflops" (mean over profiled
-        updates) or "memory_mib" (maximum).
-        """
-        over_updates, over_runs = {
-            "seconds": (np.median, np.mean), "gflops": (np.mean, np.mean), "memory_mib": (np.max, np.max),
-        }[kind]  # fmt: skip
+        """A kind of cost in AVERAGES by phase, where measured."""
+        over_updates, over_runs = AVERAGES[kind]
         costs = {}
         for phase in phases_of(self.runs, kind):
             found = [series(run.rows, f"{kind}/{phase}")[1] for run in self.runs]
@@ -106,43 +187,36 @@ class Entry:
 def read_entries(
     folders: Sequence[Path], groups: Mapping[str, Sequence[Path]] | None = None
 ) -> tuple[list[Entry], list[str]]:
-    """Read runs from their folders.
-
-    Args:
-        folders: runs, collected into entries by recipe, reward and settings. Folders without a run are skipped.
-        groups: name -> runs of one entry, one per seed.
+    """Entries of the runs in `folders`, by recipe, reward and settings, and of `groups`: name -> runs, one per seed.
 
     Returns the entries and notes about runs that are skipped or not comparable. Raises ValueError when there is no run,
     or a group names a folder without a run or a seed twice.
     """
     folders = [folder for folder in folders if not folder.is_file()]  # runs/* matches logs and images too
-    empty = [str(folder) for folder in folders if not _is_run(folder)]
+    empty = _without_run(folders)
     notes = [f"Skipped, no {' and '.join(MARKS)}: {', '.join(empty)}."] if empty else []
     runs = []
     for folder in folders:
         if str(folder) not in empty:
             try:
-                runs.append((Run.read(folder), _read_facts(folder)))
+                runs.append(Run.read(folder))
             except (ValueError, FileNotFoundError) as error:
                 notes.append(f"{folder} is skipped: {error}.")
-    names, labels = _names(runs)
-    members: dict[str, list[tuple[Run, dict[str, Any], str]]] = {}
-    for (run, facts), name, label in zip(runs, names, labels):
-        members.setdefault(name, []).append((run, facts, label))
-    for name, group in (groups or {}).items():
-        members[name] = _read_group(name, group)
+    members: dict[str, list[tuple[Run, str]]] = {}
+    for run, name, label in zip(runs, *_names(runs)):
+        members.setdefault(name, []).append((run, label))
+    members |= {name: _read_group(name, group) for name, group in (groups or {}).items()}
     if not members:
         raise ValueError(f"no run to compare. {' '.join(notes)[:600]}")
-    first = next(iter(members.values()))[0]
+    first = next(iter(members.values()))[0][0]
     entries, reasons = [], {}
-    for name, found in members.items():
-        reason = next(filter(None, (_incomparable(run, facts, *first[:2]) for run, facts, _ in found)), "")
+    for number, (name, found) in enumerate(members.items()):
+        own, labels = zip(*found)
+        reason = next(filter(None, (_incomparable(run, first) for run in own)), "")
         if reason:
-            reasons.setdefault(reason, []).extend(label for _, _, label in found)
-        number = len(entries)
+            reasons.setdefault(reason, []).extend(labels)
         colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-        runs_of_entry, _, labels_of_entry = zip(*found)
-        entries.append(Entry(name, runs_of_entry, labels_of_entry, colour, dash, reason))
+        entries.append(Entry(name, own, labels, colour, dash, reason))
     for reason, labels in reasons.items():
         notes.append(f"{'; '.join(labels)}: {reason}. Gains cannot be paired: only cost and KL are shown.")
     return entries, notes
@@ -150,64 +224,41 @@ def read_entries(
 
 def difference(first: Entry, second: Entry, steps: tuple[int, int]) -> Interval | None:
     """Gold gain of `first` at its step minus that of `second` at its own, over shared seeds; None without any."""
-    runs = {run.seed: run for run in second.runs}
-    rows = [
-        run.gain("gold", steps[0]) - runs[run.seed].gain("gold", steps[1]) for run in first.runs if run.seed in runs
-    ]
+    others = {run.seed: run for run in second.runs}
+    shared = [(run, others[run.seed]) for run in first.runs if run.seed in others]
+    rows = [run.gain("gold", steps[0]) - other.gain("gold", steps[1]) for run, other in shared]
     return seeds_by_captions(np.stack(rows)) if rows else None
 
 
-def _is_run(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in MARKS)
+def _without_run(folders: Sequence[Path]) -> list[str]:
+    return [str(folder) for folder in folders if not all((folder / name).is_file() for name in MARKS)]
 
 
-def _read_group(name: str, folders: Sequence[Path]) -> list[tuple[Run, dict[str, Any], str]]:
-    absent = [str(folder) for folder in folders if not _is_run(folder)]
-    if absent:
+def _read_group(name: str, folders: Sequence[Path]) -> list[tuple[Run, str]]:
+    if absent := _without_run(folders):
         raise ValueError(f"group {name}: got folders without a run (no {' and '.join(MARKS)}): {', '.join(absent)}")
     runs = [Run.read(folder) for folder in folders]
     seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"group {name}: got seeds {seeds}; expected each once, or the interval would be too narrow")
-    return [(run, _read_facts(run.folder), f"{name}, seed {run.seed}") for run in runs]
+    return [(run, f"{name}, seed {run.seed}") for run in runs]
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
-    """Recipe, reward, model and settings of a run. summary.json names the recipe of a finished run, the last checkpoint
-    that of an unfinished one.
-    """
-    config = read_yaml(folder / "config.yaml", "config")
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    checkpoint = latest_checkpoint(folder)
-    identity = read_json(checkpoint / "state.json").get("identity", {}) if checkpoint else {}
-    recipe = str(summary.get("recipe") or identity.get("recipe") or "run").removesuffix("_sd35")
-    reward = re.sub(r"[^\s=*+]*/", "", str(config.get("reward", "no reward")))  # last part of a folder or hub id
-    return {"recipe": recipe, "reward": reward, "model": config.get("model"), "settings": dict(_flat(config))}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for name, value in values.items():
-        found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return found
-
-
-def _names(runs: Sequence[tuple[Run, Mapping[str, Any]]]) -> tuple[list[str], list[str]]:
+def _names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     """Entry name and label of every run. An entry is named by recipe and reward, and where needed by the settings that
     differ (more than three: by the folder of its first run). A label adds the seed, and the folder if labels collide.
     """
-    short = [f"{facts['recipe']} {facts['reward']}" for _, facts in runs]
     names, folders = [], {}
-    for name, (run, facts) in zip(short, runs):
-        alike = [other["settings"] for other_name, (_, other) in zip(short, runs) if other_name == name]
+    for run in runs:
+        alike = [other.settings for other in runs if other.kind == run.kind]
         keys = dict.fromkeys(key for settings in alike for key in settings if not NOT_NAMED.fullmatch(key))
         differing = [key for key in keys if len({str(settings.get(key)) for settings in alike}) > 1]
-        values = [f"{key.rsplit('.', 1)[-1]} {_text(facts['settings'].get(key))}" for key in differing]
-        folder = folders.setdefault((name, *values), run.folder.name)
-        names.append(", ".join([name, *(values if len(values) <= 3 else [folder])]))
-    labels = [f"{name}, seed {run.seed}" for name, (run, _) in zip(names, runs)]
+        values = [f"{key.rsplit('.', 1)[-1]} {_text(run.settings.get(key))}" for key in differing]
+        folder = folders.setdefault((run.kind, *values), run.folder.name)
+        names.append(", ".join([run.kind, *(values if len(values) <= 3 else [folder])]))
+    labels = [f"{name}, seed {run.seed}" for name, run in zip(names, runs)]
     twice = {label for label, number in Counter(labels).items() if number > 1}
-    for index, (label, (run, _)) in enumerate(zip(list(labels), runs)):
+    for index, (label, run) in enumerate(zip(list(labels), runs)):
         if label in twice:
             labels[index], names[index] = f"{label} ({run.folder})", f"{names[index]} ({run.folder})"
     return names, labels
@@ -217,10 +268,10 @@ def _text(value: object) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _incomparable(run: Run, facts: Mapping[str, Any], first: Run, first_facts: Mapping[str, Any]) -> str:
+def _incomparable(run: Run, first: Run) -> str:
     """Why the gains of a run are not comparable with the first one's; empty if they are."""
-    own, other = {**run.terms, "model": facts["model"]}, {**first.terms, "model": first_facts["model"]}
-    changed = [name for name in {**own, **other} if name != "shown" and own.get(name) != other.get(name)]
+    names = dict.fromkeys([*run.terms, *first.terms])
+    changed = [name for name in names if name != "shown" and run.terms.get(name) != first.terms.get(name)]
     if changed:
         return f"evaluated with other settings than {first.folder} (they differ in {', '.join(changed)})"
     return "evaluated on one caption" if len(set(run.terms["prompts"])) < 2 else ""

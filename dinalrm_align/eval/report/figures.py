@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dinalrm_align.eval.report.entries import Entry
-from dinalrm_align.eval.report.runs import Run, phases_of, series
+from dinalrm_align.eval.report.entries import Entry, Run, phases_of, series
 from dinalrm_align.models.grids import finish_figure, load_strip
 from dinalrm_align.train.files import save_figure
 from dinalrm_align.train.metrics import read_metrics
@@ -26,33 +25,24 @@ COSTS = {"seconds": "seconds", "gflops": "GFLOPs", "memory_mib": "peak MiB above
 SIZE = (5.4, 3.9)
 """Inches of a figure: small, so that its text stays legible on a narrow page."""
 
-Drawn = dict[str, dict[str, Path]]
-"""Quantity -> horizontal axis ("" for bars) -> PNG."""
-
 
 def plot_run(folder: Path) -> Path:
-    """Write curves.png of one run: held-out and training scores, the first hacking alarm, KL, drift, gradient norm, and
-    seconds and memory by phase.
-    """
+    """Write curves.png of one run: held-out and training scores, hacking alarm, KL, drift, seconds and memory."""
     rows = read_metrics(folder / "metrics.jsonl")
     run = Run(folder, 0, rows, {}, {})
     figure = Figure(figsize=(13, 6.5))
     gold, proxy, training, kl, seconds, memory = figure.subplots(2, 3).flatten()
     gold.errorbar(*series(rows, "gold"), yerr=series(rows, "gold_gain_standard_error")[1], marker="o", capsize=2)
-    gold.set_title("gold score, held out (bars: of the paired gain)")
     proxy.plot(*series(rows, "proxy"), marker="o")
-    proxy.set_title("reward, held out")
     for axis in (gold, proxy) if run.alarm is not None else ():
         axis.axvline(run.alarm, color="tab:red", linestyle=":", label=f"hacking alarm, update {run.alarm}")
         axis.legend()
     training.plot(*series(rows, "reward"))
-    training.set_title("reward in training")
     kl.plot(*series(rows, "kl"), label="velocity KL")
     kl.plot(*series(rows, "drift"), label="drift, held out", marker="o")
     kl.plot(*series(rows, "grad_norm"), label="gradient norm", alpha=0.6)
     kl.set_yscale("symlog", linthresh=1e-4)
     kl.legend()
-    kl.set_title("distance and gradient")
     for axis, kind in ((seconds, "seconds"), (memory, "memory_mib")):
         for phase in phases_of([run], kind):
             steps, values = series(rows, f"{kind}/{phase}")
@@ -60,24 +50,25 @@ def plot_run(folder: Path) -> Path:
         if axis.lines:
             axis.legend()
         axis.set_ylim(bottom=0)
-        axis.set_title(f"{COSTS[kind]} by phase")
-    for axis in figure.axes:
-        axis.set_xlabel("update")
+    titles = ["gold score, held out (bars: of the paired gain)", "reward, held out", "reward in training"]
+    titles += ["distance and gradient", "seconds by phase", f"{COSTS['memory_mib']} by phase"]
+    for axis, title in zip(figure.axes, titles):
+        axis.set(title=title, xlabel="update")
         axis.grid(alpha=0.3)
     path = folder / "curves.png"
     finish_figure(figure, path, folder.name)
     return path
 
 
-def draw(entries: Sequence[Entry], folder: Path) -> Drawn:
-    """Write the figures of every quantity that some run recorded."""
+def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
+    """Write the figures of every quantity that some run recorded: quantity -> horizontal axis ("" for bars) -> PNG."""
     comparable = [entry for entry in entries if not entry.incomparable]
-    scores = dict.fromkeys(["gold", "proxy", *(n for entry in comparable for n in entry.runs[0].scores[0])])
+    scores = dict.fromkeys(["gold", "proxy", *(name for entry in comparable for name in entry.runs[0].scores[0])])
     runs = [run for entry in entries for run in entry.runs]
-    drawn: Drawn = {}
+    drawn = {}
     for clock in CLOCKS:
         for name in scores:
-            found = [entry for entry in comparable if entry.has(name) and (clock != "flops" or entry.teraflops)]
+            found = [one for one in comparable if one.has(name) and (clock != "flops" or one.teraflops)]
             if any(len(entry.steps) > 1 for entry in found):
                 figure = Figure(figsize=SIZE, layout="constrained")
                 draw_gain(figure.subplots(), found, name, clock)
@@ -87,10 +78,12 @@ def draw(entries: Sequence[Entry], folder: Path) -> Drawn:
             continue
         for name in METRICS:
             if any(len(series(run.rows, name)[0]) > 1 for run in runs):
-                drawn.setdefault(name, {})[clock] = _draw_metric(entries, name, clock, folder)
+                path = folder / f"{name}_{clock}.png"
+                drawn.setdefault(name, {})[clock] = _draw_lines(entries, {name: METRICS[name]}, clock, path)
         for kind in ("seconds", "memory_mib"):
-            if phases := phases_of(runs, kind):
-                drawn.setdefault(kind, {})[clock] = _draw_phases(entries, kind, phases, clock, folder)
+            if panels := {f"{kind}/{phase}": phase for phase in phases_of(runs, kind)}:
+                path, title = folder / f"{kind}_{clock}.png", f"{COSTS[kind]} of an update, by phase"
+                drawn.setdefault(kind, {})[clock] = _draw_lines(entries, panels, clock, path, title)
     if kinds := [kind for kind in COSTS if phases_of(runs, kind)]:
         drawn["costs"] = {"": _draw_costs(entries, kinds, folder / "costs.png")}
     return drawn
@@ -137,9 +130,7 @@ def draw_images(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray,
 
 
 def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> None:
-    """Draw the gain of one score per entry: mean and interval, thin lines for several runs, a cross at each run's first
-    hacking alarm.
-    """
+    """Draw the gain of a score by entry: mean and interval, thin lines for several runs, a cross at hacking alarms."""
     for entry in entries:
         for run in entry.runs if len(entry.runs) > 1 else []:
             steps = sorted(run.scores)
@@ -158,29 +149,26 @@ def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> No
     _finish_axis(axis, title, clock)
 
 
-def _draw_metric(entries: Sequence[Entry], name: str, clock: str, folder: Path) -> Path:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axis = figure.subplots()
-    _lines(axis, entries, name, clock)
-    _finish_axis(axis, METRICS[name], clock)
-    if name in ("kl", "drift"):
-        axis.set_yscale("symlog", linthresh=1e-3)
-        axis.set_ylim(bottom=0)
-    return save_with_legend(figure, folder / f"{name}_{clock}.png")
-
-
-def _draw_phases(entries: Sequence[Entry], kind: str, phases: Sequence[str], clock: str, folder: Path) -> Path:
-    rows = -(-len(phases) // 2)
-    figure = Figure(figsize=(SIZE[0], 1.9 * rows + 0.7), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False).flatten()
-    for axis in axes[len(phases) :]:
+def _draw_lines(entries: Sequence[Entry], panels: dict[str, str], clock: str, path: Path, title: str = "") -> Path:
+    """Metrics of every run that recorded them. panels: metric -> title of its axis, two axes in a row."""
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(SIZE[0], 1.9 * rows + 0.7) if title else SIZE, layout="constrained")
+    axes = figure.subplots(rows, 2 if title else 1, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
         axis.axis("off")
-    for axis, phase in zip(axes, phases):
-        _lines(axis, entries, f"{kind}/{phase}", clock)
-        _finish_axis(axis, phase, clock)
-        axis.set_ylim(bottom=0)
-    figure.suptitle(f"{COSTS[kind]} of an update, by phase", fontsize=10)
-    return save_with_legend(figure, folder / f"{kind}_{clock}.png")
+    for axis, (name, heading) in zip(axes, panels.items()):
+        for entry in entries:
+            for run in entry.runs:
+                steps, values = series(run.rows, name)
+                if steps:
+                    _line(axis, entry, entry.at(clock, steps, run), values, marker="." if len(steps) < 20 else None)
+        _finish_axis(axis, heading, clock)
+        if name in ("kl", "drift"):
+            axis.set_yscale("symlog", linthresh=1e-3)
+        if name not in ("level_spread", "divergence"):
+            axis.set_ylim(bottom=0)
+    figure.suptitle(title, fontsize=10)
+    return save_with_legend(figure, path)
 
 
 def _draw_costs(entries: Sequence[Entry], kinds: Sequence[str], path: Path) -> Path:
@@ -200,15 +188,6 @@ def _draw_costs(entries: Sequence[Entry], kinds: Sequence[str], path: Path) -> P
     return save_with_legend(figure, path)
 
 
-def _lines(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> None:
-    """A metric of every run that recorded it."""
-    for entry in entries:
-        for run in entry.runs:
-            steps, values = series(run.rows, name)
-            if steps:
-                _line(axis, entry, entry.at(clock, steps, run), values, marker="." if len(steps) < 20 else None)
-
-
 def _line(axis: Axes, entry: Entry, xs: Sequence[float], ys: Sequence[float], *, marker: str | None) -> None:
     axis.plot(xs, ys, entry.dash, color=entry.colour, marker=marker, markersize=4, linewidth=1.4, label=entry.legend)
 
@@ -222,9 +201,7 @@ def _finish_axis(axis: Axes, title: str, clock: str) -> None:
 def save_with_legend(figure: Figure, path: Path) -> Path:
     """Save the figure with one legend below all axes."""
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    columns = max(1, min(3, 66 // max(map(len, handles))))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False
-    )
+    layout = dict(loc="outside lower center", ncols=max(1, min(3, 66 // max(map(len, handles)))))
+    figure.legend(handles.values(), handles.keys(), **layout, fontsize=8, frameon=False)
     save_figure(figure, path, dpi=140)
     return path

@@ -17,12 +17,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % confidence interval [low, high].
-
-    Args:
-        standard_error: of the mean; with few seeds the interval is wider than twice the standard error.
-        seeds: with one seed the variance between seeds is unknown, and the interval covers other captions only.
-    """
+    """A mean with its 95 % confidence interval [low, high]; with one seed, it covers other captions only."""
 
     mean: float
     low: float
@@ -31,9 +26,12 @@ class Interval:
     seeds: int
     captions: int
 
+    @property
+    def brief(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
     def __str__(self) -> str:
-        text = f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-        return text if self.seeds > 1 else f"{text} (one seed: variance between seeds unknown)"
+        return self.brief + ("" if self.seeds > 1 else " (one seed: variance between seeds unknown)")
 
 
 def seeds_by_captions(differences: np.ndarray) -> Interval:
@@ -44,7 +42,6 @@ def seeds_by_captions(differences: np.ndarray) -> Interval:
     The half-width is sqrt(t_{S-1}^2 a + t_{C-1}^2 b) with Student's t (Banerjee, Sankhya 22, 1960); the coverage is at
     least 95 % for any ratio of the two. Satterthwaite's degrees of freedom give narrower intervals with less coverage:
     92.5 % at three seeds and 87 % at two, where seeds differ as much as captions. With S = 1 only b is used.
-
     Raises ValueError for fewer than one seed or two captions, or a value that is not finite.
     """
     table = np.asarray(differences, dtype=np.float64)

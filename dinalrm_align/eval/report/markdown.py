@@ -6,12 +6,9 @@ from collections.abc import Iterable, Sequence
 def table(
     header: Sequence[object], rows: Iterable[Sequence[object]], align: str | None = None, *, padded: bool = False
 ) -> str:
-    """A Markdown table of the header and the rows; cells are converted with `str`.
+    """A Markdown table of the header and the rows, with cells padded for reading in a terminal where asked.
 
-    Args:
-        align: one letter per column, "l" or "r". Default: the first column to the left, the others to the right.
-        padded: pad the columns to one width, for reading in a terminal.
-
+    align: one letter per column, "l" or "r"; by default the first column is to the left, the others to the right.
     Raises ValueError when a row or `align` differs in length from the header.
     """
     align = "l" + "r" * (len(header) - 1) if align is None else align

@@ -1,25 +1,23 @@
-"""The page of `recipes/compare_runs.py`: one self-contained HTML file, and the same as Markdown.
-
-The page has no script and loads no resource; images are embedded PNGs. Figures stand side by side where there is room,
-wide tables scroll.
-"""
+"""The page of `recipes/compare_runs.py`: one HTML file without scripts and with embedded images, and Markdown."""
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from dinalrm_align.eval.config import CompareRun
 from dinalrm_align.eval.report import figures
-from dinalrm_align.eval.report.entries import Entry, read_entries
-from dinalrm_align.eval.report.tables import Table, tables_of
+from dinalrm_align.eval.report.entries import Entry, difference, phases_of, read_entries, series
+from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.train.files import make_folder, write_atomically
 
-LARGEST = 256
-"""Pixels of the longer side of an image in the grid; larger images are downscaled."""
+LARGEST = 256  # pixels of the longer side of an image in the grid; larger images are downscaled
 HEADINGS = {
     "gold": "Gold score", "proxy": "Training reward", "kl": "KL in training", "drift": "Drift",
     "level_spread": "Disagreement of noise levels", "divergence": "Divergence of reward and gold",
@@ -35,6 +33,17 @@ HOW_TO_READ = (
     "per multiply-accumulate; matrix products, convolutions and attention, including recomputation); memory is the "
     "maximum. A cross marks the first hacking alarm of a run."
 )
+ABOUT_IMAGES = (
+    "The same prompts and the same noise, before training and after each run's last evaluation; below each image its "
+    "gold score."
+)
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body>
+{body}
+</body></html>
+"""
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -63,105 +72,140 @@ tbody th { font-weight: 500; }
 """
 
 
-def write(
-    folders: Sequence[Path], groups: Mapping[str, Sequence[Path]], output_dir: Path, *, shown: int, title: str
-) -> tuple[Path, list[str]]:
-    """Write index.html, compare.md and their PNGs to `output_dir`; see `read_entries` for `folders` and `groups`.
+@dataclass(frozen=True)
+class Table:
+    """Cells are text; the first column names the row."""
 
-    Returns the page and notes about runs that are skipped or not comparable.
-    """
-    entries, notes = read_entries(folders, groups)
-    make_folder(output_dir)
-    tables = tables_of(entries)
-    drawn = figures.draw(entries, output_dir)
-    prompts, columns = figures.images_of(entries, shown)
-    figures.draw_images(prompts, columns, output_dir / "pictures.png")
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        return f"**{self.title}**\n\n{table(self.head, self.rows)}"
+
+
+def tables_of(entries: Sequence[Entry]) -> list[Table]:
+    comparable = [entry for entry in entries if not entry.incomparable]
+    found = run_table(entries), seed_table(comparable), difference_table(comparable), cost_table(entries)
+    return [one for one in found if one.rows]
+
+
+def run_table(entries: Sequence[Entry]) -> Table:
+    """Final numbers of every run, gains with the 95 % interval over captions."""
+    singles = [single for entry in entries for single in entry.single_runs()]
+    drifts = any("drift" in row for single in singles for row in single.runs[0].rows)
+    head = ["run", "updates", "gold gain, last [95 %]", "gold gain, best (update)", "reward gain, s.d."]
+    head += [*(["drift"] if drifts else []), "s / update", "minutes", "peak MiB", "hacking alarm"]
+    rows = []
+    for single in singles:
+        (run,) = single.runs
+        gains = ["not comparable"] * 3
+        if not single.incomparable:
+            last, best = single.steps[-1], single.best_step
+            gains = [single.gain(*at).brief for at in (("gold", last), ("gold", best), ("proxy", last))]
+            gains[1] += f" ({best})"
+        drift, seconds, peaks = series(run.rows, "drift")[1], run.seconds(), single.cost("memory_mib").values()
+        watched = any("hacking" in row for row in run.rows)
+        rows.append([
+            single.name, str(len(seconds)), *gains, *([f"{drift[-1]:.3g}" if drift else ""] if drifts else []),
+            f"{np.median(seconds):.2f}" if len(seconds) else "", f"{seconds.sum() / 60:.1f}",
+            f"{max(peaks):.0f}" if peaks else "",
+            "not watched" if not watched else "none" if run.alarm is None else f"update {run.alarm}",
+        ])  # fmt: skip
+    return Table("Final numbers of every run", head, rows)
+
+
+def seed_table(entries: Sequence[Entry]) -> Table:
+    """Means over seeds with the 95 % interval over seeds and captions, for entries of several runs."""
+    rows = []
+    for entry in entries:
+        last, best = entry.steps[-1], entry.best_step
+        if len(entry.runs) > 1:
+            rows.append([
+                entry.name, str(len(entry.runs)), str(last), entry.gain("gold", last).brief,
+                f"{entry.gain('gold', best).brief} ({best})", entry.gain("proxy", last).brief,
+            ])  # fmt: skip
+    head = ["runs", "seeds", "update", "gold gain [95 %]", "gold gain, best (update)", "reward gain, s.d. [95 %]"]
+    return Table("Means over seeds", head, rows)
+
+
+def difference_table(entries: Sequence[Entry]) -> Table:
+    """Differences of gold gain between entries, paired by seed and caption, for entries that share a seed."""
+    rows = []
+    for first, second in combinations(entries, 2):
+        common = max(set(first.steps) & set(second.steps))
+        at_steps = {f"update {common}": (common, common), "best of each": (first.best_step, second.best_step)}
+        for at, steps in at_steps.items():
+            found = difference(first, second, steps) if max(steps) > 0 else None
+            if found is not None:
+                rows.append([f"{first.name} less {second.name}", at, str(found.seeds), found.brief])
+    return Table("Paired differences of gold gain", ["", "at", "seeds", "mean [95 %]"], rows)
+
+
+def cost_table(entries: Sequence[Entry]) -> Table:
+    """Cost of an update by phase: see `Entry.cost`."""
+    rows = []
+    for kind, unit in figures.COSTS.items():
+        title = unit if kind == "memory_mib" else f"{unit} of an update"
+        costs = [entry.cost(kind) for entry in entries]
+        phases = phases_of([run for entry in entries for run in entry.runs], kind)
+        for phase in phases:
+            rows.append([f"{title}: {phase}", *(f"{cost[phase]:.4g}" if phase in cost else "" for cost in costs)])
+        if phases and kind == "gflops":
+            rows.append([f"{title}: all phases", *(f"{sum(cost.values()):.4g}" if cost else "" for cost in costs)])
+    return Table("Cost by phase", ["", *(entry.name for entry in entries)], rows)
+
+
+def write(config: CompareRun) -> tuple[Path, list[str]]:
+    """Write index.html, compare.md and their PNGs to `config.output_dir`; return the page and `read_entries`' notes."""
+    groups = {name: [Path(folder) for folder in runs] for name, runs in config.group.items()}
+    entries, notes = read_entries([Path(folder) for folder in config.runs], groups)
+    folder, title, tables = Path(config.output_dir), config.title, tables_of(entries)
+    make_folder(folder)
+    prompts, columns = figures.images_of(entries, config.shown)
+    figures.draw_images(prompts, columns, folder / "pictures.png")
     evaluated = entries[0].runs[0].terms["prompts"]
     how_to_read = HOW_TO_READ.format(samples=len(evaluated), captions=len(set(evaluated)))
-    write_atomically(output_dir / "compare.md", _markdown(title, notes, tables, how_to_read, drawn))
-    page, grid = output_dir / "index.html", _grid(prompts, columns)
-    write_atomically(page, _html(title, entries, notes, tables, how_to_read, drawn, grid))
+    text = [f"# {title}", *notes, *(one.markdown() for one in tables), how_to_read]
+    html = [f"<h1>{escape(title)}</h1>", '<ul class="key">']
+    for entry in entries:
+        seeds = ", ".join(str(run.seed) for run in entry.runs)
+        html.append(f'<li><span style="background:{entry.colour}"></span>{escape(entry.name)}: seed {seeds}</li>')
+    html += ["</ul>", *(f'<p class="note">{escape(note)}</p>' for note in notes)]
+    html += [*map(_html_table, tables), f"<p>{how_to_read}</p>"]
+    for name, files in figures.draw(entries, folder).items():
+        heading = HEADINGS.get(name) or f"Second evaluator: {name.removeprefix('gold/')}"
+        against = {clock: f"against {figures.CLOCKS[clock]}" if clock else "" for clock in files}
+        links = [f"![{against[clock] or 'bars'}]({path.name})" for clock, path in files.items()]
+        text += [f"## {heading}", "\n".join(links)]
+        html += [f"<h2>{escape(heading)}</h2>", '<div class="figures">']
+        for clock, path in files.items():
+            alt = escape(f"{heading} {against[clock]}")
+            html.append(f'<figure><img src="{_data(path.read_bytes())}" alt="{alt}"></figure>')
+        html.append("</div>")
+    text += ["## Images", "![same prompts and noise](pictures.png)"]
+    rows = [[prompt] for prompt in prompts]
+    for name, strip, gold in columns:
+        for row, pixels, score in zip(rows, strip, gold):
+            row.append(f"{_image(pixels, f'{row[0]}; {name}')}{score:.2f}")
+    grid = Table("", ["prompt", *(name for name, *_ in columns)], rows)
+    html += ["<h2>Images</h2>", f"<p>{ABOUT_IMAGES}</p>", _html_table(grid, "grid")]
+    write_atomically(folder / "compare.md", "\n\n".join(text) + "\n")
+    page = folder / "index.html"
+    write_atomically(page, PAGE.format(title=escape(title), style=STYLE, body="\n".join(html)))
     return page, notes
 
 
-def _markdown(title: str, notes: Sequence[str], tables: Sequence[Table], how_to_read: str, drawn: figures.Drawn) -> str:
-    parts = [f"# {title}", *notes, *(table.markdown() for table in tables), how_to_read]
-    for name, files in drawn.items():
-        images = [f"![{_against(clock) or 'bars'}]({path.name})" for clock, path in files.items()]
-        parts += [f"## {_heading(name)}", "\n".join(images)]
-    return "\n\n".join([*parts, "## Images", "![same prompts and noise](pictures.png)"]) + "\n"
-
-
-def _html(
-    title: str, entries: Sequence[Entry], notes: Sequence[str], tables: Sequence[Table], how_to_read: str,
-    drawn: figures.Drawn, grid: str,
-) -> str:  # fmt: skip
-    key = "".join(
-        f'<li><span style="background:{entry.colour}"></span>{escape(entry.name)}: seed '
-        f"{', '.join(str(run.seed) for run in entry.runs)}</li>"
-        for entry in entries
-    )
-    sections = []
-    for name, files in drawn.items():
-        heading = escape(_heading(name))
-        images = "".join(
-            f'<figure><img src="{_data(path.read_bytes())}" alt="{heading} {_against(clock)}"></figure>'
-            for clock, path in files.items()
-        )
-        sections.append(f'<h2>{heading}</h2>\n<div class="figures">{images}</div>')
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<ul class="key">{key}</ul>',
-        *(f'<p class="note">{escape(note)}</p>' for note in notes),
-        *(_table(table) for table in tables),
-        f"<p>{how_to_read}</p>",
-        *sections,
-        "<h2>Images</h2>",
-        "<p>The same prompts and the same noise, before training and after each run's last evaluation; below each "
-        "image its gold score.</p>",
-        grid,
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _against(clock: str) -> str:
-    return f"against {figures.CLOCKS[clock]}" if clock else ""
-
-
-def _heading(name: str) -> str:
-    return HEADINGS.get(name) or f"Second evaluator: {name.removeprefix('gold/')}"
-
-
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        for name, *cells in table.rows
-    )
-    return (
-        f'<div class="scroll"><table><caption>{escape(table.title)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
-
-
-def _grid(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray, list[float]]]) -> str:
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title, _, _ in columns)
-    rows = []
-    for index, prompt in enumerate(prompts):
-        cells = "".join(
-            f"<td>{_image(strip[index], f'{prompt}; {title}')}{gold[index]:.2f}</td>" for title, strip, gold in columns
-        )
-        rows.append(f'<tr><th scope="row">{escape(prompt)}</th>{cells}</tr>')
-    return (
-        f'<div class="scroll"><table class="grid"><thead><tr><th scope="col">prompt</th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+def _html_table(shown: Table, kind: str = "") -> str:
+    """A table whose cells are text, or images if its kind is "grid"."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in shown.head)
+    body = ""
+    for name, *cells in shown.rows:
+        body += f'<tr><th scope="row">{escape(name)}</th>'
+        body += "".join(f"<td>{cell if kind else escape(cell)}</td>" for cell in cells) + "</tr>"
+    caption = f"<caption>{escape(shown.title)}</caption>" if shown.title else ""
+    start = f'<div class="scroll"><table class="{kind}">{caption}<thead><tr>{head}</tr></thead>'
+    return f"{start}<tbody>{body}</tbody></table></div>"
 
 
 def _image(pixels: np.ndarray, alt: str) -> str:

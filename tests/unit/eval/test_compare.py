@@ -14,10 +14,18 @@ import pytest
 from PIL import Image
 from report_runs import PROMPTS, make_run
 
+from dinalrm_align.eval.config import CompareRun
 from dinalrm_align.eval.report.entries import read_entries
 from dinalrm_align.eval.report.figures import draw, images_of
-from dinalrm_align.eval.report.page import write
-from dinalrm_align.eval.report.tables import Table, cost_table, difference_table, run_table, seed_table, tables_of
+from dinalrm_align.eval.report.page import (
+    Table,
+    cost_table,
+    difference_table,
+    run_table,
+    seed_table,
+    tables_of,
+    write,
+)
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "compare_runs.py"
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -195,7 +203,7 @@ def test_a_second_evaluator_is_drawn_for_the_runs_that_have_it(tmp_path):
     runs = [make_run(tmp_path / "a", 0.4, evaluators=("pixel <2>",)), make_run(tmp_path / "b", 0.1, reward="mps")]
     entries, _ = read_entries(runs)
     assert entries[0].gain("gold/pixel <2>", 4).mean == pytest.approx(0.4)
-    page, _ = write(runs, {}, tmp_path / "page", shown=1, title="Evaluators")
+    page, _ = write(CompareRun([str(run) for run in runs], output_dir=str(tmp_path / "page"), shown=1))
     assert (tmp_path / "page" / "gold_pixel_2_time.png").is_file()
     assert "Second evaluator: pixel <2>" in Page(page.read_text()).words
 
@@ -208,7 +216,8 @@ def test_images_are_those_of_the_last_evaluation_beside_the_base_models(folders)
 
 
 def test_the_page_is_complete_and_self_contained(folders, tmp_path):
-    page, notes = write(folders, {}, tmp_path / "page", shown=2, title="Mine & <yours>")
+    runs = [str(folder) for folder in folders]
+    page, notes = write(CompareRun(runs, output_dir=str(tmp_path / "page"), shown=2, title="Mine & <yours>"))
     text = page.read_text()
     found = Page(text)
     images = found.images()

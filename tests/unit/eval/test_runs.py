@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from report_runs import PROMPTS, make_run
 
-from dinalrm_align.eval.report.entries import difference, read_entries
-from dinalrm_align.eval.report.runs import Run
+from dinalrm_align.eval.report.entries import Run, difference, read_entries
 
 
 def read_groups(folders):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from dinalrm_align.align.refl_config import ReflRun
-from dinalrm_align.eval.report.config import CompareRun
+from dinalrm_align.eval.config import CompareRun
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import parse
 
