@@ -277,7 +277,7 @@ class TrainRewardRun:
     Args:
         model: the backbone's model: shapes, sd35, or the folder or hub id of a StableDiffusion3Pipeline.
         pairs: preference pairs: a folder of encoded latents written by recipes/prepare_pairs.py or in the released
-            layout, or a jsonl file of images (`data.image_pairs`); by default the embedded world makes its own.
+            layout, or a jsonl file of images (`data.source`); by default the embedded world makes its own.
         validation_pairs: pairs for evaluation only, in the same formats; by default see held_out_prompts.
         held_out_prompts: prompts of `pairs` held out for evaluation if there are no validation_pairs.
         output_dir: folder of the run, with the trained reward in reward/; by default a new one under runs/.

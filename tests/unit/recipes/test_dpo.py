@@ -155,7 +155,7 @@ def test_pairs_of_another_text_length_are_refused(main, arguments, tmp_path, cap
         )
     with pytest.raises(SystemExit):
         main([*arguments, *offline(tmp_path / "pairs"), "--dpo.batch_size=1"])
-    assert "written with text_length 20, the model says 14" in capsys.readouterr().err
+    assert "text_length 20, expected 14" in capsys.readouterr().err
 
 
 def test_public_settings_lie_beneath_the_users_for_sd35(tmp_path, monkeypatch):
