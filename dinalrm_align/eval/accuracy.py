@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.eval.plots import panels
@@ -64,22 +63,19 @@ def pairwise_tallies(
     for index in range(rank, len(batches), world):
         batch = batches[index]
         noise = batch.draw_noise(seeded_generator(seed, index))
+        preferred = torch.sign(batch.label - 0.5)
+        untied = preferred != 0
+        counted_pairs = {OVERALL: untied}
+        for concept in {*(batch.concepts or ())}:
+            of_concept = torch.tensor([name == concept for name in batch.concepts], device=untied.device)
+            counted_pairs[concept] = untied & of_concept
         for level in levels:
-            _count(batch, score(batch, level, noise).float().to(batch.label.device), tallies[level])
+            scores = score(batch, level, noise).float().to(batch.label.device)
+            gap = scores[batch.chosen] - scores[batch.rejected]
+            for concept, counted in counted_pairs.items():
+                counts = (int((which & counted).sum()) for which in (gap * preferred > 0, untied, ~gap.isfinite()))
+                tallies[level][concept] += Tally(*counts)
     return tallies
-
-
-def _count(batch: PairBatch, scores: Tensor, tallies: dict[str, Tally]) -> None:
-    """Add the pairs of one batch to the counts of one level."""
-    preferred = torch.sign(batch.label - 0.5)
-    untied = preferred != 0
-    gap = scores[batch.chosen] - scores[batch.rejected]
-    for concept in {OVERALL, *(batch.concepts or ())}:
-        counted = untied
-        if concept != OVERALL:
-            counted = untied & torch.tensor([name == concept for name in batch.concepts], device=untied.device)
-        counts = (int((which & counted).sum()) for which in (gap * preferred > 0, untied, ~gap.isfinite()))
-        tallies[concept] += Tally(*counts)
 
 
 def merge(parts: Iterable[Tallies]) -> Tallies:
@@ -110,14 +106,10 @@ def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
         return {"accuracy": tally.accuracy, "standard_error": tally.standard_error, "pairs": tally.pairs}
 
     concepts = sorted({concept for counts in tallies.values() for concept in counts} - {OVERALL})
-    levels = [
-        {
-            "sigma": list(level),
-            **entry(counts[OVERALL]),
-            "concepts": {name: entry(counts[name]) for name in concepts if name in counts},
-        }
-        for level, counts in tallies.items()
-    ]
+    levels = []
+    for level, counts in tallies.items():
+        by_concept = {name: entry(counts[name]) for name in concepts if name in counts}
+        levels.append({"sigma": list(level), **entry(counts[OVERALL]), "concepts": by_concept})
     rows = []
     for name in (OVERALL, *concepts):
         row = [counts.get(name, Tally()) for counts in tallies.values()]

@@ -26,7 +26,6 @@ from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.losses import preference_loss, preference_probability
 
 BINS = 10
-DRAWS = 2000  # bootstrap resamples of captions
 SCALES = (1e-3, 1e3)  # bounds of the search for the best scale
 SECTION = (
     "## Calibration\n\nOn {name}, each arm by the likelihood it was trained with, pairs of all seeds. ECE: expected "
@@ -39,14 +38,11 @@ SECTION = (
 
 @dataclass(frozen=True)
 class Reliability:
-    """Pairs by confidence, in bins of equal width on [0.5, 1]; NaN in bins without pairs.
+    """Pairs by confidence, in bins of equal width on [0.5, 1]: mean prediction and label (bins,), NaN without pairs.
 
     Every pair counts once, with the more probable image first: p below 1/2 becomes 1 - p, and its label 1 - label. At
-    p = 1/2 the label counts as 1/2.
-
-    All (bins,). predicted, observed: mean prediction and mean label. standard_error: of
-    `observed`, over captions; at least that of independent pairs under a flat prior, so it is positive in a bin where
-    all labels agree.
+    p = 1/2 the label counts as 1/2. standard_error: of `observed`, over captions; at least that of independent pairs
+    under a flat prior, so it is positive in a bin where all labels agree.
     """
 
     count: np.ndarray
@@ -94,7 +90,7 @@ def calibrate(
     """Calibration of N pairs at noise level sigma.
 
     gap: raw score of the first image minus that of the second. label: share of raters who prefer the first, in [0, 1].
-    captions: pairs of one caption are not independent. config: the likelihood. rng: for the interval.
+    captions: pairs of one caption are not independent. rng: for the interval.
     """
     gap, label = np.asarray(gap, dtype=np.float64), np.asarray(label, dtype=np.float64)
     probability = predict(gap, sigma, config)
@@ -114,7 +110,7 @@ def calibrate(
 
 def predict(gap: ArrayLike, sigma: float, config: LossConfig) -> np.ndarray:
     """P(first preferred), (N,) float64, for gaps (N,) of raw scores at one noise level."""
-    delta = _float32(gap)
+    delta = torch.tensor(gap, dtype=torch.float32)
     return preference_probability(delta, torch.full_like(delta, sigma), config).double().numpy()
 
 
@@ -134,7 +130,7 @@ def reliability(
 
 
 def calibration_interval(
-    probability: ArrayLike, observed: ArrayLike, captions: ArrayLike, *, rng: np.random.Generator, draws: int = DRAWS
+    probability: ArrayLike, observed: ArrayLike, captions: ArrayLike, *, rng: np.random.Generator, draws: int = 2000
 ) -> tuple[float, float]:
     """95 % interval (low, high) of the expected calibration error, from resampled captions.
 
@@ -161,9 +157,9 @@ def calibration_interval(
 
 def negative_log_likelihood(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
     """Mean of -(y log p + (1 - y) log(1 - p)) over gaps and labels (N,), in nats; finite where p underflows to 0."""
-    delta, nll = _float32(gap), dataclasses.replace(config, objective="nll")
-    sigmas = torch.full_like(delta, sigma)
-    return float(preference_loss(delta, torch.zeros_like(delta), sigmas, _float32(label), config=nll).double().mean())
+    delta, label = (torch.tensor(values, dtype=torch.float32) for values in (gap, label))
+    sigmas, nll = torch.full_like(delta, sigma), dataclasses.replace(config, objective="nll")
+    return float(preference_loss(delta, torch.zeros_like(delta), sigmas, label, config=nll).double().mean())
 
 
 def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
@@ -214,10 +210,6 @@ def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
     if len(per_caption) < 2:
         return independent
     return max(independent, float(per_caption.std(ddof=1)) / math.sqrt(len(per_caption)))
-
-
-def _float32(values: ArrayLike) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))
 
 
 def reliabilities(

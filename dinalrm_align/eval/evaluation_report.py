@@ -18,7 +18,7 @@ from dinalrm_align.eval.protocols import Accuracy, accuracy
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, PairScores
 from dinalrm_align.eval.test_sets import Leak
-from dinalrm_align.eval.test_sets_config import HPSV3, PAPER, PROTOCOLS, TEST_SETS, Row, default_protocol, protocols_of
+from dinalrm_align.eval.test_sets_config import HPSV3, PAPER, PROTOCOLS, TEST_SETS, default_protocol, protocols_of
 from dinalrm_align.train.files import save_figure, write_atomically
 
 REWARD = "reward"  # the single arm of this report
@@ -161,13 +161,11 @@ def _set_sections(results: Sequence[SetResult], main_levels: Sequence[str]) -> l
 def _protocols(results: Sequence[SetResult], main_levels: Sequence[str]) -> str:
     used = [rule for rule in PROTOCOLS if any((rule, main_levels[0]) in result.per_protocol for result in results)]
     columns = [(result, level) for result in results for level in main_levels]
-
-    def cell(result: SetResult, level: str, rule: str) -> str:
-        value = result.per_protocol.get((rule, level))
-        return "" if value is None else f"{value}{' *' * (rule == result.protocol)}"
-
+    rows = []
+    for rule in used:
+        values = [(result.per_protocol.get((rule, level), ""), rule == result.protocol) for result, level in columns]
+        rows.append([rule, *(f"{value}{' *' * own}" for value, own in values)])
     header = ["protocol", *(f"{result.name} at {level}" for result, level in columns)]
-    rows = [[rule, *(cell(result, level, rule) for result, level in columns)] for rule in used]
     rules = "\n".join(f"- {rule}: {PROTOCOLS[rule]}." for rule in used)
     return (
         f"## The same scores under every protocol\n\n{table(header, rows)}\n\n"
@@ -176,15 +174,11 @@ def _protocols(results: Sequence[SetResult], main_levels: Sequence[str]) -> str:
 
 
 def _published(results: Sequence[SetResult], main_levels: Sequence[str]) -> str:
-    def published(source: str, entries: Sequence[Row]) -> list[list[object]]:
-        values = [
-            [reward, *(f"{row[result.name]:.2f}" if result.name in row else "" for result in results)]
-            for reward, row in entries
-        ]
-        return [[f"*{source}*", *("" for _ in results)], *values]
-
     rows = [[f"**this reward, {level}**", *(result.per_level[level] for result in results)] for level in main_levels]
-    rows += published("DiNa-LRM's paper", PAPER) + published("HPSv3's repository", HPSV3)
+    for source, entries in (("DiNa-LRM's paper", PAPER), ("HPSv3's repository", HPSV3)):
+        rows.append([f"*{source}*", *("" for _ in results)])
+        for reward, row in entries:
+            rows.append([reward, *(f"{row[result.name]:.2f}" if result.name in row else "" for result in results)])
     return (
         f"## Published values\n\n{table(['reward', *(result.title for result in results)], rows)}\n\n"
         "Protocols and image sizes of the published values differ and are not always stated; the two tables disagree "

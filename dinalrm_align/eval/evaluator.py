@@ -45,7 +45,7 @@ from dinalrm_align.reward.latent import LatentReward
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.training import score_batch
 from dinalrm_align.train.digest import digest, fingerprint, text_digest
-from dinalrm_align.train.files import read_json, write_atomically
+from dinalrm_align.train.files import discard_folder, read_json, write_atomically
 
 DECODED = 4  # latents decoded at once for the gold score
 PIECE = 8  # batches per stored piece
@@ -59,10 +59,8 @@ ImageScorer = Callable[[Sequence[Image.Image], Sequence[str]], Mapping[str, np.n
 
 @dataclass(frozen=True)
 class Fit:
-    """How images are resized (LANCZOS) for a latent reward.
-
-    how: "area" keeps the aspect ratio at the area height x width, with sides rounded to multiples of 16; "crop" scales
-    the image to cover height x width and crops the centre.
+    """How images are resized (LANCZOS) for a latent reward: "area" keeps the aspect ratio at the area height x width,
+    with sides rounded to multiples of 16; "crop" scales the image to cover height x width and crops the centre.
     """
 
     how: Literal["area", "crop"]
@@ -154,14 +152,32 @@ def score_image_set(
     order, size = images.order, PIECE * batch_size
     table = np.full((len(names), len(order)), np.nan, np.float32)
     faults: dict[str, str] = {}
+
+    def score_batch(rows: Sequence[int], found: dict[str, str]) -> np.ndarray:
+        """Scores (levels, rows), NaN for images that cannot be read; those are added to `found`."""
+        scores = np.full((len(names), len(rows)), np.nan, np.float32)
+        opened: dict[int, Image.Image] = {}
+        for column, image in enumerate(images.images[row] for row in rows):
+            try:
+                opened[column] = open_image(image.read(), image.name)
+            except (OSError, ValueError) as error:
+                if on_bad == "refuse":
+                    how = "replace it, or leave out its pairs with --on_bad skip"
+                    raise ValueError(f"{images.name}: image {image.name}: {error}; {how}") from error
+                found[image.name] = str(error)
+        if opened:
+            by_level = score(list(opened.values()), [images.images[rows[column]].prompt for column in opened])
+            for line, name in enumerate(names):
+                check_finite(by_level[name], name, images.name)
+                scores[line, list(opened)] = by_level[name]
+        return scores
+
+    def score_piece(rows: Sequence[int]) -> Piece:
+        found: dict[str, str] = {}
+        parts = (rows[first : first + batch_size] for first in range(0, len(rows), batch_size))
+        return {"scores": np.concatenate([score_batch(part, found) for part in parts], axis=1)}, found
+
     with tqdm(total=len(order), desc=title, unit=" images", dynamic_ncols=True) as bar:
-
-        def score_piece(rows: Sequence[int]) -> Piece:
-            found: dict[str, str] = {}
-            parts = (rows[first : first + batch_size] for first in range(0, len(rows), batch_size))
-            scores = [_score_batch(score, images, part, names, on_bad, found) for part in parts]
-            return {"scores": np.concatenate(scores, axis=1)}, found
-
         for number, start in enumerate(range(0, len(order), size)):
             rows = order[start : start + size]
             arrays, found = pieces.get(number, functools.partial(score_piece, rows))
@@ -169,34 +185,6 @@ def score_image_set(
             faults |= found
             bar.update(len(rows))
     return _pair_scores(images, dict(zip(names, table, strict=True)), faults), faults
-
-
-def _score_batch(
-    score: ImageScorer,
-    images: ImageSet,
-    rows: Sequence[int],
-    names: Sequence[str],
-    on_bad: OnBad,
-    faults: dict[str, str],
-) -> np.ndarray:
-    """Scores (levels, rows), NaN for images that cannot be read; those are added to `faults`."""
-    scores = np.full((len(names), len(rows)), np.nan, np.float32)
-    opened: dict[int, Image.Image] = {}
-    for column, row in enumerate(rows):
-        image = images.images[row]
-        try:
-            opened[column] = open_image(image.read(), image.name)
-        except (OSError, ValueError) as error:
-            if on_bad == "refuse":
-                how = "replace it, or leave out its pairs with --on_bad skip"
-                raise ValueError(f"{images.name}: image {image.name}: {error}; {how}") from error
-            faults[image.name] = str(error)
-    if opened:
-        found = score(list(opened.values()), [images.images[rows[column]].prompt for column in opened])
-        for line, name in enumerate(names):
-            check_finite(found[name], name, images.name)
-            scores[line, list(opened)] = found[name]
-    return scores
 
 
 def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
@@ -298,7 +286,7 @@ class Evaluator:
                 batches = self._batches(name, candidate.config)
                 scores = score_pairs(self._latent_scorer(candidate), batches, levels, seed=self.noise_seed, **options)
             save_scores(scores, path, terms)
-            pieces.discard()
+            discard_folder(pieces.folder)
         if self.on_bad == "refuse" and faults.exists() and read_json(faults):
             raise ValueError(f"{faults}: these scores leave out images; to accept that, pass --on_bad skip")
         return load_scores(path, terms)
@@ -352,10 +340,8 @@ def open_image_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> d
 
 
 def scores_file(directory: Path, name: str) -> Path:
-    """The stored scores of a set."""
     return directory / f"judged_{name}.safetensors"
 
 
 def faults_file(directory: Path, name: str) -> Path:
-    """Names of the images without a score, and the reasons."""
     return directory / f"judged_{name}.faults.json"

@@ -7,6 +7,7 @@ runs once. While it runs, scores are stored in `Pieces`, so that a killed run do
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.flow.noise import seeded_generator
-from dinalrm_align.train.files import discard_folder, write_atomically
+from dinalrm_align.train.files import write_atomically
 
 PAIR_COLUMNS = ("chosen", "rejected", "label", "caption")
 STORED_NAMES = {"prompts": "prompts", "images": "pictures"}  # field of `PairScores` -> its name in the file
@@ -136,16 +137,15 @@ def score_pairs(
     title: str,
     pieces: Pieces | None = None,
 ) -> PairScores:
-    """Score all images of `batches` at all noise levels. title: of the progress bar.
+    """Score all images of `batches` at all noise levels. Raises ValueError for scores that are not finite.
 
     RNG streams are keyed by (seed, batch index, draw), so all rewards see the same noise. With `pieces`, each batch is
-    stored once it is scored, and stored batches are not scored again. Raises ValueError for scores that are not finite.
+    stored once it is scored, and stored batches are not scored again.
     """
     levels = list(dict.fromkeys(levels))
-    columns: dict[str, list[np.ndarray]] = {}
-    concepts: list[str] = []
+    columns: dict[str, list[np.ndarray]] = defaultdict(list)
     captions: dict[str, int] = {}
-    images, has_prompts = 0, True
+    concepts, images, has_prompts = [], 0, True
     for index in tqdm(range(len(batches)), desc=title, unit=" batches", dynamic_ncols=True):
         take = partial(_score_batch, score, batches, index, levels, seed, title)
         arrays, metadata = take() if pieces is None else pieces.get(index, take)
@@ -154,7 +154,7 @@ def score_pairs(
         caption_of_group = np.array([captions.setdefault(prompt, len(captions)) for prompt in prompts])
         arrays["caption"] = caption_of_group[arrays.pop("pair_group")]
         for name, values in arrays.items():
-            columns.setdefault(name, []).append(values + images if name in ("chosen", "rejected") else values)
+            columns[name].append(values + images if name in ("chosen", "rejected") else values)
         concepts += metadata["concepts"] or ()
         images += len(arrays["scores"][0])
     scores = dict(zip((level.name for level in levels), np.concatenate(columns.pop("scores"), axis=1), strict=True))
@@ -237,10 +237,6 @@ class Pieces:
         piece = take()
         _write_arrays(path, piece[0], {"words": piece[1]})
         return piece
-
-    def discard(self) -> None:
-        """Delete the folder, once the scores are stored as a whole elsewhere."""
-        discard_folder(self.folder)
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, object]) -> None:
