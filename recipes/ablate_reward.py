@@ -5,13 +5,12 @@
     python recipes/ablate_reward.py --model sd35 --pairs DIR --judged '{hpdv3: DIR, hpdv2: DIR}' \\
         --steps 25000 --launch "accelerate launch --num_processes 8"
 
-Every arm is a run of recipes/train_reward.py with a few options changed (arXiv 2602.11146, section 5, and more); steps,
-data and evaluation are equal. A stopped ablation continues; two processes may share a folder on different arms.
-
-output_dir receives arms/ARM/seedN (the runs, with their scores in judged_SET.safetensors), ablation.md, ablation.json
-and a figure per question.
+Every arm is a run of recipes/train_reward.py with a few options changed (arXiv 2602.11146, section 5, and more). A
+stopped ablation continues; two processes may share a folder on different arms. output_dir receives arms/ARM/seedN (the
+runs, with their scores in judged_SET.safetensors), ablation.md, ablation.json and a figure per question.
 """
 
+import contextlib
 import json
 import shlex
 import signal
@@ -26,7 +25,6 @@ from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import parse, refuse, refusing
 
 HERE = Path(__file__).parent
-SETTINGS = "settings.json"
 
 
 def resolve(argv: Sequence[str]) -> tuple[AblateRun, ModelSpec, Path, dict[str, tuple[Changes, TrainRewardRun]]]:
@@ -56,7 +54,7 @@ def train(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training: Pat
 
     run = Path(config.output_dir) / "arms" / arm / f"seed{seed}"
     settings = {"changes": changes, "steps": config.steps, "training": training.read_text(encoding="utf-8")}
-    stored = run / SETTINGS
+    stored = run / "settings.json"
     if stored.exists() and json.loads(stored.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
         refuse(f"{run} was started with other settings ({stored}); choose another --output_dir, or delete that run")
     write_atomically(stored, json.dumps(settings, indent=1))
@@ -77,12 +75,10 @@ def train(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training: Pat
     print(f"\n{arm}, seed {seed}: {shlex.join(command)}", flush=True)
     process = subprocess.Popen(command)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    while True:
-        try:
+    status = None
+    while status is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the training receives it too: it saves a checkpoint and exits
             status = process.wait()
-            break
-        except KeyboardInterrupt:  # the training receives it too: it saves a checkpoint and exits
-            continue
     if status:
         refuse(f"training {arm}, seed {seed} exited with status {status}; run the same command to continue")
     return run
@@ -139,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for seed in config.seeds:
         for arm in config.arms:
+            levels = NoiseLevels.at(ARMS[arm].sigma).name, NoiseLevels.at(*config.ensembles[0]).name
             for name, found in scores(arm, seed).items():
-                levels = NoiseLevels.at(ARMS[arm].sigma).name, NoiseLevels.at(*config.ensembles[0]).name
                 accuracies = ", ".join(f"{100 * found.accuracy(level):.1f} % at sigma {level}" for level in levels)
                 print(f"{arm}, seed {seed}: {name} {accuracies}", flush=True)
 

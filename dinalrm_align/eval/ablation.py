@@ -72,7 +72,6 @@ def accuracy_at(*sigmas: float) -> Measure:
 
 
 def average_of(sigmas: Sequence[float]) -> Measure:
-    """Accuracy of the mean of the scores at single levels."""
     return accuracy_of(*(NoiseLevels.at(sigma).name for sigma in sigmas))
 
 
@@ -99,10 +98,7 @@ def arm_accuracy(evidence: Evidence, arm: str, name: str, measure: Measure) -> I
 def difference(
     evidence: Evidence, better: str, worse: str, name: str, of_better: Measure, of_worse: Measure
 ) -> Interval:
-    """Paired difference of the accuracies of two arms over their common seeds.
-
-    Raises ValueError when there is no common seed, or the pairs differ.
-    """
+    """Paired difference of the accuracies of two arms over their common seeds; ValueError if the pairs differ."""
     ours, theirs = evidence.runs[better], evidence.runs[worse]
     shared = [seed for seed in ours if seed in theirs]
     if not shared:
@@ -149,9 +145,8 @@ def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
 
 
 def question_section(question: Question, evidence: Evidence) -> str:
-    """Markdown: accuracies of the arms, paired differences to the baseline, and the paper's orderings.
-
-    Arms without results are left out; "" if there are fewer than two.
+    """Markdown: accuracies of the arms with results, paired differences to the baseline, and the paper's orderings; ""
+    for fewer than two arms.
     """
     runs, sets = evidence.runs, evidence.sets
     arms = [arm for arm in question.arms if arm in runs]
@@ -273,17 +268,13 @@ def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[flo
 
 
 def _noise_share(scores: np.ndarray) -> float:
-    """scores (R repeats, M images) -> unbiased variance within images over the variance between them.
-
-    The variance of means over R repeats contains 1 / R of the variance within, which is subtracted.
-    """
+    """scores (R repeats, M images) -> unbiased variance within images over the variance between them."""
     within = float(scores.var(axis=0, ddof=1).mean())
-    between = float(scores.mean(axis=0).var(ddof=1)) - within / len(scores)
+    between = float(scores.mean(axis=0).var(ddof=1)) - within / len(scores)  # means contain 1 / R of that within
     return within / between
 
 
 def variance_section(shares: Sequence[NoiseShare]) -> str:
-    """Markdown: variance over noise draws."""
     rows = [[row.label, row.forwards, f"{row.share:.4f}"] for row in shares]
     return (
         "## Variance over noise draws\n\nVariance of an image's score over noise draws, as a share of the variance "

@@ -27,7 +27,16 @@ def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, co
     """Write the report of all finished arms. losses: of each arm's training, for its predicted probabilities."""
     sets, sigmas = list(config.judged or {}), sorted(config.sigmas)
     evidence = Evidence(runs, sets, sigmas, config.ensembles)
-    sections = [_preface(evidence, config, command)]
+    first = next(iter(next(iter(runs.values())).values()))
+    sizes = "; ".join(f"{name}: {first[name].size}" for name in sets)
+    seeds = "; ".join(f"{arm} {', '.join(map(str, sorted(by_seed)))}" for arm, by_seed in runs.items())
+    own = ", ".join(f"{arm} {ARMS[arm].sigma:g}" for arm in runs)
+    sections = [
+        f"# Ablations of the reward\n\n`{command}`\n\nModel {config.model}; {config.steps} updates per arm. Seeds: "
+        f"{seeds}. Evaluated on {sizes}.\n\nPairwise accuracy in per cent with 95 % intervals over seeds and captions "
+        f"(two crossed random effects); differences are paired, in points. Own sigma: {own}. Ensemble: sigma "
+        f"{level_name(config.ensembles[0])} joined as tokens. All levels: the mean over levels between 0 and 1.\n"
+    ]
     for key, question in QUESTIONS.items():
         section = question_section(question, evidence)
         if section:
@@ -37,8 +46,7 @@ def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, co
         section = inference_section(evidence, BASELINE)
         sections.append(f"{section}\n![Noise levels at inference](inference.png)\n")
         plot_inference(evidence, BASELINE, directory / "inference.png")
-        seeds = [run[sets[-1]] for run in runs[BASELINE].values()]
-        shares = noise_shares(seeds, config.draws, config.ensembles[0])
+        shares = noise_shares([run[sets[-1]] for run in runs[BASELINE].values()], config.draws, config.ensembles[0])
         if shares:
             sections.append(f"{variance_section(shares)}\n![Variance over noise draws](variance.png)\n")
             plot_noise_shares(shares, directory / "variance.png")
@@ -47,31 +55,12 @@ def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, co
     sections.append(f"{calibration_section(curves, sets[0])}\n![Reliability](reliability.png)\n")
     plot_reliability(curves, directory / "reliability.png")
     write_atomically(directory / "ablation.md", "\n".join(sections))
-    write_atomically(directory / "ablation.json", json.dumps(_numbers(evidence, config, command), indent=1) + "\n")
-
-
-def _preface(evidence: Evidence, config: AblateRun, command: str) -> str:
-    first = next(iter(next(iter(evidence.runs.values())).values()))
-    sizes = "; ".join(f"{name}: {first[name].size}" for name in evidence.sets)
-    seeds = "; ".join(f"{arm} {', '.join(map(str, sorted(runs)))}" for arm, runs in evidence.runs.items())
-    own = ", ".join(f"{arm} {ARMS[arm].sigma:g}" for arm in evidence.runs)
-    return (
-        f"# Ablations of the reward\n\n`{command}`\n\nModel {config.model}; {config.steps} updates per arm. Seeds: "
-        f"{seeds}. Evaluated on {sizes}.\n\nPairwise accuracy in per cent with 95 % intervals over seeds and captions "
-        f"(two crossed random effects); differences are paired, in points. Own sigma: {own}. Ensemble: sigma "
-        f"{level_name(config.ensembles[0])} joined as tokens. All levels: the mean over levels between 0 and 1.\n"
-    )
-
-
-def _numbers(evidence: Evidence, config: AblateRun, command: str) -> dict[str, object]:
-    """Accuracy of every run at every noise level."""
-    levels = [NoiseLevels.at(*level).name for level in [*([s] for s in evidence.sigmas), evidence.ensembles[0]]]
+    names = [NoiseLevels.at(*level).name for level in [*([sigma] for sigma in sigmas), config.ensembles[0]]]
     arms: dict[str, object] = {}
-    for arm, runs in evidence.runs.items():
+    for arm, by_seed in runs.items():
         arms[arm] = {
-            f"seed {seed}": {
-                name: {at: round(scores.accuracy(at), 5) for at in levels} for name, scores in sets.items()
-            }
-            for seed, sets in sorted(runs.items())
+            f"seed {seed}": {name: {at: round(found[name].accuracy(at), 5) for at in names} for name in found}
+            for seed, found in sorted(by_seed.items())
         }
-    return {"command": command, "steps": config.steps, "arms": arms}
+    numbers = {"command": command, "steps": config.steps, "arms": arms}
+    write_atomically(directory / "ablation.json", json.dumps(numbers, indent=1) + "\n")

@@ -135,8 +135,7 @@ def calibration_interval(
     """95 % interval (low, high) of the expected calibration error, from resampled captions.
 
     The basic bootstrap, 2 e - (quantiles of the resampled errors): resampling adds the bias of sampling once more, so
-    plain quantiles are too high by twice that bias. The interval is unreliable where the error is close to
-    `Reliability.by_chance`.
+    plain quantiles are too high by twice that bias. Unreliable where the error is close to `Reliability.by_chance`.
     """
     p, o, index = _binned(probability, observed, BINS)
     _, caption = np.unique(captions, return_inverse=True)
@@ -191,9 +190,7 @@ def fidelity_rater(p: ArrayLike) -> np.ndarray:
 
 
 def _binned(probability: ArrayLike, observed: ArrayLike, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predictions and labels with the more probable image first, and the bin of each; an edge belongs to the bin above
-    it, 1 to the last.
-    """
+    """Predictions and labels with the more probable image first, and their bins; an edge belongs to the bin above."""
     p, o = np.asarray(probability, dtype=np.float64), np.asarray(observed, dtype=np.float64)
     o = np.where(p > 0.5, o, np.where(p < 0.5, 1 - o, 0.5))
     p = np.maximum(p, 1 - p)
@@ -215,8 +212,8 @@ def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
 def reliabilities(
     runs: Runs, losses: Mapping[str, LossConfig], name: str, sigmas: Sequence[float]
 ) -> dict[str, dict[float, Calibration]]:
-    """Calibration of every arm at single noise levels on the set `name`, by the likelihood in `losses` that it was
-    trained with. Pairs of all seeds are pooled by caption, so intervals are over captions.
+    """Calibration of every arm at single noise levels on the set `name`, by its likelihood in training. Pairs of
+    all seeds are pooled by caption, so intervals are over captions.
     """
     curves: dict[str, dict[float, Calibration]] = {}
     for arm, seeds_of_arm in runs.items():

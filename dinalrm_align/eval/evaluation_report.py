@@ -225,10 +225,7 @@ def _numbers(result: SetResult) -> dict[str, object]:
 
 
 def _rounded(value: Accuracy) -> dict[str, float | int | None]:
-    return {
-        name: each if isinstance(each, int) else None if np.isnan(each) else round(each, 5)
-        for name, each in asdict(value).items()
-    }
+    return {name: None if np.isnan(each) else round(each, 5) for name, each in asdict(value).items()}
 
 
 def _write_pairs(scores: PairScores, path: Path) -> None:
