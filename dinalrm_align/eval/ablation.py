@@ -91,7 +91,6 @@ def by_seed_and_caption(seeds: Mapping[int, Mapping[str, PairScores]], name: str
 
 
 def arm_accuracy(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
-    """Mean accuracy of an arm on a set, in [0, 1]."""
     return seeds_by_captions(by_seed_and_caption(evidence.runs[arm], name, measure))
 
 
@@ -106,11 +105,8 @@ def difference(
     for seed in shared:
         if not ours[seed][name].same_pairs(theirs[seed][name]):
             raise ValueError(f"{better} and {worse} were evaluated on different pairs {name!r}, seed {seed}")
-    first, second = (
-        by_seed_and_caption({seed: runs[seed] for seed in shared}, name, measure)
-        for runs, measure in ((ours, of_better), (theirs, of_worse))
-    )
-    return seeds_by_captions(first - second)
+    ours, theirs = ({seed: runs[seed] for seed in shared} for runs in (ours, theirs))
+    return seeds_by_captions(by_seed_and_caption(ours, name, of_better) - by_seed_and_caption(theirs, name, of_worse))
 
 
 def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
@@ -131,7 +127,6 @@ def in_points(interval: Interval, *, signed: bool = True) -> str:
 
 
 def with_asterisk(interval: Interval) -> str:
-    """A difference in points, marked where the interval excludes 0."""
     return in_points(interval) + " *" * (interval.low > 0 or interval.high < 0)
 
 

@@ -43,7 +43,6 @@ class Tally:
 
     @property
     def standard_error(self) -> float:
-        """Binomial standard error of the accuracy."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.pairs) if self.pairs else math.nan
 
 
@@ -55,9 +54,8 @@ Tallies = dict[Level, dict[str, Tally]]
 def pairwise_tallies(
     score: Score, batches: Sequence[PairBatch], levels: Sequence[Level], *, seed: int = 0, rank: int = 0, world: int = 1
 ) -> Tallies:
-    """Count correctly ordered pairs of every world-th batch, starting at batch `rank`; `merge` adds up all ranks.
-
-    RNG streams are keyed by (seed, batch index), so results do not depend on the world size.
+    """Count correctly ordered pairs of every world-th batch, starting at batch `rank`; `merge` adds up all ranks. RNG
+    streams are keyed by (seed, batch index), so results do not depend on the world size.
     """
     tallies: Tallies = {level: defaultdict(Tally, {OVERALL: Tally()}) for level in levels}
     for index in range(rank, len(batches), world):
@@ -92,10 +90,8 @@ def merge(parts: Iterable[Tallies]) -> Tallies:
     for level, concepts in total.items():
         overall = concepts[OVERALL]
         if overall.not_finite:
-            raise ValueError(
-                f"at sigma {level_name(level)}, {overall.not_finite} of {overall.pairs} validation pairs have a score "
-                "that is NaN or infinite; check the weights and the latents of the pairs"
-            )
+            got = f"{overall.not_finite} of {overall.pairs} validation pairs have a score that is NaN or infinite"
+            raise ValueError(f"at sigma {level_name(level)}, {got}; check the weights and the latents of the pairs")
     return total
 
 

@@ -80,10 +80,6 @@ class Calibration:
     scaled_nll: float
 
 
-Curves = Mapping[str, Mapping[float, Calibration]]
-"""arm -> sigma -> calibration."""
-
-
 def calibrate(
     gap: ArrayLike, label: ArrayLike, captions: ArrayLike, *, sigma: float, config: LossConfig, rng: np.random.Generator
 ) -> Calibration:
@@ -198,9 +194,7 @@ def _binned(probability: ArrayLike, observed: ArrayLike, bins: int) -> tuple[np.
 
 
 def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
-    """Standard error over captions of the mean of values (n,) in [0, 1]; at least the standard deviation of
-    Beta(k + 1, n - k + 1), where k is the sum of the values.
-    """
+    """Standard error over captions of the mean of values (n,), at least the deviation of Beta(sum + 1, n - sum + 1)."""
     mean = (values.sum() + 1) / (len(values) + 2)
     independent = math.sqrt(mean * (1 - mean) / (len(values) + 3))
     per_caption = by_caption(values, captions)
@@ -227,8 +221,8 @@ def reliabilities(
     return curves
 
 
-def calibration_section(curves: Curves, name: str) -> str:
-    """Markdown: definitions, a row per arm and noise level, and each arm's range of best scales."""
+def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name: str) -> str:
+    """Markdown: a row per arm and noise level, and each arm's range of best scales."""
     rows = []
     for label, levels in curves.items():
         for sigma, found in levels.items():

@@ -38,18 +38,17 @@ class Arm:
         return self.changes(reward) if callable(self.changes) else self.changes
 
 
-def _taps(visual: list[int], text: list[int]) -> Changes:
-    return {"reward.visual_taps": visual, "reward.text_taps": text}
-
-
 def _depth(reward: RewardConfig, quarters: int) -> Changes:
     """That many quarters of the baseline's blocks, with taps in proportion."""
-    layers = max(1, reward.num_layers * quarters // 4)
-    taps = (
-        sorted({max(1, round(tap * layers / reward.num_layers)) for tap in taps})
-        for taps in (reward.visual_taps, reward.text_taps)
-    )
-    return {"reward.num_layers": layers, **_taps(*taps)}
+    changes: Changes = {"reward.num_layers": max(1, reward.num_layers * quarters // 4)}
+    for name in ("visual_taps", "text_taps"):
+        scaled = (tap * changes["reward.num_layers"] / reward.num_layers for tap in vars(reward)[name])
+        changes[f"reward.{name}"] = sorted({max(1, round(tap)) for tap in scaled})
+    return changes
+
+
+def _last_tap(reward: RewardConfig) -> Changes:
+    return {"reward.visual_taps": [reward.num_layers], "reward.text_taps": [reward.num_layers]}
 
 
 ARMS: dict[str, Arm] = {
@@ -67,7 +66,7 @@ ARMS: dict[str, Arm] = {
     "bradley_terry": Arm("Bradley-Terry", {"loss.likelihood": "bradley_terry"}),
     "half_depth": Arm("half the blocks", lambda reward: _depth(reward, 2)),
     "more_depth": Arm("a half more blocks", lambda reward: _depth(reward, 6)),
-    "last_tap": Arm("only the last block tapped", lambda reward: _taps([reward.num_layers], [reward.num_layers])),
+    "last_tap": Arm("only the last block tapped", _last_tap),
     "image_taps": Arm("image taps only", {"reward.text_taps": []}),
     "no_film": Arm("no FiLM", {"reward.head.film": False}),
     "no_gates": Arm("no value gates", {"reward.head.value_gates": False}),

@@ -112,8 +112,8 @@ def write(
             )
             for sigma, one in curves[REWARD].items()
         }
-    for result in results:
-        _write_pairs(result.scores, directory / f"pairs_{result.name}.jsonl")
+    for name, scores in sets.items():
+        _write_pairs(scores, directory / f"pairs_{name}.jsonl")
     values["gold"] = {name: round(value, 5) for name, value in gold.items()}
     write_atomically(directory / "evaluation.md", "\n".join(sections))
     write_atomically(directory / "evaluation.json", json.dumps(values, indent=1) + "\n")
@@ -133,9 +133,8 @@ def _concept_section(name: str, evidence: Evidence) -> str:
     header = ["concept", "pairs", *(level if level == NO_NOISE.name else f"sigma {level}" for level in levels)]
     overall = [in_points(arm_accuracy(evidence, REWARD, name, accuracy_of(level)), signed=False) for level in levels]
     rows = [["all", len(scores.label), *overall]]
-    concepts = np.array(scores.concept)
     for concept in sorted({*scores.concept}):
-        here = concepts == concept
+        here = np.array(scores.concept) == concept
         rows.append(
             [concept, here.sum(), *(f"{100 * np.nanmean(scores.correct(level)[here]):.1f}" for level in levels)]
         )

@@ -141,8 +141,7 @@ def score_image_set(
 ) -> tuple[PairScores, dict[str, str]]:
     """Score all images of a set. Returns the scores, and the reason for each image without a score by its name.
 
-    Raises ValueError for scores that are not finite, when no pair is left, and for unreadable images unless `on_bad` is
-    "skip".
+    Raises ValueError for scores that are not finite, when no pair is left, and by `on_bad` for unreadable images.
     """
     missing = images.missing()
     if missing and on_bad == "refuse":
@@ -252,10 +251,8 @@ class Evaluator:
     def __call__(
         self, candidate: Candidate, levels: Mapping[str, Sequence[NoiseLevels]], directory: Path, *, title: str
     ) -> dict[str, PairScores]:
-        """Scores on every set by its name, stored in directory/judged_NAME.safetensors.
-
-        levels: of each set, for a latent reward; any other reward has one score per image, "score". Raises ValueError
-        when stored scores were taken with other settings.
+        """Scores on every set by its name, stored in directory/judged_NAME.safetensors; ValueError when stored scores
+        were taken with other settings. levels: for a latent reward; any other has one score per image, "score".
         """
         return {
             name: self._scores(name, candidate, levels[name] if candidate.config else [NO_NOISE], directory, title)
@@ -313,10 +310,9 @@ class Evaluator:
     def gold_accuracy(
         self, gold: Callable[[Tensor, Sequence[str]], Tensor], config: RewardConfig | None
     ) -> dict[str, float]:
-        """Accuracy of a gold score of decoded latents, by set: an upper bound for rewards under label noise.
+        """Accuracy by set of a gold score of decoded latents (with prompts), an upper bound under label noise.
 
-        gold: (images (B, 3, H, W), prompts) -> (B,). config: of the latent reward. Sets of images and sets without
-        prompts are left out.
+        gold: (images (B, 3, H, W), prompts) -> (B,). config: of the latent reward.
         """
 
         def score(batch: PairBatch, level: Level, noise: Tensor) -> Tensor:

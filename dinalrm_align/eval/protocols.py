@@ -35,10 +35,8 @@ class Accuracy:
 
 
 def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = 1000, seed: int = 0) -> Accuracy:
-    """Accuracy under a protocol of PROTOCOLS, of the mean of the scores at the named noise levels.
-
-    The interval resamples prompts with replacement `draws` times; it depends on `seed` only. Raises ValueError for an
-    unknown protocol, or a noise level without scores.
+    """Accuracy under a protocol of PROTOCOLS, of the mean of the scores at the named noise levels; ValueError if either
+    is unknown. The interval resamples prompts with replacement; it depends on `seed` only.
     """
     gap, label = scores.gap(*names), scores.label.astype(np.float64)
     _, caption = np.unique(scores.caption, return_inverse=True)
@@ -56,8 +54,8 @@ def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = 1000, 
     resampled = []
     for start in range(0, draws, CHUNK):
         counts = rng.multinomial(number, np.full(number, 1 / number), size=min(CHUNK, draws - start))
-        tau = protocol == "tau"
-        resampled.append(_tau(gap, label, counts[:, caption]) if tau else _ratio(right, weight, caption, counts))
+        by_tau = protocol == "tau"
+        resampled.append(_tau(gap, label, counts[:, caption]) if by_tau else _ratio(right, weight, caption, counts))
     low, high = np.nanquantile(np.concatenate(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Accuracy(float(value), float(low), float(high), int(counted.sum()), len(np.unique(caption[counted])))
 
@@ -99,8 +97,7 @@ def _ratio(right: np.ndarray, weight: np.ndarray, caption: np.ndarray, counts: n
 def _tau(gap: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The largest share over eps of pairs whose verdict is met, where |gap| <= eps is a tie. weight (B, N) -> (B,).
 
-    The candidates for eps are 0 and every |gap|. Raising eps past a pair turns it into a tie, which is correct if
-    raters tie it too.
+    The candidates for eps are 0 and every |gap|. Raising eps past a pair makes it a tie, correct if raters tie it too.
     """
     preferred = np.sign(label - 0.5)
     agrees = (preferred != 0) & (gap * preferred > 0)

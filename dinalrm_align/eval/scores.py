@@ -91,7 +91,6 @@ class PairScores:
 
     @property
     def size(self) -> str:
-        """ "900 pairs of 870 captions"."""
         return f"{len(self.label)} pairs of {len(np.unique(self.caption))} captions"
 
     def score(self, *names: str) -> np.ndarray:
@@ -139,8 +138,8 @@ def score_pairs(
 ) -> PairScores:
     """Score all images of `batches` at all noise levels. Raises ValueError for scores that are not finite.
 
-    RNG streams are keyed by (seed, batch index, draw), so all rewards see the same noise. With `pieces`, each batch is
-    stored once it is scored, and stored batches are not scored again.
+    RNG streams are keyed by (seed, batch index, draw), so all rewards see the same noise. Batches in `pieces` are not
+    scored again.
     """
     levels = list(dict.fromkeys(levels))
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -190,7 +189,6 @@ def _score_batch(
 
 
 def check_finite(scores: np.ndarray, level: str, title: str) -> None:
-    """Raise ValueError for scores that are NaN or infinite."""
     if not np.isfinite(scores).all():
         raise ValueError(f"{title}: scores at {level} are NaN or infinite; check the weights and the images")
 
