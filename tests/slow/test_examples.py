@@ -24,7 +24,7 @@ def run(example: Path, folder: Path) -> subprocess.CompletedProcess:
     return ended
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.stem)
 def test_example_runs(example, tmp_path):
     assert run(example, tmp_path).stdout
     if example.stem == "hacking":

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import dinalrm_align
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dinalrm_align"
 
@@ -91,3 +93,12 @@ def test_configurations_import_nothing_heavy():
     for path in [*configs, *(PACKAGE / name for name in LIGHT), *sources(ROOT / "recipes")]:
         names = {name.split(".")[0] for name in imports(ast.parse(path.read_text()), top_level_only=True)}
         assert not names & HEAVY, f"{path.relative_to(ROOT)} imports {names & HEAVY} at its top"
+
+
+def test_examples_import_public_names_only():
+    for path in (ROOT / "examples").glob("*.py"):
+        names = imports(ast.parse(path.read_text()))
+        private = [
+            name for name in names if name.startswith("dinalrm_align.") and not hasattr(dinalrm_align, name[14:])
+        ]
+        assert not private, f"{path.name} imports {private}"

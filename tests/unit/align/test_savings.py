@@ -190,7 +190,7 @@ def test_report_names_its_conventions_and_draws(tmp_path, monkeypatch, capsys):
     draw(RUN, costs, tmp_path / "savings.png")
     assert (tmp_path / "savings.png").stat().st_size > 10_000
     (tmp_path / "savings.json").write_text(json.dumps(data))
-    targets = Path(__file__).parents[3] / "examples" / "savings_targets.py"
+    targets = Path(__file__).parents[3] / "examples" / "evidence" / "savings_targets.py"
     monkeypatch.setattr(sys, "argv", [str(targets), str(tmp_path / "savings.json")])
     runpy.run_path(str(targets), run_name="__main__")
     assert capsys.readouterr().out.count(" met |") == 3  # 6.1 of 6.5 and of 10 GiB, 2 of 4.2; not of 4.5, not of 0.7

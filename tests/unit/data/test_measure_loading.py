@@ -1,4 +1,4 @@
-"""The table and the settings of examples/measure_loading.py."""
+"""The table and the settings of examples/evidence/measure_loading.py."""
 
 import json
 import runpy
@@ -9,7 +9,7 @@ from paths import ROOT
 
 @pytest.fixture(scope="module")
 def main():
-    return runpy.run_path(ROOT / "examples" / "measure_loading.py")["main"]
+    return runpy.run_path(ROOT / "examples" / "evidence" / "measure_loading.py")["main"]
 
 
 def test_loaders_are_measured_on_the_same_pairs(main, tmp_path, capsys):

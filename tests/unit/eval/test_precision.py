@@ -20,7 +20,9 @@ from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.reward.losses import preference_loss
 
-SCRIPT = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[3] / "examples" / "measure_precision.py")))
+SCRIPT = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[3] / "examples" / "evidence" / "measure_precision.py"))
+)
 TOLERANCES, ScoresAndGradients = SCRIPT.TOLERANCES, SCRIPT.ScoresAndGradients
 beyond_tolerance, compare, score = SCRIPT.beyond_tolerance, SCRIPT.compare, SCRIPT.score
 SPEC = MODELS["shapes"]

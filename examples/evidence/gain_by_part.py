@@ -1,7 +1,7 @@
 """What a gain in the embedded world is made of: the oracle's parts with and without a LoRA, at guidance 1.2 and 3.
 
-python examples/gain_by_part.py runs/refl_shapes_dinalrm_seed0/lora      # the main job's LoRA
-python examples/gain_by_part.py                                          # the base model alone, fewer samples
+python examples/evidence/gain_by_part.py runs/refl_shapes_dinalrm_seed0/lora      # the main job's LoRA
+python examples/evidence/gain_by_part.py                                          # the base model alone, fewer samples
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Measure how fast encoded pairs are read: the released way and ours, on the same data, on this machine.
 
-    python examples/measure_loading.py                                      # latents of 1024 x 1024 images, 1 GB
-    python examples/measure_loading.py --pairs 2000 --height 512 --width 512
+    python examples/evidence/measure_loading.py                                      # latents of 1024 x 1024 images, 1 GB
+    python examples/evidence/measure_loading.py --pairs 2000 --height 512 --width 512
 
 The released way opens a parquet file for every pair and decodes the whole row group that holds it. It is compared with
 the same parquet files, each row group decoded once (dinalrm_align/data/released_pairs.py), and with shards as
@@ -44,7 +44,7 @@ Reading = Callable[[], Iterator[tuple[int, int]]]
 
 @dataclass
 class LoadingRun:
-    """Settings of `python examples/measure_loading.py`.
+    """Settings of `python examples/evidence/measure_loading.py`.
 
     Args:
         output_dir: folder of the data, written once in both layouts, and of loading.json.

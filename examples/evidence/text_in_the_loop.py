@@ -1,7 +1,7 @@
 """Reward training in two ways, in pairs per second: text encoded in advance and one forward for all images, against
 text encoded at every step and separate forwards for chosen and rejected images (the released code's way).
 
-python examples/text_in_the_loop.py
+python examples/evidence/text_in_the_loop.py
 
 Measures steps of LoRA and head on the embedded world's networks, on this machine, with random latents and without
 loading. A step has 8 images: 4 plain pairs, or 2 ranked lists of 4, whose 12 pairs one forward serves, while separate

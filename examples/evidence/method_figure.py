@@ -1,7 +1,7 @@
 """Draw the figure of the method: a latent reward and a pixel reward side by side, with the sizes of SD3.5-Medium.
 
-python examples/method_figure.py                                  # writes runs/method.png
-python examples/method_figure.py examples/results/method.png      # or another file
+python examples/evidence/method_figure.py                                  # writes runs/method.png
+python examples/evidence/method_figure.py examples/results/method.png      # or another file
 """
 
 import sys

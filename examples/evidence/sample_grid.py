@@ -1,6 +1,6 @@
 """Quality of the embedded world's networks by the oracle: renders, the autoencoder, and the base model's samples.
 
-python examples/sample_grid.py
+python examples/evidence/sample_grid.py
 """
 
 from pathlib import Path

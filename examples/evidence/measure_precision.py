@@ -1,6 +1,6 @@
 """Half precision against float32: errors of a latent reward's scores and gradients, per dtype and noise level.
 
-python examples/measure_precision.py [OUTPUT [IMAGES [MODEL [PAIRS]]]]
+python examples/evidence/measure_precision.py [OUTPUT [IMAGES [MODEL [PAIRS]]]]
 
 Writes precision.md and precision.json to OUTPUT (runs/precision). Scores IMAGES (128) images by the reward of MODEL
 (shapes, sd35 or the folder of a pipeline): the first of PAIRS, a directory of latent pairs, or, for the embedded world
@@ -252,7 +252,7 @@ def main(output: str = "runs/precision", images: str = "128", model: str = "shap
     with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 convolutions are less precise than float32
         rows = measure(spec, sample, device)
     run = {
-        "command": shlex.join(["python", "examples/measure_precision.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "examples/evidence/measure_precision.py", *sys.argv[1:]]),
         "model": spec.name,
         "reward": "the model's own",
         "latents": int(images),

@@ -1,6 +1,6 @@
 """Counted memory of the latent reward beside its targets at 1024 x 1024 and batch 1.
 
-python examples/savings_targets.py [runs/savings/savings.json]     # written by `python recipes/savings.py`
+python examples/evidence/savings_targets.py [runs/savings/savings.json]     # written by `python recipes/savings.py`
 """
 
 import json

@@ -1,6 +1,6 @@
 """Reward hacking: a run that overoptimises its reward and raises the alarm, and the same run with a KL penalty.
 
-python examples/hacking.py
+python examples/evidence/hacking.py
 
 Both maximise the embedded world's latent reward at three times the default learning rate, one without and one with a
 velocity KL penalty. Finished runs are kept and interrupted ones resume. Further arguments are passed to both runs.
@@ -17,7 +17,7 @@ from dinalrm_align.eval.report.figures import draw_gain, save_with_legend
 from dinalrm_align.eval.report.page import run_table
 from dinalrm_align.train.checkpoints import latest_checkpoint
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "refl_sd35.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "refl_sd35.py"
 COMMON = "--model shapes --reward dinalrm --optim.lr 1e-3 --loop.steps 30 --loop.checkpoint_every 6 --profile_every 0"
 EVALUATION = "--evaluation.samples 64 --evaluation.every 6"
 KL_WEIGHTS = {"free": 0, "held": 4}
