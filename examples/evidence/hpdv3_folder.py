@@ -1,6 +1,6 @@
 """Draw preference data in HPDv3's layout with the embedded world: images, and a train.json of pairs.
 
-python examples/evidence/hpdv3_folder.py            # 1000 captions with 4 images each; an argument sets the number of captions
+python examples/evidence/hpdv3_folder.py  # 1000 captions with 4 images each; argument: captions
 """
 
 import json

@@ -1,6 +1,6 @@
 """Measure how fast encoded pairs are read: the released way and ours, on the same data, on this machine.
 
-    python examples/evidence/measure_loading.py                                      # latents of 1024 x 1024 images, 1 GB
+    python examples/evidence/measure_loading.py  # latents of 1024 x 1024 images, 1 GB
     python examples/evidence/measure_loading.py --pairs 2000 --height 512 --width 512
 
 The released way opens a parquet file for every pair and decodes the whole row group that holds it. It is compared with
