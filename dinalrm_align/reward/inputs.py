@@ -1,4 +1,4 @@
-"""The checks at the reward's boundary: each error says what was got, what was expected and what to do."""
+"""Checks of a latent reward's arguments. Errors name the argument, what it got, what it expected, and what to do."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> None:
-    """TypeError or ValueError unless `latents` is a floating (B, C, H, W) batch on `device` that the backbone takes."""
+    """Raise TypeError or ValueError unless `latents` is a floating (B, C, H, W) on `device` that fits the backbone."""
     if not isinstance(latents, Tensor):
         got = type(latents).__name__
-        raise TypeError(f"latents: got {got}, expected a tensor of {LATENTS}; score_images takes pictures")
+        raise TypeError(f"latents: got {got}, expected a tensor of {LATENTS}; score_images takes images")
     shape = tuple(latents.shape)
     if latents.dim() != 4 or latents.dtype not in FLOATING or shape[0] == 0 or latents.layout != torch.strided:
         raise ValueError(f"latents: got {latents.dtype} of shape {shape}; expected at least one, floating: {LATENTS}")
@@ -39,29 +39,29 @@ def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> 
         raise ValueError(f"latents are on {latents.device}, the reward is on {device}: move one of them")
 
 
-def check_picture_size(images: Tensor, backbone: Backbone, factor: int) -> None:
-    """ValueError when pictures (B, 3, H, W) are larger than the backbone has positions for; factor: of the VAE."""
+def check_image_size(images: Tensor, backbone: Backbone, factor: int) -> None:
+    """Raise ValueError for images (B, 3, H, W) beyond the backbone's positional table. factor: pixels per latent."""
     limit, (height, width) = backbone.max_size * factor, images.shape[2:]
     if max(height, width) > limit:
         raise ValueError(f"images: got height x width {height} x {width}; expected at most {limit}: resize them first")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """ValueError when a floating tensor holds NaN or infinity, or no values at all."""
+    """Raise ValueError for NaN, infinity, and tensors on the meta device."""
     if tensor.is_meta:
         raise ValueError(f"{name}: got a tensor on meta, which holds no values; expected one on the CPU or a GPU")
     if not bool(torch.isfinite(tensor.detach()).all()):
         bad = int((~torch.isfinite(tensor.detach())).sum())
         raise ValueError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite numbers: look where they "
-            "come from (float16 overflows in T5 and in the VAE: use bfloat16 or float32)"
+            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite numbers "
+            "(float16 overflows in T5 and in the VAE: use bfloat16 or float32)"
         )
 
 
 def check_text_choice(
     prompts: Sequence[str] | str | None, prompt_embeds: Tensor | None, pooled_prompt_embeds: Tensor | None
 ) -> None:
-    """ValueError unless either prompts, or both kinds of embeddings, are there."""
+    """Raise ValueError unless the caller passed either prompts or both kinds of embeddings."""
     embeds = [prompt_embeds is not None, pooled_prompt_embeds is not None]
     if prompts is not None and any(embeds):
         raise ValueError("got both prompts and embeddings; pass prompts, or prompt_embeds with pooled_prompt_embeds")
@@ -73,7 +73,7 @@ def check_text_choice(
 
 
 def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: Backbone, batch: int) -> None:
-    """ValueError unless prompt_embeds is (batch, L, text_width), pooled_prompt_embeds (batch, pooled_width), finite."""
+    """Raise ValueError unless the embeddings are finite, (batch, L, text_width) and (batch, pooled_width)."""
     for name, tensor, dims, width in (
         ("prompt_embeds", prompt_embeds, 3, backbone.text_width),
         ("pooled_prompt_embeds", pooled_prompt_embeds, 2, backbone.pooled_width),
@@ -95,7 +95,7 @@ def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: 
 
 
 def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | Tensor | tuple[float, ...]:
-    """A float, a (batch,) tensor or a tuple of floats, every value in [0, 1]."""
+    """`sigma` as a float, a (batch,) tensor or a tuple of floats, every value in [0, 1]."""
     expected = f"a float, a ({batch},) tensor, or a list of floats (an ensemble), each in [0, 1]"
     if isinstance(sigma, Tensor):
         if sigma.dim() == 0 and not sigma.is_meta:
@@ -115,9 +115,9 @@ def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | 
 
 
 def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator | None, levels: int) -> Tensor:
-    """`noise` checked, or a standard normal of the latents' shape, float32, on their device.
+    """`noise` after a check of its shape; if it is None, a standard normal of the latents' shape. On their device.
 
-    With a generator the draw is made on the generator's device: one on the CPU gives the same noise everywhere.
+    A generator on the CPU gives the same noise on every device.
     """
     if noise is not None and generator is not None:
         raise ValueError("got both noise and generator; pass one of them")
@@ -138,7 +138,7 @@ def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator
 
 
 def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
-    """ValueError when raw scores (B,) of finite latents are NaN or infinite; dtype: of the backbone."""
+    """Raise ValueError for raw scores (B,) that are NaN or infinite. dtype: of the backbone."""
     bad = int((~torch.isfinite(raw.detach())).sum())
     if bad:
         largest = latents.detach().abs().max().item()
@@ -150,7 +150,7 @@ def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
 
 
 def _got(value: object) -> str:
-    """A tensor's shape, and what is odd about it; of anything else the type."""
+    """A tensor's shape, with its dtype if unsupported; the type of anything else."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     odd = f" of {value.dtype}" * (value.dtype not in FLOATING) + " on meta" * value.is_meta
@@ -158,10 +158,10 @@ def _got(value: object) -> str:
 
 
 def statistics_warning(latents: Tensor, scaling_factor: float) -> str | None:
-    """What looks wrong with the statistics of latents that should have about unit standard deviation, or None.
+    """A warning about latents whose standard deviation is far from 1, or None.
 
-    Collapsed: a sample with a standard deviation below 0.05. Unscaled: above 3, or clearly nearer to 1 / scaling_factor
-    (what the VAE gives before scaling) than to 1.
+    Collapsed: a sample has a standard deviation below 0.05. Unscaled: the batch has one above 3, or clearly nearer to
+    1 / scaling_factor, that of unscaled VAE latents, than to 1.
     """
     values = latents.detach().float()
     smallest = values.flatten(1).std(dim=1).min().item()

@@ -264,7 +264,7 @@ class LatentReward(RewardModule):
         ValueError when the VAE's scaling differs from the one this reward was trained with.
         """
         vae, pixels = self._vae(), image_tensor(images)
-        inputs.check_picture_size(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))
+        inputs.check_image_size(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))
         latents = encode_images(vae, pixels).to(self.device)
         if sigma is None:
             sigma = self.config.sigma if self.config.image_sigma is None else self.config.image_sigma
