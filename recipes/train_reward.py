@@ -83,7 +83,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     model = build_reward_model(reward, transformer, seed=run.seed)
     del transformer  # frees the blocks that the reward does not use
     if run.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.trunk.enable_gradient_checkpointing()
     if sharded := sharding_asked():
         shard_base(accelerator, None, [model.trunk])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

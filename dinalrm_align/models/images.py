@@ -14,8 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ORIENTATION = 0x0112
-"""EXIF tag; values from 5 to 8 exchange width and height."""
+ORIENTATION = 0x0112  # EXIF tag; values from 5 to 8 exchange width and height
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
@@ -46,9 +45,8 @@ def image_size(source: Path | bytes, name: str | None = None) -> tuple[int, int]
 def resized_image(source: Path | bytes, size: tuple[int, int], name: str | None = None) -> np.ndarray:
     """Read an image and resize it to (height, width) with LANCZOS, without cropping: uint8 (height, width, 3)."""
     image = open_image(source, name)
-    height, width = size
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    if image.size != (size[1], size[0]):
+        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return np.array(image)
 
 
@@ -66,9 +64,7 @@ def _opened(source: Path | bytes, name: str) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A PIL image as RGB; ValueError for an image without pixels, with transparent pixels (their background is
-    unknown), with more than 8 bits per channel (they would be cut off), or with a damaged file.
-    """
+    """A PIL image as RGB; ValueError for no pixels, transparent ones, more than 8 bits per channel, a damaged file."""
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: got {type(image).__name__} {image!r:.60}; expected a PIL image")
     if not all(image.size):

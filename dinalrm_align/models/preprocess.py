@@ -81,7 +81,6 @@ class Preprocess:
 
     def __call__(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> pixel_values (B, 3, *crop), float32, differentiable."""
-        short = min(images.shape[-2:])
-        # the long side is rounded down, as by the PIL processor
-        height, width = (side * self.shortest_edge // short for side in images.shape[-2:])
-        return normalise(centre_crop(resize(images, (height, width)), self.crop), self.mean, self.std)
+        sides = images.shape[-2:]
+        size = tuple(side * self.shortest_edge // min(sides) for side in sides)  # rounded down, as by the PIL processor
+        return normalise(centre_crop(resize(images, size), self.crop), self.mean, self.std)

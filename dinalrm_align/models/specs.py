@@ -186,7 +186,7 @@ def is_cached(repository: str) -> bool:
 def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
     """None if the hub grants access to every repository, else the reason, after at most `seconds`.
 
-    Asks in daemon threads: a name server that never answers blocks the client below its own timeouts.
+    Asks in daemon threads, since a name server that never answers blocks the client below its own timeouts.
     """
     from huggingface_hub import auth_check
 

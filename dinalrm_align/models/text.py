@@ -120,9 +120,7 @@ class Conditions:
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """The prompts of `count` samples as strings, a single string as a list of one; raises as `check_prompts`, and
-    ValueError for another number of prompts and for Conditions whose text is unknown.
-    """
+    """The prompts of `count` samples, a single string as a list of one; ValueError for another number or no text."""
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):

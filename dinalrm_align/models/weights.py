@@ -129,9 +129,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise ValueError, naming the file `where` and some tensors, unless both have the same names and shapes, and
-    floating tensors for floating ones.
-    """
+    """Raise ValueError, naming the file `where`, unless names, shapes and floating types agree."""
     both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
     shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
     differences = {
@@ -187,8 +185,7 @@ class _StandIn:
 def read_module_tensors(path: Path) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a pickled `torch.nn.Module`, by their state_dict names, on the CPU.
 
-    Nothing is imported or called: empty stand-ins replace all classes and functions that the file names. Raises
-    ValueError unless `torch.save(module)` wrote it, and for modules that torch always refuses (os, sys).
+    Nothing is imported or called: stand-ins replace all classes and functions that the file names; torch refuses some.
     """
     with reading("pickled module", path):
         named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"builtins.set"}

@@ -32,10 +32,8 @@ OWN_KEYS = (
     "vae_shift_factor", "dtype",
 )  # fmt: skip
 """Fields without a counterpart in the released config.json; written to a section `dinalrm_align`."""
-SQUASH = ("eta3", "eta4")
-"""Parameters of the head that the released code keeps outside of it and of `rm_head.pt`."""
-RELEASED_HEAD = ("use_proj_in", "width", "num_queries", "num_attn_heads", "dropout")
-"""The released config's fields of the head; it has the defaults of `HeadConfig`."""
+SQUASH = ("eta3", "eta4")  # parameters of the head that the released code keeps outside of it and of rm_head.pt
+RELEASED_HEAD = ("use_proj_in", "width", "num_queries", "num_attn_heads", "dropout")  # with HeadConfig's defaults
 RELEASED_DEFAULTS = dict(sigma=0.4, image_sigma=0.1, snap_sigma=True, score_scale=0.1, score_bias=1.0, text_length=256)
 """As in the released README: score = (raw + 10) / 10, sigma 0.4 for sampled latents and 0.1 for image files."""
 
@@ -91,7 +89,8 @@ def save_checkpoint(
 
 
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
-    """The base model's hub id or path; ids that start with ./ or ../ are relative to the checkpoint's `folder`.
+    """The base model's hub id or path, relative to `folder` where it starts with ./ or ../.
+
     trusted: the folder is the user's own; a downloaded checkpoint must not name a local path.
     """
     relative = base_model_id.startswith(("./", "../"))

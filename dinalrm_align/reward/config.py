@@ -90,8 +90,7 @@ class RewardConfig:
     """A latent reward. A checkpoint is this config, the tensors of LoRA and head, and the base model named here.
 
     Args:
-        base_model_id: hub id or folder of the diffusion pipeline (or bare transformer); an id that starts with `./` or
-            `../` is relative to the checkpoint's folder.
+        base_model_id: hub id or folder of the pipeline (or transformer); `./`, `../` start at the checkpoint's folder.
         num_layers: transformer blocks that are used (and that carry LoRA).
         visual_taps: blocks whose image stream the head reads, counted from 1; 0 means the embedded tokens.
         text_taps: the same for the text stream; empty: the head reads image tokens alone.
@@ -266,8 +265,8 @@ class AccuracyConfig:
 
     def levels(self) -> list[tuple[float, ...]]:
         """The distinct levels to evaluate: (sigma,) for each single one, and the ensemble."""
-        ensemble = [tuple(self.ensemble)] if self.ensemble else []
-        return list(dict.fromkeys([*((sigma,) for sigma in self.sigmas), *ensemble]))
+        levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
+        return [level for level in dict.fromkeys(levels) if level]
 
 
 @dataclass

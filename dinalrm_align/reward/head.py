@@ -17,8 +17,7 @@ from dinalrm_align.reward.config import HeadConfig
 class LayerAdapter(nn.Module):
     """FiLM adapter of one tapped layer: tokens (B, N, width_in), temb (B, temb_dim) -> (B, N, W // 4).
 
-    h = x (1 + gamma) + beta + layer_embed, then a linear layer. gamma and beta are functions of temb, zero at
-    initialisation, and absent without `film`.
+    h = x (1 + gamma) + beta + layer_embed, projected; gamma and beta of temb are zero at first, absent without `film`.
     """
 
     def __init__(self, width_in: int, temb_dim: int, width: int, *, use_proj_in: bool, film: bool) -> None:
@@ -42,15 +41,13 @@ class LayerAdapter(nn.Module):
 class QueryAttention(nn.Module):
     """Cross-attention: queries (B, Q, W), visual (B, N, W), text (B, L, W) or None -> (B, Q, W), a residual.
 
-    text: attend to text tokens too, with a softmax of their own; both results are summed. gated: a gate per token on
-    the values, computed from the normalised tokens, one half at initialisation.
+    text: attend to text tokens too, with a softmax of their own, and sum. gated: a gate per token on the values.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, *, text: bool, gated: bool) -> None:
         super().__init__()
         self.heads, self.dropout, self.text, self.gated = heads, dropout, text, gated
-        self.norm_q = nn.RMSNorm(width)
-        self.norm_v = nn.RMSNorm(width)
+        self.norm_q, self.norm_v = nn.RMSNorm(width), nn.RMSNorm(width)
         self.to_q = nn.Linear(width, width)
         self.to_k_vis = nn.Linear(width, width)
         self.to_v_vis = nn.Linear(width, width)
@@ -90,12 +87,7 @@ class RewardHead(nn.Module):
     """
 
     def __init__(
-        self,
-        config: HeadConfig,
-        width_in: int,
-        num_visual_taps: int,
-        num_text_taps: int,
-        temb_dim: int | None = None,
+        self, config: HeadConfig, width_in: int, num_visual_taps: int, num_text_taps: int, temb_dim: int | None = None
     ) -> None:
         super().__init__()
         width = width_in if config.width == -1 else config.width
@@ -116,9 +108,8 @@ class RewardHead(nn.Module):
         self.attn1 = QueryAttention(width, heads, dropout, text=num_text_taps > 0, gated=config.value_gates)
         self.attn2 = QueryAttention(width, heads, dropout, text=False, gated=False)
         self.norm_ff = nn.RMSNorm(width)
-        self.ff = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
-        )
+        wide = 4 * width
+        self.ff = nn.Sequential(nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width), nn.Dropout(dropout))
         self.head = nn.Linear(width, 1)
         self.use_logistic = config.use_logistic
         if config.use_logistic:
@@ -130,9 +121,8 @@ class RewardHead(nn.Module):
 
         Each level has its own conditioning; the image tokens of all levels, and their text tokens, form one sequence.
         """
-        levels = [taps] if isinstance(taps, Taps) else taps
+        levels, text = [taps] if isinstance(taps, Taps) else taps, None
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])
-        text = None
         if self.agg_text is not None:
             text = self._aggregate(self.layer_adapters_text, self.agg_text, [(t.text, t.temb) for t in levels])
         queries = self.query_tokens.expand(visual.shape[0], -1, -1)

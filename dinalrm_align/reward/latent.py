@@ -300,10 +300,10 @@ class LatentReward(RewardModule):
 
     def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
         """Recompute the backbone's blocks in the backward pass: less memory, about a third more time."""
-        self.model.enable_gradient_checkpointing(use_reentrant)
+        self.backbone.enable_gradient_checkpointing(use_reentrant)
 
     def disable_gradient_checkpointing(self) -> None:
-        self.model.disable_gradient_checkpointing()
+        self.backbone.disable_gradient_checkpointing()
 
     def _scaled(self, raw: Tensor) -> Tensor:
         return raw * self.config.score_scale + self.config.score_bias

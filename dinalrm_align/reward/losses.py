@@ -83,10 +83,10 @@ def preference_loss(
     """
     _check_vectors(score_chosen=score_chosen, score_rejected=score_rejected, sigma=sigma)
     delta = score_chosen.float() - score_rejected.float()
-    if isinstance(label, Tensor) and (label.is_complex() or label.shape not in ((), delta.shape)):
-        raise ValueError(f"label: got {label.dtype} of shape {tuple(label.shape)}; expected {tuple(delta.shape)}")
     if not isinstance(label, Tensor):
         check_number("label", label)
+    elif label.is_complex() or label.shape not in ((), delta.shape):
+        raise ValueError(f"label: got {label.dtype} of shape {tuple(label.shape)}; expected {tuple(delta.shape)}")
     label = torch.as_tensor(label, dtype=torch.float32, device=delta.device).expand_as(delta)
     if not bool(((label >= 0) & (label <= 1)).all()):
         raise ValueError(f"label: got [{label.min():.4g}, {label.max():.4g}]; expected probabilities in [0, 1]")
@@ -95,8 +95,7 @@ def preference_loss(
     if config.resolved_objective() == "nll":
         return -(label * log_p + (1 - label) * log_q)
     agreement = torch.logaddexp(label.log() + log_p, (1 - label).log() + log_q)
-    epsilon = config.constants()[2]
-    if epsilon > 0:
+    if (epsilon := config.constants()[2]) > 0:
         agreement = torch.logaddexp(agreement, agreement.new_tensor(math.log(epsilon)))
     return -torch.expm1(agreement / 2)
 

@@ -63,12 +63,6 @@ class RewardModel(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(device, dtype=dtype)
 
-    def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
-        self.trunk.enable_gradient_checkpointing(use_reentrant)
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.trunk.disable_gradient_checkpointing()
-
     def tuned_tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint: `backbone.*` (the LoRA, or with full tuning the trunk) and `head.*`; live in
         training, for a frozen model copies on the CPU from before casts and merging.
@@ -90,7 +84,7 @@ class RewardModel(nn.Module):
             as_trained = {name: tensor.detach().cpu().clone() for name, tensor in self.tuned_tensors().items()}
         self._as_trained = as_trained
         self.eval().requires_grad_(False)
-        dtype = self.trunk.dtype if dtype is None else dtype
+        dtype = dtype or self.trunk.dtype
         if self.config.tuning == "full":
             self.trunk.skip_unread_text()
         if merge:
@@ -102,18 +96,15 @@ class RewardModel(nn.Module):
 
 
 def noise_levels(sigma: Sigma, batch: int, device: torch.device) -> Tensor:
-    """The levels of each sample: (K, B), float32.
-
-    sigma: a float, one level for all; (B,), one per sample; for an ensemble K floats, K tensors (B,), or (K, B).
-    """
+    """The levels (K, B), float32, of a float, of (B,), or for an ensemble of K floats, K tensors (B,), or (K, B)."""
     if isinstance(sigma, Sequence):
         return torch.cat([noise_levels(level, batch, device) for level in sigma])
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)
     if sigma.dim() == 0:
         return sigma.expand(1, batch)
     if sigma.dim() > 2 or sigma.shape[-1] != batch:
-        got = f"got shape {tuple(sigma.shape)} for {batch} latents"
-        raise ValueError(f"sigma: {got}; expected a float, ({batch},), or (K, {batch})")
+        expected = f"a float, ({batch},), or (K, {batch})"
+        raise ValueError(f"sigma: got shape {tuple(sigma.shape)} for {batch} latents; expected {expected}")
     return sigma.view(-1, batch)
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from dinalrm_align.train.settings import did_you_mean
 
-CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""Tokenizer and preprocessor of every reward that was trained from this CLIP."""
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer and preprocessor of the rewards trained from it
 
 
 @dataclass(frozen=True)

@@ -47,18 +47,16 @@ def shard_base(
     accelerator: Accelerator, transformer_blocks: nn.ModuleList | None, trunks: Sequence[SD3Trunk] = ()
 ) -> None:
     """Shard the blocks of a policy's transformer and of the trunks that share its weights, in place, over all ranks;
-    without a policy (None) those of one trunk alone.
+    without a policy (None) those of one trunk alone. A single rank keeps its blocks unchanged.
 
-    Every rank calls this once all trees are built, on their device and in their dtype; a single rank keeps its blocks
-    unchanged. Raises ValueError for quantised weights, and for a trunk with weights of its own besides a policy.
+    Every rank calls this once all trees are built, on their device and in their dtype.
     """
     private = [trunk for trunk in trunks if not trunk.shared]
     if transformer_blocks is not None and private:
         got = f"{len(private)} rewards have base weights of their own, a copy on every process"
         raise ValueError(f"FSDP: {got}: build them with share_weights=True, or run without FSDP")
-    trees = [trunk.transformer_blocks for trunk in trunks]
-    if transformer_blocks is not None:
-        trees.insert(0, transformer_blocks)
+    own = [] if transformer_blocks is None else [transformer_blocks]
+    trees = own + [trunk.transformer_blocks for trunk in trunks]
     count = accelerator.num_processes
     if count == 1:
         return
@@ -76,5 +74,5 @@ def shard_base(
         for tree, block in enumerate(blocks):
             block.forward = functools.partial(shared, tree)
     accelerator.print(f"the frozen base weights are sharded over {count} processes")
-    for trunk in trunks:  # the whole weights are to be let go
+    for trunk in trunks:  # so that the whole weights are freed
         trunk.shared = tuple(tensor for tensor in trunk.shared if id(tensor) not in sharded)

@@ -99,8 +99,8 @@ class RewardTraining:
 
     def batch_at(self, micro_step: int) -> NoisedPairs:
         batch = self.batches(micro_step).to(self.accelerator.device)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        first = (micro_step * world + rank) * self.config.batch_size
+        number = micro_step * self.accelerator.num_processes + self.accelerator.process_index
+        first = number * self.config.batch_size
         generators = [seeded_generator(self.config.seed, first + group) for group in range(batch.num_groups)]
         return draw_levels(batch, self.config.train_sigma, generators)
 

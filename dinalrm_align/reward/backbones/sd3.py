@@ -21,9 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from dinalrm_align.reward.backbones import Taps
 from dinalrm_align.reward.config import LoraConfig, RewardConfig
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""Endings of module names; they include the image-only second attention, `attn2`."""
 TEXT_SIDE = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", *TEXT_SIDE)  # in the image-only second attention, attn2, as well
 ADAPTER = "reward"
 
 
@@ -34,8 +33,7 @@ class SD3Trunk(nn.Module):
 
     Args:
         transformer: not changed; may have peft adapters of its own, unless merged, which the trunk ignores.
-        share_weights: True: use the transformer's own Parameters and buffers, which must be frozen. False: a copy,
-            frozen unless `config.tuning` is "full".
+        share_weights: use the transformer's own weights, which must be frozen; else a copy, trained with tuning full.
     """
 
     def __init__(self, transformer: SD3Transformer2DModel, config: RewardConfig, *, share_weights: bool) -> None:
@@ -196,8 +194,7 @@ def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig)
         )
     if any(isinstance(p, DTensor) for p in transformer.parameters()):
         raise ValueError("the transformer is sharded over processes (FSDP): build every reward before it is sharded")
-    depth = len(transformer.transformer_blocks)
-    if config.num_layers > depth:
+    if config.num_layers > (depth := len(transformer.transformer_blocks)):
         raise ValueError(f"num_layers: got {config.num_layers}; expected at most {depth}, the transformer's blocks")
     last = max(config.text_taps, default=0)
     if last > 0 and transformer.transformer_blocks[last - 1].context_pre_only:

@@ -58,9 +58,7 @@ class HPSv2Reward(ClipReward):
     ) -> "HPSv2Reward":
         """Load the weights. Further arguments and errors: see `reward.pixel`.
 
-        Args:
-            source: the file of weights, or a folder or hub id that holds `file`.
-            processor: folder or hub id of the tokenizer.
+        source: the file of weights, or a folder or hub id that holds `file`; processor: that of the tokenizer.
         """
         device = available_device(device or "cpu")
         path = find_file(source, file, what="HPSv2", **hub)

@@ -8,10 +8,9 @@ the PyPI package `hpsv3` (MIT) and verified by its hash; the package itself is n
 transformers.
 
 Differences from the released code (package `hpsv3` 1.0.0), which change a score by rounding alone: images are resized
-in torch, antialiased bicubic as PIL's but not rounded to bytes, so that gradients reach them (normalised values differ
-by at most 0.2, by 0.005 on average); they are scored one by one; the language model's unused output layer is dropped.
-As in the released forward, and unlike Qwen2-VL itself, positions increase by one per token, text and image alike, on
-all three rotary axes.
+in torch, antialiased bicubic as PIL's but not rounded to bytes, so that gradients reach them; they are scored one by
+one; the language model's unused output layer is dropped. As in the released forward, and unlike Qwen2-VL itself,
+positions increase by one per token, text and image alike, on all three rotary axes.
 """
 
 import ast
