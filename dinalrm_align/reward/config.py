@@ -151,7 +151,6 @@ class RewardConfig:
 
     @property
     def last_tap(self) -> int:
-        """Number of blocks that must run."""
         return max((*self.visual_taps, *self.text_taps))
 
     def to_dict(self) -> dict[str, Any]:
