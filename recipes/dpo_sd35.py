@@ -1,19 +1,19 @@
-"""Diffusion-DPO: align Stable Diffusion 3.5 Medium, or the small embedded world, on pairs of pictures.
+"""Diffusion-DPO: align Stable Diffusion 3.5 Medium, or the embedded world, on pairs of images.
 
-    python recipes/dpo_sd35.py --reward dinalrm               SD3.5-M if its weights are at hand, else the small world
-    python recipes/dpo_sd35.py --dpo.mode offline --pairs FOLDER        pairs that are there: mined ones, see below
+    python recipes/dpo_sd35.py --reward dinalrm               SD3.5-M if its weights are found, else the embedded world
+    python recipes/dpo_sd35.py --dpo.mode offline --pairs FOLDER        existing pairs, such as mined ones
     python recipes/dpo_sd35.py --resume runs/dpo_shapes_dinalrm_seed0
 
-Direct preference optimisation (arXiv 2311.12908) for flow matching. Of two pictures of a prompt the better one is to be
-denoised better, and the worse one worse, than the reference denoises them, both noised with the same noise to the same
-level. No gradient passes through the reward: anything that can rank will do, and what ranks here reads latents.
+Direct preference optimisation (arXiv 2311.12908) for flow matching. Both images of a pair are noised with the same
+noise to the same level. The policy learns to denoise the chosen image better, and the rejected one worse, than the
+reference does. The reward needs no gradient: it ranks samples.
 
-Online, each update samples several pictures of a prompt, and the reward's best and worst are its pair; now and then the
-reference becomes a copy of the policy (--dpo.refresh_every). Offline, pairs come from a data set: latents mined by
-`python recipes/mine_pairs.py`, a directory of latent pairs, a jsonl of pictures, or verl-omni's parquet.
+Online, each update samples several images per prompt and pairs the best with the worst by reward; the reference can be
+refreshed with the policy's weights (--dpo.refresh_every). Offline, pairs come from a data set: latents mined by
+`python recipes/mine_pairs.py`, a directory of latent pairs, a jsonl of images, or verl-omni's parquet.
 
-A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curves.png, pictures, lora/, checkpoints/ and
-summary.json. In the metrics implicit_accuracy is the share of pairs that the policy, as a reward, ranks as they are.
+A run writes the same files as recipes/refl_sd35.py. The metric implicit_accuracy is the share of pairs that the
+policy's implicit reward ranks correctly.
 """
 
 import sys

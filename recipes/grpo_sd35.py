@@ -1,23 +1,23 @@
-"""Flow-GRPO: align Stable Diffusion 3.5 Medium, or the small embedded world, by policy gradients on a latent reward.
+"""Flow-GRPO: align Stable Diffusion 3.5 Medium, or the embedded world, by policy gradients on a reward.
 
-    python recipes/grpo_sd35.py --reward dinalrm              SD3.5-M if its weights are at hand, else the small world
+    python recipes/grpo_sd35.py --reward dinalrm              SD3.5-M if its weights are found, else the embedded world
     python recipes/grpo_sd35.py --grpo.window all --grpo.sampler flow_sde --grpo.shared_start false       every step
     python recipes/grpo_sd35.py --resume runs/grpo_shapes_dinalrm_seed0
 
-Each rollout takes a group of samples for every prompt. Within a window of steps the flow is made stochastic, so that a
-sample's way has a probability; the reward scores the final latents; and what scores above its group is made more
-probable, what scores below less (arXiv 2505.05470). No gradient passes through the reward: any will do, and one that
-reads latents needs no decoder. A group shares the reward's noise, so that samples are compared, not draws.
+Each rollout draws a group of samples for every prompt. Within a window of steps sampling is stochastic, so that steps
+have log-probabilities. The reward scores the final latents; samples that score above their group become more probable,
+the others less (arXiv 2505.05470). The reward needs no gradient, and a latent reward needs no decoder. A group shares
+the reward's noise, so that noise does not affect the comparison.
 
-The variants are settings. Where the window lies: all steps, a random few (Flow-GRPO-Fast), or moving as training goes
-(MixGRPO, --grpo.window progressive). How a step is drawn: flow_sde or flow_cps. What keeps the policy near
-its beginnings: --grpo.clip_range, --grpo.guard true (GRPO-Guard), --grpo.kl_beta. With a weighted sum of rewards
-(--reward "dinalrm + 0.2*pickscore"), --grpo.advantage_of parts normalises each by itself; --anchor.reward pickscore
---anchor.every 4 asks the second one at every fourth rollout alone.
+Settings select the variants. Window: all steps, a random window (Flow-GRPO-Fast), or a moving one (MixGRPO,
+--grpo.window progressive). Stochastic step: flow_sde or flow_cps. Constraints: --grpo.clip_range, --grpo.guard true
+(GRPO-Guard), --grpo.kl_beta. With a weighted sum of rewards (--reward "dinalrm + 0.2*pickscore"),
+--grpo.advantage_of parts normalises each reward separately. --anchor.reward pickscore --anchor.every 4 adds the
+advantages of a second reward in every fourth rollout.
 
-A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curves.png, pictures, lora/, checkpoints/ and
-summary.json. In the metrics reward_noise_variance is what separate draws of the reward's noise would have added to
-group_variance, ratio_spread how far probabilities moved since the rollout. A run whose first ratio is not 1 stops.
+A run writes the same files as recipes/refl_sd35.py. The metric reward_noise_variance is the variance that separate
+noise draws would have added to group_variance; ratio_spread is the mean distance of the probability ratios from 1. A
+run whose first ratio after a rollout is not 1 stops with an error.
 """
 
 import sys

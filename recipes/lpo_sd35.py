@@ -1,21 +1,21 @@
-"""LPO: align Stable Diffusion 3.5 Medium, or the small embedded world, by preferences between single denoising steps.
+"""LPO: align Stable Diffusion 3.5 Medium, or the embedded world, by preferences between single denoising steps.
 
-    python recipes/lpo_sd35.py --reward dinalrm               SD3.5-M if its weights are at hand, else the small world
-    python recipes/lpo_sd35.py --lpo.candidates 8 --lpo.threshold "[0.2, 0.4]"          more to choose from, choosier
+    python recipes/lpo_sd35.py --reward dinalrm               SD3.5-M if its weights are found, else the embedded world
+    python recipes/lpo_sd35.py --lpo.candidates 8 --lpo.threshold "[0.2, 0.4]"     more candidates, clearer preferences
     python recipes/lpo_sd35.py --resume runs/lpo_shapes_dinalrm_seed0
 
-At every step of a trajectory a few candidates for the next state are drawn from one state. The reward scores them as
-they are, noisy, at their own level; where its preference is clear enough, best and worst make a pair, and the policy is
-to make the better one more probable, the worse one less, than the reference does (arXiv 2502.01051). The trajectory
-goes on from a candidate at random. So every step is judged by itself, at once, and no picture is finished or decoded.
+At every step of a trajectory several candidates for the next state are drawn. The reward scores these noisy latents at
+their own noise level. If its preference is clear enough, the best and the worst candidate form a pair, and the policy
+learns to make the best one more probable, and the worst one less, than the reference does (arXiv 2502.01051). The
+trajectory continues from a random candidate. No image is finished or decoded.
 
-It takes a reward that reads noisy latents, which is what DiNa-LRM was trained on; one that reads pictures cannot judge
-a step. The original is for UNets and DDIM; its authors' run on SD3 was never released, and this is not it: the step is
-that of a flow (Flow-SDE), the threshold runs with the noise that such a step injects.
+LPO needs a reward that reads noisy latents, as DiNa-LRM does; image rewards cannot be used. The original method is for
+UNets and DDIM, and its authors' SD3 version was not released. This recipe uses the stochastic step of a flow
+(Flow-SDE), and its threshold increases with the noise that a step injects.
 
-A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curves.png, pictures, lora/, checkpoints/ and
-summary.json. In the metrics pairs is how many a rollout gave, pairs_kept their share of all, preference how clear they
-were, and accuracy the share of pairs that the policy already ranks as the reward does.
+A run writes the same files as recipes/refl_sd35.py. Metrics: pairs, the number of pairs of a rollout; pairs_kept, the
+share of candidate pairs above the threshold; preference, their mean margin; accuracy, the share of pairs that the
+policy ranks like the reward.
 """
 
 import sys

@@ -1,16 +1,16 @@
-"""DiffusionNFT: align Stable Diffusion 3.5 Medium, or the small embedded world, by contrast of good and bad samples.
+"""DiffusionNFT: align Stable Diffusion 3.5 Medium, or the embedded world, by contrasting good and bad samples.
 
-    python recipes/nft_sd35.py --reward dinalrm               SD3.5-M if its weights are at hand, else the small world
-    python recipes/nft_sd35.py --nft.levels 4 --nft.latest 0.5            four noise levels a sample, the noisier half
+    python recipes/nft_sd35.py --reward dinalrm               SD3.5-M if its weights are found, else the embedded world
+    python recipes/nft_sd35.py --nft.levels 4 --nft.latest 0.5       four noise levels a sample, from the noisier half
     python recipes/nft_sd35.py --resume runs/nft_shapes_dinalrm_seed0
 
-Each rollout takes a group of samples for every prompt, and the reward says which are good for their group. Then each
-sample is noised, as in pretraining: a policy moved towards the trained one is to denoise what is good, one moved the
-other way what is bad (arXiv 2509.16117). No gradient passes through the reward, and nothing is known of the sampler's
-steps: clean latents and their scores are all it takes, and a latent reward gives both without a decoder.
+Each rollout draws a group of samples for every prompt, and the reward weights each sample as good or bad relative to
+its group. The samples are then noised as in pretraining. An implicit policy in the direction of the trained one learns
+to denoise the good samples, and one in the opposite direction the bad ones (arXiv 2509.16117). The method needs only
+clean latents and their scores: no reward gradient, no log-probabilities, and with a latent reward no decoder.
 
-A run leaves what recipes/refl_sd35.py leaves: config.yaml, metrics.jsonl, curves.png, pictures, lora/, checkpoints/ and
-summary.json. In the metrics moved is how far the policy is from the one that sampled.
+A run writes the same files as recipes/refl_sd35.py. The metric moved is the mean squared velocity difference between
+the policy and the one that sampled.
 """
 
 import sys

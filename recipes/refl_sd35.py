@@ -1,16 +1,16 @@
-"""ReFL: align Stable Diffusion 3.5 Medium, or the small embedded world, to a reward that reads latents.
+"""ReFL: align Stable Diffusion 3.5 Medium, or the embedded world, to a differentiable reward.
 
-    python recipes/refl_sd35.py --reward dinalrm              SD3.5-M if its weights are at hand, else the small world
-    python recipes/refl_sd35.py --reward pixel --seed 1       the same through the VAE and a CLIP-style reward
+    python recipes/refl_sd35.py --reward dinalrm              SD3.5-M if its weights are found, else the embedded world
+    python recipes/refl_sd35.py --reward pixel --seed 1       a CLIP-style reward on decoded images
     python recipes/refl_sd35.py --resume runs/refl_shapes_dinalrm_seed0
 
-Each update samples without gradient to a random late step, takes one step with gradient, scores the clean latents that
-it points to, and climbs the score (arXiv 2304.05977; with --refl.grad_steps K it is DRaFT-K). As in DiNa-LRM's own runs
-(arXiv 2602.11146), and unlike the original, the reward reads latents: no VAE is in the graph. Its relatives are
---refl.variant draft_lv (arXiv 2309.17400), drtune (2405.00760) and direct_align (2509.06942, without a VAE).
+Each update samples without gradient to a random late step, takes one step with gradient, and maximises the reward of
+the predicted clean latents (arXiv 2304.05977; --refl.grad_steps K is DRaFT-K). As in DiNa-LRM's own runs (arXiv
+2602.11146), the reward reads latents: no VAE is in the graph. Variants: --refl.variant draft_lv (arXiv 2309.17400),
+drtune (2405.00760) and direct_align (2509.06942, without a VAE).
 
-A run leaves config.yaml, metrics.jsonl, curves.png, grid_*.png of the same prompts and seeds before, during and after,
-before_after.png, lora/ for StableDiffusion3Pipeline.load_lora_weights, checkpoints/ and summary.json.
+A run writes config.yaml, metrics.jsonl, curves.png, grid_*.png of the same prompts and seeds before, during and after
+training, before_after.png, lora/ for StableDiffusion3Pipeline.load_lora_weights, checkpoints/ and summary.json.
 """
 
 import sys
