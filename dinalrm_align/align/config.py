@@ -1,4 +1,4 @@
-"""Settings shared by all alignment recipes; that of a recipe derives from `AlignRun`. Torch-free."""
+"""Settings that all alignment recipes share; the settings of each recipe derive from `AlignRun`. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,14 +10,15 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 @dataclass
 class EvaluationConfig:
-    """Evaluation on held-out prompts, with the same prompts and noise before, during and after training.
+    """Evaluation on held-out prompts. Prompts and noise stay the same before, during and after training.
 
     Args:
-        samples: images per evaluation; prompts are used in file order, and repeated if there are fewer.
+        samples: images per evaluation. Prompts are used in file order, and repeated if there are fewer.
         batch_size: images sampled at once.
-        every: updates between evaluations; the base model and the final policy are always evaluated. 0: only those.
+        every: updates between evaluations; 0: none in between. The base model and the final policy are always
+            evaluated.
         shown: number of images in the image grids.
-        seed: of the noise; separate from the seed of the run, so that runs can be compared image by image.
+        seed: seed of the noise. It is separate from the seed of the run, so that runs can be compared image by image.
     """
 
     samples: settings.IntAboveOne = 192
@@ -36,15 +37,18 @@ class EvaluationConfig:
 class WatchConfig:
     """Detection of reward hacking: at every evaluation, the reward is compared with the gold score (`align.watch`).
 
-    Hacking is reported if, since the evaluation with the best gold score so far, the reward has risen and the gold
-    score has fallen, both significantly (one-sided t-tests, paired over captions).
+    The gold score is that of a second reward, which is not trained on. An evaluation is compared with the one that has
+    the best gold score so far. Hacking is reported if the reward has risen and the gold score has fallen since then,
+    both significantly (one-sided t-tests, paired over captions).
 
     Args:
-        level: significance level of a whole run: the probability of a false alarm if the gold score never falls.
-        stop_on_hacking: stop the run at the first alarm and save a checkpoint; otherwise print a warning and go on.
+        level: significance level: the probability of any false alarm in the whole run if the gold score never falls.
+        stop_on_hacking: save a checkpoint and stop at the first alarm; otherwise print a warning and go on.
         keep_best: keep the LoRA with the best gold score in lora_best/.
-        sigmas: noise levels between which the disagreement of a latent reward's scores is measured; empty: none.
-        drift_sigmas: noise levels at which the policy's velocity is compared with the reference's; empty: none.
+        sigmas: noise levels, at least two, between which the scores of a latent reward are compared; an empty list
+            turns this measurement off.
+        drift_sigmas: noise levels at which the policy's velocity is compared with that of the base model; an empty list
+            turns this measurement off.
     """
 
     level: float = 0.05
@@ -68,17 +72,18 @@ class WatchConfig:
 class MemoryConfig:
     """Options that save memory or time without changing the method; all are off by default.
 
-    `python recipes/savings.py` measures each. See also gradient_checkpointing and optim.name.
+    `python recipes/savings.py` measures each. gradient_checkpointing and optim.name also save memory.
 
     Args:
-        base_quant: quantise the linear layers of the base model's blocks to 8 or 4 bits (bitsandbytes, the extra
-            `quant`), for policy and latent reward. With nf4, velocities change by a few percent.
+        base_quant: quantise the linear layers in the base model's blocks to 8 or 4 bits, for policy and latent reward.
+            Needs bitsandbytes (the extra `quant`). nf4 changes velocities by a few percent.
         vae_dtype: dtype of the VAE's weights; bfloat16 halves the memory of decoding and rounds the images.
-        decode_slice: images that a pixel reward decodes at a time, again in the backward pass; by default all at once.
-        decode_tile: decode large images tile by tile (diffusers' tiling); pixels near the seams change.
+        decode_slice: images that a pixel reward decodes at once, in the forward and the backward pass; by default all.
+        decode_tile: decode large images in tiles (diffusers' VAE tiling); pixels near the seams change.
         offload: keep unused models off the GPU: the base model while prompts are encoded, the VAE between evaluations.
         compile: apply torch.compile to each block of policy and latent reward; the first update takes minutes.
-        attention: CUDA kernel of torch's attention. (diffusers' set_attention_backend does not affect SD3.)
+        attention: kernel of torch's attention on CUDA; auto: torch chooses. (diffusers' set_attention_backend does not
+            affect SD3.)
     """
 
     base_quant: Literal["none", "int8", "nf4"] = "none"
@@ -95,13 +100,15 @@ class MemoryConfig:
 
 @dataclass
 class Hpsv3Config:
-    """How HPSv3 is loaded if it is part of the reward.
+    """Options for loading HPSv3, used if it is part of the reward.
 
     Args:
-        quantization: quantise the linear layers of its blocks to 8 or 4 bits (bitsandbytes, the extra `quant`).
-        template: data_collator_qwen.py of the package hpsv3, or a JSON file with its two texts; by default the file
-            beside the weights, or else the installed package.
-        base: folder or hub id of Qwen2-VL-7B-Instruct, for its config and tokenizer; by default beside the weights.
+        quantization: quantise the linear layers in HPSv3's blocks to 8 or 4 bits. Needs bitsandbytes (the extra
+            `quant`).
+        template: file with HPSv3's two prompt texts: data_collator_qwen.py of the package hpsv3, or a JSON file. By
+            default the file beside the weights, or else that of the installed package.
+        base: folder or hub id of Qwen2-VL-7B-Instruct, for its config and tokenizer. By default the folder of the
+            weights, if they are local, or else the hub.
     """
 
     quantization: Literal["none", "int8", "nf4"] = "none"
@@ -112,7 +119,7 @@ class Hpsv3Config:
         settings.check_fields(self, "hpsv3")
 
     def options(self) -> dict[str, Any]:
-        """Settings that differ from the defaults, as arguments of `HPSv3Reward.from_pretrained`."""
+        """Return the settings that differ from the defaults, as keyword arguments of `HPSv3Reward.from_pretrained`."""
         return {name: value for name, value in vars(self).items() if value != vars(Hpsv3Config)[name]}
 
 
@@ -121,9 +128,9 @@ class AnchorConfig:
     """A second reward of another kind, added at every n-th update to make reward hacking harder (`align.anchor`).
 
     Args:
-        reward: name of the second reward; by default there is none.
-        every: updates (GRPO: rollouts) between uses of the anchor; 1: every update.
-        weight: weight of the anchor relative to the reward, after both are scaled to the same spread.
+        reward: name of the second reward, the anchor; by default there is none.
+        every: n, the updates (GRPO: rollouts) from one use of the anchor to the next; 1: every update.
+        weight: weight of the anchor relative to the reward, after both are scaled to the same standard deviation.
     """
 
     reward: str | None = None
@@ -138,17 +145,20 @@ class AnchorConfig:
 class GroupRolloutConfig:
     """Settings that Flow-GRPO and DiffusionNFT share: a rollout of groups of samples, and its reuse for updates.
 
+    A group consists of samples of one prompt, whose scores are compared with each other.
+
     Args:
         groups: prompts per rollout and process.
-        group_size: samples per prompt, whose scores are compared with each other.
+        group_size: samples per prompt.
         sample_batch: samples drawn and scored at once; affects memory, not results.
-        guidance_scale: of rollout and training; by default the model's own. Up to 1: no guidance.
+        guidance_scale: guidance scale of rollout and training; by default the model's own. Up to 1: no guidance.
         reward_draws: noise draws over which a latent reward is averaged; all samples of a group share them.
-        reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default its own.
-        advantage_std: standard deviation that divides the distance of a score from the mean of its group: that of the
-            group, or of the whole rollout on all processes (global).
-        advantage_floor: added to that standard deviation.
-        advantage_clip: largest absolute advantage; for DiffusionNFT that of a sample that is wholly good or bad.
+        reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
+        advantage_std: the advantage is the score minus the mean of its group, divided by a standard deviation. group:
+            that of the group; global: that of the whole rollout, over all processes.
+        advantage_floor: constant added to that standard deviation.
+        advantage_clip: largest absolute advantage. DiffusionNFT: advantages of this size mark a sample as wholly good
+            or bad.
         minibatches: updates per pass over the samples of a rollout.
         epochs: passes over the samples of a rollout.
     """
@@ -171,30 +181,32 @@ class GroupRolloutConfig:
 
 
 def check_noise_level(section: str, sampler: str, noise_level: float) -> None:
-    """ValueError for a noise level above 1 with flow_cps."""
+    """Raise ValueError if `noise_level` is above 1 and the sampler is flow_cps."""
     if sampler == "flow_cps" and noise_level > 1:
         raise ValueError(f"{section}.noise_level: got {noise_level} with flow_cps; expected at most 1")
 
 
 @dataclass
 class PolicyRun:
-    """Settings of every recipe that samples a model with a LoRA.
+    """Settings of every recipe that samples from a model with a LoRA.
 
     Args:
-        model: auto: Stable Diffusion 3.5 Medium if its weights are found, otherwise the small embedded world; sd35 or
-            shapes: that model; or the folder or hub id of a StableDiffusion3Pipeline.
-        reward: reward to maximise. dinalrm: the latent reward; pixel: the CLIP-style reward on decoded images;
-            pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps or unifiedreward; oracle: the true score of
-            the embedded world; NAME=SOURCE: one of these with weights from elsewhere; the folder or hub id of another
-            latent reward; module:function: your own; or a weighted sum, "dinalrm + 0.2*pickscore".
+        model: auto: Stable Diffusion 3.5 Medium if its weights are found, otherwise shapes. sd35: Stable Diffusion 3.5
+            Medium. shapes: the small embedded world. Or the folder or hub id of a StableDiffusion3Pipeline.
+        reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
+            pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward: published image rewards.
+            oracle: the true score of the embedded world. NAME=SOURCE: one of these, with weights from SOURCE. Or the
+            folder or hub id of another latent reward; your own as module:function; or a weighted sum, "dinalrm +
+            0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
-        seed: of everything random.
+        seed: seed of all random numbers of the run.
         prompts: text file of prompts, one per line, UTF-8; by default the model's own list of training prompts.
-        height: of the images, in pixels; by default the model's own.
-        width: of the images, in pixels; by default the model's own.
-        device: auto uses a CUDA GPU if there is one.
-        dtype: of the frozen weights; auto: the model's own on a GPU and float32 on a CPU. The LoRA is always float32.
-        policy: the LoRA.
+        height: height of the images in pixels; by default the model's own.
+        width: width of the images in pixels; by default the model's own.
+        device: auto: a CUDA GPU if there is one, otherwise the CPU.
+        dtype: dtype of the frozen weights. auto: the model's own on a GPU, float32 on a CPU. The LoRA is always
+            float32.
+        policy: the LoRA that is trained or sampled with.
     """
 
     model: str = "auto"
@@ -218,19 +230,22 @@ class AlignRun(PolicyRun):
     """Settings of every alignment recipe.
 
     Args:
-        gold: reward of held-out images, never trained on; by default PickScore, or the oracle of the embedded world.
-        resume: folder of a run (its newest checkpoint is used) or of a checkpoint. Options override its settings.
+        gold: reward that scores held-out images and is never trained on; by default PickScore, or the oracle in the
+            embedded world.
+        resume: folder of a run, to resume from its newest checkpoint, or of one checkpoint. Options given with it
+            override the saved settings.
         eval_prompts: text file of held-out prompts; by default the model's own list.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        profile_every: updates between those whose FLOPs (and, on a CPU, peak memory) are measured, which takes about
-            twice as long; 0: never.
-        tracker: where to log metrics and images besides metrics.jsonl; WANDB_MODE=offline keeps wandb offline.
-        optim: the optimiser, AdamW.
+        profile_every: measure the FLOPs (on a CPU also the peak memory) of every n-th update, which makes that update
+            take about twice as long; 0: never.
+        tracker: service that metrics and images are logged to, besides metrics.jsonl. WANDB_MODE=offline keeps wandb
+            offline.
+        optim: AdamW, its learning rate and gradient clipping.
         loop: length of training, checkpoints and weight averaging.
         evaluation: evaluation on held-out prompts.
         watch: detection of reward hacking.
         memory: options that save memory or time.
-        hpsv3: how HPSv3 is loaded if it is part of the reward.
+        hpsv3: options for loading HPSv3, if it is part of the reward.
     """
 
     gold: str | None = None

@@ -14,25 +14,27 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 @dataclass
 class DpoConfig:
-    """Diffusion-DPO: the denoising errors of preferred and rejected images, relative to the reference's.
+    """Diffusion-DPO: denoise the preferred image of a pair better than the rejected one, relative to a reference.
 
     Args:
-        mode: online: pairs are the best and the worst of the policy's own samples, ranked by the reward; offline: they
-            are read from a data set.
-        batch_size: prompts per micro-batch and process, with one pair each (offline, with ranked lists of images: all
+        mode: online: each pair is the best and the worst of the policy's own samples, ranked by the reward. offline:
+            pairs are read from a data set.
+        batch_size: prompts per micro-batch and process, with one pair each (offline, for ranked lists of images: all
             pairs of a list). An update takes batch_size x loop.accumulate x processes.
-        beta: strength of the penalty on leaving the reference, in the loss -log sigmoid(-beta / 2 [(e_w - e_w^ref) -
-            (e_l - e_l^ref)]), where e is the mean square error of a velocity. Public runs use 100 to 5000.
-        sigma: density of the noise level of a pair.
-        draws: draws of noise and noise level per pair and update; more make the gradient less noisy.
-        loss_guidance_scale: guidance scale of the velocities in the loss; 1, the usual choice: none.
+        beta: strength of the penalty on leaving the reference. The loss is -log sigmoid(-beta / 2 [(e_w - e_w^ref) -
+            (e_l - e_l^ref)]), where e is the mean squared velocity error of the preferred (w) or rejected (l) image.
+            Public runs use 100 to 5000.
+        sigma: distribution from which the noise level of a pair is drawn.
+        draws: draws of noise and noise level per pair and update; more draws make the gradient less noisy.
+        loss_guidance_scale: guidance scale of the velocities in the loss; usually 1, no guidance.
         group_size: online: samples per prompt.
         num_steps: online: denoising steps; by default the model's own number.
         guidance_scale: online: guidance scale of the samples; by default the model's own.
-        sampler: online: whether the policy or the reference draws the samples.
+        sampler: online: the model that draws the samples, policy or reference.
         refresh_every: online: updates after which the current policy becomes the reference; 0: never.
         sample_batch: online: images sampled and scored at once; by default a whole micro-batch.
-        reward_sigma: online: noise level or levels (an ensemble) at which a latent reward scores; by default its own.
+        reward_sigma: online: noise level or levels (an ensemble) at which a latent reward scores; by default the
+            reward's own.
     """
 
     mode: Literal["online", "offline"] = "online"
@@ -59,8 +61,9 @@ class DpoRun(AlignRun):
     """Settings of `recipes/dpo_sd35.py`.
 
     Args:
-        pairs: offline: the preference pairs: a folder of recipes/mine_pairs.py, a parquet file as of verl-omni, a
-            folder of latent pairs, or a jsonl file of {"prompt", "chosen", "rejected"} with paths of images.
+        pairs: offline: source of the preference pairs: a folder written by recipes/mine_pairs.py, a parquet file in
+            verl-omni's format, a folder of latent pairs, or a jsonl file of {"prompt", "chosen", "rejected"} with image
+            paths.
         dpo: Diffusion-DPO.
     """
 

@@ -17,29 +17,34 @@ class GrpoConfig(GroupRolloutConfig):
 
     Args:
         num_steps: denoising steps of the rollout; by default the model's own number. The last one is not trained.
-        schedule: noise levels. diffusers: the pipeline's own, as in flow_grpo; linear: 1 ... 1/N, shifted, and 0.
-        sampler: the stochastic step, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
-        noise_level: noise scale of that step; flow_cps takes at most 1.
-        negative_gradient: with guidance, also train through the velocity of the empty prompt.
-        window: the steps that are stochastic and trained; the others follow the ODE. all: every one but the last;
-            random: window_size consecutive ones, drawn for every rollout (Flow-GRPO-Fast); progressive: window_size
-            consecutive ones, moving from the first steps to the last (MixGRPO).
-        window_size: steps of a random or progressive window.
-        window_range: steps that contain the window, as first and one past the last; by default all but the last.
-        window_rollouts: rollouts before a progressive window moves on.
-        window_stride: steps by which it moves.
-        window_wraps: start again at the first step after the last position; otherwise the window stays there.
-        shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do, so that they
-            differ by the stochastic steps only. The steps before the window are then sampled once per group.
-        advantage_of: for a weighted sum of rewards: the advantage of the sum (sum), or the weighted sum of the
-            advantages of its parts (parts).
+        schedule: noise levels. diffusers: those of the pipeline, as in flow_grpo. linear: 1, ..., 1/N, shifted, then 0.
+        sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
+        noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
+        negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.
+        window: steps that are stochastic and trained; the others follow the ODE. all: all but the last. random:
+            window_size consecutive steps, drawn anew for every rollout (Flow-GRPO-Fast). progressive: window_size
+            consecutive steps, which move from the first steps to the last (MixGRPO).
+        window_size: number of steps in a random or progressive window.
+        window_range: range of steps in which the window lies, as its first step and one past its last; by default all
+            but the rollout's last step.
+        window_rollouts: rollouts after which a progressive window moves on.
+        window_stride: steps by which a progressive window moves.
+        window_wraps: a progressive window that has reached the end of window_range returns to its start; otherwise it
+            stays.
+        shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do, so that they differ
+            by the stochastic steps only. The steps before the window are then sampled once per group.
+        advantage_of: how a weighted sum of rewards gives advantages. sum: the advantage of the summed score. parts: the
+            weighted sum of the advantages of the single rewards.
         clip_range: largest distance of the probability ratio from 1 at which a sample still has a gradient.
-        guard: normalise the ratios of all steps to the same centre and scale, as GRPO-Guard (arXiv 2510.22319).
-        kl_beta: weight of the KL to the frozen reference in the loss; 0: it is only measured.
-        kl_form: denominator of the KL. scale: 2 s^2, as in flow_grpo; std: 2 std^2, the KL of the two steps' densities
-            per dimension; velocity: none, the mean square of the velocities' difference. Each needs its own kl_beta.
-        ratio_tolerance: largest distance from 1 of the ratios in the first update after a rollout; beyond it rollout
-            and training differ, and the run stops.
+        guard: normalise the ratios of all steps to the same mean and scale, as GRPO-Guard does (arXiv 2510.22319).
+            Needs flow_sde.
+        kl_beta: weight in the loss of the KL to the frozen base model; 0: the KL is only measured.
+        kl_form: normalisation of the KL. scale: divided by 2 s^2, where s is the SDE's noise scale, as in flow_grpo.
+            std: by 2 std^2, the KL of the two normal distributions per dimension. velocity: the mean squared difference
+            of the velocities. kl_beta must be chosen for each.
+        ratio_tolerance: largest distance of the ratios from 1 in the first update after a rollout, when the weights
+            have not changed yet. A larger one means that rollout and training compute different probabilities, and
+            stops the run.
     """
 
     num_steps: settings.IntAboveOne | None = 8
@@ -76,8 +81,8 @@ class GrpoRun(AlignRun):
     """Settings of `recipes/grpo_sd35.py`.
 
     Args:
-        grpo: Flow-GRPO.
-        anchor: a second reward, whose advantages are added to the first's at every n-th rollout.
+        grpo: Flow-GRPO and its variants.
+        anchor: second reward, whose advantages are added to those of the first in every n-th rollout.
     """
 
     gradient_checkpointing: bool = False

@@ -17,21 +17,23 @@ class LpoConfig:
 
     Args:
         batch_size: prompts per rollout and process, with one trajectory each.
-        candidates: next states drawn from each state of a trajectory, which continues from a random one. The best and
-            the worst may become a pair.
+        candidates: candidates for the next state, drawn from each state of a trajectory. The best and the worst may
+            become a pair; the trajectory continues from a random one.
         sample_batch: trajectories sampled and scored at once; affects memory, not results.
         num_steps: denoising steps of the rollout; by default the model's own number. The last one is not trained.
-        schedule: noise levels of the rollout. diffusers: the pipeline's own; linear: 1 ... 1/N, shifted, and 0.
-        sampler: the stochastic step, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
-        noise_level: noise scale of that step; flow_cps takes at most 1.
-        guidance_scale: of rollout and training; by default the model's own. Up to 1: no guidance.
-        negative_gradient: with guidance, also train through the velocity of the empty prompt.
-        steps: steps that collect pairs, as first and one past the last, by default all but the last.
-        threshold: smallest difference of the preference probabilities of best and worst that makes a pair, at the step
-            that adds the least noise and at the one that adds the most; linear in between.
-        temperature: of those probabilities, softmax(score / temperature).
-        beta: of the preference loss; it multiplies the difference of log-ratios.
-        clip_range: largest distance from 1 of the ratio to the reference at which a candidate still has a gradient.
+        schedule: noise levels of the rollout. diffusers: those of the pipeline. linear: 1, ..., 1/N, shifted, then 0.
+        sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
+        noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
+        guidance_scale: guidance scale of rollout and training; by default the model's own. Up to 1: no guidance.
+        negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.
+        steps: range of steps that collect pairs: the first and one past the last; by default all but the last step.
+        threshold: margin that best and worst must exceed to become a pair, at the step that adds the least noise and at
+            the step that adds the most; interpolated linearly in between. The margin is the difference of their
+            probabilities, softmax(score / temperature) over the two.
+        temperature: temperature of that softmax.
+        beta: scale of the preference loss: it multiplies the difference of the log-ratios.
+        clip_range: largest distance from 1 of the probability ratio of policy to base model at which a candidate still
+            has a gradient.
         minibatches: updates per pass over the pairs of a rollout.
         epochs: passes over the pairs of a rollout.
     """

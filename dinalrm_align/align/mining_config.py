@@ -9,19 +9,19 @@ from dinalrm_align.train import settings
 
 @dataclass
 class MineConfig:
-    """Which samples are drawn for each prompt, and which of them become pairs.
+    """Samples that are drawn for each prompt, and the pairs that are chosen from them.
 
     Args:
         candidates: samples per prompt.
-        pairs_per_prompt: pairs of best and worst, second best and second worst, ...; at most half the candidates.
-        min_gap: smallest difference of scores, in the reward's units; pairs below it are left out.
+        pairs_per_prompt: pairs per prompt: best and worst, second best and second worst, ...; at most candidates / 2.
+        min_gap: smallest difference of the two scores of a pair, in the reward's units; pairs below it are left out.
         num_steps: denoising steps; by default the model's own number.
-        guidance_scale: of the samples; by default the model's own.
-        reward_sigma: noise level or levels (an ensemble) at which the reward scores; by default its own.
+        guidance_scale: guidance scale of the samples; by default the model's own.
+        reward_sigma: noise level or levels (an ensemble) at which the reward scores; by default the reward's own.
         batch_size: images sampled and scored at once.
         prompts_per_shard: prompts whose pairs go into one file; mining resumes at the first missing file.
-        dtype: of the latents and embeddings in the files.
-        negative: store the embeddings of the empty prompt in every row, for trainers with guidance in the loss.
+        dtype: dtype of the latents and embeddings in the files.
+        negative: store the embeddings of the empty prompt in every row, for trainers that use guidance in the loss.
     """
 
     candidates: settings.IntAboveOne = 8
@@ -48,12 +48,13 @@ class MineRun(PolicyRun):
     """Settings of `recipes/mine_pairs.py`.
 
     Args:
-        reward: reward that ranks the samples. dinalrm: the model's latent reward; or the folder or hub id of another.
+        reward: reward that ranks the samples. dinalrm: the model's latent reward. Or the folder or hub id of another
+            one.
         output_dir: folder of the pairs; by default one under runs/, named after model, reward and seed. Pairs that are
-            there already are kept if their settings are the same.
-        lora: folder of a LoRA of an alignment run (RUN/lora) to sample with, of rank and alpha as in policy.
-        max_prompts: use only the first ones.
-        mine: the choice of samples and pairs.
+            already there are kept if they were mined with the same settings.
+        lora: folder of a LoRA of an alignment run (RUN/lora) to sample with; policy must have its rank and alpha.
+        max_prompts: use only the first max_prompts prompts; by default all.
+        mine: choice of samples and pairs.
     """
 
     lora: str | None = None

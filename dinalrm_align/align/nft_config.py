@@ -14,16 +14,19 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 class NftConfig(GroupRolloutConfig):
     """DiffusionNFT: a rollout of groups of samples, reused for updates on the forward process.
 
+    The sampling policy v_old, which draws the rollouts, is a moving average of the trained policy v.
+
     Args:
         num_steps: denoising steps of the rollout; by default the model's own number.
         levels: noise levels at which each sample is trained per epoch.
-        earliest: the levels are drawn from those of the rollout, from this fraction of its steps on; 0: pure noise.
-        latest: up to this fraction; 1: to the last step.
+        earliest: start of the range of the rollout's steps from which these levels are drawn, as a fraction; 0: pure
+            noise.
+        latest: end of that range; 1: the last step.
         beta: distance of the implicit good and bad policies from the sampling policy: v_old +- beta (v - v_old).
-        kl_beta: weight of the mean squared difference of the velocities of policy and reference.
-        old_slope: at rollout number k the sampling policy is a moving average of the trained one with decay
-            min(old_slope k, old_limit); 0: it is the trained policy.
-        old_limit: see old_slope.
+        kl_beta: weight of the mean squared difference of the policy's and the base model's velocities.
+        old_slope: before rollout k the sampling policy is averaged with the trained one, with decay min(old_slope k,
+            old_limit); 0: it equals the trained policy.
+        old_limit: largest decay of this average.
     """
 
     num_steps: settings.PositiveInt | None = 8

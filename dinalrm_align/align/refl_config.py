@@ -16,33 +16,34 @@ class ReflConfig:
     """ReFL: a rollout without gradient up to a late step, steps with gradient, and the reward of the estimated image.
 
     Args:
-        variant: which steps have a gradient. refl: the last grad_steps ones, as in ReFL and DRaFT-K; draft_lv: the
-            last one, from finished samples to which new noise is added; drtune: steps spread over the rollout, with
-            detached inputs; direct_align: one step from finished samples at any noise level, after which the known
-            noise is removed, as in SRPO but without its relative reward. See dinalrm_align/align/refl.py.
+        variant: steps that carry the gradient. refl: the last grad_steps steps, as in ReFL and DRaFT-K. draft_lv: the
+            last step, repeated from finished samples with new noise. drtune: steps spread over the rollout, with
+            detached inputs. direct_align: one step at any noise level, from a finished sample with known noise, which
+            is then removed; SRPO without its relative reward. See dinalrm_align/align/refl.py.
         batch_size: images per micro-batch and process; an update takes batch_size x loop.accumulate x processes.
         num_steps: denoising steps of the rollout; by default the model's own number.
-        guidance_scale: of the rollout without gradient; by default the model's own.
-        guided_gradient: use guidance in the steps with gradient as well; otherwise these use the prompt alone.
+        guidance_scale: guidance scale of the rollout without gradient; by default the model's own.
+        guided_gradient: use guidance in the steps with gradient as well; otherwise they use the prompt alone.
         grad_steps: refl and drtune: number of steps with gradient. 1 is ReFL and DRaFT-1, K is DRaFT-K.
         renoisings: draft_lv and direct_align: noise draws per sample.
-        stride: direct_align: noise levels of the rollout that its step crosses.
-        discount: direct_align: the reward's loss is weighted by sigma ** discount, where sigma is the noise level of
+        stride: direct_align: number of the rollout's steps that its one step covers.
+        discount: direct_align: the reward's loss is multiplied by sigma ** discount, where sigma is the noise level of
             the step, because rewards are hacked at nearly clean levels; 0: no weighting.
-        earliest: the first step with gradient is drawn for every micro-batch: from step round(earliest x num_steps) to
-            the last one that leaves room for grad_steps. 1: always that one, as in DRaFT; direct_align needs smaller
-            values. drtune: the step at which the rollout stops.
-        loss: linear: mean(target - score); relu: the same, but images with a score above the target have no gradient.
-        target: see loss; with linear it only shifts the loss.
-        kl_weight: weight of the mean squared difference of the velocities of policy and reference at the steps with
-            gradient; 0: it is only measured.
-        pretrain_weight: weight of a flow-matching loss on images, as ReFL's pretraining loss; 0: none.
-        pretrain_pictures: folder of images for that loss, NAME.png (or .jpg, .webp) with its caption in NAME.txt; by
-            default pretrain_samples samples of the base model.
-        pretrain_samples: see pretrain_pictures.
-        reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default its own.
-        reward_sigma_range: range from which a noise level is drawn per image and update instead. Pixel rewards ignore
-            both options.
+        earliest: earliest step that may be the first gradient step, as a fraction of num_steps. That step is drawn for
+            every micro-batch; the last choice leaves room for grad_steps. 1: always the last choice, as in DRaFT.
+            direct_align needs smaller values. drtune: the drawn step is where the rollout stops.
+        loss: linear: mean(target - score). relu: mean(relu(target - score)), so that scores above the target have no
+            gradient.
+        target: target score of the loss; with linear it only shifts the loss.
+        kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps
+            with gradient; 0: it is only measured.
+        pretrain_weight: weight of a flow-matching loss on images, which stands for ReFL's pretraining loss; 0: none.
+        pretrain_pictures: folder of images for that loss: NAME.png (or .jpg, .webp), with the caption in NAME.txt. By
+            default pretrain_samples samples of the base model are used.
+        pretrain_samples: number of samples of the base model if pretrain_pictures is not given.
+        reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
+        reward_sigma_range: lowest and highest noise level of a latent reward; a level is drawn in between for each
+            image and update. Cannot be combined with reward_sigma. Pixel rewards ignore both.
     """
 
     variant: Literal["refl", "draft_lv", "drtune", "direct_align"] = "refl"
@@ -81,8 +82,8 @@ class ReflRun(AlignRun):
     """Settings of `recipes/refl_sd35.py`.
 
     Args:
-        refl: ReFL.
-        anchor: a second reward, maximised together with the first at every n-th update.
+        refl: ReFL and its variants.
+        anchor: second reward, maximised together with the first at every n-th update.
     """
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))

@@ -1,4 +1,4 @@
-"""From a command line to an alignment run: settings, model, folder and the checkpoint to resume."""
+"""From a command line to an alignment run: find its settings, model, folder, and the checkpoint to resume."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class Resolved(Generic[Run]):
     """An alignment run that is ready to start or to be resumed.
 
     Args:
-        recipe: its name, "refl_sd35".
-        run: the settings, with a folder and a model in place of "auto" and None.
-        text: the same as YAML, for config.yaml.
+        recipe: name of the recipe, "refl_sd35".
+        run: the settings; a folder and a model have replaced None and "auto".
+        text: the settings as YAML, for config.yaml.
         spec: the model.
-        checkpoint: to resume from, or None.
+        checkpoint: checkpoint to resume from, or None.
     """
 
     recipe: str
@@ -35,9 +35,15 @@ class Resolved(Generic[Run]):
 def resolve(
     kind: type[Run], description: str, recipe: Path, argv: Sequence[str], *, gradient: bool = False
 ) -> Resolved[Run]:
-    """Settings of the program `recipe` (its file) from `argv`; for an SD3.5 model RECIPE.yaml gives the defaults.
+    """Return the settings of an alignment run, parsed from the command-line arguments `argv`.
 
-    gradient: whether the method needs the reward's gradient. Invalid settings exit with status 2 and an error message.
+    Invalid settings exit with status 2 and an error message.
+
+    Args:
+        kind: dataclass of the settings.
+        description: first text of --help.
+        recipe: file of the recipe. For an SD3.5 model the .yaml of the same name gives the defaults.
+        gradient: whether the method needs the reward's gradient.
     """
     run, checkpoint = parse_run(kind, description, argv)
     check_reward(run.reward, gradient=gradient)
