@@ -1,4 +1,4 @@
-"""The order of batches of a data set of pairs: shuffled for training, in order for evaluation."""
+"""Batches of a data set of preference pairs: shuffled for training, in stored order for evaluation."""
 
 import functools
 import hashlib
@@ -13,13 +13,15 @@ from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.train.settings import check_integer
 
 AT_ONCE = 4
-"""Blocks that are mixed, see `ShuffledBatches`."""
+"""Number of blocks of data whose units are shuffled together, see `ShuffledBatches`."""
 
 
 class BatchOrder(TypedDict, total=False):
-    """How a data set is divided into batches of units: pairs, or groups of images. seed, held_out_prompts: default 0.
+    """Batching options of a `PairSource`. A unit of a batch is one pair, or one prompt's images with all their pairs.
 
-    held_out_prompts: number of distinct prompts kept from training for `validation`.
+    batch_size: units per batch.
+    seed: seed of the shuffles; default 0.
+    held_out_prompts: number of distinct prompts that are kept for `validation` and not trained on; default 0.
     """
 
     batch_size: Required[int]
@@ -28,16 +30,17 @@ class BatchOrder(TypedDict, total=False):
 
 
 class ShuffledBatches:
-    """Batches of `batch_size` units from buckets that are never mixed, reshuffled every epoch.
+    """Endless sequence of shuffled batches. Each batch has `batch_size` units of one bucket.
 
-    Batch `index` is a pure function of (seed, index), so a run resumes from its step alone and ranks share the work by
-    taking every world-th index. Each bucket is an endless sequence of shuffles of its units, cut into batches; epoch e
-    has the batches that end within the first e + 1 shuffles. Units that do not fill a batch start the first batch of
-    the next epoch, so none is left out.
+    Batch `index` is a pure function of (seed, index): a resumed run needs only its step, and rank r of W ranks reads
+    batches r, r + W, r + 2 W, ... Every epoch shuffles each bucket again. Units that do not fill a batch at the end of
+    an epoch start the bucket's first batch of the next epoch, so no unit is lost.
 
-    buckets: the units of each. blocks: block of each unit, for data that is read a block at a time (a row group of a
-    parquet file); blocks are then visited in random order, AT_ONCE of them mixed. Raises ValueError when no bucket
-    fills a batch.
+    buckets: unit indices of each bucket, such as all units of one image size.
+    blocks: (N,) index of the block that holds each unit, for files that are read block by block (parquet row groups).
+    An epoch then visits the blocks in random order and shuffles the units of AT_ONCE blocks together.
+
+    Raises ValueError when every bucket is smaller than a batch.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class ShuffledBatches:
         self._current: tuple[int, np.ndarray] = -1, np.empty((0, batch_size), dtype=np.int64)
 
     def at(self, index: int) -> np.ndarray:
-        """The units of batch `index`: (batch_size,) int64."""
+        """Return the unit indices of batch `index`: (batch_size,) int64."""
         units = sum(len(bucket) for bucket in self.buckets)
         epoch = index * self.batch_size // units
         while self._batches_before(epoch + 1) <= index:
@@ -97,13 +100,13 @@ class ShuffledBatches:
         return rng, shuffles
 
     def _portions(self, epoch: int) -> np.ndarray:
-        """When in the epoch each unit's block is read, counted in portions of AT_ONCE blocks."""
+        """Return, for each unit, the number of the portion (AT_ONCE blocks) of the epoch in which it is read."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
         return (np.argsort(order) // AT_ONCE)[self._blocks]
 
 
 class BatchesInOrder(Sequence[PairBatch]):
-    """Every unit of some buckets once, in order; each batch is read when it is indexed."""
+    """Sequence of batches of all units of some buckets, in stored order. A batch is read when it is indexed."""
 
     def __init__(self, read: Callable[[np.ndarray], PairBatch], buckets: Sequence[np.ndarray], size: int) -> None:
         self._read = read
@@ -117,7 +120,7 @@ class BatchesInOrder(Sequence[PairBatch]):
 
 
 def held_out(prompts: Sequence[str], number: int) -> set[str]:
-    """The `number` distinct prompts with the smallest SHA-256, independent of the order of the data."""
+    """Return the `number` distinct prompts with the smallest SHA-256 hashes; the order of the data does not matter."""
     distinct = sorted(set(prompts), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     if number >= len(distinct):
         raise ValueError(f"held_out_prompts: got {number}; expected fewer than the {len(distinct)} distinct prompts")
@@ -125,9 +128,12 @@ def held_out(prompts: Sequence[str], number: int) -> set[str]:
 
 
 class PairSource(ABC):
-    """Pairs to train and validate on: N numbered units, which a subclass reads. Batches are pure functions of the step.
+    """Preference pairs for training and validation, in batches that are pure functions of the step.
 
-    reads_files_only: whether batches may be read in other threads; False where encoders run.
+    A subclass reads the units (see `BatchOrder`) by their indices.
+
+    manifest: format and encoders of the latents and text embeddings.
+    reads_files_only: whether batches may be read in background threads; False in a subclass that runs encoders.
     """
 
     manifest: PairManifest
@@ -148,10 +154,12 @@ class PairSource(ABC):
         usable: np.ndarray | None = None,
         blocks: np.ndarray | None = None,
     ) -> None:
-        """Decide which units are trained on and which are held out.
+        """Assign the N units to buckets of one size, and split each bucket into training and held-out units.
 
-        sizes (N, k): units of different sizes are never in one batch. usable (N,) bool: default all. blocks (N,): see
-        `ShuffledBatches`.
+        prompts: prompt of each unit.
+        sizes: (N, k) size of each unit; None if all have the same.
+        usable: (N,) bool, False for units that are never read; None if all are usable.
+        blocks: (N,) block of each unit, see `ShuffledBatches`.
         """
         units = np.arange(len(prompts)) if usable is None else np.flatnonzero(usable)
         keep_out = held_out([prompts[unit] for unit in units.tolist()], self._num_held_out)
@@ -169,35 +177,35 @@ class PairSource(ABC):
 
     @abstractmethod
     def digest(self) -> str:
-        """A digest of prompts, pairs and labels, but not of the images or latents."""
+        """Return a digest of prompts, pairs and labels. Pixels and latents are not read."""
 
     @functools.cached_property
     def _batches(self) -> ShuffledBatches:
-        """Created when training asks: a data set used only for evaluation may be smaller than a batch."""
+        """Training batches. Created on first use, because a data set for evaluation may be smaller than a batch."""
         return ShuffledBatches(self._trained, self._batch_size, self._seed, blocks=self._blocks)
 
     def __len__(self) -> int:
-        """Batches per epoch, over all ranks."""
+        """Return the number of batches per epoch, summed over all ranks."""
         return self._batches.per_epoch
 
     def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
-        """The batch of micro-step `step` on process `rank` of `world`, in the stored dtype."""
+        """Return the batch that process `rank` of `world` reads at micro-step `step`, in the stored dtype."""
         return self._read(self._batches.at(step * world + rank))
 
     def validation(self) -> Sequence[PairBatch]:
-        """The pairs of the held-out prompts, in the order of the data, read whenever they are indexed."""
+        """Return the batches of the held-out prompts, in stored order. A batch is read when it is indexed."""
         return BatchesInOrder(self._read, self._held_out, self._batch_size)
 
     def in_order(self) -> Sequence[PairBatch]:
-        """All pairs, in the order of the data."""
+        """Return the batches of all pairs, in stored order. A batch is read when it is indexed."""
         return BatchesInOrder(self._read, self._buckets, self._batch_size)
 
 
 class Prefetched:
-    """A function micro-step -> batch that reads the next `ahead` batches in threads; a context manager.
+    """Callable that returns the batch of a micro-step, and prefetches the next `ahead` batches in background threads.
 
-    Batches may be requested in any order; an error of `read`, which threads call, is raised when its batch is
-    requested. ahead 0 reads each batch on request.
+    Use it as a context manager. Batches may be requested in any order. If `read` raises in a thread, the error is
+    raised when that batch is requested. With ahead=0, each batch is read when it is requested.
     """
 
     def __init__(self, read: Callable[[int], PairBatch], *, ahead: int) -> None:

@@ -8,19 +8,20 @@ from dinalrm_align.train.settings import ClosedUnitInterval, IntAboveOne, NonNeg
 
 @dataclass
 class FilterConfig:
-    """Which pairs are kept. Pairs that are left out are counted by reason.
+    """Conditions that a pair must meet to be kept. Pairs that are left out are counted by reason.
 
     Args:
-        min_pixels: smallest area of an image; the published data has 256 x 256.
-        aspect_tolerance: largest difference of log aspect ratio between an image and its bucket.
-        min_vote_share: share of the votes for the chosen image that a pair with votes must exceed (released: 0.6).
+        min_pixels: smallest area of an image, in pixels; the default is 256 x 256, as in the published data.
+        aspect_tolerance: largest difference between the log aspect ratios of an image and the size it is resized to.
+        min_vote_share: keep pairs with votes if the chosen image has more than this share (released data: 0.6).
         unanimous: leave out pairs with votes for the rejected image.
         min_confidence: smallest `confidence` of HPDv3, for pairs that have one.
-        max_pairs_per_prompt: number of pairs of each prompt, drawn at random (released: 8); default: all.
-        ties: drop pairs that raters found equal, as Diffusion-DPO does, or keep them with label 0.5.
-        min_gaps: name of a score -> gap, chosen minus rejected, that a pair must exceed. The consistent filtering of
-            LPO: {aesthetic: -0.5, clip: 0, vqa: 0}, with scores from a jsonl.
-        max_tie_gaps: name -> absolute gap that a tie must stay below. LPO: {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
+        max_pairs_per_prompt: largest number of pairs per prompt, drawn at random (released data: 8); default: all.
+        ties: drop: leave out pairs that raters found equal, as Diffusion-DPO does; keep: keep them, with label 0.5.
+        min_gaps: name of a score -> bound. A pair is kept if score(chosen) - score(rejected) is above the bound.
+            LPO's consistent filtering: {aesthetic: -0.5, clip: 0, vqa: 0}, with scores from a jsonl.
+        max_tie_gaps: name of a score -> bound. A tie is kept if its scores differ by less than the bound. LPO:
+            {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
     """
 
     min_pixels: NonNegativeInt = 65_536
@@ -42,31 +43,34 @@ class PrepareRun:
     """Settings of `python recipes/prepare_pairs.py`.
 
     Args:
-        source: the preference data. hpdv3, hpdv2, rankings: a JSON file; pickapic: a folder of parquet files, or one
-            file; jsonl: lines of prompt, chosen, rejected (paths), optionally label, votes or scores; released: a
-            folder of part_rank*.parquet, whose latents are kept, so that buckets and images do not apply.
+        source: preference data, required. A JSON file for the layouts hpdv3, hpdv2 and rankings; a parquet file or a
+            folder of them for pickapic; a file with one {prompt, chosen, rejected} per line for jsonl, with image
+            paths and optional label, votes or scores; a folder of part_rank*.parquet for released, whose latents are
+            copied, so that `buckets` and `images` are not used.
         layout: layout of `source`; auto detects it.
         images: folder that image paths are relative to; default: the folder of `source`.
-        output_dir: folder of the encoded pairs. Preparation resumes in a folder that has the same settings.
-        model: its VAE and text encoders are used: shapes, sd35, or folder or hub id of a StableDiffusion3Pipeline.
+        output_dir: folder for the encoded pairs. A stopped preparation resumes there if the settings are the same.
+        model: model whose VAE and text encoders are used: shapes, sd35, or the folder or hub id of a
+            StableDiffusion3Pipeline.
         text_length: T5 tokens per prompt, as in the reward to train; default: the model's.
-        buckets: image sizes. published: those of the released data; area:1024: for each aspect ratio the largest size
-            within 1024 x 1024 pixels, sides in multiples of 64; or a list, 1024x1024,832x1248 (height x width).
-        group: pair: every pair is a group, as the paper trains; prompt: all images of a prompt and size form one group
-            with all its pairs, each image encoded once.
-        label: hard: 1 for the preferred image; votes: its share of the votes.
-        on_bad: refuse: stop at an unreadable image, an invalid record or an encoding that is not finite; skip: leave
-            its pairs out and count them by reason.
-        filter: which pairs are kept.
-        max_pairs: use only the first pairs of the source.
-        shard_size: images per file; a stopped preparation resumes with the first missing file.
+        buckets: sizes that images are resized to. published: the sizes of the released data; area:1024: for each
+            aspect ratio the largest size within 1024 x 1024 pixels, with sides in multiples of 64; or a list such as
+            1024x1024,832x1248 (height x width).
+        group: pair: store every pair separately, as the paper trains; prompt: store all images of a prompt and size
+            together with all their pairs, and encode each image once.
+        label: target probability that the chosen image is preferred. hard: 1; votes: its share of the votes.
+        on_bad: refuse: stop at an unreadable image, an invalid record, or NaN or infinite latents or embeddings; skip:
+            leave out their pairs and count them by reason.
+        filter: conditions that a pair must meet to be kept.
+        max_pairs: read only this many pairs, from the start of `source`.
+        shard_size: images per file of latents; a stopped preparation resumes with the first missing file.
         prompts_per_shard: prompts per file of text embeddings.
-        batch_size: images encoded at once.
-        workers: processes per rank that decode and resize images; 0: the rank does it.
-        verify: compare the hash of each existing file, not only its size.
-        seed: for pairs drawn at random.
+        batch_size: images per forward of the VAE.
+        workers: processes per rank that decode and resize images; 0: the rank itself does it.
+        verify: when resuming, check the hash of each existing file, not only its size.
+        seed: seed of the draw for filter.max_pairs_per_prompt.
         device: auto uses a CUDA GPU if there is one.
-        dtype: of the text encoders; auto is the model's on a GPU and float32 on a CPU. The VAE runs in float32.
+        dtype: dtype of the text encoders; auto is the model's on a GPU and float32 on a CPU. The VAE uses float32.
     """
 
     source: str | None = None

@@ -1,14 +1,18 @@
 """Encoded preference pairs on disk: safetensors shards of scaled latents and text embeddings.
 
-    index.json             format, manifest, concept names, the shards with counts, sizes and hashes; written last
+A group is a set of images of one prompt, with the pairs of them that raters compared; a plain pair is a group of two
+images. The directory holds:
+
+    index.json             format, manifest, concept names, and count, size and hash of each shard; written last
     prompts.json           the distinct prompts; row i of the text shards belongs to prompt i
-    groups.safetensors     per group: prompt, shard, first image in it, images, first pair, pairs
-                           per pair: chosen, rejected (rows within the group), label, concept (-1: unknown)
+    groups.safetensors     for each group: prompt, shard, row of its first image in the shard, number of images, row of
+                           its first pair, number of pairs
+                           for each pair: chosen, rejected (rows within the group), label, concept (-1: unknown)
     text-00000.safetensors     prompt_embeds (n, L, D), pooled_prompt_embeds (n, P)
     latents-00000.safetensors  latents (n, C, H, W), one size per shard; images of a group are adjacent
 
-A plain pair is a group of two images. A batch holds groups of one image size, in a full shuffle: the images of a group
-are one contiguous read, about a megabyte at 1024 x 1024 in bfloat16, so random order costs little.
+Groups are fully shuffled within each image size. This is cheap, because a group is one contiguous read (about one
+megabyte for two images of 1024 x 1024 in bfloat16).
 """
 
 import json
@@ -32,10 +36,10 @@ from dinalrm_align.train.settings import check_integer
 
 
 class LatentPairs(PairSource):
-    """A PairSource over a directory written by `LatentPairsWriter` or `prepare`; its units are groups of images.
+    """`PairSource` that reads a directory written by `LatentPairsWriter` or `prepare`. Its units are groups of images.
 
-    on_bad: for shards that are missing, truncated or differ from the index: "refuse" raises; "skip" leaves their groups
-    out with a warning.
+    on_bad: what to do about a shard that is missing, truncated or different from the index. "refuse" raises; "skip"
+    warns and leaves out the shard's groups.
     """
 
     def __init__(
@@ -110,9 +114,9 @@ class LatentPairs(PairSource):
 
 
 class LatentPairsWriter:
-    """Writes a new directory for LatentPairs; a context manager. The data set is complete once the block has ended.
+    """Context manager that writes a new directory for `LatentPairs`. Leaving the `with` block completes the data set.
 
-    shard_size: images, and prompts, per shard.
+    shard_size: images per shard of latents, and prompts per shard of text embeddings.
     """
 
     def __init__(self, directory: str | Path, manifest: PairManifest, *, shard_size: int = 1024) -> None:
@@ -150,15 +154,18 @@ class LatentPairsWriter:
         label: Sequence[float] | None = None,
         concepts: Sequence[str] | None = None,
     ) -> None:
-        """Add a group of images. Embeddings of a prompt that was added before are not stored again.
+        """Add n images of one prompt and their pairs. The embeddings of each distinct prompt are stored once.
 
         Args:
-            latents: (n, C, H, W).
-            prompt_embeds, pooled_prompt_embeds: (L, D), (P,).
-            chosen, rejected: rows of `latents` of each pair; default: one pair (0, 1).
-            label: of each pair; default: 1.
+            latents: (n, C, H, W), scaled.
+            prompt_embeds: (L, D).
+            pooled_prompt_embeds: (P,).
+            chosen: row in `latents` of each pair's chosen image.
+            rejected: row in `latents` of each pair's rejected image. Default: the single pair (0, 1).
+            label: probability that a rater prefers the chosen image, for each pair; default: 1.
+            concepts: name of what the images of each pair differ in.
 
-        Raises as PairBatch; ValueError for embeddings of another size than those before.
+        Raises the errors of `PairBatch`, and ValueError for embeddings whose shape differs from earlier ones.
         """
         check_prompts([prompt])
         text = prompt_embeds, pooled_prompt_embeds
@@ -191,7 +198,7 @@ class LatentPairsWriter:
             self._flush_latents(tuple(latents.shape[1:]))
 
     def close(self) -> None:
-        """Write what is pending and the tables, which makes the directory complete."""
+        """Write the remaining shards, prompts.json, groups.safetensors and index.json."""
         if not self._groups:
             raise ValueError(f"no pairs were added to {self.directory}")
         if self._pending_text:

@@ -1,4 +1,4 @@
-"""Writing mined pairs, and training on them; `formats.mined` describes the files. Needs pyarrow, the extra `data`."""
+"""Write mined pairs, and read them for training. `formats.mined` describes the files. Needs pyarrow (extra `data`)."""
 
 import dataclasses
 import io
@@ -23,15 +23,21 @@ from dinalrm_align.train.files import begin_or_resume, reading, write_atomically
 
 _TEXT = (*TEXT, "prompt_embeds_mask")
 TENSORS = (*LATENTS, *_TEXT, *(f"negative_{name}" for name in _TEXT))
-"""The columns that hold tensors."""
+"""Parquet columns that hold tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MinedPair:
-    """A pair of candidates of the prompt `index`; tensors on any device, in any floating dtype.
+    """Two of the n images sampled for a prompt. Tensors may be on any device and of any floating dtype.
 
-    latents: (n, C, H, W) of the n candidates, scaled and clean. chosen, rejected: indices of two candidates.
-    prompt_embeds, pooled_prompt_embeds, negative: (L, D), (P,), and both of the empty prompt where kept.
+    index: number of the prompt.
+    latents: (n, C, H, W), clean scaled latents of all n images.
+    scores: reward of each of the n images.
+    chosen: index of the preferred image.
+    rejected: index of the other image.
+    prompt_embeds: (L, D).
+    pooled_prompt_embeds: (P,).
+    negative: both embeddings of the empty prompt; None if they are not stored.
     """
 
     prompt: str
@@ -46,9 +52,9 @@ class MinedPair:
 
 
 def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
-    """Write a parquet file atomically; the same pairs give the same bytes.
+    """Write pairs to a parquet file, atomically. The same pairs give the same bytes.
 
-    dtype: float32, float16 or bfloat16. Raises ValueError for values that are not finite in it; OSError.
+    dtype: float32, float16 or bfloat16. Raises ValueError for values that are NaN or infinite in this dtype.
     """
     parquet, rows = parquet_module(), [_row(pair, getattr(torch, dtype)) for pair in pairs]
     import pyarrow
@@ -60,15 +66,18 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
 
 
 def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining: Mapping[str, Any]) -> None:
-    """Begin or resume a set of mined pairs, as `begin_or_resume`. mining: its settings, JSON values."""
+    """Write manifest.json, or check that an existing one is the same (see `begin_or_resume`).
+
+    shards: number of parquet files. mining: JSON-serialisable settings of the mining run.
+    """
     settings = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
     begin_or_resume(folder, MANIFEST, settings)
 
 
 class MinedPairs(PairSource):
-    """A PairSource over a folder filled by `recipes/mine_pairs.py`, or one parquet file as verl-omni writes.
+    """`PairSource` that reads a folder written by `recipes/mine_pairs.py`, or one parquet file written by verl-omni.
 
-    manifest: how the latents and embeddings of a single file were made, which the file does not record. Raises
+    manifest: format and encoders of a single parquet file, which does not record them; ignored for a folder. Raises
     ValueError or FileNotFoundError for files that are unreadable, missing or without pairs.
     """
 

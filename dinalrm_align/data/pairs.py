@@ -1,7 +1,7 @@
-"""Preference pairs as a reward reads them: M images, and N pairs of them that raters compared.
+"""Batches of preference pairs for a reward: M images, and N pairs of them that raters compared.
 
-The same form holds plain pairs (M = 2 N, each image in one pair) and lists (n images of one prompt and all their
-n (n - 1) / 2 pairs). Latents are scaled, `(z - shift_factor) * scaling_factor`.
+A batch can hold plain pairs (M = 2 N, each image in one pair) and ranked lists (n images of one prompt with all their
+n (n - 1) / 2 pairs). Latents z of the VAE are scaled: `(z - shift_factor) * scaling_factor`.
 """
 
 import copy
@@ -24,17 +24,18 @@ EncodePrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class PairBatch:
-    """M images in G groups, and N pairs of them.
+    """M images in G groups, and N pairs of images of one group. Images of a group share prompt, noise and sigma.
 
     Args:
         latents: (M, C, H, W), scaled.
-        conditions: M prompts and their embeddings, one per image; "" for a prompt whose text is not known.
-        chosen, rejected: (N,) int64, rows of the preferred and the other image of each pair, in the same group.
+        conditions: prompt and embeddings of each of the M images; the prompt is "" if its text is unknown.
+        chosen: (N,) int64, index in `latents` of each pair's preferred image.
+        rejected: (N,) int64, index in `latents` of each pair's other image.
         label: (N,) float32 in [0, 1], probability that a rater prefers `chosen`.
-        group: (M,) int64 in [0, G); images of a group share prompt, noise and sigma.
-        concepts: what each of the N pairs differs in, for evaluation; None where unknown.
+        group: (M,) int64 in [0, G), group of each image.
+        concepts: N names of what the images of a pair differ in, for evaluation; None if unknown.
 
-    Raises TypeError for tensors of a wrong dtype; ValueError for shapes, rows or values that do not fit together.
+    Raises TypeError for a wrong dtype, and ValueError for inconsistent shapes or for indices or values out of range.
     """
 
     latents: Tensor
@@ -56,7 +57,7 @@ class PairBatch:
         label: Sequence[float] | None = None,
         concepts: tuple[str, ...] | None = None,
     ) -> Self:
-        """N pairs of two images each: chosen, rejected (N, C, H, W), and the N prompts. label: default 1."""
+        """Build a batch of N plain pairs. chosen, rejected: (N, C, H, W). conditions: N prompts. label: default 1."""
         pairs, device = len(chosen), chosen.device
         rows = torch.arange(pairs, device=device)
         return cls(
@@ -113,24 +114,24 @@ class PairBatch:
 
     @property
     def group_prompts(self) -> tuple[str, ...] | None:
-        """The G prompts as text; None where none is known."""
+        """Prompt of each of the G groups; None if no prompt is known."""
         by_group = dict(zip(self.group.tolist(), self.conditions.prompts, strict=True))
         return tuple(by_group[group] for group in range(self.num_groups)) if any(by_group.values()) else None
 
     def draw_noise(self, generator: torch.Generator) -> Tensor:
-        """Standard normal noise (M, C, H, W), float32, one draw per group, on the latents' device."""
+        """Draw standard normal noise (M, C, H, W), float32, once per group. Return it on the latents' device."""
         shape = (self.num_groups, *self.latents.shape[1:])
         noise = torch.randn(shape, generator=generator, device=generator.device)
         return noise.to(self.latents.device)[self.group]
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on `device`, without repeating the checks."""
+        """Return the batch on `device`. Its values are not checked again."""
         # Copies to the CPU must block: values could be read before they arrive.
         non_blocking = torch.device(device).type == "cuda" and self.latents.device.type == "cpu"
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
+        """Return the batch in page-locked memory, for asynchronous copies to a GPU."""
         return self._each(lambda part: part.pin_memory())
 
     def _each(self, change: Callable[[Any], Any]) -> Self:
@@ -142,7 +143,12 @@ class PairBatch:
 
 @dataclasses.dataclass(frozen=True)
 class WeightSample:
-    """A few values of a model's weight files. source: folder or hub id. tensors: their number. values: of some."""
+    """A few values of a network's weights, to recognise the network.
+
+    source: folder or hub id of the pipeline.
+    tensors: number of weight tensors with two or more dimensions.
+    values: first value of some of these tensors.
+    """
 
     source: str
     tensors: int
@@ -152,13 +158,13 @@ class WeightSample:
         check_fields(self, "encoded_with")
 
     def same_weights(self, other: "WeightSample") -> bool:
-        """Whether both are of the same model in any precision: values are compared up to bfloat16 rounding."""
+        """Return whether both samples come from the same weights. Values may differ by rounding to bfloat16."""
         close = (math.isclose(a, b, rel_tol=2.0**-7, abs_tol=1e-6) for a, b in zip(self.values, other.values))
         return (self.tensors, len(self.values)) == (other.tensors, len(other.values)) and all(close)
 
 
 class EncodingFormat(Protocol):
-    """A PairManifest, or a reward's config."""
+    """Encoding settings that `PairManifest` and a reward's config share."""
 
     vae_scaling_factor: float
     vae_shift_factor: float
@@ -167,11 +173,13 @@ class EncodingFormat(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PairManifest:
-    """How the latents and text embeddings of a data set were made.
+    """Encoding settings and encoders of the latents and text embeddings of a data set.
 
     Args:
+        vae_scaling_factor: factor of the scaled latents.
+        vae_shift_factor: value subtracted before scaling.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
-        encoded_with: samples of the weights of the VAE and text encoders by folder of the pipeline; may be empty.
+        encoded_with: folder of the pipeline, such as "vae" -> sample of the weights in it; may be empty.
     """
 
     vae_scaling_factor: float
@@ -184,7 +192,7 @@ class PairManifest:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict`. Raises TypeError or ValueError for invalid values."""
+        """Build a manifest from the output of `dataclasses.asdict`. Raises TypeError or ValueError if it is invalid."""
         samples = values.get("encoded_with", {})
         if not isinstance(samples, dict) or not all(isinstance(sample, dict) for sample in samples.values()):
             raise ValueError(f"manifest.encoded_with: got {samples!r:.60}; expected a sample of weights by name")
@@ -192,9 +200,11 @@ class PairManifest:
         return cls(**{**values, "encoded_with": samples})
 
     def check_encoders(self, sample_of: Callable[[str], WeightSample | None]) -> list[str]:
-        """Raise ValueError if another VAE or text encoder made the pairs; return the names that cannot be compared.
+        """Raise ValueError if the pairs were encoded with another VAE or text encoder than the model's.
 
-        sample_of: folder of the model's pipeline -> sample of its weights; None where they are not available.
+        sample_of: maps a folder of the model's pipeline to a sample of its weights, or to None if they are unavailable.
+
+        Returns the folders whose weights are unavailable, so that they could not be compared.
         """
         unknown = []
         for name, written in self.encoded_with.items():

@@ -1,7 +1,8 @@
-"""Which pairs are encoded, at which size, in which file: a pure function of the data and the settings. Torch-free.
+"""Plan of the encoding: the pairs to encode, their image sizes and their files. Depends on data and settings only.
 
-Among the buckets (sizes) whose log aspect ratio is within a tolerance, an image gets the one with the nearest log area,
-and is resized to it without cropping. The published training data of DiNa-LRM used PUBLISHED and a tolerance of 0.03.
+A bucket is an image size. Each image is resized, without cropping, to the bucket with the nearest log area among the
+buckets whose log aspect ratio differs from the image's by at most a tolerance. The published training data of DiNa-LRM
+used the buckets PUBLISHED and a tolerance of 0.03. Torch-free.
 """
 
 import collections
@@ -23,15 +24,15 @@ PUBLISHED: tuple[Size, ...] = (
     (1472, 832), (832, 1472), (1152, 832), (832, 1152),
 )  # fmt: skip
 MULTIPLE = 16
-"""Divides every side: the VAE's factor of 8 times the transformer's patches of 2."""
+"""Every side of a bucket is a multiple of this: the VAE's downsampling (8) times the transformer's patch size (2)."""
 STEP, MAX_ASPECT = 64, 2.0
-"""For `by_area`: sides are multiples of STEP, and none is longer than MAX_ASPECT times the other."""
+"""Limits of `by_area`: sides are multiples of STEP, and the longer is at most MAX_ASPECT times the shorter."""
 SAME_ASPECT = 0.05
-"""Relative difference of aspect ratios below which images of two buckets share one."""
+"""Two images with different buckets can form a pair if their aspect ratios differ by less than this fraction."""
 
 
 def parse_buckets(text: str) -> tuple[Size, ...]:
-    """Parse `published`, `area:SIDE` (see `by_area`) or sizes, `HEIGHTxWIDTH,HEIGHTxWIDTH`. Raises ValueError."""
+    """Parse the option `buckets`: `published`, `area:SIDE` (see `by_area`), or sizes `HEIGHTxWIDTH,HEIGHTxWIDTH`."""
     if text == "published":
         return PUBLISHED
     if match := re.fullmatch(r"area:(\d{1,5})", text):
@@ -51,7 +52,7 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """The square of `side` and, for each shorter height or width, the longest other side within the square's area."""
+    """Return the size (side, side) and, for each shorter side, the size with the longest other side of no more area."""
     if side < STEP or side % STEP:
         raise ValueError(f"buckets: got area:{side}; expected a positive multiple of {STEP}")
     sizes = {(side, side)}
@@ -68,8 +69,9 @@ def nearest_bucket(size: Size, buckets: Sequence[Size], tolerance: float) -> Siz
 
 
 def bucket_of_pair(one: Size, other: Size, buckets: Sequence[Size], tolerance: float) -> Size | None:
-    """The common bucket of two images. If their buckets differ but their aspect ratios do not (up to SAME_ASPECT), it
-    is that of the image with the smaller area; else None.
+    """Return the bucket that both images of a pair are resized to; None if there is none.
+
+    If the images have different buckets but almost equal aspect ratios (SAME_ASPECT), use the smaller image's bucket.
     """
     found = [nearest_bucket(size, buckets, tolerance) for size in (one, other)]
     differ = abs(math.exp(_log_aspect(one) - _log_aspect(other)) - 1) >= SAME_ASPECT
@@ -87,7 +89,7 @@ def _log_area(size: Size) -> float:
 
 
 class Dropped:
-    """Pairs that were left out: counts by reason, and messages about the first five of each."""
+    """Counts of the pairs that were left out, by reason, with up to five messages for each reason."""
 
     def __init__(self, on_bad: str) -> None:
         self.on_bad = on_bad
@@ -95,7 +97,7 @@ class Dropped:
         self.named: dict[str, list[str]] = {}
 
     def drop(self, reason: str, message: str | None = None, pairs: int = 1) -> None:
-        """Count pairs that a filter leaves out."""
+        """Count `pairs` that a filter leaves out."""
         self.counts[reason] += pairs
         named = self.named.setdefault(reason, [])
         if message is not None and len(named) < 5:
@@ -107,7 +109,7 @@ class Dropped:
         return "\n".join(lines) or "no pair was left out"
 
     def bad(self, reason: str, message: str, pairs: int = 1) -> None:
-        """Count pairs that cannot be used; with on_bad "refuse", raise ValueError instead."""
+        """Count `pairs` that cannot be used, or raise ValueError if on_bad is "refuse"."""
         if self.on_bad == "refuse":
             raise ValueError(f"{message}. To leave out such pairs and have them counted: --on_bad skip")
         self.drop(reason, message, pairs)
@@ -115,9 +117,10 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Images (numbers in the data set) of one prompt and size that are stored side by side.
+    """Images of one prompt and size that are stored side by side, and their pairs.
 
-    pairs: (chosen, rejected, label), the first two as rows of `images`.
+    images: indices in the data set's list of images. pairs: (chosen, rejected, label); chosen and rejected are
+    positions in `images`.
     """
 
     prompt: str
@@ -127,14 +130,14 @@ class Group:
 
     @classmethod
     def of(cls, prompt: str, size: Size, pairs: Sequence[tuple[int, int, float]]) -> "Group":
-        """Build a group from pairs that name images by number."""
+        """Build a group from pairs whose chosen and rejected are indices in the data set's list of images."""
         images = tuple(dict.fromkeys(image for pair in pairs for image in pair[:2]))
         rows = {image: row for row, image in enumerate(images)}
         labelled = ((rows[chosen], rows[rejected], label) for chosen, rejected, label in pairs)
         return cls(prompt, size, images, tuple(labelled))
 
     def without(self, bad: Mapping[int, object]) -> "Group | None":
-        """The group without these images, and without images left in no pair; None if no pair is left."""
+        """Return the group without pairs of `bad` images and without images in no pair; None if no pair is left."""
         gone = {row for row, image in enumerate(self.images) if image in bad}
         pairs = [pair for pair in self.pairs if gone.isdisjoint(pair[:2])]
         kept = sorted({row for pair in pairs for row in pair[:2]})
@@ -144,7 +147,7 @@ class Group:
 
 
 def filter_pairs(pairs: Iterable[Preference], config: FilterConfig, dropped: Dropped) -> list[Preference]:
-    """The pairs that pass the filters of votes, confidence and scores."""
+    """Return the pairs that pass the filters for ties, votes, confidence and scores. The others are counted."""
     pairs = list(pairs)
     reasons = [_objection(pair, config) for pair in pairs]
     for reason in filter(None, reasons):
@@ -174,9 +177,9 @@ def _objection(pair: Preference, config: FilterConfig) -> str | None:
 def plan_groups(
     pairs: Sequence[Preference], sizes: Mapping[ImageRef, tuple[int, Size | str]], run: PrepareRun, dropped: Dropped
 ) -> list[Group]:
-    """The groups to encode: images get the size of their bucket, latents (pairs with a shape) keep theirs.
+    """Return the groups to encode. Images are assigned the size of their bucket; stored latents keep their size.
 
-    sizes: image -> (its number, its (height, width) or a message why it cannot be read).
+    sizes: image -> (index, size). The size is (height, width), or a message if the image cannot be read.
     """
     buckets, kept = parse_buckets(run.buckets), []
     for pair in pairs:
@@ -216,7 +219,7 @@ def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Drop
 
 
 def plan_shards(groups: Iterable[Group], shard_size: int) -> list[list[Group]]:
-    """The groups of each file: of one size, in order, at most `shard_size` images (or one larger group)."""
+    """Return the groups of each file. A file has one size and at most `shard_size` images, or one larger group."""
     by_size: dict[Size, list[Group]] = {}
     for group in groups:
         by_size.setdefault(group.size, []).append(group)

@@ -1,16 +1,16 @@
-"""Encode preference pairs of images into a directory for `LatentPairs`: resumable at any point, by any number of ranks.
+"""Encode preference pairs of images into a directory for `LatentPairs`. Resumes at any point, on any number of ranks.
 
-Besides the files listed in `data.latent_pairs`, the directory holds
+In addition to the files listed in `data.latent_pairs`, the directory holds
 
-    prepared.json            the source and the settings, which a resumed run must share
-    parts/sizes-00000.json   (height, width) of the images of the source, or why one cannot be read
-    parts/text-00000.json    of each finished file: its hash and size in bytes, and what could not be encoded
-    parts/latents-00000.json
-    summary.json             counts, and what was left out
+    prepared.json             digest of the source, and the settings; a resumed run must have the same
+    parts/sizes-00000.json    (height, width) of each image of the source, or a message if it cannot be read
+    parts/text-00000.json     record of the shard text-00000.safetensors: hash, size in bytes, prompts not encoded
+    parts/latents-00000.json  record of the shard latents-00000.safetensors: hash, size in bytes, images not encoded
+    summary.json              counts of what was read, stored and left out
 
-A file is written atomically, then its part: a file of the size that its part records is done. A file depends only on
-the source, the settings and its number, so any rank may write it, and a damaged one is written again. The tables and,
-last, index.json are written when all files are there.
+Each shard is written atomically, and its record after it. A shard whose size is as recorded is not written again. The
+content of a shard depends only on the source, the settings and its number, so any rank can write it. index.json is
+written last, when all shards exist.
 """
 
 import dataclasses
@@ -43,14 +43,15 @@ SETTINGS = (
     "text_length", "buckets", "group", "label", "filter", "max_pairs", "shard_size", "prompts_per_shard", "seed",
 )  # fmt: skip
 SIZES = 4096
-"""Images per file of sizes."""
+"""Images per file parts/sizes-*.json."""
 
 
 class Preparation:
-    """The work of one rank; writes to `folder`. manifest: of the encoders. in_order: from `workers.worker_processes`.
+    """Preparation of encoded pairs in `folder`, as one rank runs it.
 
-    All ranks call the stages in order, with a barrier between them: `measure`, `plan`, `encode_text`, `encode_latents`;
-    one of them calls `finish`. Raises as `begin_or_resume` and `read_preferences`.
+    All ranks call `measure`, `plan`, `encode_text` and `encode_latents`, with a barrier after each; then one rank calls
+    `finish`. manifest: settings of the encoders. in_order: result of `workers.worker_processes`. Raises the errors of
+    `begin_or_resume` and `read_preferences`.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Preparation:
         }
 
     def measure(self) -> None:
-        """Record the size of every image, from the header of its file. The released layout states its sizes."""
+        """Record the size of every image, read from its file header. Nothing to do for the released layout."""
         if self.layout == "released":
             return
         starts = range(self.rank * SIZES, len(self.refs), self.world * SIZES)
@@ -103,7 +104,7 @@ class Preparation:
             write_atomically(self._part_file("sizes", start // SIZES), json.dumps(sizes))
 
     def plan(self) -> None:
-        """Decide what goes into which file; the same on every rank."""
+        """Assign groups and prompts to shards. Every rank computes the same plan."""
         if self.layout == "released":  # chosen and rejected of each pair in turn, none of them twice
             sizes = [tuple(8 * side for side in pair.shape[1:]) for pair in self.pairs for _ in range(2)]
         else:
@@ -119,7 +120,7 @@ class Preparation:
         self.prompts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
     def encode_text(self, encode: EncodePrompts) -> None:
-        """Encode every distinct prompt once."""
+        """Write this rank's share of the text shards. Each distinct prompt is encoded once."""
         mine = self._missing("text", len(self.prompts))
         for number in tqdm(mine, "text", unit=f" {self.run.prompts_per_shard} prompts", disable=self.rank > 0):
             prompts = self.prompts[number]
@@ -131,7 +132,7 @@ class Preparation:
             self._write("text", number, tensors, bad, count=int(finite.sum()))
 
     def encode_latents(self, encode: EncodeImages) -> None:
-        """Encode every image of every file."""
+        """Write this rank's share of the latent shards."""
         mine = self._missing("latents", len(self.shards))
         wanted = {n: list(dict.fromkeys(image for group in self.shards[n] for image in group.images)) for n in mine}
         images = ((self.refs[image], self.shards[number][0].size) for number in mine for image in wanted[number])
@@ -155,7 +156,7 @@ class Preparation:
     def _encode_batch(
         self, pixels: dict[int, np.ndarray | str], encode: EncodeImages, bad: dict[int, str]
     ) -> dict[int, Tensor]:
-        """Latents by image number; messages about images that cannot be encoded are added to `bad`."""
+        """Return image index -> latents. Add a message to `bad` for each image that is unreadable or not finite."""
         bad |= {image: found for image, found in pixels.items() if isinstance(found, str)}
         pixels = {image: found for image, found in pixels.items() if not isinstance(found, str)}
         if not pixels:
@@ -169,7 +170,7 @@ class Preparation:
         return latents
 
     def finish(self) -> None:
-        """Write the tables and the index, once all files are there. Called by one rank."""
+        """Write summary.json, prompts.json, groups.safetensors and index.json, once all shards exist."""
         prompt_rows, text = self._text_rows()
         groups, pairs, latents = [], [], []
         for number, planned in enumerate(self.shards):
@@ -210,7 +211,7 @@ class Preparation:
             path.unlink()
 
     def _text_rows(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
-        """Prompt -> row of the text files, and the entries of these files in the index."""
+        """Return a dict prompt -> row in the text shards, and the descriptions of these shards for index.json."""
         kept, parts = [], [self._part("text", number) for number in range(len(self.prompts))]
         for prompts, part in zip(self.prompts, parts, strict=True):
             kept += [prompt for row, prompt in enumerate(prompts) if str(row) not in part["bad"]]
@@ -231,13 +232,13 @@ class Preparation:
         return json.loads(self._part_file("sizes", start // SIZES).read_text(encoding="utf-8"))
 
     def _is_measured(self, start: int) -> bool:
-        """Whether sizes are known; with on_bad "refuse", images that could not be read are tried again."""
+        """Return whether a file of sizes is complete. With on_bad "refuse", unreadable images are tried again."""
         if not self._part_file("sizes", start // SIZES).is_file():
             return False
         return self.run.on_bad == "skip" or not any(isinstance(size, str) for size in self._sizes(start))
 
     def _missing(self, kind: str, count: int) -> list[int]:
-        """The files that this rank has to write. Its share does not depend on which exist, as others may be writing."""
+        """Return the numbers of the shards that this rank still has to write, every world-th of all shards."""
         return [number for number in range(self.rank, count, self.world) if not self._is_done(kind, number)]
 
     def _is_done(self, kind: str, number: int) -> bool:
@@ -258,7 +259,7 @@ class Preparation:
         return text_digest(json.dumps([(group.prompt, group.size, images, group.pairs) for group, images in named]))
 
     def _write(self, kind: str, number: int, tensors: dict[str, Tensor], bad: dict[int, str], **facts: int) -> None:
-        """Write a file and its part; with on_bad "refuse", raise ValueError instead if anything is bad."""
+        """Write a shard and its record. Raises ValueError if `bad` is not empty and on_bad is "refuse"."""
         if bad and self.run.on_bad == "refuse":
             self.dropped.bad("", next(iter(bad.values())))
         name = f"{kind}-{number:05d}.safetensors"

@@ -1,4 +1,4 @@
-"""Prompt files, captioned images, and the prompts of each micro-step."""
+"""Read prompt files and captioned images, and draw the prompts of each micro-step."""
 
 from pathlib import Path
 
@@ -14,9 +14,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a UTF-8 text file with one prompt per line; blank lines are skipped.
+    """Read a UTF-8 text file with one prompt per line. Blank lines are skipped.
 
-    Raises FileNotFoundError; ValueError for other text, no prompts, or a line longer than MAX_CHARACTERS.
+    Raises FileNotFoundError if it is missing, and ValueError if it is not UTF-8, is empty, or has a line of more than
+    MAX_CHARACTERS.
     """
     text = read_text(path, "prompt file", "a text file with one prompt per line")
     for number, line in enumerate(text.split("\n"), start=1):
@@ -31,9 +32,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_captioned_images(folder: Path) -> tuple[list[Image.Image], list[str]]:
-    """Read the images NAME.png (.jpg, .jpeg, .webp) of a folder as RGB and their captions in NAME.txt, in name order.
+    """Read all images NAME.png (.jpg, .jpeg, .webp) of a folder and their captions NAME.txt, sorted by name.
 
-    Raises ValueError for no images, an unreadable image or an empty caption; FileNotFoundError.
+    Returns RGB images and captions. Raises ValueError for an empty folder, an unreadable image or an empty caption,
+    and FileNotFoundError for a missing folder or caption.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; expected one with images NAME.png and captions NAME.txt")
@@ -47,9 +49,9 @@ def read_captioned_images(folder: Path) -> tuple[list[Image.Image], list[str]]:
 def prompt_indices(
     count: int, batch_size: int, micro_step: int, *, seed: int, rank: int = 0, num_processes: int = 1
 ) -> list[int]:
-    """The `batch_size` indices, below `count`, of the prompts of process `rank` at a micro-step.
+    """Return the indices, out of `count`, of the `batch_size` prompts that process `rank` uses at a micro-step.
 
-    A pure function of its arguments. All ranks together go through the prompts in epochs, each in a new random order.
+    The ranks together use every prompt once per epoch. Each epoch has a new random order, which depends on the seed.
     """
     first = (micro_step * num_processes + rank) * batch_size
     epochs = range(first // count, (first + batch_size - 1) // count + 1)

@@ -1,8 +1,8 @@
-"""Training on the released layout as it is (`formats.released`): latents are read in place, prompts encoded each step.
+"""Train on parquet files in DiNa-LRM's released layout (`formats.released`) without converting them.
 
-A row group is decompressed as a whole, so the order is random in blocks: row groups in random order, a few of them
-mixed, each decoded once per process. `recipes/prepare_pairs.py` converts such a folder into shards that are read row by
-row and include text embeddings.
+Latents are read from the files, and prompts are encoded at every step. Parquet decompresses whole row groups, so row
+groups are visited in random order, and rows are shuffled within a few row groups at a time. For a full shuffle and
+stored text embeddings, convert the folder with `recipes/prepare_pairs.py`.
 """
 
 import functools
@@ -26,10 +26,10 @@ from dinalrm_align.train.files import reading
 
 
 class ReleasedPairs(PairSource):
-    """A PairSource over a folder of part_rank*.parquet.
+    """`PairSource` that reads a folder of part_rank*.parquet: all rows, or those in bucket_index.csv if it exists.
 
-    If the folder has a bucket_index.csv, only the rows listed there are used. manifest describes the embeddings and the
-    latents. on_bad: "refuse" raises for a part or row that cannot be read; "skip" leaves it out with a warning.
+    manifest: encoding settings of the latents and of `encode_prompts`.
+    on_bad: what to do about a file or row that cannot be read. "refuse" raises; "skip" warns and leaves it out.
     """
 
     reads_files_only = False

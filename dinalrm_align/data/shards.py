@@ -1,7 +1,7 @@
-"""Reading, checking and writing the files of a directory of latent pairs (`data.latent_pairs`).
+"""Read, check and write the files of a directory of latent pairs (`data.latent_pairs`).
 
-All rows, counts and shapes that one file states about another are compared when the directory is opened, so that an
-incomplete or mixed-up data set fails before training starts.
+Row counts and shapes are compared across files when the directory is opened, so that an incomplete or inconsistent data
+set fails before training starts.
 """
 
 import dataclasses
@@ -27,12 +27,16 @@ GROUP_COLUMNS = ("prompt", "shard", "first", "pictures", "first_pair", "pairs")
 PAIR_COLUMNS = ("chosen", "rejected", "label", "concept")
 LATENTS = {"latents": 4}
 TEXT = {"prompt_embeds": 3, "pooled_prompt_embeds": 2}
-"""Tensors of a shard, and their numbers of dimensions."""
+"""Tensors in a text shard -> number of dimensions; LATENTS for a latent shard."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """An entry of the index. count: rows. height, width: of latents. sha256: of the file, "" where not recorded."""
+    """Description of a shard in index.json.
+
+    file: name in the directory. count: rows. height, width: size of the latents (0 for text). sha256: hash of the
+    file, or "".
+    """
 
     file: str
     count: PositiveInt
@@ -62,7 +66,7 @@ class Index:
 
 
 def read_index(directory: Path) -> Index:
-    """Read index.json. Raises FileNotFoundError when it is missing, ValueError when it is invalid."""
+    """Read index.json. Raises FileNotFoundError if it is missing and ValueError if it is invalid."""
     path = directory / "index.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no index.json: no latent pairs, or their writing was interrupted")
@@ -79,7 +83,7 @@ def read_index(directory: Path) -> Index:
 
 
 def read_prompt_list(directory: Path, index: Index) -> list[str]:
-    """The distinct prompts, one per row of the text shards."""
+    """Read prompts.json. Return the distinct prompts, one per row of the text shards."""
     path = directory / "prompts.json"
     prompts = parse_json(read_text(path, "file"), str(path))
     rows = sum(shard.count for shard in index.text)
@@ -90,7 +94,7 @@ def read_prompt_list(directory: Path, index: Index) -> list[str]:
 
 
 class RowFile:
-    """Rows of the tensors in a safetensors file, for any number of threads and forks."""
+    """Reader of single rows of the tensors in a safetensors file. It may be used in threads and forked processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,9 +102,9 @@ class RowFile:
         self._inode, self._size = found.st_ino, found.st_size  # a file replaced under this name has another inode
 
     def read(self, name: str, first: int, count: int = 1) -> Tensor:
-        """Rows `first` to `first + count` of a tensor, a view of the mapped file; OSError if the file was truncated.
+        """Return rows `first` to `first + count` (exclusive) of the tensor `name`, as a view of the mapped file.
 
-        Reading a view beyond the end of a file would end the process.
+        Raises OSError if the file was truncated, because accessing a view beyond its end would kill the process.
         """
         size = self.path.stat().st_size
         if size < self._size:
@@ -114,7 +118,7 @@ def _opened(path: Path, inode: int) -> Any:
 
 
 def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFile:
-    """A shard whose tensors have the rows and size that the index gives. tensors: name -> number of dimensions."""
+    """Open a shard and check its tensors against the index. tensors: names -> numbers of dimensions."""
     path = directory / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")
@@ -133,7 +137,7 @@ def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFil
 
 
 def read_columns(directory: Path, index: Index) -> dict[str, Tensor]:
-    """Read groups.safetensors. Raises ValueError for an index or label that is out of range."""
+    """Read the columns of groups.safetensors. Raises ValueError for an index or label that is out of range."""
     path = directory / "groups.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected it beside index.json")
@@ -181,9 +185,10 @@ def write_tables(
     *,
     concepts: Sequence[str] = (),
 ) -> None:
-    """Write groups.safetensors and, last, index.json.
+    """Write groups.safetensors, then index.json.
 
-    groups: values of GROUP_COLUMNS. pairs: values of PAIR_COLUMNS. shards: fields of each `Shard`, latents and text.
+    groups: GROUP_COLUMNS of each group. pairs: PAIR_COLUMNS of each pair. shards: "latents" and "text" -> fields of
+    each `Shard`.
     """
     columns = {name: torch.tensor([group[name] for group in groups]) for name in GROUP_COLUMNS}
     columns |= {name: torch.tensor(column) for name, column in zip(PAIR_COLUMNS, zip(*pairs, strict=True), strict=True)}

@@ -1,4 +1,4 @@
-"""Opening preference pairs in any form; pairs of images, and the encoders of a pipeline."""
+"""Open preference pairs in any layout; encode pairs of images with a pipeline's VAE and text encoders."""
 
 import functools
 import warnings
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""Folders of a pipeline."""
+"""Subfolders of a pipeline that hold its encoders."""
 VALUES = 16
-"""Tensors of which a WeightSample takes one number each."""
+"""Number of tensors from which a `WeightSample` takes one value each."""
 
 
 class Encoders:
-    """The VAE (float32) and text encoders (`dtype`) of a pipeline, a folder or hub id, loaded when first used."""
+    """VAE (float32) and text encoders (`dtype`) of a pipeline, loaded on first use. source: folder or hub id."""
 
     def __init__(self, source: str | Path, *, text_length: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.source, self.device = source, device
@@ -45,18 +45,18 @@ class Encoders:
         return load_vae(self.source, device=self.device)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w)."""
+        """Encode images (B, 3, H, W) in [0, 1] into scaled latents (B, C, h, w)."""
         return encode_images(self.vae, images)
 
     def manifest(self, *, weights: bool = False) -> PairManifest:
-        """Describe the pairs that these encoders make. weights: also sample the weights, for pairs to be stored."""
+        """Return the manifest of pairs encoded with these encoders. weights: include samples of the weights."""
         vae, names = self.vae.config, ENCODERS if weights else ()
         samples = {name: found for name in names if (found := self.weights(name))}
         return PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, self.encode_prompts.text_length, samples)
 
     @functools.cache  # noqa: B019  one object per program
     def weights(self, name: str) -> WeightSample | None:
-        """`sample_weights` of a folder of ENCODERS."""
+        """Return `sample_weights` for a folder in ENCODERS, computed once."""
         return sample_weights(self.source, name)
 
 
@@ -69,18 +69,19 @@ def open_pairs(
     on_bad: Literal["refuse", "skip"] = "refuse",
     **order: Unpack[BatchOrder],
 ) -> PairSource:
-    """Open the pairs at `path` and check that they match the model that reads them.
+    """Open the pairs at `path` and check that they were encoded for the model that reads them.
 
     Args:
         path: a jsonl of images; a directory of latents; a folder of mined pairs or one parquet file of them; or a
             folder in the released layout.
-        expected: a reward's config, or a model's `Encoders.manifest()`.
-        encoders: encode what is not stored encoded; pairs that do not record their encoders are assumed to be theirs.
-        size: (height, width) in pixels, of images of a jsonl.
-        on_bad: for files of latents that cannot be read.
+        expected: encoding settings of the model: a reward's config or `Encoders.manifest()`.
+        encoders: encode images and prompts that are not stored encoded. Pairs without a record of their encoders are
+            assumed to be encoded with these.
+        size: (height, width) in pixels to which images of a jsonl are cropped and resized.
+        on_bad: "skip" leaves out latents that cannot be read, with a warning; "refuse" raises.
 
-    Raises ValueError for pairs encoded in another format, or with another VAE or text encoder than those of `encoders`;
-    warns where the weights are not on this machine.
+    Raises ValueError for pairs encoded with other settings or with another VAE or text encoder; warns if the model's
+    weights are not on this machine, so that they cannot be compared.
     """
     path = Path(path)
     layout = {".parquet": "mined", ".jsonl": "jsonl"}.get(path.suffix) or folder_layout(path)
@@ -105,10 +106,10 @@ def open_pairs(
 
 
 class ImagePairs(PairSource):
-    """A PairSource over a jsonl of image paths, relative to the file, which are encoded while training.
+    """`PairSource` that reads a jsonl of image paths, relative to the file, and encodes the images during training.
 
-    manifest describes the output of the encoders; size is (height, width) of every image, in pixels. Raises ValueError
-    for an invalid record, FileNotFoundError for a missing image.
+    manifest: encoding settings of `encode_images` and `encode_prompts`. size: (height, width) of the images, in pixels.
+    Raises ValueError for an invalid record and FileNotFoundError for a missing image.
     """
 
     reads_files_only = False
@@ -152,16 +153,17 @@ class ImagePairs(PairSource):
 
 
 def load_image(path: Path, height: int, width: int) -> Tensor:
-    """Read an image, upright, scaled to cover (height, width) and centre-cropped: (3, height, width) in [0, 1]."""
+    """Read an image, resize it to cover (height, width) and crop the centre. Return (3, height, width) in [0, 1]."""
     fitted = ImageOps.fit(open_image(path), (width, height), method=Image.Resampling.LANCZOS)
     return image_tensor(fitted)[0]
 
 
 def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
-    """Sample the safetensors in `folder` of a pipeline's folder or hub id; None when they are not on this machine.
+    """Return a sample of the weights in `folder` of a pipeline; None if they are not on this machine.
 
-    Takes the first number of evenly spaced tensors, in name order, of two dimensions or more. Files of a variant
-    (model.fp16.safetensors) are ignored. Raises ValueError for a file that is not in safetensors format.
+    source: folder or hub id of the pipeline. Of the tensors with two or more dimensions, sorted by name, VALUES evenly
+    spaced ones are taken, and the first value of each is stored. Variants (model.fp16.safetensors) are ignored. Raises
+    ValueError for a file that is not in safetensors format.
     """
     try:
         root = fetch(source, ["*"], subfolder=folder, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Calls of a function in worker processes: results in the order of the calls, a bounded number ahead. Torch-free."""
+"""Run a function in worker processes, with results in the order of the calls. Torch-free."""
 
 import multiprocessing
 import os
@@ -14,13 +14,13 @@ import numpy as np
 from dinalrm_align.data.formats.released import load_latent
 
 InOrder = Callable[[Callable[..., Any], Iterable[tuple]], Iterator[Any]]
-"""function, arguments of each call -> results. A ValueError or OSError becomes its message, a str; so does a call whose
-first argument is a str, the message why its source is not available."""
+"""(function, arguments of each call) -> results in the order of the calls. The result of a call that fails with
+ValueError or OSError is the message, a str. A call whose first argument is a str (an earlier failure) returns it."""
 
 
 @contextmanager
 def worker_processes(number: int) -> Iterator[InOrder]:
-    """`number` processes run the calls; 0: this process runs each when its result is taken."""
+    """Start `number` processes and yield an `InOrder` that runs calls in them. 0: run each call in this process."""
     if number == 0:
         yield lambda function, calls: (_call(function, *call) for call in calls)
         return
@@ -43,7 +43,7 @@ def worker_processes(number: int) -> Iterator[InOrder]:
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result, or the message of its ValueError or OSError."""
+    """Return the function's result, or the message of its ValueError or OSError."""
     try:
         return function(*arguments)
     except (ValueError, OSError) as error:
@@ -51,7 +51,7 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def sized_latent(source: bytes, size: tuple[int, int], name: str) -> np.ndarray:
-    """`load_latent`, checked against the (height, width) in pixels."""
+    """Load latents with `load_latent`. Raises ValueError unless they belong to an image of size (height, width)."""
     latents = load_latent(source, name)
     if (8 * latents.shape[1], 8 * latents.shape[2]) != tuple(size):
         raise ValueError(f"{name}: got latents {latents.shape}; expected those of {size[0]} x {size[1]} pixels")
@@ -63,6 +63,6 @@ def _call(function: Callable[..., Any], source: Any, *arguments: Any) -> Any:
 
 
 def _exit_with_parent() -> None:
-    """End this worker when its parent is killed."""
+    """Start a thread that ends this worker when its parent process ends."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Published layouts of preference data: one reader per layout, used for training, evaluation and leakage alike.
+"""Readers of preference data, one per layout. Training, evaluation and the overlap report use the same readers.
 
     hpdv3        JSON list of {prompt, path1 (preferred), path2, confidence, choice_dist [votes 1, votes 2], ...}
     hpdv2        JSON list of {prompt, file_path [2], human_preference [2]; 1 marks the preferred image}
@@ -12,8 +12,8 @@
     mined        parquet of latents by recipes/mine_pairs.py or verl-omni (`formats.mined`)
     latents      safetensors shards by recipes/prepare_pairs.py (`data.shards`)
 
-pickapic and genai_bench may also be exported to JSON, with paths in place of images. No image is opened. Torch-free,
-except latents.
+pickapic and genai_bench are also read from JSON with image paths in place of images. Readers open no images. All are
+torch-free, except that of latents.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ from dinalrm_align.data.formats.rows import read_records, table_rows
 
 
 def _latent_rows(folder: Path, bad: Bad) -> Iterator[Row]:
-    """The groups of the tables; fields holds the prompt, the pairs and the names of the concepts."""
+    """Yield a `Row` for each group of images. Its fields are the prompt, the pairs and the names of all concepts."""
     from dinalrm_align.data.shards import GROUP_COLUMNS, PAIR_COLUMNS, read_columns, read_index, read_prompt_list
 
     index = read_index(folder)
@@ -60,22 +60,23 @@ LAYOUTS: dict[str, tuple[Callable[..., Iterator[Row]], Callable[[Row], Iterator[
     "mined": (mined.rows, mined.convert),
     "latents": (_latent_rows, _latents),
 }
-"""Name -> rows(source, bad), which yields records, and convert(row), which yields preferences."""
+"""Layout -> (rows, convert): rows(source, bad) yields records; convert(row) yields the preferences of one record."""
 
 
 def read_preferences(
     source: Path | Sequence[Path], layout: str, bad: Bad = refuse, *, strict: bool = True
 ) -> Iterator[Preference]:
-    """Yield every pair of a data set, in its order.
+    """Yield every pair of a data set, in stored order.
 
     Args:
         source: a file, a folder, or (for JSON and parquet of images) several files.
         layout: a name in LAYOUTS.
-        bad: called with a reason and a message for each record or file that cannot be read, which is then skipped; by
-            default it raises.
-        strict: also reject blank prompts, and pairs of an image with itself. Test sets are read as published.
+        bad: called with a reason and a message for each record or file that cannot be read. The record or file is then
+            skipped, unless `bad` raises, as it does by default.
+        strict: also treat blank prompts and pairs of an image with itself as bad. False for test sets.
 
-    Raises FileNotFoundError or ValueError for a JSON file that cannot be read; ImportError without pyarrow.
+    Raises FileNotFoundError or ValueError for a JSON file that cannot be read, and ImportError for parquet without
+    pyarrow.
     """
     rows, convert = LAYOUTS[layout]
     for row in rows(source, bad):
@@ -89,13 +90,13 @@ def read_preferences(
 
 
 def folder_layout(folder: Path) -> str:
-    """The layout of a folder, by the names of its files: released, mined, latents, or else pickapic."""
+    """Return the layout of a folder, recognised by file names: released, mined or latents, otherwise pickapic."""
     names = {"released": "part_rank*.parquet", "mined": mined.MANIFEST, "latents": "index.json"}
     return next((layout for layout, name in names.items() if any(folder.glob(name))), "pickapic")
 
 
 def find_layout(source: Path) -> str:
-    """The layout of a folder or file, by its name and first record. Raises ValueError for an unknown one."""
+    """Return the layout of a folder or file, recognised by names and first record. Raises ValueError if unknown."""
     if source.is_dir():
         return folder_layout(source)
     if source.suffix in (".parquet", ".jsonl"):

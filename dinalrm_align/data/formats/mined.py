@@ -1,19 +1,20 @@
-"""Mined pairs as parquet: latents and embeddings, in the columns of verl-omni's offline DPO. Torch-free.
+"""Mined pairs in parquet files with the columns that verl-omni's offline DPO reads. Torch-free.
 
-    manifest.json                 format, how latents and embeddings were made, settings of the mining, number of shards
+    manifest.json                 format, encoding of latents and embeddings, settings of the mining, number of shards
     pairs/pairs-00000.parquet     one row per pair, one row per row group
 
-A tensor column holds what `torch.save` writes of one sample's tensor, without a batch axis, in the manifest's dtype:
+Each cell of a tensor column holds the bytes that `torch.save` writes for one tensor, without a batch axis:
 
-    img_win_latents, img_lose_latents (C, H, W)      clean and scaled, as the transformer sees them
-    prompt_embeds (L, D), pooled_prompt_embeds (P,)  and prompt_embeds_mask (L,), int32, all ones: SD3 masks nothing
+    img_win_latents, img_lose_latents (C, H, W)      clean and scaled, as the transformer's input
+    prompt_embeds (L, D), pooled_prompt_embeds (P,)
+    prompt_embeds_mask (L,) int32                    all ones, since SD3 does not mask tokens
     negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask
-                                                     the same for the empty prompt; null where it was not kept
+                                                     the same for the empty prompt; null if it was not stored
 
-The other columns: prompt and negative_prompt (chat messages of one user), win_score and lose_score (float64), uid,
-data_source, reward_model, extra_info (raw_prompt, raw_negative_prompt, index of the prompt, num_candidates,
-win_candidate, lose_candidate, candidate_scores), and img_win, img_lose: paths that verl-omni's reader
-(verl_omni/utils/dataset/offline_dpo_dataset.py) requires and never opens, left empty. Train there with
+Other columns: prompt and negative_prompt (chat messages of one user), win_score and lose_score (float64), uid,
+data_source, reward_model, and extra_info (raw_prompt, raw_negative_prompt, index of the prompt, num_candidates,
+win_candidate, lose_candidate, candidate_scores). The image paths img_win and img_lose are empty: verl-omni's reader
+(verl_omni/utils/dataset/offline_dpo_dataset.py) requires these columns but opens no images. To train there, set
 `data.train_files=FOLDER/pairs`.
 """
 
@@ -45,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The parquet files of a folder, or the one file itself; FileNotFoundError when one is missing."""
+    """Return the parquet files of a folder, or [path] for a single file. Raises FileNotFoundError if one is missing."""
     if path.suffix == ".parquet":
         if not path.is_file():
             raise FileNotFoundError(f"no parquet file {path}")

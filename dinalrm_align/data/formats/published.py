@@ -1,6 +1,7 @@
-"""Records of images (`formats` lists the layouts) as preferences, in the published order: `label` may be 0. Torch-free.
+"""Convert records of pairs of images to `Preference`s (`formats` lists the layouts). Torch-free.
 
-A converter may raise KeyError, TypeError or ValueError for an invalid record.
+The two images keep their published order, so `label` is 0 where raters prefer the second one. A converter raises
+KeyError, TypeError or ValueError for an invalid record.
 """
 
 import itertools
@@ -11,7 +12,7 @@ from dinalrm_align.data.formats.record import Preference, Row, number, optional_
 from dinalrm_align.data.formats.rows import table_rows
 
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
-"""GenAI-Bench's verdicts; both bad counts as a tie."""
+"""GenAI-Bench's vote_type -> label; "both bad" counts as a tie."""
 RANKS = ("ranking", "rank")
 
 pickapic_rows = partial(

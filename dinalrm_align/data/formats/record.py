@@ -1,18 +1,19 @@
-"""A preference pair, as every layout is read into, and its check. Torch-free."""
+"""`Preference`, the pair that every reader yields, and its validation. Torch-free."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 MAX_CHARACTERS = 10_000
-"""Longest prompt, as in `models.text`."""
+"""Largest length of a prompt, as in `models.text`."""
 
 Bad = Callable[[str, str], None]
-"""Called with what is wrong with a record: a reason to count it by, and a message that names it. May raise."""
+"""Function called for each invalid record with (reason, message): the reason is a category for counts, and the message
+names the record. It may raise."""
 
 
 class Cell(NamedTuple):
-    """An image or latent inside a file; row counts within its row group (parquet), or within the file (shards)."""
+    """Location of an image or latent inside a file. row: index within its row group (parquet) or file (safetensors)."""
 
     file: str
     row_group: int
@@ -24,12 +25,16 @@ class Cell(NamedTuple):
 
 
 ImageRef = str | Cell
-"""A path relative to the folder of images, or a cell."""
+"""A path relative to the folder of images, or a location inside a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A raw record. where: its name in messages; number: counted over all files; cell: its place in a parquet file."""
+    """Raw record of a data set.
+
+    where: name of the record in error messages. number: index over all files. cell: location in a parquet or
+    safetensors file; None for other files.
+    """
 
     where: str
     number: int
@@ -42,15 +47,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A pair of images or latents, and what raters said of it.
+    """Pair of images or latents with the raters' preference.
 
     Args:
         label: probability that a rater prefers `chosen`; 0.5 is a tie.
-        votes: for chosen and rejected.
-        scores: name -> score of chosen and rejected.
-        concept: what the images differ in.
-        shape: (C, h, w) of latents.
-        group: number of the record; pairs of one ranked list share it.
+        votes: numbers of votes for (chosen, rejected).
+        scores: name of a score -> scores of (chosen, rejected).
+        concept: name of what the images differ in.
+        shape: (C, h, w) of stored latents; None for images.
+        group: index of the record; pairs of one ranked list have the same.
     """
 
     prompt: str
@@ -69,7 +74,7 @@ class Preference:
         return self.label == 0.5
 
     def preferred_first(self) -> "Preference":
-        """The same pair with chosen and rejected exchanged where the label is 0."""
+        """Return the pair with chosen and rejected swapped if the label is 0, otherwise unchanged."""
         if self.label != 0:
             return self
         scores, votes = {name: pair[::-1] for name, pair in self.scores.items()}, self.votes and self.votes[::-1]
@@ -77,7 +82,7 @@ class Preference:
 
 
 def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
-    """The pair, if it is valid; ValueError otherwise. strict: see `read_preferences`."""
+    """Return the pair, or raise ValueError if it is invalid. strict: see `read_preferences`."""
     if not isinstance(pair.prompt, str):
         raise ValueError(f"prompt: got {type(pair.prompt).__name__} {pair.prompt!r:.60}; expected text")
     if len(pair.prompt) > MAX_CHARACTERS or (strict and not pair.prompt.strip()):
@@ -101,7 +106,7 @@ def refuse(reason: str, message: str) -> NoReturn:
 
 
 def number(value: Any, name: str) -> float:
-    """The value as a float; ValueError unless it is a number."""
+    """Convert a number to float. Raises ValueError for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: got {value!r:.80}; expected a number")
     return float(value)
@@ -112,7 +117,7 @@ def optional_number(value: Any, name: str) -> float | None:
 
 
 def two_numbers(values: Any, name: str) -> tuple[float, float] | None:
-    """A list of two numbers; None stays None."""
+    """Convert a list of two numbers to floats; None stays None. Raises ValueError for any other value."""
     if values is None:
         return None
     if not isinstance(values, list | tuple) or len(values) != 2:

@@ -1,11 +1,12 @@
-"""Latent pairs as DiNa-LRM's released code reads them: parquet parts of .npy bytes, and an index of rows. Torch-free.
+"""Read pairs of latents in the layout of DiNa-LRM's released code. Torch-free.
 
-    part_rank00.parquet   prompt, latent1 (chosen) and latent2 (bytes of .npy files, float [C, h, w], scaled latents),
-                          latent1_shape, latent2_shape, and detailed_results: a Python dict as text, with votes_chosen,
-                          votes_rejected, confidence; row groups of about 100 rows
-    bucket_index.csv      the rows to train on: parquet_path (only its file name is used), row_group, row_index, ...
+    part_rank00.parquet   columns prompt, latent1 (chosen), latent2 (rejected), latent1_shape, latent2_shape and
+                          detailed_results, in row groups of about 100 rows. Latents are bytes of .npy files: scaled,
+                          floating, (C, h, w). detailed_results is the text of a Python dict with votes_chosen,
+                          votes_rejected and confidence.
+    bucket_index.csv      rows to train on: parquet_path (only its file name is used), row_group, row_index, ...
 
-Nothing is unpickled or evaluated: arrays of objects are refused, and the text may hold only literals.
+No file can run code: arrays of Python objects are rejected, and detailed_results is parsed as literals.
 """
 
 import ast
@@ -28,7 +29,7 @@ COLUMNS = ("prompt", "latent1_shape", "latent2_shape")
 
 
 def rows(folder: Path, bad: Bad) -> Iterator[Row]:
-    """The records that the index lists, or all without one."""
+    """Yield the records listed in bucket_index.csv, or all records if there is no such file."""
     files = sorted(folder.glob("part_rank*.parquet"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no part_rank*.parquet; expected pairs in the released layout")
@@ -54,7 +55,7 @@ def convert(row: Row) -> Iterator[Preference]:
 
 
 def load_latent(data: Any, name: str) -> np.ndarray:
-    """The floating array (C, h, w) in the bytes of a .npy file; ValueError for anything else. Never unpickles."""
+    """Load a floating array (C, h, w) from the bytes of a .npy file. Raises ValueError for any other data."""
     if not isinstance(data, bytes):
         raise ValueError(f"{name}: got {type(data).__name__}; expected the bytes of a .npy file")
     try:
@@ -68,7 +69,7 @@ def load_latent(data: Any, name: str) -> np.ndarray:
 
 
 def parse_results(text: Any) -> dict[str, Any]:
-    """The dict of literals in detailed_results; ValueError for anything else."""
+    """Parse the text of detailed_results into a dict. Raises ValueError unless it is a dict of literals."""
     if not isinstance(text, str) or len(text) > 100_000:
         got = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
         raise ValueError(f"detailed_results: got {got}; expected a dict as text")
@@ -82,7 +83,7 @@ def parse_results(text: Any) -> dict[str, Any]:
 
 
 def _listed_rows(folder: Path) -> set[tuple[str, int, int]] | None:
-    """(file name, row group, row) of every row in the index; None without one."""
+    """Return (file name, row group, row) of every row in bucket_index.csv; None if there is no such file."""
     path = folder / INDEX
     if not path.is_file():
         return None

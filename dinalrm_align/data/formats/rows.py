@@ -1,4 +1,4 @@
-"""Reading records from JSON, jsonl and parquet files; parquet needs pyarrow, an extra. Torch-free."""
+"""Read records from JSON, jsonl and parquet files. Parquet needs pyarrow (extra `data`). Torch-free."""
 
 import functools
 import itertools
@@ -11,7 +11,7 @@ from dinalrm_align.train.files import parse_json, read_text, reading
 
 
 def parquet_module() -> Any:
-    """pyarrow.parquet; ImportError, naming the extra to install, without it."""
+    """Import and return pyarrow.parquet. Raises ImportError with the command that installs it."""
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -28,7 +28,7 @@ def _read_column(file: str, row_group: int, column: str) -> list[Any]:
 
 @functools.lru_cache(4)
 def row_group_starts(file: str) -> list[int]:
-    """The first row of each row group."""
+    """Return the index of the first row of each row group, followed by the number of rows in the file."""
     parquet = parquet_module()
     with reading("parquet file", file):
         about = parquet.ParquetFile(file).metadata
@@ -36,9 +36,9 @@ def row_group_starts(file: str) -> list[int]:
 
 
 def image_source(image: ImageRef, folder: Path) -> Path | bytes:
-    """What `models.images.open_image` opens: the path below `folder`, or the content of a cell.
+    """Return the path of an image in `folder`, or its bytes if it is stored in a parquet file.
 
-    Raises ValueError for a cell that holds no image, and for a damaged parquet file.
+    Raises ValueError for a cell without an image and for a damaged parquet file.
     """
     if not isinstance(image, Cell):
         return folder / image
@@ -56,10 +56,12 @@ def table_rows(
     images: Sequence[str] = (),
     optional: Sequence[str] = (),
 ) -> Iterator[Row]:
-    """The records of a JSON list, a jsonl, or parquet files.
+    """Yield the records of a JSON list, a jsonl, or parquet files.
 
-    source: a file; a folder of parquet files; or several files. columns, images: columns that a parquet file must have;
-    those of images are not read here. optional: columns that are read where they exist.
+    source: a file; a folder of parquet files; or several files.
+    columns: columns that a parquet file must have.
+    images: columns of images that a parquet file must have; they are not read here.
+    optional: columns that are read if they exist.
     """
     files = list(source) if isinstance(source, Sequence) else [source]
     if files[0].is_dir():
@@ -81,7 +83,7 @@ def table_rows(
 def parquet_rows(
     files: Sequence[Path], bad: Bad, columns: Sequence[str], images: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """The records of parquet files. Files that cannot be read are passed to `bad`."""
+    """Yield the records of parquet files, and call `bad` for each file that cannot be read. See `table_rows`."""
     parquet = parquet_module()
     number = 0
     for path in files:
@@ -104,7 +106,7 @@ def parquet_rows(
 
 
 def read_records(path: Path) -> list[Any]:
-    """The JSON list in a file."""
+    """Read a JSON file. Raises ValueError unless it holds a list."""
     records = parse_json(read_text(path, "file of preferences"), str(path))
     if not isinstance(records, list):
         raise ValueError(f"{path}: got a JSON {type(records).__name__}; expected a list of objects")
