@@ -1,4 +1,4 @@
-"""Settings of the density that training noise levels are drawn from. Torch-free."""
+"""Settings of the density from which training noise levels are drawn. Torch-free."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,17 +8,17 @@ from dinalrm_align.train import settings
 
 @dataclass(frozen=True)
 class SigmaConfig:
-    """The density of the training noise level sigma (`flow.noise.sample_sigma`).
+    """Density from which training draws the noise level sigma (`flow.noise.sample_sigma`).
 
     Args:
-        density: uniform on [0, 1] (the paper); logit_normal, sigmoid of a normal; mode, the SD3 paper's heavy-tailed
-            density; beta; constant.
-        mean: of logit_normal, before the sigmoid.
-        std: of logit_normal, before the sigmoid.
-        scale: of mode, in [-1, 1.75].
-        a: of beta.
-        b: of beta.
-        value: of constant.
+        density: uniform on [0, 1], as in the paper; logit_normal, the sigmoid of a normal variable; mode, the
+            heavy-tailed density of the SD3 paper; beta; constant.
+        mean: mean of the normal variable of logit_normal.
+        std: standard deviation of the normal variable of logit_normal.
+        scale: parameter of mode, in [-1, 1.75]: above 0 favours the middle of [0, 1], below 0 the ends.
+        a: first parameter of beta.
+        b: second parameter of beta.
+        value: noise level of constant.
     """
 
     density: Literal["uniform", "logit_normal", "mode", "beta", "constant"] = "uniform"
@@ -34,6 +34,6 @@ class SigmaConfig:
         settings.check_number("sigma density.scale", self.scale, low=-1, high=1.75)
 
     def parameters(self) -> dict[str, float]:
-        """Keyword arguments for `sample_sigma(self.density, n, generator=..., **self.parameters())`."""
+        """Return the parameters of the density: `sample_sigma(self.density, n, generator=..., **self.parameters())`."""
         names = {"logit_normal": ("mean", "std"), "mode": ("scale",), "beta": ("a", "b"), "constant": ("value",)}
         return {name: getattr(self, name) for name in names.get(self.density, ())}

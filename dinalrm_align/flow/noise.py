@@ -1,4 +1,4 @@
-"""The package's flow-matching convention: sigma, timestep, noising, and densities of sigma.
+"""Flow-matching convention of the package: sigma, timestep, adding noise, and densities of sigma.
 
 Rectified flow as SD3 and SD3.5 use it (Esser et al., "Scaling Rectified Flow Transformers", arXiv 2403.03206):
 
@@ -6,8 +6,8 @@ Rectified flow as SD3 and SD3.5 use it (Esser et al., "Scaling Rectified Flow Tr
     velocity = d x_sigma / d sigma = noise - x0     what the transformer predicts
     timestep = 1000 sigma                           the transformer's input
 
-sigma lies in [0, 1]: 0 is clean, 1 is pure noise. Arithmetic is float32 for every input dtype: in bfloat16 a timestep
-of 857.14 rounds to 856, and noising at a low sigma loses the noise.
+sigma lies in [0, 1]: 0 is clean, 1 is pure noise. All arithmetic is in float32, whatever the input dtype. In bfloat16 a
+timestep of 857.14 would round to 856, and noise at a low sigma would be rounded away.
 """
 
 import math
@@ -25,7 +25,7 @@ SigmaDensity = Callable[..., Tensor]  # density(n, *, generator, **params) -> (n
 
 
 def seeded_generator(*keys: int) -> torch.Generator:
-    """A CPU generator whose RNG stream is keyed by non-negative integers (seed, step, rank, ...), in this order."""
+    """Return a CPU generator seeded by non-negative integers, such as seed, step and rank; their order matters."""
     entropy = (len(keys), *keys)  # numpy pads with zeros: without the length (0, 1) and (0, 1, 0) would collide
     for key in keys:
         check_integer("key of a seeded generator", key)
@@ -34,7 +34,7 @@ def seeded_generator(*keys: int) -> torch.Generator:
 
 
 def as_sigma(sigma: Tensor | float) -> Tensor:
-    """A noise level of any shape as float32, on its own device; ValueError unless all values lie in [0, 1]."""
+    """Return sigma as float32, with its shape and device; raise ValueError unless all values lie in [0, 1]."""
     if not isinstance(sigma, Tensor):
         check_number("sigma", sigma, low=0, high=1)
         return torch.tensor(sigma, dtype=torch.float32)
@@ -48,7 +48,7 @@ def as_sigma(sigma: Tensor | float) -> Tensor:
 
 
 def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> None:
-    """Raise TypeError unless `latents` is a floating tensor, ValueError unless (B, C, H, W), of the shape of `like`."""
+    """Raise TypeError unless `latents` is floating, ValueError unless it is (B, C, H, W) with the shape of `like`."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         got = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise TypeError(f"{name}: got {got}; expected a floating tensor (B, C, H, W)")
@@ -58,7 +58,7 @@ def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> Non
 
 
 def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
-    """sigma: a float, (), (1,) or (B,) -> (B or 1, 1, 1, 1), float32, on the device of latents (B, C, H, W)."""
+    """Return sigma, a float or (), (1,) or (B,), as float32 (1 or B, 1, 1, 1) on the device of latents (B, C, H, W)."""
     sigma = as_sigma(sigma).to(latents.device).reshape(-1)
     if sigma.numel() not in (1, latents.shape[0]):
         raise ValueError(f"sigma: got {sigma.numel()} values for {len(latents)} latents; expected one, or one each")
@@ -66,7 +66,7 @@ def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """latents, noise (B, C, H, W); sigma a float or (B,) in [0, 1] -> x_sigma (B, C, H, W), float32, differentiable."""
+    """Return (1 - sigma) latents + sigma noise: (B, C, H, W), float32, differentiable. sigma: a float or (B,)."""
     check_latents("latents", latents)
     check_latents("noise", noise, like=latents)
     sigma = expand_sigma(sigma, latents)
@@ -74,19 +74,19 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def denoised(x_sigma: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """One-step estimate of the clean latents, x0 = x_sigma - sigma velocity: (B, C, H, W), float32, differentiable."""
+    """Return x0 = x_sigma - sigma velocity, the one-step estimate of clean latents: (B, C, H, W), float32."""
     check_latents("x_sigma", x_sigma)
     check_latents("velocity", velocity, like=x_sigma)
     return x_sigma.float() - expand_sigma(sigma, x_sigma) * velocity.float()
 
 
 def timestep_of(sigma: Tensor | float) -> Tensor:
-    """sigma in [0, 1], any shape -> the transformer's timestep 1000 sigma, same shape, float32."""
+    """Return the transformer's timestep 1000 sigma: float32, of the shape of sigma."""
     return as_sigma(sigma) * NUM_TRAIN_TIMESTEPS
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """Resolution shift, shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206, equation 23). 0 and 1 are fixed."""
+    """Return shift sigma / (1 + (shift - 1) sigma), the resolution shift of arXiv 2403.03206, equation 23."""
     check_number("shift", shift)
     if shift <= 0:
         raise ValueError(f"shift: got {shift}; expected more than 0")
@@ -94,16 +94,16 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def scheduler_sigmas(num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, shift: float = 3.0) -> Tensor:
-    """`FlowMatchEulerDiscreteScheduler(num_train_timesteps, shift).sigmas`, falling from 1: (num_train_timesteps,)."""
+    """Return `FlowMatchEulerDiscreteScheduler(num_train_timesteps, shift).sigmas` (num_train_timesteps,), falling."""
     check_integer("num_train_timesteps", num_train_timesteps, low=1)
     sigmas = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32) / num_train_timesteps
     return shift_sigma(sigmas, shift)
 
 
 def snap_sigma(sigma: Tensor | float, table: Tensor) -> Tensor:
-    """The entry of `table` (n,) nearest to each sigma (any shape), of two the first; float32, on the device of sigma.
+    """Return the level in `table` (n,) nearest to each sigma (any shape), or the first of two equally near levels.
 
-    The released DiNa-LRM code scores only at these levels.
+    The result is float32 on the device of sigma. The released DiNa-LRM code scores only at `scheduler_sigmas`.
     """
     sigma = as_sigma(sigma)
     if not isinstance(table, Tensor) or table.dim() != 1 or table.numel() == 0:
@@ -117,19 +117,19 @@ def snap_sigma(sigma: Tensor | float, table: Tensor) -> Tensor:
 
 
 def uniform(n: int, *, generator: torch.Generator) -> Tensor:
-    """sigma ~ U(0, 1), as in DiNa-LRM (arXiv 2602.11146)."""
+    """Draw n values sigma ~ U(0, 1), as in DiNa-LRM (arXiv 2602.11146)."""
     return torch.rand(n, generator=generator, device=generator.device)
 
 
 def logit_normal(n: int, *, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """sigma = sigmoid(N(mean, std^2)), which favours the middle (arXiv 2403.03206, equation 19)."""
+    """Draw n values sigma = sigmoid(N(mean, std^2)), mostly near 1/2 (arXiv 2403.03206, equation 19)."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=generator.device))
 
 
 def mode(n: int, *, generator: torch.Generator, scale: float = 1.29) -> Tensor:
-    """sigma = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u ~ U(0, 1) (arXiv 2403.03206, equation 20).
+    """Draw n values sigma = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u ~ U(0, 1) (arXiv 2403.03206, equation 20).
 
-    scale: in [-1, 2 / (pi - 2) = 1.75]; positive favours the middle, negative the ends.
+    scale: in [-1, 2 / (pi - 2) = 1.75]; above 0 favours the middle of [0, 1], below 0 the ends.
     """
     if not -1 <= scale <= 2 / (math.pi - 2):
         raise ValueError(f"mode density: scale: got {scale}; expected [-1, 1.75], where u to sigma is monotone")
@@ -138,7 +138,7 @@ def mode(n: int, *, generator: torch.Generator, scale: float = 1.29) -> Tensor:
 
 
 def beta(n: int, *, generator: torch.Generator, a: float = 1.0, b: float = 1.0) -> Tensor:
-    """sigma ~ Beta(a, b), mean a / (a + b). Drawn by numpy with a seed from `generator`: torch's Beta takes none."""
+    """Draw n values sigma ~ Beta(a, b) in numpy, seeded by `generator`: torch's Beta accepts no generator."""
     for name, value in (("a", a), ("b", b)):
         if not 0 < value < math.inf:
             raise ValueError(f"beta density: {name}: got {value}; expected more than 0")
@@ -148,7 +148,7 @@ def beta(n: int, *, generator: torch.Generator, a: float = 1.0, b: float = 1.0) 
 
 
 def constant(n: int, *, generator: torch.Generator, value: float = 0.4) -> Tensor:
-    """sigma = value for every sample, on the generator's device."""
+    """Return n times `value`, on the generator's device."""
     return torch.full((n,), float(value), device=generator.device)
 
 
@@ -158,8 +158,11 @@ DENSITIES: dict[str, SigmaDensity] = {draw.__name__: draw for draw in (uniform, 
 def sample_sigma(density: str | SigmaDensity, n: int, *, generator: torch.Generator, **params: float) -> Tensor:
     """Draw n noise levels: (n,) float32 in [0, 1] on the generator's device.
 
-    density: a name in DENSITIES, or a callable `density(n, generator=..., **params) -> (n,)`. params: the density's own
-    (mean and std; scale; a and b; value). Raises ValueError for another name or shape, and levels outside [0, 1].
+    Args:
+        density: a name in DENSITIES, or a callable `density(n, generator=..., **params) -> (n,)`.
+        params: mean and std of logit_normal, scale of mode, a and b of beta, value of constant.
+
+    Raises ValueError if the name is unknown or the callable returns another shape or values outside of [0, 1].
     """
     draw = DENSITIES.get(density) if isinstance(density, str) else density
     if not callable(draw):

@@ -1,7 +1,7 @@
-"""Sampling from a flow: noise schedules, one Euler step, a rollout. Plain functions over a velocity callable.
+"""Sample from a flow: schedules of noise levels, one Euler step, a rollout of all steps.
 
-A velocity is `velocity(latents (B, C, H, W), sigma: float) -> (B, C, H, W)`, float32; its closure holds guidance,
-prompts and adapters. Conventions are those of `flow.noise`: sigma falls from 1 (noise) to 0 (clean latents).
+The functions take the model as a callable `velocity(latents (B, C, H, W), sigma: float) -> (B, C, H, W)`, float32.
+Guidance, prompts and adapters are inside the callable. As in `flow.noise`, sigma falls from 1 (noise) to 0 (clean).
 """
 
 import copy
@@ -22,10 +22,10 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 
 def schedule_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
-    """diffusers' sampling levels of this scheduler: num_steps + 1 floats from 1 to 0.
+    """Return the noise levels at which diffusers samples with this scheduler: num_steps + 1 floats from 1 to 0.
 
-    With shift 3 and 4 steps: 1, 0.8577, 0.6022, 0.0089, 0. diffusers shifts a range whose lower end is shifted already,
-    so these differ from `linear_sigmas`. Raises ValueError for a scheduler that shifts by image size.
+    With shift 3 and 4 steps: 1, 0.8577, 0.6022, 0.0089, 0. Unlike `linear_sigmas`, diffusers starts from levels whose
+    lowest one is already shifted, and shifts all again. Raises ValueError for a scheduler that shifts by image size.
     """
     _check_schedule(scheduler, num_steps)
     scheduler = copy.deepcopy(scheduler)
@@ -34,7 +34,7 @@ def schedule_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int
 
 
 def linear_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
-    """1, (N - 1)/N, ..., 1/N, 0, each shifted by the scheduler's shift: num_steps + 1 floats.
+    """Return 1, (N - 1)/N, ..., 1/N, 0, each after the scheduler's shift: N + 1 floats, where N = num_steps.
 
     Used by Flow-Factory, DanceGRPO and SRPO. Raises as `schedule_sigmas`.
     """
@@ -44,13 +44,13 @@ def linear_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) 
 
 
 SCHEDULES: dict[str, Callable[["FlowMatchEulerDiscreteScheduler", int], list[float]]] = {
-    "diffusers": schedule_sigmas,  # as the pipeline and flow_grpo
+    "diffusers": schedule_sigmas,  # as in diffusers' pipeline and flow_grpo
     "linear": linear_sigmas,
 }
 
 
 def named_sigmas(name: str, scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
-    """The schedule `name` of SCHEDULES: num_steps + 1 levels from 1 to 0. Raises ValueError for an unknown name."""
+    """Return the noise levels of the schedule SCHEDULES[name]; raise ValueError for an unknown name."""
     if name not in SCHEDULES:
         guess = did_you_mean(name, SCHEDULES) or ";"
         raise ValueError(f"unknown schedule {name!r}{guess} known: {', '.join(SCHEDULES)}")
@@ -64,7 +64,7 @@ def _check_schedule(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int
 
 
 def ode_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """Euler step of d latents / d sigma = velocity from sigma to sigma_next: (B, C, H, W), float32, differentiable."""
+    """Return latents + (sigma_next - sigma) velocity, one Euler step: (B, C, H, W), float32, differentiable."""
     check_latents("latents", latents)
     check_latents("velocity", velocity, like=latents)
     for name, level in (("sigma", sigma), ("sigma_next", sigma_next)):
@@ -73,9 +73,10 @@ def ode_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float)
 
 
 def rollout(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Integrate the flow with Euler steps, differentiably: latents (B, C, H, W) at sigmas[0] -> at sigmas[-1], float32.
+    """Integrate the flow with Euler steps from sigmas[0] to sigmas[-1], differentiably.
 
-    Raises ValueError unless `sigmas` fall.
+    Takes latents (B, C, H, W) at sigmas[0] and returns them at sigmas[-1], float32. Raises ValueError unless `sigmas`
+    fall.
     """
     steps = list(itertools.pairwise(sigmas))
     if not sigmas or not all(sigma > sigma_next for sigma, sigma_next in steps):
@@ -86,7 +87,7 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Ten
 
 
 def seeded_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
-    """One standard normal sample of `shape` (C, H, W) per generator: (B, C, H, W), float32, on their device."""
+    """Draw standard normal noise (B, C, H, W), float32, sample i of `shape` (C, H, W) from generators[i]."""
     if not generators or not all(isinstance(generator, torch.Generator) for generator in generators):
         raise TypeError(f"generators: got {generators!r:.80}; expected one torch.Generator per sample, at least one")
     return torch.stack([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])

@@ -1,17 +1,17 @@
-"""Stochastic steps of a flow: the normal distribution of the next state, a sample of it, its log-probability.
+"""Stochastic steps of a flow: the normal distribution of the next latents, a sample, its log-probability.
 
-From x at sigma to sigma' < sigma, with velocity v, Delta = sigma' - sigma < 0, x0 = x - sigma v (the clean estimate)
-and x1 = x + (1 - sigma) v (the noise estimate), a sampler draws x' = mean + std noise:
+A step goes from latents x at noise level sigma to x' at sigma' < sigma. Let v be the velocity, Delta = sigma' - sigma <
+0, x0 = x - sigma v (the clean estimate) and x1 = x + (1 - sigma) v (the noise estimate). Then x' = mean + std noise:
 
     flow_sde    mean = x + v Delta + s^2 Delta x1 / (2 sigma)   s = a sqrt(sigma / (1 - sigma)), std = s sqrt(-Delta)
-                Flow-GRPO, arXiv 2505.05470. At sigma = 1 the square root uses the schedule's second level,
-                as in its code, so that the first step has std a.
+                Flow-GRPO, arXiv 2505.05470. At sigma = 1, where s is infinite, 1 - sigma in s is replaced by
+                1 - sigmas[1], as in its code, so that the first step has std a.
     flow_cps    mean = (1 - sigma') x0 + sigma' cos(a pi / 2) x1     std = sigma' sin(a pi / 2)
                 coefficients-preserving sampling, arXiv 2509.05952: x' has the noise level sigma'
 
-a is the noise level; a = 0 is the ODE. As in public code, the log-probability is the MEAN over all dimensions but the
-batch's: of the normal density's logarithm for flow_sde, of -(x' - mean)^2 for flow_cps. Ratios of a step are therefore
-close to 1, and clip ranges small (1e-4 ... 1e-6).
+a is `noise_level`; with a = 0 a step is an Euler step of the ODE. As in public code, the log-probability is the MEAN
+over all dimensions except the batch: of the log normal density for flow_sde, of -(x' - mean)^2 for flow_cps.
+Probability ratios of a step are therefore close to 1, and clip ranges small (1e-6 ... 1e-4).
 
 Coefficients are computed in float64, tensors in float32. Everything is differentiable in latents and velocity.
 """
@@ -31,10 +31,13 @@ SAMPLERS = ("flow_sde", "flow_cps")
 
 @dataclass(frozen=True)
 class Transition:
-    """The normal distribution of a step's result.
+    """Normal distribution of the latents x' after a step; symbols as in the module's docstring.
 
-    mean is (B, C, H, W), float32; std, scale and delta are (1,) or (B,), float64 on the CPU. scale: s above,
-    `std_dev_t` in public code; std for flow_cps, which has no s. delta: sigma' - sigma.
+    Args:
+        mean: (B, C, H, W), float32.
+        std: standard deviation: (1,) or (B,), float64 on the CPU, as are scale and delta.
+        scale: s for flow_sde (`std_dev_t` in public code); std for flow_cps.
+        delta: sigma' - sigma.
     """
 
     sampler: str
@@ -44,12 +47,12 @@ class Transition:
     delta: Tensor
 
     def draw(self, noise: Tensor) -> Tensor:
-        """x' = mean + std noise, (B, C, H, W), float32."""
+        """Return x' = mean + std noise: (B, C, H, W), float32."""
         check_latents("noise", noise, like=self.mean)
         return self.mean + per_sample(self.std, self.mean) * noise.float()
 
     def log_prob(self, latents: Tensor) -> Tensor:
-        """Log-probability of x' = latents (B, C, H, W): (B,), float32; ValueError for a flow_sde step with std 0."""
+        """Return the log-probability (B,) of x' = latents (B, C, H, W); raise ValueError for flow_sde with std 0."""
         check_latents("latents", latents, like=self.mean)
         difference = latents.float() - self.mean
         if self.sampler == "flow_cps":
@@ -64,13 +67,13 @@ class Transition:
 def transition(
     sampler: str, latents: Tensor, velocity: Tensor, sigmas: Sequence[float], index: int | Tensor, noise_level: float
 ) -> Transition:
-    """The step from sigmas[index] to sigmas[index + 1].
+    """Return the distribution of the latents after the step from sigmas[index] to sigmas[index + 1].
 
     Args:
         latents, velocity: (B, C, H, W) at sigmas[index], any floating dtype.
-        sigmas: the whole schedule, falling, in [0, 1]; flow_sde uses its second level.
-        index: the step, 0 ... len(sigmas) - 2; or one per sample, (B,) integers.
-        noise_level: a of the module's docstring, at least 0, for flow_cps at most 1.
+        sigmas: the whole schedule, falling, in [0, 1]; flow_sde reads its second level.
+        index: number of the step, 0 ... len(sigmas) - 2, as an int; or one number per sample, (B,) integers.
+        noise_level: a in the module's docstring: at least 0, and for flow_cps at most 1.
     """
     check_latents("latents", latents)
     check_latents("velocity", velocity, like=latents)
@@ -88,7 +91,7 @@ def transition(
         case "flow_cps":
             scale = std = sigma_next * math.sin(noise_level * math.pi / 2)
             kept = sigma_next * math.cos(noise_level * math.pi / 2)
-            # mean = (1 - sigma') (x - sigma v) + kept (x + (1 - sigma) v), sorted by x and v
+            # mean = (1 - sigma') (x - sigma v) + kept (x + (1 - sigma) v), collected by x and v
             on_x, on_v = 1 - sigma_next + kept, kept * (1 - sigma) - (1 - sigma_next) * sigma
         case _:
             guess = did_you_mean(sampler, SAMPLERS) or ";"
@@ -98,7 +101,7 @@ def transition(
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """values (1,) or (B,) -> (1 or B, 1, 1, 1), float32 on the device of `like` (B, C, H, W)."""
+    """Return values (1,) or (B,) as float32 (1 or B, 1, 1, 1) on the device of `like` (B, C, H, W)."""
     return values.to(like.device, torch.float32).view(-1, 1, 1, 1)
 
 
@@ -111,7 +114,7 @@ def _levels(sigmas: Sequence[float]) -> Tensor:
 
 
 def _index(index: int | Tensor, batch: int, steps: int) -> Tensor:
-    """(1,) or (batch,) int64 on the CPU, in 0 ... steps - 1."""
+    """Return step numbers as (1,) or (batch,) int64 on the CPU; raise ValueError unless they lie in 0 ... steps - 1."""
     if isinstance(index, Tensor) and (index.is_floating_point() or index.shape != (batch,)):
         raise ValueError(f"index: got {index.dtype} of shape {tuple(index.shape)}; expected ({batch},) integers")
     if not isinstance(index, Tensor):

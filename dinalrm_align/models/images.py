@@ -1,6 +1,6 @@
-"""Image files, given by path or as bytes, and image tensors (B, 3, H, W) in [0, 1].
+"""Read image files, given as path or bytes, and convert images to tensors (B, 3, H, W) in [0, 1].
 
-torch is imported only where needed: the worker processes of `data.workers` start about ten times faster without it.
+torch is imported only inside functions: without it the worker processes of `data.workers` start ten times faster.
 """
 
 import io
@@ -18,7 +18,7 @@ ORIENTATION = 0x0112  # EXIF tag; values from 5 to 8 exchange width and height
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """Read an image file as RGB, with its EXIF orientation applied. name: for messages; default: the path."""
+    """Read an image file as RGB and apply its EXIF orientation. name: name in error messages; default: the path."""
     name = name or str(source)
     file = _opened(source, name)
     try:
@@ -30,7 +30,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
 
 
 def image_size(source: Path | bytes, name: str | None = None) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, from the file's header alone; raises as `open_image`."""
+    """Return (height, width) after EXIF orientation; reads only the file's header. Raises as `open_image`."""
     name = name or str(source)
     with _opened(source, name) as file:
         try:
@@ -43,7 +43,7 @@ def image_size(source: Path | bytes, name: str | None = None) -> tuple[int, int]
 
 
 def resized_image(source: Path | bytes, size: tuple[int, int], name: str | None = None) -> np.ndarray:
-    """Read an image and resize it to (height, width) with LANCZOS, without cropping: uint8 (height, width, 3)."""
+    """Read an image and resize it to `size` (height, width) with LANCZOS; return (height, width, 3) uint8."""
     image = open_image(source, name)
     if image.size != (size[1], size[0]):
         image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
@@ -64,7 +64,7 @@ def _opened(source: Path | bytes, name: str) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A PIL image as RGB; ValueError for no pixels, transparent ones, more than 8 bits per channel, a damaged file."""
+    """Return a PIL image as RGB; ValueError if empty, damaged, transparent or with more than 8 bits per channel."""
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: got {type(image).__name__} {image!r:.60}; expected a PIL image")
     if not all(image.size):
@@ -82,7 +82,7 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def image_tensor(images: "Tensor | Sequence[Image.Image] | Image.Image") -> "Tensor":
-    """PIL images of one size, or (B, 3, H, W) in [0, 1] -> (B, 3, H, W) float32 in [0, 1], at least one."""
+    """Convert PIL images of one size, or floating (B, 3, H, W) in [0, 1], to (B, 3, H, W) float32 in [0, 1]."""
     import torch
 
     if isinstance(images, torch.Tensor):
@@ -108,6 +108,6 @@ def image_tensor(images: "Tensor | Sequence[Image.Image] | Image.Image") -> "Ten
 
 
 def to_bytes(images: "Tensor") -> np.ndarray:
-    """(N, 3, H, W) in [0, 1] -> (N, H, W, 3) uint8, rounded."""
+    """Convert images (N, 3, H, W) in [0, 1] to (N, H, W, 3) uint8, rounded to the nearest value."""
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
     return pixels.byte().numpy()

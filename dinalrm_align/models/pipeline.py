@@ -1,4 +1,4 @@
-"""Load an SD3 pipeline, its transformer or its VAE; images to scaled latents, (z - shift_factor) * scaling_factor."""
+"""Load SD3 pipelines, transformers and VAEs; convert images to scaled latents, (z - shift_factor) * scaling_factor."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load_transformer(source: str | Path, *, dtype: torch.dtype, **hub: Unpack[HubOptions]) -> SD3Transformer2DModel:
-    """The frozen transformer of a pipeline folder, a bare transformer folder, or a hub id."""
+    """Load a frozen SD3 transformer from a pipeline folder, a folder of the transformer alone, or a hub id."""
     check_source("base model", source)
     bare = (Path(source) / "config.json").is_file()
     if Path(source).is_dir():
@@ -33,7 +33,7 @@ def load_transformer(source: str | Path, *, dtype: torch.dtype, **hub: Unpack[Hu
 
 
 def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion3Pipeline":
-    """The frozen pipeline of a folder or hub id: the VAE in float32, the rest in `dtype`."""
+    """Load a frozen pipeline from a folder or hub id: the VAE in float32, the other models in `dtype`."""
     from diffusers import StableDiffusion3Pipeline
 
     transformer, vae = load_transformer(source, dtype=dtype), load_vae(source, device="cpu")
@@ -46,7 +46,7 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion
 
 
 def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[HubOptions]) -> "AutoencoderKL":
-    """The frozen float32 VAE of a pipeline folder or hub id."""
+    """Load the VAE of a pipeline folder or hub id, frozen and in float32."""
     from diffusers import AutoencoderKL
 
     if Path(source).is_dir() and not (Path(source) / "vae" / "config.json").is_file():
@@ -58,7 +58,7 @@ def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[Hu
 
 @torch.no_grad()
 def encode_images(vae: "AutoencoderKL", images: Tensor | Sequence[Image.Image] | Image.Image) -> Tensor:
-    """PIL images or (B, 3, H, W) in [0, 1] -> scaled latents (B, C, h, w), float32: the posterior's mean."""
+    """Encode PIL images or (B, 3, H, W) in [0, 1] to scaled latents (B, C, h, w), float32: the posterior's mean."""
     pixels = image_tensor(images)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = pixels.shape[-2:]
@@ -70,7 +70,7 @@ def encode_images(vae: "AutoencoderKL", images: Tensor | Sequence[Image.Image] |
 
 
 def decode_latents(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
-    """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], differentiable (zero where clipped)."""
+    """Decode scaled latents (B, C, h, w) to images (B, 3, H, W), float32, clipped to [0, 1]; differentiable."""
     check_latents("latents", latents)
     if latents.shape[1] != vae.config.latent_channels:
         raise ValueError(f"latents: got {latents.shape[1]} channels; expected {vae.config.latent_channels}, the VAE's")

@@ -1,7 +1,7 @@
-"""Differentiable image preprocessing for vision towers: resize, crop, pad, normalise, in float32.
+"""Differentiable image preprocessing for vision models: resize, crop, pad and normalise, in float32.
 
-Images are RGB in [0, 1], (B, 3, H, W). Bicubic is antialiased, as PIL's is; PIL also rounds to 8 bits, so that the two
-differ by up to 0.1 in CLIP's normalised units, by 0.005 on average.
+Images are RGB (B, 3, H, W) in [0, 1]. Bicubic resizing is antialiased, as in PIL. PIL also rounds to 8 bits; results
+therefore differ by up to 0.1, on average by 0.005, in CLIP's normalised units.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from torch import Tensor
 from dinalrm_align.train.settings import PositiveFloat, PositiveInt, check_fields
 
 BICUBIC = 3
-"""PIL's code for bicubic, the only resampling in CLIP checkpoints."""
+"""PIL's number for bicubic resampling; CLIP checkpoints use no other."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(images: Tensor, size: tuple[int, int], *, antialias: bool = True, clamp: bool = True) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, *size), float32, bicubic. clamp: clip its overshoot, as rounding to bytes does."""
+    """Resize images to (B, 3, *size), float32, with bicubic interpolation. clamp: clip the result to [0, 1]."""
     images = images.float()
     if tuple(images.shape[-2:]) == tuple(size):
         return images
@@ -30,7 +30,7 @@ def resize(images: Tensor, size: tuple[int, int], *, antialias: bool = True, cla
 
 
 def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, *size). Raises ValueError for smaller images."""
+    """Crop the centre (B, 3, *size) of images (B, 3, H, W); raise ValueError for smaller images."""
     top, left = ((have - want) // 2 for have, want in zip(images.shape[-2:], size, strict=True))
     if top < 0 or left < 0:
         raise ValueError(f"images of {tuple(images.shape[-2:])} after resizing are smaller than the crop {size}")
@@ -38,20 +38,20 @@ def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pad_to_square(images: Tensor, side: int) -> Tensor:
-    """(B, 3, H, W), H and W at most `side` -> (B, 3, side, side), zeros around (an odd one below or right)."""
+    """Pad images (B, 3, H, W) with zeros to (B, 3, side, side), centred; an odd row or column goes below or right."""
     high, wide = side - images.shape[-2], side - images.shape[-1]
     return F.pad(images, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
 
 
 def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
-    """(images - mean) / std, per channel."""
+    """Return (images - mean) / std per channel."""
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return (images - mean) / std
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """CLIP's preprocessing: short side to `shortest_edge`, centre crop (height, width), normalisation."""
+    """CLIP's preprocessing: resize the short side to `shortest_edge`, crop the centre (height, width), normalise."""
 
     shortest_edge: PositiveInt
     crop: tuple[PositiveInt, PositiveInt]
@@ -60,7 +60,7 @@ class Preprocess:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> "Preprocess":
-        """From the content of a preprocessor_config.json; ValueError for settings that are not supported."""
+        """Read the content of a preprocessor_config.json; raise ValueError for settings that are not supported."""
         if config.get("resample", BICUBIC) != BICUBIC:
             raise ValueError(f"{where}: resample: got {config['resample']}; expected {BICUBIC} (bicubic)")
         off = [step for step in ("do_resize", "do_center_crop", "do_normalize") if not config.get(step, True)]
@@ -80,7 +80,7 @@ class Preprocess:
         check_fields(self, "preprocessor")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> pixel_values (B, 3, *crop), float32, differentiable."""
+        """Convert images (B, 3, H, W) in [0, 1] to pixel_values (B, 3, *crop), float32, differentiably."""
         sides = images.shape[-2:]
         size = tuple(side * self.shortest_edge // min(sides) for side in sides)  # rounded down, as by the PIL processor
         return normalise(centre_crop(resize(images, size), self.crop), self.mean, self.std)

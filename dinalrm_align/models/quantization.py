@@ -1,4 +1,4 @@
-"""Frozen linear layers in 8 or 4 bits through bitsandbytes (the extra `quant`), differentiable in their inputs."""
+"""Quantise frozen linear layers to 8 or 4 bits with bitsandbytes (extra `quant`); inputs still get gradients."""
 
 import torch
 from torch import nn
@@ -6,11 +6,11 @@ from torch import nn
 from dinalrm_align.train.state import bitsandbytes
 
 QUANTIZATIONS = ("none", "int8", "nf4")
-"""int8: LLM.int8(), arXiv 2208.07339, outliers above 6 in half precision. nf4: QLoRA's, arXiv 2305.14314."""
+"""int8: LLM.int8(), arXiv 2208.07339, with inputs above 6 in half precision. nf4: QLoRA, arXiv 2305.14314."""
 
 
 def check_quantization(kind: str) -> None:
-    """Raise ValueError for an unknown kind, ImportError if bitsandbytes is needed and not installed."""
+    """Raise ValueError for an unknown kind, ImportError if bitsandbytes is needed but not installed."""
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantization: got {kind!r}; known: {', '.join(QUANTIZATIONS)}")
     if kind != "none":
@@ -18,9 +18,9 @@ def check_quantization(kind: str) -> None:
 
 
 def quantise_linears(module: nn.Module, kind: str, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Replace every nn.Linear in `module`, whose weights are on the CPU, by its int8 or nf4 copy on `device`.
+    """Replace every nn.Linear in `module`, which is on the CPU, by an int8 or nf4 copy on `device`.
 
-    dtype: compute dtype of nf4, and of the inputs with both.
+    dtype: dtype of the inputs for both kinds, and of the arithmetic of nf4.
     """
     bnb = bitsandbytes()
     for name, linear in [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]:

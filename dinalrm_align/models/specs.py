@@ -1,4 +1,4 @@
-"""The models behind `--model`: pipelines in SD3's architecture with the rewards for their latent space. Torch-free."""
+"""The models that `--model` can name: SD3 pipelines with rewards for their latent space. Torch-free."""
 
 import dataclasses
 import queue
@@ -14,25 +14,26 @@ from dinalrm_align.train.settings import check_integer, did_you_mean
 PACKAGE = Path(__file__).parents[1]
 SHAPES_WEIGHTS = PACKAGE / "shapes" / "weights"
 HUB_SECONDS = 3.0
-"""Timeout for asking the hub for access, for all repositories together."""
+"""Timeout of the requests for access to the hub, in seconds, for all repositories together."""
 _LORA = "checkpoint/backbone_lora/adapter"
 RELEASED_REWARD_FILES = ("config.json", "checkpoint/rm_head.pt", f"{_LORA}_config.json", f"{_LORA}_model.safetensors")
-"""Files of sd35's DiNa-LRM on the hub."""
+"""Files of the released DiNa-LRM in its hub repository."""
 
 Gold = str | Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A pipeline, its rewards, prompts and sampling settings.
+    """A pipeline with its rewards, prompts and sampling settings.
 
     Args:
-        kind: the entry of `MODELS` this is or derives from; recipes have settings per kind.
+        kind: name of the built-in model in `MODELS` that this one is or derives from; recipes have settings per kind.
         pipeline: hub id or folder of a StableDiffusion3Pipeline.
-        reward, pixel: sources of its DiNa-LRM and of its pixel reward, a `ClipReward`.
-        pixel_processor: source of tokenizer and preprocessor of `pixel`; None: the same as `pixel`.
+        reward: hub id or folder of the DiNa-LRM, a reward on latents.
+        pixel: hub id or folder of the `ClipReward`, a reward on images.
+        pixel_processor: hub id or folder of tokenizer and preprocessor of `pixel`; None: the same as `pixel`.
         gold: held-out evaluator: a callable `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`, its dotted name
-            "module:function", or a reward's name, such as "pixel".
+            "module:function", or the name of a reward, such as "pixel".
         train_prompts, heldout_prompts: text files with one prompt per line, for training and evaluation.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
     """
@@ -99,11 +100,12 @@ HOW_TO_GET_SHAPES = "to run the small embedded world instead: --model shapes"
 
 
 def resolve_model(name: str) -> tuple[ModelSpec, str]:
-    """The model for `--model name`, and a sentence on which one, why, and how to get the other.
+    """Return the model for `--model name`, and a message: which model, why, and how to get the other one.
 
-    "auto" chooses sd35 if its weights are complete in the local cache, or the hub grants access within `HUB_SECONDS`
-    (it is not asked if HF_HUB_OFFLINE is set), otherwise shapes. A name of `MODELS`, a pipeline folder, a world folder
-    (`pipeline/`, `dinalrm/`, `pixel/`, as written by `recipes/build_shapes.py`) or a hub id is never replaced.
+    The name "auto" selects sd35 if its weights are complete in the local cache or if the hub grants access within
+    `HUB_SECONDS`, otherwise shapes. With HF_HUB_OFFLINE the hub is not asked. Other names have no fallback: a key of
+    `MODELS`, a pipeline folder, the folder of an embedded world (`pipeline/`, `dinalrm/`, `pixel/`, as written by
+    `recipes/build_shapes.py`) or a hub id.
     """
     if name == "auto":
         return _choose()
@@ -122,7 +124,7 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Relative paths of the files that a StableDiffusion3Pipeline folder lacks, broken links of its cache included."""
+    """Return relative paths of files that a StableDiffusion3Pipeline folder lacks; a broken link counts as missing."""
     index = folder / "model_index.json"
     if not index.exists():
         return ["model_index.json"]
@@ -166,12 +168,12 @@ def _choose() -> tuple[ModelSpec, str]:
 
 
 def is_cached(repository: str) -> bool:
-    """Whether the local cache holds a complete snapshot of one of sd35's repositories. Uses no network."""
+    """Return whether the local cache holds all files of `repository`, which is one of sd35's. Uses no network."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(repository, local_files_only=True))
-    except (OSError, ValueError):  # of the hub client, for "not in the cache"
+    except (OSError, ValueError):  # the hub client raises these if it is not in the cache
         return False
     sd35 = MODELS["sd35"]
     if repository == sd35.pipeline:
@@ -184,9 +186,9 @@ def is_cached(repository: str) -> bool:
 
 
 def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
-    """None if the hub grants access to every repository, else the reason, after at most `seconds`.
+    """Return None if the hub grants access to all repositories, else the reason, after at most `seconds`.
 
-    Asks in daemon threads, since a name server that never answers blocks the client below its own timeouts.
+    The hub is asked in daemon threads: if no name server answers, the client blocks for longer than its own timeouts.
     """
     from huggingface_hub import auth_check
 
@@ -213,7 +215,7 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
-    """The spec of a world folder (`pipeline/`, own rewards, the oracle as gold) or of a pipeline folder."""
+    """Return the model in an embedded-world folder or a pipeline folder (with sd35's rewards), and a message."""
     base, world = MODELS["sd35"], path / "pipeline"
     if not world.is_dir():
         _check_pipeline(path)

@@ -1,5 +1,7 @@
-"""Prompts and their embeddings, those of `StableDiffusion3Pipeline.encode_prompt`: features of both CLIP towers,
-zero-padded to T5's width, then T5's `text_length` tokens, without a mask.
+"""Prompts and their embeddings, computed by `StableDiffusion3Pipeline.encode_prompt`.
+
+prompt_embeds are features of both CLIP encoders, zero-padded to T5's width, followed by `text_length` tokens of T5.
+There is no attention mask.
 """
 
 import threading
@@ -19,16 +21,16 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
 MAX_CHARACTERS = 10_000
-"""Longest prompt accepted: text encoders truncate far earlier, at 77 to 512 tokens."""
+"""Most characters in a prompt; text encoders truncate far earlier, at 77 to 512 tokens."""
 _ENCODING = threading.RLock()
-"""Held while text encoders run: pipelines and fast tokenizers keep state between calls and are not thread-safe."""
+"""Lock held while text encoders run: pipelines and fast tokenizers keep state between calls and are not thread-safe."""
 
 Embeds = tuple[Tensor, Tensor]
 """prompt_embeds (B, L, D) and pooled_prompt_embeds (B, P)."""
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts as a list; TypeError unless they are strings, ValueError for none and for far too long ones."""
+    """Return prompts as a list; TypeError unless all are strings, ValueError if there is none or one is too long."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
     if len(prompts) == 0:
@@ -43,14 +45,14 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Conditions:
-    """B prompts and their embeddings: what policy, rewards, guidance and evaluation read of a prompt.
+    """B prompts and their embeddings, as read by policy, rewards, guidance and evaluation.
 
     Args:
-        prompts: B strings, for rewards that read text; empty strings where the text is unknown.
+        prompts: B strings, for rewards that read text; empty strings if the text is unknown.
         prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P), floating.
-        text_length: number of T5 tokens that `prompt_embeds` were made with; None if unknown.
-        other_lengths: text length -> (prompt_embeds, pooled_prompt_embeds) of the same prompts at other numbers of T5
-            tokens, for rewards that were trained with them.
+        text_length: number of T5 tokens in `prompt_embeds`; None if unknown.
+        other_lengths: embeddings of the same prompts with other numbers of T5 tokens, for rewards trained with them:
+            text length -> (prompt_embeds, pooled_prompt_embeds).
     """
 
     prompts: Sequence[str]
@@ -78,8 +80,10 @@ class Conditions:
     def encode(
         cls, encoder: "PromptEncoder", prompts: Sequence[str], other_lengths: Iterable[int] = (), batch_size: int = 32
     ) -> Self:
-        """Encode prompts, each distinct one once, on the CPU in the text encoders' dtype: 1,000 take about 1.7 GB at
-        SD3.5's sizes and 128 T5 tokens in bfloat16. other_lengths: further numbers of T5 tokens.
+        """Encode prompts, each distinct one once; the embeddings are on the CPU in the text encoders' dtype.
+
+        other_lengths: further numbers of T5 tokens to encode with. At SD3.5's sizes, 128 T5 tokens and bfloat16, 1,000
+        distinct prompts take about 1.7 GB.
         """
         prompts = check_prompts(prompts)
         distinct = list(dict.fromkeys(prompts))
@@ -94,7 +98,7 @@ class Conditions:
         return cls(prompts, *embeds.pop(encoder.text_length), encoder.text_length, embeds)
 
     def for_length(self, text_length: int) -> Embeds:
-        """The embeddings made with `text_length` T5 tokens, or of unknown length; ValueError without such ones."""
+        """Return the embeddings of `text_length` T5 tokens, or of unknown length; ValueError if there are none."""
         if text_length in self.other_lengths:
             return self.other_lengths[text_length]
         if self.text_length not in (None, text_length):
@@ -120,7 +124,7 @@ class Conditions:
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """The prompts of `count` samples, a single string as a list of one; ValueError for another number or no text."""
+    """Return the `count` prompts of Conditions, a list or one string; ValueError for another number or no text."""
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):
@@ -134,17 +138,18 @@ def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
 
 
 class PromptEncoder:
-    """Encodes prompts with a pipeline's text encoders, without gradient and in their own dtype, autocast or not.
+    """Encodes prompts with a pipeline's text encoders, without gradient and always in the encoders' own dtype.
 
-    Calls are safe from several threads. A run encodes its prompts once, with `Conditions.encode`; a direct call keeps a
-    bounded cache, for loops that pass strings.
+    It is thread-safe. A run encodes its prompts once, with `Conditions.encode`. Calling the encoder with strings fills
+    a cache of bounded size.
 
     Args:
-        source: a StableDiffusion3Pipeline, or a pipeline folder or hub id to load text encoders from when needed.
+        source: a StableDiffusion3Pipeline; or a pipeline folder or hub id, whose text encoders are loaded when needed.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
-        device: of the returned embeddings, and of text encoders loaded here. Default: the pipeline's, else the CPU.
-        dtype, local_files_only: of text encoders loaded here.
-        max_cached: prompts kept by direct calls; at SD3.5's sizes in bfloat16, 1,000 take about 2 GB of CPU memory.
+        device: device of the embeddings, and of text encoders loaded here. Default: the pipeline's, or else the CPU.
+        dtype: dtype of text encoders loaded here.
+        local_files_only: load text encoders without the network.
+        max_cached: size of the cache in prompts; at SD3.5's sizes in bfloat16, 1,000 take about 2 GB of CPU memory.
     """
 
     def __init__(
@@ -165,7 +170,7 @@ class PromptEncoder:
         self._cache: dict[str, Embeds] = {}
 
     def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> Embeds:
-        """prompt_embeds (B, L, D) and pooled_prompt_embeds (B, P) on `device`; prompts not cached are encoded."""
+        """Return prompt_embeds (B, L, D), pooled_prompt_embeds (B, P) on `device`; encodes prompts not in the cache."""
         prompts = check_prompts(prompts)
         with _ENCODING:
             unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
@@ -179,7 +184,7 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: list[str], text_length: int | None = None) -> Embeds:
-        """prompt_embeds (B, L, D) and pooled_prompt_embeds (B, P) on the CPU, in one batch and past the cache."""
+        """Return prompt_embeds (B, L, D), pooled_prompt_embeds (B, P) on the CPU, from one batch without the cache."""
         with _ENCODING:
             pipeline = self._text_pipeline()
             encoders = text_encoders(pipeline)
@@ -196,14 +201,14 @@ class PromptEncoder:
             return embeds.cpu(), pooled.cpu()
 
     def release(self) -> None:
-        """Free text encoders that were loaded here; a prompt that is not cached loads them again."""
+        """Free the text encoders that were loaded here. They are loaded again for a prompt that is not in the cache."""
         if isinstance(self.source, str | Path):
             self._pipeline = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def empty(self, batch: int) -> Embeds:
-        """The embeddings of the empty prompt, for guidance: (batch, L, D), (batch, P)."""
+        """Return the embeddings of the empty prompt, for guidance: (batch, L, D) and (batch, P)."""
         return self([""] * batch)
 
     def _text_pipeline(self) -> "StableDiffusion3Pipeline":

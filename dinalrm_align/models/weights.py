@@ -1,5 +1,6 @@
-"""Models in folders and on the Hugging Face Hub, tensor files, read without running code in them, and strict loading:
-names and shapes must agree exactly.
+"""Find models in folders and on the Hugging Face Hub; read tensor files; load weights strictly.
+
+No code in a file is run. Strict loading means that names and shapes must agree exactly.
 """
 
 import pickle
@@ -18,7 +19,7 @@ from dinalrm_align.train.files import HUB_ID, reading
 
 
 class HubOptions(TypedDict, total=False):
-    """The options of `huggingface_hub` that every loader takes as `**hub`."""
+    """Options of `huggingface_hub`, which every loader takes as `**hub`."""
 
     revision: str | None
     token: str | bool | None
@@ -27,7 +28,7 @@ class HubOptions(TypedDict, total=False):
 
 
 def check_source(name: str, source: str | Path, **hub: Unpack[HubOptions]) -> None:
-    """Raise ValueError unless `source` is an existing folder or a hub id, TypeError for another type or option."""
+    """Raise ValueError unless `source` is a folder or a hub id; TypeError for another type or an unknown option."""
     if hub.keys() - HubOptions.__annotations__:
         raise TypeError(f"{name}: unknown options {sorted(hub.keys() - HubOptions.__annotations__)}")
     if not isinstance(source, str | Path):
@@ -41,7 +42,10 @@ def check_source(name: str, source: str | Path, **hub: Unpack[HubOptions]) -> No
 def fetch(
     source: str | Path, files: Sequence[str], *, what: str = "model", subfolder: str = "", **hub: Unpack[HubOptions]
 ) -> Path:
-    """The `subfolder` of a local folder, or of a snapshot of a repository with `files`, names and patterns in it."""
+    """Return the local folder that holds `files` (names or patterns) of a model, downloaded if `source` is a hub id.
+
+    subfolder: folder inside `source` with these files; the path of this folder is returned.
+    """
     check_source(what, source, **hub)
     if Path(source).is_dir():
         return Path(source) / subfolder
@@ -53,7 +57,7 @@ def fetch(
 
 
 def find_file(source: str | Path, name: str, *, what: str = "weights", **hub: Unpack[HubOptions]) -> Path:
-    """The file `name` of a folder or repository, or `source` itself where that is a file; FileNotFoundError without."""
+    """Return the path of the file `name` in a folder or repository, or `source` itself if it is a file."""
     if isinstance(source, str | Path) and str(source) and Path(source).is_file():
         return Path(source)
     check_source(what, source, **hub)
@@ -69,7 +73,7 @@ def find_file(source: str | Path, name: str, *, what: str = "weights", **hub: Un
 
 
 def beside(source: str | Path, *names: str) -> Path | None:
-    """The folder of a local `source` (a folder, or a file in it) if it holds one of the files `names`, else None."""
+    """Return the folder of a local `source` (itself or its parent) if it holds any of the files `names`, else None."""
     if not isinstance(source, str | Path) or not str(source):
         return None
     folder = Path(source).parent if Path(source).is_file() else Path(source)
@@ -77,8 +81,10 @@ def beside(source: str | Path, *names: str) -> Path | None:
 
 
 def load_model(kind: Any, source: str | Path, *, allow_unexpected: bool = True, **options: Any) -> Any:
-    """`kind.from_pretrained(source, **options)` of diffusers or transformers, strictly: ValueError for missing tensors
-    (the libraries would draw them at random), other shapes and, unless `allow_unexpected`, surplus tensors.
+    """Load a model with `kind.from_pretrained(source, **options)` of diffusers or transformers, strictly.
+
+    Raises ValueError if tensors are missing (the libraries would initialise them at random) or have other shapes, and,
+    unless `allow_unexpected`, if the files hold surplus tensors.
     """
     options["local_files_only"] = options.get("local_files_only", False) or Path(source).is_dir()
     with reading(kind.__name__, source):
@@ -94,10 +100,10 @@ def load_model(kind: Any, source: str | Path, *, allow_unexpected: bool = True, 
 
 
 def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt, .pth or .bin file by name, on the CPU, memory-mapped where possible.
+    """Return the tensors of a .safetensors, .pt, .pth or .bin file by name, on the CPU, memory-mapped if possible.
 
-    key: entry of the file's dict that holds the tensors. Raises ValueError for a damaged file, for anything but
-    tensors, and when the tensors of a safetensors file do not have the digest (`train.digest`) in its metadata.
+    key: key of the file's dict under which the tensors are. Raises ValueError if the file is damaged or holds anything
+    but tensors, or if the metadata of a safetensors file has a SHA-256 that differs from the tensors' (`train.digest`).
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected a file of tensors")
@@ -120,8 +126,9 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> dict[str, Tensor]:
-    """The tensors by other names. rules: regular expressions of a name's beginning to replacements, or None to drop it;
-    the first match is applied, names without one are kept.
+    """Return the tensors under new names. rules: regular expression -> replacement, or None to drop the tensor.
+
+    Only the first expression that matches the beginning of a name is applied. Names that match none are kept.
     """
     rule_of = {name: next((rule for rule in rules if re.match(rule, name)), "") for name in tensors}
     kept = {name: rule for name, rule in rule_of.items() if rules.get(rule, "") is not None}
@@ -129,7 +136,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise ValueError, naming the file `where`, unless names, shapes and floating types agree."""
+    """Raise ValueError, naming the file `where`, unless both have the same names, shapes and floating tensors."""
     both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
     shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
     differences = {
@@ -149,7 +156,7 @@ def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: 
 
 @torch.no_grad()
 def load_tensors(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Copy `tensors` into the tensors of the same names in `target`, all or none. Raises as `check_fit`."""
+    """Copy `tensors` into the tensors of the same names in `target`; copy none if they do not fit (`check_fit`)."""
     check_fit(target, tensors, where)
     for name, tensor in target.items():
         tensor.copy_(tensors[name])
@@ -166,7 +173,8 @@ def assign_tensors(
 ) -> None:
     """Make `tensors` the weights of `module`, which may be on the meta device. Raises as `check_fit`.
 
-    keep_in_fp32: prefix of weights kept in at least float32. Buffers outside the state dict are moved to `device` too.
+    dtype, device: of the new weights; buffers outside of the state dict are moved too. keep_in_fp32: weights whose
+    names have this prefix get at least float32.
     """
     check_fit(module.state_dict(), tensors, where)
     exact = [name for name in tensors if keep_in_fp32 and name.startswith(keep_in_fp32)]
@@ -177,15 +185,16 @@ def assign_tensors(
 
 
 class _StandIn:
-    """Replaces every class and function that a pickle names: takes any arguments, keeps its state."""
+    """Replaces every class and function that a pickle names: accepts any arguments, keeps its state."""
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
 
 
 def read_module_tensors(path: Path) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of a pickled `torch.nn.Module`, by their state_dict names, on the CPU.
+    """Return parameters and persistent buffers of a pickled `torch.nn.Module` by state_dict name, on the CPU.
 
-    Nothing is imported or called: stand-ins replace all classes and functions that the file names; torch refuses some.
+    No code that the file names is imported or called: `_StandIn` replaces its classes and functions, and torch refuses
+    some.
     """
     with reading("pickled module", path):
         named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"builtins.set"}

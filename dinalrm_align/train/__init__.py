@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints and metrics, and reading and writing of files and command lines."""
+"""Training loop, checkpoints, metrics, configuration, command lines, and reading and writing of files."""

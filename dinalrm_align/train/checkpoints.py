@@ -1,16 +1,17 @@
-"""Checkpoints: everything that a run needs to be resumed bit for bit.
+"""Save and restore everything that a run needs to be resumed bit for bit.
 
 A checkpoint is a folder checkpoints/step_000050/ with
 
-    weights.safetensors  ema.safetensors  optimizer.pt  rng_0.pt  method_0.safetensors (one per rank)  state.json
+    weights.safetensors, ema.safetensors, optimizer.pt    written by the main rank
+    rng_0.pt, method_0.safetensors                        one of each per rank
+    state.json                                            step, identity of the run, size and digest of each file
 
-It is written atomically and sealed (`files.seal`); state.json also holds the identity of the run and the size of
-metrics.jsonl. On resume everything is checked before a file or a weight is changed, and only plain tensors, numbers and
-text are read (`weights_only=True`).
+The folder is written atomically (`files.seal`). On resume all files are checked before a file or a weight is changed.
+Pickles are loaded with `weights_only=True`: they may hold only plain tensors, numbers and text.
 
-A run can be resumed with another world size if the samples per update, summed over ranks, stay the same, since RNG
-streams are keyed by the global sample index. It cannot while ranks hold different method states, such as a rollout that
-is reused for several updates. The global RNG states (dropout) are then not restored.
+A run can be resumed with another world size if the samples per update, summed over ranks, stay the same: RNG streams
+are keyed by the global sample index. The global RNG states, which dropout uses, are then not restored. Another world
+size is refused while ranks hold different method states, such as a rollout that is reused for several updates.
 """
 
 import io
@@ -36,7 +37,7 @@ from dinalrm_align.train.state import RunState
 
 FOLDER = "checkpoints"
 STEP = re.compile(r"step_(\d{6,})")
-MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # of AdamW, and of bitsandbytes
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # names in AdamW's state, and in bitsandbytes'
 
 
 def save_checkpoint(
@@ -44,8 +45,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest checkpoints.
 
-    Called on every rank: each writes its own random state and method state, the main rank (the only one that needs
-    `log`) writes the rest. Raises OSError, leaving older checkpoints alone, if the checkpoint cannot be written.
+    Call it on every rank: each writes its own RNG and method state. The main rank writes all other files; only it needs
+    `log`. Returns the folder of the checkpoint. Raises OSError and keeps older checkpoints if a file cannot be written.
     """
     folder = run / FOLDER / f"step_{state.step:06d}"
     main, rank = accelerator.is_main_process, accelerator.process_index
@@ -72,11 +73,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: Accelerator) -> dict[str, Any]:
-    """Restore `state` and the global random states from a checkpoint; returns its facts (step, metrics, ...).
+    """Restore `state` and the global RNG states from a checkpoint; return the values in its state.json.
 
-    The optimiser keeps its own hyperparameters and takes the saved moments. Raises ValueError, before anything is
-    changed, if the checkpoint is damaged, belongs to another run or is beyond `steps`, names or shapes differ, an
-    average is wanted and none was saved, or the run cannot be resumed with this world size.
+    The optimiser gets the saved moments and keeps its own hyperparameters. Raises ValueError, before anything is
+    changed, if the checkpoint is damaged, belongs to another run or is beyond update `steps`; if names or shapes of
+    tensors differ; if `state` has averaged weights and the checkpoint has none; or if the world size is not possible.
     """
     facts = check_checkpoint(folder)
     same_processes = facts["num_processes"] == accelerator.num_processes
@@ -109,7 +110,7 @@ def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: A
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint; ValueError, naming the newest intact one, if it or its metrics are damaged."""
+    """Return the values in state.json; if the checkpoint is damaged, raise ValueError that names an intact one."""
     try:
         return _read(folder)
     except ValueError as error:
@@ -117,12 +118,12 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of the run in this folder, or None."""
+    """Return the newest checkpoint in the run folder `run`, or None."""
     return next(reversed(_checkpoints(run)), None)
 
 
 def checkpoint_to_resume(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest one of the run in `path`; ValueError if none or damaged."""
+    """Return the checkpoint `path`, or the newest one in the run folder `path`; ValueError if damaged or none."""
     if not path.is_dir():
         raise ValueError(f"nothing to resume: no folder {path}; expected the folder of a run or of a checkpoint")
     path = path.resolve()
@@ -134,7 +135,7 @@ def checkpoint_to_resume(path: Path) -> Path:
 
 
 def new_run_folder(asked: str | None, name: str) -> Path:
-    """`asked`, or the first free folder of runs/<name>, runs/<name>_2, ...; ValueError if `asked` holds a run."""
+    """Return `asked` (ValueError if it holds a run); if None, the first free of runs/<name>, runs/<name>_2, ..."""
     if asked is not None:
         if Path(asked).exists() and not Path(asked).is_dir():
             raise ValueError(f"output_dir: {asked} is a file; choose a folder")
@@ -146,12 +147,12 @@ def new_run_folder(asked: str | None, name: str) -> Path:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint folder."""
+    """Return the run folder that contains a checkpoint folder."""
     return checkpoint.parent.parent
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Delete checkpoints after `step`, all but the `keep_last` newest others, and leftovers of a kill."""
+    """Keep the `keep_last` newest checkpoints up to `step`; delete all others, and leftovers of killed processes."""
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:
@@ -162,7 +163,7 @@ def tidy(run: Path, *, step: int, keep_last: int) -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     entries = (run / FOLDER).glob("step_*")
     return sorted((entry for entry in entries if STEP.fullmatch(entry.name) and entry.is_dir()), key=_step_of)
 
@@ -178,7 +179,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _alternative(folder: Path) -> str:
-    """What to do about a damaged checkpoint."""
+    """Return advice for a damaged checkpoint: resume from the newest intact one before it, or start again."""
     siblings = _checkpoints(run_of(folder)) if STEP.fullmatch(folder.name) else []
     for earlier in [entry for entry in siblings if _step_of(entry) < _step_of(folder)][::-1]:
         with suppress(ValueError):
@@ -188,7 +189,7 @@ def _alternative(folder: Path) -> str:
 
 
 def _check_run(facts: Mapping[str, Any], state: RunState, num_processes: int, folder: Path) -> None:
-    """Raise ValueError unless the checkpoint is of this run, which can be resumed with this world size."""
+    """Raise ValueError unless the checkpoint belongs to this run and can be resumed with this world size."""
     saved, expected = facts["identity"], state.identity
     if saved != dict(expected):
         name = next(name for name in (*expected, *saved) if saved.get(name) != expected.get(name))
@@ -222,10 +223,10 @@ def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: P
 
 
 def _check_moments(saved: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer, where: Path) -> None:
-    """Raise ValueError unless every saved moment has the shape of its parameter, which is identified by number."""
+    """Raise ValueError unless every saved moment has the shape of its parameter; keys are parameter indices."""
     shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     for number, moments in saved.items():
-        nested = [value for value in moments.values() if isinstance(value, Mapping)]  # of bitsandbytes
+        nested = [value for value in moments.values() if isinstance(value, Mapping)]  # in bitsandbytes' state
         for name, moment in [item for values in (moments, *nested) for item in values.items()]:
             if name in MOMENTS and [tuple(moment.shape)] != shapes[number : number + 1]:
                 raise ValueError(

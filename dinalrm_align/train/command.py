@@ -1,7 +1,7 @@
-"""A command line from a dataclass: `--name value`, `--section.name value`, `--config FILE`, help from the docstrings.
+"""Command lines from dataclasses: `--name value`, `--section.name value`, `--config FILE`, help from docstrings.
 
-Precedence, lowest first: the dataclass's defaults, the files in `defaults`, then `--config` and options in the order
-in which they are given. A flag without a value is true: `--watch.stop_on_hacking`.
+Later settings override earlier ones: first the defaults of the dataclass, then the files in `defaults`, then `--config`
+files and options in the order of the command line. A flag without a value is true: `--watch.stop_on_hacking`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from dinalrm_align.train.settings import bounds_in_words, did_you_mean, field_ty
 
 Settings = TypeVar("Settings")
 PACKAGE = Path(__file__).parents[1]
-# how jsonargparse quotes a refused value
+# the ways in which jsonargparse quotes a refused value
 GIVEN = re.compile(r"Given value: (.*)|Got value: (.*)|Unable to load config '(.*)'|: '(.*)'$", re.MULTILINE)
 
 
@@ -32,10 +32,16 @@ def parse(
     defaults: Sequence[Path] = (),
     positional: str | None = None,
 ) -> tuple[Settings, str]:
-    """An instance of the dataclass `kind`, and its settings as YAML text that `--config` reads back.
+    """Parse a command line into an instance of the dataclass `kind`.
 
-    Invalid settings exit with status 2 and an error message. defaults: YAML files that override the dataclass's
-    defaults. positional: name of the setting, a list of text, that takes the arguments without an option.
+    Args:
+        description: text at the top of `--help`.
+        argv: arguments; default: sys.argv[1:].
+        defaults: YAML files that override the defaults of the dataclass.
+        positional: name of a field, a list of strings, that receives the arguments without an option name.
+
+    Returns the instance, and its settings as YAML text that `--config` can read. Invalid settings exit with status 2
+    and an error message.
     """
     types = _types(kind)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -73,9 +79,10 @@ def refuse(message: str) -> NoReturn:
 
 @contextmanager
 def refusing(stopped: str = "") -> Iterator[None]:
-    """Pass errors that this package raises about its input to `refuse`; others keep their traceback.
+    """Exit with status 2 and an error message if this package raises an error about its input within the block.
 
-    stopped: message for Ctrl-C, which then exits with status 130.
+    Errors raised in other packages keep their traceback. stopped: message printed on Ctrl-C, which then exits with
+    status 130; if it is empty, KeyboardInterrupt is not caught.
     """
     try:
         yield
@@ -92,7 +99,7 @@ def refusing(stopped: str = "") -> Iterator[None]:
 
 
 class _HelpFormatter(DefaultHelpFormatter):
-    """Wraps the paragraphs of a description separately, and leaves those with indented lines as they are."""
+    """Wraps each paragraph of a description separately; keeps paragraphs that have indented lines unchanged."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n\n".join(
@@ -102,7 +109,7 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 class _Parser(ArgumentParser):
-    """Errors in one line: field, value and expectation, or the nearest name for an unknown option."""
+    """Parser with one-line errors: field, value and expectation, or the most similar name for an unknown option."""
 
     types: dict[str, Any]
 
@@ -123,7 +130,7 @@ class _Parser(ArgumentParser):
 
 
 def _types(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Types of all settings of a dataclass, and of its sections, by `section.name`."""
+    """Return the type of every setting of a dataclass and of its sections, keyed by `name` or `section.name`."""
     found = {}
     for name, hint in field_types(kind).items():
         found[prefix + name] = hint
@@ -133,7 +140,7 @@ def _types(kind: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _check_names(values: dict[Any, Any], types: dict[str, Any], where: str, prefix: str = "") -> None:
-    """Raise ValueError unless every key of a settings file is a setting and every section is a mapping."""
+    """Raise ValueError unless every key of a settings file names a setting and every section is a mapping."""
     names = [name.removeprefix(prefix) for name in types if name.startswith(prefix)]
     known = [name for name in names if "." not in name]
     for key, value in values.items():
@@ -148,7 +155,7 @@ def _check_names(values: dict[Any, Any], types: dict[str, Any], where: str, pref
 
 
 def _config_files(words: Sequence[str]) -> list[Path]:
-    """The files given by --config, in order."""
+    """Return the paths given by `--config FILE` or `--config=FILE`."""
     after = [value for word, value in zip(words, words[1:]) if word == "--config"]
     joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     return [Path(path).expanduser() for path in (*after, *joined)]

@@ -11,15 +11,15 @@ class OptimConfig:
     """AdamW, its learning-rate schedule and gradient clipping.
 
     Args:
-        name: adamw, or bitsandbytes' adamw8bit (extra `quant`): 2 bytes of moments per trained parameter instead of 8.
+        name: adamw; or adamw8bit of bitsandbytes (extra `quant`), with 2 instead of 8 bytes of moments per parameter.
         lr: peak learning rate.
-        weight_decay: decoupled, as in AdamW.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, as in AdamW.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: added to the square root of the second moment.
         clip: maximum norm of the gradient over all parameters; 0 disables clipping.
-        schedule: after the warm-up: constant, or cosine decay to 0 at the last step.
-        decay_share: share of the steps, at the end of the run, over which cosine decays; before them lr is constant.
+        schedule: learning rate after the warm-up: constant, or cosine decay to 0 at the last step.
+        decay_share: fraction of the steps, at the end of the run, over which cosine decays; lr is constant before.
         warmup_steps: steps of linear warm-up from 0.
     """
 
@@ -45,12 +45,14 @@ class LoopConfig:
     Args:
         steps: total optimiser updates, including those before a resume.
         accumulate: micro-batches per update.
-        ema_decay: decay of the exponential moving average of the trained weights, which is evaluated and exported; 0
-            uses the weights themselves. After k updates the decay is at most (1 + k) / (10 + k).
-        ema_every: updates between two updates of the average.
-        checkpoint_every: updates between two checkpoints; 0: only at the end and on Ctrl-C.
-        keep_last: checkpoints to keep; older ones are deleted after a newer one is saved.
-        timeout: minutes that a rank waits for the others before the run fails; longer than any rank's work alone.
+        ema_decay: decay of the exponential moving average of the trained weights; 0 disables it. If there is an
+            average, it is evaluated and exported instead of the last weights. After k updates the decay is at most (1 +
+            k) / (10 + k).
+        ema_every: optimiser updates between two updates of the average.
+        checkpoint_every: updates between two checkpoints; 0 saves only at the end and on Ctrl-C.
+        keep_last: number of newest checkpoints to keep; older ones are deleted after each save.
+        timeout: minutes that a rank waits for other ranks before the run fails. Must be longer than any work that only
+            one rank does.
     """
 
     steps: settings.PositiveInt = 100

@@ -1,11 +1,11 @@
-"""Cost of a training step by phase: seconds, peak memory, floating-point operations.
+"""Measure the cost of a training step by phase: seconds, peak memory and floating-point operations.
 
-Memory is the peak of a phase above what was allocated when the step began, in MiB. On CUDA it is the allocator's count,
-at every step. On the CPU it is the sum of live tensor storages, without workspaces and fragmentation, and tracking it
-takes about twice the time, hence only on profiled steps, whose seconds are left out.
+Memory is the peak within a phase minus the memory allocated when the step began, in MiB. On CUDA it is read from the
+allocator at every step. On the CPU it is the sum of live tensor storages, without workspaces and fragmentation. CPU
+tracking about doubles the time, so it runs only on profiled steps, and no seconds are reported for them.
 
-FLOPs are two per multiply-accumulate of matrix products, convolutions and attention as executed, recomputation of
-checkpointed blocks included. They are counted on profiled steps by torch's `FlopCounterMode`.
+FLOPs are counted on profiled steps by torch's `FlopCounterMode`: two per multiply-accumulate of matrix products,
+convolutions and attention, including recomputation by gradient checkpointing.
 """
 
 import time
@@ -31,12 +31,12 @@ CPU_ATTENTION = {
 
 
 def tensors_among(values: Any) -> list[torch.Tensor]:
-    """All tensors in nested lists, tuples and dicts."""
+    """Return all tensors in nested lists, tuples and dicts."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 class LiveStorage(TorchDispatchMode):
-    """Bytes of the storages that operators return while it is active: `live` now, `peak` since `restart`."""
+    """Dispatch mode that counts bytes of storages that operators allocate: `live` now, `peak` since `restart`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LiveStorage(TorchDispatchMode):
         inputs = {tensor.untyped_storage()._cdata for tensor in tensors_among((args, kwargs))}
         result = func(*args, **kwargs)
         for storage in [tensor.untyped_storage() for tensor in tensors_among(result)]:
-            if storage._cdata not in self._seen and storage._cdata not in inputs:  # no view, nor an in-place result
+            if storage._cdata not in self._seen and storage._cdata not in inputs:  # not a view or in-place
                 size = storage.nbytes()
                 self._seen[storage._cdata] = weakref.finalize(storage, self._release, storage._cdata, size)
                 self.live += size
@@ -66,21 +66,22 @@ class LiveStorage(TorchDispatchMode):
 
 
 class _NoModules(ModuleTracker):
-    """Replaces the module hooks of `FlopCounterMode`, which keep recomputed activations alive in the backward pass."""
+    """Turns off the module hooks of `FlopCounterMode`, which keep recomputed activations alive in the backward pass."""
 
     __enter__ = __exit__ = lambda self, *args: None
 
 
 class PhaseMeter:
-    """Seconds, peak memory and FLOPs of the named phases of a step; phases of one name add up within a step.
+    """Measures seconds, peak memory and FLOPs of the named phases of a step.
 
         meter.start_step(profile=step % 25 == 1)
         with meter.phase("rollout"):
             ...
         metrics |= meter.finish_step()      # {"memory_mib/rollout": 310.0, "gflops/rollout": 54.2}
 
-    Outside a step phases are not measured, so that an evaluation can run the same code. Phases must not be nested.
-    profile_every: steps between two that `loop.fit` profiles, starting with the first; 0: none.
+    If a phase runs several times in a step, seconds and FLOPs are summed and the highest memory peak is kept. Outside
+    of a step nothing is measured, so that an evaluation can run the same code. Phases must not be nested.
+    profile_every: `loop.fit` profiles steps 1, 1 + profile_every, ...; 0 disables profiling.
     """
 
     def __init__(self, device: torch.device | str, profile_every: int = 0) -> None:
@@ -89,7 +90,7 @@ class PhaseMeter:
         self._in_step = False
 
     def start_step(self, *, profile: bool = False) -> None:
-        """Begin a step. profile: count FLOPs in it, and on the CPU track memory (on CUDA it is always tracked)."""
+        """Begin a step. profile: count FLOPs and, on the CPU, track memory. On CUDA memory is always tracked."""
         self._in_step, self._profiled = True, profile
         self._tracker: LiveStorage | None = None
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -103,7 +104,7 @@ class PhaseMeter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure a block; on CUDA the device is synchronised at both ends."""
+        """Measure the block as phase `name`. On CUDA the device is synchronised before and after."""
         if not self._in_step:
             yield
             return
@@ -128,7 +129,7 @@ class PhaseMeter:
         self._seconds[name] += time.perf_counter() - began
 
     def finish_step(self) -> dict[str, float]:
-        """End the step; returns per phase its seconds (unless profiled), MiB where known, and GFLOPs if profiled."""
+        """End the step; return seconds/<phase> (unless profiled), memory_mib/<phase>, gflops/<phase> (if profiled)."""
         self._in_step, self._tracker = False, None
         report = {} if self._profiled else {f"seconds/{name}": value for name, value in self._seconds.items()}
         report |= {f"memory_mib/{name}": size / MIB for name, size in self._bytes.items()}

@@ -1,4 +1,4 @@
-"""The requested device, the accelerator of a run, and the error when another rank is lost."""
+"""Check the requested device, start the accelerator of a run, and report lost ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 
 def available_device(device: torch.device | str) -> torch.device:
-    """The device of this name; ValueError if torch does not know it or this machine does not have it."""
+    """Return `device` as a torch.device; raise ValueError if torch or this machine does not have it."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -28,10 +28,14 @@ def available_device(device: torch.device | str) -> torch.device:
 def start_accelerator(
     run: Any, model_dtype: str, *, minutes: float, tracker: str = "none", autocast: bool = False
 ) -> tuple[Accelerator, str]:
-    """Seed the global RNGs; the accelerator of a recipe's run, and the dtype of the frozen weights.
+    """Seed the global RNGs; return the accelerator of a run and the dtype name of its frozen weights.
 
-    With run.dtype auto, it is model_dtype on a GPU and float32 on a CPU. minutes: timeout of collectives. autocast: use
-    bfloat16 autocast on a GPU, unless the dtype is float32.
+    Args:
+        run: settings of a recipe, of which device, dtype, seed and output_dir are read.
+        model_dtype: dtype on a GPU if run.dtype is "auto"; on the CPU "auto" means float32.
+        minutes: timeout of collectives.
+        tracker: none, wandb or tensorboard.
+        autocast: use bfloat16 autocast on a GPU, unless the dtype is float32.
     """
     if run.device != "auto":
         available_device(run.device)
@@ -50,7 +54,7 @@ def start_accelerator(
 
 @contextmanager
 def with_others() -> Iterator[None]:
-    """Turn a failed collective within the block into ConnectionError (an OSError): a rank failed or timed out."""
+    """Raise ConnectionError (an OSError) if a collective within the block fails: a rank failed or timed out."""
     try:
         yield
     except RuntimeError as error:  # DistBackendError is one; gloo raises it bare

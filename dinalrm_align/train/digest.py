@@ -1,4 +1,4 @@
-"""SHA-256 of tensors and texts, to verify files and to identify models."""
+"""SHA-256 digests of tensors and texts, to verify files and to identify models."""
 
 import hashlib
 from collections.abc import Mapping
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-SAMPLED = 256  # values per tensor in a fingerprint
+SAMPLED = 256  # fewest values of a large tensor in a fingerprint
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, dtypes, shapes and every bit, for any order and device; 64 hexadecimal digits."""
+    """Return the SHA-256 of names, dtypes, shapes and values, in hexadecimal; order and device do not matter."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -20,9 +20,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Digest of names, dtypes, shapes and evenly spaced values of a module's tensors; 16 hexadecimal digits.
+    """Return a fast digest of a module's parameters and buffers, as 16 hexadecimal digits.
 
-    Fast for billions of weights; single changed weights go unnoticed.
+    It covers names, dtypes, shapes and at least 256 evenly spaced values of each tensor (all values of smaller ones). A
+    change of single weights can go unnoticed.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     sampled = {f"{n} {tuple(t.shape)}": t.detach().flatten()[:: max(1, t.numel() // SAMPLED)] for n, t in tensors}
@@ -30,5 +31,5 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def text_digest(text: str) -> str:
-    """Digest of a text as UTF-8; 16 hexadecimal digits."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

@@ -1,9 +1,11 @@
-"""Reading files with errors that name the file and what to do, and writing them atomically. Torch-free.
+"""Read files with errors that name the file and a remedy; write files and folders atomically. Torch-free.
 
-An atomic write leaves a file or folder complete or absent, even after a kill or a power failure: content is written
-under a temporary name in the same folder, flushed to disk and renamed. What a kill leaves under a temporary name is
-overwritten by the next write. A sealed folder also holds state.json with the size and SHA-256 of every other file and
-a digest of itself: it is read back byte for byte as it was written, or refused.
+After an atomic write a file or folder is complete or absent, even if the process is killed or the power fails. The
+content is written under a temporary name in the same folder, flushed to disk and renamed. The next write replaces what
+a killed one left under the temporary name.
+
+A sealed folder also holds state.json, with the size and SHA-256 of every other file and a digest of its own content.
+`open_sealed` raises ValueError if any byte has changed.
 """
 
 import hashlib
@@ -25,7 +27,7 @@ TEMPORARY, DISCARDED = ".tmp_", ".old_"  # prefixes of names while a file is wri
 
 
 def read_text(path: Path, what: str, expected: str = "a file") -> str:
-    """The text of a UTF-8 file without byte order mark; ValueError, with the line, for other bytes and for NUL."""
+    """Return the text of a UTF-8 file, without byte order mark; raise ValueError for NUL or another encoding."""
     if not path.is_file():
         raise FileNotFoundError(f"no {what} {path}{' (it is a folder)' if path.is_dir() else ''}; expected {expected}")
     data = path.read_bytes()
@@ -41,7 +43,7 @@ def read_text(path: Path, what: str, expected: str = "a file") -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; ValueError for invalid JSON and duplicate keys."""
+    """Return the value of a JSON text; raise ValueError for invalid JSON and duplicate keys."""
     try:
         return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -50,7 +52,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_json(path: Path, expected: str = "a file") -> dict[str, Any]:
-    """The object in a JSON file; raises as `read_text` and `parse_json`."""
+    """Return the object in a JSON file. Raises as `read_text` and `parse_json`, and ValueError for other values."""
     values = parse_json(read_text(path, "file", expected), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a JSON {type(values).__name__}, expected an object")
@@ -58,8 +60,10 @@ def read_json(path: Path, expected: str = "a file") -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file; ValueError, with the line, for invalid YAML, duplicate keys, aliases (a few lines of
-    which can expand to gigabytes) and other values.
+    """Return the mapping in a YAML file.
+
+    Raises ValueError for invalid YAML, duplicate keys and values other than a mapping. Aliases are refused too, since a
+    few lines of them can expand to gigabytes.
     """
     text = read_text(path, what)
     try:
@@ -74,7 +78,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents; OSError, naming it, if that fails."""
+    """Create a folder and its parents; raise an OSError that names the folder if this fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -85,7 +89,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def reading(what: str, source: str | Path) -> Iterator[None]:
-    """Turn any error of a library that reads `source` into FileNotFoundError (missing) or ValueError (unreadable)."""
+    """Convert errors of a library that reads `source`: OSError to FileNotFoundError, all others to ValueError."""
     try:
         yield
     except Exception as error:  # libraries raise many types for files of unknown content
@@ -101,7 +105,7 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for a file that replaces `path` when the block ends; its suffix is that of `path`."""
+    """Yield a temporary path with the suffix of `path`; the file written there replaces `path` when the block ends."""
     make_folder(path.parent)
     temporary = path.with_name(TEMPORARY + path.name)
     yield temporary
@@ -112,7 +116,7 @@ def atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder that replaces `path` when the block ends; if it raises, it is deleted."""
+    """Yield an empty temporary folder, which replaces `path` when the block ends. It is deleted if the block raises."""
     temporary, old = path.with_name(TEMPORARY + path.name), path.with_name(DISCARDED + path.name)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -132,13 +136,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file atomically, text as UTF-8; OSError, naming the file."""
+    """Write a file atomically, a str as UTF-8. An OSError names the file."""
     with atomically(path) as temporary:
         write_file(temporary, content)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file in place; OSError, naming the file."""
+    """Write a file in place, a str as UTF-8. An OSError names the file."""
     try:
         with open(path, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -147,7 +151,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file or the entries of a folder to disk."""
+    """Flush a file, or the list of files of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -156,7 +160,7 @@ def flush(path: Path) -> None:
 
 
 def discard_folder(folder: Path) -> None:
-    """Delete a folder, renaming it first so that a partly deleted one is never taken for complete."""
+    """Rename a folder and then delete it, so that a partly deleted folder never looks complete."""
     hidden = folder.with_name(DISCARDED + folder.name)
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
@@ -164,15 +168,15 @@ def discard_folder(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def begin_or_resume(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-    """Record settings (JSON values) in folder/name, or compare them with those recorded there.
+    """Write `settings` (JSON values) to the file folder/name, or compare them with the settings in this file.
 
-    Raises ValueError when the folder was begun with other settings; FileExistsError when it holds other files.
+    Raises ValueError if the file holds other settings; FileExistsError if the folder holds files, but not this one.
     """
     path, settings = folder / name, json.loads(json.dumps(settings))
     if path.is_file():
@@ -196,13 +200,13 @@ def save_figure(figure: Any, path: Path, *, dpi: int = 110) -> None:
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write state.json: `facts` (JSON values), and size and digest of every file in the folder."""
+    """Write state.json: `facts` (JSON values), and the size and SHA-256 of every file in the folder."""
     marks = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in folder.iterdir()}
     write_file(folder / STATE, _text({**facts, "files": marks}))
 
 
 def open_sealed(folder: Path) -> dict[str, Any]:
-    """The facts of a sealed folder; ValueError, naming the first file that is missing or damaged."""
+    """Check a sealed folder and return its facts. Raises ValueError, naming the first missing or damaged file."""
     path = folder / STATE
     if not path.is_file():
         raise ValueError(f"{path} is missing")
@@ -221,7 +225,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
 
 
 def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> None:
-    """Raise ValueError unless the file, or (prefix) its beginning, has the `bytes` and `sha256` of `mark`."""
+    """Raise ValueError unless a file, or with `prefix` its beginning, has the `bytes` and `sha256` of `mark`."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     size, expected = path.stat().st_size, mark["bytes"]
@@ -255,7 +259,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values, those of inner objects under dotted names."""
+    """Return a nested dict with dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -271,6 +275,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _text(state: Mapping[str, Any]) -> str:
-    """state.json with the digest of everything else in it."""
+    """Return the text of state.json: `state` and a digest of it."""
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     return json.dumps({**state, "sha256": digest}, indent=1, sort_keys=True) + "\n"

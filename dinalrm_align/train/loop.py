@@ -1,7 +1,7 @@
-"""`fit`: the training loop. What is particular to a training method is in its `batch_at` and `step`.
+"""`fit`: the training loop. Everything specific to a training method is in its `batch_at` and `step`.
 
-Data is stateless: `batch_at(micro_step)` is a pure function of the seed, the micro-step and the weights, so that a
-resumed run sees the batches of an uninterrupted one. On-policy methods do their rollouts inside `batch_at`.
+There is no stateful data loader: `batch_at(micro_step)` is a pure function of the seed, the micro-step and the weights,
+so that a resumed run sees the batches of an uninterrupted one. On-policy methods generate rollouts inside `batch_at`.
 """
 
 import math
@@ -33,18 +33,18 @@ StepOutput = tuple[Tensor, Mapping[str, float | Tensor]]
 
 
 class Method(Protocol):
-    """A training method. Its batches have `count`, the number of items that the loss is the mean of, 0 or more."""
+    """A training method. `count` of its batches is the number of items that the loss is averaged over."""
 
     def batch_at(self, micro_step: int) -> Any:
-        """The batch of micro-step 0, 1, ..."""
+        """Return the batch of micro-step `micro_step`, counted from 0 over the whole run."""
 
     def step(self, batch: Any) -> StepOutput:
-        """A scalar loss with its graph, and numbers to record."""
+        """Return the scalar loss, with its autograd graph, and metrics by name."""
 
 
 @dataclass(frozen=True)
 class Closures:
-    """A `Method` made of two functions; count: batch -> number of items that its loss is the mean of."""
+    """A `Method` made of two functions. count: maps a batch to the number of items that its loss is averaged over."""
 
     make_batch: Callable[[int], Any]
     make_step: Callable[[Any], StepOutput]
@@ -60,10 +60,11 @@ class Closures:
 
 @dataclass(frozen=True)
 class Hook:
-    """A function of the step, called on every rank before the first update, every `every` updates and after the last.
+    """A function that `fit` calls on every rank before the first update, every `every` updates and after the last.
 
-    It sees the averaged weights and returns metrics of that step, or None. every 0: only before the first and after
-    the last update. at_stop: call it also when a run is stopped early; what it returns is then ignored.
+    It sees the averaged weights and returns metrics of the step, or None. every 0: no calls between the first and the
+    last. at_start: call it before the first update. at_stop: call it also when a run is stopped early; its metrics are
+    then ignored.
     """
 
     every: int
@@ -77,9 +78,10 @@ class Hook:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Folder of a run, for config.yaml (`settings`, unless empty), metrics.jsonl and checkpoints/.
+    """The folder of a run, which holds config.yaml, metrics.jsonl and checkpoints/.
 
-    checkpoint: checkpoint in it to resume from; None starts a new run. resume_command: shown when the run stops early.
+    settings: text of config.yaml; if empty, the file is not written. checkpoint: checkpoint in this folder to resume
+    from; None starts a new run. resume_command: shown when the run stops early.
     """
 
     path: Path
@@ -101,24 +103,24 @@ def fit(
     shown: Sequence[str] = ("loss",),
     stop_when: Callable[[Mapping[str, float]], str | None] | None = None,
 ) -> int:
-    """Train up to update `config.steps`; `state` ends at the last update, saved as a checkpoint.
+    """Train up to update `config.steps` and save a checkpoint; `state` is updated in place.
 
-    An update takes `config.accumulate` micro-steps on every rank; loss, gradient and metrics are means over the items
-    of all of them (`Method`). Gradients are averaged here and not by DistributedDataParallel, since rollouts and
-    partial forwards do not pass through the `forward` of one wrapped module.
+    An update takes `config.accumulate` micro-steps on every rank. Loss, gradient and metrics are means over the items
+    of all these micro-steps (`Method`). `fit` averages the gradients without DistributedDataParallel, because rollouts
+    and partial forward passes do not call the `forward` of one wrapped module.
 
     Args:
-        state: of the run (`RunState.initial`); the weights of rank 0 are broadcast.
-        meter: measures the backward pass; give it to `method` too to measure other phases.
-        shown: metrics in the progress bar.
-        stop_when: called after every update with its metrics; returns the reason to stop the run, or None, the same on
-            every rank.
+        state: state to start from (`RunState.initial`). The weights of rank 0 are broadcast to all ranks.
+        meter: measures the backward pass. Give it to `method` too, to measure other phases.
+        shown: names of the metrics in the progress bar.
+        stop_when: called after every update with its metrics; returns the reason to stop the run, or None. Must return
+            the same on every rank.
 
     Returns the number of updates done: config.steps, or fewer if `stop_when` stopped the run. Raises ValueError, before
-    anything is changed, for a checkpoint that does not fit or a new run that would overwrite another;
-    FloatingPointError, before the weights are changed, if loss or gradient are not finite; OSError if a file cannot be
-    written or another rank is lost. Ctrl-C and SIGTERM save after the update in progress and exit with status 130; a
-    second signal stops at once.
+    anything is changed, if the checkpoint does not fit or a new run would overwrite another; FloatingPointError, before
+    the weights are changed, if loss or gradient is not finite; OSError if a file cannot be written or another rank is
+    lost. Ctrl-C and SIGTERM save a checkpoint after the update in progress and exit with status 130; a second signal
+    stops at once.
     """
     meter = meter or PhaseMeter(accelerator.device)
     log = _start(config, state, accelerator, run)
@@ -129,7 +131,7 @@ def fit(
         return state.step
 
     def record(row: dict[str, float]) -> None:
-        """Run the hooks that are due, add their metrics to `row` and record it."""
+        """Run the hooks that are due, add their metrics to `row` and log the row."""
         _call([hook for hook in hooks if hook.is_due(state.step, config.steps)], state, row)
         if log is not None and row:
             log.append({"step": state.step, **row})
@@ -163,7 +165,7 @@ def fit(
 
 
 def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: RunFolder) -> MetricsLog | None:
-    """Load the checkpoint or broadcast rank 0's weights, and prepare the folder; returns the log, on the main rank."""
+    """Load the checkpoint or broadcast the weights of rank 0; prepare the folder; return the log (main rank only)."""
     if accelerator.scaler is not None:
         raise ValueError("mixed_precision: got fp16; expected bf16 or no: this loop has no loss scaler")
     if run.checkpoint is None and (newest := latest_checkpoint(run.path)) is not None:
@@ -188,7 +190,7 @@ def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: R
 
 
 def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None:
-    """Call hooks with the averaged weights in place, and add their metrics to `row`."""
+    """Call the hooks with the averaged weights in place; add their metrics to `row`."""
     with state.average.in_place() if hooks and state.average else nullcontext():
         for hook in hooks:
             row.update(hook.call(state.step) or {})
@@ -197,7 +199,7 @@ def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None
 def _update(
     config: LoopConfig, optim: OptimConfig, state: RunState, method: Method, accelerator: Accelerator, meter: PhaseMeter
 ) -> dict[str, float]:
-    """Make one optimiser update; returns its row of metrics."""
+    """Make one optimiser update; return its metrics."""
     began = time.perf_counter()
     parts: list[tuple[float, dict[str, float]]] = []
     tensors = list(state.parameters.values())
@@ -235,7 +237,7 @@ def _update(
 
 @contextmanager
 def _resume_hint(run: RunFolder) -> Iterator[None]:
-    """Add to an OSError raised within the block how the run can be resumed."""
+    """Add instructions for resuming the run to an OSError raised within the block."""
     try:
         yield
     except OSError as error:
@@ -246,7 +248,7 @@ def _resume_hint(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM on any rank into a request that every rank sees; a second one kills."""
+    """Yield a function that returns whether any rank got SIGINT or SIGTERM; a second signal ends the process."""
     requested = False
 
     def request(number: int, frame: Any) -> None:
@@ -278,9 +280,10 @@ def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
 def _averaged(
     parts: Sequence[tuple[float, Mapping[str, float]]], tensors: Sequence[nn.Parameter], accelerator: Accelerator
 ) -> dict[str, float]:
-    """Means of metrics over the micro-steps of all ranks, weighted by count; gradients are averaged in place.
+    """Return the mean metrics of an update over the micro-steps of all ranks, weighted by their numbers of items.
 
-    If all counts are 0, the gradients are 0 and the metrics unweighted means.
+    parts: (number of items, metrics) of every micro-step. tensors: parameters, whose gradients are averaged in place.
+    If there are no items, the gradients become 0 and the metrics are unweighted means.
     """
     names = list(parts[0][1])
     sums = [[len(parts), sum(count for count, _ in parts)]]

@@ -1,7 +1,7 @@
-"""The metrics of a run: metrics.jsonl, one JSON object per line, each with its `step`; and trackers. Torch-free.
+"""Write and read metrics.jsonl, one JSON object per line with its `step`; log to trackers. Torch-free.
 
-The trackers, wandb and tensorboard, are accelerate's. tensorboard writes to the run's folder (`tensorboard --logdir
-RUN`), wandb to its server, or with WANDB_MODE=offline to the run's folder, for `wandb sync RUN/wandb/offline-run-*`.
+The trackers are accelerate's. tensorboard writes to the folder of the run: `tensorboard --logdir RUN`. wandb writes to
+its server; with WANDB_MODE=offline it writes to the folder of the run, for `wandb sync RUN/wandb/offline-run-*`.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ TENSORBOARD = "tensorboard"
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl and keeps the digest of the file."""
+    """Appends rows to metrics.jsonl and updates the SHA-256 of the file."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Keep the first `keep` bytes of an existing file: a resumed run writes the later rows again."""
+        """Keep only the first `keep` bytes of an existing file; a resumed run writes the later rows again."""
         self.path = path
         kept = path.read_bytes()[:keep] if keep else b""
         write_atomically(path, kept)
@@ -43,13 +43,13 @@ class MetricsLog:
         self._digest.update(line)
 
     def mark(self) -> dict[str, Any]:
-        """Flush the file to disk; returns its size and digest, which a checkpoint stores."""
+        """Flush the file to disk; return its size in bytes and its SHA-256, which a checkpoint stores."""
         flush(self.path)
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, without a last line cut short by a crash; ValueError for any other bad line."""
+    """Return the rows of a metrics.jsonl. Skips a last line cut short by a crash; other bad lines raise ValueError."""
     *lines, _ = read_text(path, "file of metrics").split("\n")
     rows = []
     for number, line in [(number, line) for number, line in enumerate(lines, 1) if line]:
@@ -65,7 +65,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def check_tracker(name: str) -> None:
-    """Raise ImportError, naming the extra, if the package of this tracker is not installed."""
+    """Raise ImportError, naming the extra to install, if the package of the tracker `name` is not installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise ImportError(f"--tracker {name} needs the package {name}: pip install 'dinalrm-align[{name}]'")
 
@@ -73,9 +73,9 @@ def check_tracker(name: str) -> None:
 def open_tracker(
     accelerator: "Accelerator", name: str, folder: Path, settings: str, checkpoint: Path | None = None
 ) -> None:
-    """Start the accelerator's tracker, with the settings of the run as YAML; `end_training` closes it.
+    """Start the tracker `name` and log the settings of the run, a YAML text. `accelerator.end_training` closes it.
 
-    checkpoint: the one that the run is resumed from; what was tracked after it is dropped.
+    checkpoint: the checkpoint that the run resumes from; tensorboard then discards what was logged after it.
     """
     if name == "wandb":
         options = {"name": folder.name, "group": folder.name, "dir": str(folder)}
@@ -89,7 +89,7 @@ def open_tracker(
 
 
 def track_image(accelerator: "Accelerator", name: str, path: Path, step: int) -> None:
-    """Log an image file to every tracker of the accelerator; called on the main process."""
+    """Log the image file `path` as `name` to every tracker. Call it on the main process."""
     for tracker in accelerator.trackers:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))

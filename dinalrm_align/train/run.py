@@ -1,4 +1,4 @@
-"""From a command line to the settings of a run, new or resumed. Torch-free."""
+"""Read the settings of a new or resumed run from a command line. Torch-free."""
 
 import os
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ Run = TypeVar("Run")  # settings of a training recipe: model, output_dir, resume
 
 
 def parse_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[Run, Path | None]:
-    """The settings of the dataclass `kind`, and the checkpoint to resume from, or None for a new run.
+    """Return the settings (an instance of `kind`) and the checkpoint to resume from, None for a new run.
 
-    A resumed run has the settings of its config.yaml, with those in `argv` as overrides.
+    A resumed run reads its config.yaml, and `argv` overrides it.
     """
     run, _ = parse(kind, description, argv)  # --help exits here, before heavy imports
     checkpoint = None
@@ -42,10 +42,13 @@ def complete_run(
     name: str,
     defaults: Sequence[Path] = (),
 ) -> tuple[Run, str]:
-    """Fill in the resolved model and the folder of the settings of `parse_run`; also returns the text of config.yaml.
+    """Set the model and the output folder in the settings of `parse_run`; return them and the text of config.yaml.
 
-    recipe: file of the program. name: of a new folder under runs/, if there is no output_dir. defaults: settings files
-    with the lowest precedence, for a new run.
+    Args:
+        recipe: path of the program.
+        model: name of the model, resolved from "auto".
+        name: name of the new folder under runs/ if output_dir is not set.
+        defaults: settings files of a new run that override the defaults of the dataclass.
     """
     from dinalrm_align.train.checkpoints import new_run_folder, run_of
 

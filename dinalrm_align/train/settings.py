@@ -1,7 +1,7 @@
 """Types and checks for configuration dataclasses, and checks of single numbers. Torch-free.
 
-A range is part of the annotation, `lr: NonNegativeFloat = 1e-4`: jsonargparse checks it on the command line, and
-`check_fields` in Python. A bool is not a number, an integer is accepted as a float, NaN and infinity are refused.
+A range is part of the annotation: `lr: NonNegativeFloat = 1e-4`. jsonargparse checks it on the command line,
+`check_fields` checks it in Python. An int is accepted as a float. A bool, NaN or infinity is not accepted as a number.
 """
 
 import dataclasses
@@ -38,8 +38,10 @@ _UNIONS = (typing.Union, types.UnionType)
 
 
 def check_fields(settings: Any, section: str = "") -> None:
-    """Raise TypeError if a field of the dataclass does not hold its annotated type, ValueError if a number is out of
-    range or not finite, or a choice unknown. Restricted numbers are replaced by plain int and float.
+    """Check the fields of a dataclass; replace restricted numbers by plain int and float.
+
+    section: prefix of field names in messages. Raises TypeError if a value does not have the annotated type; ValueError
+    if a number is out of range or not finite, or a choice is unknown.
     """
     for name, hint in field_types(type(settings)).items():
         value = vars(settings)[name]
@@ -54,7 +56,7 @@ def check_integer(name: str, value: Any, *, low: int = 0, high: int | None = Non
 
 
 def check_number(name: str, value: Any, *, low: float | None = None, high: float | None = None) -> None:
-    """Raise TypeError unless `value` is a number (not a bool), ValueError unless it is finite, low <= value <= high."""
+    """Raise TypeError unless `value` is a number (not a bool), ValueError unless it is finite and in [low, high]."""
     _check(name, value, float)
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
@@ -62,25 +64,25 @@ def check_number(name: str, value: Any, *, low: float | None = None, high: float
 
 
 def check_image_size(height: int | None, width: int | None) -> None:
-    """ValueError unless each is None (the default) or a positive multiple of 16 pixels, the transformer's patches."""
+    """Raise ValueError unless each size is None (use the default) or a positive multiple of 16 pixels."""
     for name, size in (("height", height), ("width", width)):
         if size is not None and (size < 16 or size % 16):
             raise ValueError(f"{name}: got {size} pixels; expected a positive multiple of 16")
 
 
 def check_levels(name: str, sigmas: Sequence[float] | None) -> None:
-    """ValueError for an empty list of noise levels; None stands for a default."""
+    """Raise ValueError if the list of noise levels is empty. None (use the default levels) is accepted."""
     if sigmas is not None and not sigmas:
         raise ValueError(f"{name}: got {sigmas}; expected at least one noise level")
 
 
 def bounds_in_words(expression: str) -> str:
-    """A restriction of `jsonargparse.typing` as text: "v>=0 and v<1" -> "at least 0 and less than 1"."""
+    """Return a restriction of `jsonargparse.typing` in words: "v>=0 and v<1" -> "at least 0 and less than 1"."""
     return re.sub(r"v(>=|<=|>|<)", lambda sign: f"{_COMPARISONS[sign[1]]} ", expression)
 
 
 def type_in_words(hint: Any) -> str:
-    """A type as text, ranges left out: list[float] | None -> "a list (each a number) or null"."""
+    """Return a type in words, without ranges: list[float] | None -> "a list (each a number) or null"."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         return " or ".join(map(type_in_words, inner))
@@ -96,14 +98,14 @@ def type_in_words(hint: Any) -> str:
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """`; did you mean 'nearest'?`, or an empty text if no known name is near."""
+    """Return "; did you mean 'x'?", where x is the most similar known name, or "" if none is similar enough."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 @functools.cache
 def field_types(kind: type) -> dict[str, Any]:
-    """Annotation of every field of a dataclass."""
+    """Return the annotations of a dataclass, keyed by field name."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
@@ -148,7 +150,7 @@ def _type_error(name: str, value: Any, hint: Any) -> TypeError:
 
 
 def _is_kind(value: Any, hint: Any) -> bool:
-    """Whether `value` has the hint's outermost type, whatever it contains."""
+    """Return whether `value` has the outermost type of `hint`; the elements of lists and dicts are not checked."""
     kind = _base(typing.get_origin(hint) or hint)
     if kind is typing.Literal:
         return isinstance(value, str)
@@ -160,12 +162,12 @@ def _is_kind(value: Any, hint: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Restricted numbers as plain int and float, the only ones that torch.load accepts."""
+    """Return `value` with restricted numbers as plain int or float; `torch.load` refuses other classes."""
     if isinstance(value, list | tuple):
         return type(value)(map(_plain, value))
     return _base(type(value))(value) if type(value) in RESTRICTED else value
 
 
 def _base(hint: Any) -> Any:
-    """int or float for a restricted number type, any other type itself."""
+    """Return int or float for a restricted number type, and any other type unchanged."""
     return (int if issubclass(hint, int) else float) if hint in RESTRICTED else hint

@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule, weight averaging, and `RunState`: what a run holds between updates."""
+"""AdamW and its learning-rate schedule, weight averaging, and `RunState`, the state that checkpoints store."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 
 def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
-    """The package bitsandbytes, which `what` needs; ImportError, naming the extra, if it is not installed."""
+    """Import bitsandbytes; if it is missing, raise ImportError: the setting `what` needs it, and how to install it."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -24,7 +24,7 @@ def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
 
 
 def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over groups {"params": [...], "lr": by default config.lr}, with 8-bit moments for the name adamw8bit."""
+    """Return AdamW (8-bit if config.name is adamw8bit) over groups {"params": [...], "lr": default config.lr}."""
     kind = torch.optim.AdamW if config.name == "adamw" else bitsandbytes("optim.name adamw8bit").optim.AdamW8bit
     return kind(
         [{"lr": config.lr, **group, "initial_lr": group.get("lr", config.lr)} for group in groups],
@@ -35,10 +35,10 @@ def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """Factor in (0, 1] of every group's learning rate at update `step`, 1 ... steps.
+    """Return the factor in (0, 1] that multiplies all learning rates at update `step` = 1 ... steps.
 
-    Linear over the warm-up, then constant; `cosine` decays as (1 + cos(pi progress)) / 2 over the last `decay_share` of
-    the steps, at most over those after the warm-up.
+    It rises linearly to 1 over the warm-up and then stays 1. With schedule cosine it falls as (1 + cos(pi t)) / 2,
+    where t goes from 0 to 1 over the last `decay_share` of the steps, but not before the warm-up ends.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -50,22 +50,23 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
 
 
 class Stateful(Protocol):
-    """A method with state that cannot be recomputed, such as statistics or a rollout that is reused for updates."""
+    """State of a training method that cannot be recomputed, such as statistics or a rollout in use."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The whole state by name, as it is after the last update; on any device."""
+        """Return the whole state after the last update, keyed by name; tensors may be on any device."""
 
     def is_common(self) -> bool:
-        """Whether the state is the same on every rank, so that a run can be resumed with another world size."""
+        """Return whether the state is the same on every rank; only then can the world size change on resume."""
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned; ValueError, before anything is changed, if it does not fit."""
+        """Restore what `state_tensors` returned; raise ValueError, before anything is changed, if it does not fit."""
 
 
 class Ema:
-    """Exponential moving average of named parameters: mean <- d mean + (1 - d) p, initialised with p.
+    """Exponential moving average of named parameters p: mean <- d mean + (1 - d) p, initialised with p.
 
-    After k updates d = min(decay, (1 + k) / (10 + k)), so that the initial weights soon lose their influence.
+    At update k, d = min(decay, (1 + k) / (10 + k)): d is small at first, so that the initial weights lose influence
+    fast.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
@@ -74,14 +75,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Add the weights after update `step` = 1, 2, ..."""
+        """Update the average with the parameters after optimiser update `step` = 1, 2, ..."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in self.parameters.items():
             self.mean[name].lerp_(p.detach(), 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the parameters hold the average within the block; afterwards restore them bit for bit."""
+        """Write the average into the parameters for the block; restore them bit for bit afterwards."""
         trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._write(self.mean)
         try:
@@ -97,14 +98,17 @@ class Ema:
 
 @dataclass
 class RunState:
-    """Everything that a checkpoint stores of a run, and what identifies the run.
+    """State of a run that checkpoints store, and what identifies the run.
 
     Args:
-        parameters: all trained parameters by name, exactly those of the optimizer.
-        identity: seed and digests of frozen weights and data by name. A checkpoint with another identity is refused.
+        parameters: all trained parameters by name, the same ones as in `optimizer`.
+        average: moving average of the parameters, if any.
+        method: the training method, if it has state to store.
+        identity: seed, and digests of frozen weights and data, by name. A checkpoint with another identity is refused.
         samples: prompts or pairs per update (on-policy: per rollout), summed over ranks. A run can be resumed with
             another world size if this number stays the same.
-        step: updates done, in `elapsed` seconds.
+        step: updates done.
+        elapsed: seconds that these updates took.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -128,12 +132,12 @@ class RunState:
         identity: Mapping[str, str] | None = None,
         samples: int = 0,
     ) -> "RunState":
-        """The state before the first update; optimizer: by default AdamW over all parameters."""
+        """Return the state before the first update. optimizer: by default AdamW over all parameters."""
         optimizer = optimizer or adamw([{"params": list(parameters.values())}], optim)
         average = Ema(parameters, config.ema_decay) if config.ema_decay > 0 else None
         return cls(parameters, optimizer, average, method, identity or {}, samples)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Parameters and average by the name of their checkpoint file."""
+        """Return the parameters and their average by name, keyed by the name of their file in a checkpoint."""
         files: dict[str, dict[str, Tensor]] = {"weights.safetensors": dict(self.parameters)}
         return files if self.average is None else {**files, "ema.safetensors": self.average.mean}
