@@ -1,1 +1,1 @@
-"""Alignment methods, and the evaluation of the policies they train."""
+"""Alignment methods, and the evaluation of the policies that they train."""

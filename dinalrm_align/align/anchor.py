@@ -1,9 +1,9 @@
 """An anchor: a second reward of another kind, added to the objective at every n-th update.
 
 Long optimisation against one frozen reward exploits its errors. DiNa-LRM's authors add a pixel reward to the advantages
-of their GRPO run, A = A_latent + 0.2 A_PickScore (arXiv 2602.11146). Here the second reward is evaluated at every
-`every`-th update only, so that its cost (a decode, a second model) is a fraction. Which updates are anchored depends on
-their number alone, so that a resumed run anchors the same ones.
+of their GRPO run, A = A_latent + 0.2 A_PickScore (arXiv 2602.11146). Here the second reward is evaluated only at every
+`every`-th update, which saves most of its cost (a decode, a second model). A resumed run uses it at the same updates,
+because these depend on the update number alone.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from torch import Tensor
 from dinalrm_align.reward.protocol import Reward
 
 ANCHOR = "anchor"
-"""Name of the anchor among the terms of an objective, and in the metrics."""
+"""Name of the anchor in `terms` and in the metrics."""
 
 
 @dataclass(frozen=True)
 class Anchor:
     """A second reward, added with `weight` at updates every, 2 every, ... (counted from 1).
 
-    weight includes the factor that brings the anchor to the first reward's unit, where scores are added
-    (`matching_scale`); GRPO, which normalises advantages separately, needs none.
+    Where scores are added, weight includes the factor of `matching_scale`, which brings both rewards to the same unit.
+    GRPO normalises the advantages of each reward and does not need this factor.
     """
 
     reward: Reward
@@ -30,14 +30,14 @@ class Anchor:
     weight: float
 
     def is_due(self, update: int) -> bool:
-        """Whether update number `update`, from 0, is anchored."""
+        """Return whether update number `update`, counted from 0, uses the anchor."""
         return (update + 1) % self.every == 0
 
 
 def terms(reward: Reward, anchor: Anchor | None, update: int) -> Mapping[str, tuple[float, Reward]]:
-    """The objective of update number `update`, from 0: name -> (weight, reward); "reward", and "anchor" when it is due.
+    """Return the rewards of update number `update`, from 0: "reward" and, when due, "anchor" -> (weight, reward).
 
-    ReFL maximises the sum of weight x score, GRPO that of weight x advantage.
+    ReFL maximises the sum of weight x score, GRPO the sum of weight x advantage.
     """
     found = {"reward": (1.0, reward)}
     if anchor is not None and anchor.is_due(update):
@@ -46,9 +46,9 @@ def terms(reward: Reward, anchor: Anchor | None, update: int) -> Mapping[str, tu
 
 
 def matching_scale(score: Tensor, anchor_score: Tensor) -> float:
-    """Standard deviation of score (N,) over that of anchor_score (N,), of the same samples.
+    """Return the standard deviation of score (N,) divided by that of anchor_score (N,), for the same N samples.
 
-    Raises ValueError unless both have the same N of at least 2, and scores that differ.
+    Raises ValueError if shapes differ, N is below 2, or all scores of one reward are equal.
     """
     if score.shape != anchor_score.shape or score.dim() != 1 or len(score) < 2:
         got = f"{tuple(score.shape)} and {tuple(anchor_score.shape)}"

@@ -1,4 +1,4 @@
-"""Several samples of each prompt, scored as latents: candidates for preference pairs. Nothing is decoded."""
+"""Sample every prompt several times and score the latents, as candidates for preference pairs. Nothing is decoded."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,15 +23,17 @@ def scored_candidates(
     batch_size: int | None = None,
     velocity_for: Callable[[Conditions], Velocity] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`count` samples of each of B prompts, (B, count, C, H, W) float32, and their scores (B, count), on the device.
+    """Draw `count` samples of each of B prompts, and score them.
+
+    Returns latents (B, count, C, H, W) float32 and scores (B, count), on the policy's device.
 
     Args:
-        conditions: of the B prompts, on any device.
-        generators: one per prompt, drawn from in order: the noise of its samples, then the reward's noise, which all
-            samples of a prompt share, so that it does not affect their ranking.
-        reward_sigma: noise levels of the reward; None: its own.
-        batch_size: samples drawn and scored per forward; None: all.
-        velocity_for: conditions of a batch -> a velocity; default, the sampler's.
+        conditions: conditions of the B prompts, on any device.
+        generators: one per prompt. Each draws the noise of its prompt's samples, then the reward's noise, which these
+            samples share, so that it does not affect their ranking.
+        reward_sigma: noise levels at which the reward scores; None: the reward's own.
+        batch_size: samples drawn and scored at once; None: all.
+        velocity_for: conditions of a batch -> velocity; default: that of the sampler.
     """
     velocity_for = velocity_for or sampler.velocity_for
     noise = torch.cat([seeded_noise(sampler.latent_shape, [generator] * count) for generator in generators])
@@ -50,10 +52,10 @@ def scored_candidates(
 
 
 def ranked_pairs(scores: Sequence[float], number: int, min_gap: float) -> list[tuple[int, int]]:
-    """(chosen, rejected) of one prompt's candidates: best and worst, second best and second worst, and so on.
+    """Return (chosen, rejected) indices of candidates: best and worst, second best and second worst, and so on.
 
-    At most `number` pairs and half as many as there are candidates. The list ends at the first pair whose scores are
-    equal or differ by less than min_gap. Of equal scores the earlier candidate ranks higher.
+    At most `number` pairs, and at most half as many as there are candidates. The list ends before the first pair whose
+    scores are equal or differ by less than min_gap. Of equal scores, the earlier candidate ranks higher.
     """
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     pairs = []

@@ -15,8 +15,7 @@ class EvaluationConfig:
     Args:
         samples: images per evaluation. Prompts are used in file order, and repeated if there are fewer.
         batch_size: images sampled at once.
-        every: updates between evaluations; 0: none in between. The base model and the final policy are always
-            evaluated.
+        every: updates between evaluations; 0: none. Base model and final policy are always evaluated.
         shown: number of images in the image grids.
         seed: seed of the noise. It is separate from the seed of the run, so that runs can be compared image by image.
     """
@@ -45,10 +44,8 @@ class WatchConfig:
         level: significance level: the probability of any false alarm in the whole run if the gold score never falls.
         stop_on_hacking: save a checkpoint and stop at the first alarm; otherwise print a warning and go on.
         keep_best: keep the LoRA with the best gold score in lora_best/.
-        sigmas: noise levels, at least two, between which the scores of a latent reward are compared; an empty list
-            turns this measurement off.
-        drift_sigmas: noise levels at which the policy's velocity is compared with that of the base model; an empty list
-            turns this measurement off.
+        sigmas: noise levels, at least two, at which the scores of a latent reward are compared; empty: not measured.
+        drift_sigmas: noise levels at which policy and base model velocities are compared; empty: not measured.
     """
 
     level: float = 0.05
@@ -82,8 +79,8 @@ class MemoryConfig:
         decode_tile: decode large images in tiles (diffusers' VAE tiling); pixels near the seams change.
         offload: keep unused models off the GPU: the base model while prompts are encoded, the VAE between evaluations.
         compile: apply torch.compile to each block of policy and latent reward; the first update takes minutes.
-        attention: kernel of torch's attention on CUDA; auto: torch chooses. (diffusers' set_attention_backend does not
-            affect SD3.)
+        attention: kernel of torch's attention on CUDA; auto: torch's choice. (SD3 ignores diffusers'
+            set_attention_backend.)
     """
 
     base_quant: Literal["none", "int8", "nf4"] = "none"
@@ -103,12 +100,11 @@ class Hpsv3Config:
     """Options for loading HPSv3, used if it is part of the reward.
 
     Args:
-        quantization: quantise the linear layers in HPSv3's blocks to 8 or 4 bits. Needs bitsandbytes (the extra
-            `quant`).
+        quantization: quantise the linear layers in HPSv3's blocks to 8 or 4 bits (bitsandbytes, the extra `quant`).
         template: file with HPSv3's two prompt texts: data_collator_qwen.py of the package hpsv3, or a JSON file. By
-            default the file beside the weights, or else that of the installed package.
-        base: folder or hub id of Qwen2-VL-7B-Instruct, for its config and tokenizer. By default the folder of the
-            weights, if they are local, or else the hub.
+            default that beside the weights, or else that of the installed package.
+        base: folder or hub id of Qwen2-VL-7B-Instruct, for its config and tokenizer. By default the folder of local
+            weights, or else the hub.
     """
 
     quantization: Literal["none", "int8", "nf4"] = "none"
@@ -157,8 +153,7 @@ class GroupRolloutConfig:
         advantage_std: the advantage is the score minus the mean of its group, divided by a standard deviation. group:
             that of the group; global: that of the whole rollout, over all processes.
         advantage_floor: constant added to that standard deviation.
-        advantage_clip: largest absolute advantage. DiffusionNFT: advantages of this size mark a sample as wholly good
-            or bad.
+        advantage_clip: largest absolute advantage. DiffusionNFT: it marks a sample as wholly good or bad.
         minibatches: updates per pass over the samples of a rollout.
         epochs: passes over the samples of a rollout.
     """
@@ -196,15 +191,14 @@ class PolicyRun:
         reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
             pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward: published image rewards.
             oracle: the true score of the embedded world. NAME=SOURCE: one of these, with weights from SOURCE. Or the
-            folder or hub id of another latent reward; your own as module:function; or a weighted sum, "dinalrm +
-            0.2*pickscore".
+            folder or hub id of another latent reward; module:function, your own; or a sum, "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
         seed: seed of all random numbers of the run.
         prompts: text file of prompts, one per line, UTF-8; by default the model's own list of training prompts.
         height: height of the images in pixels; by default the model's own.
         width: width of the images in pixels; by default the model's own.
         device: auto: a CUDA GPU if there is one, otherwise the CPU.
-        dtype: dtype of the frozen weights. auto: the model's own on a GPU, float32 on a CPU. The LoRA is always
+        dtype: dtype of the frozen weights. auto: float32 on a CPU, otherwise the model's own. The LoRA is always
             float32.
         policy: the LoRA that is trained or sampled with.
     """
@@ -230,16 +224,14 @@ class AlignRun(PolicyRun):
     """Settings of every alignment recipe.
 
     Args:
-        gold: reward that scores held-out images and is never trained on; by default PickScore, or the oracle in the
-            embedded world.
+        gold: reward of held-out images, never trained on; by default PickScore, for the embedded world the oracle.
         resume: folder of a run, to resume from its newest checkpoint, or of one checkpoint. Options given with it
             override the saved settings.
         eval_prompts: text file of held-out prompts; by default the model's own list.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         profile_every: measure the FLOPs (on a CPU also the peak memory) of every n-th update, which makes that update
             take about twice as long; 0: never.
-        tracker: service that metrics and images are logged to, besides metrics.jsonl. WANDB_MODE=offline keeps wandb
-            offline.
+        tracker: where to log metrics and images besides metrics.jsonl; WANDB_MODE=offline keeps wandb offline.
         optim: AdamW, its learning rate and gradient clipping.
         loop: length of training, checkpoints and weight averaging.
         evaluation: evaluation on held-out prompts.

@@ -62,7 +62,7 @@ class DpoRun(AlignRun):
 
     Args:
         pairs: offline: source of the preference pairs: a folder written by recipes/mine_pairs.py, a parquet file in
-            verl-omni's format, a folder of latent pairs, or a jsonl file of {"prompt", "chosen", "rejected"} with image
+            verl-omni's format, a folder of latent pairs, or a jsonl file of {"prompt", "chosen", "rejected"} with
             paths.
         dpo: Diffusion-DPO.
     """

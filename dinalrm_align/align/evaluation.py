@@ -1,8 +1,8 @@
-"""Held-out evaluation of a run: the same prompts and noise before, during and after training.
+"""Held-out evaluation of a run, with the same prompts and noise before, during and after training.
 
-Every sample is scored by the training reward (proxy) and by a gold reward that takes no part in training: where the
-proxy rises and gold does not, the reward is being exploited. Because prompt and noise of a sample stay the same, gains
-are paired: their standard error is that of the mean difference, far below that of either mean.
+Every sample is scored by the training reward (proxy) and by a gold reward that is not trained on. If proxy rises and
+gold does not, the reward is being exploited. Gains are paired, because a sample keeps its prompt and noise: the
+standard error of the mean difference is far below that of either mean.
 """
 
 import json
@@ -33,14 +33,14 @@ Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Mean of after - before over the same samples (at least two), and the standard error of that mean."""
+    """Return the mean of after - before over the same samples (at least two), and its standard error."""
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
 @dataclass
 class HeldOut:
-    """A hook for `train.loop.fit`: samples, scores, and writes scores, images and grids into the run's folder.
+    """A hook for `train.loop.fit` that samples held-out prompts, scores the samples, and writes scores and images.
 
     Args:
         sampler: samples the evaluation prompts, one sample per row of its conditions.
@@ -48,10 +48,10 @@ class HeldOut:
         scorers: rewards over images by name; "gold" is required.
         decode: latents (B, C, H, W) -> images (B, 3, H, W) in [0, 1].
         config: see `EvaluationConfig`.
-        accelerator: with the ranks that share the samples.
+        accelerator: distributes the samples over the ranks.
         output_dir: folder of the run.
         probes: further measurements of every sample (`align.watch`).
-        equal_calls: all ranks sample equally many batches, as sharded weights require.
+        equal_calls: make all ranks sample equally many batches, which sharded weights require.
     """
 
     sampler: Sampler
@@ -80,7 +80,7 @@ class HeldOut:
         return self.sampler.conditions.prompts
 
     def _terms(self) -> dict[str, object]:
-        """What two evaluations that are compared sample by sample must have in common."""
+        """Return the settings that must be equal for two evaluations to be compared sample by sample."""
         return {
             "samples": len(self.prompts),
             "prompts": list(self.prompts),
@@ -93,11 +93,11 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
-        """Evaluate after update `step`; ranks share the samples.
+        """Evaluate the policy after update `step`, with the samples distributed over the ranks.
 
         Rank 0 writes evaluations/<step>.json (scores per sample), evaluations/<step>.png (the shown images in a row)
-        and grid_<step>.png. Returns means and standard errors of proxy and gold, the gain of gold over step 0, and the
-        means of other scorers and probes.
+        and grid_<step>.png. Returns, by name, means and standard errors of proxy and gold, gold_gain (the paired gain
+        of gold over step 0) with its standard error, and the means of other scorers and probes.
         """
         size, rank, world = self.config.batch_size, self.accelerator.process_index, self.accelerator.num_processes
         starts = range(0, len(self.prompts), size)
@@ -118,19 +118,19 @@ class HeldOut:
         return row
 
     def scores(self, step: int) -> dict[str, list[float]]:
-        """Scores per sample of the evaluation at `step`: proxy, gold, other scorers and probes."""
+        """Return the scores per sample of the evaluation at `step`, by name: proxy, gold, other scorers and probes."""
         found = json.loads((self._folder / f"{step:06d}.json").read_text())
         return {name: values for name, values in found.items() if name not in ("step", "terms")}
 
     def history(self, step: int) -> dict[int, dict[str, list[float]]]:
-        """The scores of every evaluation up to `step`, by step."""
+        """Return the scores of every evaluation up to `step`: update -> name -> scores per sample."""
         steps = sorted(int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit())
         return {at: self.scores(at) for at in steps if at <= step}
 
     def summarise(self, step: int) -> dict[str, dict[str, float]]:
-        """Compare the evaluations at step 0 and `step`; writes before_after.png.
+        """Compare the evaluations at step 0 and `step`, and write before_after.png.
 
-        Returns for gold and proxy {"before", "after", "gain", "standard_error" of the paired gain}.
+        Returns, for "gold" and "proxy", a dict of "before", "after", "gain" and the gain's paired "standard_error".
         """
         summary = {}
         before, after = self.scores(0), self.scores(step)
@@ -150,7 +150,7 @@ class HeldOut:
         return self.output_dir / "evaluations"
 
     def _batch(self, start: int) -> list[tuple[int, dict[str, float], np.ndarray | None]]:
-        """(index, scores by name, image if it is shown) of the samples from `start` on."""
+        """Return (index, scores by name, image or None if not shown) of each sample in the batch from `start` on."""
         indices = range(start, min(start + self.config.batch_size, len(self.prompts)))
         conditions, seed = self.sampler.take(indices), self.config.seed
         noise = self.sampler.noise([seeded_generator(seed, index) for index in indices])

@@ -1,7 +1,7 @@
-"""Scores and advantages within groups: samples of one prompt, scored at common reward noise.
+"""Scores and advantages within groups. A group is the samples of one prompt.
 
-The score of a noised latent is noisy. The samples of a group share the noise draws, so that the draws do not enter the
-comparison; the variance that separate draws would have added is measured.
+The score of a noised latent depends on the noise. The samples of a group are scored with the same noise draws, so that
+the draws do not affect their comparison. The variance that separate draws would have added is measured.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,21 +19,21 @@ from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 
 NO_SPREAD = 1e-6
-"""Standard deviation up to which the scores of a group count as equal: rounding alone produces as much."""
+"""Standard deviation up to which the scores of a group count as equal, because rounding alone produces as much."""
 REWARDS = 12
 """RNG stream of the reward's noise."""
 STATISTICS = ("reward", "group_variance", "reward_noise_variance", "dropped_groups", "advantage_size")
-"""Recorded of a rollout, means over its samples or groups: the score; its variance within a group; the variance that
-one draw of reward noise per sample, instead of per group, would have added (needs two draws); the share of groups left
-out; the absolute advantage.
+"""A rollout's statistics, means over its samples or groups: the score; the variance of the scores within a group; the
+variance that separate noise for each sample would have added (needs two draws); the share of groups that are left out
+of the update because their scores are equal; the absolute advantage.
 """
 
 ScoreParts = Callable[..., Mapping[str, Tensor]]
-"""score_parts(latents, conditions, *, sigma, noise) -> scores by part, each (B,)"""
+"""score_parts(latents, conditions, *, sigma, noise) -> scores (B,) by name of the summed reward"""
 
 
 class GroupConfig(Protocol):
-    """The settings read here; see `grpo_config.GrpoConfig`."""
+    """The settings that this module reads; see `align.config.GroupRolloutConfig`."""
 
     group_size: int
     reward_sigma: list[float] | None
@@ -47,9 +47,9 @@ class RolloutAdvantages:
     """Advantages of the N samples of one rank, and statistics over all ranks.
 
     Args:
-        advantages: (N,) float32, clipped.
-        kept: (N,) bool, False where all scores of the group are equal.
-        statistics: by the names of `STATISTICS`, NaN where not measured, and the mean score of an anchor.
+        advantages: (N,) float32, after clipping.
+        kept: (N,) bool, False for samples of groups whose scores are all equal.
+        statistics: values by the names in `STATISTICS`, NaN where not measured; with an anchor also its mean score.
     """
 
     advantages: Tensor
@@ -58,7 +58,7 @@ class RolloutAdvantages:
 
 
 def check_whole_groups(reward: Reward, name: str, sample_batch: int, group_size: int) -> None:
-    """ValueError when a reward that compares the samples of a group would be called with a part of one."""
+    """Raise ValueError if the reward compares samples of a group, but a batch of `sample_batch` could split a group."""
     if reward.wants_groups and sample_batch % group_size:
         raise ValueError(f"{name}.sample_batch: got {sample_batch}; expected a multiple of group_size {group_size}")
 
@@ -73,10 +73,13 @@ def group_scores(
     draws: int,
     sigma: Sequence[float] | None,
 ) -> dict[str, Tensor]:
-    """Scores of final latents (B, C, H, W) by part: (draws, B) float64 on the CPU.
+    """Return scores of final latents (B, C, H, W): (draws, B) float64 on the CPU, by name of the reward.
 
-    keys: RNG key of each sample's group; samples with equal keys share their noise draws. sigma: noise levels of the
-    reward; None: its own. Raises ValueError for scores of another shape or that are not finite.
+    Raises ValueError for scores of another shape, or that are not finite.
+
+    Args:
+        keys: RNG key of the group of each sample; samples with equal keys share their noise draws.
+        sigma: noise levels at which the reward scores; None: the reward's own.
     """
     found = []
     for draw in range(draws):
@@ -100,12 +103,12 @@ def rollout_advantages(
     gather: Callable[[Tensor], Tensor],
     rank: int = 0,
 ) -> RolloutAdvantages:
-    """Advantages of N samples, ordered by group: the weighted sum of the advantages by each part.
+    """Return the advantages of N samples, ordered by group; with several rewards, their weighted sum.
 
     Args:
-        scores: (draws, N) by part, of this rank.
-        weights: by part.
-        gather: (N, draws) of this rank -> those of all ranks, in order. Statistics are computed over all of them.
+        scores: (draws, N) of this rank, by name of the reward.
+        weights: weight of each reward's advantages, by name.
+        gather: a tensor (N, draws) of this rank -> those of all ranks, concatenated in the order of ranks.
     """
     if scores.keys() != weights.keys():
         raise ValueError(f"the reward has the parts {sorted(scores)}, its weights are for {sorted(weights)}")

@@ -29,22 +29,20 @@ class GrpoConfig(GroupRolloutConfig):
             but the rollout's last step.
         window_rollouts: rollouts after which a progressive window moves on.
         window_stride: steps by which a progressive window moves.
-        window_wraps: a progressive window that has reached the end of window_range returns to its start; otherwise it
-            stays.
+        window_wraps: return a progressive window from the end of window_range to its start; otherwise it stays there.
         shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do, so that they differ
             by the stochastic steps only. The steps before the window are then sampled once per group.
         advantage_of: how a weighted sum of rewards gives advantages. sum: the advantage of the summed score. parts: the
             weighted sum of the advantages of the single rewards.
         clip_range: largest distance of the probability ratio from 1 at which a sample still has a gradient.
-        guard: normalise the ratios of all steps to the same mean and scale, as GRPO-Guard does (arXiv 2510.22319).
-            Needs flow_sde.
+        guard: normalise the ratios of all steps to the same mean and scale, GRPO-Guard (arXiv 2510.22319); flow_sde
+            only.
         kl_beta: weight in the loss of the KL to the frozen base model; 0: the KL is only measured.
         kl_form: normalisation of the KL. scale: divided by 2 s^2, where s is the SDE's noise scale, as in flow_grpo.
             std: by 2 std^2, the KL of the two normal distributions per dimension. velocity: the mean squared difference
             of the velocities. kl_beta must be chosen for each.
-        ratio_tolerance: largest distance of the ratios from 1 in the first update after a rollout, when the weights
-            have not changed yet. A larger one means that rollout and training compute different probabilities, and
-            stops the run.
+        ratio_tolerance: largest distance of the ratios from 1 in the first update after a rollout. The weights have not
+            changed yet, so beyond it rollout and training differ, and the run stops.
     """
 
     num_steps: settings.IntAboveOne | None = 8

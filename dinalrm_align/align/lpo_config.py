@@ -32,8 +32,7 @@ class LpoConfig:
             probabilities, softmax(score / temperature) over the two.
         temperature: temperature of that softmax.
         beta: scale of the preference loss: it multiplies the difference of the log-ratios.
-        clip_range: largest distance from 1 of the probability ratio of policy to base model at which a candidate still
-            has a gradient.
+        clip_range: largest distance of the ratio p / p_base_model from 1 at which a candidate still has a gradient.
         minibatches: updates per pass over the pairs of a rollout.
         epochs: passes over the pairs of a rollout.
     """

@@ -1,4 +1,4 @@
-"""The options of `MemoryConfig`, applied to the parts of a run: one function an option."""
+"""Apply the options of `MemoryConfig` to the parts of a run, with one function per option."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,19 +12,19 @@ from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.quantization import check_quantization, quantise_linears
 
 KERNELS = ("flash", "mem_efficient", "cudnn")
-"""Of torch.backends.cuda.enable_*_sdp. math stays enabled as the fallback, which the VAE's wide head needs."""
+"""Names in torch.backends.cuda.enable_*_sdp. math stays enabled as the fallback, which the VAE's wide head needs."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def check_memory_options(config: MemoryConfig, device: torch.device) -> None:
-    """Raise ImportError or ValueError, before anything is loaded, for an option that this machine does not support."""
+    """Raise ImportError or ValueError for an option that this machine does not support, before any model is loaded."""
     check_quantization(config.base_quant)
     if config.attention != "auto" and device.type != "cuda":
         raise ValueError(f"memory.attention: got {config.attention} on {device.type}; expected auto, without CUDA")
 
 
 def use_attention(name: str) -> None:
-    """Restrict torch's attention on CUDA to this kernel, with math as the fallback, for the whole process."""
+    """Restrict torch's attention on CUDA to the kernel `name`, with math as the fallback, for the whole process."""
     if name == "auto":
         return
     wanted = {"efficient": "mem_efficient"}.get(name, name)
@@ -33,7 +33,7 @@ def use_attention(name: str) -> None:
 
 
 def shrink_pipeline(pipeline: StableDiffusion3Pipeline, config: MemoryConfig, device: torch.device) -> None:
-    """Quantise the base model's blocks, cast and tile the VAE; call it before the pipeline is moved to `device`."""
+    """Quantise the base model's blocks, and cast and tile the VAE; call this before moving the pipeline to `device`."""
     if config.base_quant != "none":
         quantise_linears(pipeline.transformer.transformer_blocks, config.base_quant, device, pipeline.transformer.dtype)
     if config.vae_dtype != "float32":  # its dtype when loaded
@@ -43,14 +43,14 @@ def shrink_pipeline(pipeline: StableDiffusion3Pipeline, config: MemoryConfig, de
 
 
 def text_pipeline(pipeline: StableDiffusion3Pipeline, device: torch.device) -> StableDiffusion3Pipeline:
-    """A pipeline with the text encoders and tokenizers of `pipeline` only, on `device`."""
+    """Return a pipeline that has only the text encoders and tokenizers of `pipeline`, on `device`."""
     names = [*TEXT_ENCODERS, *(name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS)]
     parts = {name: getattr(pipeline, name) for name in names}
     return StableDiffusion3Pipeline(transformer=None, vae=None, scheduler=pipeline.scheduler, **parts).to(device)
 
 
 def release_text_encoders(*pipelines: StableDiffusion3Pipeline) -> None:
-    """Drop the text encoders; prompts can no longer be encoded."""
+    """Remove the text encoders from the pipelines and free their memory; prompts can no longer be encoded."""
     for pipeline in pipelines:
         for name in TEXT_ENCODERS:
             setattr(pipeline, name, None)
@@ -59,7 +59,7 @@ def release_text_encoders(*pipelines: StableDiffusion3Pipeline) -> None:
 
 @contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within the block the module is on `device`; afterwards it is back on its own device."""
+    """Within the block, `module` is on `device`; afterwards it is back on its previous device."""
     home = next(module.parameters()).device
     if home == device:
         yield
@@ -73,7 +73,7 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def decoder(vae: AutoencoderKL, device: torch.device, batch: int = 4) -> Callable[[Tensor], Tensor]:
-    """latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], `batch` at a time, with the VAE on `device` meanwhile."""
+    """Return a function: latents -> images (B, 3, H, W) in [0, 1], decoded `batch` at a time on `device`."""
 
     def decode(latents: Tensor) -> Tensor:
         with visiting(vae, device):

@@ -1,7 +1,7 @@
-"""Mining preference pairs: a model's own samples of a list of prompts, ranked as latents by a reward.
+"""Mine preference pairs: sample a list of prompts with a model, and rank the latents by a reward.
 
-The list is divided into shards of `MineConfig.prompts_per_shard` prompts, each written as one file of
-`data.mined_pairs`. A shard is a pure function of seed, number and settings, so that existing files are kept.
+The list is divided into shards of `MineConfig.prompts_per_shard` prompts. Each shard is written as one file of
+`data.mined_pairs`, and depends only on seed, shard number and settings, so that existing files can be kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +22,13 @@ from dinalrm_align.reward.protocol import Reward
 
 @dataclass
 class Miner:
-    """Samples, ranks and writes, without gradient.
+    """Samples prompts, ranks the samples and writes pairs, without gradient.
 
     Args:
         sampler: samples with the policy; its own conditions are not used.
-        reward: on the policy's device.
-        prompts: all of them.
-        encode: prompts -> Conditions, called for one shard at a time, since those of all prompts may not fit in memory.
+        reward: ranks latents; on the policy's device.
+        prompts: the prompts of all shards.
+        encode: prompts -> Conditions. Called for one shard at a time, because all embeddings may not fit in memory.
         config: see `MineConfig`.
     """
 
@@ -40,20 +40,20 @@ class Miner:
 
     @property
     def shards(self) -> int:
-        """Number of files."""
+        """Number of shards."""
         return -(-len(self.prompts) // self.config.prompts_per_shard)
 
     def missing(self, folder: Path) -> list[int]:
-        """Numbers of the shards that are not in the folder."""
+        """Return the numbers of the shards that have no file in the folder."""
         return [number for number in range(self.shards) if not shard_path(folder, number).is_file()]
 
     def prompts_of(self, number: int) -> range:
-        """Indices of the prompts of shard `number`."""
+        """Return the prompt indices of shard `number`."""
         size = self.config.prompts_per_shard
         return range(number * size, min((number + 1) * size, len(self.prompts)))
 
     def mine(self, number: int) -> list[MinedPair]:
-        """The pairs of shard `number`, in the order of its prompts."""
+        """Return the pairs of shard `number`, in the order of its prompts."""
         config, indices = self.config, self.prompts_of(number)
         conditions = self.encode([self.prompts[index] for index in indices])
         generators = [seeded_generator(self.sampler.seed, index, 4) for index in indices]
@@ -68,7 +68,7 @@ class Miner:
         ]
 
     def write(self, folder: Path, number: int) -> int:
-        """Mine shard `number` and write its file atomically; the number of its pairs."""
+        """Mine shard `number` and write its file atomically. Return the number of its pairs."""
         pairs = self.mine(number)
         write_shard(shard_path(folder, number), pairs, dtype=self.config.dtype)
         return len(pairs)

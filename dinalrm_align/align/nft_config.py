@@ -19,9 +19,8 @@ class NftConfig(GroupRolloutConfig):
     Args:
         num_steps: denoising steps of the rollout; by default the model's own number.
         levels: noise levels at which each sample is trained per epoch.
-        earliest: start of the range of the rollout's steps from which these levels are drawn, as a fraction; 0: pure
-            noise.
-        latest: end of that range; 1: the last step.
+        earliest: first of the rollout's steps whose levels are drawn, as a fraction of num_steps; 0: pure noise.
+        latest: end of this range of steps, as a fraction of num_steps; 1: the last step.
         beta: distance of the implicit good and bad policies from the sampling policy: v_old +- beta (v - v_old).
         kl_beta: weight of the mean squared difference of the policy's and the base model's velocities.
         old_slope: before rollout k the sampling policy is averaged with the trained one, with decay min(old_slope k,

@@ -1,7 +1,7 @@
-"""The policy: an SD3 transformer with a trainable LoRA. With the LoRA off it is the frozen reference.
+"""The policy: an SD3 transformer with a trainable LoRA. With the LoRA disabled it is the frozen reference.
 
-The adapter is peft's, on the eight attention projections of every block (attn2 included). It is float32 whatever the
-dtype of the base model, because AdamW's updates are rounded away in bfloat16. A reward may share the base weights.
+The LoRA is a peft adapter on the eight attention projections of every block (attn2 included). It is float32 for every
+dtype of the base model, because bfloat16 would round AdamW's updates away. A reward may share the base weights.
 """
 
 import json
@@ -34,9 +34,10 @@ PROJECTIONS = [
 
 
 class Policy:
-    """Freezes a transformer and adds the adapter "policy" to it, in place; ValueError if it has one already.
+    """A transformer that is frozen in place and gets a trainable LoRA, the adapter "policy".
 
-    seed: of the initial A; B starts at zero, so that a new policy equals the reference.
+    Raises ValueError if the transformer already has this adapter. seed: of the initial matrix A of the LoRA; B starts
+    at zero, so that a new policy equals the reference.
     """
 
     def __init__(self, transformer: SD3Transformer2DModel, config: LoraConfig, *, seed: int) -> None:
@@ -72,14 +73,14 @@ class Policy:
         negative: Conditions | None = None,
         negative_gradient: bool = True,
     ) -> Tensor:
-        """d latents / d sigma at noise level sigma: (B, C, H, W), float32, differentiable in latents and LoRA.
+        """Return the velocity d latents / d sigma, (B, C, H, W) float32, differentiable in latents and LoRA.
 
         Args:
             latents: (B, C, H, W), any dtype.
             sigma: a float or (B,), in [0, 1].
             guidance_scale: g; above 1, classifier-free guidance v_negative + g (v - v_negative) in one forward of 2B.
             negative: B conditions for v_negative; required with guidance.
-            negative_gradient: otherwise v_negative is detached, as in Flow-GRPO.
+            negative_gradient: False: detach v_negative, as Flow-GRPO does.
         """
         check_latents("latents", latents)
         if latents.shape[1] != (channels := self.transformer.config.in_channels):
@@ -123,7 +124,7 @@ class Policy:
         *,
         negative_gradient: bool = True,
     ) -> Velocity:
-        """The velocity as a function of latents and sigma; negative: conditions of one empty prompt, for guidance."""
+        """Return the velocity as a function of latents and sigma. negative: one empty prompt, needed for guidance."""
         if guidance_scale > 1 and negative is not None:
             negative = negative.take([0] * len(conditions), self.device)
         return lambda latents, sigma: self.velocity(
@@ -132,7 +133,7 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within the block `velocity` is that of the frozen base model, without gradient."""
+        """Within the block, `velocity` is computed with the frozen base model alone, without gradient."""
         flags = [(p, p.requires_grad) for p in self.transformer.parameters()]
         self.transformer.disable_adapters()
         try:
@@ -144,12 +145,12 @@ class Policy:
                 p.requires_grad_(flag)
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the current LoRA by name, on its device, for `with_weights`."""
+        """Return a copy of the current LoRA tensors by name, on the policy's device, for `with_weights`."""
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @contextmanager
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block `velocity` is that of another LoRA, from `weights()`, without gradient.
+        """Within the block, `velocity` uses the LoRA tensors `weights` (from `weights()`), without gradient.
 
         The parameters' storage is exchanged, not overwritten, so that existing graphs stay valid.
         """
@@ -165,7 +166,7 @@ class Policy:
                 p.data = trained[name]
 
     def check_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless names, shapes, dtypes and devices are those of this policy's LoRA."""
+        """Raise ValueError unless names, shapes, dtypes and devices of `weights` equal those of this policy's LoRA."""
         own = self.parameters
         got, expected = ({n: (tuple(t.shape), t.dtype, t.device) for n, t in of.items()} for of in (weights, own))
         if got != expected:
@@ -186,7 +187,7 @@ class Policy:
             raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
 
     def load_lora(self, folder: Path) -> None:
-        """Load weights of `save_lora`; ValueError for another rank or alpha, and for other or non-finite tensors."""
+        """Load the LoRA of `save_lora`; ValueError if rank, alpha or shapes differ, or if values are not finite."""
         path = folder / LORA_FILE
         with reading("LoRA in safetensors", path), safe_open(path, framework="pt") as file:
             saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}

@@ -32,8 +32,7 @@ class ReflConfig:
         earliest: earliest step that may be the first gradient step, as a fraction of num_steps. That step is drawn for
             every micro-batch; the last choice leaves room for grad_steps. 1: always the last choice, as in DRaFT.
             direct_align needs smaller values. drtune: the drawn step is where the rollout stops.
-        loss: linear: mean(target - score). relu: mean(relu(target - score)), so that scores above the target have no
-            gradient.
+        loss: linear: mean(target - score). relu: mean(relu(target - score)); above the target there is no gradient.
         target: target score of the loss; with linear it only shifts the loss.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps
             with gradient; 0: it is only measured.

@@ -1,7 +1,7 @@
-"""What every alignment recipe is built from: the base model, a policy on it, a reward, encoded prompts, an evaluation.
+"""Set up an alignment run: load the base model, the policy and the rewards, and encode the prompts.
 
-A recipe calls `prepare`, builds its method from the parts, and calls `Setup.align`: the method provides `batch_at` and
-`step` for `train.loop.fit`; everything else is the same for every method and every reward.
+A recipe calls `prepare`, builds its method from the returned `Setup`, and calls `Setup.align`. The method provides
+`batch_at` and `step` for `train.loop.fit`; everything else is the same for every method and every reward.
 """
 
 import json
@@ -49,12 +49,12 @@ from dinalrm_align.train.metrics import METRICS, open_tracker, read_metrics
 from dinalrm_align.train.state import RunState, Stateful
 
 ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
-"""Samples of the base model that an anchor's scale is measured on."""
+"""Number of base-model samples on which the scale of an anchor is measured, and how many are scored at once."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts: for training, for evaluation (one row per sample), the empty one, and the method's own."""
+    """Encoded prompts of a run. evaluation: one row per sample. negative: the empty prompt. extra: those of the method."""
 
     train: Conditions
     evaluation: Conditions
@@ -64,13 +64,13 @@ class Text:
 
 @dataclass
 class Setup:
-    """The parts of a run; built by `prepare`.
+    """The parts of a run, built by `prepare`.
 
     Args:
-        pipeline: the frozen base model, without text encoders; `policy` is a LoRA on its transformer.
-        gold: evaluates images; never trained on.
-        identity: digests of what a checkpoint must have been trained with to be resumed.
-        sharded: the base weights are sharded over the ranks, which must call the policy equally often.
+        pipeline: the frozen base model without text encoders; `policy` is a LoRA on its transformer.
+        gold: reward that scores held-out images and is never trained on.
+        identity: digests by name of model, reward and data. A checkpoint can be resumed only if its digests are equal.
+        sharded: whether the base weights are sharded over the ranks, which must then call the policy equally often.
     """
 
     resolved: Resolved[Any]
@@ -97,7 +97,7 @@ class Setup:
         return (self.pipeline.transformer.config.in_channels, *(side // factor for side in self.size))
 
     def sigmas(self, num_steps: int | None = None) -> list[float]:
-        """Noise levels of a rollout of `num_steps`; default: the model's number of steps."""
+        """Return the noise levels of a rollout with `num_steps` steps; default: the model's number of steps."""
         return schedule_sigmas(self.pipeline.scheduler, num_steps or self.resolved.spec.num_steps)
 
     def sampler(
@@ -106,7 +106,7 @@ class Setup:
         guidance_scale: float | None = None,
         conditions: Conditions | None = None,
     ) -> Sampler:
-        """Samples prompts with the policy; default: training prompts, with the model's sigmas and guidance scale."""
+        """Return a sampler of the policy; default: training prompts, the model's sigmas and guidance scale."""
         spec, accelerator = self.resolved.spec, self.accelerator
         return Sampler(
             policy=self.policy,
@@ -138,6 +138,7 @@ class Setup:
             samples: prompts or pairs per update and rank; for methods that reuse rollouts, per rollout and rank.
             shown: metrics in the progress bar.
             data: digests by name of other training data, added to the run's identity.
+            state: the method, if it has tensors to save in checkpoints.
         """
         run, accelerator = self.resolved.run, self.accelerator
         folder = Path(run.output_dir)
@@ -186,8 +187,9 @@ def prepare(
 
     Args:
         extra_prompts: prompts to encode in addition to training and evaluation prompts.
-        in_advantages: combine the anchor at the advantage level (GRPO); otherwise its scores are added to the reward's,
-            scaled to the same standard deviation.
+        anchor: settings of the second reward, for methods that support one.
+        in_advantages: True (GRPO): the method adds advantages of the anchor. False: it adds scores of the anchor, which
+            are scaled to the standard deviation of the reward's scores.
     """
     run, spec = resolved.run, resolved.spec
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
@@ -246,9 +248,9 @@ def encode(
     text_length: int,
     device: torch.device,
 ) -> Text:
-    """Encode every prompt of the run with the pipeline's text encoders on `device`, then release them.
+    """Encode every prompt of the run with the pipeline's text encoders on `device`, then release the encoders.
 
-    lengths: numbers of T5 tokens that the rewards read, in addition to the policy's `text_length`.
+    lengths: numbers of T5 tokens that the rewards read; prompts are encoded for these in addition to `text_length`.
     """
     encoders = text_pipeline(pipeline, device)
     encoder = PromptEncoder(encoders, text_length=text_length, device=device)
@@ -266,7 +268,7 @@ def apply_memory_options(
     policy: Policy,
     rewards: Sequence[Reward],
 ) -> bool:
-    """Apply the memory options to policy and rewards; whether the base weights are sharded over the ranks."""
+    """Apply the memory options to policy and rewards. Return whether the base weights are sharded over the ranks."""
     if run.gradient_checkpointing:
         policy.transformer.enable_gradient_checkpointing()
         for reward in rewards:
@@ -288,7 +290,7 @@ def apply_memory_options(
 
 @torch.no_grad()
 def anchor_scale(setup: Setup, anchor: Reward) -> float:
-    """The factor that brings the anchor's scores to the reward's standard deviation, over samples of the base model."""
+    """Return the factor that scales anchor scores to the reward's standard deviation, measured on base-model samples."""
     sampler, seed, scores = setup.sampler(), setup.resolved.run.seed, []
     for start_index in range(0, ANCHOR_SAMPLES, ANCHOR_BATCH):
         numbers = range(start_index, start_index + ANCHOR_BATCH)
@@ -303,7 +305,7 @@ def anchor_scale(setup: Setup, anchor: Reward) -> float:
 
 
 def prepare_evaluation(setup: Setup) -> HeldOut:
-    """The held-out evaluation of a run, with the scorers and probes that its settings ask for."""
+    """Return the held-out evaluation of a run, with the scorers and probes that its settings ask for."""
     run, spec, accelerator = setup.resolved.run, setup.resolved.spec, setup.accelerator
     scorers = {"gold": setup.gold}
     trained_on = {term.name for term in parse_reward(run.reward)}
@@ -328,7 +330,7 @@ def prepare_evaluation(setup: Setup) -> HeldOut:
 
 
 def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
-    """Detection of reward hacking over these evaluations; None, with a message, if all samples have one caption."""
+    """Return the hook that detects reward hacking; without two different captions print why and return None."""
     run, accelerator = setup.resolved.run, setup.accelerator
     if len(set(held_out.prompts)) < 2:
         accelerator.print("reward hacking is not detected in this run: it needs two different evaluation prompts")
@@ -348,7 +350,7 @@ def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
 def summarise(
     resolved: Resolved[Any], scores: Mapping[str, Mapping[str, float]], *, updates: int, samples: int
 ) -> None:
-    """Write summary.json and print the result of a run."""
+    """Write summary.json to the run folder and print the gains. scores: the result of `HeldOut.summarise`."""
     run, folder = resolved.run, Path(resolved.run.output_dir)
     what = {"recipe": resolved.recipe, "model": resolved.spec.name, "reward": run.reward, "seed": run.seed}
     alarms = [int(row["step"]) for row in read_metrics(folder / METRICS) if row.get("hacking")]
@@ -362,11 +364,11 @@ def summarise(
 
 
 def image_size(resolved: Resolved[Any]) -> tuple[int, int]:
-    """(height, width) of the images of a run, in pixels."""
+    """Return (height, width) of the run's images in pixels."""
     return resolved.run.height or resolved.spec.height, resolved.run.width or resolved.spec.width
 
 
 def reward_options(reward: str, run: AlignRun) -> dict[str, dict[str, Any]]:
-    """Arguments for loading the parts of a named reward, from the run's settings."""
+    """Return the loading options of the rewards that the expression `reward` names, by the name of the reward."""
     names = {term.name for term in parse_reward(reward)}
     return {"hpsv3": run.hpsv3.options()} if "hpsv3" in names else {}

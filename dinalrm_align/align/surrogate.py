@@ -7,9 +7,9 @@ from dinalrm_align.flow.sde import Transition
 
 
 def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
-    """scores (groups, group_size) -> (score - mean of its group) / (std + floor), the same shape, float64.
+    """Return (score - mean of its group) / (std + floor) for scores (groups, group_size): the same shape, float64.
 
-    std: "group", the population standard deviation of each group, or "global", that of all scores.
+    std: "group", the population standard deviation within each group, or "global", that of all scores.
     """
     if std not in ("group", "global"):
         raise ValueError(f"unknown advantage_std {std!r}; known: group, global")
@@ -19,15 +19,15 @@ def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
-    """PPO's clipped loss max(-A rho, -A clip(rho, 1 - c, 1 + c)), all (n,)."""
+    """Return PPO's clipped loss max(-A rho, -A clip(rho, 1 - c, 1 + c)); rho, A and the result are (n,)."""
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def guarded_ratio(step: Transition, old_mean: Tensor, log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
-    """GRPO-Guard's ratio (arXiv 2510.22319), (n,): exp((lp - lp_old + mean|mu - mu_old|^2 / (2 std^2)) std).
+    """Return GRPO-Guard's ratio (arXiv 2510.22319), (n,): exp((lp - lp_old + mean|mu - mu_old|^2 / (2 std^2)) std).
 
-    For a normal step this is exp of the mean of noise x (mu - mu_old): its logarithm has mean 0 and the same scale at
-    every level. The loss is then divided by -delta, so that all steps have the same weight.
+    For a normal distribution this is exp of the mean of noise x (mu - mu_old), so that the log-ratio has mean 0 and the
+    same scale at every noise level. Divide the loss by -step.delta afterwards to give all steps the same weight.
     """
     std = step.std.to(log_prob)
     bias = (step.mean - old_mean).square().mean(dim=(1, 2, 3)) / (2 * std.square())
@@ -35,10 +35,10 @@ def guarded_ratio(step: Transition, old_mean: Tensor, log_prob: Tensor, old_log_
 
 
 def step_kl(form: str, step: Transition, reference: Transition, difference: Tensor) -> Tensor:
-    """KL of a step to the reference's step from the same latents, (n,), differentiable in `step`.
+    """Return the KL of a policy step to the reference's step from the same latents, (n,), differentiable in `step`.
 
-    form: "scale", mean|mu - mu_reference|^2 / (2 s^2); "std", the same / (2 std^2); "velocity", the mean square of
-    `difference`, the velocity minus the reference's (n, C, H, W).
+    form: "scale", mean|mu - mu_reference|^2 / (2 s^2), with s = step.scale; "std", the same with std in place of s;
+    "velocity", the mean square of `difference` (n, C, H, W), the policy's velocity minus the reference's.
     """
     if form == "velocity":
         return difference.square().mean(dim=(1, 2, 3))

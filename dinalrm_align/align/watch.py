@@ -1,16 +1,15 @@
 """Detection of reward hacking: the reward rises while the quality of the images falls.
 
-Every held-out evaluation scores the same captions, from the same noise, with the reward (proxy) and with a gold score
-that takes no part in training. `Watch`, a hook for `loop.fit`, compares them by t-tests (`detect_hacking`) after every
-evaluation, warns, and keeps the best LoRA. Probes (`level_probe`, `drift_probe`) measure early signs. Metrics:
+Every held-out evaluation scores the same captions, from the same noise, with the reward (proxy) and with a gold reward
+that is not trained on. `Watch`, a hook for `loop.fit`, compares evaluations by t-tests (`detect_hacking`), prints a
+warning, and keeps the best LoRA. `level_probe` and `drift_probe` measure early signs. Metrics:
 
     hacking        1 if hacking was detected, else 0
-    divergence     gain of proxy minus gain of gold over the base model, each in standard deviations of the base model's
-                   scores
-    level_spread   score disagreement across the noise levels of a latent reward: standard deviation over levels of a
-                   sample's scores, each level standardised by the base model's scores; mean over samples
-    drift          velocity KL of ReFL on the held-out latents: mean squared difference of the velocities of policy and
-                   reference
+    divergence     mean gain of proxy minus mean gain of gold over the base model, each divided by the standard
+                   deviation of the base model's scores
+    level_spread   score disagreement across the noise levels of a latent reward: standardise the scores of each level
+                   by the base model's scores, take each sample's standard deviation over the levels, and average
+    drift          mean squared difference of the policy's and the base model's velocities on the held-out latents
 """
 
 import json
@@ -39,9 +38,9 @@ LEVEL, DRIFT, BEST, NOTE = "proxy@", "drift", "lora_best", "best.json"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The evaluation at update `step` against the one with the best gold score so far, at `best_step`.
+    """Comparison of the evaluation at update `step` with the one that has the best gold score so far, at `best_step`.
 
-    p_proxy and p_gold are one-sided p-values of a rise of proxy and of a fall of gold; hacking: both are significant.
+    p_proxy: one-sided p-value that proxy rose. p_gold: one-sided p-value that gold fell. hacking: both are significant.
     """
 
     step: int
@@ -60,7 +59,7 @@ class Comparison:
 
 
 def p_value_of_rise(values: np.ndarray) -> float:
-    """One-sided p-value of Student's t-test that the mean of values (C,) is above 0; for equal values 0 or 1."""
+    """Return the one-sided p-value that the mean of values (C,) is above 0 (t-test); 0 or 1 if all are equal."""
     estimate = seeds_by_captions(values[None])
     if estimate.standard_error == 0:
         return 0.0 if estimate.mean > 0 else 1.0
@@ -70,13 +69,13 @@ def p_value_of_rise(values: np.ndarray) -> float:
 def detect_hacking(
     history: Mapping[int, Scores], captions: Sequence[str], level: float, evaluations: int
 ) -> Comparison:
-    """Compare the last evaluation in `history` (update -> scores) with the one with the best mean gold score.
+    """Compare the last evaluation in `history` (update -> scores) with the one that has the best mean gold score.
 
     Hacking is detected if, paired over captions, the rise of proxy has p <= level and the fall of gold has p <= level /
-    pairs, where pairs = evaluations (evaluations + 1) / 2. Any pair of evaluations may be compared, since the best one
-    is chosen by its gold score; the Bonferroni correction bounds the probability of a false alarm in the whole run.
+    m. This Bonferroni correction bounds the probability of a false alarm in the whole run. It counts all m = n (n + 1)
+    / 2 pairs of the n + 1 evaluations, because the best one is chosen by its gold score.
 
-    captions: one per sample, at least two different ones. evaluations: those of the run after that of the base model.
+    captions: one per sample, at least two different ones. evaluations: n, not counting that of the base model.
     """
     step, best = max(history), best_step(history)
     proxy, gold = (by_caption(np.subtract(history[step][n], history[best][n]), captions) for n in ("proxy", "gold"))
@@ -88,12 +87,12 @@ def detect_hacking(
 
 
 def best_step(history: Mapping[int, Scores]) -> int:
-    """The update with the best mean gold score, the earliest of equals."""
+    """Return the update with the best mean gold score, the earliest if several are equal."""
     return max(sorted(history), key=lambda step: float(np.mean(history[step]["gold"])))
 
 
 def divergence(before: Scores, after: Scores) -> float:
-    """Mean gain of proxy minus that of gold, each in standard deviations of its scores before."""
+    """Return mean gain of proxy minus that of gold, each divided by the standard deviation of its scores before."""
 
     def gain(name: str) -> float:
         return float(np.mean(after[name]) - np.mean(before[name])) / _spread(before[name])
@@ -102,7 +101,7 @@ def divergence(before: Scores, after: Scores) -> float:
 
 
 def level_spread(before: Scores, after: Scores) -> float | None:
-    """Score disagreement across noise levels after training (see the module); None for fewer than two levels."""
+    """Return the score disagreement across noise levels (see the module), or None for fewer than two levels."""
     names = sorted(name for name in before.keys() & after.keys() if name.startswith(LEVEL))
     if len(names) < 2:
         return None
@@ -111,7 +110,7 @@ def level_spread(before: Scores, after: Scores) -> float | None:
 
 
 def level_probe(reward: Reward, sigmas: Sequence[float]) -> Probe:
-    """Scores of one noise level each, by a reward that reads levels, on the evaluation's own noise."""
+    """Return a probe that scores the latents at each noise level in `sigmas`, with the evaluation's own noise."""
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
         return {f"{LEVEL}{sigma}": reward(latents, conditions, sigma=sigma, noise=noise) for sigma in sigmas}
@@ -124,9 +123,9 @@ def drift_probe(
     reference: Callable[[], AbstractContextManager[None]],
     sigmas: Sequence[float],
 ) -> Probe:
-    """Velocity KL to the reference on the held-out latents, averaged over the noise levels `sigmas`.
+    """Return a probe of the mean squared difference of policy and reference velocities, averaged over `sigmas`.
 
-    velocity_for and reference are those of `Policy`; without guidance.
+    velocity_for, reference: the methods of `Policy`. No guidance is used.
     """
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
@@ -144,10 +143,10 @@ def drift_probe(
 
 @dataclass
 class Watch:
-    """A hook for `loop.fit`, due after `HeldOut` at the same updates; called on every rank, writes on the main one.
+    """A hook for `loop.fit`, to be called after `HeldOut` at the same updates on every rank; writes on the main rank.
 
-    history: step -> scores of all evaluations up to it, by update (`HeldOut.history`). save_lora: writes the policy's
-    LoRA into a folder. captions, evaluations: see `detect_hacking`.
+    history: update -> the scores of all evaluations up to it (`HeldOut.history`). save_lora: writes the policy's LoRA
+    into a folder. captions, evaluations: see `detect_hacking`.
     """
 
     history: Callable[[int], Mapping[int, Scores]]
@@ -164,7 +163,7 @@ class Watch:
             raise ValueError(f"captions: got {len(set(self.captions))} different ones; expected at least 2")
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Metrics of the evaluation at `step`: hacking, divergence and, if it was measured, level_spread."""
+        """Return the metrics of the evaluation at `step`: hacking, divergence and, if it was measured, level_spread."""
         history = self.history(step)
         comparison = detect_hacking(history, self.captions, self.config.level, self.evaluations)
         if self.config.keep_best and self.is_main_process:
@@ -177,12 +176,12 @@ class Watch:
         return row if spread is None else {**row, "level_spread": spread}
 
     def stop_when(self, row: Mapping[str, float]) -> str | None:
-        """For `loop.fit`: the reason to stop after an update with these metrics, or None."""
+        """Return the reason to stop after an update with the metrics `row`, or None (for `loop.fit`)."""
         alarm = self.config.stop_on_hacking and row.get("hacking")
         return "the reward was being hacked (watch.stop_on_hacking)" if alarm else None
 
     def _keep_best(self, history: Mapping[int, Scores], step: int) -> None:
-        """Write lora_best/ if this evaluation is the best; delete a later one, left by a run that was resumed."""
+        """Write lora_best/ if this evaluation is the best; else delete a later one, left from before a resume."""
         folder = self.output_dir / BEST
         saved_step = read_json(folder / NOTE)["step"] if (folder / NOTE).is_file() else -1
         if best_step(history) == step:
@@ -195,5 +194,5 @@ class Watch:
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Standard deviation; 1 for equal values."""
+    """Return the standard deviation of values, or 1 if they are equal."""
     return float(np.std(values)) or 1.0
