@@ -1,17 +1,17 @@
 """Diffusion-DPO (arXiv 2311.12908, equation 14) for flow matching, on given pairs or on the policy's own samples.
 
-A pair is a chosen and a rejected image of one prompt. Both are noised with the same noise to the same sigma, and
+A pair is a chosen image w and a rejected image l of one prompt. Both get the same noise and the same sigma. With
 
     e    = mean |velocity(x_sigma, sigma) - (noise - x0)|^2        the denoising error of an image
     loss = -log sigmoid(-beta / 2 [(e_w - e_w^ref) - (e_l - e_l^ref)])
 
-makes the policy denoise the chosen image w better, relative to the reference, than the rejected image l. The argument
-of the sigmoid is the margin of the implicit reward -beta / 2 (e - e^ref). Noise levels are not weighted. Means are over
-C, H, W: a beta for sums is smaller by their product.
+the policy learns to denoise w better than l, relative to the reference. The argument of the sigmoid is the margin of
+the implicit reward -beta / 2 (e - e^ref). Noise levels are not weighted. Errors are means over C, H, W; code that uses
+sums needs a beta that is smaller by the factor C H W.
 
 `OfflineDpo` reads pairs from a data set. `OnlineDpo` samples several images per prompt, ranks them by a reward, and
-pairs the best with the worst; its reference may be refreshed with the policy's weights. RNG streams are keyed by (seed,
-global index of the pair's prompt), so that an update does not depend on its division into micro-batches.
+pairs the best with the worst; the policy can replace its reference at intervals. RNG streams are keyed by (seed, global
+index of the pair's prompt), so that an update does not depend on its division into micro-batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ REFERENCE = "reference."
 
 
 def velocity_error(velocity: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-    """velocity, clean latents, noise (B, C, H, W) -> mean over C, H, W of |velocity - (noise - x0)|^2: (B,) float32."""
+    """Return mean |velocity - (noise - x0)|^2 over C, H, W: (B,) float32. All arguments are (B, C, H, W)."""
     return (velocity.float() - (noise.float() - latents.float())).square().mean(dim=(1, 2, 3))
 
 
@@ -51,11 +51,13 @@ def diffusion_dpo_loss(
     beta: float,
     label: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each pair and the margin of its implicit reward, both (N,) float32.
+    """Return the loss of each pair and the margin of its implicit reward, both (N,) float32.
 
-    chosen, rejected (N,): velocity errors of the policy at the SAME noise and sigma; chosen_reference,
-    rejected_reference (N,): the reference's. label: the probability that a rater prefers `chosen`, a float or (N,); the
-    loss is then -label log sigmoid(margin) - (1 - label) log sigmoid(-margin). Raises ValueError for differing shapes.
+    Args:
+        chosen, rejected: (N,) velocity errors of the policy, at the SAME noise and sigma.
+        chosen_reference, rejected_reference: (N,) velocity errors of the reference, at this noise and sigma.
+        label: probability p that a rater prefers `chosen`, a float or (N,). The loss is -p log sigmoid(margin) - (1 -
+            p) log sigmoid(-margin).
     """
     shapes = {tuple(e.shape) for e in (chosen, rejected, chosen_reference, rejected_reference)}
     if len(shapes) != 1 or chosen.dim() != 1:
@@ -70,10 +72,10 @@ class DpoBatch:
     """Pairs and their noise.
 
     Args:
-        pairs: M images in G groups, and N pairs of them, on the policy's device.
-        noise: (D, M, C, H, W), for each of D draws; equal within a group.
+        pairs: M images of G prompts (groups), and N pairs of these images, on the policy's device.
+        noise: (D, M, C, H, W), D draws; equal within a group.
         sigma: (D, M) in [0, 1]; equal within a group.
-        metrics: numbers to record about the pairs.
+        metrics: metrics of the pairs, to be recorded.
     """
 
     pairs: PairBatch
@@ -83,7 +85,7 @@ class DpoBatch:
 
     @property
     def count(self) -> int:
-        """N, the number of items that the loss is the mean over."""
+        """N, the number of pairs that the loss is averaged over."""
         return len(self.pairs.chosen)
 
 
@@ -94,7 +96,7 @@ def noised_pairs(
     draws: int,
     metrics: Mapping[str, float] | None = None,
 ) -> DpoBatch:
-    """Draw `draws` noises and levels for each of the G groups, each group from its own generator."""
+    """Draw noise and sigma `draws` times for each of the G groups, with one generator per group. Return the batch."""
     shape, device = tuple(pairs.latents.shape[1:]), pairs.latents.device
     noise = torch.stack([seeded_noise(shape, [generator] * draws) for generator in generators], dim=1)
     sigma = torch.stack(
@@ -106,11 +108,11 @@ def noised_pairs(
 def dpo_step(
     velocity: Velocity, reference: Velocity, batch: DpoBatch, beta: float
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """The mean loss over draws and pairs, differentiable in the velocity's parameters, and metrics.
+    """Return the mean loss over draws and pairs, differentiable in the velocity's parameters, and metrics by name.
 
-    implicit_accuracy: share of pairs whose margin has the sign of their label (0 counts half); margin; chosen_gain and
-    rejected_gain: e^ref - e, positive where the policy denoises better than the reference; kl: mean square of
-    velocity - reference velocity. reference: as velocity, without gradient.
+    implicit_accuracy: share of pairs whose margin has the sign of label - 1/2 (0 counts half). margin: mean margin.
+    chosen_gain, rejected_gain: mean e^ref - e, positive if the policy denoises better than the reference. kl: mean
+    square of velocity - reference. reference: the reference's velocity, without gradient.
     """
     pairs, losses, margins, gains, kls = batch.pairs, [], [], [], []
     for noise, sigma in zip(batch.noise, batch.sigma, strict=True):
@@ -139,7 +141,9 @@ def dpo_step(
 
 
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
-    """`velocity` with other weights: the context manager weights() is entered for each call (`Policy.reference`)."""
+    """Return `velocity` with other weights, which the context manager weights() sets for each call
+    (`Policy.reference`).
+    """
 
     def frozen(latents: Tensor, sigma: float | Tensor) -> Tensor:
         with weights():
@@ -150,11 +154,11 @@ def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextMa
 
 @dataclass
 class OfflineDpo:
-    """`batch_at` and `step` for `train.loop.fit`, on pairs of a data set; the reference is the base model.
+    """`batch_at` and `step` for `train.loop.fit`, on the pairs of a data set. The reference is the base model.
 
     Args:
-        sampler: with the policy, and the negative conditions for config.loss_guidance_scale above 1.
-        pairs: latents and embeddings made with the policy's model.
+        sampler: has the policy, and the negative conditions that config.loss_guidance_scale above 1 needs.
+        pairs: latents and embeddings made with the policy's base model.
         config: see `DpoConfig`.
     """
 
@@ -163,7 +167,7 @@ class OfflineDpo:
     config: DpoConfig
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """This micro-step's pairs, noised: a pure function of micro-step, seed and rank."""
+        """Return this micro-step's pairs with noise; they depend only on micro-step, seed and rank."""
         sampler = self.sampler
         with sampler.meter.phase("data"):
             pairs = self.pairs.batch_at(micro_step, sampler.rank, sampler.num_processes).to(sampler.device)
@@ -172,7 +176,7 @@ class OfflineDpo:
             return noised_pairs(pairs, generators, self.config.sigma, self.config.draws)
 
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss, differentiable in the policy's LoRA, and the metrics of `dpo_step`."""
+        """Return the loss, differentiable in the policy's LoRA, and the metrics of `dpo_step`."""
         velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
         reference = without_gradient(velocity, self.sampler.policy.reference)
         with self.sampler.meter.phase("policy"):
@@ -183,7 +187,7 @@ class OfflineDpo:
 class OnlineDpo:
     """`batch_at` and `step` for `train.loop.fit`, on the best and the worst of several samples of each prompt.
 
-    The refreshed reference is method state: pass this object to the run as `state`.
+    Pass this object to the run as `state`, so that checkpoints contain the refreshed reference.
 
     Args:
         sampler: samples training prompts.
@@ -199,13 +203,14 @@ class OnlineDpo:
         self._reference = self.sampler.policy.weights() if self.config.refresh_every else None
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within the block the policy is the reference, without gradient: the base model, or a copy of the policy."""
+        """Within the block, the policy has the reference's weights: the base model's or those of an earlier policy."""
         policy = self.sampler.policy
         return policy.reference() if self._reference is None else policy.with_weights(self._reference)
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """This micro-step's best and worst samples, noised: a pure function of micro-step, seed, weights, rank and the
-        reference, which is refreshed here when it is due.
+        """Refresh the reference if it is due; return this micro-step's best and worst samples with noise.
+
+        The batch depends only on micro-step, seed, rank, and the weights of policy and reference.
         """
         config, sampler = self.config, self.sampler
         self._refresh(micro_step)
@@ -226,22 +231,24 @@ class OnlineDpo:
         return noised_pairs(pairs, generators, config.sigma, config.draws, metrics)
 
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss, differentiable in the policy's LoRA, and metrics: those of `dpo_step`, and the rewards of all
-        samples, of the best and of the worst."""
+        """Return the loss, differentiable in the policy's LoRA, and metrics by name.
+
+        The metrics are those of `dpo_step`, and the mean scores of all, the best and the worst samples.
+        """
         velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
         with self.sampler.meter.phase("policy"):
             return dpo_step(velocity, without_gradient(velocity, self.reference), batch, self.config.beta)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The refreshed reference; empty where the reference is the base model."""
+        """Return the refreshed reference by name; empty if the reference is the base model."""
         return {REFERENCE + name: tensor for name, tensor in (self._reference or {}).items()}
 
     def is_common(self) -> bool:
-        """Always true: all ranks have the same reference."""
+        """Return True: all ranks have the same reference."""
         return True
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned. ValueError when it is not the reference of such a policy."""
+        """Restore the result of `state_tensors`. Raises ValueError if the tensors do not fit this policy."""
         device = self.sampler.device
         weights = {name.removeprefix(REFERENCE): t.to(device, copy=True) for name, t in tensors.items()}
         if self._reference is None and weights:

@@ -1,21 +1,21 @@
 """Flow-GRPO (arXiv 2505.05470): policy gradients on the stochastic steps of a flow, compared within groups.
 
-A rollout draws group_size samples of every prompt. Within a window its steps are stochastic (see `flow.sde`) and their
-log-probabilities are kept; outside, the ODE is followed. The reward scores the FINAL latents, without decoding, and the
-advantage of a sample is relative to its group,
+A rollout draws group_size samples of every prompt: a group. The steps in a window are stochastic (see `flow.sde`), and
+their log-probabilities are kept; the other steps follow the ODE. The reward scores the FINAL latents, without decoding.
+The advantage of a sample is relative to its group,
 
     A = clamp((r - mean of the group) / (std + floor)),
 
-with std of the group or of the whole rollout. A group whose scores are all equal is left out. An update minimises, over
-the remaining samples and steps,
+where std is that of the group or of the whole rollout. A group whose scores are all equal is left out. An update
+minimises, over the remaining samples and steps,
 
     mean max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl_beta KL,      rho = p(x') / p_rollout(x')
 
-The window gives the variants Flow-GRPO-Fast (a random one) and MixGRPO (arXiv 2507.21802; one that moves from the first
-steps to the last). Unlike in public code, steps that are not trained are never stochastic.
+A random window gives Flow-GRPO-Fast; a window that moves from the first steps to the last gives MixGRPO (arXiv
+2507.21802). Unlike in public code, steps that are not trained are never stochastic.
 
-A group shares the reward's noise (`groups`). With an anchor every n-th rollout has the advantages
-A = A_reward + weight A_anchor, as DiNa-LRM's authors use in every rollout.
+All samples of a group are scored with the same noise (`groups`). With an anchor, every n-th rollout has the advantages
+A = A_reward + weight A_anchor; DiNa-LRM's authors use this sum in every rollout.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,9 +41,9 @@ RECORDED = (*STATISTICS, ANCHOR, "window_start")
 
 
 def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: torch.Generator) -> range:
-    """The stochastic steps of rollout `number`, within 0 ... num_steps - 2: the last step is never stochastic.
+    """Return the stochastic steps of rollout `number`, within 0 ... num_steps - 2: the last step is never stochastic.
 
-    Raises ValueError when the window does not fit.
+    Raises ValueError if the window does not fit.
     """
     if config.window == "all":
         return range(num_steps - 1)
@@ -66,16 +66,17 @@ def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: to
 
 @dataclass(frozen=True)
 class Rollout:
-    """N samples that updates are drawn from, on the CPU.
+    """N samples of a rollout that updates are drawn from, on the CPU. The window has W steps.
 
     Args:
-        start: first step of the window of W steps.
-        indices: (N,) int64, of the prompts.
-        latents: (N, W + 1, C, H, W), before each trained step and after the last one.
-        log_probs: (N, W).
-        means: (N, W, C, H, W) of the steps' densities for the guard, else (N, 0).
-        advantages, kept: (N,), clipped; and False in groups that are left out.
-        statistics: by the names of `RECORDED`, NaN where not measured.
+        start: first step of the window.
+        indices: (N,) int64, prompt indices.
+        latents: (N, W + 1, C, H, W), the states before each trained step and after the last one.
+        log_probs: (N, W), log-probabilities of the trained steps.
+        means: with the guard (N, W, C, H, W), the means of the steps' normal distributions; otherwise (N, 0).
+        advantages: (N,), after clipping.
+        kept: (N,) bool, False for samples of groups that are left out.
+        statistics: values in the order of `RECORDED`, NaN where not measured.
     """
 
     number: int
@@ -91,9 +92,9 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GrpoBatch:
-    """n samples at n steps of a rollout, on the device.
+    """n (sample, step) pairs of a rollout, on the device.
 
-    count: n; 0 for the zero-weight batch of a rank without samples, which keeps the ranks in step.
+    count: n. A rank without samples gets one pair and count 0, so that it takes part in the update with weight 0.
     """
 
     position: Position
@@ -110,10 +111,10 @@ class GrpoBatch:
 
 @dataclass
 class Grpo:
-    """`batch_at` and `step` for `train.loop.fit`; `buffer` is its method state.
+    """`batch_at` and `step` for `train.loop.fit`. Checkpoints save `buffer`, the current rollout.
 
     Args:
-        sampler: samples training prompts; its sigmas are those of `flow.sampling.named_sigmas`.
+        sampler: samples training prompts; its sigmas come from `flow.sampling.named_sigmas`.
         reward: frozen, on the policy's device; no gradient is needed.
         config: see `GrpoConfig`.
         anchor: a second reward, whose advantages are added in every n-th rollout.
@@ -138,7 +139,7 @@ class Grpo:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> Rollout:
-        """Rollout `number`, without gradient: a pure function of number, seed, weights and rank."""
+        """Draw rollout `number` without gradient; it depends only on number, seed, weights and rank."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.groups, number)).repeat_interleave(config.group_size)
         window = trained_steps(config, sampler.num_steps, number, seeded_generator(WINDOWS, sampler.seed, number))
@@ -163,10 +164,10 @@ class Grpo:
     def trajectories(
         self, number: int, samples: Sequence[int], conditions: Conditions, window: range
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sample with the window's stochastic steps and the ODE elsewhere. samples: indices in the rollout.
+        """Sample with stochastic steps in the window and the ODE elsewhere. samples: indices in this rank's rollout.
 
-        Returns the final latents (B, C, H, W) on the device, and on the CPU, as in `Rollout`, the states
-        (B, W + 1, C, H, W), their log-probabilities (B, W), and the means.
+        Returns the final latents (B, C, H, W) on the device, and on the CPU, as in `Rollout`, the states (B, W + 1, C,
+        H, W), the log-probabilities (B, W), and the means.
         """
         config, sampler = self.config, self.sampler
         generators = [seeded_generator(PATHS, sampler.seed, number, self.first + sample) for sample in samples]
@@ -192,7 +193,7 @@ class Grpo:
         generators: Sequence[torch.Generator],
         steps: int,
     ) -> Tensor:
-        """Latents (B, C, H, W) after the first `steps` steps of the ODE; with a shared start, once per group."""
+        """Return latents (B, C, H, W) after the first `steps` ODE steps, sampled once per group with a shared start."""
         sampler = self.sampler
         if not self.config.shared_start:
             return sampler.sample(conditions, sampler.noise(generators), steps)
@@ -204,7 +205,7 @@ class Grpo:
         return latents[[ordered.index(group) for group in groups]]
 
     def scores(self, number: int, samples: Sequence[int], latents: Tensor, conditions: Conditions) -> dict[str, Tensor]:
-        """Scores of final latents by part, (draws, B). samples: indices in the rollout."""
+        """Return scores of final latents (B, C, H, W): (draws, B) by name. samples: indices in this rank's rollout."""
         keys = [(self.sampler.seed, number, (self.first + sample) // self.config.group_size) for sample in samples]
         objective = terms(self.reward, self.anchor, number)
 
@@ -220,13 +221,13 @@ class Grpo:
         return group_scores(score_parts, latents, conditions, keys, draws=self.draws, sigma=self.config.reward_sigma)
 
     def _weights(self, number: int) -> Mapping[str, float]:
-        """The weight of each part's advantage in rollout `number`."""
+        """Return, by name of the reward, the weight of its advantages in rollout `number`."""
         weights = dict(self.reward.weights) if self.config.advantage_of == "parts" else {"reward": 1.0}
         objective = terms(self.reward, self.anchor, number)
         return weights | ({ANCHOR: objective[ANCHOR][0]} if ANCHOR in objective else {})
 
     def batch_at(self, micro_step: int) -> GrpoBatch:
-        """The samples and steps of this micro-step; see `RolloutBuffer.at`."""
+        """Return the samples and steps that this micro-step trains on; see `RolloutBuffer.at`."""
         position, pending = self.buffer.at(micro_step)
         kept = pending.kept.nonzero().flatten()
         groups = (self.first + kept) // self.config.group_size
@@ -250,12 +251,13 @@ class Grpo:
         )
 
     def step(self, batch: GrpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The mean loss of the batch, differentiable in the policy's LoRA, and metrics.
+        """Return the mean loss of the batch, differentiable in the policy's LoRA, and metrics by name.
 
-        kl: mean square of velocity - reference velocity, comparable between methods; step_kl: the KL in the loss
-        (`kl_form`); ratio_spread: mean distance of the ratios from 1; clipped: share of ratios outside of the clip
-        range; and the rollout's statistics (`groups.STATISTICS`). Raises FloatingPointError when the first ratio after
-        a rollout is not 1.
+        kl: mean square of velocity - reference velocity, comparable between methods. step_kl: the KL in the loss
+        (`kl_form`). ratio_spread: mean distance of the ratios from 1. clipped: share of ratios outside the clip range.
+        Also the rollout's statistics (`groups.STATISTICS`).
+
+        Raises FloatingPointError if the first ratios after a rollout differ from 1 by more than ratio_tolerance.
         """
         config, sampler = self.config, self.sampler
         with sampler.meter.phase("policy"):
@@ -296,7 +298,7 @@ class Grpo:
             )
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
-        """The expected shapes of a saved rollout."""
+        """Return the expected shapes of a saved rollout's tensors by name."""
         count, width = self.config.groups * self.config.group_size, tensors["log_probs"].shape[-1]
         latent_shape = self.sampler.latent_shape
         return {

@@ -1,14 +1,14 @@
 """LPO: preference optimisation at every step of a trajectory, by a reward that reads noisy latents (arXiv 2502.01051).
 
-At each state x_t of a trajectory K candidates for the next state are drawn by one stochastic step. The reward scores
-them at their own noise level. Best and worst form a pair if the margin of their probabilities exceeds a threshold,
-which is higher where more noise is injected. The trajectory continues from a random candidate. An update minimises,
-over pairs (SPO's step-DPO loss, arXiv 2406.04314),
+At each state x_t of a trajectory, one stochastic step is drawn K times, which gives K candidates for the next state.
+The reward scores them at their noise level. The best and the worst become a pair if the difference of their preference
+probabilities, the margin, exceeds a threshold; the threshold is higher where more noise is added. The trajectory
+continues from a random candidate. An update minimises, over pairs (SPO's step-DPO loss, arXiv 2406.04314),
 
     -log sigmoid(beta [log clip(r_best) - log clip(r_worst)]),      r = p(x') / p_reference(x'), clipped to 1 +- c
 
-where the reference is the policy without its adapter. The original is for DDIM and UNets; here the step is that of a
-flow (`flow.sde`), so that it runs on SD3, with DiNa-LRM as the noise-aware reward.
+where the reference is the policy without its LoRA. The paper uses DDIM and UNets. Here the step is that of a flow
+(`flow.sde`) and the reward is DiNa-LRM, so that the method runs on SD3.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,9 +32,9 @@ STATISTICS = ("reward", "pairs", "pairs_kept", "preference")
 
 
 def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """scores (B, K) of K candidates -> the best and the worst one, (B,) int64 each, and the margin, (B,) in [0, 1).
+    """Return the indices of the best and the worst of K candidates, (B,) int64 each, and their margin, (B,) in [0, 1).
 
-    The margin is the difference of their probabilities, softmax(score / temperature) over the two of them.
+    scores: (B, K). The margin is the difference of the two probabilities in softmax((best, worst) / temperature).
     """
     best, worst = scores.argmax(dim=1), scores.argmin(dim=1)
     ends = scores.gather(1, torch.stack([best, worst], dim=1)) / temperature
@@ -43,9 +43,9 @@ def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, T
 
 
 def dynamic_threshold(stds: Tensor, low: float, high: float) -> Tensor:
-    """The threshold at each of S steps, linear in the noise that the step injects, stds (S,).
+    """Return the threshold at each of S steps, (S,), linear in the standard deviation of the step's noise, stds (S,).
 
-    low at the smallest and high at the largest standard deviation; low at all steps where those are equal.
+    The threshold is low at the smallest and high at the largest standard deviation; low everywhere if these are equal.
     """
     least, most = stds.min(), stds.max()
     if most == least:
@@ -56,9 +56,10 @@ def dynamic_threshold(stds: Tensor, low: float, high: float) -> Tensor:
 def step_preference_loss(
     log_ratio_chosen: Tensor, log_ratio_rejected: Tensor, beta: float, clip_range: float
 ) -> Tensor:
-    """-log sigmoid(beta [log clip(r_chosen) - log clip(r_rejected)]), (n,); log_ratio: log p - log p_reference, (n,).
+    """Return -log sigmoid(beta [log clip(r_chosen) - log clip(r_rejected)]), (n,).
 
-    A ratio outside of 1 +- clip_range has no gradient.
+    log_ratio_chosen, log_ratio_rejected: (n,), log r = log p - log p_reference. Outside 1 +- clip_range r has no
+    gradient.
     """
     chosen, rejected = (
         ratio.exp().clamp(1 - clip_range, 1 + clip_range).log() for ratio in (log_ratio_chosen, log_ratio_rejected)
@@ -72,10 +73,11 @@ class StepPairs:
 
     Args:
         samples: (P,) int64, global indices of the trajectories.
-        indices: (P,) int64, of the prompts.
-        steps: (P,) int64, of the schedule.
-        latents, chosen, rejected: (P, C, H, W) float32, a state and two candidates for the next one.
-        statistics: by the names of `STATISTICS`, over all ranks.
+        indices: (P,) int64, prompt indices.
+        steps: (P,) int64, step indices of the schedule.
+        latents: (P, C, H, W) float32, the states from which the candidates were drawn.
+        chosen, rejected: (P, C, H, W) float32, two candidates for the next state.
+        statistics: values in the order of `STATISTICS`, over all ranks.
     """
 
     number: int
@@ -90,7 +92,7 @@ class StepPairs:
 
 @dataclass(frozen=True)
 class LpoBatch:
-    """n pairs on the device; count: n, or 0 for a zero-weight batch."""
+    """n pairs on the device. count: n, or 0 for a placeholder pair, which has weight 0 in the update."""
 
     position: Position
     conditions: Conditions
@@ -104,10 +106,10 @@ class LpoBatch:
 
 @dataclass
 class Lpo:
-    """`batch_at` and `step` for `train.loop.fit`; `buffer` is its method state.
+    """`batch_at` and `step` for `train.loop.fit`. Checkpoints save `buffer`, the pairs of the current rollout.
 
     Args:
-        sampler: samples training prompts; its sigmas are those of `flow.sampling.named_sigmas`.
+        sampler: samples training prompts; its sigmas come from `flow.sampling.named_sigmas`.
         reward: frozen, on the policy's device, with `score_noisy`.
         config: see `LpoConfig`.
     """
@@ -139,7 +141,7 @@ class Lpo:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> StepPairs:
-        """The pairs of rollout `number`, without gradient: a pure function of number, seed, weights and rank."""
+        """Draw the pairs of rollout `number` without gradient; they depend only on number, seed, weights and rank."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.batch_size, number))
         found: list[tuple[Tensor, ...]] = []
@@ -158,10 +160,11 @@ class Lpo:
     def trajectories(
         self, number: int, samples: Sequence[int], indices: Tensor
     ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
-        """Follow one trajectory per sample. samples: indices in the rollout; indices: of their prompts.
+        """Follow one trajectory per sample. samples: (B,) indices in this rank's rollout. indices: (B,) prompt indices.
 
-        Returns, for each trained step, the columns of `StepPairs` from samples to rejected; and kept (B,) bool, the
-        mean score of each state's candidates (B,) and the margin of its pair (B,). All on the CPU.
+        Returns two lists with one tuple per trained step, on the CPU. First list: the fields of `StepPairs` from
+        samples to rejected. Second list: kept (B,) bool, whether the margin exceeds the threshold; the mean score of
+        the candidates (B,); the margin (B,).
         """
         config, sampler, device, count = self.config, self.sampler, self.sampler.device, self.config.candidates
         conditions = sampler.take(indices.tolist())
@@ -201,7 +204,7 @@ class Lpo:
         return pairs, measures
 
     def batch_at(self, micro_step: int) -> LpoBatch:
-        """The pairs of this micro-step; see `RolloutBuffer.at`."""
+        """Return the pairs that this micro-step trains on; see `RolloutBuffer.at`."""
         position, pairs = self.buffer.at(micro_step)
         every = torch.arange(len(pairs.steps))
         rows, _ = self.buffer.reuse.select(every, pairs.samples, 1, position, self.sampler.seed)
@@ -222,11 +225,12 @@ class Lpo:
         )
 
     def step(self, batch: LpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The mean loss of the batch, differentiable in the policy's LoRA, and metrics.
+        """Return the mean loss of the batch, differentiable in the policy's LoRA, and metrics by name.
 
-        accuracy: share of pairs whose chosen candidate gained more probability over the reference than the rejected
-        one. clipped: share of ratios outside of the clip range. kl: mean square of velocity - reference velocity.
-        reward: mean score of all candidates. preference: mean margin before any pair was left out.
+        accuracy: share of pairs whose chosen candidate has the larger ratio p / p_reference. clipped: share of ratios
+        outside the clip range. kl: mean square of velocity - reference velocity. reward: mean score of all candidates.
+        pairs: number of pairs in the rollout. pairs_kept: share of states with a pair. preference: mean margin of all
+        states.
         """
         config, sampler = self.config, self.sampler
         with sampler.meter.phase("policy"):
@@ -247,7 +251,7 @@ class Lpo:
         return loss.mean(), {**{name: values.mean() for name, values in means.items()}, **batch.statistics}
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
-        """The expected shapes of saved pairs."""
+        """Return the expected shapes of saved pairs by name."""
         count = len(tensors["steps"])
         state = (count, *self.sampler.latent_shape)
         return {

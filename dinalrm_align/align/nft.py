@@ -1,8 +1,8 @@
 """DiffusionNFT (arXiv 2509.16117): contrast good and bad samples on the forward process.
 
-A rollout draws group_size samples of every prompt with the old policy. The advantage A of a sample in its group gives
-its weight as a good sample, r = clip(A / (2 c) + 1/2, 0, 1). Each clean sample x0 is noised. From the policy's velocity
-v and the old policy's velocity v_old two implicit policies are formed,
+A rollout draws group_size samples of every prompt (a group) with the old policy. The advantage A of a sample in its
+group, clipped to [-c, c], gives the weight r = A / (2 c) + 1/2 of the sample as a good one. Each clean sample x0 is
+noised. The policy's velocity v and the old policy's velocity v_old define two implicit policies,
 
     v_good = beta v + (1 - beta) v_old,       v_bad = (1 + beta) v_old - beta v,
 
@@ -10,9 +10,9 @@ which are trained to denoise good and bad samples:
 
     c / beta [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] + kl_beta |v - v_reference|^2,
 
-with x0_good = x_sigma - sigma v_good and w_good the mean of |x0_good - x0| without gradient. It needs no
-log-probabilities and no stochastic steps: only clean latents and their scores, which a latent reward gives without a
-decoder.
+where x0_good = x_sigma - sigma v_good, and w_good is the mean of |x0_good - x0| without gradient (bad: likewise). The
+method needs only clean latents and their scores, which a latent reward gives without a decoder. It needs no
+log-probabilities and no stochastic steps.
 """
 
 from collections.abc import Mapping
@@ -37,17 +37,19 @@ OLD = "old."
 
 
 def goodness(advantages: Tensor, clip: float) -> Tensor:
-    """advantages, any shape -> clip(A / (2 clip) + 1/2, 0, 1), which is 1/2 at the group's mean."""
+    """Return clip(A / (2 clip) + 1/2, 0, 1) for advantages A of any shape; it is 1/2 at the group's mean."""
     return (advantages / (2 * clip) + 0.5).clamp(0, 1)
 
 
 def contrast_loss(
     velocity: Tensor, old: Tensor, x_sigma: Tensor, sigma: Tensor, latents: Tensor, good: Tensor, beta: float
 ) -> Tensor:
-    """(n,): [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] / beta, means over all but the batch.
+    """Return [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] / beta, averaged over C, H, W: (n,).
 
-    velocity, old (the sampling policy's), x_sigma, latents (x0): (n, C, H, W); sigma, good (r): (n,). Differentiable in
-    velocity.
+    Args:
+        velocity, old: (n, C, H, W), velocities of the policy (differentiable) and of the old policy at x_sigma.
+        x_sigma, latents: (n, C, H, W), the noised samples and the clean samples x0.
+        sigma, good: (n,), the noise level and the weight r.
     """
     total = torch.zeros(len(good), device=velocity.device)
     for share, mixed in (
@@ -62,8 +64,14 @@ def contrast_loss(
 
 @dataclass(frozen=True)
 class Samples:
-    """A rollout's N samples, on the CPU: indices (N,) of the prompts, clean latents (N, C, H, W), good (N,), the weight
-    r, kept (N,), False in groups that are left out, and statistics by the names of `STATISTICS`.
+    """N samples of a rollout, on the CPU.
+
+    Args:
+        indices: (N,) int64, prompt indices.
+        latents: (N, C, H, W), clean.
+        good: (N,), the weight r.
+        kept: (N,) bool, False for samples of groups that are left out.
+        statistics: values in the order of `STATISTICS`.
     """
 
     number: int
@@ -76,7 +84,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class NftBatch:
-    """n samples at n noise levels, on the device; count: n, or 0 for a zero-weight batch."""
+    """n (sample, noise level) pairs on the device. count: n, or 0 for a placeholder with weight 0 in the update."""
 
     conditions: Conditions
     sigma: Tensor
@@ -89,7 +97,7 @@ class NftBatch:
 
 @dataclass
 class Nft:
-    """`batch_at` and `step` for `train.loop.fit`; its method state is the old policy and the current rollout.
+    """`batch_at` and `step` for `train.loop.fit`. Checkpoints save the old policy and the current rollout.
 
     Args:
         sampler: samples training prompts.
@@ -119,7 +127,7 @@ class Nft:
 
     @torch.no_grad()
     def roll_out(self, number: int) -> Samples:
-        """Rollout `number` of the old policy: a pure function of number, seed, the old weights and rank."""
+        """Draw rollout `number` with the old policy; it depends only on number, seed, the old weights and rank."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.groups, number)).repeat_interleave(config.group_size)
         latents, scores = [], []
@@ -151,7 +159,7 @@ class Nft:
             self.old.mean[name].lerp_(p.detach(), 1 - kept)
 
     def batch_at(self, micro_step: int) -> NftBatch:
-        """The samples and levels of this micro-step; see `RolloutBuffer.at`."""
+        """Return the samples and noise levels that this micro-step trains on; see `RolloutBuffer.at`."""
         config, sampler, device = self.config, self.sampler, self.sampler.device
         upcoming = self.buffer.reuse.position(micro_step)
         if upcoming.starts_rollout:
@@ -178,14 +186,14 @@ class Nft:
         )
 
     def _steps(self, key: tuple[int, ...]) -> list[int]:
-        """The steps whose levels a sample is trained at in one epoch, all different."""
+        """Draw, without repetition, the sampler steps at whose noise levels a sample is trained in this epoch."""
         order = torch.randperm(len(self.steps), generator=seeded_generator(LEVELS, *key))
         return (self.steps.start + order[: self.config.levels]).tolist()
 
     def step(self, batch: NftBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The mean loss of the batch, differentiable in the policy's LoRA, and metrics.
+        """Return the mean loss of the batch, differentiable in the policy's LoRA, and metrics by name.
 
-        kl: mean square of velocity - reference velocity; moved: of velocity - old velocity.
+        kl: mean square of velocity - reference velocity. moved: mean square of velocity - old policy's velocity.
         """
         config, policy = self.config, self.sampler.policy
         with self.sampler.meter.phase("policy"):
@@ -203,15 +211,15 @@ class Nft:
         return loss.mean(), {"kl": kl.detach().mean(), "moved": moved.mean(), **batch.statistics}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The old policy's weights and the current rollout, if any, by name, on the CPU."""
+        """Return the old policy's weights and, in the middle of a rollout, its fields: CPU tensors by name."""
         return {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:
-        """Whether the state is the same on every rank: between two rollouts."""
+        """Return whether the state is equal on all ranks, which holds between two rollouts."""
         return self.buffer.is_common()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned. ValueError, naming the first tensor that does not fit."""
+        """Restore the result of `state_tensors`. Raises ValueError that names the first tensor that does not fit."""
         old = {name.removeprefix(OLD): tensor for name, tensor in tensors.items() if name.startswith(OLD)}
         shapes = {name: tuple(tensor.shape) for name, tensor in old.items()}
         expected = {name: tuple(mean.shape) for name, mean in self.old.mean.items()}
@@ -226,7 +234,7 @@ class Nft:
             mean.copy_(old[name])
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
-        """The expected shapes of a saved rollout."""
+        """Return the expected shapes of a saved rollout's tensors by name."""
         count = self.config.groups * self.config.group_size
         return {
             "number": (), "indices": (count,), "latents": (count, *self.sampler.latent_shape), "good": (count,),

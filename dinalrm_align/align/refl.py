@@ -1,4 +1,4 @@
-"""ReFL (reward feedback learning, arXiv 2304.05977) on flow matching, and its relatives: rewards maximised by gradient.
+"""ReFL (reward feedback learning, arXiv 2304.05977) on flow matching, and related methods with reward gradients.
 
 An update, as in DiNa-LRM's alignment runs (arXiv 2602.11146):
 
@@ -11,13 +11,13 @@ An update, as in DiNa-LRM's alignment runs (arXiv 2602.11146):
 The variants (`ReflConfig.variant`) differ in the steps that carry the gradient:
 
     refl           ReFL; K consecutive gradient steps are DRaFT-K (arXiv 2309.17400)
-    draft_lv       DRaFT-LV: a finished sample, renoised n times, and one step from each (`renoised_steps`)
+    draft_lv       DRaFT-LV: noise is added to a finished sample n times, with one step from each (`renoised_steps`)
     drtune         DRTune (arXiv 2405.00760): K steps spread over the rollout, inputs detached (`drtune_steps`)
     direct_align   SRPO's Direct-Align (arXiv 2509.06942): known noise is added and removed (`direct_align_steps`)
 
-With a latent reward nothing is decoded. The arithmetic is in pure functions; `Refl` provides the two callables of
-`train.loop.fit`. RNG streams of samples are keyed by (seed, global sample index), the gradient step by (seed,
-micro-step), so that updates do not depend on the world size and all ranks take equally many steps.
+With a latent reward nothing is decoded. RNG streams of samples are keyed by (seed, global sample index), so that
+updates do not depend on the world size; the stream of the gradient step by (seed, micro-step), so that all ranks take
+equally many steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ STEPS, SAMPLES = 4, 5
 
 
 def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torch.Generator) -> int:
-    """The first gradient step, uniform over round(earliest num_steps) ... num_steps - grad_steps; the last if empty."""
+    """Draw the first gradient step from round(earliest num_steps) ... num_steps - grad_steps; the last if empty."""
     last = num_steps - grad_steps
     first = min(round(earliest * num_steps), last)
     return int(torch.randint(first, last + 1, (), generator=generator))
@@ -49,12 +49,12 @@ def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torc
 def gradient_steps(
     velocity: Velocity, reference: Velocity, latents: Tensor, sigmas: Sequence[float], start: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """`count` steps with gradient from latents (B, C, H, W) at sigmas[start].
+    """Take `count` steps with gradient from latents (B, C, H, W) at sigmas[start].
 
-    Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,): the mean
-    square of velocity - reference over C, H, W and the steps, both at the same input, which is detached for the
-    reference. Both are float32 and differentiable in the velocity's parameters. (Other projects divide this square by
-    2 sigma^2 or by a step's variance: coefficients do not carry over.)
+    Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,): the mean of
+    |velocity - reference|^2 over C, H, W and the steps. Both are float32 and differentiable in the velocity's
+    parameters. The reference gets the same input, detached. (Other projects divide the KL by 2 sigma^2 or by the
+    variance of a step, so their coefficients do not carry over.)
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(start, start + count):
@@ -67,7 +67,7 @@ def gradient_steps(
 
 
 def draw_trained(stop: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """DRTune's trained steps: `count` of the steps 0 ... stop, evenly spaced, the first one random."""
+    """Draw DRTune's trained steps: `count` evenly spaced steps in 0 ... stop, with a random first one."""
     interval = (stop + 1) // count
     first = int(torch.randint(stop + 1 - (count - 1) * interval, (), generator=generator))
     return tuple(first + place * interval for place in range(count))
@@ -83,13 +83,13 @@ def drtune_steps(
     stop: int,
     trained: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """DRTune (arXiv 2405.00760): every step from sigmas[first] to sigmas[stop], where the clean latents are estimated.
+    """DRTune (arXiv 2405.00760): take all steps from sigmas[first] to sigmas[stop] and estimate the clean latents.
 
-    The network's input is detached at every step, so that the gradient flows through the updates only: in
-    x0_hat = x_first + sum_i (sigma_i+1 - sigma_i) v_i - sigma_stop v_stop the v_i with i in `trained` carry a gradient,
-    and none passes through another. Those come from `velocity`, the others from `free`, without gradient.
+    The network's input is detached at every step, so that the gradient flows through the updates only. In x0_hat =
+    x_first + sum_i (sigma_i+1 - sigma_i) v_i - sigma_stop v_stop, each v_i with i in `trained` carries a gradient,
+    which passes through no other step. These v_i come from `velocity`, the others from `free`, without gradient.
 
-    Returns x0_hat (B, C, H, W) and the velocity KL (B,) over the trained steps, as `gradient_steps` does.
+    Returns x0_hat (B, C, H, W) and the velocity KL (B,) over the trained steps; see `gradient_steps`.
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(first, stop + 1):
@@ -108,11 +108,11 @@ def drtune_steps(
 def renoised_steps(
     velocity: Velocity, reference: Velocity, latents: Tensor, noise: Tensor, sigma: float
 ) -> tuple[Tensor, Tensor]:
-    """DRaFT-LV (arXiv 2309.17400): the last step repeated from renoised samples.
+    """Take the last step with gradient from renoised samples, as DRaFT-LV does (arXiv 2309.17400).
 
-    latents, noise (B, C, H, W): samples, and the noise that returns them to `sigma`, without gradient. For n noises per
-    sample repeat the samples n times; the mean over all of them has the lower variance.
-    Returns x0_hat (B, C, H, W) and the velocity KL (B,), as `gradient_steps` does.
+    latents: (B, C, H, W), finished samples. noise: (B, C, H, W), added to bring them back to `sigma`. Neither has a
+    gradient. For n noises per sample repeat the samples n times; the mean over all has a lower variance. Returns x0_hat
+    (B, C, H, W) and the velocity KL (B,); see `gradient_steps`.
     """
     x = add_noise(latents.detach(), noise, sigma)
     return gradient_steps(velocity, reference, x, [sigma], 0, 1)
@@ -121,13 +121,13 @@ def renoised_steps(
 def direct_align_steps(
     velocity: Velocity, reference: Velocity, latents: Tensor, noise: Tensor, sigma: float, sigma_next: float
 ) -> tuple[Tensor, Tensor]:
-    """Direct-Align (SRPO, arXiv 2509.06942): one step from known noise, then the remaining noise is subtracted.
+    """Take one step from known noise, then subtract the remaining noise: Direct-Align (SRPO, arXiv 2509.06942).
 
-    A finished sample x0 is noised with known noise to sigma and takes one step to sigma_next < sigma, giving x'. The
-    remaining noise is known, so that x0_hat = (x' - sigma_next noise) / (1 - sigma_next) is nearly clean at any sigma.
-    With the true velocity it equals x0; its derivative in the velocity is -(sigma - sigma_next) / (1 - sigma_next).
+    Known noise is added to a finished sample x0 up to the level sigma. One step to sigma_next < sigma gives x'. Because
+    its remaining noise is known, x0_hat = (x' - sigma_next noise) / (1 - sigma_next) is nearly clean at any sigma. With
+    the true velocity it equals x0; its derivative in the velocity is -(sigma - sigma_next) / (1 - sigma_next).
 
-    latents, noise (B, C, H, W) carry no gradient. Returns x0_hat and the velocity KL (B,), as `gradient_steps` does.
+    latents, noise: (B, C, H, W), without gradient. Returns x0_hat and the velocity KL (B,); see `gradient_steps`.
     """
     x = add_noise(latents.detach(), noise, sigma)
     v = velocity(x, sigma)
@@ -136,7 +136,7 @@ def direct_align_steps(
 
 
 def reward_loss(score: Tensor, form: str, target: float) -> Tensor:
-    """score (B,) -> a scalar to minimise: mean(target - score), or with form "relu" mean(relu(target - score))."""
+    """Return the scalar loss of score (B,): mean(target - score), or with form "relu" mean(relu(target - score))."""
     gap = target - score
     match form:
         case "linear":
@@ -149,9 +149,10 @@ def reward_loss(score: Tensor, form: str, target: float) -> Tensor:
 def flow_matching_loss(
     velocity: Callable[[Tensor, Tensor], Tensor], latents: Tensor, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """The pretraining loss of the base model, a scalar: mean |velocity(x_sigma, sigma) - (noise - x0)|^2.
+    """Return the base model's pretraining loss, a scalar: mean |velocity(x_sigma, sigma) - (noise - x0)|^2.
 
-    latents (B, C, H, W), clean and scaled; generators: B, on the CPU. sigma is logit-normal(0, 1), as SD3 was trained.
+    latents: (B, C, H, W), clean and scaled. generators: one per sample, on the CPU. sigma is logit-normal(0, 1), as for
+    SD3.
     """
     noise = seeded_noise(tuple(latents.shape[1:]), generators).to(latents.device)
     sigma = torch.cat([sample_sigma("logit_normal", 1, generator=generator) for generator in generators])
@@ -161,16 +162,15 @@ def flow_matching_loss(
 
 @dataclass(frozen=True)
 class ReflBatch:
-    """The start of the gradient steps, and the RNG streams of the samples.
+    """Latents from which the gradient steps start, and the RNG streams of the samples.
 
     Args:
-        latents: (B, C, H, W) at sigmas[start]; for draft_lv and direct_align the finished samples; for drtune those at
-            sigmas[trained[0]].
+        latents: (B, C, H, W). refl: at sigmas[start]; drtune: at sigmas[trained[0]]; other variants: finished samples.
         start: the first gradient step; for drtune the last step, where the clean latents are estimated.
-        conditions: of the B samples.
-        generators: of the B samples, for later draws.
+        conditions: conditions of the B samples.
+        generators: RNG streams of the B samples, for later draws.
         update: number of the update.
-        trained: the steps that drtune trains.
+        trained: steps that drtune trains.
     """
 
     latents: Tensor
@@ -182,7 +182,7 @@ class ReflBatch:
 
     @property
     def count(self) -> int:
-        """B, the number of items that the loss is the mean over."""
+        """B, the number of samples that the loss is averaged over."""
         return len(self.latents)
 
 
@@ -195,7 +195,7 @@ class Refl:
         reward: frozen and differentiable, on the policy's device.
         config: see `ReflConfig`.
         anchor: a second reward, added at every n-th update.
-        pretrain_data: latents (N, C, H, W) and their N conditions for the pretraining loss, if that is on.
+        pretrain_data: latents (N, C, H, W) and N conditions for the pretraining loss; required if it has a weight.
     """
 
     sampler: Sampler
@@ -212,7 +212,7 @@ class Refl:
             )
 
     def batch_at(self, micro_step: int) -> ReflBatch:
-        """This micro-step's rollout, without gradient: a pure function of micro-step, seed, weights and rank."""
+        """Draw this micro-step's rollout without gradient; it depends only on micro-step, seed, weights and rank."""
         sampler, config = self.sampler, self.config
         first = sampler.first_sample(config.batch_size, micro_step)
         generators = [seeded_generator(sampler.seed, first + index, SAMPLES) for index in range(config.batch_size)]
@@ -230,8 +230,10 @@ class Refl:
         return ReflBatch(latents, start, conditions, generators, micro_step // sampler.accumulate, trained)
 
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss, differentiable in the policy's LoRA, and metrics: reward (and anchor), kl, and start_sigma, the
-        noise level of step m."""
+        """Return the loss, differentiable in the policy's LoRA, and metrics by name.
+
+        reward, anchor: mean scores. kl: velocity KL. start_sigma: noise level of batch.start. pretrain: that loss.
+        """
         config, meter = self.config, self.sampler.meter
         with meter.phase("policy"):
             latents, kl, conditions = self._clean_latents(batch)
@@ -257,9 +259,9 @@ class Refl:
         return loss, metrics
 
     def reference_samples(self, count: int) -> tuple[Tensor, Conditions]:
-        """Latents and conditions of the base model's samples for the first `count` training prompts (all, if fewer).
+        """Return latents and conditions of base-model samples for the first `count` training prompts, or for all.
 
-        As `pretrain_data` they hold the policy near the base model where there are no images.
+        As `pretrain_data` they keep the policy near the base model if there are no images.
         """
         sampler, size = self.sampler, self.config.batch_size
         conditions = sampler.conditions.take(range(min(count, len(sampler.conditions))))
@@ -272,7 +274,7 @@ class Refl:
         return torch.cat(parts), conditions
 
     def _clean_latents(self, batch: ReflBatch) -> tuple[Tensor, Tensor, Conditions]:
-        """Clean latents to score, differentiable in the LoRA, their velocity KL, and their conditions."""
+        """Return clean latents to score, differentiable in the LoRA, their velocity KL, and their conditions."""
         config, sampler, start = self.config, self.sampler, batch.start
         sigmas = sampler.sigmas
         copies = config.renoisings if config.variant in ("draft_lv", "direct_align") else 1
@@ -300,7 +302,7 @@ class Refl:
         return *clean, conditions
 
     def _reward_sigma(self, generators: Sequence[torch.Generator]) -> Tensor | Sequence[float] | None:
-        """Noise levels of the reward: one per sample, the configured ones, or None for its own."""
+        """Return the reward's noise levels: drawn for each sample, configured for all, or None for the reward's own."""
         if self.config.reward_sigma_range is None:
             return self.config.reward_sigma
         low, high = self.config.reward_sigma_range

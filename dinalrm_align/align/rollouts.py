@@ -1,8 +1,8 @@
-"""What alignment methods share: sampling training prompts with the policy, and reusing a rollout for several updates.
+"""Sampling of training prompts with the policy, and reuse of a rollout for several updates.
 
 RNG streams are keyed by (seed, global sample index), so results do not depend on the world size. A rollout is drawn at
-the first micro-step that needs it and reused for `epochs` x `minibatches` updates of `accumulate` micro-steps each; how
-an update is divided into micro-steps changes its memory, not its gradient.
+the first micro-step that needs it, and reused for `epochs` x `minibatches` updates of `accumulate` micro-steps each.
+The number of micro-steps per update changes memory, not the gradient.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ class Sampler:
     """Samples training prompts with the policy.
 
     Args:
-        conditions: of all training prompts, on any device.
-        negative: of one empty prompt, for classifier-free guidance.
+        conditions: conditions of all training prompts, on any device.
+        negative: conditions of one empty prompt, for classifier-free guidance.
         sigmas: noise levels of the rollout, from 1 to 0.
         latent_shape: (C, H, W).
-        guidance_scale: of the rollout; 1 and less: no guidance.
+        guidance_scale: guidance scale of the rollout; 1 and less: no guidance.
         accumulate: micro-steps per update.
         gather: a tensor (N, ...) of this rank -> (num_processes x N, ...), in the order of ranks.
     """
@@ -61,40 +61,41 @@ class Sampler:
         return len(self.sigmas) - 1
 
     def prompt_indices(self, batch_size: int, step: int) -> list[int]:
-        """Indices of the training prompts of this rank at `step` (see `data.prompts.prompt_indices`)."""
+        """Return the indices of this rank's training prompts at `step` (see `data.prompts.prompt_indices`)."""
         return prompt_indices(
             len(self.conditions), batch_size, step, seed=self.seed, rank=self.rank, num_processes=self.num_processes
         )
 
     def first_sample(self, batch_size: int, step: int) -> int:
-        """Global index of this rank's first sample at `step`, with `batch_size` samples per rank and step."""
+        """Return the global index of this rank's first sample at `step`, for `batch_size` samples per rank."""
         return (step * self.num_processes + self.rank) * batch_size
 
     def take(self, indices: Sequence[int]) -> Conditions:
-        """Conditions of the training prompts `indices`, on the policy's device."""
+        """Return the conditions of the training prompts `indices`, on the policy's device."""
         return self.conditions.take(indices, self.device)
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """One standard normal sample per generator, (B, C, H, W), on the policy's device."""
+        """Draw one standard normal sample per generator. Return (B, C, H, W) on the policy's device."""
         return seeded_noise(self.latent_shape, generators).to(self.device)
 
     def levels(self, steps: Tensor) -> Tensor:
-        """Noise levels of step indices (n,) int64: (n,) float32, on the policy's device."""
+        """Return the noise levels of step indices (n,) int64, as (n,) float32 on the policy's device."""
         return torch.tensor(self.sigmas, dtype=torch.float32)[steps].to(self.device)
 
     def velocity_for(
         self, conditions: Conditions, guidance_scale: float | None = None, *, negative_gradient: bool = True
     ) -> Velocity:
-        """The policy's velocity for `conditions`; guidance_scale: default, that of the rollout."""
+        """Return the policy's velocity for `conditions`; guidance_scale: default, the rollout's."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return self.policy.velocity_for(conditions, scale, self.negative, negative_gradient=negative_gradient)
 
     def transitions(
         self, velocity: Velocity, latents: Tensor, steps: Tensor, kind: str, noise_level: float
     ) -> tuple[Transition, Transition, Tensor]:
-        """The stochastic steps of policy and reference from latents (n, C, H, W), and the difference of velocities.
+        """Return the stochastic steps of policy and reference from latents (n, C, H, W), and the velocity difference.
 
-        steps: (n,) int64, indices of the schedule. kind, noise_level: see `flow.sde.transition`.
+        The difference is policy minus reference, (n, C, H, W). steps: (n,) int64, indices of the schedule. kind,
+        noise_level: see `flow.sde.transition`.
         """
         levels = self.levels(steps)
         v = velocity(latents, levels)
@@ -107,14 +108,14 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, conditions: Conditions, noise: Tensor, steps: int | None = None) -> Tensor:
-        """Latents (B, C, H, W) after `steps` steps of the flow from noise (B, C, H, W); default, all of them."""
+        """Return latents (B, C, H, W) after `steps` ODE steps from noise (B, C, H, W); default, all steps."""
         sigmas = self.sigmas if steps is None else self.sigmas[: steps + 1]
         return rollout(self.velocity_for(conditions), noise, sigmas)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Position of a micro-step: its rollout, the epoch over it, the update within the epoch, the part of the update."""
+    """Position of a micro-step: rollout, epoch, minibatch (update in the epoch), part (micro-step in the update)."""
 
     rollout: int
     epoch: int
@@ -127,13 +128,13 @@ class Position:
 
     @property
     def in_first_update(self) -> bool:
-        """Whether the weights are still those that the rollout was drawn with."""
+        """Whether the weights still equal those that drew the rollout."""
         return self.epoch == self.minibatch == 0
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """epochs x minibatches updates of `accumulate` micro-steps per rollout; each at least 1."""
+    """Plan of a rollout's reuse: epochs x minibatches updates of `accumulate` micro-steps; each at least 1."""
 
     epochs: int
     minibatches: int
@@ -151,23 +152,24 @@ class Reuse:
         return Position(rollout_number, epoch, minibatch, part)
 
     def ends(self, position: Position) -> bool:
-        """Whether this is the last micro-step of the rollout."""
+        """Return whether `position` is the last micro-step of its rollout."""
         last = self.epochs - 1, self.minibatches - 1, self.accumulate - 1
         return (position.epoch, position.minibatch, position.part) == last
 
     def select(
         self, rows: Tensor, groups: Tensor, columns: int, position: Position, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """The (row, column) pairs that a micro-step trains on: two int64 tensors (n,).
+        """Return the (row, column) pairs that a micro-step trains on, as two int64 tensors (n,).
 
-        Every group is divided among the updates of an epoch separately and in a random order, keyed by (seed, rollout,
-        epoch, group), so that each update has a share of every group and is the same for every world size. n differs by
-        at most one between the parts of an update, and may be 0.
+        Rows are samples, columns are steps or noise levels. Each group is shuffled and divided among the updates of an
+        epoch separately, so that each update has a share of every group. The order is keyed by (seed, rollout, epoch,
+        group), so that updates do not depend on the world size. Between the micro-steps of an update n differs by at
+        most one; it may be 0.
 
         Args:
             rows: (N,) int64, the rows of this rank that can be trained on.
-            groups: (N,) int64, the group of each, numbered over all ranks.
-            columns: number of columns of a row.
+            groups: (N,) int64, the group number of each row, unique over all ranks.
+            columns: number of columns.
         """
         chosen = [rows[:0]]
         for group in groups.unique().tolist():
@@ -181,7 +183,7 @@ class Reuse:
 
 
 def _piece(count: int, pieces: int, number: int) -> slice:
-    """Piece `number` of `count` rows cut into `pieces` of nearly equal size."""
+    """Return the slice of piece `number` when `count` rows are cut into `pieces` of nearly equal size."""
     return slice(count * number // pieces, count * (number + 1) // pieces)
 
 
@@ -189,12 +191,12 @@ R = TypeVar("R")
 
 
 class RolloutBuffer(Generic[R]):
-    """The current rollout of a method, and its state in a checkpoint.
+    """The current rollout of a method, which checkpoints can save and restore.
 
     Args:
-        kind: the rollout's dataclass: `number: int`, other integers, and tensors on the CPU.
-        draw: number of a rollout -> the rollout. A pure function of number, seed, weights and rank.
-        shapes: saved tensors by name -> the expected shape of each, () for integers.
+        kind: the rollout's dataclass; fields are `number: int`, other integers, and tensors on the CPU.
+        draw: number of a rollout -> the rollout; depends only on number, seed, weights and rank.
+        shapes: saved tensors by name -> expected shape of each tensor by name, () for integers.
     """
 
     def __init__(
@@ -208,10 +210,10 @@ class RolloutBuffer(Generic[R]):
         self.current: R | None = None
 
     def at(self, micro_step: int) -> tuple[Position, R]:
-        """The position of a micro-step, and its rollout, which is drawn at the first micro-step of each rollout.
+        """Return the position of a micro-step and its rollout, which is drawn at the rollout's first micro-step.
 
-        Raises RuntimeError in the middle of a rollout that is not in the buffer: a run that was stopped there needs the
-        state of its checkpoint.
+        Raises RuntimeError if the micro-step is in the middle of a rollout that is not in the buffer: a run that was
+        stopped there needs the state of its checkpoint.
         """
         position = self.reuse.position(micro_step)
         if position.starts_rollout:
@@ -227,16 +229,16 @@ class RolloutBuffer(Generic[R]):
         return position, rollout_now
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """This rank's rollout by field, on the CPU; empty between two rollouts."""
+        """Return the fields of this rank's rollout as CPU tensors by name; empty between two rollouts."""
         values: dict[str, Any] = {} if self.current is None else vars(self.current)
         return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
 
     def is_common(self) -> bool:
-        """Whether the state is the same on every rank: between two rollouts."""
+        """Return whether the state is equal on all ranks, which holds between two rollouts."""
         return self.current is None
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned. ValueError, naming the first field that does not fit."""
+        """Restore the result of `state_tensors`. Raises ValueError that names the first field that does not fit."""
         if not tensors:
             self.current = None
             return

@@ -54,7 +54,7 @@ ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts of a run. evaluation: one row per sample. negative: the empty prompt. extra: those of the method."""
+    """Encoded prompts. evaluation: one row per sample. negative: the empty prompt. extra: prompts of the method."""
 
     train: Conditions
     evaluation: Conditions
@@ -290,7 +290,7 @@ def apply_memory_options(
 
 @torch.no_grad()
 def anchor_scale(setup: Setup, anchor: Reward) -> float:
-    """Return the factor that scales anchor scores to the reward's standard deviation, measured on base-model samples."""
+    """Return the factor that scales anchor scores to the reward's standard deviation, on base-model samples."""
     sampler, seed, scores = setup.sampler(), setup.resolved.run.seed, []
     for start_index in range(0, ANCHOR_SAMPLES, ANCHOR_BATCH):
         numbers = range(start_index, start_index + ANCHOR_BATCH)
