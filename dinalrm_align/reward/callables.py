@@ -1,10 +1,9 @@
-"""Any Python callable as a reward; the name of its first argument says what it reads.
+"""Wrap any Python callable as a reward. The name of its first argument selects the input.
 
-    def my_reward(images, prompts): ...                     images (B, 3, H, W) in [0, 1] -> (B,)
-    def my_reward(latents, prompts, sigma, noise): ...      latents (B, C, h, w) -> (B,)
+    def my_reward(images, prompts): ...                     decoded images (B, 3, H, W) in [0, 1] -> scores (B,)
+    def my_reward(latents, prompts, sigma, noise): ...      scaled clean latents (B, C, h, w) -> scores (B,)
 
-`images`: decoded images, as for every pixel reward, and B prompts. `latents`: scaled and clean, with the arguments of
-`ARGUMENTS` that the callable names. Both return one number per sample, higher is better.
+Higher scores are better. A callable over latents gets only those arguments of `ARGUMENTS` that it names.
 """
 
 import importlib
@@ -22,16 +21,16 @@ from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scor
 from dinalrm_align.train.settings import did_you_mean
 
 IMAGES = ("images", "pixels", "pictures")
-"""Names of the first argument of a callable over images."""
+"""Names of a first argument that mark a callable over images."""
 ARGUMENTS = ("prompts", "prompt_embeds", "pooled_prompt_embeds", "sigma", "noise", "generator")
-"""Arguments that a callable over latents may name besides the latents."""
+"""Arguments besides `latents` that a callable over latents may name. They are passed by keyword."""
 
 
 def import_callable(path: str) -> Callable[..., Any]:
-    """The function of "module:function".
+    """Import and return the function at `path`, written "module:function".
 
-    Raises ImportError for a missing module or dependency, ValueError for a missing name, TypeError for a class and for
-    what is not callable.
+    Raises ImportError if the module or a package that it needs is not installed, ValueError if the module lacks the
+    name, TypeError if the object is a class or cannot be called.
     """
     module_name, _, name = path.partition(":")
     try:
@@ -57,15 +56,15 @@ def as_reward(
     name: str | None = None,
     differentiable: bool = True,
 ) -> "ImageFunction | LatentFunction":
-    """A reward that calls `function`. Of a module, `forward` is inspected, and its parameters are frozen.
+    """Return a reward that calls `function`. If it is an nn.Module, its parameters are frozen.
 
     Args:
-        function: see the module's docstring.
-        vae: to decode latents for a callable over images.
-        name: for error messages.
-        differentiable: False if it is known not to be; otherwise checked at each call that asks for a gradient.
+        function: callable over images or latents, see the module's docstring. Of an nn.Module, `forward` is inspected.
+        vae: decodes latents for a callable over images.
+        name: used in error messages.
+        differentiable: False: the callable gives no gradient. True: every call that needs a gradient checks for one.
 
-    Raises TypeError unless the first argument is named images or latents.
+    Raises TypeError unless the first argument is named `latents` or has a name in `IMAGES`.
     """
     name = name or f"{type(function).__name__}" * isinstance(function, nn.Module) or repr(function)[:60]
     _check_callable(function, name)
@@ -89,7 +88,7 @@ def as_reward(
 
 
 class ImageFunction(PixelReward):
-    """A callable `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)` over decoded images."""
+    """Reward that calls `function(images (B, 3, H, W) in [0, 1], prompts) -> scores (B,)` on decoded images."""
 
     def __init__(
         self, function: Callable[..., Any], vae: AutoencoderKL | None, name: str, differentiable: bool = True
@@ -104,14 +103,14 @@ class ImageFunction(PixelReward):
 
 
 class LatentFunction(RewardModule):
-    """A callable `(latents (B, C, h, w), ...) -> (B,)`; nothing is decoded."""
+    """Reward that calls `function(latents (B, C, h, w), ...) -> scores (B,)`. It does not decode the latents."""
 
     scores_images = False
 
     def __init__(
         self, function: Callable[..., Any], arguments: Sequence[str], name: str, differentiable: bool = True
     ) -> None:
-        """arguments: those of `ARGUMENTS` that the callable takes."""
+        """arguments: the names in `ARGUMENTS` that `function` takes."""
         super().__init__()
         self.function = _frozen(function)
         self.arguments = tuple(arguments)
@@ -120,7 +119,7 @@ class LatentFunction(RewardModule):
         self.differentiable = differentiable
 
     def forward(self, latents: Tensor, prompts: Text | None = None, **noise: Unpack[Noise]) -> Tensor:
-        """Scores (B,), float32. Embeddings are None where prompts are passed as strings."""
+        """Return scores (B,), float32. If `prompts` are strings, `function` gets None for the embeddings."""
         self.check_gradient(latents)
         encoded = prompts if isinstance(prompts, Conditions) else None
         given = {
@@ -149,7 +148,7 @@ def _frozen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(scores: Any, inputs: Tensor, name: str) -> Tensor:
-    """`finite_scores`, and ValueError where a gradient is asked for and the scores carry none."""
+    """Return `finite_scores(scores)`. Raise ValueError if `inputs` requires a gradient and the scores have none."""
     scores = finite_scores(scores, len(inputs), name)
     if torch.is_grad_enabled() and inputs.requires_grad and not scores.requires_grad:
         raise ValueError(

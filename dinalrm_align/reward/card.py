@@ -1,4 +1,4 @@
-"""The model card of a latent reward."""
+"""The model card (README.md) of a latent reward."""
 
 from dinalrm_align.reward.config import RewardConfig
 
@@ -24,6 +24,6 @@ score = reward(latents, prompts)  # (B,) float32, higher is better
 
 
 def model_card(config: RewardConfig) -> str:
-    """README.md for a folder or hub repository that holds this reward."""
+    """Return the text of README.md for a folder or hub repository that holds this reward."""
     sigma = config.sigma if isinstance(config.sigma, float) else ", ".join(map(str, config.sigma))
     return TEMPLATE.format(base=config.base_model_id, layers=config.num_layers, sigma=sigma, tokens=config.text_length)

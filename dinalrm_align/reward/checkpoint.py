@@ -1,9 +1,15 @@
-"""Checkpoints of a latent reward in two layouts, read strictly and written atomically.
+"""Read and write checkpoints of a latent reward in two layouts. Every file is written atomically.
 
-Ours: `config.json` (RewardConfig) and `model.safetensors` (`backbone.*`: the LoRA, or the whole trunk with full tuning;
-`head.*`), whose metadata carries a digest of the tensors that is verified on reading. Released, DiNa-LRM's own:
-`config.json`, `checkpoint/backbone_lora/` (a peft adapter) and `checkpoint/rm_head.pt`; no adapter for a frozen
-backbone; `checkpoint/full_model.pt` alone after full training. Files are written atomically.
+This package's layout, `dinalrm`:
+    config.json                 RewardConfig
+    model.safetensors           head.*, and backbone.*: the LoRA, or with full tuning all backbone weights. The metadata
+                                hold a digest of the tensors, which is verified on reading.
+
+The layout of DiNa-LRM's public release, `released`:
+    config.json
+    checkpoint/rm_head.pt       the head
+    checkpoint/backbone_lora/   a peft adapter; absent for a frozen backbone
+    checkpoint/full_model.pt    backbone and head; with full tuning, instead of the two above
 """
 
 import io
@@ -31,11 +37,11 @@ OWN_KEYS = (
     "sigma", "image_sigma", "ensemble", "snap_sigma", "score_scale", "score_bias", "text_length", "vae_scaling_factor",
     "vae_shift_factor", "dtype",
 )  # fmt: skip
-"""Fields without a counterpart in the released config.json; written to a section `dinalrm_align`."""
+"""RewardConfig fields that the released config.json lacks. They are written to its section `dinalrm_align`."""
 SQUASH = ("eta3", "eta4")  # parameters of the head that the released code keeps outside of it and of rm_head.pt
 RELEASED_HEAD = ("use_proj_in", "width", "num_queries", "num_attn_heads", "dropout")  # with HeadConfig's defaults
 RELEASED_DEFAULTS = dict(sigma=0.4, image_sigma=0.1, snap_sigma=True, score_scale=0.1, score_bias=1.0, text_length=256)
-"""As in the released README: score = (raw + 10) / 10, sigma 0.4 for sampled latents and 0.1 for image files."""
+"""From the released README: score = (raw + 10) / 10; sigma 0.4 for generated latents, 0.1 for image files."""
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Checkpoint:
 
 
 def read_checkpoint(source: str | Path, *, subfolder: str = "", **hub: Unpack[HubOptions]) -> Checkpoint:
-    """Read either layout from a folder or hub id; raises ValueError or FileNotFoundError that name the file."""
+    """Read either layout from a folder or hub id. Raises ValueError or FileNotFoundError that names the file."""
     folder = fetch(source, ("config.json", WEIGHTS, "checkpoint/*"), what="reward", subfolder=subfolder, **hub)
     path = folder / "config.json"
     values = read_json(path, "a latent reward in our layout or in DiNa-LRM's released one")
@@ -70,7 +76,7 @@ def read_checkpoint(source: str | Path, *, subfolder: str = "", **hub: Unpack[Hu
 def save_checkpoint(
     directory: str | Path, config: RewardConfig, tensors: Mapping[str, Tensor], *, format: str = "dinalrm"
 ) -> None:
-    """Write `config` and `tensors` (`RewardModel.tuned_tensors()`). format: dinalrm (ours) or released."""
+    """Write `config` and `tensors` (`RewardModel.tuned_tensors()`) in the layout `format`, dinalrm or released."""
     if format not in FORMATS:
         raise ValueError(f"checkpoint format: got {format!r}; known: {', '.join(FORMATS)}")
     parts = {"head.film": config.head.film, "head.value_gates": config.head.value_gates, "text_taps": config.text_taps}
@@ -89,9 +95,9 @@ def save_checkpoint(
 
 
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
-    """The base model's hub id or path, relative to `folder` where it starts with ./ or ../.
+    """Return the base model's hub id or path. A path that starts with ./ or ../ is resolved from `folder`.
 
-    trusted: the folder is the user's own; a downloaded checkpoint must not name a local path.
+    trusted: False for a downloaded checkpoint, which may name a hub id only; a local path raises ValueError.
     """
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):
@@ -103,7 +109,7 @@ def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> 
 
 
 def relocated(base_model_id: str, folder: Path, new_folder: Path) -> str:
-    """The id that names the same base model in a copy of the checkpoint in `new_folder`."""
+    """Return the `base_model_id` for a copy of the checkpoint in `new_folder`. Only relative paths change."""
     if not base_model_id.startswith(("./", "../")):
         return base_model_id
     path = os.path.relpath(base_location(base_model_id, folder), new_folder)
@@ -224,7 +230,7 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Raise ValueError unless all tensors are floating and finite, and the config's sizes agree with them."""
+    """Raise ValueError unless all tensors are floating and finite, and their sizes match the config."""
     config, tensors = checkpoint.config, checkpoint.tensors
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):

@@ -1,4 +1,4 @@
-"""A weighted sum of rewards: latents are decoded once for all parts that read images."""
+"""Weighted sum of rewards. Latents are decoded once for all rewards that score images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
@@ -13,14 +13,14 @@ from dinalrm_align.train.settings import check_number
 
 
 class RewardSum(RewardModule):
-    """score = sum of weight x part, over named parts.
+    """Reward with score = sum_i weight_i * score_i over named parts, each a reward.
 
-    Each part keeps its own scale. Where those differ, as in GRPO, `score_parts` returns the parts unweighted, to be
-    normalised separately and then summed with `weights`.
+    Parts can have different scales. To normalise them first, as GRPO does: `score_parts` returns unweighted scores, and
+    `add_up` returns the weighted sum of the normalised ones.
     """
 
     def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:
-        """ValueError unless there are parts, each has a finite weight, and those that decode share one VAE."""
+        """Raise ValueError if there are no parts, a part has no finite weight, or image rewards use different VAEs."""
         super().__init__()
         if not parts or parts.keys() != weights.keys():
             raise ValueError(f"got parts {list(parts)}, weights for {list(weights)}; expected a weight for each part")
@@ -46,7 +46,7 @@ class RewardSum(RewardModule):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first part with weights or a VAE."""
+        """The device of the first part that has weights or a VAE, else the CPU."""
         return next((part.device for part in self.parts if part.reads_images or part.noise_parts), torch.device("cpu"))
 
     @property
@@ -62,17 +62,17 @@ class RewardSum(RewardModule):
         return self._weight_of
 
     def forward(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
-        """Scores (B,), float32, differentiable in the latents if every part is."""
+        """Return the weighted sum (B,), float32. It is differentiable in the latents if every part is."""
         return self.add_up(self.score_parts(latents, prompts, **noise))
 
     def add_up(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum (B,) of scores by part, each (B,), as returned by `score_parts` or normalised after it."""
+        """Return the weighted sum (B,). parts: scores (B,) by name, from `score_parts`, possibly normalised."""
         return sum(weight * parts[name] for name, weight in self._weight_of.items())
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """The score of each part, unweighted, (B,) float32, on the latents' device. Latents are decoded once.
+        """Return the unweighted scores of each part by name, (B,), float32, on the latents' device.
 
-        Raises as the parts do, and ValueError when a gradient is asked for and a part is not differentiable.
+        Latents are decoded once. Raises ValueError if they require a gradient and a part is not differentiable.
         """
         for part in self.parts:
             part.check_gradient(latents)
@@ -92,9 +92,9 @@ class RewardSum(RewardModule):
     def score_images(
         self, images: Any, prompts: Conditions | Sequence[str], *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The weighted sum (B,), float32, of PIL images or of (B, 3, H, W) in [0, 1].
+        """Return the weighted sum (B,), float32, for PIL images or a tensor (B, 3, H, W) in [0, 1].
 
-        generator: for the noise of latent parts. Raises ValueError when a part cannot score images.
+        generator: draws the noise of latent rewards. Raises ValueError if a part cannot score images.
         """
         total: Tensor | None = None
         for name, part in self.named_parts.items():

@@ -1,6 +1,6 @@
-"""Settings of a latent reward, as in its checkpoint's `config.json`, of the preference loss, and of reward training.
+"""Settings of a latent reward, of the preference loss and of reward training. Imports no torch.
 
-Torch-free. Defaults are the released DiNa-LRM for SD3.5-Medium (arXiv 2602.11146, section 4).
+Defaults follow DiNa-LRM for SD3.5-Medium (arXiv 2602.11146, section 4).
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ Levels = ClosedUnitInterval | tuple[ClosedUnitInterval, ...]
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters on the eight attention projections of every used block.
+    """Low-rank adapters on the image and text attention projections of every used block.
 
     Args:
         rank: inner dimension of each adapter.
-        alpha: the update is `alpha / rank * B A`.
-        init: initialisation of A (B starts at zero): gaussian with std 1/rank, or kaiming (uniform).
+        alpha: the weight update is alpha / rank * B A.
+        init: initialisation of A: gaussian with std 1/rank, or kaiming (uniform). B starts at zero.
     """
 
     rank: PositiveInt = 64
@@ -58,13 +58,13 @@ class HeadConfig:
 
     Args:
         width: channels inside the head; -1: the backbone's width.
-        use_proj_in: add a linear layer before every FiLM adapter even where the widths agree.
-        num_queries: learnable query tokens, averaged at the end.
-        num_attn_heads: heads of both query attentions; must divide the width.
-        dropout: in the attentions and the feed-forward, in training mode only.
-        use_logistic: squash the score to (-2, 2) by a learnable logistic curve.
-        film: modulate the layer adapters by the embedded timestep and pooled prompt.
-        value_gates: a gate per token on the values of the first query attention.
+        use_proj_in: put a linear layer before every FiLM adapter; False: only if head and backbone differ in width.
+        num_queries: number of learnable query tokens. The score is the mean of their outputs.
+        num_attn_heads: attention heads in both query attentions; must divide the width.
+        dropout: dropout rate of attention and feed-forward layers in training.
+        use_logistic: map the raw score to (-2, 2) by a logistic curve with learnable parameters.
+        film: modulate the tokens of each layer by the embedded timestep and pooled prompt.
+        value_gates: scale the values in the first query attention by a learned gate per token.
     """
 
     width: int = -1
@@ -87,28 +87,28 @@ class HeadConfig:
 
 @dataclass
 class RewardConfig:
-    """A latent reward. A checkpoint is this config, the tensors of LoRA and head, and the base model named here.
+    """A latent reward, as stored in `config.json` of its checkpoint. The base model is named here, not stored.
 
     Args:
-        base_model_id: hub id or folder of the pipeline (or transformer); `./`, `../` start at the checkpoint's folder.
-        num_layers: transformer blocks that are used (and that carry LoRA).
-        visual_taps: blocks whose image stream the head reads, counted from 1; 0 means the embedded tokens.
-        text_taps: the same for the text stream; empty: the head reads image tokens alone.
-        tuning: which backbone weights the checkpoint holds: lora; none (only the head was trained); full (all of them).
-        lora: read if `tuning` is lora.
+        base_model_id: hub id or folder of pipeline or transformer; ./ and ../ are relative to the checkpoint's folder.
+        num_layers: number of transformer blocks to use, from the first one. LoRA is added to all of them.
+        visual_taps: blocks whose output image tokens the head reads, counted from 1; 0: the input of the first block.
+        text_taps: same for the text tokens; empty: the head reads image tokens only.
+        tuning: backbone weights in the checkpoint: lora; none (only the head is trained); full (all of them).
+        lora: settings of the LoRA if `tuning` is lora.
         head: architecture of the reward head.
-        sigma: default noise level, or several for a multi-noise ensemble.
-        image_sigma: default for `score_images`; None: `sigma`.
-        ensemble: how several levels are combined: as tokens of the head's attention (the paper's), or average scores.
-        snap_sigma: round levels to the scheduler table (1000 steps, shift 3), as the released code does.
-        add_noise: add noise to the latents; False gives the backbone clean latents at timestep 1000 sigma.
-        score_scale: score = raw * score_scale + score_bias.
+        sigma: default noise level, or a list of levels for a multi-noise ensemble.
+        image_sigma: default noise level of `score_images`; None: same as `sigma`.
+        ensemble: combine levels by tokens (the head attends to the tokens of all levels; paper) or average (of scores).
+        snap_sigma: round noise levels to the scheduler's table (1000 steps, shift 3), as the released code does.
+        add_noise: add noise to the latents; False: the backbone reads clean latents at timestep 1000 sigma.
+        score_scale: score = raw * score_scale + score_bias, where raw is the head's output.
         score_bias: see `score_scale`.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline), at most 512.
-        vae_scaling_factor: scaled latents = (z - vae_shift_factor) * vae_scaling_factor.
+        vae_scaling_factor: scaled latents = (z - vae_shift_factor) * vae_scaling_factor, where z is the VAE's latent.
         vae_shift_factor: see `vae_scaling_factor`.
-        dtype: of the backbone if the reward loads it; a shared transformer keeps its own.
-        format_version: of this file.
+        dtype: dtype in which the reward loads its backbone; a backbone shared with a transformer keeps its dtype.
+        format_version: version of this config's format.
     """
 
     base_model_id: str = "stabilityai/stable-diffusion-3.5-medium"
@@ -154,14 +154,14 @@ class RewardConfig:
         return max((*self.visual_taps, *self.text_taps))
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable dictionary, the input of `from_dict`."""
+        """Return a JSON-serialisable dictionary that `from_dict` reads."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RewardConfig":
-        """The inverse of `to_dict`. Raises ValueError for unknown and for missing keys.
+        """Return the config stored in a dictionary of `to_dict`. Raises ValueError for unknown or missing keys.
 
-        Version 1 had neither `head.film` nor `head.value_gates`; both are set to True, its behaviour.
+        Format version 1 lacks `head.film` and `head.value_gates`. Both are set to True, which is how it behaved.
         """
         if not isinstance(values, dict):
             raise TypeError(f"reward config: got {type(values).__name__}; expected a dictionary")
@@ -204,19 +204,20 @@ def _check_keys(where: str, values: dict[str, Any], kind: type) -> None:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss of a pair of raw scores (`reward.losses`).
+    """Preference loss of a pair of raw scores (see `reward.losses`).
 
     Args:
-        likelihood: maps a score difference to a probability. thurstone: variance grows with the noise level (the
-            paper); thurstone_fixed: one variance; bradley_terry: sigmoid; bradley_terry_margin: with a margin.
-        objective: fidelity, 1 - sqrt(p) for a hard label, or nll, -log p; default: fidelity with Thurstone (the paper),
+        likelihood: maps a score difference to a preference probability. thurstone: Gaussian rater noise whose
+            variance grows with the noise level (paper); thurstone_fixed: constant variance; bradley_terry: sigmoid;
+            bradley_terry_margin: sigmoid of the difference minus `margin`.
+        objective: fidelity (1 - sqrt(p) for a hard label) or nll (-log p). Default: fidelity with Thurstone (paper),
             nll with Bradley-Terry.
-        preset: defaults: paper (k 2, sigma_u 0.1, epsilon 0) or released (variance 2 sigma^2 + 0.05, epsilon 1e-6).
-        k: growth of the rater's variance with the noise level, k sigma^2 + sigma_u^2.
-        sigma_u: the rater's standard deviation for clean images.
-        epsilon: added inside both square roots, that of the variance and that of the fidelity.
-        variance: the rater's variance with thurstone_fixed (0.5 in the released code).
-        margin: of bradley_terry_margin.
+        preset: defaults of k, sigma_u, epsilon: paper (2, 0.1, 0) or released (2, sqrt(0.05), 1e-6; the public code).
+        k: the rater's variance at noise level sigma is k sigma^2 + sigma_u^2.
+        sigma_u: standard deviation of the rater on clean images.
+        epsilon: constant added under the square roots of the Thurstone likelihood and of the fidelity.
+        variance: rater's variance with thurstone_fixed (0.5 in the released code).
+        margin: subtracted from the score difference with bradley_terry_margin.
     """
 
     likelihood: Literal["thurstone", "thurstone_fixed", "bradley_terry", "bradley_terry_margin"] = "thurstone"
@@ -232,11 +233,11 @@ class LossConfig:
         check_fields(self, "loss")
 
     def resolved_objective(self) -> str:
-        """`objective`, or the likelihood's default."""
+        """Return `objective`, or the default for the likelihood if it is None."""
         return self.objective or ("nll" if self.likelihood.startswith("bradley_terry") else "fidelity")
 
     def constants(self) -> tuple[float, float, float]:
-        """(k, sigma_u, epsilon), with the preset's defaults."""
+        """Return (k, sigma_u, epsilon). Values that are None come from the preset."""
         given = {"k": self.k, "sigma_u": self.sigma_u, "epsilon": self.epsilon}
         preset = THURSTONE_PRESETS[self.preset]
         return tuple(preset[name] if value is None else value for name, value in given.items())
@@ -244,13 +245,13 @@ class LossConfig:
 
 @dataclass
 class AccuracyConfig:
-    """Evaluation on held-out pairs: the accuracy of the reward at each noise level, always with the same noise.
+    """Evaluation on held-out pairs: accuracy of the reward at several noise levels, with the same noise every time.
 
     Args:
-        sigmas: single noise levels.
-        ensemble: noise levels of the multi-noise ensemble; empty: not evaluated.
-        every: updates between evaluations; the final reward is always evaluated. 0: only that one.
-        seed: of the noise.
+        sigmas: noise levels that are evaluated one by one.
+        ensemble: noise levels that are evaluated together, as a multi-noise ensemble; empty: no ensemble.
+        every: updates between evaluations; 0: only at the end. The final reward is always evaluated.
+        seed: seed of the noise.
     """
 
     sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [level / 10 for level in range(10)])
@@ -263,7 +264,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """The distinct levels to evaluate: (sigma,) for each single one, and the ensemble."""
+        """Return the levels to evaluate, without duplicates: (sigma,) for each of `sigmas`, and the ensemble."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 
@@ -273,32 +274,32 @@ class TrainRewardRun:
     """Settings of `recipes/train_reward.py`.
 
     Args:
-        model: the backbone's model: shapes, sd35, or the folder or hub id of a StableDiffusion3Pipeline.
-        pairs: preference pairs: a folder of encoded latents written by recipes/prepare_pairs.py or in the released
-            layout, or a jsonl file of images (`data.source`); by default the embedded world makes its own.
-        validation_pairs: pairs for evaluation only, in the same formats; by default see held_out_prompts.
-        held_out_prompts: prompts of `pairs` held out for evaluation if there are no validation_pairs.
-        output_dir: folder of the run, with the trained reward in reward/; by default a new one under runs/.
-        seed: of initial weights, order of the data, noise and noise levels.
-        resume: folder of a run (its newest checkpoint is used) or of a checkpoint. Options override its settings.
+        model: model of the backbone: shapes (embedded world), sd35, or folder or hub id of a StableDiffusion3Pipeline.
+        pairs: preference pairs: a folder of encoded latents (from recipes/prepare_pairs.py or in the released layout)
+            or a jsonl file that lists images (`data.source`). Default: pairs generated in the embedded world.
+        validation_pairs: pairs for evaluation only, in the same formats; default: see held_out_prompts.
+        held_out_prompts: number of prompts in `pairs` to keep for evaluation if validation_pairs is not set.
+        output_dir: folder of the run; the trained reward goes to reward/ in it. Default: a new folder in runs/.
+        seed: seed of the initial weights, the data order, the noise and the noise levels.
+        resume: run folder (the newest checkpoint is used) or checkpoint folder. Options override its settings.
         device: auto uses a CUDA GPU if there is one.
-        dtype: of the frozen base weights; auto: the model's own on a GPU, float32 on a CPU. LoRA and head are float32;
-            on a GPU the forward is bfloat16 by autocast unless this is float32.
+        dtype: dtype of the frozen base weights; auto: the model's own on a GPU, float32 on a CPU. LoRA and head are
+            float32. On a GPU the forward pass uses bfloat16 autocast unless this is float32.
         tracker: where to log in addition to metrics.jsonl; wandb works offline with WANDB_MODE=offline.
-        batch_size: prompts per micro-batch and process, each with a group of images (a pair or a ranked list).
-        on_bad: unreadable files of latents. refuse: exit with their names; skip: leave out their pairs, with a warning.
+        batch_size: prompts per micro-batch on each process, each with all its images (a pair or a ranked list).
+        on_bad: on unreadable files of latents: refuse (exit and list them) or skip (warn and drop their pairs).
         prefetch: batches of encoded pairs to read ahead.
-        height: of images that are encoded during training, in pixels; by default the model's own.
-        width: of images that are encoded during training, in pixels; by default the model's own.
-        gradient_checkpointing: recompute the activations of the backbone in the backward pass.
-        reward: the reward that is trained. base_model_id and the scaling of the VAE are set from the model.
-        loss: the loss of a pair of scores.
-        train_sigma: density of the noise level of a group.
-        optim: the optimiser, AdamW; lr is that of the head.
-        lora_lr: peak learning rate of the LoRA; by default that of the head.
+        height: height in pixels of images that are encoded during training; default: the model's own.
+        width: width in pixels of images that are encoded during training; default: the model's own.
+        gradient_checkpointing: recompute the backbone's activations in the backward pass.
+        reward: settings of the reward. base_model_id and the VAE's scaling are set from the model.
+        loss: settings of the preference loss.
+        train_sigma: distribution of training noise levels. One level is drawn per prompt and used for all its images.
+        optim: settings of AdamW; lr is the learning rate of the head.
+        lora_lr: peak learning rate of the LoRA; default: same as the head.
         loop: length of training, checkpoints and weight averaging.
         accuracy: evaluation on held-out pairs.
-        shapes_pairs: the pairs that the embedded world makes if none are given.
+        shapes_pairs: settings of the embedded world's pairs that are generated if `pairs` is not set.
     """
 
     model: str = "shapes"

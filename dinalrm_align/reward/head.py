@@ -1,7 +1,7 @@
-"""DiNa-LRM's reward head: FiLM adapters per tapped layer, gated query attention, one scalar (arXiv 2602.11146).
+"""DiNa-LRM's reward head (arXiv 2602.11146): a FiLM adapter per layer, gated query attention, one scalar.
 
-Shape suffixes: B samples, N image tokens, L text tokens, Q queries, W head width, H heads. Parameter names are those of
-the released checkpoints. Normalisation is torch's RMSNorm with its default eps, computed in float32.
+Shape letters: B samples, N image tokens, L text tokens, Q queries, W head width. Parameter names match the released
+checkpoints. RMSNorm has torch's default eps and is computed in float32.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,10 @@ from dinalrm_align.reward.config import HeadConfig
 
 
 class LayerAdapter(nn.Module):
-    """FiLM adapter of one tapped layer: tokens (B, N, width_in), temb (B, temb_dim) -> (B, N, W // 4).
+    """FiLM adapter of one layer: tokens (B, N, width_in), temb (B, temb_dim) -> (B, N, W // 4).
 
-    h = x (1 + gamma) + beta + layer_embed, projected; gamma and beta of temb are zero at first, absent without `film`.
+    Returns proj(x (1 + gamma) + beta + layer_embed) with x = proj_in(tokens). gamma and beta are predicted from temb
+    and are zero at initialisation. Without `film` they are left out.
     """
 
     def __init__(self, width_in: int, temb_dim: int, width: int, *, use_proj_in: bool, film: bool) -> None:
@@ -39,9 +40,9 @@ class LayerAdapter(nn.Module):
 
 
 class QueryAttention(nn.Module):
-    """Cross-attention: queries (B, Q, W), visual (B, N, W), text (B, L, W) or None -> (B, Q, W), a residual.
+    """Cross-attention: queries (B, Q, W), visual (B, N, W), text (B, L, W) or None -> update of the queries (B, Q, W).
 
-    text: attend to text tokens too, with a softmax of their own, and sum. gated: a gate per token on the values.
+    text: also attend to the text tokens, with a separate softmax. gated: scale each value by a learned gate per token.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, *, text: bool, gated: bool) -> None:
@@ -69,7 +70,7 @@ class QueryAttention(nn.Module):
         return self.to_out(read)
 
     def _read(self, query: Tensor, tokens: Tensor, stream: str) -> Tensor:
-        """(B, Q, W), (B, N, W) -> (B, Q, W)"""
+        """Return the attention output (B, Q, W) of query (B, Q, W) over tokens (B, N, W). stream: "vis" or "text"."""
         value = getattr(self, f"to_v_{stream}")(tokens)
         if self.gated:
             value = value * torch.sigmoid(getattr(self, f"gate_{stream}")(tokens))
@@ -81,9 +82,9 @@ class QueryAttention(nn.Module):
 
 
 class RewardHead(nn.Module):
-    """Taps of a backbone with streams of `width_in` channels to one raw score per sample.
+    """Maps the tokens of tapped layers (`Taps`), with `width_in` channels, to one raw score per sample.
 
-    Without text taps only image tokens are read. temb_dim defaults to `width_in`.
+    num_text_taps: 0: only image tokens are read. temb_dim: channels of temb; default: `width_in`.
     """
 
     def __init__(
@@ -117,9 +118,9 @@ class RewardHead(nn.Module):
             self.eta4 = nn.Parameter(torch.tensor(0.15))
 
     def forward(self, taps: Taps | Sequence[Taps]) -> Tensor:
-        """Taps of one noise level, or of K -> raw scores (B,), float32, differentiable.
+        """Return raw scores (B,), float32, differentiable. taps: of one noise level, or a list for K levels.
 
-        Each level has its own conditioning; the image tokens of all levels, and their text tokens, form one sequence.
+        The tokens of each level are modulated by its own temb. Then the tokens of all levels are concatenated.
         """
         levels, text = [taps] if isinstance(taps, Taps) else taps, None
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])
@@ -138,7 +139,7 @@ class RewardHead(nn.Module):
     def _aggregate(
         self, adapters: nn.ModuleList, join: nn.Linear, levels: list[tuple[tuple[Tensor, ...], Tensor]]
     ) -> Tensor:
-        """levels: K pairs of n streams (B, N, width_in) and temb -> (B, K N, W)."""
+        """Adapt and join one stream's layers. levels: K pairs of n layers (B, N, width_in) and temb -> (B, K N, W)."""
         dtype, joined = self.query_tokens.dtype, []
         for streams, temb in levels:
             pairs = zip(adapters, streams, strict=True)

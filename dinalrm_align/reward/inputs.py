@@ -1,4 +1,4 @@
-"""Checks of a latent reward's arguments. Errors name the argument, what it got, what it expected, and what to do."""
+"""Checks of the arguments of a latent reward. Error messages name the argument, its value and what is expected."""
 
 import math
 from collections.abc import Sequence
@@ -40,14 +40,14 @@ def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> 
 
 
 def check_image_size(images: Tensor, backbone: Backbone, factor: int) -> None:
-    """Raise ValueError for images (B, 3, H, W) beyond the backbone's positional table. factor: pixels per latent."""
+    """Raise ValueError if images (B, 3, H, W) exceed the backbone's positional table. factor: pixels per latent."""
     limit, (height, width) = backbone.max_size * factor, images.shape[2:]
     if max(height, width) > limit:
         raise ValueError(f"images: got height x width {height} x {width}; expected at most {limit}: resize them first")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise ValueError for NaN, infinity, and tensors on the meta device."""
+    """Raise ValueError if `tensor` contains NaN or infinity, or is on the meta device."""
     if tensor.is_meta:
         raise ValueError(f"{name}: got a tensor on meta, which holds no values; expected one on the CPU or a GPU")
     if not bool(torch.isfinite(tensor.detach()).all()):
@@ -73,7 +73,7 @@ def check_text_choice(
 
 
 def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: Backbone, batch: int) -> None:
-    """Raise ValueError unless the embeddings are finite, (batch, L, text_width) and (batch, pooled_width)."""
+    """Raise ValueError unless both embeddings are finite tensors of the backbone's widths, with `batch` samples."""
     for name, tensor, dims, width in (
         ("prompt_embeds", prompt_embeds, 3, backbone.text_width),
         ("pooled_prompt_embeds", pooled_prompt_embeds, 2, backbone.pooled_width),
@@ -95,7 +95,7 @@ def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: 
 
 
 def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | Tensor | tuple[float, ...]:
-    """`sigma` as a float, a (batch,) tensor or a tuple of floats, every value in [0, 1]."""
+    """Return `sigma` as a float, a (batch,) tensor or a tuple of floats. Raise unless every value is in [0, 1]."""
     expected = f"a float, a ({batch},) tensor, or a list of floats (an ensemble), each in [0, 1]"
     if isinstance(sigma, Tensor):
         if sigma.dim() == 0 and not sigma.is_meta:
@@ -115,9 +115,10 @@ def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | 
 
 
 def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator | None, levels: int) -> Tensor:
-    """`noise` after a check of its shape; if it is None, a standard normal of the latents' shape. On their device.
+    """Return `noise` after checking its shape, or draw standard normal noise if it is None.
 
-    A generator on the CPU gives the same noise on every device.
+    The result is on the latents' device. It is drawn on the generator's device, so a CPU generator gives the same noise
+    on every device. levels: number K of noise levels; `noise` may have shape (K, B, C, H, W).
     """
     if noise is not None and generator is not None:
         raise ValueError("got both noise and generator; pass one of them")
@@ -138,7 +139,7 @@ def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator
 
 
 def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError for raw scores (B,) that are NaN or infinite. dtype: of the backbone."""
+    """Raise ValueError if raw scores (B,) contain NaN or infinity. dtype: the backbone's, for the message."""
     bad = int((~torch.isfinite(raw.detach())).sum())
     if bad:
         largest = latents.detach().abs().max().item()
@@ -150,7 +151,7 @@ def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
 
 
 def _got(value: object) -> str:
-    """A tensor's shape, with its dtype if unsupported; the type of anything else."""
+    """Describe a tensor by its shape, and its dtype if that is unsupported; describe other values by their type."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     odd = f" of {value.dtype}" * (value.dtype not in FLOATING) + " on meta" * value.is_meta
@@ -158,10 +159,10 @@ def _got(value: object) -> str:
 
 
 def statistics_warning(latents: Tensor, scaling_factor: float) -> str | None:
-    """A warning about latents whose standard deviation is far from 1, or None.
+    """Return a warning if the standard deviation of the latents is far from 1, else None.
 
-    Collapsed: a sample has a standard deviation below 0.05. Unscaled: the batch has one above 3, or clearly nearer to
-    1 / scaling_factor, that of unscaled VAE latents, than to 1.
+    Collapsed latents: a sample has a standard deviation below 0.05. Unscaled latents: the standard deviation of the
+    batch is above 3, or clearly nearer to 1 / scaling_factor (unscaled VAE latents) than to 1.
     """
     values = latents.detach().float()
     smallest = values.flatten(1).std(dim=1).min().item()

@@ -1,9 +1,10 @@
-"""LatentReward: a frozen, differentiable score of latents against prompts. The public face of the package.
+"""LatentReward: a frozen reward model that scores latents for prompts, differentiable in the latents.
 
     reward = LatentReward.from_pretrained("liuhuohuo/DiNa-LRM-SD35M-12layers", pipeline=pipeline)
     score = reward(latents, prompts)            # (B,) float32, higher is better; gradients reach the latents
 
-score = raw * score_scale + score_bias, with the checkpoint's own scale and bias (arXiv 2602.11146).
+score = raw * score_scale + score_bias, where raw is the head's output (arXiv 2602.11146). The checkpoint's config
+defines scale and bias.
 """
 
 import dataclasses
@@ -34,22 +35,22 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 STATISTICS_CALLS = 10
-"""Number of first calls that check the statistics of their latents, which synchronises with the device."""
+"""Number of first calls that check the statistics of their latents. The check synchronises with the device."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SD3_PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
-"""Pipelines with SD3's transformer, text encoders and VAE."""
+"""Pipelines that have SD3's transformer, text encoders and VAE."""
 
 
 class LatentReward(RewardModule):
     """A frozen reward over scaled latents. Load one with `from_pretrained`.
 
-    Its parameters take no gradient and it stays in evaluation mode; gradients flow to the latents. Text encoders and
-    VAE are not part of the module: they are borrowed from a pipeline, or loaded when prompts or images need them.
+    Parameters take no gradient and the module stays in evaluation mode. Gradients flow to the latents. Text encoders
+    and VAE are not submodules: they are taken from a pipeline, or loaded on first use.
 
-    A score depends on its own latent, prompt, sigma and noise. Batch composition, longer prompts in the batch and
-    earlier calls change it by rounding only: in float32 by less than 2e-5 of the scores' standard deviation. A repeated
-    call on one CPU is bit-identical. Noise drawn from a generator depends on the index in the batch; pass `noise` where
-    latents are scored in another order or in batches of another size.
+    A score depends only on the sample's own latent, prompt, sigma and noise. The other samples of the batch change it
+    by rounding: in float32 by less than 2e-5 of the scores' standard deviation. Repeated calls on one CPU are
+    bit-identical. Noise drawn from a generator depends on the sample's index in the batch. Pass `noise` to get the same
+    scores with another batch order or batch size.
     """
 
     name = "dinalrm"
@@ -64,13 +65,12 @@ class LatentReward(RewardModule):
         folder: Path = Path(),
         local_files_only: bool = False,
     ) -> None:
-        """
-        Args:
-            model: frozen (`RewardModel.freeze`).
-            encoder: for prompts that are passed as strings.
-            vae: for `score_images`; default: the base model's, loaded when it is needed.
-            folder: of the checkpoint; a relative base_model_id starts there.
-            local_files_only: never contact the hub.
+        """Args:
+        model: reward model after `RewardModel.freeze`.
+        encoder: encodes prompts that are passed as strings.
+        vae: encodes images for `score_images`; default: the base model's, loaded on first use.
+        folder: folder of the checkpoint; a relative base_model_id is resolved from it.
+        local_files_only: never contact the hub.
         """
         super().__init__()
         self.model = model
@@ -87,7 +87,7 @@ class LatentReward(RewardModule):
 
     @property
     def backbone(self) -> SD3Trunk:
-        """The truncated diffusion transformer that the reward reads latents with."""
+        """The truncated diffusion transformer that reads the latents."""
         return self.model.trunk
 
     @property
@@ -110,22 +110,23 @@ class LatentReward(RewardModule):
         local_files_only: bool = False,
         **hub: Any,
     ) -> "LatentReward":
-        """Load a reward in this package's layout or in DiNa-LRM's released one.
+        """Load a reward from a checkpoint in this package's layout or in DiNa-LRM's released one.
 
         Args:
-            source: a hub id or a folder.
-            transformer: a frozen SD3Transformer2DModel to share weights with, or where to load one. Default: the
-                pipeline's, else the base model that the checkpoint names.
-            pipeline: to borrow text encoders, VAE and (by default) the transformer from: StableDiffusion3Pipeline, or
-                its img2img and inpaint variants.
-            device, dtype: of the backbone; a shared transformer keeps its own and must agree. Default: the
-                transformer's, or the CPU and the config's dtype when the transformer is loaded here.
-            share_weights: read with the given transformer's own weights; False: with a private copy, LoRA merged in.
+            source: hub id or folder of the checkpoint.
+            transformer: frozen SD3Transformer2DModel to share weights with, or hub id or folder to load one from.
+                Default: the pipeline's; without a pipeline, the base model that the checkpoint names.
+            pipeline: StableDiffusion3Pipeline, or its img2img or inpaint variant. The reward uses its text encoders,
+                its VAE and (by default) its transformer.
+            device, dtype: of the backbone. Default: the given transformer's, or CPU and the config's dtype if the
+                transformer is loaded here. With shared weights both must equal the transformer's.
+            share_weights: True: use the weights of the given transformer. False: use a private copy, with the LoRA
+                merged in.
             local_files_only: never contact the hub.
-            hub: `revision`, `token`, `cache_dir` and `subfolder` of `source`, as huggingface_hub takes them.
+            hub: `revision`, `token`, `cache_dir` and `subfolder` of `source`, as in huggingface_hub.
 
-        Raises ValueError when tensors are missing, unexpected or of another shape, when the base model does not fit,
-        and when the weights to be shared are trained.
+        Raises ValueError if tensors are missing, unexpected or of another shape, if the base model does not fit, or if
+        the weights to share are not frozen.
         """
         if isinstance(dtype, str) and dtype in DTYPES:
             dtype = DTYPES[dtype]
@@ -182,20 +183,21 @@ class LatentReward(RewardModule):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The score of each sample, (B,) float32, higher is better, differentiable in the latents.
+        """Return scores (B,), float32, higher is better, differentiable in the latents.
 
         Args:
             latents: (B, C, H, W), scaled and clean, on the reward's device; any floating dtype.
-            prompts: B strings (encoded once, then cached), or Conditions; or instead of them
-            prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P); no text encoder is used then.
-            sigma: noise level in [0, 1]; (B,), one per sample; or a list of levels, the multi-noise ensemble. Default:
-                the config's.
-            noise: (B, C, H, W) standard normal, or (K, B, C, H, W), one per level; or
-            generator: to draw it from, on the generator's device, so that a seed gives the same score on every device.
-                With neither, each call draws new noise.
+            prompts: B strings (each is encoded once, then cached) or Conditions. Pass either prompts or both
+                embeddings.
+            prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P).
+            sigma: noise level in [0, 1], (B,) with one level per sample, or a list of levels for a multi-noise
+                ensemble. Default: the config's.
+            noise: standard normal noise (B, C, H, W), or (K, B, C, H, W) with one draw per level. Default: it is drawn.
+            generator: draws the noise on its own device, so a CPU generator gives the same score on every device.
+                Default: torch's global RNG.
 
-        Raises ValueError or TypeError for input that cannot be scored (see `inputs`), ValueError where the backbone
-        overflows (float16 does for huge latents): a score is always a finite number.
+        Raises ValueError or TypeError for invalid arguments (see `inputs`), and ValueError if a score is not finite,
+        for instance if float16 overflows on huge latents.
         """
         inputs.check_text_choice(prompts, prompt_embeds, pooled_prompt_embeds)
         if prompts is None:
@@ -213,7 +215,7 @@ class LatentReward(RewardModule):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The head's output (B,), before the checkpoint's scale and bias. Arguments and errors as `forward`."""
+        """Return the head's output (B,), before scale and bias. Arguments and errors are those of `forward`."""
         self._check_latents(latents)
         sigma = inputs.check_sigma(self.config.sigma if sigma is None else sigma, len(latents))
         self._warn_of_statistics(latents)
@@ -223,18 +225,19 @@ class LatentReward(RewardModule):
         return self._checked(self.model(latents, *embeds, sigma=sigma, noise=noise), latents)
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
-        """The score (B,) of latents that are noisy already, at their own level: the states of a sampling trajectory.
+        """Return scores (B,), float32, of latents that already contain noise, such as states of a sampling trajectory.
 
-        No noise is drawn: `reward.score_noisy(add_noise(x0, noise, sigma), sigma, prompts)` equals
-        `reward(x0, prompts, sigma=sigma, noise=noise)`. Differentiable in the latents, float32, higher is better.
+        No noise is added. Unless the config sets `snap_sigma`, `reward.score_noisy(add_noise(x0, noise, sigma), sigma,
+        prompts)` equals `reward(x0, prompts, sigma=sigma, noise=noise)`. Differentiable in the latents; higher is
+        better.
 
         Args:
-            latents: (B, C, H, W), x_sigma = (1 - sigma) x0 + sigma noise, on the reward's device.
-            sigma: their level in [0, 1], a float or (B,); never snapped to a table.
+            latents: x_sigma = (1 - sigma) x0 + sigma noise, (B, C, H, W), on the reward's device.
+            sigma: noise level of the latents in [0, 1], a float or (B,). It is never rounded to the scheduler's table.
             prompts: B strings, or Conditions.
 
-        Raises as `forward`; ValueError for several levels, and for a reward that was trained on clean latents only
-        (`add_noise` false).
+        Raises the errors of `forward`, and ValueError for several levels or if the reward was trained on clean latents
+        only (`add_noise` is False in its config).
         """
         self._check_latents(latents)
         sigma = inputs.check_sigma(sigma, len(latents))
@@ -258,10 +261,13 @@ class LatentReward(RewardModule):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Scores (B,) of PIL images of one size or of (B, 3, H, W) in [0, 1], encoded by the VAE; no gradient.
+        """Return scores (B,), float32, of images, which the VAE encodes. No gradient.
 
-        sigma defaults to the config's `image_sigma`, or its `sigma` where that is None; the rest as `forward`. Raises
-        ValueError when the VAE's scaling differs from the one this reward was trained with.
+        Args:
+            images: PIL images of one size, or (B, 3, H, W) in [0, 1].
+            sigma: noise level, as in `forward`. Default: the config's `image_sigma`, or its `sigma` if that is None.
+
+        Other arguments: see `forward`. Raises ValueError if the VAE scales latents differently than in training.
         """
         vae, pixels = self._vae(), image_tensor(images)
         inputs.check_image_size(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))
@@ -271,9 +277,9 @@ class LatentReward(RewardModule):
         return self(latents, prompts, sigma=sigma, noise=noise, generator=generator)
 
     def save_pretrained(self, directory: str | Path, format: str = "dinalrm") -> None:
-        """Write the reward and a model card, in this package's layout (`dinalrm`) or DiNa-LRM's (`released`).
+        """Write checkpoint and model card. format: `dinalrm` (this package's layout) or `released` (DiNa-LRM's).
 
-        A relative base_model_id is rewritten to name the same base model from the new folder.
+        A relative base_model_id is rewritten so that it names the same base model from the new folder.
         """
         if not isinstance(directory, str | Path) or not str(directory):
             raise TypeError(f"directory: got {directory!r}; expected the path of a folder")
@@ -284,9 +290,9 @@ class LatentReward(RewardModule):
             write_atomically(card, model_card(config))
 
     def push_to_hub(self, repo_id: str, *, format: str = "dinalrm", private: bool | None = None, **options: Any) -> str:
-        """Upload what `save_pretrained` writes to a hub repository, created if needed. Returns the commit's URL.
+        """Upload the files of `save_pretrained` to a hub repository (created if needed). Return the commit's URL.
 
-        options: of `huggingface_hub.HfApi.upload_folder`, as `token`, `commit_message`, `revision`, `create_pr`.
+        options: `token`, and arguments of `HfApi.upload_folder` in huggingface_hub, such as `commit_message`.
         """
         import tempfile
 
@@ -299,7 +305,7 @@ class LatentReward(RewardModule):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
     def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
-        """Recompute the backbone's blocks in the backward pass: less memory, about a third more time."""
+        """Recompute the backbone's blocks in the backward pass. Saves memory and takes about a third more time."""
         self.backbone.enable_gradient_checkpointing(use_reentrant)
 
     def disable_gradient_checkpointing(self) -> None:
@@ -313,7 +319,7 @@ class LatentReward(RewardModule):
         return raw
 
     def _check_latents(self, latents: Tensor) -> None:
-        """TypeError or ValueError unless the shared weights are in place and `latents` can be scored by them."""
+        """Raise unless backbone and head are on one device, shared weights are frozen, and `latents` are valid."""
         self.backbone.check_shared()
         head_device = self.model.head.query_tokens.device
         if head_device != self.device:
@@ -325,7 +331,7 @@ class LatentReward(RewardModule):
         inputs.check_finite("latents", latents)
 
     def _embeds(self, prompts: Text, batch: int) -> tuple[Tensor, Tensor]:
-        """prompt_embeds and pooled_prompt_embeds of a batch, checked, on the reward's device."""
+        """Return prompt_embeds and pooled_prompt_embeds of the batch, checked, on the reward's device."""
         if isinstance(prompts, Conditions):
             embeds, pooled = prompts.for_length(self.config.text_length)
         else:
@@ -348,7 +354,7 @@ class LatentReward(RewardModule):
         return vae
 
     def _warn_of_statistics(self, latents: Tensor) -> None:
-        """Warn at most once, within the first calls."""
+        """Warn if the latents look unscaled or collapsed. Checks the first calls only, and warns at most once."""
         if self._statistics_calls > 0:
             message = inputs.statistics_warning(latents, self.config.vae_scaling_factor)
             self._statistics_calls = 0 if message else self._statistics_calls - 1
@@ -357,13 +363,13 @@ class LatentReward(RewardModule):
 
 
 def _check_pipeline(pipeline: "DiffusionPipeline") -> None:
-    """TypeError unless it is one of SD3's pipelines: the parts of other architectures do not fit."""
+    """Raise TypeError unless `pipeline` is an SD3 pipeline."""
     if type(pipeline).__name__ not in SD3_PIPELINES:
         raise TypeError(f"pipeline: got {type(pipeline).__name__}; expected one of {', '.join(SD3_PIPELINES)}")
 
 
 def _check_place(trunk: SD3Trunk, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """ValueError when the requested device or dtype is not that of the transformer whose weights are shared."""
+    """Raise ValueError if `device` or `dtype` differs from the transformer whose weights `trunk` shares."""
     here = (trunk.device, trunk.dtype)
     wanted = (here[0] if device is None else torch.device(device), here[1] if dtype is None else dtype)
     same_place = wanted[0].type == here[0].type and (

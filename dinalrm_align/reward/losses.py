@@ -1,18 +1,19 @@
-"""Preference likelihoods and objectives of DiNa-LRM (arXiv 2602.11146) and the ablations it is compared with.
+"""Preference losses of DiNa-LRM (arXiv 2602.11146) and of the ablations it is compared with.
 
-A likelihood maps a difference of raw scores, delta = r_chosen - r_rejected, to p = P(chosen preferred to rejected):
+A loss is a likelihood and an objective. The likelihood maps a difference of raw scores to a probability:
 
-    thurstone              Phi(delta / sqrt(2 (k sigma^2 + sigma_u^2)))   the rater's variance grows with sigma
-    thurstone_fixed        Phi(delta / sqrt(2 variance))
-    bradley_terry          sigmoid(delta)
-    bradley_terry_margin   sigmoid(delta - margin)
+    thurstone              p(delta) = Phi(delta / sqrt(2 (k sigma^2 + sigma_u^2)))
+    thurstone_fixed        p(delta) = Phi(delta / sqrt(2 variance))
+    bradley_terry          p(delta) = sigmoid(delta)
+    bradley_terry_margin   p(delta) = sigmoid(delta - margin)
 
-An objective maps p, q = P(rejected preferred) and a label y (1: chosen preferred; between 0 and 1: soft) to a loss:
+With delta = r_chosen - r_rejected, p = p(delta) and q = p(-delta), the objective is
 
     fidelity               1 - sqrt(y p + (1 - y) q)
     nll                    -(y log p + (1 - y) log q)
 
-Computed from log p in float32, so that neither value nor gradient overflows for differences of 50 and more.
+The label y in [0, 1] is the probability that the chosen sample is preferred (1 for a hard label). Losses are computed
+from log p in float32, so that value and gradient stay finite for differences of 50 and more.
 """
 
 import math
@@ -28,9 +29,9 @@ from dinalrm_align.train.settings import check_number
 
 
 class LogNormalCDF(torch.autograd.Function):
-    """log Phi(z), differentiable once, any shape.
+    """log Phi(z), Phi the standard normal CDF, for any shape. Differentiable once.
 
-    The gradient, phi(z) / Phi(z), is sqrt(2 / pi) / erfcx(-z / sqrt(2)); torch's own is off by 0.6 % at z = -350.
+    The gradient, phi(z) / Phi(z), is sqrt(2 / pi) / erfcx(-z / sqrt(2)). torch's own is off by 0.6 % at z = -350.
     """
 
     @staticmethod
@@ -46,7 +47,7 @@ class LogNormalCDF(torch.autograd.Function):
 
 
 def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
-    """The rater's variance at sigma (N,), float32: k sigma^2 + sigma_u^2, or `config.variance` if fixed."""
+    """Return the rater's variance at sigma, (N,), float32: k sigma^2 + sigma_u^2, or the constant `config.variance`."""
     sigma = as_sigma(sigma)
     if config.likelihood == "thurstone_fixed":
         return torch.full_like(sigma, config.variance)
@@ -55,9 +56,9 @@ def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
 
 
 def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
-    """log P(first preferred to second): (N,), float32, at most 0, of delta (N,), first minus second score.
+    """Return log P(first sample preferred to second), (N,), float32.
 
-    sigma: (N,) in [0, 1], the noise level of both scores; used by thurstone only.
+    delta: score of the first minus score of the second, (N,). sigma: noise level of both, (N,); used by thurstone only.
     """
     if not isinstance(config, LossConfig):
         raise TypeError(f"config: got {type(config).__name__}; expected a LossConfig")
@@ -70,16 +71,20 @@ def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig)
 
 
 def preference_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
-    """P(first preferred to second): (N,), float32. Arguments as `preference_log_probability`."""
+    """Return P(first sample preferred to second), (N,), float32. Arguments as in `preference_log_probability`."""
     return preference_log_probability(delta, sigma, config).exp()
 
 
 def preference_loss(
     score_chosen: Tensor, score_rejected: Tensor, sigma: Tensor, label: Tensor | float = 1.0, *, config: LossConfig
 ) -> Tensor:
-    """The loss of each pair: (N,), float32, at least 0 (minus epsilon), of raw scores (N,) at the SAME noise and sigma.
+    """Return the loss of each pair, (N,), float32.
 
-    label: a float or (N,) in [0, 1], the probability that a rater prefers `chosen`.
+    Args:
+        score_chosen, score_rejected: raw scores (N,). Both samples of a pair must be scored with the SAME noise and
+            sigma.
+        sigma: noise level of each pair, (N,) in [0, 1].
+        label: probability that a rater prefers the chosen sample, a float or (N,) in [0, 1].
     """
     _check_vectors(score_chosen=score_chosen, score_rejected=score_rejected, sigma=sigma)
     delta = score_chosen.float() - score_rejected.float()

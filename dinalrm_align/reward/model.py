@@ -1,6 +1,6 @@
-"""DiNa-LRM as a trainable module: add noise to the latents, run the trunk, score its taps with the head.
+"""DiNa-LRM as a trainable module: noised latents -> truncated transformer (the trunk) -> reward head -> score.
 
-The K noise levels of an ensemble pass the backbone as one batch of K B samples (arXiv 2602.11146).
+For an ensemble of K noise levels the trunk runs once, on a batch of K * B noised latents (arXiv 2602.11146).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ Sigma = float | Tensor | Sequence[float] | Sequence[Tensor]
 
 
 class RewardModel(nn.Module):
-    """Trunk and head. Build one with `build_reward_model`."""
+    """Trunk (the first blocks of a diffusion transformer) and reward head. Build one with `build_reward_model`."""
 
     def __init__(self, config: RewardConfig, trunk: SD3Trunk, head: RewardHead) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class RewardModel(nn.Module):
     def forward(
         self, latents: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, sigma: Sigma, noise: Tensor | None
     ) -> Tensor:
-        """Raw scores (B,), float32, differentiable in the latents and in every trainable parameter.
+        """Return raw scores (B,), float32, differentiable in the latents and in every trainable parameter.
 
         Args:
-            latents: (B, C, H, W), scaled. Noising and timesteps are float32 for every dtype of the model.
+            latents: (B, C, H, W), scaled. Noise is added in float32 for every dtype of the model.
             prompt_embeds, pooled_prompt_embeds: (B, L, text_width), (B, pooled_width).
-            sigma: as in `noise_levels`.
-            noise: (B, C, H, W), shared by all levels, or (K, B, C, H, W), one per level. None: the latents are x_sigma
-                already, at the one level sigma, which is not snapped.
+            sigma: noise levels, as in `noise_levels`.
+            noise: (B, C, H, W), shared by all levels, or (K, B, C, H, W), one per level. None: `latents` already
+                contain noise of the single level `sigma`, which is not rounded to the scheduler's table.
         """
         batch = latents.shape[0]
         levels = noise_levels(sigma, batch, latents.device)
@@ -57,15 +57,16 @@ class RewardModel(nn.Module):
             return self.head(taps.split(count))
 
     def _head_precision(self) -> contextlib.AbstractContextManager:
-        """Run the float32 head under autocast after a half-precision trunk, as in training."""
+        """Return an autocast context for the float32 head if the trunk is in half precision, as in training."""
         device, dtype = self.trunk.device.type, self.trunk.dtype
         if dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device):
             return contextlib.nullcontext()
         return torch.autocast(device, dtype=dtype)
 
     def tuned_tensors(self) -> dict[str, Tensor]:
-        """Tensors of a checkpoint: `backbone.*` (the LoRA, or with full tuning the trunk) and `head.*`; live in
-        training, for a frozen model copies on the CPU from before casts and merging.
+        """Return a checkpoint's tensors: `head.*`, and `backbone.*` (the LoRA, or the whole trunk with full tuning).
+
+        In training these are the Parameters themselves; after `freeze`, CPU copies from before casts and merging.
         """
         if self._as_trained is not None:
             return dict(self._as_trained)
@@ -77,8 +78,12 @@ class RewardModel(nn.Module):
     def freeze(
         self, *, merge: bool = False, dtype: torch.dtype | None = None, as_trained: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Prepare for scoring: no gradients for parameters, evaluation mode, LoRA in the trunk's dtype or merged into
-        its weights in float32. as_trained: `tuned_tensors` from here on; default: a copy of the present ones.
+        """Prepare for scoring: evaluation mode, no parameter gradients, LoRA and unshared weights cast to `dtype`.
+
+        Args:
+            merge: first add the LoRA to the trunk's weights, in float32.
+            dtype: default: the trunk's.
+            as_trained: what `tuned_tensors` returns from now on; default: CPU copies of the current tensors.
         """
         if as_trained is None:
             as_trained = {name: tensor.detach().cpu().clone() for name, tensor in self.tuned_tensors().items()}
@@ -96,7 +101,7 @@ class RewardModel(nn.Module):
 
 
 def noise_levels(sigma: Sigma, batch: int, device: torch.device) -> Tensor:
-    """The levels (K, B), float32, of a float, of (B,), or for an ensemble of K floats, K tensors (B,), or (K, B)."""
+    """Return levels (K, B), float32. sigma: a float, (B,), (K, B), or for an ensemble a list of K floats or (B,)."""
     if isinstance(sigma, Sequence):
         return torch.cat([noise_levels(level, batch, device) for level in sigma])
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)
@@ -111,9 +116,9 @@ def noise_levels(sigma: Sigma, batch: int, device: torch.device) -> Tensor:
 def build_reward_model(
     config: RewardConfig, transformer: SD3Transformer2DModel, *, share_weights: bool = True, seed: int = 0
 ) -> RewardModel:
-    """A reward to train: LoRA and head initialised from `seed`, float32, on the transformer's device.
+    """Build a reward to train, on the transformer's device. LoRA and head are float32 and initialised from `seed`.
 
-    share_weights: use the transformer's own weights, which must be frozen; not for full tuning.
+    share_weights: use the transformer's own weights, which must be frozen. Must be False for full tuning.
     """
     if not isinstance(config, RewardConfig):
         raise TypeError(f"config: got {type(config).__name__}; expected a RewardConfig")

@@ -1,7 +1,7 @@
-"""What each `--reward` name stands for, and how a sum of them is written. Torch-free.
+"""Names of rewards and the syntax of `--reward`. Imports no torch.
 
 dinalrm                         a name of `REWARDS`
-pickscore=/data/PickScore_v1    its weights from another folder, file or hub id (quote what holds " + " or " - ")
+pickscore=/data/PickScore_v1    other weights: a folder, file or hub id; quote it if it contains " + " or " - "
 dinalrm + 0.2*pickscore         a weighted sum
 my_package.my_module:my_reward  a Python callable
 owner/name, or a folder         a latent reward, short for dinalrm=...
@@ -21,16 +21,17 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer and preprocessor o
 
 @dataclass(frozen=True)
 class RewardEntry:
-    """One reward that has a name.
+    """A reward that can be loaded by name.
 
     Args:
-        kind: "module:class" with `from_pretrained(source, *, vae, device, dtype, ...)`; None: of `ModelSpec`.
-        source: its default weights, a hub id; None: they must be named, as `how` says.
+        kind: "module:class" with `from_pretrained(source, *, vae, device, dtype, ...)`; None: `ModelSpec` defines it.
+        source: hub id of the default weights, or a server's address; None: the user must name it, see `how`.
         licence: of the code / of the weights, as their owners state it.
-        scale: what its scores are, and where they lie.
-        served: its source is the address of a server, not weights to load.
-        extra: of this package, with the optional packages that it can use.
-        options: arguments of `from_pretrained`.
+        scale: meaning and usual range of a score.
+        served: True: `source` is the address of a server, not weights to load.
+        extra: optional dependencies that it uses: pip install dinalrm-align[EXTRA].
+        options: default arguments of `from_pretrained`.
+        how: how to get the weights or start the server.
     """
 
     kind: str | None
@@ -94,7 +95,7 @@ REWARDS: dict[str, RewardEntry] = {
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a reward: a name of `REWARDS` or a dotted path "module:function", its weight and its source."""
+    """One summand of a reward: a name of `REWARDS` or "module:function", its weight, and where to load it from."""
 
     name: str
     weight: float = 1.0
@@ -102,12 +103,12 @@ class Term:
 
     @property
     def label(self) -> str:
-        """Its name, and its source if it has one."""
+        """The name, followed by "=source" if there is a source."""
         return self.name if self.source is None else f"{self.name}={self.source}"
 
     @property
     def differentiable(self) -> bool:
-        """False when it is known to have no gradient; callables are checked at each call."""
+        """False if the reward is known to have no gradient. True for callables, which are checked at each call."""
         return self.name not in REWARDS or REWARDS[self.name].differentiable
 
 
@@ -122,8 +123,9 @@ _HOW = "as in 'dinalrm + 0.2*pickscore'"
 
 
 def parse_reward(text: str) -> tuple[Term, ...]:
-    """The parts of a reward as it is written (see above), one or more; ValueError for a syntax error, an unknown name,
-    a weight that is 0 or not finite, and a repeated part.
+    """Parse the text of `--reward` (see the module's docstring) into its summands, one or more.
+
+    Raises ValueError for a syntax error, an unknown name, a weight that is 0 or not finite, and a repeated summand.
     """
     if not isinstance(text, str):
         raise TypeError(f"reward: got {type(text).__name__} {text!r:.60}; expected text, {_HOW}")
@@ -151,7 +153,7 @@ def parse_reward(text: str) -> tuple[Term, ...]:
 
 
 def _term(text: str, match: re.Match[str], sign: str) -> Term:
-    """The part that `_TERM` matched. Raises ValueError for an unknown name, an invalid weight or source."""
+    """Return the summand that `_TERM` matched. Raises ValueError for an unknown name, an invalid weight or source."""
     name, bare = match["name"], match["bare"] and match["bare"].strip()
     source = match["quoted"] if match["quote"] else bare
     if ":" not in name and name not in REWARDS:
@@ -175,7 +177,7 @@ def _known() -> str:
 
 
 def check_reward(text: str, *, gradient: bool = False) -> tuple[Term, ...]:
-    """`parse_reward`, and with `gradient` ValueError when a part is known to have none."""
+    """Return `parse_reward(text)`. With `gradient`, raise ValueError if a summand is known to have no gradient."""
     terms = parse_reward(text)
     if gradient and (without := [term.label for term in terms if not term.differentiable]):
         raise ValueError(
@@ -186,7 +188,7 @@ def check_reward(text: str, *, gradient: bool = False) -> tuple[Term, ...]:
 
 
 def file_name(text: str) -> str:
-    """A reward as part of the name of a file or folder: "dinalrm+0.2pickscore"."""
+    """Return a reward's text in a form for file and folder names, such as "dinalrm+0.2pickscore"."""
     terms = parse_reward(text)
     if len(terms) == 1 and terms[0].source is not None:
         return re.sub(r"[^\w.-]+", "_", Path(terms[0].source).name)

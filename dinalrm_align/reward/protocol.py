@@ -1,7 +1,7 @@
-"""What the rest of the package asks of a reward, latent, pixel, sum, callable or remote alike.
+"""The interface of all rewards: latent rewards, image rewards, sums, callables and remote models.
 
-`Reward` is the interface; `RewardModule` has its defaults for the rewards of this package, which are frozen modules.
-Code outside of `reward/` does not ask which kind of reward it has.
+`Reward` is the interface. `RewardModule` has default implementations for this package's rewards, which are frozen
+modules. Code outside of `reward/` never checks the class of a reward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from dinalrm_align.reward.latent import LatentReward
 
 Text = Conditions | Sequence[str] | str
-"""Encoded prompts, or prompts as strings. A string is a list of one."""
+"""Prompts: encoded, as a list of strings, or as one string for a batch of one."""
 Sigma = float | Tensor | Sequence[float]
-"""A noise level in [0, 1]; one per sample, (B,); or a sequence of levels, a multi-noise ensemble."""
+"""Noise level in [0, 1]: a float, a tensor (B,) with one per sample, or a list of levels (multi-noise ensemble)."""
 
 
 class Noise(TypedDict, total=False):
-    """How latents are noised where a reward reads noise; without effect elsewhere.
+    """Keyword arguments for rewards that add noise to latents. Other rewards ignore them.
 
-    sigma: noise levels; default: each part's own. noise: (B, C, H, W) standard normal, or (K, B, C, H, W), one draw per
-    level; or generator: to draw it from.
+    sigma: noise levels; default: each reward's own. noise: standard normal (B, C, H, W), or (K, B, C, H, W) with one
+    draw per level. generator: draws the noise if `noise` is not given.
     """
 
     sigma: Sigma | None
@@ -39,16 +39,16 @@ class Reward(Protocol):
 
     Attributes:
         differentiable: gradients reach the latents.
-        reads_images: latents are decoded by a VAE before they are scored.
+        reads_images: the latents are decoded by a VAE and the images are scored.
         scores_images: `score_images` works.
         reads_noise: scores depend on sigma and noise.
-        wants_groups: scores are comparable within one call only, so all samples of a prompt belong into one call.
-        noise_parts: the latent rewards among the parts; empty for image rewards and callables.
-        text_lengths: numbers of T5 tokens whose embeddings are read (`Conditions.for_length`); empty where text is
-            read as strings.
-        named_parts: the parts of a sum by name; {"reward": itself} for any other reward.
-        weights: the weight of each part.
-        device: where scores are computed.
+        wants_groups: only scores of one call are comparable, so all samples of a prompt must be in the same call.
+        noise_parts: the latent rewards in it: itself, or summands of a sum; empty for image rewards and callables.
+        text_lengths: T5 token counts for which prompts must be encoded (`Conditions.for_length`); empty if the reward
+            reads prompts as strings.
+        named_parts: the summands of a sum by name; {"reward": itself} for any other reward.
+        weights: the weight of each summand by name.
+        device: device that computes the scores.
     """
 
     differentiable: bool
@@ -63,27 +63,27 @@ class Reward(Protocol):
     device: torch.device
 
     def __call__(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
-        """Scores (B,), float32, finite, differentiable in the latents where `differentiable` is true.
+        """Return finite scores (B,), float32, differentiable in the latents if `differentiable` is true.
 
         latents: (B, C, H, W), scaled and clean, any floating dtype. Raises ValueError or TypeError for invalid input,
-        for a gradient that the reward cannot give, and for scores that are not finite.
+        ValueError if the latents require a gradient that the reward cannot give or if scores are not finite.
         """
         ...
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """The score of each part, (B,) and unweighted, by the names in `weights`. Latents are decoded once."""
+        """Return the unweighted scores (B,) of each summand, by the names in `weights`. Latents are decoded once."""
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
-        """Scores (B,) of latents (B, C, H, W) at noise level sigma. TypeError where only clean latents are read."""
+        """Return scores (B,) of latents (B, C, H, W) that contain noise of level sigma. TypeError if unsupported."""
         ...
 
     def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
-        """Scores (B,), float32, of PIL images or of (B, 3, H, W) in [0, 1], without gradient."""
+        """Return scores (B,), float32, of PIL images or of (B, 3, H, W) in [0, 1], without gradient."""
         ...
 
     def fingerprint(self) -> str:
-        """A digest of the weights, stored with checkpoints: a run is resumed with the same reward."""
+        """Return a digest of the weights. Checkpoints store it, so that a run cannot resume with another reward."""
         ...
 
     def enable_gradient_checkpointing(self) -> None:
@@ -91,16 +91,16 @@ class Reward(Protocol):
         ...
 
     def set_decode_slice(self, size: int | None) -> None:
-        """Decode at most `size` latents at a time; None: all at once."""
+        """Decode at most `size` latents at a time; None: the whole batch."""
         ...
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile the blocks of every backbone, each one separately and in place."""
+        """Apply torch.compile, in place, to each transformer block of every backbone."""
         ...
 
 
 class RewardModule(nn.Module):
-    """Defaults of `Reward` for a frozen module that stays in evaluation mode. A subclass writes `forward`."""
+    """Default implementation of `Reward`: a frozen module in evaluation mode. Subclasses implement `forward`."""
 
     differentiable = True
     wants_groups = False
@@ -124,7 +124,7 @@ class RewardModule(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights; the CPU where there are none."""
+        """The device of the weights, or the CPU if there are none."""
         return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
@@ -147,11 +147,11 @@ class RewardModule(nn.Module):
             block.compile(backend=backend)
 
     def train(self, mode: bool = True) -> "RewardModule":
-        """Stay in evaluation mode, with dropout off: equal inputs get equal scores."""
+        """Keep evaluation mode for any `mode`. Dropout stays off, so equal inputs get equal scores."""
         return super().train(False)
 
     def check_gradient(self, inputs: Tensor) -> None:
-        """ValueError when a gradient is asked for and this reward cannot give one."""
+        """Raise ValueError if `inputs` requires a gradient and this reward is not differentiable."""
         if not self.differentiable and torch.is_grad_enabled() and isinstance(inputs, Tensor) and inputs.requires_grad:
             raise ValueError(
                 f"{self.name} is not differentiable: it can rank and evaluate (GRPO, DPO, NFT), but gives no gradient "
@@ -160,7 +160,7 @@ class RewardModule(nn.Module):
 
 
 def finite_scores(scores: Any, count: int, name: str) -> Tensor:
-    """`scores` as float32 (count,); TypeError unless a tensor, ValueError for another shape and for NaN or infinity."""
+    """Return `scores` as float32 (count,). Raise TypeError or ValueError unless it is a finite (count,) tensor."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"reward {name!r} returned {type(scores).__name__}; expected a tensor ({count},)")
     if tuple(scores.shape) != (count,):

@@ -1,10 +1,10 @@
-"""Rewards by name: one call loads any of them, sums of them, and Python callables.
+"""Load rewards by name: single rewards, weighted sums and Python callables.
 
     reward = load_reward("dinalrm", pipeline=pipeline)
     reward = load_reward("dinalrm + 0.2*pickscore", pipeline=pipeline)
     score = reward(latents, prompts)            # (B,) float32, higher is better
 
-`names` lists the names with their sources and licences, and the syntax of sums.
+The module `names` has the list of names, with sources and licences, and the syntax of sums.
 """
 
 import importlib
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 EVALUATION_SEED = 0
-"""Seed of the noise that a latent reward scores images with, the same in every call."""
+"""Seed of the noise in `load_image_scorer`, the same for every call."""
 
 ImageScorer = Callable[[Tensor, Sequence[str]], Tensor]
-"""images (B, 3, H, W) in [0, 1] and B prompts -> scores (B,), float32, without gradient"""
+"""Maps images (B, 3, H, W) in [0, 1] and B prompts to scores (B,), float32, without gradient."""
 
 
 def load_reward(
@@ -50,16 +50,18 @@ def load_reward(
 
     Args:
         reward: a name, NAME=SOURCE, a weighted sum, "module:function", or a latent reward's folder or hub id (see
-            `names`); or a callable (`callables.as_reward`). A reward of this package is returned unchanged.
-        spec: the model that defines dinalrm (default: SD3.5's), pixel and oracle (default: the embedded world's).
-        pipeline: to borrow the VAE, text encoders and (by default) the transformer from.
-        vae: decoder for image rewards; default: the pipeline's. Without one they score images only.
+            `names`); or a callable (see `callables.as_reward`). A reward of this package is returned unchanged.
+        spec: the model whose own rewards are called dinalrm, pixel and oracle. Default: SD3.5 for dinalrm, the embedded
+            world's model for pixel and oracle.
+        pipeline: provides the VAE, text encoders and (by default) the transformer.
+        vae: decodes latents for image rewards; default: the pipeline's. Without one they can score images only.
+        transformer: see `LatentReward.from_pretrained`.
         device: default: the transformer's for dinalrm, the VAE's for image rewards, else the CPU.
-        dtype: of the rewards' weights; default: each one's own.
-        options: further arguments of a part's `from_pretrained`, by its name: {"pickscore": {"processor": folder}}.
+        dtype: dtype of the weights; default: each reward's own.
+        options: further arguments of `from_pretrained`, by reward name: {"pickscore": {"processor": folder}}.
 
-    Raises ValueError for an unknown name (listing the known ones) and for an invalid sum, ImportError naming what to
-    install, and what loading raises.
+    Raises ValueError for an unknown name or an invalid sum, ImportError if a package must be installed, and the errors
+    of loading.
     """
     vae = pipeline.vae if vae is None and pipeline is not None else vae
     if not isinstance(reward, str):
@@ -90,10 +92,10 @@ def load_reward(
 
 
 def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> ImageScorer:
-    """A held-out evaluator of images, without gradient and with the same noise in every call.
+    """Load a reward as a function of images and prompts, for evaluation: no gradient, the same noise in every call.
 
-    reward, settings: as in `load_reward`; a plain callable is returned as it is. Raises as `load_reward`, and
-    ValueError for a reward that cannot score images.
+    reward, settings: as in `load_reward`; a plain callable is returned unchanged. Raises the errors of `load_reward`,
+    and ValueError if the reward cannot score images.
     """
     if not isinstance(reward, str | nn.Module):
         return reward
@@ -108,14 +110,14 @@ def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> Imag
 
 
 def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False) -> set[int]:
-    """The text lengths that the latent parts of a named reward were trained with, read from their checkpoints."""
+    """Return the numbers of T5 tokens that the latent rewards in `reward` were trained with, from their checkpoints."""
     sources = [term.source or spec.reward for term in parse_reward(reward) if term.name == "dinalrm"]
     checkpoints = [read_checkpoint(source, local_files_only=local_files_only) for source in sources]
     return {checkpoint.config.text_length for checkpoint in checkpoints}
 
 
 def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> RewardModule:
-    """The embedded world's gold score, computed from pixels by rules, without gradient."""
+    """Return the embedded world's ground-truth reward: computed from pixels by rules, without gradient."""
     gold = import_callable(spec.gold) if isinstance(spec.gold, str) and ":" in spec.gold else spec.gold
     if not callable(gold):
         raise ValueError(
@@ -126,7 +128,7 @@ def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> RewardModule:
 
 
 def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settings: Mapping[str, Any]) -> PixelReward:
-    """An image reward by its class. settings: arguments of `from_pretrained`, which override the table's."""
+    """Load an image reward. settings: arguments of `from_pretrained`; they override the defaults in `REWARDS`."""
     defaults: dict[str, Any] = {"vae": vae}
     if settings["device"] is None and vae is not None:
         defaults["device"] = vae.device
@@ -150,7 +152,7 @@ def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settin
 
 
 def _class(name: str, entry: RewardEntry) -> type[PixelReward]:
-    """The class behind a name; ImportError naming what to install."""
+    """Return the class that implements a reward. Raises ImportError that says what to install."""
     module, _, kind = entry.kind.partition(":")
     try:
         return getattr(importlib.import_module(module), kind)

@@ -1,9 +1,9 @@
-"""FSDP2: the frozen base weights are sharded over ranks; each block is gathered when it runs.
+"""Shard the frozen base weights over ranks with FSDP2. Each block is gathered when it runs.
 
 A policy and the rewards that share its weights are different module trees over the same Parameters, but `fully_shard`
-needs one owner. So each block of the transformer and its copies in the rewards' trunks become children of one
-`SharedBlock`, which is sharded and through which each of them runs. Trained parameters (LoRA, head), embeddings and the
-last projection stay whole on every rank. All ranks must run the same number of blocks, in the same order.
+needs a single owner of each Parameter. So `SharedBlock` holds the i-th block of every tree. It is sharded, and every
+tree runs its i-th block through it. LoRA, head, embeddings and the last projection stay whole on every rank. All ranks
+must run the same number of blocks in the same order.
 """
 
 import functools
@@ -20,7 +20,7 @@ from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 
 
 def sharding_asked() -> bool:
-    """Whether the launcher asked for FSDP (ACCELERATE_USE_FSDP=true); ValueError for FSDP1 and for CPU offload."""
+    """Return whether ACCELERATE_USE_FSDP=true requests FSDP. Raise ValueError for FSDP1 and for CPU offload."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     version = os.environ.get("FSDP_VERSION", "1")
@@ -32,7 +32,7 @@ def sharding_asked() -> bool:
 
 
 class SharedBlock(nn.Module):
-    """One block of several trees; the first argument of `forward` is the index of the tree to run."""
+    """The i-th block of several module trees. The first argument of `forward` is the index of the tree to run."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ class SharedBlock(nn.Module):
 def shard_base(
     accelerator: Accelerator, transformer_blocks: nn.ModuleList | None, trunks: Sequence[SD3Trunk] = ()
 ) -> None:
-    """Shard the blocks of a policy's transformer and of the trunks that share its weights, in place, over all ranks;
-    without a policy (None) those of one trunk alone. A single rank keeps its blocks unchanged.
+    """Shard the blocks of a policy's transformer and of the reward trunks that share its weights, in place, over ranks.
 
-    Every rank calls this once all trees are built, on their device and in their dtype.
+    Call it on every rank after all trees are built, on their device and in their dtype. With one rank nothing changes.
+    transformer_blocks: the policy's; None: shard a single trunk alone.
     """
     private = [trunk for trunk in trunks if not trunk.shared]
     if transformer_blocks is not None and private:

@@ -1,5 +1,5 @@
-"""Training a reward on preference pairs (arXiv 2602.11146, section 4). The images of a group share noise and sigma, so
-that the difference of two scores is due to the images only.
+"""Training of a reward on preference pairs (arXiv 2602.11146, section 4). All images of a prompt (a group) share noise
+and sigma, so that score differences depend on the images only.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from dinalrm_align.train.files import reading
 
 @dataclass(frozen=True)
 class NoisedPairs:
-    """A batch with noise (M, C, H, W) and sigma (M,) for its M images, float32, equal within a group."""
+    """A batch of M images with noise (M, C, H, W) and sigma (M,), float32, equal for all images of a prompt."""
 
     batch: PairBatch
     noise: Tensor
@@ -44,7 +44,7 @@ class NoisedPairs:
 
 
 def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[torch.Generator]) -> NoisedPairs:
-    """Draw noise and sigma of each of the G groups from its own generator; the result is on the batch's device."""
+    """Draw noise and sigma for each prompt's group of images, on the batch's device. generators: one per group."""
     device = batch.latents.device
     noise = seeded_noise(tuple(batch.latents.shape[1:]), generators)
     sigma = torch.cat([sample_sigma(density.density, 1, generator=g, **density.parameters()) for g in generators])
@@ -52,8 +52,12 @@ def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[tor
 
 
 def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss over pairs, from one forward of all images, and detached metrics: the fraction of pairs whose
-    preferred image scores higher, the mean difference in the preferred direction, and the deviation of raw scores.
+    """Return the mean loss over pairs and detached metrics. All images are scored in one forward pass.
+
+    Metrics:
+        train_accuracy: fraction of pairs whose preferred image scores higher.
+        score_gap: mean of the preferred image's score minus the other's.
+        score_std: standard deviation of raw scores.
     """
     batch, text = pairs.batch, pairs.batch.conditions
     raw = model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, pairs.sigma, pairs.noise)
@@ -68,14 +72,14 @@ def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) 
 
 
 def score_batch(model: RewardModel, batch: PairBatch, level: tuple[float, ...], noise: Tensor) -> Tensor:
-    """Raw scores (M,) on the CPU, at one sigma or for an ensemble of several."""
+    """Return raw scores (M,) on the CPU. level: (sigma,), or the noise levels of an ensemble."""
     device = model.trunk.device
     batch, text = batch.to(device), batch.conditions.to(device)
     return model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, level, noise.to(device)).to("cpu")
 
 
 class RewardTraining:
-    """Reward training as a method for `train.loop.fit`; a context manager that ends the threads that read ahead.
+    """Reward training as a method for `train.loop.fit`. As a context manager it stops its prefetch threads on exit.
 
     RNG streams are keyed by (seed, global group index), so results do not depend on the world size.
     """
@@ -109,12 +113,12 @@ class RewardTraining:
 
     @property
     def samples(self) -> int:
-        """Groups per update, summed over ranks."""
+        """Number of prompts (groups of images) per update, summed over ranks."""
         return self.config.batch_size * self.config.loop.accumulate * self.accelerator.num_processes
 
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
-    """The config of a reward on this pipeline to save in `folder`, relative to which a local pipeline is stored."""
+    """Return `config` with the VAE scaling and the base model of `pipeline`; a local path is relative to `folder`."""
     with reading("VAE", pipeline):
         vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
     base = os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline
@@ -125,7 +129,7 @@ def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfi
 def open_training_pairs(
     run: TrainRewardRun, spec: ModelSpec, reward: RewardConfig, accelerator: Accelerator, *, dtype: torch.dtype
 ) -> tuple[PairSource, Sequence[PairBatch]]:
-    """Pairs to train on, and batches of pairs to evaluate on. dtype: of the text encoders."""
+    """Return the pairs to train on and the batches of pairs to evaluate on. dtype: dtype of the text encoders."""
     train, validation = run.pairs, run.validation_pairs
     if train is None:
         folder = Path(run.output_dir) / "pairs"
@@ -144,13 +148,16 @@ def open_training_pairs(
 
 
 def config_digest(config: RewardConfig) -> str:
-    """A digest of the reward's settings, without the location of its base model."""
+    """Return a digest of the reward's settings, except the location of its base model."""
     settings = {name: value for name, value in config.to_dict().items() if name != "base_model_id"}
     return text_digest(json.dumps(settings, sort_keys=True))
 
 
 def parameter_groups(parameters: Mapping[str, Tensor], lora_lr: float | None) -> list[dict[str, Any]]:
-    """Groups for `train.state.adamw`: the head, and the LoRA, if any, with its own learning rate if there is one."""
+    """Return parameter groups for `train.state.adamw`: the head, and the LoRA if there is one.
+
+    lora_lr: learning rate of the LoRA; None: same as the head.
+    """
     head = [p for name, p in parameters.items() if name.startswith("head.")]
     lora = [p for name, p in parameters.items() if not name.startswith("head.")]
     rate = {} if lora_lr is None else {"lr": lora_lr}

@@ -1,4 +1,4 @@
-"""The interface between diffusion backbones and reward heads; one module for each model family."""
+"""The interface between diffusion backbones and reward heads. Each model family has its own module."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,22 +8,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Taps:
-    """Features of B samples: image tokens (B, N, width) and text tokens (B, L, width) of each tap, and temb
-    (B, temb_dim), the embedded timestep and pooled prompt."""
+    """Features of B samples that the reward head reads.
+
+    Args:
+        visual: image tokens (B, N, width) of each tapped layer.
+        text: text tokens (B, L, width) of each tapped layer.
+        temb: embedded timestep and pooled prompt, (B, temb_dim).
+    """
 
     visual: tuple[Tensor, ...]
     text: tuple[Tensor, ...]
     temb: Tensor
 
     def split(self, parts: int) -> tuple["Taps", ...]:
-        """Features of parts * B samples as `parts` batches of B, in order."""
+        """Split the features of parts * B samples into `parts` batches of B, in order."""
         visual = zip(*(tokens.chunk(parts) for tokens in self.visual), strict=True)
         text = zip(*(tokens.chunk(parts) for tokens in self.text), strict=True) if self.text else [()] * parts
         return tuple(Taps(*streams) for streams in zip(visual, text, self.temb.chunk(parts), strict=True))
 
 
 class Backbone(Protocol):
-    """Noisy latents to `Taps`."""
+    """Maps noisy latents to the token features of some of its layers (`Taps`)."""
 
     width: int  # channels of both token streams
     temb_dim: int
@@ -34,4 +39,7 @@ class Backbone(Protocol):
     max_size: int  # largest latent height or width
 
     def __call__(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
-        """x_sigma (B, C, H, W), timestep (B,) = 1000 sigma, prompt_embeds (B, L, text_width), pooled embeds (B, P)."""
+        """Return features of x_sigma (B, C, H, W). timestep: (B,), equal to 1000 sigma.
+
+        prompt_embeds: (B, L, text_width). pooled_prompt_embeds: (B, pooled_width).
+        """

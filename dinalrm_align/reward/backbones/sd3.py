@@ -1,8 +1,8 @@
-"""The first N blocks of an SD3 or SD3.5 transformer, as a module that returns the token streams at given depths.
+"""The trunk: the first N blocks of an SD3 or SD3.5 transformer, as a module that returns the tokens of chosen layers.
 
-The trunk is a separate module tree of diffusers' blocks, with the outputs of the stock `SD3Transformer2DModel`. With
-shared weights its base Parameters and buffers ARE the policy's, and the reward's LoRA is in the trunk only. No adapter
-is switched between policy and reward, so that activation checkpointing and threads cannot mix them up.
+The trunk has its own module tree of diffusers' blocks and the same outputs as `SD3Transformer2DModel`. With shared
+weights, its base Parameters and buffers ARE those of the policy. The reward's LoRA exists in the trunk only. So policy
+and reward never switch adapters, which would be unsafe with activation checkpointing and threads.
 """
 
 import copy
@@ -27,13 +27,13 @@ ADAPTER = "reward"
 
 
 class SD3Trunk(nn.Module):
-    """`Backbone` with the first `config.num_layers` blocks of `transformer`; runs up to the last tapped one.
+    """`Backbone` of the first `config.num_layers` blocks of `transformer`. It runs up to the last tapped block.
 
-    With `config.tuning` "lora" it adds a trainable float32 LoRA, initialised from torch's global RNG.
+    If `config.tuning` is lora, it adds a trainable float32 LoRA, initialised from torch's global RNG.
 
     Args:
-        transformer: not changed; may have peft adapters of its own, unless merged, which the trunk ignores.
-        share_weights: use the transformer's own weights, which must be frozen; else a copy, trained with tuning full.
+        transformer: is not changed. The trunk ignores its peft adapters; they must not be merged.
+        share_weights: use the transformer's own frozen weights; False: a copy, which is trainable with full tuning.
     """
 
     def __init__(self, transformer: SD3Transformer2DModel, config: RewardConfig, *, share_weights: bool) -> None:
@@ -85,7 +85,7 @@ class SD3Trunk(nn.Module):
         self.gradient_checkpointing = False
 
     def check_shared(self) -> None:
-        """Raise ValueError if shared weights are trained or have adapters merged: the reward would change with them."""
+        """Raise ValueError if shared weights are trainable or have merged adapters: the reward would change."""
         owner = self._owner() if self.shared else None
         if owner is not None:
             _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
@@ -96,7 +96,7 @@ class SD3Trunk(nn.Module):
             )
 
     def forward(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
-        """As `Backbone`; Taps have the trunk's dtype."""
+        """Return the features, in the trunk's dtype. Arguments as in `Backbone`."""
         hidden = self.pos_embed(x_sigma.to(self.dtype)).contiguous()
         temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(self.dtype))
         context = self.context_embedder(prompt_embeds.to(self.dtype))
@@ -116,7 +116,10 @@ class SD3Trunk(nn.Module):
         return Taps(tuple(visual[tap] for tap in self.visual_taps), tuple(text[tap] for tap in self.text_taps), temb)
 
     def skip_unread_text(self) -> None:
-        """Drop the text half of the last block that runs, if its text is not tapped; with full tuning, save before."""
+        """Drop the text half of the last block that runs, if the head does not read its text tokens.
+
+        With full tuning, save the trained weights before this call.
+        """
         block = self.transformer_blocks[self.last_tap - 1] if self.last_tap else None
         if block is not None and self.last_tap not in self.text_taps and not block.context_pre_only:
             block.context_pre_only = block.attn.context_pre_only = True
@@ -141,7 +144,7 @@ class SD3Trunk(nn.Module):
             weight.requires_grad_(not name.startswith(tuple(unread)))
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """LoRA Parameters by name, `transformer_blocks.0.attn.to_q.lora_A.weight`, ...; empty once merged."""
+        """Return LoRA Parameters by name: `transformer_blocks.0.attn.to_q.lora_A.weight`, ... Empty after merging."""
         return {
             f"{name}.{matrix}.weight": layer.get_submodule(f"{matrix}.{ADAPTER}").weight
             for name, layer in self.named_modules()
@@ -151,7 +154,7 @@ class SD3Trunk(nn.Module):
 
     @torch.no_grad()
     def merge_lora(self) -> None:
-        """Merge the LoRA into the trunk's weights, in float32, and remove its layers. Not for shared weights."""
+        """Merge the LoRA into the weights, in float32, and remove its layers. ValueError for shared weights."""
         if self.shared:
             raise ValueError("merging the reward's LoRA would change the shared transformer; use share_weights=False")
         for name, layer in list(self.named_modules()):
@@ -164,7 +167,7 @@ class SD3Trunk(nn.Module):
         _remove_adapters(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SD3Trunk":
-        """Refuse to move or cast shared tensors: the policy would be moved in part, and buffers no longer shared."""
+        """Raise RuntimeError instead of moving or casting shared tensors: only a part of the policy would follow."""
         for probe in [tensor.data for tensor in self.shared[:1]]:
             moved = fn(probe)
             if (moved.dtype, moved.device, moved.data_ptr()) != (probe.dtype, probe.device, probe.data_ptr()):
@@ -176,7 +179,7 @@ class SD3Trunk(nn.Module):
 
 
 class _NormedTextOnly(nn.Module):
-    """An adaptive layer norm that returns the normalised tokens without the gates of the skipped text half."""
+    """Adaptive layer norm that returns only the normalised tokens, without the gates of the dropped text half."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -210,7 +213,7 @@ def _parts_read(transformer: SD3Transformer2DModel, num_layers: int) -> tuple[nn
 
 
 def _packing(part: nn.Module) -> list[object]:
-    """Scales of the packed weights in bitsandbytes' layers."""
+    """Return the quantisation states (scales of packed weights) of bitsandbytes' layers."""
     states = [vars(module).get(name) for module in part.modules() for name in ("state", "quant_state")]
     return [state for state in states if state is not None]
 
@@ -230,7 +233,7 @@ def _remove_adapters(model: nn.Module) -> None:
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Remove the policy's hooks, which were copied with its modules."""
+    """Remove the hooks that were copied with the policy's modules."""
     for module in model.modules():
         for kind in ("forward", "forward_pre", "backward", "backward_pre"):
             getattr(module, f"_{kind}_hooks").clear()
