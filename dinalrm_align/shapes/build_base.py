@@ -1,5 +1,8 @@
-"""The base model: rectified flow, v = noise - x0 (SD3, arXiv 2403.03206), with adaLN-zero initialisation, Muon on the
-blocks' matrices, and an auxiliary layout loss on the image tokens of the middle block.
+"""Training of the base model: the small SD3 transformer from which alignment starts.
+
+The loss is that of rectified flow with v = noise - x0 (SD3, arXiv 2403.03206), plus an auxiliary layout loss: a linear
+head on the middle block's image tokens predicts where each shape is. Muon trains the matrices of the blocks, AdamW all
+other parameters.
 """
 
 import json
@@ -30,11 +33,11 @@ from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.loop import Closures, Hook
 from dinalrm_align.train.state import adamw
 
-CELLS = 2  # per side of a patch of 2 x 2 latents, in the auxiliary loss
+CELLS = 2  # the layout loss predicts CELLS x CELLS cells per image token (a patch of 2 x 2 latents)
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers over disjoint parameters that act as one: they share its state and parameter groups."""
+    """An optimiser that steps several others over disjoint parameters. They share its state and parameter groups."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -56,7 +59,7 @@ class Together(torch.optim.Optimizer):
 
 
 def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
-    """Train `pipeline.transformer` in place on frozen text encoders and latents encoded once."""
+    """Train `pipeline.transformer` in place, with frozen text encoders, on latents that are encoded once beforehand."""
     stage, optim, device = config.base, config.base.optim, accelerator.device
     transformer = pipeline.transformer.to(device)
     latents, layouts, captions = _cached_images(pipeline, config)
@@ -66,7 +69,7 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         layout_head = nn.Linear(width, len(SHAPES) * CELLS**2).to(device)
-    for name, module in transformer.named_modules():  # as in DiT: every block is the identity, the output is zero
+    for name, module in transformer.named_modules():  # adaLN-zero: blocks start as the identity
         if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
@@ -131,7 +134,7 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 
 @torch.no_grad()
 def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> tuple[Tensor, Tensor, list[str]]:
-    """Scaled latents (N, C, h, w) float16, `_layout` of each (N, 4, h, w) uint8, captions."""
+    """Return latents (N, C, h, w) float16, layouts (N, 4, h, w) uint8 (see `_layout`) and captions; cached on disk."""
     folder = Path(config.output_dir) / "cache"
     if not (folder / "captions.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +153,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """Share of each cell that each shape covers, (4, cells, cells) uint8; 255 is the whole cell."""
+    """Return how much of each cell every shape covers: (4, cells, cells) uint8; 255 is the whole cell."""
     cover = torch.zeros(len(SHAPES), SIZE, SIZE)
     for mark in drawing.marks:
         cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))

@@ -1,4 +1,4 @@
-"""Settings of the embedded world: sizes of its networks, preference pairs, and training from scratch. Torch-free."""
+"""Settings of the embedded world: network sizes, preference pairs, and training from scratch. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,30 +19,30 @@ from dinalrm_align.train.settings import (
 FAITHFULNESS = ("shape", "colour", "size", "relation", "count", "background")
 AESTHETICS = ("blur", "contrast", "placement")
 CONCEPTS = FAITHFULNESS + AESTHETICS
-"""What an image can get wrong: the content of its caption, and its quality."""
+"""What an image can get wrong: the content of its caption (FAITHFULNESS) or its quality (AESTHETICS)."""
 
 
 @dataclass
 class StackConfig:
-    """Sizes of the stack. Defaults are the shipped weights': 64 x 64 images, 16 x 16 latents, 64 image tokens.
+    """Sizes of the networks. The shipped weights have the defaults: 64 x 64 images, 16 x 16 latents, 64 image tokens.
 
     Args:
-        image_size: side of the images, a multiple of 64 (the oracle's resolution).
+        image_size: side of the images in pixels, a multiple of 64 (the oracle scores at 64 x 64).
         vae_channels: autoencoder widths per resolution; n widths downsample by 2 ** (n - 1).
         vae_layers: residual blocks per resolution.
         vae_norm_groups: groups of the autoencoder's group norms.
         latent_channels: channels of the latents.
-        depth: joint-attention blocks.
+        depth: number of joint-attention blocks.
         head_dim: width of an attention head, even.
         num_heads: attention heads; the transformer's width is num_heads * head_dim.
-        dual_attention_layers: blocks with a second, image-only attention.
-        pos_embed_max_size: largest latent side, in patches of 2.
+        dual_attention_layers: indices of the blocks that have a second, image-only attention.
+        pos_embed_max_size: largest side of the latents, in patches of 2 x 2 latents.
         clip_width: width of each CLIP tower, a multiple of 4 and half of t5_width.
         clip_layers: layers of each CLIP tower.
         t5_width: width of the T5 encoder.
         t5_layers: layers of the T5 encoder.
-        text_length: tokens per prompt of each tokenizer (`max_sequence_length` of the pipeline), 3 to 512.
-        scheduler_shift: shift of the flow-matching schedule.
+        text_length: tokens per prompt, in every tokenizer (the pipeline's `max_sequence_length`), 3 to 512.
+        scheduler_shift: timestep shift of the flow-matching schedule.
     """
 
     image_size: int = 64
@@ -85,7 +85,7 @@ class StackConfig:
 
     @classmethod
     def tiny(cls, **overrides) -> "StackConfig":
-        """Sizes with a few tens of thousands of parameters, for tests."""
+        """Return sizes with a few tens of thousands of parameters, for tests. overrides: fields to change."""
         sizes = dict(vae_channels=(8, 8, 8), vae_norm_groups=4, depth=4, head_dim=8, num_heads=2)
         return cls(**(sizes | dict(clip_width=16, t5_width=32, t5_layers=1) | overrides))
 
@@ -99,16 +99,16 @@ class PairsConfig:
     """Number and kinds of preference pairs.
 
     Args:
-        groups: captions, each with a list of images.
-        pictures: images per caption; all their pairs are compared.
-        emphasis: sampling weight per concept that is spoiled; 1 for concepts not named.
-        sampled_share: share of the groups whose images are sampled from the base model.
-        faithful_share: share of rendered images with no spoiled concept, in addition to the first of each list.
-        rater_noise: standard deviation of a rater's error, in units of the oracle's score.
-        per_concept: held-out evaluation pairs per concept.
-        per_shifted: the same with damaged images, an out-of-distribution evaluation set.
-        heldout_groups: held-out captions with lists made as in training, for evaluation.
-        seed: of all random draws.
+        groups: number of training captions, each with several images.
+        pictures: images per caption; every two of them are compared.
+        emphasis: how often a concept is spoiled (drawn wrong): concept -> sampling weight, 1 for concepts not named.
+        sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
+        faithful_share: share of rendered images with no spoiled concept; each caption has one such image in addition.
+        rater_noise: standard deviation of the simulated rater's error per image, in units of the oracle's score.
+        per_concept: number of held-out evaluation pairs per concept.
+        per_shifted: number of out-of-distribution evaluation pairs per concept, with damaged images.
+        heldout_groups: number of held-out captions for evaluation, with images made as for training.
+        seed: seed of all random draws.
     """
 
     groups: PositiveInt = 6000
@@ -132,11 +132,11 @@ class PairsConfig:
 
 @dataclass
 class StageConfig:
-    """One stage of the build.
+    """One training stage of the build.
 
     Args:
         batch_size: images or captions per update.
-        loop: number of updates, averaging, checkpoints.
+        loop: number of updates, moving average, checkpoints.
         optim: learning rate and its schedule.
     """
 
@@ -156,21 +156,21 @@ def _stage(batch: int, steps: int, lr: float, *, ema: float = 0.999, decay: floa
 
 @dataclass
 class BuildConfig:
-    """Training of the embedded world from scratch: autoencoder, text encoders, base model, pixel reward.
+    """Training of the embedded world from scratch: autoencoder, text encoders, base model, CLIP reward.
 
     Args:
-        output_dir: working folder of the stages, which resume from it; finished weights are in output_dir/weights.
-        seed: of all random draws.
+        output_dir: working folder, from which interrupted stages resume; finished weights are in output_dir/weights.
+        seed: seed of all random draws.
         device: cpu or cuda.
         stack: sizes of the networks.
         pairs: preference pairs for the rewards.
-        vae: autoencoder, on random quarters of the images and finally on whole images.
-        text: the three text encoders, trained to predict a caption's objects, relation and background.
-        base: the text-to-image transformer.
-        pixel: the CLIP-style reward on decoded images, trained on the same pairs as the latent one.
-        cached_pictures: images encoded once for the base model.
-        layout_weight: weight of the auxiliary loss by which the base model's middle block predicts where each shape is
-            (representation alignment, arXiv 2410.06940, with the renderer's maps instead of an encoder's features).
+        vae: training of the autoencoder, on random crops of half the image's side, and finally on whole images.
+        text: training of the three text encoders, which learn to predict a caption's objects, relation and background.
+        base: training of the text-to-image transformer.
+        pixel: training of the CLIP reward on decoded images, with the same pairs as the latent reward.
+        cached_pictures: number of training images of the base model, which are rendered and encoded once.
+        layout_weight: weight of the auxiliary loss, in which the base model's middle block predicts where each shape is
+            (representation alignment, arXiv 2410.06940, to rendered shape maps instead of an encoder's features).
     """
 
     output_dir: str = "runs/shapes_world"

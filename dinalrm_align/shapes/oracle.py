@@ -1,10 +1,10 @@
-"""The embedded world's oracle: the score of an image for its caption, computed from pixels.
+"""The embedded world's oracle: a score of an image for its caption, computed from the pixels.
 
     score = 2 F + A (0.25 + 0.75 F),   F faithfulness and A aesthetics, both in [0, 1]
 
-A perfect image scores 3, and aesthetics count little where the caption is not met. F multiplies how well the caption's
-objects are found (shape, colour, size) by factors for relation, background and number of objects; A is the mean of
-sharpness, contrast and centring. Models are trained on these scores only through preference labels.
+A perfect image scores 3, and aesthetics count little where the image does not match its caption. F is the product of a
+score of the objects (shape, colour, size) and factors for relation, background and number of objects. A is the mean of
+sharpness, contrast and centring. Models are not trained on the score itself, only on preference labels made from it.
 """
 
 import itertools
@@ -20,9 +20,9 @@ from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, 
 
 PARTS = ("faithfulness", "aesthetics", "objects", "relation", "background", "count", "sharpness", "contrast",
          "centring")  # fmt: skip
-MIN_AREA = 30
+MIN_AREA = 30  # pixels; smaller regions are ignored
 SIZE_BOUNDARY = 9.75
-"""Radius in pixels that separates small from large."""
+"""Radius in pixels that separates small objects from large ones."""
 _COLOUR_NAMES = tuple(COLOURS)
 _COLOUR_VALUES = np.array(list(COLOURS.values()))
 
@@ -32,9 +32,10 @@ class SeenObject:
     """An object detected in an image.
 
     Args:
-        overlap: shape -> intersection over union with that shape at the same centroid and area.
-        strength: distance between the object's and the background's colour; 1 is full contrast.
-        edge: width of the outline's ramp in pixels.
+        x, y, area, box: centroid, area and bounding box (left, top, right, bottom), in pixels.
+        overlap: shape -> intersection over union of the object and that shape, drawn with the same centroid and area.
+        strength: contrast with the background; 1 for an object in its full colour.
+        edge: width in pixels of the ramp between object and background.
     """
 
     colour: str
@@ -48,14 +49,14 @@ class SeenObject:
 
 
 def oracle_score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Images (B, 3, S, S) in [0, 1], S a multiple of 64, and B captions -> (B,) float32 in [0, 3]; higher is better."""
+    """Score images (B, 3, S, S) in [0, 1], S a multiple of 64, for B captions. Returns (B,) float32 in [0, 3]."""
     parts = oracle_parts(images, prompts)
     faithfulness, aesthetics = parts["faithfulness"], parts["aesthetics"]
     return 2 * faithfulness + aesthetics * (0.25 + 0.75 * faithfulness)
 
 
 def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """The PARTS of the score, each (B,) float32 in [0, 1]. Raises ValueError for invalid images or captions."""
+    """Return the PARTS of the score: name -> (B,) float32 in [0, 1]. Raises ValueError for invalid input."""
     side = images.shape[-1]
     if images.ndim != 4 or images.shape[1:] != (3, side, side) or side % SIZE:
         raise ValueError(f"images: got {tuple(images.shape)}; expected (B, 3, S, S), S a multiple of {SIZE}")
@@ -104,8 +105,9 @@ def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
 
 
 def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list[SeenObject]:
-    """The coloured objects of an image (64, 64, 3), at most the six largest. A pixel belongs to the colour with the
-    nearest direction from the background, so low contrast and soft edges do not change it.
+    """Detect at most six objects in an image (64, 64, 3): the largest connected regions of one colour, the largest
+    first. A pixel has the colour in COLOURS whose direction from the background's colour is nearest, because low
+    contrast and soft edges do not change this direction. ground: the background's colour (3,). background: its name.
     """
     difference = image - ground
     distance = np.linalg.norm(difference, axis=-1)
@@ -143,7 +145,7 @@ def _measure(mask: np.ndarray, alpha: np.ndarray, colour: str, strength: float) 
 
 
 def _match(item: Item, seen: SeenObject) -> float:
-    """How well a seen object matches a caption's item, in [0, 1]."""
+    """Return how well a detected object matches an item of the caption, in [0, 1]."""
     other = max(overlap for shape, overlap in seen.overlap.items() if shape != item.shape)
     own = seen.overlap[item.shape]
     shape = float(np.clip(0.5 + (own - other) / 0.08, 0, 1) * np.clip((own - 0.5) / 0.3, 0, 1))

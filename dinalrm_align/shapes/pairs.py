@@ -1,8 +1,9 @@
-"""Preference pairs of the embedded world.
+"""Preference pairs of the embedded world, labelled by the oracle.
 
-Lists of images of one caption are renders with and without a spoiled concept, and samples of the base model. A
-simulated rater compares two images by the oracle's score plus Gaussian noise (Thurstone), so labels of similar images
-are noisy. Concept pairs are two renders that differ in one concept, labelled without noise.
+The images of a training caption are samples of the base model, or renders, most of which have one spoiled concept (a
+wrong colour, blur, ...). A simulated rater compares two images by the oracle's score plus Gaussian noise (Thurstone),
+so labels of similar images are noisy. For evaluation by concept, two renders differ in one concept and are labelled
+without noise.
 """
 
 import io
@@ -30,20 +31,23 @@ from dinalrm_align.shapes.scene import Scene, draw_scenes
 from dinalrm_align.train.files import write_atomically
 
 CHUNK = 32
-"""Groups encoded or sampled at once."""
+"""Number of captions whose images are encoded or sampled at once."""
 GRAIN, JPEG = 0.06, 20
-"""Damage of shifted pairs: standard deviation of the grain, at an image range of 1, and JPEG quality."""
+"""Damage of "shifted" pairs: standard deviation of Gaussian grain on images in [0, 1], and JPEG quality."""
 HELD_OUT_KINDS = ("heldout", "shifted", "concepts")
-"""Kinds of pairs for evaluating rewards."""
+"""Kinds of pairs for evaluating rewards, see `write_pairs`."""
 
 
 def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
-    """Write the pairs of a kind for `LatentPairs`. Raises FileExistsError if they exist.
+    """Write preference pairs to `directory`, for `LatentPairs`. Raises FileExistsError if they exist.
 
-    "train" and "heldout" are config.groups and config.heldout_groups lists of images, of training and of held-out
-    captions. "concepts" and "shifted" are config.per_concept and config.per_shifted pairs per concept, the oracle's
-    better image chosen; those of "shifted" have grain and JPEG artefacts that training lacks, and labels of the
-    undamaged images: the counterpart of a test set from another source than training's.
+    Kinds of pairs:
+
+    - "train": config.groups training captions with several images each, compared by the simulated rater.
+    - "heldout": the same for config.heldout_groups held-out captions.
+    - "concepts": config.per_concept pairs of each concept; the image with the higher score is chosen.
+    - "shifted": as "concepts", with config.per_shifted pairs of each concept. Grain and JPEG artefacts, which no
+      training image has, are added after labelling: an out-of-distribution evaluation set.
     """
     encoder, vae = _prompt_encoder(pipeline), pipeline.vae.config
     manifest = PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, encoder.text_length)
@@ -58,14 +62,14 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
 
 
 def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> Path:
-    """Write the pairs of a kind unless they exist; return their directory."""
+    """Write the pairs of a kind to `directory` unless they exist, and return `directory`."""
     if not (directory / "index.json").exists():
         write_pairs(kind, directory, pipeline, config)
     return directory
 
 
 def ensure_training_pairs(folder: Path, source: str, config: PairsConfig) -> None:
-    """Write folder/train and folder/concepts unless they exist, with the pipeline of a folder or hub id."""
+    """Write folder/train and folder/concepts unless they exist. source: folder or hub id of the pipeline."""
     pipeline = load_pipeline(source, dtype=torch.float32)
     for kind in ("train", "concepts"):
         ensure_pairs(kind, folder / kind, pipeline, config)
@@ -74,10 +78,10 @@ def ensure_training_pairs(folder: Path, source: str, config: PairsConfig) -> Non
 def render_hpdv3(
     directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig, *, held_out: bool = False
 ) -> None:
-    """Write pairs as images in HPDv3's layout: train.json, and PNG files in images/.
+    """Write pairs as image files in HPDv3's layout: train.json, and PNG files in images/.
 
-    Captions, images and labels are those of "train" (held_out: "heldout") in `write_pairs` with the same settings, at
-    8 bits per channel. Raises FileExistsError if they exist.
+    Captions, images and labels are those of kind "train" (held_out: "heldout") of `write_pairs` for the same config,
+    with 8 bits per channel. Raises FileExistsError if train.json exists.
     """
     directory = Path(directory)
     if (directory / "train.json").exists():
@@ -100,7 +104,7 @@ def sample_latents(
     pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, prompts: list[str], *, steps: int, guidance: float,
     seed: int,
 ) -> Tensor:  # fmt: skip
-    """Scaled latents (B, C, h, w) sampled by the base model for B prompts."""
+    """Sample scaled latents (B, C, h, w) from the base model for B prompts."""
     (embeds, pooled), (empty, empty_pooled) = encoder(prompts), encoder.empty(len(prompts))
     size = pipeline.vae.config.sample_size
     pipeline.set_progress_bar_config(disable=True)
@@ -118,7 +122,9 @@ def _prompt_encoder(pipeline: StableDiffusion3Pipeline) -> PromptEncoder:
 def _lists(
     pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig, *, held_out: bool
 ) -> Iterator[tuple[list[str], Tensor | None, Tensor, list[list[tuple[int, int]]]]]:
-    """Captions, latents (None for renders) and images of config.pictures per caption, pairs of each list."""
+    """Yield chunks of captions, latents (None for renders), images (config.pictures adjacent ones per caption), and
+    labels: for each caption, pairs (chosen, rejected) of indices of its images.
+    """
     rng = np.random.default_rng((config.seed, 2 if held_out else 0))
     groups = config.heldout_groups if held_out else config.groups
     sampled = round(groups * config.sampled_share)
@@ -142,7 +148,7 @@ def _lists(
 def _encoded_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
-    """Captions, latents (captions, images, C, H, W), and the labels that `LatentPairsWriter.add` takes."""
+    """Yield captions, latents (captions, images, C, h, w), and labels as arguments of `LatentPairsWriter.add`."""
     for captions, latents, images, pairs in _lists(pipeline, encoder, config, held_out=kind == "heldout"):
         latents = encode_images(pipeline.vae, images) if latents is None else latents
         labels = [dict(zip(("chosen", "rejected"), zip(*own))) for own in pairs]
@@ -152,7 +158,7 @@ def _encoded_lists(
 def _encoded_concepts(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
-    """As `_encoded_lists`, one concept at a time."""
+    """Yield the same as `_encoded_lists`, once per concept. Each caption has two images; the first is chosen."""
     stream, number = (3, config.per_shifted) if kind == "shifted" else (1, config.per_concept)
     rng, size = np.random.default_rng((config.seed, stream)), pipeline.vae.config.sample_size
     for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
@@ -164,7 +170,7 @@ def _encoded_concepts(
 
 
 def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] with grain of standard deviation GRAIN, then JPEG-compressed with quality JPEG."""
+    """Return images (N, 3, H, W) in [0, 1] with Gaussian grain (GRAIN) and JPEG artefacts (JPEG)."""
     damaged = []
     for image in to_bytes(images + torch.from_numpy(GRAIN * rng.standard_normal(images.shape)).float()):
         file = io.BytesIO()
@@ -174,7 +180,7 @@ def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
-    """Captions with images (2, 3, size, size), the oracle's better one first."""
+    """Yield captions with two renders (2, 3, size, size) that differ in the concept, the higher score first."""
     while True:
         scene = draw_scenes(1, rng, held_out=True)[0]
         if concept not in concepts_of(scene):
@@ -188,7 +194,7 @@ def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterato
 
 
 def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> list[Drawing]:
-    """Layouts of one scene: the first faithful, most others with one spoiled concept."""
+    """Lay out config.pictures images of one scene: the first is faithful, most others have one spoiled concept."""
     nuisance = draw_nuisance(rng)
     drawings = [lay_out(scene, nuisance, rng)]
     concepts = concepts_of(scene)
@@ -203,7 +209,7 @@ def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> l
 
 
 def _compare(scores: np.ndarray, noise: float, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """All pairs (chosen, rejected) of a list, each labelled once by scores with fresh Gaussian errors."""
+    """Label every pair of images by their scores plus fresh Gaussian errors. Returns (chosen, rejected) indices."""
     pairs = []
     for i, j in itertools.combinations(range(len(scores)), 2):
         first = scores[i] + noise * rng.standard_normal() > scores[j] + noise * rng.standard_normal()

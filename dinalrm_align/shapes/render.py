@@ -1,8 +1,8 @@
-"""Images of the embedded world: from a scene to a layout with nuisances, and from layouts to anti-aliased pixels.
+"""Images of the embedded world: a scene is laid out with random nuisances, then rendered to anti-aliased pixels.
 
-Lengths are in units of a 64 x 64 image at any rendered size. Preferences depend on faithfulness and on three nuisances:
-`edge`, the width of every outline's ramp (1 is crisp); `contrast` between objects and background (1 is full colour);
-and `offset` of the group of objects from the image's centre.
+All lengths are in pixels of a 64 x 64 image, also for images of another size. The three nuisances that lower an image's
+aesthetics are `edge`, the width of the ramp at every outline (1 is crisp); `contrast` between objects and background (1
+is full colour); and `offset`, the distance of the objects from the image's centre.
 """
 
 import math
@@ -26,7 +26,7 @@ GAP = (2.5, 6.0)
 
 @dataclass(frozen=True)
 class Mark:
-    """One drawn object: its centroid and size."""
+    """One drawn object with its centroid (x, y) and radius."""
 
     shape: str
     colour: str
@@ -47,7 +47,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Nuisance:
-    """Deviations from a perfect image: edge width (1 to 7), contrast (0.3 to 1), offset of the group (0 to 14)."""
+    """Deviations from a perfect image: edge width (1 to 7), contrast (0.3 to 1), offset from the centre (0 to 14)."""
 
     edge: float = 1.0
     contrast: float = 1.0
@@ -62,7 +62,9 @@ def draw_nuisance(rng: np.random.Generator) -> Nuisance:
 
 
 def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
-    """Draw a layout: random radii within the size classes, the scene's relation, and an offset of the group."""
+    """Draw the objects' radii, within their size classes, and positions, which satisfy the scene's relation. All
+    objects are moved from the centre by the nuisance's offset, and shrunk if they do not fit.
+    """
     marks = [Mark(item.shape, item.colour, 0.0, 0.0, rng.uniform(*RADII[item.size])) for item in scene.items]
     extents = [mark.radius * HALF_EXTENT[mark.shape] for mark in marks]
     gap = rng.uniform(*GAP)
@@ -90,7 +92,7 @@ def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawi
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance to the outline (negative inside) of points x, y relative to the shape's centroid."""
+    """Return the signed distance from points x, y, relative to the centroid, to a shape's outline; negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -105,7 +107,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def coverage(mark: Mark, edge: float = 1.0, size: int = SIZE) -> np.ndarray:
-    """Share of each pixel that a mark covers, (size, size) in [0, 1], with an outline ramp of width `edge`."""
+    """Return the share of each pixel that an object covers: (size, size) in [0, 1]. edge: width of outlines."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) * (SIZE / size)
     distance = signed_distance(mark.shape, grid[None, :] - mark.x, grid[:, None] - mark.y, mark.radius)
     return np.clip(0.5 - distance / edge, 0.0, 1.0)
@@ -124,12 +126,12 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """The concepts that an image of this scene can get wrong (a relation needs two objects)."""
+    """Return the concepts that an image of this scene can get wrong: all, but "relation" only for two objects."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 
 def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
-    """The scene with one of its FAITHFULNESS concepts changed."""
+    """Return a copy of the scene with one of its FAITHFULNESS concepts changed at random."""
     if concept not in FAITHFULNESS:
         raise ValueError(f"concept: got {concept!r}; expected one of {FAITHFULNESS}")
     items = scene.items
@@ -147,7 +149,7 @@ def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
 
 
 def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Nuisance:
-    """The nuisances with one of the AESTHETICS made clearly worse."""
+    """Return a copy of the nuisances with one of the AESTHETICS made clearly worse."""
     if concept == "blur":
         return replace(nuisance, edge=min(7.0, nuisance.edge + rng.uniform(1.5, 4.5)))
     if concept == "contrast":
@@ -158,7 +160,7 @@ def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -
 
 
 def lay_out_spoiled(scene: Scene, nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Drawing:
-    """A layout of the scene with one concept spoiled."""
+    """Lay out the scene with one of the CONCEPTS spoiled."""
     if concept in AESTHETICS:
         return lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng)
     return lay_out(spoil_scene(scene, concept, rng), nuisance, rng)

@@ -1,6 +1,6 @@
 """Scenes and captions of the embedded world.
 
-A caption names one object, two objects and their relation, or several equal objects, and a background:
+A caption names one object, two objects with a relation, or two or three equal objects, and always a background:
     "a small red circle on white"
     "a small red circle left of a large blue square on gray"
     "three small green crosses on black"
@@ -32,7 +32,7 @@ HELD_OUT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Item:
-    """One object: a shape of SHAPES, a colour of COLOURS, a size of SIZES."""
+    """One object: its shape (in SHAPES), colour (in COLOURS) and size (in SIZES)."""
 
     shape: str
     colour: str
@@ -44,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of a caption: one to three items, the relation of the first to the second or None, the background."""
+    """The content of a caption: one to three items, a background, and the relation of the first item to the second."""
 
     items: tuple[Item, ...]
     background: str
@@ -79,7 +79,7 @@ _CAPTION = re.compile(
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene of a caption. Raises ValueError for text outside the grammar."""
+    """Return the scene that a caption describes. Raises ValueError for text outside the grammar."""
     match = _CAPTION.fullmatch(caption.strip().lower())
     if match is None:
         raise ValueError(
@@ -95,12 +95,12 @@ def parse_caption(caption: str) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene is held out from training, by a hash of its caption."""
+    """Return whether a scene is held out from training. A hash of its caption decides."""
     return hashlib.sha256(scene.caption.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
 def all_scenes() -> dict[str, list[Scene]]:
-    """Every scene by kind: "one" object, a "pair" with a relation, a "count" of equal objects."""
+    """Return every scene, keyed by kind: "one" object, a "pair" with a relation, a "count" of equal objects."""
     items = [Item(shape, colour, size) for shape, colour, size in itertools.product(SHAPES, COLOURS, SIZES)]
     pairs = [(a, b) for a, b in itertools.permutations(items, 2) if (a.shape, a.colour) != (b.shape, b.colour)]
     counts = itertools.product(items, COUNTS.values(), BACKGROUNDS)
@@ -116,7 +116,7 @@ KIND_SHARES = {"one": 0.25, "pair": 0.5, "count": 0.25}
 
 
 def draw_scenes(number: int, rng, *, held_out: bool = False) -> list[Scene]:
-    """Draw `number` training or held-out scenes with a numpy Generator, kinds by KIND_SHARES."""
+    """Draw training or held-out scenes with a numpy Generator. KIND_SHARES are the probabilities of the kinds."""
     pools = _pools(held_out)
     kinds = rng.choice(list(KIND_SHARES), size=number, p=list(KIND_SHARES.values()))
     return [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]

@@ -1,8 +1,8 @@
-"""The embedded world's networks: an SD3 pipeline of diffusers and transformers classes, sized for two CPU cores.
+"""The embedded world's networks: an SD3 pipeline of diffusers and transformers classes, small enough for two CPU cores.
 
 The pipeline has a joint-attention transformer with RMS query-key norm and dual-attention blocks, a KL autoencoder with
 16 scaled latent channels, and SD3's three text encoders (two CLIP towers concatenated on the channel axis, one T5
-encoder appended on the token axis). The tokenizers know the captions' words and fall back to single characters.
+encoder appended on the token axis). Its tokenizers have one token for each word of the captions.
 """
 
 import torch
@@ -22,7 +22,7 @@ from dinalrm_align.shapes.scene import CAPTION_WORDS
 
 
 def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
-    """A byte-pair tokenizer in which every word of `words` is one token; other text falls back to single bytes."""
+    """Return a byte-pair tokenizer with one token for each of `words`; other text is split into single bytes."""
     characters = list(bytes_to_unicode().values())
     vocabulary = characters + [character + "</w>" for character in characters]
     merges: list[tuple[str, str]] = []
@@ -38,7 +38,7 @@ def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Byte-pair encoding of one word: repeatedly apply the earliest merge that fits."""
+    """Tokenise one word by byte-pair encoding: apply the earliest possible merge until none is possible."""
     rank = {merge: index for index, merge in enumerate(merges)}
     while True:
         pairs = [(rank.get(pair, len(merges)), index) for index, pair in enumerate(zip(pieces, pieces[1:]))]
@@ -49,7 +49,7 @@ def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]
 
 
 def t5_tokenizer(words: list[str], length: int) -> T5TokenizerFast:
-    """A unigram tokenizer in which every word of `words` is one token; other text falls back to characters."""
+    """Return a unigram tokenizer with one token for each of `words`; other text is split into characters."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     known = [("\u2581" + word, -1.0) for word in words]
     characters = [("\u2581", -10.0), *((chr(code), -12.0) for code in range(33, 127))]
@@ -57,7 +57,7 @@ def t5_tokenizer(words: list[str], length: int) -> T5TokenizerFast:
 
 
 def build_pipeline(config: StackConfig, seed: int = 0) -> StableDiffusion3Pipeline:
-    """A StableDiffusion3Pipeline of the given sizes, with random weights from `seed`."""
+    """Build a StableDiffusion3Pipeline of the given sizes, with random weights drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first_tokenizer, second_tokenizer = (clip_tokenizer(CAPTION_WORDS, config.text_length) for _ in range(2))

@@ -1,1 +1,1 @@
-"""What an alignment run costs with a latent reward and with a pixel one: counted without weights, measured on CUDA."""
+"""Memory and FLOPs of alignment with latent and with pixel rewards: counted without weights, or measured on CUDA."""

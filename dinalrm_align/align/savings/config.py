@@ -1,8 +1,8 @@
-"""Settings of `recipes/savings.py`, the cases that it counts, and the published sizes of the networks. Torch-free.
+"""Settings of `recipes/savings.py`, the configurations it counts, and the networks' published sizes. Imports no torch.
 
-Sizes are those of each config.json: Stable Diffusion 3.5 Medium (stabilityai/stable-diffusion-3.5-medium), DiNa-LRM on
-its first 12 blocks (liuhuohuo/DiNa-LRM-SD35M-12layers), PickScore's CLIP ViT-H/14 (yuvalkirstain/PickScore_v1) and
-HPSv3's Qwen2-VL-7B (MizzenAI/HPSv3 over Qwen/Qwen2-VL-7B-Instruct).
+The sizes are those in each model's config.json: Stable Diffusion 3.5 Medium (stabilityai/stable-diffusion-3.5-medium),
+DiNa-LRM on its first 12 blocks (liuhuohuo/DiNa-LRM-SD35M-12layers), PickScore's CLIP ViT-H/14
+(yuvalkirstain/PickScore_v1) and HPSv3's Qwen2-VL-7B (MizzenAI/HPSv3 over Qwen/Qwen2-VL-7B-Instruct).
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ class SavingsRun:
 
     Args:
         size: height and width of the images in pixels, a multiple of 16 from 64 to 6144.
-        batch: samples in one update, or scored at once.
+        batch: samples per update, and samples scored at once.
         text_length: T5 tokens per prompt, 1 to 512, in addition to CLIP's 77.
-        levels: noise levels of the latent reward's ensemble, 1 to 8.
-        economies: also count one ReFL update under each memory-saving option.
-        workers: processes that count; each takes one core and about 1 GB.
-        measure: also run every case on this machine's CUDA GPU, with random weights.
-        warmup: unmeasured runs of each case, with measure.
-        repeats: measured runs of each case, with measure; the median is reported.
-        output_dir: receives savings.md, savings.json and savings.png.
+        levels: number of noise levels at which the latent reward scores a sample, 1 to 8.
+        economies: also count one ReFL update with each memory-saving option.
+        workers: number of processes that count in parallel; each takes one core and about 1 GB.
+        measure: also run every configuration on this machine's CUDA GPU, with random weights.
+        warmup: unmeasured runs of each configuration, with measure.
+        repeats: measured runs of each configuration, with measure; the median time is reported.
+        output_dir: folder for savings.md, savings.json and savings.png.
     """
 
     size: int = 1024
@@ -56,7 +56,7 @@ class SavingsRun:
 
 REWARDS = ("dinalrm", "pickscore", "hpsv3")
 ROLLOUT_STEPS = (30, 39)
-"""First and last gradient step of ReFL on SD3.5 Medium (recipes/refl_sd35.yaml): as many guided steps come before."""
+"""Range, ends included, of the number of guided steps before ReFL's gradient step (recipes/refl_sd35.yaml)."""
 WORK = {
     "score": "score latents, no gradient",
     "gradient": "score latents, gradient to the latents",
@@ -75,14 +75,17 @@ WORK = {
 
 @dataclass(frozen=True)
 class Case:
-    """One workload with one reward, and the options under which it runs.
+    """One configuration whose cost is counted: a reward, a workload, and memory options.
 
     Args:
-        work: a key of `WORK`.
-        policy_checkpointing, reward_checkpointing: recompute blocks in the backward pass.
-        merged: the reward has its own copy of its blocks with the LoRA merged, instead of sharing the policy's.
-        base_quant, reward_quant: quantisation of the base model's blocks and of HPSv3's.
-        decode_slice: images decoded at a time.
+        work: workload, a key of `WORK`.
+        size, batch, text_length, levels: as in `SavingsRun`.
+        policy_checkpointing: recompute the policy's blocks in the backward pass (gradient checkpointing).
+        reward_checkpointing: recompute the blocks of the reward and of the VAE decoder.
+        merged: the latent reward has its own copy of the blocks with its LoRA merged, instead of sharing the policy's.
+        base_quant: quantisation of the base model's blocks.
+        reward_quant: quantisation of HPSv3's blocks.
+        decode_slice: images that the VAE decodes at a time; None for the whole batch.
     """
 
     reward: Literal["dinalrm", "pickscore", "hpsv3"] = "dinalrm"
@@ -106,7 +109,7 @@ class Case:
 
     @property
     def kept(self) -> "Case":
-        """The same case without recomputation."""
+        """The same configuration without gradient checkpointing."""
         return self.but(policy_checkpointing=False, reward_checkpointing=False)
 
     @property
@@ -123,7 +126,7 @@ class Case:
 
 
 def parts(base: Case) -> list[Case]:
-    """Each network alone, without recomputation."""
+    """Return configurations that run one network each, without gradient checkpointing."""
     plain = base.kept
     works = ("policy_forward", "policy_gradient", "vae_encode", "vae_decode", "vae_gradient", "score", "gradient")
     pixel = [plain.but(reward=reward, work=work) for reward in REWARDS[1:] for work in ("pixels", "pixels_gradient")]
@@ -131,14 +134,18 @@ def parts(base: Case) -> list[Case]:
 
 
 def scenarios(base: Case) -> list[Case]:
-    """Every reward with every workload; "gradient" and "refl" without and with recomputation."""
+    """Return a configuration for every reward and each of "score", "gradient", "refl" and "grpo"; for "gradient" and
+    "refl" both without and with gradient checkpointing.
+    """
     both = [(work, case) for work in ("gradient", "refl") for case in (base.kept, base)]
     variants = [("score", base), *both, ("grpo", base)]
     return [case.but(reward=reward, work=work) for work, case in variants for reward in REWARDS]
 
 
 def economies(base: Case) -> dict[str, Case]:
-    """The gradient part of a ReFL update with the latent reward, and with HPSv3, with one option changed, by name."""
+    """Return ReFL updates (gradient part only) that show what each memory option saves, keyed by their row in the
+    report. The latent reward's defaults come first, then the same with one option changed; HPSv3's follow likewise.
+    """
     refl, hpsv3, more = base.but(work="refl"), base.but(work="refl", reward="hpsv3"), 4 * base.batch
     return {
         "as above, latent reward": refl,
@@ -156,7 +163,7 @@ def economies(base: Case) -> dict[str, Case]:
 
 
 def all_cases(run: SavingsRun) -> list[Case]:
-    """Every case once, the costly ones first, so that workers finish together."""
+    """Return every configuration of the report once. The slow ones come first, so that all workers finish together."""
     base = run.base
     found = [*scenarios(base), *parts(base), *(economies(base).values() if run.economies else [])]
     return sorted(dict.fromkeys(found), key=lambda case: (not case.trains, case.batch == base.batch))
@@ -164,12 +171,14 @@ def all_cases(run: SavingsRun) -> list[Case]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Networks of an alignment run.
+    """The networks of an alignment run.
 
     Args:
-        transformer, vae, clip, qwen: arguments of SD3Transformer2DModel, AutoencoderKL, CLIPConfig and Qwen2VLConfig.
-        qwen_tokens, qwen_pixels: length of HPSv3's chat, and pixels of the image in it.
-        clip_tokens: CLIP's part of the text tokens, before T5's.
+        transformer, vae, clip, qwen: arguments of the class or config class of the network.
+        qwen_tokens: tokens of an HPSv3 prompt, image tokens included.
+        qwen_pixels: pixels of the image in an HPSv3 prompt.
+        clip_tokens: text tokens from CLIP, which precede T5's.
+        vae_factor: downsampling of the VAE.
     """
 
     transformer: Mapping[str, Any]
@@ -209,7 +218,7 @@ FULL = Architecture(
             eos_token_id=49407,
         ),
     ),
-    qwen=dict(  # the vocabulary is HPSv3's: Qwen2-VL's and the reward token as the last
+    qwen=dict(  # HPSv3's vocabulary is Qwen2-VL's plus the reward token, which is last
         text_config=dict(
             hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
             num_key_value_heads=4, vocab_size=151658, max_position_embeddings=32768,

@@ -1,11 +1,13 @@
-"""The cost of a case: counted on fake tensors (no weights, no GPU), or measured with random weights.
+"""The cost of a workload: counted on fake tensors (no weights, no GPU), or measured with random weights on CUDA.
 
-Counted bytes are live storages at the peak (`cost.LiveStorage`), without workspaces inside operators and allocator
-fragmentation. Operations have two conventions. F2: two per multiply-accumulate of matrix products, convolutions and
-attention as executed, including recomputed blocks and the scores that flash attention recomputes in its backward pass
-(2.5 times its forward). M0: multiply-accumulates without attention, as tools commonly used in papers report.
+Counted bytes are the live tensor storages at the peak (`LiveStorage`). They exclude workspaces inside operators and
+fragmentation of the allocator. Operations are counted in two conventions:
 
-Measured bytes are those of the CUDA caching allocator, and time is the median between CUDA events after warm-up.
+- F2: FLOPs of matrix products, convolutions and attention, two per multiply-accumulate. Recomputed blocks count, and so
+  do the scores that flash attention recomputes in its backward pass (2.5 times its forward).
+- M0: multiply-accumulates without attention, as tools commonly used in papers report.
+
+Measured bytes are those of the CUDA caching allocator. Measured time is the median between CUDA events after warm-up.
 """
 
 import multiprocessing
@@ -30,7 +32,7 @@ from dinalrm_align.align.savings.workloads import build_networks, workload_of
 from dinalrm_align.train.cost import CPU_ATTENTION, LiveStorage, tensors_among
 
 FLASH_BACKWARD, MATH_BACKWARD = 2.5, 2.0
-"""FLOPs of attention's backward pass over its forward: with recomputed scores, and with stored scores."""
+"""FLOPs of attention's backward pass divided by its forward pass's: with recomputed scores, and with stored scores."""
 MATRIX, MATRIX_REPEATS = 8192, 20
 NOT_MEASURED = "quantised weights are counted, not measured"
 aten = torch.ops.aten
@@ -38,12 +40,12 @@ FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, f
 
 
 class FakeFloats(TorchDispatchMode):
-    """A mode in which floating-point tensors have shape, dtype and device but no storage: `with fake.active(): ...`.
+    """A dispatch mode in which floating-point tensors have no storage: `with fake.active(): ...`.
 
-    They are torch's FakeTensor on a fake CPU, whose fused attention saves as much for the backward pass as the GPU's
-    flash attention; the meta device would materialise the score matrix. Integer tensors, masks made of them and
-    literals are real, so that code may index and branch on tokens and grids. Reading a number off a fake tensor
-    returns a value that passes checks: True, 0 or 1.0.
+    They are torch's FakeTensor on the CPU. There, fused attention saves as much for the backward pass as flash
+    attention on a GPU; on the meta device it would store the score matrix. Integer tensors and masks made from them are
+    real, so that code can branch on tokens and index with them. Reading a number from a fake tensor (`item()`) returns
+    True, 0 or 1.0, depending on its dtype.
     """
 
     def __init__(self) -> None:
@@ -56,7 +58,7 @@ class FakeFloats(TorchDispatchMode):
             yield
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """A fake tensor of the same shape and dtype; real zeros for integers, except packed weights (8 bits)."""
+        """Return a fake tensor of the same shape and dtype, or real zeros for integers (except packed 8-bit weights)."""
         if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.int8):
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
         with self.fake:
@@ -92,7 +94,7 @@ def _makes_integers(func: Any, dtype: torch.dtype | None) -> bool:
 
 
 def _mask_as_indices(index: Tensor | None) -> Iterable[Tensor | None]:
-    """A real boolean mask as integer indices, as indexing converts it."""
+    """Return a real boolean mask as the integer indices that it selects, any other index unchanged."""
     if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
         return [index]
     with _disable_current_modes():
@@ -101,8 +103,14 @@ def _mask_as_indices(index: Tensor | None) -> Iterable[Tensor | None]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Counted bytes of the weights on the device, the optimiser's moments and the peak above both; operations f2, f2 if
-    attention stored its scores, m0, and attention's part of f2.
+    """Counted cost of one run of a workload. f2 and m0 follow this module's conventions F2 and M0.
+
+    Args:
+        weights: bytes of the weights on the device.
+        state: bytes of the optimiser's moments.
+        activations: bytes at the peak in addition to weights and state.
+        f2_kept: f2 if attention stored its scores for the backward pass.
+        attention: FLOPs of attention, included in f2.
     """
 
     weights: int
@@ -119,7 +127,7 @@ class Cost:
 
 
 class OperationCounter(LiveStorage):
-    """Tracks live storages and counts operations by operator, in half the time of torch's own counter."""
+    """A LiveStorage that also counts FLOPs by operator, in half the time of torch's FlopCounterMode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +145,7 @@ class OperationCounter(LiveStorage):
         return result
 
     def totals(self) -> dict[str, int]:
-        """f2, f2_kept, m0 and attention so far."""
+        """Return the counts so far, keyed by the fields of Cost: f2, f2_kept, m0 and attention."""
         attention = {name: count for name, count in self.operations.items() if "scaled_dot_product" in name}
         backward = sum(count for name, count in attention.items() if "backward" in name)
         recomputed = round(backward * (1 - MATH_BACKWARD / FLASH_BACKWARD))
@@ -146,7 +154,7 @@ class OperationCounter(LiveStorage):
 
 
 def count(case: Case, architecture: Architecture) -> Cost:
-    """Count one run of the case's workload; for updates, one after the first."""
+    """Count one run of the configuration's workload. Training updates start with AdamW's moments already allocated."""
     fake = FakeFloats()
     networks = build_networks(architecture, case, fake.empty_like)
     counter = OperationCounter()
@@ -162,7 +170,7 @@ def count(case: Case, architecture: Architecture) -> Cost:
 
 
 def count_all(cases: Sequence[Case], *, workers: int) -> dict[Case, Cost]:
-    """Count every case in `workers` processes."""
+    """Count every configuration at full size (`FULL`) on `workers` processes. Returns configuration -> cost."""
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(count, case, FULL): case for case in cases}
         done = tqdm(as_completed(futures), total=len(futures), desc="counted", dynamic_ncols=True)
@@ -171,7 +179,7 @@ def count_all(cases: Sequence[Case], *, workers: int) -> dict[Case, Cost]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Measured bytes at the peak, including weights, and reserved by the allocator; median milliseconds."""
+    """Bytes at the peak, allocated (`memory`, with weights) and `reserved` by the allocator; median milliseconds."""
 
     memory: int
     reserved: int
@@ -182,8 +190,8 @@ class Measured:
 
 
 def measure(case: Case, architecture: Architecture, *, warmup: int, repeats: int) -> Measured:
-    """Run the case's workload with random weights on the CUDA GPU `warmup` times, then measure it `repeats` times.
-    Raises ValueError for quantised weights, which are counted with stand-ins and have no kernels here.
+    """Run the workload with random weights on the CUDA GPU: `warmup` times, then `repeats` times measured. Raises
+    ValueError for quantised weights, because their stand-ins can only be counted.
     """
     if case.quantised:
         raise ValueError(NOT_MEASURED)
@@ -201,7 +209,7 @@ def measure(case: Case, architecture: Architecture, *, warmup: int, repeats: int
 
 
 def measure_all(cases: Sequence[Case], *, warmup: int, repeats: int) -> dict[Case, Measured | str]:
-    """Measure every case; the reason for those that cannot run: out of memory, or quantised weights."""
+    """Measure every configuration at full size. Returns configuration -> measurement, or why it could not be run."""
     found: dict[Case, Measured | str] = {}
     for case in tqdm(cases, desc="measured", dynamic_ncols=True):
         try:
@@ -227,7 +235,7 @@ def _timed(run: Callable[[], object], repeats: int) -> Measured:
 
 
 def matrix_rate() -> float:
-    """TFLOP/s of a product of two bfloat16 matrices of 8192 x 8192, an upper bound for networks on the CUDA GPU."""
+    """Measure the TFLOP/s of an 8192 x 8192 bfloat16 matrix product on the CUDA GPU, an upper bound for networks."""
     left, right = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     for _ in range(3):
         left @ right

@@ -1,4 +1,4 @@
-"""savings.md, savings.json and savings.png; the Markdown tables are padded for reading in a terminal."""
+"""Contents of savings.md, savings.json and savings.png. Markdown tables are padded for reading in a terminal."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -36,17 +36,20 @@ def percent_saved(part: float, whole: float) -> float:
 
 
 def rollout_operations(base: Case, costs: Costs) -> float:
-    """F2 of the mean rollout before ReFL's gradient step: guided steps are two forward passes of the policy."""
+    """Return the mean F2 of ReFL's rollout before the gradient step: two policy forward passes per guided step."""
     return 2 * sum(ROLLOUT_STEPS) / 2 * costs[base.kept.but(work="policy_forward")].f2
 
 
 def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
-    """DiNa-LRM's published savings against HPSv3 (arXiv 2602.11146), by name: the paper's and those counted here
-    against HPSv3 and PickScore, in percent.
+    """Return what DiNa-LRM saves against pixel rewards, in percent: quantity -> source -> saving.
 
-    Memory is that of the gradient part of a ReFL update without recomputation. Reward FLOPs are those of scoring,
-    including the VAE's decoder for pixel rewards; optimisation FLOPs add one policy forward pass, the reading closest
-    to the paper's numbers. "executed" is the whole gradient part, with backward passes.
+    The source "paper" is the published saving against HPSv3 (arXiv 2602.11146). The sources "hpsv3" and "pickscore" are
+    the savings counted here against these rewards. The quantities:
+
+    - memory: the peak in the gradient part of a ReFL update, without gradient checkpointing.
+    - reward FLOPs: scoring, including the VAE's decoder for pixel rewards.
+    - optimisation FLOPs: scoring and one forward pass of the policy. This reading is closest to the paper's number.
+    - optimisation FLOPs, executed: the whole gradient part, with backward passes.
     """
     plain = base.kept
     policy, rollout = costs[plain.but(work="policy_forward")].f2, rollout_operations(base, costs)
@@ -68,7 +71,7 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
 
 
 def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: float | None) -> str:
-    """savings.md. runs, card, rate: measurements, the GPU's name and its TFLOP/s, where measured."""
+    """Return the text of savings.md. card, rate: name and `matrix_rate` of the GPU that was measured."""
     explained = "\n".join(f"- {name}: {WORK[name]}" for name in ("score", "gradient", "refl", "grpo"))
     sections = [
         ("Savings of a latent reward", conventions(run)),
@@ -85,7 +88,7 @@ def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: fl
 
 
 def to_json(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: float | None) -> dict[str, Any]:
-    """savings.json: everything, in bytes and operations."""
+    """Return the content of savings.json: settings, savings, and the cost of every configuration."""
     rows = []
     for case, cost in costs.items():
         rows.append({"case": asdict(case), "counted": asdict(cost) | {"memory": cost.memory}})
@@ -118,7 +121,7 @@ def parts_table(run: SavingsRun, costs: Costs) -> str:
 
 
 def scenarios_table(run: SavingsRun, costs: Costs) -> str:
-    """Cost of each scenario, and what the latent reward saves against pixel rewards, in percent of memory and F2."""
+    """Return a table of the cost of each scenario, and of what the latent reward saves in memory and F2, in percent."""
     rows = []
     for case in config.scenarios(run.base):
         cost, saved = costs[case], ["", ""]
@@ -137,7 +140,7 @@ def scenarios_table(run: SavingsRun, costs: Costs) -> str:
 
 
 def rollout_table(run: SavingsRun, costs: Costs) -> str:
-    """F2 of the gradient part of a ReFL update, and of the whole update with the rollout before it."""
+    """Return a table of the F2 of a ReFL update: its gradient part, and the whole with the rollout before it."""
     base, rows = run.base, []
     rollout = rollout_operations(base, costs)
     for case in (base.kept, base):
@@ -177,7 +180,7 @@ def economies_table(run: SavingsRun, costs: Costs) -> str:
 
 
 def measured_table(costs: Costs, runs: Runs, rate: float | None) -> str:
-    """Counted beside measured. rate: TFLOP/s of a large matrix product on the same device."""
+    """Return a table of counted and measured cost side by side. rate: the GPU's `matrix_rate` in TFLOP/s."""
     defaults, rows = {field.name: field.default for field in fields(Case)}, []
     for case, found in runs.items():
         shown = {"work": case.work, "reward": case.reward}
@@ -205,7 +208,9 @@ def _operations(cost: Cost) -> list[str]:
 
 
 def stacks(run: SavingsRun, costs: Costs) -> tuple[dict, dict, dict]:
-    """Parts of a ReFL update's gradient part by reward: GiB with recomputation, GiB without, and TFLOP (F2)."""
+    """Return the bars of `draw`: GiB with gradient checkpointing, GiB without it, and TFLOP (F2), for the gradient part
+    of a ReFL update. Each is a mapping reward -> part (in MEMORY or OPERATIONS) -> number.
+    """
     base, plain = run.base, run.base.kept
     own = costs[plain.but(work="policy_forward")].weights / GIB
     recomputed, kept, operations = {}, {}, {}
@@ -223,7 +228,7 @@ def stacks(run: SavingsRun, costs: Costs) -> tuple[dict, dict, dict]:
 
 
 def draw(run: SavingsRun, costs: Costs, path: Path) -> None:
-    """savings.png: memory and operations of the gradient part of one ReFL update, stacked, latent beside pixel."""
+    """Draw savings.png: memory and operations of the gradient part of one ReFL update, as stacked bars by reward."""
     recomputed, plain, operations = stacks(run, costs)
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -237,7 +242,7 @@ def draw(run: SavingsRun, costs: Costs, path: Path) -> None:
 
 
 def _bars(axis: Axes, stacked: dict, title: str, shown: str, top: float | None) -> None:
-    """A stacked bar per reward, annotated with its height and what the latent reward saves against it."""
+    """Draw a stacked bar per reward. Annotate its height and, for pixel rewards, what the latent reward saves."""
     latent = sum(stacked["dinalrm"].values())
     floors = dict.fromkeys(stacked, 0.0)
     for name in next(iter(stacked.values())):

@@ -1,8 +1,8 @@
-"""The networks of a case and the workload that runs on them.
+"""The networks of a configuration (`Case`), and the workload that runs on them.
 
-Networks are diffusers' and transformers' classes, built from their configs without weights, under this package's policy
-and rewards; workloads call the recipes' own code. Only what reads files is replaced: text encoders by embeddings of the
-right size (recipes cache them before training) and tokenizers by as many tokens as the real ones produce.
+Networks are diffusers' and transformers' classes, built from their configs without weights, and wrapped in this
+package's policy and rewards. Workloads call the recipes' own code. Text encoders are replaced by random embeddings of
+the right shape (recipes cache embeddings before training), and tokenizers by ones that return as many tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -35,11 +35,11 @@ from dinalrm_align.train.config import OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.state import adamw
 
-REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)  # an ensemble of n levels takes the first n
+REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)  # noise levels; an ensemble of n takes the first n
 
 
 class CachedText:
-    """Replaces a PromptEncoder: random embeddings of the right shapes."""
+    """A replacement for PromptEncoder that returns random embeddings of the right shapes."""
 
     def __init__(self, architecture: Architecture, case: Case, device: torch.device) -> None:
         self.text_length, self.device, self.dtype = case.text_length, device, DTYPES[case.dtype]
@@ -52,7 +52,7 @@ class CachedText:
 
 
 class ClipTokens:
-    """Replaces CLIP's tokenizer: every prompt has the maximum length."""
+    """A replacement for CLIP's tokenizer that returns the maximum length for every prompt. end: id of the end token."""
 
     def __init__(self, end: int) -> None:
         self.end = end
@@ -64,7 +64,7 @@ class ClipTokens:
 
 
 class QwenTokens:
-    """Replaces Qwen2-VL's tokenizer with HPSv3's reward token: a chat of `count` tokens with its image."""
+    """A replacement for HPSv3's tokenizer: prompts have `count` tokens, including the image's and the reward token."""
 
     def __init__(self, count: int, image: int, reward: int) -> None:
         self.count, self.ids = count, {IMAGE_TOKEN: image, REWARD_TOKEN: reward}
@@ -78,7 +78,7 @@ class QwenTokens:
 
 
 def replace_tensors(modules: Iterable[nn.Module], make: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
-    """Replace every parameter and buffer by make(tensor), shared ones once; return the new tensors by the old ids."""
+    """Replace every parameter and buffer by make(tensor), shared ones once. Returns id(old tensor) -> new tensor."""
     holders = [held for module in modules for part in module.modules() for held in (part._parameters, part._buffers)]
     slots = [(held, name, tensor) for held in holders for name, tensor in held.items() if tensor is not None]
     made: dict[int, Tensor] = {}
@@ -106,11 +106,11 @@ class _UnpackedLinear(torch.autograd.Function):
 
 
 class PackedLinear(nn.Linear):
-    """A meta-device stand-in for bitsandbytes' frozen linear layers, with as many bytes and the same operations.
+    """A replacement for bitsandbytes' frozen linear layers, with as many bytes and the same operations.
 
-    The layer keeps its packed weight and unpacks it into the input's dtype in each forward and backward pass. "nf4":
-    4 bits and one float32 scale per block of 64 weights. "int8": 8 bits and one float32 scale per row; the 8-bit
-    product is counted in the input's dtype.
+    It unpacks its weight into the input's dtype in each forward and backward pass. "nf4" has 4 bits per weight and a
+    float32 scale per 64 weights. "int8" has 8 bits per weight and a float32 scale per row; its 8-bit product is counted
+    in the input's dtype.
     """
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
@@ -127,7 +127,7 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linears(module: nn.Module, kind: str) -> None:
-    """Replace every nn.Linear below `module` by a `PackedLinear`."""
+    """Replace every nn.Linear inside `module` by a `PackedLinear`."""
     for name, linear in [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]:
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, PackedLinear(linear, kind))
@@ -135,7 +135,7 @@ def pack_linears(module: nn.Module, kind: str) -> None:
 
 @dataclass
 class Networks:
-    """The networks of a case, frozen but for the policy's LoRA; `modules` are on the device as the workload runs."""
+    """The networks of a configuration, frozen except the policy's LoRA. modules: those on the device."""
 
     case: Case
     architecture: Architecture
@@ -164,7 +164,7 @@ class Networks:
         return Conditions(self.prompts, *CachedText(self.architecture, self.case, self.device)(self.prompts))
 
     def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers on the device; shared ones count once."""
+        """Return the bytes of all parameters and buffers on the device. Shared tensors count once."""
         tensors = {id(t): t for module in self.modules for t in (*module.parameters(), *module.buffers())}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -172,7 +172,7 @@ class Networks:
 def build_networks(
     architecture: Architecture, case: Case, make: Callable[[Tensor], Tensor], device: torch.device | str = "cpu"
 ) -> Networks:
-    """Build a case's networks on the meta device, then replace each meta tensor by make(tensor) on `device`."""
+    """Build the networks that a configuration needs on the meta device, then replace each tensor by make(tensor)."""
     device, dtype = torch.device(device), DTYPES[case.dtype]
     needs_policy = case.trains or case.work.startswith("policy")
     needs_reward = case.trains or case.work in ("score", "gradient", "pixels", "pixels_gradient")
@@ -210,7 +210,7 @@ def build_networks(
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast and freeze; nn.Module.to, because diffusers' own method warns about cases that do not apply here."""
+    """Cast and freeze a module. nn.Module.to is called because diffusers' own method warns without need here."""
     return nn.Module.to(module, dtype).requires_grad_(False)
 
 
@@ -239,7 +239,7 @@ def _reward(
 
 
 def workload_of(networks: Networks) -> tuple[Callable[[], None], Callable[[], object]]:
-    """Two functions: one creates the state that persists between updates, AdamW's moments; one runs the workload."""
+    """Return two functions: one creates AdamW's moments, which persist between updates; one runs the workload once."""
     case, reward, policy = networks.case, networks.reward, networks.policy
     sigma = list(REWARD_SIGMAS[: case.levels])
 
@@ -292,14 +292,14 @@ def _sampler(networks: Networks, sigmas: list[float]) -> Sampler:
 
 
 def _refl_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
-    """ReFL's loss with the gradient step, without the rollout before it."""
+    """Return a function that computes ReFL's loss in the gradient step, without the rollout before it."""
     config = ReflConfig(batch_size=networks.case.batch, earliest=1.0, reward_sigma=sigma)
     method = Refl(_sampler(networks, [1.0, 0.0]), networks.reward, config)
     return lambda: method.step(method.batch_at(0))[0]
 
 
 def _grpo_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
-    """Flow-GRPO's loss of one trained step, after a rollout of two steps and its scores."""
+    """Return a function that rolls out two steps, scores the samples, and computes Flow-GRPO's loss of the first."""
     batch = networks.case.batch
     config = GrpoConfig(
         groups=1, group_size=max(2, batch), sample_batch=batch, window="all", window_range=None, shared_start=False,

@@ -1,1 +1,1 @@
-"""Comparison of alignment runs: paired gains with intervals, cost, figures and a page."""
+"""Comparison of alignment runs: gains with confidence intervals, cost, figures, and a page in HTML and Markdown."""

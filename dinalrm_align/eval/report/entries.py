@@ -1,7 +1,8 @@
 """Alignment runs, read from their folders, and entries of a comparison: runs that differ only in their seed.
 
-Gains are over the base model and paired sample by sample, so runs are comparable only if they were evaluated with the
-same model, prompts, noise and sampler as the first run. Of other runs only cost and KL are shown.
+A gain is the difference of a score from the base model's, paired sample by sample. Gains are comparable only between
+runs that were evaluated with the same model, prompts, noise and sampler as the first run. For other runs, only cost and
+KL are shown.
 """
 
 import re
@@ -26,20 +27,23 @@ DASHES = ("-", "--", ":", "-.")
 NOT_NAMED = re.compile(
     r"(seed|output_dir|eval_prompts|resume|device|tracker|profile_every|(watch|evaluation)\..*|.*\.(keep_last|checkpoint_every))"
 )
-"""Settings in which runs of one entry may differ."""
+"""Pattern of the settings in which runs of one entry may differ."""
 MARKS = ("metrics.jsonl", "config.yaml")  # files that every run writes at its start
 AVERAGES = {"seconds": (np.median, np.mean), "gflops": (np.mean, np.mean), "memory_mib": (np.max, np.max)}
-"""Kind of cost -> how it is averaged over updates, and then over runs."""
+"""Kind of cost -> how to average it over updates, and then over runs."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: the rows of metrics.jsonl, recipe and reward (kind), and the settings of config.yaml.
+    """One alignment run, read from its folder.
 
     Args:
+        rows: rows of metrics.jsonl.
         terms: evaluation settings: model, prompts, noise seed, sampler.
-        scores: update -> "gold", "proxy" (the training reward) and "gold/NAME" (further evaluators) -> (N,) scores of
-            the held-out samples.
+        scores: scores of the held-out samples, update -> evaluator -> (N,). Evaluators are "gold" (the held-out score),
+            "proxy" (the training reward) and "gold/NAME" (further ones).
+        kind: recipe and reward.
+        settings: config.yaml, flattened to dotted names.
     """
 
     folder: Path
@@ -52,7 +56,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """Raises FileNotFoundError for a missing file, ValueError for a run without an evaluation of the base model."""
+        """Read a run. Raises FileNotFoundError for a missing file, ValueError if the base model was not evaluated."""
         rows = read_metrics(folder / "metrics.jsonl")
         evaluated = [int(row["step"]) for row in rows if "gold" in row]
         if not evaluated or evaluated[0] != 0:
@@ -61,7 +65,7 @@ class Run:
         scores = {step: {name: np.array(one[name]) for name in _score_names(one)} for step, one in found.items()}
         config = read_yaml(folder / "config.yaml", "config")
         check_integer(f"{folder / 'config.yaml'}: seed", config.get("seed"))
-        # summary.json names the recipe of a finished run, the last checkpoint that of an unfinished one
+        # a finished run names its recipe in summary.json, an unfinished one in its last checkpoint
         summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
         checkpoint = latest_checkpoint(folder)
         identity = read_json(checkpoint / "state.json").get("identity", {}) if checkpoint else {}
@@ -71,13 +75,15 @@ class Run:
         return cls(folder, config["seed"], rows, terms, scores, f"{recipe} {reward}", flat(config))
 
     def gain(self, name: str, step: int) -> np.ndarray:
-        """(C,) gain over the base model per caption: gold in its own unit, others in the base model's s.d."""
+        """Return the gain per caption, (C,): gold in its own unit, other scores in the base model's standard
+        deviations.
+        """
         before, after = self.scores[0][name], self.scores[step][name]
         unit = 1.0 if name == "gold" else float(before.std()) or 1.0
         return by_caption((after - before) / unit, self.terms["prompts"])
 
     def seconds(self) -> np.ndarray:
-        """(updates,) seconds of each update without evaluations; profiled updates count as the median of the others."""
+        """Return seconds per update, without evaluations: (updates,). Profiled updates get the median of the others."""
         updates = [row for row in self.rows if "elapsed" in row]
         took = np.diff([0.0, *(row["elapsed"] for row in updates)])
         plain = np.array([any(name.startswith("seconds/") for name in row) for row in updates], dtype=bool)
@@ -85,28 +91,29 @@ class Run:
 
     @cached_property
     def clock(self) -> np.ndarray:
-        """(updates + 1,) seconds of training after 0, 1, ... updates."""
+        """Seconds of training after 0, 1, ... updates: (updates + 1,)."""
         return np.concatenate([[0.0], np.cumsum(self.seconds())])
 
     @property
     def alarm(self) -> int | None:
+        """The first update with a hacking alarm, or None."""
         return next((int(step) for step, value in zip(*series(self.rows, "hacking")) if value), None)
 
 
 def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric, where it was recorded."""
+    """Return the steps at which a metric was recorded, and its values there."""
     found = [(row["step"], row[name]) for row in rows if name in row]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def phases_of(runs: Sequence[Run], kind: str) -> list[str]:
-    """Names of the phases for which a run recorded `kind`/phase, in order of appearance."""
+    """Return the phases for which any of the runs recorded a kind of cost, in order of appearance."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
     return [name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")]
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
-    """Scores of one evaluation and its settings; ValueError unless there is a finite number per sample."""
+    """Read an evaluation file. Raises ValueError unless every score has one finite number per prompt."""
     found = read_json(path)
     prompts = found["terms"].get("prompts") if isinstance(found.get("terms"), dict) else None
     if not isinstance(prompts, list):
@@ -126,7 +133,9 @@ def _score_names(evaluation: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """Runs that differ only in their seed, with a label each. incomparable: why gains are not comparable, or empty."""
+    """Runs that differ only in their seed: one line in figures and tables. labels: a name for each run. incomparable:
+    why the gains are not comparable with the first run's, or empty.
+    """
 
     name: str
     runs: tuple[Run, ...]
@@ -136,7 +145,7 @@ class Entry:
     incomparable: str = ""
 
     def single_runs(self) -> "list[Entry]":
-        """An entry per run, named by its label."""
+        """Return an entry for each run, named by its label."""
         return [replace(self, name=label, runs=(run,), labels=(label,)) for run, label in zip(self.runs, self.labels)]
 
     @property
@@ -145,7 +154,7 @@ class Entry:
 
     @property
     def steps(self) -> list[int]:
-        """Updates at which every run was evaluated; 0 is the first."""
+        """Updates at which every run was evaluated, sorted; the first is 0."""
         return sorted(set.intersection(*(set(run.scores) for run in self.runs)))
 
     @property
@@ -154,14 +163,16 @@ class Entry:
         return max(self.steps, key=lambda step: self.gain("gold", step).mean)
 
     def gain(self, name: str, step: int) -> Interval:
-        """Mean gain with its interval over seeds and captions, see `Run.gain`."""
+        """Return the gain (see `Run.gain`) averaged over runs and captions, with its interval."""
         return seeds_by_captions(np.stack([run.gain(name, step) for run in self.runs]))
 
     def has(self, name: str) -> bool:
         return all(name in scores for run in self.runs for scores in run.scores.values())
 
     def at(self, clock: str, steps: Sequence[float], run: Run | None = None) -> list[float]:
-        """Updates -> updates, mean seconds of training ("time") or TFLOPs ("flops"), of all runs or of one."""
+        """Convert updates to a horizontal axis of `figures.CLOCKS`. Seconds are the mean over all runs, or those of
+        `run`.
+        """
         if clock == "updates":
             return list(steps)
         if clock == "flops":
@@ -171,11 +182,11 @@ class Entry:
 
     @property
     def teraflops(self) -> float:
-        """TFLOPs of an update, all phases; 0 where no update was profiled."""
+        """TFLOPs of one update, summed over phases; 0 if no update was profiled."""
         return sum(self.cost("gflops").values()) / 1000
 
     def cost(self, kind: str) -> dict[str, float]:
-        """A kind of cost in AVERAGES by phase, where measured."""
+        """Return the average cost of an update: phase -> cost, for measured phases. kind: a key of AVERAGES."""
         over_updates, over_runs = AVERAGES[kind]
         costs = {}
         for phase in phases_of(self.runs, kind):
@@ -187,10 +198,11 @@ class Entry:
 def read_entries(
     folders: Sequence[Path], groups: Mapping[str, Sequence[Path]] | None = None
 ) -> tuple[list[Entry], list[str]]:
-    """Entries of the runs in `folders`, by recipe, reward and settings, and of `groups`: name -> runs, one per seed.
+    """Read the runs in `folders` and group them into entries by recipe, reward and settings. `groups` are further
+    entries: name -> folders of the runs, one per seed.
 
-    Returns the entries and notes about runs that are skipped or not comparable. Raises ValueError when there is no run,
-    or a group names a folder without a run or a seed twice.
+    Returns the entries, and notes about runs that are skipped or not comparable. Raises ValueError if there is no run,
+    or if a group has a folder without a run or two runs with the same seed.
     """
     folders = [folder for folder in folders if not folder.is_file()]  # runs/* matches logs and images too
     empty = _without_run(folders)
@@ -223,7 +235,7 @@ def read_entries(
 
 
 def difference(first: Entry, second: Entry, steps: tuple[int, int]) -> Interval | None:
-    """Gold gain of `first` at its step minus that of `second` at its own, over shared seeds; None without any."""
+    """Subtract gold gains, `first` at update steps[0] less `second` at steps[1]. Returns None without a shared seed."""
     others = {run.seed: run for run in second.runs}
     shared = [(run, others[run.seed]) for run in first.runs if run.seed in others]
     rows = [run.gain("gold", steps[0]) - other.gain("gold", steps[1]) for run, other in shared]
@@ -245,8 +257,9 @@ def _read_group(name: str, folders: Sequence[Path]) -> list[tuple[Run, str]]:
 
 
 def _names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """Entry name and label of every run. An entry is named by recipe and reward, and where needed by the settings that
-    differ (more than three: by the folder of its first run). A label adds the seed, and the folder if labels collide.
+    """Return the entry name and the label of every run. The name is recipe and reward, followed by the settings that
+    differ between runs of this recipe and reward, or by the folder of the entry's first run if more than three differ.
+    The label adds the seed. Runs with equal labels get their folder appended to both.
     """
     names, folders = [], {}
     for run in runs:
@@ -269,7 +282,7 @@ def _text(value: object) -> str:
 
 
 def _incomparable(run: Run, first: Run) -> str:
-    """Why the gains of a run are not comparable with the first one's; empty if they are."""
+    """Return why the gains of a run are not comparable with those of the first run, or an empty string if they are."""
     names = dict.fromkeys([*run.terms, *first.terms])
     changed = [name for name in names if name != "shown" and run.terms.get(name) != first.terms.get(name)]
     if changed:

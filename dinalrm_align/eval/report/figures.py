@@ -15,7 +15,7 @@ from dinalrm_align.train.files import save_figure
 from dinalrm_align.train.metrics import read_metrics
 
 CLOCKS = {"updates": "update", "time": "seconds of training", "flops": "TFLOPs of training, all phases"}
-"""Horizontal axes of curves, and their labels."""
+"""Horizontal axis of curves -> its label."""
 GAINS = {"gold": "gold: gain over the base model", "proxy": "reward: gain in s.d. of the base model"}
 METRICS = {
     "kl": "KL in training, as each recipe defines it", "drift": "held out: velocity KL to the reference",
@@ -23,11 +23,11 @@ METRICS = {
 }  # fmt: skip
 COSTS = {"seconds": "seconds", "gflops": "GFLOPs", "memory_mib": "peak MiB above the weights"}
 SIZE = (5.4, 3.9)
-"""Inches of a figure: small, so that its text stays legible on a narrow page."""
+"""Width and height of a figure in inches: small, so that its text stays legible on a narrow page."""
 
 
 def plot_run(folder: Path) -> Path:
-    """Write curves.png of one run: held-out and training scores, hacking alarm, KL, drift, seconds and memory."""
+    """Write curves.png to a run's folder: scores, hacking alarm, KL, drift, seconds and memory. Returns its path."""
     rows = read_metrics(folder / "metrics.jsonl")
     run = Run(folder, 0, rows, {}, {})
     figure = Figure(figsize=(13, 6.5))
@@ -61,7 +61,7 @@ def plot_run(folder: Path) -> Path:
 
 
 def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
-    """Write the figures of every quantity that some run recorded: quantity -> horizontal axis ("" for bars) -> PNG."""
+    """Draw all quantities that any run recorded. Returns quantity -> axis in CLOCKS ("" for bars) -> PNG path."""
     comparable = [entry for entry in entries if not entry.incomparable]
     scores = dict.fromkeys(["gold", "proxy", *(name for entry in comparable for name in entry.runs[0].scores[0])])
     runs = [run for entry in entries for run in entry.runs]
@@ -90,8 +90,8 @@ def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def images_of(entries: Sequence[Entry], shown: int) -> tuple[list[str], list[tuple[str, np.ndarray, list[float]]]]:
-    """Prompts, and columns of the grid (title, images (N, H, W, 3) uint8, gold scores): the base model, then each run
-    after its last evaluation.
+    """Return the content of the image grid: prompts, and columns for the base model and for each run's last evaluation.
+    A column is (title, images (N, H, W, 3) uint8, gold scores).
     """
     singles = [single for entry in entries if not entry.incomparable for single in entry.single_runs()]
     shown = min([shown, *(single.runs[0].terms["shown"] for single in singles)])
@@ -107,7 +107,7 @@ def images_of(entries: Sequence[Entry], shown: int) -> tuple[list[str], list[tup
 
 
 def draw_images(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray, list[float]]], path: Path) -> None:
-    """Write one PNG: a row per prompt, a column per run."""
+    """Write the grid of `images_of` as a PNG: a row per prompt, a column per run."""
     _, height, width, _ = columns[0][1].shape
     gap = max(2, width // 32)
     cells = [np.pad(strip, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for _, strip, _ in columns]
@@ -130,7 +130,9 @@ def draw_images(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray,
 
 
 def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> None:
-    """Draw the gain of a score by entry: mean and interval, thin lines for several runs, a cross at hacking alarms."""
+    """Draw each entry's gain in a score: its mean as a line, its interval as a band, each of several runs as a thin
+    line, and a cross at each run's hacking alarm.
+    """
     for entry in entries:
         for run in entry.runs if len(entry.runs) > 1 else []:
             steps = sorted(run.scores)
@@ -150,7 +152,7 @@ def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> No
 
 
 def _draw_lines(entries: Sequence[Entry], panels: dict[str, str], clock: str, path: Path, title: str = "") -> Path:
-    """Metrics of every run that recorded them. panels: metric -> title of its axis, two axes in a row."""
+    """Draw metrics of every run that recorded them. panels: metric -> title of its panel."""
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(SIZE[0], 1.9 * rows + 0.7) if title else SIZE, layout="constrained")
     axes = figure.subplots(rows, 2 if title else 1, squeeze=False).flatten()
@@ -172,7 +174,7 @@ def _draw_lines(entries: Sequence[Entry], panels: dict[str, str], clock: str, pa
 
 
 def _draw_costs(entries: Sequence[Entry], kinds: Sequence[str], path: Path) -> Path:
-    """Bars: the cost of an update by phase, one panel per kind of cost."""
+    """Draw the cost of an update by phase as bars, one panel per kind of cost."""
     figure = Figure(figsize=(3.6 * len(kinds), SIZE[1]), layout="constrained")
     width = 0.8 / len(entries)
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False).flatten(), kinds):
@@ -199,7 +201,7 @@ def _finish_axis(axis: Axes, title: str, clock: str) -> None:
 
 
 def save_with_legend(figure: Figure, path: Path) -> Path:
-    """Save the figure with one legend below all axes."""
+    """Save the figure with one legend below all panels. Returns the path."""
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
     layout = dict(loc="outside lower center", ncols=max(1, min(3, 66 // max(map(len, handles)))))
     figure.legend(handles.values(), handles.keys(), **layout, fontsize=8, frameon=False)

@@ -1,8 +1,8 @@
 """Confidence intervals of a mean over seeds and captions.
 
-Every seed is evaluated on the same captions, so a table of differences (or gains) has one row per seed and one column
-per caption: two crossed random effects. Samples of one caption are correlated, and so are those of one seed; an
-interval that treats all S x C cells as independent would be far too narrow.
+Every seed is evaluated on the same captions, so gains (or their differences) form a table with one row per seed and one
+column per caption. Seeds and captions are crossed random effects: values of one row are correlated, and so are values
+of one column. An interval that treats all S x C values as independent would be far too narrow.
 """
 
 import math
@@ -17,7 +17,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % confidence interval [low, high]; with one seed, it covers other captions only."""
+    """A mean with its 95 % confidence interval [low, high]. With one seed, it ignores variation between seeds."""
 
     mean: float
     low: float
@@ -35,14 +35,14 @@ class Interval:
 
 
 def seeds_by_captions(differences: np.ndarray) -> Interval:
-    """The mean of differences (S, C), seeds by captions, with its 95 % confidence interval.
+    """Return the mean of differences (S, C), seeds by captions, with its 95 % confidence interval.
 
-    Seeds and captions are crossed random effects. The variance of the grand mean is estimated as a + b with
-    a = Var(seed means) / S and b = Var(caption means) / C (sample variances), which counts the residual's share twice.
-    The half-width is sqrt(t_{S-1}^2 a + t_{C-1}^2 b) with Student's t (Banerjee, Sankhya 22, 1960); the coverage is at
-    least 95 % for any ratio of the two. Satterthwaite's degrees of freedom give narrower intervals with less coverage:
-    92.5 % at three seeds and 87 % at two, where seeds differ as much as captions. With S = 1 only b is used.
-    Raises ValueError for fewer than one seed or two captions, or a value that is not finite.
+    Seeds and captions are crossed random effects. The variance of the mean is estimated as a + b with
+    a = Var(seed means) / S and b = Var(caption means) / C (sample variances). This counts the residual variance twice.
+    The half-width is sqrt(t_{S-1}^2 a + t_{C-1}^2 b) with quantiles of Student's t (Banerjee, Sankhya 22, 1960). The
+    coverage is at least 95 % for any ratio of a to b. Satterthwaite's degrees of freedom give narrower intervals that
+    cover less: 92.5 % at three seeds and 87 % at two, if seeds differ as much as captions. With S = 1, only b is used.
+    Raises ValueError for fewer than one seed or two captions, or for a value that is not finite.
     """
     table = np.asarray(differences, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:
@@ -60,12 +60,12 @@ def seeds_by_captions(differences: np.ndarray) -> Interval:
 
 
 def by_caption(values: Sequence[float] | np.ndarray, captions: Sequence[str] | np.ndarray) -> np.ndarray:
-    """Values (N,) of samples with their captions (N,) -> one value per caption (C,), captions in sorted order.
+    """Average values of samples (N,) by their captions (N,). Returns (C,), one value per caption in sorted order.
 
-    With equally many samples per caption this is the mean of each caption's samples. Otherwise captions are weighted by
-    their count n_c: m + (n_c / mean n)(m_c - m), where m is the mean of all samples and m_c that of the caption. The
-    mean of the result is then the mean of the samples, and its standard error over captions is that of a linearised
-    ratio estimator (cluster-robust). Raises ValueError when the lengths differ or there is no sample.
+    If all captions have equally many samples, each value is the mean of the caption's samples. Otherwise it is
+    m + (n_c / mean n)(m_c - m): m is the mean of all samples, m_c the mean of the caption's samples, n_c their count.
+    The mean of the result is then m, and its standard error over captions is that of a linearised ratio estimator
+    (cluster-robust). Raises ValueError if the lengths differ or there is no sample.
     """
     samples, names = np.asarray(values, dtype=np.float64), np.asarray(captions)
     if samples.ndim != 1 or samples.shape != names.shape or not len(samples):

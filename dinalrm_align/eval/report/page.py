@@ -1,4 +1,4 @@
-"""The page of `recipes/compare_runs.py`: one HTML file without scripts and with embedded images, and Markdown."""
+"""The page of `recipes/compare_runs.py`: an HTML file with embedded images and no scripts, and a Markdown file."""
 
 import base64
 import io
@@ -74,7 +74,7 @@ tbody th { font-weight: 500; }
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; the first column names the row."""
+    """A table of text cells. The first cell of a row is its name."""
 
     title: str
     head: Sequence[str]
@@ -91,7 +91,7 @@ def tables_of(entries: Sequence[Entry]) -> list[Table]:
 
 
 def run_table(entries: Sequence[Entry]) -> Table:
-    """Final numbers of every run, gains with the 95 % interval over captions."""
+    """Return a table of the final numbers of every run. Gains have the 95 % interval over captions."""
     singles = [single for entry in entries for single in entry.single_runs()]
     drifts = any("drift" in row for single in singles for row in single.runs[0].rows)
     head = ["run", "updates", "gold gain, last [95 %]", "gold gain, best (update)", "reward gain, s.d."]
@@ -116,7 +116,7 @@ def run_table(entries: Sequence[Entry]) -> Table:
 
 
 def seed_table(entries: Sequence[Entry]) -> Table:
-    """Means over seeds with the 95 % interval over seeds and captions, for entries of several runs."""
+    """Return a table of means over seeds with 95 % intervals over seeds and captions, for entries of several runs."""
     rows = []
     for entry in entries:
         last, best = entry.steps[-1], entry.best_step
@@ -130,7 +130,7 @@ def seed_table(entries: Sequence[Entry]) -> Table:
 
 
 def difference_table(entries: Sequence[Entry]) -> Table:
-    """Differences of gold gain between entries, paired by seed and caption, for entries that share a seed."""
+    """Return a table of differences in gold gain between entries that share a seed, paired by seed and caption."""
     rows = []
     for first, second in combinations(entries, 2):
         common = max(set(first.steps) & set(second.steps))
@@ -143,7 +143,7 @@ def difference_table(entries: Sequence[Entry]) -> Table:
 
 
 def cost_table(entries: Sequence[Entry]) -> Table:
-    """Cost of an update by phase: see `Entry.cost`."""
+    """Return a table of the cost of an update by phase, see `Entry.cost`."""
     rows = []
     for kind, unit in figures.COSTS.items():
         title = unit if kind == "memory_mib" else f"{unit} of an update"
@@ -157,7 +157,7 @@ def cost_table(entries: Sequence[Entry]) -> Table:
 
 
 def write(config: CompareRun) -> tuple[Path, list[str]]:
-    """Write index.html, compare.md and their PNGs to `config.output_dir`; return the page and `read_entries`' notes."""
+    """Write index.html, compare.md and PNGs to `config.output_dir`. Returns the path of index.html, and notes."""
     groups = {name: [Path(folder) for folder in runs] for name, runs in config.group.items()}
     entries, notes = read_entries([Path(folder) for folder in config.runs], groups)
     folder, title, tables = Path(config.output_dir), config.title, tables_of(entries)
@@ -197,7 +197,7 @@ def write(config: CompareRun) -> tuple[Path, list[str]]:
 
 
 def _html_table(shown: Table, kind: str = "") -> str:
-    """A table whose cells are text, or images if its kind is "grid"."""
+    """Return a table in HTML. Cells are escaped, except in tables of kind "grid", whose cells are HTML."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in shown.head)
     body = ""
     for name, *cells in shown.rows:
@@ -209,7 +209,7 @@ def _html_table(shown: Table, kind: str = "") -> str:
 
 
 def _image(pixels: np.ndarray, alt: str) -> str:
-    """(H, W, 3) uint8 -> an img element with embedded pixels, at most LARGEST on a side."""
+    """Return an img element with the embedded image (H, W, 3) uint8, downscaled to at most LARGEST pixels a side."""
     image = Image.fromarray(pixels)
     kind = ' class="small"' if max(image.size) <= 128 else ""
     image.thumbnail((LARGEST, LARGEST))
