@@ -114,7 +114,7 @@ def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, floa
 
 
 def _slots(scene: Scene | None) -> list[int]:
-    """Return the class of each slot: number of items; shape, colour, size of three items; relation; background."""
+    """Return one class per slot: number of items; shape, colour and size of three items; relation; background."""
     if scene is None:
         return [0] * len(SLOT_CLASSES)
     slots = [len(scene.items)]
@@ -126,9 +126,9 @@ def _slots(scene: Scene | None) -> list[int]:
 
 
 def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
-    """Train the three text encoders in place: linear heads on their outputs predict the caption's `_slots`. One head
-    reads every T5 token, one the last token of both CLIP towers, one the pooled embedding. This replaces the web-scale
-    pretraining of SD3's encoders.
+    """Train the three text encoders in place: linear heads on their outputs predict the caption's attributes, see
+    `_slots`. One head reads every T5 token, one the last token of both CLIP towers, one the pooled embedding. This
+    replaces the web-scale pretraining of SD3's encoders.
     """
     stack, length = config.stack, config.stack.text_length
     towers = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]

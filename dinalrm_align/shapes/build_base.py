@@ -1,8 +1,8 @@
 """Training of the base model: the small SD3 transformer from which alignment starts.
 
-The loss is that of rectified flow with v = noise - x0 (SD3, arXiv 2403.03206), plus an auxiliary layout loss: a linear
-head on the middle block's image tokens predicts where each shape is. Muon trains the matrices of the blocks, AdamW all
-other parameters.
+The rectified-flow loss on v = noise - x0 (SD3, arXiv 2403.03206) is joined by an auxiliary layout loss: a linear head
+on the middle block's image tokens predicts where each shape is. Muon trains the matrices of the blocks, AdamW all other
+parameters.
 """
 
 import json

@@ -180,7 +180,7 @@ def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield captions with two renders (2, 3, size, size) that differ in the concept, the higher score first."""
+    """Yield captions with two renders (2, 3, size, size) that differ in the concept. The first has the higher score."""
     while True:
         scene = draw_scenes(1, rng, held_out=True)[0]
         if concept not in concepts_of(scene):

@@ -62,8 +62,8 @@ def draw_nuisance(rng: np.random.Generator) -> Nuisance:
 
 
 def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
-    """Draw the objects' radii, within their size classes, and positions, which satisfy the scene's relation. All
-    objects are moved from the centre by the nuisance's offset, and shrunk if they do not fit.
+    """Place a scene's objects at random: radii within their size classes, positions that satisfy the relation. The
+    whole group is shifted from the centre by the nuisance's offset, and shrunk if it does not fit.
     """
     marks = [Mark(item.shape, item.colour, 0.0, 0.0, rng.uniform(*RADII[item.size])) for item in scene.items]
     extents = [mark.radius * HALF_EXTENT[mark.shape] for mark in marks]
@@ -126,7 +126,7 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return the concepts that an image of this scene can get wrong: all, but "relation" only for two objects."""
+    """Return the CONCEPTS that can be spoiled in an image of this scene; "relation" only if it has one."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 

@@ -143,8 +143,8 @@ def scenarios(base: Case) -> list[Case]:
 
 
 def economies(base: Case) -> dict[str, Case]:
-    """Return ReFL updates (gradient part only) that show what each memory option saves, keyed by their row in the
-    report. The latent reward's defaults come first, then the same with one option changed; HPSv3's follow likewise.
+    """Return configurations of a ReFL update's gradient part, one per memory option, keyed by their row in the report.
+    The latent reward's defaults come first, then the same with one option changed; HPSv3's follow likewise.
     """
     refl, hpsv3, more = base.but(work="refl"), base.but(work="refl", reward="hpsv3"), 4 * base.batch
     return {
@@ -174,7 +174,7 @@ class Architecture:
     """The networks of an alignment run.
 
     Args:
-        transformer, vae, clip, qwen: arguments of the class or config class of the network.
+        transformer, vae, clip, qwen: keyword arguments of each network's diffusers class or transformers config.
         qwen_tokens: tokens of an HPSv3 prompt, image tokens included.
         qwen_pixels: pixels of the image in an HPSv3 prompt.
         clip_tokens: text tokens from CLIP, which precede T5's.

@@ -32,7 +32,7 @@ from dinalrm_align.align.savings.workloads import build_networks, workload_of
 from dinalrm_align.train.cost import CPU_ATTENTION, LiveStorage, tensors_among
 
 FLASH_BACKWARD, MATH_BACKWARD = 2.5, 2.0
-"""FLOPs of attention's backward pass divided by its forward pass's: with recomputed scores, and with stored scores."""
+"""FLOPs of attention's backward pass / FLOPs of its forward pass. FLASH recomputes the scores, MATH stores them."""
 MATRIX, MATRIX_REPEATS = 8192, 20
 NOT_MEASURED = "quantised weights are counted, not measured"
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ class FakeFloats(TorchDispatchMode):
             yield
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """Return a fake tensor of the same shape and dtype, or real zeros for integers (except packed 8-bit weights)."""
+        """Return a fake tensor of the same shape and dtype, or real zeros for integers (unless packed 8-bit weights)."""
         if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.int8):
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
         with self.fake:
@@ -179,7 +179,7 @@ def count_all(cases: Sequence[Case], *, workers: int) -> dict[Case, Cost]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes at the peak, allocated (`memory`, with weights) and `reserved` by the allocator; median milliseconds."""
+    """Peak bytes allocated (`memory`, with weights), peak bytes `reserved` by the allocator, median milliseconds."""
 
     memory: int
     reserved: int

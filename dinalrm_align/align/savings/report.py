@@ -71,7 +71,7 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
 
 
 def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: float | None) -> str:
-    """Return the text of savings.md. card, rate: name and `matrix_rate` of the GPU that was measured."""
+    """Return the text of savings.md. card: name of the measured GPU, if any. rate: its `matrix_rate`."""
     explained = "\n".join(f"- {name}: {WORK[name]}" for name in ("score", "gradient", "refl", "grpo"))
     sections = [
         ("Savings of a latent reward", conventions(run)),

@@ -1,8 +1,8 @@
 """Alignment runs, read from their folders, and entries of a comparison: runs that differ only in their seed.
 
-A gain is the difference of a score from the base model's, paired sample by sample. Gains are comparable only between
-runs that were evaluated with the same model, prompts, noise and sampler as the first run. For other runs, only cost and
-KL are shown.
+A gain is a score minus the base model's score of the same held-out sample. Gains are comparable only between runs that
+were evaluated with the same model, prompts, noise and sampler as the first run. For other runs, only cost and KL are
+shown.
 """
 
 import re
@@ -75,9 +75,7 @@ class Run:
         return cls(folder, config["seed"], rows, terms, scores, f"{recipe} {reward}", flat(config))
 
     def gain(self, name: str, step: int) -> np.ndarray:
-        """Return the gain per caption, (C,): gold in its own unit, other scores in the base model's standard
-        deviations.
-        """
+        """Return the gain per caption, (C,): gold in its own unit, others in the base model's standard deviation."""
         before, after = self.scores[0][name], self.scores[step][name]
         unit = 1.0 if name == "gold" else float(before.std()) or 1.0
         return by_caption((after - before) / unit, self.terms["prompts"])
@@ -107,7 +105,7 @@ def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float],
 
 
 def phases_of(runs: Sequence[Run], kind: str) -> list[str]:
-    """Return the phases for which any of the runs recorded a kind of cost, in order of appearance."""
+    """Return the phases of which any run recorded this kind of cost (a key of AVERAGES), in order of appearance."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
     return [name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")]
 
@@ -134,7 +132,7 @@ def _score_names(evaluation: dict[str, Any]) -> list[str]:
 @dataclass(frozen=True)
 class Entry:
     """Runs that differ only in their seed: one line in figures and tables. labels: a name for each run. incomparable:
-    why the gains are not comparable with the first run's, or empty.
+    why the gains cannot be compared with the first run's gains, or empty.
     """
 
     name: str
@@ -170,9 +168,7 @@ class Entry:
         return all(name in scores for run in self.runs for scores in run.scores.values())
 
     def at(self, clock: str, steps: Sequence[float], run: Run | None = None) -> list[float]:
-        """Convert updates to a horizontal axis of `figures.CLOCKS`. Seconds are the mean over all runs, or those of
-        `run`.
-        """
+        """Convert updates to a horizontal axis of `figures.CLOCKS`. Seconds are means over all runs, or of `run`."""
         if clock == "updates":
             return list(steps)
         if clock == "flops":
@@ -235,7 +231,9 @@ def read_entries(
 
 
 def difference(first: Entry, second: Entry, steps: tuple[int, int]) -> Interval | None:
-    """Subtract gold gains, `first` at update steps[0] less `second` at steps[1]. Returns None without a shared seed."""
+    """Return the gold gain of `first` at update steps[0] minus the gold gain of `second` at update steps[1]. Only seeds
+    that both have are used. Returns None if there are none.
+    """
     others = {run.seed: run for run in second.runs}
     shared = [(run, others[run.seed]) for run in first.runs if run.seed in others]
     rows = [run.gain("gold", steps[0]) - other.gain("gold", steps[1]) for run, other in shared]
@@ -282,7 +280,7 @@ def _text(value: object) -> str:
 
 
 def _incomparable(run: Run, first: Run) -> str:
-    """Return why the gains of a run are not comparable with those of the first run, or an empty string if they are."""
+    """Return why a run's gains cannot be compared with the first run's gains, or an empty string if they can."""
     names = dict.fromkeys([*run.terms, *first.terms])
     changed = [name for name in names if name != "shown" and run.terms.get(name) != first.terms.get(name)]
     if changed:

@@ -64,8 +64,8 @@ def by_caption(values: Sequence[float] | np.ndarray, captions: Sequence[str] | n
 
     If all captions have equally many samples, each value is the mean of the caption's samples. Otherwise it is
     m + (n_c / mean n)(m_c - m): m is the mean of all samples, m_c the mean of the caption's samples, n_c their count.
-    The mean of the result is then m, and its standard error over captions is that of a linearised ratio estimator
-    (cluster-robust). Raises ValueError if the lengths differ or there is no sample.
+    The mean of the result is then m, and its standard error over captions equals the (cluster-robust) standard error of
+    a linearised ratio estimator. Raises ValueError if the lengths differ or there is no sample.
     """
     samples, names = np.asarray(values, dtype=np.float64), np.asarray(captions)
     if samples.ndim != 1 or samples.shape != names.shape or not len(samples):

@@ -157,7 +157,9 @@ def cost_table(entries: Sequence[Entry]) -> Table:
 
 
 def write(config: CompareRun) -> tuple[Path, list[str]]:
-    """Write index.html, compare.md and PNGs to `config.output_dir`. Returns the path of index.html, and notes."""
+    """Write index.html, compare.md and PNGs to `config.output_dir`. Returns index.html's path and `read_entries`'
+    notes.
+    """
     groups = {name: [Path(folder) for folder in runs] for name, runs in config.group.items()}
     entries, notes = read_entries([Path(folder) for folder in config.runs], groups)
     folder, title, tables = Path(config.output_dir), config.title, tables_of(entries)
