@@ -38,7 +38,7 @@ def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Tokenise one word by byte-pair encoding: apply the earliest possible merge until none is possible."""
+    """Tokenise one word by byte-pair encoding: apply the earliest rule in `merges` that fits until none does."""
     rank = {merge: index for index, merge in enumerate(merges)}
     while True:
         pairs = [(rank.get(pair, len(merges)), index) for index, pair in enumerate(zip(pieces, pieces[1:]))]

@@ -2,7 +2,7 @@
 
 The sizes are those in each model's config.json: Stable Diffusion 3.5 Medium (stabilityai/stable-diffusion-3.5-medium),
 DiNa-LRM on its first 12 blocks (liuhuohuo/DiNa-LRM-SD35M-12layers), PickScore's CLIP ViT-H/14
-(yuvalkirstain/PickScore_v1) and HPSv3's Qwen2-VL-7B (MizzenAI/HPSv3 over Qwen/Qwen2-VL-7B-Instruct).
+(yuvalkirstain/PickScore_v1) and HPSv3's Qwen2-VL-7B (MizzenAI/HPSv3 on Qwen/Qwen2-VL-7B-Instruct).
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ class SavingsRun:
         economies: also count one ReFL update with each memory-saving option.
         workers: number of processes that count in parallel; each takes one core and about 1 GB.
         measure: also run every configuration on this machine's CUDA GPU, with random weights.
-        warmup: unmeasured runs of each configuration, with measure.
-        repeats: measured runs of each configuration, with measure; the median time is reported.
+        warmup: unmeasured runs of each configuration, if measure is set.
+        repeats: measured runs of each configuration, if measure is set; the median time is reported.
         output_dir: folder for savings.md, savings.json and savings.png.
     """
 

@@ -58,7 +58,7 @@ class FakeFloats(TorchDispatchMode):
             yield
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """Return a fake tensor of the same shape and dtype, or real zeros for integers (unless packed 8-bit weights)."""
+        """Return a fake tensor of the same shape and dtype, or real zeros for bool and integers above 8 bits."""
         if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.int8):
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
         with self.fake:
