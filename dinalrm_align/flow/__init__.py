@@ -1,1 +1,1 @@
-""""""
+"""Rectified flow: adding noise, schedules of noise levels, ODE and SDE steps."""

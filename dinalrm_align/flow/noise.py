@@ -74,7 +74,7 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def denoised(x_sigma: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """Return x0 = x_sigma - sigma velocity, the one-step estimate of clean latents: (B, C, H, W), float32."""
+    """Return x_sigma - sigma velocity, one-step estimate of clean latents: (B, C, H, W), float32, differentiable."""
     check_latents("x_sigma", x_sigma)
     check_latents("velocity", velocity, like=x_sigma)
     return x_sigma.float() - expand_sigma(sigma, x_sigma) * velocity.float()
@@ -122,7 +122,7 @@ def uniform(n: int, *, generator: torch.Generator) -> Tensor:
 
 
 def logit_normal(n: int, *, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Draw n values sigma = sigmoid(N(mean, std^2)), mostly near 1/2 (arXiv 2403.03206, equation 19)."""
+    """Draw n values sigma = sigmoid(N(mean, std^2)), by default centred at 1/2 (arXiv 2403.03206, equation 19)."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=generator.device))
 
 

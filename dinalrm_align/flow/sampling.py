@@ -75,8 +75,7 @@ def ode_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float)
 def rollout(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Integrate the flow with Euler steps from sigmas[0] to sigmas[-1], differentiably.
 
-    Takes latents (B, C, H, W) at sigmas[0] and returns them at sigmas[-1], float32. Raises ValueError unless `sigmas`
-    fall.
+    Takes latents (B, C, H, W) at sigmas[0], returns them at sigmas[-1], float32. ValueError unless `sigmas` fall.
     """
     steps = list(itertools.pairwise(sigmas))
     if not sigmas or not all(sigma > sigma_next for sigma, sigma_next in steps):

@@ -1,7 +1,8 @@
 """Stochastic steps of a flow: the normal distribution of the next latents, a sample, its log-probability.
 
-A step goes from latents x at noise level sigma to x' at sigma' < sigma. Let v be the velocity, Delta = sigma' - sigma <
-0, x0 = x - sigma v (the clean estimate) and x1 = x + (1 - sigma) v (the noise estimate). Then x' = mean + std noise:
+A step goes from latents x at noise level sigma to x' at a lower level sigma'. With the velocity v, the clean estimate
+is x0 = x - sigma v, the noise estimate is x1 = x + (1 - sigma) v, and Delta = sigma' - sigma. Then x' = mean + std
+noise:
 
     flow_sde    mean = x + v Delta + s^2 Delta x1 / (2 sigma)   s = a sqrt(sigma / (1 - sigma)), std = s sqrt(-Delta)
                 Flow-GRPO, arXiv 2505.05470. At sigma = 1, where s is infinite, 1 - sigma in s is replaced by

@@ -50,7 +50,7 @@ def save_before_after(
 def _save_cells(
     cells: Sequence[np.ndarray], captions: Sequence[str], path: Path, title: str, columns: int, width: int, letters: int
 ) -> None:
-    """Save a PNG grid. width: width of a cell, in units of CELL_INCHES. letters: letters per line of a caption."""
+    """Save a PNG grid. width: of a cell, in units of CELL_INCHES. letters: characters per line of a caption."""
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
     figure = Figure(figsize=(columns * CELL_INCHES * width, rows * CELL_INCHES * 1.35 + (0.4 if title else 0)))

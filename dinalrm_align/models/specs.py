@@ -103,9 +103,9 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
     """Return the model for `--model name`, and a message: which model, why, and how to get the other one.
 
     The name "auto" selects sd35 if its weights are complete in the local cache or if the hub grants access within
-    `HUB_SECONDS`, otherwise shapes. With HF_HUB_OFFLINE the hub is not asked. Other names have no fallback: a key of
-    `MODELS`, a pipeline folder, the folder of an embedded world (`pipeline/`, `dinalrm/`, `pixel/`, as written by
-    `recipes/build_shapes.py`) or a hub id.
+    `HUB_SECONDS`, otherwise shapes. With HF_HUB_OFFLINE the hub is not asked. Any other name is used without fallback:
+    a key of `MODELS`, a hub id, a pipeline folder, or a folder with `pipeline/` and its own rewards `dinalrm/` and
+    `pixel/` (an embedded world, as written by `recipes/build_shapes.py`).
     """
     if name == "auto":
         return _choose()
@@ -215,7 +215,7 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
-    """Return the model in an embedded-world folder or a pipeline folder (with sd35's rewards), and a message."""
+    """Return the model in an embedded-world folder or (with sd35's rewards) in a pipeline folder, and a message."""
     base, world = MODELS["sd35"], path / "pipeline"
     if not world.is_dir():
         _check_pipeline(path)

@@ -98,7 +98,7 @@ class Conditions:
         return cls(prompts, *embeds.pop(encoder.text_length), encoder.text_length, embeds)
 
     def for_length(self, text_length: int) -> Embeds:
-        """Return the embeddings of `text_length` T5 tokens, or of unknown length; ValueError if there are none."""
+        """Return the embeddings with `text_length` T5 tokens, or with an unknown number; ValueError if none fit."""
         if text_length in self.other_lengths:
             return self.other_lengths[text_length]
         if self.text_length not in (None, text_length):
@@ -124,7 +124,7 @@ class Conditions:
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """Return the `count` prompts of Conditions, a list or one string; ValueError for another number or no text."""
+    """Return the prompts in `text` as a list; raise ValueError unless there are `count`, or if it has no text."""
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):

@@ -57,7 +57,7 @@ def fetch(
 
 
 def find_file(source: str | Path, name: str, *, what: str = "weights", **hub: Unpack[HubOptions]) -> Path:
-    """Return the path of the file `name` in a folder or repository, or `source` itself if it is a file."""
+    """Return the path of the file `name` in a folder or repository, or `source` itself if that is a file."""
     if isinstance(source, str | Path) and str(source) and Path(source).is_file():
         return Path(source)
     check_source(what, source, **hub)
@@ -136,7 +136,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise ValueError, naming the file `where`, unless both have the same names, shapes and floating tensors."""
+    """Raise ValueError, naming the file `where`, unless names, shapes and kinds of dtype (floating or not) agree."""
     both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
     shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
     differences = {
@@ -156,7 +156,7 @@ def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: 
 
 @torch.no_grad()
 def load_tensors(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Copy `tensors` into the tensors of the same names in `target`; copy none if they do not fit (`check_fit`)."""
+    """Copy `tensors` into the tensors of the same names in `target`. Raises as `check_fit`, before any copy."""
     check_fit(target, tensors, where)
     for name, tensor in target.items():
         tensor.copy_(tensors[name])
@@ -193,8 +193,7 @@ class _StandIn:
 def read_module_tensors(path: Path) -> dict[str, Tensor]:
     """Return parameters and persistent buffers of a pickled `torch.nn.Module` by state_dict name, on the CPU.
 
-    No code that the file names is imported or called: `_StandIn` replaces its classes and functions, and torch refuses
-    some.
+    No code that the file names is imported or called: `_StandIn` replaces it, or torch refuses the file.
     """
     with reading("pickled module", path):
         named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"builtins.set"}

@@ -110,7 +110,7 @@ def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: A
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return the values in state.json; if the checkpoint is damaged, raise ValueError that names an intact one."""
+    """Return the values in a checkpoint's state.json; if it is damaged, raise ValueError naming an intact one."""
     try:
         return _read(folder)
     except ValueError as error:
@@ -223,7 +223,7 @@ def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: P
 
 
 def _check_moments(saved: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer, where: Path) -> None:
-    """Raise ValueError unless every saved moment has the shape of its parameter; keys are parameter indices."""
+    """Raise ValueError unless every moment has the shape of its parameter. saved: keyed by parameter index."""
     shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     for number, moments in saved.items():
         nested = [value for value in moments.values() if isinstance(value, Mapping)]  # in bitsandbytes' state

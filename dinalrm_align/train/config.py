@@ -45,14 +45,12 @@ class LoopConfig:
     Args:
         steps: total optimiser updates, including those before a resume.
         accumulate: micro-batches per update.
-        ema_decay: decay of the exponential moving average of the trained weights; 0 disables it. If there is an
-            average, it is evaluated and exported instead of the last weights. After k updates the decay is at most (1 +
-            k) / (10 + k).
+        ema_decay: decay of the exponential moving average of the trained weights, at most (1 + k) / (10 + k) after k
+            updates; 0 disables the average. If there is an average, it is evaluated and exported.
         ema_every: optimiser updates between two updates of the average.
         checkpoint_every: updates between two checkpoints; 0 saves only at the end and on Ctrl-C.
         keep_last: number of newest checkpoints to keep; older ones are deleted after each save.
-        timeout: minutes that a rank waits for other ranks before the run fails. Must be longer than any work that only
-            one rank does.
+        timeout: minutes that a rank waits for other ranks before the run fails; must exceed any work of a single rank.
     """
 
     steps: settings.PositiveInt = 100

@@ -238,7 +238,7 @@ def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> 
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases and duplicate keys."""
+    """SafeLoader that refuses aliases, duplicate keys and keys that are not scalars."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

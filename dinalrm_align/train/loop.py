@@ -33,7 +33,7 @@ StepOutput = tuple[Tensor, Mapping[str, float | Tensor]]
 
 
 class Method(Protocol):
-    """A training method. `count` of its batches is the number of items that the loss is averaged over."""
+    """A training method. Every batch has a `count`, the number of items that its loss is averaged over."""
 
     def batch_at(self, micro_step: int) -> Any:
         """Return the batch of micro-step `micro_step`, counted from 0 over the whole run."""
@@ -62,9 +62,9 @@ class Closures:
 class Hook:
     """A function that `fit` calls on every rank before the first update, every `every` updates and after the last.
 
-    It sees the averaged weights and returns metrics of the step, or None. every 0: no calls between the first and the
-    last. at_start: call it before the first update. at_stop: call it also when a run is stopped early; its metrics are
-    then ignored.
+    The weights are the averaged ones during the call. It returns metrics of the step, or None. every 0: only before the
+    first and after the last update. at_start: call it before the first update. at_stop: call it also when a run is
+    stopped early; its metrics are then ignored.
     """
 
     every: int

@@ -13,7 +13,7 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 
 def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
-    """Import bitsandbytes; if it is missing, raise ImportError: the setting `what` needs it, and how to install it."""
+    """Return the module bitsandbytes, needed by the setting `what`; ImportError, naming the extra, if not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -65,8 +65,7 @@ class Stateful(Protocol):
 class Ema:
     """Exponential moving average of named parameters p: mean <- d mean + (1 - d) p, initialised with p.
 
-    At update k, d = min(decay, (1 + k) / (10 + k)): d is small at first, so that the initial weights lose influence
-    fast.
+    At update k, d = min(decay, (1 + k) / (10 + k)): d is small at first, so that the initial weights fade fast.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
