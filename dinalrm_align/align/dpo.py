@@ -53,11 +53,13 @@ def diffusion_dpo_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each pair and the margin of its implicit reward, both (N,) float32.
 
+    Raises ValueError unless all velocity errors have the same shape (N,).
+
     Args:
-        chosen, rejected: (N,) velocity errors of the policy, at the SAME noise and sigma.
-        chosen_reference, rejected_reference: (N,) velocity errors of the reference, at this noise and sigma.
-        label: probability p that a rater prefers `chosen`, a float or (N,). The loss is -p log sigmoid(margin) - (1 -
-            p) log sigmoid(-margin).
+        chosen, rejected: velocity errors of the policy, at the SAME noise and sigma.
+        chosen_reference, rejected_reference: velocity errors of the reference, at this noise and sigma.
+        label: p, the probability that a rater prefers `chosen`, a float or (N,), in
+            loss = -p log sigmoid(margin) - (1 - p) log sigmoid(-margin).
     """
     shapes = {tuple(e.shape) for e in (chosen, rejected, chosen_reference, rejected_reference)}
     if len(shapes) != 1 or chosen.dim() != 1:
@@ -141,9 +143,7 @@ def dpo_step(
 
 
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
-    """Return `velocity` with other weights, which the context manager weights() sets for each call
-    (`Policy.reference`).
-    """
+    """Return `velocity` computed without gradient within the context manager weights(), which sets other weights."""
 
     def frozen(latents: Tensor, sigma: float | Tensor) -> Tensor:
         with weights():
@@ -154,7 +154,7 @@ def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextMa
 
 @dataclass
 class OfflineDpo:
-    """`batch_at` and `step` for `train.loop.fit`, on the pairs of a data set. The reference is the base model.
+    """Diffusion-DPO for `train.loop.fit`, on the pairs of a data set. The reference is the base model.
 
     Args:
         sampler: has the policy, and the negative conditions that config.loss_guidance_scale above 1 needs.
@@ -185,7 +185,7 @@ class OfflineDpo:
 
 @dataclass
 class OnlineDpo:
-    """`batch_at` and `step` for `train.loop.fit`, on the best and the worst of several samples of each prompt.
+    """Diffusion-DPO for `train.loop.fit`, on the best and the worst of several samples of each prompt.
 
     Pass this object to the run as `state`, so that checkpoints contain the refreshed reference.
 
@@ -203,7 +203,7 @@ class OnlineDpo:
         self._reference = self.sampler.policy.weights() if self.config.refresh_every else None
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within the block, the policy has the reference's weights: the base model's or those of an earlier policy."""
+        """Within the block, the policy has the reference's weights (base model or earlier policy) and no gradient."""
         policy = self.sampler.policy
         return policy.reference() if self._reference is None else policy.with_weights(self._reference)
 

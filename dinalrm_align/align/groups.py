@@ -23,9 +23,12 @@ NO_SPREAD = 1e-6
 REWARDS = 12
 """RNG stream of the reward's noise."""
 STATISTICS = ("reward", "group_variance", "reward_noise_variance", "dropped_groups", "advantage_size")
-"""A rollout's statistics, means over its samples or groups: the score; the variance of the scores within a group; the
-variance that separate noise for each sample would have added (needs two draws); the share of groups that are left out
-of the update because their scores are equal; the absolute advantage.
+"""Statistics of a rollout, means over its samples or groups:
+reward                  score
+group_variance          variance of the scores within a group
+reward_noise_variance   variance that separate noise for each sample would have added; needs two draws
+dropped_groups          share of groups that are left out of the update, because their scores are equal
+advantage_size          absolute advantage
 """
 
 ScoreParts = Callable[..., Mapping[str, Tensor]]

@@ -111,7 +111,7 @@ class GrpoBatch:
 
 @dataclass
 class Grpo:
-    """`batch_at` and `step` for `train.loop.fit`. Checkpoints save `buffer`, the current rollout.
+    """Flow-GRPO as a method for `train.loop.fit`. Checkpoints save `buffer`, the current rollout.
 
     Args:
         sampler: samples training prompts; its sigmas come from `flow.sampling.named_sigmas`.

@@ -106,7 +106,7 @@ class LpoBatch:
 
 @dataclass
 class Lpo:
-    """`batch_at` and `step` for `train.loop.fit`. Checkpoints save `buffer`, the pairs of the current rollout.
+    """LPO as a method for `train.loop.fit`. Checkpoints save `buffer`, the pairs of the current rollout.
 
     Args:
         sampler: samples training prompts; its sigmas come from `flow.sampling.named_sigmas`.

@@ -97,7 +97,7 @@ class NftBatch:
 
 @dataclass
 class Nft:
-    """`batch_at` and `step` for `train.loop.fit`. Checkpoints save the old policy and the current rollout.
+    """DiffusionNFT as a method for `train.loop.fit`. Checkpoints save the old policy and the current rollout.
 
     Args:
         sampler: samples training prompts.

@@ -40,7 +40,10 @@ STEPS, SAMPLES = 4, 5
 
 
 def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torch.Generator) -> int:
-    """Draw the first gradient step from round(earliest num_steps) ... num_steps - grad_steps; the last if empty."""
+    """Draw the first gradient step, uniform over round(earliest num_steps) ... last = num_steps - grad_steps.
+
+    If this range is empty, the step is `last`.
+    """
     last = num_steps - grad_steps
     first = min(round(earliest * num_steps), last)
     return int(torch.randint(first, last + 1, (), generator=generator))
@@ -188,7 +191,7 @@ class ReflBatch:
 
 @dataclass
 class Refl:
-    """`batch_at` and `step` for `train.loop.fit`.
+    """ReFL as a method for `train.loop.fit`: `batch_at` draws a rollout, `step` returns the loss.
 
     Args:
         sampler: samples training prompts with the policy.
@@ -232,7 +235,7 @@ class Refl:
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the loss, differentiable in the policy's LoRA, and metrics by name.
 
-        reward, anchor: mean scores. kl: velocity KL. start_sigma: noise level of batch.start. pretrain: that loss.
+        reward, anchor: mean scores. kl: velocity KL. start_sigma: level of batch.start. pretrain: pretraining loss.
         """
         config, meter = self.config, self.sampler.meter
         with meter.phase("policy"):
@@ -259,7 +262,7 @@ class Refl:
         return loss, metrics
 
     def reference_samples(self, count: int) -> tuple[Tensor, Conditions]:
-        """Return latents and conditions of base-model samples for the first `count` training prompts, or for all.
+        """Return latents and conditions of base-model samples for the first `count` training prompts (at most all).
 
         As `pretrain_data` they keep the policy near the base model if there are no images.
         """

@@ -35,7 +35,7 @@ class Resolved(Generic[Run]):
 def resolve(
     kind: type[Run], description: str, recipe: Path, argv: Sequence[str], *, gradient: bool = False
 ) -> Resolved[Run]:
-    """Return the settings of an alignment run, parsed from the command-line arguments `argv`.
+    """Return the alignment run of the command-line arguments `argv`: settings, model, folder and checkpoint.
 
     Invalid settings exit with status 2 and an error message.
 

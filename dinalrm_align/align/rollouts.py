@@ -134,7 +134,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Reuse:
-    """Plan of a rollout's reuse: epochs x minibatches updates of `accumulate` micro-steps; each at least 1."""
+    """How often a rollout is reused: for epochs x minibatches updates of `accumulate` micro-steps; each at least 1."""
 
     epochs: int
     minibatches: int
@@ -196,7 +196,7 @@ class RolloutBuffer(Generic[R]):
     Args:
         kind: the rollout's dataclass; fields are `number: int`, other integers, and tensors on the CPU.
         draw: number of a rollout -> the rollout; depends only on number, seed, weights and rank.
-        shapes: saved tensors by name -> expected shape of each tensor by name, () for integers.
+        shapes: tensors of a saved rollout by name -> their expected shapes by name, () for integers.
     """
 
     def __init__(

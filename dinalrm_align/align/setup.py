@@ -106,7 +106,7 @@ class Setup:
         guidance_scale: float | None = None,
         conditions: Conditions | None = None,
     ) -> Sampler:
-        """Return a sampler of the policy; default: training prompts, the model's sigmas and guidance scale."""
+        """Return a sampler of the policy; default: training prompts, with the model's sigmas and guidance scale."""
         spec, accelerator = self.resolved.spec, self.accelerator
         return Sampler(
             policy=self.policy,

@@ -59,7 +59,7 @@ class Comparison:
 
 
 def p_value_of_rise(values: np.ndarray) -> float:
-    """Return the one-sided p-value that the mean of values (C,) is above 0 (t-test); 0 or 1 if all are equal."""
+    """Return the one-sided p-value (t-test) for a mean of values (C,) above 0; 0 or 1 if all values are equal."""
     estimate = seeds_by_captions(values[None])
     if estimate.standard_error == 0:
         return 0.0 if estimate.mean > 0 else 1.0
@@ -71,9 +71,9 @@ def detect_hacking(
 ) -> Comparison:
     """Compare the last evaluation in `history` (update -> scores) with the one that has the best mean gold score.
 
-    Hacking is detected if, paired over captions, the rise of proxy has p <= level and the fall of gold has p <= level /
-    m. This Bonferroni correction bounds the probability of a false alarm in the whole run. It counts all m = n (n + 1)
-    / 2 pairs of the n + 1 evaluations, because the best one is chosen by its gold score.
+    There are m = n (n + 1) / 2 pairs of the n + 1 evaluations. Hacking is detected if, paired over captions, the rise
+    of proxy has p <= level and the fall of gold has p <= level / m. This Bonferroni correction bounds the probability
+    of a false alarm in the whole run. It counts all pairs, because the best evaluation is chosen by its gold score.
 
     captions: one per sample, at least two different ones. evaluations: n, not counting that of the base model.
     """
@@ -181,7 +181,7 @@ class Watch:
         return "the reward was being hacked (watch.stop_on_hacking)" if alarm else None
 
     def _keep_best(self, history: Mapping[int, Scores], step: int) -> None:
-        """Write lora_best/ if this evaluation is the best; else delete a later one, left from before a resume."""
+        """Write lora_best/ if this evaluation is the best; else delete that of a later update, from before a resume."""
         folder = self.output_dir / BEST
         saved_step = read_json(folder / NOTE)["step"] if (folder / NOTE).is_file() else -1
         if best_step(history) == step:
