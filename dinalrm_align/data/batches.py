@@ -19,9 +19,8 @@ AT_ONCE = 4
 class BatchOrder(TypedDict, total=False):
     """Batching options of a `PairSource`. A unit of a batch is one pair, or one prompt's images with all their pairs.
 
-    batch_size: units per batch.
-    seed: seed of the shuffles; default 0.
-    held_out_prompts: number of distinct prompts that are kept for `validation` and not trained on; default 0.
+    seed: seed of the shuffles; default 0. held_out_prompts: number of distinct prompts that are kept for `validation`
+    and not trained on; default 0.
     """
 
     batch_size: Required[int]
@@ -130,10 +129,8 @@ def held_out(prompts: Sequence[str], number: int) -> set[str]:
 class PairSource(ABC):
     """Preference pairs for training and validation, in batches that are pure functions of the step.
 
-    A subclass reads the units (see `BatchOrder`) by their indices.
-
-    manifest: format and encoders of the latents and text embeddings.
-    reads_files_only: whether batches may be read in background threads; False in a subclass that runs encoders.
+    Subclasses read units (see `BatchOrder`) by index. reads_files_only: whether batches may be read in background
+    threads; False if the subclass runs encoders.
     """
 
     manifest: PairManifest
@@ -156,9 +153,7 @@ class PairSource(ABC):
     ) -> None:
         """Assign the N units to buckets of one size, and split each bucket into training and held-out units.
 
-        prompts: prompt of each unit.
-        sizes: (N, k) size of each unit; None if all have the same.
-        usable: (N,) bool, False for units that are never read; None if all are usable.
+        sizes: (N, k) size of each unit; None if all have the same. usable: (N,) bool, False for units to leave out.
         blocks: (N,) block of each unit, see `ShuffledBatches`.
         """
         units = np.arange(len(prompts)) if usable is None else np.flatnonzero(usable)

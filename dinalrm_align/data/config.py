@@ -50,8 +50,7 @@ class PrepareRun:
         layout: layout of `source`; auto detects it.
         images: folder that image paths are relative to; default: the folder of `source`.
         output_dir: folder for the encoded pairs. A stopped preparation resumes there if the settings are the same.
-        model: model whose VAE and text encoders are used: shapes, sd35, or the folder or hub id of a
-            StableDiffusion3Pipeline.
+        model: shapes, sd35, or folder or hub id of a StableDiffusion3Pipeline; its VAE and text encoders are used.
         text_length: T5 tokens per prompt, as in the reward to train; default: the model's.
         buckets: sizes that images are resized to. published: the sizes of the released data; area:1024: for each
             aspect ratio the largest size within 1024 x 1024 pixels, with sides in multiples of 64; or a list such as

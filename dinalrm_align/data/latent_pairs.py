@@ -158,12 +158,9 @@ class LatentPairsWriter:
 
         Args:
             latents: (n, C, H, W), scaled.
-            prompt_embeds: (L, D).
-            pooled_prompt_embeds: (P,).
-            chosen: row in `latents` of each pair's chosen image.
-            rejected: row in `latents` of each pair's rejected image. Default: the single pair (0, 1).
+            prompt_embeds, pooled_prompt_embeds: (L, D) and (P,).
+            chosen, rejected: rows in `latents` of each pair's images; default: the single pair (0, 1).
             label: probability that a rater prefers the chosen image, for each pair; default: 1.
-            concepts: name of what the images of each pair differ in.
 
         Raises the errors of `PairBatch`, and ValueError for embeddings whose shape differs from earlier ones.
         """

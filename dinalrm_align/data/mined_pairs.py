@@ -30,13 +30,8 @@ TENSORS = (*LATENTS, *_TEXT, *(f"negative_{name}" for name in _TEXT))
 class MinedPair:
     """Two of the n images sampled for a prompt. Tensors may be on any device and of any floating dtype.
 
-    index: number of the prompt.
-    latents: (n, C, H, W), clean scaled latents of all n images.
-    scores: reward of each of the n images.
-    chosen: index of the preferred image.
-    rejected: index of the other image.
-    prompt_embeds: (L, D).
-    pooled_prompt_embeds: (P,).
+    index: number of the prompt. latents: (n, C, H, W), clean and scaled. scores: rewards of the n images.
+    chosen, rejected: indices of two of them. prompt_embeds: (L, D). pooled_prompt_embeds: (P,).
     negative: both embeddings of the empty prompt; None if they are not stored.
     """
 
@@ -66,10 +61,7 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
 
 
 def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining: Mapping[str, Any]) -> None:
-    """Write manifest.json, or check that an existing one is the same (see `begin_or_resume`).
-
-    shards: number of parquet files. mining: JSON-serialisable settings of the mining run.
-    """
+    """Write manifest.json, or check the existing one as `begin_or_resume` does. mining: JSON-serialisable settings."""
     settings = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
     begin_or_resume(folder, MANIFEST, settings)
 

@@ -143,11 +143,9 @@ class PairBatch:
 
 @dataclasses.dataclass(frozen=True)
 class WeightSample:
-    """A few values of a network's weights, to recognise the network.
+    """Sample of a network's weights, to recognise the network. source: folder or hub id of the pipeline.
 
-    source: folder or hub id of the pipeline.
-    tensors: number of weight tensors with two or more dimensions.
-    values: first value of some of these tensors.
+    tensors: number of tensors with two or more dimensions. values: first value of some of them.
     """
 
     source: str
@@ -176,8 +174,6 @@ class PairManifest:
     """Encoding settings and encoders of the latents and text embeddings of a data set.
 
     Args:
-        vae_scaling_factor: factor of the scaled latents.
-        vae_shift_factor: value subtracted before scaling.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
         encoded_with: folder of the pipeline, such as "vae" -> sample of the weights in it; may be empty.
     """
@@ -202,9 +198,8 @@ class PairManifest:
     def check_encoders(self, sample_of: Callable[[str], WeightSample | None]) -> list[str]:
         """Raise ValueError if the pairs were encoded with another VAE or text encoder than the model's.
 
-        sample_of: maps a folder of the model's pipeline to a sample of its weights, or to None if they are unavailable.
-
-        Returns the folders whose weights are unavailable, so that they could not be compared.
+        sample_of: folder of the model's pipeline -> sample of the weights in it; None if they are unavailable.
+        Returns the folders whose weights are unavailable.
         """
         unknown = []
         for name, written in self.encoded_with.items():

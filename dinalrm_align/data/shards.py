@@ -32,11 +32,7 @@ TEXT = {"prompt_embeds": 3, "pooled_prompt_embeds": 2}
 
 @dataclass(frozen=True)
 class Shard:
-    """Description of a shard in index.json.
-
-    file: name in the directory. count: rows. height, width: size of the latents (0 for text). sha256: hash of the
-    file, or "".
-    """
+    """Description of a shard in index.json. count: rows. height, width: of latents. sha256: hash of the file, or ""."""
 
     file: str
     count: PositiveInt
@@ -102,7 +98,7 @@ class RowFile:
         self._inode, self._size = found.st_ino, found.st_size  # a file replaced under this name has another inode
 
     def read(self, name: str, first: int, count: int = 1) -> Tensor:
-        """Return rows `first` to `first + count` (exclusive) of the tensor `name`, as a view of the mapped file.
+        """Return `count` rows of the tensor `name` from row `first`, as a view of the mapped file.
 
         Raises OSError if the file was truncated, because accessing a view beyond its end would kill the process.
         """

@@ -1,8 +1,9 @@
-"""Comparisons between the arms of an ablation, and between noise levels at inference (arXiv 2602.11146, section 5).
+"""Compare the arms (variants) of an ablation, and noise levels at inference (arXiv 2602.11146, section 5).
 
-Values are means over seeds and captions with intervals over both (`intervals.seeds_by_captions`), in per cent or points
-of pairwise accuracy. Differences are paired: both arms share seeds, captions, pairs and noise. Tokens: levels or draws
-are joined before the head's attention and give one score. Average: the mean of the scores at each of them.
+Values are pairwise accuracies in per cent, or their differences in points: means and intervals over seeds and captions
+(`intervals.seeds_by_captions`). Differences are paired: both arms share seeds, captions, pairs and noise. Scores at
+several noise levels or draws are combined in two ways. "tokens": the head attends to the tokens of all of them and
+returns one score. "average": the mean of the separate scores.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +17,18 @@ from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NoiseLevels, PairScores, level_name
 
 Runs = Mapping[str, Mapping[int, Mapping[str, PairScores]]]
-"""arm -> seed -> name of the test set -> scores."""
+"""Scores of finished runs: arm -> seed -> name of the test set -> scores."""
 Measure = Callable[[PairScores], np.ndarray]
-"""PairScores -> (N,) correctness of each pair in [0, 1]; NaN where raters tie."""
+"""Function of the scores of N pairs that returns the correctness of each pair, (N,) in [0, 1]; NaN for rater ties."""
 ASTERISK = "An asterisk marks intervals that exclude 0."
-SINGLE_LEVEL = 0.4  # the paper's, at which several noise draws are compared
+SINGLE_LEVEL = 0.4  # the paper's noise level; several noise draws are compared at it
 COUNTS = (1, 2, 4, 8)  # numbers of draws to compare
-ENSEMBLE_DRAWS = 4  # most draws of the ensemble's variance
+ENSEMBLE_DRAWS = 4  # largest number of draws for the variance of the ensemble's score
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Scores of finished runs, and the sets and levels to report; all arms are compared at the first ensemble."""
+    """Scores of finished runs, and the test sets and noise levels to report. Arms are compared at `ensembles[0]`."""
 
     runs: Runs
     sets: Sequence[str]
@@ -35,25 +36,25 @@ class Evidence:
     ensembles: Sequence[Sequence[float]]
 
     def levels(self, arm: str, name: str) -> set[str]:
-        """Names of the noise levels with scores; all seeds have the same."""
+        """Return the names of the noise levels at which an arm has scores on the set `name`, the same for all seeds."""
         return {*next(iter(self.runs[arm].values()))[name].scores}
 
 
 def noise_levels(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
-    """Single levels, including those of the ensembles for their average, and each ensemble as tokens."""
+    """Return each single level, including SINGLE_LEVEL and the ensembles' levels, and each ensemble as tokens."""
     single = dict.fromkeys([*sigmas, SINGLE_LEVEL, *(sigma for levels in ensembles for sigma in levels)])
     return [*map(NoiseLevels.at, single), *(NoiseLevels.at(*levels) for levels in ensembles)]
 
 
 def levels_with_draws(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
-    """Single draws, groups of them joined as tokens, and the ensemble with some draws."""
+    """Return SINGLE_LEVEL with each draw and with several draws as tokens, and the ensemble with a few draws."""
     singles = [NoiseLevels.at(SINGLE_LEVEL, draw=draw) for draw in range(draws)]
     joined = [_joined(group) for count in COUNTS if 1 < count < draws for group in draw_groups(count, draws)]
     return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(ENSEMBLE_DRAWS, draws)))]
 
 
 def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
-    """Disjoint groups of `count` draws out of `draws`: (0, 1), (2, 3), ..."""
+    """Divide the draws 0 to `draws` - 1 into groups of `count`: (0, 1), (2, 3), ..."""
     return [tuple(range(start, start + count)) for start in range(0, draws - count + 1, count)]
 
 
@@ -62,12 +63,12 @@ def _joined(draws: tuple[int, ...]) -> NoiseLevels:
 
 
 def accuracy_of(*names: str) -> Measure:
-    """Accuracy of the mean of the scores at these noise levels, by `NoiseLevels.name`."""
+    """Return the measure: is the pair correct by the mean of the scores at these `NoiseLevels.name`s."""
     return lambda scores: scores.correct(*names)
 
 
 def accuracy_at(*sigmas: float) -> Measure:
-    """Accuracy at one level, or of the token ensemble of several, with noise draw 0."""
+    """Return the measure: is the pair correct at one level, or at several as tokens, with noise draw 0."""
     return accuracy_of(NoiseLevels.at(*sigmas).name)
 
 
@@ -76,12 +77,12 @@ def average_of(sigmas: Sequence[float]) -> Measure:
 
 
 def mean_accuracy(sigmas: Sequence[float]) -> Measure:
-    """Accuracy at single levels, averaged over the levels."""
+    """Return the measure: at which share of the single levels is the pair correct."""
     return lambda scores: np.mean([accuracy_at(sigma)(scores) for sigma in sigmas], axis=0)
 
 
 def by_seed_and_caption(seeds: Mapping[int, Mapping[str, PairScores]], name: str, measure: Measure) -> np.ndarray:
-    """(S, C) accuracy on the set `name`, seeds in the given order; pairs that raters tie are left out."""
+    """Return accuracies (S seeds, C captions) on the set `name`. Pairs that raters tie are left out."""
     rows = []
     for sets in seeds.values():
         correct = measure(sets[name])
@@ -97,7 +98,10 @@ def arm_accuracy(evidence: Evidence, arm: str, name: str, measure: Measure) -> I
 def difference(
     evidence: Evidence, better: str, worse: str, name: str, of_better: Measure, of_worse: Measure
 ) -> Interval:
-    """Paired difference of the accuracies of two arms over their common seeds; ValueError if the pairs differ."""
+    """Return the paired difference between the accuracies of two arms on the set `name`, over their common seeds.
+
+    of_better, of_worse: measures of the two arms. Raises ValueError if there is no common seed or pairs differ.
+    """
     ours, theirs = evidence.runs[better], evidence.runs[worse]
     shared = [seed for seed in ours if seed in theirs]
     if not shared:
@@ -110,17 +114,17 @@ def difference(
 
 
 def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
-    """Paired difference of an accuracy to that at the single level."""
+    """Return the paired difference between an arm's accuracy by `measure` and its accuracy at SINGLE_LEVEL."""
     return difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
 
 
 def verdict(interval: Interval) -> str:
-    """Whether a positive difference holds, reverses, or is inconclusive because the interval includes 0."""
+    """Say whether a claimed positive difference holds, reverses, or is inconclusive (the interval includes 0)."""
     return "holds" if interval.low > 0 else "reverses" if interval.high < 0 else "is inconclusive"
 
 
 def in_points(interval: Interval, *, signed: bool = True) -> str:
-    """ "+0.6 [-0.2, +1.4]": a fraction in per cent, or a difference of fractions in points."""
+    """Format fractions in per cent, or their differences in points: "+0.6 [-0.2, +1.4]"."""
     sign = "+" if signed else ""
     mean, low, high = (f"{100 * value:{sign}.1f}" for value in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"
@@ -131,7 +135,7 @@ def with_asterisk(interval: Interval) -> str:
 
 
 def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
-    """The three accuracies by which every arm is compared."""
+    """Return the three measures by which an arm is compared, by their title."""
     return {
         "own sigma": accuracy_at(ARMS[arm].sigma),
         "ensemble": accuracy_at(*evidence.ensembles[0]),
@@ -140,9 +144,7 @@ def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
 
 
 def question_section(question: Question, evidence: Evidence) -> str:
-    """Markdown: accuracies of the arms with results, paired differences to the baseline, and the paper's orderings; ""
-    for fewer than two arms.
-    """
+    """Write a Markdown section that compares the arms of a question; "" if fewer than two of them have results."""
     runs, sets = evidence.runs, evidence.sets
     arms = [arm for arm in question.arms if arm in runs]
     if len(arms) < 2:
@@ -178,7 +180,7 @@ def question_section(question: Question, evidence: Evidence) -> str:
 
 
 def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
-    """Label -> accuracy, for every choice of noise levels that an arm has scores for on a set."""
+    """Return title -> measure for every choice of noise levels at which an arm has scores on the set `name`."""
     scored = evidence.levels(arm, name)
     measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in evidence.sigmas}
     for levels in evidence.ensembles:
@@ -195,7 +197,7 @@ def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Mea
 
 
 def inference_section(evidence: Evidence, arm: str) -> str:
-    """Markdown: accuracy of one arm for every choice of noise levels, and its paired difference to the single level."""
+    """Write a Markdown section: one arm's accuracy at every choice of noise levels, also relative to SINGLE_LEVEL."""
     by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
 
     def cells(name: str, label: str) -> list[str]:
@@ -214,7 +216,7 @@ def inference_section(evidence: Evidence, arm: str) -> str:
 
 
 def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
-    """The paper's claims on inference with the verdicts here; claims on levels without scores are left out."""
+    """Write a line for each of the paper's claims about levels with scores: the claim, and whether it holds here."""
     ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [
@@ -234,7 +236,7 @@ def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """Variance of a score over noise draws as a share of that over images, at a number of forwards per score."""
+    """Variance of an image's score over noise draws / variance over images. forwards: backbone forwards per score."""
 
     label: str
     forwards: int
@@ -242,7 +244,10 @@ class NoiseShare:
 
 
 def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
-    """Shares for averaged and for joined draws at the single level, and for the ensemble. seeds: scores on one set."""
+    """Return the variance shares at SINGLE_LEVEL (draws averaged; draws as tokens) and of the ensemble.
+
+    seeds: scores of each seed on one test set. The shares are averaged over seeds.
+    """
 
     def share(label: str, forwards: int, repeats: list[list[str]]) -> NoiseShare:
         shares = [_noise_share(np.stack([scores.score(*names) for names in repeats])) for scores in seeds]
@@ -263,9 +268,9 @@ def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[flo
 
 
 def _noise_share(scores: np.ndarray) -> float:
-    """scores (R repeats, M images) -> unbiased variance within images over the variance between them."""
+    """Return the variance within images / between images, both unbiased, of scores (R draws, M images)."""
     within = float(scores.var(axis=0, ddof=1).mean())
-    between = float(scores.mean(axis=0).var(ddof=1)) - within / len(scores)  # means contain 1 / R of that within
+    between = float(scores.mean(axis=0).var(ddof=1)) - within / len(scores)  # the means vary by within / R
     return within / between
 
 

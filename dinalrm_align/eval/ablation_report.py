@@ -1,4 +1,4 @@
-"""The report of an ablation: ablation.md, ablation.json and a figure per question."""
+"""Write the report of an ablation: ablation.md, ablation.json and figures."""
 
 import json
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ from dinalrm_align.eval.scores import NoiseLevels, level_name
 from dinalrm_align.reward.config import LossConfig
 from dinalrm_align.train.files import write_atomically
 
-LIKELIHOODS = ("calibrated", "fixed", "nll", "bradley_terry")  # the other arms share the baseline's
+LIKELIHOODS = ("calibrated", "fixed", "nll", "bradley_terry")  # arms whose likelihood differs from the other arms'
 CALIBRATED_AT = (0.1, 0.4, 0.7, 0.9)
 
 
 def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, command: str, directory: Path) -> None:
-    """Write the report of all finished arms. losses: of each arm's training, for its predicted probabilities."""
+    """Write the report of all finished arms. losses: arm -> loss of its training, which gives its probabilities."""
     sets, sigmas = list(config.judged or {}), sorted(config.sigmas)
     evidence = Evidence(runs, sets, sigmas, config.ensembles)
     first = next(iter(next(iter(runs.values())).values()))

@@ -1,8 +1,7 @@
-"""Pairwise accuracy during training: the share of pairs whose preferred image scores strictly higher, per noise level
-and concept.
+"""Pairwise accuracy during training, per noise level and concept.
 
-Equal scores are an error; pairs that raters tie (label 0.5) are left out. Noise is drawn once per group and shared by
-all levels, so that levels are compared on equal draws.
+Accuracy is the share of pairs whose preferred image scores strictly higher. Equal scores count as wrong, and pairs that
+raters tie (label 0.5) are left out. All levels use the same noise, drawn once for all images of a prompt.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ OVERALL = "all"
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """Counts of pairs, which add up over batches and ranks. not_finite: pairs with a score that is NaN or infinite."""
+    """Counts of pairs, summed over batches and ranks. not_finite: pairs with a NaN or infinite score."""
 
     correct: int = 0
     pairs: int = 0
@@ -47,15 +46,16 @@ class Tally:
 
 
 Tallies = dict[Level, dict[str, Tally]]
-"""Level -> concept (OVERALL: every pair) -> counts."""
+"""Noise level -> concept that the pairs differ in (OVERALL for all pairs) -> counts."""
 
 
 @torch.no_grad()
 def pairwise_tallies(
     score: Score, batches: Sequence[PairBatch], levels: Sequence[Level], *, seed: int = 0, rank: int = 0, world: int = 1
 ) -> Tallies:
-    """Count correctly ordered pairs of every world-th batch, starting at batch `rank`; `merge` adds up all ranks. RNG
-    streams are keyed by (seed, batch index), so results do not depend on the world size.
+    """Count the correctly ordered pairs of the batches rank, rank + world, ...; `merge` sums over ranks.
+
+    RNG streams are keyed by (seed, batch index), so results do not depend on the world size.
     """
     tallies: Tallies = {level: defaultdict(Tally, {OVERALL: Tally()}) for level in levels}
     for index in range(rank, len(batches), world):
@@ -77,10 +77,9 @@ def pairwise_tallies(
 
 
 def merge(parts: Iterable[Tallies]) -> Tallies:
-    """The sum of the tallies of all ranks.
+    """Sum the counts of all ranks. Raises ValueError if a score was NaN or infinite.
 
-    Raises ValueError when a score was not finite: here and not in `pairwise_tallies`, so that all ranks raise it and
-    none waits for the others.
+    `pairwise_tallies` does not raise it, because then one rank would stop and the others would wait for it.
     """
     total: Tallies = defaultdict(lambda: defaultdict(Tally))
     for part in parts:
@@ -96,7 +95,7 @@ def merge(parts: Iterable[Tallies]) -> Tallies:
 
 
 def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
-    """Write accuracy.json, per_concept.md and accuracy_vs_sigma.png into `directory`, replacing earlier ones."""
+    """Write accuracy.json, per_concept.md and accuracy_vs_sigma.png to `directory`, replacing existing ones."""
 
     def entry(tally: Tally) -> dict[str, float]:
         return {"accuracy": tally.accuracy, "standard_error": tally.standard_error, "pairs": tally.pairs}
@@ -117,7 +116,7 @@ def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
 
 
 def _plot(tallies: Tallies, concepts: Sequence[str], path: Path, title: str) -> None:
-    """Accuracy against sigma with standard errors; concepts as thin lines, ensembles as dashed ones."""
+    """Plot accuracy with standard errors against sigma. Thin lines are concepts, dashed lines are ensembles."""
     figure, (axes,) = panels([title], (7, 4.5), "sigma", "pairwise accuracy")
     single = sorted(level for level in tallies if len(level) == 1)
     sigmas = [level[0] for level in single]
@@ -136,7 +135,7 @@ def _plot(tallies: Tallies, concepts: Sequence[str], path: Path, title: str) -> 
 
 
 def metrics(tallies: Tallies) -> Mapping[str, float]:
-    """Values for metrics.jsonl: accuracy/<level> over all pairs."""
+    """Return "accuracy/LEVEL" -> accuracy over all pairs, for metrics.jsonl."""
     return {f"accuracy/{level_name(level)}": counts[OVERALL].accuracy for level, counts in tallies.items()}
 
 
@@ -151,10 +150,10 @@ def evaluate_pairs(
     title: str,
     in_step: bool = False,
 ) -> Mapping[str, float]:
-    """Score the batches on all ranks, write the report into `directory` on the main one, and return `metrics`.
+    """Score the batches on all ranks, write the report to `directory` on the main rank, and return `metrics`.
 
-    in_step: the ranks must call `score` equally often, because weights are sharded over them; a rank without a batch
-    at the end scores another one, which is not counted.
+    in_step: whether all ranks must call `score` equally often, because weights are sharded. A rank that has one batch
+    fewer then scores another batch and discards the result.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     with accelerator.autocast():

@@ -1,11 +1,11 @@
 """Calibration of predicted preference probabilities: reliability, expected calibration error, NLL, Brier score, scale.
 
-`losses.preference_probability` predicts the label of a pair from its score gap at noise level sigma. The likelihood
-assumes that one scale of the gap fits every sigma, since its variance already grows with sigma.
+`losses.preference_probability` predicts a pair's label from its score gap at noise level sigma. The variance of the
+likelihood grows with sigma, so one factor on the gap should fit all levels.
 
-The fidelity objective is not calibrated. For a rater who prefers the first image with probability q, the expectation of
-1 - sqrt(probability of the preferred image) is minimal at p = q^2 / (q^2 + (1 - q)^2) and not at q: a reward trained to
-its optimum is overconfident (`fidelity_rater`).
+The fidelity objective does not give calibrated probabilities. Let raters prefer the first image with probability q, and
+let the model predict p. The expected loss, 1 - q sqrt(p) - (1 - q) sqrt(1 - p), is minimal at
+p = q^2 / (q^2 + (1 - q)^2) instead of p = q, so a reward trained to the optimum is overconfident.
 """
 
 import dataclasses
@@ -38,11 +38,13 @@ SECTION = (
 
 @dataclass(frozen=True)
 class Reliability:
-    """Pairs by confidence, in bins of equal width on [0.5, 1]: mean prediction and label (bins,), NaN without pairs.
+    """Predicted and observed frequencies in bins of equal width over the prediction p in [0.5, 1].
 
-    Every pair counts once, with the more probable image first: p below 1/2 becomes 1 - p, and its label 1 - label. At
-    p = 1/2 the label counts as 1/2. standard_error: of `observed`, over captions; at least that of independent pairs
-    under a flat prior, so it is positive in a bin where all labels agree.
+    Every pair is counted with the more probable image first: if p < 1/2, p becomes 1 - p and its label 1 - label. At
+    p = 1/2, the label is set to 1/2. All arrays are (bins,), NaN in bins without pairs.
+
+    count: number of pairs. predicted: mean p. observed: mean label. standard_error: standard error of `observed` over
+    captions, at least that of independent pairs under a flat prior, so that it is never 0.
     """
 
     count: np.ndarray
@@ -52,12 +54,12 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: mean |predicted - observed| over pairs. Positive by chance, see `by_chance`."""
+        """Expected calibration error (ECE): |predicted - observed|, averaged over pairs. See also `by_chance`."""
         return self._mean(np.abs(self.predicted - self.observed))
 
     @property
     def by_chance(self) -> float:
-        """The expected error of exact predictions: E|N(0, s^2)| = s sqrt(2 / pi), s a bin's standard error."""
+        """ECE of exact predictions, due to sampling: E|N(0, s^2)| = s sqrt(2 / pi) for a bin's standard error s."""
         return self._mean(math.sqrt(2 / math.pi) * self.standard_error)
 
     def _mean(self, values: np.ndarray) -> float:
@@ -67,8 +69,10 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration at one noise level. low, high: `calibration_interval`. nll, brier: mean negative log-likelihood and
-    squared error. scale, scaled_nll: the factor on the gap that minimises the log-likelihood loss, and that minimum.
+    """Calibration at one noise level.
+
+    low, high: interval of the ECE, see `calibration_interval`. nll: mean negative log-likelihood. brier: mean squared
+    error. scale: factor on the gaps that minimises the NLL. scaled_nll: NLL with this factor.
     """
 
     reliability: Reliability
@@ -83,10 +87,10 @@ class Calibration:
 def calibrate(
     gap: ArrayLike, label: ArrayLike, captions: ArrayLike, *, sigma: float, config: LossConfig, rng: np.random.Generator
 ) -> Calibration:
-    """Calibration of N pairs at noise level sigma.
+    """Measure the calibration of N pairs at noise level sigma.
 
-    gap: raw score of the first image minus that of the second. label: share of raters who prefer the first, in [0, 1].
-    captions: pairs of one caption are not independent. rng: for the interval.
+    gap: (N,) raw score of the first image minus score of the second. label: (N,) share of raters who prefer the first
+    image. captions: (N,) caption of each pair; pairs of one caption are not independent. rng: for the bootstrap.
     """
     gap, label = np.asarray(gap, dtype=np.float64), np.asarray(label, dtype=np.float64)
     probability = predict(gap, sigma, config)
@@ -105,7 +109,7 @@ def calibrate(
 
 
 def predict(gap: ArrayLike, sigma: float, config: LossConfig) -> np.ndarray:
-    """P(first preferred), (N,) float64, for gaps (N,) of raw scores at one noise level."""
+    """Return the probabilities (N,), float64, that the first image is preferred, for gaps (N,) at noise level sigma."""
     delta = torch.tensor(gap, dtype=torch.float32)
     return preference_probability(delta, torch.full_like(delta, sigma), config).double().numpy()
 
@@ -113,7 +117,7 @@ def predict(gap: ArrayLike, sigma: float, config: LossConfig) -> np.ndarray:
 def reliability(
     probability: ArrayLike, observed: ArrayLike, bins: int = BINS, captions: ArrayLike | None = None
 ) -> Reliability:
-    """Bin predictions (N,) and labels (N,), both in [0, 1]. captions: (N,); None if pairs are independent."""
+    """Bin predicted probabilities (N,) and labels `observed` (N,). captions: (N,); None if pairs are independent."""
     p, o, indices = _binned(probability, observed, bins)
     names = np.arange(len(p)) if captions is None else np.asarray(captions)
     count = np.bincount(indices, minlength=bins)
@@ -128,10 +132,10 @@ def reliability(
 def calibration_interval(
     probability: ArrayLike, observed: ArrayLike, captions: ArrayLike, *, rng: np.random.Generator, draws: int = 2000
 ) -> tuple[float, float]:
-    """95 % interval (low, high) of the expected calibration error, from resampled captions.
+    """Return the 95 % interval (low, high) of the ECE e, from a basic bootstrap over captions.
 
-    The basic bootstrap, 2 e - (quantiles of the resampled errors): resampling adds the bias of sampling once more, so
-    plain quantiles are too high by twice that bias. Unreliable where the error is close to `Reliability.by_chance`.
+    It is 2 e - (quantiles of the resampled ECE). The quantiles themselves would be too high, because resampling adds
+    the sampling bias a second time. The interval is unreliable if e is close to `Reliability.by_chance`.
     """
     p, o, index = _binned(probability, observed, BINS)
     _, caption = np.unique(captions, return_inverse=True)
@@ -151,17 +155,17 @@ def calibration_interval(
 
 
 def negative_log_likelihood(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
-    """Mean of -(y log p + (1 - y) log(1 - p)) over gaps and labels (N,), in nats; finite where p underflows to 0."""
+    """Return the mean of -(y log p + (1 - y) log(1 - p)) over N labels y, in nats. It is finite if p underflows."""
     delta, label = (torch.tensor(values, dtype=torch.float32) for values in (gap, label))
     sigmas, nll = torch.full_like(delta, sigma), dataclasses.replace(config, objective="nll")
     return float(preference_loss(delta, torch.zeros_like(delta), sigmas, label, config=nll).double().mean())
 
 
 def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
-    """The s >= 0 that minimises the negative log-likelihood of the labels (N,) given s * gap.
+    """Return the factor s >= 0 that minimises the negative log-likelihood of the labels (N,) given the gaps s * gap.
 
-    1: calibrated; below 1: overconfident. The likelihood is log-concave in s, so the optimum is unique: 0 where gaps
-    and labels do not correlate positively, inf where no label contradicts its gap, NaN where all gaps are 0.
+    1 is calibrated, below 1 overconfident. The likelihood is log-concave in s, so the optimum is unique. Returns 0 if
+    gaps and labels do not correlate positively, inf if no label contradicts its gap, and NaN if all gaps are 0.
     """
     gaps, preferred = np.asarray(gap, dtype=np.float64), 2 * np.asarray(label, dtype=np.float64) - 1
     if not gaps.any():
@@ -180,13 +184,13 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
 
 
 def fidelity_rater(p: ArrayLike) -> np.ndarray:
-    """The q for which fidelity is minimal at p: sqrt p / (sqrt p + sqrt(1 - p)), the frequency where p is predicted."""
+    """Return q = sqrt(p) / (sqrt(p) + sqrt(1 - p)): the raters' frequency for which fidelity's optimum predicts p."""
     p = np.asarray(p, dtype=np.float64)
     return np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p))
 
 
 def _binned(probability: ArrayLike, observed: ArrayLike, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predictions and labels with the more probable image first, and their bins; an edge belongs to the bin above."""
+    """Return predictions, labels (both with the more probable image first) and bin indices, for `Reliability`."""
     p, o = np.asarray(probability, dtype=np.float64), np.asarray(observed, dtype=np.float64)
     o = np.where(p > 0.5, o, np.where(p < 0.5, 1 - o, 0.5))
     p = np.maximum(p, 1 - p)
@@ -194,7 +198,10 @@ def _binned(probability: ArrayLike, observed: ArrayLike, bins: int) -> tuple[np.
 
 
 def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
-    """Standard error over captions of the mean of values (n,), at least the deviation of Beta(sum + 1, n - sum + 1)."""
+    """Return the standard error over captions of the mean of n values in [0, 1].
+
+    It is at least the standard deviation of Beta(sum + 1, n - sum + 1), the posterior for independent values.
+    """
     mean = (values.sum() + 1) / (len(values) + 2)
     independent = math.sqrt(mean * (1 - mean) / (len(values) + 3))
     per_caption = by_caption(values, captions)
@@ -206,8 +213,9 @@ def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
 def reliabilities(
     runs: Runs, losses: Mapping[str, LossConfig], name: str, sigmas: Sequence[float]
 ) -> dict[str, dict[float, Calibration]]:
-    """Calibration of every arm at single noise levels on the set `name`, by its likelihood in training. Pairs of
-    all seeds are pooled by caption, so intervals are over captions.
+    """Return arm -> noise level -> calibration on the set `name`. Pairs of all seeds are pooled.
+
+    losses: arm -> loss that it was trained with, which gives the probabilities.
     """
     curves: dict[str, dict[float, Calibration]] = {}
     for arm, seeds_of_arm in runs.items():
@@ -222,7 +230,7 @@ def reliabilities(
 
 
 def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name: str) -> str:
-    """Markdown: a row per arm and noise level, and each arm's range of best scales."""
+    """Write a Markdown section: a table row per arm and noise level, and each arm's range of best scales."""
     rows = []
     for label, levels in curves.items():
         for sigma, found in levels.items():
@@ -237,7 +245,7 @@ def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name:
 
 
 def scale_sentence(label: str, levels: Mapping[float, Calibration]) -> str:
-    """The range of the best scales over noise levels below 1; at 1, latents are pure noise."""
+    """Write a sentence on an arm's range of best scales over the noise levels below 1 (at 1, latents are noise)."""
     scales = {sigma: found.scale for sigma, found in levels.items() if sigma < 1 and 0 < found.scale < math.inf}
     if not scales:
         return f"{label}: no level has a best scale."

@@ -24,10 +24,10 @@ Changes = dict[str, Any]  # dotted options of `recipes/train_reward.py` -> value
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant of the reward training; all arms of a question are compared with the baseline.
+    """A variant of the reward training, to compare with the baseline.
 
-    changes: options that differ from the baseline, or a function of the baseline's reward that returns them. sigma: its
-    own noise level, evaluated besides all others; the paper's 0.4 unless it was trained at one level.
+    changes: options that differ from the baseline, or a function that computes them from the baseline's reward config.
+    sigma: noise level of the report's column "own sigma": the level of training if there is only one, otherwise 0.4.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Arm:
 
 
 def _depth(reward: RewardConfig, quarters: int) -> Changes:
-    """That many quarters of the baseline's blocks, with taps in proportion."""
+    """Change the number of blocks to `quarters` / 4 of the baseline's, and the tapped blocks in proportion."""
     changes: Changes = {"reward.num_layers": max(1, reward.num_layers * quarters // 4)}
     for name in ("visual_taps", "text_taps"):
         scaled = (tap * changes["reward.num_layers"] / reward.num_layers for tap in vars(reward)[name])
@@ -77,7 +77,7 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Question:
-    """Arms that answer one question. paper: orderings (better, worse) of arXiv 2602.11146, section 5."""
+    """A question of the ablation and the arms that answer it. paper: claims (better, worse) of arXiv 2602.11146."""
 
     title: str
     arms: tuple[str, ...]
@@ -108,21 +108,24 @@ class AblateRun:
         arms: variants to train and evaluate; calibrated is the baseline. Known: calibrated, fixed, logit_normal,
             sigma_0, sigma_0.4, frozen, nll, bradley_terry, half_depth, more_depth, last_tap, image_taps, no_film,
             no_gates, queries_1, queries_8.
-        seeds: of initial weights, data order and noise; every arm is trained with each.
-        steps: updates of every arm.
-        training: YAML of `recipes/train_reward.py` that the arms change; default, that of the model's kind.
-        pairs: preference pairs to train on, as in `recipes/train_reward.py`; default, those of the embedded world.
+        seeds: seeds of initial weights, data order and noise; every arm is trained once per seed.
+        steps: number of updates of every training.
+        training: YAML with settings of `recipes/train_reward.py`, which the arms override; default: the one in
+            recipes/ for the kind of `model`, such as train_reward_shapes.yaml.
+        pairs: preference pairs to train on, as in `recipes/train_reward.py`; default: those of the embedded world.
         judged: test sets, name -> location, as in `recipes/evaluate_reward.py`; default, for the embedded world only:
             heldout, concepts and shifted. Noise draws are compared on the last set.
-        output_dir: receives all runs and the report. Run again, it continues where it stopped.
-        launch: launcher of the trainings instead of this program's Python, as "accelerate launch --num_processes 8".
+        output_dir: folder for all runs and the report. The same command continues an interrupted ablation.
+        launch: command that launches each training, as "accelerate launch --num_processes 8"; default: this Python.
         device: auto uses a CUDA GPU if there is one.
         batch_size: groups of images per batch of the evaluation.
         sigmas: single noise levels at which every reward is evaluated.
-        ensembles: noise levels joined as tokens; the first for every reward, all of them for the baseline.
-        draws: noise draws at sigma 0.4 for the baseline, for the variance of the score and the gain from averaging.
-        noise_seed: of the evaluation's noise, the same for all rewards.
-        shapes_pairs: pairs of the embedded world.
+        ensembles: lists of noise levels at which one score is computed from the tokens of all levels. Every reward is
+            evaluated with the first list, and the baseline with all.
+        draws: number of noise draws at sigma 0.4 with which the baseline is evaluated, to measure the variance of the
+            score and the gain from averaging.
+        noise_seed: seed of the evaluation's noise, which is the same for all rewards.
+        shapes_pairs: settings of the embedded world's pairs.
     """
 
     model: str = "shapes"
@@ -164,33 +167,34 @@ class EvaluateRun:
 
     Args:
         model: shapes, sd35, or the folder or hub id of a StableDiffusion3Pipeline, whose networks a latent reward uses.
-        reward: the reward to evaluate, as in every recipe. dinalrm (the model's own, the default), the folder or hub id
-            of another latent reward, pickscore, hpsv2.1, hpsv3, NAME=SOURCE, a weighted sum, or module:function.
+        reward: reward to evaluate, as in every recipe: dinalrm (the model's own, the default), the folder or hub id of
+            another latent reward, pickscore, hpsv2.1, hpsv3, NAME=SOURCE, a weighted sum, or module:function.
         judged: test sets, name -> location. imagereward, hpdv2, hpdv3, genai_bench, genai_bench_v1 and pickapic are
-            public test sets, located in the folder of their published files, or at "hub" to download them; the error
-            for a wrong folder lists the files and how to get them. Any other name is your own set, a directory of
-            latents, mined pairs or a jsonl of images. Default, for the embedded world only: heldout, ranked lists of
-            held-out captions with the noisy labels of training; concepts, pairs that differ in one concept; shifted,
-            such pairs of degraded images.
-        protocol: name of a set -> protocol of its accuracy. pooled, strict, diff, grouped, half-ties, three-way, tau,
-            and for ranked lists (imagereward, hpdv2) hpsv2 and mps; default, the set's own. The report defines them.
-        trained_on: training data of the reward, to report overlap with the test sets and the accuracy without it. A
-            directory of latent pairs, a jsonl of images, or a published train.json.
-        output_dir: receives scores, evaluation.md, evaluation.json and figures; a stopped run continues.
+            public test sets; their location is the folder of the published files, or "hub" to download them. If files
+            are missing, the error lists them and how to get them. Any other name is your own set: a directory of
+            latents, mined pairs or a jsonl of images. Default, for the embedded world only: heldout (ranked lists of
+            held-out captions with noisy labels, as in training), concepts (pairs that differ in one concept) and
+            shifted (such pairs of degraded images).
+        protocol: name of a set -> protocol of its accuracy: pooled, strict, diff, grouped, half-ties, three-way, tau,
+            and for ranked lists (imagereward, hpdv2) hpsv2 and mps; default: the set's own. The report defines them.
+        trained_on: training data of the reward: a directory of latent pairs, a jsonl of images, or a published
+            train.json. The report then gives the overlap with the test sets, and the accuracy on the other pairs.
+        output_dir: folder for scores, evaluation.md, evaluation.json and figures. A stopped evaluation resumes there.
         device: auto uses a CUDA GPU if there is one.
         batch_size: groups of latents, or images, per batch.
-        size: side of the square whose area images have for a latent reward; default, the model's own. DiNa-LRM for
-            SD3.5 was trained at 1024. Image rewards get images as they are.
-        fit: how images are resized to it. area keeps the aspect ratio; crop covers the square and crops the centre.
-        on_bad: refuse an image that cannot be read, or skip it. skip leaves out its pairs and lists it in the report.
-        sigmas: single noise levels for a latent reward.
-        ensembles: noise levels joined as tokens, and averaged.
-        calibrated_at: the single levels of the calibration report; each must be one of sigmas.
-        loss: the likelihood that turns score gaps into probabilities, as the reward was trained with.
+        size: images for a latent reward are resized to an area of about size x size pixels; default: the model's own
+            size. DiNa-LRM for SD3.5 was trained at 1024. Image rewards resize images themselves.
+        fit: area: resize with the aspect ratio kept; crop: resize to cover size x size and crop the centre.
+        on_bad: refuse: stop at an image that cannot be read; skip: leave out its pairs and list it in the report.
+        sigmas: single noise levels at which a latent reward is evaluated.
+        ensembles: lists of noise levels. For each list, the accuracy is reported of the score computed from the tokens
+            of all levels, and of the average of the levels' scores.
+        calibrated_at: single noise levels of the calibration report, from `sigmas`.
+        loss: likelihood that turns score gaps into probabilities; use the one that the reward was trained with.
         gold: also report the accuracy of the model's gold score on decoded latents; not for sets of images.
-        noise_seed: of the noise.
-        bootstrap: resamples of prompts for the intervals.
-        shapes_pairs: test sets of the embedded world.
+        noise_seed: seed of the noise.
+        bootstrap: number of bootstrap resamples of prompts for the intervals.
+        shapes_pairs: settings of the embedded world's test sets.
     """
 
     model: str = "shapes"
@@ -235,14 +239,14 @@ class EvaluateRun:
 
     @property
     def checkpoint(self) -> str | None:
-        """Source of the latent reward, "" for the model's own; None unless the reward is a single latent reward."""
+        """Folder or hub id of a single latent reward, "" for the model's own; None for any other reward."""
         terms = parse_reward(self.reward or "dinalrm")
         single = len(terms) == 1 and terms[0].name == "dinalrm" and terms[0].weight == 1
         return (terms[0].source or "") if single else None
 
 
 def check_noise_levels(sigmas: list[float], ensembles: list[list[float]]) -> None:
-    """Raise ValueError unless there are single levels and ensembles, none of them empty."""
+    """Raise ValueError if `sigmas`, `ensembles` or one of the ensembles is empty or has invalid levels."""
     check_levels("sigmas", sigmas)
     check_levels("ensembles", ensembles)
     for index, levels in enumerate(ensembles):
@@ -254,13 +258,13 @@ class CompareRun:
     """Settings of `python recipes/compare_runs.py`.
 
     Args:
-        runs: folders of runs, of any recipes and rewards; runs that differ only in their seed form one entry. The
-            first run's evaluation settings are the reference.
-        group: name -> folders of runs with different seeds, compared as one entry. On the command line:
+        runs: folders of runs, of any recipes and rewards. Runs that differ only in their seed are averaged. Gains are
+            shown for runs with the evaluation settings (model, prompts, noise, sampler) of the first run.
+        group: name -> folders of runs with different seeds, averaged under this name. On the command line:
             --group NAME RUN [RUN ...], once per name.
-        output_dir: receives index.html (self-contained), compare.md and the figures.
-        shown: prompts in the grid of images, at most as many as the runs stored.
-        title: of the page.
+        output_dir: folder for index.html (self-contained), compare.md and the figures.
+        shown: number of prompts in the grid of images, at most as many as the runs stored.
+        title: title of the page.
     """
 
     runs: list[str] = field(default_factory=list)

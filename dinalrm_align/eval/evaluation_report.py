@@ -1,6 +1,7 @@
-"""The report of one reward: evaluation.md, evaluation.json, figures, and the scores of every pair.
+"""Write the report of one reward: evaluation.md, evaluation.json, figures, and the scores of every pair.
 
-Per test set: accuracy per noise level and protocol, published values, overlap with training data, images left out.
+For each test set, the report gives the accuracy at each noise level and under each protocol, published accuracies, the
+overlap with the training data, and the images without a score.
 """
 
 import json
@@ -21,17 +22,19 @@ from dinalrm_align.eval.test_sets import Leak
 from dinalrm_align.eval.test_sets_config import HPSV3, PAPER, PROTOCOLS, TEST_SETS, default_protocol, protocols_of
 from dinalrm_align.train.files import save_figure, write_atomically
 
-REWARD = "reward"  # the single arm of this report
+REWARD = "reward"  # name of the evaluated reward where `eval.ablation` expects an arm
 SHOWN_FAULTS = 10
 
 
 @dataclass(frozen=True)
 class SetResult:
-    """Results on one set, under its own protocol or the requested one.
+    """Results on one test set. `protocol` is the requested one, or the set's own.
 
-    per_level: accuracy by noise level. per_protocol: accuracy at the main noise levels, by (protocol, noise level).
-    leak: pairs that were trained on; None if not requested. without_leak: accuracy at the main noise levels on the
-    other pairs. faults: images without a score, with the reason.
+    per_level: noise level -> accuracy under `protocol`.
+    per_protocol: (protocol, noise level) -> accuracy, at the main noise levels.
+    leak: pairs that were trained on; None if not requested.
+    without_leak: main noise level -> accuracy under `protocol` on pairs that were not trained on.
+    faults: image without a score -> reason.
     """
 
     name: str
@@ -51,7 +54,7 @@ class SetResult:
 def evaluate_set(
     name: str, scores: PairScores, config: EvaluateRun, *, leak: Leak | None, faults: Mapping[str, str]
 ) -> SetResult:
-    """All results on one set, under the protocol in `config` or the set's own."""
+    """Compute all results on one test set, under the protocol in `config` or the set's own."""
     protocol, levels = config.protocol.get(name, default_protocol(name)), main_levels(config, scores)
 
     def at(rule: str, level: str, of: PairScores = scores) -> Accuracy:
@@ -69,8 +72,9 @@ def evaluate_set(
 def write(
     results: Sequence[SetResult], gold: Mapping[str, float], config: EvaluateRun, *, command: str, directory: Path
 ) -> None:
-    """Write the report. Noise levels and calibration (on the first set) are reported for latent rewards. gold: set ->
-    accuracy of the gold score; empty if it was not evaluated.
+    """Write the report. gold: name of a set -> accuracy of the gold score; empty if it was not evaluated.
+
+    Noise levels, and calibration on the first set, are reported for latent rewards only.
     """
     sets = {result.name: result.scores for result in results}
     evidence = Evidence({REWARD: {0: sets}}, list(sets), sorted(config.sigmas), config.ensembles)
@@ -120,14 +124,14 @@ def write(
 
 
 def main_levels(config: EvaluateRun, scores: PairScores) -> list[str]:
-    """The noise levels of the main results: the paper's single level and the first ensemble, if there are any."""
+    """Return the noise levels of the main results: SINGLE_LEVEL and the first ensemble, or "score" without noise."""
     if NO_NOISE.name in scores.scores:
         return [NO_NOISE.name]
     return [NoiseLevels.at(SINGLE_LEVEL).name, NoiseLevels.at(*config.ensembles[0]).name]
 
 
 def _concept_section(name: str, evidence: Evidence) -> str:
-    """Markdown: accuracy on a set by what the pairs differ in, at every noise level."""
+    """Write a Markdown section: accuracy on a set per concept (what a pair's images differ in) and noise level."""
     scores = evidence.runs[REWARD][0][name]
     levels = sorted(scores.scores, key=lambda level: ("+" in level, level))
     header = ["concept", "pairs", *(level if level == NO_NOISE.name else f"sigma {level}" for level in levels)]
@@ -142,7 +146,7 @@ def _concept_section(name: str, evidence: Evidence) -> str:
 
 
 def _set_sections(results: Sequence[SetResult], main_levels: Sequence[str]) -> list[str]:
-    """Markdown: accuracy per noise level, under every protocol, beside published values, and what was left out."""
+    """Write Markdown sections: accuracy per noise level and protocol, published values, overlap, missing scores."""
     levels = dict.fromkeys(level for result in results for level in result.per_level)
     rows = [[level, *(result.per_level.get(level, "") for result in results)] for level in levels]
     sections = [
@@ -206,7 +210,7 @@ def _faults(result: SetResult) -> str:
 
 
 def _numbers(result: SetResult) -> dict[str, object]:
-    """JSON-serialisable: protocol, accuracies, overlap with training data, number of faults."""
+    """Return the results on a set as JSON-serialisable values for evaluation.json."""
     return {
         "protocol": result.protocol,
         "readings": {level: _rounded(value) for level, value in result.per_level.items()},
@@ -228,7 +232,7 @@ def _rounded(value: Accuracy) -> dict[str, float | int | None]:
 
 
 def _write_pairs(scores: PairScores, path: Path) -> None:
-    """Write one JSON line per pair: prompt, both images, the label of the first, both scores at every noise level."""
+    """Write one JSON line per pair: prompt, images, label, and the scores of both images at every noise level."""
     lines = []
     for row, (first, second) in enumerate(zip(scores.chosen.tolist(), scores.rejected.tolist(), strict=True)):
         names = (first, second) if scores.images is None else (scores.images[first], scores.images[second])
@@ -244,7 +248,7 @@ def _write_pairs(scores: PairScores, path: Path) -> None:
 
 
 def plot_levels(results: Sequence[SetResult], path: Path) -> None:
-    """Accuracy and its interval against the noise level; ensembles and the paper's values as horizontal lines."""
+    """Plot accuracy and its interval against the noise level. Horizontal lines: ensembles and the paper's values."""
     figure, axes = panels([result.title for result in results], (5, 4.2), "noise level sigma", "accuracy, per cent")
     for axis, result in zip(axes, results, strict=True):
         ensembles = {name: value for name, value in result.per_level.items() if "+" in name}

@@ -1,8 +1,8 @@
-"""Scores of a finished reward on every test set, stored as they are taken; stored scores are loaded.
+"""Score test sets with a finished reward. Scores are stored during the evaluation, and stored scores are loaded.
 
-A test set holds latents (image rewards decode them) or images: a public test set by its name (`test_sets_config`), or a
-jsonl. Every image is scored separately, in an order that does not depend on the pairs (`ImageSet.order`). RNG streams
-of images are keyed by (seed, prompt, draw), so images of one prompt and size share their noise.
+A test set is a data set of latents, which image rewards decode; a public test set of images (`test_sets_config`); or a
+jsonl of images. Images are scored one by one, in an order that does not depend on the pairs (`ImageSet.order`). Their
+RNG streams are keyed by (seed, prompt, draw), so images of one prompt and size share their noise.
 """
 
 import functools
@@ -48,8 +48,8 @@ from dinalrm_align.train.digest import digest, fingerprint, text_digest
 from dinalrm_align.train.files import discard_folder, read_json, write_atomically
 
 DECODED = 4  # latents decoded at once for the gold score
-PIECE = 8  # batches per stored piece
-MULTIPLE = 16  # divisor of image sides: SD3's VAE (8) times its patches (2)
+PIECE = 8  # batches of images per file of partial results
+MULTIPLE = 16  # image sides are multiples of this: SD3's VAE downsampling (8) times its patch size (2)
 
 OnBad = Literal["refuse", "skip"]
 """What to do about an image that cannot be read: raise ValueError, or leave out its pairs."""
@@ -59,8 +59,8 @@ ImageScorer = Callable[[Sequence[Image.Image], Sequence[str]], Mapping[str, np.n
 
 @dataclass(frozen=True)
 class Fit:
-    """How images are resized (LANCZOS) for a latent reward: "area" keeps the aspect ratio at the area height x width,
-    with sides rounded to multiples of 16; "crop" scales the image to cover height x width and crops the centre.
+    """Resizing (LANCZOS) of images for a latent reward. how="area" keeps the aspect ratio and scales to the area height
+    x width, with sides rounded to multiples of 16. how="crop" scales to cover height x width and crops the centre.
     """
 
     how: Literal["area", "crop"]
@@ -68,7 +68,7 @@ class Fit:
     width: int
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """(3, H, W) in [0, 1]."""
+        """Return the resized image, (3, H, W) in [0, 1]."""
         if self.how == "crop":
             fitted = ImageOps.fit(image, (self.width, self.height), method=Image.Resampling.LANCZOS)
         else:
@@ -79,11 +79,13 @@ class Fit:
 
 
 def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[NoiseLevels], seed: int) -> ImageScorer:
-    """Raw scores of a latent reward at `levels`; or, where these are [NO_NOISE], the weighted sum of the parts of any
-    reward: latent rewards at their config's level and scale, image rewards on the images as they are.
+    """Return a function that scores images.
 
-    encoders, fit: of the images that latent rewards read. Raises ValueError when a latent reward was trained with other
-    encoders; and, when called, for a reward that cannot score images.
+    levels: noise levels at which a latent reward gives raw scores. [NO_NOISE], for any reward: the weighted sum of its
+    parts, with latent rewards at the noise level and scale of their config and image rewards on unresized images.
+
+    Raises ValueError if a latent reward was trained with other encoders. The function raises it if the reward cannot
+    score images.
     """
     parts, weights = reward.named_parts, reward.weights
     for part in reward.noise_parts:
@@ -123,7 +125,7 @@ def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[
 
 
 def draw_noise(prompts: Sequence[str], shape: Sequence[int], seed: int, draw: int) -> Tensor:
-    """(B, *shape) standard normal on the CPU, equal for equal prompts."""
+    """Draw standard normal noise (B, *shape) on the CPU. Equal prompts get equal noise."""
     keys = [int(text_digest(prompt), 16) for prompt in prompts]
     drawn = {key: torch.randn(*shape, generator=seeded_generator(seed, key, draw)) for key in dict.fromkeys(keys)}
     return torch.stack([drawn[key] for key in keys])
@@ -139,9 +141,10 @@ def score_image_set(
     title: str,
     pieces: Pieces,
 ) -> tuple[PairScores, dict[str, str]]:
-    """Score all images of a set. Returns the scores, and the reason for each image without a score by its name.
+    """Score all images of a set. Return the scores, and a dict from each image without a score to the reason.
 
-    Raises ValueError for scores that are not finite, when no pair is left, and by `on_bad` for unreadable images.
+    pieces: store of partial results. Raises ValueError for NaN or infinite scores, if no pair is left, and, with on_bad
+    "refuse", for a missing or unreadable image.
     """
     missing = images.missing()
     if missing and on_bad == "refuse":
@@ -153,7 +156,7 @@ def score_image_set(
     faults: dict[str, str] = {}
 
     def score_batch(rows: Sequence[int], found: dict[str, str]) -> np.ndarray:
-        """Scores (levels, rows), NaN for images that cannot be read; those are added to `found`."""
+        """Return scores (levels, rows), NaN for images that cannot be read. Add these images to `found`."""
         scores = np.full((len(names), len(rows)), np.nan, np.float32)
         opened: dict[int, Image.Image] = {}
         for column, image in enumerate(images.images[row] for row in rows):
@@ -187,7 +190,7 @@ def score_image_set(
 
 
 def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
-    """The pairs whose images both have scores."""
+    """Return the scores with the pairs whose images both have scores. Raises ValueError if there are none."""
     scored = np.isfinite(next(iter(scores.values())))
     kept = scored[images.chosen] & scored[images.rejected]
     if not kept.any():
@@ -203,10 +206,10 @@ def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mappin
 
 @dataclass(frozen=True)
 class Candidate:
-    """A reward to evaluate, loaded only when there is something to score.
+    """A reward to evaluate. It is loaded only if scores are missing.
 
-    identity: stored with the scores; equal for equal weights. config: of a single latent reward, which is scored at
-    several noise levels; None for any other reward.
+    identity: text stored with the scores, equal for equal weights. config: config of a single latent reward, which is
+    scored at several noise levels; None for any other reward.
     """
 
     identity: str
@@ -215,28 +218,28 @@ class Candidate:
 
     @classmethod
     def from_checkpoint(cls, source: str | Path, transformer: Callable[[], torch.nn.Module]) -> "Candidate":
-        """A latent reward by its folder or hub id. transformer: returns the base model, whose weights it shares."""
+        """Describe the latent reward in a folder or hub id. transformer: returns the base model that it shares."""
         checkpoint = read_checkpoint(source)
         tensors, config = checkpoint.tensors, checkpoint.config
         return cls(digest(tensors), lambda: LatentReward.from_pretrained(source, transformer=transformer()), config)
 
     @classmethod
     def from_reward(cls, text: str, reward: Reward) -> "Candidate":
-        """Any loaded reward and the text that names it. A remote reward is identified by its name only."""
+        """Describe a loaded reward of any kind. text: its name, which alone identifies a reward on a server."""
         return cls(f"{text} {fingerprint(reward)}", lambda: reward)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores rewards on test sets, all with the same noise.
+    """Callable that scores rewards on test sets. All rewards get the same noise.
 
     Args:
-        sets: name -> a directory of latents, a jsonl, or the folder of a public test set.
-        encoders: for images, and to decode latents.
-        size: (height, width) of images for latent rewards.
-        batch_size: groups of latents, or images, per batch; RNG streams of latents depend on it.
-        fit, on_bad: for images, see `Fit` and `OnBad`.
-        image_sets: of `open_image_sets`.
+        sets: name -> directory of latents, jsonl, or folder of a public test set.
+        encoders: encode images and decode latents.
+        size: (height, width) to which images are resized for latent rewards.
+        batch_size: images, or groups of latents, per batch; the noise of latents depends on it.
+        fit, on_bad: how images are resized, and what to do about unreadable images, see `Fit` and `OnBad`.
+        image_sets: the sets that hold images, opened by `open_image_sets`.
     """
 
     sets: Mapping[str, str]
@@ -251,8 +254,10 @@ class Evaluator:
     def __call__(
         self, candidate: Candidate, levels: Mapping[str, Sequence[NoiseLevels]], directory: Path, *, title: str
     ) -> dict[str, PairScores]:
-        """Scores on every set by its name, stored in directory/judged_NAME.safetensors; ValueError when stored scores
-        were taken with other settings. levels: for a latent reward; any other has one score per image, "score".
+        """Return name -> scores for every set. Scores are stored in, or loaded from, directory/judged_NAME.safetensors.
+
+        levels: name of a set -> noise levels for a latent reward. Any other reward gives one score per image, "score".
+        Raises ValueError if stored scores were computed with other settings.
         """
         return {
             name: self._scores(name, candidate, levels[name] if candidate.config else [NO_NOISE], directory, title)
@@ -289,7 +294,7 @@ class Evaluator:
         return load_scores(path, terms)
 
     def _latent_scorer(self, candidate: Candidate) -> Score:
-        """Raw scores of a latent reward at the noise levels; scores of any other reward at its own."""
+        """Return a function that scores a batch: raw scores for a latent reward, scaled scores for any other reward."""
         reward = candidate.load()
 
         def score(batch: PairBatch, level: Level, noise: Tensor) -> Tensor:
@@ -310,9 +315,11 @@ class Evaluator:
     def gold_accuracy(
         self, gold: Callable[[Tensor, Sequence[str]], Tensor], config: RewardConfig | None
     ) -> dict[str, float]:
-        """Accuracy by set of a gold score of decoded latents (with prompts), an upper bound under label noise.
+        """Return the accuracy of a gold score on decoded latents, for each set of latents with prompts, by its name.
 
-        gold: (images (B, 3, H, W), prompts) -> (B,). config: of the latent reward.
+        It is an upper bound for rewards, and below 1 because labels are noisy.
+
+        gold: (images (B, 3, H, W), prompts) -> (B,) scores. config: config of a latent reward, otherwise None.
         """
 
         def score(batch: PairBatch, level: Level, noise: Tensor) -> Tensor:
@@ -330,7 +337,7 @@ class Evaluator:
 
 
 def open_image_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> dict[str, ImageSet]:
-    """The sets of name -> path that hold images: public test sets and jsonl files, by `open_test_set`."""
+    """Open the sets that hold images, which are public test sets and jsonl files. sets: name -> path."""
     paths = {name: path for name, path in sets.items() if name in TEST_SETS or Path(path).suffix == ".jsonl"}
     return {name: open_test_set(name, path, unpack_to=unpack_to) for name, path in paths.items()}
 

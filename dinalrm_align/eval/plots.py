@@ -1,4 +1,4 @@
-"""Figures of evaluations: accuracy against sigma, noise levels at inference, variance over noise draws, reliability."""
+"""Plot evaluations: accuracy against sigma, noise levels at inference, variance over noise draws, reliability."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +20,13 @@ from dinalrm_align.eval.ablation import (
 from dinalrm_align.eval.calibration import Calibration, fidelity_rater
 from dinalrm_align.train.files import save_figure
 
-FEWEST_PLOTTED = 10  # fewest pairs of a plotted bin
+FEWEST_PLOTTED = 10  # bins with fewer pairs are not plotted
 
 
 def panels(
     titles: Sequence[str], size: tuple[float, float], x: str, y: str, *, columns: int = 0, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel of `size` inches per title, in rows of `columns` (0: one row), and labelled axes."""
+    """Create a figure with one panel of `size` inches per title, `columns` panels in a row (0: all). x, y: labels."""
     columns = min(columns or len(titles), len(titles))
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
@@ -40,14 +40,14 @@ def panels(
 
 
 def draw_band(axis: Axes, sigmas: Sequence[float], points: Sequence[tuple[float, float, float]], label: str) -> None:
-    """A curve of accuracies in per cent with their intervals. points: (value, low, high) as fractions."""
+    """Plot a curve of accuracies in per cent with a band of intervals. points: (value, low, high) as fractions."""
     value, low, high = (100 * np.array(column) for column in zip(*points, strict=True))
     (line,) = axis.plot(sigmas, value, marker="o", markersize=3, label=label)
     axis.fill_between(sigmas, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
 
 
 def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str) -> None:
-    """Accuracy against the noise level: a panel per set, a curve with its 95 % interval per arm."""
+    """Plot accuracy against the noise level, with a panel for each test set and a curve with band for each arm."""
     figure, axes = panels(evidence.sets, (5.5, 4.4), "noise level sigma", "pairwise accuracy, per cent")
     for axis, name in zip(axes, evidence.sets, strict=True):
         for arm in (arm for arm in arms if arm in evidence.runs):
@@ -61,7 +61,7 @@ def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str
 
 
 def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
-    """Paired difference of each choice of noise levels to the single level, for one arm: a panel per set."""
+    """Plot one arm's accuracy at each choice of noise levels, relative to SINGLE_LEVEL. One panel per test set."""
     by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
     labels = list(dict.fromkeys(label for measures in by_set.values() for label in measures))
     size = 4.5 + 2 / len(by_set), 0.26 * len(labels) + 1.4
@@ -81,7 +81,7 @@ def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
 
 
 def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
-    """Variance over noise draws against backbone forwards per score, with 1 / K for independent draws."""
+    """Plot the variance over noise draws against the backbone forwards K per score, and 1 / K (independent draws)."""
     title = "variance over noise draws / variance over images"
     figure, (axis,) = panels([title], (6, 4.2), "backbone forwards per score", "share")
     for label in dict.fromkeys(row.label for row in shares):
@@ -97,9 +97,9 @@ def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
 
 
 def plot_reliability(curves: Mapping[str, Mapping[float, Calibration]], path: Path) -> None:
-    """Observed against predicted frequency: a panel per arm, a curve with standard errors per noise level.
+    """Plot observed against predicted frequency, with a panel for each arm and a curve for each noise level.
 
-    Dashed: the fixed point of the fidelity objective. Bins with few pairs are not plotted, but count in the ECE.
+    Bars: standard errors. Dashed line: optimum of fidelity. Bins with few pairs are in the ECE, but not plotted.
     """
     figure, axes = panels([*curves], (6, 4.4), "predicted P(preferred)", "observed frequency", columns=2)
     predicted = np.linspace(0.5, 1, 200)

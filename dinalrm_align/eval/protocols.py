@@ -1,7 +1,7 @@
 """Accuracy under a named protocol (`test_sets_config.PROTOCOLS`), with a bootstrap interval over prompts.
 
-Every protocol except tau is a ratio of sums over pairs, sum w u r / sum w u: r in [0, 1] is the correctness of a pair,
-u its weight, and w the number of times the bootstrap drew its prompt.
+Under every protocol except tau, accuracy is a ratio of sums over pairs, sum(w u r) / sum(w u). r in [0, 1] is the
+correctness of a pair, u is its weight, and w is the number of times that the bootstrap drew its prompt.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,7 @@ CHUNK = 50  # bootstrap resamples computed at once
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy in [0, 1], its 95 % percentile interval over prompts, and the numbers of pairs and prompts it uses; NaN
-    where no pair counts.
-    """
+    """Accuracy in [0, 1], 95 % interval over prompts (both NaN if no pair counts), and numbers of pairs and prompts."""
 
     value: float
     low: float
@@ -28,15 +26,16 @@ class Accuracy:
     prompts: int
 
     def __str__(self) -> str:
-        """In per cent: "72.40 [70.10, 74.60]"."""
+        """Format in per cent: "72.40 [70.10, 74.60]"."""
         if not self.pairs:
             return "no pairs"
         return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
 
 
 def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = 1000, seed: int = 0) -> Accuracy:
-    """Accuracy under a protocol of PROTOCOLS, of the mean of the scores at the named noise levels; ValueError if either
-    is unknown. The interval resamples prompts with replacement; it depends on `seed` only.
+    """Compute the accuracy under a protocol, for the mean of the scores at the named noise levels.
+
+    The interval is from `draws` bootstrap resamples of prompts. Raises ValueError for an unknown protocol or level.
     """
     gap, label = scores.gap(*names), scores.label.astype(np.float64)
     _, caption = np.unique(scores.caption, return_inverse=True)
@@ -63,7 +62,7 @@ def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = 1000, 
 def _right_and_weight(
     scores: PairScores, protocol: str, gap: np.ndarray, label: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Correctness (N,) and weight (N,) of each pair."""
+    """Return the correctness (N,) and the weight (N,) of each pair under a protocol."""
     preferred = np.sign(label - 0.5)
     untied, agrees = preferred != 0, gap * preferred > 0
     if protocol in ("pooled", "strict", "diff"):
@@ -82,22 +81,23 @@ def _right_and_weight(
 
 
 def _shares(scores: PairScores, counted: np.ndarray) -> np.ndarray:
-    """1 / (counted pairs of the list) for counted pairs, else 0. Without groups, the pairs of a caption are a list."""
+    """Return weights (N,): 1 / (counted pairs of the same list, or else caption) for counted pairs, 0 for others."""
     _, number = np.unique(scores.caption if scores.group is None else scores.group, return_inverse=True)
     size = np.bincount(number, weights=counted)[number]
     return np.divide(counted, size, out=np.zeros(len(counted)), where=size > 0)
 
 
 def _ratio(right: np.ndarray, weight: np.ndarray, caption: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The ratio (B,) for the numbers of times (B, C) that each prompt was drawn; NaN where no pair counts."""
+    """Return the accuracy (B,) of B resamples; NaN if no pair counts. counts: (B, C) times each prompt was drawn."""
     above, below = (counts @ np.bincount(caption, weights=values) for values in (weight * right, weight))
     return np.divide(above, below, out=np.full(len(counts), np.nan), where=below > 0)
 
 
 def _tau(gap: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The largest share over eps of pairs whose verdict is met, where |gap| <= eps is a tie. weight (B, N) -> (B,).
+    """Return the tau accuracy (B,) for the weights (B, N) of each pair in B resamples.
 
-    The candidates for eps are 0 and every |gap|. Raising eps past a pair makes it a tie, correct if raters tie it too.
+    A pair with |gap| <= eps is predicted as a tie. The accuracy is the largest over eps, among 0 and every |gap|. When
+    eps reaches a pair's |gap|, its prediction becomes a tie, which is correct if raters tie it.
     """
     preferred = np.sign(label - 0.5)
     agrees = (preferred != 0) & (gap * preferred > 0)

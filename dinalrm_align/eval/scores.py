@@ -1,7 +1,7 @@
-"""Raw scores of all images of a fixed set of pairs, taken at several noise levels and stored in one file.
+"""Raw scores of all images of a test set at several noise levels, stored in one file.
 
-Accuracy, calibration, averaged ensembles and the variance over noise draws are computed from stored scores, so a reward
-runs once. While it runs, scores are stored in `Pieces`, so that a killed run does not repeat them.
+Accuracy, calibration, averaged ensembles and the variance over noise draws are computed from stored scores, so the
+reward runs only once. Partial results are stored in `Pieces`, so a killed evaluation resumes.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.train.files import write_atomically
 
 PAIR_COLUMNS = ("chosen", "rejected", "label", "caption")
-STORED_NAMES = {"prompts": "prompts", "images": "pictures"}  # field of `PairScores` -> its name in the file
+STORED_NAMES = {"prompts": "prompts", "images": "pictures"}  # field of `PairScores` -> name in the file
 Level = tuple[float, ...]
-"""One sigma, or several that are joined as tokens: an ensemble."""
+"""One sigma, or several for an ensemble: the head reads the tokens of all of them and returns one score."""
 Score = Callable[[PairBatch, Level, Tensor], Tensor]
-"""(batch of M images, K sigmas, noise (M, C, H, W) or (K, M, C, H, W)) -> (M,) raw scores."""
+"""Function (batch of M images, K sigmas, noise (M, C, H, W) or (K, M, C, H, W)) -> (M,) raw scores."""
 Piece = tuple[dict[str, np.ndarray], dict[str, object]]
-"""Arrays, and JSON-serialisable metadata."""
+"""Partial results of an evaluation: arrays, and JSON-serialisable metadata."""
 
 
 def level_name(level: Level) -> str:
-    """ "0.4", or "0.2+0.5+0.7" for an ensemble."""
+    """Format a level: "0.4", or "0.2+0.5+0.7" for an ensemble."""
     return "+".join(f"{sigma:g}" for sigma in level)
 
 
 @dataclass(frozen=True, order=True)
 class NoiseLevels:
-    """Noise levels at which one score is taken, joined as tokens, with the number of the noise draw for each."""
+    """Noise levels of one score, see `Level`. draws: index of the noise draw at each level."""
 
     sigmas: Level
     draws: tuple[int, ...]
 
     @classmethod
     def at(cls, *sigmas: float, draw: int = 0) -> NoiseLevels:
-        """One level, or an ensemble of several, with the same draw for each."""
+        """Build one level, or an ensemble of several, with the same noise draw for each."""
         return cls(sigmas, (draw,) * len(sigmas))
 
     @property
     def name(self) -> str:
-        """ "0.4", "0.2+0.5+0.7", "0.4+0.4@1,2" for draws other than 0, and "score" for a reward without noise."""
+        """Key of the scores: "0.4", "0.2+0.5+0.7", "0.4+0.4@1,2" (draws other than 0), or "score" without levels."""
         if not self.sigmas:
             return "score"
         return level_name(self.sigmas) + ("@" + ",".join(map(str, self.draws)) if any(self.draws) else "")
 
 
-NO_NOISE = NoiseLevels((), ())  # of a reward that is not evaluated at noise levels
+NO_NOISE = NoiseLevels((), ())  # for a reward that is not evaluated at chosen noise levels
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class PairScores:
 
     Args:
         scores: `NoiseLevels.name` -> (M,) float32, raw scores.
-        chosen, rejected: (N,) int64, the rows of the images of each pair.
-        label: (N,) float32, the probability that a rater prefers `chosen`.
-        caption: (N,) int64, the caption of each pair (its group, where prompts are not stored); pairs of one caption
-            are not independent.
-        concept: N names of what the pairs differ in; None if unknown.
-        group: (N,) int64, the ranked list of each pair; None if raters did not rank lists.
-        prompts: text of the captions, by number; None if it is not stored.
-        images: M names of the images; None if they have none.
+        chosen, rejected: (N,) int64, indices of each pair's two images.
+        label: (N,) float32, probability that a rater prefers `chosen`.
+        caption: (N,) int64, index of each pair's caption, or of its group of images if prompts are not stored. Pairs of
+            one caption are not independent.
+        concept: N names of what the images of a pair differ in; None if unknown.
+        group: (N,) int64, index of the ranked list that contains the pair; None if raters did not rank lists.
+        prompts: text of each caption; None if it is not stored.
+        images: names of the M images; None if they have none.
     """
 
     scores: dict[str, np.ndarray]
@@ -94,35 +94,35 @@ class PairScores:
         return f"{len(self.label)} pairs of {len(np.unique(self.caption))} captions"
 
     def score(self, *names: str) -> np.ndarray:
-        """(M,) float64, the mean of the scores at the named levels. Raises ValueError for a level without scores."""
+        """Return the mean over the named levels of the scores, (M,) float64. Raises ValueError for an unknown level."""
         absent = [name for name in names if name not in self.scores]
         if absent or not names:
             raise ValueError(f"noise level: got {', '.join(absent)!r}; expected one of {', '.join(self.scores)}")
         return np.mean([self.scores[name] for name in names], axis=0, dtype=np.float64)
 
     def gap(self, *names: str) -> np.ndarray:
-        """(N,) scores of the chosen images minus those of the rejected ones."""
+        """Return score(chosen) - score(rejected) of each pair, (N,)."""
         score = self.score(*names)
         return score[self.chosen] - score[self.rejected]
 
     def correct(self, *names: str) -> np.ndarray:
-        """(N,) 1 where the preferred image scores strictly higher, else 0; NaN where raters tie."""
+        """Return (N,): 1 if the preferred image of a pair scores strictly higher, 0 if not, NaN if raters tie."""
         preferred = np.sign(self.label - 0.5)
         return np.where(preferred == 0, np.nan, self.gap(*names) * preferred > 0)
 
     def accuracy(self, *names: str) -> float:
-        """Mean of `correct` over the pairs without a tie of raters."""
+        """Return the mean of `correct` over the pairs that raters do not tie."""
         return float(np.nanmean(self.correct(*names)))
 
     def subset(self, kept: np.ndarray) -> PairScores:
-        """The pairs where kept (N,) bool is true, with the scores of all images."""
+        """Return the pairs for which kept, (N,) bool, is True. The scores of all images are kept."""
         columns = {name: vars(self)[name][kept] for name in PAIR_COLUMNS}
         group = None if self.group is None else self.group[kept]
         concept = None if self.concept is None else tuple(compress(self.concept, kept))
         return replace(self, **columns, group=group, concept=concept)
 
     def same_pairs(self, other: PairScores) -> bool:
-        """Whether both hold the same pairs in the same order."""
+        """Return whether both have the same pairs in the same order."""
         return all(np.array_equal(vars(self)[name], vars(other)[name]) for name in PAIR_COLUMNS)
 
 
@@ -136,10 +136,10 @@ def score_pairs(
     title: str,
     pieces: Pieces | None = None,
 ) -> PairScores:
-    """Score all images of `batches` at all noise levels. Raises ValueError for scores that are not finite.
+    """Score all images of `batches` at all noise levels. Raises ValueError for NaN or infinite scores.
 
-    RNG streams are keyed by (seed, batch index, draw), so all rewards see the same noise. Batches in `pieces` are not
-    scored again.
+    RNG streams are keyed by (seed, batch index, draw), so all rewards see the same noise. Batches that are stored in
+    `pieces` are not scored again.
     """
     levels = list(dict.fromkeys(levels))
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -169,7 +169,7 @@ def score_pairs(
 def _score_batch(
     score: Score, batches: Sequence[PairBatch], index: int, levels: Sequence[NoiseLevels], seed: int, title: str
 ) -> Piece:
-    """Scores (levels, M), and the columns of the pairs with rows from 0."""
+    """Score one batch. Return arrays (scores (levels, M) and the pairs' columns), and metadata of its groups."""
     batch = batches[index]
     numbers = {draw for level in levels for draw in level.draws}
     noise = {draw: batch.draw_noise(seeded_generator(seed, index, draw)) for draw in numbers}
@@ -194,7 +194,7 @@ def check_finite(scores: np.ndarray, level: str, title: str) -> None:
 
 
 def save_scores(scores: PairScores, path: Path, terms: Mapping[str, object]) -> None:
-    """Write one safetensors file atomically. terms: JSON-serialisable; `load_scores` compares them."""
+    """Write scores to a safetensors file, atomically. terms: JSON-serialisable settings that gave the scores."""
     concepts = sorted(set(scores.concept or ()))
     arrays = {"scores": np.stack(list(scores.scores.values()))} | {name: vars(scores)[name] for name in PAIR_COLUMNS}
     if scores.concept is not None:
@@ -206,7 +206,7 @@ def save_scores(scores: PairScores, path: Path, terms: Mapping[str, object]) -> 
 
 
 def load_scores(path: Path, terms: Mapping[str, object]) -> PairScores:
-    """Read a file of `save_scores`. Raises ValueError when it is damaged or was written with other terms."""
+    """Read a file of `save_scores`. Raises ValueError if it is damaged or was written with other settings `terms`."""
     columns, metadata = _read_arrays(path)
     _check_terms(path, metadata["terms"], terms)
     scores = dict(zip(metadata["readings"], columns.pop("scores"), strict=True))
@@ -217,7 +217,7 @@ def load_scores(path: Path, terms: Mapping[str, object]) -> PairScores:
 
 
 class Pieces:
-    """A folder of numbered pieces. Raises ValueError when it holds scores that were taken with other terms."""
+    """Folder of numbered partial results. Raises ValueError if they were computed with other settings `terms`."""
 
     def __init__(self, folder: Path, terms: Mapping[str, object]) -> None:
         self.folder, stored = folder, folder / "terms.json"
@@ -227,7 +227,7 @@ class Pieces:
             write_atomically(stored, json.dumps(terms, indent=1) + "\n")
 
     def get(self, number: int, take: Callable[[], Piece]) -> Piece:
-        """The piece of that number; if it does not exist, `take` it and store it."""
+        """Load the stored result `number`. If it does not exist, compute it with `take` and store it."""
         path = self.folder / f"{number:06d}.safetensors"
         if path.exists():
             arrays, metadata = _read_arrays(path)

@@ -1,12 +1,12 @@
-"""The public test sets, read from disk as published: images, prompts, and raters' verdicts on pairs of images.
+"""Read public test sets as published: images, prompts, and raters' preferences between two images.
 
-`open_test_set` finds the files of a name in `test_sets_config.TEST_SETS`; `data.formats` reads them. Which image of a
-pair comes first is as published (in HPDv3 always the preferred one), so a scorer must not see it: `ImageSet.order`
-lists single images in an order that does not depend on pairs.
+`open_test_set` finds the files of a set in `test_sets_config.TEST_SETS`, and `data.formats` reads them. The images of a
+pair keep their published order, which can reveal the label: in HPDv3 the preferred image is always first. Scorers
+therefore see single images, in an order that does not depend on pairs (`ImageSet.order`).
 
-`leaked` finds the pairs that a reward was trained on (HPDv3's official splits are reported to overlap). Prompts are
-compared by a digest of their stripped text; images by a digest of their published path and, where the training files
-are available, by the SHA-256 of their bytes.
+`leaked` finds the pairs that a reward was trained on (HPDv3's official splits are reported to overlap). It compares
+digests of stripped prompts, digests of published image paths and, if the training images are available, the SHA-256 of
+the image files.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from dinalrm_align.train.files import HUB_ID, file_digest
 
 @dataclass(frozen=True)
 class Image:
-    """An image and its prompt. name: as published. place: rank of the bytes on disk, for reading in order."""
+    """An image and its prompt. name: published path. place: position on disk, for reading files in order."""
 
     name: str
     prompt: str
@@ -36,16 +36,17 @@ class Image:
     place: int = field(default=0, compare=False)
 
     def read(self) -> bytes:
-        """The bytes of the image's file. Raises OSError or ValueError."""
+        """Return the bytes of the image file. Raises OSError or ValueError if it cannot be read."""
         return self.source.read_bytes() if isinstance(self.source, Path) else image_source(self.source, Path())
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """M images, each (prompt, name) once, and N pairs of them.
+    """M images, distinct in (prompt, name), and N pairs of them.
 
-    chosen, rejected: (N,) int, rows of `images`; first and second image as published. label: (N,) float32, probability
-    that a rater prefers the first; 0.5 is a tie. group: (N,) int, the published record that a pair comes from.
+    chosen, rejected: (N,) int, indices in `images` of each pair's first and second image, in published order.
+    label: (N,) float32, probability that a rater prefers the first image; 0.5 is a tie.
+    group: (N,) int, index of the published record that contains the pair.
     """
 
     name: str
@@ -57,27 +58,27 @@ class ImageSet:
 
     @property
     def order(self) -> list[int]:
-        """The rows of `images` in scoring order: by place, then by digests of prompt and name."""
+        """Indices of `images` in scoring order: by position on disk, then by digests of prompt and name."""
         digests = [(text_digest(image.prompt), text_digest(f"{image.prompt}\0{image.name}")) for image in self.images]
         return sorted(range(len(digests)), key=lambda row: (self.images[row].place, *digests[row]))
 
     def digest(self) -> str:
-        """A digest of prompts, names and verdicts, but not of the images."""
+        """Return a digest of prompts, names, pairs and labels. Pixels are not read."""
         names = "\0".join(f"{image.name}\0{image.prompt}" for image in self.images)
         columns = (self.chosen, self.rejected, self.label, self.group)
         return text_digest(names + "".join(repr(column.tolist()) for column in columns))
 
     def missing(self) -> list[str]:
-        """Names of image files that do not exist."""
+        """Return the names of image files that do not exist."""
         files = ((image.name, image.source) for image in self.images if isinstance(image.source, Path))
         return [name for name, file in files if not file.is_file()]
 
 
 def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None) -> ImageSet:
-    """Open a test set: a name in `TEST_SETS`; any other name is a jsonl of (prompt, chosen, rejected[, label]).
+    """Open a public test set if `name` is in `TEST_SETS`, otherwise a jsonl of (prompt, chosen, rejected[, label]).
 
-    where: its folder or annotation file; for a public set also "hub" or a hub id, which downloads it and unpacks its
-    archives to `unpack_to`. Raises FileNotFoundError with how to get the set; ValueError for files in another layout.
+    where: its folder or annotation file. For a public set also "hub" or a hub id, to download it and unpack archives to
+    `unpack_to`. Raises FileNotFoundError, with download instructions, or ValueError for files in another layout.
     """
     if name not in TEST_SETS:
         path = Path(where)
@@ -120,10 +121,10 @@ def _image_set(name: str, pairs: Iterable[Preference], finder: "_Finder", where:
 
 
 class _Finder:
-    """Finds the images of a test set.
+    """Callable that turns an image reference of a test set into an `Image`.
 
-    roots: folders that paths may start in; the first that holds the first image is used, else the first. files: parquet
-    files in reading order. published: reject paths that leave the folder.
+    roots: folders that image paths may be relative to; the one that contains the first image is used. files: parquet
+    files in reading order. published: reject paths outside the folder.
     """
 
     def __init__(self, roots: Sequence[Path], files: Sequence[Path] = (), *, published: bool = False) -> None:
@@ -174,7 +175,7 @@ def _download(name: str, entry: PublicSet, where: str, unpack_to: Path | None) -
 
 @dataclass(frozen=True)
 class Trained:
-    """Digests of training data. contents: SHA-256 of image files; may be empty."""
+    """Digests of a reward's training prompts and image paths, and SHA-256 of its training images if available."""
 
     prompts: frozenset[str]
     paths: frozenset[str] = frozenset()
@@ -183,7 +184,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Leak:
-    """prompt, image (N,) bool: pairs whose prompt, or one of whose images (compared `by`), was trained on."""
+    """Overlap of N test pairs with training data. prompt: (N,) bool, whether the pair's prompt was trained on.
+
+    image: (N,) bool, whether one of its images was trained on. by: how images were compared.
+    """
 
     prompt: np.ndarray
     image: np.ndarray
@@ -195,7 +199,7 @@ class Leak:
 
 
 def _path_digest(path: str) -> str:
-    """A digest of an image's published path, ignoring "./" and a leading "images/"."""
+    """Return a digest of an image's published path without "./" and a leading "images/"."""
     return text_digest(Path(path).as_posix().removeprefix("images/"))
 
 
@@ -205,9 +209,9 @@ def trained_on(prompts: Iterable[str], paths: Iterable[str] = (), contents: Iter
 
 
 def read_trained(source: str | Path) -> Trained:
-    """What a reward was trained on: a file or folder in any layout of `data.formats`.
+    """Read the training data of a reward: a file or folder in any layout of `data.formats`.
 
-    Paths are known where images are files, contents only for a jsonl. Raises FileNotFoundError or ValueError.
+    Image paths are included if the images are separate files, and hashes of images only for a jsonl.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -221,7 +225,7 @@ def read_trained(source: str | Path) -> Trained:
 
 
 def leaked(scores: PairScores, trained: Trained, images: ImageSet | None = None) -> Leak:
-    """Which pairs were trained on; ValueError without prompts. images: the set that was scored, to compare contents."""
+    """Find the pairs that were trained on. images: scored set; None: compare paths of images, but not contents."""
     if scores.prompts is None:
         raise ValueError("these pairs have no prompts as text, so they cannot be compared with the training data")
     known = np.array([text_digest(prompt.strip()) in trained.prompts for prompt in scores.prompts])[scores.caption]

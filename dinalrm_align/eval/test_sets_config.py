@@ -1,6 +1,6 @@
-"""Public test sets of text-to-image preferences, protocols of their accuracy, and published values. Torch-free.
+"""Public test sets of text-to-image preferences, accuracy protocols, and published accuracies. Torch-free.
 
-Papers use different protocols for the same test set; here, every name is one rule for all sets.
+Papers compute the accuracy on one test set in different ways. Here, each protocol is a rule that applies to any set.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,19 @@ PROTOCOLS: dict[str, str] = {
     "the set itself (Deutsch et al., arXiv 2305.14324)",
 }
 OF_LISTS = ("hpsv2", "mps")
-"""Protocols that need all pairs of every list."""
+"""Protocols for ranked lists only, because they need all pairs of every list."""
 
 
 @dataclass(frozen=True)
 class PublicSet:
-    """A public test set. layout: a name in `data.formats.LAYOUTS`. protocol: of its authors, or of the paper's table.
+    """A public test set.
 
-    files, how: contents of its folder and download instructions, for error messages. hub, hub_files: its dataset
-    repository (None if it is too large or has another layout there) and patterns of files. split, folder: of parquet
-    files. roots: folders, relative to the annotations, that image paths may start from.
+    layout: a name in `data.formats.LAYOUTS`.
+    protocol: the authors' accuracy protocol, or the one of the paper's table.
+    files, how: contents of its folder, and download instructions, for error messages.
+    hub: its dataset repository; None if it is too large or has another layout there. hub_files: patterns of its files.
+    split: name of the split in parquet file names. folder: folder of the parquet files.
+    roots: folders that image paths may be relative to, themselves relative to the annotation file.
     """
 
     layout: str
@@ -99,7 +102,7 @@ TEST_SETS: dict[str, PublicSet] = {
         split="test_unique",
     ),
 }
-"""Name -> test set. Any other name is a user's own set: latents, or a jsonl of images."""
+"""Name -> public test set. Any other name is a user's own set of latents, or a jsonl of images."""
 
 Row = tuple[str, dict[str, float]]
 
@@ -111,7 +114,7 @@ PAPER: list[Row] = [
     ("HPSv3", dict(imagereward=67.03, hpdv2=85.36, hpdv3=76.03, genai_bench=70.95)),
     ("UnifiedReward", dict(imagereward=63.82, hpdv2=83.10, hpdv3=71.96, genai_bench=72.38)),
 ]
-"""DiNa-LRM's main table (arXiv 2602.11146), per cent."""
+"""Rows (reward, name of a set -> accuracy in per cent) of DiNa-LRM's main table (arXiv 2602.11146)."""
 
 HPSV3: list[Row] = [
     ("HPSv3", dict(imagereward=66.8, pickapic=72.8, hpdv2=85.4, hpdv3=76.9)),
@@ -121,7 +124,7 @@ HPSV3: list[Row] = [
     ("ImageReward", dict(imagereward=65.1, pickapic=61.1, hpdv2=74.0, hpdv3=58.6)),
     ("CLIP ViT-H/14", dict(imagereward=57.1, pickapic=60.8, hpdv2=65.1, hpdv3=48.6)),
 ]
-"""HPSv3's repository, per cent. Its protocols differ: its values for HPSv3 are up to 0.9 from those of `PAPER`."""
+"""The same from HPSv3's repository. Its protocols differ: for HPSv3, values differ from `PAPER` by up to 0.9."""
 
 
 def protocols_of(name: str) -> list[str]:
@@ -130,7 +133,7 @@ def protocols_of(name: str) -> list[str]:
 
 
 def default_protocol(name: str) -> str:
-    """The protocol of a public set; pooled for any other."""
+    """Return the protocol of a public test set, or "pooled" for any other set."""
     return TEST_SETS[name].protocol if name in TEST_SETS else "pooled"
 
 

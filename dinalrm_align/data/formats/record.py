@@ -30,11 +30,7 @@ ImageRef = str | Cell
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Raw record of a data set.
-
-    where: name of the record in error messages. number: index over all files. cell: location in a parquet or
-    safetensors file; None for other files.
-    """
+    """Raw record of a data set. where: its name in error messages. number: index over all files. cell: location."""
 
     where: str
     number: int

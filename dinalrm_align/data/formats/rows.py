@@ -58,10 +58,8 @@ def table_rows(
 ) -> Iterator[Row]:
     """Yield the records of a JSON list, a jsonl, or parquet files.
 
-    source: a file; a folder of parquet files; or several files.
-    columns: columns that a parquet file must have.
-    images: columns of images that a parquet file must have; they are not read here.
-    optional: columns that are read if they exist.
+    source: a file; a folder of parquet files; or several files. columns: columns that a parquet file must have. images:
+    more such columns, which are not read here. optional: columns that are read if they exist.
     """
     files = list(source) if isinstance(source, Sequence) else [source]
     if files[0].is_dir():
