@@ -193,7 +193,7 @@ class PolicyRun:
             oracle: the true score of the embedded world. NAME=SOURCE: one of these, with weights from SOURCE. Or the
             folder or hub id of another latent reward; module:function, your own; or a sum, "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
-        seed: seed of all random numbers of the run.
+        seed: seed of initialisation, sampling and training.
         prompts: text file of prompts, one per line, UTF-8; by default the model's own list of training prompts.
         height: height of the images in pixels; by default the model's own.
         width: width of the images in pixels; by default the model's own.
@@ -229,8 +229,8 @@ class AlignRun(PolicyRun):
             override the saved settings.
         eval_prompts: text file of held-out prompts; by default the model's own list.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        profile_every: measure the FLOPs (on a CPU also the peak memory) of every n-th update, which makes that update
-            take about twice as long; 0: never.
+        profile_every: updates between measurements of FLOPs (on a CPU also of peak memory). A measured update takes
+            about twice as long; 0: no measurements.
         tracker: where to log metrics and images besides metrics.jsonl; WANDB_MODE=offline keeps wandb offline.
         optim: AdamW, its learning rate and gradient clipping.
         loop: length of training, checkpoints and weight averaging.
