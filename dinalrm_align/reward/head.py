@@ -84,7 +84,7 @@ class QueryAttention(nn.Module):
 class RewardHead(nn.Module):
     """Maps the tokens of tapped layers (`Taps`), with `width_in` channels, to one raw score per sample.
 
-    num_text_taps: 0: only image tokens are read. temb_dim: channels of temb; default: `width_in`.
+    With num_text_taps = 0 only image tokens are read. temb_dim: channels of temb; default: `width_in`.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class RewardHead(nn.Module):
             self.eta4 = nn.Parameter(torch.tensor(0.15))
 
     def forward(self, taps: Taps | Sequence[Taps]) -> Tensor:
-        """Return raw scores (B,), float32, differentiable. taps: of one noise level, or a list for K levels.
+        """Return raw scores (B,), float32, differentiable. taps: features at one noise level, or a list for K levels.
 
-        The tokens of each level are modulated by its own temb. Then the tokens of all levels are concatenated.
+        Each level's tokens are modulated by its own temb. Then the tokens of all levels are concatenated.
         """
         levels, text = [taps] if isinstance(taps, Taps) else taps, None
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])

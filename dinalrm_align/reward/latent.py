@@ -65,17 +65,19 @@ class LatentReward(RewardModule):
         folder: Path = Path(),
         local_files_only: bool = False,
     ) -> None:
-        """Args:
-        model: reward model after `RewardModel.freeze`.
-        encoder: encodes prompts that are passed as strings.
-        vae: encodes images for `score_images`; default: the base model's, loaded on first use.
-        folder: folder of the checkpoint; a relative base_model_id is resolved from it.
-        local_files_only: never contact the hub.
+        """Create a reward from its parts; `from_pretrained` loads them.
+
+        Args:
+            model: reward model after `RewardModel.freeze`.
+            encoder: encodes prompts that are passed as strings.
+            vae: encodes images for `score_images`; default: the base model's, loaded on first use.
+            folder: folder of the checkpoint; a relative base_model_id is resolved from it.
+            local_files_only: never contact the hub.
         """
         super().__init__()
         self.model = model
         self.encoder = encoder
-        self._borrowed = {"vae": vae}  # in a dict, so that the module does not own it
+        self._borrowed = {"vae": vae}  # in a dict, so that it is not a submodule
         self._folder = folder
         self._local_files_only = local_files_only
         self._statistics_calls = STATISTICS_CALLS
@@ -187,11 +189,10 @@ class LatentReward(RewardModule):
 
         Args:
             latents: (B, C, H, W), scaled and clean, on the reward's device; any floating dtype.
-            prompts: B strings (each is encoded once, then cached) or Conditions. Pass either prompts or both
-                embeddings.
+            prompts: B strings (each is encoded once, then cached) or Conditions. Pass prompts or both embeddings.
             prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P).
-            sigma: noise level in [0, 1], (B,) with one level per sample, or a list of levels for a multi-noise
-                ensemble. Default: the config's.
+            sigma: noise level in [0, 1]: a float, (B,) with one level per sample, or a list of K levels (multi-noise
+                ensemble). Default: the config's.
             noise: standard normal noise (B, C, H, W), or (K, B, C, H, W) with one draw per level. Default: it is drawn.
             generator: draws the noise on its own device, so a CPU generator gives the same score on every device.
                 Default: torch's global RNG.
@@ -373,7 +374,7 @@ def _check_place(trunk: SD3Trunk, device: torch.device | str | None, dtype: torc
     here = (trunk.device, trunk.dtype)
     wanted = (here[0] if device is None else torch.device(device), here[1] if dtype is None else dtype)
     same_place = wanted[0].type == here[0].type and (
-        wanted[0].type == "cpu" or wanted[0].index in (None, here[0].index)  # processes call theirs cpu:0
+        wanted[0].type == "cpu" or wanted[0].index in (None, here[0].index)  # multi-process runs name it cpu:0
     )
     if not same_place or wanted[1] != here[1]:
         raise ValueError(

@@ -74,5 +74,5 @@ def shard_base(
         for tree, block in enumerate(blocks):
             block.forward = functools.partial(shared, tree)
     accelerator.print(f"the frozen base weights are sharded over {count} processes")
-    for trunk in trunks:  # so that the whole weights are freed
+    for trunk in trunks:  # release the unsharded weights
         trunk.shared = tuple(tensor for tensor in trunk.shared if id(tensor) not in sharded)

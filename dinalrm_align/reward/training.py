@@ -92,7 +92,7 @@ class RewardTraining:
             batch = pairs.batch_at(micro_step, rank, world)
             return batch.pin_memory() if device.type == "cuda" and pairs.reads_files_only else batch
 
-        # Images are encoded on the training device, so only pairs that are stored encoded are read ahead.
+        # Prefetch only pairs that are stored encoded: images are encoded on the training device.
         self.batches = Prefetched(read, ahead=config.prefetch if pairs.reads_files_only else 0)
 
     def __enter__(self) -> "RewardTraining":

@@ -1,6 +1,6 @@
-"""The base of rewards over images: a borrowed VAE, a differentiable decode, and the `Reward` protocol.
+"""Base class of rewards that score images, with differentiable decoding by a VAE that the caller provides.
 
-A subclass writes `score_pixels`. Images are RGB in [0, 1], (B, 3, H, W); latents are scaled, (B, C, h, w).
+Subclasses implement `score_pixels`. Images are RGB in [0, 1], (B, 3, H, W). Latents are scaled, (B, C, h, w).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,9 +29,9 @@ Features = TypeVar("Features")
 
 
 def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None = None) -> Tensor:
-    """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], differentiable.
+    """Decode scaled latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1], differentiable.
 
-    slice_size: number of latents decoded at a time, None for all; each slice is decoded again in the backward pass.
+    slice_size: latents to decode at a time, None for all. In the backward pass each slice is decoded again.
     """
     if slice_size is None:
         return decode_latents(vae, latents)
@@ -42,30 +42,31 @@ def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None
 
 
 class PixelReward(RewardModule):
-    """A frozen reward over decoded images.
+    """A frozen reward that decodes latents and scores the images.
 
-    Gradients reach the latents, never a parameter. The VAE is frozen (requires_grad False, evaluation mode) and not
-    part of this module: it is neither moved, cast nor saved with it. Without a VAE only images can be scored.
+    Gradients reach the latents, never a parameter. The VAE is frozen and not a submodule: it is not moved, cast or
+    saved with this module. Without a VAE only images can be scored.
     """
 
     reads_images = True
 
     def __init__(self, vae: AutoencoderKL | None = None) -> None:
         super().__init__()
-        self._borrowed = {"vae": None if vae is None else vae.requires_grad_(False).eval()}  # not owned, so in a dict
+        self._borrowed = {"vae": None if vae is None else vae.requires_grad_(False).eval()}  # a dict: no submodule
         self.slice_size: int | None = None
         self._recompute = False
         self.name = type(self).__name__
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W), float32 in [0, 1], on `device`; B prompts -> scores (B,), float32, differentiable in the
-        images where `differentiable` is true. Arguments have been checked; callers use `score_decoded`.
+        """Return scores (B,), float32, of images (B, 3, H, W), float32 in [0, 1], on `device`, for B prompts.
+
+        Differentiable in the images if `differentiable` is true. Call `score_decoded` instead, which checks the scores.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement score_pixels")
 
     @property
     def device(self) -> torch.device:
-        """The device of the reward's weights; of the VAE where it has none; else the CPU."""
+        """The device of the reward's weights; without weights the VAE's, else the CPU."""
         tensor = next(self.parameters(), None)
         if tensor is not None:
             return tensor.device
@@ -73,12 +74,12 @@ class PixelReward(RewardModule):
 
     @property
     def has_vae(self) -> bool:
-        """Whether latents can be scored, or images only."""
+        """Whether there is a VAE, so that latents can be scored."""
         return self._borrowed["vae"] is not None
 
     @property
     def vae(self) -> AutoencoderKL:
-        """The borrowed VAE; ValueError when there is none."""
+        """The VAE that decodes latents. Raises ValueError if there is none."""
         if self._borrowed["vae"] is None:
             raise ValueError(
                 f"this {type(self).__name__} has no VAE to decode latents with; pass vae=... to from_pretrained"
@@ -86,23 +87,24 @@ class PixelReward(RewardModule):
         return self._borrowed["vae"]
 
     def forward(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
-        """Scaled clean latents (B, C, h, w) and B prompts -> scores (B,), float32, differentiable in the latents.
+        """Return scores (B,), float32, of scaled clean latents (B, C, h, w) for B prompts. Differentiable in the
+        latents.
 
-        Image rewards read text and clean images: noise has no effect. Raises ValueError when a
-        gradient is asked for of a reward that is not differentiable, and when a score is not finite.
+        `noise` is ignored. Raises ValueError if the latents require a gradient that this reward cannot give, or if a
+        score is not finite.
         """
         self.check_gradient(latents)
         check_decodable(self.vae, latents)
         return self.score_decoded(self.decode(latents), prompts_of(prompts, len(latents)))
 
     def score_decoded(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W), float32 in [0, 1]; B prompts -> scores (B,), float32 and finite."""
+        """Return finite scores (B,), float32, of images (B, 3, H, W), float32 in [0, 1], for B prompts."""
         return finite_scores(self.score_pixels(images.to(self.device), prompts), len(images), self.name)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32 in [0, 1], on the reward's device.
+        """Decode scaled latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1], on the reward's device.
 
-        Decoded in the VAE's own dtype, autocast or not.
+        Autocast is turned off: the VAE runs in its own dtype.
         """
         with torch.autocast(self.vae.device.type, enabled=False):
             return decode_in_slices(self.vae, latents.to(self.vae.device), self.slice_size).to(self.device)
@@ -115,9 +117,9 @@ class PixelReward(RewardModule):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """PIL images of any sizes, or a tensor (B, 3, H, W) in [0, 1], and B prompts -> scores (B,), float32.
+        """Return scores (B,), float32, without gradient. generator: ignored.
 
-        generator: has no effect.
+        images: PIL images, which may differ in size, or a tensor (B, 3, H, W) in [0, 1].
         """
         if isinstance(images, Tensor):
             images = image_tensor(images)
@@ -135,8 +137,7 @@ class PixelReward(RewardModule):
         return torch.stack(scores)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute the VAE decoder's blocks, where most of an image reward's memory is, and the layers of the reward's
-        own transformers in the backward pass."""
+        """Recompute the VAE decoder's blocks and the reward's transformer layers in the backward pass."""
         self._set_recompute(True)
 
     def disable_gradient_checkpointing(self) -> None:
@@ -162,7 +163,7 @@ class PixelReward(RewardModule):
 
 
 def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:
-    """TypeError unless `latents` is a floating tensor, ValueError unless the VAE can decode it and it is finite."""
+    """Raise TypeError unless `latents` is a floating tensor, ValueError unless it is finite and fits the VAE."""
     check_latents("latents", latents)
     if latents.shape[1] != vae.config.latent_channels or latents.numel() == 0:
         raise ValueError(
@@ -173,10 +174,10 @@ def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:
 
 
 def recompute_layers(model: nn.Module, recompute: bool) -> None:
-    """Recompute a transformers model's layers in the backward pass, or keep their activations.
+    """Turn recomputation of activations in the backward pass on or off, for all layers of a transformers model.
 
-    transformers recomputes in training mode only, so `training` is set on the layers themselves, while the modules
-    inside them (dropout) stay in evaluation mode. `model.eval()` undoes it: call this again afterwards.
+    transformers recomputes only in training mode. So `training` is set on the layers, but not on the modules inside
+    them (dropout). `model.eval()` resets it: call this function again afterwards.
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -191,7 +192,7 @@ def load_tokenizer(source: str | Path, **hub: Unpack[HubOptions]) -> Any:
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> BatchEncoding:
-    """input_ids and attention_mask (B, length): padded or truncated to `length` tokens."""
+    """Return input_ids and attention_mask, (B, length): texts are padded or truncated to `length` tokens."""
     options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return tokenizer(list(texts), **options).to(device)
 
@@ -199,7 +200,7 @@ def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.de
 def cached(
     cache: dict[str, Features], prompts: Sequence[str], encode: Callable[[list[str]], Iterable[Features]], limit: int
 ) -> list[Features]:
-    """The features of each prompt: new prompts are encoded in one batch; the `limit` newest stay in `cache`."""
+    """Return the features of each prompt. Encode new prompts in one batch; keep the `limit` newest in `cache`."""
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
     if new:
         cache.update(zip(new, encode(new), strict=True))

@@ -1,12 +1,13 @@
-"""CLIP rewards: score = exp(logit_scale) cos(text, image).
+"""CLIP rewards: score = exp(logit_scale) cos(text, image), differentiable in the image.
 
-The source is a transformers `CLIPModel` folder or hub id, with tokenizer and preprocessor_config.json there or in a
-second folder or hub id. CLIP's preprocessing is differentiable here. In both scores exp(logit_scale) is 100:
+Weights are a transformers `CLIPModel`, in a folder or hub id. The tokenizer and preprocessor_config.json are beside
+them or in another folder or hub id. Both of these models have exp(logit_scale) = 100:
 
 PickScore (arXiv 2305.01569): yuvalkirstain/PickScore_v1, with tokenizer and preprocessor of
 laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Code MIT, weights as on their model card.
-CLIPScore (arXiv 2104.08718): openai/clip-vit-large-patch14, as papers on alignment use it, which report 100 cos or that
-over 30 or 100; the original is 2.5 max(cos, 0) with ViT-B/32 and the prefix "A photo depicts". Licences as above.
+CLIPScore (arXiv 2104.08718): openai/clip-vit-large-patch14, as in papers on alignment. They report 100 cos, 100 cos /
+30 or cos. The original metric is 2.5 max(cos, 0) with ViT-B/32 and the prefix "A photo depicts". Code MIT, weights as
+on their model card.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,11 +28,11 @@ from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, reading
 
 MAX_CACHED = 10_000
-"""Prompts whose text features are kept, about 4 kB each."""
+"""Number of prompts whose text features are cached, about 4 kB each."""
 
 
 class ClipReward(PixelReward):
-    """A frozen CLIP reward over latents or images. Load one with `from_pretrained`."""
+    """A frozen CLIP reward of latents or images. Load one with `from_pretrained`."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class ClipReward(PixelReward):
         vae: AutoencoderKL | None = None,
         scaled: bool = True,
     ) -> None:
-        """preprocess: images (B, 3, H, W) in [0, 1] -> pixel_values. scaled: multiply cos by exp(logit_scale)."""
+        """preprocess: maps images (B, 3, H, W) in [0, 1] to pixel_values. scaled: multiply cos by exp(logit_scale)."""
         super().__init__(vae)
         self.clip = clip.requires_grad_(False).eval()
         self.tokenizer, self.preprocess, self.scaled = tokenizer, preprocess, scaled
@@ -58,9 +59,9 @@ class ClipReward(PixelReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "ClipReward":
-        """Load a CLIPModel. Further arguments and errors: see `reward.pixel`.
+        """Load a CLIPModel. For the other arguments and errors see `reward.pixel`.
 
-        processor: folder or hub id of tokenizer and preprocessor_config.json; default: `source`.
+        processor: folder or hub id of the tokenizer and preprocessor_config.json; default: `source`.
         """
         device = available_device(device or "cpu")
         for name in (source, processor or source):
@@ -77,7 +78,7 @@ class ClipReward(PixelReward):
         return self.clip.device
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W), B prompts -> (B,): exp(logit_scale) cos, or cos. The product is computed in float32."""
+        """Return scores (B,) of images (B, 3, H, W) for B prompts. The cosine is computed in float32."""
         with torch.autocast(self.device.type, enabled=False):  # CLIP runs in its own dtype
             pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
             features = _projected(self.clip.get_image_features(pixel_values=pixel_values)).float()
@@ -87,14 +88,14 @@ class ClipReward(PixelReward):
 
     @torch.no_grad()
     def _encode_text(self, prompts: list[str]) -> Tensor:
-        """(B, D) unit vectors, float32."""
+        """Return text features (B, D), float32 unit vectors."""
         tokens = tokenise(self.tokenizer, prompts, self.clip.config.text_config.max_position_embeddings, self.device)
         features = self.clip.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return F.normalize(_projected(features).float(), dim=-1)
 
 
 def load_preprocess(source: str, **hub: Unpack[HubOptions]) -> Preprocess:
-    """The preprocessing in preprocessor_config.json of a folder or hub id."""
+    """Load the preprocessing described by preprocessor_config.json in a folder or hub id."""
     check_source("preprocessor", source)
     with reading("preprocessor_config.json", source):
         path = cached_file(source, "preprocessor_config.json", **hub)
@@ -102,5 +103,5 @@ def load_preprocess(source: str, **hub: Unpack[HubOptions]) -> Preprocess:
 
 
 def _projected(output: Any) -> Tensor:
-    """get_image_features and get_text_features return a tensor before transformers 5, `.pooler_output` since."""
+    """Return the projected features: transformers 5 returns them as `.pooler_output`, earlier versions directly."""
     return output if isinstance(output, Tensor) else output.pooler_output

@@ -1,7 +1,8 @@
-"""Sizes of transformers' CLIP and BLIP towers from the shapes of their tensors, and a CLIP of ViT-H/14's kind.
+"""Build CLIP ViT-H/14 and similar models from their tensors. Tensor shapes determine the layer sizes.
 
-What shapes do not determine is that of ViT-H/14: attention heads of 80 channels in the vision tower and 64 in the text
-tower, exact GELU. Names are transformers' own, or open_clip's, which `from_open_clip` maps to them.
+Sizes that the shapes do not determine are taken from ViT-H/14: 80 channels per attention head in the vision tower, 64
+in the text tower. The activation is exact GELU. Tensors have the names of transformers; `from_open_clip` converts
+open_clip's. `encoder_sizes` and `image_sizes` are also used for BLIP.
 """
 
 import math
@@ -26,7 +27,7 @@ _BLOCKS = {
         (r"attn\.out_proj", "self_attn.out_proj"), (r"attn\.([qkv])_proj", r"self_attn.\2_proj"),
     )
 }  # fmt: skip
-NAMES = _BLOCKS | {  # open_clip's names to transformers'
+NAMES = _BLOCKS | {  # open_clip's names -> transformers' names
     r"token_embedding\.": "text_model.embeddings.token_embedding.",
     r"positional_embedding$": "text_model.embeddings.position_embedding.weight",
     r"ln_final\.": "text_model.final_layer_norm.",
@@ -42,7 +43,7 @@ NAMES = _BLOCKS | {  # open_clip's names to transformers'
 
 
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by open_clip's names -> by transformers' names."""
+    """Convert tensors from open_clip's names and layout to those of transformers."""
     split = {}
     for name, tensor in tensors.items():
         head, fused, kind = name.rpartition("in_proj_")
@@ -59,9 +60,9 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build_clip_h(
     tensors: Mapping[str, Tensor], where: str, *, eos_token_id: int | None, dtype: torch.dtype, device: torch.device
 ) -> CLIPModel:
-    """The frozen model of these tensors (transformers' names), in `dtype` on `device` (default: the CPU).
+    """Return the frozen CLIPModel with these tensors, in `dtype` on `device`. where: their file, for messages.
 
-    eos_token_id: of the tokenizer; text features are read at this token. where: the file, for messages.
+    eos_token_id: the tokenizer's end-of-text token, at which text features are read.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     with init_empty_weights(include_buffers=False):
@@ -89,7 +90,7 @@ def _config(tensors: Mapping[str, Tensor], eos_token_id: int | None, where: str)
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, where: str | Path) -> tuple[int, ...]:
-    """The shape of a tensor; ValueError if it is missing or does not have `dims` dimensions."""
+    """Return the shape of tensor `name`. Raise ValueError if it is missing or does not have `dims` dimensions."""
     if name not in tensors:
         raise ValueError(f"{where}: the tensors do not fit the model: missing {name}")
     shape = tuple(tensors[name].shape)
@@ -99,7 +100,7 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, where: str | P
 
 
 def encoder_sizes(tensors: Mapping[str, Tensor], tower: str, head_width: int, where: str | Path) -> dict[str, int]:
-    """Arguments of a config for `tower`.encoder.layers: hidden_size, intermediate_size, layers and attention heads."""
+    """Return hidden size, MLP size, number of layers and of attention heads of `tower`, as config arguments."""
     inner, width = shape_of(tensors, f"{tower}.encoder.layers.0.mlp.fc1.weight", 2, where)
     if width % head_width:
         raise ValueError(f"{where}: {tower}: got width {width}; expected a multiple of {head_width}")
@@ -109,7 +110,7 @@ def encoder_sizes(tensors: Mapping[str, Tensor], tower: str, head_width: int, wh
 
 
 def image_sizes(positions: tuple[int, ...], patches: tuple[int, ...], where: str | Path) -> dict[str, int]:
-    """image_size and patch_size, from the shapes (..., n^2 + 1, width) and (width, 3, p, p) of both embeddings."""
+    """Return image_size and patch_size. Shapes: positions (..., n^2 + 1, width), patches (width, 3, p, p)."""
     side = math.isqrt(max(0, positions[-2] - 1))
     if side == 0 or side * side + 1 != positions[-2]:
         raise ValueError(f"{where}: image positions: got {positions[-2]}; expected one more than a square")

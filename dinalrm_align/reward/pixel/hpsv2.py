@@ -1,8 +1,8 @@
-"""HPS v2 and v2.1 (arXiv 2306.09341): cos(text, image) of a fine-tuned CLIP ViT-H/14, read from open_clip's file.
+"""HPS v2 and v2.1 (arXiv 2306.09341): score = cos(text, image) of a fine-tuned CLIP ViT-H/14.
 
-xswu/HPSv2 on the hub, code and weights Apache-2.0: HPS_v2_compressed.pt and HPS_v2.1_compressed.pt, dicts whose entry
-`state_dict` has open_clip's names; open_clip is not needed. Papers report the score times 100; the two versions are not
-comparable. Tokenizer: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's.
+Weights: hub id xswu/HPSv2, files HPS_v2_compressed.pt and HPS_v2.1_compressed.pt, whose `state_dict` has open_clip's
+names (open_clip is not needed). Code and weights Apache-2.0. Papers report the score times 100. Scores of the two
+versions are not comparable. Tokenizer: laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
 """
 
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ from dinalrm_align.train.device import available_device
 
 @dataclass(frozen=True)
 class LongSide:
-    """HPSv2's preprocessing: long side to `side`, padded to a square with zeros, CLIP's normalisation.
+    """HPSv2's preprocessing: resize the long side to `side`, pad to a square with zeros, normalise as CLIP.
 
-    antialias: as torchvision does for tensors since 0.17; HPSv2's first numbers come from older versions, without it.
+    antialias: True as in torchvision since 0.17; False as in older versions, used for HPSv2's first published numbers.
     """
 
     side: int
     antialias: bool = True
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> pixel_values (B, 3, side, side), float32, differentiable."""
+        """Return pixel_values (B, 3, side, side), float32, of images (B, 3, H, W) in [0, 1]. Differentiable."""
         scale = self.side / max(images.shape[-2:])
         height, width = (round(size * scale) for size in images.shape[-2:])
         resized = resize(images, (height, width), antialias=self.antialias, clamp=False)
@@ -41,7 +41,7 @@ class LongSide:
 
 
 class HPSv2Reward(ClipReward):
-    """A frozen HPS v2 or v2.1 over latents or images. Load one with `from_pretrained`."""
+    """A frozen HPS v2 or v2.1 reward of latents or images. Load one with `from_pretrained`."""
 
     @classmethod
     def from_pretrained(
@@ -56,9 +56,9 @@ class HPSv2Reward(ClipReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "HPSv2Reward":
-        """Load the weights. Further arguments and errors: see `reward.pixel`.
+        """Load the weights. For the other arguments and errors see `reward.pixel`.
 
-        source: the file of weights, or a folder or hub id that holds `file`; processor: that of the tokenizer.
+        source: the file of weights, or a folder or hub id with `file`. processor: folder or hub id of the tokenizer.
         """
         device = available_device(device or "cpu")
         path = find_file(source, file, what="HPSv2", **hub)

@@ -1,16 +1,16 @@
-"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B with a head of three layers on a reward token. Score = mu of (mu, log sigma).
+"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B with a three-layer head that predicts (mu, log sigma). Score = mu.
 
-Weights: hub id MizzenAI/HPSv3, `HPSv3.safetensors`; tokenizer and sizes: Qwen/Qwen2-VL-7B-Instruct; code and weights
-under the MIT licence, Qwen2-VL's under Apache-2.0. Scores lie between about -2 and 12. 16 GB in bfloat16.
+Weights: hub id MizzenAI/HPSv3, `HPSv3.safetensors`; tokenizer and sizes: Qwen/Qwen2-VL-7B-Instruct. Code and weights
+MIT, Qwen2-VL Apache-2.0. Scores are between about -2 and 12. Memory: 16 GB in bfloat16.
 
-HPSv3 was trained with one instruction; scores with another are meaningless. Its text is read from the user's copy of
-the PyPI package `hpsv3` (MIT) and verified by its hash; the package itself is not imported, since it requires another
-transformers.
+HPSv3 was trained with one instruction; scores with another are meaningless. The instruction is read from the user's
+copy of the PyPI package `hpsv3` (MIT) and verified by its hash. The package is not imported, since it requires another
+version of transformers.
 
-Differences from the released code (package `hpsv3` 1.0.0), which change a score by rounding alone: images are resized
-in torch, antialiased bicubic as PIL's but not rounded to bytes, so that gradients reach them; they are scored one by
-one; the language model's unused output layer is dropped. As in the released forward, and unlike Qwen2-VL itself,
-positions increase by one per token, text and image alike, on all three rotary axes.
+Differences from the released code (`hpsv3` 1.0.0), which change a score by rounding only: images are resized in torch,
+with antialiased bicubic interpolation as in PIL but without rounding to bytes, so that gradients reach them. Images are
+scored one at a time. The language model's unused output layer is dropped. As in the released code, and unlike in
+Qwen2-VL, positions of text and image tokens increase by one per token on all three rotary axes.
 """
 
 import ast
@@ -45,23 +45,23 @@ from dinalrm_align.train.files import read_json, read_text, reading
 
 SOURCE, WEIGHTS, BASE = "MizzenAI/HPSv3", "HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28
-"""Images are resized to about this many: 448 x 448 for a square one, 256 tokens."""
+"""Images are resized to about this number of pixels: 448 x 448 if square, which gives 256 tokens."""
 MAX_RATIO = 200
 """Largest ratio of the long to the short side, as in Qwen2-VL's code."""
 REWARD_TOKEN, IMAGE_TOKEN = "<|Reward|>", "<|image_pad|>"
 EMBEDDING = "model.language_model.embed_tokens.weight"
-NAMES = {  # the file's prefixes (transformers before and since 4.52) to those of `HPSv3Reward`'s parts
+NAMES = {  # prefixes in the file (of transformers before and since 4.52) -> prefixes in `HPSv3Reward`
     r"lm_head\.weight$": None,
     r"(model\.)?visual\.": "model.visual.",
     r"model\.(language_model\.)?": "model.language_model.",
 }
 TEXTS = ("INSTRUCTION", "prompt_with_special_token")
-"""The package's names of the instruction, 2523 characters with one field {text_prompt}, and of the text after it."""
+"""Constants in the package: the instruction (2523 characters, one field {text_prompt}) and the text after it."""
 SHA256 = (
     "0393599dad45a971903d1d62a3acf9bad3ccccdafa7f40f680523419e1f68b7a",
     "2471faca094ae5bd6fe17b71dce20c3d7583625545e235889f7e74e7eeb69d0a",
 )
-"""Hashes of both texts."""
+"""SHA-256 hashes of both texts."""
 SCRIPT, FIELD = "data_collator_qwen.py", "{text_prompt}"
 HOW_TO_GET = (
     "run `pip install --no-deps hpsv3==1.0.0`, or pass template=, the path of that package's "
@@ -70,20 +70,20 @@ HOW_TO_GET = (
 
 
 def rank_head(width: int) -> nn.Sequential:
-    """Hidden state (..., width) -> (..., 2): mu and log sigma."""
+    """Return the head. It maps a hidden state (..., width) to mu and log sigma, (..., 2)."""
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
     )
 
 
 def add_reward_token(tokenizer: Any) -> None:
-    """Append the token that the head reads to Qwen2-VL's tokenizer: id 151657 in the released size."""
+    """Append the token that the head reads to Qwen2-VL's tokenizer. Its id is 151657 in the released tokenizer."""
     tokenizer.add_tokens([AddedToken(REWARD_TOKEN, special=True, normalized=False)], special_tokens=True)
 
 
 @dataclass(frozen=True)
 class HPSTemplate:
-    """The text beside an image: `instruction` with the prompt for {text_prompt}, then `suffix`."""
+    """The text after an image: `instruction`, in which the prompt replaces {text_prompt}, then `suffix`."""
 
     instruction: str
     suffix: str
@@ -97,8 +97,10 @@ class HPSTemplate:
 
 
 def load_template(source: str | Path | None = None, *, sha256: tuple[str, str] = SHA256) -> HPSTemplate:
-    """Read the template from data_collator_qwen.py, which is not run (default: that of the installed package `hpsv3`),
-    or from a JSON file. sha256: hashes of instruction and suffix as UTF-8; ValueError for other texts.
+    """Read the template from `source`: a JSON file, or data_collator_qwen.py, which is parsed but not run.
+
+    source: default: that file of the installed package `hpsv3`. sha256: hashes of both texts; ValueError if they
+    differ.
     """
     if source is None:
         spec = importlib.util.find_spec("hpsv3")
@@ -122,7 +124,7 @@ def load_template(source: str | Path | None = None, *, sha256: tuple[str, str] =
 
 
 def _assigned(source: str, path: Path) -> dict[str, Any]:
-    """Constants that a Python file assigns at module level."""
+    """Return the constants that Python source assigns at module level, by name."""
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -132,10 +134,10 @@ def _assigned(source: str, path: Path) -> dict[str, Any]:
 
 
 def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[int, int]:
-    """A size in multiples of `factor` with about `pixels` pixels and the same aspect ratio.
+    """Return (height, width), multiples of `factor`, with about `pixels` pixels and the same aspect ratio.
 
-    As Qwen2-VL with equal minimum and maximum: sides are rounded to the nearest multiple; with too many pixels the
-    image is scaled down and sides are rounded down, with too few scaled up and rounded up.
+    Follows Qwen2-VL with min_pixels = max_pixels. Sides are rounded to the nearest multiple. If that gives too many
+    pixels, the image is scaled down and sides are rounded down; if too few, scaled up and rounded up.
     """
     if max(height, width) > MAX_RATIO * min(height, width):
         raise ValueError(f"images of {height} x {width}: one side is over {MAX_RATIO} times the other; crop them")
@@ -152,10 +154,10 @@ def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[i
 def preprocess(
     images: Tensor, *, pixels: int, patch: int = 14, merge: int = 2, frames: int = 2
 ) -> tuple[Tensor, tuple[int, int]]:
-    """(B, 3, H, W) in [0, 1] -> (B * rows * columns, 3 * frames * patch^2) and (rows, columns) of the patch grid.
+    """Return patches (B * rows * columns, 3 * frames * patch^2), float32, and the patch grid (rows, columns).
 
-    Images are resized to `fitted_size` and normalised, in float32. The patches of a merge x merge block are
-    consecutive; an image counts as `frames` equal frames.
+    images: (B, 3, H, W) in [0, 1]. They are resized to `fitted_size` and normalised. The patches of a merge x merge
+    block are consecutive. Each image is repeated as `frames` equal video frames.
     """
     size = fitted_size(*images.shape[-2:], factor=patch * merge, pixels=pixels)
     images = normalise(resize(images, size))
@@ -167,7 +169,7 @@ def preprocess(
 
 
 class HPSv3Reward(PixelReward):
-    """A frozen HPSv3 over latents or images. Load one with `from_pretrained`."""
+    """A frozen HPSv3 reward of latents or images. Load one with `from_pretrained`."""
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class HPSv3Reward(PixelReward):
         vae: AutoencoderKL | None = None,
         pixels: int = PIXELS,
     ) -> None:
-        """model: possibly quantised; head: `rank_head`; tokenizer: with the reward token; pixels: as in training."""
+        """model: may be quantised. head: from `rank_head`. tokenizer: with the reward token. pixels: size of images."""
         super().__init__(vae)
         self.model, self.head = model.requires_grad_(False), head.requires_grad_(False)
         self.tokenizer, self.template, self.pixels = tokenizer, template, pixels
@@ -198,14 +200,14 @@ class HPSv3Reward(PixelReward):
         quantization: str = "none",
         **hub: Unpack[HubOptions],
     ) -> "HPSv3Reward":
-        """Load HPSv3.safetensors. Further arguments and errors: see `reward.pixel`.
+        """Load HPSv3.safetensors. For the other arguments and errors see `reward.pixel`.
 
         Args:
-            base: folder or hub id of Qwen2-VL-7B-Instruct's config.json and tokenizer; default: beside local weights,
-                else the hub's.
-            template, template_sha256: of `load_template`; default: data_collator_qwen.py beside local weights, else
+            base: folder or hub id of Qwen2-VL-7B-Instruct's config and tokenizer; default: beside local weights, else
+                the hub.
+            template, template_sha256: see `load_template`. Default: data_collator_qwen.py beside local weights, else in
                 the installed package `hpsv3`.
-            dtype: of the backbone; default: bfloat16. The head stays in float32 (float64 for a float64 backbone).
+            dtype: of the backbone; default: bfloat16. The head is float32 (float64 for a float64 backbone).
             quantization: none, or int8 or nf4 (bitsandbytes) for the linear layers of all blocks.
         """
         check_quantization(quantization)
@@ -237,13 +239,13 @@ class HPSv3Reward(PixelReward):
         return self.head[0].weight.device
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W) in [0, 1], B prompts -> mu (B,), float32, differentiable in the images."""
+        """Return mu (B,), float32, of images (B, 3, H, W) in [0, 1] for B prompts, differentiable in the images."""
         with torch.autocast(images.device.type, enabled=False):  # the head stays in float32
             scores = [self._mean(image[None], prompt) for image, prompt in zip(images, prompts, strict=True)]
         return torch.stack(scores).float()
 
     def _mean(self, image: Tensor, prompt: str) -> Tensor:
-        """(1, 3, H, W) and a prompt -> mu (), in the head's dtype."""
+        """Return mu, a scalar in the head's dtype, of one image (1, 3, H, W) and its prompt."""
         vision = self.model.config.vision_config
         patch, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         values, (rows, columns) = preprocess(image, pixels=self.pixels, patch=patch, merge=merge, frames=frames)
@@ -262,9 +264,10 @@ class HPSv3Reward(PixelReward):
         return self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
     def token_ids(self, prompt: str, image_tokens: int) -> list[int]:
-        """Qwen2-VL's chat with an image and the filled template; ValueError for a prompt with one of its tokens.
+        """Return token ids of Qwen2-VL's chat format with one image and the filled template.
 
-        786 tokens for the empty prompt and a square image with the released template and tokenizer.
+        With the released template, an empty prompt and a square image take 786 tokens. Raises ValueError if the prompt
+        contains the image or reward token.
         """
         text = (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"

@@ -1,10 +1,10 @@
-"""ImageReward (arXiv 2304.05977): BLIP's ViT-L, a BERT with cross-attention to the image, and a linear head on [CLS].
+"""ImageReward (arXiv 2304.05977): BLIP's ViT-L, a BERT that attends to its image tokens, and a linear head on [CLS].
 
-Weights: hub id THUDM/ImageReward, `ImageReward.pt` and `med_config.json`; tokenizer google-bert/bert-base-uncased; code
-and weights under Apache-2.0, BLIP's under BSD-3-Clause. score = (head - 0.1672) / 1.0333, between about -2 and 2.
+Weights: hub id THUDM/ImageReward, `ImageReward.pt` and `med_config.json`. Tokenizer: google-bert/bert-base-uncased.
+Code and weights Apache-2.0, BLIP BSD-3-Clause. score = (head - 0.1672) / 1.0333, between about -2 and 2.
 
-The file's names are mapped to those of transformers' BLIP. Images: short side to 224, antialiased bicubic, centre crop,
-CLIP's normalisation. Prompts are truncated to 35 tokens, as in training.
+Tensors are renamed to those of transformers' BLIP. Images are resized to a short side of 224 (antialiased bicubic),
+centre-cropped and normalised as for CLIP. Prompts are truncated to 35 tokens, as in training.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ from dinalrm_align.train.files import read_json, reading
 SOURCE, WEIGHTS, TEXT_CONFIG = "THUDM/ImageReward", "ImageReward.pt", "med_config.json"
 TOKENIZER = "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the head's output on the training images."""
+"""Mean and standard deviation of the head's output on the training images."""
 TEXT_LENGTH = 35
 HEAD_WIDTH = 64
-"""Channels per attention head in BLIP's vision towers."""
+"""Channels per attention head in BLIP's vision tower."""
 _BLOCK = r"blip\.visual_encoder\.blocks\.(\d+)\."
 _LAYER = r"vision.encoder.layers.\1."
-NAMES = {  # the file's names to those of {vision, text, head} in transformers
+NAMES = {  # names in the file -> names in transformers' vision and text towers and the head
     r"blip\.text_encoder\..*position_ids$": None,
     r"blip\.text_encoder\.": "text.",
     _BLOCK + r"norm(\d)\.": _LAYER + r"layer_norm\2.",
@@ -56,7 +56,7 @@ TEXT_SIZES = (
 
 
 def read_text_config(path: Path) -> BlipTextConfig:
-    """The BERT of med_config.json; ValueError if a size is missing or it has no cross-attention."""
+    """Return BERT's config from med_config.json. Raise ValueError if a size or cross-attention is missing."""
     values = read_json(path, "ImageReward's med_config.json")
     missing = [name for name in TEXT_SIZES if name not in values]
     if missing or not values.get("add_cross_attention", False):
@@ -67,13 +67,13 @@ def read_text_config(path: Path) -> BlipTextConfig:
 
 
 def score_head(width: int) -> nn.Sequential:
-    """[CLS] (B, width) -> (B, 1). The released head has no activations."""
+    """Return the head. It maps [CLS] (B, width) to (B, 1), without activations, as the released head."""
     first = (nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2))
     return nn.Sequential(*first, nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))
 
 
 class ImageRewardReward(PixelReward):
-    """A frozen ImageReward over latents or images. Load one with `from_pretrained`."""
+    """A frozen ImageReward model for latents or images. Load one with `from_pretrained`."""
 
     def __init__(
         self,
@@ -100,11 +100,11 @@ class ImageRewardReward(PixelReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "ImageRewardReward":
-        """Load ImageReward.pt. Further arguments and errors: see `reward.pixel`.
+        """Load ImageReward.pt. For the other arguments and errors see `reward.pixel`.
 
         Args:
-            tokenizer: folder or hub id of bert-base-uncased's tokenizer; default: beside local weights, else the hub's.
-            med_config: the file; default: beside the weights.
+            tokenizer: folder or hub id of bert-base-uncased's tokenizer; default: beside local weights, else the hub.
+            med_config: path of med_config.json; default: beside the weights.
         """
         device = available_device(device or "cpu")
         path = find_file(source, WEIGHTS, **hub)
@@ -123,7 +123,7 @@ class ImageRewardReward(PixelReward):
         return cls(**parts, tokenizer=words, vae=vae)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W) in [0, 1], B prompts -> scores (B,), float32, differentiable in the images."""
+        """Return scores (B,), float32, of images (B, 3, H, W) in [0, 1] for B prompts, differentiable in the images."""
         tokens = tokenise(self.tokenizer, prompts, TEXT_LENGTH, self.device)
         with torch.autocast(images.device.type, enabled=False):
             seen = self.vision(preprocess(images, self.vision.config.image_size)).last_hidden_state
@@ -132,7 +132,7 @@ class ImageRewardReward(PixelReward):
 
 
 def preprocess(images: Tensor, side: int) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> (B, 3, side, side), float32: short side to `side`, centre crop, normalisation.
+    """Resize the short side of images (B, 3, H, W) in [0, 1] to `side`, crop the centre, normalise. Returns float32.
 
     Differs from torchvision's transforms of a PIL image by at most 0.1 in normalised units, 0.005 on average.
     """
@@ -143,7 +143,7 @@ def preprocess(images: Tensor, side: int) -> Tensor:
 
 
 def _load_parts(path: Path, text_config: BlipTextConfig, dtype: torch.dtype, device: torch.device) -> nn.ModuleDict:
-    """Both towers and the head; the vision tower's sizes are from its tensors' shapes: released, ViT-L/16 at 224."""
+    """Load both towers and the head. Tensor shapes give the vision tower's sizes: ViT-L/16 at 224 if released."""
     tensors = rename(read_tensors(path), NAMES)
     positions = shape_of(tensors, "vision.embeddings.position_embedding", 3, path)
     patches = shape_of(tensors, "vision.embeddings.patch_embedding.weight", 4, path)

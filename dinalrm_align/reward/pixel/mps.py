@@ -2,14 +2,15 @@
 
     score = exp(logit_scale) cos(text, image after four blocks of cross-attention to the relevant words of the prompt)
 
-A word is relevant if it is similar to one of the words of a condition. Code and weights MIT,
-https://github.com/Kwai-Kolors/MPS, whose README links to MPS_overall_checkpoint.pth. That file is a pickled module;
-only its tensors are read (`models.weights`), and
+A word of the prompt is relevant if it is similar to a word of the condition, a list of words that selects a dimension
+of preference. Code and weights MIT: https://github.com/Kwai-Kolors/MPS, whose README links to
+MPS_overall_checkpoint.pth. That file is a pickled module, of which only the tensors are read (`models.weights`). To
+convert it to safetensors:
 
     python -m dinalrm_align.reward.pixel.mps MPS_overall_checkpoint.pth mps.safetensors
 
-converts it to safetensors. Tokenizer and preprocessor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's. Upstream computes in
-float16; here it is `dtype`, float32 by default, and a word at the threshold may fall on the other side.
+Tokenizer and preprocessor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K. The upstream code computes in float16, this one in
+`dtype` (default float32). A word close to the threshold may therefore be relevant in one of them only.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,15 +45,15 @@ CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
     "texture, quantity, attributes, position, number, location, word, things."
 )
-"""The overall preference; subsets of these words are MPS's other dimensions."""
+"""Words that select the overall preference. Subsets of them select MPS's other dimensions."""
 THRESHOLD = 0.3
-"""Words are attended to if their relevance exceeds this fraction of the prompt's largest."""
+"""A word is attended to if its relevance exceeds this fraction of the largest relevance in the prompt."""
 FILE = "MPS_overall_checkpoint.pth"
 MAX_CACHED = 1000
-"""Prompts whose text features are kept, about 300 kB each in float32."""
+"""Number of prompts whose text features are cached, about 300 kB each in float32."""
 
 _CROSS, _SELF = (rf"cross_model\.layers\.(\d+)\.{part}\.fn\." for part in (0, 1))
-NAMES = {  # the file's names to those of a list of `CrossBlock`s
+NAMES = {  # names in the file -> names in a list of `CrossBlock`
     r".*\.inv_freq$": None,  # rotary frequencies, which `rotate` computes
     _CROSS + r"norm\.": r"\1.cross_norm.",
     _CROSS + r"to_q\.": r"\1.query.",
@@ -68,7 +69,7 @@ NAMES = {  # the file's names to those of a list of `CrossBlock`s
 
 
 class CrossBlock(nn.Module):
-    """Multi-query cross-attention of image to text tokens, then self-attention, each with a parallel SwiGLU block."""
+    """Multi-query cross-attention from image to text tokens, then self-attention, each with a parallel SwiGLU MLP."""
 
     def __init__(self, width: int, heads: int, head_width: int, inner: int) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class CrossBlock(nn.Module):
         self.self_down = nn.Linear(inner, width, bias=False)
 
     def forward(self, image: Tensor, text: Tensor, read: Tensor) -> Tensor:
-        """image (B, N, width), text (B, L, width), read (B, L) bool: tokens to attend to -> (B, N, width)."""
+        """Return image tokens (B, N, width). read: mask (B, L), True for text tokens to attend to."""
         normed = self.cross_norm(image)
         key, value = self.key_value(text).chunk(2, dim=-1)
         attended = self._attend(self._heads(self.query(normed)), key, value, read[:, None, None])
@@ -99,7 +100,7 @@ class CrossBlock(nn.Module):
         return query.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, read: Tensor | None) -> Tensor:
-        """query (B, heads, N, d); key, value (B, L, d) of every head -> (B, N, heads * d)."""
+        """Attend with query (B, heads, N, d). All heads share key and value (B, L, d). Returns (B, N, heads * d)."""
         key, value = (part[:, None].expand(-1, self.heads, -1, -1) for part in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=read).transpose(1, 2).flatten(2)
 
@@ -110,7 +111,7 @@ def _gated(up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on (..., N, d): channel i and i + d/2 turn by n / 10000^(2i/d)."""
+    """Apply rotary positions (arXiv 2104.09864) to x (..., N, d): channels i, i + d/2 turn by n / 10000^(2i/d)."""
     count, width = x.shape[-2:]
     rates = 10000.0 ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
     angle = torch.arange(count, device=x.device, dtype=torch.float32)[:, None] * rates
@@ -120,7 +121,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class MPSReward(PixelReward):
-    """A frozen MPS over latents or images. Load one with `from_pretrained`."""
+    """A frozen MPS reward of latents or images. Load one with `from_pretrained`."""
 
     def __init__(
         self,
@@ -149,11 +150,11 @@ class MPSReward(PixelReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "MPSReward":
-        """Load the weights. Further arguments and errors: see `reward.pixel`.
+        """Load the weights. For the other arguments and errors see `reward.pixel`.
 
         Args:
-            source: MPS's own file or a converted one (.safetensors), or a folder or hub id that holds `file`.
-            processor: folder or hub id of tokenizer and preprocessor.
+            source: MPS's original file, a converted one (.safetensors), or a folder or hub id with `file`.
+            processor: folder or hub id of the tokenizer and preprocessor.
             condition: words that select the dimension of preference.
         """
         device = available_device(device or "cpu")
@@ -170,7 +171,7 @@ class MPSReward(PixelReward):
         return cls(clip, blocks, tokenizer, preprocess, vae, condition)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W), B prompts -> (B,): exp(logit_scale) cos. The product is computed in float32."""
+        """Return scores (B,) of images (B, 3, H, W) for B prompts. The cosine is computed in float32."""
         with torch.autocast(self.device.type, enabled=False):  # the model runs in its own dtype
             pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
             image = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).last_hidden_state)
@@ -183,9 +184,9 @@ class MPSReward(PixelReward):
 
     @torch.no_grad()
     def _encode_text(self, prompts: list[str]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        """Per prompt: token features (L, D), pooled feature (D,), and which tokens are attended to (L,).
+        """Return for each prompt: token features (L, D), pooled feature (D,), mask (L,) of tokens to attend to.
 
-        Upstream divides relevance by the batch's largest, which is the prompt's own in its batches of one prompt.
+        Relevance is divided by its maximum over the prompt, as upstream does in its batches of one prompt.
         """
         tokens, pooled = self._text_features(prompts)
         conditions, _ = self._text_features([self.condition])
@@ -194,19 +195,19 @@ class MPSReward(PixelReward):
         return zip(tokens, pooled, read, strict=True)
 
     def _text_features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Projected features of all tokens (B, L, D), padding included as upstream, and of the end token (B, D)."""
+        """Return projected features of all tokens (B, L, D), padding included, and of the end token (B, D)."""
         length = self.clip.config.text_config.max_position_embeddings
         output = self.clip.text_model(input_ids=tokenise(self.tokenizer, texts, length, self.device).input_ids)
         return self.clip.text_projection(output.last_hidden_state), self.clip.text_projection(output.pooler_output)
 
 
 def read_mps(path: Path) -> dict[str, Tensor]:
-    """MPS's tensors: `model.*` (a CLIPModel) and `cross_model.*`."""
+    """Return MPS's tensors by name: `model.*` (a CLIPModel) and `cross_model.*` (the cross-attention blocks)."""
     return read_tensors(path) if path.suffix == ".safetensors" else read_module_tensors(path)
 
 
 def convert_mps(source: str | Path, target: str | Path) -> str | Path:
-    """Write the tensors of MPS_overall_checkpoint.pth as safetensors, a file without code, and return its path."""
+    """Convert MPS_overall_checkpoint.pth (`source`) to safetensors (`target`), a file without code. Return its path."""
     tensors = read_mps(Path(source))
     if not any(name.startswith("cross_model.") for name in tensors):
         raise ValueError(f"{source} does not hold an MPS: it has no cross_model.*, but {sorted(tensors)[:4]}")
@@ -217,7 +218,7 @@ def convert_mps(source: str | Path, target: str | Path) -> str | Path:
 def load_blocks(
     tensors: Mapping[str, Tensor], width: int, where: str, *, dtype: torch.dtype, device: torch.device | None
 ) -> nn.ModuleList:
-    """The cross-attention blocks of the file's `cross_model.*`, whose shapes give their sizes; strict."""
+    """Build the blocks of `cross_model.*`; tensor shapes give their sizes. ValueError unless all tensors fit."""
     own = rename(tensors, NAMES)
     head_width = max(1, shape_of(own, "0.key_value.weight", 2, where)[0] // 2)
     heads = shape_of(own, "0.query.weight", 2, where)[0] // head_width

@@ -1,13 +1,13 @@
 """UnifiedReward (arXiv 2503.05236): a vision-language model that writes scores, behind an OpenAI-compatible server.
 
 Weights: hub ids CodeGoat24/UnifiedReward-qwen-7b, CodeGoat24/UnifiedReward-7b-v1.5, ...; licence as on the model card.
-The user runs the server in an environment of its own, for instance
+Run the server in an environment of its own, for instance with one of
 
     vllm serve CodeGoat24/UnifiedReward-qwen-7b --served-model-name UnifiedReward --port 8080
     python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 --port 8080
         --served-model-name UnifiedReward --chat-template chatml-llava                      (one line)
 
-Scores lie in [1, 5]. Text has no gradient: this reward is for GRPO, DPO and evaluation, not for ReFL.
+Scores lie in [1, 5]. Generated text has no gradient: use this reward for GRPO, DPO and evaluation, not for ReFL.
 """
 
 import base64
@@ -40,19 +40,22 @@ SOURCE, MODEL = "http://127.0.0.1:8080/v1", "UnifiedReward"
 FIELD = "{prompt}"
 LOW, HIGH = 1.0, 5.0
 ANSWER_LIMIT = 4 * 2**20
-"""Largest answer in bytes; a usual one has a few kilobytes."""
+"""Largest accepted answer in bytes. Usual answers have a few kilobytes."""
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 """HTTP status codes after which a request is repeated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatEndpoint:
-    """A server and its model, asked with greedy decoding.
+    """A server and the model to query there, with greedy decoding.
 
     Args:
-        url: including the version, as for OpenAI clients: http://127.0.0.1:8080/v1.
-        timeout: of an attempt without any data, in seconds.
-        attempts: at most, with pauses of `pause`, 2 `pause`, 4 `pause`, ... seconds between them.
+        url: base URL with the API version, as for OpenAI clients: http://127.0.0.1:8080/v1.
+        model: name under which the server serves the model.
+        timeout: seconds without data after which an attempt fails.
+        attempts: maximum number of attempts.
+        pause: seconds to wait after the first failed attempt; doubled after each further one.
+        max_tokens: maximum length of an answer.
     """
 
     url: str
@@ -75,7 +78,7 @@ class ChatEndpoint:
         check_integer("max_tokens", self.max_tokens, low=1)
 
     def ask(self, image: Image.Image, question: str) -> str:
-        """The answer's text; ConnectionError if no attempt succeeds, ValueError if the server refuses the request."""
+        """Return the model's answer. Raise ConnectionError if no attempt succeeds, ValueError if it is rejected."""
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         encoded = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -125,7 +128,7 @@ def _content(text: str, where: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A question with the field {prompt}, and labels of the numbers in its answer, whose mean is the score."""
+    """A question with the field {prompt}. The score is the mean of the numbers that follow `labels` in the answer."""
 
     question: str
     labels: tuple[str, ...]
@@ -135,7 +138,7 @@ class Template:
             raise ValueError(f"question: got {self.question.count(FIELD)} {FIELD}; expected one")
 
     def read(self, answer: str) -> float:
-        """The score in an answer. Raises ValueError unless each label has one number, in [1, 5]."""
+        """Return the score in an answer. Raise ValueError unless every label has one number, in [1, 5]."""
         return sum(_number(label, answer) for label in self.labels) / len(self.labels)
 
 
@@ -156,11 +159,11 @@ TEMPLATES = {
         ("Alignment Score", "Coherence Score", "Style Score"),
     ),
 }
-"""point: one score, for every version; acs: alignment, coherence, style, since version 1.5. The wording is ours."""
+"""point: one score, for every version. acs: alignment, coherence, style, since version 1.5. The wording is our own."""
 
 
 class UnifiedReward(PixelReward):
-    """UnifiedReward behind a server, without local weights. Create one with `from_pretrained`."""
+    """UnifiedReward on a server. It has no local weights. Create one with `from_pretrained`."""
 
     differentiable = False
 
@@ -188,17 +191,18 @@ class UnifiedReward(PixelReward):
         concurrency: int = 8,
         **endpoint: Any,
     ) -> "UnifiedReward":
-        """A reward that asks the server at `source`; no request is sent yet.
+        """Create a reward that queries the server at `source`. No request is sent yet.
 
         Args:
-            source: the endpoint, http://host:port/v1.
-            model, endpoint: the model's name, and further fields of `ChatEndpoint`: api_key, timeout, attempts, ...
-            template: point or acs (TEMPLATES): the question, and the numbers read from the answer.
-            question: a text file to use as the question, with a field {prompt}; for scores comparable to published ones
-                use the wording in the model's repository.
+            source: base URL of the server, http://host:port/v1.
+            model: name under which the server serves the model.
+            endpoint: further fields of `ChatEndpoint`: api_key, timeout, attempts, ...
+            template: point or acs (see TEMPLATES). It gives the question and the numbers to read from the answer.
+            question: text file with a question that replaces the template's; it must contain {prompt}. For scores
+                comparable to published ones use the wording in the model's repository.
             device, dtype: ignored; scores are on the VAE's device, else on the CPU.
-            side: images are sent as squares of that many pixels, 512 in the model's own evaluation; None: as they are.
-            concurrency: parallel requests.
+            side: width and height in pixels of the images sent, 512 in the model's own evaluation; None: original size.
+            concurrency: number of parallel requests.
         """
         if template not in TEMPLATES:
             near = did_you_mean(template, TEMPLATES)
@@ -209,7 +213,7 @@ class UnifiedReward(PixelReward):
         return cls(ChatEndpoint(source, model, **endpoint), chosen, vae, side, concurrency)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W) in [0, 1], B prompts -> scores (B,), float32, in [1, 5], without gradient."""
+        """Return scores (B,), float32, in [1, 5], of images (B, 3, H, W) in [0, 1] for B prompts, without gradient."""
         self.check_gradient(images)
         sent = [Image.fromarray(pixels) for pixels in to_bytes(images)]
         with ThreadPoolExecutor(min(self.concurrency, len(sent))) as pool:
@@ -232,7 +236,7 @@ class UnifiedReward(PixelReward):
 
 
 def _number(label: str, answer: str) -> float:
-    """The number after `label:` or `label (1-5):`, also written n/5."""
+    """Return the number after `label:` or `label (1-5):` in the answer. It may be written as n/5."""
     number = r"(-?[0-9]++(?:\.[0-9]++)?+)"
     of_another_scale = r"(?!\s*+/\s*+(?!5(?![.0-9])))(?!\s*+-\s*+[0-9])"  # 4/10, and 1-5 as a range
     pattern = rf"{label}\s*(?:\(1\s*-\s*5\))?\s*:[\s*]*{number}{of_another_scale}"
