@@ -4,7 +4,7 @@ python examples/evidence/gain_by_part.py runs/refl_shapes_dinalrm_seed0/lora    
 python examples/evidence/gain_by_part.py                                          # the base model alone, fewer samples
 """
 
-import sys
+import argparse
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -16,7 +16,9 @@ from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 
-LORA = sys.argv[1] if len(sys.argv) > 1 else None
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("lora", nargs="?", help="folder of a LoRA; without it, the base model is scored")
+LORA = parser.parse_args().lora
 SAMPLES, BATCH, SEED = 192 if LORA else 64, 64, 1234  # with 192, the captions and noise of a run's default evaluation
 PARTS = ("gold", "faithfulness", "sharpness", "contrast", "centring")
 

@@ -1,10 +1,10 @@
 """Draw preference data in HPDv3's layout with the embedded world: images, and a train.json of pairs.
 
-python examples/evidence/hpdv3_folder.py  # 1000 captions with 4 images each; argument: captions
+python examples/evidence/hpdv3_folder.py  # 1000 captions with 4 images each
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +15,9 @@ from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.shapes.pairs import render_hpdv3
 
 folder = Path("runs/hpdv3_folder")
-groups = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("groups", nargs="?", type=int, default=1000, help="number of captions, with 4 images each")
+groups = parser.parse_args().groups
 pipeline = load_pipeline(MODELS["shapes"].pipeline, dtype=torch.float32)
 if not (folder / "train.json").exists():
     render_hpdv3(folder, pipeline, PairsConfig(groups=groups))

@@ -2,15 +2,15 @@
 
 python examples/evidence/measure_precision.py [OUTPUT [IMAGES [MODEL [PAIRS]]]]
 
-Writes precision.md and precision.json to OUTPUT (runs/precision). Scores IMAGES (128) images by the reward of MODEL
-(shapes, sd35 or the folder of a pipeline): the first of PAIRS, a directory of latent pairs, or, for the embedded world
-only, renders of held-out captions.
+Writes precision.md and precision.json to OUTPUT. Scores IMAGES images by the reward of MODEL: the first of PAIRS, a
+directory of latent pairs, or, for the embedded world only, renders of held-out captions.
 
 Two modes are compared: `cast`, the backbone in that dtype (LatentReward.from_pretrained(dtype=...)), and `autocast`
 around float32 weights. In both, noising, timesteps and the last linear layer are computed in float32, and the text
 encoders run in float32.
 """
 
+import argparse
 import json
 import math
 import shlex
@@ -217,7 +217,7 @@ def markdown(run: dict[str, object], rows: Sequence[dict[str, object]]) -> str:
     verdict = "Beyond the tolerances:\n" + "\n".join(beyond) if beyond else "All values are within the tolerances."
     return (
         f"# Half precision against float32\n\n`{run['command']}`\n\nModel {run['model']}, reward {run['reward']}; "
-        f"{run['latents']} images ({run['pictures']}), seed {run['seed']}; {run['device']}, torch {run['torch']}.\n\n"
+        f"{run['latents']} images ({run['source']}), seed {run['seed']}; {run['device']}, torch {run['torch']}.\n\n"
         "Errors of scores are in standard deviations of the scores over the images. Gradients are those of a score "
         "with respect to its latent; at sigma 1 they are 0. cast: the backbone in that dtype; autocast: around float32 "
         "weights. The last rows are the tolerances of the tests.\n\n"
@@ -243,20 +243,20 @@ def measure(spec: ModelSpec, sample: Sample, device: str) -> list[dict[str, obje
     return rows
 
 
-def main(output: str = "runs/precision", images: str = "128", model: str = "shapes", pairs: str | None = None) -> None:
+def main(output: str, images: int, model: str, pairs: str | None) -> None:
     """Measure, and write precision.md and precision.json."""
     spec, reason = resolve_model(model)
     print(reason)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sample = heldout_images(spec, int(images), SEED) if pairs is None else images_of_pairs(pairs, int(images), SEED)
+    sample = heldout_images(spec, images, SEED) if pairs is None else images_of_pairs(pairs, images, SEED)
     with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 convolutions are less precise than float32
         rows = measure(spec, sample, device)
     run = {
         "command": shlex.join(["python", "examples/evidence/measure_precision.py", *sys.argv[1:]]),
         "model": spec.name,
         "reward": "the model's own",
-        "latents": int(images),
-        "pictures": "renders of held-out captions" if pairs is None else "the first of the pairs",
+        "latents": images,
+        "source": "renders of held-out captions" if pairs is None else "the first of the pairs",
         "seed": SEED,
         "device": torch.cuda.get_device_name()
         if device == "cuda"
@@ -273,4 +273,9 @@ def main(output: str = "runs/precision", images: str = "128", model: str = "shap
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", nargs="?", default="runs/precision", help="folder to write (runs/precision)")
+    parser.add_argument("images", nargs="?", type=int, default=128, help="number of images (128)")
+    parser.add_argument("model", nargs="?", default="shapes", help="shapes (default), sd35 or the folder of a pipeline")
+    parser.add_argument("pairs", nargs="?", help="directory of latent pairs")
+    main(**vars(parser.parse_args()))

@@ -4,7 +4,7 @@ python examples/evidence/method_figure.py                                  # wri
 python examples/evidence/method_figure.py examples/results/method.png      # or another file
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -104,7 +104,9 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/method.png")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", nargs="?", type=Path, default=Path("runs/method.png"), help="image file to write")
+    path = parser.parse_args().path
     path.parent.mkdir(parents=True, exist_ok=True)
     draw().savefig(path, dpi=130)
     print(path)

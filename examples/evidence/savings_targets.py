@@ -1,16 +1,21 @@
 """Counted memory of the latent reward beside its targets at 1024 x 1024 and batch 1.
 
-python examples/evidence/savings_targets.py [runs/savings/savings.json]     # written by `python recipes/savings.py`
+python examples/evidence/savings_targets.py                              # the counts in examples/results
+python examples/evidence/savings_targets.py runs/savings/savings.json    # those of `python recipes/savings.py`
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from dinalrm_align.align.savings.config import SavingsRun
 from dinalrm_align.eval.report.markdown import table
 
-path = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/savings/savings.json")
+RESULT = Path(__file__).parents[1] / "results" / "savings.json"
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("path", nargs="?", type=Path, default=RESULT, help="counts to compare")
+path = parser.parse_args().path
 stored = json.loads(path.read_text(encoding="utf-8"))
 base = SavingsRun(**stored["settings"]).base
 if (base.size, base.batch, base.levels) != (1024, 1, 1) or not stored["settings"]["economies"]:

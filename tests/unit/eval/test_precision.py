@@ -124,7 +124,7 @@ def test_what_cannot_be_compared_is_refused():
 def test_the_script_writes_table_and_numbers(tiny_world, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SCRIPT.measure.__globals__, "LEVELS", [(0.4,)])
     monkeypatch.setitem(SCRIPT.measure.__globals__, "DTYPES", ("bfloat16",))
-    SCRIPT.main(str(tmp_path / "out"), "3", str(tiny_world))
+    SCRIPT.main(str(tmp_path / "out"), 3, str(tiny_world), None)
     numbers = json.loads((tmp_path / "out" / "precision.json").read_text())
     assert [(row["way"], row["sigma"]) for row in numbers["rows"]] == [("autocast", [0.4]), ("cast", [0.4])]
     assert (tmp_path / "out" / "precision.md").read_text() == SCRIPT.markdown(numbers, numbers["rows"])
