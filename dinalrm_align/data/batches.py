@@ -99,7 +99,7 @@ class ShuffledBatches:
         return rng, shuffles
 
     def _portions(self, epoch: int) -> np.ndarray:
-        """Return, for each unit, the number of the portion (AT_ONCE blocks) of the epoch in which it is read."""
+        """Divide the epoch's random order of blocks into portions of AT_ONCE. Return each unit's portion, (N,)."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
         return (np.argsort(order) // AT_ONCE)[self._blocks]
 

@@ -46,7 +46,7 @@ class PrepareRun:
         source: preference data, required. A JSON file for the layouts hpdv3, hpdv2 and rankings; a parquet file or a
             folder of them for pickapic; a file with one {prompt, chosen, rejected} per line for jsonl, with image
             paths and optional label, votes or scores; a folder of part_rank*.parquet for released, whose latents are
-            copied, so that `buckets` and `images` are not used.
+            stored at their size, so that `buckets` and `images` are not used.
         layout: layout of `source`; auto detects it.
         images: folder that image paths are relative to; default: the folder of `source`.
         output_dir: folder for the encoded pairs. A stopped preparation resumes there if the settings are the same.

@@ -215,7 +215,7 @@ class PairManifest:
         return unknown
 
     def check(self, expected: EncodingFormat) -> None:
-        """Raise ValueError unless the pairs were encoded in the format of `expected`."""
+        """Raise ValueError unless the pairs were encoded with the settings in `expected`."""
         for name in ("vae_scaling_factor", "vae_shift_factor", "text_length"):
             wanted = getattr(expected, name)
             if abs(vars(self)[name] - wanted) > 1e-6:

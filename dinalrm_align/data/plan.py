@@ -52,7 +52,7 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """Return the size (side, side) and, for each shorter side, the size with the longest other side of no more area."""
+    """Return (side, side) and, for each shorter side, both orientations of the longest rectangle of no more area."""
     if side < STEP or side % STEP:
         raise ValueError(f"buckets: got area:{side}; expected a positive multiple of {STEP}")
     sizes = {(side, side)}
@@ -137,7 +137,7 @@ class Group:
         return cls(prompt, size, images, tuple(labelled))
 
     def without(self, bad: Mapping[int, object]) -> "Group | None":
-        """Return the group without pairs of `bad` images and without images in no pair; None if no pair is left."""
+        """Remove pairs with a `bad` image, then images in no pair. Return the rest; None if no pair is left."""
         gone = {row for row, image in enumerate(self.images) if image in bad}
         pairs = [pair for pair in self.pairs if gone.isdisjoint(pair[:2])]
         kept = sorted({row for pair in pairs for row in pair[:2]})

@@ -16,8 +16,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def read_prompts(path: Path) -> list[str]:
     """Read a UTF-8 text file with one prompt per line. Blank lines are skipped.
 
-    Raises FileNotFoundError if it is missing, and ValueError if it is not UTF-8, is empty, or has a line of more than
-    MAX_CHARACTERS.
+    Raises FileNotFoundError, or ValueError if it is not UTF-8, is empty, or has a line of more than MAX_CHARACTERS.
     """
     text = read_text(path, "prompt file", "a text file with one prompt per line")
     for number, line in enumerate(text.split("\n"), start=1):
@@ -34,8 +33,7 @@ def read_prompts(path: Path) -> list[str]:
 def read_captioned_images(folder: Path) -> tuple[list[Image.Image], list[str]]:
     """Read all images NAME.png (.jpg, .jpeg, .webp) of a folder and their captions NAME.txt, sorted by name.
 
-    Returns RGB images and captions. Raises ValueError for an empty folder, an unreadable image or an empty caption,
-    and FileNotFoundError for a missing folder or caption.
+    Returns RGB images and captions. Raises FileNotFoundError or ValueError if one is missing, empty or unreadable.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; expected one with images NAME.png and captions NAME.txt")

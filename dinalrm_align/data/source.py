@@ -75,7 +75,8 @@ def open_pairs(
         path: a jsonl of images; a directory of latents; a folder of mined pairs or one parquet file of them; or a
             folder in the released layout.
         expected: encoding settings of the model: a reward's config or `Encoders.manifest()`.
-        encoders: encode what is not stored encoded; assumed for stored pairs that do not record their encoders.
+        encoders: encode images and prompts that are not stored encoded. Stored pairs without a record of their encoders
+            are assumed to be encoded with these.
         size: (height, width) in pixels to which images of a jsonl are cropped and resized.
         on_bad: "skip" leaves out latents that cannot be read, with a warning; "refuse" raises.
 

@@ -63,12 +63,12 @@ def _joined(draws: tuple[int, ...]) -> NoiseLevels:
 
 
 def accuracy_of(*names: str) -> Measure:
-    """Return the measure: is the pair correct by the mean of the scores at these `NoiseLevels.name`s."""
+    """Return a measure: whether the mean of the scores at these `NoiseLevels.name`s orders a pair correctly."""
     return lambda scores: scores.correct(*names)
 
 
 def accuracy_at(*sigmas: float) -> Measure:
-    """Return the measure: is the pair correct at one level, or at several as tokens, with noise draw 0."""
+    """Return a measure: whether the score at one level, or at several as tokens, orders a pair correctly (draw 0)."""
     return accuracy_of(NoiseLevels.at(*sigmas).name)
 
 
@@ -77,7 +77,7 @@ def average_of(sigmas: Sequence[float]) -> Measure:
 
 
 def mean_accuracy(sigmas: Sequence[float]) -> Measure:
-    """Return the measure: at which share of the single levels is the pair correct."""
+    """Return a measure: the share of the single levels at which the score orders a pair correctly."""
     return lambda scores: np.mean([accuracy_at(sigma)(scores) for sigma in sigmas], axis=0)
 
 
@@ -216,7 +216,7 @@ def inference_section(evidence: Evidence, arm: str) -> str:
 
 
 def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
-    """Write a line for each of the paper's claims about levels with scores: the claim, and whether it holds here."""
+    """Write, for each claim of the paper whose levels have scores, a line with the claim and whether it holds here."""
     ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [
@@ -268,7 +268,7 @@ def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[flo
 
 
 def _noise_share(scores: np.ndarray) -> float:
-    """Return the variance within images / between images, both unbiased, of scores (R draws, M images)."""
+    """Return variance over draws / variance over images, both unbiased, of scores (R draws, M images)."""
     within = float(scores.var(axis=0, ddof=1).mean())
     between = float(scores.mean(axis=0).var(ddof=1)) - within / len(scores)  # the means vary by within / R
     return within / between

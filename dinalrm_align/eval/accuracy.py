@@ -77,10 +77,7 @@ def pairwise_tallies(
 
 
 def merge(parts: Iterable[Tallies]) -> Tallies:
-    """Sum the counts of all ranks. Raises ValueError if a score was NaN or infinite.
-
-    `pairwise_tallies` does not raise it, because then one rank would stop and the others would wait for it.
-    """
+    """Sum the counts of all ranks. Raises ValueError for NaN or infinite scores, on all ranks, so that none waits."""
     total: Tallies = defaultdict(lambda: defaultdict(Tally))
     for part in parts:
         for level, concepts in part.items():

@@ -38,10 +38,10 @@ SECTION = (
 
 @dataclass(frozen=True)
 class Reliability:
-    """Predicted and observed frequencies in bins of equal width over the prediction p in [0.5, 1].
+    """Predicted and observed preference frequencies, in equal bins of the predicted probability p over [0.5, 1].
 
     Every pair is counted with the more probable image first: if p < 1/2, p becomes 1 - p and its label 1 - label. At
-    p = 1/2, the label is set to 1/2. All arrays are (bins,), NaN in bins without pairs.
+    p = 1/2, the label is set to 1/2. All arrays are (bins,); means and errors are NaN in bins without pairs.
 
     count: number of pairs. predicted: mean p. observed: mean label. standard_error: standard error of `observed` over
     captions, at least that of independent pairs under a flat prior, so that it is never 0.
@@ -184,7 +184,7 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
 
 
 def fidelity_rater(p: ArrayLike) -> np.ndarray:
-    """Return q = sqrt(p) / (sqrt(p) + sqrt(1 - p)): the raters' frequency for which fidelity's optimum predicts p."""
+    """Return the rater frequency q = sqrt(p) / (sqrt(p) + sqrt(1 - p)) for which the optimum of fidelity predicts p."""
     p = np.asarray(p, dtype=np.float64)
     return np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p))
 

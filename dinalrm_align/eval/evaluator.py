@@ -81,8 +81,8 @@ class Fit:
 def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[NoiseLevels], seed: int) -> ImageScorer:
     """Return a function that scores images.
 
-    levels: noise levels at which a latent reward gives raw scores. [NO_NOISE], for any reward: the weighted sum of its
-    parts, with latent rewards at the noise level and scale of their config and image rewards on unresized images.
+    levels: noise levels at which a latent reward returns raw scores. If [NO_NOISE], any reward returns the weighted sum
+    of its parts: latent rewards with the noise level and scale of their config, image rewards on unresized images.
 
     Raises ValueError if a latent reward was trained with other encoders. The function raises it if the reward cannot
     score images.
@@ -190,7 +190,7 @@ def score_image_set(
 
 
 def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
-    """Return the scores with the pairs whose images both have scores. Raises ValueError if there are none."""
+    """Return the scores of the pairs whose images both have scores. Raises ValueError if there is no such pair."""
     scored = np.isfinite(next(iter(scores.values())))
     kept = scored[images.chosen] & scored[images.rejected]
     if not kept.any():
@@ -218,14 +218,14 @@ class Candidate:
 
     @classmethod
     def from_checkpoint(cls, source: str | Path, transformer: Callable[[], torch.nn.Module]) -> "Candidate":
-        """Describe the latent reward in a folder or hub id. transformer: returns the base model that it shares."""
+        """Describe the latent reward at a folder or hub id. transformer: returns the base model that it builds on."""
         checkpoint = read_checkpoint(source)
         tensors, config = checkpoint.tensors, checkpoint.config
         return cls(digest(tensors), lambda: LatentReward.from_pretrained(source, transformer=transformer()), config)
 
     @classmethod
     def from_reward(cls, text: str, reward: Reward) -> "Candidate":
-        """Describe a loaded reward of any kind. text: its name, which alone identifies a reward on a server."""
+        """Describe a loaded reward of any kind. text: its name. A reward on a server is identified by its name only."""
         return cls(f"{text} {fingerprint(reward)}", lambda: reward)
 
 

@@ -26,7 +26,7 @@ FEWEST_PLOTTED = 10  # bins with fewer pairs are not plotted
 def panels(
     titles: Sequence[str], size: tuple[float, float], x: str, y: str, *, columns: int = 0, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with one panel of `size` inches per title, `columns` panels in a row (0: all). x, y: labels."""
+    """Create a figure with one panel of `size` inches per title, `columns` per row (0: all). x, y: axis labels."""
     columns = min(columns or len(titles), len(titles))
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")

@@ -81,7 +81,7 @@ def _right_and_weight(
 
 
 def _shares(scores: PairScores, counted: np.ndarray) -> np.ndarray:
-    """Return weights (N,): 1 / (counted pairs of the same list, or else caption) for counted pairs, 0 for others."""
+    """Return weights (N,): 1 / n for the n counted pairs of a list (of a caption without lists), 0 for other pairs."""
     _, number = np.unique(scores.caption if scores.group is None else scores.group, return_inverse=True)
     size = np.bincount(number, weights=counted)[number]
     return np.divide(counted, size, out=np.zeros(len(counted)), where=size > 0)

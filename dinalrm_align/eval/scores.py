@@ -94,7 +94,7 @@ class PairScores:
         return f"{len(self.label)} pairs of {len(np.unique(self.caption))} captions"
 
     def score(self, *names: str) -> np.ndarray:
-        """Return the mean over the named levels of the scores, (M,) float64. Raises ValueError for an unknown level."""
+        """Return the scores averaged over the named levels, (M,) float64. Raises ValueError for an unknown level."""
         absent = [name for name in names if name not in self.scores]
         if absent or not names:
             raise ValueError(f"noise level: got {', '.join(absent)!r}; expected one of {', '.join(self.scores)}")

@@ -225,7 +225,7 @@ def read_trained(source: str | Path) -> Trained:
 
 
 def leaked(scores: PairScores, trained: Trained, images: ImageSet | None = None) -> Leak:
-    """Find the pairs that were trained on. images: scored set; None: compare paths of images, but not contents."""
+    """Find the test pairs that were trained on. images: the scored set, needed to compare the contents of images."""
     if scores.prompts is None:
         raise ValueError("these pairs have no prompts as text, so they cannot be compared with the training data")
     known = np.array([text_digest(prompt.strip()) in trained.prompts for prompt in scores.prompts])[scores.caption]

@@ -31,7 +31,7 @@ class PublicSet:
     """A public test set.
 
     layout: a name in `data.formats.LAYOUTS`.
-    protocol: the authors' accuracy protocol, or the one of the paper's table.
+    protocol: default accuracy protocol: the authors', or that of the paper's table.
     files, how: contents of its folder, and download instructions, for error messages.
     hub: its dataset repository; None if it is too large or has another layout there. hub_files: patterns of its files.
     split: name of the split in parquet file names. folder: folder of the parquet files.

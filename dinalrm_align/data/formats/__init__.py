@@ -75,8 +75,7 @@ def read_preferences(
             skipped, unless `bad` raises, as it does by default.
         strict: also treat blank prompts and pairs of an image with itself as bad. False for test sets.
 
-    Raises FileNotFoundError or ValueError for a JSON file that cannot be read, and ImportError for parquet without
-    pyarrow.
+    Raises FileNotFoundError or ValueError for an unreadable JSON file, and ImportError for parquet without pyarrow.
     """
     rows, convert = LAYOUTS[layout]
     for row in rows(source, bad):

@@ -30,7 +30,7 @@ ImageRef = str | Cell
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Raw record of a data set. where: its name in error messages. number: index over all files. cell: location."""
+    """Raw record. where: name in error messages. number: index over all files. cell: location; None in JSON files."""
 
     where: str
     number: int
