@@ -76,7 +76,7 @@ def read_checkpoint(source: str | Path, *, subfolder: str = "", **hub: Unpack[Hu
 def save_checkpoint(
     directory: str | Path, config: RewardConfig, tensors: Mapping[str, Tensor], *, format: str = "dinalrm"
 ) -> None:
-    """Write `config` and `tensors` (`RewardModel.tuned_tensors()`) in the layout `format`, dinalrm or released."""
+    """Write `config` and `tensors` (from `RewardModel.tuned_tensors`). format: the layout, `dinalrm` or `released`."""
     if format not in FORMATS:
         raise ValueError(f"checkpoint format: got {format!r}; known: {', '.join(FORMATS)}")
     parts = {"head.film": config.head.film, "head.value_gates": config.head.value_gates, "text_taps": config.text_taps}

@@ -15,8 +15,8 @@ from dinalrm_align.train.settings import check_number
 class RewardSum(RewardModule):
     """Reward with score = sum_i weight_i * score_i over named parts, each a reward.
 
-    Parts can have different scales. To normalise them first, as GRPO does: `score_parts` returns unweighted scores, and
-    `add_up` returns the weighted sum of the normalised ones.
+    Parts can have different scales. GRPO therefore normalises each part: it takes the unweighted scores from
+    `score_parts` and passes the normalised ones to `add_up`.
     """
 
     def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:

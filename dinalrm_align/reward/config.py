@@ -151,6 +151,7 @@ class RewardConfig:
 
     @property
     def last_tap(self) -> int:
+        """Number of the last block whose tokens the head reads. Later blocks do not run."""
         return max((*self.visual_taps, *self.text_taps))
 
     def to_dict(self) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class RewardHead(nn.Module):
     def _aggregate(
         self, adapters: nn.ModuleList, join: nn.Linear, levels: list[tuple[tuple[Tensor, ...], Tensor]]
     ) -> Tensor:
-        """Adapt and join one stream's layers. levels: K pairs of n layers (B, N, width_in) and temb -> (B, K N, W)."""
+        """Adapt and join the layers of one stream (image or text), then join the levels. Returns (B, K N, W)."""
         dtype, joined = self.query_tokens.dtype, []
         for streams, temb in levels:
             pairs = zip(adapters, streams, strict=True)

@@ -40,7 +40,7 @@ def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> 
 
 
 def check_image_size(images: Tensor, backbone: Backbone, factor: int) -> None:
-    """Raise ValueError if images (B, 3, H, W) exceed the backbone's positional table. factor: pixels per latent."""
+    """Raise ValueError if images (B, 3, H, W) exceed the backbone's position embeddings. factor: pixels per latent."""
     limit, (height, width) = backbone.max_size * factor, images.shape[2:]
     if max(height, width) > limit:
         raise ValueError(f"images: got height x width {height} x {width}; expected at most {limit}: resize them first")

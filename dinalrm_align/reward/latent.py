@@ -262,7 +262,7 @@ class LatentReward(RewardModule):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return scores (B,), float32, of images, which the VAE encodes. No gradient.
+        """Encode images with the VAE and return their scores (B,), float32. No gradient.
 
         Args:
             images: PIL images of one size, or (B, 3, H, W) in [0, 1].

@@ -75,7 +75,7 @@ class Reward(Protocol):
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
-        """Return scores (B,) of latents (B, C, H, W) that contain noise of level sigma. TypeError if unsupported."""
+        """Return scores (B,) of latents (B, C, H, W) with noise of level sigma. Raises TypeError if unsupported."""
         ...
 
     def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
@@ -83,7 +83,7 @@ class Reward(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Return a digest of the weights. Checkpoints store it, so that a run cannot resume with another reward."""
+        """Return a digest of the weights. Checkpoints store it, so that a run resumes only with the same reward."""
         ...
 
     def enable_gradient_checkpointing(self) -> None:

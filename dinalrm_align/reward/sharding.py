@@ -48,8 +48,8 @@ def shard_base(
 ) -> None:
     """Shard the blocks of a policy's transformer and of the reward trunks that share its weights, in place, over ranks.
 
-    Call it on every rank after all trees are built, on their device and in their dtype. With one rank nothing changes.
-    transformer_blocks: the policy's; None: shard a single trunk alone.
+    Call it on every rank when policy and rewards are built, on their device and in their dtype. With one rank nothing
+    changes. transformer_blocks: the policy's; None: shard a single trunk alone.
     """
     private = [trunk for trunk in trunks if not trunk.shared]
     if transformer_blocks is not None and private:

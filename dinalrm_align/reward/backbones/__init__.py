@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Taps:
-    """Features of B samples that the reward head reads.
+    """Features of B samples that the reward head reads, from the tapped (selected) layers of a backbone.
 
     Args:
         visual: image tokens (B, N, width) of each tapped layer.

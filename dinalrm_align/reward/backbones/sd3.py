@@ -116,7 +116,7 @@ class SD3Trunk(nn.Module):
         return Taps(tuple(visual[tap] for tap in self.visual_taps), tuple(text[tap] for tap in self.text_taps), temb)
 
     def skip_unread_text(self) -> None:
-        """Drop the text half of the last block that runs, if the head does not read its text tokens.
+        """Remove the text half of the last block that runs, unless the head reads that block's text tokens.
 
         With full tuning, save the trained weights before this call.
         """

@@ -60,7 +60,7 @@ class PixelReward(RewardModule):
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,), float32, of images (B, 3, H, W), float32 in [0, 1], on `device`, for B prompts.
 
-        Differentiable in the images if `differentiable` is true. Call `score_decoded` instead, which checks the scores.
+        Differentiable in the images if `differentiable` is true. Callers use `score_decoded`, which checks the scores.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement score_pixels")
 

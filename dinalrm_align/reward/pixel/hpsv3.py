@@ -56,7 +56,7 @@ NAMES = {  # prefixes in the file (of transformers before and since 4.52) -> pre
     r"model\.(language_model\.)?": "model.language_model.",
 }
 TEXTS = ("INSTRUCTION", "prompt_with_special_token")
-"""Constants in the package: the instruction (2523 characters, one field {text_prompt}) and the text after it."""
+"""Names of constants in the package: the instruction (2523 characters, one {text_prompt}) and the text after it."""
 SHA256 = (
     "0393599dad45a971903d1d62a3acf9bad3ccccdafa7f40f680523419e1f68b7a",
     "2471faca094ae5bd6fe17b71dce20c3d7583625545e235889f7e74e7eeb69d0a",

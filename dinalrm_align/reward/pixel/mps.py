@@ -218,7 +218,7 @@ def convert_mps(source: str | Path, target: str | Path) -> str | Path:
 def load_blocks(
     tensors: Mapping[str, Tensor], width: int, where: str, *, dtype: torch.dtype, device: torch.device | None
 ) -> nn.ModuleList:
-    """Build the blocks of `cross_model.*`; tensor shapes give their sizes. ValueError unless all tensors fit."""
+    """Build the cross-attention blocks from tensors `cross_model.*`. Raises ValueError unless all of them fit."""
     own = rename(tensors, NAMES)
     head_width = max(1, shape_of(own, "0.key_value.weight", 2, where)[0] // 2)
     heads = shape_of(own, "0.query.weight", 2, where)[0] // head_width
