@@ -132,8 +132,8 @@ def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
     else:
         prompts = check_prompts([text] if isinstance(text, str) else text)
     if len(prompts) != count:
-        got = f"got {count} samples, {len(prompts)} prompts"
-        raise ValueError(f"one prompt per sample: {got}; to score one prompt against many samples, repeat it")
+        got = f"got {len(prompts)} for {count} samples"
+        raise ValueError(f"prompts: {got}; expected one per sample (repeat a prompt to score many samples)")
     return prompts
 
 

@@ -104,9 +104,9 @@ LATENTS = [
 ]  # fmt: skip
 
 PROMPTS = [
-    Case("one for two", prompted(["a"]), ValueError, "2 latents 1 prompts"),
-    Case("a string for two", prompted("a"), ValueError, "2 latents 1 prompts"),
-    Case("three for two", prompted(["a", "b", "c"]), ValueError, "2 latents 3 prompts"),
+    Case("one for two", prompted(["a"]), ValueError, "prompts 1 2"),
+    Case("a string for two", prompted("a"), ValueError, "prompts 1 2"),
+    Case("three for two", prompted(["a", "b", "c"]), ValueError, "prompts 3 2"),
     Case("none", prompted([]), ValueError, "prompts"),
     Case("a number among them", prompted(["a", 3]), TypeError, "prompts int 3"),
     Case("nothing among them", prompted(["a", None]), TypeError, "prompts NoneType"),
@@ -208,13 +208,13 @@ PICTURES = [
     Case("gray tensor", pictures(torch.zeros(2, 1, 64, 64)), ValueError, "images 3"),
     Case("empty tensor", pictures(torch.zeros(0, 3, 64, 64)), ValueError, "images"),
     Case("on meta", pictures(torch.zeros(2, 3, 64, 64, device="meta")), ValueError, "images meta"),
-    Case("one prompt for two", pictures([picture()] * 2, ["a"]), ValueError, "2 latents 1 prompts"),
+    Case("one prompt for two", pictures([picture()] * 2, ["a"]), ValueError, "prompts 1 2"),
     Case("wrong sigma", pictures([picture()] * 2, sigma=2.0), ValueError, "sigma 2"),
 ]  # fmt: skip
 
 PIXEL_REWARD = [
-    Case("no prompts", clip(prompts=...), ValueError, "prompts"),
-    Case("embeddings for prompts", clip(prompts=..., **TEXT), ValueError, "prompts"),
+    Case("no prompts", clip(prompts=...), TypeError, "prompts", by_signature=True),
+    Case("embeddings for prompts", clip(prompts=..., **TEXT), TypeError, "prompts", by_signature=True),
     Case("a string for two", clip(prompts="ab"), ValueError, "2"),
     Case("one prompt for two", clip(prompts=["a"]), ValueError, "1 2"),
     Case("a number as prompt", clip(prompts=["a", 1]), TypeError, "prompts int 1"),

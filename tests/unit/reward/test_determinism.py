@@ -175,7 +175,7 @@ def test_a_repeated_call_gives_the_same_bits_whatever_happened_between(reward, p
         return score_and_gradient(reward, latents[:2], prompts[:2], None, (0.2, 0.7))
 
     def fail():
-        with pytest.raises(ValueError, match="one prompt per sample"):
+        with pytest.raises(ValueError, match="expected one per sample"):
             reward(latents, prompts[:3])
 
     def thread():

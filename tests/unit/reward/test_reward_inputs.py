@@ -53,9 +53,9 @@ def test_latents(reward, tiny_inputs, bad, error, message):
 
 
 @pytest.mark.parametrize(("prompts", "error", "message"), [
-    (["one"], ValueError, "one prompt per sample: got 2 samples, 1 prompts; to score one prompt .* repeat it"),
+    (["one"], ValueError, "prompts: got 1 for 2 samples; expected one per sample .repeat a prompt"),
     ("one", ValueError, "got 2 samples, 1 prompts"),
-    (["one", "two", "three"], ValueError, "got 2 samples, 3 prompts"),
+    (["one", "two", "three"], ValueError, "got 3 for 2 samples"),
     (["one", None], TypeError, "got NoneType None; expected a string"),
 ])  # fmt: skip
 def test_prompts(reward, prompts, error, message):
