@@ -54,7 +54,7 @@ def test_latents(reward, tiny_inputs, bad, error, message):
 
 @pytest.mark.parametrize(("prompts", "error", "message"), [
     (["one"], ValueError, "prompts: got 1 for 2 samples; expected one per sample .repeat a prompt"),
-    ("one", ValueError, "got 2 samples, 1 prompts"),
+    ("one", ValueError, "got 1 for 2 samples"),
     (["one", "two", "three"], ValueError, "got 3 for 2 samples"),
     (["one", None], TypeError, "got NoneType None; expected a string"),
 ])  # fmt: skip
