@@ -158,9 +158,9 @@ def test_bad_inputs_are_named(reward, folder):
     latents = torch.zeros(2, 16, 8, 8)
     with pytest.raises(ValueError, match="got embeddings without text"):
         reward(latents, encoded(torch.zeros(2, 4, 8), torch.zeros(2, 8)))
-    with pytest.raises(ValueError, match=r"got 2 samples, 1 prompts"):
+    with pytest.raises(ValueError, match=r"got 1 for 2 samples"):
         reward(latents, prompts=PROMPTS[:1])
-    with pytest.raises(ValueError, match="got 2 samples, 1 prompts"):
+    with pytest.raises(ValueError, match="got 1 for 2 samples"):
         reward(latents, prompts="ab")
     with pytest.raises(ValueError, match=r"got shape \(2, 4, 8, 8\); expected \(B, 16, h, w\)"):
         reward(latents[:, :4], prompts=PROMPTS)

@@ -309,7 +309,7 @@ def test_callables_and_modules_are_taken_as_they_are(load):
 
 def test_bad_calls_of_a_sum_are_named(load):
     reward = load("dinalrm + pixel")
-    with pytest.raises(ValueError, match="got 2 samples, 1 prompts"):
+    with pytest.raises(ValueError, match="got 1 for 2 samples"):
         reward(some_latents(), prompts=PROMPTS[:1])
     with pytest.raises(ValueError, match=r"expected \(B, 16, h, w\)"):
         reward(some_latents()[:, :4], prompts=PROMPTS)

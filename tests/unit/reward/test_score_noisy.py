@@ -66,7 +66,7 @@ def test_it_is_differentiable_and_draws_nothing(reward, tiny_inputs):
         ({"sigma": None}, TypeError, "sigma: got None"),
         ({"latents": torch.zeros(2, 3, 16, 12)}, ValueError, "latents: got 3 channels"),
         ({"latents": torch.full((2, 16, 16, 12), torch.nan)}, ValueError, "NaN or infinite"),
-        ({"prompts": ["a red circle"]}, ValueError, "got 2 samples, 1 prompts"),
+        ({"prompts": ["a red circle"]}, ValueError, "got 1 for 2 samples"),
         ({"prompts": None}, TypeError, "prompts: got NoneType"),
     ],
 )
