@@ -1,9 +1,11 @@
-"""Compare the arms (variants) of an ablation, and noise levels at inference (arXiv 2602.11146, section 5).
+"""Compare the arms of an ablation, which are training variants of a reward, and noise levels at inference.
 
-Values are pairwise accuracies in per cent, or their differences in points: means and intervals over seeds and captions
-(`intervals.seeds_by_captions`). Differences are paired: both arms share seeds, captions, pairs and noise. Scores at
-several noise levels or draws are combined in two ways. "tokens": the head attends to the tokens of all of them and
-returns one score. "average": the mean of the separate scores.
+The comparisons follow arXiv 2602.11146. Accuracies are pairwise and in per cent; differences are in percentage points.
+Both are means with intervals over seeds and captions (`intervals.seeds_by_captions`). Differences are paired: the two
+arms share seeds, captions, pairs and noise.
+
+Scores at several noise levels or with several noise draws are combined in two ways. "tokens" means that the reward head
+attends to the backbone tokens of all levels or draws and returns one score. "average" means the mean of single scores.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,7 @@ ENSEMBLE_DRAWS = 4  # largest number of draws for the variance of the ensemble's
 
 @dataclass(frozen=True)
 class Evidence:
-    """Scores of finished runs, and the test sets and noise levels to report. Arms are compared at `ensembles[0]`."""
+    """Runs' scores, and the test sets and noise levels to report. Comparisons of arms use only `ensembles[0]`."""
 
     runs: Runs
     sets: Sequence[str]
@@ -36,25 +38,25 @@ class Evidence:
     ensembles: Sequence[Sequence[float]]
 
     def levels(self, arm: str, name: str) -> set[str]:
-        """Return the names of the noise levels at which an arm has scores on the set `name`, the same for all seeds."""
+        """Return the names of the noise levels at which `arm` has scores on the test set `name`."""
         return {*next(iter(self.runs[arm].values()))[name].scores}
 
 
 def noise_levels(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
-    """Return each single level, including SINGLE_LEVEL and the ensembles' levels, and each ensemble as tokens."""
+    """Return the noise levels to evaluate: every sigma in `sigmas` or `ensembles`, sigma 0.4, and every ensemble."""
     single = dict.fromkeys([*sigmas, SINGLE_LEVEL, *(sigma for levels in ensembles for sigma in levels)])
     return [*map(NoiseLevels.at, single), *(NoiseLevels.at(*levels) for levels in ensembles)]
 
 
 def levels_with_draws(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
-    """Return SINGLE_LEVEL with each draw and with several draws as tokens, and the ensemble with a few draws."""
+    """Return sigma 0.4 with each noise draw and with groups of 2, 4 or 8 draws, and `ensemble` with each of 4 draws."""
     singles = [NoiseLevels.at(SINGLE_LEVEL, draw=draw) for draw in range(draws)]
     joined = [_joined(group) for count in COUNTS if 1 < count < draws for group in draw_groups(count, draws)]
     return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(ENSEMBLE_DRAWS, draws)))]
 
 
 def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
-    """Divide the draws 0 to `draws` - 1 into groups of `count`: (0, 1), (2, 3), ..."""
+    """Split draw indices 0 to `draws` - 1 into groups of `count`, as (0, 1), (2, 3). A smaller rest is dropped."""
     return [tuple(range(start, start + count)) for start in range(0, draws - count + 1, count)]
 
 
@@ -63,12 +65,12 @@ def _joined(draws: tuple[int, ...]) -> NoiseLevels:
 
 
 def accuracy_of(*names: str) -> Measure:
-    """Return a measure: whether the mean of the scores at these `NoiseLevels.name`s orders a pair correctly."""
+    """Return a function `PairScores` -> correctness (N,) of N pairs, by the mean score at the levels `names`."""
     return lambda scores: scores.correct(*names)
 
 
 def accuracy_at(*sigmas: float) -> Measure:
-    """Return a measure: whether the score at one level, or at several as tokens, orders a pair correctly (draw 0)."""
+    """Return a function `PairScores` -> correctness (N,) of N pairs, by the one score at all `sigmas` (draw 0)."""
     return accuracy_of(NoiseLevels.at(*sigmas).name)
 
 
@@ -77,12 +79,12 @@ def average_of(sigmas: Sequence[float]) -> Measure:
 
 
 def mean_accuracy(sigmas: Sequence[float]) -> Measure:
-    """Return a measure: the share of the single levels at which the score orders a pair correctly."""
+    """Return a function `PairScores` -> (N,), the share of `sigmas` at which the score orders a pair correctly."""
     return lambda scores: np.mean([accuracy_at(sigma)(scores) for sigma in sigmas], axis=0)
 
 
 def by_seed_and_caption(seeds: Mapping[int, Mapping[str, PairScores]], name: str, measure: Measure) -> np.ndarray:
-    """Return accuracies (S seeds, C captions) on the set `name`. Pairs that raters tie are left out."""
+    """Return accuracies (S seeds, C captions) by `measure` on the test set `name`, without pairs that raters tie."""
     rows = []
     for sets in seeds.values():
         correct = measure(sets[name])
@@ -98,9 +100,10 @@ def arm_accuracy(evidence: Evidence, arm: str, name: str, measure: Measure) -> I
 def difference(
     evidence: Evidence, better: str, worse: str, name: str, of_better: Measure, of_worse: Measure
 ) -> Interval:
-    """Return the paired difference between the accuracies of two arms on the set `name`, over their common seeds.
+    """Return the accuracy of arm `better` minus that of arm `worse` on the test set `name`, paired over common seeds.
 
-    of_better, of_worse: measures of the two arms. Raises ValueError if there is no common seed or pairs differ.
+    of_better, of_worse: functions that return the correctness of each pair for the two arms. Raises ValueError if the
+    arms have no common seed, or were evaluated on different pairs.
     """
     ours, theirs = evidence.runs[better], evidence.runs[worse]
     shared = [seed for seed in ours if seed in theirs]
@@ -114,17 +117,17 @@ def difference(
 
 
 def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
-    """Return the paired difference between an arm's accuracy by `measure` and its accuracy at SINGLE_LEVEL."""
+    """Return an arm's accuracy by `measure` minus the same arm's accuracy at sigma 0.4, as a paired difference."""
     return difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
 
 
 def verdict(interval: Interval) -> str:
-    """Say whether a claimed positive difference holds, reverses, or is inconclusive (the interval includes 0)."""
+    """Return whether a difference claimed to be positive "holds", "reverses" or "is inconclusive" (interval with 0)."""
     return "holds" if interval.low > 0 else "reverses" if interval.high < 0 else "is inconclusive"
 
 
 def in_points(interval: Interval, *, signed: bool = True) -> str:
-    """Format fractions in per cent, or their differences in points: "+0.6 [-0.2, +1.4]"."""
+    """Format an accuracy, or a difference of accuracies, times 100 and with its interval: "+0.6 [-0.2, +1.4]"."""
     sign = "+" if signed else ""
     mean, low, high = (f"{100 * value:{sign}.1f}" for value in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"
@@ -135,7 +138,7 @@ def with_asterisk(interval: Interval) -> str:
 
 
 def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
-    """Return the three measures by which an arm is compared, by their title."""
+    """Return title -> measure for three accuracies: at `Arm.sigma`, of the ensemble, and averaged over sigmas."""
     return {
         "own sigma": accuracy_at(ARMS[arm].sigma),
         "ensemble": accuracy_at(*evidence.ensembles[0]),
@@ -144,7 +147,7 @@ def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
 
 
 def question_section(question: Question, evidence: Evidence) -> str:
-    """Write a Markdown section that compares the arms of a question; "" if fewer than two of them have results."""
+    """Return a Markdown section that compares the arms of a question, or "" if fewer than two arms have results."""
     runs, sets = evidence.runs, evidence.sets
     arms = [arm for arm in question.arms if arm in runs]
     if len(arms) < 2:
@@ -180,7 +183,7 @@ def question_section(question: Question, evidence: Evidence) -> str:
 
 
 def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
-    """Return title -> measure for every choice of noise levels at which an arm has scores on the set `name`."""
+    """Return title -> measure for single sigmas, ensembles and, if `arm` has scores with them, several noise draws."""
     scored = evidence.levels(arm, name)
     measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in evidence.sigmas}
     for levels in evidence.ensembles:
@@ -197,7 +200,7 @@ def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Mea
 
 
 def inference_section(evidence: Evidence, arm: str) -> str:
-    """Write a Markdown section: one arm's accuracy at every choice of noise levels, also relative to SINGLE_LEVEL."""
+    """Return a Markdown section with an arm's accuracy for each choice of noise levels, and its gain over sigma 0.4."""
     by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
 
     def cells(name: str, label: str) -> list[str]:
@@ -216,7 +219,7 @@ def inference_section(evidence: Evidence, arm: str) -> str:
 
 
 def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
-    """Write, for each claim of the paper whose levels have scores, a line with the claim and whether it holds here."""
+    """Return a line per claim of the paper that says whether the claim holds here, if its noise levels have scores."""
     ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [
@@ -236,7 +239,7 @@ def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """Variance of an image's score over noise draws / variance over images. forwards: backbone forwards per score."""
+    """`share`: variance of a score over noise draws / over images. `forwards`: backbone forward passes per score."""
 
     label: str
     forwards: int
@@ -244,9 +247,9 @@ class NoiseShare:
 
 
 def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
-    """Return the variance shares at SINGLE_LEVEL (draws averaged; draws as tokens) and of the ensemble.
+    """Return the share of noise in the score's variance, at sigma 0.4 with 1, 2, 4 or 8 draws, and for `ensemble`.
 
-    seeds: scores of each seed on one test set. The shares are averaged over seeds.
+    seeds: scores on one test set of the rewards trained with each seed. The shares are averaged over seeds.
     """
 
     def share(label: str, forwards: int, repeats: list[list[str]]) -> NoiseShare:
@@ -268,7 +271,7 @@ def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[flo
 
 
 def _noise_share(scores: np.ndarray) -> float:
-    """Return variance over draws / variance over images, both unbiased, of scores (R draws, M images)."""
+    """Return variance over draws / variance over images for scores (R draws, M images). Both estimates are unbiased."""
     within = float(scores.var(axis=0, ddof=1).mean())
     between = float(scores.mean(axis=0).var(ddof=1)) - within / len(scores)  # the means vary by within / R
     return within / between

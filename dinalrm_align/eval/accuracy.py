@@ -1,7 +1,8 @@
-"""Pairwise accuracy during training, per noise level and concept.
+"""Pairwise accuracy during training, per noise level and concept (what the two images of a pair differ in).
 
 Accuracy is the share of pairs whose preferred image scores strictly higher. Equal scores count as wrong, and pairs that
-raters tie (label 0.5) are left out. All levels use the same noise, drawn once for all images of a prompt.
+raters tie (label 0.5) are left out. The noise is drawn once per prompt: all images of the prompt and all noise levels
+share it.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ OVERALL = "all"
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """Counts of pairs, summed over batches and ranks. not_finite: pairs with a NaN or infinite score."""
+    """Numbers of pairs, summed over batches and ranks. `not_finite`: number of pairs with a NaN or infinite score."""
 
     correct: int = 0
     pairs: int = 0
@@ -53,9 +54,10 @@ Tallies = dict[Level, dict[str, Tally]]
 def pairwise_tallies(
     score: Score, batches: Sequence[PairBatch], levels: Sequence[Level], *, seed: int = 0, rank: int = 0, world: int = 1
 ) -> Tallies:
-    """Count the correctly ordered pairs of the batches rank, rank + world, ...; `merge` sums over ranks.
+    """Count the correctly ordered pairs of every `world`-th batch, starting at batch `rank`.
 
-    RNG streams are keyed by (seed, batch index), so results do not depend on the world size.
+    `merge` sums the counts of all ranks. The noise is seeded by (seed, batch index), so the sums do not depend on
+    `world`.
     """
     tallies: Tallies = {level: defaultdict(Tally, {OVERALL: Tally()}) for level in levels}
     for index in range(rank, len(batches), world):
@@ -77,7 +79,7 @@ def pairwise_tallies(
 
 
 def merge(parts: Iterable[Tallies]) -> Tallies:
-    """Sum the counts of all ranks. Raises ValueError for NaN or infinite scores, on all ranks, so that none waits."""
+    """Sum the counts of all ranks. Raises ValueError if a score on any rank is NaN or infinite."""
     total: Tallies = defaultdict(lambda: defaultdict(Tally))
     for part in parts:
         for level, concepts in part.items():
@@ -92,7 +94,7 @@ def merge(parts: Iterable[Tallies]) -> Tallies:
 
 
 def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
-    """Write accuracy.json, per_concept.md and accuracy_vs_sigma.png to `directory`, replacing existing ones."""
+    """Write accuracy.json, per_concept.md and accuracy_vs_sigma.png to `directory`. Existing files are replaced."""
 
     def entry(tally: Tally) -> dict[str, float]:
         return {"accuracy": tally.accuracy, "standard_error": tally.standard_error, "pairs": tally.pairs}
@@ -113,7 +115,7 @@ def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
 
 
 def _plot(tallies: Tallies, concepts: Sequence[str], path: Path, title: str) -> None:
-    """Plot accuracy with standard errors against sigma. Thin lines are concepts, dashed lines are ensembles."""
+    """Plot accuracy against sigma: all pairs with standard errors, each concept as a thin line, ensembles dashed."""
     figure, (axes,) = panels([title], (7, 4.5), "sigma", "pairwise accuracy")
     single = sorted(level for level in tallies if len(level) == 1)
     sigmas = [level[0] for level in single]
@@ -132,7 +134,7 @@ def _plot(tallies: Tallies, concepts: Sequence[str], path: Path, title: str) -> 
 
 
 def metrics(tallies: Tallies) -> Mapping[str, float]:
-    """Return "accuracy/LEVEL" -> accuracy over all pairs, for metrics.jsonl."""
+    """Return the metrics of metrics.jsonl: `accuracy/SIGMA`, the accuracy over all pairs, for each noise level."""
     return {f"accuracy/{level_name(level)}": counts[OVERALL].accuracy for level, counts in tallies.items()}
 
 
@@ -147,10 +149,10 @@ def evaluate_pairs(
     title: str,
     in_step: bool = False,
 ) -> Mapping[str, float]:
-    """Score the batches on all ranks, write the report to `directory` on the main rank, and return `metrics`.
+    """Measure accuracy on all ranks, write the report to `directory` on the main rank, and return the metrics.
 
-    in_step: whether all ranks must call `score` equally often, because weights are sharded. A rank that has one batch
-    fewer then scores another batch and discards the result.
+    in_step: whether all ranks must call `score` equally often, which sharded weights require. A rank that has one batch
+    fewer than the first rank then scores an extra batch and discards the result.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     with accelerator.autocast():

@@ -1,11 +1,11 @@
 """Calibration of predicted preference probabilities: reliability, expected calibration error, NLL, Brier score, scale.
 
-`losses.preference_probability` predicts a pair's label from its score gap at noise level sigma. The variance of the
-likelihood grows with sigma, so one factor on the gap should fit all levels.
+`losses.preference_probability` predicts a pair's label from the score gap at noise level sigma. The variance of the
+likelihood grows with sigma, so one factor on the score gap should fit all noise levels.
 
 The fidelity objective does not give calibrated probabilities. Let raters prefer the first image with probability q, and
-let the model predict p. The expected loss, 1 - q sqrt(p) - (1 - q) sqrt(1 - p), is minimal at
-p = q^2 / (q^2 + (1 - q)^2) instead of p = q, so a reward trained to the optimum is overconfident.
+let the model predict p. The expected loss, 1 - q sqrt(p) - (1 - q) sqrt(1 - p), is minimal at p = q^2 / (q^2 + (1 -
+q)^2) instead of p = q, so a reward trained to the optimum is overconfident.
 """
 
 import dataclasses
@@ -40,11 +40,13 @@ SECTION = (
 class Reliability:
     """Predicted and observed preference frequencies, in equal bins of the predicted probability p over [0.5, 1].
 
-    Every pair is counted with the more probable image first: if p < 1/2, p becomes 1 - p and its label 1 - label. At
-    p = 1/2, the label is set to 1/2. All arrays are (bins,); means and errors are NaN in bins without pairs.
+    Every pair is counted with the more probable image first: if p < 1/2, then 1 - p replaces p, and 1 - label replaces
+    the label. If p = 1/2, then 1/2 replaces the label. All arrays have shape (bins,). In bins without pairs, `count` is
+    0 and the other arrays are NaN.
 
-    count: number of pairs. predicted: mean p. observed: mean label. standard_error: standard error of `observed` over
-    captions, at least that of independent pairs under a flat prior, so that it is never 0.
+    count: number of pairs. predicted: mean of p. observed: mean label. standard_error: standard error of `observed`
+    over captions. The standard error of independent pairs under a flat prior is the lower bound, so `standard_error` is
+    never 0.
     """
 
     count: np.ndarray
@@ -54,12 +56,15 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """Expected calibration error (ECE): |predicted - observed|, averaged over pairs. See also `by_chance`."""
+        """Expected calibration error (ECE): |predicted - observed| of the bins, averaged over all pairs."""
         return self._mean(np.abs(self.predicted - self.observed))
 
     @property
     def by_chance(self) -> float:
-        """ECE of exact predictions, due to sampling: E|N(0, s^2)| = s sqrt(2 / pi) for a bin's standard error s."""
+        """Expected ECE of a perfectly calibrated model, caused by sampling noise alone.
+
+        A bin whose observed frequency has standard error s contributes E|N(0, s^2)| = s sqrt(2 / pi).
+        """
         return self._mean(math.sqrt(2 / math.pi) * self.standard_error)
 
     def _mean(self, values: np.ndarray) -> float:
@@ -71,8 +76,9 @@ class Reliability:
 class Calibration:
     """Calibration at one noise level.
 
-    low, high: interval of the ECE, see `calibration_interval`. nll: mean negative log-likelihood. brier: mean squared
-    error. scale: factor on the gaps that minimises the NLL. scaled_nll: NLL with this factor.
+    low, high: 95 % interval of the expected calibration error. nll: mean negative log-likelihood. brier: mean squared
+    error of the probabilities. scale: factor on the score gaps that minimises the NLL. scaled_nll: NLL of the scaled
+    score gaps.
     """
 
     reliability: Reliability
@@ -89,8 +95,9 @@ def calibrate(
 ) -> Calibration:
     """Measure the calibration of N pairs at noise level sigma.
 
-    gap: (N,) raw score of the first image minus score of the second. label: (N,) share of raters who prefer the first
-    image. captions: (N,) caption of each pair; pairs of one caption are not independent. rng: for the bootstrap.
+    gap: (N,) raw score of the first image minus raw score of the second. label: (N,) share of raters who prefer the
+    first image. captions: (N,) caption of each pair; pairs of one caption are not independent. rng: generator for the
+    bootstrap.
     """
     gap, label = np.asarray(gap, dtype=np.float64), np.asarray(label, dtype=np.float64)
     probability = predict(gap, sigma, config)
@@ -109,7 +116,7 @@ def calibrate(
 
 
 def predict(gap: ArrayLike, sigma: float, config: LossConfig) -> np.ndarray:
-    """Return the probabilities (N,), float64, that the first image is preferred, for gaps (N,) at noise level sigma."""
+    """Return probabilities (N,), float64, that the first image is preferred, for score gaps (N,) at sigma."""
     delta = torch.tensor(gap, dtype=torch.float32)
     return preference_probability(delta, torch.full_like(delta, sigma), config).double().numpy()
 
@@ -117,7 +124,10 @@ def predict(gap: ArrayLike, sigma: float, config: LossConfig) -> np.ndarray:
 def reliability(
     probability: ArrayLike, observed: ArrayLike, bins: int = BINS, captions: ArrayLike | None = None
 ) -> Reliability:
-    """Bin predicted probabilities (N,) and labels `observed` (N,). captions: (N,); None if pairs are independent."""
+    """Compare predicted probabilities (N,) with observed labels (N,) in bins.
+
+    captions: (N,) caption of each pair, over which standard errors are computed; None if pairs are independent.
+    """
     p, o, indices = _binned(probability, observed, bins)
     names = np.arange(len(p)) if captions is None else np.asarray(captions)
     count = np.bincount(indices, minlength=bins)
@@ -132,10 +142,11 @@ def reliability(
 def calibration_interval(
     probability: ArrayLike, observed: ArrayLike, captions: ArrayLike, *, rng: np.random.Generator, draws: int = 2000
 ) -> tuple[float, float]:
-    """Return the 95 % interval (low, high) of the ECE e, from a basic bootstrap over captions.
+    """Return the 95 % interval (low, high) of the expected calibration error (ECE), from a bootstrap over captions.
 
-    It is 2 e - (quantiles of the resampled ECE). The quantiles themselves would be too high, because resampling adds
-    the sampling bias a second time. The interval is unreliable if e is close to `Reliability.by_chance`.
+    The interval is 2 ECE - (quantiles of the resampled ECE), a basic bootstrap. The quantiles alone would be too high,
+    because resampling adds the sampling bias a second time. The interval is unreliable if the ECE is close to
+    `Reliability.by_chance`, the ECE of a calibrated model.
     """
     p, o, index = _binned(probability, observed, BINS)
     _, caption = np.unique(captions, return_inverse=True)
@@ -155,17 +166,18 @@ def calibration_interval(
 
 
 def negative_log_likelihood(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
-    """Return the mean of -(y log p + (1 - y) log(1 - p)) over N labels y, in nats. It is finite if p underflows."""
+    """Return the mean of -(y log p + (1 - y) log(1 - p)) over labels y, in nats; finite even if p underflows."""
     delta, label = (torch.tensor(values, dtype=torch.float32) for values in (gap, label))
     sigmas, nll = torch.full_like(delta, sigma), dataclasses.replace(config, objective="nll")
     return float(preference_loss(delta, torch.zeros_like(delta), sigmas, label, config=nll).double().mean())
 
 
 def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
-    """Return the factor s >= 0 that minimises the negative log-likelihood of the labels (N,) given the gaps s * gap.
+    """Return the factor s >= 0 that minimises the negative log-likelihood of labels (N,) given the gaps s * gap.
 
-    1 is calibrated, below 1 overconfident. The likelihood is log-concave in s, so the optimum is unique. Returns 0 if
-    gaps and labels do not correlate positively, inf if no label contradicts its gap, and NaN if all gaps are 0.
+    s = 1 means that the reward is calibrated, and s < 1 that it is overconfident. The likelihood is log-concave in s,
+    so the optimum is unique. Returns 0 if gaps and labels do not correlate positively, inf if no label contradicts its
+    gap, and NaN if all gaps are 0.
     """
     gaps, preferred = np.asarray(gap, dtype=np.float64), 2 * np.asarray(label, dtype=np.float64) - 1
     if not gaps.any():
@@ -184,13 +196,13 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
 
 
 def fidelity_rater(p: ArrayLike) -> np.ndarray:
-    """Return the rater frequency q = sqrt(p) / (sqrt(p) + sqrt(1 - p)) for which the optimum of fidelity predicts p."""
+    """Return q = sqrt(p) / (sqrt(p) + sqrt(1 - p)), the rater frequency at which the fidelity optimum predicts p."""
     p = np.asarray(p, dtype=np.float64)
     return np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p))
 
 
 def _binned(probability: ArrayLike, observed: ArrayLike, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return predictions, labels (both with the more probable image first) and bin indices, for `Reliability`."""
+    """Return probabilities, labels and bin indices, each (N,), with the more probable image of every pair first."""
     p, o = np.asarray(probability, dtype=np.float64), np.asarray(observed, dtype=np.float64)
     o = np.where(p > 0.5, o, np.where(p < 0.5, 1 - o, 0.5))
     p = np.maximum(p, 1 - p)
@@ -200,7 +212,8 @@ def _binned(probability: ArrayLike, observed: ArrayLike, bins: int) -> tuple[np.
 def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
     """Return the standard error over captions of the mean of n values in [0, 1].
 
-    It is at least the standard deviation of Beta(sum + 1, n - sum + 1), the posterior for independent values.
+    The result is at least the standard deviation of Beta(sum + 1, n - sum + 1), the posterior of the mean if the values
+    are independent.
     """
     mean = (values.sum() + 1) / (len(values) + 2)
     independent = math.sqrt(mean * (1 - mean) / (len(values) + 3))
@@ -213,9 +226,9 @@ def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
 def reliabilities(
     runs: Runs, losses: Mapping[str, LossConfig], name: str, sigmas: Sequence[float]
 ) -> dict[str, dict[float, Calibration]]:
-    """Return arm -> noise level -> calibration on the set `name`. Pairs of all seeds are pooled.
+    """Return arm (training variant) -> noise level -> calibration on the test set `name`, over the pairs of all seeds.
 
-    losses: arm -> loss that it was trained with, which gives the probabilities.
+    losses: arm -> the arm's training loss, which turns score gaps into probabilities.
     """
     curves: dict[str, dict[float, Calibration]] = {}
     for arm, seeds_of_arm in runs.items():
@@ -230,7 +243,7 @@ def reliabilities(
 
 
 def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name: str) -> str:
-    """Write a Markdown section: a table row per arm and noise level, and each arm's range of best scales."""
+    """Return a Markdown section: a table with a row per arm and noise level, and a `scale_sentence` for each arm."""
     rows = []
     for label, levels in curves.items():
         for sigma, found in levels.items():
@@ -245,7 +258,7 @@ def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name:
 
 
 def scale_sentence(label: str, levels: Mapping[float, Calibration]) -> str:
-    """Write a sentence on an arm's range of best scales over the noise levels below 1 (at 1, latents are noise)."""
+    """Return a sentence on the range of an arm's `Calibration.scale`, the best factor on score gaps, for sigma < 1."""
     scales = {sigma: found.scale for sigma, found in levels.items() if sigma < 1 and 0 < found.scale < math.inf}
     if not scales:
         return f"{label}: no level has a best scale."

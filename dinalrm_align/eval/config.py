@@ -24,10 +24,10 @@ Changes = dict[str, Any]  # dotted options of `recipes/train_reward.py` -> value
 
 @dataclass(frozen=True)
 class Arm:
-    """A variant of the reward training, to compare with the baseline.
+    """A training variant of the reward, which the ablation compares with the baseline.
 
-    changes: options that differ from the baseline, or a function that computes them from the baseline's reward config.
-    sigma: noise level of the report's column "own sigma": the level of training if there is only one, otherwise 0.4.
+    changes: options that differ from the baseline's, or a function that computes them from the baseline's config.
+    sigma: noise level of the report's column "own sigma": the training level if there is only one, otherwise 0.4.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Arm:
 
 
 def _depth(reward: RewardConfig, quarters: int) -> Changes:
-    """Change the number of blocks to `quarters` / 4 of the baseline's, and the tapped blocks in proportion."""
+    """Return options with `quarters` / 4 of the baseline's transformer blocks, and the tapped blocks in proportion."""
     changes: Changes = {"reward.num_layers": max(1, reward.num_layers * quarters // 4)}
     for name in ("visual_taps", "text_taps"):
         scaled = (tap * changes["reward.num_layers"] / reward.num_layers for tap in vars(reward)[name])
@@ -77,7 +77,7 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question of the ablation and the arms that answer it. paper: claims (better, worse) of arXiv 2602.11146."""
+    """A question and the arms that answer it. `paper`: pairs (better arm, worse arm) as claimed by arXiv 2602.11146."""
 
     title: str
     arms: tuple[str, ...]
@@ -112,16 +112,16 @@ class AblateRun:
         steps: number of updates of every training.
         training: YAML with settings of `recipes/train_reward.py`, which the arms override; default: the one in
             recipes/ for the kind of `model`, such as train_reward_shapes.yaml.
-        pairs: preference pairs to train on, as in `recipes/train_reward.py`; default: those of the embedded world.
-        judged: test sets, name -> location, as in `recipes/evaluate_reward.py`; default, for the embedded world only:
-            heldout, concepts and shifted. Noise draws are compared on the last set.
+        pairs: preference pairs to train on, as in `recipes/train_reward.py`; default: pairs of the embedded world.
+        judged: test sets, name -> location, as in `recipes/evaluate_reward.py`; default, for model shapes only:
+            heldout, concepts and shifted. The variance over noise draws is measured on the last set.
         output_dir: folder for all runs and the report. The same command continues an interrupted ablation.
         launch: command that launches each training, as "accelerate launch --num_processes 8"; default: this Python.
         device: auto uses a CUDA GPU if there is one.
         batch_size: groups of images per batch of the evaluation.
         sigmas: single noise levels at which every reward is evaluated.
-        ensembles: lists of noise levels at which one score is computed from the tokens of all levels. Every reward is
-            evaluated with the first list, and the baseline with all.
+        ensembles: lists of noise levels; one score is computed from the backbone tokens of all levels of a list. Every
+            reward is evaluated with the first list, and the baseline with all lists.
         draws: number of noise draws at sigma 0.4 with which the baseline is evaluated, to measure the variance of the
             score and the gain from averaging.
         noise_seed: seed of the evaluation's noise, which is the same for all rewards.
@@ -174,11 +174,11 @@ class EvaluateRun:
             are missing, the error lists them and how to get them. Any other name is your own set: a directory of
             latents, mined pairs or a jsonl of images. Default, for the embedded world only: heldout (ranked lists of
             held-out captions with noisy labels, as in training), concepts (pairs that differ in one concept) and
-            shifted (such pairs of degraded images).
+            shifted (pairs of degraded images that differ in one concept).
         protocol: name of a set -> protocol of its accuracy: pooled, strict, diff, grouped, half-ties, three-way, tau,
             and for ranked lists (imagereward, hpdv2) hpsv2 and mps; default: the set's own. The report defines them.
-        trained_on: training data of the reward: a directory of latent pairs, a jsonl of images, or a published
-            train.json. The report then gives the overlap with the test sets, and the accuracy on the other pairs.
+        trained_on: training data of the reward, as a directory of latent pairs, a jsonl of images, or a published
+            train.json. The report then gives the overlap with the test sets, and the accuracy on pairs without overlap.
         output_dir: folder for scores, evaluation.md, evaluation.json and figures. A stopped evaluation resumes there.
         device: auto uses a CUDA GPU if there is one.
         batch_size: groups of latents, or images, per batch.
@@ -187,9 +187,9 @@ class EvaluateRun:
         fit: area: resize with the aspect ratio kept; crop: resize to cover size x size and crop the centre.
         on_bad: refuse: stop at an image that cannot be read; skip: leave out its pairs and list it in the report.
         sigmas: single noise levels at which a latent reward is evaluated.
-        ensembles: lists of noise levels. For each list, the accuracy is reported of the score computed from the tokens
-            of all levels, and of the average of the levels' scores.
-        calibrated_at: single noise levels of the calibration report, from `sigmas`.
+        ensembles: lists of noise levels. For each list, the report gives the accuracy of one score computed from the
+            backbone tokens of all levels, and the accuracy of the mean of the separate scores.
+        calibrated_at: noise levels of the calibration report; they must be in `sigmas`.
         loss: likelihood that turns score gaps into probabilities; use the one that the reward was trained with.
         gold: also report the accuracy of the model's gold score on decoded latents; not for sets of images.
         noise_seed: seed of the noise.
@@ -239,14 +239,14 @@ class EvaluateRun:
 
     @property
     def checkpoint(self) -> str | None:
-        """Folder or hub id of a single latent reward, "" for the model's own; None for any other reward."""
+        """Folder or hub id of the reward if it is a single latent reward ("" for the model's own), otherwise None."""
         terms = parse_reward(self.reward or "dinalrm")
         single = len(terms) == 1 and terms[0].name == "dinalrm" and terms[0].weight == 1
         return (terms[0].source or "") if single else None
 
 
 def check_noise_levels(sigmas: list[float], ensembles: list[list[float]]) -> None:
-    """Raise ValueError if `sigmas`, `ensembles` or one of the ensembles is empty or has invalid levels."""
+    """Raise ValueError if `sigmas`, `ensembles` or a list in `ensembles` is empty or has an invalid noise level."""
     check_levels("sigmas", sigmas)
     check_levels("ensembles", ensembles)
     for index, levels in enumerate(ensembles):

@@ -28,13 +28,14 @@ SHOWN_FAULTS = 10
 
 @dataclass(frozen=True)
 class SetResult:
-    """Results on one test set. `protocol` is the requested one, or the set's own.
+    """Results on one test set.
 
+    protocol: accuracy protocol, requested or else the test set's default.
     per_level: noise level -> accuracy under `protocol`.
-    per_protocol: (protocol, noise level) -> accuracy, at the main noise levels.
-    leak: pairs that were trained on; None if not requested.
-    without_leak: main noise level -> accuracy under `protocol` on pairs that were not trained on.
-    faults: image without a score -> reason.
+    per_protocol: (any protocol, main noise level) -> accuracy. The main noise levels are those of `main_levels`.
+    leak: the pairs that the reward was trained on; None if not requested.
+    without_leak: main noise level -> accuracy under `protocol` on the pairs that the reward was not trained on.
+    faults: name of an image without a score -> reason.
     """
 
     name: str
@@ -54,7 +55,7 @@ class SetResult:
 def evaluate_set(
     name: str, scores: PairScores, config: EvaluateRun, *, leak: Leak | None, faults: Mapping[str, str]
 ) -> SetResult:
-    """Compute all results on one test set, under the protocol in `config` or the set's own."""
+    """Compute all results on a test set, under the protocol that `config` requests for it, or else its default."""
     protocol, levels = config.protocol.get(name, default_protocol(name)), main_levels(config, scores)
 
     def at(rule: str, level: str, of: PairScores = scores) -> Accuracy:
@@ -72,9 +73,10 @@ def evaluate_set(
 def write(
     results: Sequence[SetResult], gold: Mapping[str, float], config: EvaluateRun, *, command: str, directory: Path
 ) -> None:
-    """Write the report. gold: name of a set -> accuracy of the gold score; empty if it was not evaluated.
+    """Write the report of a reward. It covers noise levels and calibration for latent rewards only.
 
-    Noise levels, and calibration on the first set, are reported for latent rewards only.
+    gold: name of a test set -> accuracy of the gold score; empty if not evaluated. Calibration is measured on the first
+    set.
     """
     sets = {result.name: result.scores for result in results}
     evidence = Evidence({REWARD: {0: sets}}, list(sets), sorted(config.sigmas), config.ensembles)
@@ -124,14 +126,14 @@ def write(
 
 
 def main_levels(config: EvaluateRun, scores: PairScores) -> list[str]:
-    """Return the noise levels of the main results: SINGLE_LEVEL and the first ensemble, or "score" without noise."""
+    """Return the names of the main noise levels: sigma 0.4 and the first ensemble, or "score" without noise."""
     if NO_NOISE.name in scores.scores:
         return [NO_NOISE.name]
     return [NoiseLevels.at(SINGLE_LEVEL).name, NoiseLevels.at(*config.ensembles[0]).name]
 
 
 def _concept_section(name: str, evidence: Evidence) -> str:
-    """Write a Markdown section: accuracy on a set per concept (what a pair's images differ in) and noise level."""
+    """Return a Markdown section with accuracy per noise level and concept (what the two images of a pair differ in)."""
     scores = evidence.runs[REWARD][0][name]
     levels = sorted(scores.scores, key=lambda level: ("+" in level, level))
     header = ["concept", "pairs", *(level if level == NO_NOISE.name else f"sigma {level}" for level in levels)]
@@ -146,7 +148,7 @@ def _concept_section(name: str, evidence: Evidence) -> str:
 
 
 def _set_sections(results: Sequence[SetResult], main_levels: Sequence[str]) -> list[str]:
-    """Write Markdown sections: accuracy per noise level and protocol, published values, overlap, missing scores."""
+    """Return Markdown sections: accuracy, every protocol, published values, training overlap, unscored images."""
     levels = dict.fromkeys(level for result in results for level in result.per_level)
     rows = [[level, *(result.per_level.get(level, "") for result in results)] for level in levels]
     sections = [
@@ -210,7 +212,7 @@ def _faults(result: SetResult) -> str:
 
 
 def _numbers(result: SetResult) -> dict[str, object]:
-    """Return the results on a set as JSON-serialisable values for evaluation.json."""
+    """Return the results on one test set as JSON-serialisable values for evaluation.json."""
     return {
         "protocol": result.protocol,
         "readings": {level: _rounded(value) for level, value in result.per_level.items()},
@@ -232,7 +234,7 @@ def _rounded(value: Accuracy) -> dict[str, float | int | None]:
 
 
 def _write_pairs(scores: PairScores, path: Path) -> None:
-    """Write one JSON line per pair: prompt, images, label, and the scores of both images at every noise level."""
+    """Write a JSON line per pair: prompt, image names, label, and scores of both images at every noise level."""
     lines = []
     for row, (first, second) in enumerate(zip(scores.chosen.tolist(), scores.rejected.tolist(), strict=True)):
         names = (first, second) if scores.images is None else (scores.images[first], scores.images[second])
@@ -248,7 +250,7 @@ def _write_pairs(scores: PairScores, path: Path) -> None:
 
 
 def plot_levels(results: Sequence[SetResult], path: Path) -> None:
-    """Plot accuracy and its interval against the noise level. Horizontal lines: ensembles and the paper's values."""
+    """Plot accuracy with intervals against sigma. Horizontal lines show ensembles and the paper's accuracies."""
     figure, axes = panels([result.title for result in results], (5, 4.2), "noise level sigma", "accuracy, per cent")
     for axis, result in zip(axes, results, strict=True):
         ensembles = {name: value for name, value in result.per_level.items() if "+" in name}

@@ -1,8 +1,8 @@
-"""Score test sets with a finished reward. Scores are stored during the evaluation, and stored scores are loaded.
+"""Score test sets with a finished reward. Scores are stored, so a repeated evaluation loads them.
 
-A test set is a data set of latents, which image rewards decode; a public test set of images (`test_sets_config`); or a
-jsonl of images. Images are scored one by one, in an order that does not depend on the pairs (`ImageSet.order`). Their
-RNG streams are keyed by (seed, prompt, draw), so images of one prompt and size share their noise.
+A test set is a data set of latents, a public test set of images (`test_sets_config`), or a jsonl of images. Image
+rewards decode latents. Images are scored one by one, in an order that does not depend on the pairs (`ImageSet.order`).
+The noise of an image is seeded by (seed, prompt, draw), so images of one prompt and size share the same noise.
 """
 
 import functools
@@ -59,8 +59,10 @@ ImageScorer = Callable[[Sequence[Image.Image], Sequence[str]], Mapping[str, np.n
 
 @dataclass(frozen=True)
 class Fit:
-    """Resizing (LANCZOS) of images for a latent reward. how="area" keeps the aspect ratio and scales to the area height
-    x width, with sides rounded to multiples of 16. how="crop" scales to cover height x width and crops the centre.
+    """Callable that resizes an image for a latent reward (LANCZOS).
+
+    how="area" keeps the aspect ratio: the area becomes about height x width, and the sides are rounded to multiples of
+    16. how="crop" scales the image until it covers height x width, and crops the centre.
     """
 
     how: Literal["area", "crop"]
@@ -81,11 +83,12 @@ class Fit:
 def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[NoiseLevels], seed: int) -> ImageScorer:
     """Return a function that scores images.
 
-    levels: noise levels at which a latent reward returns raw scores. If [NO_NOISE], any reward returns the weighted sum
-    of its parts: latent rewards with the noise level and scale of their config, image rewards on unresized images.
+    levels: noise levels at which a latent reward returns raw scores. With [NO_NOISE], any reward returns one score, the
+    weighted sum over its parts. A latent reward in this sum uses the noise level and scale of its config, and an image
+    reward sees the images unresized.
 
-    Raises ValueError if a latent reward was trained with other encoders. The function raises it if the reward cannot
-    score images.
+    Raises ValueError if a latent reward was trained with other encoders. The returned function raises ValueError if the
+    reward cannot score images.
     """
     parts, weights = reward.named_parts, reward.weights
     for part in reward.noise_parts:
@@ -141,10 +144,10 @@ def score_image_set(
     title: str,
     pieces: Pieces,
 ) -> tuple[PairScores, dict[str, str]]:
-    """Score all images of a set. Return the scores, and a dict from each image without a score to the reason.
+    """Score all images of a test set. Returns the scores, and a dict: name of an image without a score -> reason.
 
-    pieces: store of partial results. Raises ValueError for NaN or infinite scores, if no pair is left, and, with on_bad
-    "refuse", for a missing or unreadable image.
+    pieces: store of partial results. Raises ValueError for a NaN or infinite score, or if no pair has two scores. With
+    on_bad "refuse", a missing or unreadable image raises ValueError too.
     """
     missing = images.missing()
     if missing and on_bad == "refuse":
@@ -156,7 +159,7 @@ def score_image_set(
     faults: dict[str, str] = {}
 
     def score_batch(rows: Sequence[int], found: dict[str, str]) -> np.ndarray:
-        """Return scores (levels, rows), NaN for images that cannot be read. Add these images to `found`."""
+        """Return scores (levels, rows). Unreadable images get NaN, and a reason under their name in `found`."""
         scores = np.full((len(names), len(rows)), np.nan, np.float32)
         opened: dict[int, Image.Image] = {}
         for column, image in enumerate(images.images[row] for row in rows):
@@ -190,7 +193,7 @@ def score_image_set(
 
 
 def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
-    """Return the scores of the pairs whose images both have scores. Raises ValueError if there is no such pair."""
+    """Return the scores of the pairs whose two images both have scores. Raises ValueError if there is no such pair."""
     scored = np.isfinite(next(iter(scores.values())))
     kept = scored[images.chosen] & scored[images.rejected]
     if not kept.any():
@@ -206,10 +209,10 @@ def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mappin
 
 @dataclass(frozen=True)
 class Candidate:
-    """A reward to evaluate. It is loaded only if scores are missing.
+    """A reward to evaluate, which `load` loads only if scores are missing.
 
-    identity: text stored with the scores, equal for equal weights. config: config of a single latent reward, which is
-    scored at several noise levels; None for any other reward.
+    identity: text stored with the scores; rewards with equal weights must have equal texts. config: config of a single
+    latent reward, which is scored at several noise levels; None for any other reward.
     """
 
     identity: str
@@ -218,14 +221,14 @@ class Candidate:
 
     @classmethod
     def from_checkpoint(cls, source: str | Path, transformer: Callable[[], torch.nn.Module]) -> "Candidate":
-        """Describe the latent reward at a folder or hub id. transformer: returns the base model that it builds on."""
+        """Describe the latent reward at a folder or hub id. `transformer`: function that returns the base model."""
         checkpoint = read_checkpoint(source)
         tensors, config = checkpoint.tensors, checkpoint.config
         return cls(digest(tensors), lambda: LatentReward.from_pretrained(source, transformer=transformer()), config)
 
     @classmethod
     def from_reward(cls, text: str, reward: Reward) -> "Candidate":
-        """Describe a loaded reward of any kind. text: its name. A reward on a server is identified by its name only."""
+        """Describe a loaded reward. `text`: name of the reward, which alone identifies a reward on a server."""
         return cls(f"{text} {fingerprint(reward)}", lambda: reward)
 
 
@@ -234,12 +237,12 @@ class Evaluator:
     """Callable that scores rewards on test sets. All rewards get the same noise.
 
     Args:
-        sets: name -> directory of latents, jsonl, or folder of a public test set.
+        sets: name of a test set -> directory of latents, jsonl, or folder of a public test set.
         encoders: encode images and decode latents.
         size: (height, width) to which images are resized for latent rewards.
-        batch_size: images, or groups of latents, per batch; the noise of latents depends on it.
-        fit, on_bad: how images are resized, and what to do about unreadable images, see `Fit` and `OnBad`.
-        image_sets: the sets that hold images, opened by `open_image_sets`.
+        batch_size: images, or groups of latents, per batch. The noise of latents depends on the batch size.
+        fit, on_bad: how images are resized (see `Fit`), and what happens to unreadable images (see `OnBad`).
+        image_sets: the test sets in `sets` that hold images, opened by `open_image_sets`.
     """
 
     sets: Mapping[str, str]
@@ -254,10 +257,10 @@ class Evaluator:
     def __call__(
         self, candidate: Candidate, levels: Mapping[str, Sequence[NoiseLevels]], directory: Path, *, title: str
     ) -> dict[str, PairScores]:
-        """Return name -> scores for every set. Scores are stored in, or loaded from, directory/judged_NAME.safetensors.
+        """Return test set -> scores. The scores are stored in `directory`, or loaded if already stored.
 
-        levels: name of a set -> noise levels for a latent reward. Any other reward gives one score per image, "score".
-        Raises ValueError if stored scores were computed with other settings.
+        levels: test set -> noise levels at which a latent reward is scored. Any other reward gives one score per image,
+        named "score". Raises ValueError if the stored scores were computed with different settings.
         """
         return {
             name: self._scores(name, candidate, levels[name] if candidate.config else [NO_NOISE], directory, title)
@@ -315,11 +318,11 @@ class Evaluator:
     def gold_accuracy(
         self, gold: Callable[[Tensor, Sequence[str]], Tensor], config: RewardConfig | None
     ) -> dict[str, float]:
-        """Return the accuracy of a gold score on decoded latents, for each set of latents with prompts, by its name.
+        """Return test set -> accuracy of a gold score on decoded latents, for the test sets of latents with prompts.
 
-        It is an upper bound for rewards, and below 1 because labels are noisy.
-
-        gold: (images (B, 3, H, W), prompts) -> (B,) scores. config: config of a latent reward, otherwise None.
+        The gold accuracy is an upper bound for rewards. It is below 1 because the labels are noisy. gold: function
+        (images (B, 3, H, W), prompts) -> (B,) scores. config: config of the evaluated reward if it is a latent reward,
+        else None.
         """
 
         def score(batch: PairBatch, level: Level, noise: Tensor) -> Tensor:
@@ -337,7 +340,7 @@ class Evaluator:
 
 
 def open_image_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> dict[str, ImageSet]:
-    """Open the sets that hold images, which are public test sets and jsonl files. sets: name -> path."""
+    """Open the test sets that hold images: public test sets and jsonl files. `sets`: name of a test set -> path."""
     paths = {name: path for name, path in sets.items() if name in TEST_SETS or Path(path).suffix == ".jsonl"}
     return {name: open_test_set(name, path, unpack_to=unpack_to) for name, path in paths.items()}
 

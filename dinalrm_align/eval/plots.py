@@ -26,7 +26,7 @@ FEWEST_PLOTTED = 10  # bins with fewer pairs are not plotted
 def panels(
     titles: Sequence[str], size: tuple[float, float], x: str, y: str, *, columns: int = 0, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with one panel of `size` inches per title, `columns` per row (0: all). x, y: axis labels."""
+    """Create a figure with a panel per title. `size`: inches of a panel. `columns`: panels per row (0: all)."""
     columns = min(columns or len(titles), len(titles))
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
@@ -40,14 +40,14 @@ def panels(
 
 
 def draw_band(axis: Axes, sigmas: Sequence[float], points: Sequence[tuple[float, float, float]], label: str) -> None:
-    """Plot a curve of accuracies in per cent with a band of intervals. points: (value, low, high) as fractions."""
+    """Plot accuracies with a band for the intervals, in per cent. `points`: (value, low, high) as fractions."""
     value, low, high = (100 * np.array(column) for column in zip(*points, strict=True))
     (line,) = axis.plot(sigmas, value, marker="o", markersize=3, label=label)
     axis.fill_between(sigmas, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
 
 
 def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str) -> None:
-    """Plot accuracy against the noise level, with a panel for each test set and a curve with band for each arm."""
+    """Plot accuracy against sigma, with a panel for each test set and a curve with an interval band for each arm."""
     figure, axes = panels(evidence.sets, (5.5, 4.4), "noise level sigma", "pairwise accuracy, per cent")
     for axis, name in zip(axes, evidence.sets, strict=True):
         for arm in (arm for arm in arms if arm in evidence.runs):
@@ -61,7 +61,7 @@ def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str
 
 
 def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
-    """Plot one arm's accuracy at each choice of noise levels, relative to SINGLE_LEVEL. One panel per test set."""
+    """Plot an arm's accuracy for each choice of noise levels minus that at sigma 0.4, in a panel per test set."""
     by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
     labels = list(dict.fromkeys(label for measures in by_set.values() for label in measures))
     size = 4.5 + 2 / len(by_set), 0.26 * len(labels) + 1.4
@@ -81,7 +81,7 @@ def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
 
 
 def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
-    """Plot the variance over noise draws against the backbone forwards K per score, and 1 / K (independent draws)."""
+    """Plot `NoiseShare.share` against the backbone forward passes K per score. A dotted line shows 1 / K scaling."""
     title = "variance over noise draws / variance over images"
     figure, (axis,) = panels([title], (6, 4.2), "backbone forwards per score", "share")
     for label in dict.fromkeys(row.label for row in shares):
@@ -99,7 +99,8 @@ def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
 def plot_reliability(curves: Mapping[str, Mapping[float, Calibration]], path: Path) -> None:
     """Plot observed against predicted frequency, with a panel for each arm and a curve for each noise level.
 
-    Bars: standard errors. Dashed line: optimum of fidelity. Bins with few pairs are in the ECE, but not plotted.
+    Error bars are standard errors. The dashed line is a reward at the optimum of the fidelity loss. Bins with fewer
+    than 10 pairs are not plotted, but count in the expected calibration error (ECE).
     """
     figure, axes = panels([*curves], (6, 4.4), "predicted P(preferred)", "observed frequency", columns=2)
     predicted = np.linspace(0.5, 1, 200)

@@ -1,7 +1,7 @@
 """Accuracy under a named protocol (`test_sets_config.PROTOCOLS`), with a bootstrap interval over prompts.
 
-Under every protocol except tau, accuracy is a ratio of sums over pairs, sum(w u r) / sum(w u). r in [0, 1] is the
-correctness of a pair, u is its weight, and w is the number of times that the bootstrap drew its prompt.
+Under every protocol except tau, accuracy is sum(w u r) / sum(w u), with sums over pairs. For each pair, r in [0, 1] is
+the correctness, u is the weight, and w is the number of times that the bootstrap drew the pair's prompt.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ CHUNK = 50  # bootstrap resamples computed at once
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy in [0, 1], 95 % interval over prompts (both NaN if no pair counts), and numbers of pairs and prompts."""
+    """Accuracy in [0, 1], its 95 % interval over prompts, and numbers of pairs and prompts. NaN if no pair counts."""
 
     value: float
     low: float
@@ -26,16 +26,16 @@ class Accuracy:
     prompts: int
 
     def __str__(self) -> str:
-        """Format in per cent: "72.40 [70.10, 74.60]"."""
+        """Format as per cent with the interval: "72.40 [70.10, 74.60]"."""
         if not self.pairs:
             return "no pairs"
         return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
 
 
 def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = 1000, seed: int = 0) -> Accuracy:
-    """Compute the accuracy under a protocol, for the mean of the scores at the named noise levels.
+    """Compute the accuracy under a protocol, for the mean of the scores at the noise levels `names`.
 
-    The interval is from `draws` bootstrap resamples of prompts. Raises ValueError for an unknown protocol or level.
+    The interval uses `draws` bootstrap resamples of prompts. Raises ValueError for an unknown protocol or noise level.
     """
     gap, label = scores.gap(*names), scores.label.astype(np.float64)
     _, caption = np.unique(scores.caption, return_inverse=True)
@@ -81,23 +81,23 @@ def _right_and_weight(
 
 
 def _shares(scores: PairScores, counted: np.ndarray) -> np.ndarray:
-    """Return weights (N,): 1 / n for the n counted pairs of a list (of a caption without lists), 0 for other pairs."""
+    """Return weights (N,): 1 / n for the n counted pairs of a ranked list (or caption, without lists), otherwise 0."""
     _, number = np.unique(scores.caption if scores.group is None else scores.group, return_inverse=True)
     size = np.bincount(number, weights=counted)[number]
     return np.divide(counted, size, out=np.zeros(len(counted)), where=size > 0)
 
 
 def _ratio(right: np.ndarray, weight: np.ndarray, caption: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the accuracy (B,) of B resamples; NaN if no pair counts. counts: (B, C) times each prompt was drawn."""
+    """Return accuracies (B,) of B resamples, NaN if no pair counts. `counts`: (B, C) times each prompt was drawn."""
     above, below = (counts @ np.bincount(caption, weights=values) for values in (weight * right, weight))
     return np.divide(above, below, out=np.full(len(counts), np.nan), where=below > 0)
 
 
 def _tau(gap: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Return the tau accuracy (B,) for the weights (B, N) of each pair in B resamples.
+    """Return the tau accuracy (B,) of B bootstrap resamples. `weight`: (B, N) weight of each pair in each resample.
 
-    A pair with |gap| <= eps is predicted as a tie. The accuracy is the largest over eps, among 0 and every |gap|. When
-    eps reaches a pair's |gap|, its prediction becomes a tie, which is correct if raters tie it.
+    A pair with |gap| <= eps is predicted as a tie, which is correct if raters tie the pair. The accuracy is the largest
+    over the candidates for eps, which are 0 and every |gap|.
     """
     preferred = np.sign(label - 0.5)
     agrees = (preferred != 0) & (gap * preferred > 0)

@@ -1,7 +1,7 @@
 """Raw scores of all images of a test set at several noise levels, stored in one file.
 
-Accuracy, calibration, averaged ensembles and the variance over noise draws are computed from stored scores, so the
-reward runs only once. Partial results are stored in `Pieces`, so a killed evaluation resumes.
+Accuracy, calibration, averaged ensembles and the variance over noise draws are computed from the stored scores, so the
+reward scores each image only once per noise level. `Pieces` stores partial results, so a killed evaluation resumes.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ Piece = tuple[dict[str, np.ndarray], dict[str, object]]
 
 
 def level_name(level: Level) -> str:
-    """Format a level: "0.4", or "0.2+0.5+0.7" for an ensemble."""
+    """Format the noise levels of one score: "0.4" for one sigma, "0.2+0.5+0.7" for an ensemble of sigmas."""
     return "+".join(f"{sigma:g}" for sigma in level)
 
 
 @dataclass(frozen=True, order=True)
 class NoiseLevels:
-    """Noise levels of one score, see `Level`. draws: index of the noise draw at each level."""
+    """The sigmas from which one score is computed, several for an ensemble. `draws`: noise draw index at each sigma."""
 
     sigmas: Level
     draws: tuple[int, ...]
 
     @classmethod
     def at(cls, *sigmas: float, draw: int = 0) -> NoiseLevels:
-        """Build one level, or an ensemble of several, with the same noise draw for each."""
+        """Return the `NoiseLevels` of one sigma, or of an ensemble of several. All sigmas use the noise draw `draw`."""
         return cls(sigmas, (draw,) * len(sigmas))
 
     @property
     def name(self) -> str:
-        """Key of the scores: "0.4", "0.2+0.5+0.7", "0.4+0.4@1,2" (draws other than 0), or "score" without levels."""
+        """Key of the scores: "0.4", "0.2+0.5+0.7", "0.4+0.4@1,2" (noise draws 1 and 2), or "score" without sigmas."""
         if not self.sigmas:
             return "score"
         return level_name(self.sigmas) + ("@" + ",".join(map(str, self.draws)) if any(self.draws) else "")
@@ -65,18 +65,18 @@ NO_NOISE = NoiseLevels((), ())  # for a reward that is not evaluated at chosen n
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of M images and the N pairs of them that raters compared.
+    """Scores of M images, and the N pairs of images that raters compared.
 
     Args:
         scores: `NoiseLevels.name` -> (M,) float32, raw scores.
-        chosen, rejected: (N,) int64, indices of each pair's two images.
-        label: (N,) float32, probability that a rater prefers `chosen`.
-        caption: (N,) int64, index of each pair's caption, or of its group of images if prompts are not stored. Pairs of
-            one caption are not independent.
-        concept: N names of what the images of a pair differ in; None if unknown.
+        chosen, rejected: (N,) int64, indices of the two images of each pair.
+        label: (N,) float32, probability that a rater prefers the `chosen` image.
+        caption: (N,) int64, index of the caption of each pair. If prompts are not stored, index of the group of images.
+            Pairs of one caption are not independent.
+        concept: for each pair, the name of what its two images differ in; None if unknown.
         group: (N,) int64, index of the ranked list that contains the pair; None if raters did not rank lists.
-        prompts: text of each caption; None if it is not stored.
-        images: names of the M images; None if they have none.
+        prompts: text of each caption; None if not stored.
+        images: names of the M images; None if the images have no names.
     """
 
     scores: dict[str, np.ndarray]
@@ -94,14 +94,14 @@ class PairScores:
         return f"{len(self.label)} pairs of {len(np.unique(self.caption))} captions"
 
     def score(self, *names: str) -> np.ndarray:
-        """Return the scores averaged over the named levels, (M,) float64. Raises ValueError for an unknown level."""
+        """Return the mean score over the noise levels `names`, (M,) float64. Raises ValueError for unknown names."""
         absent = [name for name in names if name not in self.scores]
         if absent or not names:
             raise ValueError(f"noise level: got {', '.join(absent)!r}; expected one of {', '.join(self.scores)}")
         return np.mean([self.scores[name] for name in names], axis=0, dtype=np.float64)
 
     def gap(self, *names: str) -> np.ndarray:
-        """Return score(chosen) - score(rejected) of each pair, (N,)."""
+        """Return the score of the chosen image minus the score of the rejected image for each pair, (N,)."""
         score = self.score(*names)
         return score[self.chosen] - score[self.rejected]
 
@@ -111,18 +111,18 @@ class PairScores:
         return np.where(preferred == 0, np.nan, self.gap(*names) * preferred > 0)
 
     def accuracy(self, *names: str) -> float:
-        """Return the mean of `correct` over the pairs that raters do not tie."""
+        """Return the share of correctly ordered pairs among the pairs that raters do not tie."""
         return float(np.nanmean(self.correct(*names)))
 
     def subset(self, kept: np.ndarray) -> PairScores:
-        """Return the pairs for which kept, (N,) bool, is True. The scores of all images are kept."""
+        """Return a copy with only the pairs where `kept`, (N,) bool, is True. The scores of all images remain."""
         columns = {name: vars(self)[name][kept] for name in PAIR_COLUMNS}
         group = None if self.group is None else self.group[kept]
         concept = None if self.concept is None else tuple(compress(self.concept, kept))
         return replace(self, **columns, group=group, concept=concept)
 
     def same_pairs(self, other: PairScores) -> bool:
-        """Return whether both have the same pairs in the same order."""
+        """Return whether `self` and `other` have the same pairs in the same order."""
         return all(np.array_equal(vars(self)[name], vars(other)[name]) for name in PAIR_COLUMNS)
 
 
@@ -136,10 +136,10 @@ def score_pairs(
     title: str,
     pieces: Pieces | None = None,
 ) -> PairScores:
-    """Score all images of `batches` at all noise levels. Raises ValueError for NaN or infinite scores.
+    """Score all images of `batches` at all noise levels. Raises ValueError for a NaN or infinite score.
 
-    RNG streams are keyed by (seed, batch index, draw), so all rewards see the same noise. Batches that are stored in
-    `pieces` are not scored again.
+    The noise is seeded by (seed, batch index, draw), so all rewards see the same noise. Batches whose scores are stored
+    in `pieces` are not scored again.
     """
     levels = list(dict.fromkeys(levels))
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -169,7 +169,7 @@ def score_pairs(
 def _score_batch(
     score: Score, batches: Sequence[PairBatch], index: int, levels: Sequence[NoiseLevels], seed: int, title: str
 ) -> Piece:
-    """Score one batch. Return arrays (scores (levels, M) and the pairs' columns), and metadata of its groups."""
+    """Score one batch. Returns arrays (scores (levels, M) and columns of pairs), and metadata (prompts, concepts)."""
     batch = batches[index]
     numbers = {draw for level in levels for draw in level.draws}
     noise = {draw: batch.draw_noise(seeded_generator(seed, index, draw)) for draw in numbers}
@@ -194,7 +194,7 @@ def check_finite(scores: np.ndarray, level: str, title: str) -> None:
 
 
 def save_scores(scores: PairScores, path: Path, terms: Mapping[str, object]) -> None:
-    """Write scores to a safetensors file, atomically. terms: JSON-serialisable settings that gave the scores."""
+    """Write scores to a safetensors file, atomically. `terms`: JSON-serialisable settings that the scores depend on."""
     concepts = sorted(set(scores.concept or ()))
     arrays = {"scores": np.stack(list(scores.scores.values()))} | {name: vars(scores)[name] for name in PAIR_COLUMNS}
     if scores.concept is not None:
@@ -206,7 +206,7 @@ def save_scores(scores: PairScores, path: Path, terms: Mapping[str, object]) -> 
 
 
 def load_scores(path: Path, terms: Mapping[str, object]) -> PairScores:
-    """Read a file of `save_scores`. Raises ValueError if it is damaged or was written with other settings `terms`."""
+    """Read scores of `save_scores`. Raises ValueError if the file is damaged or has settings other than `terms`."""
     columns, metadata = _read_arrays(path)
     _check_terms(path, metadata["terms"], terms)
     scores = dict(zip(metadata["readings"], columns.pop("scores"), strict=True))
@@ -217,7 +217,7 @@ def load_scores(path: Path, terms: Mapping[str, object]) -> PairScores:
 
 
 class Pieces:
-    """Folder of numbered partial results. Raises ValueError if they were computed with other settings `terms`."""
+    """Folder of numbered partial results. Raises ValueError if the folder's settings differ from `terms`."""
 
     def __init__(self, folder: Path, terms: Mapping[str, object]) -> None:
         self.folder, stored = folder, folder / "terms.json"
@@ -227,7 +227,7 @@ class Pieces:
             write_atomically(stored, json.dumps(terms, indent=1) + "\n")
 
     def get(self, number: int, take: Callable[[], Piece]) -> Piece:
-        """Load the stored result `number`. If it does not exist, compute it with `take` and store it."""
+        """Return partial result `number`. If the result is not stored, `take` computes it, and it is stored."""
         path = self.folder / f"{number:06d}.safetensors"
         if path.exists():
             arrays, metadata = _read_arrays(path)

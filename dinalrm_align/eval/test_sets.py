@@ -1,8 +1,8 @@
 """Read public test sets as published: images, prompts, and raters' preferences between two images.
 
-`open_test_set` finds the files of a set in `test_sets_config.TEST_SETS`, and `data.formats` reads them. The images of a
-pair keep their published order, which can reveal the label: in HPDv3 the preferred image is always first. Scorers
-therefore see single images, in an order that does not depend on pairs (`ImageSet.order`).
+`open_test_set` finds the files of a test set, and `data.formats` reads them. The two images of a pair keep their
+published order, which can reveal the label: in HPDv3 the preferred image is always first. Rewards therefore score
+single images, in an order that does not depend on pairs (`ImageSet.order`).
 
 `leaked` finds the pairs that a reward was trained on (HPDv3's official splits are reported to overlap). It compares
 digests of stripped prompts, digests of published image paths and, if the training images are available, the SHA-256 of
@@ -28,7 +28,7 @@ from dinalrm_align.train.files import HUB_ID, file_digest
 
 @dataclass(frozen=True)
 class Image:
-    """An image and its prompt. name: published path. place: position on disk, for reading files in order."""
+    """An image and its prompt. `name`: published path. `place`: position on disk, by which reads are ordered."""
 
     name: str
     prompt: str
@@ -42,9 +42,9 @@ class Image:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """M images, distinct in (prompt, name), and N pairs of them.
+    """A test set of N pairs of images. The M images are distinct in (prompt, name).
 
-    chosen, rejected: (N,) int, indices in `images` of each pair's first and second image, in published order.
+    chosen, rejected: (N,) int, indices in `images` of the first and second image of each pair, in published order.
     label: (N,) float32, probability that a rater prefers the first image; 0.5 is a tie.
     group: (N,) int, index of the published record that contains the pair.
     """
@@ -58,12 +58,12 @@ class ImageSet:
 
     @property
     def order(self) -> list[int]:
-        """Indices of `images` in scoring order: by position on disk, then by digests of prompt and name."""
+        """Indices of `images` in scoring order: by position on disk, then by digest of the prompt and of the name."""
         digests = [(text_digest(image.prompt), text_digest(f"{image.prompt}\0{image.name}")) for image in self.images]
         return sorted(range(len(digests)), key=lambda row: (self.images[row].place, *digests[row]))
 
     def digest(self) -> str:
-        """Return a digest of prompts, names, pairs and labels. Pixels are not read."""
+        """Return a digest of the prompts, image names, pairs and labels. Pixels are not included."""
         names = "\0".join(f"{image.name}\0{image.prompt}" for image in self.images)
         columns = (self.chosen, self.rejected, self.label, self.group)
         return text_digest(names + "".join(repr(column.tolist()) for column in columns))
@@ -77,8 +77,9 @@ class ImageSet:
 def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None) -> ImageSet:
     """Open a public test set if `name` is in `TEST_SETS`, otherwise a jsonl of (prompt, chosen, rejected[, label]).
 
-    where: its folder or annotation file. For a public set also "hub" or a hub id, to download it and unpack archives to
-    `unpack_to`. Raises FileNotFoundError, with download instructions, or ValueError for files in another layout.
+    where: folder or annotation file of the test set. For a public test set, "hub" or a hub id downloads the files and
+    unpacks archives to `unpack_to`. Raises FileNotFoundError, with download instructions, for missing files, and
+    ValueError for files in an unexpected layout.
     """
     if name not in TEST_SETS:
         path = Path(where)
@@ -123,8 +124,8 @@ def _image_set(name: str, pairs: Iterable[Preference], finder: "_Finder", where:
 class _Finder:
     """Callable that turns an image reference of a test set into an `Image`.
 
-    roots: folders that image paths may be relative to; the one that contains the first image is used. files: parquet
-    files in reading order. published: reject paths outside the folder.
+    roots: folders that image paths may be relative to; the first folder that contains the first image is used for all
+    images. files: parquet files in reading order. published: whether to reject paths outside the folder.
     """
 
     def __init__(self, roots: Sequence[Path], files: Sequence[Path] = (), *, published: bool = False) -> None:
@@ -175,7 +176,7 @@ def _download(name: str, entry: PublicSet, where: str, unpack_to: Path | None) -
 
 @dataclass(frozen=True)
 class Trained:
-    """Digests of a reward's training prompts and image paths, and SHA-256 of its training images if available."""
+    """Digests of a reward's training prompts and image paths, and SHA-256 of the training images if available."""
 
     prompts: frozenset[str]
     paths: frozenset[str] = frozenset()
@@ -184,9 +185,9 @@ class Trained:
 
 @dataclass(frozen=True)
 class Leak:
-    """Overlap of N test pairs with training data. prompt: (N,) bool, whether the pair's prompt was trained on.
+    """Overlap of N test pairs with training data. `prompt`: (N,) bool, whether the pair's prompt was trained on.
 
-    image: (N,) bool, whether one of its images was trained on. by: how images were compared.
+    image: (N,) bool, whether an image of the pair was trained on. by: how images were compared, such as "path".
     """
 
     prompt: np.ndarray
@@ -199,7 +200,7 @@ class Leak:
 
 
 def _path_digest(path: str) -> str:
-    """Return a digest of an image's published path without "./" and a leading "images/"."""
+    """Return a digest of an image's published path. A leading "./" or "images/" does not change the digest."""
     return text_digest(Path(path).as_posix().removeprefix("images/"))
 
 
@@ -209,9 +210,9 @@ def trained_on(prompts: Iterable[str], paths: Iterable[str] = (), contents: Iter
 
 
 def read_trained(source: str | Path) -> Trained:
-    """Read the training data of a reward: a file or folder in any layout of `data.formats`.
+    """Read the training data of a reward, a file or folder in any layout of `data.formats`.
 
-    Image paths are included if the images are separate files, and hashes of images only for a jsonl.
+    Image paths are included if images are separate files. Hashes of the image files are included only for a jsonl.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -225,7 +226,7 @@ def read_trained(source: str | Path) -> Trained:
 
 
 def leaked(scores: PairScores, trained: Trained, images: ImageSet | None = None) -> Leak:
-    """Find the test pairs that were trained on. images: the scored set, needed to compare the contents of images."""
+    """Find the test pairs that were trained on. `images`: the test set; without it, image contents are not compared."""
     if scores.prompts is None:
         raise ValueError("these pairs have no prompts as text, so they cannot be compared with the training data")
     known = np.array([text_digest(prompt.strip()) in trained.prompts for prompt in scores.prompts])[scores.caption]

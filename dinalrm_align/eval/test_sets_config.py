@@ -1,6 +1,7 @@
 """Public test sets of text-to-image preferences, accuracy protocols, and published accuracies. Torch-free.
 
-Papers compute the accuracy on one test set in different ways. Here, each protocol is a rule that applies to any set.
+Papers compute accuracy in different ways on the same test set. Here, a protocol is a rule that applies to any test set,
+except that `OF_LISTS` need ranked lists.
 """
 
 from dataclasses import dataclass
@@ -28,14 +29,16 @@ OF_LISTS = ("hpsv2", "mps")
 
 @dataclass(frozen=True)
 class PublicSet:
-    """A public test set.
+    """A public test set: the layout of its files, where to get them, and its default accuracy protocol.
 
     layout: a name in `data.formats.LAYOUTS`.
-    protocol: default accuracy protocol: the authors', or that of the paper's table.
-    files, how: contents of its folder, and download instructions, for error messages.
-    hub: its dataset repository; None if it is too large or has another layout there. hub_files: patterns of its files.
-    split: name of the split in parquet file names. folder: folder of the parquet files.
-    roots: folders that image paths may be relative to, themselves relative to the annotation file.
+    protocol: default accuracy protocol, from the authors of the test set or the DiNa-LRM paper's table.
+    files, how: contents of the folder, and download instructions, both for error messages.
+    hub: dataset repository on the hub; None if the repository is too large or has another layout.
+    hub_files: patterns of the files to download from the hub.
+    split: name of the split in the names of parquet files. folder: folder of the parquet files.
+    roots: folders that image paths may be relative to. The folders are relative to the annotation file.
+
     """
 
     layout: str
