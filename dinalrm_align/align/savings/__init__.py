@@ -1,1 +1,1 @@
-"""Memory and FLOPs of alignment with latent and with pixel rewards: counted without weights, or measured on CUDA."""
+"""Compare memory and FLOPs of alignment with latent and pixel rewards, counted without weights or measured on a GPU."""

@@ -1,8 +1,9 @@
-"""Settings of `recipes/savings.py`, the configurations it counts, and the networks' published sizes. Imports no torch.
+"""Settings of `recipes/savings.py`, the configurations that it counts, and the published sizes of the networks.
 
-The sizes are those in each model's config.json: Stable Diffusion 3.5 Medium (stabilityai/stable-diffusion-3.5-medium),
-DiNa-LRM on its first 12 blocks (liuhuohuo/DiNa-LRM-SD35M-12layers), PickScore's CLIP ViT-H/14
-(yuvalkirstain/PickScore_v1) and HPSv3's Qwen2-VL-7B (MizzenAI/HPSv3 on Qwen/Qwen2-VL-7B-Instruct).
+This module does not import torch. Sizes are those in each model's config.json: Stable Diffusion 3.5 Medium
+(stabilityai/stable-diffusion-3.5-medium), DiNa-LRM, which uses the first 12 blocks of SD3.5 Medium
+(liuhuohuo/DiNa-LRM-SD35M-12layers), PickScore's CLIP ViT-H/14 (yuvalkirstain/PickScore_v1) and HPSv3's Qwen2-VL-7B
+(MizzenAI/HPSv3 on Qwen/Qwen2-VL-7B-Instruct).
 """
 
 import dataclasses
@@ -20,14 +21,14 @@ class SavingsRun:
 
     Args:
         size: height and width of the images in pixels, a multiple of 16 from 64 to 6144.
-        batch: samples per update, and samples scored at once.
-        text_length: T5 tokens per prompt, 1 to 512, in addition to CLIP's 77.
-        levels: number of noise levels at which the latent reward scores a sample, 1 to 8.
-        economies: also count one ReFL update with each memory-saving option.
-        workers: number of processes that count in parallel; each takes one core and about 1 GB.
-        measure: also run every configuration on this machine's CUDA GPU, with random weights.
-        warmup: unmeasured runs of each configuration, if measure is set.
-        repeats: measured runs of each configuration, if measure is set; the median time is reported.
+        batch: number of samples in an update, and in each call of the reward.
+        text_length: number of T5 tokens per prompt, 1 to 512, in addition to CLIP's 77 tokens.
+        levels: number of noise levels sigma at which the latent reward scores each sample, 1 to 8.
+        economies: also count one ReFL update (without its rollout) with each memory-saving option.
+        workers: number of processes that count in parallel; each process uses one core and about 1 GB.
+        measure: also run every configuration without quantised weights on the CUDA GPU, with random weights.
+        warmup: number of unmeasured runs of each configuration, if measure is set.
+        repeats: number of measured runs of each configuration, if measure is set; the median time is reported.
         output_dir: folder for savings.md, savings.json and savings.png.
     """
 
@@ -56,7 +57,7 @@ class SavingsRun:
 
 REWARDS = ("dinalrm", "pickscore", "hpsv3")
 ROLLOUT_STEPS = (30, 39)
-"""Range, ends included, of the number of guided steps before ReFL's gradient step (recipes/refl_sd35.yaml)."""
+"""Smallest and largest number of guided steps before ReFL's gradient step (recipes/refl_sd35.yaml)."""
 WORK = {
     "score": "score latents, no gradient",
     "gradient": "score latents, gradient to the latents",
@@ -78,14 +79,16 @@ class Case:
     """One configuration whose cost is counted: a reward, a workload, and memory options.
 
     Args:
-        work: workload, a key of `WORK`.
+        reward: dinalrm (scores latents), pickscore or hpsv3 (score images).
+        work: name of the workload, a key of `WORK`.
         size, batch, text_length, levels: as in `SavingsRun`.
         policy_checkpointing: recompute the policy's blocks in the backward pass (gradient checkpointing).
-        reward_checkpointing: recompute the blocks of the reward and of the VAE decoder.
-        merged: the latent reward has its own copy of the blocks with its LoRA merged, instead of sharing the policy's.
-        base_quant: quantisation of the base model's blocks.
-        reward_quant: quantisation of HPSv3's blocks.
-        decode_slice: images that the VAE decodes at a time; None for the whole batch.
+        reward_checkpointing: recompute the blocks of the reward and of the VAE decoder in the backward pass.
+        merged: give the latent reward its own copy of SD3.5's blocks, with the reward's LoRA merged into the copy. By
+            default the latent reward shares the policy's blocks.
+        base_quant: quantisation of the linear layers in SD3.5's transformer blocks.
+        reward_quant: quantisation of the linear layers in HPSv3's blocks.
+        decode_slice: number of images that the VAE decodes at a time; None for the whole batch.
     """
 
     reward: Literal["dinalrm", "pickscore", "hpsv3"] = "dinalrm"
@@ -109,7 +112,7 @@ class Case:
 
     @property
     def kept(self) -> "Case":
-        """The same configuration without gradient checkpointing."""
+        """This configuration without gradient checkpointing, so that all activations are kept."""
         return self.but(policy_checkpointing=False, reward_checkpointing=False)
 
     @property
@@ -126,7 +129,7 @@ class Case:
 
 
 def parts(base: Case) -> list[Case]:
-    """Return configurations that run one network each, without gradient checkpointing."""
+    """Return configurations that each run only the policy, the VAE or a reward, without gradient checkpointing."""
     plain = base.kept
     works = ("policy_forward", "policy_gradient", "vae_encode", "vae_decode", "vae_gradient", "score", "gradient")
     pixel = [plain.but(reward=reward, work=work) for reward in REWARDS[1:] for work in ("pixels", "pixels_gradient")]
@@ -134,8 +137,9 @@ def parts(base: Case) -> list[Case]:
 
 
 def scenarios(base: Case) -> list[Case]:
-    """Return a configuration for every reward and each of "score", "gradient", "refl" and "grpo"; for "gradient" and
-    "refl" both without and with gradient checkpointing.
+    """Return configurations of every reward with each of the workloads "score", "gradient", "refl" and "grpo".
+
+    "gradient" and "refl" are included twice: once without gradient checkpointing and once with it.
     """
     both = [(work, case) for work in ("gradient", "refl") for case in (base.kept, base)]
     variants = [("score", base), *both, ("grpo", base)]
@@ -143,8 +147,9 @@ def scenarios(base: Case) -> list[Case]:
 
 
 def economies(base: Case) -> dict[str, Case]:
-    """Return configurations of a ReFL update's gradient part, one per memory option, keyed by their row in the report.
-    The latent reward's defaults come first, then the same with one option changed; HPSv3's follow likewise.
+    """Return {row name in the report: configuration} of a ReFL update without its rollout, one row per memory option.
+
+    The latent reward's default options come first, then one row per changed option; the rows of HPSv3 follow likewise.
     """
     refl, hpsv3, more = base.but(work="refl"), base.but(work="refl", reward="hpsv3"), 4 * base.batch
     return {
@@ -163,7 +168,7 @@ def economies(base: Case) -> dict[str, Case]:
 
 
 def all_cases(run: SavingsRun) -> list[Case]:
-    """Return every configuration of the report once. The slow ones come first, so that all workers finish together."""
+    """Return all configurations in the report without duplicates, slow configurations first to balance the workers."""
     base = run.base
     found = [*scenarios(base), *parts(base), *(economies(base).values() if run.economies else [])]
     return sorted(dict.fromkeys(found), key=lambda case: (not case.trains, case.batch == base.batch))
@@ -171,14 +176,16 @@ def all_cases(run: SavingsRun) -> list[Case]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The networks of an alignment run.
+    """Constructor arguments and sizes of the networks in an alignment run.
 
     Args:
         transformer, vae, clip, qwen: keyword arguments of each network's diffusers class or transformers config.
-        qwen_tokens: tokens of an HPSv3 prompt, image tokens included.
-        qwen_pixels: pixels of the image in an HPSv3 prompt.
-        clip_tokens: text tokens from CLIP, which precede T5's.
-        vae_factor: downsampling of the VAE.
+        reward: config of the latent reward.
+        policy: config of the policy's LoRA.
+        qwen_tokens: number of tokens in an HPSv3 prompt, image tokens included.
+        qwen_pixels: number of pixels in the resized image of an HPSv3 prompt.
+        clip_tokens: number of CLIP text tokens, which precede the T5 tokens.
+        vae_factor: downsampling factor of the VAE.
     """
 
     transformer: Mapping[str, Any]

@@ -1,11 +1,12 @@
-"""The cost of a workload: counted on fake tensors (no weights, no GPU), or measured with random weights on CUDA.
+"""Count the cost of a workload on fake tensors (no weights, no GPU), or measure it with random weights on CUDA.
 
-Counted bytes are the live tensor storages at the peak (`LiveStorage`). They exclude workspaces inside operators and
-fragmentation of the allocator. Operations are counted in two conventions:
+Counted bytes are the storages of all live tensors at the peak. They exclude workspaces inside operators and
+fragmentation of the allocator. Operations are counted in two ways, called F2 and M0:
 
-- F2: FLOPs of matrix products, convolutions and attention, two per multiply-accumulate. Recomputed blocks count, and so
-  do the scores that flash attention recomputes in its backward pass (2.5 times its forward).
-- M0: multiply-accumulates without attention, as tools commonly used in papers report.
+- F2: FLOPs of matrix products, convolutions and attention, with two FLOPs per multiply-accumulate. F2 includes the
+  blocks recomputed by gradient checkpointing and the scores recomputed in flash attention's backward pass, which has
+  2.5 times the FLOPs of the forward pass.
+- M0: multiply-accumulates without attention, as reported by tools that papers commonly use.
 
 Measured bytes are those of the CUDA caching allocator. Measured time is the median between CUDA events after warm-up.
 """
@@ -32,7 +33,7 @@ from dinalrm_align.align.savings.workloads import build_networks, workload_of
 from dinalrm_align.train.cost import CPU_ATTENTION, LiveStorage, tensors_among
 
 FLASH_BACKWARD, MATH_BACKWARD = 2.5, 2.0
-"""FLOPs of attention's backward pass / FLOPs of its forward pass. FLASH recomputes the scores, MATH stores them."""
+"""Ratios of attention's backward FLOPs to its forward FLOPs: if scores are recomputed (flash), if stored (math)."""
 MATRIX, MATRIX_REPEATS = 8192, 20
 NOT_MEASURED = "quantised weights are counted, not measured"
 aten = torch.ops.aten
@@ -42,10 +43,10 @@ FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, f
 class FakeFloats(TorchDispatchMode):
     """A dispatch mode in which floating-point tensors have no storage: `with fake.active(): ...`.
 
-    They are torch's FakeTensor on the CPU. There, fused attention saves as much for the backward pass as flash
-    attention on a GPU; on the meta device it would store the score matrix. Integer tensors and masks made from them are
-    real, so that code can branch on tokens and index with them. Reading a number from a fake tensor (`item()`) returns
-    True, 0 or 1.0, depending on its dtype.
+    Floating-point tensors become torch's FakeTensor on the CPU. On this device, fused attention saves as much for the
+    backward pass as flash attention on a GPU; on the meta device it would store the score matrix. Integer tensors, and
+    masks computed from integer tensors, are real, so that code can branch on token ids and index with them. `item()` of
+    a fake tensor returns a dummy value: True, 0 or 1.0, depending on the dtype.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class FakeFloats(TorchDispatchMode):
             yield
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """Return a fake tensor of the same shape and dtype, or real zeros for bool and integers above 8 bits."""
+        """Return a fake tensor like `tensor`, or real zeros if its dtype is bool or an integer of more than 8 bits."""
         if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.int8):
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
         with self.fake:
@@ -94,7 +95,7 @@ def _makes_integers(func: Any, dtype: torch.dtype | None) -> bool:
 
 
 def _mask_as_indices(index: Tensor | None) -> Iterable[Tensor | None]:
-    """Return a real boolean mask as the integer indices that it selects, any other index unchanged."""
+    """Return the integer indices that a real boolean mask selects. A fake mask or an integer index is unchanged."""
     if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
         return [index]
     with _disable_current_modes():
@@ -103,13 +104,15 @@ def _mask_as_indices(index: Tensor | None) -> Iterable[Tensor | None]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Counted cost of one run of a workload. f2 and m0 follow this module's conventions F2 and M0.
+    """Counted cost of one run of a workload.
 
     Args:
         weights: bytes of the weights on the device.
         state: bytes of the optimiser's moments.
         activations: bytes at the peak in addition to weights and state.
-        f2_kept: f2 if attention stored its scores for the backward pass.
+        f2: FLOPs of matrix products, convolutions and attention, recomputation included; two per multiply-accumulate.
+        f2_kept: the value of f2 if attention stored its scores instead of recomputing them in the backward pass.
+        m0: multiply-accumulates without attention.
         attention: FLOPs of attention, included in f2.
     """
 
@@ -127,7 +130,7 @@ class Cost:
 
 
 class OperationCounter(LiveStorage):
-    """A LiveStorage that also counts FLOPs by operator, in half the time of torch's FlopCounterMode."""
+    """A dispatch mode that tracks live bytes and counts FLOPs by operator, faster than torch's FlopCounterMode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +148,7 @@ class OperationCounter(LiveStorage):
         return result
 
     def totals(self) -> dict[str, int]:
-        """Return the counts so far, keyed by the fields of Cost: f2, f2_kept, m0 and attention."""
+        """Return the counts so far as a dict with the fields f2, f2_kept, m0 and attention of `Cost`."""
         attention = {name: count for name, count in self.operations.items() if "scaled_dot_product" in name}
         backward = sum(count for name, count in attention.items() if "backward" in name)
         recomputed = round(backward * (1 - MATH_BACKWARD / FLASH_BACKWARD))
@@ -154,7 +157,7 @@ class OperationCounter(LiveStorage):
 
 
 def count(case: Case, architecture: Architecture) -> Cost:
-    """Count one run of the configuration's workload. Training updates start with AdamW's moments already allocated."""
+    """Return the cost of running the configuration's workload once, after AdamW's moments have been allocated."""
     fake = FakeFloats()
     networks = build_networks(architecture, case, fake.empty_like)
     counter = OperationCounter()
@@ -170,7 +173,7 @@ def count(case: Case, architecture: Architecture) -> Cost:
 
 
 def count_all(cases: Sequence[Case], *, workers: int) -> dict[Case, Cost]:
-    """Count every configuration at full size (`FULL`) on `workers` processes. Returns configuration -> cost."""
+    """Count the cost of every configuration with full-size networks in `workers` processes. Returns {case: cost}."""
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(count, case, FULL): case for case in cases}
         done = tqdm(as_completed(futures), total=len(futures), desc="counted", dynamic_ncols=True)
@@ -179,7 +182,7 @@ def count_all(cases: Sequence[Case], *, workers: int) -> dict[Case, Cost]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Peak bytes allocated (`memory`, with weights), peak bytes `reserved` by the allocator, median milliseconds."""
+    """Measured cost of a run: peak bytes allocated (`memory`) and `reserved` by the CUDA allocator, median time."""
 
     memory: int
     reserved: int
@@ -190,8 +193,9 @@ class Measured:
 
 
 def measure(case: Case, architecture: Architecture, *, warmup: int, repeats: int) -> Measured:
-    """Run the workload with random weights on the CUDA GPU: `warmup` times, then `repeats` times measured. Raises
-    ValueError for quantised weights, because their stand-ins can only be counted.
+    """Run a workload with random weights on the CUDA GPU: first `warmup` unmeasured runs, then `repeats` measured runs.
+
+    Raises ValueError for quantised weights, which are replaced by layers that can only be counted.
     """
     if case.quantised:
         raise ValueError(NOT_MEASURED)
@@ -209,7 +213,7 @@ def measure(case: Case, architecture: Architecture, *, warmup: int, repeats: int
 
 
 def measure_all(cases: Sequence[Case], *, warmup: int, repeats: int) -> dict[Case, Measured | str]:
-    """Measure every configuration at full size. Returns configuration -> measurement, or why it could not be run."""
+    """Measure every configuration with full-size networks. Returns {case: measurement, or the reason for none}."""
     found: dict[Case, Measured | str] = {}
     for case in tqdm(cases, desc="measured", dynamic_ncols=True):
         try:
@@ -235,7 +239,7 @@ def _timed(run: Callable[[], object], repeats: int) -> Measured:
 
 
 def matrix_rate() -> float:
-    """Measure the TFLOP/s of an 8192 x 8192 bfloat16 matrix product on the CUDA GPU, an upper bound for networks."""
+    """Return the TFLOP/s of an 8192 x 8192 bfloat16 matrix product on the CUDA GPU, a practical limit for networks."""
     left, right = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     for _ in range(3):
         left @ right

@@ -1,4 +1,4 @@
-"""Contents of savings.md, savings.json and savings.png. Markdown tables are padded for reading in a terminal."""
+"""Create the contents of savings.md, savings.json and savings.png. Tables are padded for reading in a terminal."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -36,20 +36,21 @@ def percent_saved(part: float, whole: float) -> float:
 
 
 def rollout_operations(base: Case, costs: Costs) -> float:
-    """Return the mean F2 of ReFL's rollout before the gradient step: two policy forward passes per guided step."""
+    """Return the mean FLOPs of the rollout in a ReFL update: two policy forward passes per guided step."""
     return 2 * sum(ROLLOUT_STEPS) / 2 * costs[base.kept.but(work="policy_forward")].f2
 
 
 def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
-    """Return what DiNa-LRM saves against pixel rewards, in percent: quantity -> source -> saving.
+    """Return how much DiNa-LRM saves against pixel rewards, in percent, as {quantity: {source: saving}}.
 
     The source "paper" is the published saving against HPSv3 (arXiv 2602.11146). The sources "hpsv3" and "pickscore" are
-    the savings counted here against these rewards. The quantities:
+    the savings counted here against HPSv3 and PickScore. The main quantities:
 
-    - memory: the peak in the gradient part of a ReFL update, without gradient checkpointing.
+    - memory: the peak of a ReFL update without its rollout and without gradient checkpointing.
     - reward FLOPs: scoring, including the VAE's decoder for pixel rewards.
-    - optimisation FLOPs: scoring and one forward pass of the policy. This reading is closest to the paper's number.
-    - optimisation FLOPs, executed: the whole gradient part, with backward passes.
+    - optimisation FLOPs: scoring and one forward pass of the policy. This definition comes closest to the paper's
+      number.
+    - optimisation FLOPs, executed: a ReFL update without its rollout, backward passes included.
     """
     plain = base.kept
     policy, rollout = costs[plain.but(work="policy_forward")].f2, rollout_operations(base, costs)
@@ -71,7 +72,7 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
 
 
 def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: float | None) -> str:
-    """Return the text of savings.md. card: name of the measured GPU, if any. rate: its `matrix_rate`."""
+    """Return the text of savings.md. `card`: name of the measured GPU, if any. `rate`: TFLOP/s from `matrix_rate`."""
     explained = "\n".join(f"- {name}: {WORK[name]}" for name in ("score", "gradient", "refl", "grpo"))
     sections = [
         ("Savings of a latent reward", conventions(run)),
@@ -121,7 +122,7 @@ def parts_table(run: SavingsRun, costs: Costs) -> str:
 
 
 def scenarios_table(run: SavingsRun, costs: Costs) -> str:
-    """Return a table of the cost of each scenario, and of what the latent reward saves in memory and F2, in percent."""
+    """Return a table of each scenario's cost, with the memory and FLOPs that the latent reward saves in percent."""
     rows = []
     for case in config.scenarios(run.base):
         cost, saved = costs[case], ["", ""]
@@ -140,7 +141,7 @@ def scenarios_table(run: SavingsRun, costs: Costs) -> str:
 
 
 def rollout_table(run: SavingsRun, costs: Costs) -> str:
-    """Return a table of the F2 of a ReFL update: its gradient part, and the whole with the rollout before it."""
+    """Return a table of the FLOPs of a ReFL update, without and with its rollout, for every reward."""
     base, rows = run.base, []
     rollout = rollout_operations(base, costs)
     for case in (base.kept, base):
@@ -180,7 +181,7 @@ def economies_table(run: SavingsRun, costs: Costs) -> str:
 
 
 def measured_table(costs: Costs, runs: Runs, rate: float | None) -> str:
-    """Return a table of counted and measured cost side by side. rate: the GPU's `matrix_rate` in TFLOP/s."""
+    """Return a table of counted and measured costs. `rate`: TFLOP/s of a large matrix product on the GPU."""
     defaults, rows = {field.name: field.default for field in fields(Case)}, []
     for case, found in runs.items():
         shown = {"work": case.work, "reward": case.reward}
@@ -208,8 +209,9 @@ def _operations(cost: Cost) -> list[str]:
 
 
 def stacks(run: SavingsRun, costs: Costs) -> tuple[dict, dict, dict]:
-    """Return the bars of `draw`: GiB with gradient checkpointing, GiB without it, and TFLOP (F2), for the gradient part
-    of a ReFL update. Each is a mapping reward -> part (in MEMORY or OPERATIONS) -> number.
+    """Return the data of the three plots in `draw`: GiB with gradient checkpointing, GiB without it, and TFLOP.
+
+    Each plot's data is {reward: {component: number}}, with the components in `MEMORY` or `OPERATIONS`.
     """
     base, plain = run.base, run.base.kept
     own = costs[plain.but(work="policy_forward")].weights / GIB
@@ -228,7 +230,7 @@ def stacks(run: SavingsRun, costs: Costs) -> tuple[dict, dict, dict]:
 
 
 def draw(run: SavingsRun, costs: Costs, path: Path) -> None:
-    """Draw savings.png: memory and operations of the gradient part of one ReFL update, as stacked bars by reward."""
+    """Draw savings.png: memory and FLOPs of a ReFL update without its rollout, as one stacked bar per reward."""
     recomputed, plain, operations = stacks(run, costs)
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -242,7 +244,7 @@ def draw(run: SavingsRun, costs: Costs, path: Path) -> None:
 
 
 def _bars(axis: Axes, stacked: dict, title: str, shown: str, top: float | None) -> None:
-    """Draw a stacked bar per reward. Annotate its height and, for pixel rewards, what the latent reward saves."""
+    """Draw one stacked bar per reward, annotated with its total and, for pixel rewards, the latent reward's saving."""
     latent = sum(stacked["dinalrm"].values())
     floors = dict.fromkeys(stacked, 0.0)
     for name in next(iter(stacked.values())):

@@ -1,8 +1,9 @@
-"""The networks of a configuration (`Case`), and the workload that runs on them.
+"""Build the networks of a configuration (`Case`), and the workload that runs on them.
 
-Networks are diffusers' and transformers' classes, built from their configs without weights, and wrapped in this
-package's policy and rewards. Workloads call the recipes' own code. Text encoders are replaced by random embeddings of
-the right shape (recipes cache embeddings before training), and tokenizers by ones that return as many tokens.
+The networks are diffusers and transformers classes, built from their configs without weights and wrapped in this
+package's policy and rewards. Workloads call the same code as the recipes. Text encoders are replaced by random
+embeddings of the right shape, because recipes cache embeddings before training. Tokenizers are replaced by objects that
+return the same number of token ids.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +53,7 @@ class CachedText:
 
 
 class ClipTokens:
-    """A replacement for CLIP's tokenizer that returns the maximum length for every prompt. end: id of the end token."""
+    """A replacement for CLIP's tokenizer. Every prompt has `max_length` token ids, of which the last is `end`."""
 
     def __init__(self, end: int) -> None:
         self.end = end
@@ -64,7 +65,7 @@ class ClipTokens:
 
 
 class QwenTokens:
-    """A replacement for HPSv3's tokenizer: prompts have `count` tokens, including the image's and the reward token."""
+    """A replacement for HPSv3's tokenizer. Every prompt has `count` token ids, image and reward tokens included."""
 
     def __init__(self, count: int, image: int, reward: int) -> None:
         self.count, self.ids = count, {IMAGE_TOKEN: image, REWARD_TOKEN: reward}
@@ -78,7 +79,7 @@ class QwenTokens:
 
 
 def replace_tensors(modules: Iterable[nn.Module], make: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
-    """Replace every parameter and buffer by make(tensor), shared ones once. Returns id(old tensor) -> new tensor."""
+    """Replace every parameter and buffer by make(tensor), and keep tied tensors tied. Returns {id(old): new tensor}."""
     holders = [held for module in modules for part in module.modules() for held in (part._parameters, part._buffers)]
     slots = [(held, name, tensor) for held in holders for name, tensor in held.items() if tensor is not None]
     made: dict[int, Tensor] = {}
@@ -108,9 +109,9 @@ class _UnpackedLinear(torch.autograd.Function):
 class PackedLinear(nn.Linear):
     """A replacement for bitsandbytes' frozen linear layers, with as many bytes and the same operations.
 
-    It unpacks its weight into the input's dtype in each forward and backward pass. "nf4" has 4 bits per weight and a
-    float32 scale per 64 weights. "int8" has 8 bits per weight and a float32 scale per row; its 8-bit product is counted
-    in the input's dtype.
+    Each forward and backward pass unpacks the weight into the input's dtype. The kind "nf4" stores 4 bits per weight
+    and a float32 scale per 64 weights. The kind "int8" stores 8 bits per weight and a float32 scale per row. The 8-bit
+    product of "int8" is counted as a product in the input's dtype.
     """
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
@@ -135,7 +136,7 @@ def pack_linears(module: nn.Module, kind: str) -> None:
 
 @dataclass
 class Networks:
-    """The networks of a configuration, frozen except the policy's LoRA. modules: those on the device."""
+    """The networks of a configuration; only the policy's LoRA is trainable. `modules`: the networks on the device."""
 
     case: Case
     architecture: Architecture
@@ -172,7 +173,7 @@ class Networks:
 def build_networks(
     architecture: Architecture, case: Case, make: Callable[[Tensor], Tensor], device: torch.device | str = "cpu"
 ) -> Networks:
-    """Build the networks that a configuration needs on the meta device, then replace each tensor by make(tensor)."""
+    """Build a configuration's networks on the meta device, then replace each of their tensors by make(tensor)."""
     device, dtype = torch.device(device), DTYPES[case.dtype]
     needs_policy = case.trains or case.work.startswith("policy")
     needs_reward = case.trains or case.work in ("score", "gradient", "pixels", "pixels_gradient")
@@ -210,7 +211,7 @@ def build_networks(
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast and freeze a module. nn.Module.to is called because diffusers' own method warns without need here."""
+    """Cast a module to `dtype` and freeze it, without the warning of diffusers' own `to` method."""
     return nn.Module.to(module, dtype).requires_grad_(False)
 
 
@@ -239,7 +240,7 @@ def _reward(
 
 
 def workload_of(networks: Networks) -> tuple[Callable[[], None], Callable[[], object]]:
-    """Return two functions: one creates AdamW's moments, which persist between updates; one runs the workload once."""
+    """Return two functions. The first allocates AdamW's moments before the count; the second runs the workload once."""
     case, reward, policy = networks.case, networks.reward, networks.policy
     sigma = list(REWARD_SIGMAS[: case.levels])
 
@@ -292,14 +293,14 @@ def _sampler(networks: Networks, sigmas: list[float]) -> Sampler:
 
 
 def _refl_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
-    """Return a function that computes ReFL's loss in the gradient step, without the rollout before it."""
+    """Return a function that computes the loss of a ReFL update, without its rollout."""
     config = ReflConfig(batch_size=networks.case.batch, earliest=1.0, reward_sigma=sigma)
     method = Refl(_sampler(networks, [1.0, 0.0]), networks.reward, config)
     return lambda: method.step(method.batch_at(0))[0]
 
 
 def _grpo_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
-    """Return a function that rolls out two steps, scores the samples, and computes Flow-GRPO's loss of the first."""
+    """Return a function that rolls out two steps, computes scores, and returns Flow-GRPO's loss of the first step."""
     batch = networks.case.batch
     config = GrpoConfig(
         groups=1, group_size=max(2, batch), sample_batch=batch, window="all", window_range=None, shared_start=False,

@@ -1,10 +1,11 @@
-"""Image rewards: they decode latents, score the images, and are called like `LatentReward`.
+"""Rewards that score images. Each decodes latents with a VAE and is called like `LatentReward`.
 
-Arguments that all their `from_pretrained` share:
+Arguments shared by every `from_pretrained` that loads weights:
     source: folder, hub id or file of the weights.
-    vae: decodes latents; without one only images can be scored.
-    device, dtype: of the model; default: CPU, float32.
+    vae: VAE that decodes latents; None if the reward will only score images.
+    device, dtype: device and data type of the reward model; default: CPU, float32.
     revision, token, cache_dir, local_files_only: as in `huggingface_hub`; `revision` applies to `source` only.
-They raise ValueError if a weight is missing, unexpected or of another shape, or if a file contains code, and OSError
-for missing files.
+
+Loading raises ValueError if a weight is missing, unexpected or of another shape, or if a file contains code, and
+OSError if a file is missing.
 """

@@ -31,7 +31,7 @@ Features = TypeVar("Features")
 def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None = None) -> Tensor:
     """Decode scaled latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1], differentiable.
 
-    slice_size: latents to decode at a time, None for all. In the backward pass each slice is decoded again.
+    slice_size: number of latents to decode at a time; None for all. The backward pass decodes each slice again.
     """
     if slice_size is None:
         return decode_latents(vae, latents)
@@ -44,8 +44,8 @@ def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None
 class PixelReward(RewardModule):
     """A frozen reward that decodes latents and scores the images.
 
-    Gradients reach the latents, never a parameter. The VAE is frozen and not a submodule: it is not moved, cast or
-    saved with this module. Without a VAE only images can be scored.
+    Gradients reach the latents, but no parameter. The VAE is frozen and not a submodule: moving, casting or saving the
+    reward does not affect the VAE. Without a VAE only images can be scored.
     """
 
     reads_images = True
@@ -60,13 +60,14 @@ class PixelReward(RewardModule):
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,), float32, of images (B, 3, H, W), float32 in [0, 1], on `device`, for B prompts.
 
-        Differentiable in the images if `differentiable` is true. Callers use `score_decoded`, which checks the scores.
+        Subclasses must implement this method, differentiably in the images if the class attribute `differentiable` is
+        true. Callers should use `score_decoded`, which also checks the scores.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement score_pixels")
 
     @property
     def device(self) -> torch.device:
-        """The device of the reward's weights; without weights the VAE's, else the CPU."""
+        """The device of the reward's weights. Without weights: the VAE's device, or the CPU if there is no VAE."""
         tensor = next(self.parameters(), None)
         if tensor is not None:
             return tensor.device
@@ -163,7 +164,7 @@ class PixelReward(RewardModule):
 
 
 def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Raise TypeError unless `latents` is a floating tensor, ValueError unless it is finite and fits the VAE."""
+    """Raise TypeError unless `latents` is a floating tensor, ValueError unless values are finite and fit the VAE."""
     check_latents("latents", latents)
     if latents.shape[1] != vae.config.latent_channels or latents.numel() == 0:
         raise ValueError(
@@ -174,10 +175,11 @@ def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:
 
 
 def recompute_layers(model: nn.Module, recompute: bool) -> None:
-    """Turn recomputation of activations in the backward pass on or off, for all layers of a transformers model.
+    """Turn gradient checkpointing on or off for all layers of a transformers model.
 
-    transformers recomputes only in training mode. So `training` is set on the layers, but not on the modules inside
-    them (dropout). `model.eval()` resets it: call this function again afterwards.
+    transformers recomputes activations only in layers with `training` set. This function therefore sets `training` on
+    the layers, but not on the modules inside them (dropout). `model.eval()` resets `training`: call this function again
+    after it.
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -192,7 +194,7 @@ def load_tokenizer(source: str | Path, **hub: Unpack[HubOptions]) -> Any:
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> BatchEncoding:
-    """Return input_ids and attention_mask, (B, length): texts are padded or truncated to `length` tokens."""
+    """Return input_ids and attention_mask, (B, length), of texts padded or truncated to `length` tokens."""
     options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return tokenizer(list(texts), **options).to(device)
 
@@ -200,7 +202,7 @@ def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.de
 def cached(
     cache: dict[str, Features], prompts: Sequence[str], encode: Callable[[list[str]], Iterable[Features]], limit: int
 ) -> list[Features]:
-    """Return the features of each prompt. Encode new prompts in one batch; keep the `limit` newest in `cache`."""
+    """Return the features of each prompt. Encode uncached prompts in one batch; keep the `limit` newest in `cache`."""
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
     if new:
         cache.update(zip(new, encode(new), strict=True))

@@ -1,13 +1,14 @@
 """CLIP rewards: score = exp(logit_scale) cos(text, image), differentiable in the image.
 
-Weights are a transformers `CLIPModel`, in a folder or hub id. The tokenizer and preprocessor_config.json are beside
-them or in another folder or hub id. Both of these models have exp(logit_scale) = 100:
+The weights are a transformers `CLIPModel` in a folder or hub id. The tokenizer and preprocessor_config.json are in the
+same or another folder or hub id. PickScore and CLIPScore both have exp(logit_scale) = 100.
 
-PickScore (arXiv 2305.01569): yuvalkirstain/PickScore_v1, with tokenizer and preprocessor of
-laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Code MIT, weights as on their model card.
-CLIPScore (arXiv 2104.08718): openai/clip-vit-large-patch14, as in papers on alignment. They report 100 cos, 100 cos /
-30 or cos. The original metric is 2.5 max(cos, 0) with ViT-B/32 and the prefix "A photo depicts". Code MIT, weights as
-on their model card.
+PickScore (arXiv 2305.01569): yuvalkirstain/PickScore_v1, with the tokenizer and preprocessor of
+laion/CLIP-ViT-H-14-laion2B-s32B-b79K. The code is MIT; for the weights see the model card.
+
+CLIPScore (arXiv 2104.08718): openai/clip-vit-large-patch14, the usual model in papers on alignment. Published scores
+are 100 cos, 100 cos / 30 or cos. The original metric is 2.5 max(cos, 0) with ViT-B/32 and the prefix "A photo depicts".
+The code is MIT; for the weights see the model card.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, reading
 
 MAX_CACHED = 10_000
-"""Number of prompts whose text features are cached, about 4 kB each."""
+"""Number of prompts whose text features are cached. The features of a prompt take about 4 kB."""
 
 
 class ClipReward(PixelReward):
@@ -59,7 +60,7 @@ class ClipReward(PixelReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "ClipReward":
-        """Load a CLIPModel. For the other arguments and errors see `reward.pixel`.
+        """Load a CLIPModel. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
         processor: folder or hub id of the tokenizer and preprocessor_config.json; default: `source`.
         """
@@ -88,7 +89,7 @@ class ClipReward(PixelReward):
 
     @torch.no_grad()
     def _encode_text(self, prompts: list[str]) -> Tensor:
-        """Return text features (B, D), float32 unit vectors."""
+        """Return CLIP text features (B, D) of the prompts, as float32 unit vectors."""
         tokens = tokenise(self.tokenizer, prompts, self.clip.config.text_config.max_position_embeddings, self.device)
         features = self.clip.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return F.normalize(_projected(features).float(), dim=-1)
@@ -103,5 +104,5 @@ def load_preprocess(source: str, **hub: Unpack[HubOptions]) -> Preprocess:
 
 
 def _projected(output: Any) -> Tensor:
-    """Return the projected features: transformers 5 returns them as `.pooler_output`, earlier versions directly."""
+    """Return the projected features in a CLIP output, which is a tensor before transformers 5 and an object since."""
     return output if isinstance(output, Tensor) else output.pooler_output

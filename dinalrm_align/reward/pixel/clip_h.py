@@ -1,8 +1,8 @@
-"""Build CLIP ViT-H/14 and similar models from their tensors. Tensor shapes determine the layer sizes.
+"""Build CLIP ViT-H/14 and similar models from tensors whose shapes determine the layer sizes.
 
-Sizes that the shapes do not determine are taken from ViT-H/14: 80 channels per attention head in the vision tower, 64
-in the text tower. The activation is exact GELU. Tensors have the names of transformers; `from_open_clip` converts
-open_clip's. `encoder_sizes` and `image_sizes` are also used for BLIP.
+Settings that the shapes do not determine are those of ViT-H/14: 80 channels per attention head in the vision tower, 64
+in the text tower, and exact GELU. Tensors must have the names in transformers; `from_open_clip` converts open_clip's
+names. `encoder_sizes` and `image_sizes` are also used for BLIP.
 """
 
 import math
@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel
 from dinalrm_align.models.weights import assign_tensors, rename
 
 VISION_HEAD, TEXT_HEAD = 80, 64
-"""Channels per attention head of ViT-H/14."""
+"""Channels per attention head in the vision and text towers of ViT-H/14."""
 
 _BLOCKS = {
     rf"{prefix}transformer\.resblocks\.(\d+)\.{name}\.": rf"{tower}_model.encoder.layers.\1.{new}."
@@ -43,7 +43,7 @@ NAMES = _BLOCKS | {  # open_clip's names -> transformers' names
 
 
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert tensors from open_clip's names and layout to those of transformers."""
+    """Convert the names and layout of tensors from open_clip to transformers."""
     split = {}
     for name, tensor in tensors.items():
         head, fused, kind = name.rpartition("in_proj_")
@@ -60,9 +60,9 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build_clip_h(
     tensors: Mapping[str, Tensor], where: str, *, eos_token_id: int | None, dtype: torch.dtype, device: torch.device
 ) -> CLIPModel:
-    """Return the frozen CLIPModel with these tensors, in `dtype` on `device`. where: their file, for messages.
+    """Return a frozen CLIPModel with the given tensors. `where`: path of the tensors' file, for error messages.
 
-    eos_token_id: the tokenizer's end-of-text token, at which text features are read.
+    eos_token_id: id of the tokenizer's end-of-text token, at which CLIP pools the text features.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     with init_empty_weights(include_buffers=False):
@@ -90,7 +90,7 @@ def _config(tensors: Mapping[str, Tensor], eos_token_id: int | None, where: str)
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, where: str | Path) -> tuple[int, ...]:
-    """Return the shape of tensor `name`. Raise ValueError if it is missing or does not have `dims` dimensions."""
+    """Return the shape of tensor `name`. Raise ValueError if the tensor is missing or does not have `dims` axes."""
     if name not in tensors:
         raise ValueError(f"{where}: the tensors do not fit the model: missing {name}")
     shape = tuple(tensors[name].shape)
@@ -100,7 +100,7 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, where: str | P
 
 
 def encoder_sizes(tensors: Mapping[str, Tensor], tower: str, head_width: int, where: str | Path) -> dict[str, int]:
-    """Return hidden size, MLP size, number of layers and of attention heads of `tower`, as config arguments."""
+    """Return the config arguments of `tower`: hidden size, MLP size, number of layers and number of attention heads."""
     inner, width = shape_of(tensors, f"{tower}.encoder.layers.0.mlp.fc1.weight", 2, where)
     if width % head_width:
         raise ValueError(f"{where}: {tower}: got width {width}; expected a multiple of {head_width}")
@@ -110,7 +110,7 @@ def encoder_sizes(tensors: Mapping[str, Tensor], tower: str, head_width: int, wh
 
 
 def image_sizes(positions: tuple[int, ...], patches: tuple[int, ...], where: str | Path) -> dict[str, int]:
-    """Return image_size and patch_size. Shapes: positions (..., n^2 + 1, width), patches (width, 3, p, p)."""
+    """Return image_size and patch_size from two shapes: positions (..., n^2 + 1, width), patches (width, 3, p, p)."""
     side = math.isqrt(max(0, positions[-2] - 1))
     if side == 0 or side * side + 1 != positions[-2]:
         raise ValueError(f"{where}: image positions: got {positions[-2]}; expected one more than a square")

@@ -1,8 +1,8 @@
 """HPS v2 and v2.1 (arXiv 2306.09341): score = cos(text, image) of a fine-tuned CLIP ViT-H/14.
 
-Weights: hub id xswu/HPSv2, files HPS_v2_compressed.pt and HPS_v2.1_compressed.pt, whose `state_dict` has open_clip's
-names (open_clip is not needed). Code and weights Apache-2.0. Papers report the score times 100. Scores of the two
-versions are not comparable. Tokenizer: laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+The weights are HPS_v2_compressed.pt and HPS_v2.1_compressed.pt of hub id xswu/HPSv2. Tensors have open_clip's names,
+but open_clip is not needed. Code and weights are Apache-2.0. The tokenizer is that of
+laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Papers report the score times 100. Scores of v2 and v2.1 are not comparable.
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,15 @@ from dinalrm_align.train.device import available_device
 class LongSide:
     """HPSv2's preprocessing: resize the long side to `side`, pad to a square with zeros, normalise as CLIP.
 
-    antialias: True as in torchvision since 0.17; False as in older versions, used for HPSv2's first published numbers.
+    antialias: resize with antialiasing, as torchvision does since 0.17. Set False to reproduce HPSv2's first published
+    numbers, which used an older torchvision.
     """
 
     side: int
     antialias: bool = True
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return pixel_values (B, 3, side, side), float32, of images (B, 3, H, W) in [0, 1]. Differentiable."""
+        """Convert images (B, 3, H, W) in [0, 1] to pixel_values (B, 3, side, side), float32, differentiably."""
         scale = self.side / max(images.shape[-2:])
         height, width = (round(size * scale) for size in images.shape[-2:])
         resized = resize(images, (height, width), antialias=self.antialias, clamp=False)
@@ -56,9 +57,9 @@ class HPSv2Reward(ClipReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "HPSv2Reward":
-        """Load the weights. For the other arguments and errors see `reward.pixel`.
+        """Load the weights. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
-        source: the file of weights, or a folder or hub id with `file`. processor: folder or hub id of the tokenizer.
+        source: weights file, or a folder or hub id with `file`. processor: folder or hub id of the tokenizer.
         """
         device = available_device(device or "cpu")
         path = find_file(source, file, what="HPSv2", **hub)

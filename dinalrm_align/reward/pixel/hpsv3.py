@@ -1,16 +1,20 @@
-"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B with a three-layer head that predicts (mu, log sigma). Score = mu.
+"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B with a three-layer head that predicts (mu, log sigma). The score is mu.
 
-Weights: hub id MizzenAI/HPSv3, `HPSv3.safetensors`; tokenizer and sizes: Qwen/Qwen2-VL-7B-Instruct. Code and weights
-MIT, Qwen2-VL Apache-2.0. Scores are between about -2 and 12. Memory: 16 GB in bfloat16.
+The weights are HPSv3.safetensors of hub id MizzenAI/HPSv3; tokenizer and config are those of Qwen/Qwen2-VL-7B-Instruct.
+HPSv3 is MIT, Qwen2-VL is Apache-2.0. Scores are between about -2 and 12. The model takes 16 GB in bfloat16.
 
-HPSv3 was trained with one instruction; scores with another are meaningless. The instruction is read from the user's
-copy of the PyPI package `hpsv3` (MIT) and verified by its hash. The package is not imported, since it requires another
-version of transformers.
+HPSv3 was trained with one fixed instruction, and its scores are meaningless with any other. The instruction is read
+from the user's copy of the PyPI package `hpsv3` (MIT) and verified by its hash. The package is not imported, since it
+requires another version of transformers.
 
-Differences from the released code (`hpsv3` 1.0.0), which change a score by rounding only: images are resized in torch,
-with antialiased bicubic interpolation as in PIL but without rounding to bytes, so that gradients reach them. Images are
-scored one at a time. The language model's unused output layer is dropped. As in the released code, and unlike in
-Qwen2-VL, positions of text and image tokens increase by one per token on all three rotary axes.
+Three differences from the released code (`hpsv3` 1.0.0) change a score by rounding only:
+
+- Images are resized in torch, with antialiased bicubic interpolation as in PIL but without rounding to bytes, so that
+  gradients reach the images.
+- Images are scored one at a time.
+- The language model's unused output layer is dropped.
+
+Unlike Qwen2-VL, but like the released code, positions on all three rotary axes increase by one per text or image token.
 """
 
 import ast
@@ -45,7 +49,7 @@ from dinalrm_align.train.files import read_json, read_text, reading
 
 SOURCE, WEIGHTS, BASE = "MizzenAI/HPSv3", "HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28
-"""Images are resized to about this number of pixels: 448 x 448 if square, which gives 256 tokens."""
+"""Approximate number of pixels after resizing: a square image becomes 448 x 448, which gives 256 image tokens."""
 MAX_RATIO = 200
 """Largest ratio of the long to the short side, as in Qwen2-VL's code."""
 REWARD_TOKEN, IMAGE_TOKEN = "<|Reward|>", "<|image_pad|>"
@@ -56,12 +60,12 @@ NAMES = {  # prefixes in the file (of transformers before and since 4.52) -> pre
     r"model\.(language_model\.)?": "model.language_model.",
 }
 TEXTS = ("INSTRUCTION", "prompt_with_special_token")
-"""Names of constants in the package: the instruction (2523 characters, one {text_prompt}) and the text after it."""
+"""Names of two constants in the package: the instruction (2523 characters, one {text_prompt}) and the text after it."""
 SHA256 = (
     "0393599dad45a971903d1d62a3acf9bad3ccccdafa7f40f680523419e1f68b7a",
     "2471faca094ae5bd6fe17b71dce20c3d7583625545e235889f7e74e7eeb69d0a",
 )
-"""SHA-256 hashes of both texts."""
+"""SHA-256 hashes of the instruction and of the text after it."""
 SCRIPT, FIELD = "data_collator_qwen.py", "{text_prompt}"
 HOW_TO_GET = (
     "run `pip install --no-deps hpsv3==1.0.0`, or pass template=, the path of that package's "
@@ -70,20 +74,20 @@ HOW_TO_GET = (
 
 
 def rank_head(width: int) -> nn.Sequential:
-    """Return the head. It maps a hidden state (..., width) to mu and log sigma, (..., 2)."""
+    """Return HPSv3's head, which maps hidden states (..., width) to (..., 2): mu and log sigma."""
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
     )
 
 
 def add_reward_token(tokenizer: Any) -> None:
-    """Append the token that the head reads to Qwen2-VL's tokenizer. Its id is 151657 in the released tokenizer."""
+    """Add the token <|Reward|> to Qwen2-VL's tokenizer. HPSv3's head reads the hidden state at this token."""
     tokenizer.add_tokens([AddedToken(REWARD_TOKEN, special=True, normalized=False)], special_tokens=True)
 
 
 @dataclass(frozen=True)
 class HPSTemplate:
-    """The text after an image: `instruction`, in which the prompt replaces {text_prompt}, then `suffix`."""
+    """HPSv3's text after an image: `instruction`, with the prompt in place of {text_prompt}, followed by `suffix`."""
 
     instruction: str
     suffix: str
@@ -97,10 +101,10 @@ class HPSTemplate:
 
 
 def load_template(source: str | Path | None = None, *, sha256: tuple[str, str] = SHA256) -> HPSTemplate:
-    """Read the template from `source`: a JSON file, or data_collator_qwen.py, which is parsed but not run.
+    """Read HPSv3's instruction and the text after it. Raise ValueError if either text is missing or has another hash.
 
-    source: default: that file of the installed package `hpsv3`. sha256: hashes of both texts; ValueError if they
-    differ.
+    source: JSON file, or data_collator_qwen.py of the PyPI package `hpsv3`, which is parsed but not run. Default:
+    data_collator_qwen.py of the installed package. sha256: expected SHA-256 hashes of the two texts.
     """
     if source is None:
         spec = importlib.util.find_spec("hpsv3")
@@ -124,7 +128,7 @@ def load_template(source: str | Path | None = None, *, sha256: tuple[str, str] =
 
 
 def _assigned(source: str, path: Path) -> dict[str, Any]:
-    """Return the constants that Python source assigns at module level, by name."""
+    """Return {name: value} of the constants that the Python code `source` assigns at module level."""
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -134,10 +138,11 @@ def _assigned(source: str, path: Path) -> dict[str, Any]:
 
 
 def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[int, int]:
-    """Return (height, width), multiples of `factor`, with about `pixels` pixels and the same aspect ratio.
+    """Return (height, width), multiples of `factor`, with about `pixels` pixels and nearly the same aspect ratio.
 
-    Follows Qwen2-VL with min_pixels = max_pixels. Sides are rounded to the nearest multiple. If that gives too many
-    pixels, the image is scaled down and sides are rounded down; if too few, scaled up and rounded up.
+    The rule is Qwen2-VL's with min_pixels = max_pixels. Sides are rounded to the nearest multiple of `factor`. If the
+    result has too many pixels, the original size is instead scaled to `pixels` pixels and rounded down. If the result
+    has too few, the original size is scaled to `pixels` pixels and rounded up.
     """
     if max(height, width) > MAX_RATIO * min(height, width):
         raise ValueError(f"images of {height} x {width}: one side is over {MAX_RATIO} times the other; crop them")
@@ -156,8 +161,8 @@ def preprocess(
 ) -> tuple[Tensor, tuple[int, int]]:
     """Return patches (B * rows * columns, 3 * frames * patch^2), float32, and the patch grid (rows, columns).
 
-    images: (B, 3, H, W) in [0, 1]. They are resized to `fitted_size` and normalised. The patches of a merge x merge
-    block are consecutive. Each image is repeated as `frames` equal video frames.
+    Images (B, 3, H, W) in [0, 1] are resized to `fitted_size` and normalised. Each image is repeated as `frames` equal
+    video frames. Patches that Qwen2-VL merges into one token (merge x merge) are consecutive.
     """
     size = fitted_size(*images.shape[-2:], factor=patch * merge, pixels=pixels)
     images = normalise(resize(images, size))
@@ -180,7 +185,7 @@ class HPSv3Reward(PixelReward):
         vae: AutoencoderKL | None = None,
         pixels: int = PIXELS,
     ) -> None:
-        """model: may be quantised. head: from `rank_head`. tokenizer: with the reward token. pixels: size of images."""
+        """head: from `rank_head`. tokenizer: must have the reward token. pixels: target pixels per image."""
         super().__init__(vae)
         self.model, self.head = model.requires_grad_(False), head.requires_grad_(False)
         self.tokenizer, self.template, self.pixels = tokenizer, template, pixels
@@ -200,15 +205,16 @@ class HPSv3Reward(PixelReward):
         quantization: str = "none",
         **hub: Unpack[HubOptions],
     ) -> "HPSv3Reward":
-        """Load HPSv3.safetensors. For the other arguments and errors see `reward.pixel`.
+        """Load HPSv3.safetensors. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
         Args:
-            base: folder or hub id of Qwen2-VL-7B-Instruct's config and tokenizer; default: beside local weights, else
-                the hub.
-            template, template_sha256: see `load_template`. Default: data_collator_qwen.py beside local weights, else in
-                the installed package `hpsv3`.
-            dtype: of the backbone; default: bfloat16. The head is float32 (float64 for a float64 backbone).
-            quantization: none, or int8 or nf4 (bitsandbytes) for the linear layers of all blocks.
+            base: folder or hub id of Qwen2-VL-7B-Instruct's config and tokenizer. Default: the folder of local weights
+                if it contains them, else the hub.
+            template: file of the instruction, as in `load_template`. Default: data_collator_qwen.py in the folder of
+                local weights, else in the installed package `hpsv3`.
+            template_sha256: expected hashes, as in `load_template`.
+            dtype: data type of the backbone; default: bfloat16. The head is float32 (float64 for a float64 backbone).
+            quantization: none, int8 or nf4; bitsandbytes format of the linear layers in all blocks.
         """
         check_quantization(quantization)
         if template is None and (folder := beside(source, SCRIPT)):
@@ -245,7 +251,7 @@ class HPSv3Reward(PixelReward):
         return torch.stack(scores).float()
 
     def _mean(self, image: Tensor, prompt: str) -> Tensor:
-        """Return mu, a scalar in the head's dtype, of one image (1, 3, H, W) and its prompt."""
+        """Return mu, a scalar in the head's dtype, of one image (1, 3, H, W) and one prompt."""
         vision = self.model.config.vision_config
         patch, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         values, (rows, columns) = preprocess(image, pixels=self.pixels, patch=patch, merge=merge, frames=frames)
@@ -264,10 +270,10 @@ class HPSv3Reward(PixelReward):
         return self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
     def token_ids(self, prompt: str, image_tokens: int) -> list[int]:
-        """Return token ids of Qwen2-VL's chat format with one image and the filled template.
+        """Return the token ids of an image and the filled template, in Qwen2-VL's chat format.
 
-        With the released template, an empty prompt and a square image take 786 tokens. Raises ValueError if the prompt
-        contains the image or reward token.
+        An empty prompt with a square image gives 786 ids with the released template. Raises ValueError if the prompt
+        contains the image token or the reward token.
         """
         text = (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"

@@ -1,9 +1,9 @@
-"""ImageReward (arXiv 2304.05977): BLIP's ViT-L, a BERT that attends to its image tokens, and a linear head on [CLS].
+"""ImageReward (arXiv 2304.05977): BLIP's ViT-L, a BERT with cross-attention to image tokens, a linear head on [CLS].
 
 Weights: hub id THUDM/ImageReward, `ImageReward.pt` and `med_config.json`. Tokenizer: google-bert/bert-base-uncased.
-Code and weights Apache-2.0, BLIP BSD-3-Clause. score = (head - 0.1672) / 1.0333, between about -2 and 2.
+Code and weights Apache-2.0, BLIP BSD-3-Clause. Score: (head output - 0.1672) / 1.0333, between about -2 and 2.
 
-Tensors are renamed to those of transformers' BLIP. Images are resized to a short side of 224 (antialiased bicubic),
+Tensors are renamed to the names in transformers' BLIP. Images are resized to a short side of 224 (antialiased bicubic),
 centre-cropped and normalised as for CLIP. Prompts are truncated to 35 tokens, as in training.
 """
 
@@ -56,7 +56,7 @@ TEXT_SIZES = (
 
 
 def read_text_config(path: Path) -> BlipTextConfig:
-    """Return BERT's config from med_config.json. Raise ValueError if a size or cross-attention is missing."""
+    """Return BERT's config from med_config.json. Raise ValueError if the file lacks a size or cross-attention."""
     values = read_json(path, "ImageReward's med_config.json")
     missing = [name for name in TEXT_SIZES if name not in values]
     if missing or not values.get("add_cross_attention", False):
@@ -67,7 +67,7 @@ def read_text_config(path: Path) -> BlipTextConfig:
 
 
 def score_head(width: int) -> nn.Sequential:
-    """Return the head. It maps [CLS] (B, width) to (B, 1), without activations, as the released head."""
+    """Return ImageReward's head: linear layers without activations that map [CLS] (B, width) to (B, 1)."""
     first = (nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2))
     return nn.Sequential(*first, nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))
 
@@ -100,11 +100,12 @@ class ImageRewardReward(PixelReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "ImageRewardReward":
-        """Load ImageReward.pt. For the other arguments and errors see `reward.pixel`.
+        """Load ImageReward.pt. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
         Args:
-            tokenizer: folder or hub id of bert-base-uncased's tokenizer; default: beside local weights, else the hub.
-            med_config: path of med_config.json; default: beside the weights.
+            tokenizer: folder or hub id of bert-base-uncased's tokenizer; default: the folder of local weights, else the
+                hub.
+            med_config: path of med_config.json; default: med_config.json in the folder or hub id of the weights.
         """
         device = available_device(device or "cpu")
         path = find_file(source, WEIGHTS, **hub)
@@ -134,7 +135,7 @@ class ImageRewardReward(PixelReward):
 def preprocess(images: Tensor, side: int) -> Tensor:
     """Resize the short side of images (B, 3, H, W) in [0, 1] to `side`, crop the centre, normalise. Returns float32.
 
-    Differs from torchvision's transforms of a PIL image by at most 0.1 in normalised units, 0.005 on average.
+    Normalised values differ from those of torchvision's PIL transforms by at most 0.1, and by 0.005 on average.
     """
     short = min(images.shape[-2:])
     images = resize(images, tuple(side * length // short for length in images.shape[-2:]))
@@ -143,7 +144,7 @@ def preprocess(images: Tensor, side: int) -> Tensor:
 
 
 def _load_parts(path: Path, text_config: BlipTextConfig, dtype: torch.dtype, device: torch.device) -> nn.ModuleDict:
-    """Load both towers and the head. Tensor shapes give the vision tower's sizes: ViT-L/16 at 224 if released."""
+    """Load the vision tower, the text tower and the head. Sizes of the vision tower are inferred from tensor shapes."""
     tensors = rename(read_tensors(path), NAMES)
     positions = shape_of(tensors, "vision.embeddings.position_embedding", 3, path)
     patches = shape_of(tensors, "vision.embeddings.patch_embedding.weight", 4, path)

@@ -2,15 +2,16 @@
 
     score = exp(logit_scale) cos(text, image after four blocks of cross-attention to the relevant words of the prompt)
 
-A word of the prompt is relevant if it is similar to a word of the condition, a list of words that selects a dimension
-of preference. Code and weights MIT: https://github.com/Kwai-Kolors/MPS, whose README links to
-MPS_overall_checkpoint.pth. That file is a pickled module, of which only the tensors are read (`models.weights`). To
-convert it to safetensors:
+A preference dimension is selected by a list of words, the condition. A word of the prompt is relevant if it is similar
+to a word of the condition. Code and weights are MIT: https://github.com/Kwai-Kolors/MPS, whose README links to
+MPS_overall_checkpoint.pth. The checkpoint is a pickled module, of which only the tensors are read. To convert the
+checkpoint to safetensors:
 
     python -m dinalrm_align.reward.pixel.mps MPS_overall_checkpoint.pth mps.safetensors
 
-Tokenizer and preprocessor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K. The upstream code computes in float16, this one in
-`dtype` (default float32). A word close to the threshold may therefore be relevant in one of them only.
+The tokenizer and preprocessor are those of laion/CLIP-ViT-H-14-laion2B-s32B-b79K. The upstream code computes in
+float16, this module in `dtype` (default float32). The two can therefore disagree on whether a word near the threshold
+is relevant.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,12 +46,12 @@ CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
     "texture, quantity, attributes, position, number, location, word, things."
 )
-"""Words that select the overall preference. Subsets of them select MPS's other dimensions."""
+"""Words that select the overall preference. Subsets of these words select MPS's other dimensions."""
 THRESHOLD = 0.3
 """A word is attended to if its relevance exceeds this fraction of the largest relevance in the prompt."""
 FILE = "MPS_overall_checkpoint.pth"
 MAX_CACHED = 1000
-"""Number of prompts whose text features are cached, about 300 kB each in float32."""
+"""Number of prompts whose text features are cached. The features of a prompt take about 300 kB in float32."""
 
 _CROSS, _SELF = (rf"cross_model\.layers\.(\d+)\.{part}\.fn\." for part in (0, 1))
 NAMES = {  # names in the file -> names in a list of `CrossBlock`
@@ -69,7 +70,7 @@ NAMES = {  # names in the file -> names in a list of `CrossBlock`
 
 
 class CrossBlock(nn.Module):
-    """Multi-query cross-attention from image to text tokens, then self-attention, each with a parallel SwiGLU MLP."""
+    """Multi-query attention from image to text tokens, then among image tokens, each parallel to a SwiGLU MLP."""
 
     def __init__(self, width: int, heads: int, head_width: int, inner: int) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class CrossBlock(nn.Module):
         self.self_down = nn.Linear(inner, width, bias=False)
 
     def forward(self, image: Tensor, text: Tensor, read: Tensor) -> Tensor:
-        """Return image tokens (B, N, width). read: mask (B, L), True for text tokens to attend to."""
+        """Return updated image tokens (B, N, width). `read`: mask (B, L), True for text tokens to attend to."""
         normed = self.cross_norm(image)
         key, value = self.key_value(text).chunk(2, dim=-1)
         attended = self._attend(self._heads(self.query(normed)), key, value, read[:, None, None])
@@ -100,7 +101,7 @@ class CrossBlock(nn.Module):
         return query.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, read: Tensor | None) -> Tensor:
-        """Attend with query (B, heads, N, d). All heads share key and value (B, L, d). Returns (B, N, heads * d)."""
+        """Attend from query (B, heads, N, d) to shared key and value (B, L, d). Returns (B, N, heads * d)."""
         key, value = (part[:, None].expand(-1, self.heads, -1, -1) for part in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=read).transpose(1, 2).flatten(2)
 
@@ -111,7 +112,7 @@ def _gated(up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Apply rotary positions (arXiv 2104.09864) to x (..., N, d): channels i, i + d/2 turn by n / 10000^(2i/d)."""
+    """Apply rotary positions to x (..., N, d). Position n turns channels (i, i + d/2) by n / 10000^(2i/d) radians."""
     count, width = x.shape[-2:]
     rates = 10000.0 ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
     angle = torch.arange(count, device=x.device, dtype=torch.float32)[:, None] * rates
@@ -150,10 +151,10 @@ class MPSReward(PixelReward):
         dtype: torch.dtype | None = None,
         **hub: Unpack[HubOptions],
     ) -> "MPSReward":
-        """Load the weights. For the other arguments and errors see `reward.pixel`.
+        """Load the weights. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
         Args:
-            source: MPS's original file, a converted one (.safetensors), or a folder or hub id with `file`.
+            source: MPS_overall_checkpoint.pth, its conversion to safetensors, or a folder or hub id with `file`.
             processor: folder or hub id of the tokenizer and preprocessor.
             condition: words that select the dimension of preference.
         """
@@ -186,7 +187,7 @@ class MPSReward(PixelReward):
     def _encode_text(self, prompts: list[str]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Return for each prompt: token features (L, D), pooled feature (D,), mask (L,) of tokens to attend to.
 
-        Relevance is divided by its maximum over the prompt, as upstream does in its batches of one prompt.
+        Relevance is divided by its maximum over the prompt, as the upstream code does for a batch of one prompt.
         """
         tokens, pooled = self._text_features(prompts)
         conditions, _ = self._text_features([self.condition])
@@ -195,19 +196,19 @@ class MPSReward(PixelReward):
         return zip(tokens, pooled, read, strict=True)
 
     def _text_features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return projected features of all tokens (B, L, D), padding included, and of the end token (B, D)."""
+        """Return projected features of all tokens (B, L, D), padding included, and of the end-of-text token (B, D)."""
         length = self.clip.config.text_config.max_position_embeddings
         output = self.clip.text_model(input_ids=tokenise(self.tokenizer, texts, length, self.device).input_ids)
         return self.clip.text_projection(output.last_hidden_state), self.clip.text_projection(output.pooler_output)
 
 
 def read_mps(path: Path) -> dict[str, Tensor]:
-    """Return MPS's tensors by name: `model.*` (a CLIPModel) and `cross_model.*` (the cross-attention blocks)."""
+    """Return MPS's tensors by name: `model.*` for CLIP and `cross_model.*` for the cross-attention blocks."""
     return read_tensors(path) if path.suffix == ".safetensors" else read_module_tensors(path)
 
 
 def convert_mps(source: str | Path, target: str | Path) -> str | Path:
-    """Convert MPS_overall_checkpoint.pth (`source`) to safetensors (`target`), a file without code. Return its path."""
+    """Convert MPS_overall_checkpoint.pth at `source`, a pickle, to the safetensors file `target`. Returns `target`."""
     tensors = read_mps(Path(source))
     if not any(name.startswith("cross_model.") for name in tensors):
         raise ValueError(f"{source} does not hold an MPS: it has no cross_model.*, but {sorted(tensors)[:4]}")
@@ -218,7 +219,7 @@ def convert_mps(source: str | Path, target: str | Path) -> str | Path:
 def load_blocks(
     tensors: Mapping[str, Tensor], width: int, where: str, *, dtype: torch.dtype, device: torch.device | None
 ) -> nn.ModuleList:
-    """Build the cross-attention blocks from tensors `cross_model.*`. Raises ValueError unless all of them fit."""
+    """Build the cross-attention blocks from the tensors `cross_model.*`. Raise ValueError unless every tensor fits."""
     own = rename(tensors, NAMES)
     head_width = max(1, shape_of(own, "0.key_value.weight", 2, where)[0] // 2)
     heads = shape_of(own, "0.query.weight", 2, where)[0] // head_width

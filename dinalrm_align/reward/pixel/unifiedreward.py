@@ -1,11 +1,11 @@
 """UnifiedReward (arXiv 2503.05236): a vision-language model that writes scores, behind an OpenAI-compatible server.
 
-Weights: hub ids CodeGoat24/UnifiedReward-qwen-7b, CodeGoat24/UnifiedReward-7b-v1.5, ...; licence as on the model card.
-Run the server in an environment of its own, for instance with one of
+Weights: hub ids CodeGoat24/UnifiedReward-qwen-7b, CodeGoat24/UnifiedReward-7b-v1.5, ...; for the licence see the model
+card. Run the server in a separate environment, with vLLM or with SGLang (one command on two lines):
 
     vllm serve CodeGoat24/UnifiedReward-qwen-7b --served-model-name UnifiedReward --port 8080
     python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 --port 8080
-        --served-model-name UnifiedReward --chat-template chatml-llava                      (one line)
+        --served-model-name UnifiedReward --chat-template chatml-llava
 
 Scores lie in [1, 5]. Generated text has no gradient: use this reward for GRPO, DPO and evaluation, not for ReFL.
 """
@@ -47,15 +47,16 @@ RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclasses.dataclass(frozen=True)
 class ChatEndpoint:
-    """A server and the model to query there, with greedy decoding.
+    """Connection to a model on an OpenAI-compatible server. The model decodes greedily.
 
     Args:
-        url: base URL with the API version, as for OpenAI clients: http://127.0.0.1:8080/v1.
+        url: base URL of the server with the API version, for example http://127.0.0.1:8080/v1.
         model: name under which the server serves the model.
+        api_key: key sent as a bearer token; None to send no key.
         timeout: seconds without data after which an attempt fails.
-        attempts: maximum number of attempts.
-        pause: seconds to wait after the first failed attempt; doubled after each further one.
-        max_tokens: maximum length of an answer.
+        attempts: maximum number of attempts per question.
+        pause: seconds to wait after the first failed attempt; the wait doubles after each later failure.
+        max_tokens: maximum number of tokens in an answer.
     """
 
     url: str
@@ -78,7 +79,7 @@ class ChatEndpoint:
         check_integer("max_tokens", self.max_tokens, low=1)
 
     def ask(self, image: Image.Image, question: str) -> str:
-        """Return the model's answer. Raise ConnectionError if no attempt succeeds, ValueError if it is rejected."""
+        """Return the model's answer. Raise ConnectionError if no attempt succeeds, ValueError if the server refuses."""
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         encoded = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -128,7 +129,7 @@ def _content(text: str, where: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A question with the field {prompt}. The score is the mean of the numbers that follow `labels` in the answer."""
+    """A question with the field {prompt}, and the `labels` in the answer whose numbers are averaged to the score."""
 
     question: str
     labels: tuple[str, ...]
@@ -138,7 +139,7 @@ class Template:
             raise ValueError(f"question: got {self.question.count(FIELD)} {FIELD}; expected one")
 
     def read(self, answer: str) -> float:
-        """Return the score in an answer. Raise ValueError unless every label has one number, in [1, 5]."""
+        """Return the score in an answer. Raise ValueError unless every label is followed by one number in [1, 5]."""
         return sum(_number(label, answer) for label in self.labels) / len(self.labels)
 
 
@@ -159,11 +160,11 @@ TEMPLATES = {
         ("Alignment Score", "Coherence Score", "Style Score"),
     ),
 }
-"""point: one score, for every version. acs: alignment, coherence, style, since version 1.5. The wording is our own."""
+"""point: one score, for all versions of the model. acs: alignment, coherence, style, for version 1.5 and later."""
 
 
 class UnifiedReward(PixelReward):
-    """UnifiedReward on a server. It has no local weights. Create one with `from_pretrained`."""
+    """A reward that queries UnifiedReward on a server and has no local weights. Create one with `from_pretrained`."""
 
     differentiable = False
 
@@ -191,17 +192,17 @@ class UnifiedReward(PixelReward):
         concurrency: int = 8,
         **endpoint: Any,
     ) -> "UnifiedReward":
-        """Create a reward that queries the server at `source`. No request is sent yet.
+        """Create a reward that queries the server at `source`. Nothing is sent until the first score.
 
         Args:
             source: base URL of the server, http://host:port/v1.
             model: name under which the server serves the model.
-            endpoint: further fields of `ChatEndpoint`: api_key, timeout, attempts, ...
-            template: point or acs (see TEMPLATES). It gives the question and the numbers to read from the answer.
-            question: text file with a question that replaces the template's; it must contain {prompt}. For scores
-                comparable to published ones use the wording in the model's repository.
-            device, dtype: ignored; scores are on the VAE's device, else on the CPU.
-            side: width and height in pixels of the images sent, 512 in the model's own evaluation; None: original size.
+            endpoint: keyword arguments of `ChatEndpoint`: api_key, timeout, attempts, pause, max_tokens.
+            template: point (one score) or acs (mean of three scores); selects the question to the model.
+            question: text file with a question that replaces the template's question and must contain {prompt}. Scores
+                are comparable to published ones only with the wording in the model's repository.
+            device, dtype: ignored; scores are on the VAE's device if there is one, else on the CPU.
+            side: width and height in pixels of the images sent, 512 in the authors' evaluation; None: original size.
             concurrency: number of parallel requests.
         """
         if template not in TEMPLATES:
@@ -236,7 +237,7 @@ class UnifiedReward(PixelReward):
 
 
 def _number(label: str, answer: str) -> float:
-    """Return the number after `label:` or `label (1-5):` in the answer. It may be written as n/5."""
+    """Return the number after `label:` or `label (1-5):` in the answer. The answer may write the number n as n/5."""
     number = r"(-?[0-9]++(?:\.[0-9]++)?+)"
     of_another_scale = r"(?!\s*+/\s*+(?!5(?![.0-9])))(?!\s*+-\s*+[0-9])"  # 4/10, and 1-5 as a range
     pattern = rf"{label}\s*(?:\(1\s*-\s*5\))?\s*:[\s*]*{number}{of_another_scale}"
