@@ -1,1 +1,1 @@
-"""Training loop, checkpoints, metrics, configuration, command lines, and reading and writing of files."""
+"""Training loop, checkpoints, metrics, configuration dataclasses, command-line parsing and file I/O."""

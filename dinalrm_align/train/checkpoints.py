@@ -1,17 +1,17 @@
-"""Save and restore everything that a run needs to be resumed bit for bit.
+"""Save and load checkpoints, from which a training run resumes bit for bit.
 
 A checkpoint is a folder checkpoints/step_000050/ with
 
-    weights.safetensors, ema.safetensors, optimizer.pt    written by the main rank
-    rng_0.pt, method_0.safetensors                        one of each per rank
-    state.json                                            step, identity of the run, size and digest of each file
+    weights.safetensors, ema.safetensors, optimizer.pt    weights, their moving average if any, optimiser state
+    rng_0.pt, method_0.safetensors                        RNG state and method state of rank 0; one pair per rank
+    state.json                                            step, identity of the run, size and SHA-256 of each file
 
-The folder is written atomically (`files.seal`). On resume all files are checked before a file or a weight is changed.
-Pickles are loaded with `weights_only=True`: they may hold only plain tensors, numbers and text.
+The folder is written atomically. Loading verifies all files first and reads .pt files with `weights_only=True`.
 
-A run can be resumed with another world size if the samples per update, summed over ranks, stay the same: RNG streams
-are keyed by the global sample index. The global RNG states, which dropout uses, are then not restored. Another world
-size is refused while ranks hold different method states, such as a rollout that is reused for several updates.
+A run can resume with a different world size if the number of samples per update, summed over ranks, stays the same,
+because RNG streams are keyed by the global sample index. The global RNG states, which dropout uses, are then not
+restored. A different world size is refused if the ranks hold different method states, such as shares of a rollout that
+is reused for several updates.
 """
 
 import io
@@ -37,16 +37,16 @@ from dinalrm_align.train.state import RunState
 
 FOLDER = "checkpoints"
 STEP = re.compile(r"step_(\d{6,})")
-MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # names in AdamW's state, and in bitsandbytes'
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # moments of torch's AdamW and of bitsandbytes' AdamW8bit
 
 
 def save_checkpoint(
     run: Path, state: RunState, *, log: MetricsLog | None, accelerator: Accelerator, keep_last: int
 ) -> Path:
-    """Write `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest checkpoints.
+    """Save `state` as `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest checkpoints.
 
-    Call it on every rank: each writes its own RNG and method state. The main rank writes all other files; only it needs
-    `log`. Returns the folder of the checkpoint. Raises OSError and keeps older checkpoints if a file cannot be written.
+    Must be called on every rank. Every rank writes its RNG state and method state. The main rank writes all other files
+    and needs `log`. Returns the checkpoint folder. If writing a file fails, raises OSError and deletes no checkpoint.
     """
     folder = run / FOLDER / f"step_{state.step:06d}"
     main, rank = accelerator.is_main_process, accelerator.process_index
@@ -73,11 +73,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: Accelerator) -> dict[str, Any]:
-    """Restore `state` and the global RNG states from a checkpoint; return the values in its state.json.
+    """Restore `state` and the global RNG states from the checkpoint `folder`; return the content of state.json.
 
-    The optimiser gets the saved moments and keeps its own hyperparameters. Raises ValueError, before anything is
-    changed, if the checkpoint is damaged, belongs to another run or is beyond update `steps`; if names or shapes of
-    tensors differ; if `state` has averaged weights and the checkpoint has none; or if the world size is not possible.
+    The optimiser gets the saved moments and keeps its present hyperparameters, such as the learning rate.
+
+    Raises ValueError, before anything is changed, if the checkpoint is damaged, belongs to another run, was saved after
+    more than `steps` updates, does not match the tensors of `state`, or cannot resume with the present world size.
     """
     facts = check_checkpoint(folder)
     same_processes = facts["num_processes"] == accelerator.num_processes
@@ -110,7 +111,7 @@ def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: A
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return the values in a checkpoint's state.json; if it is damaged, raise ValueError naming an intact one."""
+    """Verify a checkpoint; return the content of its state.json. Raises ValueError if the checkpoint is damaged."""
     try:
         return _read(folder)
     except ValueError as error:
@@ -118,12 +119,15 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint in the run folder `run`, or None."""
+    """Return the newest checkpoint in the run folder `run`, or None if the folder has no checkpoint."""
     return next(reversed(_checkpoints(run)), None)
 
 
 def checkpoint_to_resume(path: Path) -> Path:
-    """Return the checkpoint `path`, or the newest one in the run folder `path`; ValueError if damaged or none."""
+    """Return the checkpoint to resume from: `path` if it is a checkpoint, or the newest one in the run folder `path`.
+
+    Raises ValueError if `path` is not a folder, a run folder has no checkpoint or the checkpoint is damaged.
+    """
     if not path.is_dir():
         raise ValueError(f"nothing to resume: no folder {path}; expected the folder of a run or of a checkpoint")
     path = path.resolve()
@@ -135,7 +139,11 @@ def checkpoint_to_resume(path: Path) -> Path:
 
 
 def new_run_folder(asked: str | None, name: str) -> Path:
-    """Return `asked` (ValueError if it holds a run); if None, the first free of runs/<name>, runs/<name>_2, ..."""
+    """Return the folder for a new run, without creating it.
+
+    It is the folder `asked` or, if `asked` is None, the first of runs/<name>, runs/<name>_2, ... that does not exist.
+    Raises ValueError if `asked` is a file or contains checkpoints.
+    """
     if asked is not None:
         if Path(asked).exists() and not Path(asked).is_dir():
             raise ValueError(f"output_dir: {asked} is a file; choose a folder")
@@ -152,7 +160,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Keep the `keep_last` newest checkpoints up to `step`; delete all others, and leftovers of killed processes."""
+    """Delete leftover temporary folders and all checkpoints but the `keep_last` newest ones up to update `step`."""
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:
@@ -179,7 +187,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _alternative(folder: Path) -> str:
-    """Return advice for a damaged checkpoint: resume from the newest intact one before it, or start again."""
+    """Return advice to resume from the newest intact checkpoint before the damaged one, `folder`, or to start again."""
     siblings = _checkpoints(run_of(folder)) if STEP.fullmatch(folder.name) else []
     for earlier in [entry for entry in siblings if _step_of(entry) < _step_of(folder)][::-1]:
         with suppress(ValueError):
@@ -189,7 +197,7 @@ def _alternative(folder: Path) -> str:
 
 
 def _check_run(facts: Mapping[str, Any], state: RunState, num_processes: int, folder: Path) -> None:
-    """Raise ValueError unless the checkpoint belongs to this run and can be resumed with this world size."""
+    """Raise ValueError unless a checkpoint belongs to the run of `state` and can resume with `num_processes` ranks."""
     saved, expected = facts["identity"], state.identity
     if saved != dict(expected):
         name = next(name for name in (*expected, *saved) if saved.get(name) != expected.get(name))
@@ -223,10 +231,10 @@ def _check_fit(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], where: P
 
 
 def _check_moments(saved: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer, where: Path) -> None:
-    """Raise ValueError unless every moment has the shape of its parameter. saved: keyed by parameter index."""
+    """Raise ValueError unless every saved moment has the shape of the optimiser's parameter with the same index."""
     shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     for number, moments in saved.items():
-        nested = [value for value in moments.values() if isinstance(value, Mapping)]  # in bitsandbytes' state
+        nested = [value for value in moments.values() if isinstance(value, Mapping)]  # bitsandbytes nests states
         for name, moment in [item for values in (moments, *nested) for item in values.items()]:
             if name in MOMENTS and [tuple(moment.shape)] != shapes[number : number + 1]:
                 raise ValueError(

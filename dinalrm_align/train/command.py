@@ -1,7 +1,8 @@
-"""Command lines from dataclasses: `--name value`, `--section.name value`, `--config FILE`, help from docstrings.
+"""Parse command lines into configuration dataclasses: `--name value`, `--section.name value`, `--config FILE`.
 
-Later settings override earlier ones: first the defaults of the dataclass, then the files in `defaults`, then `--config`
-files and options in the order of the command line. A flag without a value is true: `--watch.stop_on_hacking`.
+A section is a nested dataclass. A boolean option without a value is true: `--watch.stop_on_hacking`. Later values
+override earlier ones: defaults of the dataclass, default YAML files of the program, then options and `--config` files
+in the order of the command line. The `--help` text comes from the docstrings of the dataclasses.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from dinalrm_align.train.settings import bounds_in_words, did_you_mean, field_ty
 
 Settings = TypeVar("Settings")
 PACKAGE = Path(__file__).parents[1]
-# the ways in which jsonargparse quotes a refused value
+# the formats in which error messages of jsonargparse quote an invalid value
 GIVEN = re.compile(r"Given value: (.*)|Got value: (.*)|Unable to load config '(.*)'|: '(.*)'$", re.MULTILINE)
 
 
@@ -36,12 +37,12 @@ def parse(
 
     Args:
         description: text at the top of `--help`.
-        argv: arguments; default: sys.argv[1:].
-        defaults: YAML files that override the defaults of the dataclass.
-        positional: name of a field, a list of strings, that receives the arguments without an option name.
+        argv: command-line arguments; None uses sys.argv[1:].
+        defaults: YAML files whose values override the defaults of the dataclass.
+        positional: name of the field that receives all positional arguments. The field must be a list of strings.
 
-    Returns the instance, and its settings as YAML text that `--config` can read. Invalid settings exit with status 2
-    and an error message.
+    Returns the instance and its field values as YAML text, which `--config` can read. If a value is invalid, prints an
+    error message and exits with status 2.
     """
     types = _types(kind)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -79,10 +80,10 @@ def refuse(message: str) -> NoReturn:
 
 @contextmanager
 def refusing(stopped: str = "") -> Iterator[None]:
-    """Exit with status 2 and an error message if this package raises an error about its input within the block.
+    """Context manager that turns errors about user input into a one-line error message and exit status 2.
 
-    Errors raised in other packages keep their traceback. stopped: message printed on Ctrl-C, which then exits with
-    status 130; if it is empty, KeyboardInterrupt is not caught.
+    It catches ValueError, TypeError, OSError and ImportError if code of this package raised the error. If `stopped` is
+    not empty, Ctrl-C prints `stopped` as a message and exits with status 130; otherwise KeyboardInterrupt propagates.
     """
     try:
         yield
@@ -99,7 +100,7 @@ def refusing(stopped: str = "") -> Iterator[None]:
 
 
 class _HelpFormatter(DefaultHelpFormatter):
-    """Wraps each paragraph of a description separately; keeps paragraphs that have indented lines unchanged."""
+    """Help formatter that wraps paragraphs separately and prints paragraphs with indented lines unchanged."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n\n".join(
@@ -109,7 +110,7 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 class _Parser(ArgumentParser):
-    """Parser with one-line errors: field, value and expectation, or the most similar name for an unknown option."""
+    """Argument parser with one-line errors: the expected type or range, or the most similar known option."""
 
     types: dict[str, Any]
 
@@ -130,7 +131,7 @@ class _Parser(ArgumentParser):
 
 
 def _types(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every setting of a dataclass and of its sections, keyed by `name` or `section.name`."""
+    """Return the types of all fields of a dataclass by name; a field of a nested dataclass is named `section.name`."""
     found = {}
     for name, hint in field_types(kind).items():
         found[prefix + name] = hint
@@ -140,7 +141,7 @@ def _types(kind: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _check_names(values: dict[Any, Any], types: dict[str, Any], where: str, prefix: str = "") -> None:
-    """Raise ValueError unless every key of a settings file names a setting and every section is a mapping."""
+    """Raise ValueError if a key of the settings file `where` is unknown or the value of a section is not a mapping."""
     names = [name.removeprefix(prefix) for name in types if name.startswith(prefix)]
     known = [name for name in names if "." not in name]
     for key, value in values.items():
@@ -155,7 +156,7 @@ def _check_names(values: dict[Any, Any], types: dict[str, Any], where: str, pref
 
 
 def _config_files(words: Sequence[str]) -> list[Path]:
-    """Return the paths given by `--config FILE` or `--config=FILE`."""
+    """Return the paths that a command line gives as `--config FILE` or `--config=FILE`."""
     after = [value for word, value in zip(words, words[1:]) if word == "--config"]
     joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     return [Path(path).expanduser() for path in (*after, *joined)]

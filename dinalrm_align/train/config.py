@@ -1,4 +1,4 @@
-"""Settings of the training loop (`loop.fit`) and of its optimiser. Torch-free."""
+"""Configuration dataclasses of the training loop and of the optimiser. Does not import torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,19 +8,19 @@ from dinalrm_align.train import settings
 
 @dataclass
 class OptimConfig:
-    """AdamW, its learning-rate schedule and gradient clipping.
+    """Settings of AdamW, the learning-rate schedule and gradient clipping.
 
     Args:
-        name: adamw; or adamw8bit of bitsandbytes (extra `quant`), with 2 instead of 8 bytes of moments per parameter.
+        name: optimiser: adamw, or adamw8bit (extra `quant`), whose moments take 2 instead of 8 bytes per parameter.
         lr: peak learning rate.
-        weight_decay: decoupled weight decay, as in AdamW.
+        weight_decay: coefficient of decoupled weight decay.
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.
-        eps: added to the square root of the second moment.
-        clip: maximum norm of the gradient over all parameters; 0 disables clipping.
+        eps: term added to the square root of the second moment for numerical stability.
+        clip: maximum global gradient norm; 0 disables clipping.
         schedule: learning rate after the warm-up: constant, or cosine decay to 0 at the last step.
-        decay_share: fraction of the steps, at the end of the run, over which cosine decays; lr is constant before.
-        warmup_steps: steps of linear warm-up from 0.
+        decay_share: final fraction of the steps, over which the cosine decay runs; before it, lr is constant.
+        warmup_steps: number of steps over which the learning rate rises linearly from 0 to lr.
     """
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
@@ -40,17 +40,18 @@ class OptimConfig:
 
 @dataclass
 class LoopConfig:
-    """Length of training, checkpoints, and the moving average of the weights.
+    """Settings of the training loop: number of updates, checkpoints and the moving average of the weights.
 
     Args:
-        steps: total optimiser updates, including those before a resume.
-        accumulate: micro-batches per update.
-        ema_decay: decay of the exponential moving average of the trained weights, at most (1 + k) / (10 + k) after k
-            updates; 0 disables the average. If there is an average, it is evaluated and exported.
-        ema_every: optimiser updates between two updates of the average.
-        checkpoint_every: updates between two checkpoints; 0 saves only at the end and on Ctrl-C.
-        keep_last: number of newest checkpoints to keep; older ones are deleted after each save.
-        timeout: minutes that a rank waits for other ranks before the run fails; must exceed any work of a single rank.
+        steps: total number of optimiser updates. A resumed run counts the updates before the resume too.
+        accumulate: number of micro-batches per optimiser update, on each rank.
+        ema_decay: decay of the exponential moving average (EMA) of the trained weights; 0 disables the EMA. At
+            update k the decay is at most (1 + k) / (10 + k). The averaged weights are evaluated and exported.
+        ema_every: number of optimiser updates per update of the EMA.
+        checkpoint_every: number of optimiser updates per checkpoint; 0 saves only at the end and on Ctrl-C.
+        keep_last: number of checkpoints to keep; older checkpoints are deleted after each save.
+        timeout: minutes that a rank waits for other ranks before the run fails. Must be longer than any work that one
+            rank does while the others wait.
     """
 
     steps: settings.PositiveInt = 100

@@ -1,11 +1,11 @@
 """Measure the cost of a training step by phase: seconds, peak memory and floating-point operations.
 
-Memory is the peak within a phase minus the memory allocated when the step began, in MiB. On CUDA it is read from the
-allocator at every step. On the CPU it is the sum of live tensor storages, without workspaces and fragmentation. CPU
-tracking about doubles the time, so it runs only on profiled steps, and no seconds are reported for them.
+Memory is the peak within a phase minus the memory allocated at the start of the step, in MiB. On CUDA it is read from
+the allocator at every step. On the CPU it is the total size of live tensor storages, measured only on profiled steps.
+The CPU value excludes workspaces of kernels and fragmentation. Profiled steps are slow and report no seconds.
 
-FLOPs are counted on profiled steps by torch's `FlopCounterMode`: two per multiply-accumulate of matrix products,
-convolutions and attention, including recomputation by gradient checkpointing.
+FLOPs are counted only on profiled steps, by torch's `FlopCounterMode`: two per multiply-accumulate of matrix products,
+convolutions and attention. Recomputation by gradient checkpointing is included.
 """
 
 import time
@@ -27,7 +27,7 @@ CPU_ATTENTION = {
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
-}  # fmt: skip  # FLOPs of attention kernels for which `FlopCounterMode` has no formula
+}  # fmt: skip  # formulas that `FlopCounterMode` lacks
 
 
 def tensors_among(values: Any) -> list[torch.Tensor]:
@@ -36,7 +36,7 @@ def tensors_among(values: Any) -> list[torch.Tensor]:
 
 
 class LiveStorage(TorchDispatchMode):
-    """Dispatch mode that counts bytes of storages that operators allocate: `live` now, `peak` since `restart`."""
+    """Dispatch mode that tracks bytes in tensor storages: `live` now, and `peak`, the maximum since `restart`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LiveStorage(TorchDispatchMode):
         inputs = {tensor.untyped_storage()._cdata for tensor in tensors_among((args, kwargs))}
         result = func(*args, **kwargs)
         for storage in [tensor.untyped_storage() for tensor in tensors_among(result)]:
-            if storage._cdata not in self._seen and storage._cdata not in inputs:  # not a view or in-place
+            if storage._cdata not in self._seen and storage._cdata not in inputs:  # no view or in-place result
                 size = storage.nbytes()
                 self._seen[storage._cdata] = weakref.finalize(storage, self._release, storage._cdata, size)
                 self.live += size
@@ -66,7 +66,7 @@ class LiveStorage(TorchDispatchMode):
 
 
 class _NoModules(ModuleTracker):
-    """Turns off the module hooks of `FlopCounterMode`, which keep recomputed activations alive in the backward pass."""
+    """Module tracker without hooks. The hooks of `FlopCounterMode` would keep recomputed activations in memory."""
 
     __enter__ = __exit__ = lambda self, *args: None
 
@@ -79,9 +79,9 @@ class PhaseMeter:
             ...
         metrics |= meter.finish_step()      # {"memory_mib/rollout": 310.0, "gflops/rollout": 54.2}
 
-    If a phase runs several times in a step, seconds and FLOPs are summed and the highest memory peak is kept. Outside
-    of a step nothing is measured, so that an evaluation can run the same code. Phases must not be nested.
-    profile_every: `loop.fit` profiles steps 1, 1 + profile_every, ...; 0 disables profiling.
+    If a phase runs several times in a step, seconds and FLOPs are summed and the highest memory peak is reported.
+    Phases must not be nested. Outside of a step, `phase` measures nothing, so that evaluation can call the same code.
+    `profile_every`: the training loop `fit` profiles updates 1, 1 + profile_every, ...; 0 disables profiling.
     """
 
     def __init__(self, device: torch.device | str, profile_every: int = 0) -> None:
@@ -90,7 +90,7 @@ class PhaseMeter:
         self._in_step = False
 
     def start_step(self, *, profile: bool = False) -> None:
-        """Begin a step. profile: count FLOPs and, on the CPU, track memory. On CUDA memory is always tracked."""
+        """Begin a step. `profile`: count FLOPs and, on the CPU, measure memory. On CUDA, memory is always measured."""
         self._in_step, self._profiled = True, profile
         self._tracker: LiveStorage | None = None
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -104,7 +104,7 @@ class PhaseMeter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure the block as phase `name`. On CUDA the device is synchronised before and after."""
+        """Context manager that measures its block as phase `name`. A CUDA device is synchronised before and after."""
         if not self._in_step:
             yield
             return
@@ -129,7 +129,11 @@ class PhaseMeter:
         self._seconds[name] += time.perf_counter() - began
 
     def finish_step(self) -> dict[str, float]:
-        """End the step; return seconds/<phase> (unless profiled), memory_mib/<phase>, gflops/<phase> (if profiled)."""
+        """End the step; return its metrics by name.
+
+        Metrics of each phase: `memory_mib/<phase>`; on profiled steps also `gflops/<phase>`, on all others also
+        `seconds/<phase>`. On the CPU, `memory_mib/<phase>` is measured only on profiled steps.
+        """
         self._in_step, self._tracker = False, None
         report = {} if self._profiled else {f"seconds/{name}": value for name, value in self._seconds.items()}
         report |= {f"memory_mib/{name}": size / MIB for name, size in self._bytes.items()}

@@ -11,7 +11,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 
 def available_device(device: torch.device | str) -> torch.device:
-    """Return `device` as a torch.device; raise ValueError if torch or this machine does not have it."""
+    """Return `device` as a torch.device; raise ValueError if the device is invalid or not available."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -28,14 +28,14 @@ def available_device(device: torch.device | str) -> torch.device:
 def start_accelerator(
     run: Any, model_dtype: str, *, minutes: float, tracker: str = "none", autocast: bool = False
 ) -> tuple[Accelerator, str]:
-    """Seed the global RNGs; return the accelerator of a run and the dtype name of its frozen weights.
+    """Seed the global RNGs; return the `Accelerator` of a run and the name of the dtype for frozen weights.
 
     Args:
-        run: settings of a recipe, of which device, dtype, seed and output_dir are read.
-        model_dtype: dtype on a GPU if run.dtype is "auto"; on the CPU "auto" means float32.
-        minutes: timeout of collectives.
-        tracker: none, wandb or tensorboard.
-        autocast: use bfloat16 autocast on a GPU, unless the dtype is float32.
+        run: settings of the run; the fields device, dtype, seed and output_dir are read.
+        model_dtype: dtype that "auto" in run.dtype stands for on a GPU. On the CPU, "auto" stands for float32.
+        minutes: timeout of collective operations.
+        tracker: experiment tracker: none, wandb or tensorboard.
+        autocast: whether to use bfloat16 autocast on a GPU. Ignored if the dtype is float32.
     """
     if run.device != "auto":
         available_device(run.device)
@@ -54,10 +54,10 @@ def start_accelerator(
 
 @contextmanager
 def with_others() -> Iterator[None]:
-    """Raise ConnectionError (an OSError) if a collective within the block fails: a rank failed or timed out."""
+    """Context manager that raises ConnectionError if a collective operation fails: a rank failed or timed out."""
     try:
         yield
-    except RuntimeError as error:  # DistBackendError is one; gloo raises it bare
+    except RuntimeError as error:  # NCCL raises the subclass DistBackendError, gloo RuntimeError
         first_line = str(error).strip().split("\n")[0]
         raise ConnectionError(
             f"another process was lost: it failed or exceeded loop.timeout; see its output ({first_line:.200})"

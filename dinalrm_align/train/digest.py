@@ -1,4 +1,4 @@
-"""SHA-256 digests of tensors and texts, to verify files and to identify models."""
+"""SHA-256 digests of tensors, modules and texts."""
 
 import hashlib
 from collections.abc import Mapping
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-SAMPLED = 256  # fewest values of a large tensor in a fingerprint
+SAMPLED = 256  # minimum number of values that a fingerprint reads from a large tensor
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values, in hexadecimal; order and device do not matter."""
+    """Return the hexadecimal SHA-256 of names, dtypes, shapes and values of tensors, regardless of order and device."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -22,8 +22,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def fingerprint(module: nn.Module) -> str:
     """Return a fast digest of a module's parameters and buffers, as 16 hexadecimal digits.
 
-    It covers names, dtypes, shapes and at least 256 evenly spaced values of each tensor (all values of smaller ones). A
-    change of single weights can go unnoticed.
+    The digest covers names, dtypes, shapes and at least 256 evenly spaced values of each tensor; smaller tensors are
+    read in full. It may not change if only a few weights of a large tensor change.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     sampled = {f"{n} {tuple(t.shape)}": t.detach().flatten()[:: max(1, t.numel() // SAMPLED)] for n, t in tensors}
@@ -31,5 +31,5 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def text_digest(text: str) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a text in UTF-8."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of a text, encoded as UTF-8."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

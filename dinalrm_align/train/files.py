@@ -1,11 +1,11 @@
-"""Read files with errors that name the file and a remedy; write files and folders atomically. Torch-free.
+"""Read files with helpful error messages; write files and folders atomically. Does not import torch.
 
-After an atomic write a file or folder is complete or absent, even if the process is killed or the power fails. The
-content is written under a temporary name in the same folder, flushed to disk and renamed. The next write replaces what
-a killed one left under the temporary name.
+An atomic write leaves no partly written file or folder under the final name, even if the process is killed or the power
+fails. The content is written under a temporary name in the same folder, flushed to disk and then renamed. If a process
+is killed during a write, the temporary file stays until the next write of the same file.
 
-A sealed folder also holds state.json, with the size and SHA-256 of every other file and a digest of its own content.
-`open_sealed` raises ValueError if any byte has changed.
+A sealed folder contains a file state.json with the size and SHA-256 of every other file and a SHA-256 of the content of
+state.json. `open_sealed` raises ValueError if any byte of the folder has changed.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ TEMPORARY, DISCARDED = ".tmp_", ".old_"  # prefixes of names while a file is wri
 
 
 def read_text(path: Path, what: str, expected: str = "a file") -> str:
-    """Return the text of a UTF-8 file, without byte order mark; raise ValueError for NUL or another encoding."""
+    """Return the text of a UTF-8 file. Raises ValueError if the file is not UTF-8 or contains a NUL byte."""
     if not path.is_file():
         raise FileNotFoundError(f"no {what} {path}{' (it is a folder)' if path.is_dir() else ''}; expected {expected}")
     data = path.read_bytes()
@@ -43,7 +43,7 @@ def read_text(path: Path, what: str, expected: str = "a file") -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return the value of a JSON text; raise ValueError for invalid JSON and duplicate keys."""
+    """Parse a JSON text. Raises ValueError, with `where` in the message, for invalid JSON and duplicate keys."""
     try:
         return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -52,7 +52,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_json(path: Path, expected: str = "a file") -> dict[str, Any]:
-    """Return the object in a JSON file. Raises as `read_text` and `parse_json`, and ValueError for other values."""
+    """Return the content of a JSON file as a dict. Raises ValueError if the file does not hold a JSON object."""
     values = parse_json(read_text(path, "file", expected), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a JSON {type(values).__name__}, expected an object")
@@ -60,10 +60,10 @@ def read_json(path: Path, expected: str = "a file") -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+    """Return the content of a YAML file as a dict. `what` describes the file in error messages.
 
-    Raises ValueError for invalid YAML, duplicate keys and values other than a mapping. Aliases are refused too, since a
-    few lines of them can expand to gigabytes.
+    Raises ValueError for invalid YAML, duplicate keys, aliases, and if the file does not hold a mapping. Aliases are
+    refused because a few lines of nested aliases can expand to gigabytes.
     """
     text = read_text(path, what)
     try:
@@ -78,7 +78,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents; raise an OSError that names the folder if this fails."""
+    """Create a folder and its parents, unless the folder exists. Raises OSError, with the path in the message."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -89,10 +89,10 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def reading(what: str, source: str | Path) -> Iterator[None]:
-    """Convert errors of a library that reads `source`: OSError to FileNotFoundError, all others to ValueError."""
+    """Context manager that converts errors of loading `source`: OSError to FileNotFoundError, others to ValueError."""
     try:
         yield
-    except Exception as error:  # libraries raise many types for files of unknown content
+    except Exception as error:  # libraries raise many exception types for invalid files
         first_line = (str(error).strip().splitlines() or [""])[0]
         reason = f"{type(error).__name__}: {first_line:.300}"
         if isinstance(error, OSError):
@@ -105,7 +105,7 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path with the suffix of `path`; the file written there replaces `path` when the block ends."""
+    """Context manager that yields a temporary path. The file written there replaces `path` if the block succeeds."""
     make_folder(path.parent)
     temporary = path.with_name(TEMPORARY + path.name)
     yield temporary
@@ -116,7 +116,7 @@ def atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder, which replaces `path` when the block ends. It is deleted if the block raises."""
+    """Context manager that yields an empty temporary folder, which replaces `path` if the block succeeds."""
     temporary, old = path.with_name(TEMPORARY + path.name), path.with_name(DISCARDED + path.name)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -136,22 +136,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file atomically, a str as UTF-8. An OSError names the file."""
+    """Write a file atomically. A str is encoded as UTF-8. An OSError has the path in its message."""
     with atomically(path) as temporary:
         write_file(temporary, content)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file in place, a str as UTF-8. An OSError names the file."""
+    """Write a file, not atomically. A str is encoded as UTF-8. An OSError has the path in its message."""
     try:
         with open(path, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
-    except OSError as error:  # one raised by a write does not name its file
+    except OSError as error:  # errors of file.write have no path
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or the list of files of a folder, to disk."""
+    """Flush a file, or the directory entries of a folder, to disk with fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -174,9 +174,9 @@ def file_digest(path: Path) -> str:
 
 
 def begin_or_resume(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-    """Write `settings` (JSON values) to the file folder/name, or compare them with the settings in this file.
+    """Write `settings` to the JSON file folder/name or, if this file exists, verify that it holds the same settings.
 
-    Raises ValueError if the file holds other settings; FileExistsError if the folder holds files, but not this one.
+    Raises ValueError if the settings differ, and FileExistsError if the folder contains files but no file `name`.
     """
     path, settings = folder / name, json.loads(json.dumps(settings))
     if path.is_file():
@@ -200,13 +200,13 @@ def save_figure(figure: Any, path: Path, *, dpi: int = 110) -> None:
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write state.json: `facts` (JSON values), and the size and SHA-256 of every file in the folder."""
+    """Seal a folder: write state.json with `facts` (JSON values) and the size and SHA-256 of every file."""
     marks = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in folder.iterdir()}
     write_file(folder / STATE, _text({**facts, "files": marks}))
 
 
 def open_sealed(folder: Path) -> dict[str, Any]:
-    """Check a sealed folder and return its facts. Raises ValueError, naming the first missing or damaged file."""
+    """Verify a folder sealed with `seal`; return `facts`. Raises ValueError if a file is missing or damaged."""
     path = folder / STATE
     if not path.is_file():
         raise ValueError(f"{path} is missing")
@@ -215,7 +215,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
         state = json.loads(content)
         del state["sha256"]
         intact = content == _text(state).encode()
-    except (ValueError, TypeError, KeyError, RecursionError):  # not JSON, not an object, no digest
+    except (ValueError, TypeError, KeyError, RecursionError):  # not JSON, not an object, or without a digest
         intact = False
     if not intact:
         raise ValueError(f"{path} is damaged or of another version: its {len(content)} bytes do not match their digest")
@@ -225,7 +225,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
 
 
 def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> None:
-    """Raise ValueError unless a file, or with `prefix` its beginning, has the `bytes` and `sha256` of `mark`."""
+    """Raise ValueError unless a file has the size and SHA-256 in `mark`. `prefix`: ignore bytes beyond this size."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     size, expected = path.stat().st_size, mark["bytes"]
@@ -238,7 +238,7 @@ def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> 
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases, duplicate keys and keys that are not scalars."""
+    """YAML SafeLoader that raises for aliases, duplicate keys and keys that are not scalars."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -259,7 +259,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested dict with dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten a nested dict into a dict with dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -275,6 +275,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _text(state: Mapping[str, Any]) -> str:
-    """Return the text of state.json: `state` and a digest of it."""
+    """Return the JSON text of a state.json file: the values of `state` and their SHA-256."""
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     return json.dumps({**state, "sha256": digest}, indent=1, sort_keys=True) + "\n"

@@ -1,7 +1,7 @@
-"""`fit`: the training loop. Everything specific to a training method is in its `batch_at` and `step`.
+"""The training loop `fit`, shared by all training methods, and `Method`, the interface of a training method.
 
-There is no stateful data loader: `batch_at(micro_step)` is a pure function of the seed, the micro-step and the weights,
-so that a resumed run sees the batches of an uninterrupted one. On-policy methods generate rollouts inside `batch_at`.
+There is no stateful data loader: `Method.batch_at` must be a pure function of the seed, the micro-step and the weights,
+so that a resumed run gets the same batches as an uninterrupted one. On-policy methods generate rollouts in `batch_at`.
 """
 
 import math
@@ -28,23 +28,23 @@ from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.metrics import METRICS, MetricsLog
 from dinalrm_align.train.state import RunState, lr_factor
 
-INTERRUPTED = 130  # exit status of a program ended by Ctrl-C, by convention of shells
+INTERRUPTED = 130  # exit status of a program stopped by Ctrl-C (shell convention)
 StepOutput = tuple[Tensor, Mapping[str, float | Tensor]]
 
 
 class Method(Protocol):
-    """A training method. Every batch has a `count`, the number of items that its loss is averaged over."""
+    """Interface of a training method. The loss of a batch must be the mean over `batch.count` items."""
 
     def batch_at(self, micro_step: int) -> Any:
-        """Return the batch of micro-step `micro_step`, counted from 0 over the whole run."""
+        """Return the batch of a micro-step. Micro-steps are counted from 0 over the whole run."""
 
     def step(self, batch: Any) -> StepOutput:
-        """Return the scalar loss, with its autograd graph, and metrics by name."""
+        """Return the scalar loss of a batch, with its autograd graph, and a dict of metrics."""
 
 
 @dataclass(frozen=True)
 class Closures:
-    """A `Method` made of two functions. count: maps a batch to the number of items that its loss is averaged over."""
+    """A `Method` made of functions. `count`: maps a batch to the number of items that the loss is averaged over."""
 
     make_batch: Callable[[int], Any]
     make_step: Callable[[Any], StepOutput]
@@ -60,11 +60,15 @@ class Closures:
 
 @dataclass(frozen=True)
 class Hook:
-    """A function that `fit` calls on every rank before the first update, every `every` updates and after the last.
+    """A function, such as an evaluation, that `fit` calls on every rank at regular updates and after the last update.
 
-    The weights are the averaged ones during the call. It returns metrics of the step, or None. every 0: only before the
-    first and after the last update. at_start: call it before the first update. at_stop: call it also when a run is
-    stopped early; its metrics are then ignored.
+    If there is a moving average of the weights, the model has the averaged weights during the call.
+
+    Args:
+        every: number of updates between two calls; 0 disables the regular calls.
+        call: maps the number of updates done to metrics to log, or None.
+        at_start: whether to call the function before the first update too.
+        at_stop: whether to call the function when a run stops early too. The returned metrics are not logged then.
     """
 
     every: int
@@ -78,10 +82,13 @@ class Hook:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run, which holds config.yaml, metrics.jsonl and checkpoints/.
+    """The folder of a training run, which contains config.yaml, metrics.jsonl and checkpoints/.
 
-    settings: text of config.yaml; if empty, the file is not written. checkpoint: checkpoint in this folder to resume
-    from; None starts a new run. resume_command: shown when the run stops early.
+    Args:
+        path: path of the folder.
+        settings: text of config.yaml; if empty, config.yaml is not written.
+        checkpoint: checkpoint to resume from, which must be in this folder; None starts a new run.
+        resume_command: command that resumes the run, printed when the run stops early.
     """
 
     path: Path
@@ -103,24 +110,24 @@ def fit(
     shown: Sequence[str] = ("loss",),
     stop_when: Callable[[Mapping[str, float]], str | None] | None = None,
 ) -> int:
-    """Train up to update `config.steps` and save a checkpoint; `state` is updated in place.
+    """Train up to update `config.steps` and save checkpoints; `state` is updated in place.
 
     An update takes `config.accumulate` micro-steps on every rank. Loss, gradient and metrics are means over the items
-    of all these micro-steps (`Method`). `fit` averages the gradients without DistributedDataParallel, because rollouts
-    and partial forward passes do not call the `forward` of one wrapped module.
+    of all micro-steps of the update. Gradients are averaged without DistributedDataParallel, because rollouts and
+    partial forward passes do not call the `forward` of one wrapped module. Ctrl-C and SIGTERM save a checkpoint after
+    the update in progress and exit with status 130; a second signal stops the process at once.
 
     Args:
-        state: state to start from (`RunState.initial`). The weights of rank 0 are broadcast to all ranks.
-        meter: measures the backward pass. Give it to `method` too, to measure other phases.
-        shown: names of the metrics in the progress bar.
-        stop_when: called after every update with its metrics; returns the reason to stop the run, or None. Must return
-            the same on every rank.
+        state: state to start from (`RunState.initial`). In a new run, the weights of rank 0 are broadcast to all ranks.
+        meter: measures the backward pass. Pass the same meter to `method` to measure phases of `method` too.
+        shown: names of the metrics to show in the progress bar.
+        stop_when: called after every update with the metrics; returns the reason to stop the run, or None. Must return
+            the same value on every rank.
 
-    Returns the number of updates done: config.steps, or fewer if `stop_when` stopped the run. Raises ValueError, before
-    anything is changed, if the checkpoint does not fit or a new run would overwrite another; FloatingPointError, before
-    the weights are changed, if loss or gradient is not finite; OSError if a file cannot be written or another rank is
-    lost. Ctrl-C and SIGTERM save a checkpoint after the update in progress and exit with status 130; a second signal
-    stops at once.
+    Returns the number of updates done, which is less than `config.steps` only if `stop_when` stopped the run. Raises
+    ValueError if the checkpoint does not match the run or a new run would overwrite an existing run. Raises
+    FloatingPointError, with unchanged weights, if loss or gradient is not finite. Raises OSError if a file cannot be
+    written or another rank failed.
     """
     meter = meter or PhaseMeter(accelerator.device)
     log = _start(config, state, accelerator, run)
@@ -131,7 +138,7 @@ def fit(
         return state.step
 
     def record(row: dict[str, float]) -> None:
-        """Run the hooks that are due, add their metrics to `row` and log the row."""
+        """Call the hooks that are due, add the metrics that they return to `row`, and log `row`."""
         _call([hook for hook in hooks if hook.is_due(state.step, config.steps)], state, row)
         if log is not None and row:
             log.append({"step": state.step, **row})
@@ -165,7 +172,7 @@ def fit(
 
 
 def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: RunFolder) -> MetricsLog | None:
-    """Load the checkpoint or broadcast the weights of rank 0; prepare the folder; return the log (main rank only)."""
+    """Load the checkpoint or broadcast the initial weights. Returns the metrics log (None if not on the main rank)."""
     if accelerator.scaler is not None:
         raise ValueError("mixed_precision: got fp16; expected bf16 or no: this loop has no loss scaler")
     if run.checkpoint is None and (newest := latest_checkpoint(run.path)) is not None:
@@ -176,7 +183,7 @@ def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: R
     if run.checkpoint is not None:
         facts = load_checkpoint(run.checkpoint, state, steps=config.steps, accelerator=accelerator)
         kept = facts["metrics"]["bytes"]
-        accelerator.wait_for_everyone()  # other ranks may still read files that are deleted below
+        accelerator.wait_for_everyone()  # `tidy` below deletes files that other ranks may still be reading
     elif accelerator.num_processes > 1:
         for tensor in [tensor for tensors in state.tensors().values() for tensor in tensors.values()]:
             torch.distributed.broadcast(tensor.detach(), src=0)
@@ -190,7 +197,7 @@ def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: R
 
 
 def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None:
-    """Call the hooks with the averaged weights in place; add their metrics to `row`."""
+    """Call the hooks with averaged weights, if any, in the model; add the metrics that they return to `row`."""
     with state.average.in_place() if hooks and state.average else nullcontext():
         for hook in hooks:
             row.update(hook.call(state.step) or {})
@@ -199,7 +206,7 @@ def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None
 def _update(
     config: LoopConfig, optim: OptimConfig, state: RunState, method: Method, accelerator: Accelerator, meter: PhaseMeter
 ) -> dict[str, float]:
-    """Make one optimiser update; return its metrics."""
+    """Run the micro-steps of one optimiser update and apply it; return the metrics of the update."""
     began = time.perf_counter()
     parts: list[tuple[float, dict[str, float]]] = []
     tensors = list(state.parameters.values())
@@ -237,7 +244,7 @@ def _update(
 
 @contextmanager
 def _resume_hint(run: RunFolder) -> Iterator[None]:
-    """Add instructions for resuming the run to an OSError raised within the block."""
+    """Context manager that adds instructions to resume the run to the message of an OSError."""
     try:
         yield
     except OSError as error:
@@ -280,10 +287,10 @@ def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
 def _averaged(
     parts: Sequence[tuple[float, Mapping[str, float]]], tensors: Sequence[nn.Parameter], accelerator: Accelerator
 ) -> dict[str, float]:
-    """Return the mean metrics of an update over the micro-steps of all ranks, weighted by their numbers of items.
+    """Average metrics and gradients over the micro-steps of all ranks, weighted by the number of items per micro-step.
 
-    parts: (number of items, metrics) of every micro-step. tensors: parameters, whose gradients are averaged in place.
-    If there are no items, the gradients become 0 and the metrics are unweighted means.
+    `parts`: (number of items, metrics) of every micro-step of this rank. `tensors`: parameters whose gradients, sums
+    over items, are averaged in place. If there are no items, returns unweighted means of the metrics.
     """
     names = list(parts[0][1])
     sums = [[len(parts), sum(count for count, _ in parts)]]

@@ -1,7 +1,9 @@
-"""Write and read metrics.jsonl, one JSON object per line with its `step`; log to trackers. Torch-free.
+"""Write and read metrics.jsonl, and log to the experiment trackers of accelerate. Does not import torch.
 
-The trackers are accelerate's. tensorboard writes to the folder of the run: `tensorboard --logdir RUN`. wandb writes to
-its server; with WANDB_MODE=offline it writes to the folder of the run, for `wandb sync RUN/wandb/offline-run-*`.
+Each line of metrics.jsonl is a JSON object of metrics with the key `step`, the number of updates done.
+
+TensorBoard logs to the run folder: `tensorboard --logdir RUN`. Weights & Biases logs to the wandb server. With
+WANDB_MODE=offline it logs to the run folder, and `wandb sync RUN/wandb/offline-run-*` uploads the log later.
 """
 
 import hashlib
@@ -26,10 +28,10 @@ TENSORBOARD = "tensorboard"
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl and updates the SHA-256 of the file."""
+    """Appends rows of metrics to metrics.jsonl and keeps a running SHA-256 of the file."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Keep only the first `keep` bytes of an existing file; a resumed run writes the later rows again."""
+        """Open a log. An existing file is cut to `keep` bytes, because a resumed run repeats the later updates."""
         self.path = path
         kept = path.read_bytes()[:keep] if keep else b""
         write_atomically(path, kept)
@@ -43,13 +45,13 @@ class MetricsLog:
         self._digest.update(line)
 
     def mark(self) -> dict[str, Any]:
-        """Flush the file to disk; return its size in bytes and its SHA-256, which a checkpoint stores."""
+        """Flush the file to disk; return a dict of `bytes`, the size of the file, and `sha256`, for a checkpoint."""
         flush(self.path)
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a metrics.jsonl. Skips a last line cut short by a crash; other bad lines raise ValueError."""
+    """Return the rows of a metrics.jsonl file, without an incomplete last line. Other bad lines raise ValueError."""
     *lines, _ = read_text(path, "file of metrics").split("\n")
     rows = []
     for number, line in [(number, line) for number, line in enumerate(lines, 1) if line]:
@@ -65,7 +67,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def check_tracker(name: str) -> None:
-    """Raise ImportError, naming the extra to install, if the package of the tracker `name` is not installed."""
+    """Raise ImportError if the package of the tracker `name` is not installed. "none" needs no package."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise ImportError(f"--tracker {name} needs the package {name}: pip install 'dinalrm-align[{name}]'")
 
@@ -73,23 +75,24 @@ def check_tracker(name: str) -> None:
 def open_tracker(
     accelerator: "Accelerator", name: str, folder: Path, settings: str, checkpoint: Path | None = None
 ) -> None:
-    """Start the tracker `name` and log the settings of the run, a YAML text. `accelerator.end_training` closes it.
+    """Start the tracker `name` (none, wandb or tensorboard) and log `settings`, the YAML text of the run's settings.
 
-    checkpoint: the checkpoint that the run resumes from; tensorboard then discards what was logged after it.
+    `checkpoint`: checkpoint that the run resumes from. TensorBoard discards entries logged after this checkpoint.
+    `accelerator.end_training` closes the tracker.
     """
     if name == "wandb":
         options = {"name": folder.name, "group": folder.name, "dir": str(folder)}
         accelerator.init_trackers(PROJECT, config=yaml.safe_load(settings), init_kwargs={name: options})
     elif name == TENSORBOARD:
         options = {} if checkpoint is None else {"purge_step": read_json(checkpoint / STATE)["step"] + 1}
-        accelerator.init_trackers(TENSORBOARD, init_kwargs={name: options})  # a subfolder of the run
+        accelerator.init_trackers(TENSORBOARD, init_kwargs={name: options})  # logs to RUN/tensorboard
         if accelerator.is_main_process:
             text = "\n".join(f"    {line}" for line in settings.splitlines())  # a Markdown code block
             accelerator.get_tracker(TENSORBOARD, unwrap=True).add_text("settings", text)
 
 
 def track_image(accelerator: "Accelerator", name: str, path: Path, step: int) -> None:
-    """Log the image file `path` as `name` to every tracker. Call it on the main process."""
+    """Log the image file `path` under the title `name` to every tracker. Must be called on the main process only."""
     for tracker in accelerator.trackers:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))

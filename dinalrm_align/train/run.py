@@ -1,4 +1,4 @@
-"""Read the settings of a new or resumed run from a command line. Torch-free."""
+"""Parse the command line of a new or resumed training run. Does not import torch."""
 
 import os
 from collections.abc import Sequence
@@ -12,9 +12,10 @@ Run = TypeVar("Run")  # settings of a training recipe: model, output_dir, resume
 
 
 def parse_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[Run, Path | None]:
-    """Return the settings (an instance of `kind`) and the checkpoint to resume from, None for a new run.
+    """Parse the command line of a training recipe; return the settings and the checkpoint to resume.
 
-    A resumed run reads its config.yaml, and `argv` overrides it.
+    With `--resume`, the settings come from config.yaml in the run folder, and `argv` overrides them. In a new run,
+    the checkpoint is None.
     """
     run, _ = parse(kind, description, argv)  # --help exits here, before heavy imports
     checkpoint = None
@@ -42,13 +43,13 @@ def complete_run(
     name: str,
     defaults: Sequence[Path] = (),
 ) -> tuple[Run, str]:
-    """Set the model and the output folder in the settings of `parse_run`; return them and the text of config.yaml.
+    """Set model and output folder in `run`, the settings from `parse_run`; return `run` and the text of config.yaml.
 
     Args:
-        recipe: path of the program.
-        model: name of the model, resolved from "auto".
-        name: name of the new folder under runs/ if output_dir is not set.
-        defaults: settings files of a new run that override the defaults of the dataclass.
+        recipe: path of the training program.
+        model: name of the model, which replaces "auto" in `run`.
+        name: name of the new run folder under runs/ if output_dir is not set.
+        defaults: YAML files that override the defaults of the dataclass in a new run.
     """
     from dinalrm_align.train.checkpoints import new_run_folder, run_of
 

@@ -1,7 +1,7 @@
-"""Types and checks for configuration dataclasses, and checks of single numbers. Torch-free.
+"""Number types and checks for the fields of configuration dataclasses. Does not import torch.
 
-A range is part of the annotation: `lr: NonNegativeFloat = 1e-4`. jsonargparse checks it on the command line,
-`check_fields` checks it in Python. An int is accepted as a float. A bool, NaN or infinity is not accepted as a number.
+The annotation of a field sets its range: `lr: NonNegativeFloat = 1e-4`. jsonargparse checks the range on the command
+line, and `check_fields` checks it in Python. An int is valid for a float; a bool, NaN or infinity is not valid.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ _UNIONS = (typing.Union, types.UnionType)
 
 
 def check_fields(settings: Any, section: str = "") -> None:
-    """Check the fields of a dataclass; replace restricted numbers by plain int and float.
+    """Check the field values of a dataclass instance; convert range types such as `PositiveInt` to int and float.
 
-    section: prefix of field names in messages. Raises TypeError if a value does not have the annotated type; ValueError
-    if a number is out of range or not finite, or a choice is unknown.
+    `section`: prefix of field names in error messages. Raises TypeError if a value does not have the annotated type,
+    and ValueError if a number is out of range or not finite, or if a value is not one of the annotated choices.
     """
     for name, hint in field_types(type(settings)).items():
         value = vars(settings)[name]
@@ -50,13 +50,13 @@ def check_fields(settings: Any, section: str = "") -> None:
 
 
 def check_integer(name: str, value: Any, *, low: int = 0, high: int | None = None) -> None:
-    """Raise TypeError unless `value` is an integer (not a bool), ValueError unless low <= value <= high."""
+    """Raise TypeError if `value` is a bool or not an integer; raise ValueError if it is not in [low, high]."""
     _check(name, value, int)
     check_number(name, value, low=low, high=high)
 
 
 def check_number(name: str, value: Any, *, low: float | None = None, high: float | None = None) -> None:
-    """Raise TypeError unless `value` is a number (not a bool), ValueError unless it is finite and in [low, high]."""
+    """Raise TypeError if `value` is a bool or not a number; raise ValueError if not finite or not in [low, high]."""
     _check(name, value, float)
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
@@ -64,25 +64,25 @@ def check_number(name: str, value: Any, *, low: float | None = None, high: float
 
 
 def check_image_size(height: int | None, width: int | None) -> None:
-    """Raise ValueError unless each size is None (use the default) or a positive multiple of 16 pixels."""
+    """Raise ValueError unless `height` and `width` are positive multiples of 16 pixels or None (use the default)."""
     for name, size in (("height", height), ("width", width)):
         if size is not None and (size < 16 or size % 16):
             raise ValueError(f"{name}: got {size} pixels; expected a positive multiple of 16")
 
 
 def check_levels(name: str, sigmas: Sequence[float] | None) -> None:
-    """Raise ValueError if the list of noise levels is empty. None (use the default levels) is accepted."""
+    """Raise ValueError if the list of noise levels `sigmas` is empty. None (use the default noise levels) is valid."""
     if sigmas is not None and not sigmas:
         raise ValueError(f"{name}: got {sigmas}; expected at least one noise level")
 
 
 def bounds_in_words(expression: str) -> str:
-    """Return a restriction of `jsonargparse.typing` in words: "v>=0 and v<1" -> "at least 0 and less than 1"."""
+    """Translate a range expression of jsonargparse to words: "v>=0 and v<1" -> "at least 0 and less than 1"."""
     return re.sub(r"v(>=|<=|>|<)", lambda sign: f"{_COMPARISONS[sign[1]]} ", expression)
 
 
 def type_in_words(hint: Any) -> str:
-    """Return a type in words, without ranges: list[float] | None -> "a list (each a number) or null"."""
+    """Describe a type in words, without number ranges: list[float] | None -> "a list (each a number) or null"."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         return " or ".join(map(type_in_words, inner))
@@ -98,14 +98,14 @@ def type_in_words(hint: Any) -> str:
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?", where x is the most similar known name, or "" if none is similar enough."""
+    """Return "; did you mean 'x'?", where x is the name in `known` most similar to `name`; "" if none is similar."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 @functools.cache
 def field_types(kind: type) -> dict[str, Any]:
-    """Return the annotations of a dataclass, keyed by field name."""
+    """Return the resolved type annotations of a dataclass, keyed by field name."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
@@ -139,7 +139,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
         for key, element in value.items():
             _check(f"{name}, key", key, inner[0])
             _check(f"{name}.{key}", element, inner[1])
-    elif hint is float and not abs(value) <= sys.float_info.max:  # NaN, infinity, an integer beyond floats
+    elif hint is float and not abs(value) <= sys.float_info.max:  # NaN, infinity, or an int too large for a float
         raise ValueError(f"{name}: got {value!r:.80}; expected a finite number")
     elif hint is str and "\0" in value:
         raise ValueError(f"{name}: got {value!r:.80}; expected text without NUL characters")
@@ -150,7 +150,7 @@ def _type_error(name: str, value: Any, hint: Any) -> TypeError:
 
 
 def _is_kind(value: Any, hint: Any) -> bool:
-    """Return whether `value` has the outermost type of `hint`; the elements of lists and dicts are not checked."""
+    """Return whether `value` has the type `hint`, without a check of the elements of lists, tuples and dicts."""
     kind = _base(typing.get_origin(hint) or hint)
     if kind is typing.Literal:
         return isinstance(value, str)
@@ -162,12 +162,12 @@ def _is_kind(value: Any, hint: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` with restricted numbers as plain int or float; `torch.load` refuses other classes."""
+    """Return `value` with range types such as `PositiveInt` converted to int and float, which `torch.load` accepts."""
     if isinstance(value, list | tuple):
         return type(value)(map(_plain, value))
     return _base(type(value))(value) if type(value) in RESTRICTED else value
 
 
 def _base(hint: Any) -> Any:
-    """Return int or float for a restricted number type, and any other type unchanged."""
+    """Return the base type, int or float, of a number type with a range; return any other type unchanged."""
     return (int if issubclass(hint, int) else float) if hint in RESTRICTED else hint

@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule, weight averaging, and `RunState`, the state that checkpoints store."""
+"""The optimiser, the learning-rate schedule, weight averaging, and the training state that checkpoints store."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 
 def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
-    """Return the module bitsandbytes, needed by the setting `what`; ImportError, naming the extra, if not installed."""
+    """Import and return bitsandbytes, which the setting `what` needs. Raises ImportError if it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -24,7 +24,7 @@ def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
 
 
 def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW (8-bit if config.name is adamw8bit) over groups {"params": [...], "lr": default config.lr}."""
+    """Create AdamW, or 8-bit AdamW if `config.name` is adamw8bit. A group without "lr" uses `config.lr`."""
     kind = torch.optim.AdamW if config.name == "adamw" else bitsandbytes("optim.name adamw8bit").optim.AdamW8bit
     return kind(
         [{"lr": config.lr, **group, "initial_lr": group.get("lr", config.lr)} for group in groups],
@@ -35,10 +35,11 @@ def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """Return the factor in (0, 1] that multiplies all learning rates at update `step` = 1 ... steps.
+    """Return the factor in (0, 1] that multiplies the peak learning rates at update `step` = 1, ..., `steps`.
 
-    It rises linearly to 1 over the warm-up and then stays 1. With schedule cosine it falls as (1 + cos(pi t)) / 2,
-    where t goes from 0 to 1 over the last `decay_share` of the steps, but not before the warm-up ends.
+    The factor rises linearly to 1 during the warm-up. With the constant schedule it then stays 1. With the cosine
+    schedule it decays as (1 + cos(pi t)) / 2. Here t goes from 0 to 1 over the last fraction `config.decay_share` of
+    the updates; if the warm-up ends later than this decay would begin, the decay begins at the end of the warm-up.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -50,22 +51,23 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
 
 
 class Stateful(Protocol):
-    """State of a training method that cannot be recomputed, such as statistics or a rollout in use."""
+    """Interface of a training method with state to store in checkpoints, such as running statistics or a rollout."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the whole state after the last update, keyed by name; tensors may be on any device."""
+        """Return the state of the method after the last update, as tensors by name, on any device."""
 
     def is_common(self) -> bool:
-        """Return whether the state is the same on every rank; only then can the world size change on resume."""
+        """Return whether all ranks have the same state. If not, a run cannot resume with a different world size."""
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned; raise ValueError, before anything is changed, if it does not fit."""
+        """Restore the state from `state_tensors`. Must raise ValueError, before any change, if shapes differ."""
 
 
 class Ema:
-    """Exponential moving average of named parameters p: mean <- d mean + (1 - d) p, initialised with p.
+    """Exponential moving average of named parameters, initialised with the parameters.
 
-    At update k, d = min(decay, (1 + k) / (10 + k)): d is small at first, so that the initial weights fade fast.
+    Update k computes mean <- d * mean + (1 - d) * parameter, with d = min(decay, (1 + k) / (10 + k)). d is small in the
+    first updates, so that the initial weights lose influence quickly.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
@@ -74,14 +76,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the parameters after optimiser update `step` = 1, 2, ..."""
+        """Update the average with the present parameters. `step`: number of optimiser updates done, at least 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in self.parameters.items():
             self.mean[name].lerp_(p.detach(), 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Write the average into the parameters for the block; restore them bit for bit afterwards."""
+        """Context manager that sets the parameters to the averaged values and restores the trained values on exit."""
         trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._write(self.mean)
         try:
@@ -97,17 +99,19 @@ class Ema:
 
 @dataclass
 class RunState:
-    """State of a run that checkpoints store, and what identifies the run.
+    """Training state of a run, which checkpoints store, and values that identify the run.
 
     Args:
-        parameters: all trained parameters by name, the same ones as in `optimizer`.
-        average: moving average of the parameters, if any.
-        method: the training method, if it has state to store.
-        identity: seed, and digests of frozen weights and data, by name. A checkpoint with another identity is refused.
-        samples: prompts or pairs per update (on-policy: per rollout), summed over ranks. A run can be resumed with
-            another world size if this number stays the same.
-        step: updates done.
-        elapsed: seconds that these updates took.
+        parameters: all trained parameters by name. They must be the parameters of `optimizer`.
+        optimizer: optimiser of the trained parameters.
+        average: moving average of the parameters; None if weights are not averaged.
+        method: training method whose state is stored; None if the method has no state.
+        identity: seed of the run and digests of frozen weights and data, by name. A checkpoint resumes only if all of
+            these values match.
+        samples: prompts or pairs per update (for on-policy methods per rollout), summed over ranks. A run can resume
+            with a different world size only if this number stays the same.
+        step: number of optimiser updates done.
+        elapsed: total seconds of all optimiser updates done.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -131,12 +135,12 @@ class RunState:
         identity: Mapping[str, str] | None = None,
         samples: int = 0,
     ) -> "RunState":
-        """Return the state before the first update. optimizer: by default AdamW over all parameters."""
+        """Return the state before the first update. `optimizer`: if None, AdamW over all parameters is created."""
         optimizer = optimizer or adamw([{"params": list(parameters.values())}], optim)
         average = Ema(parameters, config.ema_decay) if config.ema_decay > 0 else None
         return cls(parameters, optimizer, average, method, identity or {}, samples)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the parameters and their average by name, keyed by the name of their file in a checkpoint."""
+        """Return the parameters and the averaged weights, if any, as {file name in a checkpoint: {name: tensor}}."""
         files: dict[str, dict[str, Tensor]] = {"weights.safetensors": dict(self.parameters)}
         return files if self.average is None else {**files, "ema.safetensors": self.average.mean}
