@@ -1,1 +1,1 @@
-"""The embedded world: a small SD3 pipeline trained on rendered shapes, with an oracle that scores its images."""
+"""The embedded world: a small SD3 pipeline trained on rendered shapes, with an oracle that scores generated images."""

@@ -1,7 +1,7 @@
-"""Training of the embedded world's autoencoder, text encoders and CLIP reward from scratch.
+"""Training of the autoencoder, text encoders and CLIP reward of the embedded world (rendered shapes) from scratch.
 
-Each `train_*` function trains one part of the small SD3 pipeline in place and resumes from its last checkpoint.
-`recipes/build_shapes.py` calls them in order and saves the weights.
+Each `train_*` function trains its networks in place or returns them, and resumes an interrupted training from the last
+checkpoint. `recipes/build_shapes.py` calls these functions in order and saves the weights.
 """
 
 import json
@@ -32,11 +32,11 @@ from dinalrm_align.train.loop import Closures, RunFolder, fit
 from dinalrm_align.train.state import RunState
 
 SLOT_CLASSES = [4, *[len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1] * 3, len(RELATIONS) + 1, len(BACKGROUNDS) + 1]
-"""Number of classes of each attribute slot of a caption, see `_slots`. Class 0 means that the attribute is absent."""
+"""Number of classes of each caption attribute that `_slots` returns. Class 0 means that the attribute is absent."""
 
 
 def random_images(number: int, rng: np.random.Generator, size: int) -> tuple[Tensor, list[Scene], list[Drawing]]:
-    """Render random training captions. Returns images (number, 3, size, size), their scenes, and their drawings."""
+    """Render random training captions. Returns images (number, 3, size, size), and each image's scene and drawing."""
     scenes = draw_scenes(number, rng)
     drawings = [lay_out(scene, draw_nuisance(rng), rng) for scene in scenes]
     return render(drawings, size), scenes, drawings
@@ -46,8 +46,9 @@ def run_stage(
     name: str, config: BuildConfig, accelerator: Accelerator, parameters: dict[str, nn.Parameter],
     closures: Closures, *, optimizer: torch.optim.Optimizer | None = None, **options: Any,
 ) -> None:  # fmt: skip
-    """Train `parameters` with `fit` in output_dir/name, from the last checkpoint there, if any. Afterwards they hold
-    their moving average (the last weights if ema_decay is 0). options: further arguments of `fit`.
+    """Train `parameters` with `fit` in output_dir/name, from the last checkpoint there, if any. At the end, set
+    `parameters` to their moving average (to the last weights if ema_decay is 0). `options`: keyword arguments passed
+    to `fit`.
     """
     stage: StageConfig = getattr(config, name)
     folder = Path(config.output_dir) / name
@@ -63,8 +64,8 @@ def run_stage(
 
 def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
     """Train `pipeline.vae` in place with an L1 + L2 loss and a weak KL term. The first 85 % of the steps use random
-    crops of half the image's side, the others whole images. Finally the mean of the latents becomes shift_factor, and
-    the inverse of their standard deviation scaling_factor.
+    crops of half the image's side, the remaining steps whole images. At the end, shift_factor is set to the mean of
+    the latents, and scaling_factor to the inverse of their standard deviation.
     """
     vae, stage = pipeline.vae.to(memory_format=torch.channels_last), config.vae
     size = config.stack.image_size
@@ -101,9 +102,9 @@ def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerat
 
 
 def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, float]:
-    """Measure how well the autoencoder preserves the oracle's score, on `number` images. Returns, for each part of the
-    score, the correlation of its values before and after encoding and decoding, and "psnr" in dB. Half of the images
-    are scored with the caption of another image, so that faithfulness varies.
+    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict: for each
+    component of the score, the correlation between original and reconstructed images; "psnr", the PSNR in dB. Half
+    of the images are scored with the caption of another image, so that faithfulness varies.
     """
     images, scenes, _ = random_images(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
     captions = [scene.caption for scene in scenes[: number // 2] + scenes[number // 2 - 1 :: -1]]
@@ -114,7 +115,9 @@ def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, floa
 
 
 def _slots(scene: Scene | None) -> list[int]:
-    """Return one class per slot: number of items; shape, colour and size of three items; relation; background."""
+    """Return the classes of a caption's attributes: number of items; shape, colour and size of three items; relation;
+    background. Class 0 means that the attribute is absent. `scene`: None for the empty caption.
+    """
     if scene is None:
         return [0] * len(SLOT_CLASSES)
     slots = [len(scene.items)]
@@ -126,9 +129,9 @@ def _slots(scene: Scene | None) -> list[int]:
 
 
 def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
-    """Train the three text encoders in place: linear heads on their outputs predict the caption's attributes, see
-    `_slots`. One head reads every T5 token, one the last token of both CLIP towers, one the pooled embedding. This
-    replaces the web-scale pretraining of SD3's encoders.
+    """Train the three text encoders in place: linear heads predict the caption's attributes (shapes, colours, ...) from
+    every T5 token, from the last tokens of both CLIP towers, and from the pooled embedding. This training replaces
+    the web-scale pretraining of SD3's text encoders.
     """
     stack, length = config.stack, config.stack.text_length
     towers = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
@@ -161,7 +164,9 @@ def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 
 
 def _slot_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean cross-entropy over slots. logits: (..., sum of SLOT_CLASSES). target: (..., slots), classes."""
+    """Return the cross-entropy averaged over attributes. `logits`: (..., sum of SLOT_CLASSES). `target`: (...,
+    attributes).
+    """
     parts, targets = logits.split(SLOT_CLASSES, -1), target.unbind(-1)
     losses = [F.cross_entropy(part.flatten(0, -2), wanted.flatten()) for part, wanted in zip(parts, targets)]
     return sum(losses) / len(losses)
@@ -170,8 +175,8 @@ def _slot_loss(logits: Tensor, target: Tensor) -> Tensor:
 def train_pixel(
     pipeline: StableDiffusion3Pipeline, pairs: LatentPairs, config: BuildConfig, accelerator: Accelerator
 ) -> CLIPModel:
-    """Train a CLIP reward with PickScore's pairwise likelihood (arXiv 2305.01569) on decoded latents of the pairs. Its
-    text tower is initialised from `pipeline.text_encoder`. Returns the model, frozen and in eval mode.
+    """Train a CLIP reward with PickScore's pairwise likelihood (arXiv 2305.01569) on decoded latents of preference
+    pairs. The text tower starts from `pipeline.text_encoder`. Returns the CLIP model, frozen and in eval mode.
     """
     size, text = config.stack.image_size, pipeline.text_encoder.config.to_dict()
     text.pop("_name_or_path", None)
@@ -207,7 +212,7 @@ def train_pixel(
 
 
 def save_clip_reward(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write the model, its tokenizer and preprocessor_config.json to `folder`, in PickScore's layout."""
+    """Save the CLIP model, the tokenizer and preprocessor_config.json to `folder`, in PickScore's file layout."""
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = clip.config.vision_config.image_size

@@ -1,8 +1,8 @@
-"""Training of the base model: the small SD3 transformer from which alignment starts.
+"""Training of the embedded world's base model: a small SD3 transformer from which alignment starts.
 
-The rectified-flow loss on v = noise - x0 (SD3, arXiv 2403.03206) is joined by an auxiliary layout loss: a linear head
-on the middle block's image tokens predicts where each shape is. Muon trains the matrices of the blocks, AdamW all other
-parameters.
+The loss is the rectified-flow loss on v = noise - x0 (SD3, arXiv 2403.03206) plus an auxiliary layout loss. For the
+layout loss, a linear head on the middle block's image tokens predicts where each shape is. Muon trains the weight
+matrices of the transformer blocks, and AdamW trains all other parameters.
 """
 
 import json
@@ -37,7 +37,7 @@ CELLS = 2  # the layout loss predicts CELLS x CELLS cells per image token (a pat
 
 
 class Together(torch.optim.Optimizer):
-    """An optimiser that steps several others over disjoint parameters. They share its state and parameter groups."""
+    """An optimiser made of several optimisers over disjoint parameters, with one common state for checkpoints."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -59,7 +59,7 @@ class Together(torch.optim.Optimizer):
 
 
 def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
-    """Train `pipeline.transformer` in place, with frozen text encoders, on latents that are encoded once beforehand."""
+    """Train `pipeline.transformer` in place. Text encoders are frozen, and training images are encoded beforehand."""
     stage, optim, device = config.base, config.base.optim, accelerator.device
     transformer = pipeline.transformer.to(device)
     latents, layouts, captions = _cached_images(pipeline, config)
@@ -134,7 +134,7 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 
 @torch.no_grad()
 def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> tuple[Tensor, Tensor, list[str]]:
-    """Return latents (N, C, h, w) float16, layouts (N, 4, h, w) uint8 (see `_layout`) and captions; cached on disk."""
+    """Return latents (N, C, h, w), layouts (N, 4, h, w) uint8 and captions of the training images, cached on disk."""
     folder = Path(config.output_dir) / "cache"
     if not (folder / "captions.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """Return how much of each cell every shape covers: (4, cells, cells) uint8; 255 is the whole cell."""
+    """Return how much of each grid cell each of the four shapes covers: (4, cells, cells) uint8, 255 if fully."""
     cover = torch.zeros(len(SHAPES), SIZE, SIZE)
     for mark in drawing.marks:
         cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))

@@ -1,4 +1,4 @@
-"""Settings of the embedded world: network sizes, preference pairs, and training from scratch. Imports no torch."""
+"""Settings of the embedded world: network sizes, preference pairs and training from scratch. Does not import torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,24 +24,24 @@ CONCEPTS = FAITHFULNESS + AESTHETICS
 
 @dataclass
 class StackConfig:
-    """Sizes of the networks. The shipped weights have the defaults: 64 x 64 images, 16 x 16 latents, 64 image tokens.
+    """Network sizes. The shipped weights use the defaults: 64 x 64 images, 16 x 16 latents and 64 image tokens.
 
     Args:
-        image_size: side of the images in pixels, a multiple of 64 (the oracle scores at 64 x 64).
-        vae_channels: autoencoder widths per resolution; n widths downsample by 2 ** (n - 1).
-        vae_layers: residual blocks per resolution.
-        vae_norm_groups: groups of the autoencoder's group norms.
+        image_size: side of the images in pixels; must be a multiple of 64 (the oracle scores images at 64 x 64).
+        vae_channels: autoencoder channels at each resolution; n resolutions downsample by 2 ** (n - 1).
+        vae_layers: residual blocks of the autoencoder at each resolution.
+        vae_norm_groups: groups of the autoencoder's GroupNorm layers; must divide every value of vae_channels.
         latent_channels: channels of the latents.
         depth: number of joint-attention blocks.
-        head_dim: width of an attention head, even.
-        num_heads: attention heads; the transformer's width is num_heads * head_dim.
-        dual_attention_layers: indices of the blocks that have a second, image-only attention.
-        pos_embed_max_size: largest side of the latents, in patches of 2 x 2 latents.
-        clip_width: width of each CLIP tower, a multiple of 4 and half of t5_width.
-        clip_layers: layers of each CLIP tower.
+        head_dim: channels of each attention head; must be even.
+        num_heads: number of attention heads; the transformer's width is num_heads * head_dim.
+        dual_attention_layers: indices of the transformer blocks that have a second, image-only attention.
+        pos_embed_max_size: largest side of the latents that the position embedding covers, in patches of 2 x 2.
+        clip_width: width of each CLIP tower; must be a multiple of 4 and half of t5_width.
+        clip_layers: number of layers of each CLIP tower.
         t5_width: width of the T5 encoder.
-        t5_layers: layers of the T5 encoder.
-        text_length: tokens per prompt, in every tokenizer (the pipeline's `max_sequence_length`), 3 to 512.
+        t5_layers: number of layers of the T5 encoder.
+        text_length: tokens per prompt in every tokenizer (the pipeline's `max_sequence_length`), 3 to 512.
         scheduler_shift: timestep shift of the flow-matching schedule.
     """
 
@@ -85,7 +85,7 @@ class StackConfig:
 
     @classmethod
     def tiny(cls, **overrides) -> "StackConfig":
-        """Return sizes with a few tens of thousands of parameters, for tests. overrides: fields to change."""
+        """Return a config of a few tens of thousands of parameters, for tests. `overrides`: fields to change."""
         sizes = dict(vae_channels=(8, 8, 8), vae_norm_groups=4, depth=4, head_dim=8, num_heads=2)
         return cls(**(sizes | dict(clip_width=16, t5_width=32, t5_layers=1) | overrides))
 
@@ -96,18 +96,19 @@ class StackConfig:
 
 @dataclass
 class PairsConfig:
-    """Number and kinds of preference pairs.
+    """Number of preference pairs, and how the images of a pair are made.
 
     Args:
         groups: number of training captions, each with several images.
-        pictures: images per caption; every two of them are compared.
-        emphasis: how often a concept is spoiled (drawn wrong): concept -> sampling weight, 1 for concepts not named.
+        pictures: number of images for each caption; every two images of a caption form a pair.
+        emphasis: concept (shape, blur, ...) -> sampling weight of renders that get the concept wrong; default weight:
+            1.
         sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
-        faithful_share: share of rendered images with no spoiled concept; each caption has one such image in addition.
-        rater_noise: standard deviation of the simulated rater's error per image, in units of the oracle's score.
-        per_concept: number of held-out evaluation pairs per concept.
-        per_shifted: number of out-of-distribution evaluation pairs per concept, with damaged images.
-        heldout_groups: number of held-out captions for evaluation, with images made as for training.
+        faithful_share: probability that a render gets no concept wrong; 1 for the first render of each caption.
+        rater_noise: standard deviation of the noise that the simulated rater adds to an image's oracle score.
+        per_concept: number of evaluation pairs for each concept, with held-out captions.
+        per_shifted: number of out-of-distribution evaluation pairs for each concept (grain and JPEG artefacts).
+        heldout_groups: number of held-out captions whose pairs are made as for training and used for evaluation.
         seed: seed of all random draws.
     """
 
@@ -132,11 +133,11 @@ class PairsConfig:
 
 @dataclass
 class StageConfig:
-    """One training stage of the build.
+    """Settings for training one part of the embedded world: autoencoder, text encoders, base model or CLIP reward.
 
     Args:
         batch_size: images or captions per update.
-        loop: number of updates, moving average, checkpoints.
+        loop: number of updates, moving average of the weights, and checkpoints.
         optim: learning rate and its schedule.
     """
 
@@ -156,20 +157,20 @@ def _stage(batch: int, steps: int, lr: float, *, ema: float = 0.999, decay: floa
 
 @dataclass
 class BuildConfig:
-    """Training of the embedded world from scratch: autoencoder, text encoders, base model, CLIP reward.
+    """Settings for training the embedded world from scratch: autoencoder, text encoders, base model and CLIP reward.
 
     Args:
-        output_dir: working folder, from which interrupted stages resume; finished weights are in output_dir/weights.
+        output_dir: working folder; interrupted training resumes from it, finished weights are in output_dir/weights.
         seed: seed of all random draws.
         device: cpu or cuda.
         stack: sizes of the networks.
-        pairs: preference pairs for the rewards.
-        vae: training of the autoencoder, on random crops of half the image's side, and finally on whole images.
+        pairs: preference pairs for training and evaluating rewards.
+        vae: training of the autoencoder, first on random crops of half the image's side, then on whole images.
         text: training of the three text encoders, which learn to predict a caption's objects, relation and background.
         base: training of the text-to-image transformer.
         pixel: training of the CLIP reward on decoded images, with the same pairs as the latent reward.
-        cached_pictures: number of training images of the base model, which are rendered and encoded once.
-        layout_weight: weight of the auxiliary loss, in which the base model's middle block predicts where each shape is
+        cached_pictures: number of images for training the base model, rendered and encoded once.
+        layout_weight: weight of the layout loss, which predicts from the base model's middle block where each shape is
             (representation alignment, arXiv 2410.06940, to rendered shape maps instead of an encoder's features).
     """
 

@@ -1,10 +1,10 @@
-"""The embedded world's oracle: a score of an image for its caption, computed from the pixels.
+"""The embedded world's oracle: computes the score of an image for its caption from the image's pixels.
 
     score = 2 F + A (0.25 + 0.75 F),   F faithfulness and A aesthetics, both in [0, 1]
 
-A perfect image scores 3, and aesthetics count little where the image does not match its caption. F is the product of a
-score of the objects (shape, colour, size) and factors for relation, background and number of objects. A is the mean of
-sharpness, contrast and centring. Models are not trained on the score itself, only on preference labels made from it.
+A perfect image scores 3, and an image that does not match its caption (F = 0) at most 0.25. F is a score of the objects
+(shape, colour, size), multiplied by factors for relation, background and number of objects. A is the mean of sharpness,
+contrast and centring. Models are not trained on the score itself, only on preference labels made from it.
 """
 
 import itertools
@@ -32,10 +32,11 @@ class SeenObject:
     """An object detected in an image.
 
     Args:
-        x, y, area, box: centroid, area and bounding box (left, top, right, bottom), in pixels.
-        overlap: shape -> intersection over union of the object and that shape, drawn with the same centroid and area.
+        x, y, area: centroid and area of the object, in pixels.
+        box: bounding box (left, top, right, bottom), in pixels.
+        overlap: shape -> intersection over union of the object with a drawing of that shape at equal centroid and area.
         strength: contrast with the background; 1 for an object in its full colour.
-        edge: width in pixels of the ramp between object and background.
+        edge: width in pixels of the soft transition from object to background.
     """
 
     colour: str
@@ -49,14 +50,14 @@ class SeenObject:
 
 
 def oracle_score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Score images (B, 3, S, S) in [0, 1], S a multiple of 64, for B captions. Returns (B,) float32 in [0, 3]."""
+    """Return scores (B,) in [0, 3] of images (B, 3, S, S) in [0, 1] for B captions. S must be a multiple of 64."""
     parts = oracle_parts(images, prompts)
     faithfulness, aesthetics = parts["faithfulness"], parts["aesthetics"]
     return 2 * faithfulness + aesthetics * (0.25 + 0.75 * faithfulness)
 
 
 def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """Return the PARTS of the score: name -> (B,) float32 in [0, 1]. Raises ValueError for invalid input."""
+    """Return the score's components, named in PARTS: name -> (B,) in [0, 1]. Raises ValueError for invalid input."""
     side = images.shape[-1]
     if images.ndim != 4 or images.shape[1:] != (3, side, side) or side % SIZE:
         raise ValueError(f"images: got {tuple(images.shape)}; expected (B, 3, S, S), S a multiple of {SIZE}")
@@ -105,9 +106,12 @@ def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
 
 
 def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list[SeenObject]:
-    """Detect at most six objects in an image (64, 64, 3): the largest connected regions of one colour, the largest
-    first. A pixel has the colour in COLOURS whose direction from the background's colour is nearest, because low
-    contrast and soft edges do not change this direction. ground: the background's colour (3,). background: its name.
+    """Detect up to six objects in an image (64, 64, 3), the largest first. An object is a connected region of one
+    colour.
+
+    A pixel gets the colour in COLOURS for which (colour - background) has the largest cosine similarity with (pixel -
+    background). Low contrast and soft edges do not change the direction of (pixel - background). `ground`: RGB value of
+    the background, (3,). `background`: name of the background.
     """
     difference = image - ground
     distance = np.linalg.norm(difference, axis=-1)
@@ -145,7 +149,7 @@ def _measure(mask: np.ndarray, alpha: np.ndarray, colour: str, strength: float) 
 
 
 def _match(item: Item, seen: SeenObject) -> float:
-    """Return how well a detected object matches an item of the caption, in [0, 1]."""
+    """Return how well a detected object matches the shape, colour and size of a caption's object, in [0, 1]."""
     other = max(overlap for shape, overlap in seen.overlap.items() if shape != item.shape)
     own = seen.overlap[item.shape]
     shape = float(np.clip(0.5 + (own - other) / 0.08, 0, 1) * np.clip((own - 0.5) / 0.3, 0, 1))

@@ -1,9 +1,9 @@
-"""Preference pairs of the embedded world, labelled by the oracle.
+"""Preference pairs of the embedded world (rendered shapes), labelled by the oracle.
 
-The images of a training caption are samples of the base model, or renders, most of which have one spoiled concept (a
-wrong colour, blur, ...). A simulated rater compares two images by the oracle's score plus Gaussian noise (Thurstone),
-so labels of similar images are noisy. For evaluation by concept, two renders differ in one concept and are labelled
-without noise.
+The images of a training caption are either samples of the base model or renders. Most renders get one concept wrong (a
+wrong colour, blur, ...). A simulated rater adds Gaussian noise to the oracle's scores of two images and chooses the
+higher one (Thurstone's model), so labels of images with similar scores are noisy. For evaluation by concept, a pair
+consists of two renders that differ in one concept, and the oracle's scores are compared without noise.
 """
 
 import io
@@ -33,21 +33,24 @@ from dinalrm_align.train.files import write_atomically
 CHUNK = 32
 """Number of captions whose images are encoded or sampled at once."""
 GRAIN, JPEG = 0.06, 20
-"""Damage of "shifted" pairs: standard deviation of Gaussian grain on images in [0, 1], and JPEG quality."""
+"""Damage to images of "shifted" pairs: standard deviation of Gaussian grain (pixels in [0, 1]), and JPEG quality."""
 HELD_OUT_KINDS = ("heldout", "shifted", "concepts")
-"""Kinds of pairs for evaluating rewards, see `write_pairs`."""
+"""Kinds of pairs (see `write_pairs`) that serve the evaluation of rewards."""
 
 
 def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
-    """Write preference pairs to `directory`, for `LatentPairs`. Raises FileExistsError if they exist.
+    """Make preference pairs of one kind and write them to `directory`, in the format of `LatentPairs`.
 
     Kinds of pairs:
 
-    - "train": config.groups training captions with several images each, compared by the simulated rater.
-    - "heldout": the same for config.heldout_groups held-out captions.
-    - "concepts": config.per_concept pairs of each concept; the image with the higher score is chosen.
-    - "shifted": as "concepts", with config.per_shifted pairs of each concept. Grain and JPEG artefacts, which no
-      training image has, are added after labelling: an out-of-distribution evaluation set.
+    - "train": all pairs of images of config.groups training captions, labelled by a simulated rater with noise.
+    - "heldout": pairs made as for "train", but of config.heldout_groups held-out captions.
+    - "concepts": config.per_concept pairs for each concept (colour, blur, ...). The two images differ in the concept,
+      and the image with the higher oracle score is chosen.
+    - "shifted": config.per_shifted pairs for each concept, made as for "concepts". After labelling, the images get
+      grain and JPEG artefacts, which no training image has, for out-of-distribution evaluation.
+
+    Raises FileExistsError if `directory` already holds pairs.
     """
     encoder, vae = _prompt_encoder(pipeline), pipeline.vae.config
     manifest = PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, encoder.text_length)
@@ -62,14 +65,16 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
 
 
 def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> Path:
-    """Write the pairs of a kind to `directory` unless they exist, and return `directory`."""
+    """Write preference pairs of the given kind to `directory` unless it already holds pairs. Returns `directory`."""
     if not (directory / "index.json").exists():
         write_pairs(kind, directory, pipeline, config)
     return directory
 
 
 def ensure_training_pairs(folder: Path, source: str, config: PairsConfig) -> None:
-    """Write folder/train and folder/concepts unless they exist. source: folder or hub id of the pipeline."""
+    """Write preference pairs of kind "train" to folder/train and of kind "concepts" to folder/concepts, unless these
+    folders hold pairs. `source`: folder or hub id of the pipeline.
+    """
     pipeline = load_pipeline(source, dtype=torch.float32)
     for kind in ("train", "concepts"):
         ensure_pairs(kind, folder / kind, pipeline, config)
@@ -78,10 +83,10 @@ def ensure_training_pairs(folder: Path, source: str, config: PairsConfig) -> Non
 def render_hpdv3(
     directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig, *, held_out: bool = False
 ) -> None:
-    """Write pairs as image files in HPDv3's layout: train.json, and PNG files in images/.
+    """Write preference pairs to `directory` in HPDv3's layout: train.json, and PNG files in images/.
 
-    Captions, images and labels are those of kind "train" (held_out: "heldout") of `write_pairs` for the same config,
-    with 8 bits per channel. Raises FileExistsError if train.json exists.
+    Captions, images and labels are those that `write_pairs` makes from the same config for kind "train", or for kind
+    "heldout" if `held_out`. Images have 8 bits per channel. Raises FileExistsError if `directory` holds a train.json.
     """
     directory = Path(directory)
     if (directory / "train.json").exists():
@@ -104,7 +109,7 @@ def sample_latents(
     pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, prompts: list[str], *, steps: int, guidance: float,
     seed: int,
 ) -> Tensor:  # fmt: skip
-    """Sample scaled latents (B, C, h, w) from the base model for B prompts."""
+    """Sample latents (B, C, h, w) for B prompts with the pipeline, scaled as the transformer expects them."""
     (embeds, pooled), (empty, empty_pooled) = encoder(prompts), encoder.empty(len(prompts))
     size = pipeline.vae.config.sample_size
     pipeline.set_progress_bar_config(disable=True)
@@ -122,8 +127,8 @@ def _prompt_encoder(pipeline: StableDiffusion3Pipeline) -> PromptEncoder:
 def _lists(
     pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig, *, held_out: bool
 ) -> Iterator[tuple[list[str], Tensor | None, Tensor, list[list[tuple[int, int]]]]]:
-    """Yield chunks of captions, latents (None for renders), images (config.pictures adjacent ones per caption), and
-    labels: for each caption, pairs (chosen, rejected) of indices of its images.
+    """Yield chunks of captions with latents (None for renders), images, and labels. config.pictures consecutive images
+    belong to one caption. The labels of a caption are pairs (chosen, rejected), which index the caption's images.
     """
     rng = np.random.default_rng((config.seed, 2 if held_out else 0))
     groups = config.heldout_groups if held_out else config.groups
@@ -148,7 +153,7 @@ def _lists(
 def _encoded_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
-    """Yield captions, latents (captions, images, C, h, w), and labels as arguments of `LatentPairsWriter.add`."""
+    """Yield captions, latents (captions, images, C, h, w), and labels: keyword arguments of `LatentPairsWriter.add`."""
     for captions, latents, images, pairs in _lists(pipeline, encoder, config, held_out=kind == "heldout"):
         latents = encode_images(pipeline.vae, images) if latents is None else latents
         labels = [dict(zip(("chosen", "rejected"), zip(*own))) for own in pairs]
@@ -158,7 +163,7 @@ def _encoded_lists(
 def _encoded_concepts(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
-    """Yield the same as `_encoded_lists`, once per concept. Each caption has two images; the first is chosen."""
+    """Yield captions, latents (captions, 2, C, h, w) and labels for each concept. The first of two images is chosen."""
     stream, number = (3, config.per_shifted) if kind == "shifted" else (1, config.per_concept)
     rng, size = np.random.default_rng((config.seed, stream)), pipeline.vae.config.sample_size
     for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
@@ -170,7 +175,7 @@ def _encoded_concepts(
 
 
 def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return images (N, 3, H, W) in [0, 1] with Gaussian grain (GRAIN) and JPEG artefacts (JPEG)."""
+    """Add Gaussian grain (standard deviation GRAIN) and JPEG artefacts to images (N, 3, H, W) in [0, 1]."""
     damaged = []
     for image in to_bytes(images + torch.from_numpy(GRAIN * rng.standard_normal(images.shape)).float()):
         file = io.BytesIO()
@@ -180,7 +185,7 @@ def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield captions with two renders (2, 3, size, size) that differ in the concept. The first has the higher score."""
+    """Yield captions with two renders (2, 3, size, size). The second gets `concept` wrong and has the lower score."""
     while True:
         scene = draw_scenes(1, rng, held_out=True)[0]
         if concept not in concepts_of(scene):
@@ -194,7 +199,7 @@ def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterato
 
 
 def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> list[Drawing]:
-    """Lay out config.pictures images of one scene: the first is faithful, most others have one spoiled concept."""
+    """Lay out config.pictures images of a scene: the first is correct, most later ones get one concept wrong."""
     nuisance = draw_nuisance(rng)
     drawings = [lay_out(scene, nuisance, rng)]
     concepts = concepts_of(scene)
@@ -209,7 +214,7 @@ def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> l
 
 
 def _compare(scores: np.ndarray, noise: float, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Label every pair of images by their scores plus fresh Gaussian errors. Returns (chosen, rejected) indices."""
+    """Compare every two images by score plus independent Gaussian noise. Returns image indices (chosen, rejected)."""
     pairs = []
     for i, j in itertools.combinations(range(len(scores)), 2):
         first = scores[i] + noise * rng.standard_normal() > scores[j] + noise * rng.standard_normal()

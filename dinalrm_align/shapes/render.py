@@ -1,8 +1,11 @@
-"""Images of the embedded world: a scene is laid out with random nuisances, then rendered to anti-aliased pixels.
+"""Images of the embedded world: a scene is laid out with random imperfections, then rendered to anti-aliased pixels.
 
-All lengths are in pixels of a 64 x 64 image, also for images of another size. The three nuisances that lower an image's
-aesthetics are `edge`, the width of the ramp at every outline (1 is crisp); `contrast` between objects and background (1
-is full colour); and `offset`, the distance of the objects from the image's centre.
+All lengths are in pixels of a 64 x 64 image, also for images of another size. Three imperfections ("nuisances") lower
+an image's aesthetics:
+
+- `edge`: width of the soft transition at every outline; 1 is crisp.
+- `contrast`: contrast between objects and background; 1 is full colour.
+- `offset`: distance of the objects from the image's centre.
 """
 
 import math
@@ -17,16 +20,16 @@ from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, COUNTS, RELATIONS, 
 SIZE = 64
 RADII = {"small": (6.5, 8.0), "large": (11.5, 13.0)}
 AREA_PER_RADIUS2 = {"circle": math.pi, "square": 3.24, "triangle": 2.3673, "cross": 3.04}
-"""Area of each shape divided by the square of its radius."""
+"""Area of each shape divided by the square of the shape's radius."""
 HALF_EXTENT = {"circle": 1.0, "square": 0.9, "triangle": 1.17, "cross": 1.15}
-"""Half the larger side of each shape's bounding box divided by its radius."""
+"""Half the larger side of each shape's bounding box, divided by the shape's radius."""
 MARGIN = 2.0
 GAP = (2.5, 6.0)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One drawn object with its centroid (x, y) and radius."""
+    """One object of a drawing: shape, colour, centroid (x, y) and radius."""
 
     shape: str
     colour: str
@@ -37,7 +40,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Everything that determines the pixels of one image."""
+    """Everything that determines the pixels of one image: objects, background, edge width and contrast."""
 
     marks: tuple[Mark, ...]
     background: str
@@ -47,7 +50,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Nuisance:
-    """Deviations from a perfect image: edge width (1 to 7), contrast (0.3 to 1), offset from the centre (0 to 14)."""
+    """Imperfections of an image: edge width (1 to 7), contrast (0.3 to 1), offset from the centre (0 to 14)."""
 
     edge: float = 1.0
     contrast: float = 1.0
@@ -55,15 +58,16 @@ class Nuisance:
 
 
 def draw_nuisance(rng: np.random.Generator) -> Nuisance:
-    """Draw the nuisances of an ordinary image: mostly moderate, rarely perfect, sometimes strong."""
+    """Draw the random imperfections of an ordinary image: mostly moderate, sometimes strong, rarely none."""
     return Nuisance(
         edge=1.0 + 5.0 * rng.beta(1.2, 1.8), contrast=0.4 + 0.6 * rng.beta(1.6, 1.2), offset=12.0 * rng.beta(1.1, 1.6)
     )
 
 
 def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
-    """Place a scene's objects at random: radii within their size classes, positions that satisfy the relation. The
-    whole group is shifted from the centre by the nuisance's offset, and shrunk if it does not fit.
+    """Place a scene's objects at random: radii fit the sizes ("small", "large"), positions satisfy the relation. All
+    objects together are shifted from the centre by up to `nuisance.offset`, and shrunk if they do not fit into the
+    image.
     """
     marks = [Mark(item.shape, item.colour, 0.0, 0.0, rng.uniform(*RADII[item.size])) for item in scene.items]
     extents = [mark.radius * HALF_EXTENT[mark.shape] for mark in marks]
@@ -92,7 +96,7 @@ def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawi
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Return the signed distance from points x, y, relative to the centroid, to a shape's outline; negative inside."""
+    """Return the signed distance from points (x, y) to the outline of a shape centred at (0, 0), negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -107,7 +111,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def coverage(mark: Mark, edge: float = 1.0, size: int = SIZE) -> np.ndarray:
-    """Return the share of each pixel that an object covers: (size, size) in [0, 1]. edge: width of outlines."""
+    """Return the share of each pixel that an object covers: (size, size) in [0, 1]. `edge`: width of soft edges."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) * (SIZE / size)
     distance = signed_distance(mark.shape, grid[None, :] - mark.x, grid[:, None] - mark.y, mark.radius)
     return np.clip(0.5 - distance / edge, 0.0, 1.0)
@@ -126,12 +130,12 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return the CONCEPTS that can be spoiled in an image of this scene; "relation" only if it has one."""
+    """Return the CONCEPTS that an image of a scene can get wrong: without "relation" if the scene has no relation."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 
 def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
-    """Return a copy of the scene with one of its FAITHFULNESS concepts changed at random."""
+    """Return a copy of the scene with one concept changed at random. `concept`: one of FAITHFULNESS."""
     if concept not in FAITHFULNESS:
         raise ValueError(f"concept: got {concept!r}; expected one of {FAITHFULNESS}")
     items = scene.items
@@ -149,7 +153,7 @@ def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
 
 
 def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Nuisance:
-    """Return a copy of the nuisances with one of the AESTHETICS made clearly worse."""
+    """Return a copy of the nuisances with one of them made worse. `concept`: one of AESTHETICS, for instance "blur"."""
     if concept == "blur":
         return replace(nuisance, edge=min(7.0, nuisance.edge + rng.uniform(1.5, 4.5)))
     if concept == "contrast":
@@ -160,7 +164,7 @@ def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -
 
 
 def lay_out_spoiled(scene: Scene, nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Drawing:
-    """Lay out the scene with one of the CONCEPTS spoiled."""
+    """Lay out the scene with one concept drawn wrong. `concept`: one of CONCEPTS, for instance "colour" or "blur"."""
     if concept in AESTHETICS:
         return lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng)
     return lay_out(spoil_scene(scene, concept, rng), nuisance, rng)

@@ -1,10 +1,10 @@
 """Scenes and captions of the embedded world.
 
-A caption names one object, two objects with a relation, or two or three equal objects, and always a background:
+A caption names a background, and either one object, two objects with a relation, or two or three identical objects:
     "a small red circle on white"
     "a small red circle left of a large blue square on gray"
     "three small green crosses on black"
-A tenth of all captions, chosen by a hash of the text, is held out from all training.
+A tenth of all captions is held out from all training. A hash of the caption's text decides which.
 """
 
 import functools
@@ -79,7 +79,7 @@ _CAPTION = re.compile(
 
 
 def parse_caption(caption: str) -> Scene:
-    """Return the scene that a caption describes. Raises ValueError for text outside the grammar."""
+    """Return the scene that a caption describes. Raises ValueError for text outside the caption grammar."""
     match = _CAPTION.fullmatch(caption.strip().lower())
     if match is None:
         raise ValueError(
@@ -95,12 +95,12 @@ def parse_caption(caption: str) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Return whether a scene is held out from training. A hash of its caption decides."""
+    """Return whether a scene is held out from training. A hash of the scene's caption decides."""
     return hashlib.sha256(scene.caption.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
 def all_scenes() -> dict[str, list[Scene]]:
-    """Return every scene, keyed by kind: "one" object, a "pair" with a relation, a "count" of equal objects."""
+    """Return all scenes by kind: "one" object, "pair" of objects with a relation, "count" of identical objects."""
     items = [Item(shape, colour, size) for shape, colour, size in itertools.product(SHAPES, COLOURS, SIZES)]
     pairs = [(a, b) for a, b in itertools.permutations(items, 2) if (a.shape, a.colour) != (b.shape, b.colour)]
     counts = itertools.product(items, COUNTS.values(), BACKGROUNDS)
@@ -116,7 +116,7 @@ KIND_SHARES = {"one": 0.25, "pair": 0.5, "count": 0.25}
 
 
 def draw_scenes(number: int, rng, *, held_out: bool = False) -> list[Scene]:
-    """Draw training or held-out scenes with a numpy Generator. KIND_SHARES are the probabilities of the kinds."""
+    """Draw random training or held-out scenes. KIND_SHARES: probability of each kind in `all_scenes`."""
     pools = _pools(held_out)
     kinds = rng.choice(list(KIND_SHARES), size=number, p=list(KIND_SHARES.values()))
     return [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]

@@ -1,8 +1,8 @@
 """The embedded world's networks: an SD3 pipeline of diffusers and transformers classes, small enough for two CPU cores.
 
 The pipeline has a joint-attention transformer with RMS query-key norm and dual-attention blocks, a KL autoencoder with
-16 scaled latent channels, and SD3's three text encoders (two CLIP towers concatenated on the channel axis, one T5
-encoder appended on the token axis). Its tokenizers have one token for each word of the captions.
+16 latent channels, and SD3's three text encoders (two CLIP towers concatenated on the channel axis, and a T5 encoder
+appended on the token axis). The tokenizers have one token for each word of the captions.
 """
 
 import torch
@@ -22,7 +22,7 @@ from dinalrm_align.shapes.scene import CAPTION_WORDS
 
 
 def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
-    """Return a byte-pair tokenizer with one token for each of `words`; other text is split into single bytes."""
+    """Return a byte-pair tokenizer with one token for each of `words`. Unknown words are split, down to bytes."""
     characters = list(bytes_to_unicode().values())
     vocabulary = characters + [character + "</w>" for character in characters]
     merges: list[tuple[str, str]] = []
@@ -38,7 +38,7 @@ def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Tokenise one word by byte-pair encoding: apply the earliest rule in `merges` that fits until none does."""
+    """Tokenise one word by byte-pair encoding: while rules in `merges` apply, apply the earliest one of them."""
     rank = {merge: index for index, merge in enumerate(merges)}
     while True:
         pairs = [(rank.get(pair, len(merges)), index) for index, pair in enumerate(zip(pieces, pieces[1:]))]
@@ -49,7 +49,7 @@ def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]
 
 
 def t5_tokenizer(words: list[str], length: int) -> T5TokenizerFast:
-    """Return a unigram tokenizer with one token for each of `words`; other text is split into characters."""
+    """Return a unigram tokenizer with one token for each of `words`. Unknown words are split, down to characters."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     known = [("\u2581" + word, -1.0) for word in words]
     characters = [("\u2581", -10.0), *((chr(code), -12.0) for code in range(33, 127))]
@@ -57,7 +57,7 @@ def t5_tokenizer(words: list[str], length: int) -> T5TokenizerFast:
 
 
 def build_pipeline(config: StackConfig, seed: int = 0) -> StableDiffusion3Pipeline:
-    """Build a StableDiffusion3Pipeline of the given sizes, with random weights drawn from `seed`."""
+    """Build a StableDiffusion3Pipeline with the network sizes in `config` and random weights drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first_tokenizer, second_tokenizer = (clip_tokenizer(CAPTION_WORDS, config.text_length) for _ in range(2))

@@ -1,1 +1,1 @@
-"""Comparison of alignment runs: gains with confidence intervals, cost, figures, and a page in HTML and Markdown."""
+"""Comparison of alignment runs: gains in score with confidence intervals, cost, figures, HTML and Markdown pages."""

@@ -1,8 +1,8 @@
-"""Alignment runs, read from their folders, and entries of a comparison: runs that differ only in their seed.
+"""Alignment runs read from their folders, and entries of a comparison: groups of runs that differ only in their seed.
 
-A gain is a score minus the base model's score of the same held-out sample. Gains are comparable only between runs that
-were evaluated with the same model, prompts, noise and sampler as the first run. For other runs, only cost and KL are
-shown.
+A gain is a score minus the base model's score for the same prompt and noise. Gains are comparable only between runs
+that were evaluated with the same model, prompts, noise and sampler. If a run was evaluated differently from the first
+run, the comparison shows only its cost and KL.
 """
 
 import re
@@ -30,20 +30,20 @@ NOT_NAMED = re.compile(
 """Pattern of the settings in which runs of one entry may differ."""
 MARKS = ("metrics.jsonl", "config.yaml")  # files that every run writes at its start
 AVERAGES = {"seconds": (np.median, np.mean), "gflops": (np.mean, np.mean), "memory_mib": (np.max, np.max)}
-"""Kind of cost -> how to average it over updates, and then over runs."""
+"""Kind of cost -> functions that average the cost over updates and then over runs."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One alignment run, read from its folder.
+    """Results and settings of one alignment run, read from its folder.
 
     Args:
         rows: rows of metrics.jsonl.
-        terms: evaluation settings: model, prompts, noise seed, sampler.
-        scores: scores of the held-out samples, update -> evaluator -> (N,). Evaluators are "gold" (the held-out score),
-            "proxy" (the training reward) and "gold/NAME" (further ones).
-        kind: recipe and reward.
-        settings: config.yaml, flattened to dotted names.
+        terms: evaluation settings: model, prompts, noise seed and sampler.
+        scores: scores of the evaluation samples, update -> evaluator -> (N,). Evaluators: "proxy" (the training
+            reward), "gold" (a score that no run trains on), "gold/NAME" (an additional score that no run trains on).
+        kind: names of the recipe and the reward.
+        settings: contents of config.yaml, with nested keys joined by dots.
     """
 
     folder: Path
@@ -75,13 +75,17 @@ class Run:
         return cls(folder, config["seed"], rows, terms, scores, f"{recipe} {reward}", flat(config))
 
     def gain(self, name: str, step: int) -> np.ndarray:
-        """Return the gain per caption, (C,): gold in its own unit, others in the base model's standard deviation."""
+        """Return the gain over the base model for each caption, (C,). The gain of the evaluator "gold" is a difference
+        of scores. Other gains are divided by the standard deviation of the base model's scores.
+        """
         before, after = self.scores[0][name], self.scores[step][name]
         unit = 1.0 if name == "gold" else float(before.std()) or 1.0
         return by_caption((after - before) / unit, self.terms["prompts"])
 
     def seconds(self) -> np.ndarray:
-        """Return seconds per update, without evaluations: (updates,). Profiled updates get the median of the others."""
+        """Return the seconds of each update, without evaluations: (updates,). An update that ran under the FLOP
+        profiler gets the median of all updates that did not.
+        """
         updates = [row for row in self.rows if "elapsed" in row]
         took = np.diff([0.0, *(row["elapsed"] for row in updates)])
         plain = np.array([any(name.startswith("seconds/") for name in row) for row in updates], dtype=bool)
@@ -89,29 +93,29 @@ class Run:
 
     @cached_property
     def clock(self) -> np.ndarray:
-        """Seconds of training after 0, 1, ... updates: (updates + 1,)."""
+        """Cumulative seconds of training after 0, 1, ... updates: (updates + 1,)."""
         return np.concatenate([[0.0], np.cumsum(self.seconds())])
 
     @property
     def alarm(self) -> int | None:
-        """The first update with a hacking alarm, or None."""
+        """The first update with a reward-hacking alarm, or None."""
         return next((int(step) for step, value in zip(*series(self.rows, "hacking")) if value), None)
 
 
 def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
-    """Return the steps at which a metric was recorded, and its values there."""
+    """Return the steps at which a metric was recorded, and the recorded values. `rows`: rows of metrics.jsonl."""
     found = [(row["step"], row[name]) for row in rows if name in row]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def phases_of(runs: Sequence[Run], kind: str) -> list[str]:
-    """Return the phases of which any run recorded this kind of cost (a key of AVERAGES), in order of appearance."""
+    """Return the phases of an update with a recorded cost, in order of appearance. `kind`: a key of AVERAGES."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
     return [name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")]
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
-    """Read an evaluation file. Raises ValueError unless every score has one finite number per prompt."""
+    """Read a file of evaluation scores. Raises ValueError unless every evaluator has one finite number per prompt."""
     found = read_json(path)
     prompts = found["terms"].get("prompts") if isinstance(found.get("terms"), dict) else None
     if not isinstance(prompts, list):
@@ -131,8 +135,8 @@ def _score_names(evaluation: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """Runs that differ only in their seed: one line in figures and tables. labels: a name for each run. incomparable:
-    why the gains cannot be compared with the first run's gains, or empty.
+    """Runs that differ only in their seed: one line in figures and tables. `labels`: a name for each run.
+    `incomparable`: why the gains cannot be compared with the first run's gains, or empty.
     """
 
     name: str
@@ -143,7 +147,7 @@ class Entry:
     incomparable: str = ""
 
     def single_runs(self) -> "list[Entry]":
-        """Return an entry for each run, named by its label."""
+        """Return one entry for each run, named by the run's label."""
         return [replace(self, name=label, runs=(run,), labels=(label,)) for run, label in zip(self.runs, self.labels)]
 
     @property
@@ -152,23 +156,25 @@ class Entry:
 
     @property
     def steps(self) -> list[int]:
-        """Updates at which every run was evaluated, sorted; the first is 0."""
+        """Updates at which every run was evaluated, in ascending order; the first is 0."""
         return sorted(set.intersection(*(set(run.scores) for run in self.runs)))
 
     @property
     def best_step(self) -> int:
-        """The update with the largest mean gold gain."""
+        """The update with the largest gold gain, averaged over runs and captions."""
         return max(self.steps, key=lambda step: self.gain("gold", step).mean)
 
     def gain(self, name: str, step: int) -> Interval:
-        """Return the gain (see `Run.gain`) averaged over runs and captions, with its interval."""
+        """Return the gain of `Run.gain` averaged over runs and captions, with its 95 % confidence interval."""
         return seeds_by_captions(np.stack([run.gain(name, step) for run in self.runs]))
 
     def has(self, name: str) -> bool:
         return all(name in scores for run in self.runs for scores in run.scores.values())
 
     def at(self, clock: str, steps: Sequence[float], run: Run | None = None) -> list[float]:
-        """Convert updates to a horizontal axis of `figures.CLOCKS`. Seconds are means over all runs, or of `run`."""
+        """Convert updates to values on a horizontal axis. `clock`: the axis, a key of `figures.CLOCKS`. `run`: the run
+        whose seconds are used; by default the mean over all runs.
+        """
         if clock == "updates":
             return list(steps)
         if clock == "flops":
@@ -178,11 +184,11 @@ class Entry:
 
     @property
     def teraflops(self) -> float:
-        """TFLOPs of one update, summed over phases; 0 if no update was profiled."""
+        """TFLOPs of one update, summed over all phases; 0 if no update was profiled."""
         return sum(self.cost("gflops").values()) / 1000
 
     def cost(self, kind: str) -> dict[str, float]:
-        """Return the average cost of an update: phase -> cost, for measured phases. kind: a key of AVERAGES."""
+        """Return the average cost of an update: phase -> cost. `kind`: the kind of cost, a key of AVERAGES."""
         over_updates, over_runs = AVERAGES[kind]
         costs = {}
         for phase in phases_of(self.runs, kind):
@@ -194,11 +200,11 @@ class Entry:
 def read_entries(
     folders: Sequence[Path], groups: Mapping[str, Sequence[Path]] | None = None
 ) -> tuple[list[Entry], list[str]]:
-    """Read the runs in `folders` and group them into entries by recipe, reward and settings. `groups` are further
-    entries: name -> folders of the runs, one per seed.
+    """Read runs and group them into entries of a comparison. Runs in `folders` with the same recipe, reward and
+    settings form one entry. `groups` defines additional entries: name -> folders of the entry's runs, one per seed.
 
     Returns the entries, and notes about runs that are skipped or not comparable. Raises ValueError if there is no run,
-    or if a group has a folder without a run or two runs with the same seed.
+    if a group's folder holds no run, or if two runs of a group have the same seed.
     """
     folders = [folder for folder in folders if not folder.is_file()]  # runs/* matches logs and images too
     empty = _without_run(folders)
@@ -231,8 +237,8 @@ def read_entries(
 
 
 def difference(first: Entry, second: Entry, steps: tuple[int, int]) -> Interval | None:
-    """Return the gold gain of `first` at update steps[0] minus the gold gain of `second` at update steps[1]. Only seeds
-    that both have are used. Returns None if there are none.
+    """Return the gold gain of `first` at update steps[0] minus the gold gain of `second` at update steps[1], over the
+    seeds that both entries have. Returns None if the entries share no seed.
     """
     others = {run.seed: run for run in second.runs}
     shared = [(run, others[run.seed]) for run in first.runs if run.seed in others]
@@ -256,8 +262,9 @@ def _read_group(name: str, folders: Sequence[Path]) -> list[tuple[Run, str]]:
 
 def _names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     """Return the entry name and the label of every run. The name is recipe and reward, followed by the settings that
-    differ between runs of this recipe and reward, or by the folder of the entry's first run if more than three differ.
-    The label adds the seed. Runs with equal labels get their folder appended to both.
+    differ between runs of this recipe and reward, or by the folder of the entry's first run if more than three
+    settings differ. The label adds the seed. If several runs have the same label, the run's folder is appended to
+    each name and label.
     """
     names, folders = [], {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""Figures: curves of one run, curves of entries against updates, seconds and FLOPs, and grids of images."""
+"""Figures: curves of one run; curves of several runs against updates, seconds or FLOPs; grids of images."""
 
 import re
 import textwrap
@@ -27,7 +27,7 @@ SIZE = (5.4, 3.9)
 
 
 def plot_run(folder: Path) -> Path:
-    """Write curves.png to a run's folder: scores, hacking alarm, KL, drift, seconds and memory. Returns its path."""
+    """Plot a run's scores, hacking alarm, KL, drift, seconds and memory to curves.png in `folder`. Returns the path."""
     rows = read_metrics(folder / "metrics.jsonl")
     run = Run(folder, 0, rows, {}, {})
     figure = Figure(figsize=(13, 6.5))
@@ -61,7 +61,7 @@ def plot_run(folder: Path) -> Path:
 
 
 def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
-    """Draw all quantities that any run recorded. Returns quantity -> axis in CLOCKS ("" for bars) -> PNG path."""
+    """Draw all quantities that any run recorded. Returns quantity -> axis -> PNG path; bar charts have the axis ""."""
     comparable = [entry for entry in entries if not entry.incomparable]
     scores = dict.fromkeys(["gold", "proxy", *(name for entry in comparable for name in entry.runs[0].scores[0])])
     runs = [run for entry in entries for run in entry.runs]
@@ -90,8 +90,8 @@ def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def images_of(entries: Sequence[Entry], shown: int) -> tuple[list[str], list[tuple[str, np.ndarray, list[float]]]]:
-    """Return the content of the image grid: prompts, and columns for the base model and for each run's last evaluation.
-    A column is (title, images (N, H, W, 3) uint8, gold scores).
+    """Return the prompts and the columns of an image grid: a column for the base model, and one for each run's last
+    evaluation. A column is (title, images (N, H, W, 3) uint8, gold scores).
     """
     singles = [single for entry in entries if not entry.incomparable for single in entry.single_runs()]
     shown = min([shown, *(single.runs[0].terms["shown"] for single in singles)])
@@ -107,7 +107,7 @@ def images_of(entries: Sequence[Entry], shown: int) -> tuple[list[str], list[tup
 
 
 def draw_images(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray, list[float]]], path: Path) -> None:
-    """Write the grid of `images_of` as a PNG: a row per prompt, a column per run."""
+    """Write an image grid as a PNG, with a row for each prompt. `prompts` and `columns`: returned by `images_of`."""
     _, height, width, _ = columns[0][1].shape
     gap = max(2, width // 32)
     cells = [np.pad(strip, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for _, strip, _ in columns]
@@ -130,8 +130,8 @@ def draw_images(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray,
 
 
 def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> None:
-    """Draw each entry's gain in a score: its mean as a line, its interval as a band, each of several runs as a thin
-    line, and a cross at each run's hacking alarm.
+    """Draw each entry's gain in the score `name`: the mean as a line, and the confidence interval as a band. If an
+    entry has several runs, each run is also drawn as a thin line. A cross marks each run's reward-hacking alarm.
     """
     for entry in entries:
         for run in entry.runs if len(entry.runs) > 1 else []:
@@ -152,7 +152,7 @@ def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> No
 
 
 def _draw_lines(entries: Sequence[Entry], panels: dict[str, str], clock: str, path: Path, title: str = "") -> Path:
-    """Draw metrics of every run that recorded them. panels: metric -> title of its panel."""
+    """Draw a panel for each metric, with a line for each run that recorded it. `panels`: metric -> panel title."""
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(SIZE[0], 1.9 * rows + 0.7) if title else SIZE, layout="constrained")
     axes = figure.subplots(rows, 2 if title else 1, squeeze=False).flatten()
@@ -174,7 +174,7 @@ def _draw_lines(entries: Sequence[Entry], panels: dict[str, str], clock: str, pa
 
 
 def _draw_costs(entries: Sequence[Entry], kinds: Sequence[str], path: Path) -> Path:
-    """Draw the cost of an update by phase as bars, one panel per kind of cost."""
+    """Draw the average cost of an update by phase as bars, with one panel for each kind of cost."""
     figure = Figure(figsize=(3.6 * len(kinds), SIZE[1]), layout="constrained")
     width = 0.8 / len(entries)
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False).flatten(), kinds):

@@ -1,8 +1,8 @@
 """Confidence intervals of a mean over seeds and captions.
 
-Every seed is evaluated on the same captions, so gains (or their differences) form a table with one row per seed and one
-column per caption. Seeds and captions are crossed random effects: values of one row are correlated, and so are values
-of one column. An interval that treats all S x C values as independent would be far too narrow.
+Every seed is evaluated on the same captions, so gains (or differences of gains) form a table with one row per seed and
+one column per caption. Seeds and captions are crossed random effects: values in the same row are correlated, and so are
+values in the same column. An interval that treats all S x C values as independent would be far too narrow.
 """
 
 import math
@@ -17,7 +17,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % confidence interval [low, high]. With one seed, it ignores variation between seeds."""
+    """A mean with its 95 % confidence interval [low, high]. With one seed, variation between seeds is ignored."""
 
     mean: float
     low: float
@@ -35,14 +35,14 @@ class Interval:
 
 
 def seeds_by_captions(differences: np.ndarray) -> Interval:
-    """Return the mean of differences (S, C), seeds by captions, with its 95 % confidence interval.
+    """Return the mean of a table of differences (S seeds, C captions), with its 95 % confidence interval.
 
-    Seeds and captions are crossed random effects. The variance of the mean is estimated as a + b with
-    a = Var(seed means) / S and b = Var(caption means) / C (sample variances). This counts the residual variance twice.
-    The half-width is sqrt(t_{S-1}^2 a + t_{C-1}^2 b) with quantiles of Student's t (Banerjee, Sankhya 22, 1960). The
-    coverage is at least 95 % for any ratio of a to b. Satterthwaite's degrees of freedom give narrower intervals that
-    cover less: 92.5 % at three seeds and 87 % at two, if seeds differ as much as captions. With S = 1, only b is used.
-    Raises ValueError for fewer than one seed or two captions, or for a value that is not finite.
+    Seeds and captions are crossed random effects. The variance of the mean is estimated as a + b with a = Var(seed
+    means) / S and b = Var(caption means) / C (sample variances). This estimate counts the residual variance twice. The
+    half-width is sqrt(t_{S-1}^2 a + t_{C-1}^2 b) with quantiles of Student's t (Banerjee, Sankhya 22, 1960). The
+    coverage is at least 95 % for any ratio of a to b. Satterthwaite's degrees of freedom would give narrower intervals
+    with lower coverage: 92.5 % with three seeds and 87 % with two, if seeds vary as much as captions. With one seed,
+    only b is used. Raises ValueError if there is no seed, fewer than two captions, or a value that is not finite.
     """
     table = np.asarray(differences, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:
@@ -60,12 +60,13 @@ def seeds_by_captions(differences: np.ndarray) -> Interval:
 
 
 def by_caption(values: Sequence[float] | np.ndarray, captions: Sequence[str] | np.ndarray) -> np.ndarray:
-    """Average values of samples (N,) by their captions (N,). Returns (C,), one value per caption in sorted order.
+    """Average the values (N,) of samples with the same caption. Returns (C,), one value per caption, sorted by caption.
 
-    If all captions have equally many samples, each value is the mean of the caption's samples. Otherwise it is
-    m + (n_c / mean n)(m_c - m): m is the mean of all samples, m_c the mean of the caption's samples, n_c their count.
-    The mean of the result is then m, and its standard error over captions equals the (cluster-robust) standard error of
-    a linearised ratio estimator. Raises ValueError if the lengths differ or there is no sample.
+    If all captions have equally many samples, each returned value is the mean of the caption's samples. Otherwise it is
+    m + (n_c / mean n)(m_c - m), where m is the mean of all samples, m_c the mean of the caption's samples, and n_c the
+    number of the caption's samples. The mean of the returned values is then m, and its standard error over captions
+    equals the (cluster-robust) standard error of a linearised ratio estimator. Raises ValueError if `values` and
+    `captions` differ in length or are empty.
     """
     samples, names = np.asarray(values, dtype=np.float64), np.asarray(captions)
     if samples.ndim != 1 or samples.shape != names.shape or not len(samples):

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 def table(
     header: Sequence[object], rows: Iterable[Sequence[object]], align: str | None = None, *, padded: bool = False
 ) -> str:
-    """Return a Markdown table. Raises ValueError if a row or `align` differs in length from the header.
+    """Return a Markdown table. Raises ValueError if the length of a row or of `align` differs from the header's.
 
-    align: one letter per column, "l" or "r"; by default the first column is left-aligned, the others right-aligned.
-    padded: pad cells to the width of their column, for reading in a terminal.
+    `align`: one letter per column, "l" or "r". By default, the first column is left-aligned and all others
+    right-aligned. `padded`: whether to pad cells to the width of their column, for reading in a terminal.
     """
     align = "l" + "r" * (len(header) - 1) if align is None else align
     lines = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]

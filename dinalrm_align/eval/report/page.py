@@ -1,4 +1,4 @@
-"""The page of `recipes/compare_runs.py`: an HTML file with embedded images and no scripts, and a Markdown file."""
+"""The comparison page that `recipes/compare_runs.py` writes: an HTML file with embedded images, and a Markdown file."""
 
 import base64
 import io
@@ -74,7 +74,7 @@ tbody th { font-weight: 500; }
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text cells. The first cell of a row is its name."""
+    """A table of text cells. The first cell of a row is the row's name."""
 
     title: str
     head: Sequence[str]
@@ -91,7 +91,7 @@ def tables_of(entries: Sequence[Entry]) -> list[Table]:
 
 
 def run_table(entries: Sequence[Entry]) -> Table:
-    """Return a table of the final numbers of every run. Gains have the 95 % interval over captions."""
+    """Return a table of the final numbers of every run. Gains have 95 % confidence intervals over captions."""
     singles = [single for entry in entries for single in entry.single_runs()]
     drifts = any("drift" in row for single in singles for row in single.runs[0].rows)
     head = ["run", "updates", "gold gain, last [95 %]", "gold gain, best (update)", "reward gain, s.d."]
@@ -116,7 +116,7 @@ def run_table(entries: Sequence[Entry]) -> Table:
 
 
 def seed_table(entries: Sequence[Entry]) -> Table:
-    """Return a table of means over seeds with 95 % intervals over seeds and captions, for entries of several runs."""
+    """Return a table of gains averaged over seeds, with 95 % confidence intervals, for entries with several runs."""
     rows = []
     for entry in entries:
         last, best = entry.steps[-1], entry.best_step
@@ -130,7 +130,7 @@ def seed_table(entries: Sequence[Entry]) -> Table:
 
 
 def difference_table(entries: Sequence[Entry]) -> Table:
-    """Return a table of differences in gold gain between entries that share a seed, paired by seed and caption."""
+    """Return a table of paired differences in gold gain between every two entries that have a seed in common."""
     rows = []
     for first, second in combinations(entries, 2):
         common = max(set(first.steps) & set(second.steps))
@@ -143,7 +143,7 @@ def difference_table(entries: Sequence[Entry]) -> Table:
 
 
 def cost_table(entries: Sequence[Entry]) -> Table:
-    """Return a table of the cost of an update by phase, see `Entry.cost`."""
+    """Return a table of the average cost of an update, by entry and phase."""
     rows = []
     for kind, unit in figures.COSTS.items():
         title = unit if kind == "memory_mib" else f"{unit} of an update"
@@ -157,8 +157,8 @@ def cost_table(entries: Sequence[Entry]) -> Table:
 
 
 def write(config: CompareRun) -> tuple[Path, list[str]]:
-    """Write index.html, compare.md and PNGs to `config.output_dir`. Returns index.html's path and `read_entries`'
-    notes.
+    """Write the comparison page (index.html, compare.md and PNG files) to `config.output_dir`. Returns the path of
+    index.html, and notes about runs that are skipped or not comparable.
     """
     groups = {name: [Path(folder) for folder in runs] for name, runs in config.group.items()}
     entries, notes = read_entries([Path(folder) for folder in config.runs], groups)
@@ -199,7 +199,7 @@ def write(config: CompareRun) -> tuple[Path, list[str]]:
 
 
 def _html_table(shown: Table, kind: str = "") -> str:
-    """Return a table in HTML. Cells are escaped, except in tables of kind "grid", whose cells are HTML."""
+    """Return a table in HTML. Cells are escaped, unless `kind` is "grid": the cells of a grid hold HTML."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in shown.head)
     body = ""
     for name, *cells in shown.rows:
@@ -211,7 +211,7 @@ def _html_table(shown: Table, kind: str = "") -> str:
 
 
 def _image(pixels: np.ndarray, alt: str) -> str:
-    """Return an img element with the embedded image (H, W, 3) uint8, downscaled to at most LARGEST pixels a side."""
+    """Return an HTML img element with the image embedded, downscaled to at most LARGEST pixels a side."""
     image = Image.fromarray(pixels)
     kind = ' class="small"' if max(image.size) <= 128 else ""
     image.thumbnail((LARGEST, LARGEST))
