@@ -141,7 +141,7 @@ def checkpoint_to_resume(path: Path) -> Path:
 def new_run_folder(asked: str | None, name: str) -> Path:
     """Return the folder for a new run, without creating it.
 
-    It is the folder `asked` or, if `asked` is None, the first of runs/<name>, runs/<name>_2, ... that does not exist.
+    The folder is `asked` or, if `asked` is None, the first of runs/<name>, runs/<name>_2, ... that does not exist.
     Raises ValueError if `asked` is a file or contains checkpoints.
     """
     if asked is not None:
@@ -187,7 +187,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _alternative(folder: Path) -> str:
-    """Return advice to resume from the newest intact checkpoint before the damaged one, `folder`, or to start again."""
+    """Return advice to resume from the newest intact checkpoint before the damaged one, `folder`, or start again."""
     siblings = _checkpoints(run_of(folder)) if STEP.fullmatch(folder.name) else []
     for earlier in [entry for entry in siblings if _step_of(entry) < _step_of(folder)][::-1]:
         with suppress(ValueError):

@@ -110,7 +110,7 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 class _Parser(ArgumentParser):
-    """Argument parser with one-line errors: the expected type or range, or the most similar known option."""
+    """Argument parser whose error messages are one line and name the expected type or the most similar option."""
 
     types: dict[str, Any]
 

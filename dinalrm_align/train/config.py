@@ -19,7 +19,7 @@ class OptimConfig:
         eps: term added to the square root of the second moment for numerical stability.
         clip: maximum global gradient norm; 0 disables clipping.
         schedule: learning rate after the warm-up: constant, or cosine decay to 0 at the last step.
-        decay_share: final fraction of the steps, over which the cosine decay runs; before it, lr is constant.
+        decay_share: final fraction of the steps that the cosine decay takes; lr is constant until the decay begins.
         warmup_steps: number of steps over which the learning rate rises linearly from 0 to lr.
     """
 

@@ -23,7 +23,7 @@ def fingerprint(module: nn.Module) -> str:
     """Return a fast digest of a module's parameters and buffers, as 16 hexadecimal digits.
 
     The digest covers names, dtypes, shapes and at least 256 evenly spaced values of each tensor; smaller tensors are
-    read in full. It may not change if only a few weights of a large tensor change.
+    read in full. A change of a few values in a large tensor can leave the digest unchanged.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     sampled = {f"{n} {tuple(t.shape)}": t.detach().flatten()[:: max(1, t.numel() // SAMPLED)] for n, t in tensors}

@@ -112,10 +112,10 @@ def fit(
 ) -> int:
     """Train up to update `config.steps` and save checkpoints; `state` is updated in place.
 
-    An update takes `config.accumulate` micro-steps on every rank. Loss, gradient and metrics are means over the items
-    of all micro-steps of the update. Gradients are averaged without DistributedDataParallel, because rollouts and
-    partial forward passes do not call the `forward` of one wrapped module. Ctrl-C and SIGTERM save a checkpoint after
-    the update in progress and exit with status 130; a second signal stops the process at once.
+    An update takes `config.accumulate` micro-steps (forward and backward passes) on every rank. Loss, gradient and
+    metrics are means over the items of all micro-steps. Gradients are averaged without DistributedDataParallel, because
+    rollouts and partial forward passes do not call the `forward` of one wrapped module. Ctrl-C and SIGTERM
+    save a checkpoint after the update in progress and exit with status 130; a second signal stops the process at once.
 
     Args:
         state: state to start from (`RunState.initial`). In a new run, the weights of rank 0 are broadcast to all ranks.
@@ -138,7 +138,7 @@ def fit(
         return state.step
 
     def record(row: dict[str, float]) -> None:
-        """Call the hooks that are due, add the metrics that they return to `row`, and log `row`."""
+        """Call the hooks that are due, add the returned metrics to `row`, and log `row`."""
         _call([hook for hook in hooks if hook.is_due(state.step, config.steps)], state, row)
         if log is not None and row:
             log.append({"step": state.step, **row})
@@ -197,7 +197,7 @@ def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: R
 
 
 def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None:
-    """Call the hooks with averaged weights, if any, in the model; add the metrics that they return to `row`."""
+    """Call the hooks while the model has the averaged weights, if any; add the returned metrics to `row`."""
     with state.average.in_place() if hooks and state.average else nullcontext():
         for hook in hooks:
             row.update(hook.call(state.step) or {})

@@ -31,7 +31,7 @@ class MetricsLog:
     """Appends rows of metrics to metrics.jsonl and keeps a running SHA-256 of the file."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Open a log. An existing file is cut to `keep` bytes, because a resumed run repeats the later updates."""
+        """Open a log. An existing file is cut to its first `keep` bytes: a resumed run repeats later updates."""
         self.path = path
         kept = path.read_bytes()[:keep] if keep else b""
         write_atomically(path, kept)

@@ -14,8 +14,7 @@ Run = TypeVar("Run")  # settings of a training recipe: model, output_dir, resume
 def parse_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[Run, Path | None]:
     """Parse the command line of a training recipe; return the settings and the checkpoint to resume.
 
-    With `--resume`, the settings come from config.yaml in the run folder, and `argv` overrides them. In a new run,
-    the checkpoint is None.
+    With `--resume`, `argv` overrides config.yaml of the run folder. In a new run, the checkpoint is None.
     """
     run, _ = parse(kind, description, argv)  # --help exits here, before heavy imports
     checkpoint = None

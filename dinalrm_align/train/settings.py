@@ -162,7 +162,7 @@ def _is_kind(value: Any, hint: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` with range types such as `PositiveInt` converted to int and float, which `torch.load` accepts."""
+    """Return `value` with range types such as `PositiveInt` converted to int or float, as `torch.load` requires."""
     if isinstance(value, list | tuple):
         return type(value)(map(_plain, value))
     return _base(type(value))(value) if type(value) in RESTRICTED else value

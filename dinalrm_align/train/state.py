@@ -60,7 +60,7 @@ class Stateful(Protocol):
         """Return whether all ranks have the same state. If not, a run cannot resume with a different world size."""
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the state from `state_tensors`. Must raise ValueError, before any change, if shapes differ."""
+        """Restore tensors from `state_tensors`. Must raise ValueError, before any change, if a tensor does not fit."""
 
 
 class Ema:
