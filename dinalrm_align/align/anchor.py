@@ -1,9 +1,10 @@
-"""An anchor: a second reward of another kind, added to the objective at every n-th update.
+"""An anchor is a second reward that is added to the training objective at every n-th update.
 
-Long optimisation against one frozen reward exploits its errors. DiNa-LRM's authors add a pixel reward to the advantages
-of their GRPO run, A = A_latent + 0.2 A_PickScore (arXiv 2602.11146). Here the second reward is evaluated only at every
-`every`-th update, which saves most of its cost (a decode, a second model). A resumed run uses it at the same updates,
-because these depend on the update number alone.
+Long optimisation against one frozen reward exploits the errors of that reward; a second reward of another kind makes
+this harder. DiNa-LRM's authors add a pixel reward to the advantages of every update of their GRPO run, A = A_latent +
+0.2 A_PickScore (arXiv 2602.11146). Here the anchor is evaluated only at every n-th update, which saves most of the cost
+of decoding and of a second model. The update number alone decides whether an update uses the anchor, so that a resumed
+run uses the anchor at the same updates.
 """
 
 from collections.abc import Mapping
@@ -19,10 +20,13 @@ ANCHOR = "anchor"
 
 @dataclass(frozen=True)
 class Anchor:
-    """A second reward, added with `weight` at updates every, 2 every, ... (counted from 1).
+    """A second reward that is added to the training objective, with a weight, at every n-th update.
 
-    Where scores are added, weight includes the factor of `matching_scale`, which brings both rewards to the same unit.
-    GRPO normalises the advantages of each reward and does not need this factor.
+    Args:
+        reward: the second reward.
+        every: n. With updates counted from 1, the anchor is used at updates n, 2n, 3n, ...
+        weight: weight of the anchor's scores (ReFL) or advantages (GRPO) in the sum with those of the first reward.
+            For ReFL it must include the factor `matching_scale`, because scores of different rewards differ in scale.
     """
 
     reward: Reward
@@ -30,14 +34,15 @@ class Anchor:
     weight: float
 
     def is_due(self, update: int) -> bool:
-        """Return whether update number `update`, counted from 0, uses the anchor."""
+        """Return whether the anchor is used at update number `update`, counted from 0."""
         return (update + 1) % self.every == 0
 
 
 def terms(reward: Reward, anchor: Anchor | None, update: int) -> Mapping[str, tuple[float, Reward]]:
-    """Return the rewards of update number `update`, from 0: "reward" and, when due, "anchor" -> (weight, reward).
+    """Return the rewards that an update maximises, with their weights, as a dict: name -> (weight, reward).
 
-    ReFL maximises the sum of weight x score, GRPO the sum of weight x advantage.
+    The key "reward" is the first reward, with weight 1. The key "anchor" is the second reward; it is present only at
+    updates that use the anchor. ReFL maximises the sum of weight x score, GRPO the sum of weight x advantage.
     """
     found = {"reward": (1.0, reward)}
     if anchor is not None and anchor.is_due(update):

@@ -1,4 +1,4 @@
-"""Sample every prompt several times and score the latents, as candidates for preference pairs. Nothing is decoded."""
+"""Sample every prompt several times, score the latents, and rank them to form preference pairs."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,17 +23,18 @@ def scored_candidates(
     batch_size: int | None = None,
     velocity_for: Callable[[Conditions], Velocity] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw `count` samples of each of B prompts, and score them.
+    """Draw `count` samples of each of B prompts, and score the samples with the reward.
 
     Returns latents (B, count, C, H, W) float32 and scores (B, count), on the policy's device.
 
     Args:
-        conditions: conditions of the B prompts, on any device.
-        generators: one per prompt. Each draws the noise of its prompt's samples, then the reward's noise, which these
-            samples share, so that it does not affect their ranking.
-        reward_sigma: noise levels at which the reward scores; None: the reward's own.
-        batch_size: samples drawn and scored at once; None: all.
-        velocity_for: conditions of a batch -> velocity; default: that of the sampler.
+        conditions: text conditions of the B prompts, on any device.
+        generators: one per prompt. Each draws the initial noise of the prompt's samples, and then one noise at which
+            the reward scores them. All samples of a prompt share the reward's noise, so that it does not affect their
+            ranking.
+        reward_sigma: noise levels at which the reward scores; None: the reward's default levels.
+        batch_size: number of samples drawn and scored at once; None: all.
+        velocity_for: a function from the conditions of a batch to a velocity; default: `sampler.velocity_for`.
     """
     velocity_for = velocity_for or sampler.velocity_for
     noise = torch.cat([seeded_noise(sampler.latent_shape, [generator] * count) for generator in generators])
@@ -52,10 +53,11 @@ def scored_candidates(
 
 
 def ranked_pairs(scores: Sequence[float], number: int, min_gap: float) -> list[tuple[int, int]]:
-    """Return (chosen, rejected) indices of candidates: best and worst, second best and second worst, and so on.
+    """Return (chosen, rejected) index pairs: best and worst candidate, second best and second worst, and so on.
 
-    At most `number` pairs, and at most half as many as there are candidates. The list ends before the first pair whose
-    scores are equal or differ by less than min_gap. Of equal scores, the earlier candidate ranks higher.
+    The list has at most `number` pairs and at most half as many pairs as there are candidates. It ends before the first
+    pair whose scores are equal or differ by less than min_gap. If two scores are equal, the earlier candidate ranks
+    higher.
     """
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     pairs = []

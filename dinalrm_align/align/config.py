@@ -1,4 +1,4 @@
-"""Settings that all alignment recipes share; the settings of each recipe derive from `AlignRun`. Torch-free."""
+"""Settings that all alignment recipes share. The settings of each recipe subclass `AlignRun`. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,11 +13,12 @@ class EvaluationConfig:
     """Evaluation on held-out prompts. Prompts and noise stay the same before, during and after training.
 
     Args:
-        samples: images per evaluation. Prompts are used in file order, and repeated if there are fewer.
+        samples: images per evaluation. Prompts are used in file order, and repeated if the file has fewer prompts.
         batch_size: images sampled at once.
-        every: updates between evaluations; 0: none. Base model and final policy are always evaluated.
+        every: updates between evaluations; 0: none in between. Base model and final policy are always evaluated.
         shown: number of images in the image grids.
-        seed: seed of the noise. It is separate from the seed of the run, so that runs can be compared image by image.
+        seed: seed of the noise. Runs with different training seeds keep the same evaluation noise, so that they can be
+            compared image by image.
     """
 
     samples: settings.IntAboveOne = 192
@@ -36,16 +37,19 @@ class EvaluationConfig:
 class WatchConfig:
     """Detection of reward hacking: at every evaluation, the reward is compared with the gold score (`align.watch`).
 
-    The gold score is that of a second reward, which is not trained on. An evaluation is compared with the one that has
-    the best gold score so far. Hacking is reported if the reward has risen and the gold score has fallen since then,
-    both significantly (one-sided t-tests, paired over captions).
+    The gold score is the score by a second reward that is not trained on. Each evaluation is compared with the earlier
+    evaluation that has the best gold score. Hacking is reported if, between the two evaluations, the reward has risen
+    and the gold score has fallen, both significantly (one-sided t-tests, paired over captions).
 
     Args:
-        level: significance level: the probability of any false alarm in the whole run if the gold score never falls.
+        level: significance level. It bounds the probability that a run in which the gold score never falls reports
+            hacking at any evaluation.
         stop_on_hacking: save a checkpoint and stop at the first alarm; otherwise print a warning and go on.
         keep_best: keep the LoRA with the best gold score in lora_best/.
-        sigmas: noise levels, at least two, at which the scores of a latent reward are compared; empty: not measured.
-        drift_sigmas: noise levels at which policy and base model velocities are compared; empty: not measured.
+        sigmas: noise levels, at least two, at which a latent reward scores each sample; the metric level_spread is the
+            disagreement of these scores. Empty: not measured.
+        drift_sigmas: noise levels at which the policy's velocity is compared with the base model's; the metric drift is
+            their mean squared difference. Empty: not measured.
     """
 
     level: float = 0.05
@@ -69,18 +73,19 @@ class WatchConfig:
 class MemoryConfig:
     """Options that save memory or time without changing the method; all are off by default.
 
-    `python recipes/savings.py` measures each. gradient_checkpointing and optim.name also save memory.
+    `python recipes/savings.py` measures the effect of each option. The options gradient_checkpointing and optim.name,
+    outside this section, save memory too.
 
     Args:
-        base_quant: quantise the linear layers in the base model's blocks to 8 or 4 bits, for policy and latent reward.
-            Needs bitsandbytes (the extra `quant`). nf4 changes velocities by a few percent.
+        base_quant: quantise the linear layers in the base model's transformer blocks to 8 or 4 bits; policy and latent
+            reward both use them. Needs bitsandbytes (the extra `quant`). nf4 changes velocities by a few percent.
         vae_dtype: dtype of the VAE's weights; bfloat16 halves the memory of decoding and rounds the images.
         decode_slice: images that a pixel reward decodes at once, in the forward and the backward pass; by default all.
         decode_tile: decode large images in tiles (diffusers' VAE tiling); pixels near the seams change.
         offload: keep unused models off the GPU: the base model while prompts are encoded, the VAE between evaluations.
-        compile: apply torch.compile to each block of policy and latent reward; the first update takes minutes.
-        attention: kernel of torch's attention on CUDA; auto: torch's choice. (SD3 ignores diffusers'
-            set_attention_backend.)
+        compile: apply torch.compile to each transformer block of policy and latent reward; the first update then takes
+            minutes.
+        attention: kernel of torch's scaled_dot_product_attention on CUDA; auto: torch's choice.
     """
 
     base_quant: Literal["none", "int8", "nf4"] = "none"
@@ -97,14 +102,15 @@ class MemoryConfig:
 
 @dataclass
 class Hpsv3Config:
-    """Options for loading HPSv3, used if it is part of the reward.
+    """Options for loading HPSv3, used only if the reward contains HPSv3.
 
     Args:
-        quantization: quantise the linear layers in HPSv3's blocks to 8 or 4 bits (bitsandbytes, the extra `quant`).
+        quantization: quantise the linear layers in HPSv3's transformer blocks to 8 or 4 bits; needs bitsandbytes (the
+            extra `quant`).
         template: file with HPSv3's two prompt texts: data_collator_qwen.py of the package hpsv3, or a JSON file. By
-            default that beside the weights, or else that of the installed package.
-        base: folder or hub id of Qwen2-VL-7B-Instruct, for its config and tokenizer. By default the folder of local
-            weights, or else the hub.
+            default the file beside HPSv3's weights, or else the file of the installed package.
+        base: folder or hub id of Qwen2-VL-7B-Instruct, whose config and tokenizer HPSv3 uses. By default the folder of
+            HPSv3's weights if they are local, or else the hub.
     """
 
     quantization: Literal["none", "int8", "nf4"] = "none"
@@ -121,12 +127,12 @@ class Hpsv3Config:
 
 @dataclass
 class AnchorConfig:
-    """A second reward of another kind, added at every n-th update to make reward hacking harder (`align.anchor`).
+    """The anchor, a second reward that is added to the objective at every n-th update to make reward hacking harder.
 
     Args:
-        reward: name of the second reward, the anchor; by default there is none.
-        every: n, the updates (GRPO: rollouts) from one use of the anchor to the next; 1: every update.
-        weight: weight of the anchor relative to the reward, after both are scaled to the same standard deviation.
+        reward: name of the second reward; by default there is none.
+        every: n. GRPO counts rollouts, other methods count updates; 1: the second reward is always added.
+        weight: weight of the second reward relative to the first, after both are scaled to the same standard deviation.
     """
 
     reward: str | None = None
@@ -139,21 +145,22 @@ class AnchorConfig:
 
 @dataclass
 class GroupRolloutConfig:
-    """Settings that Flow-GRPO and DiffusionNFT share: a rollout of groups of samples, and its reuse for updates.
+    """Settings that Flow-GRPO and DiffusionNFT share, of the rollout and of the updates that train on its samples.
 
-    A group consists of samples of one prompt, whose scores are compared with each other.
+    A rollout samples several prompts. The samples of one prompt are a group, whose scores are compared with each other.
 
     Args:
         groups: prompts per rollout and process.
         group_size: samples per prompt.
         sample_batch: samples drawn and scored at once; affects memory, not results.
-        guidance_scale: guidance scale of rollout and training; by default the model's own. Up to 1: no guidance.
-        reward_draws: noise draws over which a latent reward is averaged; all samples of a group share them.
+        guidance_scale: guidance scale of rollout and training; None: the model's own. At most 1: no guidance.
+        reward_draws: noise draws over which a latent reward is averaged; all samples of a group share the draws.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
-        advantage_std: the advantage is the score minus the mean of its group, divided by a standard deviation. group:
-            that of the group; global: that of the whole rollout, over all processes.
-        advantage_floor: constant added to that standard deviation.
-        advantage_clip: largest absolute advantage. DiffusionNFT: it marks a sample as wholly good or bad.
+        advantage_std: standard deviation that divides the advantage, score - mean of the group. group: standard
+            deviation of the scores in the group. global: of all scores in the rollout, over all processes.
+        advantage_floor: constant added to the standard deviation that divides the advantage.
+        advantage_clip: advantages are clipped to [-advantage_clip, advantage_clip]. DiffusionNFT treats a sample at the
+            upper bound as wholly good and a sample at the lower bound as wholly bad.
         minibatches: updates per pass over the samples of a rollout.
         epochs: passes over the samples of a rollout.
     """
@@ -190,17 +197,18 @@ class PolicyRun:
             Medium. shapes: the small embedded world. Or the folder or hub id of a StableDiffusion3Pipeline.
         reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
             pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward: published image rewards.
-            oracle: the true score of the embedded world. NAME=SOURCE: one of these, with weights from SOURCE. Or the
-            folder or hub id of another latent reward; module:function, your own; or a sum, "dinalrm + 0.2*pickscore".
+            oracle: the true score of the embedded world. NAME=SOURCE: the named reward with weights from SOURCE. Or the
+            folder or hub id of a latent reward; module:function for your own reward; or a weighted sum, such as
+            "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
         seed: seed of initialisation, sampling and training.
-        prompts: text file of prompts, one per line, UTF-8; by default the model's own list of training prompts.
+        prompts: UTF-8 text file with one training prompt per line; by default the list that belongs to the model.
         height: height of the images in pixels; by default the model's own.
         width: width of the images in pixels; by default the model's own.
         device: auto: a CUDA GPU if there is one, otherwise the CPU.
         dtype: dtype of the frozen weights. auto: float32 on a CPU, otherwise the model's own. The LoRA is always
             float32.
-        policy: the LoRA that is trained or sampled with.
+        policy: settings of the LoRA.
     """
 
     model: str = "auto"
@@ -224,20 +232,21 @@ class AlignRun(PolicyRun):
     """Settings of every alignment recipe.
 
     Args:
-        gold: reward of held-out images, never trained on; by default PickScore, for the embedded world the oracle.
-        resume: folder of a run, to resume from its newest checkpoint, or of one checkpoint. Options given with it
-            override the saved settings.
-        eval_prompts: text file of held-out prompts; by default the model's own list.
+        gold: gold reward: it scores held-out images and is never trained on. By default PickScore; for the embedded
+            world, the oracle.
+        resume: folder of a run, to resume from its newest checkpoint, or folder of one checkpoint. Options on the
+            command line override the saved settings.
+        eval_prompts: UTF-8 text file with one held-out prompt per line; by default the list that belongs to the model.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        profile_every: updates between measurements of FLOPs (on a CPU also of peak memory). A measured update takes
-            about twice as long; 0: no measurements.
+        profile_every: updates between measurements of FLOPs (on a CPU also of peak memory); 0: no measurements. A
+            measured update takes about twice as long.
         tracker: where to log metrics and images besides metrics.jsonl; WANDB_MODE=offline keeps wandb offline.
-        optim: AdamW, its learning rate and gradient clipping.
+        optim: settings of AdamW and of gradient clipping.
         loop: length of training, checkpoints and weight averaging.
         evaluation: evaluation on held-out prompts.
         watch: detection of reward hacking.
         memory: options that save memory or time.
-        hpsv3: options for loading HPSv3, if it is part of the reward.
+        hpsv3: options for loading HPSv3, if the reward contains HPSv3.
     """
 
     gold: str | None = None

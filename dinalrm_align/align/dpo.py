@@ -1,17 +1,17 @@
 """Diffusion-DPO (arXiv 2311.12908, equation 14) for flow matching, on given pairs or on the policy's own samples.
 
-A pair is a chosen image w and a rejected image l of one prompt. Both get the same noise and the same sigma. With
+A pair is a chosen image w and a rejected image l of one prompt. Both get the same noise and the same sigma. The loss is
 
-    e    = mean |velocity(x_sigma, sigma) - (noise - x0)|^2        the denoising error of an image
-    loss = -log sigmoid(-beta / 2 [(e_w - e_w^ref) - (e_l - e_l^ref)])
+    loss = -log sigmoid(-beta / 2 [(e_w - e_w^ref) - (e_l - e_l^ref)]),
+    e    = mean |velocity(x_sigma, sigma) - (noise - x0)|^2        denoising error of the policy (e^ref: reference)
 
-the policy learns to denoise w better than l, relative to the reference. The argument of the sigmoid is the margin of
-the implicit reward -beta / 2 (e - e^ref). Noise levels are not weighted. Errors are means over C, H, W; code that uses
-sums needs a beta that is smaller by the factor C H W.
+The policy learns to denoise w better than l, relative to the reference. The argument of the sigmoid is the margin: the
+implicit reward -beta / 2 (e - e^ref) of w minus that of l. All noise levels have the same weight. Errors are means over
+C, H, W. A beta from code that uses sums must be multiplied by C H W here.
 
 `OfflineDpo` reads pairs from a data set. `OnlineDpo` samples several images per prompt, ranks them by a reward, and
-pairs the best with the worst; the policy can replace its reference at intervals. RNG streams are keyed by (seed, global
-index of the pair's prompt), so that an update does not depend on its division into micro-batches.
+pairs the best with the worst; it can replace the reference by the current policy at intervals. RNG streams are keyed by
+(seed, global index of the pair's prompt), so that an update does not depend on its division into micro-batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ REFERENCE = "reference."
 
 
 def velocity_error(velocity: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-    """Return mean |velocity - (noise - x0)|^2 over C, H, W: (B,) float32. All arguments are (B, C, H, W)."""
+    """Return the denoising error (B,) float32: the mean of |velocity - (noise - latents)|^2 over C, H, W."""
     return (velocity.float() - (noise.float() - latents.float())).square().mean(dim=(1, 2, 3))
 
 
@@ -51,15 +51,16 @@ def diffusion_dpo_loss(
     beta: float,
     label: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of each pair and the margin of its implicit reward, both (N,) float32.
+    """Return the Diffusion-DPO loss and the margin of N pairs, both (N,) float32.
 
-    Raises ValueError unless all velocity errors have the same shape (N,).
+    margin = -beta / 2 [(chosen - chosen_reference) - (rejected - rejected_reference)]
+    loss   = -p log sigmoid(margin) - (1 - p) log sigmoid(-margin)
 
     Args:
-        chosen, rejected: velocity errors of the policy, at the SAME noise and sigma.
-        chosen_reference, rejected_reference: velocity errors of the reference, at this noise and sigma.
-        label: p, the probability that a rater prefers `chosen`, a float or (N,), in
-            loss = -p log sigmoid(margin) - (1 - p) log sigmoid(-margin).
+        chosen, rejected: `velocity_error` of the policy for the two images of each pair, (N,). Both images of a pair
+            must have the same noise and sigma.
+        chosen_reference, rejected_reference: `velocity_error` of the reference, (N,), with the same noise and sigma.
+        label: p, the probability that a rater prefers `chosen`, a float or (N,).
     """
     shapes = {tuple(e.shape) for e in (chosen, rejected, chosen_reference, rejected_reference)}
     if len(shapes) != 1 or chosen.dim() != 1:
@@ -71,13 +72,13 @@ def diffusion_dpo_loss(
 
 @dataclass(frozen=True)
 class DpoBatch:
-    """Pairs and their noise.
+    """A micro-batch of preference pairs, with the noise and the noise levels at which the loss is computed.
 
     Args:
-        pairs: M images of G prompts (groups), and N pairs of these images, on the policy's device.
-        noise: (D, M, C, H, W), D draws; equal within a group.
-        sigma: (D, M) in [0, 1]; equal within a group.
-        metrics: metrics of the pairs, to be recorded.
+        pairs: N pairs formed from M images, on the policy's device. The images of one prompt are a group.
+        noise: (D, M, C, H, W), D noise draws per image. All images of a group have the same noise.
+        sigma: (D, M), noise levels in [0, 1]. All images of a group have the same noise level.
+        metrics: metrics of the pairs, which the training step adds to its own metrics.
     """
 
     pairs: PairBatch
@@ -98,7 +99,10 @@ def noised_pairs(
     draws: int,
     metrics: Mapping[str, float] | None = None,
 ) -> DpoBatch:
-    """Draw noise and sigma `draws` times for each of the G groups, with one generator per group. Return the batch."""
+    """Return a `DpoBatch` with `draws` draws of noise and noise level for each group of pairs.
+
+    A group is the images of one prompt, which share noise and noise level.
+    """
     shape, device = tuple(pairs.latents.shape[1:]), pairs.latents.device
     noise = torch.stack([seeded_noise(shape, [generator] * draws) for generator in generators], dim=1)
     sigma = torch.stack(
@@ -110,11 +114,12 @@ def noised_pairs(
 def dpo_step(
     velocity: Velocity, reference: Velocity, batch: DpoBatch, beta: float
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Return the mean loss over draws and pairs, differentiable in the velocity's parameters, and metrics by name.
+    """Return the mean Diffusion-DPO loss of the batch, differentiable in the velocity's parameters, and the metrics.
 
-    implicit_accuracy: share of pairs whose margin has the sign of label - 1/2 (0 counts half). margin: mean margin.
-    chosen_gain, rejected_gain: mean e^ref - e, positive if the policy denoises better than the reference. kl: mean
-    square of velocity - reference. reference: the reference's velocity, without gradient.
+    `reference` must compute the reference's velocity without gradient. Metrics: `margin`, the mean argument of the
+    loss's sigmoid; `implicit_accuracy`, the share of pairs whose margin has the sign of label - 1/2; `chosen_gain` and
+    `rejected_gain`, the mean denoising error of the reference minus that of the policy, for chosen and rejected images;
+    `kl`, the mean of (velocity - reference)^2; and the metrics in batch.metrics.
     """
     pairs, losses, margins, gains, kls = batch.pairs, [], [], [], []
     for noise, sigma in zip(batch.noise, batch.sigma, strict=True):
@@ -143,7 +148,7 @@ def dpo_step(
 
 
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
-    """Return `velocity` computed without gradient within the context manager weights(), which sets other weights."""
+    """Return `velocity` computed inside weights(), a context manager that must set the reference's weights."""
 
     def frozen(latents: Tensor, sigma: float | Tensor) -> Tensor:
         with weights():
@@ -154,12 +159,11 @@ def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextMa
 
 @dataclass
 class OfflineDpo:
-    """Diffusion-DPO for `train.loop.fit`, on the pairs of a data set. The reference is the base model.
+    """Diffusion-DPO as a method for `train.loop.fit`, on the pairs of a data set. The reference is the base model.
 
     Args:
-        sampler: has the policy, and the negative conditions that config.loss_guidance_scale above 1 needs.
-        pairs: latents and embeddings made with the policy's base model.
-        config: see `DpoConfig`.
+        sampler: provides the policy, and the empty prompt's conditions if config.loss_guidance_scale is above 1.
+        pairs: source of pairs. Latents and embeddings must come from the VAE and text encoders of the base model.
     """
 
     sampler: Sampler
@@ -167,7 +171,7 @@ class OfflineDpo:
     config: DpoConfig
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """Return this micro-step's pairs with noise; they depend only on micro-step, seed and rank."""
+        """Return the pairs and noise of one micro-step, which depend only on micro-step, seed and rank."""
         sampler = self.sampler
         with sampler.meter.phase("data"):
             pairs = self.pairs.batch_at(micro_step, sampler.rank, sampler.num_processes).to(sampler.device)
@@ -185,14 +189,13 @@ class OfflineDpo:
 
 @dataclass
 class OnlineDpo:
-    """Diffusion-DPO for `train.loop.fit`, on the best and the worst of several samples of each prompt.
+    """Diffusion-DPO as a method for `train.loop.fit`, on the best and the worst of several samples of each prompt.
 
-    Pass this object to the run as `state`, so that checkpoints contain the refreshed reference.
+    The object must also be passed to `Setup.align` as `state`, so that checkpoints contain the refreshed reference.
 
     Args:
         sampler: samples training prompts.
-        reward: frozen, on the policy's device; no gradient is needed.
-        config: see `DpoConfig`.
+        reward: ranks the samples; frozen, on the policy's device, without gradient.
     """
 
     sampler: Sampler
@@ -203,15 +206,12 @@ class OnlineDpo:
         self._reference = self.sampler.policy.weights() if self.config.refresh_every else None
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within the block, the policy has the reference's weights (base model or earlier policy) and no gradient."""
+        """Return a context manager in which the policy has the reference's weights and gradients are disabled."""
         policy = self.sampler.policy
         return policy.reference() if self._reference is None else policy.with_weights(self._reference)
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """Refresh the reference if it is due; return this micro-step's best and worst samples with noise.
-
-        The batch depends only on micro-step, seed, rank, and the weights of policy and reference.
-        """
+        """Sample the prompts of one micro-step, and return the best and the worst sample of each prompt, with noise."""
         config, sampler = self.config, self.sampler
         self._refresh(micro_step)
         indices = sampler.prompt_indices(config.batch_size, micro_step)
@@ -231,16 +231,17 @@ class OnlineDpo:
         return noised_pairs(pairs, generators, config.sigma, config.draws, metrics)
 
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Return the loss, differentiable in the policy's LoRA, and metrics by name.
+        """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
-        The metrics are those of `dpo_step`, and the mean scores of all, the best and the worst samples.
+        Metrics: those of `dpo_step`; `reward`, `reward_best` and `reward_worst`, the mean score of all samples, of the
+        best sample of each prompt, and of the worst.
         """
         velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
         with self.sampler.meter.phase("policy"):
             return dpo_step(velocity, without_gradient(velocity, self.reference), batch, self.config.beta)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the refreshed reference by name; empty if the reference is the base model."""
+        """Return the reference's LoRA tensors by name for a checkpoint; empty if the base model is the reference."""
         return {REFERENCE + name: tensor for name, tensor in (self._reference or {}).items()}
 
     def is_common(self) -> bool:
@@ -265,7 +266,7 @@ class OnlineDpo:
         return velocity if self.config.sampler == "policy" else without_gradient(velocity, self.reference)
 
     def _refresh(self, micro_step: int) -> None:
-        """Copy the policy at the first micro-step of every refresh_every-th update, except the very first."""
+        """Make the current policy the reference after every `refresh_every` updates, before the next update starts."""
         every = self.config.refresh_every * self.sampler.accumulate
         if every and micro_step and micro_step % every == 0:
             self._reference = self.sampler.policy.weights()

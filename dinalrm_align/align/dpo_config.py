@@ -1,7 +1,4 @@
-"""Settings of Diffusion-DPO, direct preference optimisation, and of `recipes/dpo_sd35.py`. Torch-free.
-
-The defaults suit the embedded world. `recipes/dpo_sd35.yaml` has those of public runs on SD3.5-Medium.
-"""
+"""Settings of Diffusion-DPO and of `recipes/dpo_sd35.py`, whose defaults suit the embedded test model. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,21 +16,21 @@ class DpoConfig:
     Args:
         mode: online: each pair is the best and the worst of the policy's own samples, ranked by the reward. offline:
             pairs are read from a data set.
-        batch_size: prompts per micro-batch and process, with one pair each (offline, for ranked lists of images: all
-            pairs of a list). An update takes batch_size x loop.accumulate x processes.
+        batch_size: prompts per micro-batch and process. Each prompt has one pair; a ranked list of images (offline) has
+            all pairs of the list. An update uses batch_size x loop.accumulate x processes prompts.
         beta: strength of the penalty on leaving the reference. The loss is -log sigmoid(-beta / 2 [(e_w - e_w^ref) -
             (e_l - e_l^ref)]), where e is the mean squared velocity error of the preferred (w) or rejected (l) image.
             Public runs use 100 to 5000.
         sigma: distribution from which the noise level of a pair is drawn.
         draws: draws of noise and noise level per pair and update; more draws make the gradient less noisy.
-        loss_guidance_scale: guidance scale of the velocities in the loss; usually 1, no guidance.
-        group_size: online: samples per prompt.
-        num_steps: online: denoising steps; by default the model's own number.
-        guidance_scale: online: guidance scale of the samples; by default the model's own.
-        sampler: online: the model that draws the samples, policy or reference.
-        refresh_every: online: updates after which the current policy becomes the reference; 0: never.
-        sample_batch: online: images sampled and scored at once; by default a whole micro-batch.
-        reward_sigma: online: noise level or levels (an ensemble) at which a latent reward scores; by default the
+        loss_guidance_scale: guidance scale of the velocities in the loss; usually 1, which means no guidance.
+        group_size: samples per prompt (online only).
+        num_steps: denoising steps of the samples (online only); None: the model's own number.
+        guidance_scale: guidance scale of the samples (online only); None: the model's own scale.
+        sampler: model that draws the samples, policy or reference (online only).
+        refresh_every: updates after which the current policy becomes the reference (online only); 0: never.
+        sample_batch: images sampled and scored at once (online only); by default a whole micro-batch.
+        reward_sigma: noise level or levels (an ensemble) at which a latent reward scores (online only); by default the
             reward's own.
     """
 
@@ -61,10 +58,10 @@ class DpoRun(AlignRun):
     """Settings of `recipes/dpo_sd35.py`.
 
     Args:
-        pairs: offline: source of the preference pairs: a folder written by recipes/mine_pairs.py, a parquet file in
-            verl-omni's format, a folder of latent pairs, or a jsonl file of {"prompt", "chosen", "rejected"} with
-            paths.
-        dpo: Diffusion-DPO.
+        pairs: source of the preference pairs (offline only). A folder written by recipes/mine_pairs.py, a parquet file
+            in verl-omni's format, a folder of latent pairs, or a jsonl file whose lines have the keys "prompt",
+            "chosen" and "rejected", the last two with paths of images.
+        dpo: settings of Diffusion-DPO.
     """
 
     pairs: str | None = None

@@ -1,8 +1,8 @@
 """Held-out evaluation of a run, with the same prompts and noise before, during and after training.
 
 Every sample is scored by the training reward (proxy) and by a gold reward that is not trained on. If proxy rises and
-gold does not, the reward is being exploited. Gains are paired, because a sample keeps its prompt and noise: the
-standard error of the mean difference is far below that of either mean.
+gold does not, the training reward is being exploited. Each sample keeps its prompt and noise, so gains are differences
+of paired scores; the standard error of a gain is far below that of either mean score.
 """
 
 import json
@@ -33,24 +33,21 @@ Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of after - before over the same samples (at least two), and its standard error."""
+    """Return the mean of after - before and the standard error of this mean; both score the same samples in order."""
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
 @dataclass
 class HeldOut:
-    """A hook for `train.loop.fit` that samples held-out prompts, scores the samples, and writes scores and images.
+    """Samples held-out prompts, scores the samples, and writes scores and images; a hook for `train.loop.fit`.
 
     Args:
-        sampler: samples the evaluation prompts, one sample per row of its conditions.
+        sampler: draws one sample per row of sampler.conditions, the conditions of the evaluation prompts.
         reward: the training reward.
-        scorers: rewards over images by name; "gold" is required.
-        decode: latents (B, C, H, W) -> images (B, 3, H, W) in [0, 1].
-        config: see `EvaluationConfig`.
-        accelerator: distributes the samples over the ranks.
-        output_dir: folder of the run.
-        probes: further measurements of every sample (`align.watch`).
+        scorers: rewards that score images, by name; the name "gold" is required.
+        decode: a function from latents (B, C, H, W) to images (B, 3, H, W) in [0, 1].
+        probes: functions that measure each sample in addition to the rewards, such as `align.watch.drift_probe`.
         equal_calls: make all ranks sample equally many batches, which sharded weights require.
     """
 
@@ -96,8 +93,8 @@ class HeldOut:
         """Evaluate the policy after update `step`, with the samples distributed over the ranks.
 
         Rank 0 writes evaluations/<step>.json (scores per sample), evaluations/<step>.png (the shown images in a row)
-        and grid_<step>.png. Returns, by name, means and standard errors of proxy and gold, gold_gain (the paired gain
-        of gold over step 0) with its standard error, and the means of other scorers and probes.
+        and grid_<step>.png. Metrics: for `proxy` and `gold`, the mean score and its standard error; `gold_gain`, the
+        paired gain of gold over step 0, and its standard error; for every additional scorer and probe, its mean.
         """
         size, rank, world = self.config.batch_size, self.accelerator.process_index, self.accelerator.num_processes
         starts = range(0, len(self.prompts), size)
@@ -118,19 +115,20 @@ class HeldOut:
         return row
 
     def scores(self, step: int) -> dict[str, list[float]]:
-        """Return the scores per sample of the evaluation at `step`, by name: proxy, gold, other scorers and probes."""
+        """Return the scores per sample of the evaluation at `step`, by the names of rewards ("proxy") and probes."""
         found = json.loads((self._folder / f"{step:06d}.json").read_text())
         return {name: values for name, values in found.items() if name not in ("step", "terms")}
 
     def history(self, step: int) -> dict[int, dict[str, list[float]]]:
-        """Return the scores of every evaluation up to `step`: update -> name -> scores per sample."""
+        """Return the scores of every evaluation up to `step`, as a dict: update -> name -> scores per sample."""
         steps = sorted(int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit())
         return {at: self.scores(at) for at in steps if at <= step}
 
     def summarise(self, step: int) -> dict[str, dict[str, float]]:
         """Compare the evaluations at step 0 and `step`, and write before_after.png.
 
-        Returns, for "gold" and "proxy", a dict of "before", "after", "gain" and the gain's paired "standard_error".
+        Returns one dict each for "gold" and "proxy": "before" and "after", the mean scores; "gain", their difference;
+        and "standard_error", the paired standard error of the gain.
         """
         summary = {}
         before, after = self.scores(0), self.scores(step)
@@ -150,7 +148,7 @@ class HeldOut:
         return self.output_dir / "evaluations"
 
     def _batch(self, start: int) -> list[tuple[int, dict[str, float], np.ndarray | None]]:
-        """Return (index, scores by name, image or None if not shown) of each sample in the batch from `start` on."""
+        """Sample and score one batch; return (index, scores, image) of each sample, with image None if not shown."""
         indices = range(start, min(start + self.config.batch_size, len(self.prompts)))
         conditions, seed = self.sampler.take(indices), self.config.seed
         noise = self.sampler.noise([seeded_generator(seed, index) for index in indices])

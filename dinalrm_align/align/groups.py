@@ -1,7 +1,8 @@
 """Scores and advantages within groups. A group is the samples of one prompt.
 
-The score of a noised latent depends on the noise. The samples of a group are scored with the same noise draws, so that
-the draws do not affect their comparison. The variance that separate draws would have added is measured.
+A latent reward scores noised latents, so that the score depends on the noise. All samples of a group are scored with
+the same noise draws, which therefore do not affect the comparison of the samples. The module also measures the variance
+that separate draws for each sample would have added.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ ScoreParts = Callable[..., Mapping[str, Tensor]]
 
 
 class GroupConfig(Protocol):
-    """The settings that this module reads; see `align.config.GroupRolloutConfig`."""
+    """Settings that the scoring of groups and the advantages read, a subset of `align.config.GroupRolloutConfig`."""
 
     group_size: int
     reward_sigma: list[float] | None
@@ -47,12 +48,13 @@ class GroupConfig(Protocol):
 
 @dataclass(frozen=True)
 class RolloutAdvantages:
-    """Advantages of the N samples of one rank, and statistics over all ranks.
+    """Advantages of the N samples of one rank, and statistics of the rollout over all ranks.
 
     Args:
         advantages: (N,) float32, after clipping.
-        kept: (N,) bool, False for samples of groups whose scores are all equal.
-        statistics: values by the names in `STATISTICS`, NaN where not measured; with an anchor also its mean score.
+        kept: (N,) bool, False for samples that updates leave out because all scores of their group are equal.
+        statistics: metrics of the rollout by name (`STATISTICS`), NaN where not measured. If the rollout uses a second
+            reward, the anchor, "anchor" is the mean score by that reward.
     """
 
     advantages: Tensor
@@ -61,7 +63,7 @@ class RolloutAdvantages:
 
 
 def check_whole_groups(reward: Reward, name: str, sample_batch: int, group_size: int) -> None:
-    """Raise ValueError if the reward compares samples of a group, but a batch of `sample_batch` could split a group."""
+    """Raise ValueError if the reward must score whole groups and `sample_batch` is not a multiple of `group_size`."""
     if reward.wants_groups and sample_batch % group_size:
         raise ValueError(f"{name}.sample_batch: got {sample_batch}; expected a multiple of group_size {group_size}")
 
@@ -76,13 +78,14 @@ def group_scores(
     draws: int,
     sigma: Sequence[float] | None,
 ) -> dict[str, Tensor]:
-    """Return scores of final latents (B, C, H, W): (draws, B) float64 on the CPU, by name of the reward.
+    """Score the final latents (B, C, H, W) of B samples, with noise draws that the samples of a group share.
 
-    Raises ValueError for scores of another shape, or that are not finite.
+    Returns a dict: name of the reward -> scores (draws, B), float64 on the CPU.
 
     Args:
-        keys: RNG key of the group of each sample; samples with equal keys share their noise draws.
-        sigma: noise levels at which the reward scores; None: the reward's own.
+        keys: for each sample, the RNG key of its group. Samples with equal keys get the same noise draws.
+        draws: number of noise draws at which each sample is scored.
+        sigma: noise levels at which the reward scores; None: the reward's default levels.
     """
     found = []
     for draw in range(draws):
@@ -106,12 +109,12 @@ def rollout_advantages(
     gather: Callable[[Tensor], Tensor],
     rank: int = 0,
 ) -> RolloutAdvantages:
-    """Return the advantages of N samples, ordered by group; with several rewards, their weighted sum.
+    """Return the advantages of this rank's N samples; for several rewards, the weighted sum of their advantages.
 
     Args:
-        scores: (draws, N) of this rank, by name of the reward.
-        weights: weight of each reward's advantages, by name.
-        gather: a tensor (N, draws) of this rank -> those of all ranks, concatenated in the order of ranks.
+        scores: scores (draws, N) of this rank by name of the reward. Samples of a group must be adjacent.
+        weights: weight of each reward's advantages, by name of the reward.
+        gather: a function from a tensor (N, draws) of this rank to the concatenation of all ranks' tensors.
     """
     if scores.keys() != weights.keys():
         raise ValueError(f"the reward has the parts {sorted(scores)}, its weights are for {sorted(weights)}")

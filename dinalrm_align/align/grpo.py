@@ -1,21 +1,20 @@
 """Flow-GRPO (arXiv 2505.05470): policy gradients on the stochastic steps of a flow, compared within groups.
 
-A rollout draws group_size samples of every prompt: a group. The steps in a window are stochastic (see `flow.sde`), and
-their log-probabilities are kept; the other steps follow the ODE. The reward scores the FINAL latents, without decoding.
-The advantage of a sample is relative to its group,
+A rollout draws group_size samples of every prompt; these samples are a group. The denoising steps in a window of
+consecutive steps are stochastic (see `flow.sde`), and the rollout keeps their log-probabilities. The steps outside the
+window follow the ODE. The reward scores the FINAL latents. The advantage of a sample with reward r is
 
     A = clamp((r - mean of the group) / (std + floor)),
 
-where std is that of the group or of the whole rollout. A group whose scores are all equal is left out. An update
-minimises, over the remaining samples and steps,
+where std is the standard deviation of the rewards in the group or in the whole rollout. A group whose rewards are all
+equal is left out. An update minimises, over the remaining samples and the steps in the window,
 
     mean max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl_beta KL,      rho = p(x') / p_rollout(x')
 
 A random window gives Flow-GRPO-Fast; a window that moves from the first steps to the last gives MixGRPO (arXiv
 2507.21802). Unlike in public code, steps that are not trained are never stochastic.
 
-All samples of a group are scored with the same noise (`groups`). With an anchor, every n-th rollout has the advantages
-A = A_reward + weight A_anchor; DiNa-LRM's authors use this sum in every rollout.
+A second reward (the anchor) is optional: in every n-th rollout, the advantages are A_reward + weight A_anchor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,9 +40,9 @@ RECORDED = (*STATISTICS, ANCHOR, "window_start")
 
 
 def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: torch.Generator) -> range:
-    """Return the stochastic steps of rollout `number`, within 0 ... num_steps - 2: the last step is never stochastic.
+    """Return the step indices of the window of rollout `number`; the steps in the window are stochastic and trained.
 
-    Raises ValueError if the window does not fit.
+    The last step, num_steps - 1, is never in the window. Raises ValueError if the window does not fit.
     """
     if config.window == "all":
         return range(num_steps - 1)
@@ -66,17 +65,17 @@ def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: to
 
 @dataclass(frozen=True)
 class Rollout:
-    """N samples of a rollout that updates are drawn from, on the CPU. The window has W steps.
+    """The N samples of a rollout, on the CPU. Updates train on K consecutive denoising steps of each sample.
 
     Args:
-        start: first step of the window.
+        start: index of the first trained step.
         indices: (N,) int64, prompt indices.
-        latents: (N, W + 1, C, H, W), the states before each trained step and after the last one.
-        log_probs: (N, W), log-probabilities of the trained steps.
-        means: with the guard (N, W, C, H, W), the means of the steps' normal distributions; otherwise (N, 0).
+        latents: (N, K + 1, C, H, W), the latents before each trained step, and those after the last trained step.
+        log_probs: (N, K), log-probabilities of the trained steps.
+        means: means of the trained steps' normal distributions, (N, K, C, H, W); (N, 0) without `GrpoConfig.guard`.
         advantages: (N,), after clipping.
-        kept: (N,) bool, False for samples of groups that are left out.
-        statistics: values in the order of `RECORDED`, NaN where not measured.
+        kept: (N,) bool, False for samples that updates leave out because all scores of their group are equal.
+        statistics: metrics of the rollout in the order of `RECORDED`, NaN where not measured.
     """
 
     number: int
@@ -92,9 +91,9 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GrpoBatch:
-    """n (sample, step) pairs of a rollout, on the device.
+    """A micro-batch: n pairs of a sample and one of its denoising steps, on the policy's device.
 
-    count: n. A rank without samples gets one pair and count 0, so that it takes part in the update with weight 0.
+    `count`: n, or 0 if the batch is one placeholder pair with weight 0 in the update.
     """
 
     position: Position
@@ -111,13 +110,12 @@ class GrpoBatch:
 
 @dataclass
 class Grpo:
-    """Flow-GRPO as a method for `train.loop.fit`. Checkpoints save `buffer`, the current rollout.
+    """Flow-GRPO as a method for `train.loop.fit`: `batch_at` draws rollouts, `step` returns the loss.
 
     Args:
-        sampler: samples training prompts; its sigmas come from `flow.sampling.named_sigmas`.
-        reward: frozen, on the policy's device; no gradient is needed.
-        config: see `GrpoConfig`.
-        anchor: a second reward, whose advantages are added in every n-th rollout.
+        sampler: samples training prompts. `sampler.sigmas` must come from `flow.sampling.named_sigmas`.
+        reward: scores the samples; must be frozen and on the policy's device. Its gradient is not used.
+        anchor: a second reward, whose advantages are added to those of `reward` in rollouts n, 2n, 3n, ...
     """
 
     sampler: Sampler
@@ -139,7 +137,7 @@ class Grpo:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> Rollout:
-        """Draw rollout `number` without gradient; it depends only on number, seed, weights and rank."""
+        """Sample and score rollout `number` without gradient. The result depends on number, seed, weights and rank."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.groups, number)).repeat_interleave(config.group_size)
         window = trained_steps(config, sampler.num_steps, number, seeded_generator(WINDOWS, sampler.seed, number))
@@ -164,10 +162,10 @@ class Grpo:
     def trajectories(
         self, number: int, samples: Sequence[int], conditions: Conditions, window: range
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sample with stochastic steps in the window and the ODE elsewhere. samples: indices in this rank's rollout.
+        """Sample B latents, with stochastic steps in the window of K steps and ODE steps outside it.
 
-        Returns the final latents (B, C, H, W) on the device, and on the CPU, as in `Rollout`, the states (B, W + 1, C,
-        H, W), the log-probabilities (B, W), and the means.
+        Returns the final latents (B, C, H, W) on the device and, on the CPU, the fields `latents` (B, K + 1, C, H, W),
+        `log_probs` (B, K) and `means` of `Rollout`. `samples`: indices of the B samples in this rank's rollout.
         """
         config, sampler = self.config, self.sampler
         generators = [seeded_generator(PATHS, sampler.seed, number, self.first + sample) for sample in samples]
@@ -193,7 +191,7 @@ class Grpo:
         generators: Sequence[torch.Generator],
         steps: int,
     ) -> Tensor:
-        """Return latents (B, C, H, W) after the first `steps` ODE steps, sampled once per group with a shared start."""
+        """Return latents after the first `steps` ODE steps, equal within a group if config.shared_start is set."""
         sampler = self.sampler
         if not self.config.shared_start:
             return sampler.sample(conditions, sampler.noise(generators), steps)
@@ -205,7 +203,7 @@ class Grpo:
         return latents[[ordered.index(group) for group in groups]]
 
     def scores(self, number: int, samples: Sequence[int], latents: Tensor, conditions: Conditions) -> dict[str, Tensor]:
-        """Return scores of final latents (B, C, H, W): (draws, B) by name. samples: indices in this rank's rollout."""
+        """Score the final latents of B samples. Return a dict: name of the reward -> scores (draws, B)."""
         keys = [(self.sampler.seed, number, (self.first + sample) // self.config.group_size) for sample in samples]
         objective = terms(self.reward, self.anchor, number)
 
@@ -221,13 +219,13 @@ class Grpo:
         return group_scores(score_parts, latents, conditions, keys, draws=self.draws, sigma=self.config.reward_sigma)
 
     def _weights(self, number: int) -> Mapping[str, float]:
-        """Return, by name of the reward, the weight of its advantages in rollout `number`."""
+        """Return a dict: name of a reward -> weight of the reward's advantages in rollout `number`."""
         weights = dict(self.reward.weights) if self.config.advantage_of == "parts" else {"reward": 1.0}
         objective = terms(self.reward, self.anchor, number)
         return weights | ({ANCHOR: objective[ANCHOR][0]} if ANCHOR in objective else {})
 
     def batch_at(self, micro_step: int) -> GrpoBatch:
-        """Return the samples and steps that this micro-step trains on; see `RolloutBuffer.at`."""
+        """Return the samples and steps that a micro-step trains on, after drawing a new rollout if one is needed."""
         position, pending = self.buffer.at(micro_step)
         kept = pending.kept.nonzero().flatten()
         groups = (self.first + kept) // self.config.group_size
@@ -251,11 +249,11 @@ class Grpo:
         )
 
     def step(self, batch: GrpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Return the mean loss of the batch, differentiable in the policy's LoRA, and metrics by name.
+        """Return the mean loss of the batch, differentiable in the policy's LoRA, and the metrics.
 
-        kl: mean square of velocity - reference velocity, comparable between methods. step_kl: the KL in the loss
-        (`kl_form`). ratio_spread: mean distance of the ratios from 1. clipped: share of ratios outside the clip range.
-        Also the rollout's statistics (`groups.STATISTICS`).
+        Metrics: `kl`, the mean square of velocity - reference velocity; `step_kl`, the KL in the form that the loss
+        uses; `ratio_spread`, the mean distance of the probability ratios from 1; `clipped`, the share of ratios outside
+        the clip range; and the statistics of the rollout.
 
         Raises FloatingPointError if the first ratios after a rollout differ from 1 by more than ratio_tolerance.
         """
@@ -298,7 +296,7 @@ class Grpo:
             )
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
-        """Return the expected shapes of a saved rollout's tensors by name."""
+        """Return the shapes that the tensors of a saved rollout must have, by name."""
         count, width = self.config.groups * self.config.group_size, tensors["log_probs"].shape[-1]
         latent_shape = self.sampler.latent_shape
         return {

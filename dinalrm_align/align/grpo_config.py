@@ -1,7 +1,4 @@
-"""Settings of Flow-GRPO, policy gradients on stochastic denoising steps, and of `recipes/grpo_sd35.py`. Torch-free.
-
-The defaults suit the embedded world. `recipes/grpo_sd35.yaml` has those of public runs on SD3.5-Medium.
-"""
+"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`, whose defaults suit the embedded test model. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,11 +10,12 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 @dataclass
 class GrpoConfig(GroupRolloutConfig):
-    """Flow-GRPO: a rollout of groups of samples with stochastic steps, reused for updates with a clipped ratio.
+    """Settings of Flow-GRPO: policy gradients on stochastic denoising steps, with a clipped probability ratio.
 
     Args:
-        num_steps: denoising steps of the rollout; by default the model's own number. The last one is not trained.
-        schedule: noise levels. diffusers: those of the pipeline, as in flow_grpo. linear: 1, ..., 1/N, shifted, then 0.
+        num_steps: denoising steps of the rollout; None: the model's own number. The last step is not trained.
+        schedule: noise levels. diffusers: levels of the pipeline, as in flow_grpo. linear: 1, ..., 1/N, shifted, then
+            0.
         sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
         noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
         negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.
@@ -29,20 +27,22 @@ class GrpoConfig(GroupRolloutConfig):
             but the rollout's last step.
         window_rollouts: rollouts after which a progressive window moves on.
         window_stride: steps by which a progressive window moves.
-        window_wraps: return a progressive window from the end of window_range to its start; otherwise it stays there.
-        shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do, so that they differ
-            by the stochastic steps only. The steps before the window are then sampled once per group.
+        window_wraps: move a progressive window that has reached the end of window_range back to the start of
+            window_range; otherwise the window stays at the end.
+        shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do, so that the samples
+            differ by the stochastic steps only. The steps before the window are then computed once per group.
         advantage_of: how a weighted sum of rewards gives advantages. sum: the advantage of the summed score. parts: the
-            weighted sum of the advantages of the single rewards.
+            weighted sum of the rewards' advantages.
         clip_range: largest distance of the probability ratio from 1 at which a sample still has a gradient.
-        guard: normalise the ratios of all steps to the same mean and scale, GRPO-Guard (arXiv 2510.22319); flow_sde
-            only.
-        kl_beta: weight in the loss of the KL to the frozen base model; 0: the KL is only measured.
-        kl_form: normalisation of the KL. scale: divided by 2 s^2, where s is the SDE's noise scale, as in flow_grpo.
-            std: by 2 std^2, the KL of the two normal distributions per dimension. velocity: the mean squared difference
-            of the velocities. kl_beta must be chosen for each.
+        guard: normalise the ratios of all steps to the same mean and scale, as in GRPO-Guard (arXiv 2510.22319); only
+            with flow_sde.
+        kl_beta: weight of the KL to the frozen base model in the loss; 0: the KL is only measured.
+        kl_form: normalisation of the KL. scale: squared difference of the step means / (2 s^2), where s is the SDE's
+            noise scale, as in flow_grpo. std: the same / (2 std^2), the exact KL of the two normal distributions per
+            dimension. velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
         ratio_tolerance: largest distance of the ratios from 1 in the first update after a rollout. The weights have not
-            changed yet, so beyond it rollout and training differ, and the run stops.
+            changed yet, so a larger distance means that rollout and training compute different probabilities, and the
+            run stops.
     """
 
     num_steps: settings.IntAboveOne | None = 8
@@ -79,8 +79,8 @@ class GrpoRun(AlignRun):
     """Settings of `recipes/grpo_sd35.py`.
 
     Args:
-        grpo: Flow-GRPO and its variants.
-        anchor: second reward, whose advantages are added to those of the first in every n-th rollout.
+        grpo: settings of Flow-GRPO.
+        anchor: settings of a second reward, whose advantages are added in every n-th rollout.
     """
 
     gradient_checkpointing: bool = False

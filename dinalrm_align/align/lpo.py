@@ -1,14 +1,15 @@
 """LPO: preference optimisation at every step of a trajectory, by a reward that reads noisy latents (arXiv 2502.01051).
 
 At each state x_t of a trajectory, one stochastic step is drawn K times, which gives K candidates for the next state.
-The reward scores them at their noise level. The best and the worst become a pair if the difference of their preference
-probabilities, the margin, exceeds a threshold; the threshold is higher where more noise is added. The trajectory
-continues from a random candidate. An update minimises, over pairs (SPO's step-DPO loss, arXiv 2406.04314),
+The reward scores the candidates at the noise level of the next state. The margin is the difference of the preference
+probabilities of the best and the worst candidate. If it exceeds a threshold, the two become a pair. The threshold is
+higher at steps that add more noise. The trajectory continues from a random candidate. An update minimises, over pairs,
+SPO's step-DPO loss (arXiv 2406.04314)
 
     -log sigmoid(beta [log clip(r_best) - log clip(r_worst)]),      r = p(x') / p_reference(x'), clipped to 1 +- c
 
-where the reference is the policy without its LoRA. The paper uses DDIM and UNets. Here the step is that of a flow
-(`flow.sde`) and the reward is DiNa-LRM, so that the method runs on SD3.
+where the reference is the policy without its LoRA. The paper uses DDIM and UNets. Here the stochastic step belongs to a
+flow (`flow.sde`) and the reward is DiNa-LRM, so that the method runs on SD3.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,9 +33,10 @@ STATISTICS = ("reward", "pairs", "pairs_kept", "preference")
 
 
 def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the indices of the best and the worst of K candidates, (B,) int64 each, and their margin, (B,) in [0, 1).
+    """Return the index of the best and of the worst of K candidates, (B,) int64 each, and the margin, (B,) in [0, 1).
 
-    scores: (B, K). The margin is the difference of the two probabilities in softmax((best, worst) / temperature).
+    The margin is the difference of the two probabilities softmax((best score, worst score) / temperature).
+    `scores`: (B, K).
     """
     best, worst = scores.argmax(dim=1), scores.argmin(dim=1)
     ends = scores.gather(1, torch.stack([best, worst], dim=1)) / temperature
@@ -43,9 +45,10 @@ def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, T
 
 
 def dynamic_threshold(stds: Tensor, low: float, high: float) -> Tensor:
-    """Return the threshold at each of S steps, (S,), linear in the standard deviation of the step's noise, stds (S,).
+    """Return the pair threshold of each of S steps, (S,), a linear function of the standard deviation of its noise.
 
-    The threshold is low at the smallest and high at the largest standard deviation; low everywhere if these are equal.
+    The threshold is `low` at the smallest and `high` at the largest of the standard deviations `stds` (S,). If all
+    standard deviations are equal, every threshold is `low`.
     """
     least, most = stds.min(), stds.max()
     if most == least:
@@ -56,10 +59,10 @@ def dynamic_threshold(stds: Tensor, low: float, high: float) -> Tensor:
 def step_preference_loss(
     log_ratio_chosen: Tensor, log_ratio_rejected: Tensor, beta: float, clip_range: float
 ) -> Tensor:
-    """Return -log sigmoid(beta [log clip(r_chosen) - log clip(r_rejected)]), (n,).
+    """Return -log sigmoid(beta [log clip(r_chosen) - log clip(r_rejected)]) for n pairs, (n,).
 
-    log_ratio_chosen, log_ratio_rejected: (n,), log r = log p - log p_reference. Outside 1 +- clip_range r has no
-    gradient.
+    The ratio r = p / p_reference is clipped to 1 +- clip_range; a clipped ratio has no gradient.
+    `log_ratio_chosen`, `log_ratio_rejected`: log r of the two candidates, (n,).
     """
     chosen, rejected = (
         ratio.exp().clamp(1 - clip_range, 1 + clip_range).log() for ratio in (log_ratio_chosen, log_ratio_rejected)
@@ -69,7 +72,7 @@ def step_preference_loss(
 
 @dataclass(frozen=True)
 class StepPairs:
-    """P pairs from a rollout's trajectories, on the CPU.
+    """The P preference pairs that a rollout collected from its trajectories, on the CPU.
 
     Args:
         samples: (P,) int64, global indices of the trajectories.
@@ -77,7 +80,7 @@ class StepPairs:
         steps: (P,) int64, step indices of the schedule.
         latents: (P, C, H, W) float32, the states from which the candidates were drawn.
         chosen, rejected: (P, C, H, W) float32, two candidates for the next state.
-        statistics: values in the order of `STATISTICS`, over all ranks.
+        statistics: metrics of the rollout over all ranks, in the order of `STATISTICS`.
     """
 
     number: int
@@ -92,7 +95,10 @@ class StepPairs:
 
 @dataclass(frozen=True)
 class LpoBatch:
-    """n pairs on the device. count: n, or 0 for a placeholder pair, which has weight 0 in the update."""
+    """A micro-batch of preference pairs on the policy's device.
+
+    `count`: number of pairs; 0 for a placeholder pair that has no weight in the update.
+    """
 
     position: Position
     conditions: Conditions
@@ -106,12 +112,11 @@ class LpoBatch:
 
 @dataclass
 class Lpo:
-    """LPO as a method for `train.loop.fit`. Checkpoints save `buffer`, the pairs of the current rollout.
+    """LPO as a method for `train.loop.fit`: `batch_at` collects pairs in rollouts, `step` returns the loss.
 
     Args:
-        sampler: samples training prompts; its sigmas come from `flow.sampling.named_sigmas`.
-        reward: frozen, on the policy's device, with `score_noisy`.
-        config: see `LpoConfig`.
+        sampler: samples training prompts. `sampler.sigmas` must come from `flow.sampling.named_sigmas`.
+        reward: scores the candidates; must be frozen, on the policy's device, and have the method `score_noisy`.
     """
 
     sampler: Sampler
@@ -141,7 +146,7 @@ class Lpo:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> StepPairs:
-        """Draw the pairs of rollout `number` without gradient; they depend only on number, seed, weights and rank."""
+        """Collect the pairs of rollout `number` without gradient. They depend on number, seed, weights and rank."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.batch_size, number))
         found: list[tuple[Tensor, ...]] = []
@@ -160,11 +165,15 @@ class Lpo:
     def trajectories(
         self, number: int, samples: Sequence[int], indices: Tensor
     ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
-        """Follow one trajectory per sample. samples: (B,) indices in this rank's rollout. indices: (B,) prompt indices.
+        """Sample B trajectories, and collect the preference pairs of their trained steps.
 
-        Returns two lists with one tuple per trained step, on the CPU. First list: the fields of `StepPairs` from
-        samples to rejected. Second list: kept (B,) bool, whether the margin exceeds the threshold; the mean score of
-        the candidates (B,); the margin (B,).
+        Returns two lists with one tuple per trained step, on the CPU. The first list has the pairs: the fields of
+        `StepPairs` from samples to rejected. The second list has three tensors (B,): whether the margin exceeds the
+        threshold, the mean score of the candidates, and the margin.
+
+        Args:
+            samples: indices of the B trajectories in this rank's rollout.
+            indices: (B,) prompt indices.
         """
         config, sampler, device, count = self.config, self.sampler, self.sampler.device, self.config.candidates
         conditions = sampler.take(indices.tolist())
@@ -204,7 +213,7 @@ class Lpo:
         return pairs, measures
 
     def batch_at(self, micro_step: int) -> LpoBatch:
-        """Return the pairs that this micro-step trains on; see `RolloutBuffer.at`."""
+        """Return the pairs that a micro-step trains on, after a new rollout if one is needed."""
         position, pairs = self.buffer.at(micro_step)
         every = torch.arange(len(pairs.steps))
         rows, _ = self.buffer.reuse.select(every, pairs.samples, 1, position, self.sampler.seed)
@@ -225,12 +234,12 @@ class Lpo:
         )
 
     def step(self, batch: LpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Return the mean loss of the batch, differentiable in the policy's LoRA, and metrics by name.
+        """Return the mean loss of the batch, differentiable in the policy's LoRA, and the metrics.
 
-        accuracy: share of pairs whose chosen candidate has the larger ratio p / p_reference. clipped: share of ratios
-        outside the clip range. kl: mean square of velocity - reference velocity. reward: mean score of all candidates.
-        pairs: number of pairs in the rollout. pairs_kept: share of states with a pair. preference: mean margin of all
-        states.
+        Metrics of the batch: `accuracy`, the share of pairs whose chosen candidate has the larger ratio p /
+        p_reference; `clipped`, the share of ratios outside the clip range; `kl`, the mean square of velocity -
+        reference velocity. Metrics of the rollout: `reward`, the mean score of all candidates; `pairs`, the number of
+        pairs; `pairs_kept`, the share of states that gave a pair; `preference`, the mean margin over all states.
         """
         config, sampler = self.config, self.sampler
         with sampler.meter.phase("policy"):
@@ -251,7 +260,7 @@ class Lpo:
         return loss.mean(), {**{name: values.mean() for name, values in means.items()}, **batch.statistics}
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
-        """Return the expected shapes of saved pairs by name."""
+        """Return the shapes that the tensors of saved `StepPairs` must have, by name."""
         count = len(tensors["steps"])
         state = (count, *self.sampler.latent_shape)
         return {

@@ -1,7 +1,4 @@
-"""Settings of LPO, step-level preference optimisation, and of `recipes/lpo_sd35.py`. Torch-free.
-
-The defaults suit the embedded world. `recipes/lpo_sd35.yaml` has those for SD3 models.
-"""
+"""Settings of LPO and of `recipes/lpo_sd35.py`, whose defaults suit the embedded test model. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,25 +10,26 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 @dataclass
 class LpoConfig:
-    """LPO: a rollout that collects preference pairs of noisy latents at its steps, reused for updates.
+    """Settings of LPO, which trains on preference pairs of noisy latents, collected at the steps of a rollout.
 
     Args:
         batch_size: prompts per rollout and process, with one trajectory each.
-        candidates: candidates for the next state, drawn from each state of a trajectory. The best and the worst may
-            become a pair; the trajectory continues from a random one.
+        candidates: number of candidates for the next state, drawn at each state of a trajectory. The best and the worst
+            candidate may become a pair; the trajectory continues from a random candidate.
         sample_batch: trajectories sampled and scored at once; affects memory, not results.
-        num_steps: denoising steps of the rollout; by default the model's own number. The last one is not trained.
-        schedule: noise levels of the rollout. diffusers: those of the pipeline. linear: 1, ..., 1/N, shifted, then 0.
+        num_steps: denoising steps of the rollout; None: the model's own number. The last step is not trained.
+        schedule: noise levels of the rollout. diffusers: the pipeline's. linear: 1, ..., 1/N, shifted, then 0.
         sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
         noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
-        guidance_scale: guidance scale of rollout and training; by default the model's own. Up to 1: no guidance.
+        guidance_scale: guidance scale of rollout and training; None: the model's own. At most 1: no guidance.
         negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.
-        steps: range of steps that collect pairs: the first and one past the last; by default all but the last step.
-        threshold: margin that best and worst must exceed to become a pair, at the step that adds the least noise and at
-            the step that adds the most; interpolated linearly in between. The margin is the difference of their
-            probabilities, softmax(score / temperature) over the two.
-        temperature: temperature of that softmax.
-        beta: scale of the preference loss: it multiplies the difference of the log-ratios.
+        steps: range of denoising steps that collect pairs, as the first step and one past the last; None: all steps but
+            the rollout's last.
+        threshold: smallest margin of a pair, as two numbers, for the step that adds the least noise and for the step
+            that adds the most; interpolated linearly in between. The margin is the difference of the two probabilities
+            softmax(score / temperature) of the best and the worst candidate.
+        temperature: temperature of the softmax in the margin.
+        beta: factor of the difference of the log-ratios in the preference loss.
         clip_range: largest distance of the ratio p / p_base_model from 1 at which a candidate still has a gradient.
         minibatches: updates per pass over the pairs of a rollout.
         epochs: passes over the pairs of a rollout.
@@ -68,7 +66,7 @@ class LpoRun(AlignRun):
     """Settings of `recipes/lpo_sd35.py`.
 
     Args:
-        lpo: step-level preference optimisation.
+        lpo: settings of LPO, step-level preference optimisation.
     """
 
     gradient_checkpointing: bool = False

@@ -1,4 +1,4 @@
-"""Apply the options of `MemoryConfig` to the parts of a run, with one function per option."""
+"""Functions that apply the memory-saving options of `MemoryConfig` to the base model, the VAE and the text encoders."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def check_memory_options(config: MemoryConfig, device: torch.device) -> None:
-    """Raise ImportError or ValueError for an option that this machine does not support, before any model is loaded."""
+    """Raise ImportError or ValueError if this machine does not support an option. Call this before loading models."""
     check_quantization(config.base_quant)
     if config.attention != "auto" and device.type != "cuda":
         raise ValueError(f"memory.attention: got {config.attention} on {device.type}; expected auto, without CUDA")
 
 
 def use_attention(name: str) -> None:
-    """Restrict torch's attention on CUDA to the kernel `name`, with math as the fallback, for the whole process."""
+    """Restrict scaled_dot_product_attention on CUDA to kernel `name` for the whole process; "auto": no restriction."""
     if name == "auto":
         return
     wanted = {"efficient": "mem_efficient"}.get(name, name)
@@ -33,7 +33,7 @@ def use_attention(name: str) -> None:
 
 
 def shrink_pipeline(pipeline: StableDiffusion3Pipeline, config: MemoryConfig, device: torch.device) -> None:
-    """Quantise the base model's blocks, and cast and tile the VAE; call this before moving the pipeline to `device`."""
+    """Quantise the base model, and cast and tile the VAE. Must be called before the pipeline moves to `device`."""
     if config.base_quant != "none":
         quantise_linears(pipeline.transformer.transformer_blocks, config.base_quant, device, pipeline.transformer.dtype)
     if config.vae_dtype != "float32":  # its dtype when loaded
@@ -50,7 +50,7 @@ def text_pipeline(pipeline: StableDiffusion3Pipeline, device: torch.device) -> S
 
 
 def release_text_encoders(*pipelines: StableDiffusion3Pipeline) -> None:
-    """Remove the text encoders from the pipelines and free their memory; prompts can no longer be encoded."""
+    """Remove the text encoders from the pipelines, which then cannot encode prompts, and free the encoders' memory."""
     for pipeline in pipelines:
         for name in TEXT_ENCODERS:
             setattr(pipeline, name, None)
@@ -59,7 +59,7 @@ def release_text_encoders(*pipelines: StableDiffusion3Pipeline) -> None:
 
 @contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within the block, `module` is on `device`; afterwards it is back on its previous device."""
+    """Context manager that moves `module` to `device` on entry and back to its previous device on exit."""
     home = next(module.parameters()).device
     if home == device:
         yield
@@ -73,7 +73,7 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def decoder(vae: AutoencoderKL, device: torch.device, batch: int = 4) -> Callable[[Tensor], Tensor]:
-    """Return a function: latents -> images (B, 3, H, W) in [0, 1], decoded `batch` at a time on `device`."""
+    """Return a function that decodes latents to images (B, 3, H, W) in [0, 1], `batch` at a time on `device`."""
 
     def decode(latents: Tensor) -> Tensor:
         with visiting(vae, device):

@@ -1,7 +1,8 @@
 """Mine preference pairs: sample a list of prompts with a model, and rank the latents by a reward.
 
-The list is divided into shards of `MineConfig.prompts_per_shard` prompts. Each shard is written as one file of
-`data.mined_pairs`, and depends only on seed, shard number and settings, so that existing files can be kept.
+The list of prompts is divided into shards of `MineConfig.prompts_per_shard` prompts. The pairs of each shard are
+written to one file, in the format of `data.mined_pairs`. A file depends only on seed, shard number and settings, so
+that a resumed run keeps existing files.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +23,16 @@ from dinalrm_align.reward.protocol import Reward
 
 @dataclass
 class Miner:
-    """Samples prompts, ranks the samples and writes pairs, without gradient.
+    """Mines preference pairs: samples each prompt several times, ranks the samples by a reward, and writes the pairs.
+
+    The prompts are divided into shards of consecutive prompts; each shard has one file.
 
     Args:
-        sampler: samples with the policy; its own conditions are not used.
-        reward: ranks latents; on the policy's device.
+        sampler: draws the samples. The field `sampler.conditions` is not used, because `encode` makes the conditions.
+        reward: ranks the sampled latents; must be on the policy's device.
         prompts: the prompts of all shards.
-        encode: prompts -> Conditions. Called for one shard at a time, because all embeddings may not fit in memory.
-        config: see `MineConfig`.
+        encode: a function from prompts to `Conditions`. It is called for the prompts of one shard at a time, because
+            the embeddings of all prompts may not fit in memory.
     """
 
     sampler: Sampler
@@ -40,11 +43,11 @@ class Miner:
 
     @property
     def shards(self) -> int:
-        """Number of shards."""
+        """Number of shards, which are the runs of consecutive prompts whose pairs go into one file."""
         return -(-len(self.prompts) // self.config.prompts_per_shard)
 
     def missing(self, folder: Path) -> list[int]:
-        """Return the numbers of the shards that have no file in the folder."""
+        """Return the numbers of the shards (runs of prompts mined together) that have no file in the folder yet."""
         return [number for number in range(self.shards) if not shard_path(folder, number).is_file()]
 
     def prompts_of(self, number: int) -> range:
@@ -53,7 +56,7 @@ class Miner:
         return range(number * size, min((number + 1) * size, len(self.prompts)))
 
     def mine(self, number: int) -> list[MinedPair]:
-        """Return the pairs of shard `number`, in the order of its prompts."""
+        """Sample and rank the prompts of shard `number`, and return their pairs in the order of the prompts."""
         config, indices = self.config, self.prompts_of(number)
         conditions = self.encode([self.prompts[index] for index in indices])
         generators = [seeded_generator(self.sampler.seed, index, 4) for index in indices]
@@ -68,7 +71,7 @@ class Miner:
         ]
 
     def write(self, folder: Path, number: int) -> int:
-        """Mine shard `number` and write its file atomically. Return the number of its pairs."""
+        """Mine the pairs of shard `number`, write them to one file atomically, and return the number of pairs."""
         pairs = self.mine(number)
         write_shard(shard_path(folder, number), pairs, dtype=self.config.dtype)
         return len(pairs)

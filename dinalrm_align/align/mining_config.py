@@ -1,4 +1,4 @@
-"""Settings of mining preference pairs and of `recipes/mine_pairs.py`. Torch-free."""
+"""Settings of `recipes/mine_pairs.py`, which mines preference pairs. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,19 +9,20 @@ from dinalrm_align.train import settings
 
 @dataclass
 class MineConfig:
-    """Samples that are drawn for each prompt, and the pairs that are chosen from them.
+    """Settings of the samples that are drawn for each prompt, and of the pairs that are chosen from them.
 
     Args:
         candidates: samples per prompt.
-        pairs_per_prompt: pairs per prompt: best and worst, second best and second worst, ...; at most candidates / 2.
-        min_gap: smallest difference of the two scores of a pair, in the reward's units; pairs below it are left out.
+        pairs_per_prompt: pairs per prompt, at most candidates / 2. The first pair is the best and the worst sample, the
+            next pair the second best and the second worst, and so on.
+        min_gap: pairs whose scores differ by less than min_gap, in the reward's units, are left out.
         num_steps: denoising steps; by default the model's own number.
         guidance_scale: guidance scale of the samples; by default the model's own.
         reward_sigma: noise level or levels (an ensemble) at which the reward scores; by default the reward's own.
         batch_size: images sampled and scored at once.
         prompts_per_shard: prompts whose pairs go into one file; mining resumes at the first missing file.
         dtype: dtype of the latents and embeddings in the files.
-        negative: store the embeddings of the empty prompt in every row, for trainers that use guidance in the loss.
+        negative: store the empty prompt's embeddings with every pair, for trainers that use guidance in the loss.
     """
 
     candidates: settings.IntAboveOne = 8
@@ -48,12 +49,14 @@ class MineRun(PolicyRun):
     """Settings of `recipes/mine_pairs.py`.
 
     Args:
-        reward: reward that ranks the samples. dinalrm: the model's latent reward. Or the folder or hub id of another.
+        reward: reward that ranks the samples. dinalrm: the model's latent reward. Or the folder or hub id of a latent
+            reward.
         output_dir: folder of the pairs; by default one under runs/, named after model, reward and seed. Pairs that are
-            already there are kept if they were mined with the same settings.
-        lora: folder of a LoRA of an alignment run (RUN/lora) to sample with; policy must have its rank and alpha.
+            already in the folder are kept if they were mined with the same settings.
+        lora: folder of a LoRA of an alignment run (RUN/lora) to sample with. The settings policy.rank and policy.alpha
+            must equal those of this LoRA.
         max_prompts: use only the first max_prompts prompts; by default all.
-        mine: choice of samples and pairs.
+        mine: settings of the samples and the pairs.
     """
 
     lora: str | None = None

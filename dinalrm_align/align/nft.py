@@ -1,18 +1,18 @@
 """DiffusionNFT (arXiv 2509.16117): contrast good and bad samples on the forward process.
 
-A rollout draws group_size samples of every prompt (a group) with the old policy. The advantage A of a sample in its
-group, clipped to [-c, c], gives the weight r = A / (2 c) + 1/2 of the sample as a good one. Each clean sample x0 is
-noised. The policy's velocity v and the old policy's velocity v_old define two implicit policies,
+A rollout draws group_size samples of every prompt (a group) with the old policy, a moving average of the trained
+policy. The advantage A of a sample in its group is clipped to [-c, c]. The sample counts as good with weight
+r = A / (2 c) + 1/2 and as bad with weight 1 - r. Each clean sample x0 is noised. The trained policy's velocity v and
+the old policy's velocity v_old define two implicit policies,
 
     v_good = beta v + (1 - beta) v_old,       v_bad = (1 + beta) v_old - beta v,
 
-which are trained to denoise good and bad samples:
+which are trained to denoise good and bad samples. The loss is
 
     c / beta [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] + kl_beta |v - v_reference|^2,
 
-where x0_good = x_sigma - sigma v_good, and w_good is the mean of |x0_good - x0| without gradient (bad: likewise). The
-method needs only clean latents and their scores, which a latent reward gives without a decoder. It needs no
-log-probabilities and no stochastic steps.
+where x0_good = x_sigma - sigma v_good, and w_good is the mean of |x0_good - x0| without gradient; x0_bad and w_bad are
+defined in the same way. The method needs no log-probabilities and no stochastic steps.
 """
 
 from collections.abc import Mapping
@@ -37,19 +37,24 @@ OLD = "old."
 
 
 def goodness(advantages: Tensor, clip: float) -> Tensor:
-    """Return clip(A / (2 clip) + 1/2, 0, 1) for advantages A of any shape; it is 1/2 at the group's mean."""
+    """Return the weight of a sample as a good one, in [0, 1]: advantages / (2 clip) + 1/2, clamped; any shape."""
     return (advantages / (2 * clip) + 0.5).clamp(0, 1)
 
 
 def contrast_loss(
     velocity: Tensor, old: Tensor, x_sigma: Tensor, sigma: Tensor, latents: Tensor, good: Tensor, beta: float
 ) -> Tensor:
-    """Return [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] / beta, averaged over C, H, W: (n,).
+    """Return DiffusionNFT's contrastive loss [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] / beta.
+
+    The result is (n,), averaged over C, H, W. x0_good is the clean latent estimated with the velocity beta v + (1 -
+    beta) v_old, x0_bad with (1 + beta) v_old - beta v. Each w is the mean of |x0_good - x0| or |x0_bad - x0|, detached.
 
     Args:
-        velocity, old: (n, C, H, W), velocities of the policy (differentiable) and of the old policy at x_sigma.
+        velocity, old: v and v_old (n, C, H, W), velocities at x_sigma of the trained and of the old policy.
         x_sigma, latents: (n, C, H, W), the noised samples and the clean samples x0.
-        sigma, good: (n,), the noise level and the weight r.
+        sigma: (n,), noise levels.
+        good: r (n,), weight of each sample as a good one.
+        beta: distance of the good and the bad velocity from v_old.
     """
     total = torch.zeros(len(good), device=velocity.device)
     for share, mixed in (
@@ -64,14 +69,14 @@ def contrast_loss(
 
 @dataclass(frozen=True)
 class Samples:
-    """N samples of a rollout, on the CPU.
+    """The N samples of a rollout, on the CPU.
 
     Args:
         indices: (N,) int64, prompt indices.
-        latents: (N, C, H, W), clean.
-        good: (N,), the weight r.
-        kept: (N,) bool, False for samples of groups that are left out.
-        statistics: values in the order of `STATISTICS`.
+        latents: (N, C, H, W), the clean samples.
+        good: (N,), weight of each sample as a good one, in [0, 1].
+        kept: (N,) bool, False for samples that updates leave out because all scores of their group are equal.
+        statistics: metrics of the rollout in the order of `STATISTICS`.
     """
 
     number: int
@@ -84,7 +89,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class NftBatch:
-    """n (sample, noise level) pairs on the device. count: n, or 0 for a placeholder with weight 0 in the update."""
+    """A micro-batch: pairs of a sample and a noise level, on the policy's device.
+
+    `count`: number of pairs, or 0 if the batch is one placeholder pair with weight 0 in the update.
+    """
 
     conditions: Conditions
     sigma: Tensor
@@ -97,12 +105,11 @@ class NftBatch:
 
 @dataclass
 class Nft:
-    """DiffusionNFT as a method for `train.loop.fit`. Checkpoints save the old policy and the current rollout.
+    """DiffusionNFT as a method for `train.loop.fit`: `batch_at` draws rollouts, `step` returns the loss.
 
     Args:
         sampler: samples training prompts.
-        reward: frozen, on the policy's device; no gradient is needed.
-        config: see `NftConfig`.
+        reward: scores the samples; must be frozen and on the policy's device. Its gradient is not used.
     """
 
     sampler: Sampler
@@ -127,7 +134,7 @@ class Nft:
 
     @torch.no_grad()
     def roll_out(self, number: int) -> Samples:
-        """Draw rollout `number` with the old policy; it depends only on number, seed, the old weights and rank."""
+        """Draw and score rollout `number` with the old policy, a moving average of the trained policy."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.groups, number)).repeat_interleave(config.group_size)
         latents, scores = [], []
@@ -153,13 +160,13 @@ class Nft:
 
     @torch.no_grad()
     def follow(self, number: int) -> None:
-        """Move the old policy's weights towards the trained ones, before rollout `number`."""
+        """Move the old policy's weights towards the trained weights. Must be called before rollout `number`."""
         kept = min(self.config.old_slope * number, self.config.old_limit)
         for name, p in self.sampler.policy.parameters.items():
             self.old.mean[name].lerp_(p.detach(), 1 - kept)
 
     def batch_at(self, micro_step: int) -> NftBatch:
-        """Return the samples and noise levels that this micro-step trains on; see `RolloutBuffer.at`."""
+        """Return the samples and noise levels that a micro-step trains on, after a new rollout if one is needed."""
         config, sampler, device = self.config, self.sampler, self.sampler.device
         upcoming = self.buffer.reuse.position(micro_step)
         if upcoming.starts_rollout:
@@ -186,14 +193,15 @@ class Nft:
         )
 
     def _steps(self, key: tuple[int, ...]) -> list[int]:
-        """Draw, without repetition, the sampler steps at whose noise levels a sample is trained in this epoch."""
+        """Draw distinct steps of the noise schedule; a sample is trained at their noise levels. key: RNG key."""
         order = torch.randperm(len(self.steps), generator=seeded_generator(LEVELS, *key))
         return (self.steps.start + order[: self.config.levels]).tolist()
 
     def step(self, batch: NftBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Return the mean loss of the batch, differentiable in the policy's LoRA, and metrics by name.
+        """Return the mean loss of the batch, differentiable in the policy's LoRA, and the metrics.
 
-        kl: mean square of velocity - reference velocity. moved: mean square of velocity - old policy's velocity.
+        Metrics: `kl`, the mean square of velocity - reference velocity; `moved`, the mean square of velocity - old
+        policy's velocity; and the statistics of the rollout.
         """
         config, policy = self.config, self.sampler.policy
         with self.sampler.meter.phase("policy"):
@@ -211,11 +219,11 @@ class Nft:
         return loss.mean(), {"kl": kl.detach().mean(), "moved": moved.mean(), **batch.statistics}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the old policy's weights and, in the middle of a rollout, its fields: CPU tensors by name."""
+        """Return the old policy's weights and the fields of an unfinished rollout, if any, as CPU tensors by name."""
         return {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:
-        """Return whether the state is equal on all ranks, which holds between two rollouts."""
+        """Return whether `state_tensors` is equal on all ranks; it is not while the ranks hold unfinished rollouts."""
         return self.buffer.is_common()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -234,7 +242,7 @@ class Nft:
             mean.copy_(old[name])
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
-        """Return the expected shapes of a saved rollout's tensors by name."""
+        """Return the shapes that the tensors of a saved rollout must have, by name."""
         count = self.config.groups * self.config.group_size
         return {
             "number": (), "indices": (count,), "latents": (count, *self.sampler.latent_shape), "good": (count,),

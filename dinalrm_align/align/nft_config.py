@@ -1,7 +1,4 @@
-"""Settings of DiffusionNFT, which contrasts good and bad samples, and of `recipes/nft_sd35.py`. Torch-free.
-
-The defaults suit the embedded world. `recipes/nft_sd35.yaml` has those of public runs on SD3.5-Medium.
-"""
+"""Settings of DiffusionNFT and of `recipes/nft_sd35.py`, whose defaults suit the embedded test model. Torch-free."""
 
 from dataclasses import dataclass, field
 
@@ -12,20 +9,21 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 @dataclass
 class NftConfig(GroupRolloutConfig):
-    """DiffusionNFT: a rollout of groups of samples, reused for updates on the forward process.
+    """Settings of DiffusionNFT, which contrasts good and bad samples on the forward process.
 
-    The sampling policy v_old, which draws the rollouts, is a moving average of the trained policy v.
+    The sampling policy draws the rollouts. Its weights are a moving average of the trained policy's weights.
 
     Args:
-        num_steps: denoising steps of the rollout; by default the model's own number.
-        levels: noise levels at which each sample is trained per epoch.
-        earliest: first of the rollout's steps whose levels are drawn, as a fraction of num_steps; 0: pure noise.
-        latest: end of this range of steps, as a fraction of num_steps; 1: the last step.
-        beta: distance of the implicit good and bad policies from the sampling policy: v_old +- beta (v - v_old).
-        kl_beta: weight of the mean squared difference of the policy's and the base model's velocities.
-        old_slope: before rollout k the sampling policy is averaged with the trained one, with decay min(old_slope k,
-            old_limit); 0: it equals the trained policy.
-        old_limit: largest decay of this average.
+        num_steps: denoising steps of the rollout; None: the model's own number.
+        levels: number of noise levels at which each sample is trained per epoch, drawn from those of a range of steps.
+        earliest: start of the range of steps, as a fraction of num_steps; 0: the first step, pure noise.
+        latest: end of the range of steps, as a fraction of num_steps; 1: the last step.
+        beta: distance of the implicit good and bad velocities v_old +- beta (v - v_old) from the sampling policy's
+            velocity v_old, where v is the trained policy's velocity.
+        kl_beta: weight of the mean squared difference of the trained policy's and the base model's velocities.
+        old_slope: decay of the moving average, min(old_slope k, old_limit) before rollout k; 0: the sampling policy
+            equals the trained policy.
+        old_limit: largest decay of the moving average.
     """
 
     num_steps: settings.PositiveInt | None = 8
@@ -48,7 +46,7 @@ class NftRun(AlignRun):
     """Settings of `recipes/nft_sd35.py`.
 
     Args:
-        nft: DiffusionNFT.
+        nft: settings of DiffusionNFT.
     """
 
     gradient_checkpointing: bool = False

@@ -1,7 +1,7 @@
 """The policy: an SD3 transformer with a trainable LoRA. With the LoRA disabled it is the frozen reference.
 
-The LoRA is a peft adapter on the eight attention projections of every block (attn2 included). It is float32 for every
-dtype of the base model, because bfloat16 would round AdamW's updates away. A reward may share the base weights.
+The LoRA is a peft adapter on the eight attention projections of every transformer block (attn2 included). The LoRA is
+always float32, because bfloat16 would round AdamW's updates away. A latent reward may share the base weights.
 """
 
 import json
@@ -34,10 +34,14 @@ PROJECTIONS = [
 
 
 class Policy:
-    """A transformer that is frozen in place and gets a trainable LoRA, the adapter "policy".
+    """A transformer with frozen base weights and a trainable LoRA, the peft adapter "policy".
 
-    Raises ValueError if the transformer already has this adapter. seed: of the initial matrix A of the LoRA; B starts
-    at zero, so that a new policy equals the reference.
+    Raises ValueError if the transformer already has an adapter of this name.
+
+    Args:
+        transformer: is modified in place: frozen, and extended by the LoRA.
+        config: settings of the LoRA.
+        seed: seed of the LoRA's matrix A. The matrix B starts at zero, so that a new policy equals the reference.
     """
 
     def __init__(self, transformer: SD3Transformer2DModel, config: LoraConfig, *, seed: int) -> None:
@@ -78,9 +82,9 @@ class Policy:
         Args:
             latents: (B, C, H, W), any dtype.
             sigma: a float or (B,), in [0, 1].
-            guidance_scale: g; above 1, classifier-free guidance v_negative + g (v - v_negative) in one forward of 2B.
-            negative: B conditions for v_negative; required with guidance.
-            negative_gradient: False: detach v_negative, as Flow-GRPO does.
+            guidance_scale: scale g of classifier-free guidance, v_negative + g (v - v_negative); at most 1: none.
+            negative: B conditions of v_negative; required if guidance_scale is above 1.
+            negative_gradient: whether gradients flow through v_negative; Flow-GRPO detaches it.
         """
         check_latents("latents", latents)
         if latents.shape[1] != (channels := self.transformer.config.in_channels):
@@ -124,7 +128,7 @@ class Policy:
         *,
         negative_gradient: bool = True,
     ) -> Velocity:
-        """Return the velocity as a function of latents and sigma. negative: one empty prompt, needed for guidance."""
+        """Return the velocity as a function of latents and sigma. `negative`: one empty prompt, for guidance."""
         if guidance_scale > 1 and negative is not None:
             negative = negative.take([0] * len(conditions), self.device)
         return lambda latents, sigma: self.velocity(
@@ -133,7 +137,7 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within the block, `velocity` is computed with the frozen base model alone, without gradient."""
+        """Context manager in which `velocity` uses the frozen base model alone, without gradient."""
         flags = [(p, p.requires_grad) for p in self.transformer.parameters()]
         self.transformer.disable_adapters()
         try:
@@ -150,9 +154,9 @@ class Policy:
 
     @contextmanager
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block, `velocity` uses the LoRA tensors `weights` (from `weights()`), without gradient.
+        """Context manager in which `velocity` uses other LoRA tensors, from `weights()`, without gradient.
 
-        The parameters' storage is exchanged, not overwritten, so that existing graphs stay valid.
+        The storage of the parameters is exchanged, not overwritten, so that existing autograd graphs stay valid.
         """
         self.check_weights(weights)
         trained = {name: p.data for name, p in self.parameters.items()}
@@ -166,7 +170,7 @@ class Policy:
                 p.data = trained[name]
 
     def check_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless names, shapes, dtypes and devices of `weights` equal those of this policy's LoRA."""
+        """Raise ValueError unless `weights` have the names, shapes, dtypes and devices of the policy's LoRA tensors."""
         own = self.parameters
         got, expected = ({n: (tuple(t.shape), t.dtype, t.device) for n, t in of.items()} for of in (weights, own))
         if got != expected:
@@ -187,7 +191,7 @@ class Policy:
             raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
 
     def load_lora(self, folder: Path) -> None:
-        """Load the LoRA of `save_lora`; ValueError if rank, alpha or shapes differ, or if values are not finite."""
+        """Load a LoRA that `save_lora` wrote. Raises ValueError if rank, alpha or shapes differ or values are NaN."""
         path = folder / LORA_FILE
         with reading("LoRA in safetensors", path), safe_open(path, framework="pt") as file:
             saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}

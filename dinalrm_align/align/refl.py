@@ -2,22 +2,22 @@
 
 An update, as in DiNa-LRM's alignment runs (arXiv 2602.11146):
 
-1. roll out from noise without gradient, with guidance, to a random late step m;
-2. take K steps with gradient, without guidance by default; the last one gives x0_hat = x - sigma velocity;
-3. score x0_hat with a frozen reward and minimise
+1. samples from noise to a random late step, without gradient and with guidance;
+2. takes K steps with gradient, by default without guidance, and estimates the clean latents after the last of these
+   steps, x0_hat = x - sigma velocity;
+3. scores x0_hat with a frozen reward and minimises
    mean(target - score) + kl_weight mean|velocity - velocity_reference|^2
    (+ pretrain_weight times a flow-matching loss on images).
 
 The variants (`ReflConfig.variant`) differ in the steps that carry the gradient:
 
     refl           ReFL; K consecutive gradient steps are DRaFT-K (arXiv 2309.17400)
-    draft_lv       DRaFT-LV: noise is added to a finished sample n times, with one step from each (`renoised_steps`)
+    draft_lv       DRaFT-LV: a finished sample is noised n times, and each copy takes one step (`renoised_steps`)
     drtune         DRTune (arXiv 2405.00760): K steps spread over the rollout, inputs detached (`drtune_steps`)
     direct_align   SRPO's Direct-Align (arXiv 2509.06942): known noise is added and removed (`direct_align_steps`)
 
-With a latent reward nothing is decoded. RNG streams of samples are keyed by (seed, global sample index), so that
-updates do not depend on the world size; the stream of the gradient step by (seed, micro-step), so that all ranks take
-equally many steps.
+The RNG stream of a sample is keyed by (seed, global sample index), so that updates do not depend on the world size. The
+random step is keyed by (seed, micro-step), so that all ranks take equally many steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,10 +40,7 @@ STEPS, SAMPLES = 4, 5
 
 
 def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torch.Generator) -> int:
-    """Draw the first gradient step, uniform over round(earliest num_steps) ... last = num_steps - grad_steps.
-
-    If this range is empty, the step is `last`.
-    """
+    """Draw the index of the first step with gradient, uniformly from earliest * num_steps to num_steps - grad_steps."""
     last = num_steps - grad_steps
     first = min(round(earliest * num_steps), last)
     return int(torch.randint(first, last + 1, (), generator=generator))
@@ -54,10 +51,10 @@ def gradient_steps(
 ) -> tuple[Tensor, Tensor]:
     """Take `count` steps with gradient from latents (B, C, H, W) at sigmas[start].
 
-    Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,): the mean of
-    |velocity - reference|^2 over C, H, W and the steps. Both are float32 and differentiable in the velocity's
-    parameters. The reference gets the same input, detached. (Other projects divide the KL by 2 sigma^2 or by the
-    variance of a step, so their coefficients do not carry over.)
+    Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,), the mean of
+    |velocity - reference|^2 over C, H, W and the steps. Both are float32 and differentiable in the parameters of
+    `velocity`. `reference` gets the same latents as `velocity`, detached. Other projects divide the KL by 2 sigma^2 or
+    by the variance of a step, so KL weights from these projects do not carry over.
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(start, start + count):
@@ -70,7 +67,7 @@ def gradient_steps(
 
 
 def draw_trained(stop: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Draw DRTune's trained steps: `count` evenly spaced steps in 0 ... stop, with a random first one."""
+    """Draw the steps that DRTune trains: `count` evenly spaced step indices in 0 ... stop, with a random offset."""
     interval = (stop + 1) // count
     first = int(torch.randint(stop + 1 - (count - 1) * interval, (), generator=generator))
     return tuple(first + place * interval for place in range(count))
@@ -88,11 +85,12 @@ def drtune_steps(
 ) -> tuple[Tensor, Tensor]:
     """DRTune (arXiv 2405.00760): take all steps from sigmas[first] to sigmas[stop] and estimate the clean latents.
 
-    The network's input is detached at every step, so that the gradient flows through the updates only. In x0_hat =
-    x_first + sum_i (sigma_i+1 - sigma_i) v_i - sigma_stop v_stop, each v_i with i in `trained` carries a gradient,
-    which passes through no other step. These v_i come from `velocity`, the others from `free`, without gradient.
+    The clean latents are x0_hat = x_first + sum_i (sigma_i+1 - sigma_i) v_i - sigma_stop v_stop. The velocity v_i of a
+    step i in `trained` comes from `velocity` and carries a gradient. The velocity of a step that is not in `trained`
+    comes from `free` and is detached. The input of the network is detached at every step, so that the gradient of one
+    step passes through no other step.
 
-    Returns x0_hat (B, C, H, W) and the velocity KL (B,) over the trained steps; see `gradient_steps`.
+    Returns x0_hat (B, C, H, W) and the mean of |velocity - reference|^2 over the trained steps, (B,).
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(first, stop + 1):
@@ -113,9 +111,12 @@ def renoised_steps(
 ) -> tuple[Tensor, Tensor]:
     """Take the last step with gradient from renoised samples, as DRaFT-LV does (arXiv 2309.17400).
 
-    latents: (B, C, H, W), finished samples. noise: (B, C, H, W), added to bring them back to `sigma`. Neither has a
-    gradient. For n noises per sample repeat the samples n times; the mean over all has a lower variance. Returns x0_hat
-    (B, C, H, W) and the velocity KL (B,); see `gradient_steps`.
+    Returns the estimated clean latents (B, C, H, W) and the mean of |velocity - reference|^2 over C, H, W, (B,). To
+    lower the variance of the gradient, pass each sample n times, with n different noises.
+
+    Args:
+        latents: (B, C, H, W), finished samples, without gradient.
+        noise: (B, C, H, W), the noise that brings `latents` back to the noise level `sigma`.
     """
     x = add_noise(latents.detach(), noise, sigma)
     return gradient_steps(velocity, reference, x, [sigma], 0, 1)
@@ -126,11 +127,12 @@ def direct_align_steps(
 ) -> tuple[Tensor, Tensor]:
     """Take one step from known noise, then subtract the remaining noise: Direct-Align (SRPO, arXiv 2509.06942).
 
-    Known noise is added to a finished sample x0 up to the level sigma. One step to sigma_next < sigma gives x'. Because
-    its remaining noise is known, x0_hat = (x' - sigma_next noise) / (1 - sigma_next) is nearly clean at any sigma. With
-    the true velocity it equals x0; its derivative in the velocity is -(sigma - sigma_next) / (1 - sigma_next).
+    Known noise is added to a finished sample x0 up to the level sigma. One step to sigma_next < sigma gives x'. The
+    noise in x' is known, so x0_hat = (x' - sigma_next noise) / (1 - sigma_next) is nearly clean at any sigma. With the
+    true velocity, x0_hat equals x0.
 
-    latents, noise: (B, C, H, W), without gradient. Returns x0_hat and the velocity KL (B,); see `gradient_steps`.
+    Returns x0_hat (B, C, H, W) and the mean of |velocity - reference|^2 over C, H, W, (B,).
+    `latents`, `noise`: the finished samples x0 and the known noise, (B, C, H, W), without gradient.
     """
     x = add_noise(latents.detach(), noise, sigma)
     v = velocity(x, sigma)
@@ -139,7 +141,7 @@ def direct_align_steps(
 
 
 def reward_loss(score: Tensor, form: str, target: float) -> Tensor:
-    """Return the scalar loss of score (B,): mean(target - score), or with form "relu" mean(relu(target - score))."""
+    """Return mean(target - score) for form "linear", or mean(relu(target - score)) for form "relu"; score is (B,)."""
     gap = target - score
     match form:
         case "linear":
@@ -154,8 +156,8 @@ def flow_matching_loss(
 ) -> Tensor:
     """Return the base model's pretraining loss, a scalar: mean |velocity(x_sigma, sigma) - (noise - x0)|^2.
 
-    latents: (B, C, H, W), clean and scaled. generators: one per sample, on the CPU. sigma is logit-normal(0, 1), as for
-    SD3.
+    As for SD3, sigma is logit-normal(0, 1). `latents`: (B, C, H, W), clean, with the VAE's scaling applied.
+    `generators`: one per sample, on the CPU.
     """
     noise = seeded_noise(tuple(latents.shape[1:]), generators).to(latents.device)
     sigma = torch.cat([sample_sigma("logit_normal", 1, generator=generator) for generator in generators])
@@ -165,15 +167,16 @@ def flow_matching_loss(
 
 @dataclass(frozen=True)
 class ReflBatch:
-    """Latents from which the gradient steps start, and the RNG streams of the samples.
+    """A micro-batch: the latents from which the steps with gradient start, and the RNG streams of the samples.
 
     Args:
-        latents: (B, C, H, W). refl: at sigmas[start]; drtune: at sigmas[trained[0]]; other variants: finished samples.
-        start: the first gradient step; for drtune the last step, where the clean latents are estimated.
+        latents: (B, C, H, W). refl: at sigmas[start]. drtune: at sigmas[trained[0]]. draft_lv, direct_align: finished
+            samples.
+        start: index of the first step with gradient; drtune: of the step that estimates the clean latents.
         conditions: conditions of the B samples.
-        generators: RNG streams of the B samples, for later draws.
-        update: number of the update.
-        trained: steps that drtune trains.
+        generators: RNG streams of the B samples, for the draws of the training step.
+        update: number of the update, counted from 0.
+        trained: indices of the steps with gradient (only drtune).
     """
 
     latents: Tensor
@@ -195,10 +198,10 @@ class Refl:
 
     Args:
         sampler: samples training prompts with the policy.
-        reward: frozen and differentiable, on the policy's device.
-        config: see `ReflConfig`.
-        anchor: a second reward, added at every n-th update.
-        pretrain_data: latents (N, C, H, W) and N conditions for the pretraining loss; required if it has a weight.
+        reward: differentiable reward; must be frozen and on the policy's device.
+        anchor: a second reward, whose scores are added at every n-th update.
+        pretrain_data: latents (N, C, H, W) and N conditions for the pretraining loss; required if
+            config.pretrain_weight is above 0.
     """
 
     sampler: Sampler
@@ -215,7 +218,7 @@ class Refl:
             )
 
     def batch_at(self, micro_step: int) -> ReflBatch:
-        """Draw this micro-step's rollout without gradient; it depends only on micro-step, seed, weights and rank."""
+        """Sample the prompts of a micro-step without gradient; the batch depends on micro-step, seed, weights, rank."""
         sampler, config = self.sampler, self.config
         first = sampler.first_sample(config.batch_size, micro_step)
         generators = [seeded_generator(sampler.seed, first + index, SAMPLES) for index in range(config.batch_size)]
@@ -233,9 +236,11 @@ class Refl:
         return ReflBatch(latents, start, conditions, generators, micro_step // sampler.accumulate, trained)
 
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Return the loss, differentiable in the policy's LoRA, and metrics by name.
+        """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
-        reward, anchor: mean scores. kl: velocity KL. start_sigma: level of batch.start. pretrain: pretraining loss.
+        Metrics: `reward` and, if the update uses the second reward, `anchor`, the mean scores; `kl`, the mean square of
+        velocity - reference velocity; `start_sigma`, the noise level of step batch.start; `pretrain`, the pretraining
+        loss, if it is used.
         """
         config, meter = self.config, self.sampler.meter
         with meter.phase("policy"):
@@ -262,10 +267,7 @@ class Refl:
         return loss, metrics
 
     def reference_samples(self, count: int) -> tuple[Tensor, Conditions]:
-        """Return latents and conditions of base-model samples for the first `count` training prompts (at most all).
-
-        As `pretrain_data` they keep the policy near the base model if there are no images.
-        """
+        """Sample the first `count` training prompts with the base model, and return the latents and the conditions."""
         sampler, size = self.sampler, self.config.batch_size
         conditions = sampler.conditions.take(range(min(count, len(sampler.conditions))))
         parts = []
@@ -277,7 +279,7 @@ class Refl:
         return torch.cat(parts), conditions
 
     def _clean_latents(self, batch: ReflBatch) -> tuple[Tensor, Tensor, Conditions]:
-        """Return clean latents to score, differentiable in the LoRA, their velocity KL, and their conditions."""
+        """Return the estimated clean latents, differentiable in the LoRA, with their velocity KL and conditions."""
         config, sampler, start = self.config, self.sampler, batch.start
         sigmas = sampler.sigmas
         copies = config.renoisings if config.variant in ("draft_lv", "direct_align") else 1
@@ -305,7 +307,7 @@ class Refl:
         return *clean, conditions
 
     def _reward_sigma(self, generators: Sequence[torch.Generator]) -> Tensor | Sequence[float] | None:
-        """Return the reward's noise levels: drawn for each sample, configured for all, or None for the reward's own."""
+        """Return the noise levels at which the reward scores: one per sample, common levels, or None (the default)."""
         if self.config.reward_sigma_range is None:
             return self.config.reward_sigma
         low, high = self.config.reward_sigma_range

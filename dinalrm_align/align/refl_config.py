@@ -1,7 +1,4 @@
-"""Settings of ReFL, reward feedback learning, and of `recipes/refl_sd35.py`. Torch-free.
-
-The defaults suit the embedded world. `recipes/refl_sd35.yaml` has those of the paper's run on SD3.5-Medium.
-"""
+"""Settings of ReFL and of `recipes/refl_sd35.py`, whose defaults suit the embedded test model. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,36 +10,36 @@ from dinalrm_align.train.config import LoopConfig
 
 @dataclass
 class ReflConfig:
-    """ReFL: a rollout without gradient up to a late step, steps with gradient, and the reward of the estimated image.
+    """Settings of ReFL: sample to a late step without gradient, take steps with gradient, and maximise the reward.
 
     Args:
-        variant: steps that carry the gradient. refl: the last grad_steps steps, as in ReFL and DRaFT-K. draft_lv: the
-            last step, repeated from finished samples with new noise. drtune: steps spread over the rollout, with
-            detached inputs. direct_align: one step at any noise level, from a finished sample with known noise, which
-            is then removed; SRPO without its relative reward. See dinalrm_align/align/refl.py.
+        variant: steps that carry the gradient. refl: grad_steps consecutive late steps, as in ReFL and DRaFT-K.
+            draft_lv: one late step, repeated from a finished sample with new noise. drtune: steps spread over the
+            rollout, with detached inputs. direct_align: one step at any noise level; known noise is added to a finished
+            sample before the step and removed after it, as in SRPO, but without SRPO's relative reward.
         batch_size: images per micro-batch and process; an update takes batch_size x loop.accumulate x processes.
         num_steps: denoising steps of the rollout; by default the model's own number.
         guidance_scale: guidance scale of the rollout without gradient; by default the model's own.
-        guided_gradient: use guidance in the steps with gradient as well; otherwise they use the prompt alone.
-        grad_steps: refl and drtune: number of steps with gradient. 1 is ReFL and DRaFT-1, K is DRaFT-K.
-        renoisings: draft_lv and direct_align: noise draws per sample.
-        stride: direct_align: number of the rollout's steps that its one step covers.
-        discount: direct_align: the reward's loss is multiplied by sigma ** discount, where sigma is the noise level of
-            the step, because rewards are hacked at nearly clean levels; 0: no weighting.
-        earliest: earliest step that may be the first gradient step, as a fraction of num_steps. That step is drawn for
-            every micro-batch; the last choice leaves room for grad_steps. 1: always the last choice, as in DRaFT.
-            direct_align needs smaller values. drtune: the drawn step is where the rollout stops.
+        guided_gradient: use guidance in the steps with gradient as well; otherwise only the rollout uses guidance.
+        grad_steps: number of steps with gradient (refl and drtune). refl: 1 is ReFL and DRaFT-1, K is DRaFT-K.
+        renoisings: noise draws per sample (draft_lv and direct_align).
+        stride: length of the step with gradient, in steps of the rollout (direct_align).
+        discount: exponent of the weight sigma ** discount of the reward's loss, where sigma is the noise level of the
+            step with gradient; 0: no weighting (direct_align). At nearly clean levels rewards are hacked more easily.
+        earliest: earliest choice of the first step with gradient, as a fraction of num_steps. Every micro-batch draws
+            this step; the latest choice leaves room for grad_steps steps. 1: always the latest choice, as in DRaFT.
+            direct_align needs smaller values. drtune: it draws the step where the rollout stops.
         loss: linear: mean(target - score). relu: mean(relu(target - score)); above the target there is no gradient.
-        target: target score of the loss; with linear it only shifts the loss.
+        target: target score of the loss. It only shifts a linear loss.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps
-            with gradient; 0: it is only measured.
-        pretrain_weight: weight of a flow-matching loss on images, which stands for ReFL's pretraining loss; 0: none.
-        pretrain_pictures: folder of images for that loss: NAME.png (or .jpg, .webp), with the caption in NAME.txt. By
-            default pretrain_samples samples of the base model are used.
-        pretrain_samples: number of samples of the base model if pretrain_pictures is not given.
+            with gradient; 0: the difference is only measured.
+        pretrain_weight: weight of a flow-matching loss on images, which replaces ReFL's pretraining loss; 0: none.
+        pretrain_pictures: folder of images for the flow-matching loss, NAME.png (or .jpg, .webp) with the caption in
+            NAME.txt. By default the base model generates the images.
+        pretrain_samples: number of images that the base model generates if pretrain_pictures is not given.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
-        reward_sigma_range: lowest and highest noise level of a latent reward; a level is drawn in between for each
-            image and update. Cannot be combined with reward_sigma. Pixel rewards ignore both.
+        reward_sigma_range: lowest and highest noise level at which a latent reward scores; each image gets a random
+            level in this range at each update. Must not be combined with reward_sigma. Pixel rewards ignore both.
     """
 
     variant: Literal["refl", "draft_lv", "drtune", "direct_align"] = "refl"
@@ -81,8 +78,8 @@ class ReflRun(AlignRun):
     """Settings of `recipes/refl_sd35.py`.
 
     Args:
-        refl: ReFL and its variants.
-        anchor: second reward, maximised together with the first at every n-th update.
+        refl: settings of ReFL and its variants.
+        anchor: settings of a second reward, which is maximised as well at every n-th update.
     """
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))

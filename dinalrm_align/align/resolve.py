@@ -1,4 +1,4 @@
-"""From a command line to an alignment run: find its settings, model, folder, and the checkpoint to resume."""
+"""Turn a command line into an alignment run: its settings, model, folder, and the checkpoint to resume from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class Resolved(Generic[Run]):
     """An alignment run that is ready to start or to be resumed.
 
     Args:
-        recipe: name of the recipe, "refl_sd35".
-        run: the settings; a folder and a model have replaced None and "auto".
-        text: the settings as YAML, for config.yaml.
-        spec: the model.
-        checkpoint: checkpoint to resume from, or None.
+        recipe: name of the recipe, such as "refl_sd35".
+        run: the settings, with output_dir and model filled in.
+        text: the settings as YAML, the content of config.yaml.
+        spec: the base model.
+        checkpoint: checkpoint to resume from, or None for a new run.
     """
 
     recipe: str
@@ -35,15 +35,15 @@ class Resolved(Generic[Run]):
 def resolve(
     kind: type[Run], description: str, recipe: Path, argv: Sequence[str], *, gradient: bool = False
 ) -> Resolved[Run]:
-    """Return the alignment run of the command-line arguments `argv`: settings, model, folder and checkpoint.
+    """Parse the command-line arguments `argv` of a recipe, and find the run's model, folder and checkpoint.
 
     Invalid settings exit with status 2 and an error message.
 
     Args:
         kind: dataclass of the settings.
-        description: first text of --help.
-        recipe: file of the recipe. For an SD3.5 model the .yaml of the same name gives the defaults.
-        gradient: whether the method needs the reward's gradient.
+        description: text at the top of --help.
+        recipe: path of the recipe's script. For an SD3.5 model, the .yaml file beside it gives the defaults.
+        gradient: whether the method needs a differentiable reward.
     """
     run, checkpoint = parse_run(kind, description, argv)
     check_reward(run.reward, gradient=gradient)

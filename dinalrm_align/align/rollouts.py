@@ -1,8 +1,8 @@
 """Sampling of training prompts with the policy, and reuse of a rollout for several updates.
 
 RNG streams are keyed by (seed, global sample index), so results do not depend on the world size. A rollout is drawn at
-the first micro-step that needs it, and reused for `epochs` x `minibatches` updates of `accumulate` micro-steps each.
-The number of micro-steps per update changes memory, not the gradient.
+its first micro-step, and reused for epochs x minibatches updates. Each update has `accumulate` micro-steps, a number
+that affects memory, not the gradient.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ ORDER = 1
 
 @dataclass
 class Sampler:
-    """Samples training prompts with the policy.
+    """Samples prompts with the policy, and computes the policy's velocities for training.
 
     Args:
-        conditions: conditions of all training prompts, on any device.
-        negative: conditions of one empty prompt, for classifier-free guidance.
-        sigmas: noise levels of the rollout, from 1 to 0.
+        conditions: text conditions of all prompts, on any device.
+        negative: text conditions of one empty prompt, for classifier-free guidance.
+        sigmas: noise levels of the samples' ODE steps, from 1 to 0.
         latent_shape: (C, H, W).
-        guidance_scale: guidance scale of the rollout; 1 and less: no guidance.
+        guidance_scale: scale of classifier-free guidance; at most 1: no guidance.
         accumulate: micro-steps per update.
-        gather: a tensor (N, ...) of this rank -> (num_processes x N, ...), in the order of ranks.
+        gather: a function from a tensor (N, ...) of this rank to the concatenation of all ranks' tensors.
     """
 
     policy: Policy
@@ -61,7 +61,7 @@ class Sampler:
         return len(self.sigmas) - 1
 
     def prompt_indices(self, batch_size: int, step: int) -> list[int]:
-        """Return the indices of this rank's training prompts at `step` (see `data.prompts.prompt_indices`)."""
+        """Return the indices of the `batch_size` training prompts that this rank uses at `step`."""
         return prompt_indices(
             len(self.conditions), batch_size, step, seed=self.seed, rank=self.rank, num_processes=self.num_processes
         )
@@ -85,17 +85,17 @@ class Sampler:
     def velocity_for(
         self, conditions: Conditions, guidance_scale: float | None = None, *, negative_gradient: bool = True
     ) -> Velocity:
-        """Return the policy's velocity for `conditions`; guidance_scale: default, the rollout's."""
+        """Return the policy's velocity as a function of latents and sigma; guidance_scale None: the sampler's scale."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return self.policy.velocity_for(conditions, scale, self.negative, negative_gradient=negative_gradient)
 
     def transitions(
         self, velocity: Velocity, latents: Tensor, steps: Tensor, kind: str, noise_level: float
     ) -> tuple[Transition, Transition, Tensor]:
-        """Return the stochastic steps of policy and reference from latents (n, C, H, W), and the velocity difference.
+        """Return the stochastic step of the policy and that of the reference, and the difference of their velocities.
 
-        The difference is policy minus reference, (n, C, H, W). steps: (n,) int64, indices of the schedule. kind,
-        noise_level: see `flow.sde.transition`.
+        The difference is policy velocity - reference velocity, (n, C, H, W). Both steps start from `latents`.
+        `steps`: (n,) int64, step indices of the noise schedule. `kind`: "flow_sde" or "flow_cps".
         """
         levels = self.levels(steps)
         v = velocity(latents, levels)
@@ -108,14 +108,17 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, conditions: Conditions, noise: Tensor, steps: int | None = None) -> Tensor:
-        """Return latents (B, C, H, W) after `steps` ODE steps from noise (B, C, H, W); default, all steps."""
+        """Return latents (B, C, H, W) after the first `steps` ODE steps from noise (B, C, H, W); None: all steps."""
         sigmas = self.sigmas if steps is None else self.sigmas[: steps + 1]
         return rollout(self.velocity_for(conditions), noise, sigmas)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Position of a micro-step: rollout, epoch, minibatch (update in the epoch), part (micro-step in the update)."""
+    """Position of a micro-step in training, as four numbers counted from 0.
+
+    They are the rollout, the epoch (pass over the rollout), the update in the epoch, and the micro-step in the update.
+    """
 
     rollout: int
     epoch: int
@@ -128,13 +131,13 @@ class Position:
 
     @property
     def in_first_update(self) -> bool:
-        """Whether the weights still equal those that drew the rollout."""
+        """Whether the current weights are those that drew the rollout, which holds during its first update."""
         return self.epoch == self.minibatch == 0
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """How often a rollout is reused: for epochs x minibatches updates of `accumulate` micro-steps; each at least 1."""
+    """Schedule by which a rollout is reused: epochs x minibatches updates, each of `accumulate` micro-steps."""
 
     epochs: int
     minibatches: int
@@ -161,15 +164,15 @@ class Reuse:
     ) -> tuple[Tensor, Tensor]:
         """Return the (row, column) pairs that a micro-step trains on, as two int64 tensors (n,).
 
-        Rows are samples, columns are steps or noise levels. Each group is shuffled and divided among the updates of an
-        epoch separately, so that each update has a share of every group. The order is keyed by (seed, rollout, epoch,
-        group), so that updates do not depend on the world size. Between the micro-steps of an update n differs by at
-        most one; it may be 0.
+        A row is a sample; a column is a denoising step or a noise level. Each group of samples is shuffled and divided
+        among the updates of an epoch, so that every update has samples of every group. The shuffle is keyed by (seed,
+        rollout, epoch, group), so that updates do not depend on the world size. The micro-steps of one update differ in
+        n by at most one; n may be 0.
 
         Args:
-            rows: (N,) int64, the rows of this rank that can be trained on.
-            groups: (N,) int64, the group number of each row, unique over all ranks.
-            columns: number of columns.
+            rows: (N,) int64, indices of the samples of this rank that can be trained on.
+            groups: (N,) int64, number of the group of each of these samples, unique over all ranks.
+            columns: number of denoising steps or noise levels per sample.
         """
         chosen = [rows[:0]]
         for group in groups.unique().tolist():
@@ -183,7 +186,7 @@ class Reuse:
 
 
 def _piece(count: int, pieces: int, number: int) -> slice:
-    """Return the slice of piece `number` when `count` rows are cut into `pieces` of nearly equal size."""
+    """Cut range(count) into `pieces` slices of nearly equal size, and return slice number `number`, from 0."""
     return slice(count * number // pieces, count * (number + 1) // pieces)
 
 
@@ -191,12 +194,14 @@ R = TypeVar("R")
 
 
 class RolloutBuffer(Generic[R]):
-    """The current rollout of a method, which checkpoints can save and restore.
+    """Holds the current rollout of a method, draws the next rollout when it is due, and saves it in checkpoints.
 
     Args:
-        kind: the rollout's dataclass; fields are `number: int`, other integers, and tensors on the CPU.
-        draw: number of a rollout -> the rollout; depends only on number, seed, weights and rank.
-        shapes: tensors of a saved rollout by name -> their expected shapes by name, () for integers.
+        reuse: schedule by which a rollout is reused.
+        kind: dataclass of a rollout. It must have the field `number: int`; each field must be an int or a CPU tensor.
+        draw: a function from the number of a rollout to the rollout. It must be deterministic, given seed and weights.
+        shapes: a function from the tensors of a saved rollout to the shapes that they must have, both by name; the
+            shape of an int is ().
     """
 
     def __init__(
@@ -210,10 +215,10 @@ class RolloutBuffer(Generic[R]):
         self.current: R | None = None
 
     def at(self, micro_step: int) -> tuple[Position, R]:
-        """Return the position of a micro-step and its rollout, which is drawn at the rollout's first micro-step.
+        """Return the position of a micro-step and the rollout that it trains on.
 
-        Raises RuntimeError if the micro-step is in the middle of a rollout that is not in the buffer: a run that was
-        stopped there needs the state of its checkpoint.
+        At the first micro-step of a rollout, the rollout is drawn. Raises RuntimeError if the micro-step is in the
+        middle of a rollout that is not in the buffer; a resumed run must load the checkpoint's state first.
         """
         position = self.reuse.position(micro_step)
         if position.starts_rollout:
@@ -229,12 +234,12 @@ class RolloutBuffer(Generic[R]):
         return position, rollout_now
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the fields of this rank's rollout as CPU tensors by name; empty between two rollouts."""
+        """Return the fields of this rank's unfinished rollout as CPU tensors by name; empty if there is none."""
         values: dict[str, Any] = {} if self.current is None else vars(self.current)
         return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
 
     def is_common(self) -> bool:
-        """Return whether the state is equal on all ranks, which holds between two rollouts."""
+        """Return whether `state_tensors` is equal on all ranks; it is not while the ranks hold unfinished rollouts."""
         return self.current is None
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -54,7 +54,7 @@ ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts. evaluation: one row per sample. negative: the empty prompt. extra: prompts of the method."""
+    """Encoded prompts of a run. `evaluation` has one row per held-out sample; `negative` is the empty prompt."""
 
     train: Conditions
     evaluation: Conditions
@@ -69,8 +69,9 @@ class Setup:
     Args:
         pipeline: the frozen base model without text encoders; `policy` is a LoRA on its transformer.
         gold: reward that scores held-out images and is never trained on.
-        identity: digests by name of model, reward and data. A checkpoint can be resumed only if its digests are equal.
-        sharded: whether the base weights are sharded over the ranks, which must then call the policy equally often.
+        identity: digests of model, reward and data, by name. A checkpoint can be resumed only if its digests are equal.
+        sharded: whether the base weights are sharded over the ranks. If so, all ranks must call the policy equally
+            often.
     """
 
     resolved: Resolved[Any]
@@ -97,7 +98,7 @@ class Setup:
         return (self.pipeline.transformer.config.in_channels, *(side // factor for side in self.size))
 
     def sigmas(self, num_steps: int | None = None) -> list[float]:
-        """Return the noise levels of a rollout with `num_steps` steps; default: the model's number of steps."""
+        """Return the noise levels of the model's scheduler for `num_steps` steps; None: the model's number of steps."""
         return schedule_sigmas(self.pipeline.scheduler, num_steps or self.resolved.spec.num_steps)
 
     def sampler(
@@ -106,7 +107,7 @@ class Setup:
         guidance_scale: float | None = None,
         conditions: Conditions | None = None,
     ) -> Sampler:
-        """Return a sampler of the policy; default: training prompts, with the model's sigmas and guidance scale."""
+        """Return a `Sampler` of the policy. By default it uses training prompts and the model's sigmas and guidance."""
         spec, accelerator = self.resolved.spec, self.accelerator
         return Sampler(
             policy=self.policy,
@@ -136,9 +137,9 @@ class Setup:
 
         Args:
             samples: prompts or pairs per update and rank; for methods that reuse rollouts, per rollout and rank.
-            shown: metrics in the progress bar.
-            data: digests by name of other training data, added to the run's identity.
-            state: the method, if it has tensors to save in checkpoints.
+            shown: names of the metrics in the progress bar.
+            data: digests of training data that the method reads, by name. A resumed run must have the same digests.
+            state: object whose `state_tensors` checkpoints save, usually the method; None: nothing to save.
         """
         run, accelerator = self.resolved.run, self.accelerator
         folder = Path(run.output_dir)
@@ -187,9 +188,9 @@ def prepare(
 
     Args:
         extra_prompts: prompts to encode in addition to training and evaluation prompts.
-        anchor: settings of the second reward, for methods that support one.
-        in_advantages: True (GRPO): the method adds advantages of the anchor. False: it adds scores of the anchor, which
-            are scaled to the standard deviation of the reward's scores.
+        anchor: settings of a second reward (the anchor), for methods that support one.
+        in_advantages: whether the method adds the second reward's advantages (GRPO) or its scores. Scores are scaled to
+            the standard deviation of the first reward's scores, on samples of the base model.
     """
     run, spec = resolved.run, resolved.spec
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
@@ -250,7 +251,8 @@ def encode(
 ) -> Text:
     """Encode every prompt of the run with the pipeline's text encoders on `device`, then release the encoders.
 
-    lengths: numbers of T5 tokens that the rewards read; prompts are encoded for these in addition to `text_length`.
+    `text_length`: number of T5 tokens that the policy reads. `lengths`: numbers of T5 tokens that the rewards read.
+    Prompts are encoded once for each number.
     """
     encoders = text_pipeline(pipeline, device)
     encoder = PromptEncoder(encoders, text_length=text_length, device=device)
@@ -290,7 +292,7 @@ def apply_memory_options(
 
 @torch.no_grad()
 def anchor_scale(setup: Setup, anchor: Reward) -> float:
-    """Return the factor that scales anchor scores to the reward's standard deviation, on base-model samples."""
+    """Return the standard deviation of the reward's scores divided by that of the anchor's, on base-model samples."""
     sampler, seed, scores = setup.sampler(), setup.resolved.run.seed, []
     for start_index in range(0, ANCHOR_SAMPLES, ANCHOR_BATCH):
         numbers = range(start_index, start_index + ANCHOR_BATCH)
@@ -305,7 +307,7 @@ def anchor_scale(setup: Setup, anchor: Reward) -> float:
 
 
 def prepare_evaluation(setup: Setup) -> HeldOut:
-    """Return the held-out evaluation of a run, with the scorers and probes that its settings ask for."""
+    """Return the held-out evaluation of a run, with the rewards and probes that the run's settings ask for."""
     run, spec, accelerator = setup.resolved.run, setup.resolved.spec, setup.accelerator
     scorers = {"gold": setup.gold}
     trained_on = {term.name for term in parse_reward(run.reward)}
@@ -330,7 +332,7 @@ def prepare_evaluation(setup: Setup) -> HeldOut:
 
 
 def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
-    """Return the hook that detects reward hacking; without two different captions print why and return None."""
+    """Return the hook that detects reward hacking, or None if all evaluation prompts are equal."""
     run, accelerator = setup.resolved.run, setup.accelerator
     if len(set(held_out.prompts)) < 2:
         accelerator.print("reward hacking is not detected in this run: it needs two different evaluation prompts")
@@ -350,7 +352,7 @@ def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
 def summarise(
     resolved: Resolved[Any], scores: Mapping[str, Mapping[str, float]], *, updates: int, samples: int
 ) -> None:
-    """Write summary.json to the run folder and print the gains. scores: the result of `HeldOut.summarise`."""
+    """Write summary.json to the run folder, and print the gains. `scores`: the result of `HeldOut.summarise`."""
     run, folder = resolved.run, Path(resolved.run.output_dir)
     what = {"recipe": resolved.recipe, "model": resolved.spec.name, "reward": run.reward, "seed": run.seed}
     alarms = [int(row["step"]) for row in read_metrics(folder / METRICS) if row.get("hacking")]
@@ -369,6 +371,6 @@ def image_size(resolved: Resolved[Any]) -> tuple[int, int]:
 
 
 def reward_options(reward: str, run: AlignRun) -> dict[str, dict[str, Any]]:
-    """Return the loading options of the rewards that the expression `reward` names, by the name of the reward."""
+    """Return the loading options of the rewards in the expression `reward`, as a dict: name of a reward -> options."""
     names = {term.name for term in parse_reward(reward)}
     return {"hpsv3": run.hpsv3.options()} if "hpsv3" in names else {}

@@ -1,4 +1,4 @@
-"""Policy gradients on stochastic denoising steps (Flow-GRPO, arXiv 2505.05470): advantages, ratios, loss and KL."""
+"""Advantages, probability ratios, loss and KL of policy gradients on denoising steps (Flow-GRPO, arXiv 2505.05470)."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from dinalrm_align.flow.sde import Transition
 
 
 def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
-    """Return (score - mean of its group) / (std + floor) for scores (groups, group_size): the same shape, float64.
+    """Return the advantages (score - mean of the group) / (std + floor) of scores (groups, group_size), float64.
 
-    std: "group", the population standard deviation within each group, or "global", that of all scores.
+    `std`: "group" for the population standard deviation within each group, "global" for that of all scores.
     """
     if std not in ("group", "global"):
         raise ValueError(f"unknown advantage_std {std!r}; known: group, global")
@@ -19,15 +19,16 @@ def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
-    """Return PPO's clipped loss max(-A rho, -A clip(rho, 1 - c, 1 + c)); rho, A and the result are (n,)."""
+    """Return PPO's clipped loss (n,): max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range)), A = advantage."""
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def guarded_ratio(step: Transition, old_mean: Tensor, log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
-    """Return GRPO-Guard's ratio (arXiv 2510.22319), (n,): exp((lp - lp_old + mean|mu - mu_old|^2 / (2 std^2)) std).
+    """Return GRPO-Guard's normalised probability ratio of n steps, (n,) (arXiv 2510.22319).
 
-    For a normal distribution this is exp of the mean of noise x (mu - mu_old), so that the log-ratio has mean 0 and the
-    same scale at every noise level. Divide the loss by -step.delta afterwards to give all steps the same weight.
+    ratio = exp((log_prob - old_log_prob + mean|step.mean - old_mean|^2 / (2 std^2)) std), where std = step.std. The
+    log-ratio has mean 0 and the same scale at every noise level. To give all steps the same weight, the caller must
+    divide the loss by -step.delta.
     """
     std = step.std.to(log_prob)
     bias = (step.mean - old_mean).square().mean(dim=(1, 2, 3)) / (2 * std.square())
@@ -35,10 +36,12 @@ def guarded_ratio(step: Transition, old_mean: Tensor, log_prob: Tensor, old_log_
 
 
 def step_kl(form: str, step: Transition, reference: Transition, difference: Tensor) -> Tensor:
-    """Return the KL of a policy step to the reference's step from the same latents, (n,), differentiable in `step`.
+    """Return the KL of the policy's step to the reference's step from the same latents, (n,), differentiable in `step`.
 
-    form: "scale", mean|mu - mu_reference|^2 / (2 s^2), with s = step.scale; "std", the same with std in place of s;
-    "velocity", the mean square of `difference` (n, C, H, W), the policy's velocity minus the reference's.
+    Args:
+        form: formula of the KL. "scale": mean|step.mean - reference.mean|^2 / (2 step.scale^2). "std": the same squared
+            difference / (2 step.std^2). "velocity": mean square of `difference`.
+        difference: policy velocity - reference velocity, (n, C, H, W).
     """
     if form == "velocity":
         return difference.square().mean(dim=(1, 2, 3))

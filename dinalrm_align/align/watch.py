@@ -1,14 +1,16 @@
 """Detection of reward hacking: the reward rises while the quality of the images falls.
 
-Every held-out evaluation scores the same captions, from the same noise, with the reward (proxy) and with a gold reward
-that is not trained on. `Watch`, a hook for `loop.fit`, compares evaluations by t-tests (`detect_hacking`), prints a
-warning, and keeps the best LoRA. `level_probe` and `drift_probe` measure early signs. Metrics:
+Every held-out evaluation samples the same captions from the same noise. The samples are scored by the training reward
+(proxy) and by a gold reward that is not trained on. `Watch`, a hook for `train.loop.fit`, compares evaluations by
+t-tests (`detect_hacking`), prints a warning, and keeps the LoRA with the best gold score. `level_probe` and
+`drift_probe` measure early signs of hacking. Metrics:
 
     hacking        1 if hacking was detected, else 0
     divergence     mean gain of proxy minus mean gain of gold over the base model, each divided by the standard
                    deviation of the base model's scores
-    level_spread   score disagreement across the noise levels of a latent reward: standardise the scores of each level
-                   by the base model's scores, take each sample's standard deviation over the levels, and average
+    level_spread   disagreement of a latent reward's scores across noise levels: the scores at each level are
+                   standardised by the base model's scores; the metric is the standard deviation over the levels,
+                   averaged over the samples
     drift          mean squared difference of the policy's and the base model's velocities on the held-out latents
 """
 
@@ -38,9 +40,14 @@ LEVEL, DRIFT, BEST, NOTE = "proxy@", "drift", "lora_best", "best.json"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of the evaluation at update `step` with the one that has the best gold score so far, at `best_step`.
+    """Comparison of the latest evaluation with the evaluation that has the best gold score so far.
 
-    p_proxy: one-sided p-value that proxy rose. p_gold: one-sided p-value that gold fell. hacking: both are significant.
+    Args:
+        step, best_step: updates of the latest evaluation and of the evaluation with the best gold score.
+        proxy_gain, gold_gain: mean difference, latest minus best, of the training reward and of the gold reward.
+        p_proxy: p-value of the one-sided test that the training reward rose.
+        p_gold: p-value of the one-sided test that the gold reward fell.
+        hacking: whether both tests are significant.
     """
 
     step: int
@@ -59,7 +66,7 @@ class Comparison:
 
 
 def p_value_of_rise(values: np.ndarray) -> float:
-    """Return the one-sided p-value (t-test) for a mean of values (C,) above 0; 0 or 1 if all values are equal."""
+    """Return the p-value of a one-sided t-test that the mean of values (C,) is above 0."""
     estimate = seeds_by_captions(values[None])
     if estimate.standard_error == 0:
         return 0.0 if estimate.mean > 0 else 1.0
@@ -69,13 +76,17 @@ def p_value_of_rise(values: np.ndarray) -> float:
 def detect_hacking(
     history: Mapping[int, Scores], captions: Sequence[str], level: float, evaluations: int
 ) -> Comparison:
-    """Compare the last evaluation in `history` (update -> scores) with the one that has the best mean gold score.
+    """Test whether the reward rose and the gold score fell, from the evaluation with the best gold score to the last.
 
-    There are m = n (n + 1) / 2 pairs of the n + 1 evaluations. Hacking is detected if, paired over captions, the rise
-    of proxy has p <= level and the fall of gold has p <= level / m. This Bonferroni correction bounds the probability
-    of a false alarm in the whole run. It counts all pairs, because the best evaluation is chosen by its gold score.
+    Hacking is detected if, paired over captions, the rise of the training reward (proxy) has p <= level and the fall of
+    gold has p <= level / m. Here m = n (n + 1) / 2 is the number of pairs of n + 1 evaluations. This Bonferroni
+    correction bounds the probability of a false alarm in the whole run. It counts all pairs, because the evaluation to
+    compare with is selected by its gold score.
 
-    captions: one per sample, at least two different ones. evaluations: n, not counting that of the base model.
+    Args:
+        history: update -> scores of the evaluation at this update, by name, with "proxy" and "gold".
+        captions: caption of each sample; at least two captions must differ.
+        evaluations: n, the number of evaluations in the whole run, not counting that of the base model.
     """
     step, best = max(history), best_step(history)
     proxy, gold = (by_caption(np.subtract(history[step][n], history[best][n]), captions) for n in ("proxy", "gold"))
@@ -87,12 +98,12 @@ def detect_hacking(
 
 
 def best_step(history: Mapping[int, Scores]) -> int:
-    """Return the update with the best mean gold score, the earliest if several are equal."""
+    """Return the update whose evaluation has the best mean gold score; of equal scores, the earliest update."""
     return max(sorted(history), key=lambda step: float(np.mean(history[step]["gold"])))
 
 
 def divergence(before: Scores, after: Scores) -> float:
-    """Return mean gain of proxy minus that of gold, each divided by the standard deviation of its scores before."""
+    """Return the mean gain of proxy minus that of gold, each divided by the standard deviation of its old scores."""
 
     def gain(name: str) -> float:
         return float(np.mean(after[name]) - np.mean(before[name])) / _spread(before[name])
@@ -101,7 +112,7 @@ def divergence(before: Scores, after: Scores) -> float:
 
 
 def level_spread(before: Scores, after: Scores) -> float | None:
-    """Return the score disagreement across noise levels (see the module), or None for fewer than two levels."""
+    """Return the mean disagreement of a latent reward's scores across noise levels; None for fewer than two levels."""
     names = sorted(name for name in before.keys() & after.keys() if name.startswith(LEVEL))
     if len(names) < 2:
         return None
@@ -110,7 +121,7 @@ def level_spread(before: Scores, after: Scores) -> float | None:
 
 
 def level_probe(reward: Reward, sigmas: Sequence[float]) -> Probe:
-    """Return a probe that scores the latents at each noise level in `sigmas`, with the evaluation's own noise."""
+    """Return a function that scores held-out latents at each noise level in `sigmas` (a probe for `HeldOut`)."""
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
         return {f"{LEVEL}{sigma}": reward(latents, conditions, sigma=sigma, noise=noise) for sigma in sigmas}
@@ -123,9 +134,9 @@ def drift_probe(
     reference: Callable[[], AbstractContextManager[None]],
     sigmas: Sequence[float],
 ) -> Probe:
-    """Return a probe of the mean squared difference of policy and reference velocities, averaged over `sigmas`.
+    """Return a function that measures how far the policy's velocity is from the reference's (a probe for `HeldOut`).
 
-    velocity_for, reference: the methods of `Policy`. No guidance is used.
+    It returns the mean squared difference of the two velocities, without guidance, averaged over the levels `sigmas`.
     """
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
@@ -143,10 +154,16 @@ def drift_probe(
 
 @dataclass
 class Watch:
-    """A hook for `loop.fit`, to be called after `HeldOut` at the same updates on every rank; writes on the main rank.
+    """Detects reward hacking after each evaluation, prints a warning, and keeps the LoRA with the best gold score.
 
-    history: update -> the scores of all evaluations up to it (`HeldOut.history`). save_lora: writes the policy's LoRA
-    into a folder. captions, evaluations: see `detect_hacking`.
+    An instance is a hook for `train.loop.fit`. It must be called on every rank after the hook `HeldOut`, at the same
+    updates. Only the main rank writes files.
+
+    Args:
+        history: a function from an update to the scores of all evaluations up to that update (`HeldOut.history`).
+        captions: caption of each evaluation sample; at least two captions must differ.
+        evaluations: number of evaluations in the whole run, not counting that of the base model.
+        save_lora: writes the policy's LoRA into a folder.
     """
 
     history: Callable[[int], Mapping[int, Scores]]
@@ -163,7 +180,7 @@ class Watch:
             raise ValueError(f"captions: got {len(set(self.captions))} different ones; expected at least 2")
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Return the metrics of the evaluation at `step`: hacking, divergence and, if it was measured, level_spread."""
+        """Check the evaluation after update `step` for reward hacking, and return the metrics of the check."""
         history = self.history(step)
         comparison = detect_hacking(history, self.captions, self.config.level, self.evaluations)
         if self.config.keep_best and self.is_main_process:
@@ -176,12 +193,12 @@ class Watch:
         return row if spread is None else {**row, "level_spread": spread}
 
     def stop_when(self, row: Mapping[str, float]) -> str | None:
-        """Return the reason to stop after an update with the metrics `row`, or None (for `loop.fit`)."""
+        """Return the reason to stop training after an update with the metrics `row`, or None to go on."""
         alarm = self.config.stop_on_hacking and row.get("hacking")
         return "the reward was being hacked (watch.stop_on_hacking)" if alarm else None
 
     def _keep_best(self, history: Mapping[int, Scores], step: int) -> None:
-        """Write lora_best/ if this evaluation is the best; else delete that of a later update, from before a resume."""
+        """Write lora_best/ if the gold score at `step` is the best so far; delete a lora_best/ of a later update."""
         folder = self.output_dir / BEST
         saved_step = read_json(folder / NOTE)["step"] if (folder / NOTE).is_file() else -1
         if best_step(history) == step:
@@ -194,5 +211,5 @@ class Watch:
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Return the standard deviation of values, or 1 if they are equal."""
+    """Return the standard deviation of `values`, or 1 if all values are equal."""
     return float(np.std(values)) or 1.0
