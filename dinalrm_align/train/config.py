@@ -11,14 +11,14 @@ class OptimConfig:
     """Settings of AdamW, the learning-rate schedule and gradient clipping.
 
     Args:
-        name: optimiser: adamw, or adamw8bit (extra `quant`), whose moments take 2 instead of 8 bytes per parameter.
+        name: adamw or adamw8bit (extra `quant`). adamw8bit stores the moments in 2 instead of 8 bytes per parameter.
         lr: peak learning rate.
         weight_decay: coefficient of decoupled weight decay.
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.
         eps: term added to the square root of the second moment for numerical stability.
         clip: maximum global gradient norm; 0 disables clipping.
-        schedule: learning rate after the warm-up: constant, or cosine decay to 0 at the last step.
+        schedule: course of the learning rate after the warm-up, constant or cosine decay to 0 at the last step.
         decay_share: final fraction of the steps that the cosine decay takes; lr is constant until the decay begins.
         warmup_steps: number of steps over which the learning rate rises linearly from 0 to lr.
     """

@@ -34,7 +34,7 @@ def start_accelerator(
         run: settings of the run; the fields device, dtype, seed and output_dir are read.
         model_dtype: dtype that "auto" in run.dtype stands for on a GPU. On the CPU, "auto" stands for float32.
         minutes: timeout of collective operations.
-        tracker: experiment tracker: none, wandb or tensorboard.
+        tracker: name of the experiment tracker, one of none, wandb and tensorboard.
         autocast: whether to use bfloat16 autocast on a GPU. Ignored if the dtype is float32.
     """
     if run.device != "auto":
