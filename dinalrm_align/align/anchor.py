@@ -3,8 +3,7 @@
 Long optimisation against one frozen reward exploits the errors of that reward; a second reward of another kind makes
 this harder. DiNa-LRM's authors add a pixel reward to the advantages of every update of their GRPO run, A = A_latent +
 0.2 A_PickScore (arXiv 2602.11146). Here the anchor is evaluated only at every n-th update, which saves most of the cost
-of decoding and of a second model. The update number alone decides whether an update uses the anchor, so that a resumed
-run uses the anchor at the same updates.
+of decoding and of a second model. A resumed run uses the anchor at the same updates.
 """
 
 from collections.abc import Mapping
@@ -23,7 +22,6 @@ class Anchor:
     """A second reward that is added to the training objective, with a weight, at every n-th update.
 
     Args:
-        reward: the second reward.
         every: n. With updates counted from 1, the anchor is used at updates n, 2n, 3n, ...
         weight: weight of the anchor's scores (ReFL) or advantages (GRPO) in the sum with those of the first reward.
             For ReFL it must include the factor `matching_scale`, because scores of different rewards differ in scale.

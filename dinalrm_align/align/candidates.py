@@ -56,8 +56,7 @@ def ranked_pairs(scores: Sequence[float], number: int, min_gap: float) -> list[t
     """Return (chosen, rejected) index pairs: best and worst candidate, second best and second worst, and so on.
 
     The list has at most `number` pairs and at most half as many pairs as there are candidates. It ends before the first
-    pair whose scores are equal or differ by less than min_gap. If two scores are equal, the earlier candidate ranks
-    higher.
+    pair whose scores are equal or differ by less than min_gap. Of two equal scores, the earlier ranks higher.
     """
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     pairs = []

@@ -83,8 +83,7 @@ class MemoryConfig:
         decode_slice: images that a pixel reward decodes at once, in the forward and the backward pass; by default all.
         decode_tile: decode large images in tiles (diffusers' VAE tiling); pixels near the seams change.
         offload: keep unused models off the GPU: the base model while prompts are encoded, the VAE between evaluations.
-        compile: apply torch.compile to each transformer block of policy and latent reward; the first update then takes
-            minutes.
+        compile: torch.compile each transformer block of policy and latent reward; the first update takes minutes.
         attention: kernel of torch's scaled_dot_product_attention on CUDA; auto: torch's choice.
     """
 
@@ -198,8 +197,7 @@ class PolicyRun:
         reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
             pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward: published image rewards.
             oracle: the true score of the embedded world. NAME=SOURCE: the named reward with weights from SOURCE. Or the
-            folder or hub id of a latent reward; module:function for your own reward; or a weighted sum, such as
-            "dinalrm + 0.2*pickscore".
+            folder or hub id of a latent reward; module:function, your own; or a sum, "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
         seed: seed of initialisation, sampling and training.
         prompts: UTF-8 text file with one training prompt per line; by default the list that belongs to the model.

@@ -84,7 +84,6 @@ def group_scores(
 
     Args:
         keys: for each sample, the RNG key of its group. Samples with equal keys get the same noise draws.
-        draws: number of noise draws at which each sample is scored.
         sigma: noise levels at which the reward scores; None: the reward's default levels.
     """
     found = []

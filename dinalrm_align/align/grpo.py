@@ -91,10 +91,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GrpoBatch:
-    """A micro-batch: n pairs of a sample and one of its denoising steps, on the policy's device.
-
-    `count`: n, or 0 if the batch is one placeholder pair with weight 0 in the update.
-    """
+    """Pairs of a sample and a denoising step, on the device. `count`: number of pairs; 0 for a placeholder pair."""
 
     position: Position
     conditions: Conditions

@@ -14,8 +14,7 @@ class GrpoConfig(GroupRolloutConfig):
 
     Args:
         num_steps: denoising steps of the rollout; None: the model's own number. The last step is not trained.
-        schedule: noise levels. diffusers: levels of the pipeline, as in flow_grpo. linear: 1, ..., 1/N, shifted, then
-            0.
+        schedule: noise levels. diffusers: the pipeline's, as in flow_grpo. linear: 1, ..., 1/N, shifted, then 0.
         sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
         noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
         negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.

@@ -36,7 +36,6 @@ def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, T
     """Return the index of the best and of the worst of K candidates, (B,) int64 each, and the margin, (B,) in [0, 1).
 
     The margin is the difference of the two probabilities softmax((best score, worst score) / temperature).
-    `scores`: (B, K).
     """
     best, worst = scores.argmax(dim=1), scores.argmin(dim=1)
     ends = scores.gather(1, torch.stack([best, worst], dim=1)) / temperature
@@ -95,10 +94,7 @@ class StepPairs:
 
 @dataclass(frozen=True)
 class LpoBatch:
-    """A micro-batch of preference pairs on the policy's device.
-
-    `count`: number of pairs; 0 for a placeholder pair that has no weight in the update.
-    """
+    """A micro-batch of preference pairs on the device. `count`: number of pairs; 0 for a placeholder pair."""
 
     position: Position
     conditions: Conditions
@@ -171,9 +167,7 @@ class Lpo:
         `StepPairs` from samples to rejected. The second list has three tensors (B,): whether the margin exceeds the
         threshold, the mean score of the candidates, and the margin.
 
-        Args:
-            samples: indices of the B trajectories in this rank's rollout.
-            indices: (B,) prompt indices.
+        `samples`: indices of the trajectories in this rank's rollout. `indices`: (B,) prompt indices.
         """
         config, sampler, device, count = self.config, self.sampler, self.sampler.device, self.config.candidates
         conditions = sampler.take(indices.tolist())

@@ -49,8 +49,7 @@ class MineRun(PolicyRun):
     """Settings of `recipes/mine_pairs.py`.
 
     Args:
-        reward: reward that ranks the samples. dinalrm: the model's latent reward. Or the folder or hub id of a latent
-            reward.
+        reward: latent reward that ranks the samples. dinalrm: the model's own. Or the folder or hub id of one.
         output_dir: folder of the pairs; by default one under runs/, named after model, reward and seed. Pairs that are
             already in the folder are kept if they were mined with the same settings.
         lora: folder of a LoRA of an alignment run (RUN/lora) to sample with. The settings policy.rank and policy.alpha

@@ -52,9 +52,7 @@ def contrast_loss(
     Args:
         velocity, old: v and v_old (n, C, H, W), velocities at x_sigma of the trained and of the old policy.
         x_sigma, latents: (n, C, H, W), the noised samples and the clean samples x0.
-        sigma: (n,), noise levels.
-        good: r (n,), weight of each sample as a good one.
-        beta: distance of the good and the bad velocity from v_old.
+        sigma, good: (n,), the noise level and the weight r of each sample as a good one.
     """
     total = torch.zeros(len(good), device=velocity.device)
     for share, mixed in (
@@ -89,10 +87,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class NftBatch:
-    """A micro-batch: pairs of a sample and a noise level, on the policy's device.
-
-    `count`: number of pairs, or 0 if the batch is one placeholder pair with weight 0 in the update.
-    """
+    """Pairs of a sample and a noise level, on the device. `count`: number of pairs; 0 for a placeholder pair."""
 
     conditions: Conditions
     sigma: Tensor

@@ -40,7 +40,6 @@ class Policy:
 
     Args:
         transformer: is modified in place: frozen, and extended by the LoRA.
-        config: settings of the LoRA.
         seed: seed of the LoRA's matrix A. The matrix B starts at zero, so that a new policy equals the reference.
     """
 

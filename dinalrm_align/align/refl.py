@@ -53,8 +53,7 @@ def gradient_steps(
 
     Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,), the mean of
     |velocity - reference|^2 over C, H, W and the steps. Both are float32 and differentiable in the parameters of
-    `velocity`. `reference` gets the same latents as `velocity`, detached. Other projects divide the KL by 2 sigma^2 or
-    by the variance of a step, so KL weights from these projects do not carry over.
+    `velocity`. `reference` gets the same latents as `velocity`, detached.
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(start, start + count):
@@ -114,9 +113,7 @@ def renoised_steps(
     Returns the estimated clean latents (B, C, H, W) and the mean of |velocity - reference|^2 over C, H, W, (B,). To
     lower the variance of the gradient, pass each sample n times, with n different noises.
 
-    Args:
-        latents: (B, C, H, W), finished samples, without gradient.
-        noise: (B, C, H, W), the noise that brings `latents` back to the noise level `sigma`.
+    `latents`: finished samples (B, C, H, W). `noise`: noise that brings the samples back to level `sigma`.
     """
     x = add_noise(latents.detach(), noise, sigma)
     return gradient_steps(velocity, reference, x, [sigma], 0, 1)

@@ -197,7 +197,6 @@ class RolloutBuffer(Generic[R]):
     """Holds the current rollout of a method, draws the next rollout when it is due, and saves it in checkpoints.
 
     Args:
-        reuse: schedule by which a rollout is reused.
         kind: dataclass of a rollout. It must have the field `number: int`; each field must be an int or a CPU tensor.
         draw: a function from the number of a rollout to the rollout. It must be deterministic, given seed and weights.
         shapes: a function from the tensors of a saved rollout to the shapes that they must have, both by name; the

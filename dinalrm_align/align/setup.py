@@ -70,8 +70,7 @@ class Setup:
         pipeline: the frozen base model without text encoders; `policy` is a LoRA on its transformer.
         gold: reward that scores held-out images and is never trained on.
         identity: digests of model, reward and data, by name. A checkpoint can be resumed only if its digests are equal.
-        sharded: whether the base weights are sharded over the ranks. If so, all ranks must call the policy equally
-            often.
+        sharded: whether the base weights are sharded. If so, all ranks must call the policy equally often.
     """
 
     resolved: Resolved[Any]
@@ -252,7 +251,6 @@ def encode(
     """Encode every prompt of the run with the pipeline's text encoders on `device`, then release the encoders.
 
     `text_length`: number of T5 tokens that the policy reads. `lengths`: numbers of T5 tokens that the rewards read.
-    Prompts are encoded once for each number.
     """
     encoders = text_pipeline(pipeline, device)
     encoder = PromptEncoder(encoders, text_length=text_length, device=device)

@@ -45,8 +45,7 @@ class Comparison:
     Args:
         step, best_step: updates of the latest evaluation and of the evaluation with the best gold score.
         proxy_gain, gold_gain: mean difference, latest minus best, of the training reward and of the gold reward.
-        p_proxy: p-value of the one-sided test that the training reward rose.
-        p_gold: p-value of the one-sided test that the gold reward fell.
+        p_proxy, p_gold: one-sided p-values that the training reward rose and that the gold reward fell.
         hacking: whether both tests are significant.
     """
 
@@ -80,8 +79,7 @@ def detect_hacking(
 
     Hacking is detected if, paired over captions, the rise of the training reward (proxy) has p <= level and the fall of
     gold has p <= level / m. Here m = n (n + 1) / 2 is the number of pairs of n + 1 evaluations. This Bonferroni
-    correction bounds the probability of a false alarm in the whole run. It counts all pairs, because the evaluation to
-    compare with is selected by its gold score.
+    correction bounds the probability of a false alarm in the whole run.
 
     Args:
         history: update -> scores of the evaluation at this update, by name, with "proxy" and "gold".
@@ -134,10 +132,7 @@ def drift_probe(
     reference: Callable[[], AbstractContextManager[None]],
     sigmas: Sequence[float],
 ) -> Probe:
-    """Return a function that measures how far the policy's velocity is from the reference's (a probe for `HeldOut`).
-
-    It returns the mean squared difference of the two velocities, without guidance, averaged over the levels `sigmas`.
-    """
+    """Return a `HeldOut` probe: mean squared difference of policy and reference velocities, averaged over `sigmas`."""
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
         velocity = velocity_for(conditions, 1.0)
@@ -163,7 +158,6 @@ class Watch:
         history: a function from an update to the scores of all evaluations up to that update (`HeldOut.history`).
         captions: caption of each evaluation sample; at least two captions must differ.
         evaluations: number of evaluations in the whole run, not counting that of the base model.
-        save_lora: writes the policy's LoRA into a folder.
     """
 
     history: Callable[[int], Mapping[int, Scores]]
