@@ -47,8 +47,7 @@ def run_stage(
     closures: Closures, *, optimizer: torch.optim.Optimizer | None = None, **options: Any,
 ) -> None:  # fmt: skip
     """Train `parameters` with `fit` in output_dir/name, from the last checkpoint there, if any. At the end, set
-    `parameters` to their moving average (to the last weights if ema_decay is 0). `options`: keyword arguments passed
-    to `fit`.
+    `parameters` to their moving average (to the last weights if ema_decay is 0). `options`: arguments of `fit`.
     """
     stage: StageConfig = getattr(config, name)
     folder = Path(config.output_dir) / name
@@ -65,7 +64,7 @@ def run_stage(
 def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
     """Train `pipeline.vae` in place with an L1 + L2 loss and a weak KL term. The first 85 % of the steps use random
     crops of half the image's side, the remaining steps whole images. At the end, shift_factor is set to the mean of
-    the latents, and scaling_factor to the inverse of their standard deviation.
+    the latents, and scaling_factor to the inverse of the latents' standard deviation.
     """
     vae, stage = pipeline.vae.to(memory_format=torch.channels_last), config.vae
     size = config.stack.image_size
@@ -103,8 +102,8 @@ def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerat
 
 def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, float]:
     """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict: for each
-    component of the score, the correlation between original and reconstructed images; "psnr", the PSNR in dB. Half
-    of the images are scored with the caption of another image, so that faithfulness varies.
+    component of the score, the correlation of its values for original and reconstructed images; "psnr", the PSNR in
+    dB. Half of the images are scored with the caption of another image, so that faithfulness varies.
     """
     images, scenes, _ = random_images(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
     captions = [scene.caption for scene in scenes[: number // 2] + scenes[number // 2 - 1 :: -1]]
@@ -164,9 +163,7 @@ def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 
 
 def _slot_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the cross-entropy averaged over attributes. `logits`: (..., sum of SLOT_CLASSES). `target`: (...,
-    attributes).
-    """
+    """Return the mean cross-entropy over attributes. `logits`: (..., sum of SLOT_CLASSES). `target`: (..., slots)."""
     parts, targets = logits.split(SLOT_CLASSES, -1), target.unbind(-1)
     losses = [F.cross_entropy(part.flatten(0, -2), wanted.flatten()) for part, wanted in zip(parts, targets)]
     return sum(losses) / len(losses)

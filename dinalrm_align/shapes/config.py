@@ -101,8 +101,7 @@ class PairsConfig:
     Args:
         groups: number of training captions, each with several images.
         pictures: number of images for each caption; every two images of a caption form a pair.
-        emphasis: concept (shape, blur, ...) -> sampling weight of renders that get the concept wrong; default weight:
-            1.
+        emphasis: concept (shape, blur, ...) -> sampling weight of renders that get the concept wrong; 1 if not listed.
         sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
         faithful_share: probability that a render gets no concept wrong; 1 for the first render of each caption.
         rater_noise: standard deviation of the noise that the simulated rater adds to an image's oracle score.
@@ -168,9 +167,9 @@ class BuildConfig:
         vae: training of the autoencoder, first on random crops of half the image's side, then on whole images.
         text: training of the three text encoders, which learn to predict a caption's objects, relation and background.
         base: training of the text-to-image transformer.
-        pixel: training of the CLIP reward on decoded images, with the same pairs as the latent reward.
+        pixel: training of the CLIP reward on decoded images of the pairs that also train the latent reward.
         cached_pictures: number of images for training the base model, rendered and encoded once.
-        layout_weight: weight of the layout loss, which predicts from the base model's middle block where each shape is
+        layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape is
             (representation alignment, arXiv 2410.06940, to rendered shape maps instead of an encoder's features).
     """
 

@@ -39,7 +39,7 @@ HELD_OUT_KINDS = ("heldout", "shifted", "concepts")
 
 
 def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
-    """Make preference pairs of one kind and write them to `directory`, in the format of `LatentPairs`.
+    """Make preference pairs of one kind and write them to `directory`, in the format that `LatentPairs` reads.
 
     Kinds of pairs:
 
@@ -163,7 +163,7 @@ def _encoded_lists(
 def _encoded_concepts(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
-    """Yield captions, latents (captions, 2, C, h, w) and labels for each concept. The first of two images is chosen."""
+    """Yield captions, latents (captions, 2, C, h, w) and labels for each concept. The first image is the chosen one."""
     stream, number = (3, config.per_shifted) if kind == "shifted" else (1, config.per_concept)
     rng, size = np.random.default_rng((config.seed, stream)), pipeline.vae.config.sample_size
     for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
@@ -185,7 +185,7 @@ def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield captions with two renders (2, 3, size, size). The second gets `concept` wrong and has the lower score."""
+    """Yield captions with two renders (2, 3, size, size). The second render gets `concept` wrong and scores lower."""
     while True:
         scene = draw_scenes(1, rng, held_out=True)[0]
         if concept not in concepts_of(scene):

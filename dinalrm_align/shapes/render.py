@@ -65,9 +65,8 @@ def draw_nuisance(rng: np.random.Generator) -> Nuisance:
 
 
 def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
-    """Place a scene's objects at random: radii fit the sizes ("small", "large"), positions satisfy the relation. All
-    objects together are shifted from the centre by up to `nuisance.offset`, and shrunk if they do not fit into the
-    image.
+    """Place a scene's objects at random: radii fit the sizes ("small", "large"), positions satisfy the relation. The
+    objects are shifted together from the centre by up to `nuisance.offset`, and shrunk if they do not fit.
     """
     marks = [Mark(item.shape, item.colour, 0.0, 0.0, rng.uniform(*RADII[item.size])) for item in scene.items]
     extents = [mark.radius * HALF_EXTENT[mark.shape] for mark in marks]
@@ -130,7 +129,7 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return the CONCEPTS that an image of a scene can get wrong: without "relation" if the scene has no relation."""
+    """Return what an image of the scene can get wrong: all CONCEPTS, without "relation" if the scene has none."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 

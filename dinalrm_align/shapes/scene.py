@@ -4,7 +4,7 @@ A caption names a background, and either one object, two objects with a relation
     "a small red circle on white"
     "a small red circle left of a large blue square on gray"
     "three small green crosses on black"
-A tenth of all captions is held out from all training. A hash of the caption's text decides which.
+A tenth of all captions, chosen by a hash of the caption, is held out from all training.
 """
 
 import functools

@@ -38,7 +38,7 @@ def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Tokenise one word by byte-pair encoding: while rules in `merges` apply, apply the earliest one of them."""
+    """Tokenise one word by byte-pair encoding: apply the first applicable rule in `merges` until no rule applies."""
     rank = {merge: index for index, merge in enumerate(merges)}
     while True:
         pairs = [(rank.get(pair, len(merges)), index) for index, pair in enumerate(zip(pieces, pieces[1:]))]

@@ -39,7 +39,7 @@ class Run:
 
     Args:
         rows: rows of metrics.jsonl.
-        terms: evaluation settings: model, prompts, noise seed and sampler.
+        terms: settings of the evaluation (model, prompts, noise seed, sampler).
         scores: scores of the evaluation samples, update -> evaluator -> (N,). Evaluators: "proxy" (the training
             reward), "gold" (a score that no run trains on), "gold/NAME" (an additional score that no run trains on).
         kind: names of the recipe and the reward.
@@ -109,7 +109,7 @@ def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float],
 
 
 def phases_of(runs: Sequence[Run], kind: str) -> list[str]:
-    """Return the phases of an update with a recorded cost, in order of appearance. `kind`: a key of AVERAGES."""
+    """Return the phases that have a recorded cost, in order of appearance. `kind`: kind of cost, a key of AVERAGES."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
     return [name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")]
 
@@ -135,8 +135,8 @@ def _score_names(evaluation: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """Runs that differ only in their seed: one line in figures and tables. `labels`: a name for each run.
-    `incomparable`: why the gains cannot be compared with the first run's gains, or empty.
+    """Runs that differ only in their seed: one line in figures and tables of a comparison. `labels`: a name for each
+    run. `incomparable`: why the gains cannot be compared with the gains of the comparison's first run, or empty.
     """
 
     name: str
@@ -165,7 +165,7 @@ class Entry:
         return max(self.steps, key=lambda step: self.gain("gold", step).mean)
 
     def gain(self, name: str, step: int) -> Interval:
-        """Return the gain of `Run.gain` averaged over runs and captions, with its 95 % confidence interval."""
+        """Return the gain (see `Run.gain`) averaged over runs and captions, with its 95 % confidence interval."""
         return seeds_by_captions(np.stack([run.gain(name, step) for run in self.runs]))
 
     def has(self, name: str) -> bool:
@@ -201,7 +201,8 @@ def read_entries(
     folders: Sequence[Path], groups: Mapping[str, Sequence[Path]] | None = None
 ) -> tuple[list[Entry], list[str]]:
     """Read runs and group them into entries of a comparison. Runs in `folders` with the same recipe, reward and
-    settings form one entry. `groups` defines additional entries: name -> folders of the entry's runs, one per seed.
+    settings, apart from the seed, form one entry. `groups`: additional entries, name -> folders of the entry's runs,
+    one per seed.
 
     Returns the entries, and notes about runs that are skipped or not comparable. Raises ValueError if there is no run,
     if a group's folder holds no run, or if two runs of a group have the same seed.
@@ -261,10 +262,11 @@ def _read_group(name: str, folders: Sequence[Path]) -> list[tuple[Run, str]]:
 
 
 def _names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """Return the entry name and the label of every run. The name is recipe and reward, followed by the settings that
-    differ between runs of this recipe and reward, or by the folder of the entry's first run if more than three
-    settings differ. The label adds the seed. If several runs have the same label, the run's folder is appended to
-    each name and label.
+    """Return the entry name and the label of every run.
+
+    A name is recipe and reward, followed by the settings that differ between runs of this recipe and reward. If more
+    than three settings differ, the folder of the entry's first run replaces the settings. A label is a name followed by
+    the seed. If several runs have the same label, the run's folder is appended to each name and label.
     """
     names, folders = [], {}
     for run in runs:

@@ -61,7 +61,7 @@ def plot_run(folder: Path) -> Path:
 
 
 def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
-    """Draw all quantities that any run recorded. Returns quantity -> axis -> PNG path; bar charts have the axis ""."""
+    """Draw every quantity that a run recorded. Returns quantity -> axis -> PNG path; bar charts have the axis ""."""
     comparable = [entry for entry in entries if not entry.incomparable]
     scores = dict.fromkeys(["gold", "proxy", *(name for entry in comparable for name in entry.runs[0].scores[0])])
     runs = [run for entry in entries for run in entry.runs]
@@ -107,7 +107,7 @@ def images_of(entries: Sequence[Entry], shown: int) -> tuple[list[str], list[tup
 
 
 def draw_images(prompts: Sequence[str], columns: Sequence[tuple[str, np.ndarray, list[float]]], path: Path) -> None:
-    """Write an image grid as a PNG, with a row for each prompt. `prompts` and `columns`: returned by `images_of`."""
+    """Write an image grid as a PNG, with a row for each prompt. `prompts`, `columns`: as `images_of` returns them."""
     _, height, width, _ = columns[0][1].shape
     gap = max(2, width // 32)
     cells = [np.pad(strip, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for _, strip, _ in columns]
@@ -152,7 +152,7 @@ def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> No
 
 
 def _draw_lines(entries: Sequence[Entry], panels: dict[str, str], clock: str, path: Path, title: str = "") -> Path:
-    """Draw a panel for each metric, with a line for each run that recorded it. `panels`: metric -> panel title."""
+    """Draw a panel for each metric, with a line for each run that recorded the metric. `panels`: metric -> title."""
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(SIZE[0], 1.9 * rows + 0.7) if title else SIZE, layout="constrained")
     axes = figure.subplots(rows, 2 if title else 1, squeeze=False).flatten()
