@@ -26,7 +26,7 @@ class SavingsRun:
         levels: number of noise levels sigma at which the latent reward scores each sample, 1 to 8.
         economies: also count one ReFL update (without its rollout) with each memory-saving option.
         workers: number of processes that count in parallel; each process uses one core and about 1 GB.
-        measure: also run every configuration without quantised weights on the CUDA GPU, with random weights.
+        measure: also run the configurations on the CUDA GPU, with random weights; quantised ones are skipped.
         warmup: number of unmeasured runs of each configuration, if measure is set.
         repeats: number of measured runs of each configuration, if measure is set; the median time is reported.
         output_dir: folder for savings.md, savings.json and savings.png.
@@ -79,7 +79,7 @@ class Case:
     """One configuration whose cost is counted: a reward, a workload, and memory options.
 
     Args:
-        reward: dinalrm (scores latents), pickscore or hpsv3 (score images).
+        reward: dinalrm scores latents; pickscore and hpsv3 score decoded images.
         work: name of the workload, a key of `WORK`.
         size, batch, text_length, levels: as in `SavingsRun`.
         policy_checkpointing: recompute the policy's blocks in the backward pass (gradient checkpointing).
@@ -149,7 +149,7 @@ def scenarios(base: Case) -> list[Case]:
 def economies(base: Case) -> dict[str, Case]:
     """Return {row name in the report: configuration} of a ReFL update without its rollout, one row per memory option.
 
-    The latent reward's default options come first, then one row per changed option; the rows of HPSv3 follow likewise.
+    Rows of the latent reward come first, rows of HPSv3 second. Each group starts with the default options.
     """
     refl, hpsv3, more = base.but(work="refl"), base.but(work="refl", reward="hpsv3"), 4 * base.batch
     return {

@@ -33,7 +33,7 @@ from dinalrm_align.align.savings.workloads import build_networks, workload_of
 from dinalrm_align.train.cost import CPU_ATTENTION, LiveStorage, tensors_among
 
 FLASH_BACKWARD, MATH_BACKWARD = 2.5, 2.0
-"""Ratios of attention's backward FLOPs to its forward FLOPs: if scores are recomputed (flash), if stored (math)."""
+"""Attention's backward FLOPs per forward FLOP, if scores are recomputed (flash attention) or stored (math)."""
 MATRIX, MATRIX_REPEATS = 8192, 20
 NOT_MEASURED = "quantised weights are counted, not measured"
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, f
 
 
 class FakeFloats(TorchDispatchMode):
-    """A dispatch mode in which floating-point tensors have no storage: `with fake.active(): ...`.
+    """A dispatch mode in which floating-point tensors have no storage. Activate it by `with fake.active(): ...`.
 
     Floating-point tensors become torch's FakeTensor on the CPU. On this device, fused attention saves as much for the
     backward pass as flash attention on a GPU; on the meta device it would store the score matrix. Integer tensors, and
@@ -182,7 +182,7 @@ def count_all(cases: Sequence[Case], *, workers: int) -> dict[Case, Cost]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Measured cost of a run: peak bytes allocated (`memory`) and `reserved` by the CUDA allocator, median time."""
+    """Median time of a run, and peak bytes of CUDA memory: allocated to tensors (`memory`), `reserved` by torch."""
 
     memory: int
     reserved: int
@@ -213,7 +213,7 @@ def measure(case: Case, architecture: Architecture, *, warmup: int, repeats: int
 
 
 def measure_all(cases: Sequence[Case], *, warmup: int, repeats: int) -> dict[Case, Measured | str]:
-    """Measure every configuration with full-size networks. Returns {case: measurement, or the reason for none}."""
+    """Measure every configuration with full-size networks. Returns {case: measurement, or error message}."""
     found: dict[Case, Measured | str] = {}
     for case in tqdm(cases, desc="measured", dynamic_ncols=True):
         try:

@@ -44,12 +44,11 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
     """Return how much DiNa-LRM saves against pixel rewards, in percent, as {quantity: {source: saving}}.
 
     The source "paper" is the published saving against HPSv3 (arXiv 2602.11146). The sources "hpsv3" and "pickscore" are
-    the savings counted here against HPSv3 and PickScore. The main quantities:
+    the savings counted here against HPSv3 and PickScore. The main quantities are:
 
     - memory: the peak of a ReFL update without its rollout and without gradient checkpointing.
     - reward FLOPs: scoring, including the VAE's decoder for pixel rewards.
-    - optimisation FLOPs: scoring and one forward pass of the policy. This definition comes closest to the paper's
-      number.
+    - optimisation FLOPs: scoring and one forward pass of the policy. This definition is closest to the paper.
     - optimisation FLOPs, executed: a ReFL update without its rollout, backward passes included.
     """
     plain = base.kept
@@ -122,7 +121,7 @@ def parts_table(run: SavingsRun, costs: Costs) -> str:
 
 
 def scenarios_table(run: SavingsRun, costs: Costs) -> str:
-    """Return a table of each scenario's cost, with the memory and FLOPs that the latent reward saves in percent."""
+    """Return a table of each scenario's cost, and of the percentage that the latent reward saves."""
     rows = []
     for case in config.scenarios(run.base):
         cost, saved = costs[case], ["", ""]

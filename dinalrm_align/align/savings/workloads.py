@@ -36,7 +36,7 @@ from dinalrm_align.train.config import OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.state import adamw
 
-REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)  # noise levels; an ensemble of n takes the first n
+REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)  # noise levels sigma; n levels are the first n
 
 
 class CachedText:

@@ -60,8 +60,8 @@ class PixelReward(RewardModule):
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,), float32, of images (B, 3, H, W), float32 in [0, 1], on `device`, for B prompts.
 
-        Subclasses must implement this method, differentiably in the images if the class attribute `differentiable` is
-        true. Callers should use `score_decoded`, which also checks the scores.
+        Subclasses must implement this method. It must be differentiable in the images if the class attribute
+        `differentiable` is true. Callers should use `score_decoded`, which also checks the scores.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement score_pixels")
 
@@ -164,7 +164,7 @@ class PixelReward(RewardModule):
 
 
 def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Raise TypeError unless `latents` is a floating tensor, ValueError unless values are finite and fit the VAE."""
+    """Check that `latents` is a floating-point tensor (else TypeError), finite, and fits the VAE (else ValueError)."""
     check_latents("latents", latents)
     if latents.shape[1] != vae.config.latent_channels or latents.numel() == 0:
         raise ValueError(

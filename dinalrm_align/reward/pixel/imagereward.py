@@ -103,8 +103,7 @@ class ImageRewardReward(PixelReward):
         """Load ImageReward.pt. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
         Args:
-            tokenizer: folder or hub id of bert-base-uncased's tokenizer; default: the folder of local weights, else the
-                hub.
+            tokenizer: folder or hub id of the BERT tokenizer; default: the folder of local weights, else the hub.
             med_config: path of med_config.json; default: med_config.json in the folder or hub id of the weights.
         """
         device = available_device(device or "cpu")
