@@ -1,9 +1,10 @@
-"""Wrap any Python callable as a reward. The name of its first argument selects the input.
+"""Wrap any Python callable as a reward. The name of the callable's first argument selects what the callable scores:
 
     def my_reward(images, prompts): ...                     decoded images (B, 3, H, W) in [0, 1] -> scores (B,)
     def my_reward(latents, prompts, sigma, noise): ...      scaled clean latents (B, C, h, w) -> scores (B,)
 
-Higher scores are better. A callable over latents gets only those arguments of `ARGUMENTS` that it names.
+Higher scores are better. A callable over latents may also take `prompt_embeds`, `pooled_prompt_embeds` and `generator`.
+Only the arguments in its signature are passed.
 """
 
 import importlib
@@ -27,10 +28,10 @@ ARGUMENTS = ("prompts", "prompt_embeds", "pooled_prompt_embeds", "sigma", "noise
 
 
 def import_callable(path: str) -> Callable[..., Any]:
-    """Import and return the function at `path`, written "module:function".
+    """Import and return the function at `path`, which has the form "module:function".
 
-    Raises ImportError if the module or a package that it needs is not installed, ValueError if the module lacks the
-    name, TypeError if the object is a class or cannot be called.
+    Raises ImportError if the module, or a package that the module needs, is not installed. Raises ValueError if the
+    module has no object of that name, and TypeError if the object is a class or is not callable.
     """
     module_name, _, name = path.partition(":")
     try:
@@ -56,15 +57,17 @@ def as_reward(
     name: str | None = None,
     differentiable: bool = True,
 ) -> "ImageFunction | LatentFunction":
-    """Return a reward that calls `function`. If it is an nn.Module, its parameters are frozen.
+    """Return a reward that calls `function`. If `function` is an nn.Module, it is frozen in place.
 
     Args:
-        function: callable over images or latents, see the module's docstring. Of an nn.Module, `forward` is inspected.
-        vae: decodes latents for a callable over images.
-        name: used in error messages.
-        differentiable: False: the callable gives no gradient. True: every call that needs a gradient checks for one.
+        function: callable over images or latents (see the docstring of `reward.callables`). For an nn.Module, the
+            arguments of `forward` decide which.
+        vae: VAE that decodes latents if `function` takes images.
+        name: name of the reward in error messages.
+        differentiable: whether the scores are differentiable in the input. False: an input that requires a gradient
+            raises ValueError. True: the input raises ValueError only if the scores turn out to have no gradient.
 
-    Raises TypeError unless the first argument is named `latents` or has a name in `IMAGES`.
+    Raises TypeError unless the first argument of `function` is named `latents`, `images`, `pixels` or `pictures`.
     """
     name = name or f"{type(function).__name__}" * isinstance(function, nn.Module) or repr(function)[:60]
     _check_callable(function, name)
@@ -88,7 +91,7 @@ def as_reward(
 
 
 class ImageFunction(PixelReward):
-    """Reward that calls `function(images (B, 3, H, W) in [0, 1], prompts) -> scores (B,)` on decoded images."""
+    """Reward that decodes latents and returns `function(images, prompts)`, with images (B, 3, H, W) in [0, 1]."""
 
     def __init__(
         self, function: Callable[..., Any], vae: AutoencoderKL | None, name: str, differentiable: bool = True
@@ -103,14 +106,14 @@ class ImageFunction(PixelReward):
 
 
 class LatentFunction(RewardModule):
-    """Reward that calls `function(latents (B, C, h, w), ...) -> scores (B,)`. It does not decode the latents."""
+    """Reward that returns `function(latents, ...)`, with scaled latents (B, C, h, w) that are not decoded."""
 
     scores_images = False
 
     def __init__(
         self, function: Callable[..., Any], arguments: Sequence[str], name: str, differentiable: bool = True
     ) -> None:
-        """arguments: the names in `ARGUMENTS` that `function` takes."""
+        """Wrap `function`. arguments: names of the arguments to pass by keyword, a subset of `ARGUMENTS`."""
         super().__init__()
         self.function = _frozen(function)
         self.arguments = tuple(arguments)
@@ -119,7 +122,7 @@ class LatentFunction(RewardModule):
         self.differentiable = differentiable
 
     def forward(self, latents: Tensor, prompts: Text | None = None, **noise: Unpack[Noise]) -> Tensor:
-        """Return scores (B,), float32. If `prompts` are strings, `function` gets None for the embeddings."""
+        """Return scores (B,), float32. If `prompts` are strings, `function` receives None as prompt embeddings."""
         self.check_gradient(latents)
         encoded = prompts if isinstance(prompts, Conditions) else None
         given = {
@@ -148,7 +151,7 @@ def _frozen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(scores: Any, inputs: Tensor, name: str) -> Tensor:
-    """Return `finite_scores(scores)`. Raise ValueError if `inputs` requires a gradient and the scores have none."""
+    """Return finite `scores` as float32. Raise ValueError if `inputs` requires a gradient and `scores` has none."""
     scores = finite_scores(scores, len(inputs), name)
     if torch.is_grad_enabled() and inputs.requires_grad and not scores.requires_grad:
         raise ValueError(

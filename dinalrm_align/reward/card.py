@@ -24,6 +24,6 @@ score = reward(latents, prompts)  # (B,) float32, higher is better
 
 
 def model_card(config: RewardConfig) -> str:
-    """Return the text of README.md for a folder or hub repository that holds this reward."""
+    """Return the text of README.md for a folder or hub repository that holds a reward with this config."""
     sigma = config.sigma if isinstance(config.sigma, float) else ", ".join(map(str, config.sigma))
     return TEMPLATE.format(base=config.base_model_id, layers=config.num_layers, sigma=sigma, tokens=config.text_length)

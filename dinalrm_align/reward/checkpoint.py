@@ -2,14 +2,14 @@
 
 This package's layout, `dinalrm`:
     config.json                 RewardConfig
-    model.safetensors           head.*, and backbone.*: the LoRA, or with full tuning all backbone weights. The metadata
-                                hold a digest of the tensors, which is verified on reading.
+    model.safetensors           head.* (the reward head) and backbone.* (the LoRA; with full tuning, all its weights).
+                                The file's metadata hold a digest of the tensors, which is verified on reading.
 
 The layout of DiNa-LRM's public release, `released`:
     config.json
-    checkpoint/rm_head.pt       the head
+    checkpoint/rm_head.pt       the reward head
     checkpoint/backbone_lora/   a peft adapter; absent for a frozen backbone
-    checkpoint/full_model.pt    backbone and head; with full tuning, instead of the two above
+    checkpoint/full_model.pt    only with full tuning: backbone and head, in place of rm_head.pt and backbone_lora/
 """
 
 import io
@@ -46,16 +46,16 @@ RELEASED_DEFAULTS = dict(sigma=0.4, image_sigma=0.1, snap_sigma=True, score_scal
 
 @dataclass
 class Checkpoint:
-    """A checkpoint in memory. tensors: `backbone.*` and `head.*`, on the CPU. where: their files, for messages."""
+    """A reward checkpoint in memory: settings and weights. The weights, `backbone.*` and `head.*`, are on the CPU."""
 
     config: RewardConfig
     tensors: dict[str, Tensor]
     folder: Path
-    where: str
+    where: str  # paths of the weight files, for messages
 
 
 def read_checkpoint(source: str | Path, *, subfolder: str = "", **hub: Unpack[HubOptions]) -> Checkpoint:
-    """Read either layout from a folder or hub id. Raises ValueError or FileNotFoundError that names the file."""
+    """Read a checkpoint in either layout from a folder or hub id. Raises ValueError or FileNotFoundError."""
     folder = fetch(source, ("config.json", WEIGHTS, "checkpoint/*"), what="reward", subfolder=subfolder, **hub)
     path = folder / "config.json"
     values = read_json(path, "a latent reward in our layout or in DiNa-LRM's released one")
@@ -76,7 +76,7 @@ def read_checkpoint(source: str | Path, *, subfolder: str = "", **hub: Unpack[Hu
 def save_checkpoint(
     directory: str | Path, config: RewardConfig, tensors: Mapping[str, Tensor], *, format: str = "dinalrm"
 ) -> None:
-    """Write `config` and `tensors` (from `RewardModel.tuned_tensors`). format: the layout, `dinalrm` or `released`."""
+    """Write a checkpoint. tensors: from `RewardModel.tuned_tensors`. format: the layout, `dinalrm` or `released`."""
     if format not in FORMATS:
         raise ValueError(f"checkpoint format: got {format!r}; known: {', '.join(FORMATS)}")
     parts = {"head.film": config.head.film, "head.value_gates": config.head.value_gates, "text_taps": config.text_taps}
@@ -97,7 +97,8 @@ def save_checkpoint(
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
     """Return the base model's hub id or path. A path that starts with ./ or ../ is resolved from `folder`.
 
-    trusted: False for a downloaded checkpoint, which may name a hub id only; a local path raises ValueError.
+    trusted: whether a local path is allowed. Must be False for a downloaded checkpoint; a local path then raises
+    ValueError.
     """
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):
@@ -109,7 +110,7 @@ def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> 
 
 
 def relocated(base_model_id: str, folder: Path, new_folder: Path) -> str:
-    """Return the `base_model_id` for a copy of the checkpoint in `new_folder`. Only relative paths change."""
+    """Return `base_model_id` for a checkpoint copied from `folder` to `new_folder`. Only a relative path changes."""
     if not base_model_id.startswith(("./", "../")):
         return base_model_id
     path = os.path.relpath(base_location(base_model_id, folder), new_folder)
@@ -230,7 +231,7 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Raise ValueError unless all tensors are floating and finite, and their sizes match the config."""
+    """Raise ValueError unless all tensors are finite floating-point, with LoRA rank and query count as configured."""
     config, tensors = checkpoint.config, checkpoint.tensors
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):

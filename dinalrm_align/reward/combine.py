@@ -1,4 +1,4 @@
-"""Weighted sum of rewards. Latents are decoded once for all rewards that score images."""
+"""Weighted sum of rewards. The latents are decoded once for all image rewards in the sum."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
@@ -13,14 +13,14 @@ from dinalrm_align.train.settings import check_number
 
 
 class RewardSum(RewardModule):
-    """Reward with score = sum_i weight_i * score_i over named parts, each a reward.
+    """Weighted sum of named rewards: score = sum_i weight_i * score_i. The summed rewards are called parts.
 
-    Parts can have different scales. GRPO therefore normalises each part: it takes the unweighted scores from
-    `score_parts` and passes the normalised ones to `add_up`.
+    Scores of different parts can have different scales. GRPO therefore normalises the scores of each part: it takes
+    unweighted scores from `score_parts` and passes normalised scores to `add_up`.
     """
 
     def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:
-        """Raise ValueError if there are no parts, a part has no finite weight, or image rewards use different VAEs."""
+        """Combine named rewards. Raises ValueError for no rewards, an invalid or missing weight, or different VAEs."""
         super().__init__()
         if not parts or parts.keys() != weights.keys():
             raise ValueError(f"got parts {list(parts)}, weights for {list(weights)}; expected a weight for each part")
@@ -46,7 +46,7 @@ class RewardSum(RewardModule):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first part that has weights or a VAE, else the CPU."""
+        """The device of the first reward in the sum that has weights or a VAE, else the CPU."""
         return next((part.device for part in self.parts if part.reads_images or part.noise_parts), torch.device("cpu"))
 
     @property
@@ -62,17 +62,18 @@ class RewardSum(RewardModule):
         return self._weight_of
 
     def forward(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
-        """Return the weighted sum (B,), float32. It is differentiable in the latents if every part is."""
+        """Return the weighted sum (B,), float32. The sum is differentiable in the latents if every summed reward is."""
         return self.add_up(self.score_parts(latents, prompts, **noise))
 
     def add_up(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted sum (B,). parts: scores (B,) by name, from `score_parts`, possibly normalised."""
+        """Return the weighted sum (B,). parts: scores (B,) of each summed reward by name, normalised or not."""
         return sum(weight * parts[name] for name, weight in self._weight_of.items())
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return the unweighted scores of each part by name, (B,), float32, on the latents' device.
+        """Return the unweighted scores of each summed reward by name: (B,), float32, on the latents' device.
 
-        Latents are decoded once. Raises ValueError if they require a gradient and a part is not differentiable.
+        Latents are decoded once. Raises ValueError if the latents require a gradient and a summed reward cannot give
+        one.
         """
         for part in self.parts:
             part.check_gradient(latents)
@@ -94,7 +95,7 @@ class RewardSum(RewardModule):
     ) -> Tensor:
         """Return the weighted sum (B,), float32, for PIL images or a tensor (B, 3, H, W) in [0, 1].
 
-        generator: draws the noise of latent rewards. Raises ValueError if a part cannot score images.
+        generator: draws the noise that latent rewards add. Raises ValueError if a summed reward cannot score images.
         """
         total: Tensor | None = None
         for name, part in self.named_parts.items():

@@ -1,4 +1,4 @@
-"""Settings of a latent reward, of the preference loss and of reward training. Imports no torch.
+"""Settings of a latent reward, of the preference loss and of reward training. This module does not import torch.
 
 Defaults follow DiNa-LRM for SD3.5-Medium (arXiv 2602.11146, section 4).
 """
@@ -36,12 +36,12 @@ Levels = ClosedUnitInterval | tuple[ClosedUnitInterval, ...]
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters on the image and text attention projections of every used block.
+    """Settings of the LoRA on the image and text attention projections of every transformer block that the reward uses.
 
     Args:
-        rank: inner dimension of each adapter.
-        alpha: the weight update is alpha / rank * B A.
-        init: initialisation of A: gaussian with std 1/rank, or kaiming (uniform). B starts at zero.
+        rank: rank of each adapter.
+        alpha: scale of each adapter: the weight update is alpha / rank * B A.
+        init: initialisation of the matrix A: gaussian (std 1/rank) or kaiming (uniform). The matrix B starts at zero.
     """
 
     rank: PositiveInt = 64
@@ -57,14 +57,15 @@ class HeadConfig:
     """Architecture of the reward head.
 
     Args:
-        width: channels inside the head; -1: the backbone's width.
-        use_proj_in: put a linear layer before every FiLM adapter; False: only if head and backbone differ in width.
-        num_queries: number of learnable query tokens. The score is the mean of their outputs.
-        num_attn_heads: attention heads in both query attentions; must divide the width.
-        dropout: dropout rate of attention and feed-forward layers in training.
-        use_logistic: map the raw score to (-2, 2) by a logistic curve with learnable parameters.
-        film: modulate the tokens of each layer by the embedded timestep and pooled prompt.
-        value_gates: scale the values in the first query attention by a learned gate per token.
+        width: number of channels inside the head; -1: the backbone's width.
+        use_proj_in: always apply a linear layer before FiLM; False: only if head and backbone differ in width.
+        num_queries: number of learnable query tokens. The score is the mean over the query tokens.
+        num_attn_heads: number of attention heads; must divide the head's width.
+        dropout: dropout rate of the head's attention and feed-forward layers in training.
+        use_logistic: map the raw score to (-2, 2) by a logistic curve with learnable shift and scale.
+        film: scale and shift the tokens of each layer (FiLM), as predicted from the embedded timestep and pooled
+            prompt.
+        value_gates: multiply each value in the head's first attention by a gate that is predicted from its token.
     """
 
     width: int = -1
@@ -87,28 +88,31 @@ class HeadConfig:
 
 @dataclass
 class RewardConfig:
-    """A latent reward, as stored in `config.json` of its checkpoint. The base model is named here, not stored.
+    """Settings of a latent reward, stored in `config.json` of its checkpoint. The base model is loaded separately.
 
     Args:
-        base_model_id: hub id or folder of pipeline or transformer; ./ and ../ are relative to the checkpoint's folder.
-        num_layers: number of transformer blocks to use, from the first one. LoRA is added to all of them.
+        base_model_id: hub id or folder of the base pipeline or transformer. A path that starts with ./ or ../ is
+            relative to the checkpoint's folder.
+        num_layers: number of transformer blocks to use, from the first one. A LoRA is added to all these blocks.
         visual_taps: blocks whose output image tokens the head reads, counted from 1; 0: the input of the first block.
-        text_taps: same for the text tokens; empty: the head reads image tokens only.
-        tuning: backbone weights in the checkpoint: lora; none (only the head is trained); full (all of them).
-        lora: settings of the LoRA if `tuning` is lora.
+        text_taps: blocks whose output text tokens the head reads, counted from 1; empty: the head reads no text tokens.
+        tuning: backbone weights that are trained and stored: lora, none (only the head is trained) or full (all of
+            them).
+        lora: settings of the LoRA; unused unless `tuning` is lora.
         head: architecture of the reward head.
         sigma: default noise level, or a list of levels for a multi-noise ensemble.
         image_sigma: default noise level of `score_images`; None: same as `sigma`.
-        ensemble: combine levels by tokens (the head attends to the tokens of all levels; paper) or average (of scores).
-        snap_sigma: round noise levels to the scheduler's table (1000 steps, shift 3), as the released code does.
-        add_noise: add noise to the latents; False: the backbone reads clean latents at timestep 1000 sigma.
-        score_scale: score = raw * score_scale + score_bias, where raw is the head's output.
-        score_bias: see `score_scale`.
-        text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline), at most 512.
-        vae_scaling_factor: scaled latents = (z - vae_shift_factor) * vae_scaling_factor, where z is the VAE's latent.
-        vae_shift_factor: see `vae_scaling_factor`.
-        dtype: dtype in which the reward loads its backbone; a backbone shared with a transformer keeps its dtype.
-        format_version: version of this config's format.
+        ensemble: how an ensemble combines noise levels: tokens (the head attends to the tokens of all levels, as in the
+            paper) or average (mean of the scores at each level).
+        snap_sigma: round noise levels to the scheduler's sigmas (1000 steps, shift 3), as the released code does.
+        add_noise: add noise to the latents; False: the backbone reads clean latents, with timestep 1000 sigma.
+        score_scale: factor in score = raw * score_scale + score_bias, where raw is the head's output.
+        score_bias: constant in score = raw * score_scale + score_bias.
+        text_length: number of T5 tokens per prompt, at most 512 (`max_sequence_length` of the pipeline).
+        vae_scaling_factor: factor in scaled latents = (z - vae_shift_factor) * vae_scaling_factor, for VAE latents z.
+        vae_shift_factor: shift in scaled latents = (z - vae_shift_factor) * vae_scaling_factor.
+        dtype: dtype in which the backbone is loaded. Weights that are shared with a transformer keep their dtype.
+        format_version: version of the config.json format.
     """
 
     base_model_id: str = "stabilityai/stable-diffusion-3.5-medium"
@@ -151,18 +155,19 @@ class RewardConfig:
 
     @property
     def last_tap(self) -> int:
-        """Number of the last block whose tokens the head reads. Later blocks do not run."""
+        """Number of the last block whose tokens the head reads, counted from 1. Later blocks do not run."""
         return max((*self.visual_taps, *self.text_taps))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-serialisable dictionary that `from_dict` reads."""
+        """Return the config as a JSON-serialisable dict, to be read by `from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RewardConfig":
-        """Return the config stored in a dictionary of `to_dict`. Raises ValueError for unknown or missing keys.
+        """Return the config stored in a dict from `to_dict`. Raises ValueError for unknown or missing keys.
 
-        Format version 1 lacks `head.film` and `head.value_gates`. Both are set to True, which is how it behaved.
+        A dict of format version 1 has no `head.film` and `head.value_gates`. Both are set to True, since version 1
+        always used FiLM and value gates.
         """
         if not isinstance(values, dict):
             raise TypeError(f"reward config: got {type(values).__name__}; expected a dictionary")
@@ -205,20 +210,21 @@ def _check_keys(where: str, values: dict[str, Any], kind: type) -> None:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Preference loss of a pair of raw scores (see `reward.losses`).
+    """Settings of the preference loss on the raw scores of a pair (see `reward.losses`).
 
     Args:
-        likelihood: maps a score difference to a preference probability. thurstone: Gaussian rater noise whose
-            variance grows with the noise level (paper); thurstone_fixed: constant variance; bradley_terry: sigmoid;
-            bradley_terry_margin: sigmoid of the difference minus `margin`.
-        objective: fidelity (1 - sqrt(p) for a hard label) or nll (-log p). Default: fidelity with Thurstone (paper),
-            nll with Bradley-Terry.
-        preset: defaults of k, sigma_u, epsilon: paper (2, 0.1, 0) or released (2, sqrt(0.05), 1e-6; the public code).
-        k: the rater's variance at noise level sigma is k sigma^2 + sigma_u^2.
-        sigma_u: standard deviation of the rater on clean images.
-        epsilon: constant added under the square roots of the Thurstone likelihood and of the fidelity.
-        variance: rater's variance with thurstone_fixed (0.5 in the released code).
-        margin: subtracted from the score difference with bradley_terry_margin.
+        likelihood: function from score difference to preference probability. thurstone: Gaussian rater noise whose
+            variance grows with the noise level (paper). thurstone_fixed: Gaussian rater noise of constant variance.
+            bradley_terry: sigmoid. bradley_terry_margin: sigmoid of the difference minus `margin`.
+        objective: fidelity (1 - sqrt(p) for a hard label) or nll (-log p), where p is the preference probability.
+            Default: fidelity for thurstone and thurstone_fixed (paper), nll for the Bradley-Terry likelihoods.
+        preset: default values of (k, sigma_u, epsilon): paper is (2, 0.1, 0), and released, from the public code, is
+            (2, sqrt(0.05), 1e-6).
+        k: factor in the rater's variance at noise level sigma, k sigma^2 + sigma_u^2. Default: the preset's.
+        sigma_u: standard deviation of the rater's noise on clean images. Default: the preset's.
+        epsilon: constant added under the square roots of Thurstone likelihood and fidelity. Default: the preset's.
+        variance: rater's variance for thurstone_fixed (0.5 in the released code).
+        margin: constant that bradley_terry_margin subtracts from the score difference.
     """
 
     likelihood: Literal["thurstone", "thurstone_fixed", "bradley_terry", "bradley_terry_margin"] = "thurstone"
@@ -234,11 +240,11 @@ class LossConfig:
         check_fields(self, "loss")
 
     def resolved_objective(self) -> str:
-        """Return `objective`, or the default for the likelihood if it is None."""
+        """Return `objective`. None is replaced by nll for the Bradley-Terry likelihoods and by fidelity otherwise."""
         return self.objective or ("nll" if self.likelihood.startswith("bradley_terry") else "fidelity")
 
     def constants(self) -> tuple[float, float, float]:
-        """Return (k, sigma_u, epsilon). Values that are None come from the preset."""
+        """Return (k, sigma_u, epsilon). A value that is None is replaced by the preset's."""
         given = {"k": self.k, "sigma_u": self.sigma_u, "epsilon": self.epsilon}
         preset = THURSTONE_PRESETS[self.preset]
         return tuple(preset[name] if value is None else value for name, value in given.items())
@@ -246,13 +252,13 @@ class LossConfig:
 
 @dataclass
 class AccuracyConfig:
-    """Evaluation on held-out pairs: accuracy of the reward at several noise levels, with the same noise every time.
+    """Settings of the evaluation on held-out pairs, which measures the reward's accuracy at several noise levels.
 
     Args:
-        sigmas: noise levels that are evaluated one by one.
-        ensemble: noise levels that are evaluated together, as a multi-noise ensemble; empty: no ensemble.
-        every: updates between evaluations; 0: only at the end. The final reward is always evaluated.
-        seed: seed of the noise.
+        sigmas: noise levels to evaluate one by one.
+        ensemble: noise levels to evaluate together, as a multi-noise ensemble; empty: no ensemble.
+        every: number of updates between evaluations; 0: only at the end. The final reward is always evaluated.
+        seed: seed of the noise on the latents. Every evaluation uses the same noise.
     """
 
     sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [level / 10 for level in range(10)])
@@ -265,7 +271,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Return the levels to evaluate, without duplicates: (sigma,) for each of `sigmas`, and the ensemble."""
+        """Return the noise levels of each evaluation without duplicates: (sigma,) for each of `sigmas`, and `ensemble`."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 
@@ -275,32 +281,38 @@ class TrainRewardRun:
     """Settings of `recipes/train_reward.py`.
 
     Args:
-        model: model of the backbone: shapes (embedded world), sd35, or folder or hub id of a StableDiffusion3Pipeline.
-        pairs: preference pairs: a folder of encoded latents (from recipes/prepare_pairs.py or in the released layout)
-            or a jsonl file that lists images (`data.source`). Default: pairs generated in the embedded world.
-        validation_pairs: pairs for evaluation only, in the same formats; default: see held_out_prompts.
-        held_out_prompts: number of prompts in `pairs` to keep for evaluation if validation_pairs is not set.
-        output_dir: folder of the run; the trained reward goes to reward/ in it. Default: a new folder in runs/.
+        model: base model: shapes (the embedded world), sd35, or the folder or hub id of a StableDiffusion3Pipeline.
+        pairs: preference pairs to train on: a folder of encoded latents (from recipes/prepare_pairs.py or in the
+            released layout) or a jsonl file that lists images (see `data.source`). Default: pairs generated in the
+            embedded world.
+        validation_pairs: pairs for evaluation only, in the same formats as `pairs`. Default: see `held_out_prompts`.
+        held_out_prompts: number of prompts in `pairs` to keep for evaluation if `validation_pairs` is not set.
+        output_dir: folder of the run. The trained reward is saved in its subfolder reward/. Default: a new folder in
+            runs/.
         seed: seed of the initial weights, the data order, the noise and the noise levels.
-        resume: run folder (the newest checkpoint is used) or checkpoint folder. Options override its settings.
-        device: auto uses a CUDA GPU if there is one.
+        resume: folder of a run, to resume from the newest checkpoint, or folder of a checkpoint. Options given on the
+            command line override the stored settings.
+        device: device to train on; auto: a CUDA GPU if there is one, else the CPU.
         dtype: dtype of the frozen base weights; auto: the model's own on a GPU, float32 on a CPU. LoRA and head are
-            float32. On a GPU the forward pass uses bfloat16 autocast unless this is float32.
-        tracker: where to log in addition to metrics.jsonl; wandb works offline with WANDB_MODE=offline.
-        batch_size: prompts per micro-batch on each process, each with all its images (a pair or a ranked list).
-        on_bad: on unreadable files of latents: refuse (exit and list them) or skip (warn and drop their pairs).
-        prefetch: batches of encoded pairs to read ahead.
+            always float32. On a GPU the forward pass uses bfloat16 autocast unless `dtype` is float32.
+        tracker: where to log in addition to metrics.jsonl. wandb works offline with WANDB_MODE=offline.
+        batch_size: number of prompts per micro-batch on each process. A micro-batch has all images of each prompt (a
+            pair or a ranked list).
+        on_bad: what to do with unreadable files of latents: refuse (list them and exit) or skip (warn and drop their
+            pairs).
+        prefetch: number of batches to read ahead, for pairs that are stored as encoded latents.
         height: height in pixels of images that are encoded during training; default: the model's own.
         width: width in pixels of images that are encoded during training; default: the model's own.
         gradient_checkpointing: recompute the backbone's activations in the backward pass.
-        reward: settings of the reward. base_model_id and the VAE's scaling are set from the model.
+        reward: settings of the reward. base_model_id and the VAE's scaling are always set from `model`.
         loss: settings of the preference loss.
-        train_sigma: distribution of training noise levels. One level is drawn per prompt and used for all its images.
-        optim: settings of AdamW; lr is the learning rate of the head.
+        train_sigma: distribution of noise levels in training. One level is drawn per prompt, for all images of the
+            prompt.
+        optim: settings of AdamW. optim.lr is the learning rate of the head.
         lora_lr: peak learning rate of the LoRA; default: same as the head.
-        loop: length of training, checkpoints and weight averaging.
-        accuracy: evaluation on held-out pairs.
-        shapes_pairs: settings of the embedded world's pairs that are generated if `pairs` is not set.
+        loop: settings of training length, checkpoints and weight averaging.
+        accuracy: settings of the evaluation on held-out pairs.
+        shapes_pairs: settings of the pairs that are generated in the embedded world if `pairs` is not set.
     """
 
     model: str = "shapes"

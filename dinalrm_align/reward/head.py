@@ -1,4 +1,4 @@
-"""DiNa-LRM's reward head (arXiv 2602.11146): a FiLM adapter per layer, gated query attention, one scalar.
+"""DiNa-LRM's reward head (arXiv 2602.11146): a FiLM adapter per backbone layer, gated query attention, one scalar.
 
 Shape letters: B samples, N image tokens, L text tokens, Q queries, W head width. Parameter names match the released
 checkpoints. RMSNorm has torch's default eps and is computed in float32.
@@ -15,10 +15,10 @@ from dinalrm_align.reward.config import HeadConfig
 
 
 class LayerAdapter(nn.Module):
-    """FiLM adapter of one layer: tokens (B, N, width_in), temb (B, temb_dim) -> (B, N, W // 4).
+    """FiLM adapter of one backbone layer. Maps tokens (B, N, width_in) and temb (B, temb_dim) to (B, N, W // 4).
 
-    Returns proj(x (1 + gamma) + beta + layer_embed) with x = proj_in(tokens). gamma and beta are predicted from temb
-    and are zero at initialisation. Without `film` they are left out.
+    Computes proj(x (1 + gamma) + beta + layer_embed) with x = proj_in(tokens). An MLP predicts gamma and beta from temb
+    (embedded timestep and pooled prompt); both are zero at initialisation. film: False leaves gamma and beta out.
     """
 
     def __init__(self, width_in: int, temb_dim: int, width: int, *, use_proj_in: bool, film: bool) -> None:
@@ -40,9 +40,10 @@ class LayerAdapter(nn.Module):
 
 
 class QueryAttention(nn.Module):
-    """Cross-attention: queries (B, Q, W), visual (B, N, W), text (B, L, W) or None -> update of the queries (B, Q, W).
+    """Cross-attention from queries (B, Q, W) to image tokens (B, N, W) and, if `text`, text tokens (B, L, W).
 
-    text: also attend to the text tokens, with a separate softmax. gated: scale each value by a learned gate per token.
+    Returns the update (B, Q, W) to add to the queries. Image and text tokens have separate softmaxes. gated: multiply
+    the value of each token by a gate that is predicted from the token.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, *, text: bool, gated: bool) -> None:
@@ -82,9 +83,10 @@ class QueryAttention(nn.Module):
 
 
 class RewardHead(nn.Module):
-    """Maps the tokens of tapped layers (`Taps`), with `width_in` channels, to one raw score per sample.
+    """Maps the tokens of selected backbone layers (`Taps`) to one raw score per sample.
 
-    With num_text_taps = 0 only image tokens are read. temb_dim: channels of temb; default: `width_in`.
+    width_in: channels of the tokens. num_text_taps: 0 if the head reads image tokens only. temb_dim: channels of the
+    embedded timestep and pooled prompt; default: `width_in`.
     """
 
     def __init__(
@@ -120,7 +122,8 @@ class RewardHead(nn.Module):
     def forward(self, taps: Taps | Sequence[Taps]) -> Tensor:
         """Return raw scores (B,), float32, differentiable. taps: features at one noise level, or a list for K levels.
 
-        Each level's tokens are modulated by its own temb. Then the tokens of all levels are concatenated.
+        The tokens of each noise level are modulated by the `temb` of that level. Then the tokens of all levels are
+        concatenated.
         """
         levels, text = [taps] if isinstance(taps, Taps) else taps, None
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])
@@ -139,7 +142,7 @@ class RewardHead(nn.Module):
     def _aggregate(
         self, adapters: nn.ModuleList, join: nn.Linear, levels: list[tuple[tuple[Tensor, ...], Tensor]]
     ) -> Tensor:
-        """Adapt and join the layers of one stream (image or text), then join the levels. Returns (B, K N, W)."""
+        """Return the tokens (B, K N, W) of one stream (image or text), joined over layers and K noise levels."""
         dtype, joined = self.query_tokens.dtype, []
         for streams, temb in levels:
             pairs = zip(adapters, streams, strict=True)

@@ -1,4 +1,4 @@
-"""Checks of the arguments of a latent reward. Error messages name the argument, its value and what is expected."""
+"""Argument checks for latent rewards. Error messages name the argument, the value passed and the value expected."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> None:
-    """Raise TypeError or ValueError unless `latents` is a floating (B, C, H, W) on `device` that fits the backbone."""
+    """Raise TypeError or ValueError unless `latents` is floating-point, on `device`, and fits the backbone."""
     if not isinstance(latents, Tensor):
         got = type(latents).__name__
         raise TypeError(f"latents: got {got}, expected a tensor of {LATENTS}; score_images takes images")
@@ -40,7 +40,7 @@ def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> 
 
 
 def check_image_size(images: Tensor, backbone: Backbone, factor: int) -> None:
-    """Raise ValueError if images (B, 3, H, W) exceed the backbone's position embeddings. factor: pixels per latent."""
+    """Raise ValueError if images (B, 3, H, W) are too large for the backbone. factor: pixels per latent and side."""
     limit, (height, width) = backbone.max_size * factor, images.shape[2:]
     if max(height, width) > limit:
         raise ValueError(f"images: got height x width {height} x {width}; expected at most {limit}: resize them first")
@@ -61,7 +61,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def check_text_choice(
     prompts: Sequence[str] | str | None, prompt_embeds: Tensor | None, pooled_prompt_embeds: Tensor | None
 ) -> None:
-    """Raise ValueError unless the caller passed either prompts or both kinds of embeddings."""
+    """Raise ValueError unless the caller passed either `prompts` or both `prompt_embeds` and `pooled_prompt_embeds`."""
     embeds = [prompt_embeds is not None, pooled_prompt_embeds is not None]
     if prompts is not None and any(embeds):
         raise ValueError("got both prompts and embeddings; pass prompts, or prompt_embeds with pooled_prompt_embeds")
@@ -73,7 +73,7 @@ def check_text_choice(
 
 
 def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: Backbone, batch: int) -> None:
-    """Raise ValueError unless both embeddings are finite tensors of the backbone's widths, with `batch` samples."""
+    """Raise ValueError unless both embeddings are finite, have `batch` samples, and fit the backbone's text widths."""
     for name, tensor, dims, width in (
         ("prompt_embeds", prompt_embeds, 3, backbone.text_width),
         ("pooled_prompt_embeds", pooled_prompt_embeds, 2, backbone.pooled_width),
@@ -95,7 +95,7 @@ def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: 
 
 
 def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | Tensor | tuple[float, ...]:
-    """Return `sigma` as a float, a (batch,) tensor or a tuple of floats. Raise unless every value is in [0, 1]."""
+    """Return `sigma` as a float, a (batch,) tensor or a tuple of floats. Raise if a value is not a number in [0, 1]."""
     expected = f"a float, a ({batch},) tensor, or a list of floats (an ensemble), each in [0, 1]"
     if isinstance(sigma, Tensor):
         if sigma.dim() == 0 and not sigma.is_meta:
@@ -115,10 +115,10 @@ def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | 
 
 
 def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator | None, levels: int) -> Tensor:
-    """Return `noise` after checking its shape, or draw standard normal noise if it is None.
+    """Return `noise` after checking its shape. If `noise` is None, draw standard normal noise instead.
 
-    The result is on the latents' device. It is drawn on the generator's device, so a CPU generator gives the same noise
-    on every device. levels: number K of noise levels; `noise` may have shape (K, B, C, H, W).
+    Noise is drawn on the generator's device, so a CPU generator gives the same noise on every device. The result is on
+    the latents' device. levels: number K of noise levels; `noise` may have the latents' shape or (K, B, C, H, W).
     """
     if noise is not None and generator is not None:
         raise ValueError("got both noise and generator; pass one of them")
@@ -139,7 +139,7 @@ def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator
 
 
 def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError if raw scores (B,) contain NaN or infinity. dtype: the backbone's, for the message."""
+    """Raise ValueError if raw scores (B,) contain NaN or infinity. dtype: the backbone's, for the error message."""
     bad = int((~torch.isfinite(raw.detach())).sum())
     if bad:
         largest = latents.detach().abs().max().item()
@@ -151,7 +151,7 @@ def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
 
 
 def _got(value: object) -> str:
-    """Describe a tensor by its shape, and its dtype if that is unsupported; describe other values by their type."""
+    """Describe a value for an error message: a tensor by shape and unsupported dtype, any other value by type."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     odd = f" of {value.dtype}" * (value.dtype not in FLOATING) + " on meta" * value.is_meta
@@ -159,10 +159,10 @@ def _got(value: object) -> str:
 
 
 def statistics_warning(latents: Tensor, scaling_factor: float) -> str | None:
-    """Return a warning if the standard deviation of the latents is far from 1, else None.
+    """Return a warning text if the latents look collapsed or unscaled, else None.
 
-    Collapsed latents: a sample has a standard deviation below 0.05. Unscaled latents: the standard deviation of the
-    batch is above 3, or clearly nearer to 1 / scaling_factor (unscaled VAE latents) than to 1.
+    Collapsed: the standard deviation of a sample is below 0.05. Unscaled: the standard deviation of the batch is above
+    3, or clearly nearer to 1 / scaling_factor (typical of unscaled VAE latents) than to 1.
     """
     values = latents.detach().float()
     smallest = values.flatten(1).std(dim=1).min().item()

@@ -3,8 +3,8 @@
     reward = LatentReward.from_pretrained("liuhuohuo/DiNa-LRM-SD35M-12layers", pipeline=pipeline)
     score = reward(latents, prompts)            # (B,) float32, higher is better; gradients reach the latents
 
-score = raw * score_scale + score_bias, where raw is the head's output (arXiv 2602.11146). The checkpoint's config
-defines scale and bias.
+score = raw * score_scale + score_bias, where raw is the head's output (arXiv 2602.11146). The checkpoint's config sets
+`score_scale` and `score_bias`.
 """
 
 import dataclasses
@@ -42,15 +42,15 @@ SD3_PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", 
 
 
 class LatentReward(RewardModule):
-    """A frozen reward over scaled latents. Load one with `from_pretrained`.
+    """Scores scaled latents with a frozen reward model. Load one with `from_pretrained`.
 
-    Parameters take no gradient and the module stays in evaluation mode. Gradients flow to the latents. Text encoders
-    and VAE are not submodules: they are taken from a pipeline, or loaded on first use.
+    No parameter requires a gradient, and the module stays in evaluation mode. Gradients flow to the latents. Text
+    encoders and VAE are not submodules: they are taken from a pipeline, or loaded on first use.
 
-    A score depends only on the sample's own latent, prompt, sigma and noise. The other samples of the batch change it
-    by rounding: in float32 by less than 2e-5 of the scores' standard deviation. Repeated calls on one CPU are
-    bit-identical. Noise drawn from a generator depends on the sample's index in the batch. Pass `noise` to get the same
-    scores with another batch order or batch size.
+    A score depends only on the sample's own latent, prompt, sigma and noise. The batch's remaining samples change the
+    score by rounding only: in float32, by less than 2e-5 of the scores' standard deviation. Repeated calls on one CPU
+    return bit-identical scores. Noise drawn from a generator depends on the sample's index in the batch. Pass `noise`
+    to get the same scores with another batch order or batch size.
     """
 
     name = "dinalrm"
@@ -65,13 +65,13 @@ class LatentReward(RewardModule):
         folder: Path = Path(),
         local_files_only: bool = False,
     ) -> None:
-        """Create a reward from its parts; `from_pretrained` loads them.
+        """Create a reward from loaded components. Most callers use `from_pretrained`, which loads the components.
 
         Args:
-            model: reward model after `RewardModel.freeze`.
+            model: reward model on which `RewardModel.freeze` has been called.
             encoder: encodes prompts that are passed as strings.
-            vae: encodes images for `score_images`; default: the base model's, loaded on first use.
-            folder: folder of the checkpoint; a relative base_model_id is resolved from it.
+            vae: encodes images for `score_images`; default: the base model's VAE, loaded on first use.
+            folder: folder of the checkpoint, from which a relative base_model_id is resolved.
             local_files_only: never contact the hub.
         """
         super().__init__()
@@ -89,7 +89,7 @@ class LatentReward(RewardModule):
 
     @property
     def backbone(self) -> SD3Trunk:
-        """The truncated diffusion transformer that reads the latents."""
+        """The first blocks of a diffusion transformer, which read the latents."""
         return self.model.trunk
 
     @property
@@ -116,19 +116,20 @@ class LatentReward(RewardModule):
 
         Args:
             source: hub id or folder of the checkpoint.
-            transformer: frozen SD3Transformer2DModel to share weights with, or hub id or folder to load one from.
-                Default: the pipeline's; without a pipeline, the base model that the checkpoint names.
-            pipeline: StableDiffusion3Pipeline, or its img2img or inpaint variant. The reward uses its text encoders,
-                its VAE and (by default) its transformer.
-            device, dtype: of the backbone. Default: the given transformer's, or CPU and the config's dtype if the
-                transformer is loaded here. With shared weights both must equal the transformer's.
+            transformer: frozen SD3Transformer2DModel whose weights the reward shares, or hub id or folder of a
+                transformer to load. Default: the pipeline's; without a pipeline, the base model that the checkpoint
+                names.
+            pipeline: StableDiffusion3Pipeline, or its img2img or inpaint variant. The reward uses the pipeline's text
+                encoders, VAE and (by default) transformer.
+            device, dtype: of the backbone. Default: those of the given transformer, or CPU and the config's dtype if
+                this call loads the transformer. With shared weights, both must equal the transformer's.
             share_weights: True: use the weights of the given transformer. False: use a private copy, with the LoRA
                 merged in.
             local_files_only: never contact the hub.
             hub: `revision`, `token`, `cache_dir` and `subfolder` of `source`, as in huggingface_hub.
 
-        Raises ValueError if tensors are missing, unexpected or of another shape, if the base model does not fit, or if
-        the weights to share are not frozen.
+        Raises ValueError if the checkpoint lacks tensors or has unexpected or misshapen ones, if the base model does
+        not fit the checkpoint, or if the weights to share are not frozen.
         """
         if isinstance(dtype, str) and dtype in DTYPES:
             dtype = DTYPES[dtype]
@@ -189,16 +190,17 @@ class LatentReward(RewardModule):
 
         Args:
             latents: (B, C, H, W), scaled and clean, on the reward's device; any floating dtype.
-            prompts: B strings (each is encoded once, then cached) or Conditions. Pass prompts or both embeddings.
-            prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P).
+            prompts: B strings (each is encoded once, then cached) or encoded Conditions. Pass prompts or both
+                embeddings.
+            prompt_embeds, pooled_prompt_embeds: embeddings from the pipeline's `encode_prompt`, (B, L, D) and (B, P).
             sigma: noise level in [0, 1]: a float, (B,) with one level per sample, or a list of K levels (multi-noise
                 ensemble). Default: the config's.
-            noise: standard normal noise (B, C, H, W), or (K, B, C, H, W) with one draw per level. Default: it is drawn.
-            generator: draws the noise on its own device, so a CPU generator gives the same score on every device.
-                Default: torch's global RNG.
+            noise: standard normal noise: (B, C, H, W), or (K, B, C, H, W) with one draw per level. Default: drawn here.
+            generator: draws the noise on the generator's device, so a CPU generator gives the same noise on every
+                device. Default: torch's global RNG.
 
-        Raises ValueError or TypeError for invalid arguments (see `inputs`), and ValueError if a score is not finite,
-        for instance if float16 overflows on huge latents.
+        Raises ValueError or TypeError for invalid arguments (see `reward.inputs`), and ValueError if a score is not
+        finite, for instance if float16 overflows on huge latents.
         """
         inputs.check_text_choice(prompts, prompt_embeds, pooled_prompt_embeds)
         if prompts is None:
@@ -228,17 +230,17 @@ class LatentReward(RewardModule):
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
         """Return scores (B,), float32, of latents that already contain noise, such as states of a sampling trajectory.
 
-        No noise is added. Unless the config sets `snap_sigma`, `reward.score_noisy(add_noise(x0, noise, sigma), sigma,
-        prompts)` equals `reward(x0, prompts, sigma=sigma, noise=noise)`. Differentiable in the latents; higher is
-        better.
+        No noise is added. `reward.score_noisy(add_noise(x0, noise, sigma), sigma, prompts)` equals `reward(x0, prompts,
+        sigma=sigma, noise=noise)` unless the config sets `snap_sigma`. Scores are differentiable in the latents; higher
+        is better.
 
         Args:
             latents: x_sigma = (1 - sigma) x0 + sigma noise, (B, C, H, W), on the reward's device.
-            sigma: noise level of the latents in [0, 1], a float or (B,). It is never rounded to the scheduler's table.
+            sigma: noise level of the latents in [0, 1], a float or (B,). It is never rounded to the scheduler's sigmas.
             prompts: B strings, or Conditions.
 
-        Raises the errors of `forward`, and ValueError for several levels or if the reward was trained on clean latents
-        only (`add_noise` is False in its config).
+        Raises the errors of `forward`. Also raises ValueError for a list of levels, or if the reward was trained on
+        clean latents only (`add_noise` is False in the config).
         """
         self._check_latents(latents)
         sigma = inputs.check_sigma(sigma, len(latents))
@@ -262,13 +264,15 @@ class LatentReward(RewardModule):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Encode images with the VAE and return their scores (B,), float32. No gradient.
+        """Encode images with the VAE and return the scores (B,), float32, without gradient.
 
         Args:
             images: PIL images of one size, or (B, 3, H, W) in [0, 1].
-            sigma: noise level, as in `forward`. Default: the config's `image_sigma`, or its `sigma` if that is None.
+            sigma: noise level, as in `forward`. Default: `image_sigma` of the config; if that is None, `sigma` of the
+                config.
 
-        Other arguments: see `forward`. Raises ValueError if the VAE scales latents differently than in training.
+        prompts, noise and generator are those of `forward`. Raises ValueError if the VAE scales latents differently
+        than in training.
         """
         vae, pixels = self._vae(), image_tensor(images)
         inputs.check_image_size(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))
@@ -278,9 +282,9 @@ class LatentReward(RewardModule):
         return self(latents, prompts, sigma=sigma, noise=noise, generator=generator)
 
     def save_pretrained(self, directory: str | Path, format: str = "dinalrm") -> None:
-        """Write checkpoint and model card. format: `dinalrm` (this package's layout) or `released` (DiNa-LRM's).
+        """Write a checkpoint and a model card. format: `dinalrm` (this package's layout) or `released` (DiNa-LRM's).
 
-        A relative base_model_id is rewritten so that it names the same base model from the new folder.
+        A relative base_model_id is rewritten to lead to the same base model from `directory`. An existing card is kept.
         """
         if not isinstance(directory, str | Path) or not str(directory):
             raise TypeError(f"directory: got {directory!r}; expected the path of a folder")
@@ -306,7 +310,7 @@ class LatentReward(RewardModule):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
     def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
-        """Recompute the backbone's blocks in the backward pass. Saves memory and takes about a third more time."""
+        """Recompute the backbone's blocks in the backward pass. This saves memory and takes about a third more time."""
         self.backbone.enable_gradient_checkpointing(use_reentrant)
 
     def disable_gradient_checkpointing(self) -> None:
@@ -320,7 +324,7 @@ class LatentReward(RewardModule):
         return raw
 
     def _check_latents(self, latents: Tensor) -> None:
-        """Raise unless backbone and head are on one device, shared weights are frozen, and `latents` are valid."""
+        """Raise unless backbone and head are on one device, shared weights are frozen, and `latents` is valid."""
         self.backbone.check_shared()
         head_device = self.model.head.query_tokens.device
         if head_device != self.device:
@@ -332,7 +336,7 @@ class LatentReward(RewardModule):
         inputs.check_finite("latents", latents)
 
     def _embeds(self, prompts: Text, batch: int) -> tuple[Tensor, Tensor]:
-        """Return prompt_embeds and pooled_prompt_embeds of the batch, checked, on the reward's device."""
+        """Return (prompt_embeds, pooled_prompt_embeds) of the batch, after checks, on the reward's device."""
         if isinstance(prompts, Conditions):
             embeds, pooled = prompts.for_length(self.config.text_length)
         else:
@@ -355,7 +359,7 @@ class LatentReward(RewardModule):
         return vae
 
     def _warn_of_statistics(self, latents: Tensor) -> None:
-        """Warn if the latents look unscaled or collapsed. Checks the first calls only, and warns at most once."""
+        """Warn, at most once, if the latents look unscaled or collapsed. Only the reward's first calls are checked."""
         if self._statistics_calls > 0:
             message = inputs.statistics_warning(latents, self.config.vae_scaling_factor)
             self._statistics_calls = 0 if message else self._statistics_calls - 1
@@ -370,7 +374,7 @@ def _check_pipeline(pipeline: "DiffusionPipeline") -> None:
 
 
 def _check_place(trunk: SD3Trunk, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """Raise ValueError if `device` or `dtype` differs from the transformer whose weights `trunk` shares."""
+    """Raise ValueError if `device` or `dtype` differs from that of the transformer whose weights `trunk` shares."""
     here = (trunk.device, trunk.dtype)
     wanted = (here[0] if device is None else torch.device(device), here[1] if dtype is None else dtype)
     same_place = wanted[0].type == here[0].type and (

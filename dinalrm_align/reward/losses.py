@@ -1,19 +1,19 @@
-"""Preference losses of DiNa-LRM (arXiv 2602.11146) and of the ablations it is compared with.
+"""Preference losses of DiNa-LRM (arXiv 2602.11146) and of the ablations in the paper.
 
-A loss is a likelihood and an objective. The likelihood maps a difference of raw scores to a probability:
+A loss combines a likelihood and an objective. The likelihood maps a difference of raw scores to a probability:
 
     thurstone              p(delta) = Phi(delta / sqrt(2 (k sigma^2 + sigma_u^2)))
     thurstone_fixed        p(delta) = Phi(delta / sqrt(2 variance))
     bradley_terry          p(delta) = sigmoid(delta)
     bradley_terry_margin   p(delta) = sigmoid(delta - margin)
 
-With delta = r_chosen - r_rejected, p = p(delta) and q = p(-delta), the objective is
+With delta = r_chosen - r_rejected, p = p(delta) and q = p(-delta), the objective is one of:
 
     fidelity               1 - sqrt(y p + (1 - y) q)
     nll                    -(y log p + (1 - y) log q)
 
 The label y in [0, 1] is the probability that the chosen sample is preferred (1 for a hard label). Losses are computed
-from log p in float32, so that value and gradient stay finite for differences of 50 and more.
+from log p in float32, so value and gradient stay finite for score differences of 50 and more.
 """
 
 import math
@@ -29,9 +29,10 @@ from dinalrm_align.train.settings import check_number
 
 
 class LogNormalCDF(torch.autograd.Function):
-    """log Phi(z), Phi the standard normal CDF, for any shape. Differentiable once.
+    """log Phi(z) for z of any shape, where Phi is the standard normal CDF. Differentiable once.
 
-    The gradient, phi(z) / Phi(z), is sqrt(2 / pi) / erfcx(-z / sqrt(2)). torch's own is off by 0.6 % at z = -350.
+    The gradient phi(z) / Phi(z) is computed as sqrt(2 / pi) / erfcx(-z / sqrt(2)). The gradient of
+    torch.special.log_ndtr is off by 0.6 % at z = -350.
     """
 
     @staticmethod
@@ -47,7 +48,7 @@ class LogNormalCDF(torch.autograd.Function):
 
 
 def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
-    """Return the rater's variance at sigma, (N,), float32: k sigma^2 + sigma_u^2, or the constant `config.variance`."""
+    """Return the variance (N,) of the rater at noise levels sigma (N,): k sigma^2 + sigma_u^2, or `config.variance`."""
     sigma = as_sigma(sigma)
     if config.likelihood == "thurstone_fixed":
         return torch.full_like(sigma, config.variance)
@@ -56,9 +57,10 @@ def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
 
 
 def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
-    """Return log P(first sample preferred to second), (N,), float32.
+    """Return the log probability that a rater prefers the first sample to the second, (N,), float32.
 
-    delta: score of the first minus score of the second, (N,). sigma: noise level of both, (N,); used by thurstone only.
+    delta: score of the first minus score of the second, (N,). sigma: noise level of both, (N,); only thurstone reads
+    it.
     """
     if not isinstance(config, LossConfig):
         raise TypeError(f"config: got {type(config).__name__}; expected a LossConfig")
@@ -71,7 +73,7 @@ def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig)
 
 
 def preference_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
-    """Return P(first sample preferred to second), (N,), float32. Arguments as in `preference_log_probability`."""
+    """Return the probability that a rater prefers the first sample. Arguments as in `preference_log_probability`."""
     return preference_log_probability(delta, sigma, config).exp()
 
 

@@ -1,6 +1,6 @@
 """DiNa-LRM as a trainable module: noised latents -> truncated transformer (the trunk) -> reward head -> score.
 
-For an ensemble of K noise levels the trunk runs once, on a batch of K * B noised latents (arXiv 2602.11146).
+For an ensemble of K noise levels, the trunk runs once on a batch of K * B noised latents (arXiv 2602.11146).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ Sigma = float | Tensor | Sequence[float] | Sequence[Tensor]
 
 
 class RewardModel(nn.Module):
-    """Trunk (the first blocks of a diffusion transformer) and reward head. Build one with `build_reward_model`."""
+    """Trainable reward: trunk (first blocks of a diffusion transformer) and head. Built by `build_reward_model`."""
 
     def __init__(self, config: RewardConfig, trunk: SD3Trunk, head: RewardHead) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ class RewardModel(nn.Module):
         """Return raw scores (B,), float32, differentiable in the latents and in every trainable parameter.
 
         Args:
-            latents: (B, C, H, W), scaled. Noise is added in float32 for every dtype of the model.
-            prompt_embeds, pooled_prompt_embeds: (B, L, text_width), (B, pooled_width).
-            sigma: noise levels, as in `noise_levels`.
+            latents: (B, C, H, W), scaled. Noise is added in float32, whatever the dtype of the model.
+            prompt_embeds, pooled_prompt_embeds: text embeddings (B, L, text_width) and (B, pooled_width).
+            sigma: noise levels in [0, 1], in any form that `noise_levels` takes.
             noise: (B, C, H, W), shared by all levels, or (K, B, C, H, W), one per level. None: `latents` already
-                contain noise of the single level `sigma`, which is not rounded to the scheduler's table.
+                contain noise of the single level `sigma`, which is not rounded to the scheduler's sigmas.
         """
         batch = latents.shape[0]
         levels = noise_levels(sigma, batch, latents.device)
@@ -66,7 +66,8 @@ class RewardModel(nn.Module):
     def tuned_tensors(self) -> dict[str, Tensor]:
         """Return a checkpoint's tensors: `head.*`, and `backbone.*` (the LoRA, or the whole trunk with full tuning).
 
-        In training these are the Parameters themselves; after `freeze`, CPU copies from before casts and merging.
+        During training these tensors are the Parameters themselves. After `freeze` they are the trained weights on the
+        CPU, from before any cast or LoRA merge.
         """
         if self._as_trained is not None:
             return dict(self._as_trained)
@@ -81,9 +82,9 @@ class RewardModel(nn.Module):
         """Prepare for scoring: evaluation mode, no parameter gradients, LoRA and unshared weights cast to `dtype`.
 
         Args:
-            merge: first add the LoRA to the trunk's weights, in float32.
-            dtype: default: the trunk's.
-            as_trained: what `tuned_tensors` returns from now on; default: CPU copies of the current tensors.
+            merge: merge the LoRA into the trunk's weights, in float32, before the cast.
+            dtype: dtype of the LoRA and of unshared weights; default: the trunk's.
+            as_trained: tensors that `tuned_tensors` returns from now on; default: CPU copies of the current tensors.
         """
         if as_trained is None:
             as_trained = {name: tensor.detach().cpu().clone() for name, tensor in self.tuned_tensors().items()}
@@ -101,7 +102,7 @@ class RewardModel(nn.Module):
 
 
 def noise_levels(sigma: Sigma, batch: int, device: torch.device) -> Tensor:
-    """Return levels (K, B), float32. sigma: a float, (B,), (K, B), or for an ensemble a list of K floats or (B,)."""
+    """Return noise levels (K, B), float32. sigma: a float, (B,), (K, B), or a list of K floats or (B,) tensors."""
     if isinstance(sigma, Sequence):
         return torch.cat([noise_levels(level, batch, device) for level in sigma])
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)

@@ -1,10 +1,10 @@
-"""Names of rewards and the syntax of `--reward`. Imports no torch.
+"""Names of rewards and the syntax of `--reward`. This module does not import torch.
 
-dinalrm                         a name of `REWARDS`
-pickscore=/data/PickScore_v1    other weights: a folder, file or hub id; quote it if it contains " + " or " - "
+dinalrm                         a reward in `REWARDS`
+pickscore=/data/PickScore_v1    other weights: a folder, file or hub id. Quote the path if it contains " + " or " - ".
 dinalrm + 0.2*pickscore         a weighted sum
 my_package.my_module:my_reward  a Python callable
-owner/name, or a folder         a latent reward, short for dinalrm=...
+owner/name, or a folder         a latent reward, short for dinalrm=owner/name
 """
 
 import math
@@ -21,17 +21,19 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer and preprocessor o
 
 @dataclass(frozen=True)
 class RewardEntry:
-    """A reward that can be loaded by name.
+    """Describes a reward that can be loaded by name.
 
     Args:
-        kind: "module:class" with `from_pretrained(source, *, vae, device, dtype, ...)`; None: `ModelSpec` defines it.
-        source: hub id of the default weights, or a server's address; None: the user must name it, see `how`.
-        licence: of the code / of the weights, as their owners state it.
+        kind: class of the reward, as "module:class"; must have `from_pretrained(source, *, vae, device, dtype, ...)`.
+            None: the reward depends on the base model, and `registry` loads it.
+        source: hub id of the default weights, or address of a server. None: there is no default.
+        licence: licences of code and weights, as stated by the owners, in the form "code / weights".
         scale: meaning and usual range of a score.
+        differentiable: whether the score has a gradient with respect to the image or latents.
         served: True: `source` is the address of a server, not weights to load.
-        extra: optional dependencies that it uses: pip install dinalrm-align[EXTRA].
+        extra: optional dependency group that the reward needs: pip install dinalrm-align[EXTRA].
         options: default arguments of `from_pretrained`.
-        how: how to get the weights or start the server.
+        how: instructions to get the weights or start the server.
     """
 
     kind: str | None
@@ -95,7 +97,7 @@ REWARDS: dict[str, RewardEntry] = {
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a reward: a name of `REWARDS` or "module:function", its weight, and where to load it from."""
+    """One reward of a weighted sum: a name of `REWARDS` or "module:function", its weight, and its source."""
 
     name: str
     weight: float = 1.0
@@ -103,12 +105,12 @@ class Term:
 
     @property
     def label(self) -> str:
-        """The name, followed by "=source" if there is a source."""
+        """The name of the reward, followed by "=source" if a source is set."""
         return self.name if self.source is None else f"{self.name}={self.source}"
 
     @property
     def differentiable(self) -> bool:
-        """False if the reward is known to have no gradient. True for callables, which are checked at each call."""
+        """False if the reward has no gradient. True for Python callables, whose gradient is checked at each call."""
         return self.name not in REWARDS or REWARDS[self.name].differentiable
 
 
@@ -123,9 +125,9 @@ _HOW = "as in 'dinalrm + 0.2*pickscore'"
 
 
 def parse_reward(text: str) -> tuple[Term, ...]:
-    """Parse the text of `--reward` (see the module's docstring) into its summands, one or more.
+    """Parse the text of `--reward` into one or more weighted rewards, as in "dinalrm + 0.2*pickscore".
 
-    Raises ValueError for a syntax error, an unknown name, a weight that is 0 or not finite, and a repeated summand.
+    Raises ValueError for a syntax error, an unknown name, a weight that is 0 or not finite, or a repeated reward.
     """
     if not isinstance(text, str):
         raise TypeError(f"reward: got {type(text).__name__} {text!r:.60}; expected text, {_HOW}")
@@ -153,7 +155,7 @@ def parse_reward(text: str) -> tuple[Term, ...]:
 
 
 def _term(text: str, match: re.Match[str], sign: str) -> Term:
-    """Return the summand that `_TERM` matched. Raises ValueError for an unknown name, an invalid weight or source."""
+    """Return the `Term` of one match of `_TERM`. Raises ValueError for an unknown name, or invalid weight or source."""
     name, bare = match["name"], match["bare"] and match["bare"].strip()
     source = match["quoted"] if match["quote"] else bare
     if ":" not in name and name not in REWARDS:
@@ -177,7 +179,7 @@ def _known() -> str:
 
 
 def check_reward(text: str, *, gradient: bool = False) -> tuple[Term, ...]:
-    """Return `parse_reward(text)`. With `gradient`, raise ValueError if a summand is known to have no gradient."""
+    """Return `parse_reward(text)`. gradient: also raise ValueError if a reward in the text has no gradient."""
     terms = parse_reward(text)
     if gradient and (without := [term.label for term in terms if not term.differentiable]):
         raise ValueError(
@@ -188,7 +190,7 @@ def check_reward(text: str, *, gradient: bool = False) -> tuple[Term, ...]:
 
 
 def file_name(text: str) -> str:
-    """Return a reward's text in a form for file and folder names, such as "dinalrm+0.2pickscore"."""
+    """Turn the text of `--reward` into a valid file or folder name, such as "dinalrm+0.2pickscore"."""
     terms = parse_reward(text)
     if len(terms) == 1 and terms[0].source is not None:
         return re.sub(r"[^\w.-]+", "_", Path(terms[0].source).name)

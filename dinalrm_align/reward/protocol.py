@@ -1,4 +1,4 @@
-"""The interface of all rewards: latent rewards, image rewards, sums, callables and remote models.
+"""The interface of all rewards: latent rewards, image rewards, weighted sums, Python callables and remote models.
 
 `Reward` is the interface. `RewardModule` has default implementations for this package's rewards, which are frozen
 modules. Code outside of `reward/` never checks the class of a reward.
@@ -23,9 +23,9 @@ Sigma = float | Tensor | Sequence[float]
 
 
 class Noise(TypedDict, total=False):
-    """Keyword arguments for rewards that add noise to latents. Other rewards ignore them.
+    """Keyword arguments for rewards that add noise to latents. Image rewards ignore these arguments.
 
-    sigma: noise levels; default: each reward's own. noise: standard normal (B, C, H, W), or (K, B, C, H, W) with one
+    sigma: noise levels; default: those of the reward. noise: standard normal (B, C, H, W), or (K, B, C, H, W) with one
     draw per level. generator: draws the noise if `noise` is not given.
     """
 
@@ -35,19 +35,20 @@ class Noise(TypedDict, total=False):
 
 
 class Reward(Protocol):
-    """Scores of latents for prompts; higher is better.
+    """Interface of a reward, which scores latents for prompts. Higher is better.
 
     Attributes:
-        differentiable: gradients reach the latents.
-        reads_images: the latents are decoded by a VAE and the images are scored.
-        scores_images: `score_images` works.
-        reads_noise: scores depend on sigma and noise.
-        wants_groups: only scores of one call are comparable, so all samples of a prompt must be in the same call.
-        noise_parts: the latent rewards in it: itself, or summands of a sum; empty for image rewards and callables.
+        differentiable: whether gradients reach the latents.
+        reads_images: whether the reward decodes the latents with a VAE and scores the images.
+        scores_images: whether the reward supports `score_images`.
+        reads_noise: whether scores depend on sigma and noise.
+        wants_groups: whether scores are comparable only within one call. All samples of a prompt must then be in one
+            call.
+        noise_parts: latent rewards: the reward itself, or those in a sum; empty for image rewards and callables.
         text_lengths: T5 token counts for which prompts must be encoded (`Conditions.for_length`); empty if the reward
             reads prompts as strings.
-        named_parts: the summands of a sum by name; {"reward": itself} for any other reward.
-        weights: the weight of each summand by name.
+        named_parts: the summed rewards of a weighted sum by name; {"reward": self} for a single reward.
+        weights: weight of each reward in `named_parts`, by name.
         device: device that computes the scores.
     """
 
@@ -66,41 +67,41 @@ class Reward(Protocol):
         """Return finite scores (B,), float32, differentiable in the latents if `differentiable` is true.
 
         latents: (B, C, H, W), scaled and clean, any floating dtype. Raises ValueError or TypeError for invalid input,
-        ValueError if the latents require a gradient that the reward cannot give or if scores are not finite.
+        and ValueError if a score is not finite or the latents require a gradient that the reward cannot give.
         """
         ...
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return the unweighted scores (B,) of each summand, by the names in `weights`. Latents are decoded once."""
+        """Return a dict of unweighted scores (B,), one for each name in `weights`. Latents are decoded once."""
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
-        """Return scores (B,) of latents (B, C, H, W) with noise of level sigma. Raises TypeError if unsupported."""
+        """Return scores (B,) of latents with noise of level sigma. Raises TypeError if the reward cannot score these."""
         ...
 
     def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
-        """Return scores (B,), float32, of PIL images or of (B, 3, H, W) in [0, 1], without gradient."""
+        """Return scores (B,), float32, without gradient. images: PIL images, or (B, 3, H, W) in [0, 1]."""
         ...
 
     def fingerprint(self) -> str:
-        """Return a digest of the weights. Checkpoints store it, so that a run resumes only with the same reward."""
+        """Return a digest of the weights. Training resumes from a checkpoint only if the digest is unchanged."""
         ...
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass."""
+        """Recompute activations in the backward pass instead of storing them."""
         ...
 
     def set_decode_slice(self, size: int | None) -> None:
-        """Decode at most `size` latents at a time; None: the whole batch."""
+        """Make the VAE decode at most `size` latents at a time; None: the whole batch."""
         ...
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Apply torch.compile, in place, to each transformer block of every backbone."""
+        """Apply torch.compile, in place, to each transformer block of every latent reward's backbone."""
         ...
 
 
 class RewardModule(nn.Module):
-    """Default implementation of `Reward`: a frozen module in evaluation mode. Subclasses implement `forward`."""
+    """Default implementation of `Reward`: a frozen module in evaluation mode. Subclasses must implement `forward`."""
 
     differentiable = True
     wants_groups = False
@@ -124,7 +125,7 @@ class RewardModule(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights, or the CPU if there are none."""
+        """The device of the weights, or the CPU if the reward has no weights."""
         return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
@@ -147,7 +148,7 @@ class RewardModule(nn.Module):
             block.compile(backend=backend)
 
     def train(self, mode: bool = True) -> "RewardModule":
-        """Keep evaluation mode for any `mode`. Dropout stays off, so equal inputs get equal scores."""
+        """Stay in evaluation mode, whatever `mode` is. Dropout stays off, so equal inputs get equal scores."""
         return super().train(False)
 
     def check_gradient(self, inputs: Tensor) -> None:
@@ -160,7 +161,7 @@ class RewardModule(nn.Module):
 
 
 def finite_scores(scores: Any, count: int, name: str) -> Tensor:
-    """Return `scores` as float32 (count,). Raise TypeError or ValueError unless it is a finite (count,) tensor."""
+    """Return `scores` as float32. Raise TypeError or ValueError unless they are a finite tensor of shape (count,)."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"reward {name!r} returned {type(scores).__name__}; expected a tensor ({count},)")
     if tuple(scores.shape) != (count,):

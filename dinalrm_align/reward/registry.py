@@ -4,7 +4,7 @@
     reward = load_reward("dinalrm + 0.2*pickscore", pipeline=pipeline)
     score = reward(latents, prompts)            # (B,) float32, higher is better
 
-The module `names` has the list of names, with sources and licences, and the syntax of sums.
+The module `reward.names` lists the names, sources and licences, and defines the syntax of sums.
 """
 
 import importlib
@@ -50,18 +50,18 @@ def load_reward(
 
     Args:
         reward: a name, NAME=SOURCE, a weighted sum, "module:function", or a latent reward's folder or hub id (see
-            `names`); or a callable (see `callables.as_reward`). A reward of this package is returned unchanged.
-        spec: the model whose own rewards are called dinalrm, pixel and oracle. Default: SD3.5 for dinalrm, the embedded
+            `reward.names`); or a callable (see `callables.as_reward`). A reward of this package is returned unchanged.
+        spec: base model for which dinalrm, pixel and oracle are loaded. Default: SD3.5 for dinalrm, the embedded
             world's model for pixel and oracle.
         pipeline: provides the VAE, text encoders and (by default) the transformer.
-        vae: decodes latents for image rewards; default: the pipeline's. Without one they can score images only.
-        transformer: see `LatentReward.from_pretrained`.
+        vae: decodes latents for image rewards; default: the pipeline's. Without a VAE, image rewards score images only.
+        transformer: transformer of a latent reward, see `LatentReward.from_pretrained`.
         device: default: the transformer's for dinalrm, the VAE's for image rewards, else the CPU.
         dtype: dtype of the weights; default: each reward's own.
-        options: further arguments of `from_pretrained`, by reward name: {"pickscore": {"processor": folder}}.
+        options: extra arguments of `from_pretrained` by reward name, such as {"pickscore": {"processor": folder}}.
 
     Raises ValueError for an unknown name or an invalid sum, ImportError if a package must be installed, and the errors
-    of loading.
+    of loading the weights.
     """
     vae = pipeline.vae if vae is None and pipeline is not None else vae
     if not isinstance(reward, str):
@@ -92,10 +92,10 @@ def load_reward(
 
 
 def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> ImageScorer:
-    """Load a reward as a function of images and prompts, for evaluation: no gradient, the same noise in every call.
+    """Load a reward for evaluation, as a function of images and prompts without gradient.
 
-    reward, settings: as in `load_reward`; a plain callable is returned unchanged. Raises the errors of `load_reward`,
-    and ValueError if the reward cannot score images.
+    Every call uses the same noise. reward, settings: as in `load_reward`; a plain callable is returned unchanged.
+    Raises the errors of `load_reward`, and ValueError if the reward cannot score images.
     """
     if not isinstance(reward, str | nn.Module):
         return reward
@@ -110,14 +110,14 @@ def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> Imag
 
 
 def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False) -> set[int]:
-    """Return the numbers of T5 tokens that the latent rewards in `reward` were trained with, from their checkpoints."""
+    """Return the T5 token counts with which the latent rewards in `reward` were trained, read from the checkpoints."""
     sources = [term.source or spec.reward for term in parse_reward(reward) if term.name == "dinalrm"]
     checkpoints = [read_checkpoint(source, local_files_only=local_files_only) for source in sources]
     return {checkpoint.config.text_length for checkpoint in checkpoints}
 
 
 def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> RewardModule:
-    """Return the embedded world's ground-truth reward: computed from pixels by rules, without gradient."""
+    """Return the embedded world's ground-truth reward, which rules compute from pixels. It has no gradient."""
     gold = import_callable(spec.gold) if isinstance(spec.gold, str) and ":" in spec.gold else spec.gold
     if not callable(gold):
         raise ValueError(
@@ -128,7 +128,7 @@ def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> RewardModule:
 
 
 def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settings: Mapping[str, Any]) -> PixelReward:
-    """Load an image reward. settings: arguments of `from_pretrained`; they override the defaults in `REWARDS`."""
+    """Load an image reward. settings: arguments of `from_pretrained`, which override the defaults in `REWARDS`."""
     defaults: dict[str, Any] = {"vae": vae}
     if settings["device"] is None and vae is not None:
         defaults["device"] = vae.device
@@ -152,7 +152,7 @@ def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settin
 
 
 def _class(name: str, entry: RewardEntry) -> type[PixelReward]:
-    """Return the class that implements a reward. Raises ImportError that says what to install."""
+    """Return the class that implements a reward. Raises ImportError if a package must be installed."""
     module, _, kind = entry.kind.partition(":")
     try:
         return getattr(importlib.import_module(module), kind)

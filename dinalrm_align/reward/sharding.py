@@ -1,9 +1,9 @@
-"""Shard the frozen base weights over ranks with FSDP2. Each block is gathered when it runs.
+"""Shard the frozen base weights over ranks with FSDP2. The weights of a block are gathered when the block runs.
 
 A policy and the rewards that share its weights are different module trees over the same Parameters, but `fully_shard`
-needs a single owner of each Parameter. So `SharedBlock` holds the i-th block of every tree. It is sharded, and every
-tree runs its i-th block through it. LoRA, head, embeddings and the last projection stay whole on every rank. All ranks
-must run the same number of blocks in the same order.
+needs a single owner of each Parameter. So one `SharedBlock` holds the i-th blocks of all trees. The `SharedBlock` is
+sharded, and every tree runs its i-th block through it. LoRA, head, embeddings and the last projection stay whole on
+every rank. All ranks must run the same number of blocks in the same order.
 """
 
 import functools
@@ -32,7 +32,7 @@ def sharding_asked() -> bool:
 
 
 class SharedBlock(nn.Module):
-    """The i-th block of several module trees. The first argument of `forward` is the index of the tree to run."""
+    """Holds the i-th block of several module trees. The first argument of `forward` is the index of the tree to run."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ class SharedBlock(nn.Module):
 def shard_base(
     accelerator: Accelerator, transformer_blocks: nn.ModuleList | None, trunks: Sequence[SD3Trunk] = ()
 ) -> None:
-    """Shard the blocks of a policy's transformer and of the reward trunks that share its weights, in place, over ranks.
+    """Shard the blocks of a policy's transformer, and of reward trunks that share its weights, over ranks, in place.
 
-    Call it on every rank when policy and rewards are built, on their device and in their dtype. With one rank nothing
-    changes. transformer_blocks: the policy's; None: shard a single trunk alone.
+    Must be called on every rank, after policy and rewards are on their device and in their dtype. On a single rank, it
+    changes nothing. transformer_blocks: the policy's blocks; None: there is no policy, only a trunk to shard.
     """
     private = [trunk for trunk in trunks if not trunk.shared]
     if transformer_blocks is not None and private:

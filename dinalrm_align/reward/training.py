@@ -1,5 +1,6 @@
-"""Training of a reward on preference pairs (arXiv 2602.11146, section 4). All images of a prompt (a group) share noise
-and sigma, so that score differences depend on the images only.
+"""Training of a reward on preference pairs (arXiv 2602.11146, section 4).
+
+All images of a prompt (a group) share noise and sigma, so that score differences depend on the images only.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from dinalrm_align.train.files import reading
 
 @dataclass(frozen=True)
 class NoisedPairs:
-    """A batch of M images with noise (M, C, H, W) and sigma (M,), float32, equal for all images of a prompt."""
+    """M images with noise (M, C, H, W) and sigma (M,), float32. Images of one prompt share noise and sigma."""
 
     batch: PairBatch
     noise: Tensor
@@ -44,7 +45,7 @@ class NoisedPairs:
 
 
 def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[torch.Generator]) -> NoisedPairs:
-    """Draw noise and sigma for each prompt's group of images, on the batch's device. generators: one per group."""
+    """Draw noise and sigma for each group (the images of one prompt). generators: one per group."""
     device = batch.latents.device
     noise = seeded_noise(tuple(batch.latents.shape[1:]), generators)
     sigma = torch.cat([sample_sigma(density.density, 1, generator=g, **density.parameters()) for g in generators])
@@ -52,12 +53,10 @@ def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[tor
 
 
 def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean loss over pairs and detached metrics. All images are scored in one forward pass.
+    """Score all images in one forward pass. Return the mean loss over pairs and a dict of detached metrics.
 
-    Metrics:
-        train_accuracy: fraction of pairs whose preferred image scores higher.
-        score_gap: mean of the preferred image's score minus the other's.
-        score_std: standard deviation of raw scores.
+    Metrics: `train_accuracy`, the fraction of pairs whose preferred image scores higher; `score_gap`, the mean score of
+    preferred images minus that of the rejected ones; `score_std`, the standard deviation of raw scores.
     """
     batch, text = pairs.batch, pairs.batch.conditions
     raw = model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, pairs.sigma, pairs.noise)
@@ -72,16 +71,17 @@ def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) 
 
 
 def score_batch(model: RewardModel, batch: PairBatch, level: tuple[float, ...], noise: Tensor) -> Tensor:
-    """Return raw scores (M,) on the CPU. level: (sigma,), or the noise levels of an ensemble."""
+    """Return raw scores (M,) on the CPU. level: noise level (sigma,), or the noise levels of an ensemble."""
     device = model.trunk.device
     batch, text = batch.to(device), batch.conditions.to(device)
     return model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, level, noise.to(device)).to("cpu")
 
 
 class RewardTraining:
-    """Reward training as a method for `train.loop.fit`. As a context manager it stops its prefetch threads on exit.
+    """Trains a reward through `train.loop.fit`. As a context manager, it stops the prefetch threads on exit.
 
-    RNG streams are keyed by (seed, global group index), so results do not depend on the world size.
+    Random streams are keyed by (seed, global group index), so results do not depend on the number of processes. A group
+    is all images of one prompt.
     """
 
     def __init__(self, model: RewardModel, pairs: PairSource, config: TrainRewardRun, accelerator: Accelerator) -> None:
@@ -118,7 +118,7 @@ class RewardTraining:
 
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
-    """Return `config` with the VAE scaling and base model of `pipeline`; a local path is made relative to `folder`."""
+    """Return `config` with the VAE scaling and base model of `pipeline`. A local path becomes relative to `folder`."""
     with reading("VAE", pipeline):
         vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
     base = os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline
@@ -129,7 +129,7 @@ def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfi
 def open_training_pairs(
     run: TrainRewardRun, spec: ModelSpec, reward: RewardConfig, accelerator: Accelerator, *, dtype: torch.dtype
 ) -> tuple[PairSource, Sequence[PairBatch]]:
-    """Return the pairs to train on and the batches of pairs to evaluate on. dtype: dtype of the text encoders."""
+    """Return the training pairs and the batches of evaluation pairs. dtype: dtype of the text encoders."""
     train, validation = run.pairs, run.validation_pairs
     if train is None:
         folder = Path(run.output_dir) / "pairs"
@@ -148,7 +148,7 @@ def open_training_pairs(
 
 
 def config_digest(config: RewardConfig) -> str:
-    """Return a digest of the reward's settings, except the location of its base model."""
+    """Return a digest of all settings of a reward except `base_model_id`, the location of the base model."""
     settings = {name: value for name, value in config.to_dict().items() if name != "base_model_id"}
     return text_digest(json.dumps(settings, sort_keys=True))
 

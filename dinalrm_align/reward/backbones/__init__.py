@@ -21,14 +21,14 @@ class Taps:
     temb: Tensor
 
     def split(self, parts: int) -> tuple["Taps", ...]:
-        """Split the features of parts * B samples into `parts` batches of B, in order."""
+        """Split the features of a batch of parts * B samples into `parts` batches of B samples, in order."""
         visual = zip(*(tokens.chunk(parts) for tokens in self.visual), strict=True)
         text = zip(*(tokens.chunk(parts) for tokens in self.text), strict=True) if self.text else [()] * parts
         return tuple(Taps(*streams) for streams in zip(visual, text, self.temb.chunk(parts), strict=True))
 
 
 class Backbone(Protocol):
-    """Maps noisy latents to the token features of some of its layers (`Taps`)."""
+    """Interface of a backbone, which maps noisy latents to the token features of some of its layers (`Taps`)."""
 
     width: int  # channels of both token streams
     temb_dim: int
@@ -39,7 +39,7 @@ class Backbone(Protocol):
     max_size: int  # largest latent height or width
 
     def __call__(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
-        """Return features of x_sigma (B, C, H, W). timestep: (B,), equal to 1000 sigma.
+        """Return features of noisy latents x_sigma (B, C, H, W). timestep: (B,), equal to 1000 sigma.
 
         prompt_embeds: (B, L, text_width). pooled_prompt_embeds: (B, pooled_width).
         """

@@ -1,8 +1,8 @@
 """The trunk: the first N blocks of an SD3 or SD3.5 transformer, as a module that returns the tokens of chosen layers.
 
-The trunk has its own module tree of diffusers' blocks and the same outputs as `SD3Transformer2DModel`. With shared
-weights, its base Parameters and buffers ARE those of the policy. The reward's LoRA exists in the trunk only. So policy
-and reward never switch adapters, which would be unsafe with activation checkpointing and threads.
+The trunk is a module tree of its own, built of diffusers' blocks, with the same outputs as `SD3Transformer2DModel`.
+With shared weights, the trunk's base Parameters and buffers ARE those of the policy. The reward's LoRA exists in the
+trunk only. So policy and reward never switch adapters; switching is unsafe with activation checkpointing and threads.
 """
 
 import copy
@@ -27,12 +27,13 @@ ADAPTER = "reward"
 
 
 class SD3Trunk(nn.Module):
-    """`Backbone` of the first `config.num_layers` blocks of `transformer`. It runs up to the last tapped block.
+    """Runs the first blocks of an SD3 transformer, up to the last one that the reward head reads (a `Backbone`).
 
-    If `config.tuning` is lora, it adds a trainable float32 LoRA, initialised from torch's global RNG.
+    If `config.tuning` is lora, the trunk adds a trainable float32 LoRA, initialised from torch's global RNG.
 
     Args:
-        transformer: is not changed. The trunk ignores its peft adapters; they must not be merged.
+        transformer: source of the blocks; it is not changed. The trunk ignores any peft adapters of the transformer;
+            adapters must not be merged.
         share_weights: use the transformer's own frozen weights; False: a copy, which is trainable with full tuning.
     """
 
@@ -85,7 +86,7 @@ class SD3Trunk(nn.Module):
         self.gradient_checkpointing = False
 
     def check_shared(self) -> None:
-        """Raise ValueError if shared weights are trainable or have merged adapters: the reward would change."""
+        """Raise ValueError if shared weights are trainable or have merged adapters, as both would change the reward."""
         owner = self._owner() if self.shared else None
         if owner is not None:
             _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
@@ -96,7 +97,7 @@ class SD3Trunk(nn.Module):
             )
 
     def forward(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
-        """Return the features, in the trunk's dtype. Arguments as in `Backbone`."""
+        """Return the features of the tapped (selected) layers, in the trunk's dtype. Arguments as in `Backbone`."""
         hidden = self.pos_embed(x_sigma.to(self.dtype)).contiguous()
         temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(self.dtype))
         context = self.context_embedder(prompt_embeds.to(self.dtype))
@@ -116,9 +117,9 @@ class SD3Trunk(nn.Module):
         return Taps(tuple(visual[tap] for tap in self.visual_taps), tuple(text[tap] for tap in self.text_taps), temb)
 
     def skip_unread_text(self) -> None:
-        """Remove the text half of the last block that runs, unless the head reads that block's text tokens.
+        """Remove the text layers of the last block that runs, unless the head reads the text tokens of that block.
 
-        With full tuning, save the trained weights before this call.
+        With full tuning, the trained weights must be saved before this call.
         """
         block = self.transformer_blocks[self.last_tap - 1] if self.last_tap else None
         if block is not None and self.last_tap not in self.text_taps and not block.context_pre_only:
@@ -144,7 +145,7 @@ class SD3Trunk(nn.Module):
             weight.requires_grad_(not name.startswith(tuple(unread)))
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """Return LoRA Parameters by name: `transformer_blocks.0.attn.to_q.lora_A.weight`, ... Empty after merging."""
+        """Return LoRA Parameters by name, such as `transformer_blocks.0.attn.to_q.lora_A.weight`; empty after merging."""
         return {
             f"{name}.{matrix}.weight": layer.get_submodule(f"{matrix}.{ADAPTER}").weight
             for name, layer in self.named_modules()
@@ -154,7 +155,7 @@ class SD3Trunk(nn.Module):
 
     @torch.no_grad()
     def merge_lora(self) -> None:
-        """Merge the LoRA into the weights, in float32, and remove its layers. ValueError for shared weights."""
+        """Merge the LoRA into the weights, in float32, and remove its layers. Raises ValueError for shared weights."""
         if self.shared:
             raise ValueError("merging the reward's LoRA would change the shared transformer; use share_weights=False")
         for name, layer in list(self.named_modules()):
@@ -167,7 +168,7 @@ class SD3Trunk(nn.Module):
         _remove_adapters(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SD3Trunk":
-        """Raise RuntimeError instead of moving or casting shared tensors: only a part of the policy would follow."""
+        """Raise RuntimeError if shared tensors would be moved or cast, since the policy's other tensors would stay."""
         for probe in [tensor.data for tensor in self.shared[:1]]:
             moved = fn(probe)
             if (moved.dtype, moved.device, moved.data_ptr()) != (probe.dtype, probe.device, probe.data_ptr()):
@@ -179,7 +180,7 @@ class SD3Trunk(nn.Module):
 
 
 class _NormedTextOnly(nn.Module):
-    """Adaptive layer norm that returns only the normalised tokens, without the gates of the dropped text half."""
+    """Adaptive layer norm that returns the normalised tokens only, without the gates for the removed text layers."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -213,7 +214,7 @@ def _parts_read(transformer: SD3Transformer2DModel, num_layers: int) -> tuple[nn
 
 
 def _packing(part: nn.Module) -> list[object]:
-    """Return the quantisation states (scales of packed weights) of bitsandbytes' layers."""
+    """Return the quantisation states (scales of packed weights) of bitsandbytes layers in `part`."""
     states = [vars(module).get(name) for module in part.modules() for name in ("state", "quant_state")]
     return [state for state in states if state is not None]
 
@@ -233,7 +234,7 @@ def _remove_adapters(model: nn.Module) -> None:
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Remove the hooks that were copied with the policy's modules."""
+    """Remove the hooks that were copied along with the policy's modules."""
     for module in model.modules():
         for kind in ("forward", "forward_pre", "backward", "backward_pre"):
             getattr(module, f"_{kind}_hooks").clear()
