@@ -271,7 +271,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Return the noise levels of each evaluation without duplicates: (sigma,) for each of `sigmas`, and `ensemble`."""
+        """Return the noise levels of each evaluation without duplicates: (sigma,) per entry of `sigmas`, and `ensemble`."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 

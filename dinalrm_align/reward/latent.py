@@ -65,7 +65,7 @@ class LatentReward(RewardModule):
         folder: Path = Path(),
         local_files_only: bool = False,
     ) -> None:
-        """Create a reward from loaded components. Most callers use `from_pretrained`, which loads the components.
+        """Create a reward from components that are already loaded. `from_pretrained` loads them.
 
         Args:
             model: reward model on which `RewardModel.freeze` has been called.
@@ -271,8 +271,8 @@ class LatentReward(RewardModule):
             sigma: noise level, as in `forward`. Default: `image_sigma` of the config; if that is None, `sigma` of the
                 config.
 
-        prompts, noise and generator are those of `forward`. Raises ValueError if the VAE scales latents differently
-        than in training.
+        prompts, noise, generator: as in `forward`. Raises ValueError if the VAE scales latents differently than in
+        training.
         """
         vae, pixels = self._vae(), image_tensor(images)
         inputs.check_image_size(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))

@@ -76,7 +76,7 @@ class Reward(Protocol):
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
-        """Return scores (B,) of latents with noise of level sigma. Raises TypeError if the reward cannot score these."""
+        """Return scores (B,) of latents with noise of level sigma. Raises TypeError if the reward does not support it."""
         ...
 
     def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:

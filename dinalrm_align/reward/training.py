@@ -80,8 +80,7 @@ def score_batch(model: RewardModel, batch: PairBatch, level: tuple[float, ...], 
 class RewardTraining:
     """Trains a reward through `train.loop.fit`. As a context manager, it stops the prefetch threads on exit.
 
-    Random streams are keyed by (seed, global group index), so results do not depend on the number of processes. A group
-    is all images of one prompt.
+    Random streams are keyed by (seed, global index of the prompt), so results do not depend on the world size.
     """
 
     def __init__(self, model: RewardModel, pairs: PairSource, config: TrainRewardRun, accelerator: Accelerator) -> None:

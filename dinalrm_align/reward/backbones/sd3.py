@@ -27,13 +27,12 @@ ADAPTER = "reward"
 
 
 class SD3Trunk(nn.Module):
-    """Runs the first blocks of an SD3 transformer, up to the last one that the reward head reads (a `Backbone`).
+    """Runs the first blocks of an SD3 transformer, up to the last block that the reward head reads (a `Backbone`).
 
     If `config.tuning` is lora, the trunk adds a trainable float32 LoRA, initialised from torch's global RNG.
 
     Args:
-        transformer: source of the blocks; it is not changed. The trunk ignores any peft adapters of the transformer;
-            adapters must not be merged.
+        transformer: source of the blocks, not changed. The trunk ignores peft adapters, which must not be merged.
         share_weights: use the transformer's own frozen weights; False: a copy, which is trainable with full tuning.
     """
 
@@ -145,7 +144,7 @@ class SD3Trunk(nn.Module):
             weight.requires_grad_(not name.startswith(tuple(unread)))
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """Return LoRA Parameters by name, such as `transformer_blocks.0.attn.to_q.lora_A.weight`; empty after merging."""
+        """Return LoRA Parameters by name, such as `transformer_blocks.0.attn.to_q.lora_A.weight`. Empty after a merge."""
         return {
             f"{name}.{matrix}.weight": layer.get_submodule(f"{matrix}.{ADAPTER}").weight
             for name, layer in self.named_modules()
