@@ -2,7 +2,7 @@
 
 This package's layout, `dinalrm`:
     config.json                 RewardConfig
-    model.safetensors           head.* (the reward head) and backbone.* (the LoRA; with full tuning, all its weights).
+    model.safetensors           head.* (the reward head) and backbone.* (the LoRA, or all weights with full tuning).
                                 The file's metadata hold a digest of the tensors, which is verified on reading.
 
 The layout of DiNa-LRM's public release, `released`:

@@ -111,7 +111,7 @@ class RewardConfig:
         text_length: number of T5 tokens per prompt, at most 512 (`max_sequence_length` of the pipeline).
         vae_scaling_factor: factor in scaled latents = (z - vae_shift_factor) * vae_scaling_factor, for VAE latents z.
         vae_shift_factor: shift in scaled latents = (z - vae_shift_factor) * vae_scaling_factor.
-        dtype: dtype in which the backbone is loaded. Weights that are shared with a transformer keep their dtype.
+        dtype: dtype in which the backbone is loaded. A backbone with shared weights keeps the transformer's.
         format_version: version of the config.json format.
     """
 
@@ -271,7 +271,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Return the noise levels of each evaluation without duplicates: (sigma,) per entry of `sigmas`, and `ensemble`."""
+        """Return the noise levels of each evaluation, without duplicates: (sigma,) per entry of `sigmas`; `ensemble`."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 

@@ -97,7 +97,7 @@ REWARDS: dict[str, RewardEntry] = {
 
 @dataclass(frozen=True)
 class Term:
-    """One reward of a weighted sum: a name of `REWARDS` or "module:function", its weight, and its source."""
+    """One reward of a weighted sum: name (in `REWARDS`, or "module:function"), weight in the sum, where to load from."""
 
     name: str
     weight: float = 1.0

@@ -23,7 +23,7 @@ Sigma = float | Tensor | Sequence[float]
 
 
 class Noise(TypedDict, total=False):
-    """Keyword arguments for rewards that add noise to latents. Image rewards ignore these arguments.
+    """Keyword arguments for rewards that add noise to latents. Rewards that add no noise ignore these arguments.
 
     sigma: noise levels; default: those of the reward. noise: standard normal (B, C, H, W), or (K, B, C, H, W) with one
     draw per level. generator: draws the noise if `noise` is not given.
@@ -76,7 +76,7 @@ class Reward(Protocol):
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
-        """Return scores (B,) of latents with noise of level sigma. Raises TypeError if the reward does not support it."""
+        """Return scores (B,) of latents with noise of level sigma. Raises TypeError for rewards without this method."""
         ...
 
     def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
@@ -161,7 +161,7 @@ class RewardModule(nn.Module):
 
 
 def finite_scores(scores: Any, count: int, name: str) -> Tensor:
-    """Return `scores` as float32. Raise TypeError or ValueError unless they are a finite tensor of shape (count,)."""
+    """Return `scores` as float32. Raise TypeError or ValueError unless `scores` is a finite tensor (count,)."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"reward {name!r} returned {type(scores).__name__}; expected a tensor ({count},)")
     if tuple(scores.shape) != (count,):

@@ -144,7 +144,7 @@ class SD3Trunk(nn.Module):
             weight.requires_grad_(not name.startswith(tuple(unread)))
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """Return LoRA Parameters by name, such as `transformer_blocks.0.attn.to_q.lora_A.weight`. Empty after a merge."""
+        """Return LoRA Parameters by name: `transformer_blocks.0.attn.to_q.lora_A.weight`, ... Empty after merging."""
         return {
             f"{name}.{matrix}.weight": layer.get_submodule(f"{matrix}.{ADAPTER}").weight
             for name, layer in self.named_modules()
@@ -154,7 +154,7 @@ class SD3Trunk(nn.Module):
 
     @torch.no_grad()
     def merge_lora(self) -> None:
-        """Merge the LoRA into the weights, in float32, and remove its layers. Raises ValueError for shared weights."""
+        """Merge the LoRA into the weights, in float32, and remove LoRA layers. Raises ValueError for shared weights."""
         if self.shared:
             raise ValueError("merging the reward's LoRA would change the shared transformer; use share_weights=False")
         for name, layer in list(self.named_modules()):
