@@ -61,11 +61,11 @@ def as_reward(
 
     Args:
         function: callable over images or latents (see the docstring of `reward.callables`). For an nn.Module, the
-            arguments of `forward` decide which.
+            arguments of `forward` are inspected.
         vae: VAE that decodes latents if `function` takes images.
         name: name of the reward in error messages.
         differentiable: whether the scores are differentiable in the input. False: an input that requires a gradient
-            raises ValueError. True: the input raises ValueError only if the scores turn out to have no gradient.
+            raises ValueError. True: ValueError is raised only if the scores have no gradient.
 
     Raises TypeError unless the first argument of `function` is named `latents`, `images`, `pixels` or `pictures`.
     """

@@ -97,8 +97,7 @@ def save_checkpoint(
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
     """Return the base model's hub id or path. A path that starts with ./ or ../ is resolved from `folder`.
 
-    trusted: whether a local path is allowed. Must be False for a downloaded checkpoint; a local path then raises
-    ValueError.
+    trusted: False raises ValueError for a local path. Must be False for a downloaded checkpoint.
     """
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):

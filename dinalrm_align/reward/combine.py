@@ -20,7 +20,7 @@ class RewardSum(RewardModule):
     """
 
     def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:
-        """Combine named rewards. Raises ValueError for no rewards, an invalid or missing weight, or different VAEs."""
+        """Combine named rewards. Raises ValueError if a weight is missing or not finite, or if VAEs differ."""
         super().__init__()
         if not parts or parts.keys() != weights.keys():
             raise ValueError(f"got parts {list(parts)}, weights for {list(weights)}; expected a weight for each part")
@@ -72,8 +72,7 @@ class RewardSum(RewardModule):
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
         """Return the unweighted scores of each summed reward by name: (B,), float32, on the latents' device.
 
-        Latents are decoded once. Raises ValueError if the latents require a gradient and a summed reward cannot give
-        one.
+        Latents are decoded once. Raises ValueError if they require a gradient that a summed reward cannot give.
         """
         for part in self.parts:
             part.check_gradient(latents)

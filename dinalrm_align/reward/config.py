@@ -63,8 +63,7 @@ class HeadConfig:
         num_attn_heads: number of attention heads; must divide the head's width.
         dropout: dropout rate of the head's attention and feed-forward layers in training.
         use_logistic: map the raw score to (-2, 2) by a logistic curve with learnable shift and scale.
-        film: scale and shift the tokens of each layer (FiLM), as predicted from the embedded timestep and pooled
-            prompt.
+        film: scale and shift the tokens of each layer, as predicted from embedded timestep and pooled prompt.
         value_gates: multiply each value in the head's first attention by a gate that is predicted from its token.
     """
 
@@ -94,10 +93,9 @@ class RewardConfig:
         base_model_id: hub id or folder of the base pipeline or transformer. A path that starts with ./ or ../ is
             relative to the checkpoint's folder.
         num_layers: number of transformer blocks to use, from the first one. A LoRA is added to all these blocks.
-        visual_taps: blocks whose output image tokens the head reads, counted from 1; 0: the input of the first block.
+        visual_taps: blocks whose output image tokens the head reads, counted from 1; 0: the first block's input.
         text_taps: blocks whose output text tokens the head reads, counted from 1; empty: the head reads no text tokens.
-        tuning: backbone weights that are trained and stored: lora, none (only the head is trained) or full (all of
-            them).
+        tuning: backbone weights to train and store: lora, none (only the head is trained) or full (all weights).
         lora: settings of the LoRA; unused unless `tuning` is lora.
         head: architecture of the reward head.
         sigma: default noise level, or a list of levels for a multi-noise ensemble.
@@ -111,7 +109,7 @@ class RewardConfig:
         text_length: number of T5 tokens per prompt, at most 512 (`max_sequence_length` of the pipeline).
         vae_scaling_factor: factor in scaled latents = (z - vae_shift_factor) * vae_scaling_factor, for VAE latents z.
         vae_shift_factor: shift in scaled latents = (z - vae_shift_factor) * vae_scaling_factor.
-        dtype: dtype in which the backbone is loaded. A backbone with shared weights keeps the transformer's.
+        dtype: dtype in which the backbone is loaded. A backbone with shared weights keeps the transformer's dtype.
         format_version: version of the config.json format.
     """
 
@@ -244,7 +242,7 @@ class LossConfig:
         return self.objective or ("nll" if self.likelihood.startswith("bradley_terry") else "fidelity")
 
     def constants(self) -> tuple[float, float, float]:
-        """Return (k, sigma_u, epsilon). A value that is None is replaced by the preset's."""
+        """Return (k, sigma_u, epsilon). The preset replaces a value that is None."""
         given = {"k": self.k, "sigma_u": self.sigma_u, "epsilon": self.epsilon}
         preset = THURSTONE_PRESETS[self.preset]
         return tuple(preset[name] if value is None else value for name, value in given.items())
@@ -271,7 +269,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Return the noise levels of each evaluation, without duplicates: (sigma,) per entry of `sigmas`; `ensemble`."""
+        """Return the levels of each evaluation, without duplicates: (sigma,) per value of `sigmas`, and `ensemble`."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 
@@ -281,14 +279,14 @@ class TrainRewardRun:
     """Settings of `recipes/train_reward.py`.
 
     Args:
-        model: base model: shapes (the embedded world), sd35, or the folder or hub id of a StableDiffusion3Pipeline.
+        model: base model: shapes (the embedded world, a small synthetic model), sd35, or folder or hub id of a
+            StableDiffusion3Pipeline.
         pairs: preference pairs to train on: a folder of encoded latents (from recipes/prepare_pairs.py or in the
             released layout) or a jsonl file that lists images (see `data.source`). Default: pairs generated in the
             embedded world.
         validation_pairs: pairs for evaluation only, in the same formats as `pairs`. Default: see `held_out_prompts`.
         held_out_prompts: number of prompts in `pairs` to keep for evaluation if `validation_pairs` is not set.
-        output_dir: folder of the run. The trained reward is saved in its subfolder reward/. Default: a new folder in
-            runs/.
+        output_dir: folder of the run; its subfolder reward/ gets the trained reward. Default: a new folder in runs/.
         seed: seed of the initial weights, the data order, the noise and the noise levels.
         resume: folder of a run, to resume from the newest checkpoint, or folder of a checkpoint. Options given on the
             command line override the stored settings.
@@ -298,16 +296,14 @@ class TrainRewardRun:
         tracker: where to log in addition to metrics.jsonl. wandb works offline with WANDB_MODE=offline.
         batch_size: number of prompts per micro-batch on each process. A micro-batch has all images of each prompt (a
             pair or a ranked list).
-        on_bad: what to do with unreadable files of latents: refuse (list them and exit) or skip (warn and drop their
-            pairs).
+        on_bad: action on unreadable latent files: refuse (list the files and exit) or skip (warn and drop the pairs).
         prefetch: number of batches to read ahead, for pairs that are stored as encoded latents.
         height: height in pixels of images that are encoded during training; default: the model's own.
         width: width in pixels of images that are encoded during training; default: the model's own.
         gradient_checkpointing: recompute the backbone's activations in the backward pass.
         reward: settings of the reward. base_model_id and the VAE's scaling are always set from `model`.
         loss: settings of the preference loss.
-        train_sigma: distribution of noise levels in training. One level is drawn per prompt, for all images of the
-            prompt.
+        train_sigma: distribution of noise levels in training. All images of a prompt get the same level.
         optim: settings of AdamW. optim.lr is the learning rate of the head.
         lora_lr: peak learning rate of the LoRA; default: same as the head.
         loop: settings of training length, checkpoints and weight averaging.

@@ -122,8 +122,7 @@ class RewardHead(nn.Module):
     def forward(self, taps: Taps | Sequence[Taps]) -> Tensor:
         """Return raw scores (B,), float32, differentiable. taps: features at one noise level, or a list for K levels.
 
-        The tokens of each noise level are modulated by the `temb` of that level. Then the tokens of all levels are
-        concatenated.
+        FiLM uses the `temb` of each token's own noise level. Then the tokens of all levels are concatenated.
         """
         levels, text = [taps] if isinstance(taps, Taps) else taps, None
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])

@@ -42,15 +42,15 @@ SD3_PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", 
 
 
 class LatentReward(RewardModule):
-    """Scores scaled latents with a frozen reward model. Load one with `from_pretrained`.
+    """A frozen reward model that scores scaled latents. Load a reward with `from_pretrained`.
 
     No parameter requires a gradient, and the module stays in evaluation mode. Gradients flow to the latents. Text
     encoders and VAE are not submodules: they are taken from a pipeline, or loaded on first use.
 
-    A score depends only on the sample's own latent, prompt, sigma and noise. The batch's remaining samples change the
-    score by rounding only: in float32, by less than 2e-5 of the scores' standard deviation. Repeated calls on one CPU
-    return bit-identical scores. Noise drawn from a generator depends on the sample's index in the batch. Pass `noise`
-    to get the same scores with another batch order or batch size.
+    A score depends only on the sample's own latent, prompt, sigma and noise. The rest of the batch changes the score by
+    rounding only: in float32, by less than 2e-5 of the scores' standard deviation. Repeated calls on one CPU return
+    bit-identical scores. Noise drawn from a generator depends on the sample's index in the batch. Pass `noise` to get
+    the same scores with another batch order or batch size.
     """
 
     name = "dinalrm"
@@ -65,7 +65,7 @@ class LatentReward(RewardModule):
         folder: Path = Path(),
         local_files_only: bool = False,
     ) -> None:
-        """Create a reward from components that are already loaded. `from_pretrained` loads them.
+        """Create a reward from components that are already loaded. Most callers use `from_pretrained` instead.
 
         Args:
             model: reward model on which `RewardModel.freeze` has been called.
@@ -117,8 +117,7 @@ class LatentReward(RewardModule):
         Args:
             source: hub id or folder of the checkpoint.
             transformer: frozen SD3Transformer2DModel whose weights the reward shares, or hub id or folder of a
-                transformer to load. Default: the pipeline's; without a pipeline, the base model that the checkpoint
-                names.
+                transformer to load. Default: the pipeline's, or the checkpoint's base model without a pipeline.
             pipeline: StableDiffusion3Pipeline, or its img2img or inpaint variant. The reward uses the pipeline's text
                 encoders, VAE and (by default) transformer.
             device, dtype: of the backbone. Default: those of the given transformer, or CPU and the config's dtype if
@@ -190,8 +189,7 @@ class LatentReward(RewardModule):
 
         Args:
             latents: (B, C, H, W), scaled and clean, on the reward's device; any floating dtype.
-            prompts: B strings (each is encoded once, then cached) or encoded Conditions. Pass prompts or both
-                embeddings.
+            prompts: B strings (each is encoded once, then cached) or Conditions. Pass prompts or both embeddings.
             prompt_embeds, pooled_prompt_embeds: embeddings from the pipeline's `encode_prompt`, (B, L, D) and (B, P).
             sigma: noise level in [0, 1]: a float, (B,) with one level per sample, or a list of K levels (multi-noise
                 ensemble). Default: the config's.
@@ -236,7 +234,7 @@ class LatentReward(RewardModule):
 
         Args:
             latents: x_sigma = (1 - sigma) x0 + sigma noise, (B, C, H, W), on the reward's device.
-            sigma: noise level of the latents in [0, 1], a float or (B,). It is never rounded to the scheduler's sigmas.
+            sigma: noise level of the latents in [0, 1], a float or (B,). No rounding, even with `snap_sigma`.
             prompts: B strings, or Conditions.
 
         Raises the errors of `forward`. Also raises ValueError for a list of levels, or if the reward was trained on
@@ -268,11 +266,10 @@ class LatentReward(RewardModule):
 
         Args:
             images: PIL images of one size, or (B, 3, H, W) in [0, 1].
-            sigma: noise level, as in `forward`. Default: `image_sigma` of the config; if that is None, `sigma` of the
-                config.
+            sigma: noise level, as in `forward`. Default: the config's `image_sigma`, or `sigma` if `image_sigma` is
+                None.
 
-        prompts, noise, generator: as in `forward`. Raises ValueError if the VAE scales latents differently than in
-        training.
+        prompts, noise, generator: as in `forward`. Raises ValueError unless the VAE scales latents as in training.
         """
         vae, pixels = self._vae(), image_tensor(images)
         inputs.check_image_size(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))

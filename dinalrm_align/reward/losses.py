@@ -48,7 +48,7 @@ class LogNormalCDF(torch.autograd.Function):
 
 
 def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
-    """Return the variance (N,) of the rater at noise levels sigma (N,): k sigma^2 + sigma_u^2, or `config.variance`."""
+    """Return the rater's variance at each sigma, (N,): k sigma^2 + sigma_u^2, or `variance` for thurstone_fixed."""
     sigma = as_sigma(sigma)
     if config.likelihood == "thurstone_fixed":
         return torch.full_like(sigma, config.variance)
@@ -59,8 +59,7 @@ def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
 def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
     """Return the log probability that a rater prefers the first sample to the second, (N,), float32.
 
-    delta: score of the first minus score of the second, (N,). sigma: noise level of both, (N,); only thurstone reads
-    it.
+    delta: score of the first minus score of the second, (N,). sigma: noise level of both, (N,), used by thurstone.
     """
     if not isinstance(config, LossConfig):
         raise TypeError(f"config: got {type(config).__name__}; expected a LossConfig")

@@ -57,7 +57,7 @@ class RewardModel(nn.Module):
             return self.head(taps.split(count))
 
     def _head_precision(self) -> contextlib.AbstractContextManager:
-        """Return an autocast context for the float32 head if the trunk is in half precision, as in training."""
+        """Return an autocast context in which the float32 head runs in the trunk's half precision, as in training."""
         device, dtype = self.trunk.device.type, self.trunk.dtype
         if dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device):
             return contextlib.nullcontext()
@@ -119,7 +119,7 @@ def build_reward_model(
 ) -> RewardModel:
     """Build a reward to train, on the transformer's device. LoRA and head are float32 and initialised from `seed`.
 
-    share_weights: use the transformer's own weights, which must be frozen. Must be False for full tuning.
+    share_weights: use the transformer's weights, which must be frozen. Must be False if config.tuning is full.
     """
     if not isinstance(config, RewardConfig):
         raise TypeError(f"config: got {type(config).__name__}; expected a RewardConfig")

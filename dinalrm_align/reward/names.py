@@ -97,7 +97,7 @@ REWARDS: dict[str, RewardEntry] = {
 
 @dataclass(frozen=True)
 class Term:
-    """One reward of a weighted sum: name (in `REWARDS`, or "module:function"), weight in the sum, where to load from."""
+    """One reward of a weighted sum: name (in `REWARDS`, or "module:function"), weight, where to load it from."""
 
     name: str
     weight: float = 1.0
@@ -110,7 +110,7 @@ class Term:
 
     @property
     def differentiable(self) -> bool:
-        """False if the reward has no gradient. True for Python callables, whose gradient is checked at each call."""
+        """Whether the reward has a gradient. True for Python callables, whose gradient is checked at each call."""
         return self.name not in REWARDS or REWARDS[self.name].differentiable
 
 

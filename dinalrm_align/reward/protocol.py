@@ -42,8 +42,7 @@ class Reward(Protocol):
         reads_images: whether the reward decodes the latents with a VAE and scores the images.
         scores_images: whether the reward supports `score_images`.
         reads_noise: whether scores depend on sigma and noise.
-        wants_groups: whether scores are comparable only within one call. All samples of a prompt must then be in one
-            call.
+        wants_groups: whether all samples of a prompt must be in one call, since only its scores are comparable.
         noise_parts: latent rewards: the reward itself, or those in a sum; empty for image rewards and callables.
         text_lengths: T5 token counts for which prompts must be encoded (`Conditions.for_length`); empty if the reward
             reads prompts as strings.
@@ -76,7 +75,7 @@ class Reward(Protocol):
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
-        """Return scores (B,) of latents with noise of level sigma. Raises TypeError for rewards without this method."""
+        """Return scores (B,) of latents that contain noise of level sigma. Raises TypeError if not supported."""
         ...
 
     def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:

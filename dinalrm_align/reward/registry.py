@@ -117,7 +117,7 @@ def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False
 
 
 def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> RewardModule:
-    """Return the embedded world's ground-truth reward, which rules compute from pixels. It has no gradient."""
+    """Return the embedded world's ground-truth reward, which is computed from pixels by rules and has no gradient."""
     gold = import_callable(spec.gold) if isinstance(spec.gold, str) and ":" in spec.gold else spec.gold
     if not callable(gold):
         raise ValueError(

@@ -20,7 +20,7 @@ from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 
 
 def sharding_asked() -> bool:
-    """Return whether ACCELERATE_USE_FSDP=true requests FSDP. Raise ValueError for FSDP1 and for CPU offload."""
+    """Return whether the environment requests FSDP (ACCELERATE_USE_FSDP). Raise ValueError for FSDP1 or CPU offload."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     version = os.environ.get("FSDP_VERSION", "1")
@@ -48,8 +48,7 @@ def shard_base(
 ) -> None:
     """Shard the blocks of a policy's transformer, and of reward trunks that share its weights, over ranks, in place.
 
-    Must be called on every rank, after policy and rewards are on their device and in their dtype. On a single rank, it
-    changes nothing. transformer_blocks: the policy's blocks; None: there is no policy, only a trunk to shard.
+    Must be called on every rank, after policy and rewards are on the device and cast. A single rank changes nothing. transformer_blocks: the policy's blocks; None: there is no policy, only a trunk to shard.
     """
     private = [trunk for trunk in trunks if not trunk.shared]
     if transformer_blocks is not None and private:

@@ -45,7 +45,7 @@ class NoisedPairs:
 
 
 def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[torch.Generator]) -> NoisedPairs:
-    """Draw noise and sigma for each group (the images of one prompt). generators: one per group."""
+    """Draw noise and sigma for each group (all images of one prompt) from that group's entry of `generators`."""
     device = batch.latents.device
     noise = seeded_noise(tuple(batch.latents.shape[1:]), generators)
     sigma = torch.cat([sample_sigma(density.density, 1, generator=g, **density.parameters()) for g in generators])
@@ -55,8 +55,8 @@ def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[tor
 def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Score all images in one forward pass. Return the mean loss over pairs and a dict of detached metrics.
 
-    Metrics: `train_accuracy`, the fraction of pairs whose preferred image scores higher; `score_gap`, the mean score of
-    preferred images minus that of the rejected ones; `score_std`, the standard deviation of raw scores.
+    Metrics: `train_accuracy`, the fraction of pairs whose preferred image scores higher; `score_gap`, the mean score
+    difference between preferred and rejected image; `score_std`, the standard deviation of raw scores.
     """
     batch, text = pairs.batch, pairs.batch.conditions
     raw = model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, pairs.sigma, pairs.noise)
@@ -71,7 +71,7 @@ def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) 
 
 
 def score_batch(model: RewardModel, batch: PairBatch, level: tuple[float, ...], noise: Tensor) -> Tensor:
-    """Return raw scores (M,) on the CPU. level: noise level (sigma,), or the noise levels of an ensemble."""
+    """Return raw scores (M,) of the batch, on the CPU. level: (sigma,), or the noise levels of an ensemble."""
     device = model.trunk.device
     batch, text = batch.to(device), batch.conditions.to(device)
     return model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, level, noise.to(device)).to("cpu")
@@ -80,7 +80,8 @@ def score_batch(model: RewardModel, batch: PairBatch, level: tuple[float, ...], 
 class RewardTraining:
     """Trains a reward through `train.loop.fit`. As a context manager, it stops the prefetch threads on exit.
 
-    Random streams are keyed by (seed, global index of the prompt), so results do not depend on the world size.
+    Random generators are seeded by (seed, global group index), so results do not depend on the world size. A group is
+    all images of one prompt.
     """
 
     def __init__(self, model: RewardModel, pairs: PairSource, config: TrainRewardRun, accelerator: Accelerator) -> None:

@@ -179,7 +179,7 @@ class SD3Trunk(nn.Module):
 
 
 class _NormedTextOnly(nn.Module):
-    """Adaptive layer norm that returns the normalised tokens only, without the gates for the removed text layers."""
+    """Adaptive layer norm that returns the normalised tokens only. The removed text layers do not need its gates."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
