@@ -48,7 +48,8 @@ def shard_base(
 ) -> None:
     """Shard the blocks of a policy's transformer, and of reward trunks that share its weights, over ranks, in place.
 
-    Must be called on every rank, after policy and rewards are on the device and cast. A single rank changes nothing. transformer_blocks: the policy's blocks; None: there is no policy, only a trunk to shard.
+    Must be called on every rank, after policy and rewards are moved to the device and cast. With a single rank, the
+    call changes nothing. transformer_blocks: the policy's blocks; None: there is no policy, only one trunk to shard.
     """
     private = [trunk for trunk in trunks if not trunk.shared]
     if transformer_blocks is not None and private:
