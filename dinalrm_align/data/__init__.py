@@ -1,1 +1,1 @@
-"""Data: prompt files and preference pairs."""
+"""Prompt files and data sets of preference pairs."""

@@ -13,14 +13,15 @@ from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.train.settings import check_integer
 
 AT_ONCE = 4
-"""Number of blocks of data whose units are shuffled together, see `ShuffledBatches`."""
+"""Number of parquet row groups whose rows are shuffled together, see `ShuffledBatches`."""
 
 
 class BatchOrder(TypedDict, total=False):
-    """Batching options of a `PairSource`. A unit of a batch is one pair, or one prompt's images with all their pairs.
+    """Options that control how a `PairSource` forms batches.
 
-    seed: seed of the shuffles; default 0. held_out_prompts: number of distinct prompts that are kept for `validation`
-    and not trained on; default 0.
+    batch_size: number of items per batch. An item is one pair, or one prompt's images with all pairs of them.
+    seed: seed of the shuffles; default 0.
+    held_out_prompts: number of distinct prompts that are not trained on but kept for validation; default 0.
     """
 
     batch_size: Required[int]
@@ -29,17 +30,18 @@ class BatchOrder(TypedDict, total=False):
 
 
 class ShuffledBatches:
-    """Endless sequence of shuffled batches. Each batch has `batch_size` units of one bucket.
+    """Endless sequence of shuffled training batches, each given by the indices of its items (see `BatchOrder`).
 
-    Batch `index` is a pure function of (seed, index): a resumed run needs only its step, and rank r of W ranks reads
-    batches r, r + W, r + 2 W, ... Every epoch shuffles each bucket again. Units that do not fill a batch at the end of
-    an epoch start the bucket's first batch of the next epoch, so no unit is lost.
+    A batch depends only on the seed and its index. A resumed run therefore needs only its step, and rank r of W ranks
+    reads batches r, r + W, r + 2 W, ... Every epoch shuffles the items again. Items that do not fill a batch at the end
+    of an epoch start the first batch of their image size in the next epoch, so that no item is lost.
 
-    buckets: unit indices of each bucket, such as all units of one image size.
-    blocks: (N,) index of the block that holds each unit, for files that are read block by block (parquet row groups).
-    An epoch then visits the blocks in random order and shuffles the units of AT_ONCE blocks together.
+    buckets: indices of the items of each image size. All items of a batch come from one bucket.
+    batch_size: number of items per batch.
+    blocks: (N,) index of the parquet row group that holds each item, for data that is read one row group at a time.
+    An epoch then visits the row groups in random order, and shuffles the items of four (AT_ONCE) row groups together.
 
-    Raises ValueError when every bucket is smaller than a batch.
+    Raises ValueError if every bucket is smaller than a batch.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class ShuffledBatches:
         self._current: tuple[int, np.ndarray] = -1, np.empty((0, batch_size), dtype=np.int64)
 
     def at(self, index: int) -> np.ndarray:
-        """Return the unit indices of batch `index`: (batch_size,) int64."""
+        """Return the indices of the items in batch number `index`: int64, (batch_size,)."""
         units = sum(len(bucket) for bucket in self.buckets)
         epoch = index * self.batch_size // units
         while self._batches_before(epoch + 1) <= index:
@@ -99,13 +101,13 @@ class ShuffledBatches:
         return rng, shuffles
 
     def _portions(self, epoch: int) -> np.ndarray:
-        """Divide the epoch's random order of blocks into portions of AT_ONCE. Return each unit's portion, (N,)."""
+        """Put the parquet row groups at random into sets of AT_ONCE. Return the number of each item's set, (N,)."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
         return (np.argsort(order) // AT_ONCE)[self._blocks]
 
 
 class BatchesInOrder(Sequence[PairBatch]):
-    """Sequence of batches of all units of some buckets, in stored order. A batch is read when it is indexed."""
+    """Sequence of batches in stored order, one image size after the other. A batch is read when it is indexed."""
 
     def __init__(self, read: Callable[[np.ndarray], PairBatch], buckets: Sequence[np.ndarray], size: int) -> None:
         self._read = read
@@ -119,7 +121,7 @@ class BatchesInOrder(Sequence[PairBatch]):
 
 
 def held_out(prompts: Sequence[str], number: int) -> set[str]:
-    """Return the `number` distinct prompts with the smallest SHA-256 hashes; the order of the data does not matter."""
+    """Return the `number` distinct prompts with the smallest SHA-256 hashes, whatever the order of `prompts`."""
     distinct = sorted(set(prompts), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     if number >= len(distinct):
         raise ValueError(f"held_out_prompts: got {number}; expected fewer than the {len(distinct)} distinct prompts")
@@ -127,10 +129,10 @@ def held_out(prompts: Sequence[str], number: int) -> set[str]:
 
 
 class PairSource(ABC):
-    """Preference pairs for training and validation, in batches that are pure functions of the step.
+    """Abstract data set of preference pairs. Its training batches depend only on the seed, the step and the rank.
 
-    Subclasses read units (see `BatchOrder`) by index. reads_files_only: whether batches may be read in background
-    threads; False if the subclass runs encoders.
+    Subclasses implement `_read`, which returns the batch of the items with given indices (see `BatchOrder`). A subclass
+    that runs encoders in `_read` must set `reads_files_only` to False. Batches are then not read in background threads.
     """
 
     manifest: PairManifest
@@ -151,10 +153,10 @@ class PairSource(ABC):
         usable: np.ndarray | None = None,
         blocks: np.ndarray | None = None,
     ) -> None:
-        """Assign the N units to buckets of one size, and split each bucket into training and held-out units.
+        """Group the N items by image size, and split each group into training and held-out items.
 
-        sizes: (N, k) size of each unit; None if all have the same. usable: (N,) bool, False for units to leave out.
-        blocks: (N,) block of each unit, see `ShuffledBatches`.
+        prompts: prompt of each item. sizes: (N, k) integers, size of each item; None if all items have one size.
+        usable: (N,) bool, False for items to leave out. blocks: (N,) parquet row group of each item.
         """
         units = np.arange(len(prompts)) if usable is None else np.flatnonzero(usable)
         keep_out = held_out([prompts[unit] for unit in units.tolist()], self._num_held_out)
@@ -172,35 +174,35 @@ class PairSource(ABC):
 
     @abstractmethod
     def digest(self) -> str:
-        """Return a digest of prompts, pairs and labels. Pixels and latents are not read."""
+        """Return a hash of the prompts, pairs and labels. Pixels and latents are not read."""
 
     @functools.cached_property
     def _batches(self) -> ShuffledBatches:
-        """Training batches. Created on first use, because a data set for evaluation may be smaller than a batch."""
+        """Training batches, created on first use, so that a data set for evaluation may be smaller than a batch."""
         return ShuffledBatches(self._trained, self._batch_size, self._seed, blocks=self._blocks)
 
     def __len__(self) -> int:
-        """Return the number of batches per epoch, summed over all ranks."""
+        """Return the number of training batches per epoch, summed over all ranks."""
         return self._batches.per_epoch
 
     def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
-        """Return the batch that process `rank` of `world` reads at micro-step `step`, in the stored dtype."""
+        """Return the training batch of one process at micro-step `step`. rank: its index among `world` processes."""
         return self._read(self._batches.at(step * world + rank))
 
     def validation(self) -> Sequence[PairBatch]:
-        """Return the batches of the held-out prompts, in stored order. A batch is read when it is indexed."""
+        """Return the batches of the held-out prompts in stored order. A batch is read when it is indexed."""
         return BatchesInOrder(self._read, self._held_out, self._batch_size)
 
     def in_order(self) -> Sequence[PairBatch]:
-        """Return the batches of all pairs, in stored order. A batch is read when it is indexed."""
+        """Return the batches of all pairs in stored order. A batch is read when it is indexed."""
         return BatchesInOrder(self._read, self._buckets, self._batch_size)
 
 
 class Prefetched:
     """Callable that returns the batch of a micro-step, and prefetches the next `ahead` batches in background threads.
 
-    Use it as a context manager. Batches may be requested in any order. If `read` raises in a thread, the error is
-    raised when that batch is requested. With ahead=0, each batch is read when it is requested.
+    Must be used as a context manager, which stops the threads on exit. Batches may be requested in any order. If `read`
+    fails for a micro-step, requesting the batch of this micro-step raises the error. ahead=0 uses no threads.
     """
 
     def __init__(self, read: Callable[[int], PairBatch], *, ahead: int) -> None:

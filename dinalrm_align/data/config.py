@@ -12,16 +12,16 @@ class FilterConfig:
 
     Args:
         min_pixels: smallest area of an image, in pixels; the default is 256 x 256, as in the published data.
-        aspect_tolerance: largest difference between the log aspect ratios of an image and the size it is resized to.
-        min_vote_share: keep pairs with votes if the chosen image has more than this share (released data: 0.6).
-        unanimous: leave out pairs with votes for the rejected image.
-        min_confidence: smallest `confidence` of HPDv3, for pairs that have one.
+        aspect_tolerance: largest allowed difference between the log aspect ratios of an image before and after resizing.
+        min_vote_share: a pair with votes is kept if the chosen image has more than this share (released data: 0.6).
+        unanimous: leave out pairs in which a rater voted for the rejected image.
+        min_confidence: smallest allowed `confidence`, a field of HPDv3. Pairs without this field are kept.
         max_pairs_per_prompt: largest number of pairs per prompt, drawn at random (released data: 8); default: all.
-        ties: drop: leave out pairs that raters found equal, as Diffusion-DPO does; keep: keep them, with label 0.5.
-        min_gaps: name of a score -> bound. A pair is kept if score(chosen) - score(rejected) is above the bound.
-            LPO's consistent filtering: {aesthetic: -0.5, clip: 0, vqa: 0}, with scores from a jsonl.
-        max_tie_gaps: name of a score -> bound. A tie is kept if its scores differ by less than the bound. LPO:
-            {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
+        ties: drop leaves out pairs that raters found equal, as Diffusion-DPO does; keep keeps them, with label 0.5.
+        min_gaps: bound for each named score. A pair is kept if score(chosen) - score(rejected) is above every bound.
+            The scores must be in a jsonl `source`. LPO's consistent filtering is {aesthetic: -0.5, clip: 0, vqa: 0}.
+        max_tie_gaps: bound for each named score. A tie is kept if |score(chosen) - score(rejected)| is below every
+            bound. LPO uses {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
     """
 
     min_pixels: NonNegativeInt = 65_536
@@ -43,33 +43,35 @@ class PrepareRun:
     """Settings of `python recipes/prepare_pairs.py`.
 
     Args:
-        source: preference data, required. A JSON file for the layouts hpdv3, hpdv2 and rankings; a parquet file or a
-            folder of them for pickapic; a file with one {prompt, chosen, rejected} per line for jsonl, with image
-            paths and optional label, votes or scores; a folder of part_rank*.parquet for released, whose latents are
-            stored at their size, so that `buckets` and `images` are not used.
+        source: preference data, required. Layouts hpdv3, hpdv2 and rankings are JSON files. pickapic is a parquet file
+            or a folder of them. jsonl is a file with one {prompt, chosen, rejected} per line: chosen and rejected are
+            image paths; label, votes and scores are optional. released is a folder of part_rank*.parquet with latents,
+            which keep their size, so that `buckets` and `images` are not used.
         layout: layout of `source`; auto detects it.
-        images: folder that image paths are relative to; default: the folder of `source`.
-        output_dir: folder for the encoded pairs. A stopped preparation resumes there if the settings are the same.
-        model: shapes, sd35, or folder or hub id of a StableDiffusion3Pipeline; its VAE and text encoders are used.
-        text_length: T5 tokens per prompt, as in the reward to train; default: the model's.
-        buckets: sizes that images are resized to. published: the sizes of the released data; area:1024: for each
-            aspect ratio the largest size within 1024 x 1024 pixels, with sides in multiples of 64; or a list such as
-            1024x1024,832x1248 (height x width).
-        group: pair: store every pair separately, as the paper trains; prompt: store all images of a prompt and size
-            together with all their pairs, and encode each image once.
-        label: target probability that the chosen image is preferred. hard: 1; votes: its share of the votes.
-        on_bad: refuse: stop at an unreadable image, an invalid record, or NaN or infinite latents or embeddings; skip:
-            leave out their pairs and count them by reason.
+        images: folder that image paths are relative to; default: `source` if it is a folder, else its parent folder.
+        output_dir: folder for the encoded pairs. A run with the same settings resumes a preparation stopped there.
+        model: pipeline whose VAE and text encoders are used: shapes, sd35, or the folder or hub id of a
+            StableDiffusion3Pipeline.
+        text_length: T5 tokens per prompt; must equal the text_length of the reward to train; default: the model's.
+        buckets: sizes that images are resized to. published means the sizes of the released data. area:1024 means, for
+            each aspect ratio, the largest size of at most 1024 x 1024 pixels whose sides are multiples of 64. A list
+            such as 1024x1024,832x1248 names the sizes as height x width.
+        group: pair stores every pair separately, as in the paper; prompt stores all images of a prompt and size
+            together with all pairs of them, and encodes each image once.
+        label: target probability that the chosen image is preferred. hard uses the label in `source`, which is 1 unless
+            the pair is a tie or a jsonl states another; votes uses the chosen image's share of the votes.
+        on_bad: refuse stops at an unreadable image, an invalid record, or NaN or infinite latents or embeddings; skip
+            leaves out the affected pairs and counts them by reason.
         filter: conditions that a pair must meet to be kept.
-        max_pairs: read only this many pairs, from the start of `source`.
-        shard_size: images per file of latents; a stopped preparation resumes with the first missing file.
+        max_pairs: number of pairs to read, from the start of `source`; default: all.
+        shard_size: images per file of latents. A resumed preparation writes only the missing files.
         prompts_per_shard: prompts per file of text embeddings.
         batch_size: images per forward of the VAE.
-        workers: processes per rank that decode and resize images; 0: the rank itself does it.
-        verify: when resuming, check the hash of each existing file, not only its size.
-        seed: seed of the draw for filter.max_pairs_per_prompt.
+        workers: processes per rank that decode and resize images; 0 decodes and resizes in the rank's own process.
+        verify: on resuming, check the hash of each existing file and not only its size.
+        seed: seed of the random choice of pairs for filter.max_pairs_per_prompt.
         device: auto uses a CUDA GPU if there is one.
-        dtype: dtype of the text encoders; auto is the model's on a GPU and float32 on a CPU. The VAE uses float32.
+        dtype: dtype of the text encoders; auto uses the model's dtype on a GPU, float32 on a CPU. The VAE uses float32.
     """
 
     source: str | None = None

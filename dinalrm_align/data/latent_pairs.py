@@ -1,9 +1,9 @@
 """Encoded preference pairs on disk: safetensors shards of scaled latents and text embeddings.
 
-A group is a set of images of one prompt, with the pairs of them that raters compared; a plain pair is a group of two
-images. The directory holds:
+A group is a set of images of one prompt, with the pairs of them that raters compared. A pair on its own is a group of
+two images. The directory holds:
 
-    index.json             format, manifest, concept names, and count, size and hash of each shard; written last
+    index.json             format, manifest, concept names, rows, size and hash of each shard. It is written last.
     prompts.json           the distinct prompts; row i of the text shards belongs to prompt i
     groups.safetensors     for each group: prompt, shard, row of its first image in the shard, number of images, row of
                            its first pair, number of pairs
@@ -11,8 +11,8 @@ images. The directory holds:
     text-00000.safetensors     prompt_embeds (n, L, D), pooled_prompt_embeds (n, P)
     latents-00000.safetensors  latents (n, C, H, W), one size per shard; images of a group are adjacent
 
-Groups are fully shuffled within each image size. This is cheap, because a group is one contiguous read (about one
-megabyte for two images of 1024 x 1024 in bfloat16).
+Training shuffles all groups of an image size. The shuffle is cheap, because reading a group is one contiguous read
+(about one megabyte for two images of 1024 x 1024 in bfloat16).
 """
 
 import json
@@ -36,10 +36,10 @@ from dinalrm_align.train.settings import check_integer
 
 
 class LatentPairs(PairSource):
-    """`PairSource` that reads a directory written by `LatentPairsWriter` or `prepare`. Its units are groups of images.
+    """`PairSource` that reads a directory written by `LatentPairsWriter` or `prepare`.
 
-    on_bad: what to do about a shard that is missing, truncated or different from the index. "refuse" raises; "skip"
-    warns and leaves out the shard's groups.
+    An item of a batch is a group: images of one prompt with all pairs of them. on_bad: what to do about a shard that is
+    missing, truncated or inconsistent with index.json. "refuse" raises; "skip" warns and leaves out the shard's pairs.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class LatentPairs(PairSource):
 class LatentPairsWriter:
     """Context manager that writes a new directory for `LatentPairs`. Leaving the `with` block completes the data set.
 
-    shard_size: images per shard of latents, and prompts per shard of text embeddings.
+    manifest: how latents and embeddings were encoded. shard_size: images or prompts per shard.
     """
 
     def __init__(self, directory: str | Path, manifest: PairManifest, *, shard_size: int = 1024) -> None:
@@ -159,10 +159,11 @@ class LatentPairsWriter:
         Args:
             latents: (n, C, H, W), scaled.
             prompt_embeds, pooled_prompt_embeds: (L, D) and (P,).
-            chosen, rejected: rows in `latents` of each pair's images; default: the single pair (0, 1).
-            label: probability that a rater prefers the chosen image, for each pair; default: 1.
+            chosen, rejected: indices in `latents` of the two images of each pair; default: one pair, (0, 1).
+            label: for each pair, the probability that a rater prefers the chosen image; default: 1.
 
-        Raises the errors of `PairBatch`, and ValueError for embeddings whose shape differs from earlier ones.
+        Raises TypeError or ValueError for invalid tensors (see `PairBatch`). The embeddings of all prompts must have
+        equal shapes.
         """
         check_prompts([prompt])
         text = prompt_embeds, pooled_prompt_embeds
@@ -195,7 +196,7 @@ class LatentPairsWriter:
             self._flush_latents(tuple(latents.shape[1:]))
 
     def close(self) -> None:
-        """Write the remaining shards, prompts.json, groups.safetensors and index.json."""
+        """Complete the data set: write the remaining shards, prompts.json, groups.safetensors and index.json."""
         if not self._groups:
             raise ValueError(f"no pairs were added to {self.directory}")
         if self._pending_text:

@@ -1,4 +1,4 @@
-"""Write mined pairs, and read them for training. `formats.mined` describes the files. Needs pyarrow (extra `data`)."""
+"""Write and read mined pairs, in the files that `formats.mined` describes. Needs pyarrow (extra `data`)."""
 
 import dataclasses
 import io
@@ -28,11 +28,11 @@ TENSORS = (*LATENTS, *_TEXT, *(f"negative_{name}" for name in _TEXT))
 
 @dataclasses.dataclass(frozen=True)
 class MinedPair:
-    """Two of the n images sampled for a prompt. Tensors may be on any device and of any floating dtype.
+    """Pair of images out of n that were generated for one prompt. Tensors may have any device and floating dtype.
 
-    index: number of the prompt. latents: (n, C, H, W), clean and scaled. scores: rewards of the n images.
-    chosen, rejected: indices of two of them. prompt_embeds: (L, D). pooled_prompt_embeds: (P,).
-    negative: both embeddings of the empty prompt; None if they are not stored.
+    index: index of the prompt. latents: (n, C, H, W), without noise, scaled. scores: rewards of the n images.
+    chosen, rejected: indices in `latents` of the pair's images. prompt_embeds: (L, D). pooled_prompt_embeds: (P,).
+    negative: the empty prompt's (prompt_embeds, pooled_prompt_embeds); None to store no embeddings of it.
     """
 
     prompt: str
@@ -47,9 +47,9 @@ class MinedPair:
 
 
 def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
-    """Write pairs to a parquet file, atomically. The same pairs give the same bytes.
+    """Write pairs to a parquet file, atomically. Equal pairs give equal bytes.
 
-    dtype: float32, float16 or bfloat16. Raises ValueError for values that are NaN or infinite in this dtype.
+    dtype: stored dtype, float32, float16 or bfloat16. Raises ValueError for values that are NaN or infinite in `dtype`.
     """
     parquet, rows = parquet_module(), [_row(pair, getattr(torch, dtype)) for pair in pairs]
     import pyarrow
@@ -61,7 +61,7 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
 
 
 def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining: Mapping[str, Any]) -> None:
-    """Write manifest.json, or check the existing one as `begin_or_resume` does. mining: JSON-serialisable settings."""
+    """Write manifest.json. Raises ValueError if it exists with other settings. mining: JSON-serialisable settings."""
     settings = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
     begin_or_resume(folder, MANIFEST, settings)
 
@@ -69,8 +69,8 @@ def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining:
 class MinedPairs(PairSource):
     """`PairSource` that reads a folder written by `recipes/mine_pairs.py`, or one parquet file written by verl-omni.
 
-    manifest: format and encoders of a single parquet file, which does not record them; ignored for a folder. Raises
-    ValueError or FileNotFoundError for files that are unreadable, missing or without pairs.
+    manifest: how the pairs were encoded. Required for a single parquet file; ignored for a folder, which has its own.
+    Raises ValueError or FileNotFoundError for files that are unreadable, missing or without pairs.
     """
 
     def __init__(self, path: str | Path, *, manifest: PairManifest | None = None, **order: Unpack[BatchOrder]) -> None:

@@ -1,7 +1,7 @@
 """Batches of preference pairs for a reward: M images, and N pairs of them that raters compared.
 
-A batch can hold plain pairs (M = 2 N, each image in one pair) and ranked lists (n images of one prompt with all their
-n (n - 1) / 2 pairs). Latents z of the VAE are scaled: `(z - shift_factor) * scaling_factor`.
+A batch can hold separate pairs (M = 2 N, each image in one pair) and ranked lists (n images of one prompt, which form
+n (n - 1) / 2 pairs). Scaled latents are `(z - shift_factor) * scaling_factor`, where z are the latents of the VAE.
 """
 
 import copy
@@ -24,16 +24,18 @@ EncodePrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class PairBatch:
-    """M images in G groups, and N pairs of images of one group. Images of a group share prompt, noise and sigma.
+    """Batch of N preference pairs of M images. The images form G groups; both images of a pair are in the same group.
+
+    The images of a group share the prompt. A reward adds the same noise at the same sigma to all images of a group.
 
     Args:
         latents: (M, C, H, W), scaled.
-        conditions: prompt and embeddings of each of the M images; the prompt is "" if its text is unknown.
+        conditions: prompt and text embeddings of each of the M images. An unknown prompt is "".
         chosen: (N,) int64, index in `latents` of each pair's preferred image.
-        rejected: (N,) int64, index in `latents` of each pair's other image.
-        label: (N,) float32 in [0, 1], probability that a rater prefers `chosen`.
-        group: (M,) int64 in [0, G), group of each image.
-        concepts: N names of what the images of a pair differ in, for evaluation; None if unknown.
+        rejected: (N,) int64, index in `latents` of each pair's rejected image.
+        label: (N,) float32 in [0, 1], probability that a rater prefers the chosen image.
+        group: (M,) int64 in [0, G), index of each image's group.
+        concepts: for each pair, the name of the property in which its images differ; None if unknown. Used to evaluate.
 
     Raises TypeError for a wrong dtype, and ValueError for inconsistent shapes or for indices or values out of range.
     """
@@ -57,7 +59,7 @@ class PairBatch:
         label: Sequence[float] | None = None,
         concepts: tuple[str, ...] | None = None,
     ) -> Self:
-        """Build a batch of N plain pairs. chosen, rejected: (N, C, H, W). conditions: N prompts. label: default 1."""
+        """Build a batch of N separate pairs. chosen, rejected: (N, C, H, W). conditions: of N prompts. label: default 1."""
         pairs, device = len(chosen), chosen.device
         rows = torch.arange(pairs, device=device)
         return cls(
@@ -114,24 +116,24 @@ class PairBatch:
 
     @property
     def group_prompts(self) -> tuple[str, ...] | None:
-        """Prompt of each of the G groups; None if no prompt is known."""
+        """Prompt of each of the G groups; None if all prompts are unknown."""
         by_group = dict(zip(self.group.tolist(), self.conditions.prompts, strict=True))
         return tuple(by_group[group] for group in range(self.num_groups)) if any(by_group.values()) else None
 
     def draw_noise(self, generator: torch.Generator) -> Tensor:
-        """Draw standard normal noise (M, C, H, W), float32, once per group. Return it on the latents' device."""
+        """Return standard normal noise, (M, C, H, W), float32. All images of a group get the same noise."""
         shape = (self.num_groups, *self.latents.shape[1:])
         noise = torch.randn(shape, generator=generator, device=generator.device)
         return noise.to(self.latents.device)[self.group]
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the batch on `device`. Its values are not checked again."""
+        """Return a copy of the batch on `device`."""
         # Copies to the CPU must block: values could be read before they arrive.
         non_blocking = torch.device(device).type == "cuda" and self.latents.device.type == "cpu"
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """Return the batch in page-locked memory, for asynchronous copies to a GPU."""
+        """Return a copy of the batch in page-locked memory, from which copies to a GPU are asynchronous."""
         return self._each(lambda part: part.pin_memory())
 
     def _each(self, change: Callable[[Any], Any]) -> Self:
@@ -143,9 +145,9 @@ class PairBatch:
 
 @dataclasses.dataclass(frozen=True)
 class WeightSample:
-    """Sample of a network's weights, to recognise the network. source: folder or hub id of the pipeline.
+    """A few weights of a network, which identify the network. source: folder or hub id of its pipeline.
 
-    tensors: number of tensors with two or more dimensions. values: first value of some of them.
+    tensors: number of the network's tensors with two or more dimensions. values: first value of some of these tensors.
     """
 
     source: str
@@ -156,13 +158,13 @@ class WeightSample:
         check_fields(self, "encoded_with")
 
     def same_weights(self, other: "WeightSample") -> bool:
-        """Return whether both samples come from the same weights. Values may differ by rounding to bfloat16."""
+        """Return whether both samples come from the same weights, up to rounding to bfloat16."""
         close = (math.isclose(a, b, rel_tol=2.0**-7, abs_tol=1e-6) for a, b in zip(self.values, other.values))
         return (self.tensors, len(self.values)) == (other.tensors, len(other.values)) and all(close)
 
 
 class EncodingFormat(Protocol):
-    """Encoding settings that `PairManifest` and a reward's config share."""
+    """Protocol of objects that hold encoding settings: `PairManifest` and the configs of rewards."""
 
     vae_scaling_factor: float
     vae_shift_factor: float
@@ -171,11 +173,11 @@ class EncodingFormat(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PairManifest:
-    """Encoding settings and encoders of the latents and text embeddings of a data set.
+    """Record of how the latents and text embeddings of a data set were encoded.
 
     Args:
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
-        encoded_with: folder of the pipeline, such as "vae" -> sample of the weights in it; may be empty.
+        encoded_with: for subfolders of the pipeline, such as "vae", a sample of the encoder's weights; may be empty.
     """
 
     vae_scaling_factor: float
@@ -188,7 +190,7 @@ class PairManifest:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Build a manifest from the output of `dataclasses.asdict`. Raises TypeError or ValueError if it is invalid."""
+        """Build a manifest from the dict of `dataclasses.asdict`. Raises TypeError or ValueError for invalid values."""
         samples = values.get("encoded_with", {})
         if not isinstance(samples, dict) or not all(isinstance(sample, dict) for sample in samples.values()):
             raise ValueError(f"manifest.encoded_with: got {samples!r:.60}; expected a sample of weights by name")
@@ -198,8 +200,8 @@ class PairManifest:
     def check_encoders(self, sample_of: Callable[[str], WeightSample | None]) -> list[str]:
         """Raise ValueError if the pairs were encoded with another VAE or text encoder than the model's.
 
-        sample_of: folder of the model's pipeline -> sample of the weights in it; None if they are unavailable.
-        Returns the folders whose weights are unavailable.
+        sample_of: function from a subfolder of the model's pipeline, such as "vae", to a sample of the weights in the
+        subfolder; None if the weights are unavailable. Returns the subfolders whose weights are unavailable.
         """
         unknown = []
         for name, written in self.encoded_with.items():
@@ -215,7 +217,7 @@ class PairManifest:
         return unknown
 
     def check(self, expected: EncodingFormat) -> None:
-        """Raise ValueError unless the pairs were encoded with the settings in `expected`."""
+        """Raise ValueError unless the pairs were encoded with the scaling, shift and text length in `expected`."""
         for name in ("vae_scaling_factor", "vae_shift_factor", "text_length"):
             wanted = getattr(expected, name)
             if abs(vars(self)[name] - wanted) > 1e-6:

@@ -1,8 +1,8 @@
-"""Plan of the encoding: the pairs to encode, their image sizes and their files. Depends on data and settings only.
+"""Plan which pairs to encode, at which image size and into which file, from the data and the settings only. Torch-free.
 
-A bucket is an image size. Each image is resized, without cropping, to the bucket with the nearest log area among the
-buckets whose log aspect ratio differs from the image's by at most a tolerance. The published training data of DiNa-LRM
-used the buckets PUBLISHED and a tolerance of 0.03. Torch-free.
+A bucket is a target image size. An image fits a bucket if their log aspect ratios differ by at most a tolerance. Each
+image is resized, without cropping, to the fitting bucket with the nearest log area. The published training data of
+DiNa-LRM used the 13 sizes in PUBLISHED and a tolerance of 0.03.
 """
 
 import collections
@@ -32,7 +32,7 @@ SAME_ASPECT = 0.05
 
 
 def parse_buckets(text: str) -> tuple[Size, ...]:
-    """Parse the option `buckets`: `published`, `area:SIDE` (see `by_area`), or sizes `HEIGHTxWIDTH,HEIGHTxWIDTH`."""
+    """Return the sizes that an option names: published, area:SIDE (see `by_area`) or HEIGHTxWIDTH,HEIGHTxWIDTH,..."""
     if text == "published":
         return PUBLISHED
     if match := re.fullmatch(r"area:(\d{1,5})", text):
@@ -52,7 +52,10 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """Return (side, side) and, for each shorter side, both orientations of the longest rectangle of no more area."""
+    """Return (side, side) and the largest rectangles of at most its area, one per shorter side and orientation.
+
+    Sides are multiples of 64 (STEP), and the longer side is at most twice (MAX_ASPECT) the shorter side.
+    """
     if side < STEP or side % STEP:
         raise ValueError(f"buckets: got area:{side}; expected a positive multiple of {STEP}")
     sizes = {(side, side)}
@@ -69,9 +72,10 @@ def nearest_bucket(size: Size, buckets: Sequence[Size], tolerance: float) -> Siz
 
 
 def bucket_of_pair(one: Size, other: Size, buckets: Sequence[Size], tolerance: float) -> Size | None:
-    """Return the bucket that both images of a pair are resized to; None if there is none.
+    """Return the size that both images of a pair are resized to, out of `buckets`; None if no size suits both images.
 
-    If the images have different buckets but almost equal aspect ratios (SAME_ASPECT), use the smaller image's bucket.
+    Images with different buckets can still form a pair if their aspect ratios differ by less than 5% (SAME_ASPECT).
+    Both images are then resized to the bucket of the smaller image.
     """
     found = [nearest_bucket(size, buckets, tolerance) for size in (one, other)]
     differ = abs(math.exp(_log_aspect(one) - _log_aspect(other)) - 1) >= SAME_ASPECT
@@ -89,7 +93,7 @@ def _log_area(size: Size) -> float:
 
 
 class Dropped:
-    """Counts of the pairs that were left out, by reason, with up to five messages for each reason."""
+    """Counter of the pairs that were left out, by reason, with up to five messages per reason."""
 
     def __init__(self, on_bad: str) -> None:
         self.on_bad = on_bad
@@ -97,7 +101,7 @@ class Dropped:
         self.named: dict[str, list[str]] = {}
 
     def drop(self, reason: str, message: str | None = None, pairs: int = 1) -> None:
-        """Count `pairs` that a filter leaves out."""
+        """Add `pairs` to the number of pairs that were left out for `reason`."""
         self.counts[reason] += pairs
         named = self.named.setdefault(reason, [])
         if message is not None and len(named) < 5:
@@ -109,7 +113,7 @@ class Dropped:
         return "\n".join(lines) or "no pair was left out"
 
     def bad(self, reason: str, message: str, pairs: int = 1) -> None:
-        """Count `pairs` that cannot be used, or raise ValueError if on_bad is "refuse"."""
+        """Add `pairs` to the number of unusable pairs for `reason`. Raises ValueError if on_bad is "refuse"."""
         if self.on_bad == "refuse":
             raise ValueError(f"{message}. To leave out such pairs and have them counted: --on_bad skip")
         self.drop(reason, message, pairs)
@@ -117,10 +121,10 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Images of one prompt and size that are stored side by side, and their pairs.
+    """Images of one prompt and one size, stored in adjacent rows, and the pairs that the images form.
 
-    images: indices in the data set's list of images. pairs: (chosen, rejected, label); chosen and rejected are
-    positions in `images`.
+    images: indices of the images in the data set's list of images. pairs: (chosen, rejected, label) of each pair, where
+    chosen and rejected are positions in the tuple `images`.
     """
 
     prompt: str
@@ -130,14 +134,14 @@ class Group:
 
     @classmethod
     def of(cls, prompt: str, size: Size, pairs: Sequence[tuple[int, int, float]]) -> "Group":
-        """Build a group from pairs whose chosen and rejected are indices in the data set's list of images."""
+        """Build a group from (chosen, rejected, label) of each pair, with indices in the data set's list of images."""
         images = tuple(dict.fromkeys(image for pair in pairs for image in pair[:2]))
         rows = {image: row for row, image in enumerate(images)}
         labelled = ((rows[chosen], rows[rejected], label) for chosen, rejected, label in pairs)
         return cls(prompt, size, images, tuple(labelled))
 
     def without(self, bad: Mapping[int, object]) -> "Group | None":
-        """Remove pairs with a `bad` image, then images in no pair. Return the rest; None if no pair is left."""
+        """Return the group without the pairs of `bad` images and without unpaired images; None if no pair is left."""
         gone = {row for row, image in enumerate(self.images) if image in bad}
         pairs = [pair for pair in self.pairs if gone.isdisjoint(pair[:2])]
         kept = sorted({row for pair in pairs for row in pair[:2]})
@@ -147,7 +151,7 @@ class Group:
 
 
 def filter_pairs(pairs: Iterable[Preference], config: FilterConfig, dropped: Dropped) -> list[Preference]:
-    """Return the pairs that pass the filters for ties, votes, confidence and scores. The others are counted."""
+    """Return the pairs that pass the filters for ties, votes, confidence and scores. Count all others in `dropped`."""
     pairs = list(pairs)
     reasons = [_objection(pair, config) for pair in pairs]
     for reason in filter(None, reasons):
@@ -177,9 +181,10 @@ def _objection(pair: Preference, config: FilterConfig) -> str | None:
 def plan_groups(
     pairs: Sequence[Preference], sizes: Mapping[ImageRef, tuple[int, Size | str]], run: PrepareRun, dropped: Dropped
 ) -> list[Group]:
-    """Return the groups to encode. Images are assigned the size of their bucket; stored latents keep their size.
+    """Return the groups of images to encode, each with the size that its images are resized to.
 
-    sizes: image -> (index, size). The size is (height, width), or a message if the image cannot be read.
+    Stored latents keep their size. sizes: for each image, (index in the data set's list of images, size). The size is
+    (height, width) in pixels, or an error message if the image cannot be read.
     """
     buckets, kept = parse_buckets(run.buckets), []
     for pair in pairs:
@@ -219,7 +224,7 @@ def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Drop
 
 
 def plan_shards(groups: Iterable[Group], shard_size: int) -> list[list[Group]]:
-    """Return the groups of each file. A file has one size and at most `shard_size` images, or one larger group."""
+    """Return the groups of each file. A file has images of one size, at most `shard_size` unless it has one group."""
     by_size: dict[Size, list[Group]] = {}
     for group in groups:
         by_size.setdefault(group.size, []).append(group)

@@ -1,16 +1,16 @@
-"""Encode preference pairs of images into a directory for `LatentPairs`. Resumes at any point, on any number of ranks.
+"""Encode preference pairs of images into a directory for `LatentPairs`. A stopped run resumes on any number of ranks.
 
 In addition to the files listed in `data.latent_pairs`, the directory holds
 
-    prepared.json             digest of the source, and the settings; a resumed run must have the same
+    prepared.json             hash of the source, and the settings; a resumed run must match both
     parts/sizes-00000.json    (height, width) of each image of the source, or a message if it cannot be read
-    parts/text-00000.json     record of the shard text-00000.safetensors: hash, size in bytes, prompts not encoded
-    parts/latents-00000.json  record of the shard latents-00000.safetensors: hash, size in bytes, images not encoded
+    parts/text-00000.json     record of the shard text-00000.safetensors: hash, size in bytes, prompts that failed
+    parts/latents-00000.json  record of the shard latents-00000.safetensors: hash, size in bytes, images that failed
     summary.json              counts of what was read, stored and left out
 
-Each shard is written atomically, and its record after it. A shard whose size is as recorded is not written again. The
-content of a shard depends only on the source, the settings and its number, so any rank can write it. index.json is
-written last, when all shards exist.
+Each shard is written atomically, and then its record. A resumed run does not write a shard again if the shard matches
+its record. The content of a shard depends only on the source, the settings and the number of the shard, so any rank can
+write it. index.json is written last, when all shards exist.
 """
 
 import dataclasses
@@ -47,11 +47,11 @@ SIZES = 4096
 
 
 class Preparation:
-    """Preparation of encoded pairs in `folder`, as one rank runs it.
+    """One rank's part in encoding the pairs of `run.source` into `folder`.
 
-    All ranks call `measure`, `plan`, `encode_text` and `encode_latents`, with a barrier after each; then one rank calls
-    `finish`. manifest: settings of the encoders. in_order: result of `workers.worker_processes`. Raises the errors of
-    `begin_or_resume` and `read_preferences`.
+    All ranks must call `measure`, `plan`, `encode_text` and `encode_latents`, with a barrier after each call. One rank
+    must then call `finish`. manifest: how the encoders encode. in_order: what `workers.worker_processes` yields.
+    Raises ValueError or OSError for an unreadable source, or a folder that holds other files or other settings.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Preparation:
         }
 
     def measure(self) -> None:
-        """Record the size of every image, read from its file header. Nothing to do for the released layout."""
+        """Write the sizes of this rank's share of the images, read from file headers. Not for the released layout."""
         if self.layout == "released":
             return
         starts = range(self.rank * SIZES, len(self.refs), self.world * SIZES)
@@ -104,7 +104,7 @@ class Preparation:
             write_atomically(self._part_file("sizes", start // SIZES), json.dumps(sizes))
 
     def plan(self) -> None:
-        """Assign groups and prompts to shards. Every rank computes the same plan."""
+        """Assign each group of images and each prompt to a shard. Every rank computes the same plan."""
         if self.layout == "released":  # chosen and rejected of each pair in turn, none of them twice
             sizes = [tuple(8 * side for side in pair.shape[1:]) for pair in self.pairs for _ in range(2)]
         else:
@@ -120,7 +120,7 @@ class Preparation:
         self.prompts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
     def encode_text(self, encode: EncodePrompts) -> None:
-        """Write this rank's share of the text shards. Each distinct prompt is encoded once."""
+        """Write this rank's share of the shards of text embeddings. Each distinct prompt is encoded once."""
         mine = self._missing("text", len(self.prompts))
         for number in tqdm(mine, "text", unit=f" {self.run.prompts_per_shard} prompts", disable=self.rank > 0):
             prompts = self.prompts[number]
@@ -132,7 +132,7 @@ class Preparation:
             self._write("text", number, tensors, bad, count=int(finite.sum()))
 
     def encode_latents(self, encode: EncodeImages) -> None:
-        """Write this rank's share of the latent shards."""
+        """Write this rank's share of the shards of latents."""
         mine = self._missing("latents", len(self.shards))
         wanted = {n: list(dict.fromkeys(image for group in self.shards[n] for image in group.images)) for n in mine}
         images = ((self.refs[image], self.shards[number][0].size) for number in mine for image in wanted[number])
@@ -156,7 +156,7 @@ class Preparation:
     def _encode_batch(
         self, pixels: dict[int, np.ndarray | str], encode: EncodeImages, bad: dict[int, str]
     ) -> dict[int, Tensor]:
-        """Return image index -> latents. Add a message to `bad` for each image that is unreadable or not finite."""
+        """Return latents by image index. Add a message to `bad` for each image that is unreadable or has NaN latents."""
         bad |= {image: found for image, found in pixels.items() if isinstance(found, str)}
         pixels = {image: found for image, found in pixels.items() if not isinstance(found, str)}
         if not pixels:
@@ -170,7 +170,7 @@ class Preparation:
         return latents
 
     def finish(self) -> None:
-        """Write summary.json, prompts.json, groups.safetensors and index.json, once all shards exist."""
+        """Write summary.json, prompts.json, groups.safetensors and index.json. All shards must exist."""
         prompt_rows, text = self._text_rows()
         groups, pairs, latents = [], [], []
         for number, planned in enumerate(self.shards):
@@ -211,7 +211,7 @@ class Preparation:
             path.unlink()
 
     def _text_rows(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
-        """Return a dict prompt -> row in the text shards, and the descriptions of these shards for index.json."""
+        """Return each prompt's row in the text shards, and the entries of index.json for the text shards."""
         kept, parts = [], [self._part("text", number) for number in range(len(self.prompts))]
         for prompts, part in zip(self.prompts, parts, strict=True):
             kept += [prompt for row, prompt in enumerate(prompts) if str(row) not in part["bad"]]
@@ -232,13 +232,13 @@ class Preparation:
         return json.loads(self._part_file("sizes", start // SIZES).read_text(encoding="utf-8"))
 
     def _is_measured(self, start: int) -> bool:
-        """Return whether a file of sizes is complete. With on_bad "refuse", unreadable images are tried again."""
+        """Return whether the file of image sizes is complete. If on_bad is "refuse", unreadable images are missing."""
         if not self._part_file("sizes", start // SIZES).is_file():
             return False
         return self.run.on_bad == "skip" or not any(isinstance(size, str) for size in self._sizes(start))
 
     def _missing(self, kind: str, count: int) -> list[int]:
-        """Return the numbers of the shards that this rank still has to write, every world-th of all shards."""
+        """Return the numbers of the shards that this rank still has to write. Rank r has shards r, r + world, ..."""
         return [number for number in range(self.rank, count, self.world) if not self._is_done(kind, number)]
 
     def _is_done(self, kind: str, number: int) -> bool:
@@ -259,7 +259,7 @@ class Preparation:
         return text_digest(json.dumps([(group.prompt, group.size, images, group.pairs) for group, images in named]))
 
     def _write(self, kind: str, number: int, tensors: dict[str, Tensor], bad: dict[int, str], **facts: int) -> None:
-        """Write a shard and its record. Raises ValueError if `bad` is not empty and on_bad is "refuse"."""
+        """Write a shard and its record. Raises ValueError if on_bad is "refuse" and `bad` lists failures."""
         if bad and self.run.on_bad == "refuse":
             self.dropped.bad("", next(iter(bad.values())))
         name = f"{kind}-{number:05d}.safetensors"

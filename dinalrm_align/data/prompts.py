@@ -16,7 +16,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def read_prompts(path: Path) -> list[str]:
     """Read a UTF-8 text file with one prompt per line. Blank lines are skipped.
 
-    Raises FileNotFoundError, or ValueError if it is not UTF-8, is empty, or has a line of more than MAX_CHARACTERS.
+    Raises FileNotFoundError, or ValueError if the file is not UTF-8, is empty, or has a line of over 10,000 characters.
     """
     text = read_text(path, "prompt file", "a text file with one prompt per line")
     for number, line in enumerate(text.split("\n"), start=1):
@@ -31,9 +31,9 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_captioned_images(folder: Path) -> tuple[list[Image.Image], list[str]]:
-    """Read all images NAME.png (.jpg, .jpeg, .webp) of a folder and their captions NAME.txt, sorted by name.
+    """Read all images NAME.png (.jpg, .jpeg, .webp) of a folder and the captions NAME.txt, sorted by name.
 
-    Returns RGB images and captions. Raises FileNotFoundError or ValueError if one is missing, empty or unreadable.
+    Returns (RGB images, captions). Raises FileNotFoundError or ValueError for a missing, empty or unreadable file.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; expected one with images NAME.png and captions NAME.txt")
@@ -47,9 +47,9 @@ def read_captioned_images(folder: Path) -> tuple[list[Image.Image], list[str]]:
 def prompt_indices(
     count: int, batch_size: int, micro_step: int, *, seed: int, rank: int = 0, num_processes: int = 1
 ) -> list[int]:
-    """Return the indices, out of `count`, of the `batch_size` prompts that process `rank` uses at a micro-step.
+    """Return which `batch_size` of `count` prompts the process `rank` uses at a micro-step, as indices.
 
-    The ranks together use every prompt once per epoch. Each epoch has a new random order, which depends on the seed.
+    All ranks together use every prompt once per epoch. Each epoch has a new random order, which depends on the seed.
     """
     first = (micro_step * num_processes + rank) * batch_size
     epochs = range(first // count, (first + batch_size - 1) // count + 1)

@@ -1,8 +1,8 @@
 """Train on parquet files in DiNa-LRM's released layout (`formats.released`) without converting them.
 
 Latents are read from the files, and prompts are encoded at every step. Parquet decompresses whole row groups, so row
-groups are visited in random order, and rows are shuffled within a few row groups at a time. For a full shuffle and
-stored text embeddings, convert the folder with `recipes/prepare_pairs.py`.
+groups are visited in random order, and the rows of four row groups at a time are shuffled together. For a full shuffle
+and stored text embeddings, convert the folder with `recipes/prepare_pairs.py`.
 """
 
 import functools
@@ -26,10 +26,10 @@ from dinalrm_align.train.files import reading
 
 
 class ReleasedPairs(PairSource):
-    """`PairSource` that reads a folder of part_rank*.parquet: all rows, or those in bucket_index.csv if it exists.
+    """`PairSource` that reads a folder of part_rank*.parquet: those rows that bucket_index.csv lists if it exists.
 
-    manifest: encoding settings of the latents and of `encode_prompts`.
-    on_bad: what to do about a file or row that cannot be read. "refuse" raises; "skip" warns and leaves it out.
+    manifest: how the latents were encoded and how `encode_prompts` encodes prompts.
+    on_bad: what to do about unreadable files and rows. "refuse" raises; "skip" warns and leaves them out.
     """
 
     reads_files_only = False

@@ -1,4 +1,4 @@
-"""Read, check and write the files of a directory of latent pairs (`data.latent_pairs`).
+"""Read, check and write the files of a directory of encoded pairs. `data.latent_pairs` describes the files.
 
 Row counts and shapes are compared across files when the directory is opened, so that an incomplete or inconsistent data
 set fails before training starts.
@@ -27,12 +27,15 @@ GROUP_COLUMNS = ("prompt", "shard", "first", "pictures", "first_pair", "pairs")
 PAIR_COLUMNS = ("chosen", "rejected", "label", "concept")
 LATENTS = {"latents": 4}
 TEXT = {"prompt_embeds": 3, "pooled_prompt_embeds": 2}
-"""Tensors in a text shard -> number of dimensions; LATENTS for a latent shard."""
+"""Number of dimensions of each tensor in a shard of text embeddings; LATENTS in a shard of latents."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Description of a shard in index.json. count: rows. height, width: of latents. sha256: hash of the file, or ""."""
+    """Entry of index.json for one safetensors file of latents or text embeddings. count: number of rows.
+
+    height, width: size of the latents; 0 for text embeddings. sha256: hash of the file; "" if not recorded.
+    """
 
     file: str
     count: PositiveInt
@@ -79,7 +82,7 @@ def read_index(directory: Path) -> Index:
 
 
 def read_prompt_list(directory: Path, index: Index) -> list[str]:
-    """Read prompts.json. Return the distinct prompts, one per row of the text shards."""
+    """Return the distinct prompts in prompts.json. Prompt i belongs to row i of the text shards."""
     path = directory / "prompts.json"
     prompts = parse_json(read_text(path, "file"), str(path))
     rows = sum(shard.count for shard in index.text)
@@ -90,7 +93,7 @@ def read_prompt_list(directory: Path, index: Index) -> list[str]:
 
 
 class RowFile:
-    """Reader of single rows of the tensors in a safetensors file. It may be used in threads and forked processes."""
+    """Reader of rows of the tensors in a safetensors file, for use in threads and forked processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,9 +101,9 @@ class RowFile:
         self._inode, self._size = found.st_ino, found.st_size  # a file replaced under this name has another inode
 
     def read(self, name: str, first: int, count: int = 1) -> Tensor:
-        """Return `count` rows of the tensor `name` from row `first`, as a view of the mapped file.
+        """Return `count` rows of the tensor `name`, starting at row `first`, as a view of the memory-mapped file.
 
-        Raises OSError if the file was truncated, because accessing a view beyond its end would kill the process.
+        Raises OSError if the file was truncated, because a view beyond the end of the file would crash the process.
         """
         size = self.path.stat().st_size
         if size < self._size:
@@ -114,7 +117,7 @@ def _opened(path: Path, inode: int) -> Any:
 
 
 def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFile:
-    """Open a shard and check its tensors against the index. tensors: names -> numbers of dimensions."""
+    """Open a shard and check it against the entry `shard` of index.json. tensors: number of dimensions by name."""
     path = directory / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")
@@ -133,7 +136,7 @@ def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFil
 
 
 def read_columns(directory: Path, index: Index) -> dict[str, Tensor]:
-    """Read the columns of groups.safetensors. Raises ValueError for an index or label that is out of range."""
+    """Return the columns of groups.safetensors by name. Raises ValueError for an index or label out of range."""
     path = directory / "groups.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected it beside index.json")
@@ -183,8 +186,8 @@ def write_tables(
 ) -> None:
     """Write groups.safetensors, then index.json.
 
-    groups: GROUP_COLUMNS of each group. pairs: PAIR_COLUMNS of each pair. shards: "latents" and "text" -> fields of
-    each `Shard`.
+    groups: a dict with the keys GROUP_COLUMNS for each group of images. pairs: (chosen, rejected, label, concept) of
+    each pair. shards: the lists "latents" and "text", with the fields of a `Shard` as a dict for each file.
     """
     columns = {name: torch.tensor([group[name] for group in groups]) for name in GROUP_COLUMNS}
     columns |= {name: torch.tensor(column) for name, column in zip(PAIR_COLUMNS, zip(*pairs, strict=True), strict=True)}
@@ -194,7 +197,7 @@ def write_tables(
 
 
 def write_if_changed(path: Path, content: str | bytes) -> None:
-    """Write a file atomically unless it already has this content."""
+    """Write `content` to a file atomically, unless the file already holds exactly `content`."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     if not path.is_file() or path.read_bytes() != data:
         write_atomically(path, data)

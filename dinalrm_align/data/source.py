@@ -1,4 +1,4 @@
-"""Open preference pairs in any layout; encode pairs of images with a pipeline's VAE and text encoders."""
+"""Open preference pairs in any layout, and encode images and prompts with a pipeline's VAE and text encoders."""
 
 import functools
 import warnings
@@ -33,7 +33,7 @@ VALUES = 16
 
 
 class Encoders:
-    """VAE (float32) and text encoders (`dtype`) of a pipeline, loaded on first use. source: folder or hub id."""
+    """VAE (float32) and text encoders (`dtype`) of the pipeline `source` (folder or hub id), loaded on first use."""
 
     def __init__(self, source: str | Path, *, text_length: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.source, self.device = source, device
@@ -49,14 +49,14 @@ class Encoders:
         return encode_images(self.vae, images)
 
     def manifest(self, *, weights: bool = False) -> PairManifest:
-        """Return the manifest of pairs encoded with these encoders. weights: include samples of the weights."""
+        """Return the manifest of pairs that `self` encodes. weights: whether to include samples of the weights."""
         vae, names = self.vae.config, ENCODERS if weights else ()
         samples = {name: found for name in names if (found := self.weights(name))}
         return PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, self.encode_prompts.text_length, samples)
 
     @functools.cache  # noqa: B019  one object per program
     def weights(self, name: str) -> WeightSample | None:
-        """Return `sample_weights` for a folder in ENCODERS, computed once."""
+        """Return a sample of the weights in the subfolder `name`, such as "vae". The sample is computed once."""
         return sample_weights(self.source, name)
 
 
@@ -75,13 +75,13 @@ def open_pairs(
         path: a jsonl of images; a directory of latents; a folder of mined pairs or one parquet file of them; or a
             folder in the released layout.
         expected: encoding settings of the model: a reward's config or `Encoders.manifest()`.
-        encoders: encode images and prompts that are not stored encoded. Stored pairs without a record of their encoders
-            are assumed to be encoded with these.
-        size: (height, width) in pixels to which images of a jsonl are cropped and resized.
-        on_bad: "skip" leaves out latents that cannot be read, with a warning; "refuse" raises.
+        encoders: encoders of the images and prompts that are stored without encoding. If stored latents come without a
+            record of how they were encoded, `encoders` are assumed to have encoded them.
+        size: (height, width) in pixels to which images of a jsonl are resized and cropped.
+        on_bad: what to do about latents that cannot be read. "refuse" raises; "skip" warns and leaves them out.
 
-    Raises ValueError for pairs encoded with other settings or with another VAE or text encoder; warns if the model's
-    weights are not on this machine, so that they cannot be compared.
+    Raises ValueError if the pairs were encoded with settings, a VAE or text encoders that differ from the model's.
+    Warns if the model's weights are not on this machine, because VAE and text encoders cannot be compared then.
     """
     path = Path(path)
     layout = {".parquet": "mined", ".jsonl": "jsonl"}.get(path.suffix) or folder_layout(path)
@@ -106,9 +106,10 @@ def open_pairs(
 
 
 class ImagePairs(PairSource):
-    """`PairSource` that reads a jsonl of image paths, relative to the file, and encodes the images during training.
+    """`PairSource` that reads image paths from a jsonl, and encodes the images during training.
 
-    manifest: encoding settings of `encode_images` and `encode_prompts`. size: (height, width) of the images, in pixels.
+    Paths are relative to the folder of the jsonl. manifest: how `encode_images` and `encode_prompts` encode.
+    size: (height, width) in pixels to which images are resized and cropped.
     Raises ValueError for an invalid record and FileNotFoundError for a missing image.
     """
 
@@ -159,11 +160,11 @@ def load_image(path: Path, height: int, width: int) -> Tensor:
 
 
 def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
-    """Return a sample of the weights in `folder` of a pipeline; None if they are not on this machine.
+    """Return a sample of the weights in the subfolder `folder` of a pipeline; None if they are not on this machine.
 
-    source: folder or hub id of the pipeline. Of the tensors with two or more dimensions, sorted by name, VALUES evenly
-    spaced ones are taken, and the first value of each is stored. Variants (model.fp16.safetensors) are ignored. Raises
-    ValueError for a file that is not in safetensors format.
+    The tensors with two or more dimensions are sorted by name. The sample holds the first value of up to 16 (VALUES) of
+    them, evenly spaced. Files of variants, such as model.fp16.safetensors, are ignored. source: folder or hub id of the
+    pipeline. Raises ValueError for an invalid safetensors file.
     """
     try:
         root = fetch(source, ["*"], subfolder=folder, local_files_only=True)

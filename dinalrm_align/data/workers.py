@@ -15,12 +15,12 @@ from dinalrm_align.data.formats.released import load_latent
 
 InOrder = Callable[[Callable[..., Any], Iterable[tuple]], Iterator[Any]]
 """(function, arguments of each call) -> results in the order of the calls. The result of a call that fails with
-ValueError or OSError is the message, a str. A call whose first argument is a str (an earlier failure) returns it."""
+ValueError or OSError is the message, a str. A call whose first argument is a str (an earlier failure) returns the str."""
 
 
 @contextmanager
 def worker_processes(number: int) -> Iterator[InOrder]:
-    """Start `number` processes and yield an `InOrder` that runs calls in them. 0: run each call in this process."""
+    """Yield a function that runs calls in `number` worker processes (see `InOrder`), or in this process if 0."""
     if number == 0:
         yield lambda function, calls: (_call(function, *call) for call in calls)
         return
@@ -43,7 +43,7 @@ def worker_processes(number: int) -> Iterator[InOrder]:
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the function's result, or the message of its ValueError or OSError."""
+    """Call a function. Return its result, or the error message if it raises ValueError or OSError."""
     try:
         return function(*arguments)
     except (ValueError, OSError) as error:
@@ -51,7 +51,7 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def sized_latent(source: bytes, size: tuple[int, int], name: str) -> np.ndarray:
-    """Load latents with `load_latent`. Raises ValueError unless they belong to an image of size (height, width)."""
+    """Load latents from a .npy file's bytes. Raises ValueError unless the image size is `size`, (height, width)."""
     latents = load_latent(source, name)
     if (8 * latents.shape[1], 8 * latents.shape[2]) != tuple(size):
         raise ValueError(f"{name}: got latents {latents.shape}; expected those of {size[0]} x {size[1]} pixels")

@@ -6,14 +6,14 @@
                  ImageReward, HPDv2's test set
     pickapic     parquet of caption, jpg_0, jpg_1, label_0 (1, 0, or 0.5 for a tie), has_label
     genai_bench  parquet of prompt, left_image, right_image, vote_type
-    jsonl        one {prompt, chosen, rejected} per line, paths; optional: label in [0, 1], votes [chosen, rejected],
-                 confidence, scores {name: [chosen, rejected]}, concept
+    jsonl        one {prompt, chosen, rejected} per line, where chosen and rejected are image paths; optional fields:
+                 label in [0, 1], votes [chosen, rejected], confidence, scores {name: [chosen, rejected]}, concept
     released     DiNa-LRM's parquet of latents (`formats.released`)
-    mined        parquet of latents by recipes/mine_pairs.py or verl-omni (`formats.mined`)
-    latents      safetensors shards by recipes/prepare_pairs.py (`data.shards`)
+    mined        parquet of latents, written by recipes/mine_pairs.py or verl-omni (`formats.mined`)
+    latents      safetensors shards, written by recipes/prepare_pairs.py (`data.shards`)
 
-pickapic and genai_bench are also read from JSON with image paths in place of images. Readers open no images. All are
-torch-free, except that of latents.
+The readers of pickapic and genai_bench also accept JSON files with image paths in place of the image columns. No reader
+opens images. Only the reader of the layout `latents` needs torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ from dinalrm_align.data.formats.rows import read_records, table_rows
 
 
 def _latent_rows(folder: Path, bad: Bad) -> Iterator[Row]:
-    """Yield a `Row` for each group of images. Its fields are the prompt, the pairs and the names of all concepts."""
+    """Yield a `Row` for each group of images of one prompt, with the prompt, the pairs and all concept names."""
     from dinalrm_align.data.shards import GROUP_COLUMNS, PAIR_COLUMNS, read_columns, read_index, read_prompt_list
 
     index = read_index(folder)
@@ -69,11 +69,11 @@ def read_preferences(
     """Yield every pair of a data set, in stored order.
 
     Args:
-        source: a file, a folder, or (for JSON and parquet of images) several files.
-        layout: a name in LAYOUTS.
-        bad: called with a reason and a message for each record or file that cannot be read. The record or file is then
-            skipped, unless `bad` raises, as it does by default.
-        strict: also treat blank prompts and pairs of an image with itself as bad. False for test sets.
+        source: a file, a folder, or a list of parquet files of images.
+        layout: layout of `source`, such as "hpdv3". LAYOUTS holds all names.
+        bad: function called with (reason, message) for each record or file that cannot be read. The default raises
+            ValueError. If `bad` returns, the record or file is skipped.
+        strict: whether to call `bad` also for blank prompts and for pairs of an image with itself.
 
     Raises FileNotFoundError or ValueError for an unreadable JSON file, and ImportError for parquet without pyarrow.
     """
@@ -89,13 +89,13 @@ def read_preferences(
 
 
 def folder_layout(folder: Path) -> str:
-    """Return the layout of a folder, recognised by file names: released, mined or latents, otherwise pickapic."""
+    """Return the layout of a folder: released, mined or latents if it has their files, otherwise pickapic."""
     names = {"released": "part_rank*.parquet", "mined": mined.MANIFEST, "latents": "index.json"}
     return next((layout for layout, name in names.items() if any(folder.glob(name))), "pickapic")
 
 
 def find_layout(source: Path) -> str:
-    """Return the layout of a folder or file, recognised by names and first record. Raises ValueError if unknown."""
+    """Detect the layout of a folder or file from file names or the first JSON record. Raises ValueError if unknown."""
     if source.is_dir():
         return folder_layout(source)
     if source.suffix in (".parquet", ".jsonl"):

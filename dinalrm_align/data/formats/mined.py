@@ -1,21 +1,21 @@
-"""Mined pairs in parquet files with the columns that verl-omni's offline DPO reads. Torch-free.
+"""Read mined pairs: generated images that a reward ranked, in the columns of verl-omni's offline DPO. Torch-free.
 
-    manifest.json                 format, encoding of latents and embeddings, settings of the mining, number of shards
+    manifest.json                 format, encoding of latents and embeddings, mining settings, number of parquet files
     pairs/pairs-00000.parquet     one row per pair, one row per row group
 
 Each cell of a tensor column holds the bytes that `torch.save` writes for one tensor, without a batch axis:
 
-    img_win_latents, img_lose_latents (C, H, W)      clean and scaled, as the transformer's input
+    img_win_latents, img_lose_latents (C, H, W)      without noise; scaled as the transformer's input
     prompt_embeds (L, D), pooled_prompt_embeds (P,)
     prompt_embeds_mask (L,) int32                    all ones, since SD3 does not mask tokens
     negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask
-                                                     the same for the empty prompt; null if it was not stored
+                                                     as above, for the empty prompt; null if not stored
 
-Other columns: prompt and negative_prompt (chat messages of one user), win_score and lose_score (float64), uid,
-data_source, reward_model, and extra_info (raw_prompt, raw_negative_prompt, index of the prompt, num_candidates,
-win_candidate, lose_candidate, candidate_scores). The image paths img_win and img_lose are empty: verl-omni's reader
-(verl_omni/utils/dataset/offline_dpo_dataset.py) requires these columns but opens no images. To train there, set
-`data.train_files=FOLDER/pairs`.
+Columns without tensors: prompt and negative_prompt (each a list of one chat message), win_score and lose_score
+(float64), uid, data_source, reward_model, and extra_info (raw_prompt, raw_negative_prompt, index of the prompt,
+num_candidates, win_candidate, lose_candidate, candidate_scores). The image paths img_win and img_lose are empty.
+verl-omni's reader (verl_omni/utils/dataset/offline_dpo_dataset.py) requires both columns but opens no images. To train
+with verl-omni, set `data.train_files=FOLDER/pairs`.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Return the parquet files of a folder, or [path] for a single file. Raises FileNotFoundError if one is missing."""
+    """Return the parquet files of a folder, or [path] for a parquet file. Raises FileNotFoundError for a missing file."""
     if path.suffix == ".parquet":
         if not path.is_file():
             raise FileNotFoundError(f"no parquet file {path}")

@@ -1,7 +1,7 @@
-"""Convert records of pairs of images to `Preference`s (`formats` lists the layouts). Torch-free.
+"""Convert records of published data sets of images, such as HPDv3, to `Preference`s. Torch-free.
 
-The two images keep their published order, so `label` is 0 where raters prefer the second one. A converter raises
-KeyError, TypeError or ValueError for an invalid record.
+`formats` describes the layouts. Both images keep their published order, so `label` is 0 if raters prefer the second
+image. Each converter raises KeyError, TypeError or ValueError for an invalid record.
 """
 
 import itertools

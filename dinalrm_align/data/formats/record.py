@@ -1,4 +1,4 @@
-"""`Preference`, the pair that every reader yields, and its validation. Torch-free."""
+"""Define and validate `Preference`, the pair of images or latents that every reader yields. Torch-free."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,11 +9,11 @@ MAX_CHARACTERS = 10_000
 
 Bad = Callable[[str, str], None]
 """Function called for each invalid record with (reason, message): the reason is a category for counts, and the message
-names the record. It may raise."""
+names the record. The function may raise."""
 
 
 class Cell(NamedTuple):
-    """Location of an image or latent inside a file. row: index within its row group (parquet) or file (safetensors)."""
+    """Location of an image or latent in a file. row: index in the parquet row group or in the safetensors tensor."""
 
     file: str
     row_group: int
@@ -30,7 +30,11 @@ ImageRef = str | Cell
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Raw record. where: name in error messages. number: index over all files. cell: location; None in JSON files."""
+    """Record of preference data, not yet converted to `Preference`s. fields: content of the record.
+
+    where: file and line or row, for error messages. number: index of the record, counted over all files.
+    cell: location of the record in a parquet or safetensors file; None for JSON files.
+    """
 
     where: str
     number: int
@@ -48,10 +52,10 @@ class Preference:
     Args:
         label: probability that a rater prefers `chosen`; 0.5 is a tie.
         votes: numbers of votes for (chosen, rejected).
-        scores: name of a score -> scores of (chosen, rejected).
-        concept: name of what the images differ in.
+        scores: for each score name, such as "clip", the scores of (chosen, rejected).
+        concept: name of the property in which the two images differ; None if unknown.
         shape: (C, h, w) of stored latents; None for images.
-        group: index of the record; pairs of one ranked list have the same.
+        group: index of the record that holds the pair. All pairs of one ranked list share it.
     """
 
     prompt: str
@@ -70,7 +74,7 @@ class Preference:
         return self.label == 0.5
 
     def preferred_first(self) -> "Preference":
-        """Return the pair with chosen and rejected swapped if the label is 0, otherwise unchanged."""
+        """Return the pair with the preferred image as `chosen`: swapped if the label is 0, otherwise unchanged."""
         if self.label != 0:
             return self
         scores, votes = {name: pair[::-1] for name, pair in self.scores.items()}, self.votes and self.votes[::-1]
@@ -78,7 +82,7 @@ class Preference:
 
 
 def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
-    """Return the pair, or raise ValueError if it is invalid. strict: see `read_preferences`."""
+    """Return `pair`, or raise ValueError if it is invalid. strict: also refuse blank prompts and one image twice."""
     if not isinstance(pair.prompt, str):
         raise ValueError(f"prompt: got {type(pair.prompt).__name__} {pair.prompt!r:.60}; expected text")
     if len(pair.prompt) > MAX_CHARACTERS or (strict and not pair.prompt.strip()):
@@ -113,7 +117,7 @@ def optional_number(value: Any, name: str) -> float | None:
 
 
 def two_numbers(values: Any, name: str) -> tuple[float, float] | None:
-    """Convert a list of two numbers to floats; None stays None. Raises ValueError for any other value."""
+    """Convert a list of two numbers to floats, and None to None. Raises ValueError for any other value."""
     if values is None:
         return None
     if not isinstance(values, list | tuple) or len(values) != 2:

@@ -4,9 +4,11 @@
                           detailed_results, in row groups of about 100 rows. Latents are bytes of .npy files: scaled,
                           floating, (C, h, w). detailed_results is the text of a Python dict with votes_chosen,
                           votes_rejected and confidence.
-    bucket_index.csv      rows to train on: parquet_path (only its file name is used), row_group, row_index, ...
+    bucket_index.csv      optional; one line for each row to train on, with the columns parquet_path (only the file
+                          name in it is used), row_group and row_index.
 
-No file can run code: arrays of Python objects are rejected, and detailed_results is parsed as literals.
+Reading a file never runs code from it. Arrays of Python objects are rejected, and detailed_results may hold only
+literals.
 """
 
 import ast
@@ -29,7 +31,7 @@ COLUMNS = ("prompt", "latent1_shape", "latent2_shape")
 
 
 def rows(folder: Path, bad: Bad) -> Iterator[Row]:
-    """Yield the records listed in bucket_index.csv, or all records if there is no such file."""
+    """Yield the records listed in bucket_index.csv, or all records if the folder has no bucket_index.csv."""
     files = sorted(folder.glob("part_rank*.parquet"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no part_rank*.parquet; expected pairs in the released layout")
@@ -55,7 +57,7 @@ def convert(row: Row) -> Iterator[Preference]:
 
 
 def load_latent(data: Any, name: str) -> np.ndarray:
-    """Load a floating array (C, h, w) from the bytes of a .npy file. Raises ValueError for any other data."""
+    """Load a floating-point array (C, h, w) from the bytes of a .npy file. Raises ValueError for any other data."""
     if not isinstance(data, bytes):
         raise ValueError(f"{name}: got {type(data).__name__}; expected the bytes of a .npy file")
     try:
@@ -69,7 +71,7 @@ def load_latent(data: Any, name: str) -> np.ndarray:
 
 
 def parse_results(text: Any) -> dict[str, Any]:
-    """Parse the text of detailed_results into a dict. Raises ValueError unless it is a dict of literals."""
+    """Parse a cell of the column detailed_results. Raises ValueError unless the text is a dict of Python literals."""
     if not isinstance(text, str) or len(text) > 100_000:
         got = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
         raise ValueError(f"detailed_results: got {got}; expected a dict as text")
@@ -83,7 +85,7 @@ def parse_results(text: Any) -> dict[str, Any]:
 
 
 def _listed_rows(folder: Path) -> set[tuple[str, int, int]] | None:
-    """Return (file name, row group, row) of every row in bucket_index.csv; None if there is no such file."""
+    """Return (file name, row group, row) of every row in bucket_index.csv; None if the file does not exist."""
     path = folder / INDEX
     if not path.is_file():
         return None

@@ -28,7 +28,7 @@ def _read_column(file: str, row_group: int, column: str) -> list[Any]:
 
 @functools.lru_cache(4)
 def row_group_starts(file: str) -> list[int]:
-    """Return the index of the first row of each row group, followed by the number of rows in the file."""
+    """Return the index of the first row of each row group in a parquet file, followed by the number of all rows."""
     parquet = parquet_module()
     with reading("parquet file", file):
         about = parquet.ParquetFile(file).metadata
@@ -36,9 +36,9 @@ def row_group_starts(file: str) -> list[int]:
 
 
 def image_source(image: ImageRef, folder: Path) -> Path | bytes:
-    """Return the path of an image in `folder`, or its bytes if it is stored in a parquet file.
+    """Return the path of an image in `folder`, or the content of an image file that is stored in a parquet file.
 
-    Raises ValueError for a cell without an image and for a damaged parquet file.
+    Raises ValueError if the parquet file is damaged or its cell holds no image.
     """
     if not isinstance(image, Cell):
         return folder / image
@@ -58,8 +58,10 @@ def table_rows(
 ) -> Iterator[Row]:
     """Yield the records of a JSON list, a jsonl, or parquet files.
 
-    source: a file; a folder of parquet files; or several files. columns: columns that a parquet file must have. images:
-    more such columns, which are not read here. optional: columns that are read if they exist.
+    source: a file, a folder of parquet files, or a list of parquet files.
+    columns: parquet columns to read; each file must have them.
+    images: parquet columns that each file must have too, but that this function does not read.
+    optional: parquet columns to read if they exist.
     """
     files = list(source) if isinstance(source, Sequence) else [source]
     if files[0].is_dir():
@@ -81,7 +83,7 @@ def table_rows(
 def parquet_rows(
     files: Sequence[Path], bad: Bad, columns: Sequence[str], images: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """Yield the records of parquet files, and call `bad` for each file that cannot be read. See `table_rows`."""
+    """Yield the records of parquet files; call `bad` for each unreadable file. Arguments are those of `table_rows`."""
     parquet = parquet_module()
     number = 0
     for path in files:
@@ -104,7 +106,7 @@ def parquet_rows(
 
 
 def read_records(path: Path) -> list[Any]:
-    """Read a JSON file. Raises ValueError unless it holds a list."""
+    """Return the list in a JSON file. Raises ValueError if the file holds anything else."""
     records = parse_json(read_text(path, "file of preferences"), str(path))
     if not isinstance(records, list):
         raise ValueError(f"{path}: got a JSON {type(records).__name__}; expected a list of objects")
