@@ -101,7 +101,7 @@ class ShuffledBatches:
         return rng, shuffles
 
     def _portions(self, epoch: int) -> np.ndarray:
-        """Put the parquet row groups at random into sets of AT_ONCE. Return the number of each item's set, (N,)."""
+        """Split the parquet row groups into random sets of four (AT_ONCE). Return the number of each item's set, (N,)."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
         return (np.argsort(order) // AT_ONCE)[self._blocks]
 
@@ -186,7 +186,7 @@ class PairSource(ABC):
         return self._batches.per_epoch
 
     def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
-        """Return the training batch of one process at micro-step `step`. rank: its index among `world` processes."""
+        """Return the training batch of process `rank`, out of `world` processes, at micro-step `step`."""
         return self._read(self._batches.at(step * world + rank))
 
     def validation(self) -> Sequence[PairBatch]:

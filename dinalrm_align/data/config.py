@@ -18,10 +18,11 @@ class FilterConfig:
         min_confidence: smallest allowed `confidence`, a field of HPDv3. Pairs without this field are kept.
         max_pairs_per_prompt: largest number of pairs per prompt, drawn at random (released data: 8); default: all.
         ties: drop leaves out pairs that raters found equal, as Diffusion-DPO does; keep keeps them, with label 0.5.
-        min_gaps: bound for each named score. A pair is kept if score(chosen) - score(rejected) is above every bound.
-            The scores must be in a jsonl `source`. LPO's consistent filtering is {aesthetic: -0.5, clip: 0, vqa: 0}.
-        max_tie_gaps: bound for each named score. A tie is kept if |score(chosen) - score(rejected)| is below every
-            bound. LPO uses {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
+        min_gaps: a bound for each score name. A pair that is not a tie is kept if every score has
+            score(chosen) - score(rejected) above its bound. The scores must be in a jsonl `source`. LPO's consistent
+            filtering is {aesthetic: -0.5, clip: 0, vqa: 0}.
+        max_tie_gaps: a bound for each score name. A tie is kept if every score has |score(chosen) - score(rejected)|
+            below its bound. LPO uses {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
     """
 
     min_pixels: NonNegativeInt = 65_536

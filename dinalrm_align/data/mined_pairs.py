@@ -69,7 +69,7 @@ def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining:
 class MinedPairs(PairSource):
     """`PairSource` that reads a folder written by `recipes/mine_pairs.py`, or one parquet file written by verl-omni.
 
-    manifest: how the pairs were encoded. Required for a single parquet file; ignored for a folder, which has its own.
+    manifest: how the pairs were encoded. Required for a single parquet file; ignored for a folder, which has a manifest.json.
     Raises ValueError or FileNotFoundError for files that are unreadable, missing or without pairs.
     """
 

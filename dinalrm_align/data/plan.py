@@ -1,8 +1,8 @@
-"""Plan which pairs to encode, at which image size and into which file, from the data and the settings only. Torch-free.
+"""Plan which pairs to encode, at which image size and into which file. The plan depends on data and settings only.
 
 A bucket is a target image size. An image fits a bucket if their log aspect ratios differ by at most a tolerance. Each
 image is resized, without cropping, to the fitting bucket with the nearest log area. The published training data of
-DiNa-LRM used the 13 sizes in PUBLISHED and a tolerance of 0.03.
+DiNa-LRM used the 13 sizes in PUBLISHED and a tolerance of 0.03. Torch-free.
 """
 
 import collections
@@ -52,9 +52,9 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """Return (side, side) and the largest rectangles of at most its area, one per shorter side and orientation.
+    """Return sizes of at most side x side pixels: the square, and the longest rectangle for each shorter side.
 
-    Sides are multiples of 64 (STEP), and the longer side is at most twice (MAX_ASPECT) the shorter side.
+    Rectangles come in both orientations. Sides are multiples of 64, and the longer is at most twice the shorter.
     """
     if side < STEP or side % STEP:
         raise ValueError(f"buckets: got area:{side}; expected a positive multiple of {STEP}")
@@ -224,7 +224,7 @@ def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Drop
 
 
 def plan_shards(groups: Iterable[Group], shard_size: int) -> list[list[Group]]:
-    """Return the groups of each file. A file has images of one size, at most `shard_size` unless it has one group."""
+    """Return the groups of each file. A file has one image size, and at most `shard_size` images or a single group."""
     by_size: dict[Size, list[Group]] = {}
     for group in groups:
         by_size.setdefault(group.size, []).append(group)

@@ -50,7 +50,7 @@ class Preparation:
     """One rank's part in encoding the pairs of `run.source` into `folder`.
 
     All ranks must call `measure`, `plan`, `encode_text` and `encode_latents`, with a barrier after each call. One rank
-    must then call `finish`. manifest: how the encoders encode. in_order: what `workers.worker_processes` yields.
+    must then call `finish`. manifest: encoding settings. in_order: function from `workers.worker_processes`.
     Raises ValueError or OSError for an unreadable source, or a folder that holds other files or other settings.
     """
 
@@ -92,7 +92,7 @@ class Preparation:
         }
 
     def measure(self) -> None:
-        """Write the sizes of this rank's share of the images, read from file headers. Not for the released layout."""
+        """Write the sizes of this rank's share of the images, read from file headers. No-op for the released layout."""
         if self.layout == "released":
             return
         starts = range(self.rank * SIZES, len(self.refs), self.world * SIZES)
@@ -156,7 +156,7 @@ class Preparation:
     def _encode_batch(
         self, pixels: dict[int, np.ndarray | str], encode: EncodeImages, bad: dict[int, str]
     ) -> dict[int, Tensor]:
-        """Return latents by image index. Add a message to `bad` for each image that is unreadable or has NaN latents."""
+        """Return latents by image index. Add a message to `bad` for unreadable images and for latents that are not finite."""
         bad |= {image: found for image, found in pixels.items() if isinstance(found, str)}
         pixels = {image: found for image, found in pixels.items() if not isinstance(found, str)}
         if not pixels:
@@ -232,7 +232,7 @@ class Preparation:
         return json.loads(self._part_file("sizes", start // SIZES).read_text(encoding="utf-8"))
 
     def _is_measured(self, start: int) -> bool:
-        """Return whether the file of image sizes is complete. If on_bad is "refuse", unreadable images are missing."""
+        """Return whether the file of image sizes exists and, if on_bad is "refuse", holds a size for every image."""
         if not self._part_file("sizes", start // SIZES).is_file():
             return False
         return self.run.on_bad == "skip" or not any(isinstance(size, str) for size in self._sizes(start))

@@ -47,7 +47,7 @@ def read_captioned_images(folder: Path) -> tuple[list[Image.Image], list[str]]:
 def prompt_indices(
     count: int, batch_size: int, micro_step: int, *, seed: int, rank: int = 0, num_processes: int = 1
 ) -> list[int]:
-    """Return which `batch_size` of `count` prompts the process `rank` uses at a micro-step, as indices.
+    """Return the indices in [0, count) of the `batch_size` prompts that process `rank` uses at a micro-step.
 
     All ranks together use every prompt once per epoch. Each epoch has a new random order, which depends on the seed.
     """

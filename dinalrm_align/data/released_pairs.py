@@ -26,7 +26,7 @@ from dinalrm_align.train.files import reading
 
 
 class ReleasedPairs(PairSource):
-    """`PairSource` that reads a folder of part_rank*.parquet: those rows that bucket_index.csv lists if it exists.
+    """`PairSource` that reads a folder of part_rank*.parquet: all rows, or only those in bucket_index.csv if it exists.
 
     manifest: how the latents were encoded and how `encode_prompts` encodes prompts.
     on_bad: what to do about unreadable files and rows. "refuse" raises; "skip" warns and leaves them out.

@@ -117,7 +117,7 @@ def _opened(path: Path, inode: int) -> Any:
 
 
 def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFile:
-    """Open a shard and check it against the entry `shard` of index.json. tensors: number of dimensions by name."""
+    """Open a shard and check it against the entry `shard` of index.json. tensors: name -> number of dimensions."""
     path = directory / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")
@@ -187,7 +187,7 @@ def write_tables(
     """Write groups.safetensors, then index.json.
 
     groups: a dict with the keys GROUP_COLUMNS for each group of images. pairs: (chosen, rejected, label, concept) of
-    each pair. shards: the lists "latents" and "text", with the fields of a `Shard` as a dict for each file.
+    each pair. shards: {"latents": [...], "text": [...]}, where each list holds one dict of `Shard` fields per file.
     """
     columns = {name: torch.tensor([group[name] for group in groups]) for name in GROUP_COLUMNS}
     columns |= {name: torch.tensor(column) for name, column in zip(PAIR_COLUMNS, zip(*pairs, strict=True), strict=True)}

@@ -15,12 +15,12 @@ from dinalrm_align.data.formats.released import load_latent
 
 InOrder = Callable[[Callable[..., Any], Iterable[tuple]], Iterator[Any]]
 """(function, arguments of each call) -> results in the order of the calls. The result of a call that fails with
-ValueError or OSError is the message, a str. A call whose first argument is a str (an earlier failure) returns the str."""
+ValueError or OSError is the message, a str. If a call's first argument is a str (an earlier failure), so is the result."""
 
 
 @contextmanager
 def worker_processes(number: int) -> Iterator[InOrder]:
-    """Yield a function that runs calls in `number` worker processes (see `InOrder`), or in this process if 0."""
+    """Yield a function that runs calls in `number` worker processes (see `InOrder`), or in this process if it is 0."""
     if number == 0:
         yield lambda function, calls: (_call(function, *call) for call in calls)
         return
