@@ -101,7 +101,7 @@ class ShuffledBatches:
         return rng, shuffles
 
     def _portions(self, epoch: int) -> np.ndarray:
-        """Split the parquet row groups into random sets of four (AT_ONCE). Return the number of each item's set, (N,)."""
+        """Split the parquet row groups into random sets of four (AT_ONCE). Return each item's set number, (N,)."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
         return (np.argsort(order) // AT_ONCE)[self._blocks]
 

@@ -12,7 +12,7 @@ class FilterConfig:
 
     Args:
         min_pixels: smallest area of an image, in pixels; the default is 256 x 256, as in the published data.
-        aspect_tolerance: largest allowed difference between the log aspect ratios of an image before and after resizing.
+        aspect_tolerance: largest allowed change of an image's log aspect ratio by the resizing.
         min_vote_share: a pair with votes is kept if the chosen image has more than this share (released data: 0.6).
         unanimous: leave out pairs in which a rater voted for the rejected image.
         min_confidence: smallest allowed `confidence`, a field of HPDv3. Pairs without this field are kept.

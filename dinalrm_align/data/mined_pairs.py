@@ -61,7 +61,7 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
 
 
 def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining: Mapping[str, Any]) -> None:
-    """Write manifest.json. Raises ValueError if it exists with other settings. mining: JSON-serialisable settings."""
+    """Write manifest.json. Raises ValueError if it exists with other settings. mining: JSON-serialisable dict."""
     settings = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
     begin_or_resume(folder, MANIFEST, settings)
 
@@ -69,7 +69,7 @@ def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining:
 class MinedPairs(PairSource):
     """`PairSource` that reads a folder written by `recipes/mine_pairs.py`, or one parquet file written by verl-omni.
 
-    manifest: how the pairs were encoded. Required for a single parquet file; ignored for a folder, which has a manifest.json.
+    manifest: how the pairs were encoded. Required for a parquet file; ignored for a folder, which has a manifest.json.
     Raises ValueError or FileNotFoundError for files that are unreadable, missing or without pairs.
     """
 

@@ -156,7 +156,7 @@ class Preparation:
     def _encode_batch(
         self, pixels: dict[int, np.ndarray | str], encode: EncodeImages, bad: dict[int, str]
     ) -> dict[int, Tensor]:
-        """Return latents by image index. Add a message to `bad` for unreadable images and for latents that are not finite."""
+        """Return latents by image index. Add a message to `bad` for unreadable images and non-finite latents."""
         bad |= {image: found for image, found in pixels.items() if isinstance(found, str)}
         pixels = {image: found for image, found in pixels.items() if not isinstance(found, str)}
         if not pixels:

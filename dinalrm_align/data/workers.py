@@ -15,7 +15,7 @@ from dinalrm_align.data.formats.released import load_latent
 
 InOrder = Callable[[Callable[..., Any], Iterable[tuple]], Iterator[Any]]
 """(function, arguments of each call) -> results in the order of the calls. The result of a call that fails with
-ValueError or OSError is the message, a str. If a call's first argument is a str (an earlier failure), so is the result."""
+ValueError or OSError is the message, a str. A first argument that is a str (an earlier failure) is also the result."""
 
 
 @contextmanager

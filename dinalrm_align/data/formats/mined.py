@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Return the parquet files of a folder, or [path] for a parquet file. Raises FileNotFoundError for a missing file."""
+    """List the parquet files of a folder, or [path] for a parquet file. Raises FileNotFoundError for missing files."""
     if path.suffix == ".parquet":
         if not path.is_file():
             raise FileNotFoundError(f"no parquet file {path}")
