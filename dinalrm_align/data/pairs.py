@@ -59,7 +59,7 @@ class PairBatch:
         label: Sequence[float] | None = None,
         concepts: tuple[str, ...] | None = None,
     ) -> Self:
-        """Build a batch of N lone pairs. chosen, rejected: (N, C, H, W). conditions: N prompts. label:default 1."""
+        """Build a batch in which each image is in one pair. chosen, rejected: (N, C, H, W). label: default 1."""
         pairs, device = len(chosen), chosen.device
         rows = torch.arange(pairs, device=device)
         return cls(
