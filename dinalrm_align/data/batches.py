@@ -32,7 +32,7 @@ class BatchOrder(TypedDict, total=False):
 class ShuffledBatches:
     """Endless sequence of shuffled training batches, each given by the indices of its items (see `BatchOrder`).
 
-    A batch depends only on the seed and its index. A resumed run therefore needs only its step, and rank r of W ranks
+    A batch depends only on the seed and on `index`. A resumed run therefore needs only its step. Rank r of W ranks
     reads batches r, r + W, r + 2 W, ... Every epoch shuffles the items again. Items that do not fill a batch at the end
     of an epoch start the first batch of their image size in the next epoch, so that no item is lost.
 

@@ -50,7 +50,7 @@ class PrepareRun:
             which keep their size, so that `buckets` and `images` are not used.
         layout: layout of `source`; auto detects it.
         images: folder that image paths are relative to; default: `source` if it is a folder, else its parent folder.
-        output_dir: folder for the encoded pairs. A run with the same settings resumes a preparation stopped there.
+        output_dir: folder for the encoded pairs. To resume a stopped run, run again with the same settings.
         model: pipeline whose VAE and text encoders are used: shapes, sd35, or the folder or hub id of a
             StableDiffusion3Pipeline.
         text_length: T5 tokens per prompt; must equal the text_length of the reward to train; default: the model's.

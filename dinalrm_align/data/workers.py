@@ -20,7 +20,7 @@ ValueError or OSError is the message, a str. A first argument that is a str (an 
 
 @contextmanager
 def worker_processes(number: int) -> Iterator[InOrder]:
-    """Yield a function that runs calls in `number` worker processes (see `InOrder`), or in this process if it is 0."""
+    """Yield a function that runs calls in `number` processes (see `InOrder`); number=0 uses the calling process."""
     if number == 0:
         yield lambda function, calls: (_call(function, *call) for call in calls)
         return
