@@ -130,7 +130,7 @@ class AnchorConfig:
 
     Args:
         reward: name of the second reward; by default there is none.
-        every: n. GRPO counts rollouts, other methods count updates; 1: the second reward is always added.
+        every: number of updates (GRPO: rollouts) from one use of the second reward to the next; 1: every update.
         weight: weight of the second reward relative to the first, after both are scaled to the same standard deviation.
     """
 
