@@ -118,7 +118,7 @@ def test_bad_calls_are_named(vae):
         reward(torch.zeros(0, 16, 8, 8), prompts=PROMPTS)
     with pytest.raises(TypeError, match="expected a floating tensor"):
         reward(some_latents().long(), prompts=PROMPTS)
-    with pytest.raises(ValueError, match="got 3 samples, 2 prompts"):
+    with pytest.raises(ValueError, match="got 2 for 3 samples"):
         reward(some_latents(), prompts=PROMPTS[:2])
     with pytest.raises(ValueError, match="slice_size: got 0"):
         reward.set_decode_slice(0)
