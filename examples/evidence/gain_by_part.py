@@ -1,7 +1,7 @@
 """What a gain in the embedded world is made of: the oracle's parts with and without a LoRA, at guidance 1.2 and 3.
 
 python examples/evidence/gain_by_part.py runs/refl_shapes_dinalrm_seed0/lora      # the main job's LoRA
-python examples/evidence/gain_by_part.py                                          # the base model alone, fewer samples
+python examples/evidence/gain_by_part.py                                          # the base model alone
 """
 
 import argparse
@@ -18,8 +18,10 @@ from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("lora", nargs="?", help="folder of a LoRA; without it, the base model is scored")
-LORA = parser.parse_args().lora
-SAMPLES, BATCH, SEED = 192 if LORA else 64, 64, 1234  # with 192, the captions and noise of a run's default evaluation
+parser.add_argument("--samples", type=int, default=192, help="by default those of a run's evaluation, 192")
+arguments = parser.parse_args()
+LORA, SAMPLES = arguments.lora, arguments.samples
+BATCH, SEED = 64, 1234  # SEED: of the noise of a run's default evaluation
 PARTS = ("gold", "faithfulness", "sharpness", "contrast", "centring")
 
 spec = MODELS["shapes"]
@@ -33,11 +35,11 @@ def score(guidance_scale: float) -> dict[str, torch.Tensor]:
     """The oracle's score, "gold", and its parts for all samples, each (SAMPLES,)."""
     batches = []
     for start in range(0, SAMPLES, BATCH):
-        indices = range(start, start + BATCH)
+        indices = range(start, min(start + BATCH, SAMPLES))
         prompts = [captions[index % len(captions)] for index in indices]
         latents = pipeline(
             prompts,
-            negative_prompt=[""] * BATCH,
+            negative_prompt=[""] * len(prompts),
             num_inference_steps=spec.num_steps,
             guidance_scale=guidance_scale,
             max_sequence_length=spec.text_length,

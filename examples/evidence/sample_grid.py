@@ -3,6 +3,7 @@
 python examples/evidence/sample_grid.py
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 spec = MODELS["shapes"]
 pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline)
 pipeline.set_progress_bar_config(disable=True)
-captions = read_prompts(Path(spec.heldout_prompts))
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("captions", nargs="?", type=int, help="number of captions to sample; by default all held-out ones")
+captions = read_prompts(Path(spec.heldout_prompts))[: parser.parse_args().captions]
 
 images, scenes, _ = random_images(256, np.random.default_rng(0), spec.height)
 faithfulness = oracle_parts(images, [scene.caption for scene in scenes])["faithfulness"].mean()

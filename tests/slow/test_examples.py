@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[2]
 SHORTENED = {
     "hacking": "--loop.steps=1 --evaluation.samples=3 --evaluation.shown=2 --refl.batch_size=2",
     "hpdv3_folder": "4",
-    "measure_precision": "precision 4",
+    "gain_by_part": "--samples=4",
+    "measure_precision": "precision 3",
+    "sample_grid": "4",
     "measure_loading": "--pairs=8 --height=64 --width=64 --text_width=64",
 }
 
