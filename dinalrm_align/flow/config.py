@@ -1,4 +1,4 @@
-"""Settings of the density from which training noise levels are drawn. Torch-free."""
+"""Settings of the density from which training draws noise levels. This module does not import torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,14 +11,14 @@ class SigmaConfig:
     """Density from which training draws the noise level sigma (`flow.noise.sample_sigma`).
 
     Args:
-        density: uniform on [0, 1], as in the paper; logit_normal, the sigmoid of a normal variable; mode, the
-            heavy-tailed density of the SD3 paper; beta; constant.
-        mean: mean of the normal variable of logit_normal.
-        std: standard deviation of the normal variable of logit_normal.
-        scale: parameter of mode, in [-1, 1.75]: above 0 favours the middle of [0, 1], below 0 the ends.
-        a: first parameter of beta.
-        b: second parameter of beta.
-        value: noise level of constant.
+        density: name of the density. uniform: on [0, 1], as in the DiNa-LRM paper. logit_normal: sigmoid of a normal
+            variable. mode: heavy-tailed density of the SD3 paper. beta: Beta(a, b). constant: always `value`.
+        mean: with logit_normal, mean of the normal variable.
+        std: with logit_normal, standard deviation of the normal variable.
+        scale: with mode, shape in [-1, 1.75]: positive values favour the middle of [0, 1], negative values the ends.
+        a: with beta, first parameter.
+        b: with beta, second parameter.
+        value: with constant, the noise level.
     """
 
     density: Literal["uniform", "logit_normal", "mode", "beta", "constant"] = "uniform"
@@ -34,6 +34,6 @@ class SigmaConfig:
         settings.check_number("sigma density.scale", self.scale, low=-1, high=1.75)
 
     def parameters(self) -> dict[str, float]:
-        """Return the parameters of the density: `sample_sigma(self.density, n, generator=..., **self.parameters())`."""
+        """Return the chosen density's parameters by name, as keyword arguments of `flow.noise.sample_sigma`."""
         names = {"logit_normal": ("mean", "std"), "mode": ("scale",), "beta": ("a", "b"), "constant": ("value",)}
         return {name: getattr(self, name) for name in names.get(self.density, ())}

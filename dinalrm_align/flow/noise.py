@@ -1,13 +1,13 @@
-"""Flow-matching convention of the package: sigma, timestep, adding noise, and densities of sigma.
+"""Flow-matching conventions of the package: noise level sigma, timestep, adding noise, and densities of sigma.
 
-Rectified flow as SD3 and SD3.5 use it (Esser et al., "Scaling Rectified Flow Transformers", arXiv 2403.03206):
+SD3 and SD3.5 use rectified flow (Esser et al., "Scaling Rectified Flow Transformers", arXiv 2403.03206):
 
-    x_sigma  = (1 - sigma) x0 + sigma noise         x0 are scaled VAE latents, noise is standard normal
-    velocity = d x_sigma / d sigma = noise - x0     what the transformer predicts
-    timestep = 1000 sigma                           the transformer's input
+    x_sigma  = (1 - sigma) x0 + sigma noise         x0: scaled VAE latents; noise: standard normal
+    velocity = d x_sigma / d sigma = noise - x0     output of the transformer
+    timestep = 1000 sigma                           input of the transformer
 
-sigma lies in [0, 1]: 0 is clean, 1 is pure noise. All arithmetic is in float32, whatever the input dtype. In bfloat16 a
-timestep of 857.14 would round to 856, and noise at a low sigma would be rounded away.
+sigma lies in [0, 1]: 0 is clean, 1 is pure noise. `add_noise`, `denoised` and `timestep_of` compute in float32 for any
+input dtype: bfloat16 would round a timestep of 857.14 to 856, and would lose the noise at a low sigma.
 """
 
 import math
@@ -25,7 +25,7 @@ SigmaDensity = Callable[..., Tensor]  # density(n, *, generator, **params) -> (n
 
 
 def seeded_generator(*keys: int) -> torch.Generator:
-    """Return a CPU generator seeded by non-negative integers, such as seed, step and rank; their order matters."""
+    """Return a CPU generator seeded by a sequence of non-negative integers, such as (seed, step, rank)."""
     entropy = (len(keys), *keys)  # numpy pads with zeros: without the length (0, 1) and (0, 1, 0) would collide
     for key in keys:
         check_integer("key of a seeded generator", key)
@@ -34,7 +34,7 @@ def seeded_generator(*keys: int) -> torch.Generator:
 
 
 def as_sigma(sigma: Tensor | float) -> Tensor:
-    """Return sigma as float32, with its shape and device; raise ValueError unless all values lie in [0, 1]."""
+    """Return sigma as a float32 tensor of unchanged shape and device; ValueError unless all values are in [0, 1]."""
     if not isinstance(sigma, Tensor):
         check_number("sigma", sigma, low=0, high=1)
         return torch.tensor(sigma, dtype=torch.float32)
@@ -48,7 +48,7 @@ def as_sigma(sigma: Tensor | float) -> Tensor:
 
 
 def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> None:
-    """Raise TypeError unless `latents` is floating, ValueError unless it is (B, C, H, W) with the shape of `like`."""
+    """Raise TypeError for non-floating `latents`, ValueError unless their shape is (B, C, H, W) and that of `like`."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         got = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise TypeError(f"{name}: got {got}; expected a floating tensor (B, C, H, W)")
@@ -58,7 +58,7 @@ def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> Non
 
 
 def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
-    """Return sigma, a float or (), (1,) or (B,), as float32 (1 or B, 1, 1, 1) on the device of latents (B, C, H, W)."""
+    """Reshape sigma, a float or a tensor (), (1,) or (B,), to broadcast over latents (B, C, H, W), as float32."""
     sigma = as_sigma(sigma).to(latents.device).reshape(-1)
     if sigma.numel() not in (1, latents.shape[0]):
         raise ValueError(f"sigma: got {sigma.numel()} values for {len(latents)} latents; expected one, or one each")
@@ -66,7 +66,7 @@ def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """Return (1 - sigma) latents + sigma noise: (B, C, H, W), float32, differentiable. sigma: a float or (B,)."""
+    """Return (1 - sigma) latents + sigma noise, (B, C, H, W), float32, differentiable. `sigma`: a float or (B,)."""
     check_latents("latents", latents)
     check_latents("noise", noise, like=latents)
     sigma = expand_sigma(sigma, latents)
@@ -74,19 +74,19 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def denoised(x_sigma: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """Return x_sigma - sigma velocity, one-step estimate of clean latents: (B, C, H, W), float32, differentiable."""
+    """Return x_sigma - sigma velocity, the one-step estimate of clean latents (B, C, H, W), float32, differentiable."""
     check_latents("x_sigma", x_sigma)
     check_latents("velocity", velocity, like=x_sigma)
     return x_sigma.float() - expand_sigma(sigma, x_sigma) * velocity.float()
 
 
 def timestep_of(sigma: Tensor | float) -> Tensor:
-    """Return the transformer's timestep 1000 sigma: float32, of the shape of sigma."""
+    """Return the timestep that the transformer takes, 1000 sigma, as float32 in the shape of sigma."""
     return as_sigma(sigma) * NUM_TRAIN_TIMESTEPS
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """Return shift sigma / (1 + (shift - 1) sigma), the resolution shift of arXiv 2403.03206, equation 23."""
+    """Apply the resolution shift of arXiv 2403.03206, equation 23: shift sigma / (1 + (shift - 1) sigma)."""
     check_number("shift", shift)
     if shift <= 0:
         raise ValueError(f"shift: got {shift}; expected more than 0")
@@ -94,16 +94,16 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def scheduler_sigmas(num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, shift: float = 3.0) -> Tensor:
-    """Return `FlowMatchEulerDiscreteScheduler(num_train_timesteps, shift).sigmas` (num_train_timesteps,), falling."""
+    """Return the training noise levels of FlowMatchEulerDiscreteScheduler: (num_train_timesteps,), decreasing."""
     check_integer("num_train_timesteps", num_train_timesteps, low=1)
     sigmas = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32) / num_train_timesteps
     return shift_sigma(sigmas, shift)
 
 
 def snap_sigma(sigma: Tensor | float, table: Tensor) -> Tensor:
-    """Return the level in `table` (n,) nearest to each sigma (any shape), or the first of two equally near levels.
+    """Replace each sigma (any shape) by the nearest noise level in `table` (n,); of two equally near, by the first.
 
-    The result is float32 on the device of sigma. The released DiNa-LRM code scores only at `scheduler_sigmas`.
+    The result is float32, on the device of sigma. The released DiNa-LRM code scores only at `scheduler_sigmas`.
     """
     sigma = as_sigma(sigma)
     if not isinstance(table, Tensor) or table.dim() != 1 or table.numel() == 0:
@@ -129,7 +129,7 @@ def logit_normal(n: int, *, generator: torch.Generator, mean: float = 0.0, std: 
 def mode(n: int, *, generator: torch.Generator, scale: float = 1.29) -> Tensor:
     """Draw n values sigma = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u ~ U(0, 1) (arXiv 2403.03206, equation 20).
 
-    scale: in [-1, 2 / (pi - 2) = 1.75]; above 0 favours the middle of [0, 1], below 0 the ends.
+    scale: must lie in [-1, 1.75]; positive values favour the middle of [0, 1], negative values the ends.
     """
     if not -1 <= scale <= 2 / (math.pi - 2):
         raise ValueError(f"mode density: scale: got {scale}; expected [-1, 1.75], where u to sigma is monotone")
@@ -138,7 +138,7 @@ def mode(n: int, *, generator: torch.Generator, scale: float = 1.29) -> Tensor:
 
 
 def beta(n: int, *, generator: torch.Generator, a: float = 1.0, b: float = 1.0) -> Tensor:
-    """Draw n values sigma ~ Beta(a, b) in numpy, seeded by `generator`: torch's Beta accepts no generator."""
+    """Draw n values sigma ~ Beta(a, b) with numpy, seeded from `generator`; torch's Beta takes no generator."""
     for name, value in (("a", a), ("b", b)):
         if not 0 < value < math.inf:
             raise ValueError(f"beta density: {name}: got {value}; expected more than 0")
@@ -148,7 +148,7 @@ def beta(n: int, *, generator: torch.Generator, a: float = 1.0, b: float = 1.0) 
 
 
 def constant(n: int, *, generator: torch.Generator, value: float = 0.4) -> Tensor:
-    """Return n times `value`, on the generator's device."""
+    """Return n copies of `value`, (n,), on the generator's device; draws nothing."""
     return torch.full((n,), float(value), device=generator.device)
 
 
@@ -156,13 +156,14 @@ DENSITIES: dict[str, SigmaDensity] = {draw.__name__: draw for draw in (uniform, 
 
 
 def sample_sigma(density: str | SigmaDensity, n: int, *, generator: torch.Generator, **params: float) -> Tensor:
-    """Draw n noise levels: (n,) float32 in [0, 1] on the generator's device.
+    """Draw n noise levels (n,), float32 in [0, 1], on the generator's device.
 
     Args:
-        density: a name in DENSITIES, or a callable `density(n, generator=..., **params) -> (n,)`.
-        params: mean and std of logit_normal, scale of mode, a and b of beta, value of constant.
+        density: "uniform", "logit_normal", "mode", "beta", "constant", or a callable
+            `density(n, generator=..., **params) -> (n,)`.
+        params: parameters of the density: mean and std (logit_normal), scale (mode), a and b (beta), value (constant).
 
-    Raises ValueError if the name is unknown or the callable returns another shape or values outside of [0, 1].
+    Raises ValueError for an unknown name, and if the drawn values do not have shape (n,) or leave [0, 1].
     """
     draw = DENSITIES.get(density) if isinstance(density, str) else density
     if not callable(draw):

@@ -1,7 +1,7 @@
 """Sample from a flow: schedules of noise levels, one Euler step, a rollout of all steps.
 
-The functions take the model as a callable `velocity(latents (B, C, H, W), sigma: float) -> (B, C, H, W)`, float32.
-Guidance, prompts and adapters are inside the callable. As in `flow.noise`, sigma falls from 1 (noise) to 0 (clean).
+`rollout` takes the model as a callable `velocity(latents (B, C, H, W), sigma: float) -> (B, C, H, W)`, float32. The
+callable itself applies guidance, prompts and adapters. During sampling sigma falls from 1 (noise) to 0 (clean).
 """
 
 import copy
@@ -24,8 +24,8 @@ Velocity = Callable[[Tensor, float], Tensor]
 def schedule_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
     """Return the noise levels at which diffusers samples with this scheduler: num_steps + 1 floats from 1 to 0.
 
-    With shift 3 and 4 steps: 1, 0.8577, 0.6022, 0.0089, 0. Unlike `linear_sigmas`, diffusers starts from levels whose
-    lowest one is already shifted, and shifts all again. Raises ValueError for a scheduler that shifts by image size.
+    Shift 3 and 4 steps give 1, 0.8577, 0.6022, 0.0089, 0. diffusers shifts the lowest positive level twice, which
+    `linear_sigmas` does not. Raises ValueError if the scheduler's shift depends on image size (use_dynamic_shifting).
     """
     _check_schedule(scheduler, num_steps)
     scheduler = copy.deepcopy(scheduler)
@@ -34,9 +34,9 @@ def schedule_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int
 
 
 def linear_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
-    """Return 1, (N - 1)/N, ..., 1/N, 0, each after the scheduler's shift: N + 1 floats, where N = num_steps.
+    """Return the scheduler's shift of the N + 1 noise levels 1, (N - 1)/N, ..., 1/N, 0, where N = num_steps.
 
-    Used by Flow-Factory, DanceGRPO and SRPO. Raises as `schedule_sigmas`.
+    Flow-Factory, DanceGRPO and SRPO use this schedule. Raises ValueError if the shift depends on image size.
     """
     _check_schedule(scheduler, num_steps)
     levels = torch.linspace(num_steps, 0, num_steps + 1, dtype=torch.float64) / num_steps
@@ -50,7 +50,7 @@ SCHEDULES: dict[str, Callable[["FlowMatchEulerDiscreteScheduler", int], list[flo
 
 
 def named_sigmas(name: str, scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
-    """Return the noise levels of the schedule SCHEDULES[name]; raise ValueError for an unknown name."""
+    """Return the num_steps + 1 noise levels of the schedule "diffusers" or "linear"; ValueError for another name."""
     if name not in SCHEDULES:
         guess = did_you_mean(name, SCHEDULES) or ";"
         raise ValueError(f"unknown schedule {name!r}{guess} known: {', '.join(SCHEDULES)}")
@@ -64,7 +64,7 @@ def _check_schedule(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int
 
 
 def ode_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """Return latents + (sigma_next - sigma) velocity, one Euler step: (B, C, H, W), float32, differentiable."""
+    """Take one Euler step: return latents + (sigma_next - sigma) velocity, (B, C, H, W), float32, differentiable."""
     check_latents("latents", latents)
     check_latents("velocity", velocity, like=latents)
     for name, level in (("sigma", sigma), ("sigma_next", sigma_next)):
@@ -75,7 +75,8 @@ def ode_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float)
 def rollout(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Integrate the flow with Euler steps from sigmas[0] to sigmas[-1], differentiably.
 
-    Takes latents (B, C, H, W) at sigmas[0], returns them at sigmas[-1], float32. ValueError unless `sigmas` fall.
+    Takes latents (B, C, H, W) at noise level sigmas[0] and returns latents at sigmas[-1], float32. Raises ValueError
+    unless `sigmas` is strictly decreasing.
     """
     steps = list(itertools.pairwise(sigmas))
     if not sigmas or not all(sigma > sigma_next for sigma, sigma_next in steps):
@@ -86,7 +87,7 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Ten
 
 
 def seeded_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw standard normal noise (B, C, H, W), float32, sample i of `shape` (C, H, W) from generators[i]."""
+    """Draw standard normal noise (B, C, H, W), float32: generators[i] draws sample i, of `shape` (C, H, W)."""
     if not generators or not all(isinstance(generator, torch.Generator) for generator in generators):
         raise TypeError(f"generators: got {generators!r:.80}; expected one torch.Generator per sample, at least one")
     return torch.stack([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])

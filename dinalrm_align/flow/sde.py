@@ -1,20 +1,20 @@
-"""Stochastic steps of a flow: the normal distribution of the next latents, a sample, its log-probability.
+"""Stochastic sampling steps of a flow: the normal distribution of the next latents, samples and log-probabilities.
 
-A step goes from latents x at noise level sigma to x' at a lower level sigma'. With the velocity v, the clean estimate
-is x0 = x - sigma v, the noise estimate is x1 = x + (1 - sigma) v, and Delta = sigma' - sigma. Then x' = mean + std
-noise:
+A step goes from latents x at noise level sigma to latents x' at a lower level sigma', with Delta = sigma' - sigma. The
+velocity v gives the estimates x0 = x - sigma v of the clean latents and x1 = x + (1 - sigma) v of the noise. The step
+draws x' = mean + std noise, where noise is standard normal and mean and std depend on the sampler:
 
     flow_sde    mean = x + v Delta + s^2 Delta x1 / (2 sigma)   s = a sqrt(sigma / (1 - sigma)), std = s sqrt(-Delta)
-                Flow-GRPO, arXiv 2505.05470. At sigma = 1, where s is infinite, 1 - sigma in s is replaced by
-                1 - sigmas[1], as in its code, so that the first step has std a.
+                Flow-GRPO, arXiv 2505.05470. At sigma = 1, where s would be infinite, 1 - sigmas[1] replaces
+                1 - sigma, as in the code of Flow-GRPO; the first step then has std a.
     flow_cps    mean = (1 - sigma') x0 + sigma' cos(a pi / 2) x1     std = sigma' sin(a pi / 2)
                 coefficients-preserving sampling, arXiv 2509.05952: x' has the noise level sigma'
 
-a is `noise_level`; with a = 0 a step is an Euler step of the ODE. As in public code, the log-probability is the MEAN
-over all dimensions except the batch: of the log normal density for flow_sde, of -(x' - mean)^2 for flow_cps.
-Probability ratios of a step are therefore close to 1, and clip ranges small (1e-6 ... 1e-4).
+a is the argument `noise_level`. With a = 0 a step is an Euler step of the ODE. As in public code, the
+log-probability is the MEAN over C, H and W, not the sum: of the log normal density for flow_sde, and of
+-(x' - mean)^2 for flow_cps. Probability ratios are therefore close to 1, and clip ranges are small (1e-6 ... 1e-4).
 
-Coefficients are computed in float64, tensors in float32. Everything is differentiable in latents and velocity.
+Coefficients are computed in float64, tensors in float32. Results are differentiable in latents and velocity.
 """
 
 import math
@@ -32,13 +32,13 @@ SAMPLERS = ("flow_sde", "flow_cps")
 
 @dataclass(frozen=True)
 class Transition:
-    """Normal distribution of the latents x' after a step; symbols as in the module's docstring.
+    """Normal distribution of the latents x' after one stochastic step from noise level sigma to sigma'.
 
     Args:
-        mean: (B, C, H, W), float32.
-        std: standard deviation: (1,) or (B,), float64 on the CPU, as are scale and delta.
-        scale: s for flow_sde (`std_dev_t` in public code); std for flow_cps.
-        delta: sigma' - sigma.
+        mean: mean of x', (B, C, H, W), float32.
+        std: standard deviation of x'. The tensors std, scale and delta are (1,) or (B,), float64, on the CPU.
+        scale: for flow_sde, a sqrt(sigma / (1 - sigma)), where a is the `noise_level`; for flow_cps, equal to std.
+        delta: sigma' - sigma, negative.
     """
 
     sampler: str
@@ -48,12 +48,12 @@ class Transition:
     delta: Tensor
 
     def draw(self, noise: Tensor) -> Tensor:
-        """Return x' = mean + std noise: (B, C, H, W), float32."""
+        """Return the sample mean + std noise, (B, C, H, W), float32. `noise`: standard normal, (B, C, H, W)."""
         check_latents("noise", noise, like=self.mean)
         return self.mean + per_sample(self.std, self.mean) * noise.float()
 
     def log_prob(self, latents: Tensor) -> Tensor:
-        """Return the log-probability (B,) of x' = latents (B, C, H, W); raise ValueError for flow_sde with std 0."""
+        """Return the log-probability (B,) of `latents`, averaged over C, H, W; ValueError for flow_sde with std 0."""
         check_latents("latents", latents, like=self.mean)
         difference = latents.float() - self.mean
         if self.sampler == "flow_cps":
@@ -71,10 +71,11 @@ def transition(
     """Return the distribution of the latents after the step from sigmas[index] to sigmas[index + 1].
 
     Args:
-        latents, velocity: (B, C, H, W) at sigmas[index], any floating dtype.
-        sigmas: the whole schedule, falling, in [0, 1]; flow_sde reads its second level.
-        index: number of the step, 0 ... len(sigmas) - 2, as an int; or one number per sample, (B,) integers.
-        noise_level: a in the module's docstring: at least 0, and for flow_cps at most 1.
+        sampler: "flow_sde" or "flow_cps".
+        latents, velocity: latents at noise level sigmas[index] and the model's velocity there, (B, C, H, W).
+        sigmas: all noise levels of the schedule, strictly decreasing, in [0, 1]; not only the two of this step.
+        index: number of the step, from 0 to len(sigmas) - 2: an int, or integers (B,), one for each sample.
+        noise_level: scale of the added noise, at least 0; for flow_cps at most 1. 0 gives a deterministic Euler step.
     """
     check_latents("latents", latents)
     check_latents("velocity", velocity, like=latents)
@@ -102,7 +103,7 @@ def transition(
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Return values (1,) or (B,) as float32 (1 or B, 1, 1, 1) on the device of `like` (B, C, H, W)."""
+    """Reshape values (1,) or (B,) to (1, 1, 1, 1) or (B, 1, 1, 1), float32, on the device of `like` (B, C, H, W)."""
     return values.to(like.device, torch.float32).view(-1, 1, 1, 1)
 
 
@@ -115,7 +116,7 @@ def _levels(sigmas: Sequence[float]) -> Tensor:
 
 
 def _index(index: int | Tensor, batch: int, steps: int) -> Tensor:
-    """Return step numbers as (1,) or (batch,) int64 on the CPU; raise ValueError unless they lie in 0 ... steps - 1."""
+    """Return `index` as int64 (1,) or (batch,) on the CPU; ValueError unless all values are in 0 ... steps - 1."""
     if isinstance(index, Tensor) and (index.is_floating_point() or index.shape != (batch,)):
         raise ValueError(f"index: got {index.dtype} of shape {tuple(index.shape)}; expected ({batch},) integers")
     if not isinstance(index, Tensor):

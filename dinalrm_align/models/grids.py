@@ -1,4 +1,4 @@
-"""Save grids of images as PNG files."""
+"""Save images side by side or as captioned grids in PNG files."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ CELL_INCHES = 1.5
 
 
 def save_strip(images: np.ndarray, path: Path) -> None:
-    """Save N images (N, H, W, 3) uint8 side by side as one lossless PNG of H x (N W) pixels, for `load_strip`."""
+    """Save N images (N, H, W, 3) uint8 side by side in one PNG of H x (N W) pixels; `load_strip` reads it."""
     with atomically(path) as temporary:
         Image.fromarray(np.concatenate(list(images), axis=1)).save(temporary)
 
 
 def load_strip(path: Path, count: int) -> np.ndarray:
-    """Return the images (count, H, W, 3) uint8 of a file that `save_strip` wrote."""
+    """Return the `count` images, (count, H, W, 3) uint8, of a PNG file that `save_strip` wrote."""
     with reading(f"row of {count} images", path), Image.open(path) as strip:
         return np.stack(np.split(np.asarray(strip.convert("RGB")), count, axis=1))
 
@@ -30,7 +30,7 @@ def load_strip(path: Path, count: int) -> np.ndarray:
 def save_grid(
     images: Tensor | np.ndarray, captions: Sequence[str], path: Path, *, title: str = "", columns: int = 8
 ) -> None:
-    """Save N images, (N, 3, H, W) in [0, 1] or (N, H, W, 3) uint8, as a PNG grid with a caption below each."""
+    """Save a PNG grid of images, (N, 3, H, W) in [0, 1] or (N, H, W, 3) uint8, with a caption below each image."""
     pixels = to_bytes(images) if isinstance(images, Tensor) else images
     if len(pixels) != len(captions):
         raise ValueError(f"one caption per image: got {len(pixels)} images, {len(captions)} captions")
@@ -40,7 +40,7 @@ def save_grid(
 def save_before_after(
     before: np.ndarray, after: np.ndarray, captions: Sequence[str], path: Path, *, title: str = "", columns: int = 4
 ) -> None:
-    """Save pairs (before | after training) of images (N, H, W, 3) uint8 as a PNG grid, with captions below."""
+    """Save a PNG grid of pairs (before | after training) of images (N, H, W, 3) uint8, with a caption per pair."""
     if not len(before) == len(after) == len(captions):
         raise ValueError(f"got {len(before)} images before, {len(after)} after, {len(captions)} captions")
     pairs = [np.concatenate([b, np.full_like(b[:, :2], 255), a], axis=1) for b, a in zip(before, after, strict=True)]
@@ -50,7 +50,7 @@ def save_before_after(
 def _save_cells(
     cells: Sequence[np.ndarray], captions: Sequence[str], path: Path, title: str, columns: int, width: int, letters: int
 ) -> None:
-    """Save a PNG grid. width: of a cell, in units of CELL_INCHES. letters: characters per line of a caption."""
+    """Save a PNG grid. `width`: width of a cell in units of 1.5 inches. `letters`: characters per caption line."""
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
     figure = Figure(figsize=(columns * CELL_INCHES * width, rows * CELL_INCHES * 1.35 + (0.4 if title else 0)))

@@ -1,6 +1,6 @@
 """Read image files, given as path or bytes, and convert images to tensors (B, 3, H, W) in [0, 1].
 
-torch is imported only inside functions: without it the worker processes of `data.workers` start ten times faster.
+Only functions import torch, not the module: worker processes that only decode images then start ten times faster.
 """
 
 import io
@@ -18,7 +18,7 @@ ORIENTATION = 0x0112  # EXIF tag; values from 5 to 8 exchange width and height
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """Read an image file as RGB and apply its EXIF orientation. name: name in error messages; default: the path."""
+    """Read an image file as RGB and apply its EXIF orientation. `name`: used in error messages, by default the path."""
     name = name or str(source)
     file = _opened(source, name)
     try:
@@ -30,7 +30,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
 
 
 def image_size(source: Path | bytes, name: str | None = None) -> tuple[int, int]:
-    """Return (height, width) after EXIF orientation; reads only the file's header. Raises as `open_image`."""
+    """Return an image file's (height, width) after EXIF orientation. Reads only the header of the file."""
     name = name or str(source)
     with _opened(source, name) as file:
         try:
@@ -64,7 +64,7 @@ def _opened(source: Path | bytes, name: str) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Return a PIL image as RGB; ValueError if empty, damaged, transparent or with more than 8 bits per channel."""
+    """Convert a PIL image to RGB; ValueError if it is empty, damaged, transparent or deeper than 8 bits per channel."""
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: got {type(image).__name__} {image!r:.60}; expected a PIL image")
     if not all(image.size):
@@ -82,7 +82,7 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def image_tensor(images: "Tensor | Sequence[Image.Image] | Image.Image") -> "Tensor":
-    """Convert PIL images of one size, or floating (B, 3, H, W) in [0, 1], to (B, 3, H, W) float32 in [0, 1]."""
+    """Convert PIL images of equal size, or a floating tensor (B, 3, H, W) in [0, 1], to float32 (B, 3, H, W)."""
     import torch
 
     if isinstance(images, torch.Tensor):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load_transformer(source: str | Path, *, dtype: torch.dtype, **hub: Unpack[HubOptions]) -> SD3Transformer2DModel:
-    """Load a frozen SD3 transformer from a pipeline folder, a folder of the transformer alone, or a hub id."""
+    """Load a frozen SD3 transformer from a pipeline folder, a transformer folder, or the hub id of a pipeline."""
     check_source("base model", source)
     bare = (Path(source) / "config.json").is_file()
     if Path(source).is_dir():
@@ -33,7 +33,7 @@ def load_transformer(source: str | Path, *, dtype: torch.dtype, **hub: Unpack[Hu
 
 
 def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion3Pipeline":
-    """Load a frozen pipeline from a folder or hub id: the VAE in float32, the other models in `dtype`."""
+    """Load a frozen StableDiffusion3Pipeline from a folder or hub id: the VAE in float32, the rest in `dtype`."""
     from diffusers import StableDiffusion3Pipeline
 
     transformer, vae = load_transformer(source, dtype=dtype), load_vae(source, device="cpu")
@@ -58,7 +58,7 @@ def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[Hu
 
 @torch.no_grad()
 def encode_images(vae: "AutoencoderKL", images: Tensor | Sequence[Image.Image] | Image.Image) -> Tensor:
-    """Encode PIL images or (B, 3, H, W) in [0, 1] to scaled latents (B, C, h, w), float32: the posterior's mean."""
+    """Encode PIL images or a tensor (B, 3, H, W) in [0, 1] to scaled latents (B, C, h, w), the VAE posterior's mean."""
     pixels = image_tensor(images)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = pixels.shape[-2:]

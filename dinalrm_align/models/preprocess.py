@@ -1,7 +1,7 @@
 """Differentiable image preprocessing for vision models: resize, crop, pad and normalise, in float32.
 
-Images are RGB (B, 3, H, W) in [0, 1]. Bicubic resizing is antialiased, as in PIL. PIL also rounds to 8 bits; results
-therefore differ by up to 0.1, on average by 0.005, in CLIP's normalised units.
+Images are RGB (B, 3, H, W) in [0, 1]. Bicubic resizing is antialiased, as in PIL. Unlike PIL, `resize` keeps floats
+instead of 8-bit values; after CLIP's normalisation, pixels differ from PIL's by up to 0.1, on average by 0.005.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def resize(images: Tensor, size: tuple[int, int], *, antialias: bool = True, clamp: bool = True) -> Tensor:
-    """Resize images to (B, 3, *size), float32, with bicubic interpolation. clamp: clip the result to [0, 1]."""
+    """Resize images to (B, 3, *size), float32, with bicubic interpolation. `clamp`: clip the result to [0, 1]."""
     images = images.float()
     if tuple(images.shape[-2:]) == tuple(size):
         return images
@@ -30,7 +30,7 @@ def resize(images: Tensor, size: tuple[int, int], *, antialias: bool = True, cla
 
 
 def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop the centre (B, 3, *size) of images (B, 3, H, W); raise ValueError for smaller images."""
+    """Crop images (B, 3, H, W) to their centre (B, 3, *size); raise ValueError if they are smaller than `size`."""
     top, left = ((have - want) // 2 for have, want in zip(images.shape[-2:], size, strict=True))
     if top < 0 or left < 0:
         raise ValueError(f"images of {tuple(images.shape[-2:])} after resizing are smaller than the crop {size}")
@@ -38,20 +38,20 @@ def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pad_to_square(images: Tensor, side: int) -> Tensor:
-    """Pad images (B, 3, H, W) with zeros to (B, 3, side, side), centred; an odd row or column goes below or right."""
+    """Pad images (B, 3, H, W) with zeros, centred, to (B, 3, side, side). Odd padding is larger below or right."""
     high, wide = side - images.shape[-2], side - images.shape[-1]
     return F.pad(images, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
 
 
 def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
-    """Return (images - mean) / std per channel."""
+    """Return (images - mean) / std, with one mean and one std per colour channel; the defaults are CLIP's."""
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return (images - mean) / std
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """CLIP's preprocessing: resize the short side to `shortest_edge`, crop the centre (height, width), normalise."""
+    """A callable with CLIP's preprocessing: resize the short side to `shortest_edge`, crop the centre, normalise."""
 
     shortest_edge: PositiveInt
     crop: tuple[PositiveInt, PositiveInt]
@@ -60,7 +60,7 @@ class Preprocess:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> "Preprocess":
-        """Read the content of a preprocessor_config.json; raise ValueError for settings that are not supported."""
+        """Create from the content of a preprocessor_config.json; raise ValueError for an unsupported setting."""
         if config.get("resample", BICUBIC) != BICUBIC:
             raise ValueError(f"{where}: resample: got {config['resample']}; expected {BICUBIC} (bicubic)")
         off = [step for step in ("do_resize", "do_center_crop", "do_normalize") if not config.get(step, True)]

@@ -1,4 +1,4 @@
-"""Quantise frozen linear layers to 8 or 4 bits with bitsandbytes (extra `quant`); inputs still get gradients."""
+"""Quantise frozen linear layers to 8 or 4 bits with bitsandbytes (pip extra `quant`). Gradients pass to the inputs."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ QUANTIZATIONS = ("none", "int8", "nf4")
 
 
 def check_quantization(kind: str) -> None:
-    """Raise ValueError for an unknown kind, ImportError if bitsandbytes is needed but not installed."""
+    """Raise ValueError unless `kind` is none, int8 or nf4, ImportError if bitsandbytes is needed but not installed."""
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantization: got {kind!r}; known: {', '.join(QUANTIZATIONS)}")
     if kind != "none":
@@ -18,9 +18,9 @@ def check_quantization(kind: str) -> None:
 
 
 def quantise_linears(module: nn.Module, kind: str, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Replace every nn.Linear in `module`, which is on the CPU, by an int8 or nf4 copy on `device`.
+    """Replace every nn.Linear in `module` by a frozen quantised copy on `device`. `module` must be on the CPU.
 
-    dtype: dtype of the inputs for both kinds, and of the arithmetic of nf4.
+    kind: "int8" or "nf4". dtype: dtype of the layers' inputs; nf4 layers also compute in it.
     """
     bnb = bitsandbytes()
     for name, linear in [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]:

@@ -1,4 +1,4 @@
-"""The models that `--model` can name: SD3 pipelines with rewards for their latent space. Torch-free."""
+"""Models that `--model` can name, each an SD3 pipeline with rewards for its latent space. Does not import torch."""
 
 import dataclasses
 import queue
@@ -24,17 +24,17 @@ Gold = str | Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A pipeline with its rewards, prompts and sampling settings.
+    """A pipeline with its rewards, prompts and default sampling settings.
 
     Args:
-        kind: name of the built-in model in `MODELS` that this one is or derives from; recipes have settings per kind.
+        kind: "sd35" or "shapes", the built-in model whose recipe settings apply.
         pipeline: hub id or folder of a StableDiffusion3Pipeline.
         reward: hub id or folder of the DiNa-LRM, a reward on latents.
         pixel: hub id or folder of the `ClipReward`, a reward on images.
-        pixel_processor: hub id or folder of tokenizer and preprocessor of `pixel`; None: the same as `pixel`.
-        gold: held-out evaluator: a callable `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`, its dotted name
-            "module:function", or the name of a reward, such as "pixel".
-        train_prompts, heldout_prompts: text files with one prompt per line, for training and evaluation.
+        pixel_processor: hub id or folder of the tokenizer and preprocessor of `pixel`; None: `pixel` itself.
+        gold: reward on images that judges the policy in evaluation: a callable `(images (B, 3, H, W) in [0, 1],
+            prompts) -> (B,)`, the name "module:function" of a callable, or the name of a reward, such as "pixel".
+        train_prompts, heldout_prompts: text files with one prompt per line, for training and for evaluation.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
     """
 
@@ -100,12 +100,12 @@ HOW_TO_GET_SHAPES = "to run the small embedded world instead: --model shapes"
 
 
 def resolve_model(name: str) -> tuple[ModelSpec, str]:
-    """Return the model for `--model name`, and a message: which model, why, and how to get the other one.
+    """Return the model for `--model name`, and a message that says which model this is and how to get the other one.
 
-    The name "auto" selects sd35 if its weights are complete in the local cache or if the hub grants access within
-    `HUB_SECONDS`, otherwise shapes. With HF_HUB_OFFLINE the hub is not asked. Any other name is used without fallback:
-    a key of `MODELS`, a hub id, a pipeline folder, or a folder with `pipeline/` and its own rewards `dinalrm/` and
-    `pixel/` (an embedded world, as written by `recipes/build_shapes.py`).
+    The name "auto" selects sd35 (Stable Diffusion 3.5 Medium) if its weights are complete in the local cache or the hub
+    grants access to them within 3 seconds, and otherwise shapes, the small model that ships with the package. With
+    HF_HUB_OFFLINE the hub is not asked. Every name but "auto" is used without fallback: "sd35", "shapes", a hub id, a
+    pipeline folder, or a folder written by `recipes/build_shapes.py`, with `pipeline/`, `dinalrm/` and `pixel/`.
     """
     if name == "auto":
         return _choose()
@@ -124,7 +124,7 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Return relative paths of files that a StableDiffusion3Pipeline folder lacks; a broken link counts as missing."""
+    """Return relative paths of missing files in a StableDiffusion3Pipeline folder; broken links count as missing."""
     index = folder / "model_index.json"
     if not index.exists():
         return ["model_index.json"]
@@ -168,7 +168,7 @@ def _choose() -> tuple[ModelSpec, str]:
 
 
 def is_cached(repository: str) -> bool:
-    """Return whether the local cache holds all files of `repository`, which is one of sd35's. Uses no network."""
+    """Return whether the local hub cache holds all needed files of `repository`, a hub id of the model sd35."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -186,9 +186,9 @@ def is_cached(repository: str) -> bool:
 
 
 def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
-    """Return None if the hub grants access to all repositories, else the reason, after at most `seconds`.
+    """Return None if the hub grants access to all repositories, else the reason as text, after at most `seconds`.
 
-    The hub is asked in daemon threads: if no name server answers, the client blocks for longer than its own timeouts.
+    Daemon threads ask the hub: without an answering name server, the hub client blocks for longer than its timeouts.
     """
     from huggingface_hub import auth_check
 
@@ -215,7 +215,10 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
-    """Return the model in an embedded-world folder or (with sd35's rewards) in a pipeline folder, and a message."""
+    """Return the model of a folder, and a message that says which model this is and how to get the other one.
+
+    path: a folder that recipes/build_shapes.py wrote, or a pipeline folder, which gets the rewards of sd35.
+    """
     base, world = MODELS["sd35"], path / "pipeline"
     if not world.is_dir():
         _check_pipeline(path)

@@ -1,7 +1,7 @@
 """Prompts and their embeddings, computed by `StableDiffusion3Pipeline.encode_prompt`.
 
-prompt_embeds are features of both CLIP encoders, zero-padded to T5's width, followed by `text_length` tokens of T5.
-There is no attention mask.
+Along the sequence, prompt_embeds holds the features of both CLIP encoders, zero-padded to T5's width, and then
+`text_length` T5 features. There is no attention mask.
 """
 
 import threading
@@ -30,7 +30,7 @@ Embeds = tuple[Tensor, Tensor]
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts as a list; TypeError unless all are strings, ValueError if there is none or one is too long."""
+    """Return prompts as a list. Raises TypeError unless all are strings, ValueError for no prompt or a too long one."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
     if len(prompts) == 0:
@@ -45,14 +45,14 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Conditions:
-    """B prompts and their embeddings, as read by policy, rewards, guidance and evaluation.
+    """A batch of B prompts and their embeddings, the text input of policies and rewards.
 
     Args:
         prompts: B strings, for rewards that read text; empty strings if the text is unknown.
-        prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P), floating.
+        prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P), floating-point.
         text_length: number of T5 tokens in `prompt_embeds`; None if unknown.
-        other_lengths: embeddings of the same prompts with other numbers of T5 tokens, for rewards trained with them:
-            text length -> (prompt_embeds, pooled_prompt_embeds).
+        other_lengths: number of T5 tokens -> (prompt_embeds, pooled_prompt_embeds) of the same prompts. Rewards
+            that were trained with another number of T5 tokens than `text_length` read them.
     """
 
     prompts: Sequence[str]
@@ -80,10 +80,10 @@ class Conditions:
     def encode(
         cls, encoder: "PromptEncoder", prompts: Sequence[str], other_lengths: Iterable[int] = (), batch_size: int = 32
     ) -> Self:
-        """Encode prompts, each distinct one once; the embeddings are on the CPU in the text encoders' dtype.
+        """Encode prompts, equal prompts only once; the embeddings are on the CPU in the text encoders' dtype.
 
-        other_lengths: further numbers of T5 tokens to encode with. At SD3.5's sizes, 128 T5 tokens and bfloat16, 1,000
-        distinct prompts take about 1.7 GB.
+        other_lengths: numbers of T5 tokens to encode with, in addition to the encoder's `text_length`. With SD3.5's
+        text encoders, 128 T5 tokens and bfloat16, 1,000 distinct prompts take about 1.7 GB.
         """
         prompts = check_prompts(prompts)
         distinct = list(dict.fromkeys(prompts))
@@ -98,7 +98,10 @@ class Conditions:
         return cls(prompts, *embeds.pop(encoder.text_length), encoder.text_length, embeds)
 
     def for_length(self, text_length: int) -> Embeds:
-        """Return the embeddings with `text_length` T5 tokens, or with an unknown number; ValueError if none fit."""
+        """Return the embeddings with `text_length` T5 tokens; ValueError if there are none.
+
+        If `self.text_length` is None, the length is unknown, and the embeddings are returned without a check.
+        """
         if text_length in self.other_lengths:
             return self.other_lengths[text_length]
         if self.text_length not in (None, text_length):
@@ -124,7 +127,7 @@ class Conditions:
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """Return the prompts in `text` as a list; raise ValueError unless there are `count`, or if it has no text."""
+    """Return the `count` prompts in `text`; raise ValueError for another number, and for embeddings without text."""
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):
@@ -138,18 +141,21 @@ def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
 
 
 class PromptEncoder:
-    """Encodes prompts with a pipeline's text encoders, without gradient and always in the encoders' own dtype.
+    """Encodes prompts with a pipeline's text encoders, without gradient and with autocast disabled.
 
-    It is thread-safe. A run encodes its prompts once, with `Conditions.encode`. Calling the encoder with strings fills
-    a cache of bounded size.
+    An instance is thread-safe. Calling it with strings keeps their embeddings in a cache of bounded size.
+    `Conditions.encode` and `PromptEncoder.encode` do not use the cache.
 
     Args:
-        source: a StableDiffusion3Pipeline; or a pipeline folder or hub id, whose text encoders are loaded when needed.
+        source: a StableDiffusion3Pipeline, or a pipeline folder or hub id. From a folder or hub id, the text encoders
+            are loaded at the first prompt.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
-        device: device of the embeddings, and of text encoders loaded here. Default: the pipeline's, or else the CPU.
-        dtype: dtype of text encoders loaded here.
-        local_files_only: load text encoders without the network.
-        max_cached: size of the cache in prompts; at SD3.5's sizes in bfloat16, 1,000 take about 2 GB of CPU memory.
+        device: device of the embeddings, and of text encoders loaded from a folder or hub id. Default: the device of a
+            given pipeline, otherwise the CPU.
+        dtype: dtype of text encoders loaded from a folder or hub id.
+        local_files_only: load text encoders without network access.
+        max_cached: largest number of prompts in the cache. With SD3.5's text encoders in bfloat16, 1,000 prompts take
+            about 2 GB of CPU memory.
     """
 
     def __init__(
@@ -170,7 +176,7 @@ class PromptEncoder:
         self._cache: dict[str, Embeds] = {}
 
     def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> Embeds:
-        """Return prompt_embeds (B, L, D), pooled_prompt_embeds (B, P) on `device`; encodes prompts not in the cache."""
+        """Return prompt_embeds (B, L, D), pooled_prompt_embeds (B, P) on the device. Encodes only uncached prompts."""
         prompts = check_prompts(prompts)
         with _ENCODING:
             unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
@@ -184,7 +190,7 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: list[str], text_length: int | None = None) -> Embeds:
-        """Return prompt_embeds (B, L, D), pooled_prompt_embeds (B, P) on the CPU, from one batch without the cache."""
+        """Encode one batch without the cache: prompt_embeds (B, L, D), pooled_prompt_embeds (B, P) on the CPU."""
         with _ENCODING:
             pipeline = self._text_pipeline()
             encoders = text_encoders(pipeline)
@@ -201,14 +207,14 @@ class PromptEncoder:
             return embeds.cpu(), pooled.cpu()
 
     def release(self) -> None:
-        """Free the text encoders that were loaded here. They are loaded again for a prompt that is not in the cache."""
+        """Free text encoders that were loaded from a folder or hub id. The next prompt to encode loads them again."""
         if isinstance(self.source, str | Path):
             self._pipeline = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def empty(self, batch: int) -> Embeds:
-        """Return the embeddings of the empty prompt, for guidance: (batch, L, D) and (batch, P)."""
+        """Return the embeddings of the empty prompt, for classifier-free guidance: (batch, L, D) and (batch, P)."""
         return self([""] * batch)
 
     def _text_pipeline(self) -> "StableDiffusion3Pipeline":

@@ -1,6 +1,6 @@
 """Find models in folders and on the Hugging Face Hub; read tensor files; load weights strictly.
 
-No code in a file is run. Strict loading means that names and shapes must agree exactly.
+Reading a file never runs code from it. Strict loading requires equal names and shapes of tensors in file and model.
 """
 
 import pickle
@@ -19,7 +19,7 @@ from dinalrm_align.train.files import HUB_ID, reading
 
 
 class HubOptions(TypedDict, total=False):
-    """Options of `huggingface_hub`, which every loader takes as `**hub`."""
+    """Download options of `huggingface_hub`, which the loading functions take as `**hub`."""
 
     revision: str | None
     token: str | bool | None
@@ -28,7 +28,10 @@ class HubOptions(TypedDict, total=False):
 
 
 def check_source(name: str, source: str | Path, **hub: Unpack[HubOptions]) -> None:
-    """Raise ValueError unless `source` is a folder or a hub id; TypeError for another type or an unknown option."""
+    """Raise ValueError unless `source` is an existing folder or has the form of a hub id, owner/name.
+
+    Raises TypeError if `source` is neither a str nor a Path, and for options that `HubOptions` does not list.
+    """
     if hub.keys() - HubOptions.__annotations__:
         raise TypeError(f"{name}: unknown options {sorted(hub.keys() - HubOptions.__annotations__)}")
     if not isinstance(source, str | Path):
@@ -42,9 +45,9 @@ def check_source(name: str, source: str | Path, **hub: Unpack[HubOptions]) -> No
 def fetch(
     source: str | Path, files: Sequence[str], *, what: str = "model", subfolder: str = "", **hub: Unpack[HubOptions]
 ) -> Path:
-    """Return the local folder that holds `files` (names or patterns) of a model, downloaded if `source` is a hub id.
+    """Return the local folder of a model. If `source` is a hub id, download `files` (names or patterns) first.
 
-    subfolder: folder inside `source` with these files; the path of this folder is returned.
+    subfolder: folder inside `source` that holds the files; its path is then returned. what: noun for error messages.
     """
     check_source(what, source, **hub)
     if Path(source).is_dir():
@@ -57,7 +60,7 @@ def fetch(
 
 
 def find_file(source: str | Path, name: str, *, what: str = "weights", **hub: Unpack[HubOptions]) -> Path:
-    """Return the path of the file `name` in a folder or repository, or `source` itself if that is a file."""
+    """Return the path of the file `name` in the folder or hub repository `source`; if `source` is a file, return it."""
     if isinstance(source, str | Path) and str(source) and Path(source).is_file():
         return Path(source)
     check_source(what, source, **hub)
@@ -73,7 +76,10 @@ def find_file(source: str | Path, name: str, *, what: str = "weights", **hub: Un
 
 
 def beside(source: str | Path, *names: str) -> Path | None:
-    """Return the folder of a local `source` (itself or its parent) if it holds any of the files `names`, else None."""
+    """Return the local folder `source`, or the folder of the local file `source`.
+
+    Returns None if `source` is not local or the folder holds none of the files `names`.
+    """
     if not isinstance(source, str | Path) or not str(source):
         return None
     folder = Path(source).parent if Path(source).is_file() else Path(source)
@@ -81,10 +87,10 @@ def beside(source: str | Path, *names: str) -> Path | None:
 
 
 def load_model(kind: Any, source: str | Path, *, allow_unexpected: bool = True, **options: Any) -> Any:
-    """Load a model with `kind.from_pretrained(source, **options)` of diffusers or transformers, strictly.
+    """Load a model with `kind.from_pretrained(source, **options)`, where `kind` is a diffusers or transformers class.
 
-    Raises ValueError if tensors are missing (the libraries would initialise them at random) or have other shapes, and,
-    unless `allow_unexpected`, if the files hold surplus tensors.
+    Raises ValueError if tensors are missing (from_pretrained would initialise them at random) or have wrong shapes.
+    With allow_unexpected=False, also raises ValueError if the files hold tensors that the model lacks.
     """
     options["local_files_only"] = options.get("local_files_only", False) or Path(source).is_dir()
     with reading(kind.__name__, source):
@@ -102,8 +108,8 @@ def load_model(kind: Any, source: str | Path, *, allow_unexpected: bool = True, 
 def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors, .pt, .pth or .bin file by name, on the CPU, memory-mapped if possible.
 
-    key: key of the file's dict under which the tensors are. Raises ValueError if the file is damaged or holds anything
-    but tensors, or if the metadata of a safetensors file has a SHA-256 that differs from the tensors' (`train.digest`).
+    key: entry of the file's dict that holds the tensors; by default the dict itself. Raises ValueError if the file is
+    damaged, holds anything but tensors, or if its safetensors metadata has a SHA-256 that the tensors do not match.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected a file of tensors")
@@ -126,9 +132,9 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> dict[str, Tensor]:
-    """Return the tensors under new names. rules: regular expression -> replacement, or None to drop the tensor.
+    """Return the tensors under new names. `rules`: regular expression -> replacement, or None to drop the tensor.
 
-    Only the first expression that matches the beginning of a name is applied. Names that match none are kept.
+    For each name, the first expression that matches its beginning applies. Names that match no expression are kept.
     """
     rule_of = {name: next((rule for rule in rules if re.match(rule, name)), "") for name in tensors}
     kept = {name: rule for name, rule in rule_of.items() if rules.get(rule, "") is not None}
@@ -136,7 +142,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise ValueError, naming the file `where`, unless names, shapes and kinds of dtype (floating or not) agree."""
+    """Raise ValueError, naming the file `where`, unless names and shapes agree and the same tensors are floating."""
     both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
     shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
     differences = {
@@ -156,7 +162,7 @@ def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: 
 
 @torch.no_grad()
 def load_tensors(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Copy `tensors` into the tensors of the same names in `target`. Raises as `check_fit`, before any copy."""
+    """Copy `tensors` by name into those of `target`, in place; first raise ValueError if names or shapes differ."""
     check_fit(target, tensors, where)
     for name, tensor in target.items():
         tensor.copy_(tensors[name])
@@ -171,10 +177,10 @@ def assign_tensors(
     device: torch.device | str | None = None,
     keep_in_fp32: str | None = None,
 ) -> None:
-    """Make `tensors` the weights of `module`, which may be on the meta device. Raises as `check_fit`.
+    """Make `tensors` the weights of `module`, which may be on the meta device; ValueError if names or shapes differ.
 
-    dtype, device: of the new weights; buffers outside of the state dict are moved too. keep_in_fp32: weights whose
-    names have this prefix get at least float32.
+    dtype: dtype of the weights. device: device of the whole module, buffers included. keep_in_fp32: prefix of names;
+    weights whose names begin with it get at least float32.
     """
     check_fit(module.state_dict(), tensors, where)
     exact = [name for name in tensors if keep_in_fp32 and name.startswith(keep_in_fp32)]
@@ -185,7 +191,7 @@ def assign_tensors(
 
 
 class _StandIn:
-    """Replaces every class and function that a pickle names: accepts any arguments, keeps its state."""
+    """Inert replacement for a class or function that a pickle names: accepts any arguments and stores its state."""
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
 
@@ -193,7 +199,7 @@ class _StandIn:
 def read_module_tensors(path: Path) -> dict[str, Tensor]:
     """Return parameters and persistent buffers of a pickled `torch.nn.Module` by state_dict name, on the CPU.
 
-    No code that the file names is imported or called: `_StandIn` replaces it, or torch refuses the file.
+    Classes and functions that the file names are never imported or called: inert stand-ins replace them.
     """
     with reading("pickled module", path):
         named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"builtins.set"}
