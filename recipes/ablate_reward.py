@@ -1,13 +1,14 @@
-"""Ablate DiNa-LRM's design choices: train one reward per arm and seed, and evaluate all on the same held-out pairs.
+"""Ablate DiNa-LRM's design choices: train a reward per variant (arm) and seed, evaluate all on the same held-out pairs.
 
     python recipes/ablate_reward.py                                      # the paper's questions, 3 seeds: about 2 hours
-    python recipes/ablate_reward.py --arms '[calibrated, nll]'           # one more arm; finished ones are not repeated
+    python recipes/ablate_reward.py --arms '[calibrated, nll]'           # one more arm; finished arms are kept
     python recipes/ablate_reward.py --model sd35 --pairs DIR --judged '{hpdv3: DIR, hpdv2: DIR}' \\
         --steps 25000 --launch "accelerate launch --num_processes 8"
 
-Every arm is a run of recipes/train_reward.py with a few options changed (arXiv 2602.11146, section 5, and more). A
-stopped ablation continues; two processes may share a folder on different arms. output_dir receives arms/ARM/seedN (the
-runs, with their scores in judged_SET.safetensors), ablation.md, ablation.json and a figure per question.
+Every arm is a run of recipes/train_reward.py with a few options changed; the arms include those of arXiv 2602.11146,
+section 5. The same command continues a stopped ablation. Two processes may share output_dir if their arms differ. The
+recipe writes a report (ablation.md, ablation.json and one figure per research question) and a folder arms/ARM/seedN per
+run, which also holds the scores of that run on each test set, judged_SET.safetensors.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ HERE = Path(__file__).parent
 
 
 def resolve(argv: Sequence[str]) -> tuple[AblateRun, ModelSpec, Path, dict[str, tuple[Changes, TrainRewardRun]]]:
-    """The settings, the model, the YAML that arms change, and each arm's changes and training settings. Torch-free."""
+    """Return settings, model, path of the baseline YAML, and arm -> (changed options, training settings). No torch."""
     config, _ = parse(AblateRun, __doc__, argv)
     with refusing():
         spec, reason = resolve_model(config.model)
@@ -43,12 +44,12 @@ def resolve(argv: Sequence[str]) -> tuple[AblateRun, ModelSpec, Path, dict[str, 
 
 
 def options(changes: Changes) -> list[str]:
-    """Command-line words for dotted options and their values."""
+    """Return command-line arguments `--name=value` for options given as dotted name -> value."""
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()]
 
 
 def train(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training: Path, changes: Changes) -> Path:
-    """Train one arm with one seed in a process of its own, or resume it. Returns the folder of the run."""
+    """Train one arm with one seed in a subprocess, or resume that training. Returns the folder of the run."""
     from dinalrm_align.train.checkpoints import latest_checkpoint
     from dinalrm_align.train.files import write_atomically
 

@@ -1,10 +1,11 @@
-"""Build the embedded world from scratch: the small SD3 stack, preference pairs, the latent and the pixel reward.
+"""Build the embedded world, a small SD3 pipeline with its preference pairs and two rewards, from scratch.
 
     python recipes/build_shapes.py                                  # hours on two cores, minutes on a GPU
     python recipes/build_shapes.py --stack.depth 12 --stack.num_heads 8 --device cuda      # a larger world
 
-Stages run in order: vae, text, base, pairs, dinalrm (recipes/train_reward.py with train_reward_shapes.yaml), pixel.
-The same command resumes and keeps finished parts, in output_dir/weights, a world folder that recipes take as --model.
+The recipe trains in this order: the VAE, the text encoders, the transformer, the latent reward dinalrm on generated
+pairs (recipes/train_reward.py with train_reward_shapes.yaml), and the image reward pixel. It writes output_dir/weights,
+a folder that other recipes take as --model. After a stop, the same command keeps finished models and continues.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         module.requires_grad_(False).to(accelerator.device)
 
     def finish(train: Callable, parts: dict[str, type]) -> None:
-        """Train and save the named parts of the pipeline unless all are saved; continue with the saved weights."""
+        """Train and save the pipeline components named in `parts` unless all are saved, then load the saved weights."""
         folders = {name: weights / "pipeline" / name for name in parts}
         if not all((folder / "config.json").exists() for folder in folders.values()):
             train(pipeline, config, accelerator)
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_latent_reward(config: BuildConfig, pipeline: Path, pairs: dict[str, Path]) -> None:
-    """Run recipes/train_reward.py in output_dir/dinalrm; on Ctrl-C, which it receives too, wait until it has saved."""
+    """Run recipes/train_reward.py as a subprocess, in output_dir/dinalrm. On Ctrl-C, wait until that has saved."""
     from dinalrm_align.train.checkpoints import latest_checkpoint
 
     run, recipe = Path(config.output_dir) / "dinalrm", Path(__file__).with_name("train_reward.py")

@@ -4,13 +4,13 @@
     python recipes/compare_runs.py runs/refl_* runs/grpo_* --output_dir runs/compare --shown 6
     python recipes/compare_runs.py --group latent runs/*dinalrm_seed* --group pixel runs/*pixel_seed*
 
-Writes index.html (self-contained), compare.md and the PNGs of both: held-out gold score and reward against updates,
-time and FLOPs; KL, seconds and peak memory by phase; images on the same prompts and noise; final numbers with 95 %
-intervals. Runs may come from any recipe, reward and seed, and may still be training.
+Writes index.html (self-contained), compare.md and PNG figures. They show the gold score (the evaluation reward) and the
+training reward on held-out prompts against updates, time and FLOPs; KL; seconds and peak memory by phase; images on the
+same prompts and noise; and final numbers with 95 % intervals. Runs may come from any recipe, and may still be training.
 
-Runs that differ only in their seed form one entry; --group NAME RUN [RUN ...] names an entry and its runs. Gains are
-compared between runs evaluated with the same model, prompts and noise as the first run. Of other runs only cost and KL
-are shown, with a note; folders without a run are skipped with a note.
+Runs that differ only in their seed are averaged; --group NAME RUN [RUN ...] averages the given runs under a name. Gains
+are shown for runs whose evaluation used the same model, prompts, noise and sampler as that of the first run. For a run
+with a different evaluation, only cost and KL are shown, with a note. Folders without a run are skipped with a note.
 """
 
 import json

@@ -1,19 +1,19 @@
 """Diffusion-DPO: align Stable Diffusion 3.5 Medium, or the embedded world, on pairs of images.
 
     python recipes/dpo_sd35.py --reward dinalrm               SD3.5-M if its weights are found, else the embedded world
-    python recipes/dpo_sd35.py --dpo.mode offline --pairs FOLDER        existing pairs, such as mined ones
+    python recipes/dpo_sd35.py --dpo.mode offline --pairs FOLDER        pairs from a data set
     python recipes/dpo_sd35.py --resume runs/dpo_shapes_dinalrm_seed0
 
 Direct preference optimisation (arXiv 2311.12908) for flow matching. Both images of a pair are noised with the same
-noise to the same level. The policy learns to denoise the chosen image better, and the rejected one worse, than the
-reference does. The reward needs no gradient: it ranks samples.
+noise to the same level. Relative to the reference model, the policy learns to denoise the chosen image better and the
+rejected image worse. The reward only ranks samples, so it needs no gradient.
 
-Online, each update samples several images per prompt and pairs the best with the worst by reward; the reference can be
-refreshed with the policy's weights (--dpo.refresh_every). Offline, pairs come from a data set: latents mined by
-`python recipes/mine_pairs.py`, a directory of latent pairs, a jsonl of images, or verl-omni's parquet.
+In online mode, each update samples several images per prompt and pairs the best with the worst by reward. Every
+--dpo.refresh_every updates the policy becomes the reference. In offline mode, pairs come from a data set: latents from
+`python recipes/mine_pairs.py`, a folder of latent pairs, a jsonl file of image paths, or parquet as in verl-omni.
 
-A run writes the same files as recipes/refl_sd35.py. The metric implicit_accuracy is the share of pairs that the
-policy's implicit reward ranks correctly.
+A run writes the same files as recipes/refl_sd35.py. Metrics: `implicit_accuracy`, the share of pairs that the policy's
+implicit reward ranks like the label.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Evaluate a finished reward: accuracy on test sets under named protocols, noise levels at inference, calibration.
+"""Evaluate a finished reward: accuracy on test sets, by protocol and by noise level at inference, and calibration.
 
     python recipes/evaluate_reward.py                                               # the embedded world's own reward
     python recipes/evaluate_reward.py --reward runs/train_reward_shapes_seed0/reward
@@ -7,10 +7,10 @@
         genai_bench: hub}' --trained_on HPDv3/train.json                            # the public test sets
     python recipes/evaluate_reward.py --model sd35 --reward hpsv3 --judged '{hpdv3: DIR}' --output_dir runs/hpsv3
 
-Accuracy is the share of pairs whose preferred image scores higher; the protocol defines ties and averaging (sets and
-protocols: dinalrm_align/eval/test_sets_config.py). Intervals are over captions: with one reward, the variance between
-seeds is unknown (recipes/ablate_reward.py trains several). Calibration compares the preference probabilities of the
-reward's likelihood (--loss.likelihood, as it was trained) with observed frequencies.
+Accuracy is the share of pairs whose preferred image scores higher. A protocol defines how ties count and how pairs are
+averaged; dinalrm_align/eval/test_sets_config.py lists test sets and protocols. Intervals cover the choice of captions,
+not of training seeds (recipes/ablate_reward.py trains several seeds). Calibration compares predicted preference
+probabilities with observed frequencies; --loss.likelihood must be the likelihood with which the reward was trained.
 """
 
 import functools
@@ -26,7 +26,7 @@ from dinalrm_align.train.command import parse, refuse, refusing
 
 
 def resolve(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
-    """The settings and the model. --help exits here, before torch is imported."""
+    """Return the settings and the model. `--help` exits in this function, before torch is imported."""
     config, _ = parse(EvaluateRun, __doc__, words)
     spec, reason = resolve_model(config.model)
     if spec.kind != "shapes" and not config.judged:

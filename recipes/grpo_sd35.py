@@ -4,20 +4,20 @@
     python recipes/grpo_sd35.py --grpo.window all --grpo.sampler flow_sde --grpo.shared_start false       every step
     python recipes/grpo_sd35.py --resume runs/grpo_shapes_dinalrm_seed0
 
-Each rollout draws a group of samples for every prompt. Within a window of steps sampling is stochastic, so that steps
-have log-probabilities. The reward scores the final latents; samples that score above their group become more probable,
-the others less (arXiv 2505.05470). The reward needs no gradient, and a latent reward needs no decoder. A group shares
-the reward's noise, so that noise does not affect the comparison.
+Each rollout draws a group of samples for every prompt. Within a window of steps sampling is stochastic, so that these
+steps have log-probabilities. The reward scores the final latents. Samples that score above the mean of their group
+become more probable, samples below it less (arXiv 2505.05470). The reward needs no gradient, and a latent reward needs
+no decoder. A latent reward adds the same noise to all samples of a group, so that they are compared fairly.
 
-Settings select the variants. Window: all steps, a random window (Flow-GRPO-Fast), or a moving one (MixGRPO,
+Variants are options. Window: all steps, a random window (Flow-GRPO-Fast), or a moving one (MixGRPO,
 --grpo.window progressive). Stochastic step: flow_sde or flow_cps. Constraints: --grpo.clip_range, --grpo.guard true
 (GRPO-Guard), --grpo.kl_beta. With a weighted sum of rewards (--reward "dinalrm + 0.2*pickscore"),
 --grpo.advantage_of parts normalises each reward separately. --anchor.reward pickscore --anchor.every 4 adds the
 advantages of a second reward in every fourth rollout.
 
-A run writes the same files as recipes/refl_sd35.py. The metric reward_noise_variance is the variance that separate
-noise draws would have added to group_variance; ratio_spread is the mean distance of the probability ratios from 1. A
-run whose first ratio after a rollout is not 1 stops with an error.
+A run writes the same files as recipes/refl_sd35.py. Metrics: `group_variance`, the variance of the scores in a group;
+`reward_noise_variance`, the variance that separate reward noise for each sample would add to it; `ratio_spread`, the
+mean distance of the probability ratios from 1. A run stops with an error if the first ratio after a rollout is not 1.
 """
 
 import sys

@@ -4,18 +4,18 @@
     python recipes/lpo_sd35.py --lpo.candidates 8 --lpo.threshold "[0.2, 0.4]"     more candidates, clearer preferences
     python recipes/lpo_sd35.py --resume runs/lpo_shapes_dinalrm_seed0
 
-At every step of a trajectory several candidates for the next state are drawn. The reward scores these noisy latents at
-their own noise level. If its preference is clear enough, the best and the worst candidate form a pair, and the policy
-learns to make the best one more probable, and the worst one less, than the reference does (arXiv 2502.01051). The
-trajectory continues from a random candidate. No image is finished or decoded.
+At every sampling step the policy draws several candidates for the next noisy latents, and the reward scores the
+candidates at their noise level. If the scores of the best and the worst candidate differ enough, the two form a pair.
+Relative to the reference model, the policy learns to make the best candidate more probable and the worst less (arXiv
+2502.01051). Sampling continues from a random candidate. No image is finished or decoded.
 
 LPO needs a reward that reads noisy latents, as DiNa-LRM does; image rewards cannot be used. The original method is for
 UNets and DDIM, and its authors' SD3 version was not released. This recipe uses the stochastic step of a flow
-(Flow-SDE), and its threshold increases with the noise that a step injects.
+(Flow-SDE). The threshold for a pair increases with the noise that the step adds.
 
-A run writes the same files as recipes/refl_sd35.py. Metrics: pairs, the number of pairs of a rollout; pairs_kept, the
-share of candidate pairs above the threshold; preference, their mean margin; accuracy, the share of pairs that the
-policy ranks like the reward.
+A run writes the same files as recipes/refl_sd35.py. Metrics: `pairs`, the number of pairs in a rollout; `pairs_kept`,
+the share of sampling steps that gave a pair; `preference`, the mean margin between best and worst candidate over all
+steps; `accuracy`, the share of pairs that the policy ranks like the reward.
 """
 
 import sys

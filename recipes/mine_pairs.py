@@ -4,12 +4,12 @@
     python recipes/mine_pairs.py --model sd35 --prompts my_prompts.txt --mine.candidates 8
     python recipes/mine_pairs.py --lora runs/refl_shapes_dinalrm_seed0/lora --output_dir runs/second_round
 
-Each prompt is sampled several times; the best candidate and the worst become a pair of latents, with the prompt's
-embeddings. Offline DPO reads them: `python recipes/dpo_sd35.py --dpo.mode offline --pairs FOLDER` here, and verl-omni
-with `data.train_files=FOLDER/pairs` (dinalrm_align/data/mined_pairs.py lists the columns). Needs pyarrow:
-pip install 'dinalrm-align[data]'.
+Each prompt is sampled several times. The best and the worst sample become a pair of latents, stored with the prompt's
+embeddings. Two programs train on the pairs: `python recipes/dpo_sd35.py --dpo.mode offline --pairs FOLDER`, and
+verl-omni with `data.train_files=FOLDER/pairs` (dinalrm_align/data/mined_pairs.py lists the columns). The recipe needs
+pyarrow: pip install 'dinalrm-align[data]'.
 
-Files are complete or absent and depend on the seed and their number alone: after a stop, the same command resumes.
+After a stop, the same command resumes: it keeps complete files and writes the same pairs as an uninterrupted run.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from dinalrm_align.train.command import parse, refuse, refusing
 
 
 def settings_and_model(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
-    """The settings, the model, and the folder of the pairs."""
+    """Return the settings, the model, and the folder to which the pairs are written."""
     run, _ = parse(MineRun, __doc__, argv)  # --help exits here, before heavy imports
     if importlib.util.find_spec("pyarrow") is None:
         refuse("pairs are written as parquet, which needs the package pyarrow: pip install 'dinalrm-align[data]'")

@@ -5,12 +5,12 @@
     python recipes/nft_sd35.py --resume runs/nft_shapes_dinalrm_seed0
 
 Each rollout draws a group of samples for every prompt, and the reward weights each sample as good or bad relative to
-its group. The samples are then noised as in pretraining. An implicit policy in the direction of the trained one learns
-to denoise the good samples, and one in the opposite direction the bad ones (arXiv 2509.16117). The method needs only
-clean latents and their scores: no reward gradient, no log-probabilities, and with a latent reward no decoder.
+its group. The samples are then noised as in pretraining. A model displaced from the sampling policy towards the trained
+policy learns to denoise the good samples, and a model displaced the opposite way the bad samples (arXiv 2509.16117).
+Training needs no reward gradient, no log-probabilities, and with a latent reward no decoder.
 
-A run writes the same files as recipes/refl_sd35.py. The metric moved is the mean squared velocity difference between
-the policy and the one that sampled.
+A run writes the same files as recipes/refl_sd35.py. Metrics: `moved`, the mean squared difference between the velocity
+of the trained policy and that of the policy that drew the samples.
 """
 
 import sys

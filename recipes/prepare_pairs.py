@@ -5,13 +5,14 @@
     python recipes/prepare_pairs.py --source pickapic_v2/data --layout pickapic --filter.ties keep --model sd35
     python recipes/train_reward.py --model sd35 --pairs hpdv3_latents
 
-Sources are train.json of HPDv3 and HPDv2, ranked lists as of ImageReward, the parquet files of Pick-a-Pic v2, a jsonl
-of (prompt, chosen, rejected), and the released latents (dinalrm_align/data/formats). dinalrm_align/data/latent_pairs.py
-describes the output. In bfloat16 a pair at 1024 x 1024 takes 1 MB, a prompt of 128 T5 tokens 1.7 MB.
+--source can be train.json of HPDv3 or HPDv2, ranked lists as in ImageReward, parquet files of Pick-a-Pic v2, a jsonl
+file of (prompt, chosen, rejected), or DiNa-LRM's released latents (dinalrm_align/data/formats describes them).
+dinalrm_align/data/latent_pairs.py describes the output. In bfloat16 a pair at 1024 x 1024 takes 1 MB, a prompt of 128
+T5 tokens 1.7 MB. After a stop, the same command resumes and rewrites missing or damaged files (--verify true also
+compares hashes).
 
-The same command resumes after a stop or a kill, and writes missing and damaged files again (--verify true also compares
-hashes). Differences from the released data: latents are the mean of the VAE's posterior instead of a sample, so that an
-image always has the same latents; bfloat16 instead of float32; text embeddings are stored; no compression; no shuffle.
+Unlike the released latents, these are the mean of the VAE's posterior and not a sample, so that an image always has
+the same latents; they are in bfloat16, not compressed and not shuffled, and text embeddings are stored.
 """
 
 import sys
@@ -24,7 +25,7 @@ from dinalrm_align.train.command import parse, refusing
 
 
 def settings_and_model(argv: Sequence[str]) -> tuple[PrepareRun, ModelSpec]:
-    """The settings, checked, and the model whose encoders are used."""
+    """Return the checked settings, and the model whose VAE and text encoders encode the pairs."""
     run, _ = parse(PrepareRun, __doc__, argv)  # --help exits here, before heavy imports
     from dinalrm_align.data.plan import parse_buckets
 

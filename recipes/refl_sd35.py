@@ -5,8 +5,8 @@
     python recipes/refl_sd35.py --resume runs/refl_shapes_dinalrm_seed0
 
 Each update samples without gradient to a random late step, takes one step with gradient, and maximises the reward of
-the predicted clean latents (arXiv 2304.05977; --refl.grad_steps K is DRaFT-K). As in DiNa-LRM's own runs (arXiv
-2602.11146), the reward reads latents: no VAE is in the graph. Variants: --refl.variant draft_lv (arXiv 2309.17400),
+the predicted clean latents (arXiv 2304.05977; --refl.grad_steps K is DRaFT-K). As in the DiNa-LRM paper (arXiv
+2602.11146), a latent reward needs no VAE in the graph. Variants: --refl.variant draft_lv (arXiv 2309.17400),
 drtune (2405.00760) and direct_align (2509.06942, without a VAE).
 
 A run writes config.yaml, metrics.jsonl, curves.png, grid_*.png of the same prompts and seeds before, during and after

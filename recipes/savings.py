@@ -1,14 +1,14 @@
-"""Memory and operations of aligning SD3.5 Medium with a latent reward (DiNa-LRM) and with PickScore and HPSv3.
+"""Count memory and FLOPs of aligning SD3.5 Medium with a latent reward (DiNa-LRM), PickScore and HPSv3.
 
-    python recipes/savings.py                                 counted: no weights, no GPU, a few minutes on two cores
+    python recipes/savings.py                                 needs no weights and no GPU, a few minutes on two cores
     python recipes/savings.py --size 512 --batch 4
-    python recipes/savings.py --measure                       also measured on this machine's CUDA GPU
+    python recipes/savings.py --measure                       also measures on this machine's CUDA GPU
 
-Full-size networks are built from their published configs and run on tensors without storage, by the code that the
-recipes run: scoring, the reward's gradient, the gradient part of a ReFL update, a Flow-GRPO update, and each network
-alone. Bytes at the peak and floating-point operations are counted; the tables state their conventions and compare the
-savings with the paper's (arXiv 2602.11146), without and with the rollout. `--economies false` skips the options. Writes
-savings.md, savings.json and savings.png to output_dir, and prints the first.
+Full-size networks are built from their published configs and run on tensors without storage, with the recipes' own
+code. Workloads: scoring, the reward's gradient, the gradient computation of a ReFL update, a Flow-GRPO update, and each
+network alone. The tables report peak bytes and floating-point operations, and compare the savings with those of arXiv
+2602.11146, without and with the rollout. `--economies false` leaves out the table of memory-saving options. Writes
+savings.md, savings.json and savings.png to output_dir, and prints savings.md.
 """
 
 import json

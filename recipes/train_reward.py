@@ -1,18 +1,18 @@
 """Train a DiNa-LRM (arXiv 2602.11146): a reward that reads noised latents with the first blocks of a diffusion model.
 
     python recipes/train_reward.py                             the embedded world, on pairs that it makes itself
-    python recipes/train_reward.py --model sd35 --pairs DIR    the paper's settings (train_reward_sd35.yaml), on pairs
-                                                               written by recipes/prepare_pairs.py
+    python recipes/train_reward.py --model sd35 --pairs DIR    the paper's settings, train_reward_sd35.yaml, on pairs
+                                                               from recipes/prepare_pairs.py
 
-In an update all images, chosen and rejected, pass through the backbone in one forward; the images of a prompt share the
-noise and its level sigma. The difference of two scores gives the probability of the preference under a rater whose
-variance grows with sigma, and one minus the square root of that probability is the loss. LoRA and head are trained.
+Each update passes chosen and rejected images through the backbone in one forward pass. The images of a prompt share the
+noise and the noise level sigma. The preference probability p is Gaussian in the score difference, with a variance that
+grows with sigma, and the loss is 1 - sqrt(p). The LoRA of the backbone and the reward head are trained.
 
-Differences from the released code: the moving average of the weights is maintained, evaluated and saved; runs can be
-resumed; text is encoded once, in advance; noise is a function of seed and step.
+Unlike the released code, this recipe keeps, evaluates and saves a moving average of the weights, resumes runs, encodes
+text once and in advance, and draws noise as a function of seed and step.
 
 A run writes config.yaml, metrics.jsonl, checkpoints/, the accuracy on held-out pairs (accuracy.json, per_concept.md,
-accuracy_vs_sigma.png) and the trained reward, reward/.
+accuracy_vs_sigma.png) and the trained reward in reward/.
 """
 
 import functools
@@ -30,9 +30,9 @@ RECIPE = Path(__file__)
 
 
 def resolve(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, Path | None]:
-    """The settings, the same as text of config.yaml, the model, and the checkpoint to resume from.
+    """Return the settings, the text of config.yaml, the model, and the checkpoint to resume from (or None).
 
-    Without --config, the defaults of a new run are those of train_reward_KIND.yaml for the model's kind.
+    Without --config, the defaults of a new run come from train_reward_sd35.yaml or train_reward_shapes.yaml.
     """
     run, checkpoint = parse_run(TrainRewardRun, __doc__, argv)
     spec, reason = resolve_model(run.model)
