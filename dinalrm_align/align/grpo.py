@@ -91,7 +91,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GrpoBatch:
-    """Pairs of a sample and a denoising step, on the device. `count`: number of pairs; 0 for a placeholder pair."""
+    """Pairs of a sample and a denoising step, on the device. `count`: number of pairs, without placeholders."""
 
     position: Position
     conditions: Conditions

@@ -219,7 +219,7 @@ def inference_section(evidence: Evidence, arm: str) -> str:
 
 
 def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
-    """Return a line per claim of the paper that says whether the claim holds here, if its noise levels have scores."""
+    """For each claim of the paper whose noise levels have scores, return a line that says whether it holds here."""
     ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [

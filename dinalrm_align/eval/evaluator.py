@@ -240,7 +240,7 @@ class Evaluator:
         sets: name of a test set -> directory of latents, jsonl, or folder of a public test set.
         encoders: encode images and decode latents.
         size: (height, width) to which images are resized for latent rewards.
-        batch_size: images, or groups of latents, per batch. The noise of latents depends on the batch size.
+        batch_size: images, or groups of latents, per batch. It affects which noise is drawn for latents.
         fit, on_bad: how images are resized (see `Fit`), and what happens to unreadable images (see `OnBad`).
         image_sets: the test sets in `sets` that hold images, opened by `open_image_sets`.
     """

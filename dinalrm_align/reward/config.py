@@ -63,7 +63,7 @@ class HeadConfig:
         num_attn_heads: number of attention heads; must divide the head's width.
         dropout: dropout rate of the head's attention and feed-forward layers in training.
         use_logistic: map the raw score to (-2, 2) by a logistic curve with learnable shift and scale.
-        film: scale and shift the tokens of each layer, as predicted from embedded timestep and pooled prompt.
+        film: scale and shift each layer's tokens by values predicted from the timestep and the pooled prompt.
         value_gates: multiply each value in the head's first attention by a gate that is predicted from its token.
     """
 

@@ -199,7 +199,7 @@ def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterato
 
 
 def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> list[Drawing]:
-    """Lay out config.pictures images of a scene: the first is correct, most later ones get one concept wrong."""
+    """Lay out `config.pictures` images of a scene: the first is correct, most others have one concept wrong."""
     nuisance = draw_nuisance(rng)
     drawings = [lay_out(scene, nuisance, rng)]
     concepts = concepts_of(scene)

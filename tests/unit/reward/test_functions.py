@@ -114,8 +114,8 @@ def test_dotted_paths(tmp_path, monkeypatch):
         import_callable("my_rewards:my_rewrad")
     with pytest.raises(TypeError, match="got int 3; expected a function"):
         import_callable("my_rewards:number")
-    with pytest.raises(ImportError, match="there is no module 'my_reward'; .*PYTHONPATH"):
-        import_callable("my_reward:score")
+    with pytest.raises(ImportError, match="there is no module 'a_module_that_nobody_has'; .*PYTHONPATH"):
+        import_callable("a_module_that_nobody_has:score")
     with pytest.raises(ImportError, match="there is no module 'my_rewards.inner'"):
         import_callable("my_rewards.inner:score")
     with pytest.raises(ImportError, match="needs_more needs the package 'a_package_that_nobody_has'"):
