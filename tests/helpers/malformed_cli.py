@@ -247,7 +247,7 @@ SAVED = [
     Command("an unknown option", SAVINGS, words("--mesure"), "--mesure"),
 ]  # fmt: skip
 
-JUDGING = [
+EVALUATING = [
     Command("an unknown arm", ABLATE, words("--arms=[calibratd]"), "arms calibratd"),
     Command("an arm twice", ABLATE, words("--arms=[fixed,fixed]"), "arms fixed"),
     Command("no seeds", ABLATE, words("--seeds=[]"), "seeds"),
@@ -355,7 +355,7 @@ PREPARING = [
 GROUPS = {
     "preparing pairs": PREPARING,
     "methods and rewards by name": METHODS,
-    "judging rewards": JUDGING,
+    "evaluating rewards": EVALUATING,
     "options": OPTIONS,
     "settings files": FILES,
     "models, rewards and folders": PLACES,
