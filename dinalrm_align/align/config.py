@@ -42,8 +42,8 @@ class WatchConfig:
     and the gold score has fallen, both significantly (one-sided t-tests, paired over captions).
 
     Args:
-        level: significance level. It bounds the probability that a run in which the gold score never falls reports
-            hacking at any evaluation.
+        level: significance level. It bounds the probability that a run reports hacking at any
+            evaluation although its gold score never falls.
         stop_on_hacking: save a checkpoint and stop at the first alarm; otherwise print a warning and go on.
         keep_best: keep the LoRA with the best gold score in lora_best/.
         sigmas: noise levels, at least two, at which a latent reward scores each sample; the metric level_spread is the
@@ -155,9 +155,9 @@ class GroupRolloutConfig:
         guidance_scale: guidance scale of rollout and training; None: the model's own. At most 1: no guidance.
         reward_draws: noise draws over which a latent reward is averaged; all samples of a group share the draws.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
-        advantage_std: standard deviation that divides the advantage, score - mean of the group. group: standard
-            deviation of the scores in the group. global: of all scores in the rollout, over all processes.
-        advantage_floor: constant added to the standard deviation that divides the advantage.
+        advantage_std: standard deviation by which score - mean of the group is divided. group: that of the scores in
+            the group. global: that of all scores in the rollout, over all processes.
+        advantage_floor: constant added to this standard deviation.
         advantage_clip: advantages are clipped to [-advantage_clip, advantage_clip]. DiffusionNFT treats a sample at the
             upper bound as wholly good and a sample at the lower bound as wholly bad.
         minibatches: updates per pass over the samples of a rollout.

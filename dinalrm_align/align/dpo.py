@@ -99,9 +99,9 @@ def noised_pairs(
     draws: int,
     metrics: Mapping[str, float] | None = None,
 ) -> DpoBatch:
-    """Return a `DpoBatch` with `draws` draws of noise and noise level for each group of pairs.
+    """Return a `DpoBatch` with `draws` draws of noise and noise level for each group.
 
-    A group is the images of one prompt, which share noise and noise level.
+    A group is the images of one prompt; they share noise and noise level.
     """
     shape, device = tuple(pairs.latents.shape[1:]), pairs.latents.device
     noise = torch.stack([seeded_noise(shape, [generator] * draws) for generator in generators], dim=1)

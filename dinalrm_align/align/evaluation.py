@@ -33,7 +33,7 @@ Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of after - before and the standard error of this mean; both score the same samples in order."""
+    """Return the mean of after - before and its standard error. Both lists score the same samples in order."""
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
 

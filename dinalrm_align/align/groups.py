@@ -37,7 +37,7 @@ ScoreParts = Callable[..., Mapping[str, Tensor]]
 
 
 class GroupConfig(Protocol):
-    """Settings that the scoring of groups and the advantages read, a subset of `align.config.GroupRolloutConfig`."""
+    """Settings for scoring groups and computing advantages, a subset of `align.config.GroupRolloutConfig`."""
 
     group_size: int
     reward_sigma: list[float] | None
@@ -53,8 +53,8 @@ class RolloutAdvantages:
     Args:
         advantages: (N,) float32, after clipping.
         kept: (N,) bool, False for samples that updates leave out because all scores of their group are equal.
-        statistics: metrics of the rollout by name (`STATISTICS`), NaN where not measured. If the rollout uses a second
-            reward, the anchor, "anchor" is the mean score by that reward.
+        statistics: metrics of the rollout by name (`STATISTICS`), NaN where not measured. "anchor" is the mean
+            score by the second reward, present only if the rollout uses one.
     """
 
     advantages: Tensor
@@ -111,8 +111,8 @@ def rollout_advantages(
     """Return the advantages of this rank's N samples; for several rewards, the weighted sum of their advantages.
 
     Args:
-        scores: scores (draws, N) of this rank by name of the reward. Samples of a group must be adjacent.
-        weights: weight of each reward's advantages, by name of the reward.
+        scores: name of the reward -> scores (draws, N) of this rank. Samples of a group must be adjacent.
+        weights: name of the reward -> weight of its advantages.
         gather: a function from a tensor (N, draws) of this rank to the concatenation of all ranks' tensors.
     """
     if scores.keys() != weights.keys():

@@ -26,8 +26,8 @@ class GrpoConfig(GroupRolloutConfig):
             but the rollout's last step.
         window_rollouts: rollouts after which a progressive window moves on.
         window_stride: steps by which a progressive window moves.
-        window_wraps: move a progressive window that has reached the end of window_range back to the start of
-            window_range; otherwise the window stays at the end.
+        window_wraps: when a progressive window has reached the end of window_range, move it back to the start;
+            otherwise it stays at the end.
         shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do, so that the samples
             differ by the stochastic steps only. The steps before the window are then computed once per group.
         advantage_of: how a weighted sum of rewards gives advantages. sum: the advantage of the summed score. parts: the

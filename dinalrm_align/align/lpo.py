@@ -44,7 +44,7 @@ def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, T
 
 
 def dynamic_threshold(stds: Tensor, low: float, high: float) -> Tensor:
-    """Return the pair threshold of each of S steps, (S,), a linear function of the standard deviation of its noise.
+    """Return the pair threshold of each of S steps, (S,), linear in the standard deviation of the step's noise.
 
     The threshold is `low` at the smallest and `high` at the largest of the standard deviations `stds` (S,). If all
     standard deviations are equal, every threshold is `low`.
@@ -94,7 +94,7 @@ class StepPairs:
 
 @dataclass(frozen=True)
 class LpoBatch:
-    """A micro-batch of preference pairs on the device. `count`: number of pairs; 0 for a placeholder pair."""
+    """A micro-batch of preference pairs on the device. `count`: number of pairs, without placeholders."""
 
     position: Position
     conditions: Conditions
@@ -163,8 +163,8 @@ class Lpo:
     ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
         """Sample B trajectories, and collect the preference pairs of their trained steps.
 
-        Returns two lists with one tuple per trained step, on the CPU. The first list has the pairs: the fields of
-        `StepPairs` from samples to rejected. The second list has three tensors (B,): whether the margin exceeds the
+        Returns two lists with one tuple per trained step, on the CPU. The first list has the pairs: the fields
+        `samples` to `rejected` of `StepPairs`. The second list has three tensors (B,): whether the margin exceeds the
         threshold, the mean score of the candidates, and the margin.
 
         `samples`: indices of the trajectories in this rank's rollout. `indices`: (B,) prompt indices.

@@ -43,11 +43,11 @@ class Miner:
 
     @property
     def shards(self) -> int:
-        """Number of shards, which are the runs of consecutive prompts whose pairs go into one file."""
+        """Number of shards. A shard is a run of consecutive prompts whose pairs go into one file."""
         return -(-len(self.prompts) // self.config.prompts_per_shard)
 
     def missing(self, folder: Path) -> list[int]:
-        """Return the numbers of the shards (runs of prompts mined together) that have no file in the folder yet."""
+        """Return the numbers of the shards that have no file in the folder yet."""
         return [number for number in range(self.shards) if not shard_path(folder, number).is_file()]
 
     def prompts_of(self, number: int) -> range:

@@ -52,7 +52,7 @@ class MineRun(PolicyRun):
         reward: latent reward that ranks the samples. dinalrm: the model's own. Or the folder or hub id of one.
         output_dir: folder of the pairs; by default one under runs/, named after model, reward and seed. Pairs that are
             already in the folder are kept if they were mined with the same settings.
-        lora: folder of a LoRA of an alignment run (RUN/lora) to sample with. The settings policy.rank and policy.alpha
+        lora: folder of a LoRA to sample with, RUN/lora of an alignment run. The settings policy.rank and policy.alpha
             must equal those of this LoRA.
         max_prompts: use only the first max_prompts prompts; by default all.
         mine: settings of the samples and the pairs.

@@ -52,7 +52,7 @@ def contrast_loss(
     Args:
         velocity, old: v and v_old (n, C, H, W), velocities at x_sigma of the trained and of the old policy.
         x_sigma, latents: (n, C, H, W), the noised samples and the clean samples x0.
-        sigma, good: (n,), the noise level and the weight r of each sample as a good one.
+        sigma, good: (n,), the noise level of each sample and its weight r as a good one.
     """
     total = torch.zeros(len(good), device=velocity.device)
     for share, mixed in (
@@ -87,7 +87,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class NftBatch:
-    """Pairs of a sample and a noise level, on the device. `count`: number of pairs; 0 for a placeholder pair."""
+    """Pairs of a sample and a noise level, on the device. `count`: number of pairs, without placeholders."""
 
     conditions: Conditions
     sigma: Tensor
@@ -188,7 +188,7 @@ class Nft:
         )
 
     def _steps(self, key: tuple[int, ...]) -> list[int]:
-        """Draw distinct steps of the noise schedule; a sample is trained at their noise levels. key: RNG key."""
+        """Draw distinct steps of the noise schedule; a sample is trained at their noise levels. `key`: RNG key."""
         order = torch.randperm(len(self.steps), generator=seeded_generator(LEVELS, *key))
         return (self.steps.start + order[: self.config.levels]).tolist()
 
@@ -218,7 +218,7 @@ class Nft:
         return {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:
-        """Return whether `state_tensors` is equal on all ranks; it is not while the ranks hold unfinished rollouts."""
+        """Return whether `state_tensors` is equal on all ranks, which requires that no rollout is unfinished."""
         return self.buffer.is_common()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -15,13 +15,13 @@ class NftConfig(GroupRolloutConfig):
 
     Args:
         num_steps: denoising steps of the rollout; None: the model's own number.
-        levels: number of noise levels at which each sample is trained per epoch, drawn from those of a range of steps.
+        levels: noise levels per sample and epoch, drawn from those of the steps between earliest and latest.
         earliest: start of the range of steps, as a fraction of num_steps; 0: the first step, pure noise.
         latest: end of the range of steps, as a fraction of num_steps; 1: the last step.
-        beta: distance of the implicit good and bad velocities v_old +- beta (v - v_old) from the sampling policy's
-            velocity v_old, where v is the trained policy's velocity.
+        beta: factor in the implicit good and bad velocities v_old +- beta (v - v_old), where v is the velocity of the
+            trained policy and v_old that of the sampling policy.
         kl_beta: weight of the mean squared difference of the trained policy's and the base model's velocities.
-        old_slope: decay of the moving average, min(old_slope k, old_limit) before rollout k; 0: the sampling policy
+        old_slope: the moving average has the decay min(old_slope k, old_limit) before rollout k; 0: the sampling policy
             equals the trained policy.
         old_limit: largest decay of the moving average.
     """

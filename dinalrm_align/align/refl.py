@@ -108,7 +108,7 @@ def drtune_steps(
 def renoised_steps(
     velocity: Velocity, reference: Velocity, latents: Tensor, noise: Tensor, sigma: float
 ) -> tuple[Tensor, Tensor]:
-    """Take the last step with gradient from renoised samples, as DRaFT-LV does (arXiv 2309.17400).
+    """Renoise samples, and take one step with gradient to clean latents, as DRaFT-LV does (arXiv 2309.17400).
 
     Returns the estimated clean latents (B, C, H, W) and the mean of |velocity - reference|^2 over C, H, W, (B,). To
     lower the variance of the gradient, pass each sample n times, with n different noises.
@@ -235,9 +235,9 @@ class Refl:
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: `reward` and, if the update uses the second reward, `anchor`, the mean scores; `kl`, the mean square of
-        velocity - reference velocity; `start_sigma`, the noise level of step batch.start; `pretrain`, the pretraining
-        loss, if it is used.
+        Metrics: `reward`, the mean score; `anchor`, that of the second reward, only in updates that use it; `kl`, the
+        mean square of velocity - reference velocity; `start_sigma`, the noise level of step batch.start; `pretrain`,
+        the pretraining loss, only if it is used.
         """
         config, meter = self.config, self.sampler.meter
         with meter.phase("policy"):

@@ -24,11 +24,11 @@ class ReflConfig:
         grad_steps: number of steps with gradient (refl and drtune). refl: 1 is ReFL and DRaFT-1, K is DRaFT-K.
         renoisings: noise draws per sample (draft_lv and direct_align).
         stride: length of the step with gradient, in steps of the rollout (direct_align).
-        discount: exponent of the weight sigma ** discount of the reward's loss, where sigma is the noise level of the
-            step with gradient; 0: no weighting (direct_align). At nearly clean levels rewards are hacked more easily.
-        earliest: earliest choice of the first step with gradient, as a fraction of num_steps. Every micro-batch draws
-            this step; the latest choice leaves room for grad_steps steps. 1: always the latest choice, as in DRaFT.
-            direct_align needs smaller values. drtune: it draws the step where the rollout stops.
+        discount: exponent of the weight sigma ** discount of the reward's loss (direct_align), where sigma is the noise
+            level of the step with gradient; 0: no weighting. Rewards are hacked more easily at low noise levels.
+        earliest: start of the range from which each micro-batch draws its first step with gradient, as a fraction of
+            num_steps. The end of the range leaves room for grad_steps steps. 1: always the end, as in DRaFT.
+            direct_align needs smaller values. drtune: range of the step where the rollout stops.
         loss: linear: mean(target - score). relu: mean(relu(target - score)); above the target there is no gradient.
         target: target score of the loss. It only shifts a linear loss.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps

@@ -131,7 +131,7 @@ class Position:
 
     @property
     def in_first_update(self) -> bool:
-        """Whether the current weights are those that drew the rollout, which holds during its first update."""
+        """Whether this is the first update on the rollout: the current weights are those that drew it."""
         return self.epoch == self.minibatch == 0
 
 
@@ -166,8 +166,8 @@ class Reuse:
 
         A row is a sample; a column is a denoising step or a noise level. Each group of samples is shuffled and divided
         among the updates of an epoch, so that every update has samples of every group. The shuffle is keyed by (seed,
-        rollout, epoch, group), so that updates do not depend on the world size. The micro-steps of one update differ in
-        n by at most one; n may be 0.
+        rollout, epoch, group), so that updates do not depend on the world size. The number n of
+        pairs differs by at most one between the micro-steps of an update, and may be 0.
 
         Args:
             rows: (N,) int64, indices of the samples of this rank that can be trained on.
@@ -238,7 +238,7 @@ class RolloutBuffer(Generic[R]):
         return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
 
     def is_common(self) -> bool:
-        """Return whether `state_tensors` is equal on all ranks; it is not while the ranks hold unfinished rollouts."""
+        """Return whether `state_tensors` is equal on all ranks, which requires that no rollout is unfinished."""
         return self.current is None
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -188,7 +188,7 @@ def prepare(
     Args:
         extra_prompts: prompts to encode in addition to training and evaluation prompts.
         anchor: settings of a second reward (the anchor), for methods that support one.
-        in_advantages: whether the method adds the second reward's advantages (GRPO) or its scores. Scores are scaled to
+        in_advantages: whether to add the second reward's advantages (GRPO) instead of its scores. Scores are scaled to
             the standard deviation of the first reward's scores, on samples of the base model.
     """
     run, spec = resolved.run, resolved.spec

@@ -82,7 +82,7 @@ def detect_hacking(
     correction bounds the probability of a false alarm in the whole run.
 
     Args:
-        history: update -> scores of the evaluation at this update, by name, with "proxy" and "gold".
+        history: update -> name ("proxy", "gold", ...) -> scores per sample.
         captions: caption of each sample; at least two captions must differ.
         evaluations: n, the number of evaluations in the whole run, not counting that of the base model.
     """

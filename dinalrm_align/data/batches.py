@@ -32,7 +32,7 @@ class BatchOrder(TypedDict, total=False):
 class ShuffledBatches:
     """Endless sequence of shuffled training batches, each given by the indices of its items (see `BatchOrder`).
 
-    A batch depends only on the seed and on `index`. A resumed run therefore needs only its step. Rank r of W ranks
+    A batch depends only on the seed and its index. A resumed run therefore needs only its step. Rank r of W ranks
     reads batches r, r + W, r + 2 W, ... Every epoch shuffles the items again. Items that do not fill a batch at the end
     of an epoch start the first batch of their image size in the next epoch, so that no item is lost.
 
@@ -101,7 +101,7 @@ class ShuffledBatches:
         return rng, shuffles
 
     def _portions(self, epoch: int) -> np.ndarray:
-        """Split the parquet row groups into random sets of four (AT_ONCE). Return each item's set number, (N,)."""
+        """Split the parquet row groups into random sets of four (AT_ONCE). Return the set number of each item, (N,)."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
         return (np.argsort(order) // AT_ONCE)[self._blocks]
 
@@ -155,8 +155,8 @@ class PairSource(ABC):
     ) -> None:
         """Group the N items by image size, and split each group into training and held-out items.
 
-        prompts: prompt of each item. sizes: (N, k) integers, size of each item; None if all items have one size.
-        usable: (N,) bool, False for items to leave out. blocks: (N,) parquet row group of each item.
+        prompts: prompt of each item. sizes: (N, k) integers, image size of each item; None if all have one size.
+        usable: (N,) bool, False for items to leave out. blocks: (N,) index of each item's parquet row group.
         """
         units = np.arange(len(prompts)) if usable is None else np.flatnonzero(usable)
         keep_out = held_out([prompts[unit] for unit in units.tolist()], self._num_held_out)

@@ -12,15 +12,15 @@ class FilterConfig:
 
     Args:
         min_pixels: smallest area of an image, in pixels; the default is 256 x 256, as in the published data.
-        aspect_tolerance: largest allowed change of an image's log aspect ratio by the resizing.
-        min_vote_share: a pair with votes is kept if the chosen image has more than this share (released data: 0.6).
+        aspect_tolerance: largest change of an image's log aspect ratio that resizing may cause.
+        min_vote_share: a pair with votes is kept if the chosen image has more than this share of them (released: 0.6).
         unanimous: leave out pairs in which a rater voted for the rejected image.
         min_confidence: smallest allowed `confidence`, a field of HPDv3. Pairs without this field are kept.
         max_pairs_per_prompt: largest number of pairs per prompt, drawn at random (released data: 8); default: all.
         ties: drop leaves out pairs that raters found equal, as Diffusion-DPO does; keep keeps them, with label 0.5.
         min_gaps: a bound for each score name. A pair that is not a tie is kept if every score has
-            score(chosen) - score(rejected) above its bound. The scores must be in a jsonl `source`. LPO's consistent
-            filtering is {aesthetic: -0.5, clip: 0, vqa: 0}.
+            score(chosen) - score(rejected) above its bound. `source` must be a jsonl with these scores. LPO's
+            consistent filtering is {aesthetic: -0.5, clip: 0, vqa: 0}.
         max_tie_gaps: a bound for each score name. A tie is kept if every score has |score(chosen) - score(rejected)|
             below its bound. LPO uses {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
     """
@@ -46,8 +46,8 @@ class PrepareRun:
     Args:
         source: preference data, required. Layouts hpdv3, hpdv2 and rankings are JSON files. pickapic is a parquet file
             or a folder of them. jsonl is a file with one {prompt, chosen, rejected} per line: chosen and rejected are
-            image paths; label, votes and scores are optional. released is a folder of part_rank*.parquet with latents,
-            which keep their size, so that `buckets` and `images` are not used.
+            image paths; label, votes and scores are optional. released is a folder of part_rank*.parquet with latents.
+            These keep their size; `buckets` and `images` are not used.
         layout: layout of `source`; auto detects it.
         images: folder that image paths are relative to; default: `source` if it is a folder, else its parent folder.
         output_dir: folder for the encoded pairs. To resume a stopped run, run again with the same settings.
@@ -61,13 +61,13 @@ class PrepareRun:
             together with all pairs of them, and encodes each image once.
         label: target probability that the chosen image is preferred. hard uses the label in `source`, which is 1 unless
             the pair is a tie or a jsonl states another; votes uses the chosen image's share of the votes.
-        on_bad: refuse stops at an unreadable image, an invalid record, or NaN or infinite latents or embeddings; skip
-            leaves out the affected pairs and counts them by reason.
+        on_bad: refuse stops at an unreadable image, an invalid record, or latents or embeddings that are not finite;
+            skip leaves out the affected pairs and counts them by reason.
         filter: conditions that a pair must meet to be kept.
         max_pairs: number of pairs to read, from the start of `source`; default: all.
         shard_size: images per file of latents. A resumed preparation writes only the missing files.
         prompts_per_shard: prompts per file of text embeddings.
-        batch_size: images per forward of the VAE.
+        batch_size: images per forward pass of the VAE.
         workers: processes per rank that decode and resize images; 0 decodes and resizes in the rank's own process.
         verify: on resuming, check the hash of each existing file and not only its size.
         seed: seed of the random choice of pairs for filter.max_pairs_per_prompt.

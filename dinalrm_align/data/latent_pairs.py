@@ -3,8 +3,8 @@
 A group is a set of images of one prompt, with the pairs of them that raters compared. A pair on its own is a group of
 two images. The directory holds:
 
-    index.json             format, manifest, concept names, rows, size and hash of each shard. It is written last.
-    prompts.json           the distinct prompts; row i of the text shards belongs to prompt i
+    index.json             format, manifest, concept names; for each shard: rows, latent size, hash. Written last.
+    prompts.json           the distinct prompts; prompt i belongs to row i, counted over all text shards
     groups.safetensors     for each group: prompt, shard, row of its first image in the shard, number of images, row of
                            its first pair, number of pairs
                            for each pair: chosen, rejected (rows within the group), label, concept (-1: unknown)
@@ -114,9 +114,9 @@ class LatentPairs(PairSource):
 
 
 class LatentPairsWriter:
-    """Context manager that writes a new directory for `LatentPairs`. Leaving the `with` block completes the data set.
+    """Context manager that writes a new directory for `LatentPairs`. An exit without an error completes the data set.
 
-    manifest: how latents and embeddings were encoded. shard_size: images or prompts per shard.
+    manifest: how latents and embeddings were encoded. shard_size: images per latent shard, prompts per text shard.
     """
 
     def __init__(self, directory: str | Path, manifest: PairManifest, *, shard_size: int = 1024) -> None:
@@ -154,7 +154,7 @@ class LatentPairsWriter:
         label: Sequence[float] | None = None,
         concepts: Sequence[str] | None = None,
     ) -> None:
-        """Add n images of one prompt and their pairs. The embeddings of each distinct prompt are stored once.
+        """Add n images of one prompt, and pairs of them. The embeddings of each distinct prompt are stored once.
 
         Args:
             latents: (n, C, H, W), scaled.

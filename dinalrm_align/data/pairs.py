@@ -35,7 +35,7 @@ class PairBatch:
         rejected: (N,) int64, index in `latents` of each pair's rejected image.
         label: (N,) float32 in [0, 1], probability that a rater prefers the chosen image.
         group: (M,) int64 in [0, G), index of each image's group.
-        concepts: for each pair, the name of the property in which its images differ; None if unknown. Used to evaluate.
+        concepts: name of the property in which each pair's images differ; None if any is unknown. For evaluation.
 
     Raises TypeError for a wrong dtype, and ValueError for inconsistent shapes or for indices or values out of range.
     """
@@ -190,7 +190,7 @@ class PairManifest:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Build a manifest from the dict of `dataclasses.asdict`. Raises TypeError or ValueError for invalid values."""
+        """Build a manifest from its `dataclasses.asdict`. Raises TypeError or ValueError for invalid values."""
         samples = values.get("encoded_with", {})
         if not isinstance(samples, dict) or not all(isinstance(sample, dict) for sample in samples.values()):
             raise ValueError(f"manifest.encoded_with: got {samples!r:.60}; expected a sample of weights by name")
@@ -200,8 +200,8 @@ class PairManifest:
     def check_encoders(self, sample_of: Callable[[str], WeightSample | None]) -> list[str]:
         """Raise ValueError if the pairs were encoded with another VAE or text encoder than the model's.
 
-        sample_of: function from a subfolder of the model's pipeline, such as "vae", to a sample of the weights in the
-        subfolder; None if the weights are unavailable. Returns the subfolders whose weights are unavailable.
+        sample_of: function that takes a subfolder of the model's pipeline, such as "vae", and returns a sample of its
+        weights, or None if they are unavailable. `check_encoders` returns the subfolders with unavailable weights.
         """
         unknown = []
         for name, written in self.encoded_with.items():

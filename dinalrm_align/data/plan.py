@@ -54,7 +54,7 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 def by_area(side: int) -> tuple[Size, ...]:
     """Return sizes of at most side x side pixels: the square, and the longest rectangle for each shorter side.
 
-    Rectangles come in both orientations. Sides are multiples of 64, and the longer is at most twice the shorter.
+    Rectangles come in both orientations. Sides are multiples of 64, and the longer side is at most twice the shorter.
     """
     if side < STEP or side % STEP:
         raise ValueError(f"buckets: got area:{side}; expected a positive multiple of {STEP}")
@@ -113,7 +113,7 @@ class Dropped:
         return "\n".join(lines) or "no pair was left out"
 
     def bad(self, reason: str, message: str, pairs: int = 1) -> None:
-        """Add `pairs` to the number of unusable pairs for `reason`. Raises ValueError if on_bad is "refuse"."""
+        """Raise ValueError if on_bad is "refuse". Otherwise count `pairs` unusable pairs under `reason`."""
         if self.on_bad == "refuse":
             raise ValueError(f"{message}. To leave out such pairs and have them counted: --on_bad skip")
         self.drop(reason, message, pairs)
@@ -141,7 +141,7 @@ class Group:
         return cls(prompt, size, images, tuple(labelled))
 
     def without(self, bad: Mapping[int, object]) -> "Group | None":
-        """Return the group without the pairs of `bad` images and without unpaired images; None if no pair is left."""
+        """Return the group without pairs of `bad` images and without images left unpaired; None if no pair is left."""
         gone = {row for row, image in enumerate(self.images) if image in bad}
         pairs = [pair for pair in self.pairs if gone.isdisjoint(pair[:2])]
         kept = sorted({row for pair in pairs for row in pair[:2]})
@@ -224,7 +224,7 @@ def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Drop
 
 
 def plan_shards(groups: Iterable[Group], shard_size: int) -> list[list[Group]]:
-    """Return the groups of each file. A file has one image size, and at most `shard_size` images or a single group."""
+    """Return the groups of each file. A file has one image size and up to `shard_size` images, or one larger group."""
     by_size: dict[Size, list[Group]] = {}
     for group in groups:
         by_size.setdefault(group.size, []).append(group)

@@ -82,7 +82,7 @@ def read_index(directory: Path) -> Index:
 
 
 def read_prompt_list(directory: Path, index: Index) -> list[str]:
-    """Return the distinct prompts in prompts.json. Prompt i belongs to row i of the text shards."""
+    """Return the distinct prompts in prompts.json. Prompt i belongs to row i, counted over all text shards."""
     path = directory / "prompts.json"
     prompts = parse_json(read_text(path, "file"), str(path))
     rows = sum(shard.count for shard in index.text)
@@ -93,7 +93,7 @@ def read_prompt_list(directory: Path, index: Index) -> list[str]:
 
 
 class RowFile:
-    """Reader of rows of the tensors in a safetensors file, for use in threads and forked processes."""
+    """Reader of tensor rows in a safetensors file. Usable in threads and forked processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -186,7 +186,7 @@ def write_tables(
 ) -> None:
     """Write groups.safetensors, then index.json.
 
-    groups: a dict with the keys GROUP_COLUMNS for each group of images. pairs: (chosen, rejected, label, concept) of
+    groups: for each group of images, a dict with the keys GROUP_COLUMNS. pairs: (chosen, rejected, label, concept) of
     each pair. shards: {"latents": [...], "text": [...]}, where each list holds one dict of `Shard` fields per file.
     """
     columns = {name: torch.tensor([group[name] for group in groups]) for name in GROUP_COLUMNS}

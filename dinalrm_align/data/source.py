@@ -74,9 +74,9 @@ def open_pairs(
     Args:
         path: a jsonl of images; a directory of latents; a folder of mined pairs or one parquet file of them; or a
             folder in the released layout.
-        expected: encoding settings of the model: a reward's config or `Encoders.manifest()`.
-        encoders: encoders of the images and prompts that are stored without encoding. If stored latents come without a
-            record of how they were encoded, `encoders` are assumed to have encoded them.
+        expected: encoding settings of the model, either a reward's config or `Encoders.manifest()`.
+        encoders: used for images and prompts that are not stored in encoded form. Stored latents without a record of
+            how they were encoded are assumed to come from `encoders`.
         size: (height, width) in pixels to which images of a jsonl are resized and cropped.
         on_bad: what to do about latents that cannot be read. "refuse" raises; "skip" warns and leaves them out.
 
@@ -162,9 +162,9 @@ def load_image(path: Path, height: int, width: int) -> Tensor:
 def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
     """Return a sample of the weights in the subfolder `folder` of a pipeline; None if they are not on this machine.
 
-    The tensors with two or more dimensions are sorted by name. The sample holds the first value of up to 16 (VALUES) of
-    them, evenly spaced. Files of variants, such as model.fp16.safetensors, are ignored. source: folder or hub id of the
-    pipeline. Raises ValueError for an invalid safetensors file.
+    The tensors with two or more dimensions are sorted by name. The sample holds the first value of each of up to 16
+    (VALUES) evenly spaced tensors. Files of variants, such as model.fp16.safetensors, are ignored.
+    source: folder or hub id of the pipeline. Raises ValueError for an invalid safetensors file.
     """
     try:
         root = fetch(source, ["*"], subfolder=folder, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Compare the arms of an ablation, which are training variants of a reward, and noise levels at inference.
+"""Compare training variants of a reward (the arms of an ablation), and noise levels at inference.
 
 The comparisons follow arXiv 2602.11146. Accuracies are pairwise and in per cent; differences are in percentage points.
 Both are means with intervals over seeds and captions (`intervals.seeds_by_captions`). Differences are paired: the two
@@ -30,7 +30,7 @@ ENSEMBLE_DRAWS = 4  # largest number of draws for the variance of the ensemble's
 
 @dataclass(frozen=True)
 class Evidence:
-    """Runs' scores, and the test sets and noise levels to report. Comparisons of arms use only `ensembles[0]`."""
+    """Scores of runs, and which test sets and noise levels to report. Comparisons of arms use only `ensembles[0]`."""
 
     runs: Runs
     sets: Sequence[str]
@@ -56,7 +56,7 @@ def levels_with_draws(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels
 
 
 def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
-    """Split draw indices 0 to `draws` - 1 into groups of `count`, as (0, 1), (2, 3). A smaller rest is dropped."""
+    """Split draw indices 0 to `draws` - 1 into groups of `count`: (0, 1), (2, 3). A smaller last group is dropped."""
     return [tuple(range(start, start + count)) for start in range(0, draws - count + 1, count)]
 
 
@@ -70,7 +70,7 @@ def accuracy_of(*names: str) -> Measure:
 
 
 def accuracy_at(*sigmas: float) -> Measure:
-    """Return a function `PairScores` -> correctness (N,) of N pairs, by the one score at all `sigmas` (draw 0)."""
+    """Return a function `PairScores` -> correctness (N,) of N pairs, by the joint score at all `sigmas` (draw 0)."""
     return accuracy_of(NoiseLevels.at(*sigmas).name)
 
 
@@ -102,8 +102,8 @@ def difference(
 ) -> Interval:
     """Return the accuracy of arm `better` minus that of arm `worse` on the test set `name`, paired over common seeds.
 
-    of_better, of_worse: functions that return the correctness of each pair for the two arms. Raises ValueError if the
-    arms have no common seed, or were evaluated on different pairs.
+    of_better, of_worse: functions that return the correctness of each pair, for `better` and `worse`. Raises ValueError
+    if the arms have no common seed, or were evaluated on different pairs.
     """
     ours, theirs = evidence.runs[better], evidence.runs[worse]
     shared = [seed for seed in ours if seed in theirs]
@@ -122,12 +122,12 @@ def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) 
 
 
 def verdict(interval: Interval) -> str:
-    """Return whether a difference claimed to be positive "holds", "reverses" or "is inconclusive" (interval with 0)."""
+    """Return whether a difference claimed to be positive "holds", "reverses" or "is inconclusive" (0 in interval)."""
     return "holds" if interval.low > 0 else "reverses" if interval.high < 0 else "is inconclusive"
 
 
 def in_points(interval: Interval, *, signed: bool = True) -> str:
-    """Format an accuracy, or a difference of accuracies, times 100 and with its interval: "+0.6 [-0.2, +1.4]"."""
+    """Format an accuracy, or a difference of accuracies, and its interval, all times 100: "+0.6 [-0.2, +1.4]"."""
     sign = "+" if signed else ""
     mean, low, high = (f"{100 * value:{sign}.1f}" for value in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"
@@ -183,7 +183,7 @@ def question_section(question: Question, evidence: Evidence) -> str:
 
 
 def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
-    """Return title -> measure for single sigmas, ensembles and, if `arm` has scores with them, several noise draws."""
+    """Return title -> measure for single sigmas, ensembles, and several noise draws (if `arm` has such scores)."""
     scored = evidence.levels(arm, name)
     measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in evidence.sigmas}
     for levels in evidence.ensembles:
@@ -239,7 +239,7 @@ def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """`share`: variance of a score over noise draws / over images. `forwards`: backbone forward passes per score."""
+    """`share`: score variance over noise draws / that over images. `forwards`: backbone forward passes per score."""
 
     label: str
     forwards: int
@@ -249,7 +249,7 @@ class NoiseShare:
 def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
     """Return the share of noise in the score's variance, at sigma 0.4 with 1, 2, 4 or 8 draws, and for `ensemble`.
 
-    seeds: scores on one test set of the rewards trained with each seed. The shares are averaged over seeds.
+    seeds: the scores of each seed's reward on one test set. The shares are averaged over seeds.
     """
 
     def share(label: str, forwards: int, repeats: list[list[str]]) -> NoiseShare:

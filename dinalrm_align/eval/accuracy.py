@@ -151,8 +151,8 @@ def evaluate_pairs(
 ) -> Mapping[str, float]:
     """Measure accuracy on all ranks, write the report to `directory` on the main rank, and return the metrics.
 
-    in_step: whether all ranks must call `score` equally often, which sharded weights require. A rank that has one batch
-    fewer than the first rank then scores an extra batch and discards the result.
+    in_step: whether all ranks must call `score` equally often, as sharded weights require. If so, a rank with one batch
+    fewer than the first rank scores an extra batch and discards the result.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     with accelerator.autocast():

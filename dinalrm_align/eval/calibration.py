@@ -45,8 +45,7 @@ class Reliability:
     0 and the other arrays are NaN.
 
     count: number of pairs. predicted: mean of p. observed: mean label. standard_error: standard error of `observed`
-    over captions. The standard error of independent pairs under a flat prior is the lower bound, so `standard_error` is
-    never 0.
+    over captions. It is at least the standard error of independent pairs under a flat prior, so it is never 0.
     """
 
     count: np.ndarray

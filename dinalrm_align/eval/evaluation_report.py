@@ -33,7 +33,7 @@ class SetResult:
     protocol: accuracy protocol, requested or else the test set's default.
     per_level: noise level -> accuracy under `protocol`.
     per_protocol: (any protocol, main noise level) -> accuracy. The main noise levels are those of `main_levels`.
-    leak: the pairs that the reward was trained on; None if not requested.
+    leak: overlap of the test pairs with the training data; None if not requested.
     without_leak: main noise level -> accuracy under `protocol` on the pairs that the reward was not trained on.
     faults: name of an image without a score -> reason.
     """
@@ -126,7 +126,7 @@ def write(
 
 
 def main_levels(config: EvaluateRun, scores: PairScores) -> list[str]:
-    """Return the names of the main noise levels: sigma 0.4 and the first ensemble, or "score" without noise."""
+    """Return the names of the main noise levels: sigma 0.4 and the first ensemble, or "score" if no noise is used."""
     if NO_NOISE.name in scores.scores:
         return [NO_NOISE.name]
     return [NoiseLevels.at(SINGLE_LEVEL).name, NoiseLevels.at(*config.ensembles[0]).name]

@@ -1,8 +1,9 @@
 """Score test sets with a finished reward. Scores are stored, so a repeated evaluation loads them.
 
-A test set is a data set of latents, a public test set of images (`test_sets_config`), or a jsonl of images. Image
-rewards decode latents. Images are scored one by one, in an order that does not depend on the pairs (`ImageSet.order`).
-The noise of an image is seeded by (seed, prompt, draw), so images of one prompt and size share the same noise.
+A test set is a data set of latents, a public test set of images (`test_sets_config`), or a jsonl of images. For image
+rewards, latents are decoded. Images are scored one by one, in an order that does not depend on the pairs
+(`ImageSet.order`). The noise of an image is seeded by (seed, prompt, draw), so images of one prompt and size share the
+same noise.
 """
 
 import functools
@@ -211,7 +212,7 @@ def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mappin
 class Candidate:
     """A reward to evaluate, which `load` loads only if scores are missing.
 
-    identity: text stored with the scores; rewards with equal weights must have equal texts. config: config of a single
+    identity: text that identifies the reward; it is stored with the scores. config: config of a single
     latent reward, which is scored at several noise levels; None for any other reward.
     """
 

@@ -227,7 +227,7 @@ class Pieces:
             write_atomically(stored, json.dumps(terms, indent=1) + "\n")
 
     def get(self, number: int, take: Callable[[], Piece]) -> Piece:
-        """Return partial result `number`. If the result is not stored, `take` computes it, and it is stored."""
+        """Return partial result `number`. If it is not stored yet, compute it with `take` and store it."""
         path = self.folder / f"{number:06d}.safetensors"
         if path.exists():
             arrays, metadata = _read_arrays(path)

@@ -1,7 +1,7 @@
 """Public test sets of text-to-image preferences, accuracy protocols, and published accuracies. Torch-free.
 
-Papers compute accuracy in different ways on the same test set. Here, a protocol is a rule that applies to any test set,
-except that `OF_LISTS` need ranked lists.
+Papers compute accuracy in different ways on the same test set. Here, a protocol is a rule that applies to any test set;
+only the protocols in `OF_LISTS` need ranked lists.
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ class SigmaConfig:
             variable. mode: heavy-tailed density of the SD3 paper. beta: Beta(a, b). constant: always `value`.
         mean: with logit_normal, mean of the normal variable.
         std: with logit_normal, standard deviation of the normal variable.
-        scale: with mode, shape in [-1, 1.75]: positive values favour the middle of [0, 1], negative values the ends.
+        scale: with mode, value in [-1, 1.75]: positive values favour the middle of [0, 1], negative values the ends.
         a: with beta, first parameter.
         b: with beta, second parameter.
         value: with constant, the noise level.

@@ -24,7 +24,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 def schedule_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
     """Return the noise levels at which diffusers samples with this scheduler: num_steps + 1 floats from 1 to 0.
 
-    Shift 3 and 4 steps give 1, 0.8577, 0.6022, 0.0089, 0. diffusers shifts the lowest positive level twice, which
+    Example (shift 3, 4 steps): 1, 0.8577, 0.6022, 0.0089, 0. diffusers shifts the lowest positive level twice, which
     `linear_sigmas` does not. Raises ValueError if the scheduler's shift depends on image size (use_dynamic_shifting).
     """
     _check_schedule(scheduler, num_steps)
@@ -34,7 +34,7 @@ def schedule_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int
 
 
 def linear_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
-    """Return the scheduler's shift of the N + 1 noise levels 1, (N - 1)/N, ..., 1/N, 0, where N = num_steps.
+    """Return the N + 1 noise levels 1, (N - 1)/N, ..., 1/N, 0, shifted by the scheduler's shift; N = num_steps.
 
     Flow-Factory, DanceGRPO and SRPO use this schedule. Raises ValueError if the shift depends on image size.
     """

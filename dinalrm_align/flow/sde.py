@@ -10,9 +10,9 @@ draws x' = mean + std noise, where noise is standard normal and mean and std dep
     flow_cps    mean = (1 - sigma') x0 + sigma' cos(a pi / 2) x1     std = sigma' sin(a pi / 2)
                 coefficients-preserving sampling, arXiv 2509.05952: x' has the noise level sigma'
 
-a is the argument `noise_level`. With a = 0 a step is an Euler step of the ODE. As in public code, the
-log-probability is the MEAN over C, H and W, not the sum: of the log normal density for flow_sde, and of
--(x' - mean)^2 for flow_cps. Probability ratios are therefore close to 1, and clip ranges are small (1e-6 ... 1e-4).
+a is the argument `noise_level`, not a noise level sigma. With a = 0 a step is an Euler step of the ODE. As in public
+code, the log-probability is the MEAN over C, H and W, not the sum, of the log normal density (flow_sde) or of
+-(x' - mean)^2 (flow_cps). Probability ratios are therefore close to 1, and clip ranges are small (1e-6 ... 1e-4).
 
 Coefficients are computed in float64, tensors in float32. Results are differentiable in latents and velocity.
 """
@@ -37,7 +37,7 @@ class Transition:
     Args:
         mean: mean of x', (B, C, H, W), float32.
         std: standard deviation of x'. The tensors std, scale and delta are (1,) or (B,), float64, on the CPU.
-        scale: for flow_sde, a sqrt(sigma / (1 - sigma)), where a is the `noise_level`; for flow_cps, equal to std.
+        scale: for flow_sde, a sqrt(sigma / (1 - sigma)), with a = `noise_level`; for flow_cps, equal to std.
         delta: sigma' - sigma, negative.
     """
 
@@ -73,8 +73,8 @@ def transition(
     Args:
         sampler: "flow_sde" or "flow_cps".
         latents, velocity: latents at noise level sigmas[index] and the model's velocity there, (B, C, H, W).
-        sigmas: all noise levels of the schedule, strictly decreasing, in [0, 1]; not only the two of this step.
-        index: number of the step, from 0 to len(sigmas) - 2: an int, or integers (B,), one for each sample.
+        sigmas: noise levels of the whole schedule, not only of this step; strictly decreasing, in [0, 1].
+        index: number of the step, from 0 to len(sigmas) - 2: an int, or a tensor (B,) with one per sample.
         noise_level: scale of the added noise, at least 0; for flow_cps at most 1. 0 gives a deterministic Euler step.
     """
     check_latents("latents", latents)

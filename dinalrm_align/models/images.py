@@ -1,6 +1,6 @@
 """Read image files, given as path or bytes, and convert images to tensors (B, 3, H, W) in [0, 1].
 
-Only functions import torch, not the module: worker processes that only decode images then start ten times faster.
+torch is imported only inside functions, so that processes that only decode images start ten times faster.
 """
 
 import io

@@ -30,7 +30,7 @@ Embeds = tuple[Tensor, Tensor]
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts as a list. Raises TypeError unless all are strings, ValueError for no prompt or a too long one."""
+    """Return prompts as a list. Raises TypeError for a non-string, ValueError for no prompts or an overlong prompt."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
     if len(prompts) == 0:
@@ -51,8 +51,8 @@ class Conditions:
         prompts: B strings, for rewards that read text; empty strings if the text is unknown.
         prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P), floating-point.
         text_length: number of T5 tokens in `prompt_embeds`; None if unknown.
-        other_lengths: number of T5 tokens -> (prompt_embeds, pooled_prompt_embeds) of the same prompts. Rewards
-            that were trained with another number of T5 tokens than `text_length` read them.
+        other_lengths: embeddings of the same prompts with other numbers of T5 tokens, for rewards trained with them:
+            {number of T5 tokens: (prompt_embeds, pooled_prompt_embeds)}.
     """
 
     prompts: Sequence[str]
@@ -127,7 +127,7 @@ class Conditions:
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """Return the `count` prompts in `text`; raise ValueError for another number, and for embeddings without text."""
+    """Return the `count` prompts in `text`; ValueError for more or fewer, or for embeddings without text."""
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):

@@ -109,7 +109,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors, .pt, .pth or .bin file by name, on the CPU, memory-mapped if possible.
 
     key: entry of the file's dict that holds the tensors; by default the dict itself. Raises ValueError if the file is
-    damaged, holds anything but tensors, or if its safetensors metadata has a SHA-256 that the tensors do not match.
+    damaged or holds anything but tensors, or if the tensors do not match a SHA-256 in its safetensors metadata.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected a file of tensors")
@@ -142,7 +142,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise ValueError, naming the file `where`, unless names and shapes agree and the same tensors are floating."""
+    """Raise ValueError, naming the file `where`, if names, shapes or kinds (floating or not) of tensors differ."""
     both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
     shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
     differences = {

@@ -97,7 +97,7 @@ def save_checkpoint(
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
     """Return the base model's hub id or path. A path that starts with ./ or ../ is resolved from `folder`.
 
-    trusted: False raises ValueError for a local path. Must be False for a downloaded checkpoint.
+    trusted: whether a local path is allowed (else ValueError). Must be False for a downloaded checkpoint.
     """
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):
@@ -230,7 +230,7 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Raise ValueError unless all tensors are finite floating-point, with LoRA rank and query count as configured."""
+    """Raise ValueError unless tensors are floating-point and finite, and LoRA rank and query count match the config."""
     config, tensors = checkpoint.config, checkpoint.tensors
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):

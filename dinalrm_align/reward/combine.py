@@ -20,7 +20,7 @@ class RewardSum(RewardModule):
     """
 
     def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:
-        """Combine named rewards. Raises ValueError if a weight is missing or not finite, or if VAEs differ."""
+        """Combine named rewards. Raises ValueError if a weight is missing or not finite, or if two VAEs differ."""
         super().__init__()
         if not parts or parts.keys() != weights.keys():
             raise ValueError(f"got parts {list(parts)}, weights for {list(weights)}; expected a weight for each part")

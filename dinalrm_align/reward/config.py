@@ -64,7 +64,7 @@ class HeadConfig:
         dropout: dropout rate of the head's attention and feed-forward layers in training.
         use_logistic: map the raw score to (-2, 2) by a logistic curve with learnable shift and scale.
         film: scale and shift each layer's tokens by values predicted from the timestep and the pooled prompt.
-        value_gates: multiply each value in the head's first attention by a gate that is predicted from its token.
+        value_gates: multiply the value of each token, in the first attention, by a gate predicted from that token.
     """
 
     width: int = -1
@@ -216,9 +216,9 @@ class LossConfig:
             bradley_terry: sigmoid. bradley_terry_margin: sigmoid of the difference minus `margin`.
         objective: fidelity (1 - sqrt(p) for a hard label) or nll (-log p), where p is the preference probability.
             Default: fidelity for thurstone and thurstone_fixed (paper), nll for the Bradley-Terry likelihoods.
-        preset: default values of (k, sigma_u, epsilon): paper is (2, 0.1, 0), and released, from the public code, is
-            (2, sqrt(0.05), 1e-6).
-        k: factor in the rater's variance at noise level sigma, k sigma^2 + sigma_u^2. Default: the preset's.
+        preset: default values of (k, sigma_u, epsilon): paper for (2, 0.1, 0), or released for (2, sqrt(0.05), 1e-6) as
+            in the public code.
+        k: factor in the rater's variance k sigma^2 + sigma_u^2, where sigma is the noise level. Default: the preset's.
         sigma_u: standard deviation of the rater's noise on clean images. Default: the preset's.
         epsilon: constant added under the square roots of Thurstone likelihood and fidelity. Default: the preset's.
         variance: rater's variance for thurstone_fixed (0.5 in the released code).
@@ -242,7 +242,7 @@ class LossConfig:
         return self.objective or ("nll" if self.likelihood.startswith("bradley_terry") else "fidelity")
 
     def constants(self) -> tuple[float, float, float]:
-        """Return (k, sigma_u, epsilon). The preset replaces a value that is None."""
+        """Return (k, sigma_u, epsilon). A value that is None is taken from the preset."""
         given = {"k": self.k, "sigma_u": self.sigma_u, "epsilon": self.epsilon}
         preset = THURSTONE_PRESETS[self.preset]
         return tuple(preset[name] if value is None else value for name, value in given.items())
@@ -269,7 +269,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Return the levels of each evaluation, without duplicates: (sigma,) per value of `sigmas`, and `ensemble`."""
+        """Return the distinct noise levels to evaluate: (sigma,) for each value of `sigmas`, then `ensemble`."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 
@@ -288,7 +288,7 @@ class TrainRewardRun:
         held_out_prompts: number of prompts in `pairs` to keep for evaluation if `validation_pairs` is not set.
         output_dir: folder of the run; its subfolder reward/ gets the trained reward. Default: a new folder in runs/.
         seed: seed of the initial weights, the data order, the noise and the noise levels.
-        resume: folder of a run, to resume from the newest checkpoint, or folder of a checkpoint. Options given on the
+        resume: folder of a run, whose newest checkpoint is resumed, or folder of a checkpoint. Options given on the
             command line override the stored settings.
         device: device to train on; auto: a CUDA GPU if there is one, else the CPU.
         dtype: dtype of the frozen base weights; auto: the model's own on a GPU, float32 on a CPU. LoRA and head are

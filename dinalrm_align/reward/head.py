@@ -85,8 +85,8 @@ class QueryAttention(nn.Module):
 class RewardHead(nn.Module):
     """Maps the tokens of selected backbone layers (`Taps`) to one raw score per sample.
 
-    width_in: channels of the tokens. num_text_taps: 0 if the head reads image tokens only. temb_dim: channels of the
-    embedded timestep and pooled prompt; default: `width_in`.
+    width_in: channels of the tokens. num_text_taps: number of layers whose text tokens are read; may be 0.
+    temb_dim: channels of the embedded timestep and pooled prompt; default: `width_in`.
     """
 
     def __init__(

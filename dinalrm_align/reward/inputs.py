@@ -40,7 +40,7 @@ def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> 
 
 
 def check_image_size(images: Tensor, backbone: Backbone, factor: int) -> None:
-    """Raise ValueError if images (B, 3, H, W) are too large for the backbone. factor: pixels per latent and side."""
+    """Raise ValueError if images (B, 3, H, W) are too large for the backbone. factor: image side / latent side."""
     limit, (height, width) = backbone.max_size * factor, images.shape[2:]
     if max(height, width) > limit:
         raise ValueError(f"images: got height x width {height} x {width}; expected at most {limit}: resize them first")
@@ -151,7 +151,7 @@ def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
 
 
 def _got(value: object) -> str:
-    """Describe a value for an error message: a tensor by shape and unsupported dtype, any other value by type."""
+    """Describe a value for an error message: a tensor by shape, and dtype if unsupported; any other value by type."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     odd = f" of {value.dtype}" * (value.dtype not in FLOATING) + " on meta" * value.is_meta

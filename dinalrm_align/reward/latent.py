@@ -117,7 +117,7 @@ class LatentReward(RewardModule):
         Args:
             source: hub id or folder of the checkpoint.
             transformer: frozen SD3Transformer2DModel whose weights the reward shares, or hub id or folder of a
-                transformer to load. Default: the pipeline's, or the checkpoint's base model without a pipeline.
+                transformer to load. Default: the pipeline's; without a pipeline, the checkpoint's base model.
             pipeline: StableDiffusion3Pipeline, or its img2img or inpaint variant. The reward uses the pipeline's text
                 encoders, VAE and (by default) transformer.
             device, dtype: of the backbone. Default: those of the given transformer, or CPU and the config's dtype if
@@ -266,8 +266,8 @@ class LatentReward(RewardModule):
 
         Args:
             images: PIL images of one size, or (B, 3, H, W) in [0, 1].
-            sigma: noise level, as in `forward`. Default: the config's `image_sigma`, or `sigma` if `image_sigma` is
-                None.
+            sigma: noise level, as in `forward`. Default: the config's `image_sigma`, or the config's `sigma` if
+                `image_sigma` is None.
 
         prompts, noise, generator: as in `forward`. Raises ValueError unless the VAE scales latents as in training.
         """

@@ -57,7 +57,7 @@ class RewardModel(nn.Module):
             return self.head(taps.split(count))
 
     def _head_precision(self) -> contextlib.AbstractContextManager:
-        """Return an autocast context in which the float32 head runs in the trunk's half precision, as in training."""
+        """Return the autocast context of the head: the trunk's half precision, as in training, or none for float32."""
         device, dtype = self.trunk.device.type, self.trunk.dtype
         if dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device):
             return contextlib.nullcontext()
@@ -66,8 +66,8 @@ class RewardModel(nn.Module):
     def tuned_tensors(self) -> dict[str, Tensor]:
         """Return a checkpoint's tensors: `head.*`, and `backbone.*` (the LoRA, or the whole trunk with full tuning).
 
-        During training these tensors are the Parameters themselves. After `freeze` they are the trained weights on the
-        CPU, from before any cast or LoRA merge.
+        During training these tensors are the Parameters themselves. After `freeze` they are copies on the CPU of the
+        trained weights, from before any cast or LoRA merge.
         """
         if self._as_trained is not None:
             return dict(self._as_trained)
@@ -102,7 +102,7 @@ class RewardModel(nn.Module):
 
 
 def noise_levels(sigma: Sigma, batch: int, device: torch.device) -> Tensor:
-    """Return noise levels (K, B), float32. sigma: a float, (B,), (K, B), or a list of K floats or (B,) tensors."""
+    """Return float32 levels (K, B). sigma: a float, a tensor (B,) or (K, B), or a list of K floats or tensors (B,)."""
     if isinstance(sigma, Sequence):
         return torch.cat([noise_levels(level, batch, device) for level in sigma])
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)

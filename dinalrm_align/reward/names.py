@@ -30,7 +30,7 @@ class RewardEntry:
         licence: licences of code and weights, as stated by the owners, in the form "code / weights".
         scale: meaning and usual range of a score.
         differentiable: whether the score has a gradient with respect to the image or latents.
-        served: True: `source` is the address of a server, not weights to load.
+        served: whether `source` is the address of a server instead of weights to load.
         extra: optional dependency group that the reward needs: pip install dinalrm-align[EXTRA].
         options: default arguments of `from_pretrained`.
         how: instructions to get the weights or start the server.

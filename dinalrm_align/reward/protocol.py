@@ -42,11 +42,11 @@ class Reward(Protocol):
         reads_images: whether the reward decodes the latents with a VAE and scores the images.
         scores_images: whether the reward supports `score_images`.
         reads_noise: whether scores depend on sigma and noise.
-        wants_groups: whether all samples of a prompt must be in one call, since only its scores are comparable.
-        noise_parts: latent rewards: the reward itself, or those in a sum; empty for image rewards and callables.
+        wants_groups: whether all samples of a prompt must be in one call, as scores of two calls are not comparable.
+        noise_parts: the latent rewards in a sum, or the latent reward itself; empty for other rewards.
         text_lengths: T5 token counts for which prompts must be encoded (`Conditions.for_length`); empty if the reward
             reads prompts as strings.
-        named_parts: the summed rewards of a weighted sum by name; {"reward": self} for a single reward.
+        named_parts: the rewards in a weighted sum, by name; {"reward": self} for a single reward.
         weights: weight of each reward in `named_parts`, by name.
         device: device that computes the scores.
     """

@@ -92,7 +92,7 @@ def load_reward(
 
 
 def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> ImageScorer:
-    """Load a reward for evaluation, as a function of images and prompts without gradient.
+    """Load a reward as a function of images and prompts, for evaluation without gradient.
 
     Every call uses the same noise. reward, settings: as in `load_reward`; a plain callable is returned unchanged.
     Raises the errors of `load_reward`, and ValueError if the reward cannot score images.

@@ -46,7 +46,7 @@ class SharedBlock(nn.Module):
 def shard_base(
     accelerator: Accelerator, transformer_blocks: nn.ModuleList | None, trunks: Sequence[SD3Trunk] = ()
 ) -> None:
-    """Shard the blocks of a policy's transformer, and of reward trunks that share its weights, over ranks, in place.
+    """Shard over ranks, in place, the blocks of a policy's transformer and of reward trunks that share its weights.
 
     Must be called on every rank, after policy and rewards are moved to the device and cast. With a single rank, the
     call changes nothing. transformer_blocks: the policy's blocks; None: there is no policy, only one trunk to shard.

@@ -45,7 +45,7 @@ class NoisedPairs:
 
 
 def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[torch.Generator]) -> NoisedPairs:
-    """Draw noise and sigma for each group (all images of one prompt) from that group's entry of `generators`."""
+    """Draw noise and sigma for each group (all images of one prompt) with that group's own generator."""
     device = batch.latents.device
     noise = seeded_noise(tuple(batch.latents.shape[1:]), generators)
     sigma = torch.cat([sample_sigma(density.density, 1, generator=g, **density.parameters()) for g in generators])
@@ -154,7 +154,7 @@ def config_digest(config: RewardConfig) -> str:
 
 
 def parameter_groups(parameters: Mapping[str, Tensor], lora_lr: float | None) -> list[dict[str, Any]]:
-    """Return parameter groups for `train.state.adamw`: the head, and the LoRA if there is one.
+    """Return parameter groups for `train.state.adamw`: the head, and the LoRA or full backbone, if trained.
 
     lora_lr: learning rate of the LoRA; None: same as the head.
     """

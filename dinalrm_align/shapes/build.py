@@ -1,4 +1,4 @@
-"""Training of the autoencoder, text encoders and CLIP reward of the embedded world (rendered shapes) from scratch.
+"""Training from scratch of the embedded world's autoencoder, text encoders and CLIP reward.
 
 Each `train_*` function trains its networks in place or returns them, and resumes an interrupted training from the last
 checkpoint. `recipes/build_shapes.py` calls these functions in order and saves the weights.
@@ -46,8 +46,9 @@ def run_stage(
     name: str, config: BuildConfig, accelerator: Accelerator, parameters: dict[str, nn.Parameter],
     closures: Closures, *, optimizer: torch.optim.Optimizer | None = None, **options: Any,
 ) -> None:  # fmt: skip
-    """Train `parameters` with `fit` in output_dir/name, from the last checkpoint there, if any. At the end, set
-    `parameters` to their moving average (to the last weights if ema_decay is 0). `options`: arguments of `fit`.
+    """Train `parameters` with `fit` in the folder output_dir/name, resuming from its last checkpoint if it has one. At
+    the end, set `parameters` to their moving average (if ema_decay is 0, to the last weights). `options`: arguments
+    of `fit`.
     """
     stage: StageConfig = getattr(config, name)
     folder = Path(config.output_dir) / name
@@ -62,9 +63,9 @@ def run_stage(
 
 
 def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
-    """Train `pipeline.vae` in place with an L1 + L2 loss and a weak KL term. The first 85 % of the steps use random
-    crops of half the image's side, the remaining steps whole images. At the end, shift_factor is set to the mean of
-    the latents, and scaling_factor to the inverse of the latents' standard deviation.
+    """Train `pipeline.vae` in place with an L1 + L2 loss and a weak KL term. The first 85 % of the updates use random
+    crops half as wide and high as the image, the remaining updates whole images. At the end, shift_factor is set to
+    the mean of the latents, and scaling_factor to the inverse of the latents' standard deviation.
     """
     vae, stage = pipeline.vae.to(memory_format=torch.channels_last), config.vae
     size = config.stack.image_size
@@ -101,8 +102,8 @@ def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerat
 
 
 def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, float]:
-    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict: for each
-    component of the score, the correlation of its values for original and reconstructed images; "psnr", the PSNR in
+    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict: component
+    of the score -> correlation between its values for original and for reconstructed images, and "psnr" -> PSNR in
     dB. Half of the images are scored with the caption of another image, so that faithfulness varies.
     """
     images, scenes, _ = random_images(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
@@ -114,8 +115,9 @@ def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, floa
 
 
 def _slots(scene: Scene | None) -> list[int]:
-    """Return the classes of a caption's attributes: number of items; shape, colour and size of three items; relation;
-    background. Class 0 means that the attribute is absent. `scene`: None for the empty caption.
+    """Return the classes of a caption's attributes: the number of items, then shape, colour and size of each of three
+    items, then the relation and the background. Class 0 means that the attribute is absent. `scene`: None for the empty
+    caption.
     """
     if scene is None:
         return [0] * len(SLOT_CLASSES)

@@ -153,7 +153,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """Return the share of every grid cell that each of the four shapes covers: (4, cells, cells), uint8 / 255."""
+    """Return how much of every grid cell each of the four shapes covers: (4, cells, cells), uint8, 255 for all."""
     cover = torch.zeros(len(SHAPES), SIZE, SIZE)
     for mark in drawing.marks:
         cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))

@@ -36,7 +36,7 @@ class StackConfig:
         head_dim: channels of each attention head; must be even.
         num_heads: number of attention heads; the transformer's width is num_heads * head_dim.
         dual_attention_layers: indices of the transformer blocks that have a second, image-only attention.
-        pos_embed_max_size: largest side of the latents that the position embedding covers, in patches of 2 x 2.
+        pos_embed_max_size: largest side that the position embedding covers, in patches of 2 x 2 latents.
         clip_width: width of each CLIP tower; must be a multiple of 4 and half of t5_width.
         clip_layers: number of layers of each CLIP tower.
         t5_width: width of the T5 encoder.
@@ -101,13 +101,13 @@ class PairsConfig:
     Args:
         groups: number of training captions, each with several images.
         pictures: number of images for each caption; every two images of a caption form a pair.
-        emphasis: concept (shape, blur, ...) -> sampling weight of renders that get the concept wrong; 1 if not listed.
+        emphasis: concept (shape, blur, ...) -> relative frequency of renders that get it wrong, 1 by default.
         sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
-        faithful_share: probability that a render gets no concept wrong; 1 for the first render of each caption.
+        faithful_share: probability that a render is correct, apart from each caption's first render, which always is.
         rater_noise: standard deviation of the noise that the simulated rater adds to an image's oracle score.
         per_concept: number of evaluation pairs for each concept, with held-out captions.
-        per_shifted: number of out-of-distribution evaluation pairs for each concept (grain and JPEG artefacts).
-        heldout_groups: number of held-out captions whose pairs are made as for training and used for evaluation.
+        per_shifted: number of out-of-distribution evaluation pairs, with grain and JPEG artefacts, for each concept.
+        heldout_groups: number of held-out captions for evaluation pairs that are made like the training pairs.
         seed: seed of all random draws.
     """
 
@@ -159,18 +159,18 @@ class BuildConfig:
     """Settings for training the embedded world from scratch: autoencoder, text encoders, base model and CLIP reward.
 
     Args:
-        output_dir: working folder; interrupted training resumes from it, finished weights are in output_dir/weights.
+        output_dir: working folder, from which interrupted training resumes; finished weights go to output_dir/weights.
         seed: seed of all random draws.
         device: cpu or cuda.
         stack: sizes of the networks.
         pairs: preference pairs for training and evaluating rewards.
-        vae: training of the autoencoder, first on random crops of half the image's side, then on whole images.
+        vae: training of the autoencoder, first on crops half as wide and high as the image, then on whole images.
         text: training of the three text encoders, which learn to predict a caption's objects, relation and background.
         base: training of the text-to-image transformer.
         pixel: training of the CLIP reward on decoded images of the pairs that also train the latent reward.
         cached_pictures: number of images for training the base model, rendered and encoded once.
         layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape is
-            (representation alignment, arXiv 2410.06940, to rendered shape maps instead of an encoder's features).
+            (as in arXiv 2410.06940, but aligned to rendered shape maps instead of an encoder's features).
     """
 
     output_dir: str = "runs/shapes_world"

@@ -34,7 +34,7 @@ class SeenObject:
     Args:
         x, y, area: centroid and area of the object, in pixels.
         box: bounding box (left, top, right, bottom), in pixels.
-        overlap: shape -> intersection over union of the object and a drawing of the shape with equal centroid and area.
+        overlap: shape -> intersection over union of the object and that shape, drawn with the same centroid and area.
         strength: contrast with the background; 1 for an object in its full colour.
         edge: width in pixels of the soft transition from object to background.
     """
@@ -106,7 +106,7 @@ def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
 
 
 def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list[SeenObject]:
-    """Detect up to six objects, connected regions of one colour, in an image (64, 64, 3). Returns the largest first.
+    """Detect up to six objects (connected regions of one colour) in an image (64, 64, 3). Returns the largest first.
 
     A pixel gets the colour in COLOURS for which (colour - background) has the largest cosine similarity with (pixel -
     background). Low contrast and soft edges do not change the direction of (pixel - background).

@@ -43,11 +43,11 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
 
     Kinds of pairs:
 
-    - "train": all pairs of images of config.groups training captions, labelled by a simulated rater with noise.
-    - "heldout": pairs made as for "train", but of config.heldout_groups held-out captions.
-    - "concepts": config.per_concept pairs for each concept (colour, blur, ...). The two images differ in the concept,
+    - "train": every two images of a caption, for `config.groups` training captions, labelled by a noisy rater.
+    - "heldout": pairs made as for "train", but of `config.heldout_groups` held-out captions.
+    - "concepts": `config.per_concept` pairs for each concept (colour, blur, ...). The two images differ in the concept,
       and the image with the higher oracle score is chosen.
-    - "shifted": config.per_shifted pairs for each concept, made as for "concepts". After labelling, the images get
+    - "shifted": `config.per_shifted` pairs for each concept, made as for "concepts". After labelling, the images get
       grain and JPEG artefacts, which no training image has, for out-of-distribution evaluation.
 
     Raises FileExistsError if `directory` already holds pairs.
@@ -72,8 +72,8 @@ def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline,
 
 
 def ensure_training_pairs(folder: Path, source: str, config: PairsConfig) -> None:
-    """Write preference pairs of kind "train" to folder/train and of kind "concepts" to folder/concepts, unless these
-    folders hold pairs. `source`: folder or hub id of the pipeline.
+    """Write preference pairs of the kinds "train" and "concepts" to folder/train and folder/concepts. A subfolder that
+    already holds pairs is left unchanged. `source`: folder or hub id of the pipeline.
     """
     pipeline = load_pipeline(source, dtype=torch.float32)
     for kind in ("train", "concepts"):
@@ -127,8 +127,8 @@ def _prompt_encoder(pipeline: StableDiffusion3Pipeline) -> PromptEncoder:
 def _lists(
     pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig, *, held_out: bool
 ) -> Iterator[tuple[list[str], Tensor | None, Tensor, list[list[tuple[int, int]]]]]:
-    """Yield chunks of captions with latents (None for renders), images, and labels. config.pictures consecutive images
-    belong to one caption. The labels of a caption are pairs (chosen, rejected), which index the caption's images.
+    """Yield captions, latents (None for renders), images and labels of up to CHUNK captions at once. Each caption has
+    `config.pictures` consecutive images. Its labels are pairs (chosen, rejected) of indices into these images.
     """
     rng = np.random.default_rng((config.seed, 2 if held_out else 0))
     groups = config.heldout_groups if held_out else config.groups
@@ -153,7 +153,7 @@ def _lists(
 def _encoded_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
-    """Yield captions, latents (captions, images, C, h, w), and labels: keyword arguments of `LatentPairsWriter.add`."""
+    """Yield captions, latents (captions, images, C, h, w), and labels (arguments of `LatentPairsWriter.add`)."""
     for captions, latents, images, pairs in _lists(pipeline, encoder, config, held_out=kind == "heldout"):
         latents = encode_images(pipeline.vae, images) if latents is None else latents
         labels = [dict(zip(("chosen", "rejected"), zip(*own))) for own in pairs]

@@ -66,7 +66,7 @@ def draw_nuisance(rng: np.random.Generator) -> Nuisance:
 
 def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
     """Place a scene's objects at random: radii fit the sizes ("small", "large"), positions satisfy the relation. The
-    objects are shifted together from the centre by up to `nuisance.offset`, and shrunk if they do not fit.
+    objects are shifted as a group from the centre by up to `nuisance.offset`, and shrunk if the image is too small.
     """
     marks = [Mark(item.shape, item.colour, 0.0, 0.0, rng.uniform(*RADII[item.size])) for item in scene.items]
     extents = [mark.radius * HALF_EXTENT[mark.shape] for mark in marks]
@@ -95,7 +95,7 @@ def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawi
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Return the signed distance from points (x, y) to the outline of a shape centred at (0, 0), negative inside."""
+    """Return the signed distance (negative inside) from points (x, y) to the outline of a shape centred at (0, 0)."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -129,7 +129,7 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return what an image of the scene can get wrong: all CONCEPTS, without "relation" if the scene has none."""
+    """Return what an image of the scene can get wrong: all CONCEPTS, but "relation" only if the scene has one."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 

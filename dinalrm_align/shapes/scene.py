@@ -116,7 +116,7 @@ KIND_SHARES = {"one": 0.25, "pair": 0.5, "count": 0.25}
 
 
 def draw_scenes(number: int, rng, *, held_out: bool = False) -> list[Scene]:
-    """Draw random training or held-out scenes. KIND_SHARES: probability of each kind in `all_scenes`."""
+    """Draw random training or held-out scenes. KIND_SHARES has the probability of each kind (see `all_scenes`)."""
     pools = _pools(held_out)
     kinds = rng.choice(list(KIND_SHARES), size=number, p=list(KIND_SHARES.values()))
     return [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]

@@ -1,8 +1,9 @@
 """The embedded world's networks: an SD3 pipeline of diffusers and transformers classes, small enough for two CPU cores.
 
 The pipeline has a joint-attention transformer with RMS query-key norm and dual-attention blocks, a KL autoencoder with
-16 latent channels, and SD3's three text encoders (two CLIP towers concatenated on the channel axis, and a T5 encoder
-appended on the token axis). The tokenizers have one token for each word of the captions.
+16 latent channels, and SD3's three text encoders (the outputs of two CLIP towers are concatenated on the channel
+axis, and those of a T5 encoder are appended on the token axis). The tokenizers have one token for each word of
+the captions.
 """
 
 import torch
@@ -38,7 +39,7 @@ def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Tokenise one word by byte-pair encoding: apply the first applicable rule in `merges` until no rule applies."""
+    """Tokenise one word by byte-pair encoding: repeat the first applicable rule in `merges` until none applies."""
     rank = {merge: index for index, merge in enumerate(merges)}
     while True:
         pairs = [(rank.get(pair, len(merges)), index) for index, pair in enumerate(zip(pieces, pieces[1:]))]

@@ -8,8 +8,8 @@ A checkpoint is a folder checkpoints/step_000050/ with
 
 The folder is written atomically. Loading verifies all files first and reads .pt files with `weights_only=True`.
 
-A run can resume with a different world size if the number of samples per update, summed over ranks, stays the same,
-because RNG streams are keyed by the global sample index. The global RNG states, which dropout uses, are then not
+RNG streams are keyed by the global sample index. A run can therefore resume with a different world size if the number
+of samples per update, summed over ranks, stays the same. The global RNG states, which dropout uses, are then not
 restored. A different world size is refused if the ranks hold different method states, such as shares of a rollout that
 is reused for several updates.
 """
@@ -126,7 +126,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 def checkpoint_to_resume(path: Path) -> Path:
     """Return the checkpoint to resume from: `path` if it is a checkpoint, or the newest one in the run folder `path`.
 
-    Raises ValueError if `path` is not a folder, a run folder has no checkpoint or the checkpoint is damaged.
+    Raises ValueError if `path` is not a folder, has no checkpoint, or if the checkpoint is damaged.
     """
     if not path.is_dir():
         raise ValueError(f"nothing to resume: no folder {path}; expected the folder of a run or of a checkpoint")
@@ -160,7 +160,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Delete leftover temporary folders and all checkpoints but the `keep_last` newest ones up to update `step`."""
+    """Delete leftover temporary folders, checkpoints after update `step`, and all but the `keep_last` newest others."""
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:
@@ -187,7 +187,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _alternative(folder: Path) -> str:
-    """Return advice to resume from the newest intact checkpoint before the damaged one, `folder`, or start again."""
+    """Return advice: resume from the newest intact checkpoint before the damaged `folder`, else start again."""
     siblings = _checkpoints(run_of(folder)) if STEP.fullmatch(folder.name) else []
     for earlier in [entry for entry in siblings if _step_of(entry) < _step_of(folder)][::-1]:
         with suppress(ValueError):

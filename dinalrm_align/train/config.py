@@ -11,15 +11,15 @@ class OptimConfig:
     """Settings of AdamW, the learning-rate schedule and gradient clipping.
 
     Args:
-        name: adamw or adamw8bit (extra `quant`). adamw8bit stores the moments in 2 instead of 8 bytes per parameter.
+        name: adamw or adamw8bit (pip extra `quant`), which stores the moments in 2 bytes per parameter, not 8.
         lr: peak learning rate.
         weight_decay: coefficient of decoupled weight decay.
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.
         eps: term added to the square root of the second moment for numerical stability.
         clip: maximum global gradient norm; 0 disables clipping.
-        schedule: course of the learning rate after the warm-up, constant or cosine decay to 0 at the last step.
-        decay_share: final fraction of the steps that the cosine decay takes; lr is constant until the decay begins.
+        schedule: learning rate after the warm-up: constant, or cosine (decay towards 0 at the last step).
+        decay_share: with cosine, fraction of the steps, at the end, in which lr decays; before, lr is constant.
         warmup_steps: number of steps over which the learning rate rises linearly from 0 to lr.
     """
 
@@ -45,8 +45,8 @@ class LoopConfig:
     Args:
         steps: total number of optimiser updates. A resumed run counts the updates before the resume too.
         accumulate: number of micro-batches per optimiser update, on each rank.
-        ema_decay: decay of the exponential moving average (EMA) of the trained weights; 0 disables the EMA. At
-            update k the decay is at most (1 + k) / (10 + k). The averaged weights are evaluated and exported.
+        ema_decay: decay of the exponential moving average (EMA) of the trained weights; 0 disables the EMA. After
+            optimiser update k it is at most (1 + k) / (10 + k). The averaged weights are evaluated and exported.
         ema_every: number of optimiser updates per update of the EMA.
         checkpoint_every: number of optimiser updates per checkpoint; 0 saves only at the end and on Ctrl-C.
         keep_last: number of checkpoints to keep; older checkpoints are deleted after each save.

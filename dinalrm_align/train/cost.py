@@ -131,8 +131,8 @@ class PhaseMeter:
     def finish_step(self) -> dict[str, float]:
         """End the step; return its metrics by name.
 
-        Metrics of each phase: `memory_mib/<phase>`; on profiled steps also `gflops/<phase>`, on all others also
-        `seconds/<phase>`. On the CPU, `memory_mib/<phase>` is measured only on profiled steps.
+        Metrics of each phase: `gflops/<phase>` on profiled steps, `seconds/<phase>` on all other steps. In addition
+        `memory_mib/<phase>`: on CUDA on every step, on the CPU only on profiled steps.
         """
         self._in_step, self._tracker = False, None
         report = {} if self._profiled else {f"seconds/{name}": value for name, value in self._seconds.items()}

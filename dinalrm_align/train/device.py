@@ -32,7 +32,7 @@ def start_accelerator(
 
     Args:
         run: settings of the run; the fields device, dtype, seed and output_dir are read.
-        model_dtype: dtype that "auto" in run.dtype stands for on a GPU. On the CPU, "auto" stands for float32.
+        model_dtype: dtype to use on a GPU if run.dtype is "auto". On the CPU, "auto" stands for float32.
         minutes: timeout of collective operations.
         tracker: name of the experiment tracker, one of none, wandb and tensorboard.
         autocast: whether to use bfloat16 autocast on a GPU. Ignored if the dtype is float32.
@@ -54,7 +54,7 @@ def start_accelerator(
 
 @contextmanager
 def with_others() -> Iterator[None]:
-    """Context manager that raises ConnectionError if a collective operation fails: a rank failed or timed out."""
+    """Context manager that raises ConnectionError if a collective call fails because a rank failed or timed out."""
     try:
         yield
     except RuntimeError as error:  # NCCL raises the subclass DistBackendError, gloo RuntimeError

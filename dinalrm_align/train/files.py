@@ -225,7 +225,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
 
 
 def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> None:
-    """Raise ValueError unless a file has the size and SHA-256 in `mark`. `prefix`: the file may be longer."""
+    """Raise ValueError unless a file has the size and SHA-256 in `mark`. With `prefix`, further bytes may follow."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     size, expected = path.stat().st_size, mark["bytes"]

@@ -66,7 +66,7 @@ class Hook:
 
     Args:
         every: number of updates between two calls; 0 disables the regular calls.
-        call: maps the number of updates done to metrics to log, or None.
+        call: the function; gets the number of updates done and returns metrics to log, or None.
         at_start: whether to call the function before the first update too.
         at_stop: whether to call the function when a run stops early too. The returned metrics are not logged then.
     """
@@ -125,7 +125,7 @@ def fit(
             the same value on every rank.
 
     Returns the number of updates done, which is less than `config.steps` only if `stop_when` stopped the run. Raises
-    ValueError if the checkpoint does not match the run or a new run would overwrite an existing run. Raises
+    ValueError if the checkpoint does not match the run, or if a new run would overwrite an existing one. Raises
     FloatingPointError, with unchanged weights, if loss or gradient is not finite. Raises OSError if a file cannot be
     written or another rank failed.
     """
@@ -289,8 +289,8 @@ def _averaged(
 ) -> dict[str, float]:
     """Average metrics and gradients over the micro-steps of all ranks, weighted by the number of items per micro-step.
 
-    `parts`: (number of items, metrics) of every micro-step of this rank. `tensors`: parameters whose gradients, sums
-    over items, are averaged in place. If there are no items, returns unweighted means of the metrics.
+    `parts`: (number of items, metrics) of every micro-step of this rank. `tensors`: parameters; their gradients
+    are sums over items and become means, in place. If there are no items, returns unweighted means of the metrics.
     """
     names = list(parts[0][1])
     sums = [[len(parts), sum(count for count, _ in parts)]]

@@ -1,7 +1,7 @@
 """Number types and checks for the fields of configuration dataclasses. Does not import torch.
 
 The annotation of a field sets its range: `lr: NonNegativeFloat = 1e-4`. jsonargparse checks the range on the command
-line, and `check_fields` checks it in Python. An int is valid for a float; a bool, NaN or infinity is not valid.
+line, and `check_fields` checks it in Python. A float field accepts an int, but no bool, NaN or infinity.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def check_number(name: str, value: Any, *, low: float | None = None, high: float
 
 
 def check_image_size(height: int | None, width: int | None) -> None:
-    """Raise ValueError unless `height` and `width` are positive multiples of 16 pixels or None (use the default)."""
+    """Raise ValueError unless `height` and `width` are each None (default size) or a positive multiple of 16."""
     for name, size in (("height", height), ("width", width)):
         if size is not None and (size < 16 or size % 16):
             raise ValueError(f"{name}: got {size} pixels; expected a positive multiple of 16")

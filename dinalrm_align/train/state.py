@@ -13,7 +13,7 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 
 def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
-    """Import and return bitsandbytes, which the setting `what` needs. Raises ImportError if it is not installed."""
+    """Import and return bitsandbytes. `what`: setting that needs it, named in the ImportError if it is missing."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -38,8 +38,8 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
     """Return the factor in (0, 1] that multiplies the peak learning rates at update `step` = 1, ..., `steps`.
 
     The factor rises linearly to 1 during the warm-up. With the constant schedule it then stays 1. With the cosine
-    schedule it decays as (1 + cos(pi t)) / 2. Here t goes from 0 to 1 over the last fraction `config.decay_share` of
-    the updates; if the warm-up ends later than this decay would begin, the decay begins at the end of the warm-up.
+    schedule it decays as (1 + cos(pi t)) / 2, where t goes from 0 to 1 over the last fraction `config.decay_share` of
+    the updates, or over all updates after the warm-up if these are fewer.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -66,8 +66,8 @@ class Stateful(Protocol):
 class Ema:
     """Exponential moving average of named parameters, initialised with the parameters.
 
-    Update k computes mean <- d * mean + (1 - d) * parameter, with d = min(decay, (1 + k) / (10 + k)). d is small in the
-    first updates, so that the initial weights lose influence quickly.
+    After k optimiser updates, `update(k)` computes mean <- d * mean + (1 - d) * parameter, with
+    d = min(decay, (1 + k) / (10 + k)). d is small for small k, so that the initial weights lose influence quickly.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
@@ -99,7 +99,7 @@ class Ema:
 
 @dataclass
 class RunState:
-    """Training state of a run, which checkpoints store, and values that identify the run.
+    """Training state of a run, as stored in checkpoints, and values that identify the run.
 
     Args:
         parameters: all trained parameters by name. They must be the parameters of `optimizer`.
@@ -108,7 +108,7 @@ class RunState:
         method: training method whose state is stored; None if the method has no state.
         identity: seed of the run and digests of frozen weights and data, by name. A checkpoint resumes only if all of
             these values match.
-        samples: prompts or pairs per update (for on-policy methods per rollout), summed over ranks. A run can resume
+        samples: number of prompts or pairs per update (on-policy: per rollout), summed over ranks. A run can resume
             with a different world size only if this number stays the same.
         step: number of optimiser updates done.
         elapsed: total seconds of all optimiser updates done.

@@ -95,7 +95,7 @@ def _makes_integers(func: Any, dtype: torch.dtype | None) -> bool:
 
 
 def _mask_as_indices(index: Tensor | None) -> Iterable[Tensor | None]:
-    """Return the integer indices that a real boolean mask selects. A fake mask or an integer index is unchanged."""
+    """Return the integer indices that a real boolean mask selects. Other indices are returned unchanged."""
     if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
         return [index]
     with _disable_current_modes():
@@ -182,7 +182,7 @@ def count_all(cases: Sequence[Case], *, workers: int) -> dict[Case, Cost]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Median time of a run, and peak bytes of CUDA memory: allocated to tensors (`memory`), `reserved` by torch."""
+    """Median time of a run, and peak bytes of CUDA memory: used by tensors (`memory`) or `reserved` by torch."""
 
     memory: int
     reserved: int

@@ -89,7 +89,7 @@ def read_preferences(
 
 
 def folder_layout(folder: Path) -> str:
-    """Return the layout of a folder: released, mined or latents if it has their files, otherwise pickapic."""
+    """Return the layout of a folder: released, mined or latents, whichever has its files there; else pickapic."""
     names = {"released": "part_rank*.parquet", "mined": mined.MANIFEST, "latents": "index.json"}
     return next((layout for layout, name in names.items() if any(folder.glob(name))), "pickapic")
 

@@ -1,9 +1,9 @@
 """Read pairs of latents in the layout of DiNa-LRM's released code. Torch-free.
 
     part_rank00.parquet   columns prompt, latent1 (chosen), latent2 (rejected), latent1_shape, latent2_shape and
-                          detailed_results, in row groups of about 100 rows. Latents are bytes of .npy files: scaled,
-                          floating, (C, h, w). detailed_results is the text of a Python dict with votes_chosen,
-                          votes_rejected and confidence.
+                          detailed_results, in row groups of about 100 rows. Latents are bytes of .npy files with
+                          scaled floating-point arrays (C, h, w). detailed_results is the text of a Python dict
+                          with votes_chosen, votes_rejected and confidence.
     bucket_index.csv      optional; one line for each row to train on, with the columns parquet_path (only the file
                           name in it is used), row_group and row_index.
 

@@ -28,7 +28,7 @@ def _read_column(file: str, row_group: int, column: str) -> list[Any]:
 
 @functools.lru_cache(4)
 def row_group_starts(file: str) -> list[int]:
-    """Return the index of the first row of each row group in a parquet file, followed by the number of all rows."""
+    """Return the index of the first row of each row group in a parquet file, followed by the total number of rows."""
     parquet = parquet_module()
     with reading("parquet file", file):
         about = parquet.ParquetFile(file).metadata

@@ -1,4 +1,4 @@
-"""Alignment runs read from their folders, and entries of a comparison: groups of runs that differ only in their seed.
+"""Reading alignment runs from their folders, and grouping runs that differ only in their seed into entries.
 
 A gain is a score minus the base model's score for the same prompt and noise. Gains are comparable only between runs
 that were evaluated with the same model, prompts, noise and sampler. If a run was evaluated differently from the first
@@ -109,7 +109,7 @@ def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float],
 
 
 def phases_of(runs: Sequence[Run], kind: str) -> list[str]:
-    """Return the phases that have a recorded cost, in order of appearance. `kind`: kind of cost, a key of AVERAGES."""
+    """Return the phases with a recorded cost of one kind, in order of appearance. `kind`: a key of AVERAGES."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
     return [name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")]
 
@@ -135,8 +135,8 @@ def _score_names(evaluation: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """Runs that differ only in their seed: one line in figures and tables of a comparison. `labels`: a name for each
-    run. `incomparable`: why the gains cannot be compared with the gains of the comparison's first run, or empty.
+    """Runs that differ only in their seed. A comparison shows them under one name and in one colour. `labels`: a name
+    for each run. `incomparable`: why the gains cannot be compared with those of the first run; empty if they can.
     """
 
     name: str
@@ -173,7 +173,7 @@ class Entry:
 
     def at(self, clock: str, steps: Sequence[float], run: Run | None = None) -> list[float]:
         """Convert updates to values on a horizontal axis. `clock`: the axis, a key of `figures.CLOCKS`. `run`: the run
-        whose seconds are used; by default the mean over all runs.
+        whose seconds are used. By default, the seconds are averaged over all runs.
         """
         if clock == "updates":
             return list(steps)
@@ -188,7 +188,7 @@ class Entry:
         return sum(self.cost("gflops").values()) / 1000
 
     def cost(self, kind: str) -> dict[str, float]:
-        """Return the average cost of an update: phase -> cost. `kind`: the kind of cost, a key of AVERAGES."""
+        """Return phase -> cost of an update, summarised over updates and runs. `kind`: a key of AVERAGES."""
         over_updates, over_runs = AVERAGES[kind]
         costs = {}
         for phase in phases_of(self.runs, kind):
@@ -200,9 +200,9 @@ class Entry:
 def read_entries(
     folders: Sequence[Path], groups: Mapping[str, Sequence[Path]] | None = None
 ) -> tuple[list[Entry], list[str]]:
-    """Read runs and group them into entries of a comparison. Runs in `folders` with the same recipe, reward and
-    settings, apart from the seed, form one entry. `groups`: additional entries, name -> folders of the entry's runs,
-    one per seed.
+    """Read runs and group them into entries of a comparison. Runs in `folders` form one entry if their recipe, reward
+    and settings are equal, except for the seed and the other settings in NOT_NAMED. `groups`: additional entries,
+    name -> folders of the entry's runs, one per seed.
 
     Returns the entries, and notes about runs that are skipped or not comparable. Raises ValueError if there is no run,
     if a group's folder holds no run, or if two runs of a group have the same seed.
@@ -238,8 +238,8 @@ def read_entries(
 
 
 def difference(first: Entry, second: Entry, steps: tuple[int, int]) -> Interval | None:
-    """Return the gold gain of `first` at update steps[0] minus the gold gain of `second` at update steps[1], over the
-    seeds that both entries have. Returns None if the entries share no seed.
+    """Return the gold gain of `first` at update steps[0] minus the gold gain of `second` at update steps[1], averaged
+    over captions and the seeds that both entries have. Returns None if the entries share no seed.
     """
     others = {run.seed: run for run in second.runs}
     shared = [(run, others[run.seed]) for run in first.runs if run.seed in others]
@@ -266,7 +266,7 @@ def _names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
 
     A name is recipe and reward, followed by the settings that differ between runs of this recipe and reward. If more
     than three settings differ, the folder of the entry's first run replaces the settings. A label is a name followed by
-    the seed. If several runs have the same label, the run's folder is appended to each name and label.
+    the seed. If several runs would get the same label, each appends its folder to its name and label.
     """
     names, folders = [], {}
     for run in runs:

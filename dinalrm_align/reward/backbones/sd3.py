@@ -27,12 +27,12 @@ ADAPTER = "reward"
 
 
 class SD3Trunk(nn.Module):
-    """Runs the first blocks of an SD3 transformer, up to the last block that the reward head reads (a `Backbone`).
+    """A `Backbone` that runs the first blocks of an SD3 transformer, up to the last block that the reward head reads.
 
     If `config.tuning` is lora, the trunk adds a trainable float32 LoRA, initialised from torch's global RNG.
 
     Args:
-        transformer: source of the blocks, not changed. The trunk ignores peft adapters, which must not be merged.
+        transformer: source of the blocks, not changed. Its peft adapters are ignored, but must not be merged.
         share_weights: use the transformer's own frozen weights; False: a copy, which is trainable with full tuning.
     """
 
@@ -179,7 +179,7 @@ class SD3Trunk(nn.Module):
 
 
 class _NormedTextOnly(nn.Module):
-    """Adaptive layer norm that returns the normalised tokens only. The removed text layers do not need its gates."""
+    """Adaptive layer norm that returns the normalised tokens but no gates, as the layers that use them are removed."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

@@ -164,7 +164,7 @@ class PixelReward(RewardModule):
 
 
 def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Check that `latents` is a floating-point tensor (else TypeError), finite, and fits the VAE (else ValueError)."""
+    """Raise TypeError unless `latents` is a floating-point tensor, ValueError unless it is finite and fits the VAE."""
     check_latents("latents", latents)
     if latents.shape[1] != vae.config.latent_channels or latents.numel() == 0:
         raise ValueError(

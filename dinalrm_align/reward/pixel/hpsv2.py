@@ -59,7 +59,7 @@ class HPSv2Reward(ClipReward):
     ) -> "HPSv2Reward":
         """Load the weights. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
-        source: weights file, or a folder or hub id with `file`. processor: folder or hub id of the tokenizer.
+        source: weights file, or a folder or hub id that contains `file`. processor: folder or hub id of the tokenizer.
         """
         device = available_device(device or "cpu")
         path = find_file(source, file, what="HPSv2", **hub)

@@ -214,7 +214,7 @@ class HPSv3Reward(PixelReward):
                 local weights, else in the installed package `hpsv3`.
             template_sha256: expected hashes, as in `load_template`.
             dtype: data type of the backbone; default: bfloat16. The head is float32 (float64 for a float64 backbone).
-            quantization: none, int8 or nf4; bitsandbytes format of the linear layers in all blocks.
+            quantization: bitsandbytes format of the linear layers in all blocks: none, int8 or nf4.
         """
         check_quantization(quantization)
         if template is None and (folder := beside(source, SCRIPT)):

@@ -1,6 +1,6 @@
 """ImageReward (arXiv 2304.05977): BLIP's ViT-L, a BERT with cross-attention to image tokens, a linear head on [CLS].
 
-Weights: hub id THUDM/ImageReward, `ImageReward.pt` and `med_config.json`. Tokenizer: google-bert/bert-base-uncased.
+Weights: `ImageReward.pt` and `med_config.json` of hub id THUDM/ImageReward. Tokenizer: google-bert/bert-base-uncased.
 Code and weights Apache-2.0, BLIP BSD-3-Clause. Score: (head output - 0.1672) / 1.0333, between about -2 and 2.
 
 Tensors are renamed to the names in transformers' BLIP. Images are resized to a short side of 224 (antialiased bicubic),

@@ -154,7 +154,7 @@ class MPSReward(PixelReward):
         """Load the weights. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
         Args:
-            source: MPS_overall_checkpoint.pth, its conversion to safetensors, or a folder or hub id with `file`.
+            source: MPS_overall_checkpoint.pth, its conversion to safetensors, or folder or hub id that contains `file`.
             processor: folder or hub id of the tokenizer and preprocessor.
             condition: words that select the dimension of preference.
         """
@@ -187,7 +187,7 @@ class MPSReward(PixelReward):
     def _encode_text(self, prompts: list[str]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Return for each prompt: token features (L, D), pooled feature (D,), mask (L,) of tokens to attend to.
 
-        Relevance is divided by its maximum over the prompt, as the upstream code does for a batch of one prompt.
+        Relevance is divided by its maximum over the tokens, as the upstream code does for a batch of one prompt.
         """
         tokens, pooled = self._text_features(prompts)
         conditions, _ = self._text_features([self.condition])
@@ -208,7 +208,7 @@ def read_mps(path: Path) -> dict[str, Tensor]:
 
 
 def convert_mps(source: str | Path, target: str | Path) -> str | Path:
-    """Convert MPS_overall_checkpoint.pth at `source`, a pickle, to the safetensors file `target`. Returns `target`."""
+    """Convert the pickle `source` (MPS_overall_checkpoint.pth) to the safetensors file `target`. Returns `target`."""
     tensors = read_mps(Path(source))
     if not any(name.startswith("cross_model.") for name in tensors):
         raise ValueError(f"{source} does not hold an MPS: it has no cross_model.*, but {sorted(tensors)[:4]}")

@@ -129,7 +129,7 @@ def _content(text: str, where: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A question with the field {prompt}, and the `labels` in the answer whose numbers are averaged to the score."""
+    """A question with the field {prompt}. The score is the mean of the numbers after `labels` in the answer."""
 
     question: str
     labels: tuple[str, ...]
@@ -198,7 +198,7 @@ class UnifiedReward(PixelReward):
             source: base URL of the server, http://host:port/v1.
             model: name under which the server serves the model.
             endpoint: keyword arguments of `ChatEndpoint`: api_key, timeout, attempts, pause, max_tokens.
-            template: point (one score) or acs (mean of three scores); selects the question to the model.
+            template: question to the model: point (asks for one score) or acs (mean of three scores).
             question: text file with a question that replaces the template's question and must contain {prompt}. Scores
                 are comparable to published ones only with the wording in the model's repository.
             device, dtype: ignored; scores are on the VAE's device if there is one, else on the CPU.
