@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_latent_reward(config: BuildConfig, pipeline: Path, pairs: dict[str, Path]) -> None:
-    """Run recipes/train_reward.py as a subprocess, in output_dir/dinalrm. On Ctrl-C, wait until that has saved."""
+    """Run recipes/train_reward.py as a subprocess, in output_dir/dinalrm. On Ctrl-C, wait until it has saved."""
     from dinalrm_align.train.checkpoints import latest_checkpoint
 
     run, recipe = Path(config.output_dir) / "dinalrm", Path(__file__).with_name("train_reward.py")

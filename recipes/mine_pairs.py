@@ -1,4 +1,4 @@
-"""Mine preference pairs: samples of a model, ranked by a reward that reads latents, without decoding images.
+"""Mine preference pairs: sample a model and rank the samples by a latent reward, without decoding images.
 
     python recipes/mine_pairs.py                         the embedded world, or SD3.5-M if its weights are found
     python recipes/mine_pairs.py --model sd35 --prompts my_prompts.txt --mine.candidates 8

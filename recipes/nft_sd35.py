@@ -1,13 +1,13 @@
 """DiffusionNFT: align Stable Diffusion 3.5 Medium, or the embedded world, by contrasting good and bad samples.
 
     python recipes/nft_sd35.py --reward dinalrm               SD3.5-M if its weights are found, else the embedded world
-    python recipes/nft_sd35.py --nft.levels 4 --nft.latest 0.5       four noise levels a sample, from the noisier half
+    python recipes/nft_sd35.py --nft.levels 4 --nft.latest 0.5       four noise levels per sample, from the noisier half
     python recipes/nft_sd35.py --resume runs/nft_shapes_dinalrm_seed0
 
 Each rollout draws a group of samples for every prompt, and the reward weights each sample as good or bad relative to
 its group. The samples are then noised as in pretraining. A model displaced from the sampling policy towards the trained
-policy learns to denoise the good samples, and a model displaced the opposite way the bad samples (arXiv 2509.16117).
-Training needs no reward gradient, no log-probabilities, and with a latent reward no decoder.
+policy learns to denoise the good samples; a model displaced the opposite way learns the bad ones (arXiv 2509.16117).
+Training needs no reward gradient and no log-probabilities. With a latent reward it needs no decoder.
 
 A run writes the same files as recipes/refl_sd35.py. Metrics: `moved`, the mean squared difference between the velocity
 of the trained policy and that of the policy that drew the samples.

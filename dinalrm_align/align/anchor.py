@@ -3,7 +3,7 @@
 Long optimisation against one frozen reward exploits the errors of that reward; a second reward of another kind makes
 this harder. DiNa-LRM's authors add a pixel reward to the advantages of every update of their GRPO run, A = A_latent +
 0.2 A_PickScore (arXiv 2602.11146). Here the anchor is evaluated only at every n-th update, which saves most of the cost
-of decoding and of a second model. A resumed run uses the anchor at the same updates.
+of decoding and of a second model. A resumed run uses the anchor at the same updates as an uninterrupted run.
 """
 
 from collections.abc import Mapping

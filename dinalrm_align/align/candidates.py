@@ -30,7 +30,7 @@ def scored_candidates(
     Args:
         conditions: text conditions of the B prompts, on any device.
         generators: one per prompt. Each draws the initial noise of the prompt's samples, and then one noise for the
-            reward. All samples of a prompt are scored with the same noise, so that it does not affect their ranking.
+            reward. All samples of a prompt share this noise, so that the noise does not affect their ranking.
         reward_sigma: noise levels at which the reward scores; None: the reward's default levels.
         batch_size: number of samples drawn and scored at once; None: all.
         velocity_for: a function from the conditions of a batch to a velocity; default: `sampler.velocity_for`.
@@ -55,7 +55,7 @@ def ranked_pairs(scores: Sequence[float], number: int, min_gap: float) -> list[t
     """Return (chosen, rejected) index pairs: best and worst candidate, second best and second worst, and so on.
 
     The list has at most `number` pairs and at most half as many pairs as there are candidates. It ends before the first
-    pair whose scores are equal or differ by less than min_gap. Of two equal scores, the earlier ranks higher.
+    pair whose scores are equal or differ by less than min_gap. Of two equal scores, the first in order ranks higher.
     """
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     pairs = []

@@ -42,8 +42,8 @@ class WatchConfig:
     and the gold score has fallen, both significantly (one-sided t-tests, paired over captions).
 
     Args:
-        level: significance level. It bounds the probability that a run reports hacking at any
-            evaluation although its gold score never falls.
+        level: significance level. It bounds the probability of a false alarm in a run, at any of its evaluations, if
+            the gold score never falls.
         stop_on_hacking: save a checkpoint and stop at the first alarm; otherwise print a warning and go on.
         keep_best: keep the LoRA with the best gold score in lora_best/.
         sigmas: noise levels, at least two, at which a latent reward scores each sample; the metric level_spread is the
@@ -78,7 +78,7 @@ class MemoryConfig:
 
     Args:
         base_quant: quantise the linear layers in the base model's transformer blocks to 8 or 4 bits; policy and latent
-            reward both use them. Needs bitsandbytes (the extra `quant`). nf4 changes velocities by a few percent.
+            reward share these layers. Needs bitsandbytes (the extra `quant`). nf4 changes velocities by a few percent.
         vae_dtype: dtype of the VAE's weights; bfloat16 halves the memory of decoding and rounds the images.
         decode_slice: images that a pixel reward decodes at once, in the forward and the backward pass; by default all.
         decode_tile: decode large images in tiles (diffusers' VAE tiling); pixels near the seams change.
@@ -197,7 +197,7 @@ class PolicyRun:
         reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
             pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward: published image rewards.
             oracle: the true score of the embedded world. NAME=SOURCE: the named reward with weights from SOURCE. Or the
-            folder or hub id of a latent reward; module:function, your own; or a sum, "dinalrm + 0.2*pickscore".
+            folder or hub id of a latent reward; your reward as module:function; or a sum, "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
         seed: seed of initialisation, sampling and training.
         prompts: UTF-8 text file with one training prompt per line; by default the list that belongs to the model.
@@ -232,7 +232,7 @@ class AlignRun(PolicyRun):
     Args:
         gold: gold reward: it scores held-out images and is never trained on. By default PickScore; for the embedded
             world, the oracle.
-        resume: folder of a run, to resume from its newest checkpoint, or folder of one checkpoint. Options on the
+        resume: folder of one checkpoint, or of a run, which resumes from its newest checkpoint. Options on the
             command line override the saved settings.
         eval_prompts: UTF-8 text file with one held-out prompt per line; by default the list that belongs to the model.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.

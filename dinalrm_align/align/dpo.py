@@ -101,7 +101,7 @@ def noised_pairs(
 ) -> DpoBatch:
     """Return a `DpoBatch` with `draws` draws of noise and noise level for each group.
 
-    A group is the images of one prompt; they share noise and noise level.
+    The images of one prompt are a group; they share noise and noise level.
     """
     shape, device = tuple(pairs.latents.shape[1:]), pairs.latents.device
     noise = torch.stack([seeded_noise(shape, [generator] * draws) for generator in generators], dim=1)
@@ -148,7 +148,7 @@ def dpo_step(
 
 
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
-    """Return `velocity` computed inside weights(), a context manager that must set the reference's weights."""
+    """Return a function that computes `velocity` within weights(), a context that sets the reference's weights."""
 
     def frozen(latents: Tensor, sigma: float | Tensor) -> Tensor:
         with weights():
@@ -162,7 +162,7 @@ class OfflineDpo:
     """Diffusion-DPO as a method for `train.loop.fit`, on the pairs of a data set. The reference is the base model.
 
     Args:
-        sampler: provides the policy, and the empty prompt's conditions if config.loss_guidance_scale is above 1.
+        sampler: provides the policy; if config.loss_guidance_scale is above 1, also the empty prompt's conditions.
         pairs: source of pairs. Latents and embeddings must come from the VAE and text encoders of the base model.
     """
 

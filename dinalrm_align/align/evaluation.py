@@ -92,7 +92,7 @@ class HeldOut:
     def __call__(self, step: int) -> dict[str, float]:
         """Evaluate the policy after update `step`, with the samples distributed over the ranks.
 
-        Rank 0 writes evaluations/<step>.json (scores per sample), evaluations/<step>.png (the shown images in a row)
+        Rank 0 writes evaluations/<step>.json (scores per sample), evaluations/<step>.png (one row of sample images)
         and grid_<step>.png. Metrics: for `proxy` and `gold`, the mean score and its standard error; `gold_gain`, the
         paired gain of gold over step 0, and its standard error; for every additional scorer and probe, its mean.
         """
@@ -127,7 +127,7 @@ class HeldOut:
     def summarise(self, step: int) -> dict[str, dict[str, float]]:
         """Compare the evaluations at step 0 and `step`, and write before_after.png.
 
-        Returns one dict each for "gold" and "proxy": "before" and "after", the mean scores; "gain", their difference;
+        Returns dicts for "gold" and "proxy", with the keys "before" and "after", mean scores; "gain", their difference;
         and "standard_error", the paired standard error of the gain.
         """
         summary = {}
@@ -148,7 +148,7 @@ class HeldOut:
         return self.output_dir / "evaluations"
 
     def _batch(self, start: int) -> list[tuple[int, dict[str, float], np.ndarray | None]]:
-        """Sample and score one batch; return (index, scores, image) of each sample, with image None if not shown."""
+        """Sample and score one batch; return (index, scores, image) per sample; image is None if it is not saved."""
         indices = range(start, min(start + self.config.batch_size, len(self.prompts)))
         conditions, seed = self.sampler.take(indices), self.config.seed
         noise = self.sampler.noise([seeded_generator(seed, index) for index in indices])

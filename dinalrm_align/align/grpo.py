@@ -188,7 +188,7 @@ class Grpo:
         generators: Sequence[torch.Generator],
         steps: int,
     ) -> Tensor:
-        """Return latents after the first `steps` ODE steps, equal within a group if config.shared_start is set."""
+        """Return latents after the first `steps` ODE steps; with config.shared_start, a group's latents are equal."""
         sampler = self.sampler
         if not self.config.shared_start:
             return sampler.sample(conditions, sampler.noise(generators), steps)

@@ -1,4 +1,4 @@
-"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`, whose defaults suit the embedded test model. Torch-free."""
+"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`; the defaults suit the embedded test model. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,12 +18,12 @@ class GrpoConfig(GroupRolloutConfig):
         sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
         noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
         negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.
-        window: steps that are stochastic and trained; the others follow the ODE. all: all but the last. random:
+        window: steps that are stochastic and trained; all other steps follow the ODE. all: all but the last. random:
             window_size consecutive steps, drawn anew for every rollout (Flow-GRPO-Fast). progressive: window_size
             consecutive steps, which move from the first steps to the last (MixGRPO).
         window_size: number of steps in a random or progressive window.
-        window_range: range of steps in which the window lies, as its first step and one past its last; by default all
-            but the rollout's last step.
+        window_range: range of steps that contains the window, as two numbers: the range's first step, and one past its
+            last step. By default all but the rollout's last step.
         window_rollouts: rollouts after which a progressive window moves on.
         window_stride: steps by which a progressive window moves.
         window_wraps: when a progressive window has reached the end of window_range, move it back to the start;
@@ -37,8 +37,8 @@ class GrpoConfig(GroupRolloutConfig):
             with flow_sde.
         kl_beta: weight of the KL to the frozen base model in the loss; 0: the KL is only measured.
         kl_form: normalisation of the KL. scale: squared difference of the step means / (2 s^2), where s is the SDE's
-            noise scale, as in flow_grpo. std: the same / (2 std^2), the exact KL of the two normal distributions per
-            dimension. velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
+            noise scale, as in flow_grpo. std: the same difference / (2 std^2), the exact KL of the two normals,
+            per dimension. velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
         ratio_tolerance: largest distance of the ratios from 1 in the first update after a rollout. The weights have not
             changed yet, so a larger distance means that rollout and training compute different probabilities, and the
             run stops.

@@ -78,7 +78,7 @@ class StepPairs:
         indices: (P,) int64, prompt indices.
         steps: (P,) int64, step indices of the schedule.
         latents: (P, C, H, W) float32, the states from which the candidates were drawn.
-        chosen, rejected: (P, C, H, W) float32, two candidates for the next state.
+        chosen, rejected: (P, C, H, W) float32, best and worst candidate for the next state.
         statistics: metrics of the rollout over all ranks, in the order of `STATISTICS`.
     """
 

@@ -1,4 +1,4 @@
-"""Settings of LPO and of `recipes/lpo_sd35.py`, whose defaults suit the embedded test model. Torch-free."""
+"""Settings of LPO and of `recipes/lpo_sd35.py`; the defaults suit the embedded test model. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,9 +25,9 @@ class LpoConfig:
         negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.
         steps: range of denoising steps that collect pairs, as the first step and one past the last; None: all steps but
             the rollout's last.
-        threshold: smallest margin of a pair, as two numbers, for the step that adds the least noise and for the step
-            that adds the most; interpolated linearly in between. The margin is the difference of the two probabilities
-            softmax(score / temperature) of the best and the worst candidate.
+        threshold: margin that a pair must exceed, as two numbers: for the step that adds the least noise, and for the
+            step that adds the most. In between it is interpolated linearly. The margin is the difference of the two
+            probabilities softmax(score / temperature) of the best and the worst candidate.
         temperature: temperature of the softmax in the margin.
         beta: factor of the difference of the log-ratios in the preference loss.
         clip_range: largest distance of the ratio p / p_base_model from 1 at which a candidate still has a gradient.

@@ -50,7 +50,7 @@ def text_pipeline(pipeline: StableDiffusion3Pipeline, device: torch.device) -> S
 
 
 def release_text_encoders(*pipelines: StableDiffusion3Pipeline) -> None:
-    """Remove the text encoders from the pipelines, which then cannot encode prompts, and free the encoders' memory."""
+    """Remove the text encoders and free their memory. The pipelines then cannot encode prompts."""
     for pipeline in pipelines:
         for name in TEXT_ENCODERS:
             setattr(pipeline, name, None)

@@ -49,10 +49,10 @@ class MineRun(PolicyRun):
     """Settings of `recipes/mine_pairs.py`.
 
     Args:
-        reward: latent reward that ranks the samples. dinalrm: the model's own. Or the folder or hub id of one.
+        reward: latent reward that ranks the samples. dinalrm: the model's own. Or a latent reward's folder or hub id.
         output_dir: folder of the pairs; by default one under runs/, named after model, reward and seed. Pairs that are
             already in the folder are kept if they were mined with the same settings.
-        lora: folder of a LoRA to sample with, RUN/lora of an alignment run. The settings policy.rank and policy.alpha
+        lora: folder of a LoRA to sample with; for an alignment run, RUN/lora. The settings policy.rank and policy.alpha
             must equal those of this LoRA.
         max_prompts: use only the first max_prompts prompts; by default all.
         mine: settings of the samples and the pairs.

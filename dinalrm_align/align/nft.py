@@ -37,7 +37,7 @@ OLD = "old."
 
 
 def goodness(advantages: Tensor, clip: float) -> Tensor:
-    """Return the weight of a sample as a good one, in [0, 1]: advantages / (2 clip) + 1/2, clamped; any shape."""
+    """Return each sample's weight as a good one: advantages / (2 clip) + 1/2, clamped to [0, 1]. Any shape."""
     return (advantages / (2 * clip) + 0.5).clamp(0, 1)
 
 
@@ -214,7 +214,7 @@ class Nft:
         return loss.mean(), {"kl": kl.detach().mean(), "moved": moved.mean(), **batch.statistics}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the old policy's weights and the fields of an unfinished rollout, if any, as CPU tensors by name."""
+        """Return, as CPU tensors by name, the old policy's weights and, while a rollout is unfinished, its fields."""
         return {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:

@@ -81,7 +81,7 @@ class Policy:
         Args:
             latents: (B, C, H, W), any dtype.
             sigma: a float or (B,), in [0, 1].
-            guidance_scale: scale g of classifier-free guidance, v_negative + g (v - v_negative); at most 1: none.
+            guidance_scale: scale g of guidance, v_negative + g (v - v_negative); at most 1: no guidance.
             negative: B conditions of v_negative; required if guidance_scale is above 1.
             negative_gradient: whether gradients flow through v_negative; Flow-GRPO detaches it.
         """
@@ -153,7 +153,7 @@ class Policy:
 
     @contextmanager
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Context manager in which `velocity` uses other LoRA tensors, from `weights()`, without gradient.
+        """Context manager in which `velocity` uses LoRA tensors that `weights()` returned earlier, without gradient.
 
         The storage of the parameters is exchanged, not overwritten, so that existing autograd graphs stay valid.
         """

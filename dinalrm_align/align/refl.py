@@ -89,7 +89,7 @@ def drtune_steps(
     comes from `free` and is detached. The input of the network is detached at every step, so that the gradient of one
     step passes through no other step.
 
-    Returns x0_hat (B, C, H, W) and the mean of |velocity - reference|^2 over the trained steps, (B,).
+    Returns x0_hat (B, C, H, W) and, as (B,), the mean of |velocity - reference|^2 over the trained steps.
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(first, stop + 1):
@@ -110,7 +110,7 @@ def renoised_steps(
 ) -> tuple[Tensor, Tensor]:
     """Renoise samples, and take one step with gradient to clean latents, as DRaFT-LV does (arXiv 2309.17400).
 
-    Returns the estimated clean latents (B, C, H, W) and the mean of |velocity - reference|^2 over C, H, W, (B,). To
+    Returns the estimated clean latents (B, C, H, W) and, as (B,), the mean |velocity - reference|^2 per sample. To
     lower the variance of the gradient, pass each sample n times, with n different noises.
 
     `latents`: finished samples (B, C, H, W). `noise`: noise that brings the samples back to level `sigma`.
@@ -128,7 +128,7 @@ def direct_align_steps(
     noise in x' is known, so x0_hat = (x' - sigma_next noise) / (1 - sigma_next) is nearly clean at any sigma. With the
     true velocity, x0_hat equals x0.
 
-    Returns x0_hat (B, C, H, W) and the mean of |velocity - reference|^2 over C, H, W, (B,).
+    Returns x0_hat (B, C, H, W) and, as (B,), the mean |velocity - reference|^2 per sample.
     `latents`, `noise`: the finished samples x0 and the known noise, (B, C, H, W), without gradient.
     """
     x = add_noise(latents.detach(), noise, sigma)
@@ -169,7 +169,7 @@ class ReflBatch:
     Args:
         latents: (B, C, H, W). refl: at sigmas[start]. drtune: at sigmas[trained[0]]. draft_lv, direct_align: finished
             samples.
-        start: index of the first step with gradient; drtune: of the step that estimates the clean latents.
+        start: index of the first step with gradient; drtune: index of the step that estimates the clean latents.
         conditions: conditions of the B samples.
         generators: RNG streams of the B samples, for the draws of the training step.
         update: number of the update, counted from 0.
@@ -276,7 +276,7 @@ class Refl:
         return torch.cat(parts), conditions
 
     def _clean_latents(self, batch: ReflBatch) -> tuple[Tensor, Tensor, Conditions]:
-        """Return the estimated clean latents, differentiable in the LoRA, with their velocity KL and conditions."""
+        """Return the estimated clean latents and the velocity KL, differentiable in the LoRA, and the conditions."""
         config, sampler, start = self.config, self.sampler, batch.start
         sigmas = sampler.sigmas
         copies = config.renoisings if config.variant in ("draft_lv", "direct_align") else 1

@@ -1,4 +1,4 @@
-"""Settings of ReFL and of `recipes/refl_sd35.py`, whose defaults suit the embedded test model. Torch-free."""
+"""Settings of ReFL and of `recipes/refl_sd35.py`; the defaults suit the embedded test model. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,7 +14,7 @@ class ReflConfig:
 
     Args:
         variant: steps that carry the gradient. refl: grad_steps consecutive late steps, as in ReFL and DRaFT-K.
-            draft_lv: one late step, repeated from a finished sample with new noise. drtune: steps spread over the
+            draft_lv: one late step, from several noised copies of a finished sample. drtune: steps spread over the
             rollout, with detached inputs. direct_align: one step at any noise level; known noise is added to a finished
             sample before the step and removed after it, as in SRPO, but without SRPO's relative reward.
         batch_size: images per micro-batch and process; an update takes batch_size x loop.accumulate x processes.
@@ -28,7 +28,7 @@ class ReflConfig:
             level of the step with gradient; 0: no weighting. Rewards are hacked more easily at low noise levels.
         earliest: start of the range from which each micro-batch draws its first step with gradient, as a fraction of
             num_steps. The end of the range leaves room for grad_steps steps. 1: always the end, as in DRaFT.
-            direct_align needs smaller values. drtune: range of the step where the rollout stops.
+            direct_align needs smaller values. drtune: the range is that of the step where the rollout stops.
         loss: linear: mean(target - score). relu: mean(relu(target - score)); above the target there is no gradient.
         target: target score of the loss. It only shifts a linear loss.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps

@@ -37,7 +37,7 @@ def resolve(
 ) -> Resolved[Run]:
     """Parse the command-line arguments `argv` of a recipe, and find the run's model, folder and checkpoint.
 
-    Invalid settings exit with status 2 and an error message.
+    Invalid settings end the process with status 2 and an error message.
 
     Args:
         kind: dataclass of the settings.

@@ -138,7 +138,7 @@ class Setup:
             samples: prompts or pairs per update and rank; for methods that reuse rollouts, per rollout and rank.
             shown: names of the metrics in the progress bar.
             data: digests of training data that the method reads, by name. A resumed run must have the same digests.
-            state: object whose `state_tensors` checkpoints save, usually the method; None: nothing to save.
+            state: object whose `state_tensors` are saved in checkpoints, usually the method; None: nothing to save.
         """
         run, accelerator = self.resolved.run, self.accelerator
         folder = Path(run.output_dir)
@@ -188,8 +188,8 @@ def prepare(
     Args:
         extra_prompts: prompts to encode in addition to training and evaluation prompts.
         anchor: settings of a second reward (the anchor), for methods that support one.
-        in_advantages: whether to add the second reward's advantages (GRPO) instead of its scores. Scores are scaled to
-            the standard deviation of the first reward's scores, on samples of the base model.
+        in_advantages: whether to add the second reward's advantages (GRPO) instead of its scores. Scores are scaled so
+            that, on samples of the base model, they have the standard deviation of the first reward's scores.
     """
     run, spec = resolved.run, resolved.spec
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)

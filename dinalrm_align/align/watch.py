@@ -6,7 +6,7 @@ t-tests (`detect_hacking`), prints a warning, and keeps the LoRA with the best g
 `drift_probe` measure early signs of hacking. Metrics:
 
     hacking        1 if hacking was detected, else 0
-    divergence     mean gain of proxy minus mean gain of gold over the base model, each divided by the standard
+    divergence     mean gain over the base model of proxy minus that of gold, each divided by the standard
                    deviation of the base model's scores
     level_spread   disagreement of a latent reward's scores across noise levels: the scores at each level are
                    standardised by the base model's scores; the metric is the standard deviation over the levels,
@@ -101,7 +101,7 @@ def best_step(history: Mapping[int, Scores]) -> int:
 
 
 def divergence(before: Scores, after: Scores) -> float:
-    """Return the mean gain of proxy minus that of gold, each divided by the standard deviation of its old scores."""
+    """Return the mean gain of proxy minus that of gold, each divided by the standard deviation in `before`."""
 
     def gain(name: str) -> float:
         return float(np.mean(after[name]) - np.mean(before[name])) / _spread(before[name])

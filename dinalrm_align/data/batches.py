@@ -21,7 +21,7 @@ class BatchOrder(TypedDict, total=False):
 
     batch_size: number of items per batch. An item is one pair, or one prompt's images with all pairs of them.
     seed: seed of the shuffles; default 0.
-    held_out_prompts: number of distinct prompts that are not trained on but kept for validation; default 0.
+    held_out_prompts: number of distinct prompts kept for validation and left out of training; default 0.
     """
 
     batch_size: Required[int]
@@ -33,12 +33,12 @@ class ShuffledBatches:
     """Endless sequence of shuffled training batches, each given by the indices of its items (see `BatchOrder`).
 
     A batch depends only on the seed and its index. A resumed run therefore needs only its step. Rank r of W ranks
-    reads batches r, r + W, r + 2 W, ... Every epoch shuffles the items again. Items that do not fill a batch at the end
-    of an epoch start the first batch of their image size in the next epoch, so that no item is lost.
+    reads batches r, r + W, r + 2 W, ... Every epoch shuffles the items again. If too few items of an image
+    size are left for a batch at the end of an epoch, they are used in a later epoch, so that no item is lost.
 
     buckets: indices of the items of each image size. All items of a batch come from one bucket.
     batch_size: number of items per batch.
-    blocks: (N,) index of the parquet row group that holds each item, for data that is read one row group at a time.
+    blocks: (N,) index of each item's parquet row group, for data that is read one row group at a time.
     An epoch then visits the row groups in random order, and shuffles the items of four (AT_ONCE) row groups together.
 
     Raises ValueError if every bucket is smaller than a batch.
@@ -178,7 +178,7 @@ class PairSource(ABC):
 
     @functools.cached_property
     def _batches(self) -> ShuffledBatches:
-        """Training batches, created on first use, so that a data set for evaluation may be smaller than a batch."""
+        """Training batches, created on first use. A data set used only for evaluation may be smaller than a batch."""
         return ShuffledBatches(self._trained, self._batch_size, self._seed, blocks=self._blocks)
 
     def __len__(self) -> int:

@@ -13,11 +13,11 @@ class FilterConfig:
     Args:
         min_pixels: smallest area of an image, in pixels; the default is 256 x 256, as in the published data.
         aspect_tolerance: largest change of an image's log aspect ratio that resizing may cause.
-        min_vote_share: a pair with votes is kept if the chosen image has more than this share of them (released: 0.6).
+        min_vote_share: a pair with votes is kept if the chosen image has more than this share of votes (released: 0.6).
         unanimous: leave out pairs in which a rater voted for the rejected image.
         min_confidence: smallest allowed `confidence`, a field of HPDv3. Pairs without this field are kept.
-        max_pairs_per_prompt: largest number of pairs per prompt, drawn at random (released data: 8); default: all.
-        ties: drop leaves out pairs that raters found equal, as Diffusion-DPO does; keep keeps them, with label 0.5.
+        max_pairs_per_prompt: keep at most this many pairs per prompt, drawn at random (released data: 8); default: all.
+        ties: with drop, leave out pairs that raters found equal, as Diffusion-DPO does; with keep, give them label 0.5.
         min_gaps: a bound for each score name. A pair that is not a tie is kept if every score has
             score(chosen) - score(rejected) above its bound. `source` must be a jsonl with these scores. LPO's
             consistent filtering is {aesthetic: -0.5, clip: 0, vqa: 0}.
@@ -47,22 +47,22 @@ class PrepareRun:
         source: preference data, required. Layouts hpdv3, hpdv2 and rankings are JSON files. pickapic is a parquet file
             or a folder of them. jsonl is a file with one {prompt, chosen, rejected} per line: chosen and rejected are
             image paths; label, votes and scores are optional. released is a folder of part_rank*.parquet with latents.
-            These keep their size; `buckets` and `images` are not used.
+            The latents keep their size; `buckets` and `images` are not used.
         layout: layout of `source`; auto detects it.
         images: folder that image paths are relative to; default: `source` if it is a folder, else its parent folder.
         output_dir: folder for the encoded pairs. To resume a stopped run, run again with the same settings.
         model: pipeline whose VAE and text encoders are used: shapes, sd35, or the folder or hub id of a
             StableDiffusion3Pipeline.
         text_length: T5 tokens per prompt; must equal the text_length of the reward to train; default: the model's.
-        buckets: sizes that images are resized to. published means the sizes of the released data. area:1024 means, for
-            each aspect ratio, the largest size of at most 1024 x 1024 pixels whose sides are multiples of 64. A list
+        buckets: sizes that images are resized to. published means the sizes of the released data. area:1024 means
+            sizes with an area of at most 1024^2 and sides that are multiples of 64 (`plan.by_area`). A list
             such as 1024x1024,832x1248 names the sizes as height x width.
-        group: pair stores every pair separately, as in the paper; prompt stores all images of a prompt and size
-            together with all pairs of them, and encodes each image once.
-        label: target probability that the chosen image is preferred. hard uses the label in `source`, which is 1 unless
-            the pair is a tie or a jsonl states another; votes uses the chosen image's share of the votes.
-        on_bad: refuse stops at an unreadable image, an invalid record, or latents or embeddings that are not finite;
-            skip leaves out the affected pairs and counts them by reason.
+        group: with pair, store every pair separately, as in the paper; with prompt, store all images of a prompt and
+            size once, together with all pairs of them.
+        label: target probability that the chosen image is preferred. With hard, it is the label that a jsonl
+            states, else 0.5 for a tie and 1 otherwise. With votes, it is the chosen image's share of the votes.
+        on_bad: with refuse, stop at an unreadable image, an invalid record, or latents or embeddings that are not
+            finite; with skip, leave out the affected pairs and count them by reason.
         filter: conditions that a pair must meet to be kept.
         max_pairs: number of pairs to read, from the start of `source`; default: all.
         shard_size: images per file of latents. A resumed preparation writes only the missing files.

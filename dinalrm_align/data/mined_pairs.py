@@ -28,11 +28,11 @@ TENSORS = (*LATENTS, *_TEXT, *(f"negative_{name}" for name in _TEXT))
 
 @dataclasses.dataclass(frozen=True)
 class MinedPair:
-    """Pair of images out of n that were generated for one prompt. Tensors may have any device and floating dtype.
+    """Pair out of the n images that were generated for one prompt. Tensors may have any device and floating dtype.
 
     index: index of the prompt. latents: (n, C, H, W), without noise, scaled. scores: rewards of the n images.
     chosen, rejected: indices in `latents` of the pair's images. prompt_embeds: (L, D). pooled_prompt_embeds: (P,).
-    negative: the empty prompt's (prompt_embeds, pooled_prompt_embeds); None to store no embeddings of it.
+    negative: the empty prompt's (prompt_embeds, pooled_prompt_embeds); None to store neither.
     """
 
     prompt: str
@@ -61,7 +61,7 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
 
 
 def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining: Mapping[str, Any]) -> None:
-    """Write manifest.json. Raises ValueError if it exists with other settings. mining: JSON-serialisable dict."""
+    """Write manifest.json. Raises ValueError if it exists with other settings. mining: mining settings, for JSON."""
     settings = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
     begin_or_resume(folder, MANIFEST, settings)
 

@@ -35,7 +35,7 @@ class PairBatch:
         rejected: (N,) int64, index in `latents` of each pair's rejected image.
         label: (N,) float32 in [0, 1], probability that a rater prefers the chosen image.
         group: (M,) int64 in [0, G), index of each image's group.
-        concepts: name of the property in which each pair's images differ; None if any is unknown. For evaluation.
+        concepts: for evaluation, the property in which each pair's images differ; None unless known for all pairs.
 
     Raises TypeError for a wrong dtype, and ValueError for inconsistent shapes or for indices or values out of range.
     """
@@ -177,7 +177,7 @@ class PairManifest:
 
     Args:
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
-        encoded_with: for subfolders of the pipeline, such as "vae", a sample of the encoder's weights; may be empty.
+        encoded_with: sample of each encoder's weights, by subfolder of the pipeline, such as "vae"; may be empty.
     """
 
     vae_scaling_factor: float
@@ -190,7 +190,7 @@ class PairManifest:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Build a manifest from its `dataclasses.asdict`. Raises TypeError or ValueError for invalid values."""
+        """Build a manifest from its `dataclasses.asdict` dict. Raises TypeError or ValueError for invalid values."""
         samples = values.get("encoded_with", {})
         if not isinstance(samples, dict) or not all(isinstance(sample, dict) for sample in samples.values()):
             raise ValueError(f"manifest.encoded_with: got {samples!r:.60}; expected a sample of weights by name")

@@ -32,7 +32,7 @@ SAME_ASPECT = 0.05
 
 
 def parse_buckets(text: str) -> tuple[Size, ...]:
-    """Return the sizes that an option names: published, area:SIDE (see `by_area`) or HEIGHTxWIDTH,HEIGHTxWIDTH,..."""
+    """Return the sizes that `text` names: published, area:SIDE (see `by_area`) or HEIGHTxWIDTH,HEIGHTxWIDTH,..."""
     if text == "published":
         return PUBLISHED
     if match := re.fullmatch(r"area:(\d{1,5})", text):
@@ -52,7 +52,7 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """Return sizes of at most side x side pixels: the square, and the longest rectangle for each shorter side.
+    """Return sizes with an area of at most side^2: the square, and for each short side the longest rectangle.
 
     Rectangles come in both orientations. Sides are multiples of 64, and the longer side is at most twice the shorter.
     """
@@ -141,7 +141,7 @@ class Group:
         return cls(prompt, size, images, tuple(labelled))
 
     def without(self, bad: Mapping[int, object]) -> "Group | None":
-        """Return the group without pairs of `bad` images and without images left unpaired; None if no pair is left."""
+        """Return the group without pairs with a `bad` image and without unpaired images; None if no pair is left."""
         gone = {row for row, image in enumerate(self.images) if image in bad}
         pairs = [pair for pair in self.pairs if gone.isdisjoint(pair[:2])]
         kept = sorted({row for pair in pairs for row in pair[:2]})
@@ -224,7 +224,7 @@ def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Drop
 
 
 def plan_shards(groups: Iterable[Group], shard_size: int) -> list[list[Group]]:
-    """Return the groups of each file. A file has one image size and up to `shard_size` images, or one larger group."""
+    """Return the groups of each file: up to `shard_size` images of one size, or a single group with more images."""
     by_size: dict[Size, list[Group]] = {}
     for group in groups:
         by_size.setdefault(group.size, []).append(group)

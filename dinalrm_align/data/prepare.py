@@ -8,7 +8,7 @@ In addition to the files listed in `data.latent_pairs`, the directory holds
     parts/latents-00000.json  record of the shard latents-00000.safetensors: hash, size in bytes, images that failed
     summary.json              counts of what was read, stored and left out
 
-Each shard is written atomically, and then its record. A resumed run does not write a shard again if the shard matches
+Each shard is written atomically, before its record. A resumed run does not write a shard again if the shard matches
 its record. The content of a shard depends only on the source, the settings and the number of the shard, so any rank can
 write it. index.json is written last, when all shards exist.
 """
@@ -92,7 +92,7 @@ class Preparation:
         }
 
     def measure(self) -> None:
-        """Write the sizes of this rank's share of the images, read from file headers. No-op for the released layout."""
+        """Read the sizes of this rank's images from file headers, and write them. No-op for the released layout."""
         if self.layout == "released":
             return
         starts = range(self.rank * SIZES, len(self.refs), self.world * SIZES)
@@ -232,7 +232,7 @@ class Preparation:
         return json.loads(self._part_file("sizes", start // SIZES).read_text(encoding="utf-8"))
 
     def _is_measured(self, start: int) -> bool:
-        """Return whether the file of image sizes exists and, if on_bad is "refuse", holds a size for every image."""
+        """Return whether the file of image sizes exists. If on_bad is "refuse", it must hold a size for every image."""
         if not self._part_file("sizes", start // SIZES).is_file():
             return False
         return self.run.on_bad == "skip" or not any(isinstance(size, str) for size in self._sizes(start))
@@ -259,7 +259,7 @@ class Preparation:
         return text_digest(json.dumps([(group.prompt, group.size, images, group.pairs) for group, images in named]))
 
     def _write(self, kind: str, number: int, tensors: dict[str, Tensor], bad: dict[int, str], **facts: int) -> None:
-        """Write a shard and its record. Raises ValueError if on_bad is "refuse" and `bad` lists failures."""
+        """Write a shard and its record. Raises ValueError if on_bad is "refuse" and `bad` is not empty."""
         if bad and self.run.on_bad == "refuse":
             self.dropped.bad("", next(iter(bad.values())))
         name = f"{kind}-{number:05d}.safetensors"

@@ -117,7 +117,7 @@ def _opened(path: Path, inode: int) -> Any:
 
 
 def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFile:
-    """Open a shard and check it against the entry `shard` of index.json. tensors: name -> number of dimensions."""
+    """Open a shard and check it against `shard`, its entry in index.json. tensors: name -> number of dimensions."""
     path = directory / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")

@@ -33,7 +33,7 @@ VALUES = 16
 
 
 class Encoders:
-    """VAE (float32) and text encoders (`dtype`) of the pipeline `source` (folder or hub id), loaded on first use."""
+    """VAE in float32 and text encoders in `dtype`, loaded on first use. source: folder or hub id of the pipeline."""
 
     def __init__(self, source: str | Path, *, text_length: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.source, self.device = source, device
@@ -80,7 +80,7 @@ def open_pairs(
         size: (height, width) in pixels to which images of a jsonl are resized and cropped.
         on_bad: what to do about latents that cannot be read. "refuse" raises; "skip" warns and leaves them out.
 
-    Raises ValueError if the pairs were encoded with settings, a VAE or text encoders that differ from the model's.
+    Raises ValueError if the settings, VAE or text encoders that encoded the pairs differ from the model's.
     Warns if the model's weights are not on this machine, because VAE and text encoders cannot be compared then.
     """
     path = Path(path)

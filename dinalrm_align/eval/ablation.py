@@ -43,7 +43,7 @@ class Evidence:
 
 
 def noise_levels(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
-    """Return the noise levels to evaluate: every sigma in `sigmas` or `ensembles`, sigma 0.4, and every ensemble."""
+    """Return the noise levels to evaluate: sigma 0.4 and all sigmas of both arguments singly, and every ensemble."""
     single = dict.fromkeys([*sigmas, SINGLE_LEVEL, *(sigma for levels in ensembles for sigma in levels)])
     return [*map(NoiseLevels.at, single), *(NoiseLevels.at(*levels) for levels in ensembles)]
 
@@ -102,7 +102,7 @@ def difference(
 ) -> Interval:
     """Return the accuracy of arm `better` minus that of arm `worse` on the test set `name`, paired over common seeds.
 
-    of_better, of_worse: functions that return the correctness of each pair, for `better` and `worse`. Raises ValueError
+    of_better, of_worse: functions `PairScores` -> correctness (N,), for arm `better` and arm `worse`. Raises ValueError
     if the arms have no common seed, or were evaluated on different pairs.
     """
     ours, theirs = evidence.runs[better], evidence.runs[worse]
@@ -122,7 +122,7 @@ def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) 
 
 
 def verdict(interval: Interval) -> str:
-    """Return whether a difference claimed to be positive "holds", "reverses" or "is inconclusive" (0 in interval)."""
+    """Judge the claim that a difference is positive: "holds", "reverses" or "is inconclusive" (0 in interval)."""
     return "holds" if interval.low > 0 else "reverses" if interval.high < 0 else "is inconclusive"
 
 
@@ -138,7 +138,7 @@ def with_asterisk(interval: Interval) -> str:
 
 
 def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
-    """Return title -> measure for three accuracies: at `Arm.sigma`, of the ensemble, and averaged over sigmas."""
+    """Return title -> measure for three accuracies: at `Arm.sigma`, at the first ensemble, and the mean over sigmas."""
     return {
         "own sigma": accuracy_at(ARMS[arm].sigma),
         "ensemble": accuracy_at(*evidence.ensembles[0]),
@@ -219,7 +219,7 @@ def inference_section(evidence: Evidence, arm: str) -> str:
 
 
 def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
-    """For each claim of the paper whose noise levels have scores, return a line that says whether it holds here."""
+    """Return a line per claim of the paper that says whether it holds here. Claims without scores are left out."""
     ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [
@@ -239,7 +239,7 @@ def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """`share`: score variance over noise draws / that over images. `forwards`: backbone forward passes per score."""
+    """`share`: score variance over noise draws / score variance over images. `forwards`: backbone passes per score."""
 
     label: str
     forwards: int
@@ -247,7 +247,7 @@ class NoiseShare:
 
 
 def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
-    """Return the share of noise in the score's variance, at sigma 0.4 with 1, 2, 4 or 8 draws, and for `ensemble`.
+    """Return a `NoiseShare` for sigma 0.4 with 1, 2, 4 or 8 draws (averaged, and as tokens), and for `ensemble`.
 
     seeds: the scores of each seed's reward on one test set. The shares are averaged over seeds.
     """

@@ -152,7 +152,7 @@ def evaluate_pairs(
     """Measure accuracy on all ranks, write the report to `directory` on the main rank, and return the metrics.
 
     in_step: whether all ranks must call `score` equally often, as sharded weights require. If so, a rank with one batch
-    fewer than the first rank scores an extra batch and discards the result.
+    fewer than rank 0 scores an extra batch and discards the result.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     with accelerator.autocast():

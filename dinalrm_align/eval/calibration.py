@@ -257,7 +257,7 @@ def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name:
 
 
 def scale_sentence(label: str, levels: Mapping[float, Calibration]) -> str:
-    """Return a sentence on the range of an arm's `Calibration.scale`, the best factor on score gaps, for sigma < 1."""
+    """Return a sentence on the range of an arm's `Calibration.scale` (best factor on gaps) over sigma < 1."""
     scales = {sigma: found.scale for sigma, found in levels.items() if sigma < 1 and 0 < found.scale < math.inf}
     if not scales:
         return f"{label}: no level has a best scale."

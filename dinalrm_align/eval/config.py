@@ -39,7 +39,7 @@ class Arm:
 
 
 def _depth(reward: RewardConfig, quarters: int) -> Changes:
-    """Return options with `quarters` / 4 of the baseline's transformer blocks, and the tapped blocks in proportion."""
+    """Return options for `quarters` / 4 of the baseline's blocks, with the tapped positions scaled by that ratio."""
     changes: Changes = {"reward.num_layers": max(1, reward.num_layers * quarters // 4)}
     for name in ("visual_taps", "text_taps"):
         scaled = (tap * changes["reward.num_layers"] / reward.num_layers for tap in vars(reward)[name])

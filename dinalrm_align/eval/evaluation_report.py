@@ -30,7 +30,7 @@ SHOWN_FAULTS = 10
 class SetResult:
     """Results on one test set.
 
-    protocol: accuracy protocol, requested or else the test set's default.
+    protocol: the requested accuracy protocol, or else the test set's default.
     per_level: noise level -> accuracy under `protocol`.
     per_protocol: (any protocol, main noise level) -> accuracy. The main noise levels are those of `main_levels`.
     leak: overlap of the test pairs with the training data; None if not requested.

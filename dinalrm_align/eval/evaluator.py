@@ -160,7 +160,7 @@ def score_image_set(
     faults: dict[str, str] = {}
 
     def score_batch(rows: Sequence[int], found: dict[str, str]) -> np.ndarray:
-        """Return scores (levels, rows). Unreadable images get NaN, and a reason under their name in `found`."""
+        """Return scores (levels, rows). For an unreadable image the scores are NaN, and `found[name]` is the reason."""
         scores = np.full((len(names), len(rows)), np.nan, np.float32)
         opened: dict[int, Image.Image] = {}
         for column, image in enumerate(images.images[row] for row in rows):
@@ -210,7 +210,7 @@ def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mappin
 
 @dataclass(frozen=True)
 class Candidate:
-    """A reward to evaluate, which `load` loads only if scores are missing.
+    """A reward to evaluate. `load` returns it, and is called only if scores are missing.
 
     identity: text that identifies the reward; it is stored with the scores. config: config of a single
     latent reward, which is scored at several noise levels; None for any other reward.
@@ -229,7 +229,7 @@ class Candidate:
 
     @classmethod
     def from_reward(cls, text: str, reward: Reward) -> "Candidate":
-        """Describe a loaded reward. `text`: name of the reward, which alone identifies a reward on a server."""
+        """Describe a loaded reward. `text`: name of the reward; nothing else identifies a reward on a server."""
         return cls(f"{text} {fingerprint(reward)}", lambda: reward)
 
 
@@ -319,7 +319,7 @@ class Evaluator:
     def gold_accuracy(
         self, gold: Callable[[Tensor, Sequence[str]], Tensor], config: RewardConfig | None
     ) -> dict[str, float]:
-        """Return test set -> accuracy of a gold score on decoded latents, for the test sets of latents with prompts.
+        """Return test set -> accuracy of a gold score on decoded latents, for latent test sets that store prompts.
 
         The gold accuracy is an upper bound for rewards. It is below 1 because the labels are noisy. gold: function
         (images (B, 3, H, W), prompts) -> (B,) scores. config: config of the evaluated reward if it is a latent reward,

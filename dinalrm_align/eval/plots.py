@@ -61,7 +61,7 @@ def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str
 
 
 def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
-    """Plot an arm's accuracy for each choice of noise levels minus that at sigma 0.4, in a panel per test set."""
+    """Plot an arm's gain in accuracy over sigma 0.4 for each choice of noise levels, in a panel per test set."""
     by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
     labels = list(dict.fromkeys(label for measures in by_set.values() for label in measures))
     size = 4.5 + 2 / len(by_set), 0.26 * len(labels) + 1.4

@@ -17,7 +17,7 @@ CHUNK = 50  # bootstrap resamples computed at once
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy in [0, 1], its 95 % interval over prompts, and numbers of pairs and prompts. NaN if no pair counts."""
+    """Accuracy in [0, 1], its 95 % interval, and numbers of counted pairs and prompts. NaN if there is no such pair."""
 
     value: float
     low: float
@@ -81,14 +81,14 @@ def _right_and_weight(
 
 
 def _shares(scores: PairScores, counted: np.ndarray) -> np.ndarray:
-    """Return weights (N,): 1 / n for the n counted pairs of a ranked list (without lists: of a caption), else 0."""
+    """Return weights (N,): 1 / n for the n counted pairs of each list (each caption if there are no lists), else 0."""
     _, number = np.unique(scores.caption if scores.group is None else scores.group, return_inverse=True)
     size = np.bincount(number, weights=counted)[number]
     return np.divide(counted, size, out=np.zeros(len(counted)), where=size > 0)
 
 
 def _ratio(right: np.ndarray, weight: np.ndarray, caption: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return accuracies (B,) of B resamples, NaN if no pair counts. `counts`: (B, C), draws of each prompt."""
+    """Return accuracies (B,) of B resamples, NaN if all weights are 0. `counts`: (B, C), times a prompt is drawn."""
     above, below = (counts @ np.bincount(caption, weights=values) for values in (weight * right, weight))
     return np.divide(above, below, out=np.full(len(counts), np.nan), where=below > 0)
 

@@ -124,8 +124,8 @@ def _image_set(name: str, pairs: Iterable[Preference], finder: "_Finder", where:
 class _Finder:
     """Callable that turns an image reference of a test set into an `Image`.
 
-    roots: folders that image paths may be relative to; the first folder that contains the first image is used for all
-    images. files: parquet files in reading order. published: whether to reject paths outside the folder.
+    roots: folders to try for relative image paths; the first folder that contains the first image is used for all.
+    files: parquet files in reading order. published: whether to reject paths outside the folder.
     """
 
     def __init__(self, roots: Sequence[Path], files: Sequence[Path] = (), *, published: bool = False) -> None:
@@ -210,7 +210,7 @@ def trained_on(prompts: Iterable[str], paths: Iterable[str] = (), contents: Iter
 
 
 def read_trained(source: str | Path) -> Trained:
-    """Read the training data of a reward, a file or folder in any layout of `data.formats`.
+    """Read a reward's training data from a file or folder in any layout of `data.formats`.
 
     Image paths are included if images are separate files. Hashes of the image files are included only for a jsonl.
     """

@@ -48,7 +48,7 @@ def as_sigma(sigma: Tensor | float) -> Tensor:
 
 
 def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> None:
-    """Raise TypeError for non-floating `latents`, ValueError for a shape that is not (B, C, H, W) or not `like`'s."""
+    """Raise TypeError unless `latents` is floating-point, ValueError unless it is (B, C, H, W) and shaped as `like`."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         got = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise TypeError(f"{name}: got {got}; expected a floating tensor (B, C, H, W)")
@@ -101,7 +101,7 @@ def scheduler_sigmas(num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, shift: floa
 
 
 def snap_sigma(sigma: Tensor | float, table: Tensor) -> Tensor:
-    """Replace each sigma (any shape) by the nearest noise level in `table` (n,), the first if two are equally near.
+    """Replace each sigma (any shape) by the nearest level in `table` (n,). Of two equally near levels, the first wins.
 
     The result is float32, on the device of sigma. The released DiNa-LRM code scores only at `scheduler_sigmas`.
     """

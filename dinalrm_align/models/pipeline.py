@@ -58,7 +58,7 @@ def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[Hu
 
 @torch.no_grad()
 def encode_images(vae: "AutoencoderKL", images: Tensor | Sequence[Image.Image] | Image.Image) -> Tensor:
-    """Encode PIL images or a tensor (B, 3, H, W) in [0, 1] to scaled latents (B, C, h, w), the VAE posterior's mean."""
+    """Encode PIL images or a tensor (B, 3, H, W) in [0, 1]. Returns the scaled posterior mean (B, C, h, w)."""
     pixels = image_tensor(images)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = pixels.shape[-2:]

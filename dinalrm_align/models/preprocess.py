@@ -1,7 +1,7 @@
 """Differentiable image preprocessing for vision models: resize, crop, pad and normalise, in float32.
 
 Images are RGB (B, 3, H, W) in [0, 1]. Bicubic resizing is antialiased, as in PIL. Unlike PIL, `resize` keeps floats
-instead of 8-bit values; after CLIP's normalisation, pixels differ from PIL's by up to 0.1, on average by 0.005.
+instead of 8-bit values. The difference after CLIP's normalisation is at most 0.1, and 0.005 on average.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pad_to_square(images: Tensor, side: int) -> Tensor:
-    """Pad images (B, 3, H, W) with zeros, centred, to (B, 3, side, side). An odd pixel goes below or right."""
+    """Pad images (B, 3, H, W) with zeros, centred, to (B, 3, side, side). Uneven padding is larger below or right."""
     high, wide = side - images.shape[-2], side - images.shape[-1]
     return F.pad(images, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
 

@@ -10,7 +10,7 @@ QUANTIZATIONS = ("none", "int8", "nf4")
 
 
 def check_quantization(kind: str) -> None:
-    """Raise ValueError unless `kind` is none, int8 or nf4, ImportError if bitsandbytes is needed but not installed."""
+    """Raise ValueError unless `kind` is none, int8 or nf4, and ImportError if bitsandbytes is needed but missing."""
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantization: got {kind!r}; known: {', '.join(QUANTIZATIONS)}")
     if kind != "none":

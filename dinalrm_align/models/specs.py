@@ -27,7 +27,7 @@ class ModelSpec:
     """A pipeline with its rewards, prompts and default sampling settings.
 
     Args:
-        kind: "sd35" or "shapes", the built-in model whose recipe settings apply.
+        kind: built-in model whose recipe settings apply, "sd35" or "shapes".
         pipeline: hub id or folder of a StableDiffusion3Pipeline.
         reward: hub id or folder of the DiNa-LRM, a reward on latents.
         pixel: hub id or folder of the `ClipReward`, a reward on images.
@@ -100,7 +100,7 @@ HOW_TO_GET_SHAPES = "to run the small embedded world instead: --model shapes"
 
 
 def resolve_model(name: str) -> tuple[ModelSpec, str]:
-    """Return the model for `--model name`, and a message that says which model this is and how to get the other one.
+    """Return the model for `--model name`, and a message that says which model this is.
 
     The name "auto" selects sd35 (Stable Diffusion 3.5 Medium) if its weights are complete in the local cache or the hub
     grants access to them within 3 seconds, and otherwise shapes, the small model that ships with the package. With
@@ -186,9 +186,9 @@ def is_cached(repository: str) -> bool:
 
 
 def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
-    """Return None if the hub grants access to all repositories, else the reason as text, after at most `seconds`.
+    """Return None if the hub grants access to all repositories, else why not. Waits at most `seconds`.
 
-    Daemon threads ask the hub: without an answering name server, the hub client blocks for longer than its timeouts.
+    Daemon threads ask the hub, because the hub client exceeds its own timeouts if no name server answers.
     """
     from huggingface_hub import auth_check
 
@@ -215,7 +215,7 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
-    """Return the model of a folder, and a message that says which model this is and how to get the other one.
+    """Return the model of a folder, and a message that says which model this is and how to get sd35 or shapes instead.
 
     path: a folder that recipes/build_shapes.py wrote, or a pipeline folder, which gets the rewards of sd35.
     """

@@ -30,7 +30,7 @@ Embeds = tuple[Tensor, Tensor]
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts as a list. Raises TypeError for a non-string, ValueError for no prompts or an overlong prompt."""
+    """Return prompts as a list. Raises TypeError for non-strings, ValueError for an empty list or overlong prompt."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
     if len(prompts) == 0:
@@ -80,7 +80,7 @@ class Conditions:
     def encode(
         cls, encoder: "PromptEncoder", prompts: Sequence[str], other_lengths: Iterable[int] = (), batch_size: int = 32
     ) -> Self:
-        """Encode prompts, equal prompts only once; the embeddings are on the CPU in the text encoders' dtype.
+        """Encode each distinct prompt once. The embeddings are on the CPU in the text encoders' dtype.
 
         other_lengths: numbers of T5 tokens to encode with, in addition to the encoder's `text_length`. With SD3.5's
         text encoders, 128 T5 tokens and bfloat16, 1,000 distinct prompts take about 1.7 GB.
@@ -98,7 +98,7 @@ class Conditions:
         return cls(prompts, *embeds.pop(encoder.text_length), encoder.text_length, embeds)
 
     def for_length(self, text_length: int) -> Embeds:
-        """Return the embeddings with `text_length` T5 tokens; ValueError if there are none.
+        """Return the embeddings with `text_length` T5 tokens. Raises ValueError if the batch has none of that length.
 
         If `self.text_length` is None, the length is unknown, and the embeddings are returned without a check.
         """
@@ -127,7 +127,7 @@ class Conditions:
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """Return the `count` prompts in `text`; ValueError for more or fewer, or for embeddings without text."""
+    """Return the prompts in `text`; ValueError if there are not `count` prompts, or only embeddings without text."""
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):

@@ -19,7 +19,7 @@ from dinalrm_align.train.files import HUB_ID, reading
 
 
 class HubOptions(TypedDict, total=False):
-    """Download options of `huggingface_hub`, which the loading functions take as `**hub`."""
+    """Download options of `huggingface_hub`. The loading functions take them as `**hub`."""
 
     revision: str | None
     token: str | bool | None
@@ -76,7 +76,7 @@ def find_file(source: str | Path, name: str, *, what: str = "weights", **hub: Un
 
 
 def beside(source: str | Path, *names: str) -> Path | None:
-    """Return the local folder `source`, or the folder of the local file `source`.
+    """Return `source` if it is a local folder, or its parent folder if it is a local file.
 
     Returns None if `source` is not local or the folder holds none of the files `names`.
     """
@@ -134,7 +134,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
 def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> dict[str, Tensor]:
     """Return the tensors under new names. `rules`: regular expression -> replacement, or None to drop the tensor.
 
-    For each name, the first expression that matches its beginning applies. Names that match no expression are kept.
+    The first expression that matches the beginning of a name applies to it. Names that match no expression are kept.
     """
     rule_of = {name: next((rule for rule in rules if re.match(rule, name)), "") for name in tensors}
     kept = {name: rule for name, rule in rule_of.items() if rules.get(rule, "") is not None}

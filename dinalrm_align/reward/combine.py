@@ -20,7 +20,7 @@ class RewardSum(RewardModule):
     """
 
     def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:
-        """Combine named rewards. Raises ValueError if a weight is missing or not finite, or if two VAEs differ."""
+        """Combine named rewards. Raises ValueError if a weight is missing or not finite, or if VAEs of parts differ."""
         super().__init__()
         if not parts or parts.keys() != weights.keys():
             raise ValueError(f"got parts {list(parts)}, weights for {list(weights)}; expected a weight for each part")
@@ -70,9 +70,9 @@ class RewardSum(RewardModule):
         return sum(weight * parts[name] for name, weight in self._weight_of.items())
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return the unweighted scores of each summed reward by name: (B,), float32, on the latents' device.
+        """Return a dict from part name to unweighted scores (B,), float32, on the latents' device.
 
-        Latents are decoded once. Raises ValueError if they require a gradient that a summed reward cannot give.
+        Latents are decoded once. Raises ValueError if the latents require a gradient and a part is not differentiable.
         """
         for part in self.parts:
             part.check_gradient(latents)

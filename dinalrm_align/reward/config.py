@@ -64,7 +64,7 @@ class HeadConfig:
         dropout: dropout rate of the head's attention and feed-forward layers in training.
         use_logistic: map the raw score to (-2, 2) by a logistic curve with learnable shift and scale.
         film: scale and shift each layer's tokens by values predicted from the timestep and the pooled prompt.
-        value_gates: multiply the value of each token, in the first attention, by a gate predicted from that token.
+        value_gates: in the first attention layer, multiply each token's value by a gate predicted from the token.
     """
 
     width: int = -1
@@ -250,7 +250,7 @@ class LossConfig:
 
 @dataclass
 class AccuracyConfig:
-    """Settings of the evaluation on held-out pairs, which measures the reward's accuracy at several noise levels.
+    """Settings of the evaluation: the reward's accuracy on held-out pairs is measured at several noise levels.
 
     Args:
         sigmas: noise levels to evaluate one by one.
@@ -269,7 +269,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Return the distinct noise levels to evaluate: (sigma,) for each value of `sigmas`, then `ensemble`."""
+        """Return one tuple per evaluation: (sigma,) for each value of `sigmas`, then `ensemble`. No tuple repeats."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 
@@ -279,7 +279,7 @@ class TrainRewardRun:
     """Settings of `recipes/train_reward.py`.
 
     Args:
-        model: base model: shapes (the embedded world, a small synthetic model), sd35, or folder or hub id of a
+        model: base model: shapes (a small model of the synthetic embedded world), sd35, or the folder or hub id of a
             StableDiffusion3Pipeline.
         pairs: preference pairs to train on: a folder of encoded latents (from recipes/prepare_pairs.py or in the
             released layout) or a jsonl file that lists images (see `data.source`). Default: pairs generated in the
@@ -288,7 +288,7 @@ class TrainRewardRun:
         held_out_prompts: number of prompts in `pairs` to keep for evaluation if `validation_pairs` is not set.
         output_dir: folder of the run; its subfolder reward/ gets the trained reward. Default: a new folder in runs/.
         seed: seed of the initial weights, the data order, the noise and the noise levels.
-        resume: folder of a run, whose newest checkpoint is resumed, or folder of a checkpoint. Options given on the
+        resume: folder of a checkpoint, or of a run, to resume its newest checkpoint. Options given on the
             command line override the stored settings.
         device: device to train on; auto: a CUDA GPU if there is one, else the CPU.
         dtype: dtype of the frozen base weights; auto: the model's own on a GPU, float32 on a CPU. LoRA and head are
@@ -304,7 +304,7 @@ class TrainRewardRun:
         reward: settings of the reward. base_model_id and the VAE's scaling are always set from `model`.
         loss: settings of the preference loss.
         train_sigma: distribution of noise levels in training. All images of a prompt get the same level.
-        optim: settings of AdamW. optim.lr is the learning rate of the head.
+        optim: settings of AdamW. optim.lr is the peak learning rate of the head.
         lora_lr: peak learning rate of the LoRA; default: same as the head.
         loop: settings of training length, checkpoints and weight averaging.
         accuracy: settings of the evaluation on held-out pairs.

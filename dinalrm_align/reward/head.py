@@ -141,7 +141,7 @@ class RewardHead(nn.Module):
     def _aggregate(
         self, adapters: nn.ModuleList, join: nn.Linear, levels: list[tuple[tuple[Tensor, ...], Tensor]]
     ) -> Tensor:
-        """Return the tokens (B, K N, W) of one stream (image or text), joined over layers and K noise levels."""
+        """Return the tokens (B, K N, W) of one stream (image or text). Layers are fused, K levels concatenated."""
         dtype, joined = self.query_tokens.dtype, []
         for streams, temb in levels:
             pairs = zip(adapters, streams, strict=True)

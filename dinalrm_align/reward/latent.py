@@ -116,7 +116,7 @@ class LatentReward(RewardModule):
 
         Args:
             source: hub id or folder of the checkpoint.
-            transformer: frozen SD3Transformer2DModel whose weights the reward shares, or hub id or folder of a
+            transformer: frozen SD3Transformer2DModel to share weights with, or the hub id or folder of a
                 transformer to load. Default: the pipeline's; without a pipeline, the checkpoint's base model.
             pipeline: StableDiffusion3Pipeline, or its img2img or inpaint variant. The reward uses the pipeline's text
                 encoders, VAE and (by default) transformer.
@@ -127,7 +127,7 @@ class LatentReward(RewardModule):
             local_files_only: never contact the hub.
             hub: `revision`, `token`, `cache_dir` and `subfolder` of `source`, as in huggingface_hub.
 
-        Raises ValueError if the checkpoint lacks tensors or has unexpected or misshapen ones, if the base model does
+        Raises ValueError if tensors of the checkpoint are missing, unexpected or misshapen, if the base model does
         not fit the checkpoint, or if the weights to share are not frozen.
         """
         if isinstance(dtype, str) and dtype in DTYPES:
@@ -234,7 +234,7 @@ class LatentReward(RewardModule):
 
         Args:
             latents: x_sigma = (1 - sigma) x0 + sigma noise, (B, C, H, W), on the reward's device.
-            sigma: noise level of the latents in [0, 1], a float or (B,). No rounding, even with `snap_sigma`.
+            sigma: noise level in [0, 1] of the latents, a float or (B,). Never rounded, even with `snap_sigma`.
             prompts: B strings, or Conditions.
 
         Raises the errors of `forward`. Also raises ValueError for a list of levels, or if the reward was trained on
@@ -333,7 +333,7 @@ class LatentReward(RewardModule):
         inputs.check_finite("latents", latents)
 
     def _embeds(self, prompts: Text, batch: int) -> tuple[Tensor, Tensor]:
-        """Return (prompt_embeds, pooled_prompt_embeds) of the batch, after checks, on the reward's device."""
+        """Check the batch's embeddings. Return (prompt_embeds, pooled_prompt_embeds) on the reward's device."""
         if isinstance(prompts, Conditions):
             embeds, pooled = prompts.for_length(self.config.text_length)
         else:

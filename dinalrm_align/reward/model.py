@@ -57,7 +57,7 @@ class RewardModel(nn.Module):
             return self.head(taps.split(count))
 
     def _head_precision(self) -> contextlib.AbstractContextManager:
-        """Return the autocast context of the head: the trunk's half precision, as in training, or none for float32."""
+        """Return the head's autocast context: to the trunk's dtype if that is half precision, else no autocast."""
         device, dtype = self.trunk.device.type, self.trunk.dtype
         if dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device):
             return contextlib.nullcontext()
@@ -66,8 +66,8 @@ class RewardModel(nn.Module):
     def tuned_tensors(self) -> dict[str, Tensor]:
         """Return a checkpoint's tensors: `head.*`, and `backbone.*` (the LoRA, or the whole trunk with full tuning).
 
-        During training these tensors are the Parameters themselves. After `freeze` they are copies on the CPU of the
-        trained weights, from before any cast or LoRA merge.
+        During training these tensors are the Parameters themselves. After `freeze` they are CPU copies of the
+        trained weights, made before any cast or LoRA merge.
         """
         if self._as_trained is not None:
             return dict(self._as_trained)
@@ -79,7 +79,7 @@ class RewardModel(nn.Module):
     def freeze(
         self, *, merge: bool = False, dtype: torch.dtype | None = None, as_trained: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Prepare for scoring: evaluation mode, no parameter gradients, LoRA and unshared weights cast to `dtype`.
+        """Prepare for scoring: set evaluation mode, freeze all parameters, cast LoRA and unshared weights to `dtype`.
 
         Args:
             merge: merge the LoRA into the trunk's weights, in float32, before the cast.

@@ -97,7 +97,7 @@ REWARDS: dict[str, RewardEntry] = {
 
 @dataclass(frozen=True)
 class Term:
-    """One reward of a weighted sum: name (in `REWARDS`, or "module:function"), weight, where to load it from."""
+    """One reward of a weighted sum: its name (in `REWARDS`, or "module:function"), weight and source of weights."""
 
     name: str
     weight: float = 1.0

@@ -42,7 +42,7 @@ class Reward(Protocol):
         reads_images: whether the reward decodes the latents with a VAE and scores the images.
         scores_images: whether the reward supports `score_images`.
         reads_noise: whether scores depend on sigma and noise.
-        wants_groups: whether all samples of a prompt must be in one call, as scores of two calls are not comparable.
+        wants_groups: whether all samples of a prompt must be in one call, since scores of two calls are not comparable.
         noise_parts: the latent rewards in a sum, or the latent reward itself; empty for other rewards.
         text_lengths: T5 token counts for which prompts must be encoded (`Conditions.for_length`); empty if the reward
             reads prompts as strings.
@@ -66,12 +66,12 @@ class Reward(Protocol):
         """Return finite scores (B,), float32, differentiable in the latents if `differentiable` is true.
 
         latents: (B, C, H, W), scaled and clean, any floating dtype. Raises ValueError or TypeError for invalid input,
-        and ValueError if a score is not finite or the latents require a gradient that the reward cannot give.
+        and ValueError if a score is not finite, or if `differentiable` is false and the latents require a gradient.
         """
         ...
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return a dict of unweighted scores (B,), one for each name in `weights`. Latents are decoded once."""
+        """Return a dict from each name in `weights` to its unweighted scores (B,). Latents are decoded once."""
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
@@ -160,7 +160,7 @@ class RewardModule(nn.Module):
 
 
 def finite_scores(scores: Any, count: int, name: str) -> Tensor:
-    """Return `scores` as float32. Raise TypeError or ValueError unless `scores` is a finite tensor (count,)."""
+    """Return `scores` as float32. Raise TypeError or ValueError unless it is a finite tensor of shape (count,)."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"reward {name!r} returned {type(scores).__name__}; expected a tensor ({count},)")
     if tuple(scores.shape) != (count,):

@@ -56,7 +56,7 @@ def load_reward(
         pipeline: provides the VAE, text encoders and (by default) the transformer.
         vae: decodes latents for image rewards; default: the pipeline's. Without a VAE, image rewards score images only.
         transformer: transformer of a latent reward, see `LatentReward.from_pretrained`.
-        device: default: the transformer's for dinalrm, the VAE's for image rewards, else the CPU.
+        device: device of the reward. Default: the transformer's for dinalrm, the VAE's for image rewards, else the CPU.
         dtype: dtype of the weights; default: each reward's own.
         options: extra arguments of `from_pretrained` by reward name, such as {"pickscore": {"processor": folder}}.
 

@@ -118,7 +118,7 @@ class RewardTraining:
 
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
-    """Return `config` with the VAE scaling and base model of `pipeline`. A local path becomes relative to `folder`."""
+    """Return `config` with the VAE scaling and base model of `pipeline`. A local base is made relative to `folder`."""
     with reading("VAE", pipeline):
         vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
     base = os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline
@@ -154,7 +154,7 @@ def config_digest(config: RewardConfig) -> str:
 
 
 def parameter_groups(parameters: Mapping[str, Tensor], lora_lr: float | None) -> list[dict[str, Any]]:
-    """Return parameter groups for `train.state.adamw`: the head, and the LoRA or full backbone, if trained.
+    """Return parameter groups for `train.state.adamw`: one for the head, one for any trained backbone weights.
 
     lora_lr: learning rate of the LoRA; None: same as the head.
     """

@@ -153,7 +153,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """Return how much of every grid cell each of the four shapes covers: (4, cells, cells), uint8, 255 for all."""
+    """Return the share of each grid cell that each shape covers: (4, cells, cells), uint8, 255 for a full cell."""
     cover = torch.zeros(len(SHAPES), SIZE, SIZE)
     for mark in drawing.marks:
         cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))

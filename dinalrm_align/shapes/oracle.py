@@ -2,9 +2,9 @@
 
     score = 2 F + A (0.25 + 0.75 F),   F faithfulness and A aesthetics, both in [0, 1]
 
-A perfect image scores 3, and an image that does not match its caption (F = 0) at most 0.25. F is a score of the objects
-(shape, colour, size), multiplied by factors for relation, background and number of objects. A is the mean of sharpness,
-contrast and centring. Models are not trained on the score itself, only on preference labels made from it.
+A perfect image scores 3. An image that does not match its caption (F = 0) scores at most 0.25. F is a score of the
+objects (shape, colour, size), multiplied by factors for relation, background and number of objects. A is the mean of
+sharpness, contrast and centring. Models are not trained on the score itself, only on preference labels made from it.
 """
 
 import itertools

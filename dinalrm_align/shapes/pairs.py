@@ -85,8 +85,8 @@ def render_hpdv3(
 ) -> None:
     """Write preference pairs to `directory` in HPDv3's layout: train.json, and PNG files in images/.
 
-    Captions, images and labels are those that `write_pairs` makes from the same config for kind "train", or for kind
-    "heldout" if `held_out`. Images have 8 bits per channel. Raises FileExistsError if `directory` holds a train.json.
+    Captions, images and labels are those that `write_pairs` makes from the same config. The kind is "heldout" if
+    `held_out`, else "train". Images have 8 bits per channel. Raises FileExistsError if `directory` holds a train.json.
     """
     directory = Path(directory)
     if (directory / "train.json").exists():

@@ -129,7 +129,7 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return what an image of the scene can get wrong: all CONCEPTS, but "relation" only if the scene has one."""
+    """Return the concepts that an image can get wrong: CONCEPTS, without "relation" if the scene has none."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 

@@ -39,7 +39,7 @@ def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Tokenise one word by byte-pair encoding: repeat the first applicable rule in `merges` until none applies."""
+    """Tokenise one word by byte-pair encoding: repeatedly apply the first rule of `merges` that fits."""
     rank = {merge: index for index, merge in enumerate(merges)}
     while True:
         pairs = [(rank.get(pair, len(merges)), index) for index, pair in enumerate(zip(pieces, pieces[1:]))]

@@ -2,16 +2,16 @@
 
 A checkpoint is a folder checkpoints/step_000050/ with
 
-    weights.safetensors, ema.safetensors, optimizer.pt    weights, their moving average if any, optimiser state
+    weights.safetensors, ema.safetensors, optimizer.pt    weights, averaged weights (if kept), optimiser state
     rng_0.pt, method_0.safetensors                        RNG state and method state of rank 0; one pair per rank
     state.json                                            step, identity of the run, size and SHA-256 of each file
 
 The folder is written atomically. Loading verifies all files first and reads .pt files with `weights_only=True`.
 
 RNG streams are keyed by the global sample index. A run can therefore resume with a different world size if the number
-of samples per update, summed over ranks, stays the same. The global RNG states, which dropout uses, are then not
-restored. A different world size is refused if the ranks hold different method states, such as shares of a rollout that
-is reused for several updates.
+of samples per update, summed over ranks, stays the same. With a different world size, the global RNG states, which
+dropout uses, are not restored. A different world size is refused if the ranks hold different method states, such as
+shares of a rollout that is reused for several updates.
 """
 
 import io
@@ -126,7 +126,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 def checkpoint_to_resume(path: Path) -> Path:
     """Return the checkpoint to resume from: `path` if it is a checkpoint, or the newest one in the run folder `path`.
 
-    Raises ValueError if `path` is not a folder, has no checkpoint, or if the checkpoint is damaged.
+    Raises ValueError if `path` is not a folder or has no checkpoint, or if the checkpoint is damaged.
     """
     if not path.is_dir():
         raise ValueError(f"nothing to resume: no folder {path}; expected the folder of a run or of a checkpoint")
@@ -160,7 +160,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Delete leftover temporary folders, checkpoints after update `step`, and all but the `keep_last` newest others."""
+    """Delete leftover temporary folders and all checkpoints except the `keep_last` newest up to update `step`."""
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:
@@ -187,7 +187,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _alternative(folder: Path) -> str:
-    """Return advice: resume from the newest intact checkpoint before the damaged `folder`, else start again."""
+    """Return advice: resume from the newest intact checkpoint before the damaged `folder` or, if none, start again."""
     siblings = _checkpoints(run_of(folder)) if STEP.fullmatch(folder.name) else []
     for earlier in [entry for entry in siblings if _step_of(entry) < _step_of(folder)][::-1]:
         with suppress(ValueError):

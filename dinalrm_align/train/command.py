@@ -82,8 +82,8 @@ def refuse(message: str) -> NoReturn:
 def refusing(stopped: str = "") -> Iterator[None]:
     """Context manager that turns errors about user input into a one-line error message and exit status 2.
 
-    It catches ValueError, TypeError, OSError and ImportError if code of this package raised the error. If `stopped` is
-    not empty, Ctrl-C prints `stopped` as a message and exits with status 130; otherwise KeyboardInterrupt propagates.
+    It catches every ValueError, TypeError, OSError or ImportError that code of this package raises. On Ctrl-C it prints
+    the message `stopped` and exits with status 130; if `stopped` is empty, KeyboardInterrupt propagates.
     """
     try:
         yield

@@ -19,7 +19,7 @@ class OptimConfig:
         eps: term added to the square root of the second moment for numerical stability.
         clip: maximum global gradient norm; 0 disables clipping.
         schedule: learning rate after the warm-up: constant, or cosine (decay towards 0 at the last step).
-        decay_share: with cosine, fraction of the steps, at the end, in which lr decays; before, lr is constant.
+        decay_share: with cosine, the last fraction of the steps, over which lr decays; until then, lr is constant.
         warmup_steps: number of steps over which the learning rate rises linearly from 0 to lr.
     """
 
@@ -46,7 +46,7 @@ class LoopConfig:
         steps: total number of optimiser updates. A resumed run counts the updates before the resume too.
         accumulate: number of micro-batches per optimiser update, on each rank.
         ema_decay: decay of the exponential moving average (EMA) of the trained weights; 0 disables the EMA. After
-            optimiser update k it is at most (1 + k) / (10 + k). The averaged weights are evaluated and exported.
+            optimiser update k the decay is at most (1 + k) / (10 + k). The averaged weights are evaluated and exported.
         ema_every: number of optimiser updates per update of the EMA.
         checkpoint_every: number of optimiser updates per checkpoint; 0 saves only at the end and on Ctrl-C.
         keep_last: number of checkpoints to keep; older checkpoints are deleted after each save.

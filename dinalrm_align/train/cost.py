@@ -36,7 +36,7 @@ def tensors_among(values: Any) -> list[torch.Tensor]:
 
 
 class LiveStorage(TorchDispatchMode):
-    """Dispatch mode that tracks bytes in tensor storages: `live` now, and `peak`, the maximum since `restart`."""
+    """Dispatch mode that tracks bytes of tensor storages: `live` is the sum now, `peak` the maximum since `restart`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class PhaseMeter:
     def finish_step(self) -> dict[str, float]:
         """End the step; return its metrics by name.
 
-        Metrics of each phase: `gflops/<phase>` on profiled steps, `seconds/<phase>` on all other steps. In addition
+        Every phase has `gflops/<phase>` on profiled steps and `seconds/<phase>` on all other steps. It also has
         `memory_mib/<phase>`: on CUDA on every step, on the CPU only on profiled steps.
         """
         self._in_step, self._tracker = False, None

@@ -60,7 +60,7 @@ class Closures:
 
 @dataclass(frozen=True)
 class Hook:
-    """A function, such as an evaluation, that `fit` calls on every rank at regular updates and after the last update.
+    """A function, such as an evaluation, that `fit` calls on every rank at regular intervals and after the last update.
 
     If there is a moving average of the weights, the model has the averaged weights during the call.
 
@@ -68,7 +68,7 @@ class Hook:
         every: number of updates between two calls; 0 disables the regular calls.
         call: the function; gets the number of updates done and returns metrics to log, or None.
         at_start: whether to call the function before the first update too.
-        at_stop: whether to call the function when a run stops early too. The returned metrics are not logged then.
+        at_stop: whether to call the function also when a run stops early. Metrics returned by this call are not logged.
     """
 
     every: int
@@ -127,7 +127,7 @@ def fit(
     Returns the number of updates done, which is less than `config.steps` only if `stop_when` stopped the run. Raises
     ValueError if the checkpoint does not match the run, or if a new run would overwrite an existing one. Raises
     FloatingPointError, with unchanged weights, if loss or gradient is not finite. Raises OSError if a file cannot be
-    written or another rank failed.
+    written or if another rank failed.
     """
     meter = meter or PhaseMeter(accelerator.device)
     log = _start(config, state, accelerator, run)
@@ -197,7 +197,7 @@ def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: R
 
 
 def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None:
-    """Call the hooks with the averaged weights, if kept, in the model; add the returned metrics to `row`."""
+    """Call the hooks, with averaged weights in the model if these are kept; add the returned metrics to `row`."""
     with state.average.in_place() if hooks and state.average else nullcontext():
         for hook in hooks:
             row.update(hook.call(state.step) or {})

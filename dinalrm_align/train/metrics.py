@@ -1,6 +1,6 @@
 """Write and read metrics.jsonl, and log to the experiment trackers of accelerate. Does not import torch.
 
-Each line of metrics.jsonl is a JSON object: the number of updates done, as `step`, and metrics by name.
+Each line of metrics.jsonl is a JSON object with `step`, the number of updates done, and the metrics by name.
 
 TensorBoard logs to the run folder: `tensorboard --logdir RUN`. Weights & Biases logs to the wandb server. With
 WANDB_MODE=offline it logs to the run folder, and `wandb sync RUN/wandb/offline-run-*` uploads the log later.
@@ -31,7 +31,7 @@ class MetricsLog:
     """Appends rows of metrics to metrics.jsonl and keeps a running SHA-256 of the file."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Open a log. Cuts an existing file to its first `keep` bytes, as a resumed run repeats the rest."""
+        """Open a log. Cuts an existing file to its first `keep` bytes, because a resumed run writes the rest again."""
         self.path = path
         kept = path.read_bytes()[:keep] if keep else b""
         write_atomically(path, kept)
@@ -45,7 +45,7 @@ class MetricsLog:
         self._digest.update(line)
 
     def mark(self) -> dict[str, Any]:
-        """Flush the file to disk; return its size and SHA-256 as {"bytes": ..., "sha256": ...}, for a checkpoint."""
+        """Flush the file to disk; return {"bytes": size, "sha256": digest} of the file, to store in a checkpoint."""
         flush(self.path)
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 

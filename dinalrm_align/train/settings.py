@@ -56,7 +56,7 @@ def check_integer(name: str, value: Any, *, low: int = 0, high: int | None = Non
 
 
 def check_number(name: str, value: Any, *, low: float | None = None, high: float | None = None) -> None:
-    """Raise TypeError if `value` is a bool or not a number; raise ValueError if not finite or not in [low, high]."""
+    """Raise TypeError if `value` is a bool or not a number; raise ValueError if it is not finite or not in range."""
     _check(name, value, float)
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)

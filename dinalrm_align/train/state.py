@@ -24,7 +24,7 @@ def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
 
 
 def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Create AdamW, or 8-bit AdamW if `config.name` is adamw8bit. A group without "lr" uses `config.lr`."""
+    """Create AdamW, or 8-bit AdamW if `config.name` is adamw8bit. A parameter group without "lr" uses `config.lr`."""
     kind = torch.optim.AdamW if config.name == "adamw" else bitsandbytes("optim.name adamw8bit").optim.AdamW8bit
     return kind(
         [{"lr": config.lr, **group, "initial_lr": group.get("lr", config.lr)} for group in groups],
@@ -54,7 +54,7 @@ class Stateful(Protocol):
     """Interface of a training method with state to store in checkpoints, such as running statistics or a rollout."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the state of the method after the last update, as tensors by name, on any device."""
+        """Return the state of the method after the last update, as tensors by name. They may be on any device."""
 
     def is_common(self) -> bool:
         """Return whether all ranks have the same state. If not, a run cannot resume with a different world size."""
@@ -106,7 +106,7 @@ class RunState:
         optimizer: optimiser of the trained parameters.
         average: moving average of the parameters; None if weights are not averaged.
         method: training method whose state is stored; None if the method has no state.
-        identity: seed of the run and digests of frozen weights and data, by name. A checkpoint resumes only if all of
+        identity: seed of the run and digests of frozen weights and data, by name. A run can resume only if all of
             these values match.
         samples: number of prompts or pairs per update (on-policy: per rollout), summed over ranks. A run can resume
             with a different world size only if this number stays the same.
@@ -141,6 +141,6 @@ class RunState:
         return cls(parameters, optimizer, average, method, identity or {}, samples)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the parameters and the averaged weights, if any, as {file name in a checkpoint: {name: tensor}}."""
+        """Return {file name in a checkpoint: {name: tensor}} of the parameters and, if kept, the averaged weights."""
         files: dict[str, dict[str, Tensor]] = {"weights.safetensors": dict(self.parameters)}
         return files if self.average is None else {**files, "ema.safetensors": self.average.mean}

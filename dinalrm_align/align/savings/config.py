@@ -1,9 +1,9 @@
 """Settings of `recipes/savings.py`, the configurations that it counts, and the published sizes of the networks.
 
 This module does not import torch. Sizes are those in each model's config.json: Stable Diffusion 3.5 Medium
-(stabilityai/stable-diffusion-3.5-medium), DiNa-LRM, which uses the first 12 blocks of SD3.5 Medium
-(liuhuohuo/DiNa-LRM-SD35M-12layers), PickScore's CLIP ViT-H/14 (yuvalkirstain/PickScore_v1) and HPSv3's Qwen2-VL-7B
-(MizzenAI/HPSv3 on Qwen/Qwen2-VL-7B-Instruct).
+(stabilityai/stable-diffusion-3.5-medium), DiNa-LRM
+(liuhuohuo/DiNa-LRM-SD35M-12layers, the first 12 blocks of SD3.5 Medium), PickScore's CLIP ViT-H/14
+(yuvalkirstain/PickScore_v1) and HPSv3's Qwen2-VL-7B (MizzenAI/HPSv3 on Qwen/Qwen2-VL-7B-Instruct).
 """
 
 import dataclasses
@@ -129,7 +129,7 @@ class Case:
 
 
 def parts(base: Case) -> list[Case]:
-    """Return configurations that each run only the policy, the VAE or a reward, without gradient checkpointing."""
+    """Return configurations that each run one network (policy, VAE or reward), without gradient checkpointing."""
     plain = base.kept
     works = ("policy_forward", "policy_gradient", "vae_encode", "vae_decode", "vae_gradient", "score", "gradient")
     pixel = [plain.but(reward=reward, work=work) for reward in REWARDS[1:] for work in ("pixels", "pixels_gradient")]
@@ -168,7 +168,7 @@ def economies(base: Case) -> dict[str, Case]:
 
 
 def all_cases(run: SavingsRun) -> list[Case]:
-    """Return all configurations in the report without duplicates, slow configurations first to balance the workers."""
+    """Return each of the report's configurations once. Slow ones come first, to balance the workers."""
     base = run.base
     found = [*scenarios(base), *parts(base), *(economies(base).values() if run.economies else [])]
     return sorted(dict.fromkeys(found), key=lambda case: (not case.trains, case.batch == base.batch))

@@ -8,7 +8,7 @@ fragmentation of the allocator. Operations are counted in two ways, called F2 an
   2.5 times the FLOPs of the forward pass.
 - M0: multiply-accumulates without attention, as reported by tools that papers commonly use.
 
-Measured bytes are those of the CUDA caching allocator. Measured time is the median between CUDA events after warm-up.
+Measured bytes are those of the CUDA caching allocator. Measured time is the median over runs, from CUDA events.
 """
 
 import multiprocessing
@@ -43,7 +43,7 @@ FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, f
 class FakeFloats(TorchDispatchMode):
     """A dispatch mode in which floating-point tensors have no storage. Activate it by `with fake.active(): ...`.
 
-    Floating-point tensors become torch's FakeTensor on the CPU. On this device, fused attention saves as much for the
+    Floating-point tensors become torch's FakeTensor on the CPU. On this device, fused attention keeps as much for the
     backward pass as flash attention on a GPU; on the meta device it would store the score matrix. Integer tensors, and
     masks computed from integer tensors, are real, so that code can branch on token ids and index with them. `item()` of
     a fake tensor returns a dummy value: True, 0 or 1.0, depending on the dtype.
@@ -95,7 +95,7 @@ def _makes_integers(func: Any, dtype: torch.dtype | None) -> bool:
 
 
 def _mask_as_indices(index: Tensor | None) -> Iterable[Tensor | None]:
-    """Return the integer indices that a real boolean mask selects. Other indices are returned unchanged."""
+    """Return the integer indices that a real (not fake) boolean mask selects. Other indices are returned unchanged."""
     if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
         return [index]
     with _disable_current_modes():
@@ -182,7 +182,7 @@ def count_all(cases: Sequence[Case], *, workers: int) -> dict[Case, Cost]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Median time of a run, and peak bytes of CUDA memory: used by tensors (`memory`) or `reserved` by torch."""
+    """Median time of a run, peak bytes of CUDA tensors (`memory`), and peak bytes reserved by torch (`reserved`)."""
 
     memory: int
     reserved: int
@@ -239,7 +239,7 @@ def _timed(run: Callable[[], object], repeats: int) -> Measured:
 
 
 def matrix_rate() -> float:
-    """Return the TFLOP/s of an 8192 x 8192 bfloat16 matrix product on the CUDA GPU, a practical limit for networks."""
+    """Return the TFLOP/s of an 8192 x 8192 bfloat16 matrix product on the CUDA GPU, a practical upper limit."""
     left, right = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     for _ in range(3):
         left @ right

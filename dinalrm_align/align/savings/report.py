@@ -71,7 +71,7 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
 
 
 def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: float | None) -> str:
-    """Return the text of savings.md. `card`: name of the measured GPU, if any. `rate`: TFLOP/s from `matrix_rate`."""
+    """Return the text of savings.md. `card`: the measured GPU, or empty. `rate`: TFLOP/s from `matrix_rate`."""
     explained = "\n".join(f"- {name}: {WORK[name]}" for name in ("score", "gradient", "refl", "grpo"))
     sections = [
         ("Savings of a latent reward", conventions(run)),
@@ -121,7 +121,7 @@ def parts_table(run: SavingsRun, costs: Costs) -> str:
 
 
 def scenarios_table(run: SavingsRun, costs: Costs) -> str:
-    """Return a table of each scenario's cost, and of the percentage that the latent reward saves."""
+    """Return a table of each scenario's cost and, for pixel rewards, the percentage that the latent reward saves."""
     rows = []
     for case in config.scenarios(run.base):
         cost, saved = costs[case], ["", ""]

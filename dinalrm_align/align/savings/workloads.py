@@ -300,7 +300,7 @@ def _refl_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
 
 
 def _grpo_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
-    """Return a function that rolls out two steps, computes scores, and returns Flow-GRPO's loss of the first step."""
+    """Return a function that rolls out two steps, computes scores, and returns Flow-GRPO's loss on the first step."""
     batch = networks.case.batch
     config = GrpoConfig(
         groups=1, group_size=max(2, batch), sample_batch=batch, window="all", window_range=None, shared_start=False,

@@ -26,7 +26,7 @@ from dinalrm_align.data.formats.rows import read_records, table_rows
 
 
 def _latent_rows(folder: Path, bad: Bad) -> Iterator[Row]:
-    """Yield a `Row` for each group of images of one prompt, with the prompt, the pairs and all concept names."""
+    """Yield a `Row` for each group of images. Its fields are the group's prompt and pairs, and all concept names."""
     from dinalrm_align.data.shards import GROUP_COLUMNS, PAIR_COLUMNS, read_columns, read_index, read_prompt_list
 
     index = read_index(folder)
@@ -89,7 +89,7 @@ def read_preferences(
 
 
 def folder_layout(folder: Path) -> str:
-    """Return the layout of a folder: released, mined or latents, whichever has its files there; else pickapic."""
+    """Return released, mined or latents if the folder holds files of this layout, else pickapic."""
     names = {"released": "part_rank*.parquet", "mined": mined.MANIFEST, "latents": "index.json"}
     return next((layout for layout, name in names.items() if any(folder.glob(name))), "pickapic")
 

@@ -1,4 +1,4 @@
-"""Read mined pairs: generated images that a reward ranked. Columns are those of verl-omni's offline DPO. Torch-free.
+"""Read mined pairs: generated images, ranked by a reward. Columns are those of verl-omni's offline DPO. Torch-free.
 
     manifest.json                 format, encoding of latents and embeddings, mining settings, number of parquet files
     pairs/pairs-00000.parquet     one row per pair, one row per row group
@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Return the parquet files of a folder; [path] if `path` is one. Raises FileNotFoundError for missing files."""
+    """Return the parquet files in folder `path`, or [path] for a parquet file; FileNotFoundError if one is missing."""
     if path.suffix == ".parquet":
         if not path.is_file():
             raise FileNotFoundError(f"no parquet file {path}")

@@ -82,7 +82,7 @@ class Preference:
 
 
 def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
-    """Return `pair`, or raise ValueError if it is invalid. strict: also refuse blank prompts and one image twice."""
+    """Return `pair`, or raise ValueError if it is invalid. strict: also refuse blank prompts and chosen == rejected."""
     if not isinstance(pair.prompt, str):
         raise ValueError(f"prompt: got {type(pair.prompt).__name__} {pair.prompt!r:.60}; expected text")
     if len(pair.prompt) > MAX_CHARACTERS or (strict and not pair.prompt.strip()):

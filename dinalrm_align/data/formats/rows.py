@@ -60,7 +60,7 @@ def table_rows(
 
     source: a file, a folder of parquet files, or a list of parquet files.
     columns: parquet columns to read; each file must have them.
-    images: parquet columns that each file must have too, but that this function does not read.
+    images: parquet columns that each file must also have; they are not read here.
     optional: parquet columns to read if they exist.
     """
     files = list(source) if isinstance(source, Sequence) else [source]

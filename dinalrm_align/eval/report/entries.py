@@ -84,7 +84,7 @@ class Run:
 
     def seconds(self) -> np.ndarray:
         """Return the seconds of each update, without evaluations: (updates,). An update that ran under the FLOP
-        profiler gets the median of all updates that did not.
+        profiler gets the median of the unprofiled updates.
         """
         updates = [row for row in self.rows if "elapsed" in row]
         took = np.diff([0.0, *(row["elapsed"] for row in updates)])
@@ -200,8 +200,8 @@ class Entry:
 def read_entries(
     folders: Sequence[Path], groups: Mapping[str, Sequence[Path]] | None = None
 ) -> tuple[list[Entry], list[str]]:
-    """Read runs and group them into entries of a comparison. Runs in `folders` form one entry if their recipe, reward
-    and settings are equal, except for the seed and the other settings in NOT_NAMED. `groups`: additional entries,
+    """Read runs and group them into entries of a comparison. Runs in `folders` form one entry if they have the same
+    recipe, reward and settings; the settings in NOT_NAMED, such as the seed, may differ. `groups`: additional entries,
     name -> folders of the entry's runs, one per seed.
 
     Returns the entries, and notes about runs that are skipped or not comparable. Raises ValueError if there is no run,

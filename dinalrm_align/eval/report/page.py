@@ -199,7 +199,7 @@ def write(config: CompareRun) -> tuple[Path, list[str]]:
 
 
 def _html_table(shown: Table, kind: str = "") -> str:
-    """Return a table in HTML. Cells are escaped, but with `kind` "grid", all except the first of a row hold HTML."""
+    """Return a table in HTML. Cells are escaped text; with `kind` "grid", all but the first of a row are HTML."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in shown.head)
     body = ""
     for name, *cells in shown.rows:
@@ -211,7 +211,7 @@ def _html_table(shown: Table, kind: str = "") -> str:
 
 
 def _image(pixels: np.ndarray, alt: str) -> str:
-    """Return an HTML img element with the image embedded, downscaled to at most LARGEST pixels a side."""
+    """Return an HTML img element with the image embedded, downscaled until both sides are at most LARGEST pixels."""
     image = Image.fromarray(pixels)
     kind = ' class="small"' if max(image.size) <= 128 else ""
     image.thumbnail((LARGEST, LARGEST))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Taps:
-    """Features of B samples that the reward head reads, from the tapped (selected) layers of a backbone.
+    """Features, for B samples, of the tapped (selected) layers of a backbone. The reward head reads them.
 
     Args:
         visual: image tokens (B, N, width) of each tapped layer.

@@ -32,7 +32,7 @@ class SD3Trunk(nn.Module):
     If `config.tuning` is lora, the trunk adds a trainable float32 LoRA, initialised from torch's global RNG.
 
     Args:
-        transformer: source of the blocks, not changed. Its peft adapters are ignored, but must not be merged.
+        transformer: source of the blocks; stays unchanged. Its peft adapters are ignored, but must not be merged.
         share_weights: use the transformer's own frozen weights; False: a copy, which is trainable with full tuning.
     """
 
@@ -167,7 +167,7 @@ class SD3Trunk(nn.Module):
         _remove_adapters(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SD3Trunk":
-        """Raise RuntimeError if shared tensors would be moved or cast, since the policy's other tensors would stay."""
+        """Raise RuntimeError if shared tensors would be moved or cast, as the rest of the policy would not be."""
         for probe in [tensor.data for tensor in self.shared[:1]]:
             moved = fn(probe)
             if (moved.dtype, moved.device, moved.data_ptr()) != (probe.dtype, probe.device, probe.data_ptr()):
@@ -179,7 +179,7 @@ class SD3Trunk(nn.Module):
 
 
 class _NormedTextOnly(nn.Module):
-    """Adaptive layer norm that returns the normalised tokens but no gates, as the layers that use them are removed."""
+    """Adaptive layer norm that returns the normalised tokens but no gates: the layers that use gates are removed."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

@@ -6,6 +6,6 @@ Arguments shared by every `from_pretrained` that loads weights:
     device, dtype: device and data type of the reward model; default: CPU, float32 (HPSv3: bfloat16).
     revision, token, cache_dir, local_files_only: as in `huggingface_hub`; `revision` applies to `source` only.
 
-Loading raises ValueError if a weight is missing, unexpected or of another shape, or if a file contains code, and
-OSError if a file is missing.
+Loading raises OSError if a file is missing. It raises ValueError if a file contains code, or if a weight is missing,
+unexpected or of another shape.
 """

@@ -88,11 +88,11 @@ class PixelReward(RewardModule):
         return self._borrowed["vae"]
 
     def forward(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
-        """Return scores (B,), float32, of scaled clean latents (B, C, h, w) for B prompts. Differentiable in the
-        latents.
+        """Return scores (B,), float32, of scaled clean latents (B, C, h, w) for B prompts.
 
-        `noise` is ignored. Raises ValueError if the latents require a gradient that this reward cannot give, or if a
-        score is not finite.
+        The scores are differentiable in the latents if the class attribute `differentiable` is true. `noise` is
+        ignored. Raises ValueError if a score is not finite, or if the latents require a gradient that this reward
+        cannot give.
         """
         self.check_gradient(latents)
         check_decodable(self.vae, latents)
@@ -118,7 +118,7 @@ class PixelReward(RewardModule):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return scores (B,), float32, without gradient. generator: ignored.
+        """Return scores (B,), float32, without gradient. `generator` is ignored.
 
         images: PIL images, which may differ in size, or a tensor (B, 3, H, W) in [0, 1].
         """
@@ -202,7 +202,7 @@ def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.de
 def cached(
     cache: dict[str, Features], prompts: Sequence[str], encode: Callable[[list[str]], Iterable[Features]], limit: int
 ) -> list[Features]:
-    """Return the features of each prompt. Encode uncached prompts in one batch; keep the `limit` newest in `cache`."""
+    """Return the features of each prompt. Encode uncached prompts in one batch; keep the newest `limit` in `cache`."""
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
     if new:
         cache.update(zip(new, encode(new), strict=True))

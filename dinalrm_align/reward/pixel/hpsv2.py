@@ -24,7 +24,7 @@ from dinalrm_align.train.device import available_device
 
 @dataclass(frozen=True)
 class LongSide:
-    """HPSv2's preprocessing: resize the long side to `side`, pad to a square with zeros, normalise as CLIP.
+    """HPSv2's preprocessing: resize the long side to `side`, pad to a square with zeros, normalise as for CLIP.
 
     antialias: resize with antialiasing, as torchvision does since 0.17. Set False to reproduce HPSv2's first published
     numbers, which used an older torchvision.

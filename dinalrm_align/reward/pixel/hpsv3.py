@@ -14,7 +14,7 @@ Three differences from the released code (`hpsv3` 1.0.0) change a score by round
 - Images are scored one at a time.
 - The language model's unused output layer is dropped.
 
-Unlike Qwen2-VL, but like the released code, positions on all three rotary axes increase by one per text or image token.
+As in the released code but not in Qwen2-VL, positions on all three rotary axes increase by one per text or image token.
 """
 
 import ast
@@ -138,7 +138,7 @@ def _assigned(source: str, path: Path) -> dict[str, Any]:
 
 
 def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[int, int]:
-    """Return (height, width), multiples of `factor`, with about `pixels` pixels and nearly the same aspect ratio.
+    """Return (height, width), both multiples of `factor`: about `pixels` pixels and nearly the original aspect ratio.
 
     The rule is Qwen2-VL's with min_pixels = max_pixels. Sides are rounded to the nearest multiple of `factor`. If the
     result has too many pixels, the original size is instead scaled to `pixels` pixels and rounded down. If the result
@@ -209,7 +209,7 @@ class HPSv3Reward(PixelReward):
 
         Args:
             base: folder or hub id of Qwen2-VL-7B-Instruct's config and tokenizer. Default: the folder of local weights
-                if it contains them, else the hub.
+                if it contains both, else the hub.
             template: file of the instruction, as in `load_template`. Default: data_collator_qwen.py in the folder of
                 local weights, else in the installed package `hpsv3`.
             template_sha256: expected hashes, as in `load_template`.

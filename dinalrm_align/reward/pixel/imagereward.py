@@ -1,7 +1,7 @@
-"""ImageReward (arXiv 2304.05977): BLIP's ViT-L, a BERT with cross-attention to image tokens, a linear head on [CLS].
+"""ImageReward (arXiv 2304.05977): BLIP's ViT-L, BERT with cross-attention to image tokens, and a linear head on [CLS].
 
 Weights: `ImageReward.pt` and `med_config.json` of hub id THUDM/ImageReward. Tokenizer: google-bert/bert-base-uncased.
-Code and weights Apache-2.0, BLIP BSD-3-Clause. Score: (head output - 0.1672) / 1.0333, between about -2 and 2.
+Code and weights are Apache-2.0, BLIP is BSD-3-Clause. Score: (head output - 0.1672) / 1.0333, between about -2 and 2.
 
 Tensors are renamed to the names in transformers' BLIP. Images are resized to a short side of 224 (antialiased bicubic),
 centre-cropped and normalised as for CLIP. Prompts are truncated to 35 tokens, as in training.
@@ -67,7 +67,7 @@ def read_text_config(path: Path) -> BlipTextConfig:
 
 
 def score_head(width: int) -> nn.Sequential:
-    """Return ImageReward's head: linear layers without activations that map [CLS] (B, width) to (B, 1)."""
+    """Return ImageReward's head: linear layers from [CLS] (B, width) to (B, 1), without activations between them."""
     first = (nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2))
     return nn.Sequential(*first, nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))
 

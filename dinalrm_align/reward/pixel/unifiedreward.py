@@ -1,4 +1,4 @@
-"""UnifiedReward (arXiv 2503.05236): a vision-language model that writes scores, behind an OpenAI-compatible server.
+"""UnifiedReward (arXiv 2503.05236): a vision-language model that writes scores as text, on an OpenAI-compatible server.
 
 Weights: hub ids CodeGoat24/UnifiedReward-qwen-7b, CodeGoat24/UnifiedReward-7b-v1.5, ...; for the licence see the model
 card. Run the server in a separate environment, with vLLM or with SGLang (one command on two lines):
