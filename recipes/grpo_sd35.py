@@ -16,7 +16,7 @@ Variants are options. Window: all steps, a random window (Flow-GRPO-Fast), or a 
 advantages of a second reward in every fourth rollout.
 
 A run writes the same files as recipes/refl_sd35.py. Metrics: `group_variance`, the variance of the scores in a group;
-`reward_noise_variance`, what separate reward noise for each sample would add to that variance; `ratio_spread`, the
+`reward_noise_variance`, the variance added if each sample had its own reward noise; `ratio_spread`, the
 mean distance of the probability ratios from 1. A run stops with an error if the first ratio after a rollout is not 1.
 """
 

@@ -152,19 +152,20 @@ def attempt(recipe: Recipe, run: Path, board: Board, output: Path, kill: dict, k
     return fork(call, output, kill_after=kill_after)
 
 
-def draw_kill(case: Case, rng: random.Random) -> tuple[dict, float | None]:
-    """Draw a kill at a time or at a file operation: arguments of `watch_files`, and seconds."""
-    if rng.random() < 0.5:
+def draw_kill(case: Case, rng: random.Random, number: int) -> tuple[dict, float | None]:
+    """Draw kill `number`: arguments of `watch_files`, and seconds. Kills alternate between a time and an operation."""
+    if number % 2 == 0:
         return {}, rng.uniform(0, case.seconds)
-    saving = rng.random() < 0.5
+    saving = number % 4 == 3
     return {"at": rng.randrange(case.operations[saving]), "saving": saving, "torn": rng.random() < 0.5}, None
 
 
 def live(case: Case, run: Path, board: Board, output: Path, rng: random.Random, report: Report, bar: tqdm) -> str:
-    """One run, killed and resumed until it ends or all kills are used; returns why it was lost, or an empty text."""
+    """One run, killed and resumed until it ends or all kills are done; returns why it was lost, or an empty text."""
     reached, status = -1, KILLED
     while status == KILLED:
-        kill, seconds = draw_kill(case, rng) if report.kills < bar.total else ({}, None)
+        more = report.kills < bar.total or case.recipe.name not in report.by_recipe
+        kill, seconds = draw_kill(case, rng, report.kills) if more else ({}, None)
         status = attempt(case.recipe, run, board, output, kill, seconds)
         step = step_of(latest_checkpoint(run))
         if step < reached:
@@ -197,7 +198,7 @@ def kill_and_compare(work: Path, kills: int, seed: int) -> Report:
     cases = [uninterrupted(recipe, run, board, output) for recipe in recipes(world)]
     with tqdm(total=kills, desc="kills", unit="") as bar:
         for case in itertools.cycle(cases):
-            if report.kills >= kills:
+            if report.kills >= kills and len(report.by_recipe) == len(cases):
                 return report
             output.write_text("")
             why = live(case, run, board, output, rng, report, bar)

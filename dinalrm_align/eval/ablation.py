@@ -183,7 +183,7 @@ def question_section(question: Question, evidence: Evidence) -> str:
 
 
 def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
-    """Return title -> measure for single sigmas, ensembles, and several noise draws (if `arm` has such scores)."""
+    """Return title -> measure for single sigmas, ensembles and, if `arm` has their scores, several noise draws."""
     scored = evidence.levels(arm, name)
     measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in evidence.sigmas}
     for levels in evidence.ensembles:

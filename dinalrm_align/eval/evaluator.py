@@ -321,7 +321,7 @@ class Evaluator:
     ) -> dict[str, float]:
         """Return test set -> accuracy of a gold score on decoded latents, for latent test sets that store prompts.
 
-        The gold accuracy is an upper bound for rewards. It is below 1 because the labels are noisy. gold: function
+        It bounds the accuracy of rewards from above. It is below 1 because the labels are noisy. gold: function
         (images (B, 3, H, W), prompts) -> (B,) scores. config: config of the evaluated reward if it is a latent reward,
         else None.
         """
