@@ -11,7 +11,7 @@ dinalrm_align/data/latent_pairs.py describes the output. In bfloat16 a pair at 1
 T5 tokens 1.7 MB. After a stop, the same command resumes and rewrites missing or damaged files (--verify true also
 compares hashes).
 
-Unlike the released latents, the written ones are the mean of the VAE's posterior and not a sample, so that an image
+Unlike the released latents, the output latents are the mean of the VAE's posterior and not a sample, so that an image
 always has the same latents. They are in bfloat16, not compressed and not shuffled, and text embeddings are stored.
 """
 

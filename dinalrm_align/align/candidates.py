@@ -30,7 +30,7 @@ def scored_candidates(
     Args:
         conditions: text conditions of the B prompts, on any device.
         generators: one per prompt. Each draws the initial noise of the prompt's samples, and then one noise for the
-            reward. All samples of a prompt share this noise, so that the noise does not affect their ranking.
+            reward. All samples of a prompt share the reward's noise, so that it does not affect their ranking.
         reward_sigma: noise levels at which the reward scores; None: the reward's default levels.
         batch_size: number of samples drawn and scored at once; None: all.
         velocity_for: a function from the conditions of a batch to a velocity; default: `sampler.velocity_for`.

@@ -2,7 +2,7 @@
 
 At each state x_t of a trajectory, one stochastic step is drawn K times, which gives K candidates for the next state.
 The reward scores the candidates at the noise level of the next state. The margin is the difference of the preference
-probabilities of the best and the worst candidate. If it exceeds a threshold, the two become a pair. The threshold is
+probabilities of the best and the worst candidate. If the margin exceeds a threshold, both form a pair. The threshold is
 higher at steps that add more noise. The trajectory continues from a random candidate. An update minimises, over pairs,
 SPO's step-DPO loss (arXiv 2406.04314)
 

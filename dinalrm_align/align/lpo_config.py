@@ -26,7 +26,7 @@ class LpoConfig:
         steps: range of denoising steps that collect pairs, as the first step and one past the last; None: all steps but
             the rollout's last.
         threshold: margin that a pair must exceed, as two numbers: for the step that adds the least noise, and for the
-            step that adds the most. In between it is interpolated linearly. The margin is the difference of the two
+            step that adds the most. In between, it is linear in the noise std. The margin is the difference of the two
             probabilities softmax(score / temperature) of the best and the worst candidate.
         temperature: temperature of the softmax in the margin.
         beta: factor of the difference of the log-ratios in the preference loss.

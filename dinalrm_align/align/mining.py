@@ -56,7 +56,7 @@ class Miner:
         return range(number * size, min((number + 1) * size, len(self.prompts)))
 
     def mine(self, number: int) -> list[MinedPair]:
-        """Sample and rank the prompts of shard `number`, and return their pairs in the order of the prompts."""
+        """Sample the prompts of shard `number`, rank the samples, and return the pairs in the order of the prompts."""
         config, indices = self.config, self.prompts_of(number)
         conditions = self.encode([self.prompts[index] for index in indices])
         generators = [seeded_generator(self.sampler.seed, index, 4) for index in indices]

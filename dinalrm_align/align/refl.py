@@ -153,7 +153,7 @@ def flow_matching_loss(
 ) -> Tensor:
     """Return the base model's pretraining loss, a scalar: mean |velocity(x_sigma, sigma) - (noise - x0)|^2.
 
-    As for SD3, sigma is logit-normal(0, 1). `latents`: (B, C, H, W), clean, with the VAE's scaling applied.
+    As in SD3 training, sigma is logit-normal(0, 1). `latents`: (B, C, H, W), clean, with the VAE's scaling applied.
     `generators`: one per sample, on the CPU.
     """
     noise = seeded_noise(tuple(latents.shape[1:]), generators).to(latents.device)
@@ -235,9 +235,9 @@ class Refl:
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: `reward`, the mean score; `anchor`, that of the second reward, only in updates that use it; `kl`, the
+        Metrics: `reward`, the mean score; `anchor`, the second reward's mean score, at updates that use it; `kl`, the
         mean square of velocity - reference velocity; `start_sigma`, the noise level of step batch.start; `pretrain`,
-        the pretraining loss, only if it is used.
+        the pretraining loss, only if pretrain_weight is above 0.
         """
         config, meter = self.config, self.sampler.meter
         with meter.phase("policy"):

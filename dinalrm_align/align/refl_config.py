@@ -28,7 +28,7 @@ class ReflConfig:
             level of the step with gradient; 0: no weighting. Rewards are hacked more easily at low noise levels.
         earliest: start of the range from which each micro-batch draws its first step with gradient, as a fraction of
             num_steps. The end of the range leaves room for grad_steps steps. 1: always the end, as in DRaFT.
-            direct_align needs smaller values. drtune: the range is that of the step where the rollout stops.
+            direct_align needs smaller values. drtune: the step where the rollout stops is drawn from the range.
         loss: linear: mean(target - score). relu: mean(relu(target - score)); above the target there is no gradient.
         target: target score of the loss. It only shifts a linear loss.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps

@@ -188,8 +188,8 @@ def prepare(
     Args:
         extra_prompts: prompts to encode in addition to training and evaluation prompts.
         anchor: settings of a second reward (the anchor), for methods that support one.
-        in_advantages: whether to add the second reward's advantages (GRPO) instead of its scores. The second reward's
-            scores are scaled to the standard deviation of the first's, on samples of the base model.
+        in_advantages: whether to add the second reward's advantages (GRPO). Otherwise its scores are added, scaled to
+            the standard deviation of the first reward's scores, on samples of the base model.
     """
     run, spec = resolved.run, resolved.spec
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)

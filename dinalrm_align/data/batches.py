@@ -32,7 +32,7 @@ class BatchOrder(TypedDict, total=False):
 class ShuffledBatches:
     """Endless sequence of shuffled training batches, each given by the indices of its items (see `BatchOrder`).
 
-    A batch depends only on the seed and its index. A resumed run therefore needs only its step. Rank r of W ranks
+    A batch depends only on the seed and its index. A run can thus resume from its step alone. Rank r of W ranks
     reads batches r, r + W, r + 2 W, ... Every epoch shuffles the items again. If too few items of an image
     size are left for a batch at the end of an epoch, they are used in a later epoch, so that no item is lost.
 

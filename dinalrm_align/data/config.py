@@ -13,16 +13,16 @@ class FilterConfig:
     Args:
         min_pixels: smallest area of an image, in pixels; the default is 256 x 256, as in the published data.
         aspect_tolerance: largest change of an image's log aspect ratio that resizing may cause.
-        min_vote_share: a pair with votes is kept if the chosen image has more than this share of votes (released: 0.6).
+        min_vote_share: keep a pair with votes only if `chosen` has more than this share of them; released data: 0.6.
         unanimous: leave out pairs in which a rater voted for the rejected image.
         min_confidence: smallest allowed `confidence`, a field of HPDv3. Pairs without this field are kept.
         max_pairs_per_prompt: keep at most this many pairs per prompt, drawn at random (released data: 8); default: all.
         ties: with drop, leave out pairs that raters found equal, as Diffusion-DPO does; with keep, give them label 0.5.
-        min_gaps: a bound for each score name. A pair that is not a tie is kept if every score has
+        min_gaps: a bound for each score name. A pair that is not a tie is kept only if each named score has
             score(chosen) - score(rejected) above its bound. `source` must be a jsonl with these scores. LPO's
             consistent filtering is {aesthetic: -0.5, clip: 0, vqa: 0}.
-        max_tie_gaps: a bound for each score name. A tie is kept if every score has |score(chosen) - score(rejected)|
-            below its bound. LPO uses {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
+        max_tie_gaps: a bound for each score name. A tie is kept only if each named score has
+            |score(chosen) - score(rejected)| below its bound. LPO uses {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
     """
 
     min_pixels: NonNegativeInt = 65_536
@@ -53,7 +53,7 @@ class PrepareRun:
         output_dir: folder for the encoded pairs. To resume a stopped run, run again with the same settings.
         model: pipeline whose VAE and text encoders are used: shapes, sd35, or the folder or hub id of a
             StableDiffusion3Pipeline.
-        text_length: T5 tokens per prompt; must equal the text_length of the reward to train; default: the model's.
+        text_length: T5 tokens per prompt; must equal the text_length of the reward to train; default: that of `model`.
         buckets: sizes that images are resized to. published means the sizes of the released data. area:1024 means
             sizes with an area of at most 1024^2 and sides that are multiples of 64 (`plan.by_area`). A list
             such as 1024x1024,832x1248 names the sizes as height x width.

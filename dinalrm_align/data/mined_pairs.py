@@ -32,7 +32,7 @@ class MinedPair:
 
     index: index of the prompt. latents: (n, C, H, W), without noise, scaled. scores: rewards of the n images.
     chosen, rejected: indices in `latents` of the pair's images. prompt_embeds: (L, D). pooled_prompt_embeds: (P,).
-    negative: the empty prompt's (prompt_embeds, pooled_prompt_embeds); None to store neither.
+    negative: (prompt_embeds, pooled_prompt_embeds) of the empty prompt; None: not stored.
     """
 
     prompt: str
@@ -61,7 +61,7 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
 
 
 def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining: Mapping[str, Any]) -> None:
-    """Write manifest.json. Raises ValueError if it exists with other settings. mining: mining settings, for JSON."""
+    """Write manifest.json. Raises ValueError if the file holds other settings. mining: mining settings, for JSON."""
     settings = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
     begin_or_resume(folder, MANIFEST, settings)
 
@@ -69,7 +69,7 @@ def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining:
 class MinedPairs(PairSource):
     """`PairSource` that reads a folder written by `recipes/mine_pairs.py`, or one parquet file written by verl-omni.
 
-    manifest: how the pairs were encoded. Required for a parquet file; ignored for a folder, which has a manifest.json.
+    manifest: how the pairs were encoded. Required for a parquet file. Ignored for a folder: its manifest.json is used.
     Raises ValueError or FileNotFoundError for files that are unreadable, missing or without pairs.
     """
 

@@ -35,7 +35,7 @@ class PairBatch:
         rejected: (N,) int64, index in `latents` of each pair's rejected image.
         label: (N,) float32 in [0, 1], probability that a rater prefers the chosen image.
         group: (M,) int64 in [0, G), index of each image's group.
-        concepts: for evaluation, the property in which each pair's images differ; None unless known for all pairs.
+        concepts: for evaluation, property in which each pair's images differ; None if unknown for any pair.
 
     Raises TypeError for a wrong dtype, and ValueError for inconsistent shapes or for indices or values out of range.
     """

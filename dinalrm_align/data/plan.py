@@ -141,7 +141,7 @@ class Group:
         return cls(prompt, size, images, tuple(labelled))
 
     def without(self, bad: Mapping[int, object]) -> "Group | None":
-        """Return the group without pairs with a `bad` image and without unpaired images; None if no pair is left."""
+        """Drop pairs that have a `bad` image, then unpaired images. Return the new group; None if no pair is left."""
         gone = {row for row, image in enumerate(self.images) if image in bad}
         pairs = [pair for pair in self.pairs if gone.isdisjoint(pair[:2])]
         kept = sorted({row for pair in pairs for row in pair[:2]})
@@ -151,7 +151,7 @@ class Group:
 
 
 def filter_pairs(pairs: Iterable[Preference], config: FilterConfig, dropped: Dropped) -> list[Preference]:
-    """Return the pairs that pass the filters for ties, votes, confidence and scores. Count all others in `dropped`."""
+    """Return the pairs that pass the filters for ties, votes, confidence and scores. Count the rest in `dropped`."""
     pairs = list(pairs)
     reasons = [_objection(pair, config) for pair in pairs]
     for reason in filter(None, reasons):

@@ -47,7 +47,7 @@ SIZES = 4096
 
 
 class Preparation:
-    """One rank's part in encoding the pairs of `run.source` into `folder`.
+    """One rank's share of encoding the pairs of `run.source` into `folder`.
 
     All ranks must call `measure`, `plan`, `encode_text` and `encode_latents`, with a barrier after each call. One rank
     must then call `finish`. manifest: encoding settings. in_order: function from `workers.worker_processes`.
@@ -92,7 +92,7 @@ class Preparation:
         }
 
     def measure(self) -> None:
-        """Read the sizes of this rank's images from file headers, and write them. No-op for the released layout."""
+        """Read the sizes of this rank's images from headers, and write the sizes. No-op for the released layout."""
         if self.layout == "released":
             return
         starts = range(self.rank * SIZES, len(self.refs), self.world * SIZES)

@@ -51,7 +51,7 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def sized_latent(source: bytes, size: tuple[int, int], name: str) -> np.ndarray:
-    """Load latents from a .npy file's bytes. Raises ValueError unless the image had `size`, (height, width)."""
+    """Load latents from a .npy file's bytes. Raises ValueError unless `size` is the image's (height, width)."""
     latents = load_latent(source, name)
     if (8 * latents.shape[1], 8 * latents.shape[2]) != tuple(size):
         raise ValueError(f"{name}: got latents {latents.shape}; expected those of {size[0]} x {size[1]} pixels")

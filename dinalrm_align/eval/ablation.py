@@ -219,7 +219,7 @@ def inference_section(evidence: Evidence, arm: str) -> str:
 
 
 def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
-    """Return a line per claim of the paper that says whether it holds here. Claims without scores are left out."""
+    """Return a line per claim of the paper that says whether it holds here, if `arm` has the claim's scores."""
     ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [

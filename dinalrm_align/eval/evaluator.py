@@ -194,7 +194,7 @@ def score_image_set(
 
 
 def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
-    """Return the scores of the pairs whose two images both have scores. Raises ValueError if there is no such pair."""
+    """Return the scores of the pairs whose two images both have scores. Raises ValueError if no pair has two scores."""
     scored = np.isfinite(next(iter(scores.values())))
     kept = scored[images.chosen] & scored[images.rejected]
     if not kept.any():
@@ -321,7 +321,7 @@ class Evaluator:
     ) -> dict[str, float]:
         """Return test set -> accuracy of a gold score on decoded latents, for latent test sets that store prompts.
 
-        It bounds the accuracy of rewards from above. It is below 1 because the labels are noisy. gold: function
+        The gold accuracy bounds that of rewards from above, and is below 1 because labels are noisy. gold: function
         (images (B, 3, H, W), prompts) -> (B,) scores. config: config of the evaluated reward if it is a latent reward,
         else None.
         """

@@ -17,7 +17,7 @@ CHUNK = 50  # bootstrap resamples computed at once
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy in [0, 1], its 95 % interval, and numbers of counted pairs and prompts. NaN if there is no such pair."""
+    """Accuracy in [0, 1], its 95 % interval, and numbers of counted pairs and prompts. NaN if no pair is counted."""
 
     value: float
     low: float

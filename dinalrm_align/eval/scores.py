@@ -206,7 +206,7 @@ def save_scores(scores: PairScores, path: Path, terms: Mapping[str, object]) -> 
 
 
 def load_scores(path: Path, terms: Mapping[str, object]) -> PairScores:
-    """Read scores of `save_scores`. Raises ValueError if the file is damaged or has settings other than `terms`."""
+    """Read a file of `save_scores`. Raises ValueError if the file is damaged or has settings other than `terms`."""
     columns, metadata = _read_arrays(path)
     _check_terms(path, metadata["terms"], terms)
     scores = dict(zip(metadata["readings"], columns.pop("scores"), strict=True))

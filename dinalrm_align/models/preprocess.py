@@ -1,7 +1,7 @@
 """Differentiable image preprocessing for vision models: resize, crop, pad and normalise, in float32.
 
 Images are RGB (B, 3, H, W) in [0, 1]. Bicubic resizing is antialiased, as in PIL. Unlike PIL, `resize` keeps floats
-instead of 8-bit values. The difference after CLIP's normalisation is at most 0.1, and 0.005 on average.
+instead of 8-bit values. The difference from PIL after CLIP's normalisation is at most 0.1, and 0.005 on average.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def resize(images: Tensor, size: tuple[int, int], *, antialias: bool = True, cla
 
 
 def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop images (B, 3, H, W) to their centre (B, 3, *size); raise ValueError if they are smaller than `size`."""
+    """Crop images (B, 3, H, W) to their centre (B, 3, *size); raise ValueError if H or W is too small for `size`."""
     top, left = ((have - want) // 2 for have, want in zip(images.shape[-2:], size, strict=True))
     if top < 0 or left < 0:
         raise ValueError(f"images of {tuple(images.shape[-2:])} after resizing are smaller than the crop {size}")

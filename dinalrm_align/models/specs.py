@@ -186,7 +186,7 @@ def is_cached(repository: str) -> bool:
 
 
 def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
-    """Return None if the hub grants access to all repositories, else why not. Waits at most `seconds`.
+    """Return None if the hub grants access to all `repositories`, else the reason. Waits at most `seconds`.
 
     Daemon threads ask the hub, because the hub client exceeds its own timeouts if no name server answers.
     """

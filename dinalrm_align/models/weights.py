@@ -47,7 +47,7 @@ def fetch(
 ) -> Path:
     """Return the local folder of a model. If `source` is a hub id, download `files` (names or patterns) first.
 
-    subfolder: folder inside `source` that holds the files; its path is then returned. what: noun for error messages.
+    subfolder: folder in `source` that holds the files; if given, its path is returned. what: noun for error messages.
     """
     check_source(what, source, **hub)
     if Path(source).is_dir():
@@ -109,7 +109,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors, .pt, .pth or .bin file by name, on the CPU, memory-mapped if possible.
 
     key: entry of the file's dict that holds the tensors; by default the dict itself. Raises ValueError if the file is
-    damaged or holds anything but tensors, or if the tensors do not match a SHA-256 in its safetensors metadata.
+    damaged or holds anything but tensors, or if the tensors do not match a SHA-256 in the file's safetensors metadata.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected a file of tensors")

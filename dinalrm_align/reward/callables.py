@@ -65,7 +65,7 @@ def as_reward(
         vae: VAE that decodes latents if `function` takes images.
         name: name of the reward in error messages.
         differentiable: whether the scores are differentiable in the input. False: an input that requires a gradient
-            raises ValueError. True: it raises ValueError only if the returned scores have no gradient.
+            raises ValueError. True: an input that requires a gradient raises ValueError only if its scores have none.
 
     Raises TypeError unless the first argument of `function` is named `latents`, `images`, `pixels` or `pictures`.
     """
@@ -151,7 +151,7 @@ def _frozen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(scores: Any, inputs: Tensor, name: str) -> Tensor:
-    """Return `scores` as float32. Raise unless they are finite and, if `inputs` requires a gradient, have one."""
+    """Return `scores` as float32. Raise if they are not finite, or have no gradient although `inputs` requires one."""
     scores = finite_scores(scores, len(inputs), name)
     if torch.is_grad_enabled() and inputs.requires_grad and not scores.requires_grad:
         raise ValueError(

@@ -92,7 +92,7 @@ class RewardConfig:
     Args:
         base_model_id: hub id or folder of the base pipeline or transformer. A path that starts with ./ or ../ is
             relative to the checkpoint's folder.
-        num_layers: number of transformer blocks to use, from the first one. A LoRA is added to all these blocks.
+        num_layers: number of transformer blocks to use, from the first one. Each gets a LoRA if `tuning` is lora.
         visual_taps: blocks whose output image tokens the head reads, counted from 1; 0: the first block's input.
         text_taps: blocks whose output text tokens the head reads, counted from 1; empty: the head reads no text tokens.
         tuning: backbone weights to train and store: lora, none (only the head is trained) or full (all weights).
@@ -288,7 +288,7 @@ class TrainRewardRun:
         held_out_prompts: number of prompts in `pairs` to keep for evaluation if `validation_pairs` is not set.
         output_dir: folder of the run; its subfolder reward/ gets the trained reward. Default: a new folder in runs/.
         seed: seed of the initial weights, the data order, the noise and the noise levels.
-        resume: folder of a checkpoint, or of a run, to resume its newest checkpoint. Options given on the
+        resume: folder of a checkpoint to resume, or of a run whose newest checkpoint is resumed. Options given on the
             command line override the stored settings.
         device: device to train on; auto: a CUDA GPU if there is one, else the CPU.
         dtype: dtype of the frozen base weights; auto: the model's own on a GPU, float32 on a CPU. LoRA and head are

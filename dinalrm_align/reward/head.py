@@ -18,7 +18,7 @@ class LayerAdapter(nn.Module):
     """FiLM adapter of one backbone layer. Maps tokens (B, N, width_in) and temb (B, temb_dim) to (B, N, W // 4).
 
     Computes proj(x (1 + gamma) + beta + layer_embed) with x = proj_in(tokens). An MLP predicts gamma and beta from temb
-    (embedded timestep and pooled prompt); both are zero at initialisation. film: False leaves gamma and beta out.
+    (embedded timestep and pooled prompt); gamma = beta = 0 at initialisation. film: False leaves gamma and beta out.
     """
 
     def __init__(self, width_in: int, temb_dim: int, width: int, *, use_proj_in: bool, film: bool) -> None:
@@ -86,7 +86,7 @@ class RewardHead(nn.Module):
     """Maps the tokens of selected backbone layers (`Taps`) to one raw score per sample.
 
     width_in: channels of the tokens. num_text_taps: number of layers whose text tokens are read; may be 0.
-    temb_dim: channels of the embedded timestep and pooled prompt; default: `width_in`.
+    temb_dim: channels of temb (embedded timestep and pooled prompt); default: `width_in`.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ from dinalrm_align.train.settings import check_number
 class LogNormalCDF(torch.autograd.Function):
     """log Phi(z) for z of any shape, where Phi is the standard normal CDF. Differentiable once.
 
-    The gradient phi(z) / Phi(z) is computed as sqrt(2 / pi) / erfcx(-z / sqrt(2)). This is more accurate
+    The gradient phi(z) / Phi(z) is computed as sqrt(2 / pi) / erfcx(-z / sqrt(2)). This formula is more accurate
     than torch.special.log_ndtr, whose gradient is off by 0.6 % at z = -350.
     """
 
@@ -59,7 +59,7 @@ def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
 def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
     """Return the log probability that a rater prefers the first sample to the second, (N,), float32.
 
-    delta: score of the first minus score of the second, (N,). sigma: noise level of both, (N,); only for thurstone.
+    delta: score of the first minus score of the second, (N,). sigma: noise level of both samples, (N,), for thurstone.
     """
     if not isinstance(config, LossConfig):
         raise TypeError(f"config: got {type(config).__name__}; expected a LossConfig")

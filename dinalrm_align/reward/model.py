@@ -66,7 +66,7 @@ class RewardModel(nn.Module):
     def tuned_tensors(self) -> dict[str, Tensor]:
         """Return a checkpoint's tensors: `head.*`, and `backbone.*` (the LoRA, or the whole trunk with full tuning).
 
-        During training these tensors are the Parameters themselves. After `freeze` they are CPU copies of the
+        During training, the Parameters themselves are returned; after `freeze`, CPU copies of the
         trained weights, made before any cast or LoRA merge.
         """
         if self._as_trained is not None:

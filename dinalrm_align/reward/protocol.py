@@ -43,7 +43,7 @@ class Reward(Protocol):
         scores_images: whether the reward supports `score_images`.
         reads_noise: whether scores depend on sigma and noise.
         wants_groups: whether all samples of a prompt must be in one call, since scores of two calls are not comparable.
-        noise_parts: the latent rewards in a sum, or the latent reward itself; empty for other rewards.
+        noise_parts: for a sum, the latent rewards in the sum; for a latent reward, [self]; otherwise empty.
         text_lengths: T5 token counts for which prompts must be encoded (`Conditions.for_length`); empty if the reward
             reads prompts as strings.
         named_parts: the rewards in a weighted sum, by name; {"reward": self} for a single reward.

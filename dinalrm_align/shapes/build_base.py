@@ -59,7 +59,7 @@ class Together(torch.optim.Optimizer):
 
 
 def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
-    """Train `pipeline.transformer` in place. Text encoders are frozen, and training images are encoded beforehand."""
+    """Train `pipeline.transformer` in place. Text encoders are frozen. Training images are encoded before training."""
     stage, optim, device = config.base, config.base.optim, accelerator.device
     transformer = pipeline.transformer.to(device)
     latents, layouts, captions = _cached_images(pipeline, config)

@@ -103,7 +103,7 @@ class PairsConfig:
         pictures: number of images for each caption; every two images of a caption form a pair.
         emphasis: concept (shape, blur, ...) -> relative frequency of renders that get it wrong; 1 if not listed.
         sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
-        faithful_share: probability that a render is correct; the first render of each caption always is.
+        faithful_share: probability that a render is correct; the first render of each caption is always correct.
         rater_noise: standard deviation of the noise that the simulated rater adds to an image's oracle score.
         per_concept: number of evaluation pairs for each concept, with held-out captions.
         per_shifted: number of out-of-distribution evaluation pairs, with grain and JPEG artefacts, for each concept.

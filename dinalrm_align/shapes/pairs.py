@@ -185,7 +185,7 @@ def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield captions with two renders (2, 3, size, size). The second render gets `concept` wrong and scores lower."""
+    """Yield captions, each with two renders (2, 3, size, size). The second gets `concept` wrong and scores lower."""
     while True:
         scene = draw_scenes(1, rng, held_out=True)[0]
         if concept not in concepts_of(scene):
@@ -214,7 +214,7 @@ def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> l
 
 
 def _compare(scores: np.ndarray, noise: float, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Compare every two images by score plus independent Gaussian noise. Returns image indices (chosen, rejected)."""
+    """Compare every two scores, each plus fresh Gaussian noise. Returns image indices (chosen, rejected)."""
     pairs = []
     for i, j in itertools.combinations(range(len(scores)), 2):
         first = scores[i] + noise * rng.standard_normal() > scores[j] + noise * rng.standard_normal()

@@ -129,7 +129,7 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return the concepts that an image can get wrong: CONCEPTS, without "relation" if the scene has none."""
+    """Return the concepts that an image can get wrong: CONCEPTS, less "relation" if the scene has no relation."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 

@@ -2,7 +2,7 @@
 
 The pipeline has a joint-attention transformer with RMS query-key norm and dual-attention blocks, a KL autoencoder with
 16 latent channels, and SD3's three text encoders (the outputs of two CLIP towers are concatenated on the channel
-axis, and those of a T5 encoder are appended on the token axis). The tokenizers have one token for each word of
+axis, and the T5 encoder's outputs are appended on the token axis). The tokenizers have one token for each word of
 the captions.
 """
 

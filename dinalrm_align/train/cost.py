@@ -131,7 +131,7 @@ class PhaseMeter:
     def finish_step(self) -> dict[str, float]:
         """End the step; return its metrics by name.
 
-        Every phase has `gflops/<phase>` on profiled steps and `seconds/<phase>` on all other steps. It also has
+        Every phase has `gflops/<phase>` on profiled steps and `seconds/<phase>` on other steps. Every phase also has
         `memory_mib/<phase>`: on CUDA on every step, on the CPU only on profiled steps.
         """
         self._in_step, self._tracker = False, None

@@ -197,7 +197,7 @@ def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: R
 
 
 def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None:
-    """Call the hooks, with averaged weights in the model if these are kept; add the returned metrics to `row`."""
+    """Call the hooks, with averaged weights in the model if there are any; add the returned metrics to `row`."""
     with state.average.in_place() if hooks and state.average else nullcontext():
         for hook in hooks:
             row.update(hook.call(state.step) or {})

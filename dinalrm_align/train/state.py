@@ -13,7 +13,7 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 
 def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
-    """Import and return bitsandbytes. `what`: setting that needs it, named in the ImportError if it is missing."""
+    """Import and return bitsandbytes. `what`: setting that needs it, named in the ImportError if the import fails."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -39,7 +39,7 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
 
     The factor rises linearly to 1 during the warm-up. With the constant schedule it then stays 1. With the cosine
     schedule it decays as (1 + cos(pi t)) / 2, where t goes from 0 to 1 over the last fraction `config.decay_share` of
-    the updates, or over all updates after the warm-up if these are fewer.
+    the updates, or, if fewer, over all updates after the warm-up.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps

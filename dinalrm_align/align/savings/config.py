@@ -26,7 +26,7 @@ class SavingsRun:
         levels: number of noise levels sigma at which the latent reward scores each sample, 1 to 8.
         economies: also count one ReFL update (without its rollout) with each memory-saving option.
         workers: number of processes that count in parallel; each process uses one core and about 1 GB.
-        measure: also run the configurations on the CUDA GPU, with random weights; quantised ones are skipped.
+        measure: also run the configurations on the CUDA GPU, with random weights; quantised configurations are skipped.
         warmup: number of unmeasured runs of each configuration, if measure is set.
         repeats: number of measured runs of each configuration, if measure is set; the median time is reported.
         output_dir: folder for savings.md, savings.json and savings.png.
@@ -149,7 +149,7 @@ def scenarios(base: Case) -> list[Case]:
 def economies(base: Case) -> dict[str, Case]:
     """Return {row name in the report: configuration} of a ReFL update without its rollout, one row per memory option.
 
-    Rows of the latent reward come first, rows of HPSv3 second. Each group starts with the default options.
+    Rows of the latent reward come first, rows of HPSv3 second. The first row of each reward has the default options.
     """
     refl, hpsv3, more = base.but(work="refl"), base.but(work="refl", reward="hpsv3"), 4 * base.batch
     return {
@@ -168,7 +168,7 @@ def economies(base: Case) -> dict[str, Case]:
 
 
 def all_cases(run: SavingsRun) -> list[Case]:
-    """Return each of the report's configurations once. Slow ones come first, to balance the workers."""
+    """Return each of the report's configurations once. Slow configurations come first, to balance the workers."""
     base = run.base
     found = [*scenarios(base), *parts(base), *(economies(base).values() if run.economies else [])]
     return sorted(dict.fromkeys(found), key=lambda case: (not case.trains, case.batch == base.batch))

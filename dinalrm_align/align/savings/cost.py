@@ -59,7 +59,7 @@ class FakeFloats(TorchDispatchMode):
             yield
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """Return a fake tensor like `tensor`, or real zeros if its dtype is bool or an integer of more than 8 bits."""
+        """Return a fake tensor like `tensor`, or real zeros if its dtype is bool or an integer wider than 8 bits."""
         if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.int8):
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
         with self.fake:
@@ -95,7 +95,7 @@ def _makes_integers(func: Any, dtype: torch.dtype | None) -> bool:
 
 
 def _mask_as_indices(index: Tensor | None) -> Iterable[Tensor | None]:
-    """Return the integer indices that a real (not fake) boolean mask selects. Other indices are returned unchanged."""
+    """Return the integer indices of a real (not fake) boolean mask's True elements. Any other index is unchanged."""
     if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
         return [index]
     with _disable_current_modes():
@@ -111,7 +111,7 @@ class Cost:
         state: bytes of the optimiser's moments.
         activations: bytes at the peak in addition to weights and state.
         f2: FLOPs of matrix products, convolutions and attention, recomputation included; two per multiply-accumulate.
-        f2_kept: the value of f2 if attention stored its scores instead of recomputing them in the backward pass.
+        f2_kept: the value of f2 if attention stored its score matrix instead of recomputing them in the backward pass.
         m0: multiply-accumulates without attention.
         attention: FLOPs of attention, included in f2.
     """

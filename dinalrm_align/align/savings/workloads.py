@@ -107,7 +107,7 @@ class _UnpackedLinear(torch.autograd.Function):
 
 
 class PackedLinear(nn.Linear):
-    """A replacement for bitsandbytes' frozen linear layers, with as many bytes and the same operations.
+    """A replacement for bitsandbytes' frozen linear layers, with the same number of bytes and the same operations.
 
     Each forward and backward pass unpacks the weight into the input's dtype. The kind "nf4" stores 4 bits per weight
     and a float32 scale per 64 weights. The kind "int8" stores 8 bits per weight and a float32 scale per row. The 8-bit

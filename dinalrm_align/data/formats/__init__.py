@@ -89,7 +89,7 @@ def read_preferences(
 
 
 def folder_layout(folder: Path) -> str:
-    """Return released, mined or latents if the folder holds files of this layout, else pickapic."""
+    """Return the layout, released, mined or latents, whose files the folder holds; else pickapic."""
     names = {"released": "part_rank*.parquet", "mined": mined.MANIFEST, "latents": "index.json"}
     return next((layout for layout, name in names.items() if any(folder.glob(name))), "pickapic")
 

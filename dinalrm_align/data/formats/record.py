@@ -55,7 +55,7 @@ class Preference:
         scores: for each score name, such as "clip", the scores of (chosen, rejected).
         concept: name of the property in which the two images differ; None if unknown.
         shape: (C, h, w) of stored latents; None for images.
-        group: index of the record that holds the pair. All pairs of one ranked list share it.
+        group: index of the record that holds the pair. All pairs of a ranked list have one index.
     """
 
     prompt: str

@@ -90,8 +90,8 @@ def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def images_of(entries: Sequence[Entry], shown: int) -> tuple[list[str], list[tuple[str, np.ndarray, list[float]]]]:
-    """Return the prompts and the columns of an image grid: a column for the base model, and one for each run's last
-    evaluation. A column is (title, images (N, H, W, 3) uint8, gold scores).
+    """Return the prompts and the columns of an image grid: a column for the base model, and one for the last
+    evaluation of each run. A column is (title, images (N, H, W, 3) uint8, gold scores).
     """
     singles = [single for entry in entries if not entry.incomparable for single in entry.single_runs()]
     shown = min([shown, *(single.runs[0].terms["shown"] for single in singles)])
@@ -201,7 +201,7 @@ def _finish_axis(axis: Axes, title: str, clock: str) -> None:
 
 
 def save_with_legend(figure: Figure, path: Path) -> Path:
-    """Save the figure with one legend below all panels. Returns the path."""
+    """Save the figure with one legend below all panels. Returns the path of the saved file."""
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
     layout = dict(loc="outside lower center", ncols=max(1, min(3, 66 // max(map(len, handles)))))
     figure.legend(handles.values(), handles.keys(), **layout, fontsize=8, frameon=False)

@@ -91,7 +91,7 @@ def tables_of(entries: Sequence[Entry]) -> list[Table]:
 
 
 def run_table(entries: Sequence[Entry]) -> Table:
-    """Return a table of the final numbers of every run. Gains have 95 % confidence intervals over captions."""
+    """Return a table of the final numbers of every run. Each gain has its 95 % confidence interval over captions."""
     singles = [single for entry in entries for single in entry.single_runs()]
     drifts = any("drift" in row for single in singles for row in single.runs[0].rows)
     head = ["run", "updates", "gold gain, last [95 %]", "gold gain, best (update)", "reward gain, s.d."]
@@ -199,7 +199,7 @@ def write(config: CompareRun) -> tuple[Path, list[str]]:
 
 
 def _html_table(shown: Table, kind: str = "") -> str:
-    """Return a table in HTML. Cells are escaped text; with `kind` "grid", all but the first of a row are HTML."""
+    """Return a table in HTML. Cells are escaped text; with `kind` "grid", each row's cells after the first are HTML."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in shown.head)
     body = ""
     for name, *cells in shown.rows:

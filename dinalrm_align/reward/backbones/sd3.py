@@ -32,7 +32,7 @@ class SD3Trunk(nn.Module):
     If `config.tuning` is lora, the trunk adds a trainable float32 LoRA, initialised from torch's global RNG.
 
     Args:
-        transformer: source of the blocks; stays unchanged. Its peft adapters are ignored, but must not be merged.
+        transformer: source of the blocks; stays unchanged. Unmerged peft adapters are ignored; merged ones raise.
         share_weights: use the transformer's own frozen weights; False: a copy, which is trainable with full tuning.
     """
 
@@ -85,7 +85,7 @@ class SD3Trunk(nn.Module):
         self.gradient_checkpointing = False
 
     def check_shared(self) -> None:
-        """Raise ValueError if shared weights are trainable or have merged adapters, as both would change the reward."""
+        """Raise ValueError if shared weights are trainable or have merged adapters; either would change the reward."""
         owner = self._owner() if self.shared else None
         if owner is not None:
             _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
@@ -116,7 +116,7 @@ class SD3Trunk(nn.Module):
         return Taps(tuple(visual[tap] for tap in self.visual_taps), tuple(text[tap] for tap in self.text_taps), temb)
 
     def skip_unread_text(self) -> None:
-        """Remove the text layers of the last block that runs, unless the head reads the text tokens of that block.
+        """Remove the text layers of the last block that runs, unless the head reads the text tokens of the last block.
 
         With full tuning, the trained weights must be saved before this call.
         """
@@ -167,7 +167,7 @@ class SD3Trunk(nn.Module):
         _remove_adapters(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SD3Trunk":
-        """Raise RuntimeError if shared tensors would be moved or cast, as the rest of the policy would not be."""
+        """Raise RuntimeError if shared tensors would be moved or cast without the policy's other tensors."""
         for probe in [tensor.data for tensor in self.shared[:1]]:
             moved = fn(probe)
             if (moved.dtype, moved.device, moved.data_ptr()) != (probe.dtype, probe.device, probe.data_ptr()):

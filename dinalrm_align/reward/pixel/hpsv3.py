@@ -101,7 +101,7 @@ class HPSTemplate:
 
 
 def load_template(source: str | Path | None = None, *, sha256: tuple[str, str] = SHA256) -> HPSTemplate:
-    """Read HPSv3's instruction and the text after it. Raise ValueError if either text is missing or has another hash.
+    """Read HPSv3's instruction and the text after it. Raise ValueError if one is missing or has an unexpected hash.
 
     source: JSON file, or data_collator_qwen.py of the PyPI package `hpsv3`, which is parsed but not run. Default:
     data_collator_qwen.py of the installed package. sha256: expected SHA-256 hashes of the two texts.
@@ -209,7 +209,7 @@ class HPSv3Reward(PixelReward):
 
         Args:
             base: folder or hub id of Qwen2-VL-7B-Instruct's config and tokenizer. Default: the folder of local weights
-                if it contains both, else the hub.
+                if it contains config.json, else the hub.
             template: file of the instruction, as in `load_template`. Default: data_collator_qwen.py in the folder of
                 local weights, else in the installed package `hpsv3`.
             template_sha256: expected hashes, as in `load_template`.

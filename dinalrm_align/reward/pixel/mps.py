@@ -70,7 +70,7 @@ NAMES = {  # names in the file -> names in a list of `CrossBlock`
 
 
 class CrossBlock(nn.Module):
-    """Multi-query attention of image tokens to text, then to themselves, each parallel to a SwiGLU MLP."""
+    """Multi-query attention of image tokens to text, then to image tokens, each parallel to a SwiGLU MLP."""
 
     def __init__(self, width: int, heads: int, head_width: int, inner: int) -> None:
         super().__init__()

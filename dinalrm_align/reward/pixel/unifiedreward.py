@@ -79,7 +79,7 @@ class ChatEndpoint:
         check_integer("max_tokens", self.max_tokens, low=1)
 
     def ask(self, image: Image.Image, question: str) -> str:
-        """Return the model's answer. Raise ConnectionError if all attempts fail, ValueError if the server refuses."""
+        """Return the model's answer. Raise ConnectionError if all attempts fail, ValueError if one is refused."""
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         encoded = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
