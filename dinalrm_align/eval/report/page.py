@@ -165,7 +165,7 @@ def write(config: CompareRun) -> tuple[Path, list[str]]:
     folder, title, tables = Path(config.output_dir), config.title, tables_of(entries)
     make_folder(folder)
     prompts, columns = figures.images_of(entries, config.shown)
-    figures.draw_images(prompts, columns, folder / "pictures.png")
+    figures.draw_images(prompts, columns, folder / "images.png")
     evaluated = entries[0].runs[0].terms["prompts"]
     how_to_read = HOW_TO_READ.format(samples=len(evaluated), captions=len(set(evaluated)))
     text = [f"# {title}", *notes, *(one.markdown() for one in tables), how_to_read]
@@ -185,7 +185,7 @@ def write(config: CompareRun) -> tuple[Path, list[str]]:
             alt = escape(f"{heading} {against[clock]}")
             html.append(f'<figure><img src="{_data(path.read_bytes())}" alt="{alt}"></figure>')
         html.append("</div>")
-    text += ["## Images", "![same prompts and noise](pictures.png)"]
+    text += ["## Images", "![same prompts and noise](images.png)"]
     rows = [[prompt] for prompt in prompts]
     for name, strip, gold in columns:
         for row, pixels, score in zip(rows, strip, gold):
