@@ -1,6 +1,6 @@
 """Align text-to-image diffusion models with rewards that read their latents.
 
-Public names are imported on first use, so that `import dinalrm_align` costs nothing (PEP 562).
+A public name is imported on its first use (PEP 562), so `import dinalrm_align` does not import torch.
 """
 
 import importlib

@@ -5,7 +5,7 @@
     python recipes/ablate_reward.py --model sd35 --pairs DIR --judged '{hpdv3: DIR, hpdv2: DIR}' \\
         --steps 25000 --launch "accelerate launch --num_processes 8"
 
-Every arm is a run of recipes/train_reward.py with a few options changed; the arms include those of arXiv 2602.11146,
+An arm is recipes/train_reward.py with a few options changed. The arms include the variants of arXiv 2602.11146,
 section 5. The same command continues a stopped ablation. Two processes may share output_dir if their arms differ. The
 recipe writes a report (ablation.md, ablation.json and one figure per research question) and a folder arms/ARM/seedN per
 run, which also holds the scores of that run on each test set, judged_SET.safetensors.
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 
 
 def resolve(argv: Sequence[str]) -> tuple[AblateRun, ModelSpec, Path, dict[str, tuple[Changes, TrainRewardRun]]]:
-    """Return settings, model, path of the baseline YAML, and arm -> (changed options, training settings). No torch."""
+    """Return settings, model, path of the baseline YAML, and variant (arm) -> (changed options, training settings)."""
     config, _ = parse(AblateRun, __doc__, argv)
     with refusing():
         spec, reason = resolve_model(config.model)
@@ -44,12 +44,12 @@ def resolve(argv: Sequence[str]) -> tuple[AblateRun, ModelSpec, Path, dict[str, 
 
 
 def options(changes: Changes) -> list[str]:
-    """Return command-line arguments `--name=value` for options given as dotted name -> value."""
+    """Return `changes` (dotted option name -> value) as command-line arguments `--name=value`."""
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()]
 
 
 def train(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training: Path, changes: Changes) -> Path:
-    """Train one arm with one seed in a subprocess, or resume that training. Returns the folder of the run."""
+    """Train one variant (`arm`) with one seed in a subprocess, or resume it. Returns the folder of the run."""
     from dinalrm_align.train.checkpoints import latest_checkpoint
     from dinalrm_align.train.files import write_atomically
 

@@ -5,7 +5,7 @@
 
 The recipe trains in this order: the VAE, the text encoders, the transformer, the latent reward dinalrm on generated
 pairs (recipes/train_reward.py with train_reward_shapes.yaml), and the image reward pixel. It writes output_dir/weights,
-a folder that other recipes take as --model. After a stop, the same command keeps finished models and continues.
+a folder that other recipes take as --model. After a stop, the same command continues with the first missing model.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_latent_reward(config: BuildConfig, pipeline: Path, pairs: dict[str, Path]) -> None:
-    """Run recipes/train_reward.py as a subprocess, in output_dir/dinalrm. On Ctrl-C, wait until it has saved."""
+    """Run recipes/train_reward.py as a subprocess, in output_dir/dinalrm. On Ctrl-C, wait for its checkpoint."""
     from dinalrm_align.train.checkpoints import latest_checkpoint
 
     run, recipe = Path(config.output_dir) / "dinalrm", Path(__file__).with_name("train_reward.py")

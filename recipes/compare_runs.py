@@ -1,4 +1,4 @@
-"""Compare alignment runs on one page: held-out gains with intervals, cost, and hacking alarms.
+"""Compare alignment runs on one page: gains on held-out prompts, cost, and warnings of reward hacking.
 
     python recipes/compare_runs.py runs/*
     python recipes/compare_runs.py runs/refl_* runs/grpo_* --output_dir runs/compare --shown 6

@@ -12,7 +12,7 @@ In online mode, each update samples several images per prompt and pairs the best
 --dpo.refresh_every updates the policy becomes the reference. In offline mode, pairs come from a data set: latents from
 `python recipes/mine_pairs.py`, a folder of latent pairs, a jsonl file of image paths, or parquet as in verl-omni.
 
-A run writes the same files as recipes/refl_sd35.py. Metrics: `implicit_accuracy`, the share of pairs that the policy's
+A run writes the same files as recipes/refl_sd35.py. Metrics: `implicit_accuracy`, the share of pairs that DPO's
 implicit reward ranks like the label.
 """
 

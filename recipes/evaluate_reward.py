@@ -1,4 +1,4 @@
-"""Evaluate a finished reward: accuracy on test sets, by protocol and by noise level at inference, and calibration.
+"""Evaluate a finished reward: accuracy on test sets by protocol and by noise level sigma, and calibration.
 
     python recipes/evaluate_reward.py                                               # the embedded world's own reward
     python recipes/evaluate_reward.py --reward runs/train_reward_shapes_seed0/reward

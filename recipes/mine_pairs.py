@@ -9,7 +9,7 @@ embeddings. Two programs train on the pairs: `python recipes/dpo_sd35.py --dpo.m
 verl-omni with `data.train_files=FOLDER/pairs` (dinalrm_align/data/mined_pairs.py lists the columns). The recipe needs
 pyarrow: pip install 'dinalrm-align[data]'.
 
-After a stop, the same command resumes: it keeps complete files and writes the same pairs as an uninterrupted run.
+After a stop, the same command resumes: complete files are kept, and the pairs are those of an uninterrupted run.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """An anchor is a second reward that is added to the training objective at every n-th update.
 
-Long optimisation against one frozen reward exploits the errors of that reward; a second reward of another kind makes
-this harder. DiNa-LRM's authors add a pixel reward to the advantages of every update of their GRPO run, A = A_latent +
+Long optimisation against one frozen reward exploits the errors of that reward. A second reward of another kind makes
+the exploitation harder. DiNa-LRM's authors add a pixel reward's advantages in every update of GRPO: A = A_latent +
 0.2 A_PickScore (arXiv 2602.11146). Here the anchor is evaluated only at every n-th update, which saves most of the cost
-of decoding and of a second model. A resumed run uses the anchor at the same updates as an uninterrupted run.
+of image decoding and of the second model. A resumed run uses the anchor at the same updates as an uninterrupted run.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 from dinalrm_align.reward.protocol import Reward
 
 ANCHOR = "anchor"
-"""Name of the anchor in `terms` and in the metrics."""
+"""Key of the second reward (anchor) in the result of `terms` and in metrics."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Anchor:
 
     Args:
         every: n. With updates counted from 1, the anchor is used at updates n, 2n, 3n, ...
-        weight: weight of the anchor's scores (ReFL) or advantages (GRPO) in the sum with those of the first reward.
-            For ReFL it must include the factor `matching_scale`, because scores of different rewards differ in scale.
+        weight: weight of the anchor's scores (ReFL) or advantages (GRPO); the first reward's have weight 1.
+            For ReFL, the weight must include the factor `matching_scale`, because the two rewards differ in scale.
     """
 
     reward: Reward
@@ -39,8 +39,8 @@ class Anchor:
 def terms(reward: Reward, anchor: Anchor | None, update: int) -> Mapping[str, tuple[float, Reward]]:
     """Return the rewards that an update maximises, with their weights, as a dict: name -> (weight, reward).
 
-    The key "reward" is the first reward, with weight 1. The key "anchor" is the second reward; it is present only at
-    updates that use the anchor. ReFL maximises the sum of weight x score, GRPO the sum of weight x advantage.
+    The key "reward" holds the first reward, with weight 1. The key "anchor" holds the second reward, and is present
+    only at updates that use it. ReFL maximises the sum of weight x score, GRPO the sum of weight x advantage.
     """
     found = {"reward": (1.0, reward)}
     if anchor is not None and anchor.is_due(update):
@@ -49,9 +49,9 @@ def terms(reward: Reward, anchor: Anchor | None, update: int) -> Mapping[str, tu
 
 
 def matching_scale(score: Tensor, anchor_score: Tensor) -> float:
-    """Return the standard deviation of score (N,) divided by that of anchor_score (N,), for the same N samples.
+    """Return std(score) / std(anchor_score), the factor that scales anchor scores like score; both (N,), same samples.
 
-    Raises ValueError if shapes differ, N is below 2, or all scores of one reward are equal.
+    Raises ValueError if the shapes differ, N is below 2, or a reward scores all samples equally.
     """
     if score.shape != anchor_score.shape or score.dim() != 1 or len(score) < 2:
         got = f"{tuple(score.shape)} and {tuple(anchor_score.shape)}"

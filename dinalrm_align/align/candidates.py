@@ -1,4 +1,4 @@
-"""Sample every prompt several times, score the latents, and rank them to form preference pairs."""
+"""Sample every prompt several times, score the samples with a reward, and rank them to form preference pairs."""
 
 from collections.abc import Callable, Sequence
 
@@ -29,11 +29,11 @@ def scored_candidates(
 
     Args:
         conditions: text conditions of the B prompts, on any device.
-        generators: one per prompt. Each draws the initial noise of the prompt's samples, and then one noise for the
-            reward. All samples of a prompt share the reward's noise, so that it does not affect their ranking.
-        reward_sigma: noise levels at which the reward scores; None: the reward's default levels.
+        generators: one per prompt. Each draws the initial noise of the prompt's samples, and then one noise tensor
+            for the reward. All samples of a prompt are scored with this tensor, so noise does not change their ranking.
+        reward_sigma: noise levels sigma at which the reward scores the latents; None: the reward's default levels.
         batch_size: number of samples drawn and scored at once; None: all.
-        velocity_for: a function from the conditions of a batch to a velocity; default: `sampler.velocity_for`.
+        velocity_for: a function that returns the velocity for a batch's conditions; default: `sampler.velocity_for`.
     """
     velocity_for = velocity_for or sampler.velocity_for
     noise = torch.cat([seeded_noise(sampler.latent_shape, [generator] * count) for generator in generators])
@@ -52,10 +52,10 @@ def scored_candidates(
 
 
 def ranked_pairs(scores: Sequence[float], number: int, min_gap: float) -> list[tuple[int, int]]:
-    """Return (chosen, rejected) index pairs: best and worst candidate, second best and second worst, and so on.
+    """Return index pairs (chosen, rejected) of one prompt's images: best and worst, second best and second worst, ...
 
     The list has at most `number` pairs and at most half as many pairs as there are candidates. It ends before the first
-    pair whose scores are equal or differ by less than min_gap. Of two equal scores, the first in order ranks higher.
+    pair whose scores are equal or differ by less than min_gap. Among equal scores, the lower index ranks higher.
     """
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     pairs = []

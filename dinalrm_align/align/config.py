@@ -1,4 +1,4 @@
-"""Settings that all alignment recipes share. The settings of each recipe subclass `AlignRun`. Torch-free."""
+"""Settings that all alignment recipes share. Each recipe's settings class inherits `AlignRun`. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,14 +10,14 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 @dataclass
 class EvaluationConfig:
-    """Evaluation on held-out prompts. Prompts and noise stay the same before, during and after training.
+    """Evaluation on held-out prompts. All evaluations of a run use the same prompts and noise.
 
     Args:
         samples: images per evaluation. Prompts are used in file order, and repeated if the file has fewer prompts.
         batch_size: images sampled at once.
-        every: updates between evaluations; 0: none in between. Base model and final policy are always evaluated.
-        shown: number of images in the image grids.
-        seed: seed of the noise. Runs with different training seeds keep the same evaluation noise, so that they can be
+        every: updates between evaluations; 0: none during training. Base model and final policy are always evaluated.
+        shown: number of images in the image grid of each evaluation.
+        seed: seed of the evaluation noise, separate from the training seed: runs with different training seeds can be
             compared image by image.
     """
 
@@ -37,19 +37,19 @@ class EvaluationConfig:
 class WatchConfig:
     """Detection of reward hacking: at every evaluation, the reward is compared with the gold score (`align.watch`).
 
-    The gold score is the score by a second reward that is not trained on. Each evaluation is compared with the earlier
+    The gold score comes from a second reward that is never trained on. Each evaluation is compared with the earlier
     evaluation that has the best gold score. Hacking is reported if, between the two evaluations, the reward has risen
     and the gold score has fallen, both significantly (one-sided t-tests, paired over captions).
 
     Args:
-        level: significance level. It bounds the probability of a false alarm in a run, at any of its evaluations, if
-            the gold score never falls.
+        level: significance level. If the gold score never falls, a run raises one or more false alarms with at
+            most this probability.
         stop_on_hacking: save a checkpoint and stop at the first alarm; otherwise print a warning and go on.
-        keep_best: keep the LoRA with the best gold score in lora_best/.
-        sigmas: noise levels, at least two, at which a latent reward scores each sample; the metric level_spread is the
-            disagreement of these scores. Empty: not measured.
-        drift_sigmas: noise levels at which the policy's velocity is compared with the base model's; the metric drift is
-            their mean squared difference. Empty: not measured.
+        keep_best: save the LoRA of the evaluation with the best gold score to lora_best/.
+        sigmas: at least two noise levels at which a latent reward scores each sample. The metric level_spread is
+            the disagreement of a sample's scores across levels. Empty: not measured.
+        drift_sigmas: noise levels at which the metric drift is measured, the mean squared difference between
+            the policy's and the base model's velocities. Empty: not measured.
     """
 
     level: float = 0.05
@@ -79,7 +79,7 @@ class MemoryConfig:
     Args:
         base_quant: quantise the linear layers in the base model's transformer blocks to 8 or 4 bits; policy and latent
             reward share these layers. Needs bitsandbytes (the extra `quant`). nf4 changes velocities by a few percent.
-        vae_dtype: dtype of the VAE's weights; bfloat16 halves the memory of decoding and rounds the images.
+        vae_dtype: dtype of the VAE's weights; bfloat16 halves the memory of decoding and rounds pixel values.
         decode_slice: images that a pixel reward decodes at once, in the forward and the backward pass; by default all.
         decode_tile: decode large images in tiles (diffusers' VAE tiling); pixels near the seams change.
         offload: keep unused models off the GPU: the base model while prompts are encoded, the VAE between evaluations.
@@ -109,7 +109,7 @@ class Hpsv3Config:
         template: file with HPSv3's two prompt texts: data_collator_qwen.py of the package hpsv3, or a JSON file. By
             default the file beside HPSv3's weights, or else the file of the installed package.
         base: folder or hub id of Qwen2-VL-7B-Instruct, whose config and tokenizer HPSv3 uses. By default the folder of
-            HPSv3's weights if they are local, or else the hub.
+            HPSv3's weights if the weights are local, otherwise the hub.
     """
 
     quantization: Literal["none", "int8", "nf4"] = "none"
@@ -130,7 +130,7 @@ class AnchorConfig:
 
     Args:
         reward: name of the second reward; by default there is none.
-        every: number of updates (GRPO: rollouts) from one use of the second reward to the next; 1: every update.
+        every: n: the second reward is used at updates (GRPO: rollouts) n, 2n, 3n, ..., counted from 1.
         weight: weight of the second reward relative to the first, after both are scaled to the same standard deviation.
     """
 
@@ -144,7 +144,7 @@ class AnchorConfig:
 
 @dataclass
 class GroupRolloutConfig:
-    """Settings that Flow-GRPO and DiffusionNFT share, of the rollout and of the updates that train on its samples.
+    """Settings of a rollout and of the updates that train on its samples, shared by Flow-GRPO and DiffusionNFT.
 
     A rollout samples several prompts. The samples of one prompt are a group, whose scores are compared with each other.
 
@@ -152,12 +152,12 @@ class GroupRolloutConfig:
         groups: prompts per rollout and process.
         group_size: samples per prompt.
         sample_batch: samples drawn and scored at once; affects memory, not results.
-        guidance_scale: guidance scale of rollout and training; None: the model's own. At most 1: no guidance.
+        guidance_scale: guidance scale of rollout and training; None: the model's own scale. Up to 1: no guidance.
         reward_draws: noise draws over which a latent reward is averaged; all samples of a group share the draws.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
-        advantage_std: standard deviation by which score - mean of the group is divided. group: that of the scores in
-            the group. global: that of all scores in the rollout, over all processes.
-        advantage_floor: constant added to this standard deviation.
+        advantage_std: standard deviation that divides (score - group mean). group: over the scores of the group.
+            global: over all scores of the rollout, on all processes.
+        advantage_floor: constant added to the standard deviation before the division.
         advantage_clip: advantages are clipped to [-advantage_clip, advantage_clip]. DiffusionNFT treats a sample at the
             upper bound as wholly good and a sample at the lower bound as wholly bad.
         minibatches: updates per pass over the samples of a rollout.
@@ -193,10 +193,10 @@ class PolicyRun:
 
     Args:
         model: auto: Stable Diffusion 3.5 Medium if its weights are found, otherwise shapes. sd35: Stable Diffusion 3.5
-            Medium. shapes: the small embedded world. Or the folder or hub id of a StableDiffusion3Pipeline.
+            Medium. shapes: the package's small test model. Or the folder or hub id of a StableDiffusion3Pipeline.
         reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
             pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward: published image rewards.
-            oracle: the true score of the embedded world. NAME=SOURCE: the named reward with weights from SOURCE. Or the
+            oracle: the exact score for the model shapes. NAME=SOURCE: the named reward with weights from SOURCE. Or the
             folder or hub id of a latent reward; your reward as module:function; or a sum, "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
         seed: seed of initialisation, sampling and training.
@@ -230,15 +230,15 @@ class AlignRun(PolicyRun):
     """Settings of every alignment recipe.
 
     Args:
-        gold: gold reward: it scores held-out images and is never trained on. By default PickScore; for the embedded
-            world, the oracle.
-        resume: folder of one checkpoint, or of a run, which resumes from its newest checkpoint. Options on the
+        gold: reward that scores held-out images and is never trained on. By default PickScore; for the model shapes,
+            the reward oracle.
+        resume: folder of the checkpoint to resume from, or of a run, whose newest checkpoint is used. Options on the
             command line override the saved settings.
         eval_prompts: UTF-8 text file with one held-out prompt per line; by default the list that belongs to the model.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         profile_every: updates between measurements of FLOPs (on a CPU also of peak memory); 0: no measurements. A
             measured update takes about twice as long.
-        tracker: where to log metrics and images besides metrics.jsonl; WANDB_MODE=offline keeps wandb offline.
+        tracker: logger of metrics and images, besides the file metrics.jsonl; WANDB_MODE=offline keeps wandb offline.
         optim: settings of AdamW and of gradient clipping.
         loop: length of training, checkpoints and weight averaging.
         evaluation: evaluation on held-out prompts.

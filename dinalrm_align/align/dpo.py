@@ -5,9 +5,9 @@ A pair is a chosen image w and a rejected image l of one prompt. Both get the sa
     loss = -log sigmoid(-beta / 2 [(e_w - e_w^ref) - (e_l - e_l^ref)]),
     e    = mean |velocity(x_sigma, sigma) - (noise - x0)|^2        denoising error of the policy (e^ref: reference)
 
-The policy learns to denoise w better than l, relative to the reference. The argument of the sigmoid is the margin: the
-implicit reward -beta / 2 (e - e^ref) of w minus that of l. All noise levels have the same weight. Errors are means over
-C, H, W. A beta from code that uses sums must be multiplied by C H W here.
+The policy learns to denoise w better than l, relative to the reference. The implicit reward of an image is -beta / 2
+(e - e^ref). The margin, the argument of the sigmoid, is the implicit reward of w minus that of l. All noise levels
+have the same weight. Errors are means over C, H, W. A beta from code that uses sums must be multiplied by C H W here.
 
 `OfflineDpo` reads pairs from a data set. `OnlineDpo` samples several images per prompt, ranks them by a reward, and
 pairs the best with the worst; it can replace the reference by the current policy at intervals. RNG streams are keyed by
@@ -34,7 +34,7 @@ from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 
 REFERENCE = "reference."
-"""Prefix of the refreshed reference's tensors in a checkpoint."""
+"""Prefix of the names of the reference's LoRA tensors in a checkpoint."""
 
 
 def velocity_error(velocity: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def diffusion_dpo_loss(
         chosen, rejected: `velocity_error` of the policy for the two images of each pair, (N,). Both images of a pair
             must have the same noise and sigma.
         chosen_reference, rejected_reference: `velocity_error` of the reference, (N,), with the same noise and sigma.
-        label: p, the probability that a rater prefers `chosen`, a float or (N,).
+        label: p, the probability that a rater prefers the chosen image; a float or (N,).
     """
     shapes = {tuple(e.shape) for e in (chosen, rejected, chosen_reference, rejected_reference)}
     if len(shapes) != 1 or chosen.dim() != 1:
@@ -78,7 +78,7 @@ class DpoBatch:
         pairs: N pairs formed from M images, on the policy's device. The images of one prompt are a group.
         noise: (D, M, C, H, W), D noise draws per image. All images of a group have the same noise.
         sigma: (D, M), noise levels in [0, 1]. All images of a group have the same noise level.
-        metrics: metrics of the pairs, which the training step adds to its own metrics.
+        metrics: scalar metrics by name, which `dpo_step` adds to its own metrics.
     """
 
     pairs: PairBatch
@@ -99,9 +99,9 @@ def noised_pairs(
     draws: int,
     metrics: Mapping[str, float] | None = None,
 ) -> DpoBatch:
-    """Return a `DpoBatch` with `draws` draws of noise and noise level for each group.
+    """Return a `DpoBatch` of the pairs, with `draws` draws of noise and of sigma per group.
 
-    The images of one prompt are a group; they share noise and noise level.
+    A group is the images of one prompt. generators[i] draws the noise and sigma that group i shares.
     """
     shape, device = tuple(pairs.latents.shape[1:]), pairs.latents.device
     noise = torch.stack([seeded_noise(shape, [generator] * draws) for generator in generators], dim=1)
@@ -148,7 +148,7 @@ def dpo_step(
 
 
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
-    """Return a function that computes `velocity` within weights(), a context that sets the reference's weights."""
+    """Return `velocity` evaluated inside weights(), which must set the reference's weights and disable gradients."""
 
     def frozen(latents: Tensor, sigma: float | Tensor) -> Tensor:
         with weights():
@@ -171,7 +171,7 @@ class OfflineDpo:
     config: DpoConfig
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """Return the pairs and noise of one micro-step, which depend only on micro-step, seed and rank."""
+        """Return the pairs and noise of one micro-step. Both depend only on micro-step, seed and rank."""
         sampler = self.sampler
         with sampler.meter.phase("data"):
             pairs = self.pairs.batch_at(micro_step, sampler.rank, sampler.num_processes).to(sampler.device)
@@ -191,11 +191,11 @@ class OfflineDpo:
 class OnlineDpo:
     """Diffusion-DPO as a method for `train.loop.fit`, on the best and the worst of several samples of each prompt.
 
-    The object must also be passed to `Setup.align` as `state`, so that checkpoints contain the refreshed reference.
+    The caller must pass this object to `Setup.align` as `state` too: checkpoints then contain the refreshed reference.
 
     Args:
         sampler: samples training prompts.
-        reward: ranks the samples; frozen, on the policy's device, without gradient.
+        reward: ranks the samples; must be frozen and on the policy's device. Its gradient is not used.
     """
 
     sampler: Sampler
@@ -233,8 +233,8 @@ class OnlineDpo:
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: those of `dpo_step`; `reward`, `reward_best` and `reward_worst`, the mean score of all samples, of the
-        best sample of each prompt, and of the worst.
+        Metrics: those of `dpo_step`; `reward`, the mean score of all samples; `reward_best` and `reward_worst`, the
+        mean score of each prompt's best and worst sample.
         """
         velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
         with self.sampler.meter.phase("policy"):
@@ -245,7 +245,7 @@ class OnlineDpo:
         return {REFERENCE + name: tensor for name, tensor in (self._reference or {}).items()}
 
     def is_common(self) -> bool:
-        """Return True: all ranks have the same reference."""
+        """Return True: the saved state, the reference, is equal on all ranks."""
         return True
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Settings of Diffusion-DPO and of `recipes/dpo_sd35.py`; the defaults suit the embedded test model. Torch-free."""
+"""Settings of Diffusion-DPO and of `recipes/dpo_sd35.py`; the defaults suit the small test model shapes. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,10 +14,10 @@ class DpoConfig:
     """Diffusion-DPO: denoise the preferred image of a pair better than the rejected one, relative to a reference.
 
     Args:
-        mode: online: each pair is the best and the worst of the policy's own samples, ranked by the reward. offline:
+        mode: online: each pair is the best and the worst sample of a prompt, ranked by the reward. offline:
             pairs are read from a data set.
-        batch_size: prompts per micro-batch and process. A prompt has one pair; with ranked lists of images
-            (offline), it has all pairs of its list. An update uses batch_size x loop.accumulate x processes prompts.
+        batch_size: prompts per micro-batch and process. A prompt has one pair, or, in a data set of
+            ranked lists, all pairs of its list. An update uses batch_size x loop.accumulate x processes prompts.
         beta: strength of the penalty on leaving the reference. The loss is -log sigmoid(-beta / 2 [(e_w - e_w^ref) -
             (e_l - e_l^ref)]), where e is the mean squared velocity error of the preferred (w) or rejected (l) image.
             Public runs use 100 to 5000.
@@ -31,7 +31,7 @@ class DpoConfig:
         refresh_every: every refresh_every updates, the current policy becomes the reference (online only); 0: never.
         sample_batch: images sampled and scored at once (online only); by default a whole micro-batch.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores (online only); by default the
-            reward's own.
+            reward's own levels.
     """
 
     mode: Literal["online", "offline"] = "online"
@@ -60,7 +60,7 @@ class DpoRun(AlignRun):
     Args:
         pairs: source of the preference pairs (offline only). A folder written by recipes/mine_pairs.py, a parquet file
             in verl-omni's format, a folder of latent pairs, or a jsonl file whose lines have the keys "prompt",
-            "chosen" and "rejected", the last two with paths of images.
+            "chosen" (path of an image) and "rejected" (path of an image).
         dpo: settings of Diffusion-DPO.
     """
 

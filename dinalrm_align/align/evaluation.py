@@ -1,8 +1,8 @@
 """Held-out evaluation of a run, with the same prompts and noise before, during and after training.
 
-Every sample is scored by the training reward (proxy) and by a gold reward that is not trained on. If proxy rises and
-gold does not, the training reward is being exploited. Each sample keeps its prompt and noise, so gains are differences
-of paired scores; the standard error of a gain is far below that of either mean score.
+Every sample is scored by the training reward (proxy) and by a gold reward that is not trained on. If the proxy score
+rises and the gold score does not, the policy exploits the training reward. Each sample keeps its prompt and noise.
+Gains are therefore means of paired differences, whose standard error is far below that of either mean score.
 """
 
 import json
@@ -33,7 +33,7 @@ Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of after - before and its standard error. Both lists score the same samples in order."""
+    """Return the mean of after - before and its standard error. Both lists must score the same samples in order."""
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
@@ -48,7 +48,7 @@ class HeldOut:
         scorers: rewards that score images, by name; the name "gold" is required.
         decode: a function from latents (B, C, H, W) to images (B, 3, H, W) in [0, 1].
         probes: functions that measure each sample in addition to the rewards, such as `align.watch.drift_probe`.
-        equal_calls: make all ranks sample equally many batches, which sharded weights require.
+        equal_calls: make all ranks sample equally many batches; required if the model's weights are sharded.
     """
 
     sampler: Sampler
@@ -93,8 +93,8 @@ class HeldOut:
         """Evaluate the policy after update `step`, with the samples distributed over the ranks.
 
         Rank 0 writes evaluations/<step>.json (scores per sample), evaluations/<step>.png (one row of sample images)
-        and grid_<step>.png. Metrics: for `proxy` and `gold`, the mean score and its standard error; `gold_gain`, the
-        paired gain of gold over step 0, and its standard error; for every additional scorer and probe, its mean.
+        and grid_<step>.png (image grid). Returns metrics: the mean over samples for every reward and probe, by name;
+        standard errors for `proxy` and `gold`; `gold_gain`, the paired gain of gold over step 0, with standard error.
         """
         size, rank, world = self.config.batch_size, self.accelerator.process_index, self.accelerator.num_processes
         starts = range(0, len(self.prompts), size)
@@ -115,7 +115,7 @@ class HeldOut:
         return row
 
     def scores(self, step: int) -> dict[str, list[float]]:
-        """Return the scores per sample of the evaluation at `step`, by the names of rewards ("proxy") and probes."""
+        """Return the evaluation at `step` as a dict: name of a reward ("proxy") or probe -> values per sample."""
         found = json.loads((self._folder / f"{step:06d}.json").read_text())
         return {name: values for name, values in found.items() if name not in ("step", "terms")}
 
@@ -125,10 +125,10 @@ class HeldOut:
         return {at: self.scores(at) for at in steps if at <= step}
 
     def summarise(self, step: int) -> dict[str, dict[str, float]]:
-        """Compare the evaluations at step 0 and `step`, and write before_after.png.
+        """Compare the evaluations at step 0 and `step`, and write both image rows to before_after.png.
 
-        Returns dicts for "gold" and "proxy", with the keys "before" and "after", mean scores; "gain", their difference;
-        and "standard_error", the paired standard error of the gain.
+        Returns one dict each for "gold" and "proxy", with the keys "before" and "after" (mean scores), "gain" (their
+        difference) and "standard_error" (the paired standard error of the gain).
         """
         summary = {}
         before, after = self.scores(0), self.scores(step)
@@ -148,7 +148,7 @@ class HeldOut:
         return self.output_dir / "evaluations"
 
     def _batch(self, start: int) -> list[tuple[int, dict[str, float], np.ndarray | None]]:
-        """Sample and score one batch; return (index, scores, image) per sample; image is None if it is not saved."""
+        """Sample and score the batch from index `start`. Return (index, scores, image or None) per sample."""
         indices = range(start, min(start + self.config.batch_size, len(self.prompts)))
         conditions, seed = self.sampler.take(indices), self.config.seed
         noise = self.sampler.noise([seeded_generator(seed, index) for index in indices])

@@ -1,8 +1,8 @@
 """Scores and advantages within groups. A group is the samples of one prompt.
 
-A latent reward scores noised latents, so that the score depends on the noise. All samples of a group are scored with
-the same noise draws, which therefore do not affect the comparison of the samples. The module also measures the variance
-that separate draws for each sample would have added.
+A latent reward scores noised latents, so its score depends on the noise. All samples of a group are scored with the
+same noise draws, so that the noise does not affect their comparison. The module also measures the score variance that
+separate draws for each sample would have added.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,9 @@ from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 
 NO_SPREAD = 1e-6
-"""Standard deviation up to which the scores of a group count as equal, because rounding alone produces as much."""
+"""The scores of a group count as equal up to this standard deviation, because rounding alone can produce it."""
 REWARDS = 12
-"""RNG stream of the reward's noise."""
+"""First key of the generators that draw the reward's noise."""
 STATISTICS = ("reward", "group_variance", "reward_noise_variance", "dropped_groups", "advantage_size")
 """Statistics of a rollout, means over its samples or groups:
 reward                  score
@@ -33,7 +33,7 @@ advantage_size          absolute advantage
 """
 
 ScoreParts = Callable[..., Mapping[str, Tensor]]
-"""score_parts(latents, conditions, *, sigma, noise) -> scores (B,) by name of the summed reward"""
+"""score_parts(latents, conditions, *, sigma, noise) -> dict: name of a reward -> scores (B,)"""
 
 
 class GroupConfig(Protocol):
@@ -53,8 +53,8 @@ class RolloutAdvantages:
     Args:
         advantages: (N,) float32, after clipping.
         kept: (N,) bool, False for samples that updates leave out because all scores of their group are equal.
-        statistics: metrics of the rollout by name (`STATISTICS`), NaN where not measured. "anchor" is the mean
-            score by the second reward, present only if the rollout uses one.
+        statistics: metrics of the rollout by name (`STATISTICS`), NaN where not measured. If the rollout
+            uses a second reward, the key "anchor" holds the mean score by that reward.
     """
 
     advantages: Tensor
@@ -108,7 +108,7 @@ def rollout_advantages(
     gather: Callable[[Tensor], Tensor],
     rank: int = 0,
 ) -> RolloutAdvantages:
-    """Return the advantages of this rank's N samples; for several rewards, the weighted sum of their advantages.
+    """Return the advantages of this rank's N samples. With several rewards, their advantages are weighted and summed.
 
     Args:
         scores: name of the reward -> scores (draws, N) of this rank. Samples of a group must be adjacent.

@@ -1,4 +1,4 @@
-"""Flow-GRPO (arXiv 2505.05470): policy gradients on the stochastic steps of a flow, compared within groups.
+"""Flow-GRPO (arXiv 2505.05470): policy gradients on the stochastic steps of a flow, with advantages within groups.
 
 A rollout draws group_size samples of every prompt; these samples are a group. The denoising steps in a window of
 consecutive steps are stochastic (see `flow.sde`), and the rollout keeps their log-probabilities. The steps outside the
@@ -9,7 +9,7 @@ window follow the ODE. The reward scores the FINAL latents. The advantage of a s
 where std is the standard deviation of the rewards in the group or in the whole rollout. A group whose rewards are all
 equal is left out. An update minimises, over the remaining samples and the steps in the window,
 
-    mean max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl_beta KL,      rho = p(x') / p_rollout(x')
+    mean max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl_beta KL,      rho = p(x') / p_rollout(x'), c = clip_range
 
 A random window gives Flow-GRPO-Fast; a window that moves from the first steps to the last gives MixGRPO (arXiv
 2507.21802). Unlike in public code, steps that are not trained are never stochastic.
@@ -35,7 +35,7 @@ from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 
 PATHS, STARTS, WINDOWS = 10, 11, 13
-"""RNG streams of a rollout."""
+"""First keys of the generators that draw sample noise, shared initial noise, and windows."""
 RECORDED = (*STATISTICS, ANCHOR, "window_start")
 
 
@@ -72,7 +72,7 @@ class Rollout:
         indices: (N,) int64, prompt indices.
         latents: (N, K + 1, C, H, W), the latents before each trained step, and those after the last trained step.
         log_probs: (N, K), log-probabilities of the trained steps.
-        means: means of the trained steps' normal distributions, (N, K, C, H, W); (N, 0) without `GrpoConfig.guard`.
+        means: means of the trained steps' normal distributions, (N, K, C, H, W); (N, 0) if not `GrpoConfig.guard`.
         advantages: (N,), after clipping.
         kept: (N,) bool, False for samples that updates leave out because all scores of their group are equal.
         statistics: metrics of the rollout in the order of `RECORDED`, NaN where not measured.
@@ -91,7 +91,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GrpoBatch:
-    """Pairs of a sample and a denoising step, on the device. `count`: number of pairs, without placeholders."""
+    """Pairs of a sample and a denoising step, on the device. `count`: number of pairs; 0: one placeholder pair."""
 
     position: Position
     conditions: Conditions
@@ -134,7 +134,7 @@ class Grpo:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> Rollout:
-        """Sample and score rollout `number` without gradient. The result depends on number, seed, weights and rank."""
+        """Sample and score rollout `number` without gradient. It depends only on number, seed, weights and rank."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.groups, number)).repeat_interleave(config.group_size)
         window = trained_steps(config, sampler.num_steps, number, seeded_generator(WINDOWS, sampler.seed, number))
@@ -188,7 +188,7 @@ class Grpo:
         generators: Sequence[torch.Generator],
         steps: int,
     ) -> Tensor:
-        """Return latents after the first `steps` ODE steps; with config.shared_start, a group's latents are equal."""
+        """Return latents (B, C, H, W) after `steps` ODE steps. With config.shared_start, they are equal per group."""
         sampler = self.sampler
         if not self.config.shared_start:
             return sampler.sample(conditions, sampler.noise(generators), steps)
@@ -248,11 +248,11 @@ class Grpo:
     def step(self, batch: GrpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the mean loss of the batch, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: `kl`, the mean square of velocity - reference velocity; `step_kl`, the KL in the form that the loss
-        uses; `ratio_spread`, the mean distance of the probability ratios from 1; `clipped`, the share of ratios outside
+        Metrics: `kl`, the mean square of velocity - reference velocity; `step_kl`, the KL as config.kl_form defines
+        it; `ratio_spread`, the mean distance of the probability ratios from 1; `clipped`, the share of ratios outside
         the clip range; and the statistics of the rollout.
 
-        Raises FloatingPointError if the first ratios after a rollout differ from 1 by more than ratio_tolerance.
+        Raises FloatingPointError if a ratio in a rollout's first update differs from 1 by more than ratio_tolerance.
         """
         config, sampler = self.config, self.sampler
         with sampler.meter.phase("policy"):

@@ -1,4 +1,4 @@
-"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`; the defaults suit the embedded test model. Torch-free."""
+"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`; the defaults suit the small test model shapes. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,25 +23,25 @@ class GrpoConfig(GroupRolloutConfig):
             consecutive steps, which move from the first steps to the last (MixGRPO).
         window_size: number of steps in a random or progressive window.
         window_range: range of steps that contains the window, as two numbers: the range's first step, and one past its
-            last step. By default all but the rollout's last step.
-        window_rollouts: rollouts after which a progressive window moves on.
-        window_stride: steps by which a progressive window moves.
+            last step. None: all but the rollout's last step.
+        window_rollouts: number of rollouts after which a progressive window moves.
+        window_stride: number of steps by which a progressive window moves each time.
         window_wraps: when a progressive window has reached the end of window_range, move it back to the start;
             otherwise it stays at the end.
         shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do, so that the samples
             differ by the stochastic steps only. The steps before the window are then computed once per group.
         advantage_of: how a weighted sum of rewards gives advantages. sum: the advantage of the summed score. parts: the
             weighted sum of the rewards' advantages.
-        clip_range: largest distance of the probability ratio from 1 at which a sample still has a gradient.
+        clip_range: c; the loss clips the probability ratio to [1 - c, 1 + c].
         guard: normalise the ratios of all steps to the same mean and scale, as in GRPO-Guard (arXiv 2510.22319); only
             with flow_sde.
         kl_beta: weight of the KL to the frozen base model in the loss; 0: the KL is only measured.
         kl_form: normalisation of the KL. scale: squared difference of the step means / (2 s^2), where s is the SDE's
-            noise scale, as in flow_grpo. std: the same difference / (2 std^2), the exact KL of the two normals,
+            noise scale, as in flow_grpo. std: the same, with the step's standard deviation as s; the exact KL
             per dimension. velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
-        ratio_tolerance: largest distance of the ratios from 1 in the first update after a rollout. The weights have not
-            changed yet, so a larger distance means that rollout and training compute different probabilities, and the
-            run stops.
+        ratio_tolerance: largest distance of the probability ratios from 1 in the first update after a rollout. The run
+            stops at a larger distance: the weights have not changed yet, so rollout and training then compute different
+            probabilities.
     """
 
     num_steps: settings.IntAboveOne | None = 8

@@ -1,15 +1,15 @@
-"""LPO: preference optimisation at every step of a trajectory, by a reward that reads noisy latents (arXiv 2502.01051).
+"""LPO (arXiv 2502.01051): preference optimisation of single denoising steps, with a reward that scores noisy latents.
 
 At each state x_t of a trajectory, one stochastic step is drawn K times, which gives K candidates for the next state.
-The reward scores the candidates at the noise level of the next state. The margin is the difference of the preference
-probabilities of the best and the worst candidate. If the margin exceeds a threshold, both form a pair. The threshold is
-higher at steps that add more noise. The trajectory continues from a random candidate. An update minimises, over pairs,
-SPO's step-DPO loss (arXiv 2406.04314)
+The reward scores the candidates at the noise level of the next state. A softmax of the best and the worst score gives
+two probabilities; their difference is the margin. The best and the worst candidate form a pair if the margin exceeds a
+threshold, which is higher at steps that add more noise. The trajectory continues from a random candidate. An update
+minimises the mean of SPO's step-DPO loss (arXiv 2406.04314) over pairs,
 
     -log sigmoid(beta [log clip(r_best) - log clip(r_worst)]),      r = p(x') / p_reference(x'), clipped to 1 +- c
 
-where the reference is the policy without its LoRA. The paper uses DDIM and UNets. Here the stochastic step belongs to a
-flow (`flow.sde`) and the reward is DiNa-LRM, so that the method runs on SD3.
+where x' is a candidate and the reference is the policy without its LoRA. The paper uses DDIM and UNets. This version
+uses the stochastic steps of a flow model (`flow.sde`) and the latent reward DiNa-LRM, because it trains SD3.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,9 +33,9 @@ STATISTICS = ("reward", "pairs", "pairs_kept", "preference")
 
 
 def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the index of the best and of the worst of K candidates, (B,) int64 each, and the margin, (B,) in [0, 1).
+    """Return the indices of the best and the worst of K candidates, (B,) int64 each, and the margins, (B,) in [0, 1).
 
-    The margin is the difference of the two probabilities softmax((best score, worst score) / temperature).
+    `scores`: (B, K). A margin is the difference of the probabilities softmax((best score, worst score) / temperature).
     """
     best, worst = scores.argmax(dim=1), scores.argmin(dim=1)
     ends = scores.gather(1, torch.stack([best, worst], dim=1)) / temperature
@@ -44,10 +44,10 @@ def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, T
 
 
 def dynamic_threshold(stds: Tensor, low: float, high: float) -> Tensor:
-    """Return the pair threshold of each of S steps, (S,), linear in the standard deviation of the step's noise.
+    """Return the margin that a pair must exceed at each of S steps, (S,), linear in the std of the step's noise.
 
-    The threshold is `low` at the smallest and `high` at the largest of the standard deviations `stds` (S,). If all
-    standard deviations are equal, every threshold is `low`.
+    `stds`: (S,), the std of each step's noise. The result is `low` at the smallest std and `high` at the largest. If
+    all entries of `stds` are equal, the result is `low` at every step.
     """
     least, most = stds.min(), stds.max()
     if most == least:
@@ -60,8 +60,8 @@ def step_preference_loss(
 ) -> Tensor:
     """Return -log sigmoid(beta [log clip(r_chosen) - log clip(r_rejected)]) for n pairs, (n,).
 
-    The ratio r = p / p_reference is clipped to 1 +- clip_range; a clipped ratio has no gradient.
-    `log_ratio_chosen`, `log_ratio_rejected`: log r of the two candidates, (n,).
+    clip(r) limits the ratio r = p / p_reference to 1 +- clip_range. A clipped ratio has no gradient.
+    `log_ratio_chosen`, `log_ratio_rejected`: log r of the chosen and the rejected candidates, (n,).
     """
     chosen, rejected = (
         ratio.exp().clamp(1 - clip_range, 1 + clip_range).log() for ratio in (log_ratio_chosen, log_ratio_rejected)
@@ -74,7 +74,7 @@ class StepPairs:
     """The P preference pairs that a rollout collected from its trajectories, on the CPU.
 
     Args:
-        samples: (P,) int64, global indices of the trajectories.
+        samples: (P,) int64, index of each pair's trajectory, unique over all ranks.
         indices: (P,) int64, prompt indices.
         steps: (P,) int64, step indices of the schedule.
         latents: (P, C, H, W) float32, the states from which the candidates were drawn.
@@ -94,7 +94,7 @@ class StepPairs:
 
 @dataclass(frozen=True)
 class LpoBatch:
-    """A micro-batch of preference pairs on the device. `count`: number of pairs, without placeholders."""
+    """A micro-batch of preference pairs on the device. `count`: number of pairs; 0 if the batch is a placeholder."""
 
     position: Position
     conditions: Conditions
@@ -108,10 +108,10 @@ class LpoBatch:
 
 @dataclass
 class Lpo:
-    """LPO as a method for `train.loop.fit`: `batch_at` collects pairs in rollouts, `step` returns the loss.
+    """LPO for the training loop `train.loop.fit`: `batch_at` collects pairs in rollouts, `step` returns the loss.
 
     Args:
-        sampler: samples training prompts. `sampler.sigmas` must come from `flow.sampling.named_sigmas`.
+        sampler: draws prompts and runs the policy. `sampler.sigmas` must come from `flow.sampling.named_sigmas`.
         reward: scores the candidates; must be frozen, on the policy's device, and have the method `score_noisy`.
     """
 
@@ -161,13 +161,13 @@ class Lpo:
     def trajectories(
         self, number: int, samples: Sequence[int], indices: Tensor
     ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
-        """Sample B trajectories, and collect the preference pairs of their trained steps.
+        """Sample B trajectories, and collect preference pairs at the denoising steps `self.steps`.
 
-        Returns two lists with one tuple per trained step, on the CPU. The first list has the pairs: the fields
-        `samples` to `rejected` of `StepPairs`. The second list has three tensors (B,): whether the margin exceeds the
-        threshold, the mean score of the candidates, and the margin.
+        Returns two lists of tuples of CPU tensors, one tuple per step in `self.steps`. The tuples of the first list
+        have the pairs, as the fields `samples` to `rejected` of `StepPairs`. The tuples of the second list have three
+        tensors (B,): whether the margin exceeds the threshold, the mean score of the candidates, and the margin.
 
-        `samples`: indices of the trajectories in this rank's rollout. `indices`: (B,) prompt indices.
+        `samples`: B trajectory indices, from 0 on each rank. `indices`: (B,), the prompt index of each trajectory.
         """
         config, sampler, device, count = self.config, self.sampler, self.sampler.device, self.config.candidates
         conditions = sampler.take(indices.tolist())
@@ -207,7 +207,7 @@ class Lpo:
         return pairs, measures
 
     def batch_at(self, micro_step: int) -> LpoBatch:
-        """Return the pairs that a micro-step trains on, after a new rollout if one is needed."""
+        """Return the pairs that a micro-step trains on. Runs a new rollout when one is due."""
         position, pairs = self.buffer.at(micro_step)
         every = torch.arange(len(pairs.steps))
         rows, _ = self.buffer.reuse.select(every, pairs.samples, 1, position, self.sampler.seed)

@@ -1,4 +1,4 @@
-"""Settings of LPO and of `recipes/lpo_sd35.py`; the defaults suit the embedded test model. Torch-free."""
+"""Settings of LPO and of `recipes/lpo_sd35.py`, with defaults for the small test model. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,7 +10,7 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 @dataclass
 class LpoConfig:
-    """Settings of LPO, which trains on preference pairs of noisy latents, collected at the steps of a rollout.
+    """Settings of LPO, which trains on preference pairs of noisy latents. A rollout collects the pairs at its steps.
 
     Args:
         batch_size: prompts per rollout and process, with one trajectory each.
@@ -23,14 +23,14 @@ class LpoConfig:
         noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
         guidance_scale: guidance scale of rollout and training; None: the model's own. At most 1: no guidance.
         negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.
-        steps: range of denoising steps that collect pairs, as the first step and one past the last; None: all steps but
-            the rollout's last.
+        steps: denoising steps at which pairs are collected, as two numbers: first step (from 0) and one past the last
+            step. None: all steps except the last step of the rollout.
         threshold: margin that a pair must exceed, as two numbers: for the step that adds the least noise, and for the
-            step that adds the most. In between, it is linear in the noise std. The margin is the difference of the two
-            probabilities softmax(score / temperature) of the best and the worst candidate.
+            step that adds the most. For other steps, the threshold is linear in the noise std. The margin is the
+            difference of the probabilities softmax((best score, worst score) / temperature).
         temperature: temperature of the softmax in the margin.
-        beta: factor of the difference of the log-ratios in the preference loss.
-        clip_range: largest distance of the ratio p / p_base_model from 1 at which a candidate still has a gradient.
+        beta: factor of log ratio(chosen) - log ratio(rejected) in the preference loss.
+        clip_range: the ratio p / p_base_model is clipped to 1 +- clip_range. A clipped ratio has no gradient.
         minibatches: updates per pass over the pairs of a rollout.
         epochs: passes over the pairs of a rollout.
     """

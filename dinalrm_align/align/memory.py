@@ -17,14 +17,14 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def check_memory_options(config: MemoryConfig, device: torch.device) -> None:
-    """Raise ImportError or ValueError if this machine does not support an option. Call this before loading models."""
+    """Raise ImportError or ValueError if `device` or the installation does not support an option in `config`."""
     check_quantization(config.base_quant)
     if config.attention != "auto" and device.type != "cuda":
         raise ValueError(f"memory.attention: got {config.attention} on {device.type}; expected auto, without CUDA")
 
 
 def use_attention(name: str) -> None:
-    """Restrict scaled_dot_product_attention on CUDA to kernel `name` for the whole process; "auto": no restriction."""
+    """Limit scaled_dot_product_attention on CUDA to the kernels `name` and math, process-wide; "auto": no limit."""
     if name == "auto":
         return
     wanted = {"efficient": "mem_efficient"}.get(name, name)
@@ -33,7 +33,7 @@ def use_attention(name: str) -> None:
 
 
 def shrink_pipeline(pipeline: StableDiffusion3Pipeline, config: MemoryConfig, device: torch.device) -> None:
-    """Quantise the base model, and cast and tile the VAE. Must be called before the pipeline moves to `device`."""
+    """Quantise the base model, and cast and tile the VAE, as `config` says. `pipeline` must not be on `device` yet."""
     if config.base_quant != "none":
         quantise_linears(pipeline.transformer.transformer_blocks, config.base_quant, device, pipeline.transformer.dtype)
     if config.vae_dtype != "float32":  # its dtype when loaded

@@ -1,8 +1,8 @@
 """Mine preference pairs: sample a list of prompts with a model, and rank the latents by a reward.
 
 The list of prompts is divided into shards of `MineConfig.prompts_per_shard` prompts. The pairs of each shard are
-written to one file, in the format of `data.mined_pairs`. A file depends only on seed, shard number and settings, so
-that a resumed run keeps existing files.
+written to one file, in the format of `data.mined_pairs`. The contents of a file depend only on seed, shard number and
+settings. A resumed run therefore keeps the existing files.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from dinalrm_align.reward.protocol import Reward
 class Miner:
     """Mines preference pairs: samples each prompt several times, ranks the samples by a reward, and writes the pairs.
 
-    The prompts are divided into shards of consecutive prompts; each shard has one file.
+    The prompts are divided into shards of consecutive prompts. The pairs of a shard go into one file.
 
     Args:
         sampler: draws the samples. The field `sampler.conditions` is not used, because `encode` makes the conditions.

@@ -1,4 +1,4 @@
-"""Settings of `recipes/mine_pairs.py`, which mines preference pairs. Torch-free."""
+"""Settings of `recipes/mine_pairs.py`, which mines preference pairs. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,14 +13,14 @@ class MineConfig:
 
     Args:
         candidates: samples per prompt.
-        pairs_per_prompt: pairs per prompt, at most candidates / 2. The first pair is the best and the worst sample, the
-            next pair the second best and the second worst, and so on.
-        min_gap: pairs whose scores differ by less than min_gap, in the reward's units, are left out.
+        pairs_per_prompt: largest number of pairs per prompt; must be at most candidates / 2. The first pair is the best
+            and the worst sample, the next pair is the second best and the second worst, and so on.
+        min_gap: least score difference of a pair, in the reward's units. Pairs with a smaller difference are left out.
         num_steps: denoising steps; by default the model's own number.
         guidance_scale: guidance scale of the samples; by default the model's own.
         reward_sigma: noise level or levels (an ensemble) at which the reward scores; by default the reward's own.
         batch_size: images sampled and scored at once.
-        prompts_per_shard: prompts whose pairs go into one file; mining resumes at the first missing file.
+        prompts_per_shard: prompts whose pairs go into one file; a resumed run mines only the missing files.
         dtype: dtype of the latents and embeddings in the files.
         negative: store the empty prompt's embeddings with every pair, for trainers that use guidance in the loss.
     """
@@ -49,7 +49,7 @@ class MineRun(PolicyRun):
     """Settings of `recipes/mine_pairs.py`.
 
     Args:
-        reward: latent reward that ranks the samples. dinalrm: the model's own. Or a latent reward's folder or hub id.
+        reward: latent reward that ranks the samples: dinalrm (the default), or the folder or hub id of a latent reward.
         output_dir: folder of the pairs; by default one under runs/, named after model, reward and seed. Pairs that are
             already in the folder are kept if they were mined with the same settings.
         lora: folder of a LoRA to sample with; for an alignment run, RUN/lora. The settings policy.rank and policy.alpha

@@ -1,18 +1,18 @@
-"""DiffusionNFT (arXiv 2509.16117): contrast good and bad samples on the forward process.
+"""DiffusionNFT (arXiv 2509.16117): train on noised good and bad samples with a contrastive denoising loss.
 
 A rollout draws group_size samples of every prompt (a group) with the old policy, a moving average of the trained
 policy. The advantage A of a sample in its group is clipped to [-c, c]. The sample counts as good with weight
 r = A / (2 c) + 1/2 and as bad with weight 1 - r. Each clean sample x0 is noised. The trained policy's velocity v and
 the old policy's velocity v_old define two implicit policies,
 
-    v_good = beta v + (1 - beta) v_old,       v_bad = (1 + beta) v_old - beta v,
+    v_good = beta v + (1 - beta) v_old,       v_bad = (1 + beta) v_old - beta v.
 
-which are trained to denoise good and bad samples. The loss is
+The training fits v_good to good samples and v_bad to bad samples. The loss is
 
     c / beta [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] + kl_beta |v - v_reference|^2,
 
-where x0_good = x_sigma - sigma v_good, and w_good is the mean of |x0_good - x0| without gradient; x0_bad and w_bad are
-defined in the same way. The method needs no log-probabilities and no stochastic steps.
+where x_sigma is the noised sample, x0_good = x_sigma - sigma v_good, and w_good is the mean of |x0_good - x0| without
+gradient. x0_bad and w_bad follow from v_bad in the same way. No log-probabilities or stochastic steps are needed.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ OLD = "old."
 
 
 def goodness(advantages: Tensor, clip: float) -> Tensor:
-    """Return each sample's weight as a good one: advantages / (2 clip) + 1/2, clamped to [0, 1]. Any shape."""
+    """Return the weight r of each sample as a good sample: advantages / (2 clip) + 1/2, clamped to [0, 1]."""
     return (advantages / (2 * clip) + 0.5).clamp(0, 1)
 
 
@@ -46,8 +46,8 @@ def contrast_loss(
 ) -> Tensor:
     """Return DiffusionNFT's contrastive loss [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] / beta.
 
-    The result is (n,), averaged over C, H, W. x0_good is the clean latent estimated with the velocity beta v + (1 -
-    beta) v_old, x0_bad with (1 + beta) v_old - beta v. Each w is the mean of |x0_good - x0| or |x0_bad - x0|, detached.
+    The result is (n,), averaged over C, H, W. x0_good is the estimate of x0 by the velocity beta v + (1 - beta) v_old,
+    x0_bad that by (1 + beta) v_old - beta v. The weights w are the detached means of |x0_good - x0| and |x0_bad - x0|.
 
     Args:
         velocity, old: v and v_old (n, C, H, W), velocities at x_sigma of the trained and of the old policy.
@@ -72,8 +72,8 @@ class Samples:
     Args:
         indices: (N,) int64, prompt indices.
         latents: (N, C, H, W), the clean samples.
-        good: (N,), weight of each sample as a good one, in [0, 1].
-        kept: (N,) bool, False for samples that updates leave out because all scores of their group are equal.
+        good: (N,), weight r of each sample as a good sample, in [0, 1].
+        kept: (N,) bool, False if all samples of the same prompt have equal scores. Updates leave out these samples.
         statistics: metrics of the rollout in the order of `STATISTICS`.
     """
 
@@ -87,7 +87,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class NftBatch:
-    """Pairs of a sample and a noise level, on the device. `count`: number of pairs, without placeholders."""
+    """A micro-batch of samples, each with a noise level. `count`: its size; 0 if the batch is a placeholder."""
 
     conditions: Conditions
     sigma: Tensor
@@ -100,7 +100,7 @@ class NftBatch:
 
 @dataclass
 class Nft:
-    """DiffusionNFT as a method for `train.loop.fit`: `batch_at` draws rollouts, `step` returns the loss.
+    """DiffusionNFT for the training loop `train.loop.fit`: `batch_at` runs rollouts, `step` returns the loss.
 
     Args:
         sampler: samples training prompts.
@@ -129,7 +129,7 @@ class Nft:
 
     @torch.no_grad()
     def roll_out(self, number: int) -> Samples:
-        """Draw and score rollout `number` with the old policy, a moving average of the trained policy."""
+        """Sample rollout `number` with the old policy, score the samples, and return them with their weights."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.groups, number)).repeat_interleave(config.group_size)
         latents, scores = [], []
@@ -155,13 +155,13 @@ class Nft:
 
     @torch.no_grad()
     def follow(self, number: int) -> None:
-        """Move the old policy's weights towards the trained weights. Must be called before rollout `number`."""
+        """Update the old policy, the moving average of the trained weights. Must precede rollout `number`."""
         kept = min(self.config.old_slope * number, self.config.old_limit)
         for name, p in self.sampler.policy.parameters.items():
             self.old.mean[name].lerp_(p.detach(), 1 - kept)
 
     def batch_at(self, micro_step: int) -> NftBatch:
-        """Return the samples and noise levels that a micro-step trains on, after a new rollout if one is needed."""
+        """Return the samples and noise levels that a micro-step trains on. Runs a new rollout when one is due."""
         config, sampler, device = self.config, self.sampler, self.sampler.device
         upcoming = self.buffer.reuse.position(micro_step)
         if upcoming.starts_rollout:
@@ -188,15 +188,15 @@ class Nft:
         )
 
     def _steps(self, key: tuple[int, ...]) -> list[int]:
-        """Draw distinct steps of the noise schedule; a sample is trained at their noise levels. `key`: RNG key."""
+        """Return the distinct denoising steps whose noise levels one sample is trained at. `key`: key of the RNG."""
         order = torch.randperm(len(self.steps), generator=seeded_generator(LEVELS, *key))
         return (self.steps.start + order[: self.config.levels]).tolist()
 
     def step(self, batch: NftBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the mean loss of the batch, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: `kl`, the mean square of velocity - reference velocity; `moved`, the mean square of velocity - old
-        policy's velocity; and the statistics of the rollout.
+        Metrics: `kl`, the mean squared difference of the trained policy's and the reference's velocities; `moved`, that
+        of the trained and the old policy's velocities; and the statistics of the rollout.
         """
         config, policy = self.config, self.sampler.policy
         with self.sampler.meter.phase("policy"):
@@ -214,15 +214,15 @@ class Nft:
         return loss.mean(), {"kl": kl.detach().mean(), "moved": moved.mean(), **batch.statistics}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return, as CPU tensors by name, the old policy's weights and, while a rollout is unfinished, its fields."""
+        """Return CPU tensors by name: the old policy's weights, and the fields of the unfinished rollout if any."""
         return {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:
-        """Return whether `state_tensors` is equal on all ranks, which requires that no rollout is unfinished."""
+        """Return whether `state_tensors` is equal on all ranks: True if and only if no rollout is unfinished."""
         return self.buffer.is_common()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the result of `state_tensors`. Raises ValueError that names the first tensor that does not fit."""
+        """Restore the result of `state_tensors`. Raises ValueError, naming the first tensor that does not fit."""
         old = {name.removeprefix(OLD): tensor for name, tensor in tensors.items() if name.startswith(OLD)}
         shapes = {name: tuple(tensor.shape) for name, tensor in old.items()}
         expected = {name: tuple(mean.shape) for name, mean in self.old.mean.items()}

@@ -1,4 +1,4 @@
-"""Settings of DiffusionNFT and of `recipes/nft_sd35.py`; the defaults suit the embedded test model. Torch-free."""
+"""Settings of DiffusionNFT and of `recipes/nft_sd35.py`, with defaults for the small test model. Imports no torch."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 @dataclass
 class NftConfig(GroupRolloutConfig):
-    """Settings of DiffusionNFT, which contrasts good and bad samples on the forward process.
+    """Settings of DiffusionNFT, which trains on noised good and bad samples with a contrastive loss.
 
     The sampling policy draws the rollouts. Its weights are a moving average of the trained policy's weights.
 
@@ -21,8 +21,8 @@ class NftConfig(GroupRolloutConfig):
         beta: factor in the implicit good and bad velocities v_old +- beta (v - v_old), where v is the velocity of the
             trained policy and v_old that of the sampling policy.
         kl_beta: weight of the mean squared difference of the trained policy's and the base model's velocities.
-        old_slope: before rollout k, the moving average is updated with the decay min(old_slope k, old_limit). 0: the
-            sampling policy equals the trained policy.
+        old_slope: before rollout k, the moving average is updated with the decay min(old_slope k, old_limit). 0: every
+            rollout samples from the trained policy.
         old_limit: largest decay of the moving average.
     """
 

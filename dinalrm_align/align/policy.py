@@ -81,9 +81,9 @@ class Policy:
         Args:
             latents: (B, C, H, W), any dtype.
             sigma: a float or (B,), in [0, 1].
-            guidance_scale: scale g of guidance, v_negative + g (v - v_negative); at most 1: no guidance.
+            guidance_scale: scale g in v_negative + g (v - v_negative). At most 1: the result is v, no guidance.
             negative: B conditions of v_negative; required if guidance_scale is above 1.
-            negative_gradient: whether gradients flow through v_negative; Flow-GRPO detaches it.
+            negative_gradient: whether gradients flow through v_negative; if False, it is detached.
         """
         check_latents("latents", latents)
         if latents.shape[1] != (channels := self.transformer.config.in_channels):
@@ -127,7 +127,7 @@ class Policy:
         *,
         negative_gradient: bool = True,
     ) -> Velocity:
-        """Return the velocity as a function of latents and sigma. `negative`: one empty prompt, for guidance."""
+        """Return a function (latents, sigma) -> velocity. `negative`: one empty prompt's conditions, for guidance."""
         if guidance_scale > 1 and negative is not None:
             negative = negative.take([0] * len(conditions), self.device)
         return lambda latents, sigma: self.velocity(
@@ -177,7 +177,7 @@ class Policy:
             raise ValueError(f"weights of another LoRA: {name}: got {got.get(name)}; expected {expected.get(name)}")
 
     def save_lora(self, folder: Path) -> None:
-        """Write folder/pytorch_lora_weights.safetensors for `StableDiffusion3Pipeline.load_lora_weights`."""
+        """Write the LoRA to folder/pytorch_lora_weights.safetensors, which diffusers' `load_lora_weights` reads."""
         try:
             with atomically(folder / LORA_FILE) as temporary:
                 StableDiffusion3Pipeline.save_lora_weights(
@@ -190,7 +190,7 @@ class Policy:
             raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
 
     def load_lora(self, folder: Path) -> None:
-        """Load a LoRA that `save_lora` wrote. Raises ValueError if rank, alpha or shapes differ or values are NaN."""
+        """Load a LoRA from `save_lora`. Raises ValueError if rank, alpha or shapes differ or a value is not finite."""
         path = folder / LORA_FILE
         with reading("LoRA in safetensors", path), safe_open(path, framework="pt") as file:
             saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}

@@ -17,7 +17,7 @@ The variants (`ReflConfig.variant`) differ in the steps that carry the gradient:
     direct_align   SRPO's Direct-Align (arXiv 2509.06942): known noise is added and removed (`direct_align_steps`)
 
 The RNG stream of a sample is keyed by (seed, global sample index), so that updates do not depend on the world size. The
-random step is keyed by (seed, micro-step), so that all ranks take equally many steps.
+random step is keyed by (seed, micro-step), so that all ranks take the same number of steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ def gradient_steps(
 
 
 def draw_trained(stop: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Draw the steps that DRTune trains: `count` evenly spaced step indices in 0 ... stop, with a random offset."""
+    """Draw DRTune's steps with gradient: `count` evenly spaced step indices from 0 to stop, with a random offset."""
     interval = (stop + 1) // count
     first = int(torch.randint(stop + 1 - (count - 1) * interval, (), generator=generator))
     return tuple(first + place * interval for place in range(count))
@@ -84,12 +84,12 @@ def drtune_steps(
 ) -> tuple[Tensor, Tensor]:
     """DRTune (arXiv 2405.00760): take all steps from sigmas[first] to sigmas[stop] and estimate the clean latents.
 
-    The clean latents are x0_hat = x_first + sum_i (sigma_i+1 - sigma_i) v_i - sigma_stop v_stop. The velocity v_i of a
-    step i in `trained` comes from `velocity` and carries a gradient. The velocity of a step that is not in `trained`
+    The estimate is x0_hat = latents + sum_i (sigma_(i+1) - sigma_i) v_i - sigma_stop v_stop. The velocity v_i of a step
+    i in `trained` comes from `velocity` and carries a gradient. The velocity of a step that is not in `trained`
     comes from `free` and is detached. The input of the network is detached at every step, so that the gradient of one
     step passes through no other step.
 
-    Returns x0_hat (B, C, H, W) and, as (B,), the mean of |velocity - reference|^2 over the trained steps.
+    Returns x0_hat (B, C, H, W) and the mean (B,) of |velocity - reference|^2 over the steps in `trained`.
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(first, stop + 1):
@@ -110,10 +110,10 @@ def renoised_steps(
 ) -> tuple[Tensor, Tensor]:
     """Renoise samples, and take one step with gradient to clean latents, as DRaFT-LV does (arXiv 2309.17400).
 
-    Returns the estimated clean latents (B, C, H, W) and, as (B,), the mean |velocity - reference|^2 per sample. To
+    Returns the estimated clean latents (B, C, H, W) and each sample's mean |velocity - reference|^2, (B,). To
     lower the variance of the gradient, pass each sample n times, with n different noises.
 
-    `latents`: finished samples (B, C, H, W). `noise`: noise that brings the samples back to level `sigma`.
+    `latents`: finished samples (B, C, H, W). `noise`: Gaussian noise, added up to noise level `sigma`.
     """
     x = add_noise(latents.detach(), noise, sigma)
     return gradient_steps(velocity, reference, x, [sigma], 0, 1)
@@ -124,11 +124,11 @@ def direct_align_steps(
 ) -> tuple[Tensor, Tensor]:
     """Take one step from known noise, then subtract the remaining noise: Direct-Align (SRPO, arXiv 2509.06942).
 
-    Known noise is added to a finished sample x0 up to the level sigma. One step to sigma_next < sigma gives x'. The
+    Known noise is added to a finished sample x0 up to noise level sigma. One step to sigma_next < sigma gives x'. The
     noise in x' is known, so x0_hat = (x' - sigma_next noise) / (1 - sigma_next) is nearly clean at any sigma. With the
     true velocity, x0_hat equals x0.
 
-    Returns x0_hat (B, C, H, W) and, as (B,), the mean |velocity - reference|^2 per sample.
+    Returns x0_hat (B, C, H, W) and each sample's mean |velocity - reference|^2, (B,).
     `latents`, `noise`: the finished samples x0 and the known noise, (B, C, H, W), without gradient.
     """
     x = add_noise(latents.detach(), noise, sigma)
@@ -154,7 +154,7 @@ def flow_matching_loss(
     """Return the base model's pretraining loss, a scalar: mean |velocity(x_sigma, sigma) - (noise - x0)|^2.
 
     As in SD3 training, sigma is logit-normal(0, 1). `latents`: (B, C, H, W), clean, with the VAE's scaling applied.
-    `generators`: one per sample, on the CPU.
+    `generators`: one CPU generator per sample.
     """
     noise = seeded_noise(tuple(latents.shape[1:]), generators).to(latents.device)
     sigma = torch.cat([sample_sigma("logit_normal", 1, generator=generator) for generator in generators])
@@ -167,8 +167,8 @@ class ReflBatch:
     """A micro-batch: the latents from which the steps with gradient start, and the RNG streams of the samples.
 
     Args:
-        latents: (B, C, H, W). refl: at sigmas[start]. drtune: at sigmas[trained[0]]. draft_lv, direct_align: finished
-            samples.
+        latents: (B, C, H, W), by variant. refl: at noise level sigmas[start]. drtune: at sigmas[trained[0]].
+            draft_lv, direct_align: finished samples.
         start: index of the first step with gradient; drtune: index of the step that estimates the clean latents.
         conditions: conditions of the B samples.
         generators: RNG streams of the B samples, for the draws of the training step.
@@ -191,12 +191,12 @@ class ReflBatch:
 
 @dataclass
 class Refl:
-    """ReFL as a method for `train.loop.fit`: `batch_at` draws a rollout, `step` returns the loss.
+    """ReFL for the training loop `train.loop.fit`: `batch_at` samples a rollout, and `step` returns its loss.
 
     Args:
         sampler: samples training prompts with the policy.
         reward: differentiable reward; must be frozen and on the policy's device.
-        anchor: a second reward, whose scores are added at every n-th update.
+        anchor: a second reward. Every n-th update adds its weighted scores to those of `reward`.
         pretrain_data: latents (N, C, H, W) and N conditions for the pretraining loss; required if
             config.pretrain_weight is above 0.
     """
@@ -215,7 +215,7 @@ class Refl:
             )
 
     def batch_at(self, micro_step: int) -> ReflBatch:
-        """Sample the prompts of a micro-step without gradient; the batch depends on micro-step, seed, weights, rank."""
+        """Sample a micro-step's latents without gradient. Micro-step, seed, rank and weights determine the batch."""
         sampler, config = self.sampler, self.config
         first = sampler.first_sample(config.batch_size, micro_step)
         generators = [seeded_generator(sampler.seed, first + index, SAMPLES) for index in range(config.batch_size)]
@@ -235,9 +235,9 @@ class Refl:
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: `reward`, the mean score; `anchor`, the second reward's mean score, at updates that use it; `kl`, the
-        mean square of velocity - reference velocity; `start_sigma`, the noise level of step batch.start; `pretrain`,
-        the pretraining loss, only if pretrain_weight is above 0.
+        Metrics: `reward`, the mean score; `kl`, the mean squared difference of the policy's and the base model's
+        velocities; `start_sigma`, the noise level of step batch.start. Updates with a second reward add `anchor`, the
+        second reward's mean score. A pretrain_weight above 0 adds `pretrain`, the pretraining loss.
         """
         config, meter = self.config, self.sampler.meter
         with meter.phase("policy"):
@@ -264,7 +264,7 @@ class Refl:
         return loss, metrics
 
     def reference_samples(self, count: int) -> tuple[Tensor, Conditions]:
-        """Sample the first `count` training prompts with the base model, and return the latents and the conditions."""
+        """Return base-model latents (N, C, H, W) of the first `count` training prompts, on the CPU, and conditions."""
         sampler, size = self.sampler, self.config.batch_size
         conditions = sampler.conditions.take(range(min(count, len(sampler.conditions))))
         parts = []
@@ -304,7 +304,7 @@ class Refl:
         return *clean, conditions
 
     def _reward_sigma(self, generators: Sequence[torch.Generator]) -> Tensor | Sequence[float] | None:
-        """Return the noise levels at which the reward scores: one per sample, common levels, or None (the default)."""
+        """Return the reward's noise levels: a tensor with one per sample, a list for all samples, or None (its own)."""
         if self.config.reward_sigma_range is None:
             return self.config.reward_sigma
         low, high = self.config.reward_sigma_range

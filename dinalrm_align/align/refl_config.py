@@ -1,4 +1,4 @@
-"""Settings of ReFL and of `recipes/refl_sd35.py`; the defaults suit the embedded test model. Torch-free."""
+"""Settings of ReFL and of `recipes/refl_sd35.py`. The defaults suit the small test model. The module is torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +17,7 @@ class ReflConfig:
             draft_lv: one late step, from several noised copies of a finished sample. drtune: steps spread over the
             rollout, with detached inputs. direct_align: one step at any noise level; known noise is added to a finished
             sample before the step and removed after it, as in SRPO, but without SRPO's relative reward.
-        batch_size: images per micro-batch and process; an update takes batch_size x loop.accumulate x processes.
+        batch_size: images per micro-batch and process; an update uses batch_size x loop.accumulate x processes images.
         num_steps: denoising steps of the rollout; by default the model's own number.
         guidance_scale: guidance scale of the rollout without gradient; by default the model's own.
         guided_gradient: use guidance in the steps with gradient as well; otherwise only the rollout uses guidance.
@@ -25,15 +25,15 @@ class ReflConfig:
         renoisings: noise draws per sample (draft_lv and direct_align).
         stride: length of the step with gradient, in steps of the rollout (direct_align).
         discount: exponent of the weight sigma ** discount of the reward's loss (direct_align), where sigma is the noise
-            level of the step with gradient; 0: no weighting. Rewards are hacked more easily at low noise levels.
+            level of the step with gradient; 0: no weighting. The weight is low at low sigma, where hacking is easier.
         earliest: start of the range from which each micro-batch draws its first step with gradient, as a fraction of
             num_steps. The end of the range leaves room for grad_steps steps. 1: always the end, as in DRaFT.
-            direct_align needs smaller values. drtune: the step where the rollout stops is drawn from the range.
-        loss: linear: mean(target - score). relu: mean(relu(target - score)); above the target there is no gradient.
-        target: target score of the loss. It only shifts a linear loss.
+            For direct_align, choose a smaller value. drtune: the rollout's last step is drawn from the range.
+        loss: linear: mean(target - score). relu: mean(relu(target - score)); scores above the target get no gradient.
+        target: target score of the loss. With the linear loss, it does not change the gradient.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps
-            with gradient; 0: the difference is only measured.
-        pretrain_weight: weight of a flow-matching loss on images, which replaces ReFL's pretraining loss; 0: none.
+            with gradient; 0: the difference is only a metric.
+        pretrain_weight: weight of a flow-matching loss on images, in place of ReFL's pretraining loss; 0: none.
         pretrain_pictures: folder of images for the flow-matching loss, NAME.png (or .jpg, .webp) with the caption in
             NAME.txt. By default the base model generates the images.
         pretrain_samples: number of images that the base model generates if pretrain_pictures is not given.
@@ -75,11 +75,11 @@ class ReflConfig:
 
 @dataclass
 class ReflRun(AlignRun):
-    """Settings of `recipes/refl_sd35.py`.
+    """Settings of `recipes/refl_sd35.py`, the script that aligns a model with ReFL.
 
     Args:
         refl: settings of ReFL and its variants.
-        anchor: settings of a second reward, which is maximised as well at every n-th update.
+        anchor: settings of a second reward. Every n-th update maximises both rewards.
     """
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))

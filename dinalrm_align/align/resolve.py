@@ -42,7 +42,7 @@ def resolve(
     Args:
         kind: dataclass of the settings.
         description: text at the top of --help.
-        recipe: path of the recipe's script. For an SD3.5 model, the .yaml file beside it gives the defaults.
+        recipe: path of the recipe's script. For an SD3.5 model, the .yaml file beside the script gives the defaults.
         gradient: whether the method needs a differentiable reward.
     """
     run, checkpoint = parse_run(kind, description, argv)

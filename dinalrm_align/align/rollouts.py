@@ -1,8 +1,8 @@
 """Sampling of training prompts with the policy, and reuse of a rollout for several updates.
 
 RNG streams are keyed by (seed, global sample index), so results do not depend on the world size. A rollout is drawn at
-its first micro-step, and reused for epochs x minibatches updates. Each update has `accumulate` micro-steps, a number
-that affects memory, not the gradient.
+its first micro-step, and reused for epochs x minibatches updates. Each update has `accumulate` micro-steps.
+The number of micro-steps affects memory, not the gradient.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class Sampler:
     Args:
         conditions: text conditions of all prompts, on any device.
         negative: text conditions of one empty prompt, for classifier-free guidance.
-        sigmas: noise levels of the samples' ODE steps, from 1 to 0.
-        latent_shape: (C, H, W).
-        guidance_scale: scale of classifier-free guidance; at most 1: no guidance.
+        sigmas: noise levels of the ODE steps, decreasing from 1 to 0.
+        latent_shape: shape (C, H, W) of a sample's latents.
+        guidance_scale: scale of classifier-free guidance; a scale of at most 1 turns guidance off.
         accumulate: micro-steps per update.
         gather: a function from a tensor (N, ...) of this rank to the concatenation of all ranks' tensors.
     """
@@ -85,14 +85,14 @@ class Sampler:
     def velocity_for(
         self, conditions: Conditions, guidance_scale: float | None = None, *, negative_gradient: bool = True
     ) -> Velocity:
-        """Return the policy's velocity as a function of latents and sigma; guidance_scale None: the sampler's scale."""
+        """Return the policy's velocity as a function of latents and sigma. guidance_scale=None: the sampler's own."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return self.policy.velocity_for(conditions, scale, self.negative, negative_gradient=negative_gradient)
 
     def transitions(
         self, velocity: Velocity, latents: Tensor, steps: Tensor, kind: str, noise_level: float
     ) -> tuple[Transition, Transition, Tensor]:
-        """Return the stochastic step of the policy and that of the reference, and the difference of their velocities.
+        """Return the policy's stochastic step, the reference's stochastic step, and the difference of the velocities.
 
         The difference is policy velocity - reference velocity, (n, C, H, W). Both steps start from `latents`.
         `steps`: (n,) int64, step indices of the noise schedule. `kind`: "flow_sde" or "flow_cps".
@@ -117,7 +117,7 @@ class Sampler:
 class Position:
     """Position of a micro-step in training, as four numbers counted from 0.
 
-    They are the rollout, the epoch (pass over the rollout), the update in the epoch, and the micro-step in the update.
+    The numbers are the rollout, the epoch (pass over a rollout), the update in the epoch, the micro-step in the update.
     """
 
     rollout: int
@@ -131,7 +131,7 @@ class Position:
 
     @property
     def in_first_update(self) -> bool:
-        """Whether this is the first update on the rollout: the current weights are those that drew it."""
+        """Whether this is the first update on the rollout, so that the current weights also drew the rollout."""
         return self.epoch == self.minibatch == 0
 
 
@@ -170,8 +170,8 @@ class Reuse:
         pairs differs by at most one between the micro-steps of an update, and may be 0.
 
         Args:
-            rows: (N,) int64, indices of the samples of this rank that can be trained on.
-            groups: (N,) int64, number of the group of each of these samples, unique over all ranks.
+            rows: (N,) int64, indices of those of this rank's samples that can be trained on.
+            groups: (N,) int64, group number of each sample in `rows`. Group numbers are unique over all ranks.
             columns: number of denoising steps or noise levels per sample.
         """
         chosen = [rows[:0]]
@@ -194,13 +194,13 @@ R = TypeVar("R")
 
 
 class RolloutBuffer(Generic[R]):
-    """Holds the current rollout of a method, draws the next rollout when it is due, and saves it in checkpoints.
+    """Holds the current rollout of a method, draws the next one at its first micro-step, and saves it in checkpoints.
 
     Args:
         kind: dataclass of a rollout. It must have the field `number: int`; each field must be an int or a CPU tensor.
         draw: a function from the number of a rollout to the rollout. It must be deterministic, given seed and weights.
-        shapes: a function from the tensors of a saved rollout to the shapes that they must have, both by name; the
-            shape of an int is ().
+        shapes: a function from {field name: tensor} of a saved rollout to {field name: required shape}. An int
+            field has the shape ().
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class RolloutBuffer(Generic[R]):
         """Return the position of a micro-step and the rollout that it trains on.
 
         At the first micro-step of a rollout, the rollout is drawn. Raises RuntimeError if the micro-step is in the
-        middle of a rollout that is not in the buffer; a resumed run must load the checkpoint's state first.
+        middle of a rollout that is not in the buffer. A resumed run must load the checkpoint's state first.
         """
         position = self.reuse.position(micro_step)
         if position.starts_rollout:
@@ -238,11 +238,11 @@ class RolloutBuffer(Generic[R]):
         return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
 
     def is_common(self) -> bool:
-        """Return whether `state_tensors` is equal on all ranks, which requires that no rollout is unfinished."""
+        """Return whether no rollout is unfinished. `state_tensors` is then the same on all ranks: empty."""
         return self.current is None
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the result of `state_tensors`. Raises ValueError that names the first field that does not fit."""
+        """Restore the rollout from the result of `state_tensors`. Raises ValueError if fields or shapes do not fit."""
         if not tensors:
             self.current = None
             return

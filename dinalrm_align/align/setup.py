@@ -67,10 +67,10 @@ class Setup:
     """The parts of a run, built by `prepare`.
 
     Args:
-        pipeline: the frozen base model without text encoders; `policy` is a LoRA on its transformer.
+        pipeline: the frozen base model without text encoders. `policy` is a LoRA on the transformer.
         gold: reward that scores held-out images and is never trained on.
-        identity: digests of model, reward and data, by name. A checkpoint can be resumed only if its digests are equal.
-        sharded: whether the base weights are sharded. If so, all ranks must call the policy equally often.
+        identity: digests of model, reward and data, by name. Resuming needs a checkpoint with the same digests.
+        sharded: whether the base weights are sharded over the ranks. All ranks must then call the policy equally often.
     """
 
     resolved: Resolved[Any]
@@ -106,7 +106,7 @@ class Setup:
         guidance_scale: float | None = None,
         conditions: Conditions | None = None,
     ) -> Sampler:
-        """Return a `Sampler` of the policy. By default it uses training prompts and the model's sigmas and guidance."""
+        """Return a `Sampler` of the policy. Defaults: the training prompts, the model's sigmas and guidance scale."""
         spec, accelerator = self.resolved.spec, self.accelerator
         return Sampler(
             policy=self.policy,
@@ -132,10 +132,10 @@ class Setup:
         data: Mapping[str, str] | None = None,
         state: Stateful | None = None,
     ) -> None:
-        """Train the policy with `method`, evaluate it before, during and after, and write everything to the run folder.
+        """Train the policy with `method`, evaluate it before, during and after training, and write the run folder.
 
         Args:
-            samples: prompts or pairs per update and rank; for methods that reuse rollouts, per rollout and rank.
+            samples: prompts or pairs per rank and update. Methods that reuse rollouts count per rank and rollout.
             shown: names of the metrics in the progress bar.
             data: digests of training data that the method reads, by name. A resumed run must have the same digests.
             state: object whose `state_tensors` are saved in checkpoints, usually the method; None: nothing to save.
@@ -188,8 +188,8 @@ def prepare(
     Args:
         extra_prompts: prompts to encode in addition to training and evaluation prompts.
         anchor: settings of a second reward (the anchor), for methods that support one.
-        in_advantages: whether to add the second reward's advantages (GRPO). Otherwise its scores are added, scaled to
-            the standard deviation of the first reward's scores, on samples of the base model.
+        in_advantages: whether to add the second reward's advantages (GRPO). Otherwise the second reward's scores are
+            added, scaled so that both rewards' scores have the same standard deviation on base-model samples.
     """
     run, spec = resolved.run, resolved.spec
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
@@ -290,7 +290,7 @@ def apply_memory_options(
 
 @torch.no_grad()
 def anchor_scale(setup: Setup, anchor: Reward) -> float:
-    """Return the standard deviation of the reward's scores divided by that of the anchor's, on base-model samples."""
+    """Return std(reward's scores) / std(anchor's scores) on base-model samples, to scale the anchor to the reward."""
     sampler, seed, scores = setup.sampler(), setup.resolved.run.seed, []
     for start_index in range(0, ANCHOR_SAMPLES, ANCHOR_BATCH):
         numbers = range(start_index, start_index + ANCHOR_BATCH)
@@ -350,7 +350,7 @@ def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
 def summarise(
     resolved: Resolved[Any], scores: Mapping[str, Mapping[str, float]], *, updates: int, samples: int
 ) -> None:
-    """Write summary.json to the run folder, and print the gains. `scores`: the result of `HeldOut.summarise`."""
+    """Write summary.json to the run folder, and print each score's gain. `scores`: result of `HeldOut.summarise`."""
     run, folder = resolved.run, Path(resolved.run.output_dir)
     what = {"recipe": resolved.recipe, "model": resolved.spec.name, "reward": run.reward, "seed": run.seed}
     alarms = [int(row["step"]) for row in read_metrics(folder / METRICS) if row.get("hacking")]
@@ -369,6 +369,6 @@ def image_size(resolved: Resolved[Any]) -> tuple[int, int]:
 
 
 def reward_options(reward: str, run: AlignRun) -> dict[str, dict[str, Any]]:
-    """Return the loading options of the rewards in the expression `reward`, as a dict: name of a reward -> options."""
+    """Return {reward name: loading options} for the rewards in the expression `reward`. Only HPSv3 has options."""
     names = {term.name for term in parse_reward(reward)}
     return {"hpsv3": run.hpsv3.options()} if "hpsv3" in names else {}

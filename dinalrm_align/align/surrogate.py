@@ -9,7 +9,7 @@ from dinalrm_align.flow.sde import Transition
 def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
     """Return the advantages (score - mean of the group) / (std + floor) of scores (groups, group_size), float64.
 
-    `std`: "group" for the population standard deviation within each group, "global" for that of all scores.
+    `std`: the population standard deviation of each group ("group") or of all scores ("global").
     """
     if std not in ("group", "global"):
         raise ValueError(f"unknown advantage_std {std!r}; known: group, global")
@@ -36,7 +36,7 @@ def guarded_ratio(step: Transition, old_mean: Tensor, log_prob: Tensor, old_log_
 
 
 def step_kl(form: str, step: Transition, reference: Transition, difference: Tensor) -> Tensor:
-    """Return the KL of the policy's step to the reference's step from the same latents, (n,), differentiable in `step`.
+    """Return the differentiable KL (n,) of the policy's step to the reference's step; both start from the same latents.
 
     Args:
         form: formula of the KL. "scale": mean|step.mean - reference.mean|^2 / (2 step.scale^2). "std": the same squared

@@ -2,12 +2,12 @@
 
 Every held-out evaluation samples the same captions from the same noise. The samples are scored by the training reward
 (proxy) and by a gold reward that is not trained on. `Watch`, a hook for `train.loop.fit`, compares evaluations by
-t-tests (`detect_hacking`), prints a warning, and keeps the LoRA with the best gold score. `level_probe` and
+t-tests (`detect_hacking`), warns of hacking, and keeps the LoRA with the best gold score. `level_probe` and
 `drift_probe` measure early signs of hacking. Metrics:
 
     hacking        1 if hacking was detected, else 0
-    divergence     mean gain over the base model of proxy minus that of gold, each divided by the standard
-                   deviation of the base model's scores
+    divergence     proxy's mean gain over the base model minus gold's mean gain; each gain is divided by the
+                   standard deviation of the base model's scores
     level_spread   disagreement of a latent reward's scores across noise levels: the scores at each level are
                    standardised by the base model's scores; the metric is the standard deviation over the levels,
                    averaged over the samples
@@ -75,16 +75,16 @@ def p_value_of_rise(values: np.ndarray) -> float:
 def detect_hacking(
     history: Mapping[int, Scores], captions: Sequence[str], level: float, evaluations: int
 ) -> Comparison:
-    """Test whether the reward rose and the gold score fell, from the evaluation with the best gold score to the last.
+    """Test whether the reward rose and the gold score fell since the evaluation with the best gold score.
 
-    Hacking is detected if, paired over captions, the rise of the training reward (proxy) has p <= level and the fall of
-    gold has p <= level / m. Here m = n (n + 1) / 2 is the number of pairs of n + 1 evaluations. This Bonferroni
-    correction bounds the probability of a false alarm in the whole run.
+    In t-tests paired by caption, hacking is detected if the rise of the training reward (proxy) has p <= level and the
+    fall of gold has p <= level / m. Here m = n (n + 1) / 2 is the number of pairs of n + 1 evaluations. The division
+    by m, a Bonferroni correction, bounds the probability of a false alarm in the whole run.
 
     Args:
         history: update -> name ("proxy", "gold", ...) -> scores per sample.
         captions: caption of each sample; at least two captions must differ.
-        evaluations: n, the number of evaluations in the whole run, not counting that of the base model.
+        evaluations: n, the number of evaluations in the whole run, without the evaluation of the base model.
     """
     step, best = max(history), best_step(history)
     proxy, gold = (by_caption(np.subtract(history[step][n], history[best][n]), captions) for n in ("proxy", "gold"))
@@ -101,7 +101,7 @@ def best_step(history: Mapping[int, Scores]) -> int:
 
 
 def divergence(before: Scores, after: Scores) -> float:
-    """Return the mean gain of proxy minus that of gold, each divided by the standard deviation in `before`."""
+    """Return proxy's mean gain minus gold's, each divided by the standard deviation of its own scores in `before`."""
 
     def gain(name: str) -> float:
         return float(np.mean(after[name]) - np.mean(before[name])) / _spread(before[name])
@@ -119,7 +119,7 @@ def level_spread(before: Scores, after: Scores) -> float | None:
 
 
 def level_probe(reward: Reward, sigmas: Sequence[float]) -> Probe:
-    """Return a function that scores held-out latents at each noise level in `sigmas` (a probe for `HeldOut`)."""
+    """Return a probe for the evaluation `HeldOut`: a function that scores latents at each noise level in `sigmas`."""
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
         return {f"{LEVEL}{sigma}": reward(latents, conditions, sigma=sigma, noise=noise) for sigma in sigmas}
@@ -132,7 +132,7 @@ def drift_probe(
     reference: Callable[[], AbstractContextManager[None]],
     sigmas: Sequence[float],
 ) -> Probe:
-    """Return a `HeldOut` probe: mean squared difference of policy and reference velocities, averaged over `sigmas`."""
+    """Return a probe for `HeldOut`: mean squared difference (B,) of policy and reference velocities over `sigmas`."""
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
         velocity = velocity_for(conditions, 1.0)
@@ -151,13 +151,13 @@ def drift_probe(
 class Watch:
     """Detects reward hacking after each evaluation, prints a warning, and keeps the LoRA with the best gold score.
 
-    An instance is a hook for `train.loop.fit`. It must be called on every rank after the hook `HeldOut`, at the same
-    updates. Only the main rank writes files.
+    An instance is a hook for `train.loop.fit`. Call it on every rank, at the updates of the evaluation hook `HeldOut`
+    and after that hook. Only the main rank writes files.
 
     Args:
         history: a function from an update to the scores of all evaluations up to that update (`HeldOut.history`).
         captions: caption of each evaluation sample; at least two captions must differ.
-        evaluations: number of evaluations in the whole run, not counting that of the base model.
+        evaluations: number of evaluations in the whole run, without the evaluation of the base model.
     """
 
     history: Callable[[int], Mapping[int, Scores]]
@@ -192,7 +192,7 @@ class Watch:
         return "the reward was being hacked (watch.stop_on_hacking)" if alarm else None
 
     def _keep_best(self, history: Mapping[int, Scores], step: int) -> None:
-        """Write lora_best/ if the gold score at `step` is the best so far; delete a lora_best/ of a later update."""
+        """Write lora_best/ if `step` has the best gold score so far. Otherwise delete a lora_best/ of a later step."""
         folder = self.output_dir / BEST
         saved_step = read_json(folder / NOTE)["step"] if (folder / NOTE).is_file() else -1
         if best_step(history) == step:

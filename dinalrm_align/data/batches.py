@@ -107,7 +107,7 @@ class ShuffledBatches:
 
 
 class BatchesInOrder(Sequence[PairBatch]):
-    """Sequence of batches in stored order, one image size after the other. A batch is read when it is indexed."""
+    """Sequence of batches, one image size after the other, each size in stored order. Indexing reads the batch."""
 
     def __init__(self, read: Callable[[np.ndarray], PairBatch], buckets: Sequence[np.ndarray], size: int) -> None:
         self._read = read
@@ -121,7 +121,7 @@ class BatchesInOrder(Sequence[PairBatch]):
 
 
 def held_out(prompts: Sequence[str], number: int) -> set[str]:
-    """Return the `number` distinct prompts with the smallest SHA-256 hashes, whatever the order of `prompts`."""
+    """Return the set of the `number` prompts with the smallest SHA-256 hashes, to hold out for validation."""
     distinct = sorted(set(prompts), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     if number >= len(distinct):
         raise ValueError(f"held_out_prompts: got {number}; expected fewer than the {len(distinct)} distinct prompts")
@@ -178,7 +178,7 @@ class PairSource(ABC):
 
     @functools.cached_property
     def _batches(self) -> ShuffledBatches:
-        """Training batches, created on first use. A data set used only for evaluation may be smaller than a batch."""
+        """Training batches, created on first use, because an evaluation-only data set may be smaller than one batch."""
         return ShuffledBatches(self._trained, self._batch_size, self._seed, blocks=self._blocks)
 
     def __len__(self) -> int:
@@ -190,19 +190,19 @@ class PairSource(ABC):
         return self._read(self._batches.at(step * world + rank))
 
     def validation(self) -> Sequence[PairBatch]:
-        """Return the batches of the held-out prompts in stored order. A batch is read when it is indexed."""
+        """Return the batches of the held-out prompts in stored order. Indexing reads the batch."""
         return BatchesInOrder(self._read, self._held_out, self._batch_size)
 
     def in_order(self) -> Sequence[PairBatch]:
-        """Return the batches of all pairs in stored order. A batch is read when it is indexed."""
+        """Return the batches of all pairs, held-out prompts included, in stored order. Indexing reads the batch."""
         return BatchesInOrder(self._read, self._buckets, self._batch_size)
 
 
 class Prefetched:
     """Callable that returns the batch of a micro-step, and prefetches the next `ahead` batches in background threads.
 
-    Must be used as a context manager, which stops the threads on exit. Batches may be requested in any order. If `read`
-    fails for a micro-step, requesting the batch of this micro-step raises the error. ahead=0 uses no threads.
+    Must be used as a context manager, which stops the threads on exit. Batches may be requested in any order. An
+    error in a thread is raised when the batch of the same micro-step is requested. ahead=0 uses no threads.
     """
 
     def __init__(self, read: Callable[[int], PairBatch], *, ahead: int) -> None:

@@ -8,12 +8,12 @@ from dinalrm_align.train.settings import ClosedUnitInterval, IntAboveOne, NonNeg
 
 @dataclass
 class FilterConfig:
-    """Conditions that a pair must meet to be kept. Pairs that are left out are counted by reason.
+    """Conditions that a pair must meet to be kept. The pairs left out are counted by reason.
 
     Args:
-        min_pixels: smallest area of an image, in pixels; the default is 256 x 256, as in the published data.
+        min_pixels: smallest allowed area of an image, in pixels; the default is 256 x 256, as in the published data.
         aspect_tolerance: largest change of an image's log aspect ratio that resizing may cause.
-        min_vote_share: keep a pair with votes only if `chosen` has more than this share of them; released data: 0.6.
+        min_vote_share: keep a pair with votes only if `chosen` has more than this share of votes; released data: 0.6.
         unanimous: leave out pairs in which a rater voted for the rejected image.
         min_confidence: smallest allowed `confidence`, a field of HPDv3. Pairs without this field are kept.
         max_pairs_per_prompt: keep at most this many pairs per prompt, drawn at random (released data: 8); default: all.
@@ -47,14 +47,14 @@ class PrepareRun:
         source: preference data, required. Layouts hpdv3, hpdv2 and rankings are JSON files. pickapic is a parquet file
             or a folder of them. jsonl is a file with one {prompt, chosen, rejected} per line: chosen and rejected are
             image paths; label, votes and scores are optional. released is a folder of part_rank*.parquet with latents.
-            The latents keep their size; `buckets` and `images` are not used.
+            These latents keep their size, so `buckets` and `images` are ignored.
         layout: layout of `source`; auto detects it.
-        images: folder that image paths are relative to; default: `source` if it is a folder, else its parent folder.
+        images: folder that image paths are relative to; default: `source`, or its parent folder if `source` is a file.
         output_dir: folder for the encoded pairs. To resume a stopped run, run again with the same settings.
         model: pipeline whose VAE and text encoders are used: shapes, sd35, or the folder or hub id of a
             StableDiffusion3Pipeline.
-        text_length: T5 tokens per prompt; must equal the text_length of the reward to train; default: that of `model`.
-        buckets: sizes that images are resized to. published means the sizes of the released data. area:1024 means
+        text_length: T5 tokens per prompt; must equal the reward's text_length; default: the text_length of `model`.
+        buckets: sizes that images are resized to. published means the 13 sizes of DiNa-LRM's data. area:1024 means
             sizes with an area of at most 1024^2 and sides that are multiples of 64 (`plan.by_area`). A list
             such as 1024x1024,832x1248 names the sizes as height x width.
         group: with pair, store every pair separately, as in the paper; with prompt, store all images of a prompt and
@@ -69,7 +69,7 @@ class PrepareRun:
         prompts_per_shard: prompts per file of text embeddings.
         batch_size: images per forward pass of the VAE.
         workers: processes per rank that decode and resize images; 0 decodes and resizes in the rank's own process.
-        verify: on resuming, check the hash of each existing file and not only its size.
+        verify: on resuming, compare the hash of each existing file, in addition to its size.
         seed: seed of the random choice of pairs for filter.max_pairs_per_prompt.
         device: auto uses a CUDA GPU if there is one.
         dtype: dtype of the text encoders; auto uses the model's dtype on a GPU, float32 on a CPU. The VAE uses float32.

@@ -1,6 +1,6 @@
 """Encoded preference pairs on disk: safetensors shards of scaled latents and text embeddings.
 
-A group is a set of images of one prompt, with the pairs of them that raters compared. A pair on its own is a group of
+A group is a set of images of one prompt, with the pairs of them that raters compared. A separate pair is a group of
 two images. The directory holds:
 
     index.json             format, manifest, concept names; for each shard: rows, latent size, hash. Written last.
@@ -114,7 +114,7 @@ class LatentPairs(PairSource):
 
 
 class LatentPairsWriter:
-    """Context manager that writes a new directory for `LatentPairs`. An exit without an error completes the data set.
+    """Context manager that writes a new directory for `LatentPairs`, and completes it on exit unless an error occurred.
 
     manifest: how latents and embeddings were encoded. shard_size: images per latent shard, prompts per text shard.
     """

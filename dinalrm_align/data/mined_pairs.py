@@ -28,11 +28,11 @@ TENSORS = (*LATENTS, *_TEXT, *(f"negative_{name}" for name in _TEXT))
 
 @dataclasses.dataclass(frozen=True)
 class MinedPair:
-    """Pair out of the n images that were generated for one prompt. Tensors may have any device and floating dtype.
+    """Chosen and rejected image out of n, generated for one prompt. Tensors may have any device and floating dtype.
 
     index: index of the prompt. latents: (n, C, H, W), without noise, scaled. scores: rewards of the n images.
     chosen, rejected: indices in `latents` of the pair's images. prompt_embeds: (L, D). pooled_prompt_embeds: (P,).
-    negative: (prompt_embeds, pooled_prompt_embeds) of the empty prompt; None: not stored.
+    negative: (prompt_embeds, pooled_prompt_embeds) of the empty prompt; None to store none.
     """
 
     prompt: str
@@ -47,7 +47,7 @@ class MinedPair:
 
 
 def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
-    """Write pairs to a parquet file, atomically. Equal pairs give equal bytes.
+    """Write pairs to a parquet file, atomically. Equal pairs give byte-identical files.
 
     dtype: stored dtype, float32, float16 or bfloat16. Raises ValueError for values that are NaN or infinite in `dtype`.
     """
@@ -61,7 +61,7 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
 
 
 def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining: Mapping[str, Any]) -> None:
-    """Write manifest.json. Raises ValueError if the file holds other settings. mining: mining settings, for JSON."""
+    """Write manifest.json. Raises ValueError if it exists with different settings. mining: settings as JSON values."""
     settings = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
     begin_or_resume(folder, MANIFEST, settings)
 

@@ -1,4 +1,4 @@
-"""Batches of preference pairs for a reward: M images, and N pairs of them that raters compared.
+"""Batches of preference pairs for a reward: M images, and the N pairs of these images that raters compared.
 
 A batch can hold separate pairs (M = 2 N, each image in one pair) and ranked lists (n images of one prompt, which form
 n (n - 1) / 2 pairs). Scaled latents are `(z - shift_factor) * scaling_factor`, where z are the latents of the VAE.
@@ -35,7 +35,7 @@ class PairBatch:
         rejected: (N,) int64, index in `latents` of each pair's rejected image.
         label: (N,) float32 in [0, 1], probability that a rater prefers the chosen image.
         group: (M,) int64 in [0, G), index of each image's group.
-        concepts: for evaluation, property in which each pair's images differ; None if unknown for any pair.
+        concepts: N names of the property in which a pair's images differ; None if any pair's name is unknown.
 
     Raises TypeError for a wrong dtype, and ValueError for inconsistent shapes or for indices or values out of range.
     """
@@ -59,7 +59,7 @@ class PairBatch:
         label: Sequence[float] | None = None,
         concepts: tuple[str, ...] | None = None,
     ) -> Self:
-        """Build a batch in which each image is in one pair. chosen, rejected: (N, C, H, W). label: default 1."""
+        """Build a batch of N separate pairs of images. chosen, rejected: latents (N, C, H, W). label: default 1."""
         pairs, device = len(chosen), chosen.device
         rows = torch.arange(pairs, device=device)
         return cls(
@@ -147,7 +147,7 @@ class PairBatch:
 class WeightSample:
     """A few weights of a network, which identify the network. source: folder or hub id of its pipeline.
 
-    tensors: number of the network's tensors with two or more dimensions. values: first value of some of these tensors.
+    tensors: number of tensors with two or more dimensions. values: first value of each of up to 16 of these tensors.
     """
 
     source: str
@@ -158,7 +158,7 @@ class WeightSample:
         check_fields(self, "encoded_with")
 
     def same_weights(self, other: "WeightSample") -> bool:
-        """Return whether both samples come from the same weights, up to rounding to bfloat16."""
+        """Return whether `self` and `other` sample the same weights, up to rounding to bfloat16."""
         close = (math.isclose(a, b, rel_tol=2.0**-7, abs_tol=1e-6) for a, b in zip(self.values, other.values))
         return (self.tensors, len(self.values)) == (other.tensors, len(other.values)) and all(close)
 
@@ -177,7 +177,7 @@ class PairManifest:
 
     Args:
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
-        encoded_with: sample of each encoder's weights, by subfolder of the pipeline, such as "vae"; may be empty.
+        encoded_with: `WeightSample` of each encoder, keyed by pipeline subfolder, such as "vae"; may be empty.
     """
 
     vae_scaling_factor: float
@@ -198,7 +198,7 @@ class PairManifest:
         return cls(**{**values, "encoded_with": samples})
 
     def check_encoders(self, sample_of: Callable[[str], WeightSample | None]) -> list[str]:
-        """Raise ValueError if the pairs were encoded with another VAE or text encoder than the model's.
+        """Raise ValueError if the VAE or a text encoder that encoded the pairs has other weights than the model's.
 
         sample_of: function that takes a subfolder of the model's pipeline, such as "vae", and returns a sample of its
         weights, or None if they are unavailable. `check_encoders` returns the subfolders with unavailable weights.

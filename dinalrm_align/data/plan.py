@@ -1,4 +1,4 @@
-"""Plan which pairs to encode, at which image size and into which file. The plan depends on data and settings only.
+"""Plan which pairs to encode, at which image size and into which file. The plan depends only on the data and settings.
 
 A bucket is a target image size. An image fits a bucket if their log aspect ratios differ by at most a tolerance. Each
 image is resized, without cropping, to the fitting bucket with the nearest log area. The published training data of
@@ -52,9 +52,9 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """Return sizes with an area of at most side^2: the square, and for each short side the longest rectangle.
+    """Return sizes with an area of at most side^2: the square, and the longest rectangle for each shorter side.
 
-    Rectangles come in both orientations. Sides are multiples of 64, and the longer side is at most twice the shorter.
+    Rectangles come in both orientations. Sides are multiples of 64. The longer side is at most twice the shorter.
     """
     if side < STEP or side % STEP:
         raise ValueError(f"buckets: got area:{side}; expected a positive multiple of {STEP}")
@@ -72,7 +72,7 @@ def nearest_bucket(size: Size, buckets: Sequence[Size], tolerance: float) -> Siz
 
 
 def bucket_of_pair(one: Size, other: Size, buckets: Sequence[Size], tolerance: float) -> Size | None:
-    """Return the size that both images of a pair are resized to, out of `buckets`; None if no size suits both images.
+    """Return the size in `buckets` that both images of a pair are resized to; None if no size suits both images.
 
     Images with different buckets can still form a pair if their aspect ratios differ by less than 5% (SAME_ASPECT).
     Both images are then resized to the bucket of the smaller image.
@@ -93,7 +93,7 @@ def _log_area(size: Size) -> float:
 
 
 class Dropped:
-    """Counter of the pairs that were left out, by reason, with up to five messages per reason."""
+    """Number of pairs left out for each reason, with up to five error messages per reason."""
 
     def __init__(self, on_bad: str) -> None:
         self.on_bad = on_bad
@@ -113,7 +113,7 @@ class Dropped:
         return "\n".join(lines) or "no pair was left out"
 
     def bad(self, reason: str, message: str, pairs: int = 1) -> None:
-        """Raise ValueError if on_bad is "refuse". Otherwise count `pairs` unusable pairs under `reason`."""
+        """Raise ValueError if on_bad is "refuse". Otherwise count `pairs` more pairs as left out for `reason`."""
         if self.on_bad == "refuse":
             raise ValueError(f"{message}. To leave out such pairs and have them counted: --on_bad skip")
         self.drop(reason, message, pairs)
@@ -134,14 +134,14 @@ class Group:
 
     @classmethod
     def of(cls, prompt: str, size: Size, pairs: Sequence[tuple[int, int, float]]) -> "Group":
-        """Build a group from (chosen, rejected, label) of each pair, with indices in the data set's list of images."""
+        """Build a group from one (chosen, rejected, label) per pair. Both indices refer to the data set's images."""
         images = tuple(dict.fromkeys(image for pair in pairs for image in pair[:2]))
         rows = {image: row for row, image in enumerate(images)}
         labelled = ((rows[chosen], rows[rejected], label) for chosen, rejected, label in pairs)
         return cls(prompt, size, images, tuple(labelled))
 
     def without(self, bad: Mapping[int, object]) -> "Group | None":
-        """Drop pairs that have a `bad` image, then unpaired images. Return the new group; None if no pair is left."""
+        """Remove pairs with an image in `bad`, then unpaired images. Return a new group; None if no pair is left."""
         gone = {row for row, image in enumerate(self.images) if image in bad}
         pairs = [pair for pair in self.pairs if gone.isdisjoint(pair[:2])]
         kept = sorted({row for pair in pairs for row in pair[:2]})
@@ -183,7 +183,7 @@ def plan_groups(
 ) -> list[Group]:
     """Return the groups of images to encode, each with the size that its images are resized to.
 
-    Stored latents keep their size. sizes: for each image, (index in the data set's list of images, size). The size is
+    Stored latents are not resized. sizes: for each image, (index in the data set's list of images, size). The size is
     (height, width) in pixels, or an error message if the image cannot be read.
     """
     buckets, kept = parse_buckets(run.buckets), []
@@ -224,7 +224,7 @@ def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Drop
 
 
 def plan_shards(groups: Iterable[Group], shard_size: int) -> list[list[Group]]:
-    """Return the groups of each file: up to `shard_size` images of one size, or a single group with more images."""
+    """Return the groups of each file. A file holds up to `shard_size` images of one size, or one larger group."""
     by_size: dict[Size, list[Group]] = {}
     for group in groups:
         by_size.setdefault(group.size, []).append(group)

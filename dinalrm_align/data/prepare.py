@@ -50,8 +50,8 @@ class Preparation:
     """One rank's share of encoding the pairs of `run.source` into `folder`.
 
     All ranks must call `measure`, `plan`, `encode_text` and `encode_latents`, with a barrier after each call. One rank
-    must then call `finish`. manifest: encoding settings. in_order: function from `workers.worker_processes`.
-    Raises ValueError or OSError for an unreadable source, or a folder that holds other files or other settings.
+    must then call `finish`. manifest: encoding settings. in_order: function that `workers.worker_processes` yields.
+    Raises ValueError or OSError for an unreadable source, or a `folder` with foreign files or different settings.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Preparation:
         }
 
     def measure(self) -> None:
-        """Read the sizes of this rank's images from headers, and write the sizes. No-op for the released layout."""
+        """Write the sizes of this rank's images, read from file headers, to parts/. No-op for the released layout."""
         if self.layout == "released":
             return
         starts = range(self.rank * SIZES, len(self.refs), self.world * SIZES)
@@ -156,7 +156,7 @@ class Preparation:
     def _encode_batch(
         self, pixels: dict[int, np.ndarray | str], encode: EncodeImages, bad: dict[int, str]
     ) -> dict[int, Tensor]:
-        """Return latents by image index. Add a message to `bad` for unreadable images and non-finite latents."""
+        """Return {image index: latents}. For each unreadable image or non-finite latents, add a message to `bad`."""
         bad |= {image: found for image, found in pixels.items() if isinstance(found, str)}
         pixels = {image: found for image, found in pixels.items() if not isinstance(found, str)}
         if not pixels:
@@ -232,13 +232,13 @@ class Preparation:
         return json.loads(self._part_file("sizes", start // SIZES).read_text(encoding="utf-8"))
 
     def _is_measured(self, start: int) -> bool:
-        """Return whether the file of image sizes exists. If on_bad is "refuse", it must hold a size for every image."""
+        """Return whether the file of image sizes exists and, if on_bad is "refuse", lists a size for every image."""
         if not self._part_file("sizes", start // SIZES).is_file():
             return False
         return self.run.on_bad == "skip" or not any(isinstance(size, str) for size in self._sizes(start))
 
     def _missing(self, kind: str, count: int) -> list[int]:
-        """Return the numbers of the shards that this rank still has to write. Rank r has shards r, r + world, ..."""
+        """Return the numbers of the shards that this rank still has to write. Rank r writes shards r, r + world, ..."""
         return [number for number in range(self.rank, count, self.world) if not self._is_done(kind, number)]
 
     def _is_done(self, kind: str, number: int) -> bool:

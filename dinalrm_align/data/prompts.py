@@ -31,7 +31,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_captioned_images(folder: Path) -> tuple[list[Image.Image], list[str]]:
-    """Read all images NAME.png (.jpg, .jpeg, .webp) of a folder and the captions NAME.txt, sorted by name.
+    """Read each image NAME.png (or .jpg, .jpeg, .webp) of a folder and its caption NAME.txt, sorted by name.
 
     Returns (RGB images, captions). Raises FileNotFoundError or ValueError for a missing, empty or unreadable file.
     """

@@ -34,7 +34,7 @@ TEXT = {"prompt_embeds": 3, "pooled_prompt_embeds": 2}
 class Shard:
     """Entry of index.json for one safetensors file of latents or text embeddings. count: number of rows.
 
-    height, width: size of the latents; 0 for text embeddings. sha256: hash of the file; "" if not recorded.
+    height, width: spatial size of the latents; 0 for text embeddings. sha256: hash of the file; "" if not recorded.
     """
 
     file: str
@@ -93,7 +93,7 @@ def read_prompt_list(directory: Path, index: Index) -> list[str]:
 
 
 class RowFile:
-    """Reader of tensor rows in a safetensors file. Usable in threads and forked processes."""
+    """Reader of tensor rows in a safetensors file. It may be used in threads and forked processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,7 +117,7 @@ def _opened(path: Path, inode: int) -> Any:
 
 
 def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFile:
-    """Open a shard and check it against `shard`, its entry in index.json. tensors: name -> number of dimensions."""
+    """Open the file of `shard`, an entry of index.json, and check its tensors. tensors: {name: ndim}."""
     path = directory / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")
@@ -136,7 +136,7 @@ def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFil
 
 
 def read_columns(directory: Path, index: Index) -> dict[str, Tensor]:
-    """Return the columns of groups.safetensors by name. Raises ValueError for an index or label out of range."""
+    """Return the 1-D columns of groups.safetensors by name. Raises ValueError for an index or label out of range."""
     path = directory / "groups.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected it beside index.json")

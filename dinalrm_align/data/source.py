@@ -73,7 +73,7 @@ def open_pairs(
 
     Args:
         path: a jsonl of images; a directory of latents; a folder of mined pairs or one parquet file of them; or a
-            folder in the released layout.
+            folder in the released layout (part_rank*.parquet).
         expected: encoding settings of the model, either a reward's config or `Encoders.manifest()`.
         encoders: used for images and prompts that are not stored in encoded form. Stored latents without a record of
             how they were encoded are assumed to come from `encoders`.
@@ -108,7 +108,7 @@ def open_pairs(
 class ImagePairs(PairSource):
     """`PairSource` that reads image paths from a jsonl, and encodes the images during training.
 
-    Paths are relative to the folder of the jsonl. manifest: how `encode_images` and `encode_prompts` encode.
+    Paths are relative to the folder of the jsonl. manifest: encoding settings of `encode_images` and `encode_prompts`.
     size: (height, width) in pixels to which images are resized and cropped.
     Raises ValueError for an invalid record and FileNotFoundError for a missing image.
     """

@@ -20,7 +20,7 @@ ValueError or OSError is the message, a str. A first argument that is a str (an 
 
 @contextmanager
 def worker_processes(number: int) -> Iterator[InOrder]:
-    """Yield a function that runs calls in `number` processes (see `InOrder`); number=0 uses the calling process."""
+    """Yield a function of type `InOrder` that runs calls in `number` processes. number=0 uses the calling process."""
     if number == 0:
         yield lambda function, calls: (_call(function, *call) for call in calls)
         return
@@ -43,7 +43,7 @@ def worker_processes(number: int) -> Iterator[InOrder]:
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function. Return its result, or the error message if it raises ValueError or OSError."""
+    """Return `function(*arguments)`, or the error message if the call raises ValueError or OSError."""
     try:
         return function(*arguments)
     except (ValueError, OSError) as error:
@@ -51,7 +51,7 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def sized_latent(source: bytes, size: tuple[int, int], name: str) -> np.ndarray:
-    """Load latents from a .npy file's bytes. Raises ValueError unless `size` is the image's (height, width)."""
+    """Load latents (C, h, w) from the bytes of a .npy file. Raises ValueError unless `size` is (8 h, 8 w)."""
     latents = load_latent(source, name)
     if (8 * latents.shape[1], 8 * latents.shape[2]) != tuple(size):
         raise ValueError(f"{name}: got latents {latents.shape}; expected those of {size[0]} x {size[1]} pixels")

@@ -30,7 +30,7 @@ ENSEMBLE_DRAWS = 4  # largest number of draws for the variance of the ensemble's
 
 @dataclass(frozen=True)
 class Evidence:
-    """Scores of runs, and which test sets and noise levels to report. Comparisons of arms use only `ensembles[0]`."""
+    """Scores of all training variants (arms), for a report on `sets`. To compare arms, only `ensembles[0]` is used."""
 
     runs: Runs
     sets: Sequence[str]
@@ -43,20 +43,20 @@ class Evidence:
 
 
 def noise_levels(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
-    """Return the noise levels to evaluate: sigma 0.4 and all sigmas of both arguments singly, and every ensemble."""
+    """Return the noise levels to evaluate: sigma 0.4, each sigma in `sigmas` or `ensembles`, and each ensemble."""
     single = dict.fromkeys([*sigmas, SINGLE_LEVEL, *(sigma for levels in ensembles for sigma in levels)])
     return [*map(NoiseLevels.at, single), *(NoiseLevels.at(*levels) for levels in ensembles)]
 
 
 def levels_with_draws(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
-    """Return sigma 0.4 with each noise draw and with groups of 2, 4 or 8 draws, and `ensemble` with each of 4 draws."""
+    """Return sigma 0.4 with each noise draw and each group of 2, 4 or 8 draws, and `ensemble` with draws 0 to 3."""
     singles = [NoiseLevels.at(SINGLE_LEVEL, draw=draw) for draw in range(draws)]
     joined = [_joined(group) for count in COUNTS if 1 < count < draws for group in draw_groups(count, draws)]
     return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(ENSEMBLE_DRAWS, draws)))]
 
 
 def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
-    """Split draw indices 0 to `draws` - 1 into groups of `count`: (0, 1), (2, 3). A smaller last group is dropped."""
+    """Split noise draws 0 to `draws` - 1 into groups of `count`, as (0, 1), (2, 3). A smaller last group is dropped."""
     return [tuple(range(start, start + count)) for start in range(0, draws - count + 1, count)]
 
 
@@ -65,12 +65,12 @@ def _joined(draws: tuple[int, ...]) -> NoiseLevels:
 
 
 def accuracy_of(*names: str) -> Measure:
-    """Return a function `PairScores` -> correctness (N,) of N pairs, by the mean score at the levels `names`."""
+    """Return a function from `PairScores` to correctness (N,). It compares mean scores over the levels `names`."""
     return lambda scores: scores.correct(*names)
 
 
 def accuracy_at(*sigmas: float) -> Measure:
-    """Return a function `PairScores` -> correctness (N,) of N pairs, by the joint score at all `sigmas` (draw 0)."""
+    """Return a function from `PairScores` to correctness (N,). It compares joint scores at all `sigmas` (draw 0)."""
     return accuracy_of(NoiseLevels.at(*sigmas).name)
 
 
@@ -79,12 +79,12 @@ def average_of(sigmas: Sequence[float]) -> Measure:
 
 
 def mean_accuracy(sigmas: Sequence[float]) -> Measure:
-    """Return a function `PairScores` -> (N,), the share of `sigmas` at which the score orders a pair correctly."""
+    """Return a function from `PairScores` to (N,): for each pair, the share of `sigmas` that order it correctly."""
     return lambda scores: np.mean([accuracy_at(sigma)(scores) for sigma in sigmas], axis=0)
 
 
 def by_seed_and_caption(seeds: Mapping[int, Mapping[str, PairScores]], name: str, measure: Measure) -> np.ndarray:
-    """Return accuracies (S seeds, C captions) by `measure` on the test set `name`, without pairs that raters tie."""
+    """Return accuracies (S seeds, C captions) on test set `name`. `measure`: function `PairScores` -> correctness."""
     rows = []
     for sets in seeds.values():
         correct = measure(sets[name])
@@ -100,10 +100,10 @@ def arm_accuracy(evidence: Evidence, arm: str, name: str, measure: Measure) -> I
 def difference(
     evidence: Evidence, better: str, worse: str, name: str, of_better: Measure, of_worse: Measure
 ) -> Interval:
-    """Return the accuracy of arm `better` minus that of arm `worse` on the test set `name`, paired over common seeds.
+    """Return the accuracy of training variant `better` minus the accuracy of `worse`, over the seeds that both have.
 
-    of_better, of_worse: functions `PairScores` -> correctness (N,), for arm `better` and arm `worse`. Raises ValueError
-    if the arms have no common seed, or were evaluated on different pairs.
+    name: test set. of_better, of_worse: functions `PairScores` -> correctness (N,). Raises ValueError if the variants
+    have no common seed, or were evaluated on different pairs.
     """
     ours, theirs = evidence.runs[better], evidence.runs[worse]
     shared = [seed for seed in ours if seed in theirs]
@@ -117,17 +117,17 @@ def difference(
 
 
 def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
-    """Return an arm's accuracy by `measure` minus the same arm's accuracy at sigma 0.4, as a paired difference."""
+    """Return the accuracy by `measure` minus the accuracy at sigma 0.4, for variant `arm` on test set `name`."""
     return difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
 
 
 def verdict(interval: Interval) -> str:
-    """Judge the claim that a difference is positive: "holds", "reverses" or "is inconclusive" (0 in interval)."""
+    """Return "holds" if the interval lies above 0, "reverses" if it lies below 0, and "is inconclusive" otherwise."""
     return "holds" if interval.low > 0 else "reverses" if interval.high < 0 else "is inconclusive"
 
 
 def in_points(interval: Interval, *, signed: bool = True) -> str:
-    """Format an accuracy, or a difference of accuracies, and its interval, all times 100: "+0.6 [-0.2, +1.4]"."""
+    """Format an accuracy or difference in per cent with its interval: "+0.6 [-0.2, +1.4]" (no + if not `signed`)."""
     sign = "+" if signed else ""
     mean, low, high = (f"{100 * value:{sign}.1f}" for value in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"
@@ -138,7 +138,7 @@ def with_asterisk(interval: Interval) -> str:
 
 
 def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
-    """Return title -> measure for three accuracies: at `Arm.sigma`, at the first ensemble, and the mean over sigmas."""
+    """Return title -> accuracy function: at `Arm.sigma`, at the first ensemble, and the mean over sigmas in (0, 1)."""
     return {
         "own sigma": accuracy_at(ARMS[arm].sigma),
         "ensemble": accuracy_at(*evidence.ensembles[0]),
@@ -147,7 +147,7 @@ def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
 
 
 def question_section(question: Question, evidence: Evidence) -> str:
-    """Return a Markdown section that compares the arms of a question, or "" if fewer than two arms have results."""
+    """Return a Markdown section that compares the variants of a question, or "" if fewer than two have results."""
     runs, sets = evidence.runs, evidence.sets
     arms = [arm for arm in question.arms if arm in runs]
     if len(arms) < 2:
@@ -183,7 +183,7 @@ def question_section(question: Question, evidence: Evidence) -> str:
 
 
 def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
-    """Return title -> measure for single sigmas, ensembles and, if `arm` has their scores, several noise draws."""
+    """Return title -> accuracy function for each sigma, each ensemble, and each number of draws with scores."""
     scored = evidence.levels(arm, name)
     measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in evidence.sigmas}
     for levels in evidence.ensembles:
@@ -200,7 +200,7 @@ def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Mea
 
 
 def inference_section(evidence: Evidence, arm: str) -> str:
-    """Return a Markdown section with an arm's accuracy for each choice of noise levels, and its gain over sigma 0.4."""
+    """Return a Markdown section: accuracy of variant `arm` at each choice of noise levels, and gain over sigma 0.4."""
     by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
 
     def cells(name: str, label: str) -> list[str]:
@@ -219,7 +219,7 @@ def inference_section(evidence: Evidence, arm: str) -> str:
 
 
 def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
-    """Return a line per claim of the paper that says whether it holds here, if `arm` has the claim's scores."""
+    """Return a line per claim of arXiv 2602.11146, with the verdict here. Claims without scores are left out."""
     ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [
@@ -239,7 +239,7 @@ def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """`share`: score variance over noise draws / score variance over images. `forwards`: backbone passes per score."""
+    """`share`: ratio of score variance over noise draws to that over images. `forwards`: backbone passes per score."""
 
     label: str
     forwards: int
@@ -247,9 +247,9 @@ class NoiseShare:
 
 
 def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
-    """Return a `NoiseShare` for sigma 0.4 with 1, 2, 4 or 8 draws (averaged, and as tokens), and for `ensemble`.
+    """Return noise variance ratios: for sigma 0.4 with 1, 2, 4 and 8 draws (averaged and joint), and for `ensemble`.
 
-    seeds: the scores of each seed's reward on one test set. The shares are averaged over seeds.
+    seeds: scores on one test set, for each training seed. Each ratio is averaged over seeds.
     """
 
     def share(label: str, forwards: int, repeats: list[list[str]]) -> NoiseShare:
@@ -271,7 +271,7 @@ def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[flo
 
 
 def _noise_share(scores: np.ndarray) -> float:
-    """Return variance over draws / variance over images for scores (R draws, M images). Both estimates are unbiased."""
+    """Return the ratio of variance over draws to variance over images. `scores`: (R draws, M images)."""
     within = float(scores.var(axis=0, ddof=1).mean())
     between = float(scores.mean(axis=0).var(ddof=1)) - within / len(scores)  # the means vary by within / R
     return within / between

@@ -24,7 +24,7 @@ CALIBRATED_AT = (0.1, 0.4, 0.7, 0.9)
 
 
 def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, command: str, directory: Path) -> None:
-    """Write the report of all finished arms. `losses`: arm -> training loss, which defines predicted probabilities."""
+    """Write the report of all finished variants. `losses`: variant -> loss that turns score gaps into probabilities."""
     sets, sigmas = list(config.judged or {}), sorted(config.sigmas)
     evidence = Evidence(runs, sets, sigmas, config.ensembles)
     first = next(iter(next(iter(runs.values())).values()))

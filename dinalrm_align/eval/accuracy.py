@@ -54,7 +54,7 @@ Tallies = dict[Level, dict[str, Tally]]
 def pairwise_tallies(
     score: Score, batches: Sequence[PairBatch], levels: Sequence[Level], *, seed: int = 0, rank: int = 0, world: int = 1
 ) -> Tallies:
-    """Count the correctly ordered pairs of every `world`-th batch, starting at batch `rank`.
+    """Count correctly ordered pairs by noise level and concept, in every `world`-th batch from `rank` on.
 
     `merge` sums the counts of all ranks. The noise is seeded by (seed, batch index), so the sums do not depend on
     `world`.
@@ -115,7 +115,7 @@ def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
 
 
 def _plot(tallies: Tallies, concepts: Sequence[str], path: Path, title: str) -> None:
-    """Plot accuracy against sigma: all pairs with standard errors, each concept as a thin line, ensembles dashed."""
+    """Plot accuracy against sigma. Bars are standard errors, thin lines are concepts, dashed lines are ensembles."""
     figure, (axes,) = panels([title], (7, 4.5), "sigma", "pairwise accuracy")
     single = sorted(level for level in tallies if len(level) == 1)
     sigmas = [level[0] for level in single]
@@ -134,7 +134,7 @@ def _plot(tallies: Tallies, concepts: Sequence[str], path: Path, title: str) -> 
 
 
 def metrics(tallies: Tallies) -> Mapping[str, float]:
-    """Return the metrics of metrics.jsonl: `accuracy/SIGMA`, the accuracy over all pairs, for each noise level."""
+    """Return the accuracy over all pairs at each noise level, under the key `accuracy/SIGMA` of metrics.jsonl."""
     return {f"accuracy/{level_name(level)}": counts[OVERALL].accuracy for level, counts in tallies.items()}
 
 

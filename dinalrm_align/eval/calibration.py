@@ -55,7 +55,7 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """Expected calibration error (ECE): |predicted - observed| of the bins, averaged over all pairs."""
+        """Expected calibration error (ECE): the mean over pairs of |predicted - observed| of the pair's bin."""
         return self._mean(np.abs(self.predicted - self.observed))
 
     @property
@@ -92,7 +92,7 @@ class Calibration:
 def calibrate(
     gap: ArrayLike, label: ArrayLike, captions: ArrayLike, *, sigma: float, config: LossConfig, rng: np.random.Generator
 ) -> Calibration:
-    """Measure the calibration of N pairs at noise level sigma.
+    """Measure the calibration of N pairs' predicted labels at noise level sigma.
 
     gap: (N,) raw score of the first image minus raw score of the second. label: (N,) share of raters who prefer the
     first image. captions: (N,) caption of each pair; pairs of one caption are not independent. rng: generator for the
@@ -165,7 +165,7 @@ def calibration_interval(
 
 
 def negative_log_likelihood(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
-    """Return the mean of -(y log p + (1 - y) log(1 - p)) over labels y, in nats; finite even if p underflows."""
+    """Return the mean of -(y log p + (1 - y) log(1 - p)) over labels y, in nats. It stays finite if p underflows."""
     delta, label = (torch.tensor(values, dtype=torch.float32) for values in (gap, label))
     sigmas, nll = torch.full_like(delta, sigma), dataclasses.replace(config, objective="nll")
     return float(preference_loss(delta, torch.zeros_like(delta), sigmas, label, config=nll).double().mean())
@@ -175,8 +175,8 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
     """Return the factor s >= 0 that minimises the negative log-likelihood of labels (N,) given the gaps s * gap.
 
     s = 1 means that the reward is calibrated, and s < 1 that it is overconfident. The likelihood is log-concave in s,
-    so the optimum is unique. Returns 0 if gaps and labels do not correlate positively, inf if no label contradicts its
-    gap, and NaN if all gaps are 0.
+    so the optimum is unique. Returns 0 if gaps and labels do not correlate positively, inf if all labels are 0 or 1 and
+    agree with their gaps, and NaN if all gaps are 0.
     """
     gaps, preferred = np.asarray(gap, dtype=np.float64), 2 * np.asarray(label, dtype=np.float64) - 1
     if not gaps.any():
@@ -195,7 +195,7 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
 
 
 def fidelity_rater(p: ArrayLike) -> np.ndarray:
-    """Return q = sqrt(p) / (sqrt(p) + sqrt(1 - p)), the rater frequency at which the fidelity optimum predicts p."""
+    """Return q = sqrt(p) / (sqrt(p) + sqrt(1 - p)), the share of raters for which p minimises the fidelity loss."""
     p = np.asarray(p, dtype=np.float64)
     return np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p))
 
@@ -242,7 +242,7 @@ def reliabilities(
 
 
 def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name: str) -> str:
-    """Return a Markdown section: a table with a row per arm and noise level, and a `scale_sentence` for each arm."""
+    """Return Markdown: a table with a row per variant and noise level, and a sentence on the scale of each variant."""
     rows = []
     for label, levels in curves.items():
         for sigma, found in levels.items():
@@ -257,7 +257,7 @@ def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name:
 
 
 def scale_sentence(label: str, levels: Mapping[float, Calibration]) -> str:
-    """Return a sentence on the range of an arm's `Calibration.scale` (best factor on gaps) over sigma < 1."""
+    """Return a sentence on how much the best factor on score gaps, `Calibration.scale`, varies over sigma < 1."""
     scales = {sigma: found.scale for sigma, found in levels.items() if sigma < 1 and 0 < found.scale < math.inf}
     if not scales:
         return f"{label}: no level has a best scale."

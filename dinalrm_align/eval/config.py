@@ -26,8 +26,8 @@ Changes = dict[str, Any]  # dotted options of `recipes/train_reward.py` -> value
 class Arm:
     """A training variant of the reward, which the ablation compares with the baseline.
 
-    changes: options that differ from the baseline's, or a function that computes them from the baseline's config.
-    sigma: noise level of the report's column "own sigma": the training level if there is only one, otherwise 0.4.
+    changes: options that differ from the baseline's, or a function from the baseline's config to these options.
+    sigma: noise level of the report's column "own sigma": the only training level, or 0.4 if there are several.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Arm:
 
 
 def _depth(reward: RewardConfig, quarters: int) -> Changes:
-    """Return options for `quarters` / 4 of the baseline's blocks, with the tapped positions scaled by that ratio."""
+    """Return options that scale the baseline's number of blocks, and its tap positions, by about `quarters` / 4."""
     changes: Changes = {"reward.num_layers": max(1, reward.num_layers * quarters // 4)}
     for name in ("visual_taps", "text_taps"):
         scaled = (tap * changes["reward.num_layers"] / reward.num_layers for tap in vars(reward)[name])
@@ -77,7 +77,7 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question and the arms that answer it. `paper`: pairs (better arm, worse arm) as claimed by arXiv 2602.11146."""
+    """A question and the variants that answer it. `paper`: pairs (better, worse), as claimed by arXiv 2602.11146."""
 
     title: str
     arms: tuple[str, ...]
@@ -112,7 +112,7 @@ class AblateRun:
         steps: number of updates of every training.
         training: YAML with settings of `recipes/train_reward.py`, which the arms override; default: the one in
             recipes/ for the kind of `model`, such as train_reward_shapes.yaml.
-        pairs: preference pairs to train on, as in `recipes/train_reward.py`; default: pairs of the embedded world.
+        pairs: preference pairs to train on, as in `recipes/train_reward.py`; default: generated pairs of model shapes.
         judged: test sets, name -> location, as in `recipes/evaluate_reward.py`; default, for model shapes only:
             heldout, concepts and shifted. The variance over noise draws is measured on the last set.
         output_dir: folder for all runs and the report. The same command continues an interrupted ablation.
@@ -125,7 +125,7 @@ class AblateRun:
         draws: number of noise draws at sigma 0.4 with which the baseline is evaluated, to measure the variance of the
             score and the gain from averaging.
         noise_seed: seed of the evaluation's noise, which is the same for all rewards.
-        shapes_pairs: settings of the embedded world's pairs.
+        shapes_pairs: settings of the pairs generated for model shapes.
     """
 
     model: str = "shapes"
@@ -172,7 +172,7 @@ class EvaluateRun:
         judged: test sets, name -> location. imagereward, hpdv2, hpdv3, genai_bench, genai_bench_v1 and pickapic are
             public test sets; their location is the folder of the published files, or "hub" to download them. If files
             are missing, the error lists them and how to get them. Any other name is your own set: a directory of
-            latents, mined pairs or a jsonl of images. Default, for the embedded world only: heldout (ranked lists of
+            latents, mined pairs or a jsonl of images. Default, for model shapes only: heldout (ranked lists of
             held-out captions with noisy labels, as in training), concepts (pairs that differ in one concept) and
             shifted (pairs of degraded images that differ in one concept).
         protocol: name of a set -> protocol of its accuracy: pooled, strict, diff, grouped, half-ties, three-way, tau,
@@ -191,10 +191,10 @@ class EvaluateRun:
             backbone tokens of all levels, and the accuracy of the mean of the separate scores.
         calibrated_at: noise levels of the calibration report; they must be in `sigmas`.
         loss: likelihood that turns score gaps into probabilities; use the one that the reward was trained with.
-        gold: also report the accuracy of the model's gold score on decoded latents; not for sets of images.
+        gold: also report the accuracy of the model's reference score on decoded latents. Sets of images are left out.
         noise_seed: seed of the noise.
         bootstrap: number of bootstrap resamples of prompts for the intervals.
-        shapes_pairs: settings of the embedded world's test sets.
+        shapes_pairs: settings of the test sets generated for model shapes.
     """
 
     model: str = "shapes"

@@ -32,7 +32,7 @@ class SetResult:
 
     protocol: the requested accuracy protocol, or else the test set's default.
     per_level: noise level -> accuracy under `protocol`.
-    per_protocol: (any protocol, main noise level) -> accuracy. The main noise levels are those of `main_levels`.
+    per_protocol: (protocol, noise level) -> accuracy, for the set's protocols and the levels of `main_levels`.
     leak: overlap of the test pairs with the training data; None if not requested.
     without_leak: main noise level -> accuracy under `protocol` on the pairs that the reward was not trained on.
     faults: name of an image without a score -> reason.
@@ -55,7 +55,7 @@ class SetResult:
 def evaluate_set(
     name: str, scores: PairScores, config: EvaluateRun, *, leak: Leak | None, faults: Mapping[str, str]
 ) -> SetResult:
-    """Compute all results on a test set, under the protocol that `config` requests for it, or else its default."""
+    """Compute all results on a test set. The protocol is the one in `config.protocol`, or else the set's default."""
     protocol, levels = config.protocol.get(name, default_protocol(name)), main_levels(config, scores)
 
     def at(rule: str, level: str, of: PairScores = scores) -> Accuracy:
@@ -73,7 +73,7 @@ def evaluate_set(
 def write(
     results: Sequence[SetResult], gold: Mapping[str, float], config: EvaluateRun, *, command: str, directory: Path
 ) -> None:
-    """Write the report of a reward. It covers noise levels and calibration for latent rewards only.
+    """Write the report of a reward. Noise levels and calibration are reported for latent rewards only.
 
     gold: name of a test set -> accuracy of the gold score; empty if not evaluated. Calibration is measured on the first
     set.
@@ -148,7 +148,7 @@ def _concept_section(name: str, evidence: Evidence) -> str:
 
 
 def _set_sections(results: Sequence[SetResult], main_levels: Sequence[str]) -> list[str]:
-    """Return Markdown sections: accuracy, every protocol, published values, training overlap, unscored images."""
+    """Return Markdown sections on accuracy, protocols, published values, training overlap and unscored images."""
     levels = dict.fromkeys(level for result in results for level in result.per_level)
     rows = [[level, *(result.per_level.get(level, "") for result in results)] for level in levels]
     sections = [
@@ -250,7 +250,7 @@ def _write_pairs(scores: PairScores, path: Path) -> None:
 
 
 def plot_levels(results: Sequence[SetResult], path: Path) -> None:
-    """Plot accuracy with intervals against sigma. Horizontal lines show ensembles and the paper's accuracies."""
+    """Plot accuracy with intervals against sigma. Horizontal lines show ensembles and the DiNa-LRM paper's values."""
     figure, axes = panels([result.title for result in results], (5, 4.2), "noise level sigma", "accuracy, per cent")
     for axis, result in zip(axes, results, strict=True):
         ensembles = {name: value for name, value in result.per_level.items() if "+" in name}

@@ -145,9 +145,9 @@ def score_image_set(
     title: str,
     pieces: Pieces,
 ) -> tuple[PairScores, dict[str, str]]:
-    """Score all images of a test set. Returns the scores, and a dict: name of an image without a score -> reason.
+    """Score all images of a test set. Returns the scores, and a dict: name of an unscored image -> reason.
 
-    pieces: store of partial results. Raises ValueError for a NaN or infinite score, or if no pair has two scores. With
+    pieces: store of partial results. Raises ValueError for a NaN or infinite score, or if each pair lacks a score. With
     on_bad "refuse", a missing or unreadable image raises ValueError too.
     """
     missing = images.missing()
@@ -194,7 +194,7 @@ def score_image_set(
 
 
 def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mapping[str, str]) -> PairScores:
-    """Return the scores of the pairs whose two images both have scores. Raises ValueError if no pair has two scores."""
+    """Return the scores of the pairs whose two images both have scores. Raises ValueError if there is no such pair."""
     scored = np.isfinite(next(iter(scores.values())))
     kept = scored[images.chosen] & scored[images.rejected]
     if not kept.any():
@@ -210,7 +210,7 @@ def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mappin
 
 @dataclass(frozen=True)
 class Candidate:
-    """A reward to evaluate. `load` returns it, and is called only if scores are missing.
+    """A reward to evaluate. `load` returns the reward. It is called only if no scores are stored.
 
     identity: text that identifies the reward; it is stored with the scores. config: config of a single
     latent reward, which is scored at several noise levels; None for any other reward.
@@ -229,7 +229,7 @@ class Candidate:
 
     @classmethod
     def from_reward(cls, text: str, reward: Reward) -> "Candidate":
-        """Describe a loaded reward. `text`: name of the reward; nothing else identifies a reward on a server."""
+        """Describe a loaded reward. `text`: name of the reward, the only identity of a reward on a server."""
         return cls(f"{text} {fingerprint(reward)}", lambda: reward)
 
 
@@ -239,7 +239,7 @@ class Evaluator:
 
     Args:
         sets: name of a test set -> directory of latents, jsonl, or folder of a public test set.
-        encoders: encode images and decode latents.
+        encoders: networks that encode images and decode latents.
         size: (height, width) to which images are resized for latent rewards.
         batch_size: images, or groups of latents, per batch. It affects which noise is drawn for latents.
         fit, on_bad: how images are resized (see `Fit`), and what happens to unreadable images (see `OnBad`).

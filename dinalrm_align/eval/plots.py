@@ -26,7 +26,7 @@ FEWEST_PLOTTED = 10  # bins with fewer pairs are not plotted
 def panels(
     titles: Sequence[str], size: tuple[float, float], x: str, y: str, *, columns: int = 0, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with a panel per title. `size`: inches of a panel. `columns`: panels per row (0: all)."""
+    """Create a figure with a panel per title. `size`: panel size, inches. `columns`: panels per row (0: all)."""
     columns = min(columns or len(titles), len(titles))
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
@@ -47,7 +47,7 @@ def draw_band(axis: Axes, sigmas: Sequence[float], points: Sequence[tuple[float,
 
 
 def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str) -> None:
-    """Plot accuracy against sigma, with a panel for each test set and a curve with an interval band for each arm."""
+    """Plot accuracy against sigma, with a panel for each test set and a curve with a band for each training variant."""
     figure, axes = panels(evidence.sets, (5.5, 4.4), "noise level sigma", "pairwise accuracy, per cent")
     for axis, name in zip(axes, evidence.sets, strict=True):
         for arm in (arm for arm in arms if arm in evidence.runs):
@@ -61,7 +61,7 @@ def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str
 
 
 def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
-    """Plot an arm's gain in accuracy over sigma 0.4 for each choice of noise levels, in a panel per test set."""
+    """Plot the accuracy at each choice of noise levels minus the accuracy at sigma 0.4, in a panel per test set."""
     by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
     labels = list(dict.fromkeys(label for measures in by_set.values() for label in measures))
     size = 4.5 + 2 / len(by_set), 0.26 * len(labels) + 1.4
@@ -81,7 +81,7 @@ def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
 
 
 def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
-    """Plot `NoiseShare.share` against the backbone forward passes K per score. A dotted line shows 1 / K scaling."""
+    """Plot the noise variance ratio against K, the backbone passes per score. The dotted line falls as 1 / K."""
     title = "variance over noise draws / variance over images"
     figure, (axis,) = panels([title], (6, 4.2), "backbone forwards per score", "share")
     for label in dict.fromkeys(row.label for row in shares):
@@ -97,7 +97,7 @@ def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
 
 
 def plot_reliability(curves: Mapping[str, Mapping[float, Calibration]], path: Path) -> None:
-    """Plot observed against predicted frequency, with a panel for each arm and a curve for each noise level.
+    """Plot observed against predicted frequency, with a panel for each reward variant and a curve for each noise level.
 
     Error bars are standard errors. The dashed line is a reward at the optimum of the fidelity loss. Bins with fewer
     than 10 pairs are not plotted, but count in the expected calibration error (ECE).

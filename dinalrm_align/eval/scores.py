@@ -42,7 +42,7 @@ def level_name(level: Level) -> str:
 
 @dataclass(frozen=True, order=True)
 class NoiseLevels:
-    """The sigmas from which one score is computed, several for an ensemble. `draws`: noise draw index at each sigma."""
+    """One sigma, or the sigmas of an ensemble, of one score. `draws`: noise draw index at each sigma."""
 
     sigmas: Level
     draws: tuple[int, ...]
@@ -106,7 +106,7 @@ class PairScores:
         return score[self.chosen] - score[self.rejected]
 
     def correct(self, *names: str) -> np.ndarray:
-        """Return (N,): 1 if the preferred image of a pair scores strictly higher, 0 if not, NaN if raters tie."""
+        """Return correctness (N,): 1 if the preferred image scores strictly higher, 0 if not, NaN if raters tie."""
         preferred = np.sign(self.label - 0.5)
         return np.where(preferred == 0, np.nan, self.gap(*names) * preferred > 0)
 
@@ -169,7 +169,7 @@ def score_pairs(
 def _score_batch(
     score: Score, batches: Sequence[PairBatch], index: int, levels: Sequence[NoiseLevels], seed: int, title: str
 ) -> Piece:
-    """Score one batch. Returns arrays (scores (levels, M) and columns of pairs), and metadata (prompts, concepts)."""
+    """Score one batch. Returns arrays (scores (levels, M), and fields of the pairs) and a dict of metadata."""
     batch = batches[index]
     numbers = {draw for level in levels for draw in level.draws}
     noise = {draw: batch.draw_noise(seeded_generator(seed, index, draw)) for draw in numbers}
@@ -206,7 +206,7 @@ def save_scores(scores: PairScores, path: Path, terms: Mapping[str, object]) -> 
 
 
 def load_scores(path: Path, terms: Mapping[str, object]) -> PairScores:
-    """Read a file of `save_scores`. Raises ValueError if the file is damaged or has settings other than `terms`."""
+    """Read a file that `save_scores` wrote. Raises ValueError if it is damaged or its settings differ from `terms`."""
     columns, metadata = _read_arrays(path)
     _check_terms(path, metadata["terms"], terms)
     scores = dict(zip(metadata["readings"], columns.pop("scores"), strict=True))
@@ -217,7 +217,7 @@ def load_scores(path: Path, terms: Mapping[str, object]) -> PairScores:
 
 
 class Pieces:
-    """Folder of numbered partial results. Raises ValueError if the folder's settings differ from `terms`."""
+    """Folder of an evaluation's partial results. Raises ValueError if its stored settings differ from `terms`."""
 
     def __init__(self, folder: Path, terms: Mapping[str, object]) -> None:
         self.folder, stored = folder, folder / "terms.json"

@@ -28,7 +28,7 @@ from dinalrm_align.train.files import HUB_ID, file_digest
 
 @dataclass(frozen=True)
 class Image:
-    """An image and its prompt. `name`: published path. `place`: position on disk, by which reads are ordered."""
+    """An image and its prompt. `name`: published path. `place`: position on disk, for reading in order."""
 
     name: str
     prompt: str
@@ -36,13 +36,13 @@ class Image:
     place: int = field(default=0, compare=False)
 
     def read(self) -> bytes:
-        """Return the bytes of the image file. Raises OSError or ValueError if it cannot be read."""
+        """Return the bytes of the image file. Raises OSError or ValueError if the file cannot be read."""
         return self.source.read_bytes() if isinstance(self.source, Path) else image_source(self.source, Path())
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A test set of N pairs of images. The M images are distinct in (prompt, name).
+    """A test set of N pairs of images. No two of the M images share both prompt and name.
 
     chosen, rejected: (N,) int, indices in `images` of the first and second image of each pair, in published order.
     label: (N,) float32, probability that a rater prefers the first image; 0.5 is a tie.
@@ -125,7 +125,7 @@ class _Finder:
     """Callable that turns an image reference of a test set into an `Image`.
 
     roots: folders to try for relative image paths; the first folder that contains the first image is used for all.
-    files: parquet files in reading order. published: whether to reject paths outside the folder.
+    files: parquet files in reading order. published: whether to reject absolute paths and "..".
     """
 
     def __init__(self, roots: Sequence[Path], files: Sequence[Path] = (), *, published: bool = False) -> None:

@@ -48,7 +48,7 @@ def as_sigma(sigma: Tensor | float) -> Tensor:
 
 
 def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> None:
-    """Raise TypeError unless `latents` is floating-point, ValueError unless it is (B, C, H, W) and shaped as `like`."""
+    """Raise TypeError unless `latents` is floating-point, ValueError unless it has shape (B, C, H, W), as `like`."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         got = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise TypeError(f"{name}: got {got}; expected a floating tensor (B, C, H, W)")
@@ -58,7 +58,7 @@ def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> Non
 
 
 def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
-    """Reshape sigma, a float or a tensor (), (1,) or (B,), to broadcast over latents (B, C, H, W), as float32."""
+    """Return sigma, a float or a tensor (), (1,) or (B,), as a float32 tensor (1, 1, 1, 1) or (B, 1, 1, 1)."""
     sigma = as_sigma(sigma).to(latents.device).reshape(-1)
     if sigma.numel() not in (1, latents.shape[0]):
         raise ValueError(f"sigma: got {sigma.numel()} values for {len(latents)} latents; expected one, or one each")
@@ -86,7 +86,7 @@ def timestep_of(sigma: Tensor | float) -> Tensor:
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """Apply the resolution shift of arXiv 2403.03206, equation 23: shift sigma / (1 + (shift - 1) sigma)."""
+    """Return shift sigma / (1 + (shift - 1) sigma), the resolution shift of arXiv 2403.03206, equation 23."""
     check_number("shift", shift)
     if shift <= 0:
         raise ValueError(f"shift: got {shift}; expected more than 0")
@@ -138,7 +138,7 @@ def mode(n: int, *, generator: torch.Generator, scale: float = 1.29) -> Tensor:
 
 
 def beta(n: int, *, generator: torch.Generator, a: float = 1.0, b: float = 1.0) -> Tensor:
-    """Draw n values sigma ~ Beta(a, b) with numpy, seeded from `generator`; torch's Beta takes no generator."""
+    """Draw n values sigma ~ Beta(a, b) with numpy, because torch's Beta takes no generator; `generator` seeds numpy."""
     for name, value in (("a", a), ("b", b)):
         if not 0 < value < math.inf:
             raise ValueError(f"beta density: {name}: got {value}; expected more than 0")
@@ -148,7 +148,7 @@ def beta(n: int, *, generator: torch.Generator, a: float = 1.0, b: float = 1.0) 
 
 
 def constant(n: int, *, generator: torch.Generator, value: float = 0.4) -> Tensor:
-    """Return n copies of `value`, (n,), on the generator's device; draws nothing."""
+    """Return n copies of `value`, (n,), on the generator's device. Does not use up random numbers."""
     return torch.full((n,), float(value), device=generator.device)
 
 
@@ -163,7 +163,7 @@ def sample_sigma(density: str | SigmaDensity, n: int, *, generator: torch.Genera
             `density(n, generator=..., **params) -> (n,)`.
         params: parameters of the density: mean and std (logit_normal), scale (mode), a and b (beta), value (constant).
 
-    Raises ValueError for an unknown name, and if the drawn values do not have shape (n,) or leave [0, 1].
+    Raises ValueError for an unknown name, and if the drawn values do not have shape (n,) or lie outside [0, 1].
     """
     draw = DENSITIES.get(density) if isinstance(density, str) else density
     if not callable(draw):

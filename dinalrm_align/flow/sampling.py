@@ -1,7 +1,7 @@
 """Sample from a flow: schedules of noise levels, one Euler step, a rollout of all steps.
 
 `rollout` takes the model as a callable `velocity(latents (B, C, H, W), sigma: float) -> (B, C, H, W)`, float32. The
-callable itself applies guidance, prompts and adapters. During sampling sigma falls from 1 (noise) to 0 (clean).
+callable itself must apply guidance, prompts and adapters. During sampling sigma falls from 1 (noise) to 0 (clean).
 """
 
 import copy
@@ -22,7 +22,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 
 def schedule_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
-    """Return the noise levels at which diffusers samples with `scheduler`: num_steps + 1 floats from 1 to 0.
+    """Return the noise levels at which diffusers samples with `scheduler`: num_steps + 1 floats, falling from 1 to 0.
 
     Example (shift 3, 4 steps): 1, 0.8577, 0.6022, 0.0089, 0. diffusers shifts the lowest positive level twice, which
     `linear_sigmas` does not. Raises ValueError if the scheduler's shift depends on image size (use_dynamic_shifting).
@@ -87,7 +87,7 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Ten
 
 
 def seeded_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw standard normal noise (B, C, H, W), float32: generators[i] draws sample i, of `shape` (C, H, W)."""
+    """Draw standard normal noise (B, C, H, W), float32. generators[i] draws sample i, which has `shape` (C, H, W)."""
     if not generators or not all(isinstance(generator, torch.Generator) for generator in generators):
         raise TypeError(f"generators: got {generators!r:.80}; expected one torch.Generator per sample, at least one")
     return torch.stack([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])

@@ -74,7 +74,7 @@ def transition(
         sampler: "flow_sde" or "flow_cps".
         latents, velocity: latents at noise level sigmas[index] and the model's velocity there, (B, C, H, W).
         sigmas: noise levels of the whole schedule, not only of this step; strictly decreasing, in [0, 1].
-        index: number of the step, from 0 to len(sigmas) - 2: an int, or a tensor (B,) with one per sample.
+        index: number of the step, from 0 to len(sigmas) - 2: an int, or a tensor (B,) with one index per sample.
         noise_level: scale of the added noise, at least 0; for flow_cps at most 1. 0 gives a deterministic Euler step.
     """
     check_latents("latents", latents)

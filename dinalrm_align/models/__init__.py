@@ -1,1 +1,1 @@
-"""Pretrained models: finding and loading their weights, and preparing prompts and images for them."""
+"""Find and load pretrained models, and prepare prompts and images for them."""

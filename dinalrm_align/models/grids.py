@@ -40,7 +40,7 @@ def save_grid(
 def save_before_after(
     before: np.ndarray, after: np.ndarray, captions: Sequence[str], path: Path, *, title: str = "", columns: int = 4
 ) -> None:
-    """Save a PNG grid of pairs (before | after training) of images (N, H, W, 3) uint8, with a caption per pair."""
+    """Save a PNG grid of N captioned pairs, before | after training. before, after: images (N, H, W, 3) uint8."""
     if not len(before) == len(after) == len(captions):
         raise ValueError(f"got {len(before)} images before, {len(after)} after, {len(captions)} captions")
     pairs = [np.concatenate([b, np.full_like(b[:, :2], 255), a], axis=1) for b, a in zip(before, after, strict=True)]
@@ -50,7 +50,7 @@ def save_before_after(
 def _save_cells(
     cells: Sequence[np.ndarray], captions: Sequence[str], path: Path, title: str, columns: int, width: int, letters: int
 ) -> None:
-    """Save a PNG grid. `width`: width of a cell in units of 1.5 inches. `letters`: characters per caption line."""
+    """Save a captioned PNG grid. `width`: cell width in units of 1.5 inches. `letters`: characters per caption line."""
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
     figure = Figure(figsize=(columns * CELL_INCHES * width, rows * CELL_INCHES * 1.35 + (0.4 if title else 0)))

@@ -18,7 +18,7 @@ ORIENTATION = 0x0112  # EXIF tag; values from 5 to 8 exchange width and height
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """Read an image file as RGB and apply its EXIF orientation. `name`: used in error messages, by default the path."""
+    """Read an image file as RGB and apply its EXIF orientation. `name`: name in error messages; default: the path."""
     name = name or str(source)
     file = _opened(source, name)
     try:
@@ -64,7 +64,7 @@ def _opened(source: Path | bytes, name: str) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Convert a PIL image to RGB; ValueError if it is empty, damaged, transparent or deeper than 8 bits per channel."""
+    """Convert a PIL image to RGB. ValueError if it is empty, damaged, transparent or has over 8 bits per channel."""
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: got {type(image).__name__} {image!r:.60}; expected a PIL image")
     if not all(image.size):

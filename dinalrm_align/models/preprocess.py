@@ -51,7 +51,7 @@ def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[f
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """A callable with CLIP's preprocessing: resize the short side to `shortest_edge`, crop the centre, normalise."""
+    """Callable for CLIP's preprocessing: resize the short side to `shortest_edge`, crop the centre, normalise."""
 
     shortest_edge: PositiveInt
     crop: tuple[PositiveInt, PositiveInt]
@@ -60,7 +60,7 @@ class Preprocess:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> "Preprocess":
-        """Create from the content of a preprocessor_config.json; raise ValueError for an unsupported setting."""
+        """Create from the dict in a preprocessor_config.json. Raises ValueError for an unsupported setting."""
         if config.get("resample", BICUBIC) != BICUBIC:
             raise ValueError(f"{where}: resample: got {config['resample']}; expected {BICUBIC} (bicubic)")
         off = [step for step in ("do_resize", "do_center_crop", "do_normalize") if not config.get(step, True)]

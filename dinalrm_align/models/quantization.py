@@ -1,4 +1,4 @@
-"""Quantise frozen linear layers to 8 or 4 bits with bitsandbytes (pip extra `quant`). Gradients pass to the inputs."""
+"""Quantise frozen linear layers to 8 or 4 bits with bitsandbytes (pip extra `quant`). Gradients reach the inputs."""
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ def check_quantization(kind: str) -> None:
 def quantise_linears(module: nn.Module, kind: str, device: torch.device | str, dtype: torch.dtype) -> None:
     """Replace every nn.Linear in `module` by a frozen quantised copy on `device`. `module` must be on the CPU.
 
-    kind: "int8" or "nf4". dtype: dtype of the layers' inputs; nf4 layers also compute in it.
+    kind: "int8" or "nf4". dtype: dtype in which nf4 layers compute; int8 layers ignore it.
     """
     bnb = bitsandbytes()
     for name, linear in [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]:

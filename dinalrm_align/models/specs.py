@@ -1,4 +1,4 @@
-"""Models that `--model` can name, each an SD3 pipeline with rewards for its latent space. Does not import torch."""
+"""Models that `--model` can name, each an SD3 pipeline with rewards for its latents and images. Torch-free."""
 
 import dataclasses
 import queue
@@ -31,8 +31,8 @@ class ModelSpec:
         pipeline: hub id or folder of a StableDiffusion3Pipeline.
         reward: hub id or folder of the DiNa-LRM, a reward on latents.
         pixel: hub id or folder of the `ClipReward`, a reward on images.
-        pixel_processor: hub id or folder of the tokenizer and preprocessor of `pixel`; None: `pixel` itself.
-        gold: reward on images that judges the policy in evaluation: a callable `(images (B, 3, H, W) in [0, 1],
+        pixel_processor: hub id or folder of the tokenizer and preprocessor of `pixel`; None means `pixel` itself.
+        gold: reward that scores the policy's images in evaluation: a callable `(images (B, 3, H, W) in [0, 1],
             prompts) -> (B,)`, the name "module:function" of a callable, or the name of a reward, such as "pixel".
         train_prompts, heldout_prompts: text files with one prompt per line, for training and for evaluation.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
@@ -168,7 +168,7 @@ def _choose() -> tuple[ModelSpec, str]:
 
 
 def is_cached(repository: str) -> bool:
-    """Return whether the local hub cache holds all needed files of `repository`, a hub id of the model sd35."""
+    """Return whether the local hub cache holds all needed files of `repository`, one of the hub ids of sd35."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -186,7 +186,7 @@ def is_cached(repository: str) -> bool:
 
 
 def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
-    """Return None if the hub grants access to all `repositories`, else the reason. Waits at most `seconds`.
+    """Return None if the hub grants access to all `repositories`, else the reason as text. Waits at most `seconds`.
 
     Daemon threads ask the hub, because the hub client exceeds its own timeouts if no name server answers.
     """

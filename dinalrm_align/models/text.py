@@ -51,7 +51,7 @@ class Conditions:
         prompts: B strings, for rewards that read text; empty strings if the text is unknown.
         prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P), floating-point.
         text_length: number of T5 tokens in `prompt_embeds`; None if unknown.
-        other_lengths: embeddings of the same prompts with other numbers of T5 tokens, for rewards trained with them:
+        other_lengths: embeddings of the same prompts, for rewards trained with another number of T5 tokens:
             {number of T5 tokens: (prompt_embeds, pooled_prompt_embeds)}.
     """
 
@@ -80,7 +80,7 @@ class Conditions:
     def encode(
         cls, encoder: "PromptEncoder", prompts: Sequence[str], other_lengths: Iterable[int] = (), batch_size: int = 32
     ) -> Self:
-        """Encode each distinct prompt once. The embeddings are on the CPU in the text encoders' dtype.
+        """Return `Conditions` on the CPU in the text encoders' dtype. Each distinct prompt is encoded once.
 
         other_lengths: numbers of T5 tokens to encode with, in addition to the encoder's `text_length`. With SD3.5's
         text encoders, 128 T5 tokens and bfloat16, 1,000 distinct prompts take about 1.7 GB.
@@ -98,7 +98,7 @@ class Conditions:
         return cls(prompts, *embeds.pop(encoder.text_length), encoder.text_length, embeds)
 
     def for_length(self, text_length: int) -> Embeds:
-        """Return the embeddings with `text_length` T5 tokens. Raises ValueError if the batch has none of that length.
+        """Return the embeddings with `text_length` T5 tokens. Raises ValueError if the batch lacks this number.
 
         If `self.text_length` is None, the length is unknown, and the embeddings are returned without a check.
         """
@@ -127,7 +127,7 @@ class Conditions:
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """Return the prompts in `text`; ValueError if there are not `count` prompts, or only embeddings without text."""
+    """Return the `count` prompts in `text`. Raises ValueError for another number, or for embeddings without text."""
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):
@@ -190,7 +190,7 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: list[str], text_length: int | None = None) -> Embeds:
-        """Encode one batch without the cache: prompt_embeds (B, L, D), pooled_prompt_embeds (B, P) on the CPU."""
+        """Encode without the cache. Returns prompt_embeds (B, L, D), pooled_prompt_embeds (B, P) on the CPU."""
         with _ENCODING:
             pipeline = self._text_pipeline()
             encoders = text_encoders(pipeline)

@@ -1,4 +1,4 @@
-"""Find models in folders and on the Hugging Face Hub; read tensor files; load weights strictly.
+"""Find models in folders and on the Hugging Face Hub, read tensor files, and load weights strictly.
 
 Reading a file never runs code from it. Strict loading requires equal names and shapes of tensors in file and model.
 """
@@ -76,7 +76,7 @@ def find_file(source: str | Path, name: str, *, what: str = "weights", **hub: Un
 
 
 def beside(source: str | Path, *names: str) -> Path | None:
-    """Return `source` if it is a local folder, or its parent folder if it is a local file.
+    """Return the local folder `source`, or the parent folder of the local file `source`.
 
     Returns None if `source` is not local or the folder holds none of the files `names`.
     """
@@ -134,7 +134,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
 def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> dict[str, Tensor]:
     """Return the tensors under new names. `rules`: regular expression -> replacement, or None to drop the tensor.
 
-    The first expression that matches the beginning of a name applies to it. Names that match no expression are kept.
+    Only the first expression that matches the beginning of a name is used. Names that match no expression are kept.
     """
     rule_of = {name: next((rule for rule in rules if re.match(rule, name)), "") for name in tensors}
     kept = {name: rule for name, rule in rule_of.items() if rules.get(rule, "") is not None}
@@ -142,7 +142,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise ValueError, naming the file `where`, if names, shapes or kinds (floating or not) of tensors differ."""
+    """Raise ValueError if tensor names, shapes or kinds (floating or not) differ. where: file, for the message."""
     both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
     shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
     differences = {
@@ -162,7 +162,7 @@ def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: 
 
 @torch.no_grad()
 def load_tensors(target: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Copy `tensors` by name into those of `target`, in place; first raise ValueError if names or shapes differ."""
+    """Copy `tensors` by name into `target`, in place. Raises ValueError, before any copy, if names or shapes differ."""
     check_fit(target, tensors, where)
     for name, tensor in target.items():
         tensor.copy_(tensors[name])
@@ -177,7 +177,7 @@ def assign_tensors(
     device: torch.device | str | None = None,
     keep_in_fp32: str | None = None,
 ) -> None:
-    """Make `tensors` the weights of `module`, which may be on the meta device; ValueError if names or shapes differ.
+    """Make `tensors` the weights of `module`, even on the meta device. Raises ValueError if names or shapes differ.
 
     dtype: dtype of the weights. device: device of the whole module, buffers included. keep_in_fp32: prefix of names;
     weights whose names begin with it get at least float32.

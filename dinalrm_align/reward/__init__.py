@@ -1,1 +1,1 @@
-"""Rewards: latent and image rewards, weighted sums, loading by name, preference losses, training of a reward."""
+"""Latent rewards, image rewards and weighted sums: the classes, loading by name, preference losses and training."""

@@ -4,7 +4,7 @@
     def my_reward(latents, prompts, sigma, noise): ...      scaled clean latents (B, C, h, w) -> scores (B,)
 
 Higher scores are better. A callable over latents may also take `prompt_embeds`, `pooled_prompt_embeds` and `generator`.
-Only the arguments in its signature are passed.
+A callable receives only the arguments in its signature.
 """
 
 import importlib
@@ -28,10 +28,10 @@ ARGUMENTS = ("prompts", "prompt_embeds", "pooled_prompt_embeds", "sigma", "noise
 
 
 def import_callable(path: str) -> Callable[..., Any]:
-    """Import and return the function at `path`, which has the form "module:function".
+    """Import and return the callable at `path`, a string of the form "module:function".
 
     Raises ImportError if the module, or a package that the module needs, is not installed. Raises ValueError if the
-    module has no object of that name, and TypeError if the object is a class or is not callable.
+    module has no object called `function`, and TypeError if the object is a class or is not callable.
     """
     module_name, _, name = path.partition(":")
     try:
@@ -64,8 +64,8 @@ def as_reward(
             arguments of `forward` are inspected.
         vae: VAE that decodes latents if `function` takes images.
         name: name of the reward in error messages.
-        differentiable: whether the scores are differentiable in the input. False: an input that requires a gradient
-            raises ValueError. True: an input that requires a gradient raises ValueError only if its scores have none.
+        differentiable: whether the scores are differentiable in the input. False: every input that requires a gradient
+            raises ValueError. True: an input that requires a gradient raises ValueError if the scores have no graph.
 
     Raises TypeError unless the first argument of `function` is named `latents`, `images`, `pixels` or `pictures`.
     """

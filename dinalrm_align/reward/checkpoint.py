@@ -3,7 +3,7 @@
 This package's layout, `dinalrm`:
     config.json                 RewardConfig
     model.safetensors           head.* (the reward head) and backbone.* (the LoRA, or all weights with full tuning).
-                                The file's metadata hold a digest of the tensors, which is verified on reading.
+                                The file's metadata store the tensors' SHA-256, which reading verifies.
 
 The layout of DiNa-LRM's public release, `released`:
     config.json
@@ -76,7 +76,7 @@ def read_checkpoint(source: str | Path, *, subfolder: str = "", **hub: Unpack[Hu
 def save_checkpoint(
     directory: str | Path, config: RewardConfig, tensors: Mapping[str, Tensor], *, format: str = "dinalrm"
 ) -> None:
-    """Write a checkpoint. tensors: from `RewardModel.tuned_tensors`. format: the layout, `dinalrm` or `released`."""
+    """Write a checkpoint. tensors: result of `RewardModel.tuned_tensors`. format: layout, `dinalrm` or `released`."""
     if format not in FORMATS:
         raise ValueError(f"checkpoint format: got {format!r}; known: {', '.join(FORMATS)}")
     parts = {"head.film": config.head.film, "head.value_gates": config.head.value_gates, "text_taps": config.text_taps}
@@ -97,7 +97,7 @@ def save_checkpoint(
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
     """Return the base model's hub id or path. A path that starts with ./ or ../ is resolved from `folder`.
 
-    trusted: whether a local path is allowed (else ValueError). Must be False for a downloaded checkpoint.
+    trusted: whether to allow a local path; False: it raises ValueError. Must be False for a downloaded checkpoint.
     """
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):

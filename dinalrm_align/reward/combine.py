@@ -15,8 +15,8 @@ from dinalrm_align.train.settings import check_number
 class RewardSum(RewardModule):
     """Weighted sum of named rewards: score = sum_i weight_i * score_i. The summed rewards are called parts.
 
-    Scores of different parts can have different scales. GRPO therefore normalises the scores of each part: it takes
-    unweighted scores from `score_parts` and passes normalised scores to `add_up`.
+    Parts can have scores on different scales. GRPO therefore takes each part's unweighted scores from `score_parts`,
+    normalises the scores per part and passes the results to `add_up`.
     """
 
     def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:
@@ -66,7 +66,7 @@ class RewardSum(RewardModule):
         return self.add_up(self.score_parts(latents, prompts, **noise))
 
     def add_up(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted sum (B,). parts: scores (B,) of each summed reward by name, normalised or not."""
+        """Return the weighted sum (B,). parts: dict from reward name to scores (B,), raw or normalised."""
         return sum(weight * parts[name] for name, weight in self._weight_of.items())
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:

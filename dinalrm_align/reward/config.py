@@ -102,7 +102,7 @@ class RewardConfig:
         image_sigma: default noise level of `score_images`; None: same as `sigma`.
         ensemble: how an ensemble combines noise levels: tokens (the head attends to the tokens of all levels, as in the
             paper) or average (mean of the scores at each level).
-        snap_sigma: round noise levels to the scheduler's sigmas (1000 steps, shift 3), as the released code does.
+        snap_sigma: round noise levels to the nearest of 1000 scheduler sigmas (shift 3), as the released code does.
         add_noise: add noise to the latents; False: the backbone reads clean latents, with timestep 1000 sigma.
         score_scale: factor in score = raw * score_scale + score_bias, where raw is the head's output.
         score_bias: constant in score = raw * score_scale + score_bias.
@@ -216,11 +216,11 @@ class LossConfig:
             bradley_terry: sigmoid. bradley_terry_margin: sigmoid of the difference minus `margin`.
         objective: fidelity (1 - sqrt(p) for a hard label) or nll (-log p), where p is the preference probability.
             Default: fidelity for thurstone and thurstone_fixed (paper), nll for the Bradley-Terry likelihoods.
-        preset: default values of (k, sigma_u, epsilon): paper for (2, 0.1, 0), or released for (2, sqrt(0.05), 1e-6) as
-            in the public code.
+        preset: default values of (k, sigma_u, epsilon): paper is (2, 0.1, 0), released is (2, sqrt(0.05), 1e-6)
+            from the public code.
         k: factor in the rater's variance k sigma^2 + sigma_u^2, where sigma is the noise level. Default: the preset's.
         sigma_u: standard deviation of the rater's noise on clean images. Default: the preset's.
-        epsilon: constant added under the square roots of Thurstone likelihood and fidelity. Default: the preset's.
+        epsilon: constant under the square root, in the Thurstone likelihood and in fidelity. Default: the preset's.
         variance: rater's variance for thurstone_fixed (0.5 in the released code).
         margin: constant that bradley_terry_margin subtracts from the score difference.
     """
@@ -242,7 +242,7 @@ class LossConfig:
         return self.objective or ("nll" if self.likelihood.startswith("bradley_terry") else "fidelity")
 
     def constants(self) -> tuple[float, float, float]:
-        """Return (k, sigma_u, epsilon). A value that is None is taken from the preset."""
+        """Return (k, sigma_u, epsilon). Each field that is None takes the preset's value."""
         given = {"k": self.k, "sigma_u": self.sigma_u, "epsilon": self.epsilon}
         preset = THURSTONE_PRESETS[self.preset]
         return tuple(preset[name] if value is None else value for name, value in given.items())
@@ -250,7 +250,7 @@ class LossConfig:
 
 @dataclass
 class AccuracyConfig:
-    """Settings of the evaluation: the reward's accuracy on held-out pairs is measured at several noise levels.
+    """Settings of the evaluation, which measures the reward's accuracy on held-out pairs at several noise levels.
 
     Args:
         sigmas: noise levels to evaluate one by one.
@@ -279,11 +279,11 @@ class TrainRewardRun:
     """Settings of `recipes/train_reward.py`.
 
     Args:
-        model: base model: shapes (a small model of the synthetic embedded world), sd35, or the folder or hub id of a
+        model: base model: shapes (a small model of synthetic images of shapes), sd35, or the folder or hub id of a
             StableDiffusion3Pipeline.
         pairs: preference pairs to train on: a folder of encoded latents (from recipes/prepare_pairs.py or in the
-            released layout) or a jsonl file that lists images (see `data.source`). Default: pairs generated in the
-            embedded world.
+            released layout) or a jsonl file that lists images (see `data.source`). Default: generated pairs
+            (see `shapes_pairs`).
         validation_pairs: pairs for evaluation only, in the same formats as `pairs`. Default: see `held_out_prompts`.
         held_out_prompts: number of prompts in `pairs` to keep for evaluation if `validation_pairs` is not set.
         output_dir: folder of the run; its subfolder reward/ gets the trained reward. Default: a new folder in runs/.
@@ -308,7 +308,7 @@ class TrainRewardRun:
         lora_lr: peak learning rate of the LoRA; default: same as the head.
         loop: settings of training length, checkpoints and weight averaging.
         accuracy: settings of the evaluation on held-out pairs.
-        shapes_pairs: settings of the pairs that are generated in the embedded world if `pairs` is not set.
+        shapes_pairs: settings of the synthetic pairs of shapes that are generated if `pairs` is not set.
     """
 
     model: str = "shapes"

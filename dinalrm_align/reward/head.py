@@ -1,4 +1,4 @@
-"""DiNa-LRM's reward head (arXiv 2602.11146): a FiLM adapter per backbone layer, gated query attention, one scalar.
+"""DiNa-LRM's reward head (arXiv 2602.11146): one FiLM adapter per backbone layer, then gated query attention.
 
 Shape letters: B samples, N image tokens, L text tokens, Q queries, W head width. Parameter names match the released
 checkpoints. RMSNorm has torch's default eps and is computed in float32.
@@ -120,9 +120,9 @@ class RewardHead(nn.Module):
             self.eta4 = nn.Parameter(torch.tensor(0.15))
 
     def forward(self, taps: Taps | Sequence[Taps]) -> Tensor:
-        """Return raw scores (B,), float32, differentiable. taps: features at one noise level, or a list for K levels.
+        """Return raw scores (B,), float32, differentiable. taps: tokens at one noise level, or a list for K levels.
 
-        FiLM uses the `temb` of each token's own noise level. Then the tokens of all levels are concatenated.
+        For K levels, FiLM conditions each level's tokens on that level's `temb`. Attention reads all K N tokens.
         """
         levels, text = [taps] if isinstance(taps, Taps) else taps, None
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])
@@ -141,7 +141,7 @@ class RewardHead(nn.Module):
     def _aggregate(
         self, adapters: nn.ModuleList, join: nn.Linear, levels: list[tuple[tuple[Tensor, ...], Tensor]]
     ) -> Tensor:
-        """Return the tokens (B, K N, W) of one stream (image or text). Layers are fused, K levels concatenated."""
+        """Return image or text tokens (B, K N, W). Layers are fused per noise level, then K levels are concatenated."""
         dtype, joined = self.query_tokens.dtype, []
         for streams, temb in levels:
             pairs = zip(adapters, streams, strict=True)

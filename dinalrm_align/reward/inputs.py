@@ -13,7 +13,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> None:
-    """Raise TypeError or ValueError unless `latents` is floating-point, on `device`, and fits the backbone."""
+    """Raise unless `latents` is a floating-point tensor on `device` whose channels and size fit the backbone."""
     if not isinstance(latents, Tensor):
         got = type(latents).__name__
         raise TypeError(f"latents: got {got}, expected a tensor of {LATENTS}; score_images takes images")
@@ -115,7 +115,7 @@ def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | 
 
 
 def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator | None, levels: int) -> Tensor:
-    """Return `noise` after checking its shape. If `noise` is None, draw standard normal noise instead.
+    """Check and return `noise`. If `noise` is None, return standard normal noise of the latents' shape.
 
     Noise is drawn on the generator's device, so a CPU generator gives the same noise on every device. The result is on
     the latents' device. levels: number K of noise levels; `noise` may have the latents' shape or (K, B, C, H, W).
@@ -139,7 +139,7 @@ def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator
 
 
 def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError if raw scores (B,) contain NaN or infinity. dtype: the backbone's, for the error message."""
+    """Raise ValueError if raw scores (B,) contain NaN or infinity. dtype: the backbone's dtype, for the message."""
     bad = int((~torch.isfinite(raw.detach())).sum())
     if bad:
         largest = latents.detach().abs().max().item()
@@ -162,7 +162,7 @@ def statistics_warning(latents: Tensor, scaling_factor: float) -> str | None:
     """Return a warning text if the latents look collapsed or unscaled, else None.
 
     Collapsed: the standard deviation of a sample is below 0.05. Unscaled: the standard deviation of the batch is above
-    3, or clearly nearer to 1 / scaling_factor (typical of unscaled VAE latents) than to 1.
+    3, or much nearer to 1 / scaling_factor (expected of unscaled VAE latents) than to 1 (expected of scaled latents).
     """
     values = latents.detach().float()
     smallest = values.flatten(1).std(dim=1).min().item()

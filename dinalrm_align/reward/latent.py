@@ -71,7 +71,7 @@ class LatentReward(RewardModule):
             model: reward model on which `RewardModel.freeze` has been called.
             encoder: encodes prompts that are passed as strings.
             vae: encodes images for `score_images`; default: the base model's VAE, loaded on first use.
-            folder: folder of the checkpoint, from which a relative base_model_id is resolved.
+            folder: folder of the checkpoint. A relative base_model_id is resolved from `folder`.
             local_files_only: never contact the hub.
         """
         super().__init__()
@@ -112,12 +112,12 @@ class LatentReward(RewardModule):
         local_files_only: bool = False,
         **hub: Any,
     ) -> "LatentReward":
-        """Load a reward from a checkpoint in this package's layout or in DiNa-LRM's released one.
+        """Load a reward from a checkpoint in this package's layout or in DiNa-LRM's released layout.
 
         Args:
             source: hub id or folder of the checkpoint.
             transformer: frozen SD3Transformer2DModel to share weights with, or the hub id or folder of a
-                transformer to load. Default: the pipeline's; without a pipeline, the checkpoint's base model.
+                transformer to load. Default: the pipeline's transformer, or else the checkpoint's base model.
             pipeline: StableDiffusion3Pipeline, or its img2img or inpaint variant. The reward uses the pipeline's text
                 encoders, VAE and (by default) transformer.
             device, dtype: of the backbone. Default: those of the given transformer, or CPU and the config's dtype if
@@ -216,7 +216,7 @@ class LatentReward(RewardModule):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return the head's output (B,), before scale and bias. Arguments and errors are those of `forward`."""
+        """Return the head's output (B,), before `score_scale` and `score_bias`. Arguments and errors: see `forward`."""
         self._check_latents(latents)
         sigma = inputs.check_sigma(self.config.sigma if sigma is None else sigma, len(latents))
         self._warn_of_statistics(latents)
@@ -229,8 +229,8 @@ class LatentReward(RewardModule):
         """Return scores (B,), float32, of latents that already contain noise, such as states of a sampling trajectory.
 
         No noise is added. `reward.score_noisy(add_noise(x0, noise, sigma), sigma, prompts)` equals `reward(x0, prompts,
-        sigma=sigma, noise=noise)` unless the config sets `snap_sigma`. Scores are differentiable in the latents; higher
-        is better.
+        sigma=sigma, noise=noise)` unless the config sets `snap_sigma`. Higher scores are better. Gradients reach the
+        latents.
 
         Args:
             latents: x_sigma = (1 - sigma) x0 + sigma noise, (B, C, H, W), on the reward's device.
@@ -281,7 +281,7 @@ class LatentReward(RewardModule):
     def save_pretrained(self, directory: str | Path, format: str = "dinalrm") -> None:
         """Write a checkpoint and a model card. format: `dinalrm` (this package's layout) or `released` (DiNa-LRM's).
 
-        A relative base_model_id is rewritten to lead to the same base model from `directory`. An existing card is kept.
+        A relative base_model_id is rewritten to be relative to `directory`. An existing README.md is not overwritten.
         """
         if not isinstance(directory, str | Path) or not str(directory):
             raise TypeError(f"directory: got {directory!r}; expected the path of a folder")
@@ -333,7 +333,7 @@ class LatentReward(RewardModule):
         inputs.check_finite("latents", latents)
 
     def _embeds(self, prompts: Text, batch: int) -> tuple[Tensor, Tensor]:
-        """Check the batch's embeddings. Return (prompt_embeds, pooled_prompt_embeds) on the reward's device."""
+        """Encode `prompts` if needed. Return checked (prompt_embeds, pooled_prompt_embeds) on the reward's device."""
         if isinstance(prompts, Conditions):
             embeds, pooled = prompts.for_length(self.config.text_length)
         else:

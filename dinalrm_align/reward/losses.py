@@ -29,7 +29,7 @@ from dinalrm_align.train.settings import check_number
 
 
 class LogNormalCDF(torch.autograd.Function):
-    """log Phi(z) for z of any shape, where Phi is the standard normal CDF. Differentiable once.
+    """Computes log Phi(z) for z of any shape. Phi is the standard normal CDF. Differentiable once.
 
     The gradient phi(z) / Phi(z) is computed as sqrt(2 / pi) / erfcx(-z / sqrt(2)). This formula is more accurate
     than torch.special.log_ndtr, whose gradient is off by 0.6 % at z = -350.
@@ -82,8 +82,8 @@ def preference_loss(
     """Return the loss of each pair, (N,), float32.
 
     Args:
-        score_chosen, score_rejected: raw scores (N,). Both samples of a pair must be scored with the SAME noise and
-            sigma.
+        score_chosen, score_rejected: raw scores (N,). The caller must score both samples of a pair with the same
+            noise and sigma.
         sigma: noise level of each pair, (N,) in [0, 1].
         label: probability that a rater prefers the chosen sample, a float or (N,) in [0, 1].
     """

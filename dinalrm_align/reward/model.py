@@ -57,7 +57,7 @@ class RewardModel(nn.Module):
             return self.head(taps.split(count))
 
     def _head_precision(self) -> contextlib.AbstractContextManager:
-        """Return the head's autocast context: to the trunk's dtype if that is half precision, else no autocast."""
+        """Return the context to run the head in: autocast if the trunk's dtype is half precision, else no autocast."""
         device, dtype = self.trunk.device.type, self.trunk.dtype
         if dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device):
             return contextlib.nullcontext()
@@ -66,7 +66,7 @@ class RewardModel(nn.Module):
     def tuned_tensors(self) -> dict[str, Tensor]:
         """Return a checkpoint's tensors: `head.*`, and `backbone.*` (the LoRA, or the whole trunk with full tuning).
 
-        During training, the Parameters themselves are returned; after `freeze`, CPU copies of the
+        Before `freeze`, returns the Parameters themselves. After `freeze`, returns CPU copies of the
         trained weights, made before any cast or LoRA merge.
         """
         if self._as_trained is not None:

@@ -1,7 +1,7 @@
 """Names of rewards and the syntax of `--reward`. This module does not import torch.
 
 dinalrm                         a reward in `REWARDS`
-pickscore=/data/PickScore_v1    other weights: a folder, file or hub id. Quote the path if it contains " + " or " - ".
+pickscore=/data/PickScore_v1    weights at a folder, file or hub id. Quote the path if it contains " + " or " - ".
 dinalrm + 0.2*pickscore         a weighted sum
 my_package.my_module:my_reward  a Python callable
 owner/name, or a folder         a latent reward, short for dinalrm=owner/name
@@ -110,7 +110,7 @@ class Term:
 
     @property
     def differentiable(self) -> bool:
-        """Whether the reward has a gradient. True for Python callables, whose gradient is checked at each call."""
+        """Whether the reward is differentiable. True for Python callables, which are checked at each call instead."""
         return self.name not in REWARDS or REWARDS[self.name].differentiable
 
 
@@ -179,7 +179,7 @@ def _known() -> str:
 
 
 def check_reward(text: str, *, gradient: bool = False) -> tuple[Term, ...]:
-    """Return `parse_reward(text)`. gradient: also raise ValueError if a reward in the text has no gradient."""
+    """Return `parse_reward(text)`. gradient: whether to raise ValueError if a reward in `text` has no gradient."""
     terms = parse_reward(text)
     if gradient and (without := [term.label for term in terms if not term.differentiable]):
         raise ValueError(

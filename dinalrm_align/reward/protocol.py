@@ -42,9 +42,9 @@ class Reward(Protocol):
         reads_images: whether the reward decodes the latents with a VAE and scores the images.
         scores_images: whether the reward supports `score_images`.
         reads_noise: whether scores depend on sigma and noise.
-        wants_groups: whether all samples of a prompt must be in one call, since scores of two calls are not comparable.
+        wants_groups: whether one call must score all samples of a prompt, since scores of two calls are not comparable.
         noise_parts: for a sum, the latent rewards in the sum; for a latent reward, [self]; otherwise empty.
-        text_lengths: T5 token counts for which prompts must be encoded (`Conditions.for_length`); empty if the reward
+        text_lengths: T5 sequence lengths at which to encode prompts (see `Conditions.for_length`). Empty if the reward
             reads prompts as strings.
         named_parts: the rewards in a weighted sum, by name; {"reward": self} for a single reward.
         weights: weight of each reward in `named_parts`, by name.
@@ -71,7 +71,7 @@ class Reward(Protocol):
         ...
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return a dict from each name in `weights` to its unweighted scores (B,). Latents are decoded once."""
+        """Return a dict from each name in `weights` to its unweighted scores (B,). Latents are decoded at most once."""
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:

@@ -51,8 +51,8 @@ def load_reward(
     Args:
         reward: a name, NAME=SOURCE, a weighted sum, "module:function", or a latent reward's folder or hub id (see
             `reward.names`); or a callable (see `callables.as_reward`). A reward of this package is returned unchanged.
-        spec: base model for which dinalrm, pixel and oracle are loaded. Default: SD3.5 for dinalrm, the embedded
-            world's model for pixel and oracle.
+        spec: base model that selects the rewards dinalrm, pixel and oracle. Default: SD3.5 for dinalrm, the small
+            model of synthetic shapes for pixel and oracle.
         pipeline: provides the VAE, text encoders and (by default) the transformer.
         vae: decodes latents for image rewards; default: the pipeline's. Without a VAE, image rewards score images only.
         transformer: transformer of a latent reward, see `LatentReward.from_pretrained`.
@@ -110,14 +110,14 @@ def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> Imag
 
 
 def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False) -> set[int]:
-    """Return the T5 token counts with which the latent rewards in `reward` were trained, read from the checkpoints."""
+    """Return the T5 sequence lengths of the latent rewards in the text `reward`, as stored in their checkpoints."""
     sources = [term.source or spec.reward for term in parse_reward(reward) if term.name == "dinalrm"]
     checkpoints = [read_checkpoint(source, local_files_only=local_files_only) for source in sources]
     return {checkpoint.config.text_length for checkpoint in checkpoints}
 
 
 def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> RewardModule:
-    """Return the embedded world's ground-truth reward, which is computed from pixels by rules and has no gradient."""
+    """Return the ground-truth reward of the synthetic shapes: rules on pixels, not differentiable."""
     gold = import_callable(spec.gold) if isinstance(spec.gold, str) and ":" in spec.gold else spec.gold
     if not callable(gold):
         raise ValueError(
@@ -152,7 +152,7 @@ def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settin
 
 
 def _class(name: str, entry: RewardEntry) -> type[PixelReward]:
-    """Return the class that implements a reward. Raises ImportError if a package must be installed."""
+    """Return the class that `entry` names. Raises ImportError if the class needs a package that is not installed."""
     module, _, kind = entry.kind.partition(":")
     try:
         return getattr(importlib.import_module(module), kind)

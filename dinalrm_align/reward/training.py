@@ -1,6 +1,6 @@
 """Training of a reward on preference pairs (arXiv 2602.11146, section 4).
 
-All images of a prompt (a group) share noise and sigma, so that score differences depend on the images only.
+All images of one prompt share noise and sigma, so score differences depend only on the images.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class NoisedPairs:
 
 
 def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[torch.Generator]) -> NoisedPairs:
-    """Draw noise and sigma for each group (all images of one prompt) with that group's own generator."""
+    """Return the batch with noise and sigma, drawn once per prompt. generators: one generator per prompt."""
     device = batch.latents.device
     noise = seeded_noise(tuple(batch.latents.shape[1:]), generators)
     sigma = torch.cat([sample_sigma(density.density, 1, generator=g, **density.parameters()) for g in generators])
@@ -71,17 +71,17 @@ def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) 
 
 
 def score_batch(model: RewardModel, batch: PairBatch, level: tuple[float, ...], noise: Tensor) -> Tensor:
-    """Return raw scores (M,) of the batch, on the CPU. level: (sigma,), or the noise levels of an ensemble."""
+    """Return raw scores (M,) of the batch, on the CPU. level: one noise level (sigma,), or several for an ensemble."""
     device = model.trunk.device
     batch, text = batch.to(device), batch.conditions.to(device)
     return model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, level, noise.to(device)).to("cpu")
 
 
 class RewardTraining:
-    """Trains a reward through `train.loop.fit`. As a context manager, it stops the prefetch threads on exit.
+    """Trains a reward through `train.loop.fit`. Leaving its context stops the prefetch threads.
 
-    Random generators are seeded by (seed, global group index), so results do not depend on the world size. A group is
-    all images of one prompt.
+    A group is all images of one prompt. Each group has a generator seeded by (seed, global group index), so noise and
+    sigma do not depend on the world size.
     """
 
     def __init__(self, model: RewardModel, pairs: PairSource, config: TrainRewardRun, accelerator: Accelerator) -> None:
@@ -118,7 +118,7 @@ class RewardTraining:
 
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
-    """Return `config` with the VAE scaling and base model of `pipeline`. A local base is made relative to `folder`."""
+    """Return `config` with the VAE scaling and base model of `pipeline`. A local path becomes relative to `folder`."""
     with reading("VAE", pipeline):
         vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
     base = os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline
@@ -129,7 +129,7 @@ def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfi
 def open_training_pairs(
     run: TrainRewardRun, spec: ModelSpec, reward: RewardConfig, accelerator: Accelerator, *, dtype: torch.dtype
 ) -> tuple[PairSource, Sequence[PairBatch]]:
-    """Return the training pairs and the batches of evaluation pairs. dtype: dtype of the text encoders."""
+    """Return a tuple (training pairs, evaluation batches). dtype: dtype of the text encoders."""
     train, validation = run.pairs, run.validation_pairs
     if train is None:
         folder = Path(run.output_dir) / "pairs"

@@ -1,7 +1,7 @@
-"""Training from scratch of the embedded world's autoencoder, text encoders and CLIP reward.
+"""Train the autoencoder, text encoders and CLIP reward of the embedded world (rendered shapes) from scratch.
 
-Each `train_*` function trains its networks in place or returns them, and resumes an interrupted training from the last
-checkpoint. `recipes/build_shapes.py` calls these functions in order and saves the weights.
+Each `train_*` function trains networks in place or returns a trained network. It resumes an interrupted training from
+its last checkpoint. The program `recipes/build_shapes.py` calls the functions in order and saves the weights.
 """
 
 import json
@@ -36,7 +36,7 @@ SLOT_CLASSES = [4, *[len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1] * 3, len
 
 
 def random_images(number: int, rng: np.random.Generator, size: int) -> tuple[Tensor, list[Scene], list[Drawing]]:
-    """Render random training captions. Returns images (number, 3, size, size), and each image's scene and drawing."""
+    """Render images of random training captions. Returns images (number, 3, size, size), their scenes and drawings."""
     scenes = draw_scenes(number, rng)
     drawings = [lay_out(scene, draw_nuisance(rng), rng) for scene in scenes]
     return render(drawings, size), scenes, drawings
@@ -46,9 +46,9 @@ def run_stage(
     name: str, config: BuildConfig, accelerator: Accelerator, parameters: dict[str, nn.Parameter],
     closures: Closures, *, optimizer: torch.optim.Optimizer | None = None, **options: Any,
 ) -> None:  # fmt: skip
-    """Train `parameters` with `fit` in the folder output_dir/name, resuming from its last checkpoint if it has one. At
-    the end, set `parameters` to their moving average (if ema_decay is 0, to the last weights). `options`: arguments
-    of `fit`.
+    """Train `parameters` with the training loop `fit`. The run folder is output_dir/name. If it has a checkpoint,
+    training resumes from the newest one. At the end, sets `parameters` to their moving average, or to the last weights
+    if ema_decay is 0. `options`: further arguments of `fit`.
     """
     stage: StageConfig = getattr(config, name)
     folder = Path(config.output_dir) / name
@@ -102,9 +102,9 @@ def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerat
 
 
 def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, float]:
-    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict: component
-    of the score -> correlation between its values for original and for reconstructed images, and "psnr" -> PSNR in
-    dB. Half of the images are scored with the caption of another image, so that faithfulness varies.
+    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict. For
+    each score component, it has the correlation between the values for original and for reconstructed images; "psnr"
+    is the PSNR in dB. To vary faithfulness, half of the images are scored with the caption of another image.
     """
     images, scenes, _ = random_images(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
     captions = [scene.caption for scene in scenes[: number // 2] + scenes[number // 2 - 1 :: -1]]
@@ -115,9 +115,9 @@ def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, floa
 
 
 def _slots(scene: Scene | None) -> list[int]:
-    """Return the classes of a caption's attributes: the number of items, then shape, colour and size of each of three
-    items, then the relation and the background. Class 0 means that the attribute is absent. `scene`: None for the empty
-    caption.
+    """Return the class index of each caption attribute, in this order: number of items; shape, colour and size of each
+    of three items; relation; background. Class 0 means that the attribute is absent. For the empty caption, `scene`
+    must be None.
     """
     if scene is None:
         return [0] * len(SLOT_CLASSES)
@@ -130,8 +130,8 @@ def _slots(scene: Scene | None) -> list[int]:
 
 
 def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
-    """Train the three text encoders in place: linear heads predict the caption's attributes (shapes, colours, ...) from
-    every T5 token, from the last tokens of both CLIP towers, and from the pooled embedding. This training replaces
+    """Train the three text encoders in place so that linear heads can predict the attributes of a caption (shape,
+    colour, ...) from every T5 token, the last tokens of both CLIP towers, and the pooled embedding. Training replaces
     the web-scale pretraining of SD3's text encoders.
     """
     stack, length = config.stack, config.stack.text_length
@@ -165,7 +165,7 @@ def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 
 
 def _slot_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean cross-entropy over attributes. `logits`: (..., sum of SLOT_CLASSES). `target`: (..., slots)."""
+    """Return the mean cross-entropy over attributes. `logits`: (..., all classes). `target`: (..., attributes)."""
     parts, targets = logits.split(SLOT_CLASSES, -1), target.unbind(-1)
     losses = [F.cross_entropy(part.flatten(0, -2), wanted.flatten()) for part, wanted in zip(parts, targets)]
     return sum(losses) / len(losses)
@@ -174,8 +174,8 @@ def _slot_loss(logits: Tensor, target: Tensor) -> Tensor:
 def train_pixel(
     pipeline: StableDiffusion3Pipeline, pairs: LatentPairs, config: BuildConfig, accelerator: Accelerator
 ) -> CLIPModel:
-    """Train a CLIP reward with PickScore's pairwise likelihood (arXiv 2305.01569) on decoded latents of preference
-    pairs. The text tower starts from `pipeline.text_encoder`. Returns the CLIP model, frozen and in eval mode.
+    """Train a CLIP reward with PickScore's pairwise likelihood (arXiv 2305.01569) on images decoded from the latents of
+    `pairs`. The text tower starts from `pipeline.text_encoder`. Returns the CLIP model, frozen and in eval mode.
     """
     size, text = config.stack.image_size, pipeline.text_encoder.config.to_dict()
     text.pop("_name_or_path", None)

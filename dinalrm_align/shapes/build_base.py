@@ -1,4 +1,4 @@
-"""Training of the embedded world's base model: a small SD3 transformer from which alignment starts.
+"""Train the base model of the embedded world (rendered shapes): a small SD3 transformer from which alignment starts.
 
 The loss is the rectified-flow loss on v = noise - x0 (SD3, arXiv 2403.03206) plus an auxiliary layout loss. For the
 layout loss, a linear head on the middle block's image tokens predicts where each shape is. Muon trains the weight
@@ -37,7 +37,7 @@ CELLS = 2  # the layout loss predicts CELLS x CELLS cells per image token (a pat
 
 
 class Together(torch.optim.Optimizer):
-    """An optimiser made of several optimisers over disjoint parameters, with one common state for checkpoints."""
+    """Optimiser that steps several optimisers over disjoint parameters and keeps their states in one state dict."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -59,7 +59,7 @@ class Together(torch.optim.Optimizer):
 
 
 def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
-    """Train `pipeline.transformer` in place. Text encoders are frozen. Training images are encoded before training."""
+    """Train `pipeline.transformer` in place on cached latents. Text encoders and autoencoder are frozen."""
     stage, optim, device = config.base, config.base.optim, accelerator.device
     transformer = pipeline.transformer.to(device)
     latents, layouts, captions = _cached_images(pipeline, config)
@@ -134,7 +134,7 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 
 @torch.no_grad()
 def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> tuple[Tensor, Tensor, list[str]]:
-    """Return latents (N, C, h, w), layouts (N, 4, h, w) uint8 and captions of the training images, cached on disk."""
+    """Return training images as latents (N, C, h, w), layouts (N, 4, h, w) uint8 and captions, cached on disk."""
     folder = Path(config.output_dir) / "cache"
     if not (folder / "captions.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """Return the share of each grid cell that each shape covers: (4, cells, cells), uint8, 255 for a full cell."""
+    """Return how much of each grid cell each shape covers: (4, cells, cells), uint8, 255 for a fully covered cell."""
     cover = torch.zeros(len(SHAPES), SIZE, SIZE)
     for mark in drawing.marks:
         cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))

@@ -1,4 +1,4 @@
-"""Settings of the embedded world: network sizes, preference pairs and training from scratch. Does not import torch."""
+"""Settings of the embedded world (rendered shapes): networks, preference pairs and training. Does not import torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,7 +24,7 @@ CONCEPTS = FAITHFULNESS + AESTHETICS
 
 @dataclass
 class StackConfig:
-    """Network sizes. The shipped weights use the defaults: 64 x 64 images, 16 x 16 latents and 64 image tokens.
+    """Network sizes. The shipped weights have the default sizes: 64 x 64 images, 16 x 16 latents and 64 image tokens.
 
     Args:
         image_size: side of the images in pixels; must be a multiple of 64 (the oracle scores images at 64 x 64).
@@ -32,7 +32,7 @@ class StackConfig:
         vae_layers: residual blocks of the autoencoder at each resolution.
         vae_norm_groups: groups of the autoencoder's GroupNorm layers; must divide every value of vae_channels.
         latent_channels: channels of the latents.
-        depth: number of joint-attention blocks.
+        depth: number of joint-attention blocks of the transformer.
         head_dim: channels of each attention head; must be even.
         num_heads: number of attention heads; the transformer's width is num_heads * head_dim.
         dual_attention_layers: indices of the transformer blocks that have a second, image-only attention.
@@ -85,7 +85,7 @@ class StackConfig:
 
     @classmethod
     def tiny(cls, **overrides) -> "StackConfig":
-        """Return a config of a few tens of thousands of parameters, for tests. `overrides`: fields to change."""
+        """Return a config for tests, with a few tens of thousands of parameters. `overrides`: fields to change."""
         sizes = dict(vae_channels=(8, 8, 8), vae_norm_groups=4, depth=4, head_dim=8, num_heads=2)
         return cls(**(sizes | dict(clip_width=16, t5_width=32, t5_layers=1) | overrides))
 
@@ -101,9 +101,9 @@ class PairsConfig:
     Args:
         groups: number of training captions, each with several images.
         pictures: number of images for each caption; every two images of a caption form a pair.
-        emphasis: concept (shape, blur, ...) -> relative frequency of renders that get it wrong; 1 if not listed.
+        emphasis: relative frequency of wrong renders by concept (shape, blur, ...); 1 for concepts that are not listed.
         sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
-        faithful_share: probability that a render is correct; the first render of each caption is always correct.
+        faithful_share: probability that a render is correct, except for each caption's first, which is always correct.
         rater_noise: standard deviation of the noise that the simulated rater adds to an image's oracle score.
         per_concept: number of evaluation pairs for each concept, with held-out captions.
         per_shifted: number of out-of-distribution evaluation pairs, with grain and JPEG artefacts, for each concept.
@@ -167,10 +167,10 @@ class BuildConfig:
         vae: training of the autoencoder, first on crops half as wide and high as the image, then on whole images.
         text: training of the three text encoders, which learn to predict a caption's objects, relation and background.
         base: training of the text-to-image transformer.
-        pixel: training of the CLIP reward on decoded images of the pairs that also train the latent reward.
+        pixel: training of the CLIP reward, on decoded images of the latent reward's preference pairs.
         cached_pictures: number of images for training the base model, rendered and encoded once.
         layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape is
-            (as in arXiv 2410.06940, but aligned to rendered shape maps instead of an encoder's features).
+            (similar to REPA, arXiv 2410.06940, with rendered shape maps as targets, not an encoder's features).
     """
 
     output_dir: str = "runs/shapes_world"

@@ -1,10 +1,10 @@
-"""The embedded world's oracle: computes the score of an image for its caption from the image's pixels.
+"""Oracle of the embedded world (rendered shapes): scores an image for its caption from the image's pixels.
 
     score = 2 F + A (0.25 + 0.75 F),   F faithfulness and A aesthetics, both in [0, 1]
 
 A perfect image scores 3. An image that does not match its caption (F = 0) scores at most 0.25. F is a score of the
 objects (shape, colour, size), multiplied by factors for relation, background and number of objects. A is the mean of
-sharpness, contrast and centring. Models are not trained on the score itself, only on preference labels made from it.
+sharpness, contrast and centring. Training uses only preference labels derived from the score, not the score itself.
 """
 
 import itertools
@@ -34,7 +34,7 @@ class SeenObject:
     Args:
         x, y, area: centroid and area of the object, in pixels.
         box: bounding box (left, top, right, bottom), in pixels.
-        overlap: shape -> intersection over union of the object and that shape, drawn with the same centroid and area.
+        overlap: IoU of the object with each shape, by name; the shape is drawn with the object's centroid and area.
         strength: contrast with the background; 1 for an object in its full colour.
         edge: width in pixels of the soft transition from object to background.
     """
@@ -57,7 +57,7 @@ def oracle_score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 
 def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """Return the score's components, named in PARTS: name -> (B,) in [0, 1]. Raises ValueError for invalid input."""
+    """Return the score's components as a dict: name in PARTS -> (B,) in [0, 1]. Raises ValueError for invalid input."""
     side = images.shape[-1]
     if images.ndim != 4 or images.shape[1:] != (3, side, side) or side % SIZE:
         raise ValueError(f"images: got {tuple(images.shape)}; expected (B, 3, S, S), S a multiple of {SIZE}")
@@ -109,7 +109,7 @@ def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list
     """Detect up to six objects (connected regions of one colour) in an image (64, 64, 3). Returns the largest first.
 
     A pixel gets the colour in COLOURS for which (colour - background) has the largest cosine similarity with (pixel -
-    background). Low contrast and soft edges do not change the direction of (pixel - background).
+    background). Low contrast and soft edges have no effect, as they keep the direction of (pixel - background).
 
     `ground`: RGB value of the background, (3,). `background`: name of the background.
     """

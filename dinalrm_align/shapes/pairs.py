@@ -1,4 +1,4 @@
-"""Preference pairs of the embedded world (rendered shapes), labelled by the oracle.
+"""Preference pairs of the embedded world (rendered shapes), labelled from the scores of its oracle.
 
 The images of a training caption are either samples of the base model or renders. Most renders get one concept wrong (a
 wrong colour, blur, ...). A simulated rater adds Gaussian noise to the oracle's scores of two images and chooses the
@@ -65,7 +65,7 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
 
 
 def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> Path:
-    """Write preference pairs of the given kind to `directory` unless it already holds pairs. Returns `directory`."""
+    """Write preference pairs of kind `kind` to `directory` unless `directory` holds pairs. Returns `directory`."""
     if not (directory / "index.json").exists():
         write_pairs(kind, directory, pipeline, config)
     return directory
@@ -85,7 +85,7 @@ def render_hpdv3(
 ) -> None:
     """Write preference pairs to `directory` in HPDv3's layout: train.json, and PNG files in images/.
 
-    Captions, images and labels are those that `write_pairs` makes from the same config. The kind is "heldout" if
+    Captions, images and labels are those that `write_pairs` makes from the same config, of kind "heldout" if
     `held_out`, else "train". Images have 8 bits per channel. Raises FileExistsError if `directory` holds a train.json.
     """
     directory = Path(directory)
@@ -153,7 +153,7 @@ def _lists(
 def _encoded_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
-    """Yield captions, latents (captions, images, C, h, w), and labels (arguments of `LatentPairsWriter.add`)."""
+    """Yield captions, latents (captions, images, C, h, w), and labels (arguments for `LatentPairsWriter.add`)."""
     for captions, latents, images, pairs in _lists(pipeline, encoder, config, held_out=kind == "heldout"):
         latents = encode_images(pipeline.vae, images) if latents is None else latents
         labels = [dict(zip(("chosen", "rejected"), zip(*own))) for own in pairs]
@@ -163,7 +163,7 @@ def _encoded_lists(
 def _encoded_concepts(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
-    """Yield captions, latents (captions, 2, C, h, w) and labels for each concept. The first image is the chosen one."""
+    """Yield captions, latents (captions, 2, C, h, w) and labels, by concept. The first image of a pair is chosen."""
     stream, number = (3, config.per_shifted) if kind == "shifted" else (1, config.per_concept)
     rng, size = np.random.default_rng((config.seed, stream)), pipeline.vae.config.sample_size
     for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
@@ -185,7 +185,7 @@ def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield captions, each with two renders (2, 3, size, size). The second gets `concept` wrong and scores lower."""
+    """Yield a caption and two renders (2, 3, size, size). The second render gets `concept` wrong and scores lower."""
     while True:
         scene = draw_scenes(1, rng, held_out=True)[0]
         if concept not in concepts_of(scene):
@@ -199,7 +199,7 @@ def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterato
 
 
 def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> list[Drawing]:
-    """Lay out `config.pictures` images of a scene: the first is correct, most others have one concept wrong."""
+    """Return `config.pictures` drawings of a scene. The first is correct; most later drawings get one concept wrong."""
     nuisance = draw_nuisance(rng)
     drawings = [lay_out(scene, nuisance, rng)]
     concepts = concepts_of(scene)
@@ -214,7 +214,7 @@ def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> l
 
 
 def _compare(scores: np.ndarray, noise: float, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Compare every two scores, each plus fresh Gaussian noise. Returns image indices (chosen, rejected)."""
+    """Compare every two scores after adding fresh Gaussian noise to both. Returns index pairs (chosen, rejected)."""
     pairs = []
     for i, j in itertools.combinations(range(len(scores)), 2):
         first = scores[i] + noise * rng.standard_normal() > scores[j] + noise * rng.standard_normal()

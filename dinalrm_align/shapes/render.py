@@ -1,6 +1,6 @@
-"""Images of the embedded world: a scene is laid out with random imperfections, then rendered to anti-aliased pixels.
+"""Images of the embedded world: scenes of shapes, laid out with random imperfections and rendered with anti-aliasing.
 
-All lengths are in pixels of a 64 x 64 image, also for images of another size. Three imperfections ("nuisances") lower
+All lengths are in pixels of a 64 x 64 image and scale with the image size. Three imperfections ("nuisances") lower
 an image's aesthetics:
 
 - `edge`: width of the soft transition at every outline; 1 is crisp.
@@ -50,7 +50,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Nuisance:
-    """Imperfections of an image: edge width (1 to 7), contrast (0.3 to 1), offset from the centre (0 to 14)."""
+    """Imperfections of a 64 x 64 image: edge width (1 to 7 pixels), contrast (0.3 to 1), offset (0 to 14 pixels)."""
 
     edge: float = 1.0
     contrast: float = 1.0
@@ -58,15 +58,15 @@ class Nuisance:
 
 
 def draw_nuisance(rng: np.random.Generator) -> Nuisance:
-    """Draw the random imperfections of an ordinary image: mostly moderate, sometimes strong, rarely none."""
+    """Return random imperfections: edge width 1 to 6, contrast 0.4 to 1, offset 0 to 12, all beta-distributed."""
     return Nuisance(
         edge=1.0 + 5.0 * rng.beta(1.2, 1.8), contrast=0.4 + 0.6 * rng.beta(1.6, 1.2), offset=12.0 * rng.beta(1.1, 1.6)
     )
 
 
 def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
-    """Place a scene's objects at random: radii fit the sizes ("small", "large"), positions satisfy the relation. The
-    objects are shifted as a group from the centre by up to `nuisance.offset`, and shrunk if the image is too small.
+    """Place a scene's objects at random. Radii fit the sizes ("small", "large"), positions satisfy the relation. The
+    group of objects is shrunk if it does not fit the image, and shifted from the centre by up to `nuisance.offset`.
     """
     marks = [Mark(item.shape, item.colour, 0.0, 0.0, rng.uniform(*RADII[item.size])) for item in scene.items]
     extents = [mark.radius * HALF_EXTENT[mark.shape] for mark in marks]
@@ -110,7 +110,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def coverage(mark: Mark, edge: float = 1.0, size: int = SIZE) -> np.ndarray:
-    """Return the share of each pixel that an object covers: (size, size) in [0, 1]. `edge`: width of soft edges."""
+    """Return the fraction of each pixel that an object covers: (size, size). `edge`: width of the soft outline."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) * (SIZE / size)
     distance = signed_distance(mark.shape, grid[None, :] - mark.x, grid[:, None] - mark.y, mark.radius)
     return np.clip(0.5 - distance / edge, 0.0, 1.0)
@@ -129,12 +129,12 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return the concepts that an image can get wrong: CONCEPTS, less "relation" if the scene has no relation."""
+    """Return the concepts that an image of the scene can get wrong: all CONCEPTS, but "relation" only if it has one."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 
 def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
-    """Return a copy of the scene with one concept changed at random. `concept`: one of FAITHFULNESS."""
+    """Return a copy of the scene with `concept` changed at random. `concept`: one of FAITHFULNESS."""
     if concept not in FAITHFULNESS:
         raise ValueError(f"concept: got {concept!r}; expected one of {FAITHFULNESS}")
     items = scene.items
@@ -152,7 +152,7 @@ def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
 
 
 def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Nuisance:
-    """Return a copy of the nuisances with one of them made worse. `concept`: one of AESTHETICS, for instance "blur"."""
+    """Return a copy of the imperfections with one made worse. `concept`: one of AESTHETICS, for instance "blur"."""
     if concept == "blur":
         return replace(nuisance, edge=min(7.0, nuisance.edge + rng.uniform(1.5, 4.5)))
     if concept == "contrast":
@@ -163,7 +163,7 @@ def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -
 
 
 def lay_out_spoiled(scene: Scene, nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Drawing:
-    """Lay out the scene with one concept drawn wrong. `concept`: one of CONCEPTS, for instance "colour" or "blur"."""
+    """Return a drawing that gets `concept` wrong. `concept`: one of CONCEPTS, for instance "colour" or "blur"."""
     if concept in AESTHETICS:
         return lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng)
     return lay_out(spoil_scene(scene, concept, rng), nuisance, rng)

@@ -1,4 +1,4 @@
-"""Scenes and captions of the embedded world.
+"""Scenes and captions of the embedded world (rendered shapes).
 
 A caption names a background, and either one object, two objects with a relation, or two or three identical objects:
     "a small red circle on white"
@@ -95,7 +95,7 @@ def parse_caption(caption: str) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Return whether a scene is held out from training. A hash of the scene's caption decides."""
+    """Return whether a scene is held out from training, as determined by a hash of the scene's caption."""
     return hashlib.sha256(scene.caption.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
@@ -116,7 +116,7 @@ KIND_SHARES = {"one": 0.25, "pair": 0.5, "count": 0.25}
 
 
 def draw_scenes(number: int, rng, *, held_out: bool = False) -> list[Scene]:
-    """Draw random training or held-out scenes. KIND_SHARES has the probability of each kind (see `all_scenes`)."""
+    """Return random scenes: held-out ones if `held_out`, else training ones. KIND_SHARES weights the scene kinds."""
     pools = _pools(held_out)
     kinds = rng.choice(list(KIND_SHARES), size=number, p=list(KIND_SHARES.values()))
     return [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]

@@ -1,8 +1,8 @@
-"""The embedded world's networks: an SD3 pipeline of diffusers and transformers classes, small enough for two CPU cores.
+"""Networks of the embedded world (rendered shapes): a small SD3 pipeline of diffusers and transformers classes.
 
 The pipeline has a joint-attention transformer with RMS query-key norm and dual-attention blocks, a KL autoencoder with
-16 latent channels, and SD3's three text encoders (the outputs of two CLIP towers are concatenated on the channel
-axis, and the T5 encoder's outputs are appended on the token axis). The tokenizers have one token for each word of
+16 latent channels, and SD3's three text encoders. The outputs of the two CLIP towers are concatenated on the channel
+axis, and the T5 encoder's outputs are appended on the token axis. The tokenizers have one token for each word of
 the captions.
 """
 
@@ -23,7 +23,7 @@ from dinalrm_align.shapes.scene import CAPTION_WORDS
 
 
 def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
-    """Return a byte-pair tokenizer with one token for each of `words`. Unknown words are split, down to bytes."""
+    """Return a byte-pair tokenizer with one token for each of `words`. Unknown words become pieces or bytes."""
     characters = list(bytes_to_unicode().values())
     vocabulary = characters + [character + "</w>" for character in characters]
     merges: list[tuple[str, str]] = []
@@ -39,7 +39,7 @@ def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Tokenise one word by byte-pair encoding: repeatedly apply the first rule of `merges` that fits."""
+    """Return the byte-pair tokens of one word, by repeatedly applying the first rule in `merges` that fits."""
     rank = {merge: index for index, merge in enumerate(merges)}
     while True:
         pairs = [(rank.get(pair, len(merges)), index) for index, pair in enumerate(zip(pieces, pieces[1:]))]
@@ -50,7 +50,7 @@ def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]
 
 
 def t5_tokenizer(words: list[str], length: int) -> T5TokenizerFast:
-    """Return a unigram tokenizer with one token for each of `words`. Unknown words are split, down to characters."""
+    """Return a unigram tokenizer with one token for each of `words`. Unknown words become pieces or characters."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     known = [("\u2581" + word, -1.0) for word in words]
     characters = [("\u2581", -10.0), *((chr(code), -12.0) for code in range(33, 127))]

@@ -10,8 +10,8 @@ The folder is written atomically. Loading verifies all files first and reads .pt
 
 RNG streams are keyed by the global sample index. A run can therefore resume with a different world size if the number
 of samples per update, summed over ranks, stays the same. With a different world size, the global RNG states, which
-dropout uses, are not restored. A different world size is refused if the ranks hold different method states, such as
-shares of a rollout that is reused for several updates.
+dropout uses, are not restored. Loading raises ValueError for a different world size if method states differ between
+ranks, for instance if each rank holds a share of a rollout that is reused for several updates.
 """
 
 import io
@@ -124,7 +124,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def checkpoint_to_resume(path: Path) -> Path:
-    """Return the checkpoint to resume from: `path` if it is a checkpoint, or the newest one in the run folder `path`.
+    """Return the checkpoint to resume from: `path` itself or, if `path` is a run folder, its newest checkpoint.
 
     Raises ValueError if `path` is not a folder or has no checkpoint, or if the checkpoint is damaged.
     """
@@ -160,7 +160,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Delete leftover temporary folders and all checkpoints but the `keep_last` newest at or before update `step`."""
+    """Delete temporary folders. Delete checkpoints except the `keep_last` newest at or before update `step`."""
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:
@@ -187,7 +187,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _alternative(folder: Path) -> str:
-    """Return advice: resume from the newest intact checkpoint before the damaged `folder` or, if none, start again."""
+    """Return advice for an error message: resume from the newest intact checkpoint before `folder`, or start again."""
     siblings = _checkpoints(run_of(folder)) if STEP.fullmatch(folder.name) else []
     for earlier in [entry for entry in siblings if _step_of(entry) < _step_of(folder)][::-1]:
         with suppress(ValueError):

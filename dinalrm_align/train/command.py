@@ -131,7 +131,7 @@ class _Parser(ArgumentParser):
 
 
 def _types(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Return the types of all fields of a dataclass by name; a field of a nested dataclass is named `section.name`."""
+    """Return a dict of a dataclass's field types by name. A field of a nested dataclass has the name `section.name`."""
     found = {}
     for name, hint in field_types(kind).items():
         found[prefix + name] = hint

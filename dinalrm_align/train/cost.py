@@ -31,12 +31,12 @@ CPU_ATTENTION = {
 
 
 def tensors_among(values: Any) -> list[torch.Tensor]:
-    """Return all tensors in nested lists, tuples and dicts."""
+    """Return a list of all tensors in nested lists, tuples and dicts."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 class LiveStorage(TorchDispatchMode):
-    """Dispatch mode that tracks bytes of tensor storages: `live` is the sum now, `peak` the maximum since `restart`."""
+    """Dispatch mode that counts bytes of tensors: `live` is the present sum, `peak` its maximum since `restart`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class LiveStorage(TorchDispatchMode):
 
 
 class _NoModules(ModuleTracker):
-    """Module tracker without hooks. The hooks of `FlopCounterMode` would keep recomputed activations in memory."""
+    """Module tracker without hooks. Hooks of the default tracker would keep recomputed activations in memory."""
 
     __enter__ = __exit__ = lambda self, *args: None
 

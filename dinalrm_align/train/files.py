@@ -89,7 +89,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def reading(what: str, source: str | Path) -> Iterator[None]:
-    """Context manager that converts an OSError of loading `source` to FileNotFoundError, other errors to ValueError."""
+    """Context manager for loading `source`: re-raises OSError as FileNotFoundError, other errors as ValueError."""
     try:
         yield
     except Exception as error:  # libraries raise many exception types for invalid files
@@ -206,7 +206,7 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def open_sealed(folder: Path) -> dict[str, Any]:
-    """Verify a folder sealed with `seal`; return `facts`. Raises ValueError if a file is missing or damaged."""
+    """Verify a folder sealed with `seal`; return its `facts`. Raises ValueError if a file is missing or damaged."""
     path = folder / STATE
     if not path.is_file():
         raise ValueError(f"{path} is missing")
@@ -225,7 +225,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
 
 
 def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> None:
-    """Raise ValueError unless a file, or with `prefix` its beginning, has the size and SHA-256 in `mark`."""
+    """Raise ValueError unless a file has the size and SHA-256 in `mark`. `prefix`: allow further bytes."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     size, expected = path.stat().st_size, mark["bytes"]

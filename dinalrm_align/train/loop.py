@@ -197,7 +197,7 @@ def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: R
 
 
 def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None:
-    """Call the hooks, with averaged weights in the model if there are any; add the returned metrics to `row`."""
+    """Call the hooks and add their metrics to `row`. If weights are averaged, the model has the averages meanwhile."""
     with state.average.in_place() if hooks and state.average else nullcontext():
         for hook in hooks:
             row.update(hook.call(state.step) or {})
@@ -255,7 +255,7 @@ def _resume_hint(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether any rank got SIGINT or SIGTERM; a second signal ends the process."""
+    """Context manager that yields a function: has any rank got SIGINT or SIGTERM? A second signal ends the process."""
     requested = False
 
     def request(number: int, frame: Any) -> None:

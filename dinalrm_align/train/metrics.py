@@ -3,7 +3,7 @@
 Each line of metrics.jsonl is a JSON object with `step`, the number of updates done, and the metrics by name.
 
 TensorBoard logs to the run folder: `tensorboard --logdir RUN`. Weights & Biases logs to the wandb server. With
-WANDB_MODE=offline it logs to the run folder, and `wandb sync RUN/wandb/offline-run-*` uploads the log later.
+WANDB_MODE=offline, the log goes to the run folder; `wandb sync RUN/wandb/offline-run-*` uploads the log later.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class MetricsLog:
     """Appends rows of metrics to metrics.jsonl and keeps a running SHA-256 of the file."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Open a log. Cuts an existing file to its first `keep` bytes, because a resumed run writes the rest again."""
+        """Open a log. Truncates an existing file to `keep` bytes, because a resumed run writes the rest again."""
         self.path = path
         kept = path.read_bytes()[:keep] if keep else b""
         write_atomically(path, kept)

@@ -14,7 +14,7 @@ Run = TypeVar("Run")  # settings of a training recipe: model, output_dir, resume
 def parse_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[Run, Path | None]:
     """Parse the command line of a training recipe; return the settings and the checkpoint to resume.
 
-    With `--resume`, `argv` overrides config.yaml of the run folder. In a new run, the checkpoint is None.
+    With `--resume`, options in `argv` override the run folder's config.yaml. For a new run, the checkpoint is None.
     """
     run, _ = parse(kind, description, argv)  # --help exits here, before heavy imports
     checkpoint = None
@@ -42,7 +42,7 @@ def complete_run(
     name: str,
     defaults: Sequence[Path] = (),
 ) -> tuple[Run, str]:
-    """Set model and output folder in `run`, the settings from `parse_run`; return `run` and the text of config.yaml.
+    """Return the settings `run` with the model and the output folder filled in, and the text of config.yaml.
 
     Args:
         recipe: path of the training program.

@@ -150,7 +150,7 @@ def _type_error(name: str, value: Any, hint: Any) -> TypeError:
 
 
 def _is_kind(value: Any, hint: Any) -> bool:
-    """Return whether `value` has the type `hint`, without a check of the elements of lists, tuples and dicts."""
+    """Return whether `value` has the type `hint`. The elements of lists, tuples and dicts are not checked."""
     kind = _base(typing.get_origin(hint) or hint)
     if kind is typing.Literal:
         return isinstance(value, str)

@@ -13,7 +13,7 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 
 def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
-    """Import and return bitsandbytes. `what`: setting that needs it, named in the ImportError if the import fails."""
+    """Import and return bitsandbytes. `what`: setting that needs bitsandbytes, for the message of an ImportError."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -54,7 +54,7 @@ class Stateful(Protocol):
     """Interface of a training method with state to store in checkpoints, such as running statistics or a rollout."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the state of the method after the last update, as tensors by name. They may be on any device."""
+        """Return the method's state after the last update as named tensors. The tensors may be on any device."""
 
     def is_common(self) -> bool:
         """Return whether all ranks have the same state. If not, a run cannot resume with a different world size."""
@@ -135,7 +135,7 @@ class RunState:
         identity: Mapping[str, str] | None = None,
         samples: int = 0,
     ) -> "RunState":
-        """Return the state before the first update. `optimizer`: if None, AdamW over all parameters is created."""
+        """Return the state before the first update. If `optimizer` is None, creates AdamW over all parameters."""
         optimizer = optimizer or adamw([{"params": list(parameters.values())}], optim)
         average = Ema(parameters, config.ema_decay) if config.ema_decay > 0 else None
         return cls(parameters, optimizer, average, method, identity or {}, samples)

@@ -1,4 +1,4 @@
-"""Settings of `recipes/savings.py`, the configurations that it counts, and the published sizes of the networks.
+"""Settings of the cost report `recipes/savings.py`, its configurations, and the published sizes of the networks.
 
 This module does not import torch. Sizes are those in each model's config.json: Stable Diffusion 3.5 Medium
 (stabilityai/stable-diffusion-3.5-medium), DiNa-LRM
@@ -17,7 +17,7 @@ from dinalrm_align.train.settings import NonNegativeInt, PositiveInt, check_fiel
 
 @dataclass
 class SavingsRun:
-    """Settings of `python recipes/savings.py`.
+    """Settings of `recipes/savings.py`, which counts memory and FLOPs.
 
     Args:
         size: height and width of the images in pixels, a multiple of 16 from 64 to 6144.
@@ -81,7 +81,7 @@ class Case:
     Args:
         reward: dinalrm scores latents; pickscore and hpsv3 score decoded images.
         work: name of the workload, a key of `WORK`.
-        size, batch, text_length, levels: as in `SavingsRun`.
+        size, batch, text_length, levels: as in the recipe's settings `SavingsRun`.
         policy_checkpointing: recompute the policy's blocks in the backward pass (gradient checkpointing).
         reward_checkpointing: recompute the blocks of the reward and of the VAE decoder in the backward pass.
         merged: give the latent reward its own copy of SD3.5's blocks, with the reward's LoRA merged into the copy. By
@@ -112,7 +112,7 @@ class Case:
 
     @property
     def kept(self) -> "Case":
-        """This configuration without gradient checkpointing, so that all activations are kept."""
+        """This configuration without gradient checkpointing: all activations are stored."""
         return self.but(policy_checkpointing=False, reward_checkpointing=False)
 
     @property
@@ -147,7 +147,7 @@ def scenarios(base: Case) -> list[Case]:
 
 
 def economies(base: Case) -> dict[str, Case]:
-    """Return {row name in the report: configuration} of a ReFL update without its rollout, one row per memory option.
+    """Return {row name in the report: configuration}: one ReFL update, without its rollout, for each memory option.
 
     Rows of the latent reward come first, rows of HPSv3 second. The first row of each reward has the default options.
     """

@@ -1,10 +1,10 @@
 """Count the cost of a workload on fake tensors (no weights, no GPU), or measure it with random weights on CUDA.
 
-Counted bytes are the storages of all live tensors at the peak. They exclude workspaces inside operators and
+Counted bytes are the storages of all live tensors at the peak. The count excludes workspaces of operators and
 fragmentation of the allocator. Operations are counted in two ways, called F2 and M0:
 
 - F2: FLOPs of matrix products, convolutions and attention, with two FLOPs per multiply-accumulate. F2 includes the
-  blocks recomputed by gradient checkpointing and the scores recomputed in flash attention's backward pass, which has
+  blocks recomputed by gradient checkpointing. Flash attention's backward pass recomputes the scores and is counted as
   2.5 times the FLOPs of the forward pass.
 - M0: multiply-accumulates without attention, as reported by tools that papers commonly use.
 
@@ -43,8 +43,8 @@ FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, f
 class FakeFloats(TorchDispatchMode):
     """A dispatch mode in which floating-point tensors have no storage. Activate it by `with fake.active(): ...`.
 
-    Floating-point tensors become torch's FakeTensor on the CPU. On this device, fused attention keeps as much for the
-    backward pass as flash attention on a GPU; on the meta device it would store the score matrix. Integer tensors, and
+    Floating-point tensors become torch's FakeTensor on the CPU, where fused attention stores as much for the backward
+    pass as flash attention on a GPU. (On the meta device, attention would store the score matrix.) Integer tensors, and
     masks computed from integer tensors, are real, so that code can branch on token ids and index with them. `item()` of
     a fake tensor returns a dummy value: True, 0 or 1.0, depending on the dtype.
     """
@@ -109,9 +109,9 @@ class Cost:
     Args:
         weights: bytes of the weights on the device.
         state: bytes of the optimiser's moments.
-        activations: bytes at the peak in addition to weights and state.
+        activations: bytes of all other tensors at the peak.
         f2: FLOPs of matrix products, convolutions and attention, recomputation included; two per multiply-accumulate.
-        f2_kept: the value of f2 if attention stored its score matrix instead of recomputing them in the backward pass.
+        f2_kept: the value of f2 if attention stored its score matrix instead of recomputing it in the backward pass.
         m0: multiply-accumulates without attention.
         attention: FLOPs of attention, included in f2.
     """
@@ -182,7 +182,7 @@ def count_all(cases: Sequence[Case], *, workers: int) -> dict[Case, Cost]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Median time of a run, peak bytes of CUDA tensors (`memory`), and peak bytes reserved by torch (`reserved`)."""
+    """Median time in ms, peak bytes of CUDA tensors (`memory`), and peak bytes reserved by torch (`reserved`)."""
 
     memory: int
     reserved: int

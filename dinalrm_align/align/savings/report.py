@@ -46,7 +46,7 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
     The source "paper" is the published saving against HPSv3 (arXiv 2602.11146). The sources "hpsv3" and "pickscore" are
     the savings counted here against HPSv3 and PickScore. The main quantities are:
 
-    - memory: the peak of a ReFL update without its rollout and without gradient checkpointing.
+    - memory: peak bytes of a ReFL update without its rollout and without gradient checkpointing.
     - reward FLOPs: scoring, including the VAE's decoder for pixel rewards.
     - optimisation FLOPs: scoring and one forward pass of the policy. This definition is closest to the paper.
     - optimisation FLOPs, executed: a ReFL update without its rollout, backward passes included.
@@ -71,7 +71,7 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
 
 
 def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: float | None) -> str:
-    """Return the text of savings.md. `card`: the measured GPU, or empty. `rate`: TFLOP/s from `matrix_rate`."""
+    """Return the text of savings.md. `card`: name of the measured GPU, or "". `rate`: TFLOP/s of a matrix product."""
     explained = "\n".join(f"- {name}: {WORK[name]}" for name in ("score", "gradient", "refl", "grpo"))
     sections = [
         ("Savings of a latent reward", conventions(run)),

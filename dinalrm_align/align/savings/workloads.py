@@ -40,7 +40,7 @@ REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)  # noise levels sigma; 
 
 
 class CachedText:
-    """A replacement for PromptEncoder that returns random embeddings of the right shapes."""
+    """A replacement for the text encoders (`PromptEncoder`) that returns random embeddings of the same shapes."""
 
     def __init__(self, architecture: Architecture, case: Case, device: torch.device) -> None:
         self.text_length, self.device, self.dtype = case.text_length, device, DTYPES[case.dtype]
@@ -128,7 +128,7 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linears(module: nn.Module, kind: str) -> None:
-    """Replace every nn.Linear inside `module` by a `PackedLinear`."""
+    """Replace every nn.Linear inside `module` by a `PackedLinear`, which counts as quantised to `kind`."""
     for name, linear in [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]:
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, PackedLinear(linear, kind))
@@ -240,7 +240,7 @@ def _reward(
 
 
 def workload_of(networks: Networks) -> tuple[Callable[[], None], Callable[[], object]]:
-    """Return two functions. The first allocates AdamW's moments before the count; the second runs the workload once."""
+    """Return (prepare, run): prepare() allocates AdamW's moments before the count, and run() runs the workload once."""
     case, reward, policy = networks.case, networks.reward, networks.policy
     sigma = list(REWARD_SIGMAS[: case.levels])
 

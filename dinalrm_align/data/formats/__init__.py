@@ -3,7 +3,7 @@
     hpdv3        JSON list of {prompt, path1 (preferred), path2, confidence, choice_dist [votes 1, votes 2], ...}
     hpdv2        JSON list of {prompt, file_path [2], human_preference [2]; 1 marks the preferred image}
     rankings     JSON list of {prompt, generations or image_path [n], ranking or rank [n]; 1 is best, ties allowed}:
-                 ImageReward, HPDv2's test set
+                 used by ImageReward and HPDv2's test set
     pickapic     parquet of caption, jpg_0, jpg_1, label_0 (1, 0, or 0.5 for a tie), has_label
     genai_bench  parquet of prompt, left_image, right_image, vote_type
     jsonl        one {prompt, chosen, rejected} per line, where chosen and rejected are image paths; optional fields:
@@ -26,7 +26,7 @@ from dinalrm_align.data.formats.rows import read_records, table_rows
 
 
 def _latent_rows(folder: Path, bad: Bad) -> Iterator[Row]:
-    """Yield a `Row` for each group of images. Its fields are the group's prompt and pairs, and all concept names."""
+    """Yield one `Row` per group of images. `Row.fields` holds the group's prompt and pairs, and all concept names."""
     from dinalrm_align.data.shards import GROUP_COLUMNS, PAIR_COLUMNS, read_columns, read_index, read_prompt_list
 
     index = read_index(folder)
@@ -89,13 +89,13 @@ def read_preferences(
 
 
 def folder_layout(folder: Path) -> str:
-    """Return the layout, released, mined or latents, whose files the folder holds; else pickapic."""
+    """Return "released", "mined" or "latents" if the folder holds files of this layout, otherwise "pickapic"."""
     names = {"released": "part_rank*.parquet", "mined": mined.MANIFEST, "latents": "index.json"}
     return next((layout for layout, name in names.items() if any(folder.glob(name))), "pickapic")
 
 
 def find_layout(source: Path) -> str:
-    """Detect the layout of a folder or file from file names or the first JSON record. Raises ValueError if unknown."""
+    """Return the layout of a folder or file, by file names or the first JSON record. Raises ValueError if unknown."""
     if source.is_dir():
         return folder_layout(source)
     if source.suffix in (".parquet", ".jsonl"):

@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Return the parquet files in folder `path`, or [path] for a parquet file; FileNotFoundError if one is missing."""
+    """Return a folder's parquet files, or [path] for a parquet file. Raises FileNotFoundError if any is missing."""
     if path.suffix == ".parquet":
         if not path.is_file():
             raise FileNotFoundError(f"no parquet file {path}")

@@ -55,7 +55,7 @@ class Preference:
         scores: for each score name, such as "clip", the scores of (chosen, rejected).
         concept: name of the property in which the two images differ; None if unknown.
         shape: (C, h, w) of stored latents; None for images.
-        group: index of the record that holds the pair. All pairs of a ranked list have one index.
+        group: index of the record that holds the pair. All pairs of a ranked list have the same index.
     """
 
     prompt: str
@@ -106,7 +106,7 @@ def refuse(reason: str, message: str) -> NoReturn:
 
 
 def number(value: Any, name: str) -> float:
-    """Convert a number to float. Raises ValueError for any other value."""
+    """Return an int or float as float. Raises ValueError for any other value or a bool."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: got {value!r:.80}; expected a number")
     return float(value)

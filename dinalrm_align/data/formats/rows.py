@@ -36,9 +36,9 @@ def row_group_starts(file: str) -> list[int]:
 
 
 def image_source(image: ImageRef, folder: Path) -> Path | bytes:
-    """Return the path of an image in `folder`, or the content of an image file that is stored in a parquet file.
+    """Return the path of an image file in `folder`, or the bytes of an image file stored in a parquet cell.
 
-    Raises ValueError if the parquet file is damaged or its cell holds no image.
+    Raises ValueError if the parquet file is damaged or the cell holds no bytes.
     """
     if not isinstance(image, Cell):
         return folder / image
@@ -60,7 +60,7 @@ def table_rows(
 
     source: a file, a folder of parquet files, or a list of parquet files.
     columns: parquet columns to read; each file must have them.
-    images: parquet columns that each file must also have; they are not read here.
+    images: parquet columns that each file must also have; their cells are not read.
     optional: parquet columns to read if they exist.
     """
     files = list(source) if isinstance(source, Sequence) else [source]

@@ -109,7 +109,7 @@ def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float],
 
 
 def phases_of(runs: Sequence[Run], kind: str) -> list[str]:
-    """Return the phases with a recorded cost of one kind, in order of appearance. `kind`: a key of AVERAGES."""
+    """Return the phases of an update with a recorded cost `kind`, in order of appearance. `kind`: a key of AVERAGES."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
     return [name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")]
 
@@ -161,7 +161,7 @@ class Entry:
 
     @property
     def best_step(self) -> int:
-        """The update with the largest gold gain, averaged over runs and captions."""
+        """The update with the largest mean gold gain over runs and captions."""
         return max(self.steps, key=lambda step: self.gain("gold", step).mean)
 
     def gain(self, name: str, step: int) -> Interval:
@@ -266,7 +266,7 @@ def _names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
 
     A name is recipe and reward, followed by the settings that differ between runs of this recipe and reward. If more
     than three settings differ, the folder of the entry's first run replaces the settings. A label is a name followed by
-    the seed. If several runs would get the same label, each appends its folder to its name and label.
+    the seed. If several runs would get the same label, the folder of each is appended to its name and label.
     """
     names, folders = [], {}
     for run in runs:

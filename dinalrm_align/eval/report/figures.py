@@ -61,7 +61,7 @@ def plot_run(folder: Path) -> Path:
 
 
 def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
-    """Draw each quantity that any run recorded. Returns {quantity: {clock: PNG path}}; bars have clock ""."""
+    """Draw each quantity that any run recorded. Returns quantity -> clock (x axis) -> PNG path. Bars have clock ""."""
     comparable = [entry for entry in entries if not entry.incomparable]
     scores = dict.fromkeys(["gold", "proxy", *(name for entry in comparable for name in entry.runs[0].scores[0])])
     runs = [run for entry in entries for run in entry.runs]

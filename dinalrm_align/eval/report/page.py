@@ -116,7 +116,7 @@ def run_table(entries: Sequence[Entry]) -> Table:
 
 
 def seed_table(entries: Sequence[Entry]) -> Table:
-    """Return a table of the seed-averaged gains of entries with several runs, with 95 % confidence intervals."""
+    """Return a table of gains averaged over seeds, with 95 % confidence intervals, for entries with several runs."""
     rows = []
     for entry in entries:
         last, best = entry.steps[-1], entry.best_step
@@ -199,7 +199,7 @@ def write(config: CompareRun) -> tuple[Path, list[str]]:
 
 
 def _html_table(shown: Table, kind: str = "") -> str:
-    """Return a table in HTML. Cells are escaped text; with `kind` "grid", each row's cells after the first are HTML."""
+    """Return a table in HTML. All cells are escaped. With `kind` "grid", only the first cell of a row is."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in shown.head)
     body = ""
     for name, *cells in shown.rows:

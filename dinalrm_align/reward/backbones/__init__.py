@@ -1,4 +1,4 @@
-"""The interface between diffusion backbones and reward heads. Each model family has its own module."""
+"""The interface between a diffusion backbone and a reward head. Each backbone family (SD3) has its own module."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,12 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Taps:
-    """Features, for B samples, of the tapped (selected) layers of a backbone. The reward head reads them.
+    """Features of B samples, read by the reward head. The config selects (taps) layers of the backbone.
 
     Args:
         visual: image tokens (B, N, width) of each tapped layer.
         text: text tokens (B, L, width) of each tapped layer.
-        temb: embedded timestep and pooled prompt, (B, temb_dim).
+        temb: joint embedding of timestep and pooled prompt (B, temb_dim).
     """
 
     visual: tuple[Tensor, ...]
@@ -21,14 +21,14 @@ class Taps:
     temb: Tensor
 
     def split(self, parts: int) -> tuple["Taps", ...]:
-        """Split the features of a batch of parts * B samples into `parts` batches of B samples, in order."""
+        """Return a tuple of `parts` Taps of B consecutive samples each. The batch must have parts * B samples."""
         visual = zip(*(tokens.chunk(parts) for tokens in self.visual), strict=True)
         text = zip(*(tokens.chunk(parts) for tokens in self.text), strict=True) if self.text else [()] * parts
         return tuple(Taps(*streams) for streams in zip(visual, text, self.temb.chunk(parts), strict=True))
 
 
 class Backbone(Protocol):
-    """Interface of a backbone, which maps noisy latents to the token features of some of its layers (`Taps`)."""
+    """Interface of a diffusion backbone that maps noisy latents to the features of selected layers (`Taps`)."""
 
     width: int  # channels of both token streams
     temb_dim: int

@@ -1,8 +1,8 @@
-"""The trunk: the first N blocks of an SD3 or SD3.5 transformer, as a module that returns the tokens of chosen layers.
+"""The trunk: the first N blocks of an SD3 or SD3.5 transformer, which returns the tokens of selected layers.
 
-The trunk is a module tree of its own, built of diffusers' blocks, with the same outputs as `SD3Transformer2DModel`.
+The trunk is a separate module tree of diffusers blocks. Each block computes the same as in `SD3Transformer2DModel`.
 With shared weights, the trunk's base Parameters and buffers ARE those of the policy. The reward's LoRA exists in the
-trunk only. So policy and reward never switch adapters; switching is unsafe with activation checkpointing and threads.
+trunk only. Policy and reward thus need no adapter switching, which is unsafe with gradient checkpointing and threads.
 """
 
 import copy
@@ -32,8 +32,8 @@ class SD3Trunk(nn.Module):
     If `config.tuning` is lora, the trunk adds a trainable float32 LoRA, initialised from torch's global RNG.
 
     Args:
-        transformer: source of the blocks; stays unchanged. Unmerged peft adapters are ignored; merged ones raise.
-        share_weights: use the transformer's own frozen weights; False: a copy, which is trainable with full tuning.
+        transformer: source of the blocks, unchanged. Unmerged peft adapters are ignored, merged ones raise ValueError.
+        share_weights: use the transformer's weights, which must be frozen. False: copy them, as full tuning requires.
     """
 
     def __init__(self, transformer: SD3Transformer2DModel, config: RewardConfig, *, share_weights: bool) -> None:
@@ -85,7 +85,7 @@ class SD3Trunk(nn.Module):
         self.gradient_checkpointing = False
 
     def check_shared(self) -> None:
-        """Raise ValueError if shared weights are trainable or have merged adapters; either would change the reward."""
+        """Raise ValueError if shared weights require gradients or contain a merged adapter: both change the reward."""
         owner = self._owner() if self.shared else None
         if owner is not None:
             _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
@@ -96,7 +96,7 @@ class SD3Trunk(nn.Module):
             )
 
     def forward(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
-        """Return the features of the tapped (selected) layers, in the trunk's dtype. Arguments as in `Backbone`."""
+        """Return the features (`Taps`) of the selected layers, in the trunk's dtype. Arguments are as in `Backbone`."""
         hidden = self.pos_embed(x_sigma.to(self.dtype)).contiguous()
         temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(self.dtype))
         context = self.context_embedder(prompt_embeds.to(self.dtype))
@@ -116,9 +116,9 @@ class SD3Trunk(nn.Module):
         return Taps(tuple(visual[tap] for tap in self.visual_taps), tuple(text[tap] for tap in self.text_taps), temb)
 
     def skip_unread_text(self) -> None:
-        """Remove the text layers of the last block that runs, unless the head reads the text tokens of the last block.
+        """Drop the text layers of the last block that runs, unless the reward head reads the text tokens of that block.
 
-        With full tuning, the trained weights must be saved before this call.
+        After full tuning, save the weights before this call.
         """
         block = self.transformer_blocks[self.last_tap - 1] if self.last_tap else None
         if block is not None and self.last_tap not in self.text_taps and not block.context_pre_only:
@@ -144,7 +144,7 @@ class SD3Trunk(nn.Module):
             weight.requires_grad_(not name.startswith(tuple(unread)))
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """Return LoRA Parameters by name: `transformer_blocks.0.attn.to_q.lora_A.weight`, ... Empty after merging."""
+        """Return LoRA Parameters by name: `transformer_blocks.0.attn.to_q.lora_A.weight`, ... {} after `merge_lora`."""
         return {
             f"{name}.{matrix}.weight": layer.get_submodule(f"{matrix}.{ADAPTER}").weight
             for name, layer in self.named_modules()
@@ -154,7 +154,7 @@ class SD3Trunk(nn.Module):
 
     @torch.no_grad()
     def merge_lora(self) -> None:
-        """Merge the LoRA into the weights, in float32, and remove LoRA layers. Raises ValueError for shared weights."""
+        """Add the LoRA to the weights, in float32, and remove it. Raise ValueError for shared or quantised weights."""
         if self.shared:
             raise ValueError("merging the reward's LoRA would change the shared transformer; use share_weights=False")
         for name, layer in list(self.named_modules()):
@@ -167,7 +167,7 @@ class SD3Trunk(nn.Module):
         _remove_adapters(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SD3Trunk":
-        """Raise RuntimeError if shared tensors would be moved or cast without the policy's other tensors."""
+        """Move or cast the trunk. Raise RuntimeError if this would change tensors shared with the policy."""
         for probe in [tensor.data for tensor in self.shared[:1]]:
             moved = fn(probe)
             if (moved.dtype, moved.device, moved.data_ptr()) != (probe.dtype, probe.device, probe.data_ptr()):
@@ -179,7 +179,7 @@ class SD3Trunk(nn.Module):
 
 
 class _NormedTextOnly(nn.Module):
-    """Adaptive layer norm that returns the normalised tokens but no gates: the layers that use gates are removed."""
+    """Adaptive layer norm that returns only normalised text tokens. Gates are dropped with the layers they scale."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ def _parts_read(transformer: SD3Transformer2DModel, num_layers: int) -> tuple[nn
 
 
 def _packing(part: nn.Module) -> list[object]:
-    """Return the quantisation states (scales of packed weights) of bitsandbytes layers in `part`."""
+    """Return a list of the bitsandbytes quantisation states (weight scales) of the layers in `part`."""
     states = [vars(module).get(name) for module in part.modules() for name in ("state", "quant_state")]
     return [state for state in states if state is not None]
 
@@ -233,7 +233,7 @@ def _remove_adapters(model: nn.Module) -> None:
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Remove the hooks that were copied along with the policy's modules."""
+    """Remove forward and backward hooks that deepcopy took over from the policy."""
     for module in model.modules():
         for kind in ("forward", "forward_pre", "backward", "backward_pre"):
             getattr(module, f"_{kind}_hooks").clear()

@@ -29,9 +29,9 @@ Features = TypeVar("Features")
 
 
 def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None = None) -> Tensor:
-    """Decode scaled latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1], differentiable.
+    """Decode scaled latents (B, C, h, w), differentiably, to images (B, 3, H, W), float32 in [0, 1].
 
-    slice_size: number of latents to decode at a time; None for all. The backward pass decodes each slice again.
+    slice_size: number of latents to decode at a time, recomputed in the backward pass. None: all at once, stored.
     """
     if slice_size is None:
         return decode_latents(vae, latents)
@@ -44,7 +44,7 @@ def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None
 class PixelReward(RewardModule):
     """A frozen reward that decodes latents and scores the images.
 
-    Gradients reach the latents, but no parameter. The VAE is frozen and not a submodule: moving, casting or saving the
+    Gradients reach the latents, not parameters. The VAE is frozen and not a submodule: moving, casting or saving the
     reward does not affect the VAE. Without a VAE only images can be scored.
     """
 
@@ -60,14 +60,14 @@ class PixelReward(RewardModule):
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,), float32, of images (B, 3, H, W), float32 in [0, 1], on `device`, for B prompts.
 
-        Subclasses must implement this method. It must be differentiable in the images if the class attribute
-        `differentiable` is true. Callers should use `score_decoded`, which also checks the scores.
+        Subclasses must implement this method. If the class attribute `differentiable` is true, the scores must be
+        differentiable in the images. Callers should use `score_decoded`, which also checks the scores.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement score_pixels")
 
     @property
     def device(self) -> torch.device:
-        """The device of the reward's weights. Without weights: the VAE's device, or the CPU if there is no VAE."""
+        """The device of the reward's weights. For a reward without weights: the VAE's device, else the CPU."""
         tensor = next(self.parameters(), None)
         if tensor is not None:
             return tensor.device
@@ -75,7 +75,7 @@ class PixelReward(RewardModule):
 
     @property
     def has_vae(self) -> bool:
-        """Whether there is a VAE, so that latents can be scored."""
+        """True if the reward has a VAE and can therefore score latents."""
         return self._borrowed["vae"] is not None
 
     @property
@@ -91,15 +91,15 @@ class PixelReward(RewardModule):
         """Return scores (B,), float32, of scaled clean latents (B, C, h, w) for B prompts.
 
         The scores are differentiable in the latents if the class attribute `differentiable` is true. `noise` is
-        ignored. Raises ValueError if a score is not finite, or if the latents require a gradient that this reward
-        cannot give.
+        ignored. Raises ValueError if a score is not finite, or if the latents require a gradient and `differentiable`
+        is false.
         """
         self.check_gradient(latents)
         check_decodable(self.vae, latents)
         return self.score_decoded(self.decode(latents), prompts_of(prompts, len(latents)))
 
     def score_decoded(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return finite scores (B,), float32, of images (B, 3, H, W), float32 in [0, 1], for B prompts."""
+        """Return `score_pixels` (B,), float32, of images (B, 3, H, W) for B prompts. Raise ValueError unless finite."""
         return finite_scores(self.score_pixels(images.to(self.device), prompts), len(images), self.name)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -118,9 +118,9 @@ class PixelReward(RewardModule):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return scores (B,), float32, without gradient. `generator` is ignored.
+        """Return scores (B,), float32, of B images for B prompts, without gradient. `generator` is ignored.
 
-        images: PIL images, which may differ in size, or a tensor (B, 3, H, W) in [0, 1].
+        images: B PIL images, which may differ in size, or a tensor (B, 3, H, W) in [0, 1].
         """
         if isinstance(images, Tensor):
             images = image_tensor(images)
@@ -177,9 +177,9 @@ def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:
 def recompute_layers(model: nn.Module, recompute: bool) -> None:
     """Turn gradient checkpointing on or off for all layers of a transformers model.
 
-    transformers recomputes activations only in layers with `training` set. This function therefore sets `training` on
-    the layers, but not on the modules inside them (dropout). `model.eval()` resets `training`: call this function again
-    after it.
+    transformers recomputes activations only in layers with `training` True. This function therefore sets `training` of
+    these layers, but not of the modules inside them (dropout). `model.eval()` resets `training`: after `model.eval()`,
+    this function must be called again.
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -202,7 +202,7 @@ def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.de
 def cached(
     cache: dict[str, Features], prompts: Sequence[str], encode: Callable[[list[str]], Iterable[Features]], limit: int
 ) -> list[Features]:
-    """Return the features of each prompt. Encode uncached prompts in one batch; keep the newest `limit` in `cache`."""
+    """Return features per prompt. Encode uncached prompts in one batch. `cache` keeps the newest `limit` entries."""
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
     if new:
         cache.update(zip(new, encode(new), strict=True))

@@ -1,7 +1,7 @@
 """CLIP rewards: score = exp(logit_scale) cos(text, image), differentiable in the image.
 
-The weights are a transformers `CLIPModel` in a folder or hub id. The tokenizer and preprocessor_config.json are in the
-same or another folder or hub id. PickScore and CLIPScore both have exp(logit_scale) = 100.
+The weights are a transformers `CLIPModel` in a folder or hub id. A second folder or hub id may provide the tokenizer
+and preprocessor_config.json. PickScore and CLIPScore both have exp(logit_scale) = 100.
 
 PickScore (arXiv 2305.01569): yuvalkirstain/PickScore_v1, with the tokenizer and preprocessor of
 laion/CLIP-ViT-H-14-laion2B-s32B-b79K. The code is MIT; for the weights see the model card.
@@ -96,7 +96,7 @@ class ClipReward(PixelReward):
 
 
 def load_preprocess(source: str, **hub: Unpack[HubOptions]) -> Preprocess:
-    """Load the preprocessing described by preprocessor_config.json in a folder or hub id."""
+    """Return the image-to-pixel_values transform of a preprocessor_config.json (folder or hub id)."""
     check_source("preprocessor", source)
     with reading("preprocessor_config.json", source):
         path = cached_file(source, "preprocessor_config.json", **hub)
@@ -104,5 +104,5 @@ def load_preprocess(source: str, **hub: Unpack[HubOptions]) -> Preprocess:
 
 
 def _projected(output: Any) -> Tensor:
-    """Return the projected features in a CLIP output, which is a tensor before transformers 5 and an object since."""
+    """Return the projected features (B, D) of a CLIP output: a tensor before transformers 5, an object from 5 on."""
     return output if isinstance(output, Tensor) else output.pooler_output

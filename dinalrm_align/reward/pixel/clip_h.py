@@ -1,8 +1,8 @@
 """Build CLIP ViT-H/14 and similar models from tensors whose shapes determine the layer sizes.
 
 Settings that the shapes do not determine are those of ViT-H/14: 80 channels per attention head in the vision tower, 64
-in the text tower, and exact GELU. Tensors must have the names in transformers; `from_open_clip` converts open_clip's
-names. `encoder_sizes` and `image_sizes` are also used for BLIP.
+in the text tower, and exact GELU. Tensors must have transformers' names; `from_open_clip` renames tensors of
+open_clip. `encoder_sizes` and `image_sizes` are also used for BLIP.
 """
 
 import math
@@ -43,7 +43,7 @@ NAMES = _BLOCKS | {  # open_clip's names -> transformers' names
 
 
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert the names and layout of tensors from open_clip to transformers."""
+    """Return open_clip's CLIP tensors with transformers' names and layout."""
     split = {}
     for name, tensor in tensors.items():
         head, fused, kind = name.rpartition("in_proj_")
@@ -100,7 +100,7 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, where: str | P
 
 
 def encoder_sizes(tensors: Mapping[str, Tensor], tower: str, head_width: int, where: str | Path) -> dict[str, int]:
-    """Return the config arguments of `tower`: hidden size, MLP size, number of layers and number of attention heads."""
+    """Return the config arguments of encoder `tower`: hidden size, MLP size, numbers of layers and attention heads."""
     inner, width = shape_of(tensors, f"{tower}.encoder.layers.0.mlp.fc1.weight", 2, where)
     if width % head_width:
         raise ValueError(f"{where}: {tower}: got width {width}; expected a multiple of {head_width}")

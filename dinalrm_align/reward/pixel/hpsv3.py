@@ -101,10 +101,10 @@ class HPSTemplate:
 
 
 def load_template(source: str | Path | None = None, *, sha256: tuple[str, str] = SHA256) -> HPSTemplate:
-    """Read HPSv3's instruction and the text after it. Raise ValueError if one is missing or has an unexpected hash.
+    """Return HPSv3's instruction and its suffix. Raise ValueError if a text is missing or has an unexpected hash.
 
     source: JSON file, or data_collator_qwen.py of the PyPI package `hpsv3`, which is parsed but not run. Default:
-    data_collator_qwen.py of the installed package. sha256: expected SHA-256 hashes of the two texts.
+    data_collator_qwen.py of the installed package. sha256: expected hashes of instruction and suffix.
     """
     if source is None:
         spec = importlib.util.find_spec("hpsv3")
@@ -141,8 +141,8 @@ def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[i
     """Return (height, width), both multiples of `factor`: about `pixels` pixels and nearly the original aspect ratio.
 
     The rule is Qwen2-VL's with min_pixels = max_pixels. Sides are rounded to the nearest multiple of `factor`. If the
-    result has too many pixels, the original size is instead scaled to `pixels` pixels and rounded down. If the result
-    has too few, the original size is scaled to `pixels` pixels and rounded up.
+    rounded size has too many pixels, the original size is scaled to `pixels` pixels and rounded down instead. If the
+    rounded size has too few, the original size is scaled to `pixels` pixels and rounded up.
     """
     if max(height, width) > MAX_RATIO * min(height, width):
         raise ValueError(f"images of {height} x {width}: one side is over {MAX_RATIO} times the other; crop them")
@@ -159,7 +159,7 @@ def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[i
 def preprocess(
     images: Tensor, *, pixels: int, patch: int = 14, merge: int = 2, frames: int = 2
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Return patches (B * rows * columns, 3 * frames * patch^2), float32, and the patch grid (rows, columns).
+    """Return patches (B * rows * columns, 3 * frames * patch^2), float32, and (rows, columns) of one image's grid.
 
     Images (B, 3, H, W) in [0, 1] are resized to `fitted_size` and normalised. Each image is repeated as `frames` equal
     video frames. Patches that Qwen2-VL merges into one token (merge x merge) are consecutive.
@@ -185,7 +185,7 @@ class HPSv3Reward(PixelReward):
         vae: AutoencoderKL | None = None,
         pixels: int = PIXELS,
     ) -> None:
-        """head: from `rank_head`. tokenizer: must have the reward token. pixels: target pixels per image."""
+        """head: see `rank_head`. tokenizer: must have the token <|Reward|>. pixels: pixels of a resized image."""
         super().__init__(vae)
         self.model, self.head = model.requires_grad_(False), head.requires_grad_(False)
         self.tokenizer, self.template, self.pixels = tokenizer, template, pixels
@@ -212,7 +212,7 @@ class HPSv3Reward(PixelReward):
                 if it contains config.json, else the hub.
             template: file of the instruction, as in `load_template`. Default: data_collator_qwen.py in the folder of
                 local weights, else in the installed package `hpsv3`.
-            template_sha256: expected hashes, as in `load_template`.
+            template_sha256: expected SHA-256 hashes (`load_template`).
             dtype: data type of the backbone; default: bfloat16. The head is float32 (float64 for a float64 backbone).
             quantization: bitsandbytes format of the linear layers in all blocks: none, int8 or nf4.
         """
@@ -270,9 +270,9 @@ class HPSv3Reward(PixelReward):
         return self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
     def token_ids(self, prompt: str, image_tokens: int) -> list[int]:
-        """Return the token ids of an image and the filled template, in Qwen2-VL's chat format.
+        """Return the token ids of a Qwen2-VL chat with `image_tokens` image tokens and the filled template.
 
-        An empty prompt with a square image gives 786 ids with the released template. Raises ValueError if the prompt
+        With the released template, an empty prompt and a square image give 786 ids. Raises ValueError if the prompt
         contains the image token or the reward token.
         """
         text = (

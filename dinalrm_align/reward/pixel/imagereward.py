@@ -56,7 +56,7 @@ TEXT_SIZES = (
 
 
 def read_text_config(path: Path) -> BlipTextConfig:
-    """Return BERT's config from med_config.json. Raise ValueError if the file lacks a size or cross-attention."""
+    """Return BERT's config from med_config.json. Raise ValueError if a size is missing or cross-attention is off."""
     values = read_json(path, "ImageReward's med_config.json")
     missing = [name for name in TEXT_SIZES if name not in values]
     if missing or not values.get("add_cross_attention", False):
@@ -134,7 +134,7 @@ class ImageRewardReward(PixelReward):
 def preprocess(images: Tensor, side: int) -> Tensor:
     """Resize the short side of images (B, 3, H, W) in [0, 1] to `side`, crop the centre, normalise. Returns float32.
 
-    Normalised values differ from those of torchvision's PIL transforms by at most 0.1, and by 0.005 on average.
+    Output values differ from those of torchvision's PIL transforms by at most 0.1, and by 0.005 on average.
     """
     short = min(images.shape[-2:])
     images = resize(images, tuple(side * length // short for length in images.shape[-2:]))
@@ -143,7 +143,7 @@ def preprocess(images: Tensor, side: int) -> Tensor:
 
 
 def _load_parts(path: Path, text_config: BlipTextConfig, dtype: torch.dtype, device: torch.device) -> nn.ModuleDict:
-    """Load the vision tower, the text tower and the head. Sizes of the vision tower are inferred from tensor shapes."""
+    """Return the modules vision, text and head, loaded from `path`. The tensor shapes determine the sizes of vision."""
     tensors = rename(read_tensors(path), NAMES)
     positions = shape_of(tensors, "vision.embeddings.position_embedding", 3, path)
     patches = shape_of(tensors, "vision.embeddings.patch_embedding.weight", 4, path)

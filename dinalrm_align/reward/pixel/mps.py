@@ -2,8 +2,8 @@
 
     score = exp(logit_scale) cos(text, image after four blocks of cross-attention to the relevant words of the prompt)
 
-A preference dimension is selected by a list of words, the condition. A word of the prompt is relevant if it is similar
-to a word of the condition. Code and weights are MIT: https://github.com/Kwai-Kolors/MPS, whose README links to
+A preference dimension is selected by a list of words, the condition. A prompt word is relevant if its text feature is
+similar to that of a condition word. Code and weights are MIT: https://github.com/Kwai-Kolors/MPS, whose README links to
 MPS_overall_checkpoint.pth. The checkpoint is a pickled module, of which only the tensors are read. To convert the
 checkpoint to safetensors:
 
@@ -70,7 +70,7 @@ NAMES = {  # names in the file -> names in a list of `CrossBlock`
 
 
 class CrossBlock(nn.Module):
-    """Multi-query attention of image tokens to text, then to image tokens, each parallel to a SwiGLU MLP."""
+    """Image tokens attend to text, then to each other: multi-query attention, each parallel to a SwiGLU MLP."""
 
     def __init__(self, width: int, heads: int, head_width: int, inner: int) -> None:
         super().__init__()
@@ -154,9 +154,9 @@ class MPSReward(PixelReward):
         """Load the weights. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
         Args:
-            source: MPS_overall_checkpoint.pth, its conversion to safetensors, or folder or hub id that contains `file`.
+            source: MPS_overall_checkpoint.pth or a safetensors file of it, or a folder or hub id that contains `file`.
             processor: folder or hub id of the tokenizer and preprocessor.
-            condition: words that select the dimension of preference.
+            condition: list of words that selects a preference dimension.
         """
         device = available_device(device or "cpu")
         dtype = dtype or torch.float32
@@ -185,9 +185,9 @@ class MPSReward(PixelReward):
 
     @torch.no_grad()
     def _encode_text(self, prompts: list[str]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        """Return for each prompt: token features (L, D), pooled feature (D,), mask (L,) of tokens to attend to.
+        """Return per prompt token features (L, D), a pooled feature (D,) and a mask (L,), True for relevant tokens.
 
-        Relevance is divided by its maximum over the tokens, as the upstream code does for a batch of one prompt.
+        A token's relevance is divided by the prompt's maximum, as in the upstream code for a batch of one prompt.
         """
         tokens, pooled = self._text_features(prompts)
         conditions, _ = self._text_features([self.condition])
@@ -219,7 +219,7 @@ def convert_mps(source: str | Path, target: str | Path) -> str | Path:
 def load_blocks(
     tensors: Mapping[str, Tensor], width: int, where: str, *, dtype: torch.dtype, device: torch.device | None
 ) -> nn.ModuleList:
-    """Build the cross-attention blocks from the tensors `cross_model.*`. Raise ValueError unless every tensor fits."""
+    """Return the cross-attention blocks, loaded from `cross_model.*`. Raise ValueError unless every tensor fits."""
     own = rename(tensors, NAMES)
     head_width = max(1, shape_of(own, "0.key_value.weight", 2, where)[0] // 2)
     heads = shape_of(own, "0.query.weight", 2, where)[0] // head_width

@@ -79,7 +79,7 @@ class ChatEndpoint:
         check_integer("max_tokens", self.max_tokens, low=1)
 
     def ask(self, image: Image.Image, question: str) -> str:
-        """Return the model's answer. Raise ConnectionError if all attempts fail, ValueError if one is refused."""
+        """Return the model's answer. Raise ConnectionError if every attempt fails, ValueError on a refusal."""
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         encoded = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -129,7 +129,7 @@ def _content(text: str, where: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A question with the field {prompt}. The score is the mean of the numbers after `labels` in the answer."""
+    """A question with the field {prompt}. The score is the mean of the numbers that the answer gives after `labels`."""
 
     question: str
     labels: tuple[str, ...]
@@ -139,7 +139,7 @@ class Template:
             raise ValueError(f"question: got {self.question.count(FIELD)} {FIELD}; expected one")
 
     def read(self, answer: str) -> float:
-        """Return the score in an answer. Raise ValueError unless every label is followed by one number in [1, 5]."""
+        """Return the mean of the labels' numbers in an answer. Raise ValueError unless each has one, in [1, 5]."""
         return sum(_number(label, answer) for label in self.labels) / len(self.labels)
 
 
@@ -237,7 +237,7 @@ class UnifiedReward(PixelReward):
 
 
 def _number(label: str, answer: str) -> float:
-    """Return the number after `label:` or `label (1-5):` in the answer. The answer may write the number n as n/5."""
+    """Return the number after `label:` or `label (1-5):` in the answer. The number n may be written as n/5."""
     number = r"(-?[0-9]++(?:\.[0-9]++)?+)"
     of_another_scale = r"(?!\s*+/\s*+(?!5(?![.0-9])))(?!\s*+-\s*+[0-9])"  # 4/10, and 1-5 as a range
     pattern = rf"{label}\s*(?:\(1\s*-\s*5\))?\s*:[\s*]*{number}{of_another_scale}"
