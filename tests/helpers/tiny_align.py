@@ -86,3 +86,18 @@ def gradient_of(method, first: int, count: int) -> Tensor:
             ]
         )
     return total / max(items, 1)
+
+
+def train(method, steps: int, lr: float) -> list[float]:
+    """Train the LoRA with Adam; return the metric reward of each step. Asserts that no base weight gets a gradient."""
+    policy = method.sampler.policy
+    optimizer = torch.optim.Adam(policy.parameters.values(), lr=lr)
+    rewards = []
+    for micro_step in range(steps):
+        loss, metrics = method.step(method.batch_at(micro_step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewards.append(metrics["reward"])
+    assert all(p.grad is None for n, p in policy.transformer.named_parameters() if ".lora_" not in n)
+    return rewards

