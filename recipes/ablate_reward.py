@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 
 
 def resolve(argv: Sequence[str]) -> tuple[AblateRun, ModelSpec, Path, dict[str, tuple[Changes, TrainRewardRun]]]:
-    """Return settings, model, path of the baseline YAML, and variant (arm) -> (changed options, training settings)."""
+    """Return settings, model, path of the baseline YAML, and a dict: arm -> (changed options, training settings)."""
     config, _ = parse(AblateRun, __doc__, argv)
     with refusing():
         spec, reason = resolve_model(config.model)

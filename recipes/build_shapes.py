@@ -3,9 +3,9 @@
     python recipes/build_shapes.py                                  # hours on two cores, minutes on a GPU
     python recipes/build_shapes.py --stack.depth 12 --stack.num_heads 8 --device cuda      # a larger world
 
-The recipe trains in this order: the VAE, the text encoders, the transformer, the latent reward dinalrm on generated
-pairs (recipes/train_reward.py with train_reward_shapes.yaml), and the image reward pixel. It writes output_dir/weights,
-a folder that other recipes take as --model. After a stop, the same command continues with the first missing model.
+The recipe trains in this order: the VAE, the text encoders, the transformer, the latent reward `dinalrm` on pairs
+(recipes/train_reward.py with train_reward_shapes.yaml), and the image reward `pixel`. It writes output_dir/weights, a
+folder that other recipes take as --model. After a stop, the same command continues with the first missing model.
 """
 
 import dataclasses

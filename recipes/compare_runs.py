@@ -5,7 +5,7 @@
     python recipes/compare_runs.py --group latent runs/*dinalrm_seed* --group pixel runs/*pixel_seed*
 
 Writes index.html (self-contained), compare.md and PNG figures. They show the gold score (the evaluation reward) and the
-training reward on held-out prompts against updates, time and FLOPs; KL; seconds and peak memory by phase; images on the
+training reward on held-out prompts against updates, time and FLOPs; KL; time and memory of each phase; images on the
 same prompts and noise; and final numbers with 95 % intervals. Runs may come from any recipe, and may still be training.
 
 Runs that differ only in their seed are averaged; --group NAME RUN [RUN ...] averages the given runs under a name. Gains

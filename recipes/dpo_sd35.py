@@ -8,8 +8,8 @@ Direct preference optimisation (arXiv 2311.12908) for flow matching. Both images
 noise to the same level. Relative to the reference model, the policy learns to denoise the chosen image better and the
 rejected image worse. The reward only ranks samples, so it needs no gradient.
 
-In online mode, each update samples several images per prompt and pairs the best with the worst by reward. Every
---dpo.refresh_every updates the policy becomes the reference. In offline mode, pairs come from a data set: latents from
+In online mode, each update samples several images per prompt; the best and worst by reward form a pair. After every
+--dpo.refresh_every updates, the policy becomes the reference. In offline mode, pairs come from a data set: latents from
 `python recipes/mine_pairs.py`, a folder of latent pairs, a jsonl file of image paths, or parquet as in verl-omni.
 
 A run writes the same files as recipes/refl_sd35.py. Metrics: `implicit_accuracy`, the share of pairs that DPO's

@@ -6,7 +6,7 @@
 
 Each rollout draws a group of samples for every prompt. Only the steps in a window are stochastic and therefore have
 log-probabilities. The reward scores the final latents. Training makes samples above their group's mean score
-more probable, samples below the mean less (arXiv 2505.05470). The reward needs no gradient, and a latent reward needs
+more probable, and those below less probable (arXiv 2505.05470). The reward needs no gradient, and a latent reward needs
 no decoder. A latent reward adds the same noise to all samples of a group, so that they are compared fairly.
 
 Variants are options. Window: all steps, a random window (Flow-GRPO-Fast), or a moving one (MixGRPO,
@@ -16,7 +16,7 @@ Variants are options. Window: all steps, a random window (Flow-GRPO-Fast), or a 
 advantages of a second reward in every fourth rollout.
 
 A run writes the same files as recipes/refl_sd35.py. Metrics: `group_variance`, the variance of the scores in a group;
-`reward_noise_variance`, the variance that separate reward noise per sample would add; `ratio_spread`, the
+`reward_noise_variance`, the variance that would be added if each sample had its own reward noise; `ratio_spread`, the
 mean distance of the probability ratios from 1. A run stops with an error if the first ratio after a rollout is not 1.
 """
 

@@ -6,7 +6,7 @@
 
 At every sampling step the policy draws several candidates for the next noisy latents, and the reward scores the
 candidates at their noise level. If the scores of the best and the worst candidate differ enough, the two form a pair.
-Relative to the reference model, the policy learns to make the best candidate more, the worst less probable (arXiv
+Relative to the reference model, the policy learns to make the best candidate more probable, the worst less (arXiv
 2502.01051). Sampling continues from a random candidate. No image is finished or decoded.
 
 LPO needs a reward that reads noisy latents, as DiNa-LRM does; image rewards cannot be used. The original method is for
@@ -14,7 +14,7 @@ UNets and DDIM, and its authors' SD3 version was not released. This recipe uses 
 (Flow-SDE). The threshold for a pair increases with the noise that the step adds.
 
 A run writes the same files as recipes/refl_sd35.py. Metrics: `pairs`, the number of pairs in a rollout; `pairs_kept`,
-the share of sampling steps that gave a pair; `preference`, the mean score difference of best and worst candidate over
+the share of sampling steps that gave a pair; `preference`, the mean margin (see `LpoConfig.threshold`) over
 all steps; `accuracy`, the share of pairs that the policy ranks like the reward.
 """
 

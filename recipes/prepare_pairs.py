@@ -7,8 +7,8 @@
 
 --source can be train.json of HPDv3 or HPDv2, ranked lists as in ImageReward, parquet files of Pick-a-Pic v2, a jsonl
 file of (prompt, chosen, rejected), or DiNa-LRM's released latents (dinalrm_align/data/formats describes them).
-dinalrm_align/data/latent_pairs.py describes the output. In bfloat16 a pair at 1024 x 1024 takes 1 MB, a prompt of 128
-T5 tokens 1.7 MB. After a stop, the same command resumes and rewrites missing or damaged files (--verify true also
+dinalrm_align/data/latent_pairs.py describes the output. In bfloat16, a pair at 1024 x 1024 takes 1 MB. A prompt of 128
+T5 tokens takes 1.7 MB. After a stop, the same command resumes and rewrites missing or damaged files (--verify true also
 compares hashes).
 
 Unlike the released latents, the output latents are the mean of the VAE's posterior and not a sample, so that an image

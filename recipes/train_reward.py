@@ -5,8 +5,8 @@
                                                                from recipes/prepare_pairs.py
 
 Each update passes chosen and rejected images through the backbone in one forward pass. The images of a prompt share the
-noise and the noise level sigma. The preference probability p is Gaussian in the score difference, with a variance that
-grows with sigma, and the loss is 1 - sqrt(p). The reward head and the backbone's LoRA are trained.
+noise and the noise level sigma. The preference probability p is a Gaussian CDF of the score difference, with a variance
+that grows with sigma, and the loss is 1 - sqrt(p). The reward head and the backbone's LoRA are trained.
 
 Unlike the released code, this recipe keeps, evaluates and saves a moving average of the weights, resumes runs, encodes
 text once and in advance, and draws noise as a function of seed and step.

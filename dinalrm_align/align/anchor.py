@@ -49,9 +49,9 @@ def terms(reward: Reward, anchor: Anchor | None, update: int) -> Mapping[str, tu
 
 
 def matching_scale(score: Tensor, anchor_score: Tensor) -> float:
-    """Return std(score) / std(anchor_score), the factor that scales anchor scores like score; both (N,), same samples.
+    """Return std(score) / std(anchor_score), the factor from anchor scores to the scale of score; both (N,).
 
-    Raises ValueError if the shapes differ, N is below 2, or a reward scores all samples equally.
+    Both hold scores of the same samples. Raises ValueError if shapes differ, N < 2, or a reward's scores are all equal.
     """
     if score.shape != anchor_score.shape or score.dim() != 1 or len(score) < 2:
         got = f"{tuple(score.shape)} and {tuple(anchor_score.shape)}"

@@ -54,8 +54,8 @@ def scored_candidates(
 def ranked_pairs(scores: Sequence[float], number: int, min_gap: float) -> list[tuple[int, int]]:
     """Return index pairs (chosen, rejected) of one prompt's images: best and worst, second best and second worst, ...
 
-    The list has at most `number` pairs and at most half as many pairs as there are candidates. It ends before the first
-    pair whose scores are equal or differ by less than min_gap. Among equal scores, the lower index ranks higher.
+    The list has at most `number` pairs, and no image is in two pairs. It ends before the first pair of images
+    whose scores are equal or differ by less than min_gap. Among equal scores, the lower index ranks higher.
     """
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     pairs = []

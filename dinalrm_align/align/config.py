@@ -42,14 +42,14 @@ class WatchConfig:
     and the gold score has fallen, both significantly (one-sided t-tests, paired over captions).
 
     Args:
-        level: significance level. If the gold score never falls, a run raises one or more false alarms with at
-            most this probability.
+        level: significance level. If the gold score never falls, the probability that a run
+            raises a false alarm is at most `level`.
         stop_on_hacking: save a checkpoint and stop at the first alarm; otherwise print a warning and go on.
         keep_best: save the LoRA of the evaluation with the best gold score to lora_best/.
-        sigmas: at least two noise levels at which a latent reward scores each sample. The metric level_spread is
+        sigmas: at least two noise levels at which a latent reward scores each sample. The metric `level_spread` is
             the disagreement of a sample's scores across levels. Empty: not measured.
-        drift_sigmas: noise levels at which the metric drift is measured, the mean squared difference between
-            the policy's and the base model's velocities. Empty: not measured.
+        drift_sigmas: noise levels at which the metric `drift` is measured. It is the mean squared difference
+            between the velocities of policy and base model. Empty: not measured.
     """
 
     level: float = 0.05
@@ -73,8 +73,8 @@ class WatchConfig:
 class MemoryConfig:
     """Options that save memory or time without changing the method; all are off by default.
 
-    `python recipes/savings.py` measures the effect of each option. The options gradient_checkpointing and optim.name,
-    outside this section, save memory too.
+    `python recipes/savings.py` measures the effect of each option. Outside this section, `gradient_checkpointing`
+    and `optim.name` save memory too.
 
     Args:
         base_quant: quantise the linear layers in the base model's transformer blocks to 8 or 4 bits; policy and latent
@@ -130,7 +130,7 @@ class AnchorConfig:
 
     Args:
         reward: name of the second reward; by default there is none.
-        every: n: the second reward is used at updates (GRPO: rollouts) n, 2n, 3n, ..., counted from 1.
+        every: n. The second reward is used at updates n, 2n, 3n, ..., counted from 1. GRPO counts rollouts instead.
         weight: weight of the second reward relative to the first, after both are scaled to the same standard deviation.
     """
 
@@ -152,7 +152,7 @@ class GroupRolloutConfig:
         groups: prompts per rollout and process.
         group_size: samples per prompt.
         sample_batch: samples drawn and scored at once; affects memory, not results.
-        guidance_scale: guidance scale of rollout and training; None: the model's own scale. Up to 1: no guidance.
+        guidance_scale: guidance scale of rollout and training; None: the model's own scale. At most 1: no guidance.
         reward_draws: noise draws over which a latent reward is averaged; all samples of a group share the draws.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
         advantage_std: standard deviation that divides (score - group mean). group: over the scores of the group.
@@ -192,11 +192,11 @@ class PolicyRun:
     """Settings of every recipe that samples from a model with a LoRA.
 
     Args:
-        model: auto: Stable Diffusion 3.5 Medium if its weights are found, otherwise shapes. sd35: Stable Diffusion 3.5
+        model: auto: Stable Diffusion 3.5 Medium if its weights are found, else `shapes`. sd35: Stable Diffusion 3.5
             Medium. shapes: the package's small test model. Or the folder or hub id of a StableDiffusion3Pipeline.
         reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
             pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward: published image rewards.
-            oracle: the exact score for the model shapes. NAME=SOURCE: the named reward with weights from SOURCE. Or the
+            oracle: the exact score, for model `shapes`. NAME=SOURCE: the named reward with weights from SOURCE. Or the
             folder or hub id of a latent reward; your reward as module:function; or a sum, "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
         seed: seed of initialisation, sampling and training.
@@ -230,12 +230,12 @@ class AlignRun(PolicyRun):
     """Settings of every alignment recipe.
 
     Args:
-        gold: reward that scores held-out images and is never trained on. By default PickScore; for the model shapes,
-            the reward oracle.
-        resume: folder of the checkpoint to resume from, or of a run, whose newest checkpoint is used. Options on the
+        gold: reward that scores held-out images and is never trained on. By default PickScore, or the reward
+            `oracle` for the model `shapes`.
+        resume: folder of the checkpoint to resume from, or folder of a run to use its newest checkpoint. Options on the
             command line override the saved settings.
         eval_prompts: UTF-8 text file with one held-out prompt per line; by default the list that belongs to the model.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: recompute activations in the backward pass; saves memory but takes about a third longer.
         profile_every: updates between measurements of FLOPs (on a CPU also of peak memory); 0: no measurements. A
             measured update takes about twice as long.
         tracker: logger of metrics and images, besides the file metrics.jsonl; WANDB_MODE=offline keeps wandb offline.

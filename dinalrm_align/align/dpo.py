@@ -99,7 +99,7 @@ def noised_pairs(
     draws: int,
     metrics: Mapping[str, float] | None = None,
 ) -> DpoBatch:
-    """Return a `DpoBatch` of the pairs, with `draws` draws of noise and of sigma per group.
+    """Return a `DpoBatch` of the pairs, with `draws` noise tensors and noise levels for each group.
 
     A group is the images of one prompt. generators[i] draws the noise and sigma that group i shares.
     """
@@ -116,8 +116,8 @@ def dpo_step(
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """Return the mean Diffusion-DPO loss of the batch, differentiable in the velocity's parameters, and the metrics.
 
-    `reference` must compute the reference's velocity without gradient. Metrics: `margin`, the mean argument of the
-    loss's sigmoid; `implicit_accuracy`, the share of pairs whose margin has the sign of label - 1/2; `chosen_gain` and
+    `reference` must compute the reference's velocity without gradient. Metrics: `margin`, the mean margin
+    of the pairs; `implicit_accuracy`, the share of pairs whose margin has the sign of label - 1/2; `chosen_gain` and
     `rejected_gain`, the mean denoising error of the reference minus that of the policy, for chosen and rejected images;
     `kl`, the mean of (velocity - reference)^2; and the metrics in batch.metrics.
     """
@@ -148,7 +148,7 @@ def dpo_step(
 
 
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
-    """Return `velocity` evaluated inside weights(), which must set the reference's weights and disable gradients."""
+    """Wrap `velocity` to run inside weights(), a context that sets the reference's weights and disables gradients."""
 
     def frozen(latents: Tensor, sigma: float | Tensor) -> Tensor:
         with weights():
@@ -191,7 +191,7 @@ class OfflineDpo:
 class OnlineDpo:
     """Diffusion-DPO as a method for `train.loop.fit`, on the best and the worst of several samples of each prompt.
 
-    The caller must pass this object to `Setup.align` as `state` too: checkpoints then contain the refreshed reference.
+    The caller must pass this object to `Setup.align` as `state` too, so that checkpoints hold the refreshed reference.
 
     Args:
         sampler: samples training prompts.
@@ -241,11 +241,11 @@ class OnlineDpo:
             return dpo_step(velocity, without_gradient(velocity, self.reference), batch, self.config.beta)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the reference's LoRA tensors by name for a checkpoint; empty if the base model is the reference."""
+        """Return a dict of the reference's LoRA tensors, to be saved; empty if the base model is the reference."""
         return {REFERENCE + name: tensor for name, tensor in (self._reference or {}).items()}
 
     def is_common(self) -> bool:
-        """Return True: the saved state, the reference, is equal on all ranks."""
+        """Return True, because the reference, which `state_tensors` returns, is equal on all ranks."""
         return True
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Settings of Diffusion-DPO and of `recipes/dpo_sd35.py`; the defaults suit the small test model shapes. Torch-free."""
+"""Settings of Diffusion-DPO and of `recipes/dpo_sd35.py`; the defaults suit the test model `shapes`. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,8 +16,8 @@ class DpoConfig:
     Args:
         mode: online: each pair is the best and the worst sample of a prompt, ranked by the reward. offline:
             pairs are read from a data set.
-        batch_size: prompts per micro-batch and process. A prompt has one pair, or, in a data set of
-            ranked lists, all pairs of its list. An update uses batch_size x loop.accumulate x processes prompts.
+        batch_size: prompts per micro-batch and process. A prompt usually has one pair; in a data set of
+            ranked lists, it has all pairs of its list. An update uses batch_size x loop.accumulate x processes prompts.
         beta: strength of the penalty on leaving the reference. The loss is -log sigmoid(-beta / 2 [(e_w - e_w^ref) -
             (e_l - e_l^ref)]), where e is the mean squared velocity error of the preferred (w) or rejected (l) image.
             Public runs use 100 to 5000.
@@ -28,7 +28,7 @@ class DpoConfig:
         num_steps: denoising steps of the samples (online only); None: the model's own number.
         guidance_scale: guidance scale of the samples (online only); None: the model's own scale.
         sampler: model that draws the samples, policy or reference (online only).
-        refresh_every: every refresh_every updates, the current policy becomes the reference (online only); 0: never.
+        refresh_every: number of updates after which the current policy replaces the reference (online only); 0: never.
         sample_batch: images sampled and scored at once (online only); by default a whole micro-batch.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores (online only); by default the
             reward's own levels.

@@ -33,7 +33,7 @@ Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of after - before and its standard error. Both lists must score the same samples in order."""
+    """Return the mean of after - before, and its standard error. Both lists: scores of the same samples in order."""
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
@@ -94,7 +94,7 @@ class HeldOut:
 
         Rank 0 writes evaluations/<step>.json (scores per sample), evaluations/<step>.png (one row of sample images)
         and grid_<step>.png (image grid). Returns metrics: the mean over samples for every reward and probe, by name;
-        standard errors for `proxy` and `gold`; `gold_gain`, the paired gain of gold over step 0, with standard error.
+        standard errors for `proxy` and `gold`; `gold_gain`, the gain of `gold` over step 0, and its standard error.
         """
         size, rank, world = self.config.batch_size, self.accelerator.process_index, self.accelerator.num_processes
         starts = range(0, len(self.prompts), size)
@@ -115,17 +115,17 @@ class HeldOut:
         return row
 
     def scores(self, step: int) -> dict[str, list[float]]:
-        """Return the evaluation at `step` as a dict: name of a reward ("proxy") or probe -> values per sample."""
+        """Return the evaluation at `step` as a dict: metric ("proxy", "gold", ...) -> one value per sample."""
         found = json.loads((self._folder / f"{step:06d}.json").read_text())
         return {name: values for name, values in found.items() if name not in ("step", "terms")}
 
     def history(self, step: int) -> dict[int, dict[str, list[float]]]:
-        """Return the scores of every evaluation up to `step`, as a dict: update -> name -> scores per sample."""
+        """Return the scores of every evaluation up to `step`, as a dict: update -> the result of scores(update)."""
         steps = sorted(int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit())
         return {at: self.scores(at) for at in steps if at <= step}
 
     def summarise(self, step: int) -> dict[str, dict[str, float]]:
-        """Compare the evaluations at step 0 and `step`, and write both image rows to before_after.png.
+        """Compare the evaluations at step 0 and at `step`, and write the images of both to before_after.png.
 
         Returns one dict each for "gold" and "proxy", with the keys "before" and "after" (mean scores), "gain" (their
         difference) and "standard_error" (the paired standard error of the gain).
@@ -148,7 +148,7 @@ class HeldOut:
         return self.output_dir / "evaluations"
 
     def _batch(self, start: int) -> list[tuple[int, dict[str, float], np.ndarray | None]]:
-        """Sample and score the batch from index `start`. Return (index, scores, image or None) per sample."""
+        """Sample and score the batch that starts at index `start`. Return (index, scores, image or None) per sample."""
         indices = range(start, min(start + self.config.batch_size, len(self.prompts)))
         conditions, seed = self.sampler.take(indices), self.config.seed
         noise = self.sampler.noise([seeded_generator(seed, index) for index in indices])

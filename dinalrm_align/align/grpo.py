@@ -40,7 +40,7 @@ RECORDED = (*STATISTICS, ANCHOR, "window_start")
 
 
 def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: torch.Generator) -> range:
-    """Return the step indices of the window of rollout `number`; the steps in the window are stochastic and trained.
+    """Return the indices of the steps in the window of rollout `number`. These steps are stochastic and trained.
 
     The last step, num_steps - 1, is never in the window. Raises ValueError if the window does not fit.
     """
@@ -72,7 +72,7 @@ class Rollout:
         indices: (N,) int64, prompt indices.
         latents: (N, K + 1, C, H, W), the latents before each trained step, and those after the last trained step.
         log_probs: (N, K), log-probabilities of the trained steps.
-        means: means of the trained steps' normal distributions, (N, K, C, H, W); (N, 0) if not `GrpoConfig.guard`.
+        means: (N, K, C, H, W), means of the trained steps' normal distributions; (N, 0) if GrpoConfig.guard is False.
         advantages: (N,), after clipping.
         kept: (N,) bool, False for samples that updates leave out because all scores of their group are equal.
         statistics: metrics of the rollout in the order of `RECORDED`, NaN where not measured.
@@ -91,7 +91,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GrpoBatch:
-    """Pairs of a sample and a denoising step, on the device. `count`: number of pairs; 0: one placeholder pair."""
+    """Pairs (sample, denoising step) on the device. `count`: number of pairs; if 0, the tensors hold one dummy pair."""
 
     position: Position
     conditions: Conditions
@@ -134,7 +134,7 @@ class Grpo:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> Rollout:
-        """Sample and score rollout `number` without gradient. It depends only on number, seed, weights and rank."""
+        """Sample and score rollout `number` without gradient. Only number, seed, weights and rank affect the result."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.groups, number)).repeat_interleave(config.group_size)
         window = trained_steps(config, sampler.num_steps, number, seeded_generator(WINDOWS, sampler.seed, number))
@@ -188,7 +188,7 @@ class Grpo:
         generators: Sequence[torch.Generator],
         steps: int,
     ) -> Tensor:
-        """Return latents (B, C, H, W) after `steps` ODE steps. With config.shared_start, they are equal per group."""
+        """Return latents (B, C, H, W) after `steps` ODE steps. config.shared_start makes them equal within a group."""
         sampler = self.sampler
         if not self.config.shared_start:
             return sampler.sample(conditions, sampler.noise(generators), steps)
@@ -293,7 +293,7 @@ class Grpo:
             )
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes that the tensors of a saved rollout must have, by name."""
+        """Return a dict: name of a saved rollout's tensor -> shape that the tensor must have."""
         count, width = self.config.groups * self.config.group_size, tensors["log_probs"].shape[-1]
         latent_shape = self.sampler.latent_shape
         return {

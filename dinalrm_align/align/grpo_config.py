@@ -1,4 +1,4 @@
-"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`; the defaults suit the small test model shapes. Torch-free."""
+"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`; the defaults suit the test model `shapes`. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,7 +14,7 @@ class GrpoConfig(GroupRolloutConfig):
 
     Args:
         num_steps: denoising steps of the rollout; None: the model's own number. The last step is not trained.
-        schedule: noise levels. diffusers: the pipeline's, as in flow_grpo. linear: 1, ..., 1/N, shifted, then 0.
+        schedule: noise levels. diffusers: the pipeline's, as in flow_grpo. linear: equally spaced before the shift.
         sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
         noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
         negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.
@@ -30,7 +30,7 @@ class GrpoConfig(GroupRolloutConfig):
             otherwise it stays at the end.
         shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do, so that the samples
             differ by the stochastic steps only. The steps before the window are then computed once per group.
-        advantage_of: how a weighted sum of rewards gives advantages. sum: the advantage of the summed score. parts: the
+        advantage_of: advantage used if the reward is a weighted sum. sum: the advantage of the summed score. parts: the
             weighted sum of the rewards' advantages.
         clip_range: c; the loss clips the probability ratio to [1 - c, 1 + c].
         guard: normalise the ratios of all steps to the same mean and scale, as in GRPO-Guard (arXiv 2510.22319); only
@@ -40,8 +40,8 @@ class GrpoConfig(GroupRolloutConfig):
             noise scale, as in flow_grpo. std: the same, with the step's standard deviation as s; the exact KL
             per dimension. velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
         ratio_tolerance: largest distance of the probability ratios from 1 in the first update after a rollout. The run
-            stops at a larger distance: the weights have not changed yet, so rollout and training then compute different
-            probabilities.
+            stops at a larger distance, because the weights have not changed yet, and a difference means that rollout
+            and training compute different probabilities.
     """
 
     num_steps: settings.IntAboveOne | None = 8

@@ -142,7 +142,7 @@ class Lpo:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> StepPairs:
-        """Collect the pairs of rollout `number` without gradient. They depend on number, seed, weights and rank."""
+        """Collect a rollout's pairs without gradient. The pairs depend on `number`, seed, weights and rank."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.batch_size, number))
         found: list[tuple[Tensor, ...]] = []
@@ -164,7 +164,7 @@ class Lpo:
         """Sample B trajectories, and collect preference pairs at the denoising steps `self.steps`.
 
         Returns two lists of tuples of CPU tensors, one tuple per step in `self.steps`. The tuples of the first list
-        have the pairs, as the fields `samples` to `rejected` of `StepPairs`. The tuples of the second list have three
+        hold the pairs: the fields of `StepPairs` from `samples` to `rejected`. The tuples of the second list have three
         tensors (B,): whether the margin exceeds the threshold, the mean score of the candidates, and the margin.
 
         `samples`: B trajectory indices, from 0 on each rank. `indices`: (B,), the prompt index of each trajectory.
@@ -231,9 +231,9 @@ class Lpo:
         """Return the mean loss of the batch, differentiable in the policy's LoRA, and the metrics.
 
         Metrics of the batch: `accuracy`, the share of pairs whose chosen candidate has the larger ratio p /
-        p_reference; `clipped`, the share of ratios outside the clip range; `kl`, the mean square of velocity -
-        reference velocity. Metrics of the rollout: `reward`, the mean score of all candidates; `pairs`, the number of
-        pairs; `pairs_kept`, the share of states that gave a pair; `preference`, the mean margin over all states.
+        p_reference; `clipped`, the share of ratios outside the clip range; `kl`, the mean of
+        |velocity - reference velocity|^2. Metrics of the rollout: `reward`, the mean score of all candidates; `pairs`,
+        the pair count; `pairs_kept`, the share of states that gave a pair; `preference`, the mean margin over states.
         """
         config, sampler = self.config, self.sampler
         with sampler.meter.phase("policy"):

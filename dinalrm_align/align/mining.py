@@ -43,7 +43,7 @@ class Miner:
 
     @property
     def shards(self) -> int:
-        """Number of shards. A shard is a run of consecutive prompts whose pairs go into one file."""
+        """Number of shards. A shard consists of consecutive prompts; the pairs of a shard go into one file."""
         return -(-len(self.prompts) // self.config.prompts_per_shard)
 
     def missing(self, folder: Path) -> list[int]:

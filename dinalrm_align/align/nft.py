@@ -46,13 +46,13 @@ def contrast_loss(
 ) -> Tensor:
     """Return DiffusionNFT's contrastive loss [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] / beta.
 
-    The result is (n,), averaged over C, H, W. x0_good is the estimate of x0 by the velocity beta v + (1 - beta) v_old,
-    x0_bad that by (1 + beta) v_old - beta v. The weights w are the detached means of |x0_good - x0| and |x0_bad - x0|.
+    The result is (n,), averaged over C, H, W. The estimates of x0 come from the velocities beta v + (1 - beta) v_old
+    (x0_good) and (1 + beta) v_old - beta v (x0_bad). w_good, w_bad: detached means of |x0_good - x0|, |x0_bad - x0|.
 
     Args:
-        velocity, old: v and v_old (n, C, H, W), velocities at x_sigma of the trained and of the old policy.
+        velocity, old: (n, C, H, W), the velocities v of the trained policy and v_old of the old policy at x_sigma.
         x_sigma, latents: (n, C, H, W), the noised samples and the clean samples x0.
-        sigma, good: (n,), the noise level of each sample and its weight r as a good one.
+        sigma, good: (n,), the noise level of each sample, and the weight r of each sample as a good sample.
     """
     total = torch.zeros(len(good), device=velocity.device)
     for share, mixed in (
@@ -155,7 +155,7 @@ class Nft:
 
     @torch.no_grad()
     def follow(self, number: int) -> None:
-        """Update the old policy, the moving average of the trained weights. Must precede rollout `number`."""
+        """Update the old policy, the moving average of the trained weights. Call before rollout `number`."""
         kept = min(self.config.old_slope * number, self.config.old_limit)
         for name, p in self.sampler.policy.parameters.items():
             self.old.mean[name].lerp_(p.detach(), 1 - kept)
@@ -195,8 +195,8 @@ class Nft:
     def step(self, batch: NftBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the mean loss of the batch, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: `kl`, the mean squared difference of the trained policy's and the reference's velocities; `moved`, that
-        of the trained and the old policy's velocities; and the statistics of the rollout.
+        Metrics: `kl`, the mean squared difference of the trained policy's and the reference's velocities; `moved`, the
+        same for the trained and the old policy's velocities; and the statistics of the rollout.
         """
         config, policy = self.config, self.sampler.policy
         with self.sampler.meter.phase("policy"):
@@ -218,7 +218,7 @@ class Nft:
         return {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:
-        """Return whether `state_tensors` is equal on all ranks: True if and only if no rollout is unfinished."""
+        """Return whether `state_tensors` is equal on all ranks, which holds when there is no unfinished rollout."""
         return self.buffer.is_common()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

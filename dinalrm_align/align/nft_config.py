@@ -15,14 +15,14 @@ class NftConfig(GroupRolloutConfig):
 
     Args:
         num_steps: denoising steps of the rollout; None: the model's own number.
-        levels: noise levels per sample and epoch, drawn from the levels of the steps between earliest and latest.
+        levels: number of noise levels per sample and epoch, drawn from those of the steps between earliest and latest.
         earliest: start of the range of steps, as a fraction of num_steps; 0: the first step, pure noise.
         latest: end of the range of steps, as a fraction of num_steps; 1: the last step.
         beta: factor in the implicit good and bad velocities v_old +- beta (v - v_old), where v is the velocity of the
-            trained policy and v_old that of the sampling policy.
+            trained policy and v_old is the velocity of the sampling policy.
         kl_beta: weight of the mean squared difference of the trained policy's and the base model's velocities.
-        old_slope: before rollout k, the moving average is updated with the decay min(old_slope k, old_limit). 0: every
-            rollout samples from the trained policy.
+        old_slope: before rollout k, the moving average is updated with the decay min(old_slope k, old_limit). With
+            old_slope 0, every rollout samples from the trained policy.
         old_limit: largest decay of the moving average.
     """
 

@@ -1,4 +1,4 @@
-"""The policy: an SD3 transformer with a trainable LoRA. With the LoRA disabled it is the frozen reference.
+"""The policy: an SD3 transformer with a trainable LoRA. With the LoRA disabled, the policy is the frozen reference.
 
 The LoRA is a peft adapter on the eight attention projections of every transformer block (attn2 included). The LoRA is
 always float32, because bfloat16 would round AdamW's updates away. A latent reward may share the base weights.
@@ -81,7 +81,7 @@ class Policy:
         Args:
             latents: (B, C, H, W), any dtype.
             sigma: a float or (B,), in [0, 1].
-            guidance_scale: scale g in v_negative + g (v - v_negative). At most 1: the result is v, no guidance.
+            guidance_scale: scale g in v_negative + g (v - v_negative). If at most 1, the result is v (no guidance).
             negative: B conditions of v_negative; required if guidance_scale is above 1.
             negative_gradient: whether gradients flow through v_negative; if False, it is detached.
         """
@@ -190,7 +190,7 @@ class Policy:
             raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
 
     def load_lora(self, folder: Path) -> None:
-        """Load a LoRA from `save_lora`. Raises ValueError if rank, alpha or shapes differ or a value is not finite."""
+        """Load a LoRA that `save_lora` wrote. ValueError if rank, alpha or shapes differ or a value is not finite."""
         path = folder / LORA_FILE
         with reading("LoRA in safetensors", path), safe_open(path, framework="pt") as file:
             saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}

@@ -11,7 +11,7 @@ An update, as in DiNa-LRM's alignment runs (arXiv 2602.11146):
 
 The variants (`ReflConfig.variant`) differ in the steps that carry the gradient:
 
-    refl           ReFL; K consecutive gradient steps are DRaFT-K (arXiv 2309.17400)
+    refl           ReFL; with K consecutive gradient steps, this is DRaFT-K (arXiv 2309.17400)
     draft_lv       DRaFT-LV: a finished sample is noised n times, and each copy takes one step (`renoised_steps`)
     drtune         DRTune (arXiv 2405.00760): K steps spread over the rollout, inputs detached (`drtune_steps`)
     direct_align   SRPO's Direct-Align (arXiv 2509.06942): known noise is added and removed (`direct_align_steps`)
@@ -113,7 +113,7 @@ def renoised_steps(
     Returns the estimated clean latents (B, C, H, W) and each sample's mean |velocity - reference|^2, (B,). To
     lower the variance of the gradient, pass each sample n times, with n different noises.
 
-    `latents`: finished samples (B, C, H, W). `noise`: Gaussian noise, added up to noise level `sigma`.
+    `latents`: finished samples (B, C, H, W). `noise`: Gaussian noise, which takes the samples to noise level `sigma`.
     """
     x = add_noise(latents.detach(), noise, sigma)
     return gradient_steps(velocity, reference, x, [sigma], 0, 1)
@@ -167,9 +167,9 @@ class ReflBatch:
     """A micro-batch: the latents from which the steps with gradient start, and the RNG streams of the samples.
 
     Args:
-        latents: (B, C, H, W), by variant. refl: at noise level sigmas[start]. drtune: at sigmas[trained[0]].
+        latents: (B, C, H, W). Variant refl: at noise level sigmas[start]; drtune: at sigmas[trained[0]];
             draft_lv, direct_align: finished samples.
-        start: index of the first step with gradient; drtune: index of the step that estimates the clean latents.
+        start: index of the first step with gradient; for drtune, of the step that estimates the clean latents.
         conditions: conditions of the B samples.
         generators: RNG streams of the B samples, for the draws of the training step.
         update: number of the update, counted from 0.
@@ -304,7 +304,7 @@ class Refl:
         return *clean, conditions
 
     def _reward_sigma(self, generators: Sequence[torch.Generator]) -> Tensor | Sequence[float] | None:
-        """Return the reward's noise levels: a tensor with one per sample, a list for all samples, or None (its own)."""
+        """Return the reward's noise levels: a tensor, one per sample; a list for all samples; or None, the default."""
         if self.config.reward_sigma_range is None:
             return self.config.reward_sigma
         low, high = self.config.reward_sigma_range

@@ -27,8 +27,8 @@ class ReflConfig:
         discount: exponent of the weight sigma ** discount of the reward's loss (direct_align), where sigma is the noise
             level of the step with gradient; 0: no weighting. The weight is low at low sigma, where hacking is easier.
         earliest: start of the range from which each micro-batch draws its first step with gradient, as a fraction of
-            num_steps. The end of the range leaves room for grad_steps steps. 1: always the end, as in DRaFT.
-            For direct_align, choose a smaller value. drtune: the rollout's last step is drawn from the range.
+            num_steps. The end of the range leaves room for grad_steps steps. 1: always draw the end, as in DRaFT.
+            For direct_align, choose a smaller value. For drtune, the rollout's last step is drawn from this range.
         loss: linear: mean(target - score). relu: mean(relu(target - score)); scores above the target get no gradient.
         target: target score of the loss. With the linear loss, it does not change the gradient.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps
@@ -39,7 +39,7 @@ class ReflConfig:
         pretrain_samples: number of images that the base model generates if pretrain_pictures is not given.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
         reward_sigma_range: lowest and highest noise level at which a latent reward scores; each image gets a random
-            level in this range at each update. Must not be combined with reward_sigma. Pixel rewards ignore both.
+            level in this range at each update. Do not combine with reward_sigma. Pixel rewards ignore both settings.
     """
 
     variant: Literal["refl", "draft_lv", "drtune", "direct_align"] = "refl"

@@ -108,7 +108,7 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, conditions: Conditions, noise: Tensor, steps: int | None = None) -> Tensor:
-        """Return latents (B, C, H, W) after the first `steps` ODE steps from noise (B, C, H, W); None: all steps."""
+        """Return latents (B, C, H, W) after the first `steps` ODE steps from noise (B, C, H, W). steps=None: all."""
         sigmas = self.sigmas if steps is None else self.sigmas[: steps + 1]
         return rollout(self.velocity_for(conditions), noise, sigmas)
 
@@ -131,7 +131,7 @@ class Position:
 
     @property
     def in_first_update(self) -> bool:
-        """Whether this is the first update on the rollout, so that the current weights also drew the rollout."""
+        """Whether this is the rollout's first update: the weights are still those that drew the rollout."""
         return self.epoch == self.minibatch == 0
 
 
@@ -170,7 +170,7 @@ class Reuse:
         pairs differs by at most one between the micro-steps of an update, and may be 0.
 
         Args:
-            rows: (N,) int64, indices of those of this rank's samples that can be trained on.
+            rows: (N,) int64, indices of the samples of this rank that can be trained on.
             groups: (N,) int64, group number of each sample in `rows`. Group numbers are unique over all ranks.
             columns: number of denoising steps or noise levels per sample.
         """
@@ -194,7 +194,7 @@ R = TypeVar("R")
 
 
 class RolloutBuffer(Generic[R]):
-    """Holds the current rollout of a method, draws the next one at its first micro-step, and saves it in checkpoints.
+    """Holds a method's current rollout for training and checkpoints, and draws each rollout at its first micro-step.
 
     Args:
         kind: dataclass of a rollout. It must have the field `number: int`; each field must be an int or a CPU tensor.
@@ -238,7 +238,7 @@ class RolloutBuffer(Generic[R]):
         return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
 
     def is_common(self) -> bool:
-        """Return whether no rollout is unfinished. `state_tensors` is then the same on all ranks: empty."""
+        """Return whether there is no unfinished rollout. If so, `state_tensors` returns an empty dict on every rank."""
         return self.current is None
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -135,7 +135,7 @@ class Setup:
         """Train the policy with `method`, evaluate it before, during and after training, and write the run folder.
 
         Args:
-            samples: prompts or pairs per rank and update. Methods that reuse rollouts count per rank and rollout.
+            samples: prompts or pairs per rank and update. For methods that reuse rollouts: per rank and rollout.
             shown: names of the metrics in the progress bar.
             data: digests of training data that the method reads, by name. A resumed run must have the same digests.
             state: object whose `state_tensors` are saved in checkpoints, usually the method; None: nothing to save.

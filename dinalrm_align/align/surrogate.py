@@ -9,7 +9,7 @@ from dinalrm_align.flow.sde import Transition
 def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
     """Return the advantages (score - mean of the group) / (std + floor) of scores (groups, group_size), float64.
 
-    `std`: the population standard deviation of each group ("group") or of all scores ("global").
+    `std`: "group" for the population standard deviation of each group, "global" for that of all scores.
     """
     if std not in ("group", "global"):
         raise ValueError(f"unknown advantage_std {std!r}; known: group, global")

@@ -43,9 +43,9 @@ class Comparison:
     """Comparison of the latest evaluation with the evaluation that has the best gold score so far.
 
     Args:
-        step, best_step: updates of the latest evaluation and of the evaluation with the best gold score.
+        step, best_step: the update of the latest evaluation, and the update of the evaluation with the best gold score.
         proxy_gain, gold_gain: mean difference, latest minus best, of the training reward and of the gold reward.
-        p_proxy, p_gold: one-sided p-values that the training reward rose and that the gold reward fell.
+        p_proxy, p_gold: one-sided p-values for a rise of the training reward and for a fall of the gold reward.
         hacking: whether both tests are significant.
     """
 
@@ -82,7 +82,7 @@ def detect_hacking(
     by m, a Bonferroni correction, bounds the probability of a false alarm in the whole run.
 
     Args:
-        history: update -> name ("proxy", "gold", ...) -> scores per sample.
+        history: nested dict: update -> name of the scores ("proxy", "gold", ...) -> one score per sample.
         captions: caption of each sample; at least two captions must differ.
         evaluations: n, the number of evaluations in the whole run, without the evaluation of the base model.
     """
@@ -96,7 +96,7 @@ def detect_hacking(
 
 
 def best_step(history: Mapping[int, Scores]) -> int:
-    """Return the update whose evaluation has the best mean gold score; of equal scores, the earliest update."""
+    """Return the update whose evaluation has the best mean gold score. If several are equal, it is the earliest."""
     return max(sorted(history), key=lambda step: float(np.mean(history[step]["gold"])))
 
 
@@ -132,7 +132,7 @@ def drift_probe(
     reference: Callable[[], AbstractContextManager[None]],
     sigmas: Sequence[float],
 ) -> Probe:
-    """Return a probe for `HeldOut`: mean squared difference (B,) of policy and reference velocities over `sigmas`."""
+    """Return a probe: the mean squared difference (B,) of policy and reference velocity, averaged over `sigmas`."""
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
         velocity = velocity_for(conditions, 1.0)
@@ -151,8 +151,8 @@ def drift_probe(
 class Watch:
     """Detects reward hacking after each evaluation, prints a warning, and keeps the LoRA with the best gold score.
 
-    An instance is a hook for `train.loop.fit`. Call it on every rank, at the updates of the evaluation hook `HeldOut`
-    and after that hook. Only the main rank writes files.
+    An instance is a hook for `train.loop.fit`. Call it on every rank, after each call of the evaluation hook
+    `HeldOut`. Only the main rank writes files.
 
     Args:
         history: a function from an update to the scores of all evaluations up to that update (`HeldOut.history`).

@@ -19,7 +19,7 @@ AT_ONCE = 4
 class BatchOrder(TypedDict, total=False):
     """Options that control how a `PairSource` forms batches.
 
-    batch_size: number of items per batch. An item is one pair, or one prompt's images with all pairs of them.
+    batch_size: number of items per batch. An item is one pair, or a group: images of one prompt and all their pairs.
     seed: seed of the shuffles; default 0.
     held_out_prompts: number of distinct prompts kept for validation and left out of training; default 0.
     """
@@ -32,14 +32,14 @@ class BatchOrder(TypedDict, total=False):
 class ShuffledBatches:
     """Endless sequence of shuffled training batches, each given by the indices of its items (see `BatchOrder`).
 
-    A batch depends only on the seed and its index. A run can thus resume from its step alone. Rank r of W ranks
-    reads batches r, r + W, r + 2 W, ... Every epoch shuffles the items again. If too few items of an image
-    size are left for a batch at the end of an epoch, they are used in a later epoch, so that no item is lost.
+    A batch depends only on the seed and the batch's index. A run can thus resume from its step alone. Rank r of W ranks
+    reads batches r, r + W, r + 2 W, ... Every epoch shuffles the items again. If fewer than `batch_size`
+    items of an image size are left at the end of an epoch, they are used in a later epoch, so that no item is lost.
 
-    buckets: indices of the items of each image size. All items of a batch come from one bucket.
+    buckets: for each image size, the indices of its items. All items of a batch come from one bucket.
     batch_size: number of items per batch.
     blocks: (N,) index of each item's parquet row group, for data that is read one row group at a time.
-    An epoch then visits the row groups in random order, and shuffles the items of four (AT_ONCE) row groups together.
+    With `blocks`, an epoch visits row groups in random order, and shuffles the items of four (AT_ONCE) at a time.
 
     Raises ValueError if every bucket is smaller than a batch.
     """
@@ -101,13 +101,13 @@ class ShuffledBatches:
         return rng, shuffles
 
     def _portions(self, epoch: int) -> np.ndarray:
-        """Split the parquet row groups into random sets of four (AT_ONCE). Return the set number of each item, (N,)."""
+        """Split the parquet row groups into random sets of four (AT_ONCE). Return (N,) index of each item's set."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
         return (np.argsort(order) // AT_ONCE)[self._blocks]
 
 
 class BatchesInOrder(Sequence[PairBatch]):
-    """Sequence of batches, one image size after the other, each size in stored order. Indexing reads the batch."""
+    """Sequence of batches, sorted by image size, in stored order within each size. A batch is read when indexed."""
 
     def __init__(self, read: Callable[[np.ndarray], PairBatch], buckets: Sequence[np.ndarray], size: int) -> None:
         self._read = read
@@ -132,7 +132,7 @@ class PairSource(ABC):
     """Abstract data set of preference pairs. Its training batches depend only on the seed, the step and the rank.
 
     Subclasses implement `_read`, which returns the batch of the items with given indices (see `BatchOrder`). A subclass
-    that runs encoders in `_read` must set `reads_files_only` to False. Batches are then not read in background threads.
+    that runs encoders in `_read` must set `reads_files_only` to False. Its batches are not read in background threads.
     """
 
     manifest: PairManifest
@@ -190,11 +190,11 @@ class PairSource(ABC):
         return self._read(self._batches.at(step * world + rank))
 
     def validation(self) -> Sequence[PairBatch]:
-        """Return the batches of the held-out prompts in stored order. Indexing reads the batch."""
+        """Return the batches of the held-out prompts in stored order. A batch is read when indexed."""
         return BatchesInOrder(self._read, self._held_out, self._batch_size)
 
     def in_order(self) -> Sequence[PairBatch]:
-        """Return the batches of all pairs, held-out prompts included, in stored order. Indexing reads the batch."""
+        """Return the batches of all pairs, held-out prompts included, in stored order. A batch is read when indexed."""
         return BatchesInOrder(self._read, self._buckets, self._batch_size)
 
 

@@ -17,7 +17,7 @@ class FilterConfig:
         unanimous: leave out pairs in which a rater voted for the rejected image.
         min_confidence: smallest allowed `confidence`, a field of HPDv3. Pairs without this field are kept.
         max_pairs_per_prompt: keep at most this many pairs per prompt, drawn at random (released data: 8); default: all.
-        ties: with drop, leave out pairs that raters found equal, as Diffusion-DPO does; with keep, give them label 0.5.
+        ties: `drop` leaves out pairs that raters found equal, as Diffusion-DPO does; `keep` gives them the label 0.5.
         min_gaps: a bound for each score name. A pair that is not a tie is kept only if each named score has
             score(chosen) - score(rejected) above its bound. `source` must be a jsonl with these scores. LPO's
             consistent filtering is {aesthetic: -0.5, clip: 0, vqa: 0}.
@@ -44,25 +44,25 @@ class PrepareRun:
     """Settings of `python recipes/prepare_pairs.py`.
 
     Args:
-        source: preference data, required. Layouts hpdv3, hpdv2 and rankings are JSON files. pickapic is a parquet file
-            or a folder of them. jsonl is a file with one {prompt, chosen, rejected} per line: chosen and rejected are
-            image paths; label, votes and scores are optional. released is a folder of part_rank*.parquet with latents.
-            These latents keep their size, so `buckets` and `images` are ignored.
-        layout: layout of `source`; auto detects it.
+        source: preference data. Layouts `hpdv3`, `hpdv2` and `rankings` are JSON files. `pickapic` is a parquet file
+            or a folder of them. `jsonl` has one {prompt, chosen, rejected} per line: chosen and rejected are
+            image paths; label, votes and scores are optional. `released` is a folder of part_rank*.parquet. Its
+            latents keep their size, so `buckets` and `images` are ignored. `source` must be set.
+        layout: layout of `source`; `auto` detects it.
         images: folder that image paths are relative to; default: `source`, or its parent folder if `source` is a file.
         output_dir: folder for the encoded pairs. To resume a stopped run, run again with the same settings.
-        model: pipeline whose VAE and text encoders are used: shapes, sd35, or the folder or hub id of a
+        model: pipeline whose VAE and text encoders are used: `shapes`, `sd35`, or the folder or hub id of a
             StableDiffusion3Pipeline.
         text_length: T5 tokens per prompt; must equal the reward's text_length; default: the text_length of `model`.
-        buckets: sizes that images are resized to. published means the 13 sizes of DiNa-LRM's data. area:1024 means
+        buckets: sizes that images are resized to. `published` means the 13 sizes of DiNa-LRM's data. `area:1024` means
             sizes with an area of at most 1024^2 and sides that are multiples of 64 (`plan.by_area`). A list
             such as 1024x1024,832x1248 names the sizes as height x width.
-        group: with pair, store every pair separately, as in the paper; with prompt, store all images of a prompt and
-            size once, together with all pairs of them.
-        label: target probability that the chosen image is preferred. With hard, it is the label that a jsonl
-            states, else 0.5 for a tie and 1 otherwise. With votes, it is the chosen image's share of the votes.
-        on_bad: with refuse, stop at an unreadable image, an invalid record, or latents or embeddings that are not
-            finite; with skip, leave out the affected pairs and count them by reason.
+        group: `pair` stores every pair separately, as in the paper; `prompt` stores all images of one prompt and
+            one size once, together with all pairs of these images.
+        label: target probability that the chosen image is preferred. `hard` is the label stated by a
+            jsonl, else 0.5 for a tie and 1 otherwise. `votes` is the chosen image's share of the votes.
+        on_bad: `refuse` stops at an unreadable image, an invalid record, and latents or embeddings that are not
+            finite; `skip` leaves out the affected pairs and counts them by reason.
         filter: conditions that a pair must meet to be kept.
         max_pairs: number of pairs to read, from the start of `source`; default: all.
         shard_size: images per file of latents. A resumed preparation writes only the missing files.
@@ -71,8 +71,8 @@ class PrepareRun:
         workers: processes per rank that decode and resize images; 0 decodes and resizes in the rank's own process.
         verify: on resuming, compare the hash of each existing file, in addition to its size.
         seed: seed of the random choice of pairs for filter.max_pairs_per_prompt.
-        device: auto uses a CUDA GPU if there is one.
-        dtype: dtype of the text encoders; auto uses the model's dtype on a GPU, float32 on a CPU. The VAE uses float32.
+        device: `auto` uses a CUDA GPU if there is one.
+        dtype: dtype of the text encoders; `auto`: the model's dtype on a GPU, float32 on a CPU. The VAE uses float32.
     """
 
     source: str | None = None

@@ -1,6 +1,6 @@
 """Encoded preference pairs on disk: safetensors shards of scaled latents and text embeddings.
 
-A group is a set of images of one prompt, with the pairs of them that raters compared. A separate pair is a group of
+A group is a set of images of one prompt, with those pairs of images that raters compared. A separate pair is a group of
 two images. The directory holds:
 
     index.json             format, manifest, concept names; for each shard: rows, latent size, hash. Written last.
@@ -38,7 +38,7 @@ from dinalrm_align.train.settings import check_integer
 class LatentPairs(PairSource):
     """`PairSource` that reads a directory written by `LatentPairsWriter` or `prepare`.
 
-    An item of a batch is a group: images of one prompt with all pairs of them. on_bad: what to do about a shard that is
+    An item of a batch is a group: images of one prompt and all their pairs. on_bad: what to do about a shard that is
     missing, truncated or inconsistent with index.json. "refuse" raises; "skip" warns and leaves out the shard's pairs.
     """
 
@@ -116,7 +116,7 @@ class LatentPairs(PairSource):
 class LatentPairsWriter:
     """Context manager that writes a new directory for `LatentPairs`, and completes it on exit unless an error occurred.
 
-    manifest: how latents and embeddings were encoded. shard_size: images per latent shard, prompts per text shard.
+    manifest: how latents and embeddings were encoded. shard_size: images per latent shard, and prompts per text shard.
     """
 
     def __init__(self, directory: str | Path, manifest: PairManifest, *, shard_size: int = 1024) -> None:
@@ -154,7 +154,7 @@ class LatentPairsWriter:
         label: Sequence[float] | None = None,
         concepts: Sequence[str] | None = None,
     ) -> None:
-        """Add n images of one prompt, and pairs of them. The embeddings of each distinct prompt are stored once.
+        """Add n images of one prompt and pairs of the images. The embeddings of each distinct prompt are stored once.
 
         Args:
             latents: (n, C, H, W), scaled.

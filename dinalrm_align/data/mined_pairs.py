@@ -28,7 +28,7 @@ TENSORS = (*LATENTS, *_TEXT, *(f"negative_{name}" for name in _TEXT))
 
 @dataclasses.dataclass(frozen=True)
 class MinedPair:
-    """Chosen and rejected image out of n, generated for one prompt. Tensors may have any device and floating dtype.
+    """Chosen and rejected image, out of n generated for one prompt. Tensors may have any device and floating dtype.
 
     index: index of the prompt. latents: (n, C, H, W), without noise, scaled. scores: rewards of the n images.
     chosen, rejected: indices in `latents` of the pair's images. prompt_embeds: (L, D). pooled_prompt_embeds: (P,).

@@ -35,7 +35,7 @@ class PairBatch:
         rejected: (N,) int64, index in `latents` of each pair's rejected image.
         label: (N,) float32 in [0, 1], probability that a rater prefers the chosen image.
         group: (M,) int64 in [0, G), index of each image's group.
-        concepts: N names of the property in which a pair's images differ; None if any pair's name is unknown.
+        concepts: for each pair, the property in which its images differ; None if it is unknown for any pair.
 
     Raises TypeError for a wrong dtype, and ValueError for inconsistent shapes or for indices or values out of range.
     """
@@ -198,7 +198,7 @@ class PairManifest:
         return cls(**{**values, "encoded_with": samples})
 
     def check_encoders(self, sample_of: Callable[[str], WeightSample | None]) -> list[str]:
-        """Raise ValueError if the VAE or a text encoder that encoded the pairs has other weights than the model's.
+        """Raise ValueError if the VAE or a text encoder used to encode the pairs differs in weights from the model's.
 
         sample_of: function that takes a subfolder of the model's pipeline, such as "vae", and returns a sample of its
         weights, or None if they are unavailable. `check_encoders` returns the subfolders with unavailable weights.

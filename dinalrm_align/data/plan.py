@@ -52,7 +52,7 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """Return sizes with an area of at most side^2: the square, and the longest rectangle for each shorter side.
+    """Return sizes of area at most side^2: the square, and for each length of the shorter side, the longest rectangle.
 
     Rectangles come in both orientations. Sides are multiples of 64. The longer side is at most twice the shorter.
     """

@@ -156,7 +156,7 @@ class Preparation:
     def _encode_batch(
         self, pixels: dict[int, np.ndarray | str], encode: EncodeImages, bad: dict[int, str]
     ) -> dict[int, Tensor]:
-        """Return {image index: latents}. For each unreadable image or non-finite latents, add a message to `bad`."""
+        """Return {image index: latents}. `bad` receives a message for each unreadable image and non-finite latent."""
         bad |= {image: found for image, found in pixels.items() if isinstance(found, str)}
         pixels = {image: found for image, found in pixels.items() if not isinstance(found, str)}
         if not pixels:

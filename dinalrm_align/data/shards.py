@@ -117,7 +117,7 @@ def _opened(path: Path, inode: int) -> Any:
 
 
 def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFile:
-    """Open the file of `shard`, an entry of index.json, and check its tensors. tensors: {name: ndim}."""
+    """Open the file of `shard`, an entry of index.json, and check its tensors. tensors: expected {name: ndim}."""
     path = directory / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")
@@ -186,7 +186,7 @@ def write_tables(
 ) -> None:
     """Write groups.safetensors, then index.json.
 
-    groups: for each group of images, a dict with the keys GROUP_COLUMNS. pairs: (chosen, rejected, label, concept) of
+    groups: for each group of images, a dict whose keys are GROUP_COLUMNS. pairs: (chosen, rejected, label, concept) of
     each pair. shards: {"latents": [...], "text": [...]}, where each list holds one dict of `Shard` fields per file.
     """
     columns = {name: torch.tensor([group[name] for group in groups]) for name in GROUP_COLUMNS}

@@ -81,7 +81,7 @@ def open_pairs(
         on_bad: what to do about latents that cannot be read. "refuse" raises; "skip" warns and leaves them out.
 
     Raises ValueError if the settings, VAE or text encoders that encoded the pairs differ from the model's.
-    Warns if the model's weights are not on this machine, because VAE and text encoders cannot be compared then.
+    Warns if the model's weights are not on this machine, because the VAE and text encoders cannot be compared.
     """
     path = Path(path)
     layout = {".parquet": "mined", ".jsonl": "jsonl"}.get(path.suffix) or folder_layout(path)

@@ -30,7 +30,7 @@ ENSEMBLE_DRAWS = 4  # largest number of draws for the variance of the ensemble's
 
 @dataclass(frozen=True)
 class Evidence:
-    """Scores of all training variants (arms), for a report on `sets`. To compare arms, only `ensembles[0]` is used."""
+    """Scores of all training variants (arms) on the test sets `sets`. Comparisons of arms use only `ensembles[0]`."""
 
     runs: Runs
     sets: Sequence[str]
@@ -49,14 +49,14 @@ def noise_levels(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) 
 
 
 def levels_with_draws(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
-    """Return sigma 0.4 with each noise draw and each group of 2, 4 or 8 draws, and `ensemble` with draws 0 to 3."""
+    """Return sigma 0.4 with each draw and each group of 2, 4, 8 (< `draws`) draws; `ensemble` with draws 0, 1, 2, 3."""
     singles = [NoiseLevels.at(SINGLE_LEVEL, draw=draw) for draw in range(draws)]
     joined = [_joined(group) for count in COUNTS if 1 < count < draws for group in draw_groups(count, draws)]
     return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(ENSEMBLE_DRAWS, draws)))]
 
 
 def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
-    """Split noise draws 0 to `draws` - 1 into groups of `count`, as (0, 1), (2, 3). A smaller last group is dropped."""
+    """Split noise draws 0 to `draws` - 1 into groups of `count`: (0, 1), (2, 3). A smaller last group is dropped."""
     return [tuple(range(start, start + count)) for start in range(0, draws - count + 1, count)]
 
 
@@ -65,12 +65,12 @@ def _joined(draws: tuple[int, ...]) -> NoiseLevels:
 
 
 def accuracy_of(*names: str) -> Measure:
-    """Return a function from `PairScores` to correctness (N,). It compares mean scores over the levels `names`."""
+    """Return a function `PairScores` -> correctness (N,), judged by the mean score over the noise levels `names`."""
     return lambda scores: scores.correct(*names)
 
 
 def accuracy_at(*sigmas: float) -> Measure:
-    """Return a function from `PairScores` to correctness (N,). It compares joint scores at all `sigmas` (draw 0)."""
+    """Return a function `PairScores` -> correctness (N,), judged by the joint score at all `sigmas` (draw 0)."""
     return accuracy_of(NoiseLevels.at(*sigmas).name)
 
 
@@ -79,7 +79,7 @@ def average_of(sigmas: Sequence[float]) -> Measure:
 
 
 def mean_accuracy(sigmas: Sequence[float]) -> Measure:
-    """Return a function from `PairScores` to (N,): for each pair, the share of `sigmas` that order it correctly."""
+    """Return a function `PairScores` -> (N,): the share of `sigmas` at which each pair is ordered correctly."""
     return lambda scores: np.mean([accuracy_at(sigma)(scores) for sigma in sigmas], axis=0)
 
 
@@ -127,7 +127,7 @@ def verdict(interval: Interval) -> str:
 
 
 def in_points(interval: Interval, *, signed: bool = True) -> str:
-    """Format an accuracy or difference in per cent with its interval: "+0.6 [-0.2, +1.4]" (no + if not `signed`)."""
+    """Format an accuracy or difference in per cent with its interval: "+0.6 [-0.2, +1.4]" (`signed`: with the +)."""
     sign = "+" if signed else ""
     mean, low, high = (f"{100 * value:{sign}.1f}" for value in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"
@@ -138,7 +138,7 @@ def with_asterisk(interval: Interval) -> str:
 
 
 def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
-    """Return title -> accuracy function: at `Arm.sigma`, at the first ensemble, and the mean over sigmas in (0, 1)."""
+    """Return a dict, title -> accuracy function: at `Arm.sigma`, at the first ensemble, mean over sigmas in (0, 1)."""
     return {
         "own sigma": accuracy_at(ARMS[arm].sigma),
         "ensemble": accuracy_at(*evidence.ensembles[0]),
@@ -183,7 +183,7 @@ def question_section(question: Question, evidence: Evidence) -> str:
 
 
 def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
-    """Return title -> accuracy function for each sigma, each ensemble, and each number of draws with scores."""
+    """Return a dict, title -> accuracy function: for each sigma, each ensemble, each number of noise draws scored."""
     scored = evidence.levels(arm, name)
     measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in evidence.sigmas}
     for levels in evidence.ensembles:
@@ -219,7 +219,7 @@ def inference_section(evidence: Evidence, arm: str) -> str:
 
 
 def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
-    """Return a line per claim of arXiv 2602.11146, with the verdict here. Claims without scores are left out."""
+    """Return a line per claim of arXiv 2602.11146, with its `verdict` for `arm`. Claims not scored are left out."""
     ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [
@@ -239,7 +239,7 @@ def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """`share`: ratio of score variance over noise draws to that over images. `forwards`: backbone passes per score."""
+    """`share`: score variance over noise draws, divided by that over images. `forwards`: backbone passes per score."""
 
     label: str
     forwards: int
@@ -247,9 +247,9 @@ class NoiseShare:
 
 
 def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
-    """Return noise variance ratios: for sigma 0.4 with 1, 2, 4 and 8 draws (averaged and joint), and for `ensemble`.
+    """Return the `NoiseShare` of sigma 0.4 with 1, 2, 4 and 8 draws (averaged, and as tokens), and of `ensemble`.
 
-    seeds: scores on one test set, for each training seed. Each ratio is averaged over seeds.
+    seeds: scores on one test set, one `PairScores` per training seed. Each share is averaged over these seeds.
     """
 
     def share(label: str, forwards: int, repeats: list[list[str]]) -> NoiseShare:

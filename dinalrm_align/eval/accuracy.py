@@ -54,7 +54,7 @@ Tallies = dict[Level, dict[str, Tally]]
 def pairwise_tallies(
     score: Score, batches: Sequence[PairBatch], levels: Sequence[Level], *, seed: int = 0, rank: int = 0, world: int = 1
 ) -> Tallies:
-    """Count correctly ordered pairs by noise level and concept, in every `world`-th batch from `rank` on.
+    """Count correctly ordered pairs by noise level and concept, in batches `rank`, `rank` + `world`, ...
 
     `merge` sums the counts of all ranks. The noise is seeded by (seed, batch index), so the sums do not depend on
     `world`.

@@ -60,7 +60,7 @@ class Reliability:
 
     @property
     def by_chance(self) -> float:
-        """Expected ECE of a perfectly calibrated model, caused by sampling noise alone.
+        """Mean ECE that sampling noise alone would give a perfectly calibrated model.
 
         A bin whose observed frequency has standard error s contributes E|N(0, s^2)| = s sqrt(2 / pi).
         """
@@ -92,7 +92,7 @@ class Calibration:
 def calibrate(
     gap: ArrayLike, label: ArrayLike, captions: ArrayLike, *, sigma: float, config: LossConfig, rng: np.random.Generator
 ) -> Calibration:
-    """Measure the calibration of N pairs' predicted labels at noise level sigma.
+    """Measure the calibration of the labels predicted for N pairs at noise level sigma.
 
     gap: (N,) raw score of the first image minus raw score of the second. label: (N,) share of raters who prefer the
     first image. captions: (N,) caption of each pair; pairs of one caption are not independent. rng: generator for the
@@ -143,7 +143,7 @@ def calibration_interval(
 ) -> tuple[float, float]:
     """Return the 95 % interval (low, high) of the expected calibration error (ECE), from a bootstrap over captions.
 
-    The interval is 2 ECE - (quantiles of the resampled ECE), a basic bootstrap. The quantiles alone would be too high,
+    It is a basic bootstrap interval: 2 ECE - (quantiles of the resampled ECE). The quantiles alone would be too high,
     because resampling adds the sampling bias a second time. The interval is unreliable if the ECE is close to
     `Reliability.by_chance`, the ECE of a calibrated model.
     """
@@ -195,7 +195,7 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
 
 
 def fidelity_rater(p: ArrayLike) -> np.ndarray:
-    """Return q = sqrt(p) / (sqrt(p) + sqrt(1 - p)), the share of raters for which p minimises the fidelity loss."""
+    """Return q = sqrt(p) / (sqrt(p) + sqrt(1 - p)), the raters' probability at which p minimises the fidelity loss."""
     p = np.asarray(p, dtype=np.float64)
     return np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p))
 
@@ -225,7 +225,7 @@ def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
 def reliabilities(
     runs: Runs, losses: Mapping[str, LossConfig], name: str, sigmas: Sequence[float]
 ) -> dict[str, dict[float, Calibration]]:
-    """Return arm (training variant) -> noise level -> calibration on the test set `name`, over the pairs of all seeds.
+    """Return a dict, arm (training variant) -> noise level -> calibration on test set `name`, over pairs of all seeds.
 
     losses: arm -> the arm's training loss, which turns score gaps into probabilities.
     """

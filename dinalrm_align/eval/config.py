@@ -1,4 +1,4 @@
-"""Settings of `recipes/evaluate_reward.py`, `ablate_reward.py` and `compare_runs.py`. Torch-free."""
+"""Settings of `recipes/evaluate_reward.py`, `ablate_reward.py` and `compare_runs.py`. Does not import torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -104,28 +104,28 @@ class AblateRun:
     """Settings of `python recipes/ablate_reward.py`.
 
     Args:
-        model: shapes, sd35, or the folder or hub id of a StableDiffusion3Pipeline, whose transformer the rewards use.
-        arms: variants to train and evaluate; calibrated is the baseline. Known: calibrated, fixed, logit_normal,
+        model: `shapes`, `sd35`, or folder or hub id of a StableDiffusion3Pipeline, whose transformer the rewards use.
+        arms: variants to train and evaluate; `calibrated` is the baseline. Known: calibrated, fixed, logit_normal,
             sigma_0, sigma_0.4, frozen, nll, bradley_terry, half_depth, more_depth, last_tap, image_taps, no_film,
             no_gates, queries_1, queries_8.
         seeds: seeds of initial weights, data order and noise; every arm is trained once per seed.
         steps: number of updates of every training.
-        training: YAML with settings of `recipes/train_reward.py`, which the arms override; default: the one in
+        training: YAML file with settings of `recipes/train_reward.py`, which the arms override; default: the one in
             recipes/ for the kind of `model`, such as train_reward_shapes.yaml.
-        pairs: preference pairs to train on, as in `recipes/train_reward.py`; default: generated pairs of model shapes.
-        judged: test sets, name -> location, as in `recipes/evaluate_reward.py`; default, for model shapes only:
+        pairs: preference pairs to train on, as in `recipes/train_reward.py`; default for model `shapes`: generated.
+        judged: test sets, name -> location, as in `recipes/evaluate_reward.py`; default, for model `shapes` only:
             heldout, concepts and shifted. The variance over noise draws is measured on the last set.
         output_dir: folder for all runs and the report. The same command continues an interrupted ablation.
-        launch: command that launches each training, as "accelerate launch --num_processes 8"; default: this Python.
-        device: auto uses a CUDA GPU if there is one.
+        launch: command that launches each training, e.g. "accelerate launch --num_processes 8"; default: this Python.
+        device: `auto` uses a CUDA GPU if there is one.
         batch_size: groups of images per batch of the evaluation.
         sigmas: single noise levels at which every reward is evaluated.
-        ensembles: lists of noise levels; one score is computed from the backbone tokens of all levels of a list. Every
+        ensembles: lists of noise levels; each list gives one score, from the backbone tokens of all its levels. Every
             reward is evaluated with the first list, and the baseline with all lists.
         draws: number of noise draws at sigma 0.4 with which the baseline is evaluated, to measure the variance of the
             score and the gain from averaging.
         noise_seed: seed of the evaluation's noise, which is the same for all rewards.
-        shapes_pairs: settings of the pairs generated for model shapes.
+        shapes_pairs: settings of the pairs generated for model `shapes`.
     """
 
     model: str = "shapes"
@@ -166,35 +166,35 @@ class EvaluateRun:
     """Settings of `python recipes/evaluate_reward.py`.
 
     Args:
-        model: shapes, sd35, or the folder or hub id of a StableDiffusion3Pipeline, whose networks a latent reward uses.
-        reward: reward to evaluate, as in every recipe: dinalrm (the model's own, the default), the folder or hub id of
+        model: `shapes`, `sd35`, or folder or hub id of a StableDiffusion3Pipeline, whose networks a latent reward uses.
+        reward: reward to evaluate, as in every recipe: dinalrm (default: the model's own reward), folder or hub id of
             another latent reward, pickscore, hpsv2.1, hpsv3, NAME=SOURCE, a weighted sum, or module:function.
         judged: test sets, name -> location. imagereward, hpdv2, hpdv3, genai_bench, genai_bench_v1 and pickapic are
             public test sets; their location is the folder of the published files, or "hub" to download them. If files
             are missing, the error lists them and how to get them. Any other name is your own set: a directory of
-            latents, mined pairs or a jsonl of images. Default, for model shapes only: heldout (ranked lists of
+            latents, mined pairs or a jsonl of images. Default, for model `shapes` only: heldout (ranked lists of
             held-out captions with noisy labels, as in training), concepts (pairs that differ in one concept) and
             shifted (pairs of degraded images that differ in one concept).
-        protocol: name of a set -> protocol of its accuracy: pooled, strict, diff, grouped, half-ties, three-way, tau,
-            and for ranked lists (imagereward, hpdv2) hpsv2 and mps; default: the set's own. The report defines them.
-        trained_on: training data of the reward, as a directory of latent pairs, a jsonl of images, or a published
+        protocol: name of a test set -> accuracy protocol: pooled, strict, diff, grouped, half-ties, three-way, tau,
+            and for ranked lists (imagereward, hpdv2) hpsv2 and mps; default: the set's own. The report defines each.
+        trained_on: training data of the reward: a directory of latent pairs, a jsonl of images, or a published
             train.json. The report then gives the overlap with the test sets, and the accuracy on pairs without overlap.
         output_dir: folder for scores, evaluation.md, evaluation.json and figures. A stopped evaluation resumes there.
-        device: auto uses a CUDA GPU if there is one.
+        device: `auto` uses a CUDA GPU if there is one.
         batch_size: groups of latents, or images, per batch.
         size: images for a latent reward are resized to an area of about size x size pixels; default: the model's own
             size. DiNa-LRM for SD3.5 was trained at 1024. Image rewards resize images themselves.
-        fit: area: resize with the aspect ratio kept; crop: resize to cover size x size and crop the centre.
-        on_bad: refuse: stop at an image that cannot be read; skip: leave out its pairs and list it in the report.
+        fit: `area` resizes with the aspect ratio kept; `crop` resizes to cover size x size and crops the centre.
+        on_bad: `refuse` stops at an image that cannot be read; `skip` leaves out its pairs and lists it in the report.
         sigmas: single noise levels at which a latent reward is evaluated.
         ensembles: lists of noise levels. For each list, the report gives the accuracy of one score computed from the
             backbone tokens of all levels, and the accuracy of the mean of the separate scores.
         calibrated_at: noise levels of the calibration report; they must be in `sigmas`.
         loss: likelihood that turns score gaps into probabilities; use the one that the reward was trained with.
-        gold: also report the accuracy of the model's reference score on decoded latents. Sets of images are left out.
+        gold: also report the accuracy of the model's reference score on decoded latents. Image sets are left out.
         noise_seed: seed of the noise.
         bootstrap: number of bootstrap resamples of prompts for the intervals.
-        shapes_pairs: settings of the test sets generated for model shapes.
+        shapes_pairs: settings of the test sets generated for model `shapes`.
     """
 
     model: str = "shapes"
@@ -263,7 +263,7 @@ class CompareRun:
         group: name -> folders of runs with different seeds, averaged under this name. On the command line:
             --group NAME RUN [RUN ...], once per name.
         output_dir: folder for index.html (self-contained), compare.md and the figures.
-        shown: number of prompts in the grid of images, at most as many as the runs stored.
+        shown: number of prompts in the grid of images; fewer if a run stored images of fewer prompts.
         title: title of the page.
     """
 

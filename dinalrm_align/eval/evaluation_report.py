@@ -30,9 +30,9 @@ SHOWN_FAULTS = 10
 class SetResult:
     """Results on one test set.
 
-    protocol: the requested accuracy protocol, or else the test set's default.
+    protocol: accuracy protocol: the requested one, or by default the test set's.
     per_level: noise level -> accuracy under `protocol`.
-    per_protocol: (protocol, noise level) -> accuracy, for the set's protocols and the levels of `main_levels`.
+    per_protocol: (protocol, noise level) -> accuracy, for all protocols of the set, at its `main_levels`.
     leak: overlap of the test pairs with the training data; None if not requested.
     without_leak: main noise level -> accuracy under `protocol` on the pairs that the reward was not trained on.
     faults: name of an image without a score -> reason.

@@ -84,9 +84,9 @@ class Fit:
 def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[NoiseLevels], seed: int) -> ImageScorer:
     """Return a function that scores images.
 
-    levels: noise levels at which a latent reward returns raw scores. With [NO_NOISE], any reward returns one score, the
-    weighted sum over its parts. A latent reward in this sum uses the noise level and scale of its config, and an image
-    reward sees the images unresized.
+    levels: noise levels at which a latent reward returns raw scores. If `levels` is [NO_NOISE], any reward gets one
+    score, the weighted sum over its parts. In this sum, a latent reward uses the noise level and scale of its config,
+    and an image reward sees the images unresized.
 
     Raises ValueError if a latent reward was trained with other encoders. The returned function raises ValueError if the
     reward cannot score images.
@@ -147,7 +147,7 @@ def score_image_set(
 ) -> tuple[PairScores, dict[str, str]]:
     """Score all images of a test set. Returns the scores, and a dict: name of an unscored image -> reason.
 
-    pieces: store of partial results. Raises ValueError for a NaN or infinite score, or if each pair lacks a score. With
+    pieces: store of partial results. Raises ValueError for a NaN or infinite score, or if no pair has both scores. With
     on_bad "refuse", a missing or unreadable image raises ValueError too.
     """
     missing = images.missing()
@@ -210,7 +210,7 @@ def _pair_scores(images: ImageSet, scores: dict[str, np.ndarray], faults: Mappin
 
 @dataclass(frozen=True)
 class Candidate:
-    """A reward to evaluate. `load` returns the reward. It is called only if no scores are stored.
+    """A reward to evaluate. `load` returns the reward, and is called only if no scores are stored.
 
     identity: text that identifies the reward; it is stored with the scores. config: config of a single
     latent reward, which is scored at several noise levels; None for any other reward.
@@ -229,7 +229,7 @@ class Candidate:
 
     @classmethod
     def from_reward(cls, text: str, reward: Reward) -> "Candidate":
-        """Describe a loaded reward. `text`: name of the reward, the only identity of a reward on a server."""
+        """Describe a loaded reward. `text`: name of the reward; on a server, only the name identifies it."""
         return cls(f"{text} {fingerprint(reward)}", lambda: reward)
 
 
@@ -258,10 +258,10 @@ class Evaluator:
     def __call__(
         self, candidate: Candidate, levels: Mapping[str, Sequence[NoiseLevels]], directory: Path, *, title: str
     ) -> dict[str, PairScores]:
-        """Return test set -> scores. The scores are stored in `directory`, or loaded if already stored.
+        """Return a dict, name of a test set -> scores. Scores are stored in `directory`, or loaded if already there.
 
-        levels: test set -> noise levels at which a latent reward is scored. Any other reward gives one score per image,
-        named "score". Raises ValueError if the stored scores were computed with different settings.
+        levels: name of a test set -> noise levels at which a latent reward is scored. Any other reward gives one score
+        per image, named "score". Raises ValueError if the stored scores were computed with different settings.
         """
         return {
             name: self._scores(name, candidate, levels[name] if candidate.config else [NO_NOISE], directory, title)
@@ -319,9 +319,9 @@ class Evaluator:
     def gold_accuracy(
         self, gold: Callable[[Tensor, Sequence[str]], Tensor], config: RewardConfig | None
     ) -> dict[str, float]:
-        """Return test set -> accuracy of a gold score on decoded latents, for latent test sets that store prompts.
+        """Return the accuracy of a gold score on decoded latents, for each test set of latents that stores prompts.
 
-        The gold accuracy bounds that of rewards from above, and is below 1 because labels are noisy. gold: function
+        The gold accuracy is an upper bound for rewards. It is below 1 because labels are noisy. gold: function
         (images (B, 3, H, W), prompts) -> (B,) scores. config: config of the evaluated reward if it is a latent reward,
         else None.
         """

@@ -40,7 +40,7 @@ def panels(
 
 
 def draw_band(axis: Axes, sigmas: Sequence[float], points: Sequence[tuple[float, float, float]], label: str) -> None:
-    """Plot accuracies with a band for the intervals, in per cent. `points`: (value, low, high) as fractions."""
+    """Plot accuracies in per cent, with their intervals as a band. `points`: (value, low, high) as fractions."""
     value, low, high = (100 * np.array(column) for column in zip(*points, strict=True))
     (line,) = axis.plot(sigmas, value, marker="o", markersize=3, label=label)
     axis.fill_between(sigmas, low, high, alpha=0.15, color=line.get_color(), linewidth=0)

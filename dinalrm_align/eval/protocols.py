@@ -17,7 +17,7 @@ CHUNK = 50  # bootstrap resamples computed at once
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy in [0, 1], its 95 % interval, and numbers of counted pairs and prompts. It is NaN without such pairs."""
+    """Accuracy in [0, 1], its 95 % interval, and the numbers of pairs and prompts counted. NaN if no pair counts."""
 
     value: float
     low: float
@@ -81,14 +81,14 @@ def _right_and_weight(
 
 
 def _shares(scores: PairScores, counted: np.ndarray) -> np.ndarray:
-    """Return weights (N,): 1 / n for each of the n counted pairs of a list (or caption, without lists), else 0."""
+    """Return weights (N,): 1 / n for each of the n counted pairs of a list (a caption if no lists exist), else 0."""
     _, number = np.unique(scores.caption if scores.group is None else scores.group, return_inverse=True)
     size = np.bincount(number, weights=counted)[number]
     return np.divide(counted, size, out=np.zeros(len(counted)), where=size > 0)
 
 
 def _ratio(right: np.ndarray, weight: np.ndarray, caption: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return accuracies (B,) of B resamples, NaN if all weights are 0. `counts`: (B, C), draws of each prompt."""
+    """Return accuracies (B,) of B resamples, NaN if all weights are 0. `counts`: (B, C), times each prompt is drawn."""
     above, below = (counts @ np.bincount(caption, weights=values) for values in (weight * right, weight))
     return np.divide(above, below, out=np.full(len(counts), np.nan), where=below > 0)
 
@@ -96,8 +96,8 @@ def _ratio(right: np.ndarray, weight: np.ndarray, caption: np.ndarray, counts: n
 def _tau(gap: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Return the tau accuracy (B,) of B bootstrap resamples. `weight`: (B, N) weight of each pair in each resample.
 
-    A pair with |gap| <= eps is predicted as a tie, which is correct if raters tie the pair. The accuracy is the largest
-    over the candidates for eps, which are 0 and every |gap|.
+    A pair with |gap| <= eps is predicted as a tie, which is correct if raters tie the pair. The accuracy is that of
+    the best eps among 0 and every |gap|.
     """
     preferred = np.sign(label - 0.5)
     agrees = (preferred != 0) & (gap * preferred > 0)

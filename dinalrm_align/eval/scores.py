@@ -42,7 +42,7 @@ def level_name(level: Level) -> str:
 
 @dataclass(frozen=True, order=True)
 class NoiseLevels:
-    """One sigma, or the sigmas of an ensemble, of one score. `draws`: noise draw index at each sigma."""
+    """Noise levels of one score: one sigma, or those of an ensemble. `draws`: index of the noise draw at each sigma."""
 
     sigmas: Level
     draws: tuple[int, ...]
@@ -169,7 +169,7 @@ def score_pairs(
 def _score_batch(
     score: Score, batches: Sequence[PairBatch], index: int, levels: Sequence[NoiseLevels], seed: int, title: str
 ) -> Piece:
-    """Score one batch. Returns arrays (scores (levels, M), and fields of the pairs) and a dict of metadata."""
+    """Score one batch. Returns a dict of arrays (the scores (levels, M) and the pairs), and a dict of metadata."""
     batch = batches[index]
     numbers = {draw for level in levels for draw in level.draws}
     noise = {draw: batch.draw_noise(seeded_generator(seed, index, draw)) for draw in numbers}

@@ -226,7 +226,7 @@ def read_trained(source: str | Path) -> Trained:
 
 
 def leaked(scores: PairScores, trained: Trained, images: ImageSet | None = None) -> Leak:
-    """Find the test pairs that were trained on. `images`: the test set; without it, image contents are not compared."""
+    """Find the test pairs in the training data. `images`: the test set; without it, image contents are not compared."""
     if scores.prompts is None:
         raise ValueError("these pairs have no prompts as text, so they cannot be compared with the training data")
     known = np.array([text_digest(prompt.strip()) in trained.prompts for prompt in scores.prompts])[scores.caption]

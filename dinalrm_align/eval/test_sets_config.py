@@ -1,4 +1,4 @@
-"""Public test sets of text-to-image preferences, accuracy protocols, and published accuracies. Torch-free.
+"""Public test sets of text-to-image preferences, accuracy protocols, and published accuracies. No torch import.
 
 Papers compute accuracy in different ways on the same test set. Here, a protocol is a rule that applies to any test set;
 only the protocols in `OF_LISTS` need ranked lists.

@@ -101,7 +101,7 @@ def scheduler_sigmas(num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, shift: floa
 
 
 def snap_sigma(sigma: Tensor | float, table: Tensor) -> Tensor:
-    """Replace each sigma (any shape) by the nearest level in `table` (n,). Of two equally near levels, the first wins.
+    """Replace each sigma (any shape) by the nearest level in `table` (n,). If two are equally near, the first is used.
 
     The result is float32, on the device of sigma. The released DiNa-LRM code scores only at `scheduler_sigmas`.
     """

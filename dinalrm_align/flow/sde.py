@@ -1,4 +1,4 @@
-"""Stochastic sampling steps of a flow: the normal distribution of the next latents, samples and log-probabilities.
+"""Stochastic sampling steps of a flow: normal distribution of the next latents, drawing from it, log-probabilities.
 
 A step goes from latents x at noise level sigma to latents x' at a lower level sigma', with Delta = sigma' - sigma. The
 velocity v gives the estimates x0 = x - sigma v of the clean latents and x1 = x + (1 - sigma) v of the noise. The step

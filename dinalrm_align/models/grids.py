@@ -16,7 +16,7 @@ CELL_INCHES = 1.5
 
 
 def save_strip(images: np.ndarray, path: Path) -> None:
-    """Save N images (N, H, W, 3) uint8 side by side in one PNG of H x (N W) pixels; `load_strip` reads it."""
+    """Save N images (N, H, W, 3) uint8 side by side in one PNG, H pixels high and N * W wide; `load_strip` reads it."""
     with atomically(path) as temporary:
         Image.fromarray(np.concatenate(list(images), axis=1)).save(temporary)
 

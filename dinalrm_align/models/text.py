@@ -30,7 +30,7 @@ Embeds = tuple[Tensor, Tensor]
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts as a list. Raises TypeError for non-strings, ValueError for an empty list or overlong prompt."""
+    """Return prompts as a list. Raises TypeError for non-strings, ValueError for no prompt or an overlong prompt."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
     if len(prompts) == 0:
@@ -98,7 +98,7 @@ class Conditions:
         return cls(prompts, *embeds.pop(encoder.text_length), encoder.text_length, embeds)
 
     def for_length(self, text_length: int) -> Embeds:
-        """Return the embeddings with `text_length` T5 tokens. Raises ValueError if the batch lacks this number.
+        """Return the embeddings with `text_length` T5 tokens. Raises ValueError if the batch has none of this length.
 
         If `self.text_length` is None, the length is unknown, and the embeddings are returned without a check.
         """
@@ -127,7 +127,7 @@ class Conditions:
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """Return the `count` prompts in `text`. Raises ValueError for another number, or for embeddings without text."""
+    """Return the `count` prompts in `text`. Raises ValueError if the number differs, or for embeddings without text."""
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):

@@ -106,9 +106,9 @@ def load_model(kind: Any, source: str | Path, *, allow_unexpected: bool = True, 
 
 
 def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors, .pt, .pth or .bin file by name, on the CPU, memory-mapped if possible.
+    """Read a .safetensors, .pt, .pth or .bin file. Returns CPU tensors by name, memory-mapped if possible.
 
-    key: entry of the file's dict that holds the tensors; by default the dict itself. Raises ValueError if the file is
+    key: entry of the file's dict that holds the tensors; None: the dict itself. Raises ValueError if the file is
     damaged or holds anything but tensors, or if the tensors do not match a SHA-256 in the file's safetensors metadata.
     """
     if not path.is_file():
@@ -132,7 +132,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> dict[str, Tensor]:
-    """Return the tensors under new names. `rules`: regular expression -> replacement, or None to drop the tensor.
+    """Return the tensors under new names. `rules`: regular expression -> replacement (None: drop the tensor).
 
     Only the first expression that matches the beginning of a name is used. Names that match no expression are kept.
     """
@@ -142,7 +142,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise ValueError if tensor names, shapes or kinds (floating or not) differ. where: file, for the message."""
+    """Raise ValueError if the dicts differ in names, shapes or kinds (floating or not). where: file for the message."""
     both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
     shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
     differences = {

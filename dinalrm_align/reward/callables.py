@@ -151,7 +151,7 @@ def _frozen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(scores: Any, inputs: Tensor, name: str) -> Tensor:
-    """Return `scores` as float32. Raise if they are not finite, or have no gradient although `inputs` requires one."""
+    """Return `scores` as float32. Raise unless they are finite, and require a gradient if `inputs` does."""
     scores = finite_scores(scores, len(inputs), name)
     if torch.is_grad_enabled() and inputs.requires_grad and not scores.requires_grad:
         raise ValueError(

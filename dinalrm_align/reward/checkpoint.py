@@ -3,7 +3,7 @@
 This package's layout, `dinalrm`:
     config.json                 RewardConfig
     model.safetensors           head.* (the reward head) and backbone.* (the LoRA, or all weights with full tuning).
-                                The file's metadata store the tensors' SHA-256, which reading verifies.
+                                The file's metadata hold the SHA-256 of the tensors, which is verified on reading.
 
 The layout of DiNa-LRM's public release, `released`:
     config.json

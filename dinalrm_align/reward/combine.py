@@ -16,7 +16,7 @@ class RewardSum(RewardModule):
     """Weighted sum of named rewards: score = sum_i weight_i * score_i. The summed rewards are called parts.
 
     Parts can have scores on different scales. GRPO therefore takes each part's unweighted scores from `score_parts`,
-    normalises the scores per part and passes the results to `add_up`.
+    normalises the scores within each part and passes the results to `add_up`.
     """
 
     def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:

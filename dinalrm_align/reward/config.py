@@ -216,8 +216,8 @@ class LossConfig:
             bradley_terry: sigmoid. bradley_terry_margin: sigmoid of the difference minus `margin`.
         objective: fidelity (1 - sqrt(p) for a hard label) or nll (-log p), where p is the preference probability.
             Default: fidelity for thurstone and thurstone_fixed (paper), nll for the Bradley-Terry likelihoods.
-        preset: default values of (k, sigma_u, epsilon): paper is (2, 0.1, 0), released is (2, sqrt(0.05), 1e-6)
-            from the public code.
+        preset: default values of (k, sigma_u, epsilon): `paper` is (2, 0.1, 0); `released`, from the public code,
+            is (2, sqrt(0.05), 1e-6).
         k: factor in the rater's variance k sigma^2 + sigma_u^2, where sigma is the noise level. Default: the preset's.
         sigma_u: standard deviation of the rater's noise on clean images. Default: the preset's.
         epsilon: constant under the square root, in the Thurstone likelihood and in fidelity. Default: the preset's.
@@ -269,7 +269,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Return one tuple per evaluation: (sigma,) for each value of `sigmas`, then `ensemble`. No tuple repeats."""
+        """Return one tuple per evaluation: (sigma,) for each value of `sigmas`, then `ensemble`; no duplicates."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 
@@ -279,7 +279,7 @@ class TrainRewardRun:
     """Settings of `recipes/train_reward.py`.
 
     Args:
-        model: base model: shapes (a small model of synthetic images of shapes), sd35, or the folder or hub id of a
+        model: base model: `shapes` (a small model of synthetic images of shapes), `sd35`, or a folder or hub id of a
             StableDiffusion3Pipeline.
         pairs: preference pairs to train on: a folder of encoded latents (from recipes/prepare_pairs.py or in the
             released layout) or a jsonl file that lists images (see `data.source`). Default: generated pairs

@@ -122,7 +122,7 @@ class RewardHead(nn.Module):
     def forward(self, taps: Taps | Sequence[Taps]) -> Tensor:
         """Return raw scores (B,), float32, differentiable. taps: tokens at one noise level, or a list for K levels.
 
-        For K levels, FiLM conditions each level's tokens on that level's `temb`. Attention reads all K N tokens.
+        For K levels, FiLM conditions each level's tokens on that level's `temb`. Attention reads all K * N tokens.
         """
         levels, text = [taps] if isinstance(taps, Taps) else taps, None
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])

@@ -120,8 +120,8 @@ class LatentReward(RewardModule):
                 transformer to load. Default: the pipeline's transformer, or else the checkpoint's base model.
             pipeline: StableDiffusion3Pipeline, or its img2img or inpaint variant. The reward uses the pipeline's text
                 encoders, VAE and (by default) transformer.
-            device, dtype: of the backbone. Default: those of the given transformer, or CPU and the config's dtype if
-                this call loads the transformer. With shared weights, both must equal the transformer's.
+            device, dtype: the backbone's device and dtype. Default: the given transformer's. If this call loads the
+                transformer: CPU and the config's dtype. With shared weights, both must equal the transformer's.
             share_weights: True: use the weights of the given transformer. False: use a private copy, with the LoRA
                 merged in.
             local_files_only: never contact the hub.
@@ -191,8 +191,8 @@ class LatentReward(RewardModule):
             latents: (B, C, H, W), scaled and clean, on the reward's device; any floating dtype.
             prompts: B strings (each is encoded once, then cached) or Conditions. Pass prompts or both embeddings.
             prompt_embeds, pooled_prompt_embeds: embeddings from the pipeline's `encode_prompt`, (B, L, D) and (B, P).
-            sigma: noise level in [0, 1]: a float, (B,) with one level per sample, or a list of K levels (multi-noise
-                ensemble). Default: the config's.
+            sigma: noise level in [0, 1]: a float, a tensor (B,) with one level per sample, or a list of K levels
+                (multi-noise ensemble). Default: the config's.
             noise: standard normal noise: (B, C, H, W), or (K, B, C, H, W) with one draw per level. Default: drawn here.
             generator: draws the noise on the generator's device, so a CPU generator gives the same noise on every
                 device. Default: torch's global RNG.
@@ -269,7 +269,7 @@ class LatentReward(RewardModule):
             sigma: noise level, as in `forward`. Default: the config's `image_sigma`, or the config's `sigma` if
                 `image_sigma` is None.
 
-        prompts, noise, generator: as in `forward`. Raises ValueError unless the VAE scales latents as in training.
+        prompts, noise, generator: as in `forward`. Raises ValueError if the VAE's scaling differs from the config's.
         """
         vae, pixels = self._vae(), image_tensor(images)
         inputs.check_image_size(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))
@@ -292,7 +292,7 @@ class LatentReward(RewardModule):
             write_atomically(card, model_card(config))
 
     def push_to_hub(self, repo_id: str, *, format: str = "dinalrm", private: bool | None = None, **options: Any) -> str:
-        """Upload the files of `save_pretrained` to a hub repository (created if needed). Return the commit's URL.
+        """Upload the output of `save_pretrained` to a hub repository (created if needed). Return the commit's URL.
 
         options: `token`, and arguments of `HfApi.upload_folder` in huggingface_hub, such as `commit_message`.
         """
@@ -371,7 +371,7 @@ def _check_pipeline(pipeline: "DiffusionPipeline") -> None:
 
 
 def _check_place(trunk: SD3Trunk, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """Raise ValueError if `device` or `dtype` differs from that of the transformer whose weights `trunk` shares."""
+    """Raise ValueError if a given `device` or `dtype` differs from that of `trunk`, whose weights are shared."""
     here = (trunk.device, trunk.dtype)
     wanted = (here[0] if device is None else torch.device(device), here[1] if dtype is None else dtype)
     same_place = wanted[0].type == here[0].type and (

@@ -59,7 +59,7 @@ def thurstone_variance(sigma: Tensor, config: LossConfig) -> Tensor:
 def preference_log_probability(delta: Tensor, sigma: Tensor, config: LossConfig) -> Tensor:
     """Return the log probability that a rater prefers the first sample to the second, (N,), float32.
 
-    delta: score of the first minus score of the second, (N,). sigma: noise level of both samples, (N,), for thurstone.
+    delta: first score minus second score, (N,). sigma: noise level of both samples, (N,); only thurstone uses it.
     """
     if not isinstance(config, LossConfig):
         raise TypeError(f"config: got {type(config).__name__}; expected a LossConfig")

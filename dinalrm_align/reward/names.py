@@ -1,7 +1,7 @@
 """Names of rewards and the syntax of `--reward`. This module does not import torch.
 
 dinalrm                         a reward in `REWARDS`
-pickscore=/data/PickScore_v1    weights at a folder, file or hub id. Quote the path if it contains " + " or " - ".
+pickscore=/data/PickScore_v1    weights from a folder, file or hub id. Quote the path if it contains " + " or " - ".
 dinalrm + 0.2*pickscore         a weighted sum
 my_package.my_module:my_reward  a Python callable
 owner/name, or a folder         a latent reward, short for dinalrm=owner/name
@@ -97,7 +97,7 @@ REWARDS: dict[str, RewardEntry] = {
 
 @dataclass(frozen=True)
 class Term:
-    """One reward of a weighted sum: its name (in `REWARDS`, or "module:function"), weight and source of weights."""
+    """One reward of a weighted sum: name (in `REWARDS`, or "module:function"), weight in the sum, and model source."""
 
     name: str
     weight: float = 1.0
@@ -155,7 +155,7 @@ def parse_reward(text: str) -> tuple[Term, ...]:
 
 
 def _term(text: str, match: re.Match[str], sign: str) -> Term:
-    """Return the `Term` of one match of `_TERM`. Raises ValueError for an unknown name, or invalid weight or source."""
+    """Convert a match of the regex `_TERM` to a `Term`. Raises ValueError if its name, weight or source is invalid."""
     name, bare = match["name"], match["bare"] and match["bare"].strip()
     source = match["quoted"] if match["quote"] else bare
     if ":" not in name and name not in REWARDS:

@@ -71,7 +71,7 @@ class Reward(Protocol):
         ...
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return a dict from each name in `weights` to its unweighted scores (B,). Latents are decoded at most once."""
+        """Return a dict: name in `weights` -> unweighted scores (B,). Latents are decoded at most once."""
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
@@ -160,7 +160,7 @@ class RewardModule(nn.Module):
 
 
 def finite_scores(scores: Any, count: int, name: str) -> Tensor:
-    """Return `scores` as float32. Raise TypeError or ValueError unless it is a finite tensor of shape (count,)."""
+    """Return `scores` as float32. Raise TypeError or ValueError unless `scores` is finite and of shape (count,)."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"reward {name!r} returned {type(scores).__name__}; expected a tensor ({count},)")
     if tuple(scores.shape) != (count,):

@@ -51,8 +51,8 @@ def load_reward(
     Args:
         reward: a name, NAME=SOURCE, a weighted sum, "module:function", or a latent reward's folder or hub id (see
             `reward.names`); or a callable (see `callables.as_reward`). A reward of this package is returned unchanged.
-        spec: base model that selects the rewards dinalrm, pixel and oracle. Default: SD3.5 for dinalrm, the small
-            model of synthetic shapes for pixel and oracle.
+        spec: base model that the rewards `dinalrm`, `pixel` and `oracle` belong to. Default: SD3.5 for `dinalrm`, the
+            small model of synthetic shapes for `pixel` and `oracle`.
         pipeline: provides the VAE, text encoders and (by default) the transformer.
         vae: decodes latents for image rewards; default: the pipeline's. Without a VAE, image rewards score images only.
         transformer: transformer of a latent reward, see `LatentReward.from_pretrained`.
@@ -60,8 +60,8 @@ def load_reward(
         dtype: dtype of the weights; default: each reward's own.
         options: extra arguments of `from_pretrained` by reward name, such as {"pickscore": {"processor": folder}}.
 
-    Raises ValueError for an unknown name or an invalid sum, ImportError if a package must be installed, and the errors
-    of loading the weights.
+    Raises ValueError for an unknown name or an invalid sum, ImportError if a required package is missing, and any
+    error from loading the weights.
     """
     vae = pipeline.vae if vae is None and pipeline is not None else vae
     if not isinstance(reward, str):
@@ -110,7 +110,7 @@ def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> Imag
 
 
 def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False) -> set[int]:
-    """Return the T5 sequence lengths of the latent rewards in the text `reward`, as stored in their checkpoints."""
+    """Return the T5 sequence lengths that the `dinalrm` rewards in `reward` need, read from their checkpoints."""
     sources = [term.source or spec.reward for term in parse_reward(reward) if term.name == "dinalrm"]
     checkpoints = [read_checkpoint(source, local_files_only=local_files_only) for source in sources]
     return {checkpoint.config.text_length for checkpoint in checkpoints}
@@ -152,7 +152,7 @@ def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settin
 
 
 def _class(name: str, entry: RewardEntry) -> type[PixelReward]:
-    """Return the class that `entry` names. Raises ImportError if the class needs a package that is not installed."""
+    """Import the class `entry.kind`. Raises ImportError if the class needs a package that is not installed."""
     module, _, kind = entry.kind.partition(":")
     try:
         return getattr(importlib.import_module(module), kind)

@@ -1,7 +1,7 @@
 """Shard the frozen base weights over ranks with FSDP2. The weights of a block are gathered when the block runs.
 
 A policy and the rewards that share its weights are different module trees over the same Parameters, but `fully_shard`
-needs a single owner of each Parameter. So one `SharedBlock` holds the i-th blocks of all trees. The `SharedBlock` is
+needs a single owner of each Parameter. So for each i, a `SharedBlock` holds the i-th blocks of all trees. It is
 sharded, and every tree runs its i-th block through it. LoRA, head, embeddings and the last projection stay whole on
 every rank. All ranks must run the same number of blocks in the same order.
 """
@@ -46,7 +46,7 @@ class SharedBlock(nn.Module):
 def shard_base(
     accelerator: Accelerator, transformer_blocks: nn.ModuleList | None, trunks: Sequence[SD3Trunk] = ()
 ) -> None:
-    """Shard over ranks, in place, the blocks of a policy's transformer and of reward trunks that share its weights.
+    """Shard a policy's blocks, and those of reward trunks that share its weights, over the ranks, in place.
 
     Must be called on every rank, after policy and rewards are moved to the device and cast. With a single rank, the
     call changes nothing. transformer_blocks: the policy's blocks; None: there is no policy, only one trunk to shard.

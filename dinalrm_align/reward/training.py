@@ -71,14 +71,14 @@ def preference_step(model: RewardModel, pairs: NoisedPairs, config: LossConfig) 
 
 
 def score_batch(model: RewardModel, batch: PairBatch, level: tuple[float, ...], noise: Tensor) -> Tensor:
-    """Return raw scores (M,) of the batch, on the CPU. level: one noise level (sigma,), or several for an ensemble."""
+    """Return raw scores (M,) of the batch, on the CPU. level: (sigma,), or several noise levels for an ensemble."""
     device = model.trunk.device
     batch, text = batch.to(device), batch.conditions.to(device)
     return model(batch.latents, text.prompt_embeds, text.pooled_prompt_embeds, level, noise.to(device)).to("cpu")
 
 
 class RewardTraining:
-    """Trains a reward through `train.loop.fit`. Leaving its context stops the prefetch threads.
+    """Trains a reward through `train.loop.fit`. A context manager: on exit, the prefetch threads are stopped.
 
     A group is all images of one prompt. Each group has a generator seeded by (seed, global group index), so noise and
     sigma do not depend on the world size.
@@ -118,7 +118,7 @@ class RewardTraining:
 
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
-    """Return `config` with the VAE scaling and base model of `pipeline`. A local path becomes relative to `folder`."""
+    """Return `config` with base model `pipeline` (if local, relative to `folder`) and the VAE scaling of this model."""
     with reading("VAE", pipeline):
         vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
     base = os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline

@@ -36,7 +36,7 @@ SLOT_CLASSES = [4, *[len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1] * 3, len
 
 
 def random_images(number: int, rng: np.random.Generator, size: int) -> tuple[Tensor, list[Scene], list[Drawing]]:
-    """Render images of random training captions. Returns images (number, 3, size, size), their scenes and drawings."""
+    """Render images of random training captions. Returns images (number, 3, size, size), scenes and drawings."""
     scenes = draw_scenes(number, rng)
     drawings = [lay_out(scene, draw_nuisance(rng), rng) for scene in scenes]
     return render(drawings, size), scenes, drawings
@@ -102,9 +102,9 @@ def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerat
 
 
 def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, float]:
-    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict. For
-    each score component, it has the correlation between the values for original and for reconstructed images; "psnr"
-    is the PSNR in dB. To vary faithfulness, half of the images are scored with the caption of another image.
+    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict with
+    the correlation, for each score component by name, between original and reconstructed images, and with "psnr", the
+    PSNR in dB. Half of the images are scored with another image's caption, so that faithfulness varies.
     """
     images, scenes, _ = random_images(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
     captions = [scene.caption for scene in scenes[: number // 2] + scenes[number // 2 - 1 :: -1]]
@@ -115,9 +115,9 @@ def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, floa
 
 
 def _slots(scene: Scene | None) -> list[int]:
-    """Return the class index of each caption attribute, in this order: number of items; shape, colour and size of each
-    of three items; relation; background. Class 0 means that the attribute is absent. For the empty caption, `scene`
-    must be None.
+    """Return the class index of each caption attribute, in this order: number of items, then shape, colour and
+    size of each of three items, then relation, then background. Class 0 means that the attribute is absent. Pass None
+    for the empty caption.
     """
     if scene is None:
         return [0] * len(SLOT_CLASSES)

@@ -134,7 +134,7 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 
 @torch.no_grad()
 def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> tuple[Tensor, Tensor, list[str]]:
-    """Return training images as latents (N, C, h, w), layouts (N, 4, h, w) uint8 and captions, cached on disk."""
+    """Return latents (N, C, h, w), uint8 layouts (N, 4, h, w) and captions of training images, cached on disk."""
     folder = Path(config.output_dir) / "cache"
     if not (folder / "captions.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """Return how much of each grid cell each shape covers: (4, cells, cells), uint8, 255 for a fully covered cell."""
+    """Return how much of each grid cell each shape covers: uint8 (4, cells, cells), 255 for a fully covered cell."""
     cover = torch.zeros(len(SHAPES), SIZE, SIZE)
     for mark in drawing.marks:
         cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))

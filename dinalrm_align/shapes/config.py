@@ -101,9 +101,9 @@ class PairsConfig:
     Args:
         groups: number of training captions, each with several images.
         pictures: number of images for each caption; every two images of a caption form a pair.
-        emphasis: relative frequency of wrong renders by concept (shape, blur, ...); 1 for concepts that are not listed.
+        emphasis: relative frequency of each concept (shape, blur, ...) in wrong renders; 1 for concepts not listed.
         sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
-        faithful_share: probability that a render is correct, except for each caption's first, which is always correct.
+        faithful_share: probability that a render is correct; the first render of a caption is always correct.
         rater_noise: standard deviation of the noise that the simulated rater adds to an image's oracle score.
         per_concept: number of evaluation pairs for each concept, with held-out captions.
         per_shifted: number of out-of-distribution evaluation pairs, with grain and JPEG artefacts, for each concept.
@@ -168,9 +168,9 @@ class BuildConfig:
         text: training of the three text encoders, which learn to predict a caption's objects, relation and background.
         base: training of the text-to-image transformer.
         pixel: training of the CLIP reward, on decoded images of the latent reward's preference pairs.
-        cached_pictures: number of images for training the base model, rendered and encoded once.
+        cached_pictures: number of images that the base model is trained on; they are rendered and encoded once.
         layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape is
-            (similar to REPA, arXiv 2410.06940, with rendered shape maps as targets, not an encoder's features).
+            (like REPA, arXiv 2410.06940, but the targets are rendered shape maps, not an encoder's features).
     """
 
     output_dir: str = "runs/shapes_world"

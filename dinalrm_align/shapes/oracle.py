@@ -34,7 +34,7 @@ class SeenObject:
     Args:
         x, y, area: centroid and area of the object, in pixels.
         box: bounding box (left, top, right, bottom), in pixels.
-        overlap: IoU of the object with each shape, by name; the shape is drawn with the object's centroid and area.
+        overlap: shape name -> IoU of the object with that shape, drawn with the same centroid and area.
         strength: contrast with the background; 1 for an object in its full colour.
         edge: width in pixels of the soft transition from object to background.
     """
@@ -111,7 +111,7 @@ def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list
     A pixel gets the colour in COLOURS for which (colour - background) has the largest cosine similarity with (pixel -
     background). Low contrast and soft edges have no effect, as they keep the direction of (pixel - background).
 
-    `ground`: RGB value of the background, (3,). `background`: name of the background.
+    `ground`: RGB value of the background, (3,). `background`: its name in BACKGROUNDS.
     """
     difference = image - ground
     distance = np.linalg.norm(difference, axis=-1)

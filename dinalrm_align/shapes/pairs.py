@@ -2,8 +2,8 @@
 
 The images of a training caption are either samples of the base model or renders. Most renders get one concept wrong (a
 wrong colour, blur, ...). A simulated rater adds Gaussian noise to the oracle's scores of two images and chooses the
-higher one (Thurstone's model), so labels of images with similar scores are noisy. For evaluation by concept, a pair
-consists of two renders that differ in one concept, and the oracle's scores are compared without noise.
+image with the higher sum (Thurstone's model), so labels of similar scores are noisy. For evaluation by concept, a
+pair consists of two renders that differ in one concept, and the oracle's scores are compared without noise.
 """
 
 import io
@@ -85,8 +85,8 @@ def render_hpdv3(
 ) -> None:
     """Write preference pairs to `directory` in HPDv3's layout: train.json, and PNG files in images/.
 
-    Captions, images and labels are those that `write_pairs` makes from the same config, of kind "heldout" if
-    `held_out`, else "train". Images have 8 bits per channel. Raises FileExistsError if `directory` holds a train.json.
+    Captions, images and labels equal those that `write_pairs` makes from the same config for the kind "heldout" (if
+    `held_out`) or "train". Images have 8 bits per channel. Raises FileExistsError if `directory` holds a train.json.
     """
     directory = Path(directory)
     if (directory / "train.json").exists():
@@ -128,7 +128,7 @@ def _lists(
     pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig, *, held_out: bool
 ) -> Iterator[tuple[list[str], Tensor | None, Tensor, list[list[tuple[int, int]]]]]:
     """Yield captions, latents (None for renders), images and labels of up to CHUNK captions at once. Each caption has
-    `config.pictures` consecutive images. Its labels are pairs (chosen, rejected) of indices into these images.
+    `config.pictures` consecutive images. The labels are pairs (chosen, rejected) of indices into a caption's images.
     """
     rng = np.random.default_rng((config.seed, 2 if held_out else 0))
     groups = config.heldout_groups if held_out else config.groups
@@ -163,7 +163,7 @@ def _encoded_lists(
 def _encoded_concepts(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
-    """Yield captions, latents (captions, 2, C, h, w) and labels, by concept. The first image of a pair is chosen."""
+    """Yield captions, latents (captions, 2, C, h, w) and labels of one concept at a time. Chosen images come first."""
     stream, number = (3, config.per_shifted) if kind == "shifted" else (1, config.per_concept)
     rng, size = np.random.default_rng((config.seed, stream)), pipeline.vae.config.sample_size
     for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
@@ -185,7 +185,7 @@ def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield a caption and two renders (2, 3, size, size). The second render gets `concept` wrong and scores lower."""
+    """Yield captions, each with two renders (2, 3, size, size). The second gets `concept` wrong and scores lower."""
     while True:
         scene = draw_scenes(1, rng, held_out=True)[0]
         if concept not in concepts_of(scene):

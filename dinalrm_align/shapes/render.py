@@ -129,7 +129,7 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return the concepts that an image of the scene can get wrong: all CONCEPTS, but "relation" only if it has one."""
+    """Return the concepts that an image of the scene can get wrong: CONCEPTS, less "relation" if the scene has none."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 
@@ -152,7 +152,7 @@ def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
 
 
 def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Nuisance:
-    """Return a copy of the imperfections with one made worse. `concept`: one of AESTHETICS, for instance "blur"."""
+    """Return a copy of `nuisance` with one value made worse. `concept`: one of AESTHETICS, for instance "blur"."""
     if concept == "blur":
         return replace(nuisance, edge=min(7.0, nuisance.edge + rng.uniform(1.5, 4.5)))
     if concept == "contrast":

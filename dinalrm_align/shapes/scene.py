@@ -100,7 +100,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def all_scenes() -> dict[str, list[Scene]]:
-    """Return all scenes by kind: "one" object, "pair" of objects with a relation, "count" of identical objects."""
+    """Return all scenes by kind: "one" (single object), "pair" (two, with a relation), "count" (identical objects)."""
     items = [Item(shape, colour, size) for shape, colour, size in itertools.product(SHAPES, COLOURS, SIZES)]
     pairs = [(a, b) for a, b in itertools.permutations(items, 2) if (a.shape, a.colour) != (b.shape, b.colour)]
     counts = itertools.product(items, COUNTS.values(), BACKGROUNDS)

@@ -160,7 +160,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Delete temporary folders. Delete checkpoints except the `keep_last` newest at or before update `step`."""
+    """Delete temporary folders and all checkpoints but the `keep_last` newest of those up to update `step`."""
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:

@@ -19,7 +19,7 @@ class OptimConfig:
         eps: term added to the square root of the second moment for numerical stability.
         clip: maximum global gradient norm; 0 disables clipping.
         schedule: learning rate after the warm-up: constant, or cosine (decay towards 0 at the last step).
-        decay_share: last fraction of the steps, over which the cosine schedule decays lr; lr is constant before.
+        decay_share: fraction of the steps, at the end, in which the cosine schedule decays lr; before, lr is constant.
         warmup_steps: number of steps over which the learning rate rises linearly from 0 to lr.
     """
 
@@ -48,7 +48,7 @@ class LoopConfig:
         ema_decay: decay of the exponential moving average (EMA) of the trained weights; 0 disables the EMA. After
             optimiser update k the decay is at most (1 + k) / (10 + k). The averaged weights are evaluated and exported.
         ema_every: number of optimiser updates between two updates of the EMA.
-        checkpoint_every: number of optimiser updates per checkpoint; 0 saves only at the end and on Ctrl-C.
+        checkpoint_every: number of optimiser updates between two checkpoints; 0 saves only at the end and on Ctrl-C.
         keep_last: number of checkpoints to keep; older checkpoints are deleted after each save.
         timeout: minutes that a rank waits for other ranks before the run fails. Must be longer than any work that one
             rank does while the others wait.

@@ -2,7 +2,7 @@
 
 Memory is the peak within a phase minus the memory allocated at the start of the step, in MiB. On CUDA it is read from
 the allocator at every step. On the CPU it is the total size of live tensor storages, measured only on profiled steps.
-The CPU value excludes workspaces of kernels and fragmentation. Profiled steps are slow and report no seconds.
+The CPU value excludes workspaces of kernels and fragmentation. Profiled steps are slow; they report no seconds.
 
 FLOPs are counted only on profiled steps, by torch's `FlopCounterMode`: two per multiply-accumulate of matrix products,
 convolutions and attention. Recomputation by gradient checkpointing is included.
@@ -36,7 +36,7 @@ def tensors_among(values: Any) -> list[torch.Tensor]:
 
 
 class LiveStorage(TorchDispatchMode):
-    """Dispatch mode that counts bytes of tensors: `live` is the present sum, `peak` its maximum since `restart`."""
+    """Dispatch mode that counts bytes of tensors: `live` is the present total, `peak` its maximum since `restart()`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,8 +4,8 @@ An atomic write leaves no partly written file or folder under the final name, ev
 fails. The content is written under a temporary name in the same folder, flushed to disk and then renamed. If a process
 is killed during a write, the temporary file stays until the next write of the same file.
 
-A sealed folder contains a file state.json with the size and SHA-256 of every other file and a SHA-256 of the
-values in state.json itself. `open_sealed` raises ValueError if any byte of the folder has changed.
+A sealed folder contains a file state.json with the size and SHA-256 of every other file, and with the
+SHA-256 of all other values in state.json. `open_sealed` raises ValueError if any byte of the folder has changed.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def read_json(path: Path, expected: str = "a file") -> dict[str, Any]:
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """Return the content of a YAML file as a dict. `what` describes the file in error messages.
 
-    Raises ValueError for invalid YAML, duplicate keys or aliases, or if the file does not hold a mapping. Aliases are
+    Raises ValueError for invalid YAML, duplicate keys or aliases, and for files that hold no mapping. Aliases are
     refused because a few lines of nested aliases can expand to gigabytes.
     """
     text = read_text(path, what)
@@ -225,7 +225,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
 
 
 def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> None:
-    """Raise ValueError unless a file has the size and SHA-256 in `mark`. `prefix`: allow further bytes."""
+    """Raise ValueError unless a file has the size and SHA-256 in `mark`. `prefix`: allow more bytes after these."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     size, expected = path.stat().st_size, mark["bytes"]

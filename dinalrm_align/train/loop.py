@@ -197,7 +197,7 @@ def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: R
 
 
 def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None:
-    """Call the hooks and add their metrics to `row`. If weights are averaged, the model has the averages meanwhile."""
+    """Call the hooks and add their metrics to `row`. During the calls, the model has the averaged weights, if any."""
     with state.average.in_place() if hooks and state.average else nullcontext():
         for hook in hooks:
             row.update(hook.call(state.step) or {})
@@ -255,7 +255,7 @@ def _resume_hint(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Context manager that yields a function: has any rank got SIGINT or SIGTERM? A second signal ends the process."""
+    """Context manager that yields a check whether any rank got SIGINT or SIGTERM. A second signal ends the process."""
     requested = False
 
     def request(number: int, frame: Any) -> None:
@@ -289,8 +289,8 @@ def _averaged(
 ) -> dict[str, float]:
     """Average metrics and gradients over the micro-steps of all ranks, weighted by the number of items per micro-step.
 
-    `parts`: (number of items, metrics) of every micro-step of this rank. `tensors`: parameters; their gradients
-    are sums over items and become means, in place. If there are no items, returns unweighted means of the metrics.
+    `parts`: (number of items, metrics) of every micro-step of this rank. `tensors`: parameters. Their gradients
+    must be sums over items and are replaced by means. If there are no items, returns unweighted means of the metrics.
     """
     names = list(parts[0][1])
     sums = [[len(parts), sum(count for count, _ in parts)]]

@@ -51,7 +51,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a metrics.jsonl file, without an incomplete last line. Other bad lines raise ValueError."""
+    """Return the rows of a metrics.jsonl file, without an incomplete last line. Raises ValueError for bad rows."""
     *lines, _ = read_text(path, "file of metrics").split("\n")
     rows = []
     for number, line in [(number, line) for number, line in enumerate(lines, 1) if line]:

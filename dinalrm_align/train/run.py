@@ -12,7 +12,7 @@ Run = TypeVar("Run")  # settings of a training recipe: model, output_dir, resume
 
 
 def parse_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[Run, Path | None]:
-    """Parse the command line of a training recipe; return the settings and the checkpoint to resume.
+    """Parse the command line of a training recipe; return the settings and the checkpoint to resume from.
 
     With `--resume`, options in `argv` override the run folder's config.yaml. For a new run, the checkpoint is None.
     """
@@ -46,7 +46,7 @@ def complete_run(
 
     Args:
         recipe: path of the training program.
-        model: name of the model, which replaces "auto" in `run`.
+        model: name of the model; replaces the value "auto" of `run.model`.
         name: name of the new run folder under runs/ if output_dir is not set.
         defaults: YAML files that override the defaults of the dataclass in a new run.
     """

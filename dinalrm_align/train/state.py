@@ -39,7 +39,7 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
 
     The factor rises linearly to 1 during the warm-up. With the constant schedule it then stays 1. With the cosine
     schedule it decays as (1 + cos(pi t)) / 2, where t goes from 0 to 1 over the last fraction `config.decay_share` of
-    the updates, or, if fewer, over all updates after the warm-up.
+    the updates, but at most over the updates after the warm-up.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -60,7 +60,7 @@ class Stateful(Protocol):
         """Return whether all ranks have the same state. If not, a run cannot resume with a different world size."""
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore tensors from `state_tensors`. Must raise ValueError, before any change, if a tensor does not fit."""
+        """Restore the result of `state_tensors`. Must raise ValueError, before any change, if a tensor does not fit."""
 
 
 class Ema:

@@ -95,7 +95,7 @@ def _makes_integers(func: Any, dtype: torch.dtype | None) -> bool:
 
 
 def _mask_as_indices(index: Tensor | None) -> Iterable[Tensor | None]:
-    """Return the integer indices of a real (not fake) boolean mask's True elements. Any other index is unchanged."""
+    """Convert a real (not fake) boolean mask to the integer indices of its True elements; keep any other index."""
     if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
         return [index]
     with _disable_current_modes():

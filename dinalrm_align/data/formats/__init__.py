@@ -26,7 +26,7 @@ from dinalrm_align.data.formats.rows import read_records, table_rows
 
 
 def _latent_rows(folder: Path, bad: Bad) -> Iterator[Row]:
-    """Yield one `Row` per group of images. `Row.fields` holds the group's prompt and pairs, and all concept names."""
+    """Yield a `Row` per group. `Row.fields` holds the group's prompt and pairs, and the data set's concept names."""
     from dinalrm_align.data.shards import GROUP_COLUMNS, PAIR_COLUMNS, read_columns, read_index, read_prompt_list
 
     index = read_index(folder)
@@ -89,13 +89,13 @@ def read_preferences(
 
 
 def folder_layout(folder: Path) -> str:
-    """Return "released", "mined" or "latents" if the folder holds files of this layout, otherwise "pickapic"."""
+    """Return "released", "mined" or "latents" if the folder holds files of that layout, otherwise "pickapic"."""
     names = {"released": "part_rank*.parquet", "mined": mined.MANIFEST, "latents": "index.json"}
     return next((layout for layout, name in names.items() if any(folder.glob(name))), "pickapic")
 
 
 def find_layout(source: Path) -> str:
-    """Return the layout of a folder or file, by file names or the first JSON record. Raises ValueError if unknown."""
+    """Find the layout of a folder or file from file names or the first JSON record. Raises ValueError if unknown."""
     if source.is_dir():
         return folder_layout(source)
     if source.suffix in (".parquet", ".jsonl"):

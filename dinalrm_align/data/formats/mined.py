@@ -1,7 +1,7 @@
 """Read mined pairs: generated images, ranked by a reward. Columns are those of verl-omni's offline DPO. Torch-free.
 
     manifest.json                 format, encoding of latents and embeddings, mining settings, number of parquet files
-    pairs/pairs-00000.parquet     one row per pair, one row per row group
+    pairs/pairs-00000.parquet     one row for each pair, in a row group of its own
 
 Each cell of a tensor column holds the bytes that `torch.save` writes for one tensor, without a batch axis:
 
@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Return a folder's parquet files, or [path] for a parquet file. Raises FileNotFoundError if any is missing."""
+    """Return a folder's parquet files, or [path] for a parquet file. Raises FileNotFoundError if a file is missing."""
     if path.suffix == ".parquet":
         if not path.is_file():
             raise FileNotFoundError(f"no parquet file {path}")

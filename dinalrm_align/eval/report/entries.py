@@ -109,7 +109,7 @@ def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float],
 
 
 def phases_of(runs: Sequence[Run], kind: str) -> list[str]:
-    """Return the phases of an update with a recorded cost `kind`, in order of appearance. `kind`: a key of AVERAGES."""
+    """Return the phases of an update that have a recorded cost of this kind (a key of AVERAGES), in recorded order."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
     return [name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")]
 
@@ -136,7 +136,7 @@ def _score_names(evaluation: dict[str, Any]) -> list[str]:
 @dataclass(frozen=True)
 class Entry:
     """Runs that differ only in their seed. A comparison shows them under one name and in one colour. `labels`: a name
-    for each run. `incomparable`: why the gains cannot be compared with those of the first run; empty if they can.
+    for each run. `incomparable`: why the gains cannot be compared with those of the first run; empty if comparable.
     """
 
     name: str
@@ -188,7 +188,7 @@ class Entry:
         return sum(self.cost("gflops").values()) / 1000
 
     def cost(self, kind: str) -> dict[str, float]:
-        """Return phase -> cost of an update, summarised over updates and runs. `kind`: a key of AVERAGES."""
+        """Return a dict, phase -> cost of an update, summarised over updates and runs. `kind`: a key of AVERAGES."""
         over_updates, over_runs = AVERAGES[kind]
         costs = {}
         for phase in phases_of(self.runs, kind):
@@ -266,7 +266,7 @@ def _names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
 
     A name is recipe and reward, followed by the settings that differ between runs of this recipe and reward. If more
     than three settings differ, the folder of the entry's first run replaces the settings. A label is a name followed by
-    the seed. If several runs would get the same label, the folder of each is appended to its name and label.
+    the seed. If several runs would get the same label, each run's folder is appended to its name and label.
     """
     names, folders = [], {}
     for run in runs:

@@ -27,7 +27,7 @@ SIZE = (5.4, 3.9)
 
 
 def plot_run(folder: Path) -> Path:
-    """Plot scores, KL, drift, seconds and memory of the run in `folder` to folder/curves.png. Returns the path."""
+    """Plot scores, KL, drift, time and memory of the run in `folder`, to folder/curves.png. Returns the path."""
     rows = read_metrics(folder / "metrics.jsonl")
     run = Run(folder, 0, rows, {}, {})
     figure = Figure(figsize=(13, 6.5))
@@ -61,7 +61,7 @@ def plot_run(folder: Path) -> Path:
 
 
 def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
-    """Draw each quantity that any run recorded. Returns quantity -> clock (x axis) -> PNG path. Bars have clock ""."""
+    """Draw each quantity that any run recorded. Returns quantity -> clock (x axis; "" for bars) -> PNG path."""
     comparable = [entry for entry in entries if not entry.incomparable]
     scores = dict.fromkeys(["gold", "proxy", *(name for entry in comparable for name in entry.runs[0].scores[0])])
     runs = [run for entry in entries for run in entry.runs]

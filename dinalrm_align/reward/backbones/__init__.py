@@ -1,4 +1,4 @@
-"""The interface between a diffusion backbone and a reward head. Each backbone family (SD3) has its own module."""
+"""The interface between a diffusion backbone and a reward head. Each family, such as SD3, has its own module."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Taps:
-    """Features of B samples, read by the reward head. The config selects (taps) layers of the backbone.
+    """Features of B samples, read by the reward head. The config selects the tapped backbone layers.
 
     Args:
         visual: image tokens (B, N, width) of each tapped layer.
@@ -21,7 +21,7 @@ class Taps:
     temb: Tensor
 
     def split(self, parts: int) -> tuple["Taps", ...]:
-        """Return a tuple of `parts` Taps of B consecutive samples each. The batch must have parts * B samples."""
+        """Split the batch into `parts` chunks of consecutive samples; its size must be a multiple of `parts`."""
         visual = zip(*(tokens.chunk(parts) for tokens in self.visual), strict=True)
         text = zip(*(tokens.chunk(parts) for tokens in self.text), strict=True) if self.text else [()] * parts
         return tuple(Taps(*streams) for streams in zip(visual, text, self.temb.chunk(parts), strict=True))

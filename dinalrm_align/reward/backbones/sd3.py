@@ -1,4 +1,4 @@
-"""The trunk: the first N blocks of an SD3 or SD3.5 transformer, which returns the tokens of selected layers.
+"""The trunk: the first N blocks of an SD3 or SD3.5 transformer. It returns the tokens of selected layers.
 
 The trunk is a separate module tree of diffusers blocks. Each block computes the same as in `SD3Transformer2DModel`.
 With shared weights, the trunk's base Parameters and buffers ARE those of the policy. The reward's LoRA exists in the
@@ -85,7 +85,7 @@ class SD3Trunk(nn.Module):
         self.gradient_checkpointing = False
 
     def check_shared(self) -> None:
-        """Raise ValueError if shared weights require gradients or contain a merged adapter: both change the reward."""
+        """Raise ValueError if shared weights require gradients or contain a merged adapter: either alters scores."""
         owner = self._owner() if self.shared else None
         if owner is not None:
             _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
@@ -144,7 +144,7 @@ class SD3Trunk(nn.Module):
             weight.requires_grad_(not name.startswith(tuple(unread)))
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """Return LoRA Parameters by name: `transformer_blocks.0.attn.to_q.lora_A.weight`, ... {} after `merge_lora`."""
+        """Return LoRA Parameters by name (`transformer_blocks.0.attn.to_q.lora_A.weight`, ...); empty once merged."""
         return {
             f"{name}.{matrix}.weight": layer.get_submodule(f"{matrix}.{ADAPTER}").weight
             for name, layer in self.named_modules()
@@ -179,7 +179,7 @@ class SD3Trunk(nn.Module):
 
 
 class _NormedTextOnly(nn.Module):
-    """Adaptive layer norm that returns only normalised text tokens. Gates are dropped with the layers they scale."""
+    """Adaptive layer norm that returns only normalised text tokens. It drops the norm's gates, which are unused."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def _remove_adapters(model: nn.Module) -> None:
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Remove forward and backward hooks that deepcopy took over from the policy."""
+    """Remove forward and backward hooks that deepcopy copied from the policy."""
     for module in model.modules():
         for kind in ("forward", "forward_pre", "backward", "backward_pre"):
             getattr(module, f"_{kind}_hooks").clear()

@@ -1,4 +1,4 @@
-"""Rewards that score images. For latents, a VAE decodes them first, so the call is the same as for `LatentReward`.
+"""Rewards that score images. They can be called with latents, like a `LatentReward`; a VAE then decodes the latents.
 
 Arguments shared by every `from_pretrained` that loads weights:
     source: folder, hub id or file of the weights.

@@ -31,7 +31,7 @@ Features = TypeVar("Features")
 def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None = None) -> Tensor:
     """Decode scaled latents (B, C, h, w), differentiably, to images (B, 3, H, W), float32 in [0, 1].
 
-    slice_size: number of latents to decode at a time, recomputed in the backward pass. None: all at once, stored.
+    slice_size: latents per slice. Slices are recomputed in the backward pass. None: one slice, not recomputed.
     """
     if slice_size is None:
         return decode_latents(vae, latents)
@@ -44,7 +44,7 @@ def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None
 class PixelReward(RewardModule):
     """A frozen reward that decodes latents and scores the images.
 
-    Gradients reach the latents, not parameters. The VAE is frozen and not a submodule: moving, casting or saving the
+    Gradients reach the latents, but no parameters. The VAE is frozen and not a submodule: moving, casting or saving the
     reward does not affect the VAE. Without a VAE only images can be scored.
     """
 
@@ -99,7 +99,7 @@ class PixelReward(RewardModule):
         return self.score_decoded(self.decode(latents), prompts_of(prompts, len(latents)))
 
     def score_decoded(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return `score_pixels` (B,), float32, of images (B, 3, H, W) for B prompts. Raise ValueError unless finite."""
+        """Return `score_pixels` (B,), float32, of images (B, 3, H, W). Raise ValueError if a score is not finite."""
         return finite_scores(self.score_pixels(images.to(self.device), prompts), len(images), self.name)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class PixelReward(RewardModule):
 
 
 def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Raise TypeError unless `latents` is a floating-point tensor, ValueError unless it is finite and fits the VAE."""
+    """Raise TypeError unless `latents` is a floating tensor, and ValueError unless it is finite and fits the VAE."""
     check_latents("latents", latents)
     if latents.shape[1] != vae.config.latent_channels or latents.numel() == 0:
         raise ValueError(
@@ -202,7 +202,7 @@ def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.de
 def cached(
     cache: dict[str, Features], prompts: Sequence[str], encode: Callable[[list[str]], Iterable[Features]], limit: int
 ) -> list[Features]:
-    """Return features per prompt. Encode uncached prompts in one batch. `cache` keeps the newest `limit` entries."""
+    """Return each prompt's features. Encode prompts not in `cache` in one batch. Keep the newest `limit` entries."""
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
     if new:
         cache.update(zip(new, encode(new), strict=True))

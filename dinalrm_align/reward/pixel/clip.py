@@ -96,7 +96,7 @@ class ClipReward(PixelReward):
 
 
 def load_preprocess(source: str, **hub: Unpack[HubOptions]) -> Preprocess:
-    """Return the image-to-pixel_values transform of a preprocessor_config.json (folder or hub id)."""
+    """Return the transform from images to pixel_values in preprocessor_config.json. source: its folder or hub id."""
     check_source("preprocessor", source)
     with reading("preprocessor_config.json", source):
         path = cached_file(source, "preprocessor_config.json", **hub)
@@ -104,5 +104,5 @@ def load_preprocess(source: str, **hub: Unpack[HubOptions]) -> Preprocess:
 
 
 def _projected(output: Any) -> Tensor:
-    """Return the projected features (B, D) of a CLIP output: a tensor before transformers 5, an object from 5 on."""
+    """Return the projected features (B, D) of `output`, a tensor in transformers 4 but an object in transformers 5."""
     return output if isinstance(output, Tensor) else output.pooler_output

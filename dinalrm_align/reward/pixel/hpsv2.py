@@ -27,7 +27,7 @@ class LongSide:
     """HPSv2's preprocessing: resize the long side to `side`, pad to a square with zeros, normalise as for CLIP.
 
     antialias: resize with antialiasing, as torchvision does since 0.17. Set False to reproduce HPSv2's first published
-    numbers, which used an older torchvision.
+    numbers, which were computed with an older torchvision.
     """
 
     side: int

@@ -101,7 +101,7 @@ class HPSTemplate:
 
 
 def load_template(source: str | Path | None = None, *, sha256: tuple[str, str] = SHA256) -> HPSTemplate:
-    """Return HPSv3's instruction and its suffix. Raise ValueError if a text is missing or has an unexpected hash.
+    """Return HPSv3's instruction and its suffix. Raise ValueError if either is missing or has an unexpected hash.
 
     source: JSON file, or data_collator_qwen.py of the PyPI package `hpsv3`, which is parsed but not run. Default:
     data_collator_qwen.py of the installed package. sha256: expected hashes of instruction and suffix.
@@ -138,7 +138,7 @@ def _assigned(source: str, path: Path) -> dict[str, Any]:
 
 
 def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[int, int]:
-    """Return (height, width), both multiples of `factor`: about `pixels` pixels and nearly the original aspect ratio.
+    """Return (height, width), both multiples of `factor`, with about `pixels` pixels and almost the original aspect.
 
     The rule is Qwen2-VL's with min_pixels = max_pixels. Sides are rounded to the nearest multiple of `factor`. If the
     rounded size has too many pixels, the original size is scaled to `pixels` pixels and rounded down instead. If the

@@ -143,7 +143,7 @@ def preprocess(images: Tensor, side: int) -> Tensor:
 
 
 def _load_parts(path: Path, text_config: BlipTextConfig, dtype: torch.dtype, device: torch.device) -> nn.ModuleDict:
-    """Return the modules vision, text and head, loaded from `path`. The tensor shapes determine the sizes of vision."""
+    """Return the modules vision, text and head, loaded from `path`. The tensors' shapes determine vision's sizes."""
     tensors = rename(read_tensors(path), NAMES)
     positions = shape_of(tensors, "vision.embeddings.position_embedding", 3, path)
     patches = shape_of(tensors, "vision.embeddings.patch_embedding.weight", 4, path)

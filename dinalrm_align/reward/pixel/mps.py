@@ -70,7 +70,7 @@ NAMES = {  # names in the file -> names in a list of `CrossBlock`
 
 
 class CrossBlock(nn.Module):
-    """Image tokens attend to text, then to each other: multi-query attention, each parallel to a SwiGLU MLP."""
+    """Multi-query attention of image tokens to text, then to each other, each time in parallel to a SwiGLU MLP."""
 
     def __init__(self, width: int, heads: int, head_width: int, inner: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class CrossBlock(nn.Module):
         return query.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, read: Tensor | None) -> Tensor:
-        """Attend from query (B, heads, N, d) to shared key and value (B, L, d). Returns (B, N, heads * d)."""
+        """Attend from query (B, heads, N, d) to key and value (B, L, d) of all heads. Returns (B, N, heads * d)."""
         key, value = (part[:, None].expand(-1, self.heads, -1, -1) for part in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=read).transpose(1, 2).flatten(2)
 
@@ -154,7 +154,7 @@ class MPSReward(PixelReward):
         """Load the weights. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
         Args:
-            source: MPS_overall_checkpoint.pth or a safetensors file of it, or a folder or hub id that contains `file`.
+            source: MPS_overall_checkpoint.pth, its safetensors conversion, or a folder or hub id that contains `file`.
             processor: folder or hub id of the tokenizer and preprocessor.
             condition: list of words that selects a preference dimension.
         """
@@ -185,9 +185,9 @@ class MPSReward(PixelReward):
 
     @torch.no_grad()
     def _encode_text(self, prompts: list[str]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        """Return per prompt token features (L, D), a pooled feature (D,) and a mask (L,), True for relevant tokens.
+        """For each prompt, return token features (L, D), a pooled feature (D,) and a mask (L,) of relevant tokens.
 
-        A token's relevance is divided by the prompt's maximum, as in the upstream code for a batch of one prompt.
+        A token's relevance is divided by the largest in its prompt, as in the upstream code for a batch of one prompt.
         """
         tokens, pooled = self._text_features(prompts)
         conditions, _ = self._text_features([self.condition])

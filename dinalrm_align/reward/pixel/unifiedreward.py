@@ -1,7 +1,7 @@
 """UnifiedReward (arXiv 2503.05236): a vision-language model that writes scores as text, on an OpenAI-compatible server.
 
 Weights: hub ids CodeGoat24/UnifiedReward-qwen-7b, CodeGoat24/UnifiedReward-7b-v1.5, ...; for the licence see the model
-card. Run the server in a separate environment, with vLLM or with SGLang (one command on two lines):
+card. Run the server in a separate environment, with vLLM or with SGLang (a two-line command):
 
     vllm serve CodeGoat24/UnifiedReward-qwen-7b --served-model-name UnifiedReward --port 8080
     python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 --port 8080
@@ -79,7 +79,7 @@ class ChatEndpoint:
         check_integer("max_tokens", self.max_tokens, low=1)
 
     def ask(self, image: Image.Image, question: str) -> str:
-        """Return the model's answer. Raise ConnectionError if every attempt fails, ValueError on a refusal."""
+        """Return the model's answer. Raise ConnectionError if every attempt fails, and ValueError on a refusal."""
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         encoded = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -139,7 +139,7 @@ class Template:
             raise ValueError(f"question: got {self.question.count(FIELD)} {FIELD}; expected one")
 
     def read(self, answer: str) -> float:
-        """Return the mean of the labels' numbers in an answer. Raise ValueError unless each has one, in [1, 5]."""
+        """Return the mean of the numbers after the labels. Raise ValueError unless each label has one in [1, 5]."""
         return sum(_number(label, answer) for label in self.labels) / len(self.labels)
 
 
@@ -198,7 +198,7 @@ class UnifiedReward(PixelReward):
             source: base URL of the server, http://host:port/v1.
             model: name under which the server serves the model.
             endpoint: keyword arguments of `ChatEndpoint`: api_key, timeout, attempts, pause, max_tokens.
-            template: question to the model: point (asks for one score) or acs (mean of three scores).
+            template: question to the model: `point` (asks for one score) or `acs` (mean of three scores).
             question: text file with a question that replaces the template's question and must contain {prompt}. Scores
                 are comparable to published ones only with the wording in the model's repository.
             device, dtype: ignored; scores are on the VAE's device if there is one, else on the CPU.
