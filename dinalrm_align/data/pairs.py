@@ -158,7 +158,7 @@ class WeightSample:
         check_fields(self, "encoded_with")
 
     def same_weights(self, other: "WeightSample") -> bool:
-        """Return whether `self` and `other` sample the same weights, up to rounding to bfloat16."""
+        """Return whether both samples may come from the same model: values are equal up to rounding to bfloat16."""
         close = (math.isclose(a, b, rel_tol=2.0**-7, abs_tol=1e-6) for a, b in zip(self.values, other.values))
         return (self.tensors, len(self.values)) == (other.tensors, len(other.values)) and all(close)
 

@@ -134,7 +134,7 @@ class Group:
 
     @classmethod
     def of(cls, prompt: str, size: Size, pairs: Sequence[tuple[int, int, float]]) -> "Group":
-        """Build a group from one (chosen, rejected, label) per pair. Both indices refer to the data set's images."""
+        """Build a group from pairs (chosen, rejected, label), where chosen and rejected index the data set's images."""
         images = tuple(dict.fromkeys(image for pair in pairs for image in pair[:2]))
         rows = {image: row for row, image in enumerate(images)}
         labelled = ((rows[chosen], rows[rejected], label) for chosen, rejected, label in pairs)

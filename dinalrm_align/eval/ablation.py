@@ -147,7 +147,7 @@ def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
 
 
 def question_section(question: Question, evidence: Evidence) -> str:
-    """Return a Markdown section that compares the variants of a question, or "" if fewer than two have results."""
+    """Return a Markdown section that compares the variants of a design choice; "" if fewer than two have results."""
     runs, sets = evidence.runs, evidence.sets
     arms = [arm for arm in question.arms if arm in runs]
     if len(arms) < 2:

@@ -160,7 +160,7 @@ def score_image_set(
     faults: dict[str, str] = {}
 
     def score_batch(rows: Sequence[int], found: dict[str, str]) -> np.ndarray:
-        """Return scores (levels, rows). For an unreadable image the scores are NaN, and `found[name]` is the reason."""
+        """Return scores (levels, rows), NaN for unreadable images. Add the reason to `found`, by name of the image."""
         scores = np.full((len(names), len(rows)), np.nan, np.float32)
         opened: dict[int, Image.Image] = {}
         for column, image in enumerate(images.images[row] for row in rows):

@@ -160,7 +160,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Delete temporary folders and all checkpoints but the `keep_last` newest of those up to update `step`."""
+    """Delete temporary folders, checkpoints after update `step`, and all but the `keep_last` newest of the others."""
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:

@@ -101,7 +101,7 @@ class CrossBlock(nn.Module):
         return query.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, read: Tensor | None) -> Tensor:
-        """Attend from query (B, heads, N, d) to key and value (B, L, d) of all heads. Returns (B, N, heads * d)."""
+        """Multi-query attention: query (B, heads, N, d), one key and value (B, L, d) -> (B, N, heads * d)."""
         key, value = (part[:, None].expand(-1, self.heads, -1, -1) for part in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=read).transpose(1, 2).flatten(2)
 
