@@ -48,7 +48,7 @@ def options(changes: Changes) -> list[str]:
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()]
 
 
-def train(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training: Path, changes: Changes) -> Path:
+def train_arm(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training: Path, changes: Changes) -> Path:
     """Train one variant (`arm`) with one seed in a subprocess, or resume it. Returns the folder of the run."""
     from dinalrm_align.train.checkpoints import latest_checkpoint
     from dinalrm_align.train.files import write_atomically
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.eval import ablation_report
-    from dinalrm_align.eval.ablation import levels_with_draws, noise_levels
+    from dinalrm_align.eval.ablation import levels_to_evaluate, levels_with_draws
     from dinalrm_align.eval.evaluator import Candidate, Evaluator, open_image_sets, scores_file
     from dinalrm_align.eval.scores import NoiseLevels, PairScores
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
@@ -122,9 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---------------------------------------------------------------------- train and evaluate every arm, seed by seed
     def scores(arm: str, seed: int) -> dict[str, PairScores]:
-        run = train(arm, seed, config, spec, training, arms[arm][0])
+        run = train_arm(arm, seed, config, spec, training, arms[arm][0])
         ensembles = config.ensembles if arm == BASELINE else config.ensembles[:1]
-        levels = {name: noise_levels(config.sigmas, ensembles) for name in config.judged}
+        levels = {name: levels_to_evaluate(config.sigmas, ensembles) for name in config.judged}
         if arm == BASELINE:
             levels[[*levels][-1]] += levels_with_draws(config.draws, config.ensembles[0])
         candidate = Candidate.from_checkpoint(run / "reward", lambda: transformer)

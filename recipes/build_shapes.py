@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dinalrm_align.data.latent_pairs import LatentPairs
     from dinalrm_align.models.text import text_encoders
-    from dinalrm_align.reward.checkpoint import read_checkpoint, save_checkpoint
+    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
     from dinalrm_align.shapes.build import save_clip_reward, train_pixel, train_text, train_vae, vae_gate
     from dinalrm_align.shapes.build_base import train_base
     from dinalrm_align.shapes.pairs import ensure_pairs
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_latent_reward(config, weights / "pipeline", pairs)
         reward = read_checkpoint(root / "dinalrm" / "reward")
         moved = dataclasses.replace(reward.config, base_model_id="../pipeline")
-        save_checkpoint(weights / "dinalrm", moved, reward.tensors)
+        write_reward(weights / "dinalrm", moved, reward.tensors)
     if not (weights / "pixel" / "config.json").exists():
         lists = config.pixel.batch_size // config.pairs.pictures
         train_pairs = LatentPairs(pairs["train"], batch_size=lists, seed=config.seed)

@@ -41,7 +41,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
 
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.eval import evaluation_report
-    from dinalrm_align.eval.ablation import noise_levels
+    from dinalrm_align.eval.ablation import levels_to_evaluate
     from dinalrm_align.eval.evaluator import Candidate, Evaluator, faults_file, open_image_sets
     from dinalrm_align.eval.test_sets import leaked, read_trained
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
@@ -88,7 +88,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     gold = {}
     if config.gold and has_latents:
         gold = evaluator.gold_accuracy(load_image_scorer(spec.gold, spec=spec, device=device), candidate.config)
-    levels = noise_levels(config.sigmas, config.ensembles)
+    levels = levels_to_evaluate(config.sigmas, config.ensembles)
     all_scores = evaluator(candidate, {name: levels for name in config.judged}, out, title="reward")
     results = []
     for name, scores in all_scores.items():

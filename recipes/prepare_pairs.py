@@ -36,7 +36,7 @@ def settings_and_model(argv: Sequence[str]) -> tuple[PrepareRun, ModelSpec]:
     return run, spec
 
 
-def prepare(run: PrepareRun, spec: ModelSpec) -> None:
+def encode_pairs(run: PrepareRun, spec: ModelSpec) -> None:
     import torch
 
     from dinalrm_align.data.prepare import Preparation
@@ -72,7 +72,7 @@ def prepare(run: PrepareRun, spec: ModelSpec) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing(stopped="complete files are kept, and the same command resumes from there"):
-        prepare(*settings_and_model(sys.argv[1:] if argv is None else argv))
+        encode_pairs(*settings_and_model(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from dinalrm_align.align.savings.cost import count_all, matrix_rate, measure_all
-    from dinalrm_align.align.savings.report import draw, report, to_json
+    from dinalrm_align.align.savings.report import draw_costs, report, to_json
     from dinalrm_align.train.files import make_folder, write_atomically
 
     if run.measure and not torch.cuda.is_available():
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = report(run, costs, *measured)
     write_atomically(folder / "savings.md", text)
     write_atomically(folder / "savings.json", json.dumps(to_json(run, costs, *measured), indent=1))
-    draw(run, costs, folder / "savings.png")
+    draw_costs(run, costs, folder / "savings.png")
     print(text, f"{folder / 'savings.md'}, savings.json, savings.png", sep="\n")
 
 

@@ -52,7 +52,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     from dinalrm_align.eval.accuracy import evaluate_pairs
     from dinalrm_align.models.pipeline import load_transformer
     from dinalrm_align.reward import training
-    from dinalrm_align.reward.checkpoint import save_checkpoint
+    from dinalrm_align.reward.checkpoint import write_reward
     from dinalrm_align.reward.model import build_reward_model
     from dinalrm_align.reward.sharding import shard_base, sharding_asked
     from dinalrm_align.train.device import start_accelerator
@@ -95,7 +95,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
 
     def export(step: int) -> None:
         if accelerator.is_main_process:
-            save_checkpoint(folder / "reward", reward, model.tuned_tensors())
+            write_reward(folder / "reward", reward, model.tuned_tensors())
 
     with training.RewardTraining(model, pairs, run, accelerator) as method:
         optimizer = adamw(training.parameter_groups(parameters, run.lora_lr), run.optim)

@@ -43,14 +43,14 @@ def tiny_pipeline():
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory, tiny_pipeline) -> Path:
     """A folder with `pipeline/` (the tiny pipeline) and `dinalrm/` (a reward whose base_model_id is ../pipeline)."""
-    from dinalrm_align.reward.checkpoint import save_checkpoint
+    from dinalrm_align.reward.checkpoint import write_reward
     from dinalrm_align.reward.model import build_reward_model
 
     world = tmp_path_factory.mktemp("world")
     tiny_pipeline.save_pretrained(world / "pipeline")
     model = build_reward_model(tiny_reward_config(), tiny_pipeline.transformer, seed=1)
     shake(model, seed=2)
-    save_checkpoint(world / "dinalrm", model.config, model.tuned_tensors())
+    write_reward(world / "dinalrm", model.config, model.tuned_tensors())
     return world
 
 

@@ -15,6 +15,8 @@ import malformed_cli  # noqa: E402
 import malformed_files  # noqa: E402
 from malformed import ROOT, Command, World, check, check_command  # noqa: E402
 
+from dinalrm_align.eval.report.markdown import table  # noqa: E402
+
 RESULTS = ROOT / "examples" / "results" / "malformed.md"
 TABLES = {"calls": malformed_api, "files and folders": malformed_files, "command lines": malformed_cli}
 HEADER = """Malformed input and how it is reported. Refused: a call raises the documented exception type from a check
@@ -22,15 +24,13 @@ of this package, a command exits with status 2, a last line that begins with `er
 message names the setting or file at fault. Silent: the call returned, or the command ran. Raw: another exception, or
 one from inside a library. Regenerate with `python tests/malformed_report.py`; the cases are in
 `tests/helpers/malformed_api.py`, `malformed_files.py` and `malformed_cli.py`.
-
-| kind | group | cases | refused | silent | raw |
-| --- | --- | ---: | ---: | ---: | ---: |
 """
+COLUMNS = "kind", "group", "cases", "refused", "silent", "raw"
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    lines, total = [], [0, 0, 0, 0]
+    rows, total = [], [0, 0, 0, 0]
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         for kind, module in TABLES.items():
@@ -43,19 +43,16 @@ def main() -> None:
                 silent = sum(problem.startswith(("silent", "expected status 2")) for problem in problems)
                 counts = [len(cases), len(cases) - len(problems), silent, len(problems) - silent]
                 total = [before + count for before, count in zip(total, counts, strict=True)]
-                lines.append(row(kind, group, counts))
+                rows.append([kind, group, *counts])
         if (world.root / "unpickled").exists():
             raise SystemExit("a pickle was run")
-    RESULTS.write_text(HEADER + "\n".join([*lines, row("all", "", total)]) + "\n", encoding="utf-8")
+    rows.append(["all", "", *total])
+    RESULTS.write_text(f"{HEADER}\n{table(COLUMNS, rows, 'llrrrr')}\n", encoding="utf-8")
     print(f"{RESULTS}: {total[0]} cases, {total[1]} refused, {total[2]} silent, {total[3]} raw")
 
 
 def outcome(case, world: World) -> str | None:
     return check_command(case, world) if isinstance(case, Command) else check(case, world)
-
-
-def row(kind: str, group: str, counts: list[int]) -> str:
-    return f"| {kind} | {group} | " + " | ".join(map(str, counts)) + " |"
 
 
 if __name__ == "__main__":

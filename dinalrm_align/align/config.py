@@ -52,7 +52,7 @@ class WatchConfig:
             between the velocities of policy and base model. Empty: not measured.
     """
 
-    level: float = 0.05
+    level: settings.OpenHalfInterval = 0.05
     stop_on_hacking: bool = False
     keep_best: bool = True
     sigmas: list[settings.ClosedUnitInterval] = field(default_factory=lambda: [0.1, 0.4, 0.7])
@@ -60,8 +60,6 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         settings.check_fields(self, "watch")
-        if not 0 < self.level < 0.5:
-            raise ValueError(f"watch.level: got {self.level}; expected a probability between 0 and 0.5")
         for name in ("sigmas", "drift_sigmas"):
             if len(set(sigmas := getattr(self, name))) < len(sigmas):
                 raise ValueError(f"watch.{name}: got {sigmas}; expected each noise level once")

@@ -48,7 +48,7 @@ class LpoConfig:
     threshold: tuple[settings.HalfOpenUnitInterval, settings.HalfOpenUnitInterval] = (0.2, 0.3)
     temperature: settings.PositiveFloat = 1.0
     beta: settings.PositiveFloat = 1000.0
-    clip_range: settings.PositiveFloat = 0.1
+    clip_range: settings.OpenUnitInterval = 0.1
     minibatches: settings.PositiveInt = 1
     epochs: settings.PositiveInt = 1
 
@@ -57,8 +57,6 @@ class LpoConfig:
         check_noise_level("lpo", self.sampler, self.noise_level)
         if self.steps is not None and self.steps[0] >= self.steps[1]:
             raise ValueError(f"lpo.steps: got {self.steps}; expected a first step and one past the last")
-        if self.clip_range >= 1:
-            raise ValueError(f"lpo.clip_range: got {self.clip_range}; expected less than 1")
 
 
 @dataclass

@@ -88,7 +88,7 @@ class Setup:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the images, in pixels."""
-        return image_size(self.resolved)
+        return run_image_size(self.resolved)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -203,7 +203,8 @@ def prepare(
     samples = [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
     gold = load_image_scorer(run.gold or spec.gold, spec=spec, device=device)
     first = samples[: run.evaluation.batch_size]
-    gold(torch.zeros(len(first), 3, *image_size(resolved)), first)  # fail fast: it must accept this size and prompts
+    # fail fast: the gold reward must accept this size and prompts
+    gold(torch.zeros(len(first), 3, *run_image_size(resolved)), first)
     accelerator.print(f"run in {run.output_dir}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")
     open_tracker(accelerator, run.tracker, Path(run.output_dir), resolved.text, resolved.checkpoint)
 
@@ -363,7 +364,7 @@ def summarise(
         print(f"{name} {score['before']:.4f} -> {score['after']:.4f}: {gain}")
 
 
-def image_size(resolved: Resolved[Any]) -> tuple[int, int]:
+def run_image_size(resolved: Resolved[Any]) -> tuple[int, int]:
     """Return (height, width) of the run's images in pixels."""
     return resolved.run.height or resolved.spec.height, resolved.run.width or resolved.spec.width
 

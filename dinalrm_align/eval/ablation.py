@@ -10,6 +10,7 @@ attends to the backbone tokens of all levels or draws and returns one score. "av
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class Evidence:
         return {*next(iter(self.runs[arm].values()))[name].scores}
 
 
-def noise_levels(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
+def levels_to_evaluate(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
     """Return the noise levels to evaluate: sigma 0.4, each sigma in `sigmas` or `ensembles`, and each ensemble."""
     single = dict.fromkeys([*sigmas, SINGLE_LEVEL, *(sigma for levels in ensembles for sigma in levels)])
     return [*map(NoiseLevels.at, single), *(NoiseLevels.at(*levels) for levels in ensembles)]
@@ -97,7 +98,7 @@ def arm_accuracy(evidence: Evidence, arm: str, name: str, measure: Measure) -> I
     return seeds_by_captions(by_seed_and_caption(evidence.runs[arm], name, measure))
 
 
-def difference(
+def accuracy_difference(
     evidence: Evidence, better: str, worse: str, name: str, of_better: Measure, of_worse: Measure
 ) -> Interval:
     """Return the accuracy of training variant `better` minus the accuracy of `worse`, over the seeds that both have.
@@ -118,7 +119,7 @@ def difference(
 
 def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
     """Return the accuracy by `measure` minus the accuracy at sigma 0.4, for variant `arm` on test set `name`."""
-    return difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
+    return accuracy_difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
 
 
 def verdict(interval: Interval) -> str:
@@ -155,7 +156,8 @@ def question_section(question: Question, evidence: Evidence) -> str:
 
     def compare(better: str, worse: str, name: str) -> dict[str, Interval]:
         of_better, of_worse = (summaries(arm, evidence) for arm in (better, worse))
-        return {key: difference(evidence, better, worse, name, of_better[key], of_worse[key]) for key in of_better}
+        gap = partial(accuracy_difference, evidence, better, worse, name)
+        return {key: gap(of_better[key], of_worse[key]) for key in of_better}
 
     def sentence(better: str, worse: str) -> str:
         parts = []
@@ -231,7 +233,7 @@ def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
     lines = []
     for claim, better, worse, level in claims:
         if NoiseLevels.at(level).name in scored:
-            gaps = {name: difference(evidence, arm, arm, name, better, worse) for name in evidence.sets}
+            gaps = {name: accuracy_difference(evidence, arm, arm, name, better, worse) for name in evidence.sets}
             parts = [f"on {name} it {verdict(gap)} ({in_points(gap)})" for name, gap in gaps.items()]
             lines.append(f"- Paper: {claim}. Here, {', '.join(parts)}.")
     return lines

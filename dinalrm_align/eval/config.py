@@ -10,10 +10,10 @@ from dinalrm_align.reward.names import parse_reward
 from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.train.settings import (
     ClosedUnitInterval,
+    IntFrom100,
     NonNegativeInt,
     PositiveInt,
     check_fields,
-    check_integer,
     check_levels,
     did_you_mean,
 )
@@ -214,12 +214,11 @@ class EvaluateRun:
     loss: LossConfig = field(default_factory=LossConfig)
     gold: bool = True
     noise_seed: NonNegativeInt = 1234
-    bootstrap: int = 1000
+    bootstrap: IntFrom100 = 1000
     shapes_pairs: PairsConfig = field(default_factory=PairsConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_integer("bootstrap", self.bootstrap, low=100)
         if self.size is not None and self.size % 16:
             raise ValueError(f"size: got {self.size}; expected a multiple of 16")
         check_noise_levels(self.sigmas, self.ensembles)

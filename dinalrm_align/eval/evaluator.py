@@ -29,7 +29,7 @@ from dinalrm_align.eval.scores import (
     Piece,
     Pieces,
     Score,
-    check_finite,
+    check_finite_scores,
     load_scores,
     save_scores,
     score_pairs,
@@ -106,7 +106,7 @@ def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[
             texts = [prompts[row] for row in rows]
             conditions = Conditions(texts, *encoders.encode_prompts(texts))
             for level in levels:
-                noise = torch.stack([draw_noise(texts, latents.shape[1:], seed, draw) for draw in level.draws])
+                noise = torch.stack([noise_by_prompt(texts, latents.shape[1:], seed, draw) for draw in level.draws])
                 raw = part.raw(latents, conditions, sigma=list(level.sigmas), noise=noise)
                 scores[level.name][rows] = raw.cpu().numpy()
         return scores
@@ -128,7 +128,7 @@ def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[
     return score
 
 
-def draw_noise(prompts: Sequence[str], shape: Sequence[int], seed: int, draw: int) -> Tensor:
+def noise_by_prompt(prompts: Sequence[str], shape: Sequence[int], seed: int, draw: int) -> Tensor:
     """Draw standard normal noise (B, *shape) on the CPU. Equal prompts get equal noise."""
     keys = [int(text_digest(prompt), 16) for prompt in prompts]
     drawn = {key: torch.randn(*shape, generator=seeded_generator(seed, key, draw)) for key in dict.fromkeys(keys)}
@@ -174,7 +174,7 @@ def score_image_set(
         if opened:
             by_level = score(list(opened.values()), [images.images[rows[column]].prompt for column in opened])
             for line, name in enumerate(names):
-                check_finite(by_level[name], name, images.name)
+                check_finite_scores(by_level[name], name, images.name)
                 scores[line, list(opened)] = by_level[name]
         return scores
 

@@ -178,7 +178,7 @@ def _score_batch(
         drawn = [noise[draw] for draw in level.draws]
         given = torch.stack(drawn) if drawn else batch.latents.new_empty(0, *batch.latents.shape)
         scores.append(score(batch, level.sigmas, given).float().cpu().numpy())
-        check_finite(scores[-1], level.name, title)
+        check_finite_scores(scores[-1], level.name, title)
     chosen = batch.chosen.cpu()
     arrays = {
         "scores": np.stack(scores), "chosen": chosen.numpy(), "rejected": batch.rejected.cpu().numpy(),
@@ -188,7 +188,7 @@ def _score_batch(
     return arrays, {"prompts": prompts, "concepts": concepts, "groups": batch.num_groups}
 
 
-def check_finite(scores: np.ndarray, level: str, title: str) -> None:
+def check_finite_scores(scores: np.ndarray, level: str, title: str) -> None:
     if not np.isfinite(scores).all():
         raise ValueError(f"{title}: scores at {level} are NaN or infinite; check the weights and the images")
 

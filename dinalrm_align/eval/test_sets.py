@@ -23,7 +23,7 @@ from dinalrm_align.data.formats.rows import image_source, row_group_starts
 from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import TEST_SETS, PublicSet
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.files import HUB_ID, file_digest
+from dinalrm_align.train.files import HUB_ID, file_digest, write_atomically
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _download(name: str, entry: PublicSet, where: str, unpack_to: Path | None) -
                 tar.extractall(target, filter="data")
             done.touch()
     for file in folder.glob("*.json"):
-        (target / file.name).write_bytes(file.read_bytes())
+        write_atomically(target / file.name, file.read_bytes())
     return target
 
 

@@ -24,14 +24,13 @@ class SigmaConfig:
     density: Literal["uniform", "logit_normal", "mode", "beta", "constant"] = "uniform"
     mean: float = 0.0
     std: settings.NonNegativeFloat = 1.0
-    scale: float = 1.29
+    scale: settings.ModeScale = 1.29
     a: settings.PositiveFloat = 1.0
     b: settings.PositiveFloat = 1.0
     value: settings.ClosedUnitInterval = 0.4
 
     def __post_init__(self) -> None:
         settings.check_fields(self, "sigma density")
-        settings.check_number("sigma density.scale", self.scale, low=-1, high=1.75)
 
     def parameters(self) -> dict[str, float]:
         """Return the chosen density's parameters by name, as keyword arguments of `flow.noise.sample_sigma`."""

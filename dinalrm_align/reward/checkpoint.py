@@ -73,7 +73,7 @@ def read_checkpoint(source: str | Path, *, subfolder: str = "", **hub: Unpack[Hu
     return checkpoint
 
 
-def save_checkpoint(
+def write_reward(
     directory: str | Path, config: RewardConfig, tensors: Mapping[str, Tensor], *, format: str = "dinalrm"
 ) -> None:
     """Write a checkpoint. tensors: result of `RewardModel.tuned_tensors`. format: layout, `dinalrm` or `released`."""

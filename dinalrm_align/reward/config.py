@@ -14,13 +14,13 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.settings import (
     ClosedUnitInterval,
     HalfOpenUnitInterval,
+    IntFrom1To512,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     check_fields,
     check_image_size,
-    check_integer,
     check_levels,
     did_you_mean,
 )
@@ -127,7 +127,7 @@ class RewardConfig:
     add_noise: bool = True
     score_scale: float = 1.0
     score_bias: float = 0.0
-    text_length: PositiveInt = 256
+    text_length: IntFrom1To512 = 256
     vae_scaling_factor: float = 1.5305
     vae_shift_factor: float = 0.0609
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -143,7 +143,6 @@ class RewardConfig:
             raise ValueError("visual_taps: got (); expected at least one block number")
         self.sigma = _levels("sigma", self.sigma)
         self.image_sigma = None if self.image_sigma is None else _levels("image_sigma", self.image_sigma)
-        check_integer("text_length", self.text_length, high=512)  # the pipeline's own limit
         for name in ("score_scale", "vae_scaling_factor"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}: got 0; expected a number other than 0")

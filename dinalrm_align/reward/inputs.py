@@ -12,7 +12,7 @@ LATENTS = "scaled latents (B, C, H, W), as the transformer sees them"
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> None:
+def check_latents_fit(latents: Tensor, backbone: Backbone, device: torch.device) -> None:
     """Raise unless `latents` is a floating-point tensor on `device` whose channels and size fit the backbone."""
     if not isinstance(latents, Tensor):
         got = type(latents).__name__
@@ -39,7 +39,7 @@ def check_latents(latents: Tensor, backbone: Backbone, device: torch.device) -> 
         raise ValueError(f"latents are on {latents.device}, the reward is on {device}: move one of them")
 
 
-def check_image_size(images: Tensor, backbone: Backbone, factor: int) -> None:
+def check_images_fit(images: Tensor, backbone: Backbone, factor: int) -> None:
     """Raise ValueError if images (B, 3, H, W) are too large for the backbone. factor: image side / latent side."""
     limit, (height, width) = backbone.max_size * factor, images.shape[2:]
     if max(height, width) > limit:

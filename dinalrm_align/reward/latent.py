@@ -23,7 +23,7 @@ from dinalrm_align.models.weights import load_tensors
 from dinalrm_align.reward import inputs
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 from dinalrm_align.reward.card import model_card
-from dinalrm_align.reward.checkpoint import base_location, read_checkpoint, relocated, save_checkpoint
+from dinalrm_align.reward.checkpoint import base_location, read_checkpoint, relocated, write_reward
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.model import RewardModel, build_reward_model
 from dinalrm_align.reward.protocol import RewardModule, Sigma, Text
@@ -272,7 +272,7 @@ class LatentReward(RewardModule):
         prompts, noise, generator: as in `forward`. Raises ValueError if the VAE's scaling differs from the config's.
         """
         vae, pixels = self._vae(), image_tensor(images)
-        inputs.check_image_size(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))
+        inputs.check_images_fit(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))
         latents = encode_images(vae, pixels).to(self.device)
         if sigma is None:
             sigma = self.config.sigma if self.config.image_sigma is None else self.config.image_sigma
@@ -287,7 +287,7 @@ class LatentReward(RewardModule):
             raise TypeError(f"directory: got {directory!r}; expected the path of a folder")
         base_model_id = relocated(self.config.base_model_id, self._folder, Path(directory))
         config = dataclasses.replace(self.config, base_model_id=base_model_id)
-        save_checkpoint(directory, config, self.model.tuned_tensors(), format=format)
+        write_reward(directory, config, self.model.tuned_tensors(), format=format)
         if not (card := Path(directory) / "README.md").exists():
             write_atomically(card, model_card(config))
 
@@ -329,7 +329,7 @@ class LatentReward(RewardModule):
                 f"the backbone's weights are on {self.device}, the reward's head is on {head_device}: the transformer "
                 "was moved after the reward was built on it; move it first, build the reward after"
             )
-        inputs.check_latents(latents, self.backbone, self.device)
+        inputs.check_latents_fit(latents, self.backbone, self.device)
         inputs.check_finite("latents", latents)
 
     def _embeds(self, prompts: Text, batch: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
 from dinalrm_align.shapes.pairs import sample_latents
 from dinalrm_align.shapes.render import SIZE, Drawing, coverage
 from dinalrm_align.shapes.scene import SHAPES, draw_scenes
-from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.files import atomically, write_atomically
 from dinalrm_align.train.loop import Closures, Hook
 from dinalrm_align.train.state import adamw
 
@@ -137,7 +137,6 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
     """Return latents (N, C, h, w), uint8 layouts (N, 4, h, w) and captions of training images, cached on disk."""
     folder = Path(config.output_dir) / "cache"
     if not (folder / "captions.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng((config.seed + 3, 0))
         latents, layouts, captions = [], [], []
         for _ in tqdm(range(0, config.cached_pictures, 64), desc="encode images", unit=" batches"):
@@ -146,7 +145,8 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
             layouts.append(torch.stack([_layout(drawing, config.stack.latent_size) for drawing in drawings]))
             captions += [scene.caption for scene in scenes]
         tensors = {"latents": torch.cat(latents).contiguous(), "layouts": torch.cat(layouts)}
-        save_file(tensors, folder / "pictures.safetensors")
+        with atomically(folder / "pictures.safetensors") as temporary:
+            save_file(tensors, temporary)
         write_atomically(folder / "captions.json", json.dumps(captions))
     stored = load_file(folder / "pictures.safetensors")
     return stored["latents"], stored["layouts"], json.loads((folder / "captions.json").read_text(encoding="utf-8"))

@@ -7,12 +7,12 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.settings import (
     ClosedUnitInterval,
     IntAboveOne,
+    IntFrom3To512,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     check_fields,
-    check_integer,
     did_you_mean,
 )
 
@@ -59,12 +59,11 @@ class StackConfig:
     clip_layers: PositiveInt = 2
     t5_width: PositiveInt = 128
     t5_layers: PositiveInt = 2
-    text_length: int = 14
+    text_length: IntFrom3To512 = 14
     scheduler_shift: PositiveFloat = 2.0
 
     def __post_init__(self) -> None:
         check_fields(self, "stack")
-        check_integer("stack.text_length", self.text_length, low=3, high=512)
         groups, side = self.vae_norm_groups, self.latent_size
         rules = [
             ("image_size", self.image_size >= 64 and self.image_size % 64 == 0, "a multiple of 64"),

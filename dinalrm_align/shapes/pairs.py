@@ -28,7 +28,7 @@ from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.render import Drawing, concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
-from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.files import atomically, write_atomically
 
 CHUNK = 32
 """Number of captions whose images are encoded or sampled at once."""
@@ -91,13 +91,13 @@ def render_hpdv3(
     directory = Path(directory)
     if (directory / "train.json").exists():
         raise FileExistsError(f"{directory} already holds a data set; write to another directory")
-    (directory / "images").mkdir(parents=True, exist_ok=True)
     records, number = [], 0
     for captions, _, images, pairs in _lists(pipeline, _prompt_encoder(pipeline), config, held_out=held_out):
         names = [f"images/{number + row:06d}.png" for row in range(len(images))]
         number += len(images)
         for name, image in zip(names, to_bytes(images)):
-            Image.fromarray(image).save(directory / name)
+            with atomically(directory / name) as temporary:
+                Image.fromarray(image).save(temporary)
         for row, caption in enumerate(captions):
             own = names[row * config.pictures : (row + 1) * config.pictures]
             about = {"prompt": caption, "confidence": None, "choice_dist": None, "model1": "shapes"}

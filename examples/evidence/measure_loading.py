@@ -31,6 +31,7 @@ from dinalrm_align.data.formats.rows import parquet_module, row_group_starts
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.data.released_pairs import ReleasedPairs
+from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.train.command import parse, refusing
 from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.settings import NonNegativeInt, PositiveFloat, PositiveInt, check_fields
@@ -199,10 +200,12 @@ def measure(run: LoadingRun, text: str) -> None:
         rows[name] = dict(pairs=pairs, seconds=seconds, pairs_per_s=pairs / seconds, MB_per_s=size / 1e6 / seconds)
     slowest = rows[RELEASED_WAY]["pairs_per_s"]
     print(f"\n{run.pairs} pairs, {run.height} x {run.width}, row groups of {run.row_group}, {os.cpu_count()} cores\n")
-    print("| way | pairs measured | pairs / s | MB / s given | times the released way |\n|---|---:|---:|---:|---:|")
+    lines = []
     for name, row in rows.items():
         row["ratio"] = row["pairs_per_s"] / slowest
-        print(f"| {name} | {row['pairs']} | {row['pairs_per_s']:.1f} | {row['MB_per_s']:.0f} | {row['ratio']:.1f} |")
+        speeds = f"{row['pairs_per_s']:.1f}", f"{row['MB_per_s']:.0f}", f"{row['ratio']:.1f}"
+        lines.append([name, row["pairs"], *speeds])
+    print(table(["way", "pairs measured", "pairs / s", "MB / s given", "times the released way"], lines))
     write_atomically(folder / "loading.json", json.dumps(rows, indent=1))
 
 

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from dinalrm_align.train.files import save_figure
+
 GREEN, ORANGE, GREY = "#1f7a5c", "#b4552d", "#5a646b"
 FILL = {GREEN: "#e2f2eb", ORANGE: "#fbe8de", GREY: "#eef0f2"}
 BLOCKS, USED, TAPS = 24, 12, (4, 8, 12)  # SD3.5-Medium
@@ -107,6 +109,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", nargs="?", type=Path, default=Path("runs/method.png"), help="image file to write")
     path = parser.parse_args().path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw().savefig(path, dpi=130)
+    save_figure(draw(), path, dpi=130)
     print(path)

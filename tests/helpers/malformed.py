@@ -81,12 +81,12 @@ class World:
     def reward_dir(self) -> Path:
         from tiny_reward import tiny_reward_config
 
-        from dinalrm_align.reward.checkpoint import save_checkpoint
+        from dinalrm_align.reward.checkpoint import write_reward
         from dinalrm_align.reward.model import build_reward_model
 
         self.pipeline_dir  # noqa: B018  the reward's base_model_id names it
         model = build_reward_model(tiny_reward_config(), self.pipeline.transformer, seed=1)
-        save_checkpoint(self.root / "dinalrm", model.config, model.tuned_tensors())
+        write_reward(self.root / "dinalrm", model.config, model.tuned_tensors())
         return self.root / "dinalrm"
 
     @cached_property

@@ -10,7 +10,7 @@ import torch
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.models.text import PromptEncoder
-from dinalrm_align.reward.checkpoint import save_checkpoint
+from dinalrm_align.reward.checkpoint import write_reward
 from dinalrm_align.reward.config import LoraConfig, RewardConfig
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.shapes.stack import StackConfig, build_pipeline
@@ -39,7 +39,7 @@ def make_world(folder: Path, *, seed: int = 0) -> None:
         vae_shift_factor=0.0, **TAPS,
     )  # fmt: skip
     model = build_reward_model(config, pipeline.transformer.requires_grad_(False), seed=seed + 1)
-    save_checkpoint(folder / "dinalrm", config, model.tuned_tensors())
+    write_reward(folder / "dinalrm", config, model.tuned_tensors())
     embeds, pooled = PromptEncoder(str(folder / "pipeline"), text_length=14)(PROMPTS)
     generator = torch.Generator().manual_seed(0)
     with LatentPairsWriter(folder / "pairs", PairManifest(1.0, 0.0, 14)) as writer:

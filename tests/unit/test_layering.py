@@ -96,6 +96,7 @@ def test_configurations_import_nothing_heavy():
 
 
 def test_examples_import_public_names_only():
+    """Checks examples/*.py. Scripts in examples/evidence are an intended exception: they measure internal modules."""
     for path in (ROOT / "examples").glob("*.py"):
         names = imports(ast.parse(path.read_text()))
         private = [

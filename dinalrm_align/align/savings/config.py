@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dinalrm_align.reward.config import LoraConfig, RewardConfig
-from dinalrm_align.train.settings import NonNegativeInt, PositiveInt, check_fields, check_integer
+from dinalrm_align.train.settings import (
+    IntFrom1To8,
+    IntFrom1To512,
+    IntFrom64To6144,
+    NonNegativeInt,
+    PositiveInt,
+    check_fields,
+)
 
 
 @dataclass
@@ -32,10 +39,10 @@ class SavingsRun:
         output_dir: folder for savings.md, savings.json and savings.png.
     """
 
-    size: int = 1024
+    size: IntFrom64To6144 = 1024
     batch: PositiveInt = 1
-    text_length: int = 128
-    levels: int = 1
+    text_length: IntFrom1To512 = 128
+    levels: IntFrom1To8 = 1
     economies: bool = True
     workers: PositiveInt = 2
     measure: bool = False
@@ -45,9 +52,7 @@ class SavingsRun:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_integer("levels", self.levels, low=1, high=8)
-        check_integer("text_length", self.text_length, low=1, high=512)
-        if self.size < 64 or self.size % 16 or self.size > 6144:
+        if self.size % 16:
             raise ValueError(f"size: got {self.size} pixels; expected a multiple of 16 from 64 to 6144")
 
     @property

@@ -208,7 +208,7 @@ def _operations(cost: Cost) -> list[str]:
 
 
 def stacks(run: SavingsRun, costs: Costs) -> tuple[dict, dict, dict]:
-    """Return the data of the three plots in `draw`: GiB with gradient checkpointing, GiB without it, and TFLOP.
+    """Return the data of the three plots in `draw_costs`: GiB with gradient checkpointing, GiB without it, and TFLOP.
 
     Each plot's data is {reward: {component: number}}, with the components in `MEMORY` or `OPERATIONS`.
     """
@@ -228,7 +228,7 @@ def stacks(run: SavingsRun, costs: Costs) -> tuple[dict, dict, dict]:
     return recomputed, kept, operations
 
 
-def draw(run: SavingsRun, costs: Costs, path: Path) -> None:
+def draw_costs(run: SavingsRun, costs: Costs, path: Path) -> None:
     """Draw savings.png: memory and FLOPs of a ReFL update without its rollout, as one stacked bar per reward."""
     recomputed, plain, operations = stacks(run, costs)
     figure = Figure(figsize=(13, 4.6), layout="constrained")

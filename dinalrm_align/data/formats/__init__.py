@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dinalrm_align.data.formats import mined, published, released
-from dinalrm_align.data.formats.record import Bad, Cell, Preference, Row, check_preference, refuse
+from dinalrm_align.data.formats.record import Bad, Cell, Preference, Row, check_preference, raise_error
 from dinalrm_align.data.formats.rows import read_records, table_rows
 
 
@@ -64,7 +64,7 @@ LAYOUTS: dict[str, tuple[Callable[..., Iterator[Row]], Callable[[Row], Iterator[
 
 
 def read_preferences(
-    source: Path | Sequence[Path], layout: str, bad: Bad = refuse, *, strict: bool = True
+    source: Path | Sequence[Path], layout: str, bad: Bad = raise_error, *, strict: bool = True
 ) -> Iterator[Preference]:
     """Yield every pair of a data set, in stored order.
 

@@ -39,10 +39,13 @@ def hpdv2(row: Row) -> Iterator[Preference]:
 
 def rankings(row: Row) -> Iterator[Preference]:
     record = row.fields
-    images = record["generations"] if "generations" in record else record["image_path"]
-    ranks = record["ranking"] if "ranking" in record else record["rank"]
-    if not isinstance(images, list) or not isinstance(ranks, list) or len(images) != len(ranks) or len(images) < 2:
-        raise ValueError(f"got images {images!r:.60}, ranks {ranks!r:.60}; expected lists of one length, at least 2")
+    paths = "generations" if "generations" in record else "image_path"
+    order = "ranking" if "ranking" in record else "rank"
+    images, ranks = record[paths], record[order]
+    if not isinstance(images, list) or len(images) < 2:
+        raise ValueError(f"{paths}: got {images!r:.60}; expected a list of at least 2 images")
+    if not isinstance(ranks, list) or len(ranks) != len(images):
+        raise ValueError(f"{order}: got {ranks!r:.60}; expected a list of {len(images)} ranks, one per image")
     ranks = [number(rank, "rank") for rank in ranks]
     for i, j in itertools.combinations(range(len(ranks)), 2):
         label = 0.5 if ranks[i] == ranks[j] else float(ranks[i] < ranks[j])

@@ -101,7 +101,7 @@ def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
     return pair
 
 
-def refuse(reason: str, message: str) -> NoReturn:
+def raise_error(reason: str, message: str) -> NoReturn:
     raise ValueError(message)
 
 

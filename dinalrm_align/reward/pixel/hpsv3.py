@@ -156,7 +156,7 @@ def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[i
     return sides[0], sides[1]
 
 
-def preprocess(
+def image_patches(
     images: Tensor, *, pixels: int, patch: int = 14, merge: int = 2, frames: int = 2
 ) -> tuple[Tensor, tuple[int, int]]:
     """Return patches (B * rows * columns, 3 * frames * patch^2), float32, and (rows, columns) of one image's grid.
@@ -254,7 +254,7 @@ class HPSv3Reward(PixelReward):
         """Return mu, a scalar in the head's dtype, of one image (1, 3, H, W) and one prompt."""
         vision = self.model.config.vision_config
         patch, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        values, (rows, columns) = preprocess(image, pixels=self.pixels, patch=patch, merge=merge, frames=frames)
+        values, (rows, columns) = image_patches(image, pixels=self.pixels, patch=patch, merge=merge, frames=frames)
         ids = self.token_ids(prompt, rows * columns // merge**2)
         hidden = self.model(
             input_ids=torch.tensor([ids], device=self.device),

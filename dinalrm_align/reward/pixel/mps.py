@@ -41,6 +41,7 @@ from dinalrm_align.reward.pixel.clip import load_preprocess
 from dinalrm_align.reward.pixel.clip_h import build_clip_h, shape_of
 from dinalrm_align.train.command import refusing
 from dinalrm_align.train.device import available_device
+from dinalrm_align.train.files import atomically
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
@@ -212,7 +213,8 @@ def convert_mps(source: str | Path, target: str | Path) -> str | Path:
     tensors = read_mps(Path(source))
     if not any(name.startswith("cross_model.") for name in tensors):
         raise ValueError(f"{source} does not hold an MPS: it has no cross_model.*, but {sorted(tensors)[:4]}")
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, target)
+    with atomically(Path(target)) as temporary:
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary)
     return target
 
 

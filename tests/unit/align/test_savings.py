@@ -20,7 +20,7 @@ from dinalrm_align.align.savings.config import (
     economies,
 )
 from dinalrm_align.align.savings.cost import Cost, FakeFloats, Measured, count, measure
-from dinalrm_align.align.savings.report import draw, measured_table, paper_readings, report, stacks, to_json
+from dinalrm_align.align.savings.report import draw_costs, measured_table, paper_readings, report, stacks, to_json
 from dinalrm_align.align.savings.workloads import PackedLinear, build_networks, workload_of
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.checkpoint import read_checkpoint
@@ -187,7 +187,7 @@ def test_report_names_its_conventions_and_draws(tmp_path, monkeypatch, capsys):
     assert all(name in text for name in economies(RUN.base))
     data = json.loads(json.dumps(to_json(RUN, costs, None, "", None)))
     assert len(data["cases"]) == len(costs) and data["savings_percent"]["memory"]["paper"] == 51.4
-    draw(RUN, costs, tmp_path / "savings.png")
+    draw_costs(RUN, costs, tmp_path / "savings.png")
     assert (tmp_path / "savings.png").stat().st_size > 10_000
     (tmp_path / "savings.json").write_text(json.dumps(data))
     targets = Path(__file__).parents[3] / "examples" / "evidence" / "savings_targets.py"

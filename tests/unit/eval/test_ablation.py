@@ -6,8 +6,8 @@ import pytest
 from dinalrm_align.eval.ablation import (
     Evidence,
     accuracy_at,
+    accuracy_difference,
     arm_accuracy,
-    difference,
     draw_groups,
     in_points,
     inference_section,
@@ -71,27 +71,27 @@ def test_accuracy_over_levels_is_the_mean_of_the_levels():
 @pytest.mark.parametrize(("better", "worse", "expected"), [(0.9, 0.6, "holds"), (0.6, 0.9, "reverses")])
 def test_a_large_difference_has_a_verdict(better, worse, expected):
     found = evidence(calibrated=better, fixed=worse)
-    gap = difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
+    gap = accuracy_difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
     assert gap.mean == pytest.approx(better - worse, abs=0.05) and verdict(gap) == expected
 
 
 def test_no_difference_has_none():
     found = evidence(calibrated=0.8, fixed=0.8)
-    gap = difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
+    gap = accuracy_difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
     assert verdict(gap) == "is inconclusive" and gap.low < 0 < gap.high
 
 
 def test_differences_are_paired_over_shared_seeds_and_equal_pairs():
     found = evidence(calibrated=0.8, fixed=0.7)
     del found.runs["fixed"][2]
-    assert difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4)).seeds == 2
+    assert accuracy_difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4)).seeds == 2
     other = found.runs["fixed"][0]["set"]
     found.runs["fixed"][0]["set"] = PairScores(other.scores, other.rejected, other.chosen, other.label, other.caption)
     with pytest.raises(ValueError, match="different pairs 'set', seed 0"):
-        difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
+        accuracy_difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
     found.runs["fixed"] = {7: found.runs["fixed"][1]}
     with pytest.raises(ValueError, match="share no seed"):
-        difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
+        accuracy_difference(found, "calibrated", "fixed", "set", accuracy_at(0.4), accuracy_at(0.4))
 
 
 def test_raters_that_tie_are_left_out():

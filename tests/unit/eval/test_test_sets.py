@@ -17,7 +17,7 @@ from public_sets import (
     write_parquet,
 )
 
-from dinalrm_align.eval.evaluator import PIECE, Fit, draw_noise, score_image_set
+from dinalrm_align.eval.evaluator import PIECE, Fit, noise_by_prompt, score_image_set
 from dinalrm_align.eval.protocols import accuracy
 from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, Pieces
 from dinalrm_align.eval.test_sets import leaked, open_test_set, read_trained, trained_on
@@ -176,11 +176,11 @@ def test_a_picture_keeps_its_aspect_at_the_area_or_is_cropped():
 
 
 def test_noise_is_of_the_prompt_and_the_draw_alone():
-    together = draw_noise(["a", "b", "a"], (2, 3), seed=1, draw=0)
+    together = noise_by_prompt(["a", "b", "a"], (2, 3), seed=1, draw=0)
     assert (together[0] == together[2]).all() and (together[0] != together[1]).any()
-    assert (draw_noise(["b"], (2, 3), seed=1, draw=0)[0] == together[1]).all()
+    assert (noise_by_prompt(["b"], (2, 3), seed=1, draw=0)[0] == together[1]).all()
     for other in ({"seed": 2, "draw": 0}, {"seed": 1, "draw": 1}):
-        assert (draw_noise(["b"], (2, 3), **other)[0] != together[1]).any()
+        assert (noise_by_prompt(["b"], (2, 3), **other)[0] != together[1]).any()
 
 
 def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
@@ -203,7 +203,7 @@ def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
     found = image_scorer(reward, encoders, fit, readings, 3)(pictures, prompts)
     for row, (picture, prompt) in enumerate(zip(pictures, prompts)):
         latents = encode_images(encoders.vae, fit(picture)[None])
-        noise = draw_noise([prompt], latents.shape[1:], 3, 0)
+        noise = noise_by_prompt([prompt], latents.shape[1:], 3, 0)
         for reading in readings:
             expected = reward.raw(latents, [prompt], sigma=list(reading.sigmas), noise=noise)
             assert found[reading.name][row] == pytest.approx(expected.item(), abs=1e-5)
@@ -228,7 +228,7 @@ def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
         ("hpdv3", [{"prompt": "x", "path1": "a.png"}], "entry 0: it lacks the field 'path2'"),
         ("hpdv3", [{"prompt": 3, "path1": "a", "path2": "b"}], "entry 0: prompt: got int 3"),
         ("hpdv3", [{"prompt": "x", "path1": "../a", "path2": "b"}], "expected one inside the set's folder"),
-        ("hpdv2", [{"prompt": "x", "image_path": ["a", "b"], "rank": [1]}], "expected lists of one length"),
+        ("hpdv2", [{"prompt": "x", "image_path": ["a", "b"], "rank": [1]}], "rank: got .*expected a list of 2 ranks"),
         ("imagereward", [{"prompt": "x", "generations": ["a", "b"], "ranking": [1, None]}], "entry 0: rank: got None"),
         ("genai_bench", [{"prompt": "x", "left_image": "a", "right_image": "b", "vote_type": "left"}],
          "vote_type: got 'left'; known: leftvote, rightvote, tievote, bothbad_vote"),

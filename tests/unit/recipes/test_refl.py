@@ -321,13 +321,13 @@ def test_a_long_prompts_file_is_trained_on_beyond_prompt_10_001(recipe, argument
 
     from dinalrm_align.align import refl
     from dinalrm_align.models.pipeline import load_transformer
-    from dinalrm_align.reward.checkpoint import save_checkpoint
+    from dinalrm_align.reward.checkpoint import write_reward
     from dinalrm_align.reward.model import build_reward_model
 
     config = tiny_reward_config(text_length=9, base_model_id=str(world / "pipeline"))
     model = build_reward_model(config, load_transformer(world / "pipeline", dtype=torch.float32), seed=1)
     shake(model, seed=2)
-    save_checkpoint(tmp_path / "reward", config, model.tuned_tensors())
+    write_reward(tmp_path / "reward", config, model.tuned_tensors())
     prompts = tmp_path / "many.txt"
     prompts.write_text("".join(f"{number} small red circles on white\n" for number in range(12_000)))
     numbers = set()

@@ -15,7 +15,7 @@ from tiny_reward import make_inputs, raw_scores, shake, tiny_reward_config
 
 from dinalrm_align import LatentReward, RewardConfig
 from dinalrm_align.models.weights import fetch, load_tensors
-from dinalrm_align.reward.checkpoint import read_checkpoint, relocated, save_checkpoint
+from dinalrm_align.reward.checkpoint import read_checkpoint, relocated, write_reward
 from dinalrm_align.reward.config import HeadConfig, LoraConfig
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.train.digest import digest, fingerprint
@@ -281,13 +281,13 @@ def test_an_interrupted_write_leaves_the_old_file(folder, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", fail)
     stored = read_checkpoint(folder)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(folder, stored.config, stored.tensors)
+        write_reward(folder, stored.config, stored.tensors)
     assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match="checkpoint format: got 'pickle'; known: dinalrm, released"):
-        save_checkpoint(tmp_path, tiny_reward_config(), {}, format="pickle")
+        write_reward(tmp_path, tiny_reward_config(), {}, format="pickle")
 
 
 VARIANTS = {
@@ -320,7 +320,7 @@ def test_every_kind_of_reward_survives_both_layouts(tiny_pipeline, tmp_path, var
     config = tiny_reward_config(**(VARIANTS | OF_OUR_LAYOUT)[variant])
     model = build_reward_model(config, tiny_pipeline.transformer, share_weights=config.tuning != "full")
     shake(model, seed=5)
-    save_checkpoint(tmp_path, config, model.tuned_tensors(), format=format)
+    write_reward(tmp_path, config, model.tuned_tensors(), format=format)
     stored = read_checkpoint(tmp_path)
     again = build_reward_model(stored.config, tiny_pipeline.transformer, share_weights=config.tuning != "full", seed=9)
     load_tensors(again.tuned_tensors(), stored.tensors, stored.where)
@@ -339,7 +339,7 @@ def test_every_kind_of_reward_survives_both_layouts(tiny_pipeline, tmp_path, var
 def test_an_architecture_that_the_released_code_has_not_is_not_written_in_its_layout(variant, tmp_path):
     config = tiny_reward_config(**OF_OUR_LAYOUT[variant])
     with pytest.raises(ValueError, match="released layout has no place for a reward without .*; save as 'dinalrm'"):
-        save_checkpoint(tmp_path / "new", config, {}, format="released")
+        write_reward(tmp_path / "new", config, {}, format="released")
     assert not (tmp_path / "new").exists()
 
 

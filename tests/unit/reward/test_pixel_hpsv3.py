@@ -26,8 +26,8 @@ from dinalrm_align.reward.pixel.hpsv3 import (
     HPSv3Reward,
     add_reward_token,
     fitted_size,
+    image_patches,
     load_template,
-    preprocess,
     rank_head,
 )
 from dinalrm_align.reward.registry import load_reward
@@ -157,7 +157,7 @@ def test_preprocessing_agrees_with_the_pil_processor():
     for picture, mean, largest in zip(pictures(), (0.01, 1e-6), (0.2, 1e-5), strict=True):
         want = processor()(picture, return_tensors="pt")
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-        got, grid = preprocess(image, pixels=PIXELS)
+        got, grid = image_patches(image, pixels=PIXELS)
         assert want.image_grid_thw.tolist() == [[1, *grid]]
         assert got.shape == want.pixel_values.shape
         assert (got - want.pixel_values).abs().mean() < mean
@@ -166,8 +166,8 @@ def test_preprocessing_agrees_with_the_pil_processor():
 
 def test_a_batch_is_its_pictures_one_after_another():
     images = torch.rand(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
-    both, _ = preprocess(images, pixels=PIXELS)
-    one, _ = preprocess(images[1:], pixels=PIXELS)
+    both, _ = image_patches(images, pixels=PIXELS)
+    one, _ = image_patches(images[1:], pixels=PIXELS)
     torch.testing.assert_close(both[len(one) :], one)
 
 
