@@ -161,8 +161,11 @@ def question_section(question: Question, evidence: Evidence) -> str:
 
     def sentence(better: str, worse: str) -> str:
         parts = []
+        # "all levels" would read a reward that was trained at one level at levels that it has never seen
+        left_out = {"all levels"} if ARMS[better].has_one_level or ARMS[worse].has_one_level else set()
         for name in sets:
-            words = [f"{key} {verdict(gap)} ({in_points(gap)})" for key, gap in compare(better, worse, name).items()]
+            gaps = {key: gap for key, gap in compare(better, worse, name).items() if key not in left_out}
+            words = [f"{key} {verdict(gap)} ({in_points(gap)})" for key, gap in gaps.items()]
             parts.append(f"on {name}: {', '.join(words)}")
         one_seed = len(runs[better].keys() & runs[worse].keys()) == 1
         note = " (one seed: variance between seeds unknown)" * one_seed

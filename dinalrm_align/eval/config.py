@@ -34,6 +34,10 @@ class Arm:
     changes: Changes | Callable[[RewardConfig], Changes] = field(default_factory=dict)
     sigma: float = 0.4
 
+    @property
+    def has_one_level(self) -> bool:
+        return not callable(self.changes) and self.changes.get("train_sigma.density") == "constant"
+
     def options(self, reward: RewardConfig) -> Changes:
         return self.changes(reward) if callable(self.changes) else self.changes
 

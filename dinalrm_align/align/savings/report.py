@@ -49,7 +49,7 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
     - memory: peak bytes of a ReFL update without its rollout and without gradient checkpointing.
     - reward FLOPs: scoring, including the VAE's decoder for pixel rewards.
     - optimisation FLOPs: scoring and one forward pass of the policy. This definition is closest to the paper.
-    - optimisation FLOPs, executed: a ReFL update without its rollout, backward passes included.
+    - gradient part of an update, executed: a ReFL update without its rollout, backward passes included.
     """
     plain = base.kept
     policy, rollout = costs[plain.but(work="policy_forward")].f2, rollout_operations(base, costs)
@@ -65,8 +65,8 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
         "reward FLOPs": {"paper": 71.1, **saved(score, lambda cost: cost.f2)},
         "reward MACs without attention": saved(score, lambda cost: cost.m0),
         "optimisation FLOPs": {"paper": 46.4, **saved(score, lambda cost: policy + cost.f2)},
-        "optimisation FLOPs, executed": saved(kept, lambda cost: cost.f2),
-        "optimisation FLOPs, executed, with the rollout": saved(kept, lambda cost: rollout + cost.f2),
+        "gradient part of an update, executed": saved(kept, lambda cost: cost.f2),
+        "update with its rollout, executed": saved(kept, lambda cost: rollout + cost.f2),
     }
 
 
