@@ -5,7 +5,6 @@ The tables are `malformed_api.py`, `malformed_files.py` and `malformed_cli.py`; 
 """
 
 import contextlib
-import importlib.util
 import io
 import itertools
 import json
@@ -20,9 +19,9 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import torch
+from paths import ROOT, load_recipe
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dinalrm_align"
 
 
@@ -102,20 +101,9 @@ class World:
 
     @cached_property
     def clip_dir(self) -> Path:
-        from transformers import CLIPConfig, CLIPModel
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+        from tiny_clip import save_clip
 
-        from dinalrm_align.shapes.stack import clip_tokenizer
-
-        folder, tokenizer = self.root / "pixel", clip_tokenizer(["red", "circle"], 16)
-        tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-        ends = {f"{end}_token_id": vars(tokenizer).get(f"{end}_token_id", 0) for end in ("eos", "bos", "pad")}
-        text = dict(**tower, **ends, vocab_size=len(tokenizer), max_position_embeddings=16)
-        vision = dict(**tower, image_size=64, patch_size=16)
-        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64).save_pretrained(folder)
-        return folder
+        return save_clip(self.root / "pixel", side=64, patch=16)
 
     @cached_property
     def clip(self):
@@ -281,7 +269,4 @@ def recipe(name: str) -> str:
 @cache
 def entry(name: str) -> Callable[[Sequence[str]], None]:
     """The main function of a recipe."""
-    spec = importlib.util.spec_from_file_location(f"malformed_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_recipe(name).main

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dinalrm_align.models.pipeline import decode_latents
+
 
 def check_recomputation(
     reward, prompts: Sequence[str], calls: Sequence[object], set_mode: Callable[[], object]
@@ -25,3 +27,11 @@ def check_recomputation(
     torch.testing.assert_close(recomputed, plain)
     torch.autograd.grad(reward(latents, prompts=prompts).sum(), latents)
     assert len(calls) == 16
+
+
+def check_decoding(reward, vae, prompts: Sequence[str]) -> None:
+    """Assert that two latents score as the images that the VAE decodes them to."""
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        images = decode_latents(vae, latents)
+    torch.testing.assert_close(reward(latents, prompts=prompts).detach(), reward.score_images(images, prompts))

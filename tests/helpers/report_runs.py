@@ -53,3 +53,12 @@ def make_run(
     (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "summary.json").write_text(json.dumps({"recipe": recipe, "seed": seed}))
     return folder
+
+
+def make_four_runs(folder: Path) -> list[Path]:
+    """ReFL with two rewards, two seeds of the first; GRPO once, hacked at update 4, with a drift."""
+    return [
+        make_run(folder / "a0", 0.4), make_run(folder / "a1", 0.6, seed=1),
+        make_run(folder / "b0", 0.1, reward="pixel"),
+        make_run(folder / "c0", -0.4, recipe="grpo_sd35", alarm=4, extra={"drift": 0.3}),
+    ]  # fmt: skip

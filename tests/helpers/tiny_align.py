@@ -88,16 +88,19 @@ def gradient_of(method, first: int, count: int) -> Tensor:
     return total / max(items, 1)
 
 
-def train(method, steps: int, lr: float) -> list[float]:
-    """Train the LoRA with Adam; return the metric reward of each step. Asserts that no base weight gets a gradient."""
+def train(method, steps: int, lr: float, batches: int | None = None) -> list[dict[str, float]]:
+    """Train the LoRA with Adam; return the loss and metrics of each step. Asserts that no base weight gets a gradient.
+
+    batches: number of batches, which are repeated; None for a new batch at each step.
+    """
     policy = method.sampler.policy
     optimizer = torch.optim.Adam(policy.parameters.values(), lr=lr)
-    rewards = []
-    for micro_step in range(steps):
-        loss, metrics = method.step(method.batch_at(micro_step))
+    rows = []
+    for step in range(steps):
+        loss, metrics = method.step(method.batch_at(step % (batches or steps)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rewards.append(metrics["reward"])
+        rows.append({"loss": loss.item()} | {name: float(value) for name, value in metrics.items()})
     assert all(p.grad is None for n, p in policy.transformer.named_parameters() if ".lora_" not in n)
-    return rewards
+    return rows

@@ -28,12 +28,32 @@ def tiny_vae(seed=1):
     ).eval()
 
 
-def write_processor(folder):
+def write_processor(folder, side=SIZE):
     """A folder with tokenizer and preprocessor_config.json; returns the tokenizer."""
     tokenizer = clip_tokenizer(["red", "blue", "circle", "square"], LENGTH)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder)
     return tokenizer
+
+
+def token_settings(tokenizer):
+    """The part of a CLIPTextConfig that follows from the tokenizer."""
+    ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
+    return dict(vocab_size=len(tokenizer), max_position_embeddings=LENGTH, **ends)
+
+
+def save_clip(folder, *, side=SIZE, patch=8, layers=1):
+    """Write a CLIPModel in PickScore's layout, tokenizer and preprocessor beside it; returns the folder.
+
+    side: width and height of an image in pixels. patch: width and height of a patch in pixels.
+    """
+    tokenizer = write_processor(folder, side)
+    torch.manual_seed(0)
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2)
+    text = dict(**tower, **token_settings(tokenizer))
+    vision = dict(**tower, image_size=side, patch_size=patch)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    return folder
 
 
 def tiny_clip_h(tokenizer, seed=0):
@@ -44,15 +64,7 @@ def tiny_clip_h(tokenizer, seed=0):
     config = CLIPConfig(
         projection_dim=24,
         vision_config=dict(**vision, patch_size=8, hidden_act="gelu"),
-        text_config=dict(
-            **text,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=LENGTH,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            hidden_act="gelu",
-        ),
+        text_config=dict(**text, **token_settings(tokenizer), hidden_act="gelu"),
     )
     model = CLIPModel(config)
     with torch.no_grad():
@@ -90,6 +102,11 @@ def open_clip_tensors(clip):
     out["visual.proj"] = have["visual_projection.weight"].t().contiguous()
     out["logit_scale"] = have["logit_scale"]
     return out
+
+
+def drop(name):
+    """A function that returns tensors without the one of this name."""
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
 
 
 def smooth_pictures(batch, height, width, seed=0):

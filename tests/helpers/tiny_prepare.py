@@ -1,6 +1,5 @@
 """Image pairs in published layouts, and their preparation with stand-in encoders."""
 
-import importlib.util
 import io
 import json
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import torch
-from paths import RECIPES
 from PIL import Image
 from pyarrow import parquet
 
@@ -18,14 +16,6 @@ from dinalrm_align.data.prepare import Preparation
 from dinalrm_align.data.workers import worker_processes
 
 MANIFEST = PairManifest(1.0, 0.0, 3)
-
-
-def recipe(name):
-    """A recipe as a module."""
-    spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def encode_images(images):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from paths import RECIPES
 
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
@@ -15,7 +16,6 @@ from dinalrm_align.reward.config import LoraConfig, RewardConfig
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.shapes.stack import StackConfig, build_pipeline
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 PROMPTS = ("a small red circle on white", "a large blue square on gray", "two small green crosses on black")
 TRAINING = ("--device=cpu", "--loop.steps=4", "--loop.checkpoint_every=1", "--loop.ema_decay=0.5", "--loop.keep_last=2")
 TAPS = dict(num_layers=2, visual_taps=(1, 2), text_taps=(1, 2))
@@ -67,6 +67,21 @@ def recipes(world: Path) -> list[Recipe]:
         Recipe(name, runpy.run_path(str(RECIPES / f"{name}.py"))["main"], arguments)
         for name, arguments in (("refl_sd35", refl), ("train_reward", reward))
     ]
+
+
+def ablation(world: Path, folder: Path) -> list[str]:
+    """Arguments of ablate_reward, all but the arms: two updates of a very small reward, output in FOLDER/out."""
+    (folder / "training.yaml").write_text(
+        "batch_size: 4\nloop: {ema_decay: 0.0, checkpoint_every: 2}\noptim: {lr: 1.0e-2}\n"
+        "reward: {num_layers: 2, visual_taps: [1, 2], text_taps: [1, 2], text_length: 14, "
+        "head: {width: 16, num_attn_heads: 2}, lora: {rank: 2}}\n"
+    )
+    return [
+        f"--model={world}", f"--training={folder / 'training.yaml'}", f"--output_dir={folder / 'out'}", "--device=cpu",
+        "--seeds=[0]", "--steps=2", "--sigmas=[0.0,0.4,0.8]", "--ensembles=[[0.2,0.4]]", "--draws=4",
+        "--shapes_pairs.groups=8", "--shapes_pairs.heldout_groups=6", "--shapes_pairs.per_concept=1",
+        "--shapes_pairs.per_shifted=1", "--shapes_pairs.sampled_share=0",
+    ]  # fmt: skip
 
 
 def stand_in(figure: object, path: Path, **options: object) -> None:

@@ -10,6 +10,7 @@ from paths import RECIPES, ROOT
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
 OPTIONS = {
+    "compare_runs": "--shown",
     "dpo_sd35": "--dpo.refresh_every",
     "mine_pairs": "--mine.min_gap",
     "refl_sd35": "--refl.grad_steps",
@@ -44,6 +45,7 @@ def test_help_prints_the_options_without_torch(found):
     assert {name: values[:2] for name, values in found.items()} == {name: [0, False] for name in NAMES}
     assert {name: option for name, option in OPTIONS.items() if option not in found[name][3]} == {}
     assert "DRaFT-K" in found["refl_sd35"][3]
+    assert "runs/*" in found["compare_runs"][3] and "folders of runs" in found["compare_runs"][3]
 
 
 def test_help_is_quick(found):

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from paths import RECIPES, ROOT
 from same_run import differences
 from tiny_recipes import make_world, recipes, stand_in, step_of
 
 from dinalrm_align.train import loop
-from dinalrm_align.train.checkpoints import latest_checkpoint
+from dinalrm_align.train.checkpoints import checkpoint_to_resume, latest_checkpoint
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -69,6 +71,24 @@ def test_a_run_stopped_at_every_step_boundary_is_the_uninterrupted_one(
     content[-1] ^= 1
     weights.write_bytes(content)
     assert differences(whole, run) == ["checkpoints/step_000004/weights.safetensors: differs"]
+
+
+def test_a_run_stopped_by_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*recipes(world)[0].arguments, f"--output_dir={folder}", "--loop.steps=100000"]
+    command = [sys.executable, str(RECIPES / "refl_sd35.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    metrics = folder / "metrics.jsonl"
+    for _ in range(600):
+        if process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 1):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"--resume {folder}" in output
+    assert checkpoint_to_resume(folder).is_dir()
 
 
 def test_a_fork_killed_while_it_draws_a_bar_does_not_block_others(tmp_path):

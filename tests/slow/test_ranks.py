@@ -107,6 +107,19 @@ def launch(folder: Path, script: Path, *options: str) -> subprocess.CompletedPro
     return subprocess.CompletedProcess(command, process.returncode, printed)
 
 
+def test_two_ranks_equal_one_that_accumulates(tmp_path):
+    """2 ranks x 1 micro-batch equal 1 rank x 2 in weights and metrics; the initial weights of rank 1 do not matter."""
+    script, environment = HELPERS / "linear_worker.py", {**os.environ, "PYTHONPATH": str(HELPERS.parents[1])}
+    ended = launch(tmp_path, script, str(tmp_path / "two"))
+    assert ended.returncode == 0, ended.stdout
+    subprocess.run([sys.executable, str(script), str(tmp_path / "one")], env=environment, check=True, timeout=300)
+    weights = [load_file(latest_checkpoint(tmp_path / name) / "weights.safetensors") for name in ("two", "one")]
+    for key in weights[0]:
+        torch.testing.assert_close(weights[0][key], weights[1][key])
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
+    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]])
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks_world")

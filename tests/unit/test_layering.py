@@ -95,6 +95,13 @@ def test_configurations_import_nothing_heavy():
         assert not names & HEAVY, f"{path.relative_to(ROOT)} imports {names & HEAVY} at its top"
 
 
+def test_unit_tests_start_no_process():
+    """Tests that start processes are in tests/slow."""
+    for path in sources(ROOT / "tests" / "unit"):
+        names = {part for name in imports(ast.parse(path.read_text())) for part in name.split(".")}
+        assert not names & {"subprocess", "multiprocessing"}, path.relative_to(ROOT)
+
+
 def test_examples_import_public_names_only():
     """Checks examples/*.py. Scripts in examples/evidence are an intended exception: they measure internal modules."""
     for path in (ROOT / "examples").glob("*.py"):

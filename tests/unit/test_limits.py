@@ -22,8 +22,7 @@ def lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     given = node.args
-    named = [arg.arg for arg in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-    return len([name for name in named if name not in ("self", "cls")]) + bool(given.vararg) + bool(given.kwarg)
+    return len([*given.posonlyargs, *given.args, *given.kwonlyargs]) + bool(given.vararg) + bool(given.kwarg)
 
 
 def test_the_product_has_a_size():

@@ -36,7 +36,7 @@ from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.train.files import parse_json, read_text
 from dinalrm_align.train.settings import check_integer, check_number, did_you_mean
 
-SOURCE, MODEL = "http://127.0.0.1:8080/v1", "UnifiedReward"
+SOURCE = "http://127.0.0.1:8080/v1"
 FIELD = "{prompt}"
 LOW, HIGH = 1.0, 5.0
 ANSWER_LIMIT = 4 * 2**20
@@ -60,7 +60,7 @@ class ChatEndpoint:
     """
 
     url: str
-    model: str
+    model: str = "UnifiedReward"
     api_key: str | None = dataclasses.field(default=None, repr=False)
     timeout: float = 120.0
     attempts: int = 3
@@ -182,7 +182,6 @@ class UnifiedReward(PixelReward):
         cls,
         source: str = SOURCE,
         *,
-        model: str = MODEL,
         template: str = "point",
         question: str | Path | None = None,
         vae: AutoencoderKL | None = None,
@@ -196,8 +195,7 @@ class UnifiedReward(PixelReward):
 
         Args:
             source: base URL of the server, http://host:port/v1.
-            model: name under which the server serves the model.
-            endpoint: keyword arguments of `ChatEndpoint`: api_key, timeout, attempts, pause, max_tokens.
+            endpoint: keyword arguments of `ChatEndpoint`: model, api_key, timeout, attempts, pause, max_tokens.
             template: question to the model: `point` (asks for one score) or `acs` (mean of three scores).
             question: text file with a question that replaces the template's question and must contain {prompt}. Scores
                 are comparable to published ones only with the wording in the model's repository.
@@ -211,7 +209,7 @@ class UnifiedReward(PixelReward):
         chosen = TEMPLATES[template]
         if question is not None:
             chosen = dataclasses.replace(chosen, question=read_text(Path(question), "question"))
-        return cls(ChatEndpoint(source, model, **endpoint), chosen, vae, side, concurrency)
+        return cls(ChatEndpoint(source, **endpoint), chosen, vae, side, concurrency)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,), float32, in [1, 5], of images (B, 3, H, W) in [0, 1] for B prompts, without gradient."""

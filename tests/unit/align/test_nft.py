@@ -82,7 +82,7 @@ def test_the_sampling_policy_follows(method):
 
 def test_the_reward_rises(method):
     learner = changed(method, groups=2, group_size=8)
-    rewards = train(learner, steps=25, lr=0.01)
+    rewards = [row["reward"] for row in train(learner, steps=25, lr=0.01)]
     assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.02
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from paths import load_recipe
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_prepare import (
@@ -18,7 +19,6 @@ from tiny_prepare import (
     pickapic,
     picture,
     prepare,
-    recipe,
     values_of,
 )
 
@@ -90,14 +90,6 @@ def test_ranks_share_the_files_and_write_the_same(tmp_path):
     _, rest = prepare(source, tmp_path / "three")
     assert rest == [] and all(shares) and sum(map(sum, shares)) == 24, "each image by one rank"
     assert content(tmp_path / "one") == content(tmp_path / "three")
-
-
-def test_worker_processes_make_the_same_files(tmp_path):
-    source = hpdv3(tmp_path / "data", pairs=4)
-    (tmp_path / "data" / "images" / "1_r.png").write_bytes(b"broken")
-    prepare(source, tmp_path / "alone", on_bad="skip")
-    prepare(source, tmp_path / "shared", workers=1, on_bad="skip")
-    assert content(tmp_path / "alone") == content(tmp_path / "shared")
 
 
 def test_images_of_a_prompt_in_one_group_are_stored_once(tmp_path):
@@ -388,7 +380,7 @@ def test_the_recipe_prepares_what_training_accepts(tiny_world, tmp_path, monkeyp
     source, out = hpdv3(tmp_path / "data", pairs=4), tmp_path / "out"
     words = [f"--source={source}", f"--model={tiny_world}", f"--output_dir={out}", "--buckets=64x64", "--device=cpu",
              "--filter.min_pixels=0", "--workers=0"]  # fmt: skip
-    recipe("prepare_pairs").main(words)
+    load_recipe("prepare_pairs").main(words)
     assert "no pair was left out" in capsys.readouterr().out
     from dinalrm_align.data.source import Encoders, open_pairs
 

@@ -2,17 +2,15 @@
 
 import base64
 import io
-import os
 import re
 import runpy
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from paths import RECIPES
 from PIL import Image
-from report_runs import PROMPTS, make_run
+from report_runs import PROMPTS, make_four_runs, make_run
 
 from dinalrm_align.eval.config import CompareRun
 from dinalrm_align.eval.report.entries import read_entries
@@ -27,7 +25,7 @@ from dinalrm_align.eval.report.page import (
     write,
 )
 
-RECIPE = Path(__file__).parents[3] / "recipes" / "compare_runs.py"
+RECIPE = RECIPES / "compare_runs.py"
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
 
@@ -62,12 +60,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def folders(tmp_path) -> list[Path]:
-    """ReFL with two rewards, two seeds of the first; GRPO once, hacked at update 4, with a drift."""
-    return [
-        make_run(tmp_path / "a0", 0.4), make_run(tmp_path / "a1", 0.6, seed=1),
-        make_run(tmp_path / "b0", 0.1, reward="pixel"),
-        make_run(tmp_path / "c0", -0.4, recipe="grpo_sd35", alarm=4, extra={"drift": 0.3}),
-    ]  # fmt: skip
+    return make_four_runs(tmp_path)
 
 
 def labels_of(folders) -> list[str]:
@@ -238,23 +231,6 @@ def test_the_page_is_complete_and_self_contained(folders, tmp_path):
     assert "| refl dinalrm, seed 0 | 4 | +0.400" in markdown and not notes
 
 
-def command(*words: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    root = RECIPE.parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    line = [sys.executable, *python, str(RECIPE), *words]
-    return subprocess.run(line, capture_output=True, text=True, cwd=root, env=environment)
-
-
-def test_the_command_takes_folders_groups_and_options(folders, tmp_path):
-    output, absent = tmp_path / "out", str(tmp_path / "absent")
-    groups = ["--group", "pixel", str(folders[2]), "--group", "grpo", str(folders[3])]
-    ended = command(*map(str, folders[:2]), absent, *groups, "--output_dir", str(output))
-    assert ended.returncode == 0, ended.stderr
-    assert absent in ended.stdout and str(output / "index.html") in ended.stdout
-    markdown = (output / "compare.md").read_text()
-    assert "| refl dinalrm less pixel | update 4 | 1 |" in markdown and "| grpo, seed 0 |" in markdown
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -274,10 +250,3 @@ def test_invalid_commands_exit_with_an_error_message(words, message, capsys, mon
         runpy.run_path(str(RECIPE))["main"](words)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_help_teaches_and_needs_no_torch():
-    ended = command("--help", python=("-X", "importtime"))
-    assert ended.returncode == 0
-    assert "runs/*" in ended.stdout and "folders of runs" in ended.stdout and "--shown" in ended.stdout
-    assert not re.search(r"\|\s+torch$", ended.stderr, re.MULTILINE)

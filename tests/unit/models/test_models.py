@@ -1,8 +1,6 @@
 """What --model names stand for, and that the choice is quick, honest and never made for the user who named one."""
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -42,11 +40,6 @@ def write_pipeline(folder, *, sample_size=32, kind="StableDiffusion3Pipeline"):
     (folder / "scheduler" / "scheduler_config.json").touch()
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
-
-
-def test_import_and_resolve_need_no_torch():
-    code = "import sys, dinalrm_align.models.specs as m; m.resolve_model('auto'); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"HF_HUB_OFFLINE": "1", "PATH": ""})
 
 
 def test_auto_takes_sd35_when_everything_is_cached(online, monkeypatch):

@@ -1,24 +1,18 @@
 """recipes/evaluate_reward.py on the tiny stack."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import load_recipe
 from public_sets import WRITERS, put, write_hpdv3
 from safetensors.numpy import load_file
-
-RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("evaluate_reward_recipe", RECIPES / "evaluate_reward.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("evaluate_reward")
 
 
 @pytest.fixture

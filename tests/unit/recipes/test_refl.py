@@ -3,38 +3,29 @@
 import dataclasses
 import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline
+from paths import RECIPES, load_recipe
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from tiny_clip import save_clip
 
 from dinalrm_align.align import watch
 from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.align.resolve import resolve
-from dinalrm_align.shapes.stack import clip_tokenizer
 from dinalrm_align.train.checkpoints import checkpoint_to_resume
 from dinalrm_align.train.metrics import read_metrics
 
-RECIPE = Path(__file__).parents[3] / "recipes" / "refl_sd35.py"
+RECIPE = RECIPES / "refl_sd35.py"
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("refl_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("refl_sd35")
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +34,7 @@ def world(tiny_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("refl_world")
     for part in ("pipeline", "dinalrm"):
         (folder / part).symlink_to(tiny_world / part)
-    torch.manual_seed(0)
-    tokenizer = clip_tokenizer(["red", "blue", "circle", "square"], 16)
-    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    ends = dict(
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    text = dict(**tower, **ends, vocab_size=len(tokenizer), max_position_embeddings=16)
-    vision = dict(**tower, image_size=64, patch_size=16)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "pixel")
-    tokenizer.save_pretrained(folder / "pixel")
-    CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64).save_pretrained(folder / "pixel")
+    save_clip(folder / "pixel", side=64, patch=16)
     return folder
 
 
@@ -236,27 +217,6 @@ def test_pretraining_pictures_are_read_from_a_folder(recipe, arguments, tmp_path
     options = ["--refl.pretrain_weight=1", f"--refl.pretrain_pictures={pictures}", "--loop.steps=1"]
     folder = run(recipe, arguments, tmp_path / "run", *options)
     assert read_metrics(folder / "metrics.jsonl")[-1]["pretrain"] > 0
-
-
-def test_a_terminated_run_saves_and_says_how_to_go_on(arguments, tmp_path):
-    folder = tmp_path / "run"
-    command = [sys.executable, str(RECIPE), *arguments, f"--output_dir={folder}", "--loop.steps=100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet())
-    metrics = folder / "metrics.jsonl"
-    for _ in range(600):
-        if process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 1):
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert f"--resume {folder}" in output
-    assert checkpoint_to_resume(folder).is_dir()
-
-
-def quiet() -> dict[str, str]:
-    root = str(RECIPE.parents[1])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
 
 
 @pytest.mark.parametrize(

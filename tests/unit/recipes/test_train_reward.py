@@ -2,10 +2,10 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from paths import RECIPES, load_recipe
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -17,16 +17,12 @@ from dinalrm_align.reward.config import AccuracyConfig, TrainRewardRun
 from dinalrm_align.shapes.stack import StackConfig, build_pipeline
 from dinalrm_align.train.command import parse
 
-RECIPES = Path(__file__).parents[3] / "recipes"
 PROMPTS = ["a small red circle on white", "a large blue square on gray", "two small green crosses on black"]
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("train_reward_recipe", RECIPES / "train_reward.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("train_reward")
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_clip import write_processor
+from pixel_checks import check_decoding
+from tiny_clip import save_clip
 from tiny_reward import encoded
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.reward.pixel.clip import ClipReward
 
 PROMPTS = ["a red circle", "a blue square on gray"]
@@ -20,22 +20,7 @@ PROMPTS = ["a red circle", "a blue square on gray"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny CLIPModel folder in PickScore's layout: 32 pixels, tokenizer and preprocessor beside it."""
-    path = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    tokenizer = write_processor(path)
-    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    vision = dict(**tower, image_size=32, patch_size=8)
-    text = dict(
-        **tower,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-    model.save_pretrained(path)
-    return path
+    return save_clip(tmp_path_factory.mktemp("clip"), layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +64,7 @@ def test_score_equals_the_stock_forward(reward, folder):
 
 
 def test_latents_score_as_their_decoded_pictures_do(reward, vae):
-    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        images = decode_latents(vae, latents)
-    torch.testing.assert_close(reward(latents, prompts=PROMPTS).detach(), reward.score_images(images, PROMPTS))
+    check_decoding(reward, vae, PROMPTS)
 
 
 def test_gradients_reach_the_latents_and_nothing_else(reward):

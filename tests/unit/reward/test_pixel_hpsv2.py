@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from bomb import Bomb
 from PIL import Image
-from tiny_clip import LENGTH, SIZE, open_clip_tensors, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
+from tiny_clip import LENGTH, SIZE, drop, open_clip_tensors, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
 from transformers import CLIPConfig, CLIPModel
 
 from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD
@@ -175,10 +175,6 @@ def test_the_file_itself_can_be_named_and_the_version_chosen(world, tmp_path):
     version = HPSv2Reward.from_pretrained(tmp_path, file="HPS_v2_compressed.pt", processor=processor)
     named = HPSv2Reward.from_pretrained(folder / "HPS_v2.1_compressed.pt", processor=processor)
     assert torch.equal(version.clip.visual_projection.weight, 2 * named.clip.visual_projection.weight)
-
-
-def drop(name):
-    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
 
 
 @pytest.mark.parametrize(

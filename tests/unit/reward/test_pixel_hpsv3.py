@@ -8,13 +8,12 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from PIL import Image
-from pixel_checks import check_recomputation
+from pixel_checks import check_decoding, check_recomputation
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.weights import rename
 from dinalrm_align.reward.pixel import hpsv3
 from dinalrm_align.reward.pixel.hpsv3 import (
@@ -245,10 +244,7 @@ def test_a_score_does_not_depend_on_what_it_is_batched_with(reward):
 
 
 def test_latents_score_as_their_decoded_pictures_do(reward, vae):
-    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        images = decode_latents(vae, latents)
-    torch.testing.assert_close(reward(latents, prompts=PROMPTS).detach(), reward.score_images(images, PROMPTS))
+    check_decoding(reward, vae, PROMPTS)
 
 
 def test_both_generations_of_names_are_read(load, stock, reward, tmp_path):

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from bomb import Bomb
 from PIL import Image
-from pixel_checks import check_recomputation
+from pixel_checks import check_decoding, check_recomputation
 from transformers import BertTokenizer
 
-from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.weights import rename
 from dinalrm_align.reward.pixel.imagereward import NAMES, TEXT_CONFIG, WEIGHTS, ImageRewardReward, preprocess
 from dinalrm_align.reward.registry import load_reward
@@ -209,10 +208,7 @@ def test_preprocess_agrees_with_pil(size):
 
 
 def test_latents_score_as_their_decoded_pictures_do(reward, vae):
-    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        images = decode_latents(vae, latents)
-    torch.testing.assert_close(reward(latents, prompts=PROMPTS).detach(), reward.score_images(images, PROMPTS))
+    check_decoding(reward, vae, PROMPTS)
 
 
 def test_the_gradient_agrees_with_finite_differences(reward):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bomb import Bomb
-from tiny_clip import LENGTH, SIZE, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
+from tiny_clip import LENGTH, SIZE, drop, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
 from torch import nn
 
 from dinalrm_align.models.weights import read_module_tensors
@@ -246,10 +246,6 @@ def test_rotation_keeps_lengths_and_position_zero():
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(rotate(x).norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(rotate(x)[:, 0], x[:, 0])
-
-
-def drop(name):
-    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from toy_run import Memory, run, toy, without_times
 
@@ -229,51 +225,3 @@ def test_the_recorded_learning_rate_and_clip_are_those_used(tmp_path):
     moved = (after["a"] - before["a"]).abs()
     torch.testing.assert_close(moved, torch.full_like(moved, 0.025), rtol=1e-3, atol=0)
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["lr"] == pytest.approx(0.025)
-
-
-DISTRIBUTED = """
-import sys
-from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-from torch import nn
-
-from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.loop import Closures, RunFolder, fit
-from dinalrm_align.train.state import RunState
-
-accelerator = Accelerator(cpu=True)
-rank, size = accelerator.process_index, accelerator.num_processes
-data = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
-p = {"w": nn.Parameter(torch.ones(4) + rank), "idle": nn.Parameter(torch.ones(1))}  # rank 1 starts from other weights
-optim = OptimConfig(lr=0.05, clip=0.5)
-config = LoopConfig(steps=3, accumulate=2 // size)
-fit(
-    config,
-    optim,
-    RunState.initial(p, config, optim),
-    Closures(
-        lambda micro_step: data[2 * (micro_step * size + rank) :][:2],
-        lambda batch: (((batch @ p["w"] - 1) ** 2).mean(), {"w": p["w"].mean()}),
-    ),
-    accelerator=accelerator,
-    run=RunFolder(Path(sys.argv[1])),
-)
-accelerator.end_training()
-"""
-
-
-def test_two_ranks_equal_one_that_accumulates(tmp_path):
-    """2 ranks x 1 micro-batch equal 1 rank x 2 in weights and metrics; the initial weights of rank 1 do not matter."""
-    script = tmp_path / "train.py"
-    script.write_text(DISTRIBUTED)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for command, name in ((launch, "two"), ([sys.executable], "one")):
-        subprocess.run([*command, str(script), str(tmp_path / name)], env=environment, check=True, timeout=300)
-    weights = [load_file(latest_checkpoint(tmp_path / name) / "weights.safetensors") for name in ("two", "one")]
-    for key in weights[0]:
-        torch.testing.assert_close(weights[0][key], weights[1][key])
-    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
-    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]])
