@@ -101,6 +101,8 @@ def train(method, steps: int, lr: float, batches: int | None = None) -> list[dic
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rows.append({"loss": loss.item()} | {name: float(value) for name, value in metrics.items()})
+        rows.append(
+            {"loss": loss.item()} | {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()}
+        )
     assert all(p.grad is None for n, p in policy.transformer.named_parameters() if ".lora_" not in n)
     return rows
