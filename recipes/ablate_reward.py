@@ -2,13 +2,13 @@
 
     python recipes/ablate_reward.py                                      # the paper's questions, 3 seeds: about 2 hours
     python recipes/ablate_reward.py --arms '[calibrated, nll]'           # one more arm; finished arms are kept
-    python recipes/ablate_reward.py --model sd35 --pairs DIR --judged '{hpdv3: DIR, hpdv2: DIR}' \\
+    python recipes/ablate_reward.py --model sd35 --pairs DIR --test_sets '{hpdv3: DIR, hpdv2: DIR}' \\
         --steps 25000 --launch "accelerate launch --num_processes 8"
 
 An arm is recipes/train_reward.py with a few options changed. The arms include the variants of arXiv 2602.11146,
 section 5. The same command continues a stopped ablation. Two processes may share output_dir if their arms differ. The
 recipe writes a report (ablation.md, ablation.json and one figure per research question) and a folder arms/ARM/seedN per
-run, which also holds the scores of that run on each test set, judged_SET.safetensors.
+run, which also holds the scores of that run on each test set, scores_SET.safetensors.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ def resolve(argv: Sequence[str]) -> tuple[AblateRun, ModelSpec, Path, dict[str, 
     with refusing():
         spec, reason = resolve_model(config.model)
     print(reason, flush=True)
-    if spec.kind != "shapes" and (config.pairs is None or not config.judged):
-        refuse(f"{spec.name} has no pairs of its own; expected --pairs DIR and --judged '{{name: DIR}}'")
+    if spec.kind != "shapes" and (config.pairs is None or not config.test_sets):
+        refuse(f"{spec.name} has no pairs of its own; expected --pairs DIR and --test_sets '{{name: DIR}}'")
     training = Path(config.training) if config.training else HERE / f"train_reward_{spec.kind}.yaml"
     baseline, _ = parse(TrainRewardRun, "", [], [training])
     changes = {name: arm.options(baseline.reward) for name, arm in ARMS.items()}
@@ -64,7 +64,7 @@ def train_arm(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training:
     if latest_checkpoint(run) is not None:
         words = ["--resume", str(run)]
     else:
-        first = next(iter(config.judged.values()))
+        first = next(iter(config.test_sets.values()))
         given = {
             "model": spec.name, "pairs": config.pairs, "validation_pairs": first, "seed": seed,
             "loop.steps": config.steps, "output_dir": str(run),
@@ -108,23 +108,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------- pairs and evaluator
     if spec.kind == "shapes":
-        kinds = ["train"] * (config.pairs is None) + [*HELD_OUT_KINDS] * (config.judged is None)
+        kinds = ["train"] * (config.pairs is None) + [*HELD_OUT_KINDS] * (config.test_sets is None)
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
         made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in kinds}
         config.pairs = config.pairs or str(made["train"])
-        config.judged = config.judged or {kind: str(made[kind]) for kind in HELD_OUT_KINDS}
+        config.test_sets = config.test_sets or {kind: str(made[kind]) for kind in HELD_OUT_KINDS}
     transformer = load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
     with refusing():
         encoders = Encoders(spec.pipeline, text_length=baseline.reward.text_length, device=device, dtype=dtype)
         size = baseline.height or spec.height, baseline.width or spec.width
-        options = {"noise_seed": config.noise_seed, "image_sets": open_image_sets(config.judged)}
-        evaluator = Evaluator(config.judged, encoders, size, config.batch_size, **options)
+        options = {"noise_seed": config.noise_seed, "image_sets": open_image_sets(config.test_sets)}
+        evaluator = Evaluator(config.test_sets, encoders, size, config.batch_size, **options)
 
     # ---------------------------------------------------------------------- train and evaluate every arm, seed by seed
     def scores(arm: str, seed: int) -> dict[str, PairScores]:
         run = train_arm(arm, seed, config, spec, training, arms[arm][0])
         ensembles = config.ensembles if arm == BASELINE else config.ensembles[:1]
-        levels = {name: levels_to_evaluate(config.sigmas, ensembles) for name in config.judged}
+        levels = {name: levels_to_evaluate(config.sigmas, ensembles) for name in config.test_sets}
         if arm == BASELINE:
             levels[[*levels][-1]] += levels_with_draws(config.draws, config.ensembles[0])
         candidate = Candidate.from_checkpoint(run / "reward", lambda: transformer)
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     finished: dict[str, dict[int, dict[str, PairScores]]] = {}
     for arm in ARMS:
         for run in sorted((out / "arms" / arm).glob("seed*")):
-            if all(scores_file(run, name).exists() for name in config.judged):
+            if all(scores_file(run, name).exists() for name in config.test_sets):
                 seed = int(run.name.removeprefix("seed"))
                 finished.setdefault(arm, {})[seed] = scores(arm, seed)
     command = shlex.join(["python", "recipes/ablate_reward.py", *words])

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         moved = dataclasses.replace(reward.config, base_model_id="../pipeline")
         write_reward(weights / "dinalrm", moved, reward.tensors)
     if not (weights / "pixel" / "config.json").exists():
-        lists = config.pixel.batch_size // config.pairs.pictures
+        lists = config.pixel.batch_size // config.pairs.images
         train_pairs = LatentPairs(pairs["train"], batch_size=lists, seed=config.seed)
         model = train_pixel(pipeline, train_pairs, config, accelerator)
         with atomic_folder(weights / "pixel") as temporary:

@@ -3,9 +3,9 @@
     python recipes/evaluate_reward.py                                               # the embedded world's own reward
     python recipes/evaluate_reward.py --reward runs/train_reward_shapes_seed0/reward
     python recipes/evaluate_reward.py --reward pixel                                # or any other named reward
-    python recipes/evaluate_reward.py --model sd35 --size 1024 --judged '{hpdv3: DIR, hpdv2: DIR, imagereward: DIR,
+    python recipes/evaluate_reward.py --model sd35 --size 1024 --test_sets '{hpdv3: DIR, hpdv2: DIR, imagereward: DIR,
         genai_bench: hub}' --trained_on HPDv3/train.json                            # the public test sets
-    python recipes/evaluate_reward.py --model sd35 --reward hpsv3 --judged '{hpdv3: DIR}' --output_dir runs/hpsv3
+    python recipes/evaluate_reward.py --model sd35 --reward hpsv3 --test_sets '{hpdv3: DIR}' --output_dir runs/hpsv3
 
 Accuracy is the share of pairs whose preferred image scores higher. A protocol defines how ties count and how pairs are
 averaged; dinalrm_align/eval/test_sets_config.py lists test sets and protocols. Intervals cover the choice of captions,
@@ -29,8 +29,8 @@ def resolve(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
     """Return the settings and the model. `--help` exits in this function, before torch is imported."""
     config, _ = parse(EvaluateRun, __doc__, words)
     spec, reason = resolve_model(config.model)
-    if spec.kind != "shapes" and not config.judged:
-        refuse(f"{spec.name} has no test sets of its own; expected --judged '{{name: DIR}}'")
+    if spec.kind != "shapes" and not config.test_sets:
+        refuse(f"{spec.name} has no test sets of its own; expected --test_sets '{{name: DIR}}'")
     print(reason, flush=True)
     return config, spec
 
@@ -63,14 +63,14 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     source = config.checkpoint
     candidate = None if source is None else Candidate.from_checkpoint(source or spec.reward, transformer)
     trained = None if config.trained_on is None else read_trained(config.trained_on)
-    image_sets = open_image_sets(config.judged or {}, unpack_to=out / "sets")
-    if config.judged is None:
+    image_sets = open_image_sets(config.test_sets or {}, unpack_to=out / "sets")
+    if config.test_sets is None:
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
-        config.judged = {
+        config.test_sets = {
             kind: str(ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs))
             for kind in HELD_OUT_KINDS
         }
-    has_latents = config.judged.keys() > image_sets.keys()
+    has_latents = config.test_sets.keys() > image_sets.keys()
 
     # ------------------------------------------------------------------------------------------------------ the reward
     length = spec.text_length if candidate is None else candidate.config.text_length
@@ -84,12 +84,12 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     # ------------------------------------------------------------------- scores, once; then accuracy by every protocol
     size = (config.size, config.size) if config.size else (spec.height, spec.width)
     settings = config.batch_size, config.noise_seed, config.fit, config.on_bad
-    evaluator = Evaluator(config.judged, encoders, size, *settings, image_sets)
+    evaluator = Evaluator(config.test_sets, encoders, size, *settings, image_sets)
     gold = {}
     if config.gold and has_latents:
         gold = evaluator.gold_accuracy(load_image_scorer(spec.gold, spec=spec, device=device), candidate.config)
     levels = levels_to_evaluate(config.sigmas, config.ensembles)
-    all_scores = evaluator(candidate, {name: levels for name in config.judged}, out, title="reward")
+    all_scores = evaluator(candidate, {name: levels for name in config.test_sets}, out, title="reward")
     results = []
     for name, scores in all_scores.items():
         faults = faults_file(out, name)

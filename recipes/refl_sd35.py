@@ -31,7 +31,7 @@ def align(resolved: Resolved[ReflRun]) -> None:
     from dinalrm_align.models.pipeline import encode_images
 
     run, refl = resolved.run, resolved.run.refl
-    images, captions = read_captioned_images(Path(refl.pretrain_pictures)) if refl.pretrain_pictures else ([], [])
+    images, captions = read_captioned_images(Path(refl.pretrain_images)) if refl.pretrain_images else ([], [])
     setup = prepare(resolved, extra_prompts=captions, anchor=run.anchor)
     method = Refl(setup.sampler(setup.sigmas(refl.num_steps), refl.guidance_scale), setup.reward, refl, setup.anchor)
     if images:  # data of the pretraining loss

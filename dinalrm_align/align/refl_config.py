@@ -34,9 +34,9 @@ class ReflConfig:
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps
             with gradient; 0: the difference is only a metric.
         pretrain_weight: weight of a flow-matching loss on images, in place of ReFL's pretraining loss; 0: none.
-        pretrain_pictures: folder of images for the flow-matching loss, NAME.png (or .jpg, .webp) with the caption in
+        pretrain_images: folder of images for the flow-matching loss, NAME.png (or .jpg, .webp) with the caption in
             NAME.txt. By default the base model generates the images.
-        pretrain_samples: number of images that the base model generates if pretrain_pictures is not given.
+        pretrain_samples: number of images that the base model generates if pretrain_images is not given.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
         reward_sigma_range: lowest and highest noise level at which a latent reward scores; each image gets a random
             level in this range at each update. Do not combine with reward_sigma. Pixel rewards ignore both settings.
@@ -56,7 +56,7 @@ class ReflConfig:
     target: float = 2.0
     kl_weight: settings.NonNegativeFloat = 4.0
     pretrain_weight: settings.NonNegativeFloat = 0.0
-    pretrain_pictures: str | None = None
+    pretrain_images: str | None = None
     pretrain_samples: settings.PositiveInt = 64
     reward_sigma: list[settings.ClosedUnitInterval] | None = None
     reward_sigma_range: tuple[settings.ClosedUnitInterval, settings.ClosedUnitInterval] | None = None

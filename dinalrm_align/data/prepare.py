@@ -202,7 +202,7 @@ class Preparation:
                 latents.append({key: part[key] for key in ("file", "count", "height", "width", "sha256")})
         self._check_left(groups)
         summary = {"pairs_read": self.read, "pairs": len(pairs), "groups": len(groups), "prompts": len(prompt_rows)}
-        summary |= {"pictures": sum(shard["count"] for shard in latents), "dropped": dict(self.dropped.counts)}
+        summary |= {"images": sum(shard["count"] for shard in latents), "dropped": dict(self.dropped.counts)}
         summary |= {"named": self.dropped.named}
         write_if_changed(self.folder / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
         write_if_changed(self.folder / "prompts.json", json.dumps(list(prompt_rows), ensure_ascii=False, indent=0))

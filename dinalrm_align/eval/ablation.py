@@ -66,12 +66,12 @@ def _joined(draws: tuple[int, ...]) -> NoiseLevels:
 
 
 def accuracy_of(*names: str) -> Measure:
-    """Return a function `PairScores` -> correctness (N,), judged by the mean score over the noise levels `names`."""
+    """Return a function `PairScores` -> correctness (N,), from the mean score over the noise levels `names`."""
     return lambda scores: scores.correct(*names)
 
 
 def accuracy_at(*sigmas: float) -> Measure:
-    """Return a function `PairScores` -> correctness (N,), judged by the joint score at all `sigmas` (draw 0)."""
+    """Return a function `PairScores` -> correctness (N,), from the joint score at all `sigmas` (draw 0)."""
     return accuracy_of(NoiseLevels.at(*sigmas).name)
 
 

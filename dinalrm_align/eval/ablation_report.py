@@ -25,7 +25,7 @@ CALIBRATED_AT = (0.1, 0.4, 0.7, 0.9)
 
 def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, command: str, directory: Path) -> None:
     """Write the report of all finished variants. `losses`: variant -> loss that turns score gaps into probabilities."""
-    sets, sigmas = list(config.judged or {}), sorted(config.sigmas)
+    sets, sigmas = list(config.test_sets or {}), sorted(config.sigmas)
     evidence = Evidence(runs, sets, sigmas, config.ensembles)
     first = next(iter(next(iter(runs.values())).values()))
     sizes = "; ".join(f"{name}: {first[name].size}" for name in sets)

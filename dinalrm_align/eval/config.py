@@ -117,7 +117,7 @@ class AblateRun:
         training: YAML file with settings of `recipes/train_reward.py`, which the arms override; default: the one in
             recipes/ for the kind of `model`, such as train_reward_shapes.yaml.
         pairs: preference pairs to train on, as in `recipes/train_reward.py`; default for model `shapes`: generated.
-        judged: test sets, name -> location, as in `recipes/evaluate_reward.py`; default, for model `shapes` only:
+        test_sets: test sets, name -> location, as in `recipes/evaluate_reward.py`; default, for model `shapes` only:
             heldout, concepts and shifted. The variance over noise draws is measured on the last set.
         output_dir: folder for all runs and the report. The same command continues an interrupted ablation.
         launch: command that launches each training, e.g. "accelerate launch --num_processes 8"; default: this Python.
@@ -138,7 +138,7 @@ class AblateRun:
     steps: PositiveInt = 500
     training: str | None = None
     pairs: str | None = None
-    judged: dict[str, str] | None = None
+    test_sets: dict[str, str] | None = None
     output_dir: str = "runs/ablate_reward"
     launch: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -173,7 +173,7 @@ class EvaluateRun:
         model: `shapes`, `sd35`, or folder or hub id of a StableDiffusion3Pipeline, whose networks a latent reward uses.
         reward: reward to evaluate, as in every recipe: dinalrm (default: the model's own reward), folder or hub id of
             another latent reward, pickscore, hpsv2.1, hpsv3, NAME=SOURCE, a weighted sum, or module:function.
-        judged: test sets, name -> location. imagereward, hpdv2, hpdv3, genai_bench, genai_bench_v1 and pickapic are
+        test_sets: test sets, name -> location. imagereward, hpdv2, hpdv3, genai_bench, genai_bench_v1 and pickapic are
             public test sets; their location is the folder of the published files, or "hub" to download them. If files
             are missing, the error lists them and how to get them. Any other name is your own set: a directory of
             latents, mined pairs or a jsonl of images. Default, for model `shapes` only: heldout (ranked lists of
@@ -203,7 +203,7 @@ class EvaluateRun:
 
     model: str = "shapes"
     reward: str | None = None
-    judged: dict[str, str] | None = None
+    test_sets: dict[str, str] | None = None
     protocol: dict[str, str] = field(default_factory=dict)
     trained_on: str | None = None
     output_dir: str = "runs/evaluate_reward"
@@ -230,14 +230,15 @@ class EvaluateRun:
             raise ValueError(f"calibrated_at: got {self.calibrated_at}; expected some of sigmas {self.sigmas}")
         if self.reward is not None:
             parse_reward(self.reward)
-        if self.judged == {}:
-            raise ValueError("judged: got no sets; expected at least one, or leave it out for the embedded world's own")
-        for name in self.judged or {}:
+        if self.test_sets == {}:
+            raise ValueError("test_sets: got no sets; expected at least one, or leave it out to generate the sets")
+        for name in self.test_sets or {}:
             if not name or "/" in name or name.startswith("."):
-                raise ValueError(f"judged: got the name {name!r}; expected a plain word that can be part of file names")
+                raise ValueError(f"test_sets: got the name {name!r}; expected a word that can be part of file names")
         for name, protocol in self.protocol.items():
-            if self.judged is not None and name not in self.judged:
-                raise ValueError(f"protocol: got one for {name!r}; expected names in judged: {', '.join(self.judged)}")
+            if self.test_sets is not None and name not in self.test_sets:
+                names = ", ".join(self.test_sets)
+                raise ValueError(f"protocol: got one for {name!r}; expected names in test_sets: {names}")
             check_protocol(name, protocol)
 
     @property

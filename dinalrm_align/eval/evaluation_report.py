@@ -206,7 +206,7 @@ def _leak(result: SetResult, leak: Leak) -> str:
 def _faults(result: SetResult) -> str:
     more = len(result.faults) - SHOWN_FAULTS
     lines = [f"- {name}: {fault}" for name, fault in list(result.faults.items())[:SHOWN_FAULTS]]
-    lines += [f"- and {more} more, in judged_{result.name}.faults.json"] * (more > 0)
+    lines += [f"- and {more} more, in scores_{result.name}.faults.json"] * (more > 0)
     title = f"## Left out, {result.name}\n\n{len(result.faults)} images have no score; their pairs are left out:\n\n"
     return title + "\n".join(lines) + "\n"
 
@@ -220,9 +220,9 @@ def _numbers(result: SetResult) -> dict[str, object]:
             {"protocol": rule, "read_at": level, **_rounded(value)}
             for (rule, level), value in result.per_protocol.items()
         ],
-        "pictures_left_out": len(result.faults),
+        "images_left_out": len(result.faults),
         "trained_on": None if result.leak is None else {
-            "pairs_by_prompt": int(result.leak.prompt.sum()), "pairs_by_picture": int(result.leak.image.sum()),
+            "pairs_by_prompt": int(result.leak.prompt.sum()), "pairs_by_image": int(result.leak.image.sum()),
             "pairs": int(result.leak.any.sum()), "compared_by": result.leak.by,
             "without": {level: _rounded(value) for level, value in result.without_leak.items()},
         },

@@ -280,7 +280,7 @@ class Evaluator:
             terms |= {"set": self.image_sets[name].digest(), "size": list(self.size), "fit": self.fit}
         path, faults = scores_file(directory, name), faults_file(directory, name)
         if not path.exists():
-            pieces = Pieces(directory / f"judged_{name}.pieces", terms)
+            pieces = Pieces(directory / f"scores_{name}.pieces", terms)
             options = {"title": f"{title}: {name}", "pieces": pieces}
             if name in self.image_sets:
                 fit, images = Fit(self.fit, *self.size), self.image_sets[name]
@@ -347,8 +347,8 @@ def open_image_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> d
 
 
 def scores_file(directory: Path, name: str) -> Path:
-    return directory / f"judged_{name}.safetensors"
+    return directory / f"scores_{name}.safetensors"
 
 
 def faults_file(directory: Path, name: str) -> Path:
-    return directory / f"judged_{name}.faults.json"
+    return directory / f"scores_{name}.faults.json"

@@ -26,7 +26,7 @@ from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.train.files import write_atomically
 
 PAIR_COLUMNS = ("chosen", "rejected", "label", "caption")
-STORED_NAMES = {"prompts": "prompts", "images": "pictures"}  # field of `PairScores` -> name in the file
+STORED_NAMES = ("prompts", "images")
 Level = tuple[float, ...]
 """One sigma, or several for an ensemble: the head reads the tokens of all of them and returns one score."""
 Score = Callable[[PairBatch, Level, Tensor], Tensor]
@@ -201,7 +201,7 @@ def save_scores(scores: PairScores, path: Path, terms: Mapping[str, object]) -> 
         arrays["concept"] = np.array([concepts.index(name) for name in scores.concept])
     if scores.group is not None:
         arrays["group"] = scores.group
-    names = {key: vars(scores)[field] for field, key in STORED_NAMES.items() if vars(scores)[field] is not None}
+    names = {name: vars(scores)[name] for name in STORED_NAMES if vars(scores)[name] is not None}
     _write_arrays(path, arrays, {"readings": list(scores.scores), "concepts": concepts, "terms": terms, **names})
 
 
@@ -212,7 +212,7 @@ def load_scores(path: Path, terms: Mapping[str, object]) -> PairScores:
     scores = dict(zip(metadata["readings"], columns.pop("scores"), strict=True))
     numbers = columns.pop("concept", None)
     concept = None if numbers is None else tuple(metadata["concepts"][number] for number in numbers)
-    names = {field: tuple(metadata[key]) for field, key in STORED_NAMES.items() if key in metadata}
+    names = {name: tuple(metadata[name]) for name in STORED_NAMES if name in metadata}
     return PairScores(scores, **columns, concept=concept, **names)
 
 

@@ -21,7 +21,7 @@ from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scores
 from dinalrm_align.train.settings import did_you_mean
 
-IMAGES = ("images", "pixels", "pictures")
+IMAGES = ("images", "pixels")
 """Names of a first argument that mark a callable over images."""
 ARGUMENTS = ("prompts", "prompt_embeds", "pooled_prompt_embeds", "sigma", "noise", "generator")
 """Arguments besides `latents` that a callable over latents may name. They are passed by keyword."""
@@ -67,7 +67,7 @@ def as_reward(
         differentiable: whether the scores are differentiable in the input. False: every input that requires a gradient
             raises ValueError. True: an input that requires a gradient raises ValueError if the scores have no graph.
 
-    Raises TypeError unless the first argument of `function` is named `latents`, `images`, `pixels` or `pictures`.
+    Raises TypeError unless the first argument of `function` is named `latents`, `images` or `pixels`.
     """
     name = name or f"{type(function).__name__}" * isinstance(function, nn.Module) or repr(function)[:60]
     _check_callable(function, name)

@@ -136,19 +136,19 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> tuple[Tensor, Tensor, list[str]]:
     """Return latents (N, C, h, w), uint8 layouts (N, 4, h, w) and captions of training images, cached on disk."""
     folder = Path(config.output_dir) / "cache"
-    if not (folder / "captions.json").exists():
+    if not (folder / "images.safetensors").exists():  # written last
         rng = np.random.default_rng((config.seed + 3, 0))
         latents, layouts, captions = [], [], []
-        for _ in tqdm(range(0, config.cached_pictures, 64), desc="encode images", unit=" batches"):
+        for _ in tqdm(range(0, config.cached_images, 64), desc="encode images", unit=" batches"):
             images, scenes, drawings = random_images(64, rng, config.stack.image_size)
             latents.append(encode_images(pipeline.vae, images).half().cpu())
             layouts.append(torch.stack([_layout(drawing, config.stack.latent_size) for drawing in drawings]))
             captions += [scene.caption for scene in scenes]
         tensors = {"latents": torch.cat(latents).contiguous(), "layouts": torch.cat(layouts)}
-        with atomically(folder / "pictures.safetensors") as temporary:
-            save_file(tensors, temporary)
         write_atomically(folder / "captions.json", json.dumps(captions))
-    stored = load_file(folder / "pictures.safetensors")
+        with atomically(folder / "images.safetensors") as temporary:
+            save_file(tensors, temporary)
+    stored = load_file(folder / "images.safetensors")
     return stored["latents"], stored["layouts"], json.loads((folder / "captions.json").read_text(encoding="utf-8"))
 
 

@@ -99,7 +99,7 @@ class PairsConfig:
 
     Args:
         groups: number of training captions, each with several images.
-        pictures: number of images for each caption; every two images of a caption form a pair.
+        images: number of images for each caption; every two images of a caption form a pair.
         emphasis: relative frequency of each concept (shape, blur, ...) in wrong renders; 1 for concepts not listed.
         sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
         faithful_share: probability that a render is correct; the first render of a caption is always correct.
@@ -111,7 +111,7 @@ class PairsConfig:
     """
 
     groups: PositiveInt = 6000
-    pictures: IntAboveOne = 4
+    images: IntAboveOne = 4
     emphasis: dict[str, PositiveFloat] = field(default_factory=lambda: {"shape": 3.0, "blur": 1.5})
     sampled_share: ClosedUnitInterval = 0.1
     faithful_share: ClosedUnitInterval = 0.2
@@ -167,7 +167,7 @@ class BuildConfig:
         text: training of the three text encoders, which learn to predict a caption's objects, relation and background.
         base: training of the text-to-image transformer.
         pixel: training of the CLIP reward, on decoded images of the latent reward's preference pairs.
-        cached_pictures: number of images that the base model is trained on; they are rendered and encoded once.
+        cached_images: number of images that the base model is trained on; they are rendered and encoded once.
         layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape is
             (like REPA, arXiv 2410.06940, but the targets are rendered shape maps, not an encoder's features).
     """
@@ -181,11 +181,11 @@ class BuildConfig:
     text: StageConfig = field(default_factory=lambda: _stage(128, 600, 2e-3, warmup=50))
     base: StageConfig = field(default_factory=lambda: _stage(64, 2600, 2e-3, ema=0.9985, decay=0.6, warmup=200))
     pixel: StageConfig = field(default_factory=lambda: _stage(48, 800, 5e-4))
-    cached_pictures: PositiveInt = 40_000
+    cached_images: PositiveInt = 40_000
     layout_weight: NonNegativeFloat = 5.0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.pixel.batch_size < self.pairs.pictures:
-            expected = f"at least pairs.pictures, {self.pairs.pictures}, because a list is not split"
+        if self.pixel.batch_size < self.pairs.images:
+            expected = f"at least pairs.images, {self.pairs.images}, because a list is not split"
             raise ValueError(f"pixel.batch_size: got {self.pixel.batch_size}; expected {expected}")

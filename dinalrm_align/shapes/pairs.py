@@ -99,7 +99,7 @@ def render_hpdv3(
             with atomically(directory / name) as temporary:
                 Image.fromarray(image).save(temporary)
         for row, caption in enumerate(captions):
-            own = names[row * config.pictures : (row + 1) * config.pictures]
+            own = names[row * config.images : (row + 1) * config.images]
             about = {"prompt": caption, "confidence": None, "choice_dist": None, "model1": "shapes"}
             records += [about | {"path1": own[c], "path2": own[r], "model2": "shapes"} for c, r in pairs[row]]
     write_atomically(directory / "train.json", json.dumps(records, indent=0))
@@ -128,7 +128,7 @@ def _lists(
     pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig, *, held_out: bool
 ) -> Iterator[tuple[list[str], Tensor | None, Tensor, list[list[tuple[int, int]]]]]:
     """Yield captions, latents (None for renders), images and labels of up to CHUNK captions at once. Each caption has
-    `config.pictures` consecutive images. The labels are pairs (chosen, rejected) of indices into a caption's images.
+    `config.images` consecutive images. The labels are pairs (chosen, rejected) of indices into a caption's images.
     """
     rng = np.random.default_rng((config.seed, 2 if held_out else 0))
     groups = config.heldout_groups if held_out else config.groups
@@ -138,7 +138,7 @@ def _lists(
     for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {CHUNK} captions"):
         scenes = draw_scenes(size, rng, held_out=held_out)
         latents, captions = None, [scene.caption for scene in scenes]
-        prompts = [caption for caption in captions for _ in range(config.pictures)]
+        prompts = [caption for caption in captions for _ in range(config.images)]
         if by_base:
             steps, guidance, seed = int(rng.integers(6, 16)), float(rng.uniform(1.0, 5.0)), int(rng.integers(2**31))
             latents = sample_latents(pipeline, encoder, prompts, steps=steps, guidance=guidance, seed=seed)
@@ -146,7 +146,7 @@ def _lists(
         else:
             drawings = [draw for scene in scenes for draw in _draw_list(scene, config, rng)]
             images = render(drawings, pipeline.vae.config.sample_size)
-        lists = oracle_score(images, prompts).view(size, config.pictures).numpy()
+        lists = oracle_score(images, prompts).view(size, config.images).numpy()
         yield captions, latents, images, [_compare(scores, config.rater_noise, rng) for scores in lists]
 
 
@@ -199,12 +199,12 @@ def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterato
 
 
 def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> list[Drawing]:
-    """Return `config.pictures` drawings of a scene. The first is correct; most later drawings get one concept wrong."""
+    """Return `config.images` drawings of a scene. The first is correct; most later drawings get one concept wrong."""
     nuisance = draw_nuisance(rng)
     drawings = [lay_out(scene, nuisance, rng)]
     concepts = concepts_of(scene)
     weights = np.array([config.emphasis.get(concept, 1.0) for concept in concepts])
-    while len(drawings) < config.pictures:
+    while len(drawings) < config.images:
         concept = str(rng.choice(concepts, p=weights / weights.sum()))
         if rng.random() < config.faithful_share:
             drawings.append(lay_out(scene, draw_nuisance(rng), rng))

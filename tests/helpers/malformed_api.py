@@ -48,7 +48,7 @@ def prompted(prompts, **changes):
     return score(prompt_embeds=..., pooled_prompt_embeds=..., prompts=prompts, **changes)
 
 
-def pictures(images, prompts=("a", "b"), **options):
+def score_images(images, prompts=("a", "b"), **options):
     return lambda world: world.reward.score_images(images, list(prompts), **options)
 
 
@@ -68,7 +68,7 @@ def of(function, *arguments, **options):
     return call
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = (64, 64), **options) -> Image.Image:
+def blank(mode: str = "RGB", size: tuple[int, int] = (64, 64), **options) -> Image.Image:
     return Image.new(mode, size, **options)
 
 
@@ -97,7 +97,7 @@ LATENTS = [
     Case("-infinity", score(latents=with_value(latents(), -INF)), ValueError, "latents 2048"),
     Case("a list", score(latents=[[0.0]]), TypeError, "latents list"),
     Case("an array", score(latents=np.zeros((2, 16, 8, 8))), TypeError, "latents ndarray"),
-    Case("a picture", score(latents=picture()), TypeError, "latents score_images"),
+    Case("an image", score(latents=blank()), TypeError, "latents score_images"),
     Case("nothing", score(latents=None), TypeError, "latents NoneType"),
     Case("an unknown argument", score(timestep=400), TypeError, "timestep", by_signature=True),
     Case("left out", score(latents=...), TypeError, "latents", by_signature=True),
@@ -180,36 +180,36 @@ NOISE = [
     Case("generator: a list", score(noise=..., generator=[generator()]), TypeError, "generator list"),
 ]  # fmt: skip
 
-PICTURES = [
-    Case("a path", pictures("picture.png"), TypeError, "images str picture.png"),
-    Case("paths", pictures(["a.png", "b.png"]), TypeError, "images[0] str a.png"),
-    Case("bytes", pictures(b"PNG"), TypeError, "images bytes"),
-    Case("arrays", pictures([np.zeros((64, 64, 3), np.uint8)] * 2), TypeError, "images[0] ndarray"),
-    Case("an array", pictures(np.zeros((2, 64, 64, 3))), TypeError, "images ndarray"),
-    Case("nothing", pictures(None), TypeError, "images NoneType"),
-    Case("none", pictures([]), ValueError, "images 0"),
-    Case("nothing among them", pictures([picture(), None]), TypeError, "images[1] NoneType"),
-    Case("0 x 0 pixels", pictures([picture(size=(0, 0))] * 2), ValueError, "0 pixels"),
-    Case("no height", pictures([picture(size=(64, 0))] * 2), ValueError, "64 0 pixels"),
-    Case("two sizes", pictures([picture(), picture(size=(32, 64))]), ValueError, "images"),
-    Case("a size the VAE has not", pictures([picture(size=(63, 64))] * 2), ValueError, "images"),
-    Case("huge", pictures([picture(size=(256, 256))] * 2), ValueError, "images 192"),
-    Case("16 bits", pictures([picture("I;16")] * 2), ValueError, "images[0]"),
-    Case("32 bits", pictures([picture("I")] * 2), ValueError, "images[0]"),
-    Case("floats", pictures([picture("F")] * 2), ValueError, "images[0]"),
-    Case("transparent", pictures([picture("RGBA", color=(9, 9, 9, 100))] * 2), ValueError, "images[0]"),
-    Case("transparent gray", pictures([picture("LA", color=(9, 0))] * 2), ValueError, "images[0]"),
-    Case("byte tensor", pictures(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), ValueError, "images torch.uint8"),
-    Case("bytes as floats", pictures(torch.full((2, 3, 64, 64), 255.0)), ValueError, "images 255"),
-    Case("in [-1, 1]", pictures(torch.full((2, 3, 64, 64), -1.0)), ValueError, "images"),
-    Case("NaN", pictures(torch.full((2, 3, 64, 64), NAN)), ValueError, "images"),
-    Case("rank 3", pictures(torch.zeros(3, 64, 64)), ValueError, "images 3"),
-    Case("channels last", pictures(torch.zeros(2, 64, 64, 3)), ValueError, "images 3"),
-    Case("gray tensor", pictures(torch.zeros(2, 1, 64, 64)), ValueError, "images 3"),
-    Case("empty tensor", pictures(torch.zeros(0, 3, 64, 64)), ValueError, "images"),
-    Case("on meta", pictures(torch.zeros(2, 3, 64, 64, device="meta")), ValueError, "images meta"),
-    Case("one prompt for two", pictures([picture()] * 2, ["a"]), ValueError, "prompts 1 2"),
-    Case("wrong sigma", pictures([picture()] * 2, sigma=2.0), ValueError, "sigma 2"),
+IMAGES = [
+    Case("a path", score_images("image.png"), TypeError, "images str image.png"),
+    Case("paths", score_images(["a.png", "b.png"]), TypeError, "images[0] str a.png"),
+    Case("bytes", score_images(b"PNG"), TypeError, "images bytes"),
+    Case("arrays", score_images([np.zeros((64, 64, 3), np.uint8)] * 2), TypeError, "images[0] ndarray"),
+    Case("an array", score_images(np.zeros((2, 64, 64, 3))), TypeError, "images ndarray"),
+    Case("nothing", score_images(None), TypeError, "images NoneType"),
+    Case("none", score_images([]), ValueError, "images 0"),
+    Case("nothing among them", score_images([blank(), None]), TypeError, "images[1] NoneType"),
+    Case("0 x 0 pixels", score_images([blank(size=(0, 0))] * 2), ValueError, "0 pixels"),
+    Case("no height", score_images([blank(size=(64, 0))] * 2), ValueError, "64 0 pixels"),
+    Case("two sizes", score_images([blank(), blank(size=(32, 64))]), ValueError, "images"),
+    Case("a size the VAE has not", score_images([blank(size=(63, 64))] * 2), ValueError, "images"),
+    Case("huge", score_images([blank(size=(256, 256))] * 2), ValueError, "images 192"),
+    Case("16 bits", score_images([blank("I;16")] * 2), ValueError, "images[0]"),
+    Case("32 bits", score_images([blank("I")] * 2), ValueError, "images[0]"),
+    Case("floats", score_images([blank("F")] * 2), ValueError, "images[0]"),
+    Case("transparent", score_images([blank("RGBA", color=(9, 9, 9, 100))] * 2), ValueError, "images[0]"),
+    Case("transparent gray", score_images([blank("LA", color=(9, 0))] * 2), ValueError, "images[0]"),
+    Case("byte tensor", score_images(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), ValueError, "images torch.uint8"),
+    Case("bytes as floats", score_images(torch.full((2, 3, 64, 64), 255.0)), ValueError, "images 255"),
+    Case("in [-1, 1]", score_images(torch.full((2, 3, 64, 64), -1.0)), ValueError, "images"),
+    Case("NaN", score_images(torch.full((2, 3, 64, 64), NAN)), ValueError, "images"),
+    Case("rank 3", score_images(torch.zeros(3, 64, 64)), ValueError, "images 3"),
+    Case("channels last", score_images(torch.zeros(2, 64, 64, 3)), ValueError, "images 3"),
+    Case("gray tensor", score_images(torch.zeros(2, 1, 64, 64)), ValueError, "images 3"),
+    Case("empty tensor", score_images(torch.zeros(0, 3, 64, 64)), ValueError, "images"),
+    Case("on meta", score_images(torch.zeros(2, 3, 64, 64, device="meta")), ValueError, "images meta"),
+    Case("one prompt for two", score_images([blank()] * 2, ["a"]), ValueError, "prompts 1 2"),
+    Case("wrong sigma", score_images([blank()] * 2, sigma=2.0), ValueError, "sigma 2"),
 ]  # fmt: skip
 
 PIXEL_REWARD = [
@@ -224,12 +224,12 @@ PIXEL_REWARD = [
     Case("no samples", clip(latents=latents(0, 16, 8, 8)), ValueError, "latents"),
     Case("NaN", clip(latents=with_value(latents(), NAN)), ValueError, "latents 2048"),
     Case("a list", clip(latents=[1.0]), TypeError, "latents list"),
-    Case("a path as picture", lambda w: w.clip.score_images(["a.png"], ["a"]), TypeError, "images[0] str"),
-    Case("one picture, bare", lambda w: w.clip.score_images(picture(), ["a"]), TypeError, "images"),
-    Case("no pictures", lambda w: w.clip.score_images([], []), TypeError, "images"),
+    Case("a path as image", lambda w: w.clip.score_images(["a.png"], ["a"]), TypeError, "images[0] str"),
+    Case("one image, bare", lambda w: w.clip.score_images(blank(), ["a"]), TypeError, "images"),
+    Case("no images", lambda w: w.clip.score_images([], []), TypeError, "images"),
     Case("bytes as floats", lambda w: w.clip.score_images(torch.full((1, 3, 64, 64), 255.0), ["a"]), ValueError, "images 255"),
-    Case("an empty picture", lambda w: w.clip.score_images([picture(size=(0, 4))], ["a"]), ValueError, "0 4 pixels"),
-    Case("two prompts for one picture", lambda w: w.clip.score_images([picture()], ["a", "b"]), ValueError, "2 prompts"),
+    Case("an empty image", lambda w: w.clip.score_images([blank(size=(0, 4))], ["a"]), ValueError, "0 4 pixels"),
+    Case("two prompts for one image", lambda w: w.clip.score_images([blank()], ["a", "b"]), ValueError, "2 prompts"),
 ]  # fmt: skip
 
 
@@ -459,13 +459,13 @@ SETTINGS = [
     Case("full tuning in the recipe", of(TrainRewardRun, reward=of(RewardConfig, tuning="full")), ValueError, "reward tuning"),
     Case("seed -1", of(TrainRewardRun, seed=-1), ValueError, "seed -1"),
     Case("batch of nothing", of(TrainRewardRun, batch_size=0), ValueError, "batch_size 0"),
-    Case("picture of 63 pixels", of(StackConfig, image_size=63), ValueError, "image_size 63"),
+    Case("image of 63 pixels", of(StackConfig, image_size=63), ValueError, "image_size 63"),
     Case("widths the norms do not divide", of(StackConfig, vae_channels=(12,)), ValueError, "vae_channels"),
     Case("dual block beyond the depth", of(StackConfig, dual_attention_layers=(9,)), ValueError, "dual_attention_layers"),
     Case("depth text", of(StackConfig, depth="6"), TypeError, "stack depth str"),
     Case("emphasis on nothing known", of(PairsConfig, emphasis={"color": 2.0}), ValueError, "color"),
     Case("emphasis 0", of(PairsConfig, emphasis={"shape": 0.0}), ValueError, "emphasis shape"),
-    Case("one picture a caption", of(PairsConfig, pictures=1), ValueError, "pictures 1"),
+    Case("one image per caption", of(PairsConfig, images=1), ValueError, "images 1"),
     Case("share above 1", of(PairsConfig, sampled_share=1.5), ValueError, "sampled_share 1.5"),
     Case("build on a TPU", of(BuildConfig, device="tpu"), ValueError, "device tpu"),
     Case("not a dictionary", lambda w: RewardConfig.from_dict([1]), TypeError, "list"),
@@ -479,7 +479,7 @@ GROUPS = {
     "reward: embeddings": EMBEDDINGS,
     "reward: sigma": SIGMA,
     "reward: noise and generator": NOISE,
-    "reward: pictures": PICTURES,
+    "reward: images": IMAGES,
     "reward: loading and saving": LOADING,
     "pixel reward": PIXEL_REWARD,
     "noise": NOISE_FUNCTIONS,

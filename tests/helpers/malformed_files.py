@@ -323,7 +323,7 @@ PROMPTS = [
     Case("UTF-16", prompts("p.txt", "a circle".encode("utf-16")), ValueError, "p.txt UTF-8 1"),
     Case("NUL bytes", prompts("p.txt", b"one\ntwo\0\n"), ValueError, "p.txt NUL 2"),
     Case("a line of a million characters", prompts("p.txt", "one\n" + "a" * 1_000_000), ValueError, "p.txt 2 1000000"),
-    Case("a picture", prompts("p.txt", b"\x89PNG\r\n\x1a\n\0\0"), ValueError, "p.txt UTF-8"),
+    Case("an image", prompts("p.txt", b"\x89PNG\r\n\x1a\n\0\0"), ValueError, "p.txt UTF-8"),
 ]  # fmt: skip
 
 
@@ -358,7 +358,7 @@ def captioned_at(folder: Path) -> object:
     return read_captioned_images(folder)
 
 
-def folder_as_picture(world: World) -> object:
+def folder_as_image(world: World) -> object:
     folder = world.fresh()
     (folder / "a.png").mkdir()
     (folder / "a.txt").write_text("a circle")
@@ -371,13 +371,13 @@ def see_through() -> bytes:
     return buffer.getvalue()
 
 
-PICTURES = [
+IMAGES = [
     Case("no folder", lambda w: captioned_at(w.root / "absent"), FileNotFoundError, "absent"),
     Case("an empty folder", captioned(), ValueError, "NAME.png"),
     Case("no caption", captioned(("a.png", encoded())), FileNotFoundError, "a.txt"),
     Case("an empty caption", captioned(("a.png", encoded()), ("a.txt", "\n")), ValueError, "a.txt"),
     Case("an empty file", captioned(("a.png", b""), CAPTION), ValueError, "a.png"),
-    Case("text posing as PNG", captioned(("a.png", "not a picture"), CAPTION), ValueError, "a.png"),
+    Case("text posing as PNG", captioned(("a.png", "not an image"), CAPTION), ValueError, "a.png"),
     Case("a PNG cut short", captioned(("a.png", encoded()[:200]), CAPTION), ValueError, "a.png"),
     Case("a JPEG cut short", captioned(("a.jpg", encoded("JPEG")[:600]), CAPTION), ValueError, "a.jpg"),
     Case("a spoilt PNG", captioned(("a.png", encoded()[:60] + b"spoilt" + encoded()[66:]), CAPTION), ValueError, "a.png"),
@@ -385,7 +385,7 @@ PICTURES = [
     Case("a header alone", captioned(("a.png", bitmap_header(64, 64)), CAPTION), ValueError, "a.png"),
     Case("16 bits", captioned(("a.png", encoded(mode="I;16")), CAPTION), ValueError, "a.png 8"),
     Case("transparent", captioned(("a.png", see_through()), CAPTION), ValueError, "a.png"),
-    Case("a folder named .png", folder_as_picture, FileNotFoundError, "a.png"),
+    Case("a folder named .png", folder_as_image, FileNotFoundError, "a.png"),
 ]  # fmt: skip
 
 
@@ -412,9 +412,9 @@ JSONL = [
     Case("no prompt", jsonl(record(prompt=...)), ValueError, "prompt"),
     Case("a prompt of numbers", jsonl(record(prompt=[1])), ValueError, "prompt [1]"),
     Case("a prompt of a million characters", jsonl(record(prompt="a" * 1_000_000)), ValueError, "1000000 characters"),
-    Case("no rejected picture", jsonl(record(rejected=...)), ValueError, "rejected"),
-    Case("a picture that is not there", jsonl(record(chosen="b.png")), FileNotFoundError, "b.png"),
-    Case("a folder as picture", jsonl(record(chosen=".")), FileNotFoundError, "pairs.jsonl"),
+    Case("no rejected image", jsonl(record(rejected=...)), ValueError, "rejected"),
+    Case("an image that is not there", jsonl(record(chosen="b.png")), FileNotFoundError, "b.png"),
+    Case("a folder as image", jsonl(record(chosen=".")), FileNotFoundError, "pairs.jsonl"),
     Case("a label of 2", jsonl(record(label=2)), ValueError, "label 2"),
     Case("a label of truth", jsonl(record(label=True)), ValueError, "label"),
     Case("a label of NaN", jsonl(record(label=math.nan)), ValueError, "label nan"),
@@ -506,7 +506,7 @@ PAIRS = [
     Case("rows as floats", groups(replace("chosen", lambda t: t.float())), ValueError, "chosen torch.float32"),
     Case("a prompt out of range", groups(filled("prompt", 99)), ValueError, "prompt 99"),
     Case("a shard out of range", groups(filled("shard", -1)), ValueError, "shard -1"),
-    Case("pictures beyond the shard", groups(filled("first", 7)), ValueError, "groups.safetensors"),
+    Case("images beyond the shard", groups(filled("first", 7)), ValueError, "groups.safetensors"),
     Case("pairs beyond the table", groups(filled("first_pair", 4)), ValueError, "first_pair"),
     Case("a rejected row of another group", groups(filled("rejected", 2)), ValueError, "rejected 2"),
     Case("a label of 2", groups(filled("label", 2.0)), ValueError, "label 2"),
@@ -573,8 +573,8 @@ GROUPS = {
     "base models": BASES,
     "pixel rewards": PIXEL,
     "prompt files": PROMPTS,
-    "captioned pictures": PICTURES,
-    "pairs of pictures (jsonl)": JSONL,
+    "captioned images": IMAGES,
+    "pairs of images (jsonl)": JSONL,
     "pairs of latents": PAIRS,
     "LoRA files": LORA,
     "model folders": MODELS,

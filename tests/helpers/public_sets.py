@@ -1,4 +1,4 @@
-"""Small files in the layout of each public test set. Pictures are of one grey, whose byte is the score to expect."""
+"""Small files in the layout of each public test set. Images are of one grey, whose byte is the score to expect."""
 
 import io
 import json
@@ -90,7 +90,7 @@ def write_genai(folder, exported=False):
         for side, value in (("left_image", left), ("right_image", right)):
             row[side] = {"bytes": grey(value), "path": None}
             if exported:
-                row[side] = f"pictures/{number}_{side}.png"
+                row[side] = f"images/{number}_{side}.png"
                 put(folder / row[side], grey(value))
         rows.append(row)
     if exported:

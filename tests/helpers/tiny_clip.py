@@ -109,7 +109,7 @@ def drop(name):
     return lambda tensors: {key: value for key, value in tensors.items() if key != name}
 
 
-def smooth_pictures(batch, height, width, seed=0):
+def smooth_images(batch, height, width, seed=0):
     """(batch, 3, height, width) in [0, 1], without hard edges, as photographs are."""
     small = torch.rand(batch, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(small, (height, width), mode="bicubic").clamp(0, 1)

@@ -30,7 +30,7 @@ def encode_prompts(prompts):
     return numbers.view(-1, 1, 1).expand(-1, 3, 5), numbers.view(-1, 1).expand(-1, 4)
 
 
-def picture(path, value, size=(64, 64), kind="PNG"):
+def write_image(path, value, size=(64, 64), kind="PNG"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (value,) * 3).save(path, kind)
 
@@ -41,7 +41,7 @@ def hpdv3(folder, pairs=12, per_prompt=2):
     for number in range(pairs):
         names = [f"images/{number}_{side}.png" for side in "cr"]
         for name, value in zip(names, (4 * number + 100, 4 * number)):
-            picture(folder / name, value)
+            write_image(folder / name, value)
         about = {"prompt": f"prompt {number // per_prompt}", "confidence": 0.9 if number % 2 else None}
         records.append(about | {"path1": names[0], "path2": names[1], "choice_dist": [9, number], "model1": "a"})
     (folder / "train.json").write_text(json.dumps(records))

@@ -85,8 +85,8 @@ def ablation(world: Path, folder: Path) -> list[str]:
 
 
 def stand_in(figure: object, path: Path, **options: object) -> None:
-    """A picture in place of a drawn figure: drawing would be most of the time of a run."""
-    path.write_bytes(b"a picture")
+    """An image in place of a drawn figure: drawing would be most of the time of a run."""
+    path.write_bytes(b"an image")
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -34,7 +34,7 @@ def method() -> dpo.OnlineDpo:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Twelve pairs in which the chosen picture is the brighter one."""
+    """Twelve pairs in which the chosen image is the brighter one."""
     folder = tmp_path_factory.mktemp("dpo") / "pairs"
     conditions = make_conditions(3)
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +92,7 @@ def test_errors_of_differing_shapes_are_refused():
 
 
 def test_the_velocity_error_by_hand():
-    """x0 = 1, noise = 3: the velocity is 2. Told 2.5 in one place of two and 2 in the other: 0.25 / 2 = 0.125."""
+    """x0 = 1, noise = 3: the velocity is 2. The prediction is 2.5 and 2 in two places: error 0.25 / 2."""
     latents, noise = torch.ones(1, 1, 1, 2), torch.full((1, 1, 1, 2), 3.0)
     assert dpo.velocity_error(torch.tensor([[[[2.5, 2.0]]]]), latents, noise).item() == 0.125
 

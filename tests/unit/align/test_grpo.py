@@ -118,31 +118,31 @@ def test_windows():
         grpo.trained_steps(fast, 3, 0, generator)
 
 
-def test_a_rollout_is_spent_in_order():
+def test_the_micro_steps_of_a_rollout_are_in_order():
     """2 epochs x 2 minibatches x 2 parts: 8 micro-steps per rollout."""
-    spending = Reuse(epochs=2, minibatches=2, accumulate=2)
-    places = [spending.position(micro_step) for micro_step in range(9)]
+    reuse = Reuse(epochs=2, minibatches=2, accumulate=2)
+    places = [reuse.position(micro_step) for micro_step in range(9)]
     assert places[0] == Position(0, 0, 0, 0) and places[0].starts_rollout and places[8] == Position(1, 0, 0, 0)
     assert places[5] == Position(0, 1, 0, 1) and not places[5].starts_rollout
     assert [place.in_first_update for place in places] == [True, True] + 6 * [False] + [True]
-    assert [spending.ends(place) for place in places] == 7 * [False] + [True, False]
+    assert [reuse.ends(place) for place in places] == 7 * [False] + [True, False]
     rows, groups = torch.tensor([2, 3, 5, 7, 11, 13, 17, 19]), torch.tensor([0, 0, 0, 0, 3, 3, 3, 3])
     for epoch in range(2):
-        shares = [spending.select(rows, groups, 3, place, 1) for place in places[4 * epoch : 4 * epoch + 4]]
+        shares = [reuse.select(rows, groups, 3, place, 1) for place in places[4 * epoch : 4 * epoch + 4]]
         pairs = [pair for one, two in shares for pair in zip(one.tolist(), two.tolist(), strict=True)]
         assert sorted(pairs) == [(row, column) for row in rows.tolist() for column in range(3)]
         assert [len(one) for one, _ in shares] == [6, 6, 6, 6]
         updates = [{row for one, _ in shares[update : update + 2] for row in one.tolist()} for update in (0, 2)]
         assert all(sum(row < 10 for row in update) == len(update) / 2 == 2 for update in updates)
-    assert len(spending.select(rows[:0], groups[:0], 3, places[0], 1)[0]) == 0
+    assert len(reuse.select(rows[:0], groups[:0], 3, places[0], 1)[0]) == 0
 
 
 def test_what_an_update_holds_of_a_group_does_not_depend_on_who_holds_the_others():
     """Groups 0 to 3 of 3 samples in 2 updates: the odd one goes to the first update of two of them."""
-    spending, rows = Reuse(epochs=1, minibatches=2, accumulate=1), torch.arange(12)
-    updates = [spending.select(rows, rows // 3, 1, spending.position(update), 1)[0] for update in range(2)]
+    reuse, rows = Reuse(epochs=1, minibatches=2, accumulate=1), torch.arange(12)
+    updates = [reuse.select(rows, rows // 3, 1, reuse.position(update), 1)[0] for update in range(2)]
     for update, together in enumerate(updates):
-        apart = [spending.select(part, part // 3, 1, spending.position(update), 1)[0] for part in rows.split(6)]
+        apart = [reuse.select(part, part // 3, 1, reuse.position(update), 1)[0] for part in rows.split(6)]
         assert torch.equal(torch.cat(apart), together) and len(together) == 6
 
 
@@ -178,10 +178,10 @@ def test_a_first_ratio_that_is_not_one_stops_the_run(method):
 
 
 def test_later_updates_of_a_rollout_may_leave_one(method):
-    spent = changed(method, epochs=2)
-    spent.batch_at(0)
+    reusing = changed(method, epochs=2)
+    reusing.batch_at(0)
     move(method.sampler.policy)
-    _, metrics = spent.step(spent.batch_at(1))
+    _, metrics = reusing.step(reusing.batch_at(1))
     assert metrics["ratio_spread"] > 1e-5 and metrics["clipped"] > 0
 
 
@@ -304,9 +304,9 @@ def test_parts_of_a_reward_are_normalised_one_by_one(method):
 
 
 def test_an_anchor_has_its_say_in_every_second_rollout(method):
-    """A = A_reward + 0.5 A_anchor, each normalised by itself; what is told of the reward stays the reward's."""
+    """A = A_reward + 0.5 A_anchor, each normalised by itself; the recorded reward leaves out the anchor."""
 
-    def darkness(latents, **told):
+    def darkness(latents, **_):
         return -100 * latents.mean(dim=(1, 2, 3))
 
     anchored = dataclasses.replace(method, anchor=Anchor(reward_of(darkness), every=2, weight=0.5))
@@ -314,9 +314,11 @@ def test_an_anchor_has_its_say_in_every_second_rollout(method):
         alone, mixed = (one.roll_out(number) for one in (method, anchored))
         other = with_reward(method, darkness).roll_out(number)
         torch.testing.assert_close(mixed.advantages, alone.advantages + weight * other.advantages)
-        told = [dict(zip(grpo.RECORDED, one.statistics.tolist())) for one in (alone, mixed, other)]
-        assert told[1]["reward"] == told[0]["reward"]
-        assert told[1]["anchor"] == told[2]["reward"] if weight else told[1]["anchor"] != told[1]["anchor"]
+        recorded = [dict(zip(grpo.RECORDED, one.statistics.tolist())) for one in (alone, mixed, other)]
+        assert recorded[1]["reward"] == recorded[0]["reward"]
+        assert (
+            recorded[1]["anchor"] == recorded[2]["reward"] if weight else recorded[1]["anchor"] != recorded[1]["anchor"]
+        )
 
 
 def test_a_reward_that_compares_groups_gets_whole_ones(method):
@@ -384,11 +386,11 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_is_the_same_run(method, guard)
 
 
 def test_nothing_is_pending_between_rollouts(method):
-    spent = changed(method, accumulate=2)
-    spent.batch_at(0)
-    assert spent.buffer.state_tensors()
-    spent.batch_at(1)
-    assert spent.buffer.state_tensors() == {}
+    accumulating = changed(method, accumulate=2)
+    accumulating.batch_at(0)
+    assert accumulating.buffer.state_tensors()
+    accumulating.batch_at(1)
+    assert accumulating.buffer.state_tensors() == {}
 
 
 def test_another_runs_state_is_refused(method):

@@ -171,7 +171,7 @@ def test_the_policy_learns_the_preference(method):
     assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 10  # 1000 times a mean that was 0
 
 
-def test_a_run_resumed_while_pairs_are_spent_is_the_same_run(method):
+def test_a_run_resumed_between_the_updates_of_a_rollout_is_the_same_run(method):
     settings = {"epochs": 2, "minibatches": 2}
     uninterrupted = changed(method, **settings)
     uninterrupted.batch_at(0)

@@ -123,7 +123,7 @@ def test_kl_is_zero_at_the_reference_and_pulls_back_from_elsewhere(method):
     torch.testing.assert_close(loss - plain, 10 * metrics["kl"])
 
 
-def test_the_reward_is_told_its_level_and_seeded_noise(method):
+def test_the_reward_gets_its_level_and_seeded_noise(method):
     seen: list[tuple[object, float]] = []
 
     def reward(latents: Tensor, prompts, sigma, noise) -> Tensor:

@@ -107,9 +107,9 @@ def test_pairs_come_back_as_they_were_written(tmp_path, dtype):
 def test_held_out_prompts_are_never_trained_on(tmp_path):
     write_shard(tmp_path / "a.parquet", [made_pair(i, prompt=f"prompt {i // 2}") for i in range(8)], dtype="float16")
     pairs = MinedPairs(tmp_path / "a.parquet", batch_size=2, held_out_prompts=1, manifest=MANIFEST)
-    judged = {prompt for batch in pairs.validation() for prompt in batch.group_prompts}
+    held_out = {prompt for batch in pairs.validation() for prompt in batch.group_prompts}
     trained = {prompt for step in range(len(pairs)) for prompt in pairs.batch_at(step).group_prompts}
-    assert len(judged) == 1 and not judged & trained and judged | trained == set(pairs.prompts)
+    assert len(held_out) == 1 and not held_out & trained and held_out | trained == set(pairs.prompts)
 
 
 def test_a_file_written_by_verl_omni_is_read(tmp_path):

@@ -236,10 +236,10 @@ def test_an_evaluation_set_is_read_completely_and_in_order(tmp_path):
 def test_an_evaluation_set_may_be_smaller_than_a_batch(tmp_path):
     latents = LatentPairs(write_latents(tmp_path / "pairs", groups=2), batch_size=8)
     assert [batch.num_groups for batch in latents.in_order()] == [1, 1]
-    name = picture(tmp_path, "a.png", 1)
-    pictures = image_pairs(write_jsonl(tmp_path, {"prompt": "a", "chosen": name, "rejected": name}), batch_size=8)
-    assert [batch.num_groups for batch in pictures.in_order()] == [1]
-    for source in (latents, pictures):
+    name = write_image(tmp_path, "a.png", 1)
+    images = image_pairs(write_jsonl(tmp_path, {"prompt": "a", "chosen": name, "rejected": name}), batch_size=8)
+    assert [batch.num_groups for batch in images.in_order()] == [1]
+    for source in (latents, images):
         with pytest.raises(ValueError, match="batch_size: got 8"):
             source.batch_at(0)
 
@@ -291,7 +291,7 @@ def write_jsonl(folder, *lines):
     return path
 
 
-def picture(folder, name, value, size=(12, 8)):
+def write_image(folder, name, value, size=(12, 8)):
     Image.new("RGB", size, (value, value, value)).save(folder / name)
     return name
 
@@ -312,7 +312,7 @@ def image_pairs(path, **changes):
 
 
 def test_image_pairs_are_encoded_side_by_side(tmp_path):
-    light, dark = picture(tmp_path, "light.png", 255), picture(tmp_path, "dark.png", 0, size=(5, 9))
+    light, dark = write_image(tmp_path, "light.png", 255), write_image(tmp_path, "dark.png", 0, size=(5, 9))
     lines = [
         {"prompt": "ab", "chosen": light, "rejected": dark, "label": 0.9, "concept": "contrast"},
         {"prompt": "abc", "chosen": light, "rejected": dark, "concept": "contrast"},
@@ -326,7 +326,7 @@ def test_image_pairs_are_encoded_side_by_side(tmp_path):
 
 
 def test_image_pairs_hold_prompts_out(tmp_path):
-    name = picture(tmp_path, "a.png", 1)
+    name = write_image(tmp_path, "a.png", 1)
     lines = [{"prompt": "x" * (i + 1), "chosen": name, "rejected": name} for i in range(5)]
     source = image_pairs(write_jsonl(tmp_path, *lines), batch_size=1, held_out_prompts=2)
     trained = {float(source.batch_at(step).conditions.prompt_embeds[0]) for step in range(len(source))}
@@ -349,7 +349,7 @@ def test_image_pairs_hold_prompts_out(tmp_path):
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, error, message):
-    picture(tmp_path, "a.png", 1)
+    write_image(tmp_path, "a.png", 1)
     good = {"prompt": "a", "chosen": "a.png", "rejected": "a.png"}
     with pytest.raises(error, match=message):
         image_pairs(write_jsonl(tmp_path, good, line))
@@ -364,7 +364,7 @@ def test_what_is_not_an_image_is_named(tmp_path):
     empty, text, cut = tmp_path / "empty.png", tmp_path / "text.png", tmp_path / "cut.png"
     empty.touch()
     text.write_text("not an image")
-    picture(tmp_path, "whole.png", 7, size=(64, 64))
+    write_image(tmp_path, "whole.png", 7, size=(64, 64))
     cut.write_bytes((tmp_path / "whole.png").read_bytes()[:80])
     for path, message in ((empty, "0 bytes"), (text, "not an image"), (cut, "cannot be read")):
         with pytest.raises(ValueError, match=f"{path.name}.*{message}"):

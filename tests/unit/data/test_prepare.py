@@ -17,9 +17,9 @@ from tiny_prepare import (
     encode_prompts,
     hpdv3,
     pickapic,
-    picture,
     prepare,
     values_of,
+    write_image,
 )
 
 from dinalrm_align.data.config import FilterConfig
@@ -95,7 +95,7 @@ def test_ranks_share_the_files_and_write_the_same(tmp_path):
 def test_images_of_a_prompt_in_one_group_are_stored_once(tmp_path):
     folder = tmp_path / "data"
     for value in (200, 100, 50):
-        picture(folder / f"{value}.png", value)
+        write_image(folder / f"{value}.png", value)
     lines = [("200.png", "100.png"), ("200.png", "50.png"), ("100.png", "50.png")]
     records = [{"prompt": "prompt 1", "chosen": chosen, "rejected": rejected} for chosen, rejected in lines]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -285,9 +285,9 @@ def test_images_of_other_sizes_are_resized_to_their_bucket(tmp_path):
     source = hpdv3(tmp_path / "data", pairs=4)
     images = tmp_path / "data" / "images"
     for name in ("0_c", "0_r"):
-        picture(images / f"{name}.png", 80, size=(130, 64))  # width, height: near 2 : 1
-    picture(images / "1_c.png", 80, size=(200, 200))
-    picture(images / "2_c.png", 80, size=(64, 32))
+        write_image(images / f"{name}.png", 80, size=(130, 64))  # width, height: near 2 : 1
+    write_image(images / "1_c.png", 80, size=(200, 200))
+    write_image(images / "2_c.png", 80, size=(64, 32))
     work, _ = prepare(source, tmp_path / "out")
     assert work.dropped.counts == {"no common bucket for the aspect ratios": 1}
     shapes = [tuple(batch.latents.shape[2:]) for batch in LatentPairs(tmp_path / "out", batch_size=4).in_order()]

@@ -30,7 +30,7 @@ GROUPS, PER_GROUP = 32, 4
 
 @pytest.fixture(scope="module")
 def stored():
-    path = STORED / "judged_heldout.safetensors"
+    path = STORED / "scores_heldout.safetensors"
     with safe_open(path, framework="np") as file:
         terms = json.loads(file.metadata()["terms"])
     return load_scores(path, terms), terms, json.loads((STORED / "evaluation.json").read_text())

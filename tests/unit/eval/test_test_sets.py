@@ -1,4 +1,4 @@
-"""The public test sets, read from small files in their published layouts, and scored picture by picture."""
+"""The public test sets, read from small files in their published layouts, and scored image by image."""
 
 import json
 import tarfile
@@ -23,13 +23,13 @@ from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, Pieces
 from dinalrm_align.eval.test_sets import leaked, open_test_set, read_trained, trained_on
 
 
-def by_grey(pictures, prompts):
-    return {"score": np.array([np.asarray(picture)[0, 0, 0] for picture in pictures], np.float32)}
+def by_grey(images, prompts):
+    return {"score": np.array([np.asarray(image)[0, 0, 0] for image in images], np.float32)}
 
 
-def scored(judged, tmp_path, score=by_grey, *, batch_size=2, on_bad="refuse"):
-    pieces = Pieces(tmp_path / "pieces", {"set": judged.digest()})
-    return score_image_set(score, judged, [NO_NOISE], batch_size=batch_size, on_bad=on_bad, title="", pieces=pieces)
+def scored(test_set, tmp_path, score=by_grey, *, batch_size=2, on_bad="refuse"):
+    pieces = Pieces(tmp_path / "pieces", {"set": test_set.digest()})
+    return score_image_set(score, test_set, [NO_NOISE], batch_size=batch_size, on_bad=on_bad, title="", pieces=pieces)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -41,9 +41,9 @@ def test_every_layout_gives_the_accuracies_worked_out_by_hand(name, tmp_path):
         assert accuracy(scores, protocol, "score", draws=100).value == pytest.approx(value), protocol
 
 
-def test_pictures_of_several_pairs_are_scored_once(tmp_path):
-    judged = open_test_set("hpdv3", write_hpdv3(tmp_path))
-    assert len(judged.label) == 5 and len(judged.images) == 8
+def test_images_of_several_pairs_are_scored_once(tmp_path):
+    test_set = open_test_set("hpdv3", write_hpdv3(tmp_path))
+    assert len(test_set.label) == 5 and len(test_set.images) == 8
 
 
 def test_an_exported_folder_reads_as_the_parquet_files(tmp_path):
@@ -61,22 +61,22 @@ def test_splits_and_tasks_of_one_folder_are_kept_apart(tmp_path):
     assert len(open_test_set("genai_bench_v1", tmp_path).label) == 1
 
 
-def test_what_judges_sees_nothing_of_the_order_of_a_pair(tmp_path):
-    """The same pictures with path1 and path2 exchanged are asked for in the same order."""
+def test_the_scorer_sees_nothing_of_the_order_of_a_pair(tmp_path):
+    """The same images with path1 and path2 exchanged are asked for in the same order."""
     seen = {}
     for swapped in (False, True):
-        judged = open_test_set("hpdv3", write_hpdv3(tmp_path / str(swapped), swapped))
+        test_set = open_test_set("hpdv3", write_hpdv3(tmp_path / str(swapped), swapped))
 
-        def spy(pictures, prompts, swapped=swapped):
-            scores = by_grey(pictures, prompts)
+        def spy(images, prompts, swapped=swapped):
+            scores = by_grey(images, prompts)
             seen.setdefault(swapped, []).extend(zip(prompts, scores["score"].tolist()))
             return scores
 
-        scored(judged, tmp_path / f"{swapped}s", spy)
+        scored(test_set, tmp_path / f"{swapped}s", spy)
     assert seen[False] == seen[True]
 
 
-def test_a_list_of_ones_own_is_pairs_of_pictures(tmp_path):
+def test_a_list_of_ones_own_is_pairs_of_images(tmp_path):
     for name, value in (("a", 9), ("b", 5)):
         put(tmp_path / f"{name}.png", grey(value))
     lines = [{"prompt": "x", "chosen": "a.png", "rejected": "b.png"},
@@ -89,34 +89,34 @@ def test_a_list_of_ones_own_is_pairs_of_pictures(tmp_path):
 # --------------------------------------------------------------------------------------------------- faults and stops
 
 
-def test_a_missing_picture_is_named_before_anything_is_scored(tmp_path):
-    judged = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
+def test_a_missing_image_is_named_before_anything_is_scored(tmp_path):
+    test_set = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
     (tmp_path / "set" / "images" / "dog40.png").unlink()
     with pytest.raises(ValueError, match=r"hpdv3: 1 of 8 images are missing, as \['images/dog40.png'\].*on_bad"):
-        scored(judged, tmp_path, lambda *_: pytest.fail("scored"))
+        scored(test_set, tmp_path, lambda *_: pytest.fail("scored"))
 
 
-def test_a_broken_picture_is_named_or_its_pairs_are_left_out(tmp_path):
-    judged = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
+def test_a_broken_image_is_named_or_its_pairs_are_left_out(tmp_path):
+    test_set = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
     put(tmp_path / "set" / "images" / "cat20.png", grey(20)[:60])
     (tmp_path / "set" / "images" / "dog40.png").unlink()
     with pytest.raises(ValueError, match="1 of 8 images"):
-        scored(judged, tmp_path)
+        scored(test_set, tmp_path)
     put(tmp_path / "set" / "images" / "dog40.png", b"")
     with pytest.raises(ValueError, match="hpdv3: image images/.*--on_bad skip"):
-        scored(judged, tmp_path)
-    scores, faults = scored(judged, tmp_path, on_bad="skip")
+        scored(test_set, tmp_path)
+    scores, faults = scored(test_set, tmp_path, on_bad="skip")
     assert faults.keys() == {"images/cat20.png", "images/dog40.png"} and "empty" in faults["images/dog40.png"]
     assert scores.gap("score").tolist() == [10, 0]  # the two pairs of the tree are left
     assert accuracy(scores, "strict", "score", draws=100).pairs == 2
 
 
 def test_a_set_without_a_whole_pair_is_refused(tmp_path):
-    judged = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
+    test_set = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
     for file in (tmp_path / "set" / "images").iterdir():
         file.unlink()
     with pytest.raises(ValueError, match="none of 5 pairs has scores of both images"):
-        scored(judged, tmp_path, on_bad="skip")
+        scored(test_set, tmp_path, on_bad="skip")
 
 
 def test_what_was_scored_before_a_kill_is_not_scored_again(tmp_path):
@@ -125,24 +125,24 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(tmp_path):
     for number in range(60):
         put(tmp_path / "set" / f"{number}.png", grey(number))
     put(tmp_path / "set" / "test.json", entries)
-    judged = open_test_set("hpdv3", tmp_path / "set")
-    whole, _ = scored(judged, tmp_path / "whole")
+    test_set = open_test_set("hpdv3", tmp_path / "set")
+    whole, _ = scored(test_set, tmp_path / "whole")
     seen = []
 
     def until(limit):
-        def score(pictures, prompts):
+        def score(images, prompts):
             if len(seen) >= limit:
                 raise KeyboardInterrupt
-            seen.extend(picture.getpixel((0, 0))[0] for picture in pictures)
-            return by_grey(pictures, prompts)
+            seen.extend(image.getpixel((0, 0))[0] for image in images)
+            return by_grey(images, prompts)
 
         return score
 
     with pytest.raises(KeyboardInterrupt):
-        scored(judged, tmp_path, until(40))
+        scored(test_set, tmp_path, until(40))
     kept = 40 // (2 * PIECE) * 2 * PIECE
     del seen[kept:]  # the piece that was begun is begun again
-    resumed, _ = scored(judged, tmp_path, until(1000))
+    resumed, _ = scored(test_set, tmp_path, until(1000))
     assert sorted(seen) == list(range(60))
     assert np.array_equal(resumed.scores["score"], whole.scores["score"])
     with pytest.raises(ValueError, match="pieces: got scores taken with .*; expected .*another"):
@@ -160,15 +160,15 @@ def test_a_damaged_piece_is_refused(tmp_path):
 
 
 def test_a_score_that_is_not_finite_is_refused(tmp_path):
-    judged = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
+    test_set = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
     with pytest.raises(ValueError, match="hpdv3: scores at score are NaN or infinite"):
-        scored(judged, tmp_path, lambda pictures, _: {"score": np.full(len(pictures), np.nan)})
+        scored(test_set, tmp_path, lambda images, _: {"score": np.full(len(images), np.nan)})
 
 
 # ------------------------------------------------------------------------------------------------ sizes and noise
 
 
-def test_a_picture_keeps_its_aspect_at_the_area_or_is_cropped():
+def test_an_image_keeps_its_aspect_at_the_area_or_is_cropped():
     """1536 x 512 at the area of 1024 x 1024: times 1.155, 1774 x 591, to multiples of 16."""
     wide = Image.new("RGB", (1536, 512))
     assert Fit("area", 1024, 1024)(wide).shape == (3, 592, 1776)
@@ -183,7 +183,7 @@ def test_noise_is_of_the_prompt_and_the_draw_alone():
         assert (noise_by_prompt(["b"], (2, 3), **other)[0] != together[1]).any()
 
 
-def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
+def test_a_latent_reward_scores_the_encoded_image(tmp_path, tiny_world):
     """Every reading, against the reward called by hand with the noise of the prompt."""
     import torch
 
@@ -197,12 +197,12 @@ def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
     reward = LatentReward.from_pretrained(tiny_world / "dinalrm", transformer=transformer)
     encoders = Encoders(str(tiny_world / "pipeline"), text_length=14, device="cpu", dtype=torch.float32)
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((32, 32), (32, 48), (32, 32))]
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((32, 32), (32, 48), (32, 32))]
     prompts, fit = ["red", "blue", "red"], Fit("area", 32, 32)
     readings = [NoiseLevels.at(0.4), NoiseLevels.at(0.2, 0.7)]
-    found = image_scorer(reward, encoders, fit, readings, 3)(pictures, prompts)
-    for row, (picture, prompt) in enumerate(zip(pictures, prompts)):
-        latents = encode_images(encoders.vae, fit(picture)[None])
+    found = image_scorer(reward, encoders, fit, readings, 3)(images, prompts)
+    for row, (image, prompt) in enumerate(zip(images, prompts)):
+        latents = encode_images(encoders.vae, fit(image)[None])
         noise = noise_by_prompt([prompt], latents.shape[1:], 3, 0)
         for reading in readings:
             expected = reward.raw(latents, [prompt], sigma=list(reading.sigmas), noise=noise)
@@ -210,10 +210,10 @@ def test_a_latent_reward_scores_the_encoded_picture(tmp_path, tiny_world):
 
     text = f"dinalrm={tiny_world / 'dinalrm'} + 2*public_rewards:brightness"
     reward_sum = load_reward(text, transformer=transformer)
-    both = image_scorer(reward_sum, encoders, fit, [NO_NOISE], 3)(pictures, prompts)
-    own = image_scorer(reward, encoders, fit, [NoiseLevels.at(0.4)], 3)(pictures, prompts)["0.4"]  # the config's level
-    for row, picture in enumerate(pictures):
-        bright = np.asarray(picture, np.float32).mean()
+    both = image_scorer(reward_sum, encoders, fit, [NO_NOISE], 3)(images, prompts)
+    own = image_scorer(reward, encoders, fit, [NoiseLevels.at(0.4)], 3)(images, prompts)["0.4"]  # the config's level
+    for row, image in enumerate(images):
+        bright = np.asarray(image, np.float32).mean()
         assert both["score"][row] == pytest.approx(own[row] * 2 + 0.5 + 2 * bright, rel=1e-5)
 
 
@@ -274,8 +274,8 @@ def test_a_set_from_the_hub_is_unpacked_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for _ in range(2):
-        judged = open_test_set("hpdv2", "hub", unpack_to=tmp_path / "sets")
-        assert not judged.missing() and len(judged.label) == 6
+        test_set = open_test_set("hpdv2", "hub", unpack_to=tmp_path / "sets")
+        assert not test_set.missing() and len(test_set.label) == 6
     open_test_set("hpdv2", "someone/mirror", unpack_to=tmp_path / "sets")
     names = [repository for repository, kind, _ in asked if kind == "dataset"]
     assert names == ["ymhao/HPDv2", "ymhao/HPDv2", "someone/mirror"] and asked[0][2] == ["test.json", "test.tar.gz"]
@@ -298,17 +298,17 @@ def test_without_a_network_it_says_what_to_download(monkeypatch):
 
 
 def test_pairs_that_were_trained_on_are_found_by_prompt_path_and_content(tmp_path):
-    judged = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
-    scores, _ = scored(judged, tmp_path)
-    by_prompt = leaked(scores, trained_on([" a cat "]), judged)
+    test_set = open_test_set("hpdv3", write_hpdv3(tmp_path / "set"))
+    scores, _ = scored(test_set, tmp_path)
+    by_prompt = leaked(scores, trained_on([" a cat "]), test_set)
     assert by_prompt.prompt.tolist() == [True, True, False, False, False] and not by_prompt.image.any()
-    by_path = leaked(scores, trained_on(["x"], ["./images/dog40.png", "tree90.png"]), judged)
+    by_path = leaked(scores, trained_on(["x"], ["./images/dog40.png", "tree90.png"]), test_set)
     assert by_path.image.tolist() == [False, False, True, True, False] and by_path.by == "path"
 
     put(tmp_path / "train" / "other_name.png", grey(80))
     line = {"prompt": "a bird", "chosen": "other_name.png", "rejected": "other_name.png"}
     put(tmp_path / "train" / "pairs.jsonl", line)
-    by_content = leaked(scores, read_trained(tmp_path / "train" / "pairs.jsonl"), judged)
+    by_content = leaked(scores, read_trained(tmp_path / "train" / "pairs.jsonl"), test_set)
     assert by_content.image.tolist() == [False, False, False, True, True] and not by_content.prompt.any()
     assert by_content.by == "path and content"
 
@@ -335,7 +335,7 @@ def test_published_training_sets_and_directories_of_latents_are_read(tmp_path, t
         read_trained(tmp_path / "wrong.json")
 
 
-def test_imagereward_pictures_may_lie_where_the_entries_say(tmp_path):
+def test_imagereward_images_may_lie_where_the_entries_say(tmp_path):
     write_imagereward(tmp_path)
     for part in list((tmp_path / "test_images").iterdir()):
         part.rename(tmp_path / part.name)

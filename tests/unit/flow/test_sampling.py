@@ -1,4 +1,4 @@
-"""The sampler gives the pictures of diffusers' own pipeline, and Euler's step is Euler's."""
+"""The sampler gives the images of diffusers' own pipeline, and Euler's step is Euler's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Prompts to embeddings, once each; pictures to scaled latents and back."""
+"""Prompts to embeddings, once each; images to scaled latents and back."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from dinalrm_align.models.pipeline import decode_latents, encode_images, load_va
 from dinalrm_align.models.text import Conditions, PromptEncoder
 
 
-def pictures(batch=2, size=(64, 64), seed=0):
+def random_images(batch=2, size=(64, 64), seed=0):
     return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -59,10 +59,10 @@ def test_the_oldest_prompts_leave_a_full_cache(tiny_pipeline, monkeypatch):
 
 
 def test_autocast_around_changes_neither_latents_nor_embeddings(tiny_pipeline):
-    latents = encode_images(tiny_pipeline.vae, pictures())
+    latents = encode_images(tiny_pipeline.vae, random_images())
     embeds = PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(encode_images(tiny_pipeline.vae, pictures()), latents)
+        assert torch.equal(encode_images(tiny_pipeline.vae, random_images()), latents)
         again = PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, embeds, strict=True))
 
@@ -96,8 +96,8 @@ def test_a_bare_transformer_folder_has_no_text_encoders(tiny_world):
         PromptEncoder(tiny_world / "pipeline" / "transformer", text_length=14)(["a"])
 
 
-def test_pil_pictures_and_tensors_agree():
-    pixels = (pictures() * 255).round() / 255
+def test_pil_images_and_tensors_agree():
+    pixels = (random_images() * 255).round() / 255
     pil = [Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for image in pixels]
     torch.testing.assert_close(image_tensor(pil), pixels)
     torch.testing.assert_close(image_tensor(pil[0]), pixels[:1])
@@ -107,8 +107,8 @@ def test_pil_pictures_and_tensors_agree():
 def test_latents_are_the_scaled_posterior_mean(tiny_pipeline):
     """(z - 0.5) * 2 with a shift of 0.5 and a scale of 2."""
     vae = AutoencoderKL.from_config({**tiny_pipeline.vae.config, "shift_factor": 0.5, "scaling_factor": 2.0}).eval()
-    latents = encode_images(vae, pictures())
-    z = vae.encode(2 * pictures() - 1).latent_dist.mean
+    latents = encode_images(vae, random_images())
+    z = vae.encode(2 * random_images() - 1).latent_dist.mean
     torch.testing.assert_close(latents, (z - 0.5) * 2)
     torch.testing.assert_close(decode_latents(vae, latents), (vae.decode(z).sample / 2 + 0.5).clamp(0, 1))
     assert latents.shape == (2, 16, 16, 16) and latents.dtype == torch.float32 and not latents.requires_grad
@@ -122,8 +122,8 @@ def test_decoding_is_differentiable_and_in_range(tiny_pipeline):
     assert 0 <= decoded.min() and decoded.max() <= 1 and latents.grad.abs().max() > 0
 
 
-def test_non_square_pictures_round_trip_in_shape(tiny_pipeline):
-    latents = encode_images(tiny_pipeline.vae, pictures(1, (16, 24)))
+def test_non_square_images_round_trip_in_shape(tiny_pipeline):
+    latents = encode_images(tiny_pipeline.vae, random_images(1, (16, 24)))
     assert decode_latents(tiny_pipeline.vae, latents).shape == (1, 3, 16, 24)
 
 
@@ -133,11 +133,11 @@ def test_non_square_pictures_round_trip_in_shape(tiny_pipeline):
     (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "got torch.uint8"),
     (torch.full((1, 3, 64, 64), 255.0), r"got values in \[255, 255\]; expected \[0, 1\]: divide bytes by 255"),
     (torch.full((1, 3, 64, 64), float("nan")), r"got values in \[nan, nan\]"),
-    (pictures() * 2 - 1, r"map \[-1, 1\] by x / 2 \+ 0.5"),
+    (random_images() * 2 - 1, r"map \[-1, 1\] by x / 2 \+ 0.5"),
     ([], "got 0 images"),
     ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 4))], r"2 images of sizes \[\(8, 4\), \(8, 8\)\]"),
 ])  # fmt: skip
-def test_unusable_pictures_are_refused(tiny_pipeline, images, message):
+def test_unusable_images_are_refused(tiny_pipeline, images, message):
     with pytest.raises(ValueError, match=message):
         encode_images(tiny_pipeline.vae, images)
 

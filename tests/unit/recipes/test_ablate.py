@@ -64,7 +64,7 @@ def test_a_stopped_training_is_resumed(arguments, tmp_path, monkeypatch):
     whole = digest(load_file(run / "reward" / "model.safetensors"))
     for left in ("reward", "checkpoints/step_000004"):  # as when it is killed after its first checkpoint
         shutil.rmtree(run / left)
-    (run / "judged_heldout.safetensors").unlink()
+    (run / "scores_heldout.safetensors").unlink()
     InProcess.started.clear()
     recipe.main(arguments)
     assert InProcess.started[0][:2] == ["--resume", str(run)]
@@ -99,4 +99,4 @@ def test_an_arm_started_with_other_settings_is_refused(arguments, monkeypatch, c
 def test_pairs_are_required_for_other_models(capsys, tmp_path):
     with pytest.raises(SystemExit):
         load_recipe("ablate_reward").main(["--model=sd35", f"--output_dir={tmp_path}"])
-    assert "expected --pairs DIR and --judged" in capsys.readouterr().err
+    assert "expected --pairs DIR and --test_sets" in capsys.readouterr().err

@@ -158,7 +158,7 @@ def test_pairs_of_another_text_length_are_refused(main, arguments, tmp_path, cap
     assert "text_length 20, expected 14" in capsys.readouterr().err
 
 
-def test_public_settings_lie_beneath_the_users_for_sd35(tmp_path, monkeypatch):
+def test_the_users_settings_override_the_public_ones_for_sd35(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from dinalrm_align.align.resolve import resolve
 

@@ -39,7 +39,7 @@ def test_it_reports_accuracy_concepts_and_calibration(recipe, arguments, tmp_pat
 
 def test_stored_scores_are_reused_for_equal_weights_only(recipe, arguments, tmp_path, tiny_reward_dir, capsys):
     recipe.main(arguments)
-    kept = tmp_path / "out" / "judged_heldout.safetensors"
+    kept = tmp_path / "out" / "scores_heldout.safetensors"
     before = kept.stat().st_mtime_ns
     recipe.main([*arguments, f"--reward={tiny_reward_dir}"])  # equal weights under another name
     assert kept.stat().st_mtime_ns == before
@@ -58,8 +58,8 @@ def test_calibration_levels_must_be_among_the_sigmas(recipe, arguments, capsys):
 
 
 def public(folder):
-    """--judged with every test set that `public_sets` writes."""
-    return "--judged=" + json.dumps({name: str(write(folder / name)) for name, (write, _) in WRITERS.items()})
+    """--test_sets with every test set that `public_sets` writes."""
+    return "--test_sets=" + json.dumps({name: str(write(folder / name)) for name, (write, _) in WRITERS.items()})
 
 
 def test_every_public_set_is_scored_under_every_protocol_that_it_has(recipe, tmp_path, capsys):
@@ -81,7 +81,7 @@ def test_every_public_set_is_scored_under_every_protocol_that_it_has(recipe, tmp
 
 def test_a_latent_reward_is_scored_at_every_level_on_a_public_set(recipe, arguments, tmp_path):
     folder = write_hpdv3(tmp_path / "hpdv3")
-    recipe.main([*arguments, f"--judged={{hpdv3: {folder}}}", "--size=32", "--bootstrap=100"])
+    recipe.main([*arguments, f"--test_sets={{hpdv3: {folder}}}", "--size=32", "--bootstrap=100"])
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]["hpdv3"]
     assert [*report["readings"]] == ["0.1", "0.4", "0.1+0.4"] and report["protocol"] == "strict"
     text = (tmp_path / "out" / "evaluation.md").read_text()
@@ -125,7 +125,7 @@ def test_a_stopped_evaluation_continues(recipe, arguments, tmp_path, monkeypatch
 
         return brightness
 
-    sets = [] if own else [f"--judged={{hpdv3: {write_hpdv3(tmp_path / 'hpdv3')}}}"]
+    sets = [] if own else [f"--test_sets={{hpdv3: {write_hpdv3(tmp_path / 'hpdv3')}}}"]
     monkeypatch.setattr("dinalrm_align.eval.evaluator.PIECE", 1)
     words = [*arguments, *sets, "--reward=public_rewards:brightness", "--gold=false", "--batch_size=2",
              "--bootstrap=100"]  # fmt: skip
@@ -140,17 +140,17 @@ def test_a_stopped_evaluation_continues(recipe, arguments, tmp_path, monkeypatch
     recipe.main([*words, f"--output_dir={whole}"])
     assert resumed == len(calls)
     for name in ("heldout", "shifted") if own else ("hpdv3",):
-        one, other = (load_file(folder / f"judged_{name}.safetensors") for folder in (whole, tmp_path / "out"))
+        one, other = (load_file(folder / f"scores_{name}.safetensors") for folder in (whole, tmp_path / "out"))
         assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
-        assert not (tmp_path / "out" / f"judged_{name}.pieces").exists()
+        assert not (tmp_path / "out" / f"scores_{name}.pieces").exists()
 
 
 def test_the_report_lists_images_left_out_and_pairs_trained_on(recipe, tmp_path, capsys):
     folder = write_hpdv3(tmp_path / "hpdv3")
     put(folder / "images" / "dog40.png", b"")
     put(tmp_path / "train.json", [{"prompt": "a tree", "path1": "images/cat21.png", "path2": "images/new.png"}])
-    words = [f"--judged={{hpdv3: {folder}}}", "--reward=public_rewards:brightness", f"--output_dir={tmp_path / 'out'}",
-             "--bootstrap=100", f"--trained_on={tmp_path / 'train.json'}"]  # fmt: skip
+    words = [f"--test_sets={{hpdv3: {folder}}}", "--reward=public_rewards:brightness", "--bootstrap=100",
+             f"--output_dir={tmp_path / 'out'}", f"--trained_on={tmp_path / 'train.json'}"]  # fmt: skip
     with pytest.raises(SystemExit):
         recipe.main(words)
     assert "hpdv3: image images/dog40.png: images/dog40.png is empty" in capsys.readouterr().err

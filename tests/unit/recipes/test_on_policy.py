@@ -102,7 +102,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, start, cut):
     whole = start("whole", *more)
     folder = start("cut", *more, f"--loop.steps={cut}")
     start.main(["--resume", "cut", "--loop.steps=3"])
-    # the cut run was judged once more, at its cut, and may have found its best there
+    # the cut run was evaluated once more, at its cut, and may have found its best there
     found = [one for one in differences(whole, folder) if one.startswith(("checkpoints", "lora/"))]
     assert found == []
     for one, other in zip(*(read_metrics(each / "metrics.jsonl") for each in (whole, folder)), strict=True):
@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, start, cut):
         assert all(one[name] == other[name] for name in named), one["step"]
 
 
-def test_a_reward_of_pictures_ranks_samples_and_cannot_judge_steps(method, start, world, capsys):
+def test_a_reward_of_images_ranks_samples_and_cannot_score_steps(method, start, world, capsys):
     if not (world / "pixel").exists():
         shutil.copytree(SHAPES_WEIGHTS / "pixel", world / "pixel")
     if method == "lpo":
@@ -139,7 +139,7 @@ def test_parts_of_a_sum_of_rewards_are_normalised_one_by_one(start, world):
 
 
 def test_the_settings_for_sd35_are_read_and_fit(method, monkeypatch, tmp_path):
-    """The settings file is beneath the user's own, and each of its values is one that the method takes."""
+    """The user's options override the settings file, and the method accepts each value of the file."""
     monkeypatch.chdir(tmp_path)
     resolved = resolve(RUNS[method], "", RECIPES / f"{method}_sd35.py", ["--model=sd35", "--loop.steps=7"])
     run = resolved.run

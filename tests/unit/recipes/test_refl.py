@@ -147,7 +147,7 @@ def test_a_tracker_without_its_package_is_refused(recipe, arguments, name, monke
     assert f"pip install 'dinalrm-align[{name}]'" in capsys.readouterr().err
 
 
-def test_an_anchored_run_climbs_both_and_resumes_as_it_was(recipe, arguments, tmp_path):
+def test_an_anchored_run_trains_on_both_rewards_and_resumes_as_it_was(recipe, arguments, tmp_path):
     anchor = ["--anchor.reward=pixel", "--anchor.every=2", "--anchor.weight=0.5"]
     whole = run(recipe, arguments, tmp_path / "whole", *anchor)
     rows = read_metrics(whole / "metrics.jsonl")
@@ -180,7 +180,7 @@ def test_the_pixel_reward_takes_the_same_road(recipe, arguments, tmp_path):
     "reward", ["dinalrm + 0.2*pixel", "my_reward:redness", "dinalrm={world}/dinalrm - 2*my_reward:energy"]
 )
 def test_sums_and_callables_take_the_same_road(recipe, arguments, world, tmp_path, monkeypatch, reward):
-    """Resumed too: what a checkpoint was trained with is told apart by the reward's name where it has no weights."""
+    """Resuming too: a checkpoint identifies a reward without weights by its name."""
     (tmp_path / "my_reward.py").write_text(
         "def redness(images, prompts): return images[:, 0].mean((1, 2))\n"
         "def energy(latents): return latents.square().mean((1, 2, 3))\n"
@@ -208,13 +208,13 @@ def test_other_settings_run(recipe, arguments, tmp_path, options):
     assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 1
 
 
-def test_pretraining_pictures_are_read_from_a_folder(recipe, arguments, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_pretraining_images_are_read_from_a_folder(recipe, arguments, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
     for name in ("a", "b"):
-        Image.new("RGB", (40, 30), "red").save(pictures / f"{name}.png")
-        (pictures / f"{name}.txt").write_text("a red circle")
-    options = ["--refl.pretrain_weight=1", f"--refl.pretrain_pictures={pictures}", "--loop.steps=1"]
+        Image.new("RGB", (40, 30), "red").save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text("a red circle")
+    options = ["--refl.pretrain_weight=1", f"--refl.pretrain_images={images}", "--loop.steps=1"]
     folder = run(recipe, arguments, tmp_path / "run", *options)
     assert read_metrics(folder / "metrics.jsonl")[-1]["pretrain"] > 0
 
@@ -267,7 +267,7 @@ def test_default_folders_are_numbered(arguments, world, tmp_path, monkeypatch):
     assert names == [stem, f"{stem}_2"]
 
 
-def test_the_papers_settings_lie_beneath_the_users_for_sd35(tmp_path, monkeypatch):
+def test_the_users_settings_override_the_papers_for_sd35(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resolved = resolve(ReflRun, "", RECIPE, ["--model=sd35", "--loop.steps=7"])
     settings = resolved.run

@@ -35,7 +35,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(world, tmp_path_factory):
-    """Latent pairs in which the chosen picture has the larger mean: what a head can learn in a few updates."""
+    """Latent pairs in which the chosen image has the larger mean: what a head can learn in a few updates."""
     folder = tmp_path_factory.mktemp("pairs") / "latents"
     encoder = PromptEncoder(str(world / "pipeline"), text_length=14)
     embeds, pooled = encoder(PROMPTS)
@@ -166,7 +166,7 @@ def test_what_is_saved_is_the_average(recipe, arguments, tmp_path):
     assert not torch.equal(exported["head.query_tokens"], last["head.query_tokens"])
 
 
-def test_pictures_are_encoded_on_the_fly(recipe, arguments, tmp_path, monkeypatch):
+def test_images_are_encoded_on_the_fly(recipe, arguments, tmp_path, monkeypatch):
     lines = []
     for index, prompt in enumerate(PROMPTS):
         for name, value in (("light", 230), ("dark", 20)):
@@ -186,7 +186,7 @@ def test_pictures_are_encoded_on_the_fly(recipe, arguments, tmp_path, monkeypatc
     assert json.loads((run / "accuracy.json").read_text())["levels"][0]["pairs"] == 3
 
 
-def test_validation_pairs_are_judged_and_all_pairs_trained_on(recipe, arguments, pairs, tmp_path):
+def test_validation_pairs_are_evaluated_and_all_pairs_trained_on(recipe, arguments, pairs, tmp_path):
     run = tmp_path / "run"
     recipe.main([*arguments, f"--validation_pairs={pairs}", "--loop.steps=1", f"--output_dir={run}"])
     assert json.loads((run / "accuracy.json").read_text())["levels"][0]["pairs"] == 24

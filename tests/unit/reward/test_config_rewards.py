@@ -88,7 +88,7 @@ def test_gradients_are_known_beforehand():
     ]  # fmt: skip
 
 
-def test_a_method_that_needs_gradients_is_told_at_once():
+def test_a_method_that_needs_gradients_is_refused_at_once():
     assert len(check_reward("dinalrm + 0.1*oracle")) == len(check_reward("dinalrm + 2*a.b:c", gradient=True)) == 2
     with pytest.raises(ValueError, match="oracle, unifiedreward has no gradient, and this method needs one"):
         check_reward("dinalrm + 0.1*oracle + unifiedreward", gradient=True)

@@ -47,8 +47,8 @@ def reward(request, pipeline):
 
 
 @pytest.fixture(scope="module")
-def pictures(pipeline):
-    """Latents and noise of eight pictures, and their captions, three of which are PROMPTS of very different lengths."""
+def images(pipeline):
+    """Latents and noise of eight images, and their captions, three of which are PROMPTS of very different lengths."""
     rng = np.random.default_rng(0)
     scenes = draw_scenes(8, rng, held_out=True)
     latents = encode_images(pipeline.vae, render([lay_out(scene, draw_nuisance(rng), rng) for scene in scenes]))
@@ -73,10 +73,10 @@ def score_and_gradient(reward, latents, prompts, noise, sigma):
 @pytest.mark.parametrize(("sigma", "ensemble"), [
     (0.0, "tokens"), (0.4, "tokens"), (1.0, "tokens"), ((0.2, 0.5, 0.7), "tokens"), ((0.2, 0.5, 0.7), "average"),
 ], ids=str)  # fmt: skip
-def test_a_score_does_not_depend_on_its_batch(reward, pictures, sigma, ensemble, monkeypatch):
+def test_a_score_does_not_depend_on_its_batch(reward, images, sigma, ensemble, monkeypatch):
     """Alone, in batches of three and five, and at another place of the whole batch."""
     monkeypatch.setattr(reward.config, "ensemble", ensemble)
-    latents, prompts, noise = pictures
+    latents, prompts, noise = images
     expected = reward(latents, prompts, sigma=sigma, noise=noise)
     for size in (1, 3, 5):
         parts = [slice(start, start + size) for start in range(0, len(latents), size)]
@@ -87,8 +87,8 @@ def test_a_score_does_not_depend_on_its_batch(reward, pictures, sigma, ensemble,
 
 
 @pytest.mark.parametrize("sigma", [0.4, (0.2, 0.5, 0.7)], ids=str)
-def test_a_gradient_does_not_depend_on_its_batch(reward, pictures, sigma):
-    latents, prompts, noise = pictures
+def test_a_gradient_does_not_depend_on_its_batch(reward, images, sigma):
+    latents, prompts, noise = images
     _, expected = score_and_gradient(reward, latents, prompts, noise, sigma)
     for part in (slice(0, 1), slice(2, 5)):
         _, gradient = score_and_gradient(reward, latents[part], prompts[part], noise[part], sigma)
@@ -96,9 +96,9 @@ def test_a_gradient_does_not_depend_on_its_batch(reward, pictures, sigma):
         assert error < 1e-5  # 7e-7 was seen
 
 
-def test_noise_and_levels_travel_with_their_latent(reward, pictures):
+def test_noise_and_levels_travel_with_their_latent(reward, images):
     """A permuted batch has permuted scores: of one draw, of a draw per level, and of a level per latent."""
-    latents, prompts, noise = pictures
+    latents, prompts, noise = images
     order = torch.randperm(8, generator=seeded_generator(1))
     permuted = (latents[order], [prompts[i] for i in order.tolist()])
     draws = torch.stack([noise, noise.flip(0)])
@@ -114,9 +114,9 @@ def test_noise_and_levels_travel_with_their_latent(reward, pictures):
         assert (other - expected[order]).abs().max() > 0.01 * expected.std()  # it does matter whose noise it is
 
 
-def test_drawn_noise_belongs_to_its_place(reward, pictures):
+def test_drawn_noise_belongs_to_its_place(reward, images):
     """The first of eight and the first of two get the same noise from the same seed."""
-    latents, prompts, _ = pictures
+    latents, prompts, _ = images
     whole, part = (reward(latents[:size], prompts[:size], sigma=0.4, generator=seeded_generator(3)) for size in (8, 2))
     assert_same(part, whole[:2])
 
@@ -132,9 +132,9 @@ def test_a_prompt_is_padded_alike_alone_and_beside_longer_ones(pipeline):
             torch.testing.assert_close(alone[0], beside[index], rtol=0, atol=1e-5)
 
 
-def test_scores_do_not_depend_on_which_prompts_were_encoded_together(pipeline, pictures):
+def test_scores_do_not_depend_on_which_prompts_were_encoded_together(pipeline, images):
     """Prompts alone, prompts beside longer ones, and embeddings, each from an encoder with an empty cache."""
-    latents, prompts, noise = pictures
+    latents, prompts, noise = images
     latents, prompts, noise = latents[:3], prompts[:3], noise[:3]
 
     def fresh():
@@ -152,9 +152,9 @@ def test_scores_do_not_depend_on_which_prompts_were_encoded_together(pipeline, p
 # ----------------------------------------------------------------------------------------------------- what was before
 
 
-def test_the_order_of_calls_does_not_matter(pipeline, pictures):
+def test_the_order_of_calls_does_not_matter(pipeline, images):
     """Two overlapping batches, each with its own seed, in both orders by a reward that has seen neither."""
-    latents, prompts, _ = pictures
+    latents, prompts, _ = images
 
     def score(order):
         reward = LatentReward.from_pretrained(SHAPES.reward, pipeline=pipeline)
@@ -165,8 +165,8 @@ def test_the_order_of_calls_does_not_matter(pipeline, pictures):
         assert_same(backward, forward)
 
 
-def test_a_repeated_call_gives_the_same_bits_whatever_happened_between(reward, pictures):
-    latents, prompts, _ = pictures
+def test_a_repeated_call_gives_the_same_bits_whatever_happened_between(reward, images):
+    latents, prompts, _ = images
 
     def score(sigma=0.4):
         return reward(latents[:4], prompts[:4], sigma=sigma, generator=seeded_generator(5))
@@ -192,8 +192,8 @@ def test_a_repeated_call_gives_the_same_bits_whatever_happened_between(reward, p
         assert torch.equal(score(), expected), between.__name__
 
 
-def test_threads_that_score_at_once_do_not_disturb_each_other(reward, pictures):
-    latents, prompts, noise = pictures
+def test_threads_that_score_at_once_do_not_disturb_each_other(reward, images):
+    latents, prompts, noise = images
 
     def score(start):
         part = slice(start, start + 2)
@@ -211,16 +211,16 @@ def test_threads_that_score_at_once_do_not_disturb_each_other(reward, pictures):
     {"prompts": None, "prompt_embeds": torch.zeros(2, 3, 5), "pooled_prompt_embeds": torch.zeros(2, 128)},
     {"sigma": 1.5},
 ])  # fmt: skip
-def test_a_refused_call_leaves_the_generator_as_it_was(reward, pictures, wrong):
+def test_a_refused_call_leaves_the_generator_as_it_was(reward, images, wrong):
     generator = seeded_generator(7)
     before = generator.get_state()
     with pytest.raises(ValueError):
-        reward(pictures[0][:2], **{"prompts": PROMPTS[:2], **wrong}, generator=generator)
+        reward(images[0][:2], **{"prompts": PROMPTS[:2], **wrong}, generator=generator)
     assert torch.equal(generator.get_state(), before)
 
 
-def test_loading_and_scoring_leave_the_global_random_state_alone(pipeline, pictures):
-    latents, prompts, noise = pictures
+def test_loading_and_scoring_leave_the_global_random_state_alone(pipeline, images):
+    latents, prompts, noise = images
     torch.manual_seed(99)
     before = torch.get_rng_state()
     reward = LatentReward.from_pretrained(SHAPES.reward)
@@ -232,8 +232,8 @@ def test_loading_and_scoring_leave_the_global_random_state_alone(pipeline, pictu
 # ---------------------------------------------------------------------------------------------- same seed, same result
 
 
-def test_a_reward_loaded_twice_gives_the_same_bits(pipeline, pictures):
-    latents, prompts, noise = pictures
+def test_a_reward_loaded_twice_gives_the_same_bits(pipeline, images):
+    latents, prompts, noise = images
     torch.manual_seed(1)
     first = LatentReward.from_pretrained(SHAPES.reward, pipeline=pipeline)
     torch.manual_seed(2)
@@ -244,7 +244,7 @@ def test_a_reward_loaded_twice_gives_the_same_bits(pipeline, pictures):
 
 
 def pair_batch(transformer, micro_step):
-    """Two groups of three random pictures, each compared with the next."""
+    """Two groups of three random images, each compared with the next."""
     generator = seeded_generator(11, micro_step)
     sizes = transformer.config
     embeds = torch.randn(2, 5, sizes.joint_attention_dim, generator=generator).repeat_interleave(3, 0)

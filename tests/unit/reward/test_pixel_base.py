@@ -1,4 +1,4 @@
-"""What every pixel reward has from its base: the decode, its gradient, the checks, and pictures of differing sizes."""
+"""What every pixel reward has from its base: the decode, its gradient, the checks, and images of differing sizes."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def some_latents(batch=3, seed=0):
     return torch.randn(batch, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_latents_score_as_their_decoded_pictures(vae):
+def test_latents_score_as_their_decoded_images(vae):
     reward = Redness(vae)
     score = reward(some_latents(), prompts=PROMPTS, sigma=0.4)
     assert score.shape == (3,) and score.dtype == torch.float32
@@ -72,7 +72,7 @@ def test_slices_hold_the_activations_of_one_slice(vae):
     assert saved(1) < saved(None) / 10
 
 
-def test_slices_decode_as_many_pictures_at_a_time(vae, monkeypatch):
+def test_slices_decode_as_many_images_at_a_time(vae, monkeypatch):
     sizes = []
     monkeypatch.setattr(base, "decode_latents", lambda vae, part: sizes.append(len(part)) or decode_latents(vae, part))
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_a_reward_without_gradient_says_so_before_it_decodes(vae):
         assert reward(latents, prompts=PROMPTS).shape == (3,)
 
 
-def test_pictures_of_one_size_go_through_together_and_keep_their_places():
+def test_images_of_one_size_go_through_together_and_keep_their_places():
     reward = Redness()
     reds = [Image.new("RGB", size, (value, 0, 0)) for size, value in [((8, 6), 51), ((4, 4), 102), ((8, 6), 255)]]
     torch.testing.assert_close(reward.score_images(reds, ["", "1", "22"]), torch.tensor([0.4, 1.8, 4.0]))

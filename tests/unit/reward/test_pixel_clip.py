@@ -28,8 +28,8 @@ def reward(folder, vae):
     return ClipReward.from_pretrained(str(folder), vae=vae)
 
 
-def pictures():
-    """Smooth pictures of several sizes, as photographs are."""
+def smooth_images():
+    """Smooth images of several sizes, as photographs are."""
     rng = np.random.default_rng(0)
     small = [rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), rng.integers(0, 256, (7, 5, 3), dtype=np.uint8)]
     return [
@@ -40,15 +40,15 @@ def pictures():
 
 def test_preprocess_agrees_with_the_pil_processor(reward, folder):
     processor = CLIPImageProcessorPil.from_pretrained(folder)
-    for picture in pictures():
-        want = processor(picture, return_tensors="pt").pixel_values
-        got = reward.preprocess(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255)
+    for image in smooth_images():
+        want = processor(image, return_tensors="pt").pixel_values
+        got = reward.preprocess(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255)
         assert got.shape == want.shape
         assert (got - want).abs().mean() < 0.01
         assert (got - want).abs().max() < 0.1
 
 
-def test_pictures_of_the_crop_size_are_only_normalised(reward):
+def test_images_of_the_crop_size_are_only_normalised(reward):
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (reward.preprocess.mean, reward.preprocess.std))
     torch.testing.assert_close(reward.preprocess(images), (images - mean) / std)
@@ -63,7 +63,7 @@ def test_score_equals_the_stock_forward(reward, folder):
     torch.testing.assert_close(reward.score_images(images, PROMPTS), stock, atol=1e-5, rtol=1e-5)
 
 
-def test_latents_score_as_their_decoded_pictures_do(reward, vae):
+def test_latents_score_as_their_decoded_images_do(reward, vae):
     check_decoding(reward, vae, PROMPTS)
 
 
@@ -111,8 +111,8 @@ def test_each_prompt_is_encoded_once(folder, monkeypatch):
     assert torch.equal(first, again)
 
 
-def test_pil_pictures_of_differing_sizes_score_in_one_call(reward):
-    first, second = pictures()
+def test_pil_images_of_differing_sizes_score_in_one_call(reward):
+    first, second = smooth_images()
     both = reward.score_images([first, second], PROMPTS)
     assert both.shape == (2,)
     torch.testing.assert_close(both[1:], reward.score_images([second], PROMPTS[1:]))

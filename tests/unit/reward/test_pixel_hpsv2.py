@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from bomb import Bomb
 from PIL import Image
-from tiny_clip import LENGTH, SIZE, drop, open_clip_tensors, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
+from tiny_clip import LENGTH, SIZE, drop, open_clip_tensors, smooth_images, tiny_clip_h, tiny_vae, write_processor
 from transformers import CLIPConfig, CLIPModel
 
 from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD
@@ -79,7 +79,7 @@ def test_score_is_open_clips_cosine(world, reward):
     for row, prompt in zip(ids, PROMPTS, strict=True):
         tokens = tokenizer(prompt).input_ids
         row[: len(tokens)] = torch.tensor(tokens)
-    images = smooth_pictures(2, SIZE, SIZE)
+    images = smooth_images(2, SIZE, SIZE)
     tensors = torch.load(folder / "HPS_v2.1_compressed.pt", weights_only=True)["state_dict"]
     want = open_clip_cosine(tensors, reward.preprocess(images), ids)
     torch.testing.assert_close(reward.score_images(images, PROMPTS), want, atol=1e-6, rtol=1e-5)
@@ -87,14 +87,14 @@ def test_score_is_open_clips_cosine(world, reward):
 
 def test_score_is_the_cosine_of_the_stock_forward(world, reward):
     _, clip, tokenizer = world
-    images = smooth_pictures(2, SIZE, SIZE, seed=1)
+    images = smooth_images(2, SIZE, SIZE, seed=1)
     tokens = tokenizer(PROMPTS, padding="max_length", max_length=LENGTH, return_tensors="pt")
     stock = clip(**tokens, pixel_values=reward.preprocess(images)).logits_per_image.diagonal() / clip.logit_scale.exp()
     torch.testing.assert_close(reward.score_images(images, PROMPTS), stock, atol=1e-6, rtol=1e-5)
 
 
 def test_long_side_is_resized_and_the_rest_is_zero_before_normalisation():
-    """A white 64 x 48 picture: 32 x 24 of white, 4 columns of black (0, normalised) on either side."""
+    """A white 64 x 48 image: 32 x 24 of white, 4 columns of black (0, normalised) on either side."""
     got = LongSide(32)(torch.ones(1, 3, 64, 48))
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
     white, black = ((value - mean) / std for value in (1.0, 0.0))
@@ -117,9 +117,9 @@ def test_antialiasing_is_a_choice():
     assert smooth.std() < 0.6 * rough.std()
 
 
-def test_pil_pictures_of_differing_sizes(reward):
-    pictures = [Image.new("RGB", (90, 61), "red"), Image.new("RGB", (40, 77), "blue")]
-    assert reward.score_images(pictures, PROMPTS).shape == (2,)
+def test_pil_images_of_differing_sizes(reward):
+    images = [Image.new("RGB", (90, 61), "red"), Image.new("RGB", (40, 77), "blue")]
+    assert reward.score_images(images, PROMPTS).shape == (2,)
 
 
 def test_gradient_agrees_with_finite_differences(world):
@@ -142,7 +142,7 @@ def test_dtype_is_the_towers_and_scores_stay_float32(world):
     folder = world[0]
     reward = HPSv2Reward.from_pretrained(folder, processor=str(folder / "processor"), dtype=torch.bfloat16)
     assert reward.clip.dtype == torch.bfloat16
-    score = reward.score_images(smooth_pictures(2, SIZE, SIZE), PROMPTS)
+    score = reward.score_images(smooth_images(2, SIZE, SIZE), PROMPTS)
     assert score.dtype == torch.float32 and score.isfinite().all()
 
 

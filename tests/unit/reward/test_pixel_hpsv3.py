@@ -121,8 +121,8 @@ def reward(load, vae):
     return load(vae=vae)
 
 
-def pictures():
-    """Smooth pictures, as photographs are: (height, width) 300 x 400 and 448 x 448."""
+def smooth_images():
+    """Smooth images, as photographs are: (height, width) 300 x 400 and 448 x 448."""
     rng = np.random.default_rng(0)
     return [
         Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -153,9 +153,9 @@ def test_sizes_are_those_of_the_released_code(size, fitted):
 
 
 def test_preprocessing_agrees_with_the_pil_processor():
-    for picture, mean, largest in zip(pictures(), (0.01, 1e-6), (0.2, 1e-5), strict=True):
-        want = processor()(picture, return_tensors="pt")
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    for shown, mean, largest in zip(smooth_images(), (0.01, 1e-6), (0.2, 1e-5), strict=True):
+        want = processor()(shown, return_tensors="pt")
+        image = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None] / 255
         got, grid = image_patches(image, pixels=PIXELS)
         assert want.image_grid_thw.tolist() == [[1, *grid]]
         assert got.shape == want.pixel_values.shape
@@ -163,14 +163,14 @@ def test_preprocessing_agrees_with_the_pil_processor():
         assert (got - want.pixel_values).abs().max() < largest
 
 
-def test_a_batch_is_its_pictures_one_after_another():
+def test_a_batch_is_its_images_one_after_another():
     images = torch.rand(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
     both, _ = image_patches(images, pixels=PIXELS)
     one, _ = image_patches(images[1:], pixels=PIXELS)
     torch.testing.assert_close(both[len(one) :], one)
 
 
-def test_a_very_long_picture_is_refused():
+def test_a_very_long_image_is_refused():
     with pytest.raises(ValueError, match="over 200 times"):
         fitted_size(8, 1601, factor=28, pixels=PIXELS)
 
@@ -178,10 +178,10 @@ def test_a_very_long_picture_is_refused():
 # --------------------------------------------------------------------------------------------------------------- scores
 
 
-def stock_score(stock, tokenizer, picture, prompt):
+def stock_score(stock, tokenizer, image, prompt):
     """HPSv3's mean out of transformers' model, text and all built here again."""
     model, head = stock
-    inputs = processor()(picture, return_tensors="pt")
+    inputs = processor()(image, return_tensors="pt")
     count = int(inputs.image_grid_thw.prod()) // 4
     text = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -201,32 +201,32 @@ def stock_score(stock, tokenizer, picture, prompt):
 
 
 def test_score_equals_the_stock_forward_on_the_stock_pixels(reward, stock):
-    picture = pictures()[1]  # of the fitted size, where the two preprocessings agree exactly
-    want = torch.stack([stock_score(stock, reward.tokenizer, picture, prompt) for prompt in PROMPTS])
-    got = reward.score_images([picture, picture], PROMPTS)
+    image = smooth_images()[1]  # of the fitted size, where the two preprocessings agree exactly
+    want = torch.stack([stock_score(stock, reward.tokenizer, image, prompt) for prompt in PROMPTS])
+    got = reward.score_images([image, image], PROMPTS)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert (want[0] - want[1]).abs() > 1e-3
 
 
-def test_a_resized_picture_scores_nearly_as_on_the_stock_pixels(reward, stock):
-    picture = pictures()[0]
-    want = stock_score(stock, reward.tokenizer, picture, PROMPTS[0])
-    got = reward.score_images([picture], PROMPTS[:1])[0]
+def test_a_resized_image_scores_nearly_as_on_the_stock_pixels(reward, stock):
+    image = smooth_images()[0]
+    want = stock_score(stock, reward.tokenizer, image, PROMPTS[0])
+    got = reward.score_images([image], PROMPTS[:1])[0]
     torch.testing.assert_close(got, want, atol=2e-3, rtol=0)
     assert not torch.equal(got, want)
 
 
 def test_autocast_around_a_call_changes_nothing(reward):
     with torch.autocast("cpu", torch.bfloat16):
-        scores = reward.score_images(pictures()[:1], PROMPTS[:1])
-    assert torch.equal(scores, reward.score_images(pictures()[:1], PROMPTS[:1]))
+        scores = reward.score_images(smooth_images()[:1], PROMPTS[:1])
+    assert torch.equal(scores, reward.score_images(smooth_images()[:1], PROMPTS[:1]))
 
 
 def test_position_ids_are_those_that_the_released_forward_leaves_to_the_text_model(reward, stock):
     """Given embeddings alone, as the released forward gives them, Qwen2-VL's text model counts positions up by one."""
     model, head = stock
-    picture = pictures()[1]
-    inputs = processor()(picture, return_tensors="pt")
+    image = smooth_images()[1]
+    inputs = processor()(image, return_tensors="pt")
     ids = torch.tensor([reward.token_ids(PROMPTS[0], 256)])
     with torch.no_grad():
         embeds = model.model.language_model.embed_tokens(ids)
@@ -234,16 +234,16 @@ def test_position_ids_are_those_that_the_released_forward_leaves_to_the_text_mod
         embeds[ids == model.config.image_token_id] = features
         hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=torch.ones_like(ids))
         want = head(hidden.last_hidden_state[ids == 263])[:, 0]
-    torch.testing.assert_close(reward.score_images([picture], PROMPTS[:1]), want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(reward.score_images([image], PROMPTS[:1]), want, atol=1e-4, rtol=1e-4)
 
 
 def test_a_score_does_not_depend_on_what_it_is_batched_with(reward):
-    both = reward.score_images(pictures(), PROMPTS)
+    both = reward.score_images(smooth_images(), PROMPTS)
     assert both.shape == (2,) and both.dtype == torch.float32
-    torch.testing.assert_close(both[1:], reward.score_images(pictures()[1:], PROMPTS[1:]))
+    torch.testing.assert_close(both[1:], reward.score_images(smooth_images()[1:], PROMPTS[1:]))
 
 
-def test_latents_score_as_their_decoded_pictures_do(reward, vae):
+def test_latents_score_as_their_decoded_images_do(reward, vae):
     check_decoding(reward, vae, PROMPTS)
 
 
@@ -259,7 +259,7 @@ def test_what_lies_beside_the_weights_goes_with_them(folder, base, template, rew
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for source in (tmp_path, tmp_path / WEIGHTS):
         found = HPSv3Reward.from_pretrained(source, template_sha256=HASHES, dtype=torch.float32)
-        assert torch.equal(found.score_images(pictures(), PROMPTS), reward.score_images(pictures(), PROMPTS))
+        assert torch.equal(found.score_images(smooth_images(), PROMPTS), reward.score_images(smooth_images(), PROMPTS))
 
 
 def test_load_reward_knows_it_by_name(folder, base, template, reward, vae):
@@ -285,9 +285,9 @@ def test_the_default_is_bfloat16_with_a_float32_head(load, reward):
     half = load(dtype=None)
     assert half.model.dtype == torch.bfloat16 and half.head[0].weight.dtype == torch.float32
     assert all(buffer.dtype == torch.float32 for name, buffer in half.model.named_buffers() if "inv_freq" in name)
-    picture = pictures()[:1]
+    image = smooth_images()[:1]
     torch.testing.assert_close(
-        half.score_images(picture, PROMPTS[:1]), reward.score_images(picture, PROMPTS[:1]), atol=0.1, rtol=0.1
+        half.score_images(image, PROMPTS[:1]), reward.score_images(image, PROMPTS[:1]), atol=0.1, rtol=0.1
     )
 
 
@@ -381,8 +381,8 @@ def test_an_instruction_without_its_field_is_refused():
         HPSTemplate("Rate it", SUFFIX)
 
 
-def test_the_token_count_is_that_of_text_and_picture(reward):
-    """One byte a token, special tokens one each: the chat with 7 special tokens, the filled text, the picture."""
+def test_the_token_count_is_that_of_text_and_image(reward):
+    """One byte a token, special tokens one each: the chat with 7 special tokens, the filled text, the image."""
     chat = len("system\nYou are a helpful assistant.\nuser\n\nassistant\n") + 7
     filled = len(INSTRUCTION.replace("{text_prompt}", "")) + len(SUFFIX.replace("<|Reward|>", "")) + 1
     assert len(reward.token_ids("", 256)) == chat + filled + 256
@@ -390,7 +390,7 @@ def test_the_token_count_is_that_of_text_and_picture(reward):
 
 
 @pytest.mark.hub
-def test_a_square_picture_and_no_prompt_are_786_tokens_under_the_released_template():
+def test_a_square_image_and_no_prompt_are_786_tokens_under_the_released_template():
     """Needs the package hpsv3 (--no-deps) and Qwen2-VL-7B-Instruct's tokenizer in the hub's cache."""
     template, tokenizer = load_template(), AutoTokenizer.from_pretrained(BASE)
     add_reward_token(tokenizer)
@@ -404,7 +404,7 @@ def test_a_square_picture_and_no_prompt_are_786_tokens_under_the_released_templa
 @pytest.mark.parametrize("token", ["<|Reward|>", "<|image_pad|>"])
 def test_prompts_that_hold_a_token_of_the_model_are_refused(reward, token):
     with pytest.raises(ValueError, match="take them out of the prompt"):
-        reward.score_images(pictures()[:1], [f"a {token}"])
+        reward.score_images(smooth_images()[:1], [f"a {token}"])
 
 
 # ---------------------------------------------------------------------------------------------------------- wrong files

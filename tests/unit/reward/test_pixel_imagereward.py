@@ -190,24 +190,24 @@ def test_a_score_does_not_depend_on_what_it_is_batched_with(reward):
 
 @pytest.mark.parametrize("size", [(61, 90), (77, 40), (32, 32), (224, 235)])
 def test_preprocess_agrees_with_pil(size):
-    """torchvision's transforms on a PIL picture: short side resized, int() of the long one, round() of the margins."""
+    """torchvision's transforms on a PIL image: short side resized, int() of the long one, round() of the margins."""
     rng = np.random.default_rng(0)
     height, width = size
-    picture = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     scale = SIDE / min(size)
     wide, high = (SIDE if side == min(size) else int(SIDE * side / min(size)) for side in (width, height))
-    resized = picture.resize((wide, high), Image.BICUBIC)
+    resized = image.resize((wide, high), Image.BICUBIC)
     left, top = round((wide - SIDE) / 2), round((high - SIDE) / 2)
     cropped = np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float32) / 255
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     want = torch.from_numpy((cropped - mean) / std).float().permute(2, 0, 1)[None]
-    got = preprocess(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255, SIDE)
+    got = preprocess(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255, SIDE)
     assert got.shape == want.shape and scale <= 1
     assert (got - want).abs().mean() < 0.01
     assert (got - want).abs().max() < 0.1
 
 
-def test_latents_score_as_their_decoded_pictures_do(reward, vae):
+def test_latents_score_as_their_decoded_images_do(reward, vae):
     check_decoding(reward, vae, PROMPTS)
 
 

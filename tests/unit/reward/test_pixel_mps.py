@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bomb import Bomb
-from tiny_clip import LENGTH, SIZE, drop, smooth_pictures, tiny_clip_h, tiny_vae, write_processor
+from tiny_clip import LENGTH, SIZE, drop, smooth_images, tiny_clip_h, tiny_vae, write_processor
 from torch import nn
 
 from dinalrm_align.models.weights import read_module_tensors
@@ -135,7 +135,7 @@ def heads_attend(query, key, value, keep=None):
 
 
 def score_by_hand(tensors, clip, tokenizer, pixel_values, prompt):
-    """The score of one picture and prompt. Words are read where their relevance is above 0.3 of the largest."""
+    """The score of one image and prompt. Words are read where their relevance is above 0.3 of the largest."""
 
     def ids(text):
         return tokenizer([text], padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
@@ -165,7 +165,7 @@ def score_by_hand(tensors, clip, tokenizer, pixel_values, prompt):
 
 def test_score_is_the_arithmetic_written_out(world, reward):
     _, tensors, clip, tokenizer = world
-    images = smooth_pictures(2, SIZE, SIZE)
+    images = smooth_images(2, SIZE, SIZE)
     by_hand = [
         score_by_hand(tensors, clip, tokenizer, reward.preprocess(image[None]), prompt)
         for image, prompt in zip(images, PROMPTS, strict=True)
@@ -177,14 +177,14 @@ def test_score_is_the_arithmetic_written_out(world, reward):
 
 def test_a_prompt_scores_the_same_beside_any_other(reward):
     """Relevance is divided by the prompt's own maximum; upstream divides by the batch's, and is fed one at a time."""
-    images = smooth_pictures(2, SIZE, SIZE, seed=3)
+    images = smooth_images(2, SIZE, SIZE, seed=3)
     both = reward.score_images(images, PROMPTS)
     alone = [reward.score_images(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(2)]
     torch.testing.assert_close(both, torch.cat(alone))
 
 
-def test_the_condition_chooses_what_is_judged(world, reward):
-    images = smooth_pictures(2, SIZE, SIZE)
+def test_the_condition_chooses_what_is_scored(world, reward):
+    images = smooth_images(2, SIZE, SIZE)
     other = MPSReward(reward.clip, reward.blocks, reward.tokenizer, reward.preprocess, condition="blue circle blue")
     assert not torch.allclose(other.score_images(images, PROMPTS), reward.score_images(images, PROMPTS))
     words = CONDITION.rstrip(".").split(", ")
@@ -196,7 +196,7 @@ def test_converted_file_scores_the_same(world, reward, tmp_path):
     converted = MPSReward.from_pretrained(
         tmp_path / "mps.safetensors", processor=str(world[0] / "processor"), condition=CONDITIONS
     )
-    images = smooth_pictures(2, SIZE, SIZE)
+    images = smooth_images(2, SIZE, SIZE)
     assert torch.equal(converted.score_images(images, PROMPTS), reward.score_images(images, PROMPTS))
 
 
@@ -236,7 +236,7 @@ def test_each_prompt_is_encoded_once_and_few_are_kept(world, monkeypatch):
     reward, asked = load(world), []
     features = reward._text_features
     monkeypatch.setattr(reward, "_text_features", lambda texts: asked.append(list(texts)) or features(texts))
-    images = smooth_pictures(3, SIZE, SIZE)
+    images = smooth_images(3, SIZE, SIZE)
     first = reward.score_images(images, [PROMPTS[0], PROMPTS[1], PROMPTS[0]])
     assert asked == [PROMPTS, [CONDITIONS]] and len(reward._text) == 1
     torch.testing.assert_close(first, reward.score_images(images, [PROMPTS[0], PROMPTS[1], PROMPTS[0]]))

@@ -78,7 +78,7 @@ def images(batch=2):
 
 
 def asked_of(body):
-    """The question and the picture of one request."""
+    """The question and the image of one request."""
     image, text = body["messages"][0]["content"]
     data = image["image_url"]["url"].removeprefix("data:image/png;base64,")
     return text["text"], Image.open(io.BytesIO(base64.b64decode(data)))
@@ -96,7 +96,7 @@ def test_load_reward_knows_it_by_name(server):
     assert server.headers == [("/v1/chat/completions", "Bearer secret")]
 
 
-def test_each_picture_is_asked_about_with_its_own_prompt_and_scores_keep_their_order(server):
+def test_each_image_is_asked_about_with_its_own_prompt_and_scores_keep_their_order(server):
     second_is_there = threading.Event()
 
     def answer(body):
@@ -108,18 +108,18 @@ def test_each_picture_is_asked_about_with_its_own_prompt_and_scores_keep_their_o
     assert make(server, concurrency=2).score_images(images(), PROMPTS).tolist() == [2.0, 4.0]
 
 
-def test_the_request_is_that_of_a_chat_completion_with_the_picture_as_png(server):
+def test_the_request_is_that_of_a_chat_completion_with_the_image_as_png(server):
     make(server, model="served", api_key="secret", side=None).score_images(images(1), PROMPTS[1:])
     (body,) = server.asked
-    text, picture = asked_of(body)
+    text, image = asked_of(body)
     assert server.headers == [("/v1/chat/completions", "Bearer secret")]
     assert body["model"] == "served" and body["temperature"] == 0 and len(body["messages"]) == 1
     assert text == TEMPLATES["point"].question.replace("{prompt}", PROMPTS[1])
     want = (images(1)[0] * 255).round().byte().permute(1, 2, 0)
-    assert torch.equal(torch.tensor(list(picture.tobytes())).view(32, 48, 3), want.long())
+    assert torch.equal(torch.tensor(list(image.tobytes())).view(32, 48, 3), want.long())
 
 
-def test_pictures_are_sent_as_squares_of_512(server):
+def test_images_are_sent_as_squares_of_512(server):
     make(server).score_images(images(1), PROMPTS[:1])
     assert asked_of(server.asked[0])[1].size == (512, 512)
 
@@ -170,7 +170,7 @@ def test_numbers_are_read(text, score):
     "text",
     [
         "",
-        "The picture is good.",
+        "The image is good.",
         "Final Score: good",
         "Final Score: 0",
         "Final Score: 5.5",
@@ -254,7 +254,7 @@ def test_asking_for_a_gradient_is_an_error_before_anything_is_asked(server, vae)
         scores = reward(latents, prompts=PROMPTS)
     assert scores.tolist() == [3.5, 3.5] and not scores.requires_grad
     sent = [asked_of(body) for body in server.asked]
-    shown = {text: torch.tensor(list(picture.tobytes())).view(16, 16, 3) for text, picture in sent}
+    shown = {text: torch.tensor(list(image.tobytes())).view(16, 16, 3) for text, image in sent}
     with torch.no_grad():
         decoded = (decode_latents(vae, latents) * 255).round().long().permute(0, 2, 3, 1)
     for prompt, want in zip(PROMPTS, decoded):

@@ -1,4 +1,4 @@
-"""LatentReward: where weights come from, reproducible scores, prompts and pictures, saving."""
+"""LatentReward: where weights come from, reproducible scores, prompts and images, saving."""
 
 import json
 import shutil
@@ -108,7 +108,7 @@ def test_text_encoders_and_vae_are_loaded_from_the_base_model(tiny_reward_dir, r
     assert not any("encoder" in name or "vae" in name for name, _ in alone.named_modules())
 
 
-def test_pictures_score_like_their_latents(reward, tiny_pipeline):
+def test_images_score_like_their_latents(reward, tiny_pipeline):
     prompts = ["a red circle", "a blue square"]
     latents = encode_images(tiny_pipeline.vae, images())
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
@@ -117,7 +117,7 @@ def test_pictures_score_like_their_latents(reward, tiny_pipeline):
     assert not score.requires_grad
 
 
-def test_pictures_have_a_default_sigma_of_their_own(tiny_reward_dir, tiny_pipeline, tmp_path):
+def test_images_have_a_default_sigma_of_their_own(tiny_reward_dir, tiny_pipeline, tmp_path):
     shutil.copytree(tiny_reward_dir, tmp_path / "reward")
     values = json.loads((tmp_path / "reward" / "config.json").read_text())
     (tmp_path / "reward" / "config.json").write_text(json.dumps(values | {"image_sigma": [0.1, 0.2]}))

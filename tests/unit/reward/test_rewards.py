@@ -1,4 +1,4 @@
-"""load_reward: every name gives a module with LatentReward's call; sums decode once; judges; errors at the boundary."""
+"""load_reward: every name gives a module with LatentReward's call; sums decode once; image scorers; errors."""
 
 import copy
 import importlib
@@ -213,11 +213,11 @@ def test_latents_are_decoded_once(load, weights, monkeypatch):
     load(f"dinalrm + pixel + clipscore={weights}/clip + hpsv2={weights}/hpsv2")(latents, prompts=PROMPTS)
     assert decoded == [2]
     load(f"dinalrm + {__name__}:energy")(latents, prompts=PROMPTS)
-    assert decoded == [2], "nothing reads pictures, nothing is decoded"
+    assert decoded == [2], "nothing reads images, nothing is decoded"
 
 
 def test_a_sum_takes_text_and_embeddings_together(load):
-    """Parts that read latents take the embeddings, and touch no text encoder; parts that read pictures the text."""
+    """Parts that read latents take the embeddings, and touch no text encoder; parts that read images the text."""
     reward, latents = load("dinalrm + pixel"), some_latents()
     (dinalrm,) = reward.noise_parts
     embeds = dinalrm.encoder(PROMPTS[::-1])
@@ -328,7 +328,7 @@ def test_unknown_names_and_specs_that_are_none(load):
         load_reward("oracle", spec=MODELS["sd35"])
 
 
-def test_judges_by_name(load, spec, tiny_pipeline, weights):
+def test_image_scorers_by_name(load, spec, tiny_pipeline, weights):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert load_image_scorer(tiny_gold) is tiny_gold
     assert torch.equal(load_image_scorer("oracle", spec=spec)(images, PROMPTS), tiny_gold(images, PROMPTS))

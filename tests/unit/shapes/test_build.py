@@ -31,7 +31,7 @@ from dinalrm_align.train.metrics import read_metrics
 
 @pytest.fixture
 def config(tmp_path):
-    config = BuildConfig(output_dir=str(tmp_path), stack=StackConfig.tiny(), cached_pictures=64)
+    config = BuildConfig(output_dir=str(tmp_path), stack=StackConfig.tiny(), cached_images=64)
     for stage in (config.vae, config.text, config.base, config.pixel):
         stage.batch_size, stage.loop.steps, stage.optim.warmup_steps = 8, 6, 0
     return config
@@ -112,7 +112,7 @@ def test_optimisers_together_step_and_restore_as_they_do_apart():
 
 
 def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tmp_path):
-    write_pairs("train", tmp_path / "pairs", pipeline, PairsConfig(groups=8, pictures=3, sampled_share=0))
+    write_pairs("train", tmp_path / "pairs", pipeline, PairsConfig(groups=8, images=3, sampled_share=0))
     pairs = LatentPairs(tmp_path / "pairs", batch_size=4)
     clip = train_pixel(pipeline, pairs, config, Accelerator(cpu=True))
     save_clip_reward(clip, pipeline.tokenizer, tmp_path / "pixel")

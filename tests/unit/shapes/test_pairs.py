@@ -20,7 +20,7 @@ from dinalrm_align.shapes.scene import is_held_out, parse_caption
 
 
 def test_training_pairs_are_all_pairs_of_lists_of_training_captions(tiny_pipeline, tmp_path):
-    config = PairsConfig(groups=6, pictures=3, sampled_share=0.5, seed=1)
+    config = PairsConfig(groups=6, images=3, sampled_share=0.5, seed=1)
     write_pairs("train", tmp_path / "pairs", tiny_pipeline, config)
     pairs = LatentPairs(tmp_path / "pairs", batch_size=6, seed=0)
     batch = pairs.batch_at(0)
@@ -48,8 +48,8 @@ def test_shifted_pairs_are_damaged_concept_pairs(tiny_pipeline, tmp_path):
     assert 0.01 < float((damaged - flat).std()) < GRAIN and float(damaged.mean()) == pytest.approx(0.5, abs=0.01)
 
 
-def test_held_out_pairs_are_lists_of_held_out_captions_judged_as_in_training(tiny_pipeline, tmp_path):
-    config = PairsConfig(heldout_groups=4, pictures=3, sampled_share=0.5, seed=1)
+def test_held_out_pairs_are_lists_of_held_out_captions_labelled_as_in_training(tiny_pipeline, tmp_path):
+    config = PairsConfig(heldout_groups=4, images=3, sampled_share=0.5, seed=1)
     for _ in range(2):  # the second finds them there
         ensure_pairs("heldout", tmp_path / "pairs", tiny_pipeline, config)
     pairs = LatentPairs(tmp_path / "pairs", batch_size=4, seed=0)
@@ -65,7 +65,7 @@ def test_a_rater_without_noise_follows_the_score_and_with_much_noise_does_not():
 
 
 def test_a_folder_in_hpdv3s_layout_holds_the_pairs_of_training(tiny_pipeline, tmp_path):
-    config = PairsConfig(groups=3, pictures=3, sampled_share=0.0)
+    config = PairsConfig(groups=3, images=3, sampled_share=0.0)
     render_hpdv3(tmp_path / "world", tiny_pipeline, config)
     records = json.loads((tmp_path / "world" / "train.json").read_text())
     assert len(records) == 9 and len(list((tmp_path / "world" / "images").iterdir())) == 9
