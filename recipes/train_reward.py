@@ -54,7 +54,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     from dinalrm_align.reward import training
     from dinalrm_align.reward.checkpoint import write_reward
     from dinalrm_align.reward.model import build_reward_model
-    from dinalrm_align.reward.sharding import shard_base, sharding_asked
+    from dinalrm_align.reward.sharding import shard_model, sharding_asked
     from dinalrm_align.train.device import start_accelerator
     from dinalrm_align.train.digest import fingerprint
     from dinalrm_align.train.loop import Hook, RunFolder, fit
@@ -83,9 +83,9 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     model = build_reward_model(reward, transformer, seed=run.seed)
     del transformer  # frees the blocks that the reward does not use
     if run.gradient_checkpointing:
-        model.trunk.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()
     if sharded := sharding_asked():
-        shard_base(accelerator, None, [model.trunk])
+        shard_model(accelerator, model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def evaluate(step: int) -> dict[str, float]:

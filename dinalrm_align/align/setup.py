@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
+from torch import nn
 
 from dinalrm_align.align.anchor import Anchor, matching_scale
 from dinalrm_align.align.config import AlignRun, AnchorConfig
@@ -195,48 +196,71 @@ def prepare(
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
     device = accelerator.device
     check_memory_options(run.memory, device)
-    named = [run.reward, *([anchor.reward] if anchor and anchor.reward else [])]
-    for name in named:
-        check_reward(name, gradient=anchor is not None and name != run.reward and not in_advantages)
-    prompts = read_prompts(Path(run.prompts or spec.train_prompts))
-    heldout = read_prompts(Path(run.eval_prompts or spec.heldout_prompts))
-    samples = [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
-    gold = load_image_scorer(run.gold or spec.gold, spec=spec, device=device)
-    first = samples[: run.evaluation.batch_size]
-    # fail fast: the gold reward must accept this size and prompts
-    gold(torch.zeros(len(first), 3, *run_image_size(resolved)), first)
+    names = reward_names(run, anchor, in_advantages)
+    prompts, samples = run_prompts(resolved)
+    gold = load_gold(resolved, samples, device)
     accelerator.print(f"run in {run.output_dir}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")
     open_tracker(accelerator, run.tracker, Path(run.output_dir), resolved.text, resolved.checkpoint)
 
     pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype))
-    lengths = frozenset().union(*(text_lengths(name, spec) for name in named))
+    lengths = frozenset().union(*(text_lengths(name, spec) for name in names))
     text = encode(pipeline, lengths, prompts, samples, extra_prompts, text_length=spec.text_length, device=device)
     use_attention(run.memory.attention)
     shrink_pipeline(pipeline, run.memory, device)
     pipeline.to(device)
 
     # Rewards share the base weights, so they are loaded before the policy wraps the transformer.
-    reward, *second = (
-        load_reward(name, options=reward_options(name, run), spec=spec, pipeline=pipeline, device=device)
-        for name in named
-    )
-    identity = {
+    place = dict(spec=spec, pipeline=pipeline, device=device)
+    rewards = [load_reward(name, options=reward_options(name, run), **place) for name in names]
+    identity = run_identity(resolved, pipeline.transformer, rewards, anchor, prompts)
+    policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
+    meter = PhaseMeter(device, run.profile_every)
+    setup = Setup(resolved, accelerator, pipeline, policy, rewards[0], None, gold, text, meter, identity)
+    setup.sharded = apply_memory_options(setup, rewards)
+    for second in rewards[1:]:
+        scale = 1.0 if in_advantages else anchor_scale(setup, second)
+        setup.anchor = Anchor(second, anchor.every, anchor.weight * scale)
+    return setup
+
+
+def reward_names(run: AlignRun, anchor: AnchorConfig | None, in_advantages: bool) -> list[str]:
+    """Return the names of the training reward and, if there is one, of the anchor. Raise ValueError for a bad name."""
+    names = [run.reward, *([anchor.reward] if anchor and anchor.reward else [])]
+    for name in names:
+        check_reward(name, gradient=anchor is not None and name != run.reward and not in_advantages)
+    return names
+
+
+def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:
+    """Return the training prompts, and one held-out prompt per evaluation sample."""
+    run, spec = resolved.run, resolved.spec
+    prompts = read_prompts(Path(run.prompts or spec.train_prompts))
+    heldout = read_prompts(Path(run.eval_prompts or spec.heldout_prompts))
+    return prompts, [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
+
+
+def load_gold(resolved: Resolved[Any], samples: Sequence[str], device: torch.device) -> ImageScorer:
+    """Load the gold reward. Score one batch of black images: a reward that refuses size or prompts then fails early."""
+    gold = load_image_scorer(resolved.run.gold or resolved.spec.gold, spec=resolved.spec, device=device)
+    first = samples[: resolved.run.evaluation.batch_size]
+    gold(torch.zeros(len(first), 3, *run_image_size(resolved)), first)
+    return gold
+
+
+def run_identity(
+    resolved: Resolved[Any], base: nn.Module, rewards: Sequence[Reward], anchor: AnchorConfig | None, prompts: list[str]
+) -> dict[str, str]:
+    """Return `Setup.identity`. base: the transformer. rewards: the training reward and, if given, the anchor's."""
+    run, (reward, *second) = resolved.run, rewards
+    return {
         "recipe": resolved.recipe,
         "seed": str(run.seed),
-        "base model": fingerprint(pipeline.transformer),
+        "base model": fingerprint(base),
         "reward": reward.fingerprint(),
         **({"quantised base": run.memory.base_quant} if run.memory.base_quant != "none" else {}),
         **({"anchor": f"{second[0].fingerprint()} {anchor.every} {anchor.weight}"} if second else {}),
         "list of prompts": text_digest("\n".join(prompts)),
     }
-    policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
-    sharded = apply_memory_options(accelerator, run, pipeline, policy, [reward, *second])
-    meter = PhaseMeter(device, run.profile_every)
-    setup = Setup(resolved, accelerator, pipeline, policy, reward, None, gold, text, meter, identity, sharded)
-    if second:
-        scale = 1.0 if in_advantages else anchor_scale(setup, second[0])
-        setup.anchor = Anchor(second[0], anchor.every, anchor.weight * scale)
-    return setup
 
 
 def encode(
@@ -262,23 +286,17 @@ def encode(
     return Text(train, evaluation, negative, extra)
 
 
-def apply_memory_options(
-    accelerator: Accelerator,
-    run: AlignRun,
-    pipeline: StableDiffusion3Pipeline,
-    policy: Policy,
-    rewards: Sequence[Reward],
-) -> bool:
+def apply_memory_options(setup: Setup, rewards: Sequence[Reward]) -> bool:
     """Apply the memory options to policy and rewards. Return whether the base weights are sharded over the ranks."""
+    run, pipeline = setup.resolved.run, setup.pipeline
     if run.gradient_checkpointing:
-        policy.transformer.enable_gradient_checkpointing()
+        setup.policy.transformer.enable_gradient_checkpointing()
         for reward in rewards:
             reward.enable_gradient_checkpointing()
     for reward in rewards:
         reward.set_decode_slice(run.memory.decode_slice)
     if sharded := sharding_asked():
-        backbones = [part.backbone for reward in rewards for part in reward.noise_parts]
-        shard_base(accelerator, pipeline.transformer.transformer_blocks, backbones)
+        shard_base(setup.accelerator, pipeline.transformer.transformer_blocks, rewards)
     if run.memory.compile:
         for block in pipeline.transformer.transformer_blocks:
             block.compile()

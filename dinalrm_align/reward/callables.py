@@ -56,8 +56,8 @@ def as_reward(
     vae: AutoencoderKL | None = None,
     name: str | None = None,
     differentiable: bool = True,
-) -> "ImageFunction | LatentFunction":
-    """Return a reward that calls `function`. If `function` is an nn.Module, it is frozen in place.
+) -> RewardModule:
+    """Return a reward that calls `function`. A `RewardModule` is returned unchanged. Other modules are frozen in place.
 
     Args:
         function: callable over images or latents (see the docstring of `reward.callables`). For an nn.Module, the
@@ -69,6 +69,8 @@ def as_reward(
 
     Raises TypeError unless the first argument of `function` is named `latents`, `images` or `pixels`.
     """
+    if isinstance(function, RewardModule):
+        return function
     name = name or f"{type(function).__name__}" * isinstance(function, nn.Module) or repr(function)[:60]
     _check_callable(function, name)
     try:

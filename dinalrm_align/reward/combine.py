@@ -16,14 +16,17 @@ class RewardSum(RewardModule):
     """Weighted sum of named rewards: score = sum_i weight_i * score_i. The summed rewards are called parts.
 
     Parts can have scores on different scales. GRPO therefore takes each part's unweighted scores from `score_parts`,
-    normalises the scores within each part and passes the results to `add_up`.
+    and normalises the scores within each part before it adds them up.
     """
 
     def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:
         """Combine named rewards. Raises ValueError if a weight is missing or not finite, or if VAEs of parts differ."""
         super().__init__()
-        if not parts or parts.keys() != weights.keys():
-            raise ValueError(f"got parts {list(parts)}, weights for {list(weights)}; expected a weight for each part")
+        if not parts:
+            raise ValueError("parts: got none; expected at least one reward")
+        if unpaired := sorted(parts.keys() ^ weights.keys()):
+            got = "a reward without a weight" if unpaired[0] in parts else "a weight without a reward"
+            raise ValueError(f"{unpaired[0]!r}: got {got}; expected one weight for each reward")
         for name, weight in weights.items():
             check_number(f"weight of {name}", weight)
         self.names = tuple(parts)
@@ -66,8 +69,9 @@ class RewardSum(RewardModule):
         return self.add_up(self.score_parts(latents, prompts, **noise))
 
     def add_up(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted sum (B,). parts: dict from reward name to scores (B,), raw or normalised."""
-        return sum(weight * parts[name] for name, weight in self._weight_of.items())
+        """Return the weighted sum (B,) of scores (B,) by name. Raise ValueError if the sum is not finite."""
+        total = sum(weight * parts[name] for name, weight in self._weight_of.items())
+        return finite_scores(total, len(total), self.name)
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
         """Return a dict from part name to unweighted scores (B,), float32, on the latents' device.
@@ -96,11 +100,8 @@ class RewardSum(RewardModule):
 
         generator: draws the noise that latent rewards add. Raises ValueError if a summed reward cannot score images.
         """
-        total: Tensor | None = None
-        for name, part in self.named_parts.items():
-            score = self._weight_of[name] * part.score_images(images, prompts, generator=generator)
-            total = score if total is None else total + score.to(total.device)
-        return total
+        scores = [part.score_images(images, prompts, generator=generator) for part in self.parts]
+        return self.add_up({name: score.to(scores[0].device) for name, score in zip(self.names, scores, strict=True)})
 
     def enable_gradient_checkpointing(self) -> None:
         for part in self.parts:

@@ -63,6 +63,10 @@ class RewardModel(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(device, dtype=dtype)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block of the trunk in the backward pass instead of storing its activations."""
+        self.trunk.enable_gradient_checkpointing()
+
     def tuned_tensors(self) -> dict[str, Tensor]:
         """Return a checkpoint's tensors: `head.*`, and `backbone.*` (the LoRA, or the whole trunk with full tuning).
 

@@ -38,6 +38,7 @@ class Reward(Protocol):
     """Interface of a reward, which scores latents for prompts. Higher is better.
 
     Attributes:
+        name: name in error messages.
         differentiable: whether gradients reach the latents.
         reads_images: whether the reward decodes the latents with a VAE and scores the images.
         scores_images: whether the reward supports `score_images`.
@@ -51,6 +52,7 @@ class Reward(Protocol):
         device: device that computes the scores.
     """
 
+    name: str
     differentiable: bool
     reads_images: bool
     scores_images: bool
@@ -90,12 +92,18 @@ class Reward(Protocol):
         """Recompute activations in the backward pass instead of storing them."""
         ...
 
+    def disable_gradient_checkpointing(self) -> None: ...
+
     def set_decode_slice(self, size: int | None) -> None:
         """Make the VAE decode at most `size` latents at a time; None: the whole batch."""
         ...
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Apply torch.compile, in place, to each transformer block of every latent reward's backbone."""
+        ...
+
+    def check_gradient(self, inputs: Tensor) -> None:
+        """Raise ValueError if `inputs` requires a gradient and `differentiable` is false."""
         ...
 
 
@@ -151,7 +159,6 @@ class RewardModule(nn.Module):
         return super().train(False)
 
     def check_gradient(self, inputs: Tensor) -> None:
-        """Raise ValueError if `inputs` requires a gradient and this reward is not differentiable."""
         if not self.differentiable and torch.is_grad_enabled() and isinstance(inputs, Tensor) and inputs.requires_grad:
             raise ValueError(
                 f"{self.name} is not differentiable: it can rank and evaluate (GRPO, DPO, NFT), but gives no gradient "

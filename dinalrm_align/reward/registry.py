@@ -22,7 +22,7 @@ from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.latent import DTYPES, LatentReward
 from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, parse_reward
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import RewardModule
+from dinalrm_align.reward.protocol import RewardModule, finite_scores
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -65,7 +65,7 @@ def load_reward(
     """
     vae = pipeline.vae if vae is None and pipeline is not None else vae
     if not isinstance(reward, str):
-        return reward if isinstance(reward, RewardModule) else as_reward(reward, vae=vae)
+        return as_reward(reward, vae=vae)
     terms = parse_reward(reward)
     options = dict(options or {})
     if unknown := options.keys() - {term.name for term in terms}:
@@ -94,11 +94,12 @@ def load_reward(
 def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> ImageScorer:
     """Load a reward as a function of images and prompts, for evaluation without gradient.
 
-    Every call uses the same noise. reward, settings: as in `load_reward`; a plain callable is returned unchanged.
-    Raises the errors of `load_reward`, and ValueError if the reward cannot score images.
+    Every call uses the same noise. reward, settings: as in `load_reward`; a plain callable gets images and prompts.
+    Raises the errors of `load_reward`, and ValueError if the reward cannot score images. The returned function raises
+    ValueError if a score is not finite.
     """
     if not isinstance(reward, str | nn.Module):
-        return reward
+        return lambda images, prompts: finite_scores(reward(images, prompts), len(images), repr(reward)[:60])
     loaded = load_reward(reward, **settings)
     if not loaded.scores_images:
         raise ValueError(f"reward {loaded.name!r} reads latents and cannot score images; name one that reads images")

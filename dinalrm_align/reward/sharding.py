@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk
+from dinalrm_align.reward.model import RewardModel
+from dinalrm_align.reward.protocol import Reward
 
 
 def sharding_asked() -> bool:
@@ -43,20 +45,25 @@ class SharedBlock(nn.Module):
         return self.forwards[tree](*args, **kwargs)
 
 
-def shard_base(
-    accelerator: Accelerator, transformer_blocks: nn.ModuleList | None, trunks: Sequence[SD3Trunk] = ()
-) -> None:
-    """Shard a policy's blocks, and those of reward trunks that share its weights, over the ranks, in place.
+def shard_base(accelerator: Accelerator, transformer_blocks: nn.ModuleList, rewards: Sequence[Reward]) -> None:
+    """Shard a policy's blocks, and those of latent rewards that share its weights, over the ranks, in place.
 
     Must be called on every rank, after policy and rewards are moved to the device and cast. With a single rank, the
-    call changes nothing. transformer_blocks: the policy's blocks; None: there is no policy, only one trunk to shard.
+    call changes nothing. transformer_blocks: the policy's blocks.
     """
-    private = [trunk for trunk in trunks if not trunk.shared]
-    if transformer_blocks is not None and private:
+    trunks = [part.backbone for reward in rewards for part in reward.noise_parts]
+    if private := [trunk for trunk in trunks if not trunk.shared]:
         got = f"{len(private)} rewards have base weights of their own, a copy on every process"
         raise ValueError(f"FSDP: {got}: build them with share_weights=True, or run without FSDP")
-    own = [] if transformer_blocks is None else [transformer_blocks]
-    trees = own + [trunk.transformer_blocks for trunk in trunks]
+    _shard(accelerator, [transformer_blocks, *(trunk.transformer_blocks for trunk in trunks)], trunks)
+
+
+def shard_model(accelerator: Accelerator, model: RewardModel) -> None:
+    """Shard the blocks of a reward in training, without a policy. Conditions are those of `shard_base`."""
+    _shard(accelerator, [model.trunk.transformer_blocks], [model.trunk])
+
+
+def _shard(accelerator: Accelerator, trees: Sequence[nn.ModuleList], trunks: Sequence[SD3Trunk]) -> None:
     count = accelerator.num_processes
     if count == 1:
         return

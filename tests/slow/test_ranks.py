@@ -251,9 +251,9 @@ def test_what_fsdp_is_not_here_is_refused(variables, message, monkeypatch):
 
 
 def test_a_reward_with_base_weights_of_its_own_is_not_sharded_beside_a_policy(tiny_reward_dir, tiny_pipeline):
-    trunk = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline, share_weights=False).model.trunk
+    reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline, share_weights=False)
     with pytest.raises(ValueError, match="1 rewards have base weights of their own"):
-        shard_base(Accelerator(cpu=True), tiny_pipeline.transformer.transformer_blocks, [trunk])
+        shard_base(Accelerator(cpu=True), tiny_pipeline.transformer.transformer_blocks, [reward])
 
 
 # ----------------------------------------------------------------------------- one is lost

@@ -21,6 +21,7 @@ from dinalrm_align.reward.pixel import base
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.clip import ClipReward
 from dinalrm_align.reward.pixel.hpsv2 import HPSv2Reward
+from dinalrm_align.reward.protocol import RewardModule
 from dinalrm_align.reward.registry import load_image_scorer
 from dinalrm_align.train.digest import fingerprint
 
@@ -291,13 +292,35 @@ def test_parts_with_other_vaes_are_refused(load, tiny_pipeline):
     parts = {"one": load("pixel"), "two": load("pixel", vae=other)}
     with pytest.raises(ValueError, match="one, two decode with 2 different VAEs"):
         RewardSum(parts, {"one": 1.0, "two": 1.0})
-    with pytest.raises(ValueError, match=r"got parts \['one'\], weights for \['two'\]"):
-        RewardSum({"one": parts["one"]}, {"two": 1.0})
+    with pytest.raises(ValueError, match="'two': got a reward without a weight"):
+        RewardSum(parts, {"one": 1.0})
+    with pytest.raises(ValueError, match="'two': got a weight without a reward"):
+        RewardSum({"one": parts["one"]}, {"one": 1.0, "two": 1.0})
+    with pytest.raises(ValueError, match="parts: got none"):
+        RewardSum({}, {})
     with pytest.raises(ValueError, match="weight of one: got nan"):
         RewardSum({"one": parts["one"]}, {"one": float("nan")})
 
 
+def test_a_weighted_sum_that_overflows_is_refused(load):
+    reward, images = load(f"{__name__}:blueness + 3e38*{__name__}:tiny_gold"), torch.ones(2, 3, 64, 64)
+    assert reward.score_images(images, PROMPTS).isfinite().all()
+    with pytest.raises(ValueError, match="returned 1 of 2 scores that are NaN or infinite"):
+        reward.add_up({name: torch.tensor([1.0, 2.0]) for name in reward.weights})
+    with pytest.raises(ValueError, match="returned 2 of 2 scores that are NaN or infinite"):
+        load(f"3e38*{__name__}:tiny_gold + 3e38*{__name__}:blueness").score_images(images, PROMPTS)
+
+
+class Own(RewardModule):
+    def forward(self, latents, prompts, **noise):
+        return latents.mean((1, 2, 3))
+
+
+own = Own()
+
+
 def test_callables_and_modules_are_taken_as_they_are(load):
+    assert load(own) is own and load(f"{__name__}:own") is own
     latents = some_latents()
     assert torch.equal(load(energy)(latents), energy(latents))
     assert load(blueness)(latents, prompts=PROMPTS).shape == (2,)
@@ -330,7 +353,9 @@ def test_unknown_names_and_specs_that_are_none(load):
 
 def test_image_scorers_by_name(load, spec, tiny_pipeline, weights):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert load_image_scorer(tiny_gold) is tiny_gold
+    assert torch.equal(load_image_scorer(tiny_gold)(images, PROMPTS), tiny_gold(images, PROMPTS))
+    with pytest.raises(ValueError, match="tiny_gold.* returned 2 of 2 scores that are NaN or infinite"):
+        load_image_scorer(tiny_gold)(images * torch.nan, PROMPTS)
     assert torch.equal(load_image_scorer("oracle", spec=spec)(images, PROMPTS), tiny_gold(images, PROMPTS))
     assert torch.equal(load_image_scorer(spec.gold, spec=spec)(images, PROMPTS), tiny_gold(images, PROMPTS))
     pixel = load_image_scorer("pixel", spec=spec)(images, PROMPTS)
