@@ -108,7 +108,10 @@ class Reward(Protocol):
 
 
 class RewardModule(nn.Module):
-    """Default implementation of `Reward`: a frozen module in evaluation mode. Subclasses must implement `forward`."""
+    """Default implementation of `Reward`: a frozen module in evaluation mode.
+
+    Subclasses must implement `forward`, and `score_images` unless `scores_images` is False.
+    """
 
     differentiable = True
     wants_groups = False
