@@ -110,14 +110,19 @@ class Setup:
         """Return a `Sampler` of the policy. Defaults: the training prompts, the model's sigmas and guidance scale."""
         spec, accelerator = self.resolved.spec, self.accelerator
         return Sampler(
-            policy=self.policy, latent_shape=self.latent_shape, seed=self.resolved.run.seed, meter=self.meter,
-            conditions=self.text.train if conditions is None else conditions, negative=self.text.negative,
+            policy=self.policy,
+            conditions=self.text.train if conditions is None else conditions,
+            negative=self.text.negative,
             sigmas=self.sigmas() if sigmas is None else sigmas,
+            latent_shape=self.latent_shape,
             guidance_scale=spec.guidance_scale if guidance_scale is None else guidance_scale,
-            rank=accelerator.process_index, num_processes=accelerator.num_processes,
+            seed=self.resolved.run.seed,
+            meter=self.meter,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
             accumulate=self.resolved.run.loop.accumulate,
             gather=lambda values: accelerator.gather(values.to(accelerator.device)).cpu(),
-        )  # fmt: skip
+        )
 
     def align(
         self,
@@ -331,10 +336,16 @@ def prepare_evaluation(setup: Setup) -> HeldOut:
     if run.watch.drift_sigmas:
         probes.append(drift_probe(sampler.velocity_for, setup.policy.reference, run.watch.drift_sigmas))
     return HeldOut(
-        sampler=sampler, reward=setup.reward, scorers=scorers, probes=probes, config=run.evaluation,
-        decode=decoder(setup.pipeline.vae, accelerator.device), output_dir=Path(run.output_dir),
-        accelerator=accelerator, equal_calls=setup.sharded,
-    )  # fmt: skip
+        sampler=sampler,
+        reward=setup.reward,
+        scorers=scorers,
+        decode=decoder(setup.pipeline.vae, accelerator.device),
+        config=run.evaluation,
+        accelerator=accelerator,
+        output_dir=Path(run.output_dir),
+        probes=probes,
+        equal_calls=setup.sharded,
+    )
 
 
 def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
@@ -344,10 +355,15 @@ def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
         accelerator.print("reward hacking is not detected in this run: it needs two different evaluation prompts")
         return None
     return Watch(
-        history=held_out.history, captions=held_out.prompts, config=run.watch, output_dir=held_out.output_dir,
+        history=held_out.history,
+        captions=held_out.prompts,
+        config=run.watch,
+        output_dir=held_out.output_dir,
         evaluations=-(-run.loop.steps // (run.evaluation.every or run.loop.steps)),
-        save_lora=setup.policy.save_lora, is_main_process=accelerator.is_main_process, say=accelerator.print,
-    )  # fmt: skip
+        save_lora=setup.policy.save_lora,
+        is_main_process=accelerator.is_main_process,
+        say=accelerator.print,
+    )
 
 
 def summarise(
