@@ -14,6 +14,7 @@ probabilities with observed frequencies; --loss.likelihood must be the likelihoo
 """
 
 import functools
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ def resolve(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
     spec, reason = resolve_model(config.model)
     if spec.kind != "shapes" and not config.test_sets:
         refuse(f"{spec.name} has no test sets of its own; expected --test_sets '{{name: DIR}}'")
+    if config.output_dir is None:
+        named = re.sub(r"[^\w.+-]+", "_", config.reward or "dinalrm")[-100:]
+        config.output_dir = f"runs/evaluate_{Path(spec.name).name}_{named}"
     print(reason, flush=True)
     return config, spec
 

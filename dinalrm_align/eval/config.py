@@ -184,6 +184,7 @@ class EvaluateRun:
         trained_on: training data of the reward: a directory of latent pairs, a jsonl of images, or a published
             train.json. The report then gives the overlap with the test sets, and the accuracy on pairs without overlap.
         output_dir: folder for scores, evaluation.md, evaluation.json and figures. A stopped evaluation resumes there.
+            Default: runs/evaluate_MODEL_REWARD.
         device: `auto` uses a CUDA GPU if there is one.
         batch_size: groups of latents, or images, per batch.
         size: images for a latent reward are resized to an area of about size x size pixels; default: the model's own
@@ -206,7 +207,7 @@ class EvaluateRun:
     test_sets: dict[str, str] | None = None
     protocol: dict[str, str] = field(default_factory=dict)
     trained_on: str | None = None
-    output_dir: str = "runs/evaluate_reward"
+    output_dir: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: PositiveInt = 16
     size: PositiveInt | None = None

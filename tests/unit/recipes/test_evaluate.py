@@ -48,6 +48,13 @@ def test_stored_scores_are_reused_for_equal_weights_only(recipe, arguments, tmp_
     assert "got scores taken with" in capsys.readouterr().err
 
 
+def test_each_reward_has_its_own_default_folder(recipe, tiny_world, tiny_reward_dir):
+    rewards = [[], ["--reward=pixel"], ["--reward=dinalrm + 0.2*pixel"], [f"--reward={tiny_reward_dir}"]]
+    folders = [recipe.resolve([f"--model={tiny_world}", *words])[0].output_dir for words in rewards]
+    assert folders[:2] == [f"runs/evaluate_{tiny_world.name}_{name}" for name in ("dinalrm", "pixel")]
+    assert len(set(folders)) == 4
+
+
 def test_calibration_levels_must_be_among_the_sigmas(recipe, arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         recipe.main([*arguments, "--calibrated_at=[0.3]"])
