@@ -1,4 +1,4 @@
-"""Ablate DiNa-LRM's design choices: train a reward per variant (arm) and seed, evaluate all on the same held-out pairs.
+"""Ablate DiNa-LRM's design choices: train a reward for each variant (arm) and seed, and test all on the same pairs.
 
     python recipes/ablate_reward.py                                      # the paper's questions, 3 seeds: about 2 hours
     python recipes/ablate_reward.py --arms '[calibrated, nll]'           # one more arm; finished arms are kept
@@ -7,8 +7,8 @@
 
 An arm is recipes/train_reward.py with a few options changed. The arms include the variants of arXiv 2602.11146,
 section 5. The same command continues a stopped ablation. Two processes may share output_dir if their arms differ. The
-recipe writes a report (ablation.md, ablation.json and one figure per research question) and a folder arms/ARM/seedN per
-run, which also holds the scores of that run on each test set, scores_SET.safetensors.
+recipe writes a report (ablation.md, ablation.json and one figure per research question) and, for
+each run, a folder arms/ARM/seedN. In that folder, scores_SET.safetensors holds the run's scores on the test set SET.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 
 
 def resolve(argv: Sequence[str]) -> tuple[AblateRun, ModelSpec, Path, dict[str, tuple[Changes, TrainRewardRun]]]:
-    """Return settings, model, path of the baseline YAML, and a dict: arm -> (changed options, training settings)."""
+    """Return settings, model, path of the baseline YAML, and a dict that maps arms to (changes, training settings)."""
     config, _ = parse(AblateRun, __doc__, argv)
     with refusing():
         spec, reason = resolve_model(config.model)

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         module.requires_grad_(False).to(accelerator.device)
 
     def finish(train: Callable, parts: dict[str, type]) -> None:
-        """Train and save the pipeline components named in `parts` unless all are saved, then load the saved weights."""
+        """Load the pipeline components named in `parts`. If any is not saved yet, first train and save them all."""
         folders = {name: weights / "pipeline" / name for name in parts}
         if not all((folder / "config.json").exists() for folder in folders.values()):
             train(pipeline, config, accelerator)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_latent_reward(config: BuildConfig, pipeline: Path, pairs: dict[str, Path]) -> None:
-    """Run recipes/train_reward.py as a subprocess, in output_dir/dinalrm. On Ctrl-C, wait for its checkpoint."""
+    """Run recipes/train_reward.py as a subprocess, in output_dir/dinalrm. On Ctrl-C, wait until it has exited."""
     from dinalrm_align.train.checkpoints import latest_checkpoint
 
     run, recipe = Path(config.output_dir) / "dinalrm", Path(__file__).with_name("train_reward.py")

@@ -6,8 +6,8 @@
 
 At every sampling step the policy draws several candidates for the next noisy latents, and the reward scores the
 candidates at their noise level. If the scores of the best and the worst candidate differ enough, the two form a pair.
-Relative to the reference model, the policy learns to make the best candidate more probable, the worst less (arXiv
-2502.01051). Sampling continues from a random candidate. No image is finished or decoded.
+Relative to the reference model, the policy learns to make the best candidate more probable and the worst less probable
+(arXiv 2502.01051). Sampling continues from a random candidate. No image is finished or decoded.
 
 LPO needs a reward that reads noisy latents, as DiNa-LRM does; image rewards cannot be used. The original method is for
 UNets and DDIM, and its authors' SD3 version was not released. This recipe uses the stochastic step of a flow

@@ -5,8 +5,8 @@
     python recipes/nft_sd35.py --resume runs/nft_shapes_dinalrm_seed0
 
 Each rollout draws a group of samples for every prompt, and the reward weights each sample as good or bad relative to
-its group. The samples are then noised as in pretraining. A model displaced from the sampling policy towards the trained
-policy learns to denoise good samples. A model displaced the opposite way learns the bad samples (arXiv 2509.16117).
+its group. The samples are then noised as in pretraining. For velocities v (trained policy) and v_old (sampling policy),
+v_old + beta (v - v_old) is fitted to good samples and v_old - beta (v - v_old) to bad ones (arXiv 2509.16117).
 Training needs no reward gradient and no log-probabilities. With a latent reward it needs no decoder.
 
 A run writes the same files as recipes/refl_sd35.py. Metrics: `moved`, the mean squared difference between the velocity

@@ -6,8 +6,8 @@
 
 Full-size networks are built from their published configs and run on tensors without storage, with the recipes' own
 code. Workloads: scoring, the reward's gradient, the gradient computation of a ReFL update, a Flow-GRPO update, and each
-network alone. The tables report peak bytes and floating-point operations. They list the savings with and without
-the rollout beside those of arXiv 2602.11146. `--economies false` leaves out the table of memory-saving options. Writes
+network alone. The tables report peak bytes and floating-point operations. Savings with and without the ReFL rollout
+are listed beside those of arXiv 2602.11146. `--economies false` leaves out the table of memory-saving options. Writes
 savings.md, savings.json and savings.png to output_dir, and prints savings.md.
 """
 

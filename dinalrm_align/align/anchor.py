@@ -23,8 +23,8 @@ class Anchor:
 
     Args:
         every: n. With updates counted from 1, the anchor is used at updates n, 2n, 3n, ...
-        weight: weight of the anchor's scores (ReFL) or advantages (GRPO); the first reward's have weight 1.
-            For ReFL, the weight must include the factor `matching_scale`, because the two rewards differ in scale.
+        weight: factor of the anchor's scores (ReFL) or advantages (GRPO); the factor of the first reward is 1.
+            For ReFL, it must include the result of `matching_scale`, because the two rewards differ in scale.
     """
 
     reward: Reward
@@ -49,9 +49,9 @@ def terms(reward: Reward, anchor: Anchor | None, update: int) -> Mapping[str, tu
 
 
 def matching_scale(score: Tensor, anchor_score: Tensor) -> float:
-    """Return std(score) / std(anchor_score), the factor from anchor scores to the scale of score; both (N,).
+    """Return std(score) / std(anchor_score), the factor that brings anchor scores to the scale of `score`.
 
-    Both hold scores of the same samples. Raises ValueError if shapes differ, N < 2, or a reward's scores are all equal.
+    Both are (N,), for the same samples. Raises ValueError if shapes differ, N < 2, or all scores of a reward are equal.
     """
     if score.shape != anchor_score.shape or score.dim() != 1 or len(score) < 2:
         got = f"{tuple(score.shape)} and {tuple(anchor_score.shape)}"

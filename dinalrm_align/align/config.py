@@ -17,8 +17,8 @@ class EvaluationConfig:
         batch_size: images sampled at once.
         every: updates between evaluations; 0: none during training. Base model and final policy are always evaluated.
         shown: number of images in the image grid of each evaluation.
-        seed: seed of the evaluation noise, separate from the training seed: runs with different training seeds can be
-            compared image by image.
+        seed: seed of the evaluation noise. It is separate from the training seed, so that runs with different training
+            seeds can be compared image by image.
     """
 
     samples: settings.IntAboveOne = 192
@@ -128,7 +128,7 @@ class AnchorConfig:
 
     Args:
         reward: name of the second reward; by default there is none.
-        every: n. The second reward is used at updates n, 2n, 3n, ..., counted from 1. GRPO counts rollouts instead.
+        every: n. The second reward is used at updates (ReFL) or rollouts (GRPO) n, 2n, 3n, ..., counted from 1.
         weight: weight of the second reward relative to the first, after both are scaled to the same standard deviation.
     """
 
@@ -150,11 +150,11 @@ class GroupRolloutConfig:
         groups: prompts per rollout and process.
         group_size: samples per prompt.
         sample_batch: samples drawn and scored at once; affects memory, not results.
-        guidance_scale: guidance scale of rollout and training; None: the model's own scale. At most 1: no guidance.
+        guidance_scale: guidance scale of rollout and training; None: the model's own. 1 or less: no guidance.
         reward_draws: noise draws over which a latent reward is averaged; all samples of a group share the draws.
         reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
-        advantage_std: standard deviation that divides (score - group mean). group: over the scores of the group.
-            global: over all scores of the rollout, on all processes.
+        advantage_std: standard deviation by which (score - group mean) is divided. group: of the scores in the group.
+            global: of all scores of the rollout, on all processes.
         advantage_floor: constant added to the standard deviation before the division.
         advantage_clip: advantages are clipped to [-advantage_clip, advantage_clip]. DiffusionNFT treats a sample at the
             upper bound as wholly good and a sample at the lower bound as wholly bad.

@@ -148,7 +148,7 @@ def dpo_step(
 
 
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
-    """Wrap `velocity` to run inside weights(), a context that sets the reference's weights and disables gradients."""
+    """Return `velocity` with the reference's weights and without gradient; weights() is the context that sets both."""
 
     def frozen(latents: Tensor, sigma: float | Tensor) -> Tensor:
         with weights():
@@ -191,7 +191,7 @@ class OfflineDpo:
 class OnlineDpo:
     """Diffusion-DPO as a method for `train.loop.fit`, on the best and the worst of several samples of each prompt.
 
-    The caller must pass this object to `Setup.align` as `state` too, so that checkpoints hold the refreshed reference.
+    Also pass this object to `Setup.align` as the argument `state`, so that checkpoints contain the current reference.
 
     Args:
         sampler: samples training prompts.
@@ -211,7 +211,7 @@ class OnlineDpo:
         return policy.reference() if self._reference is None else policy.with_weights(self._reference)
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """Sample the prompts of one micro-step, and return the best and the worst sample of each prompt, with noise."""
+        """Sample the prompts of one micro-step, and return a batch with the best and worst sample of each prompt."""
         config, sampler = self.config, self.sampler
         self._refresh(micro_step)
         indices = sampler.prompt_indices(config.batch_size, micro_step)
@@ -233,8 +233,8 @@ class OnlineDpo:
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: those of `dpo_step`; `reward`, the mean score of all samples; `reward_best` and `reward_worst`, the
-        mean score of each prompt's best and worst sample.
+        Metrics: those of `dpo_step`; `reward`, the mean score of all samples; `reward_best`, the mean score of
+        the prompts' best samples; and `reward_worst`, the mean score of their worst samples.
         """
         velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
         with self.sampler.meter.phase("policy"):
@@ -245,7 +245,7 @@ class OnlineDpo:
         return {REFERENCE + name: tensor for name, tensor in (self._reference or {}).items()}
 
     def is_common(self) -> bool:
-        """Return True, because the reference, which `state_tensors` returns, is equal on all ranks."""
+        """Return True, because all ranks have the same reference and so the same `state_tensors`."""
         return True
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -266,7 +266,7 @@ class OnlineDpo:
         return velocity if self.config.sampler == "policy" else without_gradient(velocity, self.reference)
 
     def _refresh(self, micro_step: int) -> None:
-        """Make the current policy the reference after every `refresh_every` updates, before the next update starts."""
+        """Replace the reference by the current policy if `refresh_every` updates have passed since the last refresh."""
         every = self.config.refresh_every * self.sampler.accumulate
         if every and micro_step and micro_step % every == 0:
             self._reference = self.sampler.policy.weights()

@@ -33,7 +33,7 @@ Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of after - before, and its standard error. Both lists: scores of the same samples in order."""
+    """Return the mean of after - before, and its standard error. before[i] and after[i] score the same sample."""
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
@@ -120,7 +120,7 @@ class HeldOut:
         return {name: values for name, values in found.items() if name not in ("step", "terms")}
 
     def history(self, step: int) -> dict[int, dict[str, list[float]]]:
-        """Return the scores of every evaluation up to `step`, as a dict: update -> the result of scores(update)."""
+        """Return the scores of all evaluations at or before `step`, as a dict: update -> result of scores(update)."""
         steps = sorted(int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit())
         return {at: self.scores(at) for at in steps if at <= step}
 

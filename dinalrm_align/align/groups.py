@@ -1,8 +1,8 @@
 """Scores and advantages within groups. A group is the samples of one prompt.
 
 A latent reward scores noised latents, so its score depends on the noise. All samples of a group are scored with the
-same noise draws, so that the noise does not affect their comparison. The module also measures the score variance that
-separate draws for each sample would have added.
+same noise draws, so that the noise does not affect their comparison. The module also measures how much
+variance the scores would gain if each sample had its own noise draws.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ class RolloutAdvantages:
 
     Args:
         advantages: (N,) float32, after clipping.
-        kept: (N,) bool, False for samples that updates leave out because all scores of their group are equal.
+        kept: (N,) bool, False if all scores in the sample's group are equal; updates leave these samples out.
         statistics: metrics of the rollout by name (`STATISTICS`), NaN where not measured. If the rollout
             uses a second reward, the key "anchor" holds the mean score by that reward.
     """

@@ -74,7 +74,7 @@ class Rollout:
         log_probs: (N, K), log-probabilities of the trained steps.
         means: (N, K, C, H, W), means of the trained steps' normal distributions; (N, 0) if GrpoConfig.guard is False.
         advantages: (N,), after clipping.
-        kept: (N,) bool, False for samples that updates leave out because all scores of their group are equal.
+        kept: (N,) bool, False if all scores in the sample's group are equal; updates leave these samples out.
         statistics: metrics of the rollout in the order of `RECORDED`, NaN where not measured.
     """
 
@@ -91,7 +91,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GrpoBatch:
-    """Pairs (sample, denoising step) on the device. `count`: number of pairs; if 0, the tensors hold one dummy pair."""
+    """Pairs (sample, denoising step) on the device. If the number of pairs, `count`, is 0, there is one dummy pair."""
 
     position: Position
     conditions: Conditions
@@ -112,7 +112,7 @@ class Grpo:
     Args:
         sampler: samples training prompts. `sampler.sigmas` must come from `flow.sampling.named_sigmas`.
         reward: scores the samples; must be frozen and on the policy's device. Its gradient is not used.
-        anchor: a second reward, whose advantages are added to those of `reward` in rollouts n, 2n, 3n, ...
+        anchor: a second reward, whose advantages are added to those of `reward` in every `anchor.every`-th rollout.
     """
 
     sampler: Sampler
@@ -134,7 +134,7 @@ class Grpo:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> Rollout:
-        """Sample and score rollout `number` without gradient. Only number, seed, weights and rank affect the result."""
+        """Sample and score rollout `number` without gradient. The result depends on number, seed, weights, rank."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.groups, number)).repeat_interleave(config.group_size)
         window = trained_steps(config, sampler.num_steps, number, seeded_generator(WINDOWS, sampler.seed, number))
@@ -188,7 +188,7 @@ class Grpo:
         generators: Sequence[torch.Generator],
         steps: int,
     ) -> Tensor:
-        """Return latents (B, C, H, W) after `steps` ODE steps. config.shared_start makes them equal within a group."""
+        """Return latents (B, C, H, W) after `steps` ODE steps; with config.shared_start, equal within each group."""
         sampler = self.sampler
         if not self.config.shared_start:
             return sampler.sample(conditions, sampler.noise(generators), steps)
@@ -222,7 +222,7 @@ class Grpo:
         return weights | ({ANCHOR: objective[ANCHOR][0]} if ANCHOR in objective else {})
 
     def batch_at(self, micro_step: int) -> GrpoBatch:
-        """Return the samples and steps that a micro-step trains on, after drawing a new rollout if one is needed."""
+        """Return the samples and steps that a micro-step trains on. Draws a new rollout when one is due."""
         position, pending = self.buffer.at(micro_step)
         kept = pending.kept.nonzero().flatten()
         groups = (self.first + kept) // self.config.group_size
@@ -293,7 +293,7 @@ class Grpo:
             )
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
-        """Return a dict: name of a saved rollout's tensor -> shape that the tensor must have."""
+        """Return the shapes that the tensors of a saved `Rollout` must have, by name."""
         count, width = self.config.groups * self.config.group_size, tensors["log_probs"].shape[-1]
         latent_shape = self.sampler.latent_shape
         return {

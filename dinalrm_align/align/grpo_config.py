@@ -18,9 +18,9 @@ class GrpoConfig(GroupRolloutConfig):
         sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
         noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
         negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.
-        window: steps that are stochastic and trained; all other steps follow the ODE. all: all but the last. random:
-            window_size consecutive steps, drawn anew for every rollout (Flow-GRPO-Fast). progressive: window_size
-            consecutive steps, which move from the first steps to the last (MixGRPO).
+        window: steps that are stochastic and trained; all others follow the ODE. all: every step except the last.
+            random: window_size consecutive steps, drawn anew for every rollout (Flow-GRPO-Fast). progressive:
+            window_size consecutive steps, which move from the first steps to the last (MixGRPO).
         window_size: number of steps in a random or progressive window.
         window_range: range of steps that contains the window, as two numbers: the range's first step, and one past its
             last step. None: all but the rollout's last step.
@@ -40,8 +40,8 @@ class GrpoConfig(GroupRolloutConfig):
             noise scale, as in flow_grpo. std: the same, with the step's standard deviation as s; the exact KL
             per dimension. velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
         ratio_tolerance: largest distance of the probability ratios from 1 in the first update after a rollout. The run
-            stops at a larger distance, because the weights have not changed yet, and a difference means that rollout
-            and training compute different probabilities.
+            stops at a larger distance: the weights have not changed since the rollout, so a difference means that
+            rollout and training compute different probabilities.
     """
 
     num_steps: settings.IntAboveOne | None = 8
@@ -79,7 +79,7 @@ class GrpoRun(AlignRun):
 
     Args:
         grpo: settings of Flow-GRPO.
-        anchor: settings of a second reward, whose advantages are added in every n-th rollout.
+        anchor: settings of a second reward, whose advantages are added in every `anchor.every`-th rollout.
     """
 
     gradient_checkpointing: bool = False

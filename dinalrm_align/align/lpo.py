@@ -44,7 +44,7 @@ def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, T
 
 
 def dynamic_threshold(stds: Tensor, low: float, high: float) -> Tensor:
-    """Return the margin that a pair must exceed at each of S steps, (S,), linear in the std of the step's noise.
+    """Return the margin (S,) that a pair must exceed at each of S steps. It is linear in the std of the step's noise.
 
     `stds`: (S,), the std of each step's noise. The result is `low` at the smallest std and `high` at the largest. If
     all entries of `stds` are equal, the result is `low` at every step.
@@ -74,9 +74,9 @@ class StepPairs:
     """The P preference pairs that a rollout collected from its trajectories, on the CPU.
 
     Args:
-        samples: (P,) int64, index of each pair's trajectory, unique over all ranks.
+        samples: (P,) int64, index of each pair's trajectory, counted over all ranks.
         indices: (P,) int64, prompt indices.
-        steps: (P,) int64, step indices of the schedule.
+        steps: (P,) int64, index of each pair's denoising step.
         latents: (P, C, H, W) float32, the states from which the candidates were drawn.
         chosen, rejected: (P, C, H, W) float32, best and worst candidate for the next state.
         statistics: metrics of the rollout over all ranks, in the order of `STATISTICS`.
@@ -94,7 +94,7 @@ class StepPairs:
 
 @dataclass(frozen=True)
 class LpoBatch:
-    """A micro-batch of preference pairs on the device. `count`: number of pairs; 0 if the batch is a placeholder."""
+    """A micro-batch of preference pairs on the device. If `count` (number of pairs) is 0, it holds a dummy pair."""
 
     position: Position
     conditions: Conditions
@@ -142,7 +142,7 @@ class Lpo:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> StepPairs:
-        """Collect a rollout's pairs without gradient. The pairs depend on `number`, seed, weights and rank."""
+        """Collect a rollout's pairs without gradient. They depend on `number`, the seed, the weights and the rank."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.batch_size, number))
         found: list[tuple[Tensor, ...]] = []
@@ -167,7 +167,7 @@ class Lpo:
         hold the pairs: the fields of `StepPairs` from `samples` to `rejected`. The tuples of the second list have three
         tensors (B,): whether the margin exceeds the threshold, the mean score of the candidates, and the margin.
 
-        `samples`: B trajectory indices, from 0 on each rank. `indices`: (B,), the prompt index of each trajectory.
+        `samples`: B trajectory indices; each rank counts from 0. `indices`: (B,), the prompt index of each trajectory.
         """
         config, sampler, device, count = self.config, self.sampler, self.sampler.device, self.config.candidates
         conditions = sampler.take(indices.tolist())

@@ -18,10 +18,10 @@ class LpoConfig:
             candidate may become a pair; the trajectory continues from a random candidate.
         sample_batch: trajectories sampled and scored at once; affects memory, not results.
         num_steps: denoising steps of the rollout; None: the model's own number. The last step is not trained.
-        schedule: noise levels of the rollout: the pipeline's (diffusers), or 1, ..., 1/N, shifted, then 0 (linear).
+        schedule: noise levels. diffusers: the pipeline's, as in flow_grpo. linear: equally spaced before the shift.
         sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
         noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
-        guidance_scale: guidance scale of rollout and training; None: the model's own. If at most 1, no guidance.
+        guidance_scale: guidance scale of rollout and training; None: the model's own. 1 or less: no guidance.
         negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.
         steps: denoising steps at which pairs are collected, as two numbers: first step (from 0) and one past the last
             step. None: all steps except the last step of the rollout.

@@ -24,7 +24,7 @@ def check_memory_options(config: MemoryConfig, device: torch.device) -> None:
 
 
 def use_attention(name: str) -> None:
-    """Limit scaled_dot_product_attention on CUDA, process-wide, to the kernels `name` and "math"; "auto": no limit."""
+    """Restrict all scaled_dot_product_attention on CUDA to the kernels `name` and "math". "auto" changes nothing."""
     if name == "auto":
         return
     wanted = {"efficient": "mem_efficient"}.get(name, name)

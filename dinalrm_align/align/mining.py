@@ -47,7 +47,7 @@ class Miner:
         return -(-len(self.prompts) // self.config.prompts_per_shard)
 
     def missing(self, folder: Path) -> list[int]:
-        """Return the numbers of the shards that have no file in the folder yet."""
+        """Return the numbers of the shards whose file does not exist in `folder` yet."""
         return [number for number in range(self.shards) if not shard_path(folder, number).is_file()]
 
     def prompts_of(self, number: int) -> range:

@@ -15,12 +15,12 @@ class MineConfig:
         candidates: samples per prompt.
         pairs_per_prompt: largest number of pairs per prompt; must be at most candidates / 2. The first pair is the best
             and the worst sample, the next pair is the second best and the second worst, and so on.
-        min_gap: least score difference of a pair, in the reward's units. Pairs with a smaller difference are left out.
+        min_gap: lowest score difference of a pair, in the reward's units. Pairs with a smaller difference are left out.
         num_steps: denoising steps; by default the model's own number.
         guidance_scale: guidance scale of the samples; by default the model's own.
         reward_sigma: noise level or levels (an ensemble) at which the reward scores; by default the reward's own.
         batch_size: images sampled and scored at once.
-        prompts_per_shard: prompts whose pairs go into one file; a resumed run mines only the missing files.
+        prompts_per_shard: number of prompts whose pairs go into one file; a resumed run mines only the missing files.
         dtype: dtype of the latents and embeddings in the files.
         negative: store the empty prompt's embeddings with every pair, for trainers that use guidance in the loss.
     """

@@ -37,7 +37,7 @@ OLD = "old."
 
 
 def goodness(advantages: Tensor, clip: float) -> Tensor:
-    """Return the weight r of each sample as a good sample: advantages / (2 clip) + 1/2, clamped to [0, 1]."""
+    """Return the weight r with which each sample counts as good: advantages / (2 clip) + 1/2, clamped to [0, 1]."""
     return (advantages / (2 * clip) + 0.5).clamp(0, 1)
 
 
@@ -52,7 +52,7 @@ def contrast_loss(
     Args:
         velocity, old: (n, C, H, W), the velocities v of the trained policy and v_old of the old policy at x_sigma.
         x_sigma, latents: (n, C, H, W), the noised samples and the clean samples x0.
-        sigma, good: (n,), the noise level of each sample, and the weight r of each sample as a good sample.
+        sigma, good: (n,), the noise level of each sample, and the weight r with which it counts as good.
     """
     total = torch.zeros(len(good), device=velocity.device)
     for share, mixed in (
@@ -72,7 +72,7 @@ class Samples:
     Args:
         indices: (N,) int64, prompt indices.
         latents: (N, C, H, W), the clean samples.
-        good: (N,), weight r of each sample as a good sample, in [0, 1].
+        good: (N,), the weight r in [0, 1] with which each sample counts as good.
         kept: (N,) bool, False if all samples of the same prompt have equal scores. Updates leave out these samples.
         statistics: metrics of the rollout in the order of `STATISTICS`.
     """
@@ -87,7 +87,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class NftBatch:
-    """A micro-batch of samples, each with a noise level. `count`: its size; 0 if the batch is a placeholder."""
+    """A micro-batch of samples, each with a noise level. `count`: number of samples; 0 for a placeholder batch."""
 
     conditions: Conditions
     sigma: Tensor
@@ -155,7 +155,7 @@ class Nft:
 
     @torch.no_grad()
     def follow(self, number: int) -> None:
-        """Update the old policy, the moving average of the trained weights. Call before rollout `number`."""
+        """Update the old policy, which is a moving average of the trained weights. Call before rollout `number`."""
         kept = min(self.config.old_slope * number, self.config.old_limit)
         for name, p in self.sampler.policy.parameters.items():
             self.old.mean[name].lerp_(p.detach(), 1 - kept)
@@ -188,7 +188,7 @@ class Nft:
         )
 
     def _steps(self, key: tuple[int, ...]) -> list[int]:
-        """Return the distinct denoising steps whose noise levels one sample is trained at. `key`: key of the RNG."""
+        """Draw distinct denoising steps; one sample is trained at their noise levels. `key`: key of the RNG."""
         order = torch.randperm(len(self.steps), generator=seeded_generator(LEVELS, *key))
         return (self.steps.start + order[: self.config.levels]).tolist()
 
@@ -196,7 +196,7 @@ class Nft:
         """Return the mean loss of the batch, differentiable in the policy's LoRA, and the metrics.
 
         Metrics: `kl`, the mean squared difference of the trained policy's and the reference's velocities; `moved`, the
-        same for the trained and the old policy's velocities; and the statistics of the rollout.
+        mean squared difference of the trained and the old policy's velocities; and the statistics of the rollout.
         """
         config, policy = self.config, self.sampler.policy
         with self.sampler.meter.phase("policy"):
@@ -214,11 +214,11 @@ class Nft:
         return loss.mean(), {"kl": kl.detach().mean(), "moved": moved.mean(), **batch.statistics}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return CPU tensors by name: the old policy's weights, and the fields of the unfinished rollout if any."""
+        """Return {name: CPU tensor}: the old policy's weights and, if a rollout is unfinished, the rollout's fields."""
         return {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:
-        """Return whether `state_tensors` is equal on all ranks, which holds when there is no unfinished rollout."""
+        """Return whether all ranks have equal `state_tensors`. This holds if there is no unfinished rollout."""
         return self.buffer.is_common()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -237,7 +237,7 @@ class Nft:
             mean.copy_(old[name])
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes that the tensors of a saved rollout must have, by name."""
+        """Return {name of a field of a saved rollout: required shape}."""
         count = self.config.groups * self.config.group_size
         return {
             "number": (), "indices": (count,), "latents": (count, *self.sampler.latent_shape), "good": (count,),

@@ -82,7 +82,7 @@ class Policy:
             latents: (B, C, H, W), any dtype.
             sigma: a float or (B,), in [0, 1].
             guidance_scale: scale g in v_negative + g (v - v_negative). If at most 1, the result is v (no guidance).
-            negative: B conditions of v_negative; required if guidance_scale is above 1.
+            negative: B conditions that give v_negative; required if guidance_scale is above 1.
             negative_gradient: whether gradients flow through v_negative; if False, it is detached.
         """
         check_latents("latents", latents)
@@ -148,7 +148,7 @@ class Policy:
                 p.requires_grad_(flag)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return a copy of the current LoRA tensors by name, on the policy's device, for `with_weights`."""
+        """Return {name: copy of the LoRA tensor}, on the policy's device. `with_weights` takes this dict."""
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @contextmanager
@@ -190,7 +190,7 @@ class Policy:
             raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
 
     def load_lora(self, folder: Path) -> None:
-        """Load a LoRA that `save_lora` wrote. ValueError if rank, alpha or shapes differ or a value is not finite."""
+        """Load a LoRA that `save_lora` wrote. Raises ValueError if rank, alpha or shapes differ, or for NaN or inf."""
         path = folder / LORA_FILE
         with reading("LoRA in safetensors", path), safe_open(path, framework="pt") as file:
             saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}

@@ -13,7 +13,7 @@ The variants (`ReflConfig.variant`) differ in the steps that carry the gradient:
 
     refl           ReFL; with K consecutive gradient steps, this is DRaFT-K (arXiv 2309.17400)
     draft_lv       DRaFT-LV: a finished sample is noised n times, and each copy takes one step (`renoised_steps`)
-    drtune         DRTune (arXiv 2405.00760): K steps spread over the rollout, inputs detached (`drtune_steps`)
+    drtune         DRTune (arXiv 2405.00760): K steps spread over the rollout, with detached inputs (`drtune_steps`)
     direct_align   SRPO's Direct-Align (arXiv 2509.06942): known noise is added and removed (`direct_align_steps`)
 
 The RNG stream of a sample is keyed by (seed, global sample index), so that updates do not depend on the world size. The
@@ -66,7 +66,7 @@ def gradient_steps(
 
 
 def draw_trained(stop: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Draw DRTune's steps with gradient: `count` evenly spaced step indices from 0 to stop, with a random offset."""
+    """Draw DRTune's steps with gradient: `count` evenly spaced indices in [0, stop], with a random first index."""
     interval = (stop + 1) // count
     first = int(torch.randint(stop + 1 - (count - 1) * interval, (), generator=generator))
     return tuple(first + place * interval for place in range(count))
@@ -108,7 +108,7 @@ def drtune_steps(
 def renoised_steps(
     velocity: Velocity, reference: Velocity, latents: Tensor, noise: Tensor, sigma: float
 ) -> tuple[Tensor, Tensor]:
-    """Renoise samples, and take one step with gradient to clean latents, as DRaFT-LV does (arXiv 2309.17400).
+    """Add noise to finished samples, then take one step with gradient to clean latents: DRaFT-LV (arXiv 2309.17400).
 
     Returns the estimated clean latents (B, C, H, W) and each sample's mean |velocity - reference|^2, (B,). To
     lower the variance of the gradient, pass each sample n times, with n different noises.
@@ -122,7 +122,7 @@ def renoised_steps(
 def direct_align_steps(
     velocity: Velocity, reference: Velocity, latents: Tensor, noise: Tensor, sigma: float, sigma_next: float
 ) -> tuple[Tensor, Tensor]:
-    """Take one step from known noise, then subtract the remaining noise: Direct-Align (SRPO, arXiv 2509.06942).
+    """Add known noise to samples, take one step, and subtract the remaining noise: Direct-Align (arXiv 2509.06942).
 
     Known noise is added to a finished sample x0 up to noise level sigma. One step to sigma_next < sigma gives x'. The
     noise in x' is known, so x0_hat = (x' - sigma_next noise) / (1 - sigma_next) is nearly clean at any sigma. With the
@@ -151,7 +151,7 @@ def reward_loss(score: Tensor, form: str, target: float) -> Tensor:
 def flow_matching_loss(
     velocity: Callable[[Tensor, Tensor], Tensor], latents: Tensor, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Return the base model's pretraining loss, a scalar: mean |velocity(x_sigma, sigma) - (noise - x0)|^2.
+    """Return the scalar flow-matching loss of SD3's pretraining: mean |velocity(x_sigma, sigma) - (noise - x0)|^2.
 
     As in SD3 training, sigma is logit-normal(0, 1). `latents`: (B, C, H, W), clean, with the VAE's scaling applied.
     `generators`: one CPU generator per sample.
@@ -167,9 +167,9 @@ class ReflBatch:
     """A micro-batch: the latents from which the steps with gradient start, and the RNG streams of the samples.
 
     Args:
-        latents: (B, C, H, W). Variant refl: at noise level sigmas[start]; drtune: at sigmas[trained[0]];
-            draft_lv, direct_align: finished samples.
-        start: index of the first step with gradient; for drtune, of the step that estimates the clean latents.
+        latents: (B, C, H, W). For variant refl, at noise level sigmas[start]; for drtune, at sigmas[trained[0]];
+            for draft_lv and direct_align, finished samples.
+        start: index of the first step with gradient. For drtune: index of the step that estimates the clean latents.
         conditions: conditions of the B samples.
         generators: RNG streams of the B samples, for the draws of the training step.
         update: number of the update, counted from 0.
@@ -196,7 +196,7 @@ class Refl:
     Args:
         sampler: samples training prompts with the policy.
         reward: differentiable reward; must be frozen and on the policy's device.
-        anchor: a second reward. Every n-th update adds its weighted scores to those of `reward`.
+        anchor: a second reward. Its weighted scores are added to those of `reward` in every `anchor.every`-th update.
         pretrain_data: latents (N, C, H, W) and N conditions for the pretraining loss; required if
             config.pretrain_weight is above 0.
     """
@@ -264,7 +264,7 @@ class Refl:
         return loss, metrics
 
     def reference_samples(self, count: int) -> tuple[Tensor, Conditions]:
-        """Return base-model latents (N, C, H, W) of the first `count` training prompts, on the CPU, and conditions."""
+        """Sample the first `count` training prompts with the base model. Return CPU latents and the conditions."""
         sampler, size = self.sampler, self.config.batch_size
         conditions = sampler.conditions.take(range(min(count, len(sampler.conditions))))
         parts = []
@@ -276,7 +276,7 @@ class Refl:
         return torch.cat(parts), conditions
 
     def _clean_latents(self, batch: ReflBatch) -> tuple[Tensor, Tensor, Conditions]:
-        """Return the estimated clean latents and the velocity KL, differentiable in the LoRA, and the conditions."""
+        """Return the estimated clean latents, the velocity KL and the conditions. The first two carry gradients."""
         config, sampler, start = self.config, self.sampler, batch.start
         sigmas = sampler.sigmas
         copies = config.renoisings if config.variant in ("draft_lv", "direct_align") else 1
@@ -304,7 +304,7 @@ class Refl:
         return *clean, conditions
 
     def _reward_sigma(self, generators: Sequence[torch.Generator]) -> Tensor | Sequence[float] | None:
-        """Return the reward's noise levels: a tensor, one per sample; a list for all samples; or None, the default."""
+        """Return the reward's noise levels: a tensor with one per sample, a list for all samples, or None (default)."""
         if self.config.reward_sigma_range is None:
             return self.config.reward_sigma
         low, high = self.config.reward_sigma_range

@@ -24,7 +24,7 @@ class ReflConfig:
         grad_steps: number of steps with gradient (refl and drtune). refl: 1 is ReFL and DRaFT-1, K is DRaFT-K.
         renoisings: noise draws per sample (draft_lv and direct_align).
         stride: length of the step with gradient, in steps of the rollout (direct_align).
-        discount: exponent of the weight sigma ** discount of the reward's loss (direct_align), where sigma is the noise
+        discount: the reward's loss is multiplied by sigma ** discount (direct_align), where sigma is the noise
             level of the step with gradient; 0: no weighting. The weight is low at low sigma, where hacking is easier.
         earliest: start of the range from which each micro-batch draws its first step with gradient, as a fraction of
             num_steps. The end of the range leaves room for grad_steps steps. 1: always draw the end, as in DRaFT.
@@ -33,7 +33,7 @@ class ReflConfig:
         target: target score of the loss. With the linear loss, it does not change the gradient.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps
             with gradient; 0: the difference is only a metric.
-        pretrain_weight: weight of a flow-matching loss on images, in place of ReFL's pretraining loss; 0: none.
+        pretrain_weight: weight of a flow-matching loss on images, which replaces ReFL's pretraining loss; 0: unused.
         pretrain_images: folder of images for the flow-matching loss, NAME.png (or .jpg, .webp) with the caption in
             NAME.txt. By default the base model generates the images.
         pretrain_samples: number of images that the base model generates if pretrain_images is not given.
@@ -79,7 +79,7 @@ class ReflRun(AlignRun):
 
     Args:
         refl: settings of ReFL and its variants.
-        anchor: settings of a second reward. Every n-th update maximises both rewards.
+        anchor: settings of a second reward. Every `anchor.every`-th update maximises both rewards.
     """
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))

@@ -61,7 +61,7 @@ class Sampler:
         return len(self.sigmas) - 1
 
     def prompt_indices(self, batch_size: int, step: int) -> list[int]:
-        """Return the indices of the `batch_size` training prompts that this rank uses at `step`."""
+        """Return the indices of this rank's `batch_size` training prompts in micro-step or rollout `step`."""
         return prompt_indices(
             len(self.conditions), batch_size, step, seed=self.seed, rank=self.rank, num_processes=self.num_processes
         )
@@ -117,7 +117,7 @@ class Sampler:
 class Position:
     """Position of a micro-step in training, as four numbers counted from 0.
 
-    The numbers are the rollout, the epoch (pass over a rollout), the update in the epoch, the micro-step in the update.
+    The fields count rollouts, epochs (passes over a rollout), updates in the epoch, and micro-steps in the update.
     """
 
     rollout: int
@@ -131,7 +131,7 @@ class Position:
 
     @property
     def in_first_update(self) -> bool:
-        """Whether this is the rollout's first update: the weights are still those that drew the rollout."""
+        """Whether this is the rollout's first update, in which the weights are still those that drew the rollout."""
         return self.epoch == self.minibatch == 0
 
 
@@ -186,7 +186,7 @@ class Reuse:
 
 
 def _piece(count: int, pieces: int, number: int) -> slice:
-    """Cut range(count) into `pieces` slices of nearly equal size, and return slice number `number`, from 0."""
+    """Cut range(count) into `pieces` slices of nearly equal size, and return the slice with index `number`."""
     return slice(count * number // pieces, count * (number + 1) // pieces)
 
 

@@ -68,7 +68,7 @@ class Setup:
     """The parts of a run, built by `prepare`.
 
     Args:
-        pipeline: the frozen base model without text encoders. `policy` is a LoRA on the transformer.
+        pipeline: the frozen base model without text encoders. Its transformer carries the LoRA of `policy`.
         gold: reward that scores held-out images and is never trained on.
         identity: digests of model, reward and data, by name. Resuming needs a checkpoint with the same digests.
         sharded: whether the base weights are sharded over the ranks. All ranks must then call the policy equally often.
@@ -136,7 +136,7 @@ class Setup:
         """Train the policy with `method`, evaluate it before, during and after training, and write the run folder.
 
         Args:
-            samples: prompts or pairs per rank and update. For methods that reuse rollouts: per rank and rollout.
+            samples: number of prompts or pairs per rank in an update, or in a rollout if the method reuses rollouts.
             shown: names of the metrics in the progress bar.
             data: digests of training data that the method reads, by name. A resumed run must have the same digests.
             state: object whose `state_tensors` are saved in checkpoints, usually the method; None: nothing to save.
@@ -189,8 +189,8 @@ def prepare(
     Args:
         extra_prompts: prompts to encode in addition to training and evaluation prompts.
         anchor: settings of a second reward (the anchor), for methods that support one.
-        in_advantages: whether to add the second reward's advantages (GRPO). Otherwise the second reward's scores are
-            added, scaled so that both rewards' scores have the same standard deviation on base-model samples.
+        in_advantages: True if the method adds the anchor's advantages (GRPO). If False, it adds the anchor's scores,
+            scaled so that both rewards' scores have the same standard deviation on base-model samples.
     """
     run, spec = resolved.run, resolved.spec
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
@@ -240,7 +240,7 @@ def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:
 
 
 def load_gold(resolved: Resolved[Any], samples: Sequence[str], device: torch.device) -> ImageScorer:
-    """Load the gold reward. Score one batch of black images: a reward that refuses size or prompts then fails early."""
+    """Load the gold reward, and score black images, so that a reward that refuses size or prompts fails early."""
     gold = load_image_scorer(resolved.run.gold or resolved.spec.gold, spec=resolved.spec, device=device)
     first = samples[: resolved.run.evaluation.batch_size]
     gold(torch.zeros(len(first), 3, *run_image_size(resolved)), first)
@@ -250,7 +250,7 @@ def load_gold(resolved: Resolved[Any], samples: Sequence[str], device: torch.dev
 def run_identity(
     resolved: Resolved[Any], base: nn.Module, rewards: Sequence[Reward], anchor: AnchorConfig | None, prompts: list[str]
 ) -> dict[str, str]:
-    """Return `Setup.identity`. base: the transformer. rewards: the training reward and, if given, the anchor's."""
+    """Return `Setup.identity`. `base`: the transformer. `rewards`: the training reward and the anchor, if any."""
     run, (reward, *second) = resolved.run, rewards
     return {
         "recipe": resolved.recipe,

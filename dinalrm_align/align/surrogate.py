@@ -7,7 +7,7 @@ from dinalrm_align.flow.sde import Transition
 
 
 def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
-    """Return the advantages (score - mean of the group) / (std + floor) of scores (groups, group_size), float64.
+    """Return float64 advantages of scores (groups, group_size): (score - mean of the group) / (std + floor).
 
     `std`: "group" for the population standard deviation of each group, "global" for that of all scores.
     """
@@ -39,8 +39,8 @@ def step_kl(form: str, step: Transition, reference: Transition, difference: Tens
     """Return the differentiable KL (n,) of the policy's step to the reference's step; both start from the same latents.
 
     Args:
-        form: formula of the KL. "scale": mean|step.mean - reference.mean|^2 / (2 step.scale^2). "std": the same squared
-            difference / (2 step.std^2). "velocity": mean square of `difference`.
+        form: formula of the KL. "scale": mean|step.mean - reference.mean|^2 / (2 step.scale^2). "std": the same with
+            step.std in place of step.scale. "velocity": mean square of `difference`.
         difference: policy velocity - reference velocity, (n, C, H, W).
     """
     if form == "velocity":

@@ -44,7 +44,7 @@ class Comparison:
 
     Args:
         step, best_step: the update of the latest evaluation, and the update of the evaluation with the best gold score.
-        proxy_gain, gold_gain: mean difference, latest minus best, of the training reward and of the gold reward.
+        proxy_gain, gold_gain: rise of the training and of the gold reward's mean, from best_step to step.
         p_proxy, p_gold: one-sided p-values for a rise of the training reward and for a fall of the gold reward.
         hacking: whether both tests are significant.
     """
@@ -65,7 +65,7 @@ class Comparison:
 
 
 def p_value_of_rise(values: np.ndarray) -> float:
-    """Return the p-value of a one-sided t-test that the mean of values (C,) is above 0."""
+    """Return the p-value of a one-sided t-test of whether the mean of values (C,) is above 0."""
     estimate = seeds_by_captions(values[None])
     if estimate.standard_error == 0:
         return 0.0 if estimate.mean > 0 else 1.0
@@ -77,7 +77,7 @@ def detect_hacking(
 ) -> Comparison:
     """Test whether the reward rose and the gold score fell since the evaluation with the best gold score.
 
-    In t-tests paired by caption, hacking is detected if the rise of the training reward (proxy) has p <= level and the
+    The t-tests are paired by caption. Hacking is detected if the rise of the reward (proxy) has p <= level and the
     fall of gold has p <= level / m. Here m = n (n + 1) / 2 is the number of pairs of n + 1 evaluations. The division
     by m, a Bonferroni correction, bounds the probability of a false alarm in the whole run.
 
@@ -96,12 +96,12 @@ def detect_hacking(
 
 
 def best_step(history: Mapping[int, Scores]) -> int:
-    """Return the update whose evaluation has the best mean gold score. If several are equal, it is the earliest."""
+    """Return the update whose evaluation has the best mean gold score, or the earliest of several equal ones."""
     return max(sorted(history), key=lambda step: float(np.mean(history[step]["gold"])))
 
 
 def divergence(before: Scores, after: Scores) -> float:
-    """Return proxy's mean gain minus gold's, each divided by the standard deviation of its own scores in `before`."""
+    """Return proxy's mean gain minus gold's mean gain, each in standard deviations of its scores in `before`."""
 
     def gain(name: str) -> float:
         return float(np.mean(after[name]) - np.mean(before[name])) / _spread(before[name])
@@ -132,7 +132,7 @@ def drift_probe(
     reference: Callable[[], AbstractContextManager[None]],
     sigmas: Sequence[float],
 ) -> Probe:
-    """Return a probe: the mean squared difference (B,) of policy and reference velocity, averaged over `sigmas`."""
+    """Return a probe for the mean squared difference (B,) of policy and reference velocity, averaged over `sigmas`."""
 
     def probe(latents: Tensor, conditions: Conditions, noise: Tensor) -> dict[str, Tensor]:
         velocity = velocity_for(conditions, 1.0)
@@ -192,7 +192,7 @@ class Watch:
         return "the reward was being hacked (watch.stop_on_hacking)" if alarm else None
 
     def _keep_best(self, history: Mapping[int, Scores], step: int) -> None:
-        """Write lora_best/ if `step` has the best gold score so far. Otherwise delete a lora_best/ of a later step."""
+        """Write lora_best/ if update `step` is best so far. If not, delete one of a later update (after a resume)."""
         folder = self.output_dir / BEST
         saved_step = read_json(folder / NOTE)["step"] if (folder / NOTE).is_file() else -1
         if best_step(history) == step:

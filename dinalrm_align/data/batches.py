@@ -19,7 +19,7 @@ AT_ONCE = 4
 class BatchOrder(TypedDict, total=False):
     """Options that control how a `PairSource` forms batches.
 
-    batch_size: number of items per batch. An item is one pair, or a group: images of one prompt and all their pairs.
+    batch_size: number of items per batch. An item is one pair or one group (images of one prompt with all their pairs).
     seed: seed of the shuffles; default 0.
     held_out_prompts: number of distinct prompts kept for validation and left out of training; default 0.
     """
@@ -39,7 +39,7 @@ class ShuffledBatches:
     buckets: for each image size, the indices of its items. All items of a batch come from one bucket.
     batch_size: number of items per batch.
     blocks: (N,) index of each item's parquet row group, for data that is read one row group at a time.
-    With `blocks`, an epoch visits row groups in random order, and shuffles the items of four (AT_ONCE) at a time.
+    With `blocks`, an epoch visits row groups in random order, and shuffles the items of AT_ONCE row groups together.
 
     Raises ValueError if every bucket is smaller than a batch.
     """
@@ -107,7 +107,7 @@ class ShuffledBatches:
 
 
 class BatchesInOrder(Sequence[PairBatch]):
-    """Sequence of batches, sorted by image size, in stored order within each size. A batch is read when indexed."""
+    """Batches of items sorted by image size, with items of equal size in stored order. A batch is read when indexed."""
 
     def __init__(self, read: Callable[[np.ndarray], PairBatch], buckets: Sequence[np.ndarray], size: int) -> None:
         self._read = read

@@ -8,21 +8,21 @@ from dinalrm_align.train.settings import ClosedUnitInterval, IntAboveOne, NonNeg
 
 @dataclass
 class FilterConfig:
-    """Conditions that a pair must meet to be kept. The pairs left out are counted by reason.
+    """Conditions that a pair must meet to be kept. The number of pairs left out is reported for each reason.
 
     Args:
         min_pixels: smallest allowed area of an image, in pixels; the default is 256 x 256, as in the published data.
         aspect_tolerance: largest change of an image's log aspect ratio that resizing may cause.
-        min_vote_share: keep a pair with votes only if `chosen` has more than this share of votes; released data: 0.6.
+        min_vote_share: keep a pair with votes only if `chosen` has more than this share of votes (released data: 0.6).
         unanimous: leave out pairs in which a rater voted for the rejected image.
         min_confidence: smallest allowed `confidence`, a field of HPDv3. Pairs without this field are kept.
         max_pairs_per_prompt: keep at most this many pairs per prompt, drawn at random (released data: 8); default: all.
         ties: `drop` leaves out pairs that raters found equal, as Diffusion-DPO does; `keep` gives them the label 0.5.
-        min_gaps: a bound for each score name. A pair that is not a tie is kept only if each named score has
-            score(chosen) - score(rejected) above its bound. `source` must be a jsonl with these scores. LPO's
+        min_gaps: a bound for each score name. A pair that is not a tie is kept only if, for each named score,
+            score(chosen) - score(rejected) is above the bound. `source` must be a jsonl with these scores. LPO's
             consistent filtering is {aesthetic: -0.5, clip: 0, vqa: 0}.
-        max_tie_gaps: a bound for each score name. A tie is kept only if each named score has
-            |score(chosen) - score(rejected)| below its bound. LPO uses {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
+        max_tie_gaps: a bound for each score name. A tie is kept only if, for each named score,
+            |score(chosen) - score(rejected)| is below the bound. LPO uses {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
     """
 
     min_pixels: NonNegativeInt = 65_536
@@ -57,11 +57,11 @@ class PrepareRun:
         buckets: sizes that images are resized to. `published` means the 13 sizes of DiNa-LRM's data. `area:1024` means
             sizes with an area of at most 1024^2 and sides that are multiples of 64 (`plan.by_area`). A list
             such as 1024x1024,832x1248 names the sizes as height x width.
-        group: `pair` stores every pair separately, as in the paper; `prompt` stores all images of one prompt and
-            one size once, together with all pairs of these images.
-        label: target probability that the chosen image is preferred. `hard` is the label stated by a
-            jsonl, else 0.5 for a tie and 1 otherwise. `votes` is the chosen image's share of the votes.
-        on_bad: `refuse` stops at an unreadable image, an invalid record, and latents or embeddings that are not
+        group: `pair` stores every pair separately, as in the paper; `prompt` stores one group for each prompt and
+            image size, which holds every image once, together with all pairs of these images.
+        label: target probability that the chosen image is preferred. `hard` is 0.5 for a tie and 1
+            otherwise, unless a jsonl states the label. `votes` is the chosen image's share of the votes.
+        on_bad: `refuse` stops at an unreadable image, an invalid record, or latents or embeddings that are not
             finite; `skip` leaves out the affected pairs and counts them by reason.
         filter: conditions that a pair must meet to be kept.
         max_pairs: number of pairs to read, from the start of `source`; default: all.
@@ -69,7 +69,7 @@ class PrepareRun:
         prompts_per_shard: prompts per file of text embeddings.
         batch_size: images per forward pass of the VAE.
         workers: processes per rank that decode and resize images; 0 decodes and resizes in the rank's own process.
-        verify: on resuming, compare the hash of each existing file, in addition to its size.
+        verify: on resuming, check the hash of each existing file; by default, only the size is checked.
         seed: seed of the random choice of pairs for filter.max_pairs_per_prompt.
         device: `auto` uses a CUDA GPU if there is one.
         dtype: dtype of the text encoders; `auto`: the model's dtype on a GPU, float32 on a CPU. The VAE uses float32.

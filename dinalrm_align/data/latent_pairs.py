@@ -1,7 +1,7 @@
 """Encoded preference pairs on disk: safetensors shards of scaled latents and text embeddings.
 
-A group is a set of images of one prompt, with those pairs of images that raters compared. A separate pair is a group of
-two images. The directory holds:
+A group consists of images of one prompt and the pairs of these images that raters compared. The smallest group is one
+pair. The directory holds:
 
     index.json             format, manifest, concept names; for each shard: rows, latent size, hash. Written last.
     prompts.json           the distinct prompts; prompt i belongs to row i, counted over all text shards
@@ -38,7 +38,7 @@ from dinalrm_align.train.settings import check_integer
 class LatentPairs(PairSource):
     """`PairSource` that reads a directory written by `LatentPairsWriter` or `prepare`.
 
-    An item of a batch is a group: images of one prompt and all their pairs. on_bad: what to do about a shard that is
+    An item of a batch is a group (images of one prompt with all their pairs). on_bad: what to do about a shard that is
     missing, truncated or inconsistent with index.json. "refuse" raises; "skip" warns and leaves out the shard's pairs.
     """
 

@@ -28,7 +28,7 @@ TENSORS = (*LATENTS, *_TEXT, *(f"negative_{name}" for name in _TEXT))
 
 @dataclasses.dataclass(frozen=True)
 class MinedPair:
-    """Chosen and rejected image, out of n generated for one prompt. Tensors may have any device and floating dtype.
+    """Chosen and rejected image among n images of one prompt. Tensors may have any device and floating dtype.
 
     index: index of the prompt. latents: (n, C, H, W), without noise, scaled. scores: rewards of the n images.
     chosen, rejected: indices in `latents` of the pair's images. prompt_embeds: (L, D). pooled_prompt_embeds: (P,).
@@ -69,7 +69,7 @@ def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining:
 class MinedPairs(PairSource):
     """`PairSource` that reads a folder written by `recipes/mine_pairs.py`, or one parquet file written by verl-omni.
 
-    manifest: how the pairs were encoded. Required for a parquet file. Ignored for a folder: its manifest.json is used.
+    manifest: how the pairs were encoded. Required for a parquet file; ignored for a folder, which has a manifest.json.
     Raises ValueError or FileNotFoundError for files that are unreadable, missing or without pairs.
     """
 

@@ -35,7 +35,7 @@ class PairBatch:
         rejected: (N,) int64, index in `latents` of each pair's rejected image.
         label: (N,) float32 in [0, 1], probability that a rater prefers the chosen image.
         group: (M,) int64 in [0, G), index of each image's group.
-        concepts: for each pair, the property in which its images differ; None if it is unknown for any pair.
+        concepts: for each pair, the property in which its images differ; None if unknown for at least one pair.
 
     Raises TypeError for a wrong dtype, and ValueError for inconsistent shapes or for indices or values out of range.
     """
@@ -145,9 +145,9 @@ class PairBatch:
 
 @dataclasses.dataclass(frozen=True)
 class WeightSample:
-    """A few weights of a network, which identify the network. source: folder or hub id of its pipeline.
+    """A few weights that identify a network. source: folder or hub id of the network's pipeline.
 
-    tensors: number of tensors with two or more dimensions. values: first value of each of up to 16 of these tensors.
+    tensors: number of tensors with two or more dimensions. values: from up to 16 of these tensors, the first value.
     """
 
     source: str
@@ -158,7 +158,7 @@ class WeightSample:
         check_fields(self, "encoded_with")
 
     def same_weights(self, other: "WeightSample") -> bool:
-        """Return whether both samples may come from the same model: values are equal up to rounding to bfloat16."""
+        """Return whether both samples may come from one network: values must be equal up to rounding to bfloat16."""
         close = (math.isclose(a, b, rel_tol=2.0**-7, abs_tol=1e-6) for a, b in zip(self.values, other.values))
         return (self.tensors, len(self.values)) == (other.tensors, len(other.values)) and all(close)
 
@@ -190,7 +190,7 @@ class PairManifest:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Build a manifest from its `dataclasses.asdict` dict. Raises TypeError or ValueError for invalid values."""
+        """Inverse of `dataclasses.asdict`: build a manifest. Raises TypeError or ValueError for invalid values."""
         samples = values.get("encoded_with", {})
         if not isinstance(samples, dict) or not all(isinstance(sample, dict) for sample in samples.values()):
             raise ValueError(f"manifest.encoded_with: got {samples!r:.60}; expected a sample of weights by name")
@@ -198,10 +198,10 @@ class PairManifest:
         return cls(**{**values, "encoded_with": samples})
 
     def check_encoders(self, sample_of: Callable[[str], WeightSample | None]) -> list[str]:
-        """Raise ValueError if the VAE or a text encoder used to encode the pairs differs in weights from the model's.
+        """Raise ValueError unless the VAE and text encoders that encoded the pairs have the weights of the model's.
 
-        sample_of: function that takes a subfolder of the model's pipeline, such as "vae", and returns a sample of its
-        weights, or None if they are unavailable. `check_encoders` returns the subfolders with unavailable weights.
+        sample_of: function that takes a subfolder of the model's pipeline, such as "vae", and returns a `WeightSample`,
+        or None if the weights are unavailable. `check_encoders` returns the subfolders with unavailable weights.
         """
         unknown = []
         for name, written in self.encoded_with.items():

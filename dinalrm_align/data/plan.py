@@ -52,7 +52,7 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """Return sizes of area at most side^2: the square, and for each length of the shorter side, the longest rectangle.
+    """Return the square of this side, and for each length of a shorter side, the longest rectangle of area <= side^2.
 
     Rectangles come in both orientations. Sides are multiples of 64. The longer side is at most twice the shorter.
     """
@@ -113,7 +113,7 @@ class Dropped:
         return "\n".join(lines) or "no pair was left out"
 
     def bad(self, reason: str, message: str, pairs: int = 1) -> None:
-        """Raise ValueError if on_bad is "refuse". Otherwise count `pairs` more pairs as left out for `reason`."""
+        """Raise ValueError if on_bad is "refuse". Otherwise add `pairs` to the number left out for `reason`."""
         if self.on_bad == "refuse":
             raise ValueError(f"{message}. To leave out such pairs and have them counted: --on_bad skip")
         self.drop(reason, message, pairs)
@@ -224,7 +224,7 @@ def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Drop
 
 
 def plan_shards(groups: Iterable[Group], shard_size: int) -> list[list[Group]]:
-    """Return the groups of each file. A file holds up to `shard_size` images of one size, or one larger group."""
+    """Return the groups of each file. A file holds up to `shard_size` images of one size, or one group with more."""
     by_size: dict[Size, list[Group]] = {}
     for group in groups:
         by_size.setdefault(group.size, []).append(group)

@@ -51,7 +51,7 @@ class Preparation:
 
     All ranks must call `measure`, `plan`, `encode_text` and `encode_latents`, with a barrier after each call. One rank
     must then call `finish`. manifest: encoding settings. in_order: function that `workers.worker_processes` yields.
-    Raises ValueError or OSError for an unreadable source, or a `folder` with foreign files or different settings.
+    Raises ValueError or OSError if the source is unreadable, or if `folder` holds other files or other settings.
     """
 
     def __init__(

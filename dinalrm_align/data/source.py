@@ -49,14 +49,14 @@ class Encoders:
         return encode_images(self.vae, images)
 
     def manifest(self, *, weights: bool = False) -> PairManifest:
-        """Return the manifest of pairs that `self` encodes. weights: whether to include samples of the weights."""
+        """Return the manifest of pairs encoded by `self`. weights: whether to sample the weights of each encoder."""
         vae, names = self.vae.config, ENCODERS if weights else ()
         samples = {name: found for name in names if (found := self.weights(name))}
         return PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, self.encode_prompts.text_length, samples)
 
     @functools.cache  # noqa: B019  one object per program
     def weights(self, name: str) -> WeightSample | None:
-        """Return a sample of the weights in the subfolder `name`, such as "vae". The sample is computed once."""
+        """Return a `WeightSample` of the encoder `name`, such as "vae". The sample is computed once."""
         return sample_weights(self.source, name)
 
 
@@ -160,10 +160,10 @@ def load_image(path: Path, height: int, width: int) -> Tensor:
 
 
 def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
-    """Return a sample of the weights in the subfolder `folder` of a pipeline; None if they are not on this machine.
+    """Return a `WeightSample` of the subfolder `folder` of a pipeline; None if the weights are not on this machine.
 
-    The tensors with two or more dimensions are sorted by name. The sample holds the first value of each of up to 16
-    (VALUES) evenly spaced tensors. Files of variants, such as model.fp16.safetensors, are ignored.
+    The tensors with two or more dimensions are sorted by name. From up to 16 (VALUES) evenly spaced ones, the sample
+    holds the first value. Files of variants, such as model.fp16.safetensors, are ignored.
     source: folder or hub id of the pipeline. Raises ValueError for an invalid safetensors file.
     """
     try:

@@ -1,8 +1,8 @@
 """Compare training variants of a reward (the arms of an ablation), and noise levels at inference.
 
 The comparisons follow arXiv 2602.11146. Accuracies are pairwise and in per cent; differences are in percentage points.
-Both are means with intervals over seeds and captions (`intervals.seeds_by_captions`). Differences are paired: the two
-arms share seeds, captions, pairs and noise.
+Each value is a mean over seeds and captions, with an interval (`intervals.seeds_by_captions`). Differences are paired:
+the two arms share seeds, captions, pairs and noise.
 
 Scores at several noise levels or with several noise draws are combined in two ways. "tokens" means that the reward head
 attends to the backbone tokens of all levels or draws and returns one score. "average" means the mean of single scores.
@@ -50,14 +50,14 @@ def levels_to_evaluate(sigmas: Sequence[float], ensembles: Sequence[Sequence[flo
 
 
 def levels_with_draws(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
-    """Return sigma 0.4 with each draw and each group of 2, 4, 8 (< `draws`) draws; `ensemble` with draws 0, 1, 2, 3."""
+    """Return noise levels: sigma 0.4 with single draws and with groups of draws, `ensemble` with single draws."""
     singles = [NoiseLevels.at(SINGLE_LEVEL, draw=draw) for draw in range(draws)]
     joined = [_joined(group) for count in COUNTS if 1 < count < draws for group in draw_groups(count, draws)]
     return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(ENSEMBLE_DRAWS, draws)))]
 
 
 def draw_groups(count: int, draws: int) -> list[tuple[int, ...]]:
-    """Split noise draws 0 to `draws` - 1 into groups of `count`: (0, 1), (2, 3). A smaller last group is dropped."""
+    """Split the noise draws 0, 1, ..., `draws` - 1 into groups of `count`. A smaller last group is dropped."""
     return [tuple(range(start, start + count)) for start in range(0, draws - count + 1, count)]
 
 
@@ -66,12 +66,12 @@ def _joined(draws: tuple[int, ...]) -> NoiseLevels:
 
 
 def accuracy_of(*names: str) -> Measure:
-    """Return a function `PairScores` -> correctness (N,), from the mean score over the noise levels `names`."""
+    """Return a function from `PairScores` to the correctness (N,) of the mean score over the noise levels `names`."""
     return lambda scores: scores.correct(*names)
 
 
 def accuracy_at(*sigmas: float) -> Measure:
-    """Return a function `PairScores` -> correctness (N,), from the joint score at all `sigmas` (draw 0)."""
+    """Return a function from `PairScores` to the correctness (N,) of the joint score at all `sigmas` (noise draw 0)."""
     return accuracy_of(NoiseLevels.at(*sigmas).name)
 
 
@@ -80,12 +80,12 @@ def average_of(sigmas: Sequence[float]) -> Measure:
 
 
 def mean_accuracy(sigmas: Sequence[float]) -> Measure:
-    """Return a function `PairScores` -> (N,): the share of `sigmas` at which each pair is ordered correctly."""
+    """Return a function from `PairScores` to the share of `sigmas`, (N,), at which each pair is ordered correctly."""
     return lambda scores: np.mean([accuracy_at(sigma)(scores) for sigma in sigmas], axis=0)
 
 
 def by_seed_and_caption(seeds: Mapping[int, Mapping[str, PairScores]], name: str, measure: Measure) -> np.ndarray:
-    """Return accuracies (S seeds, C captions) on test set `name`. `measure`: function `PairScores` -> correctness."""
+    """Return accuracies (seeds, captions) on test set `name`. `measure`: function from scores to correctness (N,)."""
     rows = []
     for sets in seeds.values():
         correct = measure(sets[name])
@@ -103,7 +103,7 @@ def accuracy_difference(
 ) -> Interval:
     """Return the accuracy of training variant `better` minus the accuracy of `worse`, over the seeds that both have.
 
-    name: test set. of_better, of_worse: functions `PairScores` -> correctness (N,). Raises ValueError if the variants
+    name: test set. of_better, of_worse: functions from `PairScores` to correctness. Raises ValueError if the variants
     have no common seed, or were evaluated on different pairs.
     """
     ours, theirs = evidence.runs[better], evidence.runs[worse]
@@ -128,7 +128,7 @@ def verdict(interval: Interval) -> str:
 
 
 def in_points(interval: Interval, *, signed: bool = True) -> str:
-    """Format an accuracy or difference in per cent with its interval: "+0.6 [-0.2, +1.4]" (`signed`: with the +)."""
+    """Format an accuracy or difference in per cent and its interval: "+0.6 [-0.2, +1.4]". `signed`: write +."""
     sign = "+" if signed else ""
     mean, low, high = (f"{100 * value:{sign}.1f}" for value in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"
@@ -139,7 +139,7 @@ def with_asterisk(interval: Interval) -> str:
 
 
 def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
-    """Return a dict, title -> accuracy function: at `Arm.sigma`, at the first ensemble, mean over sigmas in (0, 1)."""
+    """Return accuracy functions: "own sigma", "ensemble" (the first one) and "all levels" (mean over 0 < sigma < 1)."""
     return {
         "own sigma": accuracy_at(ARMS[arm].sigma),
         "ensemble": accuracy_at(*evidence.ensembles[0]),
@@ -148,7 +148,7 @@ def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
 
 
 def question_section(question: Question, evidence: Evidence) -> str:
-    """Return a Markdown section that compares the variants of a design choice; "" if fewer than two have results."""
+    """Return a Markdown section that compares the variants of `question`, or "" if fewer than two have results."""
     runs, sets = evidence.runs, evidence.sets
     arms = [arm for arm in question.arms if arm in runs]
     if len(arms) < 2:
@@ -188,7 +188,7 @@ def question_section(question: Question, evidence: Evidence) -> str:
 
 
 def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
-    """Return a dict, title -> accuracy function: for each sigma, each ensemble, each number of noise draws scored."""
+    """Return a dict: title -> accuracy function. It has entries for sigmas, ensembles and numbers of draws."""
     scored = evidence.levels(arm, name)
     measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in evidence.sigmas}
     for levels in evidence.ensembles:
@@ -205,7 +205,7 @@ def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Mea
 
 
 def inference_section(evidence: Evidence, arm: str) -> str:
-    """Return a Markdown section: accuracy of variant `arm` at each choice of noise levels, and gain over sigma 0.4."""
+    """Return a Markdown section with the accuracy of `arm` at each choice of noise levels, and gains over sigma 0.4."""
     by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
 
     def cells(name: str, label: str) -> list[str]:
@@ -224,7 +224,7 @@ def inference_section(evidence: Evidence, arm: str) -> str:
 
 
 def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
-    """Return a line per claim of arXiv 2602.11146, with its `verdict` for `arm`. Claims not scored are left out."""
+    """Return a line with a `verdict` for each claim of arXiv 2602.11146. Claims without scores are left out."""
     ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [
@@ -244,7 +244,7 @@ def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """`share`: score variance over noise draws, divided by that over images. `forwards`: backbone passes per score."""
+    """`share`: variance over noise draws divided by variance over images. `forwards`: backbone passes per score."""
 
     label: str
     forwards: int
@@ -252,7 +252,7 @@ class NoiseShare:
 
 
 def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
-    """Return the `NoiseShare` of sigma 0.4 with 1, 2, 4 and 8 draws (averaged, and as tokens), and of `ensemble`.
+    """Return one `NoiseShare` for `ensemble`, and two (averaged, tokens) for each number of draws at sigma 0.4.
 
     seeds: scores on one test set, one `PairScores` per training seed. Each share is averaged over these seeds.
     """

@@ -1,4 +1,4 @@
-"""Pairwise accuracy during training, per noise level and concept (what the two images of a pair differ in).
+"""Pairwise accuracy during training, for each noise level and concept (what the two images of a pair differ in).
 
 Accuracy is the share of pairs whose preferred image scores strictly higher. Equal scores count as wrong, and pairs that
 raters tie (label 0.5) are left out. The noise is drawn once per prompt: all images of the prompt and all noise levels
@@ -54,7 +54,7 @@ Tallies = dict[Level, dict[str, Tally]]
 def pairwise_tallies(
     score: Score, batches: Sequence[PairBatch], levels: Sequence[Level], *, seed: int = 0, rank: int = 0, world: int = 1
 ) -> Tallies:
-    """Count correctly ordered pairs by noise level and concept, in batches `rank`, `rank` + `world`, ...
+    """Count correctly ordered pairs by noise level and concept, in this rank's batches: `rank`, `rank` + `world`, ...
 
     `merge` sums the counts of all ranks. The noise is seeded by (seed, batch index), so the sums do not depend on
     `world`.
@@ -115,7 +115,7 @@ def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
 
 
 def _plot(tallies: Tallies, concepts: Sequence[str], path: Path, title: str) -> None:
-    """Plot accuracy against sigma. Bars are standard errors, thin lines are concepts, dashed lines are ensembles."""
+    """Plot accuracy against sigma. Bars show standard errors, thin lines show concepts, dashed lines show ensembles."""
     figure, (axes,) = panels([title], (7, 4.5), "sigma", "pairwise accuracy")
     single = sorted(level for level in tallies if len(level) == 1)
     sigmas = [level[0] for level in single]

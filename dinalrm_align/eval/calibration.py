@@ -195,13 +195,13 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
 
 
 def fidelity_rater(p: ArrayLike) -> np.ndarray:
-    """Return q = sqrt(p) / (sqrt(p) + sqrt(1 - p)), the raters' probability at which p minimises the fidelity loss."""
+    """Return the raters' probability q at which p minimises the fidelity loss: sqrt(p) / (sqrt(p) + sqrt(1 - p))."""
     p = np.asarray(p, dtype=np.float64)
     return np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p))
 
 
 def _binned(probability: ArrayLike, observed: ArrayLike, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return probabilities, labels and bin indices, each (N,), with the more probable image of every pair first."""
+    """Put the more probable image of every pair first. Return probabilities, labels and bin indices, each (N,)."""
     p, o = np.asarray(probability, dtype=np.float64), np.asarray(observed, dtype=np.float64)
     o = np.where(p > 0.5, o, np.where(p < 0.5, 1 - o, 0.5))
     p = np.maximum(p, 1 - p)
@@ -225,7 +225,7 @@ def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
 def reliabilities(
     runs: Runs, losses: Mapping[str, LossConfig], name: str, sigmas: Sequence[float]
 ) -> dict[str, dict[float, Calibration]]:
-    """Return a dict, arm (training variant) -> noise level -> calibration on test set `name`, over pairs of all seeds.
+    """Return a dict: arm (training variant) -> noise level -> calibration on test set `name`. All seeds are pooled.
 
     losses: arm -> the arm's training loss, which turns score gaps into probabilities.
     """
@@ -257,7 +257,7 @@ def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name:
 
 
 def scale_sentence(label: str, levels: Mapping[float, Calibration]) -> str:
-    """Return a sentence on how much the best factor on score gaps, `Calibration.scale`, varies over sigma < 1."""
+    """Return a sentence that says how much `Calibration.scale` varies among the sigmas below 1."""
     scales = {sigma: found.scale for sigma, found in levels.items() if sigma < 1 and 0 < found.scale < math.inf}
     if not scales:
         return f"{label}: no level has a best scale."

@@ -81,7 +81,7 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question and the variants that answer it. `paper`: pairs (better, worse), as claimed by arXiv 2602.11146."""
+    """A question and the variants that answer it. `paper`: (better, worse) variants according to arXiv 2602.11146."""
 
     title: str
     arms: tuple[str, ...]
@@ -108,14 +108,14 @@ class AblateRun:
     """Settings of `python recipes/ablate_reward.py`.
 
     Args:
-        model: `shapes`, `sd35`, or folder or hub id of a StableDiffusion3Pipeline, whose transformer the rewards use.
+        model: `shapes`, `sd35`, or folder or hub id of a StableDiffusion3Pipeline. Rewards use its transformer.
         arms: variants to train and evaluate; `calibrated` is the baseline. Known: calibrated, fixed, logit_normal,
             sigma_0, sigma_0.4, frozen, nll, bradley_terry, half_depth, more_depth, last_tap, image_taps, no_film,
             no_gates, queries_1, queries_8.
         seeds: seeds of initial weights, data order and noise; every arm is trained once per seed.
         steps: number of updates of every training.
-        training: YAML file with settings of `recipes/train_reward.py`, which the arms override; default: the one in
-            recipes/ for the kind of `model`, such as train_reward_shapes.yaml.
+        training: YAML file with settings of `recipes/train_reward.py`; the options of an arm take precedence. Default:
+            the file in recipes/ for the kind of `model`, such as train_reward_shapes.yaml.
         pairs: preference pairs to train on, as in `recipes/train_reward.py`; default for model `shapes`: generated.
         test_sets: test sets, name -> location, as in `recipes/evaluate_reward.py`; default, for model `shapes` only:
             heldout, concepts and shifted. The variance over noise draws is measured on the last set.
@@ -170,7 +170,7 @@ class EvaluateRun:
     """Settings of `python recipes/evaluate_reward.py`.
 
     Args:
-        model: `shapes`, `sd35`, or folder or hub id of a StableDiffusion3Pipeline, whose networks a latent reward uses.
+        model: `shapes`, `sd35`, or folder or hub id of a StableDiffusion3Pipeline. Latent rewards use its networks.
         reward: reward to evaluate, as in every recipe: dinalrm (default: the model's own reward), folder or hub id of
             another latent reward, pickscore, hpsv2.1, hpsv3, NAME=SOURCE, a weighted sum, or module:function.
         test_sets: test sets, name -> location. imagereward, hpdv2, hpdv3, genai_bench, genai_bench_v1 and pickapic are
@@ -179,8 +179,8 @@ class EvaluateRun:
             latents, mined pairs or a jsonl of images. Default, for model `shapes` only: heldout (ranked lists of
             held-out captions with noisy labels, as in training), concepts (pairs that differ in one concept) and
             shifted (pairs of degraded images that differ in one concept).
-        protocol: name of a test set -> accuracy protocol: pooled, strict, diff, grouped, half-ties, three-way, tau,
-            and for ranked lists (imagereward, hpdv2) hpsv2 and mps; default: the set's own. The report defines each.
+        protocol: name of a test set -> accuracy protocol, defined in the report: pooled, strict, diff, grouped,
+            half-ties, three-way or tau; for ranked lists (imagereward, hpdv2) also hpsv2 or mps. Default: the set's.
         trained_on: training data of the reward: a directory of latent pairs, a jsonl of images, or a published
             train.json. The report then gives the overlap with the test sets, and the accuracy on pairs without overlap.
         output_dir: folder for scores, evaluation.md, evaluation.json and figures. A stopped evaluation resumes there.

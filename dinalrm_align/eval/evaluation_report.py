@@ -30,7 +30,7 @@ SHOWN_FAULTS = 10
 class SetResult:
     """Results on one test set.
 
-    protocol: accuracy protocol: the requested one, or by default the test set's.
+    protocol: accuracy protocol: the requested one, or else the default of the test set.
     per_level: noise level -> accuracy under `protocol`.
     per_protocol: (protocol, noise level) -> accuracy, for all protocols of the set, at its `main_levels`.
     leak: overlap of the test pairs with the training data; None if not requested.

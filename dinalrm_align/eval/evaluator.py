@@ -84,8 +84,8 @@ class Fit:
 def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[NoiseLevels], seed: int) -> ImageScorer:
     """Return a function that scores images.
 
-    levels: noise levels at which a latent reward returns raw scores. If `levels` is [NO_NOISE], any reward gets one
-    score, the weighted sum over its parts. In this sum, a latent reward uses the noise level and scale of its config,
+    levels: noise levels at which a latent reward returns raw scores. If `levels` is [NO_NOISE], any reward returns one
+    score: the weighted sum of its parts. In this sum, a latent reward uses the noise level and scale of its config,
     and an image reward sees the images unresized.
 
     Raises ValueError if a latent reward was trained with other encoders. The returned function raises ValueError if the
@@ -147,7 +147,7 @@ def score_image_set(
 ) -> tuple[PairScores, dict[str, str]]:
     """Score all images of a test set. Returns the scores, and a dict: name of an unscored image -> reason.
 
-    pieces: store of partial results. Raises ValueError for a NaN or infinite score, or if no pair has both scores. With
+    pieces: store of partial results. Raises ValueError for a NaN or infinite score, or if no pair is scored. With
     on_bad "refuse", a missing or unreadable image raises ValueError too.
     """
     missing = images.missing()
@@ -160,7 +160,7 @@ def score_image_set(
     faults: dict[str, str] = {}
 
     def score_batch(rows: Sequence[int], found: dict[str, str]) -> np.ndarray:
-        """Return scores (levels, rows), NaN for unreadable images. Add the reason to `found`, by name of the image."""
+        """Return scores (levels, rows), NaN for unreadable images. `found` collects: image name -> reason."""
         scores = np.full((len(names), len(rows)), np.nan, np.float32)
         opened: dict[int, Image.Image] = {}
         for column, image in enumerate(images.images[row] for row in rows):
@@ -229,7 +229,7 @@ class Candidate:
 
     @classmethod
     def from_reward(cls, text: str, reward: Reward) -> "Candidate":
-        """Describe a loaded reward. `text`: name of the reward; on a server, only the name identifies it."""
+        """Describe a loaded reward. `text`: name of the reward. A reward on a server is identified by its name only."""
         return cls(f"{text} {fingerprint(reward)}", lambda: reward)
 
 
@@ -258,7 +258,7 @@ class Evaluator:
     def __call__(
         self, candidate: Candidate, levels: Mapping[str, Sequence[NoiseLevels]], directory: Path, *, title: str
     ) -> dict[str, PairScores]:
-        """Return a dict, name of a test set -> scores. Scores are stored in `directory`, or loaded if already there.
+        """Return a dict: name of a test set -> scores. They are loaded from `directory`, or computed and stored there.
 
         levels: name of a test set -> noise levels at which a latent reward is scored. Any other reward gives one score
         per image, named "score". Raises ValueError if the stored scores were computed with different settings.

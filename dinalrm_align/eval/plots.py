@@ -26,7 +26,7 @@ FEWEST_PLOTTED = 10  # bins with fewer pairs are not plotted
 def panels(
     titles: Sequence[str], size: tuple[float, float], x: str, y: str, *, columns: int = 0, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with a panel per title. `size`: panel size, inches. `columns`: panels per row (0: all)."""
+    """Create a figure with one panel of `size` inches for each title. `columns`: panels per row; 0 means one row."""
     columns = min(columns or len(titles), len(titles))
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
@@ -81,7 +81,7 @@ def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
 
 
 def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
-    """Plot the noise variance ratio against K, the backbone passes per score. The dotted line falls as 1 / K."""
+    """Plot `NoiseShare.share` against K, the number of backbone passes per score. The dotted line falls as 1 / K."""
     title = "variance over noise draws / variance over images"
     figure, (axis,) = panels([title], (6, 4.2), "backbone forwards per score", "share")
     for label in dict.fromkeys(row.label for row in shares):
@@ -99,7 +99,7 @@ def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
 def plot_reliability(curves: Mapping[str, Mapping[float, Calibration]], path: Path) -> None:
     """Plot observed against predicted frequency, with a panel for each reward variant and a curve for each noise level.
 
-    Error bars are standard errors. The dashed line is a reward at the optimum of the fidelity loss. Bins with fewer
+    Error bars are standard errors. The dashed line shows a reward at the optimum of the fidelity loss. Bins with fewer
     than 10 pairs are not plotted, but count in the expected calibration error (ECE).
     """
     figure, axes = panels([*curves], (6, 4.4), "predicted P(preferred)", "observed frequency", columns=2)

@@ -81,14 +81,14 @@ def _right_and_weight(
 
 
 def _shares(scores: PairScores, counted: np.ndarray) -> np.ndarray:
-    """Return weights (N,): 1 / n for each of the n counted pairs of a list (a caption if no lists exist), else 0."""
+    """Return weights (N,): 1 / n for a counted pair in a list, or caption, with n counted pairs; 0 for other pairs."""
     _, number = np.unique(scores.caption if scores.group is None else scores.group, return_inverse=True)
     size = np.bincount(number, weights=counted)[number]
     return np.divide(counted, size, out=np.zeros(len(counted)), where=size > 0)
 
 
 def _ratio(right: np.ndarray, weight: np.ndarray, caption: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return accuracies (B,) of B resamples, NaN if all weights are 0. `counts`: (B, C), times each prompt is drawn."""
+    """Return accuracies (B,) of B resamples, NaN if all weights are 0. `counts`: (B, C), draws of each prompt."""
     above, below = (counts @ np.bincount(caption, weights=values) for values in (weight * right, weight))
     return np.divide(above, below, out=np.full(len(counts), np.nan), where=below > 0)
 

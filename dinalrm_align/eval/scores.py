@@ -42,7 +42,7 @@ def level_name(level: Level) -> str:
 
 @dataclass(frozen=True, order=True)
 class NoiseLevels:
-    """Noise levels of one score: one sigma, or those of an ensemble. `draws`: index of the noise draw at each sigma."""
+    """Noise levels of one score: one sigma, or several (an ensemble). `draws`: index of the noise draw per sigma."""
 
     sigmas: Level
     draws: tuple[int, ...]

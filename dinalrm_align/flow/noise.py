@@ -48,7 +48,7 @@ def as_sigma(sigma: Tensor | float) -> Tensor:
 
 
 def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> None:
-    """Raise TypeError unless `latents` is floating-point, ValueError unless it has shape (B, C, H, W), as `like`."""
+    """Raise TypeError unless `latents` is floating-point, ValueError unless it is (B, C, H, W) and shaped as `like`."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         got = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise TypeError(f"{name}: got {got}; expected a floating tensor (B, C, H, W)")
@@ -148,7 +148,7 @@ def beta(n: int, *, generator: torch.Generator, a: float = 1.0, b: float = 1.0) 
 
 
 def constant(n: int, *, generator: torch.Generator, value: float = 0.4) -> Tensor:
-    """Return n copies of `value`, (n,), on the generator's device. Does not use up random numbers."""
+    """Return n copies of `value`, (n,), on the generator's device. Draws no random numbers."""
     return torch.full((n,), float(value), device=generator.device)
 
 

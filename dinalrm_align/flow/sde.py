@@ -11,7 +11,7 @@ draws x' = mean + std noise, where noise is standard normal and mean and std dep
                 coefficients-preserving sampling, arXiv 2509.05952: x' has the noise level sigma'
 
 a is the argument `noise_level`, not a noise level sigma. With a = 0 a step is an Euler step of the ODE. As in public
-code, the log-probability is the MEAN over C, H and W, not the sum, of the log normal density (flow_sde) or of
+code, the log-probability is the MEAN over C, H and W, not the sum, of the normal log density (flow_sde) or of
 -(x' - mean)^2 (flow_cps). Probability ratios are therefore close to 1, and clip ranges are small (1e-6 ... 1e-4).
 
 Coefficients are computed in float64, tensors in float32. Results are differentiable in latents and velocity.
@@ -48,7 +48,7 @@ class Transition:
     delta: Tensor
 
     def draw(self, noise: Tensor) -> Tensor:
-        """Return the sample mean + std noise, (B, C, H, W), float32. `noise`: standard normal, (B, C, H, W)."""
+        """Return mean + std noise, a draw of x', (B, C, H, W), float32. `noise`: standard normal, (B, C, H, W)."""
         check_latents("noise", noise, like=self.mean)
         return self.mean + per_sample(self.std, self.mean) * noise.float()
 

@@ -40,7 +40,7 @@ def save_grid(
 def save_before_after(
     before: np.ndarray, after: np.ndarray, captions: Sequence[str], path: Path, *, title: str = "", columns: int = 4
 ) -> None:
-    """Save a PNG grid of N captioned pairs, before | after training. before, after: images (N, H, W, 3) uint8."""
+    """Save a PNG grid of N captioned pairs of images, before and after training; both are (N, H, W, 3) uint8."""
     if not len(before) == len(after) == len(captions):
         raise ValueError(f"got {len(before)} images before, {len(after)} after, {len(captions)} captions")
     pairs = [np.concatenate([b, np.full_like(b[:, :2], 255), a], axis=1) for b, a in zip(before, after, strict=True)]

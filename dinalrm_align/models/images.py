@@ -64,7 +64,7 @@ def _opened(source: Path | bytes, name: str) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Convert a PIL image to RGB. Raises ValueError if empty, damaged, transparent or over 8 bits per channel."""
+    """Convert a PIL image to RGB. Raises ValueError if it is empty, damaged, transparent or over 8 bits per channel."""
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: got {type(image).__name__} {image!r:.60}; expected a PIL image")
     if not all(image.size):

@@ -38,7 +38,7 @@ def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pad_to_square(images: Tensor, side: int) -> Tensor:
-    """Pad images (B, 3, H, W) with zeros, centred, to (B, 3, side, side). An odd pixel goes below or right."""
+    """Centre images (B, 3, H, W) in squares of zeros, (B, 3, side, side). Odd padding is larger below or right."""
     high, wide = side - images.shape[-2], side - images.shape[-1]
     return F.pad(images, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
 

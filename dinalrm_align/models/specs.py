@@ -102,8 +102,8 @@ HOW_TO_GET_SHAPES = "to run the small embedded world instead: --model shapes"
 def resolve_model(name: str) -> tuple[ModelSpec, str]:
     """Return the model for `--model name`, and a message that says which model this is.
 
-    The name "auto" selects sd35 (Stable Diffusion 3.5 Medium) if its weights are complete in the local cache or the hub
-    grants access to them within 3 seconds, and otherwise shapes, the small model that ships with the package. With
+    The name "auto" selects `sd35` (Stable Diffusion 3.5 Medium) if its weights are complete in the local cache or the
+    hub grants access to them within 3 seconds, otherwise `shapes`, the small model that ships with the package. With
     HF_HUB_OFFLINE the hub is not asked. Every name but "auto" is used without fallback: "sd35", "shapes", a hub id, a
     pipeline folder, or a folder written by `recipes/build_shapes.py`, with `pipeline/`, `dinalrm/` and `pixel/`.
     """
@@ -168,7 +168,7 @@ def _choose() -> tuple[ModelSpec, str]:
 
 
 def is_cached(repository: str) -> bool:
-    """Return whether the local hub cache holds all needed files of `repository`, one of the hub ids of sd35."""
+    """Return whether the local hub cache holds all needed files of `repository`, one of the hub ids of `sd35`."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -186,7 +186,7 @@ def is_cached(repository: str) -> bool:
 
 
 def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
-    """Return None if the hub grants access to all `repositories`, else the reason as text. Waits at most `seconds`.
+    """Return None if the hub grants access to all `repositories`, else the reason why not. Waits at most `seconds`.
 
     Daemon threads ask the hub, because the hub client exceeds its own timeouts if no name server answers.
     """
@@ -215,9 +215,9 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
-    """Return the model of a folder, and a message that says which model this is and how to get sd35 or shapes instead.
+    """Return the model of a folder, and a message that names it and says how to get `sd35` or `shapes` instead.
 
-    path: a folder that recipes/build_shapes.py wrote, or a pipeline folder, which gets the rewards of sd35.
+    path: a folder that recipes/build_shapes.py wrote, or a pipeline folder, which gets the rewards of `sd35`.
     """
     base, world = MODELS["sd35"], path / "pipeline"
     if not world.is_dir():

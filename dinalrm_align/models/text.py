@@ -127,7 +127,7 @@ class Conditions:
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """Return the `count` prompts in `text`. Raises ValueError if the number differs, or for embeddings without text."""
+    """Return the `count` prompts in `text`. Raises ValueError for another number, or for embeddings without text."""
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):
@@ -207,7 +207,7 @@ class PromptEncoder:
             return embeds.cpu(), pooled.cpu()
 
     def release(self) -> None:
-        """Free text encoders that were loaded from a folder or hub id. The next prompt to encode loads them again."""
+        """Free text encoders that were loaded from a folder or hub id. Encoding the next prompt loads them again."""
         if isinstance(self.source, str | Path):
             self._pipeline = None
             if self.device.type == "cuda":

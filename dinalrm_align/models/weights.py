@@ -1,6 +1,6 @@
 """Find models in folders and on the Hugging Face Hub, read tensor files, and load weights strictly.
 
-Reading a file never runs code from it. Strict loading requires equal names and shapes of tensors in file and model.
+Reading a file never runs code from it. In strict loading, file and model must have tensors of equal names and shapes.
 """
 
 import pickle
@@ -142,7 +142,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise ValueError if the dicts differ in names, shapes or kinds (floating or not). where: file for the message."""
+    """Raise ValueError if names, shapes or kinds of dtype (floating or not) differ. where: file for error messages."""
     both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
     shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
     differences = {
@@ -177,7 +177,7 @@ def assign_tensors(
     device: torch.device | str | None = None,
     keep_in_fp32: str | None = None,
 ) -> None:
-    """Make `tensors` the weights of `module`, even on the meta device. Raises ValueError if names or shapes differ.
+    """Make `tensors` the weights of `module`, even if it is on meta. Raises ValueError if names or shapes differ.
 
     dtype: dtype of the weights. device: device of the whole module, buffers included. keep_in_fp32: prefix of names;
     weights whose names begin with it get at least float32.

@@ -1,1 +1,1 @@
-"""Latent rewards, image rewards and weighted sums: the classes, loading by name, preference losses and training."""
+"""Reward classes for latents, images and weighted sums; loading by name; preference losses; reward training."""

@@ -57,7 +57,7 @@ def as_reward(
     name: str | None = None,
     differentiable: bool = True,
 ) -> RewardModule:
-    """Return a reward that calls `function`. A `RewardModule` is returned unchanged. Other modules are frozen in place.
+    """Return a reward that calls `function`. A `RewardModule` is returned as is. Other nn.Modules are frozen in place.
 
     Args:
         function: callable over images or latents (see the docstring of `reward.callables`). For an nn.Module, the
@@ -153,7 +153,7 @@ def _frozen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(scores: Any, inputs: Tensor, name: str) -> Tensor:
-    """Return `scores` as float32. Raise unless they are finite, and require a gradient if `inputs` does."""
+    """Return `scores` as float32. Raise if they are not finite, or have no gradient although `inputs` requires one."""
     scores = finite_scores(scores, len(inputs), name)
     if torch.is_grad_enabled() and inputs.requires_grad and not scores.requires_grad:
         raise ValueError(

@@ -97,7 +97,7 @@ def write_reward(
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
     """Return the base model's hub id or path. A path that starts with ./ or ../ is resolved from `folder`.
 
-    trusted: whether to allow a local path; False: it raises ValueError. Must be False for a downloaded checkpoint.
+    trusted: False raises ValueError for a local path. Pass False for the config of a downloaded checkpoint.
     """
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):

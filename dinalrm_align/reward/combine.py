@@ -49,7 +49,7 @@ class RewardSum(RewardModule):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first reward in the sum that has weights or a VAE, else the CPU."""
+        """The device of the first summed reward that has weights or a VAE, or the CPU if there is none."""
         return next((part.device for part in self.parts if part.reads_images or part.noise_parts), torch.device("cpu"))
 
     @property
@@ -69,7 +69,7 @@ class RewardSum(RewardModule):
         return self.add_up(self.score_parts(latents, prompts, **noise))
 
     def add_up(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted sum (B,) of scores (B,) by name. Raise ValueError if the sum is not finite."""
+        """Return the weighted sum (B,) of the scores in `parts`. Raise ValueError if the sum is not finite."""
         total = sum(weight * parts[name] for name, weight in self._weight_of.items())
         return finite_scores(total, len(total), self.name)
 

@@ -215,8 +215,8 @@ class LossConfig:
             bradley_terry: sigmoid. bradley_terry_margin: sigmoid of the difference minus `margin`.
         objective: fidelity (1 - sqrt(p) for a hard label) or nll (-log p), where p is the preference probability.
             Default: fidelity for thurstone and thurstone_fixed (paper), nll for the Bradley-Terry likelihoods.
-        preset: default values of (k, sigma_u, epsilon): `paper` is (2, 0.1, 0); `released`, from the public code,
-            is (2, sqrt(0.05), 1e-6).
+        preset: default values of (k, sigma_u, epsilon). `paper` means (2, 0.1, 0). `released` means
+            (2, sqrt(0.05), 1e-6), as in the public code.
         k: factor in the rater's variance k sigma^2 + sigma_u^2, where sigma is the noise level. Default: the preset's.
         sigma_u: standard deviation of the rater's noise on clean images. Default: the preset's.
         epsilon: constant under the square root, in the Thurstone likelihood and in fidelity. Default: the preset's.
@@ -268,7 +268,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Return one tuple per evaluation: (sigma,) for each value of `sigmas`, then `ensemble`; no duplicates."""
+        """Return one tuple of noise levels per evaluation: each (sigma,), then `ensemble`. Duplicates are dropped."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 

@@ -40,7 +40,7 @@ class LayerAdapter(nn.Module):
 
 
 class QueryAttention(nn.Module):
-    """Cross-attention from queries (B, Q, W) to image tokens (B, N, W) and, if `text`, text tokens (B, L, W).
+    """Cross-attention from queries (B, Q, W) to image tokens (B, N, W), and to text tokens (B, L, W) if `text` is True.
 
     Returns the update (B, Q, W) to add to the queries. Image and text tokens have separate softmaxes. gated: multiply
     the value of each token by a gate that is predicted from the token.
@@ -141,7 +141,7 @@ class RewardHead(nn.Module):
     def _aggregate(
         self, adapters: nn.ModuleList, join: nn.Linear, levels: list[tuple[tuple[Tensor, ...], Tensor]]
     ) -> Tensor:
-        """Return image or text tokens (B, K N, W). Layers are fused per noise level, then K levels are concatenated."""
+        """Return image or text tokens (B, K N, W). Layers are fused within each level; K levels are concatenated."""
         dtype, joined = self.query_tokens.dtype, []
         for streams, temb in levels:
             pairs = zip(adapters, streams, strict=True)

@@ -40,7 +40,7 @@ def check_latents_fit(latents: Tensor, backbone: Backbone, device: torch.device)
 
 
 def check_images_fit(images: Tensor, backbone: Backbone, factor: int) -> None:
-    """Raise ValueError if images (B, 3, H, W) are too large for the backbone. factor: image side / latent side."""
+    """Raise ValueError if images (B, 3, H, W) are too large for the backbone. factor: VAE downscaling factor."""
     limit, (height, width) = backbone.max_size * factor, images.shape[2:]
     if max(height, width) > limit:
         raise ValueError(f"images: got height x width {height} x {width}; expected at most {limit}: resize them first")

@@ -73,7 +73,7 @@ class Reward(Protocol):
         ...
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return a dict: name in `weights` -> unweighted scores (B,). Latents are decoded at most once."""
+        """Return a dict from each name in `weights` to unweighted scores (B,). Latents are decoded at most once."""
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:

@@ -51,12 +51,12 @@ def load_reward(
     Args:
         reward: a name, NAME=SOURCE, a weighted sum, "module:function", or a latent reward's folder or hub id (see
             `reward.names`); or a callable (see `callables.as_reward`). A reward of this package is returned unchanged.
-        spec: base model that the rewards `dinalrm`, `pixel` and `oracle` belong to. Default: SD3.5 for `dinalrm`, the
+        spec: base model that the rewards `dinalrm`, `pixel` and `oracle` belong to. Default: SD3.5 for `dinalrm`; the
             small model of synthetic shapes for `pixel` and `oracle`.
         pipeline: provides the VAE, text encoders and (by default) the transformer.
         vae: decodes latents for image rewards; default: the pipeline's. Without a VAE, image rewards score images only.
         transformer: transformer of a latent reward, see `LatentReward.from_pretrained`.
-        device: device of the reward. Default: the transformer's for dinalrm, the VAE's for image rewards, else the CPU.
+        device: device of the reward. Default: the transformer's for `dinalrm`, the VAE's for image rewards, else CPU.
         dtype: dtype of the weights; default: each reward's own.
         options: extra arguments of `from_pretrained` by reward name, such as {"pickscore": {"processor": folder}}.
 
@@ -94,7 +94,7 @@ def load_reward(
 def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> ImageScorer:
     """Load a reward as a function of images and prompts, for evaluation without gradient.
 
-    Every call uses the same noise. reward, settings: as in `load_reward`; a plain callable gets images and prompts.
+    Every call uses the same noise. reward, settings: as in `load_reward`; a callable is called with (images, prompts).
     Raises the errors of `load_reward`, and ValueError if the reward cannot score images. The returned function raises
     ValueError if a score is not finite.
     """

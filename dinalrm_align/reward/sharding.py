@@ -1,9 +1,9 @@
 """Shard the frozen base weights over ranks with FSDP2. The weights of a block are gathered when the block runs.
 
 A policy and the rewards that share its weights are different module trees over the same Parameters, but `fully_shard`
-needs a single owner of each Parameter. So for each i, a `SharedBlock` holds the i-th blocks of all trees. It is
-sharded, and every tree runs its i-th block through it. LoRA, head, embeddings and the last projection stay whole on
-every rank. All ranks must run the same number of blocks in the same order.
+needs a single owner of each Parameter. So for each i, one `SharedBlock` holds the i-th blocks of all trees. The
+`SharedBlock` is sharded, and every tree runs its i-th block by calling the `SharedBlock`. LoRA, head, embeddings and
+the last projection stay whole on every rank. All ranks must run the same number of blocks in the same order.
 """
 
 import functools
@@ -59,7 +59,7 @@ def shard_base(accelerator: Accelerator, transformer_blocks: nn.ModuleList, rewa
 
 
 def shard_model(accelerator: Accelerator, model: RewardModel) -> None:
-    """Shard the blocks of a reward in training, without a policy. Conditions are those of `shard_base`."""
+    """Shard the blocks of a reward in reward training, without a policy. For when to call it, see `shard_base`."""
     _shard(accelerator, [model.trunk.transformer_blocks], [model.trunk])
 
 

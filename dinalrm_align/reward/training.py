@@ -118,7 +118,7 @@ class RewardTraining:
 
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
-    """Return `config` with base model `pipeline` (if local, relative to `folder`) and the VAE scaling of this model."""
+    """Return `config` with base_model_id and VAE scaling of `pipeline`. A local path becomes relative to `folder`."""
     with reading("VAE", pipeline):
         vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
     base = os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline

@@ -46,9 +46,9 @@ def run_stage(
     name: str, config: BuildConfig, accelerator: Accelerator, parameters: dict[str, nn.Parameter],
     closures: Closures, *, optimizer: torch.optim.Optimizer | None = None, **options: Any,
 ) -> None:  # fmt: skip
-    """Train `parameters` with the training loop `fit`. The run folder is output_dir/name. If it has a checkpoint,
-    training resumes from the newest one. At the end, sets `parameters` to their moving average, or to the last weights
-    if ema_decay is 0. `options`: further arguments of `fit`.
+    """Train `parameters` with the training loop `fit`. The run folder is output_dir/name. If it holds checkpoints,
+    training resumes from the newest one. At the end, `parameters` are set to their moving average. If ema_decay is 0,
+    they keep their last values. `options`: further arguments of `fit`.
     """
     stage: StageConfig = getattr(config, name)
     folder = Path(config.output_dir) / name
@@ -64,7 +64,7 @@ def run_stage(
 
 def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
     """Train `pipeline.vae` in place with an L1 + L2 loss and a weak KL term. The first 85 % of the updates use random
-    crops half as wide and high as the image, the remaining updates whole images. At the end, shift_factor is set to
+    crops half as wide and high as the image. The remaining updates use whole images. At the end, shift_factor is set to
     the mean of the latents, and scaling_factor to the inverse of the latents' standard deviation.
     """
     vae, stage = pipeline.vae.to(memory_format=torch.channels_last), config.vae
@@ -102,9 +102,9 @@ def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerat
 
 
 def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, float]:
-    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict with
-    the correlation, for each score component by name, between original and reconstructed images, and with "psnr", the
-    PSNR in dB. Half of the images are scored with another image's caption, so that faithfulness varies.
+    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict. Each
+    name in PARTS maps to the correlation between that score component of the original and of the reconstructed images.
+    "psnr" maps to the PSNR in dB. Half of the images are scored with another image's caption, to vary faithfulness.
     """
     images, scenes, _ = random_images(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
     captions = [scene.caption for scene in scenes[: number // 2] + scenes[number // 2 - 1 :: -1]]
@@ -130,8 +130,8 @@ def _slots(scene: Scene | None) -> list[int]:
 
 
 def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
-    """Train the three text encoders in place so that linear heads can predict the attributes of a caption (shape,
-    colour, ...) from every T5 token, the last tokens of both CLIP towers, and the pooled embedding. Training replaces
+    """Train the three text encoders in place so that linear heads can predict the attributes of a caption. One head
+    reads every T5 token, one the last token of both CLIP towers, and one the pooled embedding. Training replaces
     the web-scale pretraining of SD3's text encoders.
     """
     stack, length = config.stack, config.stack.text_length
@@ -165,7 +165,7 @@ def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 
 
 def _slot_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean cross-entropy over attributes. `logits`: (..., all classes). `target`: (..., attributes)."""
+    """Return the mean cross-entropy over attributes. `logits`: (..., sum(SLOT_CLASSES)). `target`: as in `_slots`."""
     parts, targets = logits.split(SLOT_CLASSES, -1), target.unbind(-1)
     losses = [F.cross_entropy(part.flatten(0, -2), wanted.flatten()) for part, wanted in zip(parts, targets)]
     return sum(losses) / len(losses)

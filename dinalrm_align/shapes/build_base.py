@@ -153,7 +153,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """Return how much of each grid cell each shape covers: uint8 (4, cells, cells), 255 for a fully covered cell."""
+    """Return the coverage of each grid cell by each shape as uint8 (4, cells, cells). 255: the cell is full."""
     cover = torch.zeros(len(SHAPES), SIZE, SIZE)
     for mark in drawing.marks:
         cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))

@@ -36,8 +36,8 @@ class StackConfig:
         head_dim: channels of each attention head; must be even.
         num_heads: number of attention heads; the transformer's width is num_heads * head_dim.
         dual_attention_layers: indices of the transformer blocks that have a second, image-only attention.
-        pos_embed_max_size: largest side that the position embedding covers, in patches of 2 x 2 latents.
-        clip_width: width of each CLIP tower; must be a multiple of 4 and half of t5_width.
+        pos_embed_max_size: largest image side that the position embedding supports, in image tokens.
+        clip_width: width of each CLIP tower; must be a multiple of 4, and t5_width must be twice clip_width.
         clip_layers: number of layers of each CLIP tower.
         t5_width: width of the T5 encoder.
         t5_layers: number of layers of the T5 encoder.
@@ -84,7 +84,7 @@ class StackConfig:
 
     @classmethod
     def tiny(cls, **overrides) -> "StackConfig":
-        """Return a config for tests, with a few tens of thousands of parameters. `overrides`: fields to change."""
+        """Return a config of small networks, for tests. `overrides`: fields to change."""
         sizes = dict(vae_channels=(8, 8, 8), vae_norm_groups=4, depth=4, head_dim=8, num_heads=2)
         return cls(**(sizes | dict(clip_width=16, t5_width=32, t5_layers=1) | overrides))
 
@@ -104,8 +104,8 @@ class PairsConfig:
         sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
         faithful_share: probability that a render is correct; the first render of a caption is always correct.
         rater_noise: standard deviation of the noise that the simulated rater adds to an image's oracle score.
-        per_concept: number of evaluation pairs for each concept, with held-out captions.
-        per_shifted: number of out-of-distribution evaluation pairs, with grain and JPEG artefacts, for each concept.
+        per_concept: number of evaluation pairs for each concept; their captions are held out from training.
+        per_shifted: like per_concept, for the out-of-distribution pairs, whose images have grain and JPEG artefacts.
         heldout_groups: number of held-out captions for evaluation pairs that are made like the training pairs.
         seed: seed of all random draws.
     """
@@ -166,7 +166,7 @@ class BuildConfig:
         vae: training of the autoencoder, first on crops half as wide and high as the image, then on whole images.
         text: training of the three text encoders, which learn to predict a caption's objects, relation and background.
         base: training of the text-to-image transformer.
-        pixel: training of the CLIP reward, on decoded images of the latent reward's preference pairs.
+        pixel: training of the CLIP reward, on images decoded from the latent reward's preference pairs.
         cached_images: number of images that the base model is trained on; they are rendered and encoded once.
         layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape is
             (like REPA, arXiv 2410.06940, but the targets are rendered shape maps, not an encoder's features).

@@ -106,10 +106,10 @@ def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
 
 
 def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list[SeenObject]:
-    """Detect up to six objects (connected regions of one colour) in an image (64, 64, 3). Returns the largest first.
+    """Detect up to six objects (connected regions of one colour) in an image (64, 64, 3). The largest come first.
 
     A pixel gets the colour in COLOURS for which (colour - background) has the largest cosine similarity with (pixel -
-    background). Low contrast and soft edges have no effect, as they keep the direction of (pixel - background).
+    background). Low contrast and soft edges have no effect, as neither changes the direction of that difference.
 
     `ground`: RGB value of the background, (3,). `background`: its name in BACKGROUNDS.
     """

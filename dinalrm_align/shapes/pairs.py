@@ -2,7 +2,7 @@
 
 The images of a training caption are either samples of the base model or renders. Most renders get one concept wrong (a
 wrong colour, blur, ...). A simulated rater adds Gaussian noise to the oracle's scores of two images and chooses the
-image with the higher sum (Thurstone's model), so labels of similar scores are noisy. For evaluation by concept, a
+image with the higher result (Thurstone's model). Close scores get noisy labels. For evaluation by concept, a
 pair consists of two renders that differ in one concept, and the oracle's scores are compared without noise.
 """
 
@@ -44,11 +44,11 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
     Kinds of pairs:
 
     - "train": every two images of a caption, for `config.groups` training captions, labelled by a noisy rater.
-    - "heldout": pairs made as for "train", but of `config.heldout_groups` held-out captions.
+    - "heldout": the same as "train", but for `config.heldout_groups` held-out captions.
     - "concepts": `config.per_concept` pairs for each concept (colour, blur, ...). The two images differ in the concept,
       and the image with the higher oracle score is chosen.
-    - "shifted": `config.per_shifted` pairs for each concept, made as for "concepts". After labelling, the images get
-      grain and JPEG artefacts, which no training image has, for out-of-distribution evaluation.
+    - "shifted": `config.per_shifted` pairs for each concept, made as for "concepts". After labelling, grain and
+      JPEG artefacts are added to the images, to test accuracy out of distribution. No training image has them.
 
     Raises FileExistsError if `directory` already holds pairs.
     """
@@ -85,8 +85,8 @@ def render_hpdv3(
 ) -> None:
     """Write preference pairs to `directory` in HPDv3's layout: train.json, and PNG files in images/.
 
-    Captions, images and labels equal those that `write_pairs` makes from the same config for the kind "heldout" (if
-    `held_out`) or "train". Images have 8 bits per channel. Raises FileExistsError if `directory` holds a train.json.
+    The pairs are those of `write_pairs` for the same config and kind "heldout" if `held_out`, else "train".
+    Images have 8 bits per channel. Raises FileExistsError if `directory` holds a train.json.
     """
     directory = Path(directory)
     if (directory / "train.json").exists():
@@ -163,7 +163,7 @@ def _encoded_lists(
 def _encoded_concepts(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
-    """Yield captions, latents (captions, 2, C, h, w) and labels of one concept at a time. Chosen images come first."""
+    """For one concept at a time, yield captions, latents (captions, 2, C, h, w; chosen images first) and labels."""
     stream, number = (3, config.per_shifted) if kind == "shifted" else (1, config.per_concept)
     rng, size = np.random.default_rng((config.seed, stream)), pipeline.vae.config.sample_size
     for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):

@@ -1,6 +1,6 @@
 """Images of the embedded world: scenes of shapes, laid out with random imperfections and rendered with anti-aliasing.
 
-All lengths are in pixels of a 64 x 64 image and scale with the image size. Three imperfections ("nuisances") lower
+All lengths are in pixels of a 64 x 64 image; they grow with the image size. Three imperfections ("nuisances") lower
 an image's aesthetics:
 
 - `edge`: width of the soft transition at every outline; 1 is crisp.
@@ -65,7 +65,7 @@ def draw_nuisance(rng: np.random.Generator) -> Nuisance:
 
 
 def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
-    """Place a scene's objects at random. Radii fit the sizes ("small", "large"), positions satisfy the relation. The
+    """Place a scene's objects at random. Radii fit the sizes ("small", "large"), and positions fit the relation. The
     group of objects is shrunk if it does not fit the image, and shifted from the centre by up to `nuisance.offset`.
     """
     marks = [Mark(item.shape, item.colour, 0.0, 0.0, rng.uniform(*RADII[item.size])) for item in scene.items]
@@ -129,7 +129,7 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return the concepts that an image of the scene can get wrong: CONCEPTS, less "relation" if the scene has none."""
+    """Return the concepts that an image of the scene can get wrong: CONCEPTS, but "relation" only if it has one."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 

@@ -1,6 +1,6 @@
 """Scenes and captions of the embedded world (rendered shapes).
 
-A caption names a background, and either one object, two objects with a relation, or two or three identical objects:
+A caption names a background and objects. It has one object, two with a relation, or two or three identical ones:
     "a small red circle on white"
     "a small red circle left of a large blue square on gray"
     "three small green crosses on black"
@@ -100,7 +100,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def all_scenes() -> dict[str, list[Scene]]:
-    """Return all scenes by kind: "one" (single object), "pair" (two, with a relation), "count" (identical objects)."""
+    """Return all scenes by kind: "one" (one object), "pair" (two with a relation) and "count" (identical objects)."""
     items = [Item(shape, colour, size) for shape, colour, size in itertools.product(SHAPES, COLOURS, SIZES)]
     pairs = [(a, b) for a, b in itertools.permutations(items, 2) if (a.shape, a.colour) != (b.shape, b.colour)]
     counts = itertools.product(items, COUNTS.values(), BACKGROUNDS)
@@ -116,7 +116,7 @@ KIND_SHARES = {"one": 0.25, "pair": 0.5, "count": 0.25}
 
 
 def draw_scenes(number: int, rng, *, held_out: bool = False) -> list[Scene]:
-    """Return random scenes: held-out ones if `held_out`, else training ones. KIND_SHARES weights the scene kinds."""
+    """Return random scenes: held-out ones if `held_out`, else training ones. KIND_SHARES has the kinds' shares."""
     pools = _pools(held_out)
     kinds = rng.choice(list(KIND_SHARES), size=number, p=list(KIND_SHARES.values()))
     return [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]

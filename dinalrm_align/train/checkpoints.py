@@ -3,7 +3,7 @@
 A checkpoint is a folder checkpoints/step_000050/ with
 
     weights.safetensors, ema.safetensors, optimizer.pt    weights, averaged weights (if kept), optimiser state
-    rng_0.pt, method_0.safetensors                        RNG state and method state of rank 0; one pair per rank
+    rng_0.pt, method_0.safetensors                        RNG state and method state of rank 0; each rank has such files
     state.json                                            step, identity of the run, size and SHA-256 of each file
 
 The folder is written atomically. Loading verifies all files first and reads .pt files with `weights_only=True`.
@@ -45,8 +45,8 @@ def save_checkpoint(
 ) -> Path:
     """Save `state` as `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest checkpoints.
 
-    Must be called on every rank. Every rank writes its RNG state and method state. The main rank writes all other files
-    and needs `log`. Returns the checkpoint folder. If writing a file fails, raises OSError and deletes no checkpoint.
+    Must be called on every rank; only the main rank needs `log`. Each rank writes its RNG and method state; the main
+    rank writes the rest. Returns the checkpoint folder. If a write fails, raises OSError and deletes no checkpoint.
     """
     folder = run / FOLDER / f"step_{state.step:06d}"
     main, rank = accelerator.is_main_process, accelerator.process_index
@@ -160,7 +160,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Delete temporary folders, checkpoints after update `step`, and all but the `keep_last` newest of the others."""
+    """Delete temporary folders and all checkpoints except the newest `keep_last` at or before update `step`."""
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:

@@ -131,7 +131,7 @@ class _Parser(ArgumentParser):
 
 
 def _types(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Return a dict of a dataclass's field types by name. A field of a nested dataclass has the name `section.name`."""
+    """Return the types of a dataclass's fields by name. A field of a nested dataclass has the name `section.name`."""
     found = {}
     for name, hint in field_types(kind).items():
         found[prefix + name] = hint

@@ -11,7 +11,7 @@ class OptimConfig:
     """Settings of AdamW, the learning-rate schedule and gradient clipping.
 
     Args:
-        name: adamw, or adamw8bit (needs pip extra `quant`), whose moments take 2 bytes per parameter instead of 8.
+        name: adamw or adamw8bit. The latter needs pip extra `quant`; its moments take 2 bytes per parameter, not 8.
         lr: peak learning rate.
         weight_decay: coefficient of decoupled weight decay.
         beta1: decay rate of the first moment.
@@ -19,7 +19,7 @@ class OptimConfig:
         eps: term added to the square root of the second moment for numerical stability.
         clip: maximum global gradient norm; 0 disables clipping.
         schedule: learning rate after the warm-up: constant, or cosine (decay towards 0 at the last step).
-        decay_share: fraction of the steps, at the end, in which the cosine schedule decays lr; before, lr is constant.
+        decay_share: the cosine schedule keeps lr constant until this fraction of the steps is left; then lr decays.
         warmup_steps: number of steps over which the learning rate rises linearly from 0 to lr.
     """
 
@@ -48,7 +48,7 @@ class LoopConfig:
         ema_decay: decay of the exponential moving average (EMA) of the trained weights; 0 disables the EMA. After
             optimiser update k the decay is at most (1 + k) / (10 + k). The averaged weights are evaluated and exported.
         ema_every: number of optimiser updates between two updates of the EMA.
-        checkpoint_every: number of optimiser updates between two checkpoints; 0 saves only at the end and on Ctrl-C.
+        checkpoint_every: number of optimiser updates between two checkpoints; 0 saves only when the run ends or stops.
         keep_last: number of checkpoints to keep; older checkpoints are deleted after each save.
         timeout: minutes that a rank waits for other ranks before the run fails. Must be longer than any work that one
             rank does while the others wait.

@@ -4,8 +4,8 @@ Memory is the peak within a phase minus the memory allocated at the start of the
 the allocator at every step. On the CPU it is the total size of live tensor storages, measured only on profiled steps.
 The CPU value excludes workspaces of kernels and fragmentation. Profiled steps are slow; they report no seconds.
 
-FLOPs are counted only on profiled steps, by torch's `FlopCounterMode`: two per multiply-accumulate of matrix products,
-convolutions and attention. Recomputation by gradient checkpointing is included.
+FLOPs are counted only on profiled steps, by torch's `FlopCounterMode`, for matrix products, convolutions and attention.
+A multiply-accumulate counts as two FLOPs. Recomputation by gradient checkpointing is included.
 """
 
 import time

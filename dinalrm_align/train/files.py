@@ -4,8 +4,8 @@ An atomic write leaves no partly written file or folder under the final name, ev
 fails. The content is written under a temporary name in the same folder, flushed to disk and then renamed. If a process
 is killed during a write, the temporary file stays until the next write of the same file.
 
-A sealed folder contains a file state.json with the size and SHA-256 of every other file, and with the
-SHA-256 of all other values in state.json. `open_sealed` raises ValueError if any byte of the folder has changed.
+A sealed folder contains state.json, which stores the size and SHA-256 of every other file. In state.json, the entry
+`sha256` is the SHA-256 of all other entries. `open_sealed` raises ValueError if any byte of the folder has changed.
 """
 
 import hashlib
@@ -225,7 +225,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
 
 
 def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> None:
-    """Raise ValueError unless a file has the size and SHA-256 in `mark`. `prefix`: allow more bytes after these."""
+    """Raise ValueError unless a file has the size and SHA-256 in `mark`. `prefix`: ignore bytes beyond this size."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     size, expected = path.stat().st_size, mark["bytes"]

@@ -113,8 +113,8 @@ def fit(
     """Train up to update `config.steps` and save checkpoints; `state` is updated in place.
 
     An update takes `config.accumulate` micro-steps (forward and backward passes) on every rank. Loss, gradient and
-    metrics are means over the items of all micro-steps. Gradients are averaged without DistributedDataParallel, because
-    rollouts and partial forward passes do not call the `forward` of one wrapped module. Ctrl-C and SIGTERM
+    metrics are means over the items of all micro-steps. Gradients are averaged without DistributedDataParallel, as it
+    requires calls of the wrapped module's `forward`, which rollouts and partial forward passes skip. Ctrl-C and SIGTERM
     save a checkpoint after the update in progress and exit with status 130; a second signal stops the process at once.
 
     Args:
@@ -255,7 +255,7 @@ def _resume_hint(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Context manager that yields a check whether any rank got SIGINT or SIGTERM. A second signal ends the process."""
+    """Context manager that yields a function: did any rank get SIGINT or SIGTERM? A second signal ends the process."""
     requested = False
 
     def request(number: int, frame: Any) -> None:
@@ -290,7 +290,7 @@ def _averaged(
     """Average metrics and gradients over the micro-steps of all ranks, weighted by the number of items per micro-step.
 
     `parts`: (number of items, metrics) of every micro-step of this rank. `tensors`: parameters. Their gradients
-    must be sums over items and are replaced by means. If there are no items, returns unweighted means of the metrics.
+    are sums over items on entry and means on return. If there are no items, returns unweighted means of the metrics.
     """
     names = list(parts[0][1])
     sums = [[len(parts), sum(count for count, _ in parts)]]

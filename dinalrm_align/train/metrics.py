@@ -31,7 +31,7 @@ class MetricsLog:
     """Appends rows of metrics to metrics.jsonl and keeps a running SHA-256 of the file."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Open a log. Truncates an existing file to `keep` bytes, because a resumed run writes the rest again."""
+        """Open a log. Keeps the first `keep` bytes of an existing file. A resumed run writes the later rows again."""
         self.path = path
         kept = path.read_bytes()[:keep] if keep else b""
         write_atomically(path, kept)
@@ -45,7 +45,7 @@ class MetricsLog:
         self._digest.update(line)
 
     def mark(self) -> dict[str, Any]:
-        """Flush the file to disk; return {"bytes": size, "sha256": digest} of the file, to store in a checkpoint."""
+        """Flush the file to disk; return {"bytes": size, "sha256": digest} of the file. Checkpoints store this dict."""
         flush(self.path)
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 

@@ -42,13 +42,13 @@ def complete_run(
     name: str,
     defaults: Sequence[Path] = (),
 ) -> tuple[Run, str]:
-    """Return the settings `run` with the model and the output folder filled in, and the text of config.yaml.
+    """Fill in model and output folder in the settings `run`; return the new settings and the text of config.yaml.
 
     Args:
         recipe: path of the training program.
         model: name of the model; replaces the value "auto" of `run.model`.
         name: name of the new run folder under runs/ if output_dir is not set.
-        defaults: YAML files that override the defaults of the dataclass in a new run.
+        defaults: YAML files whose values override the defaults of the dataclass; ignored if a run is resumed.
     """
     from dinalrm_align.train.checkpoints import new_run_folder, run_of
 

@@ -38,8 +38,8 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
     """Return the factor in (0, 1] that multiplies the peak learning rates at update `step` = 1, ..., `steps`.
 
     The factor rises linearly to 1 during the warm-up. With the constant schedule it then stays 1. With the cosine
-    schedule it decays as (1 + cos(pi t)) / 2, where t goes from 0 to 1 over the last fraction `config.decay_share` of
-    the updates, but at most over the updates after the warm-up.
+    schedule it decays as (1 + cos(pi t)) / 2, where t rises from 0 towards 1. This decay begins when only the
+    fraction `config.decay_share` of the updates is left, but not before the end of the warm-up.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps

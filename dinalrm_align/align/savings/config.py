@@ -152,7 +152,7 @@ def scenarios(base: Case) -> list[Case]:
 
 
 def economies(base: Case) -> dict[str, Case]:
-    """Return {row name in the report: configuration}: one ReFL update, without its rollout, for each memory option.
+    """Return {row name: configuration} for the report's memory options; each is a ReFL update without its rollout.
 
     Rows of the latent reward come first, rows of HPSv3 second. The first row of each reward has the default options.
     """

@@ -4,8 +4,8 @@ Counted bytes are the storages of all live tensors at the peak. The count exclud
 fragmentation of the allocator. Operations are counted in two ways, called F2 and M0:
 
 - F2: FLOPs of matrix products, convolutions and attention, with two FLOPs per multiply-accumulate. F2 includes the
-  blocks recomputed by gradient checkpointing. Flash attention's backward pass recomputes the scores and is counted as
-  2.5 times the FLOPs of the forward pass.
+  blocks recomputed by gradient checkpointing. Flash attention's backward pass recomputes attention scores and is
+  counted as 2.5 times the FLOPs of the forward pass.
 - M0: multiply-accumulates without attention, as reported by tools that papers commonly use.
 
 Measured bytes are those of the CUDA caching allocator. Measured time is the median over runs, from CUDA events.
@@ -95,7 +95,7 @@ def _makes_integers(func: Any, dtype: torch.dtype | None) -> bool:
 
 
 def _mask_as_indices(index: Tensor | None) -> Iterable[Tensor | None]:
-    """Convert a real (not fake) boolean mask to the integer indices of its True elements; keep any other index."""
+    """Convert a real (not fake) boolean mask to integer indices of its True elements; return other indices as is."""
     if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
         return [index]
     with _disable_current_modes():
@@ -111,7 +111,7 @@ class Cost:
         state: bytes of the optimiser's moments.
         activations: bytes of all other tensors at the peak.
         f2: FLOPs of matrix products, convolutions and attention, recomputation included; two per multiply-accumulate.
-        f2_kept: the value of f2 if attention stored its score matrix instead of recomputing it in the backward pass.
+        f2_kept: the value f2 would have if attention stored its score matrix instead of recomputing it.
         m0: multiply-accumulates without attention.
         attention: FLOPs of attention, included in f2.
     """
@@ -239,7 +239,7 @@ def _timed(run: Callable[[], object], repeats: int) -> Measured:
 
 
 def matrix_rate() -> float:
-    """Return the TFLOP/s of an 8192 x 8192 bfloat16 matrix product on the CUDA GPU, a practical upper limit."""
+    """Return the TFLOP/s of an 8192 x 8192 bfloat16 matrix product on the CUDA GPU, as a practical upper limit."""
     left, right = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     for _ in range(3):
         left @ right

@@ -36,7 +36,7 @@ def percent_saved(part: float, whole: float) -> float:
 
 
 def rollout_operations(base: Case, costs: Costs) -> float:
-    """Return the mean FLOPs of the rollout in a ReFL update: two policy forward passes per guided step."""
+    """Return the FLOPs of a ReFL rollout of mean length. Each step runs the policy twice, for guidance."""
     return 2 * sum(ROLLOUT_STEPS) / 2 * costs[base.kept.but(work="policy_forward")].f2
 
 
@@ -71,7 +71,7 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
 
 
 def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: float | None) -> str:
-    """Return the text of savings.md. `card`: name of the measured GPU, or "". `rate`: TFLOP/s of a matrix product."""
+    """Return the text of savings.md. `card`: the measured GPU, or "" if none. `rate`: TFLOP/s of a matrix product."""
     explained = "\n".join(f"- {name}: {WORK[name]}" for name in ("score", "gradient", "refl", "grpo"))
     sections = [
         ("Savings of a latent reward", conventions(run)),

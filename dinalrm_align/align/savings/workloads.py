@@ -128,7 +128,7 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linears(module: nn.Module, kind: str) -> None:
-    """Replace every nn.Linear inside `module` by a `PackedLinear`, which counts as quantised to `kind`."""
+    """Replace every nn.Linear inside `module` by a `PackedLinear`, which stands for a layer quantised to `kind`."""
     for name, linear in [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]:
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, PackedLinear(linear, kind))

@@ -1,7 +1,7 @@
 """Convert records of published data sets of images, such as HPDv3, to `Preference`s. Torch-free.
 
-`formats` describes the layouts. Both images keep their published order, so `label` is 0 if raters prefer the second
-image. Each converter raises KeyError, TypeError or ValueError for an invalid record.
+`formats` describes the layouts. `chosen` is the image that comes first in the record, so `label` is 0 if raters
+prefer the other image. Each converter raises KeyError, TypeError or ValueError for an invalid record.
 """
 
 import itertools

@@ -106,7 +106,7 @@ def raise_error(reason: str, message: str) -> NoReturn:
 
 
 def number(value: Any, name: str) -> float:
-    """Return an int or float as float. Raises ValueError for any other value or a bool."""
+    """Return an int or float as float. Raises ValueError for a bool and for any other type."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: got {value!r:.80}; expected a number")
     return float(value)

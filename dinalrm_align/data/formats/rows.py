@@ -56,7 +56,7 @@ def table_rows(
     images: Sequence[str] = (),
     optional: Sequence[str] = (),
 ) -> Iterator[Row]:
-    """Yield the records of a JSON list, a jsonl, or parquet files.
+    """Yield the records of a JSON list, a jsonl file, or parquet files.
 
     source: a file, a folder of parquet files, or a list of parquet files.
     columns: parquet columns to read; each file must have them.

@@ -40,7 +40,7 @@ class Run:
     Args:
         rows: rows of metrics.jsonl.
         terms: settings of the evaluation (model, prompts, noise seed, sampler).
-        scores: scores of the evaluation samples, update -> evaluator -> (N,). Evaluators: "proxy" (the training
+        scores: scores of the N evaluation samples, (N,), by update and evaluator. Evaluators: "proxy" (the training
             reward), "gold" (a score that no run trains on), "gold/NAME" (an additional score that no run trains on).
         kind: names of the recipe and the reward.
         settings: contents of config.yaml, with nested keys joined by dots.
@@ -83,8 +83,8 @@ class Run:
         return by_caption((after - before) / unit, self.terms["prompts"])
 
     def seconds(self) -> np.ndarray:
-        """Return the seconds of each update, without evaluations: (updates,). An update that ran under the FLOP
-        profiler gets the median of the unprofiled updates.
+        """Return the duration of each update in seconds, without evaluations, (updates,). An update that ran under the
+        FLOP profiler gets the median duration of the unprofiled updates.
         """
         updates = [row for row in self.rows if "elapsed" in row]
         took = np.diff([0.0, *(row["elapsed"] for row in updates)])
@@ -109,7 +109,7 @@ def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float],
 
 
 def phases_of(runs: Sequence[Run], kind: str) -> list[str]:
-    """Return the phases of an update that have a recorded cost of this kind (a key of AVERAGES), in recorded order."""
+    """Return the phases for which costs of this kind were recorded, in recorded order. `kind`: a key of AVERAGES."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
     return [name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")]
 
@@ -136,7 +136,7 @@ def _score_names(evaluation: dict[str, Any]) -> list[str]:
 @dataclass(frozen=True)
 class Entry:
     """Runs that differ only in their seed. A comparison shows them under one name and in one colour. `labels`: a name
-    for each run. `incomparable`: why the gains cannot be compared with those of the first run; empty if comparable.
+    for each run. `incomparable`: why the gains cannot be compared with the first run's gains; empty if they can.
     """
 
     name: str
@@ -188,7 +188,7 @@ class Entry:
         return sum(self.cost("gflops").values()) / 1000
 
     def cost(self, kind: str) -> dict[str, float]:
-        """Return a dict, phase -> cost of an update, summarised over updates and runs. `kind`: a key of AVERAGES."""
+        """Return each phase's cost per update, summarised over updates and runs. `kind`: a key of AVERAGES."""
         over_updates, over_runs = AVERAGES[kind]
         costs = {}
         for phase in phases_of(self.runs, kind):
@@ -201,8 +201,8 @@ def read_entries(
     folders: Sequence[Path], groups: Mapping[str, Sequence[Path]] | None = None
 ) -> tuple[list[Entry], list[str]]:
     """Read runs and group them into entries of a comparison. Runs in `folders` form one entry if they have the same
-    recipe, reward and settings; the settings in NOT_NAMED, such as the seed, may differ. `groups`: additional entries,
-    name -> folders of the entry's runs, one per seed.
+    recipe, reward and settings; the settings in NOT_NAMED, such as the seed, may differ. `groups`: for the name of
+    each additional entry, the folders of its runs, one per seed.
 
     Returns the entries, and notes about runs that are skipped or not comparable. Raises ValueError if there is no run,
     if a group's folder holds no run, or if two runs of a group have the same seed.

@@ -21,7 +21,7 @@ class Taps:
     temb: Tensor
 
     def split(self, parts: int) -> tuple["Taps", ...]:
-        """Split the batch into `parts` chunks of consecutive samples; its size must be a multiple of `parts`."""
+        """Split the batch into `parts` chunks of consecutive samples. The batch size must be a multiple of `parts`."""
         visual = zip(*(tokens.chunk(parts) for tokens in self.visual), strict=True)
         text = zip(*(tokens.chunk(parts) for tokens in self.text), strict=True) if self.text else [()] * parts
         return tuple(Taps(*streams) for streams in zip(visual, text, self.temb.chunk(parts), strict=True))

@@ -85,7 +85,7 @@ class SD3Trunk(nn.Module):
         self.gradient_checkpointing = False
 
     def check_shared(self) -> None:
-        """Raise ValueError if shared weights require gradients or contain a merged adapter: either alters scores."""
+        """Raise ValueError if shared weights require gradients or contain a merged adapter. Both alter scores."""
         owner = self._owner() if self.shared else None
         if owner is not None:
             _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
@@ -118,7 +118,7 @@ class SD3Trunk(nn.Module):
     def skip_unread_text(self) -> None:
         """Drop the text layers of the last block that runs, unless the reward head reads the text tokens of that block.
 
-        After full tuning, save the weights before this call.
+        After full tuning, save the weights first, since the dropped weights are lost.
         """
         block = self.transformer_blocks[self.last_tap - 1] if self.last_tap else None
         if block is not None and self.last_tap not in self.text_taps and not block.context_pre_only:
@@ -144,7 +144,7 @@ class SD3Trunk(nn.Module):
             weight.requires_grad_(not name.startswith(tuple(unread)))
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """Return LoRA Parameters by name (`transformer_blocks.0.attn.to_q.lora_A.weight`, ...); empty once merged."""
+        """Return LoRA Parameters by name (`transformer_blocks.0.attn.to_q.lora_A.weight`, ...). Empty after a merge."""
         return {
             f"{name}.{matrix}.weight": layer.get_submodule(f"{matrix}.{ADAPTER}").weight
             for name, layer in self.named_modules()

@@ -202,7 +202,7 @@ def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.de
 def cached(
     cache: dict[str, Features], prompts: Sequence[str], encode: Callable[[list[str]], Iterable[Features]], limit: int
 ) -> list[Features]:
-    """Return each prompt's features. Encode prompts not in `cache` in one batch. Keep the newest `limit` entries."""
+    """Return each prompt's features. Encode uncached prompts in one batch. `cache` keeps its newest `limit` entries."""
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
     if new:
         cache.update(zip(new, encode(new), strict=True))

@@ -96,7 +96,7 @@ class ClipReward(PixelReward):
 
 
 def load_preprocess(source: str, **hub: Unpack[HubOptions]) -> Preprocess:
-    """Return the transform from images to pixel_values in preprocessor_config.json. source: its folder or hub id."""
+    """Return the image transform that preprocessor_config.json defines. source: folder or hub id of this file."""
     check_source("preprocessor", source)
     with reading("preprocessor_config.json", source):
         path = cached_file(source, "preprocessor_config.json", **hub)

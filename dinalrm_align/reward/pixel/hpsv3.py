@@ -7,14 +7,14 @@ HPSv3 was trained with one fixed instruction, and its scores are meaningless wit
 from the user's copy of the PyPI package `hpsv3` (MIT) and verified by its hash. The package is not imported, since it
 requires another version of transformers.
 
-Three differences from the released code (`hpsv3` 1.0.0) change a score by rounding only:
+Three differences from the released code (`hpsv3` 1.0.0) change scores only by rounding errors:
 
 - Images are resized in torch, with antialiased bicubic interpolation as in PIL but without rounding to bytes, so that
   gradients reach the images.
 - Images are scored one at a time.
 - The language model's unused output layer is dropped.
 
-As in the released code but not in Qwen2-VL, positions on all three rotary axes increase by one per text or image token.
+As in the released code but unlike Qwen2-VL, positions on all three rotary axes increase by one per text or image token.
 """
 
 import ast
@@ -212,7 +212,7 @@ class HPSv3Reward(PixelReward):
                 if it contains config.json, else the hub.
             template: file of the instruction, as in `load_template`. Default: data_collator_qwen.py in the folder of
                 local weights, else in the installed package `hpsv3`.
-            template_sha256: expected SHA-256 hashes (`load_template`).
+            template_sha256: expected SHA-256 hashes of instruction and suffix, as `sha256` in `load_template`.
             dtype: data type of the backbone; default: bfloat16. The head is float32 (float64 for a float64 backbone).
             quantization: bitsandbytes format of the linear layers in all blocks: none, int8 or nf4.
         """

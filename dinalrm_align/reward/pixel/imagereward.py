@@ -67,7 +67,7 @@ def read_text_config(path: Path) -> BlipTextConfig:
 
 
 def score_head(width: int) -> nn.Sequential:
-    """Return ImageReward's head: linear layers from [CLS] (B, width) to (B, 1), without activations between them."""
+    """Return ImageReward's head: linear layers from [CLS] (B, width) to (B, 1), without activation functions."""
     first = (nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2))
     return nn.Sequential(*first, nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))
 

@@ -71,7 +71,7 @@ NAMES = {  # names in the file -> names in a list of `CrossBlock`
 
 
 class CrossBlock(nn.Module):
-    """Multi-query attention of image tokens to text, then to each other, each time in parallel to a SwiGLU MLP."""
+    """Multi-query attention of image tokens, first to text, then to image tokens, each parallel to a SwiGLU MLP."""
 
     def __init__(self, width: int, heads: int, head_width: int, inner: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class CrossBlock(nn.Module):
         self.self_down = nn.Linear(inner, width, bias=False)
 
     def forward(self, image: Tensor, text: Tensor, read: Tensor) -> Tensor:
-        """Return updated image tokens (B, N, width). `read`: mask (B, L), True for text tokens to attend to."""
+        """Return updated image tokens (B, N, width). `read`: mask (B, L), True for text tokens that are attended to."""
         normed = self.cross_norm(image)
         key, value = self.key_value(text).chunk(2, dim=-1)
         attended = self._attend(self._heads(self.query(normed)), key, value, read[:, None, None])
@@ -102,7 +102,7 @@ class CrossBlock(nn.Module):
         return query.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, read: Tensor | None) -> Tensor:
-        """Multi-query attention: query (B, heads, N, d), one key and value (B, L, d) -> (B, N, heads * d)."""
+        """Multi-query attention. query: (B, heads, N, d). key, value: (B, L, d). Returns (B, N, heads * d)."""
         key, value = (part[:, None].expand(-1, self.heads, -1, -1) for part in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=read).transpose(1, 2).flatten(2)
 
@@ -188,7 +188,7 @@ class MPSReward(PixelReward):
     def _encode_text(self, prompts: list[str]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """For each prompt, return token features (L, D), a pooled feature (D,) and a mask (L,) of relevant tokens.
 
-        A token's relevance is divided by the largest in its prompt, as in the upstream code for a batch of one prompt.
+        Each prompt's relevances are divided by their maximum, as in the upstream code for a batch of one prompt.
         """
         tokens, pooled = self._text_features(prompts)
         conditions, _ = self._text_features([self.condition])

@@ -139,7 +139,7 @@ class Template:
             raise ValueError(f"question: got {self.question.count(FIELD)} {FIELD}; expected one")
 
     def read(self, answer: str) -> float:
-        """Return the mean of the numbers after the labels. Raise ValueError unless each label has one in [1, 5]."""
+        """Return the mean of the numbers after the labels. Raise ValueError if a label has no number in [1, 5]."""
         return sum(_number(label, answer) for label in self.labels) / len(self.labels)
 
 
@@ -235,7 +235,7 @@ class UnifiedReward(PixelReward):
 
 
 def _number(label: str, answer: str) -> float:
-    """Return the number after `label:` or `label (1-5):` in the answer. The number n may be written as n/5."""
+    """Return the number after `label:` or `label (1-5):` in the answer. A 4, for example, may be written as 4/5."""
     number = r"(-?[0-9]++(?:\.[0-9]++)?+)"
     of_another_scale = r"(?!\s*+/\s*+(?!5(?![.0-9])))(?!\s*+-\s*+[0-9])"  # 4/10, and 1-5 as a range
     pattern = rf"{label}\s*(?:\(1\s*-\s*5\))?\s*:[\s*]*{number}{of_another_scale}"
