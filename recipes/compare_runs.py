@@ -4,9 +4,9 @@
     python recipes/compare_runs.py runs/refl_* runs/grpo_* --output_dir runs/compare --shown 6
     python recipes/compare_runs.py --group latent runs/*dinalrm_seed* --group pixel runs/*pixel_seed*
 
-Writes index.html (self-contained), compare.md and PNG figures. They show the gold score (the evaluation reward) and the
-training reward on held-out prompts against updates, time and FLOPs; KL; time and memory of each phase; images on the
-same prompts and noise; and final numbers with 95 % intervals. Runs may come from any recipe, and may still be training.
+Writes index.html (self-contained), compare.md and PNG figures. Curves show the gold score (the evaluation reward) and
+the training reward on held-out prompts over updates, time and FLOPs. Also shown are KL, time and memory of each phase,
+images of the same prompts and noise, and final numbers with 95 % intervals. Runs may be of any recipe, even unfinished.
 
 Runs that differ only in their seed are averaged; --group NAME RUN [RUN ...] averages the given runs under a name. Gains
 are shown for runs whose evaluation used the same model, prompts, noise and sampler as that of the first run. For a run

@@ -8,8 +8,8 @@
     python recipes/evaluate_reward.py --model sd35 --reward hpsv3 --test_sets '{hpdv3: DIR}' --output_dir runs/hpsv3
 
 Accuracy is the share of pairs whose preferred image scores higher. A protocol defines how ties count and how pairs are
-averaged; dinalrm_align/eval/test_sets_config.py lists test sets and protocols. Intervals cover the choice of captions,
-not of training seeds (recipes/ablate_reward.py trains several seeds). Calibration compares predicted preference
+averaged; dinalrm_align/eval/test_sets_config.py lists test sets and protocols. Intervals reflect the choice of
+captions, but not the training seed (recipes/ablate_reward.py trains several). Calibration compares predicted preference
 probabilities with observed frequencies; --loss.likelihood must be the likelihood with which the reward was trained.
 """
 

@@ -4,9 +4,9 @@
     python recipes/nft_sd35.py --nft.levels 4 --nft.latest 0.5       four noise levels per sample, from the noisier half
     python recipes/nft_sd35.py --resume runs/nft_shapes_dinalrm_seed0
 
-Each rollout draws a group of samples for every prompt, and the reward weights each sample as good or bad relative to
-its group. The samples are then noised as in pretraining. For velocities v (trained policy) and v_old (sampling policy),
-v_old + beta (v - v_old) is fitted to good samples and v_old - beta (v - v_old) to bad ones (arXiv 2509.16117).
+Each rollout draws a group of samples for every prompt, and the reward decides how much each sample counts as good and
+how much as bad. The samples are then noised as in pretraining. For velocities v (trained policy) and v_old (sampling
+policy), v_old + beta (v - v_old) is fitted to good samples, v_old - beta (v - v_old) to bad ones (arXiv 2509.16117).
 Training needs no reward gradient and no log-probabilities. With a latent reward it needs no decoder.
 
 A run writes the same files as recipes/refl_sd35.py. Metrics: `moved`, the mean squared difference between the velocity

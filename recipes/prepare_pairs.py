@@ -1,4 +1,4 @@
-"""Encode preference pairs for training: images to latents in aspect-ratio buckets, prompts to text embeddings.
+"""Encode preference pairs for training: images as latents in aspect-ratio buckets, prompts as text embeddings.
 
     python recipes/prepare_pairs.py --source HPDv3/train.json --model sd35 --output_dir hpdv3_latents
     accelerate launch --num_processes 8 recipes/prepare_pairs.py --source HPDv3/train.json --model sd35 --workers 12

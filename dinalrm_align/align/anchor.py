@@ -51,7 +51,7 @@ def terms(reward: Reward, anchor: Anchor | None, update: int) -> Mapping[str, tu
 def matching_scale(score: Tensor, anchor_score: Tensor) -> float:
     """Return std(score) / std(anchor_score), the factor that brings anchor scores to the scale of `score`.
 
-    Both are (N,), for the same samples. Raises ValueError if shapes differ, N < 2, or all scores of a reward are equal.
+    The arguments are (N,), scores of the same samples. Raises ValueError if shapes differ, N < 2, or one std is 0.
     """
     if score.shape != anchor_score.shape or score.dim() != 1 or len(score) < 2:
         got = f"{tuple(score.shape)} and {tuple(anchor_score.shape)}"

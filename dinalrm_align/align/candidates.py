@@ -54,7 +54,7 @@ def scored_candidates(
 def ranked_pairs(scores: Sequence[float], number: int, min_gap: float) -> list[tuple[int, int]]:
     """Return index pairs (chosen, rejected) of one prompt's images: best and worst, second best and second worst, ...
 
-    The list has at most `number` pairs, and no image is in two pairs. It ends before the first pair of images
+    The list has at most `number` pairs, and no image is in two pairs. The list ends before the first pair
     whose scores are equal or differ by less than min_gap. Among equal scores, the lower index ranks higher.
     """
     order = sorted(range(len(scores)), key=lambda index: -scores[index])

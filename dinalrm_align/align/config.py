@@ -152,9 +152,9 @@ class GroupRolloutConfig:
         sample_batch: samples drawn and scored at once; affects memory, not results.
         guidance_scale: guidance scale of rollout and training; None: the model's own. 1 or less: no guidance.
         reward_draws: noise draws over which a latent reward is averaged; all samples of a group share the draws.
-        reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; by default the reward's own.
-        advantage_std: standard deviation by which (score - group mean) is divided. group: of the scores in the group.
-            global: of all scores of the rollout, on all processes.
+        reward_sigma: noise level or levels (an ensemble) at which a latent reward scores; None: the reward's levels.
+        advantage_std: standard deviation by which (score - group mean) is divided. group: that of the group's scores.
+            global: that of all scores of the rollout, on all processes.
         advantage_floor: constant added to the standard deviation before the division.
         advantage_clip: advantages are clipped to [-advantage_clip, advantage_clip]. DiffusionNFT treats a sample at the
             upper bound as wholly good and a sample at the lower bound as wholly bad.

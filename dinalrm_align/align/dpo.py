@@ -6,7 +6,7 @@ A pair is a chosen image w and a rejected image l of one prompt. Both get the sa
     e    = mean |velocity(x_sigma, sigma) - (noise - x0)|^2        denoising error of the policy (e^ref: reference)
 
 The policy learns to denoise w better than l, relative to the reference. The implicit reward of an image is -beta / 2
-(e - e^ref). The margin, the argument of the sigmoid, is the implicit reward of w minus that of l. All noise levels
+(e - e^ref). The sigmoid's argument, called margin, is the implicit reward of w minus that of l. All noise levels
 have the same weight. Errors are means over C, H, W. A beta from code that uses sums must be multiplied by C H W here.
 
 `OfflineDpo` reads pairs from a data set. `OnlineDpo` samples several images per prompt, ranks them by a reward, and
@@ -99,7 +99,7 @@ def noised_pairs(
     draws: int,
     metrics: Mapping[str, float] | None = None,
 ) -> DpoBatch:
-    """Return a `DpoBatch` of the pairs, with `draws` noise tensors and noise levels for each group.
+    """Return a `DpoBatch` of the pairs, with `draws` noise tensors and `draws` noise levels for each group.
 
     A group is the images of one prompt. generators[i] draws the noise and sigma that group i shares.
     """
@@ -148,7 +148,7 @@ def dpo_step(
 
 
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
-    """Return `velocity` with the reference's weights and without gradient; weights() is the context that sets both."""
+    """Return a function that calls `velocity` in the context weights(): reference weights and no gradient."""
 
     def frozen(latents: Tensor, sigma: float | Tensor) -> Tensor:
         with weights():
@@ -171,7 +171,7 @@ class OfflineDpo:
     config: DpoConfig
 
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """Return the pairs and noise of one micro-step. Both depend only on micro-step, seed and rank."""
+        """Return the pairs, noise and noise levels of one micro-step. They depend only on micro-step, seed and rank."""
         sampler = self.sampler
         with sampler.meter.phase("data"):
             pairs = self.pairs.batch_at(micro_step, sampler.rank, sampler.num_processes).to(sampler.device)
@@ -233,15 +233,15 @@ class OnlineDpo:
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: those of `dpo_step`; `reward`, the mean score of all samples; `reward_best`, the mean score of
-        the prompts' best samples; and `reward_worst`, the mean score of their worst samples.
+        Metrics: those of `dpo_step`; `reward`, the mean score of all samples; `reward_best`, the mean over
+        prompts of the best sample's score; and `reward_worst`, the mean over prompts of the worst sample's score.
         """
         velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
         with self.sampler.meter.phase("policy"):
             return dpo_step(velocity, without_gradient(velocity, self.reference), batch, self.config.beta)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return a dict of the reference's LoRA tensors, to be saved; empty if the base model is the reference."""
+        """Return the reference's LoRA tensors by name, for checkpoints; an empty dict if `refresh_every` is 0."""
         return {REFERENCE + name: tensor for name, tensor in (self._reference or {}).items()}
 
     def is_common(self) -> bool:
@@ -249,7 +249,7 @@ class OnlineDpo:
         return True
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the result of `state_tensors`. Raises ValueError if the tensors do not fit this policy."""
+        """Load the result of `state_tensors`. Raises ValueError if the tensors do not fit this policy."""
         device = self.sampler.device
         weights = {name.removeprefix(REFERENCE): t.to(device, copy=True) for name, t in tensors.items()}
         if self._reference is None and weights:

@@ -1,4 +1,4 @@
-"""Settings of Diffusion-DPO and of `recipes/dpo_sd35.py`; the defaults suit the test model `shapes`. Torch-free."""
+"""Settings of Diffusion-DPO and of `recipes/dpo_sd35.py`; the defaults suit the model `shapes`. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,7 +22,7 @@ class DpoConfig:
             (e_l - e_l^ref)]), where e is the mean squared velocity error of the preferred (w) or rejected (l) image.
             Public runs use 100 to 5000.
         sigma: distribution from which the noise level of a pair is drawn.
-        draws: draws of noise and noise level per pair and update; more draws make the gradient less noisy.
+        draws: number of (noise, noise level) draws for each pair of an update; more draws make the gradient less noisy.
         loss_guidance_scale: guidance scale of the velocities in the loss; usually 1, which means no guidance.
         group_size: samples per prompt (online only).
         num_steps: denoising steps of the samples (online only); None: the model's own number.

@@ -2,7 +2,7 @@
 
 Every sample is scored by the training reward (proxy) and by a gold reward that is not trained on. If the proxy score
 rises and the gold score does not, the policy exploits the training reward. Each sample keeps its prompt and noise.
-Gains are therefore means of paired differences, whose standard error is far below that of either mean score.
+Gains are therefore means of paired differences; their standard error is far below that of a mean score.
 """
 
 import json
@@ -33,17 +33,17 @@ Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of after - before, and its standard error. before[i] and after[i] score the same sample."""
+    """Return the mean of after - before, and its standard error. before[i] and after[i] are scores of sample i."""
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
 @dataclass
 class HeldOut:
-    """Samples held-out prompts, scores the samples, and writes scores and images; a hook for `train.loop.fit`.
+    """A hook for `train.loop.fit` that draws and scores samples of held-out prompts, and writes scores and images.
 
     Args:
-        sampler: draws one sample per row of sampler.conditions, the conditions of the evaluation prompts.
+        sampler: draws one sample per row of sampler.conditions, which are the conditions of the evaluation prompts.
         reward: the training reward.
         scorers: rewards that score images, by name; the name "gold" is required.
         decode: a function from latents (B, C, H, W) to images (B, 3, H, W) in [0, 1].
@@ -93,8 +93,8 @@ class HeldOut:
         """Evaluate the policy after update `step`, with the samples distributed over the ranks.
 
         Rank 0 writes evaluations/<step>.json (scores per sample), evaluations/<step>.png (one row of sample images)
-        and grid_<step>.png (image grid). Returns metrics: the mean over samples for every reward and probe, by name;
-        standard errors for `proxy` and `gold`; `gold_gain`, the gain of `gold` over step 0, and its standard error.
+        and grid_<step>.png (image grid). Returns metrics: for every reward and probe, its mean over samples;
+        `gold_gain`, the mean gain of `gold` since step 0; and standard errors of `proxy`, `gold` and `gold_gain`.
         """
         size, rank, world = self.config.batch_size, self.accelerator.process_index, self.accelerator.num_processes
         starts = range(0, len(self.prompts), size)
@@ -120,15 +120,15 @@ class HeldOut:
         return {name: values for name, values in found.items() if name not in ("step", "terms")}
 
     def history(self, step: int) -> dict[int, dict[str, list[float]]]:
-        """Return the scores of all evaluations at or before `step`, as a dict: update -> result of scores(update)."""
+        """Return all evaluations at or before `step` as a dict: step of the evaluation -> its result of `scores`."""
         steps = sorted(int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit())
         return {at: self.scores(at) for at in steps if at <= step}
 
     def summarise(self, step: int) -> dict[str, dict[str, float]]:
         """Compare the evaluations at step 0 and at `step`, and write the images of both to before_after.png.
 
-        Returns one dict each for "gold" and "proxy", with the keys "before" and "after" (mean scores), "gain" (their
-        difference) and "standard_error" (the paired standard error of the gain).
+        The result has the keys "gold" and "proxy". Each holds a dict with the keys "before" and "after" (mean scores),
+        "gain" (after - before) and "standard_error" (the paired standard error of the gain).
         """
         summary = {}
         before, after = self.scores(0), self.scores(step)

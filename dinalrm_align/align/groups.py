@@ -108,12 +108,12 @@ def rollout_advantages(
     gather: Callable[[Tensor], Tensor],
     rank: int = 0,
 ) -> RolloutAdvantages:
-    """Return the advantages of this rank's N samples. With several rewards, their advantages are weighted and summed.
+    """Return the advantages of this rank's N samples. The advantages by several rewards are weighted and summed.
 
     Args:
-        scores: name of the reward -> scores (draws, N) of this rank. Samples of a group must be adjacent.
-        weights: name of the reward -> weight of its advantages.
-        gather: a function from a tensor (N, draws) of this rank to the concatenation of all ranks' tensors.
+        scores: dict, name of a reward -> scores (draws, N) of this rank. Samples of a group must be adjacent.
+        weights: dict, name of a reward -> weight of its advantages.
+        gather: a function that takes a tensor (N, draws) of this rank and returns all ranks' tensors, concatenated.
     """
     if scores.keys() != weights.keys():
         raise ValueError(f"the reward has the parts {sorted(scores)}, its weights are for {sorted(weights)}")

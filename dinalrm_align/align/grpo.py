@@ -11,10 +11,10 @@ equal is left out. An update minimises, over the remaining samples and the steps
 
     mean max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl_beta KL,      rho = p(x') / p_rollout(x'), c = clip_range
 
-A random window gives Flow-GRPO-Fast; a window that moves from the first steps to the last gives MixGRPO (arXiv
-2507.21802). Unlike in public code, steps that are not trained are never stochastic.
+Here x' is the state after a step. A random window gives Flow-GRPO-Fast; a window that moves from the first steps to
+the last gives MixGRPO (arXiv 2507.21802). Unlike in public code, steps that are not trained are never stochastic.
 
-A second reward (the anchor) is optional: in every n-th rollout, the advantages are A_reward + weight A_anchor.
+A second reward (the anchor) is optional: in every `anchor.every`-th rollout, A = A_reward + weight A_anchor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -91,7 +91,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GrpoBatch:
-    """Pairs (sample, denoising step) on the device. If the number of pairs, `count`, is 0, there is one dummy pair."""
+    """Pairs (sample, denoising step) on the device. A batch without pairs has `count` 0 and holds one dummy pair."""
 
     position: Position
     conditions: Conditions

@@ -1,4 +1,4 @@
-"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`; the defaults suit the test model `shapes`. Torch-free."""
+"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`; the defaults suit the test model `shapes`. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,7 +14,7 @@ class GrpoConfig(GroupRolloutConfig):
 
     Args:
         num_steps: denoising steps of the rollout; None: the model's own number. The last step is not trained.
-        schedule: noise levels. diffusers: the pipeline's, as in flow_grpo. linear: equally spaced before the shift.
+        schedule: noise levels of the rollout. diffusers: as in the pipeline. linear: equally spaced before the shift.
         sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
         noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
         negative_gradient: with guidance, also backpropagate through the velocity of the empty prompt.

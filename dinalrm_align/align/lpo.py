@@ -33,7 +33,7 @@ STATISTICS = ("reward", "pairs", "pairs_kept", "preference")
 
 
 def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the indices of the best and the worst of K candidates, (B,) int64 each, and the margins, (B,) in [0, 1).
+    """Return three tensors (B,): the index of the best of K candidates, the index of the worst, and the margin.
 
     `scores`: (B, K). A margin is the difference of the probabilities softmax((best score, worst score) / temperature).
     """
@@ -44,7 +44,7 @@ def clearest_pair(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor, T
 
 
 def dynamic_threshold(stds: Tensor, low: float, high: float) -> Tensor:
-    """Return the margin (S,) that a pair must exceed at each of S steps. It is linear in the std of the step's noise.
+    """Return the margin (S,) that a pair must exceed at each of S steps, linear in the std of the step's noise.
 
     `stds`: (S,), the std of each step's noise. The result is `low` at the smallest std and `high` at the largest. If
     all entries of `stds` are equal, the result is `low` at every step.
@@ -94,7 +94,7 @@ class StepPairs:
 
 @dataclass(frozen=True)
 class LpoBatch:
-    """A micro-batch of preference pairs on the device. If `count` (number of pairs) is 0, it holds a dummy pair."""
+    """A micro-batch of preference pairs on the device. A batch without pairs has `count` 0 and holds one dummy pair."""
 
     position: Position
     conditions: Conditions
@@ -142,7 +142,7 @@ class Lpo:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)
 
     def roll_out(self, number: int) -> StepPairs:
-        """Collect a rollout's pairs without gradient. They depend on `number`, the seed, the weights and the rank."""
+        """Collect a rollout's pairs without gradient. The pairs depend on `number`, seed, weights and rank."""
         config, sampler = self.config, self.sampler
         indices = torch.tensor(sampler.prompt_indices(config.batch_size, number))
         found: list[tuple[Tensor, ...]] = []

@@ -18,7 +18,7 @@ class LpoConfig:
             candidate may become a pair; the trajectory continues from a random candidate.
         sample_batch: trajectories sampled and scored at once; affects memory, not results.
         num_steps: denoising steps of the rollout; None: the model's own number. The last step is not trained.
-        schedule: noise levels. diffusers: the pipeline's, as in flow_grpo. linear: equally spaced before the shift.
+        schedule: noise levels of the rollout. diffusers: as in the pipeline. linear: equally spaced before the shift.
         sampler: kind of the stochastic steps, flow_sde or flow_cps (`dinalrm_align.flow.sde`).
         noise_level: noise scale of the stochastic steps; at most 1 with flow_cps.
         guidance_scale: guidance scale of rollout and training; None: the model's own. 1 or less: no guidance.

@@ -24,7 +24,7 @@ def check_memory_options(config: MemoryConfig, device: torch.device) -> None:
 
 
 def use_attention(name: str) -> None:
-    """Restrict all scaled_dot_product_attention on CUDA to the kernels `name` and "math". "auto" changes nothing."""
+    """Let scaled_dot_product_attention on CUDA use only the kernels `name` and "math". For "auto", change nothing."""
     if name == "auto":
         return
     wanted = {"efficient": "mem_efficient"}.get(name, name)
@@ -50,7 +50,7 @@ def text_pipeline(pipeline: StableDiffusion3Pipeline, device: torch.device) -> S
 
 
 def release_text_encoders(*pipelines: StableDiffusion3Pipeline) -> None:
-    """Remove the text encoders and free their memory. The pipelines then cannot encode prompts."""
+    """Remove the text encoders and free their memory. The pipelines can no longer encode prompts."""
     for pipeline in pipelines:
         for name in TEXT_ENCODERS:
             setattr(pipeline, name, None)

@@ -188,7 +188,7 @@ class Nft:
         )
 
     def _steps(self, key: tuple[int, ...]) -> list[int]:
-        """Draw distinct denoising steps; one sample is trained at their noise levels. `key`: key of the RNG."""
+        """Draw distinct denoising steps for a sample, which is trained at their noise levels. `key`: key of the RNG."""
         order = torch.randperm(len(self.steps), generator=seeded_generator(LEVELS, *key))
         return (self.steps.start + order[: self.config.levels]).tolist()
 

@@ -190,7 +190,7 @@ class Policy:
             raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
 
     def load_lora(self, folder: Path) -> None:
-        """Load a LoRA that `save_lora` wrote. Raises ValueError if rank, alpha or shapes differ, or for NaN or inf."""
+        """Load a LoRA that `save_lora` wrote. Raises ValueError if it does not fit or contains NaN or inf."""
         path = folder / LORA_FILE
         with reading("LoRA in safetensors", path), safe_open(path, framework="pt") as file:
             saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}

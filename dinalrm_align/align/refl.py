@@ -1,6 +1,6 @@
 """ReFL (reward feedback learning, arXiv 2304.05977) on flow matching, and related methods with reward gradients.
 
-An update, as in DiNa-LRM's alignment runs (arXiv 2602.11146):
+As in DiNa-LRM's alignment runs (arXiv 2602.11146), each update:
 
 1. samples from noise to a random late step, without gradient and with guidance;
 2. takes K steps with gradient, by default without guidance, and estimates the clean latents after the last of these
@@ -51,9 +51,9 @@ def gradient_steps(
 ) -> tuple[Tensor, Tensor]:
     """Take `count` steps with gradient from latents (B, C, H, W) at sigmas[start].
 
-    Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,), the mean of
-    |velocity - reference|^2 over C, H, W and the steps. Both are float32 and differentiable in the parameters of
-    `velocity`. `reference` gets the same latents as `velocity`, detached.
+    Returns x0_hat (B, C, H, W) and the velocity KL (B,). x0_hat is the last step's estimate of the clean latents. The
+    KL is the mean of |velocity - reference|^2 over C, H, W and the steps. Both results are float32 and differentiable
+    in the parameters of `velocity`. `reference` gets the same latents as `velocity`, detached.
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(start, start + count):
@@ -304,7 +304,7 @@ class Refl:
         return *clean, conditions
 
     def _reward_sigma(self, generators: Sequence[torch.Generator]) -> Tensor | Sequence[float] | None:
-        """Return the reward's noise levels: a tensor with one per sample, a list for all samples, or None (default)."""
+        """Return one noise level per sample (tensor), or levels for all samples (list), or None (the reward's own)."""
         if self.config.reward_sigma_range is None:
             return self.config.reward_sigma
         low, high = self.config.reward_sigma_range

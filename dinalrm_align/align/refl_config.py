@@ -27,7 +27,7 @@ class ReflConfig:
         discount: the reward's loss is multiplied by sigma ** discount (direct_align), where sigma is the noise
             level of the step with gradient; 0: no weighting. The weight is low at low sigma, where hacking is easier.
         earliest: start of the range from which each micro-batch draws its first step with gradient, as a fraction of
-            num_steps. The end of the range leaves room for grad_steps steps. 1: always draw the end, as in DRaFT.
+            num_steps. The range ends at step num_steps - grad_steps. 1: always draw this step, as in DRaFT.
             For direct_align, choose a smaller value. For drtune, the rollout's last step is drawn from this range.
         loss: linear: mean(target - score). relu: mean(relu(target - score)); scores above the target get no gradient.
         target: target score of the loss. With the linear loss, it does not change the gradient.

@@ -61,13 +61,13 @@ class Sampler:
         return len(self.sigmas) - 1
 
     def prompt_indices(self, batch_size: int, step: int) -> list[int]:
-        """Return the indices of this rank's `batch_size` training prompts in micro-step or rollout `step`."""
+        """Return the indices of this rank's `batch_size` prompts. `step`: number of the micro-step or rollout."""
         return prompt_indices(
             len(self.conditions), batch_size, step, seed=self.seed, rank=self.rank, num_processes=self.num_processes
         )
 
     def first_sample(self, batch_size: int, step: int) -> int:
-        """Return the global index of this rank's first sample at `step`, for `batch_size` samples per rank."""
+        """Return the global index of this rank's first sample in micro-step `step`. `batch_size`: samples per rank."""
         return (step * self.num_processes + self.rank) * batch_size
 
     def take(self, indices: Sequence[int]) -> Conditions:
@@ -233,12 +233,12 @@ class RolloutBuffer(Generic[R]):
         return position, rollout_now
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the fields of this rank's unfinished rollout as CPU tensors by name; empty if there is none."""
+        """Return {field name: CPU tensor} of this rank's unfinished rollout, or {} if no rollout is unfinished."""
         values: dict[str, Any] = {} if self.current is None else vars(self.current)
         return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
 
     def is_common(self) -> bool:
-        """Return whether there is no unfinished rollout. If so, `state_tensors` returns an empty dict on every rank."""
+        """Return True if no rollout is unfinished. If True, `state_tensors` returns an empty dict on every rank."""
         return self.current is None
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -240,7 +240,7 @@ def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:
 
 
 def load_gold(resolved: Resolved[Any], samples: Sequence[str], device: torch.device) -> ImageScorer:
-    """Load the gold reward, and score black images, so that a reward that refuses size or prompts fails early."""
+    """Load the gold reward. Score black images once, to fail early if it refuses the image size or the prompts."""
     gold = load_image_scorer(resolved.run.gold or resolved.spec.gold, spec=resolved.spec, device=device)
     first = samples[: resolved.run.evaluation.batch_size]
     gold(torch.zeros(len(first), 3, *run_image_size(resolved)), first)

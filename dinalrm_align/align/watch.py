@@ -44,7 +44,7 @@ class Comparison:
 
     Args:
         step, best_step: the update of the latest evaluation, and the update of the evaluation with the best gold score.
-        proxy_gain, gold_gain: rise of the training and of the gold reward's mean, from best_step to step.
+        proxy_gain, gold_gain: rise of the mean training reward, and of the mean gold reward, from best_step to step.
         p_proxy, p_gold: one-sided p-values for a rise of the training reward and for a fall of the gold reward.
         hacking: whether both tests are significant.
     """
@@ -96,12 +96,12 @@ def detect_hacking(
 
 
 def best_step(history: Mapping[int, Scores]) -> int:
-    """Return the update whose evaluation has the best mean gold score, or the earliest of several equal ones."""
+    """Return the update whose evaluation has the best mean gold score. If several are equal, the earliest counts."""
     return max(sorted(history), key=lambda step: float(np.mean(history[step]["gold"])))
 
 
 def divergence(before: Scores, after: Scores) -> float:
-    """Return proxy's mean gain minus gold's mean gain, each in standard deviations of its scores in `before`."""
+    """Return mean proxy gain - mean gold gain, each divided by the standard deviation of that score in `before`."""
 
     def gain(name: str) -> float:
         return float(np.mean(after[name]) - np.mean(before[name])) / _spread(before[name])
@@ -192,7 +192,7 @@ class Watch:
         return "the reward was being hacked (watch.stop_on_hacking)" if alarm else None
 
     def _keep_best(self, history: Mapping[int, Scores], step: int) -> None:
-        """Write lora_best/ if update `step` is best so far. If not, delete one of a later update (after a resume)."""
+        """Write lora_best/ if update `step` is best so far. Otherwise delete one that a resume has made obsolete."""
         folder = self.output_dir / BEST
         saved_step = read_json(folder / NOTE)["step"] if (folder / NOTE).is_file() else -1
         if best_step(history) == step:

@@ -32,7 +32,7 @@ class BatchOrder(TypedDict, total=False):
 class ShuffledBatches:
     """Endless sequence of shuffled training batches, each given by the indices of its items (see `BatchOrder`).
 
-    A batch depends only on the seed and the batch's index. A run can thus resume from its step alone. Rank r of W ranks
+    A batch depends only on the seed and the batch's index. Resuming a run thus needs only its step. Rank r of W ranks
     reads batches r, r + W, r + 2 W, ... Every epoch shuffles the items again. If fewer than `batch_size`
     items of an image size are left at the end of an epoch, they are used in a later epoch, so that no item is lost.
 
@@ -101,7 +101,7 @@ class ShuffledBatches:
         return rng, shuffles
 
     def _portions(self, epoch: int) -> np.ndarray:
-        """Split the parquet row groups into random sets of four (AT_ONCE). Return (N,) index of each item's set."""
+        """Split row groups at random into sets of AT_ONCE. Return, for each of the N items, the number of its set."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
         return (np.argsort(order) // AT_ONCE)[self._blocks]
 
@@ -178,7 +178,7 @@ class PairSource(ABC):
 
     @functools.cached_property
     def _batches(self) -> ShuffledBatches:
-        """Training batches, created on first use, because an evaluation-only data set may be smaller than one batch."""
+        """Training batches. Created on first use: a data set for evaluation may be too small for a training batch."""
         return ShuffledBatches(self._trained, self._batch_size, self._seed, blocks=self._blocks)
 
     def __len__(self) -> int:
@@ -190,11 +190,11 @@ class PairSource(ABC):
         return self._read(self._batches.at(step * world + rank))
 
     def validation(self) -> Sequence[PairBatch]:
-        """Return the batches of the held-out prompts in stored order. A batch is read when indexed."""
+        """Return the batches of the held-out prompts, ordered as in `BatchesInOrder`. A batch is read when indexed."""
         return BatchesInOrder(self._read, self._held_out, self._batch_size)
 
     def in_order(self) -> Sequence[PairBatch]:
-        """Return the batches of all pairs, held-out prompts included, in stored order. A batch is read when indexed."""
+        """Return the batches of all pairs, held-out ones too, as `BatchesInOrder`. A batch is read when indexed."""
         return BatchesInOrder(self._read, self._buckets, self._batch_size)
 
 

@@ -32,7 +32,7 @@ class MinedPair:
 
     index: index of the prompt. latents: (n, C, H, W), without noise, scaled. scores: rewards of the n images.
     chosen, rejected: indices in `latents` of the pair's images. prompt_embeds: (L, D). pooled_prompt_embeds: (P,).
-    negative: (prompt_embeds, pooled_prompt_embeds) of the empty prompt; None to store none.
+    negative: (prompt_embeds, pooled_prompt_embeds) of the empty prompt; None if not stored.
     """
 
     prompt: str
@@ -61,7 +61,7 @@ def write_shard(path: Path, pairs: Sequence[MinedPair], *, dtype: str) -> None:
 
 
 def write_manifest(folder: Path, manifest: PairManifest, *, shards: int, mining: Mapping[str, Any]) -> None:
-    """Write manifest.json. Raises ValueError if it exists with different settings. mining: settings as JSON values."""
+    """Write manifest.json. Raises ValueError if it exists with other settings. mining: dict of mining settings."""
     settings = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), "shards": shards, "mining": dict(mining)}
     begin_or_resume(folder, MANIFEST, settings)
 

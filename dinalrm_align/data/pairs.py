@@ -147,7 +147,7 @@ class PairBatch:
 class WeightSample:
     """A few weights that identify a network. source: folder or hub id of the network's pipeline.
 
-    tensors: number of tensors with two or more dimensions. values: from up to 16 of these tensors, the first value.
+    tensors: number of tensors with two or more dimensions. values: the first value of each of up to 16 of them.
     """
 
     source: str
@@ -198,7 +198,7 @@ class PairManifest:
         return cls(**{**values, "encoded_with": samples})
 
     def check_encoders(self, sample_of: Callable[[str], WeightSample | None]) -> list[str]:
-        """Raise ValueError unless the VAE and text encoders that encoded the pairs have the weights of the model's.
+        """Raise ValueError if the pairs were encoded with a VAE or text encoder whose weights differ from the model's.
 
         sample_of: function that takes a subfolder of the model's pipeline, such as "vae", and returns a `WeightSample`,
         or None if the weights are unavailable. `check_encoders` returns the subfolders with unavailable weights.

@@ -52,7 +52,7 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """Return the square of this side, and for each length of a shorter side, the longest rectangle of area <= side^2.
+    """Return the size (side, side) and, for each shorter side, the longest rectangle whose area is at most side^2.
 
     Rectangles come in both orientations. Sides are multiples of 64. The longer side is at most twice the shorter.
     """
@@ -141,7 +141,7 @@ class Group:
         return cls(prompt, size, images, tuple(labelled))
 
     def without(self, bad: Mapping[int, object]) -> "Group | None":
-        """Remove pairs with an image in `bad`, then unpaired images. Return a new group; None if no pair is left."""
+        """Remove pairs of images in `bad`, and images left unpaired. Return a new group; None if no pair is left."""
         gone = {row for row, image in enumerate(self.images) if image in bad}
         pairs = [pair for pair in self.pairs if gone.isdisjoint(pair[:2])]
         kept = sorted({row for pair in pairs for row in pair[:2]})
@@ -183,7 +183,7 @@ def plan_groups(
 ) -> list[Group]:
     """Return the groups of images to encode, each with the size that its images are resized to.
 
-    Stored latents are not resized. sizes: for each image, (index in the data set's list of images, size). The size is
+    Stored latents are not resized. sizes: for each image, its index in the data set's list of images, and its size:
     (height, width) in pixels, or an error message if the image cannot be read.
     """
     buckets, kept = parse_buckets(run.buckets), []
@@ -224,7 +224,7 @@ def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Drop
 
 
 def plan_shards(groups: Iterable[Group], shard_size: int) -> list[list[Group]]:
-    """Return the groups of each file. A file holds up to `shard_size` images of one size, or one group with more."""
+    """Return the groups of each file. A file has one image size, and up to `shard_size` images or one larger group."""
     by_size: dict[Size, list[Group]] = {}
     for group in groups:
         by_size.setdefault(group.size, []).append(group)

@@ -117,7 +117,7 @@ def _opened(path: Path, inode: int) -> Any:
 
 
 def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFile:
-    """Open the file that `shard` describes, and check the file's tensors. tensors: for each name, the expected ndim."""
+    """Open the file that `shard` describes, and check the file's tensors. tensors: expected ndim by tensor name."""
     path = directory / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"index.json names {path.name}, which is not in {path.parent}")

@@ -49,7 +49,7 @@ class Encoders:
         return encode_images(self.vae, images)
 
     def manifest(self, *, weights: bool = False) -> PairManifest:
-        """Return the manifest of pairs encoded by `self`. weights: whether to sample the weights of each encoder."""
+        """Return the manifest of pairs encoded by `self`. weights: whether to add each encoder's `WeightSample`."""
         vae, names = self.vae.config, ENCODERS if weights else ()
         samples = {name: found for name in names if (found := self.weights(name))}
         return PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, self.encode_prompts.text_length, samples)
@@ -80,8 +80,8 @@ def open_pairs(
         size: (height, width) in pixels to which images of a jsonl are resized and cropped.
         on_bad: what to do about latents that cannot be read. "refuse" raises; "skip" warns and leaves them out.
 
-    Raises ValueError if the settings, VAE or text encoders that encoded the pairs differ from the model's.
-    Warns if the model's weights are not on this machine, because the VAE and text encoders cannot be compared.
+    Raises ValueError if the pairs were encoded with another VAE, text encoders or settings than the model's.
+    Warns if the VAE and text encoders cannot be compared, because the model's weights are not on this machine.
     """
     path = Path(path)
     layout = {".parquet": "mined", ".jsonl": "jsonl"}.get(path.suffix) or folder_layout(path)
@@ -162,8 +162,8 @@ def load_image(path: Path, height: int, width: int) -> Tensor:
 def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
     """Return a `WeightSample` of the subfolder `folder` of a pipeline; None if the weights are not on this machine.
 
-    The tensors with two or more dimensions are sorted by name. From up to 16 (VALUES) evenly spaced ones, the sample
-    holds the first value. Files of variants, such as model.fp16.safetensors, are ignored.
+    Up to 16 (VALUES) tensors are used, evenly spaced in a list, sorted by name, of all tensors with two or more
+    dimensions. Each gives its first value. Files of variants, such as model.fp16.safetensors, are ignored.
     source: folder or hub id of the pipeline. Raises ValueError for an invalid safetensors file.
     """
     try:

@@ -44,13 +44,13 @@ class Evidence:
 
 
 def levels_to_evaluate(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
-    """Return the noise levels to evaluate: sigma 0.4, each sigma in `sigmas` or `ensembles`, and each ensemble."""
+    """Return the noise levels to evaluate: sigma 0.4, all sigmas in `sigmas` and `ensembles`, and all ensembles."""
     single = dict.fromkeys([*sigmas, SINGLE_LEVEL, *(sigma for levels in ensembles for sigma in levels)])
     return [*map(NoiseLevels.at, single), *(NoiseLevels.at(*levels) for levels in ensembles)]
 
 
 def levels_with_draws(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
-    """Return noise levels: sigma 0.4 with single draws and with groups of draws, `ensemble` with single draws."""
+    """Return sigma 0.4 with each single noise draw and with groups of draws, and `ensemble` with single noise draws."""
     singles = [NoiseLevels.at(SINGLE_LEVEL, draw=draw) for draw in range(draws)]
     joined = [_joined(group) for count in COUNTS if 1 < count < draws for group in draw_groups(count, draws)]
     return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(ENSEMBLE_DRAWS, draws)))]
@@ -80,12 +80,12 @@ def average_of(sigmas: Sequence[float]) -> Measure:
 
 
 def mean_accuracy(sigmas: Sequence[float]) -> Measure:
-    """Return a function from `PairScores` to the share of `sigmas`, (N,), at which each pair is ordered correctly."""
+    """Return a function that maps `PairScores` to (N,): the share of `sigmas` at which a pair is ordered correctly."""
     return lambda scores: np.mean([accuracy_at(sigma)(scores) for sigma in sigmas], axis=0)
 
 
 def by_seed_and_caption(seeds: Mapping[int, Mapping[str, PairScores]], name: str, measure: Measure) -> np.ndarray:
-    """Return accuracies (seeds, captions) on test set `name`. `measure`: function from scores to correctness (N,)."""
+    """Return accuracies, (seeds, captions), on test set `name`. `measure` maps `PairScores` to correctness (N,)."""
     rows = []
     for sets in seeds.values():
         correct = measure(sets[name])
@@ -118,7 +118,7 @@ def accuracy_difference(
 
 
 def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
-    """Return the accuracy by `measure` minus the accuracy at sigma 0.4, for variant `arm` on test set `name`."""
+    """Return the accuracy that `measure` computes minus the accuracy at sigma 0.4, for `arm` on test set `name`."""
     return accuracy_difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
 
 
@@ -128,7 +128,7 @@ def verdict(interval: Interval) -> str:
 
 
 def in_points(interval: Interval, *, signed: bool = True) -> str:
-    """Format an accuracy or difference in per cent and its interval: "+0.6 [-0.2, +1.4]". `signed`: write +."""
+    """Format a value and its interval in per cent: "+0.6 [-0.2, +1.4]". `signed`: whether to write a plus sign."""
     sign = "+" if signed else ""
     mean, low, high = (f"{100 * value:{sign}.1f}" for value in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"
@@ -139,7 +139,7 @@ def with_asterisk(interval: Interval) -> str:
 
 
 def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
-    """Return accuracy functions: "own sigma", "ensemble" (the first one) and "all levels" (mean over 0 < sigma < 1)."""
+    """Return accuracy functions: "own sigma", "ensemble" (first ensemble), "all levels" (mean over 0 < sigma < 1)."""
     return {
         "own sigma": accuracy_at(ARMS[arm].sigma),
         "ensemble": accuracy_at(*evidence.ensembles[0]),
@@ -188,7 +188,7 @@ def question_section(question: Question, evidence: Evidence) -> str:
 
 
 def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
-    """Return a dict: title -> accuracy function. It has entries for sigmas, ensembles and numbers of draws."""
+    """Return a dict: title, such as "sigma 0.4" -> function that computes the accuracy at these noise levels."""
     scored = evidence.levels(arm, name)
     measures: dict[str, Measure] = {f"sigma {sigma:g}": accuracy_at(sigma) for sigma in evidence.sigmas}
     for levels in evidence.ensembles:
@@ -254,7 +254,7 @@ class NoiseShare:
 def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
     """Return one `NoiseShare` for `ensemble`, and two (averaged, tokens) for each number of draws at sigma 0.4.
 
-    seeds: scores on one test set, one `PairScores` per training seed. Each share is averaged over these seeds.
+    seeds: scores on one test set, for each training seed. Each share is averaged over the training seeds.
     """
 
     def share(label: str, forwards: int, repeats: list[list[str]]) -> NoiseShare:

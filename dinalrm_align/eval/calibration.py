@@ -1,4 +1,4 @@
-"""Calibration of predicted preference probabilities: reliability, expected calibration error, NLL, Brier score, scale.
+"""Calibration of predicted preference probabilities: reliability, expected calibration error, NLL, and Brier score.
 
 `losses.preference_probability` predicts a pair's label from the score gap at noise level sigma. The variance of the
 likelihood grows with sigma, so one factor on the score gap should fit all noise levels.
@@ -209,7 +209,7 @@ def _binned(probability: ArrayLike, observed: ArrayLike, bins: int) -> tuple[np.
 
 
 def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
-    """Return the standard error over captions of the mean of n values in [0, 1].
+    """Return the standard error of the mean of n values in [0, 1]. Values of one caption may be correlated.
 
     The result is at least the standard deviation of Beta(sum + 1, n - sum + 1), the posterior of the mean if the values
     are independent.

@@ -234,7 +234,7 @@ def _rounded(value: Accuracy) -> dict[str, float | int | None]:
 
 
 def _write_pairs(scores: PairScores, path: Path) -> None:
-    """Write a JSON line per pair: prompt, image names, label, and scores of both images at every noise level."""
+    """Write one line of JSON for each pair: prompt, image names, label, and both images' scores at all noise levels."""
     lines = []
     for row, (first, second) in enumerate(zip(scores.chosen.tolist(), scores.rejected.tolist(), strict=True)):
         names = (first, second) if scores.images is None else (scores.images[first], scores.images[second])

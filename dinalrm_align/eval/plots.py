@@ -1,4 +1,4 @@
-"""Plot evaluations: accuracy against sigma, noise levels at inference, variance over noise draws, reliability."""
+"""Plots of evaluations: accuracy at each sigma, gain over sigma 0.4, variance over noise draws, and reliability."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

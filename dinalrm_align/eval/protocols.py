@@ -17,7 +17,7 @@ CHUNK = 50  # bootstrap resamples computed at once
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy in [0, 1], its 95 % interval, and the numbers of pairs and prompts counted. NaN if no pair counts."""
+    """Accuracy in [0, 1], its 95 % interval, and how many pairs and prompts it counts. NaN if it counts no pair."""
 
     value: float
     low: float
@@ -81,14 +81,14 @@ def _right_and_weight(
 
 
 def _shares(scores: PairScores, counted: np.ndarray) -> np.ndarray:
-    """Return weights (N,): 1 / n for a counted pair in a list, or caption, with n counted pairs; 0 for other pairs."""
+    """Return weights (N,): 0 for pairs not counted, else 1 / (number of counted pairs in the same list or caption)."""
     _, number = np.unique(scores.caption if scores.group is None else scores.group, return_inverse=True)
     size = np.bincount(number, weights=counted)[number]
     return np.divide(counted, size, out=np.zeros(len(counted)), where=size > 0)
 
 
 def _ratio(right: np.ndarray, weight: np.ndarray, caption: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return accuracies (B,) of B resamples, NaN if all weights are 0. `counts`: (B, C), draws of each prompt."""
+    """Return the accuracies (B,) of B bootstrap resamples. `counts[b, c]`: how often resample b drew prompt c."""
     above, below = (counts @ np.bincount(caption, weights=values) for values in (weight * right, weight))
     return np.divide(above, below, out=np.full(len(counts), np.nan), where=below > 0)
 

@@ -124,8 +124,8 @@ def _image_set(name: str, pairs: Iterable[Preference], finder: "_Finder", where:
 class _Finder:
     """Callable that turns an image reference of a test set into an `Image`.
 
-    roots: folders to try for relative image paths; the first folder that contains the first image is used for all.
-    files: parquet files in reading order. published: whether to reject absolute paths and "..".
+    roots: folders to try for relative image paths. The first in which an image is found is used from then on.
+    files: parquet files in reading order. published: whether to reject paths that are absolute or contain "..".
     """
 
     def __init__(self, roots: Sequence[Path], files: Sequence[Path] = (), *, published: bool = False) -> None:

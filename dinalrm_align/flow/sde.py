@@ -10,7 +10,7 @@ draws x' = mean + std noise, where noise is standard normal and mean and std dep
     flow_cps    mean = (1 - sigma') x0 + sigma' cos(a pi / 2) x1     std = sigma' sin(a pi / 2)
                 coefficients-preserving sampling, arXiv 2509.05952: x' has the noise level sigma'
 
-a is the argument `noise_level`, not a noise level sigma. With a = 0 a step is an Euler step of the ODE. As in public
+Here a stands for the argument `noise_level`. If it is 0, every step is an Euler step of the ODE. As in public
 code, the log-probability is the MEAN over C, H and W, not the sum, of the normal log density (flow_sde) or of
 -(x' - mean)^2 (flow_cps). Probability ratios are therefore close to 1, and clip ranges are small (1e-6 ... 1e-4).
 

@@ -32,8 +32,8 @@ class ModelSpec:
         reward: hub id or folder of the DiNa-LRM, a reward on latents.
         pixel: hub id or folder of the `ClipReward`, a reward on images.
         pixel_processor: hub id or folder of the tokenizer and preprocessor of `pixel`; None means `pixel` itself.
-        gold: reward that scores the policy's images in evaluation: a callable `(images (B, 3, H, W) in [0, 1],
-            prompts) -> (B,)`, the name "module:function" of a callable, or the name of a reward, such as "pixel".
+        gold: reward that scores the policy's images in evaluation. Either a callable from images (B, 3, H, W) in [0, 1]
+            and prompts to (B,), or the name of one ("module:function"), or the name of a reward, such as "pixel".
         train_prompts, heldout_prompts: text files with one prompt per line, for training and for evaluation.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
     """

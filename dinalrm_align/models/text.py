@@ -30,7 +30,7 @@ Embeds = tuple[Tensor, Tensor]
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts as a list. Raises TypeError for non-strings, ValueError for no prompt or an overlong prompt."""
+    """Return prompts as a list. Raises TypeError for non-strings, ValueError if none is given or one is too long."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
     if len(prompts) == 0:
@@ -127,7 +127,7 @@ class Conditions:
 
 
 def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
-    """Return the `count` prompts in `text`. Raises ValueError for another number, or for embeddings without text."""
+    """Return the `count` prompts in `text`. Raises ValueError if there are more or fewer, or if the text is unknown."""
     if isinstance(text, Conditions):
         prompts = list(text.prompts)
         if not any(prompts):
@@ -143,7 +143,7 @@ def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
 class PromptEncoder:
     """Encodes prompts with a pipeline's text encoders, without gradient and with autocast disabled.
 
-    An instance is thread-safe. Calling it with strings keeps their embeddings in a cache of bounded size.
+    An instance is thread-safe. A call with prompts keeps the prompts' embeddings in a cache of bounded size.
     `Conditions.encode` and `PromptEncoder.encode` do not use the cache.
 
     Args:

@@ -142,7 +142,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> di
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise ValueError if names, shapes or kinds of dtype (floating or not) differ. where: file for error messages."""
+    """Raise ValueError unless `got` has the names, shapes and kinds of dtype (floating or not) of `expected`."""
     both = [(name, got[name], tensor) for name, tensor in expected.items() if name in got]
     shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
     differences = {
@@ -179,8 +179,8 @@ def assign_tensors(
 ) -> None:
     """Make `tensors` the weights of `module`, even if it is on meta. Raises ValueError if names or shapes differ.
 
-    dtype: dtype of the weights. device: device of the whole module, buffers included. keep_in_fp32: prefix of names;
-    weights whose names begin with it get at least float32.
+    dtype: dtype of the weights. device: device of the whole module, buffers included. keep_in_fp32: name prefix;
+    weights whose names begin with this prefix are stored in float32, or in `dtype` if that is wider.
     """
     check_fit(module.state_dict(), tensors, where)
     exact = [name for name in tensors if keep_in_fp32 and name.startswith(keep_in_fp32)]

@@ -65,7 +65,7 @@ def as_reward(
         vae: VAE that decodes latents if `function` takes images.
         name: name of the reward in error messages.
         differentiable: whether the scores are differentiable in the input. False: every input that requires a gradient
-            raises ValueError. True: an input that requires a gradient raises ValueError if the scores have no graph.
+            raises ValueError. True: if an input requires a gradient but the scores have no graph, ValueError is raised.
 
     Raises TypeError unless the first argument of `function` is named `latents`, `images` or `pixels`.
     """

@@ -97,7 +97,7 @@ def write_reward(
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
     """Return the base model's hub id or path. A path that starts with ./ or ../ is resolved from `folder`.
 
-    trusted: False raises ValueError for a local path. Pass False for the config of a downloaded checkpoint.
+    trusted: whether a local path is allowed; if not, it raises ValueError. Pass False for a downloaded config.
     """
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):
@@ -109,7 +109,7 @@ def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> 
 
 
 def relocated(base_model_id: str, folder: Path, new_folder: Path) -> str:
-    """Return `base_model_id` for a checkpoint copied from `folder` to `new_folder`. Only a relative path changes."""
+    """Return `base_model_id`. A path relative to `folder` is rewritten to be relative to `new_folder`."""
     if not base_model_id.startswith(("./", "../")):
         return base_model_id
     path = os.path.relpath(base_location(base_model_id, folder), new_folder)
@@ -230,7 +230,7 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Raise ValueError unless tensors are floating-point and finite, and LoRA rank and query count match the config."""
+    """Raise ValueError unless all tensors are finite floats and the LoRA rank and query count equal the config's."""
     config, tensors = checkpoint.config, checkpoint.tensors
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):

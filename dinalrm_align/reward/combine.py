@@ -16,7 +16,7 @@ class RewardSum(RewardModule):
     """Weighted sum of named rewards: score = sum_i weight_i * score_i. The summed rewards are called parts.
 
     Parts can have scores on different scales. GRPO therefore takes each part's unweighted scores from `score_parts`,
-    and normalises the scores within each part before it adds them up.
+    and normalises each part's scores before it adds up the parts.
     """
 
     def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:
@@ -74,7 +74,7 @@ class RewardSum(RewardModule):
         return finite_scores(total, len(total), self.name)
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return a dict from part name to unweighted scores (B,), float32, on the latents' device.
+        """Return the unweighted scores as a dict: name of a part -> scores (B,), float32, on the latents' device.
 
         Latents are decoded once. Raises ValueError if the latents require a gradient and a part is not differentiable.
         """

@@ -268,7 +268,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Return one tuple of noise levels per evaluation: each (sigma,), then `ensemble`. Duplicates are dropped."""
+        """Return a list: (sigma,) for each of `sigmas`, and finally `ensemble` if not empty. Duplicates are dropped."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 

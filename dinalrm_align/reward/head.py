@@ -15,10 +15,10 @@ from dinalrm_align.reward.config import HeadConfig
 
 
 class LayerAdapter(nn.Module):
-    """FiLM adapter of one backbone layer. Maps tokens (B, N, width_in) and temb (B, temb_dim) to (B, N, W // 4).
+    """FiLM adapter of one backbone layer. Maps tokens (B, N, width_in) and temb (B, temb_dim) to (B, N, width // 4).
 
     Computes proj(x (1 + gamma) + beta + layer_embed) with x = proj_in(tokens). An MLP predicts gamma and beta from temb
-    (embedded timestep and pooled prompt); gamma = beta = 0 at initialisation. film: False leaves gamma and beta out.
+    (embedded timestep and pooled prompt); gamma = beta = 0 at initialisation. film: False omits gamma and beta.
     """
 
     def __init__(self, width_in: int, temb_dim: int, width: int, *, use_proj_in: bool, film: bool) -> None:
@@ -120,9 +120,9 @@ class RewardHead(nn.Module):
             self.eta4 = nn.Parameter(torch.tensor(0.15))
 
     def forward(self, taps: Taps | Sequence[Taps]) -> Tensor:
-        """Return raw scores (B,), float32, differentiable. taps: tokens at one noise level, or a list for K levels.
+        """Return raw scores (B,), float32, differentiable. taps: `Taps` of one noise level, or a list of K `Taps`.
 
-        For K levels, FiLM conditions each level's tokens on that level's `temb`. Attention reads all K * N tokens.
+        FiLM conditions the tokens of each noise level on that level's `temb`. Attention reads the tokens of all levels.
         """
         levels, text = [taps] if isinstance(taps, Taps) else taps, None
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])
@@ -141,7 +141,7 @@ class RewardHead(nn.Module):
     def _aggregate(
         self, adapters: nn.ModuleList, join: nn.Linear, levels: list[tuple[tuple[Tensor, ...], Tensor]]
     ) -> Tensor:
-        """Return image or text tokens (B, K N, W). Layers are fused within each level; K levels are concatenated."""
+        """Fuse the layers' image or text tokens within each noise level. Return the levels' tokens, concatenated."""
         dtype, joined = self.query_tokens.dtype, []
         for streams, temb in levels:
             pairs = zip(adapters, streams, strict=True)

@@ -43,7 +43,7 @@ class Reward(Protocol):
         reads_images: whether the reward decodes the latents with a VAE and scores the images.
         scores_images: whether the reward supports `score_images`.
         reads_noise: whether scores depend on sigma and noise.
-        wants_groups: whether one call must score all samples of a prompt, since scores of two calls are not comparable.
+        wants_groups: whether all samples of a prompt must be scored in one call, so that their scores are comparable.
         noise_parts: for a sum, the latent rewards in the sum; for a latent reward, [self]; otherwise empty.
         text_lengths: T5 sequence lengths at which to encode prompts (see `Conditions.for_length`). Empty if the reward
             reads prompts as strings.
@@ -73,7 +73,7 @@ class Reward(Protocol):
         ...
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return a dict from each name in `weights` to unweighted scores (B,). Latents are decoded at most once."""
+        """Return unweighted scores as a dict: name in `weights` -> scores (B,). Latents are decoded at most once."""
         ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:

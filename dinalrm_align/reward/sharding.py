@@ -46,7 +46,7 @@ class SharedBlock(nn.Module):
 
 
 def shard_base(accelerator: Accelerator, transformer_blocks: nn.ModuleList, rewards: Sequence[Reward]) -> None:
-    """Shard a policy's blocks, and those of latent rewards that share its weights, over the ranks, in place.
+    """Shard a policy's blocks over the ranks, in place. All latent rewards in `rewards` must share its base weights.
 
     Must be called on every rank, after policy and rewards are moved to the device and cast. With a single rank, the
     call changes nothing. transformer_blocks: the policy's blocks.
@@ -59,7 +59,7 @@ def shard_base(accelerator: Accelerator, transformer_blocks: nn.ModuleList, rewa
 
 
 def shard_model(accelerator: Accelerator, model: RewardModel) -> None:
-    """Shard the blocks of a reward in reward training, without a policy. For when to call it, see `shard_base`."""
+    """Shard the blocks of a reward model, for reward training. Must be called at the same point as `shard_base`."""
     _shard(accelerator, [model.trunk.transformer_blocks], [model.trunk])
 
 

@@ -45,7 +45,7 @@ class NoisedPairs:
 
 
 def draw_levels(batch: PairBatch, density: SigmaConfig, generators: Sequence[torch.Generator]) -> NoisedPairs:
-    """Return the batch with noise and sigma, drawn once per prompt. generators: one generator per prompt."""
+    """Draw noise and sigma once per prompt, and return the batch with both. generators: one generator per prompt."""
     device = batch.latents.device
     noise = seeded_noise(tuple(batch.latents.shape[1:]), generators)
     sigma = torch.cat([sample_sigma(density.density, 1, generator=g, **density.parameters()) for g in generators])
@@ -118,7 +118,7 @@ class RewardTraining:
 
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
-    """Return `config` with base_model_id and VAE scaling of `pipeline`. A local path becomes relative to `folder`."""
+    """Return `config` with base_model_id (relative to `folder` if a local path) and VAE scaling set from `pipeline`."""
     with reading("VAE", pipeline):
         vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
     base = os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline

@@ -103,7 +103,7 @@ def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerat
 
 def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, float]:
     """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict. Each
-    name in PARTS maps to the correlation between that score component of the original and of the reconstructed images.
+    name in PARTS maps to the correlation of that score component before and after reconstruction of the images.
     "psnr" maps to the PSNR in dB. Half of the images are scored with another image's caption, to vary faithfulness.
     """
     images, scenes, _ = random_images(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
@@ -131,8 +131,8 @@ def _slots(scene: Scene | None) -> list[int]:
 
 def train_text(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
     """Train the three text encoders in place so that linear heads can predict the attributes of a caption. One head
-    reads every T5 token, one the last token of both CLIP towers, and one the pooled embedding. Training replaces
-    the web-scale pretraining of SD3's text encoders.
+    reads every T5 token, one reads the last token of both CLIP towers, and one reads the pooled embedding. This
+    training replaces the web-scale pretraining of SD3's text encoders.
     """
     stack, length = config.stack, config.stack.text_length
     towers = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]

@@ -37,7 +37,7 @@ CELLS = 2  # the layout loss predicts CELLS x CELLS cells per image token (a pat
 
 
 class Together(torch.optim.Optimizer):
-    """Optimiser that steps several optimisers over disjoint parameters and keeps their states in one state dict."""
+    """Optimiser that combines several optimisers of disjoint parameters and keeps their states in one state dict."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -134,7 +134,7 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
 
 @torch.no_grad()
 def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> tuple[Tensor, Tensor, list[str]]:
-    """Return latents (N, C, h, w), uint8 layouts (N, 4, h, w) and captions of training images, cached on disk."""
+    """Return latents (N, C, h, w), uint8 layouts (N, 4, h, w) and captions of N images. They are cached on disk."""
     folder = Path(config.output_dir) / "cache"
     if not (folder / "images.safetensors").exists():  # written last
         rng = np.random.default_rng((config.seed + 3, 0))
@@ -153,7 +153,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """Return the coverage of each grid cell by each shape as uint8 (4, cells, cells). 255: the cell is full."""
+    """Return how much of each grid cell each shape covers, as uint8 (4, cells, cells). 255 means the whole cell."""
     cover = torch.zeros(len(SHAPES), SIZE, SIZE)
     for mark in drawing.marks:
         cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))

@@ -1,6 +1,6 @@
 """Oracle of the embedded world (rendered shapes): scores an image for its caption from the image's pixels.
 
-    score = 2 F + A (0.25 + 0.75 F),   F faithfulness and A aesthetics, both in [0, 1]
+    score = 2 F + A (0.25 + 0.75 F),   where F is faithfulness and A is aesthetics, both in [0, 1]
 
 A perfect image scores 3. An image that does not match its caption (F = 0) scores at most 0.25. F is a score of the
 objects (shape, colour, size), multiplied by factors for relation, background and number of objects. A is the mean of
@@ -111,7 +111,7 @@ def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list
     A pixel gets the colour in COLOURS for which (colour - background) has the largest cosine similarity with (pixel -
     background). Low contrast and soft edges have no effect, as neither changes the direction of that difference.
 
-    `ground`: RGB value of the background, (3,). `background`: its name in BACKGROUNDS.
+    `ground`: RGB value of the background, (3,). `background`: name of the background in BACKGROUNDS.
     """
     difference = image - ground
     distance = np.linalg.norm(difference, axis=-1)

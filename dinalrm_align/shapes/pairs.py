@@ -85,7 +85,7 @@ def render_hpdv3(
 ) -> None:
     """Write preference pairs to `directory` in HPDv3's layout: train.json, and PNG files in images/.
 
-    The pairs are those of `write_pairs` for the same config and kind "heldout" if `held_out`, else "train".
+    The pairs are those that `write_pairs` makes: of kind "heldout" if `held_out` is True, else of kind "train".
     Images have 8 bits per channel. Raises FileExistsError if `directory` holds a train.json.
     """
     directory = Path(directory)
@@ -127,8 +127,8 @@ def _prompt_encoder(pipeline: StableDiffusion3Pipeline) -> PromptEncoder:
 def _lists(
     pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig, *, held_out: bool
 ) -> Iterator[tuple[list[str], Tensor | None, Tensor, list[list[tuple[int, int]]]]]:
-    """Yield captions, latents (None for renders), images and labels of up to CHUNK captions at once. Each caption has
-    `config.images` consecutive images. The labels are pairs (chosen, rejected) of indices into a caption's images.
+    """For up to CHUNK captions at a time, yield captions, latents (None for renders), images and labels. Each caption
+    has `config.images` consecutive images. A caption's labels are pairs (chosen, rejected) of indices into its images.
     """
     rng = np.random.default_rng((config.seed, 2 if held_out else 0))
     groups = config.heldout_groups if held_out else config.groups

@@ -1,6 +1,6 @@
 """Images of the embedded world: scenes of shapes, laid out with random imperfections and rendered with anti-aliasing.
 
-All lengths are in pixels of a 64 x 64 image; they grow with the image size. Three imperfections ("nuisances") lower
+All lengths are in pixels of a 64 x 64 image. Larger images are scaled up. Three imperfections ("nuisances") lower
 an image's aesthetics:
 
 - `edge`: width of the soft transition at every outline; 1 is crisp.
@@ -129,7 +129,7 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
 
 
 def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return the concepts that an image of the scene can get wrong: CONCEPTS, but "relation" only if it has one."""
+    """Return the concepts that an image can get wrong: CONCEPTS, but "relation" only if the scene has one."""
     return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 

@@ -1,6 +1,6 @@
 """Scenes and captions of the embedded world (rendered shapes).
 
-A caption names a background and objects. It has one object, two with a relation, or two or three identical ones:
+A caption names a background and objects. The objects are one object, two in a relation, or two or three identical ones:
     "a small red circle on white"
     "a small red circle left of a large blue square on gray"
     "three small green crosses on black"
@@ -116,7 +116,7 @@ KIND_SHARES = {"one": 0.25, "pair": 0.5, "count": 0.25}
 
 
 def draw_scenes(number: int, rng, *, held_out: bool = False) -> list[Scene]:
-    """Return random scenes: held-out ones if `held_out`, else training ones. KIND_SHARES has the kinds' shares."""
+    """Return random scenes: held-out ones if `held_out`, else training ones. KIND_SHARES: probability of each kind."""
     pools = _pools(held_out)
     kinds = rng.choice(list(KIND_SHARES), size=number, p=list(KIND_SHARES.values()))
     return [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]

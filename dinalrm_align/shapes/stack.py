@@ -23,7 +23,7 @@ from dinalrm_align.shapes.scene import CAPTION_WORDS
 
 
 def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
-    """Return a byte-pair tokenizer with one token for each of `words`. Others are split into pieces or bytes."""
+    """Return a byte-pair tokenizer with one token for each of `words`. Splits other words into pieces or bytes."""
     characters = list(bytes_to_unicode().values())
     vocabulary = characters + [character + "</w>" for character in characters]
     merges: list[tuple[str, str]] = []
@@ -50,7 +50,7 @@ def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]
 
 
 def t5_tokenizer(words: list[str], length: int) -> T5TokenizerFast:
-    """Return a unigram tokenizer with one token for each of `words`. Others are split into pieces or characters."""
+    """Return a unigram tokenizer with one token for each of `words`. Splits other words into pieces or characters."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     known = [("\u2581" + word, -1.0) for word in words]
     characters = [("\u2581", -10.0), *((chr(code), -12.0) for code in range(33, 127))]

@@ -160,7 +160,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Delete temporary folders and all checkpoints except the newest `keep_last` at or before update `step`."""
+    """Keep only the newest `keep_last` checkpoints among those up to update `step`; also delete temporary folders."""
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:

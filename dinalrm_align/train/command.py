@@ -1,8 +1,8 @@
 """Parse command lines into configuration dataclasses: `--name value`, `--section.name value`, `--config FILE`.
 
-A section is a nested dataclass. A boolean option without a value is true: `--watch.stop_on_hacking`. Later values
-override earlier ones: defaults of the dataclass, default YAML files of the program, then options and `--config` files
-in the order of the command line. The `--help` text comes from the docstrings of the dataclasses.
+A section is a nested dataclass. A boolean option without a value is true: `--watch.stop_on_hacking`. Values come
+from the defaults of the dataclass, then from default YAML files of the program, then from options and `--config` files
+in the order of the command line; later values override earlier ones. `--help` shows the docstrings of the dataclasses.
 """
 
 import dataclasses

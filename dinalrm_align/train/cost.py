@@ -2,7 +2,7 @@
 
 Memory is the peak within a phase minus the memory allocated at the start of the step, in MiB. On CUDA it is read from
 the allocator at every step. On the CPU it is the total size of live tensor storages, measured only on profiled steps.
-The CPU value excludes workspaces of kernels and fragmentation. Profiled steps are slow; they report no seconds.
+The CPU value excludes fragmentation and the workspaces of kernels. Profiled steps are slow, so they report no seconds.
 
 FLOPs are counted only on profiled steps, by torch's `FlopCounterMode`, for matrix products, convolutions and attention.
 A multiply-accumulate counts as two FLOPs. Recomputation by gradient checkpointing is included.
@@ -90,7 +90,7 @@ class PhaseMeter:
         self._in_step = False
 
     def start_step(self, *, profile: bool = False) -> None:
-        """Begin a step. `profile`: count FLOPs and, on the CPU, measure memory. On CUDA, memory is always measured."""
+        """Begin a step. If `profile`, count FLOPs and, on the CPU, memory. On CUDA, memory is always measured."""
         self._in_step, self._profiled = True, profile
         self._tracker: LiveStorage | None = None
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -131,8 +131,8 @@ class PhaseMeter:
     def finish_step(self) -> dict[str, float]:
         """End the step; return its metrics by name.
 
-        Every phase has `gflops/<phase>` on profiled steps and `seconds/<phase>` on other steps. Every phase also has
-        `memory_mib/<phase>`: on CUDA on every step, on the CPU only on profiled steps.
+        Every phase has `gflops/<phase>` on profiled steps and `seconds/<phase>` on other steps. On CUDA, every step has
+        `memory_mib/<phase>` too; on the CPU, only profiled steps have it.
         """
         self._in_step, self._tracker = False, None
         report = {} if self._profiled else {f"seconds/{name}": value for name, value in self._seconds.items()}

@@ -34,7 +34,7 @@ def start_accelerator(
         run: settings of the run; the fields device, dtype, seed and output_dir are read.
         model_dtype: dtype to use on a GPU if run.dtype is "auto". On the CPU, "auto" stands for float32.
         minutes: timeout of collective operations, in minutes.
-        tracker: name of the experiment tracker, one of none, wandb and tensorboard.
+        tracker: name of the experiment tracker, one of `none`, `wandb` and `tensorboard`.
         autocast: whether to use bfloat16 autocast on a GPU. Ignored if frozen weights are float32.
     """
     if run.device != "auto":

@@ -22,8 +22,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def fingerprint(module: nn.Module) -> str:
     """Return a fast digest of a module's parameters and buffers, as 16 hexadecimal digits.
 
-    The digest covers names, dtypes, shapes and at least 256 evenly spaced values of each tensor; smaller tensors are
-    read in full. A change of a few values in a large tensor can leave the digest unchanged.
+    The digest covers names, dtypes, shapes and at least 256 evenly spaced values of each tensor; tensors with fewer
+    values are read in full. A change of a few values in a large tensor can leave the digest unchanged.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     sampled = {f"{n} {tuple(t.shape)}": t.detach().flatten()[:: max(1, t.numel() // SAMPLED)] for n, t in tensors}

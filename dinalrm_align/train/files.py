@@ -89,7 +89,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def reading(what: str, source: str | Path) -> Iterator[None]:
-    """Context manager for loading `source`: re-raises OSError as FileNotFoundError, other errors as ValueError."""
+    """Context manager for loading `source`: re-raises OSError as FileNotFoundError and other errors as ValueError."""
     try:
         yield
     except Exception as error:  # libraries raise many exception types for invalid files
@@ -225,7 +225,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
 
 
 def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> None:
-    """Raise ValueError unless a file has the size and SHA-256 in `mark`. `prefix`: ignore bytes beyond this size."""
+    """Raise ValueError unless a file, or its beginning if `prefix`, has the size and SHA-256 given in `mark`."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     size, expected = path.stat().st_size, mark["bytes"]
@@ -275,6 +275,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _text(state: Mapping[str, Any]) -> str:
-    """Return the JSON text of a state.json file: the values of `state` and their SHA-256."""
+    """Return the JSON text of a state.json file, which contains the entries of `state` and their SHA-256."""
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     return json.dumps({**state, "sha256": digest}, indent=1, sort_keys=True) + "\n"

@@ -255,7 +255,7 @@ def _resume_hint(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Context manager that yields a function: did any rank get SIGINT or SIGTERM? A second signal ends the process."""
+    """Context manager; yields a function that returns whether any rank got SIGINT or SIGTERM. A second one is fatal."""
     requested = False
 
     def request(number: int, frame: Any) -> None:
@@ -289,8 +289,8 @@ def _averaged(
 ) -> dict[str, float]:
     """Average metrics and gradients over the micro-steps of all ranks, weighted by the number of items per micro-step.
 
-    `parts`: (number of items, metrics) of every micro-step of this rank. `tensors`: parameters. Their gradients
-    are sums over items on entry and means on return. If there are no items, returns unweighted means of the metrics.
+    `parts`: (number of items, metrics) of every micro-step of this rank. `tensors`: parameters. On entry, their
+    gradients are sums over items; on return, means. If there are no items, returns unweighted means of the metrics.
     """
     names = list(parts[0][1])
     sums = [[len(parts), sum(count for count, _ in parts)]]

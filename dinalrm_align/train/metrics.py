@@ -31,7 +31,7 @@ class MetricsLog:
     """Appends rows of metrics to metrics.jsonl and keeps a running SHA-256 of the file."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Open a log. Keeps the first `keep` bytes of an existing file. A resumed run writes the later rows again."""
+        """Open a log. Keeps only the first `keep` bytes of an existing file: a resumed run writes later rows again."""
         self.path = path
         kept = path.read_bytes()[:keep] if keep else b""
         write_atomically(path, kept)
@@ -75,7 +75,7 @@ def check_tracker(name: str) -> None:
 def open_tracker(
     accelerator: "Accelerator", name: str, folder: Path, settings: str, checkpoint: Path | None = None
 ) -> None:
-    """Start the tracker `name` (none, wandb or tensorboard) and log `settings`, the YAML text of the run's settings.
+    """Start the tracker `name` (`none`, `wandb` or `tensorboard`) and log `settings`, the run's settings as YAML.
 
     `checkpoint`: checkpoint that the run resumes from. TensorBoard discards entries logged after this checkpoint.
     `accelerator.end_training` closes the tracker.

@@ -47,7 +47,7 @@ def complete_run(
     Args:
         recipe: path of the training program.
         model: name of the model; replaces the value "auto" of `run.model`.
-        name: name of the new run folder under runs/ if output_dir is not set.
+        name: name of the new run folder under runs/; used if output_dir is not set.
         defaults: YAML files whose values override the defaults of the dataclass; ignored if a run is resumed.
     """
     from dinalrm_align.train.checkpoints import new_run_folder, run_of

@@ -60,7 +60,7 @@ class Stateful(Protocol):
         """Return whether all ranks have the same state. If not, a run cannot resume with a different world size."""
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the result of `state_tensors`. Must raise ValueError, before any change, if a tensor does not fit."""
+        """Restore the state from `tensors`. Must raise ValueError, before any change, if a tensor does not fit."""
 
 
 class Ema:
@@ -111,7 +111,7 @@ class RunState:
         samples: number of prompts or pairs per update (on-policy: per rollout), summed over ranks. A run can resume
             with a different world size only if this number stays the same.
         step: number of optimiser updates done.
-        elapsed: total seconds of all optimiser updates done.
+        elapsed: total duration of all optimiser updates done, in seconds.
     """
 
     parameters: dict[str, nn.Parameter]

@@ -1,4 +1,4 @@
-"""Settings of the cost report `recipes/savings.py`, its configurations, and the published sizes of the networks.
+"""Settings and configurations of the cost report `recipes/savings.py`, and the published sizes of the networks.
 
 This module does not import torch. Sizes are those in each model's config.json: Stable Diffusion 3.5 Medium
 (stabilityai/stable-diffusion-3.5-medium), DiNa-LRM

@@ -195,7 +195,7 @@ class Measured:
 def measure(case: Case, architecture: Architecture, *, warmup: int, repeats: int) -> Measured:
     """Run a workload with random weights on the CUDA GPU: first `warmup` unmeasured runs, then `repeats` measured runs.
 
-    Raises ValueError for quantised weights, which are replaced by layers that can only be counted.
+    Raises ValueError if weights are quantised. The cost of quantised layers can be counted, but not measured.
     """
     if case.quantised:
         raise ValueError(NOT_MEASURED)

@@ -36,7 +36,7 @@ def percent_saved(part: float, whole: float) -> float:
 
 
 def rollout_operations(base: Case, costs: Costs) -> float:
-    """Return the FLOPs of a ReFL rollout of mean length. Each step runs the policy twice, for guidance."""
+    """Return the FLOPs of a ReFL rollout with the mean number of steps. Guidance runs the policy twice per step."""
     return 2 * sum(ROLLOUT_STEPS) / 2 * costs[base.kept.but(work="policy_forward")].f2
 
 
@@ -46,10 +46,10 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
     The source "paper" is the published saving against HPSv3 (arXiv 2602.11146). The sources "hpsv3" and "pickscore" are
     the savings counted here against HPSv3 and PickScore. The main quantities are:
 
-    - memory: peak bytes of a ReFL update without its rollout and without gradient checkpointing.
-    - reward FLOPs: scoring, including the VAE's decoder for pixel rewards.
-    - optimisation FLOPs: scoring and one forward pass of the policy. This definition is closest to the paper.
-    - gradient part of an update, executed: a ReFL update without its rollout, backward passes included.
+    - "memory": peak bytes of a ReFL update without its rollout and without gradient checkpointing.
+    - "reward FLOPs": scoring, including the VAE's decoder for pixel rewards.
+    - "optimisation FLOPs": scoring and one forward pass of the policy. This definition is closest to the paper.
+    - "gradient part of an update, executed": a ReFL update without its rollout, backward passes included.
     """
     plain = base.kept
     policy, rollout = costs[plain.but(work="policy_forward")].f2, rollout_operations(base, costs)

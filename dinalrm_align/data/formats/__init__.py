@@ -95,7 +95,7 @@ def folder_layout(folder: Path) -> str:
 
 
 def find_layout(source: Path) -> str:
-    """Find the layout of a folder or file from file names or the first JSON record. Raises ValueError if unknown."""
+    """Detect the layout of `source` by its file names or its first JSON record. Raises ValueError if it is unknown."""
     if source.is_dir():
         return folder_layout(source)
     if source.suffix in (".parquet", ".jsonl"):

@@ -85,7 +85,7 @@ def parse_results(text: Any) -> dict[str, Any]:
 
 
 def _listed_rows(folder: Path) -> set[tuple[str, int, int]] | None:
-    """Return (file name, row group, row) of every row in bucket_index.csv; None if the file does not exist."""
+    """Return (file name, row group, row) of every row in bucket_index.csv; None if `folder` has no such file."""
     path = folder / INDEX
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Reading alignment runs from their folders, and grouping runs that differ only in their seed into entries.
+"""Read alignment runs from their folders, and group them: runs that differ only in their seed form one entry.
 
 A gain is a score minus the base model's score for the same prompt and noise. Gains are comparable only between runs
 that were evaluated with the same model, prompts, noise and sampler. If a run was evaluated differently from the first
@@ -40,7 +40,7 @@ class Run:
     Args:
         rows: rows of metrics.jsonl.
         terms: settings of the evaluation (model, prompts, noise seed, sampler).
-        scores: scores of the N evaluation samples, (N,), by update and evaluator. Evaluators: "proxy" (the training
+        scores: for each update and each evaluator, the scores (N,) of N samples. Evaluators: "proxy" (the training
             reward), "gold" (a score that no run trains on), "gold/NAME" (an additional score that no run trains on).
         kind: names of the recipe and the reward.
         settings: contents of config.yaml, with nested keys joined by dots.
@@ -83,8 +83,8 @@ class Run:
         return by_caption((after - before) / unit, self.terms["prompts"])
 
     def seconds(self) -> np.ndarray:
-        """Return the duration of each update in seconds, without evaluations, (updates,). An update that ran under the
-        FLOP profiler gets the median duration of the unprofiled updates.
+        """Return the seconds that each update took, (updates,), not counting evaluations. An update that ran under the
+        FLOP profiler gets the median of the unprofiled updates.
         """
         updates = [row for row in self.rows if "elapsed" in row]
         took = np.diff([0.0, *(row["elapsed"] for row in updates)])
@@ -172,8 +172,8 @@ class Entry:
         return all(name in scores for run in self.runs for scores in run.scores.values())
 
     def at(self, clock: str, steps: Sequence[float], run: Run | None = None) -> list[float]:
-        """Convert updates to values on a horizontal axis. `clock`: the axis, a key of `figures.CLOCKS`. `run`: the run
-        whose seconds are used. By default, the seconds are averaged over all runs.
+        """Convert updates to values on a horizontal axis. `clock`: the axis, a key of `figures.CLOCKS`. If it is
+        "time", the seconds are those of `run`, or by default the mean over all runs of the entry.
         """
         if clock == "updates":
             return list(steps)
@@ -201,8 +201,8 @@ def read_entries(
     folders: Sequence[Path], groups: Mapping[str, Sequence[Path]] | None = None
 ) -> tuple[list[Entry], list[str]]:
     """Read runs and group them into entries of a comparison. Runs in `folders` form one entry if they have the same
-    recipe, reward and settings; the settings in NOT_NAMED, such as the seed, may differ. `groups`: for the name of
-    each additional entry, the folders of its runs, one per seed.
+    recipe, reward and settings; the settings in NOT_NAMED, such as the seed, may differ. `groups` defines
+    additional entries: it maps the name of an entry to the folders of its runs. Each run of a group has its own seed.
 
     Returns the entries, and notes about runs that are skipped or not comparable. Raises ValueError if there is no run,
     if a group's folder holds no run, or if two runs of a group have the same seed.
@@ -264,7 +264,7 @@ def _read_group(name: str, folders: Sequence[Path]) -> list[tuple[Run, str]]:
 def _names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     """Return the entry name and the label of every run.
 
-    A name is recipe and reward, followed by the settings that differ between runs of this recipe and reward. If more
+    A name consists of recipe, reward and the settings that differ between runs of this recipe and reward. If more
     than three settings differ, the folder of the entry's first run replaces the settings. A label is a name followed by
     the seed. If several runs would get the same label, each run's folder is appended to its name and label.
     """

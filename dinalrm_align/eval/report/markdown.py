@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 def table(
     header: Sequence[object], rows: Iterable[Sequence[object]], align: str | None = None, *, padded: bool = False
 ) -> str:
-    """Return a Markdown table. Raises ValueError if the length of a row or of `align` differs from the header's.
+    """Return a Markdown table. Raises ValueError if a row or `align` differs from the header in length.
 
     `align`: one letter per column, "l" or "r". By default, the first column is left-aligned and all others
     right-aligned. `padded`: whether to pad cells to the width of their column, for reading in a terminal.

@@ -91,7 +91,7 @@ def tables_of(entries: Sequence[Entry]) -> list[Table]:
 
 
 def run_table(entries: Sequence[Entry]) -> Table:
-    """Return a table of the final numbers of every run. Each gain has its 95 % confidence interval over captions."""
+    """Return a table of every run's gains (with 95 % confidence intervals over captions), cost and hacking alarm."""
     singles = [single for entry in entries for single in entry.single_runs()]
     drifts = any("drift" in row for single in singles for row in single.runs[0].rows)
     head = ["run", "updates", "gold gain, last [95 %]", "gold gain, best (update)", "reward gain, s.d."]
@@ -116,7 +116,7 @@ def run_table(entries: Sequence[Entry]) -> Table:
 
 
 def seed_table(entries: Sequence[Entry]) -> Table:
-    """Return a table of gains averaged over seeds, with 95 % confidence intervals, for entries with several runs."""
+    """Return a table of the entries with several runs: gains averaged over seeds, with 95 % confidence intervals."""
     rows = []
     for entry in entries:
         last, best = entry.steps[-1], entry.best_step
@@ -199,7 +199,7 @@ def write(config: CompareRun) -> tuple[Path, list[str]]:
 
 
 def _html_table(shown: Table, kind: str = "") -> str:
-    """Return a table in HTML. If `kind` is "grid", only header and first column are escaped, otherwise all cells."""
+    """Return a table in HTML. If `kind` is "grid", only header and first column are escaped. Otherwise all are."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in shown.head)
     body = ""
     for name, *cells in shown.rows:

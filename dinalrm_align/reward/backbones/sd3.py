@@ -32,7 +32,7 @@ class SD3Trunk(nn.Module):
     If `config.tuning` is lora, the trunk adds a trainable float32 LoRA, initialised from torch's global RNG.
 
     Args:
-        transformer: source of the blocks, unchanged. Unmerged peft adapters are ignored, merged ones raise ValueError.
+        transformer: gives the blocks; not modified. Unmerged peft adapters are ignored, merged ones raise ValueError.
         share_weights: use the transformer's weights, which must be frozen. False: copy them, as full tuning requires.
     """
 
@@ -85,7 +85,7 @@ class SD3Trunk(nn.Module):
         self.gradient_checkpointing = False
 
     def check_shared(self) -> None:
-        """Raise ValueError if shared weights require gradients or contain a merged adapter. Both alter scores."""
+        """Raise ValueError if shared weights are not frozen or contain a merged adapter. Both could change scores."""
         owner = self._owner() if self.shared else None
         if owner is not None:
             _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))

@@ -44,7 +44,7 @@ def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None
 class PixelReward(RewardModule):
     """A frozen reward that decodes latents and scores the images.
 
-    Gradients reach the latents, but no parameters. The VAE is frozen and not a submodule: moving, casting or saving the
+    Gradients reach the latents but not parameters. The VAE is frozen and not a submodule: moving, casting or saving the
     reward does not affect the VAE. Without a VAE only images can be scored.
     """
 
@@ -67,7 +67,7 @@ class PixelReward(RewardModule):
 
     @property
     def device(self) -> torch.device:
-        """The device of the reward's weights. For a reward without weights: the VAE's device, else the CPU."""
+        """The device of the reward's weights. Without weights, the VAE's device; without a VAE too, the CPU."""
         tensor = next(self.parameters(), None)
         if tensor is not None:
             return tensor.device
@@ -99,7 +99,7 @@ class PixelReward(RewardModule):
         return self.score_decoded(self.decode(latents), prompts_of(prompts, len(latents)))
 
     def score_decoded(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return `score_pixels` (B,), float32, of images (B, 3, H, W). Raise ValueError if a score is not finite."""
+        """Return what `score_pixels` returns for the images (B, 3, H, W). Raise ValueError if a score is not finite."""
         return finite_scores(self.score_pixels(images.to(self.device), prompts), len(images), self.name)
 
     def decode(self, latents: Tensor) -> Tensor:

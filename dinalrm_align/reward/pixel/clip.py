@@ -104,5 +104,5 @@ def load_preprocess(source: str, **hub: Unpack[HubOptions]) -> Preprocess:
 
 
 def _projected(output: Any) -> Tensor:
-    """Return the projected features (B, D) of `output`, a tensor in transformers 4 but an object in transformers 5."""
+    """Return the projected features (B, D): `output` (transformers 4) or its `pooler_output` (transformers 5)."""
     return output if isinstance(output, Tensor) else output.pooler_output

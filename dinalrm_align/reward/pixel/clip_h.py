@@ -110,7 +110,7 @@ def encoder_sizes(tensors: Mapping[str, Tensor], tower: str, head_width: int, wh
 
 
 def image_sizes(positions: tuple[int, ...], patches: tuple[int, ...], where: str | Path) -> dict[str, int]:
-    """Return image_size and patch_size. Shapes: `positions` is (..., n^2 + 1, width), `patches` is (width, 3, p, p)."""
+    """Return image_size and patch_size for two shapes: positions (..., n^2 + 1, width) and patches (width, 3, p, p)."""
     side = math.isqrt(max(0, positions[-2] - 1))
     if side == 0 or side * side + 1 != positions[-2]:
         raise ValueError(f"{where}: image positions: got {positions[-2]}; expected one more than a square")

@@ -159,7 +159,7 @@ def fitted_size(height: int, width: int, *, factor: int, pixels: int) -> tuple[i
 def image_patches(
     images: Tensor, *, pixels: int, patch: int = 14, merge: int = 2, frames: int = 2
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Return patches (B * rows * columns, 3 * frames * patch^2), float32, and (rows, columns) of one image's grid.
+    """Return patches (B * rows * columns, 3 * frames * patch^2), float32, and each image's grid size (rows, columns).
 
     Images (B, 3, H, W) in [0, 1] are resized to `fitted_size` and normalised. Each image is repeated as `frames` equal
     video frames. Patches that Qwen2-VL merges into one token (merge x merge) are consecutive.

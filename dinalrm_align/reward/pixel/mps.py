@@ -71,7 +71,7 @@ NAMES = {  # names in the file -> names in a list of `CrossBlock`
 
 
 class CrossBlock(nn.Module):
-    """Multi-query attention of image tokens, first to text, then to image tokens, each parallel to a SwiGLU MLP."""
+    """Image tokens attend to the text, then to each other. Each multi-query attention is parallel to a SwiGLU MLP."""
 
     def __init__(self, width: int, heads: int, head_width: int, inner: int) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class MPSReward(PixelReward):
     def _encode_text(self, prompts: list[str]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """For each prompt, return token features (L, D), a pooled feature (D,) and a mask (L,) of relevant tokens.
 
-        Each prompt's relevances are divided by their maximum, as in the upstream code for a batch of one prompt.
+        Each prompt's relevances are divided by their maximum. The upstream code does this if the batch is one prompt.
         """
         tokens, pooled = self._text_features(prompts)
         conditions, _ = self._text_features([self.condition])

@@ -200,7 +200,7 @@ class UnifiedReward(PixelReward):
             question: text file with a question that replaces the template's question and must contain {prompt}. Scores
                 are comparable to published ones only with the wording in the model's repository.
             device, dtype: ignored; scores are on the VAE's device if there is one, else on the CPU.
-            side: width and height in pixels of the images sent, 512 in the authors' evaluation; None: original size.
+            side: width and height of the images sent; None to keep their size. The authors evaluated with 512.
             concurrency: number of parallel requests.
         """
         if template not in TEMPLATES:
