@@ -4,12 +4,12 @@
     python recipes/compare_runs.py runs/refl_* runs/grpo_* --output_dir runs/compare --shown 6
     python recipes/compare_runs.py --group latent runs/*dinalrm_seed* --group pixel runs/*pixel_seed*
 
-Writes index.html (self-contained), compare.md and PNG figures. Curves show the gold score (the evaluation reward) and
-the training reward on held-out prompts over updates, time and FLOPs. Also shown are KL, time and memory of each phase,
-images of the same prompts and noise, and final numbers with 95 % intervals. Runs may be of any recipe, even unfinished.
+Writes index.html (self-contained), compare.md and PNG figures. Curves over updates, time and FLOPs show
+the gold score (the evaluation reward) and the training reward on held-out prompts. The page also shows the KL, the time
+and memory of each phase, sample images, and final numbers with 95 % intervals. Unfinished runs can be compared, too.
 
 Runs that differ only in their seed are averaged; --group NAME RUN [RUN ...] averages the given runs under a name. Gains
-are shown for runs whose evaluation used the same model, prompts, noise and sampler as that of the first run. For a run
+are shown for runs that were evaluated with the same model, prompts, noise and sampler as the first run. For a run
 with a different evaluation, only cost and KL are shown, with a note. Folders without a run are skipped with a note.
 """
 

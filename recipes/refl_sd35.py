@@ -9,8 +9,8 @@ the predicted clean latents (arXiv 2304.05977; --refl.grad_steps K is DRaFT-K). 
 2602.11146), a latent reward needs no VAE in the graph. Variants: --refl.variant draft_lv (arXiv 2309.17400),
 drtune (2405.00760) and direct_align (2509.06942, without a VAE).
 
-A run writes config.yaml, metrics.jsonl, curves.png, grid_*.png of the same prompts and seeds before, during and after
-training, before_after.png, lora/ for StableDiffusion3Pipeline.load_lora_weights, checkpoints/ and summary.json.
+A run writes config.yaml, metrics.jsonl, curves.png, grid_*.png, before_after.png, lora/, checkpoints/ and summary.json.
+The grids show the same prompts and seeds over training. StableDiffusion3Pipeline.load_lora_weights reads lora/.
 """
 
 import sys

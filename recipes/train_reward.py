@@ -8,8 +8,8 @@ Each update passes chosen and rejected images through the backbone in one forwar
 noise and the noise level sigma. The preference probability p is a Gaussian CDF of the score difference, with a variance
 that grows with sigma, and the loss is 1 - sqrt(p). The reward head and the backbone's LoRA are trained.
 
-Unlike the released code, this recipe keeps, evaluates and saves a moving average of the weights, resumes runs, encodes
-text once and in advance, and draws noise as a function of seed and step.
+Unlike the released code, this recipe evaluates and saves a moving average of the weights and can resume runs. It also
+encodes all text once before training, and the noise depends only on seed and step.
 
 A run writes config.yaml, metrics.jsonl, checkpoints/, the accuracy on held-out pairs (accuracy.json, per_concept.md,
 accuracy_vs_sigma.png) and the trained reward in reward/.

@@ -24,7 +24,7 @@ class Anchor:
     Args:
         every: n. With updates counted from 1, the anchor is used at updates n, 2n, 3n, ...
         weight: factor of the anchor's scores (ReFL) or advantages (GRPO); the factor of the first reward is 1.
-            For ReFL, it must include the result of `matching_scale`, because the two rewards differ in scale.
+            For ReFL, pass the weight times the result of `matching_scale`, because the rewards differ in scale.
     """
 
     reward: Reward

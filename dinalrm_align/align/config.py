@@ -194,8 +194,8 @@ class PolicyRun:
             Medium. shapes: the package's small test model. Or the folder or hub id of a StableDiffusion3Pipeline.
         reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
             pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward: published image rewards.
-            oracle: the exact score, for model `shapes`. NAME=SOURCE: the named reward with weights from SOURCE. Or the
-            folder or hub id of a latent reward; your reward as module:function; or a sum, "dinalrm + 0.2*pickscore".
+            oracle: the exact score, for model `shapes`. NAME=SOURCE: the named reward with weights from SOURCE. Other
+            values: folder or hub id of a latent reward; module:function; weighted sum like "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
         seed: seed of initialisation, sampling and training.
         prompts: UTF-8 text file with one training prompt per line; by default the list that belongs to the model.

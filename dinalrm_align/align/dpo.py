@@ -148,7 +148,7 @@ def dpo_step(
 
 
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
-    """Return a function that calls `velocity` in the context weights(): reference weights and no gradient."""
+    """Return a function that calls `velocity` inside weights(), a context with the reference's weights, no gradient."""
 
     def frozen(latents: Tensor, sigma: float | Tensor) -> Tensor:
         with weights():

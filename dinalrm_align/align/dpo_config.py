@@ -16,8 +16,8 @@ class DpoConfig:
     Args:
         mode: online: each pair is the best and the worst sample of a prompt, ranked by the reward. offline:
             pairs are read from a data set.
-        batch_size: prompts per micro-batch and process. A prompt usually has one pair; in a data set of
-            ranked lists, it has all pairs of its list. An update uses batch_size x loop.accumulate x processes prompts.
+        batch_size: prompts per micro-batch and process. A prompt has one pair, or several pairs if the
+            data set has ranked lists. An update uses batch_size x loop.accumulate x processes prompts.
         beta: strength of the penalty on leaving the reference. The loss is -log sigmoid(-beta / 2 [(e_w - e_w^ref) -
             (e_l - e_l^ref)]), where e is the mean squared velocity error of the preferred (w) or rejected (l) image.
             Public runs use 100 to 5000.

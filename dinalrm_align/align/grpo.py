@@ -161,8 +161,8 @@ class Grpo:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sample B latents, with stochastic steps in the window of K steps and ODE steps outside it.
 
-        Returns the final latents (B, C, H, W) on the device and, on the CPU, the fields `latents` (B, K + 1, C, H, W),
-        `log_probs` (B, K) and `means` of `Rollout`. `samples`: indices of the B samples in this rank's rollout.
+        Returns four tensors: final latents (B, C, H, W), on the device; then, on the CPU, `latents`, `log_probs` and
+        `means` as in `Rollout`. `samples`: indices of the B samples in this rank's rollout.
         """
         config, sampler = self.config, self.sampler
         generators = [seeded_generator(PATHS, sampler.seed, number, self.first + sample) for sample in samples]
@@ -188,7 +188,7 @@ class Grpo:
         generators: Sequence[torch.Generator],
         steps: int,
     ) -> Tensor:
-        """Return latents (B, C, H, W) after `steps` ODE steps; with config.shared_start, equal within each group."""
+        """Return latents (B, C, H, W) after `steps` ODE steps. With shared_start, all samples of a group are equal."""
         sampler = self.sampler
         if not self.config.shared_start:
             return sampler.sample(conditions, sampler.noise(generators), steps)

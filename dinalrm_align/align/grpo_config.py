@@ -37,8 +37,8 @@ class GrpoConfig(GroupRolloutConfig):
             with flow_sde.
         kl_beta: weight of the KL to the frozen base model in the loss; 0: the KL is only measured.
         kl_form: normalisation of the KL. scale: squared difference of the step means / (2 s^2), where s is the SDE's
-            noise scale, as in flow_grpo. std: the same, with the step's standard deviation as s; the exact KL
-            per dimension. velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
+            noise scale, as in flow_grpo. std: the same formula, where s is the step's standard deviation.
+            velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
         ratio_tolerance: largest distance of the probability ratios from 1 in the first update after a rollout. The run
             stops at a larger distance: the weights have not changed since the rollout, so a difference means that
             rollout and training compute different probabilities.

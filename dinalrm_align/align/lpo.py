@@ -8,8 +8,8 @@ minimises the mean of SPO's step-DPO loss (arXiv 2406.04314) over pairs,
 
     -log sigmoid(beta [log clip(r_best) - log clip(r_worst)]),      r = p(x') / p_reference(x'), clipped to 1 +- c
 
-where x' is a candidate and the reference is the policy without its LoRA. The paper uses DDIM and UNets. This version
-uses the stochastic steps of a flow model (`flow.sde`) and the latent reward DiNa-LRM, because it trains SD3.
+where x' is a candidate and the reference is the policy without its LoRA. The paper trains UNets with DDIM. This
+module trains flow models such as SD3, with stochastic steps from `flow.sde` and the latent reward DiNa-LRM.
 """
 
 from collections.abc import Mapping, Sequence

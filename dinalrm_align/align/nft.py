@@ -46,8 +46,8 @@ def contrast_loss(
 ) -> Tensor:
     """Return DiffusionNFT's contrastive loss [r |x0_good - x0|^2 / w_good + (1 - r) |x0_bad - x0|^2 / w_bad] / beta.
 
-    The result is (n,), averaged over C, H, W. The estimates of x0 come from the velocities beta v + (1 - beta) v_old
-    (x0_good) and (1 + beta) v_old - beta v (x0_bad). w_good, w_bad: detached means of |x0_good - x0|, |x0_bad - x0|.
+    The loss (n,) is averaged over C, H, W. The velocity beta v + (1 - beta) v_old gives the estimate x0_good of x0, and
+    (1 + beta) v_old - beta v gives x0_bad. w_good and w_bad are the detached means of |x0_good - x0| and |x0_bad - x0|.
 
     Args:
         velocity, old: (n, C, H, W), the velocities v of the trained policy and v_old of the old policy at x_sigma.
@@ -188,7 +188,7 @@ class Nft:
         )
 
     def _steps(self, key: tuple[int, ...]) -> list[int]:
-        """Draw distinct denoising steps for a sample, which is trained at their noise levels. `key`: key of the RNG."""
+        """Draw distinct denoising steps. A sample is trained at the noise levels of these steps. `key`: RNG key."""
         order = torch.randperm(len(self.steps), generator=seeded_generator(LEVELS, *key))
         return (self.steps.start + order[: self.config.levels]).tolist()
 
@@ -218,7 +218,7 @@ class Nft:
         return {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:
-        """Return whether all ranks have equal `state_tensors`. This holds if there is no unfinished rollout."""
+        """Return whether all ranks have equal `state_tensors`. They have if every rollout is finished."""
         return self.buffer.is_common()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ class NftConfig(GroupRolloutConfig):
 
     Args:
         num_steps: denoising steps of the rollout; None: the model's own number.
-        levels: number of noise levels at which each sample is trained in an epoch; drawn between earliest and latest.
+        levels: number of noise levels per sample in an epoch. The levels are drawn between earliest and latest.
         earliest: start of the range of steps, as a fraction of num_steps; 0: the first step, pure noise.
         latest: end of the range of steps, as a fraction of num_steps; 1: the last step.
         beta: factor in the implicit good and bad velocities v_old +- beta (v - v_old), where v is the velocity of the

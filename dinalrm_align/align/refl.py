@@ -108,7 +108,7 @@ def drtune_steps(
 def renoised_steps(
     velocity: Velocity, reference: Velocity, latents: Tensor, noise: Tensor, sigma: float
 ) -> tuple[Tensor, Tensor]:
-    """Add noise to finished samples, then take one step with gradient to clean latents: DRaFT-LV (arXiv 2309.17400).
+    """DRaFT-LV (arXiv 2309.17400): noise finished samples, and denoise them in one step that carries the gradient.
 
     Returns the estimated clean latents (B, C, H, W) and each sample's mean |velocity - reference|^2, (B,). To
     lower the variance of the gradient, pass each sample n times, with n different noises.
@@ -304,7 +304,7 @@ class Refl:
         return *clean, conditions
 
     def _reward_sigma(self, generators: Sequence[torch.Generator]) -> Tensor | Sequence[float] | None:
-        """Return one noise level per sample (tensor), or levels for all samples (list), or None (the reward's own)."""
+        """Return one noise level per sample, a list of levels for all samples, or None for the reward's own level."""
         if self.config.reward_sigma_range is None:
             return self.config.reward_sigma
         low, high = self.config.reward_sigma_range

@@ -27,13 +27,13 @@ class ReflConfig:
         discount: the reward's loss is multiplied by sigma ** discount (direct_align), where sigma is the noise
             level of the step with gradient; 0: no weighting. The weight is low at low sigma, where hacking is easier.
         earliest: start of the range from which each micro-batch draws its first step with gradient, as a fraction of
-            num_steps. The range ends at step num_steps - grad_steps. 1: always draw this step, as in DRaFT.
+            num_steps. The range ends at step num_steps - grad_steps. At 1, this step is always drawn, as in DRaFT.
             For direct_align, choose a smaller value. For drtune, the rollout's last step is drawn from this range.
         loss: linear: mean(target - score). relu: mean(relu(target - score)); scores above the target get no gradient.
         target: target score of the loss. With the linear loss, it does not change the gradient.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps
             with gradient; 0: the difference is only a metric.
-        pretrain_weight: weight of a flow-matching loss on images, which replaces ReFL's pretraining loss; 0: unused.
+        pretrain_weight: weight of a flow-matching loss on images, used in place of ReFL's pretraining loss; 0: unused.
         pretrain_images: folder of images for the flow-matching loss, NAME.png (or .jpg, .webp) with the caption in
             NAME.txt. By default the base model generates the images.
         pretrain_samples: number of images that the base model generates if pretrain_images is not given.

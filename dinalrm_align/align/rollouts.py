@@ -27,7 +27,7 @@ ORDER = 1
 
 @dataclass
 class Sampler:
-    """Samples prompts with the policy, and computes the policy's velocities for training.
+    """Samples images for prompts with the policy, and computes the policy's velocities for training.
 
     Args:
         conditions: text conditions of all prompts, on any device.
@@ -238,7 +238,7 @@ class RolloutBuffer(Generic[R]):
         return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in values.items()}
 
     def is_common(self) -> bool:
-        """Return True if no rollout is unfinished. If True, `state_tensors` returns an empty dict on every rank."""
+        """Return whether all ranks have equal `state_tensors`. They have if every rollout is finished."""
         return self.current is None
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

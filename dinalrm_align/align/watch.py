@@ -192,7 +192,7 @@ class Watch:
         return "the reward was being hacked (watch.stop_on_hacking)" if alarm else None
 
     def _keep_best(self, history: Mapping[int, Scores], step: int) -> None:
-        """Write lora_best/ if update `step` is best so far. Otherwise delete one that a resume has made obsolete."""
+        """Write lora_best/ if update `step` is the best so far. Otherwise delete it if it is of `step` or later."""
         folder = self.output_dir / BEST
         saved_step = read_json(folder / NOTE)["step"] if (folder / NOTE).is_file() else -1
         if best_step(history) == step:

@@ -101,7 +101,7 @@ class ShuffledBatches:
         return rng, shuffles
 
     def _portions(self, epoch: int) -> np.ndarray:
-        """Split row groups at random into sets of AT_ONCE. Return, for each of the N items, the number of its set."""
+        """Split row groups at random into sets of AT_ONCE row groups. Return the index of each item's set, (N,)."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(int(self._blocks.max()) + 1)
         return (np.argsort(order) // AT_ONCE)[self._blocks]
 

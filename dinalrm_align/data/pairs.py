@@ -147,7 +147,7 @@ class PairBatch:
 class WeightSample:
     """A few weights that identify a network. source: folder or hub id of the network's pipeline.
 
-    tensors: number of tensors with two or more dimensions. values: the first value of each of up to 16 of them.
+    tensors: number of tensors with two or more dimensions. values: first elements of up to 16 of these tensors.
     """
 
     source: str

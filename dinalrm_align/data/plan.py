@@ -52,9 +52,9 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
 
 
 def by_area(side: int) -> tuple[Size, ...]:
-    """Return the size (side, side) and, for each shorter side, the longest rectangle whose area is at most side^2.
+    """Return image sizes of area at most side^2: a square, and rectangles in portrait and landscape orientation.
 
-    Rectangles come in both orientations. Sides are multiples of 64. The longer side is at most twice the shorter.
+    All sides are multiples of 64. The longer side of a rectangle is at most twice as long as the shorter side.
     """
     if side < STEP or side % STEP:
         raise ValueError(f"buckets: got area:{side}; expected a positive multiple of {STEP}")
@@ -141,7 +141,7 @@ class Group:
         return cls(prompt, size, images, tuple(labelled))
 
     def without(self, bad: Mapping[int, object]) -> "Group | None":
-        """Remove pairs of images in `bad`, and images left unpaired. Return a new group; None if no pair is left."""
+        """Return a new group of all pairs that have no image in `bad`; None if there is no such pair."""
         gone = {row for row, image in enumerate(self.images) if image in bad}
         pairs = [pair for pair in self.pairs if gone.isdisjoint(pair[:2])]
         kept = sorted({row for pair in pairs for row in pair[:2]})
@@ -183,8 +183,8 @@ def plan_groups(
 ) -> list[Group]:
     """Return the groups of images to encode, each with the size that its images are resized to.
 
-    Stored latents are not resized. sizes: for each image, its index in the data set's list of images, and its size:
-    (height, width) in pixels, or an error message if the image cannot be read.
+    Stored latents are not resized. sizes: maps each image to its index and its (height, width) in pixels. For an
+    unreadable image, an error message replaces (height, width).
     """
     buckets, kept = parse_buckets(run.buckets), []
     for pair in pairs:
@@ -224,7 +224,7 @@ def _limited(kept: list[tuple[Preference, Size]], run: PrepareRun, dropped: Drop
 
 
 def plan_shards(groups: Iterable[Group], shard_size: int) -> list[list[Group]]:
-    """Return the groups of each file. A file has one image size, and up to `shard_size` images or one larger group."""
+    """Assign groups to files of one image size and at most `shard_size` images; larger groups get their own file."""
     by_size: dict[Size, list[Group]] = {}
     for group in groups:
         by_size.setdefault(group.size, []).append(group)

@@ -232,7 +232,7 @@ class Preparation:
         return json.loads(self._part_file("sizes", start // SIZES).read_text(encoding="utf-8"))
 
     def _is_measured(self, start: int) -> bool:
-        """Return whether the file of image sizes exists and, if on_bad is "refuse", lists a size for every image."""
+        """Return whether the file of image sizes exists and, with on_bad "refuse", has the size of each image."""
         if not self._part_file("sizes", start // SIZES).is_file():
             return False
         return self.run.on_bad == "skip" or not any(isinstance(size, str) for size in self._sizes(start))

@@ -80,7 +80,7 @@ def open_pairs(
         size: (height, width) in pixels to which images of a jsonl are resized and cropped.
         on_bad: what to do about latents that cannot be read. "refuse" raises; "skip" warns and leaves them out.
 
-    Raises ValueError if the pairs were encoded with another VAE, text encoders or settings than the model's.
+    Raises ValueError if the VAE, the text encoders or the settings of the encoding differ from those of the model.
     Warns if the VAE and text encoders cannot be compared, because the model's weights are not on this machine.
     """
     path = Path(path)
@@ -162,8 +162,8 @@ def load_image(path: Path, height: int, width: int) -> Tensor:
 def sample_weights(source: str | Path, folder: str) -> WeightSample | None:
     """Return a `WeightSample` of the subfolder `folder` of a pipeline; None if the weights are not on this machine.
 
-    Up to 16 (VALUES) tensors are used, evenly spaced in a list, sorted by name, of all tensors with two or more
-    dimensions. Each gives its first value. Files of variants, such as model.fp16.safetensors, are ignored.
+    The tensors with two or more dimensions are sorted by name, and up to 16 (VALUES) evenly spaced ones are chosen.
+    The sample holds the first element of each chosen tensor. Variants such as model.fp16.safetensors are ignored.
     source: folder or hub id of the pipeline. Raises ValueError for an invalid safetensors file.
     """
     try:

@@ -44,13 +44,13 @@ class Evidence:
 
 
 def levels_to_evaluate(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:
-    """Return the noise levels to evaluate: sigma 0.4, all sigmas in `sigmas` and `ensembles`, and all ensembles."""
+    """Return all ensembles, and as single levels 0.4, `sigmas`, and the sigmas of the ensembles."""
     single = dict.fromkeys([*sigmas, SINGLE_LEVEL, *(sigma for levels in ensembles for sigma in levels)])
     return [*map(NoiseLevels.at, single), *(NoiseLevels.at(*levels) for levels in ensembles)]
 
 
 def levels_with_draws(draws: int, ensemble: Sequence[float]) -> list[NoiseLevels]:
-    """Return sigma 0.4 with each single noise draw and with groups of draws, and `ensemble` with single noise draws."""
+    """Return noise levels: sigma 0.4 with each draw and with groups of draws; `ensemble` with each of a few draws."""
     singles = [NoiseLevels.at(SINGLE_LEVEL, draw=draw) for draw in range(draws)]
     joined = [_joined(group) for count in COUNTS if 1 < count < draws for group in draw_groups(count, draws)]
     return [*singles, *joined, *(NoiseLevels.at(*ensemble, draw=draw) for draw in range(min(ENSEMBLE_DRAWS, draws)))]
@@ -66,12 +66,12 @@ def _joined(draws: tuple[int, ...]) -> NoiseLevels:
 
 
 def accuracy_of(*names: str) -> Measure:
-    """Return a function from `PairScores` to the correctness (N,) of the mean score over the noise levels `names`."""
+    """Return a function that computes correctness (N,) from `PairScores`, by the mean score over the levels `names`."""
     return lambda scores: scores.correct(*names)
 
 
 def accuracy_at(*sigmas: float) -> Measure:
-    """Return a function from `PairScores` to the correctness (N,) of the joint score at all `sigmas` (noise draw 0)."""
+    """Return a function that computes correctness (N,) from `PairScores`, by the joint score of all `sigmas`."""
     return accuracy_of(NoiseLevels.at(*sigmas).name)
 
 
@@ -252,7 +252,7 @@ class NoiseShare:
 
 
 def noise_shares(seeds: Sequence[PairScores], draws: int, ensemble: Sequence[float]) -> list[NoiseShare]:
-    """Return one `NoiseShare` for `ensemble`, and two (averaged, tokens) for each number of draws at sigma 0.4.
+    """Return the score variance over noise draws / over images, for draws at sigma 0.4 and for `ensemble`.
 
     seeds: scores on one test set, for each training seed. Each share is averaged over the training seeds.
     """

@@ -195,7 +195,7 @@ def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossCo
 
 
 def fidelity_rater(p: ArrayLike) -> np.ndarray:
-    """Return the raters' probability q at which p minimises the fidelity loss: sqrt(p) / (sqrt(p) + sqrt(1 - p))."""
+    """Return the raters' probability for which p minimises the fidelity loss: sqrt(p) / (sqrt(p) + sqrt(1 - p))."""
     p = np.asarray(p, dtype=np.float64)
     return np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p))
 

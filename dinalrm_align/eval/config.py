@@ -27,7 +27,7 @@ class Arm:
     """A training variant of the reward, which the ablation compares with the baseline.
 
     changes: options that differ from the baseline's, or a function from the baseline's config to these options.
-    sigma: noise level of the report's column "own sigma": the only training level, or 0.4 if there are several.
+    sigma: noise level of the report's column "own sigma". It is the training level, or 0.4 if there are several levels.
     """
 
     title: str
@@ -196,7 +196,7 @@ class EvaluateRun:
             backbone tokens of all levels, and the accuracy of the mean of the separate scores.
         calibrated_at: noise levels of the calibration report; they must be in `sigmas`.
         loss: likelihood that turns score gaps into probabilities; use the one that the reward was trained with.
-        gold: also report the accuracy of the model's reference score on decoded latents. Image sets are left out.
+        gold: also report the accuracy of the model's gold reward on decoded latents. Image sets are left out.
         noise_seed: seed of the noise.
         bootstrap: number of bootstrap resamples of prompts for the intervals.
         shapes_pairs: settings of the test sets generated for model `shapes`.

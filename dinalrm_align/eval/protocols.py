@@ -96,8 +96,8 @@ def _ratio(right: np.ndarray, weight: np.ndarray, caption: np.ndarray, counts: n
 def _tau(gap: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Return the tau accuracy (B,) of B bootstrap resamples. `weight`: (B, N) weight of each pair in each resample.
 
-    A pair with |gap| <= eps is predicted as a tie, which is correct if raters tie the pair. The accuracy is that of
-    the best eps among 0 and every |gap|.
+    A pair with |gap| <= eps is predicted as a tie, which is correct if raters tie the pair. For each resample, the
+    threshold eps is chosen among 0 and all |gap| so that the accuracy is highest.
     """
     preferred = np.sign(label - 0.5)
     agrees = (preferred != 0) & (gap * preferred > 0)

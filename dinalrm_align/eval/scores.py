@@ -42,7 +42,7 @@ def level_name(level: Level) -> str:
 
 @dataclass(frozen=True, order=True)
 class NoiseLevels:
-    """Noise levels of one score: one sigma, or several (an ensemble). `draws`: index of the noise draw per sigma."""
+    """Noise levels of one score: one or several sigmas. `draws`: for each sigma, the index of its noise draw."""
 
     sigmas: Level
     draws: tuple[int, ...]
@@ -71,8 +71,8 @@ class PairScores:
         scores: `NoiseLevels.name` -> (M,) float32, raw scores.
         chosen, rejected: (N,) int64, indices of the two images of each pair.
         label: (N,) float32, probability that a rater prefers the `chosen` image.
-        caption: (N,) int64, index of the caption of each pair. If prompts are not stored, index of the group of images.
-            Pairs of one caption are not independent.
+        caption: (N,) int64, index of the caption of each pair. Without stored prompts, each group of images has its own
+            index. Pairs of one caption are not independent.
         concept: for each pair, the name of what its two images differ in; None if unknown.
         group: (N,) int64, index of the ranked list that contains the pair; None if raters did not rank lists.
         prompts: text of each caption; None if not stored.

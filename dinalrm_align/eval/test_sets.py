@@ -124,7 +124,7 @@ def _image_set(name: str, pairs: Iterable[Preference], finder: "_Finder", where:
 class _Finder:
     """Callable that turns an image reference of a test set into an `Image`.
 
-    roots: folders to try for relative image paths. The first in which an image is found is used from then on.
+    roots: folders to try for relative image paths. The first that contains an image is kept for later images.
     files: parquet files in reading order. published: whether to reject paths that are absolute or contain "..".
     """
 

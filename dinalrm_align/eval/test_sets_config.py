@@ -33,7 +33,7 @@ class PublicSet:
 
     layout: a name in `data.formats.LAYOUTS`.
     protocol: default accuracy protocol, from the authors of the test set or the DiNa-LRM paper's table.
-    files: expected contents of the folder. how: download instructions. Error messages show both.
+    files: expected contents of the folder. how: download instructions, which error messages show.
     hub: dataset repository on the hub; None if the repository is too large or has another layout.
     hub_files: patterns of the files to download from the hub.
     split: name of the split in the names of parquet files. folder: folder of the parquet files.

@@ -48,7 +48,7 @@ def as_sigma(sigma: Tensor | float) -> Tensor:
 
 
 def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> None:
-    """Raise TypeError unless `latents` is floating-point, ValueError unless it is (B, C, H, W) and shaped as `like`."""
+    """Raise TypeError if `latents` is not floating-point; raise ValueError if it is not 4-D or not shaped as `like`."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         got = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise TypeError(f"{name}: got {got}; expected a floating tensor (B, C, H, W)")
@@ -58,7 +58,7 @@ def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> Non
 
 
 def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
-    """Return sigma, a float or a tensor (), (1,) or (B,), as a float32 tensor (1, 1, 1, 1) or (B, 1, 1, 1)."""
+    """Return sigma in float32, with shape (1, 1, 1, 1) for a single value or (B, 1, 1, 1) for B values."""
     sigma = as_sigma(sigma).to(latents.device).reshape(-1)
     if sigma.numel() not in (1, latents.shape[0]):
         raise ValueError(f"sigma: got {sigma.numel()} values for {len(latents)} latents; expected one, or one each")

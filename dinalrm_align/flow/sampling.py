@@ -24,8 +24,8 @@ Velocity = Callable[[Tensor, float], Tensor]
 def schedule_sigmas(scheduler: "FlowMatchEulerDiscreteScheduler", num_steps: int) -> list[float]:
     """Return the noise levels at which diffusers samples with `scheduler`: num_steps + 1 floats, falling from 1 to 0.
 
-    Example (shift 3, 4 steps): 1, 0.8577, 0.6022, 0.0089, 0. diffusers shifts the lowest positive level twice, but
-    `linear_sigmas` only once. Raises ValueError if the scheduler's shift depends on image size (use_dynamic_shifting).
+    Example (shift 3, 4 steps): 1, 0.8577, 0.6022, 0.0089, 0. diffusers shifts the lowest positive level twice;
+    `linear_sigmas` shifts every level once. Raises ValueError if the scheduler's shift depends on image size.
     """
     _check_schedule(scheduler, num_steps)
     scheduler = copy.deepcopy(scheduler)

@@ -32,8 +32,8 @@ class ModelSpec:
         reward: hub id or folder of the DiNa-LRM, a reward on latents.
         pixel: hub id or folder of the `ClipReward`, a reward on images.
         pixel_processor: hub id or folder of the tokenizer and preprocessor of `pixel`; None means `pixel` itself.
-        gold: reward that scores the policy's images in evaluation. Either a callable from images (B, 3, H, W) in [0, 1]
-            and prompts to (B,), or the name of one ("module:function"), or the name of a reward, such as "pixel".
+        gold: reward that scores the policy's images in evaluation. A callable takes images (B, 3, H, W) in [0, 1]
+            and prompts. A string is the name of a reward, such as "pixel", or of a callable ("module:function").
         train_prompts, heldout_prompts: text files with one prompt per line, for training and for evaluation.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
     """
@@ -104,8 +104,8 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
 
     The name "auto" selects `sd35` (Stable Diffusion 3.5 Medium) if its weights are complete in the local cache or the
     hub grants access to them within 3 seconds, otherwise `shapes`, the small model that ships with the package. With
-    HF_HUB_OFFLINE the hub is not asked. Every name but "auto" is used without fallback: "sd35", "shapes", a hub id, a
-    pipeline folder, or a folder written by `recipes/build_shapes.py`, with `pipeline/`, `dinalrm/` and `pixel/`.
+    HF_HUB_OFFLINE the hub is not asked. Other valid names are "sd35", "shapes", a hub id, a pipeline folder,
+    and a folder that `recipes/build_shapes.py` wrote. These names have no fallback.
     """
     if name == "auto":
         return _choose()
@@ -215,7 +215,7 @@ def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
-    """Return the model of a folder, and a message that names it and says how to get `sd35` or `shapes` instead.
+    """Return the folder's model, and a message that names the folder and says how to get `sd35` or `shapes`.
 
     path: a folder that recipes/build_shapes.py wrote, or a pipeline folder, which gets the rewards of `sd35`.
     """

@@ -30,7 +30,7 @@ Embeds = tuple[Tensor, Tensor]
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts as a list. Raises TypeError for non-strings, ValueError if none is given or one is too long."""
+    """Return prompts as a list. Raises TypeError for non-strings, ValueError for no prompts or a too long prompt."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
     if len(prompts) == 0:

@@ -47,7 +47,7 @@ def fetch(
 ) -> Path:
     """Return the local folder of a model. If `source` is a hub id, download `files` (names or patterns) first.
 
-    subfolder: folder in `source` that holds the files; if given, its path is returned. what: noun for error messages.
+    subfolder: folder in `source` that holds `files`; is part of the returned path. what: noun for error messages.
     """
     check_source(what, source, **hub)
     if Path(source).is_dir():
@@ -132,7 +132,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> dict[str, Tensor]:
-    """Return the tensors under new names. `rules`: regular expression -> replacement (None: drop the tensor).
+    """Rename tensors. `rules` maps regular expressions to replacements. The replacement None drops the tensor.
 
     Only the first expression that matches the beginning of a name is used. Names that match no expression are kept.
     """
@@ -177,7 +177,7 @@ def assign_tensors(
     device: torch.device | str | None = None,
     keep_in_fp32: str | None = None,
 ) -> None:
-    """Make `tensors` the weights of `module`, even if it is on meta. Raises ValueError if names or shapes differ.
+    """Make `tensors` the weights of `module`, which may be on meta. Raises ValueError if names or shapes differ.
 
     dtype: dtype of the weights. device: device of the whole module, buffers included. keep_in_fp32: name prefix;
     weights whose names begin with this prefix are stored in float32, or in `dtype` if that is wider.

@@ -97,7 +97,7 @@ def write_reward(
 def base_location(base_model_id: str, folder: Path, *, trusted: bool = True) -> str:
     """Return the base model's hub id or path. A path that starts with ./ or ../ is resolved from `folder`.
 
-    trusted: whether a local path is allowed; if not, it raises ValueError. Pass False for a downloaded config.
+    trusted: whether a local path is allowed. Pass False, and a local path raises ValueError, for a downloaded config.
     """
     relative = base_model_id.startswith(("./", "../"))
     if not trusted and (relative or not HUB_ID.fullmatch(base_model_id)):

@@ -268,7 +268,7 @@ class AccuracyConfig:
         check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
-        """Return a list: (sigma,) for each of `sigmas`, and finally `ensemble` if not empty. Duplicates are dropped."""
+        """Return distinct tuples of noise levels: (sigma,) for each of `sigmas`, then `ensemble` if it is not empty."""
         levels = [(sigma,) for sigma in self.sigmas] + [tuple(self.ensemble)]
         return [level for level in dict.fromkeys(levels) if level]
 

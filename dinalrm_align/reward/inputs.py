@@ -151,7 +151,7 @@ def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
 
 
 def _got(value: object) -> str:
-    """Describe a value for an error message: shape (and any unsupported dtype) of a tensor, type of another value."""
+    """Describe a value for an error message. A tensor is described by its shape, any other value by its type."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     odd = f" of {value.dtype}" * (value.dtype not in FLOATING) + " on meta" * value.is_meta

@@ -314,7 +314,7 @@ class LatentReward(RewardModule):
         self.backbone.disable_gradient_checkpointing()
 
     def replace_shared(self, made: Mapping[int, Tensor]) -> None:
-        """Update the record of tensors shared with the transformer. made: dict, id of an old tensor -> new tensor."""
+        """Replace the tensors in `backbone.shared`. made: maps the id() of each old tensor to the new tensor."""
         self.backbone.shared = tuple(made[id(tensor)] for tensor in self.backbone.shared)
 
     def _scaled(self, raw: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def shard_base(accelerator: Accelerator, transformer_blocks: nn.ModuleList, rewa
 
 
 def shard_model(accelerator: Accelerator, model: RewardModel) -> None:
-    """Shard the blocks of a reward model, for reward training. Must be called at the same point as `shard_base`."""
+    """Shard the blocks of a reward model, for reward training. With a single rank, the call changes nothing."""
     _shard(accelerator, [model.trunk.transformer_blocks], [model.trunk])
 
 

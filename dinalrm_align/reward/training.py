@@ -118,7 +118,7 @@ class RewardTraining:
 
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
-    """Return `config` with base_model_id (relative to `folder` if a local path) and VAE scaling set from `pipeline`."""
+    """Return `config` for `pipeline`: sets base_model_id and VAE scaling. Local paths become relative to `folder`."""
     with reading("VAE", pipeline):
         vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
     base = os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline

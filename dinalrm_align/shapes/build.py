@@ -102,9 +102,9 @@ def train_vae(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerat
 
 
 def vae_gate(vae: AutoencoderKL, seed: int, number: int = 512) -> dict[str, float]:
-    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict. Each
-    name in PARTS maps to the correlation of that score component before and after reconstruction of the images.
-    "psnr" maps to the PSNR in dB. Half of the images are scored with another image's caption, to vary faithfulness.
+    """Measure on `number` images how well the autoencoder preserves the oracle's score. Returns a dict. For
+    each component of the score, named in PARTS, it holds the correlation of its values on original and decoded
+    images. "psnr" is the PSNR in dB. Half of the images are scored with another image's caption, to vary faithfulness.
     """
     images, scenes, _ = random_images(number, np.random.default_rng((seed, 7)), vae.config.sample_size)
     captions = [scene.caption for scene in scenes[: number // 2] + scenes[number // 2 - 1 :: -1]]

@@ -102,7 +102,7 @@ class PairsConfig:
         images: number of images for each caption; every two images of a caption form a pair.
         emphasis: relative frequency of each concept (shape, blur, ...) in wrong renders; 1 for concepts not listed.
         sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
-        faithful_share: probability that a render is correct, except for a caption's first render, which always is.
+        faithful_share: probability that a render is correct. The first render of each caption is always correct.
         rater_noise: standard deviation of the noise that the simulated rater adds to an image's oracle score.
         per_concept: number of evaluation pairs for each concept; their captions are held out from training.
         per_shifted: number of out-of-distribution pairs for each concept; their images have grain and JPEG artefacts.

@@ -34,7 +34,7 @@ class SeenObject:
     Args:
         x, y, area: centroid and area of the object, in pixels.
         box: bounding box (left, top, right, bottom), in pixels.
-        overlap: shape name -> IoU of the object with that shape, drawn with the same centroid and area.
+        overlap: for each shape name, the IoU of the object and that shape drawn with equal centroid and area.
         strength: contrast with the background; 1 for an object in its full colour.
         edge: width in pixels of the soft transition from object to background.
     """

@@ -1,6 +1,6 @@
 """Scenes and captions of the embedded world (rendered shapes).
 
-A caption names a background and objects. The objects are one object, two in a relation, or two or three identical ones:
+A caption names a background and one object, two objects in a relation, or two or three identical objects:
     "a small red circle on white"
     "a small red circle left of a large blue square on gray"
     "three small green crosses on black"

@@ -160,7 +160,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Keep only the newest `keep_last` checkpoints among those up to update `step`; also delete temporary folders."""
+    """Keep the newest `keep_last` checkpoints up to update `step`. Delete all others, and temporary folders."""
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:

@@ -225,7 +225,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
 
 
 def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> None:
-    """Raise ValueError unless a file, or its beginning if `prefix`, has the size and SHA-256 given in `mark`."""
+    """Raise ValueError unless a file has the size and SHA-256 in `mark`. If `prefix`, more bytes may follow."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     size, expected = path.stat().st_size, mark["bytes"]

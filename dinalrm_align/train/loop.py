@@ -113,8 +113,8 @@ def fit(
     """Train up to update `config.steps` and save checkpoints; `state` is updated in place.
 
     An update takes `config.accumulate` micro-steps (forward and backward passes) on every rank. Loss, gradient and
-    metrics are means over the items of all micro-steps. Gradients are averaged without DistributedDataParallel, as it
-    requires calls of the wrapped module's `forward`, which rollouts and partial forward passes skip. Ctrl-C and SIGTERM
+    metrics are means over the items of all micro-steps. `fit` does not use DistributedDataParallel, because
+    rollouts and partial forward passes do not call the `forward` method of the wrapped module. Ctrl-C and SIGTERM
     save a checkpoint after the update in progress and exit with status 130; a second signal stops the process at once.
 
     Args:
@@ -255,7 +255,7 @@ def _resume_hint(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Context manager; yields a function that returns whether any rank got SIGINT or SIGTERM. A second one is fatal."""
+    """Context manager that yields a function. The function returns whether any rank has received SIGINT or SIGTERM."""
     requested = False
 
     def request(number: int, frame: Any) -> None:

@@ -31,7 +31,7 @@ class MetricsLog:
     """Appends rows of metrics to metrics.jsonl and keeps a running SHA-256 of the file."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Open a log. Keeps only the first `keep` bytes of an existing file: a resumed run writes later rows again."""
+        """Open the log file `path`. If the file exists, only its first `keep` bytes are kept."""
         self.path = path
         kept = path.read_bytes()[:keep] if keep else b""
         write_atomically(path, kept)

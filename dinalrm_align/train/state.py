@@ -141,6 +141,6 @@ class RunState:
         return cls(parameters, optimizer, average, method, identity or {}, samples)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return {file name in a checkpoint: {name: tensor}} of the parameters and, if kept, the averaged weights."""
+        """Return the parameters and any averaged weights, as {file name in a checkpoint: {parameter name: tensor}}."""
         files: dict[str, dict[str, Tensor]] = {"weights.safetensors": dict(self.parameters)}
         return files if self.average is None else {**files, "ema.safetensors": self.average.mean}

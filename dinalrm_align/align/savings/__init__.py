@@ -1,1 +1,1 @@
-"""Compare memory and FLOPs of alignment with latent and pixel rewards, counted without weights or measured on a GPU."""
+"""Compare the memory and FLOPs that alignment needs with a latent reward and with pixel rewards."""

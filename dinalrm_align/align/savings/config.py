@@ -31,7 +31,7 @@ class SavingsRun:
         batch: number of samples in an update, and in each call of the reward.
         text_length: number of T5 tokens per prompt, 1 to 512, in addition to CLIP's 77 tokens.
         levels: number of noise levels sigma at which the latent reward scores each sample, 1 to 8.
-        economies: also count one ReFL update (without its rollout) with each memory-saving option.
+        economies: for each memory-saving option, also count the cost of a ReFL update without its rollout.
         workers: number of processes that count in parallel; each process uses one core and about 1 GB.
         measure: also run the configurations on the CUDA GPU, with random weights; quantised configurations are skipped.
         warmup: number of unmeasured runs of each configuration, if measure is set.
@@ -152,7 +152,7 @@ def scenarios(base: Case) -> list[Case]:
 
 
 def economies(base: Case) -> dict[str, Case]:
-    """Return {row name: configuration} for the report's memory options; each is a ReFL update without its rollout.
+    """Return {row name: configuration} for the table of memory options. Every row is a ReFL update, without rollout.
 
     Rows of the latent reward come first, rows of HPSv3 second. The first row of each reward has the default options.
     """

@@ -6,7 +6,7 @@ fragmentation of the allocator. Operations are counted in two ways, called F2 an
 - F2: FLOPs of matrix products, convolutions and attention, with two FLOPs per multiply-accumulate. F2 includes the
   blocks recomputed by gradient checkpointing. Flash attention's backward pass recomputes attention scores and is
   counted as 2.5 times the FLOPs of the forward pass.
-- M0: multiply-accumulates without attention, as reported by tools that papers commonly use.
+- M0: multiply-accumulates without attention. Most tools that papers use report M0.
 
 Measured bytes are those of the CUDA caching allocator. Measured time is the median over runs, from CUDA events.
 """
@@ -43,7 +43,7 @@ FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, f
 class FakeFloats(TorchDispatchMode):
     """A dispatch mode in which floating-point tensors have no storage. Activate it by `with fake.active(): ...`.
 
-    Floating-point tensors become torch's FakeTensor on the CPU, where fused attention stores as much for the backward
+    Floating-point tensors become torch's FakeTensor on the CPU. There, fused attention stores as much for the backward
     pass as flash attention on a GPU. (On the meta device, attention would store the score matrix.) Integer tensors, and
     masks computed from integer tensors, are real, so that code can branch on token ids and index with them. `item()` of
     a fake tensor returns a dummy value: True, 0 or 1.0, depending on the dtype.

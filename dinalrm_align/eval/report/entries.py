@@ -172,8 +172,8 @@ class Entry:
         return all(name in scores for run in self.runs for scores in run.scores.values())
 
     def at(self, clock: str, steps: Sequence[float], run: Run | None = None) -> list[float]:
-        """Convert updates to values on a horizontal axis. `clock`: the axis, a key of `figures.CLOCKS`. If it is
-        "time", the seconds are those of `run`, or by default the mean over all runs of the entry.
+        """Convert updates to values on a horizontal axis. `clock`: name of the axis, a key of
+        `figures.CLOCKS`. `run`: run whose seconds are used; by default, seconds are averaged over the entry's runs.
         """
         if clock == "updates":
             return list(steps)

@@ -61,7 +61,7 @@ def plot_run(folder: Path) -> Path:
 
 
 def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
-    """Draw each recorded quantity. Returns a dict: quantity -> x axis (a key of CLOCKS, "" for bars) -> PNG."""
+    """Draw each recorded quantity. Returns PNG paths by quantity and by x axis (a key of CLOCKS; "" for bar charts)."""
     comparable = [entry for entry in entries if not entry.incomparable]
     scores = dict.fromkeys(["gold", "proxy", *(name for entry in comparable for name in entry.runs[0].scores[0])])
     runs = [run for entry in entries for run in entry.runs]
@@ -152,7 +152,7 @@ def draw_gain(axis: Axes, entries: Sequence[Entry], name: str, clock: str) -> No
 
 
 def _draw_lines(entries: Sequence[Entry], panels: dict[str, str], clock: str, path: Path, title: str = "") -> Path:
-    """Draw a panel for each metric, with a line for each run that recorded it. `panels`: metric -> title."""
+    """Draw a panel for each metric, with a line for each run that recorded it. `panels`: title by metric."""
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(SIZE[0], 1.9 * rows + 0.7) if title else SIZE, layout="constrained")
     axes = figure.subplots(rows, 2 if title else 1, squeeze=False).flatten()

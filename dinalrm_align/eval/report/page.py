@@ -199,7 +199,7 @@ def write(config: CompareRun) -> tuple[Path, list[str]]:
 
 
 def _html_table(shown: Table, kind: str = "") -> str:
-    """Return a table in HTML. If `kind` is "grid", only header and first column are escaped. Otherwise all are."""
+    """Return a table in HTML. All cells are escaped, or only the header and the first column if `kind` is "grid"."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in shown.head)
     body = ""
     for name, *cells in shown.rows:

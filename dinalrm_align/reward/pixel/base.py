@@ -67,7 +67,7 @@ class PixelReward(RewardModule):
 
     @property
     def device(self) -> torch.device:
-        """The device of the reward's weights. Without weights, the VAE's device; without a VAE too, the CPU."""
+        """The device of the reward's weights. If there are none: the VAE's device, or the CPU if there is no VAE."""
         tensor = next(self.parameters(), None)
         if tensor is not None:
             return tensor.device

@@ -10,8 +10,8 @@ checkpoint to safetensors:
     python -m dinalrm_align.reward.pixel.mps MPS_overall_checkpoint.pth mps.safetensors
 
 The tokenizer and preprocessor are those of laion/CLIP-ViT-H-14-laion2B-s32B-b79K. The upstream code computes in
-float16, this module in `dtype` (default float32). The two can therefore disagree on whether a word near the threshold
-is relevant.
+float16. This module computes in `dtype` (default float32). Because of rounding, the two can disagree on whether a
+prompt word is relevant.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -188,7 +188,7 @@ class MPSReward(PixelReward):
     def _encode_text(self, prompts: list[str]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """For each prompt, return token features (L, D), a pooled feature (D,) and a mask (L,) of relevant tokens.
 
-        Each prompt's relevances are divided by their maximum. The upstream code does this if the batch is one prompt.
+        Each prompt's relevances are divided by that prompt's maximum, as the upstream code does for a single prompt.
         """
         tokens, pooled = self._text_features(prompts)
         conditions, _ = self._text_features([self.condition])

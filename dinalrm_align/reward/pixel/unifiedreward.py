@@ -196,7 +196,7 @@ class UnifiedReward(PixelReward):
         Args:
             source: base URL of the server, http://host:port/v1.
             endpoint: keyword arguments of `ChatEndpoint`: model, api_key, timeout, attempts, pause, max_tokens.
-            template: question to the model: `point` (asks for one score) or `acs` (mean of three scores).
+            template: question to the model: `point` asks for one score, `acs` for three scores that are averaged.
             question: text file with a question that replaces the template's question and must contain {prompt}. Scores
                 are comparable to published ones only with the wording in the model's repository.
             device, dtype: ignored; scores are on the VAE's device if there is one, else on the CPU.
