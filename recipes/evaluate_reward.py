@@ -87,8 +87,8 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
 
     # ------------------------------------------------------------------- scores, once; then accuracy by every protocol
     size = (config.size, config.size) if config.size else (spec.height, spec.width)
-    settings = config.batch_size, config.noise_seed, config.fit, config.on_bad
-    evaluator = Evaluator(config.test_sets, encoders, size, *settings, image_sets)
+    options = {name: vars(config)[name] for name in ("batch_size", "noise_seed", "fit", "on_bad")}
+    evaluator = Evaluator(sets=config.test_sets, encoders=encoders, size=size, image_sets=image_sets, **options)
     gold = {}
     if config.gold and has_latents:
         gold = evaluator.gold_accuracy(load_image_scorer(spec.gold, spec=spec, device=device), candidate.config)

@@ -139,8 +139,9 @@ def _concept_section(name: str, evidence: Evidence) -> str:
     header = ["concept", "pairs", *(level if level == NO_NOISE.name else f"sigma {level}" for level in levels)]
     overall = [in_points(arm_accuracy(evidence, REWARD, name, accuracy_of(level)), signed=False) for level in levels]
     rows = [["all", len(scores.label), *overall]]
+    concepts = np.array(scores.concept)
     for concept in sorted({*scores.concept}):
-        here = np.array(scores.concept) == concept
+        here = concepts == concept
         rows.append(
             [concept, here.sum(), *(f"{100 * np.nanmean(scores.correct(level)[here]):.1f}" for level in levels)]
         )

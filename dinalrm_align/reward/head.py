@@ -124,8 +124,9 @@ class RewardHead(nn.Module):
 
         FiLM conditions the tokens of each noise level on that level's `temb`. Attention reads the tokens of all levels.
         """
-        levels, text = [taps] if isinstance(taps, Taps) else taps, None
+        levels = [taps] if isinstance(taps, Taps) else taps
         visual = self._aggregate(self.layer_adapters_visual, self.agg_visual, [(t.visual, t.temb) for t in levels])
+        text = None
         if self.agg_text is not None:
             text = self._aggregate(self.layer_adapters_text, self.agg_text, [(t.text, t.temb) for t in levels])
         queries = self.query_tokens.expand(visual.shape[0], -1, -1)
