@@ -5,7 +5,6 @@ image is resized, without cropping, to the fitting bucket with the nearest log a
 DiNa-LRM used the 13 sizes in PUBLISHED and a tolerance of 0.03. Torch-free.
 """
 
-import collections
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinalrm_align.data.config import FilterConfig, PrepareRun
-from dinalrm_align.data.formats.record import ImageRef, Preference
+from dinalrm_align.data.formats.record import Dropped, ImageRef, Preference
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -90,33 +89,6 @@ def _log_aspect(size: Size) -> float:
 
 def _log_area(size: Size) -> float:
     return math.log(size[0] * size[1])
-
-
-class Dropped:
-    """Number of pairs left out for each reason, with up to five error messages per reason."""
-
-    def __init__(self, on_bad: str) -> None:
-        self.on_bad = on_bad
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.named: dict[str, list[str]] = {}
-
-    def drop(self, reason: str, message: str | None = None, pairs: int = 1) -> None:
-        """Add `pairs` to the number of pairs that were left out for `reason`."""
-        self.counts[reason] += pairs
-        named = self.named.setdefault(reason, [])
-        if message is not None and len(named) < 5:
-            named.append(message)
-
-    def __str__(self) -> str:
-        lines = [f"{count} pairs: {reason}" for reason, count in self.counts.most_common()]
-        lines += [f"  {message}" for named in self.named.values() for message in named]
-        return "\n".join(lines) or "no pair was left out"
-
-    def bad(self, reason: str, message: str, pairs: int = 1) -> None:
-        """Raise ValueError if on_bad is "refuse". Otherwise add `pairs` to the number left out for `reason`."""
-        if self.on_bad == "refuse":
-            raise ValueError(f"{message}. To leave out such pairs and have them counted: --on_bad skip")
-        self.drop(reason, message, pairs)
 
 
 @dataclass(frozen=True, slots=True)

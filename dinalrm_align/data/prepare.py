@@ -67,7 +67,7 @@ class Preparation:
             raise ValueError(f"source: {self.source} holds encoded pairs ({self.layout}); expected images")
         self.images = Path(run.images) if run.images else self.source if self.source.is_dir() else self.source.parent
         self.dropped = Dropped(run.on_bad)
-        pairs = read_preferences(self.source, self.layout, self.dropped.bad, strict=self.layout != "released")
+        pairs = read_preferences(self.source, self.layout, self.dropped.bad)
         every = [pair.preferred_first() for pair in itertools.islice(pairs, run.max_pairs)]
         self.read = len(every)
         self.pairs = filter_pairs(every, run.filter, self.dropped)

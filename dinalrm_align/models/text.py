@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from dinalrm_align.models.prompt import check_prompt
 from dinalrm_align.models.weights import check_source
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import reading
@@ -20,8 +21,6 @@ from dinalrm_align.train.files import reading
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
-MAX_CHARACTERS = 10_000
-"""Most characters in a prompt; text encoders truncate far earlier, at 77 to 512 tokens."""
 _ENCODING = threading.RLock()
 """Lock held while text encoders run: pipelines and fast tokenizers keep state between calls and are not thread-safe."""
 
@@ -30,16 +29,13 @@ Embeds = tuple[Tensor, Tensor]
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts as a list. Raises TypeError for non-strings, ValueError for no prompts or a too long prompt."""
+    """Return prompts as a list. Raises TypeError for non-strings, and ValueError for none or an invalid one."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
     if len(prompts) == 0:
         raise ValueError("prompts: got none; expected at least one")
     for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompts[{index}]: got {type(prompt).__name__} {prompt!r:.60}; expected a string")
-        if len(prompt) > MAX_CHARACTERS:
-            raise ValueError(f"prompts[{index}]: got {len(prompt)} characters; expected at most {MAX_CHARACTERS}")
+        check_prompt(f"prompts[{index}]", prompt)
     return list(prompts)
 
 

@@ -46,7 +46,7 @@ def _latents(row: Row) -> Iterator[Preference]:
     for chosen, rejected, label, concept in row.fields["pairs"]:
         cells = (row.cell._replace(row=row.cell.row + offset) for offset in (chosen, rejected))
         name = row.fields["concepts"][concept] if concept >= 0 else None
-        yield Preference(row.fields["prompt"], *cells, label=label, concept=name, group=row.number)
+        yield Preference(row.fields["prompt"], *cells, label=label, concept=name, group=row.number, encoded=True)
 
 
 LAYOUTS: dict[str, tuple[Callable[..., Iterator[Row]], Callable[[Row], Iterator[Preference]]]] = {
@@ -66,14 +66,14 @@ LAYOUTS: dict[str, tuple[Callable[..., Iterator[Row]], Callable[[Row], Iterator[
 def read_preferences(
     source: Path | Sequence[Path], layout: str, bad: Bad = raise_error, *, strict: bool = True
 ) -> Iterator[Preference]:
-    """Yield every pair of a data set, in stored order.
+    """Yield every pair of a data set, in stored order. Every pair has passed `record.check_preference`.
 
     Args:
         source: a file, a folder, or a list of parquet files of images.
         layout: layout of `source`, such as "hpdv3". LAYOUTS holds all names.
-        bad: function called with (reason, message) for each record or file that cannot be read. The default raises
-            ValueError. If `bad` returns, the record or file is skipped.
-        strict: whether to call `bad` also for blank prompts and for pairs of an image with itself.
+        bad: function called with (reason, message) for each record or file that cannot be read, such as
+            `Dropped.bad`. The default raises ValueError. If `bad` returns, the record or file is skipped.
+        strict: whether to call `bad` also for pairs of an image with itself.
 
     Raises FileNotFoundError or ValueError for an unreadable JSON file, and ImportError for parquet without pyarrow.
     """
@@ -95,15 +95,16 @@ def folder_layout(folder: Path) -> str:
 
 
 def find_layout(source: Path) -> str:
-    """Detect the layout of `source` by its file names or its first JSON record. Raises ValueError if it is unknown."""
+    """Find the layout of a folder or file from file names or JSON records. Raises ValueError if unknown."""
     if source.is_dir():
         return folder_layout(source)
     if source.suffix in (".parquet", ".jsonl"):
         return {".parquet": "pickapic", ".jsonl": "jsonl"}[source.suffix]
-    record: Any = next(iter(read_records(source)), None)
+    records = read_records(source)
     for layout, key in (("hpdv3", "path1"), ("hpdv2", "human_preference"), *(("rankings", k) for k in published.RANKS)):
-        if isinstance(record, dict) and key in record:
+        if any(isinstance(record, dict) and key in record for record in records):
             return layout
+    record: Any = next(iter(records), None)
     got = sorted(record)[:6] if isinstance(record, dict) else type(record).__name__
     expected = "those of HPDv3 (path1), HPDv2 (human_preference) or ImageReward (ranking)"
     raise ValueError(f"{source}: got records of {got}; expected {expected}")

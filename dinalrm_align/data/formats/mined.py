@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dinalrm_align.data.formats.record import Bad, Preference, Row, number
+from dinalrm_align.data.formats.record import Bad, Preference, Row, named_scores
 from dinalrm_align.data.formats.rows import parquet_rows
 from dinalrm_align.train.files import read_json
 
@@ -70,10 +70,24 @@ def rows(path: Path, bad: Bad) -> Iterator[Row]:
 
 
 def convert(row: Row) -> Iterator[Preference]:
-    scores = number(row.fields["win_score"], "win_score"), number(row.fields["lose_score"], "lose_score")
+    given = [row.fields[name] for name in ("win_score", "lose_score")]
+    scores = named_scores({"score": None if given == [None, None] else given})
     images = (row.image(name) for name in LATENTS)
-    prompt, chat = (row.fields.get("extra_info") or {}).get("raw_prompt"), row.fields["prompt"]
-    if not isinstance(prompt, str) or not prompt:
-        messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
-        prompt = "\n".join(message["content"] for message in messages if message["role"] == "user")
-    yield Preference(prompt, *images, scores={"score": scores}, group=row.number)
+    yield Preference(_prompt(row.fields), *images, scores=scores, group=row.number, encoded=True)
+
+
+def _prompt(fields: Any) -> str:
+    """Return extra_info.raw_prompt or, if there is none, the text of the user's messages in `prompt`."""
+    extra, chat = fields.get("extra_info"), fields["prompt"]
+    prompt = extra.get("raw_prompt") if isinstance(extra, dict) else None
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+    ):
+        raise ValueError(f"prompt: got {chat!r:.80}; expected text, or a list of messages with role and content")
+    texts = [message["content"] for message in messages if message["role"] == "user"]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"prompt: got messages of {texts!r:.80}; expected text")
+    return "\n".join(texts)

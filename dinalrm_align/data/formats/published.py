@@ -8,7 +8,15 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 
-from dinalrm_align.data.formats.record import Preference, Row, number, optional_number, two_numbers
+from dinalrm_align.data.formats.record import (
+    Preference,
+    Row,
+    named_scores,
+    number,
+    optional_number,
+    two_images,
+    two_numbers,
+)
 from dinalrm_align.data.formats.rows import table_rows
 
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
@@ -30,9 +38,8 @@ def hpdv3(row: Row) -> Iterator[Preference]:
 
 
 def hpdv2(row: Row) -> Iterator[Preference]:
-    paths, preferred = row.fields["file_path"], two_numbers(row.fields["human_preference"], "human_preference")
-    if len(paths) != 2:
-        raise ValueError(f"file_path: got {len(paths)} paths; expected 2")
+    paths = two_images(row.fields["file_path"], "file_path")
+    preferred = two_numbers(row.fields["human_preference"], "human_preference")
     label = _first_preferred(preferred, "human_preference")
     yield Preference(row.fields["prompt"], *paths, label=label, group=row.number)
 
@@ -58,8 +65,7 @@ def jsonl(row: Row) -> Iterator[Preference]:
         record["prompt"], record["chosen"], record["rejected"], label=number(record.get("label", 1.0), "label"),
         votes=two_numbers(record.get("votes"), "votes"),
         confidence=optional_number(record.get("confidence"), "confidence"),
-        scores={name: two_numbers(pair, f"scores.{name}") for name, pair in record.get("scores", {}).items()},
-        concept=record.get("concept"), group=row.number,
+        scores=named_scores(record.get("scores")), concept=record.get("concept"), group=row.number,
     )  # fmt: skip
 
 
@@ -74,7 +80,7 @@ def pickapic(row: Row) -> Iterator[Preference]:
 
 def genai_bench(row: Row) -> Iterator[Preference]:
     vote = row.fields["vote_type"]
-    if vote not in VOTES:
+    if not isinstance(vote, str) or vote not in VOTES:
         raise ValueError(f"vote_type: got {vote!r:.40}; known: {', '.join(VOTES)}")
     images = row.image("left_image"), row.image("right_image")
     yield Preference(row.fields["prompt"], *images, label=VOTES[vote], group=row.number)

@@ -1,11 +1,12 @@
 """Define and validate `Preference`, the pair of images or latents that every reader yields. Torch-free."""
 
+import collections
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
-MAX_CHARACTERS = 10_000
-"""Largest length of a prompt, as in `models.text`."""
+from dinalrm_align.models.prompt import INVALID, check_prompt
 
 Bad = Callable[[str, str], None]
 """Function called for each invalid record with (reason, message): the reason is a category for counts, and the message
@@ -47,15 +48,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Pair of images or latents with the raters' preference.
+    """Pair of images or latents with the raters' preference. Raises ValueError if invalid, see `check_preference`.
 
     Args:
+        prompt: caption of both images.
         label: probability that a rater prefers `chosen`; 0.5 is a tie.
         votes: numbers of votes for (chosen, rejected).
         scores: for each score name, such as "clip", the scores of (chosen, rejected).
         concept: name of the property in which the two images differ; None if unknown.
         shape: (C, h, w) of stored latents; None for images.
         group: index of the record that holds the pair. All pairs of a ranked list have the same index.
+        encoded: whether text embeddings are stored with the pair. Only then may `prompt` be "", if it is unknown.
     """
 
     prompt: str
@@ -68,6 +71,10 @@ class Preference:
     concept: str | None = None
     shape: tuple[int, int, int] | None = None
     group: int = 0
+    encoded: bool = False
+
+    def __post_init__(self) -> None:
+        check_preference(self, strict=False)
 
     @property
     def is_tie(self) -> bool:
@@ -82,22 +89,33 @@ class Preference:
 
 
 def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
-    """Return `pair`, or raise ValueError if it is invalid. strict: also refuse blank prompts and chosen == rejected."""
+    """Return `pair`, or raise ValueError if it is invalid. The message names the field.
+
+    The prompt must be text that a tokenizer accepts, and not blank. The label is in [0, 1]. Votes are not negative and
+    not all zero. All numbers are finite. strict: also refuse a pair of an image with itself, which test sets may hold.
+    Every `Preference` is checked when it is created, with strict=False.
+    """
     if not isinstance(pair.prompt, str):
         raise ValueError(f"prompt: got {type(pair.prompt).__name__} {pair.prompt!r:.60}; expected text")
-    if len(pair.prompt) > MAX_CHARACTERS or (strict and not pair.prompt.strip()):
-        raise ValueError(f"prompt: got {len(pair.prompt)} characters; expected 1 to {MAX_CHARACTERS}")
+    check_prompt("prompt", pair.prompt)
+    if not pair.prompt.strip() and not (pair.encoded and pair.prompt == ""):
+        raise ValueError(f"prompt: got {pair.prompt!r:.60}, a blank one; expected text")
     for name, image in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if not isinstance(image, Cell) and not (isinstance(image, str) and image and "\0" not in image):
+        if not isinstance(image, Cell) and not (isinstance(image, str) and image and not INVALID.search(image)):
             raise ValueError(f"{name}: got {image!r:.80}; expected the path of an image")
-    if not 0 <= number(pair.label, "label") <= 1:
-        raise ValueError(f"label: got {pair.label}; expected a number in [0, 1]")
-    if pair.votes is not None and (min(pair.votes) < 0 or sum(pair.votes) <= 0):
-        raise ValueError(f"votes: got {pair.votes}; expected none negative and at least one positive")
-    if not isinstance(pair.concept, str | None):
-        raise ValueError(f"concept: got {pair.concept!r:.80}; expected a name")
     if strict and pair.chosen == pair.rejected:
         raise ValueError(f"chosen and rejected: got one image, {str(pair.chosen)!r:.80}; expected two")
+    if not 0 <= number(pair.label, "label") <= 1:
+        raise ValueError(f"label: got {pair.label}; expected a number in [0, 1]")
+    votes = two_numbers(pair.votes, "votes")
+    if votes is not None and (min(votes) < 0 or sum(votes) <= 0):
+        raise ValueError(f"votes: got {pair.votes}; expected none negative and at least one positive")
+    optional_number(pair.confidence, "confidence")
+    for name, scores in pair.scores.items():
+        if two_numbers(scores, f"scores.{name}") is None:
+            raise ValueError(f"scores.{name}: got {scores}; expected two numbers")
+    if not isinstance(pair.concept, str | None):
+        raise ValueError(f"concept: got {pair.concept!r:.80}; expected a name")
     return pair
 
 
@@ -105,10 +123,47 @@ def raise_error(reason: str, message: str) -> NoReturn:
     raise ValueError(message)
 
 
+class Dropped:
+    """Records and pairs that were left out, by reason, with an error message for each invalid one.
+
+    on_bad: what to do about an invalid record or an unreadable file. "refuse" raises; "skip" leaves it out.
+    """
+
+    def __init__(self, on_bad: str) -> None:
+        self.on_bad = on_bad
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.messages: dict[str, list[str]] = {}
+
+    @property
+    def named(self) -> dict[str, list[str]]:
+        """Up to five error messages for each reason."""
+        return {reason: messages[:5] for reason, messages in self.messages.items()}
+
+    def drop(self, reason: str, message: str | None = None, pairs: int = 1) -> None:
+        """Add `pairs` to the number of pairs that were left out for `reason`."""
+        self.counts[reason] += pairs
+        self.messages.setdefault(reason, []).extend([] if message is None else [message])
+
+    def __str__(self) -> str:
+        lines = [f"{count} pairs: {reason}" for reason, count in self.counts.most_common()]
+        lines += [f"  {message}" for named in self.named.values() for message in named]
+        return "\n".join(lines) or "no pair was left out"
+
+    def bad(self, reason: str, message: str, pairs: int = 1) -> None:
+        """Raise ValueError if on_bad is "refuse". Otherwise count `pairs` more pairs as left out for `reason`."""
+        if self.on_bad == "refuse":
+            raise ValueError(f"{message}. To leave out such pairs and have them counted: --on_bad skip")
+        self.drop(reason, message, pairs)
+
+
 def number(value: Any, name: str) -> float:
-    """Return an int or float as float. Raises ValueError for a bool and for any other type."""
+    """Return a finite int or float as float. Raises ValueError for any other value or a bool."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: got {value!r:.80}; expected a number")
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an int too large for a float
+        raise ValueError(
+            f"{name}: got {value if isinstance(value, float) else 'a huge integer'}; expected a finite number"
+        )
     return float(value)
 
 
@@ -123,3 +178,19 @@ def two_numbers(values: Any, name: str) -> tuple[float, float] | None:
     if not isinstance(values, list | tuple) or len(values) != 2:
         raise ValueError(f"{name}: got {values!r:.80}; expected two numbers")
     return number(values[0], name), number(values[1], name)
+
+
+def named_scores(values: Any) -> dict[str, tuple[float, float]]:
+    """Convert {name: [chosen, rejected]} to floats. None, also as the value of a name, means that there is no score."""
+    if not isinstance(values, dict | None):
+        raise ValueError(f"scores: got {values!r:.80}; expected {{name: [score of chosen, score of rejected]}}")
+    found = {name: two_numbers(pair, f"scores.{name}") for name, pair in (values or {}).items()}
+    return {name: pair for name, pair in found.items() if pair is not None}
+
+
+def two_images(values: Any, name: str) -> list[Any]:
+    """Return a list of two images. Raises ValueError for any other value."""
+    if not isinstance(values, list) or len(values) != 2:
+        got = f"{len(values)} images" if isinstance(values, list) else f"{values!r:.80}"
+        raise ValueError(f"{name}: got {got}; expected a list of 2 images")
+    return values

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dinalrm_align.data.formats.record import Bad, Preference, Row, optional_number
+from dinalrm_align.data.formats.record import Bad, Preference, Row, optional_number, two_numbers
 from dinalrm_align.data.formats.rows import parquet_rows
 from dinalrm_align.train.files import read_text
 
@@ -49,9 +49,10 @@ def convert(row: Row) -> Iterator[Preference]:
         raise ValueError(f"latents of two shapes, {shapes[0]} and {shapes[1]}; expected one")
     text = row.fields.get("detailed_results")
     results = {} if text in (None, "") else parse_results(text)
-    votes = [optional_number(results.get(name), name) for name in ("votes_chosen", "votes_rejected")]
+    votes = [results.get(name) for name in ("votes_chosen", "votes_rejected")]
     yield Preference(
-        row.fields["prompt"], row.image("latent1"), row.image("latent2"), votes=None if None in votes else tuple(votes),
+        row.fields["prompt"], row.image("latent1"), row.image("latent2"),
+        votes=None if votes == [None, None] else two_numbers(votes, "votes_chosen, votes_rejected"),
         confidence=optional_number(results.get("confidence"), "confidence"), shape=shapes[0], group=row.number,
     )  # fmt: skip
 

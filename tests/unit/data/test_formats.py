@@ -1,13 +1,15 @@
 """Layouts of preference data as records: labels, groups, where images are, and what the check rejects."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_prepare import hpdv3, pickapic, prepare
 
 from dinalrm_align.data.formats import LAYOUTS, find_layout, read_preferences
-from dinalrm_align.data.formats.record import Cell, Preference, check_preference
+from dinalrm_align.data.formats.record import Cell, Dropped, Preference, Row, check_preference
 from dinalrm_align.data.formats.rows import image_source
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.mined_pairs import MinedPair, write_manifest, write_shard
@@ -57,23 +59,122 @@ def test_mined_pairs_carry_their_scores(tmp_path):
     [
         ({"prompt": 3}, "^prompt: got int 3"),
         ({"prompt": "a" * 10_001}, "^prompt: got 10001 characters"),
+        ({"prompt": "a\ud800"}, r"^prompt: got '\\ud800' at character 2"),
+        ({"prompt": "\0"}, r"^prompt: got '\\x00' at character 1"),
+        ({"prompt": " \n"}, "^prompt: got .*blank"),
+        ({"prompt": ""}, "^prompt: got '', a blank"),
+        ({"prompt": " ", "encoded": True}, "^prompt: got ' ', a blank"),
         ({"chosen": ""}, "^chosen: got ''"),
+        ({"rejected": "\udcff.png"}, "^rejected: got "),
         ({"label": 1.5}, "^label: got 1.5"),
         ({"label": True}, "^label: got True"),
+        ({"label": "1"}, "^label: got '1'"),
+        ({"label": math.nan}, "^label: got nan"),
+        ({"label": 10**400}, "^label: got a huge integer"),
         ({"votes": (-1.0, 2.0)}, r"^votes: got \(-1.0, 2.0\)"),
+        ({"votes": (0, 0)}, r"^votes: got \(0, 0\)"),
+        ({"votes": (math.nan, 1)}, "^votes: got nan"),
+        ({"votes": (math.inf, 1)}, "^votes: got inf"),
+        ({"votes": (1, 2, 3)}, r"^votes: got \(1, 2, 3\); expected two numbers"),
+        ({"votes": (True, 1)}, "^votes: got True"),
+        ({"confidence": math.inf}, "^confidence: got inf"),
+        ({"confidence": "high"}, "^confidence: got 'high'"),
+        ({"scores": {"clip": (1, math.nan)}}, "^scores.clip: got nan"),
+        ({"scores": {"clip": None}}, "^scores.clip: got None"),
         ({"concept": 3}, "^concept: got 3"),
     ],
 )
-def test_an_invalid_record_is_rejected(changes, message):
+def test_an_invalid_record_cannot_be_made(changes, message):
     with pytest.raises(ValueError, match=message):
-        check_preference(Preference(**{"prompt": "a", "chosen": "c", "rejected": "r", **changes}))
+        Preference(**{"prompt": "a", "chosen": "c", "rejected": "r", **changes})
 
 
 def test_test_sets_may_hold_what_cannot_be_trained_on():
-    for pair in (Preference(" ", "c", "r"), Preference("a", "c", "c")):
-        assert check_preference(pair, strict=False) is pair
-        with pytest.raises(ValueError):
-            check_preference(pair)
+    pair = Preference("a", "c", "c")
+    assert check_preference(pair, strict=False) is pair
+    with pytest.raises(ValueError, match="^chosen and rejected: got one image"):
+        check_preference(pair)
+
+
+def test_an_unknown_caption_is_empty_where_embeddings_are_stored():
+    assert check_preference(Preference("", "c", "r", encoded=True)).prompt == ""
+
+
+JSONL = {"prompt": "a", "chosen": "c.png", "rejected": "r.png"}
+HPDV3 = {"prompt": "a", "path1": "c.png", "path2": "r.png"}
+HPDV2 = {"prompt": "a", "file_path": ["c.png", "r.png"], "human_preference": [1, 0]}
+RANKINGS = {"prompt": "a", "generations": ["c.png", "r.png"], "ranking": [1, 2]}
+GENAI = {"prompt": "a", "left_image": "c.png", "right_image": "r.png", "vote_type": "leftvote"}
+PICKAPIC = {"caption": "a", "jpg_0": "c.png", "jpg_1": "r.png", "label_0": 1, "has_label": True}
+MINED = {"prompt": "a", "win_score": 1.0, "lose_score": 0.0, "extra_info": None}
+RELEASED = {"prompt": "a", "latent1_shape": [2, 8, 8], "latent2_shape": [2, 8, 8], "detailed_results": ""}
+BAD = [
+    ("jsonl", JSONL, {"prompt": "\ud800"}, "prompt"),
+    ("jsonl", JSONL, {"prompt": None}, "prompt"),
+    ("jsonl", JSONL, {"prompt": ["a"]}, "prompt"),
+    ("jsonl", JSONL, {"label": math.nan}, "label"),
+    ("jsonl", JSONL, {"label": 1.5}, "label"),
+    ("jsonl", JSONL, {"label": None}, "label"),
+    ("jsonl", JSONL, {"label": 10**400}, "label"),
+    ("jsonl", JSONL, {"votes": [0, 0]}, "votes"),
+    ("jsonl", JSONL, {"votes": [1]}, "votes"),
+    ("jsonl", JSONL, {"votes": {"chosen": 1}}, "votes"),
+    ("jsonl", JSONL, {"votes": [math.nan, math.nan]}, "votes"),
+    ("jsonl", JSONL, {"confidence": math.nan}, "confidence"),
+    ("jsonl", JSONL, {"scores": []}, "scores"),
+    ("jsonl", JSONL, {"scores": {"clip": [1, None]}}, "scores.clip"),
+    ("jsonl", JSONL, {"scores": {"clip": [1, math.inf]}}, "scores.clip"),
+    ("jsonl", JSONL, {"scores": {"clip": 3}}, "scores.clip"),
+    ("hpdv3", HPDV3, {"choice_dist": [0, 0]}, "votes"),
+    ("hpdv3", HPDV3, {"choice_dist": [3, 2, 1]}, "choice_dist"),
+    ("hpdv3", HPDV3, {"choice_dist": [math.inf, 0]}, "choice_dist"),
+    ("hpdv3", HPDV3, {"confidence": math.inf}, "confidence"),
+    ("hpdv3", HPDV3, {"path1": ["c.png"]}, "chosen"),
+    ("hpdv2", HPDV2, {"file_path": "ab"}, "file_path"),
+    ("hpdv2", HPDV2, {"file_path": 3}, "file_path"),
+    ("hpdv2", HPDV2, {"human_preference": [math.nan, 1]}, "human_preference"),
+    ("hpdv2", HPDV2, {"human_preference": [1, 1]}, "human_preference"),
+    ("rankings", RANKINGS, {"ranking": [1, math.nan]}, "rank"),
+    ("rankings", RANKINGS, {"ranking": [1, True]}, "rank"),
+    ("genai_bench", GENAI, {"vote_type": ["leftvote"]}, "vote_type"),
+    ("pickapic", PICKAPIC, {"label_0": math.nan}, "label_0"),
+    ("pickapic", PICKAPIC, {"label_0": None}, "label_0"),
+    ("pickapic", PICKAPIC, {"caption": ""}, "prompt"),
+    ("mined", MINED, {"win_score": math.nan}, "scores.score"),
+    ("mined", MINED, {"lose_score": None}, "scores.score"),
+    ("mined", MINED, {"prompt": None}, "prompt"),
+    ("mined", MINED, {"prompt": [{"role": "user"}]}, "prompt"),
+    ("mined", MINED, {"prompt": [{"role": "user", "content": 3}]}, "prompt"),
+    ("released", RELEASED, {"detailed_results": "{'votes_chosen': 3}"}, "votes_chosen, votes_rejected"),
+    ("released", RELEASED, {"detailed_results": "{'votes_chosen': 0, 'votes_rejected': 0}"}, "votes"),
+    ("released", RELEASED, {"detailed_results": "{'confidence': 1e999}"}, "confidence"),
+    ("released", RELEASED, {"latent2_shape": [2, 8, 4]}, "shape"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "record", "changes", "field"), BAD)
+def test_a_bad_record_of_any_layout_is_named_or_skipped_and_counted(monkeypatch, layout, record, changes, field):
+    """The record between two good ones; no layout raises anything else than ValueError."""
+    rows = [Row(f"file, row {n}", n, {**record, **(changes if n == 1 else {})}) for n in range(3)]
+    if layout in ("mined", "released"):
+        rows = [replace(row, cell=Cell("file", 0, row.number, "")) for row in rows]
+    monkeypatch.setitem(LAYOUTS, layout, (lambda source, bad: iter(rows), LAYOUTS[layout][1]))
+    with pytest.raises(ValueError, match=f"^file, row 1: .*{field}.*--on_bad skip$"):
+        list(read_preferences(None, layout, Dropped("refuse").bad))
+    dropped = Dropped("skip")
+    assert len(list(read_preferences(None, layout, dropped.bad))) == 2
+    assert dropped.counts == {"invalid record": 1} and dropped.named["invalid record"][0].startswith("file, row 1: ")
+
+
+def test_absent_scores_are_no_fault(tmp_path):
+    lines = [JSONL | {"scores": None}, JSONL | {"scores": {"clip": None, "vqa": [1, 0]}}, JSONL]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [pair.scores for pair in read_preferences(tmp_path / "p.jsonl", "jsonl")] == [{}, {"vqa": (1.0, 0.0)}, {}]
+
+
+def test_a_bad_first_record_does_not_hide_the_layout(tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps([3, {"prompt": "a"}, HPDV3]))
+    assert find_layout(tmp_path / "train.json") == "hpdv3"
 
 
 def test_every_layout_is_documented():
