@@ -158,7 +158,7 @@ class Nft:
         """Update the old policy, which is a moving average of the trained weights. Call before rollout `number`."""
         kept = min(self.config.old_slope * number, self.config.old_limit)
         for name, p in self.sampler.policy.parameters.items():
-            self.old.mean[name].lerp_(p.detach(), 1 - kept)
+            self.old.mean[name] = self.old.mean[name].lerp(p.detach(), 1 - kept)
 
     def batch_at(self, micro_step: int) -> NftBatch:
         """Return the samples and noise levels that a micro-step trains on. Runs a new rollout when one is due."""
@@ -214,8 +214,8 @@ class Nft:
         return loss.mean(), {"kl": kl.detach().mean(), "moved": moved.mean(), **batch.statistics}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return {name: CPU tensor}: the old policy's weights and, if a rollout is unfinished, the rollout's fields."""
-        return {f"{OLD}{name}": mean.cpu() for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
+        """Return tensors by name: the old policy's weights, and the fields of the unfinished rollout if any."""
+        return {f"{OLD}{name}": mean for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:
         """Return whether all ranks have equal `state_tensors`. They have if every rollout is finished."""
@@ -234,7 +234,7 @@ class Nft:
             )
         self.buffer.load_state_tensors({name: t for name, t in tensors.items() if not name.startswith(OLD)})
         for name, mean in self.old.mean.items():
-            mean.copy_(old[name])
+            self.old.mean[name] = old[name].to(mean.device, copy=True)
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
         """Return {name of a field of a saved rollout: required shape}."""

@@ -41,19 +41,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # moments of torch's Ad
 
 
 def save_checkpoint(
-    run: Path, state: RunState, *, log: MetricsLog | None, accelerator: Accelerator, keep_last: int
+    run: Path,
+    state: RunState,
+    *,
+    log: MetricsLog | None,
+    accelerator: Accelerator,
+    keep_last: int,
+    pending: Mapping[str, float] | None = None,
 ) -> Path:
     """Save `state` as `run`/checkpoints/step_<step>, then delete all but the `keep_last` newest checkpoints.
 
-    Must be called on every rank; only the main rank needs `log`. Each rank writes its RNG and method state; the main
-    rank writes the rest. Returns the checkpoint folder. If a write fails, raises OSError and deletes no checkpoint.
+    `pending`: metrics of the last update, if the run failed before it called the hooks and logged these metrics.
+
+    Must be called on every rank. Every rank writes its RNG state and method state. The main rank writes all other files
+    and needs `log`. Returns the checkpoint folder. If writing a file fails, raises OSError and deletes no checkpoint.
     """
     folder = run / FOLDER / f"step_{state.step:06d}"
     main, rank = accelerator.is_main_process, accelerator.process_index
     hidden = folder.with_name(files.TEMPORARY + folder.name)
     with files.atomic_folder(folder) if main else nullcontext(hidden) as temporary:
         _barrier(accelerator)
-        files.write_file(temporary / f"rng_{rank}.pt", _serialised(_random_state()))
+        files.write_file(temporary / f"rng_{rank}.pt", _serialised(random_state()))
         if state.method is not None:
             files.write_file(temporary / f"method_{rank}.safetensors", save(_on_cpu(state.method.state_tensors())))
         if main:
@@ -65,6 +73,7 @@ def save_checkpoint(
             facts = {name: getattr(state, name) for name in ("step", "elapsed", "samples")}
             facts |= {"num_processes": accelerator.num_processes, "identity": dict(state.identity)}
             facts |= {"common_state": state.method is None or state.method.is_common(), "metrics": log.mark()}
+            facts |= {} if pending is None else {"pending": dict(pending)}
             files.seal(temporary, facts)
     if main:
         tidy(run, step=state.step, keep_last=keep_last)
@@ -105,7 +114,7 @@ def load_checkpoint(folder: Path, state: RunState, *, steps: int, accelerator: A
             for name, tensor in into.items():
                 tensor.copy_(saved[name])
     if same_processes:
-        _set_random_state(torch.load(folder / f"rng_{rank}.pt", weights_only=True))
+        set_random_state(torch.load(folder / f"rng_{rank}.pt", weights_only=True))
     state.step, state.elapsed = facts["step"], facts["elapsed"]
     return facts
 
@@ -258,7 +267,8 @@ def _barrier(accelerator: Accelerator) -> None:
         accelerator.wait_for_everyone()
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Return the states of the global RNGs of torch, CUDA, NumPy and Python."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -268,7 +278,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore the result of `random_state`."""
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -6,9 +6,9 @@ in the order of the command line; later values override earlier ones. `--help` s
 """
 
 import dataclasses
+import dis
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import docstring_parser
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from dinalrm_align.train.files import read_yaml
+from dinalrm_align.train.files import InputError, read_yaml
 from dinalrm_align.train.settings import bounds_in_words, did_you_mean, field_types, type_in_words
 
 Settings = TypeVar("Settings")
@@ -72,18 +72,23 @@ def parse(
         return kind(**{name: value for name, value in values.items() if name != "config"}), text
 
 
-def refuse(message: str) -> NoReturn:
-    """Print an error message to stderr and exit with status 2."""
+def refuse(message: str, status: int = 2) -> NoReturn:
+    """Print an error message to stderr and exit with status 2, or with `status`."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 @contextmanager
 def refusing(stopped: str = "") -> Iterator[None]:
     """Context manager that turns errors about user input into a one-line error message and exit status 2.
 
-    It catches every ValueError, TypeError, OSError or ImportError that code of this package raises. On Ctrl-C it prints
-    the message `stopped` and exits with status 130; if `stopped` is empty, KeyboardInterrupt propagates.
+    It catches every OSError or ImportError in code of this package, and every ValueError or TypeError that a `raise`
+    statement of this package raises. Other errors are faults of the program and keep their traceback. `train.loop.fit`
+    marks errors of a run that has started by a note: of these, only OSError, `InputError` and FloatingPointError become
+    one line, with exit status 1; the traceback of any other error ends with the command to resume.
+
+    On Ctrl-C, prints the message `stopped` and exits with status 130; if `stopped` is empty, KeyboardInterrupt
+    propagates. A traceback ends with `stopped` too.
     """
     try:
         yield
@@ -92,11 +97,28 @@ def refusing(stopped: str = "") -> Iterator[None]:
             raise
         print(f"\nstopped: {stopped}", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        *_, innermost = traceback.walk_tb(error.__traceback__)
-        if not Path(innermost[0].f_code.co_filename).is_relative_to(PACKAGE):
-            raise
-        refuse(str(error))
+    except Exception as error:
+        started = bool(getattr(error, "__notes__", ()))
+        if started and isinstance(error, OSError | InputError | FloatingPointError):
+            refuse(str(error), status=1)
+        if not started and _is_about_input(error):
+            refuse(str(error))
+        if stopped and not started:
+            error.add_note(f"stopped: {stopped}")
+        raise
+
+
+def _is_about_input(error: Exception) -> bool:
+    """Return whether this package reports `error` about the user's input. `refusing` documents the rule."""
+    if not isinstance(error, ValueError | TypeError | OSError | ImportError):
+        return False
+    innermost = error.__traceback__
+    while innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    code = innermost.tb_frame.f_code
+    raised = dis.opname[code.co_code[innermost.tb_lasti]] == "RAISE_VARARGS"
+    in_package = Path(code.co_filename).is_relative_to(PACKAGE)
+    return in_package and (raised or isinstance(error, OSError | ImportError))
 
 
 class _HelpFormatter(DefaultHelpFormatter):

@@ -26,6 +26,13 @@ STATE = "state.json"
 TEMPORARY, DISCARDED = ".tmp_", ".old_"  # prefixes of names while a file is written or deleted
 
 
+class InputError(ValueError):
+    """Data or an answer from outside the program cannot be used. The message says what the user can do.
+
+    Readers raise this error. It ends a run with one line and the command to resume, not with a traceback.
+    """
+
+
 def read_text(path: Path, what: str, expected: str = "a file") -> str:
     """Return the text of a UTF-8 file. Raises ValueError if the file is not UTF-8 or contains a NUL byte."""
     if not path.is_file():

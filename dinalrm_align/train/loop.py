@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +20,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dinalrm_align.train.checkpoints import latest_checkpoint, load_checkpoint, run_of, save_checkpoint, tidy
+from dinalrm_align.train.checkpoints import (
+    latest_checkpoint,
+    load_checkpoint,
+    random_state,
+    run_of,
+    save_checkpoint,
+    set_random_state,
+    tidy,
+)
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.device import with_others
-from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.files import InputError, write_atomically
 from dinalrm_align.train.metrics import METRICS, MetricsLog
 from dinalrm_align.train.state import RunState, lr_factor
 
@@ -117,6 +125,11 @@ def fit(
     rollouts and partial forward passes do not call the `forward` method of the wrapped module. Ctrl-C and SIGTERM
     save a checkpoint after the update in progress and exit with status 130; a second signal stops the process at once.
 
+    If an update or a hook raises an error, `fit` saves the state after the last complete update and raises the error
+    with the command to resume: in the message of an OSError, InputError or FloatingPointError, in a note of any other
+    error. The resumed run first calls the hooks that failed. With several ranks, `fit` saves this state only if loss or
+    gradient is not finite, because other errors may have occurred on one rank alone.
+
     Args:
         state: state to start from (`RunState.initial`). In a new run, the weights of rank 0 are broadcast to all ranks.
         meter: measures the backward pass. Pass the same meter to `method` to measure phases of `method` too.
@@ -130,27 +143,41 @@ def fit(
     written or if another rank failed.
     """
     meter = meter or PhaseMeter(accelerator.device)
-    log = _start(config, state, accelerator, run)
-    saved, reason = state.step if run.checkpoint else -1, None
+    log, pending = _start(config, state, accelerator, run)
+    saved, reason, undo = state.step if run.checkpoint else -1, None, None
 
     def save() -> int:
-        save_checkpoint(run.path, state, log=log, accelerator=accelerator, keep_last=config.keep_last)
+        options = dict(log=log, accelerator=accelerator, keep_last=config.keep_last, pending=pending)
+        save_checkpoint(run.path, state, **options)
         return state.step
 
     def record(row: dict[str, float]) -> None:
         """Call the hooks that are due, add the returned metrics to `row`, and log `row`."""
+        nonlocal pending
+        pending = row
         _call([hook for hook in hooks if hook.is_due(state.step, config.steps)], state, row)
         if log is not None and row:
             log.append({"step": state.step, **row})
             bar.set_postfix({name: f"{row[name]:.4g}" for name in shown if name in row}, refresh=False)
         accelerator.log(row, step=state.step)
+        pending = None
+
+    def rescue(error: Exception) -> None:
+        """Save the state after the last complete update, unless it is saved already or cannot be."""
+        if state.whole and 0 < state.step != saved and (accelerator.num_processes == 1 or type(error) is _NotFinite):
+            with suppress(Exception):  # the disk may be full, or the device lost
+                if undo is not None:
+                    undo()
+                save()
 
     bar = tqdm(total=config.steps, initial=state.step, disable=log is None, desc="update", dynamic_ncols=True)
-    with bar, _resume_hint(run), _stop_requests(accelerator) as stop_requested:
-        if run.checkpoint is None:
-            record({})
+    with bar, _resume_hint(run, rescue), _stop_requests(accelerator) as stop_requested:
+        if pending is not None:
+            record(pending)
         while state.step < config.steps and reason is None and not stop_requested():
+            undo = _undo_of(state)
             row = _update(config, optim, state, method, accelerator, meter)
+            undo = None
             record(row)
             bar.update()
             is_due = config.checkpoint_every and state.step % config.checkpoint_every == 0
@@ -171,29 +198,51 @@ def fit(
     return state.step
 
 
-def _start(config: LoopConfig, state: RunState, accelerator: Accelerator, run: RunFolder) -> MetricsLog | None:
-    """Load the checkpoint or broadcast the initial weights. Returns the metrics log (None if not on the main rank)."""
+class _NotFinite(FloatingPointError):
+    """Loss or gradient is not finite. Every rank raises this error at the same update."""
+
+
+def _start(
+    config: LoopConfig, state: RunState, accelerator: Accelerator, run: RunFolder
+) -> tuple[MetricsLog | None, dict[str, float] | None]:
+    """Load the checkpoint or broadcast the initial weights.
+
+    Returns the metrics log (None if not on the main rank) and the metrics of the update whose hooks must still be
+    called: {} in a new run, None after a regular checkpoint.
+    """
     if accelerator.scaler is not None:
         raise ValueError("mixed_precision: got fp16; expected bf16 or no: this loop has no loss scaler")
     if run.checkpoint is None and (newest := latest_checkpoint(run.path)) is not None:
         raise ValueError(f"{run.path} holds a run: resume from {newest}, or choose a new folder")
     if run.checkpoint is not None and run_of(run.checkpoint.resolve()) != run.path.resolve():
         raise ValueError(f"{run.checkpoint} is not a checkpoint of {run.path}: a run is resumed in its own folder")
-    kept = 0
+    kept, pending = 0, {}
     if run.checkpoint is not None:
         facts = load_checkpoint(run.checkpoint, state, steps=config.steps, accelerator=accelerator)
-        kept = facts["metrics"]["bytes"]
+        kept, pending = facts["metrics"]["bytes"], facts.get("pending")
         accelerator.wait_for_everyone()  # `tidy` below deletes files that other ranks may still be reading
     elif accelerator.num_processes > 1:
         for tensor in [tensor for tensors in state.tensors().values() for tensor in tensors.values()]:
             torch.distributed.broadcast(tensor.detach(), src=0)
     if not accelerator.is_main_process:
-        return None
+        return None, pending
     with _resume_hint(run):
         tidy(run.path, step=state.step, keep_last=config.keep_last)
         if run.settings:
             write_atomically(run.path / "config.yaml", run.settings)
-        return MetricsLog(run.path / METRICS, keep=kept)
+        return MetricsLog(run.path / METRICS, keep=kept), pending
+
+
+def _undo_of(state: RunState) -> Callable[[], None]:
+    """Return a function that restores the method's state and the global RNG states as they are now."""
+    kept, random = {} if state.method is None else state.method.state_tensors(), random_state()
+
+    def undo() -> None:
+        set_random_state(random)
+        if state.method is not None:
+            state.method.load_state_tensors(kept)
+
+    return undo
 
 
 def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None:
@@ -228,29 +277,43 @@ def _update(
     row["lr"] = optim.lr * factor
     if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-        raise FloatingPointError(
-            f"update {state.step + 1} is not finite and was not made: {numbers}. Resume from the last checkpoint with "
-            "a smaller optim.lr or optim.clip, or with float32 weights"
+        raise _NotFinite(
+            f"update {state.step + 1} is not finite and was not made: {numbers}; a smaller optim.lr or optim.clip, or "
+            "float32 weights can help"
         )
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+    state.whole = False
     state.optimizer.step()
     state.step += 1
     if state.average is not None and state.step % config.ema_every == 0:
         state.average.update(state.step)
+    state.whole = True
     state.elapsed += time.perf_counter() - began
     return {**row, **meter.finish_step(), "elapsed": state.elapsed}
 
 
 @contextmanager
-def _resume_hint(run: RunFolder) -> Iterator[None]:
-    """Context manager that adds instructions to resume the run to the message of an OSError."""
+def _resume_hint(run: RunFolder, rescue: Callable[[Exception], None] | None = None) -> Iterator[None]:
+    """Context manager that calls `rescue` after an error, and adds the command to resume the run to the error.
+
+    If `rescue` is given, a note marks the error for `train.command.refusing` as one of a run that had started.
+    """
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if rescue is not None:
+            rescue(error)
         last = latest_checkpoint(run.path)
         hint = f"resume from {last} with: {run.resume_command}" if last else "there is no checkpoint yet, start again"
-        raise OSError(f"run {run.path} stopped ({error}). Once that is fixed: {hint}") from error
+        for kind in (OSError, InputError, FloatingPointError):
+            if isinstance(error, kind):
+                stopped = kind(f"run {run.path} stopped ({error}). Once that is fixed: {hint}")
+                if rescue is not None:
+                    stopped.add_note("the run had started")
+                raise stopped from error
+        error.add_note(f"run {run.path} stopped; once that is fixed: {hint}")
+        raise
 
 
 @contextmanager

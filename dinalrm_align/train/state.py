@@ -54,7 +54,10 @@ class Stateful(Protocol):
     """Interface of a training method with state to store in checkpoints, such as running statistics or a rollout."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the method's state after the last update as named tensors. The tensors may be on any device."""
+        """Return the method's state after the last update as named tensors. The tensors may be on any device.
+
+        The method must replace these tensors and not modify them: `fit` restores them if the next update fails.
+        """
 
     def is_common(self) -> bool:
         """Return whether all ranks have the same state. If not, a run cannot resume with a different world size."""
@@ -111,7 +114,8 @@ class RunState:
         samples: number of prompts or pairs per update (on-policy: per rollout), summed over ranks. A run can resume
             with a different world size only if this number stays the same.
         step: number of optimiser updates done.
-        elapsed: total duration of all optimiser updates done, in seconds.
+        elapsed: total seconds of all optimiser updates done.
+        whole: False while an optimiser update changes the weights. Such a state must not be saved.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -122,6 +126,7 @@ class RunState:
     samples: int = 0
     step: int = 0
     elapsed: float = 0.0
+    whole: bool = True
 
     @classmethod
     def initial(

@@ -44,13 +44,17 @@ def run(
     resume: Path | None = None,
     hooks: tuple[Hook, ...] = (),
     poison_at: int = -1,
+    fail: Callable[[int], None] = lambda number: None,
     optim: OptimConfig | None = None,
     identity: dict[str, str] | None = None,
     stop_when: Callable[[Mapping[str, float]], str | None] | None = None,
     state: "Memory | None" = None,
     **loop: float,
 ) -> dict[str, nn.Parameter]:
-    """Regression of 16 fixed rows, `batch_size` a micro-step; stochastic adds noise from global RNGs."""
+    """Regression of 16 fixed rows, `batch_size` a micro-step; stochastic adds noise from global RNGs.
+
+    fail: called with the number of the step, from 1, after the step has drawn noise and changed the method's state.
+    """
     parameters = toy()
     optim = optim or OptimConfig(lr=0.05)
     data = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
@@ -65,6 +69,7 @@ def run(
             noise = noise + state.mean  # so that training depends on it
         loss = ((batch @ parameters["a"].T + parameters["b"] - 1 + noise) ** 2).mean()
         steps_made.append(1)
+        fail(len(steps_made))
         return (loss * math.nan if len(steps_made) == poison_at else loss), {"norm": parameters["a"].norm()}
 
     steps_made: list[int] = []

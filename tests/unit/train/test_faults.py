@@ -85,12 +85,16 @@ def test_a_disk_full_at_any_write_leaves_the_previous_checkpoint(tmp_path, monke
         with pytest.raises(OSError) as full:
             run(folder, steps=4, resume=resumed)
         assert disk.failed
-        said = str(full.value)
-        assert "No space left on device" in said and f"{resumed} with: python train.py" in said
-        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000002"]
+        said, newest = str(full.value), latest_checkpoint(folder)
+        assert "No space left on device" in said and f"{newest} with: python train.py" in said
+        # if only the metrics cannot be written, the state after the last update is saved all the same
+        written = {files: ["step_000002"], metrics: ["step_000002", f"step_00000{3 + at}"]}[module]
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == written
         check_checkpoint(resumed)
         monkeypatch.undo()
         run(folder, steps=4, resume=checkpoint_to_resume(folder))
+        if "step_000003" in written:
+            shutil.rmtree(folder / "checkpoints" / "step_000003")
         assert differences(tmp_path / "whole", folder) == []
         at += 1
 
@@ -351,7 +355,8 @@ def test_a_full_disk_ends_the_command_line_with_a_message(finished, tmp_path, mo
     if recipe.name == "train_reward":
         monkeypatch.setattr(files, "open", FullDisk(3), raising=False)
     said = ended(recipe, resume, capsys)
-    assert "No space left on device" in said and "step_000002 with: python" in said
+    saved = {"refl_sd35": "step_000003", "train_reward": "step_000002"}[recipe.name]  # the export fails after update 3
+    assert "No space left on device" in said and f"{saved} with: python" in said
     check_checkpoint(copy / "checkpoints" / "step_000002")
 
 

@@ -150,7 +150,7 @@ def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):
     with pytest.raises(FloatingPointError, match="update 4 is not finite and was not made: loss nan"):
         run(tmp_path, poison_at=4)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    assert latest_checkpoint(tmp_path).name == "step_000002"
+    assert latest_checkpoint(tmp_path).name == "step_000003"  # the state before the failed update
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
