@@ -92,7 +92,7 @@ def test_a_disk_full_at_any_write_leaves_the_previous_checkpoint(tmp_path, monke
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == written
         check_checkpoint(resumed)
         monkeypatch.undo()
-        run(folder, steps=4, resume=checkpoint_to_resume(folder))
+        run(folder, steps=4, resume=checkpoint_to_resume(folder), keep_last=3)
         if "step_000003" in written:
             shutil.rmtree(folder / "checkpoints" / "step_000003")
         assert differences(tmp_path / "whole", folder) == []
