@@ -21,7 +21,7 @@ from dinalrm_align.align.config import EvaluationConfig
 from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.grids import load_strip, save_before_after, save_grid, save_strip
-from dinalrm_align.models.images import to_bytes
+from dinalrm_align.models.images import open_image, to_bytes
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer
@@ -173,4 +173,4 @@ class HeldOut:
         title = f"update {step}: gold {np.mean(scores['gold']):.3f}, reward {np.mean(scores['proxy']):.3f}"
         grid = self.output_dir / f"grid_{step:06d}.png"
         save_grid(images, captions, grid, title=title)
-        track_image(self.accelerator, "held_out", grid, step)
+        track_image(self.accelerator, "held_out", open_image(grid), step)

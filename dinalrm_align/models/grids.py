@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from dinalrm_align.models.images import to_bytes
+from dinalrm_align.models.images import open_image, to_bytes
 from dinalrm_align.train.files import atomically, reading, save_figure
 
 CELL_INCHES = 1.5
@@ -23,8 +23,8 @@ def save_strip(images: np.ndarray, path: Path) -> None:
 
 def load_strip(path: Path, count: int) -> np.ndarray:
     """Return the `count` images, (count, H, W, 3) uint8, of a PNG file that `save_strip` wrote."""
-    with reading(f"row of {count} images", path), Image.open(path) as strip:
-        return np.stack(np.split(np.asarray(strip.convert("RGB")), count, axis=1))
+    with reading(f"row of {count} images", path):
+        return np.stack(np.split(np.asarray(open_image(path)), count, axis=1))
 
 
 def save_grid(

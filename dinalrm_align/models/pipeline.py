@@ -1,16 +1,14 @@
 """Load SD3 pipelines, transformers and VAEs; convert images to scaled latents, (z - shift_factor) * scaling_factor."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import torch
 from diffusers import SD3Transformer2DModel
-from PIL import Image
 from torch import Tensor
 
 from dinalrm_align.flow.noise import check_latents
-from dinalrm_align.models.images import image_tensor
+from dinalrm_align.models.images import Images, image_tensor
 from dinalrm_align.models.text import text_encoders
 from dinalrm_align.models.weights import HubOptions, check_source, load_model
 from dinalrm_align.train.files import read_json, reading
@@ -57,8 +55,8 @@ def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[Hu
 
 
 @torch.no_grad()
-def encode_images(vae: "AutoencoderKL", images: Tensor | Sequence[Image.Image] | Image.Image) -> Tensor:
-    """Encode PIL images or a tensor (B, 3, H, W) in [0, 1]. Returns the scaled posterior mean (B, C, h, w)."""
+def encode_images(vae: "AutoencoderKL", images: Images) -> Tensor:
+    """Encode images, as `image_tensor` takes them. Returns the scaled posterior mean (B, C, h, w)."""
     pixels = image_tensor(images)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = pixels.shape[-2:]

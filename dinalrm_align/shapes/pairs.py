@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.models.images import to_bytes
+from dinalrm_align.models.images import image_tensor, open_image, to_bytes
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
@@ -180,8 +180,8 @@ def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
     for image in to_bytes(images + torch.from_numpy(GRAIN * rng.standard_normal(images.shape)).float()):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=JPEG)
-        damaged.append(torch.from_numpy(np.array(Image.open(file))))
-    return torch.stack(damaged).permute(0, 3, 1, 2).float() / 255
+        damaged.append(open_image(file.getvalue()))
+    return image_tensor(damaged)
 
 
 def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from PIL import Image
 
 from dinalrm_align.train.files import STATE, flush, parse_json, read_json, read_text, write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from PIL.Image import Image
 
 METRICS = "metrics.jsonl"
 PROJECT = "dinalrm_align"
@@ -91,10 +91,9 @@ def open_tracker(
             accelerator.get_tracker(TENSORBOARD, unwrap=True).add_text("settings", text)
 
 
-def track_image(accelerator: "Accelerator", name: str, path: Path, step: int) -> None:
-    """Log the image file `path` under the title `name` to every tracker. Must be called on the main process only."""
+def track_image(accelerator: "Accelerator", name: str, image: "Image", step: int) -> None:
+    """Log an RGB image under the title `name` to every tracker. Must be called on the main process only."""
+    pixels = np.asarray(image)
     for tracker in accelerator.trackers:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
         options = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
         tracker.log_images({name: pixels[None]}, step=step, **options)

@@ -10,14 +10,13 @@ from typing import Any, TypeVar, Unpack
 
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, BatchEncoding
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dinalrm_align.flow.noise import check_latents
-from dinalrm_align.models.images import image_tensor
+from dinalrm_align.models.images import Images, image_batches
 from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.models.weights import HubOptions, check_source
@@ -113,21 +112,16 @@ class PixelReward(RewardModule):
     @torch.no_grad()
     def score_images(
         self,
-        images: Tensor | Sequence[Image.Image],
+        images: Images,
         prompts: Sequence[str],
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return scores (B,), float32, of B images for B prompts, without gradient. `generator` is ignored.
 
-        images: B PIL images, which may differ in size, or a tensor (B, 3, H, W) in [0, 1].
+        images: PIL images, tensors or arrays, as for `image_tensor`, but a list may hold images of different sizes.
         """
-        if isinstance(images, Tensor):
-            images = image_tensor(images)
-            return self.score_decoded(images, prompts_of(prompts, len(images)))
-        if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
-            raise TypeError(f"images: got {images!r:.60}; expected a list of PIL images, or (B, 3, H, W)")
-        tensors = [image_tensor([image]) for image in images]
+        tensors = [image[None] for batch in image_batches(images) for image in batch]
         prompts = prompts_of(prompts, len(tensors))
         scores: list[Tensor | None] = [None] * len(tensors)
         for size in dict.fromkeys(tensor.shape for tensor in tensors):  # images of one size form a batch

@@ -43,17 +43,12 @@ class Recorder(GeneralTracker):
         self.images[step] = {name: np.array(images) for name, images in values.items()}
 
 
-def draw(path: Path, value: int) -> Path:
-    Image.fromarray(np.full((6, 9, 3), value, dtype=np.uint8)).save(path)
-    return path
-
-
 def run(accelerator: Accelerator, folder: Path, steps: int = 4, resume: Path | None = None) -> None:
     """Train one weight, with an image after updates 0, 2, 4, ..."""
     weight = nn.Parameter(torch.tensor(1.0))
 
     def image(step: int) -> None:
-        track_image(accelerator, "held_out", draw(folder / "grid.png", 10 * step), step)
+        track_image(accelerator, "held_out", Image.new("RGB", (9, 6), (10 * step,) * 3), step)
 
     folder.mkdir(exist_ok=True)
     config, optim = LoopConfig(steps=steps, ema_decay=0.0), OptimConfig(lr=0.1)
