@@ -185,13 +185,15 @@ def image_tensor(images: Images) -> "Tensor":
     sizes = sorted({tuple(part.shape[-2:]) for part in parts})
     if len(sizes) != 1:
         got = f"{len(parts)} images of sizes (height, width) {sizes[:4]}"
-        raise ValueError(f"images: got {got}; expected one or more of one size: resize or crop them")
+        raise ValueError(f"images: got {got}; expected one size: resize or crop them")
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def image_batches(images: Images) -> list["Tensor"]:
     """Convert the elements of a list of images, of any sizes, to tensors (b, 3, H, W). See `image_tensor`."""
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        if not images:
+            raise ValueError("images: got 0 images; expected at least one")
         return [_batch(image, f"images[{index}]") for index, image in enumerate(images)]
     return [_batch(images, "images")]
 

@@ -365,10 +365,12 @@ def folder_as_image(world: World) -> object:
     return captioned_at(folder)
 
 
-def see_through() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGBA", (8, 8), (1, 2, 3, 4)).save(buffer, "PNG")
-    return buffer.getvalue()
+def with_chunk(kind: bytes, data: bytes, keep: int | None = None, checksum: int | None = None) -> bytes:
+    """A PNG with one more chunk after its pixels. keep: bytes of the file to keep, counted from that chunk's start."""
+    plain, check = encoded(), zlib.crc32(kind + data) if checksum is None else checksum
+    at = plain.index(b"IEND") - 4
+    file = plain[:at] + struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check) + plain[at:]
+    return file if keep is None else file[: at + keep]
 
 
 IMAGES = [
@@ -383,8 +385,17 @@ IMAGES = [
     Case("a spoilt PNG", captioned(("a.png", encoded()[:60] + b"spoilt" + encoded()[66:]), CAPTION), ValueError, "a.png"),
     Case("10^10 pixels", captioned(("a.png", bitmap_header(100_000, 100_000)), CAPTION), ValueError, "a.png"),
     Case("a header alone", captioned(("a.png", bitmap_header(64, 64)), CAPTION), ValueError, "a.png"),
-    Case("16 bits", captioned(("a.png", encoded(mode="I;16")), CAPTION), ValueError, "a.png 8"),
-    Case("transparent", captioned(("a.png", see_through()), CAPTION), ValueError, "a.png"),
+    Case("32 bits", captioned(("a.png", encoded("TIFF", "I")), CAPTION), ValueError, "a.png I 8"),
+    Case("floats", captioned(("a.png", encoded("TIFF", "F")), CAPTION), ValueError, "a.png F 8"),
+    Case("a row of pixels", captioned(("a.png", encoded(size=(64, 1))), CAPTION), ValueError, "a.png 64 1"),
+    Case("a column of pixels", captioned(("a.jpg", encoded("JPEG", size=(1, 64))), CAPTION), ValueError, "a.jpg 1 64"),
+    Case("a WebP cut short", captioned(("a.webp", encoded("WEBP")[:200]), CAPTION), ValueError, "a.webp"),
+    Case("a GIF cut short", captioned(("a.png", encoded("GIF", "L")[:900]), CAPTION), ValueError, "a.png"),
+    Case("a TIFF cut short", captioned(("a.png", encoded("TIFF")[:900]), CAPTION), ValueError, "a.png"),
+    Case("a BMP cut short", captioned(("a.png", encoded("BMP")[:900]), CAPTION), ValueError, "a.png"),
+    Case("EXIF cut short", captioned(("a.png", with_chunk(b"eXIf", bytes(99), 50)), CAPTION), ValueError, "a.png"),
+    Case("EXIF of another checksum", captioned(("a.png", with_chunk(b"eXIf", b"II", checksum=7)), CAPTION), ValueError, "a.png eXIf"),
+    Case("text that unpacks to 4 MB", captioned(("a.png", with_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**22)))), CAPTION), ValueError, "a.png"),
     Case("a folder named .png", folder_as_image, FileNotFoundError, "a.png"),
 ]  # fmt: skip
 

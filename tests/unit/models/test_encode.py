@@ -129,13 +129,13 @@ def test_non_square_images_round_trip_in_shape(tiny_pipeline):
 
 @pytest.mark.parametrize(("images", "message"), [
     (torch.zeros(1, 3, 62, 64), "got 62 x 64 pixels; expected multiples of 4"),
-    (torch.zeros(3, 64, 64), r"got torch.float32 \(3, 64, 64\); expected floating \(B, 3, H, W\)"),
-    (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "got torch.uint8"),
+    (torch.zeros(64, 64, 3), r"got torch.float32 \(64, 64, 3\); expected .* \(B, 3, H, W\)"),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.int32), "got torch.int32"),
     (torch.full((1, 3, 64, 64), 255.0), r"got values in \[255, 255\]; expected \[0, 1\]: divide bytes by 255"),
     (torch.full((1, 3, 64, 64), float("nan")), r"got values in \[nan, nan\]"),
     (random_images() * 2 - 1, r"map \[-1, 1\] by x / 2 \+ 0.5"),
     ([], "got 0 images"),
-    ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 4))], r"2 images of sizes \[\(8, 4\), \(8, 8\)\]"),
+    ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 4))], r"2 images .*width\) \[\(4, 8\), \(8, 8\)\]"),
 ])  # fmt: skip
 def test_unusable_images_are_refused(tiny_pipeline, images, message):
     with pytest.raises(ValueError, match=message):

@@ -29,7 +29,7 @@ def test_a_strip_that_cannot_be_read_is_an_error_with_its_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="row of 2 images cannot be had from .*absent.png"):
         load_strip(tmp_path / "absent.png", 2)
     (tmp_path / "torn.png").write_bytes(b"no image")
-    with pytest.raises(OSError, match="torn.png"):
+    with pytest.raises(ValueError, match="torn.png"):
         load_strip(tmp_path / "torn.png", 2)
     save_strip(np.zeros((3, 4, 4, 3), dtype=np.uint8), tmp_path / "three.png")
     with pytest.raises(ValueError, match="three.png"):

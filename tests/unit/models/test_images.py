@@ -129,7 +129,7 @@ CARRIERS = {
     "JPEG XMP single quotes": lambda o: jpeg(stored(o), jpeg_xmp(xmp("", f"tiff:Orientation = '{o}'"))),
     "JPEG XMP with blanks": lambda o: jpeg(stored(o), jpeg_xmp(xmp(f"<tiff:Orientation > {o}\n</tiff:Orientation>"))),
     "JPEG XMP without namespace": lambda o: jpeg(stored(o), jpeg_xmp(xmp("", f'tiff:Orientation="{o}"', ""))),
-    "JPEG XMP prefix": lambda o: jpeg(stored(o), jpeg_xmp(xmp("", f'T:Orientation="{o}"', TIFF.replace("tiff:", "T:")))),
+    "JPEG XMP prefix": lambda o: jpeg(stored(o), jpeg_xmp(attribute(o).replace("tiff:", "T:").replace(":tiff", ":T"))),
     "JPEG XMP UTF-16": lambda o: jpeg(stored(o), jpeg_xmp(attribute(o).encode("utf-16"))),
     "MPO": lambda o: saved(stored(o), "MPO", append_images=[upright()], exif=APP1 + exif(o), **JPEG),
     "WebP EXIF": lambda o: saved(stored(o), "WEBP", lossless=True, exif=exif(o)),

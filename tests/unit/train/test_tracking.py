@@ -79,7 +79,7 @@ def test_no_tracker_leaves_the_metrics_file_alone(tmp_path):
     accelerator = Accelerator(cpu=True, project_dir=tmp_path)
     open_tracker(accelerator, "none", tmp_path, SETTINGS)
     run(accelerator, tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl", "checkpoints", "grid.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl", "checkpoints"}
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
