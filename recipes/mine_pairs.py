@@ -69,7 +69,7 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
 
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
     if run.lora is not None:
-        policy.load_lora(Path(run.lora))
+        policy.load_lora(run.lora)
         facts["lora"] = digest(policy.parameters)[:16]
     settings = run.mine
     scale = spec.guidance_scale if settings.guidance_scale is None else settings.guidance_scale

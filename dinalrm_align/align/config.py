@@ -15,7 +15,7 @@ class EvaluationConfig:
     Args:
         samples: images per evaluation. Prompts are used in file order, and repeated if the file has fewer prompts.
         batch_size: images sampled at once.
-        every: updates between evaluations; 0: none during training. Base model and final policy are always evaluated.
+        every: updates between evaluations; 0: none during training. Initial and final policy are always evaluated.
         shown: number of images in the image grid of each evaluation.
         seed: seed of the evaluation noise. It is separate from the training seed, so that runs with different training
             seeds can be compared image by image.
@@ -186,6 +186,20 @@ def check_noise_level(section: str, sampler: str, noise_level: float) -> None:
 
 
 @dataclass
+class PolicyConfig(LoraConfig):
+    """Settings of the policy's LoRA.
+
+    Args:
+        init_from: LoRA to start from: a file or folder written by this package, diffusers or peft, or the hub id of
+            such a folder; by default B = 0. policy.rank must be at least its rank. The LoRA keeps its strength,
+            whatever policy.alpha is. The evaluation before training uses this LoRA; the velocity KL and the drift are
+            still those to the base model.
+    """
+
+    init_from: str | None = None
+
+
+@dataclass
 class PolicyRun:
     """Settings of every recipe that samples from a model with a LoRA.
 
@@ -257,3 +271,4 @@ class AlignRun(PolicyRun):
     watch: WatchConfig = field(default_factory=WatchConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     hpsv3: Hpsv3Config = field(default_factory=Hpsv3Config)
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(rank=16, alpha=16.0))

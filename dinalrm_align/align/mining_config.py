@@ -52,8 +52,8 @@ class MineRun(PolicyRun):
         reward: latent reward that ranks the samples: dinalrm (the default), or the folder or hub id of a latent reward.
         output_dir: folder of the pairs; by default one under runs/, named after model, reward and seed. Pairs that are
             already in the folder are kept if they were mined with the same settings.
-        lora: folder of a LoRA to sample with, such as a run's lora/ folder. The settings policy.rank and policy.alpha
-            must equal those of this LoRA.
+        lora: LoRA to sample with, such as a run's lora/ folder: a file or folder written by this package, diffusers or
+            peft, or the hub id of such a folder. policy.rank must be at least its rank.
         max_prompts: use only the first max_prompts prompts; by default all.
         mine: settings of the samples and the pairs.
     """

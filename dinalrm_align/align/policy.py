@@ -4,30 +4,25 @@ The LoRA is a peft adapter on the eight attention projections of every transform
 always float32, because bfloat16 would round AdamW's updates away. A latent reward may share the base weights.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dinalrm_align.align.lora import Lora, read_lora, write_lora
 from dinalrm_align.flow.noise import check_latents, timestep_of
 from dinalrm_align.flow.sampling import Velocity
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.models.weights import check_fit
 from dinalrm_align.reward.config import LoraConfig
-from dinalrm_align.train.files import atomically, reading
 from dinalrm_align.train.settings import check_integer, check_number
 
 ADAPTER = "policy"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-PREFIX = "transformer."
 PROJECTIONS = [
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 ]  # fmt: skip
@@ -177,28 +172,40 @@ class Policy:
             raise ValueError(f"weights of another LoRA: {name}: got {got.get(name)}; expected {expected.get(name)}")
 
     def save_lora(self, folder: Path) -> None:
-        """Write the LoRA to folder/pytorch_lora_weights.safetensors, which diffusers' `load_lora_weights` reads."""
-        try:
-            with atomically(folder / LORA_FILE) as temporary:
-                StableDiffusion3Pipeline.save_lora_weights(
-                    folder,
-                    transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
-                    transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),  # with alpha
-                    weight_name=temporary.name,
-                )
-        except SafetensorError as error:
-            raise OSError(f"{folder / LORA_FILE} cannot be written ({error})") from error
+        """Write the LoRA to folder/pytorch_lora_weights.safetensors (see `write_lora`)."""
+        write_lora(folder, self._layers(), self.transformer.peft_config[ADAPTER].to_dict())
 
-    def load_lora(self, folder: Path) -> None:
-        """Load a LoRA that `save_lora` wrote. Raises ValueError if it does not fit or contains NaN or inf."""
-        path = folder / LORA_FILE
-        with reading("LoRA in safetensors", path), safe_open(path, framework="pt") as file:
-            saved = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}
-            metadata = dict(json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")))
-        got = metadata.get(f"{PREFIX}r"), metadata.get(f"{PREFIX}lora_alpha")
-        if got != (expected := (self.config.rank, self.config.alpha)):
-            raise ValueError(f"{path}: got rank and alpha {got}; expected {expected}, those of the policy")
-        check_fit(get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER), saved, path)
-        if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{path}: {len(bad)} tensors are not finite: {', '.join(bad[:3])}")
-        set_peft_model_state_dict(self.transformer, saved, adapter_name=ADAPTER)
+    def load_lora(self, source: str | Path) -> None:
+        """Read a LoRA from a file, folder or hub id (`read_lora`), and set the policy's LoRA to it (`set_lora`)."""
+        self.set_lora(read_lora(source))
+
+    def set_lora(self, lora: Lora) -> None:
+        """Set the policy's LoRA to `lora`, at the strength that it has there.
+
+        A smaller rank than the policy's is padded: the further rows of A keep their initial values, the further columns
+        of B are zero. Projections that the file lacks keep A and get B = 0. Neither changes what the LoRA adds. Raises
+        ValueError for a larger rank, and for projections and widths that the policy does not have.
+        """
+        own, scale = self._layers(), self.config.alpha / self.config.rank
+        if unknown := [layer for layer in lora.layers if f"{layer}.lora_A.weight" not in own]:
+            got = f"a LoRA on {len(unknown)} layers that the policy does not train, such as {unknown[0]}"
+            raise ValueError(f"{lora.path}: got {got}; expected the attention projections {', '.join(PROJECTIONS)}")
+        loaded = {name: torch.zeros_like(t) if ".lora_B." in name else t.clone() for name, t in own.items()}
+        for layer, (a, b) in lora.layers.items():
+            to_a, to_b = (loaded[f"{layer}.{matrix}.weight"] for matrix in ("lora_A", "lora_B"))
+            if (rank := len(a)) > len(to_a):
+                raise ValueError(
+                    f"{lora.path}: {layer}: got rank {rank}; expected at most the policy's, {len(to_a)}: set "
+                    f"policy.rank to {rank} or more"
+                )
+            if (a.shape[1], len(b)) != (to_a.shape[1], len(to_b)):
+                raise ValueError(
+                    f"{lora.path}: {layer}: got {a.shape[1]} -> {len(b)} channels; expected {to_a.shape[1]} -> "
+                    f"{len(to_b)}, the base model's"
+                )
+            to_a[:rank], to_b[:, :rank] = a, b / scale
+        set_peft_model_state_dict(self.transformer, loaded, adapter_name=ADAPTER)
+
+    def _layers(self) -> dict[str, Tensor]:
+        """Return the LoRA's tensors by name, such as transformer_blocks.0.attn.to_q.lora_A.weight."""
+        return get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)

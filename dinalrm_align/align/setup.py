@@ -19,6 +19,7 @@ from torch import nn
 from dinalrm_align.align.anchor import Anchor, matching_scale
 from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.align.evaluation import HeldOut, Probe
+from dinalrm_align.align.lora import read_lora
 from dinalrm_align.align.memory import (
     check_memory_options,
     decoder,
@@ -43,7 +44,7 @@ from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_r
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.device import start_accelerator
-from dinalrm_align.train.digest import fingerprint, text_digest
+from dinalrm_align.train.digest import digest, fingerprint, text_digest
 from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.loop import Hook, Method, RunFolder, fit
 from dinalrm_align.train.metrics import METRICS, open_tracker, read_metrics
@@ -198,6 +199,7 @@ def prepare(
     check_memory_options(run.memory, device)
     names = reward_names(run, anchor, in_advantages)
     prompts, samples = run_prompts(resolved)
+    initial = read_lora(run.policy.init_from) if run.policy.init_from is not None else None
     gold = load_gold(resolved, samples, device)
     accelerator.print(f"run in {run.output_dir}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")
     open_tracker(accelerator, run.tracker, Path(run.output_dir), resolved.text, resolved.checkpoint)
@@ -214,6 +216,9 @@ def prepare(
     rewards = [load_reward(name, options=reward_options(name, run), **place) for name in names]
     identity = run_identity(resolved, pipeline.transformer, rewards, anchor, prompts)
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
+    if initial is not None:
+        policy.set_lora(initial)
+        identity["initial LoRA"] = digest(policy.parameters)[:16]
     meter = PhaseMeter(device, run.profile_every)
     setup = Setup(resolved, accelerator, pipeline, policy, rewards[0], None, gold, text, meter, identity)
     setup.sharded = apply_memory_options(setup, rewards)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from malformed import Command, World, recipe
+from safetensors.torch import save_file
 
 from dinalrm_align.train.checkpoints import save_checkpoint
 from dinalrm_align.train.metrics import MetricsLog
@@ -187,6 +188,20 @@ PLACES = [
     Command("output_dir a file (build)", BUILD, lambda w: ["--output_dir", w.file("world", "x")], "world"),
 ]  # fmt: skip
 
+
+def lora_of(rank: int) -> Callable[[World], object]:
+    """--policy.init_from with a LoRA of this rank."""
+
+    def word(world: World) -> str:
+        layer = "transformer.transformer_blocks.0.attn.to_q"
+        matrices = {f"{layer}.lora_A.weight": torch.ones(rank, 16), f"{layer}.lora_B.weight": torch.ones(16, rank)}
+        path = world.fresh() / "lora.safetensors"
+        save_file(matrices, path)
+        return f"--policy.init_from={path}"
+
+    return word
+
+
 RUNS = [
     Command("a GPU that is not there", REFL, tiny("--device=cuda"), "device cuda"),
     Command("a GPU that is not there (train)", TRAIN, tiny("--device=cuda"), "device cuda"),
@@ -207,6 +222,11 @@ RUNS = [
     Command("no reward folder", REFL, tiny("--reward=./absent"), "./absent"),
     Command("a reward cut short", REFL, tiny(lambda w: f"--reward={w.with_bytes(w.reward_dir, 'model.safetensors', b'x')}"), "model.safetensors"),
     Command("a reward of another config", REFL, tiny(lambda w: f"--reward={w.with_json(w.reward_dir, 'config.json', sigma='x')}"), "sigma str x"),
+    Command("no LoRA to start from", REFL, tiny("--policy.init_from=./absent"), "LoRA ./absent"),
+    Command("a folder without a LoRA to start from", REFL, tiny(lambda w: f"--policy.init_from={w.reward_dir}"), "pytorch_lora_weights.safetensors model.safetensors"),
+    Command("a LoRA of text to start from", GRPO, tiny(lambda w: f"--policy.init_from={w.file('lora.safetensors', 'text')}"), "lora.safetensors"),
+    Command("a LoRA to start from of a larger rank", NFT, tiny(lora_of(rank=3), "--policy.rank=2"), "rank 3 2 policy.rank"),
+    Command("no LoRA to sample with", MINE, lambda w: ["--model", world_of(w), "--device=cpu", "--lora=./absent"], "LoRA ./absent"),
     Command("no pairs", TRAIN, tiny("--pairs=absent"), "absent index.json"),
     Command("no jsonl", TRAIN, tiny("--pairs=absent.jsonl"), "absent.jsonl"),
     Command("a jsonl of text", TRAIN, tiny(lambda w: f"--pairs={w.file('p.jsonl', 'text')}"), "p.jsonl 1"),

@@ -542,13 +542,56 @@ def lora(change: Callable[[World, Path], object]):
     return call
 
 
+TO_Q = "transformer.transformer_blocks.0.attn.to_q"
+
+
+def altered(change: Callable[[dict[str, torch.Tensor]], object], metadata: dict[str, str] | None = None):
+    """The LoRA with other tensors, and without metadata unless it is given."""
+
+    def call(world: World, path: Path) -> None:
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata=metadata)
+
+    return call
+
+
+def with_metadata(config: dict[str, object], tensors: dict[str, torch.Tensor] | None = None):
+    return altered(lambda t: t.update(tensors or {}), {"lora_adapter_metadata": json.dumps(config)})
+
+
+def wider(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{TO_Q}.lora_A.weight"] = torch.ones(2, 32)
+
+
+def higher(tensors: dict[str, torch.Tensor]) -> None:
+    shapes = {"A": (3, 16), "B": (16, 3)}
+    tensors |= {f"{TO_Q}.lora_{letter}.weight": torch.ones(shape) for letter, shape in shapes.items()}
+
+
 LORA = [
     Case("missing", lora(lambda w, p: p.unlink()), OSError, "pytorch_lora_weights.safetensors LoRA"),
     Case("cut short", lora(lambda w, p: p.write_bytes(p.read_bytes()[:500])), UNREADABLE, "pytorch_lora_weights.safetensors LoRA"),
     Case("a pickle", lora(lambda w, p: p.write_bytes(bomb_bytes(w))), UNREADABLE, "pytorch_lora_weights.safetensors LoRA"),
-    Case("no metadata", lora(lambda w, p: resaved(p, None)), ValueError, "pytorch_lora_weights.safetensors"),
-    Case("another rank", lora(lambda w, p: resaved(p, {"lora_adapter_metadata": '{"transformer.r": 9}'})), ValueError, "alpha 9"),
+    Case("another rank", lora(lambda w, p: resaved(p, {"lora_adapter_metadata": '{"transformer.r": 9}'})), ValueError, "rank 9"),
     Case("metadata a list", lora(lambda w, p: resaved(p, {"lora_adapter_metadata": "[1]"})), ValueError, "pytorch_lora_weights.safetensors LoRA"),
+    Case("a value of NaN", lora(altered(replace("lora_B", lambda t: t.fill_(math.nan)))), ValueError, "pytorch_lora_weights.safetensors finite"),
+    Case("a matrix missing", lora(altered(drop("lora_B"))), ValueError, "lora_B.weight pytorch_lora_weights.safetensors"),
+    Case("two ranks in a layer", lora(altered(replace("lora_A", lambda t: t[:1].clone()))), ValueError, "rank pytorch_lora_weights.safetensors"),
+    Case("of a text encoder as well", lora(altered(lambda t: t.update({"text_encoder.q_proj.alpha": torch.ones(())}))), ValueError, "text_encoder.q_proj"),
+    Case("with a bias", lora(altered(lambda t: t.update({"transformer.x.lora_B.bias": torch.ones(2)}))), ValueError, "x.lora_B.bias"),
+    Case("with DoRA", lora(altered(lambda t: t.update({"transformer.x.lora_magnitude_vector.weight": torch.ones(2)}))), ValueError, "x.lora_magnitude_vector.weight"),
+    Case("two alphas", lora(with_metadata({"transformer.lora_alpha": 9}, {f"{TO_Q}.alpha": torch.tensor(2.0)})), ValueError, "alpha 2 9"),
+    Case("alpha a word", lora(with_metadata({"transformer.lora_alpha": "x"})), ValueError, "pytorch_lora_weights.safetensors LoRA"),
+    Case("patterns a word", lora(with_metadata({"transformer.rank_pattern": "x"})), ValueError, "pytorch_lora_weights.safetensors LoRA"),
+    Case("alpha not finite", lora(with_metadata({"transformer.lora_alpha": math.inf})), ValueError, "finite pytorch_lora_weights.safetensors"),
+    Case("an alpha of three values", lora(altered(lambda t: t.update({f"{TO_Q}.alpha": torch.ones(3)}))), ValueError, "pytorch_lora_weights.safetensors LoRA"),
+    Case("of no layers", lora(altered(lambda t: t.clear())), ValueError, "pytorch_lora_weights.safetensors no tensors"),
+    Case("of a UNet", lora(altered(lambda t: t.update({"unet.down.lora_A.weight": torch.ones(2, 4), "unet.down.lora_B.weight": torch.ones(4, 2)}))), ValueError, "unet.down to_q"),
+    Case("of another width", lora(altered(wider)), ValueError, f"{TO_Q.removeprefix('transformer.')} channels 32"),
+    Case("of a larger rank", lora(altered(higher)), ValueError, "rank 3 2 policy.rank"),
+    Case("of peft without its config", lora(lambda w, p: p.rename(p.with_name("adapter_model.safetensors"))), FileNotFoundError, "adapter_config.json"),
+    Case("with DoRA by its config", lora(with_metadata({"transformer.use_dora": True})), ValueError, "use_dora True"),
 ]  # fmt: skip
 
 

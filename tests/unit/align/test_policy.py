@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from dinalrm_align.align.policy import LORA_FILE, Policy
+from dinalrm_align.align.lora import LORA_FILE
+from dinalrm_align.align.policy import Policy
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import LoraConfig
 from dinalrm_align.shapes.stack import StackConfig, build_pipeline
@@ -144,9 +145,6 @@ def test_a_policy_reads_its_lora_back_strictly(policy, tmp_path):
     other.load_lora(tmp_path)
     assert all(torch.equal(p, other.parameters[name]) for name, p in policy.parameters.items())
     assert all(p.requires_grad for p in other.parameters.values())
-    narrow = Policy(build_pipeline(StackConfig.tiny(), seed=0).transformer, LoraConfig(rank=4, alpha=4), seed=0)
-    with pytest.raises(ValueError, match=r"got rank and alpha \(4, 8\); expected \(4, 4\)"):
-        narrow.load_lora(tmp_path)
     shallow = Policy(build_pipeline(StackConfig.tiny(depth=3), seed=0).transformer, LoraConfig(rank=4, alpha=8), seed=0)
     with pytest.raises(ValueError, match="pytorch_lora_weights.safetensors"):
         shallow.load_lora(tmp_path)

@@ -15,7 +15,8 @@ from dinalrm_align import LatentReward
 from dinalrm_align.align import watch
 from dinalrm_align.align.config import EvaluationConfig, WatchConfig
 from dinalrm_align.align.evaluation import HeldOut
-from dinalrm_align.align.policy import LORA_FILE, Policy
+from dinalrm_align.align.lora import LORA_FILE
+from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.flow.sampling import schedule_sigmas
 from dinalrm_align.models.text import Conditions

@@ -11,10 +11,11 @@ import yaml
 from diffusers import StableDiffusion3Pipeline
 from paths import RECIPES, load_recipe
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_clip import save_clip
 
 from dinalrm_align.align import watch
+from dinalrm_align.align.lora import LORA_FILE
 from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.align.resolve import resolve
 from dinalrm_align.train.checkpoints import checkpoint_to_resume
@@ -108,6 +109,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, arguments, tmp_path, mon
     ]
     assert golds[0] == golds[1]
     assert yaml.safe_load((cut / "config.yaml").read_text())["refl"]["kl_weight"] == 0.1
+
+
+def test_a_run_starts_from_a_lora_which_is_part_of_its_identity(recipe, arguments, tmp_path, capsys):
+    first = run(recipe, arguments, tmp_path / "first", "--loop.ema_decay=0")
+    more = [f"--policy.init_from={first / 'lora'}", "--policy.rank=3", "--optim.lr=0", "--loop.ema_decay=0"]
+    second = run(recipe, arguments, tmp_path / "second", *more)
+    ended, started = (read_metrics(folder / "metrics.jsonl") for folder in (first, second))
+    for name in ("gold", "proxy", "drift"):
+        assert started[0][name] == pytest.approx(ended[-1][name], rel=1e-4)
+        assert started[-1][name] == started[0][name]  # nothing was learned with a learning rate of 0
+    assert started[0]["drift"] > 0, "the base model remains the reference"
+
+    recipe.main([f"--resume={second}", "--loop.steps=6"])
+    lora = load_file(first / "lora" / LORA_FILE)
+    save_file({name: tensor + 0.1 for name, tensor in lora.items()}, first / "lora" / LORA_FILE)
+    with pytest.raises(SystemExit):
+        recipe.main([f"--resume={second}", "--loop.steps=8"])
+    assert "initial LoRA" in capsys.readouterr().err
 
 
 def test_a_hacked_run_warns_or_stops_by_itself(recipe, arguments, tmp_path, monkeypatch, capsys):
