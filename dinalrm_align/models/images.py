@@ -39,8 +39,8 @@ PNG_METADATA = (b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 def open_image(source: Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
     """Read an image, turn it upright, and convert it to RGB, 8 bits per channel. The result holds no metadata.
 
-    Modes: transparent pixels are put on white; 16-bit grey (I;16) is divided by 257; CMYK, YCbCr, HSV, palettes, grey
-    and 1 bit are converted as by PIL, without colour profiles. I, F and LAB, which have no fixed white, are refused.
+    Modes: transparent pixels are put on white; 16-bit grey is divided by 257; CMYK, YCbCr, HSV, palettes, grey
+    and 1 bit are converted as by PIL, without colour profiles. I (32 bits), F and LAB are refused.
     PIL reads 16-bit colour as the upper 8 bits. Animations and multi-page files: the first frame.
 
     Args:
@@ -158,7 +158,7 @@ def _raw_profile(text: str) -> bytes:
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Convert a loaded PIL image to a new RGB image. Raises ValueError for the modes that `open_image` refuses."""
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16-bit files
         values = np.asarray(image)
         values = np.where(values == image.info.get("transparency", -1), 65535, values)
         return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")

@@ -96,7 +96,7 @@ class RewardSum(RewardModule):
     def score_images(
         self, images: Any, prompts: Conditions | Sequence[str], *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the weighted sum (B,), float32, for PIL images or a tensor (B, 3, H, W) in [0, 1].
+        """Return the weighted sum (B,), float32, for images as `image_tensor` takes them.
 
         generator: draws the noise that latent rewards add. Raises ValueError if a summed reward cannot score images.
         """

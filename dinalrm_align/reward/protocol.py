@@ -81,7 +81,7 @@ class Reward(Protocol):
         ...
 
     def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
-        """Return scores (B,), float32, without gradient. images: PIL images, or (B, 3, H, W) in [0, 1]."""
+        """Return scores (B,), float32, without gradient. images: see `models.images.image_tensor`."""
         ...
 
     def fingerprint(self) -> str:

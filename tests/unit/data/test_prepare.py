@@ -9,6 +9,7 @@ import pytest
 import torch
 from paths import load_recipe
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 from tiny_prepare import (
     _white,
@@ -299,6 +300,25 @@ def test_a_turned_photograph_is_measured_as_it_is_seen(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert image_size(tmp_path / "turned.jpg") == (40, 20)
+
+
+def test_a_turned_png_goes_into_the_bucket_of_its_upright_size(tmp_path):
+    """Stored 128 x 64 with orientation 6 in XMP: shown 64 wide and 128 high, white above black."""
+    source = hpdv3(tmp_path / "data", pairs=1)
+    upright = Image.new("RGB", (64, 128), "black")
+    upright.paste((255, 255, 255), (0, 0, 64, 64))
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    for side in "cr":
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "data" / "images" / f"0_{side}.png", pnginfo=info)
+
+    def top_left(images):
+        return images[:, :2, ::8, ::8]
+
+    prepare(source, tmp_path / "out", buckets="128x64,64x128", encode=top_left)
+    latents = LatentPairs(tmp_path / "out", batch_size=1).batch_at(0).latents
+    assert latents.shape[2:] == (16, 8)
+    assert (latents[:, :, :8] == 1).all() and (latents[:, :, 8:] == 0).all()
 
 
 def test_files_hold_one_size_and_no_more_than_they_should():

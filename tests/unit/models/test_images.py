@@ -320,8 +320,9 @@ def test_a_colour_that_means_transparent_goes_on_white():
 def test_sixteen_bits_in_files_are_scaled():
     values = np.array([[0, 257, 32896], [65535, 128 * 257, 1000]], np.uint16)
     expected = np.rint(values / 257)
-    for kind in ("PNG", "TIFF"):
-        image = open_image(saved(Image.fromarray(values), kind))
+    pgm = b"P5 3 2 65535\n" + values.astype(">u2").tobytes()
+    for kind, data in [("PGM", pgm), *((kind, saved(Image.fromarray(values), kind)) for kind in ("PNG", "TIFF"))]:
+        image = open_image(data)
         assert np.array_equal(np.asarray(image)[..., 0], expected), kind
 
 

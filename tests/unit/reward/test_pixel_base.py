@@ -110,6 +110,33 @@ def test_images_of_one_size_go_through_together_and_keep_their_places():
     assert reward.seen == [(2, 3, 6, 8), (1, 3, 4, 4)]
 
 
+def test_images_of_every_kind_get_the_same_scores():
+    tensor = torch.rand(3, 3, 8, 6, generator=torch.Generator().manual_seed(0)).mul(255).round().byte()
+    array = tensor.permute(0, 2, 3, 1).numpy()
+    expected = Redness().score_images(tensor.float() / 255, PROMPTS)
+    for images in (
+        tensor,
+        list(tensor),
+        array,
+        list(array),
+        array / 255.0,
+        [Image.fromarray(image) for image in array],
+    ):
+        assert torch.equal(Redness().score_images(images, PROMPTS), expected)
+    for image in (tensor[0], array[0], Image.fromarray(array[0])):
+        assert torch.equal(Redness().score_images(image, PROMPTS[:1]), expected[:1])
+    with pytest.raises(ValueError, match="got 0 images"):
+        Redness().score_images([], [])
+
+
+def test_a_turned_image_reaches_the_reward_upright():
+    image = Image.new("RGB", (8, 6), "red")
+    image.getexif()[0x0112] = 6
+    reward = Redness()
+    reward.score_images([image], ["a"])
+    assert reward.seen == [(1, 3, 8, 6)]
+
+
 def test_bad_calls_are_named(vae):
     reward = Redness(vae)
     with pytest.raises(ValueError, match="this Redness has no VAE"):

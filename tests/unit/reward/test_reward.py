@@ -1,13 +1,17 @@
 """LatentReward: where weights come from, reproducible scores, prompts and images, saving."""
 
+import io
 import json
 import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny_reward import make_inputs, raw_scores
 
 from dinalrm_align import LatentReward
@@ -45,6 +49,21 @@ def test_a_world_can_be_moved_as_a_whole(tiny_world, tiny_inputs, reward, tmp_pa
     shutil.copytree(tiny_world, tmp_path / "elsewhere")
     moved = LatentReward.from_pretrained(tmp_path / "elsewhere" / "dinalrm")
     torch.testing.assert_close(moved(**tiny_inputs), reward(**tiny_inputs))
+
+
+def test_a_turned_image_is_scored_upright(reward):
+    """Half white, half black; stored on its side, with the orientation in a file that PIL has not decoded yet."""
+    upright = Image.new("RGB", (64, 48))
+    upright.paste((255, 255, 255), (0, 0, 64, 24))
+    buffer, info = io.BytesIO(), PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    upright.transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG", pnginfo=info)
+    noise = torch.randn(1, 16, 12, 16, generator=torch.Generator().manual_seed(0))
+    scores = [
+        reward.score_images(image, ["a"], noise=noise)
+        for image in (upright, Image.open(buffer), Image.open(buffer).convert("RGB"), np.asarray(upright))
+    ]
+    assert all(torch.equal(score, scores[0]) for score in scores)
 
 
 def test_a_seed_means_one_score(reward, tiny_inputs):
