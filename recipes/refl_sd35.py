@@ -29,6 +29,7 @@ def align(resolved: Resolved[ReflRun]) -> None:
     from dinalrm_align.align.setup import prepare
     from dinalrm_align.data.prompts import read_captioned_images
     from dinalrm_align.models.pipeline import encode_images
+    from dinalrm_align.train.digest import digest
 
     run, refl = resolved.run, resolved.run.refl
     images, captions = read_captioned_images(Path(refl.pretrain_images)) if refl.pretrain_images else ([], [])
@@ -42,7 +43,8 @@ def align(resolved: Resolved[ReflRun]) -> None:
     elif refl.pretrain_weight > 0:
         method.pretrain_data = method.reference_samples(refl.pretrain_samples)
 
-    setup.align(method, samples=refl.batch_size * run.loop.accumulate)
+    data = {"pretraining images": digest({" ".join(captions): method.pretrain_data[0]})[:16]} if images else None
+    setup.align(method, samples=refl.batch_size * run.loop.accumulate, data=data)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

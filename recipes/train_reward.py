@@ -24,7 +24,7 @@ from dinalrm_align.models.specs import ModelSpec, resolve_model
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import refuse, refusing
 from dinalrm_align.train.metrics import open_tracker
-from dinalrm_align.train.run import complete_run, parse_run
+from dinalrm_align.train.run import begin_run, complete_run, resume_command
 
 RECIPE = Path(__file__)
 
@@ -34,12 +34,14 @@ def resolve(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, Path |
 
     Without --config, the defaults of a new run come from train_reward_sd35.yaml or train_reward_shapes.yaml.
     """
-    run, checkpoint = parse_run(TrainRewardRun, __doc__, argv)
-    spec, reason = resolve_model(run.model)
+    model, checkpoint = begin_run(TrainRewardRun, __doc__, argv)
+    spec, reason = resolve_model(model)
     has_config = any(word.split("=")[0] == "--config" for word in argv)
     defaults = [] if has_config else [RECIPE.with_name(f"train_reward_{spec.kind}.yaml")]
-    name = f"train_reward_{Path(spec.name).name}_seed{run.seed}"
-    run, text = complete_run(run, RECIPE, argv, checkpoint, model=spec.name, name=name, defaults=defaults)
+    run, text = complete_run(
+        TrainRewardRun, RECIPE, argv, checkpoint, model=spec.name, defaults=defaults,
+        name=lambda run: f"train_reward_{Path(spec.name).name}_seed{run.seed}",
+    )  # fmt: skip
     if run.pairs is None and spec.kind != "shapes":
         refuse(f"pairs: got none, and {spec.name} has none of its own; pass --pairs with a folder or a jsonl file")
     print(reason, flush=True)
@@ -55,8 +57,10 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     from dinalrm_align.reward.checkpoint import write_reward
     from dinalrm_align.reward.model import build_reward_model
     from dinalrm_align.reward.sharding import shard_model, sharding_asked
+    from dinalrm_align.train.checkpoints import check_identity
     from dinalrm_align.train.device import start_accelerator
     from dinalrm_align.train.digest import fingerprint
+    from dinalrm_align.train.identity import settings_by_name
     from dinalrm_align.train.loop import Hook, RunFolder, fit
     from dinalrm_align.train.state import RunState, adamw
 
@@ -67,7 +71,10 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     open_tracker(accelerator, run.tracker, folder, text, checkpoint)
 
     reward = training.config_for(run.reward, spec.pipeline, folder / "reward")
-    pairs, validation = training.open_training_pairs(run, spec, reward, accelerator, dtype=getattr(torch, dtype))
+    pairs, validation, digests = training.open_training_pairs(
+        run, spec, reward, accelerator, dtype=getattr(torch, dtype)
+    )
+    check_identity(checkpoint, digests)  # before the transformer is loaded
     world = accelerator.num_processes
     accelerator.print(f"one epoch: {len(pairs) // world} batches of {run.batch_size} on each of {world} processes")
 
@@ -78,7 +85,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
         "seed": str(run.seed),
         "base model": fingerprint(transformer),
         "reward": training.config_digest(reward),
-        "list of pairs": pairs.digest(),
+        **digests,
     }
     model = build_reward_model(reward, transformer, seed=run.seed)
     del transformer  # frees the blocks that the reward does not use
@@ -99,8 +106,8 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
 
     with training.RewardTraining(model, pairs, run, accelerator) as method:
         optimizer = adamw(training.parameter_groups(parameters, run.lora_lr), run.optim)
-        settings, command = "" if checkpoint else text, f"python recipes/train_reward.py --resume {folder}"
-        state = dict(optimizer=optimizer, identity=identity, samples=method.samples)
+        settings, command = "" if checkpoint else text, resume_command(RECIPE, folder)
+        state = dict(optimizer=optimizer, identity=identity, samples=method.samples, settings=settings_by_name(run))
         fit(
             run.loop,
             run.optim,

@@ -1,9 +1,11 @@
 """Settings that all alignment recipes share. Each recipe's settings class inherits `AlignRun`. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from dinalrm_align.models.specs import ModelName
 from dinalrm_align.reward.config import LoraConfig
+from dinalrm_align.reward.names import RewardText
 from dinalrm_align.train import settings
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 
@@ -21,6 +23,7 @@ class EvaluationConfig:
             seeds can be compared image by image.
     """
 
+    MAY_CHANGE: ClassVar = ("batch_size", "every")
     samples: settings.IntAboveOne = 192
     batch_size: settings.PositiveInt = 64
     every: settings.NonNegativeInt = 10
@@ -85,6 +88,7 @@ class MemoryConfig:
         attention: kernel of torch's scaled_dot_product_attention on CUDA; auto: torch's choice.
     """
 
+    MAY_CHANGE: ClassVar = ("decode_slice", "offload", "compile", "attention")
     base_quant: Literal["none", "int8", "nf4"] = "none"
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     decode_slice: settings.PositiveInt | None = None
@@ -111,8 +115,8 @@ class Hpsv3Config:
     """
 
     quantization: Literal["none", "int8", "nf4"] = "none"
-    template: str | None = None
-    base: str | None = None
+    template: settings.PathText | None = None
+    base: settings.Source | None = None
 
     def __post_init__(self) -> None:
         settings.check_fields(self, "hpsv3")
@@ -132,7 +136,7 @@ class AnchorConfig:
         weight: weight of the second reward relative to the first, after both are scaled to the same standard deviation.
     """
 
-    reward: str | None = None
+    reward: RewardText | None = None
     every: settings.PositiveInt = 4
     weight: settings.PositiveFloat = 1.0
 
@@ -162,6 +166,7 @@ class GroupRolloutConfig:
         epochs: passes over the samples of a rollout.
     """
 
+    MAY_CHANGE: ClassVar = ("groups", "sample_batch", "advantage_floor", "advantage_clip")
     groups: settings.PositiveInt = 6
     group_size: settings.IntAboveOne = 8
     sample_batch: settings.PositiveInt = 64
@@ -196,7 +201,7 @@ class PolicyConfig(LoraConfig):
             still those to the base model.
     """
 
-    init_from: str | None = None
+    init_from: settings.Source | None = None
 
 
 @dataclass
@@ -221,11 +226,12 @@ class PolicyRun:
         policy: settings of the LoRA.
     """
 
-    model: str = "auto"
-    reward: str = "dinalrm"
-    output_dir: str | None = None
+    MAY_CHANGE: ClassVar = ("output_dir", "prompts", "device")
+    model: ModelName = "auto"
+    reward: RewardText = "dinalrm"
+    output_dir: settings.PathText | None = None
     seed: settings.NonNegativeInt = 0
-    prompts: str | None = None
+    prompts: settings.PathText | None = None
     height: int | None = None
     width: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -245,7 +251,8 @@ class AlignRun(PolicyRun):
         gold: reward that scores held-out images and is never trained on. By default PickScore, or the reward
             `oracle` for the model `shapes`.
         resume: folder of the checkpoint to resume from, or folder of a run to use its newest checkpoint. Options on the
-            command line override the saved settings.
+            command line override the saved settings; a setting that makes scores before and after incomparable is
+            refused.
         eval_prompts: UTF-8 text file with one held-out prompt per line; by default the list that belongs to the model.
         gradient_checkpointing: recompute activations in the backward pass; saves memory but takes about a third longer.
         profile_every: updates between measurements of FLOPs (on a CPU also of peak memory); 0: no measurements. A
@@ -259,9 +266,10 @@ class AlignRun(PolicyRun):
         hpsv3: options for loading HPSv3, if the reward contains HPSv3.
     """
 
-    gold: str | None = None
-    resume: str | None = None
-    eval_prompts: str | None = None
+    MAY_CHANGE: ClassVar = ("resume", "eval_prompts", "gradient_checkpointing", "profile_every", "tracker", "watch")
+    gold: RewardText | None = None
+    resume: settings.PathText | None = None
+    eval_prompts: settings.PathText | None = None
     gradient_checkpointing: bool = True
     profile_every: settings.NonNegativeInt = 25
     tracker: Literal["none", "wandb", "tensorboard"] = "none"

@@ -1,7 +1,7 @@
 """Settings of Diffusion-DPO and of `recipes/dpo_sd35.py`; the defaults suit the model `shapes`. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dinalrm_align.align.config import AlignRun
 from dinalrm_align.flow.config import SigmaConfig
@@ -34,6 +34,7 @@ class DpoConfig:
             reward's own levels.
     """
 
+    MAY_CHANGE: ClassVar = ("batch_size", "beta", "sample_batch")
     mode: Literal["online", "offline"] = "online"
     batch_size: settings.PositiveInt = 16
     beta: settings.PositiveFloat = 100.0
@@ -64,7 +65,8 @@ class DpoRun(AlignRun):
         dpo: settings of Diffusion-DPO.
     """
 
-    pairs: str | None = None
+    MAY_CHANGE: ClassVar = ("pairs",)
+    pairs: settings.PathText | None = None
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=20))
     dpo: DpoConfig = field(default_factory=DpoConfig)

@@ -1,7 +1,7 @@
 """Settings of Flow-GRPO and of `recipes/grpo_sd35.py`; the defaults suit the test model `shapes`. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dinalrm_align.align.config import AlignRun, AnchorConfig, GroupRolloutConfig, check_noise_level
 from dinalrm_align.train import settings
@@ -44,6 +44,10 @@ class GrpoConfig(GroupRolloutConfig):
             rollout and training compute different probabilities.
     """
 
+    MAY_CHANGE: ClassVar = (
+        "window_size", "window_range", "window_rollouts", "window_stride", "window_wraps", "clip_range", "kl_beta",
+        "ratio_tolerance",
+    )  # fmt: skip
     num_steps: settings.IntAboveOne | None = 8
     schedule: Literal["diffusers", "linear"] = "diffusers"
     sampler: Literal["flow_sde", "flow_cps"] = "flow_cps"

@@ -1,7 +1,7 @@
 """Settings of LPO and of `recipes/lpo_sd35.py`, with defaults for the small test model. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dinalrm_align.align.config import AlignRun, check_noise_level
 from dinalrm_align.train import settings
@@ -35,6 +35,7 @@ class LpoConfig:
         epochs: passes over the pairs of a rollout.
     """
 
+    MAY_CHANGE: ClassVar = ("batch_size", "sample_batch", "threshold", "temperature", "beta", "clip_range")
     batch_size: settings.PositiveInt = 12
     candidates: settings.IntAboveOne = 4
     sample_batch: settings.PositiveInt = 64

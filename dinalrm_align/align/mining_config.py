@@ -58,6 +58,6 @@ class MineRun(PolicyRun):
         mine: settings of the samples and the pairs.
     """
 
-    lora: str | None = None
+    lora: settings.PathText | None = None
     max_prompts: settings.PositiveInt | None = None
     mine: MineConfig = field(default_factory=MineConfig)

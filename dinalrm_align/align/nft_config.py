@@ -1,6 +1,7 @@
 """Settings of DiffusionNFT and of `recipes/nft_sd35.py`, with defaults for the small test model. Imports no torch."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dinalrm_align.align.config import AlignRun, GroupRolloutConfig
 from dinalrm_align.train import settings
@@ -26,6 +27,7 @@ class NftConfig(GroupRolloutConfig):
         old_limit: largest decay of the moving average.
     """
 
+    MAY_CHANGE: ClassVar = ("beta", "kl_beta", "old_slope", "old_limit")
     num_steps: settings.PositiveInt | None = 8
     levels: settings.PositiveInt = 2
     earliest: settings.ClosedUnitInterval = 0.0

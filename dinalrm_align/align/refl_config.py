@@ -1,7 +1,7 @@
 """Settings of ReFL and of `recipes/refl_sd35.py`. The defaults suit the small test model. The module is torch-free."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.train import settings
@@ -42,6 +42,7 @@ class ReflConfig:
             level in this range at each update. Do not combine with reward_sigma. Pixel rewards ignore both settings.
     """
 
+    MAY_CHANGE: ClassVar = ("batch_size", "discount", "loss", "target", "kl_weight", "pretrain_weight")
     variant: Literal["refl", "draft_lv", "drtune", "direct_align"] = "refl"
     batch_size: settings.PositiveInt = 16
     num_steps: settings.PositiveInt | None = None
@@ -56,7 +57,7 @@ class ReflConfig:
     target: float = 2.0
     kl_weight: settings.NonNegativeFloat = 4.0
     pretrain_weight: settings.NonNegativeFloat = 0.0
-    pretrain_images: str | None = None
+    pretrain_images: settings.PathText | None = None
     pretrain_samples: settings.PositiveInt = 64
     reward_sigma: list[settings.ClosedUnitInterval] | None = None
     reward_sigma_range: tuple[settings.ClosedUnitInterval, settings.ClosedUnitInterval] | None = None

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from dinalrm_align.align.config import AlignRun
 from dinalrm_align.models.specs import ModelSpec, resolve_model
 from dinalrm_align.reward.names import check_reward, file_name
-from dinalrm_align.train.run import complete_run, parse_run
+from dinalrm_align.train.run import begin_run, complete_run, resume_command
 
 Run = TypeVar("Run", bound=AlignRun)
 
@@ -23,6 +23,7 @@ class Resolved(Generic[Run]):
         text: the settings as YAML, the content of config.yaml.
         spec: the base model.
         checkpoint: checkpoint to resume from, or None for a new run.
+        resume_command: shell command that resumes the run.
     """
 
     recipe: str
@@ -30,6 +31,7 @@ class Resolved(Generic[Run]):
     text: str
     spec: ModelSpec
     checkpoint: Path | None
+    resume_command: str
 
 
 def resolve(
@@ -45,16 +47,16 @@ def resolve(
         recipe: path of the recipe's script. For an SD3.5 model, the .yaml file beside the script gives the defaults.
         gradient: whether the method needs a differentiable reward.
     """
-    run, checkpoint = parse_run(kind, description, argv)
-    check_reward(run.reward, gradient=gradient)
-    if run.gold is not None:
-        check_reward(run.gold)
-    spec, reason = resolve_model(run.model)
+    model, checkpoint = begin_run(kind, description, argv)
+    spec, reason = resolve_model(model)
     print(reason, flush=True)
     method = recipe.stem.removesuffix("_sd35")
     run, text = complete_run(
-        run, recipe, argv, checkpoint, model=spec.name,
-        name=f"{method}_{Path(spec.name).name}_{file_name(run.reward)}_seed{run.seed}",
+        kind, recipe, argv, checkpoint, model=spec.name,
+        name=lambda run: f"{method}_{Path(spec.name).name}_{file_name(run.reward)}_seed{run.seed}",
         defaults=[recipe.with_suffix(".yaml")] if spec.kind == "sd35" else [],
     )  # fmt: skip
-    return Resolved(recipe.stem, run, text, spec, checkpoint)
+    check_reward(run.reward, gradient=gradient)
+    if run.gold is not None:
+        check_reward(run.gold)
+    return Resolved(recipe.stem, run, text, spec, checkpoint, resume_command(recipe, Path(run.output_dir)))

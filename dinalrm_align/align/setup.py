@@ -5,7 +5,6 @@ A recipe calls `prepare`, builds its method from the returned `Setup`, and calls
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
-from torch import nn
 
 from dinalrm_align.align.anchor import Anchor, matching_scale
 from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.align.evaluation import HeldOut, Probe
+from dinalrm_align.align.identity import prompts_identity, run_identity
 from dinalrm_align.align.lora import read_lora
 from dinalrm_align.align.memory import (
     check_memory_options,
@@ -37,15 +36,17 @@ from dinalrm_align.eval.report.figures import plot_run
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import schedule_sigmas
 from dinalrm_align.models.pipeline import load_pipeline
-from dinalrm_align.models.text import Conditions, PromptEncoder
+from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
 from dinalrm_align.reward.names import check_reward, parse_reward
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_reward, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
+from dinalrm_align.train.checkpoints import check_identity
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.device import start_accelerator
 from dinalrm_align.train.digest import digest, fingerprint, text_digest
 from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.identity import settings_by_name
 from dinalrm_align.train.loop import Hook, Method, RunFolder, fit
 from dinalrm_align.train.metrics import METRICS, open_tracker, read_metrics
 from dinalrm_align.train.state import RunState, Stateful
@@ -157,13 +158,11 @@ class Setup:
             run.optim,
             RunState.initial(
                 self.policy.parameters, run.loop, run.optim, method=state, identity={**self.identity, **(data or {})},
-                samples=samples * accelerator.num_processes,
+                samples=samples * accelerator.num_processes, settings=settings_by_name(run),
             ),
             method,
             accelerator=accelerator,
-            run=RunFolder(
-                folder, self.resolved.text, self.resolved.checkpoint, f"python {sys.argv[0]} --resume {folder}"
-            ),
+            run=RunFolder(folder, self.resolved.text, self.resolved.checkpoint, self.resolved.resume_command),
             hooks=[
                 Hook(run.evaluation.every, held_out),
                 *([Hook(run.evaluation.every, watch)] if watch else []),
@@ -199,6 +198,8 @@ def prepare(
     check_memory_options(run.memory, device)
     names = reward_names(run, anchor, in_advantages)
     prompts, samples = run_prompts(resolved)
+    identity = prompts_identity(prompts, samples)
+    check_identity(resolved.checkpoint, identity)
     initial = read_lora(run.policy.init_from) if run.policy.init_from is not None else None
     gold = load_gold(resolved, samples, device)
     accelerator.print(f"run in {run.output_dir}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")
@@ -206,6 +207,7 @@ def prepare(
 
     pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype))
     lengths = frozenset().union(*(text_lengths(name, spec) for name in names))
+    identity["text encoders"] = text_digest(" ".join(map(fingerprint, text_encoders(pipeline))))
     text = encode(pipeline, lengths, prompts, samples, extra_prompts, text_length=spec.text_length, device=device)
     use_attention(run.memory.attention)
     shrink_pipeline(pipeline, run.memory, device)
@@ -214,7 +216,8 @@ def prepare(
     # Rewards share the base weights, so they are loaded before the policy wraps the transformer.
     place = dict(spec=spec, pipeline=pipeline, device=device)
     rewards = [load_reward(name, options=reward_options(name, run), **place) for name in names]
-    identity = run_identity(resolved, pipeline.transformer, rewards, anchor, prompts)
+    identity |= {"autoencoder": fingerprint(pipeline.vae), "gold": gold.fingerprint}
+    identity |= run_identity(resolved, pipeline.transformer, rewards, anchor)
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
     if initial is not None:
         policy.set_lora(initial)
@@ -250,22 +253,6 @@ def load_gold(resolved: Resolved[Any], samples: Sequence[str], device: torch.dev
     first = samples[: resolved.run.evaluation.batch_size]
     gold(torch.zeros(len(first), 3, *run_image_size(resolved)), first)
     return gold
-
-
-def run_identity(
-    resolved: Resolved[Any], base: nn.Module, rewards: Sequence[Reward], anchor: AnchorConfig | None, prompts: list[str]
-) -> dict[str, str]:
-    """Return `Setup.identity`. `base`: the transformer. `rewards`: the training reward and the anchor, if any."""
-    run, (reward, *second) = resolved.run, rewards
-    return {
-        "recipe": resolved.recipe,
-        "seed": str(run.seed),
-        "base model": fingerprint(base),
-        "reward": reward.fingerprint(),
-        **({"quantised base": run.memory.base_quant} if run.memory.base_quant != "none" else {}),
-        **({"anchor": f"{second[0].fingerprint()} {anchor.every} {anchor.weight}"} if second else {}),
-        "list of prompts": text_digest("\n".join(prompts)),
-    }
 
 
 def encode(

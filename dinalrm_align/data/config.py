@@ -3,7 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dinalrm_align.train.settings import ClosedUnitInterval, IntAboveOne, NonNegativeInt, PositiveInt, check_fields
+from dinalrm_align.models.specs import ModelName
+from dinalrm_align.train.settings import (
+    ClosedUnitInterval,
+    IntAboveOne,
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    check_fields,
+)
 
 
 @dataclass
@@ -75,11 +83,11 @@ class PrepareRun:
         dtype: dtype of the text encoders; `auto`: the model's dtype on a GPU, float32 on a CPU. The VAE uses float32.
     """
 
-    source: str | None = None
+    source: PathText | None = None
     layout: Literal["auto", "hpdv3", "hpdv2", "rankings", "pickapic", "jsonl", "released"] = "auto"
-    images: str | None = None
-    output_dir: str = "runs/pairs"
-    model: str = "shapes"
+    images: PathText | None = None
+    output_dir: PathText = "runs/pairs"
+    model: ModelName = "shapes"
     text_length: PositiveInt | None = None
     buckets: str = "published"
     group: Literal["pair", "prompt"] = "pair"

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dinalrm_align.eval.test_sets_config import check_protocol
+from dinalrm_align.eval.test_sets_config import SetLocation, check_protocol
+from dinalrm_align.models.specs import ModelName
 from dinalrm_align.reward.config import LossConfig, RewardConfig
-from dinalrm_align.reward.names import parse_reward
+from dinalrm_align.reward.names import RewardText, parse_reward
 from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.train.settings import (
     ClosedUnitInterval,
     IntFrom100,
     NonNegativeInt,
+    PathText,
     PositiveInt,
     check_fields,
     check_levels,
@@ -132,14 +134,14 @@ class AblateRun:
         shapes_pairs: settings of the pairs generated for model `shapes`.
     """
 
-    model: str = "shapes"
+    model: ModelName = "shapes"
     arms: list[str] = field(default_factory=lambda: list(PAPER_ARMS))
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
     steps: PositiveInt = 500
-    training: str | None = None
-    pairs: str | None = None
-    test_sets: dict[str, str] | None = None
-    output_dir: str = "runs/ablate_reward"
+    training: PathText | None = None
+    pairs: PathText | None = None
+    test_sets: dict[str, SetLocation] | None = None
+    output_dir: PathText = "runs/ablate_reward"
     launch: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: PositiveInt = 16
@@ -202,12 +204,12 @@ class EvaluateRun:
         shapes_pairs: settings of the test sets generated for model `shapes`.
     """
 
-    model: str = "shapes"
-    reward: str | None = None
-    test_sets: dict[str, str] | None = None
+    model: ModelName = "shapes"
+    reward: RewardText | None = None
+    test_sets: dict[str, SetLocation] | None = None
     protocol: dict[str, str] = field(default_factory=dict)
-    trained_on: str | None = None
-    output_dir: str | None = None
+    trained_on: PathText | None = None
+    output_dir: PathText | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: PositiveInt = 16
     size: PositiveInt | None = None
@@ -272,9 +274,9 @@ class CompareRun:
         title: title of the page.
     """
 
-    runs: list[str] = field(default_factory=list)
-    group: dict[str, list[str]] = field(default_factory=dict)
-    output_dir: str = "runs/compare"
+    runs: list[PathText] = field(default_factory=list)
+    group: dict[str, list[PathText]] = field(default_factory=dict)
+    output_dir: PathText = "runs/compare"
     shown: PositiveInt = 8
     title: str = "Runs side by side"
 

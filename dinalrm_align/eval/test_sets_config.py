@@ -6,7 +6,14 @@ only the protocols in `OF_LISTS` need ranked lists.
 
 from dataclasses import dataclass
 
-from dinalrm_align.train.settings import did_you_mean
+from dinalrm_align.train.settings import Source, did_you_mean
+
+
+class SetLocation(Source):
+    """Type of the location of a test set: a folder or file, a hub id, or "hub" for the published repository."""
+
+    words = ("hub",)
+
 
 PROTOCOLS: dict[str, str] = {
     "pooled": "share of pairs without a tie of raters whose preferred image scores strictly higher; equal scores are "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dinalrm_align.train.files import HUB_ID, read_json
-from dinalrm_align.train.settings import check_integer, did_you_mean
+from dinalrm_align.train.settings import Source, check_integer, did_you_mean
 
 PACKAGE = Path(__file__).parents[1]
 SHAPES_WEIGHTS = PACKAGE / "shapes" / "weights"
@@ -91,6 +91,13 @@ MODELS: dict[str, ModelSpec] = {
         dtype="float32",
     ),
 }
+
+
+class ModelName(Source):
+    """Type of the setting `model`: auto, a name in `MODELS`, or the folder or hub id of a pipeline."""
+
+    words = ("auto", *MODELS)
+
 
 HOW_TO_GET_SD35 = (
     f"to run Stable Diffusion 3.5 Medium: accept its licence at https://huggingface.co/{MODELS['sd35'].pipeline}, run "

@@ -6,9 +6,10 @@ Defaults follow DiNa-LRM for SD3.5-Medium (arXiv 2602.11146, section 4).
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dinalrm_align.flow.config import SigmaConfig
+from dinalrm_align.models.specs import ModelName
 from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.settings import (
@@ -17,6 +18,7 @@ from dinalrm_align.train.settings import (
     IntFrom1To512,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     check_fields,
@@ -258,6 +260,7 @@ class AccuracyConfig:
         seed: seed of the noise on the latents. Every evaluation uses the same noise.
     """
 
+    MAY_CHANGE: ClassVar = ("every",)
     sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [level / 10 for level in range(10)])
     ensemble: list[ClosedUnitInterval] = field(default_factory=lambda: [0.2, 0.5, 0.7])
     every: NonNegativeInt = 250
@@ -310,13 +313,17 @@ class TrainRewardRun:
         shapes_pairs: settings of the synthetic pairs of shapes that are generated if `pairs` is not set.
     """
 
-    model: str = "shapes"
-    pairs: str | None = None
-    validation_pairs: str | None = None
+    MAY_CHANGE: ClassVar = (
+        "pairs", "validation_pairs", "output_dir", "resume", "device", "tracker", "batch_size", "on_bad", "prefetch",
+        "gradient_checkpointing", "lora_lr",
+    )  # fmt: skip
+    model: ModelName = "shapes"
+    pairs: PathText | None = None
+    validation_pairs: PathText | None = None
     held_out_prompts: PositiveInt = 200
-    output_dir: str | None = None
+    output_dir: PathText | None = None
     seed: NonNegativeInt = 0
-    resume: str | None = None
+    resume: PathText | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tracker: Literal["none", "wandb", "tensorboard"] = "none"

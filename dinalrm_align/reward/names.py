@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dinalrm_align.train.settings import did_you_mean
+from dinalrm_align.train.settings import PathText, Source, did_you_mean
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer and preprocessor of the rewards trained from it
 
@@ -121,6 +121,7 @@ _TERM = re.compile(
     \s*(?P<sign>[+-])?""",
     re.VERBOSE | re.DOTALL,
 )
+_SYNTAX = r"[=*:]|\s[+-]\s"  # what the path of a latent reward does not contain, unless it is quoted
 _HOW = "as in 'dinalrm + 0.2*pickscore'"
 
 
@@ -134,7 +135,7 @@ def parse_reward(text: str) -> tuple[Term, ...]:
     text = text.strip()
     if not text or "\0" in text:
         raise ValueError(f"reward: got {text!r:.60}; {_known()}")
-    if text not in REWARDS and not re.search(r"[=*:]|\s[+-]\s", text) and ("/" in text or Path(text).is_dir()):
+    if text not in REWARDS and not re.search(_SYNTAX, text) and ("/" in text or Path(text).is_dir()):
         return (Term("dinalrm", source=text),)
     terms, at, sign = [], 0, "+"
     while sign:
@@ -176,6 +177,32 @@ def _known() -> str:
         f"Known: {', '.join(REWARDS)}; NAME=SOURCE for weights from elsewhere; a folder or hub id of a latent reward; "
         "module:function; and sums of these with weights"
     )
+
+
+class RewardText(PathText):
+    """Type of a setting that holds the text of a reward. Paths of weights, also those in sums, become absolute."""
+
+    @classmethod
+    def absolute(cls, text: str) -> str:
+        try:
+            terms = parse_reward(text)
+        except (ValueError, TypeError):  # `check_reward` refuses it
+            return text
+        if terms[0].source != text.strip():
+            return _TERM.sub(_with_absolute_source, text)
+        path = Source.absolute(terms[0].source)
+        return f'dinalrm="{path}"' if path != text and re.search(_SYNTAX, path) else path
+
+
+def _with_absolute_source(match: re.Match[str]) -> str:
+    """Return the matched text of `_TERM`, with the path of its weights made absolute."""
+    group = "quoted" if match["quote"] else "bare"
+    path = match[group] and Source.absolute(match[group].strip())
+    if not path or path == match[group].strip():
+        return match[0]
+    quote = "'" if '"' in path else '"'
+    head, tail = match[0][: match.end("name") - match.start()], match.string[match.end(group) : match.end()]
+    return f"{head}={quote}{path}{quote}{tail.removeprefix(match['quote'] or '')}"
 
 
 def check_reward(text: str, *, gradient: bool = False) -> tuple[Term, ...]:

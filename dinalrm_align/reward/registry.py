@@ -9,6 +9,7 @@ The module `reward.names` lists the names, sources and licences, and defines the
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from dinalrm_align.reward.latent import DTYPES, LatentReward
 from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, parse_reward
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.protocol import RewardModule, finite_scores
+from dinalrm_align.train.digest import text_digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -30,8 +32,19 @@ if TYPE_CHECKING:
 EVALUATION_SEED = 0
 """Seed of the noise in `load_image_scorer`, the same for every call."""
 
-ImageScorer = Callable[[Tensor, Sequence[str]], Tensor]
-"""Maps images (B, 3, H, W) in [0, 1] and B prompts to scores (B,), float32, without gradient."""
+
+@dataclass(frozen=True)
+class ImageScorer:
+    """Maps images (B, 3, H, W) in [0, 1] and B prompts to scores (B,), float32, without gradient.
+
+    fingerprint: digest of the reward's weights; of its name if it has none.
+    """
+
+    score: Callable[[Tensor, Sequence[str]], Tensor]
+    fingerprint: str
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.score(images, prompts)
 
 
 def load_reward(
@@ -99,7 +112,12 @@ def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> Imag
     ValueError if a score is not finite.
     """
     if not isinstance(reward, str | nn.Module):
-        return lambda images, prompts: finite_scores(reward(images, prompts), len(images), repr(reward)[:60])
+        name = repr(reward)[:60]
+
+        def score_finite(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return finite_scores(reward(images, prompts), len(images), name)
+
+        return ImageScorer(score_finite, text_digest(name.split(" at 0x")[0]))  # the address differs between processes
     loaded = load_reward(reward, **settings)
     if not loaded.scores_images:
         raise ValueError(f"reward {loaded.name!r} reads latents and cannot score images; name one that reads images")
@@ -107,7 +125,7 @@ def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> Imag
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return loaded.score_images(images, prompts, generator=torch.Generator().manual_seed(EVALUATION_SEED))
 
-    return score
+    return ImageScorer(score, loaded.fingerprint())
 
 
 def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False) -> set[int]:

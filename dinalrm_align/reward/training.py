@@ -128,8 +128,8 @@ def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfi
 
 def open_training_pairs(
     run: TrainRewardRun, spec: ModelSpec, reward: RewardConfig, accelerator: Accelerator, *, dtype: torch.dtype
-) -> tuple[PairSource, Sequence[PairBatch]]:
-    """Return a tuple (training pairs, evaluation batches). dtype: dtype of the text encoders."""
+) -> tuple[PairSource, Sequence[PairBatch], dict[str, str]]:
+    """Return a tuple (training pairs, evaluation batches, digests of both by name). dtype: of the text encoders."""
     train, validation = run.pairs, run.validation_pairs
     if train is None:
         folder = Path(run.output_dir) / "pairs"
@@ -142,9 +142,11 @@ def open_training_pairs(
     options = dict(size=size, batch_size=run.batch_size, seed=run.seed)
     held_out = 0 if validation else run.held_out_prompts
     pairs = open_pairs(train, reward, encoders, held_out_prompts=held_out, on_bad=run.on_bad, **options)
+    digests = {"list of pairs": pairs.digest()}
     if validation:
-        return pairs, open_pairs(validation, reward, encoders, **options).in_order()
-    return pairs, pairs.validation()
+        held = open_pairs(validation, reward, encoders, **options)
+        return pairs, held.in_order(), {**digests, "validation pairs": held.digest()}
+    return pairs, pairs.validation(), digests
 
 
 def config_digest(config: RewardConfig) -> str:

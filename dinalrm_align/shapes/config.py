@@ -10,6 +10,7 @@ from dinalrm_align.train.settings import (
     IntFrom3To512,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     check_fields,
@@ -172,7 +173,7 @@ class BuildConfig:
             (like REPA, arXiv 2410.06940, but the targets are rendered shape maps, not an encoder's features).
     """
 
-    output_dir: str = "runs/shapes_world"
+    output_dir: PathText = "runs/shapes_world"
     seed: NonNegativeInt = 0
     device: Literal["cpu", "cuda"] = "cpu"
     stack: StackConfig = field(default_factory=StackConfig)

@@ -3,8 +3,9 @@
 A checkpoint is a folder checkpoints/step_000050/ with
 
     weights.safetensors, ema.safetensors, optimizer.pt    weights, averaged weights (if kept), optimiser state
-    rng_0.pt, method_0.safetensors                        RNG state and method state of rank 0; each rank has such files
-    state.json                                            step, identity of the run, size and SHA-256 of each file
+    rng_0.pt, method_0.safetensors                        RNG state and method state of rank 0; one pair per rank
+    state.json                                            step, identity and settings of the run, size and SHA-256
+                                                          of each file
 
 The folder is written atomically. Loading verifies all files first and reads .pt files with `weights_only=True`.
 
@@ -18,8 +19,9 @@ import io
 import itertools
 import random
 import re
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from dinalrm_align.train.state import RunState
 
 FOLDER = "checkpoints"
 STEP = re.compile(r"step_(\d{6,})")
+ADDED = ("gold", "evaluation prompts", "autoencoder", "text encoders", "validation pairs", "pretraining images")
+"""Entries of the identity that checkpoints of earlier versions lack. These checkpoints have no settings either."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # moments of torch's AdamW and of bitsandbytes' AdamW8bit
 
 
@@ -72,6 +76,7 @@ def save_checkpoint(
         if main:
             facts = {name: getattr(state, name) for name in ("step", "elapsed", "samples")}
             facts |= {"num_processes": accelerator.num_processes, "identity": dict(state.identity)}
+            facts["settings"] = dict(state.settings)
             facts |= {"common_state": state.method is None or state.method.is_common(), "metrics": log.mark()}
             facts |= {} if pending is None else {"pending": dict(pending)}
             files.seal(temporary, facts)
@@ -157,7 +162,8 @@ def new_run_folder(asked: str | None, name: str) -> Path:
         if Path(asked).exists() and not Path(asked).is_dir():
             raise ValueError(f"output_dir: {asked} is a file; choose a folder")
         if latest_checkpoint(Path(asked)) is not None:
-            raise ValueError(f"{asked} holds a run: go on with --resume {asked}, or choose another --output_dir")
+            again = f"--resume {shlex.quote(asked)}"
+            raise ValueError(f"{asked} holds a run: go on with {again}, or choose another --output_dir")
         return Path(asked)
     names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
     return next(folder for folder in map(Path("runs").joinpath, names) if not folder.exists())
@@ -201,20 +207,22 @@ def _alternative(folder: Path) -> str:
     for earlier in [entry for entry in siblings if _step_of(entry) < _step_of(folder)][::-1]:
         with suppress(ValueError):
             _read(earlier)
-            return f"resume from an earlier checkpoint: --resume {earlier}"
+            return f"resume from an earlier checkpoint: --resume {shlex.quote(str(earlier))}"
     return "no earlier checkpoint is intact: restore the file from a copy, or start the run again in another folder"
 
 
 def _check_run(facts: Mapping[str, Any], state: RunState, num_processes: int, folder: Path) -> None:
     """Raise ValueError unless a checkpoint belongs to the run of `state` and can resume with `num_processes` ranks."""
-    saved, expected = facts["identity"], state.identity
-    if saved != dict(expected):
-        name = next(name for name in (*expected, *saved) if saved.get(name) != expected.get(name))
-        raise ValueError(
-            f"{folder} belongs to another run: its {name} is {saved.get(name)}, here it is {expected.get(name)}; "
-            "resume with the run's model, reward, data and seed, or start a new run in another folder"
-        )
+    saved, expected = facts["identity"], dict(state.identity)
+    if not facts.get("settings"):  # written by a version that did not record these
+        expected = {name: value for name, value in expected.items() if name in saved or name not in ADDED}
+    _check_identity(saved, expected, {**expected, **saved}, folder)
     if facts["num_processes"] == num_processes:
+        if facts["samples"] != state.samples:
+            raise ValueError(
+                f"samples per update: got {state.samples}; expected {facts['samples']}, as in {folder}: batch_size, "
+                "groups and loop.accumulate may change if their product with the number of processes does not"
+            )
         return
     before = f"{folder} was written by {facts['num_processes']} processes, this run has {num_processes}"
     if not facts["common_state"]:
@@ -226,6 +234,24 @@ def _check_run(facts: Mapping[str, Any], state: RunState, num_processes: int, fo
         raise ValueError(
             f"{before}: samples per update: got {state.samples}, expected {facts['samples']}; start as many processes, "
             "or change the samples per process (batch_size, groups) or loop.accumulate"
+        )
+
+
+def check_identity(checkpoint: Path | None, identity: Mapping[str, str]) -> None:
+    """Raise ValueError if a checkpoint has other values for names in `identity`. Checks a part before models load."""
+    if checkpoint is not None:
+        _check_identity(files.open_sealed(checkpoint)["identity"], identity, (), checkpoint)
+
+
+def _check_identity(
+    saved: Mapping[str, str], expected: Mapping[str, str], required: Iterable[str], folder: Path
+) -> None:
+    """Raise ValueError if a value of `saved` differs from that in `expected`. required: names that both must have."""
+    names = (*required, *(name for name in expected if name in saved))
+    if (name := next((name for name in names if saved.get(name) != expected.get(name)), None)) is not None:
+        raise ValueError(
+            f"{folder} belongs to another run: its {name} is {saved.get(name)}, here it is {expected.get(name)}; "
+            "resume with the run's model, reward, data and seed, or start a new run in another folder"
         )
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import docstring_parser
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from dinalrm_align.train.files import InputError, read_yaml
-from dinalrm_align.train.settings import bounds_in_words, did_you_mean, field_types, type_in_words
+from dinalrm_align.train.files import InputError, flat, read_yaml
+from dinalrm_align.train.settings import bounds_in_words, did_you_mean, type_in_words, types_by_name
 
 Settings = TypeVar("Settings")
 PACKAGE = Path(__file__).parents[1]
@@ -44,7 +45,34 @@ def parse(
     Returns the instance and its field values as YAML text, which `--config` can read. If a value is invalid, prints an
     error message and exits with status 2.
     """
-    types = _types(kind)
+    parser, namespace = _parse_options(kind, description, argv, defaults, positional)
+    with refusing():
+        try:
+            values = vars(parser.instantiate_classes(namespace))
+            settings = kind(**{name: value for name, value in values.items() if name != "config"})
+        except (ValueError, TypeError) as error:
+            if not _is_about_input(error) or not (origin := _origin(str(error), argv, defaults)):
+                raise
+            raise type(error)(f"{error}; {origin}") from error
+        return settings, as_yaml(settings)
+
+
+def given_options(
+    kind: type, description: str, argv: Sequence[str] | None = None, defaults: Sequence[Path] = ()
+) -> Namespace:
+    """Parse a command line as `parse` does, without checks of combinations of values. Return the values by name."""
+    return _parse_options(kind, description, argv, defaults, None)[1]
+
+
+def as_yaml(settings: Any) -> str:
+    """Return the values of a dataclass as YAML text, which `--config` can read."""
+    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
+
+
+def _parse_options(
+    kind: type, description: str, argv: Sequence[str] | None, defaults: Sequence[Path], positional: str | None
+) -> tuple["_Parser", Namespace]:
+    types = types_by_name(kind)
     words = list(sys.argv[1:] if argv is None else argv)
     for index, (word, after) in enumerate(zip(words, [*words[1:], ""])):
         if types.get(word.removeprefix("--")) is bool and after.lower() not in ("true", "false"):
@@ -67,9 +95,7 @@ def parse(
         for name, value in vars(namespace).items():
             if dataclasses.is_dataclass(types.get(name)) and not isinstance(value, Namespace):
                 raise ValueError(f"{name}: got {value!r}; expected a section, --{name}.NAME VALUE")
-        text = parser.dump(namespace)
-        values = vars(parser.instantiate_classes(namespace))
-        return kind(**{name: value for name, value in values.items() if name != "config"}), text
+        return parser, namespace
 
 
 def refuse(message: str, status: int = 2) -> NoReturn:
@@ -152,14 +178,18 @@ class _Parser(ArgumentParser):
         refuse(message)
 
 
-def _types(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Return the types of a dataclass's fields by name. A field of a nested dataclass has the name `section.name`."""
-    found = {}
-    for name, hint in field_types(kind).items():
-        found[prefix + name] = hint
-        if dataclasses.is_dataclass(hint):
-            found |= _types(hint, f"{prefix}{name}.")
-    return found
+def _origin(message: str, argv: Sequence[str] | None, files: Sequence[Path]) -> str:
+    """Return where the settings in an error message come from, if they are in `files` and not in `argv`; else ""."""
+    words = sys.argv[1:] if argv is None else argv
+    given = {word.split("=")[0] for word in words}
+    section = message.partition(":")[0].rpartition(".")[0]
+    for path in files:
+        for name, value in flat(read_yaml(path, "settings file")).items():
+            parent, _, last = name.rpartition(".")
+            said = name in message or (parent == section and re.search(rf"\b{last}\b", message))
+            if said and f"--{name}" not in given:
+                return f"{name} {value!r:.80} comes from {path}"
+    return ""
 
 
 def _check_names(values: dict[Any, Any], types: dict[str, Any], where: str, prefix: str = "") -> None:

@@ -1,7 +1,7 @@
 """Configuration dataclasses of the training loop and of the optimiser. Does not import torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dinalrm_align.train import settings
 
@@ -23,6 +23,9 @@ class OptimConfig:
         warmup_steps: number of steps over which the learning rate rises linearly from 0 to lr.
     """
 
+    MAY_CHANGE: ClassVar = (
+        "lr", "weight_decay", "beta1", "beta2", "eps", "clip", "schedule", "decay_share", "warmup_steps",
+    )  # fmt: skip
     name: Literal["adamw", "adamw8bit"] = "adamw"
     lr: settings.NonNegativeFloat = 1e-4
     weight_decay: settings.NonNegativeFloat = 1e-4
@@ -54,6 +57,7 @@ class LoopConfig:
             rank does while the others wait.
     """
 
+    MAY_CHANGE: ClassVar = ("steps", "accumulate", "checkpoint_every", "keep_last", "timeout")
     steps: settings.PositiveInt = 100
     accumulate: settings.PositiveInt = 1
     ema_decay: settings.HalfOpenUnitInterval = 0.9

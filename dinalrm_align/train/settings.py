@@ -1,18 +1,22 @@
-"""Number types and checks for the fields of configuration dataclasses. Does not import torch.
+"""Types and checks for the fields of configuration dataclasses. Does not import torch.
 
 The annotation of a field sets its range: `lr: NonNegativeFloat = 1e-4`. jsonargparse checks the range on the command
 line, and `check_fields` checks it in Python. A float field accepts an int, but no bool, NaN or infinity.
+
+A field that holds a path has the type `PathText`. A field that holds a path, a hub id or a name has the type `Source`.
+Both accept a str, and `check_fields` stores a str, in which a path is absolute.
 """
 
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -20,6 +24,7 @@ from jsonargparse.typing import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    register_type,
     restricted_number_type,
 )
 
@@ -39,6 +44,42 @@ RESTRICTED = (
     IntFrom64To6144, ModeScale, NonNegativeFloat, NonNegativeInt, OpenHalfInterval, OpenUnitInterval, PositiveFloat,
     PositiveInt, PositiveUnitInterval,
 )  # fmt: skip
+
+
+class PathText(str):
+    """Type of a field that holds the path of a file or folder. `~` is expanded, and the path is made absolute."""
+
+    def __new__(cls, text: str) -> "PathText":
+        return super().__new__(cls, cls.absolute(text))
+
+    def __init_subclass__(cls) -> None:
+        register_type(cls, str, cls)
+
+    @classmethod
+    def absolute(cls, text: str) -> str:
+        """Return `text` with absolute paths. An empty text, which `check_fields` refuses, is returned unchanged."""
+        return os.path.abspath(os.path.expanduser(text)) if text.strip() else text
+
+
+class Source(PathText):
+    """Type of a field that holds a path, a hub id (owner/name) or a word.
+
+    A text is a path if it begins with /, ./, ../ or ~, or if a file or folder of that name exists and the text is not
+    in `words`. Any other text, such as a hub id, remains unchanged.
+    """
+
+    words: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def absolute(cls, text: str) -> str:
+        path = os.path.expanduser(text)
+        is_path = path.startswith(("/", "./", "../")) or path in (".", "..")
+        if is_path or (text.strip() and text not in cls.words and "\0" not in text and os.path.exists(text)):
+            return os.path.abspath(path)
+        return text
+
+
+register_type(PathText, str, PathText)
 _COMPARISONS = {">": "more than", ">=": "at least", "<": "less than", "<=": "at most"}
 _TYPES = {
     int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping", type(None): "null",
@@ -47,7 +88,7 @@ _UNIONS = (typing.Union, types.UnionType)
 
 
 def check_fields(settings: Any, section: str = "") -> None:
-    """Check the field values of a dataclass instance; convert range types such as `PositiveInt` to int and float.
+    """Check the field values of a dataclass instance; convert them to plain int, float and str, with absolute paths.
 
     `section`: prefix of field names in error messages. Raises TypeError if a value does not have the annotated type,
     and ValueError if a number is out of range or not finite, or if a value is not one of the annotated choices.
@@ -55,7 +96,7 @@ def check_fields(settings: Any, section: str = "") -> None:
     for name, hint in field_types(type(settings)).items():
         value = vars(settings)[name]
         _check(f"{section}.{name}" if section else name, value, hint)
-        vars(settings)[name] = _plain(value)
+        vars(settings)[name] = _plain(value, hint)
 
 
 def check_integer(name: str, value: Any, *, low: int = 0, high: int | None = None) -> None:
@@ -119,6 +160,16 @@ def field_types(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
+def types_by_name(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type annotations of a dataclass and its nested dataclasses, keyed by dotted name: `section.name`."""
+    found = {}
+    for name, hint in field_types(kind).items():
+        found[prefix + name] = hint
+        if dataclasses.is_dataclass(hint):
+            found |= types_by_name(hint, f"{prefix}{name}.")
+    return found
+
+
 def _check(name: str, value: Any, hint: Any) -> None:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
@@ -139,7 +190,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: got {value}; expected {bounds_in_words(hint._expression)}") from error
     elif origin in (list, tuple):
-        each = inner * len(value) if origin is list else inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        each = _element_types(hint, len(value))
         if len(each) != len(value):
             raise ValueError(f"{name}: got {value!r:.80}; expected {len(each)} values")
         for index, (element, kind) in enumerate(zip(value, each, strict=True)):
@@ -150,8 +201,10 @@ def _check(name: str, value: Any, hint: Any) -> None:
             _check(f"{name}.{key}", element, inner[1])
     elif hint is float and not abs(value) <= sys.float_info.max:  # NaN, infinity, or an int too large for a float
         raise ValueError(f"{name}: got {value!r:.80}; expected a finite number")
-    elif hint is str and "\0" in value:
+    elif _base(hint) is str and "\0" in value:
         raise ValueError(f"{name}: got {value!r:.80}; expected text without NUL characters")
+    elif hint is not str and _base(hint) is str and not value.strip():
+        raise ValueError(f"{name}: got {value!r}; expected a path or name; leave the option out for its default")
 
 
 def _type_error(name: str, value: Any, hint: Any) -> TypeError:
@@ -170,13 +223,29 @@ def _is_kind(value: Any, hint: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` with range types such as `PositiveInt` converted to int or float, as `torch.load` requires."""
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
+def _element_types(hint: Any, length: int) -> tuple[Any, ...]:
+    """Return the types of the elements of a list or tuple with the type annotation `hint`."""
+    inner = typing.get_args(hint)
+    variable = typing.get_origin(hint) is list or inner[-1] is Ellipsis
+    return inner[:1] * length if variable else inner
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """Return a checked value as plain int, float or str, as `torch.load` requires. Paths become absolute."""
+    origin = typing.get_origin(hint)
+    if origin in _UNIONS:
+        return _plain(value, next(option for option in typing.get_args(hint) if _is_kind(value, option)))
+    if origin in (list, tuple):
+        return type(value)(map(_plain, value, _element_types(hint, len(value))))
+    if origin is dict:
+        return {key: _plain(element, typing.get_args(hint)[1]) for key, element in value.items()}
+    if isinstance(value, str) and _base(hint) is str:
+        return str(value if hint is str else hint(value))
     return _base(type(value))(value) if type(value) in RESTRICTED else value
 
 
 def _base(hint: Any) -> Any:
-    """Return the base type, int or float, of a number type with a range; return any other type unchanged."""
+    """Return the base type of a number type with a range, or of a path type; return any other type unchanged."""
+    if isinstance(hint, type) and issubclass(hint, PathText):
+        return str
     return (int if issubclass(hint, int) else float) if hint in RESTRICTED else hint

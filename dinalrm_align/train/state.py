@@ -111,6 +111,8 @@ class RunState:
         method: training method whose state is stored; None if the method has no state.
         identity: seed of the run and digests of frozen weights and data, by name. A run can resume only if all of
             these values match.
+        settings: settings of the run by dotted name, as JSON values (`identity.settings_by_name`). They are stored, so
+            that a resume can be compared with them.
         samples: number of prompts or pairs per update (on-policy: per rollout), summed over ranks. A run can resume
             with a different world size only if this number stays the same.
         step: number of optimiser updates done.
@@ -124,6 +126,7 @@ class RunState:
     method: Stateful | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
     samples: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
     elapsed: float = 0.0
     whole: bool = True
@@ -139,11 +142,12 @@ class RunState:
         method: Stateful | None = None,
         identity: Mapping[str, str] | None = None,
         samples: int = 0,
+        settings: Mapping[str, Any] | None = None,
     ) -> "RunState":
         """Return the state before the first update. If `optimizer` is None, creates AdamW over all parameters."""
         optimizer = optimizer or adamw([{"params": list(parameters.values())}], optim)
         average = Ema(parameters, config.ema_decay) if config.ema_decay > 0 else None
-        return cls(parameters, optimizer, average, method, identity or {}, samples)
+        return cls(parameters, optimizer, average, method, identity or {}, samples, settings or {})
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the parameters and any averaged weights, as {file name in a checkpoint: {parameter name: tensor}}."""

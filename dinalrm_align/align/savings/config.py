@@ -17,6 +17,7 @@ from dinalrm_align.train.settings import (
     IntFrom1To512,
     IntFrom64To6144,
     NonNegativeInt,
+    PathText,
     PositiveInt,
     check_fields,
 )
@@ -48,7 +49,7 @@ class SavingsRun:
     measure: bool = False
     warmup: NonNegativeInt = 2
     repeats: PositiveInt = 5
-    output_dir: str = "runs/savings"
+    output_dir: PathText = "runs/savings"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -247,8 +247,8 @@ def test_pretraining_images_are_read_from_a_folder(recipe, arguments, tmp_path):
         (["--reward=mps"], "mps=/path/to/MPS_overall_checkpoint.pth"),
         (["--reward=no_such_module:score"], "there is no module 'no_such_module'"),
         (["--model=sd36"], "unknown model 'sd36'"),
-        (["--resume=absent"], "nothing to resume: no folder absent"),
-        (["--prompts=absent.txt"], "no prompt file absent.txt"),
+        (["--resume=absent"], "nothing to resume: no folder /"),
+        (["--prompts=absent.txt"], "/absent.txt"),
         (["--height=32"], "got (3, 3, 32, 64)"),
         (["--height=40"], "height: got 40 pixels; expected a positive multiple of 16"),
         (["--seed=-1"], "seed: got -1"),
@@ -283,7 +283,7 @@ def test_default_folders_are_numbered(arguments, world, tmp_path, monkeypatch):
         names.append(resolved.run.output_dir)
         Path(resolved.run.output_dir).mkdir(parents=True)
     stem = f"runs/refl_{world.name}_dinalrm_seed0"
-    assert names == [stem, f"{stem}_2"]
+    assert names == [str(tmp_path / stem), str(tmp_path / f"{stem}_2")]
 
 
 def test_the_users_settings_override_the_papers_for_sd35(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Command lines from dataclasses: options, flags, positional words, errors."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_a_flag_needs_no_value():
 def test_positional_words_go_to_their_setting(capsys):
     for words in (["a", "b", "--shown=2"], ["--shown", "2", "a", "b"]):
         settings, _ = parse(CompareRun, "", words, positional="runs")
-        assert (settings.runs, settings.shown) == (["a", "b"], 2)
+        assert (settings.runs, settings.shown) == ([str(Path("a").absolute()), str(Path("b").absolute())], 2)
     with pytest.raises(SystemExit):
         parse(CompareRun, "", ["--shown=2"], positional="runs")
     assert "runs" in capsys.readouterr().err

@@ -333,12 +333,12 @@ def test_the_command_line_refuses_another_world_and_another_reward(finished, wor
     before = bytes_of(folder)
     resume = [f"--resume={folder}", "--loop.steps=3"]
     said = ended(recipe, [*resume, f"--model={other_world}"], capsys)
-    assert "step_000002 belongs to another run: its base model is" in said and "start a new run" in said
+    assert f"model: got '{other_world}'; expected '{world}', as in {folder}" in said and "start a new run" in said
     assert bytes_of(folder) == before
     another = {"refl_sd35": f"--reward={other_world / 'dinalrm'}", "train_reward": "--reward.head.dropout=0"}
     said = ended(recipe, [*resume, another[recipe.name]], capsys)
-    assert "step_000002 belongs to another run: its reward is" in said
-    assert "belongs to another run: its seed is 0, here it is 1" in ended(recipe, [*resume, "--seed=1"], capsys)
+    assert f"{another[recipe.name].removeprefix('--').split('=')[0]}: got " in said and "start a new run" in said
+    assert "seed: got 1; expected 0, as in" in ended(recipe, [*resume, "--seed=1"], capsys)
     assert bytes_of(folder) == before
 
 
