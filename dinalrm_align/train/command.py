@@ -186,8 +186,8 @@ def _origin(message: str, argv: Sequence[str] | None, files: Sequence[Path]) -> 
     for path in files:
         for name, value in flat(read_yaml(path, "settings file")).items():
             parent, _, last = name.rpartition(".")
-            said = name in message or (parent == section and re.search(rf"\b{last}\b", message))
-            if said and f"--{name}" not in given:
+            said = re.findall(r"[\w.]+\w", message)
+            if (name in said or (parent == section and last in said)) and f"--{name}" not in given:
                 return f"{name} {value!r:.80} comes from {path}"
     return ""
 
