@@ -41,9 +41,8 @@ def align(resolved: Resolved[DpoRun]) -> None:
             spec.pipeline, text_length=spec.text_length, device=setup.accelerator.device,
             dtype=setup.policy.transformer.dtype,
         )  # fmt: skip
-        pairs = open_pairs(
-            run.pairs, encoders.manifest(), encoders, size=setup.size, batch_size=dpo.batch_size, seed=run.seed
-        )
+        order = dict(batch_size=dpo.batch_size, seed=run.seed, on_bad=run.on_bad)
+        pairs = open_pairs(run.pairs, encoders.manifest(), encoders, size=setup.size, **order)
         setup.accelerator.print(f"pairs: {run.pairs}, {len(pairs)} batches of {dpo.batch_size}")
         shown = ("loss", "implicit_accuracy", "gold", "kl")
         setup.align(OfflineDpo(sampler, pairs, dpo), samples=samples, shown=shown, data={"pairs": pairs.digest()})

@@ -43,6 +43,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     import torch
     from diffusers import SD3Transformer2DModel
 
+    from dinalrm_align.data.formats.record import Dropped
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.eval import evaluation_report
     from dinalrm_align.eval.ablation import levels_to_evaluate
@@ -66,8 +67,11 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
 
     source = config.checkpoint
     candidate = None if source is None else Candidate.from_checkpoint(source or spec.reward, transformer)
-    trained = None if config.trained_on is None else read_trained(config.trained_on)
-    image_sets = open_image_sets(config.test_sets or {}, unpack_to=out / "sets")
+    unseen = Dropped(config.on_bad)  # records of the training data that are left out
+    trained = None if config.trained_on is None else read_trained(config.trained_on, unseen)
+    if unseen.counts:
+        print(f"training data: {unseen}")
+    image_sets = open_image_sets(config.test_sets or {}, unpack_to=out / "sets", on_bad=config.on_bad)
     if config.test_sets is None:
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
         config.test_sets = {

@@ -62,11 +62,13 @@ class DpoRun(AlignRun):
         pairs: source of the preference pairs (offline only). A folder written by recipes/mine_pairs.py, a parquet file
             in verl-omni's format, a folder of latent pairs, or a jsonl file whose lines have the keys "prompt",
             "chosen" (path of an image) and "rejected" (path of an image).
+        on_bad: action on pairs that cannot be read: refuse (exit) or skip (warn, and leave them out).
         dpo: settings of Diffusion-DPO.
     """
 
     MAY_CHANGE: ClassVar = ("pairs",)
     pairs: settings.PathText | None = None
+    on_bad: Literal["refuse", "skip"] = "refuse"
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=20))
     dpo: DpoConfig = field(default_factory=DpoConfig)

@@ -2,14 +2,21 @@
 
 import functools
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Required, Self, TypedDict, Unpack
+from pathlib import Path
+from typing import Literal, Required, Self, TypedDict, Unpack
 
 import numpy as np
+from torch import Tensor
 
+from dinalrm_align.data.formats import read_preferences
+from dinalrm_align.data.formats.record import Dropped, Preference
 from dinalrm_align.data.pairs import PairBatch, PairManifest
+from dinalrm_align.models.latent_space import LatentSpace
+from dinalrm_align.train.files import InputError
 from dinalrm_align.train.settings import check_integer
 
 AT_ONCE = 4
@@ -22,11 +29,16 @@ class BatchOrder(TypedDict, total=False):
     batch_size: number of items per batch. An item is one pair or one group (images of one prompt with all their pairs).
     seed: seed of the shuffles; default 0.
     held_out_prompts: number of distinct prompts kept for validation and left out of training; default 0.
+    on_bad: what to do about an item that is invalid or cannot be read: "refuse" (default) raises, "skip" warns and
+        leaves it out.
+    space: latents that the model reads. Items with other latents are invalid. Default: not checked.
     """
 
     batch_size: Required[int]
     seed: int
     held_out_prompts: int
+    on_bad: Literal["refuse", "skip"]
+    space: LatentSpace | None
 
 
 class ShuffledBatches:
@@ -131,8 +143,9 @@ def held_out(prompts: Sequence[str], number: int) -> set[str]:
 class PairSource(ABC):
     """Abstract data set of preference pairs. Its training batches depend only on the seed, the step and the rank.
 
-    Subclasses implement `_read`, which returns the batch of the items with given indices (see `BatchOrder`). A subclass
-    that runs encoders in `_read` must set `reads_files_only` to False. Its batches are not read in background threads.
+    Subclasses implement `_load`, which reads the tensors of one item from files, `_where`, which names an item in error
+    messages, and `_collate`, which joins items to a batch. A subclass that runs encoders in `_collate` must set
+    `reads_files_only` to False. Its batches are not read in background threads. `dropped` counts what was left out.
     """
 
     manifest: PairManifest
@@ -141,9 +154,23 @@ class PairSource(ABC):
     def __init__(self, **order: Unpack[BatchOrder]) -> None:
         self._batch_size, self._seed = order["batch_size"], order.get("seed", 0)
         self._num_held_out = order.get("held_out_prompts", 0)
+        self.dropped, self._space = Dropped(order.get("on_bad", "refuse")), order.get("space")
+        self._unreadable: set[int] = set()
         check_integer("batch_size", self._batch_size, low=1)
         check_integer("seed", self._seed)
         check_integer("held_out_prompts", self._num_held_out)
+
+    def _find_pairs(self, source: Path, layout: str) -> list[Preference]:
+        """Return the pairs of `source`. Warns about records and files that are left out."""
+        found = list(read_preferences(source, layout, self.dropped.bad, strict=False))
+        if self.dropped.counts:
+            messages = [message for reason in self.dropped.messages.values() for message in reason]
+            count = self.dropped.counts.total()
+            warnings.warn(f"{source}: {count} parts or rows left out. {'; '.join(messages[:3])}", stacklevel=4)
+        if not found:
+            why = "; mine with a smaller --mine.min_gap: none passed the filter" * (layout == "mined")
+            raise ValueError(f"{source} holds no pairs that can be read{why}")
+        return found
 
     def _arrange(
         self,
@@ -159,18 +186,67 @@ class PairSource(ABC):
         usable: (N,) bool, False for items to leave out. blocks: (N,) index of each item's parquet row group.
         """
         units = np.arange(len(prompts)) if usable is None else np.flatnonzero(usable)
-        keep_out = held_out([prompts[unit] for unit in units.tolist()], self._num_held_out)
-        is_out = np.array([prompt in keep_out for prompt in prompts])
         self._buckets = [units]
         if sizes is not None:
             used = sizes[units]
-            self._buckets = [units[(used == size).all(axis=1)] for size in np.unique(used, axis=0)]
+            buckets = {tuple(size): units[(used == size).all(axis=1)] for size in np.unique(used, axis=0).tolist()}
+            self._buckets = [bucket for size, bucket in buckets.items() if self._fits(size, bucket)]
+        left = [prompts[unit] for bucket in self._buckets for unit in bucket.tolist()]
+        if not left:
+            raise ValueError(f"no pair is left of {len(prompts)}: {self.dropped}")
+        keep_out = held_out(left, self._num_held_out)
+        is_out = np.array([prompt in keep_out for prompt in prompts])
         self._held_out = [bucket[is_out[bucket]] for bucket in self._buckets]
         self._trained = [bucket[~is_out[bucket]] for bucket in self._buckets]
         self._blocks = blocks
 
+    def _fits(self, size: Sequence[int], bucket: np.ndarray) -> bool:
+        problem = None if self._space is None else self._space.problem(size)
+        if problem:
+            message = f"{self._where(int(bucket[0]))}: {problem}"
+            self.dropped.bad("latents that the model does not read", message, len(bucket))
+        return problem is None
+
     @abstractmethod
-    def _read(self, units: np.ndarray) -> PairBatch: ...
+    def _load(self, unit: int) -> Sequence[Tensor]:
+        """Read an item: latents (n, C, h, w) and, if stored, prompt_embeds (1, L, D), pooled_prompt_embeds (1, P)."""
+
+    @abstractmethod
+    def _where(self, unit: int) -> str: ...
+
+    @abstractmethod
+    def _collate(self, units: np.ndarray, items: Sequence[Sequence[Tensor]]) -> PairBatch: ...
+
+    def _item(self, unit: int) -> Sequence[Tensor] | None:
+        """Read and check an item. Returns None for an invalid one if on_bad is "skip"; "refuse" raises."""
+        if unit in self._unreadable:
+            return None
+        try:
+            item = self._load(unit)
+            for name, dims, tensor in zip(("latents", "prompt_embeds", "pooled_prompt_embeds"), (4, 3, 2), item):
+                if not tensor.is_floating_point() or tensor.dim() != dims or not bool(tensor.isfinite().all()):
+                    got = f"{tensor.dtype} {tuple(tensor.shape)}"
+                    expected = f"finite floating numbers (no NaN, no infinite values) in {dims} dimensions"
+                    raise InputError(f"{self._where(unit)}: {name}: got {got}; expected {expected}")
+        except (ValueError, OSError) as error:
+            if self.dropped.on_bad == "refuse":
+                raise error if isinstance(error, OSError) else InputError(str(error)) from error
+            self._unreadable.add(unit)
+            self.dropped.drop("unreadable item", str(error))
+            warnings.warn(f"an item is left out, {len(self._unreadable)} in all: {error}", stacklevel=2)
+            return None
+        return item
+
+    def _read(self, units: np.ndarray) -> PairBatch | None:
+        """Read a batch without its invalid items; None if none is left."""
+        items = [self._item(unit) for unit in units.tolist()]
+        kept = units[[item is not None for item in items]]
+        return self._collate(kept, [item for item in items if item is not None]) if len(kept) else None
+
+    def check_latents(self) -> None:
+        """Read one item of each image size, so that what fits no model fails before training."""
+        for bucket in self._buckets:
+            self._item(int(bucket[0]))
 
     @abstractmethod
     def digest(self) -> str:
@@ -187,15 +263,24 @@ class PairSource(ABC):
 
     def batch_at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
         """Return the training batch of process `rank`, out of `world` processes, at micro-step `step`."""
-        return self._read(self._batches.at(step * world + rank))
+        for index in range(step * world + rank, step * world + rank + self._batches.per_epoch):
+            batch = self._read(self._batches.at(index))
+            if batch is not None:  # else every item of the batch is left out: take the next one
+                return batch
+        raise InputError(f"no item of {self._batches.per_epoch} batches can be read: {self.dropped}")
 
     def validation(self) -> Sequence[PairBatch]:
-        """Return the batches of the held-out prompts, ordered as in `BatchesInOrder`. A batch is read when indexed."""
-        return BatchesInOrder(self._read, self._held_out, self._batch_size)
+        """Return the batches of the held-out prompts in stored order. A batch is read when indexed."""
+        return self._in_order(self._held_out)
 
     def in_order(self) -> Sequence[PairBatch]:
-        """Return the batches of all pairs, held-out ones too, as `BatchesInOrder`. A batch is read when indexed."""
-        return BatchesInOrder(self._read, self._buckets, self._batch_size)
+        """Return the batches of all pairs, held-out prompts included, in stored order. A batch is read when indexed."""
+        return self._in_order(self._buckets)
+
+    def _in_order(self, buckets: Sequence[np.ndarray]) -> Sequence[PairBatch]:
+        if self.dropped.on_bad == "skip":  # reads every item twice, so that all readers see the same batches
+            buckets = [bucket[[self._item(unit) is not None for unit in bucket.tolist()]] for bucket in buckets]
+        return BatchesInOrder(self._read, buckets, self._batch_size)
 
 
 class Prefetched:

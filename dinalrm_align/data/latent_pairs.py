@@ -19,7 +19,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 import torch
@@ -28,8 +28,10 @@ from torch import Tensor
 
 from dinalrm_align.data import shards
 from dinalrm_align.data.batches import BatchOrder, PairSource
+from dinalrm_align.data.formats import read_preferences
+from dinalrm_align.data.formats.record import INVALID, Cell, Preference, check_preference
 from dinalrm_align.data.pairs import PairBatch, PairManifest
-from dinalrm_align.models.text import Conditions, check_prompts
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.files import atomically, file_digest, make_folder
 from dinalrm_align.train.settings import check_integer
@@ -38,13 +40,11 @@ from dinalrm_align.train.settings import check_integer
 class LatentPairs(PairSource):
     """`PairSource` that reads a directory written by `LatentPairsWriter` or `prepare`.
 
-    An item of a batch is a group (images of one prompt with all their pairs). on_bad: what to do about a shard that is
-    missing, truncated or inconsistent with index.json. "refuse" raises; "skip" warns and leaves out the shard's pairs.
+    An item of a batch is a group: images of one prompt and all their pairs. With on_bad="skip", a shard that is
+    missing, truncated or inconsistent with index.json is left out, too.
     """
 
-    def __init__(
-        self, directory: str | Path, *, on_bad: Literal["refuse", "skip"] = "refuse", **order: Unpack[BatchOrder]
-    ) -> None:
+    def __init__(self, directory: str | Path, **order: Unpack[BatchOrder]) -> None:
         super().__init__(**order)
         self.directory = Path(directory)
         index = shards.read_index(self.directory)
@@ -53,44 +53,58 @@ class LatentPairs(PairSource):
         self._columns = {name: column.numpy() for name, column in shards.read_columns(self.directory, index).items()}
         self._text_starts = np.cumsum([0, *(shard.count for shard in index.text)])
         self._bad: dict[str, str] = {}
-        self._latents = [self._open(shard, shards.LATENTS, on_bad) for shard in index.latents]
-        self._text = [self._open(shard, shards.TEXT, on_bad) for shard in index.text]
+        self._latents = [self._open(shard, shards.LATENTS) for shard in index.latents]
+        self._text = [self._open(shard, shards.TEXT) for shard in index.text]
         prompt, shard = self._columns["prompt"], self._columns["shard"]
         text_shard = np.searchsorted(self._text_starts, prompt, side="right") - 1
         whole = np.array([file is not None for file in self._latents])[shard]
         whole &= np.array([file is not None for file in self._text])[text_shard]
-        if self._bad:
+        valid = {pair.group for pair in read_preferences(self.directory, "latents", self.dropped.bad, strict=False)}
+        self._invalid = [group for group in range(len(whole)) if group not in valid]
+        whole[self._invalid] = False
+        if self._bad or self._invalid:
+            messages = [*self._bad.values(), *self.dropped.messages.get(INVALID, [])]
             warnings.warn(
                 f"{self.directory}: {len(self._bad)} shards cannot be read; {np.sum(~whole)} of {len(whole)} groups "
-                f"are left out. {'; '.join(list(self._bad.values())[:3])}",
+                f"are left out. {'; '.join(messages[:3])}",
                 stacklevel=2,
             )
-        sizes = np.array([(shard.height, shard.width) for shard in index.latents])[shard]
-        self._arrange([self.prompts[row] for row in prompt.tolist()], sizes=sizes, usable=whole)
+        shapes = np.array([file.shape if file else (0, 0, 0) for file in self._latents])
+        self._arrange([self.prompts[row] for row in prompt.tolist()], sizes=shapes[shard], usable=whole)
 
-    def _open(self, shard: shards.Shard, tensors: dict[str, int], on_bad: str) -> shards.RowFile | None:
+    def _open(self, shard: shards.Shard, tensors: dict[str, int]) -> shards.RowFile | None:
         try:
             return shards.open_shard(self.directory, shard, tensors)
         except (ValueError, OSError) as error:
-            if on_bad != "skip":
+            if self.dropped.on_bad == "refuse":
                 raise
             self._bad[shard.file] = str(error)
+            self.dropped.drop("unreadable shard", str(error))
             return None
 
     def digest(self) -> str:
         files = ("index.json", "prompts.json", "groups.safetensors")
-        return text_digest("".join([*(file_digest(self.directory / name) for name in files), *sorted(self._bad)]))
+        return text_digest(
+            "".join(
+                [*(file_digest(self.directory / name) for name in files), *sorted(self._bad), *map(str, self._invalid)]
+            )
+        )
 
-    def _read(self, groups: np.ndarray) -> PairBatch:
+    def _where(self, unit: int) -> str:
+        return f"{self.directory}, group {unit}"
+
+    def _load(self, unit: int) -> list[Tensor]:
+        shard, first, count, prompt = (
+            int(self._columns[name][unit]) for name in ("shard", "first", "pictures", "prompt")
+        )
+        return [self._latents[shard].read("latents", first, count), *self._read_text(prompt)]
+
+    def _collate(self, groups: np.ndarray, items: Sequence[Sequence[Tensor]]) -> PairBatch:
         rows = {name: self._columns[name][groups] for name in shards.GROUP_COLUMNS}
         counts = rows["pictures"]
-        latents = [
-            self._latents[shard].read("latents", first, count)
-            for shard, first, count in zip(rows["shard"].tolist(), rows["first"].tolist(), counts.tolist())
-        ]
-        texts = [self._read_text(prompt) for prompt in rows["prompt"].tolist()]
+        latents, *texts = zip(*items, strict=True)
         group = torch.from_numpy(np.repeat(np.arange(len(groups)), counts))
-        embeds, pooled = (torch.cat(column)[group] for column in zip(*texts, strict=True))
+        embeds, pooled = (torch.cat(column)[group] for column in texts)
         pairs = np.concatenate([np.arange(f, f + n) for f, n in zip(rows["first_pair"], rows["pairs"])])
         first_image = np.repeat(np.cumsum(counts) - counts, rows["pairs"])
         columns = {name: self._columns[name][pairs] for name in shards.PAIR_COLUMNS}
@@ -165,13 +179,16 @@ class LatentPairsWriter:
         Raises TypeError or ValueError for invalid tensors (see `PairBatch`). The embeddings of all prompts must have
         equal shapes.
         """
-        check_prompts([prompt])
         text = prompt_embeds, pooled_prompt_embeds
         sizes = tuple(tuple(part.shape) for part in text)
         if self._text_sizes not in (None, sizes):
             raise ValueError(f"embeddings of {prompt!r:.60}: got shapes {sizes}; expected {self._text_sizes}")
         self._text_sizes = sizes
-        label = [1.0] * len(chosen) if label is None else [float(value) for value in label]
+        label = [1.0] * len(chosen) if label is None else label
+        for first, second, value in zip(chosen, rejected, label, strict=True):
+            cells = (Cell(str(self.directory), 0, row, "latents") for row in (first, second))
+            check_preference(Preference(prompt, *cells, label=value, encoded=True))
+        label = list(map(float, label))
         PairBatch(
             latents,
             Conditions([prompt] * len(latents), *(part.expand(len(latents), *part.shape) for part in text)),

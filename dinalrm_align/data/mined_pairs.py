@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.data.batches import BatchOrder, PairSource
-from dinalrm_align.data.formats import read_preferences
 from dinalrm_align.data.formats.mined import FORMAT, LATENTS, MANIFEST, TEXT, read_manifest, shard_files
 from dinalrm_align.data.formats.record import Cell
 from dinalrm_align.data.formats.rows import parquet_module
@@ -80,11 +79,9 @@ class MinedPairs(PairSource):
         self.manifest = manifest if self.path.suffix == ".parquet" else self._read_manifest()
         if self.manifest is None:
             raise ValueError(f"{self.path} does not record how its latents were made: pass manifest=")
-        self._pairs = list(read_preferences(self.path, "mined", strict=False))
-        if not self._pairs:
-            raise ValueError(f"{self.path} holds no pairs: none passed the filter; mine with a smaller --mine.min_gap")
+        self._pairs = self._find_pairs(self.path, "mined")
         self.prompts = [pair.prompt for pair in self._pairs]
-        self.scores = [pair.scores["score"] for pair in self._pairs]
+        self.scores = [pair.scores.get("score") for pair in self._pairs]
         self._arrange(self.prompts)
 
     def _read_manifest(self) -> PairManifest:
@@ -96,13 +93,25 @@ class MinedPairs(PairSource):
     def digest(self) -> str:
         return text_digest(json.dumps([dataclasses.asdict(self.manifest), self.prompts, self.scores]))
 
-    def _read(self, units: np.ndarray) -> PairBatch:
-        rows = [self._read_row(self._pairs[unit].chosen) for unit in units]
-        shapes = {tuple(tensor.shape for tensor in row) for row in rows}
+    def _where(self, unit: int) -> str:
+        return str(self._pairs[unit].chosen)
+
+    def _load(self, unit: int) -> list[Tensor]:
+        chosen, rejected, *text = self._read_row(self._pairs[unit].chosen)
+        problem = None if self._space is None or chosen.dim() != 3 else self._space.problem(chosen.shape)
+        if chosen.shape != rejected.shape:
+            problem = f"latents: got shapes {tuple(chosen.shape)} and {tuple(rejected.shape)}; expected equal ones"
+        if problem:
+            raise ValueError(f"{self._where(unit)}: {problem}")
+        return [torch.stack([chosen, rejected]), *(tensor[None] for tensor in text)]
+
+    def _collate(self, units: np.ndarray, items: Sequence[Sequence[Tensor]]) -> PairBatch:
+        shapes = {tuple(tensor.shape for tensor in item) for item in items}
         if len(shapes) != 1:
             raise ValueError(f"{self.path}: pairs of a batch have tensors of shapes {sorted(shapes)[:2]}; expected one")
-        chosen, rejected, embeds, pooled = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
-        return PairBatch.plain(chosen, rejected, Conditions([self.prompts[unit] for unit in units], embeds, pooled))
+        latents, embeds, pooled = zip(*items, strict=True)
+        conditions = Conditions([self.prompts[unit] for unit in units], torch.cat(embeds), torch.cat(pooled))
+        return PairBatch.plain(*torch.stack(latents, dim=1), conditions)
 
     def _read_row(self, cell: Cell) -> list[Tensor]:
         parquet, columns = parquet_module(), [*LATENTS, *TEXT]

@@ -6,17 +6,16 @@ and stored text embeddings, convert the folder with `recipes/prepare_pairs.py`.
 """
 
 import functools
-import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
 
 from dinalrm_align.data import batches
 from dinalrm_align.data.batches import BatchOrder, PairSource
-from dinalrm_align.data.formats import read_preferences
-from dinalrm_align.data.formats.record import Cell, Preference
+from dinalrm_align.data.formats.record import Cell
 from dinalrm_align.data.formats.released import LATENTS, load_latent
 from dinalrm_align.data.formats.rows import parquet_module
 from dinalrm_align.data.pairs import EncodePrompts, PairBatch, PairManifest
@@ -28,8 +27,8 @@ from dinalrm_align.train.files import reading
 class ReleasedPairs(PairSource):
     """`PairSource` that reads a folder of part_rank*.parquet: all rows, or only those in bucket_index.csv if it exists.
 
-    manifest: how the latents were encoded and how `encode_prompts` encodes prompts.
-    on_bad: what to do about unreadable files and rows. "refuse" raises; "skip" warns and leaves them out.
+    manifest: how the latents were encoded and how `encode_prompts` encodes prompts. With on_bad="skip", unreadable
+    files are left out, too.
     """
 
     reads_files_only = False
@@ -40,12 +39,11 @@ class ReleasedPairs(PairSource):
         *,
         encode_prompts: EncodePrompts,
         manifest: PairManifest,
-        on_bad: Literal["refuse", "skip"] = "refuse",
         **order: Unpack[BatchOrder],
     ) -> None:
         super().__init__(**order)
         self.folder, self.manifest, self._encode_prompts = Path(folder), manifest, encode_prompts
-        self._pairs = self._find(on_bad)
+        self._pairs = self._find_pairs(self.folder, "released")
         blocks: dict[tuple[str, int], int] = {}
         self._arrange(
             [pair.prompt for pair in self._pairs],
@@ -54,27 +52,20 @@ class ReleasedPairs(PairSource):
         )
         self._read_group = functools.lru_cache(2 * batches.AT_ONCE)(_read_group)
 
-    def _find(self, on_bad: str) -> list[Preference]:
-        bad: list[str] = []
-        collect = lambda reason, message: bad.append(message)  # noqa: E731
-        found = list(read_preferences(self.folder, "released", collect, strict=False))
-        if bad and on_bad == "refuse":
-            raise ValueError(f"{bad[0]}. To leave out what cannot be read: --on_bad skip")
-        if bad:
-            warnings.warn(f"{self.folder}: {len(bad)} parts or rows left out. {'; '.join(bad[:3])}", stacklevel=4)
-        if not found:
-            raise ValueError(f"{self.folder} holds no pairs that can be read")
-        return found
-
     def digest(self) -> str:
         rows = ((Path(pair.chosen.file).name, *pair.chosen[1:3], pair.prompt, pair.shape) for pair in self._pairs)
         return text_digest("".join(" ".join(map(str, row)) + "\n" for row in rows))
 
-    def _read(self, units: np.ndarray) -> PairBatch:
-        pairs = [self._pairs[unit] for unit in units]
-        chosen = torch.stack([self._latent(pair.chosen, pair.shape) for pair in pairs])
-        rejected = torch.stack([self._latent(pair.rejected, pair.shape) for pair in pairs])
-        prompts = [pair.prompt for pair in pairs]
+    def _where(self, unit: int) -> str:
+        return str(self._pairs[unit].chosen)
+
+    def _load(self, unit: int) -> list[torch.Tensor]:
+        pair = self._pairs[unit]
+        return [torch.stack([self._latent(cell, pair.shape) for cell in (pair.chosen, pair.rejected)])]
+
+    def _collate(self, units: np.ndarray, items: Sequence[Sequence[torch.Tensor]]) -> PairBatch:
+        chosen, rejected = torch.stack([latents for (latents,) in items], dim=1)
+        prompts = [self._pairs[unit].prompt for unit in units]
         conditions = Conditions(prompts, *self._encode_prompts(prompts))
         device = conditions.prompt_embeds.device
         return PairBatch.plain(chosen.to(device), rejected.to(device), conditions)

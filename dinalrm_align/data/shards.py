@@ -93,10 +93,13 @@ def read_prompt_list(directory: Path, index: Index) -> list[str]:
 
 
 class RowFile:
-    """Reader of tensor rows in a safetensors file. It may be used in threads and forked processes."""
+    """Reader of tensor rows in a safetensors file. It may be used in threads and forked processes.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    shape: shape of one row of the file's first tensor.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...] = ()) -> None:
+        self.path, self.shape = path, shape
         found = path.stat()
         self._inode, self._size = found.st_ino, found.st_size  # a file replaced under this name has another inode
 
@@ -132,11 +135,11 @@ def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFil
             raise ValueError(f"{path}: {name}: got {shape[0]} rows; expected {shard.count}, as in index.json")
         if dims == 4 and shape[2:] != (size := (shard.height, shard.width)):
             raise ValueError(f"{path}: {name}: got size {shape[2:]}; expected {size}, as in index.json")
-    return RowFile(path)
+    return RowFile(path, found[next(iter(tensors))][1][1:])
 
 
 def read_columns(directory: Path, index: Index) -> dict[str, Tensor]:
-    """Return the 1-D columns of groups.safetensors by name. Raises ValueError for an index or label out of range."""
+    """Return the 1-D columns of groups.safetensors by name. Raises ValueError for an index out of range."""
     path = directory / "groups.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected it beside index.json")
@@ -159,7 +162,6 @@ def read_columns(directory: Path, index: Index) -> dict[str, Tensor]:
         ("pairs", 1, len(columns["chosen"])),
         ("chosen", 0, int(images.max()) - 1),
         ("rejected", 0, int(images.max()) - 1),
-        ("label", 0, 1),
         ("concept", -1, len(index.concepts) - 1),
     ):
         _check_column(path, name, columns[name], low, high)

@@ -2,8 +2,9 @@
 
 import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -12,12 +13,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dinalrm_align.data.batches import BatchOrder, PairSource
-from dinalrm_align.data.formats import folder_layout, read_preferences
+from dinalrm_align.data.formats import folder_layout
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.mined_pairs import MinedPairs
 from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, EncodingFormat, PairBatch, PairManifest, WeightSample
 from dinalrm_align.data.released_pairs import ReleasedPairs
-from dinalrm_align.models.images import image_tensor, open_image
+from dinalrm_align.data.workers import attempt
+from dinalrm_align.models.images import image_size, image_tensor, open_image
+from dinalrm_align.models.latent_space import LatentSpace
 from dinalrm_align.models.pipeline import encode_images, load_vae
 from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.models.weights import fetch
@@ -39,6 +42,11 @@ class Encoders:
         self.source, self.device = source, device
         place = dict(device=device, dtype=dtype)
         self.encode_prompts = PromptEncoder(source, text_length=text_length, max_cached=1000, **place)
+
+    @functools.cached_property
+    def latent_space(self) -> LatentSpace:
+        """Latents that the pipeline's transformer reads."""
+        return LatentSpace.of(self.source)
 
     @functools.cached_property
     def vae(self) -> "AutoencoderKL":
@@ -66,10 +74,9 @@ def open_pairs(
     encoders: Encoders,
     *,
     size: tuple[int, int],
-    on_bad: Literal["refuse", "skip"] = "refuse",
     **order: Unpack[BatchOrder],
 ) -> PairSource:
-    """Open the pairs at `path` and check that they were encoded for the model that reads them.
+    """Open the pairs at `path` and check that they were encoded for the model that reads them, and fit its transformer.
 
     Args:
         path: a jsonl of images; a directory of latents; a folder of mined pairs or one parquet file of them; or a
@@ -78,24 +85,25 @@ def open_pairs(
         encoders: used for images and prompts that are not stored in encoded form. Stored latents without a record of
             how they were encoded are assumed to come from `encoders`.
         size: (height, width) in pixels to which images of a jsonl are resized and cropped.
-        on_bad: what to do about latents that cannot be read. "refuse" raises; "skip" warns and leaves them out.
 
-    Raises ValueError if the VAE, the text encoders or the settings of the encoding differ from those of the model.
-    Warns if the VAE and text encoders cannot be compared, because the model's weights are not on this machine.
+    Raises ValueError if the settings, VAE or text encoders that encoded the pairs differ from the model's, or if the
+    model does not read latents of their shape.
+    Warns if the model's weights are not on this machine, because the VAE and text encoders cannot be compared.
     """
-    path = Path(path)
+    path, order["space"] = Path(path), encoders.latent_space
     layout = {".parquet": "mined", ".jsonl": "jsonl"}.get(path.suffix) or folder_layout(path)
     if layout == "mined":
         pairs = MinedPairs(path, manifest=encoders.manifest() if path.suffix == ".parquet" else None, **order)
     elif layout in ("released", "jsonl"):
         given = dict(encode_prompts=encoders.encode_prompts, manifest=encoders.manifest(), **order)
         if layout == "released":
-            pairs = ReleasedPairs(path, on_bad=on_bad, **given)
+            pairs = ReleasedPairs(path, **given)
         else:
             pairs = ImagePairs(path, encode_images=encoders.encode_images, size=size, **given)
     else:
-        pairs = LatentPairs(path, on_bad=on_bad, **order)
+        pairs = LatentPairs(path, **order)
     pairs.manifest.check(expected)
+    pairs.check_latents()
     unknown = pairs.manifest.check_encoders(encoders.weights)
     if unknown:
         warnings.warn(
@@ -110,7 +118,7 @@ class ImagePairs(PairSource):
 
     Paths are relative to the folder of the jsonl. manifest: encoding settings of `encode_images` and `encode_prompts`.
     size: (height, width) in pixels to which images are resized and cropped.
-    Raises ValueError for an invalid record and FileNotFoundError for a missing image.
+    Raises ValueError for an invalid record or image and FileNotFoundError for a missing image.
     """
 
     reads_files_only = False
@@ -128,25 +136,40 @@ class ImagePairs(PairSource):
         super().__init__(**order)
         self.manifest, self.size, self._path = manifest, size, Path(path)
         self._encode_images, self._encode_prompts = encode_images, encode_prompts
-        self._pairs = list(read_preferences(self._path, "jsonl", strict=False))
-        if not self._pairs:
-            raise ValueError(f"{path} holds no pairs")
-        for image in dict.fromkeys(image for pair in self._pairs for image in (pair.chosen, pair.rejected)):
-            if not (self._path.parent / image).is_file():
-                raise FileNotFoundError(f"{path}: image {self._path.parent / image} does not exist")
+        pairs = self._find_pairs(self._path, "jsonl")
+        images = dict.fromkeys(image for pair in pairs for image in (pair.chosen, pair.rejected))
+        bad = {image: problem for image in images if isinstance(problem := self._size(image), str)}
+        self._pairs = [pair for pair in pairs if bad.keys().isdisjoint((pair.chosen, pair.rejected))]
+        if bad:
+            message = f"{path}: {len(bad)} images cannot be read: {'; '.join(list(bad.values())[:3])}"
+            self.dropped.bad("unreadable image", message, len(pairs) - len(self._pairs))
+            warnings.warn(message, stacklevel=3)
         self._arrange([pair.prompt for pair in self._pairs])
+
+    def _size(self, image: str) -> tuple[int, int] | str:
+        file = self._path.parent / image
+        if not file.is_file() and self.dropped.on_bad == "refuse":
+            raise FileNotFoundError(f"{self._path}: image {file} does not exist")
+        return attempt(image_size, file)
 
     def digest(self) -> str:
         return file_digest(self._path)[:16]
 
+    def _where(self, unit: int) -> str:
+        return f"{self._path}, {self._pairs[unit].chosen}"
+
+    def _load(self, unit: int) -> list[Tensor]:
+        pair = self._pairs[unit]
+        return [
+            torch.stack([load_image(self._path.parent / image, *self.size) for image in (pair.chosen, pair.rejected)])
+        ]
+
     @torch.no_grad()
-    def _read(self, units: np.ndarray) -> PairBatch:
-        pairs = [self._pairs[unit] for unit in units]
-        images = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        pixels = torch.stack([load_image(self._path.parent / image, *self.size) for image in images])
+    def _collate(self, units: np.ndarray, items: Sequence[Sequence[Tensor]]) -> PairBatch:
+        pairs, pixels = [self._pairs[unit] for unit in units], torch.stack([images for (images,) in items], dim=1)
         prompts, concepts = [pair.prompt for pair in pairs], [pair.concept for pair in pairs]
         return PairBatch.plain(
-            *self._encode_images(pixels).chunk(2),
+            *self._encode_images(pixels.flatten(0, 1)).chunk(2),
             Conditions(prompts, *self._encode_prompts(prompts)),
             label=[pair.label for pair in pairs],
             concepts=None if None in concepts else tuple(concepts),

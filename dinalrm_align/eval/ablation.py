@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from dinalrm_align.eval.config import ARMS, BASELINE, Question
-from dinalrm_align.eval.report.intervals import Interval, by_caption, seeds_by_captions
+from dinalrm_align.eval.report.intervals import Interval, bracket, by_caption, seeds_by_captions
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NoiseLevels, PairScores, level_name
 
@@ -130,8 +130,8 @@ def verdict(interval: Interval) -> str:
 def in_points(interval: Interval, *, signed: bool = True) -> str:
     """Format a value and its interval in per cent: "+0.6 [-0.2, +1.4]". `signed`: whether to write a plus sign."""
     sign = "+" if signed else ""
-    mean, low, high = (f"{100 * value:{sign}.1f}" for value in (interval.mean, interval.low, interval.high))
-    return f"{mean} [{low}, {high}]"
+    form = f"{sign}.1f"
+    return f"{100 * interval.mean:{form}} {bracket(100 * interval.low, 100 * interval.high, form)}"
 
 
 def with_asterisk(interval: Interval) -> str:

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 
 from dinalrm_align.eval.ablation import Runs
-from dinalrm_align.eval.report.intervals import LEVEL, by_caption
+from dinalrm_align.eval.report.intervals import LEVEL, bracket, by_caption
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NoiseLevels
 from dinalrm_align.reward.config import LossConfig
@@ -145,11 +145,13 @@ def calibration_interval(
 
     It is a basic bootstrap interval: 2 ECE - (quantiles of the resampled ECE). The quantiles alone would be too high,
     because resampling adds the sampling bias a second time. The interval is unreliable if the ECE is close to
-    `Reliability.by_chance`, the ECE of a calibrated model.
+    `Reliability.by_chance`, the ECE of a calibrated model. With one caption both limits are NaN.
     """
     p, o, index = _binned(probability, observed, BINS)
     _, caption = np.unique(captions, return_inverse=True)
     number = int(caption.max()) + 1
+    if number < 2:
+        return math.nan, math.nan
     cell = caption * BINS + index
     weights = (np.ones_like(p), p, o)
     sums = [np.bincount(cell, weights=w, minlength=number * BINS).reshape(number, BINS) for w in weights]
@@ -247,9 +249,9 @@ def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name:
     for label, levels in curves.items():
         for sigma, found in levels.items():
             curve = found.reliability
-            ece, low, high, chance = (f"{100 * x:.1f}" for x in (curve.error, found.low, found.high, curve.by_chance))
+            ece, chance = (f"{100 * x:.1f}" for x in (curve.error, curve.by_chance))
             losses = (f"{x:.3f}" for x in (found.brier, found.nll))
-            cells = [curve.count.sum(), f"{ece} [{low}, {high}]", chance, *losses]
+            cells = [curve.count.sum(), f"{ece} {bracket(100 * found.low, 100 * found.high, '.1f')}", chance, *losses]
             rows.append([label, f"{sigma:g}", *cells, f"{found.scale:.2f}", f"{found.scaled_nll:.3f}"])
     header = ["arm", "sigma", "pairs", "ECE", "by chance", "Brier", "NLL", "best scale", "NLL at it"]
     sentences = "\n".join(f"- {scale_sentence(label, levels)}" for label, levels in curves.items())

@@ -192,7 +192,8 @@ class EvaluateRun:
         size: images for a latent reward are resized to an area of about size x size pixels; default: the model's own
             size. DiNa-LRM for SD3.5 was trained at 1024. Image rewards resize images themselves.
         fit: `area` resizes with the aspect ratio kept; `crop` resizes to cover size x size and crops the centre.
-        on_bad: `refuse` stops at an image that cannot be read; `skip` leaves out its pairs and lists it in the report.
+        on_bad: `refuse` stops at an image or record that cannot be read, also in `trained_on`; `skip` leaves out its
+            pairs and lists it in the report.
         sigmas: single noise levels at which a latent reward is evaluated.
         ensembles: lists of noise levels. For each list, the report gives the accuracy of one score computed from the
             backbone tokens of all levels, and the accuracy of the mean of the separate scores.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dinalrm_align.data.formats.record import INVALID
 from dinalrm_align.eval.ablation import SINGLE_LEVEL, Evidence, accuracy_of, arm_accuracy, in_points, inference_section
 from dinalrm_align.eval.calibration import calibration_section, reliabilities
 from dinalrm_align.eval.config import EvaluateRun
@@ -35,7 +36,7 @@ class SetResult:
     per_protocol: (protocol, noise level) -> accuracy, for all protocols of the set, at its `main_levels`.
     leak: overlap of the test pairs with the training data; None if not requested.
     without_leak: main noise level -> accuracy under `protocol` on the pairs that the reward was not trained on.
-    faults: name of an image without a score -> reason.
+    faults: name of an image without a score, or message on an invalid record -> reason.
     """
 
     name: str
@@ -208,7 +209,8 @@ def _faults(result: SetResult) -> str:
     more = len(result.faults) - SHOWN_FAULTS
     lines = [f"- {name}: {fault}" for name, fault in list(result.faults.items())[:SHOWN_FAULTS]]
     lines += [f"- and {more} more, in scores_{result.name}.faults.json"] * (more > 0)
-    title = f"## Left out, {result.name}\n\n{len(result.faults)} images have no score; their pairs are left out:\n\n"
+    what = "images or records" if INVALID in result.faults.values() else "images"
+    title = f"## Left out, {result.name}\n\n{len(result.faults)} {what} have no score; their pairs are left out:\n\n"
     return title + "\n".join(lines) + "\n"
 
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from dinalrm_align.data.batches import PairSource
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.data.source import Encoders, open_pairs
 from dinalrm_align.eval.scores import (
@@ -53,7 +54,7 @@ PIECE = 8  # batches of images per file of partial results
 MULTIPLE = 16  # image sides are multiples of this: SD3's VAE downsampling (8) times its patch size (2)
 
 OnBad = Literal["refuse", "skip"]
-"""What to do about an image that cannot be read: raise ValueError, or leave out its pairs."""
+"""What to do about a record or image that cannot be read: raise ValueError, or leave out its pairs."""
 ImageScorer = Callable[[Sequence[Image.Image], Sequence[str]], Mapping[str, np.ndarray]]
 """(B images of any size, B prompts) -> `NoiseLevels.name` -> (B,) scores."""
 
@@ -242,7 +243,7 @@ class Evaluator:
         encoders: networks that encode images and decode latents.
         size: (height, width) to which images are resized for latent rewards.
         batch_size: images, or groups of latents, per batch. It affects which noise is drawn for latents.
-        fit, on_bad: how images are resized (see `Fit`), and what happens to unreadable images (see `OnBad`).
+        fit, on_bad: how images are resized (see `Fit`), and what happens to unreadable images and records (`OnBad`).
         image_sets: the test sets in `sets` that hold images, opened by `open_image_sets`.
     """
 
@@ -287,14 +288,17 @@ class Evaluator:
                 score = image_scorer(candidate.load(), self.encoders, fit, levels, self.noise_seed)
                 options |= {"batch_size": self.batch_size, "on_bad": self.on_bad}
                 scores, found = score_image_set(score, images, levels, **options)
-                write_atomically(faults, json.dumps(found, indent=1) + "\n")
+                dropped = images.dropped
             else:
-                batches = self._batches(name, candidate.config)
-                scores = score_pairs(self._latent_scorer(candidate), batches, levels, seed=self.noise_seed, **options)
+                pairs = self._pairs(name, candidate.config)
+                score, batches, dropped, found = self._latent_scorer(candidate), pairs.in_order(), pairs.dropped, {}
+                scores = score_pairs(score, batches, levels, seed=self.noise_seed, **options)
+            found |= {message: reason for reason, messages in dropped.messages.items() for message in messages}
+            write_atomically(faults, json.dumps(found, indent=1) + "\n")
             save_scores(scores, path, terms)
             discard_folder(pieces.folder)
         if self.on_bad == "refuse" and faults.exists() and read_json(faults):
-            raise ValueError(f"{faults}: these scores leave out images; to accept that, pass --on_bad skip")
+            raise ValueError(f"{faults}: these scores leave out images or records; to accept that, pass --on_bad skip")
         return load_scores(path, terms)
 
     def _latent_scorer(self, candidate: Candidate) -> Score:
@@ -312,9 +316,9 @@ class Evaluator:
 
         return score
 
-    def _batches(self, name: str, config: RewardConfig | None) -> Sequence[PairBatch]:
-        reader = config or self.encoders.manifest()
-        return open_pairs(self.sets[name], reader, self.encoders, size=self.size, batch_size=self.batch_size).in_order()
+    def _pairs(self, name: str, config: RewardConfig | None) -> PairSource:
+        options = dict(size=self.size, batch_size=self.batch_size, on_bad=self.on_bad)
+        return open_pairs(self.sets[name], config or self.encoders.manifest(), self.encoders, **options)
 
     def gold_accuracy(
         self, gold: Callable[[Tensor, Sequence[str]], Tensor], config: RewardConfig | None
@@ -333,17 +337,19 @@ class Evaluator:
 
         accuracies = {}
         for name in (name for name in self.sets if name not in self.image_sets):
-            batches = self._batches(name, config)
+            batches = self._pairs(name, config).in_order()
             if len(batches) and batches[0].group_prompts is not None:
                 scores = score_pairs(score, batches, [NO_NOISE], seed=self.noise_seed, title=f"gold: {name}")
                 accuracies[name] = scores.accuracy(NO_NOISE.name)
         return accuracies
 
 
-def open_image_sets(sets: Mapping[str, str], unpack_to: Path | None = None) -> dict[str, ImageSet]:
+def open_image_sets(
+    sets: Mapping[str, str], unpack_to: Path | None = None, on_bad: OnBad = "refuse"
+) -> dict[str, ImageSet]:
     """Open the test sets that hold images: public test sets and jsonl files. `sets`: name of a test set -> path."""
     paths = {name: path for name, path in sets.items() if name in TEST_SETS or Path(path).suffix == ".jsonl"}
-    return {name: open_test_set(name, path, unpack_to=unpack_to) for name, path in paths.items()}
+    return {name: open_test_set(name, path, unpack_to=unpack_to, on_bad=on_bad) for name, path in paths.items()}
 
 
 def scores_file(directory: Path, name: str) -> Path:

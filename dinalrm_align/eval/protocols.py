@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinalrm_align.eval.report.intervals import LEVEL
+from dinalrm_align.eval.report.intervals import LEVEL, bracket
 from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import PROTOCOLS
 
@@ -17,7 +17,10 @@ CHUNK = 50  # bootstrap resamples computed at once
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy in [0, 1], its 95 % interval, and how many pairs and prompts it counts. NaN if it counts no pair."""
+    """Accuracy in [0, 1], its 95 % interval, and the numbers of pairs and prompts counted. NaN if no pair counts.
+
+    The bootstrap needs two prompts: with one, low and high are NaN.
+    """
 
     value: float
     low: float
@@ -29,7 +32,7 @@ class Accuracy:
         """Format as per cent with the interval: "72.40 [70.10, 74.60]"."""
         if not self.pairs:
             return "no pairs"
-        return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
+        return f"{100 * self.value:.2f} {bracket(100 * self.low, 100 * self.high, '.2f')}"
 
 
 def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = 1000, seed: int = 0) -> Accuracy:
@@ -48,7 +51,9 @@ def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = 1000, 
         if not counted.any():
             return Accuracy(np.nan, np.nan, np.nan, 0, 0)
         value = np.sum(weight * right) / np.sum(weight)
-    number = int(caption.max()) + 1
+    number, prompts, pairs = int(caption.max()) + 1, len(np.unique(caption[counted])), int(counted.sum())
+    if prompts < 2:
+        return Accuracy(float(value), np.nan, np.nan, pairs, prompts)
     rng = np.random.default_rng(seed)
     resampled = []
     for start in range(0, draws, CHUNK):
@@ -56,7 +61,7 @@ def accuracy(scores: PairScores, protocol: str, *names: str, draws: int = 1000, 
         by_tau = protocol == "tau"
         resampled.append(_tau(gap, label, counts[:, caption]) if by_tau else _ratio(right, weight, caption, counts))
     low, high = np.nanquantile(np.concatenate(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Accuracy(float(value), float(low), float(high), int(counted.sum()), len(np.unique(caption[counted])))
+    return Accuracy(float(value), float(low), float(high), pairs, prompts)
 
 
 def _right_and_weight(

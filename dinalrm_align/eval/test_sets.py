@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dinalrm_align.data.formats import find_layout, read_preferences
-from dinalrm_align.data.formats.record import Cell, ImageRef, Preference
+from dinalrm_align.data.formats.record import Cell, Dropped, ImageRef
 from dinalrm_align.data.formats.rows import image_source, row_group_starts
 from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import TEST_SETS, PublicSet
@@ -47,6 +47,7 @@ class ImageSet:
     chosen, rejected: (N,) int, indices in `images` of the first and second image of each pair, in published order.
     label: (N,) float32, probability that a rater prefers the first image; 0.5 is a tie.
     group: (N,) int, index of the published record that contains the pair.
+    dropped: records that were left out.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ImageSet:
     rejected: np.ndarray
     label: np.ndarray
     group: np.ndarray
+    dropped: Dropped
 
     @property
     def order(self) -> list[int]:
@@ -74,16 +76,17 @@ class ImageSet:
         return [name for name, file in files if not file.is_file()]
 
 
-def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None) -> ImageSet:
+def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None, on_bad: str = "refuse") -> ImageSet:
     """Open a public test set if `name` is in `TEST_SETS`, otherwise a jsonl of (prompt, chosen, rejected[, label]).
 
     where: folder or annotation file of the test set. For a public test set, "hub" or a hub id downloads the files and
-    unpacks archives to `unpack_to`. Raises FileNotFoundError, with download instructions, for missing files, and
-    ValueError for files in an unexpected layout.
+    unpacks archives to `unpack_to`. on_bad: "refuse" raises ValueError for an invalid record; "skip" leaves it out.
+    Raises FileNotFoundError, with download instructions, for missing files, and ValueError for files in an unexpected
+    layout.
     """
     if name not in TEST_SETS:
         path = Path(where)
-        return _image_set(name, read_preferences(path, "jsonl", strict=False), _Finder([path.parent]), path)
+        return _image_set(name, path, "jsonl", _Finder([path.parent]), Dropped(on_bad))
     entry = TEST_SETS[name]
     if str(where) == "hub" or (not Path(where).exists() and HUB_ID.fullmatch(str(where))):
         where = _download(name, entry, str(where), unpack_to)
@@ -92,7 +95,7 @@ def open_test_set(name: str, where: str | Path, *, unpack_to: Path | None = None
         raise FileNotFoundError(f"no {name} at {where}; expected a folder with {entry.files}. To get it: {entry.how}")
     files = _find_files(name, entry, path)
     finder = _Finder([files[0].parent / root for root in entry.roots], files, published=True)
-    return _image_set(name, read_preferences(files, entry.layout, strict=False), finder, path)
+    return _image_set(name, files, entry.layout, finder, Dropped(on_bad))
 
 
 def _find_files(name: str, entry: PublicSet, path: Path) -> list[Path]:
@@ -109,16 +112,17 @@ def _find_files(name: str, entry: PublicSet, path: Path) -> list[Path]:
     raise FileNotFoundError(f"{path} holds no {name}: expected {entry.files}. To get it: {entry.how}")
 
 
-def _image_set(name: str, pairs: Iterable[Preference], finder: "_Finder", where: Path) -> ImageSet:
+def _image_set(name: str, source: Path | Sequence[Path], layout: str, finder: "_Finder", dropped: Dropped) -> ImageSet:
     rows: dict[Image, int] = {}
     columns = []
-    for pair in pairs:
+    for pair in read_preferences(source, layout, dropped.bad, strict=False):
         images = (finder(image, pair.prompt) for image in (pair.chosen, pair.rejected))
         columns.append((*(rows.setdefault(image, len(rows)) for image in images), pair.label, pair.group))
     if not columns:
-        raise ValueError(f"{where} holds no pairs with a verdict")
+        where = source if isinstance(source, Path) else source[0]
+        raise ValueError(f"{where} holds no pairs with a verdict ({dropped})")
     chosen, rejected, label, group = (np.array(column) for column in zip(*columns, strict=True))
-    return ImageSet(name, tuple(rows), chosen, rejected, label.astype(np.float32), group)
+    return ImageSet(name, tuple(rows), chosen, rejected, label.astype(np.float32), group, dropped)
 
 
 class _Finder:
@@ -209,20 +213,24 @@ def trained_on(prompts: Iterable[str], paths: Iterable[str] = (), contents: Iter
     return Trained(frozenset(stripped), frozenset(map(_path_digest, paths)), frozenset(contents))
 
 
-def read_trained(source: str | Path) -> Trained:
+def read_trained(source: str | Path, dropped: Dropped | None = None) -> Trained:
     """Read a reward's training data from a file or folder in any layout of `data.formats`.
 
     Image paths are included if images are separate files. Hashes of the image files are included only for a jsonl.
+    dropped: what to do about invalid records and missing images of a jsonl; default: raise ValueError.
     """
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no training set {path}; expected a directory of pairs, a jsonl or a train.json")
-    layout, prompts, images = find_layout(path), set(), set()
-    for pair in read_preferences(path, layout, strict=False):
+    layout, prompts, images, dropped = find_layout(path), set(), set(), dropped or Dropped("refuse")
+    for pair in read_preferences(path, layout, dropped.bad, strict=False):
         prompts.add(pair.prompt)
         images |= {image for image in (pair.chosen, pair.rejected) if isinstance(image, str)}
     files = sorted(path.parent / image for image in images) if layout == "jsonl" else []
-    return trained_on(prompts, images, map(file_digest, files))
+    for file in files:
+        if not file.is_file():
+            dropped.bad("missing image", f"{path}: image {file} does not exist")
+    return trained_on(prompts, images, (file_digest(file) for file in files if file.is_file()))
 
 
 def leaked(scores: PairScores, trained: Trained, images: ImageSet | None = None) -> Leak:

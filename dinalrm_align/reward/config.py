@@ -298,7 +298,8 @@ class TrainRewardRun:
         tracker: where to log in addition to metrics.jsonl. wandb works offline with WANDB_MODE=offline.
         batch_size: number of prompts per micro-batch on each process. A micro-batch has all images of each prompt (a
             pair or a ranked list).
-        on_bad: action on unreadable latent files: refuse (list the files and exit) or skip (warn and drop the pairs).
+        on_bad: action on files, images and records of pairs that cannot be read: refuse (exit) or skip (warn, and leave
+            out the pairs).
         prefetch: number of batches to read ahead, for pairs that are stored as encoded latents.
         height: height in pixels of images that are encoded during training; default: the model's own.
         width: width in pixels of images that are encoded during training; default: the model's own.

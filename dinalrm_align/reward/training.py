@@ -139,9 +139,9 @@ def open_training_pairs(
         train, validation = folder / "train", validation or folder / "concepts"
     encoders = Encoders(spec.pipeline, text_length=reward.text_length, device=accelerator.device, dtype=dtype)
     size = (run.height or spec.height, run.width or spec.width)
-    options = dict(size=size, batch_size=run.batch_size, seed=run.seed)
+    options = dict(size=size, batch_size=run.batch_size, seed=run.seed, on_bad=run.on_bad)
     held_out = 0 if validation else run.held_out_prompts
-    pairs = open_pairs(train, reward, encoders, held_out_prompts=held_out, on_bad=run.on_bad, **options)
+    pairs = open_pairs(train, reward, encoders, held_out_prompts=held_out, **options)
     digests = {"list of pairs": pairs.digest()}
     if validation:
         held = open_pairs(validation, reward, encoders, **options)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dinalrm_align.data.formats import mined, published, released
-from dinalrm_align.data.formats.record import Bad, Cell, Preference, Row, check_preference, raise_error
+from dinalrm_align.data.formats.record import INVALID, Bad, Cell, Preference, Row, check_preference, raise_error
 from dinalrm_align.data.formats.rows import read_records, table_rows
 
 
@@ -83,7 +83,7 @@ def read_preferences(
             pairs = [check_preference(pair, strict=strict) for pair in convert(row)]
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it lacks the field {error}" if isinstance(error, KeyError) else str(error)
-            bad("invalid record", f"{row.where}: {reason}")
+            bad(INVALID, f"{row.where}: {reason}")
         else:
             yield from pairs
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
-from dinalrm_align.models.prompt import INVALID, check_prompt
+from dinalrm_align.models.prompt import INVALID_CHARACTER, check_prompt
 
+INVALID = "invalid record"
+"""Reason, in `Dropped.counts`, of a record that does not pass `check_preference`."""
 Bad = Callable[[str, str], None]
 """Function called for each invalid record with (reason, message): the reason is a category for counts, and the message
 names the record. The function may raise."""
@@ -101,7 +103,9 @@ def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
     if not pair.prompt.strip() and not (pair.encoded and pair.prompt == ""):
         raise ValueError(f"prompt: got {pair.prompt!r:.60}, a blank one; expected text")
     for name, image in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if not isinstance(image, Cell) and not (isinstance(image, str) and image and not INVALID.search(image)):
+        if not isinstance(image, Cell) and not (
+            isinstance(image, str) and image and not INVALID_CHARACTER.search(image)
+        ):
             raise ValueError(f"{name}: got {image!r:.80}; expected the path of an image")
     if strict and pair.chosen == pair.rejected:
         raise ValueError(f"chosen and rejected: got one image, {str(pair.chosen)!r:.80}; expected two")

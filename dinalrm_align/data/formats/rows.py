@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinalrm_align.data.formats.record import Bad, Cell, ImageRef, Row
+from dinalrm_align.data.formats.record import INVALID, Bad, Cell, ImageRef, Row
 from dinalrm_align.train.files import parse_json, read_text, reading
 
 
@@ -77,7 +77,7 @@ def table_rows(
             if isinstance(record, dict):
                 yield Row(f"{files[0]}, entry {number}", number, record)
             else:
-                bad("invalid record", f"{files[0]}, entry {number}: got {type(record).__name__}; expected an object")
+                bad(INVALID, f"{files[0]}, entry {number}: got {type(record).__name__}; expected an object")
 
 
 def parquet_rows(
@@ -122,6 +122,6 @@ def _lines(path: Path, bad: Bad) -> Iterator[Row]:
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: got a {type(record).__name__}; expected an object")
         except ValueError as error:
-            bad("invalid record", str(error))
+            bad(INVALID, str(error))
         else:
             yield Row(where, count, record)

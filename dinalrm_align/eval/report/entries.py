@@ -294,4 +294,4 @@ def _incomparable(run: Run, first: Run) -> str:
     changed = [name for name in names if name != "shown" and run.terms.get(name) != first.terms.get(name)]
     if changed:
         return f"evaluated with other settings than {first.folder} (they differ in {', '.join(changed)})"
-    return "evaluated on one caption" if len(set(run.terms["prompts"])) < 2 else ""
+    return ""

@@ -13,11 +13,20 @@ import numpy as np
 from scipy.special import stdtrit
 
 LEVEL = 0.95
+NO_INTERVAL = "(no interval: one prompt)"
+
+
+def bracket(low: float, high: float, form: str) -> str:
+    """Format an interval: "[0.1, 0.3]". NaN limits mean that there is none, since all values are of one prompt."""
+    return NO_INTERVAL if math.isnan(low) or math.isnan(high) else f"[{low:{form}}, {high:{form}}]"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % confidence interval [low, high]. With one seed, variation between seeds is ignored."""
+    """A mean with its 95 % confidence interval [low, high]. With one seed, variation between seeds is ignored.
+
+    With one caption there is no interval: low, high and standard_error are NaN.
+    """
 
     mean: float
     low: float
@@ -28,7 +37,7 @@ class Interval:
 
     @property
     def brief(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+.3f} {bracket(self.low, self.high, '+.3f')}"
 
     def __str__(self) -> str:
         return self.brief + ("" if self.seeds > 1 else " (one seed: variance between seeds unknown)")
@@ -42,15 +51,17 @@ def seeds_by_captions(differences: np.ndarray) -> Interval:
     half-width is sqrt(t_{S-1}^2 a + t_{C-1}^2 b) with quantiles of Student's t (Banerjee, Sankhya 22, 1960). The
     coverage is at least 95 % for any ratio of a to b. Satterthwaite's degrees of freedom would give narrower intervals
     with lower coverage: 92.5 % with three seeds and 87 % with two, if seeds vary as much as captions. With one seed,
-    only b is used. Raises ValueError if there is no seed, fewer than two captions, or a value that is not finite.
+    only b is used. With one caption the interval is NaN. Raises ValueError if the table is empty or not finite.
     """
     table = np.asarray(differences, dtype=np.float64)
-    if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:
-        raise ValueError(f"differences: got shape {table.shape}; expected (seeds, captions), at least (1, 2)")
+    if table.ndim != 2 or not table.size:
+        raise ValueError(f"differences: got shape {table.shape}; expected (seeds, captions), at least (1, 1)")
     if not np.isfinite(table).all():
         raise ValueError(f"differences: got {int((~np.isfinite(table)).sum())} values that are not finite")
     seeds, captions = table.shape
     mean = float(table.mean())
+    if captions < 2:
+        return Interval(mean, math.nan, math.nan, math.nan, seeds, captions)
     terms = [(float(table.mean(axis=0).var(ddof=1)) / captions, captions - 1)]
     if seeds > 1:
         terms.append((float(table.mean(axis=1).var(ddof=1)) / seeds, seeds - 1))

@@ -166,7 +166,7 @@ def test_folders_without_a_complete_set_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="lacks 1 of 2 shards, first pairs-00001.parquet"):
         MinedPairs(tmp_path / "set", batch_size=1)
     write_shard(shard_path(tmp_path / "set", 1), [], dtype="float16")
-    with pytest.raises(ValueError, match="holds no pairs: none passed the filter"):
+    with pytest.raises(ValueError, match="holds no pairs .*none passed the filter"):
         MinedPairs(tmp_path / "set", batch_size=1)
     (tmp_path / "noise.parquet").write_bytes(b"PAR1 and nothing")
     with pytest.raises(ValueError, match="does not hold a readable parquet file"):

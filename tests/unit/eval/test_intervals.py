@@ -40,7 +40,13 @@ def test_where_nothing_varies_the_interval_is_the_mean():
     assert (found.low, found.mean, found.high) == (0.25, 0.25, 0.25)
 
 
-@pytest.mark.parametrize("wrong", [np.zeros(4), np.zeros((0, 4)), np.zeros((2, 1)), np.array([[0.0, np.nan]])])
+def test_one_caption_has_a_mean_and_no_interval():
+    found = seeds_by_captions(np.array([[1.0], [3.0]]))
+    assert found.mean == 2 and np.isnan([found.low, found.high, found.standard_error]).all()
+    assert found.brief == "+2.000 (no interval: one prompt)"
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(4), np.zeros((0, 4)), np.zeros((2, 0)), np.array([[0.0, np.nan]])])
 def test_refuses_what_is_no_table_of_numbers(wrong):
     with pytest.raises(ValueError, match="differences: got"):
         seeds_by_captions(wrong)

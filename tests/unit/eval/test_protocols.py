@@ -107,3 +107,15 @@ def test_unknown_protocols_list_the_known_ones():
 
 def test_every_set_is_known_by_a_protocol_it_has():
     assert all(default_protocol(name) in protocols_of(name) for name in [*TEST_SETS, "mine"])
+
+
+@pytest.mark.parametrize("protocol", [rule for rule in PROTOCOLS])
+def test_pairs_of_one_prompt_have_an_accuracy_and_no_interval(protocol):
+    """Prompts without a counted pair do not help: here the second one's only pair is tied by raters."""
+    pairs = [(0, 1, 1), (1, 2, 1)]
+    for scores in (pair_scores([3.0, 1, 2], pairs), pair_scores([3.0, 1, 2, 0], [*pairs, (0, 3, 0.5)], [0, 0, 1])):
+        if protocol in ("hpsv2", "mps", "three-way", "tau") and len(scores.label) == 3:
+            continue  # they count ties
+        found = accuracy(scores, protocol, "s", draws=100)
+        assert np.isnan([found.low, found.high]).all() and found.prompts == 1
+        assert str(found) == f"{100 * found.value:.2f} (no interval: one prompt)"
