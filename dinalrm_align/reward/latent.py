@@ -153,7 +153,7 @@ class LatentReward(RewardModule):
         model = build_reward_model(config, transformer, share_weights=share)
         load_tensors(model.tuned_tensors(), checkpoint.tensors, checkpoint.where)
         if loaded_here:
-            model.trunk.shared = ()  # the reward is the only owner of these weights
+            model.trunk.share(())  # the reward is the only owner of these weights
         elif share:
             _check_place(model.trunk, device, dtype)
         if not share and device is not None:
@@ -314,8 +314,8 @@ class LatentReward(RewardModule):
         self.backbone.disable_gradient_checkpointing()
 
     def replace_shared(self, made: Mapping[int, Tensor]) -> None:
-        """Replace the tensors in `backbone.shared`. made: maps the id() of each old tensor to the new tensor."""
-        self.backbone.shared = tuple(made[id(tensor)] for tensor in self.backbone.shared)
+        """Record new tensors as the weights shared with the transformer. made: {id(old tensor): new tensor}."""
+        self.backbone.share(made[id(tensor)] for tensor in self.backbone.shared)
 
     def _scaled(self, raw: Tensor) -> Tensor:
         return raw * self.config.score_scale + self.config.score_bias

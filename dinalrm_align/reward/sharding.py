@@ -82,4 +82,4 @@ def _shard(accelerator: Accelerator, trees: Sequence[nn.ModuleList], trunks: Seq
             block.forward = functools.partial(shared, tree)
     accelerator.print(f"the frozen base weights are sharded over {count} processes")
     for trunk in trunks:  # release the unsharded weights
-        trunk.shared = tuple(tensor for tensor in trunk.shared if id(tensor) not in sharded)
+        trunk.share([tensor for tensor in trunk.shared if id(tensor) not in sharded])

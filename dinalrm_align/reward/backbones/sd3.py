@@ -7,7 +7,7 @@ trunk only. Policy and reward thus need no adapter switching, which is unsafe wi
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import peft
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from dinalrm_align.reward.backbones import Taps
+from dinalrm_align.reward.backbones.probes import Probes
 from dinalrm_align.reward.config import LoraConfig, RewardConfig
 
 TEXT_SIDE = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -58,7 +59,7 @@ class SD3Trunk(nn.Module):
         self.visual_taps, self.text_taps, self.last_tap = config.visual_taps, config.text_taps, config.last_tap
         self.gradient_checkpointing = self.use_reentrant = False
 
-        self.shared: tuple[Tensor, ...] = (*self.parameters(), *self.buffers()) if share_weights else ()
+        self.share((*self.parameters(), *self.buffers()) if share_weights else ())
         self._owner = weakref.ref(transformer)  # weak: the trunk must not keep unused blocks alive
         if share_weights:
             self.check_shared()
@@ -84,8 +85,15 @@ class SD3Trunk(nn.Module):
     def disable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = False
 
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Record which of the trunk's weights are shared with the transformer, and their present values."""
+        self.shared: tuple[Tensor, ...] = tuple(tensors)
+        shared = {id(tensor) for tensor in self.shared}
+        named = (*self.named_parameters(), *self.named_buffers())
+        self._probes = Probes({name: tensor for name, tensor in named if id(tensor) in shared})
+
     def check_shared(self) -> None:
-        """Raise ValueError if shared weights are not frozen or contain a merged adapter. Both could change scores."""
+        """Raise ValueError if shared weights require gradients, contain a merged adapter or have changed."""
         owner = self._owner() if self.shared else None
         if owner is not None:
             _check_unmerged(_parts_read(owner, len(self.transformer_blocks)))
@@ -94,6 +102,7 @@ class SD3Trunk(nn.Module):
                 f"requires_grad: got True for {trained} of {len(self.shared)} tensors shared with the transformer; "
                 "expected frozen: call transformer.requires_grad_(False) (and train a LoRA), or use share_weights=False"
             )
+        self._probes.check()
 
     def forward(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
         """Return the features (`Taps`) of the selected layers, in the trunk's dtype. Arguments are as in `Backbone`."""

@@ -234,3 +234,103 @@ def test_a_bfloat16_policy_with_float32_lora_is_shared_as_bfloat16(tiny_reward_d
 def test_sharing_at_another_dtype_is_refused(tiny_reward_dir, policy):
     with pytest.raises(ValueError, match="on cpu in torch.float32, but cpu in torch.bfloat16 was asked for"):
         load(tiny_reward_dir, policy, dtype=torch.bfloat16)
+
+
+# ----------------------------------------------------------------------------- weights that change under a reward
+
+
+def without_grad(change):
+    """The change, made as users make it: in place, without gradient."""
+
+    def made(weight):
+        with torch.no_grad():
+            change(weight)
+
+    return made
+
+
+CHANGES = {
+    "a factor": without_grad(lambda w: w.mul_(1.01)),
+    "a sign": without_grad(lambda w: w.neg_()),
+    "data": lambda w: w.data.add_(0.01),
+    "zeros": without_grad(lambda w: w.zero_()),
+    "other data": lambda w: setattr(w, "data", torch.ones_like(w)),
+    "copied": without_grad(lambda w: w.copy_(w.flip(0))),
+    "NaN": lambda w: w.data.fill_(torch.nan),
+    "one column": lambda w: w.data[:, 5].add_(0.1),
+    "one row": lambda w: w.data[3].add_(0.1),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_weights_that_change_later_are_noticed_when_scoring(tiny_reward_dir, policy, tiny_inputs, name):
+    reward = load(tiny_reward_dir, policy)
+    before = reward(**tiny_inputs)
+    weight = policy.transformer_blocks[1].attn.to_q.weight
+    kept = weight.data.clone()
+    CHANGES[name](weight)
+    with pytest.raises(ValueError, match=r"transformer_blocks.1.attn.to_q.weight \(and 0 more\): got other values"):
+        reward(**tiny_inputs)
+    weight.data = kept
+    torch.testing.assert_close(reward(**tiny_inputs), before)
+
+
+def small_lora(transformer):
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "add_v_proj"]), "policy")
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad and "lora_B" in name:
+            parameter.data = torch.full_like(parameter, 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_lora_fused_and_unloaded_is_noticed_and_one_fused_and_unfused_is_not(
+    tiny_reward_dir, policy, tiny_inputs, dtype
+):
+    policy = policy.to(dtype)
+    reward = load(tiny_reward_dir, policy)
+    if dtype != torch.float32:
+        reward = LatentReward.from_pretrained(tiny_reward_dir, transformer=policy, dtype=dtype)
+    reward(**tiny_inputs)
+    small_lora(policy)
+    reward(**tiny_inputs)
+    policy.fuse_lora()
+    policy.unfuse_lora()
+    reward(**tiny_inputs)
+    policy.fuse_lora()
+    policy.unload_lora()
+    with pytest.raises(ValueError, match="transformer_blocks.0.attn.to_q.weight .*unfuse a LoRA before unloading it"):
+        reward(**tiny_inputs)
+
+
+def test_every_way_to_score_notices(tiny_reward_dir, tiny_pipeline, tiny_inputs):
+    pipeline = copy.deepcopy(tiny_pipeline)
+    reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=pipeline)
+    pipeline.transformer.load_state_dict({k: 1.1 * v for k, v in pipeline.transformer.state_dict().items()})
+    latents = tiny_inputs["latents"]
+    for score in (
+        lambda: reward(latents, ["a", "b"]),
+        lambda: reward.raw(latents, ["a", "b"]),
+        lambda: reward.score_noisy(latents, 0.4, ["a", "b"]),
+        lambda: reward.score_images(torch.rand(1, 3, 64, 64), ["a"]),
+    ):
+        with pytest.raises(ValueError, match=r"\(and \d+ more\): got other values than when the reward was built"):
+            score()
+
+
+def test_equal_weights_loaded_again_and_private_ones_are_no_change(tiny_reward_dir, policy, tiny_inputs):
+    shared, private = load(tiny_reward_dir, policy), load(tiny_reward_dir, policy, share_weights=False)
+    expected = shared(**tiny_inputs)
+    policy.load_state_dict({name: tensor.clone() for name, tensor in policy.state_dict().items()})
+    torch.testing.assert_close(shared(**tiny_inputs), expected)
+    policy.transformer_blocks[1].attn.to_q.weight.data.zero_()
+    torch.testing.assert_close(private(**tiny_inputs), expected, rtol=1e-4, atol=1e-5)
+    policy.proj_out.weight.data.zero_()  # read by the policy alone
+
+
+def test_a_policy_in_training_does_not_change_what_is_shared(tiny_reward_dir, policy, tiny_inputs):
+    reward = load(tiny_reward_dir, policy)
+    before = reward(**tiny_inputs)
+    add_policy_lora(policy)
+    velocity(policy, tiny_inputs).sum().backward()
+    torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.1).step()
+    torch.testing.assert_close(reward(**tiny_inputs), before)

@@ -1,0 +1,56 @@
+"""Notice that weights have changed, from a few values of each tensor."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+PROBES = 64
+TOLERANCE = 1e-5  # relative; a dtype whose eps is larger gets its eps
+
+
+class Probes:
+    """At most 64 evenly spaced values of each tensor, as they are when the object is made.
+
+    Quantised weights are left out, because fusing and unfusing a LoRA quantises them anew. Sharded weights (DTensor)
+    are left out, because no process holds them whole. Tensors on the meta device have no values.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        plain = {n: t for n, t in tensors.items() if t.is_floating_point() and not isinstance(t, DTensor)}
+        self.tensors = {name: tensor for name, tensor in plain.items() if tensor.numel() and not tensor.is_meta}
+        views = self._views()
+        self.counts = [len(view) for view in views]
+        if views:
+            self.values = torch.cat(views).float()
+            spread = [view.float().square().mean().sqrt().expand_as(view) for view in views]
+            self.scales = self.values.abs() + torch.cat(spread)
+
+    def changed(self) -> Tensor:
+        """Return a bool tensor, which of the values have changed, without waiting for the device.
+
+        A change is a difference above eps (|value| + r), where r is the root mean square of the tensor's values and eps
+        that of the dtype, at least 1e-5. To fuse and unfuse a LoRA rounds twice, which stays below, unless the update
+        of the weight is above 2 r.
+        """
+        now = torch.cat(self._views()).float()
+        eps = max([TOLERANCE, *(torch.finfo(tensor.dtype).eps for tensor in self.tensors.values())])
+        return ~((now - self.values.to(now.device)).abs() <= eps * self.scales.to(now.device))
+
+    def check(self) -> None:
+        """Raise ValueError if a value has changed. Waits for the device once."""
+        if not self.tensors or not bool((changed := self.changed()).any()):
+            return
+        parts = zip(self.tensors, changed.split(self.counts), strict=True)
+        first, *others = [name.replace(".base_layer", "") for name, part in parts if part.any()]
+        raise ValueError(
+            f"{first} (and {len(others)} more): got other values than when the reward was built; expected the base "
+            "weights: undo the change (unfuse a LoRA before unloading it) or load the base model again, then build the "
+            "reward anew; or use share_weights=False"
+        )
+
+    @torch.no_grad()
+    def _views(self) -> list[Tensor]:
+        flat = [tensor.detach().reshape(-1) for tensor in self.tensors.values()]
+        return [values[:: max(1, len(values) // PROBES - 1) | 1][:PROBES] for values in flat]  # odd: not one column
