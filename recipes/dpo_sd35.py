@@ -48,7 +48,8 @@ def align(resolved: Resolved[DpoRun]) -> None:
         setup.align(OfflineDpo(sampler, pairs, dpo), samples=samples, shown=shown, data={"pairs": pairs.digest()})
     else:
         method = OnlineDpo(sampler, setup.reward, dpo)
-        setup.align(method, samples=samples, state=method)  # the refreshed reference is stored in the checkpoints
+        # the refreshed reference is stored in the checkpoints
+        setup.align(method, samples=samples, state=method, no_signal=method.no_signal)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

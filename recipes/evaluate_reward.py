@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinalrm_align.eval.config import EvaluateRun
-from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
 from dinalrm_align.reward.names import parse_reward
 from dinalrm_align.train.command import parse, refuse, refusing
 
@@ -32,6 +32,8 @@ def resolve(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
     spec, reason = resolve_model(config.model)
     if spec.kind != "shapes" and not config.test_sets:
         refuse(f"{spec.name} has no test sets of its own; expected --test_sets '{{name: DIR}}'")
+    if config.checkpoint is not None or "dinalrm" in {term.name for term in parse_reward(config.reward)}:
+        check_sides(spec, size=config.size)
     if config.output_dir is None:
         named = re.sub(r"[^\w.+-]+", "_", config.reward or "dinalrm")[-100:]
         config.output_dir = f"runs/evaluate_{Path(spec.name).name}_{named}"

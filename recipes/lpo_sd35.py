@@ -40,7 +40,8 @@ def align(resolved: Resolved[LpoRun]) -> None:
     sampler = setup.sampler(named_sigmas(config.schedule, setup.pipeline.scheduler, num_steps), config.guidance_scale)
     lpo = Lpo(sampler, setup.reward, config)
     shown = ("accuracy", "pairs", "gold", "kl")
-    setup.align(lpo, samples=config.batch_size, state=lpo.buffer, shown=shown)  # its pairs are stored in checkpoints
+    # its pairs are stored in checkpoints
+    setup.align(lpo, samples=config.batch_size, state=lpo.buffer, shown=shown, no_signal=lpo.no_signal)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

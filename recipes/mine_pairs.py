@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from dinalrm_align.align.mining_config import MineRun
-from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
 from dinalrm_align.train.command import parse, refuse, refusing
 
 
@@ -32,6 +32,7 @@ def settings_and_model(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
     if run.reward != "dinalrm" and not Path(run.reward).is_dir() and "/" not in run.reward:
         refuse(f"unknown reward {run.reward!r}; known: dinalrm, or the folder or hub id of a latent reward")
     spec, reason = resolve_model(run.model)
+    check_sides(spec, height=run.height or spec.height, width=run.width or spec.width)
     print(reason, flush=True)
     name = f"pairs_{Path(spec.name).name}_{Path(run.reward).name}_seed{run.seed}"
     return run, spec, Path(run.output_dir or Path("runs") / name)

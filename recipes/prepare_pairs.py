@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinalrm_align.data.config import PrepareRun
-from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
 from dinalrm_align.train.command import parse, refusing
 
 
@@ -29,16 +29,26 @@ def settings_and_model(argv: Sequence[str]) -> tuple[PrepareRun, ModelSpec]:
     run, _ = parse(PrepareRun, __doc__, argv)  # --help exits here, before heavy imports
     from dinalrm_align.data.plan import parse_buckets
 
-    parse_buckets(run.buckets)
+    buckets = parse_buckets(run.buckets)
     spec, reason = resolve_model(run.model)
+    if run.buckets != "published":  # these are checked once the layout is known: released latents keep their size
+        check_buckets(spec, buckets)
     print(reason, flush=True)
     run.text_length = run.text_length or spec.text_length
     return run, spec
 
 
+def check_buckets(spec: ModelSpec, buckets: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError if the model takes no images of one of the sizes (height, width)."""
+    for height, width in buckets:
+        where = f"buckets, {height}x{width}"
+        check_sides(spec, **{f"{where}: height": height, f"{where}: width": width})
+
+
 def encode_pairs(run: PrepareRun, spec: ModelSpec) -> None:
     import torch
 
+    from dinalrm_align.data.plan import parse_buckets
     from dinalrm_align.data.prepare import Preparation
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.data.workers import worker_processes
@@ -55,6 +65,8 @@ def encode_pairs(run: PrepareRun, spec: ModelSpec) -> None:
         with accelerator.main_process_first():  # it creates the folder, or raises
             work = Preparation(run, folder, manifest, in_order=in_order, **share)
         accelerator.print(f"{work.read} pairs in {work.source} ({work.layout}), {len(work.refs)} images")
+        if work.layout != "released":
+            check_buckets(spec, parse_buckets(run.buckets))
         work.measure()
         accelerator.wait_for_everyone()
         work.plan()

@@ -44,7 +44,8 @@ def align(resolved: Resolved[ReflRun]) -> None:
         method.pretrain_data = method.reference_samples(refl.pretrain_samples)
 
     data = {"pretraining images": digest({" ".join(captions): method.pretrain_data[0]})[:16]} if images else None
-    setup.align(method, samples=refl.batch_size * run.loop.accumulate, data=data)
+    samples = refl.batch_size * run.loop.accumulate
+    setup.align(method, samples=samples, data=data, no_signal=method.no_signal)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

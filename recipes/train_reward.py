@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import refuse, refusing
 from dinalrm_align.train.metrics import open_tracker
@@ -44,6 +44,7 @@ def resolve(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, Path |
     )  # fmt: skip
     if run.pairs is None and spec.kind != "shapes":
         refuse(f"pairs: got none, and {spec.name} has none of its own; pass --pairs with a folder or a jsonl file")
+    check_sides(spec, height=run.height, width=run.width)
     print(reason, flush=True)
     return run, text, spec, checkpoint
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.align.rollouts import Sampler
+from dinalrm_align.align.signal import has_spread
 from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
@@ -54,14 +55,15 @@ def scored_candidates(
 def ranked_pairs(scores: Sequence[float], number: int, min_gap: float) -> list[tuple[int, int]]:
     """Return index pairs (chosen, rejected) of one prompt's images: best and worst, second best and second worst, ...
 
-    The list has at most `number` pairs, and no image is in two pairs. The list ends before the first pair
-    whose scores are equal or differ by less than min_gap. Among equal scores, the lower index ranks higher.
+    The list has at most `number` pairs, and no image is in two pairs. It ends before the first pair of images
+    whose scores are equal up to rounding or differ by less than min_gap. Among equal scores, the lower index ranks
+    higher.
     """
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     pairs = []
     for chosen, rejected in list(zip(order, reversed(order)))[: min(number, len(order) // 2)]:
         gap = scores[chosen] - scores[rejected]
-        if gap < min_gap or gap == 0:
+        if gap < min_gap or not has_spread(torch.tensor([scores[chosen], scores[rejected]], dtype=torch.float64)):
             break
         pairs.append((chosen, rejected))
     return pairs

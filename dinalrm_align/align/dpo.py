@@ -14,6 +14,7 @@ pairs the best with the worst; it can replace the reference by the current polic
 (seed, global index of the pair's prompt), so that an update does not depend on its division into micro-batches.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from torch import Tensor
 from dinalrm_align.align.candidates import scored_candidates
 from dinalrm_align.align.dpo_config import DpoConfig
 from dinalrm_align.align.rollouts import Sampler
+from dinalrm_align.align.signal import equal_scores, has_spread
 from dinalrm_align.data.batches import PairSource
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.flow.config import SigmaConfig
@@ -79,17 +81,19 @@ class DpoBatch:
         noise: (D, M, C, H, W), D noise draws per image. All images of a group have the same noise.
         sigma: (D, M), noise levels in [0, 1]. All images of a group have the same noise level.
         metrics: scalar metrics by name, which `dpo_step` adds to its own metrics.
+        placeholder: whether no pair can be trained on. The batch then has one pair, which counts as none.
     """
 
     pairs: PairBatch
     noise: Tensor
     sigma: Tensor
     metrics: Mapping[str, float] = field(default_factory=dict)
+    placeholder: bool = False
 
     @property
     def count(self) -> int:
-        """N, the number of pairs that the loss is averaged over."""
-        return len(self.pairs.chosen)
+        """N, the number of pairs that the loss is averaged over; 0 for a placeholder."""
+        return 0 if self.placeholder else len(self.pairs.chosen)
 
 
 def noised_pairs(
@@ -210,8 +214,16 @@ class OnlineDpo:
         policy = self.sampler.policy
         return policy.reference() if self._reference is None else policy.with_weights(self._reference)
 
+    @property
+    def no_signal(self) -> str:
+        """Why a rollout gives no learning signal, and what to try."""
+        return equal_scores("dpo", self.config.group_size)
+
     def batch_at(self, micro_step: int) -> DpoBatch:
-        """Sample the prompts of one micro-step, and return a batch with the best and worst sample of each prompt."""
+        """Sample the prompts of one micro-step, and return the best and the worst sample of each prompt, with noise.
+
+        Prompts whose samples have equal scores are left out. If no prompt remains, the batch is a placeholder.
+        """
         config, sampler = self.config, self.sampler
         self._refresh(micro_step)
         indices = sampler.prompt_indices(config.batch_size, micro_step)
@@ -221,20 +233,26 @@ class OnlineDpo:
             sampler, self.reward, sampler.conditions.take(indices), generators, count=config.group_size,
             reward_sigma=config.reward_sigma, batch_size=config.sample_batch, velocity_for=self._sampling_velocity,
         )  # fmt: skip
-        rows, best, worst = torch.arange(len(indices)), score.argmax(dim=1), score.argmin(dim=1)
-        pairs = PairBatch.plain(latents[rows, best], latents[rows, worst], sampler.take(indices))
+        kept = has_spread(score).cpu()
+        rows = kept.nonzero().flatten() if kept.any() else torch.zeros(1, dtype=torch.long)
+        best, worst = score.argmax(dim=1)[rows], score.argmin(dim=1)[rows]
+        conditions = sampler.take([indices[row] for row in rows.tolist()])
+        pairs = PairBatch.plain(latents[rows, best], latents[rows, worst], conditions)
         metrics = {
             "reward": float(score.mean()),
             "reward_best": float(score.amax(dim=1).mean()),
             "reward_worst": float(score.amin(dim=1).mean()),
+            "signal": float(kept.double().mean()),
         }
-        return noised_pairs(pairs, generators, config.sigma, config.draws, metrics)
+        own = [generators[row] for row in rows.tolist()]
+        batch = noised_pairs(pairs, own, config.sigma, config.draws, metrics)
+        return batch if kept.any() else dataclasses.replace(batch, placeholder=True)
 
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: those of `dpo_step`; `reward`, the mean score of all samples; `reward_best`, the mean over
-        prompts of the best sample's score; and `reward_worst`, the mean over prompts of the worst sample's score.
+        Metrics: those of `dpo_step`; `reward`, the mean score of all samples; `reward_best` and `reward_worst`, the
+        mean score of each prompt's best and worst sample; `signal`, the share of prompts whose scores differ.
         """
         velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
         with self.sampler.meter.phase("policy"):

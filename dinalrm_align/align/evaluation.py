@@ -173,4 +173,5 @@ class HeldOut:
         title = f"update {step}: gold {np.mean(scores['gold']):.3f}, reward {np.mean(scores['proxy']):.3f}"
         grid = self.output_dir / f"grid_{step:06d}.png"
         save_grid(images, captions, grid, title=title)
-        track_image(self.accelerator, "held_out", open_image(grid), step)
+        if self.accelerator.trackers:
+            track_image(self.accelerator, "held_out", open_image(grid), step)

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.align.anchor import ANCHOR
+from dinalrm_align.align.signal import has_spread
 from dinalrm_align.align.surrogate import group_advantages
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 
-NO_SPREAD = 1e-6
-"""The scores of a group count as equal up to this standard deviation, because rounding alone can produce it."""
 REWARDS = 12
 """First key of the generators that draw the reward's noise."""
 STATISTICS = ("reward", "group_variance", "reward_noise_variance", "dropped_groups", "advantage_size")
@@ -124,7 +123,7 @@ def rollout_advantages(
         grouped = draws.mean(dim=0).view(-1, config.group_size)
         own = group_advantages(grouped, config.advantage_std, config.advantage_floor)
         advantages = advantages + weights[name] * own
-        varied = varied | (grouped.std(dim=1, correction=0) > NO_SPREAD)
+        varied = varied | has_spread(grouped)
     advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip).float().flatten()
     total = sum(weights[name] * draws for name, draws in scores.items() if name != ANCHOR)
     grouped = total.mean(dim=0).view(-1, config.group_size)

@@ -27,6 +27,7 @@ from dinalrm_align.align.anchor import ANCHOR, Anchor, terms
 from dinalrm_align.align.groups import STATISTICS, check_whole_groups, group_scores, rollout_advantages
 from dinalrm_align.align.grpo_config import GrpoConfig
 from dinalrm_align.align.rollouts import Position, Reuse, RolloutBuffer, Sampler
+from dinalrm_align.align.signal import equal_scores
 from dinalrm_align.align.surrogate import clipped_loss, guarded_ratio, step_kl
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import Velocity, rollout
@@ -221,6 +222,11 @@ class Grpo:
         objective = terms(self.reward, self.anchor, number)
         return weights | ({ANCHOR: objective[ANCHOR][0]} if ANCHOR in objective else {})
 
+    @property
+    def no_signal(self) -> str:
+        """Why a rollout gives no learning signal, and what to try."""
+        return equal_scores("grpo", self.config.group_size)
+
     def batch_at(self, micro_step: int) -> GrpoBatch:
         """Return the samples and steps that a micro-step trains on. Draws a new rollout when one is due."""
         position, pending = self.buffer.at(micro_step)
@@ -232,6 +238,7 @@ class Grpo:
         if count == 0:
             rows, columns = torch.zeros(2, 1, dtype=torch.long)
         statistics = dict(zip(RECORDED, pending.statistics.tolist(), strict=True))
+        signal = {"signal": 1 - statistics["dropped_groups"], "rollout": position.rollout}
         return GrpoBatch(
             position=position,
             conditions=self.sampler.take(pending.indices[rows].tolist()),
@@ -242,7 +249,7 @@ class Grpo:
             old_mean=(pending.means[rows, columns] if self.config.guard else pending.means[rows]).to(device),
             advantage=pending.advantages[rows].to(device),
             count=count,
-            statistics={name: value for name, value in statistics.items() if value == value},
+            statistics={name: value for name, value in statistics.items() if value == value} | signal,
         )
 
     def step(self, batch: GrpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:

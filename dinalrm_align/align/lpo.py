@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dinalrm_align.align.lpo_config import LpoConfig
 from dinalrm_align.align.rollouts import Position, Reuse, RolloutBuffer, Sampler
+from dinalrm_align.align.signal import has_spread
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import Velocity, ode_step
 from dinalrm_align.flow.sde import transition
@@ -190,7 +191,7 @@ class Lpo:
                 scores = self.reward.score_noisy(candidates.flatten(0, 1), sigma_next, repeated)
             scores = scores.detach().view(len(samples), count).cpu()
             best, worst, margin = clearest_pair(scores, config.temperature)
-            kept = margin > self.thresholds[index]
+            kept = (margin > self.thresholds[index]) & has_spread(scores)
             rows = kept.nonzero().flatten()
             at = rows.to(device)
             pairs.append((
@@ -206,12 +207,21 @@ class Lpo:
             latents = candidates[torch.arange(len(samples), device=device), torch.tensor(onward, device=device)]
         return pairs, measures
 
+    @property
+    def no_signal(self) -> str:
+        """Why a rollout gives no learning signal, and what to try."""
+        return (
+            f"no state gave a pair of its {self.config.candidates} candidates. Check the reward on noisy samples of "
+            f"these prompts (metric `preference`: the mean margin), or lower lpo.threshold {self.config.threshold}"
+        )
+
     def batch_at(self, micro_step: int) -> LpoBatch:
         """Return the pairs that a micro-step trains on. Runs a new rollout when one is due."""
         position, pairs = self.buffer.at(micro_step)
         every = torch.arange(len(pairs.steps))
         rows, _ = self.buffer.reuse.select(every, pairs.samples, 1, position, self.sampler.seed)
         device, statistics = self.sampler.device, dict(zip(STATISTICS, pairs.statistics.tolist(), strict=True))
+        statistics |= {"signal": statistics["pairs_kept"], "rollout": position.rollout}
         if len(rows) == 0:  # no margin exceeded its threshold, or there are fewer pairs than micro-steps
             blank = torch.zeros(1, *self.sampler.latent_shape, device=device)
             steps = torch.tensor([self.steps.start])

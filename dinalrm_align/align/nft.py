@@ -24,6 +24,7 @@ from torch import Tensor
 from dinalrm_align.align.groups import STATISTICS, check_whole_groups, group_scores, rollout_advantages
 from dinalrm_align.align.nft_config import NftConfig
 from dinalrm_align.align.rollouts import Reuse, RolloutBuffer, Sampler
+from dinalrm_align.align.signal import equal_scores
 from dinalrm_align.flow.noise import add_noise, denoised, seeded_generator
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
@@ -160,6 +161,11 @@ class Nft:
         for name, p in self.sampler.policy.parameters.items():
             self.old.mean[name] = self.old.mean[name].lerp(p.detach(), 1 - kept)
 
+    @property
+    def no_signal(self) -> str:
+        """Why a rollout gives no learning signal, and what to try."""
+        return equal_scores("nft", self.config.group_size)
+
     def batch_at(self, micro_step: int) -> NftBatch:
         """Return the samples and noise levels that a micro-step trains on. Runs a new rollout when one is due."""
         config, sampler, device = self.config, self.sampler, self.sampler.device
@@ -177,6 +183,7 @@ class Nft:
         steps = [self._steps(key)[column] for key, column in zip(keys, columns.tolist(), strict=True)]
         noises = [seeded_generator(NOISES, *key, column) for key, column in zip(keys, columns.tolist(), strict=True)]
         statistics = dict(zip(STATISTICS, pending.statistics.tolist(), strict=True))
+        signal = {"signal": 1 - statistics["dropped_groups"], "rollout": position.rollout}
         return NftBatch(
             conditions=sampler.take(pending.indices[rows].tolist()),
             sigma=sampler.levels(torch.tensor(steps, dtype=torch.long)),
@@ -184,7 +191,7 @@ class Nft:
             noise=sampler.noise(noises),
             good=pending.good[rows].to(device),
             count=count,
-            statistics={name: value for name, value in statistics.items() if value == value},
+            statistics={name: value for name, value in statistics.items() if value == value} | signal,
         )
 
     def _steps(self, key: tuple[int, ...]) -> list[int]:

@@ -214,6 +214,14 @@ class Refl:
                 "of the rollout"
             )
 
+    @property
+    def no_signal(self) -> str:
+        """Why an update gives no learning signal, and what to try."""
+        return (
+            "the gradient of the reward is zero. Check that the reward does not round, clip or saturate, and that its "
+            f"scores are below refl.target {self.config.target} if refl.loss is relu (it is {self.config.loss})"
+        )
+
     def batch_at(self, micro_step: int) -> ReflBatch:
         """Sample a micro-step's latents without gradient. Micro-step, seed, rank and weights determine the batch."""
         sampler, config = self.sampler, self.config
@@ -236,13 +244,21 @@ class Refl:
         """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
         Metrics: `reward`, the mean score; `kl`, the mean squared difference of the policy's and the base model's
-        velocities; `start_sigma`, the noise level of step batch.start. Updates with a second reward add `anchor`, the
+        velocities; `start_sigma`, the noise level of step batch.start; `signal`, the share of samples for which the
+        reward's gradient is not zero, known after the backward pass. Updates with a second reward add `anchor`, the
         second reward's mean score. A pretrain_weight above 0 adds `pretrain`, the pretraining loss.
         """
         config, meter = self.config, self.sampler.meter
         with meter.phase("policy"):
             latents, kl, conditions = self._clean_latents(batch)
         generators = [*batch.generators] * (len(latents) // len(batch.generators))  # copies of a sample draw in turn
+        signal = torch.zeros((), device=latents.device)
+
+        def measure(gradient: Tensor) -> None:
+            signal.copy_((gradient.flatten(1) != 0).any(dim=1).float().mean())
+
+        if latents.requires_grad:
+            latents.register_hook(measure)
         sigma = self._reward_sigma(generators)
         noise = self.sampler.noise(generators)
         objective = terms(self.reward, self.anchor, batch.update)
@@ -257,7 +273,7 @@ class Refl:
         if config.kl_weight > 0:
             loss = loss + config.kl_weight * kl.mean()
         metrics = {name: own.mean() for name, own in scores.items()}
-        metrics |= {"kl": kl.mean(), "start_sigma": self.sampler.sigmas[batch.start]}
+        metrics |= {"kl": kl.mean(), "start_sigma": self.sampler.sigmas[batch.start], "signal": signal}
         if config.pretrain_weight > 0:
             metrics["pretrain"] = self._pretrain_loss(batch.generators)
             loss = loss + config.pretrain_weight * metrics["pretrain"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from dinalrm_align.align.config import AlignRun
-from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
 from dinalrm_align.reward.names import check_reward, file_name
 from dinalrm_align.train.run import begin_run, complete_run, resume_command
 
@@ -59,4 +59,5 @@ def resolve(
     check_reward(run.reward, gradient=gradient)
     if run.gold is not None:
         check_reward(run.gold)
+    check_sides(spec, height=run.height or spec.height, width=run.width or spec.width)
     return Resolved(recipe.stem, run, text, spec, checkpoint, resume_command(recipe, Path(run.output_dir)))

@@ -30,6 +30,7 @@ from dinalrm_align.align.memory import (
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.resolve import Resolved
 from dinalrm_align.align.rollouts import Sampler
+from dinalrm_align.align.signal import SignalCheck
 from dinalrm_align.align.watch import Watch, drift_probe, level_probe
 from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.eval.report.figures import plot_run
@@ -134,6 +135,7 @@ class Setup:
         shown: Sequence[str] = ("reward", "gold", "kl", "grad_norm"),
         data: Mapping[str, str] | None = None,
         state: Stateful | None = None,
+        no_signal: str = "",
     ) -> None:
         """Train the policy with `method`, evaluate it before, during and after training, and write the run folder.
 
@@ -142,11 +144,18 @@ class Setup:
             shown: names of the metrics in the progress bar.
             data: digests of training data that the method reads, by name. A resumed run must have the same digests.
             state: object whose `state_tensors` are saved in checkpoints, usually the method; None: nothing to save.
+            no_signal: why a rollout of this method gives no learning signal, and what to try, for the warning.
         """
         run, accelerator = self.resolved.run, self.accelerator
         folder = Path(run.output_dir)
         held_out = prepare_evaluation(self)
         watch = prepare_watch(self, held_out)
+        check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print)
+
+        def stop_when(row: Mapping[str, float]) -> str | None:
+            if accelerator.is_main_process:
+                check(row)
+            return watch.stop_when(row) if watch else None
 
         def export(step: int) -> None:
             if accelerator.is_main_process:
@@ -170,12 +179,13 @@ class Setup:
             ],
             meter=self.meter,
             shown=shown,
-            stop_when=watch.stop_when if watch else None,
+            stop_when=stop_when,
         )  # fmt: skip
         accelerator.end_training()
         if accelerator.is_main_process:
             plot_run(folder)
-            summarise(self.resolved, held_out.summarise(done), updates=done, samples=len(self.text.evaluation))
+            scores, samples = held_out.summarise(done), len(self.text.evaluation)
+            summarise(self.resolved, scores, updates=done, samples=samples, signal=check)
 
 
 def prepare(
@@ -359,7 +369,12 @@ def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
 
 
 def summarise(
-    resolved: Resolved[Any], scores: Mapping[str, Mapping[str, float]], *, updates: int, samples: int
+    resolved: Resolved[Any],
+    scores: Mapping[str, Mapping[str, float]],
+    *,
+    updates: int,
+    samples: int,
+    signal: SignalCheck,
 ) -> None:
     """Write summary.json to the run folder, and print each score's gain. `scores`: result of `HeldOut.summarise`."""
     run, folder = resolved.run, Path(resolved.run.output_dir)
@@ -367,11 +382,15 @@ def summarise(
     alarms = [int(row["step"]) for row in read_metrics(folder / METRICS) if row.get("hacking")]
     summary = {**what, "updates": updates, "samples": samples, **scores}
     summary["hacking_alarm"] = alarms[0] if alarms else None
+    counts, line = signal.summary()
+    summary |= counts
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
     print(f"images: {folder / 'before_after.png'}; curves: {folder / 'curves.png'}; LoRA: {folder / 'lora'}")
     for name, score in scores.items():
         gain = f"gain {score['gain']:+.4f}, standard error of the paired difference {score['standard_error']:.4f}"
         print(f"{name} {score['before']:.4f} -> {score['after']:.4f}: {gain}")
+    if line:
+        print(line)
 
 
 def run_image_size(resolved: Resolved[Any]) -> tuple[int, int]:

@@ -253,13 +253,47 @@ def _check_pipeline(pipeline: Path) -> None:
         raise ValueError(f"{pipeline}: got a {kind}; expected a StableDiffusion3Pipeline (SD3 or SD3.5)")
 
 
+def check_sides(spec: ModelSpec, **sides: int | None) -> None:
+    """Raise ValueError unless the model takes images with these sides in pixels, by name; None is not checked.
+
+    A side must be a multiple of the VAE's factor times the patch size, and must not exceed the table of positions of
+    the transformer. Only config.json files are read. Nothing is checked for a hub id that is not in the local cache.
+    """
+    transformer, vae = (_config_of(spec.pipeline, part) for part in ("transformer", "vae"))
+    if transformer is None or vae is None:
+        return
+    multiple = _vae_factor(vae) * _number(transformer, "patch_size")
+    largest = multiple * _number(transformer, "pos_embed_max_size")
+    for name, side in sides.items():
+        if side is not None and (side % multiple or not multiple <= side <= largest):
+            raise ValueError(
+                f"{name}: got {side} pixels; expected a multiple of {multiple} from {multiple} to {largest}, which the "
+                f"positions of model {spec.name} cover"
+            )
+
+
+def _config_of(pipeline: str, part: str) -> Path | None:
+    """Return the path of a component's config.json in a pipeline folder or the hub cache; None if it is not there."""
+    if Path(pipeline).is_dir():
+        path = Path(pipeline) / part / "config.json"
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(pipeline, f"{part}/config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
 def _native_size(pipeline: Path) -> int:
     latent_size = _number(pipeline / "transformer" / "config.json", "sample_size")
-    path = pipeline / "vae" / "config.json"
+    return latent_size * _vae_factor(pipeline / "vae" / "config.json")
+
+
+def _vae_factor(path: Path) -> int:
+    """Return the number of pixels per latent along a side, from the config.json of a VAE."""
     widths = read_json(path).get("block_out_channels")
     if not isinstance(widths, list) or not widths:
         raise ValueError(f"{path}: block_out_channels: got {widths!r:.80}; expected a list of widths")
-    return latent_size * 2 ** (len(widths) - 1)
+    return 2 ** (len(widths) - 1)
 
 
 def _number(path: Path, key: str) -> int:

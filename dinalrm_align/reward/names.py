@@ -84,7 +84,7 @@ REWARDS: dict[str, RewardEntry] = {
         "1 to 5, read from generated text",
         differentiable=False,
         served=True,
-        how="start a vLLM or SGLang server that serves it; unifiedreward=http://host:port/v1 names another address",
+        how="start a vLLM or SGLang server that serves it; unifiedreward=http://host:port/v1#MODEL names both",
     ),
     "pixel": RewardEntry(
         None, None, "this project's, in the embedded world; PickScore's, with SD3.5", "exp(logit_scale) cos"

@@ -42,10 +42,10 @@ def read_text(path: Path, what: str, expected: str = "a file") -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{what} {path} is not UTF-8 (line {line}); save it as UTF-8") from error
+        raise InputError(f"{what} {path} is not UTF-8 (line {line}); save it as UTF-8") from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise ValueError(f"{what} {path} holds a NUL byte (line {line}): not a text file; save it as UTF-8")
+        raise InputError(f"{what} {path} holds a NUL byte (line {line}): not a text file; save it as UTF-8")
     return text
 
 
@@ -55,14 +55,14 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{where}: not valid JSON ({reason})") from error
+        raise InputError(f"{where}: not valid JSON ({reason})") from error
 
 
 def read_json(path: Path, expected: str = "a file") -> dict[str, Any]:
     """Return the content of a JSON file as a dict. Raises ValueError if the file does not hold a JSON object."""
     values = parse_json(read_text(path, "file", expected), str(path))
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: got a JSON {type(values).__name__}, expected an object")
+        raise InputError(f"{path}: got a JSON {type(values).__name__}, expected an object")
     return values
 
 
@@ -78,9 +78,9 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         reason = f"line {mark.line + 1}: {problem}" if mark else problem or str(error).split("\n")[0]
-        raise ValueError(f"{what} {path}: not YAML that is supported here ({reason})") from error
+        raise InputError(f"{what} {path}: not YAML that is supported here ({reason})") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{what} {path}: got {type(values).__name__}, expected a mapping, `name: value` a line")
+        raise InputError(f"{what} {path}: got {type(values).__name__}, expected a mapping, `name: value` a line")
     return values
 
 
@@ -107,7 +107,7 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
                 f"{what} cannot be had from {str(source)!r} ({reason}); give a folder that holds it, or a hub id that "
                 "is in the cache or that the hub grants"
             ) from error
-        raise ValueError(f"{str(source)!r} does not hold a readable {what} ({reason})") from error
+        raise InputError(f"{str(source)!r} does not hold a readable {what} ({reason})") from error
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
     """Verify a folder sealed with `seal`; return its `facts`. Raises ValueError if a file is missing or damaged."""
     path = folder / STATE
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise InputError(f"{path} is missing")
     content = path.read_bytes()
     try:
         state = json.loads(content)
@@ -225,7 +225,7 @@ def open_sealed(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError):  # not JSON, not an object, or without a digest
         intact = False
     if not intact:
-        raise ValueError(f"{path} is damaged or of another version: its {len(content)} bytes do not match their digest")
+        raise InputError(f"{path} is damaged or of another version: its {len(content)} bytes do not match their digest")
     for name, mark in state.pop("files").items():
         check_mark(folder / name, mark)
     return state
@@ -234,14 +234,14 @@ def open_sealed(folder: Path) -> dict[str, Any]:
 def check_mark(path: Path, mark: Mapping[str, Any], *, prefix: bool = False) -> None:
     """Raise ValueError unless a file has the size and SHA-256 in `mark`. If `prefix`, more bytes may follow."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise InputError(f"{path} is missing")
     size, expected = path.stat().st_size, mark["bytes"]
     if size != expected and not prefix:
-        raise ValueError(f"{path} is damaged: got {size} bytes, expected {expected}")
+        raise InputError(f"{path} is damaged: got {size} bytes, expected {expected}")
     with open(path, "rb") as file:
         digest = hashlib.sha256(file.read(expected)) if prefix else hashlib.file_digest(file, "sha256")
     if digest.hexdigest() != mark["sha256"]:
-        raise ValueError(f"{path} is damaged: its first {expected} bytes are not those that were written")
+        raise InputError(f"{path} is damaged: its first {expected} bytes are not those that were written")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -277,7 +277,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"duplicate key {twice!r}")
+        raise InputError(f"duplicate key {twice!r}")
     return values
 
 

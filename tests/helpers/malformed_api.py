@@ -30,6 +30,7 @@ from dinalrm_align.reward.config import AccuracyConfig, HeadConfig, LoraConfig, 
 from dinalrm_align.reward.head import RewardHead
 from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import build_reward_model
+from dinalrm_align.reward.pixel.unifiedreward import TEMPLATES, ChatEndpoint, UnifiedReward
 from dinalrm_align.shapes.config import BuildConfig, PairsConfig, StackConfig
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 
@@ -229,6 +230,41 @@ IMAGES = [
     Case("one prompt for two", score_images([blank()] * 2, ["a"]), ValueError, "prompts 1 2"),
     Case("wrong sigma", score_images([blank()] * 2, sigma=2.0), ValueError, "sigma 2"),
 ]  # fmt: skip
+
+SERVED = [
+    *(
+        Case(f"an answer: {text}", lambda _, text=text: TEMPLATES["point"].read(text), ValueError, "Final Score 1 5")
+        for text in (
+            "",
+            "I cannot tell.",
+            "**Final Score**: **0**",
+            "Final Score: 5,5",
+            "Final Score: 4 out of 10",
+            "Final Score: 4/10",
+            "Final Score: 80%",
+            "Final Score: nan",
+            "Final Score: 3\nFinal Score: 4",
+        )
+    ),
+    Case(
+        "an axis is missing", lambda _: TEMPLATES["acs"].read("Alignment Score (1-5): 4"), ValueError, "Coherence Score"
+    ),
+    Case(
+        "a version that compares",
+        lambda _: UnifiedReward.from_pretrained(model="UnifiedReward-Think-7b"),
+        ValueError,
+        "model UnifiedReward-Think-7b",
+    ),
+    Case("two models", lambda _: UnifiedReward.from_pretrained("http://h/v1#b", model="a"), ValueError, "model a b"),
+    Case("an unknown question", lambda _: UnifiedReward.from_pretrained(template="pair"), ValueError, "template pair"),
+    Case("no attempts", lambda _: UnifiedReward.from_pretrained(attempts=0), ValueError, "attempts 0"),
+    Case(
+        "no server",
+        lambda _: ChatEndpoint("http://127.0.0.1:9/v1", attempts=2, pause=0).ask(Image.new("RGB", (8, 8)), "?", float),
+        ConnectionError,
+        "127.0.0.1 2",
+    ),
+]
 
 PIXEL_REWARD = [
     Case("no prompts", clip(prompts=...), TypeError, "prompts", by_signature=True),
@@ -500,6 +536,7 @@ GROUPS = {
     "reward: images": IMAGES,
     "reward: loading and saving": LOADING,
     "pixel reward": PIXEL_REWARD,
+    "served reward": SERVED,
     "noise": NOISE_FUNCTIONS,
     "losses": LOSSES,
     "sampling": SAMPLING,

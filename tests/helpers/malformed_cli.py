@@ -52,6 +52,15 @@ def world_of(world: World) -> Path:
     return folder
 
 
+def wide(world: World) -> Path:
+    """A world folder whose VAE has a factor of 16."""
+    folder = world.copy(world_of(world))
+    config = folder / "pipeline" / "vae" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"block_out_channels": [8] * 5}))
+    return folder
+
+
 def prompts(content: bytes | str) -> Callable[[World], str]:
     return lambda world: f"--prompts={world.file('prompts.txt', content)}"
 
@@ -218,6 +227,11 @@ RUNS = [
     Command("a prompt of a million characters", REFL, tiny(prompts("a" * 1_000_000)), "prompts.txt 1000000"),
     Command("no held-out prompts", REFL, tiny("--eval_prompts=absent.txt"), "absent.txt"),
     Command("no images", REFL, tiny("--refl.pretrain_weight=1", "--refl.pretrain_images=absent"), "absent"),
+    Command("a height beyond the positions", REFL, tiny("--height=2048"), "height 2048 pixels 192"),
+    Command("a width beyond the positions", REFL, tiny("--width=208"), "width 208 pixels 192"),
+    *(Command(f"a size beyond the positions ({module})", module, tiny("--height=64", "--width=2048"), "width 2048 pixels 192")
+      for module in (GRPO, LPO, NFT, DPO, TRAIN)),
+    Command("a side of half a patch of this model", REFL, tiny(lambda w: f"--model={wide(w)}", "--height=48"), "height 48 pixels 32"),
     Command("a size the oracle does not score", REFL, tiny("--height=32"), "32 64"),
     Command("no reward folder", REFL, tiny("--reward=./absent"), "./absent"),
     Command("a reward cut short", REFL, tiny(lambda w: f"--reward={w.with_bytes(w.reward_dir, 'model.safetensors', b'x')}"), "model.safetensors"),
@@ -280,6 +294,7 @@ EVALUATING = [
     Command("a model without pairs", ABLATE, words("--model=sd35"), "sd35 --pairs --test_sets"),
     Command("a near option (ablation)", ABLATE, words("--arm=[fixed]"), "--arm"),
     Command("a near model (ablation)", ABLATE, words("--model=shape"), "shape"),
+    Command("a size beyond the positions (evaluate)", EVALUATE, words("--size=2048"), "size 2048 pixels 192"),
     Command("no levels", EVALUATE, words("--sigmas=[]"), "sigmas"),
     Command("calibration elsewhere", EVALUATE, words("--calibrated_at=[0.15]"), "calibrated_at 0.15"),
     Command("a seed of noise below 0", EVALUATE, words("--noise_seed=-1"), "noise_seed -1"),
@@ -333,6 +348,7 @@ METHODS = [
     Command("offline without pairs", DPO, words("--dpo.mode=offline"), "--pairs"),
     Command("one candidate to mine from", MINE, words("--mine.candidates=1"), "mine candidates 1"),
     Command("a negative gap", MINE, words("--mine.min_gap=-1"), "mine min_gap -1"),
+    Command("a size beyond the positions (mine)", MINE, words("--model=shapes", "--height=2048"), "height 2048 pixels 192"),
     Command("no prompts to mine", MINE, words("--max_prompts=0"), "max_prompts 0"),
     Command("another recipe's section", MINE, words("--grpo.group_size=4"), "--grpo.group_size"),
 ]  # fmt: skip
@@ -353,6 +369,8 @@ PREPARING = [
     Command("a near option (prepare)", PREPARE, words("--source=x", "--bucket=64x64"), "--bucket"),
     Command("buckets of words", PREPARE, words("--source=x", "--buckets=large"), "buckets large"),
     Command("an odd bucket", PREPARE, words("--source=x", "--buckets=64x40"), "buckets 64x40"),
+    Command("a bucket beyond the positions", PREPARE, words("--source=x", "--buckets=64x64,64x2048"), "64x2048 width 2048 192"),
+    Command("buckets of an area beyond the positions", PREPARE, words("--source=x", "--buckets=area:1024"), "buckets pixels 192"),
     Command("a bucket twice", PREPARE, words("--source=x", "--buckets=64x64,64x64"), "buckets 64x64,64x64"),
     Command("a share of votes of 2", PREPARE, words("--source=x", "--filter.min_vote_share=2"), "filter min_vote_share 2"),
     Command("no pairs of a prompt", PREPARE, words("--source=x", "--filter.max_pairs_per_prompt=0"), "max_pairs_per_prompt 0"),

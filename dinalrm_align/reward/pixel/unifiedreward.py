@@ -7,7 +7,11 @@ card. Run the server in a separate environment, with vLLM or with SGLang (a two-
     python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 --port 8080
         --served-model-name UnifiedReward --chat-template chatml-llava
 
-Scores lie in [1, 5]. Generated text has no gradient: use this reward for GRPO, DPO and evaluation, not for ReFL.
+Every version of the model has a prompt of its own (`TEMPLATES`). The name under which the server serves the model
+selects the prompt: `--reward unifiedreward=http://host:8080/v1#UnifiedReward-2.0-qwen-7b`.
+
+Scores lie in [1, 5]. Generated text has no gradient: use this reward for GRPO, DPO and evaluation, not for ReFL. An
+answer that cannot be read is never a score: the question is repeated, then the run stops with its state saved.
 """
 
 import base64
@@ -20,7 +24,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +37,7 @@ from torch import Tensor
 
 from dinalrm_align.models.images import to_bytes
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.train.files import parse_json, read_text
+from dinalrm_align.train.files import InputError, parse_json, read_text
 from dinalrm_align.train.settings import check_integer, check_number, did_you_mean
 
 SOURCE = "http://127.0.0.1:8080/v1"
@@ -43,6 +47,8 @@ ANSWER_LIMIT = 4 * 2**20
 """Largest accepted answer in bytes. Usual answers have a few kilobytes."""
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 """HTTP status codes after which a request is repeated."""
+LONGEST_PAUSE = 60.0
+"""Longest wait between two attempts, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +60,9 @@ class ChatEndpoint:
         model: name under which the server serves the model.
         api_key: key sent as a bearer token; None to send no key.
         timeout: seconds without data after which an attempt fails.
-        attempts: maximum number of attempts per question.
-        pause: seconds to wait after the first failed attempt; the wait doubles after each later failure.
+        attempts: maximum number of attempts per question. An attempt fails without an answer, or with one that cannot
+            be read.
+        pause: seconds to wait after the first failed attempt; the wait doubles after each later failure, up to 60.
         max_tokens: maximum number of tokens in an answer.
     """
 
@@ -63,7 +70,7 @@ class ChatEndpoint:
     model: str = "UnifiedReward"
     api_key: str | None = dataclasses.field(default=None, repr=False)
     timeout: float = 120.0
-    attempts: int = 3
+    attempts: int = 5
     pause: float = 1.0
     max_tokens: int = 4096
 
@@ -78,42 +85,55 @@ class ChatEndpoint:
         check_number("pause", self.pause, low=0)
         check_integer("max_tokens", self.max_tokens, low=1)
 
-    def ask(self, image: Image.Image, question: str) -> str:
-        """Return the model's answer. Raise ConnectionError if every attempt fails, and ValueError on a refusal."""
+    def ask(self, image: Image.Image, question: str, read: Callable[[str], float]) -> float:
+        """Return `read(answer)` for the model's answer. `read` raises InputError for an answer to ask for again.
+
+        Raises ConnectionError if the last attempt got no answer, and InputError if the last answer cannot be read or
+        the server refuses the question.
+        """
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         encoded = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         content = [{"type": "image_url", "image_url": {"url": encoded}}, {"type": "text", "text": question}]
         options = dict(model=self.model, temperature=0, max_tokens=self.max_tokens)
-        body = options | {"messages": [{"role": "user", "content": content}]}
-        return _content(self._post(json.dumps(body).encode()), self.url)
+        body = json.dumps(options | {"messages": [{"role": "user", "content": content}]}).encode()
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return read(_content(self._post(body), self.url))
+            except (ConnectionError, InputError) as error:
+                if attempt == self.attempts or isinstance(error, _Refused):
+                    raise
+            time.sleep(min(self.pause * 2 ** (attempt - 1), LONGEST_PAUSE))
+        raise AssertionError("attempts is at least 1")
 
     def _post(self, body: bytes) -> str:
+        """Send one request; return the text of the answer. Raises ConnectionError if an attempt may help."""
         headers = {"Content-Type": "application/json"}
         headers |= {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
         target, reason = self.url.rstrip("/") + "/chat/completions", ""
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
-            try:
-                request = urllib.request.Request(target, body, headers, method="POST")
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    data = response.read(ANSWER_LIMIT + 1)
-            except urllib.error.HTTPError as error:
-                said = ""
-                with error, suppress(OSError, http.client.HTTPException):
-                    said = error.read(500).decode(errors="replace").strip()
-                reason = f"HTTP {error.code}: {said:.200}"
-                if error.code not in RETRIED:
-                    raise ValueError(f"{target} refuses the question ({reason})") from error
-            except (OSError, http.client.HTTPException) as error:
-                reason = f"{type(error).__name__}: {error}"
-            else:
-                if len(data) > ANSWER_LIMIT:
-                    raise ValueError(f"{target}: got over {ANSWER_LIMIT} bytes; expected a chat completion")
-                return data.decode(errors="replace")
-        tried = f"no answer in {self.attempts} attempts of {self.timeout:g} s (the last: {reason})"
-        raise ConnectionError(f"{target}: {tried}; is the server up, and is this its address?")
+        try:
+            request = urllib.request.Request(target, body, headers, method="POST")
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                data = response.read(ANSWER_LIMIT + 1)
+        except urllib.error.HTTPError as error:
+            said = ""
+            with error, suppress(OSError, http.client.HTTPException):
+                said = error.read(500).decode(errors="replace").strip()
+            reason = f"HTTP {error.code}: {said:.200}"
+            if error.code not in RETRIED and error.code < 500:
+                raise _Refused(f"{target} refuses the question ({reason})") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            tried = f"no answer in {self.attempts} attempts of {self.timeout:g} s (the last: {reason})"
+            raise ConnectionError(f"{target}: {tried}; is the server up, and is this its address?")
+        if len(data) > ANSWER_LIMIT:
+            raise InputError(f"{target}: got over {ANSWER_LIMIT} bytes; expected a chat completion")
+        return data.decode(errors="replace")
+
+
+class _Refused(InputError):
+    """The server refuses the question. Another attempt would not help."""
 
 
 def _content(text: str, where: str) -> str:
@@ -123,7 +143,7 @@ def _content(text: str, where: str) -> str:
     except (KeyError, IndexError, TypeError):
         content = None
     if not isinstance(content, str):
-        raise ValueError(f"{where}: got {text!r:.200}; expected a chat completion with choices[0].message.content")
+        raise InputError(f"{where}: got {text!r:.200}; expected a chat completion with choices[0].message.content")
     return content
 
 
@@ -139,28 +159,54 @@ class Template:
             raise ValueError(f"question: got {self.question.count(FIELD)} {FIELD}; expected one")
 
     def read(self, answer: str) -> float:
-        """Return the mean of the numbers after the labels. Raise ValueError if a label has no number in [1, 5]."""
+        """Return the mean of the numbers after the labels. Raise InputError unless each label has one in [1, 5]."""
         return sum(_number(label, answer) for label in self.labels) / len(self.labels)
 
 
+_AXES = (
+    "Alignment is how well the image matches the content of the caption, coherence how free it is of visual glitches "
+    "and distorted objects, style how appealing it looks whatever the caption says.\n"
+)
+_FORM = "Alignment Score (1-5): X\nCoherence Score (1-5): Y\nStyle Score (1-5): Z\n\nText Caption: [{prompt}]"
+_LABELS = ("Alignment Score", "Coherence Score", "Style Score")
 TEMPLATES = {
     "point": Template(
-        "Here is a picture that was generated from a caption. Judge how faithfully it shows the objects, attributes "
-        "and relations that the caption names, and how good the picture is: clarity, detail, colour, appeal. List the "
-        "key elements of the caption, each as 'element (type): value', with value 1 where the picture shows it and 0 "
-        "where it does not. Then close with a line 'Final Score: ' and a number from 1 to 5.\n"
+        "Here are a caption and an image that was generated from it. Rate the image by two criteria: how faithfully it "
+        "shows the objects, attributes and relations of the caption, and its overall quality: clarity, detail, colour, "
+        "appeal. List the key elements of the caption, each as 'element (type): value', with value 1 where the "
+        "image shows the element and 0 where it does not. Then close with a score from 1 to 5 after 'Final Score:'.\n"
         "Text Caption: [{prompt}]",
         ("Final Score",),
     ),
+    "words": Template(
+        "Here are a caption and an image that was generated from it. First score every word of the caption, higher "
+        "where the image shows it less well, and then the token [No_mistakes], higher if everything is shown. "
+        f"Then rate the image on three axes, each from 1 to 5. {_AXES}Answer in this form:\n\n---\n\n"
+        f'Word-wise Scores: [["word1", score1], ..., ["[No_mistakes]", scoreM]]\n\n{_FORM}',
+        _LABELS,
+    ),
     "acs": Template(
-        "Here is a picture that was generated from a caption. Rate it on three axes, each from 1 to 5, one line for "
-        "each, in exactly this form:\nAlignment Score (1-5): X\nCoherence Score (1-5): Y\nStyle Score (1-5): Z\n"
-        "Alignment is how well the picture matches the caption, coherence how free it is of glitches and distortions, "
-        "style how appealing it looks whatever the caption says.\nText Caption: [{prompt}]",
-        ("Alignment Score", "Coherence Score", "Style Score"),
+        "Here are a caption and an image that was generated from it. Rate the image on three axes, each from 1 to 5. "
+        f"{_AXES}Answer in this form:\n\n{_FORM}",
+        _LABELS,
     ),
 }
-"""point: one score, for all versions of the model. acs: alignment, coherence, style, for version 1.5 and later."""
+"""What each published prompt asks for, in this package's words and with the published answer format.
+
+point: one score; the prompt of all versions before 2.0. words: scores of the words, alignment, coherence, style; a
+second prompt of version 1.5 and of the qwen models. acs: alignment, coherence, style; the prompt of version 2.0.
+Source: github.com/CodeGoat24/UnifiedReward, inference_llava/ and inference_qwen/ (commits ed52f98 and a759534).
+"""
+
+
+def template_of(model: str) -> str:
+    """Return the key in `TEMPLATES` for the name of a served model. Raises ValueError for versions without scores."""
+    if match := re.search(r"think|flex|edit", model, re.IGNORECASE):
+        raise ValueError(
+            f"model: got {model}; UnifiedReward-{match[0]} compares or edits images and has no prompt for the score of "
+            "one image: serve another version, or name the prompt, template=..."
+        )
+    return "acs" if re.search(r"(?<!\d)2\.0", model) else "point"
 
 
 class UnifiedReward(PixelReward):
@@ -182,7 +228,7 @@ class UnifiedReward(PixelReward):
         cls,
         source: str = SOURCE,
         *,
-        template: str = "point",
+        template: str | None = None,
         question: str | Path | None = None,
         vae: AutoencoderKL | None = None,
         device: torch.device | str | None = None,
@@ -194,22 +240,28 @@ class UnifiedReward(PixelReward):
         """Create a reward that queries the server at `source`. Nothing is sent until the first score.
 
         Args:
-            source: base URL of the server, http://host:port/v1.
+            source: base URL of the server, http://host:port/v1, or with the served model, http://host:port/v1#MODEL.
             endpoint: keyword arguments of `ChatEndpoint`: model, api_key, timeout, attempts, pause, max_tokens.
-            template: question to the model: `point` asks for one score, `acs` for three scores that are averaged.
+            template: question to the model, a key of `TEMPLATES`; `words` and `acs` give the mean of three scores.
+                Default: that of the model's version (`template_of`).
             question: text file with a question that replaces the template's question and must contain {prompt}. Scores
                 are comparable to published ones only with the wording in the model's repository.
             device, dtype: ignored; scores are on the VAE's device if there is one, else on the CPU.
             side: width and height of the images sent; None to keep their size. The authors evaluated with 512.
             concurrency: number of parallel requests.
         """
+        source, _, named = source.partition("#")
+        if named and endpoint.setdefault("model", named) != named:
+            raise ValueError(f"model: got {endpoint['model']!r}, and {named!r} in the address; name it once")
+        checked = ChatEndpoint(source, **endpoint)
+        template = template_of(checked.model) if template is None else template
         if template not in TEMPLATES:
             near = did_you_mean(template, TEMPLATES)
             raise ValueError(f"template: got {template!r}; known: {', '.join(TEMPLATES)}{near}")
         chosen = TEMPLATES[template]
         if question is not None:
             chosen = dataclasses.replace(chosen, question=read_text(Path(question), "question"))
-        return cls(ChatEndpoint(source, **endpoint), chosen, vae, side, concurrency)
+        return cls(checked, chosen, vae, side, concurrency)
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,), float32, in [1, 5], of images (B, 3, H, W) in [0, 1] for B prompts, without gradient."""
@@ -227,21 +279,27 @@ class UnifiedReward(PixelReward):
     def _score(self, image: Image.Image, prompt: str) -> float:
         if self.side is not None:
             image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        answer = self.endpoint.ask(image, self.template.question.replace(FIELD, prompt))
+        question = self.template.question.replace(FIELD, prompt)
         try:
-            return self.template.read(answer)
-        except ValueError as error:
-            raise ValueError(f"{self.endpoint.url}, prompt {prompt!r:.80}: {error}") from error
+            return self.endpoint.ask(image, question, self.template.read)
+        except InputError as error:
+            raise InputError(f"{self.endpoint.url}, prompt {prompt!r:.80}: {error}") from error
 
 
 def _number(label: str, answer: str) -> float:
-    """Return the number after `label:` or `label (1-5):` in the answer. A 4, for example, may be written as 4/5."""
-    number = r"(-?[0-9]++(?:\.[0-9]++)?+)"
-    of_another_scale = r"(?!\s*+/\s*+(?!5(?![.0-9])))(?!\s*+-\s*+[0-9])"  # 4/10, and 1-5 as a range
-    pattern = rf"{label}\s*(?:\(1\s*-\s*5\))?\s*:[\s*]*{number}{of_another_scale}"
-    found = {float(number) for number in re.findall(pattern, answer, re.IGNORECASE)}
+    """Return the number after the label in the answer, with or without Markdown around label and number.
+
+    The number n may be followed by /5 or "out of 5". A comma counts as a decimal point. Raises InputError unless the
+    answer has one such number, from 1 to 5.
+    """
+    mark = r"[\s*_`#~$\[\](){}<>\"'|]*+"  # Markdown, brackets and quotes
+    number = r"(-?[0-9]++(?:[.,][0-9]++)?+)(?![.,]?[0-9]|[A-Za-z%½])"
+    five = r"5(?:[.,]0++)?+(?![.,]?[0-9])"
+    other_scale = rf"(?!{mark}(?:/|out\s+of\b){mark}(?!{five}))(?!\s*+[-–]\s*+[0-9])(?!\s*+%)"  # 4/10; 1-5 as a range
+    pattern = rf"{label}[s]?+{mark}(?:1\s*[-–]\s*5{mark})?[:=：]{mark}{number}{other_scale}"
+    found = {float(text.replace(",", ".")) for text in re.findall(pattern, answer, re.IGNORECASE)}
     if len(found) != 1 or not LOW <= min(found) <= HIGH:
-        raise ValueError(
+        raise InputError(
             f"expected one '{label}: x' with x from {LOW:g} to {HIGH:g}, got {sorted(found) or 'none'} in an answer of "
             f"{len(answer)} characters that ends {answer[-200:]!r}"
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinalrm_align.models import specs as models
-from dinalrm_align.models.specs import MODELS, hub_refusal, missing_files, resolve_model
+from dinalrm_align.models.specs import MODELS, check_sides, hub_refusal, missing_files, resolve_model
 from dinalrm_align.reward.registry import load_image_scorer
 
 SD35_REPOSITORIES = 4
@@ -182,3 +182,29 @@ def test_the_prompt_lists_of_sd35_are_distinct():
     )
     assert len(train) == len(set(train)) == 96 and len(heldout) == len(set(heldout)) == 32
     assert not set(train) & set(heldout)
+
+
+@pytest.mark.parametrize(
+    ("side", "good"),
+    [(64, True), (192, True), (8, True), (200, False), (2048, False), (12, False), (0, False)],
+)
+def test_the_sides_of_an_image_are_checked_against_the_config_of_the_model(side, good):
+    """The embedded world: 24 positions of 2 x 2 latents of 4 pixels each, so 192 pixels in multiples of 8."""
+    check_sides(MODELS["shapes"], width=None)
+    if good:
+        check_sides(MODELS["shapes"], height=side)
+    else:
+        with pytest.raises(ValueError, match=f"height: got {side} pixels; expected a multiple of 8 from 8 to 192"):
+            check_sides(MODELS["shapes"], height=side)
+
+
+def test_a_hub_model_is_checked_if_its_config_is_in_the_cache(tmp_path, monkeypatch):
+    check_sides(MODELS["sd35"], height=99_999)  # not in the cache: checked when it is loaded
+    for part, values in (("transformer", {"patch_size": 2, "pos_embed_max_size": 384}),
+                         ("vae", {"block_out_channels": [128, 256, 512, 512]})):  # fmt: skip
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: str(tmp_path / file))
+    check_sides(MODELS["sd35"], height=6144, width=2048)
+    with pytest.raises(ValueError, match="width: got 6160 pixels; expected a multiple of 16 from 16 to 6144"):
+        check_sides(MODELS["sd35"], height=1024, width=6160)

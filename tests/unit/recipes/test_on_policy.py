@@ -146,3 +146,18 @@ def test_the_settings_for_sd35_are_read_and_fit(method, monkeypatch, tmp_path):
     assert resolved.spec.name == "sd35" and run.loop.steps == 7 and run.gradient_checkpointing
     expected = {"grpo": (32, 64, 5e-5, 24), "lpo": (64, 64, 1e-5, 40), "nft": (32, 64, 3e-4, 384)}[method]
     assert (run.policy.rank, run.policy.alpha, run.optim.lr, run.loop.accumulate) == expected
+
+
+def test_a_run_without_a_learning_signal_warns_and_says_so_at_the_end(method, start, capsys):
+    """A constant reward; for LPO, a threshold that no margin exceeds. The weights stay those of the base model."""
+    silent = {"lpo": ["--lpo.threshold=[0.9999,0.9999]"]}.get(method, ["--reward=tiny_align:half"])
+    folder = start("run", *silent, f"--{method}.minibatches=2", "--loop.steps=6")
+    printed = capsys.readouterr().out
+    assert printed.count("warning: the last 3 rollouts gave no learning signal") == 1
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("warning: the policy learned nothing from reward") and "3 of 3 rollouts" in last
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert {row["signal"] for row in rows[1:]} == {0.0} and [row["rollout"] for row in rows[1:]] == [0, 0, 1, 1, 2, 2]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["rollouts"], summary["rollouts_without_signal"]) == (3, 3)
+    assert rows[-1]["kl"] < 1e-9

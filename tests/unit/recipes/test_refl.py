@@ -324,3 +324,42 @@ def test_a_long_prompts_file_is_trained_on_beyond_prompt_10_001(recipe, argument
             "--refl.batch_size=16", "--refl.num_steps=1", "--loop.steps=2", "--profile_every=0",
         )  # fmt: skip
     assert len(numbers) == 32 and min(numbers) < 2_000 and max(numbers) > 10_001
+
+
+def test_a_reward_without_a_gradient_warns_and_says_so_at_the_end(recipe, arguments, tmp_path, capsys):
+    folder = run(recipe, arguments, tmp_path / "run", "--reward=tiny_align:half", "--loop.steps=3")
+    printed = capsys.readouterr().out
+    assert (
+        "the last 3 rollouts gave no learning signal (reward tiny_align:half, mean score 0.5): the gradient" in printed
+    )
+    assert (
+        printed.strip().splitlines()[-1].startswith("warning: the policy learned nothing from reward tiny_align:half")
+    )
+    assert json.loads((folder / "summary.json").read_text())["rollouts_without_signal"] == 3
+
+
+def test_a_server_that_fails_in_the_middle_ends_with_one_line_and_the_state_before(
+    recipe, arguments, tmp_path, capsys, monkeypatch
+):
+    def down(*_: object, **__: object):
+        raise ConnectionError("http://judge/v1: no answer in 5 attempts")
+
+    def broken(*_: object, **__: object):
+        raise TypeError("a fault of the program")
+
+    from dinalrm_align.align.evaluation import HeldOut
+
+    folder = run(recipe, arguments, tmp_path / "run", "--loop.steps=1")
+    monkeypatch.setattr(HeldOut, "_batch", down)
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(["--resume", str(folder), "--loop.steps=2"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 1 and said.startswith("error: run ") and "no answer in 5 attempts" in said
+    assert "step_000002 with: python" in said and "--resume" in said
+    monkeypatch.setattr(HeldOut, "_batch", broken)
+    with pytest.raises(TypeError, match="a fault of the program") as failed:
+        recipe.main(["--resume", str(folder), "--loop.steps=2"])
+    assert failed.traceback[-1].name == "broken" and "--resume" in failed.value.__notes__[0]
+    monkeypatch.undo()
+    recipe.main(["--resume", str(folder), "--loop.steps=2"])
+    assert (folder / "summary.json").exists() and read_metrics(folder / "metrics.jsonl")[-1]["step"] == 2

@@ -14,8 +14,10 @@ from PIL import Image
 from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.reward.pixel.unifiedreward import TEMPLATES, ChatEndpoint, Template, UnifiedReward
 from dinalrm_align.reward.registry import load_reward
+from dinalrm_align.train.files import InputError
 
 PROMPTS = ["a red circle", "a {blue} square"]
+ACS = "Alignment Score (1-5): 4\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 3"
 GOOD = "circle (object): 1\nred (attribute): 0\nFinal Score: 3.5"
 
 
@@ -127,7 +129,7 @@ def test_images_are_sent_as_squares_of_512(server):
 def test_the_mean_of_three_axes(server):
     server.answer = lambda body: (
         200,
-        completion("Alignment Score (1-5): 4\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 3"),
+        completion(ACS),
     )
     assert make(server, template="acs").score_images(images(1), PROMPTS[:1]).tolist() == [3.5]
 
@@ -160,6 +162,25 @@ def test_as_many_questions_at_once_as_asked_for_and_no_more(server):
         ("Final Score (1-5): 2/5", 2),
         ("Final Score: 3 / 5", 3),
         ("Final Score: 3\n...\nFinal Score: 3.0", 3),
+        ("**Final Score**: 4.0/5", 4),
+        ("**Final Score**: **4.0**/5", 4),
+        ("Final Score: **4**", 4),
+        ("**Final Score: 4**", 4),
+        ("### Final Score:\n\n**3.5**", 3.5),
+        ("Final Score: 4.0 out of 5", 4),
+        ("Final Score: 4 out of 5.0.", 4),
+        ("Final Score: 4 (out of 5)", 4),
+        ("Final Score: 3,5", 3.5),
+        ("Final Score: 3,5/5,0", 3.5),
+        ("Final Score: [4]", 4),
+        ("Final Score: `4.5`", 4.5),
+        ("__Final Score__: _2_", 2),
+        ("| Final Score: | 4 |", 4),
+        ("Final Score = 4", 4),
+        ("Final Score： 4", 4),
+        ("**Final Score (1-5)**: 4", 4),
+        ("Final Score: $4$", 4),
+        ('"Final Score": 4', 4),
     ],
 )
 def test_numbers_are_read(text, score):
@@ -180,6 +201,20 @@ def test_numbers_are_read(text, score):
         "Final Score: 4.5/10",
         "Final Score: 1-5",
         "Final Score: 3\nFinal Score: 4",
+        "**Final Score**: **4**/10",
+        "Final Score: 4 out of 10",
+        "Final Score: 4,5 / 10",
+        "Final Score: 80%",
+        "Final Score: 4 %",
+        "Final Score: 1.2.3",
+        "Final Score: 5,01",
+        "Final Score: **0**",
+        "Final Score: -4/5",
+        "Final Score: 4/50",
+        "Final Score: 4/5.5",
+        "Final Score: 4th of all",
+        "Final Score: nan",
+        "<b>Final Score</b>: good",
         "Score: 4",
     ],
 )
@@ -193,11 +228,63 @@ def test_each_axis_is_needed():
         TEMPLATES["acs"].read("Alignment Score (1-5): 4\nCoherence Score (1-5): 3")
 
 
-def test_a_malformed_answer_stops_the_call_and_names_the_prompt(server):
+def test_an_unreadable_answer_is_asked_for_again_and_then_stops_the_call_with_the_prompt(server):
     server.answer = lambda body: (200, completion("I cannot tell."))
-    with pytest.raises(ValueError, match=r"prompt 'a red circle': expected one 'Final Score: x'.*I cannot tell"):
-        make(server, concurrency=1).score_images(images(2), PROMPTS)
-    assert len(server.asked) <= 2  # asked once each at most: greedy decoding would answer the same again
+    with pytest.raises(InputError, match=r"prompt 'a red circle': expected one 'Final Score: x'.*I cannot tell"):
+        make(server, concurrency=1, attempts=3).score_images(images(2), PROMPTS)
+    assert [PROMPTS[0] in asked_of(body)[0] for body in server.asked[:3]] == [True] * 3
+    server.asked.clear()
+    server.answer = lambda body: (200, completion("I cannot tell." if len(server.asked) < 3 else GOOD))
+    assert make(server, attempts=3).score_images(images(1), PROMPTS[:1]).tolist() == [3.5]
+
+
+def test_the_pause_doubles_up_to_a_minute_without_jitter(server, monkeypatch):
+    waits = []
+    monkeypatch.setattr("dinalrm_align.reward.pixel.unifiedreward.time.sleep", waits.append)
+    answers = [(429, "busy"), (500, "x"), (599, "x"), (200, "not JSON"), (200, completion("?"))] * 2
+    server.answer = lambda body: answers[len(server.asked) - 1]
+    with pytest.raises(InputError, match="expected one 'Final Score: x'"):
+        make(server, attempts=10, pause=1.0).score_images(images(1), PROMPTS[:1])
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60] and len(server.asked) == 10
+
+
+@pytest.mark.parametrize(
+    ("model", "template"),
+    [
+        ("UnifiedReward", "point"), ("UnifiedReward-7b", "point"), ("CodeGoat24/UnifiedReward-7b-v1.5", "point"),
+        ("CodeGoat24/UnifiedReward-qwen-32b", "point"), ("CodeGoat24/UnifiedReward-2.0-qwen-7b", "acs"),
+        ("UnifiedReward-2.0-qwen3vl-2b", "acs"), ("UnifiedReward-12.0", "point"),
+    ],
+)  # fmt: skip
+def test_the_served_version_selects_the_question(server, model, template):
+    server.answer = lambda body: (200, completion(GOOD if template == "point" else ACS))
+    found = load_reward(f"unifiedreward={server.url}#{model}")
+    assert found.score_images(images(1), PROMPTS[:1]).tolist() == [3.5]
+    (body,) = server.asked
+    assert body["model"] == model and server.headers[0][0] == "/v1/chat/completions"
+    assert asked_of(body)[0] == TEMPLATES[template].question.replace("{prompt}", PROMPTS[0])
+
+
+@pytest.mark.parametrize("model", ["UnifiedReward-Think-qwen-7b", "UnifiedReward-Flex-8b", "UnifiedReward-Edit-7b"])
+def test_versions_that_score_no_single_image_are_refused(model):
+    with pytest.raises(ValueError, match=f"model: got {model}.*no prompt for the score of one image"):
+        UnifiedReward.from_pretrained(model=model)
+    assert UnifiedReward.from_pretrained(model=model, template="point").endpoint.model == model
+
+
+def test_a_model_is_named_once():
+    with pytest.raises(ValueError, match="model: got 'a', and 'b' in the address"):
+        UnifiedReward.from_pretrained("http://127.0.0.1:1/v1#b", model="a")
+
+
+def test_the_questions_ask_for_the_published_format():
+    """The answer formats of the prompts in the model's repository."""
+    assert "'element (type): value'" in TEMPLATES["point"].question and "'Final Score:'" in TEMPLATES["point"].question
+    for name in ("words", "acs"):
+        for line in ("Alignment Score (1-5): X", "Coherence Score (1-5): Y", "Style Score (1-5): Z"):
+            assert f"\n{line}\n" in TEMPLATES[name].question
+        assert ("Word-wise Scores: [[" in TEMPLATES[name].question) is (name == "words")
+    assert all(template.question.endswith("Text Caption: [{prompt}]") for template in TEMPLATES.values())
 
 
 @pytest.mark.parametrize(
@@ -207,7 +294,7 @@ def test_what_is_no_chat_completion_is_refused(server, text):
     server.answer = lambda body: (200, text)
     with pytest.raises(ValueError, match="not valid JSON|expected a chat completion"):
         make(server).score_images(images(1), PROMPTS[:1])
-    assert len(server.asked) == 1
+    assert len(server.asked) == 5  # may be a proxy in front of a server that restarts
 
 
 def test_a_server_error_is_tried_again_so_many_times(server):
@@ -267,7 +354,7 @@ def test_asking_for_a_gradient_is_an_error_before_anything_is_asked(server, vae)
         ({"source": "file:///etc/passwd"}, "expected http://host:port/v1"),
         ({"source": "localhost:8080"}, "expected http://host:port/v1"),
         ({"model": ""}, "model"),
-        ({"template": "points"}, "known: point, acs; did you mean 'point'"),
+        ({"template": "points"}, "known: point, words, acs; did you mean 'point'"),
         ({"timeout": 0.0}, "timeout"),
         ({"attempts": 0}, "attempts"),
         ({"concurrency": 0}, "concurrency"),

@@ -1,0 +1,77 @@
+"""Rollouts without a learning signal: how they are recognised, the warning in the run, and the count in its summary.
+
+A run whose reward gives equal scores to all samples of a prompt, or has no gradient, looks healthy and learns nothing.
+Every method therefore reports the metric `signal`, the share of groups, states or samples of a rollout from which the
+policy can learn. A method that reuses a rollout for several updates also reports `rollout`, the rollout's number.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinalrm_align.train.metrics import read_metrics
+
+ROUNDING = 16 * torch.finfo(torch.float32).eps
+"""Scores count as equal up to this difference relative to their size, because rounding in float32 can produce it."""
+PATIENCE = 3
+"""Number of consecutive rollouts without a signal after which a run warns."""
+
+
+def has_spread(scores: Tensor) -> Tensor:
+    """Return whether the scores (..., K) of each group differ by more than rounding, as (...,) bool."""
+    low, high = scores.double().aminmax(dim=-1)
+    return high - low > ROUNDING * torch.maximum(low.abs(), high.abs())
+
+
+def equal_scores(section: str, group_size: int) -> str:
+    """Return the reason and advice for methods that compare the samples of a prompt. `section`: name of the method."""
+    return (
+        f"all {group_size} samples of a prompt have equal scores. Check the reward on samples of these prompts, take a "
+        f"reward with finer scores, or raise {section}.group_size"
+    )
+
+
+def silent_rollouts(rows: Sequence[Mapping[str, float]]) -> list[bool]:
+    """Return for each rollout in rows of metrics, in order, whether it gave no signal; empty if none is measured."""
+    return list({row.get("rollout", row["step"]): row["signal"] == 0 for row in rows if "signal" in row}.values())
+
+
+@dataclass
+class SignalCheck:
+    """Warns once when `PATIENCE` consecutive rollouts gave no learning signal. Call it after every update.
+
+    Args:
+        reward: name of the reward.
+        reason: why a rollout of this method gives no signal, and what to try.
+        metrics: path of metrics.jsonl, which holds the earlier rollouts of a resumed run too.
+        say: prints the warning.
+    """
+
+    reward: str
+    reason: str
+    metrics: Path
+    say: Callable[[str], object] = print
+    warned: bool = False
+
+    def __call__(self, row: Mapping[str, float]) -> None:
+        if self.warned or row.get("signal") != 0:
+            return
+        latest = silent_rollouts(read_metrics(self.metrics))[-PATIENCE:]
+        if len(latest) == PATIENCE and all(latest):
+            self.warned = True
+            score = f"reward {self.reward}, mean score {row.get('reward', float('nan')):.6g}"
+            self.say(f"\nwarning: the last {PATIENCE} rollouts gave no learning signal ({score}): {self.reason}")
+
+    def summary(self) -> tuple[dict[str, int], str]:
+        """Return the counts for summary.json and the last line of the run; both are empty if there is no such count."""
+        silent = silent_rollouts(read_metrics(self.metrics))
+        if not silent:
+            return {}, ""
+        counts = {"rollouts": len(silent), "rollouts_without_signal": sum(silent)}
+        line = f"{sum(silent)} of {len(silent)} rollouts gave no learning signal"
+        if all(silent):
+            line = f"warning: the policy learned nothing from reward {self.reward}: {line}: {self.reason}"
+        return counts, line if any(silent) else ""
