@@ -55,9 +55,14 @@ def train_arm(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training:
 
     run = Path(config.output_dir) / "arms" / arm / f"seed{seed}"
     settings = {"changes": changes, "steps": config.steps, "training": training.read_text(encoding="utf-8")}
+    made_here = Path(config.pairs).is_relative_to(config.output_dir)  # then the pairs record their settings themselves
+    settings |= {"model": spec.name, "pairs": None if made_here else config.pairs}
     stored = run / "settings.json"
-    if stored.exists() and json.loads(stored.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
-        refuse(f"{run} was started with other settings ({stored}); choose another --output_dir, or delete that run")
+    before = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+    for name in before:  # earlier versions stored fewer
+        if before[name] != json.loads(json.dumps(settings[name])):
+            got = f"{name}: got {settings[name]!r:.120}; expected {before[name]!r:.120}, as in {stored}"
+            refuse(f"{got}: choose another --output_dir, or delete that run")
     write_atomically(stored, json.dumps(settings, indent=1))
     if (run / "reward" / "config.json").exists():
         return run

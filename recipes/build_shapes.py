@@ -9,6 +9,7 @@ folder that other recipes take as --model. After a stop, the same command contin
 """
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.train.command import parse, refusing
-from dinalrm_align.train.files import atomic_folder, make_folder, write_atomically
+from dinalrm_align.train.files import atomic_folder, make_folder, read_yaml, write_atomically
 
 
 @refusing()
@@ -35,10 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dinalrm_align.shapes.pairs import ensure_pairs
     from dinalrm_align.shapes.stack import build_pipeline
     from dinalrm_align.train.device import available_device
+    from dinalrm_align.train.identity import by_name, check_settings, may_change, settings_by_name
 
     available_device(config.device)
     root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
     make_folder(root)
+    if (root / "config.yaml").exists():  # finished parts were made with these settings
+        before = by_name(BuildConfig, read_yaml(root / "config.yaml", "settings file"))
+        check_settings(before, settings_by_name(config), may_change(BuildConfig), str(root / "config.yaml"))
     write_atomically(root / "config.yaml", text)
     accelerator = Accelerator(cpu=config.device == "cpu")
     pipeline = build_pipeline(config.stack, config.seed)
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = train_pixel(pipeline, train_pairs, config, accelerator)
         with atomic_folder(weights / "pixel") as temporary:
             save_clip_reward(model, pipeline.tokenizer, temporary)
-    print(f"finished: python recipes/refl_sd35.py --model {weights}")
+    print(f"finished: python recipes/refl_sd35.py --model {shlex.quote(str(weights))}")
 
 
 def train_latent_reward(config: BuildConfig, pipeline: Path, pairs: dict[str, Path]) -> None:

@@ -35,7 +35,7 @@ def settings_and_model(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
     check_sides(spec, height=run.height or spec.height, width=run.width or spec.width)
     print(reason, flush=True)
     name = f"pairs_{Path(spec.name).name}_{Path(run.reward).name}_seed{run.seed}"
-    return run, spec, Path(run.output_dir or Path("runs") / name)
+    return run, spec, Path(run.output_dir or Path("runs") / name).absolute()
 
 
 def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:

@@ -15,6 +15,7 @@ Unlike the released latents, the output latents are the mean of the VAE's poster
 always has the same latents. They are in bfloat16, not compressed and not shuffled, and text embeddings are stored.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,9 @@ def encode_pairs(run: PrepareRun, spec: ModelSpec) -> None:
         if accelerator.is_main_process:
             work.finish()
             print(work.dropped)
-            print(f"train on them: python recipes/train_reward.py --model {spec.name} --pairs {folder}")
+            print(
+                f"train on them: python recipes/train_reward.py --model {shlex.quote(spec.name)} --pairs {shlex.quote(str(folder))}"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

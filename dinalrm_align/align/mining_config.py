@@ -58,6 +58,6 @@ class MineRun(PolicyRun):
         mine: settings of the samples and the pairs.
     """
 
-    lora: settings.PathText | None = None
+    lora: settings.Source | None = None
     max_prompts: settings.PositiveInt | None = None
     mine: MineConfig = field(default_factory=MineConfig)

@@ -1,7 +1,7 @@
 """Settings of the embedded world (rendered shapes): networks, preference pairs and training. Does not import torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.settings import (
@@ -173,6 +173,7 @@ class BuildConfig:
             (like REPA, arXiv 2410.06940, but the targets are rendered shape maps, not an encoder's features).
     """
 
+    MAY_CHANGE: ClassVar = ("output_dir", "device")
     output_dir: PathText = "runs/shapes_world"
     seed: NonNegativeInt = 0
     device: Literal["cpu", "cuda"] = "cpu"

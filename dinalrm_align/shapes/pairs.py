@@ -6,6 +6,7 @@ image with the higher result (Thurstone's model). Close scores get noisy labels.
 pair consists of two renders that differ in one concept, and the oracle's scores are compared without noise.
 """
 
+import dataclasses
 import io
 import itertools
 import json
@@ -28,8 +29,10 @@ from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.render import Drawing, concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
-from dinalrm_align.train.files import atomically, write_atomically
+from dinalrm_align.train.digest import fingerprint
+from dinalrm_align.train.files import atomically, begin_or_resume, write_atomically
 
+MADE_WITH = "made_with.json"
 CHUNK = 32
 """Number of captions whose images are encoded or sampled at once."""
 GRAIN, JPEG = 0.06, 20
@@ -65,9 +68,17 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
 
 
 def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> Path:
-    """Write preference pairs of kind `kind` to `directory` unless `directory` holds pairs. Returns `directory`."""
+    """Write preference pairs of kind `kind` to `directory` unless `directory` holds pairs. Returns `directory`.
+
+    Raises ValueError if `directory` holds pairs of other settings, or of another pipeline.
+    """
+    models = {"transformer": fingerprint(pipeline.transformer), "autoencoder": fingerprint(pipeline.vae)}
+    settings = {"kind": kind, **models, **dataclasses.asdict(config)}
     if not (directory / "index.json").exists():
         write_pairs(kind, directory, pipeline, config)
+        write_atomically(directory / MADE_WITH, json.dumps(settings, indent=1))
+    elif (directory / MADE_WITH).exists():  # earlier versions did not write it
+        begin_or_resume(directory, MADE_WITH, settings)
     return directory
 
 

@@ -80,6 +80,17 @@ def run_of(module: str) -> Callable[[World], Path]:
     return make
 
 
+def resumed(module: str, *options: str, config: str = "") -> Callable[[World], Sequence[object]]:
+    """--resume of a run of a recipe on the model `shapes`, whose config.yaml holds `config` too, and options."""
+
+    def make(world: World) -> Sequence[object]:
+        folder = run_of(module)(world)
+        (folder / "config.yaml").write_text(f"model: shapes\n{config}")
+        return ["--resume", folder, *options]
+
+    return make
+
+
 ROWS = '{"step": 0, "gold": 1.0, "proxy": 1.0}\n{"step": 1, "gold": 1.0, "proxy": 1.0}\n'
 
 
@@ -210,6 +221,31 @@ def lora_of(rank: int) -> Callable[[World], object]:
 
     return word
 
+
+RESUMED = [
+    *both("another seed", resumed(REFL, "--seed=1"), "seed 1 0 config.yaml"),
+    *both("another model", resumed(REFL, "--model=owner/name"), "model owner/name shapes"),
+    Command("another alpha", REFL, resumed(REFL, "--policy.alpha=64"), "policy.alpha 64 16"),
+    Command("another rank", REFL, resumed(REFL, "--policy.rank=4"), "policy.rank 4 16"),
+    Command("another gold", REFL, resumed(REFL, "--gold=pixel"), "gold pixel None"),
+    Command("another reward", REFL, resumed(REFL, "--reward=pixel"), "reward pixel dinalrm"),
+    Command("another gold in config.yaml", REFL, resumed(REFL, "--gold=oracle", config="gold: pixel\n"), "gold oracle pixel"),
+    Command("other evaluation noise", REFL, resumed(REFL, "--evaluation.seed=5"), "evaluation.seed 5 1234"),
+    Command("more evaluation samples", REFL, resumed(REFL, "--evaluation.samples=200"), "evaluation.samples 200 192"),
+    Command("another size", REFL, resumed(REFL, "--height=128"), "height 128"),
+    Command("another noise level", REFL, resumed(REFL, "--refl.reward_sigma=[0.3]"), "refl.reward_sigma 0.3"),
+    Command("fewer steps of sampling", REFL, resumed(REFL, "--refl.num_steps=4"), "refl.num_steps 4"),
+    Command("another VAE dtype", REFL, resumed(REFL, "--memory.vae_dtype=bfloat16"), "memory.vae_dtype bfloat16"),
+    Command("an anchor", REFL, resumed(REFL, "--anchor.reward=pixel"), "anchor.reward pixel"),
+    Command("another head", TRAIN, resumed(TRAIN, "--reward.head.dropout=0.5"), "reward.head.dropout 0.5"),
+    Command("another likelihood", TRAIN, resumed(TRAIN, "--loss.likelihood=bradley_terry"), "loss.likelihood"),
+    Command("a window beyond the run's range", GRPO,
+            resumed(GRPO, "--grpo.window_size=8", config="grpo:\n  window_range: [0, 7]\n"), "window_range 0 7 config.yaml"),
+    Command("more groups' samples", GRPO, resumed(GRPO, "--grpo.group_size=4"), "grpo.group_size 4 8"),
+    *both("no path", words("--output_dir="), "output_dir"),
+    Command("no prompts", REFL, words("--prompts="), "prompts"),
+    Command("no reward", REFL, words("--reward="), "reward"),
+]  # fmt: skip
 
 RUNS = [
     Command("a GPU that is not there", REFL, tiny("--device=cuda"), "device cuda"),
@@ -397,6 +433,7 @@ GROUPS = {
     "options": OPTIONS,
     "settings files": FILES,
     "models, rewards and folders": PLACES,
+    "resumed runs": RESUMED,
     "what a run reads": RUNS,
     "compare_runs": COMPARED,
     "savings": SAVED,

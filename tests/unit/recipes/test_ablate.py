@@ -93,7 +93,10 @@ def test_an_arm_started_with_other_settings_is_refused(arguments, monkeypatch, c
     recipe.main([*arguments, "--arms=[calibrated]"])
     with pytest.raises(SystemExit):
         recipe.main([*arguments, "--arms=[calibrated]", "--steps=3"])
-    assert "was started with other settings" in capsys.readouterr().err
+    assert "steps: got 3; expected 2, as in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # the generated pairs would be others
+        recipe.main([*arguments, "--arms=[calibrated]", "--shapes_pairs.groups=9"])
+    assert "groups: got 9; expected 8, as in" in capsys.readouterr().err
 
 
 def test_pairs_are_required_for_other_models(capsys, tmp_path):

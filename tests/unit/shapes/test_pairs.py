@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.models.images import open_image
 from dinalrm_align.models.pipeline import encode_images
-from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
+from dinalrm_align.shapes.config import CONCEPTS, PairsConfig, StackConfig
 from dinalrm_align.shapes.pairs import (
     GRAIN,
     _compare,
@@ -17,6 +18,7 @@ from dinalrm_align.shapes.pairs import (
     write_pairs,
 )
 from dinalrm_align.shapes.scene import is_held_out, parse_caption
+from dinalrm_align.shapes.stack import build_pipeline
 
 
 def test_training_pairs_are_all_pairs_of_lists_of_training_captions(tiny_pipeline, tmp_path):
@@ -55,6 +57,17 @@ def test_held_out_pairs_are_lists_of_held_out_captions_labelled_as_in_training(t
     pairs = LatentPairs(tmp_path / "pairs", batch_size=4, seed=0)
     assert len(pairs.batch_at(0).chosen) == 4 * 3
     assert all(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
+
+
+def test_pairs_of_other_settings_are_not_taken_for_these(tiny_pipeline, tmp_path):
+    config = PairsConfig(heldout_groups=2, images=2, sampled_share=0)
+    folder = ensure_pairs("heldout", tmp_path / "pairs", tiny_pipeline, config)
+    with pytest.raises(ValueError, match="heldout_groups: got 3; expected 2, as in"):
+        ensure_pairs("heldout", folder, tiny_pipeline, dataclasses.replace(config, heldout_groups=3))
+    with pytest.raises(ValueError, match="transformer: got"):
+        ensure_pairs("heldout", folder, build_pipeline(StackConfig.tiny(), seed=7), config)
+    (folder / "made_with.json").unlink()  # as earlier versions left it
+    assert ensure_pairs("heldout", folder, tiny_pipeline, config) == folder
 
 
 def test_a_rater_without_noise_follows_the_score_and_with_much_noise_does_not():
