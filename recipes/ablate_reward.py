@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if spec.kind == "shapes":
         kinds = ["train"] * (config.pairs is None) + [*HELD_OUT_KINDS] * (config.test_sets is None)
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
-        made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in kinds}
+        with refusing():
+            made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in kinds}
         config.pairs = config.pairs or str(made["train"])
         config.test_sets = config.test_sets or {kind: str(made[kind]) for kind in HELD_OUT_KINDS}
     transformer = load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)

@@ -80,9 +80,8 @@ def encode_pairs(run: PrepareRun, spec: ModelSpec) -> None:
         if accelerator.is_main_process:
             work.finish()
             print(work.dropped)
-            print(
-                f"train on them: python recipes/train_reward.py --model {shlex.quote(spec.name)} --pairs {shlex.quote(str(folder))}"
-            )
+            command = ["python", "recipes/train_reward.py", "--model", spec.name, "--pairs", str(folder)]
+            print(f"train on them: {shlex.join(command)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -107,7 +107,6 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
 
     with training.RewardTraining(model, pairs, run, accelerator) as method:
         optimizer = adamw(training.parameter_groups(parameters, run.lora_lr), run.optim)
-        settings, command = "" if checkpoint else text, resume_command(RECIPE, folder)
         state = dict(optimizer=optimizer, identity=identity, samples=method.samples, settings=settings_by_name(run))
         fit(
             run.loop,
@@ -115,7 +114,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
             RunState.initial(parameters, run.loop, run.optim, **state),
             method,
             accelerator=accelerator,
-            run=RunFolder(folder, settings, checkpoint, command),
+            run=RunFolder(folder, text, checkpoint, resume_command(RECIPE, folder)),
             hooks=[Hook(run.accuracy.every, evaluate, at_start=False), Hook(0, export, at_start=False)],
             shown=("loss", "train_accuracy", "grad_norm"),
         )

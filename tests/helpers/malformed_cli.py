@@ -223,7 +223,7 @@ def lora_of(rank: int) -> Callable[[World], object]:
 
 
 RESUMED = [
-    *both("another seed", resumed(REFL, "--seed=1"), "seed 1 0 config.yaml"),
+    *both("another seed", resumed(REFL, "--seed=1"), "seed 1 0 checkpoints"),
     *both("another model", resumed(REFL, "--model=owner/name"), "model owner/name shapes"),
     Command("another alpha", REFL, resumed(REFL, "--policy.alpha=64"), "policy.alpha 64 16"),
     Command("another rank", REFL, resumed(REFL, "--policy.rank=4"), "policy.rank 4 16"),
