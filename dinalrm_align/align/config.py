@@ -217,7 +217,8 @@ class PolicyRun:
             values: folder or hub id of a latent reward; module:function; weighted sum like "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
         seed: seed of initialisation, sampling and training.
-        prompts: UTF-8 text file with one training prompt per line; by default the list that belongs to the model.
+        prompts: file of training prompts, one per line; or .jsonl, .json, .csv or .tsv with a key or column prompt; by
+            default the list that belongs to the model.
         height: height of the images in pixels; by default the model's own.
         width: width of the images in pixels; by default the model's own.
         device: auto: a CUDA GPU if there is one, otherwise the CPU.
@@ -253,7 +254,7 @@ class AlignRun(PolicyRun):
         resume: folder of the checkpoint to resume from, or folder of a run to use its newest checkpoint. Options on the
             command line override the saved settings; a setting that makes scores before and after incomparable is
             refused.
-        eval_prompts: UTF-8 text file with one held-out prompt per line; by default the list that belongs to the model.
+        eval_prompts: file of held-out prompts, as `prompts`; by default the list that belongs to the model.
         gradient_checkpointing: recompute activations in the backward pass; saves memory but takes about a third longer.
         profile_every: updates between measurements of FLOPs (on a CPU also of peak memory); 0: no measurements. A
             measured update takes about twice as long.

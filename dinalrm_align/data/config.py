@@ -7,6 +7,7 @@ from dinalrm_align.models.specs import ModelName
 from dinalrm_align.train.settings import (
     ClosedUnitInterval,
     IntAboveOne,
+    IntFrom1To512,
     NonNegativeInt,
     PathText,
     PositiveInt,
@@ -61,7 +62,7 @@ class PrepareRun:
         output_dir: folder for the encoded pairs. To resume a stopped run, run again with the same settings.
         model: pipeline whose VAE and text encoders are used: `shapes`, `sd35`, or the folder or hub id of a
             StableDiffusion3Pipeline.
-        text_length: T5 tokens per prompt; must equal the reward's text_length; default: the text_length of `model`.
+        text_length: T5 tokens per prompt, at most 512; must equal the reward's; default: the text_length of `model`.
         buckets: sizes that images are resized to. `published` means the 13 sizes of DiNa-LRM's data. `area:1024` means
             sizes with an area of at most 1024^2 and sides that are multiples of 64 (`plan.by_area`). A list
             such as 1024x1024,832x1248 names the sizes as height x width.
@@ -88,7 +89,7 @@ class PrepareRun:
     images: PathText | None = None
     output_dir: PathText = "runs/pairs"
     model: ModelName = "shapes"
-    text_length: PositiveInt | None = None
+    text_length: IntFrom1To512 | None = None
     buckets: str = "published"
     group: Literal["pair", "prompt"] = "pair"
     label: Literal["hard", "votes"] = "hard"

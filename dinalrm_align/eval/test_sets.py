@@ -37,7 +37,9 @@ class Image:
 
     def read(self) -> bytes:
         """Return the bytes of the image file. Raises OSError or ValueError if the file cannot be read."""
-        return self.source.read_bytes() if isinstance(self.source, Path) else image_source(self.source, Path())
+        cell = isinstance(self.source, Cell)
+        source = image_source(self.source, Path(self.source.file).parent) if cell else self.source
+        return source.read_bytes() if isinstance(source, Path) else source
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinalrm_align.data.formats.record import INVALID, Bad, Cell, ImageRef, Row
+from dinalrm_align.models.prompt import INVALID_CHARACTER
 from dinalrm_align.train.files import parse_json, read_text, reading
 
 
@@ -38,14 +39,18 @@ def row_group_starts(file: str) -> list[int]:
 def image_source(image: ImageRef, folder: Path) -> Path | bytes:
     """Return the path of an image file in `folder`, or the bytes of an image file stored in a parquet cell.
 
-    Raises ValueError if the parquet file is damaged or the cell holds no bytes.
+    A cell holds bytes, a path, or {"bytes", "path"}, of which the bytes are used if there are any. Raises ValueError if
+    the parquet file is damaged or the cell holds none of these.
     """
     if not isinstance(image, Cell):
         return folder / image
     data = _read_column(image.file, image.row_group, image.column)[image.row]
-    data = data.get("bytes") if isinstance(data, dict) else data  # the hub's `datasets` writes {"bytes", "path"}
+    if isinstance(data, dict):  # written by the hub's `datasets`
+        data = data.get("bytes") or data.get("path")
+    if isinstance(data, str) and data and not INVALID_CHARACTER.search(data):
+        return folder / data
     if not isinstance(data, bytes) or not data:
-        raise ValueError(f"{image}: got {type(data).__name__}; expected the bytes of an image")
+        raise ValueError(f"{image}: got {type(data).__name__}; expected the bytes or the path of an image")
     return data
 
 
