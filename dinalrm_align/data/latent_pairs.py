@@ -28,7 +28,6 @@ from torch import Tensor
 
 from dinalrm_align.data import shards
 from dinalrm_align.data.batches import BatchOrder, PairSource
-from dinalrm_align.data.formats import read_preferences
 from dinalrm_align.data.formats.record import INVALID, Cell, Preference, check_preference
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.models.text import Conditions
@@ -59,8 +58,7 @@ class LatentPairs(PairSource):
         text_shard = np.searchsorted(self._text_starts, prompt, side="right") - 1
         whole = np.array([file is not None for file in self._latents])[shard]
         whole &= np.array([file is not None for file in self._text])[text_shard]
-        valid = {pair.group for pair in read_preferences(self.directory, "latents", self.dropped.bad, strict=False)}
-        self._invalid = [group for group in range(len(whole)) if group not in valid]
+        self._invalid = self._invalid_groups()
         whole[self._invalid] = False
         if self._bad or self._invalid:
             messages = [*self._bad.values(), *self.dropped.messages.get(INVALID, [])]
@@ -71,6 +69,21 @@ class LatentPairs(PairSource):
             )
         shapes = np.array([file.shape if file else (0, 0, 0) for file in self._latents])
         self._arrange([self.prompts[row] for row in prompt.tolist()], sizes=shapes[shard], usable=whole)
+
+    def _invalid_groups(self) -> list[int]:
+        """Return the groups with a record that `check_preference` refuses, checking each prompt and label once."""
+        labels, valid, invalid = self._columns["label"].tolist(), set(), list[int]()
+        cells = [Cell(str(self.directory), 0, row, "latents") for row in (0, 1)]
+        columns = (self._columns[name].tolist() for name in ("prompt", "first_pair", "pairs"))
+        for group, (prompt, first, count) in enumerate(zip(*columns, strict=True)):
+            try:
+                for record in {(prompt, label) for label in labels[first : first + count]} - valid:
+                    Preference(self.prompts[prompt], *cells, label=record[1], encoded=True)
+                    valid.add(record)
+            except ValueError as error:
+                self.dropped.bad(INVALID, f"{self._where(group)}: {error}", count)
+                invalid.append(group)
+        return invalid
 
     def _open(self, shard: shards.Shard, tensors: dict[str, int]) -> shards.RowFile | None:
         try:

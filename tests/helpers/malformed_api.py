@@ -124,6 +124,8 @@ PROMPTS = [
     Case("a set", prompted({"a", "b"}), TypeError, "prompts set"),
     Case("a number", prompted(3), TypeError, "prompts int 3"),
     Case("a million characters", prompted(["a", "b" * 1_000_000]), ValueError, "prompts 1000000"),
+    Case("half a surrogate pair", prompted(["a", "\ud800"]), ValueError, "prompts 1 ud800"),
+    Case("NUL", prompted(["a", "b\0"]), ValueError, "prompts 1 x00"),
     Case("neither form", prompted(None), ValueError, "prompts"),
     Case("both forms", score(prompts=["a", "b"]), ValueError, "prompts"),
     Case("one form and a half", score(prompts=["a", "b"], prompt_embeds=...), ValueError, "prompts"),

@@ -421,6 +421,8 @@ PREPARING = [
     Command("a pair without an image", PREPARE, preparing('{"prompt": "a", "chosen": "c.png"}'), "rejected"),
     Command("an image that is not there", PREPARE, preparing('{"prompt": "a", "chosen": "c.png", "rejected": "r.png"}'), "c.png"),
     Command("pairs without votes that mean anything", PREPARE, preparing('{"prompt": "a", "chosen": "c", "rejected": "r", "votes": "9"}'), "votes 9"),
+    Command("votes 0:0 (prepare)", PREPARE, preparing('{"prompt": "a", "chosen": "c", "rejected": "r", "votes": [0, 0]}'), "pairs.jsonl 1 votes"),
+    Command("a text length beyond every reward", PREPARE, words("--source=x", "--text_length=600"), "text_length 600"),
     Command("an empty source", PREPARE, preparing(""), "pairs.jsonl 0"),
     Command("a folder without parquet", PREPARE, lambda w: ["--source", w.fresh(), "--model", world_of(w), "--device=cpu"], "parquet"),
     Command("batches ahead below 0", TRAIN, words("--prefetch=-1"), "prefetch -1"),

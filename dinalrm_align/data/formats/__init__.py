@@ -80,7 +80,7 @@ def read_preferences(
     rows, convert = LAYOUTS[layout]
     for row in rows(source, bad):
         try:
-            pairs = [check_preference(pair, strict=strict) for pair in convert(row)]
+            pairs = [check_preference(pair) if strict else pair for pair in convert(row)]
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it lacks the field {error}" if isinstance(error, KeyError) else str(error)
             bad(INVALID, f"{row.where}: {reason}")

@@ -17,6 +17,7 @@ from public_sets import (
     write_parquet,
 )
 
+from dinalrm_align.data.formats.record import Dropped
 from dinalrm_align.eval.evaluator import PIECE, Fit, noise_by_prompt, score_image_set
 from dinalrm_align.eval.protocols import accuracy
 from dinalrm_align.eval.scores import NO_NOISE, NoiseLevels, Pieces
@@ -340,3 +341,26 @@ def test_imagereward_images_may_lie_where_the_entries_say(tmp_path):
     for part in list((tmp_path / "test_images").iterdir()):
         part.rename(tmp_path / part.name)
     assert not open_test_set("imagereward", tmp_path).missing()
+
+
+def test_a_bad_record_is_named_or_left_out_in_evaluation_and_in_the_overlap(tmp_path):
+    """The evaluator stores the messages on records beside those on images, and the report lists them."""
+    put(tmp_path / "a.png", grey(80))
+    put(tmp_path / "b.png", grey(10))
+    good = {"prompt": "a bird", "chosen": "a.png", "rejected": "b.png"}
+    records = [good, {**good, "prompt": "\ud800"}, {**good, "votes": [0, 0]}, {**good, "rejected": "absent.png"}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    for read in (lambda on_bad: open_test_set("mine", path, on_bad=on_bad), lambda on_bad: trained(path, on_bad)):
+        with pytest.raises(ValueError, match="pairs.jsonl, line 2: prompt: got .*--on_bad skip"):
+            read("refuse")
+    test_set = open_test_set("mine", path, on_bad="skip")
+    assert len(test_set.label) == 2 and test_set.dropped.counts == {"invalid record": 2}
+    assert test_set.missing() == ["absent.png"]
+    found = Dropped("skip")
+    assert read_trained(path, found).prompts == trained_on(["a bird"]).prompts
+    assert found.counts == {"invalid record": 2, "missing image": 1}
+
+
+def trained(path, on_bad):
+    return read_trained(path, Dropped(on_bad))
