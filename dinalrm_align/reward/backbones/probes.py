@@ -27,8 +27,8 @@ class Probes:
             spread = [view.float().square().mean().sqrt().expand_as(view) for view in views]
             self.scales = self.values.abs() + torch.cat(spread)
 
-    def changed(self) -> Tensor:
-        """Return a bool tensor, which of the values have changed, without waiting for the device.
+    def unchanged(self) -> Tensor:
+        """Return a bool tensor, which of the values are unchanged, without waiting for the device.
 
         A change is a difference above eps (|value| + r), where r is the root mean square of the tensor's values and eps
         that of the dtype, at least 1e-5. To fuse and unfuse a LoRA rounds twice, which stays below, unless the update
@@ -36,14 +36,14 @@ class Probes:
         """
         now = torch.cat(self._views()).float()
         eps = max([TOLERANCE, *(torch.finfo(tensor.dtype).eps for tensor in self.tensors.values())])
-        return ~((now - self.values.to(now.device)).abs() <= eps * self.scales.to(now.device))
+        return (now - self.values.to(now.device)).abs() <= eps * self.scales.to(now.device)
 
     def check(self) -> None:
         """Raise ValueError if a value has changed. Waits for the device once."""
-        if not self.tensors or not bool((changed := self.changed()).any()):
+        if not self.tensors or bool((same := self.unchanged()).all()):
             return
-        parts = zip(self.tensors, changed.split(self.counts), strict=True)
-        first, *others = [name.replace(".base_layer", "") for name, part in parts if part.any()]
+        parts = zip(self.tensors, same.split(self.counts), strict=True)
+        first, *others = [name.replace(".base_layer", "") for name, part in parts if not part.all()]
         raise ValueError(
             f"{first} (and {len(others)} more): got other values than when the reward was built; expected the base "
             "weights: undo the change (unfuse a LoRA before unloading it) or load the base model again, then build the "
