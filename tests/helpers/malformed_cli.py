@@ -242,6 +242,8 @@ RESUMED = [
     Command("a window beyond the run's range", GRPO,
             resumed(GRPO, "--grpo.window_size=8", config="grpo:\n  window_range: [0, 7]\n"), "window_range 0 7 config.yaml"),
     Command("more groups' samples", GRPO, resumed(GRPO, "--grpo.group_size=4"), "grpo.group_size 4 8"),
+    Command("another depth (build)", BUILD, lambda w: ["--output_dir", w.file("config.yaml", "stack:\n  depth: 8\n").parent, "--stack.depth=4"], "stack.depth 4 8"),
+    Command("another seed (build)", BUILD, lambda w: ["--output_dir", w.file("config.yaml", "seed: 3\n").parent], "seed 0 3"),
     *both("no path", words("--output_dir="), "output_dir"),
     Command("no prompts", REFL, words("--prompts="), "prompts"),
     Command("no reward", REFL, words("--reward="), "reward"),
