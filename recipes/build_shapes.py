@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
     make_folder(root)
     if (root / "config.yaml").exists():  # finished parts were made with these settings
-        before = by_name(BuildConfig, read_yaml(root / "config.yaml", "settings file"))
+        stored = read_yaml(root / "config.yaml", "settings file")
+        before = settings_by_name(BuildConfig()) | by_name(BuildConfig, stored)
         check_settings(before, settings_by_name(config), may_change(BuildConfig), str(root / "config.yaml"))
     write_atomically(root / "config.yaml", text)
     accelerator = Accelerator(cpu=config.device == "cpu")
