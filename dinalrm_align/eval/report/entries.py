@@ -292,6 +292,5 @@ def _incomparable(run: Run, first: Run) -> str:
     """Return why a run's gains cannot be compared with the first run's gains, or an empty string if they can."""
     names = dict.fromkeys([*run.terms, *first.terms])
     changed = [name for name in names if name != "shown" and run.terms.get(name) != first.terms.get(name)]
-    if changed:
-        return f"evaluated with other settings than {first.folder} (they differ in {', '.join(changed)})"
-    return ""
+    why = f"evaluated with other settings than {first.folder} (they differ in {', '.join(changed)})"
+    return why if changed else ""
