@@ -150,12 +150,7 @@ class Setup:
         folder = Path(run.output_dir)
         held_out = prepare_evaluation(self)
         watch = prepare_watch(self, held_out)
-        check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print)
-
-        def stop_when(row: Mapping[str, float]) -> str | None:
-            if accelerator.is_main_process:
-                check(row)
-            return watch.stop_when(row) if watch else None
+        check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print, accelerator.is_main_process)
 
         def export(step: int) -> None:
             if accelerator.is_main_process:
@@ -179,7 +174,7 @@ class Setup:
             ],
             meter=self.meter,
             shown=shown,
-            stop_when=stop_when,
+            stop_when=lambda row: check(row) or (watch.stop_when(row) if watch else None),
         )  # fmt: skip
         accelerator.end_training()
         if accelerator.is_main_process:
@@ -382,15 +377,13 @@ def summarise(
     alarms = [int(row["step"]) for row in read_metrics(folder / METRICS) if row.get("hacking")]
     summary = {**what, "updates": updates, "samples": samples, **scores}
     summary["hacking_alarm"] = alarms[0] if alarms else None
-    counts, line = signal.summary()
-    summary |= counts
+    summary |= signal.counts()
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
     print(f"images: {folder / 'before_after.png'}; curves: {folder / 'curves.png'}; LoRA: {folder / 'lora'}")
     for name, score in scores.items():
         gain = f"gain {score['gain']:+.4f}, standard error of the paired difference {score['standard_error']:.4f}"
         print(f"{name} {score['before']:.4f} -> {score['after']:.4f}: {gain}")
-    if line:
-        print(line)
+    signal.conclude()
 
 
 def run_image_size(resolved: Resolved[Any]) -> tuple[int, int]:

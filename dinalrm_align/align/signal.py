@@ -48,16 +48,18 @@ class SignalCheck:
         reason: why a rollout of this method gives no signal, and what to try.
         metrics: path of metrics.jsonl, which holds the earlier rollouts of a resumed run too.
         say: prints the warning.
+        is_main_process: whether to warn. Only the main process has all rows of metrics.jsonl.
     """
 
     reward: str
     reason: str
     metrics: Path
     say: Callable[[str], object] = print
+    is_main_process: bool = True
     warned: bool = False
 
     def __call__(self, row: Mapping[str, float]) -> None:
-        if self.warned or row.get("signal") != 0:
+        if self.warned or not self.is_main_process or row.get("signal") != 0:
             return
         latest = silent_rollouts(read_metrics(self.metrics))[-PATIENCE:]
         if len(latest) == PATIENCE and all(latest):
@@ -65,13 +67,16 @@ class SignalCheck:
             score = f"reward {self.reward}, mean score {row.get('reward', float('nan')):.6g}"
             self.say(f"\nwarning: the last {PATIENCE} rollouts gave no learning signal ({score}): {self.reason}")
 
-    def summary(self) -> tuple[dict[str, int], str]:
-        """Return the counts for summary.json and the last line of the run; both are empty if there is no such count."""
+    def counts(self) -> dict[str, int]:
+        """Return the counts for summary.json; empty if the method has no metric `signal`."""
         silent = silent_rollouts(read_metrics(self.metrics))
-        if not silent:
-            return {}, ""
-        counts = {"rollouts": len(silent), "rollouts_without_signal": sum(silent)}
+        return {"rollouts": len(silent), "rollouts_without_signal": sum(silent)} if silent else {}
+
+    def conclude(self) -> None:
+        """Print how many rollouts gave no signal, if any did."""
+        silent = silent_rollouts(read_metrics(self.metrics))
         line = f"{sum(silent)} of {len(silent)} rollouts gave no learning signal"
-        if all(silent):
+        if silent and all(silent):
             line = f"warning: the policy learned nothing from reward {self.reward}: {line}: {self.reason}"
-        return counts, line if any(silent) else ""
+        if any(silent):
+            self.say(line)

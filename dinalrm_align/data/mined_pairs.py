@@ -18,7 +18,7 @@ from dinalrm_align.data.formats.rows import parquet_module
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.files import begin_or_resume, reading, write_atomically
+from dinalrm_align.train.files import InputError, begin_or_resume, reading, write_atomically
 
 _TEXT = (*TEXT, "prompt_embeds_mask")
 TENSORS = (*LATENTS, *_TEXT, *(f"negative_{name}" for name in _TEXT))
@@ -78,7 +78,7 @@ class MinedPairs(PairSource):
         shard_files(self.path)
         self.manifest = manifest if self.path.suffix == ".parquet" else self._read_manifest()
         if self.manifest is None:
-            raise ValueError(f"{self.path} does not record how its latents were made: pass manifest=")
+            raise InputError(f"{self.path} does not record how its latents were made: pass manifest=")
         self._pairs = self._find_pairs(self.path, "mined")
         self.prompts = [pair.prompt for pair in self._pairs]
         self.scores = [pair.scores.get("score") for pair in self._pairs]
@@ -88,7 +88,7 @@ class MinedPairs(PairSource):
         try:
             return PairManifest.of(read_manifest(self.path)["manifest"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.path / MANIFEST}: invalid manifest ({type(error).__name__}: {error})") from error
+            raise InputError(f"{self.path / MANIFEST}: invalid manifest ({type(error).__name__}: {error})") from error
 
     def digest(self) -> str:
         return text_digest(json.dumps([dataclasses.asdict(self.manifest), self.prompts, self.scores]))
@@ -102,13 +102,13 @@ class MinedPairs(PairSource):
         if chosen.shape != rejected.shape:
             problem = f"latents: got shapes {tuple(chosen.shape)} and {tuple(rejected.shape)}; expected equal ones"
         if problem:
-            raise ValueError(f"{self._where(unit)}: {problem}")
+            raise InputError(f"{self._where(unit)}: {problem}")
         return [torch.stack([chosen, rejected]), *(tensor[None] for tensor in text)]
 
     def _collate(self, units: np.ndarray, items: Sequence[Sequence[Tensor]]) -> PairBatch:
         shapes = {tuple(tensor.shape for tensor in item) for item in items}
         if len(shapes) != 1:
-            raise ValueError(f"{self.path}: pairs of a batch have tensors of shapes {sorted(shapes)[:2]}; expected one")
+            raise InputError(f"{self.path}: pairs of a batch have tensors of shapes {sorted(shapes)[:2]}; expected one")
         latents, embeds, pooled = zip(*items, strict=True)
         conditions = Conditions([self.prompts[unit] for unit in units], torch.cat(embeds), torch.cat(pooled))
         return PairBatch.plain(*torch.stack(latents, dim=1), conditions)
@@ -172,7 +172,7 @@ def _row(pair: MinedPair, dtype: torch.dtype) -> dict[str, Any]:
 def _blob(tensor: Tensor, name: str, dtype: torch.dtype) -> bytes:
     stored = tensor.detach().to("cpu", dtype)
     if not bool(stored.isfinite().all()):
-        raise ValueError(f"{name}: got NaN, infinite values or values too large for {dtype}; use another --mine.dtype")
+        raise InputError(f"{name}: got NaN, infinite values or values too large for {dtype}; use another --mine.dtype")
     return _saved(stored)
 
 
@@ -184,8 +184,8 @@ def _saved(tensor: Tensor) -> bytes:
 
 def _tensor(data: Any, name: str) -> Tensor:
     if not isinstance(data, bytes):
-        raise ValueError(f"{name}: got {type(data).__name__}; expected the bytes of torch.save")
+        raise InputError(f"{name}: got {type(data).__name__}; expected the bytes of torch.save")
     tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: got a saved {type(tensor).__name__}; expected a tensor")
+        raise InputError(f"{name}: got a saved {type(tensor).__name__}; expected a tensor")
     return tensor

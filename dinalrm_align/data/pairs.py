@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.files import InputError
 from dinalrm_align.train.settings import check_fields
 
 EncodeImages = Callable[[Tensor], Tensor]
@@ -76,7 +77,7 @@ class PairBatch:
         self._check_tensors()
         images, pairs = len(self.latents), len(self.chosen)
         if pairs == 0:
-            raise ValueError("pair batch: got no pairs")
+            raise InputError("pair batch: got no pairs")
         lengths = {
             "conditions": (len(self.conditions), images),
             "group": (len(self.group), images),
@@ -86,17 +87,17 @@ class PairBatch:
         }
         for name, (got, expected) in lengths.items():
             if got != expected:
-                raise ValueError(f"pair batch: {name}: got length {got}; expected {expected}")
+                raise InputError(f"pair batch: {name}: got length {got}; expected {expected}")
         rows = torch.cat([self.chosen, self.rejected])
         if rows.min() < 0 or rows.max() >= images:
             got = f"{int(rows.min())} to {int(rows.max())}"
-            raise ValueError(f"pair batch: chosen, rejected: got rows {got}; expected 0 to {images - 1}")
+            raise InputError(f"pair batch: chosen, rejected: got rows {got}; expected 0 to {images - 1}")
         if not torch.equal(self.group[self.chosen], self.group[self.rejected]):
-            raise ValueError("pair batch: group: chosen and rejected differ; expected both images in one group")
+            raise InputError("pair batch: group: chosen and rejected differ; expected both images in one group")
         object.__setattr__(self, "num_groups", int(self.group.max()) + 1)  # read from the device once
         if not bool(((self.label >= 0) & (self.label <= 1)).all()):
             got = f"[{self.label.min():.4g}, {self.label.max():.4g}]"
-            raise ValueError(f"pair batch: label: got values in {got}; expected [0, 1]")
+            raise InputError(f"pair batch: label: got values in {got}; expected [0, 1]")
 
     def _check_tensors(self) -> None:
         for name, dims in dict(latents=4, prompt_embeds=3, pooled_prompt_embeds=2, label=1).items():
@@ -105,9 +106,9 @@ class PairBatch:
                 got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"pair batch: {name}: got {got}; expected a floating tensor")
             if tensor.dim() != dims or tensor.shape[1:].numel() == 0:
-                raise ValueError(f"pair batch: {name}: got shape {tuple(tensor.shape)}; expected {dims} dimensions")
+                raise InputError(f"pair batch: {name}: got shape {tuple(tensor.shape)}; expected {dims} dimensions")
             if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"pair batch: {name}: got NaN or infinite values; expected finite ones")
+                raise InputError(f"pair batch: {name}: got NaN or infinite values; expected finite ones")
         for name in ("chosen", "rejected", "group"):
             rows = vars(self)[name]
             if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
@@ -193,7 +194,7 @@ class PairManifest:
         """Inverse of `dataclasses.asdict`: build a manifest. Raises TypeError or ValueError for invalid values."""
         samples = values.get("encoded_with", {})
         if not isinstance(samples, dict) or not all(isinstance(sample, dict) for sample in samples.values()):
-            raise ValueError(f"manifest.encoded_with: got {samples!r:.60}; expected a sample of weights by name")
+            raise InputError(f"manifest.encoded_with: got {samples!r:.60}; expected a sample of weights by name")
         samples = {name: WeightSample(**sample) for name, sample in samples.items()}
         return cls(**{**values, "encoded_with": samples})
 
@@ -209,7 +210,7 @@ class PairManifest:
             if found is None:
                 unknown.append(name)
             elif not written.same_weights(found):
-                raise ValueError(
+                raise InputError(
                     f"these pairs were encoded with the {name} of {written.source!r} ({written.tensors} tensors, "
                     f"{written.values[:3]}...); that of {found.source!r} has other weights ({found.tensors} tensors, "
                     f"{found.values[:3]}...): train the model they were encoded for, or encode them again"
@@ -221,7 +222,7 @@ class PairManifest:
         for name in ("vae_scaling_factor", "vae_shift_factor", "text_length"):
             wanted = getattr(expected, name)
             if abs(vars(self)[name] - wanted) > 1e-6:
-                raise ValueError(
+                raise InputError(
                     f"these pairs were encoded with {name} {vars(self)[name]}, expected {wanted}: encode them again "
                     "with the model's VAE and text length, or correct the config"
                 )

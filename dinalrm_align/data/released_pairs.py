@@ -21,7 +21,7 @@ from dinalrm_align.data.formats.rows import parquet_module
 from dinalrm_align.data.pairs import EncodePrompts, PairBatch, PairManifest
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.files import reading
+from dinalrm_align.train.files import InputError, reading
 
 
 class ReleasedPairs(PairSource):
@@ -73,7 +73,7 @@ class ReleasedPairs(PairSource):
     def _latent(self, cell: Cell, shape: tuple[int, int, int]) -> torch.Tensor:
         array = load_latent(self._read_group(cell.file, cell.row_group)[cell.column][cell.row].as_py(), str(cell))
         if array.shape != shape:
-            raise ValueError(f"{cell}: got {array.shape}; expected {shape}, as its shape column says")
+            raise InputError(f"{cell}: got {array.shape}; expected {shape}, as its shape column says")
         return torch.from_numpy(array)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dinalrm_align.data.pairs import PairManifest
-from dinalrm_align.train.files import parse_json, read_json, read_text, reading, write_atomically
+from dinalrm_align.train.files import InputError, parse_json, read_json, read_text, reading, write_atomically
 from dinalrm_align.train.settings import NonNegativeInt, PositiveInt, check_fields
 
 FORMAT = "dinalrm_align.pairs/1"
@@ -46,7 +46,7 @@ class Shard:
     def __post_init__(self) -> None:
         check_fields(self, "shard")
         if Path(self.file).name != self.file:
-            raise ValueError(f"shard.file: got {self.file!r}; expected the name of a file in the directory itself")
+            raise InputError(f"shard.file: got {self.file!r}; expected the name of a file in the directory itself")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Index:
         check_fields(self, "index")
         if not self.latents or not self.text:
             got = f"{len(self.latents)} shards of latents, {len(self.text)} of text"
-            raise ValueError(f"index: got {got}; expected some of both")
+            raise InputError(f"index: got {got}; expected some of both")
 
 
 def read_index(directory: Path) -> Index:
@@ -71,14 +71,14 @@ def read_index(directory: Path) -> Index:
         raise FileNotFoundError(f"{directory} holds no index.json: no latent pairs, or their writing was interrupted")
     values = read_json(path)
     if values.get("format") != FORMAT:
-        raise ValueError(f"{path}: format: got {values.get('format')!r:.80}; expected {FORMAT!r}")
+        raise InputError(f"{path}: format: got {values.get('format')!r:.80}; expected {FORMAT!r}")
     try:
         values["manifest"] = PairManifest.of(values["manifest"])
         for kind in ("latents", "text"):
             values[kind] = [Shard(**shard) for shard in values[kind]]
         return Index(**values)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the index of latent pairs ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path}: not the index of latent pairs ({type(error).__name__}: {error})") from error
 
 
 def read_prompt_list(directory: Path, index: Index) -> list[str]:
@@ -88,7 +88,7 @@ def read_prompt_list(directory: Path, index: Index) -> list[str]:
     rows = sum(shard.count for shard in index.text)
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts) or len(prompts) != rows:
         got = f"a list of {len(prompts)}" if isinstance(prompts, list) else type(prompts).__name__
-        raise ValueError(f"{path}: got {got}; expected a list of {rows} strings, one per row of the text shards")
+        raise InputError(f"{path}: got {got}; expected a list of {rows} strings, one per row of the text shards")
     return prompts
 
 
@@ -130,11 +130,11 @@ def open_shard(directory: Path, shard: Shard, tensors: dict[str, int]) -> RowFil
     for name, dims in tensors.items():
         dtype, shape = found.get(name, ("no such tensor", ()))
         if dtype not in ("F16", "BF16", "F32", "F64") or len(shape) != dims or math.prod(shape) == 0:
-            raise ValueError(f"{path}: {name}: got {dtype} {shape}; expected floating numbers in {dims} dimensions")
+            raise InputError(f"{path}: {name}: got {dtype} {shape}; expected floating numbers in {dims} dimensions")
         if shape[0] != shard.count:
-            raise ValueError(f"{path}: {name}: got {shape[0]} rows; expected {shard.count}, as in index.json")
+            raise InputError(f"{path}: {name}: got {shape[0]} rows; expected {shard.count}, as in index.json")
         if dims == 4 and shape[2:] != (size := (shard.height, shard.width)):
-            raise ValueError(f"{path}: {name}: got size {shape[2:]}; expected {size}, as in index.json")
+            raise InputError(f"{path}: {name}: got size {shape[2:]}; expected {size}, as in index.json")
     return RowFile(path, found[next(iter(tensors))][1][1:])
 
 
@@ -148,10 +148,10 @@ def read_columns(directory: Path, index: Index) -> dict[str, Tensor]:
     for names in (GROUP_COLUMNS, PAIR_COLUMNS):
         shapes = {name: tuple(columns[name].shape) if name in columns else () for name in names}
         if len(set(shapes.values())) > 1 or not all(len(shape) == 1 and shape[0] > 0 for shape in shapes.values()):
-            raise ValueError(f"{path}: got columns of shapes {shapes}; expected each, of one length, at least 1")
+            raise InputError(f"{path}: got columns of shapes {shapes}; expected each, of one length, at least 1")
     for name in (*GROUP_COLUMNS, "chosen", "rejected", "concept"):
         if columns[name].is_floating_point() or columns[name].is_complex():
-            raise ValueError(f"{path}: column {name}: got {columns[name].dtype}; expected integers")
+            raise InputError(f"{path}: column {name}: got {columns[name].dtype}; expected integers")
     images, pairs = columns["pictures"], columns["pairs"]
     for name, low, high in (
         ("prompt", 0, sum(shard.count for shard in index.text) - 1),
@@ -174,7 +174,7 @@ def read_columns(directory: Path, index: Index) -> dict[str, Tensor]:
 def _check_column(path: Path, name: str, column: Tensor, low: int, high: int) -> None:
     smallest, largest = column.min().item(), column.max().item()
     if not (smallest >= low and largest <= high):
-        raise ValueError(f"{path}: column {name}: got {smallest:g} to {largest:g}; expected {low} to {high}")
+        raise InputError(f"{path}: column {name}: got {smallest:g} to {largest:g}; expected {low} to {high}")
 
 
 def write_tables(

@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 
+from dinalrm_align.train.files import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -58,7 +60,7 @@ def open_image(source: Path | bytes | Image.Image, name: str | None = None) -> I
             turn = TURNS.get(_orientation(image))
             image = _rgb(image)
         except Exception as error:  # decoders fail in many ways on a damaged file
-            raise ValueError(f"{name} cannot be read as an image: {error}") from error
+            raise InputError(f"{name} cannot be read as an image: {error}") from error
     image = image if turn is None else image.transpose(turn)
     image.info = {}
     return image
@@ -87,16 +89,16 @@ def _opened(source: Path | bytes, name: str) -> Image.Image:
     if isinstance(source, Path) and not source.is_file():
         raise FileNotFoundError(f"no image {name}{' (it is a folder)' if source.is_dir() else ''}; expected a file")
     if not (source.stat().st_size if isinstance(source, Path) else source):
-        raise ValueError(f"{name} is empty (0 bytes)")
+        raise InputError(f"{name} is empty (0 bytes)")
     try:
         image = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
         if image.format == "PNG":
             image.info |= _png_info(source)
         return image
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image that PIL can read") from None
+        raise InputError(f"{name} is not an image that PIL can read") from None
     except Exception as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+        raise InputError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _png_info(source: Path | bytes) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def _png_info(source: Path | bytes) -> dict[str, Any]:
 
 def _check_size(image: Image.Image, name: str) -> None:
     if min(image.size) < 2:
-        raise ValueError(f"{name}: got an image of {image.width} x {image.height} pixels; expected at least 2 x 2")
+        raise InputError(f"{name}: got an image of {image.width} x {image.height} pixels; expected at least 2 x 2")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -2,6 +2,11 @@
 
 There is no stateful data loader: `Method.batch_at` must be a pure function of the seed, the micro-step and the weights,
 so that a resumed run gets the same batches as an uninterrupted one. On-policy methods generate rollouts in `batch_at`.
+
+If an update or a hook raises an error, `fit` saves the state after the last complete update and raises the error
+with the command to resume: in the message of an OSError, InputError or FloatingPointError, in a note of any other
+error. The resumed run first calls the hooks that failed. With several ranks, `fit` saves this state only if loss or
+gradient is not finite, because other errors may have occurred on one rank alone.
 """
 
 import math
@@ -125,11 +130,6 @@ def fit(
     rollouts and partial forward passes do not call the `forward` method of the wrapped module. Ctrl-C and SIGTERM
     save a checkpoint after the update in progress and exit with status 130; a second signal stops the process at once.
 
-    If an update or a hook raises an error, `fit` saves the state after the last complete update and raises the error
-    with the command to resume: in the message of an OSError, InputError or FloatingPointError, in a note of any other
-    error. The resumed run first calls the hooks that failed. With several ranks, `fit` saves this state only if loss or
-    gradient is not finite, because other errors may have occurred on one rank alone.
-
     Args:
         state: state to start from (`RunState.initial`). In a new run, the weights of rank 0 are broadcast to all ranks.
         meter: measures the backward pass. Pass the same meter to `method` to measure phases of `method` too.
@@ -147,8 +147,7 @@ def fit(
     saved, reason, undo = state.step if run.checkpoint else -1, None, None
 
     def save() -> int:
-        options = dict(log=log, accelerator=accelerator, keep_last=config.keep_last, pending=pending)
-        save_checkpoint(run.path, state, **options)
+        save_checkpoint(run.path, state, log=log, accelerator=accelerator, keep_last=config.keep_last, pending=pending)
         return state.step
 
     def record(row: dict[str, float]) -> None:
@@ -188,11 +187,7 @@ def fit(
             if saved != state.step:
                 save()
             _call([hook for hook in hooks if hook.at_stop], state, {})
-            accelerator.print(
-                f"\nstopped after update {state.step} of {config.steps}{f', because {reason}' if reason else ''}; "
-                f"checkpoint: {latest_checkpoint(run.path)}"
-                + (f"\nresume with: {run.resume_command}" if run.resume_command else "")
-            )
+            accelerator.print(_farewell(run, f"update {state.step} of {config.steps}", reason))
             if reason is None:
                 raise SystemExit(INTERRUPTED)
     return state.step
@@ -291,6 +286,13 @@ def _update(
     state.whole = True
     state.elapsed += time.perf_counter() - began
     return {**row, **meter.finish_step(), "elapsed": state.elapsed}
+
+
+def _farewell(run: RunFolder, update: str, reason: str | None) -> str:
+    """Return the message of a run that stops early, after `update`, with the command to resume."""
+    because = f", because {reason}" if reason else ""
+    resume = f"\nresume with: {run.resume_command}" if run.resume_command else ""
+    return f"\nstopped after {update}{because}; checkpoint: {latest_checkpoint(run.path)}{resume}"
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from typing import Any
 from dinalrm_align.data.formats import mined, published, released
 from dinalrm_align.data.formats.record import INVALID, Bad, Cell, Preference, Row, check_preference, raise_error
 from dinalrm_align.data.formats.rows import read_records, table_rows
+from dinalrm_align.train.files import InputError
 
 
 def _latent_rows(folder: Path, bad: Bad) -> Iterator[Row]:
@@ -107,4 +108,4 @@ def find_layout(source: Path) -> str:
     record: Any = next(iter(records), None)
     got = sorted(record)[:6] if isinstance(record, dict) else type(record).__name__
     expected = "those of HPDv3 (path1), HPDv2 (human_preference) or ImageReward (ranking)"
-    raise ValueError(f"{source}: got records of {got}; expected {expected}")
+    raise InputError(f"{source}: got records of {got}; expected {expected}")

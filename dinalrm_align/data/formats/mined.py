@@ -24,7 +24,7 @@ from typing import Any
 
 from dinalrm_align.data.formats.record import Bad, Preference, Row, named_scores
 from dinalrm_align.data.formats.rows import parquet_rows
-from dinalrm_align.train.files import read_json
+from dinalrm_align.train.files import InputError, read_json
 
 FORMAT = "dinalrm_align.mined/1"
 MANIFEST = "manifest.json"
@@ -41,7 +41,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}: not a folder of mined pairs")
     content = read_json(folder / MANIFEST)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{folder / MANIFEST}: format: got {content.get('format')!r:.80}; expected {FORMAT!r}")
+        raise InputError(f"{folder / MANIFEST}: format: got {content.get('format')!r:.80}; expected {FORMAT!r}")
     return content
 
 
@@ -53,7 +53,7 @@ def shard_files(path: Path) -> list[Path]:
         return [path]
     shards = read_manifest(path).get("shards")
     if type(shards) is not int:
-        raise ValueError(f"{path / MANIFEST}: shards: got {shards!r:.60}; expected an integer")
+        raise InputError(f"{path / MANIFEST}: shards: got {shards!r:.60}; expected an integer")
     files = [shard_path(path, number) for number in range(shards)]
     missing = [file for file in files if not file.is_file()]
     if missing:
@@ -86,8 +86,8 @@ def _prompt(fields: Any) -> str:
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
     ):
-        raise ValueError(f"prompt: got {chat!r:.80}; expected text, or a list of messages with role and content")
+        raise InputError(f"prompt: got {chat!r:.80}; expected text, or a list of messages with role and content")
     texts = [message["content"] for message in messages if message["role"] == "user"]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"prompt: got messages of {texts!r:.80}; expected text")
+        raise InputError(f"prompt: got messages of {texts!r:.80}; expected text")
     return "\n".join(texts)

@@ -18,6 +18,7 @@ from dinalrm_align.data.formats.record import (
     two_numbers,
 )
 from dinalrm_align.data.formats.rows import table_rows
+from dinalrm_align.train.files import InputError
 
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
 """GenAI-Bench's vote_type -> label; "both bad" counts as a tie."""
@@ -50,9 +51,9 @@ def rankings(row: Row) -> Iterator[Preference]:
     order = "ranking" if "ranking" in record else "rank"
     images, ranks = record[paths], record[order]
     if not isinstance(images, list) or len(images) < 2:
-        raise ValueError(f"{paths}: got {images!r:.60}; expected a list of at least 2 images")
+        raise InputError(f"{paths}: got {images!r:.60}; expected a list of at least 2 images")
     if not isinstance(ranks, list) or len(ranks) != len(images):
-        raise ValueError(f"{order}: got {ranks!r:.60}; expected a list of {len(images)} ranks, one per image")
+        raise InputError(f"{order}: got {ranks!r:.60}; expected a list of {len(images)} ranks, one per image")
     ranks = [number(rank, "rank") for rank in ranks]
     for i, j in itertools.combinations(range(len(ranks)), 2):
         label = 0.5 if ranks[i] == ranks[j] else float(ranks[i] < ranks[j])
@@ -81,12 +82,12 @@ def pickapic(row: Row) -> Iterator[Preference]:
 def genai_bench(row: Row) -> Iterator[Preference]:
     vote = row.fields["vote_type"]
     if not isinstance(vote, str) or vote not in VOTES:
-        raise ValueError(f"vote_type: got {vote!r:.40}; known: {', '.join(VOTES)}")
+        raise InputError(f"vote_type: got {vote!r:.40}; known: {', '.join(VOTES)}")
     images = row.image("left_image"), row.image("right_image")
     yield Preference(row.fields["prompt"], *images, label=VOTES[vote], group=row.number)
 
 
 def _first_preferred(labels: tuple[float, float] | None, name: str) -> float:
     if labels is None or sorted(labels) not in ([0, 1], [0.5, 0.5]):
-        raise ValueError(f"{name}: got {labels}; expected 1 and 0, or 0.5 twice")
+        raise InputError(f"{name}: got {labels}; expected 1 and 0, or 0.5 twice")
     return labels[0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 from dinalrm_align.models.prompt import INVALID_CHARACTER, check_prompt
+from dinalrm_align.train.files import InputError
 
 INVALID = "invalid record"
 """Reason, in `Dropped.counts`, of a record that does not pass `check_preference`."""
@@ -98,33 +99,33 @@ def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
     Every `Preference` is checked when it is created, with strict=False.
     """
     if not isinstance(pair.prompt, str):
-        raise ValueError(f"prompt: got {type(pair.prompt).__name__} {pair.prompt!r:.60}; expected text")
+        raise InputError(f"prompt: got {type(pair.prompt).__name__} {pair.prompt!r:.60}; expected text")
     check_prompt("prompt", pair.prompt)
     if not pair.prompt.strip() and not (pair.encoded and pair.prompt == ""):
-        raise ValueError(f"prompt: got {pair.prompt!r:.60}, a blank one; expected text")
+        raise InputError(f"prompt: got {pair.prompt!r:.60}, a blank one; expected text")
     for name, image in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not isinstance(image, Cell) and not (
             isinstance(image, str) and image and not INVALID_CHARACTER.search(image)
         ):
-            raise ValueError(f"{name}: got {image!r:.80}; expected the path of an image")
+            raise InputError(f"{name}: got {image!r:.80}; expected the path of an image")
     if strict and pair.chosen == pair.rejected:
-        raise ValueError(f"chosen and rejected: got one image, {str(pair.chosen)!r:.80}; expected two")
+        raise InputError(f"chosen and rejected: got one image, {str(pair.chosen)!r:.80}; expected two")
     if not 0 <= number(pair.label, "label") <= 1:
-        raise ValueError(f"label: got {pair.label}; expected a number in [0, 1]")
+        raise InputError(f"label: got {pair.label}; expected a number in [0, 1]")
     votes = two_numbers(pair.votes, "votes")
     if votes is not None and (min(votes) < 0 or sum(votes) <= 0):
-        raise ValueError(f"votes: got {pair.votes}; expected none negative and at least one positive")
+        raise InputError(f"votes: got {pair.votes}; expected none negative and at least one positive")
     optional_number(pair.confidence, "confidence")
     for name, scores in pair.scores.items():
         if two_numbers(scores, f"scores.{name}") is None:
-            raise ValueError(f"scores.{name}: got {scores}; expected two numbers")
+            raise InputError(f"scores.{name}: got {scores}; expected two numbers")
     if not isinstance(pair.concept, str | None):
-        raise ValueError(f"concept: got {pair.concept!r:.80}; expected a name")
+        raise InputError(f"concept: got {pair.concept!r:.80}; expected a name")
     return pair
 
 
 def raise_error(reason: str, message: str) -> NoReturn:
-    raise ValueError(message)
+    raise InputError(message)
 
 
 class Dropped:
@@ -156,16 +157,16 @@ class Dropped:
     def bad(self, reason: str, message: str, pairs: int = 1) -> None:
         """Raise ValueError if on_bad is "refuse". Otherwise count `pairs` more pairs as left out for `reason`."""
         if self.on_bad == "refuse":
-            raise ValueError(f"{message}. To leave out such pairs and have them counted: --on_bad skip")
+            raise InputError(f"{message}. To leave out such pairs and have them counted: --on_bad skip")
         self.drop(reason, message, pairs)
 
 
 def number(value: Any, name: str) -> float:
     """Return a finite int or float as float. Raises ValueError for any other value or a bool."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: got {value!r:.80}; expected a number")
+        raise InputError(f"{name}: got {value!r:.80}; expected a number")
     if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an int too large for a float
-        raise ValueError(
+        raise InputError(
             f"{name}: got {value if isinstance(value, float) else 'a huge integer'}; expected a finite number"
         )
     return float(value)
@@ -180,14 +181,14 @@ def two_numbers(values: Any, name: str) -> tuple[float, float] | None:
     if values is None:
         return None
     if not isinstance(values, list | tuple) or len(values) != 2:
-        raise ValueError(f"{name}: got {values!r:.80}; expected two numbers")
+        raise InputError(f"{name}: got {values!r:.80}; expected two numbers")
     return number(values[0], name), number(values[1], name)
 
 
 def named_scores(values: Any) -> dict[str, tuple[float, float]]:
     """Convert {name: [chosen, rejected]} to floats. None, also as the value of a name, means that there is no score."""
     if not isinstance(values, dict | None):
-        raise ValueError(f"scores: got {values!r:.80}; expected {{name: [score of chosen, score of rejected]}}")
+        raise InputError(f"scores: got {values!r:.80}; expected {{name: [score of chosen, score of rejected]}}")
     found = {name: two_numbers(pair, f"scores.{name}") for name, pair in (values or {}).items()}
     return {name: pair for name, pair in found.items() if pair is not None}
 
@@ -196,5 +197,5 @@ def two_images(values: Any, name: str) -> list[Any]:
     """Return a list of two images. Raises ValueError for any other value."""
     if not isinstance(values, list) or len(values) != 2:
         got = f"{len(values)} images" if isinstance(values, list) else f"{values!r:.80}"
-        raise ValueError(f"{name}: got {got}; expected a list of 2 images")
+        raise InputError(f"{name}: got {got}; expected a list of 2 images")
     return values

@@ -23,7 +23,7 @@ import numpy as np
 
 from dinalrm_align.data.formats.record import Bad, Preference, Row, optional_number, two_numbers
 from dinalrm_align.data.formats.rows import parquet_rows
-from dinalrm_align.train.files import read_text
+from dinalrm_align.train.files import InputError, read_text
 
 INDEX = "bucket_index.csv"
 LATENTS = ("latent1", "latent2")
@@ -46,7 +46,7 @@ def rows(folder: Path, bad: Bad) -> Iterator[Row]:
 def convert(row: Row) -> Iterator[Preference]:
     shapes = [_shape(row.fields[f"{name}_shape"]) for name in LATENTS]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"latents of two shapes, {shapes[0]} and {shapes[1]}; expected one")
+        raise InputError(f"latents of two shapes, {shapes[0]} and {shapes[1]}; expected one")
     text = row.fields.get("detailed_results")
     results = {} if text in (None, "") else parse_results(text)
     votes = [results.get(name) for name in ("votes_chosen", "votes_rejected")]
@@ -60,14 +60,14 @@ def convert(row: Row) -> Iterator[Preference]:
 def load_latent(data: Any, name: str) -> np.ndarray:
     """Load a floating-point array (C, h, w) from the bytes of a .npy file. Raises ValueError for any other data."""
     if not isinstance(data, bytes):
-        raise ValueError(f"{name}: got {type(data).__name__}; expected the bytes of a .npy file")
+        raise InputError(f"{name}: got {type(data).__name__}; expected the bytes of a .npy file")
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy fails in many ways on unknown bytes
-        raise ValueError(f"{name}: not a readable .npy file ({str(error)[:200]})") from error
+        raise InputError(f"{name}: not a readable .npy file ({str(error)[:200]})") from error
     if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind != "f" or array.size == 0:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise ValueError(f"{name}: got {got}; expected floating numbers in 3 dimensions")
+        raise InputError(f"{name}: got {got}; expected floating numbers in 3 dimensions")
     return array
 
 
@@ -75,13 +75,13 @@ def parse_results(text: Any) -> dict[str, Any]:
     """Parse a cell of the column detailed_results. Raises ValueError unless the text is a dict of Python literals."""
     if not isinstance(text, str) or len(text) > 100_000:
         got = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
-        raise ValueError(f"detailed_results: got {got}; expected a dict as text")
+        raise InputError(f"detailed_results: got {got}; expected a dict as text")
     try:
         values = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"detailed_results: {text!r:.60} is no dict of literals ({type(error).__name__})") from error
+        raise InputError(f"detailed_results: {text!r:.60} is no dict of literals ({type(error).__name__})") from error
     if not isinstance(values, dict):
-        raise ValueError(f"detailed_results: got a {type(values).__name__}; expected a dict")
+        raise InputError(f"detailed_results: got a {type(values).__name__}; expected a dict")
     return values
 
 
@@ -93,7 +93,7 @@ def _listed_rows(folder: Path) -> set[tuple[str, int, int]] | None:
     reader = csv.DictReader(io.StringIO(read_text(path, "index of rows")))
     missing = sorted({"parquet_path", "row_group", "row_index"} - set(reader.fieldnames or ()))
     if missing:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+        raise InputError(f"{path} lacks the columns {', '.join(missing)}")
     listed = set()
     for record in reader:
         name = PurePosixPath((record["parquet_path"] or "").replace("\\", "/")).name
@@ -101,9 +101,9 @@ def _listed_rows(folder: Path) -> set[tuple[str, int, int]] | None:
             listed.add((name, int(record["row_group"]), int(record["row_index"])))
         except (TypeError, ValueError):
             got = f"row_group {record['row_group']!r:.40}, row_index {record['row_index']!r:.40}"
-            raise ValueError(f"{path}, line {reader.line_num}: got {got}; expected two numbers") from None
+            raise InputError(f"{path}, line {reader.line_num}: got {got}; expected two numbers") from None
     if not listed:
-        raise ValueError(f"{path} lists no rows")
+        raise InputError(f"{path} lists no rows")
     return listed
 
 
@@ -112,5 +112,5 @@ def _shape(value: Any) -> tuple[int, int, int]:
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value[:100])
     if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(n) is int and n > 0 for n in value):
-        raise ValueError(f"shape: got {value!r:.60}; expected three integers")
+        raise InputError(f"shape: got {value!r:.60}; expected three integers")
     return tuple(value)

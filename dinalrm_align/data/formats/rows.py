@@ -8,7 +8,7 @@ from typing import Any
 
 from dinalrm_align.data.formats.record import INVALID, Bad, Cell, ImageRef, Row
 from dinalrm_align.models.prompt import INVALID_CHARACTER
-from dinalrm_align.train.files import parse_json, read_text, reading
+from dinalrm_align.train.files import InputError, parse_json, read_text, reading
 
 
 def parquet_module() -> Any:
@@ -50,7 +50,7 @@ def image_source(image: ImageRef, folder: Path) -> Path | bytes:
     if isinstance(data, str) and data and not INVALID_CHARACTER.search(data):
         return folder / data
     if not isinstance(data, bytes) or not data:
-        raise ValueError(f"{image}: got {type(data).__name__}; expected the bytes or the path of an image")
+        raise InputError(f"{image}: got {type(data).__name__}; expected the bytes or the path of an image")
     return data
 
 
@@ -98,7 +98,7 @@ def parquet_rows(
                 names = set(file.schema_arrow.names)
                 missing = sorted({*columns, *images} - names)
                 if missing:
-                    raise ValueError(f"it lacks the columns {', '.join(missing)}")
+                    raise InputError(f"it lacks the columns {', '.join(missing)}")
             wanted = [*columns, *(name for name in optional if name in names)]
             for group in range(file.num_row_groups):
                 with reading("parquet file", path):
@@ -114,7 +114,7 @@ def read_records(path: Path) -> list[Any]:
     """Return the list in a JSON file. Raises ValueError if the file holds anything else."""
     records = parse_json(read_text(path, "file of preferences"), str(path))
     if not isinstance(records, list):
-        raise ValueError(f"{path}: got a JSON {type(records).__name__}; expected a list of objects")
+        raise InputError(f"{path}: got a JSON {type(records).__name__}; expected a list of objects")
     return records
 
 
@@ -125,7 +125,7 @@ def _lines(path: Path, bad: Bad) -> Iterator[Row]:
         try:
             record = parse_json(line, where)
             if not isinstance(record, dict):
-                raise ValueError(f"{where}: got a {type(record).__name__}; expected an object")
+                raise InputError(f"{where}: got a {type(record).__name__}; expected an object")
         except ValueError as error:
             bad(INVALID, str(error))
         else:

@@ -149,23 +149,24 @@ def test_three_rollouts_without_signal_draw_one_warning_that_says_what_was_seen_
     assert len(said) == 1
     for word in ("3 rollouts", "my:reward", "mean score 0.5", "all 8 samples", "grpo.group_size", "Check the reward"):
         assert word in said[0]
-    counts, line = check.summary()
-    assert counts == {"rollouts": 9, "rollouts_without_signal": 9}
-    assert line.startswith("warning: the policy learned nothing from reward my:reward: 9 of 9 rollouts")
+    assert check.counts() == {"rollouts": 9, "rollouts_without_signal": 9}
+    check.conclude()
+    assert said[1].startswith("warning: the policy learned nothing from reward my:reward: 9 of 9 rollouts")
 
 
 @pytest.mark.parametrize("signals", [[0.0, 0.0], [0.0, 0.0, 0.5, 0.0, 0.0], [1.0] * 5])
 def test_fewer_in_a_row_draw_none(tmp_path, signals):
     check, said = watched(tmp_path / "metrics.jsonl", signals)
-    assert said == [] and check.summary()[0]["rollouts_without_signal"] == signals.count(0.0)
-    assert ("gave no learning signal" in check.summary()[1]) is (0.0 in signals)
+    assert said == [] and check.counts()["rollouts_without_signal"] == signals.count(0.0)
+    check.conclude()
+    assert bool(said) is (0.0 in signals)
 
 
 def test_updates_of_one_rollout_count_once(tmp_path):
     rollouts = {"rollout": lambda step: (step - 1) // 4}
     assert watched(tmp_path / "a.jsonl", [0.0] * 4 * (PATIENCE - 1), **rollouts)[1] == []
     check, said = watched(tmp_path / "b.jsonl", [0.0] * 4 * PATIENCE, **rollouts)
-    assert len(said) == 1 and check.summary()[0] == {"rollouts": 3, "rollouts_without_signal": 3}
+    assert len(said) == 1 and check.counts() == {"rollouts": 3, "rollouts_without_signal": 3}
 
 
 def test_a_resumed_run_counts_the_rollouts_before_it(tmp_path):
@@ -180,7 +181,10 @@ def test_a_resumed_run_counts_the_rollouts_before_it(tmp_path):
 
 def test_methods_without_the_metric_have_no_count(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl").append({"step": 1, "loss": 0.1})
-    assert SignalCheck("r", "why", tmp_path / "metrics.jsonl").summary() == ({}, "")
+    said: list[str] = []
+    check = SignalCheck("r", "why", tmp_path / "metrics.jsonl", said.append)
+    check.conclude()
+    assert check.counts() == {} and said == []
     assert silent_rollouts([{"step": 0, "gold": 1.0}]) == []
 
 

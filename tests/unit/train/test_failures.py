@@ -1,6 +1,7 @@
 """A run that fails saves its last whole state and says how to go on; faults of the program keep their traceback."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,13 @@ import torch
 from same_run import differences
 from toy_run import Memory, run
 
+from dinalrm_align.data.formats.record import Preference, check_preference
+from dinalrm_align.data.pairs import PairBatch
+from dinalrm_align.models.images import open_image
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.checkpoints import check_checkpoint, latest_checkpoint
 from dinalrm_align.train.command import refusing
-from dinalrm_align.train.files import InputError, parse_json
+from dinalrm_align.train.files import InputError, parse_json, read_json
 from dinalrm_align.train.loop import Hook
 from dinalrm_align.train.metrics import read_metrics
 from dinalrm_align.train.settings import check_integer
@@ -153,3 +158,18 @@ def test_a_fault_in_a_program_that_resumes_says_how(capsys):
     with pytest.raises(ZeroDivisionError) as failed, refusing(stopped="the same command continues"):
         print(1 / 0)
     assert failed.value.__notes__ == ["stopped: the same command continues"]
+
+
+def test_readers_of_data_raise_input_errors(tmp_path):
+    """An error of data in the middle of a run is one line, without a traceback."""
+    (tmp_path / "image.png").write_bytes(b"cut short")
+    latents = torch.full((1, 16, 8, 8), math.nan)
+    conditions = Conditions(["a"], torch.zeros(1, 5, 32), torch.zeros(1, 32))
+    for read in (
+        lambda: open_image(tmp_path / "image.png"),
+        lambda: PairBatch.plain(latents, latents, conditions),
+        lambda: read_json(tmp_path / "image.png"),
+        lambda: check_preference(Preference("", Path("a.png"), Path("b.png"))),
+    ):
+        with pytest.raises(InputError):
+            read()
