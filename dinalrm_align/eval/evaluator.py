@@ -38,6 +38,7 @@ from dinalrm_align.eval.scores import (
 from dinalrm_align.eval.test_sets import ImageSet, open_test_set
 from dinalrm_align.eval.test_sets_config import TEST_SETS
 from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.models.images import image_tensor, open_image
 from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.text import Conditions
@@ -132,8 +133,9 @@ def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[
 def noise_by_prompt(prompts: Sequence[str], shape: Sequence[int], seed: int, draw: int) -> Tensor:
     """Draw standard normal noise (B, *shape) on the CPU. Equal prompts get equal noise."""
     keys = [int(text_digest(prompt), 16) for prompt in prompts]
-    drawn = {key: torch.randn(*shape, generator=seeded_generator(seed, key, draw)) for key in dict.fromkeys(keys)}
-    return torch.stack([drawn[key] for key in keys])
+    distinct = list(dict.fromkeys(keys))
+    drawn = seeded_noise(tuple(shape), [seeded_generator(seed, key, draw) for key in distinct])
+    return drawn[[distinct.index(key) for key in keys]]
 
 
 def score_image_set(

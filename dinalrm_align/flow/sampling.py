@@ -90,4 +90,5 @@ def seeded_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) 
     """Draw standard normal noise (B, C, H, W), float32. generators[i] draws sample i, which has `shape` (C, H, W)."""
     if not generators or not all(isinstance(generator, torch.Generator) for generator in generators):
         raise TypeError(f"generators: got {generators!r:.80}; expected one torch.Generator per sample, at least one")
-    return torch.stack([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])
+    drawn = [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators]
+    return torch.stack(drawn)

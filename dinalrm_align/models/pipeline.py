@@ -54,17 +54,20 @@ def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[Hu
     return vae.requires_grad_(False).eval().to(device)
 
 
-@torch.no_grad()
-def encode_images(vae: "AutoencoderKL", images: Images) -> Tensor:
-    """Encode images, as `image_tensor` takes them. Returns the scaled posterior mean (B, C, h, w)."""
+def encode_images(vae: "AutoencoderKL", images: Images, *, differentiable: bool = False) -> Tensor:
+    """Encode images, as `image_tensor` takes them. Returns the scaled posterior mean (B, C, h, w).
+
+    differentiable: whether gradients reach image tensors. The mean is a deterministic function of the images.
+    """
     pixels = image_tensor(images)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = pixels.shape[-2:]
     if height % factor or width % factor:
         raise ValueError(f"images: got {height} x {width} pixels; expected multiples of {factor}, crop or resize first")
-    with torch.autocast(vae.device.type, enabled=False):
+    needs_gradient = differentiable and torch.is_grad_enabled()
+    with torch.set_grad_enabled(needs_gradient), torch.autocast(vae.device.type, enabled=False):
         z = vae.encode((2 * pixels - 1).to(vae.device, vae.dtype)).latent_dist.mean
-    return (z.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return (z.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def decode_latents(vae: "AutoencoderKL", latents: Tensor) -> Tensor:

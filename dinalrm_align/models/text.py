@@ -10,17 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dinalrm_align.models.prompt import check_prompt
 from dinalrm_align.models.weights import check_source
 from dinalrm_align.train.device import available_device
-from dinalrm_align.train.files import reading
+from dinalrm_align.train.files import read_json, reading
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
+CLIP_TOKENS = 77
+"""Number of CLIP tokens of SD3 and SD3.5, which come before the T5 tokens in prompt_embeds."""
 _ENCODING = threading.RLock()
 """Lock held while text encoders run: pipelines and fast tokenizers keep state between calls and are not thread-safe."""
 
@@ -29,7 +32,12 @@ Embeds = tuple[Tensor, Tensor]
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts as a list. Raises TypeError for non-strings, and ValueError for none or an invalid one."""
+    """Return prompts, a sequence or a NumPy array of strings, as a list.
+
+    Raises TypeError for non-strings, and ValueError for none or an invalid one.
+    """
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 1:
+        prompts = prompts.tolist()
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: got {type(prompts).__name__} {prompts!r:.60}; expected a list of strings")
     if len(prompts) == 0:
@@ -129,6 +137,7 @@ def prompts_of(text: Conditions | Sequence[str] | str, count: int) -> list[str]:
         if not any(prompts):
             raise ValueError("prompts: got embeddings without text; image rewards and callables read strings")
     else:
+        text = text.item() if isinstance(text, np.ndarray) and text.ndim == 0 else text
         prompts = check_prompts([text] if isinstance(text, str) else text)
     if len(prompts) != count:
         got = f"got {len(prompts)} for {count} samples"
@@ -201,6 +210,21 @@ class PromptEncoder:
                 for encoder, mode in zip(encoders, training, strict=True):
                     encoder.train(mode)
             return embeds.cpu(), pooled.cpu()
+
+    @property
+    def clip_tokens(self) -> int:
+        """Number of CLIP tokens per prompt: the tokenizer's in a given pipeline or a local folder, otherwise 77."""
+        if self._pipeline is not None:
+            return self._pipeline.tokenizer_max_length
+        config = Path(self.source) / "tokenizer" / "tokenizer_config.json"
+        return read_json(config)["model_max_length"] if config.is_file() else CLIP_TOKENS
+
+    def to(self, device: torch.device) -> None:
+        """Return embeddings on `device` from now on, and move text encoders that this object has loaded to it."""
+        with _ENCODING:
+            self.device = device
+            if self._pipeline is not None and isinstance(self.source, str | Path):
+                self._pipeline.to(device)
 
     def release(self) -> None:
         """Free text encoders that were loaded from a folder or hub id. Encoding the next prompt loads them again."""

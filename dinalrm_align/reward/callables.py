@@ -17,13 +17,14 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from dinalrm_align.models.text import Conditions, prompts_of
+from dinalrm_align.reward.inputs import as_batch
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scores
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Text, finite_scores
 from dinalrm_align.train.settings import did_you_mean
 
 IMAGES = ("images", "pixels")
 """Names of a first argument that mark a callable over images."""
-ARGUMENTS = ("prompts", "prompt_embeds", "pooled_prompt_embeds", "sigma", "noise", "generator")
+ARGUMENTS = ("prompts", "prompt_embeds", "pooled_prompt_embeds", "sigma", "noise", "generator", "seeds")
 """Arguments besides `latents` that a callable over latents may name. They are passed by keyword."""
 
 
@@ -119,25 +120,28 @@ class LatentFunction(RewardModule):
         super().__init__()
         self.function = _frozen(function)
         self.arguments = tuple(arguments)
-        self.reads_noise = bool({"sigma", "noise", "generator"} & {*arguments})
+        self.reads_noise = bool({*Noise.__annotations__} & {*arguments})
         self.name = name
         self.differentiable = differentiable
 
-    def forward(self, latents: Tensor, prompts: Text | None = None, **noise: Unpack[Noise]) -> Tensor:
+    def forward(self, latents: Latents, prompts: Text | None = None, **noise: Unpack[Noise]) -> Tensor:
         """Return scores (B,), float32. If `prompts` are strings, `function` receives None as prompt embeddings."""
+        self.check_onloaded()
+        latents = as_batch("latents", latents, self.device)
         self.check_gradient(latents)
         encoded = prompts if isinstance(prompts, Conditions) else None
         given = {
             "prompts": prompts_of(prompts, len(latents)) if "prompts" in self.arguments else None,
             "prompt_embeds": encoded and encoded.prompt_embeds,
             "pooled_prompt_embeds": encoded and encoded.pooled_prompt_embeds,
-            **dict.fromkeys(("sigma", "noise", "generator")),
+            **dict.fromkeys(Noise.__annotations__),
             **noise,
         }
-        scores = self.function(latents, **{argument: given[argument] for argument in self.arguments})
+        with torch.autocast(latents.device.type, enabled=False):
+            scores = self.function(latents, **{argument: given[argument] for argument in self.arguments})
         return _checked(scores, latents, self.name)
 
-    def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
+    def score_images(self, images: Any, prompts: Text, **options: Any) -> Tensor:
         raise ValueError(f"reward {self.name!r} reads latents and cannot score images; name one that reads images")
 
 

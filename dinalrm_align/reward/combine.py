@@ -1,14 +1,15 @@
 """Weighted sum of rewards. The latents are decoded once for all image rewards in the sum."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from dinalrm_align.models.text import Conditions, prompts_of
+from dinalrm_align.models.text import prompts_of
+from dinalrm_align.reward.inputs import as_batch
 from dinalrm_align.reward.pixel.base import PixelReward, check_decodable
-from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scores
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Seeds, Text, finite_scores
 from dinalrm_align.train.settings import check_number
 
 
@@ -64,7 +65,7 @@ class RewardSum(RewardModule):
     def weights(self) -> dict[str, float]:
         return self._weight_of
 
-    def forward(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
+    def forward(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Return the weighted sum (B,), float32. The sum is differentiable in the latents if every summed reward is."""
         return self.add_up(self.score_parts(latents, prompts, **noise))
 
@@ -73,12 +74,14 @@ class RewardSum(RewardModule):
         total = sum(weight * parts[name] for name, weight in self._weight_of.items())
         return finite_scores(total, len(total), self.name)
 
-    def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return the unweighted scores as a dict: name of a part -> scores (B,), float32, on the latents' device.
+    def score_parts(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
+        """Return a dict from part name to unweighted scores (B,), float32, on the latents' device.
 
         Latents are decoded once. Raises ValueError if the latents require a gradient and a part is not differentiable.
         """
+        latents = as_batch("latents", latents, self.device)
         for part in self.parts:
+            part.check_onloaded()
             part.check_gradient(latents)
         images, strings = None, []
         if pixel := self._pixel_parts:
@@ -92,16 +95,33 @@ class RewardSum(RewardModule):
             scores[name] = finite_scores(score, len(latents), name).to(latents.device)
         return scores
 
-    @torch.no_grad()
     def score_images(
-        self, images: Any, prompts: Conditions | Sequence[str], *, generator: torch.Generator | None = None
+        self,
+        images: Any,
+        prompts: Text,
+        *,
+        generator: torch.Generator | None = None,
+        seeds: Seeds | None = None,
+        differentiable: bool = False,
     ) -> Tensor:
         """Return the weighted sum (B,), float32, for images as `image_tensor` takes them.
 
-        generator: draws the noise that latent rewards add. Raises ValueError if a summed reward cannot score images.
+        Arguments are as in `Reward.score_images`. Raises ValueError if a summed reward cannot score images.
         """
-        scores = [part.score_images(images, prompts, generator=generator) for part in self.parts]
+        options = dict(generator=generator, seeds=seeds, differentiable=differentiable)
+        scores = [part.score_images(images, prompts, **options) for part in self.parts]
         return self.add_up({name: score.to(scores[0].device) for name, score in zip(self.names, scores, strict=True)})
+
+    def offload(self) -> None:
+        for part in self.parts:
+            part.offload()
+
+    def onload(self, device: torch.device | str | None = None) -> None:
+        for part in self.parts:
+            part.onload(device)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return _sum_of, (self.named_parts, self._weight_of)
 
     def enable_gradient_checkpointing(self) -> None:
         for part in self.parts:
@@ -114,3 +134,11 @@ class RewardSum(RewardModule):
     def set_decode_slice(self, size: int | None) -> None:
         for part in self.parts:
             part.set_decode_slice(size)
+
+
+def _sum_of(parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> RewardSum:
+    """Return a sum of unpickled rewards. Image rewards, each of which has loaded its VAE, share the first one's."""
+    pixel = [part for part in parts.values() if part.reads_images and part.has_vae]
+    for part in pixel:
+        part.borrow(pixel[0].vae)
+    return RewardSum(parts, weights)

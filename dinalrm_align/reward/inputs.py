@@ -2,21 +2,56 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.reward.backbones import Backbone
 
 LATENTS = "scaled latents (B, C, H, W), as the transformer sees them"
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEFAULT_SEED = 0
+"""Seed of the noise of every sample if a caller passes no noise, generator or seeds."""
+SEEDS = 2**32
+"""Number of distinct seeds: torch's CPU generator reads 32 bits of a seed."""
+
+
+def as_batch(name: str, values: Any, device: torch.device) -> Tensor:
+    """Return latents or noise as one tensor (B, C, H, W); a tensor (B, C, H, W) is returned unchanged.
+
+    Args:
+        values: a tensor or NumPy array (B, C, H, W) or (C, H, W), or a list or tuple of B of shape (C, H, W).
+        device: device to copy NumPy arrays to.
+
+    Gradients reach the tensors. Raises TypeError or ValueError for anything else. Values and sizes are not checked.
+    """
+    if isinstance(values, list | tuple):
+        rows = [_as_tensor(f"{name}[{index}]", row, device) for index, row in enumerate(values)]
+        kinds = sorted({f"{row.dtype} {tuple(row.shape)} on {row.device}" for row in rows})
+        if len(kinds) != 1 or rows[0].dim() != 3:
+            got = f"got a list of {len(rows)}: {'; '.join(kinds[:3])}"
+            raise ValueError(f"{name}: {got}; expected one or more (C, H, W) of one shape, dtype and device")
+        return torch.stack(rows)
+    tensor = _as_tensor(name, values, device)
+    return tensor[None] if tensor.dim() == 3 else tensor
+
+
+def _as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray):
+        got = type(value).__name__
+        raise TypeError(f"{name}: got {got}; expected a tensor or a NumPy array: {LATENTS}; score_images takes images")
+    if value.dtype.kind != "f" or value.dtype.itemsize > 8:
+        raise ValueError(f"{name}: got a NumPy array of {value.dtype}; expected float32, float16 or float64")
+    return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C")).to(device)
 
 
 def check_latents_fit(latents: Tensor, backbone: Backbone, device: torch.device) -> None:
-    """Raise unless `latents` is a floating-point tensor on `device` whose channels and size fit the backbone."""
-    if not isinstance(latents, Tensor):
-        got = type(latents).__name__
-        raise TypeError(f"latents: got {got}, expected a tensor of {LATENTS}; score_images takes images")
+    """Raise ValueError unless `latents` are floating-point, on `device`, and fit the backbone's channels and size."""
     shape = tuple(latents.shape)
     if latents.dim() != 4 or latents.dtype not in FLOATING or shape[0] == 0 or latents.layout != torch.strided:
         raise ValueError(f"latents: got {latents.dtype} of shape {shape}; expected at least one, floating: {LATENTS}")
@@ -97,6 +132,8 @@ def check_embeds(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, backbone: 
 def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | Tensor | tuple[float, ...]:
     """Return `sigma` as a float, a (batch,) tensor or a tuple of floats. Raise if a value is not a number in [0, 1]."""
     expected = f"a float, a ({batch},) tensor, or a list of floats (an ensemble), each in [0, 1]"
+    if isinstance(sigma, np.ndarray | np.floating) and sigma.dtype.kind == "f":
+        sigma = torch.from_numpy(np.array(sigma, dtype=np.float64))
     if isinstance(sigma, Tensor):
         if sigma.dim() == 0 and not sigma.is_meta:
             sigma = sigma.item()
@@ -114,28 +151,57 @@ def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | 
     return tuple(map(float, values)) if isinstance(sigma, list | tuple) else sigma
 
 
-def draw_noise(latents: Tensor, noise: Tensor | None, generator: torch.Generator | None, levels: int) -> Tensor:
-    """Check and return `noise`. If `noise` is None, return standard normal noise of the latents' shape.
+def draw_noise(
+    latents: Tensor, noise: Tensor | None, generator: torch.Generator | None, seeds: Any, levels: int
+) -> Tensor:
+    """Return standard normal noise on the latents' device: `noise` after a check, or else a draw of the latents' shape.
 
-    Noise is drawn on the generator's device, so a CPU generator gives the same noise on every device. The result is on
-    the latents' device. levels: number K of noise levels; `noise` may have the latents' shape or (K, B, C, H, W).
+    A draw is made on the generator's device, for `seeds` on the CPU, so it is the same on every device. The global RNG
+    is never used. levels: number K of noise levels; `noise` may have the latents' shape or (K, B, C, H, W).
     """
-    if noise is not None and generator is not None:
-        raise ValueError("got both noise and generator; pass one of them")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator: got {type(generator).__name__} {generator!r:.40}; expected a torch.Generator: "
-            "torch.Generator().manual_seed(seed)"
-        )
+    given = {"noise": noise, "generator": generator, "seeds": seeds}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"got both {' and '.join(names)}; pass one of them")
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator: got {type(generator).__name__} {generator!r:.40}; expected a torch.Generator: "
+                "torch.Generator().manual_seed(seed); a list of integers is passed as seeds"
+            )
+        options = dict(generator=generator, device=generator.device, dtype=torch.float32)
+        return torch.randn(latents.shape, **options).to(latents.device)
     if noise is None:
-        where = latents.device if generator is None else generator.device
-        return torch.randn(latents.shape, generator=generator, device=where, dtype=torch.float32).to(latents.device)
+        seeds = [DEFAULT_SEED] * len(latents) if seeds is None else check_seeds(seeds, len(latents))
+        distinct = list(dict.fromkeys(seeds))
+        drawn = seeded_noise(tuple(latents.shape[1:]), [torch.Generator().manual_seed(seed) for seed in distinct])
+        return drawn[[distinct.index(seed) for seed in seeds]].to(latents.device)
+    noise = as_batch("noise", noise, latents.device)
     shapes = (tuple(latents.shape), (levels, *latents.shape))
-    if not isinstance(noise, Tensor) or tuple(noise.shape) not in shapes or noise.dtype not in FLOATING:
+    if tuple(noise.shape) not in shapes or noise.dtype not in FLOATING:
         expected = f"the latents' {shapes[0]}, or {shapes[1]}, one draw per level"
         raise ValueError(f"noise: got {_got(noise)}; expected {expected}")
     check_finite("noise", noise)
     return noise.to(latents.device)
+
+
+def check_seeds(seeds: Any, batch: int) -> list[int]:
+    """Return `seeds`, a list, tuple, range, tensor or NumPy array of `batch` integers (or one integer), as a list.
+
+    Raises TypeError if a seed is not an integer, ValueError for another number of seeds, or one outside [0, 2**32).
+    """
+    expected = f"{batch} integers from 0 to 2**32 - 1, one per sample"
+    if isinstance(seeds, Tensor | np.ndarray | np.integer) and not (isinstance(seeds, Tensor) and seeds.is_meta):
+        seeds = seeds.tolist()
+    values = list(seeds) if isinstance(seeds, list | tuple | range) else [seeds]
+    for index, seed in enumerate(values):
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+            raise TypeError(f"seeds[{index}]: got {type(seed).__name__} {seed!r:.40}; expected {expected}")
+        if not 0 <= seed < SEEDS:
+            raise ValueError(f"seeds[{index}]: got {seed}; expected {expected} (torch's CPU generator reads 32 bits)")
+    if len(values) != batch:
+        raise ValueError(f"seeds: got {len(values)} for {batch} samples; expected {expected}")
+    return [int(seed) for seed in values]
 
 
 def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
@@ -156,6 +222,17 @@ def _got(value: object) -> str:
         return type(value).__name__
     odd = f" of {value.dtype}" * (value.dtype not in FLOATING) + " on meta" * value.is_meta
     return f"{tuple(value.shape)}{odd}"
+
+
+def length_warning(tokens: int, clip: int, text_length: int) -> str | None:
+    """Return a warning text if embeddings of `tokens` tokens do not have the clip + text_length of the training."""
+    if tokens == clip + text_length:
+        return None
+    got = f"{clip} + {tokens - clip} tokens" if tokens > clip else f"{tokens} tokens"
+    return (
+        f"prompt_embeds: got {got}; this reward was trained with {clip} + {text_length} (CLIP + T5), and another "
+        f"number changes the scores: encode the prompts with max_sequence_length={text_length}"
+    )
 
 
 def statistics_warning(latents: Tensor, scaling_factor: float) -> str | None:

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.models.images import image_tensor
-from dinalrm_align.models.pipeline import encode_images, load_transformer, load_vae
+from dinalrm_align.models.pipeline import encode_images, load_vae
 from dinalrm_align.models.text import Conditions, PromptEncoder, prompts_of
-from dinalrm_align.models.weights import load_tensors
 from dinalrm_align.reward import inputs
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 from dinalrm_align.reward.card import model_card
-from dinalrm_align.reward.checkpoint import base_location, read_checkpoint, relocated, write_reward
+from dinalrm_align.reward.checkpoint import base_location, relocated, write_reward
 from dinalrm_align.reward.config import RewardConfig
-from dinalrm_align.reward.model import RewardModel, build_reward_model
-from dinalrm_align.reward.protocol import RewardModule, Sigma, Text
-from dinalrm_align.train.device import available_device
+from dinalrm_align.reward.loading import check_place, load_parts
+from dinalrm_align.reward.model import RewardModel
+from dinalrm_align.reward.origin import Origin
+from dinalrm_align.reward.protocol import Latents, RewardModule, Seeds, Sigma, Text
 from dinalrm_align.train.files import write_atomically
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 STATISTICS_CALLS = 10
 """Number of first calls that check the statistics of their latents. The check synchronises with the device."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SD3_PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
-"""Pipelines that have SD3's transformer, text encoders and VAE."""
 
 
 class LatentReward(RewardModule):
@@ -49,8 +46,15 @@ class LatentReward(RewardModule):
 
     A score depends only on the sample's own latent, prompt, sigma and noise. The rest of the batch changes the score by
     rounding only: in float32, by less than 2e-5 of the scores' standard deviation. Repeated calls on one CPU return
-    bit-identical scores. Noise drawn from a generator depends on the sample's index in the batch. Pass `noise` to get
-    the same scores with another batch order or batch size.
+    bit-identical scores. Autocast around a call changes no score, and a call never uses the global RNG.
+
+    Which noise a sample gets: `noise` or `seeds` if passed (the noise of a seed is the same in every batch); with a
+    `generator`, noise that depends on the sample's index in the batch; by default, the noise of seed 0 for every
+    sample. Samples that share their noise compare best: with noise of their own, the scores of a group vary by a
+    standard deviation of 0.22 from noise alone, against 0.51 between samples. Compare scores of equal sigma only.
+
+    A pickled reward holds its source and arguments, no tensors; the process that unpickles it loads the weights. What
+    was set after loading, such as gradient checkpointing, is not kept.
     """
 
     name = "dinalrm"
@@ -62,6 +66,7 @@ class LatentReward(RewardModule):
         *,
         encoder: PromptEncoder,
         vae: "AutoencoderKL | None" = None,
+        base: str | None = None,
         folder: Path = Path(),
         local_files_only: bool = False,
     ) -> None:
@@ -70,7 +75,8 @@ class LatentReward(RewardModule):
         Args:
             model: reward model on which `RewardModel.freeze` has been called.
             encoder: encodes prompts that are passed as strings.
-            vae: encodes images for `score_images`; default: the base model's VAE, loaded on first use.
+            vae: encodes images for `score_images`; default: the VAE of `base`, loaded on first use.
+            base: hub id or folder of the pipeline that has the VAE; default: the config's base model.
             folder: folder of the checkpoint. A relative base_model_id is resolved from `folder`.
             local_files_only: never contact the hub.
         """
@@ -78,9 +84,12 @@ class LatentReward(RewardModule):
         self.model = model
         self.encoder = encoder
         self._borrowed = {"vae": vae}  # in a dict, so that it is not a submodule
+        self._owns_vae = vae is None
+        self._base = base
         self._folder = folder
         self._local_files_only = local_files_only
         self._statistics_calls = STATISTICS_CALLS
+        self._length_warned = False
         self.eval()
 
     @property
@@ -101,15 +110,17 @@ class LatentReward(RewardModule):
         return (self,)
 
     @classmethod
+    @torch.inference_mode(False)  # weights loaded in inference mode would not allow gradients in the latents
     def from_pretrained(
         cls,
         source: str | Path,
         transformer: "SD3Transformer2DModel | str | Path | None" = None,
-        pipeline: "DiffusionPipeline | None" = None,
+        pipeline: "DiffusionPipeline | str | Path | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         share_weights: bool = True,
-        local_files_only: bool = False,
+        *,
+        sigma: Sigma | None = None,
         **hub: Any,
     ) -> "LatentReward":
         """Load a reward from a checkpoint in this package's layout or in DiNa-LRM's released layout.
@@ -119,113 +130,89 @@ class LatentReward(RewardModule):
             transformer: frozen SD3Transformer2DModel to share weights with, or the hub id or folder of a
                 transformer to load. Default: the pipeline's transformer, or else the checkpoint's base model.
             pipeline: StableDiffusion3Pipeline, or its img2img or inpaint variant. The reward uses the pipeline's text
-                encoders, VAE and (by default) transformer.
+                encoders, VAE and (by default) transformer. A hub id or folder: these parts are loaded from there, text
+                encoders and VAE on first use.
             device, dtype: the backbone's device and dtype. Default: the given transformer's. If this call loads the
                 transformer: CPU and the config's dtype. With shared weights, both must equal the transformer's.
             share_weights: True: use the weights of the given transformer. False: use a private copy, with the LoRA
                 merged in.
-            local_files_only: never contact the hub.
-            hub: `revision`, `token`, `cache_dir` and `subfolder` of `source`, as in huggingface_hub.
+            sigma: default noise level of latents and of images, in place of the two in the checkpoint's config.
+            hub: `local_files_only`, `revision`, `token`, `cache_dir` and `subfolder`, as in huggingface_hub.
 
         Raises ValueError if tensors of the checkpoint are missing, unexpected or misshapen, if the base model does
         not fit the checkpoint, or if the weights to share are not frozen.
         """
-        if isinstance(dtype, str) and dtype in DTYPES:
-            dtype = DTYPES[dtype]
-        if dtype is not None and dtype not in DTYPES.values():
-            raise ValueError(f"dtype: got {dtype!r}; expected {', '.join(DTYPES)}")
-        device = None if device is None else available_device(device)
-        if pipeline is not None:
-            _check_pipeline(pipeline)
-        checkpoint = read_checkpoint(source, local_files_only=local_files_only, **hub)
-        config = checkpoint.config
-        base = base_location(config.base_model_id, checkpoint.folder, trusted=Path(source).is_dir())
-        if transformer is None and pipeline is not None:
-            transformer = pipeline.transformer
-        loaded_here = transformer is None or isinstance(transformer, str | Path)
-        if loaded_here:
-            transformer = load_transformer(
-                base if transformer is None else transformer,
-                dtype=dtype or DTYPES[config.dtype],
-                local_files_only=local_files_only,
-            ).to(device or "cpu")
-        share = config.tuning != "full" and (share_weights or loaded_here)
-        model = build_reward_model(config, transformer, share_weights=share)
-        load_tensors(model.tuned_tensors(), checkpoint.tensors, checkpoint.where)
-        if loaded_here:
-            model.trunk.share(())  # the reward is the only owner of these weights
-        elif share:
-            _check_place(model.trunk, device, dtype)
-        if not share and device is not None:
-            model.to(device)
-        merge = not share_weights and config.tuning == "lora"
-        model.freeze(merge=merge, dtype=dtype, as_trained=checkpoint.tensors)
-        encoder = PromptEncoder(
-            base if pipeline is None else pipeline,
-            text_length=config.text_length,
-            device=model.trunk.device,
-            dtype=model.trunk.dtype,
-            local_files_only=local_files_only,
+        options = dict(transformer=transformer, pipeline=pipeline, device=device, dtype=dtype, sigma=sigma, **hub)
+        options["share_weights"] = share_weights
+        parts = load_parts(source, **options)
+        reward = cls(
+            parts.model,
+            encoder=parts.encoder,
+            vae=parts.vae,
+            base=parts.base,
+            folder=parts.folder,
+            local_files_only=hub.get("local_files_only", False),
         )
-        return cls(
-            model,
-            encoder=encoder,
-            vae=None if pipeline is None else pipeline.vae,
-            folder=checkpoint.folder,
-            local_files_only=local_files_only,
-        )
+        options["dtype"] = parts.dtype
+        reward.origin = Origin(cls.from_pretrained, source, options, parts.fingerprint)
+        return reward
 
     def forward(
         self,
-        latents: Tensor,
+        latents: Latents,
         prompts: Text | None = None,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         sigma: Sigma | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        seeds: Seeds | None = None,
     ) -> Tensor:
         """Return scores (B,), float32, higher is better, differentiable in the latents.
 
         Args:
-            latents: (B, C, H, W), scaled and clean, on the reward's device; any floating dtype.
+            latents: (B, C, H, W), scaled and clean, on the reward's device; any floating dtype. Also a list of
+                (C, H, W), one (C, H, W) for B = 1, and NumPy arrays, which are copied to the device.
             prompts: B strings (each is encoded once, then cached) or Conditions. Pass prompts or both embeddings.
             prompt_embeds, pooled_prompt_embeds: embeddings from the pipeline's `encode_prompt`, (B, L, D) and (B, P).
             sigma: noise level in [0, 1]: a float, a tensor (B,) with one level per sample, or a list of K levels
                 (multi-noise ensemble). Default: the config's.
-            noise: standard normal noise: (B, C, H, W), or (K, B, C, H, W) with one draw per level. Default: drawn here.
+            noise: standard normal noise: (B, C, H, W), or (K, B, C, H, W) with one draw per level.
             generator: draws the noise on the generator's device, so a CPU generator gives the same noise on every
-                device. Default: torch's global RNG.
+                device.
+            seeds: B integers from 0 to 2**32 - 1; seed s draws the noise of its sample with
+                torch.Generator().manual_seed(s). Default without noise, generator and seeds: seed 0 for every sample.
 
         Raises ValueError or TypeError for invalid arguments (see `reward.inputs`), and ValueError if a score is not
         finite, for instance if float16 overflows on huge latents.
         """
         inputs.check_text_choice(prompts, prompt_embeds, pooled_prompt_embeds)
         if prompts is None:
-            self._check_latents(latents)
+            latents = self._batch(latents)
             inputs.check_embeds(prompt_embeds, pooled_prompt_embeds, self.backbone, len(latents))
             prompts = Conditions([""] * len(latents), prompt_embeds, pooled_prompt_embeds)
-        return self._scaled(self.raw(latents, prompts, sigma=sigma, noise=noise, generator=generator))
+        return self._scaled(self.raw(latents, prompts, sigma=sigma, noise=noise, generator=generator, seeds=seeds))
 
     def raw(
         self,
-        latents: Tensor,
+        latents: Latents,
         prompts: Text,
         *,
         sigma: Sigma | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        seeds: Seeds | None = None,
     ) -> Tensor:
         """Return the head's output (B,), before `score_scale` and `score_bias`. Arguments and errors: see `forward`."""
-        self._check_latents(latents)
+        latents = self._batch(latents)
         sigma = inputs.check_sigma(self.config.sigma if sigma is None else sigma, len(latents))
         self._warn_of_statistics(latents)
         embeds = self._embeds(prompts, len(latents))
         # drawn last, so that a refused call does not advance the generator
-        noise = inputs.draw_noise(latents, noise, generator, len(sigma) if isinstance(sigma, tuple) else 1)
-        return self._checked(self.model(latents, *embeds, sigma=sigma, noise=noise), latents)
+        noise = inputs.draw_noise(latents, noise, generator, seeds, len(sigma) if isinstance(sigma, tuple) else 1)
+        return self._run(latents, embeds, sigma, noise)
 
-    def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
+    def score_noisy(self, latents: Latents, sigma: float | Tensor, prompts: Text) -> Tensor:
         """Return scores (B,), float32, of latents that already contain noise, such as states of a sampling trajectory.
 
         No noise is added. `reward.score_noisy(add_noise(x0, noise, sigma), sigma, prompts)` equals `reward(x0, prompts,
@@ -240,7 +227,7 @@ class LatentReward(RewardModule):
         Raises the errors of `forward`. Also raises ValueError for a list of levels, or if the reward was trained on
         clean latents only (`add_noise` is False in the config).
         """
-        self._check_latents(latents)
+        latents = self._batch(latents)
         sigma = inputs.check_sigma(sigma, len(latents))
         if isinstance(sigma, tuple):
             raise ValueError(f"sigma: got levels {sigma}; expected one level per sample, a float or (B,)")
@@ -249,10 +236,8 @@ class LatentReward(RewardModule):
                 "this reward reads clean latents only (its config says add_noise: false); score the final latents, "
                 "reward(latents, prompts)"
             )
-        raw = self.model(latents, *self._embeds(prompts, len(latents)), sigma=sigma, noise=None)
-        return self._scaled(self._checked(raw, latents))
+        return self._scaled(self._run(latents, self._embeds(prompts, len(latents)), sigma, None))
 
-    @torch.no_grad()
     def score_images(
         self,
         images: "Tensor | Sequence[Image] | Image",
@@ -261,22 +246,30 @@ class LatentReward(RewardModule):
         sigma: Sigma | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        seeds: Seeds | None = None,
+        differentiable: bool = False,
     ) -> Tensor:
-        """Encode images with the VAE and return the scores (B,), float32, without gradient.
+        """Encode images with the VAE (the mean of its distribution) and return the scores (B,), float32.
 
         Args:
             images: PIL images of one size, or (B, 3, H, W) in [0, 1].
             sigma: noise level, as in `forward`. Default: the config's `image_sigma`, or the config's `sigma` if
                 `image_sigma` is None.
+            differentiable: whether gradients reach images that are a tensor. The VAE is then frozen in place.
 
-        prompts, noise, generator: as in `forward`. Raises ValueError if the VAE's scaling differs from the config's.
+        prompts, noise, generator, seeds: as in `forward`. Raises ValueError if the VAE's scaling differs from the
+        config's.
         """
+        self.check_onloaded()
         vae, pixels = self._vae(), image_tensor(images)
         inputs.check_images_fit(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))
-        latents = encode_images(vae, pixels).to(self.device)
         if sigma is None:
             sigma = self.config.sigma if self.config.image_sigma is None else self.config.image_sigma
-        return self(latents, prompts, sigma=sigma, noise=noise, generator=generator)
+        if differentiable:
+            vae.requires_grad_(False)
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            latents = encode_images(vae, pixels, differentiable=differentiable).to(self.device)
+            return self(latents, prompts, sigma=sigma, noise=noise, generator=generator, seeds=seeds)
 
     def save_pretrained(self, directory: str | Path, format: str = "dinalrm") -> None:
         """Write a checkpoint and a model card. format: `dinalrm` (this package's layout) or `released` (DiNa-LRM's).
@@ -320,12 +313,41 @@ class LatentReward(RewardModule):
     def _scaled(self, raw: Tensor) -> Tensor:
         return raw * self.config.score_scale + self.config.score_bias
 
-    def _checked(self, raw: Tensor, latents: Tensor) -> Tensor:
+    def _run(self, latents: Tensor, embeds: tuple[Tensor, Tensor], sigma: Sigma, noise: Tensor | None) -> Tensor:
+        """Return raw scores (B,). The model runs in its own dtype, without autocast."""
+        with torch.autocast(self.device.type, enabled=False):
+            raw = self.model(latents, *embeds, sigma=sigma, noise=noise)
         inputs.check_scores(raw, latents, self.backbone.dtype)
         return raw
 
-    def _check_latents(self, latents: Tensor) -> None:
-        """Raise unless backbone and head are on one device, shared weights are frozen, and `latents` is valid."""
+    def onload(self, device: torch.device | str | None = None) -> None:
+        if self.backbone.shared:
+            check_place(self.backbone, device, None)
+        super().onload(device)
+
+    def _move(self, device: torch.device) -> None:
+        if not self.backbone.shared:
+            self.to(device)
+        else:
+            self.model.head.to(device)
+            for weight in self.backbone.lora_parameters().values():
+                weight.data = weight.data.to(device)
+        self.encoder.to(device)
+        if self._owns_vae and self._borrowed["vae"] is not None:
+            self._borrowed["vae"].to(device)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        if self.origin is None:
+            raise TypeError(
+                "this reward was built from parts and cannot be pickled; save it with save_pretrained, and pickle "
+                "LatentReward.from_pretrained(folder)"
+            )
+        return self.origin.reduced(self._home or self.device, self.backbone.dtype)
+
+    def _batch(self, latents: Latents) -> Tensor:
+        """Return `latents` as (B, C, H, W). Raise unless they are valid and the weights are ready to score them."""
+        self.check_onloaded()
+        latents = inputs.as_batch("latents", latents, self.device)
         self.backbone.check_shared()
         head_device = self.model.head.query_tokens.device
         if head_device != self.device:
@@ -335,20 +357,28 @@ class LatentReward(RewardModule):
             )
         inputs.check_latents_fit(latents, self.backbone, self.device)
         inputs.check_finite("latents", latents)
+        return latents
 
     def _embeds(self, prompts: Text, batch: int) -> tuple[Tensor, Tensor]:
         """Encode `prompts` if needed. Return checked (prompt_embeds, pooled_prompt_embeds) on the reward's device."""
-        if isinstance(prompts, Conditions):
+        given = isinstance(prompts, Conditions)
+        if given:
             embeds, pooled = prompts.for_length(self.config.text_length)
         else:
             embeds, pooled = self.encoder(prompts_of(prompts, batch))
         inputs.check_embeds(embeds, pooled, self.backbone, batch)
+        if given and not self._length_warned:
+            message = inputs.length_warning(embeds.shape[1], self.encoder.clip_tokens, self.config.text_length)
+            self._length_warned = message is not None
+            if message:
+                warnings.warn(f"{message} (shown once)", stacklevel=4)
         return embeds.to(self.device), pooled.to(self.device)
 
     def _vae(self) -> "AutoencoderKL":
         if self._borrowed["vae"] is None:
-            base = base_location(self.config.base_model_id, self._folder)
-            self._borrowed["vae"] = load_vae(base, device=self.device, local_files_only=self._local_files_only)
+            base = self._base or base_location(self.config.base_model_id, self._folder)
+            with torch.inference_mode(False):
+                self._borrowed["vae"] = load_vae(base, device=self.device, local_files_only=self._local_files_only)
         vae = self._borrowed["vae"]
         got = (vae.config.scaling_factor, vae.config.shift_factor or 0.0)
         expected = (self.config.vae_scaling_factor, self.config.vae_shift_factor)
@@ -366,24 +396,3 @@ class LatentReward(RewardModule):
             self._statistics_calls = 0 if message else self._statistics_calls - 1
             if message:
                 warnings.warn(f"{message} (shown once)", stacklevel=4)
-
-
-def _check_pipeline(pipeline: "DiffusionPipeline") -> None:
-    """Raise TypeError unless `pipeline` is an SD3 pipeline."""
-    if type(pipeline).__name__ not in SD3_PIPELINES:
-        raise TypeError(f"pipeline: got {type(pipeline).__name__}; expected one of {', '.join(SD3_PIPELINES)}")
-
-
-def _check_place(trunk: SD3Trunk, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """Raise ValueError if a given `device` or `dtype` differs from that of `trunk`, whose weights are shared."""
-    here = (trunk.device, trunk.dtype)
-    wanted = (here[0] if device is None else torch.device(device), here[1] if dtype is None else dtype)
-    same_place = wanted[0].type == here[0].type and (
-        wanted[0].type == "cpu" or wanted[0].index in (None, here[0].index)  # multi-process runs name it cpu:0
-    )
-    if not same_place or wanted[1] != here[1]:
-        raise ValueError(
-            f"the reward is to share the weights of a transformer on {here[0]} in {here[1]}, but {wanted[0]} in "
-            f"{wanted[1]} was asked for; convert the transformer first, leave device and dtype out, or use "
-            "share_weights=False"
-        )

@@ -4,20 +4,28 @@
 modules. Code outside of `reward/` never checks the class of a reward.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.reward.origin import Origin
+from dinalrm_align.train.device import available_device
 from dinalrm_align.train.digest import fingerprint, text_digest
 
 if TYPE_CHECKING:
     from dinalrm_align.reward.latent import LatentReward
 
 Text = Conditions | Sequence[str] | str
-"""Prompts: encoded, as a list of strings, or as one string for a batch of one."""
+"""Prompts: encoded, as a list, tuple or NumPy array of strings, or as one string for a batch of one."""
+Latents = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
+"""A batch (B, C, H, W) as a tensor, a NumPy array, or a list of (C, H, W); one (C, H, W) is a batch of one."""
+Seeds = int | Sequence[int] | Tensor | np.ndarray
+"""One integer in [0, 2**32) per sample."""
 Sigma = float | Tensor | Sequence[float]
 """Noise level in [0, 1]: a float, a tensor (B,) with one per sample, or a list of levels (multi-noise ensemble)."""
 
@@ -26,12 +34,14 @@ class Noise(TypedDict, total=False):
     """Keyword arguments for rewards that add noise to latents. Rewards that add no noise ignore these arguments.
 
     sigma: noise levels; default: those of the reward. noise: standard normal (B, C, H, W), or (K, B, C, H, W) with one
-    draw per level. generator: draws the noise if `noise` is not given.
+    draw per level. generator: draws the noise of the whole batch. seeds: one integer per sample; the noise of a sample
+    depends on its seed only. A caller passes at most one of noise, generator and seeds.
     """
 
     sigma: Sigma | None
     noise: Tensor | None
     generator: torch.Generator | None
+    seeds: Seeds | None
 
 
 class Reward(Protocol):
@@ -64,11 +74,12 @@ class Reward(Protocol):
     weights: Mapping[str, float]
     device: torch.device
 
-    def __call__(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
+    def __call__(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Return finite scores (B,), float32, differentiable in the latents if `differentiable` is true.
 
-        latents: (B, C, H, W), scaled and clean, any floating dtype. Raises ValueError or TypeError for invalid input,
-        and ValueError if a score is not finite, or if `differentiable` is false and the latents require a gradient.
+        latents: (B, C, H, W), scaled and clean, any floating dtype. Autocast around the call does not change the
+        scores. Raises ValueError or TypeError for invalid input, and ValueError if a score is not finite, or if
+        `differentiable` is false and the latents require a gradient.
         """
         ...
 
@@ -80,8 +91,19 @@ class Reward(Protocol):
         """Return scores (B,) of latents that contain noise of level sigma. Raises TypeError if not supported."""
         ...
 
-    def score_images(self, images: Any, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
-        """Return scores (B,), float32, without gradient. images: see `models.images.image_tensor`."""
+    def score_images(
+        self,
+        images: Any,
+        prompts: Text,
+        *,
+        generator: torch.Generator | None = None,
+        seeds: Seeds | None = None,
+        differentiable: bool = False,
+    ) -> Tensor:
+        """Return scores (B,), float32. images: see `models.images.image_tensor`.
+
+        generator, seeds: as in `Noise`. differentiable: whether gradients reach image tensors.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -120,6 +142,10 @@ class RewardModule(nn.Module):
     reads_noise = False
     noise_parts: "tuple[LatentReward, ...]" = ()
     name = "reward"
+    origin: Origin | None = None
+    """The call that loaded the reward. A reward without one is pickled with its weights."""
+    _home: torch.device | None = None
+    """Device to return to; None unless the reward is offloaded."""
 
     @property
     def text_lengths(self) -> frozenset[int]:
@@ -143,6 +169,37 @@ class RewardModule(nn.Module):
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
         raise TypeError(f"{self.name} does not score noisy latents; take a reward that does, as dinalrm")
+
+    def offload(self) -> None:
+        """Move the weights that this reward owns to the CPU, until `onload`. Scoring raises ValueError meanwhile.
+
+        Weights shared with a transformer, and a VAE or text encoders of a given pipeline, stay where they are.
+        """
+        if self._home is None:
+            self._home = self.device
+            self._move(torch.device("cpu"))
+
+    def onload(self, device: torch.device | str | None = None) -> None:
+        """Move the weights that this reward owns to `device`; default: the device before `offload`."""
+        self._move(self._home or self.device if device is None else available_device(device))
+        self._home = None
+
+    def check_onloaded(self) -> None:
+        if self._home is not None:
+            raise ValueError(f"reward {self.name!r} is offloaded to the CPU; call reward.onload() before scoring")
+
+    def _move(self, device: torch.device) -> None:
+        self.to(device)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        if self.origin is None:
+            return super().__reduce_ex__(protocol)
+        return self.origin.reduced(self._home or self.device, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RewardModule":
+        copied = memo[id(self)] = self.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def fingerprint(self) -> str:
         return text_digest(self.name) if next(self.parameters(), None) is None else fingerprint(self)

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dinalrm_align.models.pipeline import load_vae
 from dinalrm_align.models.specs import MODELS, ModelSpec
 from dinalrm_align.reward.callables import as_reward, import_callable
 from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.combine import RewardSum
-from dinalrm_align.reward.latent import DTYPES, LatentReward
+from dinalrm_align.reward.latent import LatentReward
+from dinalrm_align.reward.loading import DTYPES
 from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, parse_reward
+from dinalrm_align.reward.origin import Origin
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.protocol import RewardModule, finite_scores
 from dinalrm_align.train.digest import text_digest
@@ -47,11 +50,12 @@ class ImageScorer:
         return self.score(images, prompts)
 
 
+@torch.inference_mode(False)  # weights loaded in inference mode would not allow gradients
 def load_reward(
     reward: str | Callable[..., Any],
     *,
     spec: ModelSpec | None = None,
-    pipeline: "StableDiffusion3Pipeline | None" = None,
+    pipeline: "StableDiffusion3Pipeline | str | Path | None" = None,
     vae: "AutoencoderKL | None" = None,
     transformer: "SD3Transformer2DModel | str | Path | None" = None,
     device: torch.device | str | None = None,
@@ -66,20 +70,25 @@ def load_reward(
             `reward.names`); or a callable (see `callables.as_reward`). A reward of this package is returned unchanged.
         spec: base model that the rewards `dinalrm`, `pixel` and `oracle` belong to. Default: SD3.5 for `dinalrm`; the
             small model of synthetic shapes for `pixel` and `oracle`.
-        pipeline: provides the VAE, text encoders and (by default) the transformer.
+        pipeline: provides the VAE, text encoders and (by default) the transformer; also its folder or hub id.
         vae: decodes latents for image rewards; default: the pipeline's. Without a VAE, image rewards score images only.
         transformer: transformer of a latent reward, see `LatentReward.from_pretrained`.
         device: device of the reward. Default: the transformer's for `dinalrm`, the VAE's for image rewards, else CPU.
         dtype: dtype of the weights; default: each reward's own.
-        options: extra arguments of `from_pretrained` by reward name, such as {"pickscore": {"processor": folder}}.
+        options: extra arguments of `from_pretrained` by reward name, such as {"pickscore": {"processor": folder}} or
+            {"dinalrm": {"sigma": 0.3}}.
 
     Raises ValueError for an unknown name or an invalid sum, ImportError if a required package is missing, and any
     error from loading the weights.
     """
-    vae = pipeline.vae if vae is None and pipeline is not None else vae
+    terms = parse_reward(reward) if isinstance(reward, str) else ()
+    if isinstance(pipeline, str | Path):
+        if vae is None and {term.name for term in terms} != {"dinalrm"}:
+            vae = load_vae(pipeline, device=device or "cpu", local_files_only=local_files_only)
+    elif vae is None and pipeline is not None:
+        vae = pipeline.vae
     if not isinstance(reward, str):
-        return as_reward(reward, vae=vae)
-    terms = parse_reward(reward)
+        return _wrapped(reward, vae=vae)
     options = dict(options or {})
     if unknown := options.keys() - {term.name for term in terms}:
         raise ValueError(f"options: got {sorted(unknown)}; expected names of parts of {reward!r}")
@@ -93,12 +102,10 @@ def load_reward(
             source = term.source or (spec or MODELS["sd35"]).reward
             shared = dict(transformer=transformer, pipeline=pipeline)
             parts[term.label] = LatentReward.from_pretrained(source, **{**shared, **place, **own})
-        elif term.name == "oracle":
-            parts[term.label] = _oracle(spec or MODELS["shapes"], vae)
-        elif ":" in term.name:
-            parts[term.label] = as_reward(import_callable(term.name), vae=vae, name=term.name)
         else:
-            parts[term.label] = _load_pixel(term, spec or MODELS["shapes"], vae, {**place, **own})
+            arguments = dict(name=term.name, spec=spec or MODELS["shapes"], vae=vae, settings={**place, **own})
+            parts[term.label] = _load_term(term.source, **arguments)
+            parts[term.label].origin = Origin(_load_term, term.source, arguments)
     if len(terms) == 1 and terms[0].weight == 1:
         return parts[terms[0].label]
     return RewardSum(parts, {term.label: term.weight for term in terms})
@@ -133,6 +140,34 @@ def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False
     sources = [term.source or spec.reward for term in parse_reward(reward) if term.name == "dinalrm"]
     checkpoints = [read_checkpoint(source, local_files_only=local_files_only) for source in sources]
     return {checkpoint.config.text_length for checkpoint in checkpoints}
+
+
+def _wrapped(
+    function: Callable[..., Any], *, vae: "AutoencoderKL | None", device: torch.device | str | None = None
+) -> RewardModule:
+    """Return `as_reward(function, vae=vae)`. device: ignored; a callable runs where its inputs are."""
+    reward = as_reward(function, vae=vae)
+    if reward is not function:
+        reward.origin = Origin(_wrapped, function, {"vae": vae})
+    return reward
+
+
+def _load_term(
+    source: str | None,
+    *,
+    name: str,
+    spec: ModelSpec,
+    vae: "AutoencoderKL | None",
+    settings: Mapping[str, Any],
+    device: torch.device | str | None = None,
+) -> RewardModule:
+    """Load a reward other than a latent reward. device: replaces the device in `settings`."""
+    if name == "oracle":
+        return _oracle(spec, vae)
+    if ":" in name:
+        return as_reward(import_callable(name), vae=vae, name=name)
+    settings = settings if device is None else {**settings, "device": device}
+    return _load_pixel(Term(name, source=source), spec, vae, settings)
 
 
 def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> RewardModule:

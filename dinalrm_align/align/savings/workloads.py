@@ -44,7 +44,8 @@ class CachedText:
 
     def __init__(self, architecture: Architecture, case: Case, device: torch.device) -> None:
         self.text_length, self.device, self.dtype = case.text_length, device, DTYPES[case.dtype]
-        self.sizes = architecture.clip_tokens + case.text_length, architecture.transformer["joint_attention_dim"]
+        self.clip_tokens = architecture.clip_tokens
+        self.sizes = self.clip_tokens + case.text_length, architecture.transformer["joint_attention_dim"]
         self.pooled_width = architecture.transformer["pooled_projection_dim"]
 
     def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> tuple[Tensor, Tensor]:

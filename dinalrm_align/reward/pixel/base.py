@@ -20,8 +20,8 @@ from dinalrm_align.models.images import Images, image_batches
 from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.models.weights import HubOptions, check_source
-from dinalrm_align.reward.inputs import check_finite
-from dinalrm_align.reward.protocol import Noise, RewardModule, Text, finite_scores
+from dinalrm_align.reward.inputs import as_batch, check_finite
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Seeds, Text, finite_scores
 from dinalrm_align.train.files import reading
 
 Features = TypeVar("Features")
@@ -51,10 +51,14 @@ class PixelReward(RewardModule):
 
     def __init__(self, vae: AutoencoderKL | None = None) -> None:
         super().__init__()
-        self._borrowed = {"vae": None if vae is None else vae.requires_grad_(False).eval()}  # a dict: no submodule
+        self.borrow(vae)
         self.slice_size: int | None = None
         self._recompute = False
         self.name = type(self).__name__
+
+    def borrow(self, vae: AutoencoderKL | None) -> None:
+        """Decode latents with `vae`, which is frozen in place."""
+        self._borrowed = {"vae": None if vae is None else vae.requires_grad_(False).eval()}  # a dict: no submodule
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,), float32, of images (B, 3, H, W), float32 in [0, 1], on `device`, for B prompts.
@@ -86,20 +90,26 @@ class PixelReward(RewardModule):
             )
         return self._borrowed["vae"]
 
-    def forward(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
+    def forward(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Return scores (B,), float32, of scaled clean latents (B, C, h, w) for B prompts.
 
         The scores are differentiable in the latents if the class attribute `differentiable` is true. `noise` is
         ignored. Raises ValueError if a score is not finite, or if the latents require a gradient and `differentiable`
         is false.
         """
+        latents = as_batch("latents", latents, self.device)
         self.check_gradient(latents)
         check_decodable(self.vae, latents)
         return self.score_decoded(self.decode(latents), prompts_of(prompts, len(latents)))
 
     def score_decoded(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return what `score_pixels` returns for the images (B, 3, H, W). Raise ValueError if a score is not finite."""
-        return finite_scores(self.score_pixels(images.to(self.device), prompts), len(images), self.name)
+        """Return `score_pixels` (B,), float32, of images (B, 3, H, W), computed without autocast.
+
+        Raises ValueError if a score is not finite, or if the reward is offloaded.
+        """
+        self.check_onloaded()
+        with torch.autocast(self.device.type, enabled=False):
+            return finite_scores(self.score_pixels(images.to(self.device), prompts), len(images), self.name)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1], on the reward's device.
@@ -109,18 +119,24 @@ class PixelReward(RewardModule):
         with torch.autocast(self.vae.device.type, enabled=False):
             return decode_in_slices(self.vae, latents.to(self.vae.device), self.slice_size).to(self.device)
 
-    @torch.no_grad()
     def score_images(
         self,
         images: Images,
-        prompts: Sequence[str],
+        prompts: Text,
         *,
         generator: torch.Generator | None = None,
+        seeds: Seeds | None = None,
+        differentiable: bool = False,
     ) -> Tensor:
-        """Return scores (B,), float32, of B images for B prompts, without gradient. `generator` is ignored.
+        """Return scores (B,), float32, of B images for B prompts. `generator` and `seeds` are ignored.
 
         images: PIL images, tensors or arrays, as for `image_tensor`, but a list may hold images of different sizes.
+        differentiable: whether gradients reach image tensors.
         """
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            return self._score_images(images, prompts)
+
+    def _score_images(self, images: Images, prompts: Text) -> Tensor:
         tensors = [image[None] for batch in image_batches(images) for image in batch]
         prompts = prompts_of(prompts, len(tensors))
         scores: list[Tensor | None] = [None] * len(tensors)

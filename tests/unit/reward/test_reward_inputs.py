@@ -32,7 +32,8 @@ BAD_LATENTS = [
     (latents(2, 16, 15, 16), ValueError, "height x width 15 x 16; expected multiples of the patch size 2"),
     (latents(2, 16, 16, 50), ValueError, "16 x 50; the backbone has positions for at most 48 x 48"),
     (latents(2, 16, 0, 16), ValueError, "height x width 0 x 16"),
-    (latents(16, 16, 16), ValueError, r"of shape \(16, 16, 16\); expected at least one, floating: scaled latents"),
+    (latents(16, 16), ValueError, r"of shape \(16, 16\); expected at least one, floating: scaled latents"),
+    (latents(16, 16, 16), ValueError, "one prompt per latent: got 1 latents, 2 prompt_embeds"),
     (latents(0, 16, 16, 16), ValueError, r"of shape \(0, 16, 16, 16\); expected at least one"),
     (latents(2, 16, 16, 16, dtype=torch.int64), ValueError, "latents: got torch.int64"),
     (with_bad_value(latents(2, 16, 16, 16), float("nan")), ValueError, "latents: 1 of 8192 values are NaN or infinite"),
@@ -42,7 +43,7 @@ BAD_LATENTS = [
         "latents: 1 of 8192 values are NaN or infinite",
     ),
     (latents(2, 16, 16, 16, device="meta"), ValueError, "latents are on meta, the reward is on cpu: move one"),
-    ([[0.0]], TypeError, "latents: got list, expected a tensor of scaled latents"),
+    ([[0.0]], TypeError, r"latents\[0\]: got list; expected a tensor or a NumPy array: scaled latents"),
 ]
 
 

@@ -1,0 +1,79 @@
+"""Pickle a reward as the call that loads it. The process that unpickles the reward loads the weights itself.
+
+The pickle holds no tensors. A model that the caller passed, such as a pipeline, is replaced by the folder or hub id
+that the model was loaded from. Access tokens are left out: the loading process takes its own from the environment.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ConfigMixin
+
+from dinalrm_align.models.pipeline import load_vae
+from dinalrm_align.train.files import HUB_ID
+
+SECRETS = ("token", "api_key")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The call `load(source, **arguments)` that loads a reward.
+
+    fingerprint: digest of the weights as they were loaded; loading in another process must find the same. None: no
+    check.
+    """
+
+    load: Callable[..., Any]
+    source: Any
+    arguments: Mapping[str, Any]
+    fingerprint: str | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
+        return self
+
+    def reduced(self, device: torch.device, dtype: torch.dtype | None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return the pair that `__reduce_ex__` returns. The reward is to be loaded on `device`, then cast to `dtype`.
+
+        Raises TypeError if a model that the caller passed was not loaded from a folder or the hub.
+        """
+        arguments = {name: _portable(name, value) for name, value in self.arguments.items() if name not in SECRETS}
+        place = {"device": str(device)}
+        return load_again, (self.load, _portable("source", self.source), arguments | place, self.fingerprint, dtype)
+
+
+def load_again(
+    load: Callable[..., Any], source: Any, arguments: dict[str, Any], fingerprint: str | None, dtype: torch.dtype | None
+) -> Any:
+    """Load a pickled reward. Raises ValueError if the weights differ from those of the pickled reward."""
+    if isinstance(vae := arguments.get("vae"), tuple):
+        arguments = arguments | {"vae": load_vae(vae[0], device=arguments["device"]).to(vae[1])}
+    reward = load(source, **arguments)
+    if fingerprint is not None and reward.origin.fingerprint != fingerprint:
+        where = ", ".join(str(arguments[name]) for name in ("pipeline", "transformer") if arguments.get(name))
+        raise ValueError(
+            f"weights: got other weights from {where or source} than those of the pickled reward, which were changed "
+            "after they were loaded, or quantised; save them with save_pretrained, and load the reward from there"
+        )
+    return reward if dtype is None else reward.to(dtype)
+
+
+def _portable(name: str, value: Any) -> Any:
+    """Return `value` for another process: paths absolute, models replaced by their location, secrets left out."""
+    if isinstance(value, ConfigMixin):  # a diffusers model or pipeline
+        where = _portable(name, value.config.get("_name_or_path") or "")
+        if not (Path(where).is_dir() or HUB_ID.fullmatch(where)):
+            raise TypeError(
+                f"{name}: got a {type(value).__name__} that was not loaded from a folder or the hub, so another "
+                f"process cannot load it; save it with save_pretrained, load it from there, and build the reward on it"
+            )
+        if not isinstance(value, AutoencoderKL):
+            return where
+        return where.removesuffix("/vae") if Path(where).name == "vae" else where, value.dtype
+    if isinstance(value, Mapping):
+        return {key: _portable(key, item) for key, item in value.items() if key not in SECRETS}
+    if isinstance(value, Path) or (isinstance(value, str) and Path(value).exists()):
+        return str(Path(value).absolute())
+    return value
