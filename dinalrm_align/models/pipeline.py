@@ -50,7 +50,8 @@ def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[Hu
     if Path(source).is_dir() and not (Path(source) / "vae" / "config.json").is_file():
         raise ValueError(f"images need a VAE, and {source} has no vae folder: pass pipeline=..., or score latents")
     check_source("VAE", source)
-    vae = load_model(AutoencoderKL, source, subfolder="vae", use_safetensors=True, **hub)
+    options = dict(subfolder="vae", torch_dtype=torch.float32, use_safetensors=True, **hub)
+    vae = load_model(AutoencoderKL, source, **options)
     return vae.requires_grad_(False).eval().to(device)
 
 

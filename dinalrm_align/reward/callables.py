@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dinalrm_align.models.text import Conditions, prompts_of
 from dinalrm_align.reward.inputs import as_batch
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Text, finite_scores
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Text, finite_scores, without_autocast
 from dinalrm_align.train.settings import did_you_mean
 
 IMAGES = ("images", "pixels")
@@ -124,6 +124,7 @@ class LatentFunction(RewardModule):
         self.name = name
         self.differentiable = differentiable
 
+    @without_autocast
     def forward(self, latents: Latents, prompts: Text | None = None, **noise: Unpack[Noise]) -> Tensor:
         """Return scores (B,), float32. If `prompts` are strings, `function` receives None as prompt embeddings."""
         self.check_onloaded()
@@ -137,8 +138,7 @@ class LatentFunction(RewardModule):
             **dict.fromkeys(Noise.__annotations__),
             **noise,
         }
-        with torch.autocast(latents.device.type, enabled=False):
-            scores = self.function(latents, **{argument: given[argument] for argument in self.arguments})
+        scores = self.function(latents, **{argument: given[argument] for argument in self.arguments})
         return _checked(scores, latents, self.name)
 
     def score_images(self, images: Any, prompts: Text, **options: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.reward.inputs import as_batch
 from dinalrm_align.reward.pixel.base import PixelReward, check_decodable
-from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Seeds, Text, finite_scores
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Seeds, Text, finite_scores, without_autocast
 from dinalrm_align.train.settings import check_number
 
 
@@ -74,6 +74,7 @@ class RewardSum(RewardModule):
         total = sum(weight * parts[name] for name, weight in self._weight_of.items())
         return finite_scores(total, len(total), self.name)
 
+    @without_autocast
     def score_parts(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
         """Return a dict from part name to unweighted scores (B,), float32, on the latents' device.
 

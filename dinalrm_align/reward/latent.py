@@ -24,10 +24,11 @@ from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 from dinalrm_align.reward.card import model_card
 from dinalrm_align.reward.checkpoint import base_location, relocated, write_reward
 from dinalrm_align.reward.config import RewardConfig
-from dinalrm_align.reward.loading import check_place, load_parts
+from dinalrm_align.reward.loading import check_place, check_vae, load_parts
 from dinalrm_align.reward.model import RewardModel
-from dinalrm_align.reward.origin import Origin
-from dinalrm_align.reward.protocol import Latents, RewardModule, Seeds, Sigma, Text
+from dinalrm_align.reward.origin import Origin, absolute
+from dinalrm_align.reward.protocol import Latents, RewardModule, Seeds, Sigma, Text, without_autocast
+from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import write_atomically
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class LatentReward(RewardModule):
         Raises ValueError if tensors of the checkpoint are missing, unexpected or misshapen, if the base model does
         not fit the checkpoint, or if the weights to share are not frozen.
         """
+        source, transformer, pipeline = (absolute(given) for given in (source, transformer, pipeline))
         options = dict(transformer=transformer, pipeline=pipeline, device=device, dtype=dtype, sigma=sigma, **hub)
         options["share_weights"] = share_weights
         parts = load_parts(source, **options)
@@ -157,6 +159,7 @@ class LatentReward(RewardModule):
         reward.origin = Origin(cls.from_pretrained, source, options, parts.fingerprint)
         return reward
 
+    @without_autocast
     def forward(
         self,
         latents: Latents,
@@ -193,6 +196,7 @@ class LatentReward(RewardModule):
             prompts = Conditions([""] * len(latents), prompt_embeds, pooled_prompt_embeds)
         return self._scaled(self.raw(latents, prompts, sigma=sigma, noise=noise, generator=generator, seeds=seeds))
 
+    @without_autocast
     def raw(
         self,
         latents: Latents,
@@ -212,6 +216,7 @@ class LatentReward(RewardModule):
         noise = inputs.draw_noise(latents, noise, generator, seeds, len(sigma) if isinstance(sigma, tuple) else 1)
         return self._run(latents, embeds, sigma, noise)
 
+    @without_autocast
     def score_noisy(self, latents: Latents, sigma: float | Tensor, prompts: Text) -> Tensor:
         """Return scores (B,), float32, of latents that already contain noise, such as states of a sampling trajectory.
 
@@ -238,6 +243,7 @@ class LatentReward(RewardModule):
             )
         return self._scaled(self._run(latents, self._embeds(prompts, len(latents)), sigma, None))
 
+    @without_autocast
     def score_images(
         self,
         images: "Tensor | Sequence[Image] | Image",
@@ -314,15 +320,13 @@ class LatentReward(RewardModule):
         return raw * self.config.score_scale + self.config.score_bias
 
     def _run(self, latents: Tensor, embeds: tuple[Tensor, Tensor], sigma: Sigma, noise: Tensor | None) -> Tensor:
-        """Return raw scores (B,). The model runs in its own dtype, without autocast."""
-        with torch.autocast(self.device.type, enabled=False):
-            raw = self.model(latents, *embeds, sigma=sigma, noise=noise)
+        raw = self.model(latents, *embeds, sigma=sigma, noise=noise)
         inputs.check_scores(raw, latents, self.backbone.dtype)
         return raw
 
     def onload(self, device: torch.device | str | None = None) -> None:
-        if self.backbone.shared:
-            check_place(self.backbone, device, None)
+        if self.backbone.shared and device is not None:
+            check_place(self.backbone, available_device(device), None)
         super().onload(device)
 
     def _move(self, device: torch.device) -> None:
@@ -342,7 +346,8 @@ class LatentReward(RewardModule):
                 "this reward was built from parts and cannot be pickled; save it with save_pretrained, and pickle "
                 "LatentReward.from_pretrained(folder)"
             )
-        return self.origin.reduced(self._home or self.device, self.backbone.dtype)
+        dtypes = dict(trunk=self.backbone.dtype, head=self.model.head.query_tokens.dtype)
+        return self.origin.reduced(self._home or self.device, **dtypes)
 
     def _batch(self, latents: Latents) -> Tensor:
         """Return `latents` as (B, C, H, W). Raise unless they are valid and the weights are ready to score them."""
@@ -380,13 +385,7 @@ class LatentReward(RewardModule):
             with torch.inference_mode(False):
                 self._borrowed["vae"] = load_vae(base, device=self.device, local_files_only=self._local_files_only)
         vae = self._borrowed["vae"]
-        got = (vae.config.scaling_factor, vae.config.shift_factor or 0.0)
-        expected = (self.config.vae_scaling_factor, self.config.vae_shift_factor)
-        if max(abs(a - b) for a, b in zip(got, expected, strict=True)) > 1e-6:
-            raise ValueError(
-                f"the VAE scales latents by (scaling_factor, shift_factor) = {got}, this reward was trained with "
-                f"{expected}; use the VAE of its base model {self.config.base_model_id}"
-            )
+        check_vae(vae, self.config)
         return vae
 
     def _warn_of_statistics(self, latents: Tensor) -> None:

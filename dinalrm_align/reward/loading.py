@@ -11,6 +11,7 @@ from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.models.weights import check_source, load_tensors
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 from dinalrm_align.reward.checkpoint import base_location, read_checkpoint
+from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.model import RewardModel, build_reward_model
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.digest import fingerprint
@@ -111,6 +112,17 @@ def _check_pipeline(pipeline: "DiffusionPipeline") -> None:
     """Raise TypeError unless `pipeline` is an SD3 pipeline."""
     if type(pipeline).__name__ not in SD3_PIPELINES:
         raise TypeError(f"pipeline: got {type(pipeline).__name__}; expected one of {', '.join(SD3_PIPELINES)}")
+
+
+def check_vae(vae: "AutoencoderKL", config: RewardConfig) -> None:
+    """Raise ValueError unless `vae` scales latents as the reward's config says."""
+    got = (vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+    expected = (config.vae_scaling_factor, config.vae_shift_factor)
+    if max(abs(a - b) for a, b in zip(got, expected, strict=True)) > 1e-6:
+        raise ValueError(
+            f"the VAE scales latents by (scaling_factor, shift_factor) = {got}, this reward was trained with "
+            f"{expected}; use the VAE of its base model {config.base_model_id}"
+        )
 
 
 def check_place(trunk: SD3Trunk, device: torch.device | str | None, dtype: torch.dtype | None) -> None:

@@ -134,4 +134,4 @@ def build_reward_model(
         torch.manual_seed(seed)
         trunk = SD3Trunk(transformer, config, share_weights=share_weights)
         head = RewardHead(config.head, trunk.width, len(config.visual_taps), len(config.text_taps), trunk.temb_dim)
-    return RewardModel(config, trunk, head.to(device))
+    return RewardModel(config, trunk, head.to(device, torch.float32))

@@ -16,6 +16,8 @@ from dinalrm_align.models.pipeline import load_vae
 from dinalrm_align.train.files import HUB_ID
 
 SECRETS = ("token", "api_key")
+FILES = ("cache_dir", "processor", "tokenizer", "question", "base", "template", "med_config")
+"""Arguments of rewards that may be local paths, besides the source and models."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,22 @@ class Origin:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
         return self
 
-    def reduced(self, device: torch.device, dtype: torch.dtype | None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Return the pair that `__reduce_ex__` returns. The reward is to be loaded on `device`, then cast to `dtype`.
+    def reduced(self, device: torch.device, **dtypes: torch.dtype) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return the pair that `__reduce_ex__` returns. dtypes: dtypes to cast modules of `reward.model` to.
 
         Raises TypeError if a model that the caller passed was not loaded from a folder or the hub.
         """
         arguments = {name: _portable(name, value) for name, value in self.arguments.items() if name not in SECRETS}
         place = {"device": str(device)}
-        return load_again, (self.load, _portable("source", self.source), arguments | place, self.fingerprint, dtype)
+        return load_again, (self.load, self.source, arguments | place, self.fingerprint, dtypes)
 
 
 def load_again(
-    load: Callable[..., Any], source: Any, arguments: dict[str, Any], fingerprint: str | None, dtype: torch.dtype | None
+    load: Callable[..., Any],
+    source: Any,
+    arguments: dict[str, Any],
+    fingerprint: str | None,
+    dtypes: Mapping[str, torch.dtype],
 ) -> Any:
     """Load a pickled reward. Raises ValueError if the weights differ from those of the pickled reward."""
     if isinstance(vae := arguments.get("vae"), tuple):
@@ -57,14 +63,22 @@ def load_again(
             f"weights: got other weights from {where or source} than those of the pickled reward, which were changed "
             "after they were loaded, or quantised; save them with save_pretrained, and load the reward from there"
         )
-    return reward if dtype is None else reward.to(dtype)
+    for name, dtype in dtypes.items():
+        reward.model.get_submodule(name).to(dtype)
+    return reward
+
+
+def absolute(source: Any) -> Any:
+    """Return `source` as an absolute path if it is an existing file or folder; anything else unchanged."""
+    local = isinstance(source, str | Path) and str(source) and Path(source).exists()
+    return str(Path(source).absolute()) if local else source
 
 
 def _portable(name: str, value: Any) -> Any:
     """Return `value` for another process: paths absolute, models replaced by their location, secrets left out."""
     if isinstance(value, ConfigMixin):  # a diffusers model or pipeline
-        where = _portable(name, value.config.get("_name_or_path") or "")
-        if not (Path(where).is_dir() or HUB_ID.fullmatch(where)):
+        where = absolute(value.config.get("_name_or_path") or "")
+        if not where or not (Path(where).is_dir() or HUB_ID.fullmatch(where)):
             raise TypeError(
                 f"{name}: got a {type(value).__name__} that was not loaded from a folder or the hub, so another "
                 f"process cannot load it; save it with save_pretrained, load it from there, and build the reward on it"
@@ -74,6 +88,4 @@ def _portable(name: str, value: Any) -> Any:
         return where.removesuffix("/vae") if Path(where).name == "vae" else where, value.dtype
     if isinstance(value, Mapping):
         return {key: _portable(key, item) for key, item in value.items() if key not in SECRETS}
-    if isinstance(value, Path) or (isinstance(value, str) and Path(value).exists()):
-        return str(Path(value).absolute())
-    return value
+    return absolute(value) if name in FILES else value

@@ -5,7 +5,8 @@ modules. Code outside of `reward/` never checks the class of a reward.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
 import numpy as np
@@ -129,6 +130,17 @@ class Reward(Protocol):
         ...
 
 
+def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method of a reward to run without autocast on the reward's device, in the dtype of the weights."""
+
+    @functools.wraps(method)
+    def call(self: "RewardModule", *arguments: Any, **options: Any) -> Any:
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *arguments, **options)
+
+    return call
+
+
 class RewardModule(nn.Module):
     """Default implementation of `Reward`: a frozen module in evaluation mode.
 
@@ -194,7 +206,7 @@ class RewardModule(nn.Module):
     def __reduce_ex__(self, protocol: int) -> Any:
         if self.origin is None:
             return super().__reduce_ex__(protocol)
-        return self.origin.reduced(self._home or self.device, None)
+        return self.origin.reduced(self._home or self.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RewardModule":
         copied = memo[id(self)] = self.__new__(type(self))

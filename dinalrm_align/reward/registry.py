@@ -24,7 +24,7 @@ from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.latent import LatentReward
 from dinalrm_align.reward.loading import DTYPES
 from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, parse_reward
-from dinalrm_align.reward.origin import Origin
+from dinalrm_align.reward.origin import Origin, absolute
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.protocol import RewardModule, finite_scores
 from dinalrm_align.train.digest import text_digest
@@ -104,8 +104,7 @@ def load_reward(
             parts[term.label] = LatentReward.from_pretrained(source, **{**shared, **place, **own})
         else:
             arguments = dict(name=term.name, spec=spec or MODELS["shapes"], vae=vae, settings={**place, **own})
-            parts[term.label] = _load_term(term.source, **arguments)
-            parts[term.label].origin = Origin(_load_term, term.source, arguments)
+            parts[term.label] = _load_term(absolute(term.source), **arguments)
     if len(terms) == 1 and terms[0].weight == 1:
         return parts[terms[0].label]
     return RewardSum(parts, {term.label: term.weight for term in terms})
@@ -163,11 +162,14 @@ def _load_term(
 ) -> RewardModule:
     """Load a reward other than a latent reward. device: replaces the device in `settings`."""
     if name == "oracle":
-        return _oracle(spec, vae)
-    if ":" in name:
-        return as_reward(import_callable(name), vae=vae, name=name)
-    settings = settings if device is None else {**settings, "device": device}
-    return _load_pixel(Term(name, source=source), spec, vae, settings)
+        reward = _oracle(spec, vae)
+    elif ":" in name:
+        reward = as_reward(import_callable(name), vae=vae, name=name)
+    else:
+        settings = settings if device is None else {**settings, "device": device}
+        reward = _load_pixel(Term(name, source=source), spec, vae, settings)
+    reward.origin = Origin(_load_term, source, dict(name=name, spec=spec, vae=vae, settings=settings))
+    return reward
 
 
 def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> RewardModule:

@@ -21,7 +21,7 @@ from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.models.weights import HubOptions, check_source
 from dinalrm_align.reward.inputs import as_batch, check_finite
-from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Seeds, Text, finite_scores
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Seeds, Text, finite_scores, without_autocast
 from dinalrm_align.train.files import reading
 
 Features = TypeVar("Features")
@@ -90,6 +90,7 @@ class PixelReward(RewardModule):
             )
         return self._borrowed["vae"]
 
+    @without_autocast
     def forward(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Return scores (B,), float32, of scaled clean latents (B, C, h, w) for B prompts.
 
@@ -102,14 +103,14 @@ class PixelReward(RewardModule):
         check_decodable(self.vae, latents)
         return self.score_decoded(self.decode(latents), prompts_of(prompts, len(latents)))
 
+    @without_autocast
     def score_decoded(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return `score_pixels` (B,), float32, of images (B, 3, H, W), computed without autocast.
 
         Raises ValueError if a score is not finite, or if the reward is offloaded.
         """
         self.check_onloaded()
-        with torch.autocast(self.device.type, enabled=False):
-            return finite_scores(self.score_pixels(images.to(self.device), prompts), len(images), self.name)
+        return finite_scores(self.score_pixels(images.to(self.device), prompts), len(images), self.name)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1], on the reward's device.

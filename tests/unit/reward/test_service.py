@@ -393,12 +393,16 @@ def test_an_offloaded_reward_says_how_to_go_on(tiny_reward_dir, tiny_pipeline, l
 
 
 def test_offloading_moves_only_what_the_reward_owns(tiny_reward_dir, tiny_pipeline, monkeypatch):
-    """The CPU stands for a GPU: meta stands for the CPU, and the moves are recorded."""
-    moved = []
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: moved.append(module))
     shared = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline)
+    private, moved = LatentReward.from_pretrained(tiny_reward_dir), []
+    private(torch.zeros(1, 16, 16, 16), "a red circle")
+    private.score_images(torch.zeros(1, 3, 64, 64), "a red circle")
+    for kind in (torch.nn.Module, type(tiny_pipeline)):
+        monkeypatch.setattr(kind, "to", lambda part, device: moved.append(part))
     shared.offload()
-    assert moved[-1] is shared.model.head and shared not in moved
+    assert moved == [shared.model.head]
+    private.offload()
+    assert moved[1:] == [private, private.encoder._pipeline, private._borrowed["vae"]]
 
 
 def test_rewards_of_every_kind_are_offloaded(reward, clip, latents):
