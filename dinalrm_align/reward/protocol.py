@@ -135,7 +135,8 @@ def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: "RewardModule", *arguments: Any, **options: Any) -> Any:
-        with torch.autocast(self.device.type, enabled=False):
+        device = self.device.type if torch.amp.is_autocast_available(self.device.type) else "cpu"
+        with torch.autocast(device, enabled=False):
             return method(self, *arguments, **options)
 
     return call

@@ -144,6 +144,7 @@ class PixelReward(RewardModule):
         for size in dict.fromkeys(tensor.shape for tensor in tensors):  # images of one size form a batch
             rows = [row for row, tensor in enumerate(tensors) if tensor.shape == size]
             batch = torch.cat([tensors[row] for row in rows])
+            self.check_gradient(batch)
             for row, score in zip(rows, self.score_decoded(batch, [prompts[row] for row in rows]), strict=True):
                 scores[row] = score
         return torch.stack(scores)
