@@ -27,7 +27,8 @@ from dinalrm_align.align.savings.config import Architecture, Case
 from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.reward.latent import DTYPES, LatentReward
+from dinalrm_align.reward.latent import LatentReward
+from dinalrm_align.reward.loading import DTYPES
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.clip import ClipReward
