@@ -138,9 +138,8 @@ def fit(
             the same value on every rank.
 
     Returns the number of updates done, which is less than `config.steps` only if `stop_when` stopped the run. Raises
-    ValueError if the checkpoint does not match the run, or if a new run would overwrite an existing one. Raises
-    FloatingPointError, with unchanged weights, if loss or gradient is not finite. Raises OSError if a file cannot be
-    written or if another rank failed.
+    ValueError if the checkpoint does not match the run, or if a new run would overwrite an existing one; raises
+    FloatingPointError for loss or gradient that is not finite, and OSError for failing files or ranks (see above).
     """
     meter = meter or PhaseMeter(accelerator.device)
     log, pending = _start(config, state, accelerator, run)
