@@ -39,8 +39,9 @@ def align(resolved: Resolved[GrpoRun]) -> None:
     num_steps = config.num_steps or resolved.spec.num_steps
     sampler = setup.sampler(named_sigmas(config.schedule, setup.pipeline.scheduler, num_steps), config.guidance_scale)
     grpo = Grpo(sampler, setup.reward, config, setup.anchor)
+    reuse = config.epochs * config.minibatches
     # the current rollout is stored in the checkpoints
-    setup.align(grpo, samples=config.groups, state=grpo.buffer, no_signal=grpo.no_signal)
+    setup.align(grpo, samples=config.groups, state=grpo.buffer, reuse=reuse, no_signal=grpo.no_signal)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

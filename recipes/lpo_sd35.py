@@ -40,8 +40,9 @@ def align(resolved: Resolved[LpoRun]) -> None:
     sampler = setup.sampler(named_sigmas(config.schedule, setup.pipeline.scheduler, num_steps), config.guidance_scale)
     lpo = Lpo(sampler, setup.reward, config)
     shown = ("accuracy", "pairs", "gold", "kl")
+    reuse = config.epochs * config.minibatches
     # its pairs are stored in checkpoints
-    setup.align(lpo, samples=config.batch_size, state=lpo.buffer, shown=shown, no_signal=lpo.no_signal)
+    setup.align(lpo, samples=config.batch_size, state=lpo.buffer, shown=shown, reuse=reuse, no_signal=lpo.no_signal)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

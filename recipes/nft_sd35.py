@@ -29,8 +29,9 @@ def align(resolved: Resolved[NftRun]) -> None:
     config = resolved.run.nft
     setup = prepare(resolved)
     nft = Nft(setup.sampler(setup.sigmas(config.num_steps), config.guidance_scale), setup.reward, config)
+    reuse = config.epochs * config.minibatches
     # the old policy and its samples are stored in the checkpoints
-    setup.align(nft, samples=config.groups, state=nft, no_signal=nft.no_signal)
+    setup.align(nft, samples=config.groups, state=nft, reuse=reuse, no_signal=nft.no_signal)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

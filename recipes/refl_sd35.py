@@ -44,8 +44,15 @@ def align(resolved: Resolved[ReflRun]) -> None:
         method.pretrain_data = method.reference_samples(refl.pretrain_samples)
 
     data = {"pretraining images": digest({" ".join(captions): method.pretrain_data[0]})[:16]} if images else None
-    samples = refl.batch_size * run.loop.accumulate
-    setup.align(method, samples=samples, data=data, no_signal=method.no_signal)
+    method.measure(resumed=resolved.checkpoint is not None)
+    stored = refl.kl_unit == "reward_std"  # a resumed run keeps the number in its checkpoint
+    if method.reward_std is not None:
+        setup.accelerator.print(f"reward_std {method.reward_std:.6g}: KL weight {method.kl_weight:.6g}")
+    setup.align(
+        method, samples=refl.batch_size * run.loop.accumulate, data=data, no_signal=method.no_signal,
+        state=method if stored else None,
+        facts=lambda: {"reward_std": method.reward_std, "kl_weight": method.kl_weight} if stored else {},
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

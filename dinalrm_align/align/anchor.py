@@ -9,8 +9,6 @@ of image decoding and of the second model. A resumed run uses the anchor at the 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from dinalrm_align.reward.protocol import Reward
 
 ANCHOR = "anchor"
@@ -23,8 +21,8 @@ class Anchor:
 
     Args:
         every: n. With updates counted from 1, the anchor is used at updates n, 2n, 3n, ...
-        weight: factor of the anchor's scores (ReFL) or advantages (GRPO); the factor of the first reward is 1.
-            For ReFL, pass the weight times the result of `matching_scale`, because the rewards differ in scale.
+        weight: weight of the anchor's scores (ReFL) or advantages (GRPO); the first reward's have weight 1.
+            ReFL scales the anchor's scores to the spread of the first reward's before it applies the weight.
     """
 
     reward: Reward
@@ -46,18 +44,3 @@ def terms(reward: Reward, anchor: Anchor | None, update: int) -> Mapping[str, tu
     if anchor is not None and anchor.is_due(update):
         found[ANCHOR] = (anchor.weight, anchor.reward)
     return found
-
-
-def matching_scale(score: Tensor, anchor_score: Tensor) -> float:
-    """Return std(score) / std(anchor_score), the factor that brings anchor scores to the scale of `score`.
-
-    The arguments are (N,), scores of the same samples. Raises ValueError if shapes differ, N < 2, or one std is 0.
-    """
-    if score.shape != anchor_score.shape or score.dim() != 1 or len(score) < 2:
-        got = f"{tuple(score.shape)} and {tuple(anchor_score.shape)}"
-        raise ValueError(f"scores: got shapes {got}; expected (N,) twice, one of each per sample, N at least 2")
-    spread, anchor_spread = (float(values.double().std()) for values in (score, anchor_score))
-    if not anchor_spread > 0 or not spread > 0:
-        got = f"standard deviations {spread} and {anchor_spread} over {len(score)} samples"
-        raise ValueError(f"scores: got {got}; expected scores that differ")
-    return spread / anchor_spread

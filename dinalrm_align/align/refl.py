@@ -6,8 +6,9 @@ As in DiNa-LRM's alignment runs (arXiv 2602.11146), each update:
 2. takes K steps with gradient, by default without guidance, and estimates the clean latents after the last of these
    steps, x0_hat = x - sigma velocity;
 3. scores x0_hat with a frozen reward and minimises
-   mean(target - score) + kl_weight mean|velocity - velocity_reference|^2
-   (+ pretrain_weight times a flow-matching loss on images).
+   mean(target - score) + kl_weight u mean|velocity - velocity_reference|^2
+   (+ pretrain_weight times a flow-matching loss on images), where u is 1 or, with kl_unit reward_std, the reward's
+   standard deviation over base-model samples (`align.spread`).
 
 The variants (`ReflConfig.variant`) differ in the steps that carry the gradient:
 
@@ -21,7 +22,7 @@ random step is keyed by (seed, micro-step), so that all ranks take the same numb
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from torch import Tensor
 from dinalrm_align.align.anchor import Anchor, terms
 from dinalrm_align.align.refl_config import ReflConfig
 from dinalrm_align.align.rollouts import Sampler
+from dinalrm_align.align.spread import base_spreads
 from dinalrm_align.flow.noise import add_noise, denoised, sample_sigma, seeded_generator
 from dinalrm_align.flow.sampling import Velocity, ode_step, seeded_noise
 from dinalrm_align.models.text import Conditions
@@ -196,7 +198,8 @@ class Refl:
     Args:
         sampler: samples training prompts with the policy.
         reward: differentiable reward; must be frozen and on the policy's device.
-        anchor: a second reward. Its weighted scores are added to those of `reward` in every `anchor.every`-th update.
+        anchor: a second reward. Every n-th update adds its weighted scores to those of `reward`.
+        reward_std: standard deviation of the reward over base-model samples; None: not measured (see `measure`).
         pretrain_data: latents (N, C, H, W) and N conditions for the pretraining loss; required if
             config.pretrain_weight is above 0.
     """
@@ -206,6 +209,7 @@ class Refl:
     config: ReflConfig
     anchor: Anchor | None = None
     pretrain_data: tuple[Tensor, Conditions] | None = None
+    reward_std: float | None = None
 
     def __post_init__(self) -> None:
         if self.sampler.num_steps < self.config.grad_steps:
@@ -221,6 +225,38 @@ class Refl:
             "the gradient of the reward is zero. Check that the reward does not round, clip or saturate, and that its "
             f"scores are below refl.target {self.config.target} if refl.loss is relu (it is {self.config.loss})"
         )
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight that multiplies the KL in the loss. Raises ValueError for unit reward_std before `measure`."""
+        if self.config.kl_unit == "raw":
+            return self.config.kl_weight
+        if self.reward_std is None:
+            raise ValueError("refl.kl_unit: got reward_std without reward_std; call Refl.measure first")
+        return self.config.kl_weight * self.reward_std
+
+    def measure(self, resumed: bool = False) -> None:
+        """Measure reward_std, if config.kl_unit needs it, and scale the anchor to the spread of the reward.
+
+        resumed: whether `load_state_tensors` restores reward_std from a checkpoint, so that it is not measured again.
+        """
+        if self.config.kl_unit == "reward_std" and not resumed:
+            [self.reward_std] = base_spreads(self.sampler, [self.reward], self._reward_sigma, per_prompt=4)
+        if self.anchor is not None:
+            rewards = [self.reward, self.anchor.reward]
+            own, second = base_spreads(self.sampler, rewards, self._reward_sigma, per_prompt=1)
+            self.anchor = replace(self.anchor, weight=self.anchor.weight * (own / second))
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"reward_std": torch.tensor(self.reward_std, dtype=torch.float64)}
+
+    def is_common(self) -> bool:
+        return True
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        if tensors.keys() != {"reward_std"} or not tensors["reward_std"].item() > 0:
+            raise ValueError(f"state of ReFL: got {tensors}; expected a positive number reward_std")
+        self.reward_std = tensors["reward_std"].item()
 
     def batch_at(self, micro_step: int) -> ReflBatch:
         """Sample a micro-step's latents without gradient. Micro-step, seed, rank and weights determine the batch."""
@@ -271,7 +307,7 @@ class Refl:
         if config.variant == "direct_align":
             loss = loss * self.sampler.sigmas[batch.start] ** config.discount
         if config.kl_weight > 0:
-            loss = loss + config.kl_weight * kl.mean()
+            loss = loss + self.kl_weight * kl.mean()
         metrics = {name: own.mean() for name, own in scores.items()}
         metrics |= {"kl": kl.mean(), "start_sigma": self.sampler.sigmas[batch.start], "signal": signal}
         if config.pretrain_weight > 0:

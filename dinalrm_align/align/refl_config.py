@@ -33,7 +33,11 @@ class ReflConfig:
         target: target score of the loss. With the linear loss, it does not change the gradient.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps
             with gradient; 0: the difference is only a metric.
-        pretrain_weight: weight of a flow-matching loss on images, used in place of ReFL's pretraining loss; 0: unused.
+        kl_unit: unit of kl_weight. raw: the weight is used as it is. reward_std: the weight is multiplied by the
+            standard deviation of the reward among the base model's samples of one prompt, measured once on 16 prompts
+            with 4 samples each and stored in the run. Rewards of different scales can then share a weight. The
+            recipe's default in the embedded world is reward_std, for SD3.5 raw.
+        pretrain_weight: weight of a flow-matching loss on images, in place of ReFL's pretraining loss; 0: none.
         pretrain_images: folder of images for the flow-matching loss, NAME.png (or .jpg, .webp) with the caption in
             NAME.txt. By default the base model generates the images.
         pretrain_samples: number of images that the base model generates if pretrain_images is not given.
@@ -56,6 +60,7 @@ class ReflConfig:
     loss: Literal["linear", "relu"] = "linear"
     target: float = 2.0
     kl_weight: settings.NonNegativeFloat = 4.0
+    kl_unit: Literal["raw", "reward_std"] = "raw"
     pretrain_weight: settings.NonNegativeFloat = 0.0
     pretrain_images: settings.PathText | None = None
     pretrain_samples: settings.PositiveInt = 64

@@ -44,7 +44,8 @@ def resolve(
     Args:
         kind: dataclass of the settings.
         description: text at the top of --help.
-        recipe: path of the recipe's script. For an SD3.5 model, the .yaml file beside the script gives the defaults.
+        recipe: path of the recipe's script, METHOD_sd35.py. A file METHOD_KIND.yaml beside it gives the defaults for
+            models of this kind, sd35 or shapes.
         gradient: whether the method needs a differentiable reward.
     """
     model, checkpoint = begin_run(kind, description, argv)
@@ -54,7 +55,7 @@ def resolve(
     run, text = complete_run(
         kind, recipe, argv, checkpoint, model=spec.name,
         name=lambda run: f"{method}_{Path(spec.name).name}_{file_name(run.reward)}_seed{run.seed}",
-        defaults=[recipe.with_suffix(".yaml")] if spec.kind == "sd35" else [],
+        defaults=[path for path in [recipe.with_name(f"{method}_{spec.kind}.yaml")] if path.exists()],
     )  # fmt: skip
     check_reward(run.reward, gradient=gradient)
     if run.gold is not None:

@@ -5,7 +5,7 @@ A recipe calls `prepare`, builds its method from the returned `Setup`, and calls
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
 
-from dinalrm_align.align.anchor import Anchor, matching_scale
+from dinalrm_align.align.anchor import Anchor
 from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.align.evaluation import HeldOut, Probe
 from dinalrm_align.align.identity import prompts_identity, run_identity
@@ -27,18 +27,18 @@ from dinalrm_align.align.memory import (
     text_pipeline,
     use_attention,
 )
+from dinalrm_align.align.notices import gold_notice, passes_notice
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.resolve import Resolved
 from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.align.signal import SignalCheck
 from dinalrm_align.align.watch import Watch, drift_probe, level_probe
-from dinalrm_align.data.prompts import read_prompts
+from dinalrm_align.data.hub_prompts import load_prompts
 from dinalrm_align.eval.report.figures import plot_run
-from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import schedule_sigmas
 from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
-from dinalrm_align.reward.names import check_reward, parse_reward
+from dinalrm_align.reward.names import check_reward, parse_reward, reward_sources
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_reward, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
@@ -51,9 +51,6 @@ from dinalrm_align.train.identity import settings_by_name
 from dinalrm_align.train.loop import Hook, Method, RunFolder, fit
 from dinalrm_align.train.metrics import METRICS, open_tracker, read_metrics
 from dinalrm_align.train.state import RunState, Stateful
-
-ANCHOR_SAMPLES, ANCHOR_BATCH = 64, 16
-"""Number of base-model samples on which the scale of an anchor is measured, and how many are scored at once."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,9 @@ class Setup:
     """The parts of a run, built by `prepare`.
 
     Args:
-        pipeline: the frozen base model without text encoders. Its transformer carries the LoRA of `policy`.
-        gold: reward that scores held-out images and is never trained on.
+        pipeline: the frozen base model without text encoders. `policy` is a LoRA on the transformer.
+        gold: reward that scores held-out images and is not trained on.
+        trained: names of the rewards that are trained on, reward and anchor.
         identity: digests of model, reward and data, by name. Resuming needs a checkpoint with the same digests.
         sharded: whether the base weights are sharded over the ranks. All ranks must then call the policy equally often.
     """
@@ -87,6 +85,7 @@ class Setup:
     text: Text
     meter: PhaseMeter
     identity: Mapping[str, str]
+    trained: Sequence[str]
     sharded: bool = False
 
     @property
@@ -136,6 +135,8 @@ class Setup:
         data: Mapping[str, str] | None = None,
         state: Stateful | None = None,
         no_signal: str = "",
+        reuse: int = 1,
+        facts: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
         """Train the policy with `method`, evaluate it before, during and after training, and write the run folder.
 
@@ -145,9 +146,15 @@ class Setup:
             data: digests of training data that the method reads, by name. A resumed run must have the same digests.
             state: object whose `state_tensors` are saved in checkpoints, usually the method; None: nothing to save.
             no_signal: why a rollout of this method gives no learning signal, and what to try, for the warning.
+            reuse: updates per rollout.
+            facts: a function that returns further entries of summary.json; called after training.
         """
         run, accelerator = self.resolved.run, self.accelerator
-        folder = Path(run.output_dir)
+        folder, together = Path(run.output_dir), samples * accelerator.num_processes
+        if "pairs" not in (data or {}) and (
+            notice := passes_notice(len(self.text.train), together, -(-run.loop.steps // reuse))
+        ):
+            accelerator.print(notice)
         held_out = prepare_evaluation(self)
         watch = prepare_watch(self, held_out)
         check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print, accelerator.is_main_process)
@@ -162,7 +169,7 @@ class Setup:
             run.optim,
             RunState.initial(
                 self.policy.parameters, run.loop, run.optim, method=state, identity={**self.identity, **(data or {})},
-                samples=samples * accelerator.num_processes, settings=settings_by_name(run),
+                samples=together, settings=settings_by_name(run),
             ),
             method,
             accelerator=accelerator,
@@ -179,8 +186,8 @@ class Setup:
         accelerator.end_training()
         if accelerator.is_main_process:
             plot_run(folder)
-            scores, samples = held_out.summarise(done), len(self.text.evaluation)
-            summarise(self.resolved, scores, updates=done, samples=samples, signal=check)
+            facts = {"updates": done, "samples": len(self.text.evaluation), **facts()}
+            summarise(self.resolved, held_out.summarise(done), facts, signal=check)
 
 
 def prepare(
@@ -194,8 +201,7 @@ def prepare(
     Args:
         extra_prompts: prompts to encode in addition to training and evaluation prompts.
         anchor: settings of a second reward (the anchor), for methods that support one.
-        in_advantages: True if the method adds the anchor's advantages (GRPO). If False, it adds the anchor's scores,
-            scaled so that both rewards' scores have the same standard deviation on base-model samples.
+        in_advantages: whether to add the second reward's advantages (GRPO) instead of its scores (ReFL).
     """
     run, spec = resolved.run, resolved.spec
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
@@ -208,6 +214,8 @@ def prepare(
     initial = read_lora(run.policy.init_from) if run.policy.init_from is not None else None
     gold = load_gold(resolved, samples, device)
     accelerator.print(f"run in {run.output_dir}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")
+    if notice := gold_notice(run.gold or spec.gold, names, spec):
+        accelerator.print(notice)
     open_tracker(accelerator, run.tracker, Path(run.output_dir), resolved.text, resolved.checkpoint)
 
     pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype))
@@ -228,11 +236,10 @@ def prepare(
         policy.set_lora(initial)
         identity["initial LoRA"] = digest(policy.parameters)[:16]
     meter = PhaseMeter(device, run.profile_every)
-    setup = Setup(resolved, accelerator, pipeline, policy, rewards[0], None, gold, text, meter, identity)
+    setup = Setup(resolved, accelerator, pipeline, policy, rewards[0], None, gold, text, meter, identity, names)
     setup.sharded = apply_memory_options(setup, rewards)
     for second in rewards[1:]:
-        scale = 1.0 if in_advantages else anchor_scale(setup, second)
-        setup.anchor = Anchor(second, anchor.every, anchor.weight * scale)
+        setup.anchor = Anchor(second, anchor.every, anchor.weight)
     return setup
 
 
@@ -247,8 +254,10 @@ def reward_names(run: AlignRun, anchor: AnchorConfig | None, in_advantages: bool
 def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:
     """Return the training prompts, and one held-out prompt per evaluation sample."""
     run, spec = resolved.run, resolved.spec
-    prompts = read_prompts(Path(run.prompts or spec.train_prompts))
-    heldout = read_prompts(Path(run.eval_prompts or spec.heldout_prompts))
+    prompts, heldout = (
+        load_prompts(run.prompts or spec.train_prompts),
+        load_prompts(run.eval_prompts or spec.heldout_prompts),
+    )
     return prompts, [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
 
 
@@ -304,30 +313,15 @@ def apply_memory_options(setup: Setup, rewards: Sequence[Reward]) -> bool:
     return sharded
 
 
-@torch.no_grad()
-def anchor_scale(setup: Setup, anchor: Reward) -> float:
-    """Return std(reward's scores) / std(anchor's scores) on base-model samples, to scale the anchor to the reward."""
-    sampler, seed, scores = setup.sampler(), setup.resolved.run.seed, []
-    for start_index in range(0, ANCHOR_SAMPLES, ANCHOR_BATCH):
-        numbers = range(start_index, start_index + ANCHOR_BATCH)
-        conditions = sampler.take([number % len(sampler.conditions) for number in numbers])
-        generators = [seeded_generator(seed, number, 0, 2) for number in numbers]
-        noise = sampler.noise(generators)
-        with setup.policy.reference():
-            latents = sampler.sample(conditions, noise)
-        both = [reward(latents, conditions, generator=generators[0]) for reward in (setup.reward, anchor)]
-        scores.append(torch.stack(both))
-    return matching_scale(*torch.cat(scores, dim=1))
-
-
 def prepare_evaluation(setup: Setup) -> HeldOut:
     """Return the held-out evaluation of a run, with the rewards and probes that the run's settings ask for."""
     run, spec, accelerator = setup.resolved.run, setup.resolved.spec, setup.accelerator
     scorers = {"gold": setup.gold}
-    trained_on = {term.name for term in parse_reward(run.reward)}
-    if spec.kind == "shapes" and "pixel" not in trained_on and Path(spec.pixel).is_dir():
+    trained = frozenset().union(*(reward_sources(name, spec) for name in setup.trained))
+    if spec.kind == "shapes" and Path(spec.pixel).is_dir() and trained.isdisjoint(reward_sources("pixel", spec)):
         scorers["gold/pixel"] = load_image_scorer("pixel", spec=spec, device=accelerator.device)
-    sampler, probes = setup.sampler(conditions=setup.text.evaluation), list[Probe]()
+    sigmas, scale = setup.sigmas(run.evaluation.num_steps), run.evaluation.guidance_scale
+    sampler, probes = setup.sampler(sigmas, scale, conditions=setup.text.evaluation), list[Probe]()
     if run.watch.sigmas and setup.reward.noise_parts:
         probes.append(level_probe(setup.reward.noise_parts[0], run.watch.sigmas))
     if run.watch.drift_sigmas:
@@ -366,16 +360,15 @@ def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
 def summarise(
     resolved: Resolved[Any],
     scores: Mapping[str, Mapping[str, float]],
+    facts: Mapping[str, object],
     *,
-    updates: int,
-    samples: int,
     signal: SignalCheck,
 ) -> None:
-    """Write summary.json to the run folder, and print each score's gain. `scores`: result of `HeldOut.summarise`."""
+    """Write summary.json, with the entries `facts`, and print the gain of each of `HeldOut.summarise`'s scores."""
     run, folder = resolved.run, Path(resolved.run.output_dir)
     what = {"recipe": resolved.recipe, "model": resolved.spec.name, "reward": run.reward, "seed": run.seed}
     alarms = [int(row["step"]) for row in read_metrics(folder / METRICS) if row.get("hacking")]
-    summary = {**what, "updates": updates, "samples": samples, **scores}
+    summary = {**what, **facts, **scores}
     summary["hacking_alarm"] = alarms[0] if alarms else None
     summary |= signal.counts()
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dinalrm_align.models.specs import ModelSpec
 from dinalrm_align.train.settings import PathText, Source, did_you_mean
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer and preprocessor of the rewards trained from it
@@ -214,6 +215,24 @@ def check_reward(text: str, *, gradient: bool = False) -> tuple[Term, ...]:
             "that ranks or compares scores (GRPO, DPO) or for evaluation"
         )
     return terms
+
+
+def reward_sources(reward: object, spec: ModelSpec) -> frozenset[object]:
+    """Return a set with one value per part of a reward. Two rewards that have a value in common share these weights.
+
+    reward: an expression as for --reward, or a callable. spec: the base model, whose rewards some names stand for.
+    """
+    if not isinstance(reward, str):
+        return frozenset([(reward, "")])
+    own = {"dinalrm": spec.reward, "pixel": spec.pixel, "oracle": spec.gold}
+    found = set()
+    for term in parse_reward(reward):
+        entry = REWARDS.get(term.name)
+        source = term.source or own.get(term.name) or (entry.source if entry else term.name)
+        file = entry.options.get("file", "") if entry else ""
+        local = isinstance(source, str) and Path(source).exists()
+        found.add((str(Path(source).resolve()) if local else source, file))
+    return frozenset(found)
 
 
 def file_name(text: str) -> str:
