@@ -7,7 +7,7 @@ import torch
 from tiny_align import reward_of, with_sampler
 from torch import Tensor
 
-from dinalrm_align.align.anchor import Anchor, matching_scale, terms
+from dinalrm_align.align.anchor import Anchor, terms
 from dinalrm_align.align.config import AnchorConfig
 
 
@@ -53,13 +53,13 @@ def test_the_rewards_noise_is_the_same_with_and_without_the_anchor(refl_method):
     assert torch.equal(*scores)
 
 
-def test_the_scale_brings_the_anchor_to_the_rewards_spread():
-    """s.d. of 1, 3 is sqrt 2, of 0.1, 0.2 it is 0.1 / sqrt 2: their ratio is 20."""
-    assert matching_scale(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.2])) == pytest.approx(20.0)
-    with pytest.raises(ValueError, match="scores that differ"):
-        matching_scale(torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5]))
-    with pytest.raises(ValueError, match="one of each per sample"):
-        matching_scale(torch.ones(3), torch.ones(2))
+def test_refl_brings_the_anchor_to_the_rewards_spread(refl_method):
+    """A reward and its tenfold: the weight 2 becomes 0.2, with and without a checkpoint to resume from."""
+    tenfold = Anchor(reward_of(lambda latents: 10 * latents.mean(dim=(1, 2, 3))), every=1, weight=2.0)
+    for resumed in (False, True):
+        method = dataclasses.replace(refl_method, anchor=tenfold)
+        method.measure(resumed)
+        assert method.anchor.weight == pytest.approx(0.2) and method.reward_std is None
 
 
 def test_settings_that_cannot_be_meant_are_refused():

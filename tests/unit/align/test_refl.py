@@ -123,6 +123,47 @@ def test_kl_is_zero_at_the_reference_and_pulls_back_from_elsewhere(method):
     torch.testing.assert_close(loss - plain, 10 * metrics["kl"])
 
 
+@pytest.mark.parametrize("variant", ["refl", "drtune", "draft_lv", "direct_align"])
+def test_a_weight_per_standard_deviation_suits_a_reward_of_any_scale(method, variant):
+    """Ten times the score: the policy is trained alike with kl_unit reward_std, and otherwise with raw."""
+
+    def trained(factor: float, unit: str) -> Tensor:
+        policy = method.sampler.policy
+        start = {name: p.detach().clone() for name, p in policy.parameters.items()}
+        scaled = with_reward(method, lambda latents: 100 * factor * latents.square().mean(dim=(1, 2, 3)))
+        scaled = changed(scaled, kl_weight=50.0, kl_unit=unit, variant=variant)
+        scaled.measure()
+        train(scaled, 4, lr=0.01)
+        moved = torch.cat([(p.detach() - start[name]).flatten() for name, p in policy.parameters.items()])
+        with torch.no_grad():
+            for name, p in policy.parameters.items():
+                p.copy_(start[name])
+        return moved
+
+    distances = {}
+    for unit in ("reward_std", "raw"):
+        once, tenfold = trained(1.0, unit), trained(10.0, unit)
+        distances[unit] = (once - tenfold).norm() / once.norm()
+    assert distances["reward_std"] < 0.005 and distances["raw"] > 0.02
+
+
+def test_the_measured_unit_is_state_and_a_weight_without_it_is_refused(method):
+    scaled = changed(method, kl_weight=2.0, kl_unit="reward_std")
+    with pytest.raises(ValueError, match="call Refl.measure first"):
+        _ = scaled.kl_weight
+    scaled.measure(resumed=True)
+    assert scaled.reward_std is None
+    scaled.load_state_tensors({"reward_std": torch.tensor(0.3, dtype=torch.float64)})
+    assert scaled.kl_weight == 0.6 and scaled.state_tensors()["reward_std"].item() == 0.3 and scaled.is_common()
+    for broken in ({}, {"reward_std": torch.tensor(0.0)}, {"reward_std": torch.tensor(float("nan"))}):
+        with pytest.raises(ValueError, match="expected a positive number reward_std"):
+            scaled.load_state_tensors(broken)
+    assert scaled.reward_std == 0.3
+    raw = changed(method, kl_weight=2.0)
+    raw.measure()
+    assert (raw.kl_weight, raw.reward_std) == (2.0, None)
+
+
 def test_the_reward_gets_its_level_and_seeded_noise(method):
     seen: list[tuple[object, float]] = []
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_clip import save_clip
 
-from dinalrm_align.align import watch
+from dinalrm_align.align import refl, watch
 from dinalrm_align.align.lora import LORA_FILE
 from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.align.resolve import resolve
@@ -127,6 +127,77 @@ def test_a_run_starts_from_a_lora_which_is_part_of_its_identity(recipe, argument
     with pytest.raises(SystemExit):
         recipe.main([f"--resume={second}", "--loop.steps=8"])
     assert "initial LoRA" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_the_measured_unit_of_the_kl(recipe, arguments, tmp_path, monkeypatch, capsys):
+    """The number is in summary.json and in the checkpoint; on resume it is not measured again."""
+    whole = run(recipe, arguments, tmp_path / "whole", "--refl.kl_weight=50")
+    assert "reward_std 0." in capsys.readouterr().out
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["kl_weight"] == pytest.approx(50 * summary["reward_std"])
+    cut = run(recipe, arguments, tmp_path / "cut", "--refl.kl_weight=50", "--loop.steps=2")
+    saved = load_file(checkpoint_to_resume(cut) / "method_0.safetensors")
+    assert saved["reward_std"].item() == summary["reward_std"]
+    monkeypatch.setattr(refl, "base_spreads", None)
+    recipe.main([f"--resume={cut}", "--loop.steps=4"])
+    assert all(torch.equal(tensor, weights(cut)[name]) for name, tensor in weights(whole).items())
+    assert json.loads((cut / "summary.json").read_text())["reward_std"] == summary["reward_std"]
+
+
+def test_a_run_with_a_raw_weight_has_the_files_of_older_runs(recipe, arguments, tmp_path):
+    """Checkpoints of runs without kl_unit resume: their config.yaml means raw, and they hold no state of the method."""
+    folder = run(recipe, arguments, tmp_path / "run", "--refl.kl_unit=raw", "--loop.steps=2")
+    assert not (checkpoint_to_resume(folder) / "method_0.safetensors").exists()
+    assert "reward_std" not in json.loads((folder / "summary.json").read_text())
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    del settings["refl"]["kl_unit"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    recipe.main([f"--resume={folder}", "--loop.steps=3"])
+    assert yaml.safe_load((folder / "config.yaml").read_text())["refl"]["kl_unit"] == "raw"
+
+
+def test_the_kl_unit_of_each_model(tmp_path, monkeypatch):
+    """The embedded world's weight is per standard deviation; the published settings of SD3.5 are raw."""
+    monkeypatch.chdir(tmp_path)
+    units = {model: resolve(ReflRun, "", RECIPE, [f"--model={model}"]).run.refl for model in ("shapes", "sd35")}
+    assert {model: (found.kl_unit, found.kl_weight) for model, found in units.items()} == {
+        "shapes": ("reward_std", 6.1213107), "sd35": ("raw", 0.0)
+    }  # fmt: skip
+
+
+def test_the_evaluation_has_its_own_guidance_and_steps(recipe, arguments, tmp_path, capsys):
+    """Base model and policy are evaluated with them; on resume they cannot change. Training keeps its own."""
+    options = ["--evaluation.guidance_scale=1", "--evaluation.num_steps=2"]
+    folder = run(recipe, arguments, tmp_path / "run", "--loop.steps=2", *options)
+    plain = run(recipe, arguments, tmp_path / "plain", "--loop.steps=2")
+    for step in ("000000", "000002"):
+        found, default = (
+            json.loads((each / "evaluations" / f"{step}.json").read_text())["terms"] for each in (folder, plain)
+        )
+        assert (found["guidance_scale"], len(found["sigmas"])) == (1.0, 3)
+        assert (default["guidance_scale"], len(default["sigmas"])) == (1.2, 13)
+    assert all(torch.equal(tensor, weights(plain)[name]) for name, tensor in weights(folder).items())
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main([f"--resume={folder}", "--loop.steps=4", "--evaluation.guidance_scale=2"])
+    assert stopped.value.code == 2 and "guidance_scale" in capsys.readouterr().err
+
+
+def test_fewer_samples_than_images_shown_by_default(recipe, arguments, tmp_path):
+    few = [word for word in arguments if "shown" not in word]
+    folder = run(recipe, few, tmp_path / "run", "--loop.steps=1", "--evaluation.samples=4")
+    assert json.loads((folder / "evaluations" / "000001.json").read_text())["terms"]["shown"] == 4
+
+
+def test_first_lines_name_a_gold_that_is_trained_on_and_many_passes(recipe, arguments, world, tmp_path, capsys):
+    options = ["--loop.steps=16", "--loop.checkpoint_every=0", "--evaluation.every=0", "--watch.drift_sigmas=[]"]
+    same = f"--reward=dinalrm + 0.1*pixel={world / 'pixel'}"
+    run(recipe, arguments, tmp_path / "run", *options, "--gold=pixel", same, "--refl.num_steps=1")
+    printed = capsys.readouterr().out
+    assert "warning: gold pixel is also trained on" in printed
+    assert "16 rollouts of 2 prompts are 11 passes over 3 training prompts" in printed
+    run(recipe, arguments, tmp_path / "other", "--loop.steps=1")
+    printed = capsys.readouterr().out
+    assert "trained on" not in printed and "passes" not in printed
 
 
 def test_a_hacked_run_warns_or_stops_by_itself(recipe, arguments, tmp_path, monkeypatch, capsys):

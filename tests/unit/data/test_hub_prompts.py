@@ -1,0 +1,83 @@
+"""Prompts from a data set on the hub, with a stand-in for the package `datasets`; names that mean files."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dinalrm_align.data.hub_prompts import load_prompts
+
+
+class Rows(list):
+    def select_columns(self, columns):
+        assert set(columns) <= self[0].keys()
+        return Rows({name: row[name] for name in columns} for row in self)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """hub(rows): the data set that every name stands for; `asked` lists what was loaded."""
+    asked = []
+
+    def offer(rows):
+        def load_dataset(name, *, split, streaming):
+            asked.append((name, split, streaming))
+            if isinstance(rows, Exception):
+                raise rows
+            return Rows(rows)
+
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+        return asked
+
+    return offer
+
+
+@pytest.mark.parametrize("column", ["prompt", "Prompt", "caption", "Prompts", "CAPTIONS"])
+def test_the_distinct_prompts_of_a_data_set_in_order(hub, column):
+    asked = hub([{"image": 0, column: text} for text in ("b", "a ", "b", "c")])
+    assert load_prompts("owner/name") == ["b", "a", "c"]
+    assert load_prompts("owner/name:test") == ["b", "a", "c"]
+    assert asked == [("owner/name", "train", True), ("owner/name", "test", True)]
+
+
+def test_prompt_comes_before_caption(hub):
+    hub([{"caption": "c", "prompt": "p"}])
+    assert load_prompts("owner/name") == ["p"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a"}], r"got the columns \['text'\]; expected one of prompt"),
+        ([], r"got the columns \[\]"),
+        ([{"prompt": "a"}, {"prompt": None}], "owner/name:train, row 1: got the prompt None"),
+        ([{"prompt": ["a"]}], "row 0: got the prompt"),
+        ([{"prompt": "  "}], "row 0: got the prompt '  '"),
+        ([{"prompt": "a" * 10_001}], "at most 10000 characters"),
+        (FileNotFoundError("no such data set"), "no file owner/name, .* no such data set"),
+        (ValueError("Bad split: train"), "Bad split"),
+        (ConnectionError("offline"), "offline"),
+    ],
+)
+def test_a_data_set_without_prompts_is_refused(hub, rows, message):
+    hub(rows)
+    with pytest.raises(ValueError, match=message):
+        load_prompts("owner/name")
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"no file owner/name; .* pip install 'dinalrm-align\[data\]'"):
+        load_prompts("owner/name")
+
+
+def test_a_file_wins_and_a_missing_file_is_not_asked_of_the_hub(hub, tmp_path, monkeypatch):
+    asked = hub([{"prompt": "from the hub"}])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_text("from a file\n")
+    assert load_prompts("owner/name") == ["from a file"]
+    for missing in ("owner/absent.txt", "owner/absent.jsonl", "absent", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="no prompt file"):
+            load_prompts(missing)
+    assert asked == []
