@@ -46,9 +46,9 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
     from dinalrm_align.align.mining import Miner
     from dinalrm_align.align.policy import Policy
     from dinalrm_align.align.rollouts import Sampler
+    from dinalrm_align.data.hub_prompts import load_prompts
     from dinalrm_align.data.mined_pairs import MinedPairs, write_manifest
     from dinalrm_align.data.pairs import PairManifest
-    from dinalrm_align.data.prompts import read_prompts
     from dinalrm_align.flow.sampling import schedule_sigmas
     from dinalrm_align.models.pipeline import load_pipeline
     from dinalrm_align.models.text import Conditions, PromptEncoder
@@ -58,7 +58,7 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
 
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=7 * 24 * 60)  # ranks wait for the slowest
     device = accelerator.device
-    prompts = read_prompts(Path(run.prompts or spec.train_prompts))[: run.max_prompts]
+    prompts = load_prompts(run.prompts or spec.train_prompts)[: run.max_prompts]
 
     # The sampled model and the reward share their base weights. The VAE is never called.
     pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype)).to(device)

@@ -221,8 +221,8 @@ class PolicyRun:
             values: folder or hub id of a latent reward; module:function; weighted sum like "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
         seed: seed of initialisation, sampling and training.
-        prompts: file of training prompts, one per line; or .jsonl, .json, .csv or .tsv with a key or column prompt; by
-            default the list that belongs to the model.
+        prompts: training prompts: a text, .jsonl, .json, .csv or .tsv file, or a data set on the hub, OWNER/NAME or
+            OWNER/NAME:SPLIT, with a column prompt or caption; by default the list that belongs to the model.
         height: height of the images in pixels; by default the model's own.
         width: width of the images in pixels; by default the model's own.
         device: auto: a CUDA GPU if there is one, otherwise the CPU.
@@ -236,7 +236,7 @@ class PolicyRun:
     reward: RewardText = "dinalrm"
     output_dir: settings.PathText | None = None
     seed: settings.NonNegativeInt = 0
-    prompts: settings.PathText | None = None
+    prompts: settings.Source | None = None
     height: int | None = None
     width: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -258,7 +258,7 @@ class AlignRun(PolicyRun):
         resume: folder of the checkpoint to resume from, or folder of a run to use its newest checkpoint. Options on the
             command line override the saved settings; a setting that makes scores before and after incomparable is
             refused.
-        eval_prompts: file of held-out prompts, as `prompts`; by default the list that belongs to the model.
+        eval_prompts: held-out prompts, given like `prompts`; by default the list that belongs to the model.
         gradient_checkpointing: recompute activations in the backward pass; saves memory but takes about a third longer.
         profile_every: updates between measurements of FLOPs (on a CPU also of peak memory); 0: no measurements. A
             measured update takes about twice as long.
@@ -274,7 +274,7 @@ class AlignRun(PolicyRun):
     MAY_CHANGE: ClassVar = ("resume", "eval_prompts", "gradient_checkpointing", "profile_every", "tracker", "watch")
     gold: RewardText | None = None
     resume: settings.PathText | None = None
-    eval_prompts: settings.PathText | None = None
+    eval_prompts: settings.Source | None = None
     gradient_checkpointing: bool = True
     profile_every: settings.NonNegativeInt = 25
     tracker: Literal["none", "wandb", "tensorboard"] = "none"

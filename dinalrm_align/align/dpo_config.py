@@ -20,7 +20,7 @@ class DpoConfig:
             data set has ranked lists. An update uses batch_size x loop.accumulate x processes prompts.
         beta: strength of the penalty on leaving the reference. The loss is -log sigmoid(-beta / 2 [(e_w - e_w^ref) -
             (e_l - e_l^ref)]), where e is the mean squared velocity error of the preferred (w) or rejected (l) image.
-            Public runs use 100 to 5000.
+            Public runs use 100 to 5000. Rewards only rank the samples, so beta does not depend on a reward's scale.
         sigma: distribution from which the noise level of a pair is drawn.
         draws: number of (noise, noise level) draws for each pair of an update; more draws make the gradient less noisy.
         loss_guidance_scale: guidance scale of the velocities in the loss; usually 1, which means no guidance.

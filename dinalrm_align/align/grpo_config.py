@@ -35,7 +35,8 @@ class GrpoConfig(GroupRolloutConfig):
         clip_range: c; the loss clips the probability ratio to [1 - c, 1 + c].
         guard: normalise the ratios of all steps to the same mean and scale, as in GRPO-Guard (arXiv 2510.22319); only
             with flow_sde.
-        kl_beta: weight of the KL to the frozen base model in the loss; 0: the KL is only measured.
+        kl_beta: weight of the KL to the frozen base model in the loss; 0: the KL is only measured. Advantages are
+            normalised, so it is per unit of advantage and does not depend on the reward's scale.
         kl_form: normalisation of the KL. scale: squared difference of the step means / (2 s^2), where s is the SDE's
             noise scale, as in flow_grpo. std: the same formula, where s is the step's standard deviation.
             velocity: mean squared difference of the velocities. Each form needs its own kl_beta.

@@ -21,7 +21,8 @@ class NftConfig(GroupRolloutConfig):
         latest: end of the range of steps, as a fraction of num_steps; 1: the last step.
         beta: factor in the implicit good and bad velocities v_old +- beta (v - v_old), where v is the velocity of the
             trained policy and v_old is the velocity of the sampling policy.
-        kl_beta: weight of the mean squared difference of the trained policy's and the base model's velocities.
+        kl_beta: weight of the mean squared difference of the trained policy's and the base model's velocities. The
+            reward enters by normalised advantages, so the weight does not depend on the reward's scale.
         old_slope: before rollout k, the moving average is updated with the decay min(old_slope k, old_limit). With
             old_slope 0, every rollout samples from the trained policy.
         old_limit: largest decay of the moving average.

@@ -37,7 +37,8 @@ class ReflConfig:
             standard deviation of the reward among the base model's samples of one prompt, measured once on 16 prompts
             with 4 samples each and stored in the run. Rewards of different scales can then share a weight. The
             recipe's default in the embedded world is reward_std, for SD3.5 raw.
-        pretrain_weight: weight of a flow-matching loss on images, in place of ReFL's pretraining loss; 0: none.
+        pretrain_weight: weight of a flow-matching loss on images, in place of ReFL's pretraining loss; 0: none. It is
+            not scaled by the reward, whatever kl_unit is.
         pretrain_images: folder of images for the flow-matching loss, NAME.png (or .jpg, .webp) with the caption in
             NAME.txt. By default the base model generates the images.
         pretrain_samples: number of images that the base model generates if pretrain_images is not given.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dinalrm_align.data.prompts import read_prompts
-from dinalrm_align.models.text import MAX_CHARACTERS
+from dinalrm_align.models.prompt import check_prompt
 from dinalrm_align.train.files import HUB_ID
 
 COLUMNS = ("prompt", "prompts", "caption", "captions")
@@ -23,7 +23,7 @@ def load_prompts(source: str | Path) -> list[str]:
 
 
 def read_hub_prompts(name: str, split: str) -> list[str]:
-    """Return the distinct prompts of a hub data set, in order. Needs the package `datasets`.
+    """Return the distinct prompts of a hub data set, in order, without blank ones. Needs the package `datasets`.
 
     Raises ImportError without that package, and ValueError if the data set or a prompt column cannot be read.
     """
@@ -41,15 +41,15 @@ def read_hub_prompts(name: str, split: str) -> list[str]:
         if column is None:
             raise ValueError(f"got the columns {sorted(first)}; expected one of {', '.join(COLUMNS)}")
         found = [row[column] for row in rows.select_columns([column])]
-    except (OSError, ValueError) as error:
+        for row, prompt in enumerate(found):
+            if prompt is not None:
+                check_prompt(f"row {row}", prompt)
+        prompts = list(dict.fromkeys(prompt.strip() for prompt in found if prompt and prompt.strip()))
+        if not prompts:
+            raise ValueError(f"column {column} holds no prompts")
+        return prompts
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"prompts: no file {name}, and the split {split} of a data set of this name could not be read: {error}; "
-            "expected the path of a file, or OWNER/NAME or OWNER/NAME:SPLIT on the hub"
+            f"prompts: no file {name}, and {name}:{split} on the hub: {error}; expected the path of a file, or "
+            "OWNER/NAME or OWNER/NAME:SPLIT on the hub"
         ) from error
-    return list(dict.fromkeys(_checked(f"{name}:{split}, row {row}", text) for row, text in enumerate(found)))
-
-
-def _checked(where: str, text: object) -> str:
-    if not isinstance(text, str) or not 0 < len(text.strip()) <= MAX_CHARACTERS:
-        raise ValueError(f"{where}: got the prompt {text!r:.80}; expected text of at most {MAX_CHARACTERS} characters")
-    return text.strip()

@@ -29,7 +29,10 @@ for name, kl_weight in KL_WEIGHTS.items():
     if (folder / "summary.json").exists():
         print(f"{folder} is finished")
         continue
-    new = [*f"{COMMON} {EVALUATION} --refl.kl_weight {kl_weight} --output_dir {folder}".split(), *sys.argv[1:]]
+    new = [
+        *f"{COMMON} {EVALUATION} --refl.kl_unit raw --refl.kl_weight {kl_weight} --output_dir {folder}".split(),
+        *sys.argv[1:],
+    ]
     options = new if latest_checkpoint(folder) is None else ["--resume", str(folder)]
     subprocess.run([sys.executable, str(RECIPE), *options], check=True)
 

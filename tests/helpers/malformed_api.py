@@ -11,6 +11,7 @@ from dinalrm_align import LatentReward, RewardConfig
 from dinalrm_align.align.config import EvaluationConfig
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.refl_config import ReflConfig, ReflRun
+from dinalrm_align.align.spread import spread
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.flow.noise import (
@@ -506,7 +507,16 @@ SETTINGS = [
     Case("range reversed", of(ReflConfig, reward_sigma_range=(0.7, 0.2)), ValueError, "reward_sigma_range 0.7 0.2"),
     Case("range with NaN", of(ReflConfig, reward_sigma_range=(0.1, NAN)), ValueError, "refl reward_sigma_range[1]"),
     Case("one sample", of(EvaluationConfig, samples=1), ValueError, "samples 1"),
-    Case("more shown than sampled", of(EvaluationConfig, samples=4, shown=5), ValueError, "shown 5"),
+    Case("nothing shown", of(EvaluationConfig, shown=0), ValueError, "evaluation shown 0"),
+    Case("evaluation guidance below 0", of(EvaluationConfig, guidance_scale=-1.0), ValueError, "evaluation guidance_scale -1"),
+    Case("evaluation guidance NaN", of(EvaluationConfig, guidance_scale=NAN), ValueError, "evaluation guidance_scale nan"),
+    Case("evaluation guidance infinite", of(EvaluationConfig, guidance_scale=INF), ValueError, "evaluation guidance_scale inf"),
+    Case("evaluation in no steps", of(EvaluationConfig, num_steps=0), ValueError, "evaluation num_steps 0"),
+    Case("evaluation in half a step", of(EvaluationConfig, num_steps=0.5), TypeError, "evaluation num_steps"),
+    Case("KL unit unknown", of(ReflConfig, kl_unit="std"), ValueError, "refl kl_unit std"),
+    Case("spread of equal scores", lambda w: spread(torch.full((16, 4), 0.5)), ValueError, "0.5 differ"),
+    Case("spread of rounding", lambda w: spread(torch.tensor([[1e6, 1e6 + 0.0625]])), ValueError, "1e+06 differ"),
+    Case("spread with NaN", lambda w: spread(torch.tensor([[NAN, 1.0]])), ValueError, "nan differ"),
     Case("evaluation seed -1", of(EvaluationConfig, seed=-1), ValueError, "evaluation seed -1"),
     Case("height 40", of(ReflRun, height=40), ValueError, "height 40"),
     Case("policy a dictionary", of(ReflRun, policy={"rank": 4}), TypeError, "policy dict"),

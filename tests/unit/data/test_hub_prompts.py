@@ -34,7 +34,7 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("column", ["prompt", "Prompt", "caption", "Prompts", "CAPTIONS"])
 def test_the_distinct_prompts_of_a_data_set_in_order(hub, column):
-    asked = hub([{"image": 0, column: text} for text in ("b", "a ", "b", "c")])
+    asked = hub([{"image": 0, column: text} for text in ("b", "a ", None, "b", " ", "c")])
     assert load_prompts("owner/name") == ["b", "a", "c"]
     assert load_prompts("owner/name:test") == ["b", "a", "c"]
     assert asked == [("owner/name", "train", True), ("owner/name", "test", True)]
@@ -50,10 +50,12 @@ def test_prompt_comes_before_caption(hub):
     [
         ([{"text": "a"}], r"got the columns \['text'\]; expected one of prompt"),
         ([], r"got the columns \[\]"),
-        ([{"prompt": "a"}, {"prompt": None}], "owner/name:train, row 1: got the prompt None"),
-        ([{"prompt": ["a"]}], "row 0: got the prompt"),
-        ([{"prompt": "  "}], "row 0: got the prompt '  '"),
-        ([{"prompt": "a" * 10_001}], "at most 10000 characters"),
+        ([{"prompt": None}, {"prompt": "  "}], "column prompt holds no prompts"),
+        ([{"prompt": "a"}, {"prompt": 3}], "owner/name:train on the hub: row 1: got int"),
+        ([{"prompt": ["a"]}], "row 0: got list"),
+        ([{"prompt": "a" * 10_001}], "10000"),
+        ([{"prompt": "a\ud800"}], "row 0"),
+        ([{"prompt": "a\0"}], "row 0"),
         (FileNotFoundError("no such data set"), "no file owner/name, .* no such data set"),
         (ValueError("Bad split: train"), "Bad split"),
         (ConnectionError("offline"), "offline"),
