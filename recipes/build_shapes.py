@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     finish(train_text, clips | {"text_encoder_3": T5EncoderModel})
     finish(train_base, {"transformer": SD3Transformer2DModel})
     if not (weights / "pipeline" / "model_index.json").exists():
-        pipeline.save_pretrained(weights / "pipeline")
+        with atomic_folder(weights / "pipeline") as temporary:
+            pipeline.save_pretrained(temporary)
     pairs = {kind: ensure_pairs(kind, root / "pairs" / kind, pipeline, config.pairs) for kind in ("train", "concepts")}
     if not (weights / "dinalrm" / "config.json").exists():
         train_latent_reward(config, weights / "pipeline", pairs)

@@ -112,10 +112,21 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Context manager that yields a temporary path. The file written there replaces `path` if the block succeeds."""
+    """Context manager that yields a temporary path. The file written there replaces `path` if the block succeeds.
+
+    The file gets the permissions of the process's umask, also if a library wrote it with others.
+    """
     make_folder(path.parent)
     temporary = path.with_name(TEMPORARY + path.name)
-    yield temporary
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+    except Exception:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.chmod(mode)
     flush(temporary)
     os.replace(temporary, path)
     flush(path.parent)
@@ -123,14 +134,20 @@ def atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Context manager that yields an empty temporary folder, which replaces `path` if the block succeeds."""
+    """Context manager that yields an empty temporary folder, which replaces `path` if the block succeeds.
+
+    The files get the permissions of the process's umask, also those that a library wrote with others.
+    """
     temporary, old = path.with_name(TEMPORARY + path.name), path.with_name(DISCARDED + path.name)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         make_folder(temporary)
         yield temporary
+        mode = temporary.stat().st_mode & 0o666
         for written in (*temporary.rglob("*"), temporary):
+            if written.is_file() and not written.is_symlink():
+                written.chmod(mode)
             flush(written)
         if path.exists():
             os.rename(path, old)
