@@ -8,12 +8,13 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from dinalrm_align.align.config import MemoryConfig
+from dinalrm_align.models.layout import TEXT_ENCODERS
 from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.quantization import check_quantization, quantise_linears
+from dinalrm_align.models.text import TransformerConfig
 
 KERNELS = ("flash", "mem_efficient", "cudnn")
 """Names in torch.backends.cuda.enable_*_sdp. math stays enabled as the fallback, which the VAE's wide head needs."""
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def check_memory_options(config: MemoryConfig, device: torch.device) -> None:
@@ -46,7 +47,10 @@ def text_pipeline(pipeline: StableDiffusion3Pipeline, device: torch.device) -> S
     """Return a pipeline that has only the text encoders and tokenizers of `pipeline`, on `device`."""
     names = [*TEXT_ENCODERS, *(name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS)]
     parts = {name: getattr(pipeline, name) for name in names}
-    return StableDiffusion3Pipeline(transformer=None, vae=None, scheduler=pipeline.scheduler, **parts).to(device)
+    texts = StableDiffusion3Pipeline(transformer=None, vae=None, scheduler=pipeline.scheduler, **parts).to(device)
+    if texts.text_encoder_3 is None:
+        texts.transformer = TransformerConfig(pipeline.transformer.config)
+    return texts
 
 
 def release_text_encoders(*pipelines: StableDiffusion3Pipeline) -> None:

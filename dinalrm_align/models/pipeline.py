@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dinalrm_align.flow.noise import check_latents
 from dinalrm_align.models.images import Images, image_tensor
+from dinalrm_align.models.layout import TEXT_ENCODERS, check_files, weight_options, without_t5
 from dinalrm_align.models.text import text_encoders
-from dinalrm_align.models.weights import HubOptions, check_source, load_model
+from dinalrm_align.models.weights import HubOptions, check_source, find_file, load_model
 from dinalrm_align.train.files import read_json, reading
 
 if TYPE_CHECKING:
@@ -26,18 +27,25 @@ def load_transformer(source: str | Path, *, dtype: torch.dtype, **hub: Unpack[Hu
         kind = read_json(config, "that of an SD3Transformer2DModel").get("_class_name")
         if kind != SD3Transformer2DModel.__name__:
             raise ValueError(f"{config}: got a {kind}; expected an SD3Transformer2DModel (SD3 or SD3.5)")
-    options = dict(subfolder=None if bare else "transformer", torch_dtype=dtype, use_safetensors=True, **hub)
+    part = "" if bare else "transformer"
+    options = dict(subfolder=part or None, torch_dtype=dtype, **weight_options(source, part), **hub)
     return load_model(SD3Transformer2DModel, source, **options).requires_grad_(False)
 
 
 def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion3Pipeline":
-    """Load a frozen StableDiffusion3Pipeline from a folder or hub id: the VAE in float32, the rest in `dtype`."""
+    """Load a frozen StableDiffusion3Pipeline from a folder or hub id: the VAE in float32, the rest in `dtype`.
+
+    A pipeline may have been saved without T5, as the variant fp16 or bf16, or as .bin files (see `weight_options`).
+    """
     from diffusers import StableDiffusion3Pipeline
 
+    absent = without_t5(find_file(source, "model_index.json"))
+    if Path(source).is_dir():
+        check_files(Path(source))
     transformer, vae = load_transformer(source, dtype=dtype), load_vae(source, device="cpu")
     with reading("StableDiffusion3Pipeline", source):
-        options = dict(transformer=transformer, vae=vae, dtype=dtype, use_safetensors=True)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(str(source), **options)
+        options = dict(transformer=transformer, vae=vae, dtype=dtype, **weight_options(source, *TEXT_ENCODERS))
+        pipeline = StableDiffusion3Pipeline.from_pretrained(str(source), **options, **absent)
     for encoder in text_encoders(pipeline):
         encoder.requires_grad_(False)
     return pipeline
@@ -50,7 +58,7 @@ def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[Hu
     if Path(source).is_dir() and not (Path(source) / "vae" / "config.json").is_file():
         raise ValueError(f"images need a VAE, and {source} has no vae folder: pass pipeline=..., or score latents")
     check_source("VAE", source)
-    options = dict(subfolder="vae", torch_dtype=torch.float32, use_safetensors=True, **hub)
+    options = dict(subfolder="vae", torch_dtype=torch.float32, **weight_options(source, "vae"), **hub)
     vae = load_model(AutoencoderKL, source, **options)
     return vae.requires_grad_(False).eval().to(device)
 

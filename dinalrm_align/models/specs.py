@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from dinalrm_align.models.layout import check_files, missing_files, missing_weights
 from dinalrm_align.train.files import HUB_ID, read_json
 from dinalrm_align.train.settings import Source, check_integer, did_you_mean
 
@@ -130,35 +131,6 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
     raise ValueError(f"unknown model {name!r}{guess} Known: {known}")
 
 
-def missing_files(folder: Path) -> list[str]:
-    """Return relative paths of missing files in a StableDiffusion3Pipeline folder; broken links count as missing."""
-    index = folder / "model_index.json"
-    if not index.exists():
-        return ["model_index.json"]
-    components = read_json(index).items()
-    parts = [part for part, entry in components if isinstance(entry, list) and entry[:1] != [None]]
-    return [f"{part}/{file}" for part in parts for file in _missing_in_part(folder / part)]
-
-
-def _missing_in_part(folder: Path) -> list[str]:
-    if folder.name.startswith("tokenizer"):
-        vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
-        return [] if any((folder / file).exists() for file in vocabularies) else ["tokenizer.json"]
-    if folder.name == "scheduler":
-        return [] if (folder / "scheduler_config.json").exists() else ["scheduler_config.json"]
-    return _missing_weights(folder, "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model")
-
-
-def _missing_weights(folder: Path, stem: str) -> list[str]:
-    index, weights = folder / f"{stem}.safetensors.index.json", [f"{stem}.safetensors"]
-    if index.exists():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise ValueError(f"{index}: weight_map: got {files!r:.80}; expected a file for every tensor")
-        weights = sorted(set(files.values()))
-    return [file for file in ("config.json", *weights) if not (folder / file).exists()]
-
-
 def _choose() -> tuple[ModelSpec, str]:
     import huggingface_hub
 
@@ -186,7 +158,7 @@ def is_cached(repository: str) -> bool:
     if repository == sd35.pipeline:
         return not missing_files(folder)
     if repository == sd35.pixel:
-        return not _missing_weights(folder, "model") or (folder / "pytorch_model.bin").exists()
+        return not missing_weights(folder, "model")
     processor = ("preprocessor_config.json", "tokenizer.json")
     files = processor if repository == sd35.pixel_processor else RELEASED_REWARD_FILES
     return all((folder / file).exists() for file in files)
@@ -244,10 +216,7 @@ def _from_folder(path: Path) -> tuple[ModelSpec, str]:
 
 def _check_pipeline(pipeline: Path) -> None:
     """Raise ValueError unless the folder holds a complete SD3 pipeline."""
-    if missing := missing_files(pipeline):
-        lacks = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        problem = f"is not a complete StableDiffusion3Pipeline folder: it lacks {lacks}"
-        raise ValueError(f"{pipeline} {problem}; save one with pipeline.save_pretrained(folder)")
+    check_files(pipeline)
     kind = read_json(pipeline / "model_index.json").get("_class_name")
     if kind != "StableDiffusion3Pipeline":
         raise ValueError(f"{pipeline}: got a {kind}; expected a StableDiffusion3Pipeline (SD3 or SD3.5)")

@@ -8,14 +8,15 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinalrm_align.models.layout import TEXT_ENCODERS, weight_options, without_t5
 from dinalrm_align.models.prompt import check_prompt
-from dinalrm_align.models.weights import check_source
+from dinalrm_align.models.weights import check_source, find_file
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, reading
 
@@ -250,6 +251,7 @@ class PromptEncoder:
 
     def _load(self) -> "StableDiffusion3Pipeline":
         from diffusers import StableDiffusion3Pipeline
+        from diffusers.configuration_utils import FrozenDict
 
         check_source("base model", self.source)
         folder = Path(self.source)
@@ -257,12 +259,27 @@ class PromptEncoder:
             problem = f"{folder} is not a pipeline folder (it has no model_index.json)"
             raise ValueError(f"prompts need text encoders, and {problem}: pass pipeline=..., or prompt_embeds")
         local = folder.is_dir() or self.local_files_only
-        options = dict(transformer=None, vae=None, dtype=self.dtype, local_files_only=local, use_safetensors=True)
+        hub = dict(local_files_only=local)
+        absent = without_t5(find_file(self.source, "model_index.json", **hub))
+        options = dict(transformer=None, vae=None, dtype=self.dtype, **weight_options(self.source, *TEXT_ENCODERS))
         with reading("text encoders and tokenizers", self.source):
-            pipeline = StableDiffusion3Pipeline.from_pretrained(str(self.source), **options)
+            pipeline = StableDiffusion3Pipeline.from_pretrained(str(self.source), **options, **absent, **hub)
+        if pipeline.text_encoder_3 is None:
+            config = read_json(find_file(self.source, "transformer/config.json", **hub))
+            pipeline.transformer = TransformerConfig(FrozenDict(config))
         for encoder in text_encoders(pipeline):
             encoder.requires_grad_(False)
         return pipeline.to(self.device)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Stands in for the transformer of a pipeline that only encodes prompts.
+
+    A pipeline without T5 reads the width of the zeros that take the place of T5's features from `config`.
+    """
+
+    config: Mapping[str, Any]
 
 
 def text_encoders(pipeline: "StableDiffusion3Pipeline") -> list[torch.nn.Module]:

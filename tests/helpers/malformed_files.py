@@ -19,6 +19,7 @@ from dinalrm_align import LatentReward
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.prompts import read_captioned_images, read_prompts
 from dinalrm_align.data.source import ImagePairs
+from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.specs import resolve_model
 from dinalrm_align.reward.pixel.clip import ClipReward
 
@@ -626,6 +627,13 @@ def model(make: Callable[[World], object]):
     return call
 
 
+def indexed(world: World, content: str) -> Path:
+    """The pipeline with an index in the place of the transformer's weights."""
+    copied = without(world.pipeline_dir, world, TRANSFORMER)
+    (copied / f"{TRANSFORMER}.index.json").write_text(content)
+    return copied
+
+
 MODELS = [
     Case("nothing", model(lambda w: ""), ValueError, "model"),
     Case("a near name", model(lambda w: "shape"), ValueError, "shapes"),
@@ -635,6 +643,11 @@ MODELS = [
     Case("an index of a list", model(lambda w: w.with_bytes(w.pipeline_dir, "model_index.json", "[]")), ValueError, "model_index.json"),
     Case("another pipeline", model(lambda w: w.with_json(w.pipeline_dir, "model_index.json", _class_name="FluxPipeline")), ValueError, "FluxPipeline"),
     Case("no weights", model(lambda w: without(w.pipeline_dir, w, TRANSFORMER)), ValueError, "diffusion_pytorch_model.safetensors"),
+    Case("a T5 that is gone", model(lambda w: without(w.pipeline_dir, w, "text_encoder_3/model.safetensors")), ValueError, "text_encoder_3/model.safetensors null"),
+    Case("a bare null for T5", lambda w: load_pipeline(w.with_json(w.pipeline_dir, "model_index.json", text_encoder_3=None), dtype=torch.float32), ValueError, "model_index.json text_encoder_3 null"),
+    Case("a pipeline without a VAE", lambda w: load_pipeline(without(w.pipeline_dir, w, "vae/diffusion_pytorch_model.safetensors"), dtype=torch.float32), ValueError, "vae/diffusion_pytorch_model.safetensors"),
+    Case("an index of shards of text", model(lambda w: indexed(w, '{"weight_map": "a"}')), ValueError, "weight_map index.json"),
+    Case("a shard that is gone", model(lambda w: indexed(w, '{"weight_map": {"a": "b.safetensors"}}')), ValueError, "transformer/b.safetensors"),
     Case("a transformer of no size", model(lambda w: w.with_json(w.pipeline_dir, "transformer/config.json", sample_size=...)), ValueError, "sample_size NoneType"),
     Case("a VAE of no widths", model(lambda w: w.with_json(w.pipeline_dir, "vae/config.json", block_out_channels=3)), ValueError, "block_out_channels 3"),
 ]  # fmt: skip
