@@ -121,14 +121,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.test_sets = config.test_sets or {kind: str(made[kind]) for kind in HELD_OUT_KINDS}
     transformer = load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
     with refusing():
-        evaluator = Evaluator(
-            sets=config.test_sets,
-            encoders=Encoders(spec.pipeline, text_length=baseline.reward.text_length, device=device, dtype=dtype),
-            size=(baseline.height or spec.height, baseline.width or spec.width),
-            batch_size=config.batch_size,
-            noise_seed=config.noise_seed,
-            image_sets=open_image_sets(config.test_sets),
-        )
+        encoders = Encoders(spec.pipeline, text_length=baseline.reward.text_length, device=device, dtype=dtype)
+        size = baseline.height or spec.reward_size, baseline.width or spec.reward_size
+        options = {"noise_seed": config.noise_seed, "image_sets": open_image_sets(config.test_sets)}
+        evaluator = Evaluator(config.test_sets, encoders, size, config.batch_size, **options)
 
     # ---------------------------------------------------------------------- train and evaluate every arm, seed by seed
     def scores(arm: str, seed: int) -> dict[str, PairScores]:

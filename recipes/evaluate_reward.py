@@ -30,6 +30,7 @@ def resolve(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
     """Return the settings and the model. `--help` exits in this function, before torch is imported."""
     config, _ = parse(EvaluateRun, __doc__, words)
     spec, reason = resolve_model(config.model)
+    spec = spec.with_text_length(config.text_length)
     if spec.kind != "shapes" and not config.test_sets:
         refuse(f"{spec.name} has no test sets of its own; expected --test_sets '{{name: DIR}}'")
     if config.checkpoint is not None or "dinalrm" in {term.name for term in parse_reward(config.reward)}:
@@ -68,7 +69,9 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
         return load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
 
     source = config.checkpoint
-    candidate = None if source is None else Candidate.from_checkpoint(source or spec.reward, transformer)
+    candidate = (
+        None if source is None else Candidate.from_checkpoint(source or spec.reward, transformer, config.text_length)
+    )
     unseen = Dropped(config.on_bad)  # records of the training data that are left out
     trained = None if config.trained_on is None else read_trained(config.trained_on, unseen)
     if unseen.counts:
@@ -92,9 +95,9 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
         candidate = Candidate.from_reward(config.reward, reward)
 
     # ------------------------------------------------------------------- scores, once; then accuracy by every protocol
-    size = (config.size, config.size) if config.size else (spec.height, spec.width)
-    options = {name: vars(config)[name] for name in ("batch_size", "noise_seed", "fit", "on_bad")}
-    evaluator = Evaluator(sets=config.test_sets, encoders=encoders, size=size, image_sets=image_sets, **options)
+    size = (config.size or spec.reward_size,) * 2
+    settings = config.batch_size, config.noise_seed, config.fit, config.on_bad
+    evaluator = Evaluator(config.test_sets, encoders, size, *settings, image_sets)
     gold = {}
     if config.gold and has_latents:
         gold = evaluator.gold_accuracy(load_image_scorer(spec.gold, spec=spec, device=device), candidate.config)

@@ -33,6 +33,7 @@ def settings_and_model(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
         refuse(f"unknown reward {run.reward!r}; known: dinalrm, or the folder or hub id of a latent reward")
     spec, reason = resolve_model(run.model)
     check_sides(spec, height=run.height or spec.height, width=run.width or spec.width)
+    spec = spec.with_text_length(run.text_length)
     print(reason, flush=True)
     name = f"pairs_{Path(spec.name).name}_{Path(run.reward).name}_seed{run.seed}"
     return run, spec, Path(run.output_dir or Path("runs") / name).absolute()

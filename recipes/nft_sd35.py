@@ -1,7 +1,7 @@
 """DiffusionNFT: align Stable Diffusion 3.5 Medium, or the embedded world, by contrasting good and bad samples.
 
     python recipes/nft_sd35.py --reward dinalrm               SD3.5-M if its weights are found, else the embedded world
-    python recipes/nft_sd35.py --nft.levels 4 --nft.latest 0.5       four noise levels per sample, from the noisier half
+    python recipes/nft_sd35.py --model sd35 --config recipes/nft_sd35_flow_factory.yaml        Flow-Factory's settings
     python recipes/nft_sd35.py --resume runs/nft_shapes_dinalrm_seed0
 
 Each rollout draws a group of samples for every prompt, and the reward decides how much each sample counts as good and
@@ -25,10 +25,13 @@ from dinalrm_align.train.command import refusing
 def align(resolved: Resolved[NftRun]) -> None:
     from dinalrm_align.align.nft import Nft
     from dinalrm_align.align.setup import prepare
+    from dinalrm_align.flow.sampling import named_sigmas
 
     config = resolved.run.nft
     setup = prepare(resolved)
-    nft = Nft(setup.sampler(setup.sigmas(config.num_steps), config.guidance_scale), setup.reward, config)
+    num_steps = config.num_steps or resolved.spec.num_steps
+    sampler = setup.sampler(named_sigmas(config.schedule, setup.pipeline.scheduler, num_steps), config.guidance_scale)
+    nft = Nft(sampler, setup.reward, config)
     reuse = config.epochs * config.minibatches
     # the old policy and its samples are stored in the checkpoints
     setup.align(nft, samples=config.groups, state=nft, reuse=reuse, no_signal=nft.no_signal)

@@ -34,8 +34,8 @@ def resolve(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, Path |
 
     Without --config, the defaults of a new run come from train_reward_sd35.yaml or train_reward_shapes.yaml.
     """
-    model, checkpoint = begin_run(TrainRewardRun, __doc__, argv)
-    spec, reason = resolve_model(model)
+    given, checkpoint = begin_run(TrainRewardRun, __doc__, argv)
+    spec, reason = resolve_model(given.model)
     has_config = any(word.split("=")[0] == "--config" for word in argv)
     defaults = [] if has_config else [RECIPE.with_name(f"train_reward_{spec.kind}.yaml")]
     run, text = complete_run(

@@ -225,6 +225,8 @@ class PolicyRun:
             OWNER/NAME:SPLIT, with a column prompt or caption; by default the list that belongs to the model.
         height: height of the images in pixels; by default the model's own.
         width: width of the images in pixels; by default the model's own.
+        text_length: T5 tokens per prompt that the policy reads, 1 to 512; by default the model's own, 128 for SD3.5. A
+            latent reward always reads the number of its own checkpoint.
         device: auto: a CUDA GPU if there is one, otherwise the CPU.
         dtype: dtype of the frozen weights. auto: float32 on a CPU, otherwise the model's own. The LoRA is always
             float32.
@@ -239,6 +241,7 @@ class PolicyRun:
     prompts: settings.Source | None = None
     height: int | None = None
     width: int | None = None
+    text_length: settings.IntFrom1To512 | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16.0))

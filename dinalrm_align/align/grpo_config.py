@@ -35,14 +35,18 @@ class GrpoConfig(GroupRolloutConfig):
         clip_range: c; the loss clips the probability ratio to [1 - c, 1 + c].
         guard: normalise the ratios of all steps to the same mean and scale, as in GRPO-Guard (arXiv 2510.22319); only
             with flow_sde.
-        kl_beta: weight of the KL to the frozen base model in the loss; 0: the KL is only measured. Advantages are
-            normalised, so it is per unit of advantage and does not depend on the reward's scale.
+        kl_beta: weight of the KL to the frozen base model in the loss; 0: the base model does not run in training, and
+            the metrics kl and step_kl are absent. Advantages are normalised, so the weight is per unit of advantage and
+            does not depend on the reward's scale.
         kl_form: normalisation of the KL. scale: squared difference of the step means / (2 s^2), where s is the SDE's
-            noise scale, as in flow_grpo. std: the same formula, where s is the step's standard deviation.
-            velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
-        ratio_tolerance: largest distance of the probability ratios from 1 in the first update after a rollout. The run
-            stops at a larger distance: the weights have not changed since the rollout, so a difference means that
-            rollout and training compute different probabilities.
+            noise scale, as in flow_grpo. std: the same, with the step's standard deviation as s; the exact KL
+            per dimension. velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
+        ratio_tolerance: largest distance of the probability ratios from 1 in the first update after a rollout, less
+            than clip_range; None: a third of clip_range. The run stops at a larger distance: the weights have not
+            changed yet, so a difference means that rollout and training compute different probabilities.
+            Log-probabilities are float32 means over the latents, of velocities in the model's dtype. With bfloat16, a
+            forward of equal batches repeats exactly, and the distance is 0; batches of other sizes round velocities
+            differently, by up to 1/256 of each value, of which the mean over the latents keeps little.
     """
 
     MAY_CHANGE: ClassVar = (
@@ -66,7 +70,7 @@ class GrpoConfig(GroupRolloutConfig):
     guard: bool = False
     kl_beta: settings.NonNegativeFloat = 0.01
     kl_form: Literal["scale", "std", "velocity"] = "scale"
-    ratio_tolerance: settings.PositiveFloat = 1e-5
+    ratio_tolerance: settings.PositiveFloat | None = None
 
     def __post_init__(self) -> None:
         self.check("grpo")
@@ -74,8 +78,18 @@ class GrpoConfig(GroupRolloutConfig):
         if self.window_range is not None and self.window_range[1] - self.window_range[0] < self.window_size:
             room = f"room for window_size {self.window_size}"
             raise ValueError(f"grpo.window_range: got {self.window_range}; expected {room}")
+        if self.ratio_tolerance is not None and self.ratio_tolerance >= self.clip_range:
+            raise ValueError(
+                f"grpo.ratio_tolerance: got {self.ratio_tolerance:g}; expected less than clip_range, "
+                f"{self.clip_range:g}, since ratios beyond it are clipped; leave it out for a third of clip_range"
+            )
         if self.guard and self.sampler == "flow_cps":
             raise ValueError("grpo.guard: got true with sampler flow_cps; expected flow_sde: it needs a density")
+
+    @property
+    def largest_mismatch(self) -> float:
+        """`ratio_tolerance`, or a third of `clip_range` if it is None."""
+        return self.clip_range / 3 if self.ratio_tolerance is None else self.ratio_tolerance
 
 
 @dataclass

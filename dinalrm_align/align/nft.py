@@ -75,6 +75,7 @@ class Samples:
         latents: (N, C, H, W), the clean samples.
         good: (N,), the weight r in [0, 1] with which each sample counts as good.
         kept: (N,) bool, False if all samples of the same prompt have equal scores. Updates leave out these samples.
+            All True with config.keep_equal.
         statistics: metrics of the rollout in the order of `STATISTICS`.
     """
 
@@ -151,8 +152,8 @@ class Nft:
         together = {"reward": torch.cat(scores, dim=1)}
         found = rollout_advantages(together, {"reward": 1.0}, config, sampler.gather, sampler.rank)
         statistics = torch.tensor([found.statistics[name] for name in STATISTICS])
-        good = goodness(found.advantages, config.advantage_clip)
-        return Samples(number, indices, torch.cat(latents), good, found.kept, statistics)
+        good, kept = goodness(found.advantages, config.advantage_clip), found.kept | config.keep_equal
+        return Samples(number, indices, torch.cat(latents), good, kept, statistics)
 
     @torch.no_grad()
     def follow(self, number: int) -> None:
@@ -202,23 +203,26 @@ class Nft:
     def step(self, batch: NftBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the mean loss of the batch, differentiable in the policy's LoRA, and the metrics.
 
-        Metrics: `kl`, the mean squared difference of the trained policy's and the reference's velocities; `moved`, the
-        mean squared difference of the trained and the old policy's velocities; and the statistics of the rollout.
+        Metrics: `moved`, the mean squared difference of the trained and the old policy's velocities; `kl`, the same for
+        the trained policy's and the reference's, only with a kl_beta above 0; and the statistics of the rollout.
         """
         config, policy = self.config, self.sampler.policy
         with self.sampler.meter.phase("policy"):
             velocity = self.sampler.velocity_for(batch.conditions)
             x_sigma = add_noise(batch.latents, batch.noise, batch.sigma)
-            with policy.reference():
-                v_reference = velocity(x_sigma, batch.sigma)
+            if config.kl_beta > 0:
+                with policy.reference():
+                    v_reference = velocity(x_sigma, batch.sigma)
             with torch.no_grad(), self.old.in_place():  # writes into the weights, so before the forward with gradient
                 v_old = velocity(x_sigma, batch.sigma)
             v = velocity(x_sigma, batch.sigma)
             contrast = contrast_loss(v, v_old, x_sigma, batch.sigma, batch.latents, batch.good, config.beta)
-            kl = (v - v_reference).square().mean(dim=(1, 2, 3))
-            loss = config.advantage_clip * contrast + config.kl_beta * kl
+            loss, measured = config.advantage_clip * contrast, {}
+            if config.kl_beta > 0:
+                kl = (v - v_reference).square().mean(dim=(1, 2, 3))
+                loss, measured["kl"] = loss + config.kl_beta * kl, kl.detach().mean()
         moved = (v.detach() - v_old).square().mean(dim=(1, 2, 3))
-        return loss.mean(), {"kl": kl.detach().mean(), "moved": moved.mean(), **batch.statistics}
+        return loss.mean(), {**measured, "moved": moved.mean(), **batch.statistics}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return tensors by name: the old policy's weights, and the fields of the unfinished rollout if any."""

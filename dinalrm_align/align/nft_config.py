@@ -1,7 +1,7 @@
 """Settings of DiffusionNFT and of `recipes/nft_sd35.py`, with defaults for the small test model. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from dinalrm_align.align.config import AlignRun, GroupRolloutConfig
 from dinalrm_align.train import settings
@@ -16,13 +16,17 @@ class NftConfig(GroupRolloutConfig):
 
     Args:
         num_steps: denoising steps of the rollout; None: the model's own number.
-        levels: number of noise levels per sample in an epoch. The levels are drawn between earliest and latest.
+        schedule: noise levels of the rollout: the pipeline's (diffusers), or 1, ..., 1/N, shifted, then 0 (linear).
+        levels: number of noise levels per sample and epoch, drawn from those of the steps between earliest and latest.
         earliest: start of the range of steps, as a fraction of num_steps; 0: the first step, pure noise.
         latest: end of the range of steps, as a fraction of num_steps; 1: the last step.
         beta: factor in the implicit good and bad velocities v_old +- beta (v - v_old), where v is the velocity of the
             trained policy and v_old is the velocity of the sampling policy.
-        kl_beta: weight of the mean squared difference of the trained policy's and the base model's velocities. The
-            reward enters by normalised advantages, so the weight does not depend on the reward's scale.
+        kl_beta: weight of the mean squared difference of the trained policy's and the base model's velocities; 0: the
+            base model does not run in training, and the metric kl is absent. The reward enters by normalised
+            advantages, so the weight does not depend on the reward's scale.
+        keep_equal: also train on groups whose scores are all equal, as DiffusionNFT's public code does. Their samples
+            count as half good and half bad; by default updates leave them out.
         old_slope: before rollout k, the moving average is updated with the decay min(old_slope k, old_limit). With
             old_slope 0, every rollout samples from the trained policy.
         old_limit: largest decay of the moving average.
@@ -30,11 +34,13 @@ class NftConfig(GroupRolloutConfig):
 
     MAY_CHANGE: ClassVar = ("beta", "kl_beta", "old_slope", "old_limit")
     num_steps: settings.PositiveInt | None = 8
+    schedule: Literal["diffusers", "linear"] = "diffusers"
     levels: settings.PositiveInt = 2
     earliest: settings.ClosedUnitInterval = 0.0
     latest: settings.ClosedUnitInterval = 1.0
     beta: settings.PositiveFloat = 1.0
     kl_beta: settings.NonNegativeFloat = 1.0
+    keep_equal: bool = False
     old_slope: settings.NonNegativeFloat = 0.001
     old_limit: settings.HalfOpenUnitInterval = 0.5
 

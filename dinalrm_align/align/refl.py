@@ -48,20 +48,26 @@ def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torc
     return int(torch.randint(first, last + 1, (), generator=generator))
 
 
+def velocity_kl(velocity: Tensor, reference: Velocity | None, latents: Tensor, sigma: float) -> Tensor:
+    """Return the mean (B,) of |velocity - reference(latents, sigma)|^2 over C, H, W. Without a reference, zeros."""
+    if reference is None:
+        return torch.zeros(len(latents), device=latents.device)
+    return (velocity - reference(latents, sigma)).square().mean(dim=(1, 2, 3))
+
+
 def gradient_steps(
-    velocity: Velocity, reference: Velocity, latents: Tensor, sigmas: Sequence[float], start: int, count: int
+    velocity: Velocity, reference: Velocity | None, latents: Tensor, sigmas: Sequence[float], start: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """Take `count` steps with gradient from latents (B, C, H, W) at sigmas[start].
 
-    Returns x0_hat (B, C, H, W) and the velocity KL (B,). x0_hat is the last step's estimate of the clean latents. The
-    KL is the mean of |velocity - reference|^2 over C, H, W and the steps. Both results are float32 and differentiable
-    in the parameters of `velocity`. `reference` gets the same latents as `velocity`, detached.
+    Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,), the mean of
+    |velocity - reference|^2 over C, H, W and the steps. Both are float32 and differentiable in the parameters of
+    `velocity`. `reference` gets the same latents as `velocity`, detached; if it is None, the KL is 0.
     """
     kl = torch.zeros(len(latents), device=latents.device)
     for index in range(start, start + count):
         v = velocity(latents, sigmas[index])
-        v_reference = reference(latents.detach(), sigmas[index])
-        kl = kl + (v - v_reference).square().mean(dim=(1, 2, 3)) / count
+        kl = kl + velocity_kl(v, reference, latents.detach(), sigmas[index]) / count
         if index < start + count - 1:
             latents = ode_step(latents, v, sigmas[index], sigmas[index + 1])
     return denoised(latents, v, sigmas[start + count - 1]), kl
@@ -77,7 +83,7 @@ def draw_trained(stop: int, count: int, generator: torch.Generator) -> tuple[int
 def drtune_steps(
     velocity: Velocity,
     free: Velocity,
-    reference: Velocity,
+    reference: Velocity | None,
     latents: Tensor,
     sigmas: Sequence[float],
     first: int,
@@ -98,7 +104,7 @@ def drtune_steps(
         x = latents.detach()
         if index in trained:
             v = velocity(x, sigmas[index])
-            kl = kl + (v - reference(x, sigmas[index])).square().mean(dim=(1, 2, 3)) / len(trained)
+            kl = kl + velocity_kl(v, reference, x, sigmas[index]) / len(trained)
         else:
             with torch.no_grad():
                 v = free(x, sigmas[index])
@@ -108,7 +114,7 @@ def drtune_steps(
 
 
 def renoised_steps(
-    velocity: Velocity, reference: Velocity, latents: Tensor, noise: Tensor, sigma: float
+    velocity: Velocity, reference: Velocity | None, latents: Tensor, noise: Tensor, sigma: float
 ) -> tuple[Tensor, Tensor]:
     """DRaFT-LV (arXiv 2309.17400): noise finished samples, and denoise them in one step that carries the gradient.
 
@@ -122,7 +128,7 @@ def renoised_steps(
 
 
 def direct_align_steps(
-    velocity: Velocity, reference: Velocity, latents: Tensor, noise: Tensor, sigma: float, sigma_next: float
+    velocity: Velocity, reference: Velocity | None, latents: Tensor, noise: Tensor, sigma: float, sigma_next: float
 ) -> tuple[Tensor, Tensor]:
     """Add known noise to samples, take one step, and subtract the remaining noise: Direct-Align (arXiv 2509.06942).
 
@@ -135,7 +141,7 @@ def direct_align_steps(
     """
     x = add_noise(latents.detach(), noise, sigma)
     v = velocity(x, sigma)
-    kl = (v - reference(x, sigma)).square().mean(dim=(1, 2, 3))
+    kl = velocity_kl(v, reference, x, sigma)
     return (ode_step(x, v, sigma, sigma_next) - sigma_next * noise) / (1 - sigma_next), kl
 
 
@@ -267,7 +273,8 @@ class Refl:
         conditions = sampler.take(sampler.prompt_indices(config.batch_size, micro_step))
         noise = sampler.noise(generators)
         consecutive = config.grad_steps if config.variant == "refl" else 1
-        start = draw_start(sampler.num_steps, consecutive, config.earliest, generator)
+        earliest = config.draft_lv_earliest if config.variant == "draft_lv" else config.earliest
+        start = draw_start(sampler.num_steps, consecutive, earliest, generator)
         steps, trained = start if config.variant == "refl" else sampler.num_steps, ()
         if config.variant == "drtune":
             trained = draw_trained(start, min(config.grad_steps, start + 1), generator)
@@ -280,9 +287,10 @@ class Refl:
         """Return the loss, differentiable in the policy's LoRA, and the metrics.
 
         Metrics: `reward`, the mean score; `kl`, the mean squared difference of the policy's and the base model's
-        velocities; `start_sigma`, the noise level of step batch.start; `signal`, the share of samples for which the
-        reward's gradient is not zero, known after the backward pass. Updates with a second reward add `anchor`, the
-        second reward's mean score. A pretrain_weight above 0 adds `pretrain`, the pretraining loss.
+        velocities, only with a kl_weight above 0, since it costs a forward; `start_sigma`, the noise level of step
+        batch.start; `signal`, the share of samples for which the reward's gradient is not zero, known after the
+        backward pass. Updates with a second reward add `anchor`, the second reward's mean score. A pretrain_weight above
+        0 adds `pretrain`, the pretraining loss.
         """
         config, meter = self.config, self.sampler.meter
         with meter.phase("policy"):
@@ -306,10 +314,11 @@ class Refl:
         loss = reward_loss(score, config.loss, config.target)
         if config.variant == "direct_align":
             loss = loss * self.sampler.sigmas[batch.start] ** config.discount
+        metrics = {name: own.mean() for name, own in scores.items()}
         if config.kl_weight > 0:
             loss = loss + self.kl_weight * kl.mean()
-        metrics = {name: own.mean() for name, own in scores.items()}
-        metrics |= {"kl": kl.mean(), "start_sigma": self.sampler.sigmas[batch.start], "signal": signal}
+            metrics["kl"] = kl.mean()
+        metrics |= {"start_sigma": self.sampler.sigmas[batch.start], "signal": signal}
         if config.pretrain_weight > 0:
             metrics["pretrain"] = self._pretrain_loss(batch.generators)
             loss = loss + config.pretrain_weight * metrics["pretrain"]
@@ -335,10 +344,11 @@ class Refl:
         conditions = batch.conditions.take([*range(len(batch.conditions))] * copies)
         velocity = sampler.velocity_for(conditions, None if config.guided_gradient else 1.0)
 
-        def reference(latents: Tensor, sigma: float) -> Tensor:
+        def base_model(latents: Tensor, sigma: float) -> Tensor:
             with sampler.policy.reference():
                 return velocity(latents, sigma)
 
+        reference = base_model if config.kl_weight > 0 else None
         match config.variant:
             case "refl":
                 clean = gradient_steps(velocity, reference, batch.latents, sigmas, start, config.grad_steps)

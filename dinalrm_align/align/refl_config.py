@@ -29,10 +29,13 @@ class ReflConfig:
         earliest: start of the range from which each micro-batch draws its first step with gradient, as a fraction of
             num_steps. The range ends at step num_steps - grad_steps. At 1, this step is always drawn, as in DRaFT.
             For direct_align, choose a smaller value. For drtune, the rollout's last step is drawn from this range.
+            For draft_lv, see draft_lv_earliest.
+        draft_lv_earliest: the same for draft_lv; 1: always the last step, as DRaFT-LV is defined.
         loss: linear: mean(target - score). relu: mean(relu(target - score)); scores above the target get no gradient.
         target: target score of the loss. With the linear loss, it does not change the gradient.
         kl_weight: weight of the mean squared difference of the policy's and the base model's velocities at the steps
-            with gradient; 0: the difference is only a metric.
+            with gradient; 0: the base model does not run in training, and the metric kl is absent. The evaluation's
+            metric drift measures the difference in either case.
         kl_unit: unit of kl_weight. raw: the weight is used as it is. reward_std: the weight is multiplied by the
             standard deviation of the reward among the base model's samples of one prompt, measured once on 16 prompts
             with 4 samples each and stored in the run. Rewards of different scales can then share a weight. The
@@ -58,6 +61,7 @@ class ReflConfig:
     stride: settings.PositiveInt = 1
     discount: settings.NonNegativeFloat = 1.0
     earliest: settings.ClosedUnitInterval = 0.5
+    draft_lv_earliest: settings.ClosedUnitInterval = 1.0
     loss: Literal["linear", "relu"] = "linear"
     target: float = 2.0
     kl_weight: settings.NonNegativeFloat = 4.0

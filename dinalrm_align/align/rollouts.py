@@ -90,17 +90,19 @@ class Sampler:
         return self.policy.velocity_for(conditions, scale, self.negative, negative_gradient=negative_gradient)
 
     def transitions(
-        self, velocity: Velocity, latents: Tensor, steps: Tensor, kind: str, noise_level: float
+        self, velocity: Velocity, latents: Tensor, steps: Tensor, kind: str, noise_level: float, *, alone: bool = False
     ) -> tuple[Transition, Transition, Tensor]:
         """Return the policy's stochastic step, the reference's stochastic step, and the difference of the velocities.
 
         The difference is policy velocity - reference velocity, (n, C, H, W). Both steps start from `latents`.
-        `steps`: (n,) int64, step indices of the noise schedule. `kind`: "flow_sde" or "flow_cps".
+        `steps`: (n,) int64, step indices of the noise schedule. `kind`: "flow_sde" or "flow_cps". `alone`: the
+        reference does not run, and the policy itself stands for it.
         """
         levels = self.levels(steps)
-        v = velocity(latents, levels)
-        with self.policy.reference():
-            v_reference = velocity(latents, levels)
+        v = v_reference = velocity(latents, levels)
+        if not alone:
+            with self.policy.reference():
+                v_reference = velocity(latents, levels)
         step, reference = (
             transition(kind, latents, each, self.sigmas, steps, noise_level) for each in (v, v_reference)
         )

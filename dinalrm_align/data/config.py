@@ -62,7 +62,8 @@ class PrepareRun:
         output_dir: folder for the encoded pairs. To resume a stopped run, run again with the same settings.
         model: pipeline whose VAE and text encoders are used: `shapes`, `sd35`, or the folder or hub id of a
             StableDiffusion3Pipeline.
-        text_length: T5 tokens per prompt, at most 512; must equal the reward's; default: the text_length of `model`.
+        text_length: T5 tokens per prompt, 1 to 512; must equal the reward's text_length; default: that of `model`, 128
+            for SD3.5, as released rewards read.
         buckets: sizes that images are resized to. `published` means the 13 sizes of DiNa-LRM's data. `area:1024` means
             sizes with an area of at most 1024^2 and sides that are multiples of 64 (`plan.by_area`). A list
             such as 1024x1024,832x1248 names the sizes as height x width.

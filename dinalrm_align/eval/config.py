@@ -11,6 +11,7 @@ from dinalrm_align.reward.names import RewardText, parse_reward
 from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.train.settings import (
     ClosedUnitInterval,
+    IntFrom1To512,
     IntFrom100,
     NonNegativeInt,
     PathText,
@@ -189,8 +190,9 @@ class EvaluateRun:
             Default: runs/evaluate_MODEL_REWARD.
         device: `auto` uses a CUDA GPU if there is one.
         batch_size: groups of latents, or images, per batch.
-        size: images for a latent reward are resized to an area of about size x size pixels; default: the model's own
-            size. DiNa-LRM for SD3.5 was trained at 1024. Image rewards resize images themselves.
+        size: images for a latent reward are resized to an area of about size x size pixels; default: the size that the
+            model's reward was trained at, 1024 for SD3.5. Image rewards resize images themselves.
+        text_length: T5 tokens per prompt, 1 to 512; default: the number in the reward's checkpoint.
         fit: `area` resizes with the aspect ratio kept; `crop` resizes to cover size x size and crops the centre.
         on_bad: `refuse` stops at an image or record that cannot be read, also in `trained_on`; `skip` leaves out its
             pairs and lists it in the report.
@@ -214,6 +216,7 @@ class EvaluateRun:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: PositiveInt = 16
     size: PositiveInt | None = None
+    text_length: IntFrom1To512 | None = None
     fit: Literal["area", "crop"] = "area"
     on_bad: Literal["refuse", "skip"] = "refuse"
     sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])

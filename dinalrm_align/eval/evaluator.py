@@ -9,7 +9,7 @@ same noise.
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -224,11 +224,20 @@ class Candidate:
     config: RewardConfig | None = None
 
     @classmethod
-    def from_checkpoint(cls, source: str | Path, transformer: Callable[[], torch.nn.Module]) -> "Candidate":
-        """Describe the latent reward at a folder or hub id. `transformer`: function that returns the base model."""
+    def from_checkpoint(
+        cls, source: str | Path, transformer: Callable[[], torch.nn.Module], text_length: int | None = None
+    ) -> "Candidate":
+        """Describe the latent reward at a folder or hub id. `transformer`: function that returns the base model.
+
+        `text_length`: T5 tokens per prompt, in place of the number in the checkpoint's config.
+        """
         checkpoint = read_checkpoint(source)
-        tensors, config = checkpoint.tensors, checkpoint.config
-        return cls(digest(tensors), lambda: LatentReward.from_pretrained(source, transformer=transformer()), config)
+        config = replace(checkpoint.config, text_length=text_length or checkpoint.config.text_length)
+
+        def load() -> LatentReward:
+            return LatentReward.from_pretrained(source, transformer=transformer(), text_length=text_length)
+
+        return cls(digest(checkpoint.tensors), load, config)
 
     @classmethod
     def from_reward(cls, text: str, reward: Reward) -> "Candidate":
@@ -281,6 +290,7 @@ class Evaluator:
         }  # fmt: skip
         if name in self.image_sets:
             terms |= {"set": self.image_sets[name].digest(), "size": list(self.size), "fit": self.fit}
+            terms["text_length"] = self.encoders.encode_prompts.text_length
         path, faults = scores_file(directory, name), faults_file(directory, name)
         if not path.exists():
             pieces = Pieces(directory / f"scores_{name}.pieces", terms)

@@ -36,6 +36,9 @@ class ModelSpec:
         gold: reward that scores the policy's images in evaluation. A callable takes images (B, 3, H, W) in [0, 1]
             and prompts. A string is the name of a reward, such as "pixel", or of a callable ("module:function").
         train_prompts, heldout_prompts: text files with one prompt per line, for training and for evaluation.
+        height, width: size of the sampled images in pixels.
+        reward_size: height and width in pixels of the images that `reward` was trained on; image files are resized to
+            this area for a latent reward.
         text_length: T5 tokens per prompt (`max_sequence_length` of the pipeline).
     """
 
@@ -50,10 +53,18 @@ class ModelSpec:
     heldout_prompts: Path
     height: int
     width: int
+    reward_size: int
     num_steps: int
     guidance_scale: float
     text_length: int
     dtype: Literal["float32", "bfloat16", "float16"]
+
+    def with_text_length(self, text_length: int | None) -> "ModelSpec":
+        """Return the model with `text_length` T5 tokens per prompt, 1 to 512; None: the model unchanged."""
+        if text_length is None:
+            return self
+        check_integer("text_length", text_length, low=1, high=512)
+        return dataclasses.replace(self, text_length=text_length)
 
 
 MODELS: dict[str, ModelSpec] = {
@@ -69,9 +80,10 @@ MODELS: dict[str, ModelSpec] = {
         heldout_prompts=PACKAGE / "data" / "prompt_lists" / "heldout.txt",
         height=512,
         width=512,
+        reward_size=1024,  # [diffusion-rm] config/sd3m/thurstone-12layer.yaml, reference_size
         num_steps=40,
         guidance_scale=4.5,
-        text_length=128,
+        text_length=128,  # [diffusion-rm] diffusion_rm/models/sd3_rm.py, the training code's max_sequence_length
         dtype="bfloat16",
     ),
     "shapes": ModelSpec(
@@ -86,6 +98,7 @@ MODELS: dict[str, ModelSpec] = {
         heldout_prompts=PACKAGE / "shapes" / "prompts" / "heldout.txt",
         height=64,
         width=64,
+        reward_size=64,
         num_steps=12,
         guidance_scale=1.2,
         text_length=14,
@@ -201,15 +214,16 @@ def _from_folder(path: Path) -> tuple[ModelSpec, str]:
     base, world = MODELS["sd35"], path / "pipeline"
     if not world.is_dir():
         _check_pipeline(path)
-        size = min(base.height, _native_size(path))
-        spec = dataclasses.replace(base, name=str(path), pipeline=str(path), height=size, width=size)
+        native = _native_size(path)
+        size, own = min(base.height, native), dict(name=str(path), pipeline=str(path))
+        spec = dataclasses.replace(base, **own, height=size, width=size, reward_size=min(base.reward_size, native))
         return spec, f"pipeline in {path}, with the rewards of sd35; {HOW_TO_GET_SHAPES}"
     _check_pipeline(world)
     size = _number(world / "vae" / "config.json", "sample_size")
     tokens = world / "tokenizer_3" / "tokenizer_config.json"
     length = _number(tokens, "model_max_length") if tokens.exists() else MODELS["shapes"].text_length
     own = dict(pipeline=str(world), reward=str(path / "dinalrm"), pixel=str(path / "pixel"))
-    sizes = dict(height=size, width=size, text_length=length)
+    sizes = dict(height=size, width=size, reward_size=size, text_length=length)
     spec = dataclasses.replace(MODELS["shapes"], name=str(path), **own, **sizes)
     return spec, f"model in {path}, an embedded world with its own rewards; {HOW_TO_GET_SD35}"
 

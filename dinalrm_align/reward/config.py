@@ -108,7 +108,8 @@ class RewardConfig:
         add_noise: add noise to the latents; False: the backbone reads clean latents, with timestep 1000 sigma.
         score_scale: factor in score = raw * score_scale + score_bias, where raw is the head's output.
         score_bias: constant in score = raw * score_scale + score_bias.
-        text_length: number of T5 tokens per prompt, at most 512 (`max_sequence_length` of the pipeline).
+        text_length: number of T5 tokens per prompt, at most 512 (`max_sequence_length` of the pipeline). The released
+            DiNa-LRM was trained with 128.
         vae_scaling_factor: factor in scaled latents = (z - vae_shift_factor) * vae_scaling_factor, for VAE latents z.
         vae_shift_factor: shift in scaled latents = (z - vae_shift_factor) * vae_scaling_factor.
         dtype: dtype in which the backbone is loaded. A backbone with shared weights keeps the transformer's dtype.
@@ -129,7 +130,7 @@ class RewardConfig:
     add_noise: bool = True
     score_scale: float = 1.0
     score_bias: float = 0.0
-    text_length: IntFrom1To512 = 256
+    text_length: IntFrom1To512 = 128
     vae_scaling_factor: float = 1.5305
     vae_shift_factor: float = 0.0609
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -301,8 +302,9 @@ class TrainRewardRun:
         on_bad: action on files, images and records of pairs that cannot be read: refuse (exit) or skip (warn, and leave
             out the pairs).
         prefetch: number of batches to read ahead, for pairs that are stored as encoded latents.
-        height: height in pixels of images that are encoded during training; default: the model's own.
-        width: width in pixels of images that are encoded during training; default: the model's own.
+        height: height in pixels of images that are encoded during training; default: 1024 for SD3.5, as the released
+            reward was trained, else the model's own.
+        width: width in pixels of images that are encoded during training; default: as for height.
         gradient_checkpointing: recompute the backbone's activations in the backward pass.
         reward: settings of the reward. base_model_id and the VAE's scaling are always set from `model`.
         loss: settings of the preference loss.

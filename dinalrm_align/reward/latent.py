@@ -122,6 +122,7 @@ class LatentReward(RewardModule):
         share_weights: bool = True,
         *,
         sigma: Sigma | None = None,
+        text_length: int | None = None,
         **hub: Any,
     ) -> "LatentReward":
         """Load a reward from a checkpoint in this package's layout or in DiNa-LRM's released layout.
@@ -138,6 +139,7 @@ class LatentReward(RewardModule):
             share_weights: True: use the weights of the given transformer. False: use a private copy, with the LoRA
                 merged in.
             sigma: default noise level of latents and of images, in place of the two in the checkpoint's config.
+            text_length: T5 tokens per prompt, 1 to 512, in place of the number in the checkpoint's config.
             hub: `local_files_only`, `revision`, `token`, `cache_dir` and `subfolder`, as in huggingface_hub.
 
         Raises ValueError if tensors of the checkpoint are missing, unexpected or misshapen, if the base model does
@@ -145,7 +147,7 @@ class LatentReward(RewardModule):
         """
         source, transformer, pipeline = (absolute(given) for given in (source, transformer, pipeline))
         options = dict(transformer=transformer, pipeline=pipeline, device=device, dtype=dtype, sigma=sigma, **hub)
-        options["share_weights"] = share_weights
+        options |= dict(share_weights=share_weights, text_length=text_length)
         parts = load_parts(source, **options)
         reward = cls(
             parts.model,

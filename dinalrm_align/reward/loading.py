@@ -56,6 +56,7 @@ def load_parts(
     dtype: torch.dtype | str | None,
     share_weights: bool,
     sigma: Any,
+    text_length: int | None,
     local_files_only: bool = False,
     **hub: Any,
 ) -> Parts:
@@ -73,6 +74,8 @@ def load_parts(
     config = checkpoint.config
     if sigma is not None:
         config = dataclasses.replace(config, sigma=sigma, image_sigma=None)
+    if text_length is not None:
+        config = dataclasses.replace(config, text_length=text_length)
     base = base_location(config.base_model_id, checkpoint.folder, trusted=Path(source).is_dir())
     vae = None
     if isinstance(pipeline, str | Path):

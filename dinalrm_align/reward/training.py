@@ -138,7 +138,7 @@ def open_training_pairs(
         accelerator.wait_for_everyone()
         train, validation = folder / "train", validation or folder / "concepts"
     encoders = Encoders(spec.pipeline, text_length=reward.text_length, device=accelerator.device, dtype=dtype)
-    size = (run.height or spec.height, run.width or spec.width)
+    size = (run.height or spec.reward_size, run.width or spec.reward_size)
     options = dict(size=size, batch_size=run.batch_size, seed=run.seed, on_bad=run.on_bad)
     held_out = 0 if validation else run.held_out_prompts
     pairs = open_pairs(train, reward, encoders, held_out_prompts=held_out, **options)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from jsonargparse import Namespace
+
 from dinalrm_align.train.command import as_yaml, given_options, parse, refuse
 from dinalrm_align.train.files import STATE, read_json, read_yaml
 from dinalrm_align.train.identity import by_name, check_settings, may_change, settings_by_name
@@ -15,10 +17,10 @@ Run = TypeVar("Run")  # settings of a training recipe: model, output_dir, resume
 CONFIG = "config.yaml"
 
 
-def begin_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[str, Path | None]:
-    """Read the command line of a training recipe; return the name of the model and the checkpoint to resume from.
+def begin_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[Namespace, Path | None]:
+    """Read the command line of a training recipe; return the values by name and the checkpoint to resume from.
 
-    The model is that of `argv` or, with `--resume`, of the run's config.yaml. For a new run, the checkpoint is None.
+    The values are those of `argv` and, with `--resume`, of the run's config.yaml. A new run has no checkpoint.
     """
     given = given_options(kind, description, argv)  # --help exits here, before heavy imports
     checkpoint = None
@@ -32,7 +34,7 @@ def begin_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[s
         given = given_options(kind, description, argv, [folder / CONFIG])
     if given.model == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         refuse("model: got auto with several processes, which could choose differently; expected the name of a model")
-    return given.model, checkpoint
+    return given, checkpoint
 
 
 def complete_run(

@@ -429,3 +429,46 @@ def test_a_reward_that_fails_is_not_taken_for_equal_scores(method):
 def test_settings_out_of_range_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         GrpoConfig(**values)
+
+
+@pytest.mark.parametrize("tolerance", [1e-5, 3e-6])
+def test_a_tolerance_of_the_ratio_that_reaches_the_clip_is_refused(tolerance):
+    """A mismatch of 1e-5 would be clipped at 3e-6: the first update would train on nothing, unnoticed."""
+    message = f"grpo.ratio_tolerance: got {tolerance:g}; expected less than clip_range, 3e-06"
+    with pytest.raises(ValueError, match=message):
+        GrpoConfig(clip_range=3e-6, ratio_tolerance=tolerance)
+    assert GrpoConfig(clip_range=3e-6, ratio_tolerance=2e-6).largest_mismatch == 2e-6
+    assert GrpoConfig(clip_range=3e-6).largest_mismatch == pytest.approx(1e-6)
+    assert GrpoConfig(clip_range=0.3).largest_mismatch == pytest.approx(0.1)
+
+
+def test_a_mismatch_beyond_a_third_of_the_clip_stops_the_run(method):
+    """A shift of the old log-probabilities is what different rounding in rollout and training does."""
+    narrow = changed(method, clip_range=3e-2)
+    batch = narrow.batch_at(0)
+    narrow.step(dataclasses.replace(batch, old_log_prob=batch.old_log_prob + 0.009))
+    with pytest.raises(FloatingPointError, match="expected at most 0.01"):
+        narrow.step(dataclasses.replace(batch, old_log_prob=batch.old_log_prob + 0.011))
+
+
+def test_bfloat16_repeats_the_rollouts_probabilities_for_equal_batches():
+    sampler = make_sampler()
+    sampler.policy.transformer.to(torch.bfloat16)
+    move(sampler.policy)
+    config = GrpoConfig(groups=2, group_size=3, sample_batch=6, window="all", reward_draws=1)
+    method = grpo.Grpo(sampler, reward_of(brightness), config)
+    _, metrics = method.step(method.batch_at(0))
+    assert metrics["ratio_spread"] == 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-9])
+def test_without_a_kl_the_base_model_does_not_run(method, weight, monkeypatch):
+    ran = []
+    forward = method.sampler.policy.transformer.forward
+    monkeypatch.setattr(method.sampler.policy.transformer, "forward", lambda *a, **k: ran.append(1) or forward(*a, **k))
+    learner = changed(method, kl_beta=weight)
+    batch = learner.batch_at(0)
+    ran.clear()
+    _, metrics = learner.step(batch)
+    assert len(ran) == (2 if weight else 1) and metrics.keys() >= {"ratio_spread", "clipped"}
+    assert ("kl" in metrics) == ("step_kl" in metrics) == (weight > 0)

@@ -213,3 +213,16 @@ def test_settings_out_of_range_are_refused(values, message):
 def test_steps_that_do_not_fit_are_refused(method):
     with pytest.raises(ValueError, match="lpo.steps: got \\(0, 4\\)"):
         changed(method, steps=(0, 4))
+
+
+def test_an_update_per_step_of_a_rollout_moves_the_loss_further_than_one(method):
+    """The same eight rollouts in 24 updates and in eight. The first update has the reference's loss, log 2."""
+    losses = {}
+    for minibatches in (3, 1):
+        config = dataclasses.replace(method.config, batch_size=8, minibatches=minibatches)
+        learner = lpo.Lpo(make_sampler(), NoisyBrightness(), config)
+        losses[minibatches] = [row["loss"] for row in train(learner, 8 * minibatches, lr=1e-2)]
+        assert losses[minibatches][0] == pytest.approx(math.log(2), abs=1e-4)
+        assert learner.batch_at(0).count == 24 / minibatches
+    many, one = (sum(each[-len(each) // 4 :]) / (len(each) // 4) for each in losses.values())
+    assert many < one - 0.05 and many < math.log(2) - 0.1

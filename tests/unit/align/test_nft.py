@@ -123,3 +123,35 @@ def test_settings_out_of_range_are_refused(values, message):
 def test_levels_that_do_not_fit_are_refused(method):
     with pytest.raises(ValueError, match="nft.levels: got 5"):
         changed(method, levels=5)
+
+
+def test_groups_of_equal_scores_can_be_kept_as_half_good(method):
+    """One group of two has a spread: with it alone, or with the samples of the other group at r = 1/2."""
+    start = method.sampler.prompt_indices(2, 0)[0]
+
+    def one_group(latents, prompts=None, **_):
+        return torch.stack([
+            latent.mean() if prompt == f"prompt {start}" else torch.tensor(1.0)
+            for latent, prompt in zip(latents, prompts, strict=True)
+        ])  # fmt: skip
+
+    left_out, kept = (with_reward(changed(method, keep_equal=keep), one_group) for keep in (False, True))
+    assert left_out.batch_at(0).count == 6 and kept.batch_at(0).count == 12
+    samples = kept.roll_out(0)
+    assert samples.good[3:].tolist() == [0.5] * 3 and samples.good[:3].unique().numel() == 3
+    assert samples.kept.all() and samples.statistics[3] == 0.5  # the share of groups of equal scores is still told
+    all_equal = with_reward(changed(method, keep_equal=True), lambda latents, **_: torch.ones(len(latents)))
+    assert all_equal.batch_at(0).count == 12
+    assert gradient_of(all_equal, 0, 1).abs().max() < 1e-6  # at the sampling policy, half good pulls nowhere
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-9])
+def test_without_a_kl_the_base_model_does_not_run(method, weight, monkeypatch):
+    ran = []
+    forward = method.sampler.policy.transformer.forward
+    monkeypatch.setattr(method.sampler.policy.transformer, "forward", lambda *a, **k: ran.append(1) or forward(*a, **k))
+    learner = changed(method, kl_beta=weight)
+    batch = learner.batch_at(0)
+    ran.clear()
+    _, metrics = learner.step(batch)
+    assert len(ran) == (3 if weight else 2) and ("kl" in metrics) == (weight > 0) and "moved" in metrics

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_align import changed, train, with_reward, with_sampler
+from tiny_align import changed, move, train, with_reward, with_sampler
 from torch import Tensor
 
 from dinalrm_align.align import refl
@@ -283,7 +283,7 @@ RELATIVES = [
 
 @pytest.mark.parametrize("values", RELATIVES, ids=lambda values: values["variant"])
 def test_relatives_are_pure_and_raise_the_reward(method, values):
-    variant = changed(method, **values)
+    variant = changed(method, kl_weight=1e-9, **values)
     first, again = variant.step(variant.batch_at(3)), variant.step(variant.batch_at(3))
     assert first[0].item() == again[0].item() and first[1]["kl"].item() == 0.0
     losses = [row["loss"] for row in train(variant, 30, lr=0.02, batches=10)]  # the same ten at the end as at first
@@ -344,3 +344,43 @@ def test_nearly_clean_levels_count_less(method):
 def test_settings_out_of_range_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         ReflConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(variant="refl", grad_steps=2),
+        dict(variant="draft_lv", renoisings=2),
+        dict(variant="drtune", grad_steps=2),
+        dict(variant="direct_align", renoisings=2),
+    ],
+)
+def test_without_a_kl_the_base_model_does_not_run(method, values, monkeypatch):
+    """Its forward would be a fifth of an update. The loss is that of any kl_weight less the KL's part."""
+    move(method.sampler.policy)
+    ran = []
+    forward = method.sampler.policy.transformer.forward
+    monkeypatch.setattr(method.sampler.policy.transformer, "forward", lambda *a, **k: ran.append(1) or forward(*a, **k))
+    counts, losses, gradients = [], [], []
+    for weight in (0.0, 1e-9):
+        variant = changed(method, kl_weight=weight, **values)
+        batch = variant.batch_at(0)
+        ran.clear()
+        loss, metrics = variant.step(batch)
+        counts.append(len(ran))
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, list(method.sampler.policy.parameters.values()))[1])
+        assert ("kl" in metrics) == (weight > 0)
+    trained = values.get("grad_steps", 1)
+    assert counts[1] - counts[0] == trained
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_draft_lv_starts_from_the_last_step(method):
+    """Whatever `earliest` is for the other variants; an earlier start has to be asked for."""
+    last = method.sampler.num_steps - 1
+    assert {changed(method, variant="draft_lv", earliest=0.0).batch_at(step).start for step in range(12)} == {last}
+    early = changed(method, variant="draft_lv", draft_lv_earliest=0.0)
+    assert len({early.batch_at(step).start for step in range(12)}) > 1
+    assert len({changed(method, variant="direct_align", earliest=0.0).batch_at(step).start for step in range(12)}) > 1

@@ -135,7 +135,10 @@ def test_every_shard_that_an_index_names_must_be_there(tmp_path):
 def test_a_pipeline_folder_takes_the_rewards_of_sd35_at_its_own_size(tmp_path):
     folder = write_pipeline(tmp_path / "my-sd3", sample_size=32)
     spec, reason = resolve_model(str(folder))
-    assert spec == replace(MODELS["sd35"], name=str(folder), pipeline=str(folder), height=256, width=256)
+    sizes = dict(height=256, width=256, reward_size=256)
+    assert spec == replace(MODELS["sd35"], name=str(folder), pipeline=str(folder), **sizes)
+    native, _ = resolve_model(str(write_pipeline(tmp_path / "sd35", sample_size=128)))
+    assert (native.height, native.reward_size) == (512, 1024)  # sampled at 512 in alignment, trained on at 1024
     assert str(folder) in reason
 
 
@@ -148,6 +151,15 @@ def test_a_world_folder_takes_its_own_rewards_and_the_oracle(tmp_path):
     spec, _ = resolve_model(str(tmp_path))
     assert spec.reward == str(tmp_path / "dinalrm") and spec.pixel == str(tmp_path / "pixel")
     assert spec.gold == MODELS["shapes"].gold and (spec.height, spec.width, spec.text_length) == (192, 192, 20)
+    assert spec.reward_size == 192
+
+
+@pytest.mark.parametrize("name", ["sd35", "shapes", "someone/their-sd3"])
+def test_a_text_length_replaces_the_models_own(name):
+    own, _ = resolve_model(name)
+    assert own.with_text_length(200) == replace(own, text_length=200) and own.with_text_length(None) == own
+    with pytest.raises(ValueError, match="text_length: got 513"):
+        own.with_text_length(513)
 
 
 def test_a_hub_id_is_taken_as_one():

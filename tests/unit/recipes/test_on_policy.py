@@ -144,7 +144,7 @@ def test_the_settings_for_sd35_are_read_and_fit(method, monkeypatch, tmp_path):
     resolved = resolve(RUNS[method], "", RECIPES / f"{method}_sd35.py", ["--model=sd35", "--loop.steps=7"])
     run = resolved.run
     assert resolved.spec.name == "sd35" and run.loop.steps == 7 and run.gradient_checkpointing
-    expected = {"grpo": (32, 64, 5e-5, 24), "lpo": (64, 64, 1e-5, 40), "nft": (32, 64, 3e-4, 384)}[method]
+    expected = {"grpo": (32, 64, 5e-5, 24), "lpo": (64, 64, 1e-5, 1), "nft": (32, 64, 3e-4, 864)}[method]
     assert (run.policy.rank, run.policy.alpha, run.optim.lr, run.loop.accumulate) == expected
 
 

@@ -1,0 +1,141 @@
+"""recipes/*_sd35*.yaml: values of public runs on SD3.5-M; none is left at the embedded world's default."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from paths import RECIPES
+
+from dinalrm_align.align.dpo_config import DpoRun
+from dinalrm_align.align.grpo_config import GrpoRun
+from dinalrm_align.align.lpo_config import LpoRun
+from dinalrm_align.align.nft_config import NftRun
+from dinalrm_align.align.refl_config import ReflRun
+from dinalrm_align.align.resolve import resolve
+from dinalrm_align.flow.noise import sample_sigma, scheduler_sigmas, seeded_generator
+
+RUNS = {"refl": ReflRun, "dpo": DpoRun, "grpo": GrpoRun, "lpo": LpoRun, "nft": NftRun}
+MODEL_FREE = {
+    # parts of other variants, and of terms whose weight is 0
+    "refl": {"renoisings", "stride", "discount", "draft_lv_earliest", "pretrain_images", "pretrain_samples"},
+    "dpo": {"mode"},
+    # the progressive window, which these settings do not use
+    "grpo": {"window_rollouts", "window_stride", "window_wraps"},
+    "lpo": set(),
+    "nft": set(),
+}
+"""Fields that have no value for SD3.5 of their own."""
+EXCLUSIVE = {"refl": {"reward_sigma_range"}}  # not together with reward_sigma, which the file sets
+
+
+@pytest.fixture
+def resolved(monkeypatch, tmp_path):
+    """resolved(method, *options): the settings of a new run with --model sd35."""
+    monkeypatch.chdir(tmp_path)
+
+    def settings(method: str, *options: str):
+        kind, recipe = RUNS[method], RECIPES / f"{method}_sd35.py"
+        return resolve(kind, "", recipe, ["--model=sd35", *options], gradient=method == "refl").run
+
+    return settings
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    "name", ["refl_sd35", "dpo_sd35", "grpo_sd35", "lpo_sd35", "nft_sd35", "nft_sd35_flow_factory"]
+)
+def test_no_setting_of_a_method_is_left_at_the_embedded_worlds_default(name, resolved):
+    method, file = name.split("_")[0], read(name)
+    fields = vars(vars(resolved(method))[method]).keys()
+    assert fields - file[method].keys() == MODEL_FREE[method] | EXCLUSIVE.get(method, set())
+    assert {"rank", "alpha"} <= file["policy"].keys() and {"lr", "weight_decay", "clip"} <= file["optim"].keys()
+    assert {"steps", "accumulate", "ema_decay"} <= file["loop"].keys()
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*_sd35*.yaml")), ids=lambda path: path.stem)
+def test_every_line_of_a_method_says_where_its_value_is_from(path: Path):
+    """Only the numbers of images that are sampled at once and evaluated need no source."""
+    free = ("sample_batch", "samples", "batch_size", "every", "model: sd35")
+    lines = [line.strip() for line in path.read_text().splitlines() if not line.startswith("#")]
+    values = [line for line in lines if ": " in line and not line.startswith(free)]
+    assert [line for line in values if "#" not in line] == []
+
+
+def test_the_second_settings_file_of_nft_overrides_all_of_the_first():
+    first, second = read("nft_sd35"), read("nft_sd35_flow_factory")
+    for section, values in first.items():
+        assert section in second, section
+        assert not isinstance(values, dict) or values.keys() <= second[section].keys(), section
+
+
+def test_nft_as_in_its_public_code(resolved):
+    run = resolved("nft")
+    assert (run.nft.advantage_std, run.nft.levels, run.nft.earliest, run.nft.latest) == ("global", 9, 0.0, 1.0)
+    assert (run.nft.keep_equal, run.nft.schedule, run.nft.kl_beta, run.optim.lr) == (True, "diffusers", 1e-4, 3e-4)
+    assert (run.nft.groups * run.nft.group_size * run.nft.levels) % run.loop.accumulate == 0
+
+
+def test_nft_as_in_flow_factory(resolved):
+    run = resolved("nft", f"--config={RECIPES / 'nft_sd35_flow_factory.yaml'}")
+    assert (run.nft.num_steps, run.nft.groups, run.nft.group_size, run.nft.advantage_std) == (14, 48, 16, "group")
+    assert (run.nft.levels, run.nft.kl_beta, run.optim.lr, run.nft.schedule) == (4, 0.0, 1e-4, "linear")
+    assert (run.nft.old_slope, run.nft.old_limit, run.loop.accumulate) == (0.001, 0.5, 384)
+    levels = torch.arange(14, 0, -1) / 14  # Flow-Factory trains where 1000 sigma >= 500, but for the last such step
+    noisy = int((3 * levels / (1 + 2 * levels) >= 0.5).sum()) - 1
+    assert round(run.nft.latest * run.nft.num_steps) == noisy == 10
+
+
+def test_dpo_draws_the_levels_that_flow_grpo_draws(resolved):
+    """flow_grpo: entry floor(1000 u) of the scheduler's levels, u logit-normal(0, 1); median .751, 6.5 % below .4."""
+    run = resolved("dpo")
+    drawn = sample_sigma(run.dpo.sigma.density, 100_000, generator=seeded_generator(0), **run.dpo.sigma.parameters())
+    u = torch.sigmoid(torch.randn(100_000, generator=seeded_generator(1)))
+    source = scheduler_sigmas()[(1000 * u).long()]
+    for sigma in (drawn, source):
+        assert sigma.median().item() == pytest.approx(0.751, abs=0.004)
+        assert (sigma < 0.4).float().mean().item() == pytest.approx(0.065, abs=0.004)
+    for share in (0.05, 0.25, 0.75, 0.95):
+        assert drawn.quantile(share).item() == pytest.approx(source.quantile(share).item(), abs=0.006)
+    assert (run.dpo.draws, run.dpo.sampler, run.dpo.beta, run.optim.lr) == (39, "reference", 100.0, 3e-4)
+
+
+def test_lpo_updates_once_per_four_pairs(resolved):
+    run = resolved("lpo")
+    states = run.lpo.batch_size * (run.lpo.num_steps - 1)
+    assert run.lpo.steps is None and states / (run.lpo.minibatches * run.lpo.epochs) == 4
+    assert run.loop.steps == 5 * 4000 // (4 * run.lpo.batch_size) * run.lpo.minibatches
+    assert run.loop.steps / run.evaluation.every <= 50 and run.loop.steps / run.loop.checkpoint_every <= 50
+
+
+@pytest.mark.parametrize(
+    ("reward", "rate"),
+    [
+        ("dinalrm", 1e-4),
+        ("pickscore", 1e-4),
+        ("hpsv3", 3e-5),
+        ("hpsv3=/some/folder", 3e-5),
+        ("hpsv3 + 0.1*pickscore", 3e-5),
+        ("my_module:hpsv3", 1e-4),
+        ("someone/hpsv3", 1e-4),
+    ],
+)
+def test_hpsv3_has_its_own_learning_rate(resolved, reward, rate):
+    run = resolved("refl", f"--reward={reward}")
+    assert run.optim.lr == rate and run.refl.kl_weight == 0 and run.policy.rank == 32
+    assert resolved("refl", f"--reward={reward}", "--optim.lr=1e-3").optim.lr == 1e-3
+    assert resolved("grpo", f"--reward={reward}").optim.lr == 5e-5  # has no such file
+
+
+def test_the_settings_of_a_reward_are_for_sd35_only(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = resolve(ReflRun, "", RECIPES / "refl_sd35.py", ["--model=shapes", "--reward=hpsv3"], gradient=True).run
+    assert run.optim.lr == 3e-4
+
+
+def test_grpo_stops_at_a_mismatch_that_the_clip_would_hide(resolved):
+    run = resolved("grpo")
+    assert run.grpo.largest_mismatch == pytest.approx(1e-6) and run.grpo.largest_mismatch < run.grpo.clip_range
