@@ -289,8 +289,8 @@ class Refl:
         Metrics: `reward`, the mean score; `kl`, the mean squared difference of the policy's and the base model's
         velocities, only with a kl_weight above 0, since it costs a forward; `start_sigma`, the noise level of step
         batch.start; `signal`, the share of samples for which the reward's gradient is not zero, known after the
-        backward pass. Updates with a second reward add `anchor`, the second reward's mean score. A pretrain_weight above
-        0 adds `pretrain`, the pretraining loss.
+        backward pass. Updates with a second reward add `anchor`, the second reward's mean score. A pretrain_weight
+        above 0 adds `pretrain`, the pretraining loss.
         """
         config, meter = self.config, self.sampler.meter
         with meter.phase("policy"):
