@@ -44,7 +44,7 @@ def _as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
         return value
     if not isinstance(value, np.ndarray):
         got = type(value).__name__
-        raise TypeError(f"{name}: got {got}; expected a tensor or a NumPy array: {LATENTS}; score_images takes images")
+        raise TypeError(f"{name}: got {got}; expected a tensor or a NumPy array (score_images takes images)")
     if value.dtype.kind != "f" or value.dtype.itemsize > 8:
         raise ValueError(f"{name}: got a NumPy array of {value.dtype}; expected float32, float16 or float64")
     return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C")).to(device)

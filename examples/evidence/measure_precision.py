@@ -31,7 +31,7 @@ from dinalrm_align.eval.scores import Level, level_name
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.pipeline import encode_images, load_vae
 from dinalrm_align.models.specs import ModelSpec, resolve_model
-from dinalrm_align.models.text import Conditions, PromptEncoder
+from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.shapes.render import draw_nuisance, lay_out, render
 from dinalrm_align.shapes.scene import draw_scenes
 from dinalrm_align.train.files import write_atomically
@@ -142,12 +142,9 @@ def score(
         part = sample[start : start + BATCH]
         latents = part.latents.to(device).requires_grad_()
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            scored = reward.raw(
-                latents,
-                Conditions([""] * len(latents), part.prompt_embeds, part.pooled_prompt_embeds),
-                sigma=list(level),
-                noise=part.noise,
-            )
+            embeds = (part.prompt_embeds.to(device), part.pooled_prompt_embeds.to(device))
+            # the model itself: a LatentReward disables autocast
+            scored = reward.model(latents, *embeds, sigma=list(level), noise=part.noise.to(device))
         gradients.append(torch.autograd.grad(scored.sum(), latents)[0].cpu())
         scores.append(scored.detach().cpu())
     return ScoresAndGradients(torch.cat(scores), torch.cat(gradients))

@@ -1,6 +1,7 @@
 """Malformed calls of the public functions."""
 
 import math
+import pickle
 
 import numpy as np
 import torch
@@ -87,6 +88,32 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+ROWS = list(latents())
+SERVICE = [
+    Case("no latents in a list", score(latents=[]), ValueError, "latents 0"),
+    Case("latents of two sizes", score(latents=[ROWS[0], ROWS[1][:, :4]]), ValueError, "latents (16, 4, 8)"),
+    Case("latents of two dtypes", score(latents=[ROWS[0], ROWS[1].half()]), ValueError, "latents float16"),
+    Case("batches in a list", score(latents=[latents()]), ValueError, "latents (2, 16, 8, 8)"),
+    Case("numbers in a list", score(latents=[1.0, 2.0]), TypeError, "latents[0] float"),
+    Case("byte arrays", score(latents=np.zeros((2, 16, 8, 8), np.uint8)), ValueError, "latents uint8"),
+    Case("object arrays", score(latents=np.zeros((2, 16, 8, 8), object)), ValueError, "latents object"),
+    Case("noise of bytes", score(noise=np.zeros((2, 16, 8, 8), np.uint8)), ValueError, "noise uint8"),
+    Case("one seed for two", score(noise=..., seeds=1), ValueError, "seeds 1 2"),
+    Case("three seeds for two", score(noise=..., seeds=[1, 2, 3]), ValueError, "seeds 3 2"),
+    Case("a negative seed", score(noise=..., seeds=[1, -2]), ValueError, "seeds[1] -2"),
+    Case("a seed of 33 bits", score(noise=..., seeds=[1, 2**32]), ValueError, "seeds[1] 4294967296"),
+    Case("a fractional seed", score(noise=..., seeds=[1, 0.5]), TypeError, "seeds[1] 0.5"),
+    Case("a truth value as seed", score(noise=..., seeds=[True, 1]), TypeError, "seeds[0] bool"),
+    Case("seeds as text", score(noise=..., seeds="12"), TypeError, "seeds str"),
+    Case("seeds on meta", score(noise=..., seeds=torch.zeros(2, device="meta")), TypeError, "seeds"),
+    Case("seeds and noise", score(seeds=[1, 2]), ValueError, "noise seeds"),
+    Case("seeds and generator", score(noise=..., seeds=[1, 2], generator=generator()), ValueError, "generator seeds"),
+    Case("prompts in a table", prompted(np.array([["a", "b"]])), TypeError, "prompts"),
+    Case("numbers for prompts", prompted(np.arange(2)), TypeError, "prompts[0] int"),
+    Case("bytes for prompts", prompted(np.array([b"a", b"b"])), TypeError, "prompts[0] bytes"),
+    Case("a number for prompts", prompted(np.array(3)), TypeError, "prompts int 3"),
+]
+
 LATENTS = [
     Case("rank 3", score(latents=latents(16, 8, 8)), ValueError, "latents"),
     Case("rank 5", score(latents=latents(1, 2, 16, 8, 8)), ValueError, "latents"),
@@ -107,7 +134,6 @@ LATENTS = [
     Case("infinity", score(latents=with_value(latents(), INF)), ValueError, "latents 2048"),
     Case("-infinity", score(latents=with_value(latents(), -INF)), ValueError, "latents 2048"),
     Case("a list", score(latents=[[0.0]]), TypeError, "latents list"),
-    Case("an array", score(latents=np.zeros((2, 16, 8, 8))), TypeError, "latents ndarray"),
     Case("an image", score(latents=blank()), TypeError, "latents score_images"),
     Case("nothing", score(latents=None), TypeError, "latents NoneType"),
     Case("an unknown argument", score(timestep=400), TypeError, "timestep", by_signature=True),
@@ -186,7 +212,7 @@ NOISE = [
     Case("complex", score(noise=latents(dtype=torch.complex64)), ValueError, "noise torch.complex64"),
     Case("NaN", score(noise=with_value(latents(), NAN)), ValueError, "noise 2048"),
     Case("on meta", score(noise=latents(device="meta")), ValueError, "noise meta"),
-    Case("a seed", score(noise=7), ValueError, "noise int"),
+    Case("a seed", score(noise=7), TypeError, "noise int"),
     Case("and a generator", score(generator=generator()), ValueError, "noise"),
     Case("generator: a seed", score(noise=..., generator=7), TypeError, "generator torch.Generator().manual_seed(seed)"),
     Case("generator: numpy's", score(noise=..., generator=np.random.default_rng(0)), TypeError, "generator Generator"),
@@ -278,11 +304,11 @@ PIXEL_REWARD = [
     Case("one prompt for two", clip(prompts=["a"]), ValueError, "1 2"),
     Case("a number as prompt", clip(prompts=["a", 1]), TypeError, "prompts int 1"),
     Case("4 channels", clip(latents=latents(2, 4, 8, 8)), ValueError, "latents 16"),
-    Case("rank 3", clip(latents=latents(16, 8, 8)), ValueError, "latents"),
+    Case("rank 2", clip(latents=latents(8, 8)), ValueError, "latents"),
     Case("integers", clip(latents=latents(dtype=torch.int64)), TypeError, "latents torch.int64"),
     Case("no samples", clip(latents=latents(0, 16, 8, 8)), ValueError, "latents"),
     Case("NaN", clip(latents=with_value(latents(), NAN)), ValueError, "latents 2048"),
-    Case("a list", clip(latents=[1.0]), TypeError, "latents list"),
+    Case("a list", clip(latents=[1.0]), TypeError, "latents[0] float"),
     Case("a path as image", lambda w: w.clip.score_images(["a.png"], ["a"]), TypeError, "images[0] str"),
     Case("one image for two prompts", lambda w: w.clip.score_images(blank(), ["a", "b"]), ValueError, "2 prompts"),
     Case("no images", lambda w: w.clip.score_images([], []), ValueError, "images 0"),
@@ -310,7 +336,13 @@ LOADING = [
     Case("text length in words", loaded(text_length="128"), TypeError, "text_length str"),
     Case("text length half", loaded(text_length=12.5), TypeError, "text_length float"),
     Case("another class as pipeline", loaded(pipeline=lambda w: w.pipeline.vae), TypeError, "pipeline AutoencoderKL"),
-    Case("a path as pipeline", loaded(pipeline="pipeline"), TypeError, "pipeline str"),
+    Case("no folder as pipeline", loaded(pipeline="pipeline"), ValueError, "pipeline"),
+    Case("sigma above 1", loaded(sigma=1.5), ValueError, "sigma 1.5"),
+    Case("sigma text", loaded(sigma="0.4"), TypeError, "sigma str"),
+    Case("no sigma levels", loaded(sigma=()), ValueError, "sigma ()"),
+    Case("unknown option", loaded(revison="main"), TypeError, "revison"),
+    Case("onload to gpu", lambda w: w.reward.onload("gpu"), ValueError, "device gpu"),
+    Case("pickled with a pipeline in memory", lambda w: pickle.dumps(w.reward), TypeError, "pipeline save_pretrained"),
     Case("nothing as source", loaded(3), TypeError, "reward int"),
     Case("format unknown", lambda w: w.reward.save_pretrained(w.fresh(), format="peft"), ValueError, "format peft"),
     Case("saved to nothing", lambda w: w.reward.save_pretrained(""), TypeError, "directory"),
@@ -550,6 +582,7 @@ SETTINGS = [
 
 
 GROUPS = {
+    "reward: as a service": SERVICE,
     "reward: latents": LATENTS,
     "reward: prompts": PROMPTS,
     "reward: embeddings": EMBEDDINGS,

@@ -43,7 +43,7 @@ BAD_LATENTS = [
         "latents: 1 of 8192 values are NaN or infinite",
     ),
     (latents(2, 16, 16, 16, device="meta"), ValueError, "latents are on meta, the reward is on cpu: move one"),
-    ([[0.0]], TypeError, r"latents\[0\]: got list; expected a tensor or a NumPy array: scaled latents"),
+    ([[0.0]], TypeError, r"latents\[0\]: got list; expected a tensor or a NumPy array"),
 ]
 
 
