@@ -5,19 +5,19 @@ spread within prompts is the unit of the KL weight (`refl.kl_unit` reward_std). 
 prompts, which can dominate the scores and which no policy can change.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dinalrm_align.align.rollouts import Sampler
+from dinalrm_align.align.signal import has_spread
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.reward.protocol import Reward
 
 SAMPLES, BATCH = 64, 16
 """Number of samples on which a spread is measured, and how many are scored at once."""
-ROUNDING = 1e-6
-"""Scores count as equal up to this standard deviation, relative to the largest absolute score."""
 
 RewardSigma = Callable[[Sequence[torch.Generator]], Tensor | Sequence[float] | None]
 """Maps the RNG streams of B samples to the noise levels at which a latent reward scores them."""
@@ -53,9 +53,10 @@ def spread(scores: Tensor) -> float:
     """
     rows = scores.double() if scores.shape[1] > 1 else scores.double().T
     found = float(rows.var(dim=1).mean().sqrt())
-    if not found > ROUNDING * float(rows.abs().max()):
+    if not bool(has_spread(rows).any()) or not math.isfinite(found):
         raise ValueError(
             f"reward: got a standard deviation of {found:.3g} over {scores.numel()} base-model samples, mean score "
-            f"{float(rows.mean()):.6g}; expected scores that differ, to scale by them: take another reward"
+            f"{float(rows.mean()):.6g}; expected scores that differ, to scale by them: take another reward, or "
+            "--refl.kl_unit raw and no anchor"
         )
     return found

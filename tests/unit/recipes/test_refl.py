@@ -397,8 +397,17 @@ def test_a_long_prompts_file_is_trained_on_beyond_prompt_10_001(recipe, argument
     assert len(numbers) == 32 and min(numbers) < 2_000 and max(numbers) > 10_001
 
 
+def test_a_constant_reward_is_no_unit_for_the_kl(recipe, arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(recipe, arguments, tmp_path / "run", "--reward=tiny_align:half")
+    assert stopped.value.code == 2
+    assert "mean score 0.5; expected scores that differ" in capsys.readouterr().err
+
+
 def test_a_reward_without_a_gradient_warns_and_says_so_at_the_end(recipe, arguments, tmp_path, capsys):
-    folder = run(recipe, arguments, tmp_path / "run", "--reward=tiny_align:half", "--loop.steps=3")
+    folder = run(
+        recipe, arguments, tmp_path / "run", "--reward=tiny_align:half", "--loop.steps=3", "--refl.kl_unit=raw"
+    )
     printed = capsys.readouterr().out
     assert (
         "the last 3 rollouts gave no learning signal (reward tiny_align:half, mean score 0.5): the gradient" in printed
