@@ -131,7 +131,7 @@ def test_a_weight_per_standard_deviation_suits_a_reward_of_any_scale(method, var
         policy = method.sampler.policy
         start = {name: p.detach().clone() for name, p in policy.parameters.items()}
         scaled = with_reward(method, lambda latents: 100 * factor * latents.square().mean(dim=(1, 2, 3)))
-        scaled = changed(scaled, kl_weight=50.0, kl_unit=unit, variant=variant)
+        scaled = changed(scaled, kl_weight=50.0, kl_unit=unit, variant=variant, draft_lv_earliest=0.5)
         scaled.measure()
         train(scaled, 4, lr=0.01)
         moved = torch.cat([(p.detach() - start[name]).flatten() for name, p in policy.parameters.items()])

@@ -1,5 +1,8 @@
 """recipes/*_sd35*.yaml: values of public runs on SD3.5-M; none is left at the embedded world's default."""
 
+import dataclasses
+import pickle
+import runpy
 from pathlib import Path
 
 import pytest
@@ -7,13 +10,20 @@ import torch
 import yaml
 from paths import RECIPES
 
+from dinalrm_align import LatentReward, load_reward
 from dinalrm_align.align.dpo_config import DpoRun
 from dinalrm_align.align.grpo_config import GrpoRun
 from dinalrm_align.align.lpo_config import LpoRun
 from dinalrm_align.align.nft_config import NftRun
 from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.align.resolve import resolve
+from dinalrm_align.align.savings.config import SavingsRun
+from dinalrm_align.eval import evaluator
+from dinalrm_align.eval.evaluator import Candidate
 from dinalrm_align.flow.noise import sample_sigma, scheduler_sigmas, seeded_generator
+from dinalrm_align.models.specs import MODELS, resolve_model
+from dinalrm_align.reward.checkpoint import RELEASED_DEFAULTS, read_checkpoint
+from dinalrm_align.reward.config import RewardConfig
 
 RUNS = {"refl": ReflRun, "dpo": DpoRun, "grpo": GrpoRun, "lpo": LpoRun, "nft": NftRun}
 MODEL_FREE = {
@@ -146,3 +156,66 @@ def test_the_settings_of_a_reward_are_for_sd35_only(monkeypatch, tmp_path):
 def test_grpo_stops_at_a_mismatch_that_the_clip_would_hide(resolved):
     run = resolved("grpo")
     assert run.grpo.largest_mismatch == pytest.approx(1e-6) and run.grpo.largest_mismatch < run.grpo.clip_range
+
+
+def test_whatever_meets_a_released_reward_reads_128_tokens(official):
+    """As its training code; the default of a preparation is the model's, and of the counted savings the same."""
+    lengths = [RewardConfig().text_length, RELEASED_DEFAULTS["text_length"], MODELS["sd35"].text_length]
+    assert [*lengths, SavingsRun().text_length, read("train_reward_sd35")["reward"]["text_length"]] == [128] * 5
+    assert read_checkpoint(official).config.text_length == 128
+    prepare = runpy.run_path(str(RECIPES / "prepare_pairs.py"))["settings_and_model"]
+    for words, expected in ((["--model=sd35"], 128), (["--model=sd35", "--text_length=256"], 256)):
+        assert prepare(["--source=x", *words])[0].text_length == expected
+
+
+@pytest.mark.parametrize("method", sorted(RUNS))
+def test_every_alignment_recipe_takes_a_text_length(method, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    kind, recipe = RUNS[method], RECIPES / f"{method}_sd35.py"
+    for words, expected in (([], 128), (["--text_length=77"], 77)):
+        assert resolve(kind, "", recipe, ["--model=sd35", *words]).spec.text_length == expected
+    file = resolve(kind, "", recipe, ["--model=sd35", f"--config={settings_file(tmp_path, 'text_length: 300')}"])
+    assert file.spec.text_length == 300
+
+
+def settings_file(folder: Path, content: str) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(content)
+    return path
+
+
+def test_a_reward_can_be_loaded_and_evaluated_with_another_text_length(tiny_reward_dir):
+    own = LatentReward.from_pretrained(tiny_reward_dir)
+    other = LatentReward.from_pretrained(tiny_reward_dir, text_length=9)
+    assert (own.config.text_length, other.config.text_length, other.encoder.text_length) == (14, 9, 9)
+    assert own(torch.zeros(1, 16, 8, 8), ["a"]) != other(torch.zeros(1, 16, 8, 8), ["a"])
+    assert pickle.loads(pickle.dumps(other)).config.text_length == 9
+    for candidate, expected in ((None, 14), (9, 9)):
+        described = Candidate.from_checkpoint(tiny_reward_dir, lambda: None, candidate)
+        assert described.config.text_length == expected
+    part = load_reward(f"dinalrm={tiny_reward_dir}", options={"dinalrm": {"text_length": 9}})
+    assert part.text_lengths == {9}
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], (32, 32)), (["--size=48"], (48, 48))])
+def test_an_evaluation_resizes_images_to_the_size_that_the_reward_was_trained_at(
+    words, expected, tiny_world, tmp_path, monkeypatch
+):
+    """Not to the size that the policy is aligned at; for SD3.5-M these are 1024 and 512."""
+    main = runpy.run_path(str(RECIPES / "evaluate_reward.py"))["main"]
+    spec = dataclasses.replace(resolve_model(str(tiny_world))[0], reward_size=32)
+    monkeypatch.setitem(main.__globals__, "resolve_model", lambda name: (spec, "a model"))
+    seen = []
+
+    def stop(sets: object, encoders: object, size: tuple[int, int], *rest: object) -> None:
+        seen.append(size)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(evaluator, "Evaluator", stop)
+    (tmp_path / "latents").mkdir()
+    with pytest.raises(ValueError, match="far enough"):
+        main(
+            [f"--test_sets={{own: {tmp_path / 'latents'}}}", "--device=cpu", f"--output_dir={tmp_path / 'out'}", *words]
+        )
+    assert seen == [expected]
+    assert (MODELS["sd35"].height, MODELS["sd35"].reward_size) == (512, 1024)
