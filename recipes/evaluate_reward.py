@@ -3,7 +3,7 @@
     python recipes/evaluate_reward.py                                               # the embedded world's own reward
     python recipes/evaluate_reward.py --reward runs/train_reward_shapes_seed0/reward
     python recipes/evaluate_reward.py --reward pixel                                # or any other named reward
-    python recipes/evaluate_reward.py --model sd35 --size 1024 --test_sets '{hpdv3: DIR, hpdv2: DIR, imagereward: DIR,
+    python recipes/evaluate_reward.py --model sd35 --test_sets '{hpdv3: DIR, hpdv2: DIR, imagereward: DIR,
         genai_bench: hub}' --trained_on HPDv3/train.json                            # the public test sets
     python recipes/evaluate_reward.py --model sd35 --reward hpsv3 --test_sets '{hpdv3: DIR}' --output_dir runs/hpsv3
 
