@@ -52,5 +52,10 @@ class Probes:
 
     @torch.no_grad()
     def _views(self) -> list[Tensor]:
-        flat = [tensor.detach().reshape(-1) for tensor in self.tensors.values()]
-        return [values[:: max(1, len(values) // PROBES - 1) | 1][:PROBES] for values in flat]  # odd: not one column
+        return [_spread(tensor if tensor.is_contiguous() else tensor.contiguous()) for tensor in self.tensors.values()]
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """Return a view of at most 64 values of a contiguous tensor. The step is odd, so that not all are in one column."""
+    step = max(1, tensor.numel() // PROBES - 1) | 1
+    return tensor.as_strided((min(PROBES, -(-tensor.numel() // step)),), (step,))
