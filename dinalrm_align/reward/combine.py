@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.reward.inputs import as_batch
 from dinalrm_align.reward.pixel.base import PixelReward, check_decodable
-from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Seeds, Text, finite_scores, without_autocast
+from dinalrm_align.reward.protocol import (
+    ImageOptions,
+    Latents,
+    Noise,
+    RewardModule,
+    Text,
+    finite_scores,
+    without_autocast,
+)
 from dinalrm_align.train.settings import check_number
 
 
@@ -96,20 +104,11 @@ class RewardSum(RewardModule):
             scores[name] = finite_scores(score, len(latents), name).to(latents.device)
         return scores
 
-    def score_images(
-        self,
-        images: Any,
-        prompts: Text,
-        *,
-        generator: torch.Generator | None = None,
-        seeds: Seeds | None = None,
-        differentiable: bool = False,
-    ) -> Tensor:
+    def score_images(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Tensor:
         """Return the weighted sum (B,), float32, for images as `image_tensor` takes them.
 
         Arguments are as in `Reward.score_images`. Raises ValueError if a summed reward cannot score images.
         """
-        options = dict(generator=generator, seeds=seeds, differentiable=differentiable)
         scores = [part.score_images(images, prompts, **options) for part in self.parts]
         return self.add_up({name: score.to(scores[0].device) for name, score in zip(self.names, scores, strict=True)})
 

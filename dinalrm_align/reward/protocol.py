@@ -45,6 +45,17 @@ class Noise(TypedDict, total=False):
     seeds: Seeds | None
 
 
+class ImageOptions(TypedDict, total=False):
+    """Keyword arguments for rewards that score images.
+
+    generator, seeds: as in `Noise`. differentiable: whether gradients reach image tensors; default: False.
+    """
+
+    generator: torch.Generator | None
+    seeds: Seeds | None
+    differentiable: bool
+
+
 class Reward(Protocol):
     """Interface of a reward, which scores latents for prompts. Higher is better.
 
@@ -92,19 +103,8 @@ class Reward(Protocol):
         """Return scores (B,) of latents that contain noise of level sigma. Raises TypeError if not supported."""
         ...
 
-    def score_images(
-        self,
-        images: Any,
-        prompts: Text,
-        *,
-        generator: torch.Generator | None = None,
-        seeds: Seeds | None = None,
-        differentiable: bool = False,
-    ) -> Tensor:
-        """Return scores (B,), float32. images: see `models.images.image_tensor`.
-
-        generator, seeds: as in `Noise`. differentiable: whether gradients reach image tensors.
-        """
+    def score_images(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Tensor:
+        """Return scores (B,), float32. images: see `models.images.image_tensor`."""
         ...
 
     def fingerprint(self) -> str:

@@ -279,7 +279,7 @@ RUNS = [
       for module in (GRPO, LPO, NFT, DPO, TRAIN)),
     Command("a side of half a patch of this model", REFL, tiny(lambda w: f"--model={wide(w)}", "--height=48"), "height 48 pixels 32"),
     Command("a size the oracle does not score", REFL, tiny("--height=32"), "32 64"),
-    Command("no reward folder", REFL, tiny("--reward=./absent"), "./absent"),
+    Command("no reward folder", REFL, tiny("--reward=./absent"), "reward absent"),
     Command("a reward cut short", REFL, tiny(lambda w: f"--reward={w.with_bytes(w.reward_dir, 'model.safetensors', b'x')}"), "model.safetensors"),
     Command("a reward of another config", REFL, tiny(lambda w: f"--reward={w.with_json(w.reward_dir, 'config.json', sigma='x')}"), "sigma str x"),
     Command("no LoRA to start from", REFL, tiny("--policy.init_from=./absent"), "LoRA absent"),
@@ -420,7 +420,7 @@ def preparing(content: bytes | str, *more: str, name: str = "pairs.jsonl") -> Ca
     """A preparation, on the tiny pipeline, of a file of this content."""
     return lambda world: [
         "--source", world.file(name, content), "--model", world_of(world), "--device=cpu", "--workers=0",
-        "--output_dir", world.fresh() / "out", *more,
+        "--output_dir", world.fresh() / "out", "--buckets=64x64", *more,
     ]  # fmt: skip
 
 

@@ -241,7 +241,7 @@ def test_the_page_is_complete_and_self_contained(folders, tmp_path):
         (["--group"], "--group: got ''"),
         (["--group", "a"], "group.a: got no run"),
         (["--group", "a", "x", "--group", "a", "y"], "--group: got 'a'"),
-        (["--group", "a", "nowhere"], "got folders without a run (no metrics.jsonl and config.yaml): nowhere"),
+        (["--group", "a", "nowhere"], "/nowhere"),
     ],
 )
 def test_invalid_commands_exit_with_an_error_message(words, message, capsys, monkeypatch, tmp_path):

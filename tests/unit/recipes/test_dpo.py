@@ -127,7 +127,7 @@ def test_a_run_on_other_pairs_is_not_resumed(main, arguments, world, tmp_path, c
     ("options", "message"),
     [
         (["--dpo.mode=offline"], "--dpo.mode offline needs --pairs; recipes/mine_pairs.py makes some"),
-        (["--pairs=somewhere"], "pairs: got somewhere"),
+        (["--pairs=somewhere"], "/somewhere in online mode"),
         (["--dpo.mode=offline", "--pairs=absent"], "absent holds no index.json"),
         (["--dpo.beta=0"], "dpo.beta: got 0"),
         (["--dpo.group_size=1"], "dpo.group_size: got 1"),
@@ -164,6 +164,6 @@ def test_the_users_settings_override_the_public_ones_for_sd35(tmp_path, monkeypa
 
     resolved = resolve(DpoRun, "", RECIPE, ["--model=sd35", "--loop.steps=7"])
     settings = resolved.run
-    assert (resolved.spec.name, settings.loop.steps, settings.loop.accumulate) == ("sd35", 7, 16)
+    assert (resolved.spec.name, settings.loop.steps, settings.loop.accumulate) == ("sd35", 7, 8)
     assert (settings.policy.rank, settings.policy.alpha, settings.dpo.beta) == (32, 64, 100.0)
     assert settings.dpo.sigma.density == "logit_normal" and settings.dpo.group_size == 24

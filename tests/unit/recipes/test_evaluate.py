@@ -165,7 +165,7 @@ def test_the_report_lists_images_left_out_and_pairs_trained_on(recipe, tmp_path,
     text = capsys.readouterr().out
     assert "1 images have no score; their pairs are left out:\n\n- images/dog40.png: images/dog40.png is empty" in text
     assert "Of 4 pairs were trained on: 2 by prompt, 1 by image (compared by path), 3 by either." in text
-    assert "| score | 50.00 [50.00, 50.00] | 100.00 [100.00, 100.00] (1 pairs) |" in text
+    assert "| score | 50.00 [50.00, 50.00] | 100.00 (no interval: one prompt) (1 pairs) |" in text
     with pytest.raises(SystemExit):
         recipe.main(words)
     assert "these scores leave out images" in capsys.readouterr().err

@@ -18,8 +18,8 @@ FILES = sorted((RECIPES / "accelerate").glob("*.yaml"))
 RUNS = {
     "train_reward": TrainRewardRun, "refl_sd35": ReflRun, "dpo_sd35": DpoRun, "grpo_sd35": GrpoRun, "nft_sd35": NftRun,
 }  # fmt: skip
-UPDATES = {"train_reward": 32, "refl_sd35": 64, "dpo_sd35": 16, "grpo_sd35": 64, "nft_sd35": 48}
-"""Pairs, samples or prompts, by the papers."""
+UPDATES = {"train_reward": 32, "refl_sd35": 64, "dpo_sd35": 8, "grpo_sd35": 64, "nft_sd35": 48}
+"""Pairs, samples or prompts, by the papers or their public code."""
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -48,6 +48,13 @@ def test_the_commands_make_the_papers_updates(path, monkeypatch):
             "nft_sd35": lambda run: run.nft.groups,
         }
         assert launch.num_processes * taken[recipe](run) == UPDATES[recipe], words
+        if recipe == "grpo_sd35":
+            states = run.grpo.groups * run.grpo.group_size * run.grpo.window_size
+            assert states == run.grpo.minibatches * run.loop.accumulate * run.grpo.sample_batch, words
+        if recipe == "nft_sd35":
+            assert run.nft.groups * run.nft.group_size * run.nft.levels == run.loop.accumulate * run.nft.sample_batch, (
+                words
+            )
         recipes.add(recipe)
     assert recipes == RUNS.keys()
 

@@ -148,6 +148,7 @@ def test_an_empty_path_is_refused(option, capsys):
 
 def test_paths_in_python_are_made_absolute_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").touch()
     run = ReflRun(prompts="mine.txt", model="shapes", gold="./gold")
     assert (run.prompts, run.model, run.gold) == (str(tmp_path / "mine.txt"), "shapes", str(tmp_path / "gold"))
     assert type(run.prompts) is str
