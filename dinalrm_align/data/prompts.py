@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,8 @@ def read_prompts(path: Path) -> list[str]:
 
         .json          a list of prompts, or of objects with the key prompt; or an object {"prompts": such a list}
         .jsonl         a prompt or an object with the key prompt on each line
-        .csv, .tsv     a table with a header and a column prompt; fields with commas or newlines are quoted
+        .csv, .tsv     a table with a header and a column prompt; fields with commas or newlines are quoted. Quotes are
+                       text in a .tsv where text follows a closing quote, as in PartiPrompts.tsv.
         any other      text, one prompt per line
 
     Keys and columns may also be named Prompt, prompts or Prompts. Blank lines are skipped, and duplicates are kept.
@@ -42,12 +42,13 @@ def read_prompts(path: Path) -> list[str]:
     elif kind in (".csv", ".tsv"):
         found = _table_prompts(text, "," if kind == ".csv" else "\t", path)
     else:
-        _check_is_text(lines, text, path)
+        _check_is_text(lines, path)
         found = ((f"line {number}", line) for number, line in enumerate(lines, start=1) if line.strip())
     prompts = []
     for where, prompt in found:
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"prompt file {path}, {where}: got {prompt!r:.80}; expected a prompt that is not blank")
+            expected = "a prompt that is not blank" + ", or an object with one key prompt" * kind.startswith(".json")
+            raise ValueError(f"prompt file {path}, {where}: got {prompt!r:.80}; expected {expected}")
         check_prompt(f"prompt file {path}, {where}", prompt)
         prompts.append(prompt.strip())
     if not prompts:
@@ -73,7 +74,9 @@ def _json_prompts(content: Any, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _table_prompts(text: str, delimiter: str, path: Path) -> Iterator[tuple[str, str]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    raw = delimiter == "\t" and re.search(r'(?:^|\t)"(?:[^"\t\r\n]|"")*"[^"\t\r\n]', text, re.MULTILINE)
+    quoting = csv.QUOTE_NONE if raw else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         names = next(reader, [])
         columns = [column for column, name in enumerate(names) if _is_prompt_name(name)]
@@ -88,22 +91,14 @@ def _table_prompts(text: str, delimiter: str, path: Path) -> Iterator[tuple[str,
         raise ValueError(f"prompt file {path}: {line}{error}") from error
 
 
-def _check_is_text(lines: Sequence[str], text: str, path: Path) -> None:
-    """Raise ValueError if a text file holds JSON, or starts with the header of a table."""
+def _check_is_text(lines: Sequence[str], path: Path) -> None:
+    """Raise ValueError if a text file starts as JSON or a Python literal, or with the header of a table."""
     first = next((line.strip() for line in lines if line.strip()), "")
-    names = re.split("[,\t]", first)
-    table = any(map(_is_prompt_name, names)) and all(re.fullmatch(r"[\w ]{1,40}", name) for name in names)
-    json_like = first[:1] in ("[", "{") and any(_is_json(part) for part in (first, text))
+    table = any(_is_prompt_name(name.strip(" -\"'")) for name in re.split("[,;|\t:=]", first))
+    json_like = re.match(r"""[\[{]+\s*(["'\]}]|$)""", first)
     if table or json_like:
         got, name = ("JSON", ".json or .jsonl") if json_like else (f"the header {first!r:.80}", ".csv or .tsv")
         raise ValueError(f"prompt file {path}: got {got}; expected one prompt per line, or a file name with {name}")
-
-
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), list | dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def read_captioned_images(folder: Path) -> tuple[list[Image.Image], list[str]]:

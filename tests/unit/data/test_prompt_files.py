@@ -29,6 +29,7 @@ def written(tmp_path, name, content):
         ("p.csv", f'prompt\n{CAT}\n"a dog, ""Rex"""\n'),
         ("p.csv", f'\ufeffid, Prompt ,seed\r\n1,{CAT},2\r\n\r\n2,"a dog, ""Rex""",3\r\n'),
         ("p.tsv", f"Prompt\tCategory\n{CAT}\tanimals\n{DOG}\tanimals\n"),
+        ("p.tsv", 'prompt\tid\n"a cat"\t1\n"a dog, ""Rex"""\t2\n'),
         ("p.csv", f'Prompts,Category\n{CAT},x\n"a dog, ""Rex""",y\n'),
     ],
 )
@@ -40,8 +41,13 @@ def test_quoted_newlines_and_duplicates_are_kept(tmp_path):
     assert read_prompts(written(tmp_path, "p.csv", 'prompt\n"two\nlines"\na\na\n')) == ["two\nlines", "a", "a"]
 
 
+def test_quotes_of_a_tsv_may_be_text(tmp_path):
+    content = 'Prompt\tNote\n"G I G" painted\t\nthe word "OOPS"\t"x"\n'  # as PartiPrompts.tsv
+    assert read_prompts(written(tmp_path, "p.tsv", content)) == ['"G I G" painted', 'the word "OOPS"']
+
+
 def test_a_text_prompt_may_look_like_code(tmp_path):
-    lines = ["[1girl], solo", "{a cat|a dog}", '"a cat"', "prompt, highly detailed, 8k (best)", "3"]
+    lines = ["[1girl], solo", "{{masterpiece}}", "[2024] a cat", "{a cat|a dog}", '"a cat"', "prompt, highly detailed, 8k (best)", "3"]
     assert read_prompts(written(tmp_path, "p.txt", "\n".join(lines))) == lines
 
 
@@ -55,11 +61,21 @@ def test_a_text_prompt_may_look_like_code(tmp_path):
         ("p.txt", "id,prompt\n1,a cat\n", "got the header 'id,prompt'"),
         ("p.txt", "Prompt\tCategory\na\tb\n", "got the header"),
         ("p.txt", "prompt\na cat\n", "got the header 'prompt'"),
+        ("p.txt", ",prompt\n0,a cat\n", "got the header ',prompt'"),  # as pandas writes a table
+        ("p.txt", '"prompt","seed"\n"a cat",1\n', "got the header"),
+        ("p.txt", "prompt;ground-truth\na cat;1\n", "got the header"),
+        ("p.txt", "image.path|prompt\nx.png|a cat\n", "got the header"),
+        ("p.yaml", "- prompt: a cat\n", "got the header"),
+        ("p.txt", "['a cat', 'a dog']\n", "got JSON"),
+        ("p.txt", "{'prompt': 'a cat'}\n", "got JSON"),
+        ("p.txt", '[\n "a cat",\n "a dog",\n]\n', "got JSON"),
+        ("p.txt", '{\n "prompt": "a"\n}\n{\n "prompt": "b"\n}\n', "got JSON"),
+        ("p.txt", "[]", "got JSON"),
         ("p.json", "a cat\na dog\n", "not valid JSON"),
         ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', "not valid JSON"),
         ("p.json", '"a cat"', "expected a JSON list"),
         ("p.json", '{"texts": ["a"]}', "expected a JSON list"),
-        ("p.json", '[{"caption": "a"}]', "entry 0: got {'caption': 'a'}"),
+        ("p.json", '[{"caption": "a"}]', "entry 0: got {'caption': 'a'}; .* one key prompt"),
         ("p.json", '[{"prompt": "a", "Prompt": "b"}]', "entry 0: got {'prompt'"),
         ("p.json", '["a", " "]', "entry 1: got ' '"),
         ("p.json", '["a", null]', "entry 1: got None"),
