@@ -222,7 +222,8 @@ class PairSource(ABC):
         if unit in self._unreadable:
             return None
         try:
-            item = self._load(unit)
+            loaded = self._load(unit)
+            item = [t.float() if t.is_floating_point() and t.itemsize not in (2, 4) else t for t in loaded]
             for name, dims, tensor in zip(("latents", "prompt_embeds", "pooled_prompt_embeds"), (4, 3, 2), item):
                 if not tensor.is_floating_point() or tensor.dim() != dims or not bool(tensor.isfinite().all()):
                     got = f"{tensor.dtype} {tuple(tensor.shape)}"

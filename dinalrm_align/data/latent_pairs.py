@@ -197,10 +197,11 @@ class LatentPairsWriter:
         if self._text_sizes not in (None, sizes):
             raise ValueError(f"embeddings of {prompt!r:.60}: got shapes {sizes}; expected {self._text_sizes}")
         self._text_sizes = sizes
-        label = [1.0] * len(chosen) if label is None else label
-        for first, second, value in zip(chosen, rejected, label, strict=True):
+        label = label.tolist() if isinstance(label, Tensor) else [1.0] * len(chosen) if label is None else label
+        names = [None] * len(chosen) if concepts is None else concepts
+        for first, second, value, concept in zip(chosen, rejected, label, names, strict=True):
             cells = (Cell(str(self.directory), 0, row, "latents") for row in (first, second))
-            check_preference(Preference(prompt, *cells, label=value, encoded=True))
+            check_preference(Preference(prompt, *cells, label=value, concept=concept, encoded=True))
         label = list(map(float, label))
         PairBatch(
             latents,

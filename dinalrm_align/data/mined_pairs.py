@@ -115,7 +115,7 @@ class MinedPairs(PairSource):
 
     def _read_row(self, cell: Cell) -> list[Tensor]:
         parquet, columns = parquet_module(), [*LATENTS, *TEXT]
-        with reading("parquet file of pairs", cell.file):
+        with reading("parquet file of pairs", f"{cell.file}, row group {cell.row_group}, row {cell.row}"):
             group = parquet.ParquetFile(cell.file).read_row_group(cell.row_group, columns=columns)
             (row,) = group.slice(cell.row, 1).to_pylist()
             return [_tensor(row[name], name) for name in columns]
@@ -186,6 +186,6 @@ def _tensor(data: Any, name: str) -> Tensor:
     if not isinstance(data, bytes):
         raise InputError(f"{name}: got {type(data).__name__}; expected the bytes of torch.save")
     tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(tensor, Tensor):
-        raise InputError(f"{name}: got a saved {type(tensor).__name__}; expected a tensor")
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        raise InputError(f"{name}: got a saved {type(tensor).__name__}; expected a dense tensor with data")
     return tensor

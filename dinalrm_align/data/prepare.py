@@ -29,13 +29,14 @@ from tqdm import tqdm
 
 from dinalrm_align.data.config import PrepareRun
 from dinalrm_align.data.formats import find_layout, read_preferences
-from dinalrm_align.data.formats.record import ImageRef
+from dinalrm_align.data.formats.record import ImageRef, Preference
 from dinalrm_align.data.formats.rows import image_source
 from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, PairManifest
-from dinalrm_align.data.plan import Dropped, filter_pairs, plan_groups, plan_shards
+from dinalrm_align.data.plan import Dropped, Size, filter_pairs, plan_groups, plan_shards
 from dinalrm_align.data.shards import write_if_changed, write_tables
 from dinalrm_align.data.workers import InOrder, attempt, sized_latent
 from dinalrm_align.models.images import image_size, resized_image
+from dinalrm_align.models.latent_space import LatentSpace
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.files import TEMPORARY, begin_or_resume, file_digest, read_json, write_atomically
 
@@ -50,14 +51,23 @@ class Preparation:
     """One rank's share of encoding the pairs of `run.source` into `folder`.
 
     All ranks must call `measure`, `plan`, `encode_text` and `encode_latents`, with a barrier after each call. One rank
-    must then call `finish`. manifest: encoding settings. in_order: function that `workers.worker_processes` yields.
+    must then call `finish`. manifest: encoding settings. space: latents that the model reads. in_order: function that
+    `workers.worker_processes` yields.
     Raises ValueError or OSError if the source is unreadable, or if `folder` holds other files or other settings.
     """
 
     def __init__(
-        self, run: PrepareRun, folder: Path, manifest: PairManifest, *, in_order: InOrder, rank: int = 0, world: int = 1
+        self,
+        run: PrepareRun,
+        folder: Path,
+        manifest: PairManifest,
+        space: LatentSpace,
+        *,
+        in_order: InOrder,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.run, self.folder, self.manifest = run, folder, manifest
+        self.run, self.folder, self.manifest, self._space = run, folder, manifest, space
         self.rank, self.world, self._in_order = rank, world, in_order
         self.source = Path(run.source)
         if not self.source.exists():
@@ -106,7 +116,7 @@ class Preparation:
     def plan(self) -> None:
         """Assign each group of images and each prompt to a shard. Every rank computes the same plan."""
         if self.layout == "released":  # chosen and rejected of each pair in turn, none of them twice
-            sizes = [tuple(8 * side for side in pair.shape[1:]) for pair in self.pairs for _ in range(2)]
+            sizes = [self._stored_size(pair) for pair in self.pairs for _ in range(2)]
         else:
             sizes = [size for start in range(0, len(self.refs), SIZES) for size in self._sizes(start)]
         known = {
@@ -118,6 +128,10 @@ class Preparation:
         self.shards = plan_shards(groups, self.run.shard_size)
         prompts, size = list(dict.fromkeys(group.prompt for group in groups)), self.run.prompts_per_shard
         self.prompts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+    def _stored_size(self, pair: Preference) -> Size | str:
+        problem = self._space.problem(pair.shape)
+        return f"{pair.chosen}: {problem}" if problem else (8 * pair.shape[1], 8 * pair.shape[2])
 
     def encode_text(self, encode: EncodePrompts) -> None:
         """Write this rank's share of the shards of text embeddings. Each distinct prompt is encoded once."""

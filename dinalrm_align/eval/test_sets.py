@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dinalrm_align.data.formats import find_layout, read_preferences
-from dinalrm_align.data.formats.record import Cell, Dropped, ImageRef
+from dinalrm_align.data.formats.record import INVALID, Cell, Dropped, ImageRef
 from dinalrm_align.data.formats.rows import image_source, row_group_starts
 from dinalrm_align.eval.scores import PairScores
 from dinalrm_align.eval.test_sets_config import TEST_SETS, PublicSet
@@ -118,8 +118,12 @@ def _image_set(name: str, source: Path | Sequence[Path], layout: str, finder: "_
     rows: dict[Image, int] = {}
     columns = []
     for pair in read_preferences(source, layout, dropped.bad, strict=False):
-        images = (finder(image, pair.prompt) for image in (pair.chosen, pair.rejected))
-        columns.append((*(rows.setdefault(image, len(rows)) for image in images), pair.label, pair.group))
+        try:
+            images = [finder(image, pair.prompt) for image in (pair.chosen, pair.rejected)]
+        except ValueError as error:
+            dropped.bad(INVALID, f"{name}, entry {pair.group}: {error}")
+        else:
+            columns.append((*(rows.setdefault(image, len(rows)) for image in images), pair.label, pair.group))
     if not columns:
         where = source if isinstance(source, Path) else source[0]
         raise ValueError(f"{where} holds no pairs with a verdict ({dropped})")

@@ -33,13 +33,16 @@ class InputError(ValueError):
     """
 
 
-def read_text(path: Path, what: str, expected: str = "a file") -> str:
-    """Return the text of a UTF-8 file. Raises ValueError if the file is not UTF-8 or contains a NUL byte."""
+def read_text(path: Path, what: str, expected: str = "a file", *, errors: str = "strict") -> str:
+    """Return the text of a UTF-8 file. Raises ValueError if the file is not UTF-8 or contains a NUL byte.
+
+    errors: as of `bytes.decode`; "surrogateescape" leaves bytes that are not UTF-8 to a check of the text.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no {what} {path}{' (it is a folder)' if path.is_dir() else ''}; expected {expected}")
     data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError(f"{what} {path} is not UTF-8 (line {line}); save it as UTF-8") from error

@@ -14,8 +14,10 @@ from dinalrm_align.data.config import FilterConfig, PrepareRun
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.data.prepare import Preparation
 from dinalrm_align.data.workers import worker_processes
+from dinalrm_align.models.latent_space import LatentSpace
 
 MANIFEST = PairManifest(1.0, 0.0, 3)
+SPACE = LatentSpace(channels=2, patch=2, max_side=64)
 
 
 def encode_images(images):
@@ -67,7 +69,7 @@ def prepare(source, folder, *, rank=0, world=1, stop_after=None, encode=encode_i
 
     run = settings(source, folder, **changes)
     with worker_processes(run.workers) as in_order:
-        work = Preparation(run, Path(folder), MANIFEST, in_order=in_order, rank=rank, world=world)
+        work = Preparation(run, Path(folder), MANIFEST, SPACE, in_order=in_order, rank=rank, world=world)
         work.measure()
         work.plan()
         work.encode_text(text)

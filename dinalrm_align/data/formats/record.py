@@ -1,6 +1,7 @@
 """Define and validate `Preference`, the pair of images or latents that every reader yields. Torch-free."""
 
 import collections
+import numbers
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -104,24 +105,29 @@ def check_preference(pair: Preference, *, strict: bool = True) -> Preference:
     if not pair.prompt.strip() and not (pair.encoded and pair.prompt == ""):
         raise InputError(f"prompt: got {pair.prompt!r:.60}, a blank one; expected text")
     for name, image in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if not isinstance(image, Cell) and not (
-            isinstance(image, str) and image and not INVALID_CHARACTER.search(image)
-        ):
+        if not isinstance(image, Cell) and not is_path(image):
             raise InputError(f"{name}: got {image!r:.80}; expected the path of an image")
     if strict and pair.chosen == pair.rejected:
         raise InputError(f"chosen and rejected: got one image, {str(pair.chosen)!r:.80}; expected two")
     if not 0 <= number(pair.label, "label") <= 1:
         raise InputError(f"label: got {pair.label}; expected a number in [0, 1]")
     votes = two_numbers(pair.votes, "votes")
-    if votes is not None and (min(votes) < 0 or sum(votes) <= 0):
-        raise InputError(f"votes: got {pair.votes}; expected none negative and at least one positive")
+    if votes is not None and (min(votes) < 0 or not 0 < sum(votes) <= sys.float_info.max):
+        raise InputError(f"votes: got {pair.votes}; expected none negative, at least one positive and a finite sum")
     optional_number(pair.confidence, "confidence")
     for name, scores in pair.scores.items():
         if two_numbers(scores, f"scores.{name}") is None:
             raise InputError(f"scores.{name}: got {scores}; expected two numbers")
-    if not isinstance(pair.concept, str | None):
+    if pair.concept is not None and (not isinstance(pair.concept, str) or INVALID_CHARACTER.search(pair.concept)):
         raise InputError(f"concept: got {pair.concept!r:.80}; expected a name")
     return pair
+
+
+def is_path(image: Any) -> bool:
+    """Return whether `image` is text that a file system takes as a path: each name has at most 255 bytes."""
+    if not isinstance(image, str) or not image or INVALID_CHARACTER.search(image):
+        return False
+    return max(map(len, image.encode().split(b"/"))) <= 255
 
 
 def raise_error(reason: str, message: str) -> NoReturn:
@@ -162,8 +168,8 @@ class Dropped:
 
 
 def number(value: Any, name: str) -> float:
-    """Return a finite int or float as float. Raises ValueError for any other value or a bool."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Return a finite real number, also of NumPy, as float. Raises ValueError for any other value or a bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputError(f"{name}: got {value!r:.80}; expected a number")
     if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an int too large for a float
         raise InputError(

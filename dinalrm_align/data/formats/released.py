@@ -58,7 +58,10 @@ def convert(row: Row) -> Iterator[Preference]:
 
 
 def load_latent(data: Any, name: str) -> np.ndarray:
-    """Load a floating-point array (C, h, w) from the bytes of a .npy file. Raises ValueError for any other data."""
+    """Load an array (C, h, w), float16 or float32, from the bytes of a .npy file with floating numbers.
+
+    Raises ValueError for any other data.
+    """
     if not isinstance(data, bytes):
         raise InputError(f"{name}: got {type(data).__name__}; expected the bytes of a .npy file")
     try:
@@ -68,7 +71,8 @@ def load_latent(data: Any, name: str) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind != "f" or array.size == 0:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise InputError(f"{name}: got {got}; expected floating numbers in 3 dimensions")
-    return array
+    with np.errstate(over="ignore"):
+        return array if array.dtype == np.float16 else array.astype(np.float32, copy=False)  # in this machine's order
 
 
 def parse_results(text: Any) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinalrm_align.data.formats.record import INVALID, Bad, Cell, ImageRef, Row
-from dinalrm_align.models.prompt import INVALID_CHARACTER
+from dinalrm_align.data.formats.record import INVALID, Bad, Cell, ImageRef, Row, is_path
 from dinalrm_align.train.files import InputError, parse_json, read_text, reading
 
 
@@ -47,7 +46,7 @@ def image_source(image: ImageRef, folder: Path) -> Path | bytes:
     data = _read_column(image.file, image.row_group, image.column)[image.row]
     if isinstance(data, dict):  # written by the hub's `datasets`
         data = data.get("bytes") or data.get("path")
-    if isinstance(data, str) and data and not INVALID_CHARACTER.search(data):
+    if is_path(data):
         return folder / data
     if not isinstance(data, bytes) or not data:
         raise InputError(f"{image}: got {type(data).__name__}; expected the bytes or the path of an image")
@@ -102,7 +101,7 @@ def parquet_rows(
             wanted = [*columns, *(name for name in optional if name in names)]
             for group in range(file.num_row_groups):
                 with reading("parquet file", path):
-                    records = file.read_row_group(group, columns=wanted).to_pylist()
+                    records = _records(file.read_row_group(group, columns=wanted))
                 for row, record in enumerate(records):
                     yield Row(f"{path}, row group {group}, row {row}", number, record, Cell(str(path), group, row, ""))
                     number += 1
@@ -110,16 +109,31 @@ def parquet_rows(
             bad("unreadable file", str(error))
 
 
+def _records(table: Any) -> list[dict[str, Any]]:
+    """Return the rows of a table. In text columns, bytes that are not UTF-8 become surrogates, as by `read_text`."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        columns = []
+        for column in table.columns:
+            if str(column.type) not in ("string", "large_string"):
+                columns.append(column.to_pylist())
+            else:
+                cells = column.cast("large_binary").to_pylist()
+                columns.append([cell if cell is None else cell.decode("utf-8", "surrogateescape") for cell in cells])
+        return [dict(zip(table.column_names, values)) for values in zip(*columns, strict=True)]
+
+
 def read_records(path: Path) -> list[Any]:
     """Return the list in a JSON file. Raises ValueError if the file holds anything else."""
-    records = parse_json(read_text(path, "file of preferences"), str(path))
+    records = parse_json(read_text(path, "file of preferences", errors="surrogateescape"), str(path))
     if not isinstance(records, list):
         raise InputError(f"{path}: got a JSON {type(records).__name__}; expected a list of objects")
     return records
 
 
 def _lines(path: Path, bad: Bad) -> Iterator[Row]:
-    lines = enumerate(read_text(path, "file of pairs").split("\n"), start=1)
+    lines = enumerate(read_text(path, "file of pairs", errors="surrogateescape").split("\n"), start=1)
     for count, (number, line) in enumerate((number, line) for number, line in lines if line.strip()):
         where = f"{path}, line {number}"
         try:

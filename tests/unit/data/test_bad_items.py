@@ -10,9 +10,10 @@ import torch
 from paths import load_recipe
 from PIL import Image
 from pyarrow import parquet
-from tiny_prepare import encode_prompts, write_image
+from tiny_prepare import encode_prompts, prepare, write_image
 
 from dinalrm_align.data.formats.record import Cell
+from dinalrm_align.data.formats.released import load_latent
 from dinalrm_align.data.formats.rows import image_source
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.mined_pairs import MinedPair, MinedPairs, write_shard
@@ -135,12 +136,54 @@ def test_a_bad_record_of_our_own_files_is_named_or_left_out(tmp_path):
         ({"prompt": " "}, "prompt: got ' '"),
         ({"chosen": [1]}, "chosen and rejected: got one image"),
         ({"rejected": [1, 0]}, "zip"),
+        ({"concepts": [3]}, "concept: got 3"),
     ],
 )
 def test_our_writer_checks_every_record(tmp_path, changes, message):
     arguments = {"prompt": "a", "latents": torch.ones(2, 16, 4, 4), **TEXT, **changes}
     with pytest.raises(ValueError, match=message):
         LatentPairsWriter(tmp_path, MANIFEST).add(**arguments)
+
+
+@pytest.mark.parametrize("label", [np.array([0.25], dtype=np.float32), torch.tensor([0.25])])
+def test_our_writer_takes_labels_of_numpy_and_torch(tmp_path, label):
+    with LatentPairsWriter(tmp_path, MANIFEST) as writer:
+        writer.add("a", torch.ones(2, 16, 4, 4), label=label, **TEXT)
+    assert LatentPairs(tmp_path, batch_size=1).batch_at(0).label.tolist() == [0.25]
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f2", "float64", "longdouble"])
+def test_released_latents_of_any_floating_dtype_are_read(dtype):
+    file = io.BytesIO()
+    np.save(file, np.full((1, 2, 3), 0.1, dtype=dtype))
+    assert torch.from_numpy(load_latent(file.getvalue(), "latent1"))[0, 1, 2].item() == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.to_sparse(), "row group 0, row 0.*img_win_latents: .*expected a dense tensor with data"),
+        (lambda tensor: tensor.to("meta"), "row group 0, row 0.*img_win_latents: .*expected a dense tensor with data"),
+        (lambda tensor: [tensor], "row group 0, row 0.*img_win_latents: got a saved list"),
+        (lambda tensor: tensor.double() * 1e300, "latents: got torch.float32 .* expected finite"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), None),
+    ],
+)
+def test_saved_tensors_that_are_not_plain(tmp_path, change, message):
+    pair = MinedPair("p", 0, torch.ones(2, 16, 4, 4), [1.0, 0.0], 0, 1, *TEXT.values())
+    write_shard(tmp_path / "a.parquet", [pair], dtype="float32")
+    table, data = parquet.read_table(tmp_path / "a.parquet"), io.BytesIO()
+    torch.save(change(torch.ones(16, 4, 4)), data)
+    for name in ("img_win_latents", "img_lose_latents"):
+        column = pyarrow.array([data.getvalue()], pyarrow.large_binary())
+        table = table.set_column(table.column_names.index(name), name, column)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    pairs = MinedPairs(tmp_path / "a.parquet", manifest=MANIFEST, batch_size=1)
+    if message is None:
+        assert torch.equal(pairs.batch_at(0).latents, torch.ones(2, 16, 4, 4))
+    else:
+        with pytest.raises(InputError, match=message):
+            pairs.batch_at(0)
 
 
 # ----------------------------------------------------------------------------------------- latents that the model reads
@@ -170,6 +213,22 @@ def test_odd_latents_are_refused_before_training_or_left_out(tmp_path, tiny_worl
         opened("refuse")
     pairs = opened("skip")
     assert len(pairs) == 2 and pairs.dropped.counts == {"latents that the model does not read": 1}
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (4, 4, 4)])
+def test_released_latents_must_fit_to_be_prepared(tmp_path, shape):
+    rows = []
+    for number, size in enumerate([(2, 4, 4), shape]):
+        file = io.BytesIO()
+        np.save(file, np.ones(size, dtype=np.float32))
+        latents = {"latent1": file.getvalue(), "latent2": file.getvalue(), "latent1_shape": size, "latent2_shape": size}
+        rows.append({"prompt": f"prompt {number}", **latents})
+    (tmp_path / "source").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "source" / "part_rank00.parquet")
+    with pytest.raises(ValueError, match="row 1, latent1: latents: got .*; the model reads 2 channels"):
+        prepare(tmp_path / "source", tmp_path / "refused")
+    work, _ = prepare(tmp_path / "source", tmp_path / "out", on_bad="skip")
+    assert work.dropped.counts.total() == 1 and len(LatentPairs(tmp_path / "out", batch_size=1)) == 1
 
 
 def test_mined_latents_must_fit_and_be_of_one_size(tmp_path):

@@ -4,8 +4,11 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from tiny_prepare import hpdv3, pickapic, prepare
 
 from dinalrm_align.data.formats import LAYOUTS, find_layout, read_preferences
@@ -74,6 +77,9 @@ def test_mined_pairs_carry_their_scores(tmp_path):
         ({"votes": (-1.0, 2.0)}, r"^votes: got \(-1.0, 2.0\)"),
         ({"votes": (0, 0)}, r"^votes: got \(0, 0\)"),
         ({"votes": (math.nan, 1)}, "^votes: got nan"),
+        ({"votes": (1e308, 1e308)}, r"^votes: got \(1e\+308, 1e\+308\); .* a finite sum"),
+        ({"chosen": f"images/{'é' * 128}.png"}, "^chosen: got 'images/é"),
+        ({"concept": "\ud800"}, r"^concept: got '\\ud800'"),
         ({"votes": (math.inf, 1)}, "^votes: got inf"),
         ({"votes": (1, 2, 3)}, r"^votes: got \(1, 2, 3\); expected two numbers"),
         ({"votes": (True, 1)}, "^votes: got True"),
@@ -87,6 +93,10 @@ def test_mined_pairs_carry_their_scores(tmp_path):
 def test_an_invalid_record_cannot_be_made(changes, message):
     with pytest.raises(ValueError, match=message):
         Preference(**{"prompt": "a", "chosen": "c", "rejected": "r", **changes})
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Preference("a", "c", "r", label=np.float32(0.5), votes=(np.int64(3), 1)).is_tie
 
 
 def test_test_sets_may_hold_what_cannot_be_trained_on():
@@ -164,6 +174,35 @@ def test_a_bad_record_of_any_layout_is_named_or_skipped_and_counted(monkeypatch,
     dropped = Dropped("skip")
     assert len(list(read_preferences(None, layout, dropped.bad))) == 2
     assert dropped.counts == {"invalid record": 1} and dropped.named["invalid record"][0].startswith("file, row 1: ")
+
+
+def _jsonl(path, caption):
+    good = json.dumps(JSONL).encode()
+    path.write_bytes(b"\n".join([good, good.replace(b'"a"', b'"' + caption + b'"'), good]))
+
+
+def _json(path, caption):
+    good = json.dumps(HPDV3).encode()
+    path.write_bytes(b"[" + b",".join([good, good.replace(b'"a"', b'"' + caption + b'"'), good]) + b"]")
+
+
+def _parquet(path, caption):
+    table = pyarrow.table({name: [value] * 3 for name, value in PICKAPIC.items()})
+    texts = pyarrow.array([b"a", caption, b"a"]).view(pyarrow.string())
+    parquet.write_table(table.set_column(0, "caption", texts), path)
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "layout"),
+    [(_jsonl, "p.jsonl", "jsonl"), (_json, "p.json", "hpdv3"), (_parquet, "p.parquet", "pickapic")],
+)
+def test_a_caption_that_is_not_utf8_is_one_bad_record_of_its_file(tmp_path, write, name, layout):
+    write(tmp_path / name, "café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"(line 2|entry 1|row 1): prompt: got '\\udce9' at character 4"):
+        list(read_preferences(tmp_path / name, layout, Dropped("refuse").bad))
+    dropped = Dropped("skip")
+    assert len(list(read_preferences(tmp_path / name, layout, dropped.bad))) == 2
+    assert dropped.counts == {"invalid record": 1}
 
 
 def test_absent_scores_are_no_fault(tmp_path):

@@ -47,7 +47,15 @@ def test_quotes_of_a_tsv_may_be_text(tmp_path):
 
 
 def test_a_text_prompt_may_look_like_code(tmp_path):
-    lines = ["[1girl], solo", "{{masterpiece}}", "[2024] a cat", "{a cat|a dog}", '"a cat"', "prompt, highly detailed, 8k (best)", "3"]
+    lines = [
+        "[1girl], solo",
+        "{{masterpiece}}",
+        "[2024] a cat",
+        "{a cat|a dog}",
+        '"a cat"',
+        "prompt, highly detailed, 8k (best)",
+        "3",
+    ]
     assert read_prompts(written(tmp_path, "p.txt", "\n".join(lines))) == lines
 
 

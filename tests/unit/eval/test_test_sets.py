@@ -241,6 +241,14 @@ def test_entries_that_are_not_as_published_are_named(name, content, says, tmp_pa
         open_test_set(name, tmp_path)
 
 
+def test_a_path_outside_the_set_is_left_out_and_counted(tmp_path):
+    put(tmp_path / "test.json", [{"prompt": "x", "path1": one, "path2": "b.png"} for one in ("a.png", "../a.png", "c")])
+    images = open_test_set("hpdv3", tmp_path, on_bad="skip")
+    assert len(images.label) == 2 and images.dropped.counts == {"invalid record": 1}
+    with pytest.raises(ValueError, match="hpdv3, entry 1: image path: got '../a.png'.*--on_bad skip"):
+        open_test_set("hpdv3", tmp_path)
+
+
 def test_a_parquet_file_without_the_columns_is_named(tmp_path):
     write_parquet(tmp_path / "image_generation" / "test-00000-of-00001.parquet", [{"prompt": "x", "vote_type": "y"}])
     with pytest.raises(ValueError, match="test-00000-of-00001.parquet.*lacks the columns left_image, right_image"):
