@@ -11,7 +11,7 @@ from dinalrm_align.flow.noise import check_latents
 from dinalrm_align.models.images import Images, image_tensor
 from dinalrm_align.models.layout import TEXT_ENCODERS, check_files, weight_options, without_t5
 from dinalrm_align.models.text import text_encoders
-from dinalrm_align.models.weights import HubOptions, check_source, find_file, load_model
+from dinalrm_align.models.weights import HubOptions, check_source, find_file, load_model, loading
 from dinalrm_align.train.files import read_json, reading
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def load_transformer(source: str | Path, *, dtype: torch.dtype, **hub: Unpack[Hu
     return load_model(SD3Transformer2DModel, source, **options).requires_grad_(False)
 
 
+@loading()
 def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion3Pipeline":
     """Load a frozen StableDiffusion3Pipeline from a folder or hub id: the VAE in float32, the rest in `dtype`.
 
@@ -39,9 +40,9 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion
     """
     from diffusers import StableDiffusion3Pipeline
 
-    absent = without_t5(find_file(source, "model_index.json"))
     if Path(source).is_dir():
         check_files(Path(source))
+    absent = without_t5(find_file(source, "model_index.json"))
     transformer, vae = load_transformer(source, dtype=dtype), load_vae(source, device="cpu")
     with reading("StableDiffusion3Pipeline", source):
         options = dict(transformer=transformer, vae=vae, dtype=dtype, **weight_options(source, *TEXT_ENCODERS))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinalrm_align.models.layout import TEXT_ENCODERS, weight_options, without_t5
 from dinalrm_align.models.prompt import check_prompt
-from dinalrm_align.models.weights import check_source, find_file
+from dinalrm_align.models.weights import check_source, find_file, loading
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import read_json, reading
 
@@ -249,6 +249,7 @@ class PromptEncoder:
             raise ValueError("the base model has no text_encoder_3 (T5): pass pipeline=..., or prompt_embeds")
         return pipeline
 
+    @loading()
     def _load(self) -> "StableDiffusion3Pipeline":
         from diffusers import StableDiffusion3Pipeline
         from diffusers.configuration_utils import FrozenDict

@@ -5,8 +5,10 @@ Reading a file never runs code from it. In strict loading, file and model must h
 
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -16,6 +18,20 @@ from torch import Tensor, nn
 
 from dinalrm_align.train.digest import digest
 from dinalrm_align.train.files import HUB_ID, reading
+
+
+_LOADING = threading.RLock()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Context manager and decorator for loading models: one thread at a time, and outside inference mode.
+
+    While transformers and diffusers load a model, they replace methods of torch.nn.Module for all threads. Weights that
+    are loaded in inference mode allow no gradients.
+    """
+    with _LOADING, torch.inference_mode(False):
+        yield
 
 
 class HubOptions(TypedDict, total=False):
@@ -86,6 +102,7 @@ def beside(source: str | Path, *names: str) -> Path | None:
     return folder if any((folder / name).is_file() for name in names) else None
 
 
+@loading()
 def load_model(kind: Any, source: str | Path, *, allow_unexpected: bool = True, **options: Any) -> Any:
     """Load a model with `kind.from_pretrained(source, **options)`, where `kind` is a diffusers or transformers class.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from dinalrm_align.models.images import image_tensor
 from dinalrm_align.models.pipeline import encode_images, load_vae
 from dinalrm_align.models.text import Conditions, PromptEncoder, prompts_of
+from dinalrm_align.models.weights import loading
 from dinalrm_align.reward import inputs
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 from dinalrm_align.reward.card import model_card
@@ -111,7 +112,7 @@ class LatentReward(RewardModule):
         return (self,)
 
     @classmethod
-    @torch.inference_mode(False)  # weights loaded in inference mode would not allow gradients in the latents
+    @loading()
     def from_pretrained(
         cls,
         source: str | Path,
@@ -384,8 +385,7 @@ class LatentReward(RewardModule):
     def _vae(self) -> "AutoencoderKL":
         if self._borrowed["vae"] is None:
             base = self._base or base_location(self.config.base_model_id, self._folder)
-            with torch.inference_mode(False):
-                self._borrowed["vae"] = load_vae(base, device=self.device, local_files_only=self._local_files_only)
+            self._borrowed["vae"] = load_vae(base, device=self.device, local_files_only=self._local_files_only)
         vae = self._borrowed["vae"]
         check_vae(vae, self.config)
         return vae

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, ConfigMixin
 
 from dinalrm_align.models.pipeline import load_vae
+from dinalrm_align.models.weights import loading
 from dinalrm_align.train.files import HUB_ID
 
 SECRETS = ("token", "api_key")
@@ -46,6 +47,7 @@ class Origin:
         return load_again, (self.load, self.source, arguments | place, self.fingerprint, dtypes)
 
 
+@loading()
 def load_again(
     load: Callable[..., Any],
     source: Any,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dinalrm_align.models.pipeline import load_vae
 from dinalrm_align.models.specs import MODELS, ModelSpec
+from dinalrm_align.models.weights import loading
 from dinalrm_align.reward.callables import as_reward, import_callable
 from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.combine import RewardSum
@@ -50,7 +51,7 @@ class ImageScorer:
         return self.score(images, prompts)
 
 
-@torch.inference_mode(False)  # weights loaded in inference mode would not allow gradients
+@loading()
 def load_reward(
     reward: str | Callable[..., Any],
     *,
