@@ -89,10 +89,14 @@ def read_lora(source: str | Path) -> Lora:
         got = f"{len(unknown)} names such as {', '.join(unknown[:3])}" if unknown else "no tensors"
         expected = "lora_A.weight and lora_B.weight of projections of an SD3 transformer in diffusers' names"
         raise ValueError(f"{path}: got {got}; expected {expected}, and nothing else")
+    if surplus := len(tensors) - len(alphas) - 2 * len(pairs):
+        raise ValueError(f"{path}: got {surplus} tensors more than one A, B and alpha for each of {len(pairs)} layers")
+    if kinds := {str(tensor.dtype) for tensor in named.values() if not tensor.is_floating_point()}:
+        raise ValueError(f"{path}: got tensors of {', '.join(sorted(kinds))}; expected floating point")
     layers = {}
     for layer, pair in pairs.items():
         a, b = pair["A"], pair["B"]
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        if a.dim() != 2 or b.dim() != 2 or not 0 < len(a) == b.shape[1]:
             raise ValueError(f"{path}: {layer}: got A {tuple(a.shape)} and B {tuple(b.shape)}; expected one rank")
         with reading("LoRA", path):
             scale = _scale(layer, len(a), config, alphas.get(layer))

@@ -1,5 +1,7 @@
 """The files of a pipeline folder: which are missing, and how diffusers is to find the weights. Imports no torch."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,22 +9,25 @@ from dinalrm_align.train.files import read_json
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 T5 = ("text_encoder_3", "tokenizer_3")
+TEXT_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 VARIANTS = (None, "fp16", "bf16")
 
 
-def missing_files(folder: Path) -> list[str]:
-    """Return relative paths of missing files in a StableDiffusion3Pipeline folder; broken links count as missing."""
+def missing_files(folder: Path, parts: Sequence[str] = ()) -> list[str]:
+    """Return relative paths of missing files in a StableDiffusion3Pipeline folder; broken links count as missing.
+
+    parts: subfolders to look at; default: all that the index names.
+    """
     index = folder / "model_index.json"
     if not index.exists():
         return ["model_index.json"]
-    components = read_json(index).items()
-    parts = [part for part, entry in components if isinstance(entry, list) and entry[:1] != [None]]
-    return [f"{part}/{file}" for part in parts for file in _missing_in_part(folder / part)]
+    named = [part for part, entry in read_json(index).items() if isinstance(entry, list) and entry[:1] != [None]]
+    return [f"{part}/{file}" for part in named if part in (parts or named) for file in _missing_in_part(folder / part)]
 
 
-def check_files(folder: Path) -> None:
-    """Raise ValueError if a StableDiffusion3Pipeline folder lacks files; the message names them."""
-    missing = missing_files(folder)
+def check_files(folder: Path, parts: Sequence[str] = ()) -> None:
+    """Raise ValueError if a StableDiffusion3Pipeline folder lacks files; the message names them. See missing_files."""
+    missing = missing_files(folder, parts)
     lacks = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
     if missing:
         advice = "save one with pipeline.save_pretrained(folder)"
@@ -34,12 +39,21 @@ def check_files(folder: Path) -> None:
 
 
 def without_t5(index: Path) -> dict[str, None]:
-    """Return {name: None} for T5 and its tokenizer if a model_index.json lists none, as from_pretrained needs it."""
-    entries = read_json(index)
-    for name in T5:
-        if name in entries and entries[name] is None:
-            raise ValueError(f"{index}: {name}: got null; expected [null, null], as diffusers writes it")
-    return {name: None for name in T5 if entries.get(name, [None])[:1] == [None]}
+    """Return {name: None} for T5 and its tokenizer if a model_index.json lists none, as from_pretrained needs it.
+
+    Raises ValueError if it lists none of another text encoder or tokenizer, or T5 without its tokenizer.
+    """
+    entries = dict.fromkeys(TEXT_PARTS, [None, None]) | read_json(index)
+    for name in TEXT_PARTS:
+        if not isinstance(entries[name], list):
+            raise ValueError(
+                f"{index}: {name}: got {json.dumps(entries[name]):.40}; expected [null, null], as diffusers writes it"
+            )
+    absent = [name for name in TEXT_PARTS if entries[name][:1] == [None]]
+    if others := [name for name in absent if name not in T5] or absent * (absent == ["tokenizer_3"]):
+        lacks = f"got a pipeline without {', '.join(others)}"
+        raise ValueError(f"{index}: {lacks}; expected all encoders and tokenizers, or all but T5's: save a whole one")
+    return dict.fromkeys(absent)
 
 
 def weight_options(source: str | Path, *parts: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinalrm_align.models.layout import TEXT_ENCODERS, weight_options, without_t5
+from dinalrm_align.models.layout import TEXT_ENCODERS, TEXT_PARTS, check_files, weight_options, without_t5
 from dinalrm_align.models.prompt import check_prompt
 from dinalrm_align.models.weights import check_source, find_file, loading
 from dinalrm_align.train.device import available_device
@@ -259,6 +259,8 @@ class PromptEncoder:
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             problem = f"{folder} is not a pipeline folder (it has no model_index.json)"
             raise ValueError(f"prompts need text encoders, and {problem}: pass pipeline=..., or prompt_embeds")
+        if folder.is_dir():
+            check_files(folder, TEXT_PARTS)
         local = folder.is_dir() or self.local_files_only
         hub = dict(local_files_only=local)
         absent = without_t5(find_file(self.source, "model_index.json", **hub))

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from dinalrm_align.train.digest import digest
 from dinalrm_align.train.files import HUB_ID, reading
 
-
 _LOADING = threading.RLock()
 
 

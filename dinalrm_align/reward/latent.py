@@ -158,8 +158,7 @@ class LatentReward(RewardModule):
             folder=parts.folder,
             local_files_only=hub.get("local_files_only", False),
         )
-        options["dtype"] = parts.dtype
-        reward.origin = Origin(cls.from_pretrained, source, options, parts.fingerprint)
+        reward.loaded_by(Origin(cls.from_pretrained, source, options | {"dtype": parts.dtype}, parts.fingerprint))
         return reward
 
     @without_autocast
@@ -349,8 +348,10 @@ class LatentReward(RewardModule):
                 "this reward was built from parts and cannot be pickled; save it with save_pretrained, and pickle "
                 "LatentReward.from_pretrained(folder)"
             )
-        dtypes = dict(trunk=self.backbone.dtype, head=self.model.head.query_tokens.dtype)
-        return self.origin.reduced(self._home or self.device, **dtypes)
+        return super().__reduce_ex__(protocol)
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        return dict(trunk=self.backbone.dtype, head=self.model.head.query_tokens.dtype)
 
     def _batch(self, latents: Latents) -> Tensor:
         """Return `latents` as (B, C, H, W). Raise unless they are valid and the weights are ready to score them."""

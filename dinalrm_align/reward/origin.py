@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ConfigMixin
 
+from dinalrm_align.models.layout import without_t5
 from dinalrm_align.models.pipeline import load_vae
-from dinalrm_align.models.weights import loading
+from dinalrm_align.models.weights import find_file, loading
 from dinalrm_align.train.files import HUB_ID
 
 SECRETS = ("token", "api_key")
@@ -84,6 +85,11 @@ def _portable(name: str, value: Any) -> Any:
             raise TypeError(
                 f"{name}: got a {type(value).__name__} that was not loaded from a folder or the hub, so another "
                 f"process cannot load it; save it with save_pretrained, load it from there, and build the reward on it"
+            )
+        if name == "pipeline" and value.text_encoder_3 is None and not without_t5(find_file(where, "model_index.json")):
+            raise TypeError(
+                f"pipeline: got one without T5, and another process would load {where}, which has T5; save the "
+                "pipeline with save_pretrained, load it from there, and build the reward on it"
             )
         if not isinstance(value, AutoencoderKL):
             return where

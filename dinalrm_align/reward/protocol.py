@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.reward.backbones.probes import Probes
 from dinalrm_align.reward.origin import Origin
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.digest import fingerprint, text_digest
@@ -157,6 +158,7 @@ class RewardModule(nn.Module):
     name = "reward"
     origin: Origin | None = None
     """The call that loaded the reward. A reward without one is pickled with its weights."""
+    _as_loaded: Probes
     _home: torch.device | None = None
     """Device to return to; None unless the reward is offloaded."""
 
@@ -204,10 +206,22 @@ class RewardModule(nn.Module):
     def _move(self, device: torch.device) -> None:
         self.to(device)
 
+    def loaded_by(self, origin: Origin) -> None:
+        """Pickle the reward as the call `origin` from now on; raise ValueError if its weights have changed by then."""
+        self.origin, self._as_loaded = origin, Probes(dict(self.named_parameters()))
+
     def __reduce_ex__(self, protocol: int) -> Any:
         if self.origin is None:
             return super().__reduce_ex__(protocol)
-        return self.origin.reduced(self._home or self.device)
+        self._as_loaded.check(
+            "a pickled reward holds no weights, and another process would load the old ones: save the reward, load it "
+            "from there, and pickle that"
+        )
+        return self.origin.reduced(self._home or self.device, **self._dtypes())
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Return dtypes, by submodule of `model`, that a pickled copy is cast to after loading."""
+        return {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RewardModule":
         copied = memo[id(self)] = self.__new__(type(self))

@@ -148,7 +148,7 @@ def _wrapped(
     """Return `as_reward(function, vae=vae)`. device: ignored; a callable runs where its inputs are."""
     reward = as_reward(function, vae=vae)
     if reward is not function:
-        reward.origin = Origin(_wrapped, function, {"vae": vae})
+        reward.loaded_by(Origin(_wrapped, function, {"vae": vae}))
     return reward
 
 
@@ -169,7 +169,7 @@ def _load_term(
     else:
         settings = settings if device is None else {**settings, "device": device}
         reward = _load_pixel(Term(name, source=source), spec, vae, settings)
-    reward.origin = Origin(_load_term, source, dict(name=name, spec=spec, vae=vae, settings=settings))
+    reward.loaded_by(Origin(_load_term, source, dict(name=name, spec=spec, vae=vae, settings=settings)))
     return reward
 
 

@@ -34,21 +34,18 @@ class Probes:
         that of the dtype, at least 1e-5. To fuse and unfuse a LoRA rounds twice, which stays below, unless the update
         of the weight is above 2 r.
         """
-        now = torch.cat(self._views()).float()
+        views = self._views()
+        now = torch.cat([view.to(views[0].device) for view in views]).float()
         eps = max([TOLERANCE, *(torch.finfo(tensor.dtype).eps for tensor in self.tensors.values())])
         return (now - self.values.to(now.device)).abs() <= eps * self.scales.to(now.device)
 
-    def check(self) -> None:
-        """Raise ValueError if a value has changed. Waits for the device once."""
+    def check(self, advice: str) -> None:
+        """Raise ValueError, with `advice` at its end, if a value has changed. Waits for the device once."""
         if not self.tensors or bool((same := self.unchanged()).all()):
             return
         parts = zip(self.tensors, same.split(self.counts), strict=True)
         first, *others = [name.replace(".base_layer", "") for name, part in parts if not part.all()]
-        raise ValueError(
-            f"{first} (and {len(others)} more): got other values than when the reward was built; expected the base "
-            "weights: undo the change (unfuse a LoRA before unloading it) or load the base model again, then build the "
-            "reward anew; or use share_weights=False"
-        )
+        raise ValueError(f"{first} (and {len(others)} more): got other values than when the reward was built; {advice}")
 
     @torch.no_grad()
     def _views(self) -> list[Tensor]:

@@ -102,7 +102,10 @@ class SD3Trunk(nn.Module):
                 f"requires_grad: got True for {trained} of {len(self.shared)} tensors shared with the transformer; "
                 "expected frozen: call transformer.requires_grad_(False) (and train a LoRA), or use share_weights=False"
             )
-        self._probes.check()
+        self._probes.check(
+            "expected the base weights: undo the change (unfuse a LoRA before unloading it) or load the base model "
+            "again, then build the reward anew; or use share_weights=False"
+        )
 
     def forward(self, x_sigma: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Taps:
         """Return the features (`Taps`) of the selected layers, in the trunk's dtype. Arguments are as in `Backbone`."""

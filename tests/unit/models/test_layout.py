@@ -136,3 +136,33 @@ def test_a_bare_null_is_named(saved):
     ):
         with pytest.raises(ValueError, match=r"text_encoder_3: got null; expected \[null, null\]"):
             load()
+
+
+@pytest.mark.parametrize("names", [["text_encoder", "tokenizer"], ["tokenizer_3"]], ids=" ".join)
+def test_a_pipeline_without_clip_or_a_tokenizer_is_refused(saved, names):
+    index = json.loads((saved / "model_index.json").read_text())
+    (saved / "model_index.json").write_text(json.dumps(index | dict.fromkeys(names, [None, None])))
+    for load in (
+        lambda: load_pipeline(saved, dtype=torch.float32),
+        lambda: PromptEncoder(str(saved), text_length=LENGTH)(PROMPTS),
+    ):
+        with pytest.raises(ValueError, match=f"without {', '.join(names)}; expected all encoders and tokenizers"):
+            load()
+
+
+def test_a_text_encoder_names_the_files_that_it_lacks(saved):
+    encoder = PromptEncoder(str(saved), text_length=LENGTH)
+    shutil.rmtree(saved / "vae")
+    assert encoder(PROMPTS)[0].shape[0] == 2
+    encoder.release()
+    for path in (saved / "tokenizer").iterdir():
+        path.unlink()
+    (saved / "text_encoder_2" / "config.json").unlink()
+    with pytest.raises(ValueError, match="lacks text_encoder_2/config.json, tokenizer/tokenizer.json; save one with"):
+        encoder(["a text that is not cached"])
+
+
+def test_a_single_file_checkpoint_is_no_pipeline(tmp_path):
+    (tmp_path / "sd3.5_medium.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="not a complete StableDiffusion3Pipeline folder: it lacks model_index.json"):
+        load_pipeline(tmp_path, dtype=torch.float32)

@@ -5,6 +5,7 @@ import io
 import pickle
 import shutil
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -168,6 +169,36 @@ def test_weights_that_were_changed_since_are_noticed(tiny_world, tiny_reward_dir
     other.save_pretrained(tmp_path / "world" / "dinalrm")
     with pytest.raises(ValueError, match="weights: got other weights from"):
         pickle.loads(data)
+
+
+def test_weights_that_were_changed_after_loading_are_refused(tiny_reward_dir, clip_dir):
+    for text in (f"dinalrm={tiny_reward_dir}", f"pixel={clip_dir}"):
+        reward = load_reward(text)
+        reward.load_state_dict({name: 1.01 * tensor for name, tensor in reward.state_dict().items()})
+        with pytest.raises(ValueError, match="got other values than when the reward was built.* save the reward"):
+            pickle.dumps(reward)
+    reward = copy.deepcopy(LatentReward.from_pretrained(tiny_reward_dir))
+    reward.model.head.query_tokens.data[:, 0] += 0.01
+    with pytest.raises(ValueError, match="model.head.query_tokens .and 0 more"):
+        pickle.dumps(reward)
+
+
+def test_a_pipeline_that_was_loaded_without_its_t5_is_refused(tiny_world, tiny_reward_dir, tmp_path, latents):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_world / "pipeline", text_encoder_3=None, tokenizer_3=None)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.transformer.requires_grad_(False)
+    with pytest.raises(TypeError, match="pipeline: got one without T5.* save_pretrained"):
+        pickle.dumps(LatentReward.from_pretrained(tiny_reward_dir, pipeline=pipeline))
+    reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=load_pipeline(tmp_path, dtype=torch.float32))
+    assert torch.equal(copied(reward)(latents, PROMPTS), reward(latents, PROMPTS))
+
+
+def test_several_threads_load_at_once(tiny_reward_dir, clip_dir, tiny_world, latents):
+    text = f"dinalrm={tiny_reward_dir} + 0.2*pixel={clip_dir}"
+    data = pickle.dumps(load_reward(text, pipeline=str(tiny_world / "pipeline")))
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(lambda _: pickle.loads(data)(latents, PROMPTS), range(6))
+    assert all(torch.equal(other, first) for other in others)
 
 
 def test_torch_save_of_a_config_that_holds_a_reward(tiny_reward_dir, latents):
