@@ -149,16 +149,9 @@ class LatentReward(RewardModule):
         source, transformer, pipeline = (absolute(given) for given in (source, transformer, pipeline))
         options = dict(transformer=transformer, pipeline=pipeline, device=device, dtype=dtype, sigma=sigma, **hub)
         options |= dict(share_weights=share_weights, text_length=text_length)
-        parts = load_parts(source, **options)
-        reward = cls(
-            parts.model,
-            encoder=parts.encoder,
-            vae=parts.vae,
-            base=parts.base,
-            folder=parts.folder,
-            local_files_only=hub.get("local_files_only", False),
-        )
-        reward.loaded_by(Origin(cls.from_pretrained, source, options | {"dtype": parts.dtype}, parts.fingerprint))
+        parts, loaded_dtype, fingerprint = load_parts(source, **options)
+        reward = cls(**parts)
+        reward.loaded_by(Origin(cls.from_pretrained, source, options | {"dtype": loaded_dtype}, fingerprint))
         return reward
 
     @without_autocast

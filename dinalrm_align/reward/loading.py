@@ -12,7 +12,7 @@ from dinalrm_align.models.weights import check_source, load_tensors
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 from dinalrm_align.reward.checkpoint import base_location, read_checkpoint
 from dinalrm_align.reward.config import RewardConfig
-from dinalrm_align.reward.model import RewardModel, build_reward_model
+from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.digest import fingerprint
 
@@ -22,29 +22,6 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SD3_PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
 """Pipelines that have SD3's transformer, text encoders and VAE."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a latent reward is made of.
-
-    Args:
-        model: frozen reward model.
-        encoder: encodes prompts.
-        vae: the given pipeline's VAE, or None: to be loaded from `base`.
-        base: hub id or folder of the base pipeline.
-        folder: folder of the checkpoint.
-        dtype: dtype of the base weights, before any cast.
-        fingerprint: digest of the weights, before any cast and before a LoRA is merged.
-    """
-
-    model: RewardModel
-    encoder: PromptEncoder
-    vae: "AutoencoderKL | None"
-    base: str
-    folder: Path
-    dtype: torch.dtype
-    fingerprint: str
 
 
 def load_parts(
@@ -59,8 +36,12 @@ def load_parts(
     text_length: int | None,
     local_files_only: bool = False,
     **hub: Any,
-) -> Parts:
-    """Load a checkpoint and what it needs. Arguments and errors are those of `LatentReward.from_pretrained`."""
+) -> tuple[dict[str, Any], torch.dtype, str]:
+    """Load a checkpoint and what it needs. Arguments and errors are those of `LatentReward.from_pretrained`.
+
+    Returns the arguments of `LatentReward`, and the dtype of the base weights and a digest of all weights, both before
+    any cast and before a LoRA is merged.
+    """
     if isinstance(dtype, str) and dtype in DTYPES:
         dtype = DTYPES[dtype]
     if dtype is not None and dtype not in DTYPES.values():
@@ -92,7 +73,7 @@ def load_parts(
     share = config.tuning != "full" and (share_weights or loaded_here)
     model = build_reward_model(config, transformer, share_weights=share)
     load_tensors(model.tuned_tensors(), checkpoint.tensors, checkpoint.where)
-    loaded = dict(dtype=model.trunk.dtype, fingerprint=fingerprint(model))
+    loaded_dtype, loaded_weights = model.trunk.dtype, fingerprint(model)
     if loaded_here:
         model.trunk.share(())  # the reward is the only owner of these weights
     elif share:
@@ -108,7 +89,8 @@ def load_parts(
         dtype=model.trunk.dtype,
         local_files_only=local_files_only,
     )
-    return Parts(model, encoder, vae, base, checkpoint.folder, **loaded)
+    parts = dict(model=model, encoder=encoder, vae=vae, base=base, folder=checkpoint.folder)
+    return parts | {"local_files_only": local_files_only}, loaded_dtype, loaded_weights
 
 
 def _check_pipeline(pipeline: "DiffusionPipeline") -> None:
