@@ -311,7 +311,10 @@ class Evaluator:
             discard_folder(pieces.folder)
         if self.on_bad == "refuse" and faults.exists() and read_json(faults):
             raise ValueError(f"{faults}: these scores leave out images or records; to accept that, pass --on_bad skip")
-        return load_scores(path, terms)
+        scores = load_scores(path, terms)
+        if (scores.label == 0.5).all():
+            raise ValueError(f"test set {name}: raters tie all {len(scores.label)} pairs; expected a preference")
+        return scores
 
     def _latent_scorer(self, candidate: Candidate) -> Score:
         """Return a function that scores a batch: raw scores for a latent reward, scaled scores for any other reward."""

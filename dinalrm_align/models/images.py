@@ -60,7 +60,7 @@ def open_image(source: Path | bytes | Image.Image, name: str | None = None) -> I
             turn = TURNS.get(_orientation(image))
             image = _rgb(image)
         except Exception as error:  # decoders fail in many ways on a damaged file
-            raise InputError(f"{name} cannot be read as an image: {error}") from error
+            raise InputError(f"{name} cannot be read as an image: {str(error) or repr(error)}") from error
     image = image if turn is None else image.transpose(turn)
     image.info = {}
     return image
@@ -207,17 +207,17 @@ def _batch(image: Any, name: str) -> "Tensor":
     if isinstance(image, Image.Image):
         image = np.asarray(open_image(image, name))
     if isinstance(image, torch.Tensor):
-        valid = (image.dtype == torch.uint8 or image.is_floating_point()) and not image.is_meta
+        place = f" on {image.device}, {image.layout}" if image.is_meta or image.layout != torch.strided else ""
+        valid = (image.dtype == torch.uint8 or image.is_floating_point()) and not place
         layout, channels = "(3, H, W) or (B, 3, H, W)", image.shape[-3:-2]
     elif isinstance(image, np.ndarray):
-        valid = image.dtype == np.uint8 or image.dtype.kind == "f"
+        valid, place = image.dtype == np.uint8 or image.dtype.kind == "f", ""
         layout, channels = "(H, W, 3) or (B, H, W, 3)", image.shape[-1:]
     else:
         got = f"{type(image).__name__} {image!r:.60}"
         raise TypeError(f"{name}: got {got}; expected PIL images, tensors (3, H, W) or arrays (H, W, 3)")
     if not valid or image.ndim not in (3, 4) or tuple(channels) != (3,) or 0 in image.shape:
-        meta = " on meta" if isinstance(image, torch.Tensor) and image.is_meta else ""
-        got = f"{image.dtype} {tuple(image.shape)}{meta}"
+        got = f"{image.dtype} {tuple(image.shape)}{place}"
         raise ValueError(f"{name}: got {got}; expected uint8, or floating in [0, 1], {layout}, at least one")
     if isinstance(image, np.ndarray):
         array = image if image.dtype == np.uint8 else image.astype(np.float32)

@@ -9,14 +9,14 @@ score = raw * score_scale + score_bias, where raw is the head's output (arXiv 26
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dinalrm_align.models.images import image_tensor
+from dinalrm_align.models.images import Images, image_tensor
 from dinalrm_align.models.pipeline import encode_images, load_vae
 from dinalrm_align.models.text import Conditions, PromptEncoder, prompts_of
 from dinalrm_align.models.weights import loading
@@ -34,7 +34,6 @@ from dinalrm_align.train.files import write_atomically
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
-    from PIL.Image import Image
 
 STATISTICS_CALLS = 10
 """Number of first calls that check the statistics of their latents. The check synchronises with the device."""
@@ -241,7 +240,7 @@ class LatentReward(RewardModule):
     @without_autocast
     def score_images(
         self,
-        images: "Tensor | Sequence[Image] | Image",
+        images: Images,
         prompts: Text,
         *,
         sigma: Sigma | None = None,
@@ -253,7 +252,7 @@ class LatentReward(RewardModule):
         """Encode images with the VAE (the mean of its distribution) and return the scores (B,), float32.
 
         Args:
-            images: PIL images of one size, or (B, 3, H, W) in [0, 1].
+            images: as for `models.images.image_tensor`, which turns PIL images upright.
             sigma: noise level, as in `forward`. Default: the config's `image_sigma`, or the config's `sigma` if
                 `image_sigma` is None.
             differentiable: whether gradients reach images that are a tensor. The VAE is then frozen in place.

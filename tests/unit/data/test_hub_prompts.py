@@ -59,6 +59,7 @@ def test_prompt_comes_before_caption(hub):
         (FileNotFoundError("no such data set"), "no file owner/name, .* no such data set"),
         (ValueError("Bad split: train"), "Bad split"),
         (ConnectionError("offline"), "offline"),
+        (RuntimeError("Dataset scripts are no longer supported"), "owner/name:train on the hub: Dataset scripts"),
     ],
 )
 def test_a_data_set_without_prompts_is_refused(hub, rows, message):

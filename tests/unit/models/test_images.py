@@ -456,6 +456,8 @@ def test_gradients_reach_images():
         (torch.zeros(3, 4, 4, dtype=torch.int64), "torch.int64"),
         (np.zeros((0, 4, 4, 3), np.uint8), r"\(0, 4, 4, 3\)"),
         (torch.zeros(3), r"\(3,\)"),
+        (torch.zeros(3, 4, 4).to_sparse(), r"\(3, 4, 4\) on cpu, torch.sparse_coo; expected"),
+        (torch.zeros(3, 4, 4, device="meta"), r"on meta"),
         (np.array(3.0), r"\(\)"),
         ([], "0 images"),
     ],

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from paths import load_recipe
+from PIL import Image
 from public_sets import WRITERS, put, write_hpdv3
 from safetensors.numpy import load_file
 
@@ -169,3 +170,13 @@ def test_the_report_lists_images_left_out_and_pairs_trained_on(recipe, tmp_path,
     with pytest.raises(SystemExit):
         recipe.main(words)
     assert "these scores leave out images" in capsys.readouterr().err
+
+
+def test_a_set_in_which_raters_tie_all_pairs_is_named(recipe, tmp_path, capsys):
+    for name in ("a", "b"):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
+    put(tmp_path / "ties.jsonl", {"prompt": "x", "chosen": "a.png", "rejected": "b.png", "label": 0.5})
+    with pytest.raises(SystemExit):
+        recipe.main([f"--test_sets={{mine: {tmp_path / 'ties.jsonl'}}}", "--reward=public_rewards:brightness",
+                     f"--output_dir={tmp_path / 'out'}", "--device=cpu"])  # fmt: skip
+    assert "test set mine: raters tie all 1 pairs; expected a preference" in capsys.readouterr().err
