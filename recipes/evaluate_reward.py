@@ -53,7 +53,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     from dinalrm_align.eval.evaluator import Candidate, Evaluator, faults_file, open_image_sets
     from dinalrm_align.eval.test_sets import leaked, read_trained
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
-    from dinalrm_align.reward.registry import load_image_scorer, load_reward
+    from dinalrm_align.reward.registry import load_image_scorer, load_reward, text_lengths
     from dinalrm_align.shapes.pairs import HELD_OUT_KINDS, ensure_pairs
     from dinalrm_align.train.device import available_device
     from dinalrm_align.train.files import read_json
@@ -86,12 +86,17 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     has_latents = config.test_sets.keys() > image_sets.keys()
 
     # ------------------------------------------------------------------------------------------------------ the reward
-    length = spec.text_length if candidate is None else candidate.config.text_length
+    lengths = {config.text_length} if config.text_length else text_lengths(config.reward or "dinalrm", spec)
+    if len(lengths) > 1:
+        raise ValueError(f"reward: its parts read {sorted(lengths)} T5 tokens; expected one number: pass --text_length")
+    length = next(iter(lengths), spec.text_length)
     encoders = Encoders(spec.pipeline, text_length=length, device=device, dtype=dtype)
     if candidate is None:
         reads_latents = "dinalrm" in {term.name for term in parse_reward(config.reward)}
         vae, shared = encoders.vae if has_latents else None, transformer() if reads_latents else None
-        reward = load_reward(config.reward, spec=spec, vae=vae, transformer=shared, device=device)
+        options = {"dinalrm": {"text_length": config.text_length}} if reads_latents else {}
+        place = dict(vae=vae, transformer=shared, device=device)
+        reward = load_reward(config.reward, spec=spec, options=options, **place)
         candidate = Candidate.from_reward(config.reward, reward)
 
     # ------------------------------------------------------------------- scores, once; then accuracy by every protocol

@@ -27,7 +27,7 @@ STATISTICS = ("reward", "group_variance", "reward_noise_variance", "dropped_grou
 reward                  score
 group_variance          variance of the scores within a group
 reward_noise_variance   variance that separate noise for each sample would have added; needs two draws
-dropped_groups          share of groups that are left out of the update, because their scores are equal
+dropped_groups          share of groups with equal scores; updates leave them out, unless nft.keep_equal is true
 advantage_size          absolute advantage
 """
 

@@ -81,7 +81,7 @@ class GrpoConfig(GroupRolloutConfig):
         if self.ratio_tolerance is not None and self.ratio_tolerance >= self.clip_range:
             raise ValueError(
                 f"grpo.ratio_tolerance: got {self.ratio_tolerance:g}; expected less than clip_range, "
-                f"{self.clip_range:g}, since ratios beyond it are clipped; leave it out for a third of clip_range"
+                f"{self.clip_range:g}, since ratios beyond it are clipped; null means a third of clip_range"
             )
         if self.guard and self.sampler == "flow_cps":
             raise ValueError("grpo.guard: got true with sampler flow_cps; expected flow_sde: it needs a density")

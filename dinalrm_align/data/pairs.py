@@ -224,5 +224,6 @@ class PairManifest:
             if abs(vars(self)[name] - wanted) > 1e-6:
                 raise InputError(
                     f"these pairs were encoded with {name} {vars(self)[name]}, expected {wanted}: encode them again "
-                    "with the model's VAE and text length, or correct the config"
+                    "with the model's VAE and text length, or correct the config; its text_length is set by "
+                    "--text_length, in train_reward.py by --reward.text_length"
                 )

@@ -265,8 +265,9 @@ def _update(
         del batch
         values = {"loss": loss, **metrics}.items()
         parts.append((count, {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in values}))
-    row = _averaged(parts, tensors, accelerator)
-    factor = lr_factor(state.step + 1, config.steps, optim)
+    row, items = _averaged(parts, tensors, accelerator)
+    # Without items, momentum and weight decay must not move the weights.
+    factor = lr_factor(state.step + 1, config.steps, optim) if items else 0.0
     row["grad_norm"] = float(nn.utils.clip_grad_norm_(tensors, optim.clip or math.inf))
     row["lr"] = optim.lr * factor
     if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
@@ -350,11 +351,12 @@ def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
 
 def _averaged(
     parts: Sequence[tuple[float, Mapping[str, float]]], tensors: Sequence[nn.Parameter], accelerator: Accelerator
-) -> dict[str, float]:
+) -> tuple[dict[str, float], float]:
     """Average metrics and gradients over the micro-steps of all ranks, weighted by the number of items per micro-step.
 
     `parts`: (number of items, metrics) of every micro-step of this rank. `tensors`: parameters. On entry, their
-    gradients are sums over items; on return, means. If there are no items, returns unweighted means of the metrics.
+    gradients are sums over items; on return, means. Returns (metrics, number of items). If there are no items, the
+    metrics are unweighted means.
     """
     names = list(parts[0][1])
     sums = [[len(parts), sum(count for count, _ in parts)]]
@@ -373,4 +375,4 @@ def _averaged(
     for p in tensors:
         p.grad.div_(total or 1.0)
     means = values[1:, 1] / total if total else values[1:, 0] / number
-    return dict(zip(names, means.tolist(), strict=True))
+    return dict(zip(names, means.tolist(), strict=True)), total

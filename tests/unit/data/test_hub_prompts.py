@@ -60,6 +60,8 @@ def test_prompt_comes_before_caption(hub):
         (ValueError("Bad split: train"), "Bad split"),
         (ConnectionError("offline"), "offline"),
         (RuntimeError("Dataset scripts are no longer supported"), "owner/name:train on the hub: Dataset scripts"),
+        (ImportError("To support decoding images, please install 'Pillow'"), "owner/name:train on the hub: .*Pillow"),
+        (type("ConnectError", (Exception,), {})("no route"), "no route"),  # httpx's is no OSError
     ],
 )
 def test_a_data_set_without_prompts_is_refused(hub, rows, message):

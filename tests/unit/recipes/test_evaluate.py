@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -54,6 +55,26 @@ def test_each_reward_has_its_own_default_folder(recipe, tiny_world, tiny_reward_
     folders = [recipe.resolve([f"--model={tiny_world}", *words])[0].output_dir for words in rewards]
     assert folders[:2] == [f"runs/evaluate_{tiny_world.name}_{name}" for name in ("dinalrm", "pixel")]
     assert len(set(folders)) == 4
+
+
+@pytest.mark.parametrize("own", [14, 9])
+def test_parts_of_a_sum_read_the_text_length_of_their_checkpoint_or_the_given_one(
+    recipe, arguments, tmp_path, tiny_reward_dir, own, capsys
+):
+    """Images, whose prompts are encoded here. Two lengths in one sum are refused before the rewards are loaded."""
+    copy = shutil.copytree(tiny_reward_dir, tmp_path / "reward")
+    config = json.loads((copy / "config.json").read_text())
+    base = str((tiny_reward_dir / config["base_model_id"]).resolve())
+    (copy / "config.json").write_text(json.dumps({**config, "text_length": own, "base_model_id": base}))
+    arguments = [*arguments, f"--test_sets={{hpdv3: {write_hpdv3(tmp_path / 'images')}}}", "--bootstrap=100"]
+    recipe.main([*arguments, f"--reward=2*dinalrm={copy}"])
+    recipe.main([*arguments, f"--reward=2*dinalrm={copy}", "--text_length=7", f"--output_dir={tmp_path / 'other'}"])
+    found = [load_file(tmp_path / folder / "scores_hpdv3.safetensors") for folder in ("out", "other")]
+    assert any((found[0][name] != found[1][name]).any() for name in found[0])
+    if own == 9:
+        with pytest.raises(SystemExit):
+            recipe.main([*arguments, f"--reward=dinalrm + dinalrm={copy}"])
+        assert "parts read [9, 14] T5 tokens; expected one number: pass --text_length" in capsys.readouterr().err
 
 
 def test_calibration_levels_must_be_among_the_sigmas(recipe, arguments, capsys):

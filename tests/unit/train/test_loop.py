@@ -1,5 +1,7 @@
 """The loop on a model of nine numbers: exact resume, accumulation, moving average, guards, interruption."""
 
+import dataclasses
+import itertools
 import os
 import signal
 
@@ -151,6 +153,30 @@ def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):
         run(tmp_path, poison_at=4)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert latest_checkpoint(tmp_path).name == "step_000003"  # the state before the failed update
+
+
+def test_an_update_without_items_leaves_the_weights_as_they_are(tmp_path):
+    """Neither momentum nor weight decay moves them; also the first updates may be empty, and a run can be resumed."""
+    counts, seen = [0, 1, 0, 0, 1], []
+    parameters, config, optim = toy(), LoopConfig(steps=5, checkpoint_every=1), OptimConfig(lr=0.1, weight_decay=0.5)
+
+    def step(number: int):
+        seen.append(parameters["a"].detach().clone())
+        return (parameters["a"] ** 2).mean() + parameters["b"].mean(), {}
+
+    for stop, resume in ((1, None), (5, tmp_path)):
+        fit(
+            dataclasses.replace(config, steps=stop),
+            optim,
+            RunState.initial(parameters, config, optim),
+            Closures(lambda number: number, step, count=lambda number: counts[number]),
+            accelerator=Accelerator(cpu=True),
+            run=RunFolder(tmp_path, checkpoint=resume and latest_checkpoint(tmp_path), resume_command=""),
+        )
+    seen.append(parameters["a"])
+    moved = [not torch.equal(before, after) for before, after in itertools.pairwise(seen)]
+    assert moved == [count > 0 for count in counts]
+    assert [row["lr"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 0.1, 0, 0, 0.1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
