@@ -88,7 +88,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     # ------------------------------------------------------------------------------------------------------ the reward
     lengths = {config.text_length} if config.text_length else text_lengths(config.reward or "dinalrm", spec)
     if len(lengths) > 1:
-        raise ValueError(f"reward: its parts read {sorted(lengths)} T5 tokens; expected one number: pass --text_length")
+        refuse(f"reward: its parts read {sorted(lengths)} T5 tokens; expected one number: pass --text_length")
     length = next(iter(lengths), spec.text_length)
     encoders = Encoders(spec.pipeline, text_length=length, device=device, dtype=dtype)
     if candidate is None:
