@@ -112,8 +112,9 @@ def _find(source: str | Path) -> Path:
     folder = fetch(source, [*FILES, PEFT_CONFIG], what="LoRA")
     if found := [folder / name for name in FILES if (folder / name).is_file()]:
         return found[0]
-    others = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors"))
-    hint = f"; it holds {', '.join(others[:3])}: give that file or its folder" if others else ""
+    others = sorted(folder.rglob("*.safetensors"), key=lambda path: (path.name not in FILES, path))
+    names = ", ".join(str(path.relative_to(folder)) for path in others[:3])
+    hint = f"; it holds {names}: give that file or its folder" if others else ""
     raise FileNotFoundError(f"no LoRA in {source}: expected {LORA_FILE} or {PEFT_FILE}{hint}")
 
 

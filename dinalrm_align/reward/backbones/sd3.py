@@ -207,6 +207,11 @@ def _check_transformer(transformer: SD3Transformer2DModel, config: RewardConfig)
             f"transformer: got {type(transformer).__name__}; expected diffusers' SD3Transformer2DModel itself, not a "
             "compiled, distributed or PeftModel wrapper of it"
         )
+    if any("_diffusers_hook" in vars(module) for module in transformer.modules()):
+        raise ValueError(
+            "the transformer has diffusers' hooks (group offloading, layerwise casting, caching), so no reward can "
+            "read its weights: pass transformer=FOLDER, from which the reward loads weights of its own"
+        )
     if any(isinstance(p, DTensor) for p in transformer.parameters()):
         raise ValueError("the transformer is sharded over processes (FSDP): build every reward before it is sharded")
     if config.num_layers > (depth := len(transformer.transformer_blocks)):

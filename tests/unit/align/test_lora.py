@@ -244,3 +244,13 @@ def test_a_larger_rank_and_another_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a LoRA on .* layers that the policy does not train"):
         shallow.load_lora(tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in small.parameters.items())
+
+
+def test_a_folder_of_a_run_names_its_lora_first(tmp_path):
+    policy = trained(transformer())
+    policy.save_lora(tmp_path / "lora")
+    for step in range(3):
+        (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+        save_file({"weight": torch.ones(1)}, tmp_path / "checkpoints" / f"step_{step}" / "weights.safetensors")
+    with pytest.raises(FileNotFoundError, match=f"it holds lora/{LORA_FILE}, checkpoints/step_0"):
+        read_lora(tmp_path)

@@ -334,3 +334,15 @@ def test_a_policy_in_training_does_not_change_what_is_shared(tiny_reward_dir, po
     velocity(policy, tiny_inputs).sum().backward()
     torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.1).step()
     torch.testing.assert_close(reward(**tiny_inputs), before)
+
+
+@pytest.mark.parametrize("share_weights", [True, False])
+@pytest.mark.parametrize("hooks", ["layerwise casting", "group offloading"])
+def test_a_transformer_with_diffusers_hooks_is_refused(tiny_pipeline, tiny_reward_dir, hooks, share_weights):
+    transformer = copy.deepcopy(tiny_pipeline.transformer)
+    if hooks == "layerwise casting":
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    else:
+        transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ValueError, match="the transformer has diffusers' hooks .* pass transformer=FOLDER"):
+        LatentReward.from_pretrained(tiny_reward_dir, transformer=transformer, share_weights=share_weights)
