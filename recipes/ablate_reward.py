@@ -76,6 +76,7 @@ def train_arm(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training:
             "accuracy.sigmas": [ARMS[arm].sigma], "accuracy.ensemble": [], "accuracy.every": 0,
         }  # fmt: skip
         words = ["--config", str(training), *options({**given, **changes})]
+    words += options({"on_bad": config.on_bad} if config.on_bad else {})
     launcher = shlex.split(config.launch) if config.launch else [sys.executable]
     command = [*launcher, str(HERE / "train_reward.py"), *words, f"--device={config.device}"]
     print(f"\n{arm}, seed {seed}: {shlex.join(command)}", flush=True)
@@ -123,8 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
         encoders = Encoders(spec.pipeline, text_length=baseline.reward.text_length, device=device, dtype=dtype)
         size = baseline.height or spec.reward_size, baseline.width or spec.reward_size
-        options = {"noise_seed": config.noise_seed, "image_sets": open_image_sets(config.test_sets)}
-        evaluator = Evaluator(config.test_sets, encoders, size, config.batch_size, **options)
+        on_bad = config.on_bad or baseline.on_bad
+        image_sets = open_image_sets(config.test_sets, on_bad=on_bad)
+        settings = dict(noise_seed=config.noise_seed, on_bad=on_bad, image_sets=image_sets)
+        evaluator = Evaluator(config.test_sets, encoders, size, config.batch_size, **settings)
 
     # ---------------------------------------------------------------------- train and evaluate every arm, seed by seed
     def scores(arm: str, seed: int) -> dict[str, PairScores]:

@@ -126,6 +126,8 @@ class AblateRun:
         launch: command that launches each training, e.g. "accelerate launch --num_processes 8"; default: this Python.
         device: `auto` uses a CUDA GPU if there is one.
         batch_size: groups of images per batch of the evaluation.
+        on_bad: action on images and records that cannot be read, in training and evaluation: refuse (exit) or skip
+            (leave out their pairs); default: that of `training`.
         sigmas: single noise levels at which every reward is evaluated.
         ensembles: lists of noise levels; each list gives one score, from the backbone tokens of all its levels. Every
             reward is evaluated with the first list, and the baseline with all lists.
@@ -146,6 +148,7 @@ class AblateRun:
     launch: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: PositiveInt = 16
+    on_bad: Literal["refuse", "skip"] | None = None
     sigmas: list[ClosedUnitInterval] = field(
         default_factory=lambda: [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
     )

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from paths import RECIPES, load_recipe
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_recipes import ablation
 
@@ -103,3 +104,20 @@ def test_pairs_are_required_for_other_models(capsys, tmp_path):
     with pytest.raises(SystemExit):
         load_recipe("ablate_reward").main(["--model=sd35", f"--output_dir={tmp_path}"])
     assert "expected --pairs DIR and --test_sets" in capsys.readouterr().err
+
+
+def test_bad_records_of_the_test_sets_are_refused_or_left_out(arguments, tmp_path, monkeypatch, capsys):
+    recipe = load_recipe("ablate_reward")
+    monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
+    for number in range(2):
+        Image.effect_noise((64, 64), 50 + number).save(tmp_path / f"{number}.png")
+    lines = [{"prompt": f"cat {n}", "chosen": "0.png", "rejected": "1.png", "label": 1 + (n == 1)} for n in range(3)]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments += ["--arms=[calibrated]", f"--test_sets={{mine: {tmp_path / 'set.jsonl'}}}"]
+    with pytest.raises(SystemExit):
+        recipe.main(arguments)
+    assert "line 2: label: got 2.0; expected a number in [0, 1]. To leave out such" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="1 parts or rows left out"):  # the validation set of the training
+        recipe.main([*arguments, "--on_bad=skip"])
+    assert "--on_bad=skip" in InProcess.started[-1]
+    assert "mine: 2 pairs of 2 captions" in (tmp_path / "out" / "ablation.md").read_text()
