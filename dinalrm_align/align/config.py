@@ -59,6 +59,7 @@ class WatchConfig:
             between the velocities of policy and base model. Empty: not measured.
     """
 
+    MAY_CHANGE: ClassVar = ("level", "stop_on_hacking", "keep_best")
     level: settings.OpenHalfInterval = 0.05
     stop_on_hacking: bool = False
     keep_best: bool = True
@@ -274,7 +275,7 @@ class AlignRun(PolicyRun):
         hpsv3: options for loading HPSv3, if the reward contains HPSv3.
     """
 
-    MAY_CHANGE: ClassVar = ("resume", "eval_prompts", "gradient_checkpointing", "profile_every", "tracker", "watch")
+    MAY_CHANGE: ClassVar = ("resume", "eval_prompts", "gradient_checkpointing", "profile_every", "tracker")
     gold: RewardText | None = None
     resume: settings.PathText | None = None
     eval_prompts: settings.Source | None = None

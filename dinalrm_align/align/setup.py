@@ -42,13 +42,13 @@ from dinalrm_align.reward.names import check_reward, parse_reward, reward_source
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_reward, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
-from dinalrm_align.train.checkpoints import check_identity
+from dinalrm_align.train.checkpoints import check_checkpoint, check_identity
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.device import start_accelerator
 from dinalrm_align.train.digest import digest, fingerprint, text_digest
 from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.identity import settings_by_name
-from dinalrm_align.train.loop import Hook, Method, RunFolder, fit
+from dinalrm_align.train.loop import Hook, Method, RunFolder, fit, resume_hint
 from dinalrm_align.train.metrics import METRICS, open_tracker, read_metrics
 from dinalrm_align.train.state import RunState, Stateful
 
@@ -159,6 +159,8 @@ class Setup:
         watch = prepare_watch(self, held_out)
         check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print, accelerator.is_main_process)
 
+        run_folder = RunFolder(folder, self.resolved.text, self.resolved.checkpoint, self.resolved.resume_command)
+
         def export(step: int) -> None:
             if accelerator.is_main_process:
                 self.policy.save_lora(folder / "lora")
@@ -173,7 +175,7 @@ class Setup:
             ),
             method,
             accelerator=accelerator,
-            run=RunFolder(folder, self.resolved.text, self.resolved.checkpoint, self.resolved.resume_command),
+            run=run_folder,
             hooks=[
                 Hook(run.evaluation.every, held_out),
                 *([Hook(run.evaluation.every, watch)] if watch else []),
@@ -185,9 +187,10 @@ class Setup:
         )  # fmt: skip
         accelerator.end_training()
         if accelerator.is_main_process:
-            plot_run(folder)
-            facts = {"updates": done, "samples": len(self.text.evaluation), **facts()}
-            summarise(self.resolved, held_out.summarise(done), facts, signal=check)
+            with resume_hint(run_folder, lambda error: None):
+                plot_run(folder)
+                facts = {"updates": done, "samples": len(self.text.evaluation), **facts()}
+                summarise(self.resolved, held_out.summarise(done), facts, signal=check)
 
 
 def prepare(
@@ -211,7 +214,10 @@ def prepare(
     prompts, samples = run_prompts(resolved)
     identity = prompts_identity(prompts, samples)
     check_identity(resolved.checkpoint, identity)
-    initial = read_lora(run.policy.init_from) if run.policy.init_from is not None else None
+    start, checkpoint = run.policy.init_from, resolved.checkpoint
+    if gone := checkpoint is not None and str(start).startswith("/") and not Path(start).exists():
+        accelerator.print(f"policy.init_from: {start} is gone; the checkpoint holds the run's weights")
+    initial = None if start is None or gone else read_lora(start)
     gold = load_gold(resolved, samples, device)
     accelerator.print(f"run in {run.output_dir}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")
     if notice := gold_notice(run.gold or spec.gold, names, spec):
@@ -235,6 +241,8 @@ def prepare(
     if initial is not None:
         policy.set_lora(initial)
         identity["initial LoRA"] = digest(policy.parameters)[:16]
+    elif gone:
+        identity["initial LoRA"] = check_checkpoint(checkpoint)["identity"]["initial LoRA"]
     meter = PhaseMeter(device, run.profile_every)
     setup = Setup(resolved, accelerator, pipeline, policy, rewards[0], None, gold, text, meter, identity, names)
     setup.sharded = apply_memory_options(setup, rewards)

@@ -3,6 +3,7 @@
 A run whose reward gives equal scores to all samples of a prompt, or has no gradient, looks healthy and learns nothing.
 Every method therefore reports the metric `signal`, the share of groups, states or samples of a rollout from which the
 policy can learn. A method that reuses a rollout for several updates also reports `rollout`, the rollout's number.
+A rollout gives no signal either if the gradient of each of its updates is exactly zero, as when all ratios are clipped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,10 @@ ROUNDING = 16 * torch.finfo(torch.float32).eps
 """Scores count as equal up to this difference relative to their size, because rounding in float32 can produce it."""
 PATIENCE = 3
 """Number of consecutive rollouts without a signal after which a run warns."""
+ZERO_GRADIENT = (
+    "the gradient of every update is zero although scores differ. If the metric `clipped` is 1, raise clip_range, or "
+    "start from a LoRA nearer to the base model"
+)
 
 
 def has_spread(scores: Tensor) -> Tensor:
@@ -36,7 +41,12 @@ def equal_scores(section: str, group_size: int) -> str:
 
 def silent_rollouts(rows: Sequence[Mapping[str, float]]) -> list[bool]:
     """Return for each rollout in rows of metrics, in order, whether it gave no signal; empty if none is measured."""
-    return list({row.get("rollout", row["step"]): row["signal"] == 0 for row in rows if "signal" in row}.values())
+    found: dict[float, bool] = {}
+    for row in rows:
+        if "signal" in row:
+            number = row.get("rollout", row["step"])
+            found[number] = found.get(number, True) and 0 in (row["signal"], row.get("grad_norm"))
+    return list(found.values())
 
 
 @dataclass
@@ -59,13 +69,13 @@ class SignalCheck:
     warned: bool = False
 
     def __call__(self, row: Mapping[str, float]) -> None:
-        if self.warned or not self.is_main_process or row.get("signal") != 0:
+        if self.warned or not self.is_main_process or 0 not in (row.get("signal"), row.get("grad_norm")):
             return
         latest = silent_rollouts(read_metrics(self.metrics))[-PATIENCE:]
         if len(latest) == PATIENCE and all(latest):
             self.warned = True
             score = f"reward {self.reward}, mean score {row.get('reward', float('nan')):.6g}"
-            self.say(f"\nwarning: the last {PATIENCE} rollouts gave no learning signal ({score}): {self.reason}")
+            self.say(f"\nwarning: the last {PATIENCE} rollouts gave no learning signal ({score}): {self._why(row)}")
 
     def counts(self) -> dict[str, int]:
         """Return the counts for summary.json; empty if the method has no metric `signal`."""
@@ -74,9 +84,13 @@ class SignalCheck:
 
     def conclude(self) -> None:
         """Print how many rollouts gave no signal, if any did."""
-        silent = silent_rollouts(read_metrics(self.metrics))
+        rows = read_metrics(self.metrics)
+        silent = silent_rollouts(rows)
         line = f"{sum(silent)} of {len(silent)} rollouts gave no learning signal"
         if silent and all(silent):
-            line = f"warning: the policy learned nothing from reward {self.reward}: {line}: {self.reason}"
+            line = f"warning: the policy learned nothing from reward {self.reward}: {line}: {self._why(rows[-1])}"
         if any(silent):
             self.say(line)
+
+    def _why(self, row: Mapping[str, float]) -> str:
+        return ZERO_GRADIENT if row.get("signal") else self.reason

@@ -240,13 +240,17 @@ def check_sides(spec: ModelSpec, **sides: int | None) -> None:
     """Raise ValueError unless the model takes images with these sides in pixels, by name; None is not checked.
 
     A side must be a multiple of the VAE's factor times the patch size, and must not exceed the table of positions of
-    the transformer. Only config.json files are read. Nothing is checked for a hub id that is not in the local cache.
+    the transformer. Only config.json files are read. Nothing is checked for a hub id that is not in the local cache,
+    other than SD3.5 Medium's.
     """
     transformer, vae = (_config_of(spec.pipeline, part) for part in ("transformer", "vae"))
-    if transformer is None or vae is None:
+    if transformer is not None and vae is not None:
+        multiple = _vae_factor(vae) * _number(transformer, "patch_size")
+        largest = multiple * _number(transformer, "pos_embed_max_size")
+    elif spec.pipeline == MODELS["sd35"].pipeline:
+        multiple, largest = 16, 6144  # patch_size 2 x VAE factor 8; pos_embed_max_size 384
+    else:
         return
-    multiple = _vae_factor(vae) * _number(transformer, "patch_size")
-    largest = multiple * _number(transformer, "pos_embed_max_size")
     for name, side in sides.items():
         if side is not None and (side % multiple or not multiple <= side <= largest):
             raise ValueError(

@@ -3,6 +3,7 @@
 Reading a file never runs code from it. In strict loading, file and model must have tensors of equal names and shapes.
 """
 
+import os
 import pickle
 import re
 import threading
@@ -64,6 +65,7 @@ def fetch(
 
     subfolder: folder in `source` that holds `files`; is part of the returned path. what: noun for error messages.
     """
+    source = os.path.expanduser(source) if isinstance(source, str) else source
     check_source(what, source, **hub)
     if Path(source).is_dir():
         return Path(source) / subfolder

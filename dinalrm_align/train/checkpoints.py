@@ -138,13 +138,15 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def checkpoint_to_resume(path: Path) -> Path:
-    """Return the checkpoint to resume from: `path` itself or, if `path` is a run folder, its newest checkpoint.
+    """Return the checkpoint to resume from: `path` itself or, if `path` is a run folder or its
+    folder checkpoints/, the run's newest checkpoint.
 
     Raises ValueError if `path` is not a folder or has no checkpoint, or if the checkpoint is damaged.
     """
     if not path.is_dir():
         raise ValueError(f"nothing to resume: no folder {path}; expected the folder of a run or of a checkpoint")
     path = path.resolve()
+    path = path.parent if path.name == FOLDER else path
     checkpoint = path if STEP.fullmatch(path.name) or (path / files.STATE).exists() else latest_checkpoint(path)
     if checkpoint is None:
         raise ValueError(f"nothing to resume: {path} holds no checkpoint yet; start the run again without --resume")

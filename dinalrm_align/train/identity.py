@@ -7,11 +7,14 @@ list of prompts, is listed if the checkpoint identifies the file by its content.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dinalrm_align.train.settings import field_types
+
+ADDRESS = re.compile(r"https?://[^\s#'\"]+")
 
 
 def settings_by_name(settings: Any) -> dict[str, Any]:
@@ -52,11 +55,13 @@ def check_settings(
         where: what holds the settings of the run, for the error message.
 
     Raises ValueError if another setting changed. A folder that has moved, so that there is none at the earlier
-    absolute path, counts as a setting that may change: its content is compared when it is loaded.
+    absolute path, counts as a setting that may change: its content is compared when it is loaded. So does a model
+    server that has another address (http://host:port/...) and serves a model of the same name.
     """
     changed = {name: (before.get(name), new) for name, new in now.items() if before.get(name) != new}
     for name, (old, new) in changed.items():
         moved = isinstance(old, str) and old.startswith("/") and not Path(old).exists() and str(new).startswith("/")
+        moved = moved or (isinstance(old, str) and ADDRESS.sub("", old) == ADDRESS.sub("", str(new)))
         if not moved and not any(name == known or name.startswith(f"{known}.") for known in free):
             raise ValueError(
                 f"{name}: got {new!r:.120}; expected {old!r:.120}, as in {where}: leave it out, or start a new run in "

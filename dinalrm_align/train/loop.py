@@ -169,7 +169,7 @@ def fit(
                 save()
 
     bar = tqdm(total=config.steps, initial=state.step, disable=log is None, desc="update", dynamic_ncols=True)
-    with bar, _resume_hint(run, rescue), _stop_requests(accelerator) as stop_requested:
+    with bar, resume_hint(run, rescue), _stop_requests(accelerator) as stop_requested:
         if pending is not None:
             record(pending)
         while state.step < config.steps and reason is None and not stop_requested():
@@ -220,7 +220,7 @@ def _start(
             torch.distributed.broadcast(tensor.detach(), src=0)
     if not accelerator.is_main_process:
         return None, pending
-    with _resume_hint(run):
+    with resume_hint(run):
         tidy(run.path, step=state.step, keep_last=config.keep_last)
         if run.settings:
             write_atomically(run.path / "config.yaml", run.settings)
@@ -296,10 +296,11 @@ def _farewell(run: RunFolder, update: str, reason: str | None) -> str:
 
 
 @contextmanager
-def _resume_hint(run: RunFolder, rescue: Callable[[Exception], None] | None = None) -> Iterator[None]:
+def resume_hint(run: RunFolder, rescue: Callable[[Exception], None] | None = None) -> Iterator[None]:
     """Context manager that calls `rescue` after an error, and adds the command to resume the run to the error.
 
-    If `rescue` is given, a note marks the error for `train.command.refusing` as one of a run that had started.
+    If `rescue` is given, a note marks the error for `train.command.refusing` as one of a run that had started. A
+    resumed run that is complete repeats what follows `fit`, so that a program can use this context there too.
     """
     try:
         yield

@@ -21,8 +21,8 @@ import io
 import json
 import re
 import time
+import unicodedata
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +41,7 @@ from dinalrm_align.train.files import InputError, parse_json, read_text
 from dinalrm_align.train.settings import check_integer, check_number, did_you_mean
 
 SOURCE = "http://127.0.0.1:8080/v1"
+ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?(?:/[!-~]*)?", re.ASCII | re.IGNORECASE)
 FIELD = "{prompt}"
 LOW, HIGH = 1.0, 5.0
 ANSWER_LIMIT = 4 * 2**20
@@ -75,8 +76,7 @@ class ChatEndpoint:
     max_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url) if isinstance(self.url, str) else None
-        if parts is None or parts.scheme not in ("http", "https") or not parts.netloc:
+        if not isinstance(self.url, str) or not ADDRESS.fullmatch(self.url):
             raise ValueError(f"endpoint: got {self.url!r}; expected http://host:port/v1, as OpenAI clients take it")
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model: got {self.model!r}; expected the name under which the server serves it")
@@ -287,17 +287,20 @@ class UnifiedReward(PixelReward):
 
 
 def _number(label: str, answer: str) -> float:
-    """Return the number after the label in the answer, with or without Markdown around label and number.
+    """Return the number after the label in the answer, however Markdown, HTML, LaTeX or JSON decorate the two.
 
-    The number n may be followed by /5 or "out of 5". A comma counts as a decimal point. Raises InputError unless the
+    The number may be followed by /5 or "out of 5". A comma counts as a decimal point. Raises InputError unless the
     answer has one such number, from 1 to 5.
     """
-    mark = r"[\s*_`#~$\[\](){}<>\"'|]*+"  # Markdown, brackets and quotes
-    number = r"(-?[0-9]++(?:[.,][0-9]++)?+)(?![.,]?[0-9]|[A-Za-z%½])"
-    five = r"5(?:[.,]0++)?+(?![.,]?[0-9])"
-    other_scale = rf"(?!{mark}(?:/|out\s+of\b){mark}(?!{five}))(?!\s*+[-–]\s*+[0-9])(?!\s*+%)"  # 4/10; 1-5 as a range
-    pattern = rf"{label}[s]?+{mark}(?:1\s*[-–]\s*5{mark})?[:=：]{mark}{number}{other_scale}"
-    found = {float(text.replace(",", ".")) for text in re.findall(pattern, answer, re.IGNORECASE)}
+    decoration = r"(?:</?[a-z]+>|\\(?:boxed|text[a-z]*+|math[a-z]*+)?+|[*`#~$\[\](){}<>\"'_]|[^\S\n])+"
+    plain = re.sub(decoration, " ", unicodedata.normalize("NFKC", answer), flags=re.IGNORECASE)
+    number = r"([+-]?[0-9]++(?:[.,][0-9]++)?+)(?![.,]?[0-9]|[A-Za-z%\u2044])"
+    no_range = r"(?! ?(?:[-–—→]|to\b|or\b)[->]* ?[0-9]| ?%| [0-9]+ ?[/\u2044])"  # 1-5, 3 to 4, 80 %, 4 1/2
+    no_other_scale = r"(?! ?(?:/|(?:out )?of\b) ?+(?!(?:5(?:[.,]0++)?+(?![.,]?[0-9])|five\b)))"  # 4/10
+    scale = r"(?: ?(?:1 ?(?:[-–]|to) ?5|(?:/|out of) ?5))?"
+    words = label.replace(" ", r"\s")
+    pattern = rf"{words}s?{scale} ?(?:[:=|\n] ?|is |[-–—] )+{number}{no_range}{no_other_scale}"
+    found = {float(text.replace(",", ".")) for text in re.findall(pattern, plain, re.IGNORECASE)}
     if len(found) != 1 or not LOW <= min(found) <= HIGH:
         raise InputError(
             f"expected one '{label}: x' with x from {LOW:g} to {HIGH:g}, got {sorted(found) or 'none'} in an answer of "

@@ -254,3 +254,9 @@ def test_a_folder_of_a_run_names_its_lora_first(tmp_path):
         save_file({"weight": torch.ones(1)}, tmp_path / "checkpoints" / f"step_{step}" / "weights.safetensors")
     with pytest.raises(FileNotFoundError, match=f"it holds lora/{LORA_FILE}, checkpoints/step_0"):
         read_lora(tmp_path)
+
+
+def test_a_tilde_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    of_ours(trained(transformer()), tmp_path / "run" / "lora")
+    assert read_lora("~/run/lora").path == tmp_path / "run" / "lora" / LORA_FILE

@@ -68,6 +68,8 @@ def refusal(capsys, folder: Path, name: str, *options: str) -> str:
         ("refl_sd35", "--height=128", "height: got 128; expected None"),
         ("refl_sd35", "--evaluation.seed=5", "evaluation.seed: got 5; expected 1234"),
         ("refl_sd35", "--evaluation.samples=64", "evaluation.samples: got 64; expected 192"),
+        ("refl_sd35", "--watch.drift_sigmas=[0.5]", "watch.drift_sigmas: got [0.5]; expected [0.3, 0.8]"),
+        ("refl_sd35", "--watch.sigmas=[]", "watch.sigmas: got []; expected [0.1, 0.4, 0.7]"),
         ("refl_sd35", "--refl.reward_sigma=[0.2]", "refl.reward_sigma: got [0.2]; expected None"),
         ("refl_sd35", "--refl.num_steps=5", "refl.num_steps: got 5; expected None"),
         ("refl_sd35", "--refl.guidance_scale=2", "refl.guidance_scale: got 2.0; expected None"),
@@ -161,6 +163,20 @@ def test_a_moved_folder_is_compared_by_content(tmp_path, capsys):
     (tmp_path / "gold").rename(tmp_path / "moved")
     assert resumed(folder, "refl_sd35", f"--gold={tmp_path / 'moved'}").run.gold == str(tmp_path / "moved")
     assert "gold: got 'pixel'" in refusal(capsys, folder, "refl_sd35", "--gold=pixel")
+
+
+def test_a_model_server_may_move_but_not_serve_another_model(tmp_path, capsys):
+    """A run that stopped because its server failed goes on with another server."""
+    old, new = "0.5*unifiedreward=http://old:8080/v1#M", "0.5*unifiedreward=https://[::1]:9/v1"
+    folder = started(tmp_path / "run", "grpo_sd35", f"--reward={old}")
+    assert resumed(folder, "grpo_sd35", f"--reward={new}#M").run.reward == f"{new}#M"
+    for other in (f"{new}#N", new, f"{new}#M".replace("0.5", "0.4"), "oracle"):
+        assert "reward: got" in refusal(capsys, folder, "grpo_sd35", f"--reward={other}")
+
+
+def test_the_folder_of_checkpoints_is_a_run_too(tmp_path):
+    folder = started(tmp_path / "run", "refl_sd35")
+    assert resumed(folder / "checkpoints", "refl_sd35").checkpoint == folder / "checkpoints" / "step_000001"
 
 
 def test_a_run_resumes_from_another_directory(tmp_path, monkeypatch):

@@ -169,6 +169,17 @@ def test_updates_of_one_rollout_count_once(tmp_path):
     assert len(said) == 1 and check.counts() == {"rollouts": 3, "rollouts_without_signal": 3}
 
 
+def test_rollouts_whose_gradient_is_zero_count_although_scores_differ(tmp_path):
+    """As when all ratios of LPO or GRPO are clipped, for instance far from the base model."""
+    check, said = watched(tmp_path / "a.jsonl", [1.0] * 4, grad_norm=lambda step: 0.0)
+    assert len(said) == 1 and "gradient of every update is zero" in said[0] and "clip_range" in said[0]
+    check.conclude()
+    assert "learned nothing" in said[1] and "clip_range" in said[1] and "group_size" not in said[1]
+    both = dict(rollout=lambda step: (step - 1) // 2, grad_norm=lambda step: float(step % 2))  # the first update learns
+    check, said = watched(tmp_path / "b.jsonl", [1.0] * 8, **both)
+    assert said == [] and check.counts() == {"rollouts": 4, "rollouts_without_signal": 0}
+
+
 def test_a_resumed_run_counts_the_rollouts_before_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     watched(path, [0.0] * 2)

@@ -1,5 +1,6 @@
 """What --model names stand for, and that the choice is quick, honest and never made for the user who named one."""
 
+import dataclasses
 import json
 import time
 from dataclasses import replace
@@ -211,12 +212,15 @@ def test_the_sides_of_an_image_are_checked_against_the_config_of_the_model(side,
 
 
 def test_a_hub_model_is_checked_if_its_config_is_in_the_cache(tmp_path, monkeypatch):
-    check_sides(MODELS["sd35"], height=99_999)  # not in the cache: checked when it is loaded
+    with pytest.raises(ValueError, match="height: got 8192 pixels; expected a multiple of 16 from 16 to 6144"):
+        check_sides(MODELS["sd35"], height=8192)  # known without a file
+    other = dataclasses.replace(MODELS["sd35"], pipeline="owner/name")
+    check_sides(other, height=99_999)  # not in the cache: checked when it is loaded
     for part, values in (("transformer", {"patch_size": 2, "pos_embed_max_size": 384}),
                          ("vae", {"block_out_channels": [128, 256, 512, 512]})):  # fmt: skip
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(values))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: str(tmp_path / file))
-    check_sides(MODELS["sd35"], height=6144, width=2048)
+    check_sides(other, height=6144, width=2048)
     with pytest.raises(ValueError, match="width: got 6160 pixels; expected a multiple of 16 from 16 to 6144"):
-        check_sides(MODELS["sd35"], height=1024, width=6160)
+        check_sides(other, height=1024, width=6160)

@@ -129,6 +129,10 @@ def test_a_run_starts_from_a_lora_which_is_part_of_its_identity(recipe, argument
     with pytest.raises(SystemExit):
         recipe.main([f"--resume={second}", "--loop.steps=8"])
     assert "initial LoRA" in capsys.readouterr().err
+    (first / "lora").rename(first / "aside")  # a file that is gone is not needed: the checkpoint holds the weights
+    recipe.main([f"--resume={second}", "--loop.steps=7"])
+    assert "policy.init_from" in capsys.readouterr().out
+    assert read_metrics(second / "metrics.jsonl")[-1]["drift"] == started[0]["drift"]
 
 
 def test_a_resumed_run_keeps_the_measured_unit_of_the_kl(recipe, arguments, tmp_path, monkeypatch, capsys):
@@ -445,3 +449,21 @@ def test_a_server_that_fails_in_the_middle_ends_with_one_line_and_the_state_befo
     monkeypatch.undo()
     recipe.main(["--resume", str(folder), "--loop.steps=2"])
     assert (folder / "summary.json").exists() and read_metrics(folder / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_a_failure_after_the_last_update_says_how_to_write_the_summary(
+    recipe, arguments, tmp_path, capsys, monkeypatch
+):
+    from dinalrm_align.align import setup
+
+    def full(*_: object, **__: object):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(setup, "summarise", full)
+    with pytest.raises(SystemExit) as stopped:
+        run(recipe, arguments, tmp_path / "run", "--loop.steps=1")
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 1 and "No space left on device" in said and "step_000001 with: python" in said
+    monkeypatch.undo()
+    recipe.main(["--resume", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["updates"] == 1
