@@ -240,8 +240,7 @@ def check_sides(spec: ModelSpec, **sides: int | None) -> None:
     """Raise ValueError unless the model takes images with these sides in pixels, by name; None is not checked.
 
     A side must be a multiple of the VAE's factor times the patch size, and must not exceed the table of positions of
-    the transformer. Only config.json files are read. Nothing is checked for a hub id that is not in the local cache,
-    other than SD3.5 Medium's.
+    the transformer. Only config.json files are read. Nothing is checked for an uncached hub id but SD3.5 Medium's.
     """
     transformer, vae = (_config_of(spec.pipeline, part) for part in ("transformer", "vae"))
     if transformer is not None and vae is not None:
