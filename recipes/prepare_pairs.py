@@ -64,13 +64,13 @@ def encode_pairs(run: PrepareRun, spec: ModelSpec) -> None:
 
     with worker_processes(run.workers) as in_order:
         with accelerator.main_process_first():  # it creates the folder, or raises
-            work = Preparation(run, folder, manifest, encoders.latent_space, in_order=in_order, **share)
+            work = Preparation(run, folder, manifest, in_order=in_order, **share)
         accelerator.print(f"{work.read} pairs in {work.source} ({work.layout}), {len(work.refs)} images")
         if work.layout != "released":
             check_buckets(spec, parse_buckets(run.buckets))
         work.measure()
         accelerator.wait_for_everyone()
-        work.plan()
+        work.plan(encoders.latent_space)
         accelerator.print(f"{len(work.shards)} files of latents, {len(work.prompts)} of text embeddings in {folder}")
 
         work.encode_text(encoders.encode_prompts)

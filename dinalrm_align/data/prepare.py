@@ -51,23 +51,14 @@ class Preparation:
     """One rank's share of encoding the pairs of `run.source` into `folder`.
 
     All ranks must call `measure`, `plan`, `encode_text` and `encode_latents`, with a barrier after each call. One rank
-    must then call `finish`. manifest: encoding settings. space: latents that the model reads. in_order: function that
-    `workers.worker_processes` yields.
+    must then call `finish`. manifest: encoding settings. in_order: function that `workers.worker_processes` yields.
     Raises ValueError or OSError if the source is unreadable, or if `folder` holds other files or other settings.
     """
 
     def __init__(
-        self,
-        run: PrepareRun,
-        folder: Path,
-        manifest: PairManifest,
-        space: LatentSpace,
-        *,
-        in_order: InOrder,
-        rank: int = 0,
-        world: int = 1,
+        self, run: PrepareRun, folder: Path, manifest: PairManifest, *, in_order: InOrder, rank: int = 0, world: int = 1
     ) -> None:
-        self.run, self.folder, self.manifest, self._space = run, folder, manifest, space
+        self.run, self.folder, self.manifest = run, folder, manifest
         self.rank, self.world, self._in_order = rank, world, in_order
         self.source = Path(run.source)
         if not self.source.exists():
@@ -113,10 +104,13 @@ class Preparation:
             sizes = list(itertools.islice(results, min(SIZES, len(self.refs) - start)))
             write_atomically(self._part_file("sizes", start // SIZES), json.dumps(sizes))
 
-    def plan(self) -> None:
-        """Assign each group of images and each prompt to a shard. Every rank computes the same plan."""
+    def plan(self, space: LatentSpace) -> None:
+        """Assign each group of images and each prompt to a shard. Every rank computes the same plan.
+
+        space: latents that the model reads. Stored latents that do not fit are bad records.
+        """
         if self.layout == "released":  # chosen and rejected of each pair in turn, none of them twice
-            sizes = [self._stored_size(pair) for pair in self.pairs for _ in range(2)]
+            sizes = [_stored_size(pair, space) for pair in self.pairs for _ in range(2)]
         else:
             sizes = [size for start in range(0, len(self.refs), SIZES) for size in self._sizes(start)]
         known = {
@@ -128,10 +122,6 @@ class Preparation:
         self.shards = plan_shards(groups, self.run.shard_size)
         prompts, size = list(dict.fromkeys(group.prompt for group in groups)), self.run.prompts_per_shard
         self.prompts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-
-    def _stored_size(self, pair: Preference) -> Size | str:
-        problem = self._space.problem(pair.shape)
-        return f"{pair.chosen}: {problem}" if problem else (8 * pair.shape[1], 8 * pair.shape[2])
 
     def encode_text(self, encode: EncodePrompts) -> None:
         """Write this rank's share of the shards of text embeddings. Each distinct prompt is encoded once."""
@@ -286,3 +276,8 @@ class Preparation:
 
     def _source(self, ref: ImageRef) -> Path | bytes | str:
         return attempt(image_source, ref, self.images)
+
+
+def _stored_size(pair: Preference, space: LatentSpace) -> Size | str:
+    problem = space.problem(pair.shape)
+    return f"{pair.chosen}: {problem}" if problem else (8 * pair.shape[1], 8 * pair.shape[2])

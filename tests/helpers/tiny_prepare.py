@@ -69,9 +69,9 @@ def prepare(source, folder, *, rank=0, world=1, stop_after=None, encode=encode_i
 
     run = settings(source, folder, **changes)
     with worker_processes(run.workers) as in_order:
-        work = Preparation(run, Path(folder), MANIFEST, SPACE, in_order=in_order, rank=rank, world=world)
+        work = Preparation(run, Path(folder), MANIFEST, in_order=in_order, rank=rank, world=world)
         work.measure()
-        work.plan()
+        work.plan(SPACE)
         work.encode_text(text)
         work.encode_latents(counted)
         if world == 1:
