@@ -452,7 +452,7 @@ JSONL = [
     Case("a path that is no Unicode", jsonl(record(chosen="\ud800.png")), ValueError, "pairs.jsonl 1 chosen"),
     Case("a concept of numbers", jsonl(record(concept=3)), ValueError, "concept 3"),
     Case("a key twice", jsonl('{"prompt": "a", "prompt": "b"}'), ValueError, "prompt"),
-    Case("not UTF-8", jsonl(b"\xff\xfe{}"), ValueError, "pairs.jsonl UTF-8"),
+    Case("not UTF-8", jsonl(b"\xff\xfe{}"), ValueError, "pairs.jsonl 1 JSON"),
     Case("endless nesting", jsonl('{"a":' * 100_000), ValueError, "pairs.jsonl"),
 ]  # fmt: skip
 

@@ -80,12 +80,11 @@ class ClipReward(PixelReward):
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,) of images (B, 3, H, W) for B prompts. The cosine is computed in float32."""
-        with torch.autocast(self.device.type, enabled=False):  # CLIP runs in its own dtype
-            pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
-            features = _projected(self.clip.get_image_features(pixel_values=pixel_values)).float()
-            text = torch.stack(cached(self._text_features, prompts, self._encode_text, MAX_CACHED)).to(self.device)
-            cosine = (F.normalize(features, dim=-1) * text).sum(-1)
-            return self.clip.logit_scale.exp().float() * cosine if self.scaled else cosine
+        pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
+        features = _projected(self.clip.get_image_features(pixel_values=pixel_values)).float()
+        text = torch.stack(cached(self._text_features, prompts, self._encode_text, MAX_CACHED)).to(self.device)
+        cosine = (F.normalize(features, dim=-1) * text).sum(-1)
+        return self.clip.logit_scale.exp().float() * cosine if self.scaled else cosine
 
     @torch.no_grad()
     def _encode_text(self, prompts: list[str]) -> Tensor:

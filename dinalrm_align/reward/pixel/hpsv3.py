@@ -246,8 +246,7 @@ class HPSv3Reward(PixelReward):
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return mu (B,), float32, of images (B, 3, H, W) in [0, 1] for B prompts, differentiable in the images."""
-        with torch.autocast(images.device.type, enabled=False):  # the head stays in float32
-            scores = [self._mean(image[None], prompt) for image, prompt in zip(images, prompts, strict=True)]
+        scores = [self._mean(image[None], prompt) for image, prompt in zip(images, prompts, strict=True)]
         return torch.stack(scores).float()
 
     def _mean(self, image: Tensor, prompt: str) -> Tensor:

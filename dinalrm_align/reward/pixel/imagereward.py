@@ -125,10 +125,9 @@ class ImageRewardReward(PixelReward):
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,), float32, of images (B, 3, H, W) in [0, 1] for B prompts, differentiable in the images."""
         tokens = tokenise(self.tokenizer, prompts, TEXT_LENGTH, self.device)
-        with torch.autocast(images.device.type, enabled=False):
-            seen = self.vision(preprocess(images, self.vision.config.image_size)).last_hidden_state
-            read = self.text(tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen)
-            return (self.head(read.last_hidden_state[:, 0]).float().squeeze(-1) - MEAN) / STD
+        seen = self.vision(preprocess(images, self.vision.config.image_size)).last_hidden_state
+        read = self.text(tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen)
+        return (self.head(read.last_hidden_state[:, 0]).float().squeeze(-1) - MEAN) / STD
 
 
 def preprocess(images: Tensor, side: int) -> Tensor:

@@ -174,15 +174,14 @@ class MPSReward(PixelReward):
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,) of images (B, 3, H, W) for B prompts. The cosine is computed in float32."""
-        with torch.autocast(self.device.type, enabled=False):  # the model runs in its own dtype
-            pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
-            image = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).last_hidden_state)
-            text = cached(self._text, prompts, self._encode_text, MAX_CACHED)
-            tokens, pooled, read = (torch.stack(parts).to(self.device) for parts in zip(*text, strict=True))
-            for block in self.blocks:
-                image = block(image, tokens, read)
-            cosine = (F.normalize(image[:, 0].float(), dim=-1) * F.normalize(pooled.float(), dim=-1)).sum(-1)
-            return self.clip.logit_scale.exp().float() * cosine
+        pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)
+        image = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).last_hidden_state)
+        text = cached(self._text, prompts, self._encode_text, MAX_CACHED)
+        tokens, pooled, read = (torch.stack(parts).to(self.device) for parts in zip(*text, strict=True))
+        for block in self.blocks:
+            image = block(image, tokens, read)
+        cosine = (F.normalize(image[:, 0].float(), dim=-1) * F.normalize(pooled.float(), dim=-1)).sum(-1)
+        return self.clip.logit_scale.exp().float() * cosine
 
     @torch.no_grad()
     def _encode_text(self, prompts: list[str]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
