@@ -1,0 +1,1 @@
+"""Rewards over HTTP: `python -m dinalrm_align.serve`."""
