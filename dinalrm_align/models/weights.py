@@ -129,15 +129,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     key: entry of the file's dict that holds the tensors; None: the dict itself. Raises ValueError if the file is
     damaged or holds anything but tensors, or if the tensors do not match a SHA-256 in the file's safetensors metadata.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; expected a file of tensors")
-    safe = path.suffix == ".safetensors"
-    try:
-        content, sha256 = _read_safetensors(path) if safe else (_load(path), None)
-    except Exception as error:  # damaged files fail in many ways
-        kind = "safetensors file" if safe else "file of tensors"
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: not a readable {kind} ({reason}); download or write it again") from error
+    content, sha256 = _read(path)
     if sha256 is not None and digest(content) != sha256:
         raise ValueError(f"{path} is damaged: its SHA-256 is not {sha256:.16}...; download or write it again")
     if key is not None:
@@ -146,6 +138,14 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
         content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: got {_kind(content)}; expected names and tensors")
+    return dict(content)
+
+
+def read_entries(path: Path) -> dict[Any, Any]:
+    """Read a .pt or .bin file that holds a dict of tensors, numbers and dicts. Raises as `read_tensors`."""
+    content, _ = _read(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: got {_kind(content)}; expected a dict")
     return dict(content)
 
 
@@ -231,6 +231,19 @@ def read_module_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: got {_kind(content)}; expected a pickled torch.nn.Module")
     with reading("pickled module", path):
         return dict(_module_tensors(content, ""))
+
+
+def _read(path: Path) -> tuple[Any, str | None]:
+    """Return the content of a file, and the SHA-256 in its safetensors metadata, if any."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; expected a file of tensors")
+    safe = path.suffix == ".safetensors"
+    try:
+        return _read_safetensors(path) if safe else (_load(path), None)
+    except Exception as error:  # damaged files fail in many ways
+        kind = "safetensors file" if safe else "file of tensors"
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: not a readable {kind} ({reason}); download or write it again") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:

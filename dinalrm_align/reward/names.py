@@ -50,6 +50,7 @@ class RewardEntry:
 
 _PIXEL = "dinalrm_align.reward.pixel"
 _CLIP, _HPSV2 = f"{_PIXEL}.clip:ClipReward", f"{_PIXEL}.hpsv2:HPSv2Reward"
+_LRM, _LRM_SCALE = "dinalrm_align.reward.lrm:LrmReward", "exp(logit_scale) cos"
 _MIT, _APACHE, _MIT_CARD = "MIT / MIT", "Apache-2.0 / Apache-2.0", "MIT / as its model card says"
 _PROCESSOR = {"processor": CLIP_H}
 REWARDS: dict[str, RewardEntry] = {
@@ -78,6 +79,8 @@ REWARDS: dict[str, RewardEntry] = {
         options=_PROCESSOR,
         how="mps=/path/to/MPS_overall_checkpoint.pth, the file that https://github.com/Kwai-Kolors/MPS links to",
     ),
+    "lrm-sd15": RewardEntry(_LRM, "casiatao/LRM", _MIT_CARD, _LRM_SCALE, options={"family": "sd15"}),
+    "lrm-sdxl": RewardEntry(_LRM, "casiatao/LRM", _MIT_CARD, _LRM_SCALE, options={"family": "sdxl"}),
     "unifiedreward": RewardEntry(
         f"{_PIXEL}.unifiedreward:UnifiedReward",
         "http://127.0.0.1:8080/v1",
@@ -115,9 +118,11 @@ class Term:
         return self.name not in REWARDS or REWARDS[self.name].differentiable
 
 
+_ODD = "".join(rf"{re.escape(name)}(?![\w.])|" for name in REWARDS if not re.fullmatch(r"[\w.]+", name))
+"""Names with other characters than letters, digits and dots, as a part of a regular expression."""
 _TERM = re.compile(
-    r"""\s*(?:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*)?
-    (?P<name>[A-Za-z_][\w.]*(?::[A-Za-z_][\w.]*)?)
+    rf"""\s*(?:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*)?
+    (?P<name>{_ODD}[A-Za-z_][\w.]*(?::[A-Za-z_][\w.]*)?)
     (?:=(?:(?P<quote>['"])(?P<quoted>.*?)(?P=quote)|(?P<bare>.*?)(?=\s+[+-]\s|\s*$)))?
     \s*(?P<sign>[+-])?""",
     re.VERBOSE | re.DOTALL,

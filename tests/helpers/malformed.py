@@ -112,6 +112,20 @@ class World:
         return ClipReward.from_pretrained(str(self.clip_dir), vae=self.pipeline.vae)
 
     @cached_property
+    def lrm_dir(self) -> Path:
+        from tiny_lrm import save_lrm
+
+        for folder in save_lrm(self.root / "lrm_parts", "sd15"):
+            shutil.copytree(folder, self.root / "lrm", dirs_exist_ok=True)
+        return self.root / "lrm"
+
+    @cached_property
+    def lrm(self):
+        from dinalrm_align.reward.lrm import LrmReward
+
+        return LrmReward.from_pretrained(self.lrm_dir, family="sd15")
+
+    @cached_property
     def policy(self):
         import copy
 

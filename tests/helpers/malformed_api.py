@@ -62,6 +62,11 @@ def clip(**changes):
     return lambda world: world.clip(**{name: value for name, value in arguments.items() if value is not ...})
 
 
+def lrm(**changes):
+    arguments = {"latents": latents(2, 4, 8, 8), "timestep": 1, "prompts": ["a", "b"], **changes}
+    return lambda world: world.lrm.score_timestep(**arguments)
+
+
 def of(function, *arguments, **options):
     """A call of a function or class of the package; arguments that are functions are given the World."""
 
@@ -581,6 +586,28 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+LRM = [
+    Case("SD3's latents", lrm(latents=latents()), ValueError, "latents 16 lrm-sd15 4 0.18215"),
+    Case("SD3's latents, clean", lambda w: w.lrm(latents(), ["a", "b"]), ValueError, "latents 16 lrm-sd15 4 0.18215"),
+    Case("latents NaN", lrm(latents=with_value(latents(2, 4, 8, 8), NAN)), ValueError, "latents 512"),
+    Case("latents of bytes", lrm(latents=latents(2, 4, 8, 8, dtype=torch.uint8)), TypeError, "latents torch.uint8"),
+    Case("no latents", lrm(latents=latents(0, 4, 8, 8)), ValueError, "latents"),
+    Case("latents on meta", lrm(latents=latents(2, 4, 8, 8, device="meta")), ValueError, "latents meta"),
+    Case("a timestep after the last", lrm(timestep=1000), ValueError, "timestep 1000 999"),
+    Case("a timestep before the first", lrm(timestep=-1), ValueError, "timestep -1"),
+    Case("sigma for a timestep", lrm(timestep=0.4), TypeError, "timestep float 0.4"),
+    Case("a tensor of sigma", lrm(timestep=torch.tensor([0.4, 0.4])), ValueError, "timestep torch.float32"),
+    Case("truth for a timestep", lrm(timestep=True), TypeError, "timestep bool"),
+    Case("timesteps for three", lrm(timestep=torch.tensor([1, 2, 3])), ValueError, "timestep 3 2"),
+    Case("one timestep too large", lrm(timestep=torch.tensor([1, 1001])), ValueError, "timestep 1001"),
+    Case("timesteps on meta", lrm(timestep=torch.ones(2, device="meta").long()), ValueError, "timestep meta"),
+    Case("one prompt for two", lrm(prompts=["a"]), ValueError, "prompts 1 2"),
+    Case("embeddings without text", lrm(prompts=CONDITIONS), ValueError, "prompts"),
+    Case("a flow-matching sigma", lambda w: w.lrm.score_noisy(latents(2, 4, 8, 8), 0.4, ["a", "b"]), TypeError, "lrm-sd15 sigma DDPM score_timestep"),
+    Case("images of one channel", lambda w: w.lrm.score_images(torch.zeros(1, 1, 64, 64), "a"), ValueError, "images 1 64"),
+]  # fmt: skip
+
+
 GROUPS = {
     "reward: as a service": SERVICE,
     "reward: latents": LATENTS,
@@ -592,6 +619,7 @@ GROUPS = {
     "reward: loading and saving": LOADING,
     "pixel reward": PIXEL_REWARD,
     "served reward": SERVED,
+    "LRM": LRM,
     "noise": NOISE_FUNCTIONS,
     "losses": LOSSES,
     "sampling": SAMPLING,

@@ -14,6 +14,8 @@ import torch
 from malformed import Bomb, Case, World, latents, with_value
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_lrm import one_file
+from transformers import CLIPTokenizer
 
 from dinalrm_align import LatentReward
 from dinalrm_align.data.latent_pairs import LatentPairs
@@ -21,6 +23,7 @@ from dinalrm_align.data.prompts import read_captioned_images, read_prompts
 from dinalrm_align.data.source import ImagePairs
 from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.specs import resolve_model
+from dinalrm_align.reward.lrm import LrmReward
 from dinalrm_align.reward.pixel.clip import ClipReward
 
 WEIGHTS = "model.safetensors"
@@ -655,6 +658,111 @@ MODELS = [
     Case("a VAE of no widths", model(lambda w: w.with_json(w.pipeline_dir, "vae/config.json", block_out_channels=3)), ValueError, "block_out_channels 3"),
 ]  # fmt: skip
 
+LRM_UNET, LRM_TEXT, LRM_HEAD = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "state_dict.pt",
+)
+
+
+def lrm(make: Callable[[World], object], **options):
+    """An LRM for SD1.5 loaded from what `make` returns; its base model lies beside it."""
+    return lambda w: LrmReward.from_pretrained(make(w), **{"family": "sd15", "local_files_only": True, **options})
+
+
+def lrm_json(name: str, **changes: object):
+    return lrm(lambda w: w.with_json(w.lrm_dir, name, **changes))
+
+
+def lrm_tensors(name: str, change):
+    return lrm(lambda w: w.with_tensors(w.lrm_dir, name, change))
+
+
+def lrm_head(change):
+    """An LRM whose state_dict.pt was modified in place by `change`."""
+
+    def make(world: World) -> Path:
+        folder = world.copy(world.lrm_dir)
+        head = torch.load(folder / LRM_HEAD, weights_only=True)
+        change(head)
+        torch.save(head, folder / LRM_HEAD)
+        return folder
+
+    return lrm(make)
+
+
+def one_file_lrm(change):
+    """An LRM of one file whose tensors were modified in place by `change`."""
+
+    def call(world: World) -> object:
+        path = one_file(world.lrm_dir, world.fresh() / "lrm.pt")
+        found = torch.load(path, weights_only=True)
+        change(found)
+        torch.save(found, path)
+        return LrmReward.from_pretrained(path, family="sd15", base=world.lrm_dir)
+
+    return call
+
+
+def lrm_images(**changes: object):
+    """Images for an LRM whose base model has another VAE."""
+
+    def call(world: World) -> object:
+        base = world.with_json(world.lrm_dir, "vae/config.json", **changes)
+        reward = LrmReward.from_pretrained(world.lrm_dir, family="sd15", base=base)
+        return reward.score_images(torch.zeros(1, 3, 64, 64), "a")
+
+    return call
+
+
+def with_word(world: World) -> Path:
+    """An LRM whose tokenizer has a word more than its text encoder."""
+    folder = world.copy(world.lrm_dir)
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
+    tokenizer.add_tokens(["green</w>"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+LRM = [
+    Case("nothing", lrm(lambda w: ""), ValueError, "LRM"),
+    Case("a number", lrm(lambda w: 3), TypeError, "LRM int"),
+    Case("an empty folder", lrm(lambda w: w.fresh()), FileNotFoundError, "state_dict.pt lrm_sd15 subfolder"),
+    Case("a family of its own", lrm(lambda w: w.lrm_dir, family="sd3"), ValueError, "family sd3 sdxl"),
+    Case("SDXL's name", lrm(lambda w: w.lrm_dir, family="sdxl"), FileNotFoundError, "text_encoder_2"),
+    Case("SDXL's UNet", lrm_json("unet/config.json", addition_embed_type="text_time"), ValueError, "addition_embed_type text_time lrm-sdxl"),
+    Case("an inpainting UNet", lrm_json("unet/config.json", in_channels=9), ValueError, "in_channels 9 4"),
+    Case("three down blocks", lrm_json("unet/config.json", down_block_types=["DownBlock2D"] * 3), ValueError, "down_block_types 3 4"),
+    Case("another class", lrm_json("unet/config.json", _class_name="SD3Transformer2DModel"), ValueError, "_class_name SD3Transformer2DModel"),
+    Case("a UNet of no size", lrm_json("unet/config.json", sample_size=...), ValueError, "sample_size NoneType int"),
+    Case("widths of text", lrm_json("unet/config.json", block_out_channels="wide"), ValueError, "config"),
+    Case("other widths", lrm_json("unet/config.json", block_out_channels=[8, 16, 32, 64]), ValueError, "unet.down_blocks.3.resnets.0.conv1.weight 32 64"),
+    Case("no UNet", lrm(lambda w: without(w.lrm_dir, w, LRM_UNET)), FileNotFoundError, "diffusion_pytorch_model.safetensors"),
+    Case("a UNet without conv_in", lrm_tensors(LRM_UNET, drop("conv_in.weight")), ValueError, "missing unet.conv_in.weight"),
+    Case("a UNet with a LoRA", lrm_tensors(LRM_UNET, lambda t: t.update(lora=torch.zeros(2))), ValueError, "unexpected unet.lora"),
+    Case("a UNet cut short", lrm(lambda w: w.with_bytes(w.lrm_dir, LRM_UNET, lambda d: d[:9000])), ValueError, "diffusion_pytorch_model.safetensors"),
+    Case("a text encoder without a layer", lrm_tensors(LRM_TEXT, drop("layers.2.mlp.fc1.weight")), ValueError, "missing text_encoder"),
+    Case("a wider text encoder", lrm_json("text_encoder/config.json", hidden_size=32), ValueError, "cross_attention_dim 16 32"),
+    Case("no text config", lrm(lambda w: without(w.lrm_dir, w, "text_encoder/config.json")), FileNotFoundError, "config.json"),
+    Case("a head with code", lrm(lambda w: w.with_bytes(w.lrm_dir, LRM_HEAD, bomb_zip(w))), ValueError, "state_dict.pt"),
+    Case("a pickled head", lrm(lambda w: w.with_bytes(w.lrm_dir, LRM_HEAD, bomb_bytes(w))), ValueError, "state_dict.pt"),
+    Case("a head of text", lrm(lambda w: w.with_bytes(w.lrm_dir, LRM_HEAD, "logit_scale")), ValueError, "state_dict.pt"),
+    Case("no text_projection", lrm_head(lambda t: t.pop("text_projection")), ValueError, "missing text_projection.weight"),
+    Case("a bias", lrm_head(lambda t: t["visual_projection"].update(bias=torch.zeros(16))), ValueError, "unexpected visual_projection.bias"),
+    Case("a head without stages", lrm_head(lambda t: t["visual_projection"].update(weight=torch.zeros(16, 32))), ValueError, "visual_projection.weight 32 120"),
+    Case("a scale of text", lrm_head(lambda t: t.update(logit_scale="2.66")), ValueError, "logit_scale str"),
+    Case("an integer scale", lrm_head(lambda t: t.update(logit_scale=torch.tensor(3))), ValueError, "logit_scale torch.int64"),
+    Case("one file: the head alone", lrm(lambda w: w.lrm_dir / LRM_HEAD), ValueError, "state_dict.pt"),
+    Case("one file: no conv_in", one_file_lrm(drop("unet.conv_in.bias")), ValueError, "lrm.pt missing unet.conv_in.bias"),
+    Case("one file: a stranger", one_file_lrm(lambda t: t.update(loss=torch.zeros(2))), ValueError, "lrm.pt unexpected loss"),
+    Case("no tokenizer", lrm(lambda w: w.lrm_dir, base="nobody-here/nothing-there"), OSError, "nobody-here/nothing-there"),
+    Case("a base without tokenizer", lambda w: LrmReward.from_pretrained(w.lrm_dir, family="sd15", base=w.fresh()), ValueError, "tokenizer"),
+    Case("a larger tokenizer", lrm(lambda w: with_word(w)), ValueError, "tokenizer tokens text_encoder"),
+    Case("a base of blanks", lrm(lambda w: w.lrm_dir, base="  "), ValueError, "base"),
+    Case("SDXL's VAE", lrm_images(scaling_factor=0.13025), ValueError, "base 0.13025 0.18215"),
+    Case("a VAE that shifts", lrm_images(shift_factor=0.1), ValueError, "base shift_factor 0.1"),
+]  # fmt: skip
+
 GROUPS = {
     "reward folders": PLACES,
     "reward configs": CONFIGS,
@@ -662,6 +770,7 @@ GROUPS = {
     "released layout": RELEASED,
     "base models": BASES,
     "pixel rewards": PIXEL,
+    "LRM": LRM,
     "prompt files": PROMPTS,
     "captioned images": IMAGES,
     "pairs of images (jsonl)": JSONL,

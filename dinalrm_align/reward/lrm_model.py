@@ -1,0 +1,289 @@
+"""The networks of LRM (arXiv 2502.01051): half a UNet, CLIP text encoders and two projections; and strict loading.
+
+The UNet runs up to its middle block. Its up blocks are neither kept nor run. The last layer of every down block,
+before the block downsamples, and the middle block give one feature map each, and its mean over the positions is a
+feature. The UNet runs twice: for the prompt, and for the empty prompt. Only the middle block's feature m is guided,
+m = m_empty + 7.5 (m_prompt - m_empty), the paper's visual feature enhancement. The others are those of the prompt.
+Score: exp(logit_scale) cos(visual_projection(features), text feature).
+
+Source: Kwai-Kolors/LPO@9c2e8b8 (MIT), lpo/lpo/preference_models/models.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from dinalrm_align.models.layout import find_weights
+from dinalrm_align.models.weights import (
+    HubOptions,
+    assign_tensors,
+    check_source,
+    fetch,
+    read_entries,
+    read_tensors,
+    rename,
+)
+from dinalrm_align.reward.pixel.base import load_tokenizer, tokenise
+from dinalrm_align.train.files import flat, read_json, reading
+
+GUIDANCE = 7.5
+"""Weight of the visual feature enhancement, in training and in LPO."""
+PIXELS = 8
+"""Pixels per side of a latent position, in both families."""
+HEAD = "state_dict.pt"
+UNUSED = {r"unet\.(up_blocks|conv_norm_out|conv_out)\.": None, r"vae\.": None, r".*\.position_ids$": None}
+"""Rules for `rename` that drop tensors which scoring does not need. Old CLIP files store position_ids."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base model that an LRM was trained from.
+
+    Args:
+        title: name of the base model, for messages.
+        base: hub id of the base model, which has the tokenizers and the VAE.
+        folder: name of the LRM's folder in LPO's training settings.
+        scaling_factor: of the VAE. Both VAEs have 4 channels and no shift.
+        blocks: number of down blocks.
+        added: `addition_embed_type` of the UNet.
+        parts: folders of the text encoders.
+    """
+
+    title: str
+    base: str
+    folder: str
+    scaling_factor: float
+    blocks: int
+    added: str | None
+    parts: tuple[str, ...]
+
+    @property
+    def latents(self) -> str:
+        return f"latents of {self.title}, 4 channels with scaling_factor {self.scaling_factor}"
+
+
+FAMILIES = {
+    "sd15": Family(
+        "Stable Diffusion 1.5",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        folder="lrm_sd15",
+        scaling_factor=0.18215,
+        blocks=4,
+        added=None,
+        parts=("text_encoder",),
+    ),
+    "sdxl": Family(
+        "Stable Diffusion XL",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        folder="lrm_sdxl",
+        scaling_factor=0.13025,
+        blocks=3,
+        added="text_time",
+        parts=("text_encoder", "text_encoder_2"),
+    ),
+}
+
+
+class LrmModel(nn.Module):
+    """Scores noisy latents for prompts. The names of its tensors are those of LRM's one-file layout."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizers: Sequence[Any] = (),
+    ) -> None:
+        """Remove the up blocks of `unet`. text_encoder_2: None for SD1.5. tokenizers: one per text encoder."""
+        super().__init__()
+        del unet.up_blocks, unet.conv_norm_out, unet.conv_out
+        self.unet, self.text_encoder, self.text_encoder_2 = unet, text_encoder, text_encoder_2
+        self.tokenizers = tokenizers
+        channels = unet.config.block_out_channels
+        width = text_encoder.config.hidden_size if text_encoder_2 is None else text_encoder_2.config.projection_dim
+        self.visual_projection = nn.Linear(sum(channels) + channels[-1], width, bias=False)
+        self.text_projection = None if text_encoder_2 is not None else nn.Linear(width, width, bias=False)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    @property
+    def side(self) -> int:
+        """Height and width in pixels of the images that the model was trained on: 512 (SD1.5) or 1024 (SDXL)."""
+        return PIXELS * self.unet.config.sample_size
+
+    def forward(self, latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return scores (B,), at least float32, differentiable in the latents.
+
+        latents: (B, 4, h, w), scaled, with DDPM noise of `timesteps`, (B,) integers. The text gets no gradient.
+        """
+        texts = list(dict.fromkeys([*prompts, ""]))
+        states, pooled = self.encode(texts)
+        rows = torch.tensor([texts.index(prompt) for prompt in [*prompts, *[""] * len(prompts)]], device=latents.device)
+        stages, middle = self._features(latents, timesteps, states[rows], pooled[rows])
+        prompted, empty = middle.chunk(2)
+        image = torch.cat([*stages, empty + GUIDANCE * (prompted - empty)], dim=-1)
+        image = F.linear(image, self.visual_projection.weight.to(image.dtype))
+        text = pooled[rows[: len(prompts)]].to(image.dtype)
+        if self.text_projection is not None:
+            text = F.linear(text, self.text_projection.weight.to(image.dtype))
+        return self.logit_scale.to(image.dtype).exp() * F.cosine_similarity(image, text, dim=-1)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the text encoders' states (B, L, C) for cross-attention, and the pooled feature (B, D).
+
+        SD1.5: the last states. SDXL: the penultimate states of both, concatenated; the second's pooled feature.
+        """
+        outputs = []
+        for encoder, tokenizer in zip((self.text_encoder, self.text_encoder_2), self.tokenizers):
+            tokens = tokenise(tokenizer, prompts, encoder.config.max_position_embeddings, self.unet.device)
+            outputs.append(encoder(tokens.input_ids, output_hidden_states=True))
+        if self.text_encoder_2 is None:
+            return outputs[0].last_hidden_state, outputs[0].pooler_output
+        return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
+
+    def _features(
+        self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return features (B, C) of the down blocks, for the prompts, and the middle block's (2B, C), for both halves.
+
+        states (2B, L, C), pooled (2B, D): those of the prompts, then those of the empty prompt.
+        """
+        unet, count = self.unet, len(latents)
+        sample = torch.cat([latents, latents]).to(unet.dtype)
+        sizes = torch.tensor([self.side, self.side, 0, 0, self.side, self.side], device=latents.device)
+        added = {"text_embeds": pooled, "time_ids": sizes.expand(2 * count, 6)}  # SD1.5 reads neither
+        embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=torch.cat([timesteps, timesteps])))
+        more = unet.get_aug_embed(emb=embedding, encoder_hidden_states=states, added_cond_kwargs=added)
+        embedding = embedding if more is None else embedding + more
+        sample, stages = unet.conv_in(sample), []
+        for block in unet.down_blocks:  # blocks without attention ignore the states
+            sample, layers = block(hidden_states=sample, temb=embedding, encoder_hidden_states=states)
+            stages.append(_mean(layers[len(block.resnets) - 1][:count]))
+        return stages, _mean(unet.mid_block(sample, embedding, encoder_hidden_states=states))
+
+
+def load_lrm(
+    source: str | Path,
+    name: str,
+    base: str | Path,
+    *,
+    subfolder: str | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    **hub: Unpack[HubOptions],
+) -> LrmModel:
+    """Load a frozen model. name: in FAMILIES. The other arguments and the errors: see `LrmReward.from_pretrained`."""
+    family = FAMILIES[name]
+    check_source("base model", base)
+    base_hub: HubOptions = {key: value for key, value in hub.items() if key != "revision"}
+    if one_file := isinstance(source, str | Path) and Path(source).is_file():
+        path = Path(source)
+        configs = [f"{part}/config.json" for part in ("unet", *family.parts)]
+        folder, tensors = fetch(base, configs, what="base model", **base_hub), read_tensors(path)
+    else:
+        path = folder = _folder(source, family.folder if subfolder is None else subfolder, **hub)
+        tensors = _read_folder(folder, family)
+    unet = read_json(folder / "unet" / "config.json", "that of LRM's UNet")
+    _check_unet(unet, folder / "unet" / "config.json", name)
+    with reading("LRM's config", folder), init_empty_weights():
+        parts = [UNet2DConditionModel.from_config(unet)]
+        for kind, part in zip((CLIPTextModel, CLIPTextModelWithProjection), family.parts):
+            config = read_json(folder / part / "config.json", f"that of LRM's {part}")
+            parts.append(kind(CLIPTextConfig.from_dict(config)))
+        model = LrmModel(*parts)
+    _check_text(model, folder, one_file)
+    expected = model.state_dict()
+    stem = r"text_encoder\.text_model\."
+    flat_names = {} if any(name.startswith("text_encoder.text_model.") for key in expected) else {stem: "text_encoder."}
+    assign_tensors(model, rename(tensors, UNUSED | flat_names), path, dtype=dtype, device=device)
+    model.tokenizers = [_tokenizer(base, model, part, **base_hub) for part in family.parts]
+    return model.requires_grad_(False).eval()
+
+
+def _folder(source: str | Path, subfolder: str, **hub: Unpack[HubOptions]) -> Path:
+    """Return the local folder that has LRM's layout: `source` itself, or its `subfolder`."""
+    files = ["unet/*", "text_encoder/*", "text_encoder_2/*", HEAD]
+    folder = fetch(source, files, what="LRM", subfolder=subfolder, **hub)
+    found = [path for path in (Path(source), folder) if (path / HEAD).is_file()]
+    if not found:
+        where = f"{str(source)!r} or its folder {subfolder!r}" if subfolder else repr(str(source))
+        raise FileNotFoundError(
+            f"no {HEAD} in {where}; expected LRM's layout, unet/, text_encoder/ and {HEAD}: give the folder that has "
+            "it, and for a hub repository subfolder=... ('' for none)"
+        )
+    return found[0]
+
+
+def _read_folder(folder: Path, family: Family) -> dict[str, Tensor]:
+    """Return all tensors of a folder in LRM's layout, by the names of the one-file layout."""
+    tensors = {}
+    for part in ("unet", *family.parts):
+        stem = "diffusion_pytorch_model" if part == "unet" else "model"
+        found = find_weights(folder / part, stem)
+        if found is None:
+            raise FileNotFoundError(f"no weights {stem}.safetensors in {folder / part}; expected LRM's layout")
+        for file in found[2]:
+            tensors |= {f"{part}.{name}": tensor for name, tensor in read_tensors(folder / part / file).items()}
+    for name, value in flat(read_entries(folder / HEAD)).items():
+        if not isinstance(value, Tensor | float):
+            got = f"{name}: got {type(value).__name__}"
+            raise ValueError(f"{folder / HEAD}: {got}; expected tensors, and a tensor or a number for logit_scale")
+        tensors[name] = torch.as_tensor(value)
+    return tensors
+
+
+def _check_unet(config: Mapping[str, Any], path: Path, name: str) -> None:
+    """Raise ValueError unless `config` is that of a UNet of the family `name`."""
+    family = FAMILIES[name]
+    expected = {"_class_name": UNet2DConditionModel.__name__, "in_channels": 4, "layers_per_block": 2}
+    expected |= {"addition_embed_type": family.added, "class_embed_type": None, "encoder_hid_dim_type": None}
+    got = {key: config.get(key) for key in expected}
+    expected |= {"number of down_block_types": family.blocks, "type of sample_size": "int"}
+    got |= {"number of down_block_types": len(config.get("down_block_types") or ())}
+    got |= {"type of sample_size": type(config.get("sample_size")).__name__}
+    if wrong := [
+        f"{key}: got {got[key]!r}; expected {value!r}" for key, value in expected.items() if got[key] != value
+    ]:
+        others = " or ".join(f"lrm-{other}" for other in FAMILIES if other != name)
+        raise ValueError(
+            f"{path}: {'; '.join(wrong)}, the UNet of {family.title}: lrm-{name} reads no other (for an LRM of another "
+            f"base model name {others})"
+        )
+
+
+def _check_text(model: LrmModel, folder: Path, one_file: bool) -> None:
+    """Raise ValueError unless the widths of the text encoders are those that the UNet reads."""
+    encoders = [encoder for encoder in (model.text_encoder, model.text_encoder_2) if encoder is not None]
+    config, width = model.unet.config, sum(encoder.config.hidden_size for encoder in encoders)
+    pairs = [("cross_attention_dim", config.cross_attention_dim, width)]
+    if model.text_encoder_2 is not None:
+        added = 6 * config.addition_time_embed_dim + model.text_encoder_2.config.projection_dim
+        pairs.append(("projection_class_embeddings_input_dim", config.projection_class_embeddings_input_dim, added))
+    for key, got, expected in pairs:
+        if got != expected:
+            what = "base model" if one_file else "LRM"
+            raise ValueError(
+                f"{folder}: {key}: got {got}; expected {expected}, the text encoders': take a whole {what}"
+            )
+
+
+def _tokenizer(base: str | Path, model: LrmModel, part: str, **hub: Unpack[HubOptions]) -> Any:
+    """Load the tokenizer of the text encoder `part`. Raise ValueError unless it has a token for each embedding."""
+    folder = fetch(base, ["*"], what="base model", subfolder=part.replace("text_encoder", "tokenizer"), **hub)
+    tokenizer, expected = load_tokenizer(folder), model.get_submodule(part).config.vocab_size
+    if len(tokenizer) != expected:
+        raise ValueError(f"{folder}: got {len(tokenizer)} tokens; expected {expected}, the size of LRM's {part}")
+    return tokenizer
+
+
+def _mean(features: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, C), at least float32."""
+    return features.to(torch.promote_types(features.dtype, torch.float32)).mean((2, 3))
