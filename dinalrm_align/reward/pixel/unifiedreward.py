@@ -16,17 +16,12 @@ answer that cannot be read is never a score: the question is repeated, then the 
 
 import base64
 import dataclasses
-import http.client
 import io
 import json
 import re
-import time
 import unicodedata
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +31,16 @@ from PIL import Image
 from torch import Tensor
 
 from dinalrm_align.models.images import to_bytes
+from dinalrm_align.reward.http import check_address, repeated, send
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.train.files import InputError, parse_json, read_text
 from dinalrm_align.train.settings import check_integer, check_number, did_you_mean
 
 SOURCE = "http://127.0.0.1:8080/v1"
-ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?(?:/[!-~]*)?", re.ASCII | re.IGNORECASE)
 FIELD = "{prompt}"
 LOW, HIGH = 1.0, 5.0
 ANSWER_LIMIT = 4 * 2**20
 """Largest accepted answer in bytes. Usual answers have a few kilobytes."""
-RETRIED = (408, 425, 429, 500, 502, 503, 504)
-"""HTTP status codes after which a request is repeated."""
-LONGEST_PAUSE = 60.0
-"""Longest wait between two attempts, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +67,7 @@ class ChatEndpoint:
     max_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        if not isinstance(self.url, str) or not ADDRESS.fullmatch(self.url):
-            raise ValueError(f"endpoint: got {self.url!r}; expected http://host:port/v1, as OpenAI clients take it")
+        check_address("endpoint", self.url, "http://host:port/v1, as OpenAI clients take it")
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model: got {self.model!r}; expected the name under which the server serves it")
         check_number("timeout", self.timeout, low=1e-3)
@@ -97,43 +87,15 @@ class ChatEndpoint:
         content = [{"type": "image_url", "image_url": {"url": encoded}}, {"type": "text", "text": question}]
         options = dict(model=self.model, temperature=0, max_tokens=self.max_tokens)
         body = json.dumps(options | {"messages": [{"role": "user", "content": content}]}).encode()
-        for attempt in range(1, self.attempts + 1):
-            try:
-                return read(_content(self._post(body), self.url))
-            except (ConnectionError, InputError) as error:
-                if attempt == self.attempts or isinstance(error, _Refused):
-                    raise
-            time.sleep(min(self.pause * 2 ** (attempt - 1), LONGEST_PAUSE))
-        raise AssertionError("attempts is at least 1")
-
-    def _post(self, body: bytes) -> str:
-        """Send one request; return the text of the answer. Raises ConnectionError if an attempt may help."""
+        target = self.url.rstrip("/") + "/chat/completions"
         headers = {"Content-Type": "application/json"}
         headers |= {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
-        target, reason = self.url.rstrip("/") + "/chat/completions", ""
-        try:
-            request = urllib.request.Request(target, body, headers, method="POST")
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                data = response.read(ANSWER_LIMIT + 1)
-        except urllib.error.HTTPError as error:
-            said = ""
-            with error, suppress(OSError, http.client.HTTPException):
-                said = error.read(500).decode(errors="replace").strip()
-            reason = f"HTTP {error.code}: {said:.200}"
-            if error.code not in RETRIED and error.code < 500:
-                raise _Refused(f"{target} refuses the question ({reason})") from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = f"{type(error).__name__}: {error}"
-        if reason:
-            tried = f"no answer in {self.attempts} attempts of {self.timeout:g} s (the last: {reason})"
-            raise ConnectionError(f"{target}: {tried}; is the server up, and is this its address?")
-        if len(data) > ANSWER_LIMIT:
-            raise InputError(f"{target}: got over {ANSWER_LIMIT} bytes; expected a chat completion")
-        return data.decode(errors="replace")
 
+        def attempt() -> float:
+            data = send(target, body, headers, timeout=self.timeout, limit=ANSWER_LIMIT, what="question")
+            return read(_content(data.decode(errors="replace"), self.url))
 
-class _Refused(InputError):
-    """The server refuses the question. Another attempt would not help."""
+        return repeated(attempt, target, attempts=self.attempts, pause=self.pause, timeout=self.timeout)
 
 
 def _content(text: str, where: str) -> str:

@@ -259,7 +259,7 @@ def test_an_unreadable_answer_is_asked_for_again_and_then_stops_the_call_with_th
 
 def test_the_pause_doubles_up_to_a_minute_without_jitter(server, monkeypatch):
     waits = []
-    monkeypatch.setattr("dinalrm_align.reward.pixel.unifiedreward.time.sleep", waits.append)
+    monkeypatch.setattr("dinalrm_align.reward.http.time.sleep", waits.append)
     answers = [(429, "busy"), (500, "x"), (599, "x"), (200, "not JSON"), (200, completion("?"))] * 2
     server.answer = lambda body: answers[len(server.asked) - 1]
     with pytest.raises(InputError, match="expected one 'Final Score: x'"):
