@@ -5,6 +5,7 @@ pickscore=/data/PickScore_v1    weights from a folder, file or hub id. Quote the
 dinalrm + 0.2*pickscore         a weighted sum
 my_package.my_module:my_reward  a Python callable
 owner/name, or a folder         a latent reward, short for dinalrm=owner/name
+http://host:port#NAME           a reward of a server (`python -m dinalrm_align.serve`), short for remote=http://...
 """
 
 import math
@@ -90,6 +91,15 @@ REWARDS: dict[str, RewardEntry] = {
         served=True,
         how="start a vLLM or SGLang server that serves it; unifiedreward=http://host:port/v1#MODEL names both",
     ),
+    "remote": RewardEntry(
+        None,
+        None,
+        "that of the served reward",
+        "that of the served reward",
+        differentiable=False,
+        served=True,
+        how="start python -m dinalrm_align.serve; http://host:port#NAME names the server and, after #, its reward",
+    ),
     "pixel": RewardEntry(
         None, None, "this project's, in the embedded world; PickScore's, with SD3.5", "exp(logit_scale) cos"
     ),
@@ -127,6 +137,7 @@ _TERM = re.compile(
     \s*(?P<sign>[+-])?""",
     re.VERBOSE | re.DOTALL,
 )
+_ADDRESS = re.compile(r"(?:^|(?<=[\s*+-]))(?=https?://)")  # where remote= is left out
 _SYNTAX = r"[=*:]|\s[+-]\s"  # what the path of a latent reward does not contain, unless it is quoted
 _HOW = "as in 'dinalrm + 0.2*pickscore'"
 
@@ -143,6 +154,7 @@ def parse_reward(text: str) -> tuple[Term, ...]:
         raise ValueError(f"reward: got {text!r:.60}; {_known()}")
     if text not in REWARDS and not re.search(_SYNTAX, text) and ("/" in text or Path(text).is_dir()):
         return (Term("dinalrm", source=text),)
+    text = _ADDRESS.sub("remote=", text)
     terms, at, sign = [], 0, "+"
     while sign:
         match = _TERM.match(text, at)
@@ -181,7 +193,7 @@ def _term(text: str, match: re.Match[str], sign: str) -> Term:
 def _known() -> str:
     return (
         f"Known: {', '.join(REWARDS)}; NAME=SOURCE for weights from elsewhere; a folder or hub id of a latent reward; "
-        "module:function; and sums of these with weights"
+        "module:function; http://host:port of a server; and sums of these with weights"
     )
 
 

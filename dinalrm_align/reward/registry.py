@@ -28,6 +28,7 @@ from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, parse_reward
 from dinalrm_align.reward.origin import Origin, absolute
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.protocol import RewardModule, finite_scores
+from dinalrm_align.reward.remote import RemoteReward
 from dinalrm_align.train.digest import text_digest
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def load_reward(
     """
     terms = parse_reward(reward) if isinstance(reward, str) else ()
     if isinstance(pipeline, str | Path):
-        if vae is None and {term.name for term in terms} != {"dinalrm"}:
+        if vae is None and not {term.name for term in terms} <= {"dinalrm", "remote"}:
             vae = load_vae(pipeline, device=device or "cpu", local_files_only=local_files_only)
     elif vae is None and pipeline is not None:
         vae = pipeline.vae
@@ -103,6 +104,8 @@ def load_reward(
             source = term.source or (spec or MODELS["sd35"]).reward
             shared = dict(transformer=transformer, pipeline=pipeline)
             parts[term.label] = LatentReward.from_pretrained(source, **{**shared, **place, **own})
+        elif term.name == "remote":
+            parts[term.label] = RemoteReward.from_pretrained(term.source, **own)
         else:
             arguments = dict(name=term.name, spec=spec or MODELS["shapes"], vae=vae, settings={**place, **own})
             parts[term.label] = _load_term(absolute(term.source), **arguments)
