@@ -1,4 +1,4 @@
-"""Requests to servers that score: one attempt, and repeated attempts with growing pauses. Uses the standard library."""
+"""Requests to servers that compute scores, repeated with growing pauses. Uses the standard library only."""
 
 import http.client
 import logging
@@ -6,19 +6,21 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dinalrm_align.train.files import InputError
+from dinalrm_align.train.settings import check_integer, check_number
 
 Answer = TypeVar("Answer")
 LOG = logging.getLogger(__name__)
-ADDRESS = re.compile(
-    r"https?://(?:[!-.0-?A-~]+@)?(?:[\w.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?(?:/[!-~]*)?", re.ASCII | re.IGNORECASE
-)
+ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?(?:/[!-~]*)?", re.ASCII | re.IGNORECASE)
+ANSWER_LIMIT = 4 * 2**20
+"""Largest accepted answer in bytes. Usual answers have a few kilobytes."""
 RETRIED = (408, 425, 429)
-"""HTTP status codes below 500 after which a request is repeated, as it is after every code from 500."""
+"""HTTP status codes under 500 after which a request is repeated. It is also repeated after all codes from 500."""
 LONGEST_PAUSE = 60.0
 """Longest wait between two attempts, in seconds."""
 
@@ -28,67 +30,83 @@ class Refused(InputError):
 
 
 class NoAnswer(ConnectionError):
-    """An attempt got no answer. Another attempt may help, after `pause` seconds if the server asks for a pause."""
+    """An attempt got no answer. pause: seconds that the server asks to wait before the next attempt."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
         self.pause = pause
 
 
-def check_address(name: str, url: object, example: str) -> None:
-    """Raise ValueError unless `url` is an http or https address."""
-    if not isinstance(url, str) or not ADDRESS.fullmatch(url):
-        raise ValueError(f"{name}: got {url!r}; expected {example}")
+@dataclass(frozen=True)
+class Server:
+    """Address of a server, and how to ask it.
 
-
-def send(
-    url: str, body: bytes | None, headers: Mapping[str, str], *, timeout: float, limit: int, what: str = "request"
-) -> bytes:
-    """Send one request, POST if there is a body, and return the body of the answer.
-
-    timeout: seconds without data after which the attempt fails. limit: largest accepted answer in bytes. what: word
-    for the request in error messages. Raises `Refused` if the server refuses the request, `NoAnswer` if another attempt
-    may help, and InputError for an answer that is too large.
+    Args:
+        url: base URL of the server.
+        api_key: key sent as a bearer token; None to send no key.
+        timeout: seconds without data after which an attempt fails.
+        attempts: maximum number of attempts per request. An attempt fails without an answer, or with one that cannot be
+            read.
+        pause: seconds to wait after the first failed attempt; the wait doubles after each later failure, up to 60.
     """
-    try:
-        request = urllib.request.Request(url, body, dict(headers), method="GET" if body is None else "POST")
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            data = response.read(limit + 1)
-    except urllib.error.HTTPError as error:
-        said = ""
-        with error, suppress(OSError, http.client.HTTPException):
-            said = error.read(500).decode(errors="replace").strip()
-        reason = f"HTTP {error.code}: {said:.300}"
-        if error.code not in RETRIED and error.code < 500:
-            raise Refused(f"{url} refuses the {what} ({reason})") from error
-        asked = error.headers.get("Retry-After", "")
-        raise NoAnswer(reason, float(asked) if asked.isdigit() else 0.0) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise NoAnswer(f"{type(error).__name__}: {error}") from error
-    if len(data) > limit:
-        raise InputError(f"{url}: got an answer of over {limit} bytes")
-    return data
 
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+    timeout: float = 120.0
+    attempts: int = 5
+    pause: float = 1.0
 
-def repeated(call: Callable[[], Answer], url: str, *, attempts: int, pause: float, timeout: float) -> Answer:
-    """Return `call()`. Call again, at most `attempts` times in all, after `NoAnswer` and after an unreadable answer.
+    def __post_init__(self) -> None:
+        if not isinstance(self.url, str) or not ADDRESS.fullmatch(self.url):
+            got = "a password in the address" if "@" in str(self.url) else repr(self.url)
+            raise ValueError(f"endpoint: got {got}; expected http://host:port, or http://host:port/v1 for a chat model")
+        check_number("timeout", self.timeout, low=1e-3)
+        check_integer("attempts", self.attempts, low=1, high=20)
+        check_number("pause", self.pause, low=0)
 
-    The pause before the second attempt is `pause` seconds. The pause doubles after each later failure, up to
-    `LONGEST_PAUSE`, and is never shorter than the server asks for. Raises ConnectionError if the last attempt got no
-    answer, and the InputError of `call` if the last answer cannot be read or the server refuses.
-    """
-    for attempt in range(1, attempts + 1):
-        try:
-            return call()
-        except Refused:
-            raise
-        except (NoAnswer, InputError) as error:
-            wait = min(max(pause * 2 ** (attempt - 1), getattr(error, "pause", 0.0)), LONGEST_PAUSE)
-            if attempt == attempts:
-                if isinstance(error, InputError):
+    def request(
+        self, path: str, body: bytes | None, read: Callable[[str], Answer], kind: str = "application/json"
+    ) -> Answer:
+        """Return `read(answer)` of a POST request with a body of the media type `kind`; of a GET request without body.
+
+        `read` raises InputError for an answer to ask for again. Raises ConnectionError if the last attempt got no
+        answer, and InputError if the last answer cannot be read or the server refuses the request.
+        """
+        target = self.url.rstrip("/") + path
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return read(self._send(target, body, kind))
+            except (NoAnswer, InputError) as error:
+                if isinstance(error, Refused) or (attempt == self.attempts and isinstance(error, InputError)):
                     raise
-                tried = f"no answer in {attempts} attempts of {timeout:g} s (the last: {error})"
-                raise ConnectionError(f"{url}: {tried}; is the server up, and is this its address?") from error
-            LOG.warning("%s: attempt %d of %d failed (%.200s); next in %g s", url, attempt, attempts, error, wait)
-        time.sleep(wait)
-    raise AssertionError("attempts is at least 1")
+                if attempt == self.attempts:
+                    tried = f"no answer in {attempt} attempts of {self.timeout:g} s (the last: {error})"
+                    raise ConnectionError(f"{target}: {tried}; is the server up, and is this its address?") from error
+                wait = max(self.pause * 2 ** (attempt - 1), getattr(error, "pause", 0.0))
+                LOG.warning("%s: attempt %d of %d failed (%.200s)", target, attempt, self.attempts, error)
+            time.sleep(min(wait, LONGEST_PAUSE))
+        raise AssertionError("attempts is at least 1")
+
+    def _send(self, target: str, body: bytes | None, kind: str) -> str:
+        """Send one request; return the text of the answer. Raises `NoAnswer` if another attempt may help."""
+        key = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
+        try:
+            request = urllib.request.Request(
+                target, body, {"Content-Type": kind} | key, method="GET" if body is None else "POST"
+            )
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                data = response.read(ANSWER_LIMIT + 1)
+        except urllib.error.HTTPError as error:
+            said = ""
+            with error, suppress(OSError, http.client.HTTPException):
+                said = error.read(500).decode(errors="replace").strip()
+            reason = f"HTTP {error.code}: {said:.300}"
+            if error.code not in RETRIED and error.code < 500:
+                raise Refused(f"{target} refuses the request ({reason})") from error
+            asked = error.headers.get("Retry-After", "")
+            raise NoAnswer(reason, float(asked) if asked.isdigit() else 0.0) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise NoAnswer(f"{type(error).__name__}: {error}") from error
+        if len(data) > ANSWER_LIMIT:
+            raise InputError(f"{target}: got an answer of over {ANSWER_LIMIT} bytes")
+        return data.decode(errors="replace")

@@ -19,6 +19,10 @@ SEEDS = 2**32
 """Number of distinct seeds: torch's CPU generator reads 32 bits of a seed."""
 
 
+class ScoreError(ValueError):
+    """A reward computed invalid scores from input that was accepted."""
+
+
 def as_batch(name: str, values: Any, device: torch.device) -> Tensor:
     """Return latents or noise as one tensor (B, C, H, W); a tensor (B, C, H, W) is returned unchanged.
 
@@ -209,7 +213,7 @@ def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
     bad = int((~torch.isfinite(raw.detach())).sum())
     if bad:
         largest = latents.detach().abs().max().item()
-        raise ValueError(
+        raise ScoreError(
             f"scores: {bad} of {len(raw)} are NaN or infinite, of latents of up to {largest:.3g} (scaled latents have "
             f"about 1) with a backbone in {dtype}; scale the latents, use bfloat16 or float32 in float16's place, and "
             "look for NaN in the reward's weights"

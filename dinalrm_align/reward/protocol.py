@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.backbones.probes import Probes
+from dinalrm_align.reward.inputs import ScoreError
 from dinalrm_align.reward.origin import Origin
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.digest import fingerprint, text_digest
@@ -258,9 +259,9 @@ def finite_scores(scores: Any, count: int, name: str) -> Tensor:
     if not isinstance(scores, Tensor):
         raise TypeError(f"reward {name!r} returned {type(scores).__name__}; expected a tensor ({count},)")
     if tuple(scores.shape) != (count,):
-        raise ValueError(f"reward {name!r} returned shape {tuple(scores.shape)}; expected ({count},), one per sample")
+        raise ScoreError(f"reward {name!r} returned shape {tuple(scores.shape)}; expected ({count},), one per sample")
     if bad := int((~torch.isfinite(scores.detach())).sum()):
-        raise ValueError(
+        raise ScoreError(
             f"reward {name!r} returned {bad} of {count} scores that are NaN or infinite; expected finite numbers "
             "(float16 overflows for some images: use bfloat16 or float32)"
         )

@@ -51,7 +51,7 @@ def parse(
             values = vars(parser.instantiate_classes(namespace))
             settings = kind(**{name: value for name, value in values.items() if name != "config"})
         except (ValueError, TypeError) as error:
-            if not _is_about_input(error) or not (origin := _origin(str(error), argv, defaults)):
+            if not is_about_input(error) or not (origin := _origin(str(error), argv, defaults)):
                 raise
             raise type(error)(f"{error}; {origin}") from error
         return settings, as_yaml(settings)
@@ -127,15 +127,15 @@ def refusing(stopped: str = "") -> Iterator[None]:
         started = bool(getattr(error, "__notes__", ()))
         if started and isinstance(error, OSError | InputError | FloatingPointError):
             refuse(str(error), status=1)
-        if not started and _is_about_input(error):
+        if not started and is_about_input(error):
             refuse(str(error))
         if stopped and not started:
             error.add_note(f"stopped: {stopped}")
         raise
 
 
-def _is_about_input(error: Exception) -> bool:
-    """Return whether this package reports `error` about the user's input. `refusing` documents the rule."""
+def is_about_input(error: Exception) -> bool:
+    """Return whether this package reports `error` about the user's input: the rule that `refusing` documents."""
     if not isinstance(error, ValueError | TypeError | OSError | ImportError):
         return False
     innermost = error.__traceback__

@@ -31,48 +31,34 @@ from PIL import Image
 from torch import Tensor
 
 from dinalrm_align.models.images import to_bytes
-from dinalrm_align.reward.http import check_address, repeated, send
+from dinalrm_align.reward.http import Server
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.train.files import InputError, parse_json, read_text
-from dinalrm_align.train.settings import check_integer, check_number, did_you_mean
+from dinalrm_align.train.settings import check_integer, did_you_mean
 
 SOURCE = "http://127.0.0.1:8080/v1"
 FIELD = "{prompt}"
 LOW, HIGH = 1.0, 5.0
-ANSWER_LIMIT = 4 * 2**20
-"""Largest accepted answer in bytes. Usual answers have a few kilobytes."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatEndpoint:
+class ChatEndpoint(Server):
     """Connection to a model on an OpenAI-compatible server. The model decodes greedily.
 
     Args:
-        url: base URL of the server with the API version, for example http://127.0.0.1:8080/v1.
+        url: base URL of the server with the API version, for example http://127.0.0.1:8080/v1. api_key, timeout,
+            attempts, pause: as in `Server`.
         model: name under which the server serves the model.
-        api_key: key sent as a bearer token; None to send no key.
-        timeout: seconds without data after which an attempt fails.
-        attempts: maximum number of attempts per question. An attempt fails without an answer, or with one that cannot
-            be read.
-        pause: seconds to wait after the first failed attempt; the wait doubles after each later failure, up to 60.
         max_tokens: maximum number of tokens in an answer.
     """
 
-    url: str
     model: str = "UnifiedReward"
-    api_key: str | None = dataclasses.field(default=None, repr=False)
-    timeout: float = 120.0
-    attempts: int = 5
-    pause: float = 1.0
     max_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        check_address("endpoint", self.url, "http://host:port/v1, as OpenAI clients take it")
+        super().__post_init__()
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model: got {self.model!r}; expected the name under which the server serves it")
-        check_number("timeout", self.timeout, low=1e-3)
-        check_integer("attempts", self.attempts, low=1, high=20)
-        check_number("pause", self.pause, low=0)
         check_integer("max_tokens", self.max_tokens, low=1)
 
     def ask(self, image: Image.Image, question: str, read: Callable[[str], float]) -> float:
@@ -87,15 +73,7 @@ class ChatEndpoint:
         content = [{"type": "image_url", "image_url": {"url": encoded}}, {"type": "text", "text": question}]
         options = dict(model=self.model, temperature=0, max_tokens=self.max_tokens)
         body = json.dumps(options | {"messages": [{"role": "user", "content": content}]}).encode()
-        target = self.url.rstrip("/") + "/chat/completions"
-        headers = {"Content-Type": "application/json"}
-        headers |= {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
-
-        def attempt() -> float:
-            data = send(target, body, headers, timeout=self.timeout, limit=ANSWER_LIMIT, what="question")
-            return read(_content(data.decode(errors="replace"), self.url))
-
-        return repeated(attempt, target, attempts=self.attempts, pause=self.pause, timeout=self.timeout)
+        return self.request("/chat/completions", body, lambda answer: read(_content(answer, self.url)))
 
 
 def _content(text: str, where: str) -> str:

@@ -328,7 +328,7 @@ def test_a_server_error_is_tried_again_so_many_times(server):
 
 def test_a_refusal_is_not_tried_again(server):
     server.answer = lambda body: (404, "no such model")
-    with pytest.raises(ValueError, match="refuses the question .HTTP 404: no such model"):
+    with pytest.raises(ValueError, match="refuses the request .HTTP 404: no such model"):
         make(server).score_images(images(1), PROMPTS[:1])
     assert len(server.asked) == 1
 

@@ -1,0 +1,60 @@
+"""Serve rewards over HTTP, for trainers in another environment or on another card.
+
+    python -m dinalrm_align.serve --model sd35                          # the released DiNa-LRM, 127.0.0.1:8000
+    python -m dinalrm_align.serve --reward "dinalrm + 0.2*pickscore" --rewards '{judge: hpsv3}' --port 8001
+    python -m dinalrm_align.serve --model sd35 --devices '[cuda:0, cuda:1]' --max_batch_size 32
+
+Clients: every recipe (--reward http://127.0.0.1:8000), the DRM client of verl-omni (server_url:
+http://127.0.0.1:8000/v1/score), and the remote reward of Flow-Factory (server_url: http://127.0.0.1:8000). Samples of
+concurrent requests are scored together; the score of a sample does not depend on the others. SIGTERM finishes what was
+accepted, then stops.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from dinalrm_align.models.specs import resolve_model
+from dinalrm_align.serve.config import ServeConfig
+from dinalrm_align.train.command import parse, refusing
+
+
+def serve(config: ServeConfig, token: str | None) -> None:
+    """Load the rewards, and serve them until SIGTERM or SIGINT. Raises ImportError without the extra `serve`."""
+    try:
+        import uvicorn
+
+        from dinalrm_align.serve.app import create_app
+    except ModuleNotFoundError as error:
+        install = "pip install 'dinalrm-align[serve]'"
+        raise ImportError(
+            f"the server needs {error.name}, which is not installed: {install}", name=error.name
+        ) from error
+    import torch
+
+    from dinalrm_align.serve.metrics import Metrics
+    from dinalrm_align.serve.pool import load_rewards
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    spec, reason = resolve_model(config.model)
+    print(reason, flush=True)
+    metrics = Metrics()
+    rewards = load_rewards(config, spec, metrics)
+    for name, reward in rewards.items():
+        print(f"{name}: {config.texts[name]}, fingerprint {reward.facts['fingerprint']}", flush=True)
+    print(f"serving on http://{config.host}:{config.port}", flush=True)
+    app = create_app(rewards, config, metrics, token)
+    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with refusing():
+        config, _ = parse(ServeConfig, __doc__, sys.argv[1:] if argv is None else argv)
+        token = os.environ.get("DINALRM_TOKEN")
+        config.check_token(token)
+        serve(config, token)
+
+
+if __name__ == "__main__":
+    main()
