@@ -10,8 +10,8 @@
 - **RL.** Only decoded images reach the reward. UniRL's own scorers truncate them to 8 bits; this backend does not.
 - **ReFL** (experimental/refl). Gradients reach the image, for a latent reward through the VAE encoder. To train without
   VAE, replace Sd3ReflPipeline: `pipeline_target: dinalrm_align.adapters.unirl.LatentReflPipeline`.
-- The released reward scores images at sigma 0.1, latents at 0.4; `options: {dinalrm: {sigma: 0.4}}` sets both. It encodes
-  the prompts with the text encoders of its base model, or of `pipeline`. Failures stop the run. Tried with unirl 0.2.0.
+- The released reward scores images at sigma 0.1, latents at 0.4; `options: {dinalrm: {sigma: 0.4}}` sets both. Prompts
+  are encoded with the text encoders of its base model, or of `pipeline`. Failures stop the run. Tried with unirl 0.2.0.
 """
 
 from dataclasses import dataclass, field
