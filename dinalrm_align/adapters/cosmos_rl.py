@@ -51,7 +51,7 @@ class LatentRewardHandler(_base.BaseRewardHandler):
     def calculate_reward(self, images: Tensor, metadata: dict[str, Any]) -> dict[str, Any]:
         """Score images (B, H, W, 3) or (B, 3, H, W), uint8, for metadata["prompts"]. Raises what scoring raises."""
         started = time.perf_counter()
-        images = images.movedim(-1, 1) if images.dim() == 4 and images.shape[-1] == 3 else images
+        images = images.movedim(-1, 1).contiguous() if images.dim() == 4 and images.shape[-1] == 3 else images
         scores = finite_floats(self.reward.score_images(images, metadata["prompts"]))
         return {
             "scores": {self.reward_name: scores},
