@@ -13,8 +13,10 @@ and to the service's configuration (rewards.toml):
     device = "cuda"
 
 - **What is scored.** uint8 images. The only latents that reach the service are those of Wan's video models.
-- **Failures** never become a number: the service logs the error and holds no score back for the request, and the
-  trainer's request for the score fails when its retries end.
+- **In the trainer**: `reward_fns = [{name = "dinalrm", weight = 1.0, score_key = "dinalrm"}]` under remote_reward. Its
+  reward_clip_min and reward_clip_max are -5 and 5 unless set.
+- **Failures** stop the run, late: the service logs the error and has no score for the request, and the trainer raises
+  when its retries end.
 - No gradient. Tried with cosmos-rl 89f2e5b.
 """
 
