@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dinalrm_align import LatentReward
-from dinalrm_align.adapters import samples
+from dinalrm_align.adapters import samples, verl_omni
 from dinalrm_align.adapters.shared import log_once
-from dinalrm_align.adapters.verl_omni import compute_score, compute_score_sync
 from dinalrm_align.models.text import PromptEncoder
 
+compute_score, compute_score_sync = verl_omni.compute_score, verl_omni.compute_score_sync
 PROMPTS = ["a red circle", "two blue squares", "three green crosses"]
 TOLERANCE = 1e-4
 
