@@ -1,16 +1,44 @@
-"""Turn a command line into an alignment run: its settings, model, folder, and the checkpoint to resume from."""
+"""Turn a command line, or values in Python, into an alignment run: settings, model, folder, checkpoint to resume from.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Imports no torch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dinalrm_align.align.config import AlignRun
-from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
+from dinalrm_align.models.specs import PACKAGE, ModelSpec, check_sides, resolve_model
 from dinalrm_align.reward.names import REWARDS, check_reward, file_name, parse_reward
-from dinalrm_align.train.run import begin_run, complete_run, resume_command
+from dinalrm_align.train.command import as_yaml, parse
+from dinalrm_align.train.run import begin_run, changed_settings, complete_run, resume_command
+from dinalrm_align.train.settings import with_values
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
 
 Run = TypeVar("Run", bound=AlignRun)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Objects that a program hands to a run, in place of those that the settings name.
+
+    Args:
+        pipeline: the base model with its text encoders. Its models are frozen, and its transformer gets the LoRA.
+        prompts, eval_prompts: training prompts, and held-out prompts.
+        functions: callables and rewards by the names that stand for them in the setting `reward` (`load_reward`).
+        text_lengths: numbers of T5 tokens that the rewards in `functions` read.
+        after_update: called after each update with its metrics; returns the reason to stop the run, or None.
+    """
+
+    pipeline: "StableDiffusion3Pipeline | None" = None
+    prompts: Sequence[str] | None = None
+    eval_prompts: Sequence[str] | None = None
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    text_lengths: frozenset[int] = frozenset()
+    after_update: Callable[[Mapping[str, float]], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -24,6 +52,7 @@ class Resolved(Generic[Run]):
         spec: the base model.
         checkpoint: checkpoint to resume from, or None for a new run.
         resume_command: shell command that resumes the run.
+        given: objects in place of names in the settings.
     """
 
     recipe: str
@@ -32,6 +61,7 @@ class Resolved(Generic[Run]):
     spec: ModelSpec
     checkpoint: Path | None
     resume_command: str
+    given: Given = field(default_factory=Given)
 
 
 def resolve(
@@ -52,14 +82,65 @@ def resolve(
     given, checkpoint = begin_run(kind, description, argv)
     spec, reason = resolve_model(given.model)
     print(reason, flush=True)
-    method = recipe.stem.removesuffix("_sd35")
-    parts = [f"_{term.name}" for term in parse_reward(given.reward) if term.name in REWARDS]
-    files = [recipe.with_name(f"{method}_{spec.kind}{part}.yaml") for part in ("", *parts)]
     run, text = complete_run(
-        kind, recipe, argv, checkpoint, model=spec.name,
-        name=lambda run: f"{method}_{Path(spec.name).name}_{file_name(run.reward)}_seed{run.seed}",
-        defaults=[path for path in files if path.exists()],
+        kind, recipe, argv, checkpoint, model=spec.name, name=lambda run: _name(recipe, spec, run),
+        defaults=_defaults(recipe, spec, given.reward),
     )  # fmt: skip
+    return _resolved(recipe, run, text, spec, checkpoint, gradient=gradient)
+
+
+def resolve_values(
+    kind: type[Run], method: str, values: Mapping[str, Any], given: Given, *, gradient: bool = False
+) -> Resolved[Run]:
+    """Return a new run from settings by dotted name, such as {"optim.lr": 1e-4}, and from objects.
+
+    The recipe of the method gives the defaults, as in `resolve`. A run in `output_dir` can be resumed with `resumed`.
+    Raises ValueError and TypeError for invalid settings, and FileNotFoundError without the recipe.
+    """
+    from dinalrm_align.train.checkpoints import new_run_folder
+
+    folders = (PACKAGE.parent / "recipes", PACKAGE / "recipes")  # of a clone, and of an installed package
+    recipes = [path for folder in folders if (path := folder / f"{method}_sd35.py").is_file()]
+    if not recipes:
+        raise FileNotFoundError(f"no {method}_sd35.py, with its default settings, in {' or '.join(map(str, folders))}")
+    recipe = recipes[0]
+    spec, reason = resolve_model(values.get("model", kind.model))
+    print(reason, flush=True)
+    run, _ = parse(kind, "", [], _defaults(recipe, spec, values.get("reward", kind.reward)))
+    run = with_values(run, {**values, "model": spec.name})
+    run.output_dir = str(Path(run.output_dir or new_run_folder(None, _name(recipe, spec, run))).absolute())
+    return replace(_resolved(recipe, run, as_yaml(run), spec, None, gradient=gradient), given=given)
+
+
+def resumed(resolved: Resolved[Run], source: Path) -> Resolved[Run]:
+    """Return the run, resumed from the checkpoint `source` or from the newest one in the run folder `source`.
+
+    Raises ValueError without an intact checkpoint, or if a setting changed that must not (`train.identity`).
+    """
+    from dinalrm_align.train.checkpoints import checkpoint_to_resume
+
+    checkpoint = checkpoint_to_resume(source)
+    changed_settings(resolved.run, checkpoint)
+    return replace(resolved, checkpoint=checkpoint)
+
+
+def _name(recipe: Path, spec: ModelSpec, run: AlignRun) -> str:
+    """Return the name of a run's folder under runs/."""
+    method = recipe.stem.removesuffix("_sd35")
+    return f"{method}_{Path(spec.name).name}_{file_name(run.reward)}_seed{run.seed}"
+
+
+def _defaults(recipe: Path, spec: ModelSpec, reward: str) -> list[Path]:
+    """Return the files of a recipe's default settings for a kind of model and a reward."""
+    method = recipe.stem.removesuffix("_sd35")
+    parts = [f"_{term.name}" for term in parse_reward(reward) if term.name in REWARDS]
+    files = [recipe.with_name(f"{method}_{spec.kind}{part}.yaml") for part in ("", *parts)]
+    return [path for path in files if path.exists()]
+
+
+def _resolved(
+    recipe: Path, run: Run, text: str, spec: ModelSpec, checkpoint: Path | None, *, gradient: bool
+) -> Resolved[Run]:
     check_reward(run.reward, gradient=gradient)
     if run.gold is not None:
         check_reward(run.gold)

@@ -36,7 +36,7 @@ from dinalrm_align.align.watch import Watch, drift_probe, level_probe
 from dinalrm_align.data.hub_prompts import load_prompts
 from dinalrm_align.eval.report.figures import plot_run
 from dinalrm_align.flow.sampling import schedule_sigmas
-from dinalrm_align.models.pipeline import load_pipeline
+from dinalrm_align.models.pipeline import frozen_view, load_pipeline
 from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
 from dinalrm_align.reward.names import check_reward, parse_reward, reward_sources
 from dinalrm_align.reward.protocol import Reward
@@ -156,7 +156,7 @@ class Setup:
         ):
             accelerator.print(notice)
         held_out = prepare_evaluation(self)
-        watch = prepare_watch(self, held_out)
+        watch, observe = prepare_watch(self, held_out), self.resolved.given.after_update
         check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print, accelerator.is_main_process)
 
         run_folder = RunFolder(folder, self.resolved.text, self.resolved.checkpoint, self.resolved.resume_command)
@@ -177,13 +177,15 @@ class Setup:
             accelerator=accelerator,
             run=run_folder,
             hooks=[
-                Hook(run.evaluation.every, held_out),
+                Hook(run.evaluation.every, held_out, at_stop=observe is not None),
                 *([Hook(run.evaluation.every, watch)] if watch else []),
                 Hook(run.loop.checkpoint_every, export, at_start=False, at_stop=True),
             ],
             meter=self.meter,
             shown=shown,
-            stop_when=lambda row: check(row) or (watch.stop_when(row) if watch else None),
+            stop_when=lambda row: (
+                check(row) or (observe(row) if observe else None) or (watch.stop_when(row) if watch else None)
+            ),
         )  # fmt: skip
         accelerator.end_training()
         if accelerator.is_main_process:
@@ -206,7 +208,7 @@ def prepare(
         anchor: settings of a second reward (the anchor), for methods that support one.
         in_advantages: whether to add the second reward's advantages (GRPO) instead of its scores (ReFL).
     """
-    run, spec = resolved.run, resolved.spec
+    run, spec, given = resolved.run, resolved.spec, resolved.given
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
     device = accelerator.device
     check_memory_options(run.memory, device)
@@ -224,8 +226,9 @@ def prepare(
         accelerator.print(notice)
     open_tracker(accelerator, run.tracker, Path(run.output_dir), resolved.text, resolved.checkpoint)
 
-    pipeline = load_pipeline(spec.pipeline, dtype=getattr(torch, dtype))
-    lengths = frozenset().union(*(text_lengths(name, spec) for name in names))
+    dtype = getattr(torch, dtype)
+    pipeline = frozen_view(given.pipeline) if given.pipeline else load_pipeline(spec.pipeline, dtype=dtype)
+    lengths = given.text_lengths.union(*(text_lengths(name, spec) for name in names))
     identity["text encoders"] = text_digest(" ".join(map(fingerprint, text_encoders(pipeline))))
     text = encode(pipeline, lengths, prompts, samples, extra_prompts, text_length=spec.text_length, device=device)
     use_attention(run.memory.attention)
@@ -233,7 +236,7 @@ def prepare(
     pipeline.to(device)
 
     # Rewards share the base weights, so they are loaded before the policy wraps the transformer.
-    place = dict(spec=spec, pipeline=pipeline, device=device)
+    place = dict(spec=spec, pipeline=pipeline, device=device, functions=given.functions)
     rewards = [load_reward(name, options=reward_options(name, run), **place) for name in names]
     identity |= {"autoencoder": fingerprint(pipeline.vae), "gold": gold.fingerprint}
     identity |= run_identity(resolved, pipeline.transformer, rewards, anchor)
@@ -261,10 +264,10 @@ def reward_names(run: AlignRun, anchor: AnchorConfig | None, in_advantages: bool
 
 def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:
     """Return the training prompts, and one held-out prompt per evaluation sample."""
-    run, spec = resolved.run, resolved.spec
+    run, spec, given = resolved.run, resolved.spec, resolved.given
     prompts, heldout = (
-        load_prompts(run.prompts or spec.train_prompts),
-        load_prompts(run.eval_prompts or spec.heldout_prompts),
+        given.prompts or load_prompts(run.prompts or spec.train_prompts),
+        given.eval_prompts or load_prompts(run.eval_prompts or spec.heldout_prompts),
     )
     return prompts, [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
 

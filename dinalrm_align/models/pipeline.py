@@ -52,6 +52,14 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype) -> "StableDiffusion
     return pipeline
 
 
+def frozen_view(pipeline: "StableDiffusion3Pipeline") -> "StableDiffusion3Pipeline":
+    """Freeze the models of a pipeline; return a second pipeline that shares them, and can release some of them."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    return type(pipeline)(**pipeline.components)
+
+
 def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[HubOptions]) -> "AutoencoderKL":
     """Load the VAE of a pipeline folder or hub id, frozen and in float32."""
     from diffusers import AutoencoderKL

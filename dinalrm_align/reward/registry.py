@@ -64,6 +64,7 @@ def load_reward(
     dtype: torch.dtype | str | None = None,
     local_files_only: bool = False,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
 ) -> RewardModule:
     """Load a reward by name. The result is a frozen module that implements `protocol.Reward`.
 
@@ -79,6 +80,8 @@ def load_reward(
         dtype: dtype of the weights; default: each reward's own.
         options: extra arguments of `from_pretrained` by reward name, such as {"pickscore": {"processor": folder}} or
             {"dinalrm": {"sigma": 0.3}}.
+        functions: callables and rewards by the name, of the form "module:function", that stands for them in `reward`;
+            nothing is imported for such a name.
 
     Raises ValueError for an unknown name or an invalid sum, ImportError if a required package is missing, and any
     error from loading the weights.
@@ -106,6 +109,8 @@ def load_reward(
             parts[term.label] = LatentReward.from_pretrained(source, **{**shared, **place, **own})
         elif term.name == "remote":
             parts[term.label] = RemoteReward.from_pretrained(term.source, **own)
+        elif term.name in (functions or {}):
+            parts[term.label] = _wrapped(functions[term.name], vae=vae, name=term.name)
         else:
             arguments = dict(name=term.name, spec=spec or MODELS["shapes"], vae=vae, settings={**place, **own})
             parts[term.label] = _load_term(absolute(term.source), **arguments)
@@ -146,12 +151,16 @@ def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False
 
 
 def _wrapped(
-    function: Callable[..., Any], *, vae: "AutoencoderKL | None", device: torch.device | str | None = None
+    function: Callable[..., Any],
+    *,
+    vae: "AutoencoderKL | None",
+    name: str | None = None,
+    device: torch.device | str | None = None,
 ) -> RewardModule:
-    """Return `as_reward(function, vae=vae)`. device: ignored; a callable runs where its inputs are."""
-    reward = as_reward(function, vae=vae)
+    """Return `as_reward(function, vae=vae, name=name)`. device: ignored; a callable runs where its inputs are."""
+    reward = as_reward(function, vae=vae, name=name)
     if reward is not function:
-        reward.loaded_by(Origin(_wrapped, function, {"vae": vae}))
+        reward.loaded_by(Origin(_wrapped, function, {"vae": vae, "name": name}))
     return reward
 
 

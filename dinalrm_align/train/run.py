@@ -4,7 +4,7 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jsonargparse import Namespace
 
@@ -66,13 +66,24 @@ def complete_run(
     run.model, run.resume = model, None
     run.output_dir = str(folder or new_run_folder(run.output_dir, name(run)).absolute())
     if checkpoint:
-        before = settings_by_name(kind()) | by_name(kind, read_yaml(folder / CONFIG, "settings file"))
-        before |= read_json(checkpoint / STATE).get("settings", {})  # checkpoints of earlier versions have none
-        changed = check_settings(before, settings_by_name(run), may_change(kind), str(checkpoint))
+        changed = changed_settings(run, checkpoint)
         if int(os.environ.get("RANK", "0")) == 0 and (shown := changed.keys() - {"output_dir", "resume"}):
             each = (f"{name} {changed[name][0]} -> {changed[name][1]}" for name in sorted(shown))
             print(f"settings that changed since the checkpoint: {', '.join(each)}", flush=True)
     return run, f"# settings of recipes/{recipe.name}\n{as_yaml(run)}"
+
+
+def changed_settings(run: Any, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+    """Return {name: (before, now)} of the settings in `run` that differ from those of the run of a checkpoint.
+
+    Raises ValueError if a setting that must not change does (`check_settings`).
+    """
+    from dinalrm_align.train.checkpoints import run_of
+
+    kind = type(run)
+    before = settings_by_name(kind()) | by_name(kind, read_yaml(run_of(checkpoint) / CONFIG, "settings file"))
+    before |= read_json(checkpoint / STATE).get("settings", {})  # checkpoints of earlier versions have none
+    return check_settings(before, settings_by_name(run), may_change(kind), str(checkpoint))
 
 
 def resume_command(recipe: Path, folder: Path) -> str:

@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from jsonargparse.typing import (
@@ -97,6 +97,19 @@ def check_fields(settings: Any, section: str = "") -> None:
         value = vars(settings)[name]
         _check(f"{section}.{name}" if section else name, value, hint)
         vars(settings)[name] = _plain(value, hint)
+
+
+def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
+    """Return a dataclass instance with other values, by dotted name. Raises ValueError, and as `check_fields`."""
+    types = types_by_name(type(settings))
+    if unknown := [name for name in values if name not in types or dataclasses.is_dataclass(types[name])]:
+        near = did_you_mean(unknown[0], types) or f"; known: {', '.join(types)}"
+        raise ValueError(f"unknown setting {unknown[0]!r}{near}")
+    own = {name: value for name, value in values.items() if "." not in name}
+    for section in {name.partition(".")[0] for name in values} - own.keys():
+        inner = {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{section}.")}
+        own[section] = with_values(vars(settings)[section], inner)
+    return dataclasses.replace(settings, **own)
 
 
 def check_integer(name: str, value: Any, *, low: int = 0, high: int | None = None) -> None:
