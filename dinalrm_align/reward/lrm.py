@@ -19,6 +19,7 @@ madebyollin/sdxl-vae-fp16-fix, a float16 version of SDXL's.
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Unpack
@@ -39,10 +40,10 @@ from dinalrm_align.reward.protocol import Latents, Noise, Text, finite_scores, w
 from dinalrm_align.train.device import available_device
 
 SOURCE = "casiatao/LRM"
-TIMESTEPS = 1000
-"""Timesteps of the DDPM schedule; the last is 999."""
 CLEAN = 1
 """Timestep at which clean latents and images are scored by default."""
+_LOADING = threading.Lock()
+"""Held while a VAE is loaded, so that threads load one."""
 
 
 class LrmReward(PixelReward):
@@ -57,7 +58,7 @@ class LrmReward(PixelReward):
     ) -> None:
         """family: in FAMILIES. base: folder or hub id that has LRM's VAE. timestep: of clean latents and images."""
         super().__init__(vae)
-        self.model, self.family, self.timestep = model, FAMILIES[family], _checked(timestep)
+        self.model, self.family, self.timestep = model, FAMILIES[family], timestep
         self.name = f"lrm-{family}"
         self._base, self._hub = base, HubOptions()
         self._own: dict[str, AutoencoderKL] = {}  # a dict: no submodule
@@ -91,11 +92,9 @@ class LrmReward(PixelReward):
         if family not in FAMILIES:
             raise ValueError(f"family: got {family!r}; expected {' or '.join(FAMILIES)}")
         base = base or beside(source, "tokenizer/tokenizer_config.json") or FAMILIES[family].base
-        place = available_device(device or "cpu")
-        options = dict(subfolder=subfolder, device=place, dtype=dtype or torch.float32)
-        reward = cls(
-            load_lrm(source, family, base, **options, **hub), family=family, base=base, timestep=timestep, vae=vae
-        )
+        options = dict(subfolder=subfolder, device=available_device(device or "cpu"), dtype=dtype or torch.float32)
+        model = load_lrm(source, family, base, **options, **hub)
+        reward = cls(model, family=family, base=base, timestep=_checked(timestep), vae=vae)
         reward._hub = HubOptions(**{name: value for name, value in hub.items() if name != "revision"})
         return reward
 
@@ -103,7 +102,8 @@ class LrmReward(PixelReward):
     def forward(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Return scores (B,), float32, of scaled clean latents for B prompts, differentiable in the latents.
 
-        latents: (B, 4, h, w) of LRM's base model; with the `vae` of another model, of that one. `noise` is ignored.
+        latents: (B, 4, h, w) of LRM's base model; with the `vae` of another model, of that one. `noise` is ignored. In
+        a sum of rewards that has a VAE, latents are decoded for all image rewards, and LRM encodes the images.
         """
         if self.has_vae and not self._is_own(self.vae):
             return super().forward(latents, prompts)
@@ -128,7 +128,8 @@ class LrmReward(PixelReward):
         if latents.device != self.device:
             raise ValueError(f"latents are on {latents.device}, the reward is on {self.device}: move one of them")
         check_finite("latents", latents)
-        return self._score(latents, timestep, prompts_of(prompts, len(latents)))
+        prompts, timesteps = prompts_of(prompts, len(latents)), _timesteps(timestep, len(latents), self.device)
+        return finite_scores(self.model(latents, timesteps, prompts), len(latents), self.name)
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> NoReturn:
         """Raise TypeError: LRM reads DDPM timesteps, not sigma. See `score_timestep`."""
@@ -142,36 +143,28 @@ class LrmReward(PixelReward):
         if tuple(images.shape[-2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         latents = encode_images(self.encoder, images, differentiable=True).to(self.device)
-        return self._score(latents, self.timestep, prompts)
+        return self.model(latents, _timesteps(self.timestep, len(latents), self.device), prompts)
 
     @property
     def encoder(self) -> AutoencoderKL:
         """The VAE of LRM's base model, frozen, in float32: the given `vae` if it is one, else loaded at first use."""
         if self.has_vae and self._is_own(self.vae):
             return self.vae
-        if "vae" not in self._own:
-            with torch.inference_mode(False):
+        with _LOADING, torch.inference_mode(False):
+            if "vae" not in self._own:
                 vae = load_vae(self._base, device=self.device, **self._hub)
-            if not self._is_own(vae):
-                config = vae.config
-                got = f"{config.latent_channels} channels, scaling_factor {config.scaling_factor}"
-                got += f", shift_factor {config.shift_factor}" if config.shift_factor else ""
-                raise ValueError(
-                    f"base: the VAE of {str(self._base)!r} has {got}; expected one for {self.family.latents}"
-                )
-            if self._recompute:
-                vae.enable_gradient_checkpointing()
-            self._own["vae"] = vae
+                if not self._is_own(vae):
+                    scales = f"scaling_factor {vae.config.scaling_factor} and shift_factor {vae.config.shift_factor}"
+                    got = f"the VAE of {str(self._base)!r} has {vae.config.latent_channels} channels with {scales}"
+                    raise ValueError(f"base: {got}; expected the VAE for {self.family.latents}")
+                if self._recompute:
+                    vae.enable_gradient_checkpointing()
+                self._own["vae"] = vae
         return self._own["vae"]
 
     def _is_own(self, vae: AutoencoderKL) -> bool:
-        config, shift = vae.config, vae.config.shift_factor or 0.0
-        same = math.isclose(config.scaling_factor, self.family.scaling_factor, rel_tol=1e-4)
-        return config.latent_channels == 4 and same and shift == 0
-
-    def _score(self, latents: Tensor, timestep: int | Tensor, prompts: Sequence[str]) -> Tensor:
-        scores = self.model(latents, _timesteps(timestep, len(latents), self.device), prompts)
-        return finite_scores(scores, len(latents), self.name)
+        same = math.isclose(vae.config.scaling_factor, self.family.scaling_factor, rel_tol=1e-4)
+        return same and vae.config.latent_channels == 4 and not vae.config.shift_factor
 
     def _set_recompute(self, recompute: bool) -> None:
         super()._set_recompute(recompute)
@@ -186,20 +179,19 @@ class LrmReward(PixelReward):
 
 def _timesteps(timestep: Any, batch: int, device: torch.device) -> Tensor:
     """Return `timestep`, an integer or a tensor (B,) of integers, as (B,) on `device`. Raises unless from 0 to 999."""
-    if not isinstance(timestep, Tensor) or (timestep.dim() == 0 and not timestep.is_meta):
-        return torch.full(
-            (batch,), _checked(timestep.item() if isinstance(timestep, Tensor) else timestep), device=device
-        )
-    if timestep.shape != (batch,) or timestep.is_floating_point() or timestep.is_meta:
-        got = f"{timestep.dtype} {tuple(timestep.shape)} on {timestep.device}"
-        raise ValueError(f"timestep: got {got}; expected an integer from 0 to 999, or integers ({batch},)")
-    return torch.tensor([_checked(value) for value in timestep.tolist()], device=device)
+    if isinstance(timestep, Tensor):
+        if timestep.shape not in ((), (batch,)) or timestep.is_floating_point() or timestep.is_meta:
+            got = f"{timestep.dtype} {tuple(timestep.shape)} on {timestep.device}"
+            raise ValueError(f"timestep: got {got}; expected an integer from 0 to 999, or integers ({batch},)")
+        timestep = timestep.expand(batch).tolist()
+    values = timestep if isinstance(timestep, list) else [timestep] * batch
+    return torch.tensor([_checked(value) for value in values], device=device)
 
 
 def _checked(timestep: Any) -> int:
-    expected = f"a DDPM timestep, an integer from 0 to {TIMESTEPS - 1}"
+    expected = "a DDPM timestep, an integer from 0 to 999"
     if isinstance(timestep, bool) or not isinstance(timestep, int):
         raise TypeError(f"timestep: got {type(timestep).__name__} {timestep!r:.40}; expected {expected}")
-    if not 0 <= timestep < TIMESTEPS:
+    if not 0 <= timestep <= 999:
         raise ValueError(f"timestep: got {timestep}; expected {expected}")
     return timestep

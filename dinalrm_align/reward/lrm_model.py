@@ -9,6 +9,7 @@ Score: exp(logit_scale) cos(visual_projection(features), text feature).
 Source: Kwai-Kolors/LPO@9c2e8b8 (MIT), lpo/lpo/preference_models/models.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dinalrm_align.models.layout import find_weights
-from dinalrm_align.models.weights import (
-    HubOptions,
-    assign_tensors,
-    check_source,
-    fetch,
-    read_entries,
-    read_tensors,
-    rename,
-)
+from dinalrm_align.models.weights import HubOptions, assign_tensors, fetch, read_entries, read_tensors, rename
 from dinalrm_align.reward.pixel.base import load_tokenizer, tokenise
 from dinalrm_align.train.files import flat, read_json, reading
 
@@ -50,45 +43,29 @@ class Family:
     Args:
         title: name of the base model, for messages.
         base: hub id of the base model, which has the tokenizers and the VAE.
-        folder: name of the LRM's folder in LPO's training settings.
         scaling_factor: of the VAE. Both VAEs have 4 channels and no shift.
-        blocks: number of down blocks.
-        added: `addition_embed_type` of the UNet.
-        parts: folders of the text encoders.
+        blocks, added: number of down blocks and `addition_embed_type` of the UNet.
+        encoders: text encoders, by folder.
     """
 
     title: str
     base: str
-    folder: str
     scaling_factor: float
     blocks: int
     added: str | None
-    parts: tuple[str, ...]
+    encoders: Mapping[str, type[nn.Module]]
 
     @property
     def latents(self) -> str:
         return f"latents of {self.title}, 4 channels with scaling_factor {self.scaling_factor}"
 
 
+_SD15, _SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
+_ONE = {"text_encoder": CLIPTextModel}
+_TWO = {**_ONE, "text_encoder_2": CLIPTextModelWithProjection}
 FAMILIES = {
-    "sd15": Family(
-        "Stable Diffusion 1.5",
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        folder="lrm_sd15",
-        scaling_factor=0.18215,
-        blocks=4,
-        added=None,
-        parts=("text_encoder",),
-    ),
-    "sdxl": Family(
-        "Stable Diffusion XL",
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        folder="lrm_sdxl",
-        scaling_factor=0.13025,
-        blocks=3,
-        added="text_time",
-        parts=("text_encoder", "text_encoder_2"),
-    ),
+    "sd15": Family("Stable Diffusion 1.5", _SD15, 0.18215, blocks=4, added=None, encoders=_ONE),
+    "sdxl": Family("Stable Diffusion XL", _SDXL, 0.13025, blocks=3, added="text_time", encoders=_TWO),
 }
 
 
@@ -100,13 +77,12 @@ class LrmModel(nn.Module):
         unet: UNet2DConditionModel,
         text_encoder: CLIPTextModel,
         text_encoder_2: CLIPTextModelWithProjection | None = None,
-        tokenizers: Sequence[Any] = (),
     ) -> None:
-        """Remove the up blocks of `unet`. text_encoder_2: None for SD1.5. tokenizers: one per text encoder."""
+        """Remove the up blocks of `unet`. text_encoder_2: None for SD1.5. The caller sets `tokenizers`."""
         super().__init__()
         del unet.up_blocks, unet.conv_norm_out, unet.conv_out
         self.unet, self.text_encoder, self.text_encoder_2 = unet, text_encoder, text_encoder_2
-        self.tokenizers = tokenizers
+        self.tokenizers: list[Any] = []
         channels = unet.config.block_out_channels
         width = text_encoder.config.hidden_size if text_encoder_2 is None else text_encoder_2.config.projection_dim
         self.visual_projection = nn.Linear(sum(channels) + channels[-1], width, bias=False)
@@ -156,7 +132,7 @@ class LrmModel(nn.Module):
 
         states (2B, L, C), pooled (2B, D): those of the prompts, then those of the empty prompt.
         """
-        unet, count = self.unet, len(latents)
+        unet, count, wide = self.unet, len(latents), torch.promote_types(self.unet.dtype, torch.float32)
         sample = torch.cat([latents, latents]).to(unet.dtype)
         sizes = torch.tensor([self.side, self.side, 0, 0, self.side, self.side], device=latents.device)
         added = {"text_embeds": pooled, "time_ids": sizes.expand(2 * count, 6)}  # SD1.5 reads neither
@@ -166,8 +142,8 @@ class LrmModel(nn.Module):
         sample, stages = unet.conv_in(sample), []
         for block in unet.down_blocks:  # blocks without attention ignore the states
             sample, layers = block(hidden_states=sample, temb=embedding, encoder_hidden_states=states)
-            stages.append(_mean(layers[len(block.resnets) - 1][:count]))
-        return stages, _mean(unet.mid_block(sample, embedding, encoder_hidden_states=states))
+            stages.append(layers[len(block.resnets) - 1][:count].to(wide).mean((2, 3)))
+        return stages, unet.mid_block(sample, embedding, encoder_hidden_states=states).to(wide).mean((2, 3))
 
 
 def load_lrm(
@@ -181,30 +157,27 @@ def load_lrm(
     **hub: Unpack[HubOptions],
 ) -> LrmModel:
     """Load a frozen model. name: in FAMILIES. The other arguments and the errors: see `LrmReward.from_pretrained`."""
-    family = FAMILIES[name]
-    check_source("base model", base)
+    family, parts = FAMILIES[name], ("unet", *FAMILIES[name].encoders)
     base_hub: HubOptions = {key: value for key, value in hub.items() if key != "revision"}
-    if one_file := isinstance(source, str | Path) and Path(source).is_file():
-        path = Path(source)
-        configs = [f"{part}/config.json" for part in ("unet", *family.parts)]
-        folder, tensors = fetch(base, configs, what="base model", **base_hub), read_tensors(path)
+    if isinstance(source, str | Path) and Path(source).is_file():
+        path, tensors = Path(source), read_tensors(Path(source))
+        folder = fetch(base, [f"{part}/config.json" for part in parts], what="base model", **base_hub)
     else:
-        path = folder = _folder(source, family.folder if subfolder is None else subfolder, **hub)
-        tensors = _read_folder(folder, family)
-    unet = read_json(folder / "unet" / "config.json", "that of LRM's UNet")
-    _check_unet(unet, folder / "unet" / "config.json", name)
+        path = folder = _folder(source, f"lrm_{name}" if subfolder is None else subfolder, **hub)
+        tensors = _read_folder(folder, parts)
+    configs = {part: read_json(folder / part / "config.json", f"that of LRM's {part}") for part in parts}
+    _check_unet(configs["unet"], folder / "unet" / "config.json", name)
     with reading("LRM's config", folder), init_empty_weights():
-        parts = [UNet2DConditionModel.from_config(unet)]
-        for kind, part in zip((CLIPTextModel, CLIPTextModelWithProjection), family.parts):
-            config = read_json(folder / part / "config.json", f"that of LRM's {part}")
-            parts.append(kind(CLIPTextConfig.from_dict(config)))
-        model = LrmModel(*parts)
-    _check_text(model, folder, one_file)
-    expected = model.state_dict()
-    stem = r"text_encoder\.text_model\."
-    flat_names = {} if any(name.startswith("text_encoder.text_model.") for key in expected) else {stem: "text_encoder."}
-    assign_tensors(model, rename(tensors, UNUSED | flat_names), path, dtype=dtype, device=device)
-    model.tokenizers = [_tokenizer(base, model, part, **base_hub) for part in family.parts]
+        encoders = [kind(CLIPTextConfig.from_dict(configs[part])) for part, kind in family.encoders.items()]
+        model = LrmModel(UNet2DConditionModel.from_config(configs["unet"]), *encoders)
+    got, width = model.unet.config.cross_attention_dim, sum(encoder.config.hidden_size for encoder in encoders)
+    if got != width:
+        raise ValueError(f"{folder}: cross_attention_dim: got {got}; expected {width}, the width of the text encoders")
+    rules, prefix = dict(UNUSED), "text_encoder.text_model."
+    if not any(key.startswith(prefix) for key in model.state_dict()):  # transformers 5 has no text_model
+        rules[re.escape(prefix)] = "text_encoder."
+    assign_tensors(model, rename(tensors, rules), path, dtype=dtype, device=device)
+    model.tokenizers = [_tokenizer(base, model, part, **base_hub) for part in family.encoders]
     return model.requires_grad_(False).eval()
 
 
@@ -214,65 +187,43 @@ def _folder(source: str | Path, subfolder: str, **hub: Unpack[HubOptions]) -> Pa
     folder = fetch(source, files, what="LRM", subfolder=subfolder, **hub)
     found = [path for path in (Path(source), folder) if (path / HEAD).is_file()]
     if not found:
-        where = f"{str(source)!r} or its folder {subfolder!r}" if subfolder else repr(str(source))
         raise FileNotFoundError(
-            f"no {HEAD} in {where}; expected LRM's layout, unet/, text_encoder/ and {HEAD}: give the folder that has "
-            "it, and for a hub repository subfolder=... ('' for none)"
+            f"no {HEAD} in {str(source)!r} or its folder {subfolder!r}; expected LRM's layout, unet/, text_encoder/, "
+            f"{HEAD}: give the folder that has it, and for a hub repository subfolder=... ('' for none)"
         )
     return found[0]
 
 
-def _read_folder(folder: Path, family: Family) -> dict[str, Tensor]:
+def _read_folder(folder: Path, parts: Sequence[str]) -> dict[str, Tensor]:
     """Return all tensors of a folder in LRM's layout, by the names of the one-file layout."""
     tensors = {}
-    for part in ("unet", *family.parts):
+    for part in parts:
         stem = "diffusion_pytorch_model" if part == "unet" else "model"
         found = find_weights(folder / part, stem)
         if found is None:
             raise FileNotFoundError(f"no weights {stem}.safetensors in {folder / part}; expected LRM's layout")
         for file in found[2]:
             tensors |= {f"{part}.{name}": tensor for name, tensor in read_tensors(folder / part / file).items()}
-    for name, value in flat(read_entries(folder / HEAD)).items():
+    with reading(HEAD, folder):
+        head = flat(read_entries(folder / HEAD))
+    for name, value in head.items():
         if not isinstance(value, Tensor | float):
-            got = f"{name}: got {type(value).__name__}"
-            raise ValueError(f"{folder / HEAD}: {got}; expected tensors, and a tensor or a number for logit_scale")
+            raise ValueError(f"{folder / HEAD}: {name}: got {type(value).__name__}; expected a tensor")
         tensors[name] = torch.as_tensor(value)
     return tensors
 
 
 def _check_unet(config: Mapping[str, Any], path: Path, name: str) -> None:
     """Raise ValueError unless `config` is that of a UNet of the family `name`."""
-    family = FAMILIES[name]
-    expected = {"_class_name": UNet2DConditionModel.__name__, "in_channels": 4, "layers_per_block": 2}
-    expected |= {"addition_embed_type": family.added, "class_embed_type": None, "encoder_hid_dim_type": None}
-    got = {key: config.get(key) for key in expected}
-    expected |= {"number of down_block_types": family.blocks, "type of sample_size": "int"}
-    got |= {"number of down_block_types": len(config.get("down_block_types") or ())}
-    got |= {"type of sample_size": type(config.get("sample_size")).__name__}
-    if wrong := [
-        f"{key}: got {got[key]!r}; expected {value!r}" for key, value in expected.items() if got[key] != value
-    ]:
+    wanted = {"_class_name": UNet2DConditionModel.__name__, "in_channels": 4, "layers_per_block": 2}
+    wanted |= {"addition_embed_type": FAMILIES[name].added, "class_embed_type": None, "encoder_hid_dim_type": None}
+    pairs = {key: (config.get(key), value) for key, value in wanted.items()}
+    pairs["number of down_block_types"] = len(config.get("down_block_types") or ()), FAMILIES[name].blocks
+    pairs["type of sample_size"] = type(config.get("sample_size")).__name__, "int"
+    if wrong := [f"{key}: got {got!r}; expected {value!r}" for key, (got, value) in pairs.items() if got != value]:
         others = " or ".join(f"lrm-{other}" for other in FAMILIES if other != name)
-        raise ValueError(
-            f"{path}: {'; '.join(wrong)}, the UNet of {family.title}: lrm-{name} reads no other (for an LRM of another "
-            f"base model name {others})"
-        )
-
-
-def _check_text(model: LrmModel, folder: Path, one_file: bool) -> None:
-    """Raise ValueError unless the widths of the text encoders are those that the UNet reads."""
-    encoders = [encoder for encoder in (model.text_encoder, model.text_encoder_2) if encoder is not None]
-    config, width = model.unet.config, sum(encoder.config.hidden_size for encoder in encoders)
-    pairs = [("cross_attention_dim", config.cross_attention_dim, width)]
-    if model.text_encoder_2 is not None:
-        added = 6 * config.addition_time_embed_dim + model.text_encoder_2.config.projection_dim
-        pairs.append(("projection_class_embeddings_input_dim", config.projection_class_embeddings_input_dim, added))
-    for key, got, expected in pairs:
-        if got != expected:
-            what = "base model" if one_file else "LRM"
-            raise ValueError(
-                f"{folder}: {key}: got {got}; expected {expected}, the text encoders': take a whole {what}"
-            )
+        advice = f"lrm-{name} reads no other: name {others} for an LRM of another base model"
+        raise ValueError(f"{path}: {'; '.join(wrong)}, the UNet of {FAMILIES[name].title}; {advice}")
 
 
 def _tokenizer(base: str | Path, model: LrmModel, part: str, **hub: Unpack[HubOptions]) -> Any:
@@ -282,8 +233,3 @@ def _tokenizer(base: str | Path, model: LrmModel, part: str, **hub: Unpack[HubOp
     if len(tokenizer) != expected:
         raise ValueError(f"{folder}: got {len(tokenizer)} tokens; expected {expected}, the size of LRM's {part}")
     return tokenizer
-
-
-def _mean(features: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, C), at least float32."""
-    return features.to(torch.promote_types(features.dtype, torch.float32)).mean((2, 3))

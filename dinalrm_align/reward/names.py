@@ -246,7 +246,7 @@ def reward_sources(reward: object, spec: ModelSpec) -> frozenset[object]:
     for term in parse_reward(reward):
         entry = REWARDS.get(term.name)
         source = term.source or own.get(term.name) or (entry.source if entry else term.name)
-        file = entry.options.get("file", "") if entry else ""
+        file = entry.options.get("file", entry.options.get("family", "")) if entry else ""
         local = isinstance(source, str) and Path(source).exists()
         found.add((str(Path(source).resolve()) if local else source, file))
     return frozenset(found)

@@ -751,6 +751,7 @@ LRM = [
     Case("a bias", lrm_head(lambda t: t["visual_projection"].update(bias=torch.zeros(16))), ValueError, "unexpected visual_projection.bias"),
     Case("a head without stages", lrm_head(lambda t: t["visual_projection"].update(weight=torch.zeros(16, 32))), ValueError, "visual_projection.weight 32 120"),
     Case("a scale of text", lrm_head(lambda t: t.update(logit_scale="2.66")), ValueError, "logit_scale str"),
+    Case("a head of numbers", lrm_head(lambda t: t.update({3: 1.0})), ValueError, "state_dict.pt"),
     Case("an integer scale", lrm_head(lambda t: t.update(logit_scale=torch.tensor(3))), ValueError, "logit_scale torch.int64"),
     Case("one file: the head alone", lrm(lambda w: w.lrm_dir / LRM_HEAD), ValueError, "state_dict.pt"),
     Case("one file: no conv_in", one_file_lrm(drop("unet.conv_in.bias")), ValueError, "lrm.pt missing unet.conv_in.bias"),

@@ -17,8 +17,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from dinalrm_align import load_reward
 from dinalrm_align.models.pipeline import decode_latents, encode_images
+from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.lrm import LrmReward
-from dinalrm_align.reward.names import parse_reward
+from dinalrm_align.reward.names import parse_reward, reward_sources
 
 PROMPTS = ["a red circle", "two blue squares on gray", "a red circle"]
 STAGES = {"sd15": (2, 5, 8, 11), "sdxl": (2, 5, 8)}
@@ -122,7 +123,8 @@ def test_scores_depend_on_prompt_and_timestep(reward):
     latents = some_latents(1).repeat(3, 1, 1, 1)
     scores = reward.score_timestep(latents, torch.tensor([1, 1, 401]), ["a red circle", "blue", "a red circle"])
     assert (scores[0] - scores[1:]).abs().min() > 1e-3
-    assert torch.equal(reward.score_timestep(latents, 1, ["blue"] * 3), reward(latents, ["blue"] * 3))
+    for clean in (1, torch.tensor(1), torch.ones(3, dtype=torch.int32)):
+        assert torch.equal(reward.score_timestep(latents, clean, ["blue"] * 3), reward(latents, ["blue"] * 3))
 
 
 def test_gradient_equals_finite_differences(folders, family):
@@ -284,6 +286,13 @@ def test_a_sum_decodes_once_for_lrm_and_another_reward(folders):
     alone = LrmReward.from_pretrained(lrm, family="sd15", base=base, vae=vae)
     want = alone(latents, PROMPTS[:2]) + 2 * decode_latents(vae, latents)[:, 0].mean((1, 2))
     torch.testing.assert_close(reward(latents, PROMPTS[:2]), want)
+
+
+def test_the_two_names_share_no_weights():
+    one, other = (reward_sources(name, MODELS["sd35"]) for name in ("lrm-sd15", "lrm-sdxl"))
+    assert one.isdisjoint(other) and one == reward_sources("dinalrm + lrm-sd15", MODELS["sd35"]) - reward_sources(
+        "dinalrm", MODELS["sd35"]
+    )
 
 
 def redness(images, prompts):
