@@ -1,17 +1,20 @@
 """Frameworks that hand over one sample at a time: single samples are scored in batches, through a queue."""
 
 import functools
+import logging
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dinalrm_align.adapters.shared import finite_floats, plain, shared_reward, text_for
+from dinalrm_align.adapters.shared import finite_floats, shared_reward
+from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.batching import MicroBatcher
 from dinalrm_align.reward.protocol import Reward, Text
 
+LOG = logging.getLogger(__name__)
 _LOCK = threading.Lock()
 _QUEUES: "dict[str, MicroBatcher[Sample, float]]" = {}
 
@@ -63,3 +66,32 @@ def score_samples(reward: Reward, seed: int, samples: Sequence[Sample]) -> list[
     media = torch.stack([sample.media for sample in samples]).to(reward.device)
     score = reward.score_images if samples[0].is_image else reward
     return finite_floats(score(media, text, seeds=[seed] * len(samples)))
+
+
+def text_for(reward: Reward, prompts: Sequence[str], prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Text:
+    """Return what the reward should read: the framework's embeddings if their length is the reward's, else `prompts`.
+
+    prompt_embeds (B, L, D), pooled_prompt_embeds (B, P). Another length changes scores, so the reward then encodes the
+    strings with its own text encoders. The log says so once.
+    """
+    lengths = {part.encoder.clip_tokens + part.config.text_length for part in reward.noise_parts}
+    tokens = prompt_embeds.shape[1]
+    if lengths == {tokens}:
+        return Conditions(prompts, prompt_embeds, pooled_prompt_embeds, *reward.text_lengths)
+    if lengths:
+        log_once(f"prompt_embeds have {tokens} tokens, {reward.name} reads {sorted(lengths)}: it encodes the prompts")
+    return prompts
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    LOG.warning(message)
+
+
+def plain(value: Any) -> Any:
+    """Return mappings and sequences of a configuration, such as OmegaConf's, as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    return value

@@ -4,23 +4,19 @@ Frameworks create a scorer several times, for training and evaluation or per wor
 share one copy of the weights.
 """
 
-import functools
 import importlib
-import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.names import parse_reward
-from dinalrm_align.reward.protocol import Reward, RewardModule, Text
+from dinalrm_align.reward.protocol import RewardModule
 from dinalrm_align.reward.registry import load_reward
 
-LOG = logging.getLogger(__name__)
 _LOCK = threading.Lock()
 _REWARDS: dict[tuple[str, ...], RewardModule] = {}
 
@@ -65,35 +61,6 @@ def framework(module: str, install: str) -> ModuleType:
         ) from error
 
 
-def finite_floats(scores: Tensor) -> list[float]:
+def finite_floats(scores: torch.Tensor) -> list[float]:
     """Return scores (B,) as Python floats. They are finite: a reward raises otherwise."""
     return scores.detach().float().cpu().tolist()
-
-
-def text_for(reward: Reward, prompts: Sequence[str], prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Text:
-    """Return what the reward should read: the framework's embeddings if their length is the reward's, else `prompts`.
-
-    prompt_embeds (B, L, D), pooled_prompt_embeds (B, P). Another length changes scores, so the reward then encodes the
-    strings with its own text encoders. The log says so once.
-    """
-    lengths = {part.encoder.clip_tokens + part.config.text_length for part in reward.noise_parts}
-    tokens = prompt_embeds.shape[1]
-    if lengths == {tokens}:
-        return Conditions(prompts, prompt_embeds, pooled_prompt_embeds, *reward.text_lengths)
-    if lengths:
-        log_once(f"prompt_embeds have {tokens} tokens, {reward.name} reads {sorted(lengths)}: it encodes the prompts")
-    return prompts
-
-
-@functools.cache
-def log_once(message: str) -> None:
-    LOG.warning(message)
-
-
-def plain(value: Any) -> Any:
-    """Return mappings and sequences of a configuration, as OmegaConf's, as dicts and lists."""
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(item) for item in value]
-    return value

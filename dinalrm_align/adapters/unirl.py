@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinalrm_align.adapters.shared import finite_floats, framework, plain, shared_reward
+from dinalrm_align.adapters.samples import plain
+from dinalrm_align.adapters.shared import finite_floats, framework, shared_reward
 
 _base = framework("unirl.reward.base", "pip install unirl==0.2.0")
 _types = framework("unirl.types.reward", "pip install unirl==0.2.0")

@@ -9,7 +9,7 @@ import torch
 
 from dinalrm_align import LatentReward
 from dinalrm_align.adapters import samples, verl_omni
-from dinalrm_align.adapters.shared import log_once
+from dinalrm_align.adapters.samples import log_once
 from dinalrm_align.models.text import PromptEncoder
 
 compute_score, compute_score_sync = verl_omni.compute_score, verl_omni.compute_score_sync
