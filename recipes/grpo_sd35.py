@@ -12,8 +12,8 @@ no decoder. A latent reward adds the same noise to all samples of a group, so th
 Variants are options. Window: all steps, a random window (Flow-GRPO-Fast), or a moving one (MixGRPO,
 --grpo.window progressive). Stochastic step: flow_sde or flow_cps. Constraints: --grpo.clip_range, --grpo.guard true
 (GRPO-Guard), --grpo.kl_beta. With a weighted sum of rewards (--reward "dinalrm + 0.2*pickscore"),
---grpo.advantage_of parts normalises each reward separately. --anchor.reward pickscore --anchor.every 4 adds the
-advantages of a second reward in every fourth rollout.
+--grpo.advantage_of parts normalises each reward separately, and gdpo also their sum (GDPO). --anchor.reward pickscore
+--anchor.every 4 adds the advantages of a second reward in every fourth rollout.
 
 A run writes the same files as recipes/refl_sd35.py. Metrics: `group_variance`, the variance of the scores in a group;
 `reward_noise_variance`, the variance that would be added if each sample had its own reward noise; `ratio_spread`, the

@@ -258,7 +258,8 @@ class AlignRun(PolicyRun):
 
     Args:
         gold: reward that scores held-out images and is never trained on. By default PickScore, or the reward
-            `oracle` for the model `shapes`.
+            `oracle` for the model `shapes`. A list, --gold "[hpsv3, pickscore]", gives several: the first is the metric
+            gold, which the watch for reward hacking and lora_best/ use, and each other one a metric gold/NAME.
         resume: folder of the checkpoint to resume from, or folder of a run to use its newest checkpoint. Options on the
             command line override the saved settings; a setting that makes scores before and after incomparable is
             refused.
@@ -276,7 +277,7 @@ class AlignRun(PolicyRun):
     """
 
     MAY_CHANGE: ClassVar = ("resume", "eval_prompts", "gradient_checkpointing", "profile_every", "tracker")
-    gold: RewardText | None = None
+    gold: list[RewardText] | RewardText | None = None
     resume: settings.PathText | None = None
     eval_prompts: settings.Source | None = None
     gradient_checkpointing: bool = True

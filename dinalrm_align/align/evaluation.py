@@ -1,8 +1,8 @@
 """Held-out evaluation of a run, with the same prompts and noise before, during and after training.
 
-Every sample is scored by the training reward (proxy) and by a gold reward that is not trained on. If the proxy score
-rises and the gold score does not, the policy exploits the training reward. Each sample keeps its prompt and noise.
-Gains are therefore means of paired differences; their standard error is far below that of a mean score.
+Every sample is scored by the training reward (proxy) and by one or more gold rewards that are not trained on. If the
+proxy score rises and the gold score does not, the policy exploits the training reward. Each sample keeps its prompt and
+noise. Gains are therefore means of paired differences; their standard error is far below that of a mean score.
 """
 
 import json
@@ -45,7 +45,7 @@ class HeldOut:
     Args:
         sampler: draws one sample per row of sampler.conditions, which are the conditions of the evaluation prompts.
         reward: the training reward.
-        scorers: rewards that score images, by name; the name "gold" is required.
+        scorers: gold rewards, which score images, by metric: "gold", which is required, and "gold/NAME".
         decode: a function from latents (B, C, H, W) to images (B, 3, H, W) in [0, 1].
         probes: functions that measure each sample in addition to the rewards, such as `align.watch.drift_probe`.
         equal_calls: make all ranks sample equally many batches; required if the model's weights are sharded.
@@ -95,6 +95,7 @@ class HeldOut:
         Rank 0 writes evaluations/<step>.json (scores per sample), evaluations/<step>.png (one row of sample images)
         and grid_<step>.png (image grid). Returns metrics: for every reward and probe, its mean over samples;
         `gold_gain`, the mean gain of `gold` since step 0; and standard errors of `proxy`, `gold` and `gold_gain`.
+        Every further gold reward has the metrics `gold/NAME`, `gold/NAME_gain` and their standard errors.
         """
         size, rank, world = self.config.batch_size, self.accelerator.process_index, self.accelerator.num_processes
         starts = range(0, len(self.prompts), size)
@@ -109,9 +110,11 @@ class HeldOut:
             self._save_images(step, np.stack([image for _, _, image in found[: self.config.shown]]), scores)
         self.accelerator.wait_for_everyone()
         row = {name: float(np.mean(values)) for name, values in scores.items()}
-        for name in ("proxy", "gold"):
+        before = self.scores(0)
+        for name in ("proxy", *self.scorers):
             row[f"{name}_standard_error"] = float(np.std(scores[name], ddof=1) / math.sqrt(len(found)))
-        row["gold_gain"], row["gold_gain_standard_error"] = paired_gain(self.scores(0)["gold"], scores["gold"])
+        for name in self.scorers:
+            row[f"{name}_gain"], row[f"{name}_gain_standard_error"] = paired_gain(before[name], scores[name])
         return row
 
     def scores(self, step: int) -> dict[str, list[float]]:
@@ -127,12 +130,13 @@ class HeldOut:
     def summarise(self, step: int) -> dict[str, dict[str, float]]:
         """Compare the evaluations at step 0 and at `step`, and write the images of both to before_after.png.
 
-        The result has the keys "gold" and "proxy". Each holds a dict with the keys "before" and "after" (mean scores),
-        "gain" (after - before) and "standard_error" (the paired standard error of the gain).
+        The result has the keys "gold", "proxy" and, for further gold rewards, "gold/NAME". Each holds a dict with the
+        keys "before" and "after" (mean scores), "gain" (after - before) and "standard_error" (the paired standard error
+        of the gain).
         """
-        summary = {}
+        summary: dict[str, dict[str, float]] = {}
         before, after = self.scores(0), self.scores(step)
-        for name in ("gold", "proxy"):
+        for name in dict.fromkeys(("gold", "proxy", *self.scorers)):
             gain, error = paired_gain(before[name], after[name])
             ends = {"before": float(np.mean(before[name])), "after": float(np.mean(after[name]))}
             summary[name] = {**ends, "gain": gain, "standard_error": error}

@@ -106,6 +106,7 @@ def rollout_advantages(
     config: GroupConfig,
     gather: Callable[[Tensor], Tensor],
     rank: int = 0,
+    normalise: bool = False,
 ) -> RolloutAdvantages:
     """Return the advantages of this rank's N samples. The advantages by several rewards are weighted and summed.
 
@@ -113,6 +114,8 @@ def rollout_advantages(
         scores: dict, name of a reward -> scores (draws, N) of this rank. Samples of a group must be adjacent.
         weights: dict, name of a reward -> weight of its advantages.
         gather: a function that takes a tensor (N, draws) of this rank and returns all ranks' tensors, concatenated.
+        normalise: whether to normalise the sum to mean 0 and standard deviation 1 over the rollout on all ranks, as
+            GDPO does (arXiv 2601.05242). The size of the advantages then does not depend on the number of rewards.
     """
     if scores.keys() != weights.keys():
         raise ValueError(f"the reward has the parts {sorted(scores)}, its weights are for {sorted(weights)}")
@@ -124,6 +127,8 @@ def rollout_advantages(
         own = group_advantages(grouped, config.advantage_std, config.advantage_floor)
         advantages = advantages + weights[name] * own
         varied = varied | has_spread(grouped)
+    if normalise:
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + config.advantage_floor)
     advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip).float().flatten()
     total = sum(weights[name] * draws for name, draws in scores.items() if name != ANCHOR)
     grouped = total.mean(dim=0).view(-1, config.group_size)

@@ -14,6 +14,9 @@ equal is left out. An update minimises, over the remaining samples and the steps
 Here x' is the state after a step. A random window gives Flow-GRPO-Fast; a window that moves from the first steps to
 the last gives MixGRPO (arXiv 2507.21802). Unlike in public code, steps that are not trained are never stochastic.
 
+If the reward is a weighted sum, A can instead be the weighted sum of the rewards' own advantages, and this sum can be
+divided by its standard deviation over the rollout (GDPO, arXiv 2601.05242); see `GrpoConfig.advantage_of`.
+
 A second reward (the anchor) is optional: in every `anchor.every`-th rollout, A = A_reward + weight A_anchor.
 """
 
@@ -150,7 +153,9 @@ class Grpo:
             parts.append(tuple(kept))
         latents, log_probs, means = (torch.cat(column) for column in zip(*parts, strict=True))
         together = {name: torch.cat([part[name] for part in scores], dim=1) for name in scores[0]}
-        found = rollout_advantages(together, self._weights(number), config, sampler.gather, sampler.rank)
+        found = rollout_advantages(
+            together, self._weights(number), config, sampler.gather, sampler.rank, config.advantage_of == "gdpo"
+        )
         recorded = {**found.statistics, "window_start": window.start}
         statistics = torch.tensor([recorded.get(name, float("nan")) for name in RECORDED])
         return Rollout(
@@ -206,7 +211,7 @@ class Grpo:
         objective = terms(self.reward, self.anchor, number)
 
         def score_parts(latents: Tensor, conditions: Conditions, **noise: object) -> dict[str, Tensor]:
-            if self.config.advantage_of == "parts":
+            if self.config.advantage_of != "sum":
                 scores = self.reward.score_parts(latents, conditions, **noise)
             else:
                 scores = {"reward": self.reward(latents, conditions, **noise)}
@@ -218,7 +223,7 @@ class Grpo:
 
     def _weights(self, number: int) -> Mapping[str, float]:
         """Return a dict: name of a reward -> weight of the reward's advantages in rollout `number`."""
-        weights = dict(self.reward.weights) if self.config.advantage_of == "parts" else {"reward": 1.0}
+        weights = {"reward": 1.0} if self.config.advantage_of == "sum" else dict(self.reward.weights)
         objective = terms(self.reward, self.anchor, number)
         return weights | ({ANCHOR: objective[ANCHOR][0]} if ANCHOR in objective else {})
 

@@ -31,7 +31,10 @@ class GrpoConfig(GroupRolloutConfig):
         shared_start: start all samples of a group from the same noise, as DanceGRPO and MixGRPO do, so that the samples
             differ by the stochastic steps only. The steps before the window are then computed once per group.
         advantage_of: advantage used if the reward is a weighted sum. sum: the advantage of the summed score. parts: the
-            weighted sum of the rewards' advantages.
+            weighted sum of the rewards' advantages: each reward's scores become z-scores in their group, so that the
+            weights do not depend on the scales of the scores. gdpo: as parts, and the sum is divided by its standard
+            deviation over the rollout (GDPO, arXiv 2601.05242), so that advantages have the same size for any number
+            of rewards and any weights.
         clip_range: c; the loss clips the probability ratio to [1 - c, 1 + c].
         guard: normalise the ratios of all steps to the same mean and scale, as in GRPO-Guard (arXiv 2510.22319); only
             with flow_sde.
@@ -65,7 +68,7 @@ class GrpoConfig(GroupRolloutConfig):
     window_stride: settings.PositiveInt = 1
     window_wraps: bool = False
     shared_start: bool = True
-    advantage_of: Literal["sum", "parts"] = "sum"
+    advantage_of: Literal["sum", "parts", "gdpo"] = "sum"
     clip_range: settings.PositiveFloat = 1e-4
     guard: bool = False
     kl_beta: settings.NonNegativeFloat = 0.01

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dinalrm_align.align.config import AlignRun
 from dinalrm_align.models.specs import PACKAGE, ModelSpec, check_sides, resolve_model
-from dinalrm_align.reward.names import REWARDS, check_reward, file_name, parse_reward
+from dinalrm_align.reward.names import REWARDS, check_reward, file_name, gold_rewards, parse_reward
 from dinalrm_align.train.command import as_yaml, parse
 from dinalrm_align.train.run import begin_run, changed_settings, complete_run, resume_command
 from dinalrm_align.train.settings import with_values
@@ -142,8 +142,7 @@ def _resolved(
     recipe: Path, run: Run, text: str, spec: ModelSpec, checkpoint: Path | None, *, gradient: bool
 ) -> Resolved[Run]:
     check_reward(run.reward, gradient=gradient)
-    if run.gold is not None:
-        check_reward(run.gold)
+    gold_rewards(run.gold, spec.gold)
     check_sides(spec, height=run.height or spec.height, width=run.width or spec.width)
     spec = spec.with_text_length(run.text_length)
     return Resolved(recipe.stem, run, text, spec, checkpoint, resume_command(recipe, Path(run.output_dir)))

@@ -38,7 +38,7 @@ from dinalrm_align.eval.report.figures import plot_run
 from dinalrm_align.flow.sampling import schedule_sigmas
 from dinalrm_align.models.pipeline import frozen_view, load_pipeline
 from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
-from dinalrm_align.reward.names import check_reward, parse_reward, reward_sources
+from dinalrm_align.reward.names import check_reward, gold_rewards, parse_reward, reward_sources
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_reward, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
@@ -69,7 +69,7 @@ class Setup:
 
     Args:
         pipeline: the frozen base model without text encoders. `policy` is a LoRA on the transformer.
-        gold: reward that scores held-out images and is not trained on.
+        gold: rewards that score held-out images and are not trained on, by metric: "gold", "gold/NAME", ...
         trained: names of the rewards that are trained on, reward and anchor.
         identity: digests of model, reward and data, by name. Resuming needs a checkpoint with the same digests.
         sharded: whether the base weights are sharded over the ranks. All ranks must then call the policy equally often.
@@ -81,7 +81,7 @@ class Setup:
     policy: Policy
     reward: Reward
     anchor: Anchor | None
-    gold: ImageScorer
+    gold: Mapping[str, ImageScorer]
     text: Text
     meter: PhaseMeter
     identity: Mapping[str, str]
@@ -222,8 +222,9 @@ def prepare(
     initial = None if start is None or gone else read_lora(start)
     gold = load_gold(resolved, samples, device)
     accelerator.print(f"run in {run.output_dir}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")
-    if notice := gold_notice(run.gold or spec.gold, names, spec):
-        accelerator.print(notice)
+    for each in gold_rewards(run.gold, spec.gold).values():
+        if notice := gold_notice(each, names, spec):
+            accelerator.print(notice)
     open_tracker(accelerator, run.tracker, Path(run.output_dir), resolved.text, resolved.checkpoint)
 
     dtype = getattr(torch, dtype)
@@ -238,7 +239,7 @@ def prepare(
     # Rewards share the base weights, so they are loaded before the policy wraps the transformer.
     place = dict(spec=spec, pipeline=pipeline, device=device, functions=given.functions)
     rewards = [load_reward(name, options=reward_options(name, run), **place) for name in names]
-    identity |= {"autoencoder": fingerprint(pipeline.vae), "gold": gold.fingerprint}
+    identity |= {"autoencoder": fingerprint(pipeline.vae), **{name: each.fingerprint for name, each in gold.items()}}
     identity |= run_identity(resolved, pipeline.transformer, rewards, anchor)
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
     if initial is not None:
@@ -272,11 +273,14 @@ def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:
     return prompts, [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
 
 
-def load_gold(resolved: Resolved[Any], samples: Sequence[str], device: torch.device) -> ImageScorer:
-    """Load the gold reward. Score black images once, to fail early if it refuses the image size or the prompts."""
-    gold = load_image_scorer(resolved.run.gold or resolved.spec.gold, spec=resolved.spec, device=device)
-    first = samples[: resolved.run.evaluation.batch_size]
-    gold(torch.zeros(len(first), 3, *run_image_size(resolved)), first)
+def load_gold(resolved: Resolved[Any], samples: Sequence[str], device: torch.device) -> dict[str, ImageScorer]:
+    """Load the gold rewards. Score black images once, to fail early if one refuses the image size or the prompts."""
+    run, spec = resolved.run, resolved.spec
+    given = gold_rewards(run.gold, spec.gold)
+    gold = {name: load_image_scorer(reward, spec=spec, device=device) for name, reward in given.items()}
+    first = samples[: run.evaluation.batch_size]
+    for scorer in gold.values():
+        scorer(torch.zeros(len(first), 3, *run_image_size(resolved)), first)
     return gold
 
 
@@ -327,10 +331,10 @@ def apply_memory_options(setup: Setup, rewards: Sequence[Reward]) -> bool:
 def prepare_evaluation(setup: Setup) -> HeldOut:
     """Return the held-out evaluation of a run, with the rewards and probes that the run's settings ask for."""
     run, spec, accelerator = setup.resolved.run, setup.resolved.spec, setup.accelerator
-    scorers = {"gold": setup.gold}
+    scorers = dict(setup.gold)
     trained = frozenset().union(*(reward_sources(name, spec) for name in setup.trained))
     if spec.kind == "shapes" and Path(spec.pixel).is_dir() and trained.isdisjoint(reward_sources("pixel", spec)):
-        scorers["gold/pixel"] = load_image_scorer("pixel", spec=spec, device=accelerator.device)
+        scorers.setdefault("gold/pixel", load_image_scorer("pixel", spec=spec, device=accelerator.device))
     sigmas, scale = setup.sigmas(run.evaluation.num_steps), run.evaluation.guidance_scale
     sampler, probes = setup.sampler(sigmas, scale, conditions=setup.text.evaluation), list[Probe]()
     if run.watch.sigmas and setup.reward.noise_parts:
@@ -384,7 +388,8 @@ def summarise(
     summary |= signal.counts()
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
     print(f"images: {folder / 'before_after.png'}; curves: {folder / 'curves.png'}; LoRA: {folder / 'lora'}")
-    for name, score in scores.items():
+    named = {"proxy", *gold_rewards(run.gold, resolved.spec.gold)}
+    for name, score in ((name, score) for name, score in scores.items() if name in named):
         gain = f"gain {score['gain']:+.4f}, standard error of the paired difference {score['standard_error']:.4f}"
         print(f"{name} {score['before']:.4f} -> {score['after']:.4f}: {gain}")
     signal.conclude()

@@ -252,6 +252,21 @@ def reward_sources(reward: object, spec: ModelSpec) -> frozenset[object]:
     return frozenset(found)
 
 
+def gold_rewards(given: Any, default: Any) -> dict[str, Any]:
+    """Return the gold rewards of a run by the name of their metric: "gold" for the first, "gold/NAME" for the others.
+
+    given: a reward, a list of rewards, or None for the reward `default`. NAME is the reward's `file_name`. Raises
+    ValueError for an empty list, for two rewards with the same NAME, and for a reward that `parse_reward` refuses.
+    """
+    rewards = list(given) if isinstance(given, list | tuple) else [default if given is None else given]
+    if not rewards:
+        raise ValueError("gold: got an empty list; expected at least one reward, or null for the model's own")
+    names = [file_name(reward) if isinstance(reward, str) else "gold" for reward in rewards]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"gold: got two rewards named {twice[0]!r}; expected rewards with different names")
+    return {"gold" if index == 0 else f"gold/{name}": rewards[index] for index, name in enumerate(names)}
+
+
 def file_name(text: str) -> str:
     """Turn the text of `--reward` into a valid file or folder name, such as "dinalrm+0.2pickscore"."""
     terms = parse_reward(text)

@@ -21,7 +21,7 @@ from tiny_align import (
 )
 
 from dinalrm_align import LatentReward
-from dinalrm_align.align import grpo, surrogate
+from dinalrm_align.align import groups, grpo, surrogate
 from dinalrm_align.align.anchor import Anchor
 from dinalrm_align.align.groups import REWARDS
 from dinalrm_align.align.grpo_config import GrpoConfig
@@ -64,6 +64,34 @@ def test_advantages_by_hand():
     )
     with pytest.raises(ValueError, match="unknown advantage_std 'batch'; known: group, global"):
         surrogate.group_advantages(scores, "batch", 0.0)
+
+
+def test_several_rewards_by_hand():
+    """Two groups of two. Reward a: 1, 3 and 0, 0, z-scores -1, 1 and 0, 0. Reward b, weight 1/2, on a scale of
+    hundreds: 0, 100 and 500, -500, z-scores -1, 1 and 1, -1. Sum: -3/2, 3/2, 1/2, -1/2. The mean square of the sum is
+    (9 + 9 + 1 + 1) / 16 = 5/4, so that GDPO's advantages are the sum times sqrt(4/5) = 0.894427.
+    """
+    scores = {"a": torch.tensor([[1.0, 3.0, 0.0, 0.0]]), "b": torch.tensor([[0.0, 100.0, 500.0, -500.0]])}
+    config = GrpoConfig(group_size=2, advantage_floor=1e-9, advantage_clip=1.2)
+    for normalise, expected in ((False, [-1.2, 1.2, 0.5, -0.5]), (True, [-1.2, 1.2, 0.4472136, -0.4472136])):
+        found = groups.rollout_advantages(scores, {"a": 1.0, "b": 0.5}, config, lambda own: own, 0, normalise)
+        assert found.advantages.tolist() == pytest.approx(expected)
+        assert found.kept.all() and found.statistics["reward"] == pytest.approx(1 + 0.5 * 25)
+    wide = dataclasses.replace(config, advantage_clip=5.0)
+    found = groups.rollout_advantages(scores, {"a": 10.0, "b": 5.0}, wide, lambda own: own, 0, True)
+    assert found.advantages[:2].tolist() == pytest.approx([-1.5 * 0.8**0.5, 1.5 * 0.8**0.5])  # any scale of the weights
+
+
+def test_decoupled_advantages_are_the_same_on_every_rank():
+    """Each of two ranks holds a group, and the standard deviation is that of both."""
+    scores = {"a": torch.tensor([[1.0, 3.0, 0.0, 0.0]]), "b": torch.tensor([[0.0, 100.0, 500.0, -500.0]])}
+    config, weights = GrpoConfig(group_size=2), {"a": 1.0, "b": 0.5}
+    whole = groups.rollout_advantages(scores, weights, config, lambda own: own, 0, True).advantages
+    everyone = iter([scores["a"].T, scores["b"].T] * 2)
+    for rank in (0, 1):
+        own = {name: values[:, 2 * rank : 2 * rank + 2] for name, values in scores.items()}
+        found = groups.rollout_advantages(own, weights, config, lambda own: next(everyone), rank, True)
+        assert torch.equal(found.advantages, whole[2 * rank : 2 * rank + 2])
 
 
 def test_clipped_loss_by_hand():
@@ -299,6 +327,9 @@ def test_parts_of_a_reward_are_normalised_one_by_one(method):
         weights[name] * surrogate.group_advantages(values, "global", 1e-4) for name, values in scores.items()
     )
     torch.testing.assert_close(rollout.advantages.view(2, 3), expected.float(), rtol=1e-3, atol=1e-4)
+    decoupled = changed(one, advantage_of="gdpo").roll_out(0).advantages
+    whole = expected / expected.std(correction=0)
+    torch.testing.assert_close(decoupled, whole.float().flatten(), rtol=2e-3, atol=1e-3)
     with pytest.raises(ValueError, match="its weights are for \\['other'\\]"):
         dataclasses.replace(one, reward=Two({"other": 1.0})).roll_out(0)
 

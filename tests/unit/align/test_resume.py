@@ -63,6 +63,7 @@ def refusal(capsys, folder: Path, name: str, *options: str) -> str:
         ("refl_sd35", "--policy.rank=8", "policy.rank: got 8; expected 16"),
         ("refl_sd35", "--policy.init=kaiming", "policy.init: got 'kaiming'; expected 'gaussian'"),
         ("refl_sd35", "--gold=pixel", "gold: got 'pixel'; expected None"),
+        ("refl_sd35", "--gold=[oracle, pixel]", "gold: got ['oracle', 'pixel']; expected None"),
         ("refl_sd35", "--reward=pixel", "reward: got 'pixel'; expected 'dinalrm'"),
         ("refl_sd35", "--seed=1", "seed: got 1; expected 0"),
         ("refl_sd35", "--height=128", "height: got 128; expected None"),

@@ -251,6 +251,7 @@ def test_what_an_evaluation_measures_on_the_tiny_stack(evaluated):
     scores = held_out.scores(0)
     assert scores.keys() == {"proxy", "gold", "gold/red", "proxy@0.2", "proxy@0.7", "drift"}
     assert first["gold/red"] == pytest.approx(np.mean(scores["gold/red"]))
+    assert first["gold/red_standard_error"] == pytest.approx(np.std(scores["gold/red"], ddof=1) / 3**0.5)
     assert scores["drift"] == [0.0, 0.0, 0.0]  # the new policy is the reference
     assert first["drift"] == 0.0 and first["proxy@0.2"] == pytest.approx(np.mean(scores["proxy@0.2"]))
     assert scores["proxy@0.2"] != scores["proxy@0.7"]
@@ -258,6 +259,10 @@ def test_what_an_evaluation_measures_on_the_tiny_stack(evaluated):
         for p in policy.parameters.values():
             p.add_(0.05)
     row = {**held_out(4), **watched(4)}
+    gain = np.subtract(held_out.scores(4)["gold/red"], scores["gold/red"])
+    assert row["gold/red_gain"] == pytest.approx(gain.mean()) and row["gold/red_gain"] != row["gold_gain"]
+    summary = held_out.summarise(4)
+    assert list(summary) == ["gold", "proxy", "gold/red"] and summary["gold/red"]["gain"] == pytest.approx(gain.mean())
     assert row["drift"] > 0 and row["level_spread"] > 0
     assert list(held_out.history(4)) == [0, 4] and list(held_out.history(3)) == [0]
     kept = json.loads((held_out.output_dir / "lora_best" / "best.json").read_text())["step"]

@@ -97,7 +97,9 @@ def test_a_run_leaves_everything_and_its_lora_reloads(recipe, arguments, world, 
         torch.testing.assert_close(loaded[name], average[name] * scale, rtol=1e-6, atol=0)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(recipe, arguments, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_uninterrupted_one(recipe, arguments, tmp_path, monkeypatch, capsys):
+    """Also with two gold rewards, of which the second gives twice the first one's scores."""
+    arguments = [*arguments, "--gold=[oracle, 2*oracle]"]
     whole = run(recipe, arguments, tmp_path / "whole")
     cut = run(recipe, arguments, tmp_path / "cut", "--loop.steps=2")
     torch.manual_seed(123)
@@ -110,6 +112,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, arguments, tmp_path, mon
         [row["gold"] for row in read_metrics(folder / "metrics.jsonl") if "gold" in row] for folder in (whole, cut)
     ]
     assert golds[0] == golds[1]
+    rows, summary = read_metrics(cut / "metrics.jsonl"), json.loads((cut / "summary.json").read_text())
+    for name in ("gold", "gold_gain", "gold_gain_standard_error"):
+        assert rows[-1][name.replace("gold", "gold/2oracle")] == pytest.approx(2 * rows[-1][name], abs=1e-6)
+    assert summary["gold/2oracle"]["after"] == pytest.approx(2 * summary["gold"]["after"])
+    printed = capsys.readouterr().out
+    assert f"gold/2oracle {summary['gold/2oracle']['before']:.4f} -> " in printed and "gold/pixel" not in printed
     assert yaml.safe_load((cut / "config.yaml").read_text())["refl"]["kl_weight"] == 0.1
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dinalrm_align.reward.names import REWARDS, check_reward, file_name, parse_reward
+from dinalrm_align.reward.names import REWARDS, check_reward, file_name, gold_rewards, parse_reward
 
 README = Path(__file__).parents[3] / "README.md"
 
@@ -107,6 +107,33 @@ def test_a_method_that_needs_gradients_is_refused_at_once():
 )
 def test_name_of_a_file(text, name):
     assert file_name(text) == name
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {"gold": print}),
+        ("hpsv3", {"gold": "hpsv3"}),
+        (["hpsv3"], {"gold": "hpsv3"}),
+        (["hpsv3", "a.b:c", "hpsv2 + mps"], {"gold": "hpsv3", "gold/a.b_c": "a.b:c", "gold/hpsv2+mps": "hpsv2 + mps"}),
+    ],
+)
+def test_several_gold_rewards(given, expected):
+    assert gold_rewards(given, print) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "gold: got an empty list; expected at least one reward"),
+        (["mps=/a/x", "mps=/b/x"], "gold: got two rewards named 'x'"),
+        (["hpsv3", "hpsv9"], "unknown reward 'hpsv9'"),
+        ("hpsv9", "unknown reward 'hpsv9'"),
+    ],
+)
+def test_what_is_refused_as_gold(given, message):
+    with pytest.raises(ValueError, match=message):
+        gold_rewards(given, print)
 
 
 def test_every_entry_says_where_its_weights_are_and_under_what_licence():
