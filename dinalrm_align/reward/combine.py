@@ -104,6 +104,10 @@ class RewardSum(RewardModule):
             scores[name] = finite_scores(score, len(latents), name).to(latents.device)
         return scores
 
+    def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
+        """Return the weighted sum (B,), float32. Raises TypeError if a summed reward does not score noisy latents."""
+        return self.add_up({name: part.score_noisy(latents, sigma, prompts) for name, part in self.named_parts.items()})
+
     def score_images(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Tensor:
         """Return the weighted sum (B,), float32, for images as `image_tensor` takes them.
 
