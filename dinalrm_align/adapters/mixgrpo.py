@@ -19,7 +19,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from dinalrm_align.adapters.shared import finite_floats, framework, pointwise, shared_reward
+from dinalrm_align.adapters.batches import pointwise
+from dinalrm_align.adapters.shared import finite_floats, framework, shared_reward
 
 _CLONE = "clone https://github.com/Tencent-Hunyuan/MixGRPO and put it on PYTHONPATH"
 
@@ -31,7 +32,7 @@ class ScoringFailed(BaseException):
 def install(reward: str = "dinalrm", **place: Any) -> None:
     """Replace MixGRPO's PickScore by `reward`, the text of `load_reward`. Call it once, before MixGRPO's script.
 
-    place: `pipeline`, `dtype`, `options` and `local_files_only`, as in `load_reward`. Raises ImportError without MixGRPO.
+    place: `pipeline`, `dtype`, `options`, `local_files_only`, as in `load_reward`. Raises ImportError without MixGRPO.
     """
     module = framework("fastvideo.models.reward_model.pick_score", _CLONE)
 
