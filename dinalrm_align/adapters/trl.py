@@ -119,7 +119,7 @@ class DiffusionTrainer:
             ),
             after_update=self._after_update,
         )
-        values = {**self.args.values(), **lora_values(peft_config), "model": name, "reward": reward}
+        values = dict(**self.args.values(), **lora_values(peft_config), model=name, reward=reward)
         resolved = resolve_values(self.run_type, self.args.METHOD, values, given, gradient=self.needs_gradient)
         self.setup = self._prepare(replace(resolved, resume_command="trainer.train(resume_from_checkpoint=True)"))
         self.folder = Path(resolved.run.output_dir)
@@ -135,6 +135,7 @@ class DiffusionTrainer:
             source = self.folder if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             self.setup.resolved = resumed(self.setup.resolved, source)
             self.state.global_step = read_json(self.setup.resolved.checkpoint / STATE)["step"]
+        self.control = TrainerControl()
         self._notify("on_train_begin")
         self._align(self.setup)
         self.setup.accelerator.wait_for_everyone()

@@ -30,10 +30,7 @@ class DiffusionConfig:
     METHOD: ClassVar[str]
 
     output_dir: str | None = option("output_dir", "Folder of the run; by default a new one under runs/.")
-    base_model: str | None = option(
-        "model",
-        "Model whose rewards, prompts and defaults apply, for a pipeline object without a name: sd35 or shapes.",
-    )
+    base_model: str | None = option("", "Model whose rewards and defaults a pipeline object gets: sd35 or shapes.")
     seed: int | None = option("seed", "Seed of initialisation, sampling and training.")
     max_steps: int | None = option("loop.steps", "Number of updates.")
     learning_rate: float | None = option("optim.lr", "Peak learning rate of AdamW.")
@@ -79,9 +76,7 @@ class ReFLConfig(DiffusionConfig):
     METHOD: ClassVar[str] = "refl"
 
     per_device_train_batch_size: int | None = option("refl.batch_size", "Images per micro-batch and process.")
-    variant: Literal["refl", "draft_lv", "drtune", "direct_align"] | None = option(
-        "refl.variant", "Steps that carry the gradient."
-    )
+    variant: Literal["refl", "draft_lv", "drtune", "direct_align"] | None = option("refl.variant", "Gradient steps.")
     grad_steps: int | None = option("refl.grad_steps", "Number of steps with gradient.")
     beta: float | None = option("refl.kl_weight", "Weight of the velocity KL to the base model.")
 

@@ -34,11 +34,11 @@ class Given:
     """
 
     pipeline: "StableDiffusion3Pipeline | None" = None
-    prompts: Sequence[str] | None = None
-    eval_prompts: Sequence[str] | None = None
+    prompts: Sequence[str] = ()
+    eval_prompts: Sequence[str] = ()
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     text_lengths: frozenset[int] = frozenset()
-    after_update: Callable[[Mapping[str, float]], str | None] | None = None
+    after_update: Callable[[Mapping[str, float]], str | None] = lambda row: None
 
 
 @dataclass(frozen=True)

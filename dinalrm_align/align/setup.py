@@ -156,10 +156,15 @@ class Setup:
         ):
             accelerator.print(notice)
         held_out = prepare_evaluation(self)
-        watch, observe = prepare_watch(self, held_out), self.resolved.given.after_update
+        watch, asked = prepare_watch(self, held_out), list[str]()
         check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print, accelerator.is_main_process)
 
         run_folder = RunFolder(folder, self.resolved.text, self.resolved.checkpoint, self.resolved.resume_command)
+
+        def observe(row: Mapping[str, float]) -> str | None:
+            asked.extend(filter(None, [self.resolved.given.after_update(row)]))
+            return asked[0] if asked else None
+
 
         def export(step: int) -> None:
             if accelerator.is_main_process:
@@ -177,15 +182,14 @@ class Setup:
             accelerator=accelerator,
             run=run_folder,
             hooks=[
-                Hook(run.evaluation.every, held_out, at_stop=observe is not None),
+                Hook(run.evaluation.every, held_out),
+                Hook(0, lambda step: held_out(step) if asked else None, at_start=False, at_stop=True),
                 *([Hook(run.evaluation.every, watch)] if watch else []),
                 Hook(run.loop.checkpoint_every, export, at_start=False, at_stop=True),
             ],
             meter=self.meter,
             shown=shown,
-            stop_when=lambda row: (
-                check(row) or (observe(row) if observe else None) or (watch.stop_when(row) if watch else None)
-            ),
+            stop_when=lambda row: check(row) or observe(row) or (watch.stop_when(row) if watch else None),
         )  # fmt: skip
         accelerator.end_training()
         if accelerator.is_main_process:

@@ -82,7 +82,8 @@ def grpo(world, folder, *, reward_funcs=brightness, pipeline=None, callbacks=(),
 @pytest.mark.parametrize("config", TRAINERS)
 def test_each_option_sets_a_setting_of_the_recipe(config):
     known = types_by_name(TRAINERS[config].run_type)
-    values = config(**{entry.name: 1 for entry in dataclasses.fields(config) if entry.name != "settings"}).values()
+    args = config(**{entry.name: 1 for entry in dataclasses.fields(config) if entry.name != "settings"})
+    values = args.values()
     assert len(values) > 25 and set(values) <= set(known)
 
 
@@ -130,6 +131,7 @@ def test_trl_parser_reads_yaml_and_command_line(tmp_path):
         (dict(max_steps="many"), "loop.steps: got str 'many'"),
         (dict(settings=["refl.variat=refl"]), "did you mean 'refl.variant'"),
         (dict(settings=["refl.variant"]), "expected NAME=VALUE"),
+        (dict(settings=["reward=pixel"]), "multiple values for keyword argument 'reward'"),
         (dict(reward_weights=[1.0, 2.0]), "reward_weights: got 2 for 1"),
     ],
 )
@@ -261,18 +263,30 @@ class Recorder(TrainerCallback):
         self.events.append(("end", state.global_step))
 
 
-@pytest.mark.parametrize("method", ["refl", "dpo"])
-def test_a_trainer_makes_the_run_of_the_recipe(method, world, tmp_path):
-    config, own = {"refl": (ReFLConfig, {}), "dpo": (DiffusionDPOConfig, dict(num_generations=2))}[method]
+@pytest.mark.parametrize("mode", ["refl", "grpo", "dpo online", "dpo offline"])
+def test_a_trainer_makes_the_run_of_the_recipe(mode, world, tmp_path):
+    window = ["grpo.window=all", "grpo.window_range=null"]
+    config, own, words = {
+        "refl": (ReFLConfig, {}, ["--refl.batch_size=1"]),
+        "grpo": (FlowGRPOConfig, dict(num_generations=2), ["--grpo.groups=1", "--grpo.group_size=2"]),
+        "dpo online": (DiffusionDPOConfig, dict(num_generations=2), ["--dpo.batch_size=1", "--dpo.group_size=2"]),
+        "dpo offline": (
+            DiffusionDPOConfig,
+            dict(pairs=str(world / "pairs")),
+            ["--dpo.batch_size=1", "--dpo.mode=offline", f"--pairs={world}/pairs"],
+        ),
+    }[mode]
+    settings = [*SMALL["settings"], *(window if mode == "grpo" else [])]
+    args = config(**(SMALL | own | dict(settings=settings, output_dir=str(tmp_path / "a"))))
     rows = [{"prompt": prompt} for prompt in PROMPTS]
-    args = config(**SMALL, **own, output_dir=str(tmp_path / "a"))
     lora = LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian")
     TRAINERS[config](str(world), "dinalrm", args, rows, rows, peft_config=lora).train()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    load_recipe(f"{method}_sd35").main(
+    words += [f"--{word}" for word in window if mode == "grpo"]
+    load_recipe(f"{config.METHOD}_sd35").main(
         [f"--model={world}", f"--output_dir={tmp_path / 'b'}", f"--prompts={tmp_path / 'prompts.txt'}",
-         f"--eval_prompts={tmp_path / 'prompts.txt'}", f"--{method}.batch_size=1", f"--{method}.num_steps=2",
-         "--policy.rank=2", "--policy.alpha=2", *(["--dpo.group_size=2"] if own else []), *OPTIONS]
+         f"--eval_prompts={tmp_path / 'prompts.txt'}", f"--{config.METHOD}.num_steps=2", "--policy.rank=2",
+         "--policy.alpha=2", *words, *OPTIONS]
     )  # fmt: skip
     assert differences(tmp_path / "a", tmp_path / "b") == ["config.yaml: differs"]
 

@@ -16,7 +16,8 @@ from dinalrm_align.align.grpo_config import GrpoRun
 from dinalrm_align.align.lpo_config import LpoRun
 from dinalrm_align.align.nft_config import NftRun
 from dinalrm_align.align.refl_config import ReflRun
-from dinalrm_align.align.resolve import Resolved, resolve
+from dinalrm_align.align.resolve import Given, Resolved, resolve, resolve_values
+from dinalrm_align.align.resolve import resumed as resume
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.checkpoints import check_identity, latest_checkpoint, save_checkpoint
 from dinalrm_align.train.command import parse
@@ -226,3 +227,48 @@ def test_settings_are_stored_as_json_and_read_back(tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     assert settings_by_name(parse(ReflRun, "", [], [tmp_path / "config.yaml"])[0]) == settings_by_name(run)
     assert os.sep not in "".join(settings_by_name(run))
+
+
+@pytest.mark.parametrize("model", ["shapes", "sd35"])
+@pytest.mark.parametrize("name", KINDS)
+def test_values_make_the_run_of_a_command_line(name, model, tmp_path):
+    options = {"optim.lr": 0.5, "evaluation.shown": 3, "policy.rank": 4, "reward": "hpsv3", "output_dir": str(tmp_path)}
+    given = Given(prompts=["a"])
+    run = resolve_values(KINDS[name], name.removesuffix("_sd35"), {"model": model, **options}, given)
+    words = [f"--{option}={value}" for option, value in options.items()]
+    expected = resolve(KINDS[name], "", RECIPES / f"{name}.py", [f"--model={model}", *words])
+    assert run == dataclasses.replace(expected, text=run.text, given=given)
+    assert yaml.safe_load(run.text) == yaml.safe_load(expected.text)
+
+
+def test_a_run_of_values_gets_a_folder_and_can_be_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = resolve_values(ReflRun, "refl", {"model": "shapes"}, Given())
+    assert run.run.output_dir == str(tmp_path / "runs" / "refl_shapes_dinalrm_seed0") and run.checkpoint is None
+    folder = started(tmp_path / "run", "refl_sd35")
+    again = resolve_values(ReflRun, "refl", {"model": "shapes", "output_dir": str(folder), "loop.steps": 9}, Given())
+    assert resume(again, folder).checkpoint == latest_checkpoint(folder)
+    other = resolve_values(ReflRun, "refl", {"model": "shapes", "output_dir": str(folder), "seed": 1}, Given())
+    with pytest.raises(ValueError, match="seed: got 1; expected 0"):
+        resume(other, folder)
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        resume(again, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no method_sd35.py"):
+        resolve_values(ReflRun, "method", {}, Given())
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"optim.lr": -1}, "optim.lr: got -1"),
+        ({"optim": 1}, "unknown setting 'optim'"),
+        ({"optim.rl": 1.0}, "did you mean 'optim.lr'"),
+        ({"optim.lr.x": 1.0}, "unknown setting 'optim.lr.x'"),
+        ({"refl.grad_steps": 9, "refl.num_steps": 4}, "expected at most num_steps, 4"),
+        ({"reward": "oracle"}, "has no gradient"),
+        ({"height": 65}, "height"),
+    ],
+)
+def test_invalid_values_raise(values, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_values(ReflRun, "refl", {"model": "shapes", **values}, Given(), gradient=True)

@@ -9,6 +9,7 @@ from torch import nn
 
 from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.reward.callables import ImageFunction, LatentFunction, as_reward, import_callable
+from dinalrm_align.reward.registry import load_reward
 
 PROMPTS = ["a", "bcd"]
 
@@ -120,3 +121,19 @@ def test_dotted_paths(tmp_path, monkeypatch):
         import_callable("my_rewards.inner:score")
     with pytest.raises(ImportError, match="needs_more needs the package 'a_package_that_nobody_has'"):
         import_callable("needs_more:score")
+
+
+def test_names_stand_for_functions_that_are_given(vae):
+    functions = {
+        "mine:light": lambda images, prompts: images.mean(dim=(1, 2, 3)),
+        "mine:size": lambda latents: latents.sum((1, 2, 3)),
+    }
+    reward = load_reward("2*mine:light - mine:size", functions=functions, vae=vae)
+    x = latents()
+    expected = 2 * decode_latents(vae, x).mean(dim=(1, 2, 3)) - x.sum((1, 2, 3))
+    torch.testing.assert_close(reward(x, PROMPTS), expected)
+    assert [part.name for part in reward.named_parts.values()] == [*functions]
+    again = load_reward(
+        "2*mine:light - mine:size", functions={**functions, "mine:size": lambda latents: latents}, vae=vae
+    )
+    assert again.fingerprint() == reward.fingerprint()  # by name: a resumed run may have a function at another address
