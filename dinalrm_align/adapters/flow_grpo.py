@@ -54,11 +54,11 @@ def install(
             pointwise(reward)
 
         def score(images: Any, prompts: Sequence[str], *metadata: Any, **named: Any) -> tuple[dict[str, Any], dict]:
-            if latents and "dinalrm" not in vars(images):
+            kept = getattr(images, "dinalrm", None) if latents else {"latents": None}
+            if kept is None:
                 raise ValueError("images: got no latents with them; install before the script imports its sampler")
             details, more = score_others(images, prompts, *metadata, **named) if score_others else ({}, {})
             total = details.get("avg", [0.0] * len(prompts))
-            kept = images.dinalrm if latents else {"latents": None}
             for name, reward in own.items():
                 details[name] = finite_floats(score_batch(reward, prompts, images=images, sigma=sigma, **kept))
                 total = [old + score_dict[name] * new for old, new in zip(total, details[name], strict=True)]
