@@ -4,22 +4,20 @@
     reward.custom_reward_function.name=_multi_reward_placeholder \\
     reward.reward_manager.name=MultiVisualRewardManager reward.reward_model.enable=False reward.num_workers=1 \\
     +reward.reward_functions.dinalrm.path=pkg://dinalrm_align.adapters.verl_omni \\
-    +reward.reward_functions.dinalrm.name=compute_score \\
-    +reward.reward_functions.dinalrm.required=true \\
-    +reward.reward_functions.dinalrm.reward="dinalrm + 0.2*pickscore" \\
-    +reward.reward_functions.dinalrm.device=cuda \\
+    +reward.reward_functions.dinalrm.name=compute_score +reward.reward_functions.dinalrm.required=true \\
+    +reward.reward_functions.dinalrm.reward=dinalrm +reward.reward_functions.dinalrm.device=cuda \\
     +actor_rollout_ref.rollout.pipeline.output_type=latent \\
     +actor_rollout_ref.rollout.val_kwargs.pipeline.output_type=both
 
 - **required=true.** Without it, MultiVisualRewardManager counts a failure of any reward as 0 and goes on. With it, or
   with this function as `custom_reward_function` of VisualRewardManager, a failure stops the run.
-- **What is scored.** output_type `latent` and `both` (SD3 rollouts): the clean latents, not decoded. `image`: the uint8
-  image. Scores of latents and of images are not comparable, so use `both`, not `image`, in validation.
+- **What is scored.** output_type `latent` and `both` (SD3 rollouts): the clean latents; `image`: the uint8 image. Scores
+  of latents and of images are not comparable: in validation use `both`. Sums with an image reward need `pipeline`.
 - **Text.** The rollout's embeddings if max_sequence_length is the reward's text length (256 for the released one), else
   the prompt, `extra_info["raw_prompt"]` as their data preparation for SD3 writes it.
-- **Memory.** Each of `reward.num_workers` workers holds a copy of the reward, and scores its waiting samples together.
-  `compute_score_sync` batches at most as many as their executor has threads. No gradient.
-- Tried with verl-omni a1139ba and verl 0.9.1.
+- **Workers.** Each of `reward.num_workers` workers holds a copy of the reward and scores its waiting samples together;
+  with `compute_score_sync`, at most one per thread of its executor.
+- No gradient. Tried with verl-omni a1139ba, verl 0.9.1 and ray 2.60.0.
 """
 
 import asyncio
@@ -31,8 +29,7 @@ from torch import Tensor
 
 from dinalrm_align.adapters.samples import Sample, sample_queue
 
-FROM_MANAGER = ("reward_router_address", "reward_model_tokenizer", "model_name")
-"""Arguments that the managers add for generative reward models; not used."""
+UNUSED = ("reward_router_address", "reward_model_tokenizer", "model_name")  # added by managers for generative models
 
 
 async def compute_score(
@@ -71,7 +68,7 @@ def _submit(
     if extra_info.get("prompt_embeds") is not None:
         pooled = _single("pooled_prompt_embeds", extra_info.get("pooled_prompt_embeds"), 1)
         embeds = _single("prompt_embeds", extra_info["prompt_embeds"], 2), pooled
-    settings = {name: value for name, value in settings.items() if name not in FROM_MANAGER}
+    settings = {name: value for name, value in settings.items() if name not in UNUSED}
     return sample_queue(reward, **settings).submit(Sample(media, media.dtype == torch.uint8, prompt, embeds))
 
 
