@@ -11,8 +11,8 @@
 
 - **required=true.** Without it, MultiVisualRewardManager counts a failure of any reward as 0 and goes on. With it, or
   with this function as `custom_reward_function` of VisualRewardManager, a failure stops the run.
-- **What is scored.** output_type `latent` and `both` (SD3 rollouts): the clean latents; `image`: the uint8 image. Scores
-  of latents and of images are not comparable: in validation use `both`. Sums with an image reward need `pipeline`.
+- **What is scored.** output_type `latent` and `both` (SD3): the clean latents; `image`: the image. Their scores do
+  not compare: validate with `both`. A sum, "+...reward='dinalrm + 0.2*pickscore'", decodes: set `pipeline`, too.
 - **Text.** The rollout's embeddings if max_sequence_length is the reward's text length (256 for the released one), else
   the prompt, `extra_info["raw_prompt"]` as their data preparation for SD3 writes it.
 - **Workers.** Each of `reward.num_workers` workers holds a copy of the reward and scores its waiting samples together;
