@@ -1,6 +1,5 @@
 """Frameworks that hand over batches of samples with their decoded images, and perhaps with latents."""
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,19 +7,10 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.adapters.samples import text_for
+from dinalrm_align.adapters.shared import SCORING
 from dinalrm_align.models.text import Embeds
 from dinalrm_align.reward.inputs import as_batch
-from dinalrm_align.reward.protocol import Latents, Reward, RewardModule, Seeds, Sigma, finite_scores
-
-_SCORING = threading.Lock()
-
-
-def pointwise(reward: RewardModule) -> RewardModule:
-    """Return the reward. Raises ValueError if it must score all samples of a prompt in one call."""
-    if reward.wants_groups:
-        got = f"{reward.name!r} compares all samples of a prompt in one call, and this framework passes a part of them"
-        raise ValueError(f"reward: got {got}; expected one that scores each sample by itself")
-    return reward
+from dinalrm_align.reward.protocol import Latents, Reward, Seeds, Sigma, finite_scores
 
 
 def score_batch(
@@ -47,7 +37,7 @@ def score_batch(
     One thread scores at a time: tokenizers and caches are not thread-safe. Raises the errors of the reward.
     """
     prompts, scores = list(prompts), {}
-    with _SCORING, torch.no_grad():
+    with SCORING, torch.no_grad():
         for name, part in reward.named_parts.items():
             text = prompts if embeds is None else text_for(part, prompts, *embeds)
             if latents is not None and not part.reads_images:

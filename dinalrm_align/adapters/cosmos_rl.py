@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinalrm_align.adapters.shared import finite_floats, framework, shared_reward
+from dinalrm_align.adapters.shared import finite_floats, framework, pointwise, shared_reward
 
 INSTALL = "pip install ./reward_service in a clone of nvidia-cosmos/cosmos-rl"
 _registry = framework("cosmos_rl_reward.handler.registry", INSTALL)
@@ -47,7 +47,7 @@ class LatentRewardHandler(_base.BaseRewardHandler):
         self.text, self.place = model_path, dict(dtype=dtype, device=device)
 
     def set_up(self) -> None:
-        self.reward = shared_reward(self.text, **self.place)
+        self.reward = pointwise(shared_reward(self.text, **self.place))
 
     @torch.no_grad()
     def calculate_reward(self, images: Tensor, metadata: dict[str, Any]) -> dict[str, Any]:

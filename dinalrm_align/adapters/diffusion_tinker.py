@@ -16,8 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dinalrm_align.adapters.batches import pointwise
-from dinalrm_align.adapters.shared import framework, shared_reward
+from dinalrm_align.adapters.shared import framework, pointwise, shared_reward
 
 _INSTALL = "pip install git+https://github.com/srijitiyer/diffusion-tinker"
 _base = framework("diffusion_tinker.rewards.base", _INSTALL)

@@ -26,9 +26,9 @@ from typing import Any
 
 from torch import Tensor, stack
 
-from dinalrm_align.adapters.batches import pointwise, score_batch
+from dinalrm_align.adapters.batches import score_batch
 from dinalrm_align.adapters.samples import log_once
-from dinalrm_align.adapters.shared import framework, shared_reward
+from dinalrm_align.adapters.shared import framework, pointwise, shared_reward
 
 _abc = framework("flow_factory.rewards.abc", "pip install -e . in a clone of X-GenGroup/Flow-Factory")
 _KEYS = {"reward", "pipeline", "sigma", "options", "local_files_only", "use_latents"}

@@ -20,8 +20,8 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dinalrm_align.adapters.batches import pointwise, score_batch
-from dinalrm_align.adapters.shared import finite_floats, framework, shared_reward
+from dinalrm_align.adapters.batches import score_batch
+from dinalrm_align.adapters.shared import finite_floats, framework, pointwise, shared_reward
 
 _CLONE = "clone https://github.com/yifan123/flow_grpo or NVlabs/DiffusionNFT and put it on PYTHONPATH"
 _SAMPLERS = ("sd3_pipeline_with_logprob", "pipeline_with_logprob")

@@ -19,8 +19,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from dinalrm_align.adapters.batches import pointwise
-from dinalrm_align.adapters.shared import finite_floats, framework, shared_reward
+from dinalrm_align.adapters.shared import finite_floats, framework, pointwise, shared_reward
 
 _CLONE = "clone https://github.com/Tencent-Hunyuan/MixGRPO and put it on PYTHONPATH"
 

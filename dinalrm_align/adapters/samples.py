@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dinalrm_align.adapters.shared import finite_floats, shared_reward
+from dinalrm_align.adapters.shared import SCORING, finite_floats, pointwise, shared_reward
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.batching import MicroBatcher
 from dinalrm_align.reward.protocol import Reward, Text
@@ -44,7 +44,7 @@ def sample_queue(
     key = repr((reward, seed, max_batch_size, max_wait_ms, sorted(settings.items())))
     with _LOCK:
         if key not in _QUEUES:
-            score = functools.partial(score_samples, shared_reward(reward, **settings), seed)
+            score = functools.partial(score_samples, pointwise(shared_reward(reward, **settings)), seed)
             limits = dict(max_batch_size=max_batch_size, max_wait_ms=max_wait_ms)
             _QUEUES[key] = MicroBatcher(score, key=_shapes, **limits)
         return _QUEUES[key]
@@ -65,7 +65,8 @@ def score_samples(reward: Reward, seed: int, samples: Sequence[Sample]) -> list[
         raise ValueError(f"prompt: got none; {reward.name} reads prompts as strings, or embeddings of its own length")
     media = torch.stack([sample.media for sample in samples]).to(reward.device)
     score = reward.score_images if samples[0].is_image else reward
-    return finite_floats(score(media, text, seeds=[seed] * len(samples)))
+    with SCORING:
+        return finite_floats(score(media, text, seeds=[seed] * len(samples)))
 
 
 def text_for(reward: Reward, prompts: Sequence[str], prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Text:

@@ -18,6 +18,8 @@ from dinalrm_align.reward.protocol import RewardModule
 from dinalrm_align.reward.registry import load_reward
 
 _LOCK = threading.Lock()
+SCORING = threading.Lock()
+"""Held while a reward scores: tokenizers and caches of image rewards are not thread-safe."""
 _REWARDS: dict[tuple[str, ...], RewardModule] = {}
 
 
@@ -49,6 +51,14 @@ def shared_reward(reward: str, *, options: Mapping[str, Mapping[str, Any]] | Non
     if len(terms) == 1 and terms[0].weight == 1:
         return parts[terms[0].label]
     return RewardSum(parts, {term.label: term.weight for term in terms})
+
+
+def pointwise(reward: RewardModule) -> RewardModule:
+    """Return the reward. Raises ValueError if it must score all samples of a prompt in one call."""
+    if reward.wants_groups:
+        got = f"{reward.name!r} compares all samples of a prompt in one call, and this framework passes a part of them"
+        raise ValueError(f"reward: got {got}; expected one that scores each sample by itself")
+    return reward
 
 
 def framework(module: str, install: str) -> ModuleType:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.adapters.samples import plain
-from dinalrm_align.adapters.shared import finite_floats, framework, shared_reward
+from dinalrm_align.adapters.shared import finite_floats, framework, pointwise, shared_reward
 
 _base = framework("unirl.reward.base", "pip install unirl==0.2.0")
 _types = framework("unirl.types.reward", "pip install unirl==0.2.0")
@@ -48,7 +48,7 @@ class LatentRewardBackend(_base.RewardBackend):
         super().__init__(config.reward, batch_size=config.batch_size, prompt_source=config.prompt_source)
         device = base_device if config.device == "auto" else config.device
         place = dict(device=device, dtype=config.dtype, pipeline=config.pipeline)
-        self.reward = shared_reward(config.reward, options=plain(config.options), **place)
+        self.reward = pointwise(shared_reward(config.reward, options=plain(config.options), **place))
         self.offload, self.onload = self.reward.offload, self.reward.onload
 
     def is_available(self) -> bool:

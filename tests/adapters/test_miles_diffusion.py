@@ -102,3 +102,10 @@ def done(value):
     future = Future()
     future.set_result(value)
     return future
+
+
+def test_a_reward_that_compares_groups_is_refused(monkeypatch, rollout):
+    grouped = SimpleNamespace(wants_groups=True, name="ranker")
+    monkeypatch.setattr("dinalrm_align.adapters.samples.shared_reward", lambda reward: grouped)
+    with pytest.raises(ValueError, match="'ranker' compares all samples of a prompt"):
+        asyncio.run(batched_async_rm(miles_diffusion.make_rm("ranker"), rollout.samples))
