@@ -179,7 +179,7 @@ class DiffusionTrainer:
         state.log_history.append({**row, "step": state.global_step})
         self._notify("on_step_end")
         self._notify("on_log", logs=dict(row))
-        if "gold" in row:
+        if "proxy" in row:  # the update was evaluated
             self._notify("on_evaluate", metrics={f"eval_{name}": value for name, value in row.items()})
         if state.global_step == state.max_steps or (every and state.global_step % every == 0):
             self._notify("on_save")

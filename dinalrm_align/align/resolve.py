@@ -30,7 +30,8 @@ class Given:
         prompts, eval_prompts: training prompts, and held-out prompts.
         functions: callables and rewards by the names that stand for them in the setting `reward` (`load_reward`).
         text_lengths: numbers of T5 tokens that the rewards in `functions` read.
-        after_update: called after each update with its metrics; returns the reason to stop the run, or None.
+        after_update: called after each update with its metrics; returns the reason to stop the run, or None,
+            on all ranks the same.
     """
 
     pipeline: "StableDiffusion3Pipeline | None" = None
