@@ -125,6 +125,7 @@ class DiffusionTrainer:
         self.folder = Path(resolved.run.output_dir)
         self.state.max_steps = resolved.run.loop.steps
         self.state.is_world_process_zero = self.setup.accelerator.is_main_process
+        self.state.is_local_process_zero = self.setup.accelerator.is_local_main_process
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Train, evaluate before and after, and write the run folder. Afterwards the policy has the exported LoRA.

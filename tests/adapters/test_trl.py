@@ -15,7 +15,7 @@ from paths import load_recipe
 from peft import LoraConfig
 from same_run import differences
 from tiny_recipes import PROMPTS, make_world, stand_in
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, TrainerCallback
 
 from dinalrm_align.adapters import trl
 from dinalrm_align.adapters.trl_config import DiffusionDPOConfig, FlowGRPOConfig, ReFLConfig
@@ -293,7 +293,7 @@ def test_a_trainer_makes_the_run_of_the_recipe(mode, world, tmp_path):
 
 def test_callbacks_resume_evaluation_and_export(world, tmp_path):
     first, second, whole = Recorder(stop_at=1), Recorder(), Recorder()
-    for folder, callbacks in (("whole", [whole]), ("parts", [first])):
+    for folder, callbacks in (("whole", [whole, ProgressCallback(), PrinterCallback()]), ("parts", [first])):
         trainer = grpo(world, tmp_path / folder, callbacks=callbacks)
         output = trainer.train()
     parts = str(tmp_path / "parts")

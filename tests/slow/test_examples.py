@@ -14,6 +14,7 @@ SHORTENED = {
     "gain_by_part": "--samples=4",
     "measure_precision": "precision 3",
     "sample_grid": "4",
+    "trl_style": "--max_steps=1 --num_generations=2 --per_device_train_batch_size=1",
     "measure_loading": "--pairs=8 --height=64 --width=64 --text_width=64",
 }
 
