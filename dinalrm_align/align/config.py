@@ -108,20 +108,23 @@ class MemoryConfig:
 
 @dataclass
 class Hpsv3Config:
-    """Options for loading HPSv3, used only if the reward contains HPSv3.
+    """Options for loading HPSv3 or HPSv3++, used only if the reward contains one of them.
 
     Args:
         quantization: quantise the linear layers in HPSv3's transformer blocks to 8 or 4 bits; needs bitsandbytes (the
             extra `quant`).
-        template: file with HPSv3's two prompt texts: data_collator_qwen.py of the package hpsv3, or a JSON file. By
-            default the file beside HPSv3's weights, or else the file of the installed package.
-        base: folder or hub id of Qwen2-VL-7B-Instruct, whose config and tokenizer HPSv3 uses. By default the folder of
-            HPSv3's weights if the weights are local, otherwise the hub.
+        template: file with the reward's two prompt texts: data_collator_qwen.py of the package hpsv3 (of the released
+            code, for HPSv3++), or a JSON file. By default the file beside the weights, or else, for HPSv3, the file of
+            the installed package.
+        base: folder or hub id of Qwen2-VL-7B-Instruct (for HPSv3++, Qwen3-VL-8B-Instruct), whose config and tokenizer
+            the reward uses. By default the folder of the weights if it holds them, otherwise the hub.
+        iteration: only for HPSv3++, the RL iteration that its scores are conditioned on: 0 for ranking, 0.3 to 1 in RL.
     """
 
     quantization: Literal["none", "int8", "nf4"] = "none"
     template: settings.PathText | None = None
     base: settings.Source | None = None
+    iteration: settings.ClosedUnitInterval = 0.0
 
     def __post_init__(self) -> None:
         settings.check_fields(self, "hpsv3")
@@ -217,9 +220,10 @@ class PolicyRun:
         model: auto: Stable Diffusion 3.5 Medium if its weights are found, else `shapes`. sd35: Stable Diffusion 3.5
             Medium. shapes: the package's small test model. Or the folder or hub id of a StableDiffusion3Pipeline.
         reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
-            pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, imagereward, mps, unifiedreward: published image rewards.
-            oracle: the exact score, for model `shapes`. NAME=SOURCE: the named reward with weights from SOURCE. Other
-            values: folder or hub id of a latent reward; module:function; weighted sum like "dinalrm + 0.2*pickscore".
+            pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, hpsv3pp, imagereward, mps, unifiedreward: published image
+            rewards. oracle: the exact score, for model `shapes`. NAME=SOURCE: the named reward with weights from
+            SOURCE. Other values: folder or hub id of a latent reward; module:function; weighted sum like
+            "dinalrm + 0.2*pickscore".
         output_dir: folder of the run; by default a new one under runs/, named after method, model, reward and seed.
         seed: seed of initialisation, sampling and training.
         prompts: training prompts: a text, .jsonl, .json, .csv or .tsv file, or a data set on the hub, OWNER/NAME or
@@ -273,7 +277,7 @@ class AlignRun(PolicyRun):
         evaluation: evaluation on held-out prompts.
         watch: detection of reward hacking.
         memory: options that save memory or time.
-        hpsv3: options for loading HPSv3, if the reward contains HPSv3.
+        hpsv3: options for loading HPSv3 or HPSv3++, if the reward contains one of them.
     """
 
     MAY_CHANGE: ClassVar = ("resume", "eval_prompts", "gradient_checkpointing", "profile_every", "tracker")

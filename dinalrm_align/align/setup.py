@@ -405,6 +405,6 @@ def run_image_size(resolved: Resolved[Any]) -> tuple[int, int]:
 
 
 def reward_options(reward: str, run: AlignRun) -> dict[str, dict[str, Any]]:
-    """Return {reward name: loading options} for the rewards in the expression `reward`. Only HPSv3 has options."""
+    """Return {reward name: loading options} for the rewards in the expression `reward`: HPSv3 and HPSv3++."""
     names = {term.name for term in parse_reward(reward)}
-    return {"hpsv3": run.hpsv3.options()} if "hpsv3" in names else {}
+    return {name: run.hpsv3.options() for name in names & {"hpsv3", "hpsv3pp"}}

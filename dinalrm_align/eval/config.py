@@ -179,10 +179,11 @@ class EvaluateRun:
         model: `shapes`, `sd35`, or folder or hub id of a StableDiffusion3Pipeline. Latent rewards use its networks.
         reward: reward to evaluate, as in every recipe: dinalrm (default: the model's own reward), folder or hub id of
             another latent reward, pickscore, hpsv2.1, hpsv3, NAME=SOURCE, a weighted sum, or module:function.
-        test_sets: test sets, name -> location. imagereward, hpdv2, hpdv3, genai_bench, genai_bench_v1 and pickapic are
-            public test sets; their location is the folder of the published files, or "hub" to download them. If files
-            are missing, the error lists them and how to get them. Any other name is your own set: a directory of
-            latents, mined pairs or a jsonl of images. Default, for model `shapes` only: heldout (ranked lists of
+        test_sets: test sets, name -> location. imagereward, hpdv2, hpdv3, hpdv3pp_aes and hpdv3pp_tf (HPDv3++,
+            aesthetics and text following), genai_bench, genai_bench_v1 and pickapic are public test sets; their
+            location is the folder of the published files, or "hub" to download them. If files are missing, the error
+            lists them and how to get them. Any other name is your own set: a directory of latents, mined pairs or a
+            jsonl of images. Default, for model `shapes` only: heldout (ranked lists of
             held-out captions with noisy labels, as in training), concepts (pairs that differ in one concept) and
             shifted (pairs of degraded images that differ in one concept).
         protocol: name of a test set -> accuracy protocol, defined in the report: pooled, strict, diff, grouped,

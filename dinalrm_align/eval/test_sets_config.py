@@ -72,6 +72,19 @@ def _genai_bench(split: str) -> PublicSet:
     )
 
 
+def _hpdv3pp(axis: str) -> PublicSet:
+    return PublicSet(
+        layout="hpdv3",
+        protocol="strict",
+        files=f"test/test_{axis}.json: prompt, path1 (the preferred), path2; images at these paths, as images/...",
+        how="hf download Junjun2333/HPDv3-PlusPlus --repo-type dataset --local-dir DIR, then in DIR: cat "
+        "images.tar.part* | tar -x",
+        split=f"test_{axis}",
+        folder="test",
+        roots=("..", ""),
+    )
+
+
 TEST_SETS: dict[str, PublicSet] = {
     "imagereward": PublicSet(
         layout="rankings",
@@ -111,6 +124,8 @@ TEST_SETS: dict[str, PublicSet] = {
         hub_files=("data/test_unique-*.parquet",),
         split="test_unique",
     ),
+    "hpdv3pp_aes": _hpdv3pp("aes"),
+    "hpdv3pp_tf": _hpdv3pp("tf"),
 }
 """Name -> public test set. Any other name is a user's own set of latents, or a jsonl of images."""
 

@@ -69,6 +69,13 @@ REWARDS: dict[str, RewardEntry] = {
     "hpsv3": RewardEntry(
         f"{_PIXEL}.hpsv3:HPSv3Reward", "MizzenAI/HPSv3", _MIT, "mean of a Gaussian, about -2 to 12", extra="quant"
     ),
+    "hpsv3pp": RewardEntry(
+        f"{_PIXEL}.hpsv3pp:HPSv3PlusPlusReward",
+        "Junjun2333/HPSv3-PlusPlus",
+        "none stated / Apache-2.0",
+        "HPSv3++: mean of a Gaussian, on another scale than hpsv3's",
+        extra="quant",
+    ),
     "imagereward": RewardEntry(
         f"{_PIXEL}.imagereward:ImageRewardReward", "THUDM/ImageReward", _APACHE, "standardised, about -2 to 2"
     ),

@@ -76,6 +76,16 @@ def write_hpdv3(folder, swapped=False):
     return folder
 
 
+def write_hpdv3pp(folder, axis="aes"):
+    """The test set of HPDv3++: the pairs of `PAIRS`, images below the folder, and the list in test/."""
+    write_hpdv3(folder)
+    entries = json.loads((folder / "test.json").read_text())
+    (folder / "test.json").unlink()
+    names = ("path1", "path2", "prompt")
+    put(folder / "test" / f"test_{axis}.json", [{name: entry[name] for name in names} for entry in entries])
+    return folder
+
+
 VOTES = [("a hat", 50, 20, "leftvote"), ("a hat", 20, 60, "leftvote"), ("a car", 20, 60, "rightvote"),
          ("a pen", 30, 31, "tievote"), ("a bus", 70, 70, "bothbad_vote")]  # fmt: skip
 """prompt, left, right, vote: right, wrong, right; and two ties, of which scores see one."""
@@ -132,4 +142,5 @@ WRITERS = {
     "hpdv3": (write_hpdv3, OF_PAIRS),
     "genai_bench": (write_genai, OF_VOTES),
     "pickapic": (write_pickapic, OF_CHOICES),
+    "hpdv3pp_aes": (write_hpdv3pp, OF_PAIRS),
 }

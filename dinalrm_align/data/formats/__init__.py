@@ -1,6 +1,7 @@
 """Readers of preference data, one per layout. Training, evaluation and the overlap report use the same readers.
 
-    hpdv3        JSON list of {prompt, path1 (preferred), path2, confidence, choice_dist [votes 1, votes 2], ...}
+    hpdv3        JSON list of {prompt, path1 (preferred), path2, confidence, choice_dist [votes 1, votes 2], ...}; also
+                 HPDv3++ (arXiv 2606.14657), whose image paths are relative to the folder above that of the JSON file
     hpdv2        JSON list of {prompt, file_path [2], human_preference [2]; 1 marks the preferred image}
     rankings     JSON list of {prompt, generations or image_path [n], ranking or rank [n]; 1 is best, ties allowed}:
                  used by ImageReward and HPDv2's test set

@@ -21,10 +21,10 @@ import ast
 import hashlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from accelerate import init_empty_weights
@@ -40,6 +40,7 @@ from dinalrm_align.models.weights import (
     beside,
     check_source,
     find_file,
+    read_entries,
     read_tensors,
     rename,
 )
@@ -100,39 +101,76 @@ class HPSTemplate:
         return self.instruction.replace(FIELD, prompt) + self.suffix
 
 
-def load_template(source: str | Path | None = None, *, sha256: tuple[str, str] = SHA256) -> HPSTemplate:
+@dataclass(frozen=True)
+class Release:
+    """What distinguishes the releases that share this code, HPSv3 and HPSv3++.
+
+    Args:
+        model: name of the reward.
+        weights: name of the weights file. base: hub id of the base model.
+        base_file: a file that is beside the weights only if the base model's config and tokenizer are.
+        config, backbone: classes of transformers. head: function that makes the head for hidden states of a width.
+        names: rules for `rename`, from names in the file to names in the reward.
+        sha256: hashes of the template's two texts. how: how to get them, for error messages.
+        opening: system message that begins a chat in the base model's chat template.
+    """
+
+    model: str
+    weights: str
+    base: str
+    base_file: str
+    config: type
+    backbone: type
+    head: Callable[[int], nn.Module]
+    names: Mapping[str, str | None]
+    sha256: tuple[str, str]
+    how: str
+    opening: str
+
+
+HPSV3 = Release(
+    "HPSv3", WEIGHTS, BASE, "config.json", Qwen2VLConfig, Qwen2VLModel, rank_head, NAMES, SHA256, HOW_TO_GET,
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+)  # fmt: skip
+
+
+def load_template(
+    source: str | Path | None = None, *, sha256: tuple[str, str] | None = None, release: Release = HPSV3
+) -> HPSTemplate:
     """Return HPSv3's instruction and its suffix. Raise ValueError if either is missing or has an unexpected hash.
 
     source: JSON file, or data_collator_qwen.py of the PyPI package `hpsv3`, which is parsed but not run. Default:
-    data_collator_qwen.py of the installed package. sha256: expected hashes of instruction and suffix.
+    data_collator_qwen.py of the installed package. sha256: expected hashes of instruction and suffix; default: those of
+    the release.
     """
+    model, how = release.model, release.how
     if source is None:
         spec = importlib.util.find_spec("hpsv3")
         if spec is None or not spec.submodule_search_locations:
-            raise ImportError(f"HPSv3 needs its instruction, and the package hpsv3 is not installed; {HOW_TO_GET}")
+            raise ImportError(f"{model} needs its instruction, and the package hpsv3 is not installed; {how}")
         source = Path(spec.submodule_search_locations[0]) / "dataset" / SCRIPT
     path = Path(source)
     if path.suffix == ".json":
-        found = read_json(path, f"HPSv3's template: {HOW_TO_GET}")
+        found = read_json(path, f"{model}'s template: {how}")
     else:
-        found = _assigned(read_text(path, "template", HOW_TO_GET), path)
+        found = _assigned(read_text(path, "template", how), path, how)
     texts = [found.get(name) for name in TEXTS]
-    for name, text, expected in zip(TEXTS, texts, sha256, strict=True):
+    for name, text, expected in zip(TEXTS, texts, sha256 or release.sha256, strict=True):
         if not isinstance(text, str):
-            raise ValueError(f"{path}: no text {name}; {HOW_TO_GET}")
+            raise ValueError(f"{path}: no text {name}; {how}")
         got = hashlib.sha256(text.encode()).hexdigest()
         if got != expected:
             hashes = f"got SHA-256 {got:.12}...; expected {expected:.12}..."
-            raise ValueError(f"{path}: {name} is not the text that HPSv3 was trained with ({hashes}); {HOW_TO_GET}")
+            raise ValueError(f"{path}: {name} is not the text that {model} was trained with ({hashes}); {how}")
     return HPSTemplate(*texts)
 
 
-def _assigned(source: str, path: Path) -> dict[str, Any]:
+def _assigned(source: str, path: Path, how: str) -> dict[str, Any]:
     """Return {name: value} of the constants that the Python code `source` assigns at module level."""
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{path}: not Python source ({error}); {HOW_TO_GET}") from error
+        raise ValueError(f"{path}: not Python source ({error}); {how}") from error
     assigned = [(part.targets[0], part.value) for part in statements if isinstance(part, ast.Assign)]
     return {n.id: v.value for n, v in assigned if isinstance(n, ast.Name) and isinstance(v, ast.Constant)}
 
@@ -165,8 +203,12 @@ def image_patches(
     video frames. Patches that Qwen2-VL merges into one token (merge x merge) are consecutive.
     """
     size = fitted_size(*images.shape[-2:], factor=patch * merge, pixels=pixels)
-    images = normalise(resize(images, size))
-    rows, columns = size[0] // patch, size[1] // patch
+    return patches_of(normalise(resize(images, size)), patch=patch, merge=merge, frames=frames)
+
+
+def patches_of(images: Tensor, *, patch: int, merge: int, frames: int) -> tuple[Tensor, tuple[int, int]]:
+    """Return patches and grid size, as `image_patches`, of normalised images with sides of whole merged patches."""
+    rows, columns = images.shape[2] // patch, images.shape[3] // patch
     blocks = images.reshape(len(images), 3, rows // merge, merge, patch, columns // merge, merge, patch)
     blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)  # B, block row, block column, row, column, C, y, x
     blocks = blocks.unsqueeze(6).expand(*blocks.shape[:6], frames, patch, patch)
@@ -176,16 +218,20 @@ def image_patches(
 class HPSv3Reward(PixelReward):
     """A frozen HPSv3 reward of latents or images. Load one with `from_pretrained`."""
 
+    release = HPSV3
+
     def __init__(
         self,
-        model: Qwen2VLModel,
-        head: nn.Sequential,
+        model: Any,
+        head: nn.Module,
         tokenizer: Any,
         template: HPSTemplate,
         vae: AutoencoderKL | None = None,
         pixels: int = PIXELS,
     ) -> None:
-        """head: see `rank_head`. tokenizer: must have the token <|Reward|>. pixels: pixels of a resized image."""
+        """model, head: of the kinds that `release` names. tokenizer: must have the token <|Reward|>. pixels: pixels of
+        a resized image.
+        """
         super().__init__(vae)
         self.model, self.head = model.requires_grad_(False), head.requires_grad_(False)
         self.tokenizer, self.template, self.pixels = tokenizer, template, pixels
@@ -198,43 +244,35 @@ class HPSv3Reward(PixelReward):
         *,
         base: str | Path | None = None,
         template: str | Path | None = None,
-        template_sha256: tuple[str, str] = SHA256,
+        template_sha256: tuple[str, str] | None = None,
         vae: AutoencoderKL | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         quantization: str = "none",
         **hub: Unpack[HubOptions],
-    ) -> "HPSv3Reward":
-        """Load HPSv3.safetensors. The arguments not listed here, and the errors, are documented in `reward.pixel`.
+    ) -> Self:
+        """Load the released weights. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
         Args:
-            base: folder or hub id of Qwen2-VL-7B-Instruct's config and tokenizer. Default: the folder of local weights
-                if it contains config.json, else the hub.
+            base: folder or hub id of the base model's config and tokenizer. Default: the folder of local weights if it
+                contains them, else the hub.
             template: file of the instruction, as in `load_template`. Default: data_collator_qwen.py in the folder of
                 local weights, else in the installed package `hpsv3`.
-            template_sha256: expected SHA-256 hashes of instruction and suffix, as `sha256` in `load_template`.
+            template_sha256: expected SHA-256 hashes of instruction and suffix; default: those of the released texts.
             dtype: data type of the backbone; default: bfloat16. The head is float32 (float64 for a float64 backbone).
             quantization: bitsandbytes format of the linear layers in all blocks: none, int8 or nf4.
         """
+        release = cls.release
         check_quantization(quantization)
         if template is None and (folder := beside(source, SCRIPT)):
             template = folder / SCRIPT
-        text = load_template(template, sha256=template_sha256)
+        text = load_template(template, sha256=template_sha256, release=release)
         device = available_device(device or "cpu")
         dtype = dtype or torch.bfloat16
-        base = base or beside(source, "config.json") or BASE
-        check_source("base model", base)
-        own = {name: value for name, value in hub.items() if name != "revision"}
-        with reading("Qwen2-VL config", base):
-            config = Qwen2VLConfig.from_pretrained(base, **own)
-        tokenizer = load_tokenizer(base, **own)
-        add_reward_token(tokenizer)
-        if (got := tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) != config.image_token_id:
-            problem = f"got id {got}, by its config.json expected {config.image_token_id}"
-            raise ValueError(f"{base}: {IMAGE_TOKEN}: {problem}; give Qwen2-VL-7B-Instruct's folder as base")
-        config.text_config.vocab_size = len(tokenizer)
-        path = find_file(source, WEIGHTS, **hub)
-        model, head = _load_parts(path, config, device if quantization == "none" else torch.device("cpu"), dtype)
+        config, tokenizer = _load_base(release, base or beside(source, release.base_file) or release.base, **hub)
+        path = find_file(source, release.weights, **hub)
+        place = device if quantization == "none" else torch.device("cpu")
+        model, head = _load_parts(release, path, config, place, dtype)
         if quantization != "none":
             for blocks in (model.visual.blocks, model.language_model.layers):
                 quantise_linears(blocks, quantization, device, dtype)
@@ -242,7 +280,7 @@ class HPSv3Reward(PixelReward):
 
     @property
     def device(self) -> torch.device:
-        return self.head[0].weight.device
+        return next(self.head.parameters()).device
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return mu (B,), float32, of images (B, 3, H, W) in [0, 1] for B prompts, differentiable in the images."""
@@ -252,30 +290,38 @@ class HPSv3Reward(PixelReward):
     def _mean(self, image: Tensor, prompt: str) -> Tensor:
         """Return mu, a scalar in the head's dtype, of one image (1, 3, H, W) and one prompt."""
         vision = self.model.config.vision_config
-        patch, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        values, (rows, columns) = image_patches(image, pixels=self.pixels, patch=patch, merge=merge, frames=frames)
-        ids = self.token_ids(prompt, rows * columns // merge**2)
+        merge = vision.spatial_merge_size
+        values, grid = self._patches(image, patch=vision.patch_size, merge=merge, frames=vision.temporal_patch_size)
+        ids = self.token_ids(prompt, math.prod(grid) // merge**2)
+        tokens, grid = torch.tensor([ids], device=self.device), torch.tensor([[1, *grid]], device=self.device)
         hidden = self.model(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=torch.arange(len(ids), device=self.device).expand(3, 1, -1),
+            input_ids=tokens,
+            position_ids=self._positions(tokens, grid),
             pixel_values=values,
-            image_grid_thw=torch.tensor([[1, rows, columns]], device=self.device),
+            image_grid_thw=grid,
             use_cache=False,
         ).last_hidden_state
-        return self.head(hidden[0, ids.index(self.reward_id)].to(self.head[0].weight.dtype))[0]
+        return self.head(hidden[0, ids.index(self.reward_id)].to(next(self.head.parameters()).dtype))[0]
+
+    def _patches(self, image: Tensor, **sizes: int) -> tuple[Tensor, tuple[int, int]]:
+        return image_patches(image, pixels=self.pixels, **sizes)
+
+    def _positions(self, tokens: Tensor, grid: Tensor) -> Tensor:
+        """Return positions (3, 1, L) of tokens (1, L). grid: (1, 3), frames, rows and columns of the image."""
+        return torch.arange(tokens.shape[1], device=self.device).expand(3, 1, -1)
 
     @property
     def reward_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
     def token_ids(self, prompt: str, image_tokens: int) -> list[int]:
-        """Return the token ids of a Qwen2-VL chat with `image_tokens` image tokens and the filled template.
+        """Return the token ids of a chat with `image_tokens` image tokens and the filled template.
 
         With the released template, an empty prompt and a square image give 786 ids. Raises ValueError if the prompt
         contains the image token or the reward token.
         """
         text = (
-            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+            f"{self.release.opening}<|im_start|>user\n<|vision_start|>"
             f"{IMAGE_TOKEN * image_tokens}<|vision_end|>{self.template.fill(prompt)}<|im_end|>\n<|im_start|>assistant\n"
         )
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
@@ -288,10 +334,27 @@ class HPSv3Reward(PixelReward):
         return ids
 
 
+def _load_base(release: Release, base: str | Path, **hub: Unpack[HubOptions]) -> tuple[Any, Any]:
+    """Return the base model's config and tokenizer, with the token <|Reward|>. `revision` is not used."""
+    check_source("base model", base, **hub)
+    own = {name: value for name, value in hub.items() if name != "revision"}
+    with reading(f"{release.base} config", base):
+        config = release.config.from_pretrained(base, **own)
+    tokenizer = load_tokenizer(base, **own)
+    add_reward_token(tokenizer)
+    if (got := tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) != config.image_token_id:
+        problem = f"got id {got}, by its config.json expected {config.image_token_id}"
+        raise ValueError(f"{base}: {IMAGE_TOKEN}: {problem}; give the folder of {release.base} as base")
+    config.text_config.vocab_size = len(tokenizer)
+    return config, tokenizer
+
+
 def _load_parts(
-    path: Path, config: Qwen2VLConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[Qwen2VLModel, nn.Sequential]:
-    tensors = rename(read_tensors(path), NAMES)
+    release: Release, path: Path, config: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, nn.Module]:
+    """Return backbone and head with the weights in `path`, a dict of tensors or, in a .pth, its entry "model"."""
+    key = "model" if path.suffix == ".pth" and "model" in read_entries(path) else None
+    tensors = rename(read_tensors(path, key), release.names)
     rows, expected = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else None, config.text_config.vocab_size
     if rows not in (None, expected):
         raise ValueError(
@@ -299,7 +362,7 @@ def _load_parts(
             f"{REWARD_TOKEN}: give the base model that the weights were trained from"
         )
     with init_empty_weights():
-        model, head = Qwen2VLModel(config), rank_head(config.text_config.hidden_size)
+        model, head = release.backbone(config), release.head(config.text_config.hidden_size)
     parts = nn.ModuleDict({"model": model, "rm_head": head})
     assign_tensors(parts, tensors, path, dtype=dtype, device=device, keep_in_fp32="rm_head.")
     return model, head

@@ -13,6 +13,7 @@ from public_sets import (
     write_genai,
     write_hpdv2,
     write_hpdv3,
+    write_hpdv3pp,
     write_imagereward,
     write_parquet,
 )
@@ -40,6 +41,20 @@ def test_every_layout_gives_the_accuracies_worked_out_by_hand(name, tmp_path):
     assert not faults
     for protocol, value in expected.items():
         assert accuracy(scores, protocol, "score", draws=100).value == pytest.approx(value), protocol
+
+
+def test_the_two_axes_of_hpdv3pp_lie_in_one_folder(tmp_path):
+    """Their lists are in test/, and the image paths are relative to the folder above it."""
+    for axis in ("aes", "tf"):
+        write_hpdv3pp(tmp_path, axis)
+    (tmp_path / "test" / "test_tf.json").write_text(json.dumps(json.loads(_text(tmp_path, "tf"))[:2]))
+    assert [len(open_test_set(f"hpdv3pp_{axis}", tmp_path).label) for axis in ("aes", "tf")] == [5, 2]
+    for where in (tmp_path, tmp_path / "test", tmp_path / "test" / "test_aes.json"):
+        assert not open_test_set("hpdv3pp_aes", where).missing()
+
+
+def _text(folder, axis):
+    return (folder / "test" / f"test_{axis}.json").read_text()
 
 
 def test_images_of_several_pairs_are_scored_once(tmp_path):

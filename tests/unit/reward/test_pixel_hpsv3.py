@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from PIL import Image
 from pixel_checks import check_decoding, check_recomputation
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from tiny_qwen import save_tokenizer, smooth_images
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from dinalrm_align.models.weights import rename
@@ -34,18 +33,13 @@ from dinalrm_align.reward.registry import load_reward
 PROMPTS = ["a red circle", "a blue {square}"]
 INSTRUCTION, SUFFIX = "\nRate it.\nPrompt - {text_prompt}\n\n", "\nRating: <|Reward|>\n\nEND\n"
 HASHES = tuple(hashlib.sha256(text.encode()).hexdigest() for text in (INSTRUCTION, SUFFIX))
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """config.json and tokenizer of a tiny Qwen2-VL: single bytes and the special tokens, 263 of them."""
     path = tmp_path_factory.mktemp("base")
-    characters = [*bytes_to_unicode().values(), "<|endoftext|>"]
-    tokenizer = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(characters)}, merges=[])
-    tokenizer.add_tokens(SPECIAL, special_tokens=True)
-    tokenizer.save_pretrained(path)
-    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
+    ids = save_tokenizer(path)
     config = Qwen2VLConfig(
         text_config=dict(
             vocab_size=300,
@@ -58,10 +52,7 @@ def base(tmp_path_factory):
             rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]},
         ),
         vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, patch_size=14),
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **ids,
     )
     config.save_pretrained(path)
     return path
@@ -119,15 +110,6 @@ def load(folder, base, template):
 @pytest.fixture(scope="module")
 def reward(load, vae):
     return load(vae=vae)
-
-
-def smooth_images():
-    """Smooth images, as photographs are: (height, width) 300 x 400 and 448 x 448."""
-    rng = np.random.default_rng(0)
-    return [
-        Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        for size in ((400, 300), (448, 448))
-    ]
 
 
 def processor():
