@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TypeVar
 
 from dinalrm_align.train.files import InputError
@@ -51,6 +51,7 @@ class Server:
     """
 
     url: str
+    _: KW_ONLY
     api_key: str | None = field(default=None, repr=False)
     timeout: float = 120.0
     attempts: int = 5
@@ -59,7 +60,7 @@ class Server:
     def __post_init__(self) -> None:
         if not isinstance(self.url, str) or not ADDRESS.fullmatch(self.url):
             got = "a password in the address" if "@" in str(self.url) else repr(self.url)
-            raise ValueError(f"endpoint: got {got}; expected http://host:port, or http://host:port/v1 for a chat model")
+            raise ValueError(f"endpoint: got {got}; expected http://host:port/v1, for a reward server http://host:port")
         check_number("timeout", self.timeout, low=1e-3)
         check_integer("attempts", self.attempts, low=1, high=20)
         check_number("pause", self.pause, low=0)
