@@ -11,6 +11,7 @@ import binascii
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -80,6 +81,9 @@ def score_job(reward: Reward, job: Job) -> list[float]:
     prompts = job.prompts
     if prompts is None:
         prompts = Conditions([""] * len(job), given.pop("prompt_embeds"), given.pop("pooled_prompt_embeds"))
+    else:  # one by one, so that the embeddings of a prompt, to the last bit, do not depend on other requests
+        for part, prompt in product(reward.noise_parts, dict.fromkeys(prompts)):
+            part.encoder([prompt])
     if "images" in given:
         if not reward.scores_images:
             raise ValueError(f"images: the reward {reward.name!r} reads latents and cannot score images")
