@@ -21,7 +21,13 @@ from tiny_recipes import make_world
 
 from dinalrm_align.reward.callables import as_reward
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+}
 START = 120
 """Seconds within which a server is up."""
 
