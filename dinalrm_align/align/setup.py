@@ -270,10 +270,8 @@ def reward_names(run: AlignRun, anchor: AnchorConfig | None, in_advantages: bool
 def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:
     """Return the training prompts, and one held-out prompt per evaluation sample."""
     run, spec, given = resolved.run, resolved.spec, resolved.given
-    prompts, heldout = (
-        given.prompts or load_prompts(run.prompts or spec.train_prompts),
-        given.eval_prompts or load_prompts(run.eval_prompts or spec.heldout_prompts),
-    )
+    prompts = given.prompts or load_prompts(run.prompts or spec.train_prompts)
+    heldout = given.eval_prompts or load_prompts(run.eval_prompts or spec.heldout_prompts)
     return prompts, [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
 
 
