@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from dinalrm_align.models.specs import ModelName
 from dinalrm_align.reward.config import LoraConfig
-from dinalrm_align.reward.names import RewardText
+from dinalrm_align.reward.names import RewardText, parse_reward
 from dinalrm_align.train import settings
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 
@@ -132,6 +132,10 @@ class Hpsv3Config:
     def options(self) -> dict[str, Any]:
         """Return the settings that differ from the defaults, as keyword arguments of `HPSv3Reward.from_pretrained`."""
         return {name: value for name, value in vars(self).items() if value != vars(Hpsv3Config)[name]}
+
+    def options_of(self, reward: str) -> dict[str, dict[str, Any]]:
+        """Return the argument `options` of `load_reward` for the expression `reward`: those of HPSv3 and HPSv3++."""
+        return {name: self.options() for name in {term.name for term in parse_reward(reward)} & {"hpsv3", "hpsv3pp"}}
 
 
 @dataclass

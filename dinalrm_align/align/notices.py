@@ -29,5 +29,5 @@ def gold_notice(gold: object, trained: Sequence[str], spec: ModelSpec) -> str | 
         return None
     return (
         f"warning: gold {gold if isinstance(gold, str) else spec.gold} is also trained on ({', '.join(trained)}): its "
-        "rise does not show that images improve, and reward hacking is not detected; name another reward with --gold"
+        "rise does not show that images improve, and it detects no reward hacking; name another reward with --gold"
     )

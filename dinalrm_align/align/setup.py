@@ -38,7 +38,7 @@ from dinalrm_align.eval.report.figures import plot_run
 from dinalrm_align.flow.sampling import schedule_sigmas
 from dinalrm_align.models.pipeline import frozen_view, load_pipeline
 from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
-from dinalrm_align.reward.names import check_reward, gold_rewards, parse_reward, reward_sources
+from dinalrm_align.reward.names import check_reward, gold_rewards, reward_sources
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_reward, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
@@ -242,7 +242,7 @@ def prepare(
 
     # Rewards share the base weights, so they are loaded before the policy wraps the transformer.
     place = dict(spec=spec, pipeline=pipeline, device=device, functions=given.functions)
-    rewards = [load_reward(name, options=reward_options(name, run), **place) for name in names]
+    rewards = [load_reward(name, options=run.hpsv3.options_of(name), **place) for name in names]
     identity |= {"autoencoder": fingerprint(pipeline.vae), **{name: each.fingerprint for name, each in gold.items()}}
     identity |= run_identity(resolved, pipeline.transformer, rewards, anchor)
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
@@ -335,8 +335,9 @@ def prepare_evaluation(setup: Setup) -> HeldOut:
     run, spec, accelerator = setup.resolved.run, setup.resolved.spec, setup.accelerator
     scorers = dict(setup.gold)
     trained = frozenset().union(*(reward_sources(name, spec) for name in setup.trained))
-    if spec.kind == "shapes" and Path(spec.pixel).is_dir() and trained.isdisjoint(reward_sources("pixel", spec)):
-        scorers.setdefault("gold/pixel", load_image_scorer("pixel", spec=spec, device=accelerator.device))
+    free = "gold/pixel" not in scorers and trained.isdisjoint(reward_sources("pixel", spec))
+    if spec.kind == "shapes" and Path(spec.pixel).is_dir() and free:
+        scorers["gold/pixel"] = load_image_scorer("pixel", spec=spec, device=accelerator.device)
     sigmas, scale = setup.sigmas(run.evaluation.num_steps), run.evaluation.guidance_scale
     sampler, probes = setup.sampler(sigmas, scale, conditions=setup.text.evaluation), list[Probe]()
     if run.watch.sigmas and setup.reward.noise_parts:
@@ -400,9 +401,3 @@ def summarise(
 def run_image_size(resolved: Resolved[Any]) -> tuple[int, int]:
     """Return (height, width) of the run's images in pixels."""
     return resolved.run.height or resolved.spec.height, resolved.run.width or resolved.spec.width
-
-
-def reward_options(reward: str, run: AlignRun) -> dict[str, dict[str, Any]]:
-    """Return {reward name: loading options} for the rewards in the expression `reward`: HPSv3 and HPSv3++."""
-    names = {term.name for term in parse_reward(reward)}
-    return {name: run.hpsv3.options() for name in names & {"hpsv3", "hpsv3pp"}}

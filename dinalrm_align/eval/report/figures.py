@@ -30,14 +30,13 @@ def plot_run(folder: Path) -> Path:
     """Plot scores, KL, drift, time and memory of the run in `folder`, to folder/curves.png. Returns the path."""
     rows = read_metrics(folder / "metrics.jsonl")
     run = Run(folder, 0, rows, {}, {})
-    names = dict.fromkeys(name for row in rows for name in row if re.fullmatch(r"gold/.*_gain", name))
-    scores = ["gold", *(name.removesuffix("_gain") for name in names)]
-    lines = 2 + -(-len(names) // 3)
+    further = dict.fromkeys(name for row in rows for name in row if f"{name}_gain" in row and name != "gold")
+    lines = 2 + -(-len(further) // 3)
     figure = Figure(figsize=(13, 3.25 * lines))
     gold, proxy, training, kl, seconds, memory, *more = figure.subplots(lines, 3).flatten()
-    for axis, name in zip((gold, *more), scores):
+    for axis, name in zip((gold, *more), ("gold", *further)):
         axis.errorbar(*series(rows, name), yerr=series(rows, f"{name}_gain_standard_error")[1], marker="o", capsize=2)
-    for axis in more[len(names) :]:
+    for axis in more[len(further) :]:
         axis.axis("off")
     proxy.plot(*series(rows, "proxy"), marker="o")
     for axis in (gold, proxy) if run.alarm is not None else ():
@@ -58,7 +57,7 @@ def plot_run(folder: Path) -> Path:
         axis.set_ylim(bottom=0)
     titles = ["gold score, held out (bars: of the paired gain)", "reward, held out", "reward in training"]
     titles += ["distance and gradient", "seconds by phase", f"{COSTS['memory_mib']} by phase"]
-    titles += [f"{name}, held out" for name in names]
+    titles += [f"{name}, held out" for name in further]
     for axis, title in zip(figure.axes, titles):
         axis.set(title=title, xlabel="update")
         axis.grid(alpha=0.3)

@@ -20,6 +20,18 @@ def test_curves_of_one_run_mark_the_first_alarm(tmp_path, monkeypatch):
     assert marked == [("gold s", 2), ("reward", 2)]
 
 
+def test_every_further_gold_reward_has_a_panel(tmp_path, monkeypatch):
+    names = ["gold", "gold/a", "gold/b+0.5c"]
+    rows = [{"step": step, "proxy": 0.0, **{f"{name}{end}": float(step + i) for i, name in enumerate(names)
+             for end in ("", "_gain", "_gain_standard_error", "_standard_error")}} for step in (0, 5)]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn, finish = [], figures.finish_figure
+    monkeypatch.setattr(figures, "finish_figure", lambda *given: (drawn.append(given[0]), finish(*given)))
+    figures.plot_run(tmp_path)
+    panels = {axis.get_title(): list(axis.lines[0].get_ydata()) for axis in drawn[0].axes[6:] if axis.axison}
+    assert panels == {"gold/a, held out": [1.0, 6.0], "gold/b+0.5c, held out": [2.0, 7.0]}
+
+
 def test_curves_need_metrics_alone(tmp_path):
     rows = [{"step": 0, "gold": 1.0, "proxy": 1.0, "gold_gain_standard_error": 0.0}, {"step": 1, "reward": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

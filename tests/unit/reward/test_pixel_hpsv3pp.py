@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from PIL import Image
-from pixel_checks import check_decoding
+from pixel_checks import check_decoding, check_recomputation
 from tiny_qwen import save_tokenizer, smooth_images
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -30,7 +30,7 @@ def base(tmp_path_factory):
     """config.json and tokenizer of a tiny Qwen3-VL."""
     path = tmp_path_factory.mktemp("base")
     text = dict(
-        vocab_size=300, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=300, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=2048,
         rope_scaling={"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]},
     )  # fmt: skip
@@ -208,6 +208,26 @@ def test_the_gradient_agrees_with_finite_differences(reward):
         up, down = (reward.score_pixels(image + sign * h * gradient, PROMPTS[:1]) for sign in (1, -1))
     torch.testing.assert_close((up - down)[0] / (2 * h), squared, rtol=0.02, atol=0)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in reward.parameters())
+
+
+def test_gradient_checkpointing_recomputes_every_layer_and_gives_the_same_gradient(load, vae):
+    reward, calls = load(vae=vae), []
+    for layer in (*reward.model.visual.blocks, *reward.model.language_model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    check_recomputation(reward, PROMPTS[:1], calls, reward.eval)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.1), ("nf4", 0.5)])
+def test_quantised_layers_score_nearly_the_same_and_pass_gradients(load, reward, kind, tolerance):
+    small = load(quantization=kind)
+    assert small.model.visual.blocks[0].attn.qkv.weight.dtype in (torch.int8, torch.uint8)
+    image = torch.rand(1, 3, 448, 448, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    got, want = (one.score_pixels(image, PROMPTS[:1]) for one in (small, reward))
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+    assert not torch.equal(got, want)
+    (gradient,) = torch.autograd.grad(got.sum(), image)
+    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
