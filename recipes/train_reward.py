@@ -23,7 +23,7 @@ from pathlib import Path
 from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import refuse, refusing
-from dinalrm_align.train.metrics import open_tracker
+from dinalrm_align.train.metrics import open_tracker, track_folder
 from dinalrm_align.train.run import begin_run, complete_run, resume_command
 
 RECIPE = Path(__file__)
@@ -52,6 +52,7 @@ def resolve(argv: Sequence[str]) -> tuple[TrainRewardRun, str, ModelSpec, Path |
 def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | None) -> None:
     import torch
 
+    from dinalrm_align.align.publish import push_run
     from dinalrm_align.eval.accuracy import evaluate_pairs
     from dinalrm_align.models.pipeline import load_transformer
     from dinalrm_align.reward import training
@@ -61,10 +62,13 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     from dinalrm_align.train.checkpoints import check_identity
     from dinalrm_align.train.device import start_accelerator
     from dinalrm_align.train.digest import fingerprint
+    from dinalrm_align.train.hub import check_login
     from dinalrm_align.train.identity import settings_by_name
     from dinalrm_align.train.loop import Hook, RunFolder, fit
     from dinalrm_align.train.state import RunState, adamw
 
+    if run.push_to_hub is not None:
+        check_login(run.push_to_hub)
     distributed = dict(minutes=run.loop.timeout, tracker=run.tracker)
     accelerator, dtype = start_accelerator(run, spec.dtype, **distributed, autocast=True)
     device, folder = accelerator.device, Path(run.output_dir)
@@ -118,8 +122,11 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
             hooks=[Hook(run.accuracy.every, evaluate, at_start=False), Hook(0, export, at_start=False)],
             shown=("loss", "train_accuracy", "grad_norm"),
         )
+    track_folder(accelerator, folder / "reward", f"{folder.name}-reward")
     accelerator.end_training()
     accelerator.print(f"reward: {folder / 'reward'}; accuracy: {folder / 'per_concept.md'}")
+    if run.push_to_hub is not None and accelerator.is_main_process:
+        push_run(folder, run.push_to_hub)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

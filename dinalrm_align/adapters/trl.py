@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 
 import peft
 import torch
+import yaml
 from diffusers import StableDiffusion3Pipeline
-from huggingface_hub import HfApi
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -41,6 +41,7 @@ from dinalrm_align.align.dpo_config import DpoRun
 from dinalrm_align.align.grpo import Grpo
 from dinalrm_align.align.grpo_config import GrpoRun
 from dinalrm_align.align.policy import PROJECTIONS
+from dinalrm_align.align.publish import push_run
 from dinalrm_align.align.refl import Refl
 from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.align.resolve import Given, Resolved, resolve_values, resumed
@@ -159,13 +160,17 @@ class DiffusionTrainer:
             self.setup.policy.save_lora(Path(output_dir or self.folder / "lora"))
 
     def push_to_hub(self, repo_id: str | None = None, **options: Any) -> str:
-        """Upload the LoRA to the repository `repo_id`; default: args.hub_model_id. options: those of create_repo."""
+        """Upload the LoRA with a model card; return the commit's address. options: those of `align.publish.push_run`.
+
+        repo_id: OWNER/NAME; default: args.hub_model_id. In a run of several processes, the main one uploads.
+        """
         repo_id = repo_id or self.args.hub_model_id
         if repo_id is None:
             raise ValueError("push_to_hub: got no repository; pass OWNER/NAME, or set hub_model_id in the config")
         self.save_model()
-        HfApi().create_repo(repo_id, exist_ok=True, **options)
-        return str(HfApi().upload_folder(repo_id=repo_id, folder_path=self.folder / "lora"))
+        settings = yaml.safe_load(self.setup.resolved.text)
+        main = self.setup.accelerator.is_main_process
+        return push_run(self.folder, repo_id, settings=settings, **options) if main else ""
 
     def _prepare(self, resolved: Resolved[Any]) -> Setup:
         return prepare(resolved, anchor=resolved.run.anchor)

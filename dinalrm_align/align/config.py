@@ -275,7 +275,10 @@ class AlignRun(PolicyRun):
         gradient_checkpointing: recompute activations in the backward pass; saves memory but takes about a third longer.
         profile_every: updates between measurements of FLOPs (on a CPU also of peak memory); 0: no measurements. A
             measured update takes about twice as long.
-        tracker: logger of metrics and images, besides the file metrics.jsonl; WANDB_MODE=offline keeps wandb offline.
+        tracker: logger of metrics and images, besides the file metrics.jsonl; wandb also gets the settings and, as an
+            artifact, the LoRA. WANDB_MODE=offline keeps wandb offline.
+        push_to_hub: repository OWNER/NAME on the Hugging Face hub that the LoRA is uploaded to after training, with a
+            model card. The login is checked first.
         optim: settings of AdamW and of gradient clipping.
         loop: length of training, checkpoints and weight averaging.
         evaluation: evaluation on held-out prompts.
@@ -284,13 +287,16 @@ class AlignRun(PolicyRun):
         hpsv3: options for loading HPSv3 or HPSv3++, if the reward contains one of them.
     """
 
-    MAY_CHANGE: ClassVar = ("resume", "eval_prompts", "gradient_checkpointing", "profile_every", "tracker")
+    MAY_CHANGE: ClassVar = (
+        "resume", "eval_prompts", "gradient_checkpointing", "profile_every", "tracker", "push_to_hub",
+    )  # fmt: skip
     gold: list[RewardText] | RewardText | None = None
     resume: settings.PathText | None = None
     eval_prompts: settings.Source | None = None
     gradient_checkpointing: bool = True
     profile_every: settings.NonNegativeInt = 25
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    push_to_hub: str | None = None
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     loop: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -298,3 +304,26 @@ class AlignRun(PolicyRun):
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     hpsv3: Hpsv3Config = field(default_factory=Hpsv3Config)
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(rank=16, alpha=16.0))
+
+
+@dataclass
+class PushRun:
+    """Settings of `recipes/push_to_hub.py`.
+
+    Args:
+        run_and_repository: the folder of a run, and the repository OWNER/NAME, which is created if needed.
+        lora: folder in the run with the LoRA. lora: that of the last update. lora_best: that with the best gold score.
+        private: make a new repository private.
+        dry_run: folder that gets the files instead of the hub.
+    """
+
+    run_and_repository: list[str] = field(default_factory=list)
+    lora: Literal["lora", "lora_best"] = "lora"
+    private: bool = False
+    dry_run: settings.PathText | None = None
+
+    def __post_init__(self) -> None:
+        settings.check_fields(self)
+        if len(self.run_and_repository) != 2:
+            got = self.run_and_repository or "nothing"
+            raise ValueError(f"run_and_repository: got {got}; expected the folder of a run, and OWNER/NAME")

@@ -18,6 +18,8 @@ from dinalrm_align.train.settings import with_values
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
+    from dinalrm_align.data.hub_prompts import Prompts
+
 Run = TypeVar("Run", bound=AlignRun)
 
 
@@ -27,7 +29,7 @@ class Given:
 
     Args:
         pipeline: the base model with its text encoders. Its models are frozen, and its transformer gets the LoRA.
-        prompts, eval_prompts: training prompts, and held-out prompts.
+        prompts, eval_prompts: training prompts and held-out prompts, or data sets of them (`load_prompts`).
         functions: callables and rewards by the names that stand for them in the setting `reward` (`load_reward`).
         text_lengths: numbers of T5 tokens that the rewards in `functions` read.
         after_update: called after each update with its metrics; returns the reason to stop the run, or None,
@@ -35,8 +37,8 @@ class Given:
     """
 
     pipeline: "StableDiffusion3Pipeline | None" = None
-    prompts: Sequence[str] = ()
-    eval_prompts: Sequence[str] = ()
+    prompts: "Prompts" = ()
+    eval_prompts: "Prompts" = ()
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     text_lengths: frozenset[int] = frozenset()
     after_update: Callable[[Mapping[str, float]], str | None] = lambda row: None

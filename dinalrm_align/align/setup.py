@@ -4,7 +4,6 @@ A recipe calls `prepare`, builds its method from the returned `Setup`, and calls
 `batch_at` and `step` for `train.loop.fit`; everything else is the same for every method and every reward.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,11 @@ from dinalrm_align.align.memory import (
 )
 from dinalrm_align.align.notices import gold_notice, passes_notice
 from dinalrm_align.align.policy import Policy
+from dinalrm_align.align.publish import push_run
 from dinalrm_align.align.resolve import Resolved
 from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.align.signal import SignalCheck
+from dinalrm_align.align.summary import summarise
 from dinalrm_align.align.watch import Watch, drift_probe, level_probe
 from dinalrm_align.data.hub_prompts import load_prompts
 from dinalrm_align.eval.report.figures import plot_run
@@ -46,10 +47,10 @@ from dinalrm_align.train.checkpoints import check_checkpoint, check_identity
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.device import start_accelerator
 from dinalrm_align.train.digest import digest, fingerprint, text_digest
-from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.hub import check_login
 from dinalrm_align.train.identity import settings_by_name
 from dinalrm_align.train.loop import Hook, Method, RunFolder, fit, resume_hint
-from dinalrm_align.train.metrics import METRICS, open_tracker, read_metrics
+from dinalrm_align.train.metrics import METRICS, open_tracker, track_folder
 from dinalrm_align.train.state import RunState, Stateful
 
 
@@ -191,12 +192,15 @@ class Setup:
             shown=shown,
             stop_when=lambda row: check(row) or observe(row) or (watch.stop_when(row) if watch else None),
         )  # fmt: skip
+        track_folder(accelerator, folder / "lora", f"{folder.name}-lora")
         accelerator.end_training()
         if accelerator.is_main_process:
             with resume_hint(run_folder, lambda error: None):
                 plot_run(folder)
                 facts = {"updates": done, "samples": len(self.text.evaluation), **facts()}
                 summarise(self.resolved, held_out.summarise(done), facts, signal=check)
+            if run.push_to_hub is not None:
+                push_run(folder, run.push_to_hub)
 
 
 def prepare(
@@ -213,6 +217,8 @@ def prepare(
         in_advantages: whether to add the second reward's advantages (GRPO) instead of its scores (ReFL).
     """
     run, spec, given = resolved.run, resolved.spec, resolved.given
+    if run.push_to_hub is not None:
+        check_login(run.push_to_hub)
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
     device = accelerator.device
     check_memory_options(run.memory, device)
@@ -270,8 +276,8 @@ def reward_names(run: AlignRun, anchor: AnchorConfig | None, in_advantages: bool
 def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:
     """Return the training prompts, and one held-out prompt per evaluation sample."""
     run, spec, given = resolved.run, resolved.spec, resolved.given
-    prompts = given.prompts or load_prompts(run.prompts or spec.train_prompts)
-    heldout = given.eval_prompts or load_prompts(run.eval_prompts or spec.heldout_prompts)
+    prompts = load_prompts(given.prompts or run.prompts or spec.train_prompts)
+    heldout = load_prompts(given.eval_prompts or run.eval_prompts or spec.heldout_prompts)
     return prompts, [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
 
 
@@ -373,29 +379,6 @@ def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
         is_main_process=accelerator.is_main_process,
         say=accelerator.print,
     )
-
-
-def summarise(
-    resolved: Resolved[Any],
-    scores: Mapping[str, Mapping[str, float]],
-    facts: Mapping[str, object],
-    *,
-    signal: SignalCheck,
-) -> None:
-    """Write summary.json, with the entries `facts`, and print the gain of each of `HeldOut.summarise`'s scores."""
-    run, folder = resolved.run, Path(resolved.run.output_dir)
-    what = {"recipe": resolved.recipe, "model": resolved.spec.name, "reward": run.reward, "seed": run.seed}
-    alarms = [int(row["step"]) for row in read_metrics(folder / METRICS) if row.get("hacking")]
-    summary = {**what, **facts, **scores}
-    summary["hacking_alarm"] = alarms[0] if alarms else None
-    summary |= signal.counts()
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
-    print(f"images: {folder / 'before_after.png'}; curves: {folder / 'curves.png'}; LoRA: {folder / 'lora'}")
-    named = {"proxy", *gold_rewards(run.gold, resolved.spec.gold)}
-    for name, score in ((name, score) for name, score in scores.items() if name in named):
-        gain = f"gain {score['gain']:+.4f}, standard error of the paired difference {score['standard_error']:.4f}"
-        print(f"{name} {score['before']:.4f} -> {score['after']:.4f}: {gain}")
-    signal.conclude()
 
 
 def run_image_size(resolved: Resolved[Any]) -> tuple[int, int]:

@@ -295,3 +295,27 @@ class CompareRun:
                 raise ValueError(f"group.{name}: got no run; expected the folder of at least one run")
         if not self.runs and not self.group:
             raise ValueError("runs: got none; expected the folder of at least one run")
+
+
+@dataclass
+class ScoreRun:
+    """Settings of `python recipes/score_images.py`.
+
+    Args:
+        prompt_and_images: the prompt, then the paths of one or more image files.
+        model: model whose latents a latent reward reads, as in the alignment recipes.
+        reward: reward that scores the images: a name, NAME=SOURCE, the folder or hub id of a latent reward, the address
+            of a server, or a weighted sum.
+        device: auto: a CUDA GPU if there is one, otherwise the CPU.
+    """
+
+    prompt_and_images: list[str] = field(default_factory=list)
+    model: ModelName = "auto"
+    reward: RewardText = "dinalrm"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if len(self.prompt_and_images) < 2:
+            got = self.prompt_and_images or "nothing"
+            raise ValueError(f'prompt_and_images: got {got}; expected a prompt and image files: "a red circle" a.png')

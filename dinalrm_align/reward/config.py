@@ -296,7 +296,10 @@ class TrainRewardRun:
         device: device to train on; auto: a CUDA GPU if there is one, else the CPU.
         dtype: dtype of the frozen base weights; auto: the model's own on a GPU, float32 on a CPU. LoRA and head are
             always float32. On a GPU the forward pass uses bfloat16 autocast unless `dtype` is float32.
-        tracker: where to log in addition to metrics.jsonl. wandb works offline with WANDB_MODE=offline.
+        tracker: where to log in addition to metrics.jsonl. wandb also gets the settings and, as an artifact, the
+            reward. wandb works offline with WANDB_MODE=offline.
+        push_to_hub: repository OWNER/NAME on the Hugging Face hub that the reward is uploaded to after training, with a
+            model card. The login is checked first.
         batch_size: number of prompts per micro-batch on each process. A micro-batch has all images of each prompt (a
             pair or a ranked list).
         on_bad: action on files, images and records of pairs that cannot be read: refuse (exit) or skip (warn, and leave
@@ -318,7 +321,7 @@ class TrainRewardRun:
 
     MAY_CHANGE: ClassVar = (
         "pairs", "validation_pairs", "output_dir", "resume", "device", "tracker", "batch_size", "on_bad", "prefetch",
-        "gradient_checkpointing", "lora_lr",
+        "gradient_checkpointing", "lora_lr", "push_to_hub",
     )  # fmt: skip
     model: ModelName = "shapes"
     pairs: PathText | None = None
@@ -330,6 +333,7 @@ class TrainRewardRun:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    push_to_hub: str | None = None
     batch_size: PositiveInt = 4
     on_bad: Literal["refuse", "skip"] = "refuse"
     prefetch: NonNegativeInt = 4

@@ -31,6 +31,7 @@ from dinalrm_align.reward.origin import Origin, absolute
 from dinalrm_align.reward.protocol import Latents, RewardModule, Seeds, Sigma, Text, without_autocast
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.hub import upload
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
@@ -289,15 +290,12 @@ class LatentReward(RewardModule):
 
         options: `token`, and arguments of `HfApi.upload_folder` in huggingface_hub, such as `commit_message`.
         """
-        import tempfile
 
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=options.pop("token", None))
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
+        def write(folder: Path, repo_id: str) -> None:
             self.save_pretrained(folder, format)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+            write_atomically(folder / "README.md", model_card(self.config, repo_id))
+
+        return upload(repo_id, write, private=private, **options)
 
     def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
         """Recompute the backbone's blocks in the backward pass. This saves memory and takes about a third more time."""

@@ -3,12 +3,14 @@
 Each line of metrics.jsonl is a JSON object with `step`, the number of updates done, and the metrics by name.
 
 TensorBoard logs to the run folder: `tensorboard --logdir RUN`. Weights & Biases logs to the wandb server. With
-WANDB_MODE=offline, the log goes to the run folder; `wandb sync RUN/wandb/offline-run-*` uploads the log later.
+WANDB_MODE=offline, the log goes to the run folder; `wandb sync RUN/wandb/offline-run-*` uploads the log later. wandb
+keeps the files of an artifact in its own folder (WANDB_DATA_DIR) until then.
 """
 
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,3 +99,11 @@ def track_image(accelerator: "Accelerator", name: str, image: "Image", step: int
     for tracker in accelerator.trackers:
         options = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
         tracker.log_images({name: pixels[None]}, step=step, **options)
+
+
+def track_folder(accelerator: "Accelerator", folder: Path, name: str) -> None:
+    """Log the files of a folder, trained weights, as an artifact of wandb, if it is a tracker. TensorBoard has none."""
+    if accelerator.is_main_process:
+        for tracker in accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.tracker.log_artifact(str(folder), name=re.sub(r"[^\w.-]+", "_", name)[-128:], type="model")

@@ -7,7 +7,10 @@ called) and at 0.23.1 (trl/trainer/alignprop_trainer.py and ddpo_trainer.py: the
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -355,23 +358,29 @@ def test_a_reward_object_brings_its_text_length(world, tmp_path):
     assert trainer.setup.resolved.given.text_lengths == {14}
 
 
-def test_push_to_hub_uploads_the_lora(world, tmp_path, monkeypatch):
+def test_push_to_hub_uploads_the_lora_with_a_card(world, tmp_path, monkeypatch):
     calls = []
 
     class Hub:
-        def create_repo(self, repo_id, exist_ok, private=None):
+        def __init__(self, token=None):
+            calls.append(token)
+
+        def create_repo(self, repo_id, exist_ok, private):
             calls.append((repo_id, exist_ok, private))
+            return SimpleNamespace(repo_id=repo_id)
 
         def upload_folder(self, repo_id, folder_path):
-            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+            calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
             return "address"
 
-    monkeypatch.setattr(trl, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     trainer = grpo(world, tmp_path / "run")
     with pytest.raises(ValueError, match="hub_model_id"):
         trainer.push_to_hub()
     assert trainer.push_to_hub("me/lora", private=True) == "address"
-    assert calls == [("me/lora", True, True), ("me/lora", ["pytorch_lora_weights.safetensors"])]
+    assert calls[1:] == [
+        ("me/lora", True, True), ("me/lora", ["README.md", "config.yaml", "pytorch_lora_weights.safetensors"])
+    ]  # fmt: skip
 
 
 # rewards of trl 0.23.1

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "dinalrm_align"
 ROOMS = ["train", "flow", "models", "data", "shapes", "reward", "eval", "align", "adapters", "serve"]
 """A room imports itself and the rooms before it. `dinalrm_align` itself only names its exports."""
 
-LIGHT = ["__init__.py", "models/specs.py", "reward/names.py", "train/settings.py", "train/command.py"]
+LIGHT = ["__init__.py", "__main__.py", "models/specs.py", "reward/names.py", "train/settings.py", "train/command.py"]
 """Besides every module named config or *_config: what `--help` needs."""
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "matplotlib"}
 
@@ -39,7 +39,7 @@ def imports(tree, *, top_level_only=False):
 
 
 def test_the_top_level_is_the_rooms():
-    entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__", "__init__.py", "README.md"}
+    entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__", "__init__.py", "__main__.py", "README.md"}
     assert entries == set(ROOMS)
 
 
@@ -47,7 +47,7 @@ def test_rooms_import_only_rooms_before_them():
     upward = []
     for path in sources(PACKAGE):
         room = path.relative_to(PACKAGE).parts[0]
-        if room == "__init__.py":
+        if room in ("__init__.py", "__main__.py"):
             continue
         for name in imports(ast.parse(path.read_text())):
             parts = name.split(".")

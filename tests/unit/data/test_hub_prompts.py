@@ -86,3 +86,51 @@ def test_a_file_wins_and_a_missing_file_is_not_asked_of_the_hub(hub, tmp_path, m
         with pytest.raises(FileNotFoundError, match="no prompt file"):
             load_prompts(missing)
     assert asked == []
+
+
+class Dataset:
+    """As `datasets.Dataset` and `IterableDataset` (datasets 4.4, arrow_dataset.py): rows are dicts, not a list."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def select_columns(self, columns):
+        return Dataset([{name: row[name] for name in columns} for row in self.rows])
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_data_set_in_memory_is_read_as_one_on_the_hub():
+    rows = [{"image": 0, "Caption": text} for text in ("b", "a ", None, "b", " ")]
+    assert load_prompts(Dataset(rows)) == load_prompts(rows) == load_prompts(iter(rows)) == ["b", "a"]
+
+
+def test_prompts_in_memory_are_returned_as_they_are():
+    assert load_prompts(["b", "a", "b"]) == load_prompts(iter(("b", "a", "b"))) == ["b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"train": Dataset([]), "test": Dataset([])}, r"prompts: got the splits or columns \['test', 'train'\]"),
+        (Dataset([{"text": "a"}]), r"prompts: got the columns \['text'\]"),
+        ([{"prompt": 3}], "prompts: row 0: got int"),
+        (["a", 3], r"prompts: \[1\]: got int"),
+        (["a", "b\0"], r"prompts: \[1\]"),
+        ([], "prompts: got the columns"),
+        (7, "prompts: "),
+    ],
+)
+def test_what_holds_no_prompts_in_memory_is_refused(source, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        load_prompts(source)
+
+
+@pytest.mark.extra
+def test_real_data_sets_in_memory_and_streaming():
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": text, "seed": 1} for text in ("b", "a", "b")])
+    assert load_prompts(rows) == load_prompts(rows.to_iterable_dataset()) == ["b", "a"]
+    with pytest.raises(ValueError, match="expected one split"):
+        load_prompts(datasets.DatasetDict(train=rows))

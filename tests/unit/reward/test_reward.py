@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tiny_reward import make_inputs, raw_scores
@@ -217,7 +218,8 @@ def test_a_reward_is_saved_with_a_card_and_pushed_to_the_hub(tiny_pipeline, tiny
     reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline)
     reward.save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "base_model: ../" in card and "first 3 transformer blocks" in card and "14 T5" in card
+    assert "| base model | ../" in card and "first 3 transformer blocks" in card and "14 T5" in card
+    assert "base_model" not in ModelCard(card).data.to_dict()  # the hub takes no paths
     (tmp_path / "saved" / "README.md").write_text("mine")
     reward.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "README.md").read_text() == "mine"
@@ -238,6 +240,7 @@ def test_a_reward_is_saved_with_a_card_and_pushed_to_the_hub(tiny_pipeline, tiny
     where = reward.push_to_hub("a-reward", private=True, token="secret", commit_message="first")
     assert where == "https://hub/me/a-reward: first"
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert 'from_pretrained("me/a-reward"' in (tmp_path / "hub" / "README.md").read_text()
 
 
 def test_a_reward_may_lie_in_a_subfolder(tiny_pipeline, tiny_reward_dir, tiny_inputs):

@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 from torch import nn
+from wandb_log import wandb_records
 
 from dinalrm_align.train.checkpoints import latest_checkpoint
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.loop import Closures, Hook, RunFolder, fit
-from dinalrm_align.train.metrics import check_tracker, open_tracker, read_metrics, track_image
+from dinalrm_align.train.metrics import check_tracker, open_tracker, read_metrics, track_folder, track_image
 from dinalrm_align.train.state import RunState
 
 SETTINGS = "seed: 3\noptim:\n  lr: 0.1\n"
@@ -82,6 +83,29 @@ def test_no_tracker_leaves_the_metrics_file_alone(tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl", "checkpoints"}
 
 
+class Wandb(Recorder):
+    """As accelerate's WandBTracker (1.12, tracking.py): `tracker` is the run of wandb, which has log_artifact."""
+
+    name = "wandb"
+
+    @property
+    def tracker(self):
+        return self
+
+    def log_artifact(self, path, name=None, type=None):
+        self.artifact = path, name, type
+
+
+def test_wandb_gets_weights_as_an_artifact_with_a_valid_name(tmp_path):
+    wandb, other = Wandb(), Recorder()
+    accelerator = Accelerator(cpu=True, log_with=[wandb, other])
+    accelerator.init_trackers("any")
+    track_folder(accelerator, tmp_path / "lora", "a sum+b-lora")
+    assert wandb.artifact == (str(tmp_path / "lora"), "a_sum_b-lora", "model")
+    Accelerator(cpu=True).init_trackers("none")
+    track_folder(Accelerator(cpu=True), tmp_path / "absent", "name")
+
+
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_missing_package_is_an_import_error_that_names_the_extra(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
@@ -112,19 +136,29 @@ def test_tensorboard_reads_curves_images_and_settings_and_a_resumed_run_once(tmp
 
 
 @pytest.mark.extra
-def test_wandb_offline_keeps_curves_images_and_settings_below_the_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_wandb_offline_keeps_curves_images_settings_and_weights(tmp_path, monkeypatch):
+    """The records of the run's file are read back: what `wandb sync` would upload."""
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("DATA_DIR", str(tmp_path / "data"))):
+        monkeypatch.setenv(f"WANDB_{name}", value)
     folder = tmp_path / "run"
-    folder.mkdir()
+    (folder / "lora").mkdir(parents=True)
+    (folder / "lora" / "weights.safetensors").write_bytes(b"some weights")
     accelerator = Accelerator(cpu=True, log_with="wandb", project_dir=folder)
     open_tracker(accelerator, "wandb", folder, SETTINGS)
     run(accelerator, folder)
-    tracked = accelerator.get_tracker("wandb", unwrap=True)
-    assert tracked.config["seed"] == 3 and tracked.config["optim"] == {"lr": 0.1}
-    rows = read_metrics(folder / "metrics.jsonl")
-    assert tracked.summary["loss"] == rows[-2]["loss"]  # wandb commits a step when the next begins
+    track_folder(accelerator, folder / "lora", "run-lora")
     accelerator.end_training()
     (offline,) = (folder / "wandb").glob("offline-run-*")
-    assert list(offline.glob("*.wandb"))
     assert len(list((offline / "files" / "media" / "images").glob("held_out_*.png"))) == 3
+    (file,) = offline.glob("*.wandb")
+    records = wandb_records(file)
+    updates = [item for record in records for item in (*record.run.config.update, *record.config.update)]
+    config = {item.key: item.value_json for item in updates}
+    assert config["seed"] == "3" and config["optim"] == '{"lr":0.1}'
+    logged = [{item.nested_key[0]: item.value_json for item in record.history.item} for record in records]
+    losses = {int(row["_step"]): float(row["loss"]) for row in logged if "loss" in row}
+    assert losses == {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl")}
+    (artifact,) = [record.artifact for record in records if record.HasField("artifact")]
+    assert (artifact.name, artifact.type) == ("run-lora", "model")
+    (entry,) = artifact.manifest.contents
+    assert entry.path == "weights.safetensors" and Path(entry.local_path).read_bytes() == b"some weights"
