@@ -166,7 +166,6 @@ class Setup:
             asked.extend(filter(None, [self.resolved.given.after_update(row)]))
             return asked[0] if asked else None
 
-
         def export(step: int) -> None:
             if accelerator.is_main_process:
                 self.policy.save_lora(folder / "lora")
