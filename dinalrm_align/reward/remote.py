@@ -70,7 +70,7 @@ class RemoteReward(RewardModule):
             known = f"{did_you_mean(name, served) or ';'} it serves {', '.join(served)}"
             raise ValueError(f"remote: got the name {name!r}, which {url} does not serve{known}")
         reward = cls(asked, name, served[name])
-        reward.origin = Origin(_from_origin, source, {"attempts": attempts, **server}, reward.fingerprint())
+        reward.loaded_by(Origin(_from_origin, source, {"attempts": attempts, **server}, reward.fingerprint()))
         return reward
 
     def fingerprint(self) -> str:
