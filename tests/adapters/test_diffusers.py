@@ -8,7 +8,7 @@ from diffusers import StableDiffusion3Img2ImgPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from dinalrm_align import LatentReward, load_reward
-from dinalrm_align.adapters.diffusers import RewardGuidance, RewardGuider, best_of
+from dinalrm_align.adapters.diffusers import RewardGuidance, RewardGuider, best_of, early_strength
 from dinalrm_align.reward.combine import RewardSum
 
 PROMPTS = ["a small red circle on black", "a large blue square on white"]
@@ -75,6 +75,11 @@ def test_a_number_guides_the_middle_levels_only(sigma):
     reward, reached = Linear(), torch.randn(1, 1, 2, 2)
     found = after_one_step(RewardGuidance(reward, 0.5), torch.zeros(1, 1, 2, 2), reached, sigma)
     assert found["latents"] is reached and not reward.calls
+
+
+def test_the_default_strength_is_high_at_the_first_levels():
+    levels = {1.0: 0.0, 0.95: 0.3, 0.8: 0.05, 0.21: 0.05, 0.2: 0.0, 0.0: 0.0}
+    assert {level: early_strength(level) for level in levels} == levels
 
 
 def test_a_function_of_sigma_decides_itself():

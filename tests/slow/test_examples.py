@@ -16,6 +16,7 @@ SHORTENED = {
     "sample_grid": "4",
     "trl_style": "--max_steps=1 --num_generations=2 --per_device_train_batch_size=1",
     "serve_load": "--samples=8 --rounds=1 --output=serve_load.md",
+    "reward_guided_sampling": "4",
     "measure_loading": "--pairs=8 --height=64 --width=64 --text_width=64",
 }
 
