@@ -55,12 +55,12 @@ samplers = {
     "guided by random directions": lambda: sample(RewardGuidance(RandomDirection())),
     "best of 4 by the reward": lambda: best_of(4, pipeline, reward, prompts, **options())[0],
 }
-print("| sampling | oracle | gain [95 % interval] | reward | seconds |\n|---|---:|---:|---:|---:|")
+print("| sampling | oracle | gain [95 % interval] | reward | CPU seconds |\n|---|---:|---:|---:|---:|")
 plain, images, shown = None, [], min(8, len(captions))
 for name, draw in samplers.items():
-    start = time.time()
+    start = time.process_time()
     latents = draw()
-    seconds = time.time() - start
+    seconds = time.process_time() - start
     with torch.no_grad():
         score = reward(latents, prompts).mean()
         gold = oracle(latents, prompts).view(2, -1).mean(0)  # (captions,)
