@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = train_pixel(pipeline, train_pairs, config, accelerator)
         with atomic_folder(weights / "pixel") as temporary:
             save_clip_reward(model, pipeline.tokenizer, temporary)
-    print(f"finished: python recipes/refl_sd35.py --model {shlex.quote(str(weights))}")
+    recipe = Path(__file__).with_name("refl_sd35.py")
+    print(f"finished: {shlex.join(['python', str(recipe), '--model', str(weights)])}")
 
 
 def train_latent_reward(config: BuildConfig, pipeline: Path, pairs: dict[str, Path]) -> None:

@@ -14,6 +14,7 @@ After a stop, the same command resumes: complete files are kept, and the pairs a
 
 import dataclasses
 import importlib.util
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -112,7 +113,8 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
         gaps = torch.tensor(pairs.scores)
         means = ", ".join(f"{name} {value:.3f}" for name, value in zip(("chosen", "rejected"), gaps.mean(dim=0)))
         print(f"{len(gaps)} pairs of {len(set(pairs.prompts))} prompts; mean score {means}")
-        print(f"train on them: python recipes/dpo_sd35.py --model {spec.name} --dpo.mode offline --pairs {folder}")
+        command = ["python", str(Path(__file__).with_name("dpo_sd35.py")), "--model", spec.name]
+        print(f"train on them: {shlex.join([*command, '--dpo.mode', 'offline', '--pairs', str(folder)])}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

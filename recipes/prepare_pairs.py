@@ -80,7 +80,8 @@ def encode_pairs(run: PrepareRun, spec: ModelSpec) -> None:
         if accelerator.is_main_process:
             work.finish()
             print(work.dropped)
-            command = ["python", "recipes/train_reward.py", "--model", spec.name, "--pairs", str(folder)]
+            recipe = str(Path(__file__).with_name("train_reward.py"))
+            command = ["python", recipe, "--model", spec.name, "--pairs", str(folder)]
             print(f"train on them: {shlex.join(command)}")
 
 

@@ -16,6 +16,8 @@ OPTIONS = {
     "refl_sd35": "--refl.grad_steps",
     "train_reward": "--reward.lora.rank",
     "prepare_pairs": "--filter.ties",
+    "push_to_hub": "--dry_run",
+    "score_images": "PROMPT_AND_IMAGES ...",
 }
 PROBE = """
 import contextlib, io, json, runpy, sys, time
@@ -51,3 +53,17 @@ def test_help_prints_the_options_without_torch(found):
 def test_help_is_quick(found):
     """CPU time, which other processes do not change; about 0.4 s for the first recipe, less for the others."""
     assert {name: values[2] for name, values in found.items() if values[2] > 1.5} == {}
+
+
+@pytest.mark.parametrize("words", [[], ["grpo", "--help"], ["serve", "--help"]])
+def test_the_command_helps_quickly_without_torch(words):
+    probe = (
+        "import runpy, sys, time; start = time.process_time(); runpy.run_module('dinalrm_align', run_name='__main__')"
+    )
+    probe += "; print('torch' in sys.modules, time.process_time() - start)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(
+        [sys.executable, "-c", probe, *words], cwd=ROOT, env=environment, capture_output=True, check=True, text=True
+    ).stdout
+    loaded, seconds = shown.splitlines()[-1].split()
+    assert shown.startswith("usage: dinalrm-align ") and loaded == "False" and float(seconds) < 1.5

@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import HfApi
 from paths import RECIPES, load_recipe
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_clip import save_clip
 
-from dinalrm_align.align import refl, watch
+from dinalrm_align.align import refl, setup, watch
 from dinalrm_align.align.lora import LORA_FILE
 from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.align.resolve import resolve
@@ -249,6 +250,26 @@ def test_a_tracker_without_its_package_is_refused(recipe, arguments, name, monke
         recipe.main([*arguments, f"--tracker={name}"])
     assert stopped.value.code == 2
     assert f"pip install 'dinalrm-align[{name}]'" in capsys.readouterr().err
+
+
+def test_the_lora_is_uploaded_after_training_and_the_login_is_checked_before(recipe, arguments, tmp_path, monkeypatch):
+    asked, pushed = [], []
+    monkeypatch.setattr(setup, "check_login", asked.append)
+    monkeypatch.setattr(setup, "push_run", lambda *which: pushed.append((*which, which[0].joinpath("lora").is_dir())))
+    tracked = []
+    monkeypatch.setattr(setup, "track_folder", lambda _, lora, name: tracked.append((name, sorted(lora.iterdir()))))
+    folder = run(recipe, arguments, tmp_path / "run", "--push_to_hub=me/lora", "--loop.steps=1")
+    assert (asked, pushed) == (["me/lora"], [(folder, "me/lora", True)])
+    assert tracked == [("run-lora", [folder / "lora" / LORA_FILE])]
+    assert (folder / "summary.json").is_file()  # which the card reads
+
+
+def test_a_run_without_login_does_not_start(recipe, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(HfApi, "whoami", lambda self: (_ for _ in ()).throw(ConnectionError("no network")))
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main([*arguments, f"--output_dir={tmp_path / 'run'}", "--push_to_hub=me/lora"])
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    assert "the hub cannot be used (no network): run `hf auth login`" in capsys.readouterr().err
 
 
 def test_an_anchored_run_trains_on_both_rewards_and_resumes_as_it_was(recipe, arguments, tmp_path):

@@ -237,6 +237,17 @@ def test_a_missing_tracker_names_the_extra(recipe, monkeypatch, capsys):
     assert "pip install 'dinalrm-align[wandb]'" in capsys.readouterr().err
 
 
+def test_the_reward_is_uploaded_after_training(recipe, arguments, tmp_path, monkeypatch):
+    asked, pushed = [], []
+    monkeypatch.setattr("dinalrm_align.train.hub.check_login", asked.append)
+    monkeypatch.setattr(
+        "dinalrm_align.align.publish.push_run", lambda run, to: pushed.append((sorted(run.iterdir()), to))
+    )
+    recipe.main([*arguments, "--loop.steps=1", "--push_to_hub=me/reward"])
+    ((files, to),) = pushed
+    assert (asked, to) == (["me/reward"], "me/reward") and "reward" in [path.name for path in files]
+
+
 def test_the_yaml_of_each_kind_is_read_when_its_model_is_named(recipe):
     shapes, _, spec, *_ = recipe.resolve([])
     assert spec.kind == "shapes" and shapes.reward.num_layers == 4 and shapes.reward.text_length == 14
