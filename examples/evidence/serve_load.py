@@ -86,7 +86,7 @@ def main() -> None:
         remotes = dict(zip(SETTINGS, map(load_reward, addresses)))
         for turn, clients, name in product(range(-1, options.rounds), CLIENTS, SETTINGS):
             score = lambda index, of=remotes[name]: of(latents[index], prompts[index]).item()  # noqa: E731
-            rate, scores = measure(score, samples if turn >= 0 else clients, clients)
+            rate, scores = measure(score, samples if turn >= 0 else min(samples, clients), clients)
             worst[name] = max(worst[name], *(abs(a - b) for a, b in zip(scores, alone)))
             if turn >= 0:  # the turn before the first one starts threads and fills caches
                 rates.setdefault((name, clients), []).append(rate)

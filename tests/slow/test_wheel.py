@@ -15,7 +15,7 @@ from tiny_recipes import make_world, recipes
 def wheel(tmp_path_factory):
     """A wheel, built from a copy of the sources by the setuptools that is installed."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("dinalrm_align", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -29,7 +29,8 @@ def test_the_wheel_has_every_recipe_and_its_settings(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     scripts = [path.relative_to(RECIPES) for path in RECIPES.rglob("*") if path.suffix in (".py", ".yaml")]
-    assert {f"dinalrm_align/recipes/{path}" for path in scripts} <= names
+    package = [path.relative_to(ROOT) for path in (ROOT / "dinalrm_align").rglob("*.py")]
+    assert {f"dinalrm_align/recipes/{path}" for path in scripts} | {str(path) for path in package} <= names
     assert len({name.split("/")[0] for name in names}) == 2  # the package and its dist-info, no package named recipes
 
 

@@ -26,7 +26,7 @@ KINDS = (
 )  # fmt: skip
 NEEDED = {PrepareRun: ["--source=x"], CompareRun: ["--runs=[x]"]}
 NOT_PATHS = {  # settings that hold other text
-    "launch", "title", "buckets", "protocol", "filter.min_gaps", "reward.base_model_id",
+    "launch", "title", "buckets", "protocol", "filter.min_gaps", "reward.base_model_id", "push_to_hub",
 }  # fmt: skip
 
 
