@@ -21,8 +21,8 @@ other reward the first guided step raises TypeError; `best_of` takes every rewar
 the gradient, and RMS is that of one sample's latents (unit-RMS steps of arXiv 2608.03929). The scale of the reward
 therefore has no effect. At strength 0 the latents are returned untouched, and images are bit-identical.
 
-**Text.** SD3 pipelines encode 256 T5 tokens by default, and the reward may expect another number, 333 for the released
-one: pass `max_sequence_length=reward.config.text_length` to the pipeline, or the prompts to the guidance.
+**Text.** SD3 pipelines encode 256 T5 tokens by default; the released reward reads 128. Pass
+`max_sequence_length=reward.config.text_length` to the pipeline, or the prompts to the guidance.
 
 Errors of the reward end the pipeline's call. Tried with diffusers 0.42.1.
 """
@@ -104,14 +104,14 @@ def _rms(values: Tensor) -> Tensor:
 class RewardGuidance(PipelineCallback):
     """A step-end callback that moves the latents along the gradient of a reward at the noise level just reached.
 
-    A step's size is known from the latents before it. The callback sees those from the second step on, and leaves the
-    first step, from pure noise, alone. An object serves one running pipeline at a time. It can stand in diffusers'
-    `MultiPipelineCallbacks`.
+    The size of a step is its difference to the previous latents. The callback knows the previous latents from the
+    second step on, so the first step, from pure noise, is not guided. An object serves one running pipeline at a time.
+    It can stand in diffusers' `MultiPipelineCallbacks`.
 
     Args:
         reward: scores noisy latents (`score_noisy`), on the pipeline's device.
         strength: a float, or a function of sigma (see `Strength`). On the embedded world, a float of
-            0.8 raises the reward further than 0.2 does, and no longer the oracle.
+            0.8 raises the reward more than 0.2 does, but no longer raises the oracle's score.
         prompts: one string per image, or `Conditions`. Default: the pipeline's embeddings, which only text-to-image
             pipelines hand over. Needed for image to image and inpainting, and if the reward's text length differs.
     """

@@ -3,19 +3,22 @@
     rewards:
       - name: dinalrm
         reward_model: dinalrm_align.adapters.flow_factory.LatentRewardModel
-        reward: dinalrm + 0.2*pickscore     # the text of load_reward; default: dinalrm
+        reward: dinalrm + 0.2*pickscore     # the text of load_reward, also http://host:port; default: dinalrm
         pipeline: stabilityai/stable-diffusion-3.5-medium
         dtype: float32                      # Flow-Factory's default is bfloat16
 
 Further keys: `sigma` (default: the checkpoint's level for latents, also for images), `options`, `local_files_only`, and
 `use_latents: false`, which encodes images in place of reading latents, as FLUX and other families need.
 
-- **What is scored.** The clean latent if the trainer stored it, `latent_index_map[-1] >= 0`; else the image is encoded,
-  which the log says once. NFT, DPO and AWM store it. GRPO stores the steps that it trains, so an early SDE window loses
-  it. Evaluation stores none. Prompt embeddings are read if they have the reward's number of tokens.
-- **Groups.** `GroupLatentRewardModel` scores all samples of a prompt in one call, with one noise per prompt. Between
-  ranks, unless the sampler is `group_contiguous`, latents travel and prompts are decoded from token ids.
-- **Memory.** Entries that differ in name, weight or sigma share one copy; the policy's weights are out of reach.
+- **What is scored.** The clean latent if the trainer stored it, `latent_index_map[-1] >= 0`; otherwise the image is
+  encoded, which the log says once. NFT, DPO and AWM store the clean latent. GRPO stores only the steps that it trains,
+  so with an early SDE window the clean latent is missing. Evaluation, which needs an entry in `eval_rewards`, stores
+  no latents.
+- **Text.** Flow-Factory encodes SD3.5 prompts with 256 T5 tokens. The released reward reads 128, so it encodes the
+  prompts itself and loads its own text encoders. A reward trained with 256 reads Flow-Factory's embeddings.
+- **Groups.** `GroupLatentRewardModel` scores all samples of a prompt in one call, with one noise per prompt. Unless
+  the sampler is `group_contiguous`, Flow-Factory gathers latents across ranks and restores prompts from token ids.
+- **Memory.** Entries that differ only in name, weight or sigma share one copy. The policy's weights cannot be shared.
   `async_reward` and any `num_workers` work. No gradient.
 - **Failures** end the run, also with `async_reward`.
 """

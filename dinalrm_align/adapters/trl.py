@@ -1,4 +1,6 @@
-"""Trainers in the manner of TRL, which has had none for diffusion models since 0.24, and rewards for those that it had.
+"""Diffusion trainers with TRL's interface, and rewards for the DDPO and AlignProp trainers, which TRL had until 0.23.
+
+    from dinalrm_align.adapters.trl import FlowGRPOConfig, FlowGRPOTrainer      # no installation of TRL is needed
 
     def brightness(images, prompts, **columns):           # (B, 3, H, W) in [0, 1] -> B scores
         return images.mean(dim=(1, 2, 3))
@@ -9,10 +11,11 @@
     )
     trainer.train()
 
-A reward function is called by keyword: with `prompts`; with `images` or, if it names them, `latents` (B, C, h, w),
-scaled and clean, and `prompt_embeds` and `pooled_prompt_embeds`; and with each other column of the data set, as a list.
-It returns a tensor (B,) or B numbers; for `ReFLTrainer`, a tensor with a gradient. None, NaN and errors stop the run,
-whereas TRL leaves None out. Columns go by prompt: rows with the same prompt must be equal.
+A reward function is called with keyword arguments: `prompts`; `images`, or, if its signature has `latents`, `latents`
+(B, C, h, w), scaled and clean, `prompt_embeds` and `pooled_prompt_embeds`; and every other column of the data set as a
+list. It returns a tensor (B,) or B numbers; for `ReFLTrainer`, a tensor with a gradient. None, NaN and exceptions stop
+the run; TRL leaves None out. Columns are looked up by prompt, so rows with the same prompt must be equal. Without an
+`eval_dataset`, the held-out prompts are those of the recipe, and so is the evaluation reward, `gold_reward`.
 
 A trainer runs the method and the loop of a recipe and writes its run folder. Only `TrlParser`, which reads the configs,
 needs TRL: pip install 'dinalrm-align[trl]'. Tried with trl 1.16.0 and, for `reward_function`, 0.23.1.

@@ -13,8 +13,9 @@
   with this function as `custom_reward_function` of VisualRewardManager, a failure stops the run.
 - **What is scored.** output_type `latent` and `both` (SD3): the clean latents; `image`: the image. Their scores do
   not compare: validate with `both`. A sum, "+...reward='dinalrm + 0.2*pickscore'", decodes: set `pipeline`, too.
-- **Text.** The rollout's embeddings if max_sequence_length is the reward's text length (256 for the released one), else
-  the prompt, `extra_info["raw_prompt"]` as their data preparation for SD3 writes it.
+- **Text.** The reward reads the rollout's embeddings if `max_sequence_length` equals its text length (128 for the
+  released reward). Otherwise it encodes the prompt in `extra_info["raw_prompt"]`, which verl-omni's data preparation
+  for SD3 writes.
 - **Workers.** Each of `reward.num_workers` workers holds a copy of the reward and scores its waiting samples together;
   with `compute_score_sync`, at most one per thread of its executor.
 - No gradient. Tried with verl-omni a1139ba, verl 0.9.1 and ray 2.60.0.

@@ -3,7 +3,8 @@
 A run whose reward gives equal scores to all samples of a prompt, or has no gradient, looks healthy and learns nothing.
 Every method therefore reports the metric `signal`, the share of groups, states or samples of a rollout from which the
 policy can learn. A method that reuses a rollout for several updates also reports `rollout`, the rollout's number.
-A rollout gives no signal either if the gradient of each of its updates is exactly zero, as when all ratios are clipped.
+A rollout also counts as one without signal if the gradient of each of its updates is exactly zero, for example because
+all ratios are clipped.
 """
 
 from collections.abc import Callable, Mapping, Sequence

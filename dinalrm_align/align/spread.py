@@ -1,8 +1,8 @@
 """The spread of a reward: the standard deviation of its scores over samples of the base model.
 
-The spread is the unit in which ReFL compares rewards. The spread over prompts scales an anchor to the first reward. The
-spread within prompts is the unit of the KL weight (`refl.kl_unit` reward_std). It leaves out the differences between
-prompts, which can dominate the scores and which no policy can change.
+The spread over prompts scales an anchor to the first reward. The spread within prompts is the unit of the KL weight
+(`refl.kl_unit` reward_std). Only the latter leaves out the differences between prompts, which can dominate the scores
+and which no policy can change.
 """
 
 import math

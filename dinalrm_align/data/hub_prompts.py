@@ -20,9 +20,9 @@ Prompts = str | Path | Iterable[str | Mapping[str, Any]]
 def load_prompts(source: Prompts) -> list[str]:
     """Return the prompts of a file (`read_prompts`), of a hub data set "owner/name" or "owner/name:split", or of rows.
 
-    A name that is the path of a file, or ends like a file of prompts, is a file. Rows are a `datasets.Dataset` or
-    `IterableDataset`, other mappings with a column of prompts, or the prompts themselves. As in a data set on the hub,
-    only the distinct prompts of rows are returned, without blank ones; prompts themselves are returned as they are.
+    A name that is the path of a file, or ends like a file of prompts, is a file. In memory: a `datasets.Dataset` or
+    `IterableDataset`, or mappings with a column of prompts, of which the distinct prompts are returned without blank
+    ones, as of a data set on the hub; or a list of strings, which is returned unchanged.
     Raises the errors of the readers, and TypeError or ValueError for anything else.
     """
     if not isinstance(source, str | Path):

@@ -60,7 +60,8 @@ class Server:
     def __post_init__(self) -> None:
         if not isinstance(self.url, str) or not ADDRESS.fullmatch(self.url):
             got = "a password in the address" if "@" in str(self.url) else repr(self.url)
-            raise ValueError(f"endpoint: got {got}; expected http://host:port/v1, for a reward server http://host:port")
+            how = "http://host:port/v1, for a reward server http://host:port with its token in DINALRM_TOKEN"
+            raise ValueError(f"endpoint: got {got}; expected {how}")
         check_number("timeout", self.timeout, low=1e-3)
         check_integer("attempts", self.attempts, low=1, high=20)
         check_number("pause", self.pause, low=0)
@@ -68,7 +69,7 @@ class Server:
     def request(
         self, path: str, body: bytes | None, read: Callable[[str], Answer], kind: str = "application/json"
     ) -> Answer:
-        """Return `read(answer)` of a POST request with a body of the media type `kind`; of a GET request without body.
+        """Send `body`, of the media type `kind`, by POST, or a GET request if it is None; return `read(answer)`.
 
         `read` raises InputError for an answer to ask for again. Raises ConnectionError if the last attempt got no
         answer, and InputError if the last answer cannot be read or the server refuses the request.

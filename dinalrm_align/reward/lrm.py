@@ -12,8 +12,8 @@ the configs too. Score: exp(logit_scale) cos; logit_scale begins at ln(1 / 0.07)
 arithmetic.
 
 LRM was trained with the noise of timesteps 1, 51, ..., 951, and its authors validate at timestep 1. Clean latents are
-scored as they are, at timestep 1: the noise of this timestep has a standard deviation of 0.04. LPO scores the latents
-that a step at timestep t produced at the same t. Images are squeezed to the square of the training, with antialiased
+scored as they are, at timestep 1: the noise of this timestep has a standard deviation of 0.04. LPO scores the output of
+the step at timestep t at timestep t, too. Images are squeezed to the square of the training, with antialiased
 bilinear interpolation as by PIL, and encoded as the posterior mean. LRM-XL was trained with the VAE
 madebyollin/sdxl-vae-fp16-fix, a float16 version of SDXL's.
 """

@@ -1,9 +1,10 @@
 """The networks of LRM (arXiv 2502.01051): half a UNet, CLIP text encoders and two projections; and strict loading.
 
-The UNet runs up to its middle block. Its up blocks are neither kept nor run. The last layer of every down block,
-before the block downsamples, and the middle block give one feature map each, and its mean over the positions is a
-feature. The UNet runs twice: for the prompt, and for the empty prompt. Only the middle block's feature m is guided,
-m = m_empty + 7.5 (m_prompt - m_empty), the paper's visual feature enhancement. The others are those of the prompt.
+The UNet runs up to its middle block. Its up blocks are neither kept nor run. Each down block gives one feature (of its
+last layer, before downsampling), and the middle block gives one: the mean of the feature map over the positions. The
+UNet runs twice: for the prompt, and for the empty prompt. Only the middle block's feature m is guided,
+m = m_empty + 7.5 (m_prompt - m_empty), the paper's visual feature enhancement. The down blocks' features are those of
+the prompt.
 Score: exp(logit_scale) cos(visual_projection(features), text feature).
 
 Source: Kwai-Kolors/LPO@9c2e8b8 (MIT), lpo/lpo/preference_models/models.

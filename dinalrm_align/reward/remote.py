@@ -3,8 +3,10 @@
     reward = load_reward("http://127.0.0.1:8000")               # the server's default reward
     reward = load_reward("dinalrm + 0.2*http://host:8000#judge")
 
-Scores have no gradient: use this reward for GRPO, DPO, NFT and evaluation, not for ReFL. A failed request is repeated;
-then the run stops with its state saved, and resumes once the server is back. A failure never becomes a score.
+Scores have no gradient: use this reward for GRPO, DPO, NFT and evaluation, not for ReFL. A server with a token needs
+DINALRM_TOKEN in the client's environment too. A failed request is repeated up to `attempts` times; a request that the
+server refuses, such as one without the token, is not. Then the run stops with its state saved, and can be resumed when
+the server is back. A failure never becomes a score.
 
 Prompts travel as strings, and the server encodes them; embeddings travel only if their prompts are unknown. Tensors
 travel as safetensors in their own dtype.
@@ -39,8 +41,8 @@ TOKEN = "DINALRM_TOKEN"
 class RemoteReward(RewardModule):
     """A reward that a server computes, without gradient. Create one with `from_pretrained` or `load_reward`.
 
-    The fingerprint is that of the served reward. Scores of another reward, with which the server was restarted, raise
-    InputError. A pickled reward holds the address, not the token.
+    The fingerprint is that of the served reward. If the server was restarted with another reward, its answers have
+    another fingerprint, and scoring raises InputError. A pickled reward holds the address, not the token.
     """
 
     differentiable = False
@@ -59,7 +61,8 @@ class RemoteReward(RewardModule):
 
         Args:
             source: http://host:port#NAME; without #NAME, the server's default reward.
-            attempts: maximum number of attempts per request; with the default pauses, 10 take 4 minutes.
+            attempts: maximum number of attempts per request; with the default pauses, 10 wait for 4
+                minutes between attempts.
             server: other keyword arguments of `Server`; default of `api_key`: the environment variable DINALRM_TOKEN.
         """
         url, _, name = str(source).partition("#")

@@ -3,11 +3,13 @@
     python -m dinalrm_align.serve --model sd35                          # the released DiNa-LRM, 127.0.0.1:8000
     python -m dinalrm_align.serve --reward "dinalrm + 0.2*pickscore" --rewards '{judge: hpsv3}' --port 8001
     python -m dinalrm_align.serve --model sd35 --devices '[cuda:0, cuda:1]' --max_batch_size 32
+    DINALRM_TOKEN=... python -m dinalrm_align.serve --model sd35 --host 0.0.0.0     # the same variable at the client
 
 Clients: every recipe (--reward http://127.0.0.1:8000), the DRM client of verl-omni (server_url:
-http://127.0.0.1:8000/v1/score), and the remote reward of Flow-Factory (server_url: http://127.0.0.1:8000). Samples of
-concurrent requests are scored together; the score of a sample does not depend on the others. SIGTERM finishes what was
-accepted, then stops.
+http://127.0.0.1:8000/v1/score), and the remote reward of Flow-Factory (server_url: http://127.0.0.1:8000). Serve the
+model that the client trains: latents of another VAE are refused or score wrong. Samples of concurrent requests are
+scored together, which changes no score; a reward that compares the samples of a call scores each request alone. SIGTERM
+finishes what was accepted, then stops.
 """
 
 import os

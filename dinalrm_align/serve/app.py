@@ -1,6 +1,6 @@
 """The HTTP side of the server: addresses, limits, tokens, errors. An error is a status and a sentence, never a score.
 
-    POST /v1/score      own protocol, or DRM 1 (`serve.protocols`); ?reward=NAME
+    POST /v1/score      own protocol, or version 1 of the DRM protocol (`serve.protocols`); ?reward=NAME
     POST /compute       Flow-Factory; ?reward=NAME
     GET  /v1/rewards    names and properties of the rewards, for `RemoteReward`
     GET  /healthz, /health, /metrics

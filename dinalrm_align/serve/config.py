@@ -26,10 +26,10 @@ class ServeConfig:
         devices: devices, for example '[cuda:0, cuda:1]'; each has a copy of every reward. auto: a CUDA GPU if there is
             one, else the CPU.
         dtype: dtype of the weights; auto: the model's on a GPU, float32 on the CPU.
-        host: address to listen on. An address that other machines can reach needs the environment variable
-            DINALRM_TOKEN; requests then carry its value as a bearer token, or as the password of the address,
-            http://user:TOKEN@host:port, for clients that send no bearer token. There is no encryption: use a proxy
-            with TLS between networks.
+        host: address to listen on. Any address but a loopback address needs a token, in the environment variable
+            DINALRM_TOKEN. Recipes and `RemoteReward` read the same variable and send its value as a bearer token.
+            Clients that send no bearer token may use http://user:TOKEN@host:port. Traffic is not encrypted: use a
+            proxy with TLS between networks.
         port: port to listen on.
         max_batch_size: largest number of samples that are scored together.
         max_wait_ms: milliseconds that a sample waits for others.

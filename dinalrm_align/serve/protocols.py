@@ -1,8 +1,9 @@
 """What clients send: three protocols, each read into `Job`s. Malformed requests raise ValueError or TypeError.
 
 own             POST /v1/score: safetensors as `reward.remote.request_body` writes them
-DRM 1           POST /v1/score with the header x-drm-protocol-version: safetensors of one sample, as the DRM client of
-                verl-omni sends them (verl_omni/utils/reward_score/latent_http_scorer_client.py, commit a1139ba)
+DRM 1           POST /v1/score with the header x-drm-protocol-version: 1: safetensors of one sample, as verl-omni's
+                client for latent rewards (DRM) sends them (verl_omni/utils/reward_score/latent_http_scorer_client.py,
+                commit a1139ba)
 Flow-Factory    POST /compute: JSON with PNG images in base64 (src/flow_factory/rewards/my_reward_remote.py, a0b2bc5)
 """
 

@@ -54,9 +54,9 @@ def check_settings(
         free: names of settings and sections that may change (`may_change`).
         where: what holds the settings of the run, for the error message.
 
-    Raises ValueError if another setting changed. A folder that has moved, so that there is none at the earlier
-    absolute path, counts as a setting that may change: its content is compared when it is loaded. So does a model
-    server that has another address (http://host:port/...) and serves a model of the same name.
+    Raises ValueError if another setting changed. Two differences are allowed: a folder whose earlier absolute path no
+    longer exists (its content is compared when it is loaded), and a server with another address (http://host:port/...)
+    that serves a model of the same name.
     """
     changed = {name: (before.get(name), new) for name, new in now.items() if before.get(name) != new}
     for name, (old, new) in changed.items():

@@ -13,10 +13,10 @@ Qwen/Qwen3-VL-8B-Instruct (Apache-2.0). The released code, github.com/PlantPotat
 licence: its instruction, which is not HPSv3's, is read from the user's copy and verified by its hash.
 
 Three differences from the released code (7bdbebc) change scores only by rounding errors: images are resized in torch
-without rounding to bytes, the capability is computed in float32, and the unused output layer is dropped. A fourth does
-more: the released code estimates one capability for all images of a batch. Here each image is scored alone, as there in
-a batch of one. As there, images are resized twice, to multiples of 28 and then of 32 pixels. The gradient is that of
-mu in the image, through the capability too.
+without rounding to bytes, the capability is computed in float32, and the unused output layer is dropped. A fourth
+difference changes scores: the released code estimates one capability per batch. Here each image is scored alone, which
+equals the released code at batch size 1. Images are resized twice, as in the released code: to multiples of 28 pixels,
+then of 32. The gradient is that of mu in the image, through the capability too.
 """
 
 from pathlib import Path
