@@ -262,13 +262,14 @@ class DiffusionDPOTrainer(DiffusionTrainer):
 
 def dataset_rows(dataset: Rows | None, name: str) -> list[dict[str, Any]]:
     """Return the rows of a data set as dicts; none for None. Raises ValueError for a row without a text "prompt"."""
-    rows = [] if dataset is None else [dict(row) for row in dataset]
+    rows = [] if dataset is None else list(dataset)
     for index, row in enumerate(rows):
-        if not isinstance(row.get("prompt"), str):
-            raise ValueError(f"{name}[{index}]: got {row!r:.80}; expected a text in the column prompt")
+        if not isinstance(row, Mapping) or not isinstance(row.get("prompt"), str):
+            what = "one split of a data set, as rows with a text in the column prompt"
+            raise ValueError(f"{name}[{index}]: got {row!r:.80}; expected {what}")
     if dataset is not None and not rows:
         raise ValueError(f"{name}: got no rows; expected at least one with a column prompt")
-    return rows
+    return [dict(row) for row in rows]
 
 
 def lora_values(config: peft.LoraConfig | None) -> dict[str, Any]:
@@ -322,7 +323,8 @@ def with_columns(func: Callable[..., Any], rows: Sequence[Mapping[str, Any]]) ->
         own = {name: value for name, value in row.items() if name != "prompt"}
         if columns.setdefault(row["prompt"], own) != own:
             raise ValueError(
-                f"prompt {row['prompt']!r:.80}: got two rows that differ; expected one row for each prompt"
+                f"prompt {row['prompt']!r:.80}: got two rows that differ; expected one row for each prompt, by which "
+                "columns are looked up: merge the rows, or make the prompts differ"
             )
 
     def call(samples: Tensor, **inputs: Any) -> Tensor:

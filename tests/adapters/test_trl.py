@@ -230,7 +230,9 @@ def test_what_is_no_score_for_each_sample_raises(scores):
         reward.score_images(torch.zeros(2, 3, 8, 8), PROMPTS[:2])
 
 
-@pytest.mark.parametrize("rows", [[], [{"text": "a"}], [{"prompt": [{"role": "user", "content": "a"}]}]])
+@pytest.mark.parametrize(
+    "rows", [[], [{"text": "a"}], [{"prompt": [{"role": "user", "content": "a"}]}], {"train": [{"prompt": "a"}]}]
+)
 def test_rows_without_a_text_prompt_are_refused(rows):
     with pytest.raises(ValueError, match="train_dataset"):
         trl.dataset_rows(rows, "train_dataset")
