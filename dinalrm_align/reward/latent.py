@@ -375,8 +375,10 @@ class LatentReward(RewardModule):
 
     def _vae(self) -> "AutoencoderKL":
         if self._borrowed["vae"] is None:
-            base = self._base or base_location(self.config.base_model_id, self._folder)
-            self._borrowed["vae"] = load_vae(base, device=self.device, local_files_only=self._local_files_only)
+            with loading():  # one thread loads the VAE, and the others wait for it
+                if self._borrowed["vae"] is None:
+                    base = self._base or base_location(self.config.base_model_id, self._folder)
+                    self._borrowed["vae"] = load_vae(base, device=self.device, local_files_only=self._local_files_only)
         vae = self._borrowed["vae"]
         check_vae(vae, self.config)
         return vae

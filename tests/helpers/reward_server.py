@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 
 import uvicorn
 
@@ -24,7 +25,10 @@ def free_port() -> int:
 def application(rewards: Mapping[str, Reward], *, token: str | None = None, copies: int = 1, **settings):
     """The application that serves these rewards, which must include `default`."""
     config, metrics = ServeConfig(**settings), Metrics()
-    served = {name: ServedReward([reward] * copies, config, metrics) for name, reward in rewards.items()}
+    served = {
+        name: ServedReward([copy(reward) if number else reward for number in range(copies)], config, metrics)
+        for name, reward in rewards.items()
+    }
     return create_app(served, config, metrics, token)
 
 

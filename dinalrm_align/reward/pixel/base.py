@@ -214,11 +214,16 @@ def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.de
 def cached(
     cache: dict[str, Features], prompts: Sequence[str], encode: Callable[[list[str]], Iterable[Features]], limit: int
 ) -> list[Features]:
-    """Return each prompt's features. Encode uncached prompts in one batch. `cache` keeps its newest `limit` entries."""
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
+    """Return each prompt's features. Encode uncached prompts in one batch. `cache` keeps its newest `limit` entries.
+
+    Threads may call this function at once with one `cache`: another thread may remove any entry at any time.
+    """
+    found = {prompt: known for prompt in dict.fromkeys(prompts) if (known := cache.get(prompt)) is not None}
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
     if new:
-        cache.update(zip(new, encode(new), strict=True))
-    found = [cache[prompt] for prompt in prompts]
-    for oldest in list(cache)[:-limit]:
-        del cache[oldest]
-    return found
+        made = dict(zip(new, encode(new), strict=True))
+        found |= made
+        cache.update(made)
+    for oldest in list(cache)[::-1][limit:]:
+        cache.pop(oldest, None)
+    return [found[prompt] for prompt in prompts]

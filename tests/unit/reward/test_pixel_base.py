@@ -8,7 +8,7 @@ from torch import nn
 from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.preprocess import centre_crop, normalise, pad_to_square, resize
 from dinalrm_align.reward.pixel import base
-from dinalrm_align.reward.pixel.base import PixelReward, decode_in_slices
+from dinalrm_align.reward.pixel.base import PixelReward, cached, decode_in_slices
 
 PROMPTS = ["a", "b", "c"]
 
@@ -189,3 +189,25 @@ def test_resize_crop_normalise():
     assert resize(step, (16, 16)).max() == 1
     with pytest.raises(ValueError, match="too narrow"):
         resize(images, (0, 6))
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(0, ""), (2, "bc"), (5, "abc")])
+def test_a_full_cache_gives_every_prompt_its_features(limit, kept):
+    cache, encoded = {"a": "A"}, []
+
+    def encode(prompts):
+        encoded.append(prompts)
+        return [prompt.upper() for prompt in prompts]
+
+    assert cached(cache, ["b", "a", "c", "b"], encode, limit) == ["B", "A", "C", "B"]
+    assert encoded == [["b", "c"]] and "".join(cache) == kept
+
+
+def test_another_thread_may_empty_the_cache_at_any_time():
+    cache = {"a": "A"}
+
+    def encode(prompts):
+        cached(cache, ["x"], lambda prompts: ["X"], 1)  # what the other thread does meanwhile
+        return [prompt.upper() for prompt in prompts]
+
+    assert cached(cache, ["a", "b"], encode, 1) == ["A", "B"] and cache == {"b": "B"}

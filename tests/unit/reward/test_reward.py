@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -16,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from tiny_reward import make_inputs, raw_scores
 
 from dinalrm_align import LatentReward
-from dinalrm_align.models.pipeline import encode_images
+from dinalrm_align.models.pipeline import encode_images, load_vae
 from dinalrm_align.models.text import PromptEncoder
 
 
@@ -126,6 +128,21 @@ def test_text_encoders_and_vae_are_loaded_from_the_base_model(tiny_reward_dir, r
         score, reward.score_images(images(), ["a red circle", "a blue square"], generator=seed(0))
     )
     assert not any("encoder" in name or "vae" in name for name, _ in alone.named_modules())
+
+
+def test_threads_load_one_vae(tiny_reward_dir, monkeypatch):
+    alone, loaded = LatentReward.from_pretrained(tiny_reward_dir), []
+
+    def slow_load(*source, **options):
+        threading.Event().wait(0.1)
+        loaded.append(load_vae(*source, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr("dinalrm_align.reward.latent.load_vae", slow_load)
+    with ThreadPoolExecutor(2) as pool:
+        scores = list(pool.map(lambda _: alone.score_images(images(), ["a", "b"], seeds=[0, 0]), range(2)))
+    torch.testing.assert_close(*scores)
+    assert len(loaded) == 1
 
 
 def test_images_score_like_their_latents(reward, tiny_pipeline):

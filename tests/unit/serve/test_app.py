@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.callables import as_reward
+from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.latent import LatentReward
 
 PROMPT = "a small red circle on white"
@@ -238,6 +239,27 @@ def test_copies_share_the_work():
         with ThreadPoolExecutor(2) as pool:
             answers = list(pool.map(lambda _: client.post("/v1/score", content=own()), range(2)))
     assert [answer.status_code for answer in answers] == [200, 200]
+
+
+def test_a_part_of_two_rewards_scores_for_one_at_a_time():
+    """Two rewards, one of them a sum, share a part, whose scores are wrong while another thread scores."""
+    busy, together = threading.Lock(), []
+
+    def alone(latents, prompts):
+        if not busy.acquire(blocking=False):
+            together.append(prompts)
+            return latents.mean(dim=(1, 2, 3))
+        threading.Event().wait(0.2)
+        busy.release()
+        return latents.mean(dim=(1, 2, 3))
+
+    part = as_reward(alone, name="alone")
+    rewards = {"default": part, "sum": RewardSum({"alone": part, "mean": as_reward(mean)}, {"alone": 1, "mean": 2})}
+    with TestClient(application(rewards, max_wait_ms=0)) as client:
+        with ThreadPoolExecutor(2) as pool:
+            paths = ["/v1/score", "/v1/score?reward=sum"]
+            answers = list(pool.map(lambda path: client.post(path, content=own()), paths))
+    assert [answer.status_code for answer in answers] == [200, 200] and not together
 
 
 def test_the_end_finishes_what_was_accepted():
