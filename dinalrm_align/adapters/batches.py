@@ -44,7 +44,10 @@ def score_batch(
                 batch = as_batch("latents", latents, part.device).to(part.device)
                 score = part(batch, text, sigma=sigma, seeds=seeds)
             else:
-                level = {"sigma": part.config.sigma if sigma is None else sigma} if part in part.noise_parts else {}
-                score = part.score_images(images, text, seeds=seeds, **level)
+                level = sigma if sigma is not None or part.sigmas is None else part.sigmas[0]
+                if part.reads_noise and part.scores_images and level is None:
+                    how = "pass sigma, or name the served parts one by one: A + 0.2*B"
+                    raise ValueError(f"sigma: got none for {part.name!r}, which has no level of its own; {how}")
+                score = part.score_images(images, text, seeds=seeds, **({"sigma": level} if part.reads_noise else {}))
             scores[name] = finite_scores(score, len(prompts), name).cpu()
     return finite_scores(sum(reward.weights[name] * scores[name] for name in scores), len(prompts), reward.name)

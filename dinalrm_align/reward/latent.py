@@ -108,6 +108,10 @@ class LatentReward(RewardModule):
         return self.backbone.device
 
     @property
+    def sigmas(self) -> tuple[Sigma, Sigma]:
+        return self.config.sigma, self.config.sigma if self.config.image_sigma is None else self.config.image_sigma
+
+    @property
     def noise_parts(self) -> "tuple[LatentReward, ...]":
         return (self,)
 
@@ -264,8 +268,7 @@ class LatentReward(RewardModule):
         self.check_onloaded()
         vae, pixels = self._vae(), image_tensor(images)
         inputs.check_images_fit(pixels, self.backbone, 2 ** (len(vae.config.block_out_channels) - 1))
-        if sigma is None:
-            sigma = self.config.sigma if self.config.image_sigma is None else self.config.image_sigma
+        sigma = self.sigmas[1] if sigma is None else sigma
         if differentiable:
             vae.requires_grad_(False)
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):

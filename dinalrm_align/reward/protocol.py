@@ -50,9 +50,10 @@ class Noise(TypedDict, total=False):
 class ImageOptions(TypedDict, total=False):
     """Keyword arguments for rewards that score images.
 
-    generator, seeds: as in `Noise`. differentiable: whether gradients reach image tensors; default: False.
+    sigma, generator, seeds: as in `Noise`. differentiable: whether gradients reach image tensors; default: False.
     """
 
+    sigma: Sigma | None
     generator: torch.Generator | None
     seeds: Seeds | None
     differentiable: bool
@@ -67,6 +68,7 @@ class Reward(Protocol):
         reads_images: whether the reward decodes the latents with a VAE and scores the images.
         scores_images: whether the reward supports `score_images`.
         reads_noise: whether scores depend on sigma and noise.
+        sigmas: for one latent reward, also a served one, its default noise levels of latents and of images; else None.
         wants_groups: whether all samples of a prompt must be scored in one call, so that their scores are comparable.
         noise_parts: for a sum, the latent rewards in the sum; for a latent reward, [self]; otherwise empty.
         text_lengths: T5 sequence lengths at which to encode prompts (see `Conditions.for_length`). Empty if the reward
@@ -81,6 +83,7 @@ class Reward(Protocol):
     reads_images: bool
     scores_images: bool
     reads_noise: bool
+    sigmas: tuple[Sigma, Sigma] | None
     wants_groups: bool
     noise_parts: "Sequence[LatentReward]"
     text_lengths: frozenset[int]
@@ -155,6 +158,7 @@ class RewardModule(nn.Module):
     reads_images = False
     scores_images = True
     reads_noise = False
+    sigmas: tuple[Sigma, Sigma] | None = None
     noise_parts: "tuple[LatentReward, ...]" = ()
     name = "reward"
     origin: Origin | None = None

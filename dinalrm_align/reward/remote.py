@@ -28,7 +28,7 @@ from dinalrm_align.models.text import Conditions, prompts_of
 from dinalrm_align.reward.http import Refused, Server
 from dinalrm_align.reward.inputs import SEEDS, as_batch, check_seeds, check_sigma, draw_noise
 from dinalrm_align.reward.origin import Origin
-from dinalrm_align.reward.protocol import ImageOptions, Latents, Noise, RewardModule, Text, finite_scores
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Seeds, Sigma, Text, finite_scores
 from dinalrm_align.train.files import InputError, parse_json
 from dinalrm_align.train.settings import did_you_mean
 
@@ -52,7 +52,7 @@ class RemoteReward(RewardModule):
         super().__init__()
         self.server, self.name, self._facts = server, name, facts
         self.reads_noise, self.wants_groups = facts["reads_noise"], facts["wants_groups"]
-        self.scores_images = facts["scores_images"]
+        self.scores_images, self.sigmas = facts["scores_images"], facts.get("sigmas")
         self.eval()
 
     @classmethod
@@ -90,26 +90,37 @@ class RemoteReward(RewardModule):
         levels, drawn = _noise_tensors(latents, noise) if self.reads_noise else (None, {})
         return self._score({"latents": latents, **drawn}, prompts, levels).to(latents.device)
 
-    def score_images(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Tensor:
+    def score_images(
+        self,
+        images: Any,
+        prompts: Text,
+        *,
+        sigma: Sigma | None = None,
+        generator: torch.Generator | None = None,
+        seeds: Seeds | None = None,
+        differentiable: bool = False,
+    ) -> Tensor:
         """Return scores (B,), float32, of images as `image_tensor` takes them, also of different sizes.
 
         A `generator` draws one seed per sample here. Raises the errors of `forward`, and ValueError if the reward
         scores no images or `differentiable` is true.
         """
-        if not self.scores_images or options.get("differentiable"):
+        if not self.scores_images or differentiable:
             problem = "gives no gradient" if self.scores_images else "reads latents and cannot score images"
             raise ValueError(f"reward {self.name!r} of {self.server.url} {problem}")
         pixels = [image for batch in image_batches(images) for image in batch]
-        text, seeds = prompts_of(prompts, len(pixels)), options.get("seeds")
-        if (generator := options.get("generator")) is not None:
+        text = prompts_of(prompts, len(pixels))
+        if generator is not None:
             seeds = torch.randint(SEEDS, (len(pixels),), generator=generator, device=generator.device)
-        seeds = None if seeds is None or not self.reads_noise else torch.tensor(check_seeds(seeds, len(pixels)))
+        levels, given = _level_tensors(sigma, len(pixels)) if self.reads_noise else (None, {})
+        if seeds is not None and self.reads_noise:
+            given["seeds"] = torch.tensor(check_seeds(seeds, len(pixels)))
         scores = torch.empty(len(pixels))
         for size in {image.shape for image in pixels}:
             rows = [row for row, image in enumerate(pixels) if image.shape == size]
             tensors = {"images": torch.stack([pixels[row] for row in rows])}
-            tensors |= {} if seeds is None else {"seeds": seeds[rows]}
-            scores[rows] = self._score(tensors, [text[row] for row in rows], None)
+            tensors |= {name: tensor[rows] for name, tensor in given.items()}
+            scores[rows] = self._score(tensors, [text[row] for row in rows], levels)
         return scores.to(pixels[0].device)
 
     def _score(self, tensors: Mapping[str, Tensor], prompts: Text, levels: Sequence[float] | None) -> Tensor:
@@ -162,21 +173,23 @@ def request_body(tensors: Mapping[str, Tensor], prompts: Sequence[str] | None, l
     return save(dict(tensors), metadata | {"protocol": PROTOCOL})
 
 
+def _level_tensors(sigma: Sigma | None, count: int) -> tuple[Sequence[float] | None, dict[str, Tensor]]:
+    """Return the levels of an ensemble, or None, and the tensors of a request that set the noise level."""
+    sigma = None if sigma is None else check_sigma(sigma, count)
+    if sigma is None or isinstance(sigma, tuple):
+        return sigma, {}
+    return None, {"sigma": torch.as_tensor(sigma, dtype=torch.float32).expand(count)}
+
+
 def _noise_tensors(latents: Tensor, given: Noise) -> tuple[Sequence[float] | None, dict[str, Tensor]]:
     """Return the levels of an ensemble, or None, and the tensors of a request that set the noise."""
-    count, tensors, levels = len(latents), dict[str, Tensor](), None
-    if (sigma := given.get("sigma")) is not None:
-        sigma = check_sigma(sigma, count)
-        if isinstance(sigma, tuple):
-            levels = sigma
-        else:
-            tensors["sigma"] = torch.as_tensor(sigma, dtype=torch.float32).expand(count)
+    levels, tensors = _level_tensors(given.get("sigma"), len(latents))
     noise, generator, seeds = (given.get(name) for name in ("noise", "generator", "seeds"))
     if noise is not None or generator is not None:
         drawn = draw_noise(latents, noise, generator, seeds, len(levels or [0]))
         tensors["noise"] = drawn if drawn.dim() == 4 else drawn.transpose(0, 1)
     elif seeds is not None:
-        tensors["seeds"] = torch.tensor(check_seeds(seeds, count))
+        tensors["seeds"] = torch.tensor(check_seeds(seeds, len(latents)))
     return levels, tensors
 
 

@@ -41,6 +41,7 @@ class ServedReward:
         self.facts: dict[str, Any] = {
             "fingerprint": reward.fingerprint(),
             "reads_noise": reward.reads_noise,
+            "sigmas": reward.sigmas,
             "scores_images": reward.scores_images,
             "wants_groups": reward.wants_groups,
             "max_batch_size": config.max_batch_size,

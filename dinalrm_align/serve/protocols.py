@@ -85,6 +85,8 @@ def score_job(reward: Reward, job: Job) -> list[float]:
     else:  # one by one, so that the embeddings of a prompt, to the last bit, do not depend on other requests
         for part, prompt in product(reward.noise_parts, dict.fromkeys(prompts)):
             part.encoder([prompt])
+    if job.levels is not None:
+        given["sigma"] = job.levels
     if "images" in given:
         if not reward.scores_images:
             raise ValueError(f"images: the reward {reward.name!r} reads latents and cannot score images")
@@ -92,8 +94,6 @@ def score_job(reward: Reward, job: Job) -> list[float]:
     latents = given.pop("latents")
     if "noise" in given and given["noise"].dim() == 5:
         given["noise"] = given["noise"].transpose(0, 1)
-    if job.levels is not None:
-        given["sigma"] = job.levels
     if not job.raw:
         return reward(latents, prompts, **given).tolist()
     if len(reward.noise_parts) != 1 or len(reward.named_parts) != 1:
@@ -108,10 +108,10 @@ def read_own(body: bytes) -> list[Job]:
         raise ValueError(f"protocol: {got}; expected {PROTOCOL!r}, or the header with version {DRM_VERSION}")
     prompts, levels = (parse_json(metadata.get(name, "null"), name) for name in ("prompts", "levels"))
     needed = {"images" if "images" in tensors else "latents"}
-    optional = {"seeds"} if "images" in tensors else {"seeds", "noise", "sigma"}
+    optional = {"seeds", "sigma"} if "images" in tensors else {"seeds", "noise", "sigma"}
     _check(tensors, needed, optional, None if prompts is None else check_prompts(prompts))
-    if levels is not None and not (isinstance(levels, list) and "latents" in tensors):
-        raise ValueError(f"levels: got {levels!r:.80}; expected a list of numbers, with latents")
+    if levels is not None and not isinstance(levels, list):
+        raise ValueError(f"levels: got {levels!r:.80}; expected a list of numbers")
     return [Job(tensors, prompts, None if levels is None else tuple(levels))]
 
 

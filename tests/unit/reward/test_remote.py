@@ -87,6 +87,18 @@ def test_images_of_different_sizes_keep_their_order(remote, reward):
     assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[0], drawn[2])
 
 
+@pytest.mark.parametrize("noise", [NOISE[name] for name in ("sigma", "sigma each", "ensemble")])
+def test_images_at_a_noise_level(remote, reward, address, noise):
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = remote.score_images(images, PROMPTS, **noise)
+    torch.testing.assert_close(found, reward.score_images(images, PROMPTS, **noise), atol=1e-5, rtol=0)
+    assert not torch.allclose(found, remote.score_images(images, PROMPTS), atol=1e-4)
+    bright = load_reward(f"{address}#bright side")
+    assert torch.equal(bright.score_images(images, PROMPTS, **noise), bright.score_images(images, PROMPTS))
+    with pytest.raises(TypeError, match="noise"):
+        remote.score_images(images, PROMPTS, noise=latents())
+
+
 def test_rewards_by_name_and_in_sums(address):
     images = torch.rand(2, 3, 16, 16)
     bright = load_reward(f"{address}#bright side")
@@ -102,6 +114,7 @@ def test_rewards_by_name_and_in_sums(address):
 def test_it_stands_for_the_served_reward(remote, reward, address):
     assert remote.fingerprint() == reward.fingerprint()
     assert (remote.differentiable, remote.reads_noise, remote.wants_groups) == (False, True, False)
+    assert list(remote.sigmas) == list(reward.sigmas)
     assert not remote.text_lengths and not remote.noise_parts and remote.weights == {"reward": 1.0}
     assert text_lengths(address, MODELS["shapes"]) == set()
     again = pickle.loads(pickle.dumps(remote))
