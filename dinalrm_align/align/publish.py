@@ -1,10 +1,13 @@
 """Upload what a run trained, a LoRA or a latent reward, to the Hugging Face hub, with a model card."""
 
 import json
+import os
+import re
 import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from dinalrm_align.align.lora import LORA_FILE
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.card import model_card
 from dinalrm_align.reward.checkpoint import read_checkpoint
-from dinalrm_align.reward.names import REWARDS, parse_reward
+from dinalrm_align.reward.names import REWARDS, file_name, parse_reward
 from dinalrm_align.train.files import HUB_ID, read_json, read_yaml, write_atomically
 from dinalrm_align.train.hub import card, check_repository, upload
 from dinalrm_align.train.run import CONFIG
@@ -47,13 +50,43 @@ pipeline.load_lora_weights("{repo_id}")
 `AutoPipelineForText2Image` loads it in the same way. The scale is in the weights: no alpha is needed."""
 
 
+def public(value: Any) -> Any:
+    """Return settings or figures with the last names of local paths, and without the addresses of reward servers.
+
+    Mappings, lists and texts of rewards are searched. A text is a path if it begins with /, ./, ../ or ~, or if a file
+    or folder of that name exists. "http://host:port#NAME" becomes "a reward server#NAME".
+    """
+    if isinstance(value, Mapping):
+        return {name: public(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if re.match(r"~|\.{0,2}/", value) or os.path.exists(value):
+        return os.path.basename(os.path.abspath(value))
+    try:
+        sources = {term.source for term in parse_reward(value) if term.source not in (None, value)}
+    except ValueError:  # not the text of a reward
+        sources = set()
+    for source in sorted(sources, key=len, reverse=True):
+        value = value.replace(source, public(source))
+    return re.sub(r"https?://[^\s#'\"]*", "a reward server", value)
+
+
+def _public_summary(summary: Mapping[str, Any], gold: Any) -> dict[str, Any]:
+    """Return `public(summary)`, also without the addresses in the names of gold rewards. gold: the run's setting."""
+    served = [text for text in (gold if isinstance(gold, list | tuple) else [gold]) if "://" in str(text)]
+    names = {f"gold/{file_name(text)}": f"gold/{public(text)}" for text in served}
+    return {names.get(name, name): public(entry) for name, entry in summary.items()}
+
+
 def push_run(
     run: Path, repo_id: str, *, lora: str = "lora", settings: Mapping[str, Any] | None = None, **options: Any
 ) -> str:
     """Upload the LoRA of an alignment run, or the reward of a run of train_reward. Return the address of the commit.
 
-    The repository gets the weights, README.md (the model card), the run's figures, its settings without local folders,
-    and summary.json. An unfinished run has no summary, and its card no scores.
+    The repository gets the weights, README.md (the model card), the run's figures, its settings, and summary.json, all
+    without local folders and addresses (`public`). An unfinished run has no summary, and its card no scores.
 
     Args:
         run: folder of the run.
@@ -83,19 +116,24 @@ def write_repository(
     """Write the files that `push_run` uploads to `folder`."""
     settings = settings or read_yaml(run / CONFIG, "settings file of a run")
     shown = [f"![{what}]({name})\n\n{what}." for name, what in IMAGES.items() if (run / name).is_file()]
+    summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
+    summary = _public_summary(summary, settings.get("gold"))
     if (run / "reward").is_dir():
         shutil.copytree(run / "reward", folder, dirs_exist_ok=True)
-        text = model_card(read_checkpoint(run / "reward").config, repo_id, *shown)
+        config = read_checkpoint(run / "reward").config
+        text = model_card(replace(config, base_model_id=public(config.base_model_id)), repo_id, *shown)
+        write_atomically(folder / "config.json", json.dumps(public(read_json(folder / "config.json")), indent=2))
     elif (source := run / lora / LORA_FILE).is_file():
         shutil.copy(source, folder)
-        summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
         text = lora_card(settings, summary, repo_id, *shown)
     else:
         raise FileNotFoundError(f"nothing to upload in {run}: no {lora}/{LORA_FILE} and no reward/; let the run finish")
     write_atomically(folder / "README.md", text)
-    public = {name: value for name, value in settings.items() if name not in LOCAL}
-    write_atomically(folder / CONFIG, yaml.safe_dump(public, sort_keys=False))
-    for name in (*IMAGES, "summary.json"):
+    kept = {name: public(value) for name, value in settings.items() if name not in LOCAL}
+    write_atomically(folder / CONFIG, yaml.safe_dump(kept, sort_keys=False))
+    if summary:
+        write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
+    for name in IMAGES:
         if (run / name).is_file():
             shutil.copy(run / name, folder)
 
@@ -106,10 +144,12 @@ def lora_card(settings: Mapping[str, Any], summary: Mapping[str, Any], repo_id: 
     settings, summary: contents of config.yaml and summary.json of the run; the summary may be empty. sections: further
     Markdown, before the licence.
     """
-    model, reward = settings["model"], settings["reward"]
+    model, reward = settings["model"], public(settings["reward"])
     base = MODELS[model].pipeline if model in MODELS else model
     shown = SHAPES if model == "shapes" else base if HUB_ID.fullmatch(base) else f"the pipeline in {Path(base).name}"
-    licences = {term.name: REWARDS[term.name].licence for term in parse_reward(reward) if term.name in REWARDS}
+    licences = {
+        term.name: REWARDS[term.name].licence for term in parse_reward(settings["reward"]) if term.name in REWARDS
+    }
     rows = {
         "base model": shown,
         "method": next((what for name, what in METHODS.items() if name in settings), "unknown"),

@@ -16,7 +16,7 @@ from paths import load_recipe
 from dinalrm_align.align.config import LoraConfig
 from dinalrm_align.align.lora import read_lora
 from dinalrm_align.align.policy import Policy
-from dinalrm_align.align.publish import lora_card, push_run, write_repository
+from dinalrm_align.align.publish import lora_card, public, push_run, write_repository
 from dinalrm_align.models.pipeline import load_pipeline
 
 SUMMARY = {
@@ -73,6 +73,50 @@ def test_the_repository_has_the_weights_the_figures_and_no_local_folder(run, tmp
     settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert settings["seed"] == 3 and not {"output_dir", "resume", "push_to_hub"} & settings.keys()
     assert str(run) not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("dinalrm=/home/me/reward", "dinalrm=reward"),
+        ("/home/me/reward/", "reward"),
+        ("0.5*dinalrm='/home/me/a + b' - pickscore=~/pick", "0.5*dinalrm='a + b' - pickscore=pick"),
+        ("dinalrm=/home/me + pickscore=/home/me/b", "dinalrm=me + pickscore=b"),
+        ("dinalrm + 0.2*http://10.0.0.7:8000#judge", "dinalrm + 0.2*a reward server#judge"),
+        ("unifiedreward=https://me:secret@host/v1#MODEL", "unifiedreward=a reward server#MODEL"),
+        (["pickscore", {"init_from": "../runs/a/lora"}], ["pickscore", {"init_from": "lora"}]),
+        ("dinalrm=owner/name + 0.2*pickscore", "dinalrm=owner/name + 0.2*pickscore"),
+        ("owner/name", "owner/name"),
+        (1.5, 1.5),
+        ("a.b:reward", "a.b:reward"),
+    ],
+)
+def test_paths_and_addresses_become_names(value, shown):
+    assert public(value) == shown
+
+
+def test_nothing_in_the_repository_tells_where_the_run_was(run, tmp_path):
+    judge = "http://10.0.0.7:8000#judge"
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {
+        "reward": f"dinalrm={run}/reward + 0.2*{judge}", "prompts": f"{run}/prompts.txt", "gold": ["pickscore", judge],
+        "eval_prompts": f"{run}/held_out.txt", "hpsv3": {"template": f"{run}/template.jinja"},
+    }  # fmt: skip
+    summary = SUMMARY | {"model": settings["model"], "reward": settings["reward"]}
+    summary["gold/10.0.0.7_8000_judge"] = SUMMARY["proxy"]
+    (other := tmp_path / "run").mkdir()
+    (other / "lora").symlink_to(run / "lora")
+    (other / "config.yaml").write_text(yaml.safe_dump(settings))
+    (other / "summary.json").write_text(json.dumps(summary))
+    (to := tmp_path / "repository").mkdir()
+    write_repository(other, to, "me/tiny")
+    texts = {name: (to / name).read_text() for name in ("README.md", "config.yaml", "summary.json")}
+    for name, text in texts.items():
+        assert str(run.parent) not in text and "10.0.0.7" not in text and settings["model"] not in text, name
+    assert "`dinalrm=reward + 0.2*a reward server#judge`; licence of dinalrm" in texts["README.md"]
+    assert "| gold/a reward server#judge (not trained on), 192 held-out samples |" in texts["README.md"]
+    kept = yaml.safe_load(texts["config.yaml"])
+    assert (kept["prompts"], kept["eval_prompts"], kept["model"]) == ("prompts.txt", "held_out.txt", "pipeline")
+    assert kept["hpsv3"] == {"template": "template.jinja"}
 
 
 def test_the_code_on_the_card_loads_the_lora(run, tmp_path, tiny_world, tiny_inputs, monkeypatch):
@@ -146,6 +190,8 @@ def test_a_reward_is_pushed_with_its_own_card(tiny_reward_dir, tmp_path, monkeyp
     }  # fmt: skip
     text = (tmp_path / "repository" / "README.md").read_text()
     assert 'LatentReward.from_pretrained("me/reward"' in text and "](accuracy_vs_sigma.png)" in text
+    assert "| base model | pipeline |" in text
+    assert json.loads((tmp_path / "repository" / "config.json").read_text())["base_model_id"] == "pipeline"
 
 
 @pytest.mark.parametrize(
