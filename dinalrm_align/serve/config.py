@@ -6,7 +6,7 @@ from typing import Literal
 
 from dinalrm_align.models.specs import ModelName
 from dinalrm_align.reward.names import RewardText, parse_reward
-from dinalrm_align.train.settings import NonNegativeFloat, PositiveInt, check_fields, check_integer
+from dinalrm_align.train.settings import IntFrom1To512, NonNegativeFloat, PositiveInt, check_fields, check_integer
 
 DEFAULT = "default"
 """Name under which `--reward` is served."""
@@ -23,6 +23,8 @@ class ServeConfig:
             request names one with ?reward=NAME. Rewards that have a part in common share its weights.
         model: auto, sd35, shapes, or folder or hub id of a StableDiffusion3Pipeline with the transformer of latent
             rewards, the text encoders and the VAE.
+        text_length: T5 tokens that `dinalrm` rewards read, in place of the number in their checkpoints. Clients that
+            send embeddings must encode prompts at this length (max_sequence_length of the pipeline).
         devices: devices, for example '[cuda:0, cuda:1]'; each has a copy of every reward. auto: a CUDA GPU if there is
             one, else the CPU.
         dtype: dtype of the weights; auto: the model's on a GPU, float32 on the CPU.
@@ -41,6 +43,7 @@ class ServeConfig:
     reward: RewardText = "dinalrm"
     rewards: dict[str, RewardText] = field(default_factory=dict)
     model: ModelName = "auto"
+    text_length: IntFrom1To512 | None = None
     devices: list[str] = field(default_factory=lambda: ["auto"])
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     host: str = "127.0.0.1"

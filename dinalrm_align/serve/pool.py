@@ -13,6 +13,7 @@ import torch
 from dinalrm_align.adapters.shared import shared_reward
 from dinalrm_align.models.specs import ModelSpec
 from dinalrm_align.reward.batching import MicroBatcher
+from dinalrm_align.reward.names import parse_reward
 from dinalrm_align.reward.protocol import Reward, RewardModule
 from dinalrm_align.serve.config import ServeConfig
 from dinalrm_align.serve.metrics import Metrics
@@ -88,10 +89,13 @@ def load_rewards(config: ServeConfig, spec: ModelSpec, metrics: Metrics) -> dict
     """Load every reward of the settings on every device. Raises the errors of `load_reward`."""
     served = {}
     for name, text in config.texts.items():
-        copies = []
+        copies, options = [], {}
+        if config.text_length is not None and any(term.name == "dinalrm" for term in parse_reward(text)):
+            options["dinalrm"] = {"text_length": config.text_length}
         for device in config.devices:
             device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             dtype = (spec.dtype if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
-            copies.append(shared_reward(text, spec=spec, pipeline=spec.pipeline, device=device, dtype=dtype))
+            place = dict(spec=spec, pipeline=spec.pipeline, device=device, dtype=dtype)
+            copies.append(shared_reward(text, options=options, **place))
         served[name] = ServedReward(copies, config, metrics)
     return served

@@ -30,6 +30,8 @@ from dinalrm_align.train.files import parse_json
 DRM_HEADER, DRM_VERSION = "x-drm-protocol-version", "1"
 LARGEST_IMAGE = 4096 * 4096
 """Largest number of pixels of an image in a request."""
+MOST_LEVELS = 64
+"""Largest number of levels of an ensemble in a request: each level is a pass through the backbone."""
 DIMS = {
     "latents": (4,), "images": (4,), "noise": (4, 5), "prompt_embeds": (3,), "pooled_prompt_embeds": (2,),
     "sigma": (1,), "u": (1,), "seeds": (1,),
@@ -81,6 +83,11 @@ def score_job(reward: Reward, job: Job) -> list[float]:
     given: dict[str, Any] = {name: tensor.to(reward.device) for name, tensor in job.tensors.items()}
     prompts = job.prompts
     if prompts is None:
+        got = given["prompt_embeds"].shape[1]
+        for part in reward.noise_parts:
+            if got != (expected := part.encoder.clip_tokens + (length := part.config.text_length)):
+                wanted = f"{expected}: encode with max_sequence_length={length}, or serve with another --text_length"
+                raise ValueError(f"prompt_embeds: got {got} tokens; expected {wanted}")
         prompts = Conditions([""] * len(job), given.pop("prompt_embeds"), given.pop("pooled_prompt_embeds"))
     else:  # one by one, so that the embeddings of a prompt, to the last bit, do not depend on other requests
         for part, prompt in product(reward.noise_parts, dict.fromkeys(prompts)):
@@ -110,12 +117,16 @@ def read_own(body: bytes) -> list[Job]:
     needed = {"images" if "images" in tensors else "latents"}
     optional = {"seeds", "sigma"} if "images" in tensors else {"seeds", "noise", "sigma"}
     _check(tensors, needed, optional, None if prompts is None else check_prompts(prompts))
-    if levels is not None and not isinstance(levels, list):
-        raise ValueError(f"levels: got {levels!r:.80}; expected a list of numbers")
+    if levels is not None and not (isinstance(levels, list) and len(levels) <= MOST_LEVELS):
+        got = f"{len(levels)} numbers" if isinstance(levels, list) else f"{levels!r:.80}"
+        raise ValueError(f"levels: got {got}; expected a list of at most {MOST_LEVELS} numbers")
+    if levels is not None and "sigma" in tensors:
+        raise ValueError("got both levels and sigma; pass one of them")
     return [Job(tensors, prompts, None if levels is None else tuple(levels))]
 
 
 def read_drm(body: bytes, version: str) -> list[Job]:
+    """Read a request of verl-omni. Without `seeds`, the noise is that of seed 0."""
     if version != DRM_VERSION:
         raise ValueError(f"{DRM_HEADER}: got {version!r:.40}; expected {DRM_VERSION!r}")
     tensors, _ = _tensors(body)

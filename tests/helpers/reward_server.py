@@ -16,6 +16,11 @@ from dinalrm_align.serve.metrics import Metrics
 from dinalrm_align.serve.pool import ServedReward
 
 
+def mean(latents, prompts):
+    """A reward without parameters."""
+    return latents.mean(dim=(1, 2, 3))
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

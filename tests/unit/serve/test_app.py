@@ -1,6 +1,7 @@
 """The server's addresses, limits, tokens and errors, and its protocols as other projects' clients speak them."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -14,13 +15,18 @@ import torch
 from fastapi.testclient import TestClient
 from malformed_requests import DRM, compute, drm, own, requests
 from PIL import Image
-from reward_server import application, running
+from reward_server import application, mean, running
 from safetensors.torch import save
 
+from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.callables import as_reward
 from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.latent import LatentReward
+from dinalrm_align.serve.app import create_app
+from dinalrm_align.serve.config import ServeConfig
+from dinalrm_align.serve.metrics import Metrics
+from dinalrm_align.serve.pool import load_rewards
 
 PROMPT = "a small red circle on white"
 
@@ -28,10 +34,6 @@ PROMPT = "a small red circle on white"
 @pytest.fixture(scope="module")
 def reward(tiny_world):
     return LatentReward.from_pretrained(tiny_world / "dinalrm", pipeline=str(tiny_world / "pipeline"))
-
-
-def mean(latents, prompts):
-    return latents.mean(dim=(1, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,21 @@ def test_the_well_formed_forms_of_these_requests_are_scored(client):
     answers += [client.post("/compute", content=compute()), client.post("/v1/score?reward=latents", content=own())]
     assert [len(numbers(answer.json())) for answer in answers] == [1, 1, 1, 1]
     assert answers[1].json().keys() == {"protocol_version", "raw_scores"}
+
+
+def test_text_length_is_that_of_the_settings(tiny_world):
+    """`text_length` sets the length of embeddings for dinalrm, alone and in sums, and not for other rewards."""
+    spec = dataclasses.replace(MODELS["sd35"], pipeline=str(tiny_world / "pipeline"))
+    name, rest = f"dinalrm={tiny_world / 'dinalrm'}", torch.randn(1, 32)
+    rewards = {"twice": f"2*{name}", "other": "reward_server:mean"}
+    settings, metrics = ServeConfig(reward=name, rewards=rewards, devices=["cpu"], text_length=28), Metrics()
+    with TestClient(create_app(load_rewards(settings, spec, metrics), settings, metrics)) as client:
+        for tokens, status in ((28, 400), (42, 200)):
+            embeds = torch.randn(1, tokens, 32)
+            body = own(None, prompt_embeds=embeds, pooled_prompt_embeds=rest)
+            answers = [client.post(f"/v1/score?reward={reward}", content=body) for reward in ("default", "twice")]
+            answers.append(client.post("/v1/score", content=drm(prompt_embeds=embeds), headers=DRM))
+            assert [answer.status_code for answer in answers] == [status] * 3, answers[0].text
 
 
 class DrmClient:
