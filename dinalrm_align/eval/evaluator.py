@@ -87,44 +87,48 @@ def image_scorer(reward: Reward, encoders: Encoders, fit: Fit, levels: Sequence[
     """Return a function that scores images.
 
     levels: noise levels at which a latent reward returns raw scores. If `levels` is [NO_NOISE], any reward returns one
-    score: the weighted sum of its parts. In this sum, a latent reward uses the noise level and scale of its config,
-    and an image reward sees the images unresized.
+    score: the weighted sum of its parts. In this sum, a latent reward, also one on a server, uses the noise level and
+    scale of its config, and an image reward sees the images unresized.
 
-    Raises ValueError if a latent reward was trained with other encoders. The returned function raises ValueError if the
-    reward cannot score images.
+    Raises ValueError if a latent reward was trained with other encoders, or for a sum on a server. The returned
+    function raises ValueError if the reward cannot score images.
     """
     parts, weights = reward.named_parts, reward.weights
+    for part in parts.values():
+        if part.reads_noise and part.scores_images and part.sigmas is None:
+            got = f"got {part.name!r}, a sum whose parts a server would score on equal images"
+            raise ValueError(f"reward: {got}; name the served parts one by one: A + 0.2*B")
     for part in reward.noise_parts:
         encoders.manifest().check(part.config)
 
-    def raw_scores(
-        part: LatentReward, levels: Sequence[NoiseLevels], images: Sequence[Image.Image], prompts: Sequence[str]
-    ) -> dict[str, np.ndarray]:
+    def latent_scores(
+        part: Reward, score: Callable[..., Tensor], levels: Sequence[NoiseLevels], images: Sequence[Image.Image],
+        prompts: Sequence[str],
+    ) -> dict[str, np.ndarray]:  # fmt: skip
         scores = {level.name: np.empty(len(images), np.float32) for level in levels}
         pixels = [fit(image) for image in images]
         for size in dict.fromkeys(image.shape for image in pixels):
             rows = [row for row, image in enumerate(pixels) if image.shape == size]
             latents = encoders.encode_images(torch.stack([pixels[row] for row in rows])).to(part.device)
             texts = [prompts[row] for row in rows]
-            conditions = Conditions(texts, *encoders.encode_prompts(texts))
+            text = Conditions(texts, *encoders.encode_prompts(texts)) if part.noise_parts else texts
             for level in levels:
                 noise = torch.stack([noise_by_prompt(texts, latents.shape[1:], seed, draw) for draw in level.draws])
-                raw = part.raw(latents, conditions, sigma=list(level.sigmas), noise=noise)
-                scores[level.name][rows] = raw.cpu().numpy()
+                found = score(latents, text, sigma=list(level.sigmas), noise=noise)
+                scores[level.name][rows] = found.cpu().numpy()
         return scores
 
     def part_score(part: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-        if not part.noise_parts:
+        if part.sigmas is None:
             return part.score_images(list(images), list(prompts)).cpu().numpy()
-        config = part.config
-        sigma = config.sigma if config.image_sigma is None else config.image_sigma
+        sigma = part.sigmas[1]
         level = NoiseLevels.at(*(sigma if isinstance(sigma, Sequence) else [sigma]))
-        return raw_scores(part, [level], images, prompts)[level.name] * config.score_scale + config.score_bias
+        return latent_scores(part, part, [level], images, prompts)[level.name]
 
     @torch.no_grad()
     def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
         if levels != [NO_NOISE]:
-            return raw_scores(reward, levels, images, prompts)
+            return latent_scores(reward, reward.raw, levels, images, prompts)
         return {NO_NOISE.name: sum(weights[name] * part_score(part, images, prompts) for name, part in parts.items())}
 
     return score

@@ -233,6 +233,33 @@ def test_a_latent_reward_scores_the_encoded_image(tmp_path, tiny_world):
         assert both["score"][row] == pytest.approx(own[row] * 2 + 0.5 + 2 * bright, rel=1e-5)
 
 
+def test_a_served_latent_reward_scores_as_in_this_process(tiny_world):
+    import torch
+    from reward_server import running
+
+    from dinalrm_align import LatentReward
+    from dinalrm_align.data.source import Encoders
+    from dinalrm_align.eval.evaluator import image_scorer
+    from dinalrm_align.reward.combine import RewardSum
+    from dinalrm_align.reward.registry import load_reward
+
+    reward = LatentReward.from_pretrained(tiny_world / "dinalrm", pipeline=str(tiny_world / "pipeline"))
+    reward.config.image_sigma = 0.2
+    encoders = Encoders(str(tiny_world / "pipeline"), text_length=14, device="cpu", dtype=torch.float32)
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((64, 64), (40, 70), (64, 64))]
+    prompts, place = ["red", "blue", "red"], (encoders, Fit("area", 32, 32), [NO_NOISE], 3)
+    bright = load_reward("public_rewards:brightness")
+    both = RewardSum({"dinalrm": reward, "bright": bright}, {"dinalrm": 1.0, "bright": 2.0})
+    with running({"default": reward, "bright": bright, "sum": both}) as address:
+        served = load_reward(address), load_reward(f"{address} + 2*remote={address}#bright")
+        for local, remote in zip((reward, both), served, strict=True):
+            found = [image_scorer(each, *place)(images, prompts)["score"] for each in (local, remote)]
+            np.testing.assert_allclose(found[1], found[0], atol=1e-4, rtol=1e-6)
+        with pytest.raises(ValueError, match="got 'sum', a sum .* one by one"):
+            image_scorer(load_reward(f"{address}#sum"), *place)
+
+
 # -------------------------------------------------------------------------------------------- what is not as published
 
 
