@@ -49,6 +49,7 @@ from dinalrm_align.align.refl import Refl
 from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.align.resolve import Given, Resolved, resolve_values, resumed
 from dinalrm_align.align.setup import Setup, prepare, prepare_evaluation
+from dinalrm_align.data.hub_prompts import load_prompts
 from dinalrm_align.data.source import Encoders, open_pairs
 from dinalrm_align.flow.sampling import named_sigmas
 from dinalrm_align.reward.names import parse_reward
@@ -86,8 +87,9 @@ class DiffusionTrainer:
     Args:
         model: hub id or folder of a StableDiffusion3Pipeline, or a pipeline, which becomes that of the trained model.
         reward_funcs: a name or weighted sum as in `load_reward`, a function, a reward, or a list of these.
-        train_dataset, eval_dataset: `datasets.Dataset`s or other iterables of rows with a text "prompt"; default: the
-            prompts that belong to the model.
+        train_dataset, eval_dataset: `datasets.Dataset`s or other iterables of rows with a text "prompt"; or a name or
+            path, from which `load_prompts` reads the prompts only; default: the prompts that belong to the model. Each
+            evaluation samples every row of `eval_dataset` once, unless `args.eval_samples` sets the number of images.
         peft_config: r, lora_alpha and init_lora_weights of the LoRA; default: the recipe's.
         callbacks: get on_train_begin, on_step_end, on_log, on_evaluate, on_save and on_train_end.
             `control.should_training_stop` stops the run; other requests in `control` have no effect.
@@ -102,8 +104,8 @@ class DiffusionTrainer:
         model: str | StableDiffusion3Pipeline,
         reward_funcs: RewardFunc | Sequence[RewardFunc] = "dinalrm",
         args: DiffusionConfig | None = None,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        train_dataset: Rows | str | Path | None = None,
+        eval_dataset: Rows | str | Path | None = None,
         peft_config: peft.LoraConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -124,6 +126,8 @@ class DiffusionTrainer:
             after_update=self._after_update,
         )
         values = dict(**self.args.values(), **lora_values(peft_config), model=name, reward=reward)
+        if held_out:
+            values.setdefault("evaluation.samples", max(2, len(held_out)))
         resolved = resolve_values(self.run_type, self.args.METHOD, values, given, gradient=self.needs_gradient)
         self.setup = self._prepare(replace(resolved, resume_command="trainer.train(resume_from_checkpoint=True)"))
         self.folder = Path(resolved.run.output_dir)
@@ -260,8 +264,13 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         setup.align(OfflineDpo(sampler, pairs, config), samples=samples, data={"pairs": pairs.digest()})
 
 
-def dataset_rows(dataset: Rows | None, name: str) -> list[dict[str, Any]]:
-    """Return the rows of a data set as dicts; none for None. Raises ValueError for a row without a text "prompt"."""
+def dataset_rows(dataset: Rows | str | Path | None, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a data set as dicts; none for None. Raises ValueError for a row without a text "prompt".
+
+    dataset: rows; or a file of prompts, or a data set on the hub, as for `load_prompts`, whose errors are raised.
+    """
+    if isinstance(dataset, str | Path):
+        dataset = [{"prompt": prompt} for prompt in load_prompts(dataset)]
     rows = [] if dataset is None else list(dataset)
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping) or not isinstance(row.get("prompt"), str):

@@ -44,7 +44,7 @@ class DiffusionConfig:
     save_steps: int | None = option("loop.checkpoint_every", "Updates between checkpoints; 0: only at the end.")
     save_total_limit: int | None = option("loop.keep_last", "Number of checkpoints to keep.")
     eval_steps: int | None = option("evaluation.every", "Updates between evaluations; 0: only before and after.")
-    eval_samples: int | None = option("evaluation.samples", "Images per evaluation, at least 2.")
+    eval_samples: int | None = option("evaluation.samples", "Images per evaluation; by default one per eval row.")
     per_device_eval_batch_size: int | None = option("evaluation.batch_size", "Images sampled at once in evaluations.")
     gold_reward: str | None = option("gold", "Reward that scores held-out images and is not trained on.")
     report_to: Literal["none", "wandb", "tensorboard"] | None = option("tracker", "Logger besides metrics.jsonl.")
@@ -57,7 +57,7 @@ class DiffusionConfig:
     settings: list[str] | None = option("", "Further settings of the recipe, NAME=VALUE, as in refl.kl_unit=raw.")
 
     def values(self) -> dict[str, Any]:
-        """Return the settings of the recipe by dotted name. Raises ValueError for an entry that is not NAME=VALUE."""
+        """Return the settings of the recipe by dotted name. Raises ValueError for an invalid entry of `settings`."""
         settings = {entry.name: entry.metadata["help"].setting for entry in fields(self)}
         given = {name: value for name, value in vars(self).items() if value is not None and settings[name]}
         found = {settings[name].replace("METHOD", self.METHOD): value for name, value in given.items()}
@@ -65,6 +65,9 @@ class DiffusionConfig:
             name, equals, value = text.partition("=")
             if not equals:
                 raise ValueError(f"settings: got {text!r}; expected NAME=VALUE, as in refl.kl_unit=raw")
+            if name == "resume":
+                how = f"trainer.train(resume_from_checkpoint={value!r}), and no setting resume"
+                raise ValueError(f"settings: got {text!r}; expected {how}")
             found[name] = _number(yaml.safe_load(value))
         return found
 

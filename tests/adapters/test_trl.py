@@ -7,6 +7,7 @@ called) and at 0.23.1 (trl/trainer/alignprop_trainer.py and ddpo_trainer.py: the
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, Tr
 from dinalrm_align.adapters import trl
 from dinalrm_align.adapters.trl_config import DiffusionDPOConfig, FlowGRPOConfig, ReFLConfig
 from dinalrm_align.align.policy import PROJECTIONS
+from dinalrm_align.align.setup import run_prompts
 from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.reward.registry import load_reward
 from dinalrm_align.train.settings import types_by_name
@@ -134,12 +136,13 @@ def test_trl_parser_reads_yaml_and_command_line(tmp_path):
         (dict(max_steps="many"), "loop.steps: got str 'many'"),
         (dict(settings=["refl.variat=refl"]), "did you mean 'refl.variant'"),
         (dict(settings=["refl.variant"]), "expected NAME=VALUE"),
+        (dict(settings=["resume=runs/a"]), "expected trainer.train(resume_from_checkpoint='runs/a')"),
         (dict(settings=["reward=pixel"]), "multiple values for keyword argument 'reward'"),
         (dict(reward_weights=[1.0, 2.0]), "reward_weights: got 2 for 1"),
     ],
 )
 def test_invalid_options_raise(world, options, message):
-    with pytest.raises((ValueError, TypeError), match=message.replace("[", r"\[")):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         trl.ReFLTrainer(str(world), brightness, ReFLConfig(**options))
 
 
@@ -238,7 +241,34 @@ def test_rows_without_a_text_prompt_are_refused(rows):
         trl.dataset_rows(rows, "train_dataset")
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_data_set_may_be_the_name_of_a_file(kind, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    rows = trl.dataset_rows(kind(tmp_path / "prompts.txt"), "train_dataset")
+    assert rows == [{"prompt": "a red circle"}, {"prompt": "a blue square"}]
+
+
 # runs
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "samples"),
+    [(3, {}, 3), (1, {}, 2), (3, dict(eval_samples=2), 2), (3, dict(settings=["evaluation.samples=4"]), 4)],
+)
+def test_every_held_out_row_is_evaluated_once_by_default(rows, options, samples, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(trl.FlowGRPOTrainer, "_prepare", lambda self, resolved: _Unprepared(resolved))
+    args = FlowGRPOConfig(**(dict(gold_reward="oracle", output_dir=str(tmp_path)) | options))
+    trainer = trl.FlowGRPOTrainer(str(world), brightness, args, ROWS, ROWS[:rows])
+    prompts = [row["prompt"] for row in ROWS[:rows]]
+    wanted = [prompts[index % rows] for index in range(samples)]
+    assert run_prompts(trainer.setup.resolved)[1] == wanted
+
+
+class _Unprepared:
+    """What a trainer reads of `Setup`, without models."""
+
+    def __init__(self, resolved):
+        self.resolved, self.accelerator = resolved, SimpleNamespace(is_main_process=True, is_local_main_process=True)
 
 
 class Recorder(TrainerCallback):
