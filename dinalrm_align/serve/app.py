@@ -27,7 +27,16 @@ from dinalrm_align.reward.remote import PROTOCOL
 from dinalrm_align.serve.config import DEFAULT, ServeConfig
 from dinalrm_align.serve.metrics import Metrics
 from dinalrm_align.serve.pool import ServedReward
-from dinalrm_align.serve.protocols import DRM_HEADER, DRM_VERSION, Job, read_compute, read_drm, read_own
+from dinalrm_align.serve.protocols import (
+    DRM_HEADER,
+    DRM_VERSION,
+    Job,
+    TooMany,
+    check_count,
+    read_compute,
+    read_drm,
+    read_own,
+)
 from dinalrm_align.train.command import is_about_input
 
 LOG = logging.getLogger(__name__)
@@ -54,8 +63,7 @@ def create_app(
             if name not in rewards:
                 raise HTTPException(404, f"reward: got {name!r:.80}; expected one of {', '.join(rewards)}")
             jobs = await asyncio.to_thread(read, await body_of(request, config.max_body_mb * 2**20))
-            if (count := sum(map(len, jobs))) > config.max_queue:
-                raise HTTPException(413, f"got {count} samples; expected at most max_queue, {config.max_queue}")
+            check_count(sum(map(len, jobs)), config.max_queue)
             parts = await asyncio.gather(*map(asyncio.wrap_future, rewards[name].submit(jobs)))
             status = 200
             return rewards[name], [score for part in parts for score in part]
@@ -76,7 +84,7 @@ def create_app(
 
     @app.post("/compute")
     async def compute(request: Request) -> dict[str, Any]:
-        return {"rewards": (await scored(request, read_compute))[1]}
+        return {"rewards": (await scored(request, lambda body: read_compute(body, config.max_queue)))[1]}
 
     @app.get("/v1/rewards")
     async def describe(request: Request) -> dict[str, Any]:
@@ -127,6 +135,8 @@ def as_refusal(error: Exception) -> HTTPException:
     """Return the answer to a request that raised `error`."""
     if isinstance(error, HTTPException):
         return error
+    if isinstance(error, TooMany):
+        return HTTPException(413, str(error))
     if isinstance(error, queue.Full):
         return HTTPException(429, str(error), {"Retry-After": "1"})
     if isinstance(error, ValueError | TypeError) and not isinstance(error, ScoreError) and is_about_input(error):

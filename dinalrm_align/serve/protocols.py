@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from dinalrm_align.models.images import image_size, image_tensor, open_image
+from dinalrm_align.models.images import image_size, open_image
 from dinalrm_align.models.text import Conditions, check_prompts
 from dinalrm_align.reward.inputs import FLOATING, check_finite
 from dinalrm_align.reward.protocol import Reward
@@ -30,6 +31,8 @@ from dinalrm_align.train.files import parse_json
 DRM_HEADER, DRM_VERSION = "x-drm-protocol-version", "1"
 LARGEST_IMAGE = 4096 * 4096
 """Largest number of pixels of an image in a request."""
+MOST_PIXELS = 4 * LARGEST_IMAGE
+"""Largest number of pixels of all PNG images of a request: a few kilobytes of PNG may hold millions."""
 MOST_LEVELS = 64
 """Largest number of levels of an ensemble in a request: each level is a pass through the backbone."""
 DIMS = {
@@ -39,6 +42,10 @@ DIMS = {
 """Numbers of axes of the tensors of a request; the first axis has the samples. For shapes, see `request_body`."""
 DTYPES = {"seeds": (torch.int64,), "images": (*FLOATING, torch.uint8)}
 """Dtypes of tensors; of all others: `FLOATING`."""
+
+
+class TooMany(ValueError):
+    """A request has more samples than a queue takes."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,8 @@ def read_drm(body: bytes, version: str) -> list[Job]:
     return [Job(tensors, None, raw=True)]
 
 
-def read_compute(body: bytes) -> list[Job]:
-    """Read a request of Flow-Factory: one job per image."""
+def read_compute(body: bytes, most: int) -> list[Job]:
+    """Read a request of Flow-Factory: one job per image, uint8. Raises TooMany, before decoding, for over `most`."""
     found = parse_json(body.decode("utf-8", errors="replace"), "body")
     if not isinstance(found, dict):
         raise ValueError(f"body: got a JSON {type(found).__name__}; expected an object with prompt and image")
@@ -145,10 +152,23 @@ def read_compute(body: bytes) -> list[Job]:
     prompts, images = check_prompts(found.get("prompt")), found.get("image")
     if not isinstance(images, list) or len(images) != len(prompts):
         raise ValueError(f"image: got {images!r:.40}; expected a list of {len(prompts)}, one per prompt")
-    return [Job({"images": _png(f"image[{i}]", image)}, [prompts[i]]) for i, image in enumerate(images)]
+    check_count(len(images), most)
+    files = [_png(f"image[{i}]", image) for i, image in enumerate(images)]
+    if (total := sum(pixels for _, pixels in files)) > MOST_PIXELS:
+        raise ValueError(
+            f"image: got {total} pixels in {len(files)} images; expected at most {MOST_PIXELS}: send fewer"
+        )
+    pixels = [torch.from_numpy(np.array(open_image(data, f"image[{i}]"))) for i, (data, _) in enumerate(files)]
+    return [Job({"images": pixels[i].permute(2, 0, 1)[None]}, [prompt]) for i, prompt in enumerate(prompts)]
 
 
-def _png(name: str, text: object) -> Tensor:
+def check_count(count: int, most: int) -> None:
+    if count > most:
+        raise TooMany(f"got {count} samples; expected at most max_queue, {most}")
+
+
+def _png(name: str, text: object) -> tuple[bytes, int]:
+    """Return a PNG file and its number of pixels."""
     try:
         data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     except (binascii.Error, ValueError):
@@ -158,7 +178,7 @@ def _png(name: str, text: object) -> Tensor:
     height, width = image_size(data, name)
     if height * width > LARGEST_IMAGE:
         raise ValueError(f"{name}: got {height} x {width} pixels; expected at most {LARGEST_IMAGE}")
-    return image_tensor(open_image(data, name))
+    return data, height * width
 
 
 def _tensors(body: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -122,5 +122,7 @@ def requests() -> list[Request]:
         Request("compute: not base64", "/compute", compute(image=["%%%"]), 400, "image[0] %%% PNG"),
         Request("compute: not PNG", "/compute", compute(image=[base64.b64encode(b"GIF89a").decode()]), 400, "image[0] PNG"),
         Request("compute: damaged PNG", "/compute", compute(image=[png()[:60]]), 400, "image[0]"),
+        Request("compute: too many images, not decoded", "/compute", compute(prompt=PROMPT * 17, image=["%%%"] * 17), 413, "17 16"),
+        Request("compute: too many pixels", "/compute", compute(prompt=PROMPT * 5, image=[png("1", (4096, 4096))] * 5), 400, "image 83886080 67108864"),
         Request("compute: huge PNG", "/compute", compute(image=[huge_png()]), 400, "image[0]"),
     ]  # fmt: skip
