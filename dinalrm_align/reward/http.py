@@ -5,6 +5,7 @@ import logging
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from dinalrm_align.train.settings import check_integer, check_number
 Answer = TypeVar("Answer")
 LOG = logging.getLogger(__name__)
 ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?(?:/[!-~]*)?", re.ASCII | re.IGNORECASE)
+LOOPBACK = re.compile(r"localhost|127(?:\.\d{1,3}){3}|::1", re.ASCII)
 ANSWER_LIMIT = 4 * 2**20
 """Largest accepted answer in bytes. Usual answers have a few kilobytes."""
 RETRIED = (408, 425, 429)
@@ -27,6 +29,12 @@ LONGEST_PAUSE = 60.0
 
 class Refused(InputError):
     """The server refuses the request. Another attempt would not help."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an error: the key would travel to the other address."""
+
+    def redirect_request(self, *_: object) -> None: ...
 
 
 class NoAnswer(ConnectionError):
@@ -96,13 +104,16 @@ class Server:
             request = urllib.request.Request(
                 target, body, {"Content-Type": kind} | key, method="GET" if body is None else "POST"
             )
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            # never over a proxy to this machine
+            direct = LOOPBACK.fullmatch(urllib.parse.urlsplit(target).hostname or "")
+            handlers = [_NoRedirect(), *([urllib.request.ProxyHandler({})] if direct else [])]
+            with urllib.request.build_opener(*handlers).open(request, timeout=self.timeout) as response:
                 data = response.read(ANSWER_LIMIT + 1)
         except urllib.error.HTTPError as error:
             said = ""
             with error, suppress(OSError, http.client.HTTPException):
                 said = error.read(500).decode(errors="replace").strip()
-            reason = f"HTTP {error.code}: {said:.300}"
+            reason = f"HTTP {error.code}: {said or error.headers.get('Location', ''):.300}"
             if error.code not in RETRIED and error.code < 500:
                 raise Refused(f"{target} refuses the request ({reason})") from error
             asked = error.headers.get("Retry-After", "")
