@@ -87,9 +87,8 @@ class DiffusionTrainer:
     Args:
         model: hub id or folder of a StableDiffusion3Pipeline, or a pipeline, which becomes that of the trained model.
         reward_funcs: a name or weighted sum as in `load_reward`, a function, a reward, or a list of these.
-        train_dataset, eval_dataset: `datasets.Dataset`s or other iterables of rows with a text "prompt"; or a name or
-            path, from which `load_prompts` reads the prompts only; default: the prompts that belong to the model. Each
-            evaluation samples every row of `eval_dataset` once, unless `args.eval_samples` sets the number of images.
+        train_dataset, eval_dataset: `datasets.Dataset`s or other iterables of rows with a text "prompt", or names for
+            `load_prompts`; default: the model's prompts. An evaluation samples each row once by default.
         peft_config: r, lora_alpha and init_lora_weights of the LoRA; default: the recipe's.
         callbacks: get on_train_begin, on_step_end, on_log, on_evaluate, on_save and on_train_end.
             `control.should_training_stop` stops the run; other requests in `control` have no effect.
@@ -265,10 +264,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
 
 
 def dataset_rows(dataset: Rows | str | Path | None, name: str) -> list[dict[str, Any]]:
-    """Return the rows of a data set as dicts; none for None. Raises ValueError for a row without a text "prompt".
-
-    dataset: rows; or a file of prompts, or a data set on the hub, as for `load_prompts`, whose errors are raised.
-    """
+    """Return the rows of a data set as dicts; none for None. Raises ValueError for a row without a text "prompt"."""
     if isinstance(dataset, str | Path):
         dataset = [{"prompt": prompt} for prompt in load_prompts(dataset)]
     rows = [] if dataset is None else list(dataset)

@@ -66,8 +66,7 @@ class DiffusionConfig:
             if not equals:
                 raise ValueError(f"settings: got {text!r}; expected NAME=VALUE, as in refl.kl_unit=raw")
             if name == "resume":
-                how = f"trainer.train(resume_from_checkpoint={value!r}), and no setting resume"
-                raise ValueError(f"settings: got {text!r}; expected {how}")
+                raise ValueError(f"settings: got {text!r}; expected trainer.train(resume_from_checkpoint={value!r})")
             found[name] = _number(yaml.safe_load(value))
         return found
 

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dinalrm_align.align.lora import LORA_FILE
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.card import model_card
 from dinalrm_align.reward.checkpoint import read_checkpoint
-from dinalrm_align.reward.names import REWARDS, file_name, parse_reward
+from dinalrm_align.reward.names import REWARDS, gold_rewards, parse_reward
 from dinalrm_align.train.files import HUB_ID, read_json, read_yaml, write_atomically
 from dinalrm_align.train.hub import card, check_repository, upload
 from dinalrm_align.train.run import CONFIG
@@ -51,33 +51,18 @@ pipeline.load_lora_weights("{repo_id}")
 
 
 def public(value: Any) -> Any:
-    """Return settings or figures with the last names of local paths, and without the addresses of reward servers.
-
-    Mappings, lists and texts of rewards are searched. A text is a path if it begins with /, ./, ../ or ~, or if a file
-    or folder of that name exists. "http://host:port#NAME" becomes "a reward server#NAME".
-    """
-    if isinstance(value, Mapping):
-        return {name: public(entry) for name, entry in value.items()}
+    """Return settings or figures with local paths as their last names, and without the addresses of reward servers."""
     if isinstance(value, list | tuple):
         return [public(entry) for entry in value]
     if not isinstance(value, str):
-        return value
+        return {name: public(entry) for name, entry in value.items()} if isinstance(value, Mapping) else value
     if re.match(r"~|\.{0,2}/", value) or os.path.exists(value):
         return os.path.basename(os.path.abspath(value))
-    try:
+    with suppress(ValueError):  # other texts than those of rewards
         sources = {term.source for term in parse_reward(value) if term.source not in (None, value)}
-    except ValueError:  # not the text of a reward
-        sources = set()
-    for source in sorted(sources, key=len, reverse=True):
-        value = value.replace(source, public(source))
+        for source in sorted(sources, key=len, reverse=True):
+            value = value.replace(source, public(source))
     return re.sub(r"https?://[^\s#'\"]*", "a reward server", value)
-
-
-def _public_summary(summary: Mapping[str, Any], gold: Any) -> dict[str, Any]:
-    """Return `public(summary)`, also without the addresses in the names of gold rewards. gold: the run's setting."""
-    served = [text for text in (gold if isinstance(gold, list | tuple) else [gold]) if "://" in str(text)]
-    names = {f"gold/{file_name(text)}": f"gold/{public(text)}" for text in served}
-    return {names.get(name, name): public(entry) for name, entry in summary.items()}
 
 
 def push_run(
@@ -116,13 +101,14 @@ def write_repository(
     """Write the files that `push_run` uploads to `folder`."""
     settings = settings or read_yaml(run / CONFIG, "settings file of a run")
     shown = [f"![{what}]({name})\n\n{what}." for name, what in IMAGES.items() if (run / name).is_file()]
-    summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
-    summary = _public_summary(summary, settings.get("gold"))
+    summary = public(read_json(run / "summary.json")) if (run / "summary.json").is_file() else {}
+    gold = gold_rewards(settings.get("gold"), "pixel").items()
+    names = {name: f"gold/{public(text)}" for name, text in gold if "/" in name and "://" in text}  # addresses
+    summary = {names.get(name, name): entry for name, entry in summary.items()}
     if (run / "reward").is_dir():
         shutil.copytree(run / "reward", folder, dirs_exist_ok=True)
-        config = read_checkpoint(run / "reward").config
-        text = model_card(replace(config, base_model_id=public(config.base_model_id)), repo_id, *shown)
         write_atomically(folder / "config.json", json.dumps(public(read_json(folder / "config.json")), indent=2))
+        text = model_card(read_checkpoint(folder).config, repo_id, *shown)
     elif (source := run / lora / LORA_FILE).is_file():
         shutil.copy(source, folder)
         text = lora_card(settings, summary, repo_id, *shown)

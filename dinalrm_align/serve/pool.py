@@ -2,11 +2,11 @@
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -14,13 +14,12 @@ from dinalrm_align.adapters.shared import shared_reward
 from dinalrm_align.models.specs import ModelSpec
 from dinalrm_align.reward.batching import MicroBatcher
 from dinalrm_align.reward.names import parse_reward
-from dinalrm_align.reward.protocol import Reward, RewardModule
+from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.serve.config import ServeConfig
 from dinalrm_align.serve.metrics import Metrics
 from dinalrm_align.serve.protocols import Job, joined, score_job
 
-_LOCKS = WeakKeyDictionary[RewardModule, threading.Lock]()
-"""Part of a reward -> the lock held while it scores: two queues may share it, and tokenizers are not thread-safe."""
+_LOCKS = defaultdict[int, threading.Lock](threading.Lock)  # by id of a part of a reward, held while it scores
 
 
 class ServedReward:
@@ -32,8 +31,6 @@ class ServedReward:
     def __init__(self, copies: Sequence[Reward], config: ServeConfig, metrics: Metrics) -> None:
         reward = copies[0]
         self.metrics, self._groups = metrics, reward.wants_groups
-        for part in (part for copy in copies for part in copy.named_parts.values()):
-            _LOCKS.setdefault(part, threading.Lock())
         limits = dict(max_batch_size=config.max_batch_size, max_wait_ms=config.max_wait_ms, max_queue=config.max_queue)
         self._queues = [
             MicroBatcher(lambda jobs, copy=copy: self._score(copy, jobs), key=self._key, size=len, **limits)
@@ -79,7 +76,7 @@ class ServedReward:
         together = joined(jobs)
         self.metrics.batch(len(together), time.monotonic() - together.arrived)
         with ExitStack() as held:
-            for part in sorted(reward.named_parts.values(), key=id):  # in one order, or queues wait for each other
+            for part in sorted(map(id, reward.named_parts.values())):  # in one order, or queues wait for each other
                 held.enter_context(_LOCKS[part])
             scores = iter(score_job(reward, together))
         return [[next(scores) for _ in range(len(job))] for job in jobs]

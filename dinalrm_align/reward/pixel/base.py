@@ -224,16 +224,12 @@ def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.de
 def cached(
     cache: dict[str, Features], prompts: Sequence[str], encode: Callable[[list[str]], Iterable[Features]], limit: int
 ) -> list[Features]:
-    """Return each prompt's features. Encode uncached prompts in one batch. `cache` keeps its newest `limit` entries.
-
-    Threads may call this function at once with one `cache`: another thread may remove any entry at any time.
-    """
+    """Return each prompt's features. Encode uncached prompts in one batch. `cache` keeps its newest `limit` entries."""
     found = {prompt: known for prompt in dict.fromkeys(prompts) if (known := cache.get(prompt)) is not None}
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
     if new:
-        made = dict(zip(new, encode(new), strict=True))
-        found |= made
+        found |= (made := dict(zip(new, encode(new), strict=True)))
         cache.update(made)
     for oldest in list(cache)[::-1][limit:]:
-        cache.pop(oldest, None)
+        cache.pop(oldest, None)  # other threads may use the cache, too
     return [found[prompt] for prompt in prompts]
