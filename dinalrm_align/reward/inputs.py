@@ -19,7 +19,7 @@ SEEDS = 2**32
 """Number of distinct seeds: torch's CPU generator reads 32 bits of a seed."""
 
 
-class ScoreError(ValueError):
+class ScoreError(ValueError, TypeError):
     """A reward computed invalid scores from input that was accepted."""
 
 

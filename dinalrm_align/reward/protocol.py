@@ -261,7 +261,7 @@ class RewardModule(nn.Module):
 def finite_scores(scores: Any, count: int, name: str) -> Tensor:
     """Return `scores` as float32. Raise TypeError or ValueError unless `scores` is finite and of shape (count,)."""
     if not isinstance(scores, Tensor):
-        raise TypeError(f"reward {name!r} returned {type(scores).__name__}; expected a tensor ({count},)")
+        raise ScoreError(f"reward {name!r} returned {type(scores).__name__}; expected a tensor ({count},)")
     if tuple(scores.shape) != (count,):
         raise ScoreError(f"reward {name!r} returned shape {tuple(scores.shape)}; expected ({count},), one per sample")
     if bad := int((~torch.isfinite(scores.detach())).sum()):

@@ -47,7 +47,8 @@ def serve(config: ServeConfig, token: str | None) -> None:
         print(f"{name}: {config.texts[name]}, fingerprint {reward.facts['fingerprint']}", flush=True)
     print(f"serving on http://{config.host}:{config.port}", flush=True)
     app = create_app(rewards, config, metrics, token)
-    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+    limits = dict(http="h11", limit_concurrency=max(512, 2 * config.max_queue))  # connections
+    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False, **limits)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,8 +5,8 @@
     GET  /v1/rewards    names and properties of the rewards, for `RemoteReward`
     GET  /healthz, /health, /metrics
 
-Statuses: 400 malformed; 401 no token or another; 404 unknown reward; 413 too large; 429, with Retry-After, full queue;
-500 a fault inside.
+Statuses: 400 malformed; 401 no token or another; 404 unknown reward; 408 slow upload; 413 too large; 429, with
+Retry-After, full queue; 499, in the metrics only, the client went away; 500 a fault inside; 503 too many connections.
 """
 
 import asyncio
@@ -21,25 +21,20 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import PlainTextResponse
+from starlette.requests import ClientDisconnect
 
 from dinalrm_align.reward.inputs import ScoreError
 from dinalrm_align.reward.remote import PROTOCOL
 from dinalrm_align.serve.config import DEFAULT, ServeConfig
 from dinalrm_align.serve.metrics import Metrics
 from dinalrm_align.serve.pool import ServedReward
-from dinalrm_align.serve.protocols import (
-    DRM_HEADER,
-    DRM_VERSION,
-    Job,
-    TooMany,
-    check_count,
-    read_compute,
-    read_drm,
-    read_own,
-)
+from dinalrm_align.serve.protocols import DRM_HEADER, DRM_VERSION, Job, read_compute, read_drm, read_own
 from dinalrm_align.train.command import is_about_input
+from dinalrm_align.train.files import InputError
 
 LOG = logging.getLogger(__name__)
+BODY_SECONDS = 60.0
+"""Longest upload of a request. The server ends when all requests have ended, so none may take for ever."""
 
 
 def create_app(
@@ -63,10 +58,10 @@ def create_app(
             if name not in rewards:
                 raise HTTPException(404, f"reward: got {name!r:.80}; expected one of {', '.join(rewards)}")
             jobs = await asyncio.to_thread(read, await body_of(request, config.max_body_mb * 2**20))
-            check_count(sum(map(len, jobs)), config.max_queue)
-            parts = await asyncio.gather(*map(asyncio.wrap_future, rewards[name].submit(jobs)))
-            status = 200
-            return rewards[name], [score for part in parts for score in part]
+            if (count := sum(map(len, jobs))) > config.max_queue:
+                raise HTTPException(413, f"got {count} samples; expected at most max_queue, {config.max_queue}")
+            status, scores = 200, await scores_of(request, list(map(asyncio.wrap_future, rewards[name].submit(jobs))))
+            return rewards[name], scores
         except Exception as error:
             refusal = as_refusal(error)
             status = refusal.status_code
@@ -117,15 +112,34 @@ def check_token(request: Request, token: str | None) -> None:
         raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
 
 
+async def scores_of(request: Request, futures: Sequence["asyncio.Future[list[float]]"]) -> list[float]:
+    """Return the scores of all futures. If the client goes away, cancel those that wait and raise ClientDisconnect."""
+    try:
+        while (await asyncio.wait(futures, timeout=1))[1]:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+        return [score for part in await asyncio.gather(*futures) for score in part]
+    except InputError as error:  # of a reward, such as another server's answer: not about this request
+        raise ScoreError(str(error)) from error
+    finally:
+        for future in futures:
+            future.cancel()
+
+
 async def body_of(request: Request, limit: int) -> bytes:
-    """Return the body. Raise HTTPException as soon as it has over `limit` bytes."""
+    """Return the body. Raise HTTPException as soon as it has over `limit` bytes, and if it takes over BODY_SECONDS."""
     body, declared = bytearray(), request.headers.get("content-length", "0")
     size = int(declared) if declared.isdigit() else 0
     if size <= limit:
-        async for chunk in request.stream():
-            body += chunk
-            if (size := len(body)) > limit:
-                break
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    if (size := len(body)) > limit:
+                        break
+        except TimeoutError as error:
+            late = f"body: got {len(body)} bytes in {BODY_SECONDS:g} s; expected all of it by then"
+            raise HTTPException(408, late, {"Connection": "close"}) from error
     if size > limit:
         raise HTTPException(413, f"body: got over {limit} bytes; expected at most that many")
     return bytes(body)
@@ -135,8 +149,8 @@ def as_refusal(error: Exception) -> HTTPException:
     """Return the answer to a request that raised `error`."""
     if isinstance(error, HTTPException):
         return error
-    if isinstance(error, TooMany):
-        return HTTPException(413, str(error))
+    if isinstance(error, ClientDisconnect):
+        return HTTPException(499, "the client went away")
     if isinstance(error, queue.Full):
         return HTTPException(429, str(error), {"Retry-After": "1"})
     if isinstance(error, ValueError | TypeError) and not isinstance(error, ScoreError) and is_about_input(error):

@@ -86,13 +86,12 @@ def load_rewards(config: ServeConfig, spec: ModelSpec, metrics: Metrics) -> dict
     """Load every reward of the settings on every device. Raises the errors of `load_reward`."""
     served = {}
     for name, text in config.texts.items():
-        copies, options = [], {}
+        made, own = [], {}
         if config.text_length is not None and any(term.name == "dinalrm" for term in parse_reward(text)):
-            options["dinalrm"] = {"text_length": config.text_length}
+            own["dinalrm"] = {"text_length": config.text_length}
         for device in config.devices:
             device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             dtype = (spec.dtype if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
-            place = dict(spec=spec, pipeline=spec.pipeline, device=device, dtype=dtype)
-            copies.append(shared_reward(text, options=options, **place))
-        served[name] = ServedReward(copies, config, metrics)
+            made.append(shared_reward(text, spec=spec, pipeline=spec.pipeline, device=device, dtype=dtype, options=own))
+        served[name] = ServedReward(made, config, metrics)
     return served

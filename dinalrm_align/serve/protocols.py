@@ -29,9 +29,7 @@ from dinalrm_align.reward.remote import PROTOCOL
 from dinalrm_align.train.files import parse_json
 
 DRM_HEADER, DRM_VERSION = "x-drm-protocol-version", "1"
-LARGEST_IMAGE = 4096 * 4096
-"""Largest number of pixels of an image in a request."""
-MOST_PIXELS = 4 * LARGEST_IMAGE
+MOST_PIXELS = 8192 * 8192
 """Largest number of pixels of all PNG images of a request: a few kilobytes of PNG may hold millions."""
 MOST_LEVELS = 64
 """Largest number of levels of an ensemble in a request: each level is a pass through the backbone."""
@@ -42,10 +40,6 @@ DIMS = {
 """Numbers of axes of the tensors of a request; the first axis has the samples. For shapes, see `request_body`."""
 DTYPES = {"seeds": (torch.int64,), "images": (*FLOATING, torch.uint8)}
 """Dtypes of tensors; of all others: `FLOATING`."""
-
-
-class TooMany(ValueError):
-    """A request has more samples than a queue takes."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +84,10 @@ def score_job(reward: Reward, job: Job) -> list[float]:
     given: dict[str, Any] = {name: tensor.to(reward.device) for name, tensor in job.tensors.items()}
     prompts = job.prompts
     if prompts is None:
-        got = given["prompt_embeds"].shape[1]
         for part in reward.noise_parts:
-            if got != (expected := part.encoder.clip_tokens + (length := part.config.text_length)):
-                wanted = f"{expected}: encode with max_sequence_length={length}, or serve with another --text_length"
-                raise ValueError(f"prompt_embeds: got {got} tokens; expected {wanted}")
+            want = part.encoder.clip_tokens + (length := part.config.text_length)
+            if (got := given["prompt_embeds"].shape[1]) != want:
+                raise ValueError(f"prompt_embeds: got {got} tokens; expected {want}: max_sequence_length={length}")
         prompts = Conditions([""] * len(job), given.pop("prompt_embeds"), given.pop("pooled_prompt_embeds"))
     else:  # one by one, so that the embeddings of a prompt, to the last bit, do not depend on other requests
         for part, prompt in product(reward.noise_parts, dict.fromkeys(prompts)):
@@ -125,8 +118,7 @@ def read_own(body: bytes) -> list[Job]:
     optional = {"seeds", "sigma"} if "images" in tensors else {"seeds", "noise", "sigma"}
     _check(tensors, needed, optional, None if prompts is None else check_prompts(prompts))
     if levels is not None and not (isinstance(levels, list) and len(levels) <= MOST_LEVELS):
-        got = f"{len(levels)} numbers" if isinstance(levels, list) else f"{levels!r:.80}"
-        raise ValueError(f"levels: got {got}; expected a list of at most {MOST_LEVELS} numbers")
+        raise ValueError(f"levels: got {levels!r:.80}; expected a list of at most {MOST_LEVELS} numbers")
     if levels is not None and "sigma" in tensors:
         raise ValueError("got both levels and sigma; pass one of them")
     return [Job(tensors, prompts, None if levels is None else tuple(levels))]
@@ -143,7 +135,7 @@ def read_drm(body: bytes, version: str) -> list[Job]:
 
 
 def read_compute(body: bytes, most: int) -> list[Job]:
-    """Read a request of Flow-Factory: one job per image, uint8. Raises TooMany, before decoding, for over `most`."""
+    """Read a request of Flow-Factory: one job per image, uint8. Decodes at most `most` images."""
     found = parse_json(body.decode("utf-8", errors="replace"), "body")
     if not isinstance(found, dict):
         raise ValueError(f"body: got a JSON {type(found).__name__}; expected an object with prompt and image")
@@ -152,33 +144,24 @@ def read_compute(body: bytes, most: int) -> list[Job]:
     prompts, images = check_prompts(found.get("prompt")), found.get("image")
     if not isinstance(images, list) or len(images) != len(prompts):
         raise ValueError(f"image: got {images!r:.40}; expected a list of {len(prompts)}, one per prompt")
-    check_count(len(images), most)
-    files = [_png(f"image[{i}]", image) for i, image in enumerate(images)]
-    if (total := sum(pixels for _, pixels in files)) > MOST_PIXELS:
-        raise ValueError(
-            f"image: got {total} pixels in {len(files)} images; expected at most {MOST_PIXELS}: send fewer"
-        )
-    pixels = [torch.from_numpy(np.array(open_image(data, f"image[{i}]"))) for i, (data, _) in enumerate(files)]
-    return [Job({"images": pixels[i].permute(2, 0, 1)[None]}, [prompt]) for i, prompt in enumerate(prompts)]
+    if len(images) > most:
+        raise ValueError(f"got {len(images)} samples; expected at most max_queue, {most}")
+    names = [f"image[{i}]" for i in range(len(images))]
+    files = list(map(_png, names, images))
+    if (total := sum(height * width for height, width in map(image_size, files, names))) > MOST_PIXELS:
+        raise ValueError(f"image: got {total} pixels; expected at most {MOST_PIXELS} in a request: send fewer images")
+    pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in map(open_image, files, names)]
+    return [Job({"images": image}, [prompt]) for image, prompt in zip(pixels, prompts, strict=True)]
 
 
-def check_count(count: int, most: int) -> None:
-    if count > most:
-        raise TooMany(f"got {count} samples; expected at most max_queue, {most}")
-
-
-def _png(name: str, text: object) -> tuple[bytes, int]:
-    """Return a PNG file and its number of pixels."""
+def _png(name: str, text: object) -> bytes:
     try:
         data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     except (binascii.Error, ValueError):
         data = b""
     if not data.startswith(b"\x89PNG\r\n"):
         raise ValueError(f"{name}: got {text!r:.40}; expected a PNG file in base64")
-    height, width = image_size(data, name)
-    if height * width > LARGEST_IMAGE:
-        raise ValueError(f"{name}: got {height} x {width} pixels; expected at most {LARGEST_IMAGE}")
-    return data, height * width
+    return data
 
 
 def _tensors(body: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

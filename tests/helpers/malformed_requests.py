@@ -98,7 +98,7 @@ def requests() -> list[Request]:
         Request("seeds and noise", score, own(seeds=torch.tensor([1]), noise=torch.randn(1, 16, 16, 16)), 400, "seeds noise"),
         Request("noise of another size", score, own(noise=torch.randn(1, 16, 8, 8)), 400, "noise (1, 16, 8, 8)"),
         Request("levels of text", score, own(levels=["a"]), 400, "sigma 'a'"),
-        Request("65 levels", score, own(levels=[0.4] * 65), 400, "levels 65 64"),
+        Request("65 levels", score, own(levels=[0.4] * 65), 400, "levels 64"),
         Request("levels and sigma", score, own(levels=[0.4], sigma=torch.tensor([0.4])), 400, "levels sigma"),
         Request("embeddings of another length", score, own(prompts=None, prompt_embeds=torch.randn(1, 42, 32), pooled_prompt_embeds=torch.randn(1, 32)), 400, "prompt_embeds 42 28 max_sequence_length"),
         Request("too many samples", score, own(latents=torch.randn(17, 16, 4, 4), prompts=PROMPT * 17), 413, "17 16"),
@@ -122,7 +122,7 @@ def requests() -> list[Request]:
         Request("compute: not base64", "/compute", compute(image=["%%%"]), 400, "image[0] %%% PNG"),
         Request("compute: not PNG", "/compute", compute(image=[base64.b64encode(b"GIF89a").decode()]), 400, "image[0] PNG"),
         Request("compute: damaged PNG", "/compute", compute(image=[png()[:60]]), 400, "image[0]"),
-        Request("compute: too many images, not decoded", "/compute", compute(prompt=PROMPT * 17, image=["%%%"] * 17), 413, "17 16"),
+        Request("compute: too many images, not decoded", "/compute", compute(prompt=PROMPT * 17, image=["%%%"] * 17), 400, "17 16"),
         Request("compute: too many pixels", "/compute", compute(prompt=PROMPT * 5, image=[png("1", (4096, 4096))] * 5), 400, "image 83886080 67108864"),
         Request("compute: huge PNG", "/compute", compute(image=[huge_png()]), 400, "image[0]"),
     ]  # fmt: skip

@@ -5,7 +5,9 @@ import dataclasses
 import io
 import json
 import math
+import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from dinalrm_align.serve.app import create_app
 from dinalrm_align.serve.config import ServeConfig
 from dinalrm_align.serve.metrics import Metrics
 from dinalrm_align.serve.pool import load_rewards
+from dinalrm_align.train.files import parse_json
 
 PROMPT = "a small red circle on white"
 
@@ -174,6 +177,76 @@ def test_a_score_that_is_not_finite_is_a_fault_inside(value):
     with TestClient(application({"default": broken})) as client:
         answer = client.post("/v1/score", content=own())
     assert answer.status_code == 500 and not numbers(answer.json()) and "NaN or infinite" in answer.json()["detail"]
+
+
+def test_no_tensor_is_a_fault_inside():
+    with TestClient(application({"default": as_reward(lambda latents, prompts: 1.0, name="broken")})) as client:
+        answer = client.post("/v1/score", content=own())
+    assert answer.status_code == 500 and "'broken' returned float" in answer.json()["detail"]
+
+
+def test_an_answer_that_a_reward_cannot_read_is_a_fault_inside():
+    """A reward asks another server, whose answer is cut off."""
+
+    def asks(latents, prompts):
+        return parse_json('{"scores": [', "http://evaluator")
+
+    with TestClient(application({"default": as_reward(asks, name="asks")})) as client:
+        answer = client.post("/v1/score", content=own())
+    assert answer.status_code == 500 and "http://evaluator" in answer.json()["detail"]
+
+
+def upload(address, body, declared):
+    """A connection with a request to score whose declared size may be larger than its body."""
+    host, port = address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection.sendall(f"POST /v1/score HTTP/1.1\r\nHost: {host}\r\nContent-Length: {declared}\r\n\r\n".encode() + body)
+    return connection
+
+
+def wait_for_metric(address, text):
+    end = time.monotonic() + 10
+    while text not in (found := urllib.request.urlopen(f"{address}/metrics").read().decode()):
+        assert time.monotonic() < end, found
+        time.sleep(0.01)
+
+
+def test_a_stalled_upload_ends(monkeypatch):
+    """It is answered with status 408 and its connection is closed, so the server can stop."""
+    monkeypatch.setattr("dinalrm_align.serve.app.BODY_SECONDS", 0.2)
+    with running({"default": as_reward(mean, name="mean")}) as address, upload(address, b"abc", 100) as connection:
+        answer = b""
+        while data := connection.recv(4096):
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"body: got 3 bytes in 0.2 s" in answer
+
+
+def test_an_upload_that_its_client_breaks_off_is_no_fault(caplog):
+    with running({"default": as_reward(mean, name="mean")}) as address:
+        upload(address, b"abc", 100).close()
+        wait_for_metric(address, 'path="/v1/score",status="499"} 1')
+    assert "a request failed" not in caplog.text
+
+
+def test_a_request_whose_client_has_gone_is_not_scored():
+    entered, leave, scored = threading.Event(), threading.Event(), []
+
+    def slow(latents, prompts):
+        entered.set()
+        assert leave.wait(20)
+        scored.extend(prompts)
+        return mean(latents, prompts)
+
+    rewards = {"default": as_reward(slow, name="slow")}
+    with running(rewards, max_batch_size=1, max_wait_ms=0) as address, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(urllib.request.urlopen, f"{address}/v1/score", own(["stays"]), 20)
+        assert entered.wait(20)
+        with upload(address, body := own(["goes"]), len(body)):
+            wait_for_metric(address, "dinalrm_waiting 1")
+        wait_for_metric(address, 'path="/v1/score",status="499"} 1')
+        leave.set()
+        assert json.loads(first.result(20).read())["scores"]
+    assert scored == ["stays"]
 
 
 def test_a_full_queue_says_when_to_come_back():

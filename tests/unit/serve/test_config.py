@@ -59,6 +59,15 @@ def test_without_the_extra_the_command_says_what_to_install(package, monkeypatch
     assert f"needs {package}, which is not installed: pip install 'dinalrm-align[serve]'" in capsys.readouterr().err
 
 
+def test_the_server_limits_its_connections(monkeypatch):
+    """Over the limit, uvicorn answers with status 503; a request for each sample that may wait is within it."""
+    given = {}
+    monkeypatch.setattr("dinalrm_align.serve.pool.load_rewards", lambda *arguments: {})
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: given.update(options))
+    main(["--model=shapes", "--max_queue=1000"])
+    assert given["limit_concurrency"] == 2000 and given["http"] == "h11"
+
+
 def test_the_command_refuses_an_open_address(monkeypatch, capsys):
     monkeypatch.delenv("DINALRM_TOKEN", raising=False)
     with pytest.raises(SystemExit):
