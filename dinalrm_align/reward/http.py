@@ -91,7 +91,9 @@ class Server:
                     raise
                 if attempt == self.attempts:
                     tried = f"no answer in {attempt} attempts of {self.timeout:g} s (the last: {error})"
-                    raise ConnectionError(f"{target}: {tried}; is the server up, and is this its address?") from error
+                    answered = isinstance(error.__cause__, urllib.error.HTTPError)
+                    how = "see the server's log" if answered else "is the server up, and is this its address?"
+                    raise ConnectionError(f"{target}: {tried}; {how}") from error
                 wait = max(self.pause * 2 ** (attempt - 1), getattr(error, "pause", 0.0))
                 LOG.warning("%s: attempt %d of %d failed (%.200s)", target, attempt, self.attempts, error)
             time.sleep(min(wait, LONGEST_PAUSE))
@@ -104,7 +106,6 @@ class Server:
             request = urllib.request.Request(
                 target, body, {"Content-Type": kind} | key, method="GET" if body is None else "POST"
             )
-            # never over a proxy to this machine
             direct = LOOPBACK.fullmatch(urllib.parse.urlsplit(target).hostname or "")
             handlers = [_NoRedirect(), *([urllib.request.ProxyHandler({})] if direct else [])]
             with urllib.request.build_opener(*handlers).open(request, timeout=self.timeout) as response:

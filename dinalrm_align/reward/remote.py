@@ -91,15 +91,9 @@ class RemoteReward(RewardModule):
         return self._score({"latents": latents, **drawn}, prompts, levels).to(latents.device)
 
     def score_images(
-        self,
-        images: Any,
-        prompts: Text,
-        *,
-        sigma: Sigma | None = None,
-        generator: torch.Generator | None = None,
-        seeds: Seeds | None = None,
-        differentiable: bool = False,
-    ) -> Tensor:
+        self, images: Any, prompts: Text, *, sigma: Sigma | None = None, generator: torch.Generator | None = None,
+        seeds: Seeds | None = None, differentiable: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Return scores (B,), float32, of images as `image_tensor` takes them, also of different sizes.
 
         A `generator` draws one seed per sample here. Raises the errors of `forward`, and ValueError if the reward
@@ -112,9 +106,7 @@ class RemoteReward(RewardModule):
         text = prompts_of(prompts, len(pixels))
         if generator is not None:
             seeds = torch.randint(SEEDS, (len(pixels),), generator=generator, device=generator.device)
-        levels, given = _level_tensors(sigma, len(pixels)) if self.reads_noise else (None, {})
-        if seeds is not None and self.reads_noise:
-            given["seeds"] = torch.tensor(check_seeds(seeds, len(pixels)))
+        levels, given = _level_tensors(sigma, seeds, len(pixels)) if self.reads_noise else (None, {})
         scores = torch.empty(len(pixels))
         for size in {image.shape for image in pixels}:
             rows = [row for row, image in enumerate(pixels) if image.shape == size]
@@ -139,6 +131,9 @@ class RemoteReward(RewardModule):
             part = slice(start, min(start + size, count))
             rows = {name: tensor[part].detach().cpu().contiguous() for name, tensor in tensors.items()}
             body = request_body(rows, strings and strings[part], levels)
+            if len(body) > (limit := self._facts["max_body_bytes"]):
+                got = f"{len(body)} bytes of {part.stop - start} samples; expected at most {limit}"
+                raise ValueError(f"{self.server.url}: got {got}: start the server with a larger --max_body_mb")
             read = lambda text: self._scores(text, part.stop - start)  # noqa: E731
             path = f"/v1/score?reward={urllib.parse.quote(self.name, safe='')}"
             return self.server.request(path, body, read, "application/octet-stream")
@@ -173,23 +168,24 @@ def request_body(tensors: Mapping[str, Tensor], prompts: Sequence[str] | None, l
     return save(dict(tensors), metadata | {"protocol": PROTOCOL})
 
 
-def _level_tensors(sigma: Sigma | None, count: int) -> tuple[Sequence[float] | None, dict[str, Tensor]]:
-    """Return the levels of an ensemble, or None, and the tensors of a request that set the noise level."""
+def _level_tensors(
+    sigma: Sigma | None, seeds: Seeds | None, count: int
+) -> tuple[Sequence[float] | None, dict[str, Tensor]]:
+    """Return the levels of an ensemble, or None, and the tensors of a request that set sigma and seeds."""
+    tensors = {} if seeds is None else {"seeds": torch.tensor(check_seeds(seeds, count))}
     sigma = None if sigma is None else check_sigma(sigma, count)
     if sigma is None or isinstance(sigma, tuple):
-        return sigma, {}
-    return None, {"sigma": torch.as_tensor(sigma, dtype=torch.float32).expand(count)}
+        return sigma, tensors
+    return None, {**tensors, "sigma": torch.as_tensor(sigma, dtype=torch.float32).expand(count)}
 
 
 def _noise_tensors(latents: Tensor, given: Noise) -> tuple[Sequence[float] | None, dict[str, Tensor]]:
     """Return the levels of an ensemble, or None, and the tensors of a request that set the noise."""
-    levels, tensors = _level_tensors(given.get("sigma"), len(latents))
-    noise, generator, seeds = (given.get(name) for name in ("noise", "generator", "seeds"))
+    sigma, noise, generator, seeds = (given.get(name) for name in ("sigma", "noise", "generator", "seeds"))
+    levels, tensors = _level_tensors(sigma, seeds, len(latents))
     if noise is not None or generator is not None:
         drawn = draw_noise(latents, noise, generator, seeds, len(levels or [0]))
         tensors["noise"] = drawn if drawn.dim() == 4 else drawn.transpose(0, 1)
-    elif seeds is not None:
-        tensors["seeds"] = torch.tensor(check_seeds(seeds, len(latents)))
     return levels, tensors
 
 

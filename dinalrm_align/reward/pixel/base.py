@@ -21,16 +21,7 @@ from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.models.weights import HubOptions, check_source
 from dinalrm_align.reward.inputs import as_batch, check_finite
-from dinalrm_align.reward.protocol import (
-    Latents,
-    Noise,
-    RewardModule,
-    Seeds,
-    Sigma,
-    Text,
-    finite_scores,
-    without_autocast,
-)
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Text, finite_scores, without_autocast
 from dinalrm_align.train.files import reading
 
 Features = TypeVar("Features")
@@ -130,16 +121,9 @@ class PixelReward(RewardModule):
             return decode_in_slices(self.vae, latents.to(self.vae.device), self.slice_size).to(self.device)
 
     def score_images(
-        self,
-        images: Images,
-        prompts: Text,
-        *,
-        sigma: Sigma | None = None,
-        generator: torch.Generator | None = None,
-        seeds: Seeds | None = None,
-        differentiable: bool = False,
+        self, images: Images, prompts: Text, *, differentiable: bool = False, **noise: Unpack[Noise]
     ) -> Tensor:
-        """Return scores (B,), float32, of B images for B prompts. `sigma`, `generator` and `seeds` are ignored.
+        """Return scores (B,), float32, of B images for B prompts. `noise` is ignored.
 
         images: PIL images, tensors or arrays, as for `image_tensor`, but a list may hold images of different sizes.
         differentiable: whether gradients reach image tensors.

@@ -60,3 +60,12 @@ def test_this_machine_is_asked_without_a_proxy(monkeypatch):
             assert Server(f"http://{host}:{port}", attempts=1).request("/v1/rewards", None, str) == "server"
         assert not seen
         assert Server("http://reward.invalid", attempts=1).request("/v1/rewards", None, str) == "proxy"
+
+
+def test_a_server_that_fails_is_not_asked_whether_it_is_up():
+    with answering(500, b"the server failed (RuntimeError: out of memory)") as (address, seen):
+        with pytest.raises(ConnectionError, match="HTTP 500: the server failed .RuntimeError: out of memory") as caught:
+            Server(address, attempts=2, pause=0).request("/v1/score", b"{}", str)
+    assert (
+        len(seen) == 2 and "is the server up" not in str(caught.value) and "see the server's log" in str(caught.value)
+    )

@@ -178,6 +178,17 @@ def test_a_server_with_another_reward_stops_the_run(reward):
         remote(latents(1), PROMPTS[:1])
 
 
+def test_samples_over_the_limit_of_the_server_are_named_before_they_travel(reward):
+    with running({"default": reward}, max_body_mb=1) as address:
+        remote = load_reward(address, options={"remote": {"attempts": 1}})
+        images = torch.rand(2, 3, 320, 320)  # 1.2 MB each
+        with pytest.raises(ValueError, match=r"bytes of 1 samples.*at most 1048576: .*--max_body_mb"):
+            remote.score_images(images, PROMPTS[:2])
+        remote.wants_groups = True
+        with pytest.raises(ValueError, match=r"bytes of 2 samples.*--max_body_mb"):
+            remote.score_images(images[:, :, :192], PROMPTS[:2])
+
+
 def test_the_token_is_sent_and_not_pickled(reward, monkeypatch):
     secret = "0123456789abcdef"
     with running({"default": reward}, token=secret) as address:
