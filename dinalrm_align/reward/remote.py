@@ -41,8 +41,9 @@ TOKEN = "DINALRM_TOKEN"
 class RemoteReward(RewardModule):
     """A reward that a server computes, without gradient. Create one with `from_pretrained` or `load_reward`.
 
-    The fingerprint is that of the served reward. If the server was restarted with another reward, its answers have
-    another fingerprint, and scoring raises InputError. A pickled reward holds the address, not the token.
+    The fingerprint is that of the served reward, with the VAE of image rewards. If the server was restarted with another
+    reward, its answers have another fingerprint, and scoring raises InputError. A pickled reward holds the address, not
+    the token.
     """
 
     differentiable = False

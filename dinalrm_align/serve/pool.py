@@ -18,6 +18,7 @@ from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.serve.config import ServeConfig
 from dinalrm_align.serve.metrics import Metrics
 from dinalrm_align.serve.protocols import Job, joined, score_job
+from dinalrm_align.train.digest import fingerprint, text_digest
 
 _LOCKS = defaultdict[int, threading.Lock](threading.Lock)  # by id of a part of a reward, held while it scores
 
@@ -36,8 +37,9 @@ class ServedReward:
             MicroBatcher(lambda jobs, copy=copy: self._score(copy, jobs), key=self._key, size=len, **limits)
             for copy in copies
         ]
+        vaes = [fingerprint(part.vae) for part in reward.named_parts.values() if part.reads_images and part.has_vae]
         self.facts: dict[str, Any] = {
-            "fingerprint": reward.fingerprint(),
+            "fingerprint": text_digest(" ".join([reward.fingerprint(), *vaes])) if vaes else reward.fingerprint(),
             "reads_noise": reward.reads_noise,
             "sigmas": reward.sigmas,
             "scores_images": reward.scores_images,

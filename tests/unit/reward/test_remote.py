@@ -7,6 +7,7 @@ import torch
 from reward_server import free_port, running
 from tiny_reward import encoded, make_inputs
 
+from dinalrm_align.models.pipeline import load_vae
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.callables import as_reward
 from dinalrm_align.reward.latent import LatentReward
@@ -187,6 +188,18 @@ def test_samples_over_the_limit_of_the_server_are_named_before_they_travel(rewar
         remote.wants_groups = True
         with pytest.raises(ValueError, match=r"bytes of 2 samples.*--max_body_mb"):
             remote.score_images(images[:, :, :192], PROMPTS[:2])
+
+
+def test_a_server_that_decodes_with_another_vae_has_another_reward(tiny_world):
+    vae, port = load_vae(tiny_world / "pipeline", device="cpu"), free_port()
+    bright = as_reward(lambda images, prompts: images.mean(dim=(1, 2, 3)), name="brightness", vae=vae)
+    with running({"default": bright}, port=port) as address:
+        remote = load_reward(address, options={"remote": {"attempts": 2, "pause": 0}})
+        assert torch.isfinite(remote(latents(1), PROMPTS[:1])).all()
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.add_(0.5)
+    with running({"default": bright}, port=port), pytest.raises(InputError, match="another reward"):
+        remote(latents(1), PROMPTS[:1])
 
 
 def test_the_token_is_sent_and_not_pickled(reward, monkeypatch):
