@@ -41,7 +41,7 @@ TOKEN = "DINALRM_TOKEN"
 class RemoteReward(RewardModule):
     """A reward that a server computes, without gradient. Create one with `from_pretrained` or `load_reward`.
 
-    The fingerprint is that of the served reward, with the VAE of image rewards. If the server was restarted with another
+    The fingerprint is that of the served reward and of its image rewards' VAE. If the server was restarted with another
     reward, its answers have another fingerprint, and scoring raises InputError. A pickled reward holds the address, not
     the token.
     """
