@@ -3,6 +3,7 @@
 import multiprocessing
 
 import torch
+from spawned import score
 from tiny_clip import save_clip
 from tiny_reward import make_inputs
 
@@ -12,20 +13,14 @@ from dinalrm_align.models.pipeline import load_pipeline
 PROMPTS = ["a red circle", "two blue squares"]
 
 
-def score(reward, latents, queue):
-    torch.set_num_threads(1)
-    queue.put(reward(latents, PROMPTS, seeds=[3, 4]).tolist())
-
-
 def test_a_spawned_process_scores_alike(tiny_world, tiny_reward_dir, tiny_pipeline, tmp_path):
     pipeline = load_pipeline(tiny_world / "pipeline", dtype=torch.float32)
     latents = make_inputs(tiny_pipeline.transformer, height=16, width=16)["latents"]
     reward = load_reward(f"dinalrm={tiny_reward_dir} + 0.2*pixel={save_clip(tmp_path)}", pipeline=pipeline)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=score, args=(reward, latents, queue))
+    process = context.Process(target=score, args=(reward, latents, PROMPTS, [3, 4], queue))
     process.start()
-    found = queue.get(timeout=300)
-    process.join(60)
+    process.join(240)
     assert process.exitcode == 0
-    assert found == reward(latents, PROMPTS, seeds=[3, 4]).tolist()
+    assert queue.get(timeout=10) == reward(latents, PROMPTS, seeds=[3, 4]).tolist()
