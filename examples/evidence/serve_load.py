@@ -68,7 +68,7 @@ def measure(score: Callable[[int], float], samples: int, clients: int) -> tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=192)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "examples" / "results" / "serve_load.md")
     options = parser.parse_args()
     spec, samples = MODELS["shapes"], options.samples
