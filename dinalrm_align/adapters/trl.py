@@ -23,6 +23,7 @@ needs TRL: pip install 'dinalrm-align[trl]'. Tried with trl 1.16.0 and, for `rew
 
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def reward_function(reward: str | RewardModule, *, latents: bool = False, **plac
     return score
 
 
-class DiffusionTrainer:
+class DiffusionTrainer(ABC):
     """Base of the trainers. `setup` holds the models, and `state` the step and the log.
 
     Args:
@@ -181,8 +182,9 @@ class DiffusionTrainer:
     def _prepare(self, resolved: Resolved[Any]) -> Setup:
         return prepare(resolved, anchor=resolved.run.anchor)
 
+    @abstractmethod
     def _align(self, setup: Setup) -> None:
-        raise NotImplementedError
+        """Train with the trainer's method."""
 
     def _after_update(self, row: Mapping[str, float]) -> str | None:
         """Tell the callbacks what an update did; return the reason to stop, if one asked for it."""

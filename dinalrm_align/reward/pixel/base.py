@@ -96,8 +96,9 @@ class PixelReward(RewardModule):
 
         The scores are differentiable in the latents if the class attribute `differentiable` is true. `noise` is
         ignored. Raises ValueError if a score is not finite, or if the latents require a gradient and `differentiable`
-        is false.
+        is false, and TypeError for an unknown argument.
         """
+        _check_known(noise)
         latents = as_batch("latents", latents, self.device)
         self.check_gradient(latents)
         check_decodable(self.vae, latents)
@@ -126,8 +127,9 @@ class PixelReward(RewardModule):
         """Return scores (B,), float32, of B images for B prompts. `noise` is ignored.
 
         images: PIL images, tensors or arrays, as for `image_tensor`, but a list may hold images of different sizes.
-        differentiable: whether gradients reach image tensors.
+        differentiable: whether gradients reach image tensors. Raises TypeError for an unknown argument.
         """
+        _check_known(noise)
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             return self._score_images(images, prompts)
 
@@ -217,3 +219,9 @@ def cached(
     for oldest in list(cache)[::-1][limit:]:
         cache.pop(oldest, None)  # other threads may use the cache, too
     return [found[prompt] for prompt in prompts]
+
+
+def _check_known(noise: Noise) -> None:
+    """Raise TypeError for an argument that no reward has, such as a misspelt one."""
+    if unknown := sorted(noise.keys() - Noise.__annotations__.keys()):
+        raise TypeError(f"got the argument {unknown[0]!r}; expected one of {', '.join(Noise.__annotations__)}")

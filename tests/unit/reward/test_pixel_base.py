@@ -211,3 +211,11 @@ def test_another_thread_may_empty_the_cache_at_any_time():
         return [prompt.upper() for prompt in prompts]
 
     assert cached(cache, ["a", "b"], encode, 1) == ["A", "B"] and cache == {"b": "B"}
+
+
+def test_a_misspelt_argument_is_named(vae):
+    reward = Redness(vae)
+    with pytest.raises(TypeError, match="'seed'.*expected one of sigma, noise, generator, seeds"):
+        reward(torch.zeros(1, 16, 8, 8), ["a"], seed=[0])
+    with pytest.raises(TypeError, match="'differentiabel'"):
+        reward.score_images(torch.zeros(1, 3, 8, 8), ["a"], differentiabel=True)
