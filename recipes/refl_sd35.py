@@ -48,8 +48,9 @@ def align(resolved: Resolved[ReflRun]) -> None:
     stored = refl.kl_unit == "reward_std"  # a resumed run keeps the number in its checkpoint
     if method.reward_std is not None:
         setup.accelerator.print(f"reward_std {method.reward_std:.6g}: KL weight {method.kl_weight:.6g}")
+    samples = refl.batch_size * run.loop.accumulate // refl.steps_per_rollout
     setup.align(
-        method, samples=refl.batch_size * run.loop.accumulate, data=data, no_signal=method.no_signal,
+        method, samples=samples, data=data, no_signal=method.no_signal,
         state=method if stored else None,
         facts=lambda: {"reward_std": method.reward_std, "kl_weight": method.kl_weight} if stored else {},
     )  # fmt: skip

@@ -19,155 +19,41 @@ The variants (`ReflConfig.variant`) differ in the steps that carry the gradient:
 
 The RNG stream of a sample is keyed by (seed, global sample index), so that updates do not depend on the world size. The
 random step is keyed by (seed, micro-step), so that all ranks take the same number of steps.
+
+The rollout takes most of an update's time. Two settings shorten it. With `sample_batch`, several micro-batches of an
+update are sampled together. With `steps_per_rollout` K, a rollout gives K micro-batches, one for each of K late steps.
+The weights are those of the same update, so the gradient stays on-policy and its expectation is unchanged, but the K
+micro-batches share prompts and initial noise: their gradients are correlated, and an update sees 1/K of the samples.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinalrm_align.align.anchor import Anchor, terms
 from dinalrm_align.align.refl_config import ReflConfig
+from dinalrm_align.align.refl_steps import (
+    direct_align_steps,
+    draw_starts,
+    draw_trained,
+    drtune_steps,
+    flow_matching_loss,
+    gradient_steps,
+    renoised_steps,
+    reward_loss,
+    rollout_states,
+    start_range,
+)
 from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.align.spread import base_spreads
-from dinalrm_align.flow.noise import add_noise, denoised, sample_sigma, seeded_generator
-from dinalrm_align.flow.sampling import Velocity, ode_step, seeded_noise
+from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 
 STEPS, SAMPLES = 4, 5
 """RNG streams."""
-
-
-def draw_start(num_steps: int, grad_steps: int, earliest: float, generator: torch.Generator) -> int:
-    """Draw the index of the first step with gradient, uniformly from earliest * num_steps to num_steps - grad_steps."""
-    last = num_steps - grad_steps
-    first = min(round(earliest * num_steps), last)
-    return int(torch.randint(first, last + 1, (), generator=generator))
-
-
-def velocity_kl(velocity: Tensor, reference: Velocity | None, latents: Tensor, sigma: float) -> Tensor:
-    """Return the mean (B,) of |velocity - reference(latents, sigma)|^2 over C, H, W. Without a reference, zeros."""
-    if reference is None:
-        return torch.zeros(len(latents), device=latents.device)
-    return (velocity - reference(latents, sigma)).square().mean(dim=(1, 2, 3))
-
-
-def gradient_steps(
-    velocity: Velocity, reference: Velocity | None, latents: Tensor, sigmas: Sequence[float], start: int, count: int
-) -> tuple[Tensor, Tensor]:
-    """Take `count` steps with gradient from latents (B, C, H, W) at sigmas[start].
-
-    Returns x0_hat (B, C, H, W), the last step's estimate of the clean latents, and the velocity KL (B,), the mean of
-    |velocity - reference|^2 over C, H, W and the steps. Both are float32 and differentiable in the parameters of
-    `velocity`. `reference` gets the same latents as `velocity`, detached; if it is None, the KL is 0.
-    """
-    kl = torch.zeros(len(latents), device=latents.device)
-    for index in range(start, start + count):
-        v = velocity(latents, sigmas[index])
-        kl = kl + velocity_kl(v, reference, latents.detach(), sigmas[index]) / count
-        if index < start + count - 1:
-            latents = ode_step(latents, v, sigmas[index], sigmas[index + 1])
-    return denoised(latents, v, sigmas[start + count - 1]), kl
-
-
-def draw_trained(stop: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Draw DRTune's steps with gradient: `count` evenly spaced indices in [0, stop], with a random first index."""
-    interval = (stop + 1) // count
-    first = int(torch.randint(stop + 1 - (count - 1) * interval, (), generator=generator))
-    return tuple(first + place * interval for place in range(count))
-
-
-def drtune_steps(
-    velocity: Velocity,
-    free: Velocity,
-    reference: Velocity | None,
-    latents: Tensor,
-    sigmas: Sequence[float],
-    first: int,
-    stop: int,
-    trained: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """DRTune (arXiv 2405.00760): take all steps from sigmas[first] to sigmas[stop] and estimate the clean latents.
-
-    The estimate is x0_hat = latents + sum_i (sigma_(i+1) - sigma_i) v_i - sigma_stop v_stop. The velocity v_i of a step
-    i in `trained` comes from `velocity` and carries a gradient. The velocity of a step that is not in `trained`
-    comes from `free` and is detached. The input of the network is detached at every step, so that the gradient of one
-    step passes through no other step.
-
-    Returns x0_hat (B, C, H, W) and the mean (B,) of |velocity - reference|^2 over the steps in `trained`.
-    """
-    kl = torch.zeros(len(latents), device=latents.device)
-    for index in range(first, stop + 1):
-        x = latents.detach()
-        if index in trained:
-            v = velocity(x, sigmas[index])
-            kl = kl + velocity_kl(v, reference, x, sigmas[index]) / len(trained)
-        else:
-            with torch.no_grad():
-                v = free(x, sigmas[index])
-        if index < stop:
-            latents = ode_step(latents, v, sigmas[index], sigmas[index + 1])
-    return denoised(latents, v, sigmas[stop]), kl
-
-
-def renoised_steps(
-    velocity: Velocity, reference: Velocity | None, latents: Tensor, noise: Tensor, sigma: float
-) -> tuple[Tensor, Tensor]:
-    """DRaFT-LV (arXiv 2309.17400): noise finished samples, and denoise them in one step that carries the gradient.
-
-    Returns the estimated clean latents (B, C, H, W) and each sample's mean |velocity - reference|^2, (B,). To
-    lower the variance of the gradient, pass each sample n times, with n different noises.
-
-    `latents`: finished samples (B, C, H, W). `noise`: Gaussian noise, which takes the samples to noise level `sigma`.
-    """
-    x = add_noise(latents.detach(), noise, sigma)
-    return gradient_steps(velocity, reference, x, [sigma], 0, 1)
-
-
-def direct_align_steps(
-    velocity: Velocity, reference: Velocity | None, latents: Tensor, noise: Tensor, sigma: float, sigma_next: float
-) -> tuple[Tensor, Tensor]:
-    """Add known noise to samples, take one step, and subtract the remaining noise: Direct-Align (arXiv 2509.06942).
-
-    Known noise is added to a finished sample x0 up to noise level sigma. One step to sigma_next < sigma gives x'. The
-    noise in x' is known, so x0_hat = (x' - sigma_next noise) / (1 - sigma_next) is nearly clean at any sigma. With the
-    true velocity, x0_hat equals x0.
-
-    Returns x0_hat (B, C, H, W) and each sample's mean |velocity - reference|^2, (B,).
-    `latents`, `noise`: the finished samples x0 and the known noise, (B, C, H, W), without gradient.
-    """
-    x = add_noise(latents.detach(), noise, sigma)
-    v = velocity(x, sigma)
-    kl = velocity_kl(v, reference, x, sigma)
-    return (ode_step(x, v, sigma, sigma_next) - sigma_next * noise) / (1 - sigma_next), kl
-
-
-def reward_loss(score: Tensor, form: str, target: float) -> Tensor:
-    """Return mean(target - score) for form "linear", or mean(relu(target - score)) for form "relu"; score is (B,)."""
-    gap = target - score
-    match form:
-        case "linear":
-            return gap.mean()
-        case "relu":
-            return F.relu(gap).mean()
-    raise ValueError(f"reward loss: got {form!r}; expected linear or relu")
-
-
-def flow_matching_loss(
-    velocity: Callable[[Tensor, Tensor], Tensor], latents: Tensor, generators: Sequence[torch.Generator]
-) -> Tensor:
-    """Return the scalar flow-matching loss of SD3's pretraining: mean |velocity(x_sigma, sigma) - (noise - x0)|^2.
-
-    As in SD3 training, sigma is logit-normal(0, 1). `latents`: (B, C, H, W), clean, with the VAE's scaling applied.
-    `generators`: one CPU generator per sample.
-    """
-    noise = seeded_noise(tuple(latents.shape[1:]), generators).to(latents.device)
-    sigma = torch.cat([sample_sigma("logit_normal", 1, generator=generator) for generator in generators])
-    sigma = sigma.to(latents.device)
-    return (velocity(add_noise(latents, noise, sigma), sigma) - (noise - latents)).square().mean()
 
 
 @dataclass(frozen=True)
@@ -216,12 +102,19 @@ class Refl:
     anchor: Anchor | None = None
     pretrain_data: tuple[Tensor, Conditions] | None = None
     reward_std: float | None = None
+    _sampled: dict[int, ReflBatch] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sampler.num_steps < self.config.grad_steps:
             raise ValueError(
                 f"refl.grad_steps: got {self.config.grad_steps}; expected at most the {self.sampler.num_steps} steps "
                 "of the rollout"
+            )
+        self.config.check_accumulate(self.sampler.accumulate)
+        if (most := len(self._starts)) < self.config.steps_per_rollout:
+            raise ValueError(
+                f"refl.steps_per_rollout: got {self.config.steps_per_rollout}; expected at most {most}, the number of "
+                f"steps {self._starts.start} ... {self._starts.stop - 1} from which a gradient step is drawn"
             )
 
     @property
@@ -265,23 +158,60 @@ class Refl:
         self.reward_std = tensors["reward_std"].item()
 
     def batch_at(self, micro_step: int) -> ReflBatch:
-        """Sample a micro-step's latents without gradient. Micro-step, seed, rank and weights determine the batch."""
-        sampler, config = self.sampler, self.config
-        first = sampler.first_sample(config.batch_size, micro_step)
-        generators = [seeded_generator(sampler.seed, first + index, SAMPLES) for index in range(config.batch_size)]
-        generator = seeded_generator(sampler.seed, micro_step, STEPS)
-        conditions = sampler.take(sampler.prompt_indices(config.batch_size, micro_step))
-        noise = sampler.noise(generators)
+        """Sample a micro-step's latents without gradient. Micro-step, seed, rank and weights determine the batch.
+
+        The micro-steps of an update that share a rollout are sampled at the first of them, and then returned in turn.
+        """
+        config, accumulate = self.config, self.sampler.accumulate
+        update, place = divmod(micro_step, accumulate)
+        together = config.steps_per_rollout * max(1, (config.sample_batch or 0) // config.batch_size)
+        if place % together == 0 or micro_step not in self._sampled:
+            first = micro_step - place % together
+            self._sampled = self._roll_out(range(first, min(first + together, (update + 1) * accumulate)))
+        return self._sampled.pop(micro_step)
+
+    @property
+    def _starts(self) -> range:
+        config = self.config
         consecutive = config.grad_steps if config.variant == "refl" else 1
         earliest = config.draft_lv_earliest if config.variant == "draft_lv" else config.earliest
-        start = draw_start(sampler.num_steps, consecutive, earliest, generator)
-        steps, trained = start if config.variant == "refl" else sampler.num_steps, ()
-        if config.variant == "drtune":
-            trained = draw_trained(start, min(config.grad_steps, start + 1), generator)
-            steps = trained[0]
+        return start_range(self.sampler.num_steps, consecutive, earliest)
+
+    @torch.no_grad()
+    def _roll_out(self, micro_steps: range) -> dict[int, ReflBatch]:
+        """Sample the latents of several micro-steps together. Return {micro-step: batch}."""
+        sampler, config, shared = self.sampler, self.config, self.config.steps_per_rollout
+        size, numbers = config.batch_size, [step // shared for step in micro_steps[::shared]]
+        firsts = [sampler.first_sample(size, number) for number in numbers]
+        samples = [first + index for first in firsts for index in range(size)]
+        plans: dict[int, tuple[int, int, tuple[int, ...]]] = {}  # micro-step: (start, steps of the rollout, trained)
+        for number in numbers:
+            generator = seeded_generator(sampler.seed, number, STEPS)
+            for part, start in enumerate(draw_starts(self._starts, shared, generator)):
+                steps, trained = start if config.variant == "refl" else sampler.num_steps, ()
+                if config.variant == "drtune":
+                    trained = draw_trained(start, min(config.grad_steps, start + 1), generator)
+                    steps = trained[0]
+                plans[number * shared + part] = start, steps, trained
+        conditions = sampler.take([i for number in numbers for i in sampler.prompt_indices(size, number)])
+        generators = [seeded_generator(sampler.seed, sample, SAMPLES) for sample in samples]
+        noise = sampler.noise(generators)
+        stops = [
+            {plans[number * shared + part][1] for part in range(shared)} for number in numbers for _ in range(size)
+        ]
         with sampler.meter.phase("rollout"):
-            latents = sampler.sample(conditions, noise, steps)
-        return ReflBatch(latents, start, conditions, generators, micro_step // sampler.accumulate, trained)
+            states = rollout_states(sampler.velocity_for, conditions, noise, sampler.sigmas, stops)
+        batches = {}
+        for step, (start, steps, trained) in plans.items():
+            begin, part = (step - micro_steps.start) // shared * size, step % shared
+            rows = range(begin, begin + size)
+            own = [
+                generators[row] if part == 0 else seeded_generator(sampler.seed, samples[row], SAMPLES, part)
+                for row in rows
+            ]
+            latents = torch.stack([states[row][steps] for row in rows])
+            batches[step] = ReflBatch(latents, start, conditions.take(rows), own, step // sampler.accumulate, trained)
+        return batches
 
     def step(self, batch: ReflBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the loss, differentiable in the policy's LoRA, and the metrics.

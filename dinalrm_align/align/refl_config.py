@@ -18,6 +18,10 @@ class ReflConfig:
             rollout, with detached inputs. direct_align: one step at any noise level; known noise is added to a finished
             sample before the step and removed after it, as in SRPO, but without SRPO's relative reward.
         batch_size: images per micro-batch and process; an update uses batch_size x loop.accumulate x processes images.
+        sample_batch: images of a rollout: as many micro-batches of an update as fit are sampled together, at least one.
+            Affects time and memory, not results, except for rounding. By default batch_size.
+        steps_per_rollout: K; each sample gives K micro-batches of the same update, from K different late steps. An
+            update then uses 1/K of the samples and about 1/K of the rollout's time. K must divide loop.accumulate.
         num_steps: denoising steps of the rollout; by default the model's own number.
         guidance_scale: guidance scale of the rollout without gradient; by default the model's own.
         guided_gradient: use guidance in the steps with gradient as well; otherwise only the rollout uses guidance.
@@ -50,9 +54,11 @@ class ReflConfig:
             level in this range at each update. Do not combine with reward_sigma. Pixel rewards ignore both settings.
     """
 
-    MAY_CHANGE: ClassVar = ("batch_size", "discount", "loss", "target", "kl_weight", "pretrain_weight")
+    MAY_CHANGE: ClassVar = ("batch_size", "sample_batch", "discount", "loss", "target", "kl_weight", "pretrain_weight")
     variant: Literal["refl", "draft_lv", "drtune", "direct_align"] = "refl"
     batch_size: settings.PositiveInt = 16
+    sample_batch: settings.PositiveInt | None = None
+    steps_per_rollout: settings.PositiveInt = 1
     num_steps: settings.PositiveInt | None = None
     guidance_scale: settings.NonNegativeFloat | None = None
     guided_gradient: bool = False
@@ -83,6 +89,14 @@ class ReflConfig:
             if self.reward_sigma_range[0] > self.reward_sigma_range[1]:
                 raise ValueError(f"refl.reward_sigma_range: got {self.reward_sigma_range}; expected low <= high")
 
+    def check_accumulate(self, accumulate: int) -> None:
+        """Raise ValueError unless the micro-steps of an update, `accumulate`, divide among whole rollouts."""
+        if accumulate % self.steps_per_rollout:
+            raise ValueError(
+                f"refl.steps_per_rollout: got {self.steps_per_rollout}; expected a divisor of loop.accumulate, "
+                f"{accumulate}: all gradients of a rollout belong to one update"
+            )
+
 
 @dataclass
 class ReflRun(AlignRun):
@@ -96,3 +110,7 @@ class ReflRun(AlignRun):
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))
     refl: ReflConfig = field(default_factory=ReflConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refl.check_accumulate(self.loop.accumulate)

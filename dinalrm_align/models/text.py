@@ -117,6 +117,8 @@ class Conditions:
 
     def take(self, indices: Iterable[int], device: torch.device | str | None = None) -> Self:
         chosen = list(indices)
+        if device is None and chosen == list(range(len(self))):
+            return self
         return self._map([self.prompts[index] for index in chosen], lambda tensor: tensor[chosen].to(device))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_align import changed, move, train, with_reward, with_sampler
+from tiny_align import changed, gradient_of, move, train, with_reward, with_sampler
 from torch import Tensor
 
-from dinalrm_align.align import refl
+from dinalrm_align.align import refl, refl_steps
 from dinalrm_align.align.evaluation import paired_gain
-from dinalrm_align.align.refl_config import ReflConfig
+from dinalrm_align.align.refl_config import ReflConfig, ReflRun
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import rollout, seeded_noise
 
@@ -31,7 +31,7 @@ def test_two_gradient_steps_by_hand():
     """
     w = torch.tensor(2.0, requires_grad=True)
     x = torch.ones(1, 1, 1, 1)
-    x0, kl = refl.gradient_steps(lambda x, s: w * x, lambda x, s: 1.0 * x, x, [0.9, 0.5, 0.3, 0.0], 1, 2)
+    x0, kl = refl_steps.gradient_steps(lambda x, s: w * x, lambda x, s: 1.0 * x, x, [0.9, 0.5, 0.3, 0.0], 1, 2)
     assert x0.item() == pytest.approx(0.24)
     assert kl.item() == pytest.approx(0.68)
     assert torch.autograd.grad(x0.sum(), w, retain_graph=True)[0].item() == pytest.approx(-0.26)
@@ -40,7 +40,7 @@ def test_two_gradient_steps_by_hand():
 
 def test_the_last_step_of_one_is_the_one_step_estimate():
     x = torch.full((2, 1, 1, 1), 3.0)
-    x0, kl = refl.gradient_steps(
+    x0, kl = refl_steps.gradient_steps(
         lambda x, s: torch.full_like(x, 2.0), lambda x, s: torch.full_like(x, 2.0), x, [1.0, 0.25, 0.0], 1, 1
     )
     assert x0.flatten().tolist() == [2.5, 2.5]
@@ -50,19 +50,23 @@ def test_the_last_step_of_one_is_the_one_step_estimate():
 def test_reward_losses_by_hand():
     """target 2, scores 1 and 5: linear (1 - 3) / 2 = -1; relu (1 + 0) / 2 = 0.5."""
     score = torch.tensor([1.0, 5.0])
-    assert refl.reward_loss(score, "linear", 2.0).item() == -1.0
-    assert refl.reward_loss(score, "relu", 2.0).item() == 0.5
+    assert refl_steps.reward_loss(score, "linear", 2.0).item() == -1.0
+    assert refl_steps.reward_loss(score, "relu", 2.0).item() == 0.5
     with pytest.raises(ValueError, match="reward loss: got 'square'"):
-        refl.reward_loss(score, "square", 2.0)
+        refl_steps.reward_loss(score, "square", 2.0)
 
 
 def test_the_start_is_drawn_from_the_last_quarter():
     """40 steps, one with gradient, earliest 0.75: 30 ... 39, as in the paper's runs; four with gradient: 30 ... 36."""
     generator = torch.Generator().manual_seed(0)
-    assert {refl.draw_start(40, 1, 0.75, generator) for _ in range(300)} == set(range(30, 40))
-    assert {refl.draw_start(40, 4, 0.75, generator) for _ in range(300)} == set(range(30, 37))
-    assert {refl.draw_start(40, 2, 1.0, generator) for _ in range(9)} == {38}
-    assert {refl.draw_start(4, 4, 0.75, generator) for _ in range(9)} == {0}
+
+    def drawn(*values: float) -> set[int]:
+        return {refl_steps.draw_starts(refl_steps.start_range(*values), 1, generator)[0] for _ in range(300)}
+
+    assert drawn(40, 1, 0.75) == set(range(30, 40))
+    assert drawn(40, 4, 0.75) == set(range(30, 37))
+    assert drawn(40, 2, 1.0) == {38}
+    assert drawn(4, 4, 0.75) == {0}
 
 
 def test_flow_matching_loss_vanishes_for_the_true_velocity():
@@ -71,8 +75,8 @@ def test_flow_matching_loss_vanishes_for_the_true_velocity():
     def truth(x: Tensor, sigma: Tensor) -> Tensor:  # noise - x0, from x = (1 - sigma) x0 + sigma noise
         return (x - latents) / sigma.view(-1, 1, 1, 1)
 
-    assert refl.flow_matching_loss(truth, latents, [seeded_generator(1)] * 4).item() == pytest.approx(0, abs=1e-8)
-    expected = refl.flow_matching_loss(lambda x, s: torch.zeros_like(x), latents, [seeded_generator(1)] * 4)
+    assert refl_steps.flow_matching_loss(truth, latents, [seeded_generator(1)] * 4).item() == pytest.approx(0, abs=1e-8)
+    expected = refl_steps.flow_matching_loss(lambda x, s: torch.zeros_like(x), latents, [seeded_generator(1)] * 4)
     assert expected.item() == pytest.approx(1 + latents.square().mean().item(), rel=0.5)
 
 
@@ -233,7 +237,9 @@ def test_drtune_by_hand():
         return w * x
 
     x = torch.ones(1, 1, 1, 1)
-    x0, kl = refl.drtune_steps(velocity, linear(w), linear(torch.tensor(1.0)), x, [1.0, 0.6, 0.2, 0.0], 0, 2, (0, 2))
+    x0, kl = refl_steps.drtune_steps(
+        velocity, linear(w), linear(torch.tensor(1.0)), x, [1.0, 0.6, 0.2, 0.0], 0, 2, (0, 2)
+    )
     assert x0.item() == pytest.approx(0.024)
     assert kl.item() == pytest.approx((1 + 0.04**2) / 2)
     assert torch.autograd.grad(x0.sum(), w)[0].item() == pytest.approx(-0.408)
@@ -243,9 +249,9 @@ def test_drtune_by_hand():
 def test_drtune_trains_evenly_spaced_steps():
     """Three of the steps 0 ... 9: an interval of 3, the first at 0 ... 3."""
     generator = torch.Generator().manual_seed(0)
-    drawn = {refl.draw_trained(9, 3, generator) for _ in range(200)}
+    drawn = {refl_steps.draw_trained(9, 3, generator) for _ in range(200)}
     assert drawn == {(first, first + 3, first + 6) for first in range(4)}
-    assert refl.draw_trained(2, 3, generator) == (0, 1, 2)
+    assert refl_steps.draw_trained(2, 3, generator) == (0, 1, 2)
 
 
 def test_renoised_steps_by_hand():
@@ -255,7 +261,7 @@ def test_renoised_steps_by_hand():
     """
     w = torch.tensor(2.0, requires_grad=True)
     sample, noise = (w / 2).view(1, 1, 1, 1), torch.full((1, 1, 1, 1), 3.0)
-    x0, kl = refl.renoised_steps(linear(w), linear(torch.tensor(1.0)), sample, noise, 0.25)
+    x0, kl = refl_steps.renoised_steps(linear(w), linear(torch.tensor(1.0)), sample, noise, 0.25)
     assert (x0.item(), kl.item()) == (0.75, 2.25)
     assert torch.autograd.grad(x0.sum(), w)[0].item() == -0.375
 
@@ -267,10 +273,10 @@ def test_direct_align_by_hand():
     """
     w = torch.tensor(2.0, requires_grad=True)
     sample, noise = (w / 2).view(1, 1, 1, 1), torch.full((1, 1, 1, 1), 3.0)
-    x0, kl = refl.direct_align_steps(linear(w), linear(torch.tensor(1.0)), sample, noise, 0.75, 0.5)
+    x0, kl = refl_steps.direct_align_steps(linear(w), linear(torch.tensor(1.0)), sample, noise, 0.75, 0.5)
     assert (x0.item(), kl.item()) == (-0.5, 6.25)
     assert torch.autograd.grad(x0.sum(), w)[0].item() == -1.25
-    truth = refl.direct_align_steps(lambda x, s: noise - 1, linear(w), sample, noise, 1.0, 0.5)[0]
+    truth = refl_steps.direct_align_steps(lambda x, s: noise - 1, linear(w), sample, noise, 1.0, 0.5)[0]
     assert truth.item() == 1.0
 
 
@@ -384,3 +390,76 @@ def test_draft_lv_starts_from_the_last_step(method):
     early = changed(method, variant="draft_lv", draft_lv_earliest=0.0)
     assert len({early.batch_at(step).start for step in range(12)}) > 1
     assert len({changed(method, variant="direct_align", earliest=0.0).batch_at(step).start for step in range(12)}) > 1
+
+
+def forwards_of(method, monkeypatch) -> list[int]:
+    """The batch sizes of the transformer's forwards, as they happen."""
+    sizes: list[int] = []
+    transformer = method.sampler.policy.transformer
+    forward = transformer.forward
+
+    def counted(hidden_states: Tensor, **given: object):
+        sizes.append(len(hidden_states))
+        return forward(hidden_states=hidden_states, **given)
+
+    monkeypatch.setattr(transformer, "forward", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("values", [{}, *RELATIVES], ids=lambda values: values.get("variant", "refl"))
+def test_micro_batches_sampled_together_are_those_sampled_alone(method, values, monkeypatch):
+    """Four micro-batches of two, sampled three and one at a time: same draws, equal gradients, fewer forwards."""
+    move(method.sampler.policy)
+    alone = changed(method, accumulate=4, **values)
+    together = changed(alone, sample_batch=7)
+    sizes = forwards_of(method, monkeypatch)
+    apart = [alone.batch_at(step) for step in range(4)]
+    count, rows = len(sizes), sum(sizes)
+    sizes.clear()
+    for one, batch in zip(apart, [together.batch_at(step) for step in range(4)], strict=True):
+        assert (one.start, one.trained, one.update) == (batch.start, batch.trained, batch.update)
+        assert one.conditions.prompts == batch.conditions.prompts
+        torch.testing.assert_close(one.latents, batch.latents, rtol=1e-4, atol=1e-5)
+        assert [g.get_state().tolist() for g in one.generators] == [g.get_state().tolist() for g in batch.generators]
+    assert sum(sizes) == rows  # no sample takes a step more
+    assert len(sizes) < count or values.get("variant") == "drtune"  # whose rollouts are short here
+    torch.testing.assert_close(gradient_of(alone, 0, 4), gradient_of(together, 0, 4), rtol=1e-3, atol=1e-6)
+    assert torch.equal(dataclasses.replace(together).batch_at(2).latents, together.batch_at(2).latents)  # as resumed
+
+
+def test_steps_of_a_rollout_share_samples_and_nothing_else(method, monkeypatch):
+    """Two late steps of one trajectory: the later state is the earlier one, further; reward noise is drawn anew."""
+    shared = changed(method, accumulate=4, earliest=0.0, steps_per_rollout=2)
+    sizes = forwards_of(method, monkeypatch)
+    batches = [shared.batch_at(step) for step in range(4)]
+    longest = [max(batches[first].start, batches[first + 1].start) for first in (0, 2)]
+    assert sizes == [2 * 2] * sum(longest)  # guided: two rows per sample
+    for first, second in (batches[:2], batches[2:]):
+        assert first.conditions.prompts == second.conditions.prompts and first.start != second.start
+        low, high = sorted((first, second), key=lambda batch: batch.start)
+        with torch.no_grad():
+            velocity = method.sampler.velocity_for(low.conditions)
+            onward = rollout(velocity, low.latents, method.sampler.sigmas[low.start : high.start + 1])
+        torch.testing.assert_close(onward, high.latents)
+        assert not torch.equal(seeded_noise(SHAPE, first.generators), seeded_noise(SHAPE, second.generators))
+    assert batches[0].conditions.prompts != batches[2].conditions.prompts
+    assert torch.equal(shared.batch_at(3).latents, batches[3].latents)  # a function of the micro-step alone
+
+
+def test_every_step_of_a_rollout_is_drawn_as_often():
+    """Three of four starts, none twice, each in three quarters of the draws: the mean gradient is that of one start."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [refl_steps.draw_starts(range(5, 9), 3, generator) for _ in range(800)]
+    assert all(len(set(starts)) == 3 for starts in drawn)
+    for start in range(5, 9):
+        assert sum(start in starts for starts in drawn) / 800 == pytest.approx(0.75, abs=0.05)
+        assert sum(starts[0] == start for starts in drawn) / 800 == pytest.approx(0.25, abs=0.05)
+
+
+def test_rollouts_that_cannot_be_shared_are_refused(method):
+    with pytest.raises(ValueError, match="refl.steps_per_rollout: got 2; expected a divisor of loop.accumulate, 3"):
+        changed(method, accumulate=3, steps_per_rollout=2)
+    with pytest.raises(ValueError, match="steps_per_rollout: got 4; expected at most 2, .* steps 2 ... 3"):
+        changed(method, accumulate=4, steps_per_rollout=4)
+    with pytest.raises(ValueError, match="steps_per_rollout: got 2; expected a divisor of loop.accumulate, 1"):
+        ReflRun(refl=ReflConfig(steps_per_rollout=2))
