@@ -173,10 +173,15 @@ def economies(base: Case) -> dict[str, Case]:
     }
 
 
+def rollout_step(base: Case) -> Case:
+    """Return one guided step of a rollout: a forward of the conditional and the unconditional half in one batch."""
+    return base.kept.but(work="policy_forward", batch=2 * base.batch)
+
+
 def all_cases(run: SavingsRun) -> list[Case]:
     """Return each of the report's configurations once. Slow configurations come first, to balance the workers."""
     base = run.base
-    found = [*scenarios(base), *parts(base), *(economies(base).values() if run.economies else [])]
+    found = [*scenarios(base), *parts(base), rollout_step(base), *(economies(base).values() if run.economies else [])]
     return sorted(dict.fromkeys(found), key=lambda case: (not case.trains, case.batch == base.batch))
 
 

@@ -8,6 +8,11 @@ fragmentation of the allocator. Operations are counted in two ways, called F2 an
   counted as 2.5 times the FLOPs of the forward pass.
 - M0: multiply-accumulates without attention. Most tools that papers use report M0.
 
+Time on an H100 SXM is modelled from the kernels, one for each operator of torch that is not a view. A kernel takes the
+longest of: its FLOPs at 65 % of the peak rate of its dtype (bfloat16 989 TFLOP/s, float32 67, float32 convolutions 495
+in TF32, torch's default); the bytes of its inputs and outputs at 80 % of 3.35 TB/s; and 4 microseconds, a launch. The
+model knows no caches, no fusion (`--memory.compile`) and no waits of the host.
+
 Measured bytes are those of the CUDA caching allocator. Measured time is the median over runs, from CUDA events.
 """
 
@@ -18,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +43,13 @@ FLASH_BACKWARD, MATH_BACKWARD = 2.5, 2.0
 MATRIX, MATRIX_REPEATS = 8192, 20
 NOT_MEASURED = "quantised weights are counted, not measured"
 aten = torch.ops.aten
+PEAK, PEAK_FLOAT32, PEAK_TF32 = {torch.bfloat16: 989e12, torch.float16: 989e12}, 67e12, 495e12
+BANDWIDTH, COMPUTE, TRAFFIC, LAUNCH = 3.35e12, 0.65, 0.8, 4e-6
+"""Model of an H100 SXM: bytes/s, reached shares of peak FLOPs and of peak bandwidth, seconds per launch."""
+NO_KERNEL = {
+    "aten::empty", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided", "aten::empty_like",
+    "aten::_unsafe_view", "aten::lift_fresh", "aten::_local_scalar_dense", "aten::is_same_size",
+}  # fmt: skip
 FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()}}
 
 
@@ -114,6 +127,9 @@ class Cost:
         f2_kept: the value f2 would have if attention stored its score matrix instead of recomputing it.
         m0: multiply-accumulates without attention.
         attention: FLOPs of attention, included in f2.
+        kernels: number of kernels.
+        moved: bytes of all kernels' inputs and outputs.
+        seconds: modelled time on an H100.
     """
 
     weights: int
@@ -123,6 +139,9 @@ class Cost:
     f2_kept: int
     m0: int
     attention: int
+    kernels: int = 0
+    moved: int = 0
+    seconds: float = 0.0
 
     @property
     def memory(self) -> int:
@@ -130,11 +149,15 @@ class Cost:
 
 
 class OperationCounter(LiveStorage):
-    """A dispatch mode that tracks live bytes and counts FLOPs by operator, faster than torch's FlopCounterMode."""
+    """A dispatch mode that tracks live bytes and counts kernels and FLOPs, faster than torch's FlopCounterMode."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = Counter()
+        self.clear()
+
+    def clear(self) -> None:
+        self.operations: Counter[str] = Counter()
+        self.kernels, self.moved, self.seconds = 0, 0, 0.0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -142,18 +165,38 @@ class OperationCounter(LiveStorage):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # fast path, called very often
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        formula = FORMULAS.get(func._overloadpacket)
+        formula, flops = FORMULAS.get(func._overloadpacket), 0
         if formula is not None:
-            self.operations[str(func._overloadpacket)] += formula(*args, **(kwargs or {}), out_val=result)
+            flops = formula(*args, **(kwargs or {}), out_val=result)
+            self.operations[str(func._overloadpacket)] += flops
+        if not _is_view(func):
+            self._launch(func.name(), flops, tensors_among((args, kwargs, result)))
         return result
 
-    def totals(self) -> dict[str, int]:
-        """Return the counts so far as a dict with the fields f2, f2_kept, m0 and attention of `Cost`."""
+    def _launch(self, name: str, flops: int, tensors: Sequence[Tensor]) -> None:
+        """Add one kernel. An expanded tensor counts with the bytes of its storage."""
+        moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        peak = PEAK.get(dtype, PEAK_TF32 if name.startswith("aten::convolution") else PEAK_FLOAT32)
+        self.kernels += 1
+        self.moved += moved
+        self.seconds += max(flops / (peak * COMPUTE), moved / (BANDWIDTH * TRAFFIC), LAUNCH)
+
+    def totals(self) -> dict[str, int | float]:
+        """Return the counts so far as a dict of the fields of `Cost` that are not bytes of memory."""
         attention = {name: count for name, count in self.operations.items() if "scaled_dot_product" in name}
         backward = sum(count for name, count in attention.items() if "backward" in name)
         recomputed = round(backward * (1 - MATH_BACKWARD / FLASH_BACKWARD))
         total, inside = self.operations.total(), sum(attention.values())
-        return dict(f2=total, f2_kept=total - recomputed, m0=(total - inside) // 2, attention=inside)
+        operations = dict(f2=total, f2_kept=total - recomputed, m0=(total - inside) // 2, attention=inside)
+        return operations | dict(kernels=self.kernels, moved=self.moved, seconds=self.seconds)
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Return whether an operator launches no kernel: it returns a view, or memory that it does not write."""
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    return func._schema.name in NO_KERNEL or any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def count(case: Case, architecture: Architecture) -> Cost:
@@ -167,7 +210,7 @@ def count(case: Case, architecture: Architecture) -> Cost:
             prepare()
             state = counter.live
             counter.restart()
-            counter.operations.clear()
+            counter.clear()
             run()
     return Cost(networks.weight_bytes(), state, counter.peak - state, **counter.totals())
 

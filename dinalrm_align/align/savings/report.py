@@ -1,7 +1,7 @@
 """Create the contents of savings.md, savings.json and savings.png. Tables are padded for reading in a terminal."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dinalrm_align.align.savings import config
-from dinalrm_align.align.savings.config import REWARDS, ROLLOUT_STEPS, WORK, Case, SavingsRun
+from dinalrm_align.align.savings.config import REWARDS, ROLLOUT_STEPS, WORK, Case, SavingsRun, rollout_step
 from dinalrm_align.align.savings.cost import Cost, Measured
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.train.files import save_figure
@@ -17,9 +17,9 @@ from dinalrm_align.train.files import save_figure
 GIB, TERA = 2**30, 1e12
 NAMES = {"dinalrm": "DiNa-LRM (latent)", "pickscore": "PickScore (pixel)", "hpsv3": "HPSv3 (pixel)"}
 MEMORY = ("base model", "reward's weights and VAE", "LoRA's moments", "activations")
-OPERATIONS = ("policy", "VAE decoder", "reward", "recomputed")
+OPERATIONS = ("rollout", "policy", "VAE decoder", "reward", "recomputed")
 COLOURS = dict(zip(MEMORY, ("#4c6a92", "#d1793a", "#9a9a9a", "#e6c26e")))
-COLOURS |= dict(zip(OPERATIONS, ("#4c6a92", "#b8483e", "#d1793a", "#c9c9c9")))
+COLOURS |= dict(zip(OPERATIONS, ("#9fb3cc", "#4c6a92", "#b8483e", "#d1793a", "#c9c9c9")))
 UNCOUNTED = (
     "Options without a count: `--memory.compile` and `--memory.attention` change time. `--memory.offload` keeps the "
     "VAE (0.31 GiB in float32) off the GPU while it is not used, and the text encoders (10.4 GiB in bfloat16) before "
@@ -35,9 +35,17 @@ def percent_saved(part: float, whole: float) -> float:
     return 100 * (1 - part / whole)
 
 
-def rollout_operations(base: Case, costs: Costs) -> float:
-    """Return the FLOPs of a ReFL rollout with the mean number of steps. Guidance runs the policy twice per step."""
-    return 2 * sum(ROLLOUT_STEPS) / 2 * costs[base.kept.but(work="policy_forward")].f2
+@dataclass(frozen=True)
+class Rollout:
+    """FLOPs and modelled seconds of a ReFL rollout with the mean number of guided steps."""
+
+    f2: float
+    seconds: float
+
+    @classmethod
+    def of(cls, base: Case, costs: Costs) -> "Rollout":
+        steps, step = sum(ROLLOUT_STEPS) / 2, costs[rollout_step(base)]
+        return cls(steps * step.f2, steps * step.seconds)
 
 
 def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
@@ -52,7 +60,7 @@ def paper_readings(base: Case, costs: Costs) -> dict[str, dict[str, float]]:
     - "gradient part of an update, executed": a ReFL update without its rollout, backward passes included.
     """
     plain = base.kept
-    policy, rollout = costs[plain.but(work="policy_forward")].f2, rollout_operations(base, costs)
+    policy, rollout = costs[plain.but(work="policy_forward")].f2, Rollout.of(base, costs).f2
 
     def saved(case: Case, value: Callable[[Cost], float]) -> dict[str, float]:
         found = {reward: value(costs[case.but(reward=reward)]) for reward in REWARDS}
@@ -106,7 +114,8 @@ def conventions(run: SavingsRun) -> str:
         "latent reward on the policy's own blocks, its LoRA unmerged. A pixel reward on latents includes the VAE's "
         "decoder (bfloat16), a latent reward does not. GiB = 2^30 bytes of live tensors at the peak. F2: TFLOP, two "
         "per multiply-accumulate, including attention and all recomputation (flash attention's backward is 2.5 times "
-        "its forward); M0: T multiply-accumulates without attention."
+        "its forward); M0: T multiply-accumulates without attention. ms: milliseconds on an H100, modelled and not "
+        "measured (dinalrm_align/align/savings/cost.py)."
     )
 
 
@@ -115,20 +124,21 @@ def parts_table(run: SavingsRun, costs: Costs) -> str:
     for case in config.parts(run.base):
         cost, of_policy = costs[case], case.work.startswith(("policy", "vae"))
         name = WORK[case.work] if of_policy else f"{NAMES[case.reward]}: {WORK[case.work]}"
-        rows.append([name, _gib(cost.weights), _gib(cost.activations), *_operations(cost)])
-    head = ["network, nothing recomputed", "weights GiB", "above GiB", "F2", "of it attention", "M0"]
+        timed = [str(cost.kernels), _ms(cost.seconds)]
+        rows.append([name, _gib(cost.weights), _gib(cost.activations), *_operations(cost), *timed])
+    head = ["network, nothing recomputed", "weights GiB", "above GiB", "F2", "of it attention", "M0", "kernels", "ms"]
     return table(head, rows, padded=True)
 
 
 def scenarios_table(run: SavingsRun, costs: Costs) -> str:
     """Return a table of each scenario's cost and, for pixel rewards, the percentage that the latent reward saves."""
-    rows = []
+    rows, rollout = [], Rollout.of(run.base, costs).f2
     for case in config.scenarios(run.base):
-        cost, saved = costs[case], ["", ""]
+        cost, latent, saved = costs[case], costs[case.but(reward="dinalrm")], ["", ""]
         if case.pixel:
-            latent = costs[case.but(reward="dinalrm")]
             shares = (percent_saved(latent.memory, cost.memory), percent_saved(latent.f2, cost.f2))
             saved = [f"{share:.1f} %" for share in shares]
+        saved += _with_rollout(rollout, latent.f2, cost.f2, case.pixel) if case.work == "refl" else ["", ""]
         part = " (gradient part)" if case.work == "refl" else ""
         rows.append(
             [f"{case.work}{part}: {NAMES[case.reward]}",
@@ -136,28 +146,40 @@ def scenarios_table(run: SavingsRun, costs: Costs) -> str:
              _gib(cost.state), _gib(cost.activations), _gib(cost.memory), *_operations(cost), *saved]
         )  # fmt: skip
     header = ["scenario", "recomputed", "weights", "moments", "above", "GiB in all", "F2", "of it attention", "M0"]
-    return table([*header, "latent saves GiB", "latent saves F2"], rows, padded=True)
+    header += ["latent saves GiB", "latent saves F2", "F2 with rollout", "latent saves, with rollout"]
+    return table(header, rows, padded=True)
+
+
+def _with_rollout(rollout: float, latent: float, f2: float, pixel: bool) -> list[str]:
+    """Return an update's FLOPs with its rollout and, for a pixel reward, the percentage that a latent one saves."""
+    saved = f"{percent_saved(rollout + latent, rollout + f2):.1f} %" if pixel else ""
+    return [f"{(rollout + f2) / TERA:.1f}", saved]
 
 
 def rollout_table(run: SavingsRun, costs: Costs) -> str:
-    """Return a table of the FLOPs of a ReFL update, without and with its rollout, for every reward."""
+    """Return a table of the FLOPs and modelled time of a ReFL update, with and without its rollout, by reward."""
     base, rows = run.base, []
-    rollout = rollout_operations(base, costs)
+    rollout = Rollout.of(base, costs)
     for case in (base.kept, base):
-        latent = costs[case.but(work="refl")].f2
+        latent = costs[case.but(work="refl")]
         for reward in REWARDS:
-            f2 = costs[case.but(reward=reward, work="refl")].f2
-            saved = [percent_saved(latent, f2), percent_saved(rollout + latent, rollout + f2)]
+            cost, pixel = costs[case.but(reward=reward, work="refl")], reward != "dinalrm"
+            whole, saved = _with_rollout(rollout.f2, latent.f2, cost.f2, pixel)
+            seconds = rollout.seconds + cost.seconds
+            faster = percent_saved(rollout.seconds + latent.seconds, seconds)
             rows.append(
-                [f"refl: {NAMES[reward]}", "yes" if case.reward_checkpointing else "no", f"{f2 / TERA:.2f}",
-                 f"{(rollout + f2) / TERA:.2f}", *(f"{share:.1f} %" if reward != "dinalrm" else "" for share in saved)]
+                [f"refl: {NAMES[reward]}", "yes" if case.reward_checkpointing else "no", f"{cost.f2 / TERA:.1f}", whole,
+                 f"{percent_saved(latent.f2, cost.f2):.1f} %" if pixel else "", saved, _ms(cost.seconds), _ms(seconds),
+                 f"{faster:.1f} %" if pixel else ""]
             )  # fmt: skip
-    head = ["scenario", "recomputed", "F2, gradient part", "F2, with the rollout"]
-    head += ["latent saves, gradient part", "latent saves, with the rollout"]
+    head = ["scenario", "recomputed", "F2, gradient part", "F2, with rollout", "latent saves, gradient part"]
+    head += ["latent saves, with rollout", "ms, gradient part", "ms, with rollout", "latent saves ms, with rollout"]
+    step = costs[rollout_step(base)]
     return (
-        f"{table(head, rows, padded=True)}\n\nThe rollout is {rollout / TERA:.0f} TFLOP on average: the recipe draws "
-        f"the gradient step from {ROLLOUT_STEPS[0]} to {ROLLOUT_STEPS[1]} of 40, and as many guided steps, two forward "
-        "passes each, come before it."
+        f"{table(head, rows, padded=True)}\n\nThe rollout is {rollout.f2 / TERA:.0f} TFLOP on average: the recipe "
+        f"draws the gradient step from {ROLLOUT_STEPS[0]} to {ROLLOUT_STEPS[1]} of 40, and as many guided steps come "
+        f"before it, each a forward of two rows per sample: {_gib(step.activations)} GiB above the weights. The "
+        "gradient part sets the peak of memory."
     )
 
 
@@ -168,14 +190,18 @@ def paper_table(run: SavingsRun, costs: Costs) -> str:
 
 
 def economies_table(run: SavingsRun, costs: Costs) -> str:
-    rows, before = [], None
+    rows, before, rollout = [], None, Rollout.of(run.base, costs).f2 / run.batch
     for name, case in config.economies(run.base).items():
-        cost = costs[case]
-        before = cost if name.startswith("as above") else before
-        change = "" if cost is before else f"{(cost.memory - before.memory) / GIB:+.2f}"
-        more = "" if cost is before else f"{100 * (cost.f2 / before.f2 - 1):+.1f} %"
-        rows.append([name, _gib(cost.memory), change, f"{cost.f2 / TERA:.1f}", more])
-    head = ["gradient part of one ReFL update, blocks recomputed", "GiB in all", "change", "F2", "change"]
+        cost, whole = costs[case], costs[case].f2 + case.batch * rollout
+        before = (cost, whole) if name.startswith("as above") else before
+        changes = ["", "", ""]
+        if cost is not before[0]:
+            more = [100 * (now / then - 1) for now, then in ((cost.f2, before[0].f2), (whole, before[1]))]
+            changes = [f"{(cost.memory - before[0].memory) / GIB:+.2f}", *(f"{share:+.1f} %" for share in more)]
+        row = [name, _gib(cost.memory), changes[0], f"{cost.f2 / TERA:.1f}", changes[1]]
+        rows.append([*row, f"{whole / TERA:.1f}", changes[2]])
+    head = ["one ReFL update, blocks recomputed", "GiB in all", "change", "F2, gradient part", "change"]
+    head += ["F2, with rollout", "change"]
     return table(head, rows, padded=True)
 
 
@@ -203,18 +229,22 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}"
+
+
 def _operations(cost: Cost) -> list[str]:
     return [f"{number / TERA:.2f}" for number in (cost.f2, cost.attention, cost.m0)]
 
 
 def stacks(run: SavingsRun, costs: Costs) -> tuple[dict, dict, dict]:
-    """Return the data of the three plots in `draw_costs`: GiB with gradient checkpointing, GiB without it, and TFLOP.
+    """Return the data of the plots in `draw_costs`: GiB with gradient checkpointing, GiB without it, and TFLOP.
 
     Each plot's data is {reward: {component: number}}, with the components in `MEMORY` or `OPERATIONS`.
     """
     base, plain = run.base, run.base.kept
     own = costs[plain.but(work="policy_forward")].weights / GIB
-    recomputed, kept, operations = {}, {}, {}
+    recomputed, kept, operations, rollout = {}, {}, {}, Rollout.of(base, costs).f2
     for reward in REWARDS:
         for memory, case in ((recomputed, base), (kept, plain)):
             cost = costs[case.but(reward=reward, work="refl")]
@@ -223,22 +253,24 @@ def stacks(run: SavingsRun, costs: Costs) -> tuple[dict, dict, dict]:
         update, again = (costs[case.but(reward=reward, work="refl")].f2 for case in (plain, base))
         gradient = costs[plain.but(reward=reward, work="gradient")].f2
         decoding = costs[plain.but(work="vae_gradient")].f2 if reward != "dinalrm" else 0
-        found = update - gradient, decoding, gradient - decoding, again - update
+        found = rollout, update - gradient, decoding, gradient - decoding, again - update
         operations[reward] = {name: f2 / TERA for name, f2 in zip(OPERATIONS, found)}
     return recomputed, kept, operations
 
 
 def draw_costs(run: SavingsRun, costs: Costs, path: Path) -> None:
-    """Draw savings.png: memory and FLOPs of a ReFL update without its rollout, as one stacked bar per reward."""
+    """Draw savings.png: memory and FLOPs of a ReFL update, also without its rollout, one stacked bar per reward."""
     recomputed, plain, operations = stacks(run, costs)
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    axes = figure.subplots(1, 3)
+    figure = Figure(figsize=(16.5, 4.6), layout="constrained")
+    axes = figure.subplots(1, 4)
     top = max(sum(parts.values()) for parts in plain.values()) * 1.14
-    _bars(axes[0], plain, "Memory, activations kept", "{:.1f} GiB", top)
-    _bars(axes[1], recomputed, "Memory, blocks recomputed", "{:.1f} GiB", top)
-    _bars(axes[2], operations, "Operations, without the rollout", "{:.0f} TFLOP", None)
+    _bars(axes[0], plain, "Peak memory, activations kept", "{:.1f} GiB", top)
+    _bars(axes[1], recomputed, "Peak memory, blocks recomputed", "{:.1f} GiB", top)
+    gradient = {reward: {n: f2 for n, f2 in parts.items() if n != "rollout"} for reward, parts in operations.items()}
+    _bars(axes[2], gradient, "Operations, gradient part alone", "{:.0f} TFLOP", None)
+    _bars(axes[3], operations, "Operations, whole update", "{:.0f} TFLOP", None)
     sizes = f"{run.size} x {run.size}, batch {run.batch}, {77 + run.text_length} text tokens, bfloat16"
-    figure.suptitle(f"Gradient part of one ReFL update of SD3.5 Medium: {sizes}", fontsize=12)
+    figure.suptitle(f"One ReFL update of SD3.5 Medium: {sizes}", fontsize=12)
     save_figure(figure, path, dpi=130)
 
 
@@ -251,7 +283,7 @@ def _bars(axis: Axes, stacked: dict, title: str, shown: str, top: float | None) 
         axis.bar(range(len(stacked)), heights, 0.62, bottom=list(floors.values()), color=COLOURS[name], label=name)
         floors = {reward: floor + stacked[reward][name] for reward, floor in floors.items()}
     for index, (reward, height) in enumerate(floors.items()):
-        saved = f"\nlatent: {percent_saved(latent, height):.0f} % less" if reward != "dinalrm" else ""
+        saved = f"\nlatent: {percent_saved(latent, height):.2g} % less" if reward != "dinalrm" else ""
         axis.annotate(
             shown.format(height) + saved, (index, height), (0, 4), textcoords="offset points", ha="center", fontsize=9
         )

@@ -269,7 +269,8 @@ def workload_of(networks: Networks) -> tuple[Callable[[], None], Callable[[], ob
         return lambda: None, works[case.work]
     loss = _refl_loss(networks, sigma) if case.work == "refl" else _grpo_loss(networks, sigma)
     tensors = list(policy.parameters.values())
-    optimizer = adamw([{"params": tensors}], OptimConfig(name=case.optimizer))
+    foreach = {} if case.optimizer == "adamw8bit" else {"foreach": True}  # torch's choice on CUDA
+    optimizer = adamw([{"params": tensors, **foreach}], OptimConfig(name=case.optimizer))
 
     def prepare() -> None:
         for tensor in tensors:
@@ -279,7 +280,7 @@ def workload_of(networks: Networks) -> tuple[Callable[[], None], Callable[[], ob
 
     def update() -> None:
         loss().backward()
-        nn.utils.clip_grad_norm_(tensors, 1.0)
+        nn.utils.clip_grad_norm_(tensors, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -19,7 +19,7 @@ from dinalrm_align.align.savings.config import (
     all_cases,
     economies,
 )
-from dinalrm_align.align.savings.cost import Cost, FakeFloats, Measured, count, measure
+from dinalrm_align.align.savings.cost import Cost, FakeFloats, Measured, OperationCounter, count, measure
 from dinalrm_align.align.savings.report import draw_costs, measured_table, paper_readings, report, stacks, to_json
 from dinalrm_align.align.savings.workloads import PackedLinear, build_networks, workload_of
 from dinalrm_align.models.specs import MODELS
@@ -122,6 +122,25 @@ def test_predicted_peaks_agree_with_a_real_step_by_the_profiler(case, embedded):
     assert cost.activations == pytest.approx(profiled_memory(case, embedded) - cost.weights - cost.state, rel=0.05)
 
 
+def test_kernels_bytes_and_time_by_hand():
+    """A product of (64, 32) and (32, 16) in float32, 65,536 FLOPs, and its sum with a row: two kernels.
+
+    Inputs and outputs: (64 32 + 32 16 + 64 16) 4 = 14,336 bytes, and (64 16 + 16 + 64 16) 4 = 8,256. A view is free.
+    Each takes a launch, 4 us. At 8192 in bfloat16, the FLOPs decide: 2 8192^3 / (0.65 989e12) = 1.71 ms.
+    """
+    counter, fake = OperationCounter(), FakeFloats()
+    with fake.active():
+        left, right, row = torch.randn(64, 32), torch.randn(32, 16), torch.randn(16)
+        large = torch.randn(8192, 8192, dtype=torch.bfloat16)
+        with counter:
+            (left @ right).view(8, 8, 16).view(64, 16) + row
+        assert (counter.kernels, counter.moved, counter.seconds) == (2, 14_336 + 8_256, pytest.approx(8e-6))
+        counter.clear()
+        with counter:
+            large @ large
+        assert counter.kernels == 1 and counter.seconds == pytest.approx(2 * 8192**3 / (0.65 * 989e12))
+
+
 def test_recomputing_and_quantising_save_memory_and_cost_operations(embedded):
     kept, again = (count(TINY.but(work="gradient", **change), embedded) for change in (KEPT, {}))
     assert again.activations < kept.activations and again.f2 > kept.f2
@@ -162,7 +181,10 @@ def made_up_costs() -> dict[Case, Cost]:
     costs = {}
     for case in all_cases(RUN):
         scale = 2 if case.pixel else 1
-        costs[case] = Cost(scale * 2**32, 2**27, scale * 2**31, scale * 10**13, scale * 10**13, scale * 10**12, 10**12)
+        sizes, operations = (scale * 2**32, 2**27, scale * 2**31), scale * case.batch * 10**13
+        costs[case] = Cost(
+            *sizes, operations, operations, operations // 10, 10**12, 1000, 10**9, scale * case.batch * 0.02
+        )
     return costs
 
 
@@ -171,7 +193,7 @@ def test_savings_stand_beside_the_papers():
     assert readings["reward FLOPs"] == {"paper": 71.1, "hpsv3": 50.0, "pickscore": 50.0}
     assert readings["optimisation FLOPs"]["hpsv3"] == pytest.approx(100 * (1 - 2 / 3))  # the policy is not halved
     assert readings["gradient part of an update, executed"]["hpsv3"] == pytest.approx(50.0)
-    # 69 forward passes of 10 TFLOP in both rollouts: 1 - (690 + 10) / (690 + 20)
+    # 34.5 steps of two rows, 20 TFLOP, in both rollouts: 1 - (690 + 10) / (690 + 20)
     with_rollout = readings["update with its rollout, executed"]
     assert with_rollout["hpsv3"] == pytest.approx(100 * (1 - 700 / 710))
     assert {name for name, reading in readings.items() if "paper" in reading} == {
@@ -184,6 +206,15 @@ def test_report_names_its_conventions_and_draws(tmp_path, monkeypatch, capsys):
     text = report(RUN, costs, None, "", None)
     for part in ("1024 x 1024 pixels, batch 1, 205 text tokens", "VAE's decoder", "2.5 times", "71.1"):
         assert part in " ".join(text.split()), part
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")]
+        for line in text.splitlines()
+        if "|" in line
+    }
+    # an update of 20 TFLOP and 40 ms beside a rollout of 690 TFLOP and 34.5 x 40 ms
+    assert rows["refl: HPSv3 (pixel)"][3:] == ["20.0", "710.0", "50.0 %", "1.4 %", "40", "1420", "1.4 %", ""]
+    assert rows["refl (gradient part): HPSv3 (pixel)"][-3:-1] == ["710.0", "1.4 %"]
+    assert rows["batch 4"][2:] == ["6.12", "+0.00", "40.0", "+300.0 %", "2800.0", "+300.0 %", ""]
     assert all(name in text for name in economies(RUN.base))
     data = json.loads(json.dumps(to_json(RUN, costs, None, "", None)))
     assert len(data["cases"]) == len(costs) and data["savings_percent"]["memory"]["paper"] == 51.4
