@@ -89,7 +89,8 @@ class MemoryConfig:
         decode_slice: images that a pixel reward decodes at once, in the forward and the backward pass; by default all.
         decode_tile: decode large images in tiles (diffusers' VAE tiling); pixels near the seams change.
         offload: keep unused models off the GPU: the base model while prompts are encoded, the VAE between evaluations.
-        compile: torch.compile each transformer block of policy and latent reward; the first update takes minutes.
+        compile: torch.compile each transformer block of policy and latent reward; the first update and the first
+            evaluation take minutes more, and nothing is compiled again after them.
         attention: kernel of torch's scaled_dot_product_attention on CUDA; auto: torch's choice.
     """
 

@@ -37,6 +37,7 @@ from dinalrm_align.align.watch import Watch, drift_probe, level_probe
 from dinalrm_align.data.hub_prompts import load_prompts
 from dinalrm_align.eval.report.figures import plot_run
 from dinalrm_align.flow.sampling import schedule_sigmas
+from dinalrm_align.models.compilation import compile_blocks
 from dinalrm_align.models.pipeline import frozen_view, load_pipeline
 from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
 from dinalrm_align.reward.names import check_reward, gold_rewards, reward_sources
@@ -326,8 +327,7 @@ def apply_memory_options(setup: Setup, rewards: Sequence[Reward]) -> bool:
     if sharded := sharding_asked():
         shard_base(setup.accelerator, pipeline.transformer.transformer_blocks, rewards)
     if run.memory.compile:
-        for block in pipeline.transformer.transformer_blocks:
-            block.compile()
+        compile_blocks(pipeline.transformer.transformer_blocks)
         for reward in rewards:
             reward.compile_blocks()
     if run.memory.offload and not any(reward.reads_images for reward in rewards):

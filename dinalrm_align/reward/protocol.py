@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinalrm_align.models.compilation import compile_blocks
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.backbones.probes import Probes
 from dinalrm_align.reward.inputs import ScoreError
@@ -243,8 +244,8 @@ class RewardModule(nn.Module):
     def set_decode_slice(self, size: int | None) -> None: ...
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        for block in (block for part in self.noise_parts for block in part.backbone.transformer_blocks):
-            block.compile(backend=backend)
+        for part in self.noise_parts:
+            compile_blocks(part.backbone.transformer_blocks, backend)
 
     def train(self, mode: bool = True) -> "RewardModule":
         """Stay in evaluation mode, whatever `mode` is. Dropout stays off, so equal inputs get equal scores."""

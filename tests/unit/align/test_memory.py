@@ -19,6 +19,7 @@ from dinalrm_align.align.memory import (
     visiting,
 )
 from dinalrm_align.align.policy import Policy
+from dinalrm_align.models.compilation import compile_blocks
 from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.reward.config import LoraConfig
 from dinalrm_align.reward.model import build_reward_model
@@ -154,8 +155,7 @@ def test_compiled_blocks_compute_the_same():
         encoder_hidden_states=text["prompt_embeds"], pooled_projections=text["pooled_prompt_embeds"],
     )  # fmt: skip
     expected = pipeline.transformer(**arguments).sample
-    for block in pipeline.transformer.transformer_blocks:
-        block.compile(backend="eager")
+    compile_blocks(pipeline.transformer.transformer_blocks, backend="eager")
     assert all(block._compiled_call_impl is not None for block in pipeline.transformer.transformer_blocks)
     assert torch.allclose(pipeline.transformer(**arguments).sample, expected, atol=1e-5)
 
