@@ -197,7 +197,12 @@ class Setup:
         if accelerator.is_main_process:
             with resume_hint(run_folder, lambda error: None):
                 plot_run(folder)
-                facts = {"updates": done, "samples": len(self.text.evaluation), **facts()}
+                facts = {
+                    "updates": done,
+                    "samples": len(self.text.evaluation),
+                    "weights": run.loop.weights_at(done),
+                    **facts(),
+                }
                 summarise(self.resolved, held_out.summarise(done), facts, signal=check)
             if run.push_to_hub is not None:
                 push_run(folder, run.push_to_hub)

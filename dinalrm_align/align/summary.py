@@ -27,7 +27,8 @@ def summarise(
     summary["hacking_alarm"] = alarms[0] if alarms else None
     summary |= signal.counts()
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
-    print(f"images: {folder / 'before_after.png'}; curves: {folder / 'curves.png'}; LoRA: {folder / 'lora'}")
+    lora = f"LoRA: {folder / 'lora'} (weights: {facts['weights']})"
+    print(f"images: {folder / 'before_after.png'}; curves: {folder / 'curves.png'}; {lora}")
     named = {"proxy", *gold_rewards(run.gold, resolved.spec.gold)}
     for name, score in ((name, score) for name, score in scores.items() if name in named):
         gain = f"gain {score['gain']:+.4f}, standard error of the paired difference {score['standard_error']:.4f}"

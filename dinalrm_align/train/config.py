@@ -49,7 +49,8 @@ class LoopConfig:
         steps: total number of optimiser updates. The total includes the updates before a resume.
         accumulate: number of micro-batches per optimiser update, on each rank.
         ema_decay: decay of the exponential moving average (EMA) of the trained weights; 0 disables the EMA. After
-            optimiser update k the decay is at most (1 + k) / (10 + k). The averaged weights are evaluated and exported.
+            optimiser update k the decay is at most (1 + k) / (10 + k). The averaged weights are evaluated and exported,
+            from the first update of the EMA on; before it, the last weights.
         ema_every: number of optimiser updates between two updates of the EMA.
         checkpoint_every: number of optimiser updates between two checkpoints; 0 saves only when the run ends or stops.
         keep_last: number of checkpoints to keep; older checkpoints are deleted after each save.
@@ -68,3 +69,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         settings.check_fields(self, "loop")
+
+    def weights_at(self, step: int) -> Literal["average", "last"]:
+        """Return which weights are evaluated and exported after update `step`: the average once it has moved."""
+        return "average" if self.ema_decay > 0 and step >= self.ema_every else "last"

@@ -75,7 +75,7 @@ class Closures:
 class Hook:
     """A function, such as an evaluation, that `fit` calls on every rank at regular intervals and after the last update.
 
-    If there is a moving average of the weights, the model has the averaged weights during the call.
+    If there is a moving average of the weights that has moved, the model has the averaged weights during the call.
 
     Args:
         every: number of updates between two calls; 0 disables the regular calls.
@@ -153,7 +153,7 @@ def fit(
         """Call the hooks that are due, add the returned metrics to `row`, and log `row`."""
         nonlocal pending
         pending = row
-        _call([hook for hook in hooks if hook.is_due(state.step, config.steps)], state, row)
+        _call([hook for hook in hooks if hook.is_due(state.step, config.steps)], config, state, row)
         if log is not None and row:
             log.append({"step": state.step, **row})
             bar.set_postfix({name: f"{row[name]:.4g}" for name in shown if name in row}, refresh=False)
@@ -185,7 +185,7 @@ def fit(
         if state.step < config.steps:
             if saved != state.step:
                 save()
-            _call([hook for hook in hooks if hook.at_stop], state, {})
+            _call([hook for hook in hooks if hook.at_stop], config, state, {})
             accelerator.print(_farewell(run, f"update {state.step} of {config.steps}", reason))
             if reason is None:
                 raise SystemExit(INTERRUPTED)
@@ -210,6 +210,11 @@ def _start(
         raise ValueError(f"{run.path} holds a run: resume from {newest}, or choose a new folder")
     if run.checkpoint is not None and run_of(run.checkpoint.resolve()) != run.path.resolve():
         raise ValueError(f"{run.checkpoint} is not a checkpoint of {run.path}: a run is resumed in its own folder")
+    if config.ema_decay > 0 and config.weights_at(config.steps) == "last":
+        accelerator.print(
+            f"loop.ema_every: got {config.ema_every}, more than the {config.steps} updates of this run: the average of "
+            "the weights never moves, so the last weights are evaluated and exported"
+        )
     kept, pending = 0, {}
     if run.checkpoint is not None:
         facts = load_checkpoint(run.checkpoint, state, steps=config.steps, accelerator=accelerator)
@@ -239,9 +244,10 @@ def _undo_of(state: RunState) -> Callable[[], None]:
     return undo
 
 
-def _call(hooks: Sequence[Hook], state: RunState, row: dict[str, float]) -> None:
-    """Call the hooks and add their metrics to `row`. During the calls, the model has the averaged weights, if any."""
-    with state.average.in_place() if hooks and state.average else nullcontext():
+def _call(hooks: Sequence[Hook], config: LoopConfig, state: RunState, row: dict[str, float]) -> None:
+    """Call hooks and add their metrics to `row`. During the calls, the model has the weights that are exported."""
+    averaged = hooks and state.average is not None and config.weights_at(state.step) == "average"
+    with state.average.in_place() if averaged else nullcontext():
         for hook in hooks:
             row.update(hook.call(state.step) or {})
 

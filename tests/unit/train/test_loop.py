@@ -123,7 +123,7 @@ def test_moving_average_by_hand():
     assert p.item() == 3.0
 
 
-def test_hooks_see_the_moving_average(tmp_path):
+def test_hooks_see_the_moving_average_once_it_has_moved(tmp_path):
     seen: list[Tensor] = []
     trained: list[Tensor] = []
     parameters = toy()
@@ -143,7 +143,7 @@ def test_hooks_see_the_moving_average(tmp_path):
         hooks=[Hook(1, lambda step: seen.append(parameters["b"].detach().clone()))],
     )
     torch.testing.assert_close(seen[0], trained[0])
-    torch.testing.assert_close(seen[1], trained[0])  # ema_every 2: nothing yet
+    torch.testing.assert_close(seen[1], trained[1])  # ema_every 2: the average is that of no update yet
     torch.testing.assert_close(seen[2], 0.25 * trained[0] + 0.75 * trained[2])
     torch.testing.assert_close(seen[3], seen[2])
 
