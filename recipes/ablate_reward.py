@@ -3,7 +3,7 @@
     python recipes/ablate_reward.py                                      # the paper's questions, 3 seeds: about 2 hours
     python recipes/ablate_reward.py --arms '[calibrated, nll]'           # one more arm; finished arms are kept
     python recipes/ablate_reward.py --model sd35 --pairs DIR --test_sets '{hpdv3: DIR, hpdv2: DIR}' \\
-        --steps 25000 --launch "accelerate launch --num_processes 8"
+        --launch "accelerate launch --num_processes 8"
 
 An arm is recipes/train_reward.py with a few options changed. The arms include the variants of arXiv 2602.11146,
 section 5. The same command continues a stopped ablation. Two processes may share output_dir if their arms differ. The
@@ -20,8 +20,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinalrm_align.align.resolve import parse_for_model
 from dinalrm_align.eval.config import ARMS, BASELINE, AblateRun, Changes
-from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.models.specs import ModelSpec
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.command import parse, refuse, refusing
 
@@ -30,9 +31,8 @@ HERE = Path(__file__).parent
 
 def resolve(argv: Sequence[str]) -> tuple[AblateRun, ModelSpec, Path, dict[str, tuple[Changes, TrainRewardRun]]]:
     """Return settings, model, path of the baseline YAML, and a dict that maps arms to (changes, training settings)."""
-    config, _ = parse(AblateRun, __doc__, argv)
     with refusing():
-        spec, reason = resolve_model(config.model)
+        config, spec, reason = parse_for_model(AblateRun, __doc__, Path(__file__), argv)
     print(reason, flush=True)
     if spec.kind != "shapes" and (config.pairs is None or not config.test_sets):
         refuse(f"{spec.name} has no pairs of its own; expected --pairs DIR and --test_sets '{{name: DIR}}'")

@@ -20,16 +20,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinalrm_align.align.resolve import parse_for_model
 from dinalrm_align.eval.config import EvaluateRun
-from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
+from dinalrm_align.models.specs import ModelSpec, check_sides
 from dinalrm_align.reward.names import parse_reward
-from dinalrm_align.train.command import parse, refuse, refusing
+from dinalrm_align.train.command import refuse, refusing
 
 
 def resolve(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
     """Return the settings and the model. `--help` exits in this function, before torch is imported."""
-    config, _ = parse(EvaluateRun, __doc__, words)
-    spec, reason = resolve_model(config.model)
+    config, spec, reason = parse_for_model(EvaluateRun, __doc__, Path(__file__), words)
     spec = spec.with_text_length(config.text_length)
     if spec.kind != "shapes" and not config.test_sets:
         refuse(f"{spec.name} has no test sets of its own; expected --test_sets '{{name: DIR}}'")

@@ -21,18 +21,18 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from dinalrm_align.align.mining_config import MineRun
-from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
-from dinalrm_align.train.command import parse, refuse, refusing
+from dinalrm_align.align.resolve import parse_for_model
+from dinalrm_align.models.specs import ModelSpec, check_sides
+from dinalrm_align.train.command import refuse, refusing
 
 
 def settings_and_model(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
     """Return the settings, the model, and the folder to which the pairs are written."""
-    run, _ = parse(MineRun, __doc__, argv)  # --help exits here, before heavy imports
+    run, spec, reason = parse_for_model(MineRun, __doc__, Path(__file__), argv)
     if importlib.util.find_spec("pyarrow") is None:
         refuse("pairs are written as parquet, which needs the package pyarrow: pip install 'dinalrm-align[data]'")
     if run.reward != "dinalrm" and not Path(run.reward).is_dir() and "/" not in run.reward:
         refuse(f"unknown reward {run.reward!r}; known: dinalrm, or the folder or hub id of a latent reward")
-    spec, reason = resolve_model(run.model)
     check_sides(spec, height=run.height or spec.height, width=run.width or spec.width)
     spec = spec.with_text_length(run.text_length)
     print(reason, flush=True)

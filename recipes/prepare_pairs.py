@@ -20,18 +20,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinalrm_align.align.resolve import parse_for_model
 from dinalrm_align.data.config import PrepareRun
-from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
-from dinalrm_align.train.command import parse, refusing
+from dinalrm_align.models.specs import ModelSpec, check_sides
+from dinalrm_align.train.command import refusing
 
 
 def settings_and_model(argv: Sequence[str]) -> tuple[PrepareRun, ModelSpec]:
     """Return the checked settings, and the model whose VAE and text encoders encode the pairs."""
-    run, _ = parse(PrepareRun, __doc__, argv)  # --help exits here, before heavy imports
+    run, spec, reason = parse_for_model(PrepareRun, __doc__, Path(__file__), argv)
     from dinalrm_align.data.plan import parse_buckets
 
     buckets = parse_buckets(run.buckets)
-    spec, reason = resolve_model(run.model)
     if run.buckets != "published":  # these are checked once the layout is known: released latents keep their size
         check_buckets(spec, buckets)
     print(reason, flush=True)

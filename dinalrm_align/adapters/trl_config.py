@@ -1,7 +1,8 @@
 """Settings of the trainers in `adapters.trl`, as flat dataclasses that TrlParser and HfArgumentParser read.
 
 The names are those of TRL where TRL has one. An option that is left out has the value of the recipe: that of
-recipes/METHOD_MODEL.yaml, such as refl_sd35.yaml, or else the default in align/METHOD_config.py. Imports no torch.
+recipes/align_MODEL.yaml and METHOD_MODEL.yaml, such as refl_sd35.yaml, or else the default in align/METHOD_config.py.
+Imports no torch.
 """
 
 from dataclasses import dataclass, field, fields

@@ -27,8 +27,8 @@ class EvaluationConfig:
     """
 
     MAY_CHANGE: ClassVar = ("batch_size", "every")
-    samples: settings.IntAboveOne = 192
-    batch_size: settings.PositiveInt = 64
+    samples: settings.IntAboveOne = 64
+    batch_size: settings.PositiveInt = 8
     every: settings.NonNegativeInt = 10
     shown: settings.PositiveInt = 16
     seed: settings.NonNegativeInt = 1234
@@ -182,9 +182,9 @@ class GroupRolloutConfig:
     MAY_CHANGE: ClassVar = ("groups", "sample_batch", "advantage_floor", "advantage_clip")
     groups: settings.PositiveInt = 6
     group_size: settings.IntAboveOne = 8
-    sample_batch: settings.PositiveInt = 64
-    guidance_scale: settings.NonNegativeFloat | None = 1.0
-    reward_draws: settings.PositiveInt = 2
+    sample_batch: settings.PositiveInt = 8
+    guidance_scale: settings.NonNegativeFloat | None = None
+    reward_draws: settings.PositiveInt = 1
     reward_sigma: list[settings.ClosedUnitInterval] | None = None
     advantage_std: Literal["group", "global"] = "group"
     advantage_floor: settings.PositiveFloat = 1e-4
@@ -254,7 +254,7 @@ class PolicyRun:
     text_length: settings.IntFrom1To512 | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=16.0))
+    policy: LoraConfig = field(default_factory=lambda: LoraConfig(rank=32, alpha=64.0))
 
     def __post_init__(self) -> None:
         settings.check_fields(self)
@@ -298,13 +298,16 @@ class AlignRun(PolicyRun):
     profile_every: settings.NonNegativeInt = 25
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     push_to_hub: str | None = None
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
+    optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     hpsv3: Hpsv3Config = field(default_factory=Hpsv3Config)
-    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(rank=16, alpha=16.0))
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(rank=32, alpha=64.0))
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raise ValueError if the method's settings do not fit its rollouts. `num_steps`: the model's own number."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Settings of Diffusion-DPO and of `recipes/dpo_sd35.py`; the defaults suit the model `shapes`. Imports no torch."""
+"""Settings of Diffusion-DPO and of `recipes/dpo_sd35.py`. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -6,7 +6,6 @@ from typing import ClassVar, Literal
 from dinalrm_align.align.config import AlignRun
 from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.train import settings
-from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 
 @dataclass
@@ -36,16 +35,16 @@ class DpoConfig:
 
     MAY_CHANGE: ClassVar = ("batch_size", "beta", "sample_batch")
     mode: Literal["online", "offline"] = "online"
-    batch_size: settings.PositiveInt = 16
+    batch_size: settings.PositiveInt = 1
     beta: settings.PositiveFloat = 100.0
     sigma: SigmaConfig = field(default_factory=lambda: SigmaConfig(density="logit_normal"))
-    draws: settings.PositiveInt = 2
+    draws: settings.PositiveInt = 1
     loss_guidance_scale: settings.NonNegativeFloat = 1.0
     group_size: settings.IntAboveOne = 6
-    num_steps: settings.PositiveInt | None = 8
-    guidance_scale: settings.NonNegativeFloat | None = 1.0
+    num_steps: settings.PositiveInt | None = None
+    guidance_scale: settings.NonNegativeFloat | None = None
     sampler: Literal["policy", "reference"] = "policy"
-    refresh_every: settings.NonNegativeInt = 10
+    refresh_every: settings.NonNegativeInt = 0
     sample_batch: settings.PositiveInt | None = None
     reward_sigma: list[settings.ClosedUnitInterval] | None = None
 
@@ -69,8 +68,6 @@ class DpoRun(AlignRun):
     MAY_CHANGE: ClassVar = ("pairs",)
     pairs: settings.PathText | None = None
     on_bad: Literal["refuse", "skip"] = "refuse"
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=20))
     dpo: DpoConfig = field(default_factory=DpoConfig)
 
     def __post_init__(self) -> None:

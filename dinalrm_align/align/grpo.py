@@ -48,15 +48,10 @@ def trained_steps(config: GrpoConfig, num_steps: int, number: int, generator: to
 
     The last step, num_steps - 1, is never in the window. Raises ValueError if the window does not fit.
     """
+    low, high = config.window_room(num_steps)
     if config.window == "all":
-        return range(num_steps - 1)
-    low, high = config.window_range or (0, num_steps - 1)
+        return range(low, high)
     last = high - config.window_size
-    if high > num_steps - 1 or last < low:
-        raise ValueError(
-            f"grpo.window_range: got steps {low} ... {high - 1} for a window of {config.window_size}; expected room "
-            f"for it in the first {num_steps - 1} of {num_steps} steps: the last step is not trained"
-        )
     if config.window == "random":
         start = int(torch.randint(low, last + 1, (), generator=generator))
     else:

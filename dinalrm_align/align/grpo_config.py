@@ -1,11 +1,10 @@
-"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`; the defaults suit the test model `shapes`. Imports no torch."""
+"""Settings of Flow-GRPO and of `recipes/grpo_sd35.py`. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from dinalrm_align.align.config import AlignRun, AnchorConfig, GroupRolloutConfig, check_noise_level
 from dinalrm_align.train import settings
-from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 
 @dataclass
@@ -56,18 +55,18 @@ class GrpoConfig(GroupRolloutConfig):
         "window_size", "window_range", "window_rollouts", "window_stride", "window_wraps", "clip_range", "kl_beta",
         "ratio_tolerance",
     )  # fmt: skip
-    num_steps: settings.IntAboveOne | None = 8
+    num_steps: settings.IntAboveOne | None = None
     schedule: Literal["diffusers", "linear"] = "diffusers"
     sampler: Literal["flow_sde", "flow_cps"] = "flow_cps"
     noise_level: settings.PositiveFloat = 0.7
     negative_gradient: bool = False
     window: Literal["all", "random", "progressive"] = "random"
     window_size: settings.PositiveInt = 2
-    window_range: tuple[settings.NonNegativeInt, settings.NonNegativeInt] | None = (0, 4)
+    window_range: tuple[settings.NonNegativeInt, settings.NonNegativeInt] | None = None
     window_rollouts: settings.PositiveInt = 25
     window_stride: settings.PositiveInt = 1
     window_wraps: bool = False
-    shared_start: bool = True
+    shared_start: bool = False
     advantage_of: Literal["sum", "parts", "gdpo"] = "sum"
     clip_range: settings.PositiveFloat = 1e-4
     guard: bool = False
@@ -89,6 +88,21 @@ class GrpoConfig(GroupRolloutConfig):
         if self.guard and self.sampler == "flow_cps":
             raise ValueError("grpo.guard: got true with sampler flow_cps; expected flow_sde: it needs a density")
 
+    def window_room(self, num_steps: int) -> tuple[int, int]:
+        """Return the first step, and one past the last, of the range that holds the window in a rollout of `num_steps`.
+
+        Raises ValueError if the range has no room for the window.
+        """
+        if self.window == "all":
+            return 0, num_steps - 1
+        low, high = self.window_range or (0, num_steps - 1)
+        if high > num_steps - 1 or high - self.window_size < low:
+            raise ValueError(
+                f"grpo.window_range: got steps {low} ... {high - 1} for a window of {self.window_size}; expected room "
+                f"for it in the first {num_steps - 1} of {num_steps} steps: the last step is not trained"
+            )
+        return low, high
+
     @property
     def largest_mismatch(self) -> float:
         """`ratio_tolerance`, or a third of `clip_range` if it is None."""
@@ -104,8 +118,8 @@ class GrpoRun(AlignRun):
         anchor: settings of a second reward, whose advantages are added in every `anchor.every`-th rollout.
     """
 
-    gradient_checkpointing: bool = False
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=7e-4))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=20))
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
+
+    def check_steps(self, num_steps: int) -> None:
+        self.grpo.window_room(self.grpo.num_steps or num_steps)

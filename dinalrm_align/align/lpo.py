@@ -122,16 +122,11 @@ class Lpo:
     buffer: RolloutBuffer[StepPairs] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        config, sampler, last = self.config, self.sampler, self.sampler.num_steps - 1
+        config, sampler = self.config, self.sampler
         reuse = Reuse(config.epochs, config.minibatches, sampler.accumulate)
         self.buffer = RolloutBuffer(reuse, StepPairs, self.roll_out, self._shapes)
         self.first = sampler.rank * config.batch_size  # global index of this rank's first trajectory
-        self.steps = range(*(config.steps or (0, last)))
-        if self.steps.stop > last:
-            raise ValueError(
-                f"lpo.steps: got {config.steps}; expected at most {(0, last)} of {last + 1} steps: the last step is "
-                "not trained"
-            )
+        self.steps = config.trained_steps(sampler.num_steps)
         blank = torch.zeros(1, 1, 1, 1)
         stds = torch.cat([
             transition(config.sampler, blank, blank, sampler.sigmas, index, config.noise_level).std

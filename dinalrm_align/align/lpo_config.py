@@ -1,11 +1,10 @@
-"""Settings of LPO and of `recipes/lpo_sd35.py`, with defaults for the small test model. Imports no torch."""
+"""Settings of LPO and of `recipes/lpo_sd35.py`. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from dinalrm_align.align.config import AlignRun, check_noise_level
 from dinalrm_align.train import settings
-from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 
 @dataclass
@@ -36,19 +35,19 @@ class LpoConfig:
     """
 
     MAY_CHANGE: ClassVar = ("batch_size", "sample_batch", "threshold", "temperature", "beta", "clip_range")
-    batch_size: settings.PositiveInt = 12
+    batch_size: settings.PositiveInt = 4
     candidates: settings.IntAboveOne = 4
-    sample_batch: settings.PositiveInt = 64
-    num_steps: settings.IntAboveOne | None = 8
+    sample_batch: settings.PositiveInt = 4
+    num_steps: settings.IntAboveOne | None = None
     schedule: Literal["diffusers", "linear"] = "diffusers"
     sampler: Literal["flow_sde", "flow_cps"] = "flow_sde"
     noise_level: settings.PositiveFloat = 0.7
-    guidance_scale: settings.NonNegativeFloat | None = 1.0
+    guidance_scale: settings.NonNegativeFloat | None = None
     negative_gradient: bool = True
-    steps: tuple[settings.NonNegativeInt, settings.PositiveInt] | None = (0, 6)
-    threshold: tuple[settings.HalfOpenUnitInterval, settings.HalfOpenUnitInterval] = (0.2, 0.3)
+    steps: tuple[settings.NonNegativeInt, settings.PositiveInt] | None = None
+    threshold: tuple[settings.HalfOpenUnitInterval, settings.HalfOpenUnitInterval] = (0.45, 0.6)
     temperature: settings.PositiveFloat = 1.0
-    beta: settings.PositiveFloat = 1000.0
+    beta: settings.PositiveFloat = 500.0
     clip_range: settings.OpenUnitInterval = 0.1
     minibatches: settings.PositiveInt = 1
     epochs: settings.PositiveInt = 1
@@ -59,6 +58,15 @@ class LpoConfig:
         if self.steps is not None and self.steps[0] >= self.steps[1]:
             raise ValueError(f"lpo.steps: got {self.steps}; expected a first step and one past the last")
 
+    def trained_steps(self, num_steps: int) -> range:
+        """Return the steps, of `num_steps` in a rollout, with pairs. Raises ValueError if the rollout is too short."""
+        last = num_steps - 1
+        steps = range(*(self.steps or (0, last)))
+        if steps.stop > last:
+            expected = f"expected at most {(0, last)} of {num_steps} steps: the last step is not trained"
+            raise ValueError(f"lpo.steps: got {self.steps}; {expected}")
+        return steps
+
 
 @dataclass
 class LpoRun(AlignRun):
@@ -68,7 +76,7 @@ class LpoRun(AlignRun):
         lpo: settings of LPO, step-level preference optimisation.
     """
 
-    gradient_checkpointing: bool = False
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-4))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))
     lpo: LpoConfig = field(default_factory=LpoConfig)
+
+    def check_steps(self, num_steps: int) -> None:
+        self.lpo.trained_steps(self.lpo.num_steps or num_steps)

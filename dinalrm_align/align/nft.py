@@ -115,16 +115,11 @@ class Nft:
     buffer: RolloutBuffer[Samples] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        config, steps = self.config, self.sampler.num_steps
+        config = self.config
         reuse = Reuse(config.epochs, config.minibatches, self.sampler.accumulate)
         self.buffer = RolloutBuffer(reuse, Samples, self.roll_out, self._shapes)
         self.first = self.sampler.rank * config.groups * config.group_size  # global index of this rank's first sample
-        self.steps = range(int(config.earliest * steps), round(config.latest * steps))
-        if len(self.steps) < config.levels:
-            raise ValueError(
-                f"nft.levels: got {config.levels}; expected at most the {len(self.steps)} steps {self.steps.start} ... "
-                f"{self.steps.stop - 1} of {steps} between nft.earliest and nft.latest"
-            )
+        self.steps = config.trained_steps(self.sampler.num_steps)
         self.old = Ema(self.sampler.policy.parameters, 0.0)
         self.draws = config.reward_draws if self.reward.reads_noise else 1
         check_whole_groups(self.reward, "nft", config.sample_batch, config.group_size)

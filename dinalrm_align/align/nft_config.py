@@ -1,11 +1,10 @@
-"""Settings of DiffusionNFT and of `recipes/nft_sd35.py`, with defaults for the small test model. Imports no torch."""
+"""Settings of DiffusionNFT and of `recipes/nft_sd35.py`. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from dinalrm_align.align.config import AlignRun, GroupRolloutConfig
 from dinalrm_align.train import settings
-from dinalrm_align.train.config import LoopConfig, OptimConfig
 
 
 @dataclass
@@ -33,13 +32,13 @@ class NftConfig(GroupRolloutConfig):
     """
 
     MAY_CHANGE: ClassVar = ("beta", "kl_beta", "old_slope", "old_limit")
-    num_steps: settings.PositiveInt | None = 8
+    num_steps: settings.PositiveInt | None = None
     schedule: Literal["diffusers", "linear"] = "diffusers"
-    levels: settings.PositiveInt = 2
+    levels: settings.PositiveInt = 1
     earliest: settings.ClosedUnitInterval = 0.0
     latest: settings.ClosedUnitInterval = 1.0
     beta: settings.PositiveFloat = 1.0
-    kl_beta: settings.NonNegativeFloat = 1.0
+    kl_beta: settings.NonNegativeFloat = 1e-4
     keep_equal: bool = False
     old_slope: settings.NonNegativeFloat = 0.001
     old_limit: settings.HalfOpenUnitInterval = 0.5
@@ -48,6 +47,16 @@ class NftConfig(GroupRolloutConfig):
         self.check("nft")
         if self.earliest >= self.latest:
             raise ValueError(f"nft.earliest: got {self.earliest}; expected less than nft.latest, {self.latest}")
+
+    def trained_steps(self, num_steps: int) -> range:
+        """Return the steps, of `num_steps` in a rollout, whose levels are trained. Raises ValueError if it is short."""
+        steps = range(int(self.earliest * num_steps), round(self.latest * num_steps))
+        if len(steps) < self.levels:
+            raise ValueError(
+                f"nft.levels: got {self.levels}; expected at most the {len(steps)} steps {steps.start} ... "
+                f"{steps.stop - 1} of {num_steps} between nft.earliest and nft.latest"
+            )
+        return steps
 
 
 @dataclass
@@ -58,7 +67,7 @@ class NftRun(AlignRun):
         nft: settings of DiffusionNFT.
     """
 
-    gradient_checkpointing: bool = False
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=8e-4))
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=20))
     nft: NftConfig = field(default_factory=NftConfig)
+
+    def check_steps(self, num_steps: int) -> None:
+        self.nft.trained_steps(self.nft.num_steps or num_steps)

@@ -105,11 +105,7 @@ class Refl:
     _sampled: dict[int, ReflBatch] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.sampler.num_steps < self.config.grad_steps:
-            raise ValueError(
-                f"refl.grad_steps: got {self.config.grad_steps}; expected at most the {self.sampler.num_steps} steps "
-                "of the rollout"
-            )
+        self.config.check_steps(self.sampler.num_steps)
         self.config.check_accumulate(self.sampler.accumulate)
         if (most := len(self._starts)) < self.config.steps_per_rollout:
             raise ValueError(

@@ -1,11 +1,10 @@
-"""Settings of ReFL and of `recipes/refl_sd35.py`. The defaults suit the small test model. The module is torch-free."""
+"""Settings of ReFL and of `recipes/refl_sd35.py`. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.train import settings
-from dinalrm_align.train.config import LoopConfig
 
 
 @dataclass
@@ -56,7 +55,7 @@ class ReflConfig:
 
     MAY_CHANGE: ClassVar = ("batch_size", "sample_batch", "discount", "loss", "target", "kl_weight", "pretrain_weight")
     variant: Literal["refl", "draft_lv", "drtune", "direct_align"] = "refl"
-    batch_size: settings.PositiveInt = 16
+    batch_size: settings.PositiveInt = 4
     sample_batch: settings.PositiveInt | None = None
     steps_per_rollout: settings.PositiveInt = 1
     num_steps: settings.PositiveInt | None = None
@@ -66,11 +65,11 @@ class ReflConfig:
     renoisings: settings.PositiveInt = 2
     stride: settings.PositiveInt = 1
     discount: settings.NonNegativeFloat = 1.0
-    earliest: settings.ClosedUnitInterval = 0.5
+    earliest: settings.ClosedUnitInterval = 0.75
     draft_lv_earliest: settings.ClosedUnitInterval = 1.0
     loss: Literal["linear", "relu"] = "linear"
     target: float = 2.0
-    kl_weight: settings.NonNegativeFloat = 4.0
+    kl_weight: settings.NonNegativeFloat = 0.0
     kl_unit: Literal["raw", "reward_std"] = "raw"
     pretrain_weight: settings.NonNegativeFloat = 0.0
     pretrain_images: settings.PathText | None = None
@@ -81,8 +80,8 @@ class ReflConfig:
     def __post_init__(self) -> None:
         settings.check_fields(self, "refl")
         settings.check_levels("refl.reward_sigma", self.reward_sigma)
-        if self.num_steps is not None and self.grad_steps > self.num_steps:
-            raise ValueError(f"refl.grad_steps: got {self.grad_steps}; expected at most num_steps, {self.num_steps}")
+        if self.num_steps is not None:
+            self.check_steps(self.num_steps)
         if self.reward_sigma_range is not None:
             if self.reward_sigma is not None:
                 raise ValueError("refl.reward_sigma_range: got both this and reward_sigma; expected one of them")
@@ -97,6 +96,11 @@ class ReflConfig:
                 f"{accumulate}: all gradients of a rollout belong to one update"
             )
 
+    def check_steps(self, num_steps: int) -> None:
+        """Raise ValueError if a rollout of `num_steps` has fewer steps than carry the gradient."""
+        if self.grad_steps > num_steps:
+            raise ValueError(f"refl.grad_steps: got {self.grad_steps}; expected at most num_steps, {num_steps}")
+
 
 @dataclass
 class ReflRun(AlignRun):
@@ -107,10 +111,12 @@ class ReflRun(AlignRun):
         anchor: settings of a second reward. Every `anchor.every`-th update maximises both rewards.
     """
 
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=30))
     refl: ReflConfig = field(default_factory=ReflConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refl.check_accumulate(self.loop.accumulate)
+
+    def check_steps(self, num_steps: int) -> None:
+        self.refl.check_steps(self.refl.num_steps or num_steps)

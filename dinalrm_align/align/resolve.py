@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from dinalrm_align.align.config import AlignRun
 from dinalrm_align.models.specs import PACKAGE, ModelSpec, check_sides, resolve_model
 from dinalrm_align.reward.names import REWARDS, check_reward, file_name, gold_rewards, parse_reward
-from dinalrm_align.train.command import as_yaml, parse
+from dinalrm_align.train.command import as_yaml, given_options, parse
 from dinalrm_align.train.run import begin_run, changed_settings, complete_run, resume_command
 from dinalrm_align.train.settings import with_values
 
@@ -77,9 +77,7 @@ def resolve(
     Args:
         kind: dataclass of the settings.
         description: text at the top of --help.
-        recipe: path of the recipe's script, METHOD_sd35.py. A file METHOD_KIND.yaml beside it gives the defaults for
-            models of this kind, sd35 or shapes. METHOD_KIND_REWARD.yaml overrides them if a reward of that name is
-            maximised.
+        recipe: path of the recipe's script, METHOD_sd35.py, beside the files of its settings (`settings_files`).
         gradient: whether the method needs a differentiable reward.
     """
     given, checkpoint = begin_run(kind, description, argv)
@@ -87,7 +85,7 @@ def resolve(
     print(reason, flush=True)
     run, text = complete_run(
         kind, recipe, argv, checkpoint, model=spec.name, name=lambda run: _name(recipe, spec, run),
-        defaults=_defaults(recipe, spec, given.reward),
+        defaults=settings_files(recipe, spec.kind, given.reward),
     )  # fmt: skip
     return _resolved(recipe, run, text, spec, checkpoint, gradient=gradient)
 
@@ -109,7 +107,7 @@ def resolve_values(
     recipe = recipes[0]
     spec, reason = resolve_model(values.get("model", kind.model))
     print(reason, flush=True)
-    run, _ = parse(kind, "", [], _defaults(recipe, spec, values.get("reward", kind.reward)))
+    run, _ = parse(kind, "", [], settings_files(recipe, spec.kind, values.get("reward", kind.reward)))
     run = with_values(run, {**values, "model": spec.name})
     run.output_dir = str(Path(run.output_dir or new_run_folder(None, _name(recipe, spec, run))).absolute())
     return replace(_resolved(recipe, run, as_yaml(run), spec, None, gradient=gradient), given=given)
@@ -133,11 +131,27 @@ def _name(recipe: Path, spec: ModelSpec, run: AlignRun) -> str:
     return f"{method}_{Path(spec.name).name}_{file_name(run.reward)}_seed{run.seed}"
 
 
-def _defaults(recipe: Path, spec: ModelSpec, reward: str) -> list[Path]:
-    """Return the files of a recipe's default settings for a kind of model and a reward."""
+def parse_for_model(kind: type[Any], description: str, recipe: Path, argv: Sequence[str]) -> tuple[Any, ModelSpec, str]:
+    """Parse the command line of a recipe that aligns no model; return the settings, the model, and why it is this one.
+
+    RECIPE_KIND.yaml beside RECIPE.py, if there is one, overrides the defaults of the dataclass `kind`. Errors are as of
+    `parse`, and ValueError for an unknown model.
+    """
+    spec, reason = resolve_model(given_options(kind, description, argv).model)  # --help exits here
+    own = recipe.with_name(f"{recipe.stem}_{spec.kind}.yaml")
+    return parse(kind, description, argv, [own] if own.exists() else [])[0], spec, reason
+
+
+def settings_files(recipe: Path, kind: str, reward: str) -> list[Path]:
+    """Return the files with the settings of an alignment recipe for a kind of model; later files override earlier ones.
+
+    align_KIND.yaml has the settings that all recipes share, METHOD_KIND.yaml those of the recipe METHOD_sd35.py, and
+    METHOD_KIND_REWARD.yaml those for a reward that is maximised. A value that suits one kind of model stands in these
+    files, never in a default of a dataclass. The files are beside the recipe.
+    """
     method = recipe.stem.removesuffix("_sd35")
-    parts = [f"_{term.name}" for term in parse_reward(reward) if term.name in REWARDS]
-    files = [recipe.with_name(f"{method}_{spec.kind}{part}.yaml") for part in ("", *parts)]
+    parts = [f"{method}_{kind}_{term.name}" for term in parse_reward(reward) if term.name in REWARDS]
+    files = [recipe.with_name(f"{name}.yaml") for name in (f"align_{kind}", f"{method}_{kind}", *parts)]
     return [path for path in files if path.exists()]
 
 
@@ -147,5 +161,6 @@ def _resolved(
     check_reward(run.reward, gradient=gradient)
     gold_rewards(run.gold, spec.gold)
     check_sides(spec, height=run.height or spec.height, width=run.width or spec.width)
+    run.check_steps(spec.num_steps)
     spec = spec.with_text_length(run.text_length)
     return Resolved(recipe.stem, run, text, spec, checkpoint, resume_command(recipe, Path(run.output_dir)))

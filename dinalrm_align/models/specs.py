@@ -67,24 +67,25 @@ class ModelSpec:
         return dataclasses.replace(self, text_length=text_length)
 
 
+# [diffusion-rm] github.com/HKUST-C4G/diffusion-rm, the reward; [alignment] its flow-grpo-rm/config/refl.py and grpo.py
 MODELS: dict[str, ModelSpec] = {
     "sd35": ModelSpec(
         name="sd35",
         kind="sd35",
-        pipeline="stabilityai/stable-diffusion-3.5-medium",
-        reward="liuhuohuo/DiNa-LRM-SD35M-12layers",
-        pixel="yuvalkirstain/PickScore_v1",
-        pixel_processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        gold="pixel",  # PickScore, the gold reward of the paper's alignment runs
-        train_prompts=PACKAGE / "data" / "prompt_lists" / "train.txt",
-        heldout_prompts=PACKAGE / "data" / "prompt_lists" / "heldout.txt",
-        height=512,
-        width=512,
+        pipeline="stabilityai/stable-diffusion-3.5-medium",  # [alignment] pretrained.model
+        reward="liuhuohuo/DiNa-LRM-SD35M-12layers",  # [diffusion-rm] README
+        pixel="yuvalkirstain/PickScore_v1",  # [alignment] flow_grpo/pickscore_scorer.py
+        pixel_processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",  # [alignment] flow_grpo/pickscore_scorer.py
+        gold="pixel",  # PickScore, the gold reward of the paper's alignment runs, [alignment] proxy_reward_fn
+        train_prompts=PACKAGE / "data" / "prompt_lists" / "train.txt",  # 96 prompts of this project
+        heldout_prompts=PACKAGE / "data" / "prompt_lists" / "heldout.txt",  # 32 prompts of this project
+        height=512,  # [alignment] resolution
+        width=512,  # [alignment] resolution
         reward_size=1024,  # [diffusion-rm] config/sd3m/thurstone-12layer.yaml, reference_size
-        num_steps=40,
-        guidance_scale=4.5,
+        num_steps=40,  # [alignment] eval_num_steps
+        guidance_scale=4.5,  # [alignment] eval_guidance_scale
         text_length=128,  # [diffusion-rm] diffusion_rm/models/sd3_rm.py, the training code's max_sequence_length
-        dtype="bfloat16",
+        dtype="bfloat16",  # [alignment] mixed_precision of ReFL; bfloat16 in the reward's README
     ),
     "shapes": ModelSpec(
         name="shapes",

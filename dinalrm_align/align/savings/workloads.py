@@ -297,7 +297,7 @@ def _sampler(networks: Networks, sigmas: list[float]) -> Sampler:
 
 def _refl_loss(networks: Networks, sigma: list[float]) -> Callable[[], Tensor]:
     """Return a function that computes the loss of a ReFL update, without its rollout."""
-    config = ReflConfig(batch_size=networks.case.batch, earliest=1.0, reward_sigma=sigma)
+    config = ReflConfig(batch_size=networks.case.batch, earliest=1.0, kl_weight=4.0, reward_sigma=sigma)
     method = Refl(_sampler(networks, [1.0, 0.0]), networks.reward, config)
     return lambda: method.step(method.batch_at(0))[0]
 

@@ -22,7 +22,7 @@ from dinalrm_align.models.text import Conditions
 
 def online(**values: object) -> dpo.OnlineDpo:
     """A new policy on the tiny stack, and online DPO of it."""
-    settings = dict(batch_size=2, group_size=3, beta=50.0, refresh_every=0)
+    settings = dict(batch_size=2, group_size=3, beta=50.0, draws=2)
     sampler = make_sampler(num_steps=2, guidance_scale=2.0)
     return dpo.OnlineDpo(sampler, reward_of(brightness), DpoConfig(**(settings | values)))
 

@@ -284,7 +284,7 @@ def test_a_group_shares_the_rewards_noise_and_the_rest_is_measured(method):
         seen.append(noise)
         return brightness(latents) + noise.mean(dim=(1, 2, 3))
 
-    one = changed(method, groups=4, group_size=4, reward_draws=2, advantage_std="group")
+    one = changed(method, groups=4, group_size=4, sample_batch=16, reward_draws=2, advantage_std="group")
     plain = one.roll_out(0)
     rollout = with_reward(one, noisy).roll_out(0)
     torch.testing.assert_close(rollout.advantages, plain.advantages, rtol=1e-4, atol=1e-5)

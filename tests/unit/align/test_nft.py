@@ -11,7 +11,7 @@ from dinalrm_align.align.nft_config import NftConfig
 
 @pytest.fixture
 def method() -> nft.Nft:
-    config = NftConfig(groups=2, group_size=3, reward_draws=1, advantage_std="global", kl_beta=1e-4)
+    config = NftConfig(groups=2, group_size=3, levels=2, advantage_std="global", kl_beta=1e-4)
     return nft.Nft(make_sampler(), reward_of(brightness), config)
 
 
