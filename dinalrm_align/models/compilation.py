@@ -2,7 +2,7 @@
 
 Dynamo keeps its graphs per code object, and all blocks run the same code, `JointTransformerBlock.forward`. A run needs
 more than dynamo's default of 8 graphs: blocks with and without a second attention, the last block, blocks of a reward;
-each with and without gradient, with the adapter on and off, at batch 1 and above. ReFL needs 17, 28 with batches of one.
+each with and without gradient, with the adapter on and off, at batch 1 and above. ReFL needs 17; with batches of 1, 28.
 """
 
 from collections.abc import Iterable

@@ -39,7 +39,7 @@ from fake_torch import REAL, cuda_functions, generator_on_gpu, mark, memory_of, 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).parents[2]
+ROOT = f"{Path(__file__).parents[2]}/"
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._foreach_copy_.default}
 INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
@@ -73,7 +73,7 @@ class FakeGpu:
             (torch.cuda, cuda_functions(self)),
             (torch._C, {"_group_tensors_by_device_and_dtype": _grouped(torch._C._group_tensors_by_device_and_dtype)}),
             (torch.autocast, {"__init__": _on_cpu(torch.autocast.__init__)}),
-            (threading.Thread, {"run": self._checked(threading.Thread.run)}),
+            (threading.Thread, {"_bootstrap_inner": self._checked(threading.Thread._bootstrap_inner)}),
         ):
             for name, value in names.items():
                 self._stack.enter_context(patch.object(owner, name, value, create=True))
@@ -261,8 +261,8 @@ def place(most: int = 3) -> str:
     """Return the lines of this project that are being run, the innermost first, without those of the fake GPU."""
     frame, found = sys._getframe(1), []
     while frame is not None and len(found) < most:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path.name not in ("fake_gpu.py", "fake_torch.py"):
-            found.append(f"{path.relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}")
+        path = frame.f_code.co_filename
+        if path.startswith(ROOT) and not path.endswith(("/fake_gpu.py", "/fake_torch.py")):
+            found.append(f"{path.removeprefix(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
     return " < ".join(found) or "outside this project"
