@@ -116,30 +116,35 @@ def noised_pairs(
 
 
 def dpo_step(
-    velocity: Velocity, reference: Velocity, batch: DpoBatch, beta: float
+    velocity: Velocity, reference: Velocity, batch: DpoBatch, beta: float, together: int = 1
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """Return the mean Diffusion-DPO loss of the batch, differentiable in the velocity's parameters, and the metrics.
 
-    `reference` must compute the reference's velocity without gradient. Metrics: `margin`, the mean margin
+    `velocity` and `reference` get `together` draws of the M images at once, (together M, C, H, W); `together` must
+    divide D. `reference` must compute the reference's velocity without gradient. Metrics: `margin`, the mean margin
     of the pairs; `implicit_accuracy`, the share of pairs whose margin has the sign of label - 1/2; `chosen_gain` and
     `rejected_gain`, the mean denoising error of the reference minus that of the policy, for chosen and rejected images;
     `kl`, the mean of (velocity - reference)^2; and the metrics in batch.metrics.
     """
     pairs, losses, margins, gains, kls = batch.pairs, [], [], [], []
-    for noise, sigma in zip(batch.noise, batch.sigma, strict=True):
-        x = add_noise(pairs.latents, noise, sigma)
+    latents, label = pairs.latents.repeat(together, 1, 1, 1), pairs.label.repeat(together)
+    for noise, sigma in zip(batch.noise.split(together), batch.sigma.split(together), strict=True):
+        noise, sigma = noise.flatten(0, 1), sigma.flatten()
+        x = add_noise(latents, noise, sigma)
         v_reference = reference(x, sigma)
         v = velocity(x, sigma)
-        error, error_reference = (velocity_error(each, pairs.latents, noise) for each in (v, v_reference))
+        error, error_reference = (velocity_error(each, latents, noise).view(together, -1) for each in (v, v_reference))
+        chosen, rejected, chosen_reference, rejected_reference = (
+            each[:, rows].flatten() for each in (error, error_reference) for rows in (pairs.chosen, pairs.rejected)
+        )
         loss, margin = diffusion_dpo_loss(
-            error[pairs.chosen], error[pairs.rejected], error_reference[pairs.chosen], error_reference[pairs.rejected],
-            beta=beta, label=pairs.label,
-        )  # fmt: skip
+            chosen, rejected, chosen_reference, rejected_reference, beta=beta, label=label
+        )
         losses.append(loss)
-        margins.append(margin.detach())
+        margins.append(margin.detach().view(together, -1))
         gains.append((error_reference - error).detach())
         kls.append((v - v_reference).detach().square().mean())
-    margin, gain = torch.stack(margins), torch.stack(gains)
+    margin, gain = torch.cat(margins), torch.cat(gains)
     agreement = (margin * (pairs.label - 0.5)).sign()
     return torch.stack(losses).mean(), {
         "implicit_accuracy": (0.5 + 0.5 * agreement).mean(),
@@ -149,6 +154,14 @@ def dpo_step(
         "kl": torch.stack(kls).mean(),
         **batch.metrics,
     }
+
+
+def dpo_velocity(sampler: Sampler, config: DpoConfig, batch: DpoBatch) -> tuple[Velocity, int]:
+    """Return the velocity of the loss for `dpo_step`, and the number of draws that it gets at once."""
+    images, conditions = len(batch.pairs.latents), batch.pairs.conditions
+    if (together := config.draws_together(images)) > 1:
+        conditions = conditions.take([*range(images)] * together, sampler.device)
+    return sampler.velocity_for(conditions, config.loss_guidance_scale), together
 
 
 def without_gradient(velocity: Velocity, weights: Callable[[], AbstractContextManager[None]]) -> Velocity:
@@ -185,10 +198,10 @@ class OfflineDpo:
 
     def step(self, batch: DpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the loss, differentiable in the policy's LoRA, and the metrics of `dpo_step`."""
-        velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
+        velocity, together = dpo_velocity(self.sampler, self.config, batch)
         reference = without_gradient(velocity, self.sampler.policy.reference)
         with self.sampler.meter.phase("policy"):
-            return dpo_step(velocity, reference, batch, self.config.beta)
+            return dpo_step(velocity, reference, batch, self.config.beta, together)
 
 
 @dataclass
@@ -254,9 +267,10 @@ class OnlineDpo:
         Metrics: those of `dpo_step`; `reward`, the mean score of all samples; `reward_best` and `reward_worst`, the
         mean score of each prompt's best and worst sample; `signal`, the share of prompts whose scores differ.
         """
-        velocity = self.sampler.velocity_for(batch.pairs.conditions, self.config.loss_guidance_scale)
+        velocity, together = dpo_velocity(self.sampler, self.config, batch)
+        reference = without_gradient(velocity, self.reference)
         with self.sampler.meter.phase("policy"):
-            return dpo_step(velocity, without_gradient(velocity, self.reference), batch, self.config.beta)
+            return dpo_step(velocity, reference, batch, self.config.beta, together)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the reference's LoRA tensors by name, for checkpoints; an empty dict if `refresh_every` is 0."""

@@ -22,6 +22,8 @@ class DpoConfig:
             Public runs use 100 to 5000. Rewards only rank the samples, so beta does not depend on a reward's scale.
         sigma: distribution from which the noise level of a pair is drawn.
         draws: number of (noise, noise level) draws for each pair of an update; more draws make the gradient less noisy.
+        loss_batch: images per forward pass of the loss: as many draws as fit, a divisor of `draws`, are computed at
+            once. Affects speed, and results by rounding only. By default one draw at a time.
         loss_guidance_scale: guidance scale of the velocities in the loss; usually 1, which means no guidance.
         group_size: samples per prompt (online only).
         num_steps: denoising steps of the samples (online only); None: the model's own number.
@@ -33,12 +35,13 @@ class DpoConfig:
             reward's own levels.
     """
 
-    MAY_CHANGE: ClassVar = ("batch_size", "beta", "sample_batch")
+    MAY_CHANGE: ClassVar = ("batch_size", "beta", "loss_batch", "sample_batch")
     mode: Literal["online", "offline"] = "online"
     batch_size: settings.PositiveInt = 1
     beta: settings.PositiveFloat = 100.0
     sigma: SigmaConfig = field(default_factory=lambda: SigmaConfig(density="logit_normal"))
     draws: settings.PositiveInt = 1
+    loss_batch: settings.PositiveInt | None = None
     loss_guidance_scale: settings.NonNegativeFloat = 1.0
     group_size: settings.IntAboveOne = 6
     num_steps: settings.PositiveInt | None = None
@@ -51,6 +54,11 @@ class DpoConfig:
     def __post_init__(self) -> None:
         settings.check_fields(self, "dpo")
         settings.check_levels("dpo.reward_sigma", self.reward_sigma)
+
+    def draws_together(self, images: int) -> int:
+        """Return the draws per forward pass: the largest divisor of `draws` that fits with `images` images a draw."""
+        limit = (self.loss_batch or 1) // images
+        return max((count for count in range(1, limit + 1) if self.draws % count == 0), default=1)
 
 
 @dataclass

@@ -5,7 +5,18 @@ import math
 
 import pytest
 import torch
-from tiny_align import SHAPE, brightness, make_conditions, make_sampler, reward_of, train, with_reward, with_sampler
+from forwards import step_and_count
+from tiny_align import (
+    SHAPE,
+    brightness,
+    gradient_of,
+    make_conditions,
+    make_sampler,
+    reward_of,
+    train,
+    with_reward,
+    with_sampler,
+)
 from torch import Tensor
 
 from dinalrm_align.align import dpo
@@ -211,6 +222,23 @@ def test_an_update_is_the_same_however_it_is_divided(method, pairs):
         scale = max(float(g.abs().max()) for g in expected)
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-4 * scale, rtol=1e-3)
+
+
+def test_draws_in_one_forward_pass_give_the_same_update(pairs, monkeypatch):
+    """Passes of up to 26 images: of 4 images all 6 draws at once, of 8 images 3 draws, in place of one."""
+    config = DpoConfig(draws=6, loss_batch=26)
+    assert [config.draws_together(images) for images in (27, 14, 13, 8, 5, 2)] == [1, 1, 2, 3, 3, 6]
+    found = []
+    for loss_batch in (None, 26):
+        for method in (online(draws=6, loss_batch=loss_batch), offline(pairs, draws=6, loss_batch=loss_batch)):
+            shake(method.sampler.policy)
+            gradient = gradient_of(method, 0, 1)
+            passes, metrics = step_and_count(method, method.sampler.policy.transformer, monkeypatch)
+            found.append((passes, gradient, {name: float(value) for name, value in metrics.items()}))
+    assert [passes for passes, *_ in found] == [12, 12, 2, 4]  # half of them the reference's
+    for (_, gradient, metrics), (_, gradient_together, metrics_together) in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(gradient_together, gradient, rtol=1e-3, atol=1e-6)
+        assert metrics_together == pytest.approx(metrics, rel=1e-3, abs=1e-6)
 
 
 def test_processes_share_the_prompts(method, pairs):
