@@ -203,7 +203,8 @@ class EvaluateRun:
         sigmas: single noise levels at which a latent reward is evaluated.
         ensembles: lists of noise levels. For each list, the report gives the accuracy of one score computed from the
             backbone tokens of all levels, and the accuracy of the mean of the separate scores.
-        calibrated_at: noise levels of the calibration report; they must be in `sigmas`.
+        calibrated_at: noise levels of the calibration report; they must be in `sigmas`. Default: those of 0.1, 0.4, 0.7
+            and 0.9 that are in `sigmas`, or else all `sigmas`.
         loss: likelihood that turns score gaps into probabilities; use the one that the reward was trained with.
         gold: also report the accuracy of the model's gold reward on decoded latents. Image sets are left out.
         noise_seed: seed of the noise.
@@ -225,7 +226,7 @@ class EvaluateRun:
     on_bad: Literal["refuse", "skip"] = "refuse"
     sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     ensembles: list[list[ClosedUnitInterval]] = field(default_factory=lambda: [[0.2, 0.5, 0.7]])
-    calibrated_at: list[float] = field(default_factory=lambda: [0.1, 0.4, 0.7, 0.9])
+    calibrated_at: list[float] | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     gold: bool = True
     noise_seed: NonNegativeInt = 1234
@@ -237,6 +238,8 @@ class EvaluateRun:
         if self.size is not None and self.size % 16:
             raise ValueError(f"size: got {self.size}; expected a multiple of 16")
         check_noise_levels(self.sigmas, self.ensembles)
+        if self.calibrated_at is None:
+            self.calibrated_at = [sigma for sigma in (0.1, 0.4, 0.7, 0.9) if sigma in self.sigmas] or self.sigmas
         if not set(self.calibrated_at) <= set(self.sigmas):
             raise ValueError(f"calibrated_at: got {self.calibrated_at}; expected some of sigmas {self.sigmas}")
         if self.reward is not None:

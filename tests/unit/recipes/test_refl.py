@@ -197,6 +197,27 @@ def test_the_evaluation_has_its_own_guidance_and_steps(recipe, arguments, tmp_pa
     assert stopped.value.code == 2 and "guidance_scale" in capsys.readouterr().err
 
 
+def test_a_run_that_is_too_short_for_its_average_judges_and_exports_the_last_weights(
+    recipe, arguments, tmp_path, capsys
+):
+    """With ema_every 8, such runs exported the untouched LoRA; every gain was exactly 0."""
+    for name, every, kept in (("last", 8, "weights"), ("average", 2, "ema")):
+        folder = run(recipe, arguments, tmp_path / name, "--loop.steps=2", f"--loop.ema_every={every}")
+        summary, printed = json.loads((folder / "summary.json").read_text()), capsys.readouterr().out
+        assert summary["weights"] == name and f"LoRA: {folder / 'lora'} (weights: {name})" in printed
+        assert ("loop.ema_every: got 8, more than the 2 updates of this run" in printed) == (name == "last")
+        assert summary["gold"]["gain"] != 0 and summary["proxy"]["gain"] != 0
+        exported = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+        saved = load_file(checkpoint_to_resume(folder) / f"{kept}.safetensors")
+        scales = {"lora_A": 1.0, "lora_B": 4 / 2}  # the file holds B x alpha / rank
+        for part, scale in scales.items():
+            norms = [
+                sum(float(tensor.square().sum()) for key, tensor in tensors.items() if part in key)
+                for tensors in (exported, saved)
+            ]
+            assert norms[0] == pytest.approx(norms[1] * scale**2, rel=1e-5) and norms[0] > 0
+
+
 def test_fewer_samples_than_images_shown_by_default(recipe, arguments, tmp_path):
     few = [word for word in arguments if "shown" not in word]
     folder = run(recipe, few, tmp_path / "run", "--loop.steps=1", "--evaluation.samples=4")

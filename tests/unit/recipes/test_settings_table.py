@@ -48,6 +48,38 @@ def test_where_the_worlds_differ_both_have_the_value_in_a_file(method):
     assert [name for name in shapes if shapes[name] != sd35[name] and name not in {*RUN, *set_there}] == []
 
 
+def test_pairs_can_be_mined_with_the_loras_of_all_recipes():
+    """The rank that mining had was the embedded world's, 16: the LoRAs of SD3.5 were refused."""
+    mine = load_recipe("mine_pairs").settings_and_model(["--model=sd35"])[0]
+    assert mine.policy.rank == max(aligned(method).policy.rank for method in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("lpo", ["--lpo.num_steps=10", "--lpo.steps=[0,10]"], "lpo.steps: got (0, 10); expected at most (0, 9) of 10"),
+        (
+            "lpo",
+            ["--lpo.num_steps=null", "--lpo.steps=[0,40]"],
+            "lpo.steps: got (0, 40); expected at most (0, 39) of 40",
+        ),
+        (
+            "grpo",
+            ["--grpo.num_steps=5"],
+            "grpo.window_range: got steps 0 ... 4 for a window of 3; expected room for it",
+        ),
+        ("nft", ["--nft.num_steps=6"], "nft.levels: got 9; expected at most the 6 steps 0 ... 5 of 6"),
+        ("refl", ["--refl.grad_steps=41"], "refl.grad_steps: got 41; expected at most num_steps, 40"),
+    ],
+)
+def test_settings_that_need_more_denoising_steps_are_refused_before_anything_is_loaded(method, options, message):
+    with pytest.raises(ValueError) as refused:
+        aligned(method, *options)
+    assert message in str(refused.value)
+    if method == "lpo":  # all steps but the last follow the number of steps
+        assert aligned("lpo", "--lpo.num_steps=10").lpo.trained_steps(10) == range(9)
+
+
 def test_the_embedded_world_keeps_its_settings():
     """Those of the runs in examples/results. A new setting need not be in the fixture."""
     before = json.loads((FIXTURES / "shapes_settings.json").read_text())

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,29 +124,41 @@ def test_moving_average_by_hand():
     assert p.item() == 3.0
 
 
+def weights_seen(folder: Path, *stops: int, every: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What a hook sees before the first update and after each, and what is trained; runs to `stops`, each resumed."""
+    seen, trained = [], []
+    for stop in stops:
+        parameters = toy()
+        config, optim = LoopConfig(steps=stop, ema_decay=0.25, ema_every=every), OptimConfig(lr=0.1)
+
+        def step(batch: None, parameters=parameters) -> tuple[Tensor, dict[str, float]]:
+            trained.append(parameters["b"].detach().clone())
+            return parameters["b"].square().sum() + parameters["a"].square().sum(), {}
+
+        fit(
+            config, optim, RunState.initial(parameters, config, optim), Closures(lambda micro_step: None, step),
+            accelerator=Accelerator(cpu=True), run=RunFolder(folder, checkpoint=latest_checkpoint(folder)),
+            hooks=[Hook(1, lambda step, parameters=parameters: seen.append(parameters["b"].detach().clone()))],
+        )  # fmt: skip
+    return seen, trained
+
+
 def test_hooks_see_the_moving_average_once_it_has_moved(tmp_path):
-    seen: list[Tensor] = []
-    trained: list[Tensor] = []
-    parameters = toy()
-
-    def step(batch: None) -> tuple[Tensor, dict[str, float]]:
-        trained.append(parameters["b"].detach().clone())
-        return parameters["b"].square().sum() + parameters["a"].square().sum(), {}
-
-    config, optim = LoopConfig(steps=3, ema_decay=0.25, ema_every=2), OptimConfig(lr=0.1)
-    fit(
-        config,
-        optim,
-        RunState.initial(parameters, config, optim),
-        Closures(lambda micro_step: None, step),
-        accelerator=Accelerator(cpu=True),
-        run=RunFolder(tmp_path),
-        hooks=[Hook(1, lambda step: seen.append(parameters["b"].detach().clone()))],
-    )
+    seen, trained = weights_seen(tmp_path, 3, every=2)
     torch.testing.assert_close(seen[0], trained[0])
-    torch.testing.assert_close(seen[1], trained[1])  # ema_every 2: the average is that of no update yet
+    torch.testing.assert_close(seen[1], trained[1])  # until update 2, the average is that of the initial weights
     torch.testing.assert_close(seen[2], 0.25 * trained[0] + 0.75 * trained[2])
     torch.testing.assert_close(seen[3], seen[2])
+
+
+def test_hooks_of_a_resumed_run_see_the_same_weights(tmp_path, capsys):
+    """The average moves at update 3, after the resume; a run that ends before says so at its start."""
+    whole, _ = weights_seen(tmp_path / "whole", 5, every=3)
+    assert "ema_every" not in capsys.readouterr().out
+    cut, trained = weights_seen(tmp_path / "cut", 2, 4, 5, every=3)
+    assert all(torch.equal(one, other) for one, other in zip(whole, cut, strict=True))
+    assert torch.equal(cut[2], trained[2]) and not torch.equal(cut[3], trained[3])
+    assert "loop.ema_every: got 3, more than the 2 updates of this run: the average of" in capsys.readouterr().out
 
 
 def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):
