@@ -124,7 +124,8 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
         )
     track_folder(accelerator, folder / "reward", f"{folder.name}-reward")
     accelerator.end_training()
-    accelerator.print(f"reward: {folder / 'reward'}; accuracy: {folder / 'per_concept.md'}")
+    weights = run.loop.weights_at(run.loop.steps)
+    accelerator.print(f"reward: {folder / 'reward'} (weights: {weights}); accuracy: {folder / 'per_concept.md'}")
     if run.push_to_hub is not None and accelerator.is_main_process:
         push_run(folder, run.push_to_hub)
 

@@ -44,8 +44,9 @@ GIVEN = ("source", "test_sets", "shapes_pairs")
 HEAD = """# Settings for Stable Diffusion 3.5 Medium, and their sources
 
 Written by `python tests/sd35_settings.py` from the comments in the settings files. A test fails if a value has no
-comment, or if this file is not up to date. Abbreviations are explained at the top of each settings file. `null` means
-that the run finds the value: from the model (first table), from the reward, or not at all.
+comment, or if this file is not up to date. Abbreviations are explained at the top of each settings file; `here` marks a
+choice of this project. `null` means that the run finds the value: from the model (first table), from the reward, or not
+at all. An alignment recipe reads the settings of all alignment recipes first, and its own override them.
 """
 
 
