@@ -1,7 +1,8 @@
 """The policy: an SD3 transformer with a trainable LoRA. With the LoRA disabled, the policy is the frozen reference.
 
 The LoRA is a peft adapter on the eight attention projections of every transformer block (attn2 included). The LoRA is
-always float32, because bfloat16 would round AdamW's updates away. A latent reward may share the base weights.
+always float32, because bfloat16 would round AdamW's updates away. On a half-precision base, the forward casts it to the
+base's dtype (see `shadow`). A latent reward may share the base weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from dinalrm_align.align.lora import Lora, read_lora, write_lora
+from dinalrm_align.align.shadow import Shadows
 from dinalrm_align.flow.noise import check_latents, timestep_of
 from dinalrm_align.flow.sampling import Velocity
 from dinalrm_align.models.text import Conditions
@@ -49,18 +51,25 @@ class Policy:
         lora = PeftLoraConfig(
             r=config.rank, lora_alpha=config.alpha, init_lora_weights=init, target_modules=PROJECTIONS
         )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # peft draws on the CPU: leave the GPUs' generators alone
+            torch.default_generator.manual_seed(seed)
             try:
                 transformer.add_adapter(lora, ADAPTER)
             except ValueError as error:
                 raise ValueError(f"transformer: got one that has a policy already ({error}); load another") from error
         cast_training_params(transformer, torch.float32)
+        if transformer.dtype != torch.float32:
+            Shadows(transformer, ADAPTER)
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
 
     @property
     def device(self) -> torch.device:
         return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base model, in which `velocity` is computed."""
+        return self.transformer.dtype
 
     def velocity(
         self,
@@ -98,7 +107,7 @@ class Policy:
             latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
             prompt_embeds = torch.cat([negative.prompt_embeds, prompt_embeds])
             pooled = torch.cat([negative.pooled_prompt_embeds, pooled])
-        dtype = self.transformer.dtype
+        dtype = self.dtype
         (velocity,) = self.transformer(
             hidden_states=latents.to(dtype),
             timestep=timestep,
