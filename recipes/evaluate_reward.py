@@ -13,6 +13,7 @@ captions, but not the training seed (recipes/ablate_reward.py trains several). C
 probabilities with observed frequencies; --loss.likelihood must be the likelihood with which the reward was trained.
 """
 
+import dataclasses
 import functools
 import re
 import shlex
@@ -60,7 +61,8 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
 
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device = available_device(default if config.device == "auto" else config.device)
-    dtype = getattr(torch, spec.dtype) if device.type == "cuda" else torch.float32
+    own = spec.dtype if device.type == "cuda" else "float32"
+    dtype = getattr(torch, own if config.dtype == "auto" else config.dtype)
     out = Path(config.output_dir)
 
     # --------------------------------------------- checkpoint and test sets: checked before anything large is loaded
@@ -95,9 +97,11 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
         reads_latents = "dinalrm" in {term.name for term in parse_reward(config.reward)}
         vae, shared = encoders.vae if has_latents else None, transformer() if reads_latents else None
         options = {"dinalrm": {"text_length": config.text_length}} if reads_latents else {}
-        place = dict(vae=vae, transformer=shared, device=device)
+        place = dict(vae=vae, transformer=shared, device=device, dtype=None if config.dtype == "auto" else dtype)
         reward = load_reward(config.reward, spec=spec, options=options, **place)
         candidate = Candidate.from_reward(config.reward, reward)
+    if config.dtype != "auto":  # scores of another dtype in output_dir are refused
+        candidate = dataclasses.replace(candidate, identity=f"{candidate.identity} {config.dtype}")
 
     # ------------------------------------------------------------------- scores, once; then accuracy by every protocol
     size = (config.size or spec.reward_size,) * 2

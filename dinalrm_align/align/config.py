@@ -285,7 +285,7 @@ class AlignRun(PolicyRun):
         evaluation: evaluation on held-out prompts.
         watch: detection of reward hacking.
         memory: options that save memory or time.
-        hpsv3: options for loading HPSv3 or HPSv3++, if the reward contains one of them.
+        hpsv3: options for loading HPSv3 or HPSv3++, in `reward` and in `gold`.
     """
 
     MAY_CHANGE: ClassVar = (

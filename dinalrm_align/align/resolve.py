@@ -66,6 +66,11 @@ class Resolved(Generic[Run]):
     resume_command: str
     given: Given = field(default_factory=Given)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the run's images, in pixels."""
+        return self.run.height or self.spec.height, self.run.width or self.spec.width
+
 
 def resolve(
     kind: type[Run], description: str, recipe: Path, argv: Sequence[str], *, gradient: bool = False

@@ -16,6 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from dinalrm_align.align.anchor import Anchor
 from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.align.evaluation import HeldOut, Probe
+from dinalrm_align.align.gold import load_gold
 from dinalrm_align.align.identity import prompts_identity, run_identity
 from dinalrm_align.align.lora import read_lora
 from dinalrm_align.align.memory import (
@@ -41,8 +42,8 @@ from dinalrm_align.models.compilation import compile_blocks
 from dinalrm_align.models.pipeline import frozen_view, load_pipeline
 from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
 from dinalrm_align.reward.names import check_reward, gold_rewards, reward_sources
-from dinalrm_align.reward.protocol import Reward
-from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_reward, text_lengths
+from dinalrm_align.reward.protocol import Reward, RewardModule
+from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_reward, sharing, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
 from dinalrm_align.train.checkpoints import check_checkpoint, check_identity
 from dinalrm_align.train.cost import PhaseMeter
@@ -72,6 +73,7 @@ class Setup:
     Args:
         pipeline: the frozen base model without text encoders. `policy` is a LoRA on the transformer.
         gold: rewards that score held-out images and are not trained on, by metric: "gold", "gold/NAME", ...
+        copies: the image rewards of the run, of which training and evaluation share one copy (`registry.sharing`).
         trained: names of the rewards that are trained on, reward and anchor.
         identity: digests of model, reward and data, by name. Resuming needs a checkpoint with the same digests.
         sharded: whether the base weights are sharded over the ranks. All ranks must then call the policy equally often.
@@ -84,6 +86,7 @@ class Setup:
     reward: Reward
     anchor: Anchor | None
     gold: Mapping[str, ImageScorer]
+    copies: dict[Any, RewardModule]
     text: Text
     meter: PhaseMeter
     identity: Mapping[str, str]
@@ -93,7 +96,7 @@ class Setup:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the images, in pixels."""
-        return run_image_size(self.resolved)
+        return self.resolved.image_size
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -235,7 +238,9 @@ def prepare(
     if gone := checkpoint is not None and str(start).startswith("/") and not Path(start).exists():
         accelerator.print(f"policy.init_from: {start} is gone; the checkpoint holds the run's weights")
     initial = None if start is None or gone else read_lora(start)
-    gold = load_gold(resolved, samples, device)
+    copies = dict[Any, RewardModule]()
+    with sharing(copies):
+        gold = load_gold(resolved, samples, device, accelerator.print)
     accelerator.print(f"run in {run.output_dir}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")
     for each in gold_rewards(run.gold, spec.gold).values():
         if notice := gold_notice(each, names, spec):
@@ -253,7 +258,8 @@ def prepare(
 
     # Rewards share the base weights, so they are loaded before the policy wraps the transformer.
     place = dict(spec=spec, pipeline=pipeline, device=device, functions=given.functions)
-    rewards = [load_reward(name, options=run.hpsv3.options_of(name), **place) for name in names]
+    with sharing(copies):
+        rewards = [load_reward(name, options=run.hpsv3.options_of(name), **place) for name in names]
     identity |= {"autoencoder": fingerprint(pipeline.vae), **{name: each.fingerprint for name, each in gold.items()}}
     identity |= run_identity(resolved, pipeline.transformer, rewards, anchor)
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
@@ -263,7 +269,8 @@ def prepare(
     elif gone:
         identity["initial LoRA"] = check_checkpoint(checkpoint)["identity"]["initial LoRA"]
     meter = PhaseMeter(device, run.profile_every)
-    setup = Setup(resolved, accelerator, pipeline, policy, rewards[0], None, gold, text, meter, identity, names)
+    parts = dict(reward=rewards[0], anchor=None, gold=gold, copies=copies, trained=names)
+    setup = Setup(resolved, accelerator, pipeline, policy, text=text, meter=meter, identity=identity, **parts)
     setup.sharded = apply_memory_options(setup, rewards)
     for second in rewards[1:]:
         setup.anchor = Anchor(second, anchor.every, anchor.weight)
@@ -284,17 +291,6 @@ def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:
     prompts = load_prompts(given.prompts or run.prompts or spec.train_prompts)
     heldout = load_prompts(given.eval_prompts or run.eval_prompts or spec.heldout_prompts)
     return prompts, [heldout[index % len(heldout)] for index in range(run.evaluation.samples)]
-
-
-def load_gold(resolved: Resolved[Any], samples: Sequence[str], device: torch.device) -> dict[str, ImageScorer]:
-    """Load the gold rewards. Score black images once, to fail early if one refuses the image size or the prompts."""
-    run, spec = resolved.run, resolved.spec
-    given = gold_rewards(run.gold, spec.gold)
-    gold = {name: load_image_scorer(reward, spec=spec, device=device) for name, reward in given.items()}
-    first = samples[: run.evaluation.batch_size]
-    for scorer in gold.values():
-        scorer(torch.zeros(len(first), 3, *run_image_size(resolved)), first)
-    return gold
 
 
 def encode(
@@ -347,7 +343,8 @@ def prepare_evaluation(setup: Setup) -> HeldOut:
     trained = frozenset().union(*(reward_sources(name, spec) for name in setup.trained))
     free = "gold/pixel" not in scorers and trained.isdisjoint(reward_sources("pixel", spec))
     if spec.kind == "shapes" and Path(spec.pixel).is_dir() and free:
-        scorers["gold/pixel"] = load_image_scorer("pixel", spec=spec, device=accelerator.device)
+        with sharing(setup.copies):
+            scorers["gold/pixel"] = load_image_scorer("pixel", spec=spec, device=accelerator.device)
     sigmas, scale = setup.sigmas(run.evaluation.num_steps), run.evaluation.guidance_scale
     sampler, probes = setup.sampler(sigmas, scale, conditions=setup.text.evaluation), list[Probe]()
     if run.watch.sigmas and setup.reward.noise_parts:
@@ -383,8 +380,3 @@ def prepare_watch(setup: Setup, held_out: HeldOut) -> Watch | None:
         is_main_process=accelerator.is_main_process,
         say=accelerator.print,
     )
-
-
-def run_image_size(resolved: Resolved[Any]) -> tuple[int, int]:
-    """Return (height, width) of the run's images in pixels."""
-    return resolved.run.height or resolved.spec.height, resolved.run.width or resolved.spec.width

@@ -21,7 +21,7 @@ from dinalrm_align.data.released_pairs import ReleasedPairs
 from dinalrm_align.data.workers import attempt
 from dinalrm_align.models.images import image_size, image_tensor, open_image
 from dinalrm_align.models.latent_space import LatentSpace
-from dinalrm_align.models.pipeline import encode_images, load_vae
+from dinalrm_align.models.pipeline import encode_images, load_vae, vae_scaling
 from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.models.weights import fetch
 from dinalrm_align.train.files import file_digest, reading
@@ -58,9 +58,8 @@ class Encoders:
 
     def manifest(self, *, weights: bool = False) -> PairManifest:
         """Return the manifest of pairs encoded by `self`. weights: whether to add each encoder's `WeightSample`."""
-        vae, names = self.vae.config, ENCODERS if weights else ()
-        samples = {name: found for name in names if (found := self.weights(name))}
-        return PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, self.encode_prompts.text_length, samples)
+        samples = {name: found for name in (ENCODERS if weights else ()) if (found := self.weights(name))}
+        return PairManifest(*vae_scaling(self.source), self.encode_prompts.text_length, samples)
 
     @functools.cache  # noqa: B019  one object per program
     def weights(self, name: str) -> WeightSample | None:

@@ -193,6 +193,8 @@ class EvaluateRun:
         output_dir: folder for scores, evaluation.md, evaluation.json and figures. A stopped evaluation resumes there.
             Default: runs/evaluate_MODEL_REWARD.
         device: `auto` uses a CUDA GPU if there is one.
+        dtype: dtype of the reward's weights. auto: a latent reward has the model's own dtype on a GPU and float32 on a
+            CPU, an image reward its own.
         batch_size: groups of latents, or images, per batch.
         size: images for a latent reward are resized to an area of about size x size pixels; default: the size that the
             model's reward was trained at, 1024 for SD3.5. Image rewards resize images themselves.
@@ -219,6 +221,7 @@ class EvaluateRun:
     trained_on: PathText | None = None
     output_dir: PathText | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     batch_size: PositiveInt = 16
     size: PositiveInt | None = None
     text_length: IntFrom1To512 | None = None

@@ -11,15 +11,20 @@ from dinalrm_align.flow.noise import check_latents
 from dinalrm_align.models.images import Images, image_tensor
 from dinalrm_align.models.layout import TEXT_ENCODERS, check_files, weight_options, without_t5
 from dinalrm_align.models.text import text_encoders
-from dinalrm_align.models.weights import HubOptions, check_source, find_file, load_model, loading
+from dinalrm_align.models.weights import HubOptions, check_source, fetch, find_file, load_model, loading, stored_dtype
 from dinalrm_align.train.files import read_json, reading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 
-def load_transformer(source: str | Path, *, dtype: torch.dtype, **hub: Unpack[HubOptions]) -> SD3Transformer2DModel:
-    """Load a frozen SD3 transformer from a pipeline folder, a transformer folder, or the hub id of a pipeline."""
+def load_transformer(
+    source: str | Path, *, dtype: torch.dtype | None, **hub: Unpack[HubOptions]
+) -> SD3Transformer2DModel:
+    """Load a frozen SD3 transformer from a pipeline folder, a transformer folder, or the hub id of a pipeline.
+
+    dtype: dtype of the weights; None: that of the files.
+    """
     check_source("base model", source)
     bare = (Path(source) / "config.json").is_file()
     if Path(source).is_dir():
@@ -28,6 +33,9 @@ def load_transformer(source: str | Path, *, dtype: torch.dtype, **hub: Unpack[Hu
         if kind != SD3Transformer2DModel.__name__:
             raise ValueError(f"{config}: got a {kind}; expected an SD3Transformer2DModel (SD3 or SD3.5)")
     part = "" if bare else "transformer"
+    if dtype is None:
+        files = ("config.json", "*model.safetensors*", "*model-*.safetensors")
+        dtype = stored_dtype(fetch(source, files, what="base model", subfolder=part, **hub), "diffusion_pytorch_model")
     options = dict(subfolder=part or None, torch_dtype=dtype, **weight_options(source, part), **hub)
     return load_model(SD3Transformer2DModel, source, **options).requires_grad_(False)
 
@@ -70,6 +78,15 @@ def load_vae(source: str | Path, *, device: torch.device | str, **hub: Unpack[Hu
     options = dict(subfolder="vae", torch_dtype=torch.float32, **weight_options(source, "vae"), **hub)
     vae = load_model(AutoencoderKL, source, **options)
     return vae.requires_grad_(False).eval().to(device)
+
+
+def vae_scaling(source: str | Path) -> tuple[float, float]:
+    """Return (scaling_factor, shift_factor) of the VAE of a pipeline, a folder or hub id. Weights are not read."""
+    from diffusers import AutoencoderKL
+
+    with reading("VAE", source):
+        config = AutoencoderKL.load_config(str(source), subfolder="vae")
+        return config["scaling_factor"], config.get("shift_factor") or 0.0
 
 
 def encode_images(vae: "AutoencoderKL", images: Images, *, differentiable: bool = False) -> Tensor:

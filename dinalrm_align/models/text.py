@@ -207,8 +207,11 @@ class PromptEncoder:
                 for encoder in encoders:
                     encoder.eval()
                 options = dict(max_sequence_length=text_length or self.text_length, do_classifier_free_guidance=False)
-                with torch.autocast(pipeline.device.type, enabled=False):
-                    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **options)
+                device = encoders[0].device  # may differ from pipeline.device, the transformer's
+                if device.type == "meta":  # offloaded by accelerate, whose hooks know where the encoders run
+                    device = pipeline._execution_device
+                with torch.autocast(device.type, enabled=False):
+                    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, device, **options)
             finally:
                 for encoder, mode in zip(encoders, training, strict=True):
                     encoder.train(mode)

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dinalrm_align.models.layout import find_weights
 from dinalrm_align.train.digest import digest
 from dinalrm_align.train.files import HUB_ID, reading
 
@@ -139,6 +140,15 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: got {_kind(content)}; expected names and tensors")
     return dict(content)
+
+
+def stored_dtype(folder: Path, stem: str) -> torch.dtype:
+    """Return the dtype of a model's first tensor, without reading the others. stem: as in `layout.find_weights`."""
+    suffix, _, files = find_weights(folder, stem) or (None, None, [f"{stem}.safetensors"])
+    if suffix == "bin":
+        return next(iter(read_tensors(folder / files[0]).values())).dtype
+    with reading("weights", folder), safe_open(folder / files[0], framework="pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 def read_entries(path: Path) -> dict[Any, Any]:

@@ -40,7 +40,9 @@ OWN_KEYS = (
 """RewardConfig fields that the released config.json lacks. They are written to its section `dinalrm_align`."""
 SQUASH = ("eta3", "eta4")  # head parameters that released checkpoints do not store in rm_head.pt
 RELEASED_HEAD = ("use_proj_in", "width", "num_queries", "num_attn_heads", "dropout")  # with HeadConfig's defaults
-RELEASED_DEFAULTS = dict(sigma=0.4, image_sigma=0.1, snap_sigma=True, score_scale=0.1, score_bias=1.0, text_length=128)
+RELEASED_DEFAULTS = dict(
+    sigma=0.4, image_sigma=0.1, snap_sigma=True, score_scale=0.1, score_bias=1.0, text_length=128, dtype="stored"
+)
 """From the released README: score = (raw + 10) / 10; sigma 0.4 for generated latents, 0.1 for image files. Its examples
 encode 256 T5 tokens, but training and validation 128 (diffusion_rm/models/sd3_rm.py)."""
 

@@ -112,7 +112,8 @@ class RewardConfig:
             DiNa-LRM was trained with 128.
         vae_scaling_factor: factor in scaled latents = (z - vae_shift_factor) * vae_scaling_factor, for VAE latents z.
         vae_shift_factor: shift in scaled latents = (z - vae_shift_factor) * vae_scaling_factor.
-        dtype: dtype in which the backbone is loaded. A backbone with shared weights keeps the transformer's dtype.
+        dtype: dtype in which the backbone is loaded; stored: that of the base model's files. A backbone with shared
+            weights keeps the transformer's dtype.
         format_version: version of the config.json format.
     """
 
@@ -133,7 +134,7 @@ class RewardConfig:
     text_length: IntFrom1To512 = 128
     vae_scaling_factor: float = 1.5305
     vae_shift_factor: float = 0.0609
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "stored"] = "float32"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -67,7 +67,7 @@ def load_parts(
     if loaded_here:
         transformer = load_transformer(
             base if transformer is None else transformer,
-            dtype=dtype or DTYPES[config.dtype],
+            dtype=dtype or DTYPES.get(config.dtype),
             local_files_only=local_files_only,
         ).to(device or "cpu")
     share = config.tuning != "full" and (share_weights or loaded_here)

@@ -8,7 +8,9 @@ The module `reward.names` lists the names, sources and licences, and defines the
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,22 @@ if TYPE_CHECKING:
 
 EVALUATION_SEED = 0
 """Seed of the noise in `load_image_scorer`, the same for every call."""
+
+
+_COPIES: ContextVar[dict[Any, RewardModule] | None] = ContextVar("copies", default=None)
+
+
+@contextmanager
+def sharing(copies: dict[Any, RewardModule]) -> Iterator[None]:
+    """Context manager in which image rewards that are loaded with equal arguments are one object, kept in `copies`.
+
+    A shared reward decodes with the VAE of the last call that passed one.
+    """
+    token = _COPIES.set(copies)
+    try:
+        yield
+    finally:
+        _COPIES.reset(token)
 
 
 @dataclass(frozen=True)
@@ -207,7 +225,7 @@ def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settin
 
         if term.source is None:
             defaults["processor"] = spec.pixel_processor
-        return ClipReward.from_pretrained(term.source or spec.pixel, **{**defaults, **given})
+        return _one_copy(ClipReward, term.source or spec.pixel, **{**defaults, **given})
     entry = REWARDS[term.name]
     source = term.source or entry.source
     if source is None:
@@ -217,7 +235,21 @@ def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settin
         defaults["processor"] = str(source)  # the processor beside the weights
     if entry.served:
         given.pop("local_files_only")
-    return _class(term.name, entry).from_pretrained(source, **{**defaults, **given})
+    return _one_copy(_class(term.name, entry), source, **{**defaults, **given})
+
+
+def _one_copy(kind: type[PixelReward], source: str, *, vae: "AutoencoderKL | None", **arguments: Any) -> PixelReward:
+    """Return `kind.from_pretrained(source, ...)`, or within `sharing` the reward that an equal call has loaded."""
+    copies = _COPIES.get()
+    key = (kind, source, repr(sorted((name, value) for name, value in arguments.items() if value is not None)))
+    if copies is None or key not in copies:
+        reward = kind.from_pretrained(source, vae=vae, **arguments)
+        if copies is None:
+            return reward
+        copies[key] = reward
+    elif vae is not None:
+        copies[key].borrow(vae)
+    return copies[key]
 
 
 def _class(name: str, entry: RewardEntry) -> type[PixelReward]:

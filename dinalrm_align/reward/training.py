@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from dinalrm_align.data.batches import PairSource, Prefetched
@@ -22,13 +21,13 @@ from dinalrm_align.data.source import Encoders, open_pairs
 from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.flow.noise import sample_sigma, seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
+from dinalrm_align.models.pipeline import vae_scaling
 from dinalrm_align.models.specs import ModelSpec
 from dinalrm_align.reward.config import LossConfig, RewardConfig, TrainRewardRun
 from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import RewardModel
 from dinalrm_align.shapes.pairs import ensure_training_pairs
 from dinalrm_align.train.digest import text_digest
-from dinalrm_align.train.files import reading
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,9 @@ class RewardTraining:
 
 def config_for(config: RewardConfig, pipeline: str, folder: Path) -> RewardConfig:
     """Return `config` for `pipeline`: sets base_model_id and VAE scaling. Local paths become relative to `folder`."""
-    with reading("VAE", pipeline):
-        vae = AutoencoderKL.load_config(pipeline, subfolder="vae")
+    scaling, shift = vae_scaling(pipeline)
     base = os.path.relpath(pipeline, folder) if Path(pipeline).is_dir() else pipeline
-    scaling = dict(vae_scaling_factor=vae["scaling_factor"], vae_shift_factor=vae.get("shift_factor") or 0.0)
-    return dataclasses.replace(config, base_model_id=base, **scaling)
+    return dataclasses.replace(config, base_model_id=base, vae_scaling_factor=scaling, vae_shift_factor=shift)
 
 
 def open_training_pairs(

@@ -12,6 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 from tiny_prepare import encode_prompts, prepare, write_image
 
+from dinalrm_align.data import source
 from dinalrm_align.data.formats.record import Cell
 from dinalrm_align.data.formats.released import load_latent
 from dinalrm_align.data.formats.rows import image_source
@@ -200,6 +201,13 @@ def test_latents_that_a_model_does_not_read(shape):
 def test_a_pipeline_has_a_latent_space(tiny_world, tiny_pipeline):
     config = tiny_pipeline.transformer.config
     assert LatentSpace.of(tiny_world / "pipeline") == LatentSpace(16, 2, 2 * config.pos_embed_max_size)
+
+
+def test_a_manifest_needs_no_weights(tiny_world, monkeypatch):
+    """Two numbers of a config: a whole VAE was loaded for them."""
+    monkeypatch.setattr(source, "load_vae", lambda *_, **options: pytest.fail("loaded a VAE"))
+    manifest = Encoders(tiny_world / "pipeline", text_length=9, device="cpu", dtype=torch.float32).manifest()
+    assert manifest == PairManifest(1.0, 0.0, 9)
 
 
 def test_odd_latents_are_refused_before_training_or_left_out(tmp_path, tiny_world):

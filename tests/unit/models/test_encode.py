@@ -35,6 +35,14 @@ def test_embeddings_are_those_of_the_pipeline(tiny_pipeline, length):
     torch.testing.assert_close(pooled, expected_pooled)
 
 
+def test_prompts_are_encoded_where_the_text_encoders_are(tiny_pipeline, monkeypatch):
+    """With the transformer on a GPU that has no room for T5, a pipeline reports the GPU as its device."""
+    expected = PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
+    monkeypatch.setattr(type(tiny_pipeline), "device", property(lambda pipeline: torch.device("cuda")))
+    found = PromptEncoder(tiny_pipeline, text_length=14, device="cpu")(["a red circle"])
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_each_prompt_is_encoded_once(tiny_pipeline, monkeypatch):
     encoder, seen = PromptEncoder(tiny_pipeline, text_length=14), []
     original = encoder.encode

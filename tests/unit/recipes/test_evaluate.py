@@ -6,10 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from paths import load_recipe
 from PIL import Image
 from public_sets import WRITERS, put, write_hpdv3
 from safetensors.numpy import load_file
+
+from dinalrm_align.reward.pixel.clip import ClipReward
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,24 @@ def test_stored_scores_are_reused_for_equal_weights_only(recipe, arguments, tmp_
     assert kept.stat().st_mtime_ns == before
     with pytest.raises(SystemExit):
         recipe.main([*arguments, "--noise_seed=5"])
+    assert "got scores taken with" in capsys.readouterr().err
+
+
+def test_a_reward_is_evaluated_in_the_given_dtype(recipe, arguments, tmp_path, monkeypatch, capsys):
+    """Latent and image rewards. Scores of another dtype in the same folder are refused."""
+    asked = []
+    monkeypatch.setattr(ClipReward, "from_pretrained", lambda *_, **options: asked.append(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recipe.main([*arguments, "--reward=clipscore", "--dtype=bfloat16"])
+    assert asked[0]["dtype"] is torch.bfloat16
+    arguments = [*arguments, f"--test_sets={{hpdv3: {write_hpdv3(tmp_path / 'images')}}}", "--bootstrap=100"]
+    recipe.main(arguments)
+    recipe.main([*arguments, "--dtype=bfloat16", f"--output_dir={tmp_path / 'half'}"])
+    full, half = (load_file(tmp_path / folder / "scores_hpdv3.safetensors") for folder in ("out", "half"))
+    difference = max(abs(full[name] - half[name]).max() for name in full if name.startswith("score"))
+    assert 0 < difference < 0.1
+    with pytest.raises(SystemExit):
+        recipe.main([*arguments, "--dtype=bfloat16"])
     assert "got scores taken with" in capsys.readouterr().err
 
 

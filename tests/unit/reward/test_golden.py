@@ -113,6 +113,14 @@ def test_gradient_norms_of_a_training_step_equal_the_released_code(trained, gold
     torch.testing.assert_close(head[None], golden["grad_norm_head"], **TOLERANCE)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_released_reward_alone_has_the_dtype_of_the_base_models_files(official, tmp_path, stored):
+    """Its config names none; SD3.5's files are in bfloat16, and in float32 they would take twice the memory."""
+    load_transformer(official / "transformer", dtype=stored).save_pretrained(tmp_path)
+    assert LatentReward.from_pretrained(official, transformer=tmp_path).backbone.dtype is stored
+    assert LatentReward.from_pretrained(official, transformer=tmp_path, dtype="float16").backbone.dtype is torch.float16
+
+
 def test_released_layout_survives_saving_and_loading(official, golden, tmp_path):
     options = dict(transformer=official / "transformer")
     reward = LatentReward.from_pretrained(official, **options)

@@ -1,0 +1,27 @@
+"""Load the gold rewards of a run, which score held-out images and are not trained on."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dinalrm_align.align.resolve import Resolved
+from dinalrm_align.reward.names import gold_rewards
+from dinalrm_align.reward.registry import ImageScorer, load_image_scorer
+
+
+def load_gold(
+    resolved: Resolved[Any], samples: Sequence[str], device: torch.device, say: Callable[[str], None]
+) -> dict[str, ImageScorer]:
+    """Load the gold rewards. Score two black images once, to fail early if one refuses the image size or the prompts.
+
+    The two prompts are the first and the longest of `samples`.
+    """
+    run, spec, gold = resolved.run, resolved.spec, dict[str, ImageScorer]()
+    (height, width), prompts = resolved.image_size, [samples[0], max(samples, key=len)]
+    for name, reward in gold_rewards(run.gold, spec.gold).items():
+        options = run.hpsv3.options_of(reward) if isinstance(reward, str) else {}
+        gold[name] = load_image_scorer(reward, spec=spec, device=device, options=options)
+        say(f"{name}: loaded; it scores two black images of {height} x {width} pixels, as a check")
+        gold[name](torch.zeros(2, 3, height, width), prompts)
+    return gold
