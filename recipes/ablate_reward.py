@@ -24,6 +24,7 @@ from dinalrm_align.align.resolve import parse_for_model
 from dinalrm_align.eval.config import ARMS, BASELINE, AblateRun, Changes
 from dinalrm_align.models.specs import ModelSpec
 from dinalrm_align.reward.config import TrainRewardRun
+from dinalrm_align.reward.needs import check_sources
 from dinalrm_align.train.command import parse, refuse, refusing
 
 HERE = Path(__file__).parent
@@ -94,6 +95,8 @@ def train_arm(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training:
 def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     config, spec, training, arms = resolve(words)
+    with refusing():
+        check_sources(spec, {})
 
     import torch
 

@@ -23,8 +23,10 @@ from pathlib import Path
 
 from dinalrm_align.align.resolve import parse_for_model
 from dinalrm_align.eval.config import EvaluateRun
+from dinalrm_align.eval.test_sets_config import holds_images
 from dinalrm_align.models.specs import ModelSpec, check_sides
 from dinalrm_align.reward.names import parse_reward
+from dinalrm_align.reward.needs import check_sources
 from dinalrm_align.train.command import refuse, refusing
 
 
@@ -41,6 +43,15 @@ def resolve(words: Sequence[str]) -> tuple[EvaluateRun, ModelSpec]:
         config.output_dir = f"runs/evaluate_{Path(spec.name).name}_{named}"
     print(reason, flush=True)
     return config, spec
+
+
+def check_files(config: EvaluateRun, spec: ModelSpec) -> None:
+    """Raise FileNotFoundError that names all files of the model and the rewards that are missing."""
+    reward = config.reward or "dinalrm"
+    latents = config.test_sets is None or not all(map(holds_images, config.test_sets, config.test_sets.values()))
+    gold = spec.gold if config.gold and latents else None
+    pipeline = latents or "dinalrm" in {term.name for term in parse_reward(reward)}
+    check_sources(spec, {"reward": reward, "gold": gold}, pipeline=pipeline)
 
 
 def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
@@ -126,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     with refusing(stopped="finished scores are stored; run the same command to continue"):
         config, spec = resolve(words)
+        check_files(config, spec)
         evaluate(config, spec, shlex.join(["python", "recipes/evaluate_reward.py", *words]))
 
 

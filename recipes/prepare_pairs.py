@@ -23,6 +23,7 @@ from pathlib import Path
 from dinalrm_align.align.resolve import parse_for_model
 from dinalrm_align.data.config import PrepareRun
 from dinalrm_align.models.specs import ModelSpec, check_sides
+from dinalrm_align.reward.needs import check_sources
 from dinalrm_align.train.command import refusing
 
 
@@ -87,7 +88,9 @@ def encode_pairs(run: PrepareRun, spec: ModelSpec) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing(stopped="complete files are kept, and the same command resumes from there"):
-        encode_pairs(*settings_and_model(sys.argv[1:] if argv is None else argv))
+        run, spec = settings_and_model(sys.argv[1:] if argv is None else argv)
+        check_sources(spec, {})
+        encode_pairs(run, spec)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ from pathlib import Path
 
 from dinalrm_align.eval.config import ScoreRun
 from dinalrm_align.models.specs import ModelSpec, resolve_model
+from dinalrm_align.reward.names import parse_reward
+from dinalrm_align.reward.needs import check_sources
 from dinalrm_align.train.command import parse, refusing
 
 
-def score(config: ScoreRun, spec: ModelSpec) -> None:
+def score(config: ScoreRun, spec: ModelSpec, shared: str | None) -> None:
+    """Print the scores. shared: pipeline whose transformer a latent reward uses; None if there is no latent reward."""
     import torch
 
     from dinalrm_align.data.source import Encoders
@@ -33,7 +36,7 @@ def score(config: ScoreRun, spec: ModelSpec) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device = available_device(default if config.device == "auto" else config.device)
     dtype = getattr(torch, spec.dtype) if device.type == "cuda" else torch.float32
-    reward = load_reward(config.reward, spec=spec, device=device)
+    reward = load_reward(config.reward, spec=spec, transformer=shared, device=device)
     length = next(iter(reward.text_lengths), spec.text_length)
     encoders = Encoders(spec.pipeline, text_length=length, device=device, dtype=dtype)
     scorer = image_scorer(reward, encoders, Fit("area", spec.reward_size, spec.reward_size), [NO_NOISE], seed=0)
@@ -46,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, _ = parse(ScoreRun, __doc__, sys.argv[1:] if argv is None else argv, positional="prompt_and_images")
         spec, reason = resolve_model(config.model)
         print(reason, file=sys.stderr, flush=True)
-        score(config, spec)
+        shared = spec.pipeline if "dinalrm" in {term.name for term in parse_reward(config.reward)} else None
+        check_sources(spec, {"reward": config.reward}, pipeline=shared is not None)
+        score(config, spec, shared)
 
 
 if __name__ == "__main__":

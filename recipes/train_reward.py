@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
 from dinalrm_align.reward.config import TrainRewardRun
+from dinalrm_align.reward.needs import check_sources
 from dinalrm_align.train.command import refuse, refusing
 from dinalrm_align.train.metrics import open_tracker, track_folder
 from dinalrm_align.train.run import begin_run, complete_run, resume_command
@@ -132,7 +133,9 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        train(*resolve(sys.argv[1:] if argv is None else list(argv)))
+        run, text, spec, checkpoint = resolve(sys.argv[1:] if argv is None else list(argv))
+        check_sources(spec, {})
+        train(run, text, spec, checkpoint)
 
 
 if __name__ == "__main__":

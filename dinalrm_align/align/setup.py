@@ -42,6 +42,7 @@ from dinalrm_align.models.compilation import compile_blocks
 from dinalrm_align.models.pipeline import frozen_view, load_pipeline
 from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
 from dinalrm_align.reward.names import check_reward, gold_rewards, reward_sources
+from dinalrm_align.reward.needs import check_sources, lora_need
 from dinalrm_align.reward.protocol import Reward, RewardModule
 from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_reward, sharing, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
@@ -231,6 +232,7 @@ def prepare(
     device = accelerator.device
     check_memory_options(run.memory, device)
     names = reward_names(run, anchor, in_advantages)
+    _check_sources(resolved, anchor)
     prompts, samples = run_prompts(resolved)
     identity = prompts_identity(prompts, samples)
     check_identity(resolved.checkpoint, identity)
@@ -283,6 +285,17 @@ def reward_names(run: AlignRun, anchor: AnchorConfig | None, in_advantages: bool
     for name in names:
         check_reward(name, gradient=anchor is not None and name != run.reward and not in_advantages)
     return names
+
+
+def _check_sources(resolved: Resolved[Any], anchor: AnchorConfig | None) -> None:
+    """Raise FileNotFoundError that names everything that the run needs and that is not there (`reward.needs`)."""
+    run, spec, given = resolved.run, resolved.spec, resolved.given
+    rewards = {"reward": run.reward, "anchor.reward": anchor and anchor.reward}
+    rewards |= gold_rewards(run.gold, spec.gold)
+    start = run.policy.init_from if resolved.checkpoint is None else None  # a checkpoint has the weights
+    others = [lora_need(start)] if start else []
+    place = dict(pipeline=given.pipeline is None, options=run.hpsv3.options(), functions=given.functions)
+    check_sources(spec, rewards, others=others, **place)
 
 
 def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:

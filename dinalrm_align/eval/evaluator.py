@@ -36,7 +36,7 @@ from dinalrm_align.eval.scores import (
     score_pairs,
 )
 from dinalrm_align.eval.test_sets import ImageSet, open_test_set
-from dinalrm_align.eval.test_sets_config import TEST_SETS
+from dinalrm_align.eval.test_sets_config import holds_images
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.models.images import image_tensor, open_image
@@ -367,7 +367,7 @@ def open_image_sets(
     sets: Mapping[str, str], unpack_to: Path | None = None, on_bad: OnBad = "refuse"
 ) -> dict[str, ImageSet]:
     """Open the test sets that hold images: public test sets and jsonl files. `sets`: name of a test set -> path."""
-    paths = {name: path for name, path in sets.items() if name in TEST_SETS or Path(path).suffix == ".jsonl"}
+    paths = {name: path for name, path in sets.items() if holds_images(name, path)}
     return {name: open_test_set(name, path, unpack_to=unpack_to, on_bad=on_bad) for name, path in paths.items()}
 
 

@@ -169,3 +169,8 @@ def check_protocol(name: str, protocol: str) -> None:
         raise ValueError(
             f"protocol.{name}: got {protocol!r}{why}{did_you_mean(protocol, known) or ';'} known: {', '.join(known)}"
         )
+
+
+def holds_images(name: str, path: str) -> bool:
+    """Return whether the test set `name` at `path` holds images rather than latents."""
+    return name in TEST_SETS or path.endswith(".jsonl")

@@ -4,7 +4,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ PACKAGE = Path(__file__).parents[1]
 SHAPES_WEIGHTS = PACKAGE / "shapes" / "weights"
 HUB_SECONDS = 3.0
 """Timeout of the requests for access to the hub, in seconds, for all repositories together."""
+SHAPES_VOCABULARY = 1000
+"""More tokens than the CLIP tokenizer of the embedded world has (606), and fewer than CLIP's (49,408)."""
 _LORA = "checkpoint/backbone_lora/adapter"
 RELEASED_REWARD_FILES = ("config.json", "checkpoint/rm_head.pt", f"{_LORA}_config.json", f"{_LORA}_model.safetensors")
 """Files of the released DiNa-LRM in its hub repository."""
@@ -33,6 +35,7 @@ class ModelSpec:
         reward: hub id or folder of the DiNa-LRM, a reward on latents.
         pixel: hub id or folder of the `ClipReward`, a reward on images.
         pixel_processor: hub id or folder of the tokenizer and preprocessor of `pixel`; None means `pixel` itself.
+        weights: folder whose subfolders replace hub repositories (`find`); None: there is none.
         gold: reward that scores the policy's images in evaluation. A callable takes images (B, 3, H, W) in [0, 1]
             and prompts. A string is the name of a reward, such as "pixel", or of a callable ("module:function").
         train_prompts, heldout_prompts: text files with one prompt per line, for training and for evaluation.
@@ -58,6 +61,13 @@ class ModelSpec:
     guidance_scale: float
     text_length: int
     dtype: Literal["float32", "bfloat16", "float16"]
+    weights: str | None = None
+
+    def find(self, repository: str | None, *names: str) -> str | None:
+        """Return the subfolder of `weights` that is called one of `names` or like the repository; else `repository`."""
+        known = [*names, *([repository.rpartition("/")[2]] if repository else [])]
+        folders = [Path(self.weights) / name for name in known] if self.weights else []
+        return next((str(folder) for folder in folders if folder.is_dir()), repository)
 
     def with_text_length(self, text_length: int | None) -> "ModelSpec":
         """Return the model with `text_length` T5 tokens per prompt, 1 to 512; None: the model unchanged."""
@@ -127,7 +137,8 @@ def resolve_model(name: str) -> tuple[ModelSpec, str]:
     The name "auto" selects `sd35` (Stable Diffusion 3.5 Medium) if its weights are complete in the local cache or the
     hub grants access to them within 3 seconds, otherwise `shapes`, the small model that ships with the package. With
     HF_HUB_OFFLINE the hub is not asked. Other valid names are "sd35", "shapes", a hub id, a pipeline folder,
-    and a folder that `recipes/build_shapes.py` wrote. These names have no fallback.
+    and a folder with a pipeline folder in it. Rewards are looked for beside the pipeline folder (`_from_folder`). These
+    names have no fallback.
     """
     if name == "auto":
         return _choose()
@@ -154,7 +165,7 @@ def _choose() -> tuple[ModelSpec, str]:
         return sd35, f"model sd35: its weights are complete in the local cache; {HOW_TO_GET_SHAPES}"
     if huggingface_hub.is_offline_mode():
         refusal = "HF_HUB_OFFLINE is set"
-    elif (refusal := hub_refusal(absent)) is None:
+    elif (refusal := next(iter(hub_refusals(absent).values()), None)) is None:
         return sd35, f"model sd35: the hub grants access, missing weights are downloaded; {HOW_TO_GET_SHAPES}"
     why = f"{absent[0]} is not complete in the local cache, and {refusal}"
     return shapes, f"model shapes, the small embedded world: {why}; {HOW_TO_GET_SD35}"
@@ -178,55 +189,71 @@ def is_cached(repository: str) -> bool:
     return all((folder / file).exists() for file in files)
 
 
-def hub_refusal(repositories: list[str], *, seconds: float = HUB_SECONDS) -> str | None:
-    """Return None if the hub grants access to all `repositories`, else the reason why not. Waits at most `seconds`.
+def hub_refusals(repositories: Sequence[str], *, seconds: float = HUB_SECONDS) -> dict[str, str]:
+    """Return {repository: reason} of those that the hub does not grant access to. Waits at most `seconds`.
 
     Daemon threads ask the hub, because the hub client exceeds its own timeouts if no name server answers.
     """
     from huggingface_hub import auth_check
+    from huggingface_hub.errors import HfHubHTTPError
 
-    answers: queue.Queue[str | None] = queue.Queue()
+    answers: queue.Queue[tuple[str, str | None]] = queue.Queue()
 
     def ask(repository: str) -> None:
         try:
             auth_check(repository)
-            answers.put(None)
+            answers.put((repository, None))
         except Exception as error:  # any error means that the weights cannot be downloaded
             lines = str(error).strip().splitlines() or [""]
-            answers.put(f"the hub does not grant {repository} ({type(error).__name__}: {lines[0][:160]})")
+            how = "does not grant" if isinstance(error, HfHubHTTPError) else "cannot be asked for"
+            answers.put((repository, f"the hub {how} {repository} ({type(error).__name__}: {lines[0][:160]})"))
 
     end = time.monotonic() + seconds
     for repository in repositories:
         threading.Thread(target=ask, args=(repository,), daemon=True).start()
+    found = dict.fromkeys(repositories, f"the hub did not answer within {seconds:g} s")
     for _ in repositories:
         try:
-            if refusal := answers.get(timeout=max(0, end - time.monotonic())):
-                return refusal
+            repository, refusal = answers.get(timeout=max(0, end - time.monotonic()))
         except queue.Empty:
-            return f"the hub did not answer within {seconds:g} s"
-    return None
+            break
+        found[repository] = refusal
+    return {repository: refusal for repository, refusal in found.items() if refusal}
 
 
 def _from_folder(path: Path) -> tuple[ModelSpec, str]:
     """Return the folder's model, and a message that names the folder and says how to get `sd35` or `shapes`.
 
-    path: a folder that recipes/build_shapes.py wrote, or a pipeline folder, which gets the rewards of `sd35`.
+    path: a pipeline folder, or a folder with one in it, named pipeline or stable-diffusion-3.5-medium. Rewards and
+    processors are folders beside the pipeline, named dinalrm, pickscore (or pixel), clip_h, hpsv3 and so on, or like
+    their hub repositories. What is not there comes from the hub. The embedded world is recognised by its vocabulary.
     """
-    base, world = MODELS["sd35"], path / "pipeline"
-    if not world.is_dir():
-        _check_pipeline(path)
-        native = _native_size(path)
-        size, own = min(base.height, native), dict(name=str(path), pipeline=str(path))
-        spec = dataclasses.replace(base, **own, height=size, width=size, reward_size=min(base.reward_size, native))
-        return spec, f"pipeline in {path}, with the rewards of sd35; {HOW_TO_GET_SHAPES}"
-    _check_pipeline(world)
-    size = _number(world / "vae" / "config.json", "sample_size")
-    tokens = world / "tokenizer_3" / "tokenizer_config.json"
-    length = _number(tokens, "model_max_length") if tokens.exists() else MODELS["shapes"].text_length
-    own = dict(pipeline=str(world), reward=str(path / "dinalrm"), pixel=str(path / "pixel"))
-    sizes = dict(height=size, width=size, reward_size=size, text_length=length)
-    spec = dataclasses.replace(MODELS["shapes"], name=str(path), **own, **sizes)
-    return spec, f"model in {path}, an embedded world with its own rewards; {HOW_TO_GET_SD35}"
+    base = MODELS["sd35"]
+    inner = [path / name for name in ("pipeline", base.pipeline.rpartition("/")[2]) if (path / name).is_dir()]
+    pipeline = path if (path / "model_index.json").exists() or not inner else inner[0]
+    _check_pipeline(pipeline)
+    own = dict(name=str(path), pipeline=str(pipeline), weights=str(pipeline.absolute().parent))
+    if _is_shapes(pipeline):
+        root, tokens = pipeline.parent, pipeline / "tokenizer_3" / "tokenizer_config.json"
+        size = _number(pipeline / "vae" / "config.json", "sample_size")
+        length = _number(tokens, "model_max_length") if tokens.exists() else MODELS["shapes"].text_length
+        own |= dict(reward=str(root / "dinalrm"), pixel=str(root / "pixel"), text_length=length)
+        spec = dataclasses.replace(MODELS["shapes"], **own, height=size, width=size, reward_size=size)
+        return spec, f"model in {path}, an embedded world with its own rewards; {HOW_TO_GET_SD35}"
+    native = _native_size(pipeline)
+    size, reward_size = min(base.height, native), min(base.reward_size, native)
+    spec = dataclasses.replace(base, **own, height=size, width=size, reward_size=reward_size)
+    reward, pixel = spec.find(base.reward, "dinalrm"), spec.find(base.pixel, "pickscore", "pixel")
+    complete = (Path(pixel) / "preprocessor_config.json").is_file()
+    processor = None if complete else spec.find(base.pixel_processor, "clip_h")
+    spec = dataclasses.replace(spec, reward=reward, pixel=pixel, pixel_processor=processor)
+    return spec, f"pipeline in {pipeline}, latent reward {reward}, PickScore {pixel}; {HOW_TO_GET_SHAPES}"
+
+
+def _is_shapes(pipeline: Path) -> bool:
+    """Return whether a pipeline is one of the embedded world, whose tokenizers know the words of its captions only."""
+    vocabulary = read_json(pipeline / "text_encoder" / "config.json").get("vocab_size")
+    return isinstance(vocabulary, int) and vocabulary < SHAPES_VOCABULARY
 
 
 def _check_pipeline(pipeline: Path) -> None:

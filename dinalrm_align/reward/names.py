@@ -15,10 +15,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dinalrm_align.models.specs import ModelSpec
+from dinalrm_align.models.specs import MODELS, ModelSpec
 from dinalrm_align.train.settings import PathText, Source, did_you_mean
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer and preprocessor of the rewards trained from it
+BERT = "google-bert/bert-base-uncased"  # tokenizer of ImageReward
+
+
+TOKENIZER = "tokenizer.json|vocab.json|vocab.txt|spiece.model"  # one of these files
+
+
+@dataclass(frozen=True)
+class Companion:
+    """What a reward reads besides its weights: the tokenizer, preprocessor or config of the model it was trained from.
+
+    Args:
+        argument: argument of `from_pretrained` that names it.
+        source: hub id.
+        files: files that are read; alternatives are separated by |.
+        beside: files which, beside local weights, show that the weights' folder holds them.
+        name: name of its folder among local weights.
+    """
+
+    argument: str
+    source: str
+    files: tuple[str, ...]
+    beside: tuple[str, ...]
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,6 +57,8 @@ class RewardEntry:
         differentiable: whether the score has a gradient with respect to the image or latents.
         served: whether `source` is the address of a server instead of weights to load.
         extra: optional dependency group that the reward needs: pip install dinalrm-align[EXTRA].
+        files: files of weights in `source`, alternatives separated by |; empty: those of a transformers model.
+        companion: what else is read; None: the weights' own folder has all.
         options: default arguments of `from_pretrained`.
         how: instructions to get the weights or start the server.
     """
@@ -45,6 +70,8 @@ class RewardEntry:
     differentiable: bool = True
     served: bool = False
     extra: str | None = None
+    files: tuple[str, ...] = ()
+    companion: Companion | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     how: str = ""
 
@@ -53,42 +80,55 @@ _PIXEL = "dinalrm_align.reward.pixel"
 _CLIP, _HPSV2 = f"{_PIXEL}.clip:ClipReward", f"{_PIXEL}.hpsv2:HPSv2Reward"
 _LRM, _LRM_SCALE = "dinalrm_align.reward.lrm:LrmReward", "exp(logit_scale) cos"
 _MIT, _APACHE, _MIT_CARD = "MIT / MIT", "Apache-2.0 / Apache-2.0", "MIT / as its model card says"
-_PROCESSOR = {"processor": CLIP_H}
+_PROCESSOR = Companion(
+    "processor", CLIP_H, ("preprocessor_config.json", TOKENIZER), ("preprocessor_config.json",), "clip_h"
+)
+_CONFIG = ("config.json", TOKENIZER)
+_LRM_BASE = ("tokenizer/tokenizer_config.json", "vae/config.json")
+
+
+def _lrm(family: str, base: str) -> RewardEntry:
+    companion = Companion("base", base, _LRM_BASE, _LRM_BASE[:1])
+    files, options = (f"state_dict.pt|lrm_{family}/state_dict.pt",), {"family": family}
+    return RewardEntry(_LRM, "casiatao/LRM", _MIT_CARD, _LRM_SCALE, files=files, companion=companion, options=options)
+
+
 REWARDS: dict[str, RewardEntry] = {
     "dinalrm": RewardEntry(None, None, "as its model card says", "the checkpoint's own; reads noised latents"),
     "pickscore": RewardEntry(
-        _CLIP, "yuvalkirstain/PickScore_v1", _MIT_CARD, "100 cos, about 18 to 24", options=_PROCESSOR
+        _CLIP, "yuvalkirstain/PickScore_v1", _MIT_CARD, "100 cos, about 18 to 24", companion=_PROCESSOR
     ),
     "clipscore": RewardEntry(_CLIP, "openai/clip-vit-large-patch14", _MIT_CARD, "100 cos, about 15 to 35"),
     "hpsv2": RewardEntry(
-        _HPSV2, "xswu/HPSv2", _APACHE, "cos, about 0.23 to 0.30", options={"file": "HPS_v2_compressed.pt", **_PROCESSOR}
+        _HPSV2, "xswu/HPSv2", _APACHE, "cos, about 0.23 to 0.30", options={"file": "HPS_v2_compressed.pt"},
+        files=("HPS_v2_compressed.pt",), companion=_PROCESSOR,
     ),
     "hpsv2.1": RewardEntry(
-        _HPSV2, "xswu/HPSv2", _APACHE, "cos, about 0.14 to 0.33; not comparable with hpsv2's", options=_PROCESSOR
+        _HPSV2, "xswu/HPSv2", _APACHE, "cos, about 0.14 to 0.33; not comparable with hpsv2's",
+        files=("HPS_v2.1_compressed.pt",), companion=_PROCESSOR,
     ),
     "hpsv3": RewardEntry(
-        f"{_PIXEL}.hpsv3:HPSv3Reward", "MizzenAI/HPSv3", _MIT, "mean of a Gaussian, about -2 to 12", extra="quant"
+        f"{_PIXEL}.hpsv3:HPSv3Reward", "MizzenAI/HPSv3", _MIT, "mean of a Gaussian, about -2 to 12", extra="quant",
+        files=("HPSv3.safetensors",),
+        companion=Companion("base", "Qwen/Qwen2-VL-7B-Instruct", _CONFIG, ("config.json",)),
     ),
     "hpsv3pp": RewardEntry(
-        f"{_PIXEL}.hpsv3pp:HPSv3PlusPlusReward",
-        "Junjun2333/HPSv3-PlusPlus",
-        "none stated / Apache-2.0",
-        "HPSv3++: mean of a Gaussian, on another scale than hpsv3's",
-        extra="quant",
+        f"{_PIXEL}.hpsv3pp:HPSv3PlusPlusReward", "Junjun2333/HPSv3-PlusPlus", "none stated / Apache-2.0",
+        "HPSv3++: mean of a Gaussian, on another scale than hpsv3's", extra="quant", files=("hpsv3++.pth",),
+        companion=Companion("base", "Qwen/Qwen3-VL-8B-Instruct", _CONFIG, ("tokenizer_config.json",)),
     ),
     "imagereward": RewardEntry(
-        f"{_PIXEL}.imagereward:ImageRewardReward", "THUDM/ImageReward", _APACHE, "standardised, about -2 to 2"
+        f"{_PIXEL}.imagereward:ImageRewardReward", "THUDM/ImageReward", _APACHE, "standardised, about -2 to 2",
+        files=("ImageReward.pt", "med_config.json"),
+        companion=Companion("tokenizer", BERT, (TOKENIZER,), ("tokenizer.json", "vocab.txt")),
     ),
     "mps": RewardEntry(
-        f"{_PIXEL}.mps:MPSReward",
-        None,
-        _MIT,
-        "100 cos, about 5 to 15",
-        options=_PROCESSOR,
+        f"{_PIXEL}.mps:MPSReward", None, _MIT, "100 cos, about 5 to 15", files=("MPS_overall_checkpoint.pth",),
+        companion=_PROCESSOR,
         how="mps=/path/to/MPS_overall_checkpoint.pth, the file that https://github.com/Kwai-Kolors/MPS links to",
     ),
-    "lrm-sd15": RewardEntry(_LRM, "casiatao/LRM", _MIT_CARD, _LRM_SCALE, options={"family": "sd15"}),
-    "lrm-sdxl": RewardEntry(_LRM, "casiatao/LRM", _MIT_CARD, _LRM_SCALE, options={"family": "sdxl"}),
+    "lrm-sd15": _lrm("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "lrm-sdxl": _lrm("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
     "unifiedreward": RewardEntry(
         f"{_PIXEL}.unifiedreward:UnifiedReward",
         "http://127.0.0.1:8080/v1",
@@ -113,7 +153,7 @@ REWARDS: dict[str, RewardEntry] = {
     "oracle": RewardEntry(
         None, None, "this project's", "0 to 3, computed from the pixels of the embedded world", differentiable=False
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -241,6 +281,33 @@ def check_reward(text: str, *, gradient: bool = False) -> tuple[Term, ...]:
     return terms
 
 
+def source_of(term: Term, spec: ModelSpec) -> str | None:
+    """Return where the weights of a reward come from, a folder, file, hub id or address; None if nothing names them.
+
+    The default is the model's own reward, a folder beside the pipeline (`ModelSpec.find`), or the reward's hub id.
+    """
+    own, entry = {"dinalrm": spec.reward, "pixel": spec.pixel}, REWARDS.get(term.name)
+    if term.source or entry is None or term.name in own:
+        return term.source or own.get(term.name)
+    if entry.source == MODELS["sd35"].pixel and spec.kind == "sd35":
+        return spec.pixel
+    return entry.source if entry.served else spec.find(entry.source, term.name)
+
+
+def companion_of(term: Term, spec: ModelSpec) -> str | None:
+    """Return the folder or hub id of a reward's `Companion`; None if the weights' folder has all that is needed."""
+    if term.name == "pixel":
+        return None if term.source else spec.pixel_processor
+    companion = REWARDS[term.name].companion
+    if companion is None:
+        return None
+    path = Path(source_of(term, spec) or "")
+    folder = path.parent if path.is_file() else path
+    if any((folder / file).is_file() for file in companion.beside):
+        return str(folder)
+    return spec.find(companion.source, *filter(None, [companion.name]))
+
+
 def reward_sources(reward: object, spec: ModelSpec) -> frozenset[object]:
     """Return a set with one value per part of a reward. Two rewards that have a value in common share these weights.
 
@@ -248,11 +315,10 @@ def reward_sources(reward: object, spec: ModelSpec) -> frozenset[object]:
     """
     if not isinstance(reward, str):
         return frozenset([(reward, "")])
-    own = {"dinalrm": spec.reward, "pixel": spec.pixel, "oracle": spec.gold}
     found = set()
     for term in parse_reward(reward):
         entry = REWARDS.get(term.name)
-        source = term.source or own.get(term.name) or (entry.source if entry else term.name)
+        source = spec.gold if term.name == "oracle" else source_of(term, spec) or term.name
         file = entry.options.get("file", entry.options.get("family", "")) if entry else ""
         local = isinstance(source, str) and Path(source).exists()
         found.add((str(Path(source).resolve()) if local else source, file))

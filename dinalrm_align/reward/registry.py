@@ -26,7 +26,7 @@ from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.latent import LatentReward
 from dinalrm_align.reward.loading import DTYPES
-from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, parse_reward
+from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, companion_of, parse_reward, source_of
 from dinalrm_align.reward.origin import Origin, absolute
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.protocol import RewardModule, finite_scores
@@ -223,16 +223,15 @@ def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settin
     if term.name == "pixel":
         from dinalrm_align.reward.pixel.clip import ClipReward
 
-        if term.source is None:
-            defaults["processor"] = spec.pixel_processor
-        return _one_copy(ClipReward, term.source or spec.pixel, **{**defaults, **given})
+        defaults["processor"] = companion_of(term, spec)
+        return _one_copy(ClipReward, source_of(term, spec), **{**defaults, **given})
     entry = REWARDS[term.name]
-    source = term.source or entry.source
+    source = source_of(term, spec)
     if source is None:
         raise ValueError(f"reward {term.name}: its weights are not on the hub; pass {entry.how}")
     defaults |= entry.options
-    if "processor" in defaults and (Path(source) / "preprocessor_config.json").is_file():
-        defaults["processor"] = str(source)  # the processor beside the weights
+    if entry.companion:
+        defaults[entry.companion.argument] = companion_of(term, spec)
     if entry.served:
         given.pop("local_files_only")
     return _one_copy(_class(term.name, entry), source, **{**defaults, **given})
@@ -241,7 +240,8 @@ def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settin
 def _one_copy(kind: type[PixelReward], source: str, *, vae: "AutoencoderKL | None", **arguments: Any) -> PixelReward:
     """Return `kind.from_pretrained(source, ...)`, or within `sharing` the reward that an equal call has loaded."""
     copies = _COPIES.get()
-    key = (kind, source, repr(sorted((name, value) for name, value in arguments.items() if value is not None)))
+    given = {name: value for name, value in arguments.items() if value not in (None, source)}
+    key = (kind, absolute(source), repr(sorted(given.items())))
     if copies is None or key not in copies:
         reward = kind.from_pretrained(source, vae=vae, **arguments)
         if copies is None:

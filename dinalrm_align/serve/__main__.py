@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from dinalrm_align.models.specs import resolve_model
+from dinalrm_align.reward.needs import check_sources
 from dinalrm_align.serve.config import ServeConfig
 from dinalrm_align.train.command import parse, refusing
 
@@ -41,6 +42,7 @@ def serve(config: ServeConfig, token: str | None) -> None:
         torch.set_num_threads(config.threads)
     spec, reason = resolve_model(config.model)
     print(reason, flush=True)
+    check_sources(spec, {"reward": config.reward} | {f"rewards.{name}": text for name, text in config.rewards.items()})
     metrics = Metrics()
     rewards = load_rewards(config, spec, metrics)
     for name, reward in rewards.items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dinalrm_align.models import specs as models
-from dinalrm_align.models.specs import MODELS, check_sides, hub_refusal, missing_files, resolve_model
+from dinalrm_align.models.specs import MODELS, check_sides, hub_refusals, missing_files, resolve_model
 from dinalrm_align.reward.registry import load_image_scorer
 
 SD35_REPOSITORIES = 4
@@ -24,14 +24,14 @@ def online(monkeypatch):
     monkeypatch.setattr(models, "is_cached", lambda repository: False)
 
 
-def write_pipeline(folder, *, sample_size=32, kind="StableDiffusion3Pipeline"):
+def write_pipeline(folder, *, sample_size=32, kind="StableDiffusion3Pipeline", vocabulary=49_408):
     """The files of a pipeline folder that a look at it reads; the weights are empty."""
     components = ["transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler"]
     index = {"_class_name": kind, **{part: ["library", "Class"] for part in components}, "text_encoder_3": [None, None]}
     for part in components:
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(
-            json.dumps({"sample_size": sample_size, "block_out_channels": [8] * 4})
+            json.dumps({"sample_size": sample_size, "block_out_channels": [8] * 4, "vocab_size": vocabulary})
         )
     for part in ("transformer", "vae"):
         (folder / part / "diffusion_pytorch_model.safetensors").touch()
@@ -72,7 +72,7 @@ def test_auto_takes_shapes_when_the_hub_refuses(online, monkeypatch):
 
 def test_auto_takes_shapes_in_time_when_the_hub_never_answers(online, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "auth_check", lambda repository: time.sleep(30))
-    monkeypatch.setattr(models, "hub_refusal", lambda repositories: hub_refusal(repositories, seconds=0.2))
+    monkeypatch.setattr(models, "hub_refusals", lambda repositories: hub_refusals(repositories, seconds=0.2))
     start = time.monotonic()
     spec, reason = resolve_model("auto")
     assert spec is MODELS["shapes"] and "did not answer within 0.2 s" in reason
@@ -85,8 +85,8 @@ def test_one_grant_is_not_enough(monkeypatch):
             raise PermissionError("gated")
 
     monkeypatch.setattr(huggingface_hub, "auth_check", refuse_the_second)
-    assert "b/b" in hub_refusal(["a/a", "b/b"])
-    assert hub_refusal(["a/a", "c/c"]) is None
+    assert hub_refusals(["a/a", "b/b"]).keys() == {"b/b"}
+    assert hub_refusals(["a/a", "c/c"]) == {}
 
 
 def test_offline_never_asks_the_hub(monkeypatch):
@@ -100,7 +100,7 @@ def test_offline_never_asks_the_hub(monkeypatch):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_a_named_model_is_taken_without_a_look_at_anything(name, monkeypatch):
     monkeypatch.setattr(models, "is_cached", lambda repository: pytest.fail("looked into the cache"))
-    monkeypatch.setattr(models, "hub_refusal", lambda repositories: pytest.fail("asked the hub"))
+    monkeypatch.setattr(models, "hub_refusals", lambda repositories: pytest.fail("asked the hub"))
     spec, reason = resolve_model(name)
     assert spec is MODELS[name] and "as given" in reason
 
@@ -137,7 +137,7 @@ def test_a_pipeline_folder_takes_the_rewards_of_sd35_at_its_own_size(tmp_path):
     folder = write_pipeline(tmp_path / "my-sd3", sample_size=32)
     spec, reason = resolve_model(str(folder))
     sizes = dict(height=256, width=256, reward_size=256)
-    assert spec == replace(MODELS["sd35"], name=str(folder), pipeline=str(folder), **sizes)
+    assert spec == replace(MODELS["sd35"], name=str(folder), pipeline=str(folder), weights=str(tmp_path), **sizes)
     native, _ = resolve_model(str(write_pipeline(tmp_path / "sd35", sample_size=128)))
     assert (native.height, native.reward_size) == (512, 1024)  # sampled at 512 in alignment, trained on at 1024
     assert str(folder) in reason
@@ -145,7 +145,7 @@ def test_a_pipeline_folder_takes_the_rewards_of_sd35_at_its_own_size(tmp_path):
 
 def test_a_world_folder_takes_its_own_rewards_and_the_oracle(tmp_path):
     """Whether the rewards are there yet or not. Size and text length are those that its parts were made for."""
-    folder = write_pipeline(tmp_path / "pipeline", sample_size=16)
+    folder = write_pipeline(tmp_path / "pipeline", sample_size=16, vocabulary=606)
     (folder / "vae" / "config.json").write_text('{"sample_size": 192}')
     (folder / "tokenizer_3").mkdir()
     (folder / "tokenizer_3" / "tokenizer_config.json").write_text('{"model_max_length": 20}')

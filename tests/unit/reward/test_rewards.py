@@ -16,7 +16,7 @@ from dinalrm_align import LatentReward, load_reward
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.combine import RewardSum
-from dinalrm_align.reward.names import REWARDS
+from dinalrm_align.reward.names import BERT, REWARDS
 from dinalrm_align.reward.pixel import base
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.clip import ClipReward
@@ -148,7 +148,8 @@ def test_adapters_of_other_modules_are_called_as_agreed(load, monkeypatch, tiny_
 
     class Stand(PixelReward):
         @classmethod
-        def from_pretrained(cls, source, *, vae, device, dtype, local_files_only="not given"):
+        def from_pretrained(cls, source, *, vae, device, dtype, local_files_only="not given", **companion):
+            assert companion in ({}, {"base": "Qwen/Qwen2-VL-7B-Instruct"}, {"tokenizer": BERT})
             calls[source] = (vae, device, dtype, local_files_only)
             return cls(vae)
 
