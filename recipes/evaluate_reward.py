@@ -50,8 +50,8 @@ def check_files(config: EvaluateRun, spec: ModelSpec) -> None:
     reward = config.reward or "dinalrm"
     latents = config.test_sets is None or not all(map(holds_images, config.test_sets, config.test_sets.values()))
     gold = spec.gold if config.gold and latents else None
-    pipeline = latents or "dinalrm" in {term.name for term in parse_reward(reward)}
-    check_sources(spec, {"reward": reward, "gold": gold}, pipeline=pipeline)
+    parts = () if latents or "dinalrm" in {term.name for term in parse_reward(reward)} else None
+    check_sources(spec, {"reward": reward, "gold": gold}, parts=parts)
 
 
 def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:

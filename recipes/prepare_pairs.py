@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dinalrm_align.align.resolve import parse_for_model
 from dinalrm_align.data.config import PrepareRun
+from dinalrm_align.models.layout import TEXT_PARTS
 from dinalrm_align.models.specs import ModelSpec, check_sides
 from dinalrm_align.reward.needs import check_sources
 from dinalrm_align.train.command import refusing
@@ -89,7 +90,7 @@ def encode_pairs(run: PrepareRun, spec: ModelSpec) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing(stopped="complete files are kept, and the same command resumes from there"):
         run, spec = settings_and_model(sys.argv[1:] if argv is None else argv)
-        check_sources(spec, {})
+        check_sources(spec, {}, parts=("vae", *TEXT_PARTS))
         encode_pairs(run, spec)
 
 

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         spec, reason = resolve_model(config.model)
         print(reason, file=sys.stderr, flush=True)
         shared = spec.pipeline if "dinalrm" in {term.name for term in parse_reward(config.reward)} else None
-        check_sources(spec, {"reward": config.reward}, pipeline=shared is not None)
+        check_sources(spec, {"reward": config.reward}, parts=() if shared else None)
         score(config, spec, shared)
 
 

@@ -223,7 +223,8 @@ class PolicyRun:
 
     Args:
         model: auto: Stable Diffusion 3.5 Medium if its weights are found, else `shapes`. sd35: Stable Diffusion 3.5
-            Medium. shapes: the package's small test model. Or the folder or hub id of a StableDiffusion3Pipeline.
+            Medium. shapes: the package's small test model. Or the folder or hub id of a StableDiffusion3Pipeline, or a
+            folder with all weights: pipeline/, dinalrm/, pickscore/, clip_h/, hpsv3/ and so on.
         reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
             pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, hpsv3pp, imagereward, mps, unifiedreward: published image
             rewards. oracle: the exact score, for model `shapes`. NAME=SOURCE: the named reward with weights from

@@ -294,7 +294,7 @@ def _check_sources(resolved: Resolved[Any], anchor: AnchorConfig | None) -> None
     rewards |= gold_rewards(run.gold, spec.gold)
     start = run.policy.init_from if resolved.checkpoint is None else None  # a checkpoint has the weights
     others = [lora_need(start)] if start else []
-    place = dict(pipeline=given.pipeline is None, options=run.hpsv3.options(), functions=given.functions)
+    place = dict(parts=None if given.pipeline else (), options=run.hpsv3.options(), functions=given.functions)
     check_sources(spec, rewards, others=others, **place)
 
 

@@ -171,15 +171,21 @@ def _choose() -> tuple[ModelSpec, str]:
     return shapes, f"model shapes, the small embedded world: {why}; {HOW_TO_GET_SD35}"
 
 
-def is_cached(repository: str) -> bool:
-    """Return whether the local hub cache holds all needed files of `repository`, one of the hub ids of `sd35`."""
+def cached_folder(repository: str) -> Path | None:
+    """Return the folder of a repository in the local hub cache, which may lack files; None if there is none."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repository, local_files_only=True))
+        return Path(snapshot_download(repository, local_files_only=True))
     except (OSError, ValueError):  # the hub client raises these if it is not in the cache
+        return None
+
+
+def is_cached(repository: str) -> bool:
+    """Return whether the local hub cache holds all needed files of `repository`, one of the hub ids of `sd35`."""
+    folder, sd35 = cached_folder(repository), MODELS["sd35"]
+    if folder is None:
         return False
-    sd35 = MODELS["sd35"]
     if repository == sd35.pipeline:
         return not missing_files(folder)
     if repository == sd35.pixel:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinalrm_align.models.layout import missing_files, missing_weights
-from dinalrm_align.models.specs import ModelSpec, hub_refusals
+from dinalrm_align.models.specs import ModelSpec, cached_folder, hub_refusals
 from dinalrm_align.reward.names import REWARDS, Term, companion_of, parse_reward, source_of
 from dinalrm_align.train.files import HUB_ID, read_json
 
@@ -35,7 +35,7 @@ def check_sources(
     spec: ModelSpec,
     rewards: Mapping[str, Any],
     *,
-    pipeline: bool = True,
+    parts: Sequence[str] | None = (),
     options: Mapping[str, Any] | None = None,
     functions: Iterable[str] = (),
     others: Sequence[Need] = (),
@@ -48,12 +48,14 @@ def check_sources(
     Args:
         rewards: rewards by the option that names them, such as {"reward": "dinalrm"}; what follows a / in it is left
             out. None and callables are skipped.
-        pipeline: whether the model's pipeline is needed.
+        parts: subfolders of the model's pipeline that are needed; empty: all; None: none.
         options: options of HPSv3 (`Hpsv3Config`), `template` and `base`.
         functions: names in rewards that stand for objects.
         others: further needs.
     """
-    needs = [*others, *([Need("base model", spec.pipeline, missing_files, "--model DIR")] if pipeline else [])]
+    needs = [*others]
+    if parts is not None:
+        needs.append(Need("base model", spec.pipeline, lambda folder: missing_files(folder, parts), "--model DIR"))
     for option, reward in rewards.items():
         for term in parse_reward(reward) if isinstance(reward, str) else ():
             if term.name in REWARDS and term.name not in functions and not REWARDS[term.name].served:
@@ -65,7 +67,7 @@ def check_sources(
             lacks = need.lacking(path) if path.exists() else ["it does not exist"]
             if lacks:
                 problems.setdefault(f"{need.what} {need.source} (lacks {', '.join(lacks[:4])})", need.option)
-        elif (folder := _cached(need.source)) is None or need.lacking(folder):
+        elif (folder := cached_folder(need.source)) is None or need.lacking(folder):
             on_hub.setdefault(need.source, need)
         else:
             complete.add(need.source)
@@ -145,16 +147,6 @@ def _template_need(name: str, source: str, template: str | None) -> Need:
         beside = Path(package.submodule_search_locations[0]) / "dataset" / SCRIPT
     option = "--hpsv3.template FILE, or pip install --no-deps hpsv3==1.0.0"
     return Need(f"instruction of {name}", template or str(beside), lambda path: [], option)
-
-
-def _cached(repository: str) -> Path | None:
-    """Return the folder of a repository in the hub cache, which may be incomplete; None if there is none."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, local_files_only=True))
-    except (OSError, ValueError):  # the hub client raises these if it is not in the cache
-        return None
 
 
 def _refusals(incomplete: Sequence[str], complete: Iterable[str]) -> dict[str, str]:

@@ -178,7 +178,7 @@ def online(monkeypatch, tmp_path):
     """A hub client that may ask; the repositories in the returned dict are in its cache."""
     cached = {}
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(needs, "_cached", cached.get)
+    monkeypatch.setattr(needs, "cached_folder", cached.get)
     return cached
 
 
@@ -209,8 +209,8 @@ def test_the_cache_is_used_without_the_hub_if_it_does_not_answer(online, monkeyp
     (tmp_path / "config.json").write_text("{}")
     online[SD35.reward] = tmp_path
     monkeypatch.setattr(huggingface_hub, "auth_check", lambda repository: None)
-    check_sources(SD35, {"reward": "dinalrm"}, pipeline=False)
+    check_sources(SD35, {"reward": "dinalrm"}, parts=None)
     assert not huggingface_hub.is_offline_mode()
     monkeypatch.setattr(huggingface_hub, "auth_check", lambda repository: 1 / 0)
-    check_sources(SD35, {"reward": "dinalrm"}, pipeline=False)
+    check_sources(SD35, {"reward": "dinalrm"}, parts=None)
     assert huggingface_hub.is_offline_mode()
