@@ -11,6 +11,7 @@ from paths import load_recipe
 from PIL import Image
 from public_sets import WRITERS, put, write_hpdv3
 from safetensors.numpy import load_file
+from tiny_clip import save_clip
 
 from dinalrm_align.reward.pixel.clip import ClipReward
 
@@ -55,10 +56,10 @@ def test_stored_scores_are_reused_for_equal_weights_only(recipe, arguments, tmp_
 
 def test_a_reward_is_evaluated_in_the_given_dtype(recipe, arguments, tmp_path, monkeypatch, capsys):
     """Latent and image rewards. Scores of another dtype in the same folder are refused."""
-    asked = []
+    asked, clip = [], save_clip(tmp_path / "clip")
     monkeypatch.setattr(ClipReward, "from_pretrained", lambda *_, **options: asked.append(options) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        recipe.main([*arguments, "--reward=clipscore", "--dtype=bfloat16"])
+        recipe.main([*arguments, f"--reward=clipscore={clip}", "--dtype=bfloat16"])
     assert asked[0]["dtype"] is torch.bfloat16
     arguments = [*arguments, f"--test_sets={{hpdv3: {write_hpdv3(tmp_path / 'images')}}}", "--bootstrap=100"]
     recipe.main(arguments)
