@@ -18,8 +18,15 @@ If the reward is a weighted sum, A can instead be the weighted sum of the reward
 divided by its standard deviation over the rollout (GDPO, arXiv 2601.05242); see `GrpoConfig.advantage_of`.
 
 A second reward (the anchor) is optional: in every `anchor.every`-th rollout, A = A_reward + weight A_anchor.
+
+In half precision, the rounding of velocities depends on the batch size, and moves rho by more than a clip range of 3e-6
+(measured with SD3.5-M in bfloat16: by 3.6e-5). So p_rollout is then computed in the micro-batches of the updates, with
+the weights that drew the rollout. In the first update after a rollout these are the present weights, and p_rollout is p
+without gradient, at no cost. For each further micro-step, a forward pass follows the rollout. Batches of the rollout
+(`sample_batch`) and micro-batches may therefore differ in size, and dropped groups do no harm.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +41,7 @@ from dinalrm_align.align.signal import equal_scores
 from dinalrm_align.align.surrogate import clipped_loss, guarded_ratio, step_kl
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import Velocity, rollout
-from dinalrm_align.flow.sde import transition
+from dinalrm_align.flow.sde import Transition, transition
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 
@@ -70,8 +77,9 @@ class Rollout:
         start: index of the first trained step.
         indices: (N,) int64, prompt indices.
         latents: (N, K + 1, C, H, W), the latents before each trained step, and those after the last trained step.
-        log_probs: (N, K), log-probabilities of the trained steps.
-        means: (N, K, C, H, W), means of the trained steps' normal distributions; (N, 0) if GrpoConfig.guard is False.
+        log_probs: (N, K), log-probabilities of the trained steps; in half precision, (N, epochs K), K for each epoch.
+        means: (N, K or epochs K, C, H, W), means of the trained steps' normal distributions; (N, 0) if GrpoConfig.guard
+            is False.
         advantages: (N,), after clipping.
         kept: (N,) bool, False if all scores in the sample's group are equal; updates leave these samples out.
         statistics: metrics of the rollout in the order of `RECORDED`, NaN where not measured.
@@ -153,9 +161,36 @@ class Grpo:
         )
         recorded = {**found.statistics, "window_start": window.start}
         statistics = torch.tensor([recorded.get(name, float("nan")) for name in RECORDED])
-        return Rollout(
+        drawn = Rollout(
             number, window.start, indices, latents, log_probs, means, found.advantages, found.kept, statistics
         )
+        return self._in_micro_batches(drawn) if self._rounds else drawn
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether the policy runs in half precision, so that its rounding depends on the batch size."""
+        return self.sampler.policy.dtype != torch.float32
+
+    def _in_micro_batches(self, drawn: Rollout) -> Rollout:
+        """Return `drawn` with log-probabilities and means computed in the micro-batches of all but the first update.
+
+        All ranks run equally many forward passes, as sharded base weights need. Gradients are enabled as in training,
+        because compiled blocks may round differently without.
+        """
+        epochs, width = self.config.epochs, drawn.log_probs.shape[1]
+        log_probs = drawn.log_probs.repeat(1, epochs)
+        means = drawn.means.repeat(1, epochs, 1, 1, 1) if self.config.guard else drawn.means
+        for position in self.buffer.reuse.after_first_update(drawn.number):
+            rows, columns = self._pairs(position, drawn)
+            batch = self._batch(position, drawn, rows, columns)
+            with self.sampler.meter.phase("rollout"), torch.enable_grad():
+                step, *_ = self._transitions(batch, alone=True)
+                log_prob, mean = step.log_prob(batch.following).detach().cpu(), step.mean.detach()
+            columns = columns + position.epoch * width
+            log_probs[rows, columns] = log_prob[: len(rows)]
+            if self.config.guard:
+                means[rows, columns] = mean[: len(rows)].cpu()
+        return dataclasses.replace(drawn, log_probs=log_probs, means=means)
 
     def trajectories(
         self, number: int, samples: Sequence[int], conditions: Conditions, window: range
@@ -229,28 +264,46 @@ class Grpo:
 
     def batch_at(self, micro_step: int) -> GrpoBatch:
         """Return the samples and steps that a micro-step trains on. Draws a new rollout when one is due."""
-        position, pending = self.buffer.at(micro_step)
-        kept = pending.kept.nonzero().flatten()
+        position, drawn = self.buffer.at(micro_step)
+        return self._batch(position, drawn, *self._pairs(position, drawn))
+
+    def _pairs(self, position: Position, drawn: Rollout) -> tuple[Tensor, Tensor]:
+        """Return rows (samples) and columns (steps) of the rollout that a micro-step trains on, (n,); n may be 0."""
+        kept = drawn.kept.nonzero().flatten()
         groups = (self.first + kept) // self.config.group_size
-        width, seed, device = pending.log_probs.shape[1], self.sampler.seed, self.sampler.device
-        rows, columns = self.buffer.reuse.select(kept, groups, width, position, seed)
-        count = len(rows)
+        return self.buffer.reuse.select(kept, groups, drawn.latents.shape[1] - 1, position, self.sampler.seed)
+
+    def _batch(self, position: Position, drawn: Rollout, rows: Tensor, columns: Tensor) -> GrpoBatch:
+        count, device, width = len(rows), self.sampler.device, drawn.latents.shape[1] - 1
         if count == 0:
             rows, columns = torch.zeros(2, 1, dtype=torch.long)
-        statistics = dict(zip(RECORDED, pending.statistics.tolist(), strict=True))
+        old = (columns + position.epoch * width) % drawn.log_probs.shape[1]
+        statistics = dict(zip(RECORDED, drawn.statistics.tolist(), strict=True))
         signal = {"signal": 1 - statistics["dropped_groups"], "rollout": position.rollout}
         return GrpoBatch(
             position=position,
-            conditions=self.sampler.take(pending.indices[rows].tolist()),
-            steps=pending.start + columns,
-            latents=pending.latents[rows, columns].to(device),
-            following=pending.latents[rows, columns + 1].to(device),
-            old_log_prob=pending.log_probs[rows, columns].to(device),
-            old_mean=(pending.means[rows, columns] if self.config.guard else pending.means[rows]).to(device),
-            advantage=pending.advantages[rows].to(device),
+            conditions=self.sampler.take(drawn.indices[rows].tolist()),
+            steps=drawn.start + columns,
+            latents=drawn.latents[rows, columns].to(device),
+            following=drawn.latents[rows, columns + 1].to(device),
+            old_log_prob=drawn.log_probs[rows, old].to(device),
+            old_mean=(drawn.means[rows, old] if self.config.guard else drawn.means[rows]).to(device),
+            advantage=drawn.advantages[rows].to(device),
             count=count,
             statistics={name: value for name, value in statistics.items() if value == value} | signal,
         )
+
+    def _transitions(self, batch: GrpoBatch, *, alone: bool) -> tuple[Transition, Transition, Tensor]:
+        """Return the result of `Sampler.transitions` for a batch."""
+        return self.sampler.transitions(
+            self.velocity_for(batch.conditions), batch.latents, batch.steps, self.config.sampler,
+            self.config.noise_level, alone=alone,
+        )  # fmt: skip
+
+    def _ratio(self, step: Transition, log_prob: Tensor, old_log_prob: Tensor, old_mean: Tensor) -> Tensor:
+        if self.config.guard:
+            return guarded_ratio(step, old_mean, log_prob, old_log_prob)
+        return torch.exp(log_prob - old_log_prob)
 
     def step(self, batch: GrpoBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the mean loss of the batch, differentiable in the policy's LoRA, and the metrics.
@@ -259,21 +312,18 @@ class Grpo:
         outside the clip range; only with a kl_beta above 0, `kl`, the mean square of velocity - reference velocity,
         and `step_kl`, the KL as config.kl_form defines it; and the statistics of the rollout.
 
-        Raises FloatingPointError if a ratio in a rollout's first update differs from 1 by more than ratio_tolerance.
+        Raises FloatingPointError if a ratio in a rollout's first update, to the probability that was computed in the
+        rollout, differs from 1 by more than ratio_tolerance.
         """
-        config, sampler = self.config, self.sampler
-        with sampler.meter.phase("policy"):
-            velocity = self.velocity_for(batch.conditions)
-            step, reference, difference = sampler.transitions(
-                velocity, batch.latents, batch.steps, config.sampler, config.noise_level, alone=config.kl_beta == 0
-            )
+        config = self.config
+        with self.sampler.meter.phase("policy"):
+            step, reference, difference = self._transitions(batch, alone=config.kl_beta == 0)
             log_prob = step.log_prob(batch.following)
-            if config.guard:
-                ratio = guarded_ratio(step, batch.old_mean, log_prob, batch.old_log_prob)
-            else:
-                ratio = torch.exp(log_prob - batch.old_log_prob)
+            ratio = self._ratio(step, log_prob, batch.old_log_prob, batch.old_mean)
             if batch.position.in_first_update:
                 self._check_ratio(ratio, batch.position.rollout)
+                if self._rounds:
+                    ratio = self._ratio(step, log_prob, log_prob.detach(), step.mean.detach())
             loss = clipped_loss(ratio, batch.advantage, config.clip_range)
             if config.guard:
                 loss = loss / -step.delta.to(loss)
@@ -286,21 +336,22 @@ class Grpo:
         return loss.mean(), {**{name: values.detach().mean() for name, values in means.items()}, **batch.statistics}
 
     def _check_ratio(self, ratio: Tensor, number: int) -> None:
-        worst, limit = (ratio.detach() - 1).abs().max().item(), self.config.largest_mismatch
+        worst = (ratio.detach() - 1).abs().max().item()
+        limit = max(self.config.largest_mismatch, torch.finfo(self.sampler.policy.dtype).eps)
         if not worst <= limit:
             raise FloatingPointError(
                 f"the first ratio after rollout {number} differs from 1 by {worst:.2g}; expected at most "
-                f"{limit:.2g}. Rollout and training compute different probabilities for the same "
-                "steps. In half precision they depend on the batch size: bring grpo.sample_batch near the samples of a "
-                "micro-batch, or use float32; otherwise look for dropout, or for weights that changed in between"
+                f"{limit:.2g}. Rollout and training compute different probabilities for the same steps: look for "
+                "dropout, for TF32 (turn it off, or use half precision), or for weights that changed in between"
             )
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
         """Return the shapes that the tensors of a saved `Rollout` must have, by name."""
-        count, width = self.config.groups * self.config.group_size, tensors["log_probs"].shape[-1]
-        latent_shape = self.sampler.latent_shape
+        count, width = self.config.groups * self.config.group_size, tensors["latents"].shape[1] - 1
+        latent_shape, old = self.sampler.latent_shape, tensors["log_probs"].shape[-1]
+        old = old if old in (width, self.config.epochs * width) else width
         return {
             "number": (), "start": (), "indices": (count,), "latents": (count, width + 1, *latent_shape),
-            "log_probs": (count, width), "advantages": (count,), "kept": (count,), "statistics": (len(RECORDED),),
-            "means": (count, width, *latent_shape) if self.config.guard else (count, 0),
+            "log_probs": (count, old), "advantages": (count,), "kept": (count,), "statistics": (len(RECORDED),),
+            "means": (count, old, *latent_shape) if self.config.guard else (count, 0),
         }  # fmt: skip

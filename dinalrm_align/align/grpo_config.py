@@ -45,10 +45,10 @@ class GrpoConfig(GroupRolloutConfig):
             per dimension. velocity: mean squared difference of the velocities. Each form needs its own kl_beta.
         ratio_tolerance: largest distance of the probability ratios from 1 in the first update after a rollout, less
             than clip_range; None: a third of clip_range. The run stops at a larger distance: the weights have not
-            changed yet, so a difference means that rollout and training compute different probabilities.
-            Log-probabilities are float32 means over the latents, of velocities in the model's dtype. With bfloat16, a
-            forward of equal batches repeats exactly, and the distance is 0; batches of other sizes round velocities
-            differently, by up to 1/256 of each value, of which the mean over the latents keeps little.
+            changed yet, so a difference means that rollout and training compute different probabilities. The limit is
+            never below the eps of the policy's dtype: 1.2e-7 in float32, 1/128 in bfloat16. There, the rounding of
+            velocities depends on the batch size, and the updates use old probabilities that were computed in their own
+            micro-batches (see `align.grpo`), so that the first ratios are exactly 1.
     """
 
     MAY_CHANGE: ClassVar = (

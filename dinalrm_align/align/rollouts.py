@@ -156,6 +156,11 @@ class Reuse:
         rollout_number, epoch = divmod(epochs, self.epochs)
         return Position(rollout_number, epoch, minibatch, part)
 
+    def after_first_update(self, rollout: int) -> list[Position]:
+        """Return the positions of the micro-steps of a rollout that follow its first update, in order."""
+        count = self.epochs * self.minibatches * self.accumulate
+        return [self.position(rollout * count + number) for number in range(self.accumulate, count)]
+
     def ends(self, position: Position) -> bool:
         """Return whether `position` is the last micro-step of its rollout."""
         last = self.epochs - 1, self.minibatches - 1, self.accumulate - 1

@@ -111,3 +111,15 @@ def train(method, steps: int, lr: float, batches: int | None = None) -> list[dic
         )
     assert all(p.grad is None for n, p in policy.transformer.named_parameters() if ".lora_" not in n)
     return rows
+
+
+def half_sampler(distance: float = 0.05, **changes) -> Sampler:
+    """A sampler with a bfloat16 policy, `distance` away from its reference. Velocities depend on the size of the batch.
+
+    GPUs choose kernels by the shapes, and round differently. Here each velocity grows by 1/1024 per sample.
+    """
+    transformer = build_pipeline(StackConfig.tiny(depth=2), seed=0).transformer.to(torch.bfloat16)
+    sampler = make_sampler(policy=Policy(transformer, LoraConfig(rank=4, alpha=4), seed=0), **changes)
+    move(sampler.policy, distance)
+    transformer.register_forward_hook(lambda module, given, output: (output[0] * (1 + len(output[0]) / 1024),))
+    return sampler

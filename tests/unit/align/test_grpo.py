@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_align import (
     brightness,
     changed,
     gradient_of,
+    half_sampler,
     make_sampler,
     move,
     reward_of,
@@ -483,14 +485,100 @@ def test_a_mismatch_beyond_a_third_of_the_clip_stops_the_run(method):
         narrow.step(dataclasses.replace(batch, old_log_prob=batch.old_log_prob + 0.011))
 
 
-def test_bfloat16_repeats_the_rollouts_probabilities_for_equal_batches():
-    sampler = make_sampler()
-    sampler.policy.transformer.to(torch.bfloat16)
-    move(sampler.policy)
-    config = GrpoConfig(groups=2, group_size=3, sample_batch=6, window="all", reward_draws=1)
-    method = grpo.Grpo(sampler, reward_of(brightness), config)
-    _, metrics = method.step(method.batch_at(0))
-    assert metrics["ratio_spread"] == 0
+# ----------------------------------------------------------------------------- half precision
+
+
+def first_prompt_scores(method) -> Callable:
+    """A reward that scores the samples of the first group, and gives all others 1, so that their groups drop out."""
+    first = method.sampler.conditions.prompts[int(method.roll_out(0).indices[0])]
+    return lambda latents, *, prompts, **_: torch.where(
+        torch.tensor([prompt == first for prompt in prompts]), brightness(latents), torch.ones(len(prompts))
+    )
+
+
+@pytest.mark.parametrize(
+    ("sample_batch", "accumulate", "dropped", "guard"),
+    [(6, 1, 0.0, False), (1, 1, 0.0, True), (4, 5, 0.0, True), (6, 2, 0.5, False), (2, 6, 0.5, True)],
+)
+def test_in_half_precision_ratios_are_one_as_long_as_the_weights_stay(sample_batch, accumulate, dropped, guard):
+    """Two epochs of two updates, in micro-batches of other sizes than the rollout's, uneven and empty ones included."""
+    config = GrpoConfig(
+        groups=2, group_size=3, sample_batch=sample_batch, window_size=3, window_range=None, reward_draws=1, epochs=2,
+        minibatches=2, sampler="flow_sde", guard=guard, clip_range=3e-6,
+    )  # fmt: skip
+    method = grpo.Grpo(half_sampler(accumulate=accumulate), reward_of(brightness), config)
+    if dropped:
+        method = with_reward(method, first_prompt_scores(method))
+    for micro_step in range(4 * accumulate):
+        _, metrics = method.step(method.batch_at(micro_step))
+        assert metrics["dropped_groups"] == dropped and metrics["ratio_spread"] == metrics["clipped"] == 0
+
+
+def test_in_half_precision_later_ratios_are_to_the_weights_of_the_rollout():
+    """Two updates of 6 and 6 pairs: the second's ratios compare its velocities before and after the first."""
+    config = GrpoConfig(
+        groups=2, group_size=3, sample_batch=4, window_size=2, window_range=None, reward_draws=1, minibatches=2,
+    )  # fmt: skip
+    method = grpo.Grpo(half_sampler(), reward_of(brightness), config)
+    method.batch_at(0)
+    batch = method.batch_at(1)
+
+    def log_prob():
+        with torch.no_grad():
+            velocity = method.velocity_for(batch.conditions)(batch.latents, method.sampler.levels(batch.steps))
+        sigmas = method.sampler.sigmas
+        step = transition(config.sampler, batch.latents, velocity, sigmas, batch.steps, config.noise_level)
+        return step.log_prob(batch.following)
+
+    old = log_prob()
+    assert batch.count == 6 and torch.equal(old, batch.old_log_prob)
+    move(method.sampler.policy, seed=9)
+    _, metrics = method.step(batch)
+    expected = (torch.exp(log_prob() - old) - 1).abs().mean()
+    assert metrics["ratio_spread"] == pytest.approx(expected.item(), rel=1e-6) and expected > 0
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_half_precision_run_resumed_in_the_middle_of_a_rollout_is_the_same_run(guard):
+    config = GrpoConfig(
+        groups=2, group_size=3, sample_batch=4, window_size=2, window_range=None, reward_draws=1, minibatches=2,
+        epochs=2, sampler="flow_sde", guard=guard,
+    )  # fmt: skip
+    whole, resumed, earlier = (grpo.Grpo(half_sampler(accumulate=2), reward_of(brightness), config) for _ in range(3))
+    whole.batch_at(0)
+    state = whole.buffer.state_tensors()
+    resumed.buffer.load_state_tensors({name: tensor.clone() for name, tensor in state.items()})
+    for each in (whole, resumed):
+        move(each.sampler.policy, seed=9)
+    for micro_step in range(2, 8):
+        (first, one), (second, other) = (each.step(each.batch_at(micro_step)) for each in (whole, resumed))
+        assert torch.equal(first, second) and one == other
+    # a checkpoint of an earlier version holds one set of probabilities, of the rollout
+    own = {"log_probs"} | ({"means"} if guard else set())
+    earlier.buffer.load_state_tensors({name: t[:, :2] if name in own else t for name, t in state.items()})
+    assert earlier.step(earlier.batch_at(4))[0].isfinite()
+
+
+def test_forwards_for_old_probabilities_are_run_where_they_are_needed():
+    """For 2 epochs x 2 updates x 3 micro-steps, for all but the first 3; not for one update, and not in float32."""
+    config = GrpoConfig(groups=2, group_size=3, window_size=2, window_range=None, reward_draws=1, sample_batch=6)
+
+    def forwards(sampler, **reuse) -> int:
+        ran = []
+        sampler.policy.transformer.register_forward_hook(lambda *given: ran.append(1))
+        grpo.Grpo(sampler, reward_of(brightness), dataclasses.replace(config, **reuse)).roll_out(0)
+        return len(ran)
+
+    assert forwards(half_sampler(accumulate=3)) == forwards(make_sampler(accumulate=3), epochs=2, minibatches=2) == 4
+    assert forwards(half_sampler(accumulate=3), epochs=2, minibatches=2) == 4 + 9
+
+
+def test_half_precision_finds_a_gross_mismatch():
+    config = GrpoConfig(groups=2, group_size=3, window_size=2, window_range=None, reward_draws=1, clip_range=3e-6)
+    method = grpo.Grpo(half_sampler(), reward_of(brightness), config)
+    batch = method.batch_at(0)
+    with pytest.raises(FloatingPointError, match="expected at most 0.0078"):
+        method.step(dataclasses.replace(batch, old_log_prob=batch.old_log_prob + 0.01))
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e-9])

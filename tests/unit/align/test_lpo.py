@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_align import SHAPE, changed, gradient_of, make_sampler, move, train, with_sampler
+from tiny_align import SHAPE, changed, gradient_of, half_sampler, make_sampler, move, train, with_sampler
 
 from dinalrm_align import LatentReward
 from dinalrm_align.align import lpo
@@ -226,3 +226,11 @@ def test_an_update_per_step_of_a_rollout_moves_the_loss_further_than_one(method)
         assert learner.batch_at(0).count == 24 / minibatches
     many, one = (sum(each[-len(each) // 4 :]) / (len(each) // 4) for each in losses.values())
     assert many < one - 0.03 and many < math.log(2) - 0.1
+
+
+def test_in_half_precision_the_reference_is_compared_in_the_same_batches(method):
+    """The policy equals its reference: ratios of 1 in any micro-batch, whatever the rollout's batches."""
+    half = dataclasses.replace(changed(method, sample_batch=2), sampler=half_sampler(0.0, accumulate=4))
+    for micro_step in range(4):
+        metrics = half.step(half.batch_at(micro_step))[1]
+        assert metrics["kl"] == metrics["clipped"] == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from forwards import step_and_count
-from tiny_align import brightness, changed, gradient_of, make_sampler, move, reward_of, train, with_reward
+from tiny_align import brightness, changed, gradient_of, half_sampler, make_sampler, move, reward_of, train, with_reward
 
 from dinalrm_align.align import nft
 from dinalrm_align.align.nft_config import NftConfig
@@ -151,3 +151,11 @@ def test_without_a_kl_the_base_model_does_not_run(method, weight, monkeypatch):
     learner = changed(method, kl_beta=weight)
     forwards, metrics = step_and_count(learner, method.sampler.policy.transformer, monkeypatch)
     assert forwards == (3 if weight else 2) and ("kl" in metrics) == (weight > 0) and "moved" in metrics
+
+
+def test_in_half_precision_the_old_policy_is_compared_in_the_same_batches():
+    """Before the first update both policies are equal: no distance, whatever the sizes of the batches."""
+    config = NftConfig(groups=2, group_size=3, levels=2, sample_batch=4, kl_beta=0.0)
+    method = nft.Nft(half_sampler(accumulate=5), reward_of(brightness), config)
+    for micro_step in range(5):
+        assert method.step(method.batch_at(micro_step))[1]["moved"] == 0
