@@ -11,13 +11,14 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from fake_gpu import FakeGpu
 from fastapi.testclient import TestClient
-from gpu_runs import DPO, GRPO, NFT, ON_GPU, REFL, WAITS, World, no_figures, waits_of_an_update
+from gpu_runs import DPO, GRPO, LPO, NFT, ON_GPU, REFL, WAITS, World, no_figures, waits_of_an_update
 from malformed_requests import compute, own
 from paths import FIXTURES, ROOT, load_recipe
 from PIL import Image
 
 from dinalrm_align import LatentReward, load_reward
 from dinalrm_align.models.specs import resolve_model
+from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.serve.app import create_app
 from dinalrm_align.serve.config import ServeConfig
 from dinalrm_align.serve.metrics import Metrics
@@ -43,7 +44,7 @@ def gpu():
     """A GPU on which the test must leave no fault."""
     gpu = FakeGpu()
     yield gpu
-    assert gpu.operators and not gpu.faults, gpu.report()
+    assert gpu.uploads and not gpu.faults, gpu.report()
 
 
 def test_the_table_has_every_recipe():
@@ -94,11 +95,12 @@ def test_other_settings(world, gpu, name):
         ("refl_sd35", [*REFL, "--loop.ema_decay=0.5"]),
         ("dpo_sd35", DPO),
         ("grpo_sd35", [*GRPO, "--grpo.minibatches=2"]),
+        ("lpo_sd35", [*LPO, "--lpo.minibatches=2"]),
         ("nft_sd35", [*NFT, "--nft.minibatches=2"]),
     ],
 )
 def test_a_resumed_run(world, gpu, recipe, options):
-    """After one update, which is in the middle of a rollout of GRPO and NFT."""
+    """After one update, which is in the middle of a rollout of GRPO, LPO and NFT."""
     folder = world.align(recipe, *options, "--loop.steps=1", gpu=gpu)
     with gpu:
         load_recipe(recipe).main([f"--resume={folder}", "--loop.steps=2"])
@@ -209,6 +211,16 @@ def test_a_latent_reward_scores_latents_and_images(world, gpu, home):
         reward.offload()
         reward.onload("cuda")
         assert reward(latents, [PROMPT, PROMPT]).is_cuda
+
+
+def test_prompts_are_encoded_on_the_cpu_for_a_transformer_on_the_gpu(world, gpu):
+    with gpu:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(world.folder / "pipeline")
+        pipeline.transformer.to("cuda")
+        encoder = PromptEncoder(pipeline, text_length=14, device="cuda")
+        embeds, pooled = encoder([PROMPT])
+        assert embeds.is_cuda and pooled.is_cuda
+        assert Conditions.encode(encoder, [PROMPT]).to("cuda").prompt_embeds.is_cuda
 
 
 def test_the_server_scores(world, gpu):
