@@ -177,19 +177,24 @@ class Grpo:
         All ranks run equally many forward passes, as sharded base weights need. Gradients are enabled as in training,
         because compiled blocks may round differently without.
         """
-        epochs, width = self.config.epochs, drawn.log_probs.shape[1]
-        log_probs = drawn.log_probs.repeat(1, epochs)
-        means = drawn.means.repeat(1, epochs, 1, 1, 1) if self.config.guard else drawn.means
+        epochs, width, guard = self.config.epochs, drawn.log_probs.shape[1], self.config.guard
+        found: list[tuple[Tensor, ...]] = []
         for position in self.buffer.reuse.after_first_update(drawn.number):
             rows, columns = self._pairs(position, drawn)
             batch = self._batch(position, drawn, rows, columns)
             with self.sampler.meter.phase("rollout"), torch.enable_grad():
                 step, *_ = self._transitions(batch, alone=True)
-                log_prob, mean = step.log_prob(batch.following).detach().cpu(), step.mean.detach()
+            log_prob, mean = step.log_prob(batch.following).detach(), step.mean.detach()
             columns = columns + position.epoch * width
-            log_probs[rows, columns] = log_prob[: len(rows)]
-            if self.config.guard:
-                means[rows, columns] = mean[: len(rows)].cpu()
+            found.append((rows, columns, log_prob[: batch.count], mean[: batch.count if guard else 0]))
+        if not found:
+            return drawn
+        rows, columns, log_prob, mean = (torch.cat(each).cpu() for each in zip(*found, strict=True))
+        log_probs = drawn.log_probs.repeat(1, epochs)
+        log_probs[rows, columns] = log_prob
+        means = drawn.means.repeat(1, epochs, 1, 1, 1) if guard else drawn.means
+        if guard:
+            means[rows, columns] = mean
         return dataclasses.replace(drawn, log_probs=log_probs, means=means)
 
     def trajectories(

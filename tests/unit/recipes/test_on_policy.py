@@ -93,10 +93,10 @@ def test_a_run_leaves_everything(method, start, capsys):
     assert f"gold {summary['gold']['before']:.4f} -> {summary['gold']['after']:.4f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("cut", [1, 2])
-def test_a_resumed_run_is_the_uninterrupted_one(method, start, cut):
+@pytest.mark.parametrize(("cut", "dtype"), [(1, "float32"), (2, "float32"), (1, "bfloat16")])
+def test_a_resumed_run_is_the_uninterrupted_one(method, start, cut, dtype):
     """Two updates of two micro-steps from each rollout: cut in the middle of one, and between two."""
-    more = [f"--{method}.minibatches=2", "--loop.accumulate=2"]
+    more = [f"--{method}.minibatches=2", "--loop.accumulate=2", f"--dtype={dtype}"]
     if method == "nft":
         more.append("--nft.old_slope=0.2")
     whole = start("whole", *more)
