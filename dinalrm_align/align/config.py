@@ -192,6 +192,11 @@ class GroupRolloutConfig:
     minibatches: settings.PositiveInt = 1
     epochs: settings.PositiveInt = 1
 
+    def micro_batch(self, steps: int, accumulate: int) -> int:
+        """Return the images in a micro-step that trains on `steps` noise levels of each sample; guided ones twice."""
+        guided = 2 if self.guidance_scale is None or self.guidance_scale > 1 else 1
+        return guided * -(-self.groups * self.group_size * steps // (self.minibatches * accumulate))
+
     def check(self, section: str) -> None:
         settings.check_fields(self, section)
         settings.check_levels(f"{section}.reward_sigma", self.reward_sigma)
@@ -275,6 +280,7 @@ class AlignRun(PolicyRun):
             refused.
         eval_prompts: held-out prompts, given like `prompts`; by default the list that belongs to the model.
         gradient_checkpointing: recompute activations in the backward pass; saves memory but takes about a third longer.
+            auto: recompute those of the policy, and of rewards, that would take more than half of the free memory.
         profile_every: updates between measurements of FLOPs (on a CPU also of peak memory); 0: no measurements. A
             measured update takes about twice as long.
         tracker: logger of metrics and images, besides the file metrics.jsonl; wandb also gets the settings and, as an
@@ -295,7 +301,7 @@ class AlignRun(PolicyRun):
     gold: list[RewardText] | RewardText | None = None
     resume: settings.PathText | None = None
     eval_prompts: settings.Source | None = None
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
     profile_every: settings.NonNegativeInt = 25
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     push_to_hub: str | None = None
@@ -306,6 +312,13 @@ class AlignRun(PolicyRun):
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     hpsv3: Hpsv3Config = field(default_factory=Hpsv3Config)
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(rank=32, alpha=64.0))
+
+    def graph_images(self, num_steps: int) -> tuple[int, int]:
+        """Return the images whose activations a micro-step's backward pass needs, of the policy and of a latent reward.
+
+        num_steps: the model's denoising steps. Two velocities of a guided image and each noise level count as images.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement graph_images")
 
     def check_steps(self, num_steps: int) -> None:
         """Raise ValueError if the method's settings do not fit its rollouts. `num_steps`: the model's own number."""

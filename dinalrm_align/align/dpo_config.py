@@ -84,3 +84,6 @@ class DpoRun(AlignRun):
             raise ValueError("--dpo.mode offline needs --pairs; recipes/mine_pairs.py makes some from samples")
         if self.dpo.mode == "online" and self.pairs is not None:
             raise ValueError(f"pairs: got {self.pairs} in online mode; add --dpo.mode offline, or leave out --pairs")
+
+    def graph_images(self, num_steps: int) -> tuple[int, int]:
+        return 2 * self.dpo.batch_size * self.dpo.draws, 0

@@ -123,3 +123,7 @@ class GrpoRun(AlignRun):
 
     def check_steps(self, num_steps: int) -> None:
         self.grpo.window_room(self.grpo.num_steps or num_steps)
+
+    def graph_images(self, num_steps: int) -> tuple[int, int]:
+        steps = num_steps if self.grpo.window == "all" else self.grpo.window_size
+        return self.grpo.micro_batch(steps, self.loop.accumulate), 0

@@ -80,3 +80,9 @@ class LpoRun(AlignRun):
 
     def check_steps(self, num_steps: int) -> None:
         self.lpo.trained_steps(self.lpo.num_steps or num_steps)
+
+    def graph_images(self, num_steps: int) -> tuple[int, int]:
+        config = self.lpo
+        pairs = config.batch_size * len(config.trained_steps(config.num_steps or num_steps))
+        guided = 2 if config.guidance_scale is None or config.guidance_scale > 1 else 1
+        return 2 * guided * -(-pairs // (config.minibatches * self.loop.accumulate)), 0

@@ -1,17 +1,21 @@
 """Functions that apply the memory-saving options of `MemoryConfig` to the base model, the VAE and the text encoders."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import psutil
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
+from dinalrm_align.align.activations import policy_bytes, reward_bytes
 from dinalrm_align.align.config import MemoryConfig
 from dinalrm_align.models.layout import TEXT_ENCODERS
 from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.quantization import check_quantization, quantise_linears
 from dinalrm_align.models.text import TransformerConfig
+from dinalrm_align.reward.protocol import Reward
 
 KERNELS = ("flash", "mem_efficient", "cudnn")
 """Names in torch.backends.cuda.enable_*_sdp. math stays enabled as the fallback, which the VAE's wide head needs."""
@@ -74,6 +78,57 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         module.to(home)
         torch.cuda.empty_cache()
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that new tensors on `device` can take: also those that torch has reserved and does not use."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def recomputation(
+    chosen: bool | str,
+    images: tuple[int, int],
+    transformer: SD3Transformer2DModel,
+    rewards: Sequence[Reward],
+    accelerator: Accelerator,
+    *,
+    latent_shape: tuple[int, int, int],
+    text_tokens: int,
+) -> tuple[bool, bool]:
+    """Return whether policy and rewards recompute activations in the backward pass, and print the choice of "auto".
+
+    All ranks make the same choice. Image rewards whose gradient is needed always recompute: their VAE keeps the most.
+
+    Args:
+        chosen: the setting `gradient_checkpointing`: True, False or "auto".
+        images: images whose activations a backward pass needs, of the policy and of rewards, see `AlignRun`.
+    """
+    if chosen != "auto":
+        return chosen, chosen
+    layout, (_, height, width) = transformer.config, latent_shape
+    image_tokens = height * width // layout.patch_size**2
+    sizes = dict(width=transformer.inner_dim, itemsize=transformer.dtype.itemsize)
+    own = policy_bytes(
+        blocks=layout.num_layers, second=len(layout.dual_attention_layers), image_tokens=image_tokens,
+        text_tokens=text_tokens, images=images[0], **sizes,
+    )  # fmt: skip
+    blocks = sum(part.config.num_layers for reward in rewards for part in reward.noise_parts)
+    theirs = reward_bytes(blocks=blocks, tokens=image_tokens + text_tokens, images=images[1], **sizes)
+    free = torch.tensor([free_memory(accelerator.device)], device=accelerator.device)
+    room = int(accelerator.gather(free).min()) // 2
+    policy = own > room
+    decoded = images[1] > 0 and any(reward.reads_images for reward in rewards)
+    reward = decoded or theirs > room - (0 if policy else own)
+    how = {True: "recomputed", False: "kept"}
+    accelerator.print(
+        f"gradient_checkpointing auto: activations of the policy, {own / 2**30:.2f} GiB, are {how[policy]}, those of "
+        f"rewards{'' if decoded else f', {theirs / 2**30:.2f} GiB,'} {how[reward]}; "
+        f"half of the free memory is {room / 2**30:.2f} GiB"
+    )
+    return policy, reward
 
 
 def decoder(vae: AutoencoderKL, device: torch.device, batch: int = 4) -> Callable[[Tensor], Tensor]:

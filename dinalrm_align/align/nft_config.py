@@ -71,3 +71,6 @@ class NftRun(AlignRun):
 
     def check_steps(self, num_steps: int) -> None:
         self.nft.trained_steps(self.nft.num_steps or num_steps)
+
+    def graph_images(self, num_steps: int) -> tuple[int, int]:
+        return self.nft.micro_batch(self.nft.levels, self.loop.accumulate), 0

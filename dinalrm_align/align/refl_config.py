@@ -120,3 +120,8 @@ class ReflRun(AlignRun):
 
     def check_steps(self, num_steps: int) -> None:
         self.refl.check_steps(self.refl.num_steps or num_steps)
+
+    def graph_images(self, num_steps: int) -> tuple[int, int]:
+        config = self.refl
+        images = config.batch_size * (config.renoisings if config.variant in ("draft_lv", "direct_align") else 1)
+        return images * config.grad_steps * (1 + config.guided_gradient), images * len(config.reward_sigma or [0])

@@ -22,6 +22,7 @@ from dinalrm_align.align.lora import read_lora
 from dinalrm_align.align.memory import (
     check_memory_options,
     decoder,
+    recomputation,
     release_text_encoders,
     shrink_pipeline,
     text_pipeline,
@@ -332,10 +333,14 @@ def encode(
 def apply_memory_options(setup: Setup, rewards: Sequence[Reward]) -> bool:
     """Apply the memory options to policy and rewards. Return whether the base weights are sharded over the ranks."""
     run, pipeline = setup.resolved.run, setup.pipeline
-    if run.gradient_checkpointing:
+    recompute_policy, recompute_rewards = recomputation(
+        run.gradient_checkpointing, run.graph_images(setup.resolved.spec.num_steps), pipeline.transformer, rewards,
+        setup.accelerator, latent_shape=setup.latent_shape, text_tokens=setup.text.train.prompt_embeds.shape[1],
+    )  # fmt: skip
+    if recompute_policy:
         setup.policy.transformer.enable_gradient_checkpointing()
-        for reward in rewards:
-            reward.enable_gradient_checkpointing()
+    for reward in rewards if recompute_rewards else ():
+        reward.enable_gradient_checkpointing()
     for reward in rewards:
         reward.set_decode_slice(run.memory.decode_slice)
     if sharded := sharding_asked():

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 import docstring_parser
 import yaml
@@ -75,7 +75,8 @@ def _parse_options(
     types = types_by_name(kind)
     words = list(sys.argv[1:] if argv is None else argv)
     for index, (word, after) in enumerate(zip(words, [*words[1:], ""])):
-        if types.get(word.removeprefix("--")) is bool and after.lower() not in ("true", "false"):
+        switch = bool in (kind_of := types.get(word.removeprefix("--")), *get_args(kind_of))
+        if switch and after.lower() not in ("true", "false", "auto"):
             words[index] = f"{word}=true"
     parser = _Parser(
         description=description, default_config_files=[str(path) for path in defaults], allow_abbrev=False,

@@ -2,12 +2,15 @@
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_clip import tiny_vae
 from tiny_reward import make_inputs, shake, tiny_reward_config
 
+from dinalrm_align.align import memory
 from dinalrm_align.align.config import Hpsv3Config, MemoryConfig
 from dinalrm_align.align.memory import (
     check_memory_options,
@@ -195,3 +198,31 @@ def test_slices_reach_the_pixel_parts_alone():
 def test_options_of_hpsv3_are_those_that_differ():
     assert Hpsv3Config().options() == {}
     assert Hpsv3Config(quantization="nf4", base="x").options() == {"quantization": "nf4", "base": "x"}
+
+
+@pytest.mark.parametrize(
+    ("free", "images", "decodes", "expected"),
+    [
+        (10**9, (2, 2), False, (False, False)),
+        (10**6, (2, 2), False, (False, True)),  # the policy's fit in half of it, but not the reward's as well
+        (1000, (2, 2), False, (True, True)),
+        (1000, (2, 0), False, (True, False)),  # the reward gives no gradient
+        (10**9, (2, 2), True, (False, True)),  # the VAE keeps the most
+        (10**9, (2, 0), True, (False, False)),
+    ],
+)
+def test_what_fits_in_half_of_the_free_memory_is_kept(
+    tiny_pipeline, monkeypatch, capsys, free, images, decodes, expected
+):
+    """4 blocks, 2 with attn2, width 16, float32: the policy keeps 64 x 2 (16 (4 x 18.3 + 2 x 11.3) + 28 x 4 x 18.3) =
+    458,547 bytes for 2 images of 16 + 28 tokens, and a reward of 3 blocks 64 x 2 x 27.8 x 3 x 44 = 469,709.
+    """
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    part = SimpleNamespace(config=SimpleNamespace(num_layers=3))
+    reward = SimpleNamespace(noise_parts=[part], reads_images=decodes)
+    place = dict(latent_shape=(16, 8, 8), text_tokens=28)
+    arguments = (images, tiny_pipeline.transformer, [reward], Accelerator(cpu=True))
+    assert memory.recomputation("auto", *arguments, **place) == expected
+    assert "half of the free memory" in capsys.readouterr().out
+    assert memory.recomputation(True, *arguments, **place) == (True, True)
+    assert memory.recomputation(False, *arguments, **place) == (False, False)

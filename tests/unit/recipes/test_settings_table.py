@@ -88,3 +88,9 @@ def test_the_embedded_world_keeps_its_settings():
     for name, values in before.items():
         after = settings_by_name(now[name])
         assert {key: after.get(key, "gone") for key in values} == values
+
+
+def test_images_whose_activations_a_backward_pass_needs():
+    """GRPO: 8 x 18 x 3 / (2 x 24). NFT: 48 x 24 x 9 / 864. LPO: 4 x 19 / 19 pairs, guided. DPO: 39 draws x 2."""
+    images = {method: aligned(method).graph_images(40) for method in METHODS}
+    assert images == {"refl": (4, 4), "dpo": (78, 0), "grpo": (9, 0), "lpo": (16, 0), "nft": (12, 0)}
