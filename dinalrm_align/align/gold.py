@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dinalrm_align.align.resolve import Resolved
-from dinalrm_align.reward.names import gold_rewards
+from dinalrm_align.reward.names import gold_rewards, parse_reward
 from dinalrm_align.reward.registry import ImageScorer, load_image_scorer
 
 
@@ -21,6 +21,9 @@ def load_gold(
     (height, width), prompts = resolved.image_size, [samples[0], max(samples, key=len)]
     for name, reward in gold_rewards(run.gold, spec.gold).items():
         options = run.hpsv3.options_of(reward) if isinstance(reward, str) else {}
+        terms = parse_reward(reward) if isinstance(reward, str) else ()
+        if any(term.name == "dinalrm" and term.source is None for term in terms):
+            options["dinalrm"] = {"pipeline": spec.pipeline}  # which may be a folder, where the config has a hub id
         gold[name] = load_image_scorer(reward, spec=spec, device=device, options=options)
         say(f"{name}: loaded; it scores two black images of {height} x {width} pixels, as a check")
         gold[name](torch.zeros(2, 3, height, width), prompts)

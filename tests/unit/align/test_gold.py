@@ -1,5 +1,8 @@
 """The gold rewards of a run: tried on two samples, and one copy in memory of what is also trained on."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from paths import RECIPES
@@ -80,6 +83,17 @@ def test_a_pixel_reward_is_loaded_once_for_training_and_for_gold(world, loads, c
     if options[0] == "--reward=pixel":
         assert setup.reward.vae is setup.pipeline.vae  # decodes, although gold loaded it without a VAE
         assert setup.identity["reward"] == setup.identity["gold"] == alone.fingerprint()
+
+
+def test_the_models_latent_reward_as_gold_has_the_models_pipeline(world, tiny_world):
+    """A released config names its base model on the hub, also where the pipeline is a folder."""
+    (world / "dinalrm").unlink()
+    copy = shutil.copytree(tiny_world / "dinalrm", world / "dinalrm")
+    config = json.loads((copy / "config.json").read_text()) | {"base_model_id": "owner/not-here"}
+    (copy / "config.json").write_text(json.dumps(config))
+    resolved = resolved_run(world, "--reward=pixel", "--gold=dinalrm")
+    gold = gold_module.load_gold(resolved, ["red circle"], torch.device("cpu"), print)
+    assert gold["gold"](torch.rand(1, 3, 64, 64), ["red circle"]).shape == (1,)
 
 
 def test_rewards_are_shared_within_the_context_only(world):
