@@ -10,6 +10,7 @@ from dinalrm_align.align.signal import has_spread
 from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.train.device import to_device
 
 
 @torch.no_grad()
@@ -45,9 +46,9 @@ def scored_candidates(
         part = slice(start, start + (batch_size or len(rows)))
         batch = conditions.take(rows[part], sampler.device)
         with sampler.meter.phase("rollout"):
-            latents.append(rollout(velocity_for(batch), noise[part].to(sampler.device), sampler.sigmas))
+            latents.append(rollout(velocity_for(batch), to_device(noise[part], sampler.device), sampler.sigmas))
         with sampler.meter.phase("reward"):
-            score = reward(latents[-1], batch, sigma=reward_sigma, noise=reward_noise[part].to(sampler.device))
+            score = reward(latents[-1], batch, sigma=reward_sigma, noise=to_device(reward_noise[part], sampler.device))
             scores.append(score)
     return torch.cat(latents).unflatten(0, (-1, count)), torch.cat(scores).view(-1, count)
 

@@ -34,6 +34,7 @@ from dinalrm_align.flow.noise import add_noise, sample_sigma, seeded_generator
 from dinalrm_align.flow.sampling import Velocity, seeded_noise
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.train.device import to_device
 
 REFERENCE = "reference."
 """Prefix of the names of the reference's LoRA tensors in a checkpoint."""
@@ -112,7 +113,8 @@ def noised_pairs(
     sigma = torch.stack(
         [sample_sigma(density.density, draws, generator=g, **density.parameters()) for g in generators], dim=1
     )
-    return DpoBatch(pairs, noise.to(device)[:, pairs.group], sigma.to(device)[:, pairs.group], metrics or {})
+    noise, sigma = to_device(noise, device)[:, pairs.group], to_device(sigma, device)[:, pairs.group]
+    return DpoBatch(pairs, noise, sigma, metrics or {})
 
 
 def dpo_step(
@@ -246,11 +248,13 @@ class OnlineDpo:
             sampler, self.reward, sampler.conditions.take(indices), generators, count=config.group_size,
             reward_sigma=config.reward_sigma, batch_size=config.sample_batch, velocity_for=self._sampling_velocity,
         )  # fmt: skip
-        kept = has_spread(score).cpu()
+        score = score.cpu()  # the only wait: all that follows is decided on the host
+        kept = has_spread(score)
         rows = kept.nonzero().flatten() if kept.any() else torch.zeros(1, dtype=torch.long)
-        best, worst = score.argmax(dim=1)[rows], score.argmin(dim=1)[rows]
+        ends = torch.stack([rows, score.argmax(dim=1)[rows], score.argmin(dim=1)[rows]])
+        prompt, best, worst = to_device(ends, sampler.device)
         conditions = sampler.take([indices[row] for row in rows.tolist()])
-        pairs = PairBatch.plain(latents[rows, best], latents[rows, worst], conditions)
+        pairs = PairBatch.plain(latents[prompt, best], latents[prompt, worst], conditions)
         metrics = {
             "reward": float(score.mean()),
             "reward_best": float(score.amax(dim=1).mean()),

@@ -25,8 +25,10 @@ from dinalrm_align.models.images import open_image, to_bytes
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer
+from dinalrm_align.train.checks import deferred
 from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.metrics import track_image
+from dinalrm_align.train.progress import progress
 
 Probe = Callable[[Tensor, Conditions, Tensor], Mapping[str, Tensor]]
 """probe(latents (B, C, H, W), conditions, noise (B, C, H, W)) -> measurements by name, each (B,)"""
@@ -99,7 +101,8 @@ class HeldOut:
         """
         size, rank, world = self.config.batch_size, self.accelerator.process_index, self.accelerator.num_processes
         starts = range(0, len(self.prompts), size)
-        mine = [sample for start in starts[rank::world] for sample in self._batch(start)]
+        batches = progress(starts[rank::world], f"evaluation at update {step}")
+        mine = [sample for start in batches for sample in self._batch(start)]
         if self.equal_calls and len(starts) % world and rank >= len(starts) % world:
             self._batch(0)
         found = sorted(gather_object(mine), key=lambda sample: sample[0])
@@ -156,16 +159,18 @@ class HeldOut:
         indices = range(start, min(start + self.config.batch_size, len(self.prompts)))
         conditions, seed = self.sampler.take(indices), self.config.seed
         noise = self.sampler.noise([seeded_generator(seed, index) for index in indices])
-        latents = self.sampler.sample(conditions, noise)
         reward_noise = self.sampler.noise([seeded_generator(seed, index, 1) for index in indices])
-        found = {"proxy": self.reward(latents, conditions, noise=reward_noise)}
-        images = self.decode(latents)
-        found |= {name: scorer(images, list(conditions.prompts)) for name, scorer in self.scorers.items()}
-        for probe in self.probes:
-            found |= probe(latents, conditions, reward_noise)
+        with deferred() as readings:
+            latents = self.sampler.sample(conditions, noise)
+            found = {"proxy": self.reward(latents, conditions, noise=reward_noise)}
+            images = self.decode(latents)
+            found |= {name: scorer(images, list(conditions.prompts)) for name, scorer in self.scorers.items()}
+            for probe in self.probes:
+                found |= probe(latents, conditions, reward_noise)
+            values = iter(readings.read([value for column in found.values() for value in column]))
+        columns = {name: [next(values) for _ in indices] for name in found}
         shown = to_bytes(images)
-        columns = {name: values.tolist() for name, values in found.items()}
-        rows = [{name: values[row] for name, values in columns.items()} for row in range(len(indices))]
+        rows = [{name: column[row] for name, column in columns.items()} for row in range(len(indices))]
         return [
             (index, row, image if index < self.config.shown else None)
             for index, row, image in zip(indices, rows, shown, strict=True)

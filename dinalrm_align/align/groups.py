@@ -19,6 +19,7 @@ from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.train.device import to_device
 
 REWARDS = 12
 """First key of the generators that draw the reward's noise."""
@@ -88,7 +89,7 @@ def group_scores(
     found = []
     for draw in range(draws):
         generators = [seeded_generator(REWARDS, *key, draw) for key in keys]
-        noise = seeded_noise(tuple(latents.shape[1:]), generators).to(latents.device)
+        noise = to_device(seeded_noise(tuple(latents.shape[1:]), generators), latents.device)
         found.append(score_parts(latents, conditions, sigma=sigma, noise=noise))
     scores = {name: torch.stack([parts[name] for parts in found]).double().cpu() for name in found[0]}
     for name, values in scores.items():

@@ -44,6 +44,8 @@ from dinalrm_align.flow.sampling import Velocity, rollout
 from dinalrm_align.flow.sde import Transition, transition
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.train.checks import check
+from dinalrm_align.train.device import to_device
 
 PATHS, STARTS, WINDOWS = 10, 11, 13
 """First keys of the generators that draw sample noise, shared initial noise, and windows."""
@@ -238,7 +240,8 @@ class Grpo:
         ordered = sorted(firsts)
         noise = sampler.noise([seeded_generator(STARTS, sampler.seed, number, group) for group in ordered])
         latents = sampler.sample(conditions.take([firsts[group] for group in ordered]), noise, steps)
-        return latents[[ordered.index(group) for group in groups]]
+        rows = torch.tensor([ordered.index(group) for group in groups])
+        return latents[to_device(rows, latents.device)]
 
     def scores(self, number: int, samples: Sequence[int], latents: Tensor, conditions: Conditions) -> dict[str, Tensor]:
         """Score the final latents of B samples. Return a dict: name of the reward -> scores (draws, B)."""
@@ -289,11 +292,11 @@ class Grpo:
             position=position,
             conditions=self.sampler.take(drawn.indices[rows].tolist()),
             steps=drawn.start + columns,
-            latents=drawn.latents[rows, columns].to(device),
-            following=drawn.latents[rows, columns + 1].to(device),
-            old_log_prob=drawn.log_probs[rows, old].to(device),
-            old_mean=(drawn.means[rows, old] if self.config.guard else drawn.means[rows]).to(device),
-            advantage=drawn.advantages[rows].to(device),
+            latents=to_device(drawn.latents[rows, columns], device),
+            following=to_device(drawn.latents[rows, columns + 1], device),
+            old_log_prob=to_device(drawn.log_probs[rows, old], device),
+            old_mean=to_device(drawn.means[rows, old] if self.config.guard else drawn.means[rows], device),
+            advantage=to_device(drawn.advantages[rows], device),
             count=count,
             statistics={name: value for name, value in statistics.items() if value == value} | signal,
         )
@@ -331,7 +334,7 @@ class Grpo:
                     ratio = self._ratio(step, log_prob, log_prob.detach(), step.mean.detach())
             loss = clipped_loss(ratio, batch.advantage, config.clip_range)
             if config.guard:
-                loss = loss / -step.delta.to(loss)
+                loss = loss / -to_device(step.delta.to(loss.dtype), loss.device)
             moved = (ratio.detach() - 1).abs()
             means = {"ratio_spread": moved, "clipped": (moved > config.clip_range).float()}
             if config.kl_beta > 0:
@@ -341,14 +344,17 @@ class Grpo:
         return loss.mean(), {**{name: values.detach().mean() for name, values in means.items()}, **batch.statistics}
 
     def _check_ratio(self, ratio: Tensor, number: int) -> None:
-        worst = (ratio.detach() - 1).abs().max().item()
         limit = max(self.config.largest_mismatch, torch.finfo(self.sampler.policy.dtype).eps)
-        if not worst <= limit:
-            raise FloatingPointError(
-                f"the first ratio after rollout {number} differs from 1 by {worst:.2g}; expected at most "
-                f"{limit:.2g}. Rollout and training compute different probabilities for the same steps: look for "
-                "dropout, for TF32 (turn it off, or use half precision), or for weights that changed in between"
-            )
+
+        def judge(worst: list[float]) -> None:
+            if not worst[0] <= limit:
+                raise FloatingPointError(
+                    f"the first ratio after rollout {number} differs from 1 by {worst[0]:.2g}; expected at most "
+                    f"{limit:.2g}. Rollout and training compute different probabilities for the same steps: look for "
+                    "dropout, for TF32 (turn it off, or use half precision), or for weights that changed in between"
+                )
+
+        check((ratio.detach() - 1).abs().max(), judge)
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
         """Return the shapes that the tensors of a saved `Rollout` must have, by name."""

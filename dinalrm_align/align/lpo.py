@@ -27,6 +27,7 @@ from dinalrm_align.flow.sampling import Velocity, ode_step
 from dinalrm_align.flow.sde import transition
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.train.device import to_device
 
 PATHS = 20
 """RNG stream of the trajectories."""
@@ -188,18 +189,12 @@ class Lpo:
             best, worst, margin = clearest_pair(scores, config.temperature)
             kept = (margin > self.thresholds[index]) & has_spread(scores)
             rows = kept.nonzero().flatten()
-            at = rows.to(device)
-            pairs.append((
-                numbers[rows],
-                indices[rows],
-                torch.full((len(rows),), index),
-                latents[at].cpu(),
-                candidates[at, best[rows].to(device)].cpu(),
-                candidates[at, worst[rows].to(device)].cpu(),
-            ))  # fmt: skip
+            at, high, low = to_device(torch.stack([rows, best[rows], worst[rows]]), device)
+            states = torch.stack([latents[at], candidates[at, high], candidates[at, low]]).cpu()
+            pairs.append((numbers[rows], indices[rows], torch.full((len(rows),), index), *states))
             measures.append((kept, scores.mean(dim=1), margin))
             onward = [int(torch.randint(count, (), generator=generator)) for generator in generators]
-            latents = candidates[torch.arange(len(samples), device=device), torch.tensor(onward, device=device)]
+            latents = candidates[torch.arange(len(samples), device=device), to_device(torch.tensor(onward), device)]
         return pairs, measures
 
     @property
@@ -225,9 +220,9 @@ class Lpo:
             position=position,
             conditions=self.sampler.take(pairs.indices[rows].tolist()),
             steps=pairs.steps[rows],
-            latents=pairs.latents[rows].to(device),
-            chosen=pairs.chosen[rows].to(device),
-            rejected=pairs.rejected[rows].to(device),
+            latents=to_device(pairs.latents[rows], device),
+            chosen=to_device(pairs.chosen[rows], device),
+            rejected=to_device(pairs.rejected[rows], device),
             count=len(rows),
             statistics=statistics,
         )

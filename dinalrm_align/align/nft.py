@@ -28,6 +28,7 @@ from dinalrm_align.align.signal import equal_scores
 from dinalrm_align.flow.noise import add_noise, denoised, seeded_generator
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.train.device import to_device
 from dinalrm_align.train.state import Ema
 
 PATHS, NOISES, LEVELS = 30, 31, 32
@@ -183,9 +184,9 @@ class Nft:
         return NftBatch(
             conditions=sampler.take(pending.indices[rows].tolist()),
             sigma=sampler.levels(torch.tensor(steps, dtype=torch.long)),
-            latents=pending.latents[rows].to(device),
+            latents=to_device(pending.latents[rows], device),
             noise=sampler.noise(noises),
-            good=pending.good[rows].to(device),
+            good=to_device(pending.good[rows], device),
             count=count,
             statistics={name: value for name, value in statistics.items() if value == value} | signal,
         )

@@ -22,6 +22,7 @@ from dinalrm_align.flow.noise import check_latents, timestep_of
 from dinalrm_align.flow.sampling import Velocity
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import LoraConfig
+from dinalrm_align.train.device import to_device
 from dinalrm_align.train.settings import check_integer, check_number
 
 ADAPTER = "policy"
@@ -102,7 +103,7 @@ class Policy:
                 f"negative: got {got} at guidance_scale {guidance_scale}; expected one per latent, {batch}"
             )
         prompt_embeds, pooled = conditions.prompt_embeds, conditions.pooled_prompt_embeds
-        timestep = timestep_of(sigma).to(latents.device).expand(batch)
+        timestep = to_device(timestep_of(sigma), latents.device).expand(batch)
         if guided:
             latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
             prompt_embeds = torch.cat([negative.prompt_embeds, prompt_embeds])

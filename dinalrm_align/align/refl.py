@@ -51,6 +51,7 @@ from dinalrm_align.align.spread import base_spreads
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.train.device import to_device
 
 STEPS, SAMPLES = 4, 5
 """RNG streams."""
@@ -297,7 +298,7 @@ class Refl:
             return self.config.reward_sigma
         low, high = self.config.reward_sigma_range
         drawn = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-        return (low + (high - low) * drawn).to(self.sampler.device)
+        return to_device(low + (high - low) * drawn, self.sampler.device)
 
     def _pretrain_loss(self, generators: Sequence[torch.Generator]) -> Tensor:
         if self.pretrain_data is None:
@@ -306,4 +307,4 @@ class Refl:
         chosen = [int(torch.randint(len(latents), (), generator=generator)) for generator in generators]
         velocity = self.sampler.velocity_for(conditions.take(chosen, self.sampler.device), 1.0)
         with self.sampler.meter.phase("pretrain"):
-            return flow_matching_loss(velocity, latents[chosen].to(self.sampler.device), generators)
+            return flow_matching_loss(velocity, to_device(latents[chosen], self.sampler.device), generators)

@@ -9,6 +9,7 @@ from torch import Tensor
 from dinalrm_align.flow.noise import add_noise, denoised, sample_sigma
 from dinalrm_align.flow.sampling import Velocity, ode_step, rollout, seeded_noise
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.device import to_device
 
 
 def draw_starts(starts: range, count: int, generator: torch.Generator) -> list[int]:
@@ -163,7 +164,7 @@ def flow_matching_loss(
     As in SD3 training, sigma is logit-normal(0, 1). `latents`: (B, C, H, W), clean, with the VAE's scaling applied.
     `generators`: one CPU generator per sample.
     """
-    noise = seeded_noise(tuple(latents.shape[1:]), generators).to(latents.device)
+    noise = to_device(seeded_noise(tuple(latents.shape[1:]), generators), latents.device)
     sigma = torch.cat([sample_sigma("logit_normal", 1, generator=generator) for generator in generators])
-    sigma = sigma.to(latents.device)
+    sigma = to_device(sigma, latents.device)
     return (velocity(add_noise(latents, noise, sigma), sigma) - (noise - latents)).square().mean()

@@ -20,6 +20,7 @@ from dinalrm_align.flow.sampling import Velocity, rollout, seeded_noise
 from dinalrm_align.flow.sde import Transition, transition
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.train.cost import PhaseMeter
+from dinalrm_align.train.device import to_device
 
 ORDER = 1
 """RNG stream of the random order of samples within a group."""
@@ -76,11 +77,11 @@ class Sampler:
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Draw one standard normal sample per generator. Return (B, C, H, W) on the policy's device."""
-        return seeded_noise(self.latent_shape, generators).to(self.device)
+        return to_device(seeded_noise(self.latent_shape, generators), self.device)
 
     def levels(self, steps: Tensor) -> Tensor:
         """Return the noise levels of step indices (n,) int64, as (n,) float32 on the policy's device."""
-        return torch.tensor(self.sigmas, dtype=torch.float32)[steps].to(self.device)
+        return to_device(torch.tensor(self.sigmas, dtype=torch.float32)[steps], self.device)
 
     def velocity_for(
         self, conditions: Conditions, guidance_scale: float | None = None, *, negative_gradient: bool = True

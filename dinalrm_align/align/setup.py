@@ -117,11 +117,11 @@ class Setup:
         conditions: Conditions | None = None,
     ) -> Sampler:
         """Return a `Sampler` of the policy. Defaults: the training prompts, the model's sigmas and guidance scale."""
-        spec, accelerator = self.resolved.spec, self.accelerator
+        spec, accelerator, alone = self.resolved.spec, self.accelerator, self.accelerator.num_processes == 1
         return Sampler(
             policy=self.policy,
             conditions=self.text.train if conditions is None else conditions,
-            negative=self.text.negative,
+            negative=self.text.negative.to(accelerator.device),
             sigmas=self.sigmas() if sigmas is None else sigmas,
             latent_shape=self.latent_shape,
             guidance_scale=spec.guidance_scale if guidance_scale is None else guidance_scale,
@@ -130,7 +130,7 @@ class Setup:
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
             accumulate=self.resolved.run.loop.accumulate,
-            gather=lambda values: accelerator.gather(values.to(accelerator.device)).cpu(),
+            gather=lambda values: values if alone else accelerator.gather(values.to(accelerator.device)).cpu(),
         )
 
     def align(

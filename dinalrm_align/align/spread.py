@@ -15,6 +15,7 @@ from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.align.signal import has_spread
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.train.progress import progress
 
 SAMPLES, BATCH = 64, 16
 """Number of samples on which a spread is measured, and how many are scored at once."""
@@ -33,7 +34,7 @@ def base_spreads(
     each prompt, a divisor of 64; see `spread`. Raises ValueError if all scores of a reward are equal.
     """
     scores = []
-    for start in range(0, SAMPLES, BATCH):
+    for start in progress(range(0, SAMPLES, BATCH), "spread of the reward"):
         numbers = range(start, start + BATCH)
         conditions = sampler.take([number // per_prompt % len(sampler.conditions) for number in numbers])
         generators = [seeded_generator(sampler.seed, number, 0, 2) for number in numbers]

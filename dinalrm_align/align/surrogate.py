@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.flow.sde import Transition
+from dinalrm_align.train.device import to_device
 
 
 def group_advantages(scores: Tensor, std: str, floor: float) -> Tensor:
@@ -30,7 +31,7 @@ def guarded_ratio(step: Transition, old_mean: Tensor, log_prob: Tensor, old_log_
     log-ratio has mean 0 and the same scale at every noise level. To give all steps the same weight, the caller must
     divide the loss by -step.delta.
     """
-    std = step.std.to(log_prob)
+    std = to_device(step.std.to(log_prob.dtype), log_prob.device)
     bias = (step.mean - old_mean).square().mean(dim=(1, 2, 3)) / (2 * std.square())
     return torch.exp((log_prob - old_log_prob + bias) * std)
 
@@ -48,4 +49,5 @@ def step_kl(form: str, step: Transition, reference: Transition, difference: Tens
     if form not in ("scale", "std"):
         raise ValueError(f"unknown kl_form {form!r}; known: scale, std, velocity")
     square = (step.mean - reference.mean).square().mean(dim=(1, 2, 3))
-    return square / (2 * getattr(step, form).to(square).square())
+    scale = to_device(getattr(step, form).to(square.dtype), square.device)
+    return square / (2 * scale.square())

@@ -6,6 +6,7 @@ n (n - 1) / 2 pairs). Scaled latents are `(z - shift_factor) * scaling_factor`, 
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.checks import check
+from dinalrm_align.train.device import to_device
 from dinalrm_align.train.files import InputError
 from dinalrm_align.train.settings import check_fields
 
@@ -61,17 +64,18 @@ class PairBatch:
         concepts: tuple[str, ...] | None = None,
     ) -> Self:
         """Build a batch of N separate pairs of images. chosen, rejected: latents (N, C, H, W). label: default 1."""
-        pairs, device = len(chosen), chosen.device
-        rows = torch.arange(pairs, device=device)
-        return cls(
+        pairs = len(chosen)
+        rows = torch.arange(pairs)
+        batch = cls(  # checks indices and labels where the host can read them
             latents=torch.cat([chosen, rejected]),
-            conditions=conditions.take([*range(pairs), *range(pairs)], device),
+            conditions=conditions.take([*range(pairs), *range(pairs)]),
             chosen=rows,
             rejected=rows + pairs,
-            label=torch.ones(pairs, device=device) if label is None else torch.tensor(label, device=device),
+            label=torch.ones(pairs) if label is None else torch.tensor(label),
             group=rows.repeat(2),
             concepts=concepts,
         )
+        return batch.to(chosen.device)
 
     def __post_init__(self) -> None:
         self._check_tensors()
@@ -107,8 +111,7 @@ class PairBatch:
                 raise TypeError(f"pair batch: {name}: got {got}; expected a floating tensor")
             if tensor.dim() != dims or tensor.shape[1:].numel() == 0:
                 raise InputError(f"pair batch: {name}: got shape {tuple(tensor.shape)}; expected {dims} dimensions")
-            if not bool(torch.isfinite(tensor).all()):
-                raise InputError(f"pair batch: {name}: got NaN or infinite values; expected finite ones")
+            check((~torch.isfinite(tensor)).sum(), functools.partial(_judge_finite, name))
         for name in ("chosen", "rejected", "group"):
             rows = vars(self)[name]
             if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
@@ -129,9 +132,7 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy of the batch on `device`."""
-        # Copies to the CPU must block: values could be read before they arrive.
-        non_blocking = torch.device(device).type == "cuda" and self.latents.device.type == "cpu"
-        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+        return self._each(lambda part: to_device(part, device) if isinstance(part, Tensor) else part.to(device))
 
     def pin_memory(self) -> Self:
         """Return a copy of the batch in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -142,6 +143,11 @@ class PairBatch:
         parts = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | Conditions)}
         vars(changed).update({name: change(value) for name, value in parts.items()})
         return changed
+
+
+def _judge_finite(name: str, bad: list[float]) -> None:
+    if bad[0]:
+        raise InputError(f"pair batch: {name}: got NaN or infinite values; expected finite ones")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinalrm_align.train.checks import check
+from dinalrm_align.train.device import to_device
 from dinalrm_align.train.settings import check_integer, check_number
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -41,10 +43,14 @@ def as_sigma(sigma: Tensor | float) -> Tensor:
     if sigma.is_complex() or sigma.dtype == torch.bool or sigma.is_meta or sigma.numel() == 0:
         where = f"{sigma.dtype} of shape {tuple(sigma.shape)} on {sigma.device}"
         raise TypeError(f"sigma: got {where}; expected a float, or a floating tensor that holds values")
-    low, high = sigma.detach().aminmax()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"sigma: got values in [{low.item():.4g}, {high.item():.4g}]; expected [0, 1]")
+    check(torch.stack(sigma.detach().aminmax()), _judge_sigma)
     return sigma.float()
+
+
+def _judge_sigma(ends: list[float]) -> None:
+    low, high = ends
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"sigma: got values in [{low:.4g}, {high:.4g}]; expected [0, 1]")
 
 
 def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> None:
@@ -59,7 +65,7 @@ def check_latents(name: str, latents: Tensor, like: Tensor | None = None) -> Non
 
 def expand_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
     """Return sigma in float32, with shape (1, 1, 1, 1) for a single value or (B, 1, 1, 1) for B values."""
-    sigma = as_sigma(sigma).to(latents.device).reshape(-1)
+    sigma = to_device(as_sigma(sigma), latents.device).reshape(-1)
     if sigma.numel() not in (1, latents.shape[0]):
         raise ValueError(f"sigma: got {sigma.numel()} values for {len(latents)} latents; expected one, or one each")
     return sigma.view(-1, *(1,) * (latents.dim() - 1))

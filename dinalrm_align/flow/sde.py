@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dinalrm_align.flow.noise import check_latents
+from dinalrm_align.train.device import to_device
 from dinalrm_align.train.settings import check_integer, check_number, did_you_mean
 
 SAMPLERS = ("flow_sde", "flow_cps")
@@ -62,7 +63,7 @@ class Transition:
             raise ValueError("std: got 0; expected more: without noise the log-probability is undefined")
         constant = self.std.log() + 0.5 * math.log(2 * math.pi)
         square = (difference / per_sample(self.std, difference)).square().mean(dim=(1, 2, 3))
-        return -0.5 * square - constant.to(square)
+        return -0.5 * square - to_device(constant.to(square.dtype), square.device)
 
 
 def transition(
@@ -104,7 +105,7 @@ def transition(
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshape values (1,) or (B,) to (1, 1, 1, 1) or (B, 1, 1, 1), float32, on the device of `like` (B, C, H, W)."""
-    return values.to(like.device, torch.float32).view(-1, 1, 1, 1)
+    return to_device(values.to(torch.float32), like.device).view(-1, 1, 1, 1)
 
 
 def _levels(sigmas: Sequence[float]) -> Tensor:

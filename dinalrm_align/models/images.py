@@ -13,6 +13,7 @@ import io
 import re
 import struct
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -204,6 +205,8 @@ def _batch(image: Any, name: str) -> "Tensor":
     """Convert an image or a batch of equal size to (b, 3, H, W), float32 in [0, 1]."""
     import torch
 
+    from dinalrm_align.train.checks import check
+
     if isinstance(image, Image.Image):
         image = np.asarray(open_image(image, name))
     if isinstance(image, torch.Tensor):
@@ -226,14 +229,18 @@ def _batch(image: Any, name: str) -> "Tensor":
         pixels = image.float() / 255
     else:
         pixels = image.float()
-        low, high = pixels.detach().aminmax()
-        if not (low >= -1e-3 and high <= 1 + 1e-3):
-            got = f"got values in [{low.item():.3g}, {high.item():.3g}]"
-            raise ValueError(f"{name}: {got}; expected [0, 1]: divide bytes by 255, map [-1, 1] by x / 2 + 0.5")
+        check(torch.stack(pixels.detach().aminmax()), partial(_judge_pixels, name))
     return pixels if pixels.dim() == 4 else pixels[None]
+
+
+def _judge_pixels(name: str, ends: list[float]) -> None:
+    low, high = ends
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        got = f"got values in [{low:.3g}, {high:.3g}]"
+        raise ValueError(f"{name}: {got}; expected [0, 1]: divide bytes by 255, map [-1, 1] by x / 2 + 0.5")
 
 
 def to_bytes(images: "Tensor") -> np.ndarray:
     """Convert images (N, 3, H, W) in [0, 1] to (N, H, W, 3) uint8, rounded to the nearest value."""
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
-    return pixels.byte().numpy()
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+    return pixels.byte().cpu().numpy()

@@ -8,9 +8,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinalrm_align.train.device import to_device
 from dinalrm_align.train.settings import PositiveFloat, PositiveInt, check_fields
 
 BICUBIC = 3
@@ -45,8 +47,8 @@ def pad_to_square(images: Tensor, side: int) -> Tensor:
 
 def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
     """Return (images - mean) / std, with one mean and one std per colour channel; the defaults are CLIP's."""
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
-    return (images - mean) / std
+    channels = to_device(torch.tensor([[*mean], [*std]], dtype=images.dtype), images.device).view(2, 3, 1, 1)
+    return (images - channels[0]) / channels[1]
 
 
 @dataclasses.dataclass(frozen=True)

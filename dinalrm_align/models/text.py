@@ -17,8 +17,9 @@ from torch import Tensor
 from dinalrm_align.models.layout import TEXT_ENCODERS, TEXT_PARTS, check_files, weight_options, without_t5
 from dinalrm_align.models.prompt import check_prompt
 from dinalrm_align.models.weights import check_source, find_file, loading
-from dinalrm_align.train.device import available_device
+from dinalrm_align.train.device import available_device, to_device
 from dinalrm_align.train.files import read_json, reading
+from dinalrm_align.train.progress import progress
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -83,7 +84,11 @@ class Conditions:
 
     @classmethod
     def encode(
-        cls, encoder: "PromptEncoder", prompts: Sequence[str], other_lengths: Iterable[int] = (), batch_size: int = 32
+        cls,
+        encoder: "PromptEncoder",
+        prompts: Sequence[str],
+        other_lengths: Iterable[int] = (),
+        batch_size: int = 32,
     ) -> Self:
         """Return `Conditions` on the CPU in the text encoders' dtype. Each distinct prompt is encoded once.
 
@@ -96,7 +101,7 @@ class Conditions:
         rows = [row_of[prompt] for prompt in prompts]
         embeds = {}
         for length in {encoder.text_length, *other_lengths}:
-            starts = range(0, len(distinct), batch_size)
+            starts = progress(range(0, len(distinct), batch_size), f"prompts at {length} T5 tokens")
             parts = [encoder.encode(distinct[start : start + batch_size], length) for start in starts]
             whole = tuple(torch.cat(column) for column in zip(*parts, strict=True))
             embeds[length] = tuple(tensor[rows] for tensor in whole) if len(distinct) < len(prompts) else whole
@@ -116,13 +121,20 @@ class Conditions:
         return self.prompt_embeds, self.pooled_prompt_embeds
 
     def take(self, indices: Iterable[int], device: torch.device | str | None = None) -> Self:
+        """Return the rows `indices`, on `device`; None: where they are."""
         chosen = list(indices)
         if device is None and chosen == list(range(len(self))):
             return self
-        return self._map([self.prompts[index] for index in chosen], lambda tensor: tensor[chosen].to(device))
+        rows = torch.tensor(chosen, dtype=torch.long)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        return self._map(self.prompts, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        def select(tensor: Tensor) -> Tensor:
+            selected = tensor[to_device(rows, tensor.device)]
+            return selected if device is None else to_device(selected, device)
+
+        return self._map([self.prompts[index] for index in chosen], select)
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._map(self.prompts, lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> Self:
         return self._map(self.prompts, Tensor.pin_memory)
@@ -182,6 +194,7 @@ class PromptEncoder:
         home = "cpu" if self._pipeline is None else self._pipeline.device
         self.device = available_device(home if device is None else device)
         self._cache: dict[str, Embeds] = {}
+        self._latest: tuple[list[str], Embeds | None] = ([], None)  # batch on the device, for the next call
 
     def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> Embeds:
         """Return prompt_embeds (B, L, D), pooled_prompt_embeds (B, P) on the device. Encodes only uncached prompts."""
@@ -194,7 +207,11 @@ class PromptEncoder:
             embeds, pooled = zip(*(self._cache[prompt] for prompt in prompts), strict=True)
             for oldest in list(self._cache)[: -self.max_cached]:
                 del self._cache[oldest]
-        return torch.stack(embeds).to(self.device), torch.stack(pooled).to(self.device)
+            if prompts != self._latest[0]:
+                with torch.inference_mode(False):
+                    stacked = to_device(torch.stack(embeds), self.device), to_device(torch.stack(pooled), self.device)
+                self._latest = prompts, stacked
+            return self._latest[1]
 
     @torch.no_grad()
     def encode(self, prompts: list[str], text_length: int | None = None) -> Embeds:
@@ -228,12 +245,13 @@ class PromptEncoder:
     def to(self, device: torch.device) -> None:
         """Return embeddings on `device` from now on, and move text encoders that this object has loaded to it."""
         with _ENCODING:
-            self.device = device
+            self.device, self._latest = device, ([], None)
             if self._pipeline is not None and isinstance(self.source, str | Path):
                 self._pipeline.to(device)
 
     def release(self) -> None:
         """Free text encoders that were loaded from a folder or hub id. Encoding the next prompt loads them again."""
+        self._latest = [], None
         if isinstance(self.source, str | Path):
             self._pipeline = None
             if self.device.type == "cuda":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dinalrm_align.models.text import Conditions, prompts_of
 from dinalrm_align.reward.inputs import as_batch
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Text, finite_scores, without_autocast
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Text, finite_scores, scoring
 from dinalrm_align.train.settings import did_you_mean
 
 IMAGES = ("images", "pixels")
@@ -124,7 +124,7 @@ class LatentFunction(RewardModule):
         self.name = name
         self.differentiable = differentiable
 
-    @without_autocast
+    @scoring
     def forward(self, latents: Latents, prompts: Text | None = None, **noise: Unpack[Noise]) -> Tensor:
         """Return scores (B,), float32. If `prompts` are strings, `function` receives None as prompt embeddings."""
         self.check_onloaded()

@@ -16,7 +16,7 @@ from dinalrm_align.reward.protocol import (
     RewardModule,
     Text,
     finite_scores,
-    without_autocast,
+    scoring,
 )
 from dinalrm_align.train.settings import check_number
 
@@ -73,6 +73,7 @@ class RewardSum(RewardModule):
     def weights(self) -> dict[str, float]:
         return self._weight_of
 
+    @scoring
     def forward(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Return the weighted sum (B,), float32. The sum is differentiable in the latents if every summed reward is."""
         return self.add_up(self.score_parts(latents, prompts, **noise))
@@ -82,7 +83,7 @@ class RewardSum(RewardModule):
         total = sum(weight * parts[name] for name, weight in self._weight_of.items())
         return finite_scores(total, len(total), self.name)
 
-    @without_autocast
+    @scoring
     def score_parts(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
         """Return a dict from part name to unweighted scores (B,), float32, on the latents' device.
 
@@ -108,6 +109,7 @@ class RewardSum(RewardModule):
         """Return the weighted sum (B,), float32. Raises TypeError if a summed reward does not score noisy latents."""
         return self.add_up({name: part.score_noisy(latents, sigma, prompts) for name, part in self.named_parts.items()})
 
+    @scoring
     def score_images(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Tensor:
         """Return the weighted sum (B,), float32, for images as `image_tensor` takes them.
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.reward.backbones import Backbone
+from dinalrm_align.train.checks import check
+from dinalrm_align.train.device import to_device
 
 LATENTS = "scaled latents (B, C, H, W), as the transformer sees them"
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -89,12 +91,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Raise ValueError if `tensor` contains NaN or infinity, or is on the meta device."""
     if tensor.is_meta:
         raise ValueError(f"{name}: got a tensor on meta, which holds no values; expected one on the CPU or a GPU")
-    if not bool(torch.isfinite(tensor.detach()).all()):
-        bad = int((~torch.isfinite(tensor.detach())).sum())
-        raise ValueError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite numbers "
-            "(float16 overflows in T5 and in the VAE: use bfloat16 or float32)"
-        )
+    count = tensor.numel()
+
+    def judge(bad: list[float]) -> None:
+        if bad[0]:
+            raise ValueError(
+                f"{name}: {bad[0]:.0f} of {count} values are NaN or infinite; expected finite numbers "
+                "(float16 overflows in T5 and in the VAE: use bfloat16 or float32)"
+            )
+
+    check((~torch.isfinite(tensor.detach())).sum(), judge)
 
 
 def check_text_choice(
@@ -143,15 +149,19 @@ def check_sigma(sigma: float | Tensor | Sequence[float], batch: int) -> float | 
             sigma = sigma.item()
         elif sigma.shape != (batch,) or sigma.is_meta:
             raise ValueError(f"sigma: got a tensor of shape {_got(sigma)}; expected {expected}")
-    if isinstance(sigma, Tensor):
-        values = sigma.detach().tolist()
-    else:
-        values = list(sigma) if isinstance(sigma, list | tuple) else [sigma]
+
+    def judge(values: Sequence[float]) -> None:
+        wrong = [value for value in values if not 0 <= value <= 1]
+        if wrong:
+            raise ValueError(f"sigma: got {wrong[0]:g}, outside [0, 1]; expected {expected} (a timestep is 1000 sigma)")
+
+    if isinstance(sigma, Tensor) and sigma.dtype != torch.bool and not sigma.is_complex():
+        check(sigma, judge)
+        return sigma
+    values = list(sigma) if isinstance(sigma, list | tuple) else [sigma]
     if not values or not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         raise TypeError(f"sigma: got {sigma!r:.80}; expected {expected}")
-    wrong = [value for value in values if not 0 <= value <= 1 or not math.isfinite(value)]
-    if wrong:
-        raise ValueError(f"sigma: got {wrong[0]:g}, outside [0, 1]; expected {expected} (a timestep is 1000 sigma)")
+    judge(values)
     return tuple(map(float, values)) if isinstance(sigma, list | tuple) else sigma
 
 
@@ -174,19 +184,19 @@ def draw_noise(
                 "torch.Generator().manual_seed(seed); a list of integers is passed as seeds"
             )
         options = dict(generator=generator, device=generator.device, dtype=torch.float32)
-        return torch.randn(latents.shape, **options).to(latents.device)
+        return to_device(torch.randn(latents.shape, **options), latents.device)
     if noise is None:
         seeds = [DEFAULT_SEED] * len(latents) if seeds is None else check_seeds(seeds, len(latents))
         distinct = list(dict.fromkeys(seeds))
         drawn = seeded_noise(tuple(latents.shape[1:]), [torch.Generator().manual_seed(seed) for seed in distinct])
-        return drawn[[distinct.index(seed) for seed in seeds]].to(latents.device)
+        return to_device(drawn[[distinct.index(seed) for seed in seeds]], latents.device)
     noise = as_batch("noise", noise, latents.device)
     shapes = (tuple(latents.shape), (levels, *latents.shape))
     if tuple(noise.shape) not in shapes or noise.dtype not in FLOATING:
         expected = f"the latents' {shapes[0]}, or {shapes[1]}, one draw per level"
         raise ValueError(f"noise: got {_got(noise)}; expected {expected}")
     check_finite("noise", noise)
-    return noise.to(latents.device)
+    return to_device(noise, latents.device)
 
 
 def check_seeds(seeds: Any, batch: int) -> list[int]:
@@ -209,15 +219,20 @@ def check_seeds(seeds: Any, batch: int) -> list[int]:
 
 
 def check_scores(raw: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError if raw scores (B,) contain NaN or infinity. dtype: the backbone's dtype, for the message."""
-    bad = int((~torch.isfinite(raw.detach())).sum())
-    if bad:
-        largest = latents.detach().abs().max().item()
-        raise ScoreError(
-            f"scores: {bad} of {len(raw)} are NaN or infinite, of latents of up to {largest:.3g} (scaled latents have "
-            f"about 1) with a backbone in {dtype}; scale the latents, use bfloat16 or float32 in float16's place, and "
-            "look for NaN in the reward's weights"
-        )
+    """Raise ScoreError if raw scores (B,) contain NaN or infinity. dtype: the backbone's dtype, for the message."""
+    count = len(raw)
+
+    def judge(measured: list[float]) -> None:
+        finite, largest = measured
+        if finite < 1:
+            raise ScoreError(
+                f"scores: {(1 - finite) * count:.0f} of {count} are NaN or infinite, of latents of up to {largest:.3g} "
+                f"(scaled latents have about 1) with a backbone in {dtype}; scale the latents, use bfloat16 or float32 "
+                "in float16's place, and look for NaN in the reward's weights"
+            )
+
+    finite, largest = torch.isfinite(raw.detach()).float().mean(), latents.detach().abs().max()
+    check(torch.stack([finite, largest.float()]), judge)
 
 
 def _got(value: object) -> str:
@@ -239,15 +254,19 @@ def length_warning(tokens: int, clip: int, text_length: int) -> str | None:
     )
 
 
-def statistics_warning(latents: Tensor, scaling_factor: float) -> str | None:
-    """Return a warning text if the latents look collapsed or unscaled, else None.
+def statistics(latents: Tensor) -> Tensor:
+    """Return three numbers (3,): the smallest standard deviation of a sample, and the batch's deviation and mean."""
+    values = latents.detach().float()
+    return torch.stack([values.flatten(1).std(dim=1).min(), values.std(), values.mean()])
+
+
+def statistics_warning(measured: Sequence[float], scaling_factor: float) -> str | None:
+    """Return a warning text if latents with these `statistics` look collapsed or unscaled, else None.
 
     Collapsed: the standard deviation of a sample is below 0.05. Unscaled: the standard deviation of the batch is above
     3, or much nearer to 1 / scaling_factor (expected of unscaled VAE latents) than to 1 (expected of scaled latents).
     """
-    values = latents.detach().float()
-    smallest = values.flatten(1).std(dim=1).min().item()
-    std, mean = values.std().item(), values.mean().item()
+    smallest, std, mean = measured
     if smallest < 0.05:
         return f"latents look collapsed: a sample has standard deviation {smallest:.3g}, scaled latents have about 1"
     raw = 1 / abs(scaling_factor)

@@ -28,16 +28,16 @@ from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.loading import check_place, check_vae, load_parts
 from dinalrm_align.reward.model import RewardModel
 from dinalrm_align.reward.origin import Origin, absolute
-from dinalrm_align.reward.protocol import Latents, RewardModule, Seeds, Sigma, Text, without_autocast
-from dinalrm_align.train.device import available_device
+from dinalrm_align.reward.protocol import Latents, RewardModule, Seeds, Sigma, Text, scoring
+from dinalrm_align.train.checks import check
+from dinalrm_align.train.device import available_device, to_device
 from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.hub import upload
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
 
-STATISTICS_CALLS = 10
-"""Number of first calls that check the statistics of their latents. The check synchronises with the device."""
+STATISTICS_CALLS = 10  # number of first calls that check the statistics of their latents
 
 
 class LatentReward(RewardModule):
@@ -158,7 +158,7 @@ class LatentReward(RewardModule):
         reward.loaded_by(Origin(cls.from_pretrained, source, options | {"dtype": loaded_dtype}, fingerprint))
         return reward
 
-    @without_autocast
+    @scoring
     def forward(
         self,
         latents: Latents,
@@ -195,7 +195,7 @@ class LatentReward(RewardModule):
             prompts = Conditions([""] * len(latents), prompt_embeds, pooled_prompt_embeds)
         return self._scaled(self.raw(latents, prompts, sigma=sigma, noise=noise, generator=generator, seeds=seeds))
 
-    @without_autocast
+    @scoring
     def raw(
         self,
         latents: Latents,
@@ -215,7 +215,7 @@ class LatentReward(RewardModule):
         noise = inputs.draw_noise(latents, noise, generator, seeds, len(sigma) if isinstance(sigma, tuple) else 1)
         return self._run(latents, embeds, sigma, noise)
 
-    @without_autocast
+    @scoring
     def score_noisy(self, latents: Latents, sigma: float | Tensor, prompts: Text) -> Tensor:
         """Return scores (B,), float32, of latents that already contain noise, such as states of a sampling trajectory.
 
@@ -242,7 +242,7 @@ class LatentReward(RewardModule):
             )
         return self._scaled(self._run(latents, self._embeds(prompts, len(latents)), sigma, None))
 
-    @without_autocast
+    @scoring
     def score_images(
         self,
         images: Images,
@@ -374,7 +374,7 @@ class LatentReward(RewardModule):
             self._length_warned = message is not None
             if message:
                 warnings.warn(f"{message} (shown once)", stacklevel=4)
-        return embeds.to(self.device), pooled.to(self.device)
+        return to_device(embeds, self.device), to_device(pooled, self.device)
 
     def _vae(self) -> "AutoencoderKL":
         if self._borrowed["vae"] is None:
@@ -388,8 +388,13 @@ class LatentReward(RewardModule):
 
     def _warn_of_statistics(self, latents: Tensor) -> None:
         """Warn, at most once, if the latents look unscaled or collapsed. Only the reward's first calls are checked."""
+
+        def judge(measured: list[float]) -> None:
+            message = inputs.statistics_warning(measured, self.config.vae_scaling_factor)
+            if message and self._statistics_calls >= 0:
+                self._statistics_calls = -1  # later messages of deferred checks are not shown
+                warnings.warn(f"{message} (shown once)", stacklevel=6)
+
         if self._statistics_calls > 0:
-            message = inputs.statistics_warning(latents, self.config.vae_scaling_factor)
-            self._statistics_calls = 0 if message else self._statistics_calls - 1
-            if message:
-                warnings.warn(f"{message} (shown once)", stacklevel=4)
+            self._statistics_calls -= 1
+            check(inputs.statistics(latents), judge)

@@ -36,8 +36,8 @@ from dinalrm_align.models.weights import HubOptions, beside
 from dinalrm_align.reward.inputs import as_batch, check_finite
 from dinalrm_align.reward.lrm_model import FAMILIES, LrmModel, load_lrm
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import Latents, Noise, Text, finite_scores, without_autocast
-from dinalrm_align.train.device import available_device
+from dinalrm_align.reward.protocol import Latents, Noise, Text, finite_scores, scoring
+from dinalrm_align.train.device import available_device, to_device
 
 SOURCE = "casiatao/LRM"
 CLEAN = 1
@@ -98,7 +98,7 @@ class LrmReward(PixelReward):
         reward._hub = HubOptions(**{name: value for name, value in hub.items() if name != "revision"})
         return reward
 
-    @without_autocast
+    @scoring
     def forward(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Return scores (B,), float32, of scaled clean latents for B prompts, differentiable in the latents.
 
@@ -109,7 +109,7 @@ class LrmReward(PixelReward):
             return super().forward(latents, prompts)
         return self.score_timestep(latents, self.timestep, prompts)
 
-    @without_autocast
+    @scoring
     def score_timestep(self, latents: Latents, timestep: int | Tensor, prompts: Text) -> Tensor:
         """Return scores (B,), float32, of scaled latents (B, 4, h, w) of LRM's base model, differentiable in them.
 
@@ -185,7 +185,7 @@ def _timesteps(timestep: Any, batch: int, device: torch.device) -> Tensor:
             raise ValueError(f"timestep: got {got}; expected an integer from 0 to 999, or integers ({batch},)")
         timestep = timestep.expand(batch).tolist()
     values = timestep if isinstance(timestep, list) else [timestep] * batch
-    return torch.tensor([_checked(value) for value in values], device=device)
+    return to_device(torch.tensor([_checked(value) for value in values]), device)
 
 
 def _checked(timestep: Any) -> int:

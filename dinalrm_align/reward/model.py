@@ -14,6 +14,7 @@ from dinalrm_align.flow.noise import add_noise, scheduler_sigmas, snap_sigma, ti
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.head import RewardHead
+from dinalrm_align.train.device import to_device
 
 Sigma = float | Tensor | Sequence[float] | Sequence[Tensor]
 
@@ -109,7 +110,7 @@ def noise_levels(sigma: Sigma, batch: int, device: torch.device) -> Tensor:
     """Return float32 levels (K, B). sigma: a float, a tensor (B,) or (K, B), or a list of K floats or tensors (B,)."""
     if isinstance(sigma, Sequence):
         return torch.cat([noise_levels(level, batch, device) for level in sigma])
-    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)
+    sigma = to_device(torch.as_tensor(sigma, dtype=torch.float32), device)
     if sigma.dim() == 0:
         return sigma.expand(1, batch)
     if sigma.dim() > 2 or sigma.shape[-1] != batch:

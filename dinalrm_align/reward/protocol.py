@@ -18,6 +18,7 @@ from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.backbones.probes import Probes
 from dinalrm_align.reward.inputs import ScoreError
 from dinalrm_align.reward.origin import Origin
+from dinalrm_align.train.checks import check, deferred
 from dinalrm_align.train.device import available_device
 from dinalrm_align.train.digest import fingerprint, text_digest
 
@@ -136,13 +137,17 @@ class Reward(Protocol):
         ...
 
 
-def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method of a reward to run without autocast on the reward's device, in the dtype of the weights."""
+def scoring(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method of a reward that returns scores.
+
+    It runs without autocast on the reward's device, in the dtype of the weights. Its checks of values on a GPU are read
+    in one transfer at its end, or later if the caller defers them (`train.checks.deferred`).
+    """
 
     @functools.wraps(method)
     def call(self: "RewardModule", *arguments: Any, **options: Any) -> Any:
         device = self.device.type if torch.amp.is_autocast_available(self.device.type) else "cpu"
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), deferred():
             return method(self, *arguments, **options)
 
     return call
@@ -265,9 +270,13 @@ def finite_scores(scores: Any, count: int, name: str) -> Tensor:
         raise ScoreError(f"reward {name!r} returned {type(scores).__name__}; expected a tensor ({count},)")
     if tuple(scores.shape) != (count,):
         raise ScoreError(f"reward {name!r} returned shape {tuple(scores.shape)}; expected ({count},), one per sample")
-    if bad := int((~torch.isfinite(scores.detach())).sum()):
-        raise ScoreError(
-            f"reward {name!r} returned {bad} of {count} scores that are NaN or infinite; expected finite numbers "
-            "(float16 overflows for some images: use bfloat16 or float32)"
-        )
+
+    def judge(bad: list[float]) -> None:
+        if bad[0]:
+            raise ScoreError(
+                f"reward {name!r} returned {bad[0]:.0f} of {count} scores that are NaN or infinite; expected finite "
+                "numbers (float16 overflows for some images: use bfloat16 or float32)"
+            )
+
+    check((~torch.isfinite(scores.detach())).sum(), judge)
     return scores.float()

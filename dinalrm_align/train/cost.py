@@ -1,5 +1,8 @@
 """Measure the cost of a training step by phase: seconds, peak memory and floating-point operations.
 
+Seconds on CUDA are those between two events in the device's queue, so that the host does not wait for the end of
+a phase. They include the time in which the device idles.
+
 Memory is the peak within a phase minus the memory allocated at the start of the step, in MiB. On CUDA it is read from
 the allocator at every step. On the CPU it is the total size of live tensor storages, measured only on profiled steps.
 The CPU value excludes fragmentation and the workspaces of kernels. Profiled steps are slow, so they report no seconds.
@@ -94,23 +97,23 @@ class PhaseMeter:
         self._in_step, self._profiled = True, profile
         self._tracker: LiveStorage | None = None
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []  # at both ends of each phase
         self._bytes: defaultdict[str, int] = defaultdict(int)
         self._flops: defaultdict[str, int] = defaultdict(int)
         if self._on_cuda:
-            torch.cuda.synchronize(self.device)
             self._allocated = torch.cuda.memory_allocated(self.device)
         elif profile:
             self._tracker = LiveStorage()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Context manager that measures its block as phase `name`. A CUDA device is synchronised before and after."""
+        """Context manager that measures its block as phase `name`."""
         if not self._in_step:
             yield
             return
         if self._on_cuda:
-            torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
+            start = self._event()
         began = time.perf_counter()
         if self._tracker is not None:
             self._tracker.restart()
@@ -121,20 +124,31 @@ class PhaseMeter:
         if self._profiled:
             self._flops[name] += counter.get_total_flops()
         if self._on_cuda:
-            torch.cuda.synchronize(self.device)
+            self._events.append((name, start, self._event()))
             peak = torch.cuda.max_memory_allocated(self.device) - self._allocated
             self._bytes[name] = max(self._bytes[name], peak)
-        elif self._tracker is not None:
-            self._bytes[name] = max(self._bytes[name], self._tracker.peak)
+            return
         self._seconds[name] += time.perf_counter() - began
+        if self._tracker is not None:
+            self._bytes[name] = max(self._bytes[name], self._tracker.peak)
+
+    def _event(self) -> torch.cuda.Event:
+        """Return an event at the present end of the device's queue of work."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def finish_step(self) -> dict[str, float]:
         """End the step; return its metrics by name.
+
+        On CUDA, the host must have waited for the end of the last phase; `fit` has when it reads the gradient's norm.
 
         Every phase has `gflops/<phase>` on profiled steps and `seconds/<phase>` on other steps. On CUDA, every step has
         `memory_mib/<phase>` too; on the CPU, only profiled steps have it.
         """
         self._in_step, self._tracker = False, None
+        for name, start, end in self._events:
+            self._seconds[name] += start.elapsed_time(end) / 1000
         report = {} if self._profiled else {f"seconds/{name}": value for name, value in self._seconds.items()}
         report |= {f"memory_mib/{name}": size / MIB for name, size in self._bytes.items()}
         return report | {f"gflops/{name}": count / 1e9 for name, count in self._flops.items()}

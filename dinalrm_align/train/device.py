@@ -1,4 +1,4 @@
-"""Check the requested device, start the accelerator of a run, and report lost ranks."""
+"""Check the requested device, copy tensors to it, start the accelerator of a run, and report lost ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
+from torch import Tensor
 
 
 def available_device(device: torch.device | str) -> torch.device:
@@ -23,6 +24,13 @@ def available_device(device: torch.device | str) -> torch.device:
     if found.type == "meta":
         raise ValueError("device: got meta, on which tensors hold no values; choose cpu or cuda")
     return found
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return `tensor` on `device`. A copy from the CPU to a GPU goes through pinned memory: the host does not wait."""
+    if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def start_accelerator(

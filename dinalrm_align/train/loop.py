@@ -34,6 +34,7 @@ from dinalrm_align.train.checkpoints import (
     set_random_state,
     tidy,
 )
+from dinalrm_align.train.checks import Readings, deferred
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.device import with_others
@@ -43,6 +44,8 @@ from dinalrm_align.train.state import RunState, lr_factor
 
 INTERRUPTED = 130  # exit status of a program stopped by Ctrl-C (shell convention)
 StepOutput = tuple[Tensor, Mapping[str, float | Tensor]]
+Part = tuple[float, Mapping[str, float]]
+"""Number of items and metrics of a micro-step."""
 
 
 class Method(Protocol):
@@ -257,21 +260,22 @@ def _update(
 ) -> dict[str, float]:
     """Run the micro-steps of one optimiser update and apply it; return the metrics of the update."""
     began = time.perf_counter()
-    parts: list[tuple[float, dict[str, float]]] = []
+    parts: list[tuple[float, Mapping[str, float | Tensor]]] = []
     tensors = list(state.parameters.values())
     state.optimizer.zero_grad(set_to_none=True)
     meter.start_step(profile=meter.profile_every > 0 and state.step % meter.profile_every == 0)
-    for micro_step in range(state.step * config.accumulate, (state.step + 1) * config.accumulate):
-        with accelerator.autocast():
-            batch = method.batch_at(micro_step)
-            loss, metrics = method.step(batch)
-        count = batch.count
-        with meter.phase("backward"):
-            (loss * count).backward()
-        del batch
-        values = {"loss": loss, **metrics}.items()
-        parts.append((count, {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in values}))
-    row, items = _averaged(parts, tensors, accelerator)
+    with deferred() as readings:
+        for micro_step in range(state.step * config.accumulate, (state.step + 1) * config.accumulate):
+            with accelerator.autocast():
+                batch = method.batch_at(micro_step)
+                loss, metrics = method.step(batch)
+            count = batch.count
+            with meter.phase("backward"):
+                (loss * count).backward()
+            del batch
+            values = {"loss": loss, **metrics}.items()
+            parts.append((count, {n: v.detach() if isinstance(v, Tensor) else v for n, v in values}))
+        row, items = _averaged(_read(parts, readings), tensors, accelerator)
     # Without items, momentum and weight decay must not move the weights.
     factor = lr_factor(state.step + 1, config.steps, optim) if items else 0.0
     row["grad_norm"] = float(nn.utils.clip_grad_norm_(tensors, optim.clip or math.inf))
@@ -356,8 +360,14 @@ def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
         restore()
 
 
+def _read(parts: Sequence[tuple[float, Mapping[str, float | Tensor]]], readings: Readings) -> list[Part]:
+    """Return the metrics as floats. Those on a GPU are read in one transfer, with the checks that wait to be judged."""
+    floats = iter(readings.read([value for _, metrics in parts for value in metrics.values()]))
+    return [(count, {name: next(floats) for name in metrics}) for count, metrics in parts]
+
+
 def _averaged(
-    parts: Sequence[tuple[float, Mapping[str, float]]], tensors: Sequence[nn.Parameter], accelerator: Accelerator
+    parts: Sequence[Part], tensors: Sequence[nn.Parameter], accelerator: Accelerator
 ) -> tuple[dict[str, float], float]:
     """Average metrics and gradients over the micro-steps of all ranks, weighted by the number of items per micro-step.
 

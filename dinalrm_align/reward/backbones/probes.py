@@ -1,10 +1,13 @@
 """Notice that weights have changed, from a few values of each tensor."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from dinalrm_align.train.checks import check
 
 PROBES = 64
 TOLERANCE = 1e-5  # relative; a dtype whose eps is larger gets its eps
@@ -40,10 +43,14 @@ class Probes:
         return (now - self.values.to(now.device)).abs() <= eps * self.scales.to(now.device)
 
     def check(self, advice: str) -> None:
-        """Raise ValueError, with `advice` at its end, if a value has changed. Waits for the device once."""
-        if not self.tensors or bool((same := self.unchanged()).all()):
+        """Raise ValueError, with `advice` at its end, if a value has changed (see `train.checks` for when)."""
+        if self.tensors:
+            check(self.unchanged().logical_not().sum(), partial(self._judge, advice))
+
+    def _judge(self, advice: str, changed: list[float]) -> None:
+        if not changed[0]:
             return
-        parts = zip(self.tensors, same.split(self.counts), strict=True)
+        parts = zip(self.tensors, self.unchanged().split(self.counts), strict=True)
         first, *others = [name.replace(".base_layer", "") for name, part in parts if not part.all()]
         raise ValueError(f"{first} (and {len(others)} more): got other values than when the reward was built; {advice}")
 

@@ -21,7 +21,8 @@ from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.models.weights import HubOptions, check_source
 from dinalrm_align.reward.inputs import as_batch, check_finite
-from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Text, finite_scores, without_autocast
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Text, finite_scores, scoring
+from dinalrm_align.train.device import to_device
 from dinalrm_align.train.files import reading
 
 Features = TypeVar("Features")
@@ -90,7 +91,7 @@ class PixelReward(RewardModule):
             )
         return self._borrowed["vae"]
 
-    @without_autocast
+    @scoring
     def forward(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
         """Return scores (B,), float32, of scaled clean latents (B, C, h, w) for B prompts.
 
@@ -104,7 +105,7 @@ class PixelReward(RewardModule):
         check_decodable(self.vae, latents)
         return self.score_decoded(self.decode(latents), prompts_of(prompts, len(latents)))
 
-    @without_autocast
+    @scoring
     def score_decoded(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return `score_pixels` (B,), float32, of images (B, 3, H, W), computed without autocast.
 
@@ -121,6 +122,7 @@ class PixelReward(RewardModule):
         with torch.autocast(self.vae.device.type, enabled=False):
             return decode_in_slices(self.vae, latents.to(self.vae.device), self.slice_size).to(self.device)
 
+    @scoring
     def score_images(
         self, images: Images, prompts: Text, *, differentiable: bool = False, **noise: Unpack[Noise]
     ) -> Tensor:
@@ -204,7 +206,9 @@ def load_tokenizer(source: str | Path, **hub: Unpack[HubOptions]) -> Any:
 def tokenise(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> BatchEncoding:
     """Return input_ids and attention_mask, (B, length), of texts padded or truncated to `length` tokens."""
     options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return tokenizer(list(texts), **options).to(device)
+    tokens = tokenizer(list(texts), **options)
+    tokens.data = {name: to_device(tensor, device) for name, tensor in tokens.items()}
+    return tokens
 
 
 def cached(

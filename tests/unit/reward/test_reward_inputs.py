@@ -8,7 +8,7 @@ from tiny_reward import make_inputs
 
 from dinalrm_align import LatentReward
 from dinalrm_align.reward import inputs
-from dinalrm_align.reward.inputs import statistics_warning
+from dinalrm_align.reward.inputs import statistics, statistics_warning
 from dinalrm_align.reward.latent import STATISTICS_CALLS
 
 
@@ -153,7 +153,7 @@ def test_a_transformer_that_was_moved_after_the_reward_was_built_is_noticed(rewa
     (8.0, 0.0, 1.0, "unscaled: standard deviation 8"),
 ])  # fmt: skip
 def test_statistics_of_latents(scale, shift, factor, expected):
-    message = statistics_warning(scale * latents(4, 16, 16, 16) + shift, factor)
+    message = statistics_warning(statistics(scale * latents(4, 16, 16, 16) + shift).tolist(), factor)
     assert message is None if expected is None else expected in message
 
 
