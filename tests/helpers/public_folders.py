@@ -20,8 +20,15 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -168,6 +175,14 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=ids, merges=[], model_max_length=77)
 
 
+def text_encoders(sizes: Sizes) -> list[nn.Module]:
+    """Return the two CLIP text encoders and T5, on the meta device."""
+    with torch.device("meta"):
+        clips = [CLIPTextModelWithProjection(CLIPTextConfig(**config)) for config in sizes.clip]
+        kind = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.1)
+        return [*clips, T5EncoderModel(T5Config(**sizes.t5, **kind))]
+
+
 def write_pipeline(folder: Path, sizes: Sizes, t5: bool, values: RandomWeights) -> None:
     """Write a StableDiffusion3Pipeline; t5: whether with T5, else the index has null for it and its tokenizer."""
     parts = {
@@ -190,7 +205,7 @@ def write_pipeline(folder: Path, sizes: Sizes, t5: bool, values: RandomWeights) 
     networks, half = sizes.networks, torch.float16  # text encoders are published in float16
     with torch.device("meta"):
         transformer, vae = SD3Transformer2DModel(**networks.transformer), AutoencoderKL(**networks.vae)
-        clips = [CLIPTextModelWithProjection(CLIPTextConfig(**config)) for config in sizes.clip]
+    *clips, last = text_encoders(sizes)
     stem = "diffusion_pytorch_model"
     write_model(folder / "transformer", transformer, stem, torch.bfloat16, values)
     write_model(folder / "vae", vae, stem, torch.bfloat16, values)
@@ -198,10 +213,7 @@ def write_pipeline(folder: Path, sizes: Sizes, t5: bool, values: RandomWeights) 
         write_model(folder / name, clip, "model", half, values)
     if t5:
         t5_tokenizer([], 512).save_pretrained(folder / "tokenizer_3")
-        kind = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.1)
-        with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config(**sizes.t5, **kind))
-        write_model(folder / "text_encoder_3", encoder, "model", half, values)
+        write_model(folder / "text_encoder_3", last, "model", half, values)
 
 
 def link_without_t5(folder: Path, pipeline: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from public_folders import DINALRM, PICKSCORE, PIPELINE, WITHOUT_T5
+from public_folders import DINALRM, PICKSCORE, PIPELINE
 
 PROMPTS = ("a red cube on a table", "a blue ball in the grass", "a green pyramid at night")
 
@@ -34,6 +34,10 @@ class Row:
     arguments: tuple[str, ...]
     output: Path
     needs: str | None = None
+
+    def samples(self, scale: Scale) -> int:
+        """Return the number of samples in the largest micro-batch: a group, or the two images of a pair."""
+        return scale.batch if self.recipe == "refl_sd35" else max(2, scale.batch)
 
 
 def write_data(folder: Path, pixels: int) -> None:

@@ -1,0 +1,103 @@
+"""Predict the memory of a run's process on a CPU: what `align/savings` counts, and the models that are loaded with it.
+
+Resident memory is private memory (activations, LoRA, moments, weights whose dtype was converted) and mapped files:
+weights whose file has the dtype of the run are not copied but mapped, and their pages are read when they are used. The
+peak is that of the largest phase:
+
+    text        the text encoders are loaded and encode; the files that they are converted from are still mapped
+    evaluation  held-out samples: guided steps, then decoding by the VAE in float32
+    training    one update
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from public_folders import SIZES, WITHOUT_T5, Sizes, text_encoders
+from recipe_rows import Row, Scale
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+from dinalrm_align.align.savings.config import Case
+from dinalrm_align.align.savings.cost import Cost, count
+from dinalrm_align.reward.model import build_reward_model
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a phase. private: the process's own; mapped: pages of files that were read."""
+
+    private: float
+    mapped: float = 0.0
+
+    @property
+    def resident(self) -> float:
+        return self.private + self.mapped
+
+    def __add__(self, other: "Memory") -> "Memory":
+        return Memory(self.private + other.private, self.mapped + other.mapped)
+
+
+def bytes_of(modules: Iterable[nn.Module], each: int) -> int:
+    """Return the bytes of all parameters and buffers with `each` bytes a number."""
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() for tensor in tensors.values()) * each
+
+
+class Weights:
+    """Sizes in bytes of the models of a run, from networks on the meta device. Text encoders are float16 on disk."""
+
+    def __init__(self, sizes: Sizes, dtype: torch.dtype) -> None:
+        networks, each = sizes.networks, dtype.itemsize
+        with torch.device("meta"):
+            transformer = SD3Transformer2DModel(**networks.transformer).requires_grad_(False)
+            self.vae = bytes_of([AutoencoderKL(**networks.vae)], FLOAT32)
+            self.clip_h = bytes_of([CLIPModel(CLIPConfig(**networks.clip))], FLOAT32)
+            reward = build_reward_model(networks.reward, transformer)
+        self.transformer = bytes_of([transformer], each)
+        self.trunk = bytes_of([transformer.pos_embed, *transformer.transformer_blocks[: networks.reward.num_layers]], 2)
+        *clips, t5 = text_encoders(sizes)
+        self.clips, self.t5 = bytes_of(clips, each), bytes_of([t5], each)
+        self.reward = sum(tensor.numel() for tensor in reward.tuned_tensors().values()) * FLOAT32
+
+
+def predict(row: Row, scale: Scale, size: str, baseline: Memory) -> dict[str, Memory]:
+    """Return the memory of each phase of a row. baseline: a process that has imported the libraries, nothing more."""
+    sizes, networks = SIZES[size], SIZES[size].networks
+    weights = Weights(sizes, getattr(torch, scale.dtype))
+    shape = Case(size=scale.pixels, dtype=scale.dtype, vae_dtype="float32").but
+
+    def counted(work: str, **options: object) -> Cost:
+        return count(shape(work=work, **options), networks)
+
+    t5 = 0 if scale.pipeline == WITHOUT_T5 else weights.t5
+    text = Memory(weights.clips + t5, t5 or weights.clips)  # the files of one model are mapped while it is converted
+    if row.recipe == "score_images":
+        return {"scoring": baseline + Memory(0, weights.clip_h)}
+    if row.recipe == "prepare_pairs":
+        encoded = counted("vae_encode", batch=2).activations
+        return {"text": baseline + text, "images": baseline + Memory(weights.vae + encoded)}
+    if row.recipe == "train_reward":  # weights, gradients, two moments and the average of head and LoRA
+        gradient = counted("gradient", batch=2 * scale.batch).activations
+        return {"training": baseline + Memory(5 * weights.reward + gradient, weights.trunk)}
+    reward = baseline + Memory(weights.reward + weights.vae, weights.trunk)
+    if row.recipe == "evaluate_reward":
+        return {"text": reward + text, "scoring": reward + Memory(counted("score", batch=2, levels=2).activations)}
+    forward = counted("policy_forward", batch=4)
+    lora, base = forward.weights - weights.transformer, baseline + Memory(weights.vae, weights.transformer)
+    if row.recipe == "mine_pairs":
+        return {"rollout": base + text + Memory(weights.reward + lora + forward.activations)}
+    base += Memory(0, weights.clip_h)  # gold
+    work = {"refl_sd35": "refl", "grpo_sd35": "grpo"}.get(row.recipe, "policy_gradient")
+    options = dict(reward="pickscore" if "PickScore" in row.name else "dinalrm", batch=row.samples(scale))
+    update = counted(work, **options)
+    own = weights.reward * (options["reward"] == "dinalrm") + 2 * lora  # trained and averaged LoRA
+    evaluated = max(forward.activations, counted("vae_decode", batch=2).activations)
+    return {
+        "text": baseline + Memory(weights.vae, weights.clip_h) + text,
+        "evaluation": base + Memory(own + update.state + evaluated),
+        "training": base + Memory(own + update.state + update.activations),
+    }
