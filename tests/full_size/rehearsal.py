@@ -35,25 +35,18 @@ def status_of(text: str) -> dict[str, int]:
 
 
 def watch(command: Sequence[str], log: Path, timeout: float) -> dict[str, Any]:
-    """Run a command; return its exit status, seconds, and peak bytes: resident (exact), private (read ten times a
-    second)."""
-    begun, private, environment = time.monotonic(), 0, dict(os.environ, HF_HUB_OFFLINE="1")
+    """Run a command; return its exit status, seconds, and peak bytes, resident and private, read ten times a second."""
+    begun, peak, environment = time.monotonic(), {"VmHWM": 0, "RssAnon": 0}, dict(os.environ, HF_HUB_OFFLINE="1")
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        while True:
-            try:
-                private = max(private, status_of(Path(f"/proc/{process.pid}/status").read_text()).get("RssAnon", 0))
-            except (FileNotFoundError, ProcessLookupError):
-                pass
-            done, code, usage = os.wait4(process.pid, os.WNOHANG)
-            if done:
-                break
+        while process.poll() is None:
+            sizes = status_of(Path(f"/proc/{process.pid}/status").read_text())  # none once it has ended
+            peak = {name: max(size, sizes.get(name, 0)) for name, size in peak.items()}
             if time.monotonic() - begun > timeout:
                 process.kill()
             time.sleep(0.1)
-    process.returncode = os.waitstatus_to_exitcode(code)
-    found = dict(status=process.returncode, seconds=time.monotonic() - begun, private=private)
-    return found | dict(resident=1024 * usage.ru_maxrss)
+    found = dict(status=process.returncode, seconds=time.monotonic() - begun)
+    return found | dict(resident=peak["VmHWM"], private=peak["RssAnon"])
 
 
 def rehearse(options: argparse.Namespace) -> dict[str, Any]:
@@ -80,8 +73,9 @@ def rehearse(options: argparse.Namespace) -> dict[str, Any]:
         phases = predict(row, scale, size, start)
         phase, largest = max(phases.items(), key=lambda item: item[1].resident)
         found["rows"][name] = result | dict(
-            phase=phase, predicted_resident=largest.resident, phases={name: vars(each) for name, each in phases.items()},
+            phase=phase, predicted_resident=largest.resident,
             predicted_private=max(memory.private for memory in phases.values()),
+            phases={each: vars(memory) for each, memory in phases.items()},
         )  # fmt: skip
         results.write_text(json.dumps(found, indent=1))
         (folder / "full_size.md").write_text(table(found))

@@ -62,6 +62,10 @@ class Generator(RealGenerator, metaclass=_AnyGenerator):
         generator.on_gpu = is_gpu(device)
         return generator
 
+    def manual_seed(self, seed: int) -> "Generator":
+        super().manual_seed(seed)  # which returns another Python object
+        return self
+
     @property
     def device(self) -> torch.device:
         return CUDA if self.on_gpu else CPU

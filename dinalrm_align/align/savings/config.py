@@ -34,7 +34,7 @@ class SavingsRun:
         levels: number of noise levels sigma at which the latent reward scores each sample, 1 to 8.
         economies: for each memory-saving option, also count the cost of a ReFL update without its rollout.
         workers: number of processes that count in parallel; each process uses one core and about 1 GB.
-        measure: also run the configurations on the CUDA GPU, with random weights; quantised configurations are skipped.
+        measure: also run the configurations on the CUDA GPU, with random weights; int8 is skipped.
         warmup: number of unmeasured runs of each configuration, if measure is set.
         repeats: number of measured runs of each configuration, if measure is set; the median time is reported.
         output_dir: folder for savings.md, savings.json and savings.png.
@@ -128,10 +128,6 @@ class Case:
     @property
     def trains(self) -> bool:
         return self.work in ("refl", "grpo")
-
-    @property
-    def quantised(self) -> bool:
-        return (self.base_quant, self.reward_quant) != ("none", "none")
 
 
 def parts(base: Case) -> list[Case]:

@@ -36,12 +36,13 @@ from tqdm import tqdm
 
 from dinalrm_align.align.savings.config import FULL, Architecture, Case
 from dinalrm_align.align.savings.workloads import build_networks, workload_of
+from dinalrm_align.models.quantization import check_quantization
 from dinalrm_align.train.cost import CPU_ATTENTION, LiveStorage, tensors_among
 
 FLASH_BACKWARD, MATH_BACKWARD = 2.5, 2.0
 """Attention's backward FLOPs per forward FLOP, if scores are recomputed (flash attention) or stored (math)."""
 MATRIX, MATRIX_REPEATS = 8192, 20
-NOT_MEASURED = "quantised weights are counted, not measured"
+NOT_MEASURED = "int8 weights are counted, not measured"
 aten = torch.ops.aten
 PEAK, PEAK_FLOAT32, PEAK_TF32 = {torch.bfloat16: 989e12, torch.float16: 989e12}, 67e12, 495e12
 BANDWIDTH, COMPUTE, TRAFFIC, LAUNCH = 3.35e12, 0.65, 0.8, 4e-6
@@ -238,10 +239,13 @@ class Measured:
 def measure(case: Case, architecture: Architecture, *, warmup: int, repeats: int) -> Measured:
     """Run a workload with random weights on the CUDA GPU: first `warmup` unmeasured runs, then `repeats` measured runs.
 
-    Raises ValueError if weights are quantised. The cost of quantised layers can be counted, but not measured.
+    Raises ValueError if weights are int8, whose cost can be counted, but not measured, and ImportError if weights are
+    nf4 and bitsandbytes is not installed.
     """
-    if case.quantised:
-        raise ValueError(NOT_MEASURED)
+    for kind in (case.base_quant, case.reward_quant):
+        check_quantization(kind)
+        if kind == "int8":
+            raise ValueError(NOT_MEASURED)
     generator = torch.Generator("cuda").manual_seed(0)
 
     def make(tensor: Tensor) -> Tensor:
@@ -260,9 +264,11 @@ def measure_all(cases: Sequence[Case], *, warmup: int, repeats: int) -> dict[Cas
     found: dict[Case, Measured | str] = {}
     for case in tqdm(cases, desc="measured", dynamic_ncols=True):
         try:
-            found[case] = NOT_MEASURED if case.quantised else measure(case, FULL, warmup=warmup, repeats=repeats)
+            found[case] = measure(case, FULL, warmup=warmup, repeats=repeats)
         except torch.OutOfMemoryError:
             found[case] = "out of memory"
+        except (ImportError, ValueError) as error:  # quantised weights
+            found[case] = str(error)
         torch.cuda.empty_cache()
     return found
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import BatchEncoding, CLIPConfig, CLIPModel, Qwen2VLConfig, Qwen2VLModel
 
 from dinalrm_align.align.grpo import Grpo, GrpoBatch
@@ -35,9 +36,12 @@ from dinalrm_align.reward.pixel.clip import ClipReward
 from dinalrm_align.reward.pixel.hpsv3 import FIELD, IMAGE_TOKEN, REWARD_TOKEN, HPSTemplate, HPSv3Reward, rank_head
 from dinalrm_align.train.config import OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
-from dinalrm_align.train.state import adamw
+from dinalrm_align.train.state import adamw, bitsandbytes
 
 REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)  # noise levels sigma; n levels are the first n
+
+NF4_BLOCK = 64
+"""Number of weights that share a scale in NF4, bitsandbytes' default."""
 
 
 class CachedText:
@@ -97,15 +101,13 @@ def replace_tensors(modules: Iterable[nn.Module], make: Callable[[Tensor], Tenso
 
 class _UnpackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, packed: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(packed)
-        ctx.shape = shape
-        weight = inputs.new_empty(shape)
-        return F.linear(inputs, weight, None if bias is None else bias.to(inputs.dtype))
+    def forward(ctx: Any, inputs: Tensor, bias: Tensor | None, unpack: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.unpack = unpack
+        return F.linear(inputs, unpack(inputs), None if bias is None else bias.to(inputs.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradient @ gradient.new_empty(ctx.shape), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.unpack(gradient), None, None
 
 
 class PackedLinear(nn.Linear):
@@ -113,20 +115,30 @@ class PackedLinear(nn.Linear):
 
     Each forward and backward pass unpacks the weight into the input's dtype. The kind "nf4" stores 4 bits per weight
     and a float32 scale per 64 weights. The kind "int8" stores 8 bits per weight and a float32 scale per row. The 8-bit
-    product of "int8" is counted as a product in the input's dtype.
+    product of "int8" is counted as a product in the input's dtype. Real weights are unpacked by bitsandbytes ("nf4").
     """
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.kind = kind
         count = linear.weight.numel()
-        size, scales = (count // 2, -(-count // 64)) if kind == "nf4" else (count, linear.out_features)
+        size, scales = (count // 2, -(-count // NF4_BLOCK)) if kind == "nf4" else (count, linear.out_features)
         dtype = torch.uint8 if kind == "nf4" else torch.int8
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
         self.register_buffer("scales", torch.empty(scales, device="meta"))
         self.bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return _UnpackedLinear.apply(inputs, self.weight, self.bias, (self.out_features, self.in_features))
+        return _UnpackedLinear.apply(inputs, self.bias, self.unpack)
+
+    def unpack(self, like: Tensor) -> Tensor:
+        """Return the weight (out, in) in the dtype of `like`. While costs are counted, it has no values."""
+        shape = self.out_features, self.in_features
+        if isinstance(self.weight, FakeTensor):
+            return like.new_empty(shape)
+        functional, blocks = bitsandbytes().functional, dict(blocksize=NF4_BLOCK, quant_type="nf4")
+        state = functional.QuantState(self.scales, shape=torch.Size(shape), dtype=like.dtype, **blocks)
+        return functional.dequantize_4bit(self.weight[:, None], state, **blocks)
 
 
 def pack_linears(module: nn.Module, kind: str) -> None:
