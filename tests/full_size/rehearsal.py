@@ -20,7 +20,7 @@ from typing import Any
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 ROOT = HELPERS.parents[1]
-sys.path.insert(0, str(HELPERS))
+sys.path[:0] = [str(HELPERS), str(Path(__file__).parent)]
 GB = 1e9
 WITH_T5 = ("refl", "prepare_pairs")
 """Rows on the whole pipeline; the others leave out T5, which takes minutes to load."""

@@ -105,7 +105,6 @@ def alignment_rows(weights: Path, data: Path, runs: Path, scale: Scale, more: Se
 def reward_rows(weights: Path, data: Path, runs: Path, scale: Scale) -> list[Row]:
     """Return the rows of the chain from image files to a trained reward, and of scoring."""
     size, side, pairs = f"{scale.pixels}x{scale.pixels}", f"{scale.pixels}", runs / "prepare_pairs"
-    base, device = ["--model", f"{weights / scale.pipeline}"], ["--device", scale.device]
     one_level = ["--accuracy.sigmas", "[0.4]", "--accuracy.ensemble", "[]", "--accuracy.every", "0"]
     images = [f"{data / f'chosen{number}.png'}" for number in range(2)]
     arguments = {
@@ -121,9 +120,11 @@ def reward_rows(weights: Path, data: Path, runs: Path, scale: Scale) -> list[Row
         "evaluate_reward": [
             "--reward", f"dinalrm={weights / DINALRM}", "--test_sets", f"{{mine: {data / 'pairs.jsonl'}}}", "--size",
             side, "--sigmas", "[0.4]", "--ensembles", "[[0.4,0.7]]", "--calibrated_at", "[0.4]", "--gold", "false",
-            "--output_dir", f"{runs / 'evaluate_reward'}", *base, *device,
+            "--output_dir", f"{runs / 'evaluate_reward'}", *place(weights, scale),
         ],
-        "score_images": [PROMPTS[0], *images, "--reward", f"pickscore={weights / PICKSCORE}", *base, *device],
+        "score_images": [
+            PROMPTS[0], *images, "--reward", f"pickscore={weights / PICKSCORE}", *place(weights, scale)[:4],
+        ],
     }  # fmt: skip
     needs = {"train_reward": "prepare_pairs"}
     return [Row(name, name, tuple(given), runs / name, needs.get(name)) for name, given in arguments.items()]

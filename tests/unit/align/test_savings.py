@@ -148,9 +148,10 @@ def test_recomputing_and_quantising_save_memory_and_cost_operations(embedded):
     assert packed.weights < 0.7 * again.weights and packed.f2 == pytest.approx(again.f2, rel=0.05)
 
 
-def test_quantised_weights_are_not_measured(embedded):
-    with pytest.raises(ValueError, match="counted, not measured"):
-        measure(TINY.but(base_quant="nf4"), embedded, warmup=0, repeats=1)
+def test_int8_weights_are_not_measured(embedded):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match="int8 weights are counted, not measured"):
+        measure(TINY.but(base_quant="int8"), embedded, warmup=0, repeats=1)
 
 
 def test_floats_are_fake_and_integers_real():
@@ -266,3 +267,19 @@ def test_measured_on_cuda_near_the_prediction(reward):
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(RUN, **change)
+
+
+@pytest.mark.extra
+def test_packed_layers_compute_what_bitsandbytes_packed():
+    """The layer that is counted computes with real weights, too, so that --measure covers nf4."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    linear = torch.nn.Linear(128, 64, dtype=torch.bfloat16)
+    layer, (packed, state) = PackedLinear(linear, "nf4"), functional.quantize_4bit(linear.weight.data, blocksize=64)
+    expected_scales = layer.scales.shape
+    layer.weight, layer.scales = torch.nn.Parameter(packed.flatten(), requires_grad=False), state.absmax
+    inputs = torch.randn(5, 128, dtype=torch.bfloat16, requires_grad=True)
+    layer(inputs).sum().backward()
+    weight = functional.dequantize_4bit(packed, state)
+    assert state.absmax.shape == expected_scales and (weight - linear.weight).abs().max() < 0.02
+    assert torch.equal(layer(inputs), torch.nn.functional.linear(inputs, weight, linear.bias))
+    assert torch.equal(inputs.grad, torch.ones(5, 64, dtype=torch.bfloat16) @ weight)
