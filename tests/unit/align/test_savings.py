@@ -274,7 +274,8 @@ def test_packed_layers_compute_what_bitsandbytes_packed():
     """The layer that is counted computes with real weights, too, so that --measure covers nf4."""
     functional = pytest.importorskip("bitsandbytes").functional
     linear = torch.nn.Linear(128, 64, dtype=torch.bfloat16)
-    layer, (packed, state) = PackedLinear(linear, "nf4"), functional.quantize_4bit(linear.weight.data, blocksize=64)
+    packed, state = functional.quantize_4bit(linear.weight.data, blocksize=64, quant_type="nf4")
+    layer = PackedLinear(linear, "nf4")
     expected_scales = layer.scales.shape
     layer.weight, layer.scales = torch.nn.Parameter(packed.flatten(), requires_grad=False), state.absmax
     inputs = torch.randn(5, 128, dtype=torch.bfloat16, requires_grad=True)
