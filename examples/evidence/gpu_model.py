@@ -37,7 +37,7 @@ from dinalrm_align.train.command import parse
 RECIPES = Path(__file__).parents[2] / "recipes"
 RUNS = {"refl": ReflRun, "dpo": DpoRun, "grpo": GrpoRun, "lpo": LpoRun, "nft": NftRun}
 SPEC = MODELS["sd35"]
-SIZES, CARDS, GIB, TERA = (512, 1024), (24, 48, 80), 2**30, 1e12
+SIZES, CARD, GIB, TERA = (512, 1024), 80, 2**30, 1e12
 PICKSCORE = 985_978_369 * 4 / GIB
 """GiB of the gold judge's weights, CLIP ViT-H/14 in float32."""
 PHASES = ("rollout", "scores", "gradient", "other forwards", "evaluations")
@@ -246,7 +246,7 @@ def row(name: str, what: str, found: dict[str, Any], steps: int) -> list[str]:
     whole, seconds = found["update"], found["seconds"]
     return [
         name, what, f"{found['kernels']:,.0f}", f"{found['moved'] / TERA:.2f}", f"{found['f2'] / 1e15:.2f}",
-        *(f"{100 * seconds[phase] / whole:.0f} %" for phase in PHASES[:-1]), f"{whole:.1f}",
+        *(f"{100 * seconds[phase] / whole:.0f} %" for phase in PHASES[:-1]), f"{whole:.3g}",
         f"{whole * steps / 3600:.1f}", f"{100 * seconds['evaluations'] / whole:.0f} %",
     ]  # fmt: skip
 
@@ -276,7 +276,8 @@ loading, text encoding and waits of the host are left out; every policy has a Lo
 ## An update
 
 - before: the LoRA's products in float32, blocks recomputed, a DPO pair's draws one at a time.
-- now: the present settings; blocks recomputed only where 80 GB need it.
+- now: the present settings. With `--gradient_checkpointing auto`, blocks are recomputed where 80 GB need it: DPO. LPO's
+  settings say true.
 - The other rows are options of ReFL, compared with "now".
 
 launches: kernels. Percentages: shares of the update's time. hours: `loop.steps` updates, without evaluations. The last
@@ -320,7 +321,7 @@ def main() -> None:
             gib = [peak_gib(name, rows, size, costs, **change) for change in changes]
             sizes.append([name, str(size), str(rows), *(f"{value:.1f}" for value in gib)])
             if size == SPEC.height:
-                variants[name, "now"] = Variant(recompute=gib[0] > 0.9 * CARDS[-1])
+                variants[name, "now"] = Variant(recompute=run.gradient_checkpointing is True or gib[0] > 0.9 * CARD)
     now = variants["refl", "now"]
     for option, values in (("sample_batch", (16, 64)), ("steps_per_rollout", (2, 4))):
         for value in values:

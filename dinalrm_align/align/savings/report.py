@@ -110,12 +110,12 @@ def conventions(run: SavingsRun) -> str:
     tokens, levels = 77 + run.text_length, "" if run.levels == 1 else f", {run.levels} noise levels"
     return (
         f"{run.size} x {run.size} pixels, batch {run.batch}, {tokens} text tokens (77 + {run.text_length}){levels}. "
-        "Weights bfloat16, policy LoRA and its AdamW float32; text embeddings cached, text encoders off the device; "
-        "latent reward on the policy's own blocks, its LoRA unmerged. A pixel reward on latents includes the VAE's "
-        "decoder (bfloat16), a latent reward does not. GiB = 2^30 bytes of live tensors at the peak. F2: TFLOP, two "
-        "per multiply-accumulate, including attention and all recomputation (flash attention's backward is 2.5 times "
-        "its forward); M0: T multiply-accumulates without attention. ms: milliseconds on an H100, modelled and not "
-        "measured (dinalrm_align/align/savings/cost.py)."
+        "Weights bfloat16, policy LoRA and its AdamW float32, its products bfloat16; text embeddings cached, text "
+        "encoders off the device; latent reward on the policy's own blocks, its LoRA unmerged. A pixel reward on "
+        "latents includes the VAE's decoder (bfloat16), a latent reward does not. GiB = 2^30 bytes of live tensors at "
+        "the peak. F2: TFLOP, two per multiply-accumulate, including attention and all recomputation (flash "
+        "attention's backward is 2.5 times its forward); M0: T multiply-accumulates without attention. ms: "
+        "milliseconds on an H100, modelled and not measured (dinalrm_align/align/savings/cost.py)."
     )
 
 
@@ -268,7 +268,8 @@ def draw_costs(run: SavingsRun, costs: Costs, path: Path) -> None:
     _bars(axes[1], recomputed, "Peak memory, blocks recomputed", "{:.1f} GiB", top)
     gradient = {reward: {n: f2 for n, f2 in parts.items() if n != "rollout"} for reward, parts in operations.items()}
     _bars(axes[2], gradient, "Operations, gradient part alone", "{:.0f} TFLOP", None)
-    _bars(axes[3], operations, "Operations, whole update", "{:.0f} TFLOP", None)
+    high = max(sum(parts.values()) for parts in operations.values()) * 1.5  # room for the legend
+    _bars(axes[3], operations, "Operations, whole update", "{:.0f} TFLOP", high)
     sizes = f"{run.size} x {run.size}, batch {run.batch}, {77 + run.text_length} text tokens, bfloat16"
     figure.suptitle(f"One ReFL update of SD3.5 Medium: {sizes}", fontsize=12)
     save_figure(figure, path, dpi=130)
