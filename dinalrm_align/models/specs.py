@@ -239,14 +239,13 @@ def _from_folder(path: Path) -> tuple[ModelSpec, str]:
     pipeline = path if (path / "model_index.json").exists() or not inner else inner[0]
     _check_pipeline(pipeline)
     own = dict(name=str(path), pipeline=str(pipeline), weights=str(pipeline.absolute().parent))
+    native = _native_size(pipeline)
     if _is_shapes(pipeline):
         root, tokens = pipeline.parent, pipeline / "tokenizer_3" / "tokenizer_config.json"
-        size = _number(pipeline / "vae" / "config.json", "sample_size")
         length = _number(tokens, "model_max_length") if tokens.exists() else MODELS["shapes"].text_length
         own |= dict(reward=str(root / "dinalrm"), pixel=str(root / "pixel"), text_length=length)
-        spec = dataclasses.replace(MODELS["shapes"], **own, height=size, width=size, reward_size=size)
+        spec = dataclasses.replace(MODELS["shapes"], **own, height=native, width=native, reward_size=native)
         return spec, f"model in {path}, an embedded world with its own rewards; {HOW_TO_GET_SD35}"
-    native = _native_size(pipeline)
     size, reward_size = min(base.height, native), min(base.reward_size, native)
     spec = dataclasses.replace(base, **own, height=size, width=size, reward_size=reward_size)
     reward, pixel = spec.find(base.reward, "dinalrm"), spec.find(base.pixel, "pickscore", "pixel")

@@ -12,6 +12,7 @@ SHORTENED = {
     "hacking": "--loop.steps=1 --evaluation.samples=3 --evaluation.shown=2 --refl.batch_size=2",
     "hpdv3_folder": "4",
     "gain_by_part": "--samples=4",
+    "gpu_model": "--help",  # counts for minutes; tests/unit/align/test_gpu_model.py
     "measure_precision": "precision 3",
     "sample_grid": "4",
     "trl_style": "--max_steps=1 --num_generations=2 --per_device_train_batch_size=1",

@@ -145,8 +145,7 @@ def test_a_pipeline_folder_takes_the_rewards_of_sd35_at_its_own_size(tmp_path):
 
 def test_a_world_folder_takes_its_own_rewards_and_the_oracle(tmp_path):
     """Whether the rewards are there yet or not. Size and text length are those that its parts were made for."""
-    folder = write_pipeline(tmp_path / "pipeline", sample_size=16, vocabulary=606)
-    (folder / "vae" / "config.json").write_text('{"sample_size": 192}')
+    folder = write_pipeline(tmp_path / "pipeline", sample_size=24, vocabulary=606)
     (folder / "tokenizer_3").mkdir()
     (folder / "tokenizer_3" / "tokenizer_config.json").write_text('{"model_max_length": 20}')
     spec, _ = resolve_model(str(tmp_path))
