@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from dinalrm_align.models.specs import ModelName
 from dinalrm_align.reward.config import LoraConfig
-from dinalrm_align.reward.names import RewardText, parse_reward
+from dinalrm_align.reward.names import REWARDS, RewardText, parse_reward
 from dinalrm_align.train import settings
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 
@@ -86,6 +86,11 @@ class MemoryConfig:
         base_quant: quantise the linear layers in the base model's transformer blocks to 8 or 4 bits; policy and latent
             reward share these layers. Needs bitsandbytes (the extra `quant`). nf4 changes velocities by a few percent.
         vae_dtype: dtype of the VAE's weights; bfloat16 halves the memory of decoding and rounds pixel values.
+        judge_dtype: dtype of the weights of image rewards, in `reward`, `gold` and the anchor; auto: each reward's own,
+            bfloat16 for HPSv3 and HPSv3++, float32 for the others. bfloat16 halves their memory; the mean error
+            of a score is 0.009 (`pixel`) to 0.04 (CLIP-H, random weights) standard deviations over images.
+        allow_tf32: compute products of float32 matrices on CUDA in TF32, with 10 bits of mantissa; by default torch
+            does so in convolutions only. Saves time; emulated, scores are off by 0.0002 to 0.001 of the same.
         decode_slice: images that a pixel reward decodes at once, in the forward and the backward pass; by default all.
         decode_tile: decode large images in tiles (diffusers' VAE tiling); pixels near the seams change.
         offload: keep unused models off the GPU: the base model while prompts are encoded, the VAE between evaluations.
@@ -97,6 +102,8 @@ class MemoryConfig:
     MAY_CHANGE: ClassVar = ("decode_slice", "offload", "compile", "attention")
     base_quant: Literal["none", "int8", "nf4"] = "none"
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    judge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    allow_tf32: bool = False
     decode_slice: settings.PositiveInt | None = None
     decode_tile: bool = False
     offload: bool = False
@@ -319,6 +326,14 @@ class AlignRun(PolicyRun):
         num_steps: the model's denoising steps. Two velocities of a guided image and each noise level count as images.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement graph_images")
+
+    def reward_options(self, reward: str) -> dict[str, dict[str, Any]]:
+        """Return the argument `options` of `load_reward` for the expression `reward`, from `hpsv3` and `memory`."""
+        options, dtype = self.hpsv3.options_of(reward), self.memory.judge_dtype
+        for name in {term.name for term in parse_reward(reward)} & REWARDS.keys() - {"dinalrm", "remote", "oracle"}:
+            if dtype != "auto":
+                options[name] = {**options.get(name, {}), "dtype": dtype}
+        return options
 
     def check_steps(self, num_steps: int) -> None:
         """Raise ValueError if the method's settings do not fit its rollouts. `num_steps`: the model's own number."""

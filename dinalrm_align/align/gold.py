@@ -20,11 +20,17 @@ def load_gold(
     run, spec, gold = resolved.run, resolved.spec, dict[str, ImageScorer]()
     (height, width), prompts = resolved.image_size, [samples[0], max(samples, key=len)]
     for name, reward in gold_rewards(run.gold, spec.gold).items():
-        options = run.hpsv3.options_of(reward) if isinstance(reward, str) else {}
-        terms = parse_reward(reward) if isinstance(reward, str) else ()
-        if any(term.name == "dinalrm" and term.source is None for term in terms):
-            options["dinalrm"] = {"pipeline": spec.pipeline}  # which may be a folder, where the config has a hub id
-        gold[name] = load_image_scorer(reward, spec=spec, device=device, options=options)
+        gold[name] = load_scorer(resolved, reward, device)
         say(f"{name}: loaded; it scores two black images of {height} x {width} pixels, as a check")
         gold[name](torch.zeros(2, 3, height, width), prompts)
     return gold
+
+
+def load_scorer(resolved: Resolved[Any], reward: str | Callable[..., Any], device: torch.device) -> ImageScorer:
+    """Load a reward that scores images, with the options in the run's settings."""
+    spec, options, terms = resolved.spec, {}, ()
+    if isinstance(reward, str):
+        options, terms = resolved.run.reward_options(reward), parse_reward(reward)
+    if any(term.name == "dinalrm" and term.source is None for term in terms):
+        options["dinalrm"] = {"pipeline": spec.pipeline}  # which may be a folder, where the config has a hub id
+    return load_image_scorer(reward, spec=spec, device=device, options=options)

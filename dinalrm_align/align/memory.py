@@ -28,6 +28,13 @@ def check_memory_options(config: MemoryConfig, device: torch.device) -> None:
         raise ValueError(f"memory.attention: got {config.attention} on {device.type}; expected auto, without CUDA")
 
 
+def use_kernels(config: MemoryConfig) -> None:
+    """Let torch use TF32 and the attention kernel that `config` asks for, in this process and on CUDA only."""
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    use_attention(config.attention)
+
+
 def use_attention(name: str) -> None:
     """Let scaled_dot_product_attention on CUDA use only the kernels `name` and "math". For "auto", change nothing."""
     if name == "auto":

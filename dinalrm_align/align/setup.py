@@ -16,7 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from dinalrm_align.align.anchor import Anchor
 from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.align.evaluation import HeldOut, Probe
-from dinalrm_align.align.gold import load_gold
+from dinalrm_align.align.gold import load_gold, load_scorer
 from dinalrm_align.align.identity import prompts_identity, run_identity
 from dinalrm_align.align.lora import read_lora
 from dinalrm_align.align.memory import (
@@ -26,7 +26,7 @@ from dinalrm_align.align.memory import (
     release_text_encoders,
     shrink_pipeline,
     text_pipeline,
-    use_attention,
+    use_kernels,
 )
 from dinalrm_align.align.notices import gold_notice, passes_notice
 from dinalrm_align.align.policy import Policy
@@ -45,7 +45,7 @@ from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
 from dinalrm_align.reward.names import check_reward, gold_rewards, reward_sources
 from dinalrm_align.reward.needs import check_sources, lora_need
 from dinalrm_align.reward.protocol import Reward, RewardModule
-from dinalrm_align.reward.registry import ImageScorer, load_image_scorer, load_reward, sharing, text_lengths
+from dinalrm_align.reward.registry import ImageScorer, load_reward, sharing, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
 from dinalrm_align.train.checkpoints import check_checkpoint, check_identity
 from dinalrm_align.train.cost import PhaseMeter
@@ -232,6 +232,7 @@ def prepare(
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
     device = accelerator.device
     check_memory_options(run.memory, device)
+    use_kernels(run.memory)
     names = reward_names(run, anchor, in_advantages)
     _check_sources(resolved, anchor)
     prompts, samples = run_prompts(resolved)
@@ -255,14 +256,13 @@ def prepare(
     lengths = given.text_lengths.union(*(text_lengths(name, spec) for name in names))
     identity["text encoders"] = text_digest(" ".join(map(fingerprint, text_encoders(pipeline))))
     text = encode(pipeline, lengths, prompts, samples, extra_prompts, text_length=spec.text_length, device=device)
-    use_attention(run.memory.attention)
     shrink_pipeline(pipeline, run.memory, device)
     pipeline.to(device)
 
     # Rewards share the base weights, so they are loaded before the policy wraps the transformer.
     place = dict(spec=spec, pipeline=pipeline, device=device, functions=given.functions)
     with sharing(copies):
-        rewards = [load_reward(name, options=run.hpsv3.options_of(name), **place) for name in names]
+        rewards = [load_reward(name, options=run.reward_options(name), **place) for name in names]
     identity |= {"autoencoder": fingerprint(pipeline.vae), **{name: each.fingerprint for name, each in gold.items()}}
     identity |= run_identity(resolved, pipeline.transformer, rewards, anchor)
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
@@ -362,7 +362,7 @@ def prepare_evaluation(setup: Setup) -> HeldOut:
     free = "gold/pixel" not in scorers and trained.isdisjoint(reward_sources("pixel", spec))
     if spec.kind == "shapes" and Path(spec.pixel).is_dir() and free:
         with sharing(setup.copies):
-            scorers["gold/pixel"] = load_image_scorer("pixel", spec=spec, device=accelerator.device)
+            scorers["gold/pixel"] = load_scorer(setup.resolved, "pixel", accelerator.device)
     sigmas, scale = setup.sigmas(run.evaluation.num_steps), run.evaluation.guidance_scale
     sampler, probes = setup.sampler(sigmas, scale, conditions=setup.text.evaluation), list[Probe]()
     if run.watch.sigmas and setup.reward.noise_parts:

@@ -120,7 +120,9 @@ def load_reward(
     place = dict(device=device, dtype=DTYPES.get(dtype, dtype), local_files_only=local_files_only)
     parts: dict[str, RewardModule] = {}
     for term in terms:
-        own = options.get(term.name, {})
+        own = dict(options.get(term.name, {}))
+        if "dtype" in own:
+            own["dtype"] = DTYPES.get(own["dtype"], own["dtype"])
         if term.name == "dinalrm":
             source = term.source or (spec or MODELS["sd35"]).reward
             shared = dict(transformer=transformer, pipeline=pipeline)

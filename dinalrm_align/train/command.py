@@ -9,6 +9,7 @@ import dataclasses
 import dis
 import re
 import sys
+from argparse import Action
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +157,14 @@ class _HelpFormatter(DefaultHelpFormatter):
             part if re.search(r"^ ", part, re.M) else super(_HelpFormatter, self)._fill_text(part, width, indent)
             for part in text.strip("\n").split("\n\n")
         )
+
+    def _get_type_str(self, action: Action) -> str | None:
+        """Return the type of an option: "bool or 'auto'" in place of "Union[bool, Literal['auto']]"."""
+        text = super()._get_type_str(action)
+        if text is None or not text.startswith("Union["):
+            return text
+        text = re.sub(r"Literal\[(.*?)\]", r"\1", text[len("Union[") : -1])
+        return re.sub(r", (?![^\[]*\])", " or ", text)
 
 
 class _Parser(ArgumentParser):

@@ -85,6 +85,24 @@ def test_a_pixel_reward_is_loaded_once_for_training_and_for_gold(world, loads, c
         assert setup.identity["reward"] == setup.identity["gold"] == alone.fingerprint()
 
 
+@pytest.mark.parametrize("options", [["--reward=dinalrm + 0.2*pixel", "--gold=0.5*pixel"], ["--gold=oracle"]])
+def test_the_judges_dtype_reaches_every_image_reward_of_a_run(world, options):
+    """Of training, the anchor, gold, and the embedded world's gold/pixel; they share one copy."""
+    (world / "prompts.txt").write_text("a small red circle on white\na large blue square on gray\n")
+    anchor = ["--anchor.reward=pixel"] if "+" in options[0] else []
+    resolved = resolved_run(world, *options, *anchor, "--memory.judge_dtype=bfloat16")
+    setup = prepare(resolved, anchor=resolved.run.anchor)
+    prepare_evaluation(setup)
+    (judge,) = setup.copies.values()
+    assert {parameter.dtype for parameter in judge.parameters()} == {torch.bfloat16}
+    assert setup.policy.transformer.dtype == torch.float32
+    assert load_reward("pixel", spec=resolved.spec).fingerprint() != judge.fingerprint()
+    if anchor:
+        latents = torch.randn(2, *setup.latent_shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        (gradient,) = torch.autograd.grad(setup.anchor.reward(latents, ["red circle", "blue square"]).sum(), latents)
+        assert bool(gradient.isfinite().all()) and gradient.any()
+
+
 def test_the_models_latent_reward_as_gold_has_the_models_pipeline(world, tiny_world):
     """A released config names its base model on the hub, also where the pipeline is a folder."""
     (world / "dinalrm").unlink()

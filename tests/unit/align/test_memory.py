@@ -19,9 +19,11 @@ from dinalrm_align.align.memory import (
     shrink_pipeline,
     text_pipeline,
     use_attention,
+    use_kernels,
     visiting,
 )
 from dinalrm_align.align.policy import Policy
+from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.models.compilation import compile_blocks
 from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.reward.config import LoraConfig
@@ -133,6 +135,26 @@ def test_attention_keeps_one_kernel_and_math(name, left):
         assert sum(on) == left and enabled.math_sdp_enabled()
     finally:
         enabled.enable_flash_sdp(True), enabled.enable_mem_efficient_sdp(True), enabled.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_used_where_it_is_asked_for(allowed):
+    matmul, before = (
+        torch.backends.cuda.matmul,
+        (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+    )
+    try:
+        use_kernels(MemoryConfig(allow_tf32=allowed))
+        assert (matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == ((True, True) if allowed else before)
+    finally:
+        matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_the_judges_dtype_is_for_image_rewards_alone():
+    run = ReflRun(memory=MemoryConfig(judge_dtype="bfloat16"), hpsv3=Hpsv3Config(base="x"))
+    found = run.reward_options("dinalrm + hpsv3 + 2*pixel + my.module:judge - http://host:1")
+    assert found == {"hpsv3": {"base": "x", "dtype": "bfloat16"}, "pixel": {"dtype": "bfloat16"}}
+    assert ReflRun().reward_options("hpsv3 + pixel") == {"hpsv3": {}}
 
 
 def test_text_encoders_are_released_after_encoding(tiny_pipeline):

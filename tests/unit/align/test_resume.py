@@ -76,6 +76,8 @@ def refusal(capsys, folder: Path, name: str, *options: str) -> str:
         ("refl_sd35", "--refl.num_steps=5", "refl.num_steps: got 5; expected None"),
         ("refl_sd35", "--refl.guidance_scale=2", "refl.guidance_scale: got 2.0; expected None"),
         ("refl_sd35", "--memory.vae_dtype=bfloat16", "memory.vae_dtype: got 'bfloat16'; expected 'float32'"),
+        ("refl_sd35", "--memory.judge_dtype=bfloat16", "memory.judge_dtype: got 'bfloat16'; expected 'auto'"),
+        ("refl_sd35", "--memory.allow_tf32", "memory.allow_tf32: got True; expected False"),
         ("refl_sd35", "--memory.base_quant=int8", "memory.base_quant: got 'int8'; expected 'none'"),
         ("refl_sd35", "--optim.name=adamw8bit", "optim.name: got 'adamw8bit'; expected 'adamw'"),
         ("refl_sd35", "--loop.ema_decay=0.5", "loop.ema_decay: got 0.5; expected 0.9"),
@@ -113,6 +115,16 @@ def test_other_settings_change_and_are_named(tmp_path, capsys, name, options):
         section, _, last = setting.rpartition(".")
         assert (text[section] if section else text)[last] == yaml.safe_load(value)
     assert "settings that changed" not in (resumed(folder, name) and capsys.readouterr().out)
+
+
+def test_a_run_from_before_a_setting_existed_resumes_with_its_default(tmp_path, capsys):
+    folder = started(tmp_path / "run", "refl_sd35", settings=False)
+    path = folder / "config.yaml"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if "judge_dtype" not in line and "allow_tf32" not in line))
+    memory = resumed(folder, "refl_sd35").run.memory
+    assert (memory.judge_dtype, memory.allow_tf32) == ("auto", False)
+    assert "memory.judge_dtype" in refusal(capsys, folder, "refl_sd35", "--memory.judge_dtype=bfloat16")
 
 
 def test_an_edited_config_is_refused_by_the_checkpoint(tmp_path, capsys):

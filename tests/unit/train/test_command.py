@@ -51,6 +51,15 @@ def test_a_flag_needs_no_value():
         assert parse(ReflRun, "", words)[0].watch.stop_on_hacking is stop
 
 
+def test_help_shows_alternatives_in_words(capsys):
+    """It showed Union[bool, Literal['auto']]."""
+    with pytest.raises(SystemExit):
+        parse(ReflRun, "", ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(type: bool or 'auto', default: auto)" in shown and "list[RewardText] or RewardText or null" in shown
+    assert "Union" not in shown and "(type: Literal['auto', 'cpu', 'cuda'], default: auto)" in shown
+
+
 def test_positional_words_go_to_their_setting(capsys):
     for words in (["a", "b", "--shown=2"], ["--shown", "2", "a", "b"]):
         settings, _ = parse(CompareRun, "", words, positional="runs")
