@@ -185,8 +185,9 @@ class Grpo:
             rows, columns = self._pairs(position, drawn)
             batch = self._batch(position, drawn, rows, columns)
             with self.sampler.meter.phase("rollout"), torch.enable_grad():
-                step, *_ = self._transitions(batch, alone=True)
+                step = self._transitions(batch, alone=True)[0]
             log_prob, mean = step.log_prob(batch.following).detach(), step.mean.detach()
+            del step  # holds the activations, which must be free before the next forward
             columns = columns + position.epoch * width
             found.append((rows, columns, log_prob[: batch.count], mean[: batch.count if guard else 0]))
         if not found:

@@ -76,7 +76,7 @@ def release_text_encoders(*pipelines: StableDiffusion3Pipeline) -> None:
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Context manager that moves `module` to `device` on entry and back to its previous device on exit."""
     home = next(module.parameters()).device
-    if home == device:
+    if home.type == device.type and device.index in (None, home.index):  # a single GPU is named without its index
         yield
         return
     module.to(device)

@@ -44,7 +44,6 @@ from dinalrm_align.align.refl_steps import (
     renoised_steps,
     reward_loss,
     rollout_states,
-    start_range,
 )
 from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.align.spread import base_spreads
@@ -108,11 +107,6 @@ class Refl:
     def __post_init__(self) -> None:
         self.config.check_steps(self.sampler.num_steps)
         self.config.check_accumulate(self.sampler.accumulate)
-        if (most := len(self._starts)) < self.config.steps_per_rollout:
-            raise ValueError(
-                f"refl.steps_per_rollout: got {self.config.steps_per_rollout}; expected at most {most}, the number of "
-                f"steps {self._starts.start} ... {self._starts.stop - 1} from which a gradient step is drawn"
-            )
 
     @property
     def no_signal(self) -> str:
@@ -167,13 +161,6 @@ class Refl:
             self._sampled = self._roll_out(range(first, min(first + together, (update + 1) * accumulate)))
         return self._sampled.pop(micro_step)
 
-    @property
-    def _starts(self) -> range:
-        config = self.config
-        consecutive = config.grad_steps if config.variant == "refl" else 1
-        earliest = config.draft_lv_earliest if config.variant == "draft_lv" else config.earliest
-        return start_range(self.sampler.num_steps, consecutive, earliest)
-
     @torch.no_grad()
     def _roll_out(self, micro_steps: range) -> dict[int, ReflBatch]:
         """Sample the latents of several micro-steps together. Return {micro-step: batch}."""
@@ -184,7 +171,7 @@ class Refl:
         plans: dict[int, tuple[int, int, tuple[int, ...]]] = {}  # micro-step: (start, steps of the rollout, trained)
         for number in numbers:
             generator = seeded_generator(sampler.seed, number, STEPS)
-            for part, start in enumerate(draw_starts(self._starts, shared, generator)):
+            for part, start in enumerate(draw_starts(config.starts(sampler.num_steps), shared, generator)):
                 steps, trained = start if config.variant == "refl" else sampler.num_steps, ()
                 if config.variant == "drtune":
                     trained = draw_trained(start, min(config.grad_steps, start + 1), generator)

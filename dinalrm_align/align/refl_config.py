@@ -96,10 +96,22 @@ class ReflConfig:
                 f"{accumulate}: all gradients of a rollout belong to one update"
             )
 
+    def starts(self, num_steps: int) -> range:
+        """Return the possible indices of the first step with gradient in a rollout of `num_steps`."""
+        last = num_steps - (self.grad_steps if self.variant == "refl" else 1)
+        earliest = self.draft_lv_earliest if self.variant == "draft_lv" else self.earliest
+        return range(min(round(earliest * num_steps), last), last + 1)
+
     def check_steps(self, num_steps: int) -> None:
-        """Raise ValueError if a rollout of `num_steps` has fewer steps than carry the gradient."""
+        """Raise ValueError if a rollout of `num_steps` has too few steps with gradient, or to start them from."""
         if self.grad_steps > num_steps:
             raise ValueError(f"refl.grad_steps: got {self.grad_steps}; expected at most num_steps, {num_steps}")
+        starts, drawn = self.starts(num_steps), self.steps_per_rollout
+        if drawn > len(starts):
+            raise ValueError(
+                f"refl.steps_per_rollout: got {drawn}; expected at most {len(starts)}, the number of steps "
+                f"{starts.start} ... {starts.stop - 1} of {num_steps} from which a gradient step is drawn"
+            )
 
 
 @dataclass
@@ -122,6 +134,8 @@ class ReflRun(AlignRun):
         self.refl.check_steps(self.refl.num_steps or num_steps)
 
     def graph_images(self, num_steps: int) -> tuple[int, int]:
-        config = self.refl
-        images = config.batch_size * (config.renoisings if config.variant in ("draft_lv", "direct_align") else 1)
-        return images * config.grad_steps * (1 + config.guided_gradient), images * len(config.reward_sigma or [0])
+        config, renoised = self.refl, self.refl.variant in ("draft_lv", "direct_align")
+        images = config.batch_size * (config.renoisings if renoised else 1)
+        velocities = (1 if renoised else config.grad_steps) * (1 + config.guided_gradient)
+        pretrained = config.batch_size if config.pretrain_weight > 0 else 0
+        return images * velocities + pretrained, images * len(config.reward_sigma or [0])

@@ -18,12 +18,6 @@ def draw_starts(starts: range, count: int, generator: torch.Generator) -> list[i
     return [left.pop(int(torch.randint(len(left), (), generator=generator))) for _ in range(count)]
 
 
-def start_range(num_steps: int, grad_steps: int, earliest: float) -> range:
-    """Return the possible indices of the first step with gradient: earliest * num_steps to num_steps - grad_steps."""
-    last = num_steps - grad_steps
-    return range(min(round(earliest * num_steps), last), last + 1)
-
-
 def rollout_states(
     velocity_for: Callable[[Conditions], Velocity],
     conditions: Conditions,

@@ -12,11 +12,11 @@ queued new work. `check` therefore measures on the device and judges on the host
 
 A deferred check raises the same error as an immediate one, but later: from the end of the block, not from the call that
 was given the bad value. The training loop defers to the end of the backward passes, before the optimiser's step.
-If the block raises another error, pending checks are dropped.
+If the block raises an error, pending checks are judged first: they are of earlier values, often the cause of the error.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 import torch
@@ -62,6 +62,10 @@ def deferred() -> Iterator[Readings]:
     token = _DEFERRING.set(readings)
     try:
         yield readings
+    except Exception:
+        with suppress(RuntimeError):  # of the device, from which nothing may be readable any more
+            readings.read()
+        raise
     finally:
         _DEFERRING.reset(token)
     readings.read()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -571,6 +572,23 @@ def test_forwards_for_old_probabilities_are_run_where_they_are_needed():
 
     assert forwards(half_sampler(accumulate=3)) == forwards(make_sampler(accumulate=3), epochs=2, minibatches=2) == 4
     assert forwards(half_sampler(accumulate=3), epochs=2, minibatches=2) == 4 + 9
+
+
+def test_forwards_for_old_probabilities_hold_the_activations_of_one_micro_batch(monkeypatch):
+    """Each kept those of the one before, too: twice the memory of an update."""
+    config = GrpoConfig(groups=2, group_size=3, sample_batch=6, window_size=2, reward_draws=1, minibatches=3)
+    learner = grpo.Grpo(half_sampler(), reward_of(brightness), config)
+    graphs, transitions = [], learner.sampler.transitions
+
+    def counted(*arguments, **options):
+        assert not any(graph() is not None for graph in graphs)
+        found = transitions(*arguments, **options)
+        graphs.append(weakref.ref(found[0].mean))
+        return found
+
+    monkeypatch.setattr(learner.sampler, "transitions", counted)
+    learner.roll_out(0)
+    assert len(graphs) == 2
 
 
 def test_half_precision_finds_a_gross_mismatch():

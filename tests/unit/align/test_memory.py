@@ -209,6 +209,22 @@ def test_a_visitor_goes_home_whatever_happens():
     assert module.seen == ("meta", "cpu")
 
 
+def test_a_model_on_the_only_gpu_does_not_travel_to_it(monkeypatch):
+    """Accelerate names the only GPU "cuda", parameters "cuda:0": after every batch the memory cache was emptied."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("empties the cache"))
+
+    class Placed(torch.nn.Module):
+        def parameters(self):
+            return iter([SimpleNamespace(device=torch.device("cuda", 0))])
+
+        def to(self, device):
+            pytest.fail(f"moves to {device}")
+
+    for name in ("cuda", "cuda:0"):
+        with visiting(Placed(), torch.device(name)):
+            pass
+
+
 def test_slices_reach_the_pixel_parts_alone():
     from dinalrm_align.reward.pixel.base import PixelReward
 

@@ -60,8 +60,9 @@ def test_the_start_is_drawn_from_the_last_quarter():
     """40 steps, one with gradient, earliest 0.75: 30 ... 39, as in the paper's runs; four with gradient: 30 ... 36."""
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(*values: float) -> set[int]:
-        return {refl_steps.draw_starts(refl_steps.start_range(*values), 1, generator)[0] for _ in range(300)}
+    def drawn(num_steps: int, grad_steps: int, earliest: float) -> set[int]:
+        starts = ReflConfig(grad_steps=grad_steps, earliest=earliest).starts(num_steps)
+        return {refl_steps.draw_starts(starts, 1, generator)[0] for _ in range(300)}
 
     assert drawn(40, 1, 0.75) == set(range(30, 40))
     assert drawn(40, 4, 0.75) == set(range(30, 37))

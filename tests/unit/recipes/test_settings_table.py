@@ -70,6 +70,11 @@ def test_pairs_can_be_mined_with_the_loras_of_all_recipes():
         ),
         ("nft", ["--nft.num_steps=6"], "nft.levels: got 9; expected at most the 6 steps 0 ... 5 of 6"),
         ("refl", ["--refl.grad_steps=41"], "refl.grad_steps: got 41; expected at most num_steps, 40"),
+        (
+            "refl",
+            ["--refl.steps_per_rollout=11", "--loop.accumulate=11"],
+            "expected at most 10, the number of steps 30 ... 39 of 40",
+        ),
     ],
 )
 def test_settings_that_need_more_denoising_steps_are_refused_before_anything_is_loaded(method, options, message):
@@ -94,3 +99,5 @@ def test_images_whose_activations_a_backward_pass_needs():
     """GRPO: 8 x 18 x 3 / (2 x 24). NFT: 48 x 24 x 9 / 864. LPO: 4 x 19 / 19 pairs, guided. DPO: 39 draws x 2."""
     images = {method: aligned(method).graph_images(40) for method in METHODS}
     assert images == {"refl": (4, 4), "dpo": (78, 0), "grpo": (9, 0), "lpo": (16, 0), "nft": (12, 0)}
+    assert aligned("refl", "--refl.grad_steps=3", "--refl.pretrain_weight=1").graph_images(40) == (4 * 3 + 4, 4)
+    assert aligned("refl", "--refl.grad_steps=3", "--refl.variant=draft_lv").graph_images(40) == (4 * 2, 8)

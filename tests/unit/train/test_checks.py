@@ -86,13 +86,27 @@ def test_outside_of_a_block_a_check_on_a_gpu_raises_at_once():
         check(remote(5), expecting(1))
 
 
-def test_another_error_of_the_block_is_raised_and_its_checks_are_dropped():
-    with pytest.raises(KeyError), deferred():
+def test_an_error_of_the_block_does_not_hide_the_failed_check_before_it():
+    """NaN in latents was reported as an error of whatever could not work with NaN."""
+    with pytest.raises(ValueError, match=r"got \[5.0\]") as raised, deferred():
         check(remote(5), expecting(1))
+        raise KeyError("other")
+    assert isinstance(raised.value.__context__, KeyError)
+    with pytest.raises(KeyError, match="other"), deferred():
+        check(remote(1), expecting(1))
         raise KeyError("other")
     with deferred():
         pass
-    assert Remote.reads == 0
+    assert Remote.reads == 2
+
+
+def test_an_error_of_a_lost_device_is_raised_if_no_value_can_be_read():
+    def lost(values):
+        raise RuntimeError("CUDA error")
+
+    with pytest.raises(RuntimeError, match="out of memory"), deferred():
+        check(remote(5), lost)
+        raise RuntimeError("out of memory")
 
 
 @pytest.mark.parametrize("bad_at", [None, 1])
