@@ -23,7 +23,7 @@ from pathlib import Path
 from dinalrm_align.align.mining_config import MineRun
 from dinalrm_align.align.resolve import parse_for_model
 from dinalrm_align.models.specs import ModelSpec, check_sides
-from dinalrm_align.reward.needs import check_sources, lora_need
+from dinalrm_align.reward.needs import Need, check_sources, lora_need, missing_reward
 from dinalrm_align.train.command import refuse, refusing
 
 
@@ -121,7 +121,9 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing(stopped="complete files are kept, and the same command resumes from there"):
         run, spec, folder = settings_and_model(sys.argv[1:] if argv is None else argv)
-        check_sources(spec, {"reward": run.reward}, others=[lora_need(run.lora, "--lora DIR")] if run.lora else [])
+        source = spec.reward if run.reward == "dinalrm" else run.reward
+        others = [Need("latent reward", source, missing_reward, "--reward DIR")]
+        check_sources(spec, {}, others=[*others, *([lora_need(run.lora, "--lora DIR")] if run.lora else [])])
         mine(run, spec, folder)
 
 

@@ -35,8 +35,10 @@ def score(config: ScoreRun, spec: ModelSpec, shared: str | None) -> None:
     images = [open_image(Path(path)) for path in paths]  # a missing file is an error before weights are loaded
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device = available_device(default if config.device == "auto" else config.device)
-    dtype = getattr(torch, spec.dtype) if device.type == "cuda" else torch.float32
-    reward = load_reward(config.reward, spec=spec, transformer=shared, device=device)
+    own = spec.dtype if device.type == "cuda" else "float32"
+    dtype = getattr(torch, own if config.dtype == "auto" else config.dtype)
+    place = dict(device=device, dtype=None if config.dtype == "auto" else dtype)
+    reward = load_reward(config.reward, spec=spec, transformer=shared, **place)
     length = next(iter(reward.text_lengths), spec.text_length)
     encoders = Encoders(spec.pipeline, text_length=length, device=device, dtype=dtype)
     scorer = image_scorer(reward, encoders, Fit("area", spec.reward_size, spec.reward_size), [NO_NOISE], seed=0)

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinalrm_align.data.formats import folder_layout
 from dinalrm_align.models.specs import ModelSpec, check_sides, resolve_model
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.reward.needs import check_sources
@@ -134,7 +135,9 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
         run, text, spec, checkpoint = resolve(sys.argv[1:] if argv is None else list(argv))
-        check_sources(spec, {})
+        layouts = {folder_layout(Path(path)) for path in (run.pairs, run.validation_pairs) if path}
+        encoded = layouts and layouts <= {"latents", "mined"}  # no encoder is called
+        check_sources(spec, {}, parts=("transformer",) if encoded else ())
         train(run, text, spec, checkpoint)
 
 

@@ -1,13 +1,28 @@
-"""Load the gold rewards of a run, which score held-out images and are not trained on."""
+"""Look for all that a run needs, and load its gold rewards, which score held-out images and are not trained on."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from dinalrm_align.align.config import AnchorConfig
 from dinalrm_align.align.resolve import Resolved
 from dinalrm_align.reward.names import gold_rewards, parse_reward
-from dinalrm_align.reward.registry import ImageScorer, load_image_scorer
+from dinalrm_align.reward.needs import check_sources, lora_need
+from dinalrm_align.reward.registry import ImageScorer, check_code, load_image_scorer
+
+
+def check_run(resolved: Resolved[Any], anchor: AnchorConfig | None) -> None:
+    """Raise FileNotFoundError that names all missing files of a run (`reward.needs`), and as `registry.check_code`."""
+    run, spec, given = resolved.run, resolved.spec, resolved.given
+    rewards = {"reward": run.reward, "anchor.reward": anchor and anchor.reward}
+    rewards |= gold_rewards(run.gold, spec.gold)
+    start = run.policy.init_from if resolved.checkpoint is None else None  # a checkpoint has the weights
+    others = [lora_need(start)] if start else []
+    place = dict(parts=None if given.pipeline else (), options=run.hpsv3.options(), functions=given.functions)
+    check_sources(spec, rewards, others=others, **place)
+    for reward in rewards.values():
+        check_code(reward, spec, given.functions)
 
 
 def load_gold(

@@ -16,7 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from dinalrm_align.align.anchor import Anchor
 from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.align.evaluation import HeldOut, Probe
-from dinalrm_align.align.gold import load_gold, load_scorer
+from dinalrm_align.align.gold import check_run, load_gold, load_scorer
 from dinalrm_align.align.identity import prompts_identity, run_identity
 from dinalrm_align.align.lora import read_lora
 from dinalrm_align.align.memory import (
@@ -43,7 +43,6 @@ from dinalrm_align.models.compilation import compile_blocks
 from dinalrm_align.models.pipeline import frozen_view, load_pipeline
 from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
 from dinalrm_align.reward.names import check_reward, gold_rewards, reward_sources
-from dinalrm_align.reward.needs import check_sources, lora_need
 from dinalrm_align.reward.protocol import Reward, RewardModule
 from dinalrm_align.reward.registry import ImageScorer, load_reward, sharing, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
@@ -234,7 +233,7 @@ def prepare(
     check_memory_options(run.memory, device)
     use_kernels(run.memory)
     names = reward_names(run, anchor, in_advantages)
-    _check_sources(resolved, anchor)
+    check_run(resolved, anchor)
     prompts, samples = run_prompts(resolved)
     identity = prompts_identity(prompts, samples)
     check_identity(resolved.checkpoint, identity)
@@ -286,17 +285,6 @@ def reward_names(run: AlignRun, anchor: AnchorConfig | None, in_advantages: bool
     for name in names:
         check_reward(name, gradient=anchor is not None and name != run.reward and not in_advantages)
     return names
-
-
-def _check_sources(resolved: Resolved[Any], anchor: AnchorConfig | None) -> None:
-    """Raise FileNotFoundError that names everything that the run needs and that is not there (`reward.needs`)."""
-    run, spec, given = resolved.run, resolved.spec, resolved.given
-    rewards = {"reward": run.reward, "anchor.reward": anchor and anchor.reward}
-    rewards |= gold_rewards(run.gold, spec.gold)
-    start = run.policy.init_from if resolved.checkpoint is None else None  # a checkpoint has the weights
-    others = [lora_need(start)] if start else []
-    place = dict(parts=None if given.pipeline else (), options=run.hpsv3.options(), functions=given.functions)
-    check_sources(spec, rewards, others=others, **place)
 
 
 def run_prompts(resolved: Resolved[Any]) -> tuple[list[str], list[str]]:

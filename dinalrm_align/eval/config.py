@@ -313,12 +313,14 @@ class ScoreRun:
         reward: reward that scores the images: a name, NAME=SOURCE, the folder or hub id of a latent reward, the address
             of a server, or a weighted sum.
         device: auto: a CUDA GPU if there is one, otherwise the CPU.
+        dtype: dtype of the weights, as in `EvaluateRun`.
     """
 
     prompt_and_images: list[str] = field(default_factory=list)
     model: ModelName = "auto"
     reward: RewardText = "dinalrm"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -67,7 +67,7 @@ class ModelSpec:
         """Return the subfolder of `weights` that is called one of `names` or like the repository; else `repository`."""
         known = [*names, *([repository.rpartition("/")[2]] if repository else [])]
         folders = [Path(self.weights) / name for name in known] if self.weights else []
-        return next((str(folder) for folder in folders if folder.is_dir()), repository)
+        return next((str(folder) for folder in folders if folder.is_dir() or folder.is_symlink()), repository)
 
     def with_text_length(self, text_length: int | None) -> "ModelSpec":
         """Return the model with `text_length` T5 tokens per prompt, 1 to 512; None: the model unchanged."""

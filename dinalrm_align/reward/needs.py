@@ -64,9 +64,8 @@ def check_sources(
     for need in needs:
         path = Path(need.source).expanduser()
         if path.exists() or not HUB_ID.fullmatch(need.source):
-            lacks = need.lacking(path) if path.exists() else ["it does not exist"]
-            if lacks:
-                problems.setdefault(f"{need.what} {need.source} (lacks {', '.join(lacks[:4])})", need.option)
+            if fault := _fault(need, path):
+                problems.setdefault(f"{need.what} {need.source} ({fault})", need.option)
         elif (folder := cached_folder(need.source)) is None or need.lacking(folder):
             on_hub.setdefault(need.source, need)
         else:
@@ -80,6 +79,17 @@ def check_sources(
             f"missing, each with the option that names another source: {each}.{why} One folder can supply all, --model "
             "DIR with DIR/pipeline, DIR/dinalrm, DIR/pickscore, DIR/clip_h, DIR/hpsv3 and so on (recipes/README.md)"
         )
+
+
+def _fault(need: Need, path: Path) -> str:
+    """Return what is wrong with the files at `path`; empty: nothing."""
+    if not path.exists():
+        return "it does not exist"
+    try:
+        lacks = need.lacking(path)
+    except ValueError as error:  # a config.json or an index is damaged
+        return str(error)
+    return f"lacks {', '.join(lacks[:4])}" if lacks else ""
 
 
 def lacking_files(files: Sequence[str]) -> Callable[[Path], list[str]]:

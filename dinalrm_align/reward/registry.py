@@ -8,7 +8,7 @@ The module `reward.names` lists the names, sources and licences, and defines the
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -161,6 +161,21 @@ def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> Imag
         return loaded.score_images(images, prompts, generator=torch.Generator().manual_seed(EVALUATION_SEED))
 
     return ImageScorer(score, loaded.fingerprint())
+
+
+def check_code(reward: str | Callable[..., Any], spec: ModelSpec, functions: Iterable[str] = ()) -> None:
+    """Raise the error of `load_reward` for a callable, package or world that is not there. Loads no weights.
+
+    functions: names in `reward` that stand for objects.
+    """
+    for term in parse_reward(reward) if isinstance(reward, str) else ():
+        entry = REWARDS.get(term.name)
+        if term.name == "oracle":
+            _oracle(spec, None)
+        elif entry is None and term.name not in functions:
+            as_reward(import_callable(term.name), name=term.name)
+        elif entry and entry.kind:
+            _class(term.name, entry)
 
 
 def text_lengths(reward: str, spec: ModelSpec, *, local_files_only: bool = False) -> set[int]:

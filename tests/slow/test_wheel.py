@@ -28,7 +28,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_has_every_recipe_and_its_settings(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    scripts = [path.relative_to(RECIPES) for path in RECIPES.rglob("*") if path.suffix in (".py", ".yaml")]
+    scripts = [path.relative_to(RECIPES) for path in RECIPES.rglob("*") if path.suffix in (".py", ".yaml", ".md")]
     package = [path.relative_to(ROOT) for path in (ROOT / "dinalrm_align").rglob("*.py")]
     assert {f"dinalrm_align/recipes/{path}" for path in scripts} | {str(path) for path in package} <= names
     assert len({name.split("/")[0] for name in names}) == 2  # the package and its dist-info, no package named recipes

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import CLIPModel
 from transformers.utils import cached_file
 
+from dinalrm_align.models.layout import find_weights
 from dinalrm_align.models.preprocess import Preprocess
 from dinalrm_align.models.weights import HubOptions, check_source, load_model
 from dinalrm_align.reward.pixel.base import PixelReward, cached, load_tokenizer, tokenise
@@ -67,7 +68,9 @@ class ClipReward(PixelReward):
         device = available_device(device or "cpu")
         for name in (source, processor or source):
             check_source("pixel reward", name)
-        clip = load_model(CLIPModel, source, allow_unexpected=False, dtype=dtype or torch.float32, **hub)
+        _, variant, _ = find_weights(Path(source), "model") or (None, None, [])
+        options = dict(allow_unexpected=False, dtype=dtype or torch.float32, variant=variant)
+        clip = load_model(CLIPModel, source, **options, **hub)
         if processor is not None:
             hub.pop("revision", None)
         tokenizer = load_tokenizer(processor or source, **hub)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tiny_clip import save_clip, write_processor
 
 from dinalrm_align.align import setup
+from dinalrm_align.align.grpo_config import GrpoRun
 from dinalrm_align.align.refl_config import ReflRun
 from dinalrm_align.align.resolve import resolve
 from dinalrm_align.models import specs
@@ -111,6 +112,62 @@ def test_a_run_names_all_that_is_missing_before_it_loads_anything(weights, monke
         "reward clipscore /no/clip", "--gold clipscore=DIR", "--model DIR",
     ):  # fmt: skip
         assert part in text, part
+
+
+@pytest.mark.parametrize(("reward", "why"), [("no_such_module:score", "no module"), ("oracle", "embedded world only")])
+def test_a_reward_that_is_code_is_found_before_anything_is_loaded(weights, monkeypatch, reward, why):
+    for name in ("load_pipeline", "load_gold", "load_reward"):
+        monkeypatch.setattr(setup, name, lambda *_, **options: pytest.fail("loaded something"))
+    words = [f"--model={weights}", f"--reward={reward}", "--device=cpu", f"--output_dir={weights / 'run'}"]
+    with pytest.raises((ImportError, ValueError), match=why):
+        setup.prepare(resolve(GrpoRun, "", RECIPES / "grpo_sd35.py", words))
+
+
+def test_weights_of_a_variant_are_not_missing_and_load(weights):
+    (weights / "pixel" / "model.safetensors").rename(weights / "pixel" / "model.fp16.safetensors")
+    spec, _ = resolve_model(str(weights))
+    check_sources(spec, {"gold": "pixel"})
+    assert load_reward("pixel", spec=spec).clip.dtype == torch.float32
+
+
+def test_a_damaged_config_is_named_with_all_that_is_missing(weights):
+    (weights / "dinalrm").unlink()
+    (weights / "dinalrm").mkdir()
+    (weights / "dinalrm" / "config.json").write_text('{"model": ')
+    (weights / "pixel" / "model.safetensors").unlink()
+    spec, _ = resolve_model(str(weights))
+    text = refusal(check_sources, spec, {"reward": "dinalrm + clipscore=/no/clip", "gold": "pixel"})
+    for part in (
+        f"{weights / 'dinalrm'} ({weights / 'dinalrm' / 'config.json'}: not valid JSON", "lacks model.safetensors",
+        "/no/clip (it does not exist)",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_a_broken_link_beside_the_pipeline_is_missing(weights):
+    """The hub would have replaced it without a word."""
+    (weights / "dinalrm").unlink()
+    (weights / "dinalrm").symlink_to(weights / "gone")
+    spec, _ = resolve_model(str(weights))
+    assert f"{weights / 'dinalrm'} (it does not exist)" in refusal(check_sources, spec, {"reward": "dinalrm"})
+
+
+def test_what_a_run_does_not_read_is_not_missing(weights, monkeypatch, tmp_path, official):
+    """Encoded pairs need no encoders, and the folder of a reward may have any name."""
+    mine, train = load_recipe("mine_pairs"), load_recipe("train_reward")
+    (tmp_path / "lr=1e-4").symlink_to(official)
+    reached = []
+    monkeypatch.setattr(mine, "mine", lambda *arguments: reached.append("mine"))
+    mine.main([f"--model={weights}", f"--reward={tmp_path / 'lr=1e-4'}"])
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "index.json").write_text("{}")
+    monkeypatch.setattr(train, "train", lambda *arguments: reached.append("train"))
+    monkeypatch.setattr(needs, "cached_folder", {SD35.pipeline: tmp_path / "cached"}.get)
+    shutil.copytree(weights / "pipeline", tmp_path / "cached")
+    for part in ("vae", "text_encoder"):
+        shutil.rmtree(tmp_path / "cached" / part)
+    train.main(["--model=sd35", f"--pairs={tmp_path / 'pairs'}", f"--output_dir={tmp_path / 'run'}"])
+    assert reached == ["mine", "train"]
 
 
 COMMANDS = {
