@@ -11,6 +11,7 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 T5 = ("text_encoder_3", "tokenizer_3")
 TEXT_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 VARIANTS = (None, "fp16", "bf16")
+WITHOUT_T5 = 'to do without T5, write "text_encoder_3": [null, null] and the same for tokenizer_3 in model_index.json'
 
 
 def missing_files(folder: Path, parts: Sequence[str] = ()) -> list[str]:
@@ -32,9 +33,7 @@ def check_files(folder: Path, parts: Sequence[str] = ()) -> None:
     if missing:
         advice = "save one with pipeline.save_pretrained(folder)"
         if any(file.startswith(T5) for file in missing):
-            advice += (
-                '; to do without T5, write "text_encoder_3": [null, null] and the same for tokenizer_3 in its index'
-            )
+            advice += f"; {WITHOUT_T5}"
         raise ValueError(f"{folder} is not a complete StableDiffusion3Pipeline folder: it lacks {lacks}; {advice}")
 
 

@@ -20,8 +20,6 @@ from dinalrm_align.train.settings import PathText, Source, did_you_mean
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer and preprocessor of the rewards trained from it
 BERT = "google-bert/bert-base-uncased"  # tokenizer of ImageReward
-
-
 TOKENIZER = "tokenizer.json|vocab.json|vocab.txt|spiece.model"  # one of these files
 
 
@@ -130,21 +128,13 @@ REWARDS: dict[str, RewardEntry] = {
     "lrm-sd15": _lrm("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "lrm-sdxl": _lrm("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
     "unifiedreward": RewardEntry(
-        f"{_PIXEL}.unifiedreward:UnifiedReward",
-        "http://127.0.0.1:8080/v1",
-        "as the model card of CodeGoat24/UnifiedReward-7b says",
-        "1 to 5, read from generated text",
-        differentiable=False,
-        served=True,
+        f"{_PIXEL}.unifiedreward:UnifiedReward", "http://127.0.0.1:8080/v1",
+        "as the model card of CodeGoat24/UnifiedReward-7b says", "1 to 5, read from generated text",
+        differentiable=False, served=True,
         how="start a vLLM or SGLang server that serves it; unifiedreward=http://host:port/v1#MODEL names both",
     ),
     "remote": RewardEntry(
-        None,
-        None,
-        "that of the served reward",
-        "that of the served reward",
-        differentiable=False,
-        served=True,
+        None, None, "that of the served reward", "that of the served reward", differentiable=False, served=True,
         how="start python -m dinalrm_align.serve; http://host:port#NAME names the server and, after #, its reward",
     ),
     "pixel": RewardEntry(

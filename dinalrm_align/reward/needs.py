@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinalrm_align.models.layout import missing_files, missing_weights
+from dinalrm_align.models.layout import T5, WITHOUT_T5, missing_files, missing_weights
 from dinalrm_align.models.specs import ModelSpec, cached_folder, hub_refusals
 from dinalrm_align.reward.names import REWARDS, Term, companion_of, parse_reward, source_of
 from dinalrm_align.train.files import HUB_ID, read_json
@@ -89,7 +89,8 @@ def _fault(need: Need, path: Path) -> str:
         lacks = need.lacking(path)
     except ValueError as error:  # a config.json or an index is damaged
         return str(error)
-    return f"lacks {', '.join(lacks[:4])}" if lacks else ""
+    hint = f"; {WITHOUT_T5}" if any(file.startswith(T5) for file in lacks) else ""
+    return f"lacks {', '.join(lacks[:4])}{hint}" if lacks else ""
 
 
 def lacking_files(files: Sequence[str]) -> Callable[[Path], list[str]]:

@@ -14,6 +14,7 @@ from dinalrm_align.align.memory import text_pipeline
 from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.specs import resolve_model
 from dinalrm_align.models.text import Conditions, PromptEncoder
+from dinalrm_align.reward.needs import check_sources
 
 PROMPTS = ["a small red circle on white", ""]
 LENGTH = 14
@@ -120,8 +121,9 @@ def test_a_reward_scores_on_a_pipeline_without_t5(saved, tiny_world):
 
 def test_what_is_missing_is_named_with_what_to_do(saved):
     shutil.rmtree(saved / "text_encoder_3")
-    for load in (lambda: resolve_model(str(saved)), lambda: load_pipeline(saved, dtype=torch.float32)):
-        with pytest.raises(ValueError, match=r"lacks text_encoder_3/config.json.*\[null, null\]"):
+    look = lambda: check_sources(resolve_model(str(saved))[0], {})  # noqa: E731
+    for load in (look, lambda: load_pipeline(saved, dtype=torch.float32)):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"lacks text_encoder_3/config.json.*\[null, null\]"):
             load()
     (saved / "vae" / "diffusion_pytorch_model.safetensors").rename(saved / "vae" / "vae.safetensors")
     with pytest.raises(ValueError, match="vae/diffusion_pytorch_model.safetensors"):

@@ -123,6 +123,18 @@ def test_a_reward_that_is_code_is_found_before_anything_is_loaded(weights, monke
         setup.prepare(resolve(GrpoRun, "", RECIPES / "grpo_sd35.py", words))
 
 
+def test_files_of_the_pipeline_are_named_with_those_of_rewards(weights, full_pipeline):
+    """Only a damaged pipeline was named, and the rewards in the next attempt."""
+    (weights / "pipeline").unlink()
+    shutil.copytree(full_pipeline, weights / "pipeline")
+    (weights / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (weights / "pixel" / "model.safetensors").unlink()
+    spec, _ = resolve_model(str(weights))
+    text = refusal(check_sources, spec, {"reward": "dinalrm", "gold": "pixel"})
+    assert "(lacks transformer/diffusion_pytorch_model.safetensors): --model DIR" in text
+    assert "(lacks model.safetensors): --gold pickscore=DIR" in text
+
+
 def test_weights_of_a_variant_are_not_missing_and_load(weights):
     (weights / "pixel" / "model.safetensors").rename(weights / "pixel" / "model.fp16.safetensors")
     spec, _ = resolve_model(str(weights))
