@@ -103,14 +103,15 @@ class ReflConfig:
         return range(min(round(earliest * num_steps), last), last + 1)
 
     def check_steps(self, num_steps: int) -> None:
-        """Raise ValueError if a rollout of `num_steps` has too few steps with gradient, or to start them from."""
+        """Raise ValueError if a rollout of `num_steps` is shorter than grad_steps, or has too few start steps."""
         if self.grad_steps > num_steps:
             raise ValueError(f"refl.grad_steps: got {self.grad_steps}; expected at most num_steps, {num_steps}")
         starts, drawn = self.starts(num_steps), self.steps_per_rollout
         if drawn > len(starts):
             raise ValueError(
                 f"refl.steps_per_rollout: got {drawn}; expected at most {len(starts)}, the number of steps "
-                f"{starts.start} ... {starts.stop - 1} of {num_steps} from which a gradient step is drawn"
+                f"{starts.start} ... {starts.stop - 1} of {num_steps} from which a gradient step is drawn: lower "
+                "refl.earliest, or refl.draft_lv_earliest for draft_lv"
             )
 
 
