@@ -13,6 +13,7 @@ SHORTENED = {
     "hpdv3_folder": "4",
     "gain_by_part": "--samples=4",
     "gpu_model": "--help",  # counts for minutes; tests/unit/align/test_gpu_model.py
+    "measure_judges": "judges 3 0",
     "measure_precision": "precision 3",
     "sample_grid": "4",
     "trl_style": "--max_steps=1 --num_generations=2 --per_device_train_batch_size=1",
