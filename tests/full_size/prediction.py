@@ -4,6 +4,7 @@ Resident memory is private memory (activations, LoRA, moments, weights whose dty
 weights whose file has the dtype of the run are not copied but mapped, and their pages are read when they are used. The
 peak is that of the largest phase:
 
+    loading     the transformer is built: its table of positions is computed in float64, and copied once
     text        the text encoders are loaded and encode; the files that they are converted from are still mapped
     evaluation  held-out samples: guided steps, then decoding by the VAE in float32
     training    one update
@@ -58,6 +59,7 @@ class Weights:
             self.clip_h = bytes_of([CLIPModel(CLIPConfig(**networks.clip))], FLOAT32)
             reward = build_reward_model(networks.reward, transformer)
         self.transformer = bytes_of([transformer], each)
+        self.positions = 2 * 8 * transformer.pos_embed.pos_embed.numel()
         self.trunk = bytes_of([transformer.pos_embed, *transformer.transformer_blocks[: networks.reward.num_layers]], 2)
         *clips, t5 = text_encoders(sizes)
         self.clips, self.t5 = bytes_of(clips, each), bytes_of([t5], each)
@@ -86,18 +88,23 @@ def predict(row: Row, scale: Scale, size: str, baseline: Memory) -> dict[str, Me
     reward = baseline + Memory(weights.reward + weights.vae, weights.trunk)
     if row.recipe == "evaluate_reward":
         return {"text": reward + text, "scoring": reward + Memory(counted("score", batch=2, levels=2).activations)}
+    gold = Memory(0, weights.clip_h if row.recipe != "mine_pairs" else 0)
+    phases = {
+        "loading": baseline + gold + Memory(weights.positions),
+        "text": baseline + gold + Memory(weights.vae) + text,
+    }
     forward = counted("policy_forward", batch=4)
-    lora, base = forward.weights - weights.transformer, baseline + Memory(weights.vae, weights.transformer)
-    if row.recipe == "mine_pairs":
-        return {"rollout": base + text + Memory(weights.reward + lora + forward.activations)}
-    base += Memory(0, weights.clip_h)  # gold
+    lora = forward.weights - weights.transformer
+    base = baseline + gold + Memory(weights.vae, weights.transformer)
+    if row.recipe == "mine_pairs":  # text encoders stay, for the next file of prompts
+        kept = weights.clips + t5 + weights.reward + lora
+        return phases | {"rollout": base + Memory(kept + forward.activations)}
     work = {"refl_sd35": "refl", "grpo_sd35": "grpo"}.get(row.recipe, "policy_gradient")
     options = dict(reward="pickscore" if "PickScore" in row.name else "dinalrm", batch=row.samples(scale))
     update = counted(work, **options)
     own = weights.reward * (options["reward"] == "dinalrm") + 2 * lora  # trained and averaged LoRA
     evaluated = max(forward.activations, counted("vae_decode", batch=2).activations)
-    return {
-        "text": baseline + Memory(weights.vae, weights.clip_h) + text,
+    return phases | {
         "evaluation": base + Memory(own + update.state + evaluated),
         "training": base + Memory(own + update.state + update.activations),
     }

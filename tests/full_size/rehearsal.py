@@ -26,6 +26,8 @@ WITH_T5 = ("refl", "prepare_pairs")
 """Rows on the whole pipeline; the others leave out T5, which takes minutes to load."""
 BASELINE = "refl"
 """The row whose process on tiny weights is the interpreter with its libraries."""
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""glibc's malloc returns freed blocks of 1 MiB and more to the system at once; else it keeps gigabytes."""
 
 
 def status_of(text: str) -> dict[str, int]:
@@ -36,7 +38,11 @@ def status_of(text: str) -> dict[str, int]:
 
 def watch(command: Sequence[str], log: Path, timeout: float) -> dict[str, Any]:
     """Run a command; return its exit status, seconds, and peak bytes, resident and private, read ten times a second."""
-    begun, peak, environment = time.monotonic(), {"VmHWM": 0, "RssAnon": 0}, dict(os.environ, HF_HUB_OFFLINE="1")
+    begun, peak, environment = (
+        time.monotonic(),
+        {"VmHWM": 0, "RssAnon": 0},
+        dict(os.environ, HF_HUB_OFFLINE="1", **MALLOC),
+    )
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -128,7 +134,8 @@ def table(found: dict[str, Any]) -> str:
         f"On {found['machine']}. Random weights of the sizes and layouts of SD3.5 Medium, DiNa-LRM and PickScore; "
         f"{found['pixels']} x {found['pixels']} pixels, two denoising steps, bfloat16, one process a row. GB = 10^9 "
         "bytes. Resident: the process's peak, read files included (VmHWM); private: without the pages of files. "
-        "Prediction: `tests/full_size/prediction.py`; its largest phase is named. Seconds: the machine was shared.",
+        "Prediction: `tests/full_size/prediction.py`; its largest phase is named. malloc returned freed blocks of "
+        "1 MiB at once. Seconds: the machine was shared.",
         "",
         "| run | T5 | s | resident | predicted | error | phase | private | predicted | error |",
         "|---|---|---:|---:|---:|---:|---|---:|---:|---:|",

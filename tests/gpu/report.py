@@ -45,23 +45,12 @@ STEPS = (
 """Seconds are limits; on one H100 the steps before `compiled` should take about six minutes in all."""
 
 
-def command_of(step: Step, weights: Path, folder: Path, dry_run: bool) -> list[str]:
-    if step.name == "tests":
+def command_of(steps: Sequence[Step], weights: Path, folder: Path, dry_run: bool) -> list[str]:
+    if steps[0].name == "tests":
         return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/unit"]
-    if step.name == "folders":
-        size = "tiny" if dry_run else "full"
-        return [
-            sys.executable,
-            "tests/helpers/public_folders.py",
-            "--folder",
-            f"{weights}",
-            "--size",
-            size,
-            "--t5",
-            "false",
-        ]
     places = ["--weights", f"{weights}", "--folder", f"{folder / 'runs'}", "--rows", f"{folder / 'rows.jsonl'}"]
-    return [sys.executable, "tests/gpu/worker.py", step.name, *places, *(["--dry_run"] if dry_run else [])]
+    names = [step.name for step in steps]
+    return [sys.executable, "tests/gpu/worker.py", *names, *places, *(["--dry_run"] if dry_run else [])]
 
 
 def run_step(command: Sequence[str], log: Path, seconds: float) -> str:
@@ -78,21 +67,23 @@ def run_all(folder: Path, weights: Path, *, minutes: float, dry_run: bool) -> di
     """Run the steps that have not succeeded; return the content of gpu.json."""
     folder.mkdir(parents=True, exist_ok=True)
     file, end = folder / "gpu.json", time.monotonic() + 60 * minutes
-    found = json.loads(file.read_text()) if file.exists() else {"dry_run": dry_run, "card": card(dry_run), "steps": {}}
+    skipped = {step.name: f"needs a GPU: {step.hardware}" for step in STEPS if dry_run and step.hardware}
+    steps = {name: dict(status=status, seconds=0.0, last="") for name, status in skipped.items()}
+    fresh = {"dry_run": dry_run, "card": card(dry_run), "steps": steps}
+    found = json.loads(file.read_text()) if file.exists() else fresh
     if found["dry_run"] != dry_run:
         raise SystemExit(f"output_dir: {folder} has a report with dry_run {found['dry_run']}; choose another folder")
-    for step in STEPS:
-        if found["steps"].get(step.name, {}).get("status") != DONE:
-            begun, log = time.monotonic(), folder / f"{step.name}.log"
-            if dry_run and step.hardware:
-                status = f"needs a GPU: {step.hardware}"
-            elif end - begun < 20:
+    soft = [step for step in STEPS if not step.hardware]
+    for steps in [soft] if dry_run else [[step] for step in STEPS]:  # a dry run needs one process
+        if any(found["steps"].get(step.name, {}).get("status") != DONE for step in steps):
+            begun, log, limit = time.monotonic(), folder / f"{steps[0].name}.log", sum(step.seconds for step in steps)
+            if end - begun < 20:
                 status = "not run: out of time; the same command continues"
             else:
-                print(f"{step.name} ...", flush=True)
-                limit = min(step.seconds, end - begun)
-                status = run_step(command_of(step, weights, folder, dry_run), log, limit)
-            found["steps"][step.name] = dict(status=status, seconds=time.monotonic() - begun, last=last_line(log))
+                print(f"{', '.join(step.name for step in steps)} ...", flush=True)
+                status = run_step(command_of(steps, weights, folder, dry_run), log, min(limit, end - begun))
+            result = dict(status=status, seconds=time.monotonic() - begun, last=last_line(log))
+            found["steps"] |= {step.name: dict(result) for step in steps}
         found["rows"] = read_rows(folder / "rows.jsonl")
         for row in found["rows"]:
             if row["status"] != DONE and found["steps"][row["step"]]["status"] == DONE:

@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from diffusers import StableDiffusion3Pipeline  # noqa: F401  # and with it bitsandbytes and peft, before the fake GPU
 from fake_gpu import FakeGpu
-from public_folders import SIZES
+from public_folders import SIZES, build
 from recipe_rows import Row, Scale, alignment_rows, reward_rows, write_data
 
 from dinalrm_align.align.savings.config import Case
@@ -53,6 +53,10 @@ class Job:
     rows: Path
     dry_run: bool
     step: str = ""
+
+    @property
+    def size(self) -> str:
+        return "tiny" if self.dry_run else "full"
 
     @property
     def scale(self) -> Scale:
@@ -132,6 +136,11 @@ def last_update(run: Path) -> dict[str, Any]:
     }
 
 
+def folders(job: Job) -> None:
+    """The random weights; without T5, which is not measured here."""
+    job.add("public folders", lambda: {"folder": str(build(job.weights, job.size, t5=False))})
+
+
 def recipes(job: Job) -> None:
     """Every recipe, without torch.compile."""
     for row in [*job.alignment(), *reward_rows(job.weights, job.folder / "data", job.folder, job.scale)]:
@@ -175,7 +184,7 @@ def measured(job: Job) -> None:
 
 def compare(job: Job, case: Case) -> dict[str, Any]:
     """Count and measure a case. Memory in GiB."""
-    networks = SIZES["tiny" if job.dry_run else "full"].networks
+    networks = SIZES[job.size].networks
     cost = count(case, networks)
 
     def work() -> dict[str, Any]:
@@ -187,13 +196,13 @@ def compare(job: Job, case: Case) -> dict[str, Any]:
 
 
 def profile(job: Job) -> None:
-    """The kernels of one update of ReFL, after a first one, rollout included."""
+    """The kernels of one update of ReFL, rollout included; on a GPU of the second update."""
     refl = {row.name: row for row in job.alignment()}["refl"]
     output = refl.output.with_name("refl_profiled")
     row = replace(refl, output=output, arguments=(*refl.arguments, "--output_dir", f"{output}"))
 
     def work() -> dict[str, Any]:
-        with profiled_update(1 if job.dry_run else 2) as profiler:
+        with profiled_update(2 - job.dry_run, "CPU" if job.dry_run else "CUDA") as profiler:
             job.on_gpu(lambda: run_recipe(row))
         key = "self_cpu_time_total" if job.dry_run else "self_device_time_total"
         events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))[:TOP]
@@ -205,10 +214,10 @@ def profile(job: Job) -> None:
 
 
 @contextlib.contextmanager
-def profiled_update(number: int) -> Iterator[torch.profiler.profile]:
+def profiled_update(number: int, activity: str) -> Iterator[torch.profiler.profile]:
     """Profile the update of this number, from PhaseMeter.start_step to finish_step, which the training loop calls."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    profiler, started = torch.profiler.profile(activities=activities), 0
+    profiler = torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, activity)])
+    started = 0
     start, finish = PhaseMeter.start_step, PhaseMeter.finish_step
 
     def start_step(meter: PhaseMeter, **options: bool) -> None:
@@ -262,7 +271,7 @@ def read_rows(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["step"], row["name"]): row for row in map(json.loads, lines)}
 
 
-STEPS = {step.__name__: step for step in (measured, recipes, profile, quantised, distributed, compiled)}
+STEPS = {step.__name__: step for step in (folders, measured, recipes, profile, quantised, distributed, compiled)}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Each function returns {name: replacement} for a `FakeGpu`, which records faults,
 in every thread and inside functions of torch, where a TorchFunctionMode would not be active.
 """
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -54,25 +55,27 @@ class _AnyGenerator(type(RealGenerator)):
         return isinstance(instance, RealGenerator)
 
 
+GPU_GENERATORS: set[int] = set()
+"""Addresses of generators on the GPU. Operators get another Python object for a generator, with the same address."""
+
+
 class Generator(RealGenerator, metaclass=_AnyGenerator):
     """A CPU generator that knows the device it was asked for."""
 
     def __new__(cls, device: torch.device | str = "cpu") -> "Generator":
         generator = super().__new__(cls, "cpu")
-        generator.on_gpu = is_gpu(device)
+        if is_gpu(device):
+            GPU_GENERATORS.add(generator._cdata)
+            weakref.finalize(generator, GPU_GENERATORS.discard, generator._cdata)
         return generator
-
-    def manual_seed(self, seed: int) -> "Generator":
-        super().manual_seed(seed)  # which returns another Python object
-        return self
 
     @property
     def device(self) -> torch.device:
-        return CUDA if self.on_gpu else CPU
+        return CUDA if generator_on_gpu(self) else CPU
 
 
 def generator_on_gpu(generator: RealGenerator) -> bool:
-    return type(generator) is Generator and generator.on_gpu
+    return generator._cdata in GPU_GENERATORS
 
 
 def device_of(this: Tensor) -> torch.device:

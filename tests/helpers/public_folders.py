@@ -72,9 +72,11 @@ def _tiny() -> Architecture:
     return replace(
         FULL,
         transformer=FULL.transformer | dict(
-            sample_size=8, num_layers=14, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
+            sample_size=8, num_layers=4, dual_attention_layers=(0, 1, 2), attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=32,
             caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=16,
         ),
+        reward=replace(FULL.reward, num_layers=3, visual_taps=(1, 2, 3), text_taps=(1, 2, 3)),
         vae=FULL.vae | dict(sample_size=64, block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=1),
         clip=dict(
             projection_dim=8, text_config=text | tower, vision_config=vision | tower | dict(image_size=32, patch_size=8)

@@ -105,16 +105,21 @@ def alignment_rows(weights: Path, data: Path, runs: Path, scale: Scale, more: Se
 def reward_rows(weights: Path, data: Path, runs: Path, scale: Scale) -> list[Row]:
     """Return the rows of the chain from image files to a trained reward, and of scoring."""
     size, side, pairs = f"{scale.pixels}x{scale.pixels}", f"{scale.pixels}", runs / "prepare_pairs"
-    one_level = ["--accuracy.sigmas", "[0.4]", "--accuracy.ensemble", "[]", "--accuracy.every", "0"]
+    released = json.loads((weights / DINALRM / "config.json").read_text())["model"]
+    reward = [
+        "--reward.num_layers", f"{released['num_transformer_layers']}", "--reward.visual_taps",
+        f"{released['visual_head_idx']}", "--reward.text_taps", f"{released['text_head_idx']}", "--accuracy.sigmas",
+        "[0.4]", "--accuracy.ensemble", "[]", "--accuracy.every", "0",
+    ]  # fmt: skip
     images = [f"{data / f'chosen{number}.png'}" for number in range(2)]
     arguments = {
         "prepare_pairs": [
-            "--source", f"{data / 'pairs.jsonl'}", "--buckets", size, "--filter.min_pixels", "0", "--output_dir",
-            f"{pairs}", *place(weights, scale),
+            "--source", f"{data / 'pairs.jsonl'}", "--buckets", size, "--filter.min_pixels", "0", "--workers", "0",
+            "--output_dir", f"{pairs}", *place(weights, scale),
         ],
         "train_reward": [
             "--pairs", f"{pairs}", "--batch_size", f"{scale.batch}", "--held_out_prompts", "1", "--loop.steps",
-            f"{scale.updates}", *one_level, *place(weights, scale), "--output_dir",
+            f"{scale.updates}", *reward, *place(weights, scale), "--output_dir",
             f"{runs / 'train_reward'}",
         ],
         "evaluate_reward": [
