@@ -24,6 +24,7 @@ from dinalrm_align.data.source import ImagePairs
 from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.specs import resolve_model
 from dinalrm_align.reward.lrm import LrmReward
+from dinalrm_align.reward.needs import check_sources
 from dinalrm_align.reward.pixel.clip import ClipReward
 
 WEIGHTS = "model.safetensors"
@@ -633,6 +634,15 @@ def model(make: Callable[[World], object]):
     return call
 
 
+def weights_of(make: Callable[[World], object]):
+    """What a command does before it loads: look for the files of the model."""
+
+    def call(world: World) -> object:
+        return check_sources(resolve_model(str(make(world)))[0], {})
+
+    return call
+
+
 def indexed(world: World, content: str) -> Path:
     """The pipeline with an index in the place of the transformer's weights."""
     copied = without(world.pipeline_dir, world, TRANSFORMER)
@@ -648,12 +658,12 @@ MODELS = [
     Case("an index of text", model(lambda w: w.with_bytes(w.pipeline_dir, "model_index.json", "sd3")), ValueError, "model_index.json"),
     Case("an index of a list", model(lambda w: w.with_bytes(w.pipeline_dir, "model_index.json", "[]")), ValueError, "model_index.json"),
     Case("another pipeline", model(lambda w: w.with_json(w.pipeline_dir, "model_index.json", _class_name="FluxPipeline")), ValueError, "FluxPipeline"),
-    Case("no weights", model(lambda w: without(w.pipeline_dir, w, TRANSFORMER)), ValueError, "diffusion_pytorch_model.safetensors"),
-    Case("a T5 that is gone", model(lambda w: without(w.pipeline_dir, w, "text_encoder_3/model.safetensors")), ValueError, "text_encoder_3/model.safetensors null"),
+    Case("no weights", weights_of(lambda w: without(w.pipeline_dir, w, TRANSFORMER)), FileNotFoundError, "diffusion_pytorch_model.safetensors"),
+    Case("a T5 that is gone", weights_of(lambda w: without(w.pipeline_dir, w, "text_encoder_3/model.safetensors")), FileNotFoundError, "text_encoder_3/model.safetensors null"),
     Case("a bare null for T5", lambda w: load_pipeline(w.with_json(w.pipeline_dir, "model_index.json", text_encoder_3=None), dtype=torch.float32), ValueError, "model_index.json text_encoder_3 null"),
     Case("a pipeline without a VAE", lambda w: load_pipeline(without(w.pipeline_dir, w, "vae/diffusion_pytorch_model.safetensors"), dtype=torch.float32), ValueError, "vae/diffusion_pytorch_model.safetensors"),
-    Case("an index of shards of text", model(lambda w: indexed(w, '{"weight_map": "a"}')), ValueError, "weight_map index.json"),
-    Case("a shard that is gone", model(lambda w: indexed(w, '{"weight_map": {"a": "b.safetensors"}}')), ValueError, "transformer/b.safetensors"),
+    Case("an index of shards of text", weights_of(lambda w: indexed(w, '{"weight_map": "a"}')), FileNotFoundError, "weight_map index.json"),
+    Case("a shard that is gone", weights_of(lambda w: indexed(w, '{"weight_map": {"a": "b.safetensors"}}')), FileNotFoundError, "transformer/b.safetensors"),
     Case("a transformer of no size", model(lambda w: w.with_json(w.pipeline_dir, "transformer/config.json", sample_size=...)), ValueError, "sample_size NoneType"),
     Case("a VAE of no widths", model(lambda w: w.with_json(w.pipeline_dir, "vae/config.json", block_out_channels=3)), ValueError, "block_out_channels 3"),
 ]  # fmt: skip
