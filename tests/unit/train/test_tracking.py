@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 from torch import nn
-from wandb_log import wandb_records
+from wandb_log import finished_records
 
 from dinalrm_align.train.checkpoints import latest_checkpoint
 from dinalrm_align.train.config import LoopConfig, OptimConfig
@@ -151,7 +151,7 @@ def test_wandb_offline_keeps_curves_images_settings_and_weights(tmp_path, monkey
     (offline,) = (folder / "wandb").glob("offline-run-*")
     assert len(list((offline / "files" / "media" / "images").glob("held_out_*.png"))) == 3
     (file,) = offline.glob("*.wandb")
-    records = wandb_records(file)
+    records = finished_records(file)
     updates = [item for record in records for item in (*record.run.config.update, *record.config.update)]
     config = {item.key: item.value_json for item in updates}
     assert config["seed"] == "3" and config["optim"] == '{"lr":0.1}'
