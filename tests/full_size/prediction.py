@@ -5,9 +5,11 @@ weights whose file has the dtype of the run are not copied but mapped, and their
 peak is that of the largest phase:
 
     loading     the transformer is built: its table of positions is computed in float64, and copied once
-    text        the text encoders are loaded and encode; the files that they are converted from are still mapped
+    T5          T5 is loaded: its files are mapped until all of it is converted
+    text        the CLIP text encoders are loaded after T5, in the same way; then all of them encode
     evaluation  held-out samples: guided steps, then decoding by the VAE in float32
-    training    one update
+    training    one update, without gradient checkpointing
+    export      the averaged weights of a reward are written, while the last weights and gradients are kept
 """
 
 from collections.abc import Iterable
@@ -20,9 +22,11 @@ from recipe_rows import Row, Scale
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from dinalrm_align.align.savings.config import Case
-from dinalrm_align.align.savings.cost import Cost, count
+from dinalrm_align.align.savings.config import Architecture, Case
+from dinalrm_align.align.savings.cost import Cost, FakeFloats, count
+from dinalrm_align.align.savings.workloads import replace_tensors
 from dinalrm_align.reward.model import build_reward_model
+from dinalrm_align.train.cost import LiveStorage
 
 FLOAT32 = 4
 
@@ -66,32 +70,61 @@ class Weights:
         self.reward = sum(tensor.numel() for tensor in reward.tuned_tensors().values()) * FLOAT32
 
 
+def reward_gradient(networks: Architecture, images: int, pixels: int, dtype: torch.dtype) -> int:
+    """Return the peak bytes of activations and gradients of one training step of a reward, counted without weights."""
+    fake = FakeFloats()
+    with torch.device("meta"):
+        transformer = nn.Module.to(SD3Transformer2DModel(**networks.transformer), dtype).requires_grad_(False)
+        model = build_reward_model(networks.reward, transformer)
+    replace_tensors([model], fake.empty_like)
+    config, side = networks.transformer, pixels // networks.vae_factor
+    counter = LiveStorage()
+    with fake.active(), torch.autocast("cpu", dtype):
+        latents, noise = torch.randn(2, images, config["in_channels"], side, side)
+        text = torch.randn(images, networks.clip_tokens + networks.reward.text_length, config["joint_attention_dim"])
+        pooled = torch.randn(images, config["pooled_projection_dim"])
+        with counter:
+            model.train()(latents, text, pooled, 0.5, noise).sum().backward()
+    return counter.peak
+
+
 def predict(row: Row, scale: Scale, size: str, baseline: Memory) -> dict[str, Memory]:
-    """Return the memory of each phase of a row. baseline: a process that has imported the libraries, nothing more."""
+    """Return the memory of each phase of a row. baseline: the row's process on tiny weights."""
     sizes, networks = SIZES[size], SIZES[size].networks
     weights = Weights(sizes, getattr(torch, scale.dtype))
-    shape = Case(size=scale.pixels, dtype=scale.dtype, vae_dtype="float32").but
+    shape = Case(size=scale.pixels, dtype=scale.dtype, vae_dtype="float32").kept.but
 
     def counted(work: str, **options: object) -> Cost:
         return count(shape(work=work, **options), networks)
 
     t5 = 0 if scale.pipeline == WITHOUT_T5 else weights.t5
-    text = Memory(weights.clips + t5, t5 or weights.clips)  # the files of one model are mapped while it is converted
+    text = {"T5": Memory(t5, t5), "text": Memory(weights.clips + t5, weights.clips)}
+
+    def loaded(before: Memory) -> dict[str, Memory]:
+        return {phase: before + memory for phase, memory in text.items() if memory.private}
+
     if row.recipe == "score_images":
         return {"scoring": baseline + Memory(0, weights.clip_h)}
     if row.recipe == "prepare_pairs":
         encoded = counted("vae_encode", batch=2).activations
-        return {"text": baseline + text, "images": baseline + Memory(weights.vae + encoded)}
-    if row.recipe == "train_reward":  # weights, gradients, two moments and the average of head and LoRA
-        gradient = counted("gradient", batch=2 * scale.batch).activations
-        return {"training": baseline + Memory(5 * weights.reward + gradient, weights.trunk)}
+        return loaded(baseline) | {"images": baseline + Memory(weights.vae + encoded)}
+    loading = {"loading": baseline + Memory(weights.positions)}
+    if row.recipe == "train_reward":
+        gradient = reward_gradient(networks, 2 * scale.batch, scale.pixels, getattr(torch, scale.dtype))
+        kept = 4 * weights.reward  # the weights, their average and two moments
+        export = 5 * weights.reward  # gradients, last weights, a copy of the average, its bytes twice
+        return loading | {
+            "training": baseline + Memory(kept + gradient, weights.trunk),
+            "export": baseline + Memory(kept + export, weights.trunk),
+        }
     reward = baseline + Memory(weights.reward + weights.vae, weights.trunk)
     if row.recipe == "evaluate_reward":
-        return {"text": reward + text, "scoring": reward + Memory(counted("score", batch=2, levels=2).activations)}
+        scored = counted("score", batch=2, levels=2).activations
+        return loading | loaded(reward) | {"scoring": reward + Memory(scored)}
     gold = Memory(0, weights.clip_h if row.recipe != "mine_pairs" else 0)
     phases = {
         "loading": baseline + gold + Memory(weights.positions),
-        "text": baseline + gold + Memory(weights.vae) + text,
+        **loaded(baseline + gold),
     }
     forward = counted("policy_forward", batch=4)
     lora = forward.weights - weights.transformer

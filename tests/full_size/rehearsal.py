@@ -24,10 +24,10 @@ sys.path[:0] = [str(HELPERS), str(Path(__file__).parent)]
 GB = 1e9
 WITH_T5 = ("refl", "prepare_pairs")
 """Rows on the whole pipeline; the others leave out T5, which takes minutes to load."""
-BASELINE = "refl"
-"""The row whose process on tiny weights is the interpreter with its libraries."""
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""glibc's malloc returns freed blocks of 1 MiB and more to the system at once; else it keeps gigabytes."""
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+"""glibc's malloc returns freed blocks of 64 KiB and more to the system at once; else it keeps gigabytes."""
+KEPT = ("--gradient_checkpointing", "false")
+"""What `auto` chooses on this machine would depend on its free memory."""
 
 
 def status_of(text: str) -> dict[str, int]:
@@ -66,17 +66,17 @@ def rehearse(options: argparse.Namespace) -> dict[str, Any]:
     build(options.weights, size)
     found = json.loads(results.read_text()) if results.exists() else {"machine": machine(), "rows": {}}
     found |= {"size": size, "pixels": SIZES[size].pixels}
-    if "baseline" not in found:
-        _, row = rows_of(build(folder / "tiny_weights", "tiny"), folder / "baseline", "tiny")[BASELINE]
-        found["baseline"] = run(row, folder / "baseline" / "log", options.timeout)
-    start = Memory(found["baseline"]["private"], found["baseline"]["resident"] - found["baseline"]["private"])
+    tiny = rows_of(build(folder / "tiny_weights", "tiny"), folder / "tiny", "tiny")
     for name, (scale, row) in rows_of(options.weights, folder, size).items():
         if options.rows and name not in options.rows:
             continue
         result = found["rows"].get(name, {})
         if result.get("status") != 0:
-            result = run(row, folder / f"{name.replace(', ', '_')}.log", options.timeout) | {"t5": name in WITH_T5}
-        phases = predict(row, scale, size, start)
+            log = f"{name.replace(', ', '_')}.log"
+            start = run(tiny[name][1], folder / "tiny" / log, options.timeout)
+            result = run(row, folder / log, options.timeout) | {"t5": name in WITH_T5, "libraries": start}
+        start = result["libraries"]
+        phases = predict(row, scale, size, Memory(start["private"], start["resident"] - start["private"]))
         phase, largest = max(phases.items(), key=lambda item: item[1].resident)
         found["rows"][name] = result | dict(
             phase=phase, predicted_resident=largest.resident,
@@ -98,7 +98,7 @@ def rows_of(weights: Path, folder: Path, size: str) -> dict[str, tuple[Any, Any]
     for pipeline in (WITHOUT_T5, PIPELINE):
         scale = Scale(SIZES[size].pixels, pipeline=pipeline)
         places = weights.absolute(), folder / "data", folder / "runs", scale
-        for row in [*alignment_rows(*places), *reward_rows(*places)]:
+        for row in [*alignment_rows(*places, KEPT), *reward_rows(*places, KEPT)]:
             if pipeline == WITHOUT_T5 or row.name in WITH_T5:
                 rows[row.name] = scale, row
     return rows
@@ -132,10 +132,11 @@ def table(found: dict[str, Any]) -> str:
         f"# Every recipe at {found['size']} size for one update",
         "",
         f"On {found['machine']}. Random weights of the sizes and layouts of SD3.5 Medium, DiNa-LRM and PickScore; "
-        f"{found['pixels']} x {found['pixels']} pixels, two denoising steps, bfloat16, one process a row. GB = 10^9 "
-        "bytes. Resident: the process's peak, read files included (VmHWM); private: without the pages of files. "
-        "Prediction: `tests/full_size/prediction.py`; its largest phase is named. malloc returned freed blocks of "
-        "1 MiB at once. Seconds: the machine was shared.",
+        f"{found['pixels']} x {found['pixels']} pixels, two denoising steps, bfloat16, no gradient checkpointing, one "
+        "process a row. GB = 10^9 bytes. Resident: the process's peak, read files included (VmHWM); private: without "
+        "the pages of files. Prediction: `tests/full_size/prediction.py`; its largest phase is named; the interpreter "
+        "and its libraries are measured, by the same run on tiny weights. malloc returned freed blocks of 64 KiB at "
+        "once. Seconds: the machine was shared.",
         "",
         "| run | T5 | s | resident | predicted | error | phase | private | predicted | error |",
         "|---|---|---:|---:|---:|---:|---|---:|---:|---:|",

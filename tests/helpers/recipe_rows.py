@@ -102,8 +102,8 @@ def alignment_rows(weights: Path, data: Path, runs: Path, scale: Scale, more: Se
     return rows
 
 
-def reward_rows(weights: Path, data: Path, runs: Path, scale: Scale) -> list[Row]:
-    """Return the rows of the chain from image files to a trained reward, and of scoring."""
+def reward_rows(weights: Path, data: Path, runs: Path, scale: Scale, more: Sequence[str] = ()) -> list[Row]:
+    """Return the rows of the chain from image files to a trained reward, and of scoring. more: for train_reward."""
     size, side, pairs = f"{scale.pixels}x{scale.pixels}", f"{scale.pixels}", runs / "prepare_pairs"
     released = json.loads((weights / DINALRM / "config.json").read_text())["model"]
     reward = [
@@ -120,7 +120,7 @@ def reward_rows(weights: Path, data: Path, runs: Path, scale: Scale) -> list[Row
         "train_reward": [
             "--pairs", f"{pairs}", "--batch_size", f"{scale.batch}", "--held_out_prompts", "1", "--loop.steps",
             f"{scale.updates}", *reward, *place(weights, scale), "--output_dir",
-            f"{runs / 'train_reward'}",
+            f"{runs / 'train_reward'}", *more,
         ],
         "evaluate_reward": [
             "--reward", f"dinalrm={weights / DINALRM}", "--test_sets", f"{{mine: {data / 'pairs.jsonl'}}}", "--size",
