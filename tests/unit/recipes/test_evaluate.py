@@ -13,6 +13,7 @@ from public_sets import WRITERS, put, write_hpdv3
 from safetensors.numpy import load_file
 from tiny_clip import save_clip
 
+from dinalrm_align.eval.config import EvaluateRun
 from dinalrm_align.reward.pixel.clip import ClipReward
 
 
@@ -97,6 +98,12 @@ def test_parts_of_a_sum_read_the_text_length_of_their_checkpoint_or_the_given_on
         with pytest.raises(SystemExit):
             recipe.main([*arguments, f"--reward=dinalrm + dinalrm={copy}"])
         assert "parts read [9, 14] T5 tokens; expected one number: pass --text_length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sigmas", "expected"), [([0.4, 0.5], [0.4]), ([0.3], [0.3])])
+def test_calibration_levels_follow_the_sigmas(sigmas, expected):
+    """--sigmas alone is enough: the default levels of the calibration report are taken from it."""
+    assert EvaluateRun(sigmas=sigmas, ensembles=[]).calibrated_at == expected
 
 
 def test_calibration_levels_must_be_among_the_sigmas(recipe, arguments, capsys):
