@@ -103,7 +103,7 @@ def test_parts_of_a_sum_read_the_text_length_of_their_checkpoint_or_the_given_on
 @pytest.mark.parametrize(("sigmas", "expected"), [([0.4, 0.5], [0.4]), ([0.3], [0.3])])
 def test_calibration_levels_follow_the_sigmas(sigmas, expected):
     """--sigmas alone is enough: the default levels of the calibration report are taken from it."""
-    assert EvaluateRun(sigmas=sigmas, ensembles=[]).calibrated_at == expected
+    assert EvaluateRun(sigmas=sigmas).calibrated_at == expected
 
 
 def test_calibration_levels_must_be_among_the_sigmas(recipe, arguments, capsys):
