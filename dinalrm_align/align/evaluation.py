@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dinalrm_align.align.config import EvaluationConfig
 from dinalrm_align.align.rollouts import Sampler
+from dinalrm_align.eval.report.parts import PREFIX
 from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.models.grids import load_strip, save_before_after, save_grid, save_strip
 from dinalrm_align.models.images import open_image, to_bytes
@@ -97,7 +98,9 @@ class HeldOut:
         Rank 0 writes evaluations/<step>.json (scores per sample), evaluations/<step>.png (one row of sample images)
         and grid_<step>.png (image grid). Returns metrics: for every reward and probe, its mean over samples;
         `gold_gain`, the mean gain of `gold` since step 0; and standard errors of `proxy`, `gold` and `gold_gain`.
-        Every further gold reward has the metrics `gold/NAME`, `gold/NAME_gain` and their standard errors.
+        Every further gold reward has the metrics `gold/NAME`, `gold/NAME_gain` and their standard errors. Every part of
+        `gold` has `gold_parts/PART` and, unless the evaluation at step 0 is of a version without parts,
+        `gold_parts/PART_gain` and `gold_parts/PART_gain_standard_error`.
         """
         size, rank, world = self.config.batch_size, self.accelerator.process_index, self.accelerator.num_processes
         starts = range(0, len(self.prompts), size)
@@ -116,7 +119,7 @@ class HeldOut:
         before = self.scores(0)
         for name in ("proxy", *self.scorers):
             row[f"{name}_standard_error"] = float(np.std(scores[name], ddof=1) / math.sqrt(len(found)))
-        for name in self.scorers:
+        for name in (name for name in scores if name.startswith("gold") and name in before):
             row[f"{name}_gain"], row[f"{name}_gain_standard_error"] = paired_gain(before[name], scores[name])
         return row
 
@@ -133,13 +136,17 @@ class HeldOut:
     def summarise(self, step: int) -> dict[str, dict[str, float]]:
         """Compare the evaluations at step 0 and at `step`, and write the images of both to before_after.png.
 
-        The result has the keys "gold", "proxy" and, for further gold rewards, "gold/NAME". Each holds a dict with the
-        keys "before" and "after" (mean scores), "gain" (after - before) and "standard_error" (the paired standard error
-        of the gain).
+        The result has the keys "gold", "proxy", for further gold rewards "gold/NAME", and for the parts of gold
+        "gold_parts/PART". Each holds a dict with the keys "before" and "after" (mean scores), "gain" (after - before)
+        and "standard_error" (the paired standard error of the gain). If the evaluation at step 0 lacks parts, they are
+        left out, with a printed sentence.
         """
         summary: dict[str, dict[str, float]] = {}
         before, after = self.scores(0), self.scores(step)
-        for name in dict.fromkeys(("gold", "proxy", *self.scorers)):
+        if any(name.startswith(PREFIX) for name in after.keys() - before.keys()):
+            print("parts of gold have no gain: the evaluation before the first update, of an older version, lacks them")
+        further = (name for name in after if name.startswith(("gold/", PREFIX)) and name in before)
+        for name in ("gold", "proxy", *further):
             gain, error = paired_gain(before[name], after[name])
             ends = {"before": float(np.mean(before[name])), "after": float(np.mean(after[name]))}
             summary[name] = {**ends, "gain": gain, "standard_error": error}
@@ -164,7 +171,10 @@ class HeldOut:
             latents = self.sampler.sample(conditions, noise)
             found = {"proxy": self.reward(latents, conditions, noise=reward_noise)}
             images = self.decode(latents)
-            found |= {name: scorer(images, list(conditions.prompts)) for name, scorer in self.scorers.items()}
+            parts = {}
+            for name, scorer in self.scorers.items():
+                found[name], parts[name] = scorer.with_parts(images, list(conditions.prompts))
+            found |= {f"{PREFIX}{part}": values for part, values in parts["gold"].items()}
             for probe in self.probes:
                 found |= probe(latents, conditions, reward_noise)
             values = iter(readings.read([value for column in found.values() for value in column]))

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dinalrm_align.align.lora import LORA_FILE
+from dinalrm_align.eval.report.parts import PREFIX
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.card import model_card
 from dinalrm_align.reward.checkpoint import read_checkpoint
@@ -145,7 +146,8 @@ def lora_card(settings: Mapping[str, Any], summary: Mapping[str, Any], repo_id: 
     }
     for name, score in (entry for entry in summary.items() if isinstance(entry[1], dict) and "gain" in entry[1]):
         ends = f"{score['before']:.4f} → {score['after']:.4f}"
-        what = "trained reward" if name == "proxy" else f"{name} (not trained on)"
+        named = name.replace(PREFIX, "part of gold: ")
+        what = "trained reward" if name == "proxy" else f"{named} (not trained on)"
         rows[f"{what}, {summary['samples']} held-out samples"] = (
             f"{ends}, gain {score['gain']:+.4f} (standard error {score['standard_error']:.4f})"
         )

@@ -3,8 +3,10 @@
     def my_reward(images, prompts): ...                     decoded images (B, 3, H, W) in [0, 1] -> scores (B,)
     def my_reward(latents, prompts, sigma, noise): ...      scaled clean latents (B, C, h, w) -> scores (B,)
 
-Higher scores are better. A callable over latents may also take `prompt_embeds`, `pooled_prompt_embeds` and `generator`.
-A callable receives only the arguments in its signature.
+Higher scores are better. A callable over images may also take `parts`: a dict, which it fills with what its scores
+consist of, name -> (B,). A component of the part "a" has the name "a/b". Evaluations report them. A callable over
+latents may also take `prompt_embeds`, `pooled_prompt_embeds` and `generator`. A callable receives only the arguments in
+its signature.
 """
 
 import importlib
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from dinalrm_align.models.text import Conditions, prompts_of
 from dinalrm_align.reward.inputs import as_batch
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Text, finite_scores, scoring
+from dinalrm_align.reward.protocol import Latents, Noise, Parted, RewardModule, Text, finite_scores, scoring
 from dinalrm_align.train.settings import did_you_mean
 
 IMAGES = ("images", "pixels")
@@ -51,6 +53,13 @@ def import_callable(path: str) -> Callable[..., Any]:
     return _check_callable(found, path)
 
 
+def call_with_parts(function: Callable[..., Any], images: Tensor, prompts: Sequence[str], name: str) -> Parted:
+    """Return `function(images, prompts)`, unchecked, and the parts that it tells, checked by `finite_scores`."""
+    parts: dict[str, Tensor] = {}
+    scores = function(images, list(prompts), **({"parts": parts} if "parts" in _arguments(function, name) else {}))
+    return scores, {part: finite_scores(values, len(images), f"{name}: {part}") for part, values in parts.items()}
+
+
 def as_reward(
     function: Callable[..., Any],
     *,
@@ -73,16 +82,7 @@ def as_reward(
     if isinstance(function, RewardModule):
         return function
     name = name or f"{type(function).__name__}" * isinstance(function, nn.Module) or repr(function)[:60]
-    _check_callable(function, name)
-    try:
-        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except ValueError as error:
-        raise TypeError(f"reward {name!r}: Python cannot tell its arguments; wrap it in a function") from error
-    named = [
-        parameter.name
-        for parameter in signature.parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ]
+    named = _arguments(_check_callable(function, name), name)
     if named and named[0] in IMAGES:
         return ImageFunction(function, vae, name, differentiable)
     if named and named[0] == "latents":
@@ -106,6 +106,10 @@ class ImageFunction(PixelReward):
 
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return _checked(self.function(images, list(prompts)), images, self.name)
+
+    def score_pixel_parts(self, images: Tensor, prompts: Sequence[str]) -> Parted:
+        scores, parts = call_with_parts(self.function, images, prompts, self.name)
+        return _checked(scores, images, self.name), parts
 
 
 class LatentFunction(RewardModule):
@@ -143,6 +147,16 @@ class LatentFunction(RewardModule):
 
     def score_images(self, images: Any, prompts: Text, **options: Any) -> Tensor:
         raise ValueError(f"reward {self.name!r} reads latents and cannot score images; name one that reads images")
+
+
+def _arguments(function: Callable[..., Any], name: str) -> list[str]:
+    """Return the names of a callable's arguments, in order, without *args and **kwargs."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except ValueError as error:
+        raise TypeError(f"reward {name!r}: Python cannot tell its arguments; wrap it in a function") from error
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in signature.parameters.values() if each.kind not in various]
 
 
 def _check_callable(found: Any, name: str) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from dinalrm_align.reward.protocol import (
     ImageOptions,
     Latents,
     Noise,
+    Parted,
     RewardModule,
     Text,
     finite_scores,
@@ -115,8 +116,21 @@ class RewardSum(RewardModule):
 
         Arguments are as in `Reward.score_images`. Raises ValueError if a summed reward cannot score images.
         """
-        scores = [part.score_images(images, prompts, **options) for part in self.parts]
-        return self.add_up({name: score.to(scores[0].device) for name, score in zip(self.names, scores, strict=True)})
+        return self.score_image_parts(images, prompts, **options)[0]
+
+    @scoring
+    def score_image_parts(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Parted:
+        """Return `score_images`, and the unweighted scores of the summed rewards, each followed by its own parts.
+
+        Their names have no sources: "dinalrm=FOLDER" is "dinalrm". Equal names are numbered: "dinalrm1", "dinalrm2".
+        """
+        scores, found, kinds = {}, dict[str, Tensor](), [name.partition("=")[0] for name in self.names]
+        for index, (name, part) in enumerate(self.named_parts.items()):
+            score, own = part.score_image_parts(images, prompts, **options)
+            scores[name] = score.to(next(iter(scores.values()), score).device)
+            kind = kinds[index] + (f"{kinds[: index + 1].count(kinds[index])}" if kinds.count(kinds[index]) > 1 else "")
+            found |= {kind: scores[name], **{f"{kind}/{inner}": values for inner, values in own.items()}}
+        return self.add_up(scores), found
 
     def offload(self) -> None:
         for part in self.parts:

@@ -35,6 +35,10 @@ Sigma = float | Tensor | Sequence[float]
 """Noise level in [0, 1]: a float, a tensor (B,) with one per sample, or a list of levels (multi-noise ensemble)."""
 
 
+Parted = tuple[Tensor, dict[str, Tensor]]
+"""Scores (B,), float32, and what they consist of, if the reward tells: name -> (B,). "a/b" is a component of "a"."""
+
+
 class Noise(TypedDict, total=False):
     """Keyword arguments for rewards that add noise to latents. Rewards that add no noise ignore these arguments.
 
@@ -112,6 +116,10 @@ class Reward(Protocol):
 
     def score_images(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Tensor:
         """Return scores (B,), float32. images: see `models.images.image_tensor`."""
+        ...
+
+    def score_image_parts(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Parted:
+        """Return `score_images` and the parts of the scores, computed in one pass."""
         ...
 
     def fingerprint(self) -> str:
@@ -192,6 +200,9 @@ class RewardModule(nn.Module):
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
         return {"reward": self(latents, prompts, **noise)}
+
+    def score_image_parts(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Parted:
+        return self.score_images(images, prompts, **options), {}
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
         raise TypeError(f"{self.name} does not score noisy latents; take a reward that does, as dinalrm")

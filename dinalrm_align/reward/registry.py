@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dinalrm_align.models.pipeline import load_vae
 from dinalrm_align.models.specs import MODELS, ModelSpec
 from dinalrm_align.models.weights import loading
-from dinalrm_align.reward.callables import as_reward, import_callable
+from dinalrm_align.reward.callables import as_reward, call_with_parts, import_callable
 from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.latent import LatentReward
@@ -29,7 +29,7 @@ from dinalrm_align.reward.loading import DTYPES
 from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, companion_of, parse_reward, source_of
 from dinalrm_align.reward.origin import Origin, absolute
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import RewardModule, finite_scores
+from dinalrm_align.reward.protocol import Parted, RewardModule, finite_scores
 from dinalrm_align.reward.remote import RemoteReward
 from dinalrm_align.train.digest import text_digest
 
@@ -60,14 +60,15 @@ def sharing(copies: dict[Any, RewardModule]) -> Iterator[None]:
 class ImageScorer:
     """Maps images (B, 3, H, W) in [0, 1] and B prompts to scores (B,), float32, without gradient.
 
+    with_parts: returns the scores and their parts, as `Reward.score_image_parts`.
     fingerprint: digest of the reward's weights; of its name if it has none.
     """
 
-    score: Callable[[Tensor, Sequence[str]], Tensor]
+    with_parts: Callable[[Tensor, Sequence[str]], Parted]
     fingerprint: str
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.score(images, prompts)
+        return self.with_parts(images, prompts)[0]
 
 
 @loading()
@@ -149,16 +150,17 @@ def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> Imag
     if not isinstance(reward, str | nn.Module):
         name = repr(reward)[:60]
 
-        def score_finite(images: Tensor, prompts: Sequence[str]) -> Tensor:
-            return finite_scores(reward(images, prompts), len(images), name)
+        def score_finite(images: Tensor, prompts: Sequence[str]) -> Parted:
+            scores, parts = call_with_parts(reward, images, prompts, name)
+            return finite_scores(scores, len(images), name), parts
 
         return ImageScorer(score_finite, text_digest(name.split(" at 0x")[0]))  # the address differs between processes
     loaded = load_reward(reward, **settings)
     if not loaded.scores_images:
         raise ValueError(f"reward {loaded.name!r} reads latents and cannot score images; name one that reads images")
 
-    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return loaded.score_images(images, prompts, generator=torch.Generator().manual_seed(EVALUATION_SEED))
+    def score(images: Tensor, prompts: Sequence[str]) -> Parted:
+        return loaded.score_image_parts(images, prompts, generator=torch.Generator().manual_seed(EVALUATION_SEED))
 
     return ImageScorer(score, loaded.fingerprint())
 

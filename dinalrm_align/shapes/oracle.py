@@ -18,8 +18,11 @@ from scipy import ndimage
 from dinalrm_align.shapes.render import AREA_PER_RADIUS2, SIZE, Mark, coverage
 from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Item, Scene, parse_caption
 
-PARTS = ("faithfulness", "aesthetics", "objects", "relation", "background", "count", "sharpness", "contrast",
-         "centring")  # fmt: skip
+COMPONENTS = {
+    "faithfulness": ("objects", "relation", "background", "count"),
+    "aesthetics": ("sharpness", "contrast", "centring"),
+}
+PARTS = (*COMPONENTS, *itertools.chain(*COMPONENTS.values()))
 MIN_AREA = 30  # pixels; smaller regions are ignored
 SIZE_BOUNDARY = 9.75
 """Radius in pixels that separates small objects from large ones."""
@@ -49,10 +52,17 @@ class SeenObject:
     edge: float
 
 
-def oracle_score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Return scores (B,) in [0, 3] of images (B, 3, S, S) in [0, 1] for B captions. S must be a multiple of 64."""
-    parts = oracle_parts(images, prompts)
-    faithfulness, aesthetics = parts["faithfulness"], parts["aesthetics"]
+def oracle_score(
+    images: torch.Tensor, prompts: list[str], parts: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Return scores (B,) in [0, 3] of images (B, 3, S, S) in [0, 1] for B captions. S must be a multiple of 64.
+
+    parts: is filled with what the scores consist of, each (B,) in [0, 1]: "faithfulness", "faithfulness/objects", ...
+    """
+    found = oracle_parts(images, prompts)
+    for main, components in COMPONENTS.items() if parts is not None else ():
+        parts |= {main: found[main], **{f"{main}/{name}": found[name] for name in components}}
+    faithfulness, aesthetics = found["faithfulness"], found["aesthetics"]
     return 2 * faithfulness + aesthetics * (0.25 + 0.75 * faithfulness)
 
 

@@ -1,5 +1,7 @@
 """What a gain in the embedded world is made of: the oracle's parts with and without a LoRA, at guidance 1.2 and 3.
 
+A run reports the parts at its own guidance, 1.2, in summary.json.
+
 python examples/evidence/gain_by_part.py runs/refl_shapes_dinalrm_seed0/lora      # the main job's LoRA
 python examples/evidence/gain_by_part.py                                          # the base model alone
 """
@@ -14,7 +16,7 @@ from dinalrm_align.flow.noise import seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.specs import MODELS
-from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
+from dinalrm_align.shapes.oracle import oracle_score
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("lora", nargs="?", help="folder of a LoRA; without it, the base model is scored")
@@ -22,7 +24,6 @@ parser.add_argument("--samples", type=int, default=192, help="by default those o
 arguments = parser.parse_args()
 LORA, SAMPLES = arguments.lora, arguments.samples
 BATCH, SEED = 64, 1234  # SEED: of the noise of a run's default evaluation
-PARTS = ("gold", "faithfulness", "sharpness", "contrast", "centring")
 
 spec = MODELS["shapes"]
 pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline)
@@ -49,8 +50,9 @@ def score(guidance_scale: float) -> dict[str, torch.Tensor]:
             output_type="latent",
         ).images
         images = decode_latents(pipeline.vae, latents)
-        batches.append({"gold": oracle_score(images, prompts), **oracle_parts(images, prompts)})
-    return {part: torch.cat([batch[part] for batch in batches]) for part in PARTS}
+        parts = {}
+        batches.append({"gold": oracle_score(images, prompts, parts), **parts})
+    return {part: torch.cat([batch[part] for batch in batches]) for part in batches[0]}
 
 
 scales = (spec.guidance_scale, 3.0)
@@ -59,7 +61,7 @@ if LORA:
     pipeline.load_lora_weights(LORA)
 for scale in scales:
     aligned = score(scale) if LORA else base[scale]
-    for part in PARTS:
+    for part in base[scale]:
         gain = aligned[part] - base[scale][part]
         error = gain.std() / SAMPLES**0.5
         print(

@@ -15,12 +15,14 @@ GOLD, PROXY = [1.0, 2.0, 1.0, 2.0], [10.0, 30.0, 10.0, 30.0]  # the base model's
 def make_run(
     folder: Path, gains: float | Mapping[int, Sequence[float]], *, seed: int = 0, recipe: str = "refl_sd35",
     reward: str = "dinalrm", lr: float = 1e-3, profiled: Sequence[int] = (), gflops: float = 2.0,
-    alarm: int | None = None, extra: Mapping[str, float] | None = None, evaluators: Sequence[str] = (), **terms: object,
+    alarm: int | None = None, extra: Mapping[str, float] | None = None, evaluators: Sequence[str] = (),
+    parts: Sequence[str] = (), **terms: object,
 ) -> Path:  # fmt: skip
     """A run whose updates take 2 seconds, and 6 when profiled.
 
     gains: evaluated update -> gold gain of each of the four samples; a number stands for four updates, evaluated at 2
-    and 4, with that mean gain at 4 and half of it at 2. The proxy and further evaluators gain ten times as much.
+    and 4, with that mean gain at 4 and half of it at 2. The proxy and further evaluators gain ten times as much, parts
+    of gold half as much.
     """
     if not isinstance(gains, Mapping):
         gains = {step: np.array([-1, 1, 1, -1]) * 0.1 + gains * step / 4 for step in (2, 4)}
@@ -46,6 +48,7 @@ def make_run(
             row |= {name: float(np.mean(values)) for name, values in scores.items()} | dict(extra or {})
             row |= {"hacking": float(step >= alarm)} if alarm is not None else {}
             scores |= {f"gold/{name}": scores["proxy"] for name in evaluators}
+            scores |= {f"gold_parts/{name}": (gain / 2 + 0.5).tolist() for name in parts}
             (folder / "evaluations" / f"{step:06d}.json").write_text(json.dumps({"terms": terms, **scores}))
             strip = np.full((terms["shown"], 8, 8, 3), 40 * step + 10 * seed, dtype=np.uint8)
             save_strip(strip, folder / "evaluations" / f"{step:06d}.png")

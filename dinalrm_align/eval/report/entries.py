@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dinalrm_align.eval.report.intervals import Interval, by_caption, seeds_by_captions
+from dinalrm_align.eval.report.parts import PREFIX
 from dinalrm_align.train.checkpoints import latest_checkpoint
 from dinalrm_align.train.files import flat, read_json, read_yaml
 from dinalrm_align.train.metrics import read_metrics
@@ -41,7 +42,8 @@ class Run:
         rows: rows of metrics.jsonl.
         terms: settings of the evaluation (model, prompts, noise seed, sampler).
         scores: for each update and each evaluator, the scores (N,) of N samples. Evaluators: "proxy" (the training
-            reward), "gold" (a score that no run trains on), "gold/NAME" (an additional score that no run trains on).
+            reward), "gold" (a score that no run trains on), "gold/NAME" (an additional score that no run trains on),
+            and "gold_parts/PART" (a part of "gold").
         kind: names of the recipe and the reward.
         settings: contents of config.yaml, with nested keys joined by dots.
     """
@@ -75,11 +77,11 @@ class Run:
         return cls(folder, config["seed"], rows, terms, scores, f"{recipe} {reward}", flat(config))
 
     def gain(self, name: str, step: int) -> np.ndarray:
-        """Return the gain over the base model for each caption, (C,). The gain of the evaluator "gold" is a difference
-        of scores. Other gains are divided by the standard deviation of the base model's scores.
+        """Return the gain over the base model for each caption, (C,). Gains of the evaluator "gold" and of its
+        parts are differences of scores. Other gains are divided by the standard deviation of the base model's scores.
         """
         before, after = self.scores[0][name], self.scores[step][name]
-        unit = 1.0 if name == "gold" else float(before.std()) or 1.0
+        unit = 1.0 if name == "gold" or name.startswith(PREFIX) else float(before.std()) or 1.0
         return by_caption((after - before) / unit, self.terms["prompts"])
 
     def seconds(self) -> np.ndarray:
@@ -130,7 +132,7 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def _score_names(evaluation: dict[str, Any]) -> list[str]:
-    return ["gold", "proxy", *(name for name in evaluation if name.startswith("gold/"))]
+    return ["gold", "proxy", *(name for name in evaluation if name.startswith(("gold/", PREFIX)))]
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """Figures: curves of one run; curves of several runs against updates, seconds or FLOPs; grids of images."""
 
+import itertools
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dinalrm_align.eval.report.entries import Entry, Run, phases_of, series
+from dinalrm_align.eval.report.entries import COLOURS, Entry, Run, phases_of, series
+from dinalrm_align.eval.report.parts import PREFIX, by_main_part, part_names
 from dinalrm_align.models.grids import finish_figure, load_strip
 from dinalrm_align.train.files import save_figure
 from dinalrm_align.train.metrics import read_metrics
@@ -27,16 +29,21 @@ SIZE = (5.4, 3.9)
 
 
 def plot_run(folder: Path) -> Path:
-    """Plot scores, KL, drift, time and memory of the run in `folder`, to folder/curves.png. Returns the path."""
+    """Plot scores, parts of gold, KL, drift, time and memory of the run in `folder`. Returns the path of curves.png."""
     rows = read_metrics(folder / "metrics.jsonl")
     run = Run(folder, 0, rows, {}, {})
-    further = dict.fromkeys(name for row in rows for name in row if f"{name}_gain" in row and name != "gold")
-    lines = 2 + -(-len(further) // 3)
+    gains = dict.fromkeys(name for row in rows for name in row if f"{name}_gain" in row and name != "gold")
+    further, parts = [name for name in gains if not name.startswith(PREFIX)], by_main_part(part_names(gains))
+    panels = {main: [main, *components] for main, components in parts.items() if components}
+    panels |= {"": alone} if (alone := [main for main in parts if main not in panels]) else {}
+    lines = 2 + -(-(len(further) + len(panels)) // 3)
     figure = Figure(figsize=(13, 3.25 * lines))
     gold, proxy, training, kl, seconds, memory, *more = figure.subplots(lines, 3).flatten()
     for axis, name in zip((gold, *more), ("gold", *further)):
         axis.errorbar(*series(rows, name), yerr=series(rows, f"{name}_gain_standard_error")[1], marker="o", capsize=2)
-    for axis in more[len(further) :]:
+    for axis, shown in zip(more[len(further) :], panels.values()):
+        _draw_parts(axis, rows, shown)
+    for axis in more[len(further) + len(panels) :]:
         axis.axis("off")
     proxy.plot(*series(rows, "proxy"), marker="o")
     for axis in (gold, proxy) if run.alarm is not None else ():
@@ -58,6 +65,7 @@ def plot_run(folder: Path) -> Path:
     titles = ["gold score, held out (bars: of the paired gain)", "reward, held out", "reward in training"]
     titles += ["distance and gradient", "seconds by phase", f"{COSTS['memory_mib']} by phase"]
     titles += [f"{name}, held out" for name in further]
+    titles += [f"gold's {main or 'parts'}: gain ± standard error" for main in panels]
     for axis, title in zip(figure.axes, titles):
         axis.set(title=title, xlabel="update")
         axis.grid(alpha=0.3)
@@ -66,10 +74,22 @@ def plot_run(folder: Path) -> Path:
     return path
 
 
+def _draw_parts(axis: Axes, rows: Sequence[Mapping[str, float]], parts: Sequence[str]) -> None:
+    """Draw the gains of parts of gold, each with a band of one standard error. A part with components is the first."""
+    for part, colour in zip(parts, itertools.cycle(("#000000", *(one for one in COLOURS if one != "#000000")))):
+        steps, gains = series(rows, f"{PREFIX}{part}_gain")
+        low, high = np.array(gains) + [[-1], [1]] * np.array(series(rows, f"{PREFIX}{part}_gain_standard_error")[1])
+        axis.plot(steps, gains, marker="o", markersize=4, color=colour, label=part.removeprefix(f"{parts[0]}/"))
+        axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.legend(fontsize=8)
+
+
 def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
     """Draw each recorded quantity. Returns PNG paths by quantity and by x axis (a key of CLOCKS; "" for bar charts)."""
     comparable = [entry for entry in entries if not entry.incomparable]
     scores = dict.fromkeys(["gold", "proxy", *(name for entry in comparable for name in entry.runs[0].scores[0])])
+    scores = [name for name in scores if not name.startswith(PREFIX)]  # parts stand in a table
     runs = [run for entry in entries for run in entry.runs]
     drawn = {}
     for clock in CLOCKS:

@@ -15,6 +15,7 @@ from dinalrm_align.eval.config import CompareRun
 from dinalrm_align.eval.report import figures
 from dinalrm_align.eval.report.entries import Entry, difference, phases_of, read_entries, series
 from dinalrm_align.eval.report.markdown import table
+from dinalrm_align.eval.report.parts import PREFIX, part_names
 from dinalrm_align.train.files import make_folder, write_atomically
 
 LARGEST = 256  # pixels of the longer side of an image in the grid; larger images are downscaled
@@ -27,11 +28,12 @@ HOW_TO_READ = (
     "Gold gain: the held-out score that no run trains on, over the base model, paired on {samples} samples of "
     "{captions} captions with the same noise in every run. Brackets and bands are 95 % intervals, over captions for "
     "one run, over seeds and captions for several; the interval of one run does not cover other seeds. The best "
-    "evaluation was chosen on these same samples, which biases it upwards. Reward gains are in standard deviations of "
-    "the base model's samples, because rewards differ in scale. Each recipe defines KL in training; drift is defined "
-    "the same way for all. Seconds exclude evaluations and are medians; FLOPs are means of the profiled updates (two "
-    "per multiply-accumulate; matrix products, convolutions and attention, including recomputation); memory is the "
-    "maximum. A cross marks the first hacking alarm of a run."
+    "evaluation was chosen on these same samples, which biases it upwards. Reward gains are in standard deviations "
+    "of the base model's samples, because rewards differ in scale; those of gold and of its parts are in their own "
+    "units. Each recipe defines KL in training; drift is defined the same way for all. Seconds exclude evaluations "
+    "and are medians; FLOPs are means of the profiled updates (two per multiply-accumulate; matrix products, "
+    "convolutions and attention, including recomputation); memory is the maximum. A cross marks the first hacking "
+    "alarm of a run."
 )
 ABOUT_IMAGES = (
     "The same prompts and the same noise, before training and after each run's last evaluation; below each image its "
@@ -86,8 +88,8 @@ class Table:
 
 def tables_of(entries: Sequence[Entry]) -> list[Table]:
     comparable = [entry for entry in entries if not entry.incomparable]
-    found = run_table(entries), seed_table(comparable), difference_table(comparable), cost_table(entries)
-    return [one for one in found if one.rows]
+    found = run_table(entries), seed_table(comparable), part_table(comparable), difference_table(comparable)
+    return [one for one in (*found, cost_table(entries)) if one.rows]
 
 
 def run_table(entries: Sequence[Entry]) -> Table:
@@ -127,6 +129,17 @@ def seed_table(entries: Sequence[Entry]) -> Table:
             ])  # fmt: skip
     head = ["runs", "seeds", "update", "gold gain [95 %]", "gold gain, best (update)", "reward gain, s.d. [95 %]"]
     return Table("Means over seeds", head, rows)
+
+
+def part_table(entries: Sequence[Entry]) -> Table:
+    """Return a table of the last gains of gold and of its parts, with 95 % confidence intervals, by entry."""
+    parts = part_names(name for entry in entries for name in entry.runs[0].scores[0] if entry.has(name))
+    rows = []
+    for name in ["gold", *(f"{PREFIX}{part}" for part in parts)] if parts else []:
+        gains = [one.gain(name, one.steps[-1]).brief if one.has(name) else "" for one in entries]
+        rows.append([name.removeprefix(PREFIX), *gains])
+    head = ["", *(f"{entry.legend}, update {entry.steps[-1]}" for entry in entries)]
+    return Table("Gains of gold and of its parts [95 %]", head, rows)
 
 
 def difference_table(entries: Sequence[Entry]) -> Table:

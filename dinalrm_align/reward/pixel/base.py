@@ -21,7 +21,7 @@ from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.models.weights import HubOptions, check_source
 from dinalrm_align.reward.inputs import as_batch, check_finite
-from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Text, finite_scores, scoring
+from dinalrm_align.reward.protocol import Latents, Noise, Parted, RewardModule, Text, finite_scores, scoring
 from dinalrm_align.train.device import to_device
 from dinalrm_align.train.files import reading
 
@@ -68,6 +68,10 @@ class PixelReward(RewardModule):
         differentiable in the images. Callers should use `score_decoded`, which also checks the scores.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement score_pixels")
+
+    def score_pixel_parts(self, images: Tensor, prompts: Sequence[str]) -> Parted:
+        """Return `score_pixels` and the parts of the scores; by default none."""
+        return self.score_pixels(images, prompts), {}
 
     @property
     def device(self) -> torch.device:
@@ -131,21 +135,30 @@ class PixelReward(RewardModule):
         images: PIL images, tensors or arrays, as for `image_tensor`, but a list may hold images of different sizes.
         differentiable: whether gradients reach image tensors. Raises TypeError for an unknown argument.
         """
-        _check_known(noise)
-        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            return self._score_images(images, prompts)
+        return self.score_image_parts(images, prompts, differentiable=differentiable, **noise)[0]
 
-    def _score_images(self, images: Images, prompts: Text) -> Tensor:
+    @scoring
+    def score_image_parts(
+        self, images: Images, prompts: Text, *, differentiable: bool = False, **noise: Unpack[Noise]
+    ) -> Parted:
+        """Return `score_images` and the parts of the scores, computed in one pass."""
+        _check_known(noise)
+        self.check_onloaded()
         tensors = [image[None] for batch in image_batches(images) for image in batch]
         prompts = prompts_of(prompts, len(tensors))
-        scores: list[Tensor | None] = [None] * len(tensors)
+        found: dict[str, list[Tensor | None]] = {}  # the scores are under an empty name
         for size in dict.fromkeys(tensor.shape for tensor in tensors):  # images of one size form a batch
             rows = [row for row, tensor in enumerate(tensors) if tensor.shape == size]
-            batch = torch.cat([tensors[row] for row in rows])
-            self.check_gradient(batch)
-            for row, score in zip(rows, self.score_decoded(batch, [prompts[row] for row in rows]), strict=True):
-                scores[row] = score
-        return torch.stack(scores)
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                batch = torch.cat([tensors[row] for row in rows])
+                self.check_gradient(batch)
+                scores, parts = self.score_pixel_parts(batch.to(self.device), [prompts[row] for row in rows])
+            for name, values in {"": finite_scores(scores, len(rows), self.name), **parts}.items():
+                column = found.setdefault(name, [None] * len(tensors))
+                for row, value in zip(rows, values, strict=True):
+                    column[row] = value
+        stacked = {name: torch.stack(column) for name, column in found.items()}
+        return stacked.pop(""), stacked
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the VAE decoder's blocks and the reward's transformer layers in the backward pass."""

@@ -52,7 +52,7 @@ def test_gold_is_tried_on_the_first_and_the_longest_prompt(world, monkeypatch):
 
     def score(images, prompts):
         seen.append((tuple(images.shape), list(prompts)))
-        return torch.zeros(len(images))
+        return torch.zeros(len(images)), {}
 
     monkeypatch.setattr(gold_module, "load_image_scorer", lambda *_, **options: ImageScorer(score, ""))
     resolved = resolved_run(world, "--gold=pixel")

@@ -24,6 +24,7 @@ SUMMARY = {
     "gold": {"before": 2.0, "after": 2.25, "gain": 0.25, "standard_error": 0.01},
     "gold/pixel": {"before": 1.0, "after": 0.5, "gain": -0.5, "standard_error": 0.02},
     "proxy": {"before": 3.0, "after": 4.0, "gain": 1.0, "standard_error": 0.03},
+    "gold_parts/faithfulness": {"before": 0.5, "after": 0.75, "gain": 0.25, "standard_error": 0.04},
 }  # fmt: skip
 SETTINGS = {"model": "sd35", "reward": "dinalrm + 0.2*pickscore", "seed": 3, "policy": {"rank": 32}, "refl": {}}
 
@@ -54,6 +55,7 @@ def test_a_card_tells_what_the_run_was():
         "ReFL ([arXiv 2304.05977]", "`dinalrm + 0.2*pickscore`", "licence of pickscore: MIT", "rank 32", "32, seed 3",
         "| gold (not trained on), 192 held-out samples | 2.0000 → 2.2500, gain +0.2500 (standard error 0.0100) |",
         "| gold/pixel (not trained on), ", "gain -0.5000", "| trained reward, ", "](curves.png)",
+        "| part of gold: faithfulness (not trained on), 192 held-out samples | 0.5000 → 0.7500, gain +0.2500 (",
         'pipeline.load_lora_weights("me/lora")', '-3.5-medium", torch_dtype=torch.bfloat16)',
     ):  # fmt: skip
         assert part in text, part

@@ -21,6 +21,7 @@ from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.flow.sampling import schedule_sigmas
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.config import LoraConfig
+from dinalrm_align.reward.registry import ImageScorer
 from dinalrm_align.shapes.stack import StackConfig, build_pipeline
 from dinalrm_align.train.cost import PhaseMeter
 
@@ -231,8 +232,10 @@ def evaluated(tiny_world, tmp_path_factory):
         sigmas=schedule_sigmas(pipeline.scheduler, 2), latent_shape=(16, 8, 8), seed=0, meter=PhaseMeter("cpu"),
     )  # fmt: skip
     scorers = {
-        "gold": lambda images, prompts: images.mean(dim=(1, 2, 3)),
-        "gold/red": lambda images, prompts: images[:, 0].mean(dim=(1, 2)),
+        "gold": ImageScorer(
+            lambda images, _: (images.mean(dim=(1, 2, 3)), {"blue": images[:, 2].mean(dim=(1, 2))}), ""
+        ),
+        "gold/red": ImageScorer(lambda images, _: (images[:, 0].mean(dim=(1, 2)), {"blue": images[:, 0, 0, 0]}), ""),
     }
     held_out = HeldOut(
         sampler, reward, scorers, lambda latents: latents[:, :3].sigmoid(), EvaluationConfig(samples=3, shown=2),
@@ -249,7 +252,8 @@ def test_what_an_evaluation_measures_on_the_tiny_stack(evaluated):
     watched = watch.Watch(held_out.history, held_out.prompts, 1, WatchConfig(), held_out.output_dir, policy.save_lora)
     first = {**held_out(0), **watched(0)}
     scores = held_out.scores(0)
-    assert scores.keys() == {"proxy", "gold", "gold/red", "proxy@0.2", "proxy@0.7", "drift"}
+    assert scores.keys() == {"proxy", "gold", "gold/red", "gold_parts/blue", "proxy@0.2", "proxy@0.7", "drift"}
+    assert first["gold_parts/blue_gain"] == 0.0 and "gold_parts/blue_standard_error" not in first
     assert first["gold/red"] == pytest.approx(np.mean(scores["gold/red"]))
     assert first["gold/red_standard_error"] == pytest.approx(np.std(scores["gold/red"], ddof=1) / 3**0.5)
     assert scores["drift"] == [0.0, 0.0, 0.0]  # the new policy is the reference
@@ -262,10 +266,30 @@ def test_what_an_evaluation_measures_on_the_tiny_stack(evaluated):
     gain = np.subtract(held_out.scores(4)["gold/red"], scores["gold/red"])
     assert row["gold/red_gain"] == pytest.approx(gain.mean()) and row["gold/red_gain"] != row["gold_gain"]
     summary = held_out.summarise(4)
-    assert list(summary) == ["gold", "proxy", "gold/red"] and summary["gold/red"]["gain"] == pytest.approx(gain.mean())
+    assert list(summary) == ["gold", "proxy", "gold/red", "gold_parts/blue"]
+    assert summary["gold/red"]["gain"] == pytest.approx(gain.mean())
+    blue = np.subtract(held_out.scores(4)["gold_parts/blue"], scores["gold_parts/blue"])
+    error = row["gold_parts/blue_gain_standard_error"]
+    assert row["gold_parts/blue_gain"] == pytest.approx(blue.mean()) and error == pytest.approx(
+        blue.std(ddof=1) / 3**0.5
+    )
+    assert row["gold_parts/blue"] == pytest.approx(np.mean(held_out.scores(4)["gold_parts/blue"]))
+    assert summary["gold_parts/blue"]["standard_error"] == error
     assert row["drift"] > 0 and row["level_spread"] > 0
     assert list(held_out.history(4)) == [0, 4] and list(held_out.history(3)) == [0]
     kept = json.loads((held_out.output_dir / "lora_best" / "best.json").read_text())["step"]
     assert kept in (0, 4) and row["divergence"] == watch.divergence(held_out.scores(0), held_out.scores(4))
     moved_weights = load_file(held_out.output_dir / "lora_best" / LORA_FILE)
     assert any(name.endswith("lora_B.weight") and tensor.any() for name, tensor in moved_weights.items()) is (kept == 4)
+
+
+def test_a_run_that_began_before_parts_were_recorded_has_no_gains_of_parts(evaluated, capsys):
+    held_out, _ = evaluated
+    held_out(0)
+    path = held_out.output_dir / "evaluations" / "000000.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({name: values for name, values in found.items() if not name.startswith("gold_parts/")}))
+    row = held_out(6)
+    assert "gold_parts/blue" in row and "gold_parts/blue_gain" not in row and "gold_gain" in row
+    assert list(held_out.summarise(6)) == ["gold", "proxy", "gold/red"]
+    assert "parts of gold have no gain: the evaluation before the first update" in capsys.readouterr().out

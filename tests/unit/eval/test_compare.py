@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import runpy
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ from dinalrm_align.eval.report.page import (
     Table,
     cost_table,
     difference_table,
+    part_table,
     run_table,
     seed_table,
     tables_of,
@@ -199,6 +201,32 @@ def test_a_second_evaluator_is_drawn_for_the_runs_that_have_it(tmp_path):
     page, _ = write(CompareRun([str(run) for run in runs], output_dir=str(tmp_path / "page"), shown=1))
     assert (tmp_path / "page" / "gold_pixel_2_time.png").is_file()
     assert "Second evaluator: pixel <2>" in Page(page.read_text()).words
+
+
+def test_gains_of_golds_parts_stand_in_a_table(tmp_path):
+    """In their own units, half of gold's gain; seeds are averaged; a run without parts has empty cells."""
+    names = ("faithfulness", "faithfulness/objects", "aesthetics")
+    runs = [make_run(tmp_path / f"a{seed}", 0.4 + 0.2 * seed, seed=seed, parts=names) for seed in (0, 1)]
+    old = make_run(tmp_path / "b", 0.1, reward="mps")
+    entries, _ = read_entries([*runs, old])
+    table = part_table(entries)
+    assert table.head == ["", "refl dinalrm, 2 seeds, update 4", "refl mps, seed 0, update 4"]
+    assert [row[0] for row in table.rows] == ["gold", "faithfulness", "faithfulness/objects", "aesthetics"]
+    assert table.rows[0][1].startswith("+0.500 [") and table.rows[0][2] == "+0.100 [+0.100, +0.100]"
+    assert all(row[1].startswith("+0.250 [") and row[2] == "" for row in table.rows[1:])
+    assert not part_table(entries[1:]).rows  # no table without parts
+    page, _ = write(CompareRun([str(run) for run in (*runs, old)], output_dir=str(tmp_path / "page"), shown=1))
+    assert "faithfulness/objects" in Page(page.read_text()).words
+    assert "| faithfulness/objects | +0.250 [" in (page.parent / "compare.md").read_text()
+    assert not list(page.parent.glob("*faithfulness*"))  # curves of every part would bury the others
+
+
+def test_a_run_whose_first_evaluation_has_no_parts_is_compared_without_them(tmp_path):
+    run = make_run(tmp_path / "a", 0.4, parts=("faithfulness",))
+    path = run / "evaluations" / "000000.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if "parts" not in k}))
+    entries, notes = read_entries([run])
+    assert not part_table(entries).rows and not notes and run_table(entries).rows
 
 
 def test_images_are_those_of_the_last_evaluation_beside_the_base_models(folders):

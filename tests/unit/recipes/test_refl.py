@@ -87,6 +87,15 @@ def test_a_run_leaves_everything_and_its_lora_reloads(recipe, arguments, world, 
     printed = capsys.readouterr().out
     assert printed.startswith(f"model in {world}, an embedded world")
     assert f"gold {summary['gold']['before']:.4f} -> {summary['gold']['after']:.4f}" in printed
+    part = summary["gold_parts/aesthetics"]
+    assert rows[-1]["gold_parts/aesthetics_gain_standard_error"] == pytest.approx(part["standard_error"])
+    error = f"({part['gain']:+.3f} ± {part['standard_error']:.3f}): sharpness "
+    assert f"  aesthetics {part['before']:.3f} -> {part['after']:.3f} {error}" in printed
+    scores = json.loads((folder / "evaluations" / "000004.json").read_text())
+    score = 2 * scores["gold_parts/faithfulness"][1] + scores["gold_parts/aesthetics"][1] * (
+        0.25 + 0.75 * scores["gold_parts/faithfulness"][1]
+    )
+    assert scores["gold"][1] == pytest.approx(score, abs=1e-6)
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(world / "pipeline")
     pipeline.load_lora_weights(folder / "lora")

@@ -9,7 +9,8 @@ from torch import nn
 
 from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.reward.callables import ImageFunction, LatentFunction, as_reward, import_callable
-from dinalrm_align.reward.registry import load_reward
+from dinalrm_align.reward.combine import RewardSum
+from dinalrm_align.reward.registry import load_image_scorer, load_reward
 
 PROMPTS = ["a", "bcd"]
 
@@ -55,6 +56,51 @@ def test_latents_come_with_the_arguments_that_are_named():
     torch.testing.assert_close(score, 0.5 * z.square().mean((1, 2, 3)))
     assert isinstance(reward, LatentFunction) and score.requires_grad
     assert reward(z, PROMPTS).shape == (2,)
+
+
+def two_halves(images, prompts, parts=None):
+    top, bottom = images[:, :, :4].mean((1, 2, 3)), images[:, :, 4:].mean((1, 2, 3))
+    if parts is not None:
+        parts |= {"top": top, "top/red": images[:, 0, :4].mean((1, 2)), "bottom": bottom}
+    return top + bottom
+
+
+def test_a_function_tells_what_its_scores_consist_of():
+    """Also for images of several sizes, and as a gold reward that is a plain callable."""
+    images, wide = torch.rand(2, 3, 8, 8), torch.rand(3, 8, 16)
+    reward = as_reward(two_halves)
+    scores, parts = reward.score_image_parts([images[0], wide, images[1]], ["a", "b", "c"])
+    torch.testing.assert_close(scores, reward.score_images([images[0], wide, images[1]], ["a", "b", "c"]))
+    assert list(parts) == ["top", "top/red", "bottom"] and parts["top"].dtype == torch.float32
+    torch.testing.assert_close(parts["top"] + parts["bottom"], scores)
+    torch.testing.assert_close(parts["top/red"][1], wide[0, :4].mean())
+    for gold in (two_halves, reward):
+        found, told = load_image_scorer(gold).with_parts(images, PROMPTS)
+        torch.testing.assert_close(found, scores[[0, 2]])
+        assert torch.equal(told["bottom"], parts["bottom"][[0, 2]])
+    assert as_reward(redness).score_image_parts(images, PROMPTS)[1] == {}
+    assert load_image_scorer(redness).with_parts(images, PROMPTS)[1] == {}
+
+
+def test_a_sum_tells_its_parts_and_theirs_without_their_sources():
+    parts = {"dinalrm=/home/me/a": redness, "dinalrm=/home/me/b": two_halves, "pickscore": redness}
+    rewards = {name: as_reward(function) for name, function in parts.items()}
+    images = torch.rand(2, 3, 8, 8)
+    total = RewardSum(rewards, dict(zip(parts, (1.0, 0.5, -2.0))))
+    scores, found = total.score_image_parts(images, PROMPTS)
+    assert list(found) == ["dinalrm1", "dinalrm2", "dinalrm2/top", "dinalrm2/top/red", "dinalrm2/bottom", "pickscore"]
+    torch.testing.assert_close(scores, total.score_images(images, PROMPTS))
+    torch.testing.assert_close(scores, found["dinalrm1"] + 0.5 * found["dinalrm2"] - 2 * found["pickscore"])
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1.0, float("nan")]), torch.ones(3), 1.0])
+def test_a_part_that_is_not_one_number_per_image_is_named(value):
+    def odd(images, prompts, parts=None):
+        parts["odd"] = value
+        return images.mean((1, 2, 3))
+
+    with pytest.raises((TypeError, ValueError), match="odd: odd"):
+        as_reward(odd, name="odd").score_image_parts(torch.rand(2, 3, 8, 8), PROMPTS)
 
 
 def test_a_module_is_frozen_and_read_by_its_forward(vae):

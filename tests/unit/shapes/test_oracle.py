@@ -45,3 +45,15 @@ def test_wrong_input_is_refused():
         oracle_score(torch.zeros(1, 3, 32, 32), ["a small red circle on white"])
     with pytest.raises(ValueError, match="2 images, 1 captions"):
         oracle_score(torch.zeros(2, 3, 64, 64), ["a small red circle on white"])
+
+
+def test_the_score_tells_its_parts_in_the_same_call():
+    scenes = draw_scenes(6, np.random.default_rng(2))
+    captions = [scene.caption for scene in scenes]
+    images, parts = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)), {}
+    scores, expected = oracle_score(images, captions, parts), oracle_parts(images, captions)
+    assert torch.equal(scores, oracle_score(images, captions))
+    assert {name.rpartition("/")[2] for name in parts} == set(PARTS) and "aesthetics/contrast" in parts
+    assert all(torch.equal(values, expected[name.rpartition("/")[2]]) for name, values in parts.items())
+    faithfulness, aesthetics = parts["faithfulness"], parts["aesthetics"]
+    assert torch.equal(scores, 2 * faithfulness + aesthetics * (0.25 + 0.75 * faithfulness))
