@@ -67,6 +67,7 @@ class Weights:
         self.trunk = bytes_of([transformer.pos_embed, *transformer.transformer_blocks[: networks.reward.num_layers]], 2)
         *clips, t5 = text_encoders(sizes)
         self.clips, self.t5 = bytes_of(clips, each), bytes_of([t5], each)
+        self.largest_clip = bytes_of(clips[1:], each)
         self.reward = sum(tensor.numel() for tensor in reward.tuned_tensors().values()) * FLOAT32
 
 
@@ -98,7 +99,7 @@ def predict(row: Row, scale: Scale, size: str, baseline: Memory) -> dict[str, Me
         return count(shape(work=work, **options), networks)
 
     t5 = 0 if scale.pipeline == WITHOUT_T5 else weights.t5
-    text = {"T5": Memory(t5, t5), "text": Memory(weights.clips + t5, weights.clips)}
+    text = {"T5": Memory(t5, t5), "text": Memory(weights.clips + t5, weights.largest_clip)}
 
     def loaded(before: Memory) -> dict[str, Memory]:
         return {phase: before + memory for phase, memory in text.items() if memory.private}
@@ -109,13 +110,13 @@ def predict(row: Row, scale: Scale, size: str, baseline: Memory) -> dict[str, Me
         encoded = counted("vae_encode", batch=2).activations
         return loaded(baseline) | {"images": baseline + Memory(weights.vae + encoded)}
     loading = {"loading": baseline + Memory(weights.positions)}
-    if row.recipe == "train_reward":
+    if row.recipe == "train_reward":  # the blocks that a reward leaves out are in the same mapped file
         gradient = reward_gradient(networks, 2 * scale.batch, scale.pixels, getattr(torch, scale.dtype))
         kept = 4 * weights.reward  # the weights, their average and two moments
         export = 5 * weights.reward  # gradients, last weights, a copy of the average, its bytes twice
         return loading | {
-            "training": baseline + Memory(kept + gradient, weights.trunk),
-            "export": baseline + Memory(kept + export, weights.trunk),
+            "training": baseline + Memory(kept + gradient, weights.transformer),
+            "export": baseline + Memory(kept + export, weights.transformer),
         }
     reward = baseline + Memory(weights.reward + weights.vae, weights.trunk)
     if row.recipe == "evaluate_reward":
