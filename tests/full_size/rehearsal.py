@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -105,7 +106,8 @@ def rows_of(weights: Path, folder: Path, size: str) -> dict[str, tuple[Any, Any]
 
 
 def run(row: Any, log: Path, timeout: float) -> dict[str, Any]:
-    """Run a row and print how it ended."""
+    """Run a row from the beginning, and print how it ended."""
+    shutil.rmtree(row.output, ignore_errors=True)
     print(f"{row.name}: {row.recipe}.py ...", flush=True)
     found = watch([sys.executable, f"recipes/{row.recipe}.py", *row.arguments], log, timeout)
     print(f"    status {found['status']}, {found['seconds']:.0f} s, {found['resident'] / GB:.2f} GB", flush=True)
