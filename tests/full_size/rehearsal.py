@@ -68,7 +68,8 @@ def rehearse(options: argparse.Namespace) -> dict[str, Any]:
     found = json.loads(results.read_text()) if results.exists() else {"machine": machine(), "rows": {}}
     found |= {"size": size, "pixels": SIZES[size].pixels}
     tiny = rows_of(build(folder / "tiny_weights", "tiny"), folder / "tiny", "tiny")
-    for name, (scale, row) in rows_of(options.weights, folder, size).items():
+    rows = rows_of(options.weights, folder, size)
+    for name, (scale, row) in rows.items():
         if options.rows and name not in options.rows:
             continue
         result = found["rows"].get(name, {})
@@ -84,6 +85,7 @@ def rehearse(options: argparse.Namespace) -> dict[str, Any]:
             predicted_private=max(memory.private for memory in phases.values()),
             phases={each: vars(memory) for each, memory in phases.items()},
         )  # fmt: skip
+        found["rows"] = {each: found["rows"][each] for each in rows if each in found["rows"]}
         results.write_text(json.dumps(found, indent=1))
         (folder / "full_size.md").write_text(table(found))
     return found
