@@ -127,6 +127,7 @@ def predict(row: Row, scale: Scale, size: str, baseline: Memory) -> dict[str, Me
         "loading": baseline + gold + Memory(weights.positions),
         **loaded(baseline + gold),
     }
+    phases["text"] += Memory(weights.vae)  # loaded before the text is encoded
     forward = counted("policy_forward", batch=4)
     lora = forward.weights - weights.transformer
     base = baseline + gold + Memory(weights.vae, weights.transformer)

@@ -57,8 +57,9 @@ def test_the_predicted_memory_is_that_of_each_phase(folder, monkeypatch):
 
     monkeypatch.setattr(prediction, "count", count)
     phases = prediction.predict(row, scale, "tiny", Memory(100.0, 50.0))
-    text = 150 + weights.vae + weights.clip_h + weights.clips + 2 * weights.t5  # T5's file is still mapped
-    assert phases["text"].resident == text
+    assert phases["T5"] == Memory(100 + weights.t5, 50 + weights.clip_h + weights.t5)  # T5's file is still mapped
+    text = Memory(100 + weights.clips + weights.t5 + weights.vae, 50 + weights.clip_h + weights.largest_clip)
+    assert phases["text"] == text
     read, private = weights.transformer + weights.clip_h, weights.vae + weights.reward + 2 * 8 + 16
     assert phases["training"] == Memory(100 + private + 32, 50 + read)
     assert phases["evaluation"] == Memory(100 + private + 64, 50 + read)
