@@ -308,6 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
     files = {name: settings_files(RECIPES / f"{name}_sd35.py", SPEC.kind, "dinalrm") for name in RUNS}
     runs = {name: parse(kind, "", [], files[name])[0] for name, kind in RUNS.items()}
     costs = Costs(tqdm(desc="counted", dynamic_ncols=True))
