@@ -12,6 +12,7 @@ SHORTENED = {
     "hacking": "--loop.steps=1 --evaluation.samples=3 --evaluation.shown=2 --refl.batch_size=2",
     "hpdv3_folder": "4",
     "gain_by_part": "--samples=4",
+    "alignment_ceiling": "ceiling --images=8 --updates=1 --samples=4 --batch=2",
     "gpu_model": "--help",  # counts for minutes; tests/unit/align/test_gpu_model.py
     "measure_judges": "judges 3 0",
     "measure_precision": "precision 3",
