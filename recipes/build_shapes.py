@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_settings(before, settings_by_name(config), may_change(BuildConfig), str(root / "config.yaml"))
     write_atomically(root / "config.yaml", text)
     accelerator = Accelerator(cpu=config.device == "cpu")
-    pipeline = build_pipeline(config.stack, config.seed)
+    pipeline = build_pipeline(config.stack, config.seed, config.pairs.scenes)
     for module in (pipeline.vae, pipeline.transformer, *text_encoders(pipeline)):
         module.requires_grad_(False).to(accelerator.device)
 
@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             pipeline.register_modules(**{name: saved})
 
     finish(train_vae, {"vae": AutoencoderKL})
-    gate = {name: round(value, 3) for name, value in vae_gate(pipeline.vae, config.seed).items()}
-    print("oracle before and after the autoencoder:", gate)
+    gate = vae_gate(pipeline.vae, config.seed, scenes=config.pairs.scenes)
+    print("oracle before and after the autoencoder:", {name: round(value, 3) for name, value in gate.items()})
     clips = dict.fromkeys(("text_encoder", "text_encoder_2"), CLIPTextModelWithProjection)
     finish(train_text, clips | {"text_encoder_3": T5EncoderModel})
     finish(train_base, {"transformer": SD3Transformer2DModel})

@@ -60,7 +60,7 @@ class Together(torch.optim.Optimizer):
 
 def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
     """Train `pipeline.transformer` in place on cached latents. Text encoders and autoencoder are frozen."""
-    stage, optim, device = config.base, config.base.optim, accelerator.device
+    stage, optim, scenes, device = config.base, config.base.optim, config.pairs.scenes, accelerator.device
     transformer = pipeline.transformer.to(device)
     latents, layouts, captions = _cached_images(pipeline, config)
     encoder = PromptEncoder(pipeline, text_length=config.stack.text_length, device=device)
@@ -104,14 +104,14 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
         rng = np.random.default_rng((config.seed, 1234))
-        prompts = [scene.caption for scene in draw_scenes(64, rng, held_out=True)]
+        prompts = [scene.caption for scene in draw_scenes(64, rng, held_out=True, scenes=scenes)]
         settings = dict(steps=MODELS["shapes"].num_steps, guidance=MODELS["shapes"].guidance_scale, seed=config.seed)
         images = decode_latents(pipeline.vae, sample_latents(pipeline, encoder, prompts, **settings)).cpu()
         save_grid(images, prompts, Path(config.output_dir) / "base" / f"grid_{step:06d}.png")
-        parts = oracle_parts(images, prompts)
+        parts = oracle_parts(images, prompts, scenes=scenes)
         numbers = {name: value.mean().item() for name, value in parts.items()}
         tqdm.write(f"base, update {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
-        return {**numbers, "oracle": oracle_score(images, prompts).mean().item()}
+        return {**numbers, "oracle": oracle_score(images, prompts, scenes=scenes).mean().item()}
 
     transformer.requires_grad_(True)
     parameters = dict(transformer.named_parameters())
@@ -140,7 +140,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
         rng = np.random.default_rng((config.seed + 3, 0))
         latents, layouts, captions = [], [], []
         for _ in tqdm(range(0, config.cached_images, 64), desc="encode images", unit=" batches"):
-            images, scenes, drawings = random_images(64, rng, config.stack.image_size)
+            images, scenes, drawings = random_images(64, rng, config.stack.image_size, config.pairs.scenes)
             latents.append(encode_images(pipeline.vae, images).half().cpu())
             layouts.append(torch.stack([_layout(drawing, config.stack.latent_size) for drawing in drawings]))
             captions += [scene.caption for scene in scenes]

@@ -7,6 +7,7 @@ from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.settings import (
     ClosedUnitInterval,
     IntAboveOne,
+    IntFrom3To6,
     IntFrom3To512,
     NonNegativeFloat,
     NonNegativeInt,
@@ -21,6 +22,46 @@ FAITHFULNESS = ("shape", "colour", "size", "relation", "count", "background")
 AESTHETICS = ("blur", "contrast", "placement")
 CONCEPTS = FAITHFULNESS + AESTHETICS
 """What an image can get wrong: the content of its caption (FAITHFULNESS) or its quality (AESTHETICS)."""
+SIZES = ("small", "medium", "large")
+FILLS = ("striped", "dotted", "checked", "outlined")
+
+
+@dataclass
+class SceneConfig:
+    """Content of the captions. The shipped weights have the default settings.
+
+    Args:
+        max_count: largest number of identical objects, 3 to 6.
+        medium: whether objects have three sizes (small, medium, large) instead of two.
+        fills: how an object can be filled, besides solid: any of striped, dotted, checked, outlined.
+    """
+
+    max_count: IntFrom3To6 = 3
+    medium: bool = False
+    fills: tuple[Literal[FILLS], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, "scenes")
+        if len(set(self.fills)) < len(self.fills):
+            raise ValueError(f"scenes.fills: got {', '.join(self.fills)}; expected each fill once")
+
+    @property
+    def plain(self) -> bool:
+        """Whether all options are off."""
+        return self.max_count == 3 and not self.medium and not self.fills
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return tuple(size for size in SIZES if self.medium or size != "medium")
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """What an image of these scenes can get wrong: CONCEPTS and, if objects have fills, "fill"."""
+        return (*FAITHFULNESS, *["fill"] * bool(self.fills), *AESTHETICS)
+
+
+SCENES = SceneConfig()
+"""The default scenes, those of the shipped weights."""
 
 
 @dataclass
@@ -109,6 +150,7 @@ class PairsConfig:
         per_shifted: number of out-of-distribution pairs for each concept; their images have grain and JPEG artefacts.
         heldout_groups: number of held-out captions for evaluation pairs that are made like the training pairs.
         seed: seed of all random draws.
+        scenes: content of the captions, such as sizes and fills of objects.
     """
 
     groups: PositiveInt = 6000
@@ -121,13 +163,15 @@ class PairsConfig:
     per_shifted: PositiveInt = 40
     heldout_groups: NonNegativeInt = 400
     seed: NonNegativeInt = 0
+    scenes: SceneConfig = field(default_factory=SceneConfig)
 
     def __post_init__(self) -> None:
         check_fields(self, "pairs")
+        known = self.scenes.concepts
         for concept in self.emphasis:
-            if concept not in CONCEPTS:
-                hint = did_you_mean(concept, CONCEPTS) or ";"
-                raise ValueError(f"pairs.emphasis: unknown concept {concept!r}{hint} known: {', '.join(CONCEPTS)}")
+            if concept not in known:
+                hint = did_you_mean(concept, known) or ";"
+                raise ValueError(f"pairs.emphasis: unknown concept {concept!r}{hint} known: {', '.join(known)}")
 
 
 @dataclass
@@ -191,3 +235,6 @@ class BuildConfig:
         if self.pixel.batch_size < self.pairs.images:
             expected = f"at least pairs.images, {self.pairs.images}, because a list is not split"
             raise ValueError(f"pixel.batch_size: got {self.pixel.batch_size}; expected {expected}")
+        if self.pairs.scenes.fills and self.stack.text_length < 16:
+            expected = "at least 16, for captions of two objects with fills"
+            raise ValueError(f"stack.text_length: got {self.stack.text_length}; expected {expected}")

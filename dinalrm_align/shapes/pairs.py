@@ -25,7 +25,7 @@ from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.models.images import image_tensor, open_image, to_bytes
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline
 from dinalrm_align.models.text import PromptEncoder
-from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
+from dinalrm_align.shapes.config import PairsConfig, SceneConfig
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.render import Drawing, concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
@@ -74,6 +74,8 @@ def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline,
     """
     models = {"transformer": fingerprint(pipeline.transformer), "autoencoder": fingerprint(pipeline.vae)}
     settings = {"kind": kind, **models, **dataclasses.asdict(config)}
+    if config.scenes.plain:
+        del settings["scenes"]  # as earlier versions wrote it
     if not (directory / "index.json").exists():
         write_pairs(kind, directory, pipeline, config)
         write_atomically(directory / MADE_WITH, json.dumps(settings, indent=1))
@@ -147,7 +149,7 @@ def _lists(
     chunks = [(min(CHUNK, sampled - start), True) for start in range(0, sampled, CHUNK)]
     chunks += [(min(CHUNK, groups - start), False) for start in range(sampled, groups, CHUNK)]
     for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {CHUNK} captions"):
-        scenes = draw_scenes(size, rng, held_out=held_out)
+        scenes = draw_scenes(size, rng, held_out=held_out, scenes=config.scenes)
         latents, captions = None, [scene.caption for scene in scenes]
         prompts = [caption for caption in captions for _ in range(config.images)]
         if by_base:
@@ -157,7 +159,7 @@ def _lists(
         else:
             drawings = [draw for scene in scenes for draw in _draw_list(scene, config, rng)]
             images = render(drawings, pipeline.vae.config.sample_size)
-        lists = oracle_score(images, prompts).view(size, config.images).numpy()
+        lists = oracle_score(images, prompts, scenes=config.scenes).view(size, config.images).numpy()
         yield captions, latents, images, [_compare(scores, config.rater_noise, rng) for scores in lists]
 
 
@@ -177,8 +179,8 @@ def _encoded_concepts(
     """For one concept at a time, yield captions, latents (captions, 2, C, h, w; chosen images first) and labels."""
     stream, number = (3, config.per_shifted) if kind == "shifted" else (1, config.per_concept)
     rng, size = np.random.default_rng((config.seed, stream)), pipeline.vae.config.sample_size
-    for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
-        captions, images = zip(*itertools.islice(_concept_pairs(concept, rng, size), number))
+    for concept in tqdm(config.scenes.concepts, desc="concept pairs", unit=" concepts"):
+        captions, images = zip(*itertools.islice(_concept_pairs(concept, rng, size, config.scenes), number))
         images = torch.cat(images)
         images = _damage(images, rng) if kind == "shifted" else images
         latents = torch.cat([encode_images(pipeline.vae, chunk) for chunk in images.split(2 * CHUNK)])
@@ -195,32 +197,35 @@ def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
     return image_tensor(damaged)
 
 
-def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
+def _concept_pairs(
+    concept: str, rng: np.random.Generator, size: int, scenes: SceneConfig
+) -> Iterator[tuple[str, Tensor]]:
     """Yield captions, each with two renders (2, 3, size, size). The second gets `concept` wrong and scores lower."""
     while True:
-        scene = draw_scenes(1, rng, held_out=True)[0]
-        if concept not in concepts_of(scene):
+        scene = draw_scenes(1, rng, held_out=True, scenes=scenes)[0]
+        if concept not in concepts_of(scene, scenes):
             continue
         nuisance = draw_nuisance(rng)
-        good, bad = lay_out(scene, nuisance, rng), lay_out_spoiled(scene, nuisance, concept, rng)
+        good = lay_out(scene, nuisance, rng, scenes)
+        bad = lay_out_spoiled(scene, nuisance, concept, rng, scenes)
         images = render([good, bad], size)
-        scores = oracle_score(images, [scene.caption] * 2)
+        scores = oracle_score(images, [scene.caption] * 2, scenes=scenes)
         if scores[0] > scores[1]:  # spoiling can leave no difference, for instance at the image's edge
             yield scene.caption, images
 
 
 def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> list[Drawing]:
     """Return `config.images` drawings of a scene. The first is correct; most later drawings get one concept wrong."""
-    nuisance = draw_nuisance(rng)
-    drawings = [lay_out(scene, nuisance, rng)]
-    concepts = concepts_of(scene)
+    nuisance, scenes = draw_nuisance(rng), config.scenes
+    drawings = [lay_out(scene, nuisance, rng, scenes)]
+    concepts = concepts_of(scene, scenes)
     weights = np.array([config.emphasis.get(concept, 1.0) for concept in concepts])
     while len(drawings) < config.images:
         concept = str(rng.choice(concepts, p=weights / weights.sum()))
         if rng.random() < config.faithful_share:
-            drawings.append(lay_out(scene, draw_nuisance(rng), rng))
+            drawings.append(lay_out(scene, draw_nuisance(rng), rng, scenes))
         else:
-            drawings.append(lay_out_spoiled(scene, nuisance, concept, rng))
+            drawings.append(lay_out_spoiled(scene, nuisance, concept, rng, scenes))
     return drawings
 
 

@@ -14,28 +14,37 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dinalrm_align.shapes.config import AESTHETICS, CONCEPTS, FAITHFULNESS
-from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, COUNTS, RELATIONS, SHAPES, SIZES, Scene
+from dinalrm_align.shapes.config import AESTHETICS, SCENES, SceneConfig
+from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene
 
 SIZE = 64
 RADII = {"small": (6.5, 8.0), "large": (11.5, 13.0)}
+RADII_OF_THREE = {"small": (5.75, 7.0), "medium": (8.5, 9.75), "large": (11.75, 13.0)}
+"""Radii in scenes that have a medium size."""
 AREA_PER_RADIUS2 = {"circle": math.pi, "square": 3.24, "triangle": 2.3673, "cross": 3.04}
 """Area of each shape divided by the square of the shape's radius."""
 HALF_EXTENT = {"circle": 1.0, "square": 0.9, "triangle": 1.17, "cross": 1.15}
 """Half the larger side of each shape's bounding box, divided by the shape's radius."""
+HALF_WIDTH = {"circle": 1.0, "square": 0.9, "triangle": 0.675, "cross": 0.4}
+"""Distance from each shape's centroid to its outline, divided by the shape's radius."""
 MARGIN = 2.0
 GAP = (2.5, 6.0)
+FAINT = {"striped": 0.4, "dotted": 0.25, "checked": 0.4}
+"""Strength of the fainter parts of each texture; 1 is the object's full colour."""
+PERIODS = {"striped": 5.0 * math.sqrt(2), "dotted": 5.0, "checked": 6.0}
+"""Period of each texture along the x axis. All textures stay the same if both axes are shifted by one period."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One object of a drawing: shape, colour, centroid (x, y) and radius."""
+    """One object of a drawing: shape, colour, centroid (x, y), radius and fill."""
 
     shape: str
     colour: str
     x: float
     y: float
     radius: float
+    fill: str = "solid"
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,12 @@ def draw_nuisance(rng: np.random.Generator) -> Nuisance:
     )
 
 
-def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
-    """Place a scene's objects at random. Radii fit the sizes ("small", "large"), and positions fit the relation. The
-    group of objects is shrunk if it does not fit the image, and shifted from the centre by up to `nuisance.offset`.
+def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator, scenes: SceneConfig = SCENES) -> Drawing:
+    """Place a scene's objects at random. Radii fit the sizes in `scenes`, and positions fit the relation. The group
+    of objects is shrunk if it does not fit the image, and shifted from the centre by up to `nuisance.offset`.
     """
-    marks = [Mark(item.shape, item.colour, 0.0, 0.0, rng.uniform(*RADII[item.size])) for item in scene.items]
+    radii = RADII_OF_THREE if scenes.medium else RADII
+    marks = [Mark(i.shape, i.colour, 0.0, 0.0, rng.uniform(*radii[i.size]), i.fill) for i in scene.items]
     extents = [mark.radius * HALF_EXTENT[mark.shape] for mark in marks]
     gap = rng.uniform(*GAP)
     if scene.relation:
@@ -78,7 +88,8 @@ def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawi
     elif len(marks) == 1:
         centres = [np.zeros(2)]
     else:
-        side = gap + 2.45 * max(extents)
+        reach = 2.45 if scenes.plain else 2.9 if marks[0].shape == "square" else 2.2  # squares meet at their corners
+        side = gap + reach * max(extents)
         ring = side / (2 * math.sin(math.pi / len(marks)))
         angles = rng.uniform(0, 2 * math.pi) + 2 * math.pi * np.arange(len(marks)) / len(marks)
         centres = [ring * np.array([math.cos(angle), math.sin(angle)]) for angle in angles]
@@ -116,6 +127,37 @@ def coverage(mark: Mark, edge: float = 1.0, size: int = SIZE) -> np.ndarray:
     return np.clip(0.5 - distance / edge, 0.0, 1.0)
 
 
+def texture(fill: str, x: np.ndarray, y: np.ndarray, edge: float = 1.0) -> np.ndarray:
+    """Return the strength of a striped, dotted or checked object at points (x, y) from its centroid, in [0, 1]."""
+    half = PERIODS[fill] / 2
+    dx, dy, along = (np.abs((axis + half) % (2 * half) - half) for axis in (x, y, x + y))  # from the nearest centre
+    if fill == "striped":
+        outside = (along - half / 2) / math.sqrt(2)
+    elif fill == "dotted":
+        outside = 1.6 - np.hypot(dx, dy)
+    else:  # in a full square, both or neither of x and y are near a centre
+        outside = np.minimum(np.maximum(dx, dy) - half / 2, half / 2 - np.minimum(dx, dy))
+    return FAINT[fill] + (1 - FAINT[fill]) * np.clip(0.5 - outside / edge, 0.0, 1.0)
+
+
+def strength(mark: Mark, edge: float = 1.0, size: int = SIZE) -> np.ndarray:
+    """Return how strongly an object colours each pixel, in [0, 1]: (size, size). Its fill modulates its coverage.
+
+    The fine edges of a fill are at most 1.5 pixels wide, however soft the outline is: else they would vanish.
+    """
+    cover = coverage(mark, edge, size)
+    if mark.fill == "solid":
+        return cover
+    grid = (np.arange(size, dtype=np.float32) + 0.5) * (SIZE / size)
+    x, y = grid[None, :] - mark.x, grid[:, None] - mark.y
+    soft, inside = min(edge, 1.5), -signed_distance(mark.shape, x, y, mark.radius)
+    if mark.fill == "outlined":
+        ring = min(2.5, 0.5 * HALF_WIDTH[mark.shape] * mark.radius)
+        return cover * np.clip(0.5 - (inside - ring) / soft, 0.0, 1.0)
+    pattern = texture(mark.fill, x, y, soft)
+    return cover * (np.where(inside < 1, 1, pattern) if mark.fill == "dotted" else pattern)  # dots cut no outline
+
+
 def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
     """Render drawings to images (B, 3, size, size), float32 in [0, 1]."""
     images = np.empty((len(drawings), 3, size, size), np.float32)
@@ -124,27 +166,29 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
         image[:] = ground[:, None, None]
         for mark in drawing.marks:
             colour = ground + drawing.contrast * (np.array(COLOURS[mark.colour], np.float32) - ground)
-            image += coverage(mark, drawing.edge, size) * (colour[:, None, None] - image)
+            image += strength(mark, drawing.edge, size) * (colour[:, None, None] - image)
     return torch.from_numpy(images)
 
 
-def concepts_of(scene: Scene) -> tuple[str, ...]:
-    """Return the concepts that an image can get wrong: CONCEPTS, but "relation" only if the scene has one."""
-    return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
+def concepts_of(scene: Scene, scenes: SceneConfig = SCENES) -> tuple[str, ...]:
+    """Return the concepts that an image can get wrong: all of `scenes`, but "relation" only if the scene has one."""
+    return tuple(concept for concept in scenes.concepts if concept != "relation" or scene.relation)
 
 
-def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
-    """Return a copy of the scene with `concept` changed at random. `concept`: one of FAITHFULNESS."""
-    if concept not in FAITHFULNESS:
-        raise ValueError(f"concept: got {concept!r}; expected one of {FAITHFULNESS}")
+def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator, scenes: SceneConfig = SCENES) -> Scene:
+    """Return a copy of the scene with `concept` changed at random. `concept`: of `scenes`, but none of AESTHETICS."""
+    known = tuple(name for name in scenes.concepts if name not in AESTHETICS)
+    if concept not in known:
+        raise ValueError(f"concept: got {concept!r}; expected one of {known}")
     items = scene.items
     which = int(rng.integers(len(items)))
     before, item, after = items[:which], items[which], items[which + 1 :]
     if concept == "count":
-        if len(items) > 1 and (len(items) == max(COUNTS.values()) or rng.random() < 0.5):
+        if len(items) > 1 and (len(items) == scenes.max_count or rng.random() < 0.5):
             return replace(scene, items=before + after, relation=None)
         return replace(scene, items=(*items, replace(item, size="small")), relation=None)
-    values = dict(shape=SHAPES, colour=COLOURS, size=SIZES, relation=RELATIONS, background=BACKGROUNDS)[concept]
+    values = dict(shape=SHAPES, colour=COLOURS, size=scenes.sizes, relation=RELATIONS, background=BACKGROUNDS,
+                  fill=("solid", *scenes.fills))[concept]  # fmt: skip
     owner = item if hasattr(item, concept) else scene
     other = str(rng.choice([name for name in values if name != getattr(owner, concept)]))
     changed = replace(owner, **{concept: other})
@@ -162,8 +206,10 @@ def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -
     raise ValueError(f"concept: got {concept!r}; expected one of {AESTHETICS}")
 
 
-def lay_out_spoiled(scene: Scene, nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Drawing:
-    """Return a drawing that gets `concept` wrong. `concept`: one of CONCEPTS, for instance "colour" or "blur"."""
+def lay_out_spoiled(
+    scene: Scene, nuisance: Nuisance, concept: str, rng: np.random.Generator, scenes: SceneConfig = SCENES
+) -> Drawing:
+    """Return a drawing that gets `concept`, one of the concepts of `scenes`, wrong: for instance "colour" or "blur"."""
     if concept in AESTHETICS:
-        return lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng)
-    return lay_out(spoil_scene(scene, concept, rng), nuisance, rng)
+        return lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng, scenes)
+    return lay_out(spoil_scene(scene, concept, rng, scenes), nuisance, rng, scenes)

@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dinalrm_align.shapes.config import StackConfig
-from dinalrm_align.shapes.scene import CAPTION_WORDS
+from dinalrm_align.shapes.config import SCENES, SceneConfig, StackConfig
+from dinalrm_align.shapes.scene import caption_words
 
 
 def clip_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
@@ -57,12 +57,15 @@ def t5_tokenizer(words: list[str], length: int) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=special + known + characters, extra_ids=0, model_max_length=length)
 
 
-def build_pipeline(config: StackConfig, seed: int = 0) -> StableDiffusion3Pipeline:
-    """Build a StableDiffusion3Pipeline with the network sizes in `config` and random weights drawn from `seed`."""
+def build_pipeline(config: StackConfig, seed: int = 0, scenes: SceneConfig = SCENES) -> StableDiffusion3Pipeline:
+    """Build a StableDiffusion3Pipeline with the network sizes in `config`, random weights drawn from `seed`, and one
+    token for each word of the captions of `scenes`.
+    """
+    words = caption_words(scenes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        first_tokenizer, second_tokenizer = (clip_tokenizer(CAPTION_WORDS, config.text_length) for _ in range(2))
-        third_tokenizer = t5_tokenizer(CAPTION_WORDS, config.text_length)
+        first_tokenizer, second_tokenizer = (clip_tokenizer(words, config.text_length) for _ in range(2))
+        third_tokenizer = t5_tokenizer(words, config.text_length)
         levels = len(config.vae_channels)
         return StableDiffusion3Pipeline(
             transformer=SD3Transformer2DModel(

@@ -12,7 +12,7 @@ from torch import nn
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.reward.pixel.clip import ClipReward
 from dinalrm_align.shapes.build import (
-    SLOT_CLASSES,
+    _slot_classes,
     _slot_loss,
     _slots,
     save_clip_reward,
@@ -22,7 +22,7 @@ from dinalrm_align.shapes.build import (
     vae_gate,
 )
 from dinalrm_align.shapes.build_base import Together, train_base
-from dinalrm_align.shapes.config import BuildConfig, PairsConfig, StackConfig
+from dinalrm_align.shapes.config import SCENES, BuildConfig, PairsConfig, StackConfig
 from dinalrm_align.shapes.pairs import write_pairs
 from dinalrm_align.shapes.scene import parse_caption
 from dinalrm_align.shapes.stack import build_pipeline
@@ -68,9 +68,10 @@ def test_the_text_encoders_learn_the_content_of_captions(config, pipeline):
 def test_slots_of_a_caption():
     scene = parse_caption("a small red circle left of a large blue square on gray")
     assert _slots(scene) == [2, 1, 1, 1, 2, 3, 2, 0, 0, 0, 1, 2]
-    uniform = torch.zeros(1, sum(SLOT_CLASSES))
-    expected = sum(math.log(classes) for classes in SLOT_CLASSES) / len(SLOT_CLASSES)
-    assert _slot_loss(uniform, torch.tensor([_slots(scene)])).item() == pytest.approx(expected)
+    classes = _slot_classes(SCENES)
+    expected = sum(map(math.log, classes)) / len(classes)
+    loss = _slot_loss(torch.zeros(1, sum(classes)), torch.tensor([_slots(scene)]), classes)
+    assert loss.item() == pytest.approx(expected)
 
 
 def test_the_base_model_trains_evaluates_and_resumes(config, pipeline, tmp_path):

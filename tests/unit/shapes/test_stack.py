@@ -1,15 +1,16 @@
 import pytest
 import torch
 
-from dinalrm_align.shapes.config import StackConfig
-from dinalrm_align.shapes.scene import CAPTION_WORDS
+from dinalrm_align.shapes.config import SCENES, StackConfig
+from dinalrm_align.shapes.scene import caption_words
 from dinalrm_align.shapes.stack import build_pipeline, clip_tokenizer, t5_tokenizer
 
 CAPTION = "a small red circle left of a large blue square on gray"
 
 
 def test_every_caption_word_is_one_token_and_other_text_falls_back_to_letters():
-    clip, t5 = clip_tokenizer(CAPTION_WORDS, 14), t5_tokenizer(CAPTION_WORDS, 14)
+    words = caption_words(SCENES)
+    clip, t5 = clip_tokenizer(words, 14), t5_tokenizer(words, 14)
     assert len(clip.tokenize(CAPTION)) == len(t5.tokenize(CAPTION)) == 12
     assert clip.tokenize("hat") == ["h", "a", "t</w>"]
     assert t5.unk_token_id not in t5("zebra").input_ids
