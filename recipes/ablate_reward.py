@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dinalrm_align.eval.evaluator import Candidate, Evaluator, open_image_sets, scores_file
     from dinalrm_align.eval.scores import NoiseLevels, PairScores
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
-    from dinalrm_align.shapes.pairs import HELD_OUT_KINDS, ensure_pairs
+    from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds
     from dinalrm_align.train.device import available_device
 
     out, baseline = Path(config.output_dir), arms[BASELINE][1]
@@ -117,12 +117,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------- pairs and evaluator
     if spec.kind == "shapes":
-        kinds = ["train"] * (config.pairs is None) + [*HELD_OUT_KINDS] * (config.test_sets is None)
+        held_out = held_out_kinds(config.shapes_pairs)
+        kinds = ["train"] * (config.pairs is None) + held_out * (config.test_sets is None)
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
         with refusing():
             made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in kinds}
         config.pairs = config.pairs or str(made["train"])
-        config.test_sets = config.test_sets or {kind: str(made[kind]) for kind in HELD_OUT_KINDS}
+        config.test_sets = config.test_sets or {kind: str(made[kind]) for kind in held_out}
     transformer = load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
     with refusing():
         encoders = Encoders(spec.pipeline, text_length=baseline.reward.text_length, device=device, dtype=dtype)

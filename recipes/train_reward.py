@@ -95,6 +95,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
         **digests,
     }
     model = build_reward_model(reward, transformer, seed=run.seed)
+    training.start_from(run.init_from if checkpoint is None else None, model)
     del transformer  # frees the blocks that the reward does not use
     if run.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -21,6 +21,7 @@ from dinalrm_align.train.settings import (
     PathText,
     PositiveFloat,
     PositiveInt,
+    Source,
     check_fields,
     check_image_size,
     check_levels,
@@ -291,6 +292,7 @@ class TrainRewardRun:
         validation_pairs: pairs for evaluation only, in the same formats as `pairs`. Default: see `held_out_prompts`.
         held_out_prompts: number of prompts in `pairs` to keep for evaluation if `validation_pairs` is not set.
         output_dir: folder of the run; its subfolder reward/ gets the trained reward. Default: a new folder in runs/.
+        init_from: reward whose LoRA and head training starts from, a folder or hub id; default: newly initialised ones.
         seed: seed of the initial weights, the data order, the noise and the noise levels.
         resume: folder of a checkpoint to resume, or of a run whose newest checkpoint is resumed. Options given on the
             command line override the stored settings.
@@ -328,6 +330,7 @@ class TrainRewardRun:
     pairs: PathText | None = None
     validation_pairs: PathText | None = None
     held_out_prompts: PositiveInt = 200
+    init_from: Source | None = None
     output_dir: PathText | None = None
     seed: NonNegativeInt = 0
     resume: PathText | None = None

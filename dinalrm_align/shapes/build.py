@@ -217,7 +217,8 @@ def train_pixel(
         image = F.normalize(clip.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
         scores = clip.logit_scale.exp() * (image * text[batch.group]).sum(-1)
         gap = scores[batch.chosen] - scores[batch.rejected]
-        return -F.logsigmoid(gap).mean(), {"accuracy": (gap > 0).float().mean().item()}
+        log_p, log_q = F.logsigmoid(gap), F.logsigmoid(-gap)
+        return -(batch.label * log_p + (1 - batch.label) * log_q).mean(), {"accuracy": (gap > 0).float().mean().item()}
 
     parameters = dict(clip.named_parameters())
     run_stage("pixel", config, accelerator, parameters, Closures(batch_at, step), shown=("loss", "accuracy"))

@@ -25,8 +25,8 @@ from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.shapes.build import random_images, run_stage
 from dinalrm_align.shapes.config import BuildConfig
+from dinalrm_align.shapes.generators import sample_latents
 from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
-from dinalrm_align.shapes.pairs import sample_latents
 from dinalrm_align.shapes.render import SIZE, Drawing, coverage
 from dinalrm_align.shapes.scene import SHAPES, draw_scenes
 from dinalrm_align.train.files import atomically, write_atomically

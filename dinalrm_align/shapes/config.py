@@ -136,6 +136,44 @@ class StackConfig:
 
 
 @dataclass
+class Generator:
+    """Who makes images of mixed lists: a model with ranges of sampler settings, or the renderer.
+
+    Args:
+        render: faithful or spoiled (one concept is wrong) renders; null: samples of a model.
+        weight: relative frequency of the generator's images.
+        model: folder of a pipeline, such as OUTPUT_DIR/weights/pipeline of another build; null: that of the pairs.
+        checkpoint: weights of the transformer at a stage of its training, a file of recipes/build_shapes.py such as
+            OUTPUT_DIR/base/checkpoints/step_000500/ema.safetensors (`base.loop.keep_last`: how many are kept).
+        lora: folder of a LoRA, such as RUN/lora of an alignment run; it is merged into the transformer.
+        guidance_scale: lowest and highest guidance.
+        num_steps: lowest and highest number of denoising steps.
+    """
+
+    render: Literal["faithful", "spoiled"] | None = None
+    weight: PositiveFloat = 1.0
+    model: PathText | None = None
+    checkpoint: PathText | None = None
+    lora: PathText | None = None
+    guidance_scale: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 5.0)
+    num_steps: tuple[PositiveInt, PositiveInt] = (4, 20)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "generator")
+        for name in ("guidance_scale", "num_steps"):
+            low, high = vars(self)[name]
+            if low > high:
+                raise ValueError(f"generator.{name}: got {[low, high]}; expected [lowest, highest]")
+        if self.render is not None and (self.model or self.checkpoint or self.lora):
+            raise ValueError(f"generator.render: got {self.render} with weights; expected null, for samples of a model")
+
+    def at(self, steps: float, guidance: float) -> dict[str, float]:
+        """Return number of steps and guidance at two fractions, in [0, 1), of their ranges."""
+        (low, high), (weak, strong) = self.num_steps, self.guidance_scale
+        return {"steps": low + int(steps * (high - low + 1)), "guidance": float(weak + guidance * (strong - weak))}
+
+
+@dataclass
 class PairsConfig:
     """Number of preference pairs, and how the images of a pair are made.
 
@@ -145,10 +183,21 @@ class PairsConfig:
         emphasis: relative frequency of each concept (shape, blur, ...) in wrong renders; 1 for concepts not listed.
         sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
         faithful_share: probability that a render is correct. The first render of each caption is always correct.
-        rater_noise: standard deviation of the noise that the simulated rater adds to an image's oracle score.
+        rater_noise: standard deviation of the noise that a simulated rater adds to an image's oracle score.
+        noise_per_object: share by which each object of the caption after the first raises that noise.
+        noise_of_flaws: share by which flaws raise the noise of an image whose aesthetics are 0; linear in between.
+        raters: number of raters who compare the images of a list. A pair's label is the share of them who prefer the
+            chosen image; it is 0.5 or more.
+        rater_spread: standard deviation of the extra weight that each rater gives to faithfulness, sharpness, contrast
+            and centring; every list has new raters.
+        tie_gap: a rater to whom two scores, with noise, differ by less prefers neither, and counts as half a vote.
+        generators: for mixed lists: makers of a list's images, by name. Each makes its share, by weight, of the images
+            of every list. They replace `sampled_share` and `faithful_share`. Default: unmixed lists.
+        outside: makers of the images of a test set out of family, which must not occur in training.
         per_concept: number of evaluation pairs for each concept; their captions are held out from training.
         per_shifted: number of out-of-distribution pairs for each concept; their images have grain and JPEG artefacts.
-        heldout_groups: number of held-out captions for evaluation pairs that are made like the training pairs.
+        heldout_groups: number of held-out captions for evaluation pairs that are made like the training pairs, and of
+            those out of family.
         seed: seed of all random draws.
         scenes: content of the captions, such as sizes and fills of objects.
     """
@@ -159,6 +208,13 @@ class PairsConfig:
     sampled_share: ClosedUnitInterval = 0.1
     faithful_share: ClosedUnitInterval = 0.2
     rater_noise: NonNegativeFloat = 0.1
+    noise_per_object: NonNegativeFloat = 0.0
+    noise_of_flaws: NonNegativeFloat = 0.0
+    raters: PositiveInt = 1
+    rater_spread: NonNegativeFloat = 0.0
+    tie_gap: NonNegativeFloat = 0.0
+    generators: dict[str, Generator] = field(default_factory=dict)
+    outside: dict[str, Generator] = field(default_factory=dict)
     per_concept: PositiveInt = 100
     per_shifted: PositiveInt = 40
     heldout_groups: NonNegativeInt = 400
@@ -172,6 +228,11 @@ class PairsConfig:
             if concept not in known:
                 hint = did_you_mean(concept, known) or ";"
                 raise ValueError(f"pairs.emphasis: unknown concept {concept!r}{hint} known: {', '.join(known)}")
+        for name in ("generators", "outside"):
+            weights = [(maker.weight, maker.render is None) for maker in vars(self)[name].values()]
+            share = sum(weight for weight, sampled in weights if sampled) / (sum(weight for weight, _ in weights) or 1)
+            if weights and share < 0.5:
+                raise ValueError(f"pairs.{name}: got weights with {share:.0%} samples; expected at least half samples")
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Preference pairs of the embedded world (rendered shapes), labelled from the scores of its oracle.
 
-The images of a training caption are either samples of the base model or renders. Most renders get one concept wrong (a
-wrong colour, blur, ...). A simulated rater adds Gaussian noise to the oracle's scores of two images and chooses the
-image with the higher result (Thurstone's model). Close scores get noisy labels. For evaluation by concept, a
-pair consists of two renders that differ in one concept, and the oracle's scores are compared without noise.
+The images of a training caption are either samples of the base model or renders, or those of several generators
+(`generators`). Most renders get one concept wrong (a wrong colour, blur, ...). Simulated raters compare the images
+(`raters`). For evaluation by concept, a pair consists of two renders that differ in one concept, and the oracle's
+scores are compared without noise.
 """
 
 import dataclasses
@@ -26,19 +26,33 @@ from dinalrm_align.models.images import image_tensor, open_image, to_bytes
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.shapes.config import PairsConfig, SceneConfig
+from dinalrm_align.shapes.generators import (
+    BLOCK,
+    STREAMS,
+    Lists,
+    check_outside,
+    draw_concept,
+    identities,
+    makers_of,
+    mixed_lists,
+    prompt_encoder,
+    sample_latents,
+)
 from dinalrm_align.shapes.oracle import oracle_score
+from dinalrm_align.shapes.raters import rate_lists
 from dinalrm_align.shapes.render import Drawing, concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
 from dinalrm_align.train.digest import fingerprint
-from dinalrm_align.train.files import atomically, begin_or_resume, write_atomically
+from dinalrm_align.train.files import atomically, begin_or_resume, read_json, write_atomically
 
 MADE_WITH = "made_with.json"
-CHUNK = 32
-"""Number of captions whose images are encoded or sampled at once."""
 GRAIN, JPEG = 0.06, 20
 """Damage to images of "shifted" pairs: standard deviation of Gaussian grain (pixels in [0, 1]), and JPEG quality."""
-HELD_OUT_KINDS = ("heldout", "shifted", "concepts")
-"""Kinds of pairs (see `write_pairs`) that serve the evaluation of rewards."""
+
+
+def held_out_kinds(config: PairsConfig) -> list[str]:
+    """Return the kinds of pairs (see `write_pairs`) that serve the evaluation of rewards."""
+    return ["heldout", *["outside"] * bool(config.outside), "shifted", "concepts"]
 
 
 def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
@@ -46,8 +60,9 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
 
     Kinds of pairs:
 
-    - "train": every two images of a caption, for `config.groups` training captions, labelled by a noisy rater.
+    - "train": every two images of a caption, for `config.groups` training captions, labelled by noisy raters.
     - "heldout": the same as "train", but for `config.heldout_groups` held-out captions.
+    - "outside": the same as "heldout", but with images of the generators in `config.outside`.
     - "concepts": `config.per_concept` pairs for each concept (colour, blur, ...). The two images differ in the concept,
       and the image with the higher oracle score is chosen.
     - "shifted": `config.per_shifted` pairs for each concept, made as for "concepts". After labelling, grain and
@@ -55,10 +70,12 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
 
     Raises FileExistsError if `directory` already holds pairs.
     """
-    encoder, vae = _prompt_encoder(pipeline), pipeline.vae.config
+    encoder, vae = prompt_encoder(pipeline), pipeline.vae.config
     manifest = PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, encoder.text_length)
     lists, concepts = _encoded_lists, _encoded_concepts
-    kinds = {"train": lists, "heldout": lists, "concepts": concepts, "shifted": concepts}
+    kinds = dict(train=lists, heldout=lists, outside=lists, concepts=concepts, shifted=concepts)
+    if kind == "outside" and not config.outside:
+        raise ValueError("pairs.outside: got no generators; expected at least one, for a test set out of family")
     with LatentPairsWriter(directory, manifest) as writer:
         for captions, latents, labels in kinds[kind](kind, pipeline, encoder, config):
             embeds, pooled = encoder(captions)
@@ -70,17 +87,21 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
 def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> Path:
     """Write preference pairs of kind `kind` to `directory` unless `directory` holds pairs. Returns `directory`.
 
-    Raises ValueError if `directory` holds pairs of other settings, or of another pipeline.
+    Raises ValueError if `directory` holds pairs of other settings, or of another pipeline, and as `check_outside`.
     """
+    if config.outside and kind in STREAMS:
+        check_outside(config, pipeline)
+    makers = identities(makers_of(kind, config), pipeline)
     models = {"transformer": fingerprint(pipeline.transformer), "autoencoder": fingerprint(pipeline.vae)}
-    settings = {"kind": kind, **models, **dataclasses.asdict(config)}
-    if config.scenes.plain:
-        del settings["scenes"]  # as earlier versions wrote it
+    settings = dataclasses.asdict(dataclasses.replace(config, outside={}))
+    settings = {"kind": kind, **models, **settings, "generators": makers}
     if not (directory / "index.json").exists():
         write_pairs(kind, directory, pipeline, config)
         write_atomically(directory / MADE_WITH, json.dumps(settings, indent=1))
     elif (directory / MADE_WITH).exists():  # earlier versions did not write it
-        begin_or_resume(directory, MADE_WITH, settings)
+        before, default = read_json(directory / MADE_WITH), dataclasses.asdict(PairsConfig())
+        known = {name: value for name, value in settings.items() if name in before or value != default.get(name)}
+        begin_or_resume(directory, MADE_WITH, known)  # earlier versions wrote fewer settings
     return directory
 
 
@@ -105,7 +126,8 @@ def render_hpdv3(
     if (directory / "train.json").exists():
         raise FileExistsError(f"{directory} already holds a data set; write to another directory")
     records, number = [], 0
-    for captions, _, images, pairs in _lists(pipeline, _prompt_encoder(pipeline), config, held_out=held_out):
+    kind = "heldout" if held_out else "train"
+    for captions, _, images, pairs in _lists(kind, pipeline, prompt_encoder(pipeline), config):
         names = [f"images/{number + row:06d}.png" for row in range(len(images))]
         number += len(images)
         for name, image in zip(names, to_bytes(images)):
@@ -114,44 +136,35 @@ def render_hpdv3(
         for row, caption in enumerate(captions):
             own = names[row * config.images : (row + 1) * config.images]
             about = {"prompt": caption, "confidence": None, "choice_dist": None, "model1": "shapes"}
-            records += [about | {"path1": own[c], "path2": own[r], "model2": "shapes"} for c, r in pairs[row]]
+            for chosen, rejected, label in pairs[row]:
+                votes = None if label == 1 else [round(share * config.raters, 6) for share in (label, 1 - label)]
+                paths = {"path1": own[chosen], "path2": own[rejected]}
+                records.append(about | {"choice_dist": votes, **paths, "model2": "shapes"})
     write_atomically(directory / "train.json", json.dumps(records, indent=0))
 
 
-def sample_latents(
-    pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, prompts: list[str], *, steps: int, guidance: float,
-    seed: int,
-) -> Tensor:  # fmt: skip
-    """Sample latents (B, C, h, w) for B prompts with the pipeline, scaled as the transformer expects them."""
-    (embeds, pooled), (empty, empty_pooled) = encoder(prompts), encoder.empty(len(prompts))
-    size = pipeline.vae.config.sample_size
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        prompt_embeds=embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
-        negative_pooled_prompt_embeds=empty_pooled, height=size, width=size, num_inference_steps=steps,
-        guidance_scale=guidance, generator=torch.Generator().manual_seed(seed), output_type="latent",
-    ).images  # fmt: skip
-
-
-def _prompt_encoder(pipeline: StableDiffusion3Pipeline) -> PromptEncoder:
-    return PromptEncoder(pipeline, text_length=pipeline.tokenizer_3.model_max_length)
-
-
 def _lists(
-    pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig, *, held_out: bool
-) -> Iterator[tuple[list[str], Tensor | None, Tensor, list[list[tuple[int, int]]]]]:
-    """For up to CHUNK captions at a time, yield captions, latents (None for renders), images and labels. Each caption
-    has `config.images` consecutive images. A caption's labels are pairs (chosen, rejected) of indices into its images.
+    kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
+) -> Iterator[tuple[list[str], Tensor, Tensor, list[list[tuple[int, int, float]]]]]:
+    """For up to BLOCK captions at a time, yield captions, latents, images and labels. Each caption has `config.images`
+    consecutive images. A caption's labels are triples (chosen, rejected, label); the images are given by their indices.
     """
+    make = mixed_lists if makers_of(kind, config) else _unmixed_lists
+    for scenes, latents, images, rngs in make(kind, pipeline, encoder, config):
+        yield [scene.caption for scene in scenes], latents, images, rate_lists(images, scenes, config, rngs)
+
+
+def _unmixed_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig) -> Lists:
+    """Make lists in which either all images are samples of the base model or all are renders."""
+    held_out = kind == "heldout"
     rng = np.random.default_rng((config.seed, 2 if held_out else 0))
     groups = config.heldout_groups if held_out else config.groups
     sampled = round(groups * config.sampled_share)
-    chunks = [(min(CHUNK, sampled - start), True) for start in range(0, sampled, CHUNK)]
-    chunks += [(min(CHUNK, groups - start), False) for start in range(sampled, groups, CHUNK)]
-    for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {CHUNK} captions"):
+    chunks = [(min(BLOCK, sampled - start), True) for start in range(0, sampled, BLOCK)]
+    chunks += [(min(BLOCK, groups - start), False) for start in range(sampled, groups, BLOCK)]
+    for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {BLOCK} captions"):
         scenes = draw_scenes(size, rng, held_out=held_out, scenes=config.scenes)
-        latents, captions = None, [scene.caption for scene in scenes]
-        prompts = [caption for caption in captions for _ in range(config.images)]
+        prompts = [scene.caption for scene in scenes for _ in range(config.images)]
         if by_base:
             steps, guidance, seed = int(rng.integers(6, 16)), float(rng.uniform(1.0, 5.0)), int(rng.integers(2**31))
             latents = sample_latents(pipeline, encoder, prompts, steps=steps, guidance=guidance, seed=seed)
@@ -159,17 +172,16 @@ def _lists(
         else:
             drawings = [draw for scene in scenes for draw in _draw_list(scene, config, rng)]
             images = render(drawings, pipeline.vae.config.sample_size)
-        lists = oracle_score(images, prompts, scenes=config.scenes).view(size, config.images).numpy()
-        yield captions, latents, images, [_compare(scores, config.rater_noise, rng) for scores in lists]
+            latents = encode_images(pipeline.vae, images)
+        yield scenes, latents, images, [rng] * size
 
 
 def _encoded_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
     """Yield captions, latents (captions, images, C, h, w), and labels (arguments for `LatentPairsWriter.add`)."""
-    for captions, latents, images, pairs in _lists(pipeline, encoder, config, held_out=kind == "heldout"):
-        latents = encode_images(pipeline.vae, images) if latents is None else latents
-        labels = [dict(zip(("chosen", "rejected"), zip(*own))) for own in pairs]
+    for captions, latents, _, pairs in _lists(kind, pipeline, encoder, config):
+        labels = [dict(zip(("chosen", "rejected", "label"), zip(*own))) for own in pairs]
         yield captions, latents.unflatten(0, (len(captions), -1)), labels
 
 
@@ -183,7 +195,7 @@ def _encoded_concepts(
         captions, images = zip(*itertools.islice(_concept_pairs(concept, rng, size, config.scenes), number))
         images = torch.cat(images)
         images = _damage(images, rng) if kind == "shifted" else images
-        latents = torch.cat([encode_images(pipeline.vae, chunk) for chunk in images.split(2 * CHUNK)])
+        latents = torch.cat([encode_images(pipeline.vae, chunk) for chunk in images.split(2 * BLOCK)])
         yield list(captions), latents.unflatten(0, (-1, 2)), [dict(concepts=[concept])] * number
 
 
@@ -218,21 +230,10 @@ def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> l
     """Return `config.images` drawings of a scene. The first is correct; most later drawings get one concept wrong."""
     nuisance, scenes = draw_nuisance(rng), config.scenes
     drawings = [lay_out(scene, nuisance, rng, scenes)]
-    concepts = concepts_of(scene, scenes)
-    weights = np.array([config.emphasis.get(concept, 1.0) for concept in concepts])
     while len(drawings) < config.images:
-        concept = str(rng.choice(concepts, p=weights / weights.sum()))
+        concept = draw_concept(scene, config, rng)
         if rng.random() < config.faithful_share:
             drawings.append(lay_out(scene, draw_nuisance(rng), rng, scenes))
         else:
             drawings.append(lay_out_spoiled(scene, nuisance, concept, rng, scenes))
     return drawings
-
-
-def _compare(scores: np.ndarray, noise: float, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Compare every two scores after adding fresh Gaussian noise to both. Returns index pairs (chosen, rejected)."""
-    pairs = []
-    for i, j in itertools.combinations(range(len(scores)), 2):
-        first = scores[i] + noise * rng.standard_normal() > scores[j] + noise * rng.standard_normal()
-        pairs.append((i, j) if first else (j, i))
-    return pairs

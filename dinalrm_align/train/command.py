@@ -170,7 +170,7 @@ class _HelpFormatter(DefaultHelpFormatter):
 class _Parser(ArgumentParser):
     """Argument parser whose error messages are one line and name the expected type or the most similar option."""
 
-    types: dict[str, Any]
+    types: dict[str, Any] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         key = re.search(r'Parser key "([^"]+)"', message)

@@ -44,6 +44,16 @@ def test_it_reports_accuracy_concepts_and_calibration(recipe, arguments, tmp_pat
     assert (tmp_path / "out" / "reliability.png").stat().st_size > 10_000
 
 
+def test_it_reports_the_set_out_of_family(recipe, arguments, tmp_path, capsys):
+    few = "--shapes_pairs.outside={few: {num_steps: [1, 2]}}"
+    recipe.main([*arguments, "--shapes_pairs.heldout_groups=2", "--gold=false", few])
+    assert len((tmp_path / "out" / "pairs_outside.jsonl").read_text().splitlines()) == 2 * 6
+    assert "outside" in (tmp_path / "out" / "evaluation.md").read_text()
+    with pytest.raises(SystemExit):
+        recipe.main([*arguments, f"--output_dir={tmp_path / 'no'}", few.replace("2]", "9]")])
+    assert "pairs.outside.few: got a generator that occurs in training, as 'base'" in capsys.readouterr().err
+
+
 def test_stored_scores_are_reused_for_equal_weights_only(recipe, arguments, tmp_path, tiny_reward_dir, capsys):
     recipe.main(arguments)
     kept = tmp_path / "out" / "scores_heldout.safetensors"

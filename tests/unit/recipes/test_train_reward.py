@@ -205,6 +205,26 @@ def test_the_embedded_world_makes_its_own_pairs(recipe, arguments, tmp_path):
     assert all(concept["pairs"] == 1 for concept in concepts.values())
 
 
+def test_training_continues_from_a_reward_on_other_pairs(recipe, arguments, tmp_path, capsys):
+    """A learning rate near 0 leaves the weights of `--init_from`. One of another shape is refused."""
+    made = [
+        "--shapes_pairs.groups=6", "--shapes_pairs.per_concept=1", "--loop.steps=1", "--loop.ema_decay=0",
+        "--shapes_pairs.generators={few: {num_steps: [1, 2]}, spoiled: {render: spoiled}}", "--shapes_pairs.raters=3",
+    ]  # fmt: skip
+    arguments = [argument for argument in arguments if not argument.startswith("--pairs")] + made
+    recipe.main([*arguments, f"--output_dir={tmp_path / 'first'}"])
+    start = f"--init_from={tmp_path / 'first' / 'reward'}"
+    recipe.main(
+        [*arguments, start, "--seed=1", "--optim.lr=1e-9", "--lora_lr=1e-9", f"--output_dir={tmp_path / 'second'}"]
+    )
+    first, second = (load_file(tmp_path / name / "reward" / "model.safetensors") for name in ("first", "second"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6)
+    with pytest.raises(SystemExit):
+        recipe.main([*arguments, start, "--reward.lora.rank=3", f"--output_dir={tmp_path / 'third'}"])
+    assert "do not fit the model" in capsys.readouterr().err
+
+
 def test_pairs_that_do_not_fit_the_reward_are_refused(recipe, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         recipe.main([*arguments, "--reward.text_length=20", f"--output_dir={tmp_path / 'run'}"])

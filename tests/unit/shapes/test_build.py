@@ -1,6 +1,7 @@
 """Every stage of the embedded world's build, on the tiny stack for a few updates."""
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dinalrm_align.data.latent_pairs import LatentPairs
+from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
+from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.reward.pixel.clip import ClipReward
 from dinalrm_align.shapes.build import (
     _slot_classes,
@@ -122,3 +124,19 @@ def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tm
     score = reward(latents, ["a small red circle on white", "a large blue square on gray"])
     score.sum().backward()
     assert score.shape == (2,) and latents.grad.abs().sum() > 0
+
+
+def test_the_pixel_reward_learns_from_soft_labels(config, pipeline, tmp_path):
+    """A pair with label 0 is the swapped pair with label 1; a label of one half teaches equality, not preference."""
+    latents, texts = torch.randn(2, 16, 16, 16), (torch.randn(14, 32), torch.randn(32))
+    weights = {}
+    for name, chosen, label in (("first", 0, 1.0), ("swapped", 1, 0.0), ("tie", 0, 0.5)):
+        with LatentPairsWriter(tmp_path / name, PairManifest(1.0, 0.0, 14)) as writer:
+            text = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), texts))
+            pair = dict(chosen=[chosen], rejected=[1 - chosen], label=torch.tensor([label]))
+            writer.add("a small red circle on white", latents, **text, **pair)
+        own = dataclasses.replace(config, output_dir=str(tmp_path / f"run_{name}"))
+        clip = train_pixel(pipeline, LatentPairs(tmp_path / name, batch_size=1), own, Accelerator(cpu=True))
+        weights[name] = torch.cat([p.flatten() for p in clip.parameters()])
+    torch.testing.assert_close(weights["first"], weights["swapped"], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(weights["first"], weights["tie"], rtol=1e-4, atol=1e-6)

@@ -11,7 +11,6 @@ from dinalrm_align.models.pipeline import encode_images
 from dinalrm_align.shapes.config import CONCEPTS, PairsConfig, StackConfig
 from dinalrm_align.shapes.pairs import (
     GRAIN,
-    _compare,
     _damage,
     ensure_pairs,
     render_hpdv3,
@@ -68,13 +67,6 @@ def test_pairs_of_other_settings_are_not_taken_for_these(tiny_pipeline, tmp_path
         ensure_pairs("heldout", folder, build_pipeline(StackConfig.tiny(), seed=7), config)
     (folder / "made_with.json").unlink()  # as earlier versions left it
     assert ensure_pairs("heldout", folder, tiny_pipeline, config) == folder
-
-
-def test_a_rater_without_noise_follows_the_score_and_with_much_noise_does_not():
-    scores, rng = np.array([2.0, 1.0, 0.0]), np.random.default_rng(0)
-    assert _compare(scores, 0.0, rng) == [(0, 1), (0, 2), (1, 2)]
-    wrong = sum(pair not in [(0, 1), (0, 2), (1, 2)] for _ in range(200) for pair in _compare(scores, 3.0, rng))
-    assert 120 < wrong < 300  # P(error) = Phi(-gap / (3 sqrt 2)): 0.41, 0.32, 0.41 of 200 each
 
 
 def test_a_folder_in_hpdv3s_layout_holds_the_pairs_of_training(tiny_pipeline, tmp_path):
