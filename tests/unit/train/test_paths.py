@@ -100,8 +100,16 @@ def test_text_settings_are_paths_or_listed():
         if hint is str or str in typing.get_args(hint) and not path_types(hint)
     }
     assert {name for name in plain if name.split(".")[-1] not in {each.split(".")[-1] for each in NOT_PATHS}} <= {
-        "arms", "shapes_pairs.emphasis", "pairs.emphasis", "filter.max_tie_gaps",
+        "arms", "filter.max_tie_gaps", "pairs.emphasis", "shapes_pairs.emphasis",
+        "pairs.generators", "pairs.outside", "shapes_pairs.generators", "shapes_pairs.outside",  # mappings of settings
     }  # fmt: skip
+
+
+def test_paths_inside_a_mapping_of_settings_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, text = parse(TrainRewardRun, "", ["--shapes_pairs.generators", "{a: {lora: runs/a}, b: {render: spoiled}}"])
+    lora = str(tmp_path / "runs" / "a")
+    assert run.shapes_pairs.generators["a"].lora == lora and f"lora: {lora}" in text
 
 
 def test_names_and_hub_ids_remain(tmp_path, monkeypatch):
