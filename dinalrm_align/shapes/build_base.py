@@ -26,7 +26,7 @@ from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.shapes.build import random_images, run_stage
 from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.shapes.generators import sample_latents
-from dinalrm_align.shapes.oracle import oracle_parts, oracle_score
+from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.render import SIZE, Drawing, coverage
 from dinalrm_align.shapes.scene import SHAPES, draw_scenes
 from dinalrm_align.train.files import atomically, write_atomically
@@ -108,10 +108,11 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
         settings = dict(steps=MODELS["shapes"].num_steps, guidance=MODELS["shapes"].guidance_scale, seed=config.seed)
         images = decode_latents(pipeline.vae, sample_latents(pipeline, encoder, prompts, **settings)).cpu()
         save_grid(images, prompts, Path(config.output_dir) / "base" / f"grid_{step:06d}.png")
-        parts = oracle_parts(images, prompts, scenes=scenes)
-        numbers = {name: value.mean().item() for name, value in parts.items()}
+        parts: dict[str, Tensor] = {}
+        score = oracle_score(images, prompts, parts, scenes=scenes).mean().item()
+        numbers = {name.rpartition("/")[2]: value.mean().item() for name, value in parts.items()}
         tqdm.write(f"base, update {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
-        return {**numbers, "oracle": oracle_score(images, prompts, scenes=scenes).mean().item()}
+        return {**numbers, "oracle": score}
 
     transformer.requires_grad_(True)
     parameters = dict(transformer.named_parameters())

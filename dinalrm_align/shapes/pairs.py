@@ -145,9 +145,10 @@ def render_hpdv3(
 
 def _lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
-) -> Iterator[tuple[list[str], Tensor, Tensor, list[list[tuple[int, int, float]]]]]:
-    """For up to BLOCK captions at a time, yield captions, latents, images and labels. Each caption has `config.images`
-    consecutive images. A caption's labels are triples (chosen, rejected, label); the images are given by their indices.
+) -> Iterator[tuple[list[str], Tensor | None, Tensor, list[list[tuple[int, int, float]]]]]:
+    """For up to BLOCK captions at a time, yield captions, latents (as in `Lists`), images and labels. Each caption has
+    `config.images` consecutive images. A caption's labels are triples (chosen, rejected, label); the images are given
+    by their indices.
     """
     make = mixed_lists if makers_of(kind, config) else _unmixed_lists
     for scenes, latents, images, rngs in make(kind, pipeline, encoder, config):
@@ -165,6 +166,7 @@ def _unmixed_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: Promp
     for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {BLOCK} captions"):
         scenes = draw_scenes(size, rng, held_out=held_out, scenes=config.scenes)
         prompts = [scene.caption for scene in scenes for _ in range(config.images)]
+        latents = None
         if by_base:
             steps, guidance, seed = int(rng.integers(6, 16)), float(rng.uniform(1.0, 5.0)), int(rng.integers(2**31))
             latents = sample_latents(pipeline, encoder, prompts, steps=steps, guidance=guidance, seed=seed)
@@ -172,7 +174,6 @@ def _unmixed_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: Promp
         else:
             drawings = [draw for scene in scenes for draw in _draw_list(scene, config, rng)]
             images = render(drawings, pipeline.vae.config.sample_size)
-            latents = encode_images(pipeline.vae, images)
         yield scenes, latents, images, [rng] * size
 
 
@@ -180,7 +181,8 @@ def _encoded_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
     """Yield captions, latents (captions, images, C, h, w), and labels (arguments for `LatentPairsWriter.add`)."""
-    for captions, latents, _, pairs in _lists(kind, pipeline, encoder, config):
+    for captions, latents, images, pairs in _lists(kind, pipeline, encoder, config):
+        latents = encode_images(pipeline.vae, images) if latents is None else latents
         labels = [dict(zip(("chosen", "rejected", "label"), zip(*own))) for own in pairs]
         yield captions, latents.unflatten(0, (len(captions), -1)), labels
 

@@ -2,7 +2,7 @@
 
     python examples/evidence/alignment_ceiling.py runs/ceiling --arm renders --lr 1e-3          minutes on two CPU cores
 
-Each arm trains on flow matching, with the same number of updates and samples:
+Each arm trains on flow matching, on batches of the same size; --updates and --images set how long and on how many:
 
     renders   the alignment recipes' LoRA, on correct and flawless renders of training captions
     full      all weights of the transformer, on the same renders
@@ -33,10 +33,10 @@ from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.reward.config import LoraConfig
-from dinalrm_align.shapes.oracle import PARTS, oracle_parts, oracle_score
+from dinalrm_align.shapes.oracle import PARTS, oracle_score
 from dinalrm_align.shapes.pairs import sample_latents
 from dinalrm_align.shapes.render import Nuisance, lay_out, render
-from dinalrm_align.shapes.scene import draw_scenes, parse_caption
+from dinalrm_align.shapes.scene import draw_scenes
 
 SPEC, SCALES, CANDIDATES, SEED = MODELS["shapes"], (1.2, 3.0), 4, 1234
 SHOWN = ("gold", "faithfulness", "objects", "count", "aesthetics")
@@ -60,15 +60,18 @@ def evaluate(pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, samples
                 num_inference_steps=SPEC.num_steps, guidance_scale=scale, output_type="latent",
             ).images  # fmt: skip
             images = decode_latents(pipeline.vae, latents)
-            scores = {"gold": oracle_score(images, own), **oracle_parts(images, own)}
-            for name, values in scores.items():
-                columns[name] += values.tolist()
+            parts: dict[str, torch.Tensor] = {}
+            columns["gold"] += oracle_score(images, own, parts).tolist()
+            for name, values in parts.items():
+                columns[name.rpartition("/")[2]] += values.tolist()
         for name, values in columns.items():
             found[name].append(values)
     return found
 
 
-def training_images(pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, arm: str, number: int):
+def training_images(
+    pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, arm: str, number: int
+) -> tuple[torch.Tensor, list[str]]:
     """Return latents (number, C, h, w), scaled, and captions. Captions are drawn like those of the base's training."""
     scenes = draw_scenes(number, rng := np.random.default_rng(SEED))
     captions = [scene.caption for scene in scenes]
@@ -82,7 +85,7 @@ def training_images(pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, 
             scores = oracle_score(decode_latents(pipeline.vae, drawn), prompts).view(-1, CANDIDATES)
             latents.append(drawn.unflatten(0, (-1, CANDIDATES))[torch.arange(len(own)), scores.argmax(1)])
         else:
-            images = render([lay_out(parse_caption(caption), Nuisance(), rng) for caption in own], SPEC.height)
+            images = render([lay_out(scene, Nuisance(), rng) for scene in scenes[start : start + 64]], SPEC.height)
             latents.append(encode_images(pipeline.vae, images))
     return torch.cat(latents), captions
 
