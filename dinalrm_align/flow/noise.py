@@ -10,6 +10,9 @@ sigma lies in [0, 1]: 0 is clean, 1 is pure noise. `add_noise`, `denoised` and `
 input dtype: bfloat16 would round a timestep of 857.14 to 856, and would lose the noise at a low sigma.
 """
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +22,8 @@ from dinalrm_align.train.device import to_device
 from dinalrm_align.train.settings import check_integer, check_number
 
 NUM_TRAIN_TIMESTEPS = 1000
+
+SigmaDensity = Callable[..., Tensor]  # density(n, *, generator, **params) -> (n,) float32 in [0, 1]
 
 
 def seeded_generator(*keys: int) -> torch.Generator:
@@ -127,29 +132,57 @@ def logit_normal(n: int, *, generator: torch.Generator, mean: float = 0.0, std: 
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=generator.device))
 
 
+def mode(n: int, *, generator: torch.Generator, scale: float = 1.29) -> Tensor:
+    """Draw n values sigma = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u ~ U(0, 1) (arXiv 2403.03206, equation 20).
+
+    scale: must lie in [-1, 1.75]; positive values favour the middle of [0, 1], negative values the ends.
+    """
+    if not -1 <= scale <= 2 / (math.pi - 2):
+        raise ValueError(f"mode density: scale: got {scale}; expected [-1, 1.75], where u to sigma is monotone")
+    u = torch.rand(n, generator=generator, device=generator.device)
+    return 1 - u - scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+
+
+def beta(n: int, *, generator: torch.Generator, a: float = 1.0, b: float = 1.0) -> Tensor:
+    """Draw n values sigma ~ Beta(a, b) with numpy, because torch's Beta takes no generator; `generator` seeds numpy."""
+    for name, value in (("a", a), ("b", b)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"beta density: {name}: got {value}; expected more than 0")
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    sigma = np.random.default_rng(seed).beta(a, b, size=n)
+    return torch.from_numpy(sigma).to(generator.device, torch.float32)
+
+
 def constant(n: int, *, generator: torch.Generator, value: float = 0.4) -> Tensor:
     """Return n copies of `value`, (n,), on the generator's device. Draws no random numbers."""
-    check_number("constant density: value", value, low=0, high=1)
     return torch.full((n,), float(value), device=generator.device)
 
 
-DENSITIES = {"uniform": uniform, "logit_normal": logit_normal, "constant": constant}
+DENSITIES: dict[str, SigmaDensity] = {draw.__name__: draw for draw in (uniform, logit_normal, mode, beta, constant)}
 
 
-def sample_sigma(density: str, n: int, *, generator: torch.Generator, **params: float) -> Tensor:
+def sample_sigma(density: str | SigmaDensity, n: int, *, generator: torch.Generator, **params: float) -> Tensor:
     """Draw n noise levels (n,), float32 in [0, 1], on the generator's device.
 
     Args:
-        density: "uniform", "logit_normal" or "constant".
-        params: parameters of the density: mean and std (logit_normal), value (constant).
+        density: "uniform", "logit_normal", "mode", "beta", "constant", or a callable
+            `density(n, generator=..., **params) -> (n,)`.
+        params: parameters of the density: mean and std (logit_normal), scale (mode), a and b (beta), value (constant).
 
-    Raises ValueError for an unknown name, and for parameters that are not finite numbers or lie out of range.
+    Raises ValueError for an unknown name, and if the drawn values do not have shape (n,) or lie outside [0, 1].
     """
-    if density not in DENSITIES:
-        raise ValueError(f"unknown sigma density {density!r:.80}; known: {', '.join(DENSITIES)}")
+    draw = DENSITIES.get(density) if isinstance(density, str) else density
+    if not callable(draw):
+        raise ValueError(f"unknown sigma density {density!r:.80}; known: {', '.join(DENSITIES)}, or pass a callable")
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {type(generator).__name__}; expected one as from `seeded_generator`")
     check_integer("n", n, low=1)
     for name, value in params.items():
         check_number(f"sigma density {density!r}: {name}", value)
-    return DENSITIES[density](n, generator=generator, **params)
+    sigma = draw(n, generator=generator, **params).float()
+    if sigma.shape != (n,) or not bool(((sigma >= 0) & (sigma <= 1)).all()):
+        raise ValueError(
+            f"sigma density {density!r} with {params}: got shape {tuple(sigma.shape)}, "
+            f"range [{sigma.min():.4g}, {sigma.max():.4g}]; expected ({n},) in [0, 1]"
+        )
+    return sigma

@@ -32,6 +32,7 @@ HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [("
 PositiveUnitInterval = restricted_number_type("PositiveUnitInterval", float, [(">", 0), ("<=", 1)])  # (0, 1]
 OpenUnitInterval = restricted_number_type("OpenUnitInterval", float, [(">", 0), ("<", 1)])
 OpenHalfInterval = restricted_number_type("OpenHalfInterval", float, [(">", 0), ("<", 0.5)])  # (0, 1/2)
+ModeScale = restricted_number_type("ModeScale", float, [(">=", -1), ("<=", 1.75)])
 IntAboveOne = restricted_number_type("IntAboveOne", int, [(">", 1)])
 IntFrom100 = restricted_number_type("IntFrom100", int, [(">=", 100)])
 IntFrom1To8 = restricted_number_type("IntFrom1To8", int, [(">=", 1), ("<=", 8)])
@@ -41,7 +42,7 @@ IntFrom3To512 = restricted_number_type("IntFrom3To512", int, [(">=", 3), ("<=", 
 IntFrom64To6144 = restricted_number_type("IntFrom64To6144", int, [(">=", 64), ("<=", 6144)])
 RESTRICTED = (
     ClosedUnitInterval, HalfOpenUnitInterval, IntAboveOne, IntFrom1To512, IntFrom1To8, IntFrom100, IntFrom3To512,
-    IntFrom3To6, IntFrom64To6144, NonNegativeFloat, NonNegativeInt, OpenHalfInterval, OpenUnitInterval,
+    IntFrom3To6, IntFrom64To6144, ModeScale, NonNegativeFloat, NonNegativeInt, OpenHalfInterval, OpenUnitInterval,
     PositiveFloat, PositiveInt, PositiveUnitInterval,
 )  # fmt: skip
 

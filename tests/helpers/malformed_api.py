@@ -382,6 +382,7 @@ NOISE_FUNCTIONS = [
     Case("density of nothing", of(sample_sigma, None, 4, generator=generator()), ValueError, "density None"),
     Case("no draws", of(sample_sigma, "uniform", 0, generator=generator()), ValueError, "n 0"),
     Case("density without generator", of(sample_sigma, "uniform", 4, generator=None), TypeError, "generator"),
+    Case("beta of 0", of(sample_sigma, "beta", 4, generator=generator(), a=0.0), ValueError, "a 0"),
     Case("mean NaN", of(sample_sigma, "logit_normal", 4, generator=generator(), mean=NAN), ValueError, "mean nan"),
     Case("constant 2", of(sample_sigma, "constant", 4, generator=generator(), value=2.0), ValueError, "constant"),
 ]  # fmt: skip

@@ -1,5 +1,7 @@
 """The flow-matching convention: closed forms, agreement with diffusers' scheduler table, densities."""
 
+import math
+
 import pytest
 import torch
 
@@ -54,6 +56,8 @@ def test_snapping_gives_the_levels_of_the_released_code(golden):
     [
         ("uniform", {}, 0.5, 12**-0.5),
         ("logit_normal", {"mean": 0.0, "std": 1.0}, 0.5, 0.2083),  # numerically, std of sigmoid(N(0, 1))
+        ("mode", {"scale": 0.0}, 0.5, 12**-0.5),  # scale 0 is uniform
+        ("beta", {"a": 2.0, "b": 6.0}, 0.25, math.sqrt(12 / (64 * 9))),  # ab / ((a + b)^2 (a + b + 1))
         ("constant", {"value": 0.4}, 0.4, 0.0),
     ],
 )
@@ -64,18 +68,25 @@ def test_density_moments(density, params, mean, std):
     assert sigma.std().item() == pytest.approx(std, abs=0.006)
 
 
+def test_mode_density_favours_the_middle_for_a_positive_scale():
+    sigma = noise.sample_sigma("mode", 20_000, generator=torch.Generator().manual_seed(0), scale=1.29)
+    assert ((sigma > 0.4) & (sigma < 0.6)).float().mean() > 0.28  # 0.2 for the uniform density
+
+
 @pytest.mark.parametrize("density", sorted(noise.DENSITIES))
 def test_a_density_repeats_with_its_generator(density):
     draws = [noise.sample_sigma(density, 5, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
     assert torch.equal(*draws)
 
 
-def test_unknown_densities_and_levels_out_of_range_are_refused():
+def test_a_callable_is_a_density_and_is_checked():
     generator = torch.Generator().manual_seed(0)
+    ramp = noise.sample_sigma(lambda n, *, generator, top: torch.linspace(0, top, n), 3, generator=generator, top=0.5)
+    assert ramp.tolist() == [0.0, 0.25, 0.5]
+    with pytest.raises(ValueError, match=r"expected \(3,\) in \[0, 1\]"):
+        noise.sample_sigma(lambda n, *, generator: torch.full((n,), 2.0), 3, generator=generator)
     with pytest.raises(ValueError, match="unknown sigma density 'gauss'; known: uniform"):
         noise.sample_sigma("gauss", 3, generator=generator)
-    with pytest.raises(ValueError, match=r"value: got 2.0; expected .*1"):
-        noise.sample_sigma("constant", 3, generator=generator, value=2.0)
 
 
 def test_a_seeded_generator_depends_on_every_key_and_their_order():
