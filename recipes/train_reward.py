@@ -58,7 +58,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     from dinalrm_align.eval.accuracy import evaluate_pairs
     from dinalrm_align.models.pipeline import load_transformer
     from dinalrm_align.reward import training
-    from dinalrm_align.reward.checkpoint import write_reward
+    from dinalrm_align.reward.checkpoint import load_tensors, read_checkpoint, write_reward
     from dinalrm_align.reward.model import build_reward_model
     from dinalrm_align.reward.sharding import shard_model, sharding_asked
     from dinalrm_align.train.checkpoints import check_identity
@@ -95,7 +95,8 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
         **digests,
     }
     model = build_reward_model(reward, transformer, seed=run.seed)
-    training.start_from(run.init_from if checkpoint is None else None, model)
+    if run.init_from is not None and checkpoint is None:
+        load_tensors(model.tuned_tensors(), read_checkpoint(run.init_from).tensors, run.init_from)
     del transformer  # frees the blocks that the reward does not use
     if run.gradient_checkpointing:
         model.enable_gradient_checkpointing()
