@@ -3,21 +3,37 @@
     python recipes/build_shapes.py                                  # hours on two cores, minutes on a GPU
     python recipes/build_shapes.py --stack.depth 12 --stack.num_heads 8 --device cuda      # a larger world
 
-The recipe trains in this order: the VAE, the text encoders, the transformer, the latent reward `dinalrm` on pairs
-(recipes/train_reward.py with train_reward_shapes.yaml), and the image reward `pixel`. It writes output_dir/weights, a
-folder that other recipes take as --model. After a stop, the same command continues with the first missing model.
+The recipe trains in this order:
+
+1. the VAE, the text encoders and the transformer (`base`);
+2. a transformer of another width and seed (`outsider`), whose samples serve only as a test set;
+3. a first latent reward (`scout`), and with it two ReFL policies, one of them over-aligned;
+4. the latent reward `dinalrm` (recipes/train_reward.py with train_reward_shapes.yaml) and the image reward `pixel`, on
+   pairs of samples of the base, of its earlier checkpoints and of the policies, and of renders.
+
+It writes output_dir/weights, a folder that other recipes take as --model, and report.md, with the time and the numbers
+of each stage. After a stop, the same command continues with the first missing model.
 """
 
+import contextlib
 import dataclasses
+import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dinalrm_align.shapes.config import BuildConfig
+from dinalrm_align.shapes.config import BuildConfig, Generator
 from dinalrm_align.train.command import parse, refusing
-from dinalrm_align.train.files import atomic_folder, make_folder, read_yaml, write_atomically
+from dinalrm_align.train.files import atomic_folder, make_folder, read_json, read_yaml, write_atomically
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+
+RECIPES = Path(__file__).parent
 
 
 @refusing()
@@ -30,32 +46,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dinalrm_align.data.latent_pairs import LatentPairs
     from dinalrm_align.models.text import text_encoders
-    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
     from dinalrm_align.shapes.build import save_clip_reward, train_pixel, train_text, train_vae, vae_gate
-    from dinalrm_align.shapes.build_base import train_base
-    from dinalrm_align.shapes.pairs import ensure_pairs
+    from dinalrm_align.shapes.build_base import scores_by_guidance, train_base
+    from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds
     from dinalrm_align.shapes.stack import build_pipeline
     from dinalrm_align.train.device import available_device
-    from dinalrm_align.train.identity import by_name, check_settings, may_change, settings_by_name
 
     available_device(config.device)
     root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
-    make_folder(root)
-    if (root / "config.yaml").exists():  # finished parts were made with these settings
-        stored = read_yaml(root / "config.yaml", "settings file")
-        before = settings_by_name(BuildConfig()) | by_name(BuildConfig, stored)
-        check_settings(before, settings_by_name(config), may_change(BuildConfig), str(root / "config.yaml"))
-    write_atomically(root / "config.yaml", text)
+    begin(config, text)
     accelerator = Accelerator(cpu=config.device == "cpu")
     pipeline = build_pipeline(config.stack, config.seed, config.pairs.scenes)
     for module in (pipeline.vae, pipeline.transformer, *text_encoders(pipeline)):
         module.requires_grad_(False).to(accelerator.device)
 
-    def finish(train: Callable, parts: dict[str, type]) -> None:
+    def finish(train: Callable, parts: dict[str, type], into: Path = weights / "pipeline", **options) -> None:
         """Load the pipeline components named in `parts`. If any is not saved yet, first train and save them all."""
-        folders = {name: weights / "pipeline" / name for name in parts}
+        folders = {name: into / name for name in parts}
         if not all((folder / "config.json").exists() for folder in folders.values()):
-            train(pipeline, config, accelerator)
+            train(pipeline, config, accelerator, **options)
             for name, folder in folders.items():
                 with atomic_folder(folder) as temporary:
                     pipeline.components[name].save_pretrained(temporary)
@@ -65,46 +74,163 @@ def main(argv: Sequence[str] | None = None) -> None:
                 saved.register_to_config(_name_or_path="")  # do not save the local path
             pipeline.register_modules(**{name: saved})
 
-    finish(train_vae, {"vae": AutoencoderKL})
-    gate = vae_gate(pipeline.vae, config.seed, scenes=config.pairs.scenes)
-    print("oracle before and after the autoencoder:", {name: round(value, 3) for name, value in gate.items()})
-    clips = dict.fromkeys(("text_encoder", "text_encoder_2"), CLIPTextModelWithProjection)
-    finish(train_text, clips | {"text_encoder_3": T5EncoderModel})
-    finish(train_base, {"transformer": SD3Transformer2DModel})
-    if not (weights / "pipeline" / "model_index.json").exists():
-        with atomic_folder(weights / "pipeline") as temporary:
-            pipeline.save_pretrained(temporary)
-    pairs = {kind: ensure_pairs(kind, root / "pairs" / kind, pipeline, config.pairs) for kind in ("train", "concepts")}
-    if not (weights / "dinalrm" / "config.json").exists():
-        train_latent_reward(config, weights / "pipeline", pairs)
-        reward = read_checkpoint(root / "dinalrm" / "reward")
-        moved = dataclasses.replace(reward.config, base_model_id="../pipeline")
-        write_reward(weights / "dinalrm", moved, reward.tensors)
-    if not (weights / "pixel" / "config.json").exists():
-        lists = config.pixel.batch_size // config.pairs.images
-        train_pairs = LatentPairs(pairs["train"], batch_size=lists, seed=config.seed)
-        model = train_pixel(pipeline, train_pairs, config, accelerator)
-        with atomic_folder(weights / "pixel") as temporary:
-            save_clip_reward(model, pipeline.tokenizer, temporary)
-    recipe = Path(__file__).with_name("refl_sd35.py")
-    print(f"finished: {shlex.join(['python', str(recipe), '--model', str(weights)])}")
+    with stage(root, "vae") as numbers:
+        finish(train_vae, {"vae": AutoencoderKL})
+        numbers |= vae_gate(pipeline.vae, config.seed, scenes=config.pairs.scenes)
+    with stage(root, "text"):
+        clips = dict.fromkeys(("text_encoder", "text_encoder_2"), CLIPTextModelWithProjection)
+        finish(train_text, clips | {"text_encoder_3": T5EncoderModel})
+    with stage(root, "base") as numbers:
+        finish(train_base, {"transformer": SD3Transformer2DModel})
+        if not (weights / "pipeline" / "model_index.json").exists():
+            with atomic_folder(weights / "pipeline") as temporary:
+                pipeline.save_pretrained(temporary)
+        numbers |= scores_by_guidance(pipeline, config)
+    base = pipeline.transformer
+    with stage(root, "outsider") as numbers:
+        stack = dataclasses.replace(config.stack, num_heads=config.outsider_heads)
+        other = build_pipeline(stack, config.seed + 1, config.pairs.scenes).transformer.requires_grad_(False)
+        pipeline.register_modules(transformer=other.to(accelerator.device))
+        finish(train_base, {"transformer": SD3Transformer2DModel}, root / "outsider_weights", name="outsider")
+        numbers |= scores_by_guidance(pipeline, config)
+    pipeline.register_modules(transformer=base)
+
+    pairs = config.pairs
+    if not pairs.generators:
+        with stage(root, "scout"):
+            train_policies(config, pipeline)
+        outsider = Generator(checkpoint=str(root / "outsider_weights" / "transformer"))
+        pairs = dataclasses.replace(pairs, generators=generators(config), outside={"outsider": outsider})
+    with stage(root, "pairs"):
+        kinds = ("train", *held_out_kinds(pairs))
+        folders = {kind: ensure_pairs(kind, root / "pairs" / kind, pipeline, pairs) for kind in kinds}
+    with stage(root, "dinalrm") as numbers:
+        if not (weights / "dinalrm" / "config.json").exists():
+            train_latent_reward(config, "dinalrm", folders, config.reward_updates, into=weights / "dinalrm")
+        numbers |= evaluate_reward(config, "dinalrm", folders)
+    with stage(root, "pixel") as numbers:
+        if not (weights / "pixel" / "config.json").exists():
+            lists = config.pixel.batch_size // pairs.images
+            train_pairs = LatentPairs(folders["train"], batch_size=lists, seed=config.seed)
+            model = train_pixel(pipeline, train_pairs, config, accelerator)
+            with atomic_folder(weights / "pixel") as temporary:
+                save_clip_reward(model, pipeline.tokenizer, temporary)
+        numbers |= evaluate_reward(config, "pixel", folders)
+    print((root / "report.md").read_text(encoding="utf-8"))
+    print(f"finished: {shlex.join(['python', str(RECIPES / 'refl_sd35.py'), '--model', str(weights)])}")
 
 
-def train_latent_reward(config: BuildConfig, pipeline: Path, pairs: dict[str, Path]) -> None:
-    """Run recipes/train_reward.py as a subprocess, in output_dir/dinalrm. On Ctrl-C, wait until it has exited."""
+def begin(config: BuildConfig, text: str) -> None:
+    """Write config.yaml. Refuses settings other than those of the models that output_dir already holds."""
+    from dinalrm_align.train.identity import by_name, check_settings, may_change, settings_by_name
+
+    path = Path(config.output_dir) / "config.yaml"
+    make_folder(path.parent)
+    if path.exists():
+        before = settings_by_name(BuildConfig()) | by_name(BuildConfig, read_yaml(path, "settings file"))
+        check_settings(before, settings_by_name(config), may_change(BuildConfig), str(path))
+    write_atomically(path, text)
+
+
+@contextlib.contextmanager
+def stage(root: Path, name: str) -> Iterator[dict[str, float]]:
+    """Run one stage. Its minutes, of all processes that worked on it, and the numbers that the body puts into the
+    yielded dict go to report.json and report.md.
+    """
+    from dinalrm_align.eval.report.markdown import table
+
+    print(f"\nstage {name}", flush=True)
+    path, start, numbers = root / "report.json", time.monotonic(), {}
+    try:
+        yield numbers
+    finally:
+        report = read_json(path) if path.exists() else {}
+        minutes = report.get(name, {}).get("minutes", 0.0) + (time.monotonic() - start) / 60
+        report[name] = {"minutes": minutes, "numbers": numbers or report.get(name, {}).get("numbers", {})}
+        write_atomically(path, json.dumps(report, indent=1))
+        rows = []
+        for each, found in report.items():
+            words = ", ".join(f"{key} {value:.3f}" for key, value in found["numbers"].items())
+            rows.append((each, f"{found['minutes']:.1f}", words))
+        page = table(["stage", "minutes", "numbers"], rows, align="lrl")
+        write_atomically(root / "report.md", f"# Build of the embedded world\n\n{page}\n")
+
+
+def generators(config: BuildConfig) -> dict[str, Generator]:
+    """Return who makes the images of the pairs: the base, two of its checkpoints, two policies, and the renderer."""
+    from dinalrm_align.train.checkpoints import checkpoint_near
+
+    root = Path(config.output_dir)
+    young, half = (checkpoint_near(root / "base", share * config.base.loop.steps) for share in (0.2, 0.5))
+    return {
+        "base": Generator(weight=6),
+        "young": Generator(checkpoint=str(young / "ema.safetensors")),
+        "half": Generator(checkpoint=str(half / "ema.safetensors")),
+        "aligned": Generator(lora=str(root / "aligned" / "lora")),
+        "over_aligned": Generator(lora=str(root / "over_aligned" / "lora")),
+        "faithful": Generator("faithful", weight=2),
+        "spoiled": Generator("spoiled", weight=4),
+    }
+
+
+def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") -> None:
+    """Train the scout, a latent reward on samples of the base and renders, and two policies that maximise it."""
+    from dinalrm_align.shapes.pairs import ensure_pairs
+
+    root = Path(config.output_dir)
+    makers = {"base": Generator(), "spoiled": Generator("spoiled")}
+    pairs = dataclasses.replace(config.pairs, groups=config.scout.groups, generators=makers, outside={})
+    folders = {kind: ensure_pairs(kind, root / "scout_pairs" / kind, pipeline, pairs) for kind in ("train", "concepts")}
+    if not (root / "scout" / "reward" / "config.json").exists():
+        train_latent_reward(config, "scout", folders, config.scout.reward_updates)
+    common = {"--model": root / "weights", "--reward": f"dinalrm={root / 'scout' / 'reward'}", "--seed": config.seed}
+    common |= {"--device": config.device, "--evaluation.samples": 64}
+    runs = {
+        "aligned": {"--loop.steps": config.scout.aligned_updates},
+        "over_aligned": {"--loop.steps": config.scout.over_aligned_updates, "--refl.kl_weight": 0, "--optim.lr": 1e-3},
+    }
+    for name, options in runs.items():
+        if not (root / name / "lora").exists():
+            run_recipe("refl_sd35.py", common | options, root / name)
+
+
+def train_latent_reward(
+    config: BuildConfig, name: str, pairs: dict[str, Path], updates: int, *, into: Path | None = None
+) -> None:
+    """Run recipes/train_reward.py in output_dir/name. Saves the reward to `into`, beside the pipeline's folder."""
+    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
+
+    root, depth = Path(config.output_dir), round(config.stack.depth * 2 / 3)
+    taps = sorted({max(1, depth // 2), max(1, depth - 1), depth})
+    options = {
+        "--config": RECIPES / "train_reward_shapes.yaml", "--model": root / "weights" / "pipeline",
+        "--pairs": pairs["train"], "--validation_pairs": pairs["concepts"], "--seed": config.seed,
+        "--device": config.device, "--loop.steps": updates, "--reward.text_length": config.stack.text_length,
+        "--reward.num_layers": depth, "--reward.visual_taps": taps, "--reward.text_taps": taps,
+    }  # fmt: skip
+    run_recipe("train_reward.py", options, root / name)
+    if into is not None:
+        reward = read_checkpoint(root / name / "reward")
+        write_reward(into, dataclasses.replace(reward.config, base_model_id="../pipeline"), reward.tensors)
+
+
+def evaluate_reward(config: BuildConfig, name: str, pairs: dict[str, Path]) -> dict[str, float]:
+    """Run recipes/evaluate_reward.py. Returns the accuracy of a reward of the built world on each test set."""
+    root = Path(config.output_dir)
+    sets = json.dumps({kind: str(folder) for kind, folder in pairs.items() if kind != "train"})
+    options = {"--model": root / "weights", "--reward": name, "--test_sets": sets, "--sigmas": "[]", "--gold": False}
+    run_recipe("evaluate_reward.py", options, root / f"evaluate_{name}", resume=False)
+    found = read_json(root / f"evaluate_{name}" / "evaluation.json")
+    return {kind: found["sets"][kind]["protocols"][-1]["value"] for kind in pairs if kind != "train"}
+
+
+def run_recipe(recipe: str, options: dict[str, object], output_dir: Path, *, resume: bool = True) -> None:
+    """Run a recipe as a subprocess, or continue its run in `output_dir`. On Ctrl-C, wait until it has exited."""
     from dinalrm_align.train.checkpoints import latest_checkpoint
 
-    run, recipe = Path(config.output_dir) / "dinalrm", Path(__file__).with_name("train_reward.py")
-    depth = round(config.stack.depth * 2 / 3)
-    taps = sorted({max(1, depth // 2), max(1, depth - 1), depth})
-    arguments = [
-        "--config", recipe.with_name("train_reward_shapes.yaml"), "--model", pipeline, "--pairs", pairs["train"],
-        "--validation_pairs", pairs["concepts"], "--output_dir", run, "--seed", config.seed, "--device", config.device,
-        "--reward.text_length", config.stack.text_length, "--reward.num_layers", depth, "--reward.visual_taps", taps,
-        "--reward.text_taps", taps,
-    ]  # fmt: skip
-    arguments = ["--resume", run] if latest_checkpoint(run) else arguments
-    process = subprocess.Popen([sys.executable, *map(str, (recipe, *arguments))])
+    words = [word for pair in options.items() for word in pair] + ["--output_dir", output_dir]
+    words = ["--resume", output_dir] if resume and latest_checkpoint(output_dir) else words
+    process = subprocess.Popen([sys.executable, *map(str, (RECIPES / recipe, *words))])
     try:
         status = process.wait()
     except KeyboardInterrupt:

@@ -24,8 +24,8 @@ from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.shapes.build import random_images, run_stage
-from dinalrm_align.shapes.config import BuildConfig
-from dinalrm_align.shapes.generators import sample_latents
+from dinalrm_align.shapes.config import BuildConfig, StageConfig
+from dinalrm_align.shapes.generators import prompt_encoder, sample_latents
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.render import SIZE, Drawing, coverage
 from dinalrm_align.shapes.scene import SHAPES, draw_scenes
@@ -33,6 +33,7 @@ from dinalrm_align.train.files import atomically, write_atomically
 from dinalrm_align.train.loop import Closures, Hook
 from dinalrm_align.train.state import adamw
 
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 CELLS = 2  # the layout loss predicts CELLS x CELLS cells per image token (a patch of 2 x 2 latents)
 
 
@@ -58,19 +59,23 @@ class Together(torch.optim.Optimizer):
             part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
 
 
-def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> None:
-    """Train `pipeline.transformer` in place on cached latents. Text encoders and autoencoder are frozen."""
-    stage, optim, scenes, device = config.base, config.base.optim, config.pairs.scenes, accelerator.device
+def train_base(
+    pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator, name: str = "base"
+) -> None:
+    """Train `pipeline.transformer` in place on cached latents. Text encoders and autoencoder are frozen. `name`: field
+    of `config` with the settings of this training, and its folder in `config.output_dir`; "base" or "outsider".
+    """
+    stage: StageConfig = getattr(config, name)
+    optim, device, seed = stage.optim, accelerator.device, config.seed + (name != "base")
     transformer = pipeline.transformer.to(device)
     latents, layouts, captions = _cached_images(pipeline, config)
     encoder = PromptEncoder(pipeline, text_length=config.stack.text_length, device=device)
     encoder(sorted({*captions, ""}), batch_size=256)
-    width = config.stack.num_heads * config.stack.head_dim
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        layout_head = nn.Linear(width, len(SHAPES) * CELLS**2).to(device)
-    for name, module in transformer.named_modules():  # adaLN-zero: blocks start as the identity
-        if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
+        torch.manual_seed(seed)
+        layout_head = nn.Linear(transformer.inner_dim, len(SHAPES) * CELLS**2).to(device)
+    for path, module in transformer.named_modules():  # adaLN-zero: blocks start as the identity
+        if path.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     tapped: dict[str, Tensor] = {}
@@ -79,7 +84,7 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
     )
 
     def batch_at(step: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(10**6 * (config.seed + 1) + step)
+        generator = torch.Generator().manual_seed(10**6 * (seed + 1) + step)
         rows = torch.randint(len(latents), (stage.batch_size,), generator=generator)
         dropped = torch.rand(stage.batch_size, generator=generator) < 0.1
         embeds, pooled = encoder(["" if drop else captions[row] for row, drop in zip(rows.tolist(), dropped)])
@@ -101,36 +106,54 @@ def train_base(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelera
         shape = F.mse_loss(layout_head(tapped["image"]), wanted)
         return flow + config.layout_weight * shape, {"flow": flow.item(), "layout": shape.item()}
 
-    @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        rng = np.random.default_rng((config.seed, 1234))
-        prompts = [scene.caption for scene in draw_scenes(64, rng, held_out=True, scenes=scenes)]
-        settings = dict(steps=MODELS["shapes"].num_steps, guidance=MODELS["shapes"].guidance_scale, seed=config.seed)
-        images = decode_latents(pipeline.vae, sample_latents(pipeline, encoder, prompts, **settings)).cpu()
-        save_grid(images, prompts, Path(config.output_dir) / "base" / f"grid_{step:06d}.png")
-        parts: dict[str, Tensor] = {}
-        score = oracle_score(images, prompts, parts, scenes=scenes).mean().item()
-        numbers = {name.rpartition("/")[2]: value.mean().item() for name, value in parts.items()}
-        tqdm.write(f"base, update {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
-        return {**numbers, "oracle": score}
+        images, prompts, numbers = _judged(pipeline, encoder, config, MODELS["shapes"].guidance_scale)
+        save_grid(images, prompts, Path(config.output_dir) / name / f"grid_{step:06d}.png")
+        parts = ", ".join(f"{part} {value:.3f}" for part, value in numbers.items())
+        tqdm.write(f"{name}, update {step}: {parts}")
+        return numbers
 
     transformer.requires_grad_(True)
     parameters = dict(transformer.named_parameters())
-    parameters |= {f"layout.{name}": p for name, p in layout_head.named_parameters()}
+    parameters |= {f"layout.{key}": p for key, p in layout_head.named_parameters()}
     matrices, others = [], []
-    for name, p in parameters.items():
-        matrix = p.ndim == 2 and name.startswith("transformer_blocks") and "norm" not in name
+    for key, p in parameters.items():
+        matrix = p.ndim == 2 and key.startswith("transformer_blocks") and "norm" not in key
         (matrices if matrix else others).append(p)
     muon = torch.optim.Muon(matrices, lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw")
     optimizer = Together(muon, adamw([{"params": others}], optim))
     for group in optimizer.param_groups:
         group["initial_lr"] = optim.lr
     run_stage(
-        "base", config, accelerator, parameters, Closures(batch_at, step), optimizer=optimizer,
+        name, config, accelerator, parameters, Closures(batch_at, step), optimizer=optimizer,
         hooks=(Hook(500, evaluate, at_start=False),), shown=("flow", "layout"),
     )  # fmt: skip
     transformer.requires_grad_(False)
     tap.remove()
+
+
+def scores_by_guidance(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> dict[str, float]:
+    """Return mean oracle score and faithfulness of samples for 192 held-out captions, at each guidance in GUIDANCE."""
+    encoder, found = prompt_encoder(pipeline), {}
+    for guidance in GUIDANCE:
+        numbers = _judged(pipeline, encoder, config, guidance, 192)[2]
+        found |= {f"{part} at {guidance:g}": numbers[part] for part in ("oracle", "faithfulness")}
+    return found
+
+
+@torch.no_grad()
+def _judged(
+    pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: BuildConfig, guidance: float, number: int = 64
+) -> tuple[Tensor, list[str], dict[str, float]]:
+    """Sample images for held-out captions. Returns images, captions, and means of the oracle's score and its parts."""
+    scenes, parts = config.pairs.scenes, {}
+    drawn = draw_scenes(number, np.random.default_rng((config.seed, 1234)), held_out=True, scenes=scenes)
+    prompts = [scene.caption for scene in drawn]
+    settings = dict(steps=MODELS["shapes"].num_steps, guidance=guidance, seed=config.seed)
+    images = decode_latents(pipeline.vae, sample_latents(pipeline, encoder, prompts, **settings)).cpu()
+    score = oracle_score(images, prompts, parts, scenes=scenes)
+    numbers = {part.rpartition("/")[2]: value.mean().item() for part, value in parts.items()}
+    return images, prompts, {**numbers, "oracle": score.mean().item()}
 
 
 @torch.no_grad()

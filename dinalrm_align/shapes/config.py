@@ -143,8 +143,8 @@ class Generator:
         render: faithful or spoiled (one concept is wrong) renders; null: samples of a model.
         weight: relative frequency of the generator's images.
         model: folder of a pipeline, such as OUTPUT_DIR/weights/pipeline of another build; null: that of the pairs.
-        checkpoint: weights of the transformer at a stage of its training, a file of recipes/build_shapes.py such as
-            OUTPUT_DIR/base/checkpoints/step_000500/ema.safetensors (`base.loop.keep_last`: how many are kept).
+        checkpoint: weights of the transformer at a stage of its training, a file such as
+            OUTPUT_DIR/base/checkpoints/step_000500/ema.safetensors, or the folder of another transformer.
         lora: folder of a LoRA, such as RUN/lora of an alignment run; it is merged into the transformer.
         guidance_scale: lowest and highest guidance.
         num_steps: lowest and highest number of denoising steps.
@@ -253,25 +253,52 @@ class StageConfig:
         check_fields(self, "stage")
 
 
-def _stage(batch: int, steps: int, lr: float, *, ema: float = 0.999, decay: float = 1.0, warmup: int = 100):
-    loop = LoopConfig(steps=steps, ema_decay=ema, checkpoint_every=500, keep_last=1)
+def _stage(
+    batch: int, steps: int, lr: float, *, ema: float = 0.999, decay: float = 1.0, warmup: int = 100, keep: int = 1
+) -> StageConfig:
+    loop = LoopConfig(steps=steps, ema_decay=ema, checkpoint_every=500, keep_last=keep)
     schedule = dict(schedule="cosine", decay_share=decay, warmup_steps=warmup)
     return StageConfig(batch, loop, OptimConfig(lr=lr, weight_decay=0.01, beta2=0.98, **schedule))
 
 
 @dataclass
+class ScoutConfig:
+    """Settings of a first latent reward, and of two policies that maximise it and whose samples occur in the pairs.
+
+    Args:
+        groups: number of captions of its training pairs.
+        reward_updates: number of updates of the reward.
+        aligned_updates: number of ReFL updates of the aligned policy, with the recipe's default settings.
+        over_aligned_updates: the same for the over-aligned policy, without a KL penalty and at learning rate 1e-3.
+    """
+
+    groups: PositiveInt = 1500
+    reward_updates: PositiveInt = 400
+    aligned_updates: PositiveInt = 30
+    over_aligned_updates: PositiveInt = 60
+
+    def __post_init__(self) -> None:
+        check_fields(self, "scout")
+
+
+@dataclass
 class BuildConfig:
-    """Settings for training the embedded world from scratch: autoencoder, text encoders, base model and CLIP reward.
+    """Settings for training the embedded world from scratch: autoencoder, text encoders, base model and rewards.
 
     Args:
         output_dir: working folder, from which interrupted training resumes; finished weights go to output_dir/weights.
         seed: seed of all random draws.
         device: cpu or cuda.
         stack: sizes of the networks.
-        pairs: preference pairs for training and evaluating rewards.
+        pairs: preference pairs for training and evaluating rewards. Without `pairs.generators`, their images are those
+            of the base model, of its earlier checkpoints and of two policies, and renders.
         vae: training of the autoencoder, first on crops half as wide and high as the image, then on whole images.
         text: training of the three text encoders, which learn to predict a caption's objects, relation and background.
         base: training of the text-to-image transformer.
+        outsider: training of another transformer. Its samples form the test set out of family.
+        outsider_heads: number of attention heads of that transformer; its width is outsider_heads * stack.head_dim.
+        scout: a first latent reward, and the policies that maximise it.
+        reward_updates: number of updates of the latent reward.
         pixel: training of the CLIP reward, on images decoded from the latent reward's preference pairs.
         cached_images: number of images that the base model is trained on; they are rendered and encoded once.
         layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape is
@@ -286,7 +313,11 @@ class BuildConfig:
     pairs: PairsConfig = field(default_factory=PairsConfig)
     vae: StageConfig = field(default_factory=lambda: _stage(64, 2400, 2e-3, decay=0.5))
     text: StageConfig = field(default_factory=lambda: _stage(128, 600, 2e-3, warmup=50))
-    base: StageConfig = field(default_factory=lambda: _stage(64, 2600, 2e-3, ema=0.9985, decay=0.6, warmup=200))
+    base: StageConfig = field(default_factory=lambda: _stage(64, 2600, 2e-3, ema=0.9985, decay=0.6, warmup=200, keep=6))
+    outsider: StageConfig = field(default_factory=lambda: _stage(64, 800, 2e-3, ema=0.995, decay=0.6))
+    outsider_heads: PositiveInt = 3
+    scout: ScoutConfig = field(default_factory=ScoutConfig)
+    reward_updates: PositiveInt = 1500
     pixel: StageConfig = field(default_factory=lambda: _stage(48, 800, 5e-4))
     cached_images: PositiveInt = 40_000
     layout_weight: NonNegativeFloat = 5.0

@@ -20,7 +20,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline
+from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline, load_transformer
 from dinalrm_align.models.text import PromptEncoder, text_encoders
 from dinalrm_align.models.weights import load_tensors, read_tensors
 from dinalrm_align.shapes.config import Generator, PairsConfig
@@ -131,9 +131,12 @@ def open_generators(
             raise ValueError(f"generator {name}: got images of side {side} from {generator.model}; expected {expected}")
         if fingerprint(own.vae) == fingerprint(pipeline.vae):
             own.register_modules(vae=pipeline.vae)  # its latents need not be decoded and encoded
-        if generator.checkpoint or generator.lora:
+        if generator.checkpoint and Path(generator.checkpoint).is_dir():
+            transformer = load_transformer(generator.checkpoint, dtype=torch.float32)
+            own.register_modules(transformer=transformer.to(pipeline.device))
+        elif generator.checkpoint or generator.lora:
             own.register_modules(transformer=copy.deepcopy(own.transformer))
-        if generator.checkpoint:
+        if generator.checkpoint and not Path(generator.checkpoint).is_dir():
             tensors = read_tensors(Path(generator.checkpoint))
             tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(LAYOUT)}
             load_tensors(dict(own.transformer.named_parameters()), tensors, generator.checkpoint)

@@ -137,6 +137,13 @@ def latest_checkpoint(run: Path) -> Path | None:
     return next(reversed(_checkpoints(run)), None)
 
 
+def checkpoint_near(run: Path, step: float) -> Path:
+    """Return the checkpoint of a run whose update is nearest to `step`. Raises ValueError if the run has none."""
+    if not (found := _checkpoints(run)):
+        raise ValueError(f"{run}: got no checkpoint; expected at least one")
+    return min(found, key=lambda checkpoint: abs(_step_of(checkpoint) - step))
+
+
 def checkpoint_to_resume(path: Path) -> Path:
     """Return the checkpoint to resume from: `path` itself or, if `path` is a run folder or its
     folder checkpoints/, the run's newest checkpoint.
