@@ -23,7 +23,7 @@ from dinalrm_align.shapes.build import (
     train_vae,
     vae_gate,
 )
-from dinalrm_align.shapes.build_base import Together, train_base
+from dinalrm_align.shapes.build_base import Together, scores_by_guidance, train_base
 from dinalrm_align.shapes.config import SCENES, BuildConfig, PairsConfig, StackConfig
 from dinalrm_align.shapes.pairs import write_pairs
 from dinalrm_align.shapes.scene import parse_caption
@@ -86,6 +86,22 @@ def test_the_base_model_trains_evaluates_and_resumes(config, pipeline, tmp_path)
     train_base(pipeline, config, Accelerator(cpu=True))
     assert any(not torch.equal(p, halfway[name]) for name, p in pipeline.transformer.named_parameters())
     assert [row["step"] for row in read_metrics(tmp_path / "base" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_the_outsider_has_its_own_folder_width_and_seed(config, pipeline, tmp_path):
+    config.base.loop.steps = config.outsider.loop.steps = 1
+    config.outsider.batch_size, config.outsider.optim.warmup_steps = 8, 0
+    base = pipeline.transformer
+    train_base(pipeline, config, Accelerator(cpu=True))
+    wide = build_pipeline(StackConfig.tiny(num_heads=3), seed=1).transformer.requires_grad_(False)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    pipeline.register_modules(transformer=wide)
+    train_base(pipeline, config, Accelerator(cpu=True), name="outsider")
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+    first, other = (read_metrics(tmp_path / name / "metrics.jsonl")[0]["flow"] for name in ("base", "outsider"))
+    assert first != other
+    found = scores_by_guidance(pipeline, config)
+    assert len(found) == 12 and all(0 <= value <= 3 for value in found.values())
 
 
 def test_optimisers_together_step_and_restore_as_they_do_apart():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dinalrm_align.align.config import LoraConfig
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.data.latent_pairs import LatentPairs
-from dinalrm_align.models.pipeline import encode_images
+from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.shapes import generators, pairs
 from dinalrm_align.shapes.config import Generator, PairsConfig, SceneConfig, StackConfig
 from dinalrm_align.shapes.generators import mixed_lists, open_generators, plan_list, prompt_encoder
@@ -162,6 +162,16 @@ def test_a_lora_and_a_checkpoint_change_a_copy_of_the_transformer(tiny_pipeline,
     with torch.no_grad():
         got, wanted = (own.transformer(*inputs, return_dict=False)[0] for own in (opened["aligned"], expected))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_generator_can_be_another_transformer_of_another_width(tiny_pipeline, tmp_path):
+    other = build_pipeline(StackConfig.tiny(num_heads=3), seed=3)
+    other.transformer.save_pretrained(tmp_path / "transformer")
+    config = dataclasses.replace(TINY, outside={"other": Generator(checkpoint=str(tmp_path / "transformer"))})
+    opened = open_generators(config.outside, tiny_pipeline)["other"]
+    assert fingerprint(opened.transformer) == fingerprint(other.transformer) and opened.vae is tiny_pipeline.vae
+    ((_, latents, images, _),) = mixed_lists("outside", tiny_pipeline, prompt_encoder(tiny_pipeline), config)
+    torch.testing.assert_close(decode_latents(tiny_pipeline.vae, latents), images, rtol=1e-4, atol=1e-4)
 
 
 def test_files_that_do_not_fit_are_refused(tiny_pipeline, tmp_path):

@@ -13,7 +13,7 @@ from dinalrm_align.data.formats.record import Preference, check_preference
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.models.images import open_image
 from dinalrm_align.models.text import Conditions
-from dinalrm_align.train.checkpoints import check_checkpoint, latest_checkpoint
+from dinalrm_align.train.checkpoints import check_checkpoint, checkpoint_near, latest_checkpoint
 from dinalrm_align.train.command import refusing
 from dinalrm_align.train.files import InputError, parse_json, read_json
 from dinalrm_align.train.loop import Hook
@@ -173,3 +173,16 @@ def test_readers_of_data_raise_input_errors(tmp_path):
     ):
         with pytest.raises(InputError):
             read()
+
+
+def test_the_checkpoint_nearest_to_an_update(tmp_path):
+    for step in (500, 1000, 2200):
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    assert [checkpoint_near(tmp_path, step).name for step in (0, 440, 800, 5000)] == [
+        "step_000500",
+        "step_000500",
+        "step_001000",
+        "step_002200",
+    ]
+    with pytest.raises(ValueError, match="got no checkpoint"):
+        checkpoint_near(tmp_path / "absent", 1)
