@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinalrm_align.shapes.config import BuildConfig, Generator
+from dinalrm_align.shapes.config import BuildConfig, Generator, PairsConfig
 from dinalrm_align.train.command import parse, refusing
 from dinalrm_align.train.files import atomic_folder, make_folder, read_json, read_yaml, write_atomically
 
@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
     begin(config, text)
     accelerator = Accelerator(cpu=config.device == "cpu")
-    pipeline = build_pipeline(config.stack, config.seed, config.pairs.scenes)
+    pipeline = build_pipeline(config.stack, config.seed, config.pairs.scenes).to(accelerator.device)
     for module in (pipeline.vae, pipeline.transformer, *text_encoders(pipeline)):
-        module.requires_grad_(False).to(accelerator.device)
+        module.requires_grad_(False)
 
     def finish(train: Callable, parts: dict[str, type], into: Path = weights / "pipeline", **options) -> None:
         """Load the pipeline components named in `parts`. If any is not saved yet, first train and save them all."""
@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = pipeline.transformer
     with stage(root, "outsider") as numbers:
         stack = dataclasses.replace(config.stack, num_heads=config.outsider_heads)
-        other = build_pipeline(stack, config.seed + 1, config.pairs.scenes).transformer.requires_grad_(False)
-        pipeline.register_modules(transformer=other.to(accelerator.device))
+        other = build_pipeline(stack, config.seed + 1, config.pairs.scenes).transformer
+        pipeline.register_modules(transformer=other.requires_grad_(False).to(accelerator.device))
         finish(train_base, {"transformer": SD3Transformer2DModel}, root / "outsider_weights", name="outsider")
         numbers |= scores_by_guidance(pipeline, config)
     pipeline.register_modules(transformer=base)
@@ -98,9 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = config.pairs
     if not pairs.generators:
         with stage(root, "scout"):
-            train_policies(config, pipeline)
-        outsider = Generator(checkpoint=str(root / "outsider_weights" / "transformer"))
-        pairs = dataclasses.replace(pairs, generators=generators(config), outside={"outsider": outsider})
+            pairs = train_policies(config, pipeline)
     with stage(root, "pairs"):
         kinds = ("train", *held_out_kinds(pairs))
         folders = {kind: ensure_pairs(kind, root / "pairs" / kind, pipeline, pairs) for kind in kinds}
@@ -111,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with stage(root, "pixel") as numbers:
         if not (weights / "pixel" / "config.json").exists():
             lists = config.pixel.batch_size // pairs.images
-            train_pairs = LatentPairs(folders["train"], batch_size=lists, seed=config.seed)
-            model = train_pixel(pipeline, train_pairs, config, accelerator)
+            lists = LatentPairs(folders["train"], batch_size=lists, seed=config.seed)
+            model = train_pixel(pipeline, lists, config, accelerator)
             with atomic_folder(weights / "pixel") as temporary:
                 save_clip_reward(model, pipeline.tokenizer, temporary)
         numbers |= evaluate_reward(config, "pixel", folders)
@@ -173,8 +171,10 @@ def generators(config: BuildConfig) -> dict[str, Generator]:
     }
 
 
-def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") -> None:
-    """Train the scout, a latent reward on samples of the base and renders, and two policies that maximise it."""
+def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") -> PairsConfig:
+    """Train the scout, a latent reward on samples of the base and renders, and two policies that maximise it. Returns
+    the settings of pairs whose images are made by all models, and out of family by the outsider.
+    """
     from dinalrm_align.shapes.pairs import ensure_pairs
 
     root = Path(config.output_dir)
@@ -192,6 +192,8 @@ def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") ->
     for name, options in runs.items():
         if not (root / name / "lora").exists():
             run_recipe("refl_sd35.py", common | options, root / name)
+    outside = {"outsider": Generator(checkpoint=str(root / "outsider_weights" / "transformer"))}
+    return dataclasses.replace(config.pairs, generators=generators(config), outside=outside)
 
 
 def train_latent_reward(

@@ -78,15 +78,14 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     open_tracker(accelerator, run.tracker, folder, text, checkpoint)
 
     reward = training.config_for(run.reward, spec.pipeline, folder / "reward")
-    pairs, validation, digests = training.open_training_pairs(
-        run, spec, reward, accelerator, dtype=getattr(torch, dtype)
-    )
+    precision = dict(dtype=getattr(torch, dtype))
+    pairs, validation, digests = training.open_training_pairs(run, spec, reward, accelerator, **precision)
     check_identity(checkpoint, digests)  # before the transformer is loaded
     world = accelerator.num_processes
     accelerator.print(f"one epoch: {len(pairs) // world} batches of {run.batch_size} on each of {world} processes")
 
     # The reward: a frozen backbone with a LoRA, and a head.
-    transformer = load_transformer(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
+    transformer = load_transformer(spec.pipeline, **precision).to(device)
     identity = {  # a checkpoint with another identity cannot be resumed
         "recipe": "train_reward",
         "seed": str(run.seed),

@@ -114,7 +114,7 @@ def train_base(
         torch.manual_seed(seed)
         layout_head = nn.Linear(transformer.inner_dim, len(SHAPES) * CELLS**2).to(device)
     for path, module in transformer.named_modules():  # adaLN-zero: blocks start as the identity
-        if path.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
+        if path.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or path == "proj_out":
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     tapped: dict[str, Tensor] = {}
