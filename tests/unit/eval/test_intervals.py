@@ -41,13 +41,11 @@ def test_the_residual_counts_once():
         assert np.mean(squares) == pytest.approx(1 / 200, rel=0.2)
 
 
-def test_one_seed_is_a_plain_t_interval_over_captions_and_says_so():
+def test_one_seed_is_a_plain_t_interval_over_captions():
     """1, 2, 3: mean 2, error 1 / sqrt 3, t(0.975, 2) = 4.30265."""
     found = seeds_by_captions(np.array([[1.0, 2.0, 3.0]]))
     assert found.seeds == 1 and math.isnan(found.detectable)
     assert found.low == pytest.approx(2 - 4.302653 / math.sqrt(3), rel=1e-6)
-    assert "one seed" in str(found)
-    assert "one seed" not in str(seeds_by_captions(np.array([[1.0, 2.0], [2.0, 3.0]])))
 
 
 def test_where_nothing_varies_the_interval_is_the_mean():
