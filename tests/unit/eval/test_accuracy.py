@@ -39,10 +39,8 @@ def test_counts_by_hand():
     assert tallies["shape"] == Tally(1, 1)
 
 
-def test_standard_error_is_binomial():
-    """sqrt(0.5 * 0.5 / 100) = 0.05"""
-    assert Tally(50, 100).standard_error == pytest.approx(0.05)
-    assert math.isnan(Tally().accuracy) and math.isnan(Tally().standard_error)
+def test_without_pairs_there_is_no_accuracy():
+    assert Tally(50, 100).accuracy == 0.5 and math.isnan(Tally().accuracy)
 
 
 def test_parts_of_processes_add_up_to_the_whole():
