@@ -188,17 +188,22 @@ def question_section(question: Question, evidence: Evidence) -> str:
 def tables_by_sigma(
     evidence: Evidence, name: str, measure: Callable[[str, float], Measure], sigmas: Sequence[float], **form: float
 ) -> str:
-    """Return two Markdown tables with a row for each sigma, on test set `name`: the mean of `measure(arm, sigma)` for
-    each arm, and paired differences between the baseline and the other arms. `form`: scale and digits of `written`.
+    """Return two Markdown tables with a row for each sigma and one for their mean, on test set `name`: `measure(arm,
+    sigma)` for each arm, and paired differences between the baseline and the others. `form`: as in `written`.
     """
     pairs = evidence.comparable((BASELINE, arm) for arm in evidence.runs if arm != BASELINE)
+    between = [sigma for sigma in sigmas if 0 < sigma < 1]
+    rows = {f"{sigma:g}": [sigma] for sigma in sigmas} | ({"mean, 0 < sigma < 1": between} if between else {})
+
+    def of(arm: str, levels: Sequence[float]) -> Measure:
+        return lambda scores: np.mean([measure(arm, sigma)(scores) for sigma in levels], axis=0)
+
     means, gaps = [], []
-    for sigma in sigmas:
-        of = {arm: measure(arm, sigma) for arm in evidence.runs}
-        cells = [written(arm_mean(evidence, arm, name, of[arm]), **form, signed=False) for arm in of]
-        means.append([f"{sigma:g}", *cells])
-        found = [paired_difference(evidence, one, other, name, of[one], of[other]) for one, other in pairs]
-        gaps.append([f"{sigma:g}", *(verdict(gap, **form) for gap in found)])
+    for row, levels in rows.items():
+        found = [paired_difference(evidence, *pair, name, *(of(arm, levels) for arm in pair)) for pair in pairs]
+        gaps.append([row, *(verdict(gap, **form) for gap in found)])
+        found = [arm_mean(evidence, arm, name, of(arm, levels)) for arm in evidence.runs]
+        means.append([row, *(written(one, **form, signed=False) for one in found)])
     tables = [table(["sigma", *evidence.runs], means)]
     return "\n\n".join(tables + [table(["sigma", *map(" minus ".join, pairs)], gaps)] * bool(pairs))
 

@@ -56,12 +56,13 @@ def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, co
         sections += [variance_section(shares)] if shares else []
     write_atomically(directory / "ablation.md", "\n".join(sections))
     names = [NoiseLevels.at(*level).name for level in [*([sigma] for sigma in sigmas), config.ensembles[0]]]
-    arms: dict[str, object] = {}
-    for arm, by_seed in runs.items():
-        arms[arm] = {
+    arms = {
+        arm: {
             f"seed {seed}": {name: {at: round(found[name].accuracy(at), 5) for at in names} for name in found}
             for seed, found in sorted(by_seed.items())
         }
+        for arm, by_seed in runs.items()
+    }
     numbers = {"command": command, "steps": config.steps, "arms": arms}
     write_atomically(directory / "ablation.json", json.dumps(numbers, indent=1) + "\n")
 

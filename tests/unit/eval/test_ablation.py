@@ -150,10 +150,12 @@ def test_tables_by_sigma_by_hand():
     found = evidence_of({arm: {seed: {"set": one} for seed in (0, 1)} for arm, one in runs.items()})
     text = tables_by_sigma(found, "set", lambda _, sigma: accuracy_at(sigma), [0.2, 0.4])
     lines = text.splitlines()
-    assert lines[0] == "| sigma | calibrated | fixed |" and lines[5] == "| sigma | calibrated minus fixed |"
+    assert lines[0] == "| sigma | calibrated | fixed |" and lines[6] == "| sigma | calibrated minus fixed |"
     assert lines[2].startswith("| 0.2 | 100.0 [100.0, 100.0] | 50.0 [")
     assert lines[3].startswith("| 0.4 | 50.0 [") and lines[3].endswith("| 100.0 [100.0, 100.0] |")
-    assert lines[7].startswith("| 0.2 | +50.0 [") and lines[8].startswith("| 0.4 | -50.0 [")
+    assert lines[4].startswith("| mean, 0 < sigma < 1 | 75.0 [") and lines[4].count(" 75.0 [") == 2
+    assert lines[8].startswith("| 0.2 | +50.0 [") and lines[9].startswith("| 0.4 | -50.0 [")
+    assert lines[10].startswith("| mean, 0 < sigma < 1 | +0.0 [")
 
 
 def test_labels_that_are_shares_of_raters_count_by_their_majority():
