@@ -1,7 +1,7 @@
 """Ablate DiNa-LRM's design choices: train a reward for each variant (arm) and seed, and test all on the same pairs.
 
-    python recipes/ablate_reward.py                                      # the paper's questions, 3 seeds: about 2 hours
-    python recipes/ablate_reward.py --arms '[calibrated, nll]'           # one more arm; finished arms are kept
+    python recipes/ablate_reward.py        # the paper's questions, 5 seeds: 25 trainings, about 8 hours of one core
+    python recipes/ablate_reward.py --arms '[bradley_terry, nll]' --seeds '[0, 1, 2]'  # more; finished arms are kept
     python recipes/ablate_reward.py --model sd35 --pairs DIR --test_sets '{hpdv3: DIR, hpdv2: DIR}' \\
         --launch "accelerate launch --num_processes 8"
 

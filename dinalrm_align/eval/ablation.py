@@ -1,16 +1,16 @@
 """Compare training variants of a reward (the arms of an ablation), and noise levels at inference.
 
-The comparisons follow arXiv 2602.11146. Accuracies are pairwise and in per cent; differences are in percentage points.
-Each value is a mean over seeds and captions, with an interval (`intervals.seeds_by_captions`). Differences are paired:
-the two arms share seeds, captions, pairs and noise.
+The comparisons follow arXiv 2602.11146. Accuracies are pairwise and in per cent, differences in percentage points. Each
+value is a mean over seeds and captions, with an interval (`intervals.seeds_by_captions`). Differences are paired: the
+two arms share seeds, captions, pairs and noise.
 
 Scores at several noise levels or with several noise draws are combined in two ways. "tokens" means that the reward head
 attends to the backbone tokens of all levels or draws and returns one score. "average" means the mean of single scores.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -22,8 +22,17 @@ from dinalrm_align.eval.scores import NoiseLevels, PairScores, level_name
 Runs = Mapping[str, Mapping[int, Mapping[str, PairScores]]]
 """Scores of finished runs: arm -> seed -> name of the test set -> scores."""
 Measure = Callable[[PairScores], np.ndarray]
-"""Function of the scores of N pairs that returns the correctness of each pair, (N,) in [0, 1]; NaN for rater ties."""
-ASTERISK = "An asterisk marks intervals that exclude 0."
+"""Function of the scores of N pairs that returns a value for each pair, (N,), such as its correctness: 0 or 1, and NaN
+if raters tie. Pairs with NaN are left out."""
+IN_FAMILY_AND_OUTSIDE = ("heldout", "outside")  # test sets by the generators of the training pairs, and by others
+ABOUT_DIFFERENCES = (
+    "Above, below: the 95 % interval of the paired difference excludes 0. Not separated: it contains 0. The smallest "
+    "detectable effect, in tables by noise level the number in parentheses, is the true difference that such a test "
+    "(two-sided, 5 %, noncentral t with the standard errors of the interval) finds with a probability of 80 %. Without "
+    "a word, there is one common seed: the variance between seeds is unknown. Each interval is for one comparison: of "
+    "comparisons without a true difference, one in 20 is above or below by chance."
+)
+EFFECT = "; smallest detectable effect {} points"
 SINGLE_LEVEL = 0.4  # the paper's noise level; several noise draws are compared at it
 COUNTS = (1, 2, 4, 8)  # numbers of draws to compare
 ENSEMBLE_DRAWS = 4  # largest number of draws for the variance of the ensemble's score
@@ -37,6 +46,15 @@ class Evidence:
     sets: Sequence[str]
     sigmas: Sequence[float]
     ensembles: Sequence[Sequence[float]]
+
+    @property
+    def main_sets(self) -> list[str]:
+        """The sets for tables by noise level: held-out pairs of the training's generators and of others, or all."""
+        return [name for name in self.sets if name in IN_FAMILY_AND_OUTSIDE] or [*self.sets]
+
+    def comparable(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return those `pairs` of arms that have results of a common seed, each once."""
+        return [(a, b) for a, b in dict.fromkeys(pairs) if self.runs.get(a, {}).keys() & self.runs.get(b, {}).keys()]
 
     def levels(self, arm: str, name: str) -> set[str]:
         """Return the names of the noise levels at which `arm` has scores on the test set `name`."""
@@ -79,13 +97,8 @@ def average_of(sigmas: Sequence[float]) -> Measure:
     return accuracy_of(*(NoiseLevels.at(sigma).name for sigma in sigmas))
 
 
-def mean_accuracy(sigmas: Sequence[float]) -> Measure:
-    """Return a function that maps `PairScores` to (N,): the share of `sigmas` at which a pair is ordered correctly."""
-    return lambda scores: np.mean([accuracy_at(sigma)(scores) for sigma in sigmas], axis=0)
-
-
 def by_seed_and_caption(seeds: Mapping[int, Mapping[str, PairScores]], name: str, measure: Measure) -> np.ndarray:
-    """Return accuracies, (seeds, captions), on test set `name`. `measure` maps `PairScores` to correctness (N,)."""
+    """Return means of `measure`, (seeds, captions), on test set `name`."""
     rows = []
     for sets in seeds.values():
         correct = measure(sets[name])
@@ -94,17 +107,16 @@ def by_seed_and_caption(seeds: Mapping[int, Mapping[str, PairScores]], name: str
     return np.stack(rows)
 
 
-def arm_accuracy(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
+def arm_mean(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
     return seeds_by_captions(by_seed_and_caption(evidence.runs[arm], name, measure))
 
 
-def accuracy_difference(
+def paired_difference(
     evidence: Evidence, better: str, worse: str, name: str, of_better: Measure, of_worse: Measure
 ) -> Interval:
-    """Return the accuracy of training variant `better` minus the accuracy of `worse`, over the seeds that both have.
+    """Return the mean of `of_better` for arm `better` minus that of `of_worse` for `worse`, over their common seeds.
 
-    name: test set. of_better, of_worse: functions from `PairScores` to correctness. Raises ValueError if the variants
-    have no common seed, or were evaluated on different pairs.
+    name: test set. Raises ValueError if the arms have no common seed, or were evaluated on different pairs.
     """
     ours, theirs = evidence.runs[better], evidence.runs[worse]
     shared = [seed for seed in ours if seed in theirs]
@@ -119,72 +131,81 @@ def accuracy_difference(
 
 def gain_over_single(evidence: Evidence, arm: str, name: str, measure: Measure) -> Interval:
     """Return the accuracy that `measure` computes minus the accuracy at sigma 0.4, for `arm` on test set `name`."""
-    return accuracy_difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
+    return paired_difference(evidence, arm, arm, name, measure, accuracy_at(SINGLE_LEVEL))
 
 
-def verdict(interval: Interval) -> str:
-    """Return "holds" if the interval lies above 0, "reverses" if it lies below 0, and "is inconclusive" otherwise."""
-    return "holds" if interval.low > 0 else "reverses" if interval.high < 0 else "is inconclusive"
+def written(interval: Interval, scale: float = 100, digits: int = 1, *, signed: bool = True) -> str:
+    """Format `scale` times a value and its interval: "+0.6 [-0.2, +1.4]". `signed`: whether to write a plus sign."""
+    form = f"{'+' if signed else ''}.{digits}f"
+    return f"{scale * interval.mean:{form}} {bracket(scale * interval.low, scale * interval.high, form)}"
 
 
-def in_points(interval: Interval, *, signed: bool = True) -> str:
-    """Format a value and its interval in per cent: "+0.6 [-0.2, +1.4]". `signed`: whether to write a plus sign."""
-    sign = "+" if signed else ""
-    form = f"{sign}.1f"
-    return f"{100 * interval.mean:{form}} {bracket(100 * interval.low, 100 * interval.high, form)}"
+def verdict(gap: Interval, scale: float = 100, digits: int = 1, effect: str = " ({})") -> str:
+    """Format a paired difference and what follows from it: "+0.6 [-0.2, +1.4], not separated (1.2)".
 
-
-def with_asterisk(interval: Interval) -> str:
-    return in_points(interval) + " *" * (interval.low > 0 or interval.high < 0)
+    The number in parentheses is the smallest detectable effect, in the format `effect`. If the interval excludes 0,
+    "above" or "below" stands in place of this. With one seed, nothing does.
+    """
+    text = written(gap, scale, digits)
+    if math.isnan(gap.detectable):
+        return text
+    if gap.low > 0 or gap.high < 0:
+        return f"{text}, {'above' if gap.low > 0 else 'below'}"
+    return f"{text}, not separated{effect.format(f'{scale * gap.detectable:.{digits}f}')}"
 
 
 def summaries(arm: str, evidence: Evidence) -> dict[str, Measure]:
-    """Return accuracy functions: "own sigma", "ensemble" (first ensemble), "all levels" (mean over 0 < sigma < 1)."""
-    return {
-        "own sigma": accuracy_at(ARMS[arm].sigma),
-        "ensemble": accuracy_at(*evidence.ensembles[0]),
-        "all levels": mean_accuracy([sigma for sigma in evidence.sigmas if 0 < sigma < 1]),
-    }
+    """Return accuracy functions: "own sigma", and "ensemble", the first ensemble."""
+    return {"own sigma": accuracy_at(ARMS[arm].sigma), "ensemble": accuracy_at(*evidence.ensembles[0])}
 
 
 def question_section(question: Question, evidence: Evidence) -> str:
-    """Return a Markdown section that compares the variants of `question`, or "" if fewer than two have results."""
-    runs, sets = evidence.runs, evidence.sets
-    arms = [arm for arm in question.arms if arm in runs]
+    """Return a Markdown section that compares the arms of `question`, or "" if fewer than two have results.
+
+    The accuracies of all arms are followed by a row for each comparison and test set, with the paper's claim.
+    """
+    arms, keys = [arm for arm in question.arms if arm in evidence.runs], [*summaries(BASELINE, evidence)]
     if len(arms) < 2:
         return ""
-
-    def compare(better: str, worse: str, name: str) -> dict[str, Interval]:
-        of_better, of_worse = (summaries(arm, evidence) for arm in (better, worse))
-        gap = partial(accuracy_difference, evidence, better, worse, name)
-        return {key: gap(of_better[key], of_worse[key]) for key in of_better}
-
-    def sentence(better: str, worse: str) -> str:
-        parts = []
-        # "all levels" would read a reward that was trained at one level at levels that it has never seen
-        left_out = {"all levels"} if ARMS[better].has_one_level or ARMS[worse].has_one_level else set()
-        for name in sets:
-            gaps = {key: gap for key, gap in compare(better, worse, name).items() if key not in left_out}
-            words = [f"{key} {verdict(gap)} ({in_points(gap)})" for key, gap in gaps.items()]
-            parts.append(f"on {name}: {', '.join(words)}")
-        one_seed = len(runs[better].keys() & runs[worse].keys()) == 1
-        note = " (one seed: variance between seeds unknown)" * one_seed
-        return f"- Paper: {better} above {worse}. Here, {'; '.join(parts)}{note}."
-
-    accuracies = []
+    accuracies, differences = [], []
     for arm in arms:
-        measures = [(name, measure) for name in sets for measure in summaries(arm, evidence).values()]
-        cells = [in_points(arm_accuracy(evidence, arm, name, measure), signed=False) for name, measure in measures]
-        accuracies.append([f"{arm}: {ARMS[arm].title}", len(runs[arm]), *cells])
-    differences = []
-    for better, worse in dict.fromkeys([*question.paper, *((BASELINE, arm) for arm in arms if arm != BASELINE)]):
-        if {better, worse} <= runs.keys():
-            gaps = [gap for name in sets for gap in compare(better, worse, name).values()]
-            differences.append([f"{better} minus {worse}", *map(with_asterisk, gaps)])
-    columns = [f"{name}, {key}" for name in sets for key in summaries(BASELINE, evidence)]
-    orderings = [sentence(*pair) for pair in question.paper if set(pair) <= runs.keys()]
-    tables = table(["arm", "seeds", *columns], accuracies), table(["paired difference", *columns], differences)
-    return "\n\n".join([f"## {question.title}", *tables, ASTERISK, "\n".join(orderings)]).rstrip() + "\n"
+        measures = [(name, measure) for name in evidence.sets for measure in summaries(arm, evidence).values()]
+        cells = [written(arm_mean(evidence, arm, name, measure), signed=False) for name, measure in measures]
+        accuracies.append([f"{arm}: {ARMS[arm].title}", len(evidence.runs[arm]), *cells])
+    baseline = ((BASELINE, arm) for arm in arms if arm != BASELINE)
+    for better, worse in evidence.comparable([*question.paper, *baseline, *question.others]):
+        of_better, of_worse = summaries(better, evidence), summaries(worse, evidence)
+        for name in evidence.sets:
+            gaps = [paired_difference(evidence, better, worse, name, of_better[key], of_worse[key]) for key in keys]
+            label = [f"{better} minus {worse}", "above" if (better, worse) in question.paper else "", name]
+            differences.append([*label, gaps[0].seeds, *(verdict(gap, effect=EFFECT) for gap in gaps)])
+    columns = [f"{name}, {key}" for name in evidence.sets for key in keys]
+    tables = table(["arm", "seeds", *columns], accuracies)
+    gaps = table(["paired difference", "paper", "test set", "seeds", *keys], differences)
+    return f"## {question.title}\n\n{tables}\n\n{gaps}\n"
+
+
+def tables_by_sigma(
+    evidence: Evidence, name: str, measure: Callable[[str, float], Measure], sigmas: Sequence[float], **form: float
+) -> str:
+    """Return two Markdown tables with a row for each sigma and one for their mean, on test set `name`: `measure(arm,
+    sigma)` for each arm, and paired differences between the baseline and the others. `form`: as in `written`.
+    """
+    pairs = evidence.comparable((BASELINE, arm) for arm in evidence.runs if arm != BASELINE)
+    between = [sigma for sigma in sigmas if 0 < sigma < 1]
+    rows = {f"{sigma:g}": [sigma] for sigma in sigmas} | ({"mean, 0 < sigma < 1": between} if between else {})
+
+    def of(arm: str, levels: Sequence[float]) -> Measure:
+        return lambda scores: np.mean([measure(arm, sigma)(scores) for sigma in levels], axis=0)
+
+    means, gaps = [], []
+    for row, levels in rows.items():
+        found = [paired_difference(evidence, *pair, name, *(of(arm, levels) for arm in pair)) for pair in pairs]
+        gaps.append([row, *(verdict(gap, **form) for gap in found)])
+        found = [arm_mean(evidence, arm, name, of(arm, levels)) for arm in evidence.runs]
+        means.append([row, *(written(one, **form, signed=False) for one in found)])
+    tables = [table(["sigma", *evidence.runs], means)]
+    return "\n\n".join(tables + [table(["sigma", *map(" minus ".join, pairs)], gaps)] * bool(pairs))
 
 
 def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Measure]:
@@ -207,24 +228,25 @@ def inference_measures(evidence: Evidence, arm: str, name: str) -> dict[str, Mea
 def inference_section(evidence: Evidence, arm: str) -> str:
     """Return a Markdown section with the accuracy of `arm` at each choice of noise levels, and gains over sigma 0.4."""
     by_set = {name: inference_measures(evidence, arm, name) for name in evidence.sets}
+    single = f"sigma {SINGLE_LEVEL:g}"
 
     def cells(name: str, label: str) -> list[str]:
         if label not in by_set[name]:
             return ["", ""]
         measure = by_set[name][label]
-        value = in_points(arm_accuracy(evidence, arm, name, measure), signed=False)
-        return [value, with_asterisk(gain_over_single(evidence, arm, name, measure))]
+        gain = "" if label == single else verdict(gain_over_single(evidence, arm, name, measure), effect=EFFECT)
+        return [written(arm_mean(evidence, arm, name, measure), signed=False), gain]
 
     labels = dict.fromkeys(label for measures in by_set.values() for label in measures)
-    header = ["noise levels", *(part for name in by_set for part in (name, f"{name}, minus sigma {SINGLE_LEVEL:g}"))]
+    header = ["noise levels", *(part for name in by_set for part in (name, f"{name}, minus {single}"))]
     rows = [[label, *(cell for name in by_set for cell in cells(name, label))] for label in labels]
-    orderings = "\n".join(_paper_orderings(evidence, arm))
+    orderings = table(["paper", "test set", "here"], _paper_orderings(evidence, arm), "llr")
     title = f"## Noise levels at inference\n\nRewards: {arm}, {len(evidence.runs[arm])} seeds."
-    return "\n\n".join([title, table(header, rows), ASTERISK, f"{orderings}\n"])
+    return "\n\n".join([title, table(header, rows), f"{orderings}\n"])
 
 
-def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
-    """Return a line with a `verdict` for each claim of arXiv 2602.11146. Claims without scores are left out."""
+def _paper_orderings(evidence: Evidence, arm: str) -> list[list[str]]:
+    """Return rows [claim of arXiv 2602.11146, test set, `verdict`]. Claims without scores are left out."""
     ensemble, scored = evidence.ensembles[0], evidence.levels(arm, evidence.sets[0])
     tokens, single = accuracy_at(*ensemble), accuracy_at(SINGLE_LEVEL)
     claims: list[tuple[str, Measure, Measure, float]] = [
@@ -233,13 +255,12 @@ def _paper_orderings(evidence: Evidence, arm: str) -> list[str]:
         (f"token ensemble above sigma {SINGLE_LEVEL:g}", tokens, single, SINGLE_LEVEL),
         ("token ensemble above the average of the same levels", tokens, average_of(ensemble), SINGLE_LEVEL),
     ]
-    lines = []
-    for claim, better, worse, level in claims:
-        if NoiseLevels.at(level).name in scored:
-            gaps = {name: accuracy_difference(evidence, arm, arm, name, better, worse) for name in evidence.sets}
-            parts = [f"on {name} it {verdict(gap)} ({in_points(gap)})" for name, gap in gaps.items()]
-            lines.append(f"- Paper: {claim}. Here, {', '.join(parts)}.")
-    return lines
+    return [
+        [claim, name, verdict(paired_difference(evidence, arm, arm, name, better, worse), effect=EFFECT)]
+        for claim, better, worse, level in claims
+        if NoiseLevels.at(level).name in scored
+        for name in evidence.sets
+    ]
 
 
 @dataclass(frozen=True)

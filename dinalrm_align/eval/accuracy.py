@@ -41,10 +41,6 @@ class Tally:
     def accuracy(self) -> float:
         return self.correct / self.pairs if self.pairs else math.nan
 
-    @property
-    def standard_error(self) -> float:
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.pairs) if self.pairs else math.nan
-
 
 Tallies = dict[Level, dict[str, Tally]]
 """Noise level -> concept that the pairs differ in (OVERALL for all pairs) -> counts."""
@@ -97,7 +93,7 @@ def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
     """Write accuracy.json, per_concept.md and accuracy_vs_sigma.png to `directory`. Existing files are replaced."""
 
     def entry(tally: Tally) -> dict[str, float]:
-        return {"accuracy": tally.accuracy, "standard_error": tally.standard_error, "pairs": tally.pairs}
+        return {"accuracy": tally.accuracy, "pairs": tally.pairs}
 
     concepts = sorted({concept for counts in tallies.values() for concept in counts} - {OVERALL})
     levels = []
@@ -115,16 +111,15 @@ def write_report(tallies: Tallies, directory: Path, *, title: str = "") -> None:
 
 
 def _plot(tallies: Tallies, concepts: Sequence[str], path: Path, title: str) -> None:
-    """Plot accuracy against sigma. Bars show standard errors, thin lines show concepts, dashed lines show ensembles."""
+    """Plot accuracy against sigma. Thin lines show concepts, dashed lines show ensembles."""
     figure, (axes,) = panels([title], (7, 4.5), "sigma", "pairwise accuracy")
     single = sorted(level for level in tallies if len(level) == 1)
     sigmas = [level[0] for level in single]
     for number, name in enumerate(concepts):
         values = [tallies[level].get(name, Tally()).accuracy for level in single]
         axes.plot(sigmas, values, linewidth=1, alpha=0.6, color=f"C{(number + 1) % 10}", label=name)
-    overall = [tallies[level][OVERALL] for level in single]
-    means, errors = [tally.accuracy for tally in overall], [tally.standard_error for tally in overall]
-    axes.errorbar(sigmas, means, errors, color="black", marker="o", capsize=3, label="all pairs")
+    overall = [tallies[level][OVERALL].accuracy for level in single]
+    axes.plot(sigmas, overall, color="black", marker="o", label="all pairs")
     for level, counts in tallies.items():
         if len(level) > 1:
             axes.axhline(counts[OVERALL].accuracy, color="black", linestyle="--", label=f"ensemble {level_name(level)}")

@@ -3,9 +3,10 @@
 `losses.preference_probability` predicts a pair's label from the score gap at noise level sigma. The variance of the
 likelihood grows with sigma, so one factor on the score gap should fit all noise levels.
 
-The fidelity objective does not give calibrated probabilities. Let raters prefer the first image with probability q, and
-let the model predict p. The expected loss, 1 - q sqrt(p) - (1 - q) sqrt(1 - p), is minimal at p = q^2 / (q^2 + (1 -
-q)^2) instead of p = q, so a reward trained to the optimum is overconfident.
+The fidelity objective does not give calibrated probabilities. Let a rater prefer the first image with probability q,
+and let the model predict p. The expected loss, 1 - q sqrt(p) - (1 - q) sqrt(1 - p), is minimal at p = q^2 / (q^2 + (1 -
+q)^2) instead of p = q, so a reward trained to the optimum is overconfident. With labels y that are shares of several
+raters, it is more so: for y > 1/2, the loss 1 - sqrt(y p + (1 - y) (1 - p)) falls until p = 1.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 
-from dinalrm_align.eval.ablation import Runs
+from dinalrm_align.eval.ablation import Measure, Runs
 from dinalrm_align.eval.report.intervals import LEVEL, bracket, by_caption
 from dinalrm_align.eval.report.markdown import table
 from dinalrm_align.eval.scores import NoiseLevels
@@ -28,11 +29,12 @@ from dinalrm_align.reward.losses import preference_loss, preference_probability
 BINS = 10
 SCALES = (1e-3, 1e3)  # bounds of the search for the best scale
 SECTION = (
-    "## Calibration\n\nOn {name}, each arm by the likelihood it was trained with, pairs of all seeds. ECE: expected "
-    "calibration error in points, with its 95 % interval over captions; by chance: the ECE of exact predictions. NLL "
-    "in nats (0.693 for p = 1/2). Best scale: the factor on the gaps that minimises the NLL; 1 is calibrated, below 1 "
-    "overconfident. A reward trained to the optimum of fidelity is overconfident: it predicts q^2 / (q^2 + (1 - q)^2) "
-    "where raters prefer with probability q (dashed in the figure)."
+    "## Calibration on {name}\n\nEach arm by the likelihood it was trained with, pairs of all seeds. ECE: expected "
+    "calibration error in points, with its 95 % interval over captions for these very rewards; by chance: the ECE of "
+    "exact predictions. NLL in nats (0.693 for p = 1/2). Best scale: the factor on the gaps that minimises the NLL; 1 "
+    "is calibrated, below 1 overconfident. A reward trained to the optimum of fidelity is overconfident: it predicts "
+    "q^2 / (q^2 + (1 - q)^2) where a rater prefers with probability q (dashed in the figure), and more if labels are "
+    "shares of several raters."
 )
 
 
@@ -166,11 +168,22 @@ def calibration_interval(
     return max(0.0, 2 * whole - float(upper)), min(1.0, 2 * whole - float(lower))
 
 
-def negative_log_likelihood(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
-    """Return the mean of -(y log p + (1 - y) log(1 - p)) over labels y, in nats. It stays finite if p underflows."""
+def pair_nll(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> np.ndarray:
+    """Return -(y log p + (1 - y) log(1 - p)) of the labels y (N,), in nats, (N,). It stays finite if p underflows."""
     delta, label = (torch.tensor(values, dtype=torch.float32) for values in (gap, label))
     sigmas, nll = torch.full_like(delta, sigma), dataclasses.replace(config, objective="nll")
-    return float(preference_loss(delta, torch.zeros_like(delta), sigmas, label, config=nll).double().mean())
+    return preference_loss(delta, torch.zeros_like(delta), sigmas, label, config=nll).double().numpy()
+
+
+def negative_log_likelihood(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
+    """Return the mean of `pair_nll`."""
+    return float(pair_nll(gap, label, sigma=sigma, config=config).mean())
+
+
+def likelihood_at(sigma: float, config: LossConfig) -> Measure:
+    """Return a function that maps `PairScores` to `pair_nll` at sigma."""
+    level = NoiseLevels.at(sigma).name
+    return lambda scores: pair_nll(scores.gap(level), scores.label, sigma=sigma, config=config)
 
 
 def best_scale(gap: ArrayLike, label: ArrayLike, *, sigma: float, config: LossConfig) -> float:
@@ -213,11 +226,12 @@ def _binned(probability: ArrayLike, observed: ArrayLike, bins: int) -> tuple[np.
 def _standard_error(values: np.ndarray, captions: np.ndarray) -> float:
     """Return the standard error of the mean of n values in [0, 1]. Values of one caption may be correlated.
 
-    The result is at least the standard deviation of Beta(sum + 1, n - sum + 1), the posterior of the mean if the values
-    are independent.
+    The result is at least sqrt(v / (n + 3)), with the variance v of the values and two more, 0 and 1. If all values are
+    0 or 1, this is the standard deviation of Beta(sum + 1, n - sum + 1), the posterior of the mean of independent
+    values. Shares of several raters vary less.
     """
-    mean = (values.sum() + 1) / (len(values) + 2)
-    independent = math.sqrt(mean * (1 - mean) / (len(values) + 3))
+    more = np.append(values, [0.0, 1.0])
+    independent = math.sqrt(more.var() / (len(values) + 3))
     per_caption = by_caption(values, captions)
     if len(per_caption) < 2:
         return independent
@@ -244,7 +258,7 @@ def reliabilities(
 
 
 def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name: str) -> str:
-    """Return Markdown: a table with a row per variant and noise level, and a sentence on the scale of each variant."""
+    """Return Markdown: a table with a row per variant and noise level."""
     rows = []
     for label, levels in curves.items():
         for sigma, found in levels.items():
@@ -254,17 +268,4 @@ def calibration_section(curves: Mapping[str, Mapping[float, Calibration]], name:
             cells = [curve.count.sum(), f"{ece} {bracket(100 * found.low, 100 * found.high, '.1f')}", chance, *losses]
             rows.append([label, f"{sigma:g}", *cells, f"{found.scale:.2f}", f"{found.scaled_nll:.3f}"])
     header = ["arm", "sigma", "pairs", "ECE", "by chance", "Brier", "NLL", "best scale", "NLL at it"]
-    sentences = "\n".join(f"- {scale_sentence(label, levels)}" for label, levels in curves.items())
-    return f"{SECTION.format(name=name)}\n\n{table(header, rows)}\n\n{sentences}\n"
-
-
-def scale_sentence(label: str, levels: Mapping[float, Calibration]) -> str:
-    """Return a sentence that says how much `Calibration.scale` varies among the sigmas below 1."""
-    scales = {sigma: found.scale for sigma, found in levels.items() if sigma < 1 and 0 < found.scale < math.inf}
-    if not scales:
-        return f"{label}: no level has a best scale."
-    low, high = min(scales, key=scales.__getitem__), max(scales, key=scales.__getitem__)
-    return (
-        f"{label}: the best scale goes from {scales[low]:.2f} (sigma {low:g}) to {scales[high]:.2f} (sigma {high:g}), "
-        f"by a factor of {scales[high] / scales[low]:.1f}; 1.0 would be one scale for all levels."
-    )
+    return f"{SECTION.format(name=name)}\n\n{table(header, rows)}\n"

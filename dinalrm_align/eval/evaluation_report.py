@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dinalrm_align.data.formats.record import INVALID
-from dinalrm_align.eval.ablation import SINGLE_LEVEL, Evidence, accuracy_of, arm_accuracy, in_points, inference_section
+from dinalrm_align.eval.ablation import SINGLE_LEVEL, Evidence, accuracy_of, arm_mean, inference_section, written
 from dinalrm_align.eval.calibration import calibration_section, reliabilities
 from dinalrm_align.eval.config import EvaluateRun
 from dinalrm_align.eval.plots import draw_band, panels, plot_inference, plot_reliability
@@ -138,7 +138,7 @@ def _concept_section(name: str, evidence: Evidence) -> str:
     scores = evidence.runs[REWARD][0][name]
     levels = sorted(scores.scores, key=lambda level: ("+" in level, level))
     header = ["concept", "pairs", *(level if level == NO_NOISE.name else f"sigma {level}" for level in levels)]
-    overall = [in_points(arm_accuracy(evidence, REWARD, name, accuracy_of(level)), signed=False) for level in levels]
+    overall = [written(arm_mean(evidence, REWARD, name, accuracy_of(level)), signed=False) for level in levels]
     rows = [["all", len(scores.label), *overall]]
     concepts = np.array(scores.concept)
     for concept in sorted({*scores.concept}):

@@ -1,4 +1,4 @@
-"""Plots of evaluations: accuracy at each sigma, gain over sigma 0.4, variance over noise draws, and reliability."""
+"""Plots of evaluations: accuracy at each sigma, gain over sigma 0.4, and reliability."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from dinalrm_align.eval.ablation import (
     SINGLE_LEVEL,
     Evidence,
-    NoiseShare,
     accuracy_at,
-    arm_accuracy,
+    arm_mean,
     gain_over_single,
     inference_measures,
 )
@@ -51,7 +50,7 @@ def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str
     figure, axes = panels(evidence.sets, (5.5, 4.4), "noise level sigma", "pairwise accuracy, per cent")
     for axis, name in zip(axes, evidence.sets, strict=True):
         for arm in (arm for arm in arms if arm in evidence.runs):
-            found = [arm_accuracy(evidence, arm, name, accuracy_at(sigma)) for sigma in evidence.sigmas]
+            found = [arm_mean(evidence, arm, name, accuracy_at(sigma)) for sigma in evidence.sigmas]
             seeds = len(evidence.runs[arm])
             label = f"{arm} ({seeds} seed{'s' if seeds > 1 else ''})"
             draw_band(axis, evidence.sigmas, [(point.mean, point.low, point.high) for point in found], label)
@@ -77,22 +76,6 @@ def plot_inference(evidence: Evidence, arm: str, path: Path) -> None:
         axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axes[0].invert_yaxis()
     figure.suptitle(f"noise levels at inference ({arm}, {len(evidence.runs[arm])} seeds; paired, 95 %)")
-    save_figure(figure, path)
-
-
-def plot_noise_shares(shares: Sequence[NoiseShare], path: Path) -> None:
-    """Plot `NoiseShare.share` against K, the number of backbone passes per score. The dotted line falls as 1 / K."""
-    title = "variance over noise draws / variance over images"
-    figure, (axis,) = panels([title], (6, 4.2), "backbone forwards per score", "share")
-    for label in dict.fromkeys(row.label for row in shares):
-        rows = [row for row in shares if row.label == label]
-        axis.plot([row.forwards for row in rows], [row.share for row in rows], "o-" if rows[1:] else "D", label=label)
-    counts = sorted({row.forwards for row in shares})
-    axis.plot(counts, [shares[0].share / count for count in counts], "k:", linewidth=1, label="1 / K")
-    axis.set(xscale="log", yscale="log")
-    axis.set_xticks(counts, map(str, counts))
-    axis.minorticks_off()
-    axis.legend(fontsize=8)
     save_figure(figure, path)
 
 

@@ -43,7 +43,7 @@ from dinalrm_align.shapes.raters import rate_lists
 from dinalrm_align.shapes.render import Drawing, concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
 from dinalrm_align.train.digest import fingerprint
-from dinalrm_align.train.files import atomically, begin_or_resume, read_json, write_atomically
+from dinalrm_align.train.files import begin_or_resume, read_json, write_atomically
 
 MADE_WITH = "made_with.json"
 GRAIN, JPEG = 0.06, 20
@@ -114,36 +114,7 @@ def ensure_training_pairs(folder: Path, source: str, config: PairsConfig) -> Non
         ensure_pairs(kind, folder / kind, pipeline, config)
 
 
-def render_hpdv3(
-    directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig, *, held_out: bool = False
-) -> None:
-    """Write preference pairs to `directory` in HPDv3's layout: train.json, and PNG files in images/.
-
-    The pairs are those that `write_pairs` makes: of kind "heldout" if `held_out` is True, else of kind "train".
-    Images have 8 bits per channel. Raises FileExistsError if `directory` holds a train.json.
-    """
-    directory = Path(directory)
-    if (directory / "train.json").exists():
-        raise FileExistsError(f"{directory} already holds a data set; write to another directory")
-    records, number = [], 0
-    kind = "heldout" if held_out else "train"
-    for captions, _, images, pairs in _lists(kind, pipeline, prompt_encoder(pipeline), config):
-        names = [f"images/{number + row:06d}.png" for row in range(len(images))]
-        number += len(images)
-        for name, image in zip(names, to_bytes(images)):
-            with atomically(directory / name) as temporary:
-                Image.fromarray(image).save(temporary)
-        for row, caption in enumerate(captions):
-            own = names[row * config.images : (row + 1) * config.images]
-            about = {"prompt": caption, "confidence": None, "choice_dist": None, "model1": "shapes"}
-            for chosen, rejected, label in pairs[row]:
-                votes = None if label == 1 else [round(share * config.raters, 6) for share in (label, 1 - label)]
-                paths = {"path1": own[chosen], "path2": own[rejected]}
-                records.append(about | {"choice_dist": votes, **paths, "model2": "shapes"})
-    write_atomically(directory / "train.json", json.dumps(records, indent=0))
-
-
-def _lists(
+def labelled_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor | None, Tensor, list[list[tuple[int, int, float]]]]]:
     """For up to BLOCK captions at a time, yield captions, latents (as in `Lists`), images and labels. Each caption has
@@ -181,7 +152,7 @@ def _encoded_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
     """Yield captions, latents (captions, images, C, h, w), and labels (arguments for `LatentPairsWriter.add`)."""
-    for captions, latents, images, pairs in _lists(kind, pipeline, encoder, config):
+    for captions, latents, images, pairs in labelled_lists(kind, pipeline, encoder, config):
         latents = encode_images(pipeline.vae, images) if latents is None else latents
         labels = [dict(zip(("chosen", "rejected", "label"), zip(*own))) for own in pairs]
         yield captions, latents.unflatten(0, (len(captions), -1)), labels

@@ -39,10 +39,8 @@ def test_counts_by_hand():
     assert tallies["shape"] == Tally(1, 1)
 
 
-def test_standard_error_is_binomial():
-    """sqrt(0.5 * 0.5 / 100) = 0.05"""
-    assert Tally(50, 100).standard_error == pytest.approx(0.05)
-    assert math.isnan(Tally().accuracy) and math.isnan(Tally().standard_error)
+def test_without_pairs_there_is_no_accuracy():
+    assert Tally(50, 100).accuracy == 0.5 and math.isnan(Tally().accuracy)
 
 
 def test_parts_of_processes_add_up_to_the_whole():
@@ -95,11 +93,7 @@ def test_report_files(tmp_path):
     write_report(tallies, tmp_path, title="update 3")
     report = json.loads((tmp_path / "accuracy.json").read_text())
     assert [level["sigma"] for level in report["levels"]] == [[0.2], [0.4], [0.2, 0.4]]
-    assert report["levels"][0]["concepts"]["colour"] == {
-        "accuracy": 0.5,
-        "standard_error": pytest.approx(0.3536, abs=1e-4),
-        "pairs": 2,
-    }
+    assert report["levels"][0]["concepts"]["colour"] == {"accuracy": 0.5, "pairs": 2}
     table = (tmp_path / "per_concept.md").read_text().splitlines()
     assert table[0] == "| concept | pairs | sigma 0.2 | sigma 0.4 | sigma 0.2+0.4 |"
     assert table[2] == "| all | 3 | 66.7 | 66.7 | 66.7 |"

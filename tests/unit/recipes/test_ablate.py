@@ -48,8 +48,10 @@ def test_finished_arms_are_not_repeated_and_stay_in_the_report(arguments, tmp_pa
         arm: ["seed 0", "seed 1"] for arm in ("calibrated", "fixed")
     }
     text = (out / "ablation.md").read_text()
-    assert "Paper: calibrated above fixed. Here, on heldout" in text and "recipes/ablate_reward.py" in text
-    for figure in ("likelihood", "inference", "variance", "reliability"):
+    assert "| calibrated minus fixed | above | heldout | 2 | " in text and "recipes/ablate_reward.py" in text
+    assert "## Accuracy on heldout by noise level" in text and "NLL of the labels in nats" in text
+    assert "## Variance over noise draws" in text and "## Accuracy on shifted" not in text
+    for figure in ("likelihood", "inference", "reliability_heldout"):
         assert (out / f"{figure}.png").stat().st_size > 10_000
     fixed = json.loads((out / "arms" / "fixed" / "seed0" / "settings.json").read_text())
     assert fixed["changes"] == {"loss.likelihood": "thurstone_fixed"}
@@ -107,6 +109,16 @@ def test_the_set_out_of_family_is_reported_if_configured(arguments, tmp_path, mo
     sets = json.loads((tmp_path / "out" / "ablation.json").read_text())["arms"]["calibrated"]["seed 0"]
     assert {"heldout", "outside", "shifted", "concepts"} <= sets.keys()
     assert (tmp_path / "out" / "arms" / "calibrated" / "seed0" / "scores_outside.safetensors").exists()
+    text = (tmp_path / "out" / "ablation.md").read_text()
+    assert "## Accuracy on outside by noise level" in text and "## Calibration on outside" in text
+
+
+def test_an_arm_of_one_level_has_a_report_without_calibration(arguments, tmp_path, monkeypatch):
+    recipe = load_recipe("ablate_reward")
+    monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
+    recipe.main([*arguments, "--arms=[sigma_0]"])
+    text = (tmp_path / "out" / "ablation.md").read_text()
+    assert "Trained at one level: sigma_0 at 0." in text and "## Calibration" not in text
 
 
 def test_pairs_are_required_for_other_models(capsys, tmp_path):

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from dinalrm_align.shapes.pairs import (
     GRAIN,
     _damage,
     ensure_pairs,
-    render_hpdv3,
     write_pairs,
 )
 from dinalrm_align.shapes.scene import is_held_out, parse_caption
 from dinalrm_align.shapes.stack import build_pipeline
+
+HPDV3 = Path(__file__).parents[3] / "examples" / "evidence" / "hpdv3_folder.py"
 
 
 def test_training_pairs_are_all_pairs_of_lists_of_training_captions(tiny_pipeline, tmp_path):
@@ -70,6 +73,7 @@ def test_pairs_of_other_settings_are_not_taken_for_these(tiny_pipeline, tmp_path
 
 
 def test_a_folder_in_hpdv3s_layout_holds_the_pairs_of_training(tiny_pipeline, tmp_path):
+    render_hpdv3 = runpy.run_path(str(HPDV3))["render_hpdv3"]
     config = PairsConfig(groups=3, images=3, sampled_share=0.0)
     render_hpdv3(tmp_path / "world", tiny_pipeline, config)
     records = json.loads((tmp_path / "world" / "train.json").read_text())
