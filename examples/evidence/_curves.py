@@ -86,6 +86,14 @@ def mean_drift(entry: Entry) -> list[float]:
     return [float(np.mean([curve[step] for curve in curves])) for step in entry.steps]
 
 
+def base_levels(entry: Entry) -> str:
+    """Return the base model's mean gold and parts on the captions of the evaluations, in a sentence."""
+    scores = entry.runs[0].scores[0]
+    levels = ", ".join(f"{label(name)} {scores[name].mean():.3f}" for name in names_of([entry]))
+    guidance = entry.runs[0].terms.get("guidance_scale")
+    return f"The base model at guidance {guidance:g}, {len(scores['gold'])} samples: {levels}."
+
+
 def gain_table(entries: Sequence[Entry]) -> str:
     """Return a Markdown table: a row for each entry, with its last gains, its drift and what it could have shown."""
     names = main_parts(names_of(entries))

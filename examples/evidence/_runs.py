@@ -34,6 +34,8 @@ USED = [PLAIN / name for name in ("train.txt", "heldout.txt", "test.txt")]
 TUNING_SEED = 100
 """Training seed of the runs that settings are chosen on."""
 REFUSED, INTERRUPTED = 2, 130  # exit statuses: of a recipe for invalid settings, and of a program that is stopped
+RESERVED = {"model", "reward", "seed", "output_dir", "resume", "prompts", "eval_prompts"}
+"""Settings that the scripts choose; their own options set them."""
 ATTEMPTS = 200  # draws per fresh caption, after which the world is said to have too few
 
 
@@ -187,14 +189,22 @@ def arguments(description: str, default: str, seeds: Sequence[int]) -> ArgumentP
     return parser
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Namespace, dict[str, str]]:
-    """Return the options, and those of the recipes, which must be written --NAME=VALUE."""
+def parse(
+    parser: ArgumentParser, argv: Sequence[str] | None = None, *, reserved: Iterable[str] = ()
+) -> tuple[Namespace, dict[str, str]]:
+    """Return the options, and the recipes' settings by name. Those must be written --NAME=VALUE.
+
+    reserved: settings that the script chooses, besides RESERVED; they are refused.
+    """
     options, others = parser.parse_known_args(argv)
     if wrong := [word for word in others if not word.startswith("--") or "=" not in word]:
         parser.error(f"got {wrong[0]!r}; expected the options of --help, or a recipe's setting as --NAME=VALUE")
     if len({*options.seeds, TUNING_SEED}) <= len(options.seeds):
         parser.error(f"--seeds: got {options.seeds}; expected each once, and not {TUNING_SEED}, that of the sweep")
-    return options, dict(word[2:].split("=", 1) for word in others)
+    settings = dict(word[2:].split("=", 1) for word in others)
+    if taken := sorted({*RESERVED, *reserved} & settings.keys()):
+        parser.error(f"got --{taken[0]}; expected the options of --help, from which every run gets it")
+    return options, settings
 
 
 @dataclass(frozen=True)

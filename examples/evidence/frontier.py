@@ -39,6 +39,7 @@ from typing import NamedTuple
 import numpy as np
 from _curves import (
     HOW_TO_READ,
+    base_levels,
     draw_curves,
     drift_curve,
     figures_section,
@@ -124,10 +125,9 @@ class Plan:
         return Job(name, options.method, settings)
 
     def sweep(self) -> dict[str, dict[Trial, Job]]:
-        """Return the jobs of the first phase, by reward and trial."""
-        return {
-            reward: {one: self.job("sweep", reward, one, TUNING_SEED) for one in self.trials} for reward in self.rewards
-        }
+        """Return the jobs of the first phase, by reward and trial. With a single trial there is nothing to choose."""
+        trials = self.trials if len(self.trials) > 1 else []
+        return {reward: {one: self.job("sweep", reward, one, TUNING_SEED) for one in trials} for reward in self.rewards}
 
     def seeds(self, chosen: Mapping[str, Mapping[float, Trial]]) -> dict[str, dict[Trial, list[Job]]]:
         """Return the jobs of the second phase, by reward and setting. chosen: of `choose`."""
@@ -140,7 +140,13 @@ class Plan:
         """Return the results of the sweep; None for a run that did not finish."""
         groups = {f"{reward}, {one}": [job] for reward, jobs in self.sweep().items() for one, job in jobs.items()}
         found = {entry.name: entry for entry in entries_of(groups, self.options.out)}
-        return {reward: {one: found.get(f"{reward}, {one}") for one in self.trials} for reward in self.rewards}
+        return {reward: {one: found.get(f"{reward}, {one}") for one in jobs} for reward, jobs in self.sweep().items()}
+
+    def chosen(self, tuned: Mapping[str, Mapping[Trial, Entry | None]]) -> dict[str, dict[float, Trial]]:
+        """Return the settings of the second phase by reward and KL weight, the chosen one first. tuned: of `tuned`."""
+        if len(self.trials) == 1:
+            return {reward: {self.trials[0].kl: self.trials[0]} for reward in self.rewards}
+        return {reward: choose(tuning_gains(results)) for reward, results in tuned.items()}
 
 
 def choose(gains: Mapping[Trial, float | None]) -> dict[float, Trial]:
@@ -292,8 +298,7 @@ def draw_frontier(by_weight: Mapping[str, Mapping[float, Entry]], path: Path) ->
 def report(plan: Plan) -> None:
     """Write frontier.md, frontier.json and the figures of what has finished."""
     options, out, tuned = plan.options, plan.options.out, plan.tuned()
-    tuning = {reward: tuning_gains(results) for reward, results in tuned.items()}
-    chosen = {reward: choose(gains) for reward, gains in tuning.items()}
+    chosen = plan.chosen(tuned)
     jobs = plan.seeds(chosen)
     groups = {f"{reward}, {one}": runs for reward, settings in jobs.items() for one, runs in settings.items()}
     missing = [job.name for runs in groups.values() for job in runs if not job.finished(out)]
@@ -315,13 +320,16 @@ def report(plan: Plan) -> None:
         f"**Not finished, and left out: {', '.join(missing)}.**" if missing else "",
         "\n".join(headline(one[-1]) for one in compared),
         *map(matched_section, compared),
+        base_levels(next(iter(found.values()))),
         share_section(best),
         f"## Every KL weight, last update\n\n{gain_table(list(found.values()))}",
         f"The same KL weight, `{plan.weight}`, whatever drift it leads to:\n\n{same_weight_table(by_weight)}",
         f"## Parts of gold at the chosen settings, last update\n\n{part_table(list(best.values()))}",
         f"## Cost of an update\n\n{cost_table(list(best.values())).markdown()}",
         f"## Trials\n\nThe same {len(plan.trials)} for each reward, seed {TUNING_SEED}, captions for tuning:\n\n"
-        + trial_table(tuned, chosen),
+        + trial_table(tuned, chosen)
+        if len(plan.trials) > 1
+        else "## Trials\n\nOne setting, and no sweep.",
         f"## How to read this\n\n{HOW_TO_READ} Gains at equal drift: for each seed and caption, linear interpolation "
         f"between evaluations where the run first reaches the drift; no extrapolation.\n\n{LIMITS}",
         figures_section(paths),
@@ -330,7 +338,9 @@ def report(plan: Plan) -> None:
     record = {
         "method": options.method, "updates": options.updates, "kl_weight": plan.weight, "seeds": options.seeds,
         "settings": plan.others, "not_finished": missing,
-        "trials": {reward: [[*one, gain] for one, gain in gains.items()] for reward, gains in tuning.items()},
+        "trials": {
+            reward: [[*one, gain] for one, gain in tuning_gains(results).items()] for reward, results in tuned.items()
+        },
         "chosen": {reward: list(settings.values()) for reward, settings in chosen.items()},
         "gains": {name: {step: gains_of(entry, step) for step in entry.steps} for name, entry in found.items()},
         "drift": {name: {run.seed: drift_curve(run) for run in entry.runs} for name, entry in found.items()},
@@ -351,7 +361,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rewards", nargs="+", help="rewards to compare, as for --reward of a recipe")
     parser.add_argument("--trials", type=trial, nargs="+", metavar="KL:LR", help="settings that every reward tries")
     parser.add_argument("--updates", type=int, default=60)
-    options, others = parse(parser, argv)
+    chosen_here = {"loop.steps", "optim.lr", "refl.kl_unit", *(weight for weight, *_ in METHODS.values())}
+    options, others = parse(parser, argv, reserved=chosen_here)
     plan = Plan(options, others, Prompts.prepare(options))
     if options.report:
         report(plan)
@@ -360,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     total = len(sweep) + len(plan.rewards) * len(plan.kl_weights) * len(options.seeds)
     runner = Runner(options.out, total, options.workers, options.dry_run)
     runner.run(sweep)
-    chosen = {reward: choose(tuning_gains(results)) for reward, results in plan.tuned().items()}
+    chosen = plan.chosen(plan.tuned())
     if options.dry_run and not all(map(len, chosen.values())):
         print("# Then every KL weight, with the best learning rate of the sweep, on all seeds and fresh captions.")
         return

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from _curves import (
     HOW_TO_READ,
+    base_levels,
     draw_curves,
     draw_entry,
     figures_section,
@@ -66,7 +67,7 @@ def jobs_of(options: Namespace, others: Mapping[str, str], prompts: Prompts) -> 
     found = {}
     for arm in options.arms:
         settings = {
-            "model": options.model, "reward": "dinalrm", "loop.steps": options.updates, "optim.lr": options.lr,
+            "model": options.model, "reward": options.reward, "loop.steps": options.updates, "optim.lr": options.lr,
             "refl.kl_unit": "reward_std", **ARMS[arm], **prompts.options(True, options), "profile_every": 0, **others,
         }  # fmt: skip
         found[arm] = [Job(f"{arm}_seed{seed}", "refl", {**settings, "seed": seed}) for seed in options.seeds]
@@ -114,6 +115,7 @@ def report(options: Namespace, jobs: Mapping[str, Sequence[Job]], others: Mappin
         f"# Reward hacking: ReFL, {options.updates} updates, learning rate {options.lr:g}, {samples} samples",
         f"**Not finished, and left out: {', '.join(missing)}.**" if missing else "",
         alarm_table(entries),
+        base_levels(entries[0]),
         f"## Last update\n\n{gain_table(entries)}",
         f"## Parts of gold, last update\n\n{part_table(entries)}",
         f"## How to read this\n\n{HOW_TO_READ} A cross marks an alarm.\n\n{LIMITS}",
@@ -134,9 +136,10 @@ def report(options: Namespace, jobs: Mapping[str, Sequence[Job]], others: Mappin
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, "runs/hacking", range(3))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--reward", default="dinalrm", help="a latent reward, as for --reward of a recipe")
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-3)
-    options, others = parse(parser, argv)
+    options, others = parse(parser, argv, reserved=("loop.steps", "optim.lr", *ARMS["anchor"]))
     jobs = jobs_of(options, others, Prompts.prepare(options))
     runner = Runner(options.out, sum(map(len, jobs.values())), options.workers, options.dry_run)
     if not options.report:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LISTS = "--seeds 0 --samples 3 --every 1 --workers 2 --evaluation.shown=2"
+LISTS = "--seeds 0 --samples 3 --every 1 --workers 2 --evaluation.shown=2 --evaluation.num_steps=2 --watch.sigmas=[]"
 SHORTENED = {
     "frontier": f"{LISTS} --updates 1 --trials 6:3e-4 --refl.batch_size=2",
     "hacking": f"{LISTS} --updates 1 --arms none kl --refl.batch_size=2",

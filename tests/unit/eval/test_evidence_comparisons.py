@@ -81,8 +81,7 @@ def test_equal_drift_by_hand(plan, tmp_path, capsys):
     for jobs in plan.sweep().values():
         for one, job in jobs.items():
             finish(job, tmp_path, 0.5 if one.lr == 1e-3 else 0.1, 0.1)
-    tuned = plan.tuned()
-    chosen = {reward: frontier.choose(frontier.tuning_gains(results)) for reward, results in tuned.items()}
+    chosen = plan.chosen(plan.tuned())
     assert {one.lr for settings in chosen.values() for one in settings.values()} == {1e-3}
     for reward, settings in plan.seeds(chosen).items():
         for jobs in settings.values():
@@ -120,6 +119,12 @@ def test_an_unfinished_comparison_says_what_is_missing(plan, tmp_path):
     text = (tmp_path / "frontier.md").read_text()
     assert "**Not finished, and left out: seeds_dinalrm_kl2_lr0.001_seed1" in text
     assert "failed or unfinished" in text and "one seed: not judged" in text
+
+
+def test_a_single_trial_needs_no_sweep(plan):
+    plan.trials = [Trial(6, 1e-3)]
+    assert plan.sweep() == {"dinalrm": {}, "pixel": {}}
+    assert plan.chosen(plan.tuned()) == {"dinalrm": {6: Trial(6, 1e-3)}, "pixel": {6: Trial(6, 1e-3)}}
 
 
 def test_trials_are_pairs_of_a_kl_weight_and_a_learning_rate():
@@ -215,7 +220,7 @@ def test_shares_of_the_oracles_gain_with_and_without_guidance(oracle_plan, tmp_p
 def test_a_hacked_run_reports_its_alarm_and_its_fall(tmp_path):
     """Gold rises by 0.3 until update 2 and ends at -0.2: a fall of 0.5."""
     options, others = parse(hacking.arguments("", "", [0, 1]), [str(tmp_path), "--samples", "4"])
-    options.arms, options.updates, options.lr = ["none", "ensemble"], 4, 1e-3
+    options.arms, options.reward, options.updates, options.lr = ["none", "ensemble"], "dinalrm", 4, 1e-3
     jobs = hacking.jobs_of(options, others, Prompts.prepare(options))
     assert jobs["ensemble"][0].options["refl.reward_sigma"] != jobs["none"][0].options["refl.reward_sigma"]
     for arm, runs in jobs.items():

@@ -144,7 +144,9 @@ def test_prompt_files_are_written_once_and_kept_apart(tmp_path):
         Prompts.prepare(overlapping)
 
 
-@pytest.mark.parametrize("words", [["extra"], ["--optim.lr", "1"], ["--seeds", "1", "1"], ["--seeds", "100"]])
+@pytest.mark.parametrize(
+    "words", [["extra"], ["--optim.lr", "1"], ["--seeds", "1", "1"], ["--seeds", "100"], ["--reward=pixel"]]
+)
 def test_a_command_line_that_cannot_be_meant_is_refused(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(arguments("", "runs/x", [0]), ["out", *words])
