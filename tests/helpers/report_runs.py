@@ -50,7 +50,7 @@ def make_run(
             scores |= {f"gold/{name}": scores["proxy"] for name in evaluators}
             scores |= {f"gold_parts/{name}": (gain / 2 + 0.5).tolist() for name in parts}
             (folder / "evaluations" / f"{step:06d}.json").write_text(json.dumps({"terms": terms, **scores}))
-            strip = np.full((terms["shown"], 8, 8, 3), 40 * step + 10 * seed, dtype=np.uint8)
+            strip = np.full((terms["shown"], 8, 8, 3), (40 * step + 10 * seed) % 256, dtype=np.uint8)
             save_strip(strip, folder / "evaluations" / f"{step:06d}.png")
         rows.append(json.dumps(row))
     (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
