@@ -180,7 +180,7 @@ def _measure(mask: np.ndarray, alpha: np.ndarray, colour: str, strength: float, 
 def _fills(mask: np.ndarray, alpha: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Return how clearly an object has each fill: a hollow middle, or a correlation with the texture at some shift."""
     depth = ndimage.distance_transform_edt(mask)
-    inside = depth > 1.5
+    inside = depth > 1.5 if depth.max() > 1.5 else mask
     sums, weights = (ndimage.gaussian_filter(values, 2.5) for values in (alpha * mask, mask.astype(float)))
     fine = alpha[inside] - sums[inside] / weights[inside]
     fine = fine - fine.mean()
