@@ -57,8 +57,9 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     from dinalrm_align.align.publish import push_run
     from dinalrm_align.eval.accuracy import evaluate_pairs
     from dinalrm_align.models.pipeline import load_transformer
+    from dinalrm_align.models.weights import load_tensors
     from dinalrm_align.reward import training
-    from dinalrm_align.reward.checkpoint import load_tensors, read_checkpoint, write_reward
+    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
     from dinalrm_align.reward.model import build_reward_model
     from dinalrm_align.reward.sharding import shard_model, sharding_asked
     from dinalrm_align.train.checkpoints import check_identity
@@ -81,8 +82,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     precision = dict(dtype=getattr(torch, dtype))
     pairs, validation, digests = training.open_training_pairs(run, spec, reward, accelerator, **precision)
     check_identity(checkpoint, digests)  # before the transformer is loaded
-    world = accelerator.num_processes
-    accelerator.print(f"one epoch: {len(pairs) // world} batches of {run.batch_size} on each of {world} processes")
+    accelerator.print(f"one epoch: {len(pairs) // accelerator.num_processes} batches of {run.batch_size} on each rank")
 
     # The reward: a frozen backbone with a LoRA, and a head.
     transformer = load_transformer(spec.pipeline, **precision).to(device)

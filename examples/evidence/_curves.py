@@ -22,7 +22,7 @@ HOW_TO_READ = (
     "'Smallest effect': the smallest true value that these seeds and captions would separate from 0 in 80 % of "
     "repetitions, two-sided at 5 %; a difference that is not separated says nothing about effects below it. "
     "Drift is the mean squared difference of the policy's and the base model's velocities at two noise levels of the "
-    "policy's own held-out samples. Seconds are of training, without evaluations, on one machine and other load."
+    "policy's own held-out samples. Seconds are of training, without evaluations, with whatever else ran beside it."
 )
 
 

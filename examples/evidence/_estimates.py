@@ -74,21 +74,26 @@ def ratio_interval(above: np.ndarray, below: np.ndarray) -> Ratio:
     Fieller (1954): the interval holds every r for which the mean of above - r below is not separated from 0, here by
     the interval of `seeds_by_captions`, in which seeds and captions are crossed random effects. Both sides of
 
-        mean(above - r below)^2 <= t_{S-1}^2 Var(seed means) / S + t_{C-1}^2 Var(caption means) / C
+        mean(above - r below)^2 <= t_{S-1}^2 Var(seed means) / S + t_{C-1}^2 Var(caption means) / C,
 
-    are quadratic in r. If the divisor itself is not separated from 0, the interval is unbounded.
+    where the residual variance counts once, as in `seeds_by_captions`, are quadratic in r. If the divisor itself is not
+    separated from 0, the interval is unbounded.
     """
     tables = [np.asarray(table, dtype=np.float64) for table in (above, below)]
     if tables[0].ndim != 2 or tables[0].shape != tables[1].shape or tables[0].shape[1] < 2:
         shapes = " and ".join(str(table.shape) for table in tables)
         raise ValueError(f"tables: got {shapes}; expected two of (seeds, captions), at least (1, 2)")
     means = np.array([table.mean() for table in tables])
-    variances = np.zeros((2, 2))  # of the two means, each times the square of its quantile
-    for axis in (0, 1):
-        rows = np.stack([table.mean(axis=axis) for table in tables])
-        number = rows.shape[1]
-        if number > 1:
-            variances += np.cov(rows) / number * float(stdtrit(number - 1, (1 + LEVEL) / 2)) ** 2
+    both = np.stack(tables)
+    over_seeds, over_captions = both.mean(axis=1), both.mean(axis=2)  # (2, C), (2, S)
+    levels = [rows for rows in (over_captions, over_seeds) if rows.shape[1] > 1]
+    terms = [(rows.shape[1] - 1, np.cov(rows) / rows.shape[1]) for rows in levels]
+    if len(terms) == 2:  # both contain the residual's covariance; the term with more levels gives it up
+        rest = both - over_captions[:, :, None] - over_seeds[:, None, :] + means[:, None, None]
+        (fewer, first), (more, second) = sorted(terms, key=lambda term: term[0])
+        residual = np.einsum("isc,jsc->ij", rest, rest) / (fewer * more * tables[0].size)
+        terms = [(fewer, first), (more, second - residual)]
+    variances = sum(matrix * float(stdtrit(free, (1 + LEVEL) / 2)) ** 2 for free, matrix in terms)
     squares = np.outer(means, means) - variances
     value = float(means[0] / means[1]) if means[1] else math.nan
     if squares[1, 1] <= 0:

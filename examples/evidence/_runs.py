@@ -36,7 +36,7 @@ TUNING_SEED = 100
 REFUSED, INTERRUPTED = 2, 130  # exit statuses: of a recipe for invalid settings, and of a program that is stopped
 RESERVED = {"model", "reward", "seed", "output_dir", "resume", "prompts", "eval_prompts"}
 """Settings that the scripts choose; their own options set them."""
-ATTEMPTS = 200  # draws per fresh caption, after which the world is said to have too few
+ATTEMPTS, ROUND = 1000, 400  # rounds of draws of fresh captions; a round without a new one is the last
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Prompts:
             captions = fresh_captions(options.samples, options.caption_seed, used, scenes_of(read_prompts(train)))
             write_atomically(fresh, "".join(f"{caption}\n" for caption in captions))
         found = cls(train.absolute(), tuning.absolute(), fresh.absolute())
-        check_disjoint({path.name: read_prompts(path) for path in (found.train, found.tuning, found.fresh)})
+        check_disjoint({f"{role} ({path.name})": read_prompts(path) for role, path in vars(found).items()})
         return found
 
     def options(self, fresh: bool, options: Namespace) -> dict[str, object]:
@@ -257,12 +257,15 @@ def fresh_captions(number: int, seed: int, used: Iterable[str], scenes: SceneCon
     """Return `number` different held-out captions, none of them in `used`. Raises ValueError if there are too few."""
     rng, taken, found = np.random.default_rng(seed), set(used), list[str]()
     for _ in range(ATTEMPTS):
-        for scene in draw_scenes(number, rng, held_out=True, scenes=scenes):
+        before = len(found)
+        for scene in draw_scenes(ROUND, rng, held_out=True, scenes=scenes):
             if scene.caption not in taken:
                 taken.add(scene.caption)
                 found.append(scene.caption)
         if len(found) >= number:
             return found[:number]
+        if len(found) == before:
+            break
     raise ValueError(f"samples: got {number}; expected at most {len(found)}, the world's unused held-out captions")
 
 
