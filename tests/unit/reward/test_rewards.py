@@ -354,11 +354,15 @@ def test_unknown_names_and_specs_that_are_none(load):
         load_reward("oracle", spec=MODELS["sd35"])
 
 
+def broken_gold(images, prompts):
+    return torch.full((len(prompts),), torch.nan)
+
+
 def test_image_scorers_by_name(load, spec, tiny_pipeline, weights):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(load_image_scorer(tiny_gold)(images, PROMPTS), tiny_gold(images, PROMPTS))
-    with pytest.raises(ValueError, match="tiny_gold.* returned 2 of 2 scores that are NaN or infinite"):
-        load_image_scorer(tiny_gold)(images * torch.nan, PROMPTS)
+    with pytest.raises(ValueError, match="broken_gold.* returned 2 of 2 scores that are NaN or infinite"):
+        load_image_scorer(broken_gold)(images, PROMPTS)
     assert torch.equal(load_image_scorer("oracle", spec=spec)(images, PROMPTS), tiny_gold(images, PROMPTS))
     assert torch.equal(load_image_scorer(spec.gold, spec=spec)(images, PROMPTS), tiny_gold(images, PROMPTS))
     pixel = load_image_scorer("pixel", spec=spec)(images, PROMPTS)
