@@ -147,6 +147,10 @@ class RewardSum(Reward):
         for part in self.parts:
             part.enable_gradient_checkpointing()
 
+    def disable_gradient_checkpointing(self) -> None:
+        for part in self.parts:
+            part.disable_gradient_checkpointing()
+
     def set_decode_slice(self, size: int | None) -> None:
         for part in self.parts:
             part.set_decode_slice(size)

@@ -291,6 +291,9 @@ class LatentReward(Reward):
         """Recompute the backbone's blocks in the backward pass. This saves memory and takes about a third more time."""
         self.backbone.enable_gradient_checkpointing()
 
+    def disable_gradient_checkpointing(self) -> None:
+        self.backbone.disable_gradient_checkpointing()
+
     def replace_shared(self, made: Mapping[int, Tensor]) -> None:
         """Record new tensors as the weights shared with the transformer. made: {id(old tensor): new tensor}."""
         self.backbone.share(made[id(tensor)] for tensor in self.backbone.shared)

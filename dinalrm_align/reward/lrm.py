@@ -166,10 +166,10 @@ class LrmReward(PixelReward):
         same = math.isclose(vae.config.scaling_factor, self.family.scaling_factor, rel_tol=1e-4)
         return same and vae.config.latent_channels == 4 and not vae.config.shift_factor
 
-    def enable_gradient_checkpointing(self) -> None:
-        super().enable_gradient_checkpointing()
+    def _set_recompute(self, recompute: bool) -> None:
+        super()._set_recompute(recompute)
         for part in (self.model.unet, *self._own.values()):
-            part.enable_gradient_checkpointing()
+            part.enable_gradient_checkpointing() if recompute else part.disable_gradient_checkpointing()
 
     def _move(self, device: torch.device) -> None:
         super()._move(device)

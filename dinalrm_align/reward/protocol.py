@@ -196,6 +196,8 @@ class Reward(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of storing them."""
 
+    def disable_gradient_checkpointing(self) -> None: ...
+
     def set_decode_slice(self, size: int | None) -> None:
         """Make the VAE decode at most `size` latents at a time; None: the whole batch."""
 

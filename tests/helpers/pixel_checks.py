@@ -3,19 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dinalrm_align.models.pipeline import decode_latents
-
-
-def keep_activations(reward) -> None:
-    """Turn gradient checkpointing off, which rewards only turn on, for the tests that share the reward or its VAE."""
-    reward._recompute = False
-    for part in reward.modules():
-        if isinstance(part, GradientCheckpointingLayer):
-            part.gradient_checkpointing = part.training = False
-    if reward.has_vae:
-        reward.vae.disable_gradient_checkpointing()
 
 
 def check_recomputation(
@@ -33,7 +22,7 @@ def check_recomputation(
     try:
         (recomputed,) = torch.autograd.grad(reward(latents, prompts=prompts).sum(), latents)
     finally:
-        keep_activations(reward)
+        reward.disable_gradient_checkpointing()
     assert len(calls) == 12
     torch.testing.assert_close(recomputed, plain)
     torch.autograd.grad(reward(latents, prompts=prompts).sum(), latents)

@@ -82,6 +82,9 @@ class SD3Trunk(nn.Module):
         """Recompute each block in the backward pass instead of storing its activations."""
         self.gradient_checkpointing = True
 
+    def disable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = False
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Record which of the trunk's weights are shared with the transformer, and their present values."""
         self.shared: tuple[Tensor, ...] = tuple(tensors)

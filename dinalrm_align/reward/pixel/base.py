@@ -162,20 +162,27 @@ class PixelReward(Reward):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the VAE decoder's blocks and the reward's transformer layers in the backward pass."""
-        self._recompute = True
-        recompute_layers(self)
-        if self.has_vae:
-            self.vae.enable_gradient_checkpointing()
+        self._set_recompute(True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        self._set_recompute(False)
 
     def set_decode_slice(self, size: int | None) -> None:
         if size is not None and size < 1:
             raise ValueError(f"slice_size: got {size}; expected at least 1, or None for the whole batch")
         self.slice_size = size
 
+    def _set_recompute(self, recompute: bool) -> None:
+        self._recompute = recompute
+        recompute_layers(self, recompute)
+        if self.has_vae and recompute:
+            self.vae.enable_gradient_checkpointing()
+        elif self.has_vae:
+            self.vae.disable_gradient_checkpointing()
+
     def train(self, mode: bool = True) -> "PixelReward":
         super().train(False)
-        if self._recompute:
-            recompute_layers(self)
+        recompute_layers(self, self._recompute)
         return self
 
 
@@ -190,8 +197,8 @@ def check_decodable(vae: AutoencoderKL, latents: Tensor) -> None:
     check_finite("latents", latents)
 
 
-def recompute_layers(model: nn.Module) -> None:
-    """Turn gradient checkpointing on for all layers of a transformers model.
+def recompute_layers(model: nn.Module, recompute: bool) -> None:
+    """Turn gradient checkpointing on or off for all layers of a transformers model.
 
     transformers recomputes activations only in layers with `training` True. This function therefore sets `training` of
     these layers, but not of the modules inside them (dropout). `model.eval()` resets `training`: after `model.eval()`,
@@ -199,7 +206,7 @@ def recompute_layers(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = layer.training = True
+            layer.gradient_checkpointing = layer.training = recompute
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 

@@ -53,9 +53,10 @@ def test_slices_give_the_same_scores_and_gradient(vae, slice_size):
         sliced = reward(latents, prompts=PROMPTS)
         (got,) = torch.autograd.grad(sliced.sum(), latents)
     finally:
-        vae.disable_gradient_checkpointing()
+        reward.disable_gradient_checkpointing()
     torch.testing.assert_close(sliced, plain)
     torch.testing.assert_close(got, want)
+    assert not vae.decoder.gradient_checkpointing
 
 
 def test_slices_hold_the_activations_of_one_slice(vae):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pixel_checks import check_decoding, keep_activations
+from pixel_checks import check_decoding
 from tiny_clip import save_clip
 from tiny_reward import encoded
 from transformers import CLIPModel
@@ -185,7 +185,7 @@ def test_checkpointing_recomputes_the_vision_layers_and_stays_in_evaluation(fold
         calls.clear()
         torch.autograd.grad(reward(latents, prompts=PROMPTS[:1]).sum(), latents)
     finally:
-        keep_activations(reward)
+        reward.disable_gradient_checkpointing()
     assert len(calls) == 2 * len(layers)
     assert not reward.clip.vision_model.encoder.training and not any(layer.training for layer in layers)
 

@@ -287,7 +287,8 @@ def test_checkpointing_reaches_every_part_and_changes_no_gradient(load, tiny_pip
         assert tiny_pipeline.vae.decoder.gradient_checkpointing and reward.parts[1].slice_size == 1
         torch.testing.assert_close(gradient(), plain)
     finally:
-        tiny_pipeline.vae.disable_gradient_checkpointing()
+        reward.disable_gradient_checkpointing()
+    assert not tiny_pipeline.vae.decoder.gradient_checkpointing
 
 
 def test_parts_with_other_vaes_are_refused(load, tiny_pipeline):

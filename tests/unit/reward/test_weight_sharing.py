@@ -81,6 +81,9 @@ def test_checkpointing_changes_no_gradient(tiny_reward_dir, policy, tiny_inputs,
     reward.enable_gradient_checkpointing()
     assert_equal(gradient(reward, {**tiny_inputs, "sigma": sigma}), plain, tolerance=1e-8)
     assert ran[3:] == [0, 1, 2, 2, 1, 0], "the backward pass runs every block again"
+    reward.disable_gradient_checkpointing()
+    gradient(reward, {**tiny_inputs, "sigma": sigma})
+    assert ran[9:] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("state", ["active", "disabled", "training"])
