@@ -86,7 +86,7 @@ def _draw_parts(axis: Axes, rows: Sequence[Mapping[str, float]], parts: Sequence
 
 
 def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
-    """Draw each recorded quantity. Returns PNG paths by quantity and by x axis (a key of CLOCKS)."""
+    """Draw each recorded quantity. Returns PNG paths by quantity and by x axis (a key of CLOCKS; "" for bar charts)."""
     comparable = [entry for entry in entries if not entry.incomparable]
     scores = dict.fromkeys(["gold", "proxy", *(name for entry in comparable for name in entry.runs[0].scores[0])])
     scores = [name for name in scores if not name.startswith(PREFIX)]  # parts stand in a table
@@ -110,6 +110,8 @@ def draw(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, Path]]:
             if panels := {f"{kind}/{phase}": phase for phase in phases_of(runs, kind)}:
                 path, title = folder / f"{kind}_{clock}.png", f"{COSTS[kind]} of an update, by phase"
                 drawn.setdefault(kind, {})[clock] = _draw_lines(entries, panels, clock, path, title)
+    if kinds := [kind for kind in COSTS if phases_of(runs, kind)]:
+        drawn["costs"] = {"": _draw_costs(entries, kinds, folder / "costs.png")}
     return drawn
 
 
@@ -194,6 +196,23 @@ def _draw_lines(entries: Sequence[Entry], panels: dict[str, str], clock: str, pa
         if name not in ("level_spread", "divergence"):
             axis.set_ylim(bottom=0)
     figure.suptitle(title, fontsize=10)
+    return save_with_legend(figure, path)
+
+
+def _draw_costs(entries: Sequence[Entry], kinds: Sequence[str], path: Path) -> Path:
+    """Draw the average cost of an update by phase as bars, with one panel for each kind of cost."""
+    figure = Figure(figsize=(3.6 * len(kinds), SIZE[1]), layout="constrained")
+    width = 0.8 / len(entries)
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False).flatten(), kinds):
+        phases = phases_of([run for entry in entries for run in entry.runs], kind)
+        for index, entry in enumerate(entries):
+            values = [entry.cost(kind).get(phase, 0.0) for phase in phases]
+            at = np.arange(len(phases)) + index * width
+            bars = axis.bar(at, values, width, color=entry.colour, label=entry.legend)
+            if len(entries) <= 3:
+                axis.bar_label(bars, [f"{value:.3g}" if value else "" for value in values], fontsize=6)
+        axis.set_xticks(np.arange(len(phases)) + 0.4 - width / 2, phases, fontsize=8)
+        axis.set_title(f"{COSTS[kind]} of an update", fontsize=10)
     return save_with_legend(figure, path)
 
 

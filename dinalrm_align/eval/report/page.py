@@ -22,7 +22,7 @@ LARGEST = 256  # pixels of the longer side of an image in the grid; larger image
 HEADINGS = {
     "gold": "Gold score", "proxy": "Training reward", "kl": "KL in training", "drift": "Drift",
     "level_spread": "Disagreement of noise levels", "divergence": "Divergence of reward and gold",
-    "seconds": "Seconds by phase", "memory_mib": "Peak memory by phase",
+    "seconds": "Seconds by phase", "memory_mib": "Peak memory by phase", "costs": "Cost of an update by phase",
 }  # fmt: skip
 HOW_TO_READ = (
     "Gold gain: the held-out score that no run trains on, over the base model, paired on {samples} samples of "
@@ -190,8 +190,8 @@ def write(config: CompareRun) -> tuple[Path, list[str]]:
     html += [*map(_html_table, tables), f"<p>{how_to_read}</p>"]
     for name, files in figures.draw(entries, folder).items():
         heading = HEADINGS.get(name) or f"Second evaluator: {name.removeprefix('gold/')}"
-        against = {clock: f"against {figures.CLOCKS[clock]}" for clock in files}
-        links = [f"![{against[clock]}]({path.name})" for clock, path in files.items()]
+        against = {clock: f"against {figures.CLOCKS[clock]}" if clock else "" for clock in files}
+        links = [f"![{against[clock] or 'bars'}]({path.name})" for clock, path in files.items()]
         text += [f"## {heading}", "\n".join(links)]
         html += [f"<h2>{escape(heading)}</h2>", '<div class="figures">']
         for clock, path in files.items():

@@ -184,7 +184,7 @@ def test_tables_are_markdown():
 def test_curves_are_drawn_against_updates_time_and_flops(folders, tmp_path):
     entries, _ = read_entries([*folders, make_run(tmp_path / "p", 0.3, reward="mps", profiled=(1,))])
     drawn = draw(entries, tmp_path / "figures")
-    assert list(drawn) == ["gold", "proxy", "kl", "drift", "seconds", "memory_mib"]
+    assert list(drawn) == ["gold", "proxy", "kl", "drift", "seconds", "memory_mib", "costs"]
     assert list(drawn["gold"]) == ["updates", "time", "flops"] and list(drawn["kl"]) == ["updates", "time"]
     for path in (path for files in drawn.values() for path in files.values()):
         with Image.open(path) as image:
@@ -242,7 +242,7 @@ def test_the_page_is_complete_and_self_contained(folders, tmp_path):
     text = page.read_text()
     found = Page(text)
     images = found.images()
-    assert len(images) == 6 * 2 + 2 * 5  # six quantities, two clocks; two prompts, base model and four runs
+    assert len(images) == 6 * 2 + 1 + 2 * 5  # six quantities, two clocks; bars; two prompts, base model and four runs
     for image in images:
         image.load()
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in found.found}
