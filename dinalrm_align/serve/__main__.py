@@ -33,10 +33,13 @@ def serve(config: ServeConfig, token: str | None) -> None:
         raise ImportError(
             f"the server needs {error.name}, which is not installed: {install}", name=error.name
         ) from error
+    import torch
 
     from dinalrm_align.serve.metrics import Metrics
     from dinalrm_align.serve.pool import load_rewards
 
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     spec, reason = resolve_model(config.model)
     print(reason, flush=True)
     check_sources(spec, {"reward": config.reward} | {f"rewards.{name}": text for name, text in config.rewards.items()})

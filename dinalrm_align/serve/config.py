@@ -37,6 +37,7 @@ class ServeConfig:
         max_wait_ms: milliseconds that a sample waits for others.
         max_queue: largest number of waiting samples per reward and device; then requests are answered with status 429.
         max_body_mb: largest size of a request in MiB.
+        threads: CPU threads of each computation; null: torch's default.
     """
 
     reward: RewardText = "dinalrm"
@@ -51,6 +52,7 @@ class ServeConfig:
     max_wait_ms: NonNegativeFloat = 10.0
     max_queue: PositiveInt = 256
     max_body_mb: PositiveInt = 64
+    threads: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
