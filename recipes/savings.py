@@ -7,8 +7,8 @@
 Full-size networks are built from their published configs and run on tensors without storage, with the recipes' own
 code. Workloads: scoring, the reward's gradient, the gradient computation of a ReFL update, a Flow-GRPO update, and each
 network alone. The tables report peak bytes and floating-point operations. Savings with and without the ReFL rollout
-are listed beside those of arXiv 2602.11146. Writes savings.md, savings.json and savings.png to output_dir, and prints
-savings.md.
+are listed beside those of arXiv 2602.11146. `--economies false` leaves out the table of memory-saving options. Writes
+savings.md, savings.json and savings.png to output_dir, and prints savings.md.
 """
 
 import json
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     costs = count_all(cases, workers=run.workers)
     if run.measure:
         card = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-        measured = measure_all(cases), card, matrix_rate()
+        measured = measure_all(cases, warmup=run.warmup, repeats=run.repeats), card, matrix_rate()
     text = report(run, costs, *measured)
     write_atomically(folder / "savings.md", text)
     write_atomically(folder / "savings.json", json.dumps(to_json(run, costs, *measured), indent=1))

@@ -18,8 +18,8 @@ parser.add_argument("path", nargs="?", type=Path, default=RESULT, help="counts t
 path = parser.parse_args().path
 stored = json.loads(path.read_text(encoding="utf-8"))
 base = SavingsRun(**stored["settings"]).base
-if (base.size, base.batch, base.levels) != (1024, 1, 1):
-    raise SystemExit(f"{path}: targets are for --size 1024 --batch 1 --levels 1")
+if (base.size, base.batch, base.levels) != (1024, 1, 1) or not stored["settings"]["economies"]:
+    raise SystemExit(f"{path}: targets are for --size 1024 --batch 1 --levels 1 --economies true")
 refl, gradient = base.but(work="refl"), base.but(work="gradient")
 targets = [
     ("ReFL update", refl, "memory", 6.5),

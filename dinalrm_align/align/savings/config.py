@@ -16,6 +16,7 @@ from dinalrm_align.train.settings import (
     IntFrom1To8,
     IntFrom1To512,
     IntFrom64To6144,
+    NonNegativeInt,
     PathText,
     PositiveInt,
     check_fields,
@@ -31,9 +32,11 @@ class SavingsRun:
         batch: number of samples in an update, and in each call of the reward.
         text_length: number of T5 tokens per prompt, 1 to 512, in addition to CLIP's 77 tokens.
         levels: number of noise levels sigma at which the latent reward scores each sample, 1 to 8.
+        economies: for each memory-saving option, also count the cost of a ReFL update without its rollout.
         workers: number of processes that count in parallel; each process uses one core and about 1 GB.
-        measure: also run each configuration on the CUDA GPU, with random weights, 2 times unmeasured and 5 times
-            measured, of which the median time is reported; int8 is skipped.
+        measure: also run the configurations on the CUDA GPU, with random weights; int8 is skipped.
+        warmup: number of unmeasured runs of each configuration, if measure is set.
+        repeats: number of measured runs of each configuration, if measure is set; the median time is reported.
         output_dir: folder for savings.md, savings.json and savings.png.
     """
 
@@ -41,8 +44,11 @@ class SavingsRun:
     batch: PositiveInt = 1
     text_length: IntFrom1To512 = 128
     levels: IntFrom1To8 = 1
+    economies: bool = True
     workers: PositiveInt = 2
     measure: bool = False
+    warmup: NonNegativeInt = 2
+    repeats: PositiveInt = 5
     output_dir: PathText = "runs/savings"
 
     def __post_init__(self) -> None:
@@ -171,7 +177,7 @@ def rollout_step(base: Case) -> Case:
 def all_cases(run: SavingsRun) -> list[Case]:
     """Return each of the report's configurations once. Slow configurations come first, to balance the workers."""
     base = run.base
-    found = [*scenarios(base), *parts(base), rollout_step(base), *economies(base).values()]
+    found = [*scenarios(base), *parts(base), rollout_step(base), *(economies(base).values() if run.economies else [])]
     return sorted(dict.fromkeys(found), key=lambda case: (not case.trains, case.batch == base.batch))
 
 

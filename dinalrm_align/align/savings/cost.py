@@ -236,7 +236,7 @@ class Measured:
         return f2 / self.milliseconds / 1e9
 
 
-def measure(case: Case, architecture: Architecture, *, warmup: int = 2, repeats: int = 5) -> Measured:
+def measure(case: Case, architecture: Architecture, *, warmup: int, repeats: int) -> Measured:
     """Run a workload with random weights on the CUDA GPU: first `warmup` unmeasured runs, then `repeats` measured runs.
 
     Raises ValueError if weights are int8, whose cost can be counted, but not measured, and ImportError if weights are
@@ -259,12 +259,12 @@ def measure(case: Case, architecture: Architecture, *, warmup: int = 2, repeats:
     return _timed(run, repeats)
 
 
-def measure_all(cases: Sequence[Case]) -> dict[Case, Measured | str]:
+def measure_all(cases: Sequence[Case], *, warmup: int, repeats: int) -> dict[Case, Measured | str]:
     """Measure every configuration with full-size networks. Returns {case: measurement, or error message}."""
     found: dict[Case, Measured | str] = {}
     for case in tqdm(cases, desc="measured", dynamic_ncols=True):
         try:
-            found[case] = measure(case, FULL)
+            found[case] = measure(case, FULL, warmup=warmup, repeats=repeats)
         except torch.OutOfMemoryError:
             found[case] = "out of memory"
         except (ImportError, ValueError) as error:  # quantised weights

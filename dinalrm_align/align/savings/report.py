@@ -87,8 +87,9 @@ def report(run: SavingsRun, costs: Costs, runs: Runs | None, card: str, rate: fl
         ("Scenarios", f"{scenarios_table(run, costs)}\n\n{explained}"),
         ("ReFL with the rollout", rollout_table(run, costs)),
         ("Against the paper", paper_table(run, costs)),
-        ("Options, and what they save and cost", f"{economies_table(run, costs)}\n\n{UNCOUNTED}"),
     ]
+    if run.economies:
+        sections.append(("Options, and what they save and cost", f"{economies_table(run, costs)}\n\n{UNCOUNTED}"))
     if runs is not None:
         sections.append((f"Measured on {card}", measured_table(costs, runs, rate)))
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections) + "\n"
