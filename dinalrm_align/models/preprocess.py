@@ -20,14 +20,14 @@ BICUBIC = 3
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def resize(images: Tensor, size: tuple[int, int], *, clamp: bool = True) -> Tensor:
+def resize(images: Tensor, size: tuple[int, int], *, antialias: bool = True, clamp: bool = True) -> Tensor:
     """Resize images to (B, 3, *size), float32, with bicubic interpolation. `clamp`: clip the result to [0, 1]."""
     images = images.float()
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     if min(size) < 1:
         raise ValueError(f"images of {tuple(images.shape[-2:])} pixels are too narrow: they would become {size}")
-    images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+    images = F.interpolate(images, size=size, mode="bicubic", antialias=antialias, align_corners=False)
     return images.clamp(0, 1) if clamp else images
 
 

@@ -26,16 +26,18 @@ from dinalrm_align.train.device import available_device
 class LongSide:
     """HPSv2's preprocessing: resize the long side to `side`, pad to a square with zeros, normalise as for CLIP.
 
-    Resizing is antialiased, as in torchvision since 0.17. HPSv2's first published numbers are from an older version.
+    antialias: resize with antialiasing, as torchvision does since 0.17. Set False to reproduce HPSv2's first published
+    numbers, which were computed with an older torchvision.
     """
 
     side: int
+    antialias: bool = True
 
     def __call__(self, images: Tensor) -> Tensor:
         """Convert images (B, 3, H, W) in [0, 1] to pixel_values (B, 3, side, side), float32, differentiably."""
         scale = self.side / max(images.shape[-2:])
         height, width = (round(size * scale) for size in images.shape[-2:])
-        resized = resize(images, (height, width), clamp=False)
+        resized = resize(images, (height, width), antialias=self.antialias, clamp=False)
         return normalise(pad_to_square(resized, self.side))
 
 
@@ -49,6 +51,7 @@ class HPSv2Reward(ClipReward):
         *,
         file: str = "HPS_v2.1_compressed.pt",
         processor: str = CLIP_H,
+        antialias: bool = True,
         vae: AutoencoderKL | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -65,5 +68,5 @@ class HPSv2Reward(ClipReward):
         tokenizer = load_tokenizer(processor, **hub)
         options = dict(eos_token_id=tokenizer.eos_token_id, dtype=dtype or torch.float32, device=device)
         clip = build_clip_h(tensors, str(path), **options)
-        preprocess = LongSide(clip.config.vision_config.image_size)
+        preprocess = LongSide(clip.config.vision_config.image_size, antialias)
         return cls(clip, tokenizer, preprocess, vae, scaled=False)

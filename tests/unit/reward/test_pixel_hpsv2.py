@@ -111,6 +111,12 @@ def test_overshoot_is_kept_since_tensors_are_resized():
     assert LongSide(48)(step)[0, 0].max() > white + 0.01
 
 
+def test_antialiasing_is_a_choice():
+    noise = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    smooth, rough = LongSide(32)(noise), LongSide(32, antialias=False)(noise)
+    assert smooth.std() < 0.6 * rough.std()
+
+
 def test_pil_images_of_differing_sizes(reward):
     images = [Image.new("RGB", (90, 61), "red"), Image.new("RGB", (40, 77), "blue")]
     assert reward.score_images(images, PROMPTS).shape == (2,)
