@@ -287,9 +287,9 @@ class LatentReward(Reward):
         if not (card := Path(directory) / "README.md").exists():
             write_atomically(card, model_card(config))
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
         """Recompute the backbone's blocks in the backward pass. This saves memory and takes about a third more time."""
-        self.backbone.enable_gradient_checkpointing()
+        self.backbone.enable_gradient_checkpointing(use_reentrant)
 
     def disable_gradient_checkpointing(self) -> None:
         self.backbone.disable_gradient_checkpointing()

@@ -57,7 +57,7 @@ class SD3Trunk(nn.Module):
         self.patch_size: int = transformer.config.patch_size
         self.max_size: int = transformer.config.pos_embed_max_size * self.patch_size
         self.visual_taps, self.text_taps, self.last_tap = config.visual_taps, config.text_taps, config.last_tap
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.use_reentrant = False
 
         self.share((*self.parameters(), *self.buffers()) if share_weights else ())
         self._owner = weakref.ref(transformer)  # weak: the trunk must not keep unused blocks alive
@@ -78,9 +78,9 @@ class SD3Trunk(nn.Module):
     def device(self) -> torch.device:
         return self.pos_embed.proj.weight.device
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
         """Recompute each block in the backward pass instead of storing its activations."""
-        self.gradient_checkpointing = True
+        self.gradient_checkpointing, self.use_reentrant = True, use_reentrant
 
     def disable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = False
@@ -114,8 +114,11 @@ class SD3Trunk(nn.Module):
         context = self.context_embedder(prompt_embeds.to(self.dtype))
         recompute = False
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            recompute = any(tensor.requires_grad for tensor in (*self.parameters(), hidden, context, temb))
-        options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+            trained = any(parameter.requires_grad for parameter in self.parameters())
+            if trained and self.use_reentrant and not hidden.requires_grad:
+                hidden.requires_grad_()  # reentrant checkpoints need an input with gradient
+            recompute = trained or any(tensor.requires_grad for tensor in (hidden, context, temb))
+        options = dict(use_reentrant=self.use_reentrant, preserve_rng_state=False)  # nothing in a block is random
         visual, text = [hidden], [context]
         for block in self.transformer_blocks[: self.last_tap]:
             inputs = (hidden, context, temb)

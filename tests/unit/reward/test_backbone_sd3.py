@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -136,6 +137,15 @@ def test_blocks_that_are_not_used_are_not_kept_alive(transformer):
     gc.collect()
     assert last() is None
     trunk.check_shared()
+
+
+def test_reentrant_checkpointing_asks_for_no_gradient_that_nobody_needs(transformer):
+    trunk = SD3Trunk(transformer, tiny_reward_config(), share_weights=True).requires_grad_(False)
+    trunk.enable_gradient_checkpointing(use_reentrant=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        taps = trunk(*trunk_inputs(transformer))
+    assert not any(tokens.requires_grad for tokens in (*taps.visual, *taps.text))
 
 
 def test_text_tap_on_a_block_without_text_is_refused(transformer):

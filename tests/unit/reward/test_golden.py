@@ -99,12 +99,12 @@ def test_losses_of_a_training_step_equal_the_released_code(trained, golden, name
     torch.testing.assert_close(loss[None], golden[name], **TOLERANCE)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["off", "non_reentrant", "reentrant"])
 def test_gradient_norms_of_a_training_step_equal_the_released_code(trained, golden, checkpointing):
     trained.zero_grad()
     trained.trunk.disable_gradient_checkpointing()
-    if checkpointing:
-        trained.trunk.enable_gradient_checkpointing()
+    if checkpointing is not None:
+        trained.trunk.enable_gradient_checkpointing(use_reentrant=checkpointing)
     chosen, rejected = scores_of_pair(trained, golden)
     preference_loss(chosen, rejected, golden["train_sigma"], config=LOSSES["loss_thurstone"]).mean().backward()
     lora = torch.nn.utils.get_total_norm([p.grad for p in trained.trunk.lora_parameters().values()])

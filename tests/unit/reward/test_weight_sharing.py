@@ -71,14 +71,15 @@ def test_private_weights_are_no_ones_else(tiny_reward_dir, policy, tiny_inputs, 
 
 
 @pytest.mark.parametrize("share_weights", [True, False], ids=["shared", "private"])
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 @pytest.mark.parametrize("sigma", [0.4, (0.2, 0.5)], ids=["single", "ensemble"])
-def test_checkpointing_changes_no_gradient(tiny_reward_dir, policy, tiny_inputs, share_weights, sigma):
+def test_checkpointing_changes_no_gradient(tiny_reward_dir, policy, tiny_inputs, share_weights, use_reentrant, sigma):
     reward, ran = load(tiny_reward_dir, policy, share_weights=share_weights), []
     for index, block in enumerate(reward.model.trunk.transformer_blocks):
         block.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
     plain = gradient(reward, {**tiny_inputs, "sigma": sigma})
     assert ran == [0, 1, 2]
-    reward.enable_gradient_checkpointing()
+    reward.enable_gradient_checkpointing(use_reentrant=use_reentrant)
     assert_equal(gradient(reward, {**tiny_inputs, "sigma": sigma}), plain, tolerance=1e-8)
     assert ran[3:] == [0, 1, 2, 2, 1, 0], "the backward pass runs every block again"
     reward.disable_gradient_checkpointing()
@@ -123,7 +124,7 @@ def test_a_policy_trained_through_the_reward_gets_the_right_gradients(
     policy.enable_gradient_checkpointing(
         lambda block, *args: torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=use_reentrant)
     )
-    reward.enable_gradient_checkpointing()
+    reward.enable_gradient_checkpointing(use_reentrant=use_reentrant)
     together = policy_gradients(policy, reward)
     assert len(together) == len(alone) > 10 and all(grad.abs().max() > 0 for grad in together[1::2])
     assert_equal(together, alone)
