@@ -87,7 +87,7 @@ def push_run(
     with tempfile.TemporaryDirectory() as folder:  # before a repository is created
         write_repository(run, Path(folder), repo_id, lora=lora, settings=settings)
         try:
-            address = upload(repo_id, folder, **options)
+            address = upload(repo_id, lambda to, _: shutil.copytree(folder, to, dirs_exist_ok=True), **options)
         except OSError as error:
             again = shlex.join(["dinalrm-align", "push", str(run), repo_id])
             reason = str(error).strip().partition("\n")[0]

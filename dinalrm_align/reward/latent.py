@@ -32,6 +32,7 @@ from dinalrm_align.reward.protocol import Latents, Reward, Seeds, Sigma, Text, s
 from dinalrm_align.train.checks import check
 from dinalrm_align.train.device import available_device, to_device
 from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.hub import upload
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
@@ -286,6 +287,18 @@ class LatentReward(Reward):
         write_reward(directory, config, self.model.tuned_tensors(), format=format)
         if not (card := Path(directory) / "README.md").exists():
             write_atomically(card, model_card(config))
+
+    def push_to_hub(self, repo_id: str, *, format: str = "dinalrm", private: bool | None = None, **options: Any) -> str:
+        """Upload the output of `save_pretrained` to a hub repository (created if needed). Return the commit's URL.
+
+        options: `token`, and arguments of `HfApi.upload_folder` in huggingface_hub, such as `commit_message`.
+        """
+
+        def write(folder: Path, repo_id: str) -> None:
+            self.save_pretrained(folder, format)
+            write_atomically(folder / "README.md", model_card(self.config, repo_id))
+
+        return upload(repo_id, write, private=private, **options)
 
     def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
         """Recompute the backbone's blocks in the backward pass. This saves memory and takes about a third more time."""

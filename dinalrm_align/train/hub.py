@@ -1,6 +1,7 @@
 """Upload folders to the Hugging Face hub, with a model card. Imports no torch."""
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,25 @@ def check_login(repo_id: str) -> None:
 
 
 def upload(
-    repo_id: str, folder: str | Path, *, private: bool | None = None, token: str | None = None, **options: Any
+    repo_id: str,
+    write: Callable[[Path, str], None],
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    **options: Any,
 ) -> str:
-    """Upload the files of a folder to a repository, which is created if needed. Return the address of the commit.
+    """Upload files to a repository, which is created if needed. Return the address of the commit.
 
-    options: arguments of `HfApi.upload_folder`, such as commit_message. Raises the errors of huggingface_hub.
+    write(folder, repo_id) writes the files; `repo_id` then has an owner. options: arguments of `HfApi.upload_folder`,
+    such as commit_message. Raises the errors of huggingface_hub.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), repo_id)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
 
 def card(facts: Mapping[str, Any], base: str, *sections: str) -> str:

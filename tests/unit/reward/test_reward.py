@@ -5,7 +5,9 @@ import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -228,7 +230,8 @@ def test_a_pipeline_of_another_task_has_the_same_parts(tiny_pipeline, tiny_rewar
         LatentReward.from_pretrained(tiny_reward_dir, pipeline=3)
 
 
-def test_a_reward_is_saved_with_a_card_unless_one_is_there(tiny_pipeline, tiny_reward_dir, tmp_path):
+def test_a_reward_is_saved_with_a_card_and_pushed_to_the_hub(tiny_pipeline, tiny_reward_dir, tmp_path, monkeypatch):
+    """The hub client is replaced by one that copies the folder; a card that is there is kept."""
     reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline)
     reward.save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
@@ -237,6 +240,24 @@ def test_a_reward_is_saved_with_a_card_unless_one_is_there(tiny_pipeline, tiny_r
     (tmp_path / "saved" / "README.md").write_text("mine")
     reward.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "README.md").read_text() == "mine"
+
+    class Hub:
+        def __init__(self, token):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert (private, exist_ok) == (True, True)
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, tmp_path / "hub")
+            return f"https://hub/{repo_id}: {commit_message}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    where = reward.push_to_hub("a-reward", private=True, token="secret", commit_message="first")
+    assert where == "https://hub/me/a-reward: first"
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert 'from_pretrained("me/a-reward"' in (tmp_path / "hub" / "README.md").read_text()
 
 
 def test_a_reward_may_lie_in_a_subfolder(tiny_pipeline, tiny_reward_dir, tiny_inputs):

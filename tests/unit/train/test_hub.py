@@ -33,9 +33,11 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
 
 
-def test_upload_creates_the_repository_and_sends_the_files(hub, tmp_path):
-    (tmp_path / "a.txt").touch()
-    assert upload("name", tmp_path, token="secret", commit_message="m") == "me/name ['a.txt'] secret m"
+def test_upload_writes_the_files_for_the_full_name_of_the_repository(hub):
+    def write(folder, repo_id):
+        (folder / repo_id.replace("/", "-")).touch()
+
+    assert upload("name", write, token="secret", commit_message="m") == "me/name ['me-name'] secret m"
 
 
 def test_a_login_is_checked_before_training(hub, monkeypatch):
