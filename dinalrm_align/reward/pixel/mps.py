@@ -4,8 +4,10 @@
 
 A preference dimension is selected by a list of words, the condition. A prompt word is relevant if its text feature is
 similar to that of a condition word. Code and weights are MIT: https://github.com/Kwai-Kolors/MPS, whose README links to
-MPS_overall_checkpoint.pth. The checkpoint is a pickled module, of which only the tensors are read. A .safetensors file
-with these tensors is read as well.
+MPS_overall_checkpoint.pth. The checkpoint is a pickled module, of which only the tensors are read. To convert the
+checkpoint to safetensors:
+
+    python -m dinalrm_align.reward.pixel.mps MPS_overall_checkpoint.pth mps.safetensors
 
 The tokenizer and preprocessor are those of laion/CLIP-ViT-H-14-laion2B-s32B-b79K. The upstream code computes in
 float16. This module computes in `dtype` (default float32). Because of rounding, the two can disagree on whether a
@@ -20,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
+from jsonargparse import auto_cli
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
@@ -35,7 +39,9 @@ from dinalrm_align.reward.names import CLIP_H
 from dinalrm_align.reward.pixel.base import PixelReward, cached, load_tokenizer, tokenise
 from dinalrm_align.reward.pixel.clip import load_preprocess
 from dinalrm_align.reward.pixel.clip_h import build_clip_h, shape_of
+from dinalrm_align.train.command import refusing
 from dinalrm_align.train.device import available_device
+from dinalrm_align.train.files import atomically
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
@@ -149,7 +155,7 @@ class MPSReward(PixelReward):
         """Load the weights. The arguments not listed here, and the errors, are documented in `reward.pixel`.
 
         Args:
-            source: MPS_overall_checkpoint.pth, its tensors as .safetensors, or a folder or hub id that contains `file`.
+            source: MPS_overall_checkpoint.pth, its safetensors conversion, or a folder or hub id that contains `file`.
             processor: folder or hub id of the tokenizer and preprocessor.
             condition: list of words that selects a preference dimension.
         """
@@ -201,6 +207,16 @@ def read_mps(path: Path) -> dict[str, Tensor]:
     return read_tensors(path) if path.suffix == ".safetensors" else read_module_tensors(path)
 
 
+def convert_mps(source: str | Path, target: str | Path) -> str | Path:
+    """Convert the pickle `source` (MPS_overall_checkpoint.pth) to the safetensors file `target`. Returns `target`."""
+    tensors = read_mps(Path(source))
+    if not any(name.startswith("cross_model.") for name in tensors):
+        raise ValueError(f"{source} does not hold an MPS: it has no cross_model.*, but {sorted(tensors)[:4]}")
+    with atomically(Path(target)) as temporary:
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary)
+    return target
+
+
 def load_blocks(
     tensors: Mapping[str, Tensor], width: int, where: str, *, dtype: torch.dtype, device: torch.device | None
 ) -> nn.ModuleList:
@@ -214,3 +230,13 @@ def load_blocks(
         blocks = nn.ModuleList(CrossBlock(width, heads, head_width, inner) for _ in range(count))
     assign_tensors(blocks, own, where, dtype=dtype, device=device)
     return blocks
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with refusing():
+        target = auto_cli(convert_mps, args=argv)
+    print(f"{target}: --reward mps={target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bomb import Bomb
-from safetensors.torch import save_file
 from tiny_clip import LENGTH, SIZE, drop, smooth_images, tiny_clip_h, tiny_vae, write_processor
 from torch import nn
 
 from dinalrm_align.models.weights import read_module_tensors
-from dinalrm_align.reward.pixel.mps import CONDITION, CrossBlock, MPSReward, read_mps, rotate
+from dinalrm_align.reward.pixel.mps import CONDITION, CrossBlock, MPSReward, convert_mps, main, rotate
 
 PROMPTS = ["a red circle", "blue square"]
 CONDITIONS = "red square"
@@ -192,14 +191,22 @@ def test_the_condition_chooses_what_is_scored(world, reward):
     assert len(words) == len(set(words)) == 22
 
 
-def test_safetensors_of_the_same_tensors_score_the_same(world, reward, tmp_path):
-    tensors = read_mps(world[0] / "MPS_overall_checkpoint.pth")
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "mps.safetensors")
+def test_converted_file_scores_the_same(world, reward, tmp_path):
+    convert_mps(world[0] / "MPS_overall_checkpoint.pth", tmp_path / "mps.safetensors")
     converted = MPSReward.from_pretrained(
         tmp_path / "mps.safetensors", processor=str(world[0] / "processor"), condition=CONDITIONS
     )
     images = smooth_images(2, SIZE, SIZE)
     assert torch.equal(converted.score_images(images, PROMPTS), reward.score_images(images, PROMPTS))
+
+
+def test_the_converter_is_a_command(world, tmp_path, capsys):
+    target = tmp_path / "mps.safetensors"
+    main([str(world[0] / "MPS_overall_checkpoint.pth"), str(target)])
+    assert target.is_file() and f"--reward mps={target}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "absent.pth"), str(target)])
+    assert stopped.value.code == 2 and "absent.pth" in capsys.readouterr().err
 
 
 def test_tensors_are_those_of_the_state_dict(world):
@@ -293,7 +300,7 @@ def test_code_in_the_pickle_is_not_run(world, tmp_path):
         torch.load(path, weights_only=True)  # nothing stays allowed afterwards
 
 
-def test_files_of_another_kind_are_named(world, tmp_path):
+def test_files_of_another_kind_are_named(tmp_path):
     path = tmp_path / "MPS_overall_checkpoint.pth"
     torch.save(OrderedDict(weight=torch.zeros(2)), path)
     with pytest.raises(ValueError, match=r"got a dict with the entries \['weight'\]; expected a pickled torch.nn.Mod"):
@@ -304,8 +311,8 @@ def test_files_of_another_kind_are_named(world, tmp_path):
     with pytest.raises(FileNotFoundError, match="no file other.pth in"):
         MPSReward.from_pretrained(tmp_path, file="other.pth")
     torch.save(nn.Linear(2, 2), path)
-    with pytest.raises(ValueError, match="MPS_overall_checkpoint.pth"):
-        MPSReward.from_pretrained(tmp_path, processor=str(world[0] / "processor"))
+    with pytest.raises(ValueError, match="does not hold an MPS: it has no cross_model"):
+        convert_mps(path, tmp_path / "out.safetensors")
 
 
 def test_the_released_sizes_come_to_the_published_number_of_weights():
