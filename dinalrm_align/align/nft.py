@@ -29,6 +29,7 @@ from dinalrm_align.flow.noise import add_noise, denoised, seeded_generator
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.train.device import to_device
+from dinalrm_align.train.state import Ema
 
 PATHS, NOISES, LEVELS = 30, 31, 32
 """RNG streams."""
@@ -120,7 +121,7 @@ class Nft:
         self.buffer = RolloutBuffer(reuse, Samples, self.roll_out, self._shapes)
         self.first = self.sampler.rank * config.groups * config.group_size  # global index of this rank's first sample
         self.steps = config.trained_steps(self.sampler.num_steps)
-        self.old = self.sampler.policy.weights()
+        self.old = Ema(self.sampler.policy.parameters, 0.0)
         self.draws = config.reward_draws if self.reward.reads_noise else 1
         check_whole_groups(self.reward, "nft", config.sample_batch, config.group_size)
 
@@ -134,7 +135,7 @@ class Nft:
             conditions = sampler.take(indices[samples].tolist())
             numbers = (self.first + samples).tolist()
             generators = [seeded_generator(PATHS, sampler.seed, number, sample) for sample in numbers]
-            with sampler.meter.phase("rollout"), sampler.policy.with_weights(self.old):
+            with sampler.meter.phase("rollout"), self.old.in_place():
                 final = sampler.sample(conditions, sampler.noise(generators))
             with sampler.meter.phase("reward"):
                 keys = [(sampler.seed, number, sample // config.group_size) for sample in numbers]
@@ -155,7 +156,7 @@ class Nft:
         """Update the old policy, which is a moving average of the trained weights. Call before rollout `number`."""
         kept = min(self.config.old_slope * number, self.config.old_limit)
         for name, p in self.sampler.policy.parameters.items():
-            self.old[name] = self.old[name].lerp(p.detach(), 1 - kept)
+            self.old.mean[name] = self.old.mean[name].lerp(p.detach(), 1 - kept)
 
     @property
     def no_signal(self) -> str:
@@ -208,7 +209,7 @@ class Nft:
             if config.kl_beta > 0:
                 with policy.reference():
                     v_reference = velocity(x_sigma, batch.sigma)
-            with policy.with_weights(self.old):
+            with torch.no_grad(), self.old.in_place():  # writes into the weights, so before the forward with gradient
                 v_old = velocity(x_sigma, batch.sigma)
             v = velocity(x_sigma, batch.sigma)
             contrast = contrast_loss(v, v_old, x_sigma, batch.sigma, batch.latents, batch.good, config.beta)
@@ -221,7 +222,7 @@ class Nft:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return tensors by name: the old policy's weights, and the fields of the unfinished rollout if any."""
-        return {f"{OLD}{name}": mean for name, mean in self.old.items()} | self.buffer.state_tensors()
+        return {f"{OLD}{name}": mean for name, mean in self.old.mean.items()} | self.buffer.state_tensors()
 
     def is_common(self) -> bool:
         """Return whether all ranks have equal `state_tensors`. They have if every rollout is finished."""
@@ -229,11 +230,18 @@ class Nft:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the result of `state_tensors`. Raises ValueError, naming the first tensor that does not fit."""
-        device = self.sampler.device
-        old = {name.removeprefix(OLD): t.to(device, copy=True) for name, t in tensors.items() if name.startswith(OLD)}
-        self.sampler.policy.check_weights(old)
+        old = {name.removeprefix(OLD): tensor for name, tensor in tensors.items() if name.startswith(OLD)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in old.items()}
+        expected = {name: tuple(mean.shape) for name, mean in self.old.mean.items()}
+        if shapes != expected:
+            name = min(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+            raise ValueError(
+                f"saved state: {OLD}{name}: got {shapes.get(name)}; expected {expected.get(name)}: resume with the "
+                "settings of the run"
+            )
         self.buffer.load_state_tensors({name: t for name, t in tensors.items() if not name.startswith(OLD)})
-        self.old = old
+        for name, mean in self.old.mean.items():
+            self.old.mean[name] = old[name].to(mean.device, copy=True)
 
     def _shapes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
         """Return {name of a field of a saved rollout: required shape}."""

@@ -179,10 +179,7 @@ class Policy:
         got, expected = ({n: (tuple(t.shape), t.dtype, t.device) for n, t in of.items()} for of in (weights, own))
         if got != expected:
             name = min(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
-            raise ValueError(
-                f"weights of another LoRA: {name}: got {got.get(name)}; expected {expected.get(name)}: resume with the "
-                "settings of the run"
-            )
+            raise ValueError(f"weights of another LoRA: {name}: got {got.get(name)}; expected {expected.get(name)}")
 
     def save_lora(self, folder: Path) -> None:
         """Write the LoRA to folder/pytorch_lora_weights.safetensors (see `write_lora`)."""

@@ -73,9 +73,9 @@ def test_the_sampling_policy_follows(method):
     before = p.detach().clone()
     move(method.sampler.policy)
     follower.follow(1)
-    torch.testing.assert_close(follower.old[name], 0.25 * before + 0.75 * p.detach())
+    torch.testing.assert_close(follower.old.mean[name], 0.25 * before + 0.75 * p.detach())
     follower.follow(9)
-    torch.testing.assert_close(follower.old[name], 0.125 * before + 0.875 * p.detach())
+    torch.testing.assert_close(follower.old.mean[name], 0.125 * before + 0.875 * p.detach())
     samples = follower.roll_out(0).latents
     torch.testing.assert_close(p.detach(), follower.sampler.policy.parameters[name].detach())
     assert not torch.allclose(samples, changed(method).roll_out(0).latents)  # a fresh one samples as the policy is now
