@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -170,6 +170,14 @@ class WeightSample:
         return (self.tensors, len(self.values)) == (other.tensors, len(other.values)) and all(close)
 
 
+class EncodingFormat(Protocol):
+    """Protocol of objects that hold encoding settings: `PairManifest` and the configs of rewards."""
+
+    vae_scaling_factor: float
+    vae_shift_factor: float
+    text_length: int
+
+
 @dataclasses.dataclass(frozen=True)
 class PairManifest:
     """Record of how the latents and text embeddings of a data set were encoded.
@@ -215,11 +223,8 @@ class PairManifest:
                 )
         return unknown
 
-    def check(self, expected: Any) -> None:
-        """Raise ValueError unless the pairs were encoded with the scaling, shift and text length in `expected`.
-
-        expected: a `PairManifest`, or the config of a reward.
-        """
+    def check(self, expected: EncodingFormat) -> None:
+        """Raise ValueError unless the pairs were encoded with the scaling, shift and text length in `expected`."""
         for name in ("vae_scaling_factor", "vae_shift_factor", "text_length"):
             wanted = getattr(expected, name)
             if abs(vars(self)[name] - wanted) > 1e-6:

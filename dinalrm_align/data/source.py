@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from dinalrm_align.data.batches import BatchOrder, PairSource
 from dinalrm_align.data.formats import folder_layout
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.data.mined_pairs import MinedPairs
-from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, PairBatch, PairManifest, WeightSample
+from dinalrm_align.data.pairs import EncodeImages, EncodePrompts, EncodingFormat, PairBatch, PairManifest, WeightSample
 from dinalrm_align.data.released_pairs import ReleasedPairs
 from dinalrm_align.data.workers import attempt
 from dinalrm_align.models.images import image_size, image_tensor, open_image
@@ -69,7 +69,7 @@ class Encoders:
 
 def open_pairs(
     path: str | Path,
-    expected: Any,
+    expected: EncodingFormat,
     encoders: Encoders,
     *,
     size: tuple[int, int],

@@ -33,9 +33,9 @@ from dinalrm_align.reward.registry import load_reward
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
-    "one at a time": "--max_batch_size=1",
-    "batches of up to 8": "--max_batch_size=8",
-    "two copies, batches of up to 8": "--max_batch_size=8 --devices=[cpu,cpu]",
+    "one at a time": "--max_batch_size=1 --threads=2",
+    "batches of up to 8": "--max_batch_size=8 --threads=2",
+    "two copies, batches of up to 8": "--max_batch_size=8 --threads=1 --devices=[cpu,cpu]",
 }
 CLIENTS = (1, 8, 64)
 
@@ -47,8 +47,7 @@ def server(options: str) -> Iterator[str]:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     command = [sys.executable, "-m", "dinalrm_align.serve", "--model=shapes", f"--port={port}"]
-    threads = "1" if "--devices" in options else "2"  # of each copy
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen([*command, *options.split()], env=environment, **quiet)
     try:
