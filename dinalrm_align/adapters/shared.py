@@ -14,16 +14,16 @@ import torch
 
 from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.names import parse_reward
-from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.reward.protocol import RewardModule
 from dinalrm_align.reward.registry import load_reward
 
 _LOCK = threading.Lock()
 SCORING = threading.Lock()
 """Held while a reward scores: tokenizers and caches of image rewards are not thread-safe."""
-_REWARDS: dict[tuple[str, ...], Reward] = {}
+_REWARDS: dict[tuple[str, ...], RewardModule] = {}
 
 
-def shared_reward(reward: str, *, options: Mapping[str, Mapping[str, Any]] | None = None, **place: Any) -> Reward:
+def shared_reward(reward: str, *, options: Mapping[str, Mapping[str, Any]] | None = None, **place: Any) -> RewardModule:
     """Load a reward by name, or return the one that this process has loaded with equal arguments.
 
     Each part of a sum is loaded once, so "dinalrm" and "dinalrm + 0.2*pickscore" share the copy of dinalrm. Pass
@@ -53,7 +53,7 @@ def shared_reward(reward: str, *, options: Mapping[str, Mapping[str, Any]] | Non
     return RewardSum(parts, {term.label: term.weight for term in terms})
 
 
-def pointwise(reward: Reward) -> Reward:
+def pointwise(reward: RewardModule) -> RewardModule:
     """Return the reward. Raises ValueError if it must score all samples of a prompt in one call."""
     if reward.wants_groups:
         got = f"{reward.name!r} compares all samples of a prompt in one call, and this framework passes a part of them"

@@ -54,14 +54,14 @@ from dinalrm_align.data.hub_prompts import load_prompts
 from dinalrm_align.data.source import Encoders, open_pairs
 from dinalrm_align.flow.sampling import named_sigmas
 from dinalrm_align.reward.names import parse_reward
-from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.reward.protocol import RewardModule
 from dinalrm_align.train.files import STATE, read_json
 
 RewardFunc = str | Callable[..., Any]
 Rows = Iterable[Mapping[str, Any]]
 
 
-def reward_function(reward: str | Reward, *, latents: bool = False, **place: Any) -> Callable[..., Any]:
+def reward_function(reward: str | RewardModule, *, latents: bool = False, **place: Any) -> Callable[..., Any]:
     """Return a reward for DDPOTrainer and AlignPropTrainer of trl 0.23.1: (images, prompts, metadata) -> (scores, {}).
 
     Gradients reach the images, as AlignProp needs. With DDPO, leave `async_reward_computation` off, which fails in
@@ -120,7 +120,9 @@ class DiffusionTrainer(ABC):
             prompts=[row["prompt"] for row in train],
             eval_prompts=[row["prompt"] for row in held_out],
             functions=functions,
-            text_lengths=frozenset().union(*(f.text_lengths for f in functions.values() if isinstance(f, Reward))),
+            text_lengths=frozenset().union(
+                *(f.text_lengths for f in functions.values() if isinstance(f, RewardModule))
+            ),
             after_update=self._after_update,
         )
         values = dict(**self.args.values(), **lora_values(peft_config), model=name, reward=reward)
@@ -314,7 +316,7 @@ def combined(
             name = func.__name__ if inspect.isroutine(func) else type(func).__name__
             label = "reward_funcs:" + re.sub(r"\W", "_", name)
             label += f"_{len(functions)}" * (label in functions)
-            functions[label] = func if isinstance(func, Reward) else with_columns(func, rows)
+            functions[label] = func if isinstance(func, RewardModule) else with_columns(func, rows)
             parts.append((weight, label))
     return " + ".join(name if weight == 1 else f"{weight!r}*{name}" for weight, name in parts), functions
 

@@ -43,7 +43,7 @@ from dinalrm_align.models.compilation import compile_blocks
 from dinalrm_align.models.pipeline import frozen_view, load_pipeline
 from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
 from dinalrm_align.reward.names import check_reward, gold_rewards, reward_sources
-from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.reward.protocol import Reward, RewardModule
 from dinalrm_align.reward.registry import ImageScorer, load_reward, sharing, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
 from dinalrm_align.train.checkpoints import check_checkpoint, check_identity
@@ -87,7 +87,7 @@ class Setup:
     reward: Reward
     anchor: Anchor | None
     gold: Mapping[str, ImageScorer]
-    copies: dict[Any, Reward]
+    copies: dict[Any, RewardModule]
     text: Text
     meter: PhaseMeter
     identity: Mapping[str, str]
@@ -242,7 +242,7 @@ def prepare(
     if gone := checkpoint is not None and str(start).startswith("/") and not Path(start).exists():
         accelerator.print(f"policy.init_from: {start} is gone; the checkpoint holds the run's weights")
     initial = None if start is None or gone else read_lora(start)
-    copies = dict[Any, Reward]()
+    copies = dict[Any, RewardModule]()
     with sharing(copies):
         gold = load_gold(resolved, samples, device, accelerator.print)
     accelerator.print(f"run in {run.output_dir}: reward {run.reward}, {len(prompts)} prompts, {dtype} on {device}")

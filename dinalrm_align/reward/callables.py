@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dinalrm_align.models.text import Conditions, prompts_of
 from dinalrm_align.reward.inputs import as_batch
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import Latents, Noise, Parted, Reward, Text, finite_scores, scoring
+from dinalrm_align.reward.protocol import Latents, Noise, Parted, RewardModule, Text, finite_scores, scoring
 from dinalrm_align.train.settings import did_you_mean
 
 IMAGES = ("images", "pixels")
@@ -59,8 +59,8 @@ def as_reward(
     vae: AutoencoderKL | None = None,
     name: str | None = None,
     differentiable: bool = True,
-) -> Reward:
-    """Return a reward that calls `function`. A `Reward` is returned as is. Other nn.Modules are frozen in place.
+) -> RewardModule:
+    """Return a reward that calls `function`. A `RewardModule` is returned as is. Other nn.Modules are frozen in place.
 
     Args:
         function: callable over images or latents (see the docstring of `reward.callables`). For an nn.Module, the
@@ -72,7 +72,7 @@ def as_reward(
 
     Raises TypeError unless the first argument of `function` is named `latents`, `images` or `pixels`.
     """
-    if isinstance(function, Reward):
+    if isinstance(function, RewardModule):
         return function
     name = name or f"{type(function).__name__}" * isinstance(function, nn.Module) or repr(function)[:60]
     named = _arguments(_check_callable(function, name), name)
@@ -107,7 +107,7 @@ class ImageFunction(PixelReward):
         return scores, {name: finite_scores(own, len(images), f"{self.name}: {name}") for name, own in parts.items()}
 
 
-class LatentFunction(Reward):
+class LatentFunction(RewardModule):
     """Reward that returns `function(latents, ...)`, with scaled latents (B, C, h, w) that are not decoded."""
 
     scores_images = False

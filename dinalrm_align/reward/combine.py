@@ -14,7 +14,7 @@ from dinalrm_align.reward.protocol import (
     Latents,
     Noise,
     Parted,
-    Reward,
+    RewardModule,
     Text,
     finite_scores,
     scoring,
@@ -22,14 +22,14 @@ from dinalrm_align.reward.protocol import (
 from dinalrm_align.train.settings import check_number
 
 
-class RewardSum(Reward):
+class RewardSum(RewardModule):
     """Weighted sum of named rewards: score = sum_i weight_i * score_i. The summed rewards are called parts.
 
     Parts can have scores on different scales. GRPO therefore takes each part's unweighted scores from `score_parts`,
     and normalises each part's scores before it adds up the parts.
     """
 
-    def __init__(self, parts: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
+    def __init__(self, parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> None:
         """Combine named rewards. Raises ValueError if a weight is missing or not finite, or if VAEs of parts differ."""
         super().__init__()
         if not parts:
@@ -63,7 +63,7 @@ class RewardSum(Reward):
         return next((part.device for part in self.parts if part.reads_images or part.noise_parts), torch.device("cpu"))
 
     @property
-    def named_parts(self) -> dict[str, Reward]:
+    def named_parts(self) -> dict[str, RewardModule]:
         return dict(zip(self.names, self.parts, strict=True))
 
     @property
@@ -156,7 +156,7 @@ class RewardSum(Reward):
             part.set_decode_slice(size)
 
 
-def _sum_of(parts: Mapping[str, Reward], weights: Mapping[str, float]) -> RewardSum:
+def _sum_of(parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> RewardSum:
     """Return a sum of unpickled rewards. Image rewards, each of which has loaded its VAE, share the first one's."""
     pixel = [part for part in parts.values() if part.reads_images and part.has_vae]
     for part in pixel:

@@ -28,7 +28,7 @@ from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.loading import check_place, check_vae, load_parts
 from dinalrm_align.reward.model import RewardModel
 from dinalrm_align.reward.origin import Origin, absolute
-from dinalrm_align.reward.protocol import Latents, Reward, Seeds, Sigma, Text, scoring
+from dinalrm_align.reward.protocol import Latents, RewardModule, Seeds, Sigma, Text, scoring
 from dinalrm_align.train.checks import check
 from dinalrm_align.train.device import available_device, to_device
 from dinalrm_align.train.files import write_atomically
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 STATISTICS_CALLS = 10  # number of first calls that check the statistics of their latents
 
 
-class LatentReward(Reward):
+class LatentReward(RewardModule):
     """A frozen reward model that scores scaled latents. Load a reward with `from_pretrained`.
 
     No parameter requires a gradient, and the module stays in evaluation mode. Gradients flow to the latents. Text

@@ -1,12 +1,13 @@
 """The interface of all rewards: latent rewards, image rewards, weighted sums, Python callables and remote models.
 
-Code outside of `reward/` never checks the class of a reward.
+`Reward` is the interface. `RewardModule` has default implementations for this package's rewards, which are frozen
+modules. Code outside of `reward/` never checks the class of a reward.
 """
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -64,30 +65,8 @@ class ImageOptions(TypedDict, total=False):
     differentiable: bool
 
 
-def scoring(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method of a reward that returns scores.
-
-    It runs without autocast on the reward's device, in the dtype of the weights. Its checks of values on a GPU are read
-    in one transfer at its end, or later if the caller defers them (`train.checks.deferred`).
-    """
-
-    @functools.wraps(method)
-    def call(self: "Reward", *arguments: Any, **options: Any) -> Any:
-        device = self.device.type if torch.amp.is_autocast_available(self.device.type) else "cpu"
-        with torch.autocast(device, enabled=False), deferred():
-            return method(self, *arguments, **options)
-
-    return call
-
-
-class Reward(nn.Module):
-    """A reward, which scores latents for prompts: a frozen module in evaluation mode. Higher is better.
-
-    Subclasses must implement `forward`, and `score_images` unless `scores_images` is False. Both return finite scores
-    (B,), float32. Those of `forward` are differentiable in the latents if `differentiable` is true. Its latents are
-    (B, C, H, W), scaled and clean, of any floating dtype; `score_images` takes images as `models.images.image_tensor`.
-    Autocast around a call does not change the scores. They raise ValueError or TypeError for invalid input, and
-    ValueError if a score is not finite, or if `differentiable` is false and the input requires a gradient.
+class Reward(Protocol):
+    """Interface of a reward, which scores latents for prompts. Higher is better.
 
     Attributes:
         name: name in error messages.
@@ -98,16 +77,104 @@ class Reward(nn.Module):
         sigmas: for one latent reward, also a served one, its default noise levels of latents and of images; else None.
         wants_groups: whether all samples of a prompt must be scored in one call, so that their scores are comparable.
         noise_parts: for a sum, the latent rewards in the sum; for a latent reward, [self]; otherwise empty.
+        text_lengths: T5 sequence lengths at which to encode prompts (see `Conditions.for_length`). Empty if the reward
+            reads prompts as strings.
+        named_parts: the rewards in a weighted sum, by name; {"reward": self} for a single reward.
+        weights: weight of each reward in `named_parts`, by name.
+        device: device that computes the scores.
     """
 
-    name = "reward"
+    name: str
+    differentiable: bool
+    reads_images: bool
+    scores_images: bool
+    reads_noise: bool
+    sigmas: tuple[Sigma, Sigma] | None
+    wants_groups: bool
+    noise_parts: "Sequence[LatentReward]"
+    text_lengths: frozenset[int]
+    named_parts: "Mapping[str, Reward]"
+    weights: Mapping[str, float]
+    device: torch.device
+
+    def __call__(self, latents: Latents, prompts: Text, **noise: Unpack[Noise]) -> Tensor:
+        """Return finite scores (B,), float32, differentiable in the latents if `differentiable` is true.
+
+        latents: (B, C, H, W), scaled and clean, any floating dtype. Autocast around the call does not change the
+        scores. Raises ValueError or TypeError for invalid input, and ValueError if a score is not finite, or if
+        `differentiable` is false and the latents require a gradient.
+        """
+        ...
+
+    def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
+        """Return unweighted scores as a dict: name in `weights` -> scores (B,). Latents are decoded at most once."""
+        ...
+
+    def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
+        """Return scores (B,) of latents that contain noise of level sigma. Raises TypeError if not supported."""
+        ...
+
+    def score_images(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Tensor:
+        """Return scores (B,), float32. images: see `models.images.image_tensor`."""
+        ...
+
+    def score_image_parts(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Parted:
+        """Return `score_images` and the parts of the scores, computed in one pass."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a digest of the weights. Training resumes from a checkpoint only if the digest is unchanged."""
+        ...
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of storing them."""
+        ...
+
+    def disable_gradient_checkpointing(self) -> None: ...
+
+    def set_decode_slice(self, size: int | None) -> None:
+        """Make the VAE decode at most `size` latents at a time; None: the whole batch."""
+        ...
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Apply torch.compile, in place, to each transformer block of every latent reward's backbone."""
+        ...
+
+    def check_gradient(self, inputs: Tensor) -> None:
+        """Raise ValueError if `inputs` requires a gradient and `differentiable` is false."""
+        ...
+
+
+def scoring(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method of a reward that returns scores.
+
+    It runs without autocast on the reward's device, in the dtype of the weights. Its checks of values on a GPU are read
+    in one transfer at its end, or later if the caller defers them (`train.checks.deferred`).
+    """
+
+    @functools.wraps(method)
+    def call(self: "RewardModule", *arguments: Any, **options: Any) -> Any:
+        device = self.device.type if torch.amp.is_autocast_available(self.device.type) else "cpu"
+        with torch.autocast(device, enabled=False), deferred():
+            return method(self, *arguments, **options)
+
+    return call
+
+
+class RewardModule(nn.Module):
+    """Default implementation of `Reward`: a frozen module in evaluation mode.
+
+    Subclasses must implement `forward`, and `score_images` unless `scores_images` is False.
+    """
+
     differentiable = True
+    wants_groups = False
     reads_images = False
     scores_images = True
     reads_noise = False
     sigmas: tuple[Sigma, Sigma] | None = None
-    wants_groups = False
     noise_parts: "tuple[LatentReward, ...]" = ()
+    name = "reward"
     origin: Origin | None = None
     """The call that loaded the reward. A reward without one is pickled with its weights."""
     _as_loaded: Probes
@@ -116,17 +183,14 @@ class Reward(nn.Module):
 
     @property
     def text_lengths(self) -> frozenset[int]:
-        """T5 sequence lengths at which to encode prompts (`Conditions.for_length`); empty: it reads them as strings."""
         return frozenset(part.config.text_length for part in self.noise_parts)
 
     @property
-    def named_parts(self) -> "dict[str, Reward]":
-        """The rewards in a weighted sum, by name; {"reward": self} for a single reward."""
+    def named_parts(self) -> "dict[str, RewardModule]":
         return {"reward": self}
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of each reward in `named_parts`, by name."""
         return {"reward": 1.0}
 
     @property
@@ -135,15 +199,12 @@ class Reward(nn.Module):
         return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
-        """Return unweighted scores as a dict: name in `weights` -> scores (B,). Latents are decoded at most once."""
         return {"reward": self(latents, prompts, **noise)}
 
     def score_image_parts(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Parted:
-        """Return `score_images` and the parts of the scores, computed in one pass."""
         return self.score_images(images, prompts, **options), {}
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
-        """Return scores (B,) of latents that contain noise of level sigma. Raises TypeError if not supported."""
         raise TypeError(f"{self.name} does not score noisy latents; take a reward that does, as dinalrm")
 
     def offload(self) -> None:
@@ -184,34 +245,29 @@ class Reward(nn.Module):
         """Return dtypes, by submodule of `model`, that a pickled copy is cast to after loading."""
         return {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Reward":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RewardModule":
         copied = memo[id(self)] = self.__new__(type(self))
         copied.__dict__.update(copy.deepcopy(vars(self), memo))
         return copied
 
     def fingerprint(self) -> str:
-        """Return a digest of the weights. Training resumes from a checkpoint only if the digest is unchanged."""
         return text_digest(self.name) if next(self.parameters(), None) is None else fingerprint(self)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass instead of storing them."""
+    def enable_gradient_checkpointing(self) -> None: ...
 
     def disable_gradient_checkpointing(self) -> None: ...
 
-    def set_decode_slice(self, size: int | None) -> None:
-        """Make the VAE decode at most `size` latents at a time; None: the whole batch."""
+    def set_decode_slice(self, size: int | None) -> None: ...
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Apply torch.compile, in place, to each transformer block of every latent reward's backbone."""
         for part in self.noise_parts:
             compile_blocks(part.backbone.transformer_blocks, backend)
 
-    def train(self, mode: bool = True) -> "Reward":
+    def train(self, mode: bool = True) -> "RewardModule":
         """Stay in evaluation mode, whatever `mode` is. Dropout stays off, so equal inputs get equal scores."""
         return super().train(False)
 
     def check_gradient(self, inputs: Tensor) -> None:
-        """Raise ValueError if `inputs` requires a gradient and `differentiable` is false."""
         if not self.differentiable and torch.is_grad_enabled() and isinstance(inputs, Tensor) and inputs.requires_grad:
             raise ValueError(
                 f"{self.name} is not differentiable: it can rank and evaluate (GRPO, DPO, NFT), but gives no gradient "

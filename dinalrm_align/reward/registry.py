@@ -29,7 +29,7 @@ from dinalrm_align.reward.loading import DTYPES
 from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, companion_of, parse_reward, source_of
 from dinalrm_align.reward.origin import Origin, absolute
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import Parted, Reward
+from dinalrm_align.reward.protocol import Parted, RewardModule
 from dinalrm_align.reward.remote import RemoteReward
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ EVALUATION_SEED = 0
 """Seed of the noise in `load_image_scorer`, the same for every call."""
 
 
-_COPIES: ContextVar[dict[Any, Reward] | None] = ContextVar("copies", default=None)
+_COPIES: ContextVar[dict[Any, RewardModule] | None] = ContextVar("copies", default=None)
 
 
 @contextmanager
-def sharing(copies: dict[Any, Reward]) -> Iterator[None]:
+def sharing(copies: dict[Any, RewardModule]) -> Iterator[None]:
     """Context manager in which image rewards that are loaded with equal arguments are one object, kept in `copies`.
 
     A shared reward decodes with the VAE of the last call that passed one.
@@ -83,7 +83,7 @@ def load_reward(
     local_files_only: bool = False,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     functions: Mapping[str, Callable[..., Any]] | None = None,
-) -> Reward:
+) -> RewardModule:
     """Load a reward by name. The result is a frozen module that implements `protocol.Reward`.
 
     Args:
@@ -118,7 +118,7 @@ def load_reward(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}; expected {', '.join(DTYPES)}")
     place = dict(device=device, dtype=DTYPES.get(dtype, dtype), local_files_only=local_files_only)
-    parts: dict[str, Reward] = {}
+    parts: dict[str, RewardModule] = {}
     for term in terms:
         own = dict(options.get(term.name, {}))
         if "dtype" in own:
@@ -184,7 +184,7 @@ def _wrapped(
     vae: "AutoencoderKL | None",
     name: str | None = None,
     device: torch.device | str | None = None,
-) -> Reward:
+) -> RewardModule:
     """Return `as_reward(function, vae=vae, name=name)`. device: ignored; a callable runs where its inputs are."""
     reward = as_reward(function, vae=vae, name=name)
     if reward is not function:
@@ -200,7 +200,7 @@ def _load_term(
     vae: "AutoencoderKL | None",
     settings: Mapping[str, Any],
     device: torch.device | str | None = None,
-) -> Reward:
+) -> RewardModule:
     """Load a reward other than a latent reward. device: replaces the device in `settings`."""
     if name == "oracle":
         reward = _oracle(spec, vae)
@@ -213,7 +213,7 @@ def _load_term(
     return reward
 
 
-def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> Reward:
+def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> RewardModule:
     """Return the ground-truth reward of the synthetic shapes: rules on pixels, not differentiable."""
     if ":" not in spec.gold:
         raise ValueError(

@@ -28,7 +28,7 @@ from dinalrm_align.models.text import Conditions, prompts_of
 from dinalrm_align.reward.http import Refused, Server
 from dinalrm_align.reward.inputs import SEEDS, as_batch, check_seeds, check_sigma, draw_noise
 from dinalrm_align.reward.origin import Origin
-from dinalrm_align.reward.protocol import Latents, Noise, Reward, Seeds, Sigma, Text, finite_scores
+from dinalrm_align.reward.protocol import Latents, Noise, RewardModule, Seeds, Sigma, Text, finite_scores
 from dinalrm_align.train.files import InputError, parse_json
 from dinalrm_align.train.settings import did_you_mean
 
@@ -38,7 +38,7 @@ TOKEN = "DINALRM_TOKEN"
 """Environment variable with the server's token."""
 
 
-class RemoteReward(Reward):
+class RemoteReward(RewardModule):
     """A reward that a server computes, without gradient. Create one with `from_pretrained` or `load_reward`.
 
     The fingerprint is that of the served reward and of its image rewards' VAE. If the server was restarted with another

@@ -21,7 +21,7 @@ from dinalrm_align.models.pipeline import decode_latents
 from dinalrm_align.models.text import prompts_of
 from dinalrm_align.models.weights import HubOptions, check_source
 from dinalrm_align.reward.inputs import as_batch, check_finite
-from dinalrm_align.reward.protocol import Latents, Noise, Parted, Reward, Text, finite_scores, scoring
+from dinalrm_align.reward.protocol import Latents, Noise, Parted, RewardModule, Text, finite_scores, scoring
 from dinalrm_align.train.device import to_device
 from dinalrm_align.train.files import reading
 
@@ -41,7 +41,7 @@ def decode_in_slices(vae: AutoencoderKL, latents: Tensor, slice_size: int | None
     return torch.cat([decode_latents(vae, part) for part in parts])
 
 
-class PixelReward(Reward):
+class PixelReward(RewardModule):
     """A frozen reward that decodes latents and scores the images.
 
     Gradients reach the latents but not parameters. The VAE is frozen and not a submodule: moving, casting or saving the

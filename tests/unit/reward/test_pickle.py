@@ -16,7 +16,7 @@ from tiny_reward import make_inputs
 from dinalrm_align import LatentReward, load_reward
 from dinalrm_align.models.pipeline import load_pipeline, load_vae
 from dinalrm_align.reward.model import build_reward_model
-from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.reward.protocol import RewardModule
 
 PROMPTS = ["a small red circle left of a large blue square on gray", "three small green crosses on black"]
 LARGEST = 20_000
@@ -222,7 +222,7 @@ def test_a_deep_copy_has_weights_of_its_own(tiny_reward_dir, clip_dir, pipeline,
         assert torch.equal(copied(again)(latents, PROMPTS), expected)
 
 
-class Own(Reward):
+class Own(RewardModule):
     """A user's reward: it is pickled with its weights, as any module."""
 
     def __init__(self):

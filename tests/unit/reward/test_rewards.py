@@ -21,7 +21,7 @@ from dinalrm_align.reward.pixel import base
 from dinalrm_align.reward.pixel.base import PixelReward
 from dinalrm_align.reward.pixel.clip import ClipReward
 from dinalrm_align.reward.pixel.hpsv2 import HPSv2Reward
-from dinalrm_align.reward.protocol import Reward
+from dinalrm_align.reward.protocol import RewardModule
 from dinalrm_align.reward.registry import load_image_scorer
 from dinalrm_align.train.digest import fingerprint
 
@@ -315,7 +315,7 @@ def test_a_weighted_sum_that_overflows_is_refused(load):
         load(f"3e38*{__name__}:tiny_gold + 3e38*{__name__}:blueness").score_images(images, PROMPTS)
 
 
-class Own(Reward):
+class Own(RewardModule):
     def forward(self, latents, prompts, **noise):
         return latents.mean((1, 2, 3))
 
