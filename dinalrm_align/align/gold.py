@@ -41,9 +41,11 @@ def load_gold(
     return gold
 
 
-def load_scorer(resolved: Resolved[Any], reward: str, device: torch.device) -> ImageScorer:
+def load_scorer(resolved: Resolved[Any], reward: str | Callable[..., Any], device: torch.device) -> ImageScorer:
     """Load a reward that scores images, with the options in the run's settings."""
-    spec, options = resolved.spec, resolved.run.reward_options(reward)
-    if any(term.name == "dinalrm" and term.source is None for term in parse_reward(reward)):
+    spec, options, terms = resolved.spec, {}, ()
+    if isinstance(reward, str):
+        options, terms = resolved.run.reward_options(reward), parse_reward(reward)
+    if any(term.name == "dinalrm" and term.source is None for term in terms):
         options["dinalrm"] = {"pipeline": spec.pipeline}  # which may be a folder, where the config has a hub id
     return load_image_scorer(reward, spec=spec, device=device, options=options)

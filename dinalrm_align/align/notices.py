@@ -22,12 +22,12 @@ def passes_notice(prompts: int, samples: int, updates: int) -> str | None:
     )
 
 
-def gold_notice(gold: str, trained: Sequence[str], spec: ModelSpec) -> str | None:
+def gold_notice(gold: object, trained: Sequence[str], spec: ModelSpec) -> str | None:
     """Return a notice if the gold reward is, or contains, a reward that the run is trained on, else None."""
     common = reward_sources(gold, spec) & frozenset().union(*(reward_sources(name, spec) for name in trained))
     if not common:
         return None
     return (
-        f"warning: gold {gold} is also trained on ({', '.join(trained)}): its rise does not show that images improve, "
-        "and it detects no reward hacking; name another reward with --gold"
+        f"warning: gold {gold if isinstance(gold, str) else spec.gold} is also trained on ({', '.join(trained)}): its "
+        "rise does not show that images improve, and it detects no reward hacking; name another reward with --gold"
     )

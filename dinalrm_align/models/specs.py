@@ -4,9 +4,9 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dinalrm_align.models.layout import check_files, missing_files, missing_weights
 from dinalrm_align.train.files import HUB_ID, read_json
@@ -22,6 +22,8 @@ _LORA = "checkpoint/backbone_lora/adapter"
 RELEASED_REWARD_FILES = ("config.json", "checkpoint/rm_head.pt", f"{_LORA}_config.json", f"{_LORA}_model.safetensors")
 """Files of the released DiNa-LRM in its hub repository."""
 
+Gold = str | Callable[..., Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -34,8 +36,8 @@ class ModelSpec:
         pixel: hub id or folder of the `ClipReward`, a reward on images.
         pixel_processor: hub id or folder of the tokenizer and preprocessor of `pixel`; None means `pixel` itself.
         weights: folder whose subfolders replace hub repositories (`find`); None: there is none.
-        gold: reward that scores the policy's images in evaluation: the name of a reward, such as "pixel", or of a
-            callable ("module:function").
+        gold: reward that scores the policy's images in evaluation. A callable takes images (B, 3, H, W) in [0, 1]
+            and prompts. A string is the name of a reward, such as "pixel", or of a callable ("module:function").
         train_prompts, heldout_prompts: text files with one prompt per line, for training and for evaluation.
         height, width: size of the sampled images in pixels.
         reward_size: height and width in pixels of the images that `reward` was trained on; image files are resized to
@@ -49,7 +51,7 @@ class ModelSpec:
     reward: str
     pixel: str
     pixel_processor: str | None
-    gold: str
+    gold: Gold
     train_prompts: Path
     heldout_prompts: Path
     height: int

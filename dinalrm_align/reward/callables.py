@@ -53,6 +53,13 @@ def import_callable(path: str) -> Callable[..., Any]:
     return _check_callable(found, path)
 
 
+def call_with_parts(function: Callable[..., Any], images: Tensor, prompts: Sequence[str], name: str) -> Parted:
+    """Return `function(images, prompts)`, unchecked, and the parts that it tells, checked by `finite_scores`."""
+    parts: dict[str, Tensor] = {}
+    scores = function(images, list(prompts), **({"parts": parts} if "parts" in _arguments(function, name) else {}))
+    return scores, {part: finite_scores(values, len(images), f"{name}: {part}") for part, values in parts.items()}
+
+
 def as_reward(
     function: Callable[..., Any],
     *,
@@ -101,10 +108,8 @@ class ImageFunction(PixelReward):
         return _checked(self.function(images, list(prompts)), images, self.name)
 
     def score_pixel_parts(self, images: Tensor, prompts: Sequence[str]) -> Parted:
-        parts: dict[str, Tensor] = {}
-        told = {"parts": parts} if "parts" in _arguments(self.function, self.name) else {}
-        scores = _checked(self.function(images, list(prompts), **told), images, self.name)
-        return scores, {name: finite_scores(own, len(images), f"{self.name}: {name}") for name, own in parts.items()}
+        scores, parts = call_with_parts(self.function, images, prompts, self.name)
+        return _checked(scores, images, self.name), parts
 
 
 class LatentFunction(RewardModule):

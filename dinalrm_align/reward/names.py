@@ -298,17 +298,20 @@ def companion_of(term: Term, spec: ModelSpec) -> str | None:
     return spec.find(companion.source, *filter(None, [companion.name]))
 
 
-def reward_sources(reward: str, spec: ModelSpec) -> frozenset[tuple[str, str]]:
+def reward_sources(reward: object, spec: ModelSpec) -> frozenset[object]:
     """Return a set with one value per part of a reward. Two rewards that have a value in common share these weights.
 
-    reward: an expression as for --reward. spec: the base model, whose rewards some names stand for.
+    reward: an expression as for --reward, or a callable. spec: the base model, whose rewards some names stand for.
     """
+    if not isinstance(reward, str):
+        return frozenset([(reward, "")])
     found = set()
     for term in parse_reward(reward):
         entry = REWARDS.get(term.name)
         source = spec.gold if term.name == "oracle" else source_of(term, spec) or term.name
         file = entry.options.get("file", entry.options.get("family", "")) if entry else ""
-        found.add((str(Path(source).resolve()) if Path(source).exists() else source, file))
+        local = isinstance(source, str) and Path(source).exists()
+        found.add((str(Path(source).resolve()) if local else source, file))
     return frozenset(found)
 
 
@@ -321,7 +324,7 @@ def gold_rewards(given: Any, default: Any) -> dict[str, Any]:
     rewards = list(given) if isinstance(given, list | tuple) else [default if given is None else given]
     if not rewards:
         raise ValueError("gold: got an empty list; expected at least one reward, or null for the model's own")
-    names = [file_name(reward) for reward in rewards]
+    names = [file_name(reward) if isinstance(reward, str) else "gold" for reward in rewards]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"gold: got two rewards named {twice[0]!r}; expected rewards with different names")
     return {"gold" if index == 0 else f"gold/{name}": rewards[index] for index, name in enumerate(names)}

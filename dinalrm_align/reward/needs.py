@@ -47,7 +47,7 @@ def check_sources(
 
     Args:
         rewards: rewards by the option that names them, such as {"reward": "dinalrm"}; what follows a / in it is left
-            out. None is skipped.
+            out. None and callables are skipped.
         parts: subfolders of the model's pipeline that are needed; empty: all; None: none.
         options: options of HPSv3 (`Hpsv3Config`), `template` and `base`.
         functions: names in rewards that stand for objects.
@@ -57,7 +57,7 @@ def check_sources(
     if parts is not None:
         needs.append(Need("base model", spec.pipeline, lambda folder: missing_files(folder, parts), "--model DIR"))
     for option, reward in rewards.items():
-        for term in parse_reward(reward) if reward is not None else ():
+        for term in parse_reward(reward) if isinstance(reward, str) else ():
             if term.name in REWARDS and term.name not in functions and not REWARDS[term.name].served:
                 needs += _reward_needs(term, spec, f"--{option.split('/')[0]}", options or {})
     problems, on_hub, complete = dict[str, str](), dict[str, Need](), set[str]()

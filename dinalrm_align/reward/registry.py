@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinalrm_align.models.pipeline import load_vae
 from dinalrm_align.models.specs import MODELS, ModelSpec
 from dinalrm_align.models.weights import loading
-from dinalrm_align.reward.callables import as_reward, import_callable
+from dinalrm_align.reward.callables import as_reward, call_with_parts, import_callable
 from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.latent import LatentReward
@@ -29,8 +29,9 @@ from dinalrm_align.reward.loading import DTYPES
 from dinalrm_align.reward.names import REWARDS, RewardEntry, Term, companion_of, parse_reward, source_of
 from dinalrm_align.reward.origin import Origin, absolute
 from dinalrm_align.reward.pixel.base import PixelReward
-from dinalrm_align.reward.protocol import Parted, RewardModule
+from dinalrm_align.reward.protocol import Parted, RewardModule, finite_scores
 from dinalrm_align.reward.remote import RemoteReward
+from dinalrm_align.train.digest import text_digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -142,10 +143,18 @@ def load_reward(
 def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> ImageScorer:
     """Load a reward as a function of images and prompts, for evaluation without gradient.
 
-    Every call uses the same noise. reward, settings: as in `load_reward`.
+    Every call uses the same noise. reward, settings: as in `load_reward`; a callable is called with (images, prompts).
     Raises the errors of `load_reward`, and ValueError if the reward cannot score images. The returned function raises
     ValueError if a score is not finite.
     """
+    if not isinstance(reward, str | nn.Module):
+        name = repr(reward)[:60]
+
+        def score_finite(images: Tensor, prompts: Sequence[str]) -> Parted:
+            scores, parts = call_with_parts(reward, images, prompts, name)
+            return finite_scores(scores, len(images), name), parts
+
+        return ImageScorer(score_finite, text_digest(name.split(" at 0x")[0]))  # the address differs between processes
     loaded = load_reward(reward, **settings)
     if not loaded.scores_images:
         raise ValueError(f"reward {loaded.name!r} reads latents and cannot score images; name one that reads images")
@@ -156,12 +165,12 @@ def load_image_scorer(reward: str | Callable[..., Any], **settings: Any) -> Imag
     return ImageScorer(score, loaded.fingerprint())
 
 
-def check_code(reward: str | None, spec: ModelSpec, functions: Iterable[str] = ()) -> None:
+def check_code(reward: str | Callable[..., Any], spec: ModelSpec, functions: Iterable[str] = ()) -> None:
     """Raise the error of `load_reward` for a callable, package or world that is not there. Loads no weights.
 
     functions: names in `reward` that stand for objects.
     """
-    for term in parse_reward(reward) if reward is not None else ():
+    for term in parse_reward(reward) if isinstance(reward, str) else ():
         entry = REWARDS.get(term.name)
         if term.name == "oracle":
             _oracle(spec, None)
@@ -215,12 +224,13 @@ def _load_term(
 
 def _oracle(spec: ModelSpec, vae: "AutoencoderKL | None") -> RewardModule:
     """Return the ground-truth reward of the synthetic shapes: rules on pixels, not differentiable."""
-    if ":" not in spec.gold:
+    gold = import_callable(spec.gold) if isinstance(spec.gold, str) and ":" in spec.gold else spec.gold
+    if not callable(gold):
         raise ValueError(
             f"reward oracle: got model {spec.name}; the oracle scores images of the embedded world only: take another "
             "reward, such as pickscore"
         )
-    return as_reward(import_callable(spec.gold), vae=vae, name="oracle", differentiable=False)
+    return as_reward(gold, vae=vae, name="oracle", differentiable=False)
 
 
 def _load_pixel(term: Term, spec: ModelSpec, vae: "AutoencoderKL | None", settings: Mapping[str, Any]) -> PixelReward:

@@ -1,5 +1,7 @@
 """Notices about a gold reward that is trained on, and about many passes over few prompts."""
 
+import dataclasses
+
 import pytest
 
 from dinalrm_align.align.notices import gold_notice, passes_notice
@@ -21,6 +23,7 @@ SD35, SHAPES = MODELS["sd35"], MODELS["shapes"]
         (SHAPES.gold, ["oracle"], SHAPES),
         (SHAPES.pixel, ["pixel"], SHAPES),
         ("module:function", ["0.5*module:function"], SHAPES),
+        (print, ["oracle"], dataclasses.replace(SHAPES, gold=print)),
     ],
 )
 def test_a_gold_that_is_trained_on_is_named(gold, trained, spec):
@@ -34,7 +37,7 @@ def test_a_gold_that_is_trained_on_is_named(gold, trained, spec):
         ("hpsv2.1", ["hpsv2"], SD35),  # one repository, two files
         ("pickscore", ["pickscore=/another/copy"], SD35),
         (SHAPES.gold, ["dinalrm", "pixel"], SHAPES),
-        ("another:function", ["module:function"], SHAPES),
+        (print, ["module:function"], SHAPES),
     ],
 )
 def test_another_gold_is_not(gold, trained, spec):

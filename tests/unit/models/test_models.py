@@ -178,7 +178,11 @@ def test_bad_names_and_folders_say_what_would_do(tmp_path):
         resolve_model(str(write_pipeline(tmp_path / "flux", kind="FluxPipeline")))
 
 
-def test_gold_is_the_name_of_a_callable():
+def test_gold_is_a_callable_or_a_dotted_name():
+    def count(images, prompts):
+        return torch.zeros(len(images))
+
+    assert torch.equal(load_image_scorer(count)(torch.rand(2, 3, 64, 64), ["a", "b"]), torch.zeros(2))
     oracle = load_image_scorer(MODELS["shapes"].gold)
     assert oracle(torch.rand(1, 3, 64, 64), ["a small red circle on white"]).shape == (1,)
 

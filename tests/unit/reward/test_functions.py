@@ -66,7 +66,7 @@ def two_halves(images, prompts, parts=None):
 
 
 def test_a_function_tells_what_its_scores_consist_of():
-    """Also for images of several sizes, and as a gold reward."""
+    """Also for images of several sizes, and as a gold reward that is a plain callable."""
     images, wide = torch.rand(2, 3, 8, 8), torch.rand(3, 8, 16)
     reward = as_reward(two_halves)
     scores, parts = reward.score_image_parts([images[0], wide, images[1]], ["a", "b", "c"])
