@@ -68,7 +68,6 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     from dinalrm_align.reward.registry import load_image_scorer, load_reward, text_lengths
     from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds
     from dinalrm_align.train.device import available_device
-    from dinalrm_align.train.digest import fingerprint
     from dinalrm_align.train.files import read_json
 
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,7 +110,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
         options = {"dinalrm": {"text_length": config.text_length}} if reads_latents else {}
         place = dict(vae=vae, transformer=shared, device=device, dtype=None if config.dtype == "auto" else dtype)
         reward = load_reward(config.reward, spec=spec, options=options, **place)
-        candidate = Candidate(f"{config.reward} {fingerprint(reward)}", lambda: reward)
+        candidate = Candidate.from_reward(config.reward, reward)
     if config.dtype != "auto":  # scores of another dtype in output_dir are refused
         candidate = dataclasses.replace(candidate, identity=f"{candidate.identity} {config.dtype}")
 

@@ -57,9 +57,8 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     from dinalrm_align.align.publish import push_run
     from dinalrm_align.eval.accuracy import evaluate_pairs
     from dinalrm_align.models.pipeline import load_transformer
-    from dinalrm_align.models.weights import load_tensors
     from dinalrm_align.reward import training
-    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
+    from dinalrm_align.reward.checkpoint import write_reward
     from dinalrm_align.reward.model import build_reward_model
     from dinalrm_align.reward.sharding import shard_model, sharding_asked
     from dinalrm_align.train.checkpoints import check_identity
@@ -79,13 +78,15 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     open_tracker(accelerator, run.tracker, folder, text, checkpoint)
 
     reward = training.config_for(run.reward, spec.pipeline, folder / "reward")
-    precision = dict(dtype=getattr(torch, dtype))
-    pairs, validation, digests = training.open_training_pairs(run, spec, reward, accelerator, **precision)
+    pairs, validation, digests = training.open_training_pairs(
+        run, spec, reward, accelerator, dtype=getattr(torch, dtype)
+    )
     check_identity(checkpoint, digests)  # before the transformer is loaded
-    accelerator.print(f"one epoch: {len(pairs) // accelerator.num_processes} batches of {run.batch_size} on each rank")
+    world = accelerator.num_processes
+    accelerator.print(f"one epoch: {len(pairs) // world} batches of {run.batch_size} on each of {world} processes")
 
     # The reward: a frozen backbone with a LoRA, and a head.
-    transformer = load_transformer(spec.pipeline, **precision).to(device)
+    transformer = load_transformer(spec.pipeline, dtype=getattr(torch, dtype)).to(device)
     identity = {  # a checkpoint with another identity cannot be resumed
         "recipe": "train_reward",
         "seed": str(run.seed),
@@ -94,8 +95,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
         **digests,
     }
     model = build_reward_model(reward, transformer, seed=run.seed)
-    if run.init_from is not None and checkpoint is None:
-        load_tensors(model.tuned_tensors(), read_checkpoint(run.init_from).tensors, run.init_from)
+    training.start_from(run.init_from if checkpoint is None else None, model)
     del transformer  # frees the blocks that the reward does not use
     if run.gradient_checkpointing:
         model.enable_gradient_checkpointing()

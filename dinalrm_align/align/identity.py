@@ -8,7 +8,15 @@ from torch import nn
 from dinalrm_align.align.config import AnchorConfig
 from dinalrm_align.align.resolve import Resolved
 from dinalrm_align.reward.protocol import Reward
-from dinalrm_align.train.digest import fingerprint
+from dinalrm_align.train.digest import fingerprint, text_digest
+
+
+def prompts_identity(prompts: Sequence[str], samples: Sequence[str]) -> dict[str, str]:
+    """Return digests of the training prompts and of the held-out prompts, the part of `Setup.identity` without models.
+
+    A checkpoint with other prompts is refused before models are loaded.
+    """
+    return {"list of prompts": text_digest("\n".join(prompts)), "evaluation prompts": text_digest("\n".join(samples))}
 
 
 def run_identity(

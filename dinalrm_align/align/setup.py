@@ -17,7 +17,7 @@ from dinalrm_align.align.anchor import Anchor
 from dinalrm_align.align.config import AlignRun, AnchorConfig
 from dinalrm_align.align.evaluation import HeldOut, Probe
 from dinalrm_align.align.gold import check_run, load_gold, load_scorer
-from dinalrm_align.align.identity import run_identity
+from dinalrm_align.align.identity import prompts_identity, run_identity
 from dinalrm_align.align.lora import read_lora
 from dinalrm_align.align.memory import (
     check_memory_options,
@@ -235,9 +235,8 @@ def prepare(
     names = reward_names(run, anchor, in_advantages)
     check_run(resolved, anchor)
     prompts, samples = run_prompts(resolved)
-    lists = {"list of prompts": prompts, "evaluation prompts": samples}
-    identity = {name: text_digest("\n".join(texts)) for name, texts in lists.items()}
-    check_identity(resolved.checkpoint, identity)  # before models are loaded
+    identity = prompts_identity(prompts, samples)
+    check_identity(resolved.checkpoint, identity)
     start, checkpoint = run.policy.init_from, resolved.checkpoint
     if gone := checkpoint is not None and str(start).startswith("/") and not Path(start).exists():
         accelerator.print(f"policy.init_from: {start} is gone; the checkpoint holds the run's weights")

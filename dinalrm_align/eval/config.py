@@ -54,6 +54,10 @@ def _depth(reward: RewardConfig, quarters: int) -> Changes:
     return changes
 
 
+def _last_tap(reward: RewardConfig) -> Changes:
+    return {"reward.visual_taps": [reward.num_layers], "reward.text_taps": [reward.num_layers]}
+
+
 ARMS: dict[str, Arm] = {
     BASELINE: Arm("sigma uniform, calibrated Thurstone, fidelity, LoRA"),
     "fixed": Arm("fixed variance", {"loss.likelihood": "thurstone_fixed"}),
@@ -69,10 +73,7 @@ ARMS: dict[str, Arm] = {
     "bradley_terry": Arm("Bradley-Terry, negative log-likelihood", {"loss.likelihood": "bradley_terry"}),
     "half_depth": Arm("half the blocks", lambda reward: _depth(reward, 2)),
     "more_depth": Arm("a half more blocks", lambda reward: _depth(reward, 6)),
-    "last_tap": Arm(
-        "only the last block tapped",
-        lambda reward: {f"reward.{stream}_taps": [reward.num_layers] for stream in ("visual", "text")},
-    ),
+    "last_tap": Arm("only the last block tapped", _last_tap),
     "image_taps": Arm("image taps only", {"reward.text_taps": []}),
     "no_film": Arm("no FiLM", {"reward.head.film": False}),
     "no_gates": Arm("no value gates", {"reward.head.value_gates": False}),

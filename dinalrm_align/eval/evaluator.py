@@ -47,7 +47,7 @@ from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.latent import LatentReward
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.training import score_batch
-from dinalrm_align.train.digest import digest, text_digest
+from dinalrm_align.train.digest import digest, fingerprint, text_digest
 from dinalrm_align.train.files import discard_folder, read_json, write_atomically
 
 DECODED = 4  # latents decoded at once for the gold score
@@ -242,6 +242,11 @@ class Candidate:
             return LatentReward.from_pretrained(source, transformer=transformer(), text_length=text_length)
 
         return cls(digest(checkpoint.tensors), load, config)
+
+    @classmethod
+    def from_reward(cls, text: str, reward: Reward) -> "Candidate":
+        """Describe a loaded reward. `text`: name of the reward. A reward on a server is identified by its name only."""
+        return cls(f"{text} {fingerprint(reward)}", lambda: reward)
 
 
 @dataclass(frozen=True)

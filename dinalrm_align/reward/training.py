@@ -23,6 +23,8 @@ from dinalrm_align.flow.noise import sample_sigma, seeded_generator
 from dinalrm_align.flow.sampling import seeded_noise
 from dinalrm_align.models.pipeline import vae_scaling
 from dinalrm_align.models.specs import ModelSpec
+from dinalrm_align.models.weights import load_tensors
+from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.config import LossConfig, RewardConfig, TrainRewardRun
 from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import RewardModel
@@ -144,6 +146,15 @@ def open_training_pairs(
         held = open_pairs(validation, reward, encoders, **options)
         return pairs, held.in_order(), {**digests, "validation pairs": held.digest()}
     return pairs, pairs.validation(), digests
+
+
+def start_from(source: str | None, model: RewardModel) -> None:
+    """Copy the LoRA and head of the reward `source`, a folder or hub id, to `model`; None: do nothing.
+
+    Raises ValueError if its tensors do not fit the model.
+    """
+    if source is not None:
+        load_tensors(model.tuned_tensors(), read_checkpoint(source).tensors, source)
 
 
 def config_digest(config: RewardConfig) -> str:
