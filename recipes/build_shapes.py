@@ -190,7 +190,7 @@ def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") ->
         "over_aligned": {"--loop.steps": config.scout.over_aligned_updates, "--refl.kl_weight": 0, "--optim.lr": 1e-3},
     }
     for name, options in runs.items():
-        if not (root / name / "lora").exists():
+        if not (root / name / "summary.json").exists():  # written last
             run_recipe("refl_sd35.py", common | options, root / name)
     outside = {"outsider": Generator(checkpoint=str(root / "outsider_weights" / "transformer"))}
     return dataclasses.replace(config.pairs, generators=generators(config), outside=outside)

@@ -52,7 +52,8 @@ class Muon(torch.optim.Muon):
                     shapes[p.shape].append(p)
             for shape, params in shapes.items():
                 for p in params:
-                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 grads = torch.stack([p.grad for p in params])
                 buffers = torch.stack([self.state[p]["momentum_buffer"] for p in params])
                 buffers.lerp_(grads, 1 - group["momentum"])
