@@ -17,7 +17,7 @@ SHORTENED = {
     "gain_by_part": "--samples=4",
     "alignment_ceiling": "ceiling --images=8 --updates=1 --samples=4 --batch=2",
     "gpu_model": "--help",  # counts for minutes; tests/unit/align/test_gpu_model.py
-    "own_samples": "--captions=2",
+    "own_samples": f"--captions=2 --prompts={ROOT}/dinalrm_align/shapes/prompts/test.txt",
     "measure_judges": "judges 3 0",
     "measure_precision": "precision 3",
     "sample_grid": "4",
