@@ -11,8 +11,8 @@ The recipe trains in this order:
 4. the latent reward `dinalrm` (recipes/train_reward.py with train_reward_shapes.yaml) and the image reward `pixel`, on
    pairs of samples of the base, of `half` and of the policies, and of renders.
 
-It writes output_dir/weights, a folder that other recipes take as --model, and report.md, with the time and the numbers of
-each stage. The models that only make images of pairs are in weights/makers. After a stop, the same command continues
+It writes output_dir/weights, a folder that other recipes take as --model, and report.md, with the time and the numbers
+of each stage. The models that only make images of pairs are in weights/makers. After a stop, the same command continues
 with the first missing model.
 """
 

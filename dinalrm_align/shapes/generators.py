@@ -34,6 +34,8 @@ BLOCK = 32
 STREAMS = {"train": 4, "heldout": 5, "outside": 5}
 """Kind of lists -> stream of their random draws: "outside" has the captions of "heldout"."""
 FILES, RANGES = ("model", "checkpoint", "lora"), ("guidance_scale", "num_steps")
+MAKERS = "makers"
+"""Folder beside that of the pipeline, with weights that `Generator` can name."""
 LAYOUT = "layout."  # prefix of the layout head's tensors in checkpoints of the base model
 
 Lists = Iterator[tuple[list[Scene], Tensor | None, Tensor, list[np.random.Generator]]]
@@ -118,11 +120,7 @@ def open_generators(
 
     Raises OSError or ValueError if a file cannot be read or does not fit, or if a LoRA changes nothing.
     """
-    opened, beside = {}, Path(pipeline.name_or_path).parent / "makers"
-
-    def found(text: str) -> Path:
-        return beside / text if text in MakerWeights.words else Path(text)
-
+    opened = {}
     for name, generator in generators.items():
         if generator.render is not None:
             continue
@@ -133,23 +131,37 @@ def open_generators(
             raise ValueError(f"generator {name}: got images of side {side} from {generator.model}; expected {expected}")
         if fingerprint(own.vae) == fingerprint(pipeline.vae):
             own.register_modules(vae=pipeline.vae)  # its latents need not be decoded and encoded
-        if generator.checkpoint and found(generator.checkpoint).is_dir():
-            transformer = load_transformer(found(generator.checkpoint), dtype=torch.float32)
+        checkpoint, lora = (_locate(text, pipeline) for text in (generator.checkpoint, generator.lora))
+        if checkpoint and checkpoint.is_dir():
+            transformer = load_transformer(checkpoint, dtype=torch.float32)
             own.register_modules(transformer=transformer.to(pipeline.device))
-        elif generator.checkpoint or generator.lora:
+        elif checkpoint or lora:
             own.register_modules(transformer=copy.deepcopy(own.transformer))
-        if generator.checkpoint and not found(generator.checkpoint).is_dir():
-            load_checkpoint(own.transformer, found(generator.checkpoint))
-        if generator.lora:
+        if checkpoint and not checkpoint.is_dir():
+            load_checkpoint(own.transformer, checkpoint)
+        if lora:
             before = fingerprint(own.transformer)
-            with reading("LoRA", found(generator.lora)):
-                own.transformer.load_lora_adapter(found(generator.lora), use_safetensors=True)
+            with reading("LoRA", lora):
+                own.transformer.load_lora_adapter(lora, use_safetensors=True)
                 own.transformer.fuse_lora()
                 own.transformer.unload_lora()
             if fingerprint(own.transformer) == before:
-                raise ValueError(f"generator {name}: the LoRA in {generator.lora} does not change the transformer")
+                raise ValueError(f"generator {name}: the LoRA in {lora} does not change the transformer")
         opened[name] = own
     return opened
+
+
+def _locate(weights: str | None, pipeline: StableDiffusion3Pipeline) -> Path | None:
+    """Return the path of a generator's weights, given as path or name. Raises FileNotFoundError if a named file is absent."""
+    if weights not in MakerWeights.words:
+        return Path(weights) if weights else None
+    path = Path(pipeline.name_or_path or ".").parent / MAKERS / weights
+    if not path.exists():
+        raise FileNotFoundError(
+            f"generator weights {weights}: got no {path}; expected a folder: recipes/build_shapes.py "
+            "makes it, or pass other pairs.generators and pairs.outside"
+        )
+    return path
 
 
 def load_checkpoint(transformer: nn.Module, path: Path) -> None:

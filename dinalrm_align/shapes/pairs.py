@@ -1,7 +1,7 @@
 """Preference pairs of the embedded world (rendered shapes), labelled from the scores of its oracle.
 
-The images of a caption are made by several `generators`, and simulated `raters` compare them. For evaluation by concept,
-a pair consists of two renders that differ in one concept, and the oracle's scores are compared without noise.
+The images of a caption are made by several `generators`, and simulated `raters` compare them. For evaluation by
+concept, a pair consists of two renders that differ in one concept, and the oracle's scores are compared without noise.
 """
 
 import dataclasses

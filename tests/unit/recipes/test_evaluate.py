@@ -12,6 +12,7 @@ from PIL import Image
 from public_sets import WRITERS, put, write_hpdv3
 from safetensors.numpy import load_file
 from tiny_clip import save_clip
+from tiny_recipes import QUICK_PAIRS
 
 from dinalrm_align.eval.config import EvaluateRun
 from dinalrm_align.reward.pixel.clip import ClipReward
@@ -27,7 +28,7 @@ def arguments(tiny_world, tmp_path):
     return [
         f"--model={tiny_world}", f"--output_dir={tmp_path / 'out'}", "--device=cpu", "--sigmas=[0.1,0.4]",
         "--ensembles=[[0.1,0.4]]", "--calibrated_at=[0.4]", "--shapes_pairs.heldout_groups=6",
-        "--shapes_pairs.per_concept=1", "--shapes_pairs.per_shifted=1", "--shapes_pairs.sampled_share=0",
+        "--shapes_pairs.per_concept=1", "--shapes_pairs.per_shifted=1", *QUICK_PAIRS,
     ]  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_each_reward_has_its_own_default_folder(recipe, tiny_world, tiny_reward_
     assert len(set(folders)) == 4
 
 
-@pytest.mark.parametrize("own", [14, 9])
+@pytest.mark.parametrize("own", [16, 9])
 def test_parts_of_a_sum_read_the_text_length_of_their_checkpoint_or_the_given_one(
     recipe, arguments, tmp_path, tiny_reward_dir, own, capsys
 ):
@@ -107,7 +108,7 @@ def test_parts_of_a_sum_read_the_text_length_of_their_checkpoint_or_the_given_on
     if own == 9:
         with pytest.raises(SystemExit):
             recipe.main([*arguments, f"--reward=dinalrm + dinalrm={copy}"])
-        assert "parts read [9, 14] T5 tokens; expected one number: pass --text_length" in capsys.readouterr().err
+        assert "parts read [9, 16] T5 tokens; expected one number: pass --text_length" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("sigmas", "expected"), [([0.4, 0.5], [0.4]), ([0.3], [0.3])])

@@ -165,7 +165,7 @@ def test_the_pixel_reward_learns_from_soft_labels(config, pipeline, tmp_path):
     latents, texts = torch.randn(2, 16, 16, 16), (torch.randn(14, 32), torch.randn(32))
     weights = {}
     for name, chosen, label in (("first", 0, 1.0), ("swapped", 1, 0.0), ("tie", 0, 0.5)):
-        with LatentPairsWriter(tmp_path / name, PairManifest(1.0, 0.0, 14)) as writer:
+        with LatentPairsWriter(tmp_path / name, PairManifest(1.0, 0.0, 16)) as writer:
             text = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), texts))
             pair = dict(chosen=[chosen], rejected=[1 - chosen], label=torch.tensor([label]))
             writer.add("a small red circle on white", latents, **text, **pair)
