@@ -152,7 +152,7 @@ def open_generators(
 
 
 def _locate(weights: str | None, pipeline: StableDiffusion3Pipeline) -> Path | None:
-    """Return the path of a generator's weights, given as path or name. Raises FileNotFoundError if a named file is absent."""
+    """Return the path of a generator's weights. Raises FileNotFoundError if those of a name do not exist."""
     if weights not in MakerWeights.words:
         return Path(weights) if weights else None
     path = Path(pipeline.name_or_path or ".").parent / MAKERS / weights
