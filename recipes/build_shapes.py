@@ -179,7 +179,7 @@ def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") ->
     from dinalrm_align.shapes.pairs import ensure_pairs
 
     root = Path(config.output_dir)
-    makers = {"base": Generator(), "spoiled": Generator("spoiled")}
+    makers = {"base": Generator(num_steps=(4, 10)), "spoiled": Generator("spoiled")}
     pairs = dataclasses.replace(config.pairs, groups=config.scout.groups, generators=makers, outside={})
     folders = {kind: ensure_pairs(kind, root / "scout_pairs" / kind, pipeline, pairs) for kind in ("train", "concepts")}
     if not (root / "scout" / "reward" / "config.json").exists():

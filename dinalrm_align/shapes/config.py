@@ -97,10 +97,16 @@ class StackConfig:
         return self.image_size // 2 ** (len(self.vae_channels) - 1)
 
 
-class MakerWeights(Source):
-    """Type of a field that holds a path, or the name of weights in the folder `makers` beside the pipeline's folder."""
+class Checkpoint(Source):
+    """Type of a field that holds a path, or the name of a transformer in the folder `makers` beside the pipeline's."""
 
-    words = ("half", "outsider", "aligned", "over_aligned")
+    words = ("half", "outsider")
+
+
+class MakerLora(Source):
+    """Type of a field that holds a path, or the name of a LoRA in the folder `makers` beside the pipeline's."""
+
+    words = ("aligned", "over_aligned")
 
 
 @dataclass
@@ -123,8 +129,8 @@ class Generator:
     render: Literal["faithful", "spoiled"] | None = None
     weight: PositiveFloat = 1.0
     model: PathText | None = None
-    checkpoint: MakerWeights | None = None
-    lora: MakerWeights | None = None
+    checkpoint: Checkpoint | None = None
+    lora: MakerLora | None = None
     guidance_scale: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 5.0)
     num_steps: tuple[PositiveInt, PositiveInt] = (4, 20)
 
@@ -186,7 +192,7 @@ class PairsConfig:
         seed: seed of all random draws.
     """
 
-    groups: PositiveInt = 6000
+    groups: PositiveInt = 3200
     images: IntAboveOne = 4
     emphasis: dict[str, PositiveFloat] = field(default_factory=lambda: {"shape": 3.0, "blur": 1.5})
     rater_noise: NonNegativeFloat = 0.1
@@ -208,6 +214,8 @@ class PairsConfig:
             if concept not in CONCEPTS:
                 hint = did_you_mean(concept, CONCEPTS) or ";"
                 raise ValueError(f"pairs.emphasis: unknown concept {concept!r}{hint} known: {', '.join(CONCEPTS)}")
+        if not self.generators:
+            raise ValueError("pairs.generators: got none; expected at least one")
         for name in ("generators", "outside"):
             weights = [(maker.weight, maker.render is None) for maker in vars(self)[name].values()]
             share = sum(weight for weight, sampled in weights if sampled) / (sum(weight for weight, _ in weights) or 1)
@@ -252,10 +260,10 @@ class ScoutConfig:
         over_aligned_updates: the same for the over-aligned policy, without a KL penalty and at learning rate 1e-3.
     """
 
-    groups: PositiveInt = 1500
-    reward_updates: PositiveInt = 400
+    groups: PositiveInt = 500
+    reward_updates: PositiveInt = 300
     aligned_updates: PositiveInt = 30
-    over_aligned_updates: PositiveInt = 60
+    over_aligned_updates: PositiveInt = 24
 
     def __post_init__(self) -> None:
         check_fields(self, "scout")
@@ -306,3 +314,6 @@ class BuildConfig:
         if self.pixel.batch_size < self.pairs.images:
             expected = f"at least pairs.images, {self.pairs.images}, because a list is not split"
             raise ValueError(f"pixel.batch_size: got {self.pixel.batch_size}; expected {expected}")
+        if self.stack.text_length < 16:
+            expected = "at least 16, for the longest captions"
+            raise ValueError(f"stack.text_length: got {self.stack.text_length}; expected {expected}")

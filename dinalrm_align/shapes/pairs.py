@@ -38,7 +38,7 @@ from dinalrm_align.shapes.raters import rate_lists
 from dinalrm_align.shapes.render import concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import draw_scenes
 from dinalrm_align.train.digest import fingerprint
-from dinalrm_align.train.files import begin_or_resume, read_json, write_atomically
+from dinalrm_align.train.files import begin_or_resume, write_atomically
 
 MADE_WITH = "made_with.json"
 GRAIN, JPEG = 0.06, 20
@@ -93,10 +93,8 @@ def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline,
     if not (directory / "index.json").exists():
         write_pairs(kind, directory, pipeline, config)
         write_atomically(directory / MADE_WITH, json.dumps(settings, indent=1))
-    elif (directory / MADE_WITH).exists():  # earlier versions did not write it
-        before, default = read_json(directory / MADE_WITH), dataclasses.asdict(PairsConfig())
-        known = {name: value for name, value in settings.items() if name in before or value != default.get(name)}
-        begin_or_resume(directory, MADE_WITH, known)  # earlier versions wrote fewer settings
+    elif (directory / MADE_WITH).exists():  # pairs of the user's own have none
+        begin_or_resume(directory, MADE_WITH, settings)
     return directory
 
 

@@ -253,7 +253,8 @@ def fresh_captions(number: int, seed: int, used: Iterable[str]) -> list[str]:
             return found[:number]
         if len(found) == before:
             break
-    raise ValueError(f"samples: got {number}; expected at most {len(found)}, the world's unused held-out captions")
+    drawn = f"the unused held-out captions among {ATTEMPTS * ROUND} draws"
+    raise ValueError(f"samples: got {number}; expected at most {len(found)}, {drawn}")
 
 
 def check_disjoint(lists: Mapping[str, Sequence[str]]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from dinalrm_align.shapes.build import (
     _slot_classes,
     _slot_loss,
     _slots,
+    random_images,
     save_clip_reward,
     train_pixel,
     train_text,
@@ -24,9 +26,9 @@ from dinalrm_align.shapes.build import (
     vae_gate,
 )
 from dinalrm_align.shapes.build_base import Muon, Together, scores_by_guidance, train_base
-from dinalrm_align.shapes.config import SCENES, BuildConfig, PairsConfig, StackConfig
+from dinalrm_align.shapes.config import BuildConfig, Generator, PairsConfig, StackConfig
 from dinalrm_align.shapes.pairs import write_pairs
-from dinalrm_align.shapes.scene import parse_caption
+from dinalrm_align.shapes.scene import is_held_out, parse_caption
 from dinalrm_align.shapes.stack import build_pipeline
 from dinalrm_align.train.metrics import read_metrics
 
@@ -67,13 +69,23 @@ def test_the_text_encoders_learn_the_content_of_captions(config, pipeline):
     assert loss[-1] < 0.85 * loss[0]
 
 
-def test_slots_of_a_caption():
-    scene = parse_caption("a small red circle left of a large blue square on gray")
-    assert _slots(scene) == [2, 1, 1, 1, 2, 3, 2, 0, 0, 0, 1, 2]
-    classes = _slot_classes(SCENES)
-    expected = sum(map(math.log, classes)) / len(classes)
+def test_slots_of_a_caption_name_its_attributes():
+    scene = parse_caption("a large striped red circle left of a small outlined blue square on gray")
+    classes = _slot_classes()
+    assert classes == [7, *[5, 7, 4, 6] * 3, 5, 4]
+    assert _slots(scene) == [2, 1, 1, 3, 2, 2, 3, 1, 5, 0, 0, 0, 0, 1, 2]
+    assert _slots(parse_caption("six medium red crosses on white")) == [6, *[4, 1, 2, 1] * 3, 0, 1]
+    assert _slots(None) == [0] * len(classes)
     loss = _slot_loss(torch.zeros(1, sum(classes)), torch.tensor([_slots(scene)]), classes)
-    assert loss.item() == pytest.approx(expected)
+    assert loss.item() == pytest.approx(sum(map(math.log, classes)) / len(classes))
+
+
+def test_random_images_are_of_training_captions_with_slots_in_range():
+    images, scenes, drawings = random_images(100, np.random.default_rng(0), 64)
+    assert images.shape == (100, 3, 64, 64) and not any(map(is_held_out, scenes))
+    assert [len(drawing.marks) for drawing in drawings] == [len(scene.items) for scene in scenes]
+    for scene in scenes:
+        assert all(slot < number for slot, number in zip(_slots(scene), _slot_classes(), strict=True))
 
 
 def test_the_base_model_trains_evaluates_and_resumes(config, pipeline, tmp_path):
@@ -149,7 +161,8 @@ def test_optimisers_together_step_and_restore_as_they_do_apart():
 
 
 def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tmp_path):
-    write_pairs("train", tmp_path / "pairs", pipeline, PairsConfig(groups=8, images=3, sampled_share=0))
+    makers = {"few": Generator(num_steps=(1, 2), guidance_scale=(1.0, 1.0)), "spoiled": Generator("spoiled")}
+    write_pairs("train", tmp_path / "pairs", pipeline, PairsConfig(groups=8, images=3, generators=makers, outside={}))
     pairs = LatentPairs(tmp_path / "pairs", batch_size=4)
     clip = train_pixel(pipeline, pairs, config, Accelerator(cpu=True))
     save_clip_reward(clip, pipeline.tokenizer, tmp_path / "pixel")
@@ -162,7 +175,7 @@ def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tm
 
 def test_the_pixel_reward_learns_from_soft_labels(config, pipeline, tmp_path):
     """A pair with label 0 is the swapped pair with label 1; a label of one half teaches equality, not preference."""
-    latents, texts = torch.randn(2, 16, 16, 16), (torch.randn(14, 32), torch.randn(32))
+    latents, texts = torch.randn(2, 16, 16, 16), (torch.randn(16, 32), torch.randn(32))
     weights = {}
     for name, chosen, label in (("first", 0, 1.0), ("swapped", 1, 0.0), ("tie", 0, 0.5)):
         with LatentPairsWriter(tmp_path / name, PairManifest(1.0, 0.0, 16)) as writer:
