@@ -7,9 +7,9 @@ The recipe trains in this order:
 
 1. the VAE, the text encoders and the transformer (`base`), whose weights half-way through training are kept (`half`);
 2. a transformer of another width and seed (`outsider`), whose samples serve only as a test set;
-3. a first latent reward (`scout`), and with it two ReFL policies, `aligned` and `over_aligned`;
-4. the latent reward `dinalrm` (recipes/train_reward.py with train_reward_shapes.yaml) and the image reward `pixel`, on
-   pairs of samples of the base, of `half` and of the policies, and of renders.
+3. a first latent reward on pairs of renders (`scout`), and with it two ReFL policies, `aligned` and `over_aligned`;
+4. the latent reward `dinalrm`, from the scout's weights, and the image reward `pixel`, on pairs of samples of the base,
+   of `half` and of the policies, and of renders.
 
 It writes output_dir/weights, a folder that other recipes take as --model, and report.md, with the time and the numbers
 of each stage. The models that only make images of pairs are in weights/makers. After a stop, the same command continues
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dinalrm_align.data.latent_pairs import LatentPairs
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
     from dinalrm_align.models.text import text_encoders
+    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
     from dinalrm_align.shapes.build import save_clip_reward, train_pixel, train_text, train_vae, vae_gate
     from dinalrm_align.shapes.build_base import scores_by_guidance, train_base
     from dinalrm_align.shapes.generators import load_checkpoint
@@ -116,7 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         folders = {kind: ensure_pairs(kind, root / "pairs" / kind, pipeline, config.pairs) for kind in kinds}
     with stage(root, "dinalrm") as numbers:
         if not (weights / "dinalrm" / "config.json").exists():
-            train_latent_reward(config, "dinalrm", folders, config.reward_updates, into=weights / "dinalrm")
+            updates, scout = config.reward_updates, root / "scout" / "reward"
+            reward = read_checkpoint(train_latent_reward(config, "dinalrm", folders, updates, init_from=scout))
+            beside = dataclasses.replace(reward.config, base_model_id="../pipeline")
+            write_reward(weights / "dinalrm", beside, reward.tensors)
         numbers |= evaluate_reward(config, "dinalrm", folders)
     with stage(root, "pixel") as numbers:
         if not (weights / "pixel" / "config.json").exists():
@@ -173,13 +177,13 @@ def save_transformer(transformer: "SD3Transformer2DModel", folder: Path) -> None
 
 
 def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") -> None:
-    """Train the scout, a latent reward on samples of the base and renders, and two policies that maximise it.
+    """Train the scout, a latent reward on pairs of renders, and two policies that maximise it.
     Their LoRAs are saved beside the other makers of pairs.
     """
     from dinalrm_align.shapes.pairs import ensure_pairs
 
     root = Path(config.output_dir)
-    makers = {"base": Generator(num_steps=(4, 10)), "spoiled": Generator("spoiled")}
+    makers = {"faithful": Generator("faithful"), "spoiled": Generator("spoiled", weight=3)}
     pairs = dataclasses.replace(config.pairs, groups=config.scout.groups, generators=makers, outside={})
     folders = {kind: ensure_pairs(kind, root / "scout_pairs" / kind, pipeline, pairs) for kind in ("train", "concepts")}
     if not (root / "scout" / "reward" / "config.json").exists():
@@ -201,11 +205,9 @@ def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") ->
 
 
 def train_latent_reward(
-    config: BuildConfig, name: str, pairs: dict[str, Path], updates: int, *, into: Path | None = None
-) -> None:
-    """Run recipes/train_reward.py in output_dir/name. Saves the reward to `into`, beside the pipeline's folder."""
-    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
-
+    config: BuildConfig, name: str, pairs: dict[str, Path], updates: int, *, init_from: Path | None = None
+) -> Path:
+    """Run recipes/train_reward.py in output_dir/name. Returns the folder of the reward."""
     root, depth = Path(config.output_dir), round(config.stack.depth * 2 / 3)
     taps = sorted({max(1, depth // 2), max(1, depth - 1), depth})
     options = {
@@ -214,10 +216,9 @@ def train_latent_reward(
         "--device": config.device, "--loop.steps": updates, "--reward.text_length": config.stack.text_length,
         "--reward.num_layers": depth, "--reward.visual_taps": taps, "--reward.text_taps": taps,
     }  # fmt: skip
+    options |= {"--init_from": init_from} if init_from else {}
     run_recipe("train_reward.py", options, root / name)
-    if into is not None:
-        reward = read_checkpoint(root / name / "reward")
-        write_reward(into, dataclasses.replace(reward.config, base_model_id="../pipeline"), reward.tensors)
+    return root / name / "reward"
 
 
 def evaluate_reward(config: BuildConfig, name: str, pairs: dict[str, Path]) -> dict[str, float]:

@@ -216,11 +216,6 @@ class PairsConfig:
                 raise ValueError(f"pairs.emphasis: unknown concept {concept!r}{hint} known: {', '.join(CONCEPTS)}")
         if not self.generators:
             raise ValueError("pairs.generators: got none; expected at least one")
-        for name in ("generators", "outside"):
-            weights = [(maker.weight, maker.render is None) for maker in vars(self)[name].values()]
-            share = sum(weight for weight, sampled in weights if sampled) / (sum(weight for weight, _ in weights) or 1)
-            if weights and share < 0.5:
-                raise ValueError(f"pairs.{name}: got weights with {share:.0%} samples; expected at least half samples")
 
 
 @dataclass
@@ -254,14 +249,14 @@ class ScoutConfig:
     """Settings of a first latent reward, and of two policies that maximise it and whose samples occur in the pairs.
 
     Args:
-        groups: number of captions of its training pairs.
+        groups: number of captions of its training pairs, which are renders.
         reward_updates: number of updates of the reward.
         aligned_updates: number of ReFL updates of the aligned policy, with the recipe's default settings.
         over_aligned_updates: the same for the over-aligned policy, without a KL penalty and at learning rate 1e-3.
     """
 
-    groups: PositiveInt = 500
-    reward_updates: PositiveInt = 300
+    groups: PositiveInt = 3200
+    reward_updates: PositiveInt = 900
     aligned_updates: PositiveInt = 30
     over_aligned_updates: PositiveInt = 24
 

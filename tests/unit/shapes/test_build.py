@@ -187,3 +187,8 @@ def test_the_pixel_reward_learns_from_soft_labels(config, pipeline, tmp_path):
         weights[name] = torch.cat([p.flatten() for p in clip.parameters()])
     torch.testing.assert_close(weights["first"], weights["swapped"], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(weights["first"], weights["tie"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_build_refuses_captions_that_would_be_cut():
+    with pytest.raises(ValueError, match="stack.text_length: got 15; expected at least 16, for the longest captions"):
+        BuildConfig(stack=StackConfig(text_length=15))
