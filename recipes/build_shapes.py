@@ -124,8 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         numbers |= evaluate_reward(config, "dinalrm", folders)
     with stage(root, "pixel") as numbers:
         if not (weights / "pixel" / "config.json").exists():
-            lists = config.pixel.batch_size // config.pairs.images
-            lists = LatentPairs(folders["train"], batch_size=lists, seed=config.seed)
+            size, both = (
+                config.pixel.batch_size // config.pairs.images,
+                (root / "scout_pairs" / "train", folders["train"]),
+            )
+            lists = [LatentPairs(folder, batch_size=size, seed=config.seed) for folder in both]
             model = train_pixel(pipeline, lists, config, accelerator)
             with atomic_folder(weights / "pixel") as temporary:
                 save_clip_reward(model, pipeline.tokenizer, temporary)

@@ -6,6 +6,7 @@ its last checkpoint. The program `recipes/build_shapes.py` calls the functions i
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +182,11 @@ def _slot_loss(logits: Tensor, target: Tensor, classes: list[int]) -> Tensor:
 
 
 def train_pixel(
-    pipeline: StableDiffusion3Pipeline, pairs: LatentPairs, config: BuildConfig, accelerator: Accelerator
+    pipeline: StableDiffusion3Pipeline, pairs: Sequence[LatentPairs], config: BuildConfig, accelerator: Accelerator
 ) -> CLIPModel:
     """Train a CLIP reward with PickScore's pairwise likelihood (arXiv 2305.01569) on images decoded from the latents of
-    `pairs`. The text tower starts from `pipeline.text_encoder`. Returns the CLIP model, frozen and in eval mode.
+    each of `pairs` in turn, for equal shares of the updates. The text tower starts from `pipeline.text_encoder`.
+    Returns the CLIP model, frozen and in eval mode.
     """
     size, text = config.stack.image_size, pipeline.text_encoder.config.to_dict()
     text.pop("_name_or_path", None)
@@ -200,7 +202,8 @@ def train_pixel(
     preprocess = Preprocess(size, (size, size), CLIP_MEAN, CLIP_STD)
 
     def batch_at(step: int) -> tuple[PairBatch, Tensor]:
-        batch = pairs.batch_at(step).to(accelerator.device)
+        lists = pairs[min(step * len(pairs) // config.pixel.loop.steps, len(pairs) - 1)]
+        batch = lists.batch_at(step).to(accelerator.device)
         with torch.no_grad():
             return batch, preprocess(decode_latents(pipeline.vae, batch.latents))
 

@@ -300,7 +300,7 @@ class BuildConfig:
     outsider_heads: PositiveInt = 3
     scout: ScoutConfig = field(default_factory=ScoutConfig)
     reward_updates: PositiveInt = 1500
-    pixel: StageConfig = field(default_factory=lambda: _stage(48, 800, 5e-4))
+    pixel: StageConfig = field(default_factory=lambda: _stage(48, 1000, 5e-4))
     cached_images: PositiveInt = 40_000
     layout_weight: NonNegativeFloat = 5.0
 

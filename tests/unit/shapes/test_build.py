@@ -164,7 +164,7 @@ def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tm
     makers = {"few": Generator(num_steps=(1, 2), guidance_scale=(1.0, 1.0)), "spoiled": Generator("spoiled")}
     write_pairs("train", tmp_path / "pairs", pipeline, PairsConfig(groups=8, images=3, generators=makers, outside={}))
     pairs = LatentPairs(tmp_path / "pairs", batch_size=4)
-    clip = train_pixel(pipeline, pairs, config, Accelerator(cpu=True))
+    clip = train_pixel(pipeline, [pairs], config, Accelerator(cpu=True))
     save_clip_reward(clip, pipeline.tokenizer, tmp_path / "pixel")
     reward = ClipReward.from_pretrained(str(tmp_path / "pixel"), vae=pipeline.vae)
     latents = torch.randn(2, 16, 16, 16, requires_grad=True)
@@ -183,7 +183,7 @@ def test_the_pixel_reward_learns_from_soft_labels(config, pipeline, tmp_path):
             pair = dict(chosen=[chosen], rejected=[1 - chosen], label=torch.tensor([label]))
             writer.add("a small red circle on white", latents, **text, **pair)
         own = dataclasses.replace(config, output_dir=str(tmp_path / f"run_{name}"))
-        clip = train_pixel(pipeline, LatentPairs(tmp_path / name, batch_size=1), own, Accelerator(cpu=True))
+        clip = train_pixel(pipeline, [LatentPairs(tmp_path / name, batch_size=1)], own, Accelerator(cpu=True))
         weights[name] = torch.cat([p.flatten() for p in clip.parameters()])
     torch.testing.assert_close(weights["first"], weights["swapped"], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(weights["first"], weights["tie"], rtol=1e-4, atol=1e-6)
