@@ -8,8 +8,8 @@ The recipe trains in this order:
 1. the VAE, the text encoders and the transformer (`base`), whose weights half-way through training are kept (`half`);
 2. a transformer of another width and seed (`outsider`), whose samples serve only as a test set;
 3. a first latent reward on pairs of renders (`scout`), and with it two ReFL policies, `aligned` and `over_aligned`;
-4. the latent reward `dinalrm`, from the scout's weights, and the image reward `pixel`, on pairs of samples of the base,
-   of `half` and of the policies, and of renders.
+4. the latent reward `dinalrm`, from the scout's weights, and the image reward `pixel`, from a CLIP model of renders and
+   captions, on pairs of samples of the base, of `half` and of the policies, and of renders.
 
 It writes output_dir/weights, a folder that other recipes take as --model, and report.md, with the time and the numbers
 of each stage. The models that only make images of pairs are in weights/makers. After a stop, the same command continues
@@ -34,6 +34,7 @@ from dinalrm_align.train.command import parse, refusing
 from dinalrm_align.train.files import atomic_folder, make_folder, read_json, read_yaml, write_atomically
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 RECIPES = Path(__file__).parent
@@ -43,27 +44,38 @@ RECIPES = Path(__file__).parent
 def main(argv: Sequence[str] | None = None) -> None:
     config, text = parse(BuildConfig, __doc__, argv)
 
-    import torch
     from accelerate import Accelerator
-    from diffusers import AutoencoderKL, ConfigMixin
-    from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-    from dinalrm_align.data.latent_pairs import LatentPairs
-    from dinalrm_align.models.pipeline import load_pipeline, load_transformer
-    from dinalrm_align.models.text import text_encoders
-    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
-    from dinalrm_align.shapes.build import save_clip_reward, train_pixel, train_text, train_vae, vae_gate
-    from dinalrm_align.shapes.build_base import scores_by_guidance, train_base
-    from dinalrm_align.shapes.generators import load_checkpoint
-    from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds
-    from dinalrm_align.shapes.stack import build_pipeline
-    from dinalrm_align.train.checkpoints import checkpoint_near
     from dinalrm_align.train.device import available_device
 
     available_device(config.device)
-    root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
+    root = Path(config.output_dir)
     begin(config, text)
     accelerator = Accelerator(cpu=config.device == "cpu")
+    pipeline = train_pipeline(config, accelerator)
+    train_outsider(config, pipeline, accelerator)
+    with stage(root, "scout"):
+        train_policies(config, pipeline)
+    train_rewards(config, pipeline, accelerator)
+    print((root / "report.md").read_text(encoding="utf-8"))
+    print(f"finished: {shlex.join(['python', str(RECIPES / 'refl_sd35.py'), '--model', str(root / 'weights')])}")
+
+
+def train_pipeline(config: BuildConfig, accelerator: "Accelerator") -> "StableDiffusion3Pipeline":
+    """Train the VAE, the text encoders and the transformer, or load those that are saved."""
+    import torch
+    from diffusers import AutoencoderKL, ConfigMixin
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+    from dinalrm_align.models.pipeline import load_pipeline
+    from dinalrm_align.models.text import text_encoders
+    from dinalrm_align.shapes.build import train_text, train_vae, vae_gate
+    from dinalrm_align.shapes.build_base import scores_by_guidance, train_base
+    from dinalrm_align.shapes.generators import load_checkpoint
+    from dinalrm_align.shapes.stack import build_pipeline
+    from dinalrm_align.train.checkpoints import checkpoint_near
+
+    root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
     pipeline = build_pipeline(config.stack, config.seed).to(accelerator.device)
     for module in (pipeline.vae, pipeline.transformer, *text_encoders(pipeline)):
         module.requires_grad_(False)
@@ -91,27 +103,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     with stage(root, "base") as numbers:
         if not (weights / "pipeline" / "model_index.json").exists():
             train_base(pipeline, config, accelerator)
-            half = checkpoint_near(root / "base", config.base.loop.steps / 2) / "ema.safetensors"
-            transformer = copy.deepcopy(pipeline.transformer)
-            load_checkpoint(transformer, half)
-            save_transformer(transformer, weights / "makers" / "half")
+            half = copy.deepcopy(pipeline.transformer)
+            load_checkpoint(half, checkpoint_near(root / "base", config.base.loop.steps / 2) / "ema.safetensors")
+            save_transformer(half, weights / "makers" / "half")
             pipeline.transformer.half()
             with atomic_folder(weights / "pipeline") as temporary:
                 pipeline.save_pretrained(temporary)
         pipeline = load_pipeline(weights / "pipeline", dtype=torch.float32).to(accelerator.device)
         numbers |= scores_by_guidance(pipeline, config)
+    return pipeline
+
+
+def train_outsider(config: BuildConfig, pipeline: "StableDiffusion3Pipeline", accelerator: "Accelerator") -> None:
+    """Train the transformer of the test set out of family."""
+    import torch
+
+    from dinalrm_align.models.pipeline import load_transformer
+    from dinalrm_align.shapes.build_base import scores_by_guidance, train_base
+    from dinalrm_align.shapes.stack import build_pipeline
+
+    root, other = Path(config.output_dir), type(pipeline)(**pipeline.components)
+    folder = root / "weights" / "makers" / "outsider"
     with stage(root, "outsider") as numbers:
-        other = type(pipeline)(**pipeline.components)
-        if not (weights / "makers" / "outsider" / "config.json").exists():
+        if not (folder / "config.json").exists():
             stack = dataclasses.replace(config.stack, num_heads=config.outsider_heads)
-            other.register_modules(transformer=build_pipeline(stack, config.seed + 1).transformer)
+            transformer = build_pipeline(stack, config.seed + 1).transformer.requires_grad_(False)
+            other.register_modules(transformer=transformer)
             train_base(other, config, accelerator, name="outsider")
-            save_transformer(other.transformer, weights / "makers" / "outsider")
-        transformer = load_transformer(weights / "makers" / "outsider", dtype=torch.float32)
-        other.register_modules(transformer=transformer.to(accelerator.device))
+            save_transformer(other.transformer, folder)
+        transformer = load_transformer(folder, dtype=torch.float32).to(accelerator.device)
+        other.register_modules(transformer=transformer)
         numbers |= scores_by_guidance(other, config)
-    with stage(root, "scout"):
-        train_policies(config, pipeline)
+
+
+def train_rewards(config: BuildConfig, pipeline: "StableDiffusion3Pipeline", accelerator: "Accelerator") -> None:
+    """Make the pairs of all makers, and train and evaluate the latent reward and the image reward on them."""
+    from dinalrm_align.data.latent_pairs import LatentPairs
+    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
+    from dinalrm_align.shapes.build import save_clip_reward, train_clip, train_pixel
+    from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds
+
+    root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
     with stage(root, "pairs"):
         kinds = ("train", *held_out_kinds(config.pairs))
         folders = {kind: ensure_pairs(kind, root / "pairs" / kind, pipeline, config.pairs) for kind in kinds}
@@ -124,17 +156,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         numbers |= evaluate_reward(config, "dinalrm", folders)
     with stage(root, "pixel") as numbers:
         if not (weights / "pixel" / "config.json").exists():
-            size, both = (
-                config.pixel.batch_size // config.pairs.images,
-                (root / "scout_pairs" / "train", folders["train"]),
-            )
-            lists = [LatentPairs(folder, batch_size=size, seed=config.seed) for folder in both]
-            model = train_pixel(pipeline, lists, config, accelerator)
+            lists = config.pixel.batch_size // config.pairs.images
+            lists = LatentPairs(folders["train"], batch_size=lists, seed=config.seed)
+            model = train_pixel(train_clip(pipeline, config, accelerator), pipeline, lists, config, accelerator)
             with atomic_folder(weights / "pixel") as temporary:
                 save_clip_reward(model, pipeline.tokenizer, temporary)
         numbers |= evaluate_reward(config, "pixel", folders)
-    print((root / "report.md").read_text(encoding="utf-8"))
-    print(f"finished: {shlex.join(['python', str(RECIPES / 'refl_sd35.py'), '--model', str(weights)])}")
 
 
 def begin(config: BuildConfig, text: str) -> None:

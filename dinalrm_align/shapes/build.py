@@ -6,7 +6,6 @@ its last checkpoint. The program `recipes/build_shapes.py` calls the functions i
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +180,9 @@ def _slot_loss(logits: Tensor, target: Tensor, classes: list[int]) -> Tensor:
     return sum(losses) / len(losses)
 
 
-def train_pixel(
-    pipeline: StableDiffusion3Pipeline, pairs: Sequence[LatentPairs], config: BuildConfig, accelerator: Accelerator
-) -> CLIPModel:
-    """Train a CLIP reward with PickScore's pairwise likelihood (arXiv 2305.01569) on images decoded from the latents of
-    each of `pairs` in turn, for equal shares of the updates. The text tower starts from `pipeline.text_encoder`.
-    Returns the CLIP model, frozen and in eval mode.
+def train_clip(pipeline: StableDiffusion3Pipeline, config: BuildConfig, accelerator: Accelerator) -> CLIPModel:
+    """Train a CLIP model on renders and their captions with CLIP's contrastive loss (arXiv 2103.00020). It takes the
+    place of the web-scale CLIP that PickScore starts from. The text tower starts from `pipeline.text_encoder`.
     """
     size, text = config.stack.image_size, pipeline.text_encoder.config.to_dict()
     text.pop("_name_or_path", None)
@@ -201,18 +197,40 @@ def train_pixel(
     clip.to(accelerator.device).train()
     preprocess = Preprocess(size, (size, size), CLIP_MEAN, CLIP_STD)
 
+    def batch_at(step: int) -> tuple[Tensor, list[str]]:
+        images, scenes, _ = random_images(config.clip.batch_size, np.random.default_rng((config.seed + 4, step)), size)
+        return preprocess(images.to(accelerator.device)), [scene.caption for scene in scenes]
+
+    def step(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, dict[str, float]]:
+        image, text = _clip_features(clip, pipeline.tokenizer, *batch)
+        logits, own = clip.logit_scale.exp() * image @ text.T, torch.arange(len(image), device=image.device)
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        return loss, {"accuracy": (logits.argmax(1) == own).float().mean().item()}
+
+    parameters = dict(clip.named_parameters())
+    run_stage("clip", config, accelerator, parameters, Closures(batch_at, step), shown=("loss", "accuracy"))
+    return clip
+
+
+def train_pixel(
+    clip: CLIPModel, pipeline: StableDiffusion3Pipeline, pairs: LatentPairs, config: BuildConfig,
+    accelerator: Accelerator,
+) -> CLIPModel:  # fmt: skip
+    """Train a CLIP model in place as a reward, with PickScore's pairwise likelihood (arXiv 2305.01569), on images
+    decoded from the latents of `pairs`. Returns it, frozen and in eval mode.
+    """
+    size = config.stack.image_size
+    preprocess = Preprocess(size, (size, size), CLIP_MEAN, CLIP_STD)
+    clip.train()
+
     def batch_at(step: int) -> tuple[PairBatch, Tensor]:
-        lists = pairs[min(step * len(pairs) // config.pixel.loop.steps, len(pairs) - 1)]
-        batch = lists.batch_at(step).to(accelerator.device)
+        batch = pairs.batch_at(step).to(accelerator.device)
         with torch.no_grad():
             return batch, preprocess(decode_latents(pipeline.vae, batch.latents))
 
     def step(item: tuple[PairBatch, Tensor]) -> tuple[Tensor, dict[str, float]]:
         batch, pixel_values = item
-        prompts = list(batch.group_prompts)
-        ids = pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        text = F.normalize(clip.get_text_features(input_ids=ids.to(accelerator.device)).pooler_output, dim=-1)
-        image = F.normalize(clip.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
+        image, text = _clip_features(clip, pipeline.tokenizer, pixel_values, list(batch.group_prompts))
         scores = clip.logit_scale.exp() * (image * text[batch.group]).sum(-1)
         gap = scores[batch.chosen] - scores[batch.rejected]
         log_p, log_q = F.logsigmoid(gap), F.logsigmoid(-gap)
@@ -221,6 +239,16 @@ def train_pixel(
     parameters = dict(clip.named_parameters())
     run_stage("pixel", config, accelerator, parameters, Closures(batch_at, step), shown=("loss", "accuracy"))
     return clip.requires_grad_(False).eval()
+
+
+def _clip_features(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, pixel_values: Tensor, captions: list[str]
+) -> tuple[Tensor, Tensor]:
+    """Return normalised embeddings of images and of captions, (images, D) and (captions, D)."""
+    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    text = clip.get_text_features(input_ids=ids.to(pixel_values.device)).pooler_output
+    image = clip.get_image_features(pixel_values=pixel_values).pooler_output
+    return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
 
 def save_clip_reward(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -281,6 +281,7 @@ class BuildConfig:
         outsider_heads: number of attention heads of that transformer; its width is outsider_heads * stack.head_dim.
         scout: a first latent reward, and the policies that maximise it.
         reward_updates: number of updates of the latent reward.
+        clip: training of a CLIP model on renders and their captions, from which the CLIP reward starts.
         pixel: training of the CLIP reward, on images decoded from the latent reward's preference pairs.
         cached_images: number of images that the base model is trained on; they are rendered and encoded once.
         layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape is
@@ -299,8 +300,9 @@ class BuildConfig:
     outsider: StageConfig = field(default_factory=lambda: _stage(64, 800, 2e-3, ema=0.995, decay=0.6))
     outsider_heads: PositiveInt = 3
     scout: ScoutConfig = field(default_factory=ScoutConfig)
-    reward_updates: PositiveInt = 1500
-    pixel: StageConfig = field(default_factory=lambda: _stage(48, 1000, 5e-4))
+    reward_updates: PositiveInt = 1100
+    clip: StageConfig = field(default_factory=lambda: _stage(96, 700, 1e-3))
+    pixel: StageConfig = field(default_factory=lambda: _stage(48, 500, 3e-4))
     cached_images: PositiveInt = 40_000
     layout_weight: NonNegativeFloat = 5.0
 

@@ -20,6 +20,7 @@ from dinalrm_align.shapes.build import (
     _slots,
     random_images,
     save_clip_reward,
+    train_clip,
     train_pixel,
     train_text,
     train_vae,
@@ -36,7 +37,7 @@ from dinalrm_align.train.metrics import read_metrics
 @pytest.fixture
 def config(tmp_path):
     config = BuildConfig(output_dir=str(tmp_path), stack=StackConfig.tiny(), cached_images=64)
-    for stage in (config.vae, config.text, config.base, config.pixel):
+    for stage in (config.vae, config.text, config.base, config.clip, config.pixel):
         stage.batch_size, stage.loop.steps, stage.optim.warmup_steps = 8, 6, 0
     return config
 
@@ -164,7 +165,8 @@ def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tm
     makers = {"few": Generator(num_steps=(1, 2), guidance_scale=(1.0, 1.0)), "spoiled": Generator("spoiled")}
     write_pairs("train", tmp_path / "pairs", pipeline, PairsConfig(groups=8, images=3, generators=makers, outside={}))
     pairs = LatentPairs(tmp_path / "pairs", batch_size=4)
-    clip = train_pixel(pipeline, [pairs], config, Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    clip = train_pixel(train_clip(pipeline, config, accelerator), pipeline, pairs, config, accelerator)
     save_clip_reward(clip, pipeline.tokenizer, tmp_path / "pixel")
     reward = ClipReward.from_pretrained(str(tmp_path / "pixel"), vae=pipeline.vae)
     latents = torch.randn(2, 16, 16, 16, requires_grad=True)
@@ -176,14 +178,17 @@ def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tm
 def test_the_pixel_reward_learns_from_soft_labels(config, pipeline, tmp_path):
     """A pair with label 0 is the swapped pair with label 1; a label of one half teaches equality, not preference."""
     latents, texts = torch.randn(2, 16, 16, 16), (torch.randn(16, 32), torch.randn(32))
-    weights = {}
+    weights, accelerator = {}, Accelerator(cpu=True)
+    config.clip.loop.steps = 1
+    start = train_clip(pipeline, config, accelerator)
     for name, chosen, label in (("first", 0, 1.0), ("swapped", 1, 0.0), ("tie", 0, 0.5)):
         with LatentPairsWriter(tmp_path / name, PairManifest(1.0, 0.0, 16)) as writer:
             text = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), texts))
             pair = dict(chosen=[chosen], rejected=[1 - chosen], label=torch.tensor([label]))
             writer.add("a small red circle on white", latents, **text, **pair)
         own = dataclasses.replace(config, output_dir=str(tmp_path / f"run_{name}"))
-        clip = train_pixel(pipeline, [LatentPairs(tmp_path / name, batch_size=1)], own, Accelerator(cpu=True))
+        lists = LatentPairs(tmp_path / name, batch_size=1)
+        clip = train_pixel(copy.deepcopy(start), pipeline, lists, own, accelerator)
         weights[name] = torch.cat([p.flatten() for p in clip.parameters()])
     torch.testing.assert_close(weights["first"], weights["swapped"], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(weights["first"], weights["tie"], rtol=1e-4, atol=1e-6)
@@ -192,3 +197,10 @@ def test_the_pixel_reward_learns_from_soft_labels(config, pipeline, tmp_path):
 def test_a_build_refuses_captions_that_would_be_cut():
     with pytest.raises(ValueError, match="stack.text_length: got 15; expected at least 16, for the longest captions"):
         BuildConfig(stack=StackConfig(text_length=15))
+
+
+def test_a_clip_model_learns_to_match_renders_and_captions(config, pipeline):
+    config.clip.loop.steps, config.clip.batch_size = 30, 16
+    train_clip(pipeline, config, Accelerator(cpu=True))
+    loss = losses(config, "clip")
+    assert sum(loss[-5:]) < 0.9 * sum(loss[:5])
