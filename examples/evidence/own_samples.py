@@ -16,6 +16,7 @@ Intervals are 95 %, from 10,000 bootstrap resamples of captions. A reward that r
 
 import argparse
 import itertools
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes", help="shapes, or folder of a world of recipes/build_shapes.py")
     parser.add_argument("--rewards", nargs="+", default=["dinalrm", "pixel"])
-    parser.add_argument("--prompts", help="text file of captions; by default the model's held-out captions")
+    parser.add_argument("--prompts", type=Path, help="text file of captions; by default the model's held-out captions")
     parser.add_argument("--captions", type=int, help="number of captions; by default all")
     parser.add_argument("--guidance", type=float, nargs="+", help="by default the model's")
     parser.add_argument("--seed", type=int, default=0)
