@@ -162,7 +162,7 @@ def test_text_encoders_are_released_after_encoding(tiny_pipeline):
     encoders = text_pipeline(pipeline, CPU)
     encoder = PromptEncoder(encoders, text_length=16)
     conditions = Conditions.encode(encoder, ["a red circle", ""], other_lengths={9})
-    assert conditions.prompt_embeds.shape[1] == 28 and conditions.for_length(9)[0].shape[1] == 23
+    assert conditions.prompt_embeds.shape[1] == 32 and conditions.for_length(9)[0].shape[1] == 25
     release_text_encoders(encoders, pipeline)
     assert pipeline.text_encoder is None and tiny_pipeline.text_encoder is not None
     expected = PromptEncoder(tiny_pipeline, text_length=16)(["a red circle"])

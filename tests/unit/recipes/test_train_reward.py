@@ -210,7 +210,7 @@ def test_training_continues_from_a_reward_on_other_pairs(recipe, arguments, tmp_
     """A learning rate near 0 leaves the weights of `--init_from`. One of another shape is refused."""
     made = [
         "--shapes_pairs.groups=6", "--shapes_pairs.per_concept=1", "--loop.steps=1", "--loop.ema_decay=0",
-        "--shapes_pairs.generators={few: {num_steps: [1, 2]}, spoiled: {render: spoiled}}", "--shapes_pairs.raters=3",
+        "--shapes_pairs.raters=5", *QUICK_PAIRS,
     ]  # fmt: skip
     arguments = [argument for argument in arguments if not argument.startswith("--pairs")] + made
     recipe.main([*arguments, f"--output_dir={tmp_path / 'first'}"])
