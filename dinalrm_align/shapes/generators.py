@@ -94,7 +94,7 @@ def make_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEnc
                 if how is None:
                     samples[name, position].append((row, plan.scene.caption, seed))
                 elif how == "faithful":
-                    drawings[row] = lay_out(plan.scene, nuisance, plan.rng)
+                    drawings[row] = lay_out(plan.scene, draw_nuisance(plan.rng), plan.rng)
                 else:
                     concept = draw_concept(plan.scene, config, plan.rng)
                     drawings[row] = lay_out_spoiled(plan.scene, nuisance, concept, plan.rng)

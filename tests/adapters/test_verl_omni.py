@@ -170,7 +170,7 @@ def test_wrong_settings_raise(managed, settings, message, latents):
     [
         (torch.zeros(2, 16, 16, 16), {}, r"solution_image: got \(2, 16, 16, 16\)"),
         ("image", {}, "solution_image: got str"),
-        (torch.zeros(16, 16, 16), {"prompt_embeds": torch.zeros(28, 32)}, "pooled_prompt_embeds: got NoneType"),
+        (torch.zeros(16, 16, 16), {"prompt_embeds": torch.zeros(32, 32)}, "pooled_prompt_embeds: got NoneType"),
     ],
 )
 def test_a_sample_that_is_no_single_sample_raises(managed, media, extra, message):
