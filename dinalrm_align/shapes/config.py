@@ -12,7 +12,6 @@ from dinalrm_align.train.settings import (
     PathText,
     PositiveFloat,
     PositiveInt,
-    Source,
     check_fields,
     did_you_mean,
 )
@@ -97,13 +96,17 @@ class StackConfig:
         return self.image_size // 2 ** (len(self.vae_channels) - 1)
 
 
-class Checkpoint(Source):
+class Checkpoint(PathText):
     """Type of a field that holds a path, or the name of a transformer in the folder `makers` beside the pipeline's."""
 
-    words = ("half", "outsider")
+    words: ClassVar[tuple[str, ...]] = ("half", "outsider")
+
+    @classmethod
+    def absolute(cls, text: str) -> str:
+        return text if text in cls.words else super().absolute(text)
 
 
-class MakerLora(Source):
+class MakerLora(Checkpoint):
     """Type of a field that holds a path, or the name of a LoRA in the folder `makers` beside the pipeline's."""
 
     words = ("aligned", "over_aligned")
@@ -152,12 +155,12 @@ class Generator:
 def default_generators() -> dict[str, Generator]:
     """Return the makers of lists: the base, the base after half of its training, two policies, and the renderer."""
     return {
-        "base": Generator(weight=6),
+        "base": Generator(weight=6.0),
         "half": Generator(checkpoint="half"),
         "aligned": Generator(lora="aligned"),
         "over_aligned": Generator(lora="over_aligned"),
-        "faithful": Generator("faithful", weight=2),
-        "spoiled": Generator("spoiled", weight=4),
+        "faithful": Generator("faithful", weight=2.0),
+        "spoiled": Generator("spoiled", weight=4.0),
     }
 
 
