@@ -40,7 +40,7 @@ class RandomDirection:
 
 
 def options():
-    sizes = dict(num_inference_steps=12, guidance_scale=1.2, max_sequence_length=14, height=64, width=64)
+    sizes = dict(num_inference_steps=12, guidance_scale=3.0, max_sequence_length=16, height=64, width=64)
     noise = torch.Generator().manual_seed(0)
     return dict(negative_prompt=[""] * len(prompts), generator=noise, output_type="latent", **sizes)
 

@@ -23,7 +23,7 @@ latents = pipeline(
     prompts,
     negative_prompt=["", ""],
     num_inference_steps=12,
-    guidance_scale=1.2,
+    guidance_scale=3.0,
     max_sequence_length=reward.config.text_length,
     height=64,
     width=64,

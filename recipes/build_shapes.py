@@ -5,20 +5,23 @@
 
 The recipe trains in this order:
 
-1. the VAE, the text encoders and the transformer (`base`);
+1. the VAE, the text encoders and the transformer (`base`), whose weights half-way through training are kept (`half`);
 2. a transformer of another width and seed (`outsider`), whose samples serve only as a test set;
-3. a first latent reward (`scout`), and with it two ReFL policies, one of them over-aligned;
-4. the latent reward `dinalrm` (recipes/train_reward.py with train_reward_shapes.yaml) and the image reward `pixel`, on
-   pairs of samples of the base, of its earlier checkpoints and of the policies, and of renders.
+3. a first latent reward on pairs of renders (`scout`), and with it two ReFL policies, `aligned` and `over_aligned`;
+4. the latent reward `dinalrm`, from the scout's weights, and the image reward `pixel`, from a CLIP model of renders and
+   captions, on pairs of samples of the base, of `half` and of the policies, and of renders.
 
 It writes output_dir/weights, a folder that other recipes take as --model, and report.md, with the time and the numbers
-of each stage. After a stop, the same command continues with the first missing model.
+of each stage. The models that only make images of pairs are in weights/makers. After a stop, the same command continues
+with the first missing model.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -26,12 +29,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinalrm_align.shapes.config import BuildConfig, Generator, PairsConfig
+from dinalrm_align.shapes.config import BuildConfig, Generator
 from dinalrm_align.train.command import parse, refusing
 from dinalrm_align.train.files import atomic_folder, make_folder, read_json, read_yaml, write_atomically
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
+    from accelerate import Accelerator
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 RECIPES = Path(__file__).parent
 
@@ -41,30 +45,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, text = parse(BuildConfig, __doc__, argv)
 
     from accelerate import Accelerator
-    from diffusers import AutoencoderKL, ConfigMixin, SD3Transformer2DModel
-    from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-    from dinalrm_align.data.latent_pairs import LatentPairs
-    from dinalrm_align.models.text import text_encoders
-    from dinalrm_align.shapes.build import save_clip_reward, train_pixel, train_text, train_vae, vae_gate
-    from dinalrm_align.shapes.build_base import scores_by_guidance, train_base
-    from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds
-    from dinalrm_align.shapes.stack import build_pipeline
     from dinalrm_align.train.device import available_device
 
     available_device(config.device)
-    root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
+    root = Path(config.output_dir)
     begin(config, text)
     accelerator = Accelerator(cpu=config.device == "cpu")
-    pipeline = build_pipeline(config.stack, config.seed, config.pairs.scenes).to(accelerator.device)
+    pipeline = train_pipeline(config, accelerator)
+    train_outsider(config, pipeline, accelerator)
+    with stage(root, "scout"):
+        train_policies(config, pipeline)
+    train_rewards(config, pipeline, accelerator)
+    print((root / "report.md").read_text(encoding="utf-8"))
+    print(f"finished: {shlex.join(['python', str(RECIPES / 'refl_sd35.py'), '--model', str(root / 'weights')])}")
+
+
+def train_pipeline(config: BuildConfig, accelerator: "Accelerator") -> "StableDiffusion3Pipeline":
+    """Train the VAE, the text encoders and the transformer, or load those that are saved."""
+    import torch
+    from diffusers import AutoencoderKL, ConfigMixin
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+    from dinalrm_align.models.pipeline import load_pipeline
+    from dinalrm_align.models.text import text_encoders
+    from dinalrm_align.shapes.build import train_text, train_vae, vae_gate
+    from dinalrm_align.shapes.build_base import scores_by_guidance, train_base
+    from dinalrm_align.shapes.generators import load_checkpoint
+    from dinalrm_align.shapes.stack import build_pipeline
+    from dinalrm_align.train.checkpoints import checkpoint_near
+
+    root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
+    pipeline = build_pipeline(config.stack, config.seed).to(accelerator.device)
     for module in (pipeline.vae, pipeline.transformer, *text_encoders(pipeline)):
         module.requires_grad_(False)
 
-    def finish(train: Callable, parts: dict[str, type], into: Path = weights / "pipeline", **options) -> None:
+    def finish(train: Callable, parts: dict[str, type]) -> None:
         """Load the pipeline components named in `parts`. If any is not saved yet, first train and save them all."""
-        folders = {name: into / name for name in parts}
+        folders = {name: root / "parts" / name for name in parts}
         if not all((folder / "config.json").exists() for folder in folders.values()):
-            train(pipeline, config, accelerator, **options)
+            train(pipeline, config, accelerator)
             for name, folder in folders.items():
                 with atomic_folder(folder) as temporary:
                     pipeline.components[name].save_pretrained(temporary)
@@ -76,46 +96,72 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with stage(root, "vae") as numbers:
         finish(train_vae, {"vae": AutoencoderKL})
-        numbers |= vae_gate(pipeline.vae, config.seed, scenes=config.pairs.scenes)
+        numbers |= vae_gate(pipeline.vae, config.seed)
     with stage(root, "text"):
         clips = dict.fromkeys(("text_encoder", "text_encoder_2"), CLIPTextModelWithProjection)
         finish(train_text, clips | {"text_encoder_3": T5EncoderModel})
     with stage(root, "base") as numbers:
-        finish(train_base, {"transformer": SD3Transformer2DModel})
         if not (weights / "pipeline" / "model_index.json").exists():
+            train_base(pipeline, config, accelerator)
+            half = copy.deepcopy(pipeline.transformer)
+            load_checkpoint(half, checkpoint_near(root / "base", config.base.loop.steps / 2) / "ema.safetensors")
+            save_transformer(half, weights / "makers" / "half")
+            pipeline.transformer.half()
             with atomic_folder(weights / "pipeline") as temporary:
                 pipeline.save_pretrained(temporary)
+        pipeline = load_pipeline(weights / "pipeline", dtype=torch.float32).to(accelerator.device)
         numbers |= scores_by_guidance(pipeline, config)
-    base = pipeline.transformer
-    with stage(root, "outsider") as numbers:
-        stack = dataclasses.replace(config.stack, num_heads=config.outsider_heads)
-        other = build_pipeline(stack, config.seed + 1, config.pairs.scenes).transformer
-        pipeline.register_modules(transformer=other.requires_grad_(False).to(accelerator.device))
-        finish(train_base, {"transformer": SD3Transformer2DModel}, root / "outsider_weights", name="outsider")
-        numbers |= scores_by_guidance(pipeline, config)
-    pipeline.register_modules(transformer=base)
+    return pipeline
 
-    pairs = config.pairs
-    if not pairs.generators:
-        with stage(root, "scout"):
-            pairs = train_policies(config, pipeline)
+
+def train_outsider(config: BuildConfig, pipeline: "StableDiffusion3Pipeline", accelerator: "Accelerator") -> None:
+    """Train the transformer of the test set out of family."""
+    import torch
+
+    from dinalrm_align.models.pipeline import load_transformer
+    from dinalrm_align.shapes.build_base import scores_by_guidance, train_base
+    from dinalrm_align.shapes.stack import build_pipeline
+
+    root, other = Path(config.output_dir), type(pipeline)(**pipeline.components)
+    folder = root / "weights" / "makers" / "outsider"
+    with stage(root, "outsider") as numbers:
+        if not (folder / "config.json").exists():
+            stack = dataclasses.replace(config.stack, num_heads=config.outsider_heads)
+            transformer = build_pipeline(stack, config.seed + 1).transformer.requires_grad_(False)
+            other.register_modules(transformer=transformer)
+            train_base(other, config, accelerator, name="outsider")
+            save_transformer(other.transformer, folder)
+        transformer = load_transformer(folder, dtype=torch.float32).to(accelerator.device)
+        other.register_modules(transformer=transformer)
+        numbers |= scores_by_guidance(other, config)
+
+
+def train_rewards(config: BuildConfig, pipeline: "StableDiffusion3Pipeline", accelerator: "Accelerator") -> None:
+    """Make the pairs of all makers, and train and evaluate the latent reward and the image reward on them."""
+    from dinalrm_align.data.latent_pairs import LatentPairs
+    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
+    from dinalrm_align.shapes.build import save_clip_reward, train_clip, train_pixel
+    from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds
+
+    root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
     with stage(root, "pairs"):
-        kinds = ("train", *held_out_kinds(pairs))
-        folders = {kind: ensure_pairs(kind, root / "pairs" / kind, pipeline, pairs) for kind in kinds}
+        kinds = ("train", *held_out_kinds(config.pairs))
+        folders = {kind: ensure_pairs(kind, root / "pairs" / kind, pipeline, config.pairs) for kind in kinds}
     with stage(root, "dinalrm") as numbers:
         if not (weights / "dinalrm" / "config.json").exists():
-            train_latent_reward(config, "dinalrm", folders, config.reward_updates, into=weights / "dinalrm")
+            updates, scout = config.reward_updates, root / "scout" / "reward"
+            reward = read_checkpoint(train_latent_reward(config, "dinalrm", folders, updates, init_from=scout))
+            beside = dataclasses.replace(reward.config, base_model_id="../pipeline")
+            write_reward(weights / "dinalrm", beside, reward.tensors)
         numbers |= evaluate_reward(config, "dinalrm", folders)
     with stage(root, "pixel") as numbers:
         if not (weights / "pixel" / "config.json").exists():
-            lists = config.pixel.batch_size // pairs.images
+            lists = config.pixel.batch_size // config.pairs.images
             lists = LatentPairs(folders["train"], batch_size=lists, seed=config.seed)
-            model = train_pixel(pipeline, lists, config, accelerator)
+            model = train_pixel(train_clip(pipeline, config, accelerator), pipeline, lists, config, accelerator)
             with atomic_folder(weights / "pixel") as temporary:
                 save_clip_reward(model, pipeline.tokenizer, temporary)
         numbers |= evaluate_reward(config, "pixel", folders)
-    print((root / "report.md").read_text(encoding="utf-8"))
-    print(f"finished: {shlex.join(['python', str(RECIPES / 'refl_sd35.py'), '--model', str(weights)])}")
 
 
 def begin(config: BuildConfig, text: str) -> None:
@@ -154,31 +200,20 @@ def stage(root: Path, name: str) -> Iterator[dict[str, float]]:
         write_atomically(root / "report.md", f"# Build of the embedded world\n\n{page}\n")
 
 
-def generators(config: BuildConfig) -> dict[str, Generator]:
-    """Return who makes the images of the pairs: the base, two of its checkpoints, two policies, and the renderer."""
-    from dinalrm_align.train.checkpoints import checkpoint_near
-
-    root = Path(config.output_dir)
-    young, half = (checkpoint_near(root / "base", share * config.base.loop.steps) for share in (0.2, 0.5))
-    return {
-        "base": Generator(weight=6),
-        "young": Generator(checkpoint=str(young / "ema.safetensors")),
-        "half": Generator(checkpoint=str(half / "ema.safetensors")),
-        "aligned": Generator(lora=str(root / "aligned" / "lora")),
-        "over_aligned": Generator(lora=str(root / "over_aligned" / "lora")),
-        "faithful": Generator("faithful", weight=2),
-        "spoiled": Generator("spoiled", weight=4),
-    }
+def save_transformer(transformer: "SD3Transformer2DModel", folder: Path) -> None:
+    """Save a transformer in float16."""
+    with atomic_folder(folder) as temporary:
+        transformer.half().save_pretrained(temporary)
 
 
-def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") -> PairsConfig:
-    """Train the scout, a latent reward on samples of the base and renders, and two policies that maximise it. Returns
-    the settings of pairs whose images are made by all models, and out of family by the outsider.
+def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") -> None:
+    """Train the scout, a latent reward on pairs of renders, and two policies that maximise it.
+    Their LoRAs are saved beside the other makers of pairs.
     """
     from dinalrm_align.shapes.pairs import ensure_pairs
 
     root = Path(config.output_dir)
-    makers = {"base": Generator(), "spoiled": Generator("spoiled")}
+    makers = {"faithful": Generator("faithful"), "spoiled": Generator("spoiled", weight=3)}
     pairs = dataclasses.replace(config.pairs, groups=config.scout.groups, generators=makers, outside={})
     folders = {kind: ensure_pairs(kind, root / "scout_pairs" / kind, pipeline, pairs) for kind in ("train", "concepts")}
     if not (root / "scout" / "reward" / "config.json").exists():
@@ -190,18 +225,19 @@ def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") ->
         "over_aligned": {"--loop.steps": config.scout.over_aligned_updates, "--refl.kl_weight": 0, "--optim.lr": 1e-3},
     }
     for name, options in runs.items():
+        folder = root / "weights" / "makers" / name
+        if folder.exists():
+            continue
         if not (root / name / "summary.json").exists():  # written last
             run_recipe("refl_sd35.py", common | options, root / name)
-    outside = {"outsider": Generator(checkpoint=str(root / "outsider_weights" / "transformer"))}
-    return dataclasses.replace(config.pairs, generators=generators(config), outside=outside)
+        with atomic_folder(folder) as temporary:
+            shutil.copytree(root / name / "lora", temporary, dirs_exist_ok=True)
 
 
 def train_latent_reward(
-    config: BuildConfig, name: str, pairs: dict[str, Path], updates: int, *, into: Path | None = None
-) -> None:
-    """Run recipes/train_reward.py in output_dir/name. Saves the reward to `into`, beside the pipeline's folder."""
-    from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
-
+    config: BuildConfig, name: str, pairs: dict[str, Path], updates: int, *, init_from: Path | None = None
+) -> Path:
+    """Run recipes/train_reward.py in output_dir/name. Returns the folder of the reward."""
     root, depth = Path(config.output_dir), round(config.stack.depth * 2 / 3)
     taps = sorted({max(1, depth // 2), max(1, depth - 1), depth})
     options = {
@@ -210,10 +246,9 @@ def train_latent_reward(
         "--device": config.device, "--loop.steps": updates, "--reward.text_length": config.stack.text_length,
         "--reward.num_layers": depth, "--reward.visual_taps": taps, "--reward.text_taps": taps,
     }  # fmt: skip
+    options |= {"--init_from": init_from} if init_from else {}
     run_recipe("train_reward.py", options, root / name)
-    if into is not None:
-        reward = read_checkpoint(root / name / "reward")
-        write_reward(into, dataclasses.replace(reward.config, base_model_id="../pipeline"), reward.tensors)
+    return root / name / "reward"
 
 
 def evaluate_reward(config: BuildConfig, name: str, pairs: dict[str, Path]) -> dict[str, float]:

@@ -111,8 +111,8 @@ MODELS: dict[str, ModelSpec] = {
         width=64,
         reward_size=64,
         num_steps=12,
-        guidance_scale=1.2,
-        text_length=14,
+        guidance_scale=3.0,
+        text_length=16,
         dtype="float32",
     ),
 }

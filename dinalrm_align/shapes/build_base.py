@@ -186,12 +186,12 @@ def _judged(
     pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: BuildConfig, guidance: float, number: int = 64
 ) -> tuple[Tensor, list[str], dict[str, float]]:
     """Sample images for held-out captions. Returns images, captions, and means of the oracle's score and its parts."""
-    scenes, parts = config.pairs.scenes, {}
-    drawn = draw_scenes(number, np.random.default_rng((config.seed, 1234)), held_out=True, scenes=scenes)
+    parts: dict[str, Tensor] = {}
+    drawn = draw_scenes(number, np.random.default_rng((config.seed, 1234)), held_out=True)
     prompts = [scene.caption for scene in drawn]
     settings = dict(steps=MODELS["shapes"].num_steps, guidance=guidance, seed=config.seed)
     images = decode_latents(pipeline.vae, sample_latents(pipeline, encoder, prompts, **settings)).cpu()
-    score = oracle_score(images, prompts, parts, scenes=scenes)
+    score = oracle_score(images, prompts, parts)
     numbers = {part.rpartition("/")[2]: value.mean().item() for part, value in parts.items()}
     return images, prompts, {**numbers, "oracle": score.mean().item()}
 
@@ -204,7 +204,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
         rng = np.random.default_rng((config.seed + 3, 0))
         latents, layouts, captions = [], [], []
         for _ in tqdm(range(0, config.cached_images, 64), desc="encode images", unit=" batches"):
-            images, scenes, drawings = random_images(64, rng, config.stack.image_size, config.pairs.scenes)
+            images, scenes, drawings = random_images(64, rng, config.stack.image_size)
             latents.append(encode_images(pipeline.vae, images).half().cpu())
             layouts.append(torch.stack([_layout(drawing, config.stack.latent_size) for drawing in drawings]))
             captions += [scene.caption for scene in scenes]

@@ -5,9 +5,7 @@ from typing import ClassVar, Literal
 
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
     IntAboveOne,
-    IntFrom3To6,
     IntFrom3To512,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,50 +16,13 @@ from dinalrm_align.train.settings import (
     did_you_mean,
 )
 
-FAITHFULNESS = ("shape", "colour", "size", "relation", "count", "background")
+FAITHFULNESS = ("shape", "colour", "size", "relation", "count", "background", "fill")
 AESTHETICS = ("blur", "contrast", "placement")
 CONCEPTS = FAITHFULNESS + AESTHETICS
 """What an image can get wrong: the content of its caption (FAITHFULNESS) or its quality (AESTHETICS)."""
 SIZES = ("small", "medium", "large")
 FILLS = ("striped", "dotted", "checked", "outlined")
-
-
-@dataclass
-class SceneConfig:
-    """Content of the captions. The shipped weights have the default settings.
-
-    Args:
-        max_count: largest number of identical objects, 3 to 6.
-        medium: whether objects have three sizes (small, medium, large) instead of two.
-        fills: how an object can be filled, besides solid: any of striped, dotted, checked, outlined.
-    """
-
-    max_count: IntFrom3To6 = 3
-    medium: bool = False
-    fills: tuple[Literal[FILLS], ...] = ()
-
-    def __post_init__(self) -> None:
-        check_fields(self, "scenes")
-        if len(set(self.fills)) < len(self.fills):
-            raise ValueError(f"scenes.fills: got {', '.join(self.fills)}; expected each fill once")
-
-    @property
-    def plain(self) -> bool:
-        """Whether all options are off."""
-        return self.max_count == 3 and not self.medium and not self.fills
-
-    @property
-    def sizes(self) -> tuple[str, ...]:
-        return tuple(size for size in SIZES if self.medium or size != "medium")
-
-    @property
-    def concepts(self) -> tuple[str, ...]:
-        """What an image of these scenes can get wrong: CONCEPTS and, if objects have fills, "fill"."""
-        return (*FAITHFULNESS, *["fill"] * bool(self.fills), *AESTHETICS)
-
-
-SCENES = SceneConfig()
-"""The default scenes, those of the shipped weights."""
+"""How an object can be filled, besides solid."""
 
 
 @dataclass
@@ -101,7 +62,7 @@ class StackConfig:
     clip_layers: PositiveInt = 2
     t5_width: PositiveInt = 128
     t5_layers: PositiveInt = 2
-    text_length: IntFrom3To512 = 14
+    text_length: IntFrom3To512 = 16
     scheduler_shift: PositiveFloat = 2.0
 
     def __post_init__(self) -> None:
@@ -135,17 +96,35 @@ class StackConfig:
         return self.image_size // 2 ** (len(self.vae_channels) - 1)
 
 
+class Checkpoint(PathText):
+    """Type of a field that holds a path, or the name of a transformer in the folder `makers` beside the pipeline's."""
+
+    words: ClassVar[tuple[str, ...]] = ("half", "outsider")
+
+    @classmethod
+    def absolute(cls, text: str) -> str:
+        return text if text in cls.words else super().absolute(text)
+
+
+class MakerLora(Checkpoint):
+    """Type of a field that holds a path, or the name of a LoRA in the folder `makers` beside the pipeline's."""
+
+    words = ("aligned", "over_aligned")
+
+
 @dataclass
 class Generator:
-    """Who makes images of mixed lists: a model with ranges of sampler settings, or the renderer.
+    """Who makes images of a list of preference pairs: a model with ranges of sampler settings, or the renderer.
 
     Args:
         render: faithful or spoiled (one concept is wrong) renders; null: samples of a model.
         weight: relative frequency of the generator's images.
         model: folder of a pipeline, such as OUTPUT_DIR/weights/pipeline of another build; null: that of the pairs.
         checkpoint: weights of the transformer at a stage of its training, a file such as
-            OUTPUT_DIR/base/checkpoints/step_000500/ema.safetensors, or the folder of another transformer.
-        lora: folder of a LoRA, such as RUN/lora of an alignment run; it is merged into the transformer.
+            OUTPUT_DIR/base/checkpoints/step_000500/ema.safetensors, or the folder of another transformer; or a name:
+            half (the base after half of its training) or outsider (another width and seed).
+        lora: folder of a LoRA, such as RUN/lora of an alignment run; it is merged into the transformer. Or a name:
+            aligned or over_aligned (by ReFL).
         guidance_scale: lowest and highest guidance.
         num_steps: lowest and highest number of denoising steps.
     """
@@ -153,8 +132,8 @@ class Generator:
     render: Literal["faithful", "spoiled"] | None = None
     weight: PositiveFloat = 1.0
     model: PathText | None = None
-    checkpoint: PathText | None = None
-    lora: PathText | None = None
+    checkpoint: Checkpoint | None = None
+    lora: MakerLora | None = None
     guidance_scale: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 5.0)
     num_steps: tuple[PositiveInt, PositiveInt] = (4, 20)
 
@@ -173,6 +152,23 @@ class Generator:
         return {"steps": low + int(steps * (high - low + 1)), "guidance": float(weak + guidance * (strong - weak))}
 
 
+def default_generators() -> dict[str, Generator]:
+    """Return the makers of lists: the base, the base after half of its training, two policies, and the renderer."""
+    return {
+        "base": Generator(weight=6.0),
+        "half": Generator(checkpoint="half"),
+        "aligned": Generator(lora="aligned"),
+        "over_aligned": Generator(lora="over_aligned"),
+        "faithful": Generator("faithful", weight=2.0),
+        "spoiled": Generator("spoiled", weight=4.0),
+    }
+
+
+def default_outside() -> dict[str, Generator]:
+    """Return the makers of the test set out of family: a transformer of another width and seed."""
+    return {"outsider": Generator(checkpoint="outsider")}
+
+
 @dataclass
 class PairsConfig:
     """Number of preference pairs, and how the images of a pair are made.
@@ -181,8 +177,6 @@ class PairsConfig:
         groups: number of training captions, each with several images.
         images: number of images for each caption; every two images of a caption form a pair.
         emphasis: relative frequency of each concept (shape, blur, ...) in wrong renders; 1 for concepts not listed.
-        sampled_share: share of the captions whose images are sampled from the base model instead of rendered.
-        faithful_share: probability that a render is correct. The first render of each caption is always correct.
         rater_noise: standard deviation of the noise that a simulated rater adds to an image's oracle score.
         noise_per_object: share by which each object of the caption after the first raises that noise.
         noise_of_flaws: share by which flaws raise the noise of an image whose aesthetics are 0; linear in between.
@@ -191,48 +185,40 @@ class PairsConfig:
         rater_spread: standard deviation of the extra weight that each rater gives to faithfulness, sharpness, contrast
             and centring; every list has new raters.
         tie_gap: a rater to whom two scores, with noise, differ by less prefers neither, and counts as half a vote.
-        generators: for mixed lists: makers of a list's images, by name. Each makes its share, by weight, of the images
-            of every list. They replace `sampled_share` and `faithful_share`. Default: unmixed lists.
+        generators: makers of a list's images, by name. Each makes its share, by weight, of the images of every list.
+            Default: those of `default_generators`.
         outside: makers of the images of a test set out of family, which must not occur in training.
         per_concept: number of evaluation pairs for each concept; their captions are held out from training.
         per_shifted: number of out-of-distribution pairs for each concept; their images have grain and JPEG artefacts.
         heldout_groups: number of held-out captions for evaluation pairs that are made like the training pairs, and of
             those out of family.
         seed: seed of all random draws.
-        scenes: content of the captions, such as sizes and fills of objects.
     """
 
-    groups: PositiveInt = 6000
+    groups: PositiveInt = 3200
     images: IntAboveOne = 4
     emphasis: dict[str, PositiveFloat] = field(default_factory=lambda: {"shape": 3.0, "blur": 1.5})
-    sampled_share: ClosedUnitInterval = 0.1
-    faithful_share: ClosedUnitInterval = 0.2
     rater_noise: NonNegativeFloat = 0.1
-    noise_per_object: NonNegativeFloat = 0.0
-    noise_of_flaws: NonNegativeFloat = 0.0
-    raters: PositiveInt = 1
-    rater_spread: NonNegativeFloat = 0.0
-    tie_gap: NonNegativeFloat = 0.0
-    generators: dict[str, Generator] = field(default_factory=dict)
-    outside: dict[str, Generator] = field(default_factory=dict)
+    noise_per_object: NonNegativeFloat = 0.25
+    noise_of_flaws: NonNegativeFloat = 1.0
+    raters: PositiveInt = 3
+    rater_spread: NonNegativeFloat = 0.2
+    tie_gap: NonNegativeFloat = 0.05
+    generators: dict[str, Generator] = field(default_factory=default_generators)
+    outside: dict[str, Generator] = field(default_factory=default_outside)
     per_concept: PositiveInt = 100
     per_shifted: PositiveInt = 40
     heldout_groups: NonNegativeInt = 400
     seed: NonNegativeInt = 0
-    scenes: SceneConfig = field(default_factory=SceneConfig)
 
     def __post_init__(self) -> None:
         check_fields(self, "pairs")
-        known = self.scenes.concepts
         for concept in self.emphasis:
-            if concept not in known:
-                hint = did_you_mean(concept, known) or ";"
-                raise ValueError(f"pairs.emphasis: unknown concept {concept!r}{hint} known: {', '.join(known)}")
-        for name in ("generators", "outside"):
-            weights = [(maker.weight, maker.render is None) for maker in vars(self)[name].values()]
-            share = sum(weight for weight, sampled in weights if sampled) / (sum(weight for weight, _ in weights) or 1)
-            if weights and share < 0.5:
-                raise ValueError(f"pairs.{name}: got weights with {share:.0%} samples; expected at least half samples")
+            if concept not in CONCEPTS:
+                hint = did_you_mean(concept, CONCEPTS) or ";"
+                raise ValueError(f"pairs.emphasis: unknown concept {concept!r}{hint} known: {', '.join(CONCEPTS)}")
+        if not self.generators:
+            raise ValueError("pairs.generators: got none; expected at least one")
 
 
 @dataclass
@@ -266,16 +252,16 @@ class ScoutConfig:
     """Settings of a first latent reward, and of two policies that maximise it and whose samples occur in the pairs.
 
     Args:
-        groups: number of captions of its training pairs.
+        groups: number of captions of its training pairs, which are renders.
         reward_updates: number of updates of the reward.
         aligned_updates: number of ReFL updates of the aligned policy, with the recipe's default settings.
         over_aligned_updates: the same for the over-aligned policy, without a KL penalty and at learning rate 1e-3.
     """
 
-    groups: PositiveInt = 1500
-    reward_updates: PositiveInt = 400
+    groups: PositiveInt = 3200
+    reward_updates: PositiveInt = 900
     aligned_updates: PositiveInt = 30
-    over_aligned_updates: PositiveInt = 60
+    over_aligned_updates: PositiveInt = 24
 
     def __post_init__(self) -> None:
         check_fields(self, "scout")
@@ -290,8 +276,7 @@ class BuildConfig:
         seed: seed of all random draws.
         device: cpu or cuda.
         stack: sizes of the networks.
-        pairs: preference pairs for training and evaluating rewards. Without `pairs.generators`, their images are those
-            of the base model, of its earlier checkpoints and of two policies, and renders.
+        pairs: preference pairs for training and evaluating rewards.
         vae: training of the autoencoder, first on crops half as wide and high as the image, then on whole images.
         text: training of the three text encoders, which learn to predict a caption's objects, relation and background.
         base: training of the text-to-image transformer.
@@ -299,6 +284,7 @@ class BuildConfig:
         outsider_heads: number of attention heads of that transformer; its width is outsider_heads * stack.head_dim.
         scout: a first latent reward, and the policies that maximise it.
         reward_updates: number of updates of the latent reward.
+        clip: training of a CLIP model on renders and their captions, from which the CLIP reward starts.
         pixel: training of the CLIP reward, on images decoded from the latent reward's preference pairs.
         cached_images: number of images that the base model is trained on; they are rendered and encoded once.
         layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape is
@@ -313,12 +299,13 @@ class BuildConfig:
     pairs: PairsConfig = field(default_factory=PairsConfig)
     vae: StageConfig = field(default_factory=lambda: _stage(64, 2400, 2e-3, decay=0.5))
     text: StageConfig = field(default_factory=lambda: _stage(128, 600, 2e-3, warmup=50))
-    base: StageConfig = field(default_factory=lambda: _stage(64, 2600, 2e-3, ema=0.9985, decay=0.6, warmup=200, keep=6))
+    base: StageConfig = field(default_factory=lambda: _stage(64, 4000, 2e-3, ema=0.9985, decay=0.6, warmup=200, keep=8))
     outsider: StageConfig = field(default_factory=lambda: _stage(64, 800, 2e-3, ema=0.995, decay=0.6))
     outsider_heads: PositiveInt = 3
     scout: ScoutConfig = field(default_factory=ScoutConfig)
-    reward_updates: PositiveInt = 1500
-    pixel: StageConfig = field(default_factory=lambda: _stage(48, 800, 5e-4))
+    reward_updates: PositiveInt = 1100
+    clip: StageConfig = field(default_factory=lambda: _stage(96, 700, 1e-3))
+    pixel: StageConfig = field(default_factory=lambda: _stage(48, 500, 3e-4))
     cached_images: PositiveInt = 40_000
     layout_weight: NonNegativeFloat = 5.0
 
@@ -327,6 +314,6 @@ class BuildConfig:
         if self.pixel.batch_size < self.pairs.images:
             expected = f"at least pairs.images, {self.pairs.images}, because a list is not split"
             raise ValueError(f"pixel.batch_size: got {self.pixel.batch_size}; expected {expected}")
-        if self.pairs.scenes.fills and self.stack.text_length < 16:
-            expected = "at least 16, for captions of two objects with fills"
+        if self.stack.text_length < 16:
+            expected = "at least 16, for the longest captions"
             raise ValueError(f"stack.text_length: got {self.stack.text_length}; expected {expected}")

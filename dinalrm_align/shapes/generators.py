@@ -1,4 +1,4 @@
-"""Generators of the embedded world: who makes the images of a mixed list of preference pairs, and with which settings.
+"""Generators of the embedded world: who makes the images of a list of preference pairs, and with which settings.
 
 A list belongs to one caption, and its images come from different generators. All draws of a list are keyed by the
 caption's index, except the sampler's settings: lists come in blocks of BLOCK captions, and the images at one position
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline, load_transformer
 from dinalrm_align.models.text import PromptEncoder, text_encoders
 from dinalrm_align.models.weights import load_tensors, read_tensors
-from dinalrm_align.shapes.config import Generator, PairsConfig
+from dinalrm_align.shapes.config import Checkpoint, Generator, MakerLora, PairsConfig
 from dinalrm_align.shapes.render import concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
 from dinalrm_align.train.digest import fingerprint
@@ -33,9 +33,9 @@ BLOCK = 32
 """Number of captions whose images are encoded or sampled at once."""
 STREAMS = {"train": 4, "heldout": 5, "outside": 5}
 """Kind of lists -> stream of their random draws: "outside" has the captions of "heldout"."""
-UNMIXED = {"base": Generator(num_steps=(6, 15)), "faithful": Generator("faithful"), "spoiled": Generator("spoiled")}
-"""What lists are made of without `PairsConfig.generators`."""
 FILES, RANGES = ("model", "checkpoint", "lora"), ("guidance_scale", "num_steps")
+MAKERS = "makers"
+"""Folder beside that of the pipeline, with weights that `Generator` can name."""
 LAYOUT = "layout."  # prefix of the layout head's tensors in checkpoints of the base model
 
 Lists = Iterator[tuple[list[Scene], Tensor | None, Tensor, list[np.random.Generator]]]
@@ -54,7 +54,7 @@ class ListPlan:
 
 
 def makers_of(kind: str, config: PairsConfig) -> dict[str, Generator]:
-    """Return the generators of lists of `kind`: none for unmixed lists, and for pairs that are not lists."""
+    """Return the generators of lists of `kind`: none for pairs that are not lists."""
     return {"train": config.generators, "heldout": config.generators, "outside": config.outside}.get(kind, {})
 
 
@@ -63,7 +63,7 @@ def plan_list(index: int, kind: str, generators: dict[str, Generator], config: P
     makes p * config.images images of a list on average, rounded up or down (systematic sampling).
     """
     rng = np.random.default_rng((config.seed, STREAMS[kind], index))
-    scene = draw_scenes(1, rng, held_out=kind != "train", scenes=config.scenes)[0]
+    scene = draw_scenes(1, rng, held_out=kind != "train")[0]
     order = rng.permutation(sorted(generators)).tolist()
     order.sort(key=lambda name: generators[name].render is not None)  # the numbers of samples and renders vary least
     ends = np.cumsum([generators[name].weight for name in order])
@@ -78,7 +78,7 @@ def sampler_settings(block: int, kind: str, config: PairsConfig) -> np.ndarray:
     return np.random.default_rng((config.seed, STREAMS[kind], block, 1)).random((config.images, 2))
 
 
-def mixed_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig) -> Lists:
+def make_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig) -> Lists:
     """Make the lists of `kind`, each with images of several generators. `encoder`: encodes prompts for `pipeline`."""
     generators = makers_of(kind, config)
     pipelines = open_generators(generators, pipeline)
@@ -94,10 +94,10 @@ def mixed_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEn
                 if how is None:
                     samples[name, position].append((row, plan.scene.caption, seed))
                 elif how == "faithful":
-                    drawings[row] = lay_out(plan.scene, draw_nuisance(plan.rng), plan.rng, config.scenes)
+                    drawings[row] = lay_out(plan.scene, draw_nuisance(plan.rng), plan.rng)
                 else:
                     concept = draw_concept(plan.scene, config, plan.rng)
-                    drawings[row] = lay_out_spoiled(plan.scene, nuisance, concept, plan.rng, config.scenes)
+                    drawings[row] = lay_out_spoiled(plan.scene, nuisance, concept, plan.rng)
         settings, made = sampler_settings(start // BLOCK, kind, config), {}
         for (name, position), parts in samples.items():
             own, (rows, captions, seeds) = pipelines[name], zip(*parts)
@@ -131,25 +131,43 @@ def open_generators(
             raise ValueError(f"generator {name}: got images of side {side} from {generator.model}; expected {expected}")
         if fingerprint(own.vae) == fingerprint(pipeline.vae):
             own.register_modules(vae=pipeline.vae)  # its latents need not be decoded and encoded
-        if generator.checkpoint and Path(generator.checkpoint).is_dir():
-            transformer = load_transformer(generator.checkpoint, dtype=torch.float32)
+        checkpoint, lora = (_locate(text, pipeline) for text in (generator.checkpoint, generator.lora))
+        if checkpoint and checkpoint.is_dir():
+            transformer = load_transformer(checkpoint, dtype=torch.float32)
             own.register_modules(transformer=transformer.to(pipeline.device))
-        elif generator.checkpoint or generator.lora:
+        elif checkpoint or lora:
             own.register_modules(transformer=copy.deepcopy(own.transformer))
-        if generator.checkpoint and not Path(generator.checkpoint).is_dir():
-            tensors = read_tensors(Path(generator.checkpoint))
-            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(LAYOUT)}
-            load_tensors(dict(own.transformer.named_parameters()), tensors, generator.checkpoint)
-        if generator.lora:
+        if checkpoint and not checkpoint.is_dir():
+            load_checkpoint(own.transformer, checkpoint)
+        if lora:
             before = fingerprint(own.transformer)
-            with reading("LoRA", generator.lora):
-                own.transformer.load_lora_adapter(generator.lora, use_safetensors=True)
+            with reading("LoRA", lora):
+                own.transformer.load_lora_adapter(lora, use_safetensors=True)
                 own.transformer.fuse_lora()
                 own.transformer.unload_lora()
             if fingerprint(own.transformer) == before:
-                raise ValueError(f"generator {name}: the LoRA in {generator.lora} does not change the transformer")
+                raise ValueError(f"generator {name}: the LoRA in {lora} does not change the transformer")
         opened[name] = own
     return opened
+
+
+def _locate(weights: str | None, pipeline: StableDiffusion3Pipeline) -> Path | None:
+    """Return the path of a generator's weights. Raises FileNotFoundError if those of a name do not exist."""
+    if weights not in (*Checkpoint.words, *MakerLora.words):
+        return Path(weights) if weights else None
+    path = Path(pipeline.name_or_path or ".").parent / MAKERS / weights
+    if not path.exists():
+        raise FileNotFoundError(
+            f"generator weights {weights}: got no {path}; expected a folder: recipes/build_shapes.py "
+            "makes it, or pass other pairs.generators and pairs.outside"
+        )
+    return path
+
+
+def load_checkpoint(transformer: nn.Module, path: Path) -> None:
+    """Set the weights of a transformer to those of a checkpoint of the base's training."""
+    tensors = {key: tensor for key, tensor in read_tensors(path).items() if not key.startswith(LAYOUT)}
+    load_tensors(dict(transformer.named_parameters()), tensors, path)
 
 
 def identities(generators: dict[str, Generator], pipeline: StableDiffusion3Pipeline) -> dict[str, dict[str, Any]]:
@@ -167,7 +185,7 @@ def check_outside(config: PairsConfig, pipeline: StableDiffusion3Pipeline) -> No
     """Raise ValueError if a generator of `config.outside` occurs in training: renders of the same kind, or samples of
     the same weights within overlapping ranges of guidance and steps.
     """
-    training = identities(config.generators or UNMIXED, pipeline)
+    training = identities(config.generators, pipeline)
     pairs = itertools.product(identities(config.outside, pipeline).items(), training.items())
     for (name, outside), (other, known) in pairs:
         apart = any(outside[key] != known[key] for key in ("render", "weights") if key in known)
@@ -187,7 +205,7 @@ def prompt_encoder(pipeline: StableDiffusion3Pipeline) -> PromptEncoder:
 
 def draw_concept(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> str:
     """Draw what a render gets wrong, by the weights in `config.emphasis`."""
-    concepts = concepts_of(scene, config.scenes)
+    concepts = concepts_of(scene)
     weights = np.array([config.emphasis.get(concept, 1.0) for concept in concepts])
     return str(rng.choice(concepts, p=weights / weights.sum()))
 

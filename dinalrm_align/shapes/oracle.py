@@ -1,16 +1,15 @@
 """Oracle of the embedded world (rendered shapes): scores an image for its caption from the image's pixels.
 
-    score = 2 F + A (0.25 + 0.75 F),   where F is faithfulness and A is aesthetics, both in [0, 1]
+    score = F (2.5 + 0.5 A),   where F is faithfulness and A is aesthetics, both in [0, 1]
 
-A perfect image scores 3. An image that does not match its caption (F = 0) scores at most 0.25. F is a score of the
-objects (shape, colour, size and, if scenes have it, fill), multiplied by factors for relation, background and number of
+A perfect image scores 3, and an image that does not match its caption (F = 0) scores 0. F is a score of the objects
+(shape, colour, size and fill), multiplied by factors for relation, background and number of
 objects. A is the mean of sharpness, contrast and centring. Training uses only preference labels derived from the score,
 not the score itself.
 """
 
 import functools
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +18,9 @@ import torch.nn.functional as F
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from dinalrm_align.shapes.config import SCENES, SceneConfig
+from dinalrm_align.shapes.config import FILLS, SIZES
 from dinalrm_align.shapes.render import AREA_PER_RADIUS2, PERIODS, SIZE, Mark, coverage, texture
-from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Item, Scene, parse_caption
+from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, MAX_COUNT, RELATIONS, SHAPES, Item, Scene, parse_caption
 
 COMPONENTS = {
     "faithfulness": ("objects", "relation", "background", "count"),
@@ -29,8 +28,8 @@ COMPONENTS = {
 }
 PARTS = (*COMPONENTS, *itertools.chain(*COMPONENTS.values()))
 MIN_AREA = 30  # pixels; smaller regions are ignored
-SIZE_BOUNDARIES = {2: (9.75,), 3: (7.8, 10.5)}
-"""Number of sizes -> radii in pixels that separate each size from the next."""
+SIZE_BOUNDARIES = (7.8, 10.5)
+"""Radii in pixels that separate each size from the next."""
 _COLOUR_NAMES = tuple(COLOURS)
 _COLOUR_VALUES = np.array(list(COLOURS.values()))
 
@@ -45,7 +44,7 @@ class SeenObject:
         overlap: for each shape name, the IoU of the object and that shape drawn with equal centroid and area.
         strength: contrast with the background; 1 for an object in its full colour.
         edge: width in pixels of the soft transition from object to background.
-        fills: for "solid" and each possible fill, how clearly the object has it; empty in scenes without fills.
+        fills: for "solid" and each possible fill, how clearly the object has it.
     """
 
     colour: str
@@ -60,22 +59,19 @@ class SeenObject:
 
 
 def oracle_score(
-    images: torch.Tensor, prompts: list[str], parts: dict[str, torch.Tensor] | None = None, *,
-    scenes: SceneConfig = SCENES,
-) -> torch.Tensor:  # fmt: skip
+    images: torch.Tensor, prompts: list[str], parts: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
     """Return scores (B,) in [0, 3] of images (B, 3, S, S) in [0, 1] for B captions. S must be a multiple of 64.
 
     parts: is filled with what the scores consist of, each (B,) in [0, 1]: "faithfulness", "faithfulness/objects", ...
-    scenes: what captions can say; with fills, for instance, a caption without a fill asks for a solid object.
     """
-    found = oracle_parts(images, prompts, scenes=scenes)
+    found = oracle_parts(images, prompts)
     for main, components in COMPONENTS.items() if parts is not None else ():
         parts |= {main: found[main], **{f"{main}/{name}": found[name] for name in components}}
-    faithfulness, aesthetics = found["faithfulness"], found["aesthetics"]
-    return 2 * faithfulness + aesthetics * (0.25 + 0.75 * faithfulness)
+    return found["faithfulness"] * (2.5 + 0.5 * found["aesthetics"])
 
 
-def oracle_parts(images: torch.Tensor, prompts: list[str], *, scenes: SceneConfig = SCENES) -> dict[str, torch.Tensor]:
+def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
     """Return the score's components as a dict: name in PARTS -> (B,) in [0, 1]. Raises ValueError for invalid input."""
     side = images.shape[-1]
     if images.ndim != 4 or images.shape[1:] != (3, side, side) or side % SIZE:
@@ -83,18 +79,18 @@ def oracle_parts(images: torch.Tensor, prompts: list[str], *, scenes: SceneConfi
     if len(prompts) != len(images):
         raise ValueError(f"one caption per image: got {len(images)} images, {len(prompts)} captions")
     pixels = F.avg_pool2d(images.detach().float().clamp(0, 1), side // SIZE).permute(0, 2, 3, 1).cpu().numpy()
-    rows = [_parts_of_image(image, parse_caption(prompt, scenes), scenes) for image, prompt in zip(pixels, prompts)]
+    rows = [_parts_of_image(image, parse_caption(prompt)) for image, prompt in zip(pixels, prompts)]
     return {part: torch.tensor([row[part] for row in rows], dtype=torch.float32) for part in PARTS}
 
 
-def _parts_of_image(image: np.ndarray, scene: Scene, scenes: SceneConfig) -> dict[str, float]:
+def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
     border = np.concatenate([edge.reshape(-1, 3) for edge in (image[:2], image[-2:], image[:, :2], image[:, -2:])])
     ground = np.median(border, axis=0)
     background = min(BACKGROUNDS, key=lambda name: np.abs(ground - np.array(BACKGROUNDS[name])).sum())
-    found = find_objects(image, ground, background, scenes)
+    found = find_objects(image, ground, background)
     wanted, fit, matched = list(scene.items), np.zeros(0), []
     if found:
-        table = np.array([[_match(item, seen, scenes) for seen in found] for item in wanted])
+        table = np.array([[_match(item, seen) for seen in found] for item in wanted])
         slots = range(max(len(found), len(wanted)))
         table = np.pad(table, ((0, 0), (0, len(slots) - len(found))))
         if len(wanted) > 3:  # identical objects: which of equally good assignments is found does not matter
@@ -127,9 +123,9 @@ def _parts_of_image(image: np.ndarray, scene: Scene, scenes: SceneConfig) -> dic
     return dict(zip(PARTS, values, strict=True))
 
 
-def find_objects(image: np.ndarray, ground: np.ndarray, background: str, scenes: SceneConfig) -> list[SeenObject]:
-    """Detect objects (connected regions of one colour) in an image (64, 64, 3), at most twice as many as a caption in
-    `scenes` can ask for. The largest come first. If objects have fills, their gaps and holes count as filled.
+def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list[SeenObject]:
+    """Detect objects (connected regions of one colour) in an image (64, 64, 3), at most twice as many as a caption
+    can ask for. The largest come first. The gaps and holes of a textured or outlined object count as filled.
 
     A pixel gets the colour in COLOURS for which (colour - background) has the largest cosine similarity with (pixel -
     background). Low contrast and soft edges have no effect, as neither changes the direction of that difference.
@@ -141,7 +137,7 @@ def find_objects(image: np.ndarray, ground: np.ndarray, background: str, scenes:
     directions = _COLOUR_VALUES - np.array(BACKGROUNDS[background])
     lengths = np.linalg.norm(directions, axis=-1)
     nearest = (difference @ (directions / lengths[:, None]).T).argmax(-1)
-    visible = distance > max(0.07, (0.2 if scenes.fills else 0.3) * distance.max())
+    visible = distance > max(0.07, 0.2 * distance.max())
     found = []
     for index in np.unique(nearest[visible]):
         labels, number = ndimage.label(visible & (nearest == index))
@@ -149,19 +145,17 @@ def find_objects(image: np.ndarray, ground: np.ndarray, background: str, scenes:
             region = labels == label
             if region.sum() < MIN_AREA:
                 continue
-            peak = np.quantile(distance[region], 0.9 if scenes.fills else 0.8)
+            peak = np.quantile(distance[region], 0.9)
             alpha = np.where(ndimage.binary_dilation(region, iterations=4), distance / peak, 0)
-            mask = region & (alpha > 0.5)
-            if scenes.fills:
-                closed = ndimage.grey_closing(np.where(region, alpha, 0), 5)
-                mask = ndimage.binary_fill_holes(region & (closed > 0.5))
+            closed = ndimage.grey_closing(np.where(region, alpha, 0), 5)
+            mask = ndimage.binary_fill_holes(region & (closed > 0.5))
             if mask.sum() < MIN_AREA:
                 continue
-            found.append(_measure(mask, alpha, _COLOUR_NAMES[index], peak / lengths[index], scenes))
-    return sorted(found, key=lambda seen: -seen.area)[: 2 * scenes.max_count]
+            found.append(_measure(mask, alpha, _COLOUR_NAMES[index], peak / lengths[index]))
+    return sorted(found, key=lambda seen: -seen.area)[: 2 * MAX_COUNT]
 
 
-def _measure(mask: np.ndarray, alpha: np.ndarray, colour: str, strength: float, scenes: SceneConfig) -> SeenObject:
+def _measure(mask: np.ndarray, alpha: np.ndarray, colour: str, strength: float) -> SeenObject:
     rows, columns = np.nonzero(mask)
     x, y, area = columns.mean() + 0.5, rows.mean() + 0.5, float(mask.sum())
     overlap = {}
@@ -169,15 +163,14 @@ def _measure(mask: np.ndarray, alpha: np.ndarray, colour: str, strength: float, 
         template = coverage(Mark(shape, colour, x, y, float(np.sqrt(area / AREA_PER_RADIUS2[shape])))) > 0.5
         overlap[shape] = float((template & mask).sum() / max(1, (template | mask).sum()))
     outline = (mask & ~ndimage.binary_erosion(mask)).sum()
-    ramp = ((alpha > 0.15) & (alpha < 0.85)).sum()
-    if scenes.fills:  # textures have such values inside: take twice the outer half of the transition
-        ramp = 2 * ((alpha > 0.15) & (alpha < 0.5) & ~mask).sum()
+    ramp = 2 * ((alpha > 0.15) & (alpha < 0.5) & ~mask).sum()  # twice the outer half, as textures are soft inside
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-    fills = _fills(mask, alpha, scenes.fills) if scenes.fills else {}
-    return SeenObject(colour, x, y, area, overlap, box, float(strength), float(ramp / (0.7 * outline)), fills)
+    return SeenObject(
+        colour, x, y, area, overlap, box, float(strength), float(ramp / (0.7 * outline)), _fills(mask, alpha)
+    )
 
 
-def _fills(mask: np.ndarray, alpha: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+def _fills(mask: np.ndarray, alpha: np.ndarray) -> dict[str, float]:
     """Return how clearly an object has each fill: a hollow middle, or a correlation with the texture at some shift."""
     depth = ndimage.distance_transform_edt(mask)
     inside = depth > 1.5 if depth.max() > 1.5 else mask
@@ -191,7 +184,7 @@ def _fills(mask: np.ndarray, alpha: np.ndarray, names: Sequence[str]) -> dict[st
         patterns = patterns - patterns.mean(1, keepdims=True)
         lengths = np.linalg.norm(patterns, axis=1) * np.linalg.norm(fine)
         found[name] = float((patterns @ fine / np.maximum(lengths, 1e-6)).max()) * spread
-    return {name: found[name] for name in ("solid", *names)}
+    return {name: found[name] for name in ("solid", *FILLS)}
 
 
 @functools.cache
@@ -203,17 +196,15 @@ def _patterns(fill: str) -> np.ndarray:
     return np.stack([texture(fill, pixels[None, :] - dx, pixels[:, None] - dy) for dx, dy in shifts])
 
 
-def _match(item: Item, seen: SeenObject, scenes: SceneConfig) -> float:
+def _match(item: Item, seen: SeenObject) -> float:
     """Return how well a detected object matches a caption's object in shape, colour, size and fill, in [0, 1]."""
     other = max(overlap for shape, overlap in seen.overlap.items() if shape != item.shape)
     own = seen.overlap[item.shape]
     shape = float(np.clip(0.5 + (own - other) / 0.08, 0, 1) * np.clip((own - 0.5) / 0.3, 0, 1))
     radius = np.sqrt(seen.area / AREA_PER_RADIUS2[item.shape])
-    boundaries, rank = SIZE_BOUNDARIES[len(scenes.sizes)], scenes.sizes.index(item.size)
+    boundaries, rank = SIZE_BOUNDARIES, SIZES.index(item.size)
     above = [1.0, *(np.clip(0.5 + (radius - bound) * len(boundaries) / 2.0, 0, 1) for bound in boundaries), 0.0]
     size = float(above[rank] - above[rank + 1])
     match = 0.4 * shape + 0.4 * float(seen.colour == item.colour) + 0.2 * size
-    if not scenes.fills:
-        return match
     clearest = max(value for name, value in seen.fills.items() if name != item.fill)
     return 0.75 * match + 0.25 * float(np.clip(0.5 + (seen.fills[item.fill] - clearest) / 0.2, 0, 1))

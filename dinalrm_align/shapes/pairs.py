@@ -1,9 +1,7 @@
 """Preference pairs of the embedded world (rendered shapes), labelled from the scores of its oracle.
 
-The images of a training caption are either samples of the base model or renders, or those of several generators
-(`generators`). Most renders get one concept wrong (a wrong colour, blur, ...). Simulated raters compare the images
-(`raters`). For evaluation by concept, a pair consists of two renders that differ in one concept, and the oracle's
-scores are compared without noise.
+The images of a caption are made by several `generators`, and simulated `raters` compare them. For evaluation by
+concept, a pair consists of two renders that differ in one concept, and the oracle's scores are compared without noise.
 """
 
 import dataclasses
@@ -23,27 +21,24 @@ from tqdm.auto import tqdm
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.models.images import image_tensor, open_image, to_bytes
-from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline
+from dinalrm_align.models.pipeline import encode_images, load_pipeline
 from dinalrm_align.models.text import PromptEncoder
-from dinalrm_align.shapes.config import PairsConfig, SceneConfig
+from dinalrm_align.shapes.config import CONCEPTS, PairsConfig
 from dinalrm_align.shapes.generators import (
     BLOCK,
     STREAMS,
-    Lists,
     check_outside,
-    draw_concept,
     identities,
+    make_lists,
     makers_of,
-    mixed_lists,
     prompt_encoder,
-    sample_latents,
 )
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.raters import rate_lists
-from dinalrm_align.shapes.render import Drawing, concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
-from dinalrm_align.shapes.scene import Scene, draw_scenes
+from dinalrm_align.shapes.render import concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
+from dinalrm_align.shapes.scene import draw_scenes
 from dinalrm_align.train.digest import fingerprint
-from dinalrm_align.train.files import begin_or_resume, read_json, write_atomically
+from dinalrm_align.train.files import begin_or_resume, write_atomically
 
 MADE_WITH = "made_with.json"
 GRAIN, JPEG = 0.06, 20
@@ -98,10 +93,8 @@ def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline,
     if not (directory / "index.json").exists():
         write_pairs(kind, directory, pipeline, config)
         write_atomically(directory / MADE_WITH, json.dumps(settings, indent=1))
-    elif (directory / MADE_WITH).exists():  # earlier versions did not write it
-        before, default = read_json(directory / MADE_WITH), dataclasses.asdict(PairsConfig())
-        known = {name: value for name, value in settings.items() if name in before or value != default.get(name)}
-        begin_or_resume(directory, MADE_WITH, known)  # earlier versions wrote fewer settings
+    elif (directory / MADE_WITH).exists():  # pairs of the user's own have none
+        begin_or_resume(directory, MADE_WITH, settings)
     return directory
 
 
@@ -121,31 +114,8 @@ def labelled_lists(
     `config.images` consecutive images. A caption's labels are triples (chosen, rejected, label); the images are given
     by their indices.
     """
-    make = mixed_lists if makers_of(kind, config) else _unmixed_lists
-    for scenes, latents, images, rngs in make(kind, pipeline, encoder, config):
+    for scenes, latents, images, rngs in make_lists(kind, pipeline, encoder, config):
         yield [scene.caption for scene in scenes], latents, images, rate_lists(images, scenes, config, rngs)
-
-
-def _unmixed_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig) -> Lists:
-    """Make lists in which either all images are samples of the base model or all are renders."""
-    held_out = kind == "heldout"
-    rng = np.random.default_rng((config.seed, 2 if held_out else 0))
-    groups = config.heldout_groups if held_out else config.groups
-    sampled = round(groups * config.sampled_share)
-    chunks = [(min(BLOCK, sampled - start), True) for start in range(0, sampled, BLOCK)]
-    chunks += [(min(BLOCK, groups - start), False) for start in range(sampled, groups, BLOCK)]
-    for size, by_base in tqdm(chunks, desc="preference pairs", unit=f" {BLOCK} captions"):
-        scenes = draw_scenes(size, rng, held_out=held_out, scenes=config.scenes)
-        prompts = [scene.caption for scene in scenes for _ in range(config.images)]
-        latents = None
-        if by_base:
-            steps, guidance, seed = int(rng.integers(6, 16)), float(rng.uniform(1.0, 5.0)), int(rng.integers(2**31))
-            latents = sample_latents(pipeline, encoder, prompts, steps=steps, guidance=guidance, seed=seed)
-            images = decode_latents(pipeline.vae, latents)
-        else:
-            drawings = [draw for scene in scenes for draw in _draw_list(scene, config, rng)]
-            images = render(drawings, pipeline.vae.config.sample_size)
-        yield scenes, latents, images, [rng] * size
 
 
 def _encoded_lists(
@@ -164,8 +134,8 @@ def _encoded_concepts(
     """For one concept at a time, yield captions, latents (captions, 2, C, h, w; chosen images first) and labels."""
     stream, number = (3, config.per_shifted) if kind == "shifted" else (1, config.per_concept)
     rng, size = np.random.default_rng((config.seed, stream)), pipeline.vae.config.sample_size
-    for concept in tqdm(config.scenes.concepts, desc="concept pairs", unit=" concepts"):
-        captions, images = zip(*itertools.islice(_concept_pairs(concept, rng, size, config.scenes), number))
+    for concept in tqdm(CONCEPTS, desc="concept pairs", unit=" concepts"):
+        captions, images = zip(*itertools.islice(_concept_pairs(concept, rng, size), number))
         images = torch.cat(images)
         images = _damage(images, rng) if kind == "shifted" else images
         latents = torch.cat([encode_images(pipeline.vae, chunk) for chunk in images.split(2 * BLOCK)])
@@ -182,31 +152,16 @@ def _damage(images: Tensor, rng: np.random.Generator) -> Tensor:
     return image_tensor(damaged)
 
 
-def _concept_pairs(
-    concept: str, rng: np.random.Generator, size: int, scenes: SceneConfig
-) -> Iterator[tuple[str, Tensor]]:
+def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterator[tuple[str, Tensor]]:
     """Yield captions, each with two renders (2, 3, size, size). The second gets `concept` wrong and scores lower."""
     while True:
-        scene = draw_scenes(1, rng, held_out=True, scenes=scenes)[0]
-        if concept not in concepts_of(scene, scenes):
+        scene = draw_scenes(1, rng, held_out=True)[0]
+        if concept not in concepts_of(scene):
             continue
         nuisance = draw_nuisance(rng)
-        good = lay_out(scene, nuisance, rng, scenes)
-        bad = lay_out_spoiled(scene, nuisance, concept, rng, scenes)
+        good = lay_out(scene, nuisance, rng)
+        bad = lay_out_spoiled(scene, nuisance, concept, rng)
         images = render([good, bad], size)
-        scores = oracle_score(images, [scene.caption] * 2, scenes=scenes)
+        scores = oracle_score(images, [scene.caption] * 2)
         if scores[0] > scores[1]:  # spoiling can leave no difference, for instance at the image's edge
             yield scene.caption, images
-
-
-def _draw_list(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> list[Drawing]:
-    """Return `config.images` drawings of a scene. The first is correct; most later drawings get one concept wrong."""
-    nuisance, scenes = draw_nuisance(rng), config.scenes
-    drawings = [lay_out(scene, nuisance, rng, scenes)]
-    while len(drawings) < config.images:
-        concept = draw_concept(scene, config, rng)
-        if rng.random() < config.faithful_share:
-            drawings.append(lay_out(scene, draw_nuisance(rng), rng, scenes))
-        else:
-            drawings.append(lay_out_spoiled(scene, nuisance, concept, rng, scenes))
-    return drawings

@@ -1,7 +1,7 @@
 """Simulated raters of the embedded world, who compare the images of a list.
 
 A rater adds Gaussian noise to the oracle's scores of two images and prefers the image with the higher result
-(Thurstone's model): P(first) = Phi(gap / sqrt(s_1^2 + s_2^2)). Close scores get noisy labels. As options, the noise s
+(Thurstone's model): P(first) = Phi(gap / sqrt(s_1^2 + s_2^2)). Close scores get noisy labels. The noise s
 grows with the caption's number of objects and with an image's flaws, raters weigh the parts of the score differently,
 and small differences are ties.
 """
@@ -27,7 +27,7 @@ def rate_lists(
     """
     prompts = [scene.caption for scene in scenes for _ in range(config.images)]
     found: dict[str, Tensor] = {}
-    scores = oracle_score(images, prompts, found, scenes=config.scenes).view(len(scenes), 1, -1).numpy()
+    scores = oracle_score(images, prompts, found).view(len(scenes), 1, -1).numpy()
     parts = {name: part.view(len(scenes), -1).numpy() for name, part in found.items()}
     noise = config.rater_noise * (1 + config.noise_of_flaws * (1 - parts["aesthetics"].astype(float)))
     noise = noise * (1 + config.noise_per_object * np.array([[len(scene.items) - 1] for scene in scenes]))

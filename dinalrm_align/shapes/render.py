@@ -14,13 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dinalrm_align.shapes.config import AESTHETICS, SCENES, SceneConfig
-from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene
+from dinalrm_align.shapes.config import AESTHETICS, CONCEPTS, FAITHFULNESS, FILLS, SIZES
+from dinalrm_align.shapes.scene import BACKGROUNDS, COLOURS, MAX_COUNT, RELATIONS, SHAPES, Scene
 
 SIZE = 64
-RADII = {"small": (6.5, 8.0), "large": (11.5, 13.0)}
-RADII_OF_THREE = {"small": (5.75, 7.0), "medium": (8.5, 9.75), "large": (11.75, 13.0)}
-"""Radii in scenes that have a medium size."""
+RADII = {"small": (5.75, 7.0), "medium": (8.5, 9.75), "large": (11.75, 13.0)}
 AREA_PER_RADIUS2 = {"circle": math.pi, "square": 3.24, "triangle": 2.3673, "cross": 3.04}
 """Area of each shape divided by the square of the shape's radius."""
 HALF_EXTENT = {"circle": 1.0, "square": 0.9, "triangle": 1.17, "cross": 1.15}
@@ -73,12 +71,11 @@ def draw_nuisance(rng: np.random.Generator) -> Nuisance:
     )
 
 
-def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator, scenes: SceneConfig = SCENES) -> Drawing:
-    """Place a scene's objects at random. Radii fit the sizes in `scenes`, and positions fit the relation. The group
+def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator) -> Drawing:
+    """Place a scene's objects at random. Radii fit the sizes, and positions fit the relation. The group
     of objects is shrunk if it does not fit the image, and shifted from the centre by up to `nuisance.offset`.
     """
-    radii = RADII_OF_THREE if scenes.medium else RADII
-    marks = [Mark(i.shape, i.colour, 0.0, 0.0, rng.uniform(*radii[i.size]), i.fill) for i in scene.items]
+    marks = [Mark(i.shape, i.colour, 0.0, 0.0, rng.uniform(*RADII[i.size]), i.fill) for i in scene.items]
     extents = [mark.radius * HALF_EXTENT[mark.shape] for mark in marks]
     gap = rng.uniform(*GAP)
     if scene.relation:
@@ -88,7 +85,7 @@ def lay_out(scene: Scene, nuisance: Nuisance, rng: np.random.Generator, scenes: 
     elif len(marks) == 1:
         centres = [np.zeros(2)]
     else:
-        reach = 2.45 if scenes.plain else 2.9 if marks[0].shape == "square" else 2.2  # squares meet at their corners
+        reach = 2.9 if marks[0].shape == "square" else 2.2  # squares meet at their corners
         side = gap + reach * max(extents)
         ring = side / (2 * math.sin(math.pi / len(marks)))
         angles = rng.uniform(0, 2 * math.pi) + 2 * math.pi * np.arange(len(marks)) / len(marks)
@@ -170,25 +167,24 @@ def render(drawings: list[Drawing], size: int = SIZE) -> torch.Tensor:
     return torch.from_numpy(images)
 
 
-def concepts_of(scene: Scene, scenes: SceneConfig = SCENES) -> tuple[str, ...]:
-    """Return the concepts that an image can get wrong: all of `scenes`, but "relation" only if the scene has one."""
-    return tuple(concept for concept in scenes.concepts if concept != "relation" or scene.relation)
+def concepts_of(scene: Scene) -> tuple[str, ...]:
+    """Return the concepts that an image can get wrong: all, but "relation" only if the scene has one."""
+    return tuple(concept for concept in CONCEPTS if concept != "relation" or scene.relation)
 
 
-def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator, scenes: SceneConfig = SCENES) -> Scene:
-    """Return a copy of the scene with `concept` changed at random. `concept`: of `scenes`, but none of AESTHETICS."""
-    known = tuple(name for name in scenes.concepts if name not in AESTHETICS)
-    if concept not in known:
-        raise ValueError(f"concept: got {concept!r}; expected one of {known}")
+def spoil_scene(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
+    """Return a copy of the scene with `concept` changed at random. `concept`: one of FAITHFULNESS."""
+    if concept not in FAITHFULNESS:
+        raise ValueError(f"concept: got {concept!r}; expected one of {FAITHFULNESS}")
     items = scene.items
     which = int(rng.integers(len(items)))
     before, item, after = items[:which], items[which], items[which + 1 :]
     if concept == "count":
-        if len(items) > 1 and (len(items) == scenes.max_count or rng.random() < 0.5):
+        if len(items) > 1 and (len(items) == MAX_COUNT or rng.random() < 0.5):
             return replace(scene, items=before + after, relation=None)
         return replace(scene, items=(*items, replace(item, size="small")), relation=None)
-    values = dict(shape=SHAPES, colour=COLOURS, size=scenes.sizes, relation=RELATIONS, background=BACKGROUNDS,
-                  fill=("solid", *scenes.fills))[concept]  # fmt: skip
+    values = dict(shape=SHAPES, colour=COLOURS, size=SIZES, relation=RELATIONS, background=BACKGROUNDS,
+                  fill=("solid", *FILLS))[concept]  # fmt: skip
     owner = item if hasattr(item, concept) else scene
     other = str(rng.choice([name for name in values if name != getattr(owner, concept)]))
     changed = replace(owner, **{concept: other})
@@ -206,10 +202,8 @@ def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -
     raise ValueError(f"concept: got {concept!r}; expected one of {AESTHETICS}")
 
 
-def lay_out_spoiled(
-    scene: Scene, nuisance: Nuisance, concept: str, rng: np.random.Generator, scenes: SceneConfig = SCENES
-) -> Drawing:
-    """Return a drawing that gets `concept`, one of the concepts of `scenes`, wrong: for instance "colour" or "blur"."""
+def lay_out_spoiled(scene: Scene, nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Drawing:
+    """Return a drawing that gets `concept`, one of CONCEPTS, wrong: for instance "colour" or "blur"."""
     if concept in AESTHETICS:
-        return lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng, scenes)
-    return lay_out(spoil_scene(scene, concept, rng, scenes), nuisance, rng, scenes)
+        return lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng)
+    return lay_out(spoil_scene(scene, concept, rng), nuisance, rng)

@@ -1,22 +1,19 @@
 """Scenes and captions of the embedded world (rendered shapes).
 
-A caption names a background and one object, two objects in a relation, or two or three identical objects:
+A caption names a background and one object, two objects in a relation, or two to six identical objects:
     "a small red circle on white"
-    "a small red circle left of a large blue square on gray"
-    "three small green crosses on black"
-`SceneConfig` adds counts up to six, a medium size, and fills, whose words stand before the colour:
     "a large striped red circle left of a small outlined blue square on gray"
+    "three small green crosses on black"
+A word before the colour names an object's fill; an object without one is solid.
 A tenth of all captions, chosen by a hash of the caption, is held out from all training.
 """
 
-import functools
 import hashlib
-import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from dinalrm_align.shapes.config import FILLS, SCENES, SIZES, SceneConfig
+from dinalrm_align.shapes.config import FILLS, SIZES
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
@@ -31,10 +28,11 @@ BACKGROUNDS = {"white": (0.96, 0.96, 0.96), "gray": (0.52, 0.52, 0.52), "black":
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Relation -> direction (x, y) from the second object to the first; y grows downwards."""
 COUNTS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+MAX_COUNT = max(COUNTS.values())
 MOST = {"small": 6, "medium": 3, "large": 2}
 """Size -> how many identical objects fit the image."""
 SOLID_SHARE = 0.4
-"""Share of solid objects in scenes with fills; the other objects have each fill equally often."""
+"""Share of solid objects; the other objects have each fill equally often."""
 HELD_OUT_SHARE = 0.1
 
 
@@ -74,10 +72,9 @@ def _plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def caption_words(scenes: SceneConfig) -> list[str]:
-    """Return all words of the captions of `scenes`."""
-    counts = [word for word, number in COUNTS.items() if number <= scenes.max_count]
-    names = [*counts, *scenes.sizes, *scenes.fills, *COLOURS, *SHAPES, *map(_plural, SHAPES), *BACKGROUNDS]
+def caption_words() -> list[str]:
+    """Return all words of captions."""
+    names = [*COUNTS, *SIZES, *FILLS, *COLOURS, *SHAPES, *map(_plural, SHAPES), *BACKGROUNDS]
     return ["a", "of", "on", *names, "left", "right", "above", "below"]
 
 
@@ -90,10 +87,8 @@ _CAPTION = re.compile(
 )
 
 
-def parse_caption(caption: str, scenes: SceneConfig | None = None) -> Scene:
-    """Return the scene that a caption describes. Raises ValueError for text outside the caption grammar, and for a
-    caption with a word that `scenes` do not have. None: accepts the captions of every `SceneConfig`.
-    """
+def parse_caption(caption: str) -> Scene:
+    """Return the scene that a caption describes. Raises ValueError for text outside the caption grammar."""
     match = _CAPTION.fullmatch(caption.strip().lower())
     if match is None:
         raise ValueError(
@@ -105,8 +100,6 @@ def parse_caption(caption: str, scenes: SceneConfig | None = None) -> Scene:
     looks = [first] + [second] * bool(relation) if number is None else [many] * COUNTS[number]
     shapes = {written: name for name in SHAPES for written in (name, _plural(name))}
     items = (Item(shapes[shape], colour, size, fill or "solid") for size, fill, colour, shape in looks)
-    if scenes and (unknown := {*caption.lower().split()} - {*caption_words(scenes)}):
-        raise ValueError(f"caption {caption!r}: got {', '.join(sorted(unknown))}; expected only words of {scenes}")
     return Scene(tuple(items), background, relation)
 
 
@@ -115,44 +108,26 @@ def is_held_out(scene: Scene) -> bool:
     return hashlib.sha256(scene.caption.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
-def all_scenes(max_count: int = 3, medium: bool = False) -> dict[str, list[Scene]]:
-    """Return all scenes by kind: "one" (one object), "pair" (two with a relation) and "count" (identical objects).
-
-    The arguments are fields of `SceneConfig`. With fills, the scenes are too many to list.
-    """
-    sizes = SceneConfig(max_count, medium).sizes
-    items = [Item(shape, colour, size) for shape, colour, size in itertools.product(SHAPES, COLOURS, sizes)]
-    pairs = [(a, b) for a, b in itertools.permutations(items, 2) if (a.shape, a.colour) != (b.shape, b.colour)]
-    counts = itertools.product(items, range(2, max_count + 1), BACKGROUNDS)
-    return {
-        "one": [Scene((item,), ground) for item in items for ground in BACKGROUNDS],
-        "pair": [Scene(pair, ground, rel) for pair in pairs for rel in RELATIONS for ground in BACKGROUNDS],
-        "count": [Scene((item,) * n, ground) for item, n, ground in counts if n <= MOST[item.size]],
-    }
-
-
 KIND_SHARES = {"one": 0.25, "pair": 0.5, "count": 0.25}
+"""Probability of one object, of two with a relation, and of identical objects."""
 
 
-def draw_scenes(number: int, rng, *, held_out: bool = False, scenes: SceneConfig = SCENES) -> list[Scene]:
+def draw_scenes(number: int, rng, *, held_out: bool = False) -> list[Scene]:
     """Return random scenes: held-out ones if `held_out`, else training ones. KIND_SHARES: probability of each kind."""
     kinds = rng.choice(list(KIND_SHARES), size=number, p=list(KIND_SHARES.values()))
-    if scenes.fills:
-        return [_draw_scene(kind, rng, held_out, scenes) for kind in kinds]
-    pools = _pools(held_out, scenes.max_count, scenes.medium)
-    return [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]
+    return [_draw_scene(kind, rng, held_out) for kind in kinds]
 
 
-def _draw_scene(kind: str, rng, held_out: bool, scenes: SceneConfig) -> Scene:
-    """Draw scenes with fills, of one kind, until one is held out as asked. Sizes, counts, ... are equally frequent."""
+def _draw_scene(kind: str, rng, held_out: bool) -> Scene:
+    """Draw scenes of one kind until one is held out as asked. Sizes, counts, ... are equally frequent."""
 
     def one_of(names: Iterable[str]) -> str:
         return str(rng.choice(list(names)))
 
     while True:
-        number = int(rng.integers(2, scenes.max_count + 1)) if kind == "count" else 1
-        sizes = [size for size in scenes.sizes if number <= MOST[size]]
-        fills = ["solid" if rng.random() < SOLID_SHARE else one_of(scenes.fills) for _ in range(2)]
+        number = int(rng.integers(2, MAX_COUNT + 1)) if kind == "count" else 1
+        sizes = [size for size in SIZES if number <= MOST[size]]
+        fills = ["solid" if rng.random() < SOLID_SHARE else one_of(FILLS) for _ in range(2)]
         first, second = (Item(one_of(SHAPES), one_of(COLOURS), one_of(sizes), fill) for fill in fills)
         scene = Scene((first,) * number, one_of(BACKGROUNDS))
         if kind == "pair":
@@ -160,9 +135,3 @@ def _draw_scene(kind: str, rng, held_out: bool, scenes: SceneConfig) -> Scene:
         alike = kind == "pair" and (first.shape, first.colour) == (second.shape, second.colour)
         if not alike and is_held_out(scene) == held_out:
             return scene
-
-
-@functools.cache
-def _pools(held_out: bool, max_count: int, medium: bool) -> dict[str, list[Scene]]:
-    scenes = all_scenes(max_count, medium).items()
-    return {kind: [scene for scene in found if is_held_out(scene) == held_out] for kind, found in scenes}

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dinalrm_align.shapes.config import SCENES, SceneConfig, StackConfig
+from dinalrm_align.shapes.config import StackConfig
 from dinalrm_align.shapes.scene import caption_words
 
 
@@ -57,11 +57,11 @@ def t5_tokenizer(words: list[str], length: int) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=special + known + characters, extra_ids=0, model_max_length=length)
 
 
-def build_pipeline(config: StackConfig, seed: int = 0, scenes: SceneConfig = SCENES) -> StableDiffusion3Pipeline:
+def build_pipeline(config: StackConfig, seed: int = 0) -> StableDiffusion3Pipeline:
     """Build a StableDiffusion3Pipeline with the network sizes in `config`, random weights drawn from `seed`, and one
-    token for each word of the captions of `scenes`.
+    token for each word of the captions.
     """
-    words = caption_words(scenes)
+    words = caption_words()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first_tokenizer, second_tokenizer = (clip_tokenizer(words, config.text_length) for _ in range(2))

@@ -7,6 +7,7 @@ in the order of the command line; later values override earlier ones. `--help` s
 
 import dataclasses
 import dis
+import functools
 import re
 import sys
 from argparse import Action
@@ -79,17 +80,9 @@ def _parse_options(
         switch = bool in (kind_of := types.get(word.removeprefix("--")), *get_args(kind_of))
         if switch and after.lower() not in ("true", "false", "auto"):
             words[index] = f"{word}=true"
-    parser = _Parser(
-        description=description, default_config_files=[str(path) for path in defaults], allow_abbrev=False,
-        usage=f"%(prog)s {f'{positional.upper()} ... ' if positional else ''}[--config FILE] [--NAME VALUE ...]",
-        formatter_class=_HelpFormatter,
-    )  # fmt: skip
-    parser.types = types
-    parser.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
-    if positional is not None:
-        meaning = {part.arg_name: part.description for part in docstring_parser.parse(kind.__doc__).params}
-        parser.add_argument(positional, nargs="*", type=str, help=meaning[positional])
-    parser.add_class_arguments(kind, skip={positional} - {None})
+    parser = _parser(kind, positional)
+    parser.description, parser.prog = description, Path(sys.argv[0]).name
+    parser.default_config_files = [str(path) for path in defaults]
     with refusing():
         for path in (*defaults, *_config_files(words)):
             _check_names(read_yaml(path, "settings file"), types, f"settings file {path}")
@@ -98,6 +91,22 @@ def _parse_options(
             if dataclasses.is_dataclass(types.get(name)) and not isinstance(value, Namespace):
                 raise ValueError(f"{name}: got {value!r}; expected a section, --{name}.NAME VALUE")
         return parser, namespace
+
+
+@functools.cache
+def _parser(kind: type, positional: str | None) -> "_Parser":
+    """Return the parser of a dataclass. It is made once: most of the time of a short command goes into it."""
+    parser = _Parser(
+        allow_abbrev=False, formatter_class=_HelpFormatter,
+        usage=f"%(prog)s {f'{positional.upper()} ... ' if positional else ''}[--config FILE] [--NAME VALUE ...]",
+    )  # fmt: skip
+    parser.types = types_by_name(kind)
+    parser.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
+    if positional is not None:
+        meaning = {part.arg_name: part.description for part in docstring_parser.parse(kind.__doc__).params}
+        parser.add_argument(positional, nargs="*", type=str, help=meaning[positional])
+    parser.add_class_arguments(kind, skip={positional} - {None})
+    return parser
 
 
 def refuse(message: str, status: int = 2) -> NoReturn:

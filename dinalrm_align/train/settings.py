@@ -36,13 +36,12 @@ ModeScale = restricted_number_type("ModeScale", float, [(">=", -1), ("<=", 1.75)
 IntAboveOne = restricted_number_type("IntAboveOne", int, [(">", 1)])
 IntFrom100 = restricted_number_type("IntFrom100", int, [(">=", 100)])
 IntFrom1To8 = restricted_number_type("IntFrom1To8", int, [(">=", 1), ("<=", 8)])
-IntFrom3To6 = restricted_number_type("IntFrom3To6", int, [(">=", 3), ("<=", 6)])
 IntFrom1To512 = restricted_number_type("IntFrom1To512", int, [(">=", 1), ("<=", 512)])
 IntFrom3To512 = restricted_number_type("IntFrom3To512", int, [(">=", 3), ("<=", 512)])
 IntFrom64To6144 = restricted_number_type("IntFrom64To6144", int, [(">=", 64), ("<=", 6144)])
 RESTRICTED = (
     ClosedUnitInterval, HalfOpenUnitInterval, IntAboveOne, IntFrom1To512, IntFrom1To8, IntFrom100, IntFrom3To512,
-    IntFrom3To6, IntFrom64To6144, ModeScale, NonNegativeFloat, NonNegativeInt, OpenHalfInterval, OpenUnitInterval,
+    IntFrom64To6144, ModeScale, NonNegativeFloat, NonNegativeInt, OpenHalfInterval, OpenUnitInterval,
     PositiveFloat, PositiveInt, PositiveUnitInterval,
 )  # fmt: skip
 

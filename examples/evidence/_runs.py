@@ -22,8 +22,7 @@ import numpy as np
 from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.eval.report.entries import Entry, read_entries
 from dinalrm_align.models.specs import MODELS, resolve_model
-from dinalrm_align.shapes.config import FILLS, SceneConfig
-from dinalrm_align.shapes.scene import draw_scenes, parse_caption
+from dinalrm_align.shapes.scene import draw_scenes
 from dinalrm_align.train.checkpoints import latest_checkpoint
 from dinalrm_align.train.files import read_json, write_atomically
 
@@ -224,7 +223,7 @@ class Prompts:
         if fresh is None:
             fresh = options.out / "captions" / f"fresh_{options.caption_seed}_{options.samples}.txt"
             used = {caption for path in (*USED, train, tuning) for caption in read_prompts(path)}
-            captions = fresh_captions(options.samples, options.caption_seed, used, scenes_of(read_prompts(train)))
+            captions = fresh_captions(options.samples, options.caption_seed, used)
             write_atomically(fresh, "".join(f"{caption}\n" for caption in captions))
         found = cls(train.absolute(), tuning.absolute(), fresh.absolute())
         check_disjoint({f"{role} ({path.name})": read_prompts(path) for role, path in vars(found).items()})
@@ -241,24 +240,12 @@ class Prompts:
         }
 
 
-def scenes_of(captions: Sequence[str]) -> SceneConfig:
-    """Return the smallest `SceneConfig` whose captions include the given ones."""
-    scenes = [parse_caption(caption) for caption in captions]
-    items = [item for scene in scenes for item in scene.items]
-    fills = {item.fill for item in items}
-    return SceneConfig(
-        max_count=max(3, *(len(scene.items) for scene in scenes)),
-        medium=any(item.size == "medium" for item in items),
-        fills=tuple(fill for fill in FILLS if fill in fills),
-    )
-
-
-def fresh_captions(number: int, seed: int, used: Iterable[str], scenes: SceneConfig) -> list[str]:
+def fresh_captions(number: int, seed: int, used: Iterable[str]) -> list[str]:
     """Return `number` different held-out captions, none of them in `used`. Raises ValueError if there are too few."""
     rng, taken, found = np.random.default_rng(seed), set(used), list[str]()
     for _ in range(ATTEMPTS):
         before = len(found)
-        for scene in draw_scenes(ROUND, rng, held_out=True, scenes=scenes):
+        for scene in draw_scenes(ROUND, rng, held_out=True):
             if scene.caption not in taken:
                 taken.add(scene.caption)
                 found.append(scene.caption)
@@ -266,7 +253,8 @@ def fresh_captions(number: int, seed: int, used: Iterable[str], scenes: SceneCon
             return found[:number]
         if len(found) == before:
             break
-    raise ValueError(f"samples: got {number}; expected at most {len(found)}, the world's unused held-out captions")
+    drawn = f"the unused held-out captions among {ATTEMPTS * ROUND} draws"
+    raise ValueError(f"samples: got {number}; expected at most {len(found)}, {drawn}")
 
 
 def check_disjoint(lists: Mapping[str, Sequence[str]]) -> None:

@@ -6,12 +6,12 @@ Each arm trains on flow matching, on batches of the same size; --updates and --i
 
     renders   the alignment recipes' LoRA, on correct and flawless renders of training captions
     full      all weights of the transformer, on the same renders
-    best      the LoRA, on the base model's own samples at guidance 3: the best of four by the oracle, for each caption
+    best      the LoRA, on the base model's samples at its default guidance: the best of a caption's four by the oracle
 
 If `renders` does not improve held-out samples, the LoRA or the base model is the limit. If it does and a
 policy-gradient method with the oracle as its reward does not, the method or its budget is. Writes ARM_LR.json (the
-oracle's score and its parts on held-out captions at two guidance scales, with paired standard errors of the gains),
-and from all of these alignment_ceiling.md.
+oracle's score and its parts on held-out captions, at guidance 1 and at the default, with paired standard errors of the
+gains), and from all of these alignment_ceiling.md.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from dinalrm_align.shapes.pairs import sample_latents
 from dinalrm_align.shapes.render import Nuisance, lay_out, render
 from dinalrm_align.shapes.scene import draw_scenes
 
-SPEC, SCALES, CANDIDATES, SEED = MODELS["shapes"], (1.2, 3.0), 4, 1234
+SPEC, CANDIDATES, SEED = MODELS["shapes"], 4, 1234
+SCALES = (1.0, SPEC.guidance_scale)
 SHOWN = ("gold", "faithfulness", "objects", "count", "aesthetics")
 
 
@@ -97,16 +98,16 @@ def report(folder: Path) -> str:
         found = json.loads(path.read_text())
         command = found.pop("command")
         for update, parts in found.items():
-            cells = [f"{gain:+.3f} ± {error:.3f}" for _, gain, error in (parts[f"{n} at 3"] for n in SHOWN)]
-            _, low, error = parts["gold at 1.2"]
+            cells = [f"{gain:+.3f} ± {error:.3f}" for _, gain, error in (parts[f"{n} at {SCALES[1]:g}"] for n in SHOWN)]
+            _, low, error = parts["gold at 1"]
             cells.append(f"{low:+.3f} ± {error:.3f}")
             rows.append([command["arm"], f"{command['lr']:g}", update.split()[1], *cells])
-    heads = ["arm", "lr", "updates", *(f"{name} at 3" for name in SHOWN), "gold at 1.2"]
-    base = " ".join(f"{name} {parts[f'{name} at 3'][0]:.3f}," for name in SHOWN)
+    heads = ["arm", "lr", "updates", *(f"{name} at {SCALES[1]:g}" for name in SHOWN), "gold at 1"]
+    base = " ".join(f"{name} {parts[f'{name} at {SCALES[1]:g}'][0]:.3f}," for name in SHOWN)
     return (
         f"# How far perfect supervision moves the base model of the embedded world\n\n{command['samples']} held-out "
-        f"samples, gains with paired standard errors, at guidance 3 and 1.2. The base model at 3: {base} and gold "
-        f"{parts['gold at 1.2'][0]:.3f} at 1.2. One seed. "
+        f"samples, gains with paired standard errors, at guidance {SCALES[1]:g} and 1. The base model at "
+        f"{SCALES[1]:g}: {base} and gold {parts['gold at 1'][0]:.3f} at 1. One seed. "
         "Arms: `examples/evidence/alignment_ceiling.py`.\n\n" + table(heads, rows)
     )
 

@@ -39,7 +39,7 @@ def reward(tiny_reward_dir, tiny_pipeline):
 
 def sample(pipeline, callback=None, **changes):
     options = dict(negative_prompt=[""] * len(PROMPTS), num_inference_steps=4, guidance_scale=3.0, height=64, width=64)
-    options |= dict(max_sequence_length=14, output_type="latent", generator=torch.Generator().manual_seed(0))
+    options |= dict(max_sequence_length=16, output_type="latent", generator=torch.Generator().manual_seed(0))
     return pipeline(PROMPTS, callback_on_step_end=callback, **(options | changes)).images
 
 
@@ -124,7 +124,7 @@ def test_the_reward_reads_the_level_reached_and_the_prompts_own_embeddings(pipel
     levels = pipeline.scheduler.sigmas.tolist()
     assert [sigma for _, sigma, _ in reward.calls] == [level for level in levels[2:] if level >= 0.2]
     assert torch.equal(reward.calls[0][0], path[1])
-    options = dict(do_classifier_free_guidance=False, max_sequence_length=14)
+    options = dict(do_classifier_free_guidance=False, max_sequence_length=16)
     embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, **options)
     text = reward.calls[0][2]
     torch.testing.assert_close(text.prompt_embeds, embeds)
@@ -134,7 +134,7 @@ def test_the_reward_reads_the_level_reached_and_the_prompts_own_embeddings(pipel
 def test_image_to_image_starts_at_a_lower_level(pipeline):
     reward, second = Linear(), StableDiffusion3Img2ImgPipeline(**pipeline.components)
     second.set_progress_bar_config(disable=True)
-    options = dict(image=torch.rand(2, 3, 64, 64), strength=0.75, num_inference_steps=8, max_sequence_length=14)
+    options = dict(image=torch.rand(2, 3, 64, 64), strength=0.75, num_inference_steps=8, max_sequence_length=16)
     guidance = RewardGuidance(reward, lambda sigma: 0.1, prompts=PROMPTS)
     second(PROMPTS, callback_on_step_end=guidance, output_type="latent", **options)
     assert [sigma for _, sigma, _ in reward.calls] == second.scheduler.sigmas.tolist()[4:]
@@ -148,7 +148,7 @@ def test_guidance_raises_the_score_at_its_level(pipeline, reward, inference):
     """A small step along the gradient of the real latent reward, under no_grad and in inference mode."""
     with torch.inference_mode(inference):
         before, reached = torch.randn(2, 2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
-        embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, max_sequence_length=14)
+        embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, max_sequence_length=16)
         guidance = RewardGuidance(reward, 0.01, prompts=PROMPTS)
         guided = after_one_step(guidance, before, reached, embeds=embeds)["latents"]
         gain = reward.score_noisy(guided, 0.5, PROMPTS) - reward.score_noisy(reached, 0.5, PROMPTS)
@@ -183,7 +183,7 @@ def modular(pipeline):
 def sample_modular(modular, guider):
     modular.update_components(guider=guider)
     options = dict(prompt=PROMPTS, negative_prompt=["", ""], num_inference_steps=4, height=64, width=64)
-    options |= dict(generator=torch.Generator().manual_seed(0), max_sequence_length=14, output_type="latent")
+    options |= dict(generator=torch.Generator().manual_seed(0), max_sequence_length=16, output_type="latent")
     return modular(output="latents", **options)
 
 
@@ -201,7 +201,7 @@ def test_the_guider_reads_the_level_before_each_step(modular, pipeline):
     sample_modular(modular, RewardGuider(reward, guidance_scale=3.0))
     levels = [level for level in modular.scheduler.sigmas.tolist() if 0.2 <= level < 1]
     assert [sigma for _, sigma, _ in reward.calls] == pytest.approx(levels, abs=1e-6)
-    options = dict(do_classifier_free_guidance=False, max_sequence_length=14)
+    options = dict(do_classifier_free_guidance=False, max_sequence_length=16)
     torch.testing.assert_close(
         reward.calls[0][2].prompt_embeds, pipeline.encode_prompt(PROMPTS, None, None, **options)[0]
     )
@@ -224,7 +224,7 @@ def test_the_guider_bends_the_velocity():
 
 
 def test_best_of_keeps_the_best_sample_of_each_prompt(pipeline, reward):
-    options = dict(num_inference_steps=2, guidance_scale=1.0, height=64, width=64, max_sequence_length=14)
+    options = dict(num_inference_steps=2, guidance_scale=1.0, height=64, width=64, max_sequence_length=16)
     latents, scores = best_of(3, pipeline, reward, PROMPTS, generator=torch.Generator().manual_seed(0), **options)
     generator = torch.Generator().manual_seed(0)
     drawn = [pipeline(PROMPTS, generator=generator, output_type="latent", **options).images for _ in range(3)]

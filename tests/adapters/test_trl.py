@@ -387,7 +387,7 @@ def test_a_reward_object_brings_its_text_length(world, tmp_path):
     reward = load_reward(f"dinalrm={world / 'dinalrm'}", pipeline=str(world / "pipeline"))
     trainer = grpo(world, tmp_path / "run", reward_funcs=[reward, latent_mean], reward_weights=[1.0, 0.5])
     assert trainer.setup.reward.weights == {"reward_funcs:LatentReward": 1.0, "reward_funcs:latent_mean": 0.5}
-    assert trainer.setup.resolved.given.text_lengths == {14}
+    assert trainer.setup.resolved.given.text_lengths == {16}
 
 
 def test_push_to_hub_uploads_the_lora_with_a_card(world, tmp_path, monkeypatch):

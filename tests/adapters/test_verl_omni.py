@@ -135,7 +135,7 @@ def test_embeddings_of_another_length_are_not_used(managed, reward, latents, tin
     other = PromptEncoder(tiny_pipeline, text_length=9)(PROMPTS)
     found = managed(compute_score).run(latents, infos(other))
     assert found == pytest.approx(reward(latents, PROMPTS).tolist(), abs=TOLERANCE)
-    assert caplog.text.count("prompt_embeds have 23 tokens, dinalrm reads [28]") == 1
+    assert caplog.text.count("prompt_embeds have 25 tokens, dinalrm reads [32]") == 1
     with pytest.raises(RuntimeError, match="prompt: got none"):
         managed(compute_score).run(latents, infos(other, prompts=[None] * 3))
 
@@ -170,7 +170,7 @@ def test_wrong_settings_raise(managed, settings, message, latents):
     [
         (torch.zeros(2, 16, 16, 16), {}, r"solution_image: got \(2, 16, 16, 16\)"),
         ("image", {}, "solution_image: got str"),
-        (torch.zeros(16, 16, 16), {"prompt_embeds": torch.zeros(28, 32)}, "pooled_prompt_embeds: got NoneType"),
+        (torch.zeros(16, 16, 16), {"prompt_embeds": torch.zeros(32, 32)}, "pooled_prompt_embeds: got NoneType"),
     ],
 )
 def test_a_sample_that_is_no_single_sample_raises(managed, media, extra, message):

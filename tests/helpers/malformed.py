@@ -139,7 +139,7 @@ class World:
         from dinalrm_align.data.latent_pairs import LatentPairsWriter
         from dinalrm_align.data.pairs import PairManifest
 
-        with LatentPairsWriter(self.root / "pairs", PairManifest(1.0, 0.0, 14)) as writer:
+        with LatentPairsWriter(self.root / "pairs", PairManifest(1.0, 0.0, 16)) as writer:
             for index in range(4):
                 text = {"prompt_embeds": torch.randn(5, 32), "pooled_prompt_embeds": torch.randn(32)}
                 writer.add(f"prompt {index}", torch.randn(2, 16, 8, 8), **text)

@@ -579,7 +579,7 @@ SETTINGS = [
     Case("emphasis on nothing known", of(PairsConfig, emphasis={"color": 2.0}), ValueError, "color"),
     Case("emphasis 0", of(PairsConfig, emphasis={"shape": 0.0}), ValueError, "emphasis shape"),
     Case("one image per caption", of(PairsConfig, images=1), ValueError, "images 1"),
-    Case("share above 1", of(PairsConfig, sampled_share=1.5), ValueError, "sampled_share 1.5"),
+    Case("tie gap below 0", of(PairsConfig, tie_gap=-0.1), ValueError, "tie_gap -0.1"),
     Case("build on a TPU", of(BuildConfig, device="tpu"), ValueError, "device tpu"),
     Case("not a dictionary", lambda w: RewardConfig.from_dict([1]), TypeError, "list"),
     Case("an empty dictionary", lambda w: RewardConfig.from_dict({}), ValueError, "base_model_id"),

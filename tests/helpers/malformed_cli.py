@@ -290,10 +290,10 @@ RUNS = [
     Command("no pairs", TRAIN, tiny("--pairs=absent"), "absent index.json"),
     Command("no jsonl", TRAIN, tiny("--pairs=absent.jsonl"), "absent.jsonl"),
     Command("a jsonl of text", TRAIN, tiny(lambda w: f"--pairs={w.file('p.jsonl', 'text')}"), "p.jsonl 1"),
-    Command("pairs of another length", TRAIN, tiny(lambda w: f"--pairs={w.pairs_dir}", "--held_out_prompts=1", "--reward.num_layers=2", "--reward.visual_taps=[1]", "--reward.text_taps=[1]", "--reward.text_length=20"), "text_length 14"),
+    Command("pairs of another length", TRAIN, tiny(lambda w: f"--pairs={w.pairs_dir}", "--held_out_prompts=1", "--reward.num_layers=2", "--reward.visual_taps=[1]", "--reward.text_taps=[1]", "--reward.text_length=20"), "text_length 16"),
     Command("pairs cut short", TRAIN, tiny(lambda w: f"--pairs={w.with_bytes(w.pairs_dir, 'groups.safetensors', b'x')}"), "groups.safetensors"),
-    Command("more layers than blocks", TRAIN, tiny(lambda w: f"--pairs={w.pairs_dir}", "--held_out_prompts=1", "--batch_size=1", "--reward.text_length=14", "--reward.num_layers=9", "--reward.visual_taps=[1]", "--reward.text_taps=[1]"), "num_layers 9"),
-    Command("more held out than there is", TRAIN, tiny(lambda w: f"--pairs={w.pairs_dir}", "--held_out_prompts=99", "--reward.text_length=14"), "99 4"),
+    Command("more layers than blocks", TRAIN, tiny(lambda w: f"--pairs={w.pairs_dir}", "--held_out_prompts=1", "--batch_size=1", "--reward.text_length=16", "--reward.num_layers=9", "--reward.visual_taps=[1]", "--reward.text_taps=[1]"), "num_layers 9"),
+    Command("more held out than there is", TRAIN, tiny(lambda w: f"--pairs={w.pairs_dir}", "--held_out_prompts=99", "--reward.text_length=16"), "99 4"),
 ]  # fmt: skip
 
 EVALUATION = json.dumps({"gold": [1.0], "proxy": [1.0], "terms": {"prompts": ["a"]}})

@@ -55,7 +55,7 @@ def own(prompts=PROMPT, levels=None, **tensors) -> bytes:
 
 def drm(**changes) -> bytes:
     tensors = {
-        "latents": torch.randn(1, 16, 16, 16), "prompt_embeds": torch.randn(1, 28, 32),
+        "latents": torch.randn(1, 16, 16, 16), "prompt_embeds": torch.randn(1, 32, 32),
         "pooled_prompt_embeds": torch.randn(1, 32), "u": torch.tensor([0.4]),
     }  # fmt: skip
     return save({name: tensor for name, tensor in (tensors | changes).items() if tensor is not None})
@@ -100,7 +100,7 @@ def requests() -> list[Request]:
         Request("levels of text", score, own(levels=["a"]), 400, "sigma 'a'"),
         Request("65 levels", score, own(levels=[0.4] * 65), 400, "levels 64"),
         Request("levels and sigma", score, own(levels=[0.4], sigma=torch.tensor([0.4])), 400, "levels sigma"),
-        Request("embeddings of another length", score, own(prompts=None, prompt_embeds=torch.randn(1, 42, 32), pooled_prompt_embeds=torch.randn(1, 32)), 400, "prompt_embeds 42 28 max_sequence_length"),
+        Request("embeddings of another length", score, own(prompts=None, prompt_embeds=torch.randn(1, 42, 32), pooled_prompt_embeds=torch.randn(1, 32)), 400, "prompt_embeds 42 32 max_sequence_length"),
         Request("too many samples", score, own(latents=torch.randn(17, 16, 4, 4), prompts=PROMPT * 17), 413, "17 16"),
         Request("images for a reward of latents", score + "?reward=latents", own(latents=None, images=torch.rand(1, 3, 8, 8)), 400, "images"),
         Request("images over 1", score, own(latents=None, images=2 * torch.ones(1, 3, 16, 16)), 400, "images [0, 1]"),
@@ -108,9 +108,9 @@ def requests() -> list[Request]:
         Request("wrong version", score, drm(), 400, "x-drm-protocol-version '2' '1'", {"x-drm-protocol-version": "2"}),
         Request("DRM without u", score, drm(u=None), 400, "tensors u", DRM),
         Request("DRM without embeddings", score, drm(prompt_embeds=None), 400, "tensors prompt_embeds", DRM),
-        Request("DRM, embeddings NaN", score, drm(prompt_embeds=with_nan(1, 28, 32)), 400, "prompt_embeds NaN", DRM),
-        Request("DRM, embeddings of another width", score, drm(prompt_embeds=torch.randn(1, 28, 8)), 400, "prompt_embeds 8", DRM),
-        Request("DRM, embeddings of another length", score, drm(prompt_embeds=torch.randn(1, 42, 32)), 400, "prompt_embeds 42 28 max_sequence_length", DRM),
+        Request("DRM, embeddings NaN", score, drm(prompt_embeds=with_nan(1, 32, 32)), 400, "prompt_embeds NaN", DRM),
+        Request("DRM, embeddings of another width", score, drm(prompt_embeds=torch.randn(1, 32, 8)), 400, "prompt_embeds 8", DRM),
+        Request("DRM, embeddings of another length", score, drm(prompt_embeds=torch.randn(1, 42, 32)), 400, "prompt_embeds 42 32 max_sequence_length", DRM),
         Request("DRM, u of 1.5", score, drm(u=torch.tensor([1.5])), 400, "1.5", DRM),
         Request("DRM for a reward without raw scores", score + "?reward=latents", drm(), 400, "latent reward", DRM),
         Request("compute: not JSON", "/compute", b"{", 400, "body JSON"),

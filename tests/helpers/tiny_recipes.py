@@ -18,6 +18,10 @@ from dinalrm_align.shapes.stack import StackConfig, build_pipeline
 
 PROMPTS = ("a small red circle on white", "a large blue square on gray", "two small green crosses on black")
 TRAINING = ("--device=cpu", "--loop.steps=4", "--loop.checkpoint_every=1", "--loop.ema_decay=0.5", "--loop.keep_last=2")
+QUICK_PAIRS = (
+    "--shapes_pairs.generators={few: {num_steps: [1, 1], guidance_scale: [1, 1]}, spoiled: {render: spoiled}}",
+    "--shapes_pairs.outside={}",
+)
 TAPS = dict(num_layers=2, visual_taps=(1, 2), text_taps=(1, 2))
 
 
@@ -35,14 +39,14 @@ def make_world(folder: Path, *, seed: int = 0) -> None:
     pipeline = build_pipeline(StackConfig.tiny(), seed=seed)
     pipeline.save_pretrained(folder / "pipeline")
     config = RewardConfig(
-        base_model_id="../pipeline", lora=LoraConfig(2, 2), text_length=14, vae_scaling_factor=1.0,
+        base_model_id="../pipeline", lora=LoraConfig(2, 2), text_length=16, vae_scaling_factor=1.0,
         vae_shift_factor=0.0, **TAPS,
     )  # fmt: skip
     model = build_reward_model(config, pipeline.transformer.requires_grad_(False), seed=seed + 1)
     write_reward(folder / "dinalrm", config, model.tuned_tensors())
-    embeds, pooled = PromptEncoder(str(folder / "pipeline"), text_length=14)(PROMPTS)
+    embeds, pooled = PromptEncoder(str(folder / "pipeline"), text_length=16)(PROMPTS)
     generator = torch.Generator().manual_seed(0)
-    with LatentPairsWriter(folder / "pairs", PairManifest(1.0, 0.0, 14)) as writer:
+    with LatentPairsWriter(folder / "pairs", PairManifest(1.0, 0.0, 16)) as writer:
         for group in range(12):
             row = group % len(PROMPTS)
             latents = torch.randn(2, 16, 8, 8, generator=generator)
@@ -73,14 +77,14 @@ def ablation(world: Path, folder: Path) -> list[str]:
     """Arguments of ablate_reward, all but the arms: two updates of a very small reward, output in FOLDER/out."""
     (folder / "training.yaml").write_text(
         "batch_size: 4\nloop: {ema_decay: 0.0, checkpoint_every: 2}\noptim: {lr: 1.0e-2}\n"
-        "reward: {num_layers: 2, visual_taps: [1, 2], text_taps: [1, 2], text_length: 14, "
+        "reward: {num_layers: 2, visual_taps: [1, 2], text_taps: [1, 2], text_length: 16, "
         "head: {width: 16, num_attn_heads: 2}, lora: {rank: 2}}\n"
     )
     return [
         f"--model={world}", f"--training={folder / 'training.yaml'}", f"--output_dir={folder / 'out'}", "--device=cpu",
         "--seeds=[0]", "--steps=2", "--sigmas=[0.0,0.4,0.8]", "--ensembles=[[0.2,0.4]]", "--draws=4",
         "--shapes_pairs.groups=8", "--shapes_pairs.heldout_groups=6", "--shapes_pairs.per_concept=1",
-        "--shapes_pairs.per_shifted=1", "--shapes_pairs.sampled_share=0",
+        "--shapes_pairs.per_shifted=1", *QUICK_PAIRS,
     ]  # fmt: skip
 
 

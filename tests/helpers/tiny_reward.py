@@ -10,7 +10,7 @@ def tiny_reward_config(**changes) -> RewardConfig:
     """The config of a reward on the tiny stack; keyword arguments replace fields."""
     values = dict(
         base_model_id="../pipeline", num_layers=3, visual_taps=(1, 3), text_taps=(0, 3), lora=LoraConfig(4, 8),
-        head=HeadConfig(), sigma=0.4, score_scale=2.0, score_bias=0.5, text_length=14, vae_scaling_factor=1.0,
+        head=HeadConfig(), sigma=0.4, score_scale=2.0, score_bias=0.5, text_length=16, vae_scaling_factor=1.0,
         vae_shift_factor=0.0,
     )  # fmt: skip
     return RewardConfig(**(values | changes))

@@ -42,7 +42,7 @@ def run(world, *, backend: str | None, updates: int = 3) -> tuple[list[torch.Ten
     The last round recomputes activations, which runs the same graphs.
     """
     pipeline = load_pipeline(world / "pipeline", dtype=torch.float32)
-    encoder = PromptEncoder(pipeline, text_length=14)
+    encoder = PromptEncoder(pipeline, text_length=16)
     reward = LatentReward.from_pretrained(world / "dinalrm", pipeline=pipeline)
     policy = Policy(pipeline.transformer, LoraConfig(rank=4, alpha=4), seed=0)
     move(policy)

@@ -14,7 +14,6 @@ SHORTENED = {
     "hacking": f"{LISTS} --updates 1 --arms none kl --refl.batch_size=2",
     "methods": f"{LISTS} --methods grpo --rewards dinalrm oracle --sweep false --loop.steps=1 --dry_run",  # as frontier
     "hpdv3_folder": "4",
-    "gain_by_part": "--samples=4",
     "alignment_ceiling": "ceiling --images=8 --updates=1 --samples=4 --batch=2",
     "gpu_model": "--help",  # counts for minutes; tests/unit/align/test_gpu_model.py
     "own_samples": f"--captions=2 --prompts={ROOT}/dinalrm_align/shapes/prompts/test.txt",

@@ -217,7 +217,7 @@ def test_prompts_are_encoded_on_the_cpu_for_a_transformer_on_the_gpu(world, gpu)
     with gpu:
         pipeline = StableDiffusion3Pipeline.from_pretrained(world.folder / "pipeline")
         pipeline.transformer.to("cuda")
-        encoder = PromptEncoder(pipeline, text_length=14, device="cuda")
+        encoder = PromptEncoder(pipeline, text_length=16, device="cuda")
         embeds, pooled = encoder([PROMPT])
         assert embeds.is_cuda and pooled.is_cuda
         assert Conditions.encode(encoder, [PROMPT]).to("cuda").prompt_embeds.is_cuda

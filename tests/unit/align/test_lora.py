@@ -82,7 +82,7 @@ def copied(world, kind=None):
 
 
 def image(pipeline, **options) -> torch.Tensor:
-    options = dict(num_inference_steps=4, max_sequence_length=14, guidance_scale=2.0, output_type="pt") | options
+    options = dict(num_inference_steps=4, max_sequence_length=16, guidance_scale=2.0, output_type="pt") | options
     return pipeline(PROMPT, generator=torch.Generator().manual_seed(5), **options).images
 
 

@@ -160,13 +160,13 @@ def test_the_judges_dtype_is_for_image_rewards_alone():
 def test_text_encoders_are_released_after_encoding(tiny_pipeline):
     pipeline = copy.copy(tiny_pipeline)
     encoders = text_pipeline(pipeline, CPU)
-    encoder = PromptEncoder(encoders, text_length=14)
+    encoder = PromptEncoder(encoders, text_length=16)
     conditions = Conditions.encode(encoder, ["a red circle", ""], other_lengths={9})
-    assert conditions.prompt_embeds.shape[1] == 28 and conditions.for_length(9)[0].shape[1] == 23
+    assert conditions.prompt_embeds.shape[1] == 32 and conditions.for_length(9)[0].shape[1] == 25
     release_text_encoders(encoders, pipeline)
     assert pipeline.text_encoder is None and tiny_pipeline.text_encoder is not None
-    expected = PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
-    for got, wanted in zip(conditions.take([0]).for_length(14), expected, strict=True):
+    expected = PromptEncoder(tiny_pipeline, text_length=16)(["a red circle"])
+    for got, wanted in zip(conditions.take([0]).for_length(16), expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-5)
     with pytest.raises(ValueError, match="prompts need text encoders"):
         encoder(["another"])

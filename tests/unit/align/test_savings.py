@@ -81,7 +81,7 @@ def embedded() -> Architecture:
     )  # fmt: skip
 
 
-TINY = Case(size=64, batch=2, text_length=14, dtype="float32", vae_dtype="float32")
+TINY = Case(size=64, batch=2, text_length=16, dtype="float32", vae_dtype="float32")
 
 
 def profiled_memory(case: Case, architecture: Architecture) -> int:

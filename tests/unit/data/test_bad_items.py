@@ -24,7 +24,7 @@ from dinalrm_align.data.source import Encoders, ImagePairs, open_pairs
 from dinalrm_align.models.latent_space import LatentSpace
 from dinalrm_align.train.files import InputError
 
-MANIFEST = PairManifest(1.0, 0.0, 14)
+MANIFEST = PairManifest(1.0, 0.0, 16)
 TEXT = {"prompt_embeds": torch.zeros(3, 5), "pooled_prompt_embeds": torch.zeros(4)}
 
 
@@ -211,7 +211,7 @@ def test_a_manifest_needs_no_weights(tiny_world, monkeypatch):
 
 
 def test_odd_latents_are_refused_before_training_or_left_out(tmp_path, tiny_world):
-    encoders = Encoders(tiny_world / "pipeline", text_length=14, device="cpu", dtype=torch.float32)
+    encoders = Encoders(tiny_world / "pipeline", text_length=16, device="cpu", dtype=torch.float32)
     folder = write_latents(tmp_path / "pairs", (16, 4, 4), (16, 5, 4), (16, 4, 4))
     opened = lambda on_bad: open_pairs(  # noqa: E731
         folder, MANIFEST, encoders, size=(64, 64), batch_size=1, on_bad=on_bad

@@ -17,7 +17,7 @@ from dinalrm_align.data.mined_pairs import MinedPair, MinedPairs, write_manifest
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.data.source import Encoders, open_pairs
 
-MANIFEST = PairManifest(vae_scaling_factor=1.0, vae_shift_factor=0.0, text_length=14)
+MANIFEST = PairManifest(vae_scaling_factor=1.0, vae_shift_factor=0.0, text_length=16)
 RECIPE = Path(__file__).parents[3] / "recipes" / "mine_pairs.py"
 PROMPTS = [
     "a small red circle on white", "a large blue square on gray", "a small green cross on black",
@@ -202,14 +202,14 @@ def test_a_set_is_resumed_only_with_its_settings(tmp_path):
 
 
 def test_open_pairs_finds_the_layout_and_checks_the_encoders(tmp_path, tiny_world):
-    encoders = Encoders(tiny_world / "pipeline", text_length=14, device="cpu", dtype=torch.float32)
+    encoders = Encoders(tiny_world / "pipeline", text_length=16, device="cpu", dtype=torch.float32)
     write_manifest(tmp_path / "set", MANIFEST, shards=1, mining={})
     write_shard(shard_path(tmp_path / "set", 0), [made_pair()], dtype="float16")
     for path in (tmp_path / "set", shard_path(tmp_path / "set", 0)):
         pairs = open_pairs(path, encoders.manifest(), encoders, size=(64, 64), batch_size=1)
         assert isinstance(pairs, MinedPairs) and pairs.manifest == MANIFEST
     longer = Encoders(tiny_world / "pipeline", text_length=20, device="cpu", dtype=torch.float32)
-    with pytest.raises(ValueError, match="text_length 14, expected 20"):
+    with pytest.raises(ValueError, match="text_length 16, expected 20"):
         open_pairs(tmp_path / "set", longer.manifest(), longer, size=(64, 64), batch_size=1)
 
 

@@ -404,7 +404,7 @@ def test_the_recipe_prepares_what_training_accepts(tiny_world, tmp_path, monkeyp
     assert "no pair was left out" in capsys.readouterr().out
     from dinalrm_align.data.source import Encoders, open_pairs
 
-    encoders = Encoders(tiny_world / "pipeline", text_length=14, device="cpu", dtype=torch.float32)
+    encoders = Encoders(tiny_world / "pipeline", text_length=16, device="cpu", dtype=torch.float32)
     pairs = open_pairs(out, encoders.manifest(), encoders, size=(64, 64), batch_size=2)
     assert set(pairs.manifest.encoded_with) == {"vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     batch = pairs.batch_at(0)
@@ -419,6 +419,6 @@ def test_the_recipe_prepares_what_training_accepts(tiny_world, tmp_path, monkeyp
     from safetensors.torch import save_file
 
     save_file({k: v + 0.1 for k, v in tensors.items()}, other / "vae" / "diffusion_pytorch_model.safetensors")
-    changed = Encoders(other, text_length=14, device="cpu", dtype=torch.float32)
+    changed = Encoders(other, text_length=16, device="cpu", dtype=torch.float32)
     with pytest.raises(ValueError, match="encoded with the vae of"):
         open_pairs(out, changed.manifest(), changed, size=(64, 64), batch_size=2)

@@ -55,7 +55,7 @@ def test_the_shipped_reward_reproduces_the_stored_scores(stored, tmp_path):
     scores, terms, _ = stored
     spec = MODELS["shapes"]
     pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
-    lists = PairsConfig(heldout_groups=GROUPS, sampled_share=1.0)  # the first of the evaluated lists
+    lists = PairsConfig(heldout_groups=GROUPS)  # the first of the evaluated lists
     write_pairs("heldout", tmp_path / "pairs", pipeline, lists)
     model = LatentReward.from_pretrained(spec.reward, transformer=pipeline.transformer.requires_grad_(False)).model
     batches = LatentPairs(tmp_path / "pairs", batch_size=terms["batch_size"]).in_order()

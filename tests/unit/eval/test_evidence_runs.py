@@ -5,11 +5,10 @@ import sys
 
 import _runs
 import pytest
-from _runs import Job, Prompts, Runner, arguments, check_disjoint, fresh_captions, parse, progress_line, scenes_of
+from _runs import Job, Prompts, Runner, arguments, check_disjoint, fresh_captions, parse, progress_line
 
 from dinalrm_align.data.prompts import read_prompts
 from dinalrm_align.models.specs import MODELS
-from dinalrm_align.shapes.config import FILLS, SceneConfig
 from dinalrm_align.shapes.scene import draw_scenes, is_held_out, parse_caption
 
 GOLD = {"gold": {"gain": 0.1, "standard_error": 0.01}}
@@ -103,24 +102,20 @@ def test_the_progress_line_counts_the_present_run():
     assert progress_line(1, 40, [], 1) == "run 1 of 40"
 
 
-@pytest.mark.parametrize("scenes", [SceneConfig(), SceneConfig(6, True, FILLS)], ids=["plain", "rich"])
-def test_fresh_captions_are_held_out_distinct_and_new(scenes):
-    used = {scene.caption for scene in draw_scenes(50, _runs.np.random.default_rng(0), held_out=True, scenes=scenes)}
-    found = fresh_captions(40, 0, used, scenes)
+def test_fresh_captions_are_held_out_distinct_and_new():
+    used = {scene.caption for scene in draw_scenes(50, _runs.np.random.default_rng(0), held_out=True)}
+    found = fresh_captions(40, 0, used)
     assert len({*found}) == 40 and not {*found} & used
-    assert all(is_held_out(parse_caption(caption, scenes)) for caption in found)
-    assert found == fresh_captions(40, 0, used, scenes) != fresh_captions(40, 1, used, scenes)
+    assert all(is_held_out(parse_caption(caption)) for caption in found)
+    assert found == fresh_captions(40, 0, used) != fresh_captions(40, 1, used)
 
 
-def test_a_world_with_too_few_captions_says_how_many_it_has():
-    with pytest.raises(ValueError, match=r"samples: got 9000; expected at most \d+, the world's unused"):
-        fresh_captions(9000, 0, [], SceneConfig())
-
-
-def test_the_scenes_of_captions_are_the_smallest_that_have_them():
-    assert scenes_of(["a small red circle on white"]) == SceneConfig()
-    found = scenes_of(["five small dotted red circles on white", "a medium red circle on gray"])
-    assert found == SceneConfig(max_count=5, medium=True, fills=("dotted",))
+def test_too_few_captions_are_refused_with_their_number(monkeypatch):
+    few = draw_scenes(5, _runs.np.random.default_rng(0))
+    monkeypatch.setattr(_runs, "draw_scenes", lambda *_, **__: few)
+    assert len(fresh_captions(5, 0, [])) == 5
+    with pytest.raises(ValueError, match="samples: got 5; expected at most 4, the unused held-out captions"):
+        fresh_captions(5, 0, [few[0].caption])
 
 
 def test_captions_of_two_lists_must_differ():

@@ -134,7 +134,7 @@ def test_the_script_writes_table_and_numbers(tiny_world, tmp_path, capsys, monke
 
 def test_images_of_latent_pairs(tmp_path):
     inputs = {"prompt_embeds": torch.ones(5, 8), "pooled_prompt_embeds": torch.ones(4)}
-    with LatentPairsWriter(tmp_path / "pairs", PairManifest(1.0, 0.0, 14)) as writer:
+    with LatentPairsWriter(tmp_path / "pairs", PairManifest(1.0, 0.0, 16)) as writer:
         for number in range(3):
             writer.add(f"prompt {number}", torch.full((2, 4, 8, 8), float(number)).half(), **inputs)
     found = SCRIPT.images_of_pairs(str(tmp_path / "pairs"), 5, seed=0)

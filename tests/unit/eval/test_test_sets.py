@@ -211,7 +211,7 @@ def test_a_latent_reward_scores_the_encoded_image(tmp_path, tiny_world):
 
     transformer = load_transformer(tiny_world / "pipeline", dtype=torch.float32).requires_grad_(False)
     reward = LatentReward.from_pretrained(tiny_world / "dinalrm", transformer=transformer)
-    encoders = Encoders(str(tiny_world / "pipeline"), text_length=14, device="cpu", dtype=torch.float32)
+    encoders = Encoders(str(tiny_world / "pipeline"), text_length=16, device="cpu", dtype=torch.float32)
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((32, 32), (32, 48), (32, 32))]
     prompts, fit = ["red", "blue", "red"], Fit("area", 32, 32)
@@ -245,7 +245,7 @@ def test_a_served_latent_reward_scores_as_in_this_process(tiny_world):
 
     reward = LatentReward.from_pretrained(tiny_world / "dinalrm", pipeline=str(tiny_world / "pipeline"))
     reward.config.image_sigma = 0.2
-    encoders = Encoders(str(tiny_world / "pipeline"), text_length=14, device="cpu", dtype=torch.float32)
+    encoders = Encoders(str(tiny_world / "pipeline"), text_length=16, device="cpu", dtype=torch.float32)
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((64, 64), (40, 70), (64, 64))]
     prompts, place = ["red", "blue", "red"], (encoders, Fit("area", 32, 32), [NO_NOISE], 3)
@@ -377,7 +377,7 @@ def test_published_training_sets_and_directories_of_latents_are_read(tmp_path, t
         == read_trained(tmp_path / "v2.json")
         == trained_on(["p"], ["a.jpg", "b.jpg"])
     )
-    with LatentPairsWriter(tmp_path / "pairs", PairManifest(1.0, 0.0, 14)) as writer:
+    with LatentPairsWriter(tmp_path / "pairs", PairManifest(1.0, 0.0, 16)) as writer:
         text = {"prompt_embeds": torch.randn(5, 32), "pooled_prompt_embeds": torch.randn(32)}
         writer.add("p", torch.randn(2, 16, 8, 8), **text)
     assert read_trained(tmp_path / "pairs") == trained_on(["p"])

@@ -25,26 +25,26 @@ def expected_embeds(pipeline, prompts, length):
     return embeds, pooled
 
 
-@pytest.mark.parametrize("length", [14, 6])
+@pytest.mark.parametrize("length", [16, 6])
 def test_embeddings_are_those_of_the_pipeline(tiny_pipeline, length):
     prompts = ["a red circle", "", "two blue squares"]
     embeds, pooled = PromptEncoder(tiny_pipeline, text_length=length)(prompts)
     expected, expected_pooled = expected_embeds(tiny_pipeline, prompts, length)
-    assert embeds.shape[1] == 14 + length and not embeds.requires_grad
+    assert embeds.shape[1] == 16 + length and not embeds.requires_grad
     torch.testing.assert_close(embeds, expected)
     torch.testing.assert_close(pooled, expected_pooled)
 
 
 def test_prompts_are_encoded_where_the_text_encoders_are(tiny_pipeline, monkeypatch):
     """With the transformer on a GPU that has no room for T5, a pipeline reports the GPU as its device."""
-    expected = PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
+    expected = PromptEncoder(tiny_pipeline, text_length=16)(["a red circle"])
     monkeypatch.setattr(type(tiny_pipeline), "device", property(lambda pipeline: torch.device("cuda")))
-    found = PromptEncoder(tiny_pipeline, text_length=14, device="cpu")(["a red circle"])
+    found = PromptEncoder(tiny_pipeline, text_length=16, device="cpu")(["a red circle"])
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_each_prompt_is_encoded_once(tiny_pipeline, monkeypatch):
-    encoder, seen = PromptEncoder(tiny_pipeline, text_length=14), []
+    encoder, seen = PromptEncoder(tiny_pipeline, text_length=16), []
     original = encoder.encode
     monkeypatch.setattr(encoder, "encode", lambda prompts: seen.extend(prompts) or original(prompts))
     first, _ = encoder(["a", "b", "a"])
@@ -54,7 +54,7 @@ def test_each_prompt_is_encoded_once(tiny_pipeline, monkeypatch):
 
 
 def test_the_oldest_prompts_leave_a_full_cache(tiny_pipeline, monkeypatch):
-    encoder, seen = PromptEncoder(tiny_pipeline, text_length=14, max_cached=2), []
+    encoder, seen = PromptEncoder(tiny_pipeline, text_length=16, max_cached=2), []
     original = encoder.encode
     monkeypatch.setattr(encoder, "encode", lambda prompts: seen.extend(prompts) or original(prompts))
     assert len(encoder(["a", "b", "c"])[0]) == 3
@@ -68,32 +68,32 @@ def test_the_oldest_prompts_leave_a_full_cache(tiny_pipeline, monkeypatch):
 
 def test_autocast_around_changes_neither_latents_nor_embeddings(tiny_pipeline):
     latents = encode_images(tiny_pipeline.vae, random_images())
-    embeds = PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
+    embeds = PromptEncoder(tiny_pipeline, text_length=16)(["a red circle"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(encode_images(tiny_pipeline.vae, random_images()), latents)
-        again = PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
+        again = PromptEncoder(tiny_pipeline, text_length=16)(["a red circle"])
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, embeds, strict=True))
 
 
 def test_empty_prompt(tiny_pipeline):
-    encoder = PromptEncoder(tiny_pipeline, text_length=14)
+    encoder = PromptEncoder(tiny_pipeline, text_length=16)
     embeds, pooled = encoder.empty(3)
     assert embeds.shape[0] == pooled.shape[0] == 3
     assert torch.equal(embeds[2], encoder([""])[0][0])
 
 
 def test_a_folder_is_loaded_at_the_first_prompt_and_without_transformer_and_vae(tiny_world, tiny_pipeline):
-    encoder = PromptEncoder(tiny_world / "pipeline", text_length=14)
+    encoder = PromptEncoder(tiny_world / "pipeline", text_length=16)
     assert encoder._pipeline is None
     embeds, pooled = encoder(["a red circle"])
     assert encoder._pipeline.transformer is None and encoder._pipeline.vae is None
-    torch.testing.assert_close((embeds, pooled), expected_embeds(tiny_pipeline, ["a red circle"], 14))
+    torch.testing.assert_close((embeds, pooled), expected_embeds(tiny_pipeline, ["a red circle"], 16))
 
 
 def test_encoders_in_training_mode_are_used_in_evaluation_mode(tiny_pipeline):
     tiny_pipeline.text_encoder.train()
     try:
-        PromptEncoder(tiny_pipeline, text_length=14)(["a red circle"])
+        PromptEncoder(tiny_pipeline, text_length=16)(["a red circle"])
         assert tiny_pipeline.text_encoder.training and not tiny_pipeline.text_encoder_2.training
     finally:
         tiny_pipeline.text_encoder.eval()
@@ -101,7 +101,7 @@ def test_encoders_in_training_mode_are_used_in_evaluation_mode(tiny_pipeline):
 
 def test_a_bare_transformer_folder_has_no_text_encoders(tiny_world):
     with pytest.raises(ValueError, match="is not a pipeline folder .*pass pipeline=..., or prompt_embeds"):
-        PromptEncoder(tiny_world / "pipeline" / "transformer", text_length=14)(["a"])
+        PromptEncoder(tiny_world / "pipeline" / "transformer", text_length=16)(["a"])
 
 
 def test_pil_images_and_tensors_agree():
@@ -167,13 +167,13 @@ def test_conditions_hold_more_prompts_than_the_cache_of_an_encoder(tiny_pipeline
         expected = PromptEncoder(tiny_pipeline, text_length=length)(last.prompts)
         for got, wanted in zip(last.for_length(length), expected, strict=True):
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="text_length: got embeddings of 6, 9 T5 tokens; expected 14"):
-        last.for_length(14)
+    with pytest.raises(ValueError, match="text_length: got embeddings of 6, 9 T5 tokens; expected 16"):
+        last.for_length(16)
 
 
 def test_threads_may_bring_the_first_prompts(tiny_world):
     """Four threads at once, with text encoders that none of them has loaded yet, at two text lengths."""
-    encoders = [PromptEncoder(tiny_world / "pipeline", text_length=length) for length in (6, 14)]
+    encoders = [PromptEncoder(tiny_world / "pipeline", text_length=length) for length in (6, 16)]
     prompts = [f"{number} blue squares" for number in range(4)]
     barrier = threading.Barrier(4)
 
@@ -184,6 +184,6 @@ def test_threads_may_bring_the_first_prompts(tiny_world):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(encode, range(4)))
     for number, embeds in enumerate(found):
-        alone = PromptEncoder(tiny_world / "pipeline", text_length=(6, 14)[number % 2])(prompts[: number + 1])
+        alone = PromptEncoder(tiny_world / "pipeline", text_length=(6, 16)[number % 2])(prompts[: number + 1])
         for got, wanted in zip(embeds, alone, strict=True):
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)

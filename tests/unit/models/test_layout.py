@@ -17,7 +17,7 @@ from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.reward.needs import check_sources
 
 PROMPTS = ["a small red circle on white", ""]
-LENGTH = 14
+LENGTH = 16
 
 
 def as_bin(folder: Path) -> None:

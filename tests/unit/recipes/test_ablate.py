@@ -105,7 +105,7 @@ def test_an_arm_started_with_other_settings_is_refused(arguments, monkeypatch, c
 def test_the_set_out_of_family_is_reported_if_configured(arguments, tmp_path, monkeypatch):
     recipe = load_recipe("ablate_reward")
     monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
-    recipe.main([*arguments, "--arms=[calibrated]", "--shapes_pairs.outside={few: {num_steps: [1, 2]}}"])
+    recipe.main([*arguments, "--arms=[calibrated]", "--shapes_pairs.outside={other: {num_steps: [2, 3]}}"])
     sets = json.loads((tmp_path / "out" / "ablation.json").read_text())["arms"]["calibrated"]["seed 0"]
     assert {"heldout", "outside", "shifted", "concepts"} <= sets.keys()
     assert (tmp_path / "out" / "arms" / "calibrated" / "seed0" / "scores_outside.safetensors").exists()

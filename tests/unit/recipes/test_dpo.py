@@ -155,7 +155,7 @@ def test_pairs_of_another_text_length_are_refused(main, arguments, tmp_path, cap
         )
     with pytest.raises(SystemExit):
         main([*arguments, *offline(tmp_path / "pairs"), "--dpo.batch_size=1"])
-    assert "text_length 20, expected 14" in capsys.readouterr().err
+    assert "text_length 20, expected 16" in capsys.readouterr().err
 
 
 def test_the_users_settings_override_the_public_ones_for_sd35(tmp_path, monkeypatch):

@@ -150,10 +150,10 @@ def settings_file(folder: Path, content: str) -> Path:
 def test_a_reward_can_be_loaded_and_evaluated_with_another_text_length(tiny_reward_dir):
     own = LatentReward.from_pretrained(tiny_reward_dir)
     other = LatentReward.from_pretrained(tiny_reward_dir, text_length=9)
-    assert (own.config.text_length, other.config.text_length, other.encoder.text_length) == (14, 9, 9)
+    assert (own.config.text_length, other.config.text_length, other.encoder.text_length) == (16, 9, 9)
     assert own(torch.zeros(1, 16, 8, 8), ["a"]) != other(torch.zeros(1, 16, 8, 8), ["a"])
     assert pickle.loads(pickle.dumps(other)).config.text_length == 9
-    for candidate, expected in ((None, 14), (9, 9)):
+    for candidate, expected in ((None, 16), (9, 9)):
         described = Candidate.from_checkpoint(tiny_reward_dir, lambda: None, candidate)
         assert described.config.text_length == expected
     part = load_reward(f"dinalrm={tiny_reward_dir}", options={"dinalrm": {"text_length": 9}})

@@ -92,9 +92,7 @@ def test_a_run_leaves_everything_and_its_lora_reloads(recipe, arguments, world, 
     error = f"({part['gain']:+.3f} ± {part['standard_error']:.3f}): sharpness "
     assert f"  aesthetics {part['before']:.3f} -> {part['after']:.3f} {error}" in printed
     scores = json.loads((folder / "evaluations" / "000004.json").read_text())
-    score = 2 * scores["gold_parts/faithfulness"][1] + scores["gold_parts/aesthetics"][1] * (
-        0.25 + 0.75 * scores["gold_parts/faithfulness"][1]
-    )
+    score = scores["gold_parts/faithfulness"][1] * (2.5 + 0.5 * scores["gold_parts/aesthetics"][1])
     assert scores["gold"][1] == pytest.approx(score, abs=1e-6)
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(world / "pipeline")
@@ -199,7 +197,7 @@ def test_the_evaluation_has_its_own_guidance_and_steps(recipe, arguments, tmp_pa
             json.loads((each / "evaluations" / f"{step}.json").read_text())["terms"] for each in (folder, plain)
         )
         assert (found["guidance_scale"], len(found["sigmas"])) == (1.0, 3)
-        assert (default["guidance_scale"], len(default["sigmas"])) == (1.2, 13)
+        assert (default["guidance_scale"], len(default["sigmas"])) == (3.0, 13)
     assert all(torch.equal(tensor, weights(plain)[name]) for name, tensor in weights(folder).items())
     with pytest.raises(SystemExit) as stopped:
         recipe.main([f"--resume={folder}", "--loop.steps=4", "--evaluation.guidance_scale=2"])

@@ -9,6 +9,7 @@ import yaml
 from paths import RECIPES, load_recipe
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_recipes import QUICK_PAIRS
 
 from dinalrm_align.data import source
 from dinalrm_align.data.latent_pairs import LatentPairsWriter
@@ -38,10 +39,10 @@ def world(tmp_path_factory):
 def pairs(world, tmp_path_factory):
     """Latent pairs in which the chosen image has the larger mean: what a head can learn in a few updates."""
     folder = tmp_path_factory.mktemp("pairs") / "latents"
-    encoder = PromptEncoder(str(world / "pipeline"), text_length=14)
+    encoder = PromptEncoder(str(world / "pipeline"), text_length=16)
     embeds, pooled = encoder(PROMPTS)
     generator = torch.Generator().manual_seed(0)
-    with LatentPairsWriter(folder, PairManifest(1.0, 0.0, 14)) as writer:
+    with LatentPairsWriter(folder, PairManifest(1.0, 0.0, 16)) as writer:
         for group in range(24):
             row = group % len(PROMPTS)
             shift = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
@@ -197,7 +198,7 @@ def test_validation_pairs_are_evaluated_and_all_pairs_trained_on(recipe, argumen
 
 def test_the_embedded_world_makes_its_own_pairs(recipe, arguments, tmp_path):
     run = tmp_path / "run"
-    made = ["--shapes_pairs.groups=6", "--shapes_pairs.sampled_share=0.5", "--shapes_pairs.per_concept=1"]
+    made = ["--shapes_pairs.groups=6", *QUICK_PAIRS, "--shapes_pairs.per_concept=1"]
     arguments = [argument for argument in arguments if not argument.startswith("--pairs")]
     recipe.main([*arguments, *made, "--loop.steps=1", f"--output_dir={run}"])
     concepts = json.loads((run / "accuracy.json").read_text())["levels"][0]["concepts"]
@@ -209,7 +210,7 @@ def test_training_continues_from_a_reward_on_other_pairs(recipe, arguments, tmp_
     """A learning rate near 0 leaves the weights of `--init_from`. One of another shape is refused."""
     made = [
         "--shapes_pairs.groups=6", "--shapes_pairs.per_concept=1", "--loop.steps=1", "--loop.ema_decay=0",
-        "--shapes_pairs.generators={few: {num_steps: [1, 2]}, spoiled: {render: spoiled}}", "--shapes_pairs.raters=3",
+        "--shapes_pairs.raters=5", *QUICK_PAIRS,
     ]  # fmt: skip
     arguments = [argument for argument in arguments if not argument.startswith("--pairs")] + made
     recipe.main([*arguments, f"--output_dir={tmp_path / 'first'}"])
@@ -229,7 +230,7 @@ def test_pairs_that_do_not_fit_the_reward_are_refused(recipe, arguments, tmp_pat
     with pytest.raises(SystemExit) as ended:
         recipe.main([*arguments, "--reward.text_length=20", f"--output_dir={tmp_path / 'run'}"])
     assert ended.value.code == 2
-    assert "text_length 14" in capsys.readouterr().err
+    assert "text_length 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_the_reward_is_uploaded_after_training(recipe, arguments, tmp_path, monk
 
 def test_the_yaml_of_each_kind_is_read_when_its_model_is_named(recipe):
     shapes, _, spec, *_ = recipe.resolve([])
-    assert spec.kind == "shapes" and shapes.reward.num_layers == 4 and shapes.reward.text_length == 14
+    assert spec.kind == "shapes" and shapes.reward.num_layers == 4 and shapes.reward.text_length == 16
     sd35, _, spec, *_ = recipe.resolve(["--model=sd35", "--pairs=somewhere", "--optim.lr=1e-4"])
     assert spec.kind == "sd35" and sd35.reward.visual_taps == (4, 8, 12) and sd35.reward.lora.rank == 64
     assert sd35.optim.lr == 1e-4 and sd35.loop.ema_decay == 0.995

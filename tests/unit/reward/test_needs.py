@@ -84,7 +84,7 @@ def test_repositories_are_found_under_their_own_names(weights):
 def test_the_vocabulary_tells_an_embedded_world(tiny_world, full_pipeline, tmp_path):
     for folder in (tiny_world, tiny_world / "pipeline", specs.SHAPES_WEIGHTS):
         spec, _ = resolve_model(str(folder))
-        assert (spec.kind, spec.gold, spec.guidance_scale) == ("shapes", MODELS["shapes"].gold, 1.2)
+        assert (spec.kind, spec.gold, spec.guidance_scale) == ("shapes", MODELS["shapes"].gold, 3.0)
     (tmp_path / "pipeline").symlink_to(full_pipeline)
     spec, _ = resolve_model(str(tmp_path))
     assert (spec.kind, spec.reward, spec.pixel) == ("sd35", SD35.reward, SD35.pixel)  # nothing else is there: the hub

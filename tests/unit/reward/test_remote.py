@@ -65,7 +65,7 @@ def test_a_generator_draws_here_as_it_does_for_a_local_reward(remote, reward):
 
 
 def test_embeddings_travel_if_the_prompts_are_unknown(remote, reward, tiny_pipeline):
-    inputs = make_inputs(tiny_pipeline.transformer, tokens=28)
+    inputs = make_inputs(tiny_pipeline.transformer, tokens=32)
     conditions = encoded(inputs["prompt_embeds"], inputs["pooled_prompt_embeds"])
     scores = [of(inputs["latents"], conditions) for of in (remote, reward)]
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)

@@ -100,7 +100,7 @@ def test_prompts_score_like_their_embeddings(reward, tiny_pipeline):
     inputs = make_inputs(tiny_pipeline.transformer)
     prompts = ["a red circle", "two blue squares"]
     embeds, _, pooled, _ = tiny_pipeline.encode_prompt(
-        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=14
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=16
     )
     arguments = dict(latents=inputs["latents"], noise=inputs["noise"])
     by_embeds = reward(**arguments, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
@@ -235,7 +235,7 @@ def test_a_reward_is_saved_with_a_card_and_pushed_to_the_hub(tiny_pipeline, tiny
     reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=tiny_pipeline)
     reward.save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "| base model | ../" in card and "first 3 transformer blocks" in card and "14 T5" in card
+    assert "| base model | ../" in card and "first 3 transformer blocks" in card and "16 T5" in card
     assert "base_model" not in ModelCard(card).data.to_dict()  # the hub takes no paths
     (tmp_path / "saved" / "README.md").write_text("mine")
     reward.save_pretrained(tmp_path / "saved")

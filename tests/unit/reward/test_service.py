@@ -357,13 +357,13 @@ def test_embeddings_of_another_length_draw_one_warning_with_both_numbers(tiny_re
         reward = LatentReward.from_pretrained(tiny_reward_dir, pipeline=pipeline)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            score(reward, 28, stated=14)
-        with pytest.warns(UserWarning, match=r"got 14 \+ 256 tokens; this reward was trained with 14 \+ 14 ") as seen:
-            score(reward, 270)
+            score(reward, 32, stated=16)
+        with pytest.warns(UserWarning, match=r"got 16 \+ 256 tokens; this reward was trained with 16 \+ 16 ") as seen:
+            score(reward, 272)
             score(reward, 9)
         assert len(seen) == 1
-    with pytest.raises(ValueError, match="text_length: got embeddings of 256 T5 tokens; expected 14, this reward's"):
-        score(reward, 270, stated=256)
+    with pytest.raises(ValueError, match="text_length: got embeddings of 256 T5 tokens; expected 16, this reward's"):
+        score(reward, 272, stated=256)
 
 
 # ------------------------------------------------------------------------------------------------ offloading

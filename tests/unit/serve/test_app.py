@@ -75,7 +75,7 @@ def test_text_length_is_that_of_the_settings(tiny_world):
     rewards = {"twice": f"2*{name}", "other": "reward_server:mean"}
     settings, metrics = ServeConfig(reward=name, rewards=rewards, devices=["cpu"], text_length=28), Metrics()
     with TestClient(create_app(load_rewards(settings, spec, metrics), settings, metrics)) as client:
-        for tokens, status in ((28, 400), (42, 200)):
+        for tokens, status in ((32, 400), (44, 200)):
             embeds = torch.randn(1, tokens, 32)
             body = own(None, prompt_embeds=embeds, pooled_prompt_embeds=rest)
             answers = [client.post(f"/v1/score?reward={reward}", content=body) for reward in ("default", "twice")]

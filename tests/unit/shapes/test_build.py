@@ -5,6 +5,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,16 +18,18 @@ from dinalrm_align.shapes.build import (
     _slot_classes,
     _slot_loss,
     _slots,
+    random_images,
     save_clip_reward,
+    train_clip,
     train_pixel,
     train_text,
     train_vae,
     vae_gate,
 )
 from dinalrm_align.shapes.build_base import Muon, Together, scores_by_guidance, train_base
-from dinalrm_align.shapes.config import SCENES, BuildConfig, PairsConfig, StackConfig
+from dinalrm_align.shapes.config import BuildConfig, Generator, PairsConfig, StackConfig
 from dinalrm_align.shapes.pairs import write_pairs
-from dinalrm_align.shapes.scene import parse_caption
+from dinalrm_align.shapes.scene import is_held_out, parse_caption
 from dinalrm_align.shapes.stack import build_pipeline
 from dinalrm_align.train.metrics import read_metrics
 
@@ -34,7 +37,7 @@ from dinalrm_align.train.metrics import read_metrics
 @pytest.fixture
 def config(tmp_path):
     config = BuildConfig(output_dir=str(tmp_path), stack=StackConfig.tiny(), cached_images=64)
-    for stage in (config.vae, config.text, config.base, config.pixel):
+    for stage in (config.vae, config.text, config.base, config.clip, config.pixel):
         stage.batch_size, stage.loop.steps, stage.optim.warmup_steps = 8, 6, 0
     return config
 
@@ -67,13 +70,23 @@ def test_the_text_encoders_learn_the_content_of_captions(config, pipeline):
     assert loss[-1] < 0.85 * loss[0]
 
 
-def test_slots_of_a_caption():
-    scene = parse_caption("a small red circle left of a large blue square on gray")
-    assert _slots(scene) == [2, 1, 1, 1, 2, 3, 2, 0, 0, 0, 1, 2]
-    classes = _slot_classes(SCENES)
-    expected = sum(map(math.log, classes)) / len(classes)
+def test_slots_of_a_caption_name_its_attributes():
+    scene = parse_caption("a large striped red circle left of a small outlined blue square on gray")
+    classes = _slot_classes()
+    assert classes == [7, *[5, 7, 4, 6] * 3, 5, 4]
+    assert _slots(scene) == [2, 1, 1, 3, 2, 2, 3, 1, 5, 0, 0, 0, 0, 1, 2]
+    assert _slots(parse_caption("six medium red crosses on white")) == [6, *[4, 1, 2, 1] * 3, 0, 1]
+    assert _slots(None) == [0] * len(classes)
     loss = _slot_loss(torch.zeros(1, sum(classes)), torch.tensor([_slots(scene)]), classes)
-    assert loss.item() == pytest.approx(expected)
+    assert loss.item() == pytest.approx(sum(map(math.log, classes)) / len(classes))
+
+
+def test_random_images_are_of_training_captions_with_slots_in_range():
+    images, scenes, drawings = random_images(100, np.random.default_rng(0), 64)
+    assert images.shape == (100, 3, 64, 64) and not any(map(is_held_out, scenes))
+    assert [len(drawing.marks) for drawing in drawings] == [len(scene.items) for scene in scenes]
+    for scene in scenes:
+        assert all(slot < number for slot, number in zip(_slots(scene), _slot_classes(), strict=True))
 
 
 def test_the_base_model_trains_evaluates_and_resumes(config, pipeline, tmp_path):
@@ -149,9 +162,11 @@ def test_optimisers_together_step_and_restore_as_they_do_apart():
 
 
 def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tmp_path):
-    write_pairs("train", tmp_path / "pairs", pipeline, PairsConfig(groups=8, images=3, sampled_share=0))
+    makers = {"few": Generator(num_steps=(1, 2), guidance_scale=(1.0, 1.0)), "spoiled": Generator("spoiled")}
+    write_pairs("train", tmp_path / "pairs", pipeline, PairsConfig(groups=8, images=3, generators=makers, outside={}))
     pairs = LatentPairs(tmp_path / "pairs", batch_size=4)
-    clip = train_pixel(pipeline, pairs, config, Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    clip = train_pixel(train_clip(pipeline, config, accelerator), pipeline, pairs, config, accelerator)
     save_clip_reward(clip, pipeline.tokenizer, tmp_path / "pixel")
     reward = ClipReward.from_pretrained(str(tmp_path / "pixel"), vae=pipeline.vae)
     latents = torch.randn(2, 16, 16, 16, requires_grad=True)
@@ -162,15 +177,30 @@ def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tm
 
 def test_the_pixel_reward_learns_from_soft_labels(config, pipeline, tmp_path):
     """A pair with label 0 is the swapped pair with label 1; a label of one half teaches equality, not preference."""
-    latents, texts = torch.randn(2, 16, 16, 16), (torch.randn(14, 32), torch.randn(32))
-    weights = {}
+    latents, texts = torch.randn(2, 16, 16, 16), (torch.randn(16, 32), torch.randn(32))
+    weights, accelerator = {}, Accelerator(cpu=True)
+    config.clip.loop.steps = 1
+    start = train_clip(pipeline, config, accelerator)
     for name, chosen, label in (("first", 0, 1.0), ("swapped", 1, 0.0), ("tie", 0, 0.5)):
-        with LatentPairsWriter(tmp_path / name, PairManifest(1.0, 0.0, 14)) as writer:
+        with LatentPairsWriter(tmp_path / name, PairManifest(1.0, 0.0, 16)) as writer:
             text = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), texts))
             pair = dict(chosen=[chosen], rejected=[1 - chosen], label=torch.tensor([label]))
             writer.add("a small red circle on white", latents, **text, **pair)
         own = dataclasses.replace(config, output_dir=str(tmp_path / f"run_{name}"))
-        clip = train_pixel(pipeline, LatentPairs(tmp_path / name, batch_size=1), own, Accelerator(cpu=True))
+        lists = LatentPairs(tmp_path / name, batch_size=1)
+        clip = train_pixel(copy.deepcopy(start), pipeline, lists, own, accelerator)
         weights[name] = torch.cat([p.flatten() for p in clip.parameters()])
     torch.testing.assert_close(weights["first"], weights["swapped"], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(weights["first"], weights["tie"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_build_refuses_captions_that_would_be_cut():
+    with pytest.raises(ValueError, match="stack.text_length: got 15; expected at least 16, for the longest captions"):
+        BuildConfig(stack=StackConfig(text_length=15))
+
+
+def test_a_clip_model_learns_to_match_renders_and_captions(config, pipeline):
+    config.clip.loop.steps, config.clip.batch_size = 30, 16
+    train_clip(pipeline, config, Accelerator(cpu=True))
+    loss = losses(config, "clip")
+    assert sum(loss[-5:]) < 0.9 * sum(loss[:5])

@@ -10,28 +10,24 @@ import torch
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.models.images import open_image
 from dinalrm_align.models.pipeline import encode_images
-from dinalrm_align.shapes.config import CONCEPTS, PairsConfig, StackConfig
-from dinalrm_align.shapes.pairs import (
-    GRAIN,
-    _damage,
-    ensure_pairs,
-    write_pairs,
-)
+from dinalrm_align.shapes.config import CONCEPTS, Generator, PairsConfig, StackConfig
+from dinalrm_align.shapes.pairs import GRAIN, _damage, ensure_pairs, write_pairs
 from dinalrm_align.shapes.scene import is_held_out, parse_caption
 from dinalrm_align.shapes.stack import build_pipeline
 
 HPDV3 = Path(__file__).parents[3] / "examples" / "evidence" / "hpdv3_folder.py"
+MAKERS = {"few": Generator(num_steps=(1, 2), guidance_scale=(1.0, 1.0)), "spoiled": Generator("spoiled")}
+TINY = PairsConfig(groups=6, images=3, heldout_groups=4, seed=1, generators=MAKERS, outside={})
 
 
 def test_training_pairs_are_all_pairs_of_lists_of_training_captions(tiny_pipeline, tmp_path):
-    config = PairsConfig(groups=6, images=3, sampled_share=0.5, seed=1)
-    write_pairs("train", tmp_path / "pairs", tiny_pipeline, config)
+    write_pairs("train", tmp_path / "pairs", tiny_pipeline, TINY)
     pairs = LatentPairs(tmp_path / "pairs", batch_size=6, seed=0)
     batch = pairs.batch_at(0)
     assert batch.latents.shape == (18, 16, 16, 16) and len(batch.chosen) == 6 * 3
     assert not any(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
     with pytest.raises(FileExistsError):
-        write_pairs("train", tmp_path / "pairs", tiny_pipeline, config)
+        write_pairs("train", tmp_path / "pairs", tiny_pipeline, TINY)
 
 
 def test_concept_pairs_are_equally_many_held_out_pairs_of_each_concept(tiny_pipeline, tmp_path):
@@ -40,6 +36,12 @@ def test_concept_pairs_are_equally_many_held_out_pairs_of_each_concept(tiny_pipe
     names = [name for batch in pairs.in_order() for name in batch.concepts]
     assert sorted(names) == sorted(2 * CONCEPTS)
     assert all(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
+
+
+def test_concept_pairs_need_no_makers_and_do_not_depend_on_them(tiny_pipeline, tmp_path):
+    folder = ensure_pairs("concepts", tmp_path / "concepts", tiny_pipeline, PairsConfig(per_concept=1))
+    other = PairsConfig(per_concept=1, generators=MAKERS, outside={})
+    assert ensure_pairs("concepts", folder, tiny_pipeline, other) == folder
 
 
 def test_shifted_pairs_are_damaged_concept_pairs(tiny_pipeline, tmp_path):
@@ -53,16 +55,15 @@ def test_shifted_pairs_are_damaged_concept_pairs(tiny_pipeline, tmp_path):
 
 
 def test_held_out_pairs_are_lists_of_held_out_captions_labelled_as_in_training(tiny_pipeline, tmp_path):
-    config = PairsConfig(heldout_groups=4, images=3, sampled_share=0.5, seed=1)
     for _ in range(2):  # the second finds them there
-        ensure_pairs("heldout", tmp_path / "pairs", tiny_pipeline, config)
+        ensure_pairs("heldout", tmp_path / "pairs", tiny_pipeline, TINY)
     pairs = LatentPairs(tmp_path / "pairs", batch_size=4, seed=0)
     assert len(pairs.batch_at(0).chosen) == 4 * 3
     assert all(is_held_out(parse_caption(prompt)) for prompt in pairs.prompts)
 
 
 def test_pairs_of_other_settings_are_not_taken_for_these(tiny_pipeline, tmp_path):
-    config = PairsConfig(heldout_groups=2, images=2, sampled_share=0)
+    config = dataclasses.replace(TINY, heldout_groups=2, images=2)
     folder = ensure_pairs("heldout", tmp_path / "pairs", tiny_pipeline, config)
     with pytest.raises(ValueError, match="heldout_groups: got 3; expected 2, as in"):
         ensure_pairs("heldout", folder, tiny_pipeline, dataclasses.replace(config, heldout_groups=3))
@@ -74,7 +75,9 @@ def test_pairs_of_other_settings_are_not_taken_for_these(tiny_pipeline, tmp_path
 
 def test_a_folder_in_hpdv3s_layout_holds_the_pairs_of_training(tiny_pipeline, tmp_path):
     render_hpdv3 = runpy.run_path(str(HPDV3))["render_hpdv3"]
-    config = PairsConfig(groups=3, images=3, sampled_share=0.0)
+    build_pipeline(StackConfig.tiny(), seed=3).save_pretrained(tmp_path / "other")
+    other = Generator(model=str(tmp_path / "other"), num_steps=(1, 1))  # its latents are encoded images, as of renders
+    config = dataclasses.replace(TINY, groups=3, generators={"other": other, "spoiled": Generator("spoiled")})
     render_hpdv3(tmp_path / "world", tiny_pipeline, config)
     records = json.loads((tmp_path / "world" / "train.json").read_text())
     assert len(records) == 9 and len(list((tmp_path / "world" / "images").iterdir())) == 9

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinalrm_align.data.latent_pairs import LatentPairs
-from dinalrm_align.shapes.config import PairsConfig
+from dinalrm_align.shapes.config import Generator, PairsConfig
 from dinalrm_align.shapes.pairs import write_pairs
 from dinalrm_align.shapes.raters import compare, rate_lists
 from dinalrm_align.shapes.render import Nuisance, lay_out, render
@@ -14,6 +14,7 @@ from dinalrm_align.shapes.scene import parse_caption
 
 ONE, THREE = (parse_caption(f"{objects} on white") for objects in ("a small red circle", "three small red circles"))
 MANY = 20_000
+PLAIN = dict(raters=1, rater_spread=0.0, tie_gap=0.0, noise_per_object=0.0, noise_of_flaws=0.0)
 
 
 def first_share(pairs):
@@ -22,8 +23,8 @@ def first_share(pairs):
 
 
 def rated(scene, nuisances, lists=1, **settings):
-    """Labels of lists of one scene, one image for each nuisance."""
-    config = PairsConfig(images=len(nuisances), **settings)
+    """Labels of lists of one scene, one image for each nuisance, by raters who are PLAIN but for `settings`."""
+    config = PairsConfig(images=len(nuisances), **(PLAIN | settings))
     rng = np.random.default_rng(3)
     images = render([lay_out(scene, nuisance, rng) for nuisance in nuisances]).repeat(lists, 1, 1, 1)
     return rate_lists(images, [scene] * lists, config, [np.random.default_rng((7, row)) for row in range(lists)])
@@ -58,7 +59,7 @@ def test_a_small_difference_is_a_tie_and_counts_half():
 def test_the_noise_grows_with_the_objects_and_with_the_flaws():
     """The gap of both scenes is one of aesthetics: about the same. More noise: a share nearer one half."""
     good, worse, bad = Nuisance(), Nuisance(edge=2.5), Nuisance(edge=6.0, contrast=0.4, offset=12.0)
-    plain = dict(lists=150, raters=60, rater_noise=0.1)
+    plain = dict(lists=3, raters=3000, rater_noise=0.1)
     crowded = {grows: first_share(rated(THREE, [good, worse], noise_per_object=grows, **plain)) for grows in (0, 2)}
     assert 0.5 < crowded[2] < crowded[0] - 0.05
     single = [first_share(rated(ONE, [good, worse], noise_per_object=grows, **plain)) for grows in (0, 2)]
@@ -80,8 +81,9 @@ def test_raters_weigh_the_parts_differently():
 
 
 def test_soft_labels_and_ties_are_stored(tiny_pipeline, tmp_path):
-    config = PairsConfig(groups=6, images=3, sampled_share=0, raters=3, rater_noise=1.0, tie_gap=0.2)
+    makers = {"few": Generator(num_steps=(1, 2), guidance_scale=(1.0, 1.0)), "spoiled": Generator("spoiled")}
+    config = PairsConfig(groups=6, images=3, generators=makers, outside={}, rater_noise=1.0, tie_gap=0.2)
     write_pairs("train", tmp_path, tiny_pipeline, config)
     labels = LatentPairs(tmp_path, batch_size=6).in_order()[0].label
     assert ((labels >= 0.5) & (labels <= 1)).all() and len(labels.unique()) > 2
-    assert torch.equal(labels, (6 * labels).round() / 6)  # votes and halves of three raters
+    assert torch.equal(labels, (6 * labels).round() / 6)  # votes and halves of the three raters

@@ -1,20 +1,28 @@
 import pytest
 import torch
 
-from dinalrm_align.shapes.config import SCENES, StackConfig
+from dinalrm_align.shapes.config import StackConfig
 from dinalrm_align.shapes.scene import caption_words
 from dinalrm_align.shapes.stack import build_pipeline, clip_tokenizer, t5_tokenizer
 
-CAPTION = "a small red circle left of a large blue square on gray"
+CAPTION = "a large striped red circle left of a small outlined blue square on gray"
 
 
 def test_every_caption_word_is_one_token_and_other_text_falls_back_to_letters():
-    words = caption_words(SCENES)
-    clip, t5 = clip_tokenizer(words, 14), t5_tokenizer(words, 14)
-    assert len(clip.tokenize(CAPTION)) == len(t5.tokenize(CAPTION)) == 12
+    words = caption_words()
+    clip, t5 = clip_tokenizer(words, 16), t5_tokenizer(words, 16)
+    for word in words:
+        assert len(clip.tokenize(word)) == len(t5.tokenize(word)) == 1
+    assert len(clip.tokenize(CAPTION)) == len(t5.tokenize(CAPTION)) == 14
     assert clip.tokenize("hat") == ["h", "a", "t</w>"]
     assert t5.unk_token_id not in t5("zebra").input_ids
-    assert len(clip(CAPTION).input_ids) == 14  # with start and end: the longest caption fits
+
+
+def test_the_longest_caption_fits_the_default_length_with_start_and_end():
+    pipeline = build_pipeline(StackConfig.tiny())
+    tokenizers = pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3
+    assert [len(tokenizer(CAPTION).input_ids) for tokenizer in tokenizers] == [16, 16, 15]
+    assert {tokenizer.model_max_length for tokenizer in tokenizers} == {StackConfig().text_length} == {16}
 
 
 def test_a_saved_pipeline_loads_to_the_same_images(tmp_path):
@@ -25,7 +33,7 @@ def test_a_saved_pipeline_loads_to_the_same_images(tmp_path):
     again.set_progress_bar_config(disable=True)
     latents = [
         model(
-            CAPTION, num_inference_steps=2, height=64, width=64, max_sequence_length=14, output_type="latent",
+            CAPTION, num_inference_steps=2, height=64, width=64, max_sequence_length=16, output_type="latent",
             generator=torch.Generator().manual_seed(0),
         ).images
         for model in (pipeline, again)
