@@ -128,7 +128,7 @@ def test_a_name_of_weights_is_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("half", "own"):
         Path(folder).mkdir()
-    assert Generator(checkpoint="half").checkpoint == Generator(lora="half").lora == "half"
+    assert (Generator(checkpoint="half").checkpoint, Generator(lora="aligned").lora) == ("half", "aligned")
     assert Generator(checkpoint="./half").checkpoint == str(tmp_path / "half")
     assert Generator(lora="own").lora == str(tmp_path / "own")
 
