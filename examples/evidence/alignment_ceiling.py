@@ -33,8 +33,8 @@ from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.reward.config import LoraConfig
+from dinalrm_align.shapes.generators import sample_latents
 from dinalrm_align.shapes.oracle import PARTS, oracle_score
-from dinalrm_align.shapes.pairs import sample_latents
 from dinalrm_align.shapes.render import Nuisance, lay_out, render
 from dinalrm_align.shapes.scene import draw_scenes
 
