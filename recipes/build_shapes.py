@@ -207,8 +207,8 @@ def save_transformer(transformer: "SD3Transformer2DModel", folder: Path) -> None
 
 
 def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") -> None:
-    """Train the scout, a latent reward on pairs of renders, and two policies that maximise it.
-    Their LoRAs are saved beside the other makers of pairs.
+    """Train the scout, a latent reward on pairs of renders, and two policies that maximise it. Their LoRAs are saved
+    beside the other makers of pairs.
     """
     from dinalrm_align.shapes.pairs import ensure_pairs
 
@@ -258,7 +258,9 @@ def evaluate_reward(config: BuildConfig, name: str, pairs: dict[str, Path]) -> d
     options = {"--model": root / "weights", "--reward": name, "--test_sets": sets, "--sigmas": "[]", "--gold": False}
     run_recipe("evaluate_reward.py", options, root / f"evaluate_{name}", resume=False)
     found = read_json(root / f"evaluate_{name}" / "evaluation.json")
-    return {kind: found["sets"][kind]["protocols"][-1]["value"] for kind in pairs if kind != "train"}
+    protocols = {kind: found["sets"][kind]["protocols"] for kind in pairs if kind != "train"}
+    pooled = {kind: [row["value"] for row in rows if row["protocol"] == "pooled"] for kind, rows in protocols.items()}
+    return {kind: values[-1] for kind, values in pooled.items()}  # the last reading is the ensemble
 
 
 def run_recipe(recipe: str, options: dict[str, object], output_dir: Path, *, resume: bool = True) -> None:

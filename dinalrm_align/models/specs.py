@@ -17,7 +17,7 @@ SHAPES_WEIGHTS = PACKAGE / "shapes" / "weights"
 HUB_SECONDS = 3.0
 """Timeout of the requests for access to the hub, in seconds, for all repositories together."""
 SHAPES_VOCABULARY = 1000
-"""More tokens than the CLIP tokenizer of the embedded world has (606), and fewer than CLIP's (49,408)."""
+"""More tokens than the CLIP tokenizer of the embedded world has (643), and fewer than CLIP's (49,408)."""
 _LORA = "checkpoint/backbone_lora/adapter"
 RELEASED_REWARD_FILES = ("config.json", "checkpoint/rm_head.pt", f"{_LORA}_config.json", f"{_LORA}_model.safetensors")
 """Files of the released DiNa-LRM in its hub repository."""

@@ -38,9 +38,9 @@ MAKERS = "makers"
 """Folder beside that of the pipeline, with weights that `Generator` can name."""
 LAYOUT = "layout."  # prefix of the layout head's tensors in checkpoints of the base model
 
-Lists = Iterator[tuple[list[Scene], Tensor | None, Tensor, list[np.random.Generator]]]
-"""For up to BLOCK captions at a time: scenes; latents (None: images that are not encoded yet) and images of all lists,
-list by list; and for each list the random numbers that label it."""
+Lists = Iterator[tuple[list[Scene], Tensor, Tensor, list[np.random.Generator]]]
+"""For up to BLOCK captions at a time: scenes; latents and images of all lists, list by list; and for each list the
+random numbers that label it."""
 
 
 @dataclass(frozen=True)

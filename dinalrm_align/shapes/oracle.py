@@ -3,9 +3,8 @@
     score = F (2.5 + 0.5 A),   where F is faithfulness and A is aesthetics, both in [0, 1]
 
 A perfect image scores 3, and an image that does not match its caption (F = 0) scores 0. F is a score of the objects
-(shape, colour, size and fill), multiplied by factors for relation, background and number of
-objects. A is the mean of sharpness, contrast and centring. Training uses only preference labels derived from the score,
-not the score itself.
+(shape, colour, size and fill), multiplied by factors for relation, background and number of objects. A is the mean of
+sharpness, contrast and centring. Training uses only preference labels derived from the score, not the score itself.
 """
 
 import functools

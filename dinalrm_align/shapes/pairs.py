@@ -109,8 +109,8 @@ def ensure_training_pairs(folder: Path, source: str, config: PairsConfig) -> Non
 
 def labelled_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
-) -> Iterator[tuple[list[str], Tensor | None, Tensor, list[list[tuple[int, int, float]]]]]:
-    """For up to BLOCK captions at a time, yield captions, latents (as in `Lists`), images and labels. Each caption has
+) -> Iterator[tuple[list[str], Tensor, Tensor, list[list[tuple[int, int, float]]]]]:
+    """For up to BLOCK captions at a time, yield captions, latents, images and labels. Each caption has
     `config.images` consecutive images. A caption's labels are triples (chosen, rejected, label); the images are given
     by their indices.
     """
@@ -122,8 +122,7 @@ def _encoded_lists(
     kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig
 ) -> Iterator[tuple[list[str], Tensor, list[dict]]]:
     """Yield captions, latents (captions, images, C, h, w), and labels (arguments for `LatentPairsWriter.add`)."""
-    for captions, latents, images, pairs in labelled_lists(kind, pipeline, encoder, config):
-        latents = encode_images(pipeline.vae, images) if latents is None else latents
+    for captions, latents, _, pairs in labelled_lists(kind, pipeline, encoder, config):
         labels = [dict(zip(("chosen", "rejected", "label"), zip(*own))) for own in pairs]
         yield captions, latents.unflatten(0, (len(captions), -1)), labels
 
