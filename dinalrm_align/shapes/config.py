@@ -117,7 +117,9 @@ class Generator:
     """Who makes images of a list of preference pairs: a model with ranges of sampler settings, or the renderer.
 
     Args:
-        render: faithful or spoiled (one concept is wrong) renders; null: samples of a model.
+        render: renders that are faithful, spoiled (some concepts are wrong) or unrelated (of another caption); null:
+            samples of a model.
+        flaws: number of concepts that are wrong in a spoiled render.
         weight: relative frequency of the generator's images.
         model: folder of a pipeline, such as OUTPUT_DIR/weights/pipeline of another build; null: that of the pairs.
         checkpoint: weights of the transformer at a stage of its training, a file such as
@@ -129,8 +131,9 @@ class Generator:
         num_steps: lowest and highest number of denoising steps.
     """
 
-    render: Literal["faithful", "spoiled"] | None = None
+    render: Literal["faithful", "spoiled", "unrelated"] | None = None
     weight: PositiveFloat = 1.0
+    flaws: PositiveInt = 1
     model: PathText | None = None
     checkpoint: Checkpoint | None = None
     lora: MakerLora | None = None
@@ -153,14 +156,26 @@ class Generator:
 
 
 def default_generators() -> dict[str, Generator]:
-    """Return the makers of lists: the base, the base after half of its training, two policies, and the renderer."""
+    """Return the makers of lists: the base near the settings at which alignment samples from it, the base after half of
+    its training, two policies, and the renderer.
+    """
     return {
-        "base": Generator(weight=6.0),
+        "base": Generator(weight=10.0, guidance_scale=(2.0, 4.0), num_steps=(6, 12)),
         "half": Generator(checkpoint="half"),
         "aligned": Generator(lora="aligned"),
         "over_aligned": Generator(lora="over_aligned"),
-        "faithful": Generator("faithful", weight=2.0),
-        "spoiled": Generator("spoiled", weight=4.0),
+        "faithful": Generator("faithful"),
+        "spoiled": Generator("spoiled", weight=2.0),
+    }
+
+
+def scout_generators() -> dict[str, Generator]:
+    """Return the makers of the scout's lists: renders with no flaw, one and three flaws, and of another caption."""
+    return {
+        "faithful": Generator("faithful"),
+        "spoiled": Generator("spoiled", weight=2.0),
+        "worse": Generator("spoiled", weight=0.5, flaws=3),
+        "unrelated": Generator("unrelated", weight=0.5),
     }
 
 
@@ -195,13 +210,13 @@ class PairsConfig:
         seed: seed of all random draws.
     """
 
-    groups: PositiveInt = 3200
+    groups: PositiveInt = 6400
     images: IntAboveOne = 4
     emphasis: dict[str, PositiveFloat] = field(default_factory=lambda: {"shape": 3.0, "blur": 1.5})
     rater_noise: NonNegativeFloat = 0.1
     noise_per_object: NonNegativeFloat = 0.25
     noise_of_flaws: NonNegativeFloat = 1.0
-    raters: PositiveInt = 3
+    raters: PositiveInt = 9
     rater_spread: NonNegativeFloat = 0.2
     tie_gap: NonNegativeFloat = 0.05
     generators: dict[str, Generator] = field(default_factory=default_generators)
@@ -247,19 +262,26 @@ def _stage(
     return StageConfig(batch, loop, OptimConfig(lr=lr, weight_decay=0.01, beta2=0.98, **schedule))
 
 
+def scout_emphasis() -> dict[str, float]:
+    """Return how often the scout's renders get a concept wrong: more often what is learned late."""
+    return {"shape": 3.0, "fill": 3.0, "size": 2.0, "count": 2.0}
+
+
 @dataclass
 class ScoutConfig:
     """Settings of a first latent reward, and of two policies that maximise it and whose samples occur in the pairs.
 
     Args:
         groups: number of captions of its training pairs, which are renders.
+        emphasis: relative frequency of each concept in its wrong renders, as in `PairsConfig`.
         reward_updates: number of updates of the reward.
         aligned_updates: number of ReFL updates of the aligned policy, with the recipe's default settings.
         over_aligned_updates: the same for the over-aligned policy, without a KL penalty and at learning rate 1e-3.
     """
 
-    groups: PositiveInt = 3200
-    reward_updates: PositiveInt = 900
+    groups: PositiveInt = 6400
+    emphasis: dict[str, PositiveFloat] = field(default_factory=scout_emphasis)
+    reward_updates: PositiveInt = 1000
     aligned_updates: PositiveInt = 30
     over_aligned_updates: PositiveInt = 24
 
@@ -303,7 +325,7 @@ class BuildConfig:
     outsider: StageConfig = field(default_factory=lambda: _stage(64, 800, 2e-3, ema=0.995, decay=0.6))
     outsider_heads: PositiveInt = 3
     scout: ScoutConfig = field(default_factory=ScoutConfig)
-    reward_updates: PositiveInt = 1100
+    reward_updates: PositiveInt = 2000
     clip: StageConfig = field(default_factory=lambda: _stage(96, 700, 1e-3))
     pixel: StageConfig = field(default_factory=lambda: _stage(48, 500, 3e-4))
     cached_images: PositiveInt = 40_000

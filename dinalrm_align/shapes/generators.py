@@ -90,14 +90,15 @@ def make_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEnc
         for number, plan in enumerate(plans):
             nuisance = draw_nuisance(plan.rng)
             for position, (name, seed) in enumerate(zip(plan.names, plan.seeds)):
-                row, how = number * config.images + position, generators[name].render
-                if how is None:
+                row, generator = number * config.images + position, generators[name]
+                if generator.render is None:
                     samples[name, position].append((row, plan.scene.caption, seed))
-                elif how == "faithful":
-                    drawings[row] = lay_out(plan.scene, draw_nuisance(plan.rng), plan.rng)
+                elif generator.render == "spoiled":
+                    concepts = draw_concepts(plan.scene, generator.flaws, config, plan.rng)
+                    drawings[row] = lay_out_spoiled(plan.scene, nuisance, concepts, plan.rng)
                 else:
-                    concept = draw_concept(plan.scene, config, plan.rng)
-                    drawings[row] = lay_out_spoiled(plan.scene, nuisance, concept, plan.rng)
+                    scene = plan.scene if generator.render == "faithful" else draw_scenes(1, plan.rng)[0]
+                    drawings[row] = lay_out(scene, draw_nuisance(plan.rng), plan.rng)
         settings, made = sampler_settings(start // BLOCK, kind, config), {}
         for (name, position), parts in samples.items():
             own, (rows, captions, seeds) = pipelines[name], zip(*parts)
@@ -203,11 +204,13 @@ def prompt_encoder(pipeline: StableDiffusion3Pipeline) -> PromptEncoder:
     return PromptEncoder(pipeline, text_length=pipeline.tokenizer_3.model_max_length)
 
 
-def draw_concept(scene: Scene, config: PairsConfig, rng: np.random.Generator) -> str:
-    """Draw what a render gets wrong, by the weights in `config.emphasis`."""
-    concepts = concepts_of(scene)
-    weights = np.array([config.emphasis.get(concept, 1.0) for concept in concepts])
-    return str(rng.choice(concepts, p=weights / weights.sum()))
+def draw_concepts(scene: Scene, number: int, config: PairsConfig, rng: np.random.Generator) -> list[str]:
+    """Draw what a render gets wrong, by the weights in `config.emphasis`: `number` concepts, or all that there are."""
+    left, drawn = list(concepts_of(scene)), []
+    while left and len(drawn) < number:
+        weights = np.array([config.emphasis.get(concept, 1.0) for concept in left])
+        drawn.append(left.pop(rng.choice(len(left), p=weights / weights.sum())))
+    return drawn
 
 
 def sample_latents(

@@ -4,7 +4,9 @@
 
 A perfect image scores 3, and an image that does not match its caption (F = 0) scores 0. F is a score of the objects
 (shape, colour, size and fill), multiplied by factors for relation, background and number of objects. A is the mean of
-sharpness, contrast and centring. Training uses only preference labels derived from the score, not the score itself.
+sharpness, contrast and centring. All are means over several thresholds of visibility, so that a change that nobody
+sees, such as faint noise, does not decide whether two objects touch. Training uses only preference labels derived from
+the score, not the score itself.
 """
 
 import functools
@@ -27,6 +29,9 @@ COMPONENTS = {
 }
 PARTS = (*COMPONENTS, *itertools.chain(*COMPONENTS.values()))
 MIN_AREA = 30  # pixels; smaller regions are ignored
+WHOLE_AREA = 60  # pixels; a smaller region is a fragment, which counts as less than one object
+THRESHOLDS = (0.14, 0.18, 0.22)
+"""Contrast with the background above which a pixel belongs to an object, as shares of the image's highest."""
 SIZE_BOUNDARIES = (7.8, 10.5)
 """Radii in pixels that separate each size from the next."""
 _COLOUR_NAMES = tuple(COLOURS)
@@ -83,10 +88,15 @@ def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Te
 
 
 def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
+    rows = [_parts_at(threshold, image, scene) for threshold in THRESHOLDS]
+    return {part: float(np.mean([row[part] for row in rows])) for part in PARTS}
+
+
+def _parts_at(threshold: float, image: np.ndarray, scene: Scene) -> dict[str, float]:
     border = np.concatenate([edge.reshape(-1, 3) for edge in (image[:2], image[-2:], image[:, :2], image[:, -2:])])
     ground = np.median(border, axis=0)
     background = min(BACKGROUNDS, key=lambda name: np.abs(ground - np.array(BACKGROUNDS[name])).sum())
-    found = find_objects(image, ground, background)
+    found = find_objects(image, ground, background, threshold)
     wanted, fit, matched = list(scene.items), np.zeros(0), []
     if found:
         table = np.array([[_match(item, seen) for seen in found] for item in wanted])
@@ -108,7 +118,8 @@ def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
     on_ground = 0.0
     if background == scene.background:
         on_ground = float(np.clip(1.5 - np.abs(ground - np.array(BACKGROUNDS[background])).max() / 0.15, 0, 1))
-    count = max(0.0, 1 - abs(len(found) - len(wanted)) / min(len(wanted), 3))
+    number = sum(np.clip(0.25 + 0.75 * (seen.area - MIN_AREA) / (WHOLE_AREA - MIN_AREA), 0, 1) for seen in found)
+    count = max(0.0, float(1 - abs(number - len(wanted)) / min(len(wanted), 3)))
     faithfulness = objects * (0.5 + 0.5 * relation) * (0.5 + 0.5 * on_ground) * (0.5 + 0.5 * count)
     sharpness = contrast = centring = 0.0
     if found:
@@ -122,21 +133,22 @@ def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
     return dict(zip(PARTS, values, strict=True))
 
 
-def find_objects(image: np.ndarray, ground: np.ndarray, background: str) -> list[SeenObject]:
+def find_objects(image: np.ndarray, ground: np.ndarray, background: str, threshold: float) -> list[SeenObject]:
     """Detect objects (connected regions of one colour) in an image (64, 64, 3), at most twice as many as a caption
     can ask for. The largest come first. The gaps and holes of a textured or outlined object count as filled.
 
     A pixel gets the colour in COLOURS for which (colour - background) has the largest cosine similarity with (pixel -
     background). Low contrast and soft edges have no effect, as neither changes the direction of that difference.
 
-    `ground`: RGB value of the background, (3,). `background`: name of the background in BACKGROUNDS.
+    `ground`: RGB value of the background, (3,). `background`: name of the background in BACKGROUNDS. `threshold`: share
+    of the highest contrast with the background above which a pixel belongs to an object.
     """
     difference = image - ground
     distance = np.linalg.norm(difference, axis=-1)
     directions = _COLOUR_VALUES - np.array(BACKGROUNDS[background])
     lengths = np.linalg.norm(directions, axis=-1)
     nearest = (difference @ (directions / lengths[:, None]).T).argmax(-1)
-    visible = distance > max(0.07, 0.2 * distance.max())
+    visible = distance > max(0.07, threshold * distance.max())
     found = []
     for index in np.unique(nearest[visible]):
         labels, number = ndimage.label(visible & (nearest == index))

@@ -159,7 +159,7 @@ def _concept_pairs(concept: str, rng: np.random.Generator, size: int) -> Iterato
             continue
         nuisance = draw_nuisance(rng)
         good = lay_out(scene, nuisance, rng)
-        bad = lay_out_spoiled(scene, nuisance, concept, rng)
+        bad = lay_out_spoiled(scene, nuisance, [concept], rng)
         images = render([good, bad], size)
         scores = oracle_score(images, [scene.caption] * 2)
         if scores[0] > scores[1]:  # spoiling can leave no difference, for instance at the image's edge

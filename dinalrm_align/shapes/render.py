@@ -202,8 +202,11 @@ def spoil_nuisance(nuisance: Nuisance, concept: str, rng: np.random.Generator) -
     raise ValueError(f"concept: got {concept!r}; expected one of {AESTHETICS}")
 
 
-def lay_out_spoiled(scene: Scene, nuisance: Nuisance, concept: str, rng: np.random.Generator) -> Drawing:
-    """Return a drawing that gets `concept`, one of CONCEPTS, wrong: for instance "colour" or "blur"."""
-    if concept in AESTHETICS:
-        return lay_out(scene, spoil_nuisance(nuisance, concept, rng), rng)
-    return lay_out(spoil_scene(scene, concept, rng), nuisance, rng)
+def lay_out_spoiled(scene: Scene, nuisance: Nuisance, concepts: list[str], rng: np.random.Generator) -> Drawing:
+    """Return a drawing that gets `concepts`, some of CONCEPTS, wrong: for instance ["colour", "blur"]."""
+    for concept in sorted(concepts, key=lambda concept: concept == "count"):  # another number has no relation
+        if concept in AESTHETICS:
+            nuisance = spoil_nuisance(nuisance, concept, rng)
+        else:
+            scene = spoil_scene(scene, concept, rng)
+    return lay_out(scene, nuisance, rng)

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -23,8 +24,17 @@ from dinalrm_align.shapes.config import (
     default_generators,
     default_outside,
 )
-from dinalrm_align.shapes.generators import identities, make_lists, open_generators, plan_list, prompt_encoder
+from dinalrm_align.shapes.generators import (
+    draw_concepts,
+    identities,
+    make_lists,
+    open_generators,
+    plan_list,
+    prompt_encoder,
+)
+from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds, write_pairs
+from dinalrm_align.shapes.render import Nuisance, concepts_of, lay_out_spoiled
 from dinalrm_align.shapes.scene import is_held_out, parse_caption
 from dinalrm_align.shapes.stack import build_pipeline
 from dinalrm_align.train.digest import fingerprint
@@ -208,6 +218,32 @@ def test_each_image_has_the_latents_of_its_caption_and_seed(tiny_pipeline):
         render = 2 * index + 1 - position
         again = encode_images(tiny_pipeline.vae, images[render][None])[0]
         torch.testing.assert_close(latents[render], again, rtol=1e-4, atol=1e-4)
+
+
+def test_renders_can_have_several_flaws_or_show_another_caption(tiny_pipeline):
+    makers = {
+        "faithful": Generator("faithful"),
+        "one": Generator("spoiled"),
+        "four": Generator("spoiled", flaws=4),
+        "unrelated": Generator("unrelated"),
+    }
+    config = PairsConfig(groups=32, images=4, generators=makers, outside={})
+    ((scenes, _, images, _),) = make_lists("train", tiny_pipeline, prompt_encoder(tiny_pipeline), config)
+    captions = [scene.caption for scene in scenes for _ in range(4)]
+    gold = oracle_score(images, captions).view(32, 4)
+    names = [plan_list(index, "train", makers, config).names for index in range(32)]
+    mean = {name: gold[torch.tensor([[other == name for other in row] for row in names])].mean() for name in makers}
+    assert mean["faithful"] > mean["one"] > mean["four"] + 0.5 and mean["four"] > mean["unrelated"] + 0.3
+
+
+def test_flaws_are_different_concepts_drawn_by_their_weights():
+    scene, config = parse_caption("a large red circle on white"), PairsConfig(emphasis={"blur": 200.0})
+    drawn = [draw_concepts(scene, 3, config, np.random.default_rng(seed)) for seed in range(50)]
+    assert all(len(set(concepts)) == 3 for concepts in drawn)
+    assert sum(concepts[0] == "blur" for concepts in drawn) > 40
+    assert sorted(draw_concepts(scene, 99, config, np.random.default_rng(0))) == sorted(concepts_of(scene))
+    spoiled = lay_out_spoiled(scene, Nuisance(), [*concepts_of(scene)], np.random.default_rng(0))
+    assert len(spoiled.marks) == 2 and spoiled.background != "white" and spoiled.edge > 1 and spoiled.contrast < 1
 
 
 def test_lists_do_not_depend_on_those_that_follow(tiny_pipeline, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dinalrm_align.shapes.config import AESTHETICS, CONCEPTS, FAITHFULNESS, FILLS, SIZES
-from dinalrm_align.shapes.oracle import find_objects, oracle_parts
+from dinalrm_align.shapes.oracle import THRESHOLDS, find_objects, oracle_parts
 from dinalrm_align.shapes.render import (
     AREA_PER_RADIUS2,
     HALF_EXTENT,
@@ -52,8 +52,9 @@ def test_a_fill_changes_the_inside_and_leaves_the_object_whole(shape, fill):
     assert tone[inside].min() < 0.5 and tone[inside].max() > 0.95
     assert strength(filled, edge=6.0)[cover > 0.99].std() > 0.1, "soft outlines do not erase the fill"
     pixels = clean([parse_caption(f"a medium {fill} red {shape} on black")])[0].permute(1, 2, 0).numpy()
-    (seen,) = find_objects(pixels, pixels[0, 0], "black")
-    assert max(seen.overlap, key=seen.overlap.get) == shape and max(seen.fills, key=seen.fills.get) == fill
+    for threshold in THRESHOLDS:
+        (seen,) = find_objects(pixels, pixels[0, 0], "black", threshold)
+        assert max(seen.overlap, key=seen.overlap.get) == shape and max(seen.fills, key=seen.fills.get) == fill
 
 
 def test_images_are_in_range_and_their_corner_is_the_background():
@@ -147,7 +148,7 @@ def test_spoiling_reaches_every_value():
 
 def test_a_spoiled_drawing_shows_the_spoiled_scene():
     scene = parse_caption("a large striped red circle on white")
-    drawings = [lay_out_spoiled(scene, Nuisance(), concept, np.random.default_rng(0)) for concept in ("fill", "blur")]
+    drawings = [lay_out_spoiled(scene, Nuisance(), [concept], np.random.default_rng(0)) for concept in ("fill", "blur")]
     assert drawings[0].marks[0].fill != "striped" and drawings[0].edge == 1
     assert drawings[1].marks[0].fill == "striped" and drawings[1].edge > 1
 
