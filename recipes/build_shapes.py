@@ -7,7 +7,7 @@ The recipe trains in this order:
 
 1. the VAE, the text encoders and the transformer (`base`), whose weights half-way through training are kept (`half`);
 2. a transformer of another width and seed (`outsider`), whose samples serve only as a test set;
-3. a first latent reward on easy pairs, of renders (`scout`), and with it two ReFL policies, `aligned` and `over_aligned`;
+3. a latent reward on easy pairs, of renders (`scout`), and with it two ReFL policies, `aligned` and `over_aligned`;
 4. the latent reward `dinalrm`, from the scout's weights, and the image reward `pixel`, from a CLIP model of renders and
    captions, on pairs of samples of the base, of `half` and of the policies, and of renders.
 
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinalrm_align.shapes.config import BuildConfig, scout_generators
+from dinalrm_align.shapes.config import SCOUT_EMPHASIS, BuildConfig, scout_generators
 from dinalrm_align.train.command import parse, refusing
 from dinalrm_align.train.files import atomic_folder, make_folder, read_json, read_yaml, write_atomically
 
@@ -213,8 +213,7 @@ def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") ->
     from dinalrm_align.shapes.pairs import ensure_pairs
 
     root = Path(config.output_dir)
-    scout = config.scout
-    renders = dict(groups=scout.groups, emphasis=scout.emphasis, generators=scout_generators(), outside={})
+    renders = dict(generators=scout_generators(), emphasis=SCOUT_EMPHASIS, groups=config.scout.groups, outside={})
     pairs = dataclasses.replace(config.pairs, **renders)
     folders = {kind: ensure_pairs(kind, root / "scout_pairs" / kind, pipeline, pairs) for kind in ("train", "concepts")}
     if not (root / "scout" / "reward" / "config.json").exists():

@@ -169,6 +169,10 @@ def default_generators() -> dict[str, Generator]:
     }
 
 
+SCOUT_EMPHASIS = {"shape": 3.0, "fill": 3.0, "size": 2.0, "count": 2.0}
+"""How often the scout's renders get a concept wrong, as in `PairsConfig`: more often what is learned late."""
+
+
 def scout_generators() -> dict[str, Generator]:
     """Return the makers of the scout's lists: renders with no flaw, one and three flaws, and of another caption."""
     return {
@@ -262,26 +266,19 @@ def _stage(
     return StageConfig(batch, loop, OptimConfig(lr=lr, weight_decay=0.01, beta2=0.98, **schedule))
 
 
-def scout_emphasis() -> dict[str, float]:
-    """Return how often the scout's renders get a concept wrong: more often what is learned late."""
-    return {"shape": 3.0, "fill": 3.0, "size": 2.0, "count": 2.0}
-
-
 @dataclass
 class ScoutConfig:
     """Settings of a first latent reward, and of two policies that maximise it and whose samples occur in the pairs.
 
     Args:
         groups: number of captions of its training pairs, which are renders.
-        emphasis: relative frequency of each concept in its wrong renders, as in `PairsConfig`.
         reward_updates: number of updates of the reward.
         aligned_updates: number of ReFL updates of the aligned policy, with the recipe's default settings.
         over_aligned_updates: the same for the over-aligned policy, without a KL penalty and at learning rate 1e-3.
     """
 
     groups: PositiveInt = 6400
-    emphasis: dict[str, PositiveFloat] = field(default_factory=scout_emphasis)
-    reward_updates: PositiveInt = 1000
+    reward_updates: PositiveInt = 600
     aligned_updates: PositiveInt = 30
     over_aligned_updates: PositiveInt = 24
 
@@ -325,7 +322,7 @@ class BuildConfig:
     outsider: StageConfig = field(default_factory=lambda: _stage(64, 800, 2e-3, ema=0.995, decay=0.6))
     outsider_heads: PositiveInt = 3
     scout: ScoutConfig = field(default_factory=ScoutConfig)
-    reward_updates: PositiveInt = 2000
+    reward_updates: PositiveInt = 900
     clip: StageConfig = field(default_factory=lambda: _stage(96, 700, 1e-3))
     pixel: StageConfig = field(default_factory=lambda: _stage(48, 500, 3e-4))
     cached_images: PositiveInt = 40_000

@@ -149,7 +149,7 @@ def test_default_lists_are_the_same_draws_everywhere():
     for kind, makers in (("train", config.generators), ("heldout", config.generators), ("outside", config.outside)):
         plans = [plan_list(index, kind, makers, config) for index in range(20)]
         text += [(plan.scene.caption, plan.names, plan.seeds) for plan in plans]
-    assert hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16] == "9d318f2244c3f04e"
+    assert hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16] == "a4250fd571092e1b"
 
 
 def test_a_list_mixes_generators_by_their_weights():

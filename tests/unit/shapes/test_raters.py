@@ -82,7 +82,7 @@ def test_raters_weigh_the_parts_differently():
 
 def test_soft_labels_and_ties_are_stored(tiny_pipeline, tmp_path):
     makers = {"few": Generator(num_steps=(1, 2), guidance_scale=(1.0, 1.0)), "spoiled": Generator("spoiled")}
-    config = PairsConfig(groups=6, images=3, generators=makers, outside={}, rater_noise=1.0, tie_gap=0.2)
+    config = PairsConfig(groups=6, images=3, generators=makers, outside={}, rater_noise=1.0, tie_gap=0.2, raters=3)
     write_pairs("train", tmp_path, tiny_pipeline, config)
     labels = LatentPairs(tmp_path, batch_size=6).in_order()[0].label
     assert ((labels >= 0.5) & (labels <= 1)).all() and len(labels.unique()) > 2
