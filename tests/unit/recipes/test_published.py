@@ -113,7 +113,7 @@ def test_hpsv3_has_its_own_learning_rate(resolved, reward, rate):
 def test_the_settings_of_a_reward_are_for_sd35_only(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     run = resolve(ReflRun, "", RECIPES / "refl_sd35.py", ["--model=shapes", "--reward=hpsv3"], gradient=True).run
-    assert run.optim.lr == 3e-4
+    assert run.optim.lr == 1e-3
 
 
 def test_grpo_stops_at_a_mismatch_that_the_clip_would_hide(resolved):
