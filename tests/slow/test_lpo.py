@@ -15,4 +15,4 @@ def test_the_loss_moves_within_three_rollouts(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     losses = [row["loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
     assert abs(losses[0] - 0.6931) < 1e-3
-    assert sum(losses[-6:]) < sum(losses[:6]) - 0.2  # 3.62 and 4.05 when this was written
+    assert max(abs(loss - 0.6931) for loss in losses[-6:]) > 0.05  # 0.16 when this was written; 0 if nothing is learned
