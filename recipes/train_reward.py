@@ -67,7 +67,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
     from dinalrm_align.train.hub import check_login
     from dinalrm_align.train.identity import settings_by_name
     from dinalrm_align.train.loop import Hook, RunFolder, fit
-    from dinalrm_align.train.state import RunState, build_optimizer
+    from dinalrm_align.train.state import RunState, adamw
 
     if run.push_to_hub is not None:
         check_login(run.push_to_hub)
@@ -113,7 +113,7 @@ def train(run: TrainRewardRun, text: str, spec: ModelSpec, checkpoint: Path | No
             write_reward(folder / "reward", reward, model.tuned_tensors())
 
     with training.RewardTraining(model, pairs, run, accelerator) as method:
-        optimizer = build_optimizer(training.parameter_groups(parameters, run.lora_lr), run.optim)
+        optimizer = adamw(training.parameter_groups(parameters, run.lora_lr), run.optim)
         state = dict(optimizer=optimizer, identity=identity, samples=method.samples, settings=settings_by_name(run))
         fit(
             run.loop,

@@ -164,7 +164,7 @@ def config_digest(config: RewardConfig) -> str:
 
 
 def parameter_groups(parameters: Mapping[str, Tensor], lora_lr: float | None) -> list[dict[str, Any]]:
-    """Return groups for `train.state.build_optimizer`: one for the head, one for the trained backbone weights, if any.
+    """Return parameter groups for `train.state.adamw`: one for the head, one for the trained backbone weights, if any.
 
     lora_lr: learning rate of the LoRA; None: same as the head.
     """

@@ -6,7 +6,9 @@ matrices of the transformer blocks, and AdamW trains all other parameters.
 """
 
 import json
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +32,71 @@ from dinalrm_align.shapes.render import SIZE, Drawing, coverage
 from dinalrm_align.shapes.scene import SHAPES, draw_scenes
 from dinalrm_align.train.files import atomically, write_atomically
 from dinalrm_align.train.loop import Closures, Hook
-from dinalrm_align.train.muon import Muon, Together
-from dinalrm_align.train.state import build_optimizer
+from dinalrm_align.train.state import adamw
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 CELLS = 2  # the layout loss predicts CELLS x CELLS cells per image token (a patch of 2 x 2 latents)
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with Newton-Schulz iterations in float32, for all matrices of one shape at once. Many CPUs
+    compute in bfloat16, which torch.optim.Muon uses, more slowly than the whole forward and backward pass in float32.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            shapes = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes[p.shape].append(p)
+            for shape, params in shapes.items():
+                for p in params:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                grads = torch.stack([p.grad for p in params])
+                buffers = torch.stack([self.state[p]["momentum_buffer"] for p in params])
+                buffers.lerp_(grads, 1 - group["momentum"])
+                updates = grads.lerp(buffers, group["momentum"]) if group["nesterov"] else buffers
+                updates = orthogonal(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                for p, buffer, update in zip(params, buffers, updates):
+                    self.state[p]["momentum_buffer"].copy_(buffer)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-0.2 * group["lr"] * max(shape) ** 0.5)  # the RMS of AdamW's updates
+
+
+def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Return matrices (N, R, C) with singular values near 1, by the quintic Newton-Schulz iteration of Muon."""
+    a, b, c = coefficients
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Together(torch.optim.Optimizer):
+    """Optimiser that combines several optimisers of disjoint parameters and keeps their states in one state dict."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
 
 
 def train_base(
@@ -99,7 +161,7 @@ def train_base(
         matrix = p.ndim == 2 and key.startswith("transformer_blocks") and "norm" not in key
         (matrices if matrix else others).append(p)
     muon = Muon(matrices, lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw")
-    optimizer = Together(muon, build_optimizer([{"params": others}], optim))
+    optimizer = Together(muon, adamw([{"params": others}], optim))
     for group in optimizer.param_groups:
         group["initial_lr"] = optim.lr
     run_stage(

@@ -8,11 +8,10 @@ from dinalrm_align.train import settings
 
 @dataclass
 class OptimConfig:
-    """Settings of the optimiser, the learning-rate schedule and gradient clipping.
+    """Settings of AdamW, the learning-rate schedule and gradient clipping.
 
     Args:
-        name: adamw, adamw8bit or muon. adamw8bit needs pip extra `quant`; its moments take 2 bytes per parameter, not
-            8. muon trains matrices with Muon, at AdamW's scale of lr, and all other parameters with AdamW.
+        name: adamw or adamw8bit. The latter needs pip extra `quant`; its moments take 2 bytes per parameter, not 8.
         lr: peak learning rate.
         weight_decay: coefficient of decoupled weight decay.
         beta1: decay rate of the first moment.
@@ -27,7 +26,7 @@ class OptimConfig:
     MAY_CHANGE: ClassVar = (
         "lr", "weight_decay", "beta1", "beta2", "eps", "clip", "schedule", "decay_share", "warmup_steps",
     )  # fmt: skip
-    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    name: Literal["adamw", "adamw8bit"] = "adamw"
     lr: settings.NonNegativeFloat = 1e-4
     weight_decay: settings.NonNegativeFloat = 1e-4
     beta1: settings.HalfOpenUnitInterval = 0.9

@@ -8,10 +8,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.muon import Muon, Together, is_matrix
 
 
 def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
@@ -25,27 +23,15 @@ def bitsandbytes(what: str = "quantization int8 and nf4") -> Any:
     return bitsandbytes
 
 
-def build_optimizer(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Create the optimiser `config.name` of groups of parameters. A group without "lr" uses `config.lr`.
-
-    Raises ValueError for Muon of weights that are sharded over processes: it needs whole matrices.
-    """
-    groups = [{"lr": config.lr, **group, "initial_lr": group.get("lr", config.lr)} for group in groups]
-    options = dict(betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
-    if config.name == "adamw8bit":
-        return bitsandbytes("optim.name adamw8bit").optim.AdamW8bit(groups, **options)
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, **options)
-    if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
-        raise ValueError("optim.name: got muon with weights that are sharded over processes; expected adamw")
-    matrices = [{**group, "params": [p for p in group["params"] if is_matrix(p)]} for group in groups]
-    others = [{**group, "params": [p for p in group["params"] if not is_matrix(p)]} for group in groups]
-    parts = []
-    if matrices := [group for group in matrices if group["params"]]:
-        parts.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    if others := [group for group in others if group["params"]]:
-        parts.append(torch.optim.AdamW(others, **options))
-    return Together(*parts)
+def adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Create AdamW, or 8-bit AdamW if `config.name` is adamw8bit. A parameter group without "lr" uses `config.lr`."""
+    kind = torch.optim.AdamW if config.name == "adamw" else bitsandbytes("optim.name adamw8bit").optim.AdamW8bit
+    return kind(
+        [{"lr": config.lr, **group, "initial_lr": group.get("lr", config.lr)} for group in groups],
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
@@ -158,8 +144,8 @@ class RunState:
         samples: int = 0,
         settings: Mapping[str, Any] | None = None,
     ) -> "RunState":
-        """Return the state before the first update. `optimizer`: default, that of `optim` over all parameters."""
-        optimizer = optimizer or build_optimizer([{"params": list(parameters.values())}], optim)
+        """Return the state before the first update. If `optimizer` is None, creates AdamW over all parameters."""
+        optimizer = optimizer or adamw([{"params": list(parameters.values())}], optim)
         average = Ema(parameters, config.ema_decay) if config.ema_decay > 0 else None
         return cls(parameters, optimizer, average, method, identity or {}, samples, settings or {})
 

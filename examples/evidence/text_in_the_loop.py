@@ -25,14 +25,14 @@ from dinalrm_align.reward.losses import preference_loss
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.reward.training import NoisedPairs, preference_step
 from dinalrm_align.train.config import OptimConfig
-from dinalrm_align.train.state import build_optimizer
+from dinalrm_align.train.state import adamw
 
 IMAGES, ROUNDS, WARM_UP = 8, 8, 2
 spec, loss_config, generator = MODELS["shapes"], LossConfig(), torch.Generator().manual_seed(0)
 pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
 config = LatentReward.from_pretrained(spec.reward, pipeline=pipeline).config
 model = build_reward_model(config, pipeline.transformer).train()
-optimizer = build_optimizer([{"params": [p for p in model.parameters() if p.requires_grad]}], OptimConfig())
+optimizer = adamw([{"params": [p for p in model.parameters() if p.requires_grad]}], OptimConfig())
 prompts = read_prompts(spec.train_prompts)[:IMAGES]
 latents, noise = (torch.randn(IMAGES, 16, 16, 16, generator=generator) for _ in range(2))
 sigma = torch.rand(IMAGES, generator=generator)

@@ -36,7 +36,7 @@ from dinalrm_align.reward.pixel.clip import ClipReward
 from dinalrm_align.reward.pixel.hpsv3 import FIELD, IMAGE_TOKEN, REWARD_TOKEN, HPSTemplate, HPSv3Reward, rank_head
 from dinalrm_align.train.config import OptimConfig
 from dinalrm_align.train.cost import PhaseMeter
-from dinalrm_align.train.state import bitsandbytes, build_optimizer
+from dinalrm_align.train.state import adamw, bitsandbytes
 
 REWARD_SIGMAS = (0.4, 0.2, 0.5, 0.7, 0.1, 0.3, 0.6, 0.8)  # noise levels sigma; n levels are the first n
 
@@ -282,7 +282,7 @@ def workload_of(networks: Networks) -> tuple[Callable[[], None], Callable[[], ob
     loss = _refl_loss(networks, sigma) if case.work == "refl" else _grpo_loss(networks, sigma)
     tensors = list(policy.parameters.values())
     foreach = {} if case.optimizer == "adamw8bit" else {"foreach": True}  # torch's choice on CUDA
-    optimizer = build_optimizer([{"params": tensors, **foreach}], OptimConfig(name=case.optimizer))
+    optimizer = adamw([{"params": tensors, **foreach}], OptimConfig(name=case.optimizer))
 
     def prepare() -> None:
         for tensor in tensors:

@@ -29,7 +29,7 @@ from dinalrm_align.models.text import Conditions, PromptEncoder
 from dinalrm_align.reward.config import LoraConfig
 from dinalrm_align.reward.model import build_reward_model
 from dinalrm_align.train.config import OptimConfig
-from dinalrm_align.train.state import build_optimizer
+from dinalrm_align.train.state import adamw
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_eight_bit_adamw_learns_and_its_moments_come_back(tmp_path):
 
     def start():
         parameters = {"w": torch.nn.Parameter(torch.zeros(64, 128))}
-        return parameters, build_optimizer([{"params": list(parameters.values())}], config)
+        return parameters, adamw([{"params": list(parameters.values())}], config)
 
     def update(parameters, optimizer):
         optimizer.zero_grad()
@@ -108,14 +108,14 @@ def test_eight_bit_adamw_learns_and_its_moments_come_back(tmp_path):
     with pytest.raises(ValueError, match="expected|differ"):
         _check_moments(
             torch.load(folder / "optimizer.pt", weights_only=True)["state"],
-            build_optimizer([{"params": list(other.values())}], config), folder,
+            adamw([{"params": list(other.values())}], config), folder,
         )  # fmt: skip
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"adamw8bit: needs bitsandbytes: run `pip install 'dinalrm-align\[quant\]'`"):
-        build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(2))]}], OptimConfig(name="adamw8bit"))
+        adamw([{"params": [torch.nn.Parameter(torch.zeros(2))]}], OptimConfig(name="adamw8bit"))
     with pytest.raises(ImportError, match="quant"):
         check_memory_options(MemoryConfig(base_quant="nf4"), CPU)
 

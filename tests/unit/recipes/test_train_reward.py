@@ -86,7 +86,7 @@ def rows(run):
 
 def test_it_learns_and_writes_what_it_promises(recipe, arguments, tmp_path):
     run = tmp_path / "run"
-    recipe.main([*arguments, f"--output_dir={run}", "--loop.steps=40", "--loop.checkpoint_every=0", "--optim.lr=3e-3"])
+    recipe.main([*arguments, f"--output_dir={run}", "--loop.steps=40", "--loop.checkpoint_every=0"])
     metrics = rows(run)
     assert metrics[-1]["step"] == 40
     assert metrics[-1]["accuracy/0.2"] > 0.9

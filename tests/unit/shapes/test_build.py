@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
@@ -25,7 +26,7 @@ from dinalrm_align.shapes.build import (
     train_vae,
     vae_gate,
 )
-from dinalrm_align.shapes.build_base import scores_by_guidance, train_base
+from dinalrm_align.shapes.build_base import Muon, Together, scores_by_guidance, train_base
 from dinalrm_align.shapes.config import BuildConfig, Generator, PairsConfig, StackConfig
 from dinalrm_align.shapes.pairs import write_pairs
 from dinalrm_align.shapes.scene import is_held_out, parse_caption
@@ -114,6 +115,50 @@ def test_the_outsider_has_its_own_folder_width_and_seed(config, pipeline, tmp_pa
     assert first != other
     found = scores_by_guidance(pipeline, config)
     assert len(found) == 12 and all(0 <= value <= 3 for value in found.values())
+
+
+def test_muon_in_float32_steps_as_torchs_does_up_to_its_rounding():
+    options = dict(lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    shapes, generator = ((16, 16), (16, 16), (48, 16), (16, 48)), torch.Generator().manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        before = [p.detach().clone() for p in ours]
+        for p, other in zip(ours, theirs):
+            other.data.copy_(p.data)
+            p.grad = torch.randn(p.shape, generator=generator)
+            other.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, other, start in zip(ours, theirs, before):
+            assert (p - other).norm() < 0.05 * (other - start).norm()
+
+
+def test_optimisers_together_step_and_restore_as_they_do_apart():
+    torch.manual_seed(0)
+    matrix, vector = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def make():
+        return Together(torch.optim.Muon([matrix], lr=0.1), torch.optim.AdamW([vector], lr=0.1))
+
+    def step(optimizer):
+        (matrix.square().sum() + vector.square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first = make()
+    step(first)
+    saved, at = copy.deepcopy(first.state_dict()), (matrix.detach().clone(), vector.detach().clone())
+    assert sorted(saved["state"]) == [0, 1] and len(saved["param_groups"]) == 2
+    step(first)
+    went_to = matrix.detach().clone(), vector.detach().clone()
+
+    matrix.data, vector.data = at[0].clone(), at[1].clone()
+    second = make()
+    second.load_state_dict(saved)
+    step(second)
+    assert torch.equal(matrix, went_to[0]) and torch.equal(vector, went_to[1])
 
 
 def test_the_pixel_reward_trains_and_loads_as_a_clip_reward(config, pipeline, tmp_path):

@@ -83,7 +83,7 @@ def test_an_option_needs_its_section(capsys):
         (ReflRun, "--optim.lr=-1", "optim.lr: got -1; expected at least 0"),
         (TrainRewardRun, "--lora_lr=-1", "lora_lr: got -1; expected at least 0"),
         (ReflRun, "--loop.steps=1.5", "loop.steps: got '1.5'; expected an integer"),
-        (ReflRun, "--optim.name=foo", "optim.name: got 'foo'; expected one of adamw, adamw8bit, muon"),
+        (ReflRun, "--optim.name=foo", "optim.name: got 'foo'; expected one of adamw, adamw8bit"),
         (ReflRun, "--refl.reward_sigma=[0.1,x]", "refl.reward_sigma: got 'x'; expected a list (each a number) or null"),
         (ReflRun, "--refl.reward_sigma=[0.1,7]", "refl.reward_sigma: got 7; expected at least 0 and at most 1"),
         (ReflRun, "--watch.stop_on_hacking=7", "watch.stop_on_hacking: got '7'; expected true or false"),

@@ -21,7 +21,7 @@ from dinalrm_align.train import files, metrics
 from dinalrm_align.train.checkpoints import check_checkpoint, checkpoint_to_resume, latest_checkpoint, load_checkpoint
 from dinalrm_align.train.config import OptimConfig
 from dinalrm_align.train.metrics import read_metrics
-from dinalrm_align.train.state import RunState, build_optimizer
+from dinalrm_align.train.state import RunState, adamw
 
 FILES = ("weights.safetensors", "ema.safetensors", "optimizer.pt", "rng_0.pt", "state.json")
 
@@ -267,7 +267,7 @@ def test_moments_of_parameters_in_another_order_are_refused(damaged):
     """Moments are stored by number: 0 is `a`, of shape (2, 4), and 1 is `b`, of shape (1,)."""
     parameters = toy()
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = build_optimizer([{"params": [parameters["b"], parameters["a"]]}], OptimConfig())
+    optimizer = adamw([{"params": [parameters["b"], parameters["a"]]}], OptimConfig())
     with pytest.raises(ValueError, match=r"does not fit this optimiser: exp_avg of parameter 0 is \(2, 4\), expected"):
         load_checkpoint(
             latest_checkpoint(damaged), RunState(parameters, optimizer), steps=4, accelerator=Accelerator(cpu=True)
