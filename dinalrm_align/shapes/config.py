@@ -96,20 +96,14 @@ class StackConfig:
         return self.image_size // 2 ** (len(self.vae_channels) - 1)
 
 
-class Checkpoint(PathText):
-    """Type of a field that holds a path, or the name of a transformer in the folder `makers` beside the pipeline's."""
+class MakerWeights(PathText):
+    """Type of a field that holds a path, or the name of weights in the folder `makers` beside the pipeline's."""
 
-    words: ClassVar[tuple[str, ...]] = ("half", "outsider")
+    words: ClassVar[tuple[str, ...]] = ("half", "outsider", "aligned", "over_aligned")
 
     @classmethod
     def absolute(cls, text: str) -> str:
         return text if text in cls.words else super().absolute(text)
-
-
-class MakerLora(Checkpoint):
-    """Type of a field that holds a path, or the name of a LoRA in the folder `makers` beside the pipeline's."""
-
-    words = ("aligned", "over_aligned")
 
 
 @dataclass
@@ -117,8 +111,7 @@ class Generator:
     """Who makes images of a list of preference pairs: a model with ranges of sampler settings, or the renderer.
 
     Args:
-        render: renders that are faithful, spoiled (some concepts are wrong) or unrelated (of another caption); null:
-            samples of a model.
+        render: faithful, spoiled (flawed) or unrelated (another caption's) renders; null: samples of a model.
         flaws: number of concepts that are wrong in a spoiled render.
         weight: relative frequency of the generator's images.
         model: folder of a pipeline, such as OUTPUT_DIR/weights/pipeline of another build; null: that of the pairs.
@@ -135,8 +128,8 @@ class Generator:
     weight: PositiveFloat = 1.0
     flaws: PositiveInt = 1
     model: PathText | None = None
-    checkpoint: Checkpoint | None = None
-    lora: MakerLora | None = None
+    checkpoint: MakerWeights | None = None
+    lora: MakerWeights | None = None
     guidance_scale: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 5.0)
     num_steps: tuple[PositiveInt, PositiveInt] = (4, 20)
 
@@ -156,9 +149,7 @@ class Generator:
 
 
 def default_generators() -> dict[str, Generator]:
-    """Return the makers of lists: the base near the settings at which alignment samples from it, the base after half of
-    its training, two policies, and the renderer.
-    """
+    """Return the makers of lists: the base, the base after half of its training, two policies, and the renderer."""
     return {
         "base": Generator(weight=10.0, guidance_scale=(2.0, 4.0), num_steps=(6, 12)),
         "half": Generator(checkpoint="half"),
@@ -169,8 +160,7 @@ def default_generators() -> dict[str, Generator]:
     }
 
 
-SCOUT_EMPHASIS = {"shape": 3.0, "fill": 3.0, "size": 2.0, "count": 2.0}
-"""How often the scout's renders get a concept wrong, as in `PairsConfig`: more often what is learned late."""
+SCOUT_EMPHASIS = {"shape": 3.0, "fill": 3.0, "size": 2.0, "count": 2.0}  # what a reward learns late
 
 
 def scout_generators() -> dict[str, Generator]:
@@ -181,11 +171,6 @@ def scout_generators() -> dict[str, Generator]:
         "worse": Generator("spoiled", weight=0.5, flaws=3),
         "unrelated": Generator("unrelated", weight=0.5),
     }
-
-
-def default_outside() -> dict[str, Generator]:
-    """Return the makers of the test set out of family: a transformer of another width and seed."""
-    return {"outsider": Generator(checkpoint="outsider")}
 
 
 @dataclass
@@ -224,7 +209,7 @@ class PairsConfig:
     rater_spread: NonNegativeFloat = 0.2
     tie_gap: NonNegativeFloat = 0.05
     generators: dict[str, Generator] = field(default_factory=default_generators)
-    outside: dict[str, Generator] = field(default_factory=default_outside)
+    outside: dict[str, Generator] = field(default_factory=lambda: {"outsider": Generator(checkpoint="outsider")})
     per_concept: PositiveInt = 100
     per_shifted: PositiveInt = 40
     heldout_groups: NonNegativeInt = 400

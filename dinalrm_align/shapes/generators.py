@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline, load_transformer
 from dinalrm_align.models.text import PromptEncoder, text_encoders
 from dinalrm_align.models.weights import load_tensors, read_tensors
-from dinalrm_align.shapes.config import Checkpoint, Generator, MakerLora, PairsConfig
+from dinalrm_align.shapes.config import Generator, MakerWeights, PairsConfig
 from dinalrm_align.shapes.render import concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
 from dinalrm_align.train.digest import fingerprint
@@ -154,7 +154,7 @@ def open_generators(
 
 def _locate(weights: str | None, pipeline: StableDiffusion3Pipeline) -> Path | None:
     """Return the path of a generator's weights. Raises FileNotFoundError if those of a name do not exist."""
-    if weights not in (*Checkpoint.words, *MakerLora.words):
+    if weights not in MakerWeights.words:
         return Path(weights) if weights else None
     path = Path(pipeline.name_or_path or ".").parent / MAKERS / weights
     if not path.exists():

@@ -4,9 +4,8 @@
 
 A perfect image scores 3, and an image that does not match its caption (F = 0) scores 0. F is a score of the objects
 (shape, colour, size and fill), multiplied by factors for relation, background and number of objects. A is the mean of
-sharpness, contrast and centring. All are means over several thresholds of visibility, so that a change that nobody
-sees, such as faint noise, does not decide whether two objects touch. Training uses only preference labels derived from
-the score, not the score itself.
+sharpness, contrast and centring. All are means over several thresholds of visibility: faint noise must not decide if two
+objects touch. Training uses only preference labels derived from the score, not the score itself.
 """
 
 import functools
@@ -30,8 +29,7 @@ COMPONENTS = {
 PARTS = (*COMPONENTS, *itertools.chain(*COMPONENTS.values()))
 MIN_AREA = 30  # pixels; smaller regions are ignored
 WHOLE_AREA = 60  # pixels; a smaller region is a fragment, which counts as less than one object
-THRESHOLDS = (0.14, 0.18, 0.22)
-"""Contrast with the background above which a pixel belongs to an object, as shares of the image's highest."""
+THRESHOLDS = (0.14, 0.18, 0.22)  # contrast of an object's pixels with the background, as shares of the image's highest
 SIZE_BOUNDARIES = (7.8, 10.5)
 """Radii in pixels that separate each size from the next."""
 _COLOUR_NAMES = tuple(COLOURS)
@@ -83,16 +81,13 @@ def oracle_parts(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Te
     if len(prompts) != len(images):
         raise ValueError(f"one caption per image: got {len(images)} images, {len(prompts)} captions")
     pixels = F.avg_pool2d(images.detach().float().clamp(0, 1), side // SIZE).permute(0, 2, 3, 1).cpu().numpy()
-    rows = [_parts_of_image(image, parse_caption(prompt)) for image, prompt in zip(pixels, prompts)]
-    return {part: torch.tensor([row[part] for row in rows], dtype=torch.float32) for part in PARTS}
+    seen = [(image, parse_caption(prompt)) for image, prompt in zip(pixels, prompts)]
+    rows = [_parts_of_image(*each, threshold) for each in seen for threshold in THRESHOLDS]
+    found = {part: torch.tensor([row[part] for row in rows], dtype=torch.float64) for part in PARTS}
+    return {part: values.view(-1, len(THRESHOLDS)).mean(1).float() for part, values in found.items()}
 
 
-def _parts_of_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
-    rows = [_parts_at(threshold, image, scene) for threshold in THRESHOLDS]
-    return {part: float(np.mean([row[part] for row in rows])) for part in PARTS}
-
-
-def _parts_at(threshold: float, image: np.ndarray, scene: Scene) -> dict[str, float]:
+def _parts_of_image(image: np.ndarray, scene: Scene, threshold: float) -> dict[str, float]:
     border = np.concatenate([edge.reshape(-1, 3) for edge in (image[:2], image[-2:], image[:, :2], image[:, -2:])])
     ground = np.median(border, axis=0)
     background = min(BACKGROUNDS, key=lambda name: np.abs(ground - np.array(BACKGROUNDS[name])).sum())

@@ -257,9 +257,9 @@ def test_huge_latents_have_finite_scores_where_the_dtype_reaches_that_far(dtype)
 
 
 @pytest.mark.filterwarnings("ignore:latents look unscaled")
-@pytest.mark.parametrize(("dtype", "size"), [("float16", 1e4), ("float32", 1e30)])
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 1.8e4), ("float32", 1e30)])
 def test_latents_that_overflow_the_backbone_are_refused_and_not_scored(dtype, size):
-    with pytest.raises(ValueError, match=rf"scores: [12] of 2 are NaN or infinite.*backbone in torch.{dtype}"):
+    with pytest.raises(ValueError, match=rf"scores: 2 of 2 are NaN or infinite.*backbone in torch.{dtype}"):
         shipped_reward(dtype)(size * sample().latents[:2], ["a red circle"] * 2)
 
 

@@ -16,13 +16,11 @@ from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline
 from dinalrm_align.shapes import generators, pairs
 from dinalrm_align.shapes.config import (
-    Checkpoint,
     Generator,
-    MakerLora,
+    MakerWeights,
     PairsConfig,
     StackConfig,
     default_generators,
-    default_outside,
 )
 from dinalrm_align.shapes.generators import (
     draw_concepts,
@@ -77,7 +75,7 @@ def saved_pipeline(world):
     return load_pipeline(world / "pipeline", dtype=torch.float32)
 
 
-NAMES = (*Checkpoint.words, *MakerLora.words)
+NAMES = MakerWeights.words
 
 
 def with_paths(makers, world):
@@ -90,7 +88,7 @@ def with_paths(makers, world):
 
 
 def test_default_makers_open_by_their_names(saved_pipeline, world):
-    makers = default_generators() | default_outside()
+    makers = default_generators() | PairsConfig().outside
     opened = open_generators(makers, saved_pipeline)
     assert list(opened) == ["base", "half", "aligned", "over_aligned", "outsider"]
     assert len({fingerprint(own.transformer) for own in opened.values()}) == 5
@@ -105,7 +103,7 @@ def test_default_makers_open_by_their_names(saved_pipeline, world):
 
 def test_makers_of_a_relative_pipeline_are_beside_it(world, monkeypatch):
     monkeypatch.chdir(world)
-    opened = open_generators(default_outside(), load_pipeline("pipeline", dtype=torch.float32))
+    opened = open_generators(PairsConfig().outside, load_pipeline("pipeline", dtype=torch.float32))
     assert opened["outsider"].transformer.config.num_attention_heads == 3
 
 
@@ -115,7 +113,7 @@ def test_default_lists_are_made_by_named_weights(saved_pipeline, tmp_path):
     ensure_pairs("outside", tmp_path / "outside", saved_pipeline, config)
     assert LatentPairs(tmp_path / "outside", batch_size=1).in_order()[0].latents.shape == (2, 16, 16, 16)
     makers = json.loads((tmp_path / "outside" / "made_with.json").read_text())["generators"]
-    assert makers == json.loads(json.dumps(identities(default_outside(), saved_pipeline)))
+    assert makers == json.loads(json.dumps(identities(PairsConfig().outside, saved_pipeline)))
 
 
 @pytest.mark.parametrize("name", NAMES)
