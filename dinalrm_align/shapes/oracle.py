@@ -4,8 +4,8 @@
 
 A perfect image scores 3, and an image that does not match its caption (F = 0) scores 0. F is a score of the objects
 (shape, colour, size and fill), multiplied by factors for relation, background and number of objects. A is the mean of
-sharpness, contrast and centring. All are means over several thresholds of visibility: faint noise must not decide if two
-objects touch. Training uses only preference labels derived from the score, not the score itself.
+sharpness, contrast and centring. All are means over several thresholds of visibility: faint noise must not decide if
+two objects touch. Training uses only preference labels derived from the score, not the score itself.
 """
 
 import functools
