@@ -1,8 +1,10 @@
 """Train the base model of the embedded world (rendered shapes): a small SD3 transformer from which alignment starts.
 
 The loss is the rectified-flow loss on v = noise - x0 (SD3, arXiv 2403.03206) plus an auxiliary layout loss. For the
-layout loss, a linear head on the middle block's image tokens predicts where each shape is. Muon trains the weight
-matrices of the transformer blocks, and AdamW trains all other parameters.
+layout loss, a linear head on the middle block's image tokens predicts where each shape and each fill is. A share of the
+images of a batch have the caption of another image, and only the layout loss: else the features would describe the
+caption in place of the image, and a reward that reads them could not tell if the image fits its caption. Muon trains
+the weight matrices of the transformer blocks, and AdamW trains all other parameters.
 """
 
 import json
@@ -25,7 +27,7 @@ from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.models.text import PromptEncoder
 from dinalrm_align.shapes.build import random_images, run_stage
-from dinalrm_align.shapes.config import BuildConfig, StageConfig
+from dinalrm_align.shapes.config import FILLS, BuildConfig, StageConfig
 from dinalrm_align.shapes.generators import prompt_encoder, sample_latents
 from dinalrm_align.shapes.oracle import oracle_score
 from dinalrm_align.shapes.render import SIZE, Drawing, coverage
@@ -35,6 +37,7 @@ from dinalrm_align.train.loop import Closures, Hook
 from dinalrm_align.train.state import adamw
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+LAYOUT_MAPS = (*SHAPES, "solid", *FILLS)
 CELLS = 2  # the layout loss predicts CELLS x CELLS cells per image token (a patch of 2 x 2 latents)
 
 
@@ -113,7 +116,7 @@ def train_base(
     encoder(sorted({*captions, ""}), batch_size=256)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layout_head = nn.Linear(transformer.inner_dim, len(SHAPES) * CELLS**2).to(device)
+        layout_head = nn.Linear(transformer.inner_dim, len(LAYOUT_MAPS) * CELLS**2).to(device)
     for path, module in transformer.named_modules():  # adaLN-zero: blocks start as the identity
         if path.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or path == "proj_out":
             nn.init.zeros_(module.weight)
@@ -127,24 +130,27 @@ def train_base(
         generator = torch.Generator().manual_seed(10**6 * (seed + 1) + step)
         rows = torch.randint(len(latents), (stage.batch_size,), generator=generator)
         dropped = torch.rand(stage.batch_size, generator=generator) < 0.1
-        embeds, pooled = encoder(["" if drop else captions[row] for row, drop in zip(rows.tolist(), dropped)])
+        foreign = torch.arange(stage.batch_size) < int(config.foreign_share * stage.batch_size)
+        named = torch.where(foreign, rows[torch.randperm(stage.batch_size, generator=generator)], rows)
+        embeds, pooled = encoder(["" if drop else captions[row] for row, drop in zip(named.tolist(), dropped)])
         u = torch.sigmoid(1.2 * torch.randn(stage.batch_size, generator=generator))
         shift = config.stack.scheduler_shift
         noise = torch.randn(stage.batch_size, *latents.shape[1:], generator=generator)
         sigma = shift * u / (1 + (shift - 1) * u)
-        parts = latents[rows].float(), layouts[rows].float() / 255, embeds, pooled, sigma, noise
+        sigma = torch.where(foreign, torch.rand(stage.batch_size, generator=generator), sigma)
+        parts = latents[rows].float(), layouts[rows].float() / 255, embeds, pooled, sigma, noise, foreign
         return tuple(part.to(device) for part in parts)
 
     def step(batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
-        x0, layout, embeds, pooled, sigma, noise = batch
+        x0, layout, embeds, pooled, sigma, noise, foreign = batch
         velocity = transformer(
             hidden_states=add_noise(x0, noise, sigma), timestep=timestep_of(sigma), encoder_hidden_states=embeds,
             pooled_projections=pooled, return_dict=False,
         )[0]  # fmt: skip
-        flow = F.mse_loss(velocity, noise - x0)
+        flow = F.mse_loss(velocity[~foreign], (noise - x0)[~foreign])
         wanted = F.pixel_unshuffle(layout, CELLS).flatten(2).transpose(1, 2)
-        shape = F.mse_loss(layout_head(tapped["image"]), wanted)
-        return flow + config.layout_weight * shape, {"flow": flow.item(), "layout": shape.item()}
+        layout = F.binary_cross_entropy_with_logits(layout_head(tapped["image"]), wanted)
+        return flow + config.layout_weight * layout, {"flow": flow.item(), "layout": layout.item()}
 
     def evaluate(step: int) -> dict[str, float]:
         images, prompts, numbers = _judged(pipeline, encoder, config, MODELS["shapes"].guidance_scale)
@@ -198,7 +204,7 @@ def _judged(
 
 @torch.no_grad()
 def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> tuple[Tensor, Tensor, list[str]]:
-    """Return latents (N, C, h, w), uint8 layouts (N, 4, h, w) and captions of N images. They are cached on disk."""
+    """Return latents (N, C, h, w), uint8 layouts (N, 9, h, w) and captions of N images. They are cached on disk."""
     folder = Path(config.output_dir) / "cache"
     if not (folder / "images.safetensors").exists():  # written last
         rng = np.random.default_rng((config.seed + 3, 0))
@@ -217,8 +223,8 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """Return how much of each grid cell each shape covers, as uint8 (4, cells, cells). 255 means the whole cell."""
-    cover = torch.zeros(len(SHAPES), SIZE, SIZE)
+    """Return how much of each grid cell each shape, and each fill, covers, as uint8 (9, cells, cells). 255: all."""
+    cover = torch.zeros(len(LAYOUT_MAPS), SIZE, SIZE)
     for mark in drawing.marks:
-        cover[SHAPES.index(mark.shape)] += torch.from_numpy(coverage(mark))
+        cover[[LAYOUT_MAPS.index(mark.shape), LAYOUT_MAPS.index(mark.fill)]] += torch.from_numpy(coverage(mark))
     return (F.adaptive_avg_pool2d(cover, cells).clamp(0, 1) * 255).round().byte()

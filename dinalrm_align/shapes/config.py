@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from dinalrm_align.train.config import LoopConfig, OptimConfig
 from dinalrm_align.train.settings import (
+    HalfOpenUnitInterval,
     IntAboveOne,
     IntFrom3To512,
     NonNegativeFloat,
@@ -291,8 +292,9 @@ class BuildConfig:
         clip: training of a CLIP model on renders and their captions, from which the CLIP reward starts.
         pixel: training of the CLIP reward, on images decoded from the latent reward's preference pairs.
         cached_images: number of images that the base model is trained on; they are rendered and encoded once.
-        layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape is
-            (like REPA, arXiv 2410.06940, but the targets are rendered shape maps, not an encoder's features).
+        layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape and
+            fill is (like REPA, arXiv 2410.06940, but the targets are rendered maps, not an encoder's features).
+        foreign_share: share of the base model's images that have the caption of another image, and only that loss.
     """
 
     MAY_CHANGE: ClassVar = ("output_dir", "device")
@@ -312,6 +314,7 @@ class BuildConfig:
     pixel: StageConfig = field(default_factory=lambda: _stage(48, 500, 3e-4))
     cached_images: PositiveInt = 40_000
     layout_weight: NonNegativeFloat = 5.0
+    foreign_share: HalfOpenUnitInterval = 0.3
 
     def __post_init__(self) -> None:
         check_fields(self)

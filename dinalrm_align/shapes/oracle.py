@@ -95,15 +95,8 @@ def _parts_of_image(image: np.ndarray, scene: Scene, threshold: float) -> dict[s
     wanted, fit, matched = list(scene.items), np.zeros(0), []
     if found:
         table = np.array([[_match(item, seen) for seen in found] for item in wanted])
-        slots = range(max(len(found), len(wanted)))
-        table = np.pad(table, ((0, 0), (0, len(slots) - len(found))))
-        if len(wanted) > 3:  # identical objects: which of equally good assignments is found does not matter
-            best = linear_sum_assignment(table, maximize=True)[1]
-        else:
-            orders = itertools.permutations(slots, len(wanted))
-            best = max(orders, key=lambda order: sum(table[i, j] for i, j in enumerate(order)))
-        fit = np.array([table[i, j] for i, j in enumerate(best)])
-        matched = [found[j] for j in best if j < len(found)]
+        rows, columns = linear_sum_assignment(table, maximize=True)
+        fit, matched = table[rows, columns], [found[column] for column in columns]
     objects = float(fit.sum() / len(wanted))
     relation = 0.0 if scene.relation else 1.0
     if scene.relation and len(matched) == 2:

@@ -67,8 +67,7 @@ def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipe
     """
     encoder, vae = prompt_encoder(pipeline), pipeline.vae.config
     manifest = PairManifest(vae.scaling_factor, vae.shift_factor or 0.0, encoder.text_length)
-    lists, concepts = _encoded_lists, _encoded_concepts
-    kinds = dict(train=lists, heldout=lists, outside=lists, concepts=concepts, shifted=concepts)
+    kinds = dict.fromkeys(STREAMS, _encoded_lists) | dict.fromkeys(("concepts", "shifted"), _encoded_concepts)
     if kind == "outside" and not config.outside:
         raise ValueError("pairs.outside: got no generators; expected at least one, for a test set out of family")
     with LatentPairsWriter(directory, manifest) as writer:

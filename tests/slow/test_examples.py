@@ -17,6 +17,7 @@ SHORTENED = {
     "alignment_ceiling": "ceiling --images=8 --updates=1 --samples=4 --batch=2",
     "gpu_model": "--help",  # counts for minutes; tests/unit/align/test_gpu_model.py
     "own_samples": f"--captions=2 --prompts={ROOT}/dinalrm_align/shapes/prompts/test.txt",
+    "probe_features": "--images=64 --sigmas 0.2 --checkpoint half",
     "measure_judges": "judges 3 0",
     "measure_precision": "precision 3",
     "sample_grid": "4",
