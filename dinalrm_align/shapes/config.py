@@ -313,7 +313,7 @@ class BuildConfig:
     clip: StageConfig = field(default_factory=lambda: _stage(96, 700, 1e-3))
     pixel: StageConfig = field(default_factory=lambda: _stage(48, 500, 3e-4))
     cached_images: PositiveInt = 40_000
-    layout_weight: NonNegativeFloat = 5.0
+    layout_weight: NonNegativeFloat = 10.0
     foreign_share: HalfOpenUnitInterval = 0.3
 
     def __post_init__(self) -> None:
