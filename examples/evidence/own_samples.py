@@ -8,7 +8,8 @@ oracle without noise. Two numbers:
 - pairs: per cent of a caption's pairs that the reward orders as the oracle does, for pairs whose oracle scores differ
   by more than 0.25 (and for all).
 
-Intervals are 95 %, from 10,000 bootstrap resamples of captions. A reward that ranks at random reaches 0 % and 50 %.
+Intervals are 95 %, from 10,000 bootstrap resamples of captions. A reward that ranks at random reaches 0 % and 50 %. The
+row "oracle at sigma" says what can be known from a noised latent: the oracle scores the base model's one-step estimate.
 
     python examples/evidence/own_samples.py                                     # dinalrm and pixel
     python examples/evidence/own_samples.py --model DIR --rewards dinalrm=FOLDER
@@ -20,8 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
 
 from dinalrm_align.data.prompts import read_prompts
+from dinalrm_align.flow.noise import add_noise, timestep_of
 from dinalrm_align.models.pipeline import decode_latents, load_pipeline
 from dinalrm_align.models.specs import resolve_model
 from dinalrm_align.reward.registry import load_reward
@@ -60,6 +64,16 @@ def share(part: np.ndarray, whole: np.ndarray) -> str:
     return f"{100 * part.sum() / whole.sum():.1f} % [{low:.1f}, {high:.1f}]"
 
 
+def denoised(
+    transformer: SD3Transformer2DModel, latents: Tensor, text: tuple[Tensor, Tensor], sigma: float, seed: int
+) -> Tensor:
+    """Noise latents (B, C, h, w) to `sigma`, and return the one-step estimate of them, x_sigma - sigma v."""
+    levels, generator = torch.full((len(latents),), sigma), torch.Generator().manual_seed(seed)
+    x_sigma = add_noise(latents, torch.randn(latents.shape, generator=generator), levels)
+    conditions = dict(encoder_hidden_states=text[0], pooled_projections=text[1], return_dict=False)
+    return x_sigma - sigma * transformer(x_sigma, timestep=timestep_of(levels), **conditions)[0]
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,6 +82,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="text file of captions; by default the model's held-out captions")
     parser.add_argument("--captions", type=int, help="number of captions; by default all")
     parser.add_argument("--guidance", type=float, nargs="+", help="by default the model's")
+    parser.add_argument("--noised", type=float, nargs="*", default=[0.2, 0.5], help="noise levels of the oracle")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     spec, reason = resolve_model(given.model)
@@ -78,7 +93,7 @@ def main() -> None:
     captions = read_prompts(given.prompts or spec.heldout_prompts)[: given.captions]
     captions = [caption for caption in captions for _ in range(EACH)]
     for guidance in given.guidance or [spec.guidance_scale]:
-        gold, scores = [], {name: [] for name in rewards}
+        gold, scores = [], {name: [] for name in [*rewards, *(f"oracle at sigma {sigma:g}" for sigma in given.noised)]}
         for start in range(0, len(captions), 64):
             own = captions[start : start + 64]
             seeds = [given.seed * 10**6 + index for index in range(start, start + len(own))]
@@ -86,6 +101,10 @@ def main() -> None:
             gold += oracle_score(decode_latents(pipeline.vae, latents), own).tolist()
             for name, reward in rewards.items():
                 scores[name] += reward(latents, own).tolist()
+            for sigma in given.noised:
+                estimate = denoised(pipeline.transformer, latents, encoder(own), sigma, seeds[0])
+                images = decode_latents(pipeline.vae, estimate)
+                scores[f"oracle at sigma {sigma:g}"] += oracle_score(images, own).tolist()
         gold = np.array(gold).reshape(-1, EACH)
         print(f"guidance {guidance:g}, {len(gold)} captions, {EACH} samples each: gold {gold.mean():.3f}, ", end="")
         print(f"best of {EACH} by the oracle {gold.max(1).mean():.3f}")
