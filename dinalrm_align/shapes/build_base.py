@@ -2,9 +2,9 @@
 
 The loss is the rectified-flow loss on v = noise - x0 (SD3, arXiv 2403.03206) plus an auxiliary layout loss. For the
 layout loss, a linear head on the middle block's image tokens predicts where each shape and each fill is. A share of the
-images of a batch have the caption of another image, and only the layout loss: else the features would describe the
-caption in place of the image, and a reward that reads them could not tell if the image fits its caption. Muon trains
-the weight matrices of the transformer blocks, and AdamW trains all other parameters.
+images of a batch have the caption of another image, and only the layout loss. Without them, the head can read the
+answer from the caption, and a reward on the features cannot tell if an image fits its caption. Muon trains the weight
+matrices of the transformer blocks, and AdamW trains all other parameters.
 """
 
 import json
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dinalrm_align.flow.noise import add_noise, timestep_of
+from dinalrm_align.flow.noise import add_noise, logit_normal, shift_sigma, timestep_of, uniform
 from dinalrm_align.models.grids import save_grid
 from dinalrm_align.models.pipeline import decode_latents, encode_images
 from dinalrm_align.models.specs import MODELS
@@ -130,24 +130,22 @@ def train_base(
         generator = torch.Generator().manual_seed(10**6 * (seed + 1) + step)
         rows = torch.randint(len(latents), (stage.batch_size,), generator=generator)
         dropped = torch.rand(stage.batch_size, generator=generator) < 0.1
-        foreign = torch.arange(stage.batch_size) < int(config.foreign_share * stage.batch_size)
-        named = torch.where(foreign, rows[torch.randperm(stage.batch_size, generator=generator)], rows)
+        mismatched = torch.arange(stage.batch_size) < int(config.mismatched_share * stage.batch_size)
+        named = torch.where(mismatched, rows.roll(1), rows)
         embeds, pooled = encoder(["" if drop else captions[row] for row, drop in zip(named.tolist(), dropped)])
-        u = torch.sigmoid(1.2 * torch.randn(stage.batch_size, generator=generator))
-        shift = config.stack.scheduler_shift
+        sigma = shift_sigma(logit_normal(stage.batch_size, generator=generator, std=1.2), config.stack.scheduler_shift)
+        sigma = torch.where(mismatched, uniform(stage.batch_size, generator=generator), sigma)
         noise = torch.randn(stage.batch_size, *latents.shape[1:], generator=generator)
-        sigma = shift * u / (1 + (shift - 1) * u)
-        sigma = torch.where(foreign, torch.rand(stage.batch_size, generator=generator), sigma)
-        parts = latents[rows].float(), layouts[rows].float() / 255, embeds, pooled, sigma, noise, foreign
+        parts = latents[rows].float(), layouts[rows].float() / 255, embeds, pooled, sigma, noise, mismatched
         return tuple(part.to(device) for part in parts)
 
     def step(batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
-        x0, layout, embeds, pooled, sigma, noise, foreign = batch
+        x0, layout, embeds, pooled, sigma, noise, mismatched = batch
         velocity = transformer(
             hidden_states=add_noise(x0, noise, sigma), timestep=timestep_of(sigma), encoder_hidden_states=embeds,
             pooled_projections=pooled, return_dict=False,
         )[0]  # fmt: skip
-        flow = F.mse_loss(velocity[~foreign], (noise - x0)[~foreign])
+        flow = F.mse_loss(velocity[~mismatched], (noise - x0)[~mismatched])
         wanted = F.pixel_unshuffle(layout, CELLS).flatten(2).transpose(1, 2)
         layout = F.binary_cross_entropy_with_logits(layout_head(tapped["image"]), wanted)
         return flow + config.layout_weight * layout, {"flow": flow.item(), "layout": layout.item()}
@@ -223,7 +221,7 @@ def _cached_images(pipeline: StableDiffusion3Pipeline, config: BuildConfig) -> t
 
 
 def _layout(drawing: Drawing, cells: int) -> Tensor:
-    """Return how much of each grid cell each shape, and each fill, covers, as uint8 (9, cells, cells). 255: all."""
+    """Return how much of each grid cell each of LAYOUT_MAPS covers, as uint8 (9, cells, cells). 255: all of it."""
     cover = torch.zeros(len(LAYOUT_MAPS), SIZE, SIZE)
     for mark in drawing.marks:
         cover[[LAYOUT_MAPS.index(mark.shape), LAYOUT_MAPS.index(mark.fill)]] += torch.from_numpy(coverage(mark))

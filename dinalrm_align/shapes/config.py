@@ -294,7 +294,7 @@ class BuildConfig:
         cached_images: number of images that the base model is trained on; they are rendered and encoded once.
         layout_weight: weight of the layout loss, for which the base model's middle block predicts where each shape and
             fill is (like REPA, arXiv 2410.06940, but the targets are rendered maps, not an encoder's features).
-        foreign_share: share of the base model's images that have the caption of another image, and only that loss.
+        mismatched_share: share of the base model's images that have the caption of another image, and only that loss.
     """
 
     MAY_CHANGE: ClassVar = ("output_dir", "device")
@@ -314,7 +314,7 @@ class BuildConfig:
     pixel: StageConfig = field(default_factory=lambda: _stage(48, 500, 3e-4))
     cached_images: PositiveInt = 40_000
     layout_weight: NonNegativeFloat = 10.0
-    foreign_share: HalfOpenUnitInterval = 0.3
+    mismatched_share: HalfOpenUnitInterval = 0.3
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -25,7 +25,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from dinalrm_align.data.prompts import read_prompts
-from dinalrm_align.flow.noise import add_noise, timestep_of
+from dinalrm_align.flow.noise import add_noise, denoised, timestep_of
 from dinalrm_align.models.pipeline import decode_latents, load_pipeline
 from dinalrm_align.models.specs import resolve_model
 from dinalrm_align.reward.registry import load_reward
@@ -64,14 +64,14 @@ def share(part: np.ndarray, whole: np.ndarray) -> str:
     return f"{100 * part.sum() / whole.sum():.1f} % [{low:.1f}, {high:.1f}]"
 
 
-def denoised(
+def one_step_estimate(
     transformer: SD3Transformer2DModel, latents: Tensor, text: tuple[Tensor, Tensor], sigma: float, seed: int
 ) -> Tensor:
-    """Noise latents (B, C, h, w) to `sigma`, and return the one-step estimate of them, x_sigma - sigma v."""
+    """Noise latents (B, C, h, w) to `sigma`, and return the transformer's estimate of them."""
     levels, generator = torch.full((len(latents),), sigma), torch.Generator().manual_seed(seed)
     x_sigma = add_noise(latents, torch.randn(latents.shape, generator=generator), levels)
     conditions = dict(encoder_hidden_states=text[0], pooled_projections=text[1], return_dict=False)
-    return x_sigma - sigma * transformer(x_sigma, timestep=timestep_of(levels), **conditions)[0]
+    return denoised(x_sigma, transformer(x_sigma, timestep=timestep_of(levels), **conditions)[0], levels)
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="text file of captions; by default the model's held-out captions")
     parser.add_argument("--captions", type=int, help="number of captions; by default all")
     parser.add_argument("--guidance", type=float, nargs="+", help="by default the model's")
-    parser.add_argument("--noised", type=float, nargs="*", default=[0.2, 0.5], help="noise levels of the oracle")
+    parser.add_argument("--noised", type=float, nargs="*", default=[0.2, 0.5], help="sigmas of the rows of the oracle")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     spec, reason = resolve_model(given.model)
@@ -101,8 +101,9 @@ def main() -> None:
             gold += oracle_score(decode_latents(pipeline.vae, latents), own).tolist()
             for name, reward in rewards.items():
                 scores[name] += reward(latents, own).tolist()
+            text = encoder(own)
             for sigma in given.noised:
-                estimate = denoised(pipeline.transformer, latents, encoder(own), sigma, seeds[0])
+                estimate = one_step_estimate(pipeline.transformer, latents, text, sigma, seeds[0])
                 images = decode_latents(pipeline.vae, estimate)
                 scores[f"oracle at sigma {sigma:g}"] += oracle_score(images, own).tolist()
         gold = np.array(gold).reshape(-1, EACH)

@@ -2,8 +2,8 @@
 
 Renders are encoded and noised, and a linear probe (ridge regression to one-hot classes) reads shape, fill and colour of
 the object at an image token from the features of one block. It is fitted and tested twice: on images with their own
-captions, and on images with the captions of others. If the second accuracy is near chance, the block does not see the
-property, and a reward that reads the block cannot tell if the image has what its caption asks for.
+captions, and on images with the captions of others. If the second accuracy is near chance, a linear map finds the
+property in the block's features only where the caption tells it.
 
     python examples/evidence/probe_features.py                          # the base model
     python examples/evidence/probe_features.py --checkpoint half        # the base after half of its training
@@ -31,11 +31,11 @@ VISIBLE = 0.3  # share of a token's pixels that an object must cover
 RIDGE = 10.0
 
 
-def object_at(drawing: Drawing, side: int) -> np.ndarray:
+def object_at(drawing: Drawing, side: int) -> Tensor:
     """Return the index of the object that covers each image token most, -1 for none: (side * side,)."""
     cover = torch.from_numpy(np.stack([coverage(mark) for mark in drawing.marks]))
     share, index = F.adaptive_avg_pool2d(cover, side).flatten(1).max(0)
-    return torch.where(share > VISIBLE, index, -1).numpy()
+    return torch.where(share > VISIBLE, index, -1)
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def features(trunk: SD3Trunk, latents: Tensor, text: tuple[Tensor, Tensor], sigm
 def accuracy(train: Tensor, labels: Tensor, test: Tensor, wanted: Tensor) -> float:
     """Return the accuracy in per cent on (test, wanted) of a ridge regression fitted on (train, labels)."""
     mean, scale = train.mean(0), train.std(0)
-    train, test = ((F.pad((x - mean) / scale, (0, 1), value=1.0)) for x in (train, test))
+    train, test = (F.pad((x - mean) / scale, (0, 1), value=1.0) for x in (train, test))
     gram = train.T @ train + RIDGE * torch.eye(train.shape[1], dtype=train.dtype)
     weights = torch.linalg.solve(gram, train.T @ F.one_hot(labels).double())
     return 100 * ((test @ weights).argmax(1) == wanted).double().mean().item()
@@ -86,8 +86,8 @@ def main() -> None:
     drawings = [lay_out(scene, draw_nuisance(rng), rng) for scene in scenes]
     latents = torch.cat([encode_images(pipeline.vae, images) for images in render(drawings).split(64)])
     side = latents.shape[-1] // transformer.config.patch_size
-    seen = np.stack([object_at(drawing, side) for drawing in drawings])
-    on = torch.from_numpy(seen >= 0).flatten()
+    seen = torch.stack([object_at(drawing, side) for drawing in drawings])
+    on = (seen >= 0).flatten()
     tests = (torch.arange(given.images) >= 3 * given.images // 4).repeat_interleave(side**2)[on]
     marks = [drawing.marks[index] for drawing, row in zip(drawings, seen) for index in row[row >= 0]]
     labels = {

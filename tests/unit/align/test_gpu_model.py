@@ -1,18 +1,13 @@
 """The parts of an update in examples/evidence/gpu_model.py, by hand, for the recipes' settings for SD3.5 Medium."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from paths import ROOT, load_evidence
 
 from dinalrm_align.align.resolve import settings_files
 from dinalrm_align.align.savings.cost import Cost
 from dinalrm_align.train.command import parse
 
-ROOT = Path(__file__).parents[3]
-found = importlib.util.spec_from_file_location("gpu_model", ROOT / "examples" / "evidence" / "gpu_model.py")
-gpu_model = importlib.util.module_from_spec(found)
-found.loader.exec_module(gpu_model)
+gpu_model = load_evidence("gpu_model")
 
 
 def parts(name: str, **variant: object) -> dict[tuple[str, str, int], float]:

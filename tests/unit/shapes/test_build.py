@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from dinalrm_align.data.latent_pairs import LatentPairs, LatentPairsWriter
 from dinalrm_align.data.pairs import PairManifest
 from dinalrm_align.reward.pixel.clip import ClipReward
+from dinalrm_align.shapes import build_base
 from dinalrm_align.shapes.build import (
     _slot_classes,
     _slot_loss,
@@ -26,9 +29,11 @@ from dinalrm_align.shapes.build import (
     train_vae,
     vae_gate,
 )
-from dinalrm_align.shapes.build_base import Muon, Together, scores_by_guidance, train_base
+from dinalrm_align.shapes.build_base import LAYOUT_MAPS, Muon, Together, _layout, scores_by_guidance, train_base
 from dinalrm_align.shapes.config import BuildConfig, Generator, PairsConfig, StackConfig
+from dinalrm_align.shapes.generators import prompt_encoder
 from dinalrm_align.shapes.pairs import write_pairs
+from dinalrm_align.shapes.render import Drawing, Mark
 from dinalrm_align.shapes.scene import is_held_out, parse_caption
 from dinalrm_align.shapes.stack import build_pipeline
 from dinalrm_align.train.metrics import read_metrics
@@ -99,6 +104,48 @@ def test_the_base_model_trains_evaluates_and_resumes(config, pipeline, tmp_path)
     train_base(pipeline, config, Accelerator(cpu=True))
     assert any(not torch.equal(p, halfway[name]) for name, p in pipeline.transformer.named_parameters())
     assert [row["step"] for row in read_metrics(tmp_path / "base" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_images_with_another_caption_have_only_the_layout_loss(config, pipeline, monkeypatch, tmp_path):
+    config.mismatched_share = 0.5
+    checked = []
+
+    def check(name, config, accelerator, parameters, closures, **options):
+        x0, layout, embeds, pooled, sigma, noise, mismatched = closures.make_batch(0)
+        assert mismatched.tolist() == [True] * 4 + [False] * 4
+
+        cached = load_file(tmp_path / "cache" / "images.safetensors")["latents"].float()
+        captions = json.loads((tmp_path / "cache" / "captions.json").read_text())
+        own = [captions[int((cached - latents).abs().sum((1, 2, 3)).argmin())] for latents in x0]
+        encoder = prompt_encoder(pipeline)
+        texts = [*own, ""]
+        known = encoder(texts)[0]
+        read = [texts[int((known - row).abs().sum((1, 2)).argmin())] for row in embeds]
+        assert all(text in (own[row - 1], "") for row, text in enumerate(read[:4]))
+        assert all(text in (own[row], "") for row, text in enumerate(read[4:], start=4))
+        assert sum(text != "" for text in read[:4]) > 1 and len(set(own)) == 8
+
+        def metrics(rows):
+            other = torch.where(rows.view(-1, 1, 1, 1), noise + 1, noise)
+            return closures.make_step((x0, layout, embeds, pooled, sigma, other, mismatched))[1]
+
+        before = metrics(torch.zeros(8, dtype=torch.bool))
+        assert metrics(mismatched)["flow"] == before["flow"] and metrics(mismatched)["layout"] != before["layout"]
+        assert metrics(~mismatched)["flow"] != before["flow"]
+        checked.append(name)
+
+    monkeypatch.setattr(build_base, "run_stage", check)
+    train_base(pipeline, config, Accelerator(cpu=True))
+    assert checked == ["base"]
+
+
+def test_a_layout_has_a_map_for_each_shape_and_each_fill():
+    marks = (Mark("square", "red", 16, 16, 10, "striped"), Mark("circle", "blue", 48, 48, 8))
+    found = dict(zip(LAYOUT_MAPS, _layout(Drawing(marks, "white", 1.0, 1.0), 16).float(), strict=True))
+    assert torch.equal(found["square"], found["striped"]) and torch.equal(found["circle"], found["solid"])
+    assert found["square"][4, 4] == found["circle"][12, 12] == 255
+    assert found["square"][12, 12] == found["circle"][4, 4] == 0
+    assert sum(maps.sum() > 0 for maps in found.values()) == 4
 
 
 def test_the_outsider_has_its_own_folder_width_and_seed(config, pipeline, tmp_path):

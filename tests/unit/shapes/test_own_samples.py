@@ -1,20 +1,13 @@
 """The two numbers of examples/evidence/own_samples.py, by hand."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-SCRIPT = Path(__file__).parents[3] / "examples" / "evidence" / "own_samples.py"
+from paths import load_evidence
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("own_samples", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_evidence("own_samples")
 
 
 GOLD = np.array([[1.0, 2.0, 3.0, 2.0], [0.0, 0.1, 0.0, 0.3]])

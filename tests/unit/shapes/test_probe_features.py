@@ -1,24 +1,18 @@
 """The probe of examples/evidence/probe_features.py, and what the shipped base model's features tell about an image."""
 
-import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import load_evidence
 
 from dinalrm_align.shapes.render import Drawing, Mark
-
-SCRIPT = Path(__file__).parents[3] / "examples" / "evidence" / "probe_features.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("probe_features", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_evidence("probe_features")
 
 
 def test_a_token_belongs_to_the_object_that_covers_it_most(script):
