@@ -213,8 +213,8 @@ def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") ->
     from dinalrm_align.shapes.pairs import ensure_pairs
 
     root = Path(config.output_dir)
-    renders = dict(generators=scout_generators(), emphasis=SCOUT_EMPHASIS, groups=config.scout.groups, outside={})
-    pairs = dataclasses.replace(config.pairs, **renders)
+    renders = dict(generators=scout_generators(), emphasis=SCOUT_EMPHASIS, easy_share=0.0, outside={})
+    pairs = dataclasses.replace(config.pairs, groups=config.scout.groups, **renders)
     folders = {kind: ensure_pairs(kind, root / "scout_pairs" / kind, pipeline, pairs) for kind in ("train", "concepts")}
     if not (root / "scout" / "reward" / "config.json").exists():
         train_latent_reward(config, "scout", folders, config.scout.reward_updates)

@@ -192,6 +192,8 @@ class PairsConfig:
         tie_gap: a rater to whom two scores, with noise, differ by less prefers neither, and counts as half a vote.
         generators: makers of a list's images, by name. Each makes its share, by weight, of the images of every list.
             Default: those of `default_generators`.
+        easy_share: share of the training lists that are easy to order: renders, by the makers of `scout_generators`.
+            A reward that is trained on other lists alone forgets what it learned from renders.
         outside: makers of the images of a test set out of family, which must not occur in training.
         per_concept: number of evaluation pairs for each concept; their captions are held out from training.
         per_shifted: number of out-of-distribution pairs for each concept; their images have grain and JPEG artefacts.
@@ -210,6 +212,7 @@ class PairsConfig:
     rater_spread: NonNegativeFloat = 0.2
     tie_gap: NonNegativeFloat = 0.05
     generators: dict[str, Generator] = field(default_factory=default_generators)
+    easy_share: HalfOpenUnitInterval = 0.5
     outside: dict[str, Generator] = field(default_factory=lambda: {"outsider": Generator(checkpoint="outsider")})
     per_concept: PositiveInt = 100
     per_shifted: PositiveInt = 40

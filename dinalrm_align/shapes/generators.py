@@ -7,6 +7,7 @@ therefore does not depend on how many follow (up to rounding), and an interrupte
 """
 
 import copy
+import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline, load_transformer
 from dinalrm_align.models.text import PromptEncoder, text_encoders
 from dinalrm_align.models.weights import load_tensors, read_tensors
-from dinalrm_align.shapes.config import Generator, MakerWeights, PairsConfig
+from dinalrm_align.shapes.config import SCOUT_EMPHASIS, Generator, MakerWeights, PairsConfig, scout_generators
 from dinalrm_align.shapes.render import concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
 from dinalrm_align.train.digest import fingerprint
@@ -78,13 +79,22 @@ def sampler_settings(block: int, kind: str, config: PairsConfig) -> np.ndarray:
     return np.random.default_rng((config.seed, STREAMS[kind], block, 1)).random((config.images, 2))
 
 
+def is_easy(block: int, kind: str, config: PairsConfig) -> bool:
+    """Return whether the lists of a block are easy (see `PairsConfig`): evenly spread blocks of the training lists."""
+    share = config.easy_share if kind == "train" else 0.0
+    return int(share * (block + 1)) > int(share * block)
+
+
 def make_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig) -> Lists:
     """Make the lists of `kind`, each with images of several generators. `encoder`: encodes prompts for `pipeline`."""
-    generators = makers_of(kind, config)
-    pipelines = open_generators(generators, pipeline)
-    encoders = {name: prompt_encoder(own) if generators[name].model else encoder for name, own in pipelines.items()}
+    makers, given = makers_of(kind, config), config
+    easy = dataclasses.replace(config, generators=scout_generators(), emphasis=SCOUT_EMPHASIS)
+    pipelines = open_generators(makers, pipeline)
+    encoders = {name: prompt_encoder(own) if makers[name].model else encoder for name, own in pipelines.items()}
     total = config.groups if kind == "train" else config.heldout_groups
     for start in tqdm(range(0, total, BLOCK), desc="preference pairs", unit=f" {BLOCK} captions"):
+        config = easy if is_easy(start // BLOCK, kind, given) else given
+        generators = makers_of(kind, config)
         plans = [plan_list(i, kind, generators, config) for i in range(start, min(start + BLOCK, total))]
         samples, drawings = defaultdict(list), {}
         for number, plan in enumerate(plans):

@@ -16,11 +16,13 @@ from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline
 from dinalrm_align.shapes import generators, pairs
 from dinalrm_align.shapes.config import (
+    SCOUT_EMPHASIS,
     Generator,
     MakerWeights,
     PairsConfig,
     StackConfig,
     default_generators,
+    scout_generators,
 )
 from dinalrm_align.shapes.generators import (
     draw_concepts,
@@ -183,7 +185,7 @@ def test_images_come_from_their_generator_with_settings_in_its_ranges(tiny_pipel
 
     monkeypatch.setattr(generators, "sample_latents", spy)
     monkeypatch.setattr(generators, "BLOCK", 8)
-    config = dataclasses.replace(TINY, groups=16)
+    config = dataclasses.replace(TINY, groups=16, easy_share=0.0)
     found = list(make_lists("train", tiny_pipeline, prompt_encoder(tiny_pipeline), config))
     assert len(found) == 2 and sum(number for number, *_ in asked) == 16 * 2
     assert {(steps, round(guidance)) for _, steps, guidance in asked} <= {
@@ -200,6 +202,35 @@ def test_images_come_from_their_generator_with_settings_in_its_ranges(tiny_pipel
     assert len(asked) <= 2 * 2 * 3, "one call for each block, position and generator"
     for scenes, latents, images, rngs in found:
         assert len(scenes) == len(rngs) == 8 and latents.shape == (24, 16, 16, 16) and images.shape == (24, 3, 64, 64)
+
+
+def test_a_share_of_the_training_blocks_are_easy_lists_of_renders(tiny_pipeline, monkeypatch):
+    asked, planned = [], []
+
+    def sample(pipeline, encoder, prompts, **options):
+        asked.append(prompts)
+        return torch.zeros(len(prompts), 16, 16, 16)
+
+    def plan(index, kind, makers, config):
+        planned.append(sorted(makers))
+        assert config.emphasis == (SCOUT_EMPHASIS if "unrelated" in makers else TINY.emphasis)
+        return plan_list(index, kind, makers, config)
+
+    monkeypatch.setattr(generators, "sample_latents", sample)
+    monkeypatch.setattr(generators, "plan_list", plan)
+    monkeypatch.setattr(generators, "BLOCK", 1)
+    config = dataclasses.replace(TINY, groups=5, heldout_groups=5, easy_share=0.4)
+    encoder = prompt_encoder(tiny_pipeline)
+    found = list(make_lists("train", tiny_pipeline, encoder, config))
+    easy = [makers == sorted(scout_generators()) for makers in planned]
+    assert len(found) == 5 and easy == [False, False, True, False, True]
+    assert {tuple(makers) for makers, is_easy in zip(planned, easy) if not is_easy} == {tuple(sorted(MIXED))}
+    captions = [scenes[0].caption for scenes, *_ in found]
+    sampled = {caption for captions in asked for caption in captions}
+    assert sampled == {caption for caption, is_easy in zip(captions, easy) if not is_easy}
+    planned.clear()
+    list(make_lists("heldout", tiny_pipeline, encoder, config))
+    assert planned == [sorted(MIXED)] * 5, "test sets have none"
 
 
 def test_each_image_has_the_latents_of_its_caption_and_seed(tiny_pipeline):
