@@ -104,45 +104,35 @@ class Reward(Protocol):
         scores. Raises ValueError or TypeError for invalid input, and ValueError if a score is not finite, or if
         `differentiable` is false and the latents require a gradient.
         """
-        ...
 
     def score_parts(self, latents: Tensor, prompts: Text, **noise: Unpack[Noise]) -> dict[str, Tensor]:
         """Return unweighted scores as a dict: name in `weights` -> scores (B,). Latents are decoded at most once."""
-        ...
 
     def score_noisy(self, latents: Tensor, sigma: float | Tensor, prompts: Text) -> Tensor:
         """Return scores (B,) of latents that contain noise of level sigma. Raises TypeError if not supported."""
-        ...
 
     def score_images(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Tensor:
         """Return scores (B,), float32. images: see `models.images.image_tensor`."""
-        ...
 
     def score_image_parts(self, images: Any, prompts: Text, **options: Unpack[ImageOptions]) -> Parted:
         """Return `score_images` and the parts of the scores, computed in one pass."""
-        ...
 
     def fingerprint(self) -> str:
         """Return a digest of the weights. Training resumes from a checkpoint only if the digest is unchanged."""
-        ...
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of storing them."""
-        ...
 
     def disable_gradient_checkpointing(self) -> None: ...
 
     def set_decode_slice(self, size: int | None) -> None:
         """Make the VAE decode at most `size` latents at a time; None: the whole batch."""
-        ...
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Apply torch.compile, in place, to each transformer block of every latent reward's backbone."""
-        ...
 
     def check_gradient(self, inputs: Tensor) -> None:
         """Raise ValueError if `inputs` requires a gradient and `differentiable` is false."""
-        ...
 
 
 def scoring(method: Callable[..., Any]) -> Callable[..., Any]:
