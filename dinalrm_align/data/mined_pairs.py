@@ -17,6 +17,7 @@ from dinalrm_align.data.formats.record import Cell
 from dinalrm_align.data.formats.rows import parquet_module
 from dinalrm_align.data.pairs import PairBatch, PairManifest
 from dinalrm_align.models.text import Conditions
+from dinalrm_align.train.checkpoints import serialised
 from dinalrm_align.train.digest import text_digest
 from dinalrm_align.train.files import InputError, begin_or_resume, reading, write_atomically
 
@@ -142,7 +143,7 @@ def _row(pair: MinedPair, dtype: torch.dtype) -> dict[str, Any]:
     tensors = dict(zip((*LATENTS, *TEXT), (*latents, pair.prompt_embeds, pair.pooled_prompt_embeds), strict=True))
     tensors |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
     masks = {
-        f"{name}_mask": None if tensors[name] is None else _saved(torch.ones(len(tensors[name]), dtype=torch.int32))
+        f"{name}_mask": None if tensors[name] is None else serialised(torch.ones(len(tensors[name]), dtype=torch.int32))
         for name in ("prompt_embeds", "negative_prompt_embeds")
     }
     return {
@@ -173,13 +174,7 @@ def _blob(tensor: Tensor, name: str, dtype: torch.dtype) -> bytes:
     stored = tensor.detach().to("cpu", dtype)
     if not bool(stored.isfinite().all()):
         raise InputError(f"{name}: got NaN, infinite values or values too large for {dtype}; use another --mine.dtype")
-    return _saved(stored)
-
-
-def _saved(tensor: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(tensor.clone(), buffer)  # a view would be saved with its whole storage
-    return buffer.getvalue()
+    return serialised(stored.clone())  # a view would be saved with its whole storage
 
 
 def _tensor(data: Any, name: str) -> Tensor:

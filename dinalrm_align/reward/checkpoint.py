@@ -12,7 +12,6 @@ The layout of DiNa-LRM's public release, `released`:
     checkpoint/full_model.pt    only with full tuning: backbone and head, in place of rm_head.pt and backbone_lora/
 """
 
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from torch import Tensor
 from dinalrm_align.models.weights import HubOptions, fetch, read_tensors
 from dinalrm_align.reward.backbones.sd3 import LORA_TARGETS, TEXT_SIDE
 from dinalrm_align.reward.config import HeadConfig, LoraConfig, RewardConfig
+from dinalrm_align.train.checkpoints import serialised
 from dinalrm_align.train.digest import digest
 from dinalrm_align.train.files import HUB_ID, make_folder, read_json, write_atomically
 
@@ -189,9 +189,9 @@ def _write_released(directory: Path, config: RewardConfig, tensors: dict[str, Te
     checkpoint.mkdir(exist_ok=True)
     if config.tuning == "full":
         whole = {f"backbone.{k}": v for k, v in backbone.items()} | {f"reward_head.{k}": v for k, v in head.items()}
-        _write_pt(checkpoint / "full_model.pt", whole | squash)
+        write_atomically(checkpoint / "full_model.pt", serialised(whole | squash))
     else:
-        _write_pt(checkpoint / "rm_head.pt", head)
+        write_atomically(checkpoint / "rm_head.pt", serialised(head))
     if config.tuning == "lora":
         last = f"transformer_blocks.{config.num_layers - 1}.attn."
         adapter = {
@@ -247,12 +247,6 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         if tuple(tensors[name].shape) != expected:
             got = f"has shape {tuple(tensors[name].shape)}; by config.json expected {expected}"
             raise ValueError(f"{checkpoint.where}: tensor {name} {got}. Check that both are of one checkpoint")
-
-
-def _write_pt(path: Path, tensors: dict[str, Tensor]) -> None:
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    write_atomically(path, buffer.getvalue())
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -65,13 +65,13 @@ def save_checkpoint(
     hidden = folder.with_name(files.TEMPORARY + folder.name)
     with files.atomic_folder(folder) if main else nullcontext(hidden) as temporary:
         _barrier(accelerator)
-        files.write_file(temporary / f"rng_{rank}.pt", _serialised(random_state()))
+        files.write_file(temporary / f"rng_{rank}.pt", serialised(random_state()))
         if state.method is not None:
             files.write_file(temporary / f"method_{rank}.safetensors", save(_on_cpu(state.method.state_tensors())))
         if main:
             for name, tensors in state.tensors().items():
                 files.write_file(temporary / name, save(_on_cpu(tensors)))
-            files.write_file(temporary / "optimizer.pt", _serialised(state.optimizer.state_dict()))
+            files.write_file(temporary / "optimizer.pt", serialised(state.optimizer.state_dict()))
         _barrier(accelerator)
         if main:
             facts = {name: getattr(state, name) for name in ("step", "elapsed", "samples")}
@@ -291,7 +291,8 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _serialised(content: Any) -> bytes:
+def serialised(content: Any) -> bytes:
+    """Return what `torch.save` writes for `content`."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
