@@ -32,12 +32,10 @@ from dinalrm_align.train.command import refusing
 def align(resolved: Resolved[GrpoRun]) -> None:
     from dinalrm_align.align.grpo import Grpo
     from dinalrm_align.align.setup import prepare
-    from dinalrm_align.flow.sampling import named_sigmas
 
     run, config = resolved.run, resolved.run.grpo
     setup = prepare(resolved, anchor=run.anchor, in_advantages=True)
-    num_steps = config.num_steps or resolved.spec.num_steps
-    sampler = setup.sampler(named_sigmas(config.schedule, setup.pipeline.scheduler, num_steps), config.guidance_scale)
+    sampler = setup.sampler(setup.sigmas(config.num_steps, config.schedule), config.guidance_scale)
     grpo = Grpo(sampler, setup.reward, config, setup.anchor)
     reuse = config.epochs * config.minibatches
     # the current rollout is stored in the checkpoints

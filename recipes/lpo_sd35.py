@@ -30,14 +30,12 @@ from dinalrm_align.train.command import refuse, refusing
 def align(resolved: Resolved[LpoRun]) -> None:
     from dinalrm_align.align.lpo import Lpo
     from dinalrm_align.align.setup import prepare
-    from dinalrm_align.flow.sampling import named_sigmas
 
     run, config = resolved.run, resolved.run.lpo
     setup = prepare(resolved)
     if setup.reward.reads_images or not setup.reward.noise_parts:
         refuse(f"reward: got {run.reward}; LPO needs a reward that reads noisy latents, as dinalrm")
-    num_steps = config.num_steps or resolved.spec.num_steps
-    sampler = setup.sampler(named_sigmas(config.schedule, setup.pipeline.scheduler, num_steps), config.guidance_scale)
+    sampler = setup.sampler(setup.sigmas(config.num_steps, config.schedule), config.guidance_scale)
     lpo = Lpo(sampler, setup.reward, config)
     shown = ("accuracy", "pairs", "gold", "kl")
     reuse = config.epochs * config.minibatches

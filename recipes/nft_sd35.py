@@ -25,12 +25,10 @@ from dinalrm_align.train.command import refusing
 def align(resolved: Resolved[NftRun]) -> None:
     from dinalrm_align.align.nft import Nft
     from dinalrm_align.align.setup import prepare
-    from dinalrm_align.flow.sampling import named_sigmas
 
     config = resolved.run.nft
     setup = prepare(resolved)
-    num_steps = config.num_steps or resolved.spec.num_steps
-    sampler = setup.sampler(named_sigmas(config.schedule, setup.pipeline.scheduler, num_steps), config.guidance_scale)
+    sampler = setup.sampler(setup.sigmas(config.num_steps, config.schedule), config.guidance_scale)
     nft = Nft(sampler, setup.reward, config)
     reuse = config.epochs * config.minibatches
     # the old policy and its samples are stored in the checkpoints

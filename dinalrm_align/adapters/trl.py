@@ -52,7 +52,6 @@ from dinalrm_align.align.resolve import Given, Resolved, resolve_values, resumed
 from dinalrm_align.align.setup import Setup, prepare, prepare_evaluation
 from dinalrm_align.data.hub_prompts import load_prompts
 from dinalrm_align.data.source import Encoders, open_pairs
-from dinalrm_align.flow.sampling import named_sigmas
 from dinalrm_align.reward.names import parse_reward
 from dinalrm_align.reward.protocol import RewardModule
 from dinalrm_align.train.files import STATE, read_json
@@ -235,9 +234,9 @@ class FlowGRPOTrainer(DiffusionTrainer):
         return prepare(resolved, anchor=resolved.run.anchor, in_advantages=True)
 
     def _align(self, setup: Setup) -> None:
-        config, spec = setup.resolved.run.grpo, setup.resolved.spec
-        sigmas = named_sigmas(config.schedule, setup.pipeline.scheduler, config.num_steps or spec.num_steps)
-        method = Grpo(setup.sampler(sigmas, config.guidance_scale), setup.reward, config, setup.anchor)
+        config = setup.resolved.run.grpo
+        sampler = setup.sampler(setup.sigmas(config.num_steps, config.schedule), config.guidance_scale)
+        method = Grpo(sampler, setup.reward, config, setup.anchor)
         reuse = config.epochs * config.minibatches
         setup.align(method, samples=config.groups, state=method.buffer, reuse=reuse, no_signal=method.no_signal)
 

@@ -38,7 +38,7 @@ from dinalrm_align.align.summary import summarise
 from dinalrm_align.align.watch import Watch, drift_probe, level_probe
 from dinalrm_align.data.hub_prompts import load_prompts
 from dinalrm_align.eval.report.figures import plot_run
-from dinalrm_align.flow.sampling import schedule_sigmas
+from dinalrm_align.flow.sampling import named_sigmas
 from dinalrm_align.models.compilation import compile_blocks
 from dinalrm_align.models.pipeline import frozen_view, load_pipeline
 from dinalrm_align.models.text import Conditions, PromptEncoder, text_encoders
@@ -105,9 +105,9 @@ class Setup:
         factor = self.pipeline.vae_scale_factor
         return (self.pipeline.transformer.config.in_channels, *(side // factor for side in self.size))
 
-    def sigmas(self, num_steps: int | None = None) -> list[float]:
-        """Return the noise levels of the model's scheduler for `num_steps` steps; None: the model's number of steps."""
-        return schedule_sigmas(self.pipeline.scheduler, num_steps or self.resolved.spec.num_steps)
+    def sigmas(self, num_steps: int | None = None, schedule: str = "diffusers") -> list[float]:
+        """Return the noise levels of a schedule, by name, for `num_steps` steps; None: the model's number of steps."""
+        return named_sigmas(schedule, self.pipeline.scheduler, num_steps or self.resolved.spec.num_steps)
 
     def sampler(
         self,
