@@ -33,8 +33,8 @@ def align(resolved: Resolved[GrpoRun]) -> None:
     from dinalrm_align.align.grpo import Grpo
     from dinalrm_align.align.setup import prepare
 
-    run, config = resolved.run, resolved.run.grpo
-    setup = prepare(resolved, anchor=run.anchor, in_advantages=True)
+    config = resolved.run.grpo
+    setup = prepare(resolved, in_advantages=True)
     sampler = setup.sampler(setup.sigmas(config.num_steps, config.schedule), config.guidance_scale)
     grpo = Grpo(sampler, setup.reward, config, setup.anchor)
     reuse = config.epochs * config.minibatches

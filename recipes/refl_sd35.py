@@ -33,7 +33,7 @@ def align(resolved: Resolved[ReflRun]) -> None:
 
     run, refl = resolved.run, resolved.run.refl
     images, captions = read_captioned_images(Path(refl.pretrain_images)) if refl.pretrain_images else ([], [])
-    setup = prepare(resolved, extra_prompts=captions, anchor=run.anchor)
+    setup = prepare(resolved, extra_prompts=captions)
     method = Refl(setup.sampler(setup.sigmas(refl.num_steps), refl.guidance_scale), setup.reward, refl, setup.anchor)
     if images:  # data of the pretraining loss
         height, width = setup.size

@@ -48,7 +48,7 @@ from dinalrm_align.align.policy import PROJECTIONS
 from dinalrm_align.align.publish import push_run
 from dinalrm_align.align.refl import Refl
 from dinalrm_align.align.refl_config import ReflRun
-from dinalrm_align.align.resolve import Given, Resolved, resolve_values, resumed
+from dinalrm_align.align.resolve import Given, resolve_values, resumed
 from dinalrm_align.align.setup import Setup, prepare, prepare_evaluation
 from dinalrm_align.data.hub_prompts import load_prompts
 from dinalrm_align.data.source import Encoders, open_pairs
@@ -97,6 +97,7 @@ class DiffusionTrainer(ABC):
     config_type: ClassVar[type[DiffusionConfig]]
     run_type: ClassVar[type[AlignRun]]
     needs_gradient: ClassVar[bool] = False
+    in_advantages: ClassVar[bool] = False  # as of `prepare`
 
     def __init__(
         self,
@@ -128,7 +129,8 @@ class DiffusionTrainer(ABC):
         if held_out:
             values.setdefault("evaluation.samples", max(2, len(held_out)))
         resolved = resolve_values(self.run_type, self.args.METHOD, values, given, gradient=self.needs_gradient)
-        self.setup = self._prepare(replace(resolved, resume_command="trainer.train(resume_from_checkpoint=True)"))
+        resolved = replace(resolved, resume_command="trainer.train(resume_from_checkpoint=True)")
+        self.setup = prepare(resolved, in_advantages=self.in_advantages)
         self.folder = Path(resolved.run.output_dir)
         self.state.max_steps = resolved.run.loop.steps
         self.state.is_world_process_zero = self.setup.accelerator.is_main_process
@@ -178,9 +180,6 @@ class DiffusionTrainer(ABC):
         main = self.setup.accelerator.is_main_process
         return push_run(self.folder, repo_id, settings=settings, **options) if main else ""
 
-    def _prepare(self, resolved: Resolved[Any]) -> Setup:
-        return prepare(resolved, anchor=resolved.run.anchor)
-
     @abstractmethod
     def _align(self, setup: Setup) -> None:
         """Train with the trainer's method."""
@@ -228,10 +227,7 @@ class ReFLTrainer(DiffusionTrainer):
 class FlowGRPOTrainer(DiffusionTrainer):
     """Flow-GRPO: policy gradients on groups of samples, as recipes/grpo_sd35.py (arXiv 2505.05470)."""
 
-    config_type, run_type = FlowGRPOConfig, GrpoRun
-
-    def _prepare(self, resolved: Resolved[Any]) -> Setup:
-        return prepare(resolved, anchor=resolved.run.anchor, in_advantages=True)
+    config_type, run_type, in_advantages = FlowGRPOConfig, GrpoRun, True
 
     def _align(self, setup: Setup) -> None:
         config = setup.resolved.run.grpo
@@ -245,9 +241,6 @@ class DiffusionDPOTrainer(DiffusionTrainer):
     """Diffusion-DPO on the best and worst of several samples, or on `pairs`, as recipes/dpo_sd35.py (2311.12908)."""
 
     config_type, run_type = DiffusionDPOConfig, DpoRun
-
-    def _prepare(self, resolved: Resolved[Any]) -> Setup:
-        return prepare(resolved)
 
     def _align(self, setup: Setup) -> None:
         run, config = setup.resolved.run, setup.resolved.run.dpo

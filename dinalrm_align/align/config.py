@@ -305,6 +305,7 @@ class AlignRun(PolicyRun):
     MAY_CHANGE: ClassVar = (
         "resume", "eval_prompts", "gradient_checkpointing", "profile_every", "tracker", "push_to_hub",
     )  # fmt: skip
+    anchor: ClassVar[AnchorConfig | None] = None  # a setting of the methods that support a second reward
     gold: list[RewardText] | RewardText | None = None
     resume: settings.PathText | None = None
     eval_prompts: settings.Source | None = None

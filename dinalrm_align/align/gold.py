@@ -5,17 +5,16 @@ from typing import Any
 
 import torch
 
-from dinalrm_align.align.config import AnchorConfig
 from dinalrm_align.align.resolve import Resolved
 from dinalrm_align.reward.names import gold_rewards, parse_reward
 from dinalrm_align.reward.needs import check_sources, lora_need
 from dinalrm_align.reward.registry import ImageScorer, check_code, load_image_scorer
 
 
-def check_run(resolved: Resolved[Any], anchor: AnchorConfig | None) -> None:
+def check_run(resolved: Resolved[Any]) -> None:
     """Raise FileNotFoundError that names all missing files of a run (`reward.needs`), and as `registry.check_code`."""
     run, spec, given = resolved.run, resolved.spec, resolved.given
-    rewards = {"reward": run.reward, "anchor.reward": anchor and anchor.reward}
+    rewards = {"reward": run.reward, "anchor.reward": run.anchor and run.anchor.reward}
     rewards |= gold_rewards(run.gold, spec.gold)
     start = run.policy.init_from if resolved.checkpoint is None else None  # a checkpoint has the weights
     others = [lora_need(start)] if start else []

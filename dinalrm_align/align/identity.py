@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from dinalrm_align.align.config import AnchorConfig
 from dinalrm_align.align.resolve import Resolved
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.train.digest import fingerprint, text_digest
@@ -19,9 +18,7 @@ def prompts_identity(prompts: Sequence[str], samples: Sequence[str]) -> dict[str
     return {"list of prompts": text_digest("\n".join(prompts)), "evaluation prompts": text_digest("\n".join(samples))}
 
 
-def run_identity(
-    resolved: Resolved[Any], base: nn.Module, rewards: Sequence[Reward], anchor: AnchorConfig | None
-) -> dict[str, str]:
+def run_identity(resolved: Resolved[Any], base: nn.Module, rewards: Sequence[Reward]) -> dict[str, str]:
     """Return the training's part of `Setup.identity`. base: the transformer. rewards: the reward, then the anchor."""
     run, (reward, *second) = resolved.run, rewards
     return {
@@ -30,5 +27,5 @@ def run_identity(
         "base model": fingerprint(base),
         "reward": reward.fingerprint(),
         **({"quantised base": run.memory.base_quant} if run.memory.base_quant != "none" else {}),
-        **({"anchor": f"{second[0].fingerprint()} {anchor.every} {anchor.weight}"} if second else {}),
+        **({"anchor": f"{second[0].fingerprint()} {run.anchor.every} {run.anchor.weight}"} if second else {}),
     }

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
 
 from dinalrm_align.align.anchor import Anchor
-from dinalrm_align.align.config import AlignRun, AnchorConfig
+from dinalrm_align.align.config import AlignRun
 from dinalrm_align.align.evaluation import HeldOut, Probe
 from dinalrm_align.align.gold import check_run, load_gold, load_scorer
 from dinalrm_align.align.identity import prompts_identity, run_identity
@@ -212,18 +212,12 @@ class Setup:
                 push_run(folder, run.push_to_hub)
 
 
-def prepare(
-    resolved: Resolved[Any],
-    extra_prompts: Sequence[str] = (),
-    anchor: AnchorConfig | None = None,
-    in_advantages: bool = False,
-) -> Setup:
+def prepare(resolved: Resolved[Any], extra_prompts: Sequence[str] = (), in_advantages: bool = False) -> Setup:
     """Load the models, encode the prompts, and build the policy.
 
     Args:
         extra_prompts: prompts to encode in addition to training and evaluation prompts.
-        anchor: settings of a second reward (the anchor), for methods that support one.
-        in_advantages: whether to add the second reward's advantages (GRPO) instead of its scores (ReFL).
+        in_advantages: whether to add the advantages of a second reward (GRPO) instead of its scores (ReFL).
     """
     run, spec, given = resolved.run, resolved.spec, resolved.given
     if run.push_to_hub is not None:
@@ -232,8 +226,8 @@ def prepare(
     device = accelerator.device
     check_memory_options(run.memory, device)
     use_kernels(run.memory)
-    names = reward_names(run, anchor, in_advantages)
-    check_run(resolved, anchor)
+    names = reward_names(run, in_advantages)
+    check_run(resolved)
     prompts, samples = run_prompts(resolved)
     identity = prompts_identity(prompts, samples)
     check_identity(resolved.checkpoint, identity)
@@ -263,7 +257,7 @@ def prepare(
     with sharing(copies):
         rewards = [load_reward(name, options=run.reward_options(name), **place) for name in names]
     identity |= {"autoencoder": fingerprint(pipeline.vae), **{name: each.fingerprint for name, each in gold.items()}}
-    identity |= run_identity(resolved, pipeline.transformer, rewards, anchor)
+    identity |= run_identity(resolved, pipeline.transformer, rewards)
     policy = Policy(pipeline.transformer, run.policy, seed=run.seed)
     if initial is not None:
         policy.set_lora(initial)
@@ -275,15 +269,15 @@ def prepare(
     setup = Setup(resolved, accelerator, pipeline, policy, text=text, meter=meter, identity=identity, **parts)
     setup.sharded = apply_memory_options(setup, rewards)
     for second in rewards[1:]:
-        setup.anchor = Anchor(second, anchor.every, anchor.weight)
+        setup.anchor = Anchor(second, run.anchor.every, run.anchor.weight)
     return setup
 
 
-def reward_names(run: AlignRun, anchor: AnchorConfig | None, in_advantages: bool) -> list[str]:
+def reward_names(run: AlignRun, in_advantages: bool) -> list[str]:
     """Return the names of the training reward and, if there is one, of the anchor. Raise ValueError for a bad name."""
-    names = [run.reward, *([anchor.reward] if anchor and anchor.reward else [])]
+    names = [run.reward, *([run.anchor.reward] if run.anchor and run.anchor.reward else [])]
     for name in names:
-        check_reward(name, gradient=anchor is not None and name != run.reward and not in_advantages)
+        check_reward(name, gradient=run.anchor is not None and name != run.reward and not in_advantages)
     return names
 
 

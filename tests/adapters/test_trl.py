@@ -256,7 +256,7 @@ def test_a_data_set_may_be_the_name_of_a_file(kind, tmp_path):
     [(3, {}, 3), (1, {}, 2), (3, dict(eval_samples=2), 2), (3, dict(settings=["evaluation.samples=4"]), 4)],
 )
 def test_every_held_out_row_is_evaluated_once_by_default(rows, options, samples, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(trl.FlowGRPOTrainer, "_prepare", lambda self, resolved: _Unprepared(resolved))
+    monkeypatch.setattr(trl, "prepare", lambda resolved, **options: _Unprepared(resolved))
     args = FlowGRPOConfig(**(dict(gold_reward="oracle", output_dir=str(tmp_path)) | options))
     trainer = trl.FlowGRPOTrainer(str(world), brightness, args, ROWS, ROWS[:rows])
     prompts = [row["prompt"] for row in ROWS[:rows]]

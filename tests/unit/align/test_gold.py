@@ -72,7 +72,7 @@ def test_gold_is_tried_on_the_first_and_the_longest_prompt(world, monkeypatch):
 )
 def test_a_pixel_reward_is_loaded_once_for_training_and_for_gold(world, loads, capsys, options, notice):
     resolved = resolved_run(world, *options)
-    setup = prepare(resolved, anchor=resolved.run.anchor)
+    setup = prepare(resolved)
     scorers = prepare_evaluation(setup).scorers
     assert loads == [str(world / "pixel")]
     assert ("is also trained on" in capsys.readouterr().out) == notice
@@ -91,7 +91,7 @@ def test_the_judges_dtype_reaches_every_image_reward_of_a_run(world, options):
     (world / "prompts.txt").write_text("a small red circle on white\na large blue square on gray\n")
     anchor = ["--anchor.reward=pixel"] if "+" in options[0] else []
     resolved = resolved_run(world, *options, *anchor, "--memory.judge_dtype=bfloat16")
-    setup = prepare(resolved, anchor=resolved.run.anchor)
+    setup = prepare(resolved)
     prepare_evaluation(setup)
     (judge,) = setup.copies.values()
     assert {parameter.dtype for parameter in judge.parameters()} == {torch.bfloat16}

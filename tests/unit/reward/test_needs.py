@@ -104,7 +104,7 @@ def test_a_run_names_all_that_is_missing_before_it_loads_anything(weights, monke
     words = [f"--model={weights}", "--anchor.reward=hpsv2", "--gold=[pixel, clipscore=/no/clip]", "--device=cpu"]
     words += [f"--output_dir={weights / 'run'}", "--policy.init_from=/no/lora"]
     resolved = resolve(ReflRun, "", RECIPES / "refl_sd35.py", words, gradient=True)
-    text = refusal(setup.prepare, resolved, anchor=resolved.run.anchor)
+    text = refusal(setup.prepare, resolved)
     for part in (
         "LoRA /no/lora", "--policy.init_from DIR", f"latent reward {weights / 'dinalrm'} (lacks checkpoint/rm_head.pt)",
         "--reward dinalrm=DIR", "reward hpsv2 xswu/HPSv2: --anchor.reward hpsv2=DIR", "HF_HUB_OFFLINE is set",
