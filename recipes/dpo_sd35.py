@@ -16,7 +16,6 @@ A run writes the same files as recipes/refl_sd35.py. Metrics: `implicit_accuracy
 implicit reward ranks like the label.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def align(resolved: Resolved[DpoRun]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(resolve(DpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+        align(resolve(DpoRun, __doc__, Path(__file__), argv))
 
 
 if __name__ == "__main__":

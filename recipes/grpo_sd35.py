@@ -20,7 +20,6 @@ A run writes the same files as recipes/refl_sd35.py. Metrics: `group_variance`, 
 mean distance of the probability ratios from 1. A run stops with an error if the first ratio after a rollout is not 1.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def align(resolved: Resolved[GrpoRun]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(resolve(GrpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+        align(resolve(GrpoRun, __doc__, Path(__file__), argv))
 
 
 if __name__ == "__main__":

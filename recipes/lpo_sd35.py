@@ -18,7 +18,6 @@ the share of sampling steps that gave a pair; `preference`, the mean margin (see
 all steps; `accuracy`, the share of pairs that the policy ranks like the reward.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def align(resolved: Resolved[LpoRun]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(resolve(LpoRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+        align(resolve(LpoRun, __doc__, Path(__file__), argv))
 
 
 if __name__ == "__main__":

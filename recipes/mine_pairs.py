@@ -15,7 +15,6 @@ After a stop, the same command resumes: complete files are kept, and the pairs a
 import dataclasses
 import importlib.util
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,7 +26,7 @@ from dinalrm_align.reward.needs import Need, check_sources, lora_need, missing_r
 from dinalrm_align.train.command import refuse, refusing
 
 
-def settings_and_model(argv: Sequence[str]) -> tuple[MineRun, ModelSpec, Path]:
+def settings_and_model(argv: Sequence[str] | None) -> tuple[MineRun, ModelSpec, Path]:
     """Return the settings, the model, and the folder to which the pairs are written."""
     run, spec, reason = parse_for_model(MineRun, __doc__, Path(__file__), argv)
     if importlib.util.find_spec("pyarrow") is None:
@@ -120,7 +119,7 @@ def mine(run: MineRun, spec: ModelSpec, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing(stopped="complete files are kept, and the same command resumes from there"):
-        run, spec, folder = settings_and_model(sys.argv[1:] if argv is None else argv)
+        run, spec, folder = settings_and_model(argv)
         source = spec.reward if run.reward == "dinalrm" else run.reward
         others = [Need("latent reward", source, missing_reward, "--reward DIR")]
         check_sources(spec, {}, others=[*others, *([lora_need(run.lora, "--lora DIR")] if run.lora else [])])

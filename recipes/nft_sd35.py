@@ -13,7 +13,6 @@ A run writes the same files as recipes/refl_sd35.py. Metrics: `moved`, the mean 
 of the trained policy and that of the policy that drew the samples.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def align(resolved: Resolved[NftRun]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(resolve(NftRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv))
+        align(resolve(NftRun, __doc__, Path(__file__), argv))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ always has the same latents. They are in bfloat16, not compressed and not shuffl
 """
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from dinalrm_align.reward.needs import check_sources
 from dinalrm_align.train.command import refusing
 
 
-def settings_and_model(argv: Sequence[str]) -> tuple[PrepareRun, ModelSpec]:
+def settings_and_model(argv: Sequence[str] | None) -> tuple[PrepareRun, ModelSpec]:
     """Return the checked settings, and the model whose VAE and text encoders encode the pairs."""
     run, spec, reason = parse_for_model(PrepareRun, __doc__, Path(__file__), argv)
     from dinalrm_align.data.plan import parse_buckets
@@ -89,7 +88,7 @@ def encode_pairs(run: PrepareRun, spec: ModelSpec) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing(stopped="complete files are kept, and the same command resumes from there"):
-        run, spec = settings_and_model(sys.argv[1:] if argv is None else argv)
+        run, spec = settings_and_model(argv)
         check_sources(spec, {}, parts=("vae", *TEXT_PARTS))
         encode_pairs(run, spec)
 

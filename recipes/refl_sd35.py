@@ -13,7 +13,6 @@ A run writes config.yaml, metrics.jsonl, curves.png, grid_*.png, before_after.pn
 The grids show the same prompts and seeds over training. StableDiffusion3Pipeline.load_lora_weights reads lora/.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def align(resolved: Resolved[ReflRun]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        align(resolve(ReflRun, __doc__, Path(__file__), sys.argv[1:] if argv is None else argv, gradient=True))
+        align(resolve(ReflRun, __doc__, Path(__file__), argv, gradient=True))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def score(config: ScoreRun, spec: ModelSpec, shared: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        config, _ = parse(ScoreRun, __doc__, sys.argv[1:] if argv is None else argv, positional="prompt_and_images")
+        config, _ = parse(ScoreRun, __doc__, argv, positional="prompt_and_images")
         spec, reason = resolve_model(config.model)
         print(reason, file=sys.stderr, flush=True)
         shared = spec.pipeline if "dinalrm" in {term.name for term in parse_reward(config.reward)} else None

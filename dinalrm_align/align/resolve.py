@@ -73,7 +73,7 @@ class Resolved(Generic[Run]):
 
 
 def resolve(
-    kind: type[Run], description: str, recipe: Path, argv: Sequence[str], *, gradient: bool = False
+    kind: type[Run], description: str, recipe: Path, argv: Sequence[str] | None, *, gradient: bool = False
 ) -> Resolved[Run]:
     """Parse the command-line arguments `argv` of a recipe, and find the run's model, folder and checkpoint.
 
@@ -136,7 +136,9 @@ def _name(recipe: Path, spec: ModelSpec, run: AlignRun) -> str:
     return f"{method}_{Path(spec.name).name}_{file_name(run.reward)}_seed{run.seed}"
 
 
-def parse_for_model(kind: type[Any], description: str, recipe: Path, argv: Sequence[str]) -> tuple[Any, ModelSpec, str]:
+def parse_for_model(
+    kind: type[Any], description: str, recipe: Path, argv: Sequence[str] | None
+) -> tuple[Any, ModelSpec, str]:
     """Parse the command line of a recipe that aligns no model; return the settings, the model, and why it is this one.
 
     RECIPE_KIND.yaml beside RECIPE.py, if there is one, overrides the defaults of the dataclass `kind`. Errors are as of

@@ -13,7 +13,6 @@ finishes what was accepted, then stops.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 
 from dinalrm_align.models.specs import resolve_model
@@ -55,7 +54,7 @@ def serve(config: ServeConfig, token: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with refusing():
-        config, _ = parse(ServeConfig, __doc__, sys.argv[1:] if argv is None else argv)
+        config, _ = parse(ServeConfig, __doc__, argv)
         token = os.environ.get("DINALRM_TOKEN")
         config.check_token(token)
         serve(config, token)

@@ -17,7 +17,7 @@ Run = TypeVar("Run")  # settings of a training recipe: model, output_dir, resume
 CONFIG = "config.yaml"
 
 
-def begin_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[Namespace, Path | None]:
+def begin_run(kind: type[Run], description: str, argv: Sequence[str] | None) -> tuple[Namespace, Path | None]:
     """Read the command line of a training recipe; return the values by name and the checkpoint to resume from.
 
     The values are those of `argv` and, with `--resume`, of the run's config.yaml. A new run has no checkpoint.
@@ -40,7 +40,7 @@ def begin_run(kind: type[Run], description: str, argv: Sequence[str]) -> tuple[N
 def complete_run(
     kind: type[Run],
     recipe: Path,
-    argv: Sequence[str],
+    argv: Sequence[str] | None,
     checkpoint: Path | None,
     *,
     model: str,
