@@ -4,15 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dinalrm_align.models.specs import ModelName
-from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
-    IntAboveOne,
-    IntFrom1To512,
-    NonNegativeInt,
-    PathText,
-    PositiveInt,
-    check_fields,
-)
+from dinalrm_align.train import settings
 
 
 @dataclass
@@ -34,18 +26,18 @@ class FilterConfig:
             |score(chosen) - score(rejected)| is below the bound. LPO uses {aesthetic: 0.2, clip: 0.03, vqa: 0.07}.
     """
 
-    min_pixels: NonNegativeInt = 65_536
-    aspect_tolerance: ClosedUnitInterval = 0.03
-    min_vote_share: ClosedUnitInterval | None = None
+    min_pixels: settings.NonNegativeInt = 65_536
+    aspect_tolerance: settings.ClosedUnitInterval = 0.03
+    min_vote_share: settings.ClosedUnitInterval | None = None
     unanimous: bool = False
-    min_confidence: ClosedUnitInterval | None = None
-    max_pairs_per_prompt: PositiveInt | None = None
+    min_confidence: settings.ClosedUnitInterval | None = None
+    max_pairs_per_prompt: settings.PositiveInt | None = None
     ties: Literal["drop", "keep"] = "drop"
     min_gaps: dict[str, float] = field(default_factory=dict)
     max_tie_gaps: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_fields(self, "filter")
+        settings.check_fields(self, "filter")
 
 
 @dataclass
@@ -85,28 +77,28 @@ class PrepareRun:
         dtype: dtype of the text encoders; `auto`: the model's dtype on a GPU, float32 on a CPU. The VAE uses float32.
     """
 
-    source: PathText | None = None
+    source: settings.PathText | None = None
     layout: Literal["auto", "hpdv3", "hpdv2", "rankings", "pickapic", "jsonl", "released"] = "auto"
-    images: PathText | None = None
-    output_dir: PathText = "runs/pairs"
+    images: settings.PathText | None = None
+    output_dir: settings.PathText = "runs/pairs"
     model: ModelName = "shapes"
-    text_length: IntFrom1To512 | None = None
+    text_length: settings.IntFrom1To512 | None = None
     buckets: str = "published"
     group: Literal["pair", "prompt"] = "pair"
     label: Literal["hard", "votes"] = "hard"
     on_bad: Literal["refuse", "skip"] = "refuse"
     filter: FilterConfig = field(default_factory=FilterConfig)
-    max_pairs: PositiveInt | None = None
-    shard_size: IntAboveOne = 1024
-    prompts_per_shard: PositiveInt = 256
-    batch_size: PositiveInt = 8
-    workers: NonNegativeInt = 2
+    max_pairs: settings.PositiveInt | None = None
+    shard_size: settings.IntAboveOne = 1024
+    prompts_per_shard: settings.PositiveInt = 256
+    batch_size: settings.PositiveInt = 8
+    workers: settings.NonNegativeInt = 2
     verify: bool = False
-    seed: NonNegativeInt = 0
+    seed: settings.NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         if self.source is None:
             raise ValueError("source: got nothing; expected preference data, such as HPDv3/train.json")

@@ -9,17 +9,7 @@ from dinalrm_align.models.specs import ModelName
 from dinalrm_align.reward.config import LossConfig, RewardConfig
 from dinalrm_align.reward.names import RewardText, parse_reward
 from dinalrm_align.shapes.config import PairsConfig
-from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
-    IntFrom1To512,
-    IntFrom100,
-    NonNegativeInt,
-    PathText,
-    PositiveInt,
-    check_fields,
-    check_levels,
-    did_you_mean,
-)
+from dinalrm_align.train import settings
 
 BASELINE = "calibrated"
 Changes = dict[str, Any]  # dotted options of `recipes/train_reward.py` -> values
@@ -146,31 +136,31 @@ class AblateRun:
 
     model: ModelName = "shapes"
     arms: list[str] = field(default_factory=lambda: list(PAPER_ARMS))
-    seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-    steps: PositiveInt = 500
-    training: PathText | None = None
-    pairs: PathText | None = None
+    seeds: list[settings.NonNegativeInt] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    steps: settings.PositiveInt = 500
+    training: settings.PathText | None = None
+    pairs: settings.PathText | None = None
     test_sets: dict[str, SetLocation] | None = None
-    output_dir: PathText = "runs/ablate_reward"
+    output_dir: settings.PathText = "runs/ablate_reward"
     launch: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch_size: PositiveInt = 16
+    batch_size: settings.PositiveInt = 16
     on_bad: Literal["refuse", "skip"] | None = None
-    sigmas: list[ClosedUnitInterval] = field(
+    sigmas: list[settings.ClosedUnitInterval] = field(
         default_factory=lambda: [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
     )
-    ensembles: list[list[ClosedUnitInterval]] = field(
+    ensembles: list[list[settings.ClosedUnitInterval]] = field(
         default_factory=lambda: [[0.2, 0.5, 0.7], [0.1, 0.3, 0.5, 0.7, 0.9]]
     )
-    draws: PositiveInt = 8
-    noise_seed: NonNegativeInt = 1234
+    draws: settings.PositiveInt = 8
+    noise_seed: settings.NonNegativeInt = 1234
     shapes_pairs: PairsConfig = field(default_factory=PairsConfig)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         for arm in self.arms:
             if arm not in ARMS:
-                raise ValueError(f"arms: got {arm!r}{did_you_mean(arm, ARMS) or ';'} known: {', '.join(ARMS)}")
+                raise ValueError(f"arms: got {arm!r}{settings.did_you_mean(arm, ARMS) or ';'} known: {', '.join(ARMS)}")
         for name in ("arms", "seeds"):
             values = vars(self)[name]
             if not values or len({*values}) < len(values):
@@ -225,26 +215,28 @@ class EvaluateRun:
     reward: RewardText | None = None
     test_sets: dict[str, SetLocation] | None = None
     protocol: dict[str, str] = field(default_factory=dict)
-    trained_on: PathText | None = None
-    output_dir: PathText | None = None
+    trained_on: settings.PathText | None = None
+    output_dir: settings.PathText | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    batch_size: PositiveInt = 16
-    size: PositiveInt | None = None
-    text_length: IntFrom1To512 | None = None
+    batch_size: settings.PositiveInt = 16
+    size: settings.PositiveInt | None = None
+    text_length: settings.IntFrom1To512 | None = None
     fit: Literal["area", "crop"] = "area"
     on_bad: Literal["refuse", "skip"] = "refuse"
-    sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
-    ensembles: list[list[ClosedUnitInterval]] = field(default_factory=lambda: [[0.2, 0.5, 0.7]])
+    sigmas: list[settings.ClosedUnitInterval] = field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    )
+    ensembles: list[list[settings.ClosedUnitInterval]] = field(default_factory=lambda: [[0.2, 0.5, 0.7]])
     calibrated_at: list[float] | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     gold: bool = True
-    noise_seed: NonNegativeInt = 1234
-    bootstrap: IntFrom100 = 1000
+    noise_seed: settings.NonNegativeInt = 1234
+    bootstrap: settings.IntFrom100 = 1000
     shapes_pairs: PairsConfig = field(default_factory=PairsConfig)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         if self.size is not None and self.size % 16:
             raise ValueError(f"size: got {self.size}; expected a multiple of 16")
         check_noise_levels(self.sigmas, self.ensembles)
@@ -275,10 +267,10 @@ class EvaluateRun:
 
 def check_noise_levels(sigmas: list[float], ensembles: list[list[float]]) -> None:
     """Raise ValueError if `sigmas`, `ensembles` or a list in `ensembles` is empty or has an invalid noise level."""
-    check_levels("sigmas", sigmas)
-    check_levels("ensembles", ensembles)
+    settings.check_levels("sigmas", sigmas)
+    settings.check_levels("ensembles", ensembles)
     for index, levels in enumerate(ensembles):
-        check_levels(f"ensembles[{index}]", levels)
+        settings.check_levels(f"ensembles[{index}]", levels)
 
 
 @dataclass
@@ -295,14 +287,14 @@ class CompareRun:
         title: title of the page.
     """
 
-    runs: list[PathText] = field(default_factory=list)
-    group: dict[str, list[PathText]] = field(default_factory=dict)
-    output_dir: PathText = "runs/compare"
-    shown: PositiveInt = 8
+    runs: list[settings.PathText] = field(default_factory=list)
+    group: dict[str, list[settings.PathText]] = field(default_factory=dict)
+    output_dir: settings.PathText = "runs/compare"
+    shown: settings.PositiveInt = 8
     title: str = "Runs side by side"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         for name, runs in self.group.items():
             if not runs:
                 raise ValueError(f"group.{name}: got no run; expected the folder of at least one run")
@@ -330,7 +322,7 @@ class ScoreRun:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         if len(self.prompt_and_images) < 2:
             got = self.prompt_and_images or "nothing"
             raise ValueError(f'prompt_and_images: got {got}; expected a prompt and image files: "a red circle" a.png')

@@ -11,22 +11,8 @@ from typing import Any, ClassVar, Literal
 from dinalrm_align.flow.config import SigmaConfig
 from dinalrm_align.models.specs import ModelName
 from dinalrm_align.shapes.config import PairsConfig
+from dinalrm_align.train import settings
 from dinalrm_align.train.config import LoopConfig, OptimConfig
-from dinalrm_align.train.settings import (
-    ClosedUnitInterval,
-    HalfOpenUnitInterval,
-    IntFrom1To512,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PathText,
-    PositiveFloat,
-    PositiveInt,
-    Source,
-    check_fields,
-    check_image_size,
-    check_levels,
-    did_you_mean,
-)
 
 FORMAT_VERSION = 2
 THURSTONE_PRESETS: dict[str, dict[str, float]] = {
@@ -34,7 +20,7 @@ THURSTONE_PRESETS: dict[str, dict[str, float]] = {
     "released": {"k": 2.0, "sigma_u": math.sqrt(0.05), "epsilon": 1e-6},  # the training code: variance 2 sigma^2 + 0.05
 }
 
-Levels = ClosedUnitInterval | tuple[ClosedUnitInterval, ...]
+Levels = settings.ClosedUnitInterval | tuple[settings.ClosedUnitInterval, ...]
 
 
 @dataclass
@@ -47,12 +33,12 @@ class LoraConfig:
         init: initialisation of the matrix A: gaussian (std 1/rank) or kaiming (uniform). The matrix B starts at zero.
     """
 
-    rank: PositiveInt = 64
-    alpha: PositiveFloat = 128.0
+    rank: settings.PositiveInt = 64
+    alpha: settings.PositiveFloat = 128.0
     init: Literal["gaussian", "kaiming"] = "gaussian"
 
     def __post_init__(self) -> None:
-        check_fields(self, "lora")
+        settings.check_fields(self, "lora")
 
 
 @dataclass
@@ -72,15 +58,15 @@ class HeadConfig:
 
     width: int = -1
     use_proj_in: bool = False
-    num_queries: PositiveInt = 4
-    num_attn_heads: PositiveInt = 8
-    dropout: HalfOpenUnitInterval = 0.0
+    num_queries: settings.PositiveInt = 4
+    num_attn_heads: settings.PositiveInt = 8
+    dropout: settings.HalfOpenUnitInterval = 0.0
     use_logistic: bool = False
     film: bool = True
     value_gates: bool = True
 
     def __post_init__(self) -> None:
-        check_fields(self, "head")
+        settings.check_fields(self, "head")
         if self.width != -1 and (self.width < 4 or self.width % self.num_attn_heads):
             raise ValueError(
                 f"head.width: got {self.width} with {self.num_attn_heads} attention heads; expected -1 (the "
@@ -119,7 +105,7 @@ class RewardConfig:
     """
 
     base_model_id: str = "stabilityai/stable-diffusion-3.5-medium"
-    num_layers: NonNegativeInt = 12
+    num_layers: settings.NonNegativeInt = 12
     visual_taps: tuple[int, ...] = (4, 8, 12)
     text_taps: tuple[int, ...] = (4, 8, 12)
     tuning: Literal["lora", "none", "full"] = "lora"
@@ -132,14 +118,14 @@ class RewardConfig:
     add_noise: bool = True
     score_scale: float = 1.0
     score_bias: float = 0.0
-    text_length: IntFrom1To512 = 128
+    text_length: settings.IntFrom1To512 = 128
     vae_scaling_factor: float = 1.5305
     vae_shift_factor: float = 0.0609
     dtype: Literal["float32", "bfloat16", "float16", "stored"] = "float32"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         if not self.base_model_id.strip():
             raise ValueError(f"base_model_id: got {self.base_model_id!r}; expected a hub id or a folder")
         self.visual_taps = _taps("visual_taps", self.visual_taps, self.num_layers)
@@ -195,7 +181,7 @@ def _taps(name: str, taps: tuple[int, ...] | list[int], num_layers: int) -> tupl
 def _levels(name: str, sigma: Levels | list[float]) -> float | tuple[float, ...]:
     if not isinstance(sigma, list | tuple):
         return float(sigma)
-    check_levels(name, sigma)
+    settings.check_levels(name, sigma)
     return tuple(map(float, sigma))
 
 
@@ -205,7 +191,9 @@ def _check_keys(where: str, values: dict[str, Any], kind: type) -> None:
     known = [item.name for item in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, known)} (known: {', '.join(known)})")
+            raise ValueError(
+                f"{where}: unknown key {key!r}{settings.did_you_mean(key, known)} (known: {', '.join(known)})"
+            )
     if missing := [key for key in known if key not in values]:
         raise ValueError(f"{where}: missing {', '.join(missing)}; every key must be present, since it changes a score")
 
@@ -232,14 +220,14 @@ class LossConfig:
     likelihood: Literal["thurstone", "thurstone_fixed", "bradley_terry", "bradley_terry_margin"] = "thurstone"
     objective: Literal["fidelity", "nll"] | None = None
     preset: Literal["paper", "released"] = "paper"
-    k: NonNegativeFloat | None = None
-    sigma_u: PositiveFloat | None = None
-    epsilon: NonNegativeFloat | None = None
-    variance: PositiveFloat = 0.5
+    k: settings.NonNegativeFloat | None = None
+    sigma_u: settings.PositiveFloat | None = None
+    epsilon: settings.NonNegativeFloat | None = None
+    variance: settings.PositiveFloat = 0.5
     margin: float = 1.0
 
     def __post_init__(self) -> None:
-        check_fields(self, "loss")
+        settings.check_fields(self, "loss")
 
     def resolved_objective(self) -> str:
         """Return `objective`. None is replaced by nll for the Bradley-Terry likelihoods and by fidelity otherwise."""
@@ -264,14 +252,14 @@ class AccuracyConfig:
     """
 
     MAY_CHANGE: ClassVar = ("every",)
-    sigmas: list[ClosedUnitInterval] = field(default_factory=lambda: [level / 10 for level in range(10)])
-    ensemble: list[ClosedUnitInterval] = field(default_factory=lambda: [0.2, 0.5, 0.7])
-    every: NonNegativeInt = 250
-    seed: NonNegativeInt = 1234
+    sigmas: list[settings.ClosedUnitInterval] = field(default_factory=lambda: [level / 10 for level in range(10)])
+    ensemble: list[settings.ClosedUnitInterval] = field(default_factory=lambda: [0.2, 0.5, 0.7])
+    every: settings.NonNegativeInt = 250
+    seed: settings.NonNegativeInt = 1234
 
     def __post_init__(self) -> None:
-        check_fields(self, "accuracy")
-        check_levels("accuracy.sigmas", self.sigmas)
+        settings.check_fields(self, "accuracy")
+        settings.check_levels("accuracy.sigmas", self.sigmas)
 
     def levels(self) -> list[tuple[float, ...]]:
         """Return distinct tuples of noise levels: (sigma,) for each of `sigmas`, then `ensemble` if it is not empty."""
@@ -327,20 +315,20 @@ class TrainRewardRun:
         "gradient_checkpointing", "lora_lr", "push_to_hub",
     )  # fmt: skip
     model: ModelName = "shapes"
-    pairs: PathText | None = None
-    validation_pairs: PathText | None = None
-    held_out_prompts: PositiveInt = 200
-    init_from: Source | None = None
-    output_dir: PathText | None = None
-    seed: NonNegativeInt = 0
-    resume: PathText | None = None
+    pairs: settings.PathText | None = None
+    validation_pairs: settings.PathText | None = None
+    held_out_prompts: settings.PositiveInt = 200
+    init_from: settings.Source | None = None
+    output_dir: settings.PathText | None = None
+    seed: settings.NonNegativeInt = 0
+    resume: settings.PathText | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     push_to_hub: str | None = None
-    batch_size: PositiveInt = 4
+    batch_size: settings.PositiveInt = 4
     on_bad: Literal["refuse", "skip"] = "refuse"
-    prefetch: NonNegativeInt = 4
+    prefetch: settings.NonNegativeInt = 4
     height: int | None = None
     width: int | None = None
     gradient_checkpointing: bool = False
@@ -348,13 +336,13 @@ class TrainRewardRun:
     loss: LossConfig = field(default_factory=LossConfig)
     train_sigma: SigmaConfig = field(default_factory=SigmaConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    lora_lr: NonNegativeFloat | None = None
+    lora_lr: settings.NonNegativeFloat | None = None
     loop: LoopConfig = field(default_factory=LoopConfig)
     accuracy: AccuracyConfig = field(default_factory=AccuracyConfig)
     shapes_pairs: PairsConfig = field(default_factory=PairsConfig)
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        check_image_size(self.height, self.width)
+        settings.check_fields(self)
+        settings.check_image_size(self.height, self.width)
         if self.reward.tuning == "full":
             raise ValueError("reward.tuning: got full; expected lora or none: this recipe trains LoRA and head")

@@ -12,15 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dinalrm_align.reward.config import LoraConfig, RewardConfig
-from dinalrm_align.train.settings import (
-    IntFrom1To8,
-    IntFrom1To512,
-    IntFrom64To6144,
-    NonNegativeInt,
-    PathText,
-    PositiveInt,
-    check_fields,
-)
+from dinalrm_align.train import settings
 
 
 @dataclass
@@ -40,19 +32,19 @@ class SavingsRun:
         output_dir: folder for savings.md, savings.json and savings.png.
     """
 
-    size: IntFrom64To6144 = 1024
-    batch: PositiveInt = 1
-    text_length: IntFrom1To512 = 128
-    levels: IntFrom1To8 = 1
+    size: settings.IntFrom64To6144 = 1024
+    batch: settings.PositiveInt = 1
+    text_length: settings.IntFrom1To512 = 128
+    levels: settings.IntFrom1To8 = 1
     economies: bool = True
-    workers: PositiveInt = 2
+    workers: settings.PositiveInt = 2
     measure: bool = False
-    warmup: NonNegativeInt = 2
-    repeats: PositiveInt = 5
-    output_dir: PathText = "runs/savings"
+    warmup: settings.NonNegativeInt = 2
+    repeats: settings.PositiveInt = 5
+    output_dir: settings.PathText = "runs/savings"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        settings.check_fields(self)
         if self.size % 16:
             raise ValueError(f"size: got {self.size} pixels; expected a multiple of 16 from 64 to 6144")
 
