@@ -77,10 +77,6 @@ class ClipReward(PixelReward):
         preprocess = load_preprocess(processor or source, **hub)
         return cls(clip.to(device), tokenizer, preprocess, vae)
 
-    @property
-    def device(self) -> torch.device:
-        return self.clip.device
-
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,) of images (B, 3, H, W) for B prompts. The cosine is computed in float32."""
         pixel_values = self.preprocess(images).to(self.device, self.clip.dtype)

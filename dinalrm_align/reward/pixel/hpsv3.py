@@ -278,10 +278,6 @@ class HPSv3Reward(PixelReward):
                 quantise_linears(blocks, quantization, device, dtype)
         return cls(model.to(device), head.to(device), tokenizer, text, vae=vae)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.head.parameters()).device
-
     def score_pixels(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return mu (B,), float32, of images (B, 3, H, W) in [0, 1] for B prompts, differentiable in the images."""
         scores = [self._mean(image[None], prompt) for image, prompt in zip(images, prompts, strict=True)]
