@@ -141,10 +141,6 @@ class Hpsv3Config:
         """Return the settings that differ from the defaults, as keyword arguments of `HPSv3Reward.from_pretrained`."""
         return {name: value for name, value in vars(self).items() if value != vars(Hpsv3Config)[name]}
 
-    def options_of(self, reward: str) -> dict[str, dict[str, Any]]:
-        """Return the argument `options` of `load_reward` for the expression `reward`: those of HPSv3 and HPSv3++."""
-        return {name: self.options() for name in {term.name for term in parse_reward(reward)} & {"hpsv3", "hpsv3pp"}}
-
 
 @dataclass
 class AnchorConfig:
@@ -330,8 +326,9 @@ class AlignRun(PolicyRun):
 
     def reward_options(self, reward: str) -> dict[str, dict[str, Any]]:
         """Return the argument `options` of `load_reward` for the expression `reward`, from `hpsv3` and `memory`."""
-        options, dtype = self.hpsv3.options_of(reward), self.memory.judge_dtype
-        for name in {term.name for term in parse_reward(reward)} & REWARDS.keys() - {"dinalrm", "remote", "oracle"}:
+        names, dtype = {term.name for term in parse_reward(reward)}, self.memory.judge_dtype
+        options = {name: self.hpsv3.options() for name in names & {"hpsv3", "hpsv3pp"}}
+        for name in names & REWARDS.keys() - {"dinalrm", "remote", "oracle"}:
             if dtype != "auto":
                 options[name] = {**options.get(name, {}), "dtype": dtype}
         return options

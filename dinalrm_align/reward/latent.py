@@ -9,7 +9,6 @@ score = raw * score_scale + score_bias, where raw is the head's output (arXiv 26
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,10 +305,6 @@ class LatentReward(RewardModule):
 
     def disable_gradient_checkpointing(self) -> None:
         self.backbone.disable_gradient_checkpointing()
-
-    def replace_shared(self, made: Mapping[int, Tensor]) -> None:
-        """Record new tensors as the weights shared with the transformer. made: {id(old tensor): new tensor}."""
-        self.backbone.share(made[id(tensor)] for tensor in self.backbone.shared)
 
     def _scaled(self, raw: Tensor) -> Tensor:
         return raw * self.config.score_scale + self.config.score_bias

@@ -210,7 +210,7 @@ def build_networks(
     modules = [part for part in (transformer if needs_policy or not case.merged else None, vae, reward) if part]
     made = replace_tensors(modules, make)
     for part in reward.noise_parts if reward is not None else ():
-        part.replace_shared(made)
+        part.backbone.share(made[id(tensor)] for tensor in part.backbone.shared)
     if policy is not None:
         policy.parameters = {n: p for n, p in policy.transformer.named_parameters() if p.requires_grad}
         if case.policy_checkpointing:
