@@ -13,21 +13,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
 
+from dinalrm_align.align import memory
 from dinalrm_align.align.anchor import Anchor
 from dinalrm_align.align.config import AlignRun
 from dinalrm_align.align.evaluation import HeldOut, Probe
 from dinalrm_align.align.gold import check_run, load_gold, load_scorer
 from dinalrm_align.align.identity import prompts_identity, run_identity
 from dinalrm_align.align.lora import read_lora
-from dinalrm_align.align.memory import (
-    check_memory_options,
-    decoder,
-    recomputation,
-    release_text_encoders,
-    shrink_pipeline,
-    text_pipeline,
-    use_kernels,
-)
 from dinalrm_align.align.notices import gold_notice, passes_notice
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.publish import push_run
@@ -224,8 +216,8 @@ def prepare(resolved: Resolved[Any], extra_prompts: Sequence[str] = (), in_advan
         check_login(run.push_to_hub)
     accelerator, dtype = start_accelerator(run, spec.dtype, minutes=run.loop.timeout, tracker=run.tracker)
     device = accelerator.device
-    check_memory_options(run.memory, device)
-    use_kernels(run.memory)
+    memory.check_memory_options(run.memory, device)
+    memory.use_kernels(run.memory)
     names = reward_names(run, in_advantages)
     check_run(resolved)
     prompts, samples = run_prompts(resolved)
@@ -249,7 +241,7 @@ def prepare(resolved: Resolved[Any], extra_prompts: Sequence[str] = (), in_advan
     lengths = given.text_lengths.union(*(text_lengths(name, spec) for name in names))
     identity["text encoders"] = text_digest(" ".join(map(fingerprint, text_encoders(pipeline))))
     text = encode(pipeline, lengths, prompts, samples, extra_prompts, text_length=spec.text_length, device=device)
-    shrink_pipeline(pipeline, run.memory, device)
+    memory.shrink_pipeline(pipeline, run.memory, device)
     pipeline.to(device)
 
     # Rewards share the base weights, so they are loaded before the policy wraps the transformer.
@@ -303,19 +295,19 @@ def encode(
 
     `text_length`: number of T5 tokens that the policy reads. `lengths`: numbers of T5 tokens that the rewards read.
     """
-    encoders = text_pipeline(pipeline, device)
+    encoders = memory.text_pipeline(pipeline, device)
     encoder = PromptEncoder(encoders, text_length=text_length, device=device)
     train, evaluation = (Conditions.encode(encoder, each, lengths - {text_length}) for each in (prompts, samples))
     negative = Conditions.encode(encoder, [""])
     extra = Conditions.encode(encoder, extra_prompts) if extra_prompts else None
-    release_text_encoders(encoders, pipeline)
+    memory.release_text_encoders(encoders, pipeline)
     return Text(train, evaluation, negative, extra)
 
 
 def apply_memory_options(setup: Setup, rewards: Sequence[Reward]) -> bool:
     """Apply the memory options to policy and rewards. Return whether the base weights are sharded over the ranks."""
     run, pipeline = setup.resolved.run, setup.pipeline
-    recompute_policy, recompute_rewards = recomputation(
+    recompute_policy, recompute_rewards = memory.recomputation(
         run.gradient_checkpointing, run.graph_images(setup.resolved.spec.num_steps), pipeline.transformer, rewards,
         setup.accelerator, latent_shape=setup.latent_shape, text_tokens=setup.text.train.prompt_embeds.shape[1],
     )  # fmt: skip
@@ -355,7 +347,7 @@ def prepare_evaluation(setup: Setup) -> HeldOut:
         sampler=sampler,
         reward=setup.reward,
         scorers=scorers,
-        decode=decoder(setup.pipeline.vae, accelerator.device),
+        decode=memory.decoder(setup.pipeline.vae, accelerator.device),
         config=run.evaluation,
         accelerator=accelerator,
         output_dir=Path(run.output_dir),
