@@ -212,7 +212,7 @@ class PairsConfig:
     rater_spread: NonNegativeFloat = 0.2
     tie_gap: NonNegativeFloat = 0.05
     generators: dict[str, Generator] = field(default_factory=default_generators)
-    easy_share: HalfOpenUnitInterval = 0.5
+    easy_share: HalfOpenUnitInterval = 0.375  # with it, half of all images are samples
     outside: dict[str, Generator] = field(default_factory=lambda: {"outsider": Generator(checkpoint="outsider")})
     per_concept: PositiveInt = 100
     per_shifted: PositiveInt = 40

@@ -233,6 +233,12 @@ def test_a_share_of_the_training_blocks_are_easy_lists_of_renders(tiny_pipeline,
     assert planned == [sorted(MIXED)] * 5, "test sets have none"
 
 
+def test_half_of_the_images_of_the_default_lists_are_samples():
+    makers = default_generators().values()
+    sampled = sum(maker.weight for maker in makers if maker.render is None) / sum(maker.weight for maker in makers)
+    assert sampled * (1 - PairsConfig().easy_share) >= 0.5
+
+
 def test_each_image_has_the_latents_of_its_caption_and_seed(tiny_pipeline):
     config = dataclasses.replace(TINY, generators={"few": FEW, "spoiled": Generator("spoiled")}, images=2)
     encoder = prompt_encoder(tiny_pipeline)
