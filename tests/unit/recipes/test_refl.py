@@ -183,7 +183,7 @@ def test_the_kl_unit_of_each_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     units = {model: resolve(ReflRun, "", RECIPE, [f"--model={model}"]).run.refl for model in ("shapes", "sd35")}
     assert {model: (found.kl_unit, found.kl_weight) for model, found in units.items()} == {
-        "shapes": ("reward_std", 6.1213107), "sd35": ("raw", 0.0)
+        "shapes": ("reward_std", 24.5), "sd35": ("raw", 0.0)
     }  # fmt: skip
 
 
