@@ -7,11 +7,10 @@ therefore does not depend on how many follow (up to rounding), and an interrupte
 """
 
 import copy
-import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def is_easy(block: int, kind: str, config: PairsConfig) -> bool:
 def make_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig) -> Lists:
     """Make the lists of `kind`, each with images of several generators. `encoder`: encodes prompts for `pipeline`."""
     makers, given = makers_of(kind, config), config
-    easy = dataclasses.replace(config, generators=scout_generators(), emphasis=SCOUT_EMPHASIS)
+    easy = replace(config, generators=scout_generators(), emphasis=SCOUT_EMPHASIS)
     pipelines = open_generators(makers, pipeline)
     encoders = {name: prompt_encoder(own) if makers[name].model else encoder for name, own in pipelines.items()}
     total = config.groups if kind == "train" else config.heldout_groups
