@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinalrm_align.shapes.config import SCOUT_EMPHASIS, BuildConfig, scout_generators
+from dinalrm_align.shapes.config import BuildConfig
 from dinalrm_align.train.command import parse, refusing
 from dinalrm_align.train.files import atomic_folder, make_folder, read_json, read_yaml, write_atomically
 
@@ -213,8 +213,7 @@ def train_policies(config: BuildConfig, pipeline: "StableDiffusion3Pipeline") ->
     from dinalrm_align.shapes.pairs import ensure_pairs
 
     root = Path(config.output_dir)
-    renders = dict(generators=scout_generators(), emphasis=SCOUT_EMPHASIS, easy_share=0.0, outside={})
-    pairs = dataclasses.replace(config.pairs, groups=config.scout.groups, **renders)
+    pairs = dataclasses.replace(config.pairs.easy(), groups=config.scout.groups)
     folders = {kind: ensure_pairs(kind, root / "scout_pairs" / kind, pipeline, pairs) for kind in ("train", "concepts")}
     if not (root / "scout" / "reward" / "config.json").exists():
         train_latent_reward(config, "scout", folders, config.scout.reward_updates)

@@ -1,6 +1,6 @@
 """Settings of the embedded world (rendered shapes): networks, preference pairs and training. Does not import torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from dinalrm_align.train.config import LoopConfig, OptimConfig
@@ -227,6 +227,10 @@ class PairsConfig:
                 raise ValueError(f"pairs.emphasis: unknown concept {concept!r}{hint} known: {', '.join(CONCEPTS)}")
         if not self.generators:
             raise ValueError("pairs.generators: got none; expected at least one")
+
+    def easy(self) -> "PairsConfig":
+        """Return the settings of easy lists alone: renders, by the makers of `scout_generators`."""
+        return replace(self, generators=scout_generators(), emphasis=SCOUT_EMPHASIS, easy_share=0.0, outside={})
 
 
 @dataclass

@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from dinalrm_align.models.pipeline import decode_latents, encode_images, load_pipeline, load_transformer
 from dinalrm_align.models.text import PromptEncoder, text_encoders
 from dinalrm_align.models.weights import load_tensors, read_tensors
-from dinalrm_align.shapes.config import SCOUT_EMPHASIS, Generator, MakerWeights, PairsConfig, scout_generators
+from dinalrm_align.shapes.config import Generator, MakerWeights, PairsConfig
 from dinalrm_align.shapes.render import concepts_of, draw_nuisance, lay_out, lay_out_spoiled, render
 from dinalrm_align.shapes.scene import Scene, draw_scenes
 from dinalrm_align.train.digest import fingerprint
@@ -87,12 +87,11 @@ def is_easy(block: int, kind: str, config: PairsConfig) -> bool:
 def make_lists(kind: str, pipeline: StableDiffusion3Pipeline, encoder: PromptEncoder, config: PairsConfig) -> Lists:
     """Make the lists of `kind`, each with images of several generators. `encoder`: encodes prompts for `pipeline`."""
     makers, given = makers_of(kind, config), config
-    easy = replace(config, generators=scout_generators(), emphasis=SCOUT_EMPHASIS)
     pipelines = open_generators(makers, pipeline)
     encoders = {name: prompt_encoder(own) if makers[name].model else encoder for name, own in pipelines.items()}
     total = config.groups if kind == "train" else config.heldout_groups
     for start in tqdm(range(0, total, BLOCK), desc="preference pairs", unit=f" {BLOCK} captions"):
-        config = easy if is_easy(start // BLOCK, kind, given) else given
+        config = given.easy() if is_easy(start // BLOCK, kind, given) else given
         generators = makers_of(kind, config)
         plans = [plan_list(i, kind, generators, config) for i in range(start, min(start + BLOCK, total))]
         samples, drawings = defaultdict(list), {}
@@ -196,6 +195,8 @@ def check_outside(config: PairsConfig, pipeline: StableDiffusion3Pipeline) -> No
     the same weights within overlapping ranges of guidance and steps.
     """
     training = identities(config.generators, pipeline)
+    easy = config.easy().generators if config.easy_share else {}
+    training |= {f"easy {name}": maker for name, maker in identities(easy, pipeline).items()}
     pairs = itertools.product(identities(config.outside, pipeline).items(), training.items())
     for (name, outside), (other, known) in pairs:
         apart = any(outside[key] != known[key] for key in ("render", "weights") if key in known)

@@ -25,6 +25,7 @@ from dinalrm_align.shapes.config import (
     scout_generators,
 )
 from dinalrm_align.shapes.generators import (
+    check_outside,
     draw_concepts,
     identities,
     make_lists,
@@ -386,6 +387,10 @@ def test_outside_generators_must_not_occur_in_training(tiny_pipeline, tmp_path):
     spoiled = {"x": FEW, "y": Generator("spoiled")}
     with pytest.raises(ValueError, match=r"pairs.outside.y: .* as 'spoiled'"):
         ensure_pairs("train", tmp_path / "train", tiny_pipeline, dataclasses.replace(PLAIN, outside=spoiled))
+    unrelated = dataclasses.replace(PLAIN, outside={"x": Generator("unrelated")})
+    with pytest.raises(ValueError, match=r"pairs.outside.x: .* as 'easy unrelated'"):
+        ensure_pairs("train", tmp_path / "train", tiny_pipeline, unrelated)
+    check_outside(dataclasses.replace(unrelated, easy_share=0.0), tiny_pipeline)
     apart = dataclasses.replace(PLAIN, outside={"few_steps": FEW, "aligned": Generator(lora=lora)}, heldout_groups=1)
     assert held_out_kinds(apart) == ["heldout", "outside", "shifted", "concepts"]
     assert held_out_kinds(PLAIN) == ["heldout", "shifted", "concepts"]
