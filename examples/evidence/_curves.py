@@ -1,10 +1,11 @@
 """Curves and tables of gold and of its parts, for the scripts beside this module. An entry: several seeds of a run."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from _estimates import Ratio, at_drift, ratio_interval, smallest_effect
+from _estimates import Ratio, at_drift, ratio_interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -69,15 +70,15 @@ def share_of(entry: Entry, oracle: Entry, gain: Callable[[Run], np.ndarray]) -> 
     return ratio_interval(*paired(entry, oracle, gain))
 
 
-def numbers(interval: Interval) -> dict[str, float]:
-    """Return an interval and its smallest detectable effect, for a JSON file."""
-    return {**vars(interval), "smallest_effect": smallest_effect(interval)}
+def smallest_effect(interval: Interval) -> str:
+    """Format the smallest detectable effect; with one seed, the variance between seeds is unknown."""
+    return "one seed" if math.isnan(interval.detectable) else f"{interval.detectable:.3f}"
 
 
 def gains_of(entry: Entry, step: int | None = None) -> dict[str, dict[str, float]]:
     """Return the gains of gold, of its parts and of the training reward at an update, the last by default."""
     step = entry.steps[-1] if step is None else step
-    return {label(name): numbers(entry.gain(name, step)) for name in (*names_of([entry]), "proxy")}
+    return {label(name): vars(entry.gain(name, step)) for name in (*names_of([entry]), "proxy")}
 
 
 def mean_drift(entry: Entry) -> list[float]:
@@ -103,8 +104,8 @@ def gain_table(entries: Sequence[Entry]) -> str:
         last = entry.steps[-1]
         gains = [entry.gain(name, last) for name in names]
         cells = [one.brief for one in gains]
-        small, drift = smallest_effect(gains[0]), mean_drift(entry)[-1]
-        rows.append([entry.name, str(len(entry.runs)), str(last), *cells, f"{small:.3f}", f"{drift:.4f}"])
+        drift = mean_drift(entry)[-1]
+        rows.append([entry.name, str(len(entry.runs)), str(last), *cells, smallest_effect(gains[0]), f"{drift:.4f}"])
     return table(head, rows)
 
 
@@ -163,7 +164,7 @@ def verdict(interval: Interval) -> str:
         return "one seed: not judged"
     if interval.low > 0 or interval.high < 0:
         return "separated from 0"
-    return f"not separated; smallest effect {smallest_effect(interval):.3f}"
+    return f"not separated; smallest effect {smallest_effect(interval)}"
 
 
 def figures_section(paths: Sequence[Path]) -> str:

@@ -8,9 +8,8 @@ from typing import TypeVar
 import numpy as np
 from scipy.special import stdtrit
 
-from dinalrm_align.eval.report.intervals import LEVEL, Interval
+from dinalrm_align.eval.report.intervals import LEVEL
 
-POWER = 0.8
 Setting = TypeVar("Setting", bound=Hashable)
 
 
@@ -36,16 +35,6 @@ def at_drift(drifts: Sequence[float], values: np.ndarray, drift: float) -> np.nd
 def common_drift(curves: Sequence[Sequence[float]]) -> float:
     """Return the largest drift that every curve reaches."""
     return min(max(curve) for curve in curves)
-
-
-def smallest_effect(interval: Interval) -> float:
-    """Return the smallest true mean that this design would separate from 0, two-sided at 5 %, in 80 % of repetitions.
-
-    It is the interval's half-width plus t(0.8) standard errors, with Student's t of (seeds - 1) degrees of freedom,
-    or of (captions - 1) for one seed; then variance between seeds is not in it. NaN for one caption.
-    """
-    free = (interval.seeds if interval.seeds > 1 else interval.captions) - 1
-    return interval.high - interval.mean + float(stdtrit(free, POWER)) * interval.standard_error
 
 
 def best_of(gains: Mapping[Setting, float | None]) -> Setting | None:

@@ -51,13 +51,13 @@ from _curves import (
     main_parts,
     mean_drift,
     names_of,
-    numbers,
     paired,
     part_table,
     share_of,
+    smallest_effect,
     verdict,
 )
-from _estimates import at_drift, best_of, common_drift, smallest_effect
+from _estimates import at_drift, best_of, common_drift
 from _runs import TUNING_SEED, Job, Prompts, Runner, arguments, entries_of, parse
 from matplotlib.figure import Figure
 
@@ -81,7 +81,7 @@ class Trial(NamedTuple):
 
 
 METHODS = {
-    "refl": ("refl.kl_weight", ("dinalrm", "pixel"), "2:3e-4 2:1e-3 6:3e-4 6:1e-3 20:3e-4 20:1e-3"),
+    "refl": ("refl.kl_weight", ("dinalrm", "pixel"), "6:3e-4 6:1e-3 25:3e-4 25:1e-3 100:3e-4 100:1e-3"),
     "grpo": ("grpo.kl_beta", ("dinalrm", "pixel", "oracle"), "0:7e-4 0:2e-3 0.01:7e-4 0.01:2e-3 0.1:7e-4 0.1:2e-3"),
     "nft": ("nft.kl_beta", ("dinalrm", "pixel", "oracle"), "0.1:8e-4 0.1:2e-3 1:8e-4 1:2e-3 10:8e-4 10:2e-3"),
     "dpo": ("dpo.beta", ("dinalrm", "pixel", "oracle"), "30:4e-4 30:1e-3 100:4e-4 100:1e-3 300:4e-4 300:1e-3"),
@@ -206,7 +206,7 @@ def headline(found: Matched) -> str:
     return (
         f"- {found.first.name} less {found.second.name}, gold at drift {found.drift:.4f}: {difference.brief}, "
         f"{verdict(difference)} ({difference.seeds} seeds, {difference.captions} fresh captions; smallest effect "
-        f"{smallest_effect(difference):.3f})."
+        f"{smallest_effect(difference)})."
     )
 
 
@@ -217,7 +217,7 @@ def matched_section(found: Sequence[Matched]) -> str:
 
     def cells(one: Matched, name: str) -> list[str]:
         gains = one.gains[name]
-        return [*(interval.brief for interval in gains), f"{smallest_effect(gains[2]):.3f}"]
+        return [*(interval.brief for interval in gains), smallest_effect(gains[2])]
 
     def cost(values: Mapping[str, float]) -> str:
         return f"{values['updates']:.1f}, {values['seconds']:.0f}, {values['tflops']:.3g}"
@@ -254,7 +254,7 @@ def same_weight_table(by_weight: Mapping[str, Mapping[float, Entry]]) -> str:
             tables = paired(*entries, lambda run, last=last: run.gain("gold", last))
             found = seeds_by_captions(tables[0] - tables[1])
             drifts = [f"{mean_drift(entry)[-1]:.4f}" for entry in entries]
-            rows.append([f"{first} less {second}, KL {kl:g}", *drifts, found.brief, f"{smallest_effect(found):.3f}"])
+            rows.append([f"{first} less {second}, KL {kl:g}", *drifts, found.brief, smallest_effect(found)])
     return table(["", "drift, first", "drift, second", "gold [95 %]", "smallest effect"], rows)
 
 
@@ -347,7 +347,7 @@ def report(plan: Plan) -> None:
         "cost": {name: {kind: entry.cost(kind) for kind in AVERAGES} for name, entry in found.items()},
         "equal_drift": [
             {"first": one.first.name, "second": one.second.name, "drift": one.drift, "costs": one.costs}
-            | {"gains": {label(name): [numbers(each) for each in gains] for name, gains in one.gains.items()}}
+            | {"gains": {label(name): [vars(each) for each in gains] for name, gains in one.gains.items()}}
             for pair in compared for one in pair
         ],
     }  # fmt: skip

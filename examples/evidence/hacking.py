@@ -53,7 +53,7 @@ from dinalrm_align.train.files import write_atomically
 ONE_LEVEL, LEVELS = [0.4], [0.2, 0.5, 0.7]
 ARMS: dict[str, dict[str, object]] = {
     "none": {"refl.reward_sigma": ONE_LEVEL, "refl.kl_weight": 0},
-    "kl": {"refl.reward_sigma": ONE_LEVEL, "refl.kl_weight": 6},
+    "kl": {"refl.reward_sigma": ONE_LEVEL, "refl.kl_weight": 24.5},
     "anchor": {
         "refl.reward_sigma": ONE_LEVEL, "refl.kl_weight": 0, "anchor.reward": "pixel", "anchor.every": 2,
     },

@@ -32,8 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _curves import HOW_TO_READ, draw_curves, figures_section, finish, label, main_parts, mean_drift, names_of, numbers
-from _estimates import Ratio, best_of, ratio_interval, smallest_effect
+from _curves import (
+    HOW_TO_READ,
+    draw_curves,
+    figures_section,
+    finish,
+    label,
+    main_parts,
+    mean_drift,
+    names_of,
+    smallest_effect,
+)
+from _estimates import Ratio, best_of, ratio_interval
 from _runs import RECIPES, TUNING_SEED, Job, Prompts, Runner, arguments, entries_of, parse
 from _unguided import UNGUIDED, Unguided
 from matplotlib.figure import Figure
@@ -220,7 +230,7 @@ def result_table(results: Mapping[tuple[str, str], Gains], entries: Mapping[tupl
         entry = entries[method, arm]
         rows.append([
             f"{method}, {arm}", str(len(entry.runs)), str(entry.steps[-1]), *(one.brief for one in intervals),
-            f"{smallest_effect(intervals[0]):.3f}", *shown, f"{mean_drift(entry)[-1]:.4f}",
+            smallest_effect(intervals[0]), *shown, f"{mean_drift(entry)[-1]:.4f}",
         ])  # fmt: skip
     head = ["", "seeds", "updates", *(f"{label(name)} [95 %]" for name in names), "smallest effect on gold"]
     head += ["share of the oracle's gain", "share of the tuned oracle's gain", "drift"]
@@ -288,7 +298,7 @@ def report(plan: Plan) -> None:
     at_defaults = [entry for (_, arm), entry in entries.items() if arm == "dinalrm"] or list(entries.values())
     paths = [draw_bars(ways, out / "methods.png"), *draw_curves(at_defaults, out)]
     sections = [
-        "# Five methods at their default budgets",
+        f"# Methods at their default budgets: {', '.join(options.methods)}",
         f"**Not finished, and left out: {', '.join(missing)}.**" if missing else "",
         *(
             f"## Evaluated with {way}\n\nThe base model's gold: {levels[way]:.3f}.\n\n{result_table(results, entries)}"
@@ -304,13 +314,13 @@ def report(plan: Plan) -> None:
     record = {
         "seeds": options.seeds, "settings": plan.others, "not_finished": missing, "best_trials": best, "base": levels,
         "trials": {
-            method: {name: entry and numbers(entry.gain("gold", entry.steps[-1])) for name, entry in trials.items()}
+            method: {name: entry and vars(entry.gain("gold", entry.steps[-1])) for name, entry in trials.items()}
             for method, trials in tuned.items()
         },
         "results": [
             {
                 "evaluated": way, "method": method, "arm": arm,
-                "gains": {label(n): numbers(seeds_by_captions(stack(g, sorted(g)))) for n, g in gains.items()},
+                "gains": {label(n): vars(seeds_by_captions(stack(g, sorted(g)))) for n, g in gains.items()},
                 "shares": {
                     label(n): {
                         kind: vars(found) for kind in ("oracle", "oracle, tuned")

@@ -96,7 +96,7 @@ def test_equal_drift_by_hand(plan, tmp_path, capsys):
     assert [one["mean"] for one in last["gains"]["faithfulness/objects"]] == pytest.approx([0.2, 0.15, 0.05])
     difference = last["gains"]["gold"][2]
     assert (difference["seeds"], difference["captions"]) == (2, 2)
-    assert difference["low"] == pytest.approx(0.1) and difference["smallest_effect"] == pytest.approx(0, abs=1e-9)
+    assert difference["low"] == pytest.approx(0.1) and difference["detectable"] == pytest.approx(0, abs=1e-9)
     assert [one["updates"] for one in last["costs"]] == pytest.approx([2, 4])
     assert [one["seconds"] for one in last["costs"]] == pytest.approx([4, 8])
     text = (tmp_path / "frontier.md").read_text()

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from _estimates import at_drift, best_of, common_drift, ratio_interval, smallest_effect
+from _estimates import at_drift, best_of, common_drift, ratio_interval
 
 from dinalrm_align.eval.report.intervals import seeds_by_captions
 
@@ -38,17 +38,6 @@ def test_nothing_is_extrapolated(drift):
 def test_the_common_drift_is_one_that_every_curve_reaches():
     """The second curve has been at 0.3, though it ends at 0.2."""
     assert common_drift([DRIFTS, [0.0, 0.3, 0.2], [0.0, 0.5]]) == 0.3
-
-
-def test_the_smallest_effect_is_seen_in_four_of_five_repetitions():
-    """Five seeds vary, captions do not. Half-width 2.776 s / sqrt 5, and t(0.8) of 4 degrees of freedom is 0.941."""
-    rng, seeds = np.random.default_rng(0), 5
-    table = np.repeat(np.array([-2.0, -1.0, 0.0, 1.0, 2.0])[:, None], 40, axis=1)
-    expected = (2.7764 + 0.9410) * math.sqrt(2.5 / 5)
-    assert smallest_effect(seeds_by_captions(table)) == pytest.approx(expected, rel=1e-3)
-    effect = (2.7764 + 0.9410) / math.sqrt(seeds)  # of seeds with standard deviation 1
-    found = [seeds_by_captions(effect + np.tile(rng.normal(size=(seeds, 1)), 40)) for _ in range(250)]
-    assert 0.74 < np.mean([one.low > 0 for one in found]) < 0.9
 
 
 def test_the_best_setting_is_that_of_the_largest_gain_and_failed_ones_do_not_count():
