@@ -29,11 +29,13 @@ from dinalrm_align.eval.scores import (
     PairScores,
     Piece,
     Pieces,
-    Score,
+    ScoreLevels,
     check_finite_scores,
+    level_by_level,
     load_scores,
     save_scores,
     score_pairs,
+    shared_features,
 )
 from dinalrm_align.eval.test_sets import ImageSet, open_test_set
 from dinalrm_align.eval.test_sets_config import holds_images
@@ -46,7 +48,6 @@ from dinalrm_align.reward.checkpoint import read_checkpoint
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.latent import LatentReward
 from dinalrm_align.reward.protocol import Reward
-from dinalrm_align.reward.training import score_batch
 from dinalrm_align.train.digest import digest, fingerprint, text_digest
 from dinalrm_align.train.files import discard_folder, read_json, write_atomically
 
@@ -320,20 +321,20 @@ class Evaluator:
             raise ValueError(f"test set {name}: raters tie all {len(scores.label)} pairs; expected a preference")
         return scores
 
-    def _latent_scorer(self, candidate: Candidate) -> Score:
+    def _latent_scorer(self, candidate: Candidate) -> ScoreLevels:
         """Return a function that scores a batch: raw scores for a latent reward, scaled scores for any other reward."""
         reward = candidate.load()
+        if candidate.config:
+            return shared_features(reward.model)
 
         def score(batch: PairBatch, level: Level, noise: Tensor) -> Tensor:
-            if candidate.config:
-                return score_batch(reward.model, batch, level, noise)
             if batch.group_prompts is None:
                 raise ValueError("prompts: got latents without them; expected text, which this reward reads")
             latents = batch.latents.float().to(self.encoders.device)
             noise = batch.draw_noise(seeded_generator(self.noise_seed)).to(latents.device)
             return reward(latents, batch.conditions.to(latents.device), noise=noise)
 
-        return score
+        return level_by_level(score)
 
     def _pairs(self, name: str, config: RewardConfig | None) -> PairSource:
         options = dict(size=self.size, batch_size=self.batch_size, on_bad=self.on_bad)
@@ -358,7 +359,9 @@ class Evaluator:
         for name in (name for name in self.sets if name not in self.image_sets):
             batches = self._pairs(name, config).in_order()
             if len(batches) and batches[0].group_prompts is not None:
-                scores = score_pairs(score, batches, [NO_NOISE], seed=self.noise_seed, title=f"gold: {name}")
+                scores = score_pairs(
+                    level_by_level(score), batches, [NO_NOISE], seed=self.noise_seed, title=f"gold: {name}"
+                )
                 accuracies[name] = scores.accuracy(NO_NOISE.name)
         return accuracies
 

@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from dinalrm_align.data.pairs import PairBatch
 from dinalrm_align.flow.noise import seeded_generator
+from dinalrm_align.reward.backbones import Taps
+from dinalrm_align.reward.model import RewardModel
 from dinalrm_align.train.files import write_atomically
 
 PAIR_COLUMNS = ("chosen", "rejected", "label", "caption")
@@ -31,6 +33,8 @@ Level = tuple[float, ...]
 """One sigma, or several for an ensemble: the head reads the tokens of all of them and returns one score."""
 Score = Callable[[PairBatch, Level, Tensor], Tensor]
 """Function (batch of M images, K sigmas, noise (M, C, H, W) or (K, M, C, H, W)) -> (M,) raw scores."""
+ScoreLevels = Callable[[PairBatch, Sequence["NoiseLevels"], Mapping[int, Tensor]], Sequence[Tensor]]
+"""Function (batch of M images, noise levels, draw -> noise (M, C, H, W)) -> raw scores (M,) at each noise level."""
 Piece = tuple[dict[str, np.ndarray], dict[str, object]]
 """Partial results of an evaluation: arrays, and JSON-serialisable metadata."""
 
@@ -126,9 +130,46 @@ class PairScores:
         return all(np.array_equal(vars(self)[name], vars(other)[name]) for name in PAIR_COLUMNS)
 
 
+def level_by_level(score: Score) -> ScoreLevels:
+    """Return a function that calls `score` once for each noise level, with the noise stacked, (K, M, C, H, W)."""
+
+    def score_levels(batch: PairBatch, levels: Sequence[NoiseLevels], noise: Mapping[int, Tensor]) -> list[Tensor]:
+        empty = batch.latents.new_empty(0, *batch.latents.shape)
+        drawn = ([noise[draw] for draw in level.draws] for level in levels)
+        return [score(batch, at.sigmas, torch.stack(own) if own else empty) for at, own in zip(levels, drawn)]
+
+    return score_levels
+
+
+def shared_features(model: RewardModel) -> ScoreLevels:
+    """Return a function that scores batches with a latent reward, on the CPU.
+
+    Noise levels that have a sigma and a noise draw in common, such as 0.2 and the ensemble 0.2 + 0.5 + 0.7, share one
+    pass through the backbone. Its features are kept until the last noise level that reads them is scored.
+    """
+
+    def score_levels(batch: PairBatch, levels: Sequence[NoiseLevels], noise: Mapping[int, Tensor]) -> list[Tensor]:
+        device = model.trunk.device
+        latents, text = batch.latents.to(device), batch.conditions.to(device)
+        read = [list(zip(level.sigmas, level.draws, strict=True)) for level in levels]
+        last = {key: index for index, keys in enumerate(read) for key in keys}
+        kept: dict[tuple[float, int], Taps] = {}
+        scores = []
+        for index, keys in enumerate(read):
+            for sigma, draw in (key for key in keys if key not in kept):
+                drawn = noise[draw].to(device)
+                found = model.features(latents, text.prompt_embeds, text.pooled_prompt_embeds, sigma, drawn)
+                (kept[sigma, draw],) = found
+            scores.append(model.score([kept[key] for key in keys]).to("cpu"))
+            kept = {key: taps for key, taps in kept.items() if last[key] > index}
+        return scores
+
+    return score_levels
+
+
 @torch.no_grad()
 def score_pairs(
-    score: Score,
+    score: ScoreLevels,
     batches: Sequence[PairBatch],
     levels: Iterable[NoiseLevels],
     *,
@@ -167,18 +208,15 @@ def score_pairs(
 
 
 def _score_batch(
-    score: Score, batches: Sequence[PairBatch], index: int, levels: Sequence[NoiseLevels], seed: int, title: str
+    score: ScoreLevels, batches: Sequence[PairBatch], index: int, levels: Sequence[NoiseLevels], seed: int, title: str
 ) -> Piece:
     """Score one batch. Returns a dict of arrays (the scores (levels, M) and the pairs), and a dict of metadata."""
     batch = batches[index]
     numbers = {draw for level in levels for draw in level.draws}
     noise = {draw: batch.draw_noise(seeded_generator(seed, index, draw)) for draw in numbers}
-    scores = []
-    for level in levels:
-        drawn = [noise[draw] for draw in level.draws]
-        given = torch.stack(drawn) if drawn else batch.latents.new_empty(0, *batch.latents.shape)
-        scores.append(score(batch, level.sigmas, given).float().cpu().numpy())
-        check_finite_scores(scores[-1], level.name, title)
+    scores = [found.float().cpu().numpy() for found in score(batch, levels, noise)]
+    for level, found in zip(levels, scores, strict=True):
+        check_finite_scores(found, level.name, title)
     chosen = batch.chosen.cpu()
     arrays = {
         "scores": np.stack(scores), "chosen": chosen.numpy(), "rejected": batch.rejected.cpu().numpy(),

@@ -11,6 +11,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from dinalrm_align.flow.noise import add_noise, scheduler_sigmas, snap_sigma, timestep_of
+from dinalrm_align.reward.backbones import Taps
 from dinalrm_align.reward.backbones.sd3 import SD3Trunk
 from dinalrm_align.reward.config import RewardConfig
 from dinalrm_align.reward.head import RewardHead
@@ -40,6 +41,12 @@ class RewardModel(nn.Module):
             noise: (B, C, H, W), shared by all levels, or (K, B, C, H, W), one per level. None: `latents` already
                 contain noise of the single level `sigma`, which is not rounded to the scheduler's sigmas.
         """
+        return self.score(self.features(latents, prompt_embeds, pooled_prompt_embeds, sigma, noise))
+
+    def features(
+        self, latents: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, sigma: Sigma, noise: Tensor | None
+    ) -> tuple[Taps, ...]:
+        """Return the trunk's features at each of the K noise levels. Arguments: see `forward`."""
         batch = latents.shape[0]
         levels = noise_levels(sigma, batch, latents.device)
         if self.config.snap_sigma and noise is not None:
@@ -51,11 +58,14 @@ class RewardModel(nn.Module):
             noise = noise.flatten(0, 1) if noise.dim() == 5 else noise.repeat(count, 1, 1, 1)
             x_sigma = add_noise(x_sigma, noise, flat)
         embeds = (prompt_embeds.repeat(count, 1, 1), pooled_prompt_embeds.repeat(count, 1))
-        taps = self.trunk(x_sigma, timestep_of(flat), *embeds)
+        return self.trunk(x_sigma, timestep_of(flat), *embeds).split(count)
+
+    def score(self, features: Sequence[Taps]) -> Tensor:
+        """Return raw scores (B,), float32, from the features of one noise level, or of several as an ensemble."""
         with self._head_precision():
             if self.config.ensemble == "average":
-                return self.head(taps).view(count, batch).mean(dim=0)
-            return self.head(taps.split(count))
+                return torch.stack([self.head(level) for level in features]).mean(dim=0)
+            return self.head(features)
 
     def _head_precision(self) -> contextlib.AbstractContextManager:
         """Return the context to run the head in: autocast if the trunk's dtype is half precision, else no autocast."""

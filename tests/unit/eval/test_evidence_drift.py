@@ -15,11 +15,10 @@ from safetensors import safe_open
 from dinalrm_align.data.latent_pairs import LatentPairs
 from dinalrm_align.eval.calibration import reliabilities
 from dinalrm_align.eval.config import EvaluateRun
-from dinalrm_align.eval.scores import NoiseLevels, load_scores, score_pairs
+from dinalrm_align.eval.scores import NoiseLevels, load_scores, score_pairs, shared_features
 from dinalrm_align.models.pipeline import load_pipeline
 from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.latent import LatentReward
-from dinalrm_align.reward.training import score_batch
 from dinalrm_align.shapes.config import PairsConfig
 from dinalrm_align.shapes.pairs import write_pairs
 
@@ -60,10 +59,7 @@ def test_the_shipped_reward_reproduces_the_stored_scores(stored, tmp_path):
     model = LatentReward.from_pretrained(spec.reward, transformer=pipeline.transformer.requires_grad_(False)).model
     batches = LatentPairs(tmp_path / "pairs", batch_size=terms["batch_size"]).in_order()
     level = NoiseLevels.at(0.4)
-    again = score_pairs(
-        lambda batch, level, noise: score_batch(model, batch, level, noise),
-        batches, [level], seed=terms["noise_seed"], title="drift",
-    )  # fmt: skip
+    again = score_pairs(shared_features(model), batches, [level], seed=terms["noise_seed"], title="drift")
     expected = scores.score(level.name)[: GROUPS * PER_GROUP]
     assert np.abs(again.score(level.name) - expected).max() < SCORE_TOLERANCE * scores.score(level.name).std()
     pairs = GROUPS * PER_GROUP * (PER_GROUP - 1) // 2
