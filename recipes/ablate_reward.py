@@ -82,11 +82,12 @@ def train_arm(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training:
     command = [*launcher, str(HERE / "train_reward.py"), *words, f"--device={config.device}"]
     print(f"\n{arm}, seed {seed}: {shlex.join(command)}", flush=True)
     process = subprocess.Popen(command)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    handler = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     status = None
     while status is None:
         with contextlib.suppress(KeyboardInterrupt):  # the training receives it too: it saves a checkpoint and exits
             status = process.wait()
+    signal.signal(signal.SIGTERM, handler)
     if status:
         refuse(f"training {arm}, seed {seed} exited with status {status}; run the same command to continue")
     return run
