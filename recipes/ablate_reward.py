@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dinalrm_align.data.source import Encoders
     from dinalrm_align.eval import ablation_report
-    from dinalrm_align.eval.ablation import levels_to_evaluate, levels_with_draws
+    from dinalrm_align.eval.ablation import levels_to_evaluate, levels_with_draws, main_sets
     from dinalrm_align.eval.evaluator import Candidate, Evaluator, open_image_sets, scores_file
     from dinalrm_align.eval.scores import NoiseLevels, PairScores
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
@@ -138,7 +138,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     def scores(arm: str, seed: int) -> dict[str, PairScores]:
         run = train_arm(arm, seed, config, spec, training, arms[arm][0])
         ensembles = config.ensembles if arm == BASELINE else config.ensembles[:1]
-        levels = {name: levels_to_evaluate(config.sigmas, ensembles) for name in config.test_sets}
+        by_level = config.test_sets if arm == BASELINE else main_sets(config.test_sets)
+        own = [ARMS[arm].sigma]
+        levels = {
+            name: levels_to_evaluate(config.sigmas if name in by_level else own, ensembles) for name in config.test_sets
+        }
         if arm == BASELINE:
             levels[[*levels][-1]] += levels_with_draws(config.draws, config.ensembles[0])
         candidate = Candidate.from_checkpoint(run / "reward", lambda: transformer)

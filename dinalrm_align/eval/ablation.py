@@ -49,8 +49,8 @@ class Evidence:
 
     @property
     def main_sets(self) -> list[str]:
-        """The sets for tables by noise level: held-out pairs of the training's generators and of others, or all."""
-        return [name for name in self.sets if name in IN_FAMILY_AND_OUTSIDE] or [*self.sets]
+        """The sets for tables and figures by noise level."""
+        return main_sets(self.sets)
 
     def comparable(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return those `pairs` of arms that have results of a common seed, each once."""
@@ -59,6 +59,13 @@ class Evidence:
     def levels(self, arm: str, name: str) -> set[str]:
         """Return the names of the noise levels at which `arm` has scores on the test set `name`."""
         return {*next(iter(self.runs[arm].values()))[name].scores}
+
+
+def main_sets(names: Iterable[str]) -> list[str]:
+    """Return the test sets on which every arm is evaluated at all noise levels: those of IN_FAMILY_AND_OUTSIDE, or else
+    all `names`."""
+    names = [*names]
+    return [name for name in names if name in IN_FAMILY_AND_OUTSIDE] or names
 
 
 def levels_to_evaluate(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:

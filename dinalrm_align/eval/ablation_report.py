@@ -58,7 +58,10 @@ def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, co
     names = [NoiseLevels.at(*level).name for level in [*([sigma] for sigma in sigmas), config.ensembles[0]]]
     arms = {
         arm: {
-            f"seed {seed}": {name: {at: round(found[name].accuracy(at), 5) for at in names} for name in found}
+            f"seed {seed}": {
+                name: {at: round(scores.accuracy(at), 5) for at in names if at in scores.scores}
+                for name, scores in found.items()
+            }
             for seed, found in sorted(by_seed.items())
         }
         for arm, by_seed in runs.items()

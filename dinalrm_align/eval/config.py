@@ -125,7 +125,8 @@ class AblateRun:
         batch_size: groups of images per batch of the evaluation.
         on_bad: action on images and records that cannot be read, in training and evaluation: refuse (exit) or skip
             (leave out their pairs); default: that of `training`.
-        sigmas: single noise levels at which every reward is evaluated.
+        sigmas: single noise levels at which every reward is evaluated on heldout and outside (or on all test sets, if
+            none has such a name). On the other test sets, only the baseline is evaluated at all of them.
         ensembles: lists of noise levels; each list gives one score, from the backbone tokens of all its levels. Every
             reward is evaluated with the first list, and the baseline with all lists.
         draws: number of noise draws at sigma 0.4 with which the baseline is evaluated, to measure the variance of the

@@ -46,9 +46,9 @@ def draw_band(axis: Axes, sigmas: Sequence[float], points: Sequence[tuple[float,
 
 
 def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str) -> None:
-    """Plot accuracy against sigma, with a panel for each test set and a curve with a band for each training variant."""
-    figure, axes = panels(evidence.sets, (5.5, 4.4), "noise level sigma", "pairwise accuracy, per cent")
-    for axis, name in zip(axes, evidence.sets, strict=True):
+    """Plot accuracy against sigma, with a panel for each main test set and a curve with a band for each variant."""
+    figure, axes = panels(evidence.main_sets, (5.5, 4.4), "noise level sigma", "pairwise accuracy, per cent")
+    for axis, name in zip(axes, evidence.main_sets, strict=True):
         for arm in (arm for arm in arms if arm in evidence.runs):
             found = [arm_mean(evidence, arm, name, accuracy_at(sigma)) for sigma in evidence.sigmas]
             seeds = len(evidence.runs[arm])

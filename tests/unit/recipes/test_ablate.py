@@ -53,6 +53,11 @@ def test_finished_arms_are_not_repeated_and_stay_in_the_report(arguments, tmp_pa
     assert "## Variance over noise draws" in text and "## Accuracy on shifted" not in text
     for figure in ("likelihood", "inference", "reliability_heldout"):
         assert (out / f"{figure}.png").stat().st_size > 10_000
+    by_arm = {arm: runs["seed 0"] for arm, runs in numbers["arms"].items()}
+    assert (
+        by_arm["fixed"]["heldout"].keys() == by_arm["calibrated"]["heldout"].keys() > by_arm["fixed"]["concepts"].keys()
+    )
+    assert by_arm["fixed"]["concepts"].keys() == {"0.4", "0.2+0.4"}
     fixed = json.loads((out / "arms" / "fixed" / "seed0" / "settings.json").read_text())
     assert fixed["changes"] == {"loss.likelihood": "thurstone_fixed"}
     assert "thurstone_fixed" in (out / "arms" / "fixed" / "seed0" / "config.yaml").read_text()
