@@ -1,6 +1,6 @@
 """Build the embedded world, a small SD3 pipeline with its preference pairs and two rewards, from scratch.
 
-    python recipes/build_shapes.py                                  # hours on two cores, minutes on a GPU
+    python recipes/build_shapes.py                                  # hours on two cores
     python recipes/build_shapes.py --stack.depth 12 --stack.num_heads 8 --device cuda      # a larger world
 
 The recipe trains in this order:

@@ -4,10 +4,11 @@
     python recipes/refl_sd35.py --reward pixel --seed 1       a CLIP-style reward on decoded images
     python recipes/refl_sd35.py --resume runs/refl_shapes_dinalrm_seed0
 
-Each update samples without gradient to a random late step, takes one step with gradient, and maximises the reward of
-the predicted clean latents (arXiv 2304.05977; --refl.grad_steps K is DRaFT-K). As in the DiNa-LRM paper (arXiv
-2602.11146), a latent reward needs no VAE in the graph. Variants: --refl.variant draft_lv (arXiv 2309.17400),
-drtune (2405.00760) and direct_align (2509.06942, without a VAE).
+Each update samples without gradient to a random step (--refl.earliest: of the last quarter for SD3.5, any in the
+embedded world), takes one step with gradient, and maximises the reward of the predicted clean latents (arXiv
+2304.05977; --refl.grad_steps K is DRaFT-K). As in the DiNa-LRM paper (arXiv 2602.11146), a latent reward needs no VAE
+in the graph. Variants: --refl.variant draft_lv (arXiv 2309.17400), drtune (2405.00760) and direct_align (2509.06942,
+without a VAE).
 
 A run writes config.yaml, metrics.jsonl, curves.png, grid_*.png, before_after.png, lora/, checkpoints/ and summary.json.
 The grids show the same prompts and seeds over training. StableDiffusion3Pipeline.load_lora_weights reads lora/.

@@ -110,8 +110,8 @@ class RewardGuidance(PipelineCallback):
 
     Args:
         reward: scores noisy latents (`score_noisy`), on the pipeline's device.
-        strength: a float, or a function of sigma (see `Strength`). On the embedded world, a float of
-            0.8 raises the reward more than 0.2 does, but no longer raises the oracle's score.
+        strength: a float, or a function of sigma (see `Strength`). In the first embedded world, a float
+            of 0.8 raised the reward more than 0.2 did, but no longer raised the oracle's score.
         prompts: one string per image, or `Conditions`. Default: the pipeline's embeddings, which only text-to-image
             pipelines hand over. Needed for image to image and inpainting, and if the reward's text length differs.
     """

@@ -79,8 +79,8 @@ class WatchConfig:
 class MemoryConfig:
     """Options that save memory or time without changing the method; all are off by default.
 
-    `python recipes/savings.py` measures the effect of each option. Outside this section, `gradient_checkpointing`
-    and `optim.name` save memory too.
+    `python recipes/savings.py` counts the effect of `base_quant`, `vae_dtype` and `decode_slice`; recipes/README.md
+    describes all. Outside this section, `gradient_checkpointing` and `optim.name` save memory too.
 
     Args:
         base_quant: quantise the linear layers in the base model's transformer blocks to 8 or 4 bits; policy and latent
@@ -88,7 +88,7 @@ class MemoryConfig:
         vae_dtype: dtype of the VAE's weights; bfloat16 halves the memory of decoding and rounds pixel values.
         judge_dtype: dtype of the weights of image rewards, in `reward`, `gold` and the anchor; auto: each reward's own,
             bfloat16 for HPSv3 and HPSv3++, float32 for the others. bfloat16 halves their memory; the mean error
-            of a score is 0.009 (`pixel`) to 0.04 (CLIP-H, random weights) standard deviations over images.
+            of a score is 0.009 (an earlier `pixel`) to 0.04 (CLIP-H, random weights) standard deviations over images.
         allow_tf32: compute products of float32 matrices on CUDA in TF32, with 10 bits of mantissa; by default torch
             does so in convolutions only. Saves time; emulated, scores are off by 0.0002 to 0.001 of the same.
         decode_slice: images that a pixel reward decodes at once, in the forward and the backward pass; by default all.
@@ -231,8 +231,9 @@ class PolicyRun:
 
     Args:
         model: auto: Stable Diffusion 3.5 Medium if its weights are found, else `shapes`. sd35: Stable Diffusion 3.5
-            Medium. shapes: the package's small test model. Or the folder or hub id of a StableDiffusion3Pipeline, or a
-            folder with all weights: pipeline/, dinalrm/, pickscore/, clip_h/, hpsv3/ and so on.
+            Medium. shapes: the embedded world, a small SD3 model in this package. Or the folder or hub id of a
+            StableDiffusion3Pipeline, or a folder with all weights: pipeline/, dinalrm/, pickscore/, clip_h/, hpsv3/ and
+            so on.
         reward: reward to maximise. dinalrm: the latent reward. pixel: the CLIP-style reward on decoded images.
             pickscore, clipscore, hpsv2, hpsv2.1, hpsv3, hpsv3pp, imagereward, mps, unifiedreward: published image
             rewards. oracle: the exact score, for model `shapes`. NAME=SOURCE: the named reward with weights from
@@ -282,8 +283,9 @@ class AlignRun(PolicyRun):
             command line override the saved settings; a setting that makes scores before and after incomparable is
             refused.
         eval_prompts: held-out prompts, given like `prompts`; by default the list that belongs to the model.
-        gradient_checkpointing: recompute activations in the backward pass; saves memory but takes about a third longer.
-            auto: recompute those of the policy, and of rewards, that would take more than half of the free memory.
+        gradient_checkpointing: recompute activations in the backward pass; saves memory, and the part of an update with
+            gradient takes about a third longer. auto: policy and latent rewards recompute if their activations would
+            take more than half of the free memory; image rewards whose gradient is needed always do.
         profile_every: updates between measurements of FLOPs (on a CPU also of peak memory); 0: no measurements. A
             measured update takes about twice as long.
         tracker: logger of metrics and images, besides the file metrics.jsonl; wandb also gets the settings and, as an

@@ -2,7 +2,7 @@
 
 As in DiNa-LRM's alignment runs (arXiv 2602.11146), each update:
 
-1. samples from noise to a random late step, without gradient and with guidance;
+1. samples from noise to a random step, at the earliest `earliest`, without gradient and with guidance;
 2. takes K steps with gradient, by default without guidance, and estimates the clean latents after the last of these
    steps, x0_hat = x - sigma velocity;
 3. scores x0_hat with a frozen reward and minimises
@@ -21,7 +21,7 @@ The RNG stream of a sample is keyed by (seed, global sample index), so that upda
 random step is keyed by (seed, micro-step), so that all ranks take the same number of steps.
 
 The rollout takes most of an update's time. Two settings shorten it. With `sample_batch`, several micro-batches of an
-update are sampled together. With `steps_per_rollout` K, a rollout gives K micro-batches, one for each of K late steps.
+update are sampled together. With `steps_per_rollout` K, a rollout gives K micro-batches, one for each of K steps.
 The weights are those of the same update, so the gradient stays on-policy and its expectation is unchanged, but the K
 micro-batches share prompts and initial noise: their gradients are correlated, and an update sees 1/K of the samples.
 """

@@ -9,7 +9,7 @@ from dinalrm_align.train import settings
 
 @dataclass
 class ReflConfig:
-    """Settings of ReFL: sample to a late step without gradient, take steps with gradient, and maximise the reward.
+    """Settings of ReFL: sample to a random step without gradient, take steps with gradient, and maximise the reward.
 
     Args:
         variant: steps that carry the gradient. refl: grad_steps consecutive late steps, as in ReFL and DRaFT-K.
@@ -19,7 +19,7 @@ class ReflConfig:
         batch_size: images per micro-batch and process; an update uses batch_size x loop.accumulate x processes images.
         sample_batch: images of a rollout: as many micro-batches of an update as fit are sampled together, at least one.
             Affects time and memory, not results, except for rounding. By default batch_size.
-        steps_per_rollout: K; each sample gives K micro-batches of the same update, from K different late steps. An
+        steps_per_rollout: K; each sample gives K micro-batches of the same update, from K different steps. An
             update then uses 1/K of the samples and about 1/K of the rollout's time. K must divide loop.accumulate.
         num_steps: denoising steps of the rollout; by default the model's own number.
         guidance_scale: guidance scale of the rollout without gradient; by default the model's own.

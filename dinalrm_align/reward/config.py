@@ -272,8 +272,8 @@ class TrainRewardRun:
     """Settings of `recipes/train_reward.py`.
 
     Args:
-        model: base model: `shapes` (a small model of synthetic images of shapes), `sd35`, or a folder or hub id of a
-            StableDiffusion3Pipeline.
+        model: base model: `shapes` (the embedded world, a small SD3 model in this package), `sd35`, or a folder or hub
+            id of a StableDiffusion3Pipeline.
         pairs: preference pairs to train on: a folder of encoded latents (from recipes/prepare_pairs.py or in the
             released layout) or a jsonl file that lists images (see `data.source`). Default: generated pairs
             (see `shapes_pairs`).

@@ -267,7 +267,7 @@ class ScoutConfig:
         groups: number of captions of its training pairs, which are renders.
         reward_updates: number of updates of the reward.
         aligned_updates: number of ReFL updates of the aligned policy, with the recipe's default settings.
-        over_aligned_updates: the same for the over-aligned policy, without a KL penalty and at learning rate 1e-3.
+        over_aligned_updates: the same for the over-aligned policy, without a KL penalty.
     """
 
     groups: PositiveInt = 6400

@@ -3,13 +3,13 @@
     python examples/evidence/hacking.py runs/hacking                                    # hours; start again to go on
     python examples/evidence/hacking.py runs/hacking --updates 30 --seeds 0 --arms none kl
 
-ReFL maximises the embedded world's latent reward at three times the default learning rate, in four arms that differ in
-one thing each; all other settings, captions and noise are the same:
+ReFL maximises the embedded world's latent reward at its default learning rate, in four arms that differ in one thing
+each; all other settings, captions and noise are the same:
 
     none        the reward at one noise level, no KL term
     kl          a velocity KL, in units of the reward's standard deviation
     anchor      the pixel reward is added at every second update
-    ensemble    the reward is read at three noise levels, averaged
+    ensemble    one score from the tokens of three noise levels
 
 At every evaluation a run compares reward and gold with its best evaluation, and raises an alarm if the reward rose and
 gold fell, both significantly. Gold, its parts, the reward and the drift are reported over updates, on captions that
