@@ -22,12 +22,14 @@ pipeline = StableDiffusion3Pipeline.from_pretrained(spec.pipeline)
 pipeline.set_progress_bar_config(disable=True)
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("captions", nargs="?", type=int, help="number of captions to sample; by default all held-out ones")
-captions = read_prompts(Path(spec.heldout_prompts))[: parser.parse_args().captions]
+parser.add_argument("--images", type=int, default=256, help="number of renders; the autoencoder encodes twice as many")
+given = parser.parse_args()
+captions = read_prompts(Path(spec.heldout_prompts))[: given.captions]
 
-images, scenes, _ = random_images(256, np.random.default_rng(0), spec.height)
+images, scenes, _ = random_images(given.images, np.random.default_rng(0), spec.height)
 faithfulness = oracle_parts(images, [scene.caption for scene in scenes])["faithfulness"].mean()
 print(f"rendered images: faithfulness {faithfulness:.3f}")
-gate = vae_gate(pipeline.vae.requires_grad_(False), seed=0)
+gate = vae_gate(pipeline.vae.requires_grad_(False), seed=0, number=2 * given.images)
 print("autoencoder, correlation of the oracle before and after:", {name: round(gate[name], 3) for name in gate})
 
 for guidance_scale in (1.0, spec.guidance_scale):

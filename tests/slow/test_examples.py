@@ -20,7 +20,7 @@ SHORTENED = {
     "probe_features": "--images=64 --sigmas 0.2 --checkpoint half",
     "measure_judges": "judges 3 0",
     "measure_precision": "precision 3",
-    "sample_grid": "4",
+    "sample_grid": "4 --images=16",
     "trl_style": "--max_steps=1 --num_generations=2 --per_device_train_batch_size=1",
     "serve_load": "--samples=8 --rounds=1 --output=serve_load.md",
     "reward_guided_sampling": "4",
