@@ -5,17 +5,14 @@
     python recipes/ablate_reward.py --model sd35 --pairs DIR --test_sets '{hpdv3: DIR, hpdv2: DIR}' \\
         --launch "accelerate launch --num_processes 8"
 
-An arm is recipes/train_reward.py with a few options changed. The arms include the variants of arXiv 2602.11146,
-section 5. The same command continues a stopped ablation. Two processes may share output_dir if their arms differ. The
-recipe writes a report (ablation.md, ablation.json and one figure per research question) and, for
+An arm is recipes/train_reward.py with a few options changed. The arms include the variants of arXiv 2602.11146, section
+5. The same command continues a stopped ablation. When the pairs are finished, two processes may share output_dir if
+their arms differ. The recipe writes a report (ablation.md, ablation.json and one figure per research question) and, for
 each run, a folder arms/ARM/seedN. In that folder, scores_SET.safetensors holds the run's scores on the test set SET.
 """
 
-import contextlib
 import json
 import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +22,7 @@ from dinalrm_align.eval.config import ARMS, BASELINE, AblateRun, Changes
 from dinalrm_align.models.specs import ModelSpec
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.reward.needs import check_sources
-from dinalrm_align.train.command import parse, refuse, refusing
+from dinalrm_align.train.command import parse, refuse, refusing, run_process
 
 HERE = Path(__file__).parent
 
@@ -49,12 +46,14 @@ def options(changes: Changes) -> list[str]:
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()]
 
 
-def train_arm(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training: Path, changes: Changes) -> Path:
-    """Train one variant (`arm`) with one seed in a subprocess, or resume it. Returns the folder of the run."""
-    from dinalrm_align.train.checkpoints import latest_checkpoint
-    from dinalrm_align.train.files import write_atomically
+def runs_of(out: Path, arm: str) -> dict[int, Path]:
+    """Return the folders of an arm's runs, by seed."""
+    names = {run.name: run for run in (out / "arms" / arm).glob("seed*")}
+    return {seed: names[f"seed{seed}"] for seed in sorted(int(name[4:]) for name in names if name[4:].isdecimal())}
 
-    run = Path(config.output_dir) / "arms" / arm / f"seed{seed}"
+
+def check_run(run: Path, config: AblateRun, spec: ModelSpec, training: Path, changes: Changes) -> str:
+    """Return the settings of a run as JSON. Refuses settings other than those of the run that the folder `run` has."""
     settings = {"changes": changes, "steps": config.steps, "training": training.read_text(encoding="utf-8")}
     made_here = Path(config.pairs).is_relative_to(config.output_dir)  # then the pairs record their settings themselves
     settings |= {"model": spec.name, "pairs": None if made_here else config.pairs}
@@ -64,40 +63,48 @@ def train_arm(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training:
         if before[name] != json.loads(json.dumps(settings[name])):
             got = f"{name}: got {settings[name]!r:.120}; expected {before[name]!r:.120}, as in {stored}"
             refuse(f"{got}: choose another --output_dir, or delete that run")
-    write_atomically(stored, json.dumps(settings, indent=1))
+    return json.dumps(settings, indent=1)
+
+
+def train_arm(arm: str, seed: int, config: AblateRun, spec: ModelSpec, training: Path, changes: Changes) -> Path:
+    """Train one variant (`arm`) with one seed in a subprocess, or resume it. Returns the folder of the run."""
+    from dinalrm_align.eval.test_sets_config import TEST_SETS
+    from dinalrm_align.train.checkpoints import latest_checkpoint
+    from dinalrm_align.train.files import write_atomically
+
+    run = Path(config.output_dir) / "arms" / arm / f"seed{seed}"
+    write_atomically(run / "settings.json", check_run(run, config, spec, training, changes))
     if (run / "reward" / "config.json").exists():
         return run
     if latest_checkpoint(run) is not None:
         words = ["--resume", str(run)]
     else:
-        first = next(iter(config.test_sets.values()))
         given = {
-            "model": spec.name, "pairs": config.pairs, "validation_pairs": first, "seed": seed,
-            "loop.steps": config.steps, "output_dir": str(run),
+            "model": spec.name, "pairs": config.pairs, "seed": seed, "loop.steps": config.steps, "output_dir": str(run),
             "accuracy.sigmas": [ARMS[arm].sigma], "accuracy.ensemble": [], "accuracy.every": 0,
         }  # fmt: skip
+        own = [
+            place for name, place in config.test_sets.items() if name not in TEST_SETS
+        ]  # training reads no public set
+        given |= {"validation_pairs": own[0]} if own else {}
         words = ["--config", str(training), *options({**given, **changes})]
     words += options({"on_bad": config.on_bad} if config.on_bad else {})
     launcher = shlex.split(config.launch) if config.launch else [sys.executable]
     command = [*launcher, str(HERE / "train_reward.py"), *words, f"--device={config.device}"]
     print(f"\n{arm}, seed {seed}: {shlex.join(command)}", flush=True)
-    process = subprocess.Popen(command)
-    handler = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    status = None
-    while status is None:
-        with contextlib.suppress(KeyboardInterrupt):  # the training receives it too: it saves a checkpoint and exits
-            status = process.wait()
-    signal.signal(signal.SIGTERM, handler)
-    if status:
+    if status := run_process(command):
         refuse(f"training {arm}, seed {seed} exited with status {status}; run the same command to continue")
     return run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    words = sys.argv[1:] if argv is None else list(argv)
+    with refusing(stopped="finished trainings and scores are stored; run the same command to continue"):
+        ablate(sys.argv[1:] if argv is None else list(argv))
+
+
+def ablate(words: Sequence[str]) -> None:
     config, spec, training, arms = resolve(words)
-    with refusing():
-        check_sources(spec, {})
+    check_sources(spec, {})
 
     import torch
 
@@ -107,32 +114,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dinalrm_align.eval.evaluator import Candidate, Evaluator, open_image_sets, scores_file
     from dinalrm_align.eval.scores import NoiseLevels, PairScores
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
-    from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds
+    from dinalrm_align.shapes.pairs import ensure_pairs
     from dinalrm_align.train.device import available_device
 
     out, baseline = Path(config.output_dir), arms[BASELINE][1]
-    with refusing():
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        device = available_device(default if config.device == "auto" else config.device)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = available_device(default if config.device == "auto" else config.device)
     dtype = getattr(torch, spec.dtype) if device.type == "cuda" else torch.float32
 
     # ------------------------------------------------------------------------------------------- pairs and evaluator
     if spec.kind == "shapes":
-        held_out = held_out_kinds(config.shapes_pairs)
+        held_out = config.shapes_pairs.held_out_kinds
         kinds = ["train"] * (config.pairs is None) + held_out * (config.test_sets is None)
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
-        with refusing():
-            made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in kinds}
+        made = {kind: ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs) for kind in kinds}
         config.pairs = config.pairs or str(made["train"])
         config.test_sets = config.test_sets or {kind: str(made[kind]) for kind in held_out}
     transformer = load_transformer(spec.pipeline, dtype=dtype).to(device).requires_grad_(False)
-    with refusing():
-        encoders = Encoders(spec.pipeline, text_length=baseline.reward.text_length, device=device, dtype=dtype)
-        size = baseline.height or spec.reward_size, baseline.width or spec.reward_size
-        on_bad = config.on_bad or baseline.on_bad
-        image_sets = open_image_sets(config.test_sets, on_bad=on_bad)
-        settings = dict(noise_seed=config.noise_seed, on_bad=on_bad, image_sets=image_sets)
-        evaluator = Evaluator(config.test_sets, encoders, size, config.batch_size, **settings)
+    encoders = Encoders(spec.pipeline, text_length=baseline.reward.text_length, device=device, dtype=dtype)
+    size = baseline.height or spec.reward_size, baseline.width or spec.reward_size
+    on_bad = config.on_bad or baseline.on_bad
+    image_sets = open_image_sets(config.test_sets, on_bad=on_bad)
+    settings = dict(noise_seed=config.noise_seed, on_bad=on_bad, image_sets=image_sets)
+    evaluator = Evaluator(config.test_sets, encoders, size, config.batch_size, **settings)
+
+    for arm, (changes, _) in arms.items():  # refused here, and not after hours of training
+        for run in runs_of(out, arm).values():
+            check_run(run, config, spec, training, changes)
 
     # ---------------------------------------------------------------------- train and evaluate every arm, seed by seed
     def scores(arm: str, seed: int) -> dict[str, PairScores]:
@@ -158,9 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # -------------------------------------------------------------------------- report all finished runs in the folder
     finished: dict[str, dict[int, dict[str, PairScores]]] = {}
     for arm in ARMS:
-        for run in sorted((out / "arms" / arm).glob("seed*")):
+        for seed, run in runs_of(out, arm).items():
             if all(scores_file(run, name).exists() for name in config.test_sets):
-                seed = int(run.name.removeprefix("seed"))
                 finished.setdefault(arm, {})[seed] = scores(arm, seed)
     command = shlex.join(["python", "recipes/ablate_reward.py", *words])
     losses = {arm: arms[arm][1].loss for arm in finished}

@@ -22,7 +22,6 @@ import dataclasses
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinalrm_align.shapes.config import BuildConfig
-from dinalrm_align.train.command import parse, refusing
+from dinalrm_align.train.command import parse, refusing, run_process
 from dinalrm_align.train.files import atomic_folder, make_folder, read_json, read_yaml, write_atomically
 
 if TYPE_CHECKING:
@@ -141,11 +140,11 @@ def train_rewards(config: BuildConfig, pipeline: "StableDiffusion3Pipeline", acc
     from dinalrm_align.data.latent_pairs import LatentPairs
     from dinalrm_align.reward.checkpoint import read_checkpoint, write_reward
     from dinalrm_align.shapes.build import save_clip_reward, train_clip, train_pixel
-    from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds
+    from dinalrm_align.shapes.pairs import ensure_pairs
 
     root, weights = Path(config.output_dir), Path(config.output_dir) / "weights"
     with stage(root, "pairs"):
-        kinds = ("train", *held_out_kinds(config.pairs))
+        kinds = ("train", *config.pairs.held_out_kinds)
         folders = {kind: ensure_pairs(kind, root / "pairs" / kind, pipeline, config.pairs) for kind in kinds}
     with stage(root, "dinalrm") as numbers:
         if not (weights / "dinalrm" / "config.json").exists():
@@ -166,13 +165,13 @@ def train_rewards(config: BuildConfig, pipeline: "StableDiffusion3Pipeline", acc
 
 def begin(config: BuildConfig, text: str) -> None:
     """Write config.yaml. Refuses settings other than those of the models that output_dir already holds."""
-    from dinalrm_align.train.identity import by_name, check_settings, may_change, settings_by_name
+    from dinalrm_align.train.identity import by_name, check_settings, settings_by_name
 
     path = Path(config.output_dir) / "config.yaml"
     make_folder(path.parent)
     if path.exists():
         before = settings_by_name(BuildConfig()) | by_name(BuildConfig, read_yaml(path, "settings file"))
-        check_settings(before, settings_by_name(config), may_change(BuildConfig), str(path))
+        check_settings(before, settings_by_name(config), BuildConfig.MAY_CHANGE, str(path))
     write_atomically(path, text)
 
 
@@ -254,7 +253,7 @@ def evaluate_reward(config: BuildConfig, name: str, pairs: dict[str, Path]) -> d
     """Run recipes/evaluate_reward.py. Returns the accuracy of a reward of the built world on each test set."""
     root = Path(config.output_dir)
     sets = json.dumps({kind: str(folder) for kind, folder in pairs.items() if kind != "train"})
-    options = {"--model": root / "weights", "--reward": name, "--test_sets": sets, "--sigmas": "[]", "--gold": False}
+    options = {"--model": root / "weights", "--reward": name, "--test_sets": sets, "--sigmas": "[0.4]", "--gold": False}
     run_recipe("evaluate_reward.py", options, root / f"evaluate_{name}", resume=False)
     found = read_json(root / f"evaluate_{name}" / "evaluation.json")
     protocols = {kind: found["sets"][kind]["protocols"] for kind in pairs if kind != "train"}
@@ -263,17 +262,12 @@ def evaluate_reward(config: BuildConfig, name: str, pairs: dict[str, Path]) -> d
 
 
 def run_recipe(recipe: str, options: dict[str, object], output_dir: Path, *, resume: bool = True) -> None:
-    """Run a recipe as a subprocess, or continue its run in `output_dir`. On Ctrl-C, wait until it has exited."""
+    """Run a recipe as a subprocess, or continue its run in `output_dir`."""
     from dinalrm_align.train.checkpoints import latest_checkpoint
 
     words = [word for pair in options.items() for word in pair] + ["--output_dir", output_dir]
     words = ["--resume", output_dir] if resume and latest_checkpoint(output_dir) else words
-    process = subprocess.Popen([sys.executable, *map(str, (RECIPES / recipe, *words))])
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        status = process.wait()
-    if status:
+    if status := run_process([sys.executable, *map(str, (RECIPES / recipe, *words))]):
         raise SystemExit(status)
 
 

@@ -66,7 +66,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
     from dinalrm_align.eval.test_sets import leaked, read_trained
     from dinalrm_align.models.pipeline import load_pipeline, load_transformer
     from dinalrm_align.reward.registry import load_image_scorer, load_reward, text_lengths
-    from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds
+    from dinalrm_align.shapes.pairs import ensure_pairs
     from dinalrm_align.train.device import available_device
     from dinalrm_align.train.files import read_json
 
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateRun, spec: ModelSpec, command: str) -> None:
         pipeline = load_pipeline(spec.pipeline, dtype=torch.float32)
         config.test_sets = {
             kind: str(ensure_pairs(kind, out / "pairs" / kind, pipeline, config.shapes_pairs))
-            for kind in held_out_kinds(config.shapes_pairs)
+            for kind in config.shapes_pairs.held_out_kinds
         }
     has_latents = config.test_sets.keys() > image_sets.keys()
 

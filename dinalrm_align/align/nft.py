@@ -57,10 +57,7 @@ def contrast_loss(
         sigma, good: (n,), the noise level of each sample, and the weight r with which it counts as good.
     """
     total = torch.zeros(len(good), device=velocity.device)
-    for share, mixed in (
-        (good, beta * velocity + (1 - beta) * old),
-        (1 - good, (1 + beta) * old - beta * velocity),
-    ):
+    for share, mixed in ((good, beta * velocity + (1 - beta) * old), (1 - good, (1 + beta) * old - beta * velocity)):
         difference = denoised(x_sigma, mixed, sigma) - latents.float()
         weight = difference.detach().abs().mean(dim=(1, 2, 3)).clamp(min=LEAST_WEIGHT)
         total = total + share * difference.square().mean(dim=(1, 2, 3)) / weight

@@ -57,12 +57,7 @@ class ShuffledBatches:
     """
 
     def __init__(
-        self,
-        buckets: Sequence[np.ndarray],
-        batch_size: int,
-        seed: int,
-        *,
-        blocks: np.ndarray | None = None,
+        self, buckets: Sequence[np.ndarray], batch_size: int, seed: int, *, blocks: np.ndarray | None = None
     ) -> None:
         self.buckets = [bucket for bucket in buckets if len(bucket)]
         self.batch_size, self.seed, self._blocks = batch_size, seed, blocks

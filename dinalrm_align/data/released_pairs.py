@@ -34,12 +34,7 @@ class ReleasedPairs(PairSource):
     reads_files_only = False
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        encode_prompts: EncodePrompts,
-        manifest: PairManifest,
-        **order: Unpack[BatchOrder],
+        self, folder: str | Path, *, encode_prompts: EncodePrompts, manifest: PairManifest, **order: Unpack[BatchOrder]
     ) -> None:
         super().__init__(**order)
         self.folder, self.manifest, self._encode_prompts = Path(folder), manifest, encode_prompts

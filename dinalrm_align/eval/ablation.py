@@ -9,7 +9,7 @@ attends to the backbone tokens of all levels or draws and returns one score. "av
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +47,6 @@ class Evidence:
     sigmas: Sequence[float]
     ensembles: Sequence[Sequence[float]]
 
-    @property
-    def main_sets(self) -> list[str]:
-        """The sets for tables and figures by noise level."""
-        return main_sets(self.sets)
-
     def comparable(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return those `pairs` of arms that have results of a common seed, each once."""
         return [(a, b) for a, b in dict.fromkeys(pairs) if self.runs.get(a, {}).keys() & self.runs.get(b, {}).keys()]
@@ -61,11 +56,9 @@ class Evidence:
         return {*next(iter(self.runs[arm].values()))[name].scores}
 
 
-def main_sets(names: Iterable[str]) -> list[str]:
-    """Return the test sets on which every arm is evaluated at all noise levels: those of IN_FAMILY_AND_OUTSIDE, or else
-    all `names`."""
-    names = [*names]
-    return [name for name in names if name in IN_FAMILY_AND_OUTSIDE] or names
+def main_sets(names: Collection[str]) -> list[str]:
+    """Return the test sets with tables and figures by noise level: those of IN_FAMILY_AND_OUTSIDE, or else all."""
+    return [name for name in names if name in IN_FAMILY_AND_OUTSIDE] or [*names]
 
 
 def levels_to_evaluate(sigmas: Sequence[float], ensembles: Sequence[Sequence[float]]) -> list[NoiseLevels]:

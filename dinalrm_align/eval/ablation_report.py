@@ -11,6 +11,7 @@ from dinalrm_align.eval.ablation import (
     Runs,
     accuracy_at,
     inference_section,
+    main_sets,
     noise_shares,
     question_section,
     tables_by_sigma,
@@ -47,7 +48,7 @@ def write(runs: Runs, losses: Mapping[str, LossConfig], config: AblateRun, *, co
             sections.append(f"{section}\n![{question.title}]({key}.png)\n")
             plot_arms(evidence, question.arms, directory / f"{key}.png", title=question.title)
     main = replace(evidence, runs={arm: runs[arm] for arm in runs if arm in MAIN_ARMS})
-    sections += [_by_sigma(main, name, losses, directory) for name in evidence.main_sets if main.runs]
+    sections += [_by_sigma(main, name, losses, directory) for name in main_sets(evidence.sets) if main.runs]
     if BASELINE in runs:
         section = inference_section(evidence, BASELINE)
         sections.append(f"{section}\n![Noise levels at inference](inference.png)\n")

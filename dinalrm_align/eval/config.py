@@ -159,6 +159,8 @@ class AblateRun:
 
     def __post_init__(self) -> None:
         settings.check_fields(self)
+        if self.test_sets == {}:
+            raise ValueError("test_sets: got no sets; expected at least one, or leave it out to generate the sets")
         for arm in self.arms:
             if arm not in ARMS:
                 raise ValueError(f"arms: got {arm!r}{settings.did_you_mean(arm, ARMS) or ';'} known: {', '.join(ARMS)}")
@@ -252,10 +254,10 @@ class EvaluateRun:
         for name in self.test_sets or {}:
             if not name or "/" in name or name.startswith("."):
                 raise ValueError(f"test_sets: got the name {name!r}; expected a word that can be part of file names")
+        names = self.test_sets or self.shapes_pairs.held_out_kinds
         for name, protocol in self.protocol.items():
-            if self.test_sets is not None and name not in self.test_sets:
-                names = ", ".join(self.test_sets)
-                raise ValueError(f"protocol: got one for {name!r}; expected names in test_sets: {names}")
+            if name not in names:
+                raise ValueError(f"protocol: got one for {name!r}; expected names in test_sets: {', '.join(names)}")
             check_protocol(name, protocol)
 
     @property

@@ -5,6 +5,7 @@ overlap with the training data, and the images without a score.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,7 +116,9 @@ def write(
         plot_reliability(curves, directory / "reliability.png")
         values["calibration"] = {
             f"{sigma:g}": dict(
-                error=round(one.reliability.error, 5), best_scale=round(one.scale, 4), nll=round(one.nll, 5)
+                error=round(one.reliability.error, 5),
+                best_scale=round(one.scale, 4) if math.isfinite(one.scale) else None,  # JSON has no infinity
+                nll=round(one.nll, 5),
             )
             for sigma, one in curves[REWARD].items()
         }

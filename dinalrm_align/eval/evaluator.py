@@ -296,6 +296,9 @@ class Evaluator:
         if name in self.image_sets:
             terms |= {"set": self.image_sets[name].digest(), "size": list(self.size), "fit": self.fit}
             terms["text_length"] = self.encoders.encode_prompts.text_length
+        else:
+            pairs = self._pairs(name, candidate.config)
+            terms["set"] = pairs.digest()
         path, faults = scores_file(directory, name), faults_file(directory, name)
         if not path.exists():
             pieces = Pieces(directory / f"scores_{name}.pieces", terms)
@@ -307,7 +310,6 @@ class Evaluator:
                 scores, found = score_image_set(score, images, levels, **options)
                 dropped = images.dropped
             else:
-                pairs = self._pairs(name, candidate.config)
                 score, batches, dropped, found = self._latent_scorer(candidate), pairs.in_order(), pairs.dropped, {}
                 scores = score_pairs(score, batches, levels, seed=self.noise_seed, **options)
             found |= {message: reason for reason, messages in dropped.messages.items() for message in messages}

@@ -15,6 +15,7 @@ from dinalrm_align.eval.ablation import (
     arm_mean,
     gain_over_single,
     inference_measures,
+    main_sets,
 )
 from dinalrm_align.eval.calibration import Calibration, fidelity_rater
 from dinalrm_align.train.files import save_figure
@@ -47,8 +48,8 @@ def draw_band(axis: Axes, sigmas: Sequence[float], points: Sequence[tuple[float,
 
 def plot_arms(evidence: Evidence, arms: Sequence[str], path: Path, *, title: str) -> None:
     """Plot accuracy against sigma, with a panel for each main test set and a curve with a band for each variant."""
-    figure, axes = panels(evidence.main_sets, (5.5, 4.4), "noise level sigma", "pairwise accuracy, per cent")
-    for axis, name in zip(axes, evidence.main_sets, strict=True):
+    figure, axes = panels(main_sets(evidence.sets), (5.5, 4.4), "noise level sigma", "pairwise accuracy, per cent")
+    for axis, name in zip(axes, main_sets(evidence.sets), strict=True):
         for arm in (arm for arm in arms if arm in evidence.runs):
             found = [arm_mean(evidence, arm, name, accuracy_at(sigma)) for sigma in evidence.sigmas]
             seeds = len(evidence.runs[arm])

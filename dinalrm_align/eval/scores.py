@@ -126,8 +126,10 @@ class PairScores:
         return replace(self, **columns, group=group, concept=concept)
 
     def same_pairs(self, other: PairScores) -> bool:
-        """Return whether `self` and `other` have the same pairs in the same order."""
-        return all(np.array_equal(vars(self)[name], vars(other)[name]) for name in PAIR_COLUMNS)
+        """Return whether `self` and `other` have the same pairs of the same prompts, in the same order."""
+        return self.prompts == other.prompts and all(
+            np.array_equal(vars(self)[name], vars(other)[name]) for name in PAIR_COLUMNS
+        )
 
 
 def level_by_level(score: Score) -> ScoreLevels:
@@ -157,9 +159,8 @@ def shared_features(model: RewardModel) -> ScoreLevels:
         scores = []
         for index, keys in enumerate(read):
             for sigma, draw in (key for key in keys if key not in kept):
-                drawn = noise[draw].to(device)
-                found = model.features(latents, text.prompt_embeds, text.pooled_prompt_embeds, sigma, drawn)
-                (kept[sigma, draw],) = found
+                embeds = text.prompt_embeds, text.pooled_prompt_embeds
+                (kept[sigma, draw],) = model.features(latents, *embeds, sigma, noise[draw].to(device))
             scores.append(model.score([kept[key] for key in keys]).to("cpu"))
             kept = {key: taps for key, taps in kept.items() if last[key] > index}
         return scores

@@ -84,11 +84,7 @@ class Conditions:
 
     @classmethod
     def encode(
-        cls,
-        encoder: "PromptEncoder",
-        prompts: Sequence[str],
-        other_lengths: Iterable[int] = (),
-        batch_size: int = 32,
+        cls, encoder: "PromptEncoder", prompts: Sequence[str], other_lengths: Iterable[int] = (), batch_size: int = 32
     ) -> Self:
         """Return `Conditions` on the CPU in the text encoders' dtype. Each distinct prompt is encoded once.
 

@@ -228,6 +228,11 @@ class PairsConfig:
         if not self.generators:
             raise ValueError("pairs.generators: got none; expected at least one")
 
+    @property
+    def held_out_kinds(self) -> list[str]:
+        """Kinds of pairs (see `pairs.write_pairs`) that serve the evaluation of rewards."""
+        return ["heldout", *["outside"] * bool(self.outside), "shifted", "concepts"]
+
     def easy(self) -> "PairsConfig":
         """Return the settings of easy lists alone: renders, by the makers of `scout_generators`."""
         return replace(self, generators=scout_generators(), emphasis=SCOUT_EMPHASIS, easy_share=0.0, outside={})

@@ -45,11 +45,6 @@ GRAIN, JPEG = 0.06, 20
 """Damage to images of "shifted" pairs: standard deviation of Gaussian grain (pixels in [0, 1]), and JPEG quality."""
 
 
-def held_out_kinds(config: PairsConfig) -> list[str]:
-    """Return the kinds of pairs (see `write_pairs`) that serve the evaluation of rewards."""
-    return ["heldout", *["outside"] * bool(config.outside), "shifted", "concepts"]
-
-
 def write_pairs(kind: str, directory: str | Path, pipeline: StableDiffusion3Pipeline, config: PairsConfig) -> None:
     """Make preference pairs of one kind and write them to `directory`, in the format that `LatentPairs` reads.
 
@@ -90,8 +85,10 @@ def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline,
     settings = dataclasses.asdict(dataclasses.replace(config, outside={}))
     settings = {"kind": kind, **models, **settings, "generators": makers}
     if not (directory / "index.json").exists():
+        write_atomically(
+            directory / MADE_WITH, json.dumps(settings, indent=1)
+        )  # first: a stop leaves no nameless pairs
         write_pairs(kind, directory, pipeline, config)
-        write_atomically(directory / MADE_WITH, json.dumps(settings, indent=1))
     elif (directory / MADE_WITH).exists():  # pairs of the user's own have none
         begin_or_resume(directory, MADE_WITH, settings)
     return directory

@@ -51,6 +51,6 @@ def compare(
     for i, j in itertools.combinations(range(len(noise)), 2):
         errors = (noise[[i, j]] * rng.standard_normal((len(scores), 2))).astype(scores.dtype)
         gap = (scores[:, i] + errors[:, 0]) - (scores[:, j] + errors[:, 1])
-        label = float(np.where(np.abs(gap) < tie_gap, 0.5, gap > 0).mean())
+        label = float(np.where(np.abs(gap) < tie_gap, 0.5, (np.sign(gap) + 1) / 2).mean())
         pairs.append((i, j, label) if label >= 0.5 else (j, i, 1 - label))
     return pairs

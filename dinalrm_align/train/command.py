@@ -9,6 +9,8 @@ import dataclasses
 import dis
 import functools
 import re
+import signal
+import subprocess
 import sys
 from argparse import Action
 from collections.abc import Iterator, Sequence
@@ -113,6 +115,22 @@ def refuse(message: str, status: int = 2) -> NoReturn:
     """Print an error message to stderr and exit with status 2, or with `status`."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def run_process(command: Sequence[str]) -> int:
+    """Run a program that saves its state on Ctrl-C and SIGTERM, and return its status; after a stop, exit with 130."""
+    stopped, status = [], None
+    process = subprocess.Popen(command)
+    handler = signal.signal(signal.SIGTERM, lambda *_: (stopped.append(True), process.terminate()))
+    while status is None:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # the program receives it, too
+            stopped.append(True)
+    signal.signal(signal.SIGTERM, handler)
+    if stopped:
+        refuse("stopped; run the same command to continue", status=130)
+    return status
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 
 from dinalrm_align.eval.report.intervals import Interval, by_caption, seeds_by_captions
 from dinalrm_align.eval.report.parts import PREFIX
+from dinalrm_align.reward.names import gold_rewards
 from dinalrm_align.train.checkpoints import latest_checkpoint
 from dinalrm_align.train.files import flat, read_json, read_yaml
 from dinalrm_align.train.metrics import read_metrics
@@ -73,7 +74,9 @@ class Run:
         identity = read_json(checkpoint / "state.json").get("identity", {}) if checkpoint else {}
         recipe = str(summary.get("recipe") or identity.get("recipe") or "run").removesuffix("_sd35")
         reward = re.sub(r"[^\s=*+]*/", "", str(config.get("reward", "no reward")))  # last part of a folder or hub id
-        terms = {**found[0]["terms"], "model": config.get("model")}
+        model = config.get("model")
+        gold = gold_rewards(config.get("gold"), "oracle" if model == "shapes" else "pixel")["gold"]
+        terms = {**found[0]["terms"], "model": model, "gold": gold}
         return cls(folder, config["seed"], rows, terms, scores, f"{recipe} {reward}", flat(config))
 
     def gain(self, name: str, step: int) -> np.ndarray:
@@ -221,6 +224,7 @@ def read_entries(
                 notes.append(f"{folder} is skipped: {error}.")
     members: dict[str, list[tuple[Run, str]]] = {}
     for run, name, label in zip(runs, *_names(runs)):
+        name = f"{name}, evaluated as {run.folder.name}" if _incomparable(run, runs[0]) else name
         members.setdefault(name, []).append((run, label))
     members |= {name: _read_group(name, group) for name, group in (groups or {}).items()}
     if not members:
@@ -257,6 +261,8 @@ def _read_group(name: str, folders: Sequence[Path]) -> list[tuple[Run, str]]:
     if absent := _without_run(folders):
         raise ValueError(f"group {name}: got folders without a run (no {' and '.join(MARKS)}): {', '.join(absent)}")
     runs = [Run.read(folder) for folder in folders]
+    if other := next(filter(None, (_incomparable(run, runs[0]) for run in runs)), ""):
+        raise ValueError(f"group {name}: got a run {other}; expected runs with one evaluation")
     seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"group {name}: got seeds {seeds}; expected each once, or the interval would be too narrow")

@@ -125,6 +125,31 @@ def test_runs_with_other_evaluation_settings_are_not_compared(folders, tmp_path)
     assert [title for title, _, _ in images_of(entries, 4)[1]] == ["before", *compared]
 
 
+def test_a_seed_that_was_evaluated_otherwise_is_an_entry_of_its_own(tmp_path):
+    """Also if all runs have one name otherwise, and whatever is a group must have one evaluation."""
+    runs = [
+        make_run(tmp_path / f"s{seed}", 0.1, seed=seed, sigmas=[1.0, 0.0 if seed < 2 else 0.5]) for seed in range(3)
+    ]
+    entries, (note,) = read_entries(runs)
+    assert [len(entry.runs) for entry in entries] == [2, 1] and "differ in sigmas" in note
+    assert not entries[0].incomparable and entries[1].name == "refl dinalrm, evaluated as s2"
+    assert len(images_of(entries, 4)[1]) == 3  # before, and two runs
+    with pytest.raises(ValueError, match="group mixed: got a run evaluated with other settings"):
+        read_entries([], {"mixed": runs})
+
+
+def test_gains_of_different_golds_are_not_compared(tmp_path):
+    runs = [make_run(tmp_path / name, 0.1, reward=name) for name in ("mps", "pixel", "dinalrm")]
+    for run, gold in zip(runs, ("pickscore", "hpsv2.1", "[pickscore, mps]")):
+        with open(run / "config.yaml", "a") as file:
+            file.write(f"gold: {gold}\n")
+    entries, (note,) = read_entries(runs)
+    assert [bool(entry.incomparable) for entry in entries] == [False, True, False] and "differ in gold" in note
+    default, named = make_run(tmp_path / "null", 0.1), make_run(tmp_path / "named", 0.1, reward="mps")
+    (named / "config.yaml").write_text((named / "config.yaml").read_text() + "gold: oracle\n")
+    assert not read_entries([default, named])[1]  # oracle is the gold of model shapes
+
+
 def test_folders_without_a_run_are_skipped_and_named(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.log").write_text("text")

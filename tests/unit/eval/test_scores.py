@@ -1,5 +1,7 @@
 """Scores of a fixed set of pairs: what is stored, what is worked out of it, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,7 @@ def test_scores_come_back_from_the_file(tmp_path):
     save_scores(scores, tmp_path / "a.safetensors", TERMS)
     back = load_scores(tmp_path / "a.safetensors", TERMS)
     assert back.concept == scores.concept == ("size",) * 4
+    assert not back.same_pairs(dataclasses.replace(scores, prompts=("other",)))  # the indices alone do not tell
     assert back.same_pairs(scores) and [*back.scores] == ["0.4", "0.2+0.5"]
     assert all(np.array_equal(back.scores[name], scores.scores[name]) for name in scores.scores)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

@@ -10,6 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_recipes import ablation
 
+from dinalrm_align.eval.config import AblateRun
+from dinalrm_align.models.specs import MODELS
 from dinalrm_align.train.digest import digest
 
 
@@ -34,7 +36,7 @@ def arguments(tiny_world, tmp_path):
 
 def test_finished_arms_are_not_repeated_and_stay_in_the_report(arguments, tmp_path, monkeypatch):
     recipe = load_recipe("ablate_reward")
-    monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
+    monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", InProcess)
     InProcess.started.clear()
     recipe.main([*arguments, "--arms=[calibrated]", "--seeds=[0,1]"])
     recipe.main([*arguments, "--arms=[fixed]", "--seeds=[0,1]"])
@@ -65,7 +67,7 @@ def test_finished_arms_are_not_repeated_and_stay_in_the_report(arguments, tmp_pa
 
 def test_a_stopped_training_is_resumed(arguments, tmp_path, monkeypatch):
     recipe = load_recipe("ablate_reward")
-    monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
+    monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", InProcess)
     arguments += ["--arms=[calibrated]", "--steps=4"]
     recipe.main(arguments)
     run = tmp_path / "out" / "arms" / "calibrated" / "seed0"
@@ -88,7 +90,7 @@ def test_a_failing_training_exits_with_status_2(arguments, monkeypatch, capsys):
             return 1
 
     recipe = load_recipe("ablate_reward")
-    monkeypatch.setattr(recipe.subprocess, "Popen", Failing)
+    monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", Failing)
     with pytest.raises(SystemExit) as stop:
         recipe.main([*arguments, "--arms=[calibrated]"])
     assert stop.value.code == 2
@@ -97,7 +99,7 @@ def test_a_failing_training_exits_with_status_2(arguments, monkeypatch, capsys):
 
 def test_an_arm_started_with_other_settings_is_refused(arguments, monkeypatch, capsys):
     recipe = load_recipe("ablate_reward")
-    monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
+    monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", InProcess)
     recipe.main([*arguments, "--arms=[calibrated]"])
     with pytest.raises(SystemExit):
         recipe.main([*arguments, "--arms=[calibrated]", "--steps=3"])
@@ -107,9 +109,56 @@ def test_an_arm_started_with_other_settings_is_refused(arguments, monkeypatch, c
     assert "groups: got 9; expected 8, as in" in capsys.readouterr().err
 
 
+def test_a_conflict_with_any_finished_run_is_found_before_a_training(arguments, tmp_path, monkeypatch, capsys):
+    recipe = load_recipe("ablate_reward")
+    monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", InProcess)
+    recipe.main([*arguments, "--arms=[calibrated]"])
+    shutil.copytree(
+        tmp_path / "out" / "arms" / "calibrated" / "seed0", tmp_path / "out" / "arms" / "calibrated" / "seed0_old"
+    )
+    InProcess.started.clear()
+    for changed, said in (("--steps=3", "steps: got 3; expected 2"), ("--draws=3", "got scores taken with")):
+        with pytest.raises(SystemExit) as stop:
+            recipe.main([*arguments, "--arms=[calibrated]" if "draws" in changed else "--arms=[fixed]", changed])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert not InProcess.started
+
+
+def test_a_training_validates_on_the_first_set_that_is_not_public(tmp_path, monkeypatch):
+    class Recorded(InProcess):
+        def __init__(self, command):
+            self.started.append(command)
+
+    recipe, run = load_recipe("ablate_reward"), AblateRun(pairs="p", output_dir=str(tmp_path))
+    monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", Recorded)
+    for seed, sets in enumerate(({"hpdv3": "x", "mine": "y"}, {"hpdv3": "x"})):
+        InProcess.started.clear()
+        run.test_sets = sets
+        recipe.train_arm("calibrated", seed, run, MODELS["shapes"], RECIPES / "train_reward_shapes.yaml", {})
+        assert [word for word in InProcess.started[0] if "validation" in word] == ["--validation_pairs=y"] * (seed == 0)
+
+
+def test_a_stop_during_a_training_ends_the_ablation(arguments, monkeypatch, capsys):
+    """Also if the training finishes all the same: Ctrl-C can come during its last update."""
+
+    class Stopped:
+        def __init__(self, command):
+            self.waits = iter([KeyboardInterrupt, 0])
+
+        def wait(self):
+            if result := next(self.waits):
+                raise result
+            return result
+
+    monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", Stopped)
+    with pytest.raises(SystemExit) as stop:
+        load_recipe("ablate_reward").main([*arguments, "--arms=[calibrated]"])
+    assert stop.value.code == 130 and "run the same command to continue" in capsys.readouterr().err
+
+
 def test_the_set_out_of_family_is_reported_if_configured(arguments, tmp_path, monkeypatch):
     recipe = load_recipe("ablate_reward")
-    monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
+    monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", InProcess)
     recipe.main([*arguments, "--arms=[calibrated]", "--shapes_pairs.outside={other: {num_steps: [2, 3]}}"])
     sets = json.loads((tmp_path / "out" / "ablation.json").read_text())["arms"]["calibrated"]["seed 0"]
     assert {"heldout", "outside", "shifted", "concepts"} <= sets.keys()
@@ -120,7 +169,7 @@ def test_the_set_out_of_family_is_reported_if_configured(arguments, tmp_path, mo
 
 def test_an_arm_of_one_level_has_a_report_without_calibration(arguments, tmp_path, monkeypatch):
     recipe = load_recipe("ablate_reward")
-    monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
+    monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", InProcess)
     recipe.main([*arguments, "--arms=[sigma_0]"])
     text = (tmp_path / "out" / "ablation.md").read_text()
     assert "Trained at one level: sigma_0 at 0." in text and "## Calibration" not in text
@@ -134,7 +183,7 @@ def test_pairs_are_required_for_other_models(capsys, tmp_path):
 
 def test_bad_records_of_the_test_sets_are_refused_or_left_out(arguments, tmp_path, monkeypatch, capsys):
     recipe = load_recipe("ablate_reward")
-    monkeypatch.setattr(recipe.subprocess, "Popen", InProcess)
+    monkeypatch.setattr("dinalrm_align.train.command.subprocess.Popen", InProcess)
     for number in range(2):
         Image.effect_noise((64, 64), 50 + number).save(tmp_path / f"{number}.png")
     lines = [{"prompt": f"cat {n}", "chosen": "0.png", "rejected": "1.png", "label": 1 + (n == 1)} for n in range(3)]

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tiny_clip import save_clip
 from tiny_recipes import QUICK_PAIRS
 
-from dinalrm_align.eval.config import EvaluateRun
+from dinalrm_align.eval.config import AblateRun, EvaluateRun
 from dinalrm_align.reward.pixel.clip import ClipReward
 
 
@@ -64,6 +64,25 @@ def test_stored_scores_are_reused_for_equal_weights_only(recipe, arguments, tmp_
     with pytest.raises(SystemExit):
         recipe.main([*arguments, "--noise_seed=5"])
     assert "got scores taken with" in capsys.readouterr().err
+
+
+def test_scores_of_another_set_of_the_same_name_are_refused(recipe, arguments, tmp_path, capsys):
+    for seed in (1, 2):
+        recipe.main([*arguments, f"--output_dir={tmp_path / str(seed)}", f"--shapes_pairs.seed={seed}"])
+    given = [*arguments, "--gold=false"]
+    recipe.main([*given, f"--test_sets={{mine: {tmp_path / '1' / 'pairs' / 'heldout'}}}"])
+    with pytest.raises(SystemExit):
+        recipe.main([*given, f"--test_sets={{mine: {tmp_path / '2' / 'pairs' / 'heldout'}}}"])
+    assert re.search("got scores taken with .*'set': ", capsys.readouterr().err)
+
+
+def test_a_protocol_for_no_set_is_refused_for_the_default_sets_too():
+    with pytest.raises(
+        ValueError, match="got one for 'heldot'; expected names in test_sets: heldout, outside, shifted"
+    ):
+        EvaluateRun(protocol={"heldot": "tau"})
+    with pytest.raises(ValueError, match="test_sets: got no sets"):
+        AblateRun(test_sets={})
 
 
 def test_a_reward_is_evaluated_in_the_given_dtype(recipe, arguments, tmp_path, monkeypatch, capsys):

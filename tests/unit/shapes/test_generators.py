@@ -34,7 +34,7 @@ from dinalrm_align.shapes.generators import (
     prompt_encoder,
 )
 from dinalrm_align.shapes.oracle import oracle_score
-from dinalrm_align.shapes.pairs import ensure_pairs, held_out_kinds, write_pairs
+from dinalrm_align.shapes.pairs import ensure_pairs, write_pairs
 from dinalrm_align.shapes.render import Nuisance, concepts_of, lay_out_spoiled
 from dinalrm_align.shapes.scene import is_held_out, parse_caption
 from dinalrm_align.shapes.stack import build_pipeline
@@ -112,7 +112,7 @@ def test_makers_of_a_relative_pipeline_are_beside_it(world, monkeypatch):
 
 def test_default_lists_are_made_by_named_weights(saved_pipeline, tmp_path):
     config = PairsConfig(heldout_groups=1, images=2)
-    assert held_out_kinds(config) == ["heldout", "outside", "shifted", "concepts"]
+    assert config.held_out_kinds == ["heldout", "outside", "shifted", "concepts"]
     ensure_pairs("outside", tmp_path / "outside", saved_pipeline, config)
     assert LatentPairs(tmp_path / "outside", batch_size=1).in_order()[0].latents.shape == (2, 16, 16, 16)
     makers = json.loads((tmp_path / "outside" / "made_with.json").read_text())["generators"]
@@ -392,8 +392,8 @@ def test_outside_generators_must_not_occur_in_training(tiny_pipeline, tmp_path):
         ensure_pairs("train", tmp_path / "train", tiny_pipeline, unrelated)
     check_outside(dataclasses.replace(unrelated, easy_share=0.0), tiny_pipeline)
     apart = dataclasses.replace(PLAIN, outside={"few_steps": FEW, "aligned": Generator(lora=lora)}, heldout_groups=1)
-    assert held_out_kinds(apart) == ["heldout", "outside", "shifted", "concepts"]
-    assert held_out_kinds(PLAIN) == ["heldout", "shifted", "concepts"]
+    assert apart.held_out_kinds == ["heldout", "outside", "shifted", "concepts"]
+    assert PLAIN.held_out_kinds == ["heldout", "shifted", "concepts"]
     for kind in ("train", "outside"):
         ensure_pairs(kind, tmp_path / kind, tiny_pipeline, apart)
     with pytest.raises(ValueError, match="pairs.outside: got no generators"):

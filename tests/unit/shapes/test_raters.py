@@ -30,6 +30,11 @@ def rated(scene, nuisances, lists=1, **settings):
     return rate_lists(images, [scene] * lists, config, [np.random.default_rng((7, row)) for row in range(lists)])
 
 
+def test_equal_scores_without_noise_are_a_tie():
+    pairs = compare(np.array([[0.0, 0.0, 1.0]]), np.zeros(3), 0.0, np.random.default_rng(0))
+    assert [label for *_, label in pairs] == [0.5, 1, 1]
+
+
 def test_a_rater_without_noise_follows_the_score_and_with_much_noise_does_not():
     scores, rng = np.array([[2.0, 1.0, 0.0]]), np.random.default_rng(0)
     order = [(0, 1), (0, 2), (1, 2)]
