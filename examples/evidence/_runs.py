@@ -98,7 +98,7 @@ class Runner:
     stopping: bool = False
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """Run the jobs that are not finished. Ctrl-C and SIGTERM stop all runs, each with a checkpoint, and exit."""
+        """Run the jobs that are not finished. Ctrl-C, SIGTERM and SIGHUP stop all, each with a checkpoint, and exit."""
         jobs = list(jobs)
         if len({job.name for job in jobs}) < len(jobs):
             raise ValueError(f"names of runs: got {[job.name for job in jobs]}; expected each once")
@@ -112,7 +112,8 @@ class Runner:
             job.check(self.out)
         self.took += [seconds for job in jobs if job not in todo and (seconds := job.seconds(self.out))]
         self.number += len(jobs) - len(todo)
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        asked = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]  # nohup
+        previous = {one: signal.signal(one, signal.default_int_handler) for one in asked}
         pool = ThreadPoolExecutor(self.workers)
         try:
             list(pool.map(self._run, todo))
@@ -127,7 +128,8 @@ class Runner:
             raise
         finally:
             pool.shutdown()
-            signal.signal(signal.SIGTERM, previous)
+            for one, handler in previous.items():
+                signal.signal(one, handler)
 
     def _run(self, job: Job) -> None:
         if self.stopping:
@@ -268,7 +270,12 @@ def check_disjoint(lists: Mapping[str, Sequence[str]]) -> None:
 
 
 def entries_of(groups: Mapping[str, Sequence[Job]], out: Path) -> list[Entry]:
-    """Return an entry for each group with a finished run. Raises ValueError unless all had the same evaluation."""
+    """Return an entry for each group with a finished run.
+
+    Raises ValueError unless all had the same evaluation, and for a run with other settings than its job's.
+    """
+    for job in (job for jobs in groups.values() for job in jobs if job.finished(out)):
+        job.check(out)
     folders = {name: [job.folder(out) for job in jobs if job.finished(out)] for name, jobs in groups.items()}
     folders = {name: found for name, found in folders.items() if found}
     if not folders:

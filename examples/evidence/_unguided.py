@@ -10,7 +10,7 @@ import numpy as np
 from dinalrm_align.eval.report.entries import Run
 from dinalrm_align.eval.report.parts import PREFIX
 from dinalrm_align.models.specs import resolve_model
-from dinalrm_align.train.files import read_json, write_atomically
+from dinalrm_align.train.files import file_digest, read_json, write_atomically
 
 UNGUIDED = 1.0
 """Guidance scale at which the velocity is that of the prompt alone."""
@@ -19,7 +19,8 @@ UNGUIDED = 1.0
 class Unguided:
     """Samples and scores LoRAs. `run`: the run whose evaluation gives prompts, noise and steps.
 
-    Results are kept in OUT/unguided/NAME_SCALE.json; NAME is the LoRA's run, or base for the model without a LoRA.
+    Results are kept in OUT/unguided/NAME_SCALE.json; NAME is the LoRA's run, or base for the model without a LoRA. They
+    are computed again if the LoRA's weights, the evaluation or gold have changed.
     """
 
     def __init__(self, out: Path, run: Run) -> None:
@@ -28,10 +29,12 @@ class Unguided:
     def scores(self, lora: Path | None, guidance_scale: float = UNGUIDED) -> dict[str, np.ndarray]:
         """Return gold and its parts of every sample, each (N,). lora: folder of a run's LoRA; None: the base model."""
         path = self.out / f"{lora.parent.name if lora else 'base'}_{guidance_scale:g}.json"
-        if path.is_file() and (found := read_json(path))["prompts"] == self.run.terms["prompts"]:
+        weights = {file.name: file_digest(file) for file in sorted(lora.glob("*.safetensors"))} if lora else {}
+        made_from = json.loads(json.dumps({"terms": self.run.terms, "lora": weights}))
+        if path.is_file() and (found := read_json(path)).get("made_from") == made_from:
             return {name: np.array(values) for name, values in found["scores"].items()}
         scores = self.sample(lora, guidance_scale)
-        write_atomically(path, json.dumps({"prompts": self.run.terms["prompts"], "scores": scores}))
+        write_atomically(path, json.dumps({"made_from": made_from, "scores": scores}))
         return {name: np.array(values) for name, values in scores.items()}
 
     @cached_property

@@ -177,9 +177,14 @@ class Matched:
     gains: dict[str, tuple[Interval, Interval, Interval]]
 
 
+def seeds_of(first: Entry, second: Entry) -> set[int]:
+    """Return the seeds that both have finished."""
+    return {run.seed for run in first.runs} & {run.seed for run in second.runs}
+
+
 def matched(first: Entry, second: Entry) -> list[Matched]:
     """Compare two rewards at SHARES of the largest drift that every run of both reaches."""
-    shared = {run.seed for run in first.runs} & {run.seed for run in second.runs}
+    shared = seeds_of(first, second)
     entries = [replace(one, runs=tuple(run for run in one.runs if run.seed in shared)) for one in (first, second)]
     limit = common_drift([drift_curve(run)[1] for entry in entries for run in entry.runs])
     found = []
@@ -232,7 +237,7 @@ def share_section(best: Mapping[str, Entry]) -> str:
     """Return the gains of the chosen settings as shares of the oracle's; empty if the oracle is no reward here."""
     oracle, rows = best.get("oracle"), []
     for entry in best.values() if oracle else ():
-        if entry is not oracle:
+        if entry is not oracle and seeds_of(entry, oracle):
             last = min(entry.steps[-1], oracle.steps[-1])
             drift = common_drift([drift_curve(run)[1] for one in (entry, oracle) for run in one.runs])
             same_budget = share_of(entry, oracle, lambda run, last=last: run.gain("gold", last))
@@ -250,6 +255,8 @@ def same_weight_table(by_weight: Mapping[str, Mapping[float, Entry]]) -> str:
     for first, second in combinations(by_weight, 2):
         for kl in (kl for kl in by_weight[first] if kl in by_weight[second]):
             entries = by_weight[first][kl], by_weight[second][kl]
+            if not seeds_of(*entries):
+                continue
             last = min(entry.steps[-1] for entry in entries)
             tables = paired(*entries, lambda run, last=last: run.gain("gold", last))
             found = seeds_by_captions(tables[0] - tables[1])
@@ -313,8 +320,8 @@ def report(plan: Plan) -> None:
     best = {
         reward: settings[kl] for reward, settings in by_weight.items() if (kl := next(iter(chosen[reward]))) in settings
     }
-    compared = [matched(first, second) for first, second in combinations(best.values(), 2)]
-    paths = [draw_frontier(by_weight, out / "frontier.png"), *draw_curves(list(best.values()), out)]
+    compared = [matched(first, second) for first, second in combinations(best.values(), 2) if seeds_of(first, second)]
+    paths = [draw_frontier(by_weight, out / "frontier.png"), *(draw_curves(list(best.values()), out) if best else [])]
     sections = [
         f"# {' and '.join(by_weight)} at equal drift: {options.method}, {options.updates} updates",
         f"**Not finished, and left out: {', '.join(missing)}.**" if missing else "",
@@ -324,8 +331,8 @@ def report(plan: Plan) -> None:
         share_section(best),
         f"## Every KL weight, last update\n\n{gain_table(list(found.values()))}",
         f"The same KL weight, `{plan.weight}`, whatever drift it leads to:\n\n{same_weight_table(by_weight)}",
-        f"## Parts of gold at the chosen settings, last update\n\n{part_table(list(best.values()))}",
-        f"## Cost of an update\n\n{cost_table(list(best.values())).markdown()}",
+        f"## Parts of gold at the chosen settings, last update\n\n{part_table(list(best.values()))}" if best else "",
+        f"## Cost of an update\n\n{cost_table(list(best.values())).markdown()}" if best else "",
         f"## Trials\n\nThe same {len(plan.trials)} for each reward, seed {TUNING_SEED}, captions for tuning:\n\n"
         + trial_table(tuned, chosen)
         if len(plan.trials) > 1

@@ -166,7 +166,7 @@ class Plan:
             factors = SWEEPS[method][name]
             for arm, own in (("tuned", factors), ("longer", {**factors, **LONGER})):
                 if own:  # the default as the best trial is the run at default settings
-                    jobs = [self.job(method, "oracle", arm, seed, own) for seed in self.options.seeds]
+                    jobs = [self.job(method, "oracle", f"{arm} {name}", seed, own) for seed in self.options.seeds]
                     found[method, f"oracle, {arm}"] = jobs
         return found
 

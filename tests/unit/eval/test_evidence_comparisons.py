@@ -1,7 +1,6 @@
 """The comparisons of examples/evidence on made-up runs: what is chosen, matched, shared and reported."""
 
 import json
-from functools import partial
 
 import frontier
 import hacking
@@ -121,6 +120,20 @@ def test_an_unfinished_comparison_says_what_is_missing(plan, tmp_path):
     assert "failed or unfinished" in text and "one seed: not judged" in text
 
 
+@pytest.mark.parametrize("kl", [2, 6])
+def test_a_report_of_runs_without_a_common_seed_or_of_the_chosen_setting(plan, tmp_path, kl):
+    """KL 2 is the chosen setting: one seed of each reward, but not the same. KL 6: the chosen setting has none."""
+    for jobs in plan.sweep().values():
+        for one, job in jobs.items():
+            finish(job, tmp_path, 0.5 if one.kl == 2 else 0.1, 0.1)
+    for seed, settings in enumerate(plan.seeds(plan.chosen(plan.tuned())).values()):
+        (jobs,) = (jobs for one, jobs in settings.items() if one.kl == kl)
+        finish(jobs[seed], tmp_path, 0.3, 0.2)
+    frontier.report(plan)
+    text = (tmp_path / "frontier.md").read_text()
+    assert "at equal drift\n\n|" not in text and f"| dinalrm, KL {kl}, lr " in text and "Not finished" in text
+
+
 def test_a_single_trial_needs_no_sweep(plan):
     plan.trials = [Trial(6, 1e-3)]
     assert plan.sweep() == {"dinalrm": {}, "pixel": {}}
@@ -205,7 +218,7 @@ def test_shares_of_the_oracles_gain_with_and_without_guidance(oracle_plan, tmp_p
     methods.report(oracle_plan)
     found = json.loads((tmp_path / "methods.json").read_text())
     assert found["best_trials"] == {"nft": "lr x 2"}
-    assert "nft_oracle_tuned_seed0" in found["not_finished"]
+    assert "nft_oracle_tunedlrx2_seed0" in found["not_finished"]
     by_way = {(one["evaluated"], one["method"], one["arm"]): one["shares"]["gold"] for one in found["results"]}
     assert by_way["guidance 1.2", "nft", "dinalrm"]["oracle"]["value"] == pytest.approx(0.5)
     assert by_way["no guidance", "nft", "dinalrm"]["oracle"]["value"] == pytest.approx(0.25)
@@ -213,8 +226,17 @@ def test_shares_of_the_oracles_gain_with_and_without_guidance(oracle_plan, tmp_p
     text = (tmp_path / "methods.md").read_text()
     assert "## Evaluated with no guidance" in text and "0.25 [0.25, 0.25]" in text and gains
     assert (tmp_path / "methods.png").is_file()
-    monkeypatch.setattr(Unguided, "sample", partial(pytest.fail, "sampled again"))
+    again = []
+    monkeypatch.setattr(Unguided, "sample", lambda self, lora, scale: again.append(lora) or sample(self, lora, scale))
     methods.report(oracle_plan)
+    assert not again
+    (lora := tmp_path / "runs" / "nft_dinalrm_seed0" / "lora").mkdir()
+    (lora / "pytorch_lora_weights.safetensors").write_bytes(b"of a repeated run")
+    methods.report(oracle_plan)
+    assert again == [lora]
+    oracle_plan.others["nft.guidance_scale"] = "2"
+    with pytest.raises(ValueError, match="nft.guidance_scale"):  # not what the finished runs were started with
+        methods.report(oracle_plan)
 
 
 def test_a_hacked_run_reports_its_alarm_and_its_fall(tmp_path):

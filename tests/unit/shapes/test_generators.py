@@ -3,6 +3,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,25 @@ def test_an_interrupted_data_set_starts_again_identically(tiny_pipeline, tmp_pat
     assert not (tmp_path / "cut" / "index.json").exists()
     ensure_pairs("train", tmp_path / "cut", tiny_pipeline, TINY)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_finished_pairs_always_have_their_settings(tiny_pipeline, tmp_path, monkeypatch):
+    """Also if the program is killed right after them; settings of pairs that were not finished bind nobody."""
+
+    def killed(*arguments):
+        write_pairs(*arguments)
+        raise KeyboardInterrupt
+
+    ensure = partial(ensure_pairs, "train", tmp_path / "pairs", tiny_pipeline)
+    monkeypatch.setattr(pairs, "write_pairs", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ensure(dataclasses.replace(TINY, seed=1))
+    monkeypatch.setattr(pairs, "write_pairs", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ensure(TINY)
+    with pytest.raises(ValueError, match="seed: got 1"):
+        ensure(dataclasses.replace(TINY, seed=1))
+    ensure(TINY)
 
 
 def test_a_lora_and_a_checkpoint_change_a_copy_of_the_transformer(tiny_pipeline, tmp_path):
