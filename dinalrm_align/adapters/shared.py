@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dinalrm_align.reward.combine import RewardSum
+from dinalrm_align.reward.combine import sum_of
 from dinalrm_align.reward.names import parse_reward
 from dinalrm_align.reward.protocol import RewardModule
 from dinalrm_align.reward.registry import load_reward
@@ -50,7 +50,7 @@ def shared_reward(reward: str, *, options: Mapping[str, Mapping[str, Any]] | Non
             parts[term.label] = _REWARDS[key]
     if len(terms) == 1 and terms[0].weight == 1:
         return parts[terms[0].label]
-    return RewardSum(parts, {term.label: term.weight for term in terms})
+    return sum_of(parts, {term.label: term.weight for term in terms})
 
 
 def pointwise(reward: RewardModule) -> RewardModule:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dinalrm_align.align.candidates import scored_candidates
 from dinalrm_align.align.dpo_config import DpoConfig
+from dinalrm_align.align.groups import check_whole_groups
 from dinalrm_align.align.rollouts import Sampler
 from dinalrm_align.align.signal import equal_scores, has_spread
 from dinalrm_align.data.batches import PairSource
@@ -223,6 +224,8 @@ class OnlineDpo:
 
     def __post_init__(self) -> None:
         self._reference = self.sampler.policy.weights() if self.config.refresh_every else None
+        group = self.config.group_size
+        check_whole_groups(self.reward, "dpo", self.config.sample_batch or group, group)
 
     def reference(self) -> AbstractContextManager[None]:
         """Return a context manager in which the policy has the reference's weights and gradients are disabled."""

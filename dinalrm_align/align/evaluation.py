@@ -41,6 +41,13 @@ def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float,
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
+def forget_after(step: int, output_dir: Path) -> None:
+    """Delete evaluations of updates after `step`, of a run that was killed before it saved such an update."""
+    for path in (output_dir / "evaluations").glob("*"):
+        if path.stem.isdigit() and int(path.stem) > step:
+            path.unlink()
+
+
 @dataclass
 class HeldOut:
     """A hook for `train.loop.fit` that draws and scores samples of held-out prompts, and writes scores and images.

@@ -7,12 +7,12 @@ variance the scores would gain if each sample had its own noise draws.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dinalrm_align.align.anchor import ANCHOR
+from dinalrm_align.align.config import GroupRolloutConfig
 from dinalrm_align.align.signal import has_spread
 from dinalrm_align.align.surrogate import group_advantages
 from dinalrm_align.flow.noise import seeded_generator
@@ -34,16 +34,6 @@ advantage_size          absolute advantage
 
 ScoreParts = Callable[..., Mapping[str, Tensor]]
 """score_parts(latents, conditions, *, sigma, noise) -> dict: name of a reward -> scores (B,)"""
-
-
-class GroupConfig(Protocol):
-    """Settings for scoring groups and computing advantages, a subset of `align.config.GroupRolloutConfig`."""
-
-    group_size: int
-    reward_sigma: list[float] | None
-    advantage_std: Literal["group", "global"]
-    advantage_floor: float
-    advantage_clip: float
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ def group_scores(
 def rollout_advantages(
     scores: Mapping[str, Tensor],
     weights: Mapping[str, float],
-    config: GroupConfig,
+    config: GroupRolloutConfig,
     gather: Callable[[Tensor], Tensor],
     rank: int = 0,
     normalise: bool = False,

@@ -137,7 +137,8 @@ class Grpo:
         self.first = sampler.rank * config.groups * config.group_size  # global index of this rank's first sample
         trained_steps(config, sampler.num_steps, 0, seeded_generator(0))
         self.draws = config.reward_draws if self.reward.reads_noise else 1
-        check_whole_groups(self.reward, "grpo", config.sample_batch, config.group_size)
+        for reward in (self.reward, *([self.anchor.reward] if self.anchor else [])):
+            check_whole_groups(reward, "grpo", config.sample_batch, config.group_size)
 
     def velocity_for(self, conditions: Conditions) -> Velocity:
         return self.sampler.velocity_for(conditions, negative_gradient=self.config.negative_gradient)

@@ -224,8 +224,8 @@ class Refl:
             scores = {
                 name: reward(latents, conditions, sigma=sigma, noise=noise) for name, (_, reward) in objective.items()
             }
-        score = sum(weight * scores[name] for name, (weight, _) in objective.items())
-        loss = reward_loss(score, config.loss, config.target)
+        loss = reward_loss(scores["reward"], config.loss, config.target)  # the target is the first reward's
+        loss = loss - sum(objective[name][0] * scores[name].mean() for name in scores if name != "reward")
         if config.variant == "direct_align":
             loss = loss * self.sampler.sigmas[batch.start] ** config.discount
         metrics = {name: own.mean() for name, own in scores.items()}

@@ -16,7 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from dinalrm_align.align import memory
 from dinalrm_align.align.anchor import Anchor
 from dinalrm_align.align.config import AlignRun
-from dinalrm_align.align.evaluation import HeldOut, Probe
+from dinalrm_align.align.evaluation import HeldOut, Probe, forget_after
 from dinalrm_align.align.gold import check_run, load_gold, load_scorer
 from dinalrm_align.align.identity import prompts_identity, run_identity
 from dinalrm_align.align.lora import read_lora
@@ -42,6 +42,7 @@ from dinalrm_align.train.checkpoints import check_checkpoint, check_identity
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.device import start_accelerator
 from dinalrm_align.train.digest import digest, fingerprint, text_digest
+from dinalrm_align.train.files import STATE, read_json
 from dinalrm_align.train.hub import check_login
 from dinalrm_align.train.identity import settings_by_name
 from dinalrm_align.train.loop import Hook, Method, RunFolder, fit, resume_hint
@@ -331,6 +332,10 @@ def apply_memory_options(setup: Setup, rewards: Sequence[Reward]) -> bool:
 def prepare_evaluation(setup: Setup) -> HeldOut:
     """Return the held-out evaluation of a run, with the rewards and probes that the run's settings ask for."""
     run, spec, accelerator = setup.resolved.run, setup.resolved.spec, setup.accelerator
+    if accelerator.is_main_process:
+        checkpoint = setup.resolved.checkpoint
+        forget_after(read_json(checkpoint / STATE)["step"] if checkpoint else -1, Path(run.output_dir))
+    accelerator.wait_for_everyone()
     scorers = dict(setup.gold)
     trained = frozenset().union(*(reward_sources(name, spec) for name in setup.trained))
     free = "gold/pixel" not in scorers and trained.isdisjoint(reward_sources("pixel", spec))

@@ -141,7 +141,7 @@ class RewardSum(RewardModule):
             part.onload(device)
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        return _sum_of, (self.named_parts, self._weight_of)
+        return sum_of, (self.named_parts, self._weight_of)
 
     def enable_gradient_checkpointing(self) -> None:
         for part in self.parts:
@@ -156,8 +156,8 @@ class RewardSum(RewardModule):
             part.set_decode_slice(size)
 
 
-def _sum_of(parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> RewardSum:
-    """Return a sum of unpickled rewards. Image rewards, each of which has loaded its VAE, share the first one's."""
+def sum_of(parts: Mapping[str, RewardModule], weights: Mapping[str, float]) -> RewardSum:
+    """Return a sum of rewards that were loaded one by one. Image rewards that have a VAE each share the first one's."""
     pixel = [part for part in parts.values() if part.reads_images and part.has_vae]
     for part in pixel:
         part.borrow(pixel[0].vae)

@@ -137,8 +137,7 @@ def fit(
         state: state to start from (`RunState.initial`). In a new run, the weights of rank 0 are broadcast to all ranks.
         meter: measures the backward pass. Pass the same meter to `method` to measure phases of `method` too.
         shown: names of the metrics to show in the progress bar.
-        stop_when: called after every update with the metrics; returns the reason to stop the run, or None. Must return
-            the same value on every rank.
+        stop_when: called after every update with the metrics; returns why to stop, or None, the same on every rank.
 
     Returns the number of updates done, which is less than `config.steps` only if `stop_when` stopped the run. Raises
     ValueError if the checkpoint does not match the run, or if a new run would overwrite an existing one; raises
@@ -174,7 +173,8 @@ def fit(
     bar = tqdm(total=config.steps, initial=state.step, disable=log is None, desc="update", dynamic_ncols=True)
     with bar, resume_hint(run, rescue), _stop_requests(accelerator) as stop_requested:
         if pending is not None:
-            record(pending)
+            record(row := pending)
+            reason = stop_when(row) if stop_when and row else None
         while state.step < config.steps and reason is None and not stop_requested():
             undo = _undo_of(state)
             row = _update(config, optim, state, method, accelerator, meter)

@@ -5,11 +5,14 @@ import torch
 from reward_server import running
 
 from dinalrm_align.adapters.batches import score_batch
+from dinalrm_align.adapters.shared import shared_reward
+from dinalrm_align.models.specs import MODELS
 from dinalrm_align.reward.callables import as_reward
 from dinalrm_align.reward.combine import RewardSum
 from dinalrm_align.reward.latent import LatentReward
 from dinalrm_align.reward.registry import load_reward
 
+WEIGHTS = MODELS["shapes"].pipeline
 PROMPTS = ["a red circle", "two blue squares"]
 
 
@@ -49,3 +52,14 @@ def test_a_served_sum_needs_a_level(reward, address, images):
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="sigma: got none for 'sum'.*pass sigma"):
         score_batch(both, PROMPTS, latents=None, images=images)
+
+
+def test_image_rewards_of_a_shared_sum_decode_with_one_vae():
+    """Each of them was loaded by itself, with a VAE of its own."""
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    both = shared_reward("pixel + 0.5*oracle", pipeline=WEIGHTS)
+    prompts = ["three small green crosses on black", "a small red circle left of a large blue square on gray"]
+    alone = [shared_reward(name, pipeline=WEIGHTS).score_images(images, prompts) for name in ("pixel", "oracle")]
+    torch.testing.assert_close(both.score_images(images, prompts), alone[0] + 0.5 * alone[1])
+    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert both(latents, prompts).shape == (2,)

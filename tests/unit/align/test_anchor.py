@@ -46,6 +46,15 @@ def test_refl_maximises_the_sum_and_records_both(refl_method):
         assert any(p.grad.abs().sum() > 0 for p in method.sampler.policy.parameters.values())
 
 
+def test_the_target_is_compared_with_the_first_reward_alone(refl_method):
+    """loss = mean relu(target - reward) - 2 mean anchor. With a target far below the reward, the anchor is left."""
+    for target, share in ((100.0, 1.0), (-100.0, 0.0)):
+        config = dataclasses.replace(refl_method.config, loss="relu", target=target)
+        method = dataclasses.replace(refl_method, reward=REWARD, anchor=EVERY_THIRD, config=config)
+        loss, metrics = method.step(method.batch_at(2))
+        torch.testing.assert_close(loss, share * (target - metrics["reward"]) - 2.0 * metrics["anchor"])
+
+
 def test_the_rewards_noise_is_the_same_with_and_without_the_anchor(refl_method):
     """Update 2 is anchored, and scored with the noise that is drawn without an anchor."""
     alone, mixed = (dataclasses.replace(refl_method, reward=REWARD, anchor=each) for each in (None, EVERY_THIRD))

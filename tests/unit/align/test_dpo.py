@@ -180,6 +180,14 @@ def test_online_pairs_are_the_true_best_and_worst(method):
     assert batch.metrics["reward_best"] > batch.metrics["reward"] > batch.metrics["reward_worst"]
 
 
+def test_a_reward_that_compares_groups_gets_whole_ones(method):
+    reward = reward_of(brightness)
+    reward.wants_groups = True
+    dpo.OnlineDpo(method.sampler, reward, method.config)  # by default a whole micro-batch
+    with pytest.raises(ValueError, match="dpo.sample_batch: got 4; expected a multiple of group_size 3"):
+        dpo.OnlineDpo(method.sampler, reward, dataclasses.replace(method.config, sample_batch=4))
+
+
 def test_samples_of_a_prompt_are_scored_with_one_noise(method):
     seen = []
 

@@ -362,6 +362,8 @@ def test_a_reward_that_compares_groups_gets_whole_ones(method):
     whole = dataclasses.replace(changed(method, sample_batch=3), reward=reward)
     with pytest.raises(ValueError, match="grpo.sample_batch: got 4; expected a multiple of group_size 3"):
         changed(whole, sample_batch=4)
+    with pytest.raises(ValueError, match="grpo.sample_batch: got 4"):
+        dataclasses.replace(changed(method, sample_batch=4), anchor=Anchor(reward, every=2, weight=0.5))
 
 
 def test_rollouts_do_not_depend_on_how_they_are_cut(method):

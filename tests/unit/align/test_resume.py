@@ -188,6 +188,14 @@ def test_a_model_server_may_move_but_not_serve_another_model(tmp_path, capsys):
         assert "reward: got" in refusal(capsys, folder, "grpo_sd35", f"--reward={other}")
 
 
+def test_a_server_of_one_of_several_gold_rewards_may_move(tmp_path, capsys):
+    old, new = "unifiedreward=http://old:8080/v1#M", "unifiedreward=http://new:8080/v1#M"
+    folder = started(tmp_path / "run", "grpo_sd35", f"--gold=[{old}, oracle]")
+    assert resumed(folder, "grpo_sd35", f"--gold=[{new}, oracle]").run.gold == [new, "oracle"]
+    for other in (f"[oracle, {new}]", f"[{new}, pixel]", new):
+        assert "gold: got" in refusal(capsys, folder, "grpo_sd35", f"--gold={other}")
+
+
 def test_the_folder_of_checkpoints_is_a_run_too(tmp_path):
     folder = started(tmp_path / "run", "refl_sd35")
     assert resumed(folder / "checkpoints", "refl_sd35").checkpoint == folder / "checkpoints" / "step_000001"

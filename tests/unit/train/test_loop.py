@@ -76,6 +76,22 @@ def test_a_run_stopped_by_stop_when_can_be_resumed(tmp_path, capsys):
     assert all(torch.equal(went_on[name], whole[name]) for name in whole)
 
 
+def test_hooks_made_up_on_resume_can_stop_the_run(tmp_path):
+    """The evaluation at update 3 fails; on resume it succeeds, with an alarm: no further update."""
+    results = iter([OSError("disk full"), {"alarm": 1.0}])
+
+    def evaluate(step):
+        if isinstance(result := next(results), Exception):
+            raise result
+        return result
+
+    options = dict(hooks=(Hook(3, evaluate, at_start=False),), stop_when=lambda row: "alarm" * ("alarm" in row) or None)
+    with pytest.raises(OSError, match="disk full"):
+        run(tmp_path, **options)
+    run(tmp_path, resume=latest_checkpoint(tmp_path), **options)
+    assert [row.get("alarm") for row in read_metrics(tmp_path / "metrics.jsonl")] == [None, None, 1.0]
+
+
 def test_stop_when_at_the_last_update_changes_nothing(tmp_path, capsys):
     run(tmp_path, steps=1, stop_when=lambda row: "it is over")
     assert "stopped" not in capsys.readouterr().out
