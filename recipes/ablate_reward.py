@@ -1,6 +1,6 @@
 """Ablate DiNa-LRM's design choices: train a reward for each variant (arm) and seed, and test all on the same pairs.
 
-    python recipes/ablate_reward.py        # the paper's questions, 5 seeds: 25 trainings, about 8 hours of one core
+    python recipes/ablate_reward.py        # the paper's questions, 5 seeds: 25 trainings, 6 hours of a core (estimate)
     python recipes/ablate_reward.py --arms '[bradley_terry, nll]' --seeds '[0, 1, 2]'  # more; finished arms are kept
     python recipes/ablate_reward.py --model sd35 --pairs DIR --test_sets '{hpdv3: DIR, hpdv2: DIR}' \\
         --launch "accelerate launch --num_processes 8"
