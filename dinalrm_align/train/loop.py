@@ -174,7 +174,7 @@ def fit(
     with bar, resume_hint(run, rescue), _stop_requests(accelerator) as stop_requested:
         if pending is not None:
             record(row := pending)
-            reason = stop_when(row) if stop_when and row else None
+            reason = stop_when(row) if stop_when and state.step else None
         while state.step < config.steps and reason is None and not stop_requested():
             undo = _undo_of(state)
             row = _update(config, optim, state, method, accelerator, meter)
