@@ -38,7 +38,7 @@ from dinalrm_align.reward.names import check_reward, gold_rewards, reward_source
 from dinalrm_align.reward.protocol import Reward, RewardModule
 from dinalrm_align.reward.registry import ImageScorer, load_reward, sharing, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
-from dinalrm_align.train.checkpoints import check_checkpoint, check_identity
+from dinalrm_align.train.checkpoints import check_checkpoint, check_identity, latest_checkpoint
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.device import start_accelerator
 from dinalrm_align.train.digest import digest, fingerprint, text_digest
@@ -154,6 +154,10 @@ class Setup:
             notice := passes_notice(len(self.text.train), together, -(-run.loop.steps // reuse))
         ):
             accelerator.print(notice)
+        checkpoint = self.resolved.checkpoint
+        if accelerator.is_main_process and (checkpoint or latest_checkpoint(folder) is None):  # else `fit` refuses
+            forget_after(read_json(checkpoint / STATE)["step"] if checkpoint else -1, folder)
+        accelerator.wait_for_everyone()
         held_out = prepare_evaluation(self)
         watch, asked = prepare_watch(self, held_out), list[str]()
         check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print, accelerator.is_main_process)
@@ -332,10 +336,6 @@ def apply_memory_options(setup: Setup, rewards: Sequence[Reward]) -> bool:
 def prepare_evaluation(setup: Setup) -> HeldOut:
     """Return the held-out evaluation of a run, with the rewards and probes that the run's settings ask for."""
     run, spec, accelerator = setup.resolved.run, setup.resolved.spec, setup.accelerator
-    if accelerator.is_main_process:
-        checkpoint = setup.resolved.checkpoint
-        forget_after(read_json(checkpoint / STATE)["step"] if checkpoint else -1, Path(run.output_dir))
-    accelerator.wait_for_everyone()
     scorers = dict(setup.gold)
     trained = frozenset().union(*(reward_sources(name, spec) for name in setup.trained))
     free = "gold/pixel" not in scorers and trained.isdisjoint(reward_sources("pixel", spec))
