@@ -26,8 +26,9 @@ from dinalrm_align.models.images import open_image, to_bytes
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer
+from dinalrm_align.train.checkpoints import latest_checkpoint
 from dinalrm_align.train.checks import deferred
-from dinalrm_align.train.files import write_atomically
+from dinalrm_align.train.files import STATE, read_json, write_atomically
 from dinalrm_align.train.metrics import track_image
 from dinalrm_align.train.progress import progress
 
@@ -41,11 +42,17 @@ def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float,
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
-def forget_after(step: int, output_dir: Path) -> None:
-    """Delete evaluations of updates after `step`, of a run that was killed before it saved such an update."""
-    for path in (output_dir / "evaluations").glob("*"):
-        if path.stem.isdigit() and int(path.stem) > step:
-            path.unlink()
+def forget_unsaved(output_dir: Path, checkpoint: Path | None) -> None:
+    """Delete the evaluations of updates after `checkpoint`, from which a run resumes; all, if a new run begins (None).
+
+    They are of a run that was killed before it saved these updates. A new run in the folder of another deletes none:
+    `train.loop.fit` refuses it.
+    """
+    step = -1 if checkpoint is None else read_json(checkpoint / STATE)["step"]
+    if checkpoint is not None or latest_checkpoint(output_dir) is None:
+        for path in (output_dir / "evaluations").glob("*"):
+            if path.stem.isdigit() and int(path.stem) > step:
+                path.unlink(missing_ok=True)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from dinalrm_align.align import memory
 from dinalrm_align.align.anchor import Anchor
 from dinalrm_align.align.config import AlignRun
-from dinalrm_align.align.evaluation import HeldOut, Probe, forget_after
+from dinalrm_align.align.evaluation import HeldOut, Probe, forget_unsaved
 from dinalrm_align.align.gold import check_run, load_gold, load_scorer
 from dinalrm_align.align.identity import prompts_identity, run_identity
 from dinalrm_align.align.lora import read_lora
@@ -38,11 +38,10 @@ from dinalrm_align.reward.names import check_reward, gold_rewards, reward_source
 from dinalrm_align.reward.protocol import Reward, RewardModule
 from dinalrm_align.reward.registry import ImageScorer, load_reward, sharing, text_lengths
 from dinalrm_align.reward.sharding import shard_base, sharding_asked
-from dinalrm_align.train.checkpoints import check_checkpoint, check_identity, latest_checkpoint
+from dinalrm_align.train.checkpoints import check_checkpoint, check_identity
 from dinalrm_align.train.cost import PhaseMeter
 from dinalrm_align.train.device import start_accelerator
 from dinalrm_align.train.digest import digest, fingerprint, text_digest
-from dinalrm_align.train.files import STATE, read_json
 from dinalrm_align.train.hub import check_login
 from dinalrm_align.train.identity import settings_by_name
 from dinalrm_align.train.loop import Hook, Method, RunFolder, fit, resume_hint
@@ -154,10 +153,8 @@ class Setup:
             notice := passes_notice(len(self.text.train), together, -(-run.loop.steps // reuse))
         ):
             accelerator.print(notice)
-        checkpoint = self.resolved.checkpoint
-        if accelerator.is_main_process and (checkpoint or latest_checkpoint(folder) is None):  # else `fit` refuses
-            forget_after(read_json(checkpoint / STATE)["step"] if checkpoint else -1, folder)
-        accelerator.wait_for_everyone()
+        with accelerator.main_process_first():
+            forget_unsaved(folder, self.resolved.checkpoint)
         held_out = prepare_evaluation(self)
         watch, asked = prepare_watch(self, held_out), list[str]()
         check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print, accelerator.is_main_process)

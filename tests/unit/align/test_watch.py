@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from dinalrm_align import LatentReward
 from dinalrm_align.align import watch
 from dinalrm_align.align.config import EvaluationConfig, WatchConfig
-from dinalrm_align.align.evaluation import HeldOut, forget_after
+from dinalrm_align.align.evaluation import HeldOut, forget_unsaved
 from dinalrm_align.align.lora import LORA_FILE
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.rollouts import Sampler
@@ -39,13 +40,18 @@ def test_evaluations_of_updates_that_were_not_saved_are_forgotten(tmp_path):
     (folder := tmp_path / "evaluations").mkdir()
     for name in ("000000.json", "000000.png", "000010.json", "000010.png", "notes.json"):
         (folder / name).write_text("{}")
-    forget_after(10, tmp_path)
-    assert len([*folder.iterdir()]) == 5
-    forget_after(0, tmp_path)
+    for step, left in ((10, 5), (5, 3)):
+        (checkpoint := tmp_path / "elsewhere" / f"step_{step:06d}").mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"step": step}))
+        forget_unsaved(tmp_path, checkpoint)
+        assert len([*folder.iterdir()]) == left
+    shutil.move(tmp_path / "elsewhere", tmp_path / "checkpoints")
+    forget_unsaved(tmp_path, None)  # the run is not resumed, and will be refused
     assert {path.name for path in folder.iterdir()} == {"000000.json", "000000.png", "notes.json"}
-    forget_after(-1, tmp_path)  # a new run
+    shutil.rmtree(tmp_path / "checkpoints")
+    forget_unsaved(tmp_path, None)  # a new run
     assert [path.name for path in folder.iterdir()] == ["notes.json"]
-    forget_after(-1, tmp_path / "absent")
+    forget_unsaved(tmp_path / "absent", None)
 
 
 def test_a_rise_by_hand():
