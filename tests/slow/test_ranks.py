@@ -91,10 +91,12 @@ SHARDED = ["reward", "refl", "grpo"]
 """Cases that run under FSDP too: a trunk alone, a policy and a trunk, and ranks with different amounts of work."""
 
 
-def launch(folder: Path, script: Path, *options: str) -> subprocess.CompletedProcess:
-    """Run a script on two ranks; they are killed if they hang."""
+def launch(folder: Path, script: Path, *options: str, look_every: float = 0.1) -> subprocess.CompletedProcess:
+    """Run a script on two ranks; they are killed if they hang. torchrun looks at them every `look_every` seconds, and
+    ends the other rank when it sees that one has died."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HELPERS.parents[1]}{os.pathsep}{HELPERS}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [f"--monitor-interval={look_every}", str(script)]
     with subprocess.Popen(
         [*command, *options], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -313,7 +315,7 @@ fit(
 def test_a_lost_rank_ends_the_run_which_can_be_resumed(how, tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(LOST)
-    lost = launch(tmp_path, script, "run", how)
+    lost = launch(tmp_path, script, "run", how, look_every=3)  # the rank that is left has time to see it first
     assert lost.returncode not in (0, None) and "another process was lost" in lost.stdout
     assert "step_000002 with: the same again" in lost.stdout
     assert latest_checkpoint(tmp_path / "run").name == "step_000002"
