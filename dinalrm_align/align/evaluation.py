@@ -26,9 +26,9 @@ from dinalrm_align.models.images import open_image, to_bytes
 from dinalrm_align.models.text import Conditions
 from dinalrm_align.reward.protocol import Reward
 from dinalrm_align.reward.registry import ImageScorer
-from dinalrm_align.train.checkpoints import latest_checkpoint
+from dinalrm_align.train.checkpoints import EVALUATIONS
 from dinalrm_align.train.checks import deferred
-from dinalrm_align.train.files import STATE, read_json, write_atomically
+from dinalrm_align.train.files import write_atomically
 from dinalrm_align.train.metrics import track_image
 from dinalrm_align.train.progress import progress
 
@@ -40,19 +40,6 @@ def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float,
     """Return the mean of after - before, and its standard error. before[i] and after[i] are scores of sample i."""
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
-
-
-def forget_unsaved(output_dir: Path, checkpoint: Path | None) -> None:
-    """Delete the evaluations of updates after `checkpoint`, from which a run resumes; all, if a new run begins (None).
-
-    They are of a run that was killed before it saved these updates. A new run in the folder of another deletes none:
-    `train.loop.fit` refuses it.
-    """
-    step = -1 if checkpoint is None else read_json(checkpoint / STATE)["step"]
-    if checkpoint is not None or latest_checkpoint(output_dir) is None:
-        for path in (output_dir / "evaluations").glob("*"):
-            if path.stem.isdigit() and int(path.stem) > step:
-                path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -173,7 +160,7 @@ class HeldOut:
 
     @property
     def _folder(self) -> Path:
-        return self.output_dir / "evaluations"
+        return self.output_dir / EVALUATIONS
 
     def _batch(self, start: int) -> list[tuple[int, dict[str, float], np.ndarray | None]]:
         """Sample and score the batch that starts at index `start`. Return (index, scores, image or None) per sample."""

@@ -16,7 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from dinalrm_align.align import memory
 from dinalrm_align.align.anchor import Anchor
 from dinalrm_align.align.config import AlignRun
-from dinalrm_align.align.evaluation import HeldOut, Probe, forget_unsaved
+from dinalrm_align.align.evaluation import HeldOut, Probe
 from dinalrm_align.align.gold import check_run, load_gold, load_scorer
 from dinalrm_align.align.identity import prompts_identity, run_identity
 from dinalrm_align.align.lora import read_lora
@@ -153,8 +153,6 @@ class Setup:
             notice := passes_notice(len(self.text.train), together, -(-run.loop.steps // reuse))
         ):
             accelerator.print(notice)
-        with accelerator.main_process_first():
-            forget_unsaved(folder, self.resolved.checkpoint)
         held_out = prepare_evaluation(self)
         watch, asked = prepare_watch(self, held_out), list[str]()
         check = SignalCheck(run.reward, no_signal, folder / METRICS, accelerator.print, accelerator.is_main_process)

@@ -153,13 +153,13 @@ def shared_features(model: RewardModel) -> ScoreLevels:
     def score_levels(batch: PairBatch, levels: Sequence[NoiseLevels], noise: Mapping[int, Tensor]) -> list[Tensor]:
         device = model.trunk.device
         latents, text = batch.latents.to(device), batch.conditions.to(device)
+        embeds = text.prompt_embeds, text.pooled_prompt_embeds
         read = [list(zip(level.sigmas, level.draws, strict=True)) for level in levels]
         last = {key: index for index, keys in enumerate(read) for key in keys}
         kept: dict[tuple[float, int], Taps] = {}
         scores = []
         for index, keys in enumerate(read):
             for sigma, draw in (key for key in keys if key not in kept):
-                embeds = text.prompt_embeds, text.pooled_prompt_embeds
                 (kept[sigma, draw],) = model.features(latents, *embeds, sigma, noise[draw].to(device))
             scores.append(model.score([kept[key] for key in keys]).to("cpu"))
             kept = {key: taps for key, taps in kept.items() if last[key] > index}

@@ -85,9 +85,7 @@ def ensure_pairs(kind: str, directory: Path, pipeline: StableDiffusion3Pipeline,
     settings = dataclasses.asdict(dataclasses.replace(config, outside={}))
     settings = {"kind": kind, **models, **settings, "generators": makers}
     if not (directory / "index.json").exists():
-        write_atomically(
-            directory / MADE_WITH, json.dumps(settings, indent=1)
-        )  # first: a stop leaves no nameless pairs
+        write_atomically(directory / MADE_WITH, json.dumps(settings, indent=1))  # first: no pairs are without it
         write_pairs(kind, directory, pipeline, config)
     elif (directory / MADE_WITH).exists():  # pairs of the user's own have none
         begin_or_resume(directory, MADE_WITH, settings)

@@ -38,6 +38,7 @@ from dinalrm_align.train.metrics import METRICS, MetricsLog
 from dinalrm_align.train.state import RunState
 
 FOLDER = "checkpoints"
+EVALUATIONS = "evaluations"  # folder of files named by the update that they evaluate
 STEP = re.compile(r"step_(\d{6,})")
 ADDED = ("gold", "evaluation prompts", "autoencoder", "text encoders", "validation pairs", "pretraining images")
 """Entries of the identity that checkpoints of earlier versions lack. These checkpoints have no settings either."""
@@ -184,7 +185,10 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def tidy(run: Path, *, step: int, keep_last: int) -> None:
-    """Keep the newest `keep_last` checkpoints up to update `step`. Delete all others, and temporary folders."""
+    """Keep the newest `keep_last` checkpoints up to update `step`. Delete all others, and temporary folders.
+
+    Also delete evaluations after update `step`, of a process that was killed before it saved the update.
+    """
     found = _checkpoints(run)
     kept = [folder for folder in found if _step_of(folder) <= step][-keep_last:]
     for folder in [folder for folder in reversed(found) if folder not in kept]:
@@ -192,6 +196,9 @@ def tidy(run: Path, *, step: int, keep_last: int) -> None:
     for leftover in (run / FOLDER).glob(".*"):
         if STEP.fullmatch(leftover.name.removeprefix(files.TEMPORARY).removeprefix(files.DISCARDED)):
             shutil.rmtree(leftover)
+    for evaluation in (run / EVALUATIONS).glob("*"):
+        if evaluation.stem.isdigit() and int(evaluation.stem) > step:
+            evaluation.unlink()
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -61,7 +61,7 @@ def check_settings(
     changed = {name: (before.get(name), new) for name, new in now.items() if before.get(name) != new}
     for name, (old, new) in changed.items():
         moved = isinstance(old, str) and old.startswith("/") and not Path(old).exists() and str(new).startswith("/")
-        moved = moved or ADDRESS.sub("", str(old)) == ADDRESS.sub("", str(new))
+        moved = moved or (ADDRESS.search(str(old)) and ADDRESS.sub("", str(old)) == ADDRESS.sub("", str(new)))
         if not moved and not any(name == known or name.startswith(f"{known}.") for known in free):
             raise ValueError(
                 f"{name}: got {new!r:.120}; expected {old!r:.120}, as in {where}: leave it out, or start a new run in "

@@ -21,7 +21,7 @@ from dinalrm_align.align.resolve import resumed as resume
 from dinalrm_align.reward.config import TrainRewardRun
 from dinalrm_align.train.checkpoints import check_identity, latest_checkpoint, save_checkpoint
 from dinalrm_align.train.command import parse
-from dinalrm_align.train.identity import may_change, settings_by_name
+from dinalrm_align.train.identity import check_settings, may_change, settings_by_name
 from dinalrm_align.train.metrics import MetricsLog
 from dinalrm_align.train.settings import types_by_name
 from dinalrm_align.train.state import RunState
@@ -194,6 +194,12 @@ def test_a_server_of_one_of_several_gold_rewards_may_move(tmp_path, capsys):
     assert resumed(folder, "grpo_sd35", f"--gold=[{new}, oracle]").run.gold == [new, "oracle"]
     for other in (f"[oracle, {new}]", f"[{new}, pixel]", new):
         assert "gold: got" in refusal(capsys, folder, "grpo_sd35", f"--gold={other}")
+
+
+def test_a_value_of_another_type_is_no_server_that_moved():
+    for old, new in ((1, "1"), (None, "None"), ([1, "a"], "[1, 'a']")):
+        with pytest.raises(ValueError, match="x: got"):
+            check_settings({"x": old}, {"x": new}, (), "config.yaml")
 
 
 def test_the_folder_of_checkpoints_is_a_run_too(tmp_path):

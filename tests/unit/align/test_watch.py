@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from dinalrm_align import LatentReward
 from dinalrm_align.align import watch
 from dinalrm_align.align.config import EvaluationConfig, WatchConfig
-from dinalrm_align.align.evaluation import HeldOut, forget_unsaved
+from dinalrm_align.align.evaluation import HeldOut
 from dinalrm_align.align.lora import LORA_FILE
 from dinalrm_align.align.policy import Policy
 from dinalrm_align.align.rollouts import Sampler
@@ -34,24 +33,6 @@ def moved(proxy: float, gold: float, wobble: float = 0.01) -> dict[str, list[flo
     """BASE, every caption moved as far, give or take the wobble."""
     signs = np.array([1, -1, 1, -1]) * wobble
     return {name: list(np.add(BASE[name], by + signs)) for name, by in (("proxy", proxy), ("gold", gold))}
-
-
-def test_evaluations_of_updates_that_were_not_saved_are_forgotten(tmp_path):
-    (folder := tmp_path / "evaluations").mkdir()
-    for name in ("000000.json", "000000.png", "000010.json", "000010.png", "notes.json"):
-        (folder / name).write_text("{}")
-    for step, left in ((10, 5), (5, 3)):
-        (checkpoint := tmp_path / "elsewhere" / f"step_{step:06d}").mkdir(parents=True)
-        (checkpoint / "state.json").write_text(json.dumps({"step": step}))
-        forget_unsaved(tmp_path, checkpoint)
-        assert len([*folder.iterdir()]) == left
-    shutil.move(tmp_path / "elsewhere", tmp_path / "checkpoints")
-    forget_unsaved(tmp_path, None)  # the run is not resumed, and will be refused
-    assert {path.name for path in folder.iterdir()} == {"000000.json", "000000.png", "notes.json"}
-    shutil.rmtree(tmp_path / "checkpoints")
-    forget_unsaved(tmp_path, None)  # a new run
-    assert [path.name for path in folder.iterdir()] == ["notes.json"]
-    forget_unsaved(tmp_path / "absent", None)
 
 
 def test_a_rise_by_hand():

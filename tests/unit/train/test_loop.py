@@ -60,6 +60,26 @@ def test_resume_rewrites_the_metrics_after_the_checkpoint(tmp_path):
     assert [row["step"] for row in before] == [1, 2, 3, 4, 5, 6]
 
 
+def test_evaluations_of_updates_that_were_not_saved_are_forgotten(tmp_path):
+    """By a run that resumes and by a new one, but not by a run that is refused."""
+    run(tmp_path / "a")
+    for name in ("a", "b"):  # b: a run that was killed before its first checkpoint
+        (tmp_path / name / "evaluations").mkdir(parents=True)
+        for file in ("000000.json", "000004.png", "000006.json", "notes.json"):
+            (tmp_path / name / "evaluations" / file).write_text("{}")
+
+    def left(name):
+        return sorted(path.name for path in (tmp_path / name / "evaluations").iterdir())
+
+    with pytest.raises(ValueError, match="holds a run"):
+        run(tmp_path / "a")
+    assert len(left("a")) == 4
+    run(tmp_path / "a", steps=4, resume=tmp_path / "a" / "checkpoints" / "step_000004")
+    assert left("a") == ["000000.json", "000004.png", "notes.json"]
+    run(tmp_path / "b", steps=2)
+    assert left("b") == ["000000.json", "notes.json"]
+
+
 def test_a_run_stopped_by_stop_when_can_be_resumed(tmp_path, capsys):
     """A hook's metric at update 3 stops the run: a checkpoint is saved, at_stop hooks are called, nothing is raised."""
     whole = run(tmp_path / "whole")
